@@ -65,6 +65,16 @@ class Request(wrappers.Request):
         """Return an English text in the language of the page, with these values."""
         return words.translate(self.language, text, **values)
 
+    @cached_property
+    def display(self) -> Display:
+        """The form of the page's values for people."""
+        return Display(self.language, to_datetime(self.queue.repository.clock.now_ms()))
+
+    @cached_property
+    def charts(self) -> Charts:
+        """The charts of the page."""
+        return Charts(self.display)
+
     def link(self, page: str, /, **values: Any) -> str:
         """Return the URL of a screen, of an action (``"types/pause"``) or of another page.
 
