@@ -48,7 +48,7 @@ from taskx.inspecting.history import History, TypeHistory
 from taskx.inspecting.places import Place
 from taskx.inspecting.stats import Percentiles, Stats, TypeStats
 from taskx.queue import Queue, run
-from taskx.schedules.schedule import Schedule, tick_of
+from taskx.schedules.schedule import Schedule, Tick, tick_of
 from taskx.storage.eight import TaskRepository
 from taskx.storage.memory import MemoryRepository
 from taskx.storage.sqlite import SQLiteRepository
@@ -116,6 +116,7 @@ __all__ = [
     "TaskRepository",
     "TaskStatus",
     "TaskxError",
+    "Tick",
     "TypeHistory",
     "TypeStats",
     "UnknownTaskType",

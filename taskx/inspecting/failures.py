@@ -35,6 +35,7 @@ class FailureGroup:
         error: the error text of that task.
         task_ids: the ids of all of them, the last failure first. ``queue.requeue_many(group.task_ids)``
             runs them again.
+        times: the times at which they failed, in the same order.
     """
 
     type: str
@@ -46,11 +47,13 @@ class FailureGroup:
     example: str
     error: str
     task_ids: Sequence[str] = attrs.field(repr=False)
+    times: Sequence[datetime] = attrs.field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as a dict of JSON values; times are ISO text."""
         times = {"first": self.first.isoformat(), "last": self.last.isoformat()}
-        return {**attrs.asdict(self), **times, "task_ids": [*self.task_ids]}
+        lists = {"task_ids": [*self.task_ids], "times": [time.isoformat() for time in self.times]}
+        return {**attrs.asdict(self), **times, **lists}
 
 
 @attrs.frozen(kw_only=True)
@@ -124,4 +127,5 @@ def _group(type: str, error_type: str, place: Place | None, failed: list[_Failed
         example=failed[0].id,
         error=failed[0].error,
         task_ids=[task.id for task in failed],
+        times=[to_datetime(task.at) for task in failed],
     )

@@ -16,22 +16,38 @@ from taskx.core.checks import check_int
 from taskx.core.clock import to_datetime, to_ms
 from taskx.core.errors import ConfigurationError, RepositoryCorrupt, ScheduleNotFound
 from taskx.core.ids import new_id
-from taskx.core.model import Task, check_moment
+from taskx.core.model import Task, TaskStatus, check_moment
 from taskx.core.options import lifetime
-from taskx.core.ticks import BATCH, Every, Misfire, between, zone
+from taskx.core.ticks import BATCH, Every, Misfire, between, latest, zone
 from taskx.core.writes import Note
 from taskx.moving import Services
-from taskx.schedules.stored import OF_TASK, PREFIX, Entry, Overlap, entry_of, store
+from taskx.schedules.stored import OF_TASK, PREFIX, Entry, Overlap, entry_of, store, tick_id
 from taskx.submitting.intake import Intake, prepare
 
 _TICK = re.compile(r"@(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{3})?)Z\Z")
+
+
+@attrs.frozen
+class Tick:
+    """A past tick of a schedule.
+
+    Attributes:
+        at: its time, in the schedule's time zone.
+        task_id: the id that its task has or would have.
+        status: the status of its task; None if no such task is stored. The tick may have got none, for
+            example during a pause, or the task may have been deleted.
+    """
+
+    at: datetime
+    task_id: str
+    status: TaskStatus | None
 
 
 class Schedule:
     """A stored schedule, in the state in which this object last read or changed it.
 
     ``queue.schedule(…)`` returns one, ``queue.schedules()`` lists all. Every method except :meth:`next`
-    raises :class:`ScheduleNotFound` after the schedule was removed.
+    and :meth:`last` raises :class:`ScheduleNotFound` after the schedule was removed.
     """
 
     def __init__(self, entry: Entry, schedules: Schedules) -> None:
@@ -114,6 +130,29 @@ class Schedule:
         local = zone(self.tz)
         found = islice(ticks, check_int(count, "count", 1))
         return [to_datetime(tick).astimezone(local) for tick in found]
+
+    def last(self, count: int = 1) -> list[Tick]:
+        """Return the last ``count`` ticks since the schedule was declared, the newest first.
+
+        They have the statuses of their tasks. The schedule itself is not read again.
+
+        Raises:
+            ConfigurationError: ``count`` is not a whole number of 1 or more, or the host does not know the
+                time zone.
+            RepositoryError: the repository cannot be read.
+        """
+        most, entry, local = check_int(count, "count", 1), self._entry, zone(self.tz)
+        ticks = latest(entry.ticks, entry.since + 1, self._schedules.now(), most)
+        ids = {tick: tick_id(self.name, tick) for tick in reversed(ticks)}
+        known = self._schedules.services.repository.statuses([*ids.values()])
+        return [
+            Tick(
+                to_datetime(tick).astimezone(local),
+                task_id,
+                TaskStatus(known[task_id]) if task_id in known else None,
+            )
+            for tick, task_id in ids.items()
+        ]
 
     # --- changing
 

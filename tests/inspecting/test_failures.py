@@ -86,6 +86,7 @@ def test_a_group_has_its_first_and_last_failure_and_an_example(queue, clock):
     tasks = [queue.get_task_status(task_id) for task_id in group.task_ids]
     assert [task.id for task in tasks] == ["a2", "a1", "a0"]
     assert (group.last, group.first) == (tasks[0].completed_at, tasks[-1].completed_at)
+    assert group.times == [task.completed_at for task in tasks]
     assert (group.example, group.error) == ("a2", "ValueError: 2 is too much")
 
 

@@ -517,6 +517,40 @@ def test_a_preview_shows_local_time(queue):
         schedule.next(0)
 
 
+def test_the_last_ticks_have_the_statuses_of_their_tasks(started, clock):
+    schedule = started.schedule("s", "0 * * * *", "remote", tz="Europe/Berlin")
+    assert schedule.last(5) == []
+    later(started, clock, HOUR)
+    schedule.pause()
+    later(started, clock, HOUR)
+    schedule.resume()
+    later(started, clock, HOUR)
+    started.cancel_task("s@2026-03-27T13:00:00Z")
+    found = schedule.last(5)
+    assert [(tick.at.isoformat(), tick.status) for tick in found] == [
+        ("2026-03-27T16:00:00+01:00", "pending"),
+        ("2026-03-27T15:00:00+01:00", None),
+        ("2026-03-27T14:00:00+01:00", "cancelled"),
+    ]
+    assert [tick.task_id for tick in found] == [
+        f"s@2026-03-27T{hour}:00:00Z" for hour in (15, 14, 13)
+    ]
+    assert schedule.last() == found[:1]
+    with pytest.raises(ConfigurationError, match="count"):
+        schedule.last(0)
+
+
+def test_the_begin_of_an_interval_is_no_tick(started, clock):
+    schedule = started.schedule("s", every(60), "remote")
+    clock.advance(59)
+    assert schedule.last(5) == []
+    clock.advance(61)
+    assert [tick.at - NOON for tick in schedule.last(5)] == [
+        timedelta(seconds=120),
+        timedelta(seconds=60),
+    ]
+
+
 def test_a_preview_works_while_a_schedule_is_paused_or_late(queue, clock):
     schedule = queue.schedule("beat", every(60), "remote")
     clock.advance(150)
