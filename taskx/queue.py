@@ -10,6 +10,8 @@ from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
+import attrs
+
 from taskx.common.config import Config
 from taskx.common.handles import TaskHandle
 from taskx.common.hooks import Hook
@@ -1138,6 +1140,13 @@ def run(*queues: Queue, timeout: float | timedelta = 30.0) -> int:
     if not queues:
         raise ConfigurationError("run() requires at least one queue")
     return foreground.run([queue._life for queue in dict.fromkeys(queues)], timeout)
+
+
+def life_of(queue: Queue, workers: int | None = None) -> Lifetime:
+    """Return the lifetime of a queue that a supervised process runs, with another number of workers."""
+    if workers is not None:
+        queue.config = queue._life.config = attrs.evolve(queue.config, worker_num=workers)
+    return queue._life
 
 
 _queues: weakref.WeakSet[Queue] = weakref.WeakSet()
