@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -12,11 +11,8 @@ from werkzeug import wrappers
 from werkzeug.exceptions import Forbidden
 from werkzeug.routing import BuildError, MapAdapter
 
-from taskx.core.clock import to_datetime
 from taskx.core.errors import RepositoryError
 from taskx.dashboard import words
-from taskx.dashboard.charts import Charts
-from taskx.dashboard.display import Display
 from taskx.queue import Queue
 
 if TYPE_CHECKING:
