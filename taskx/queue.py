@@ -64,6 +64,7 @@ from taskx.storage.adapter import EightMethodAdapter
 from taskx.storage.base import Repository
 from taskx.storage.eight import TaskRepository
 from taskx.submitting.intake import Intake, task_of
+from taskx.submitting.layers import layered
 from taskx.submitting.mapping import Results, ahead
 from taskx.submitting.operations import Operations, dead
 from taskx.upkeep import foreground
@@ -145,6 +146,7 @@ class Queue:
         )
         self._intake = self._intake_class(self._services, state, self.config)
         self._operations = Operations(self._services, state)
+        self._entrance = layered(self._intake, self._registry.middleware)
         self._schedules.wire(self._services, self._intake)
         self._life = self._life_class(self._services, self.config, state, self)
 
@@ -315,7 +317,7 @@ class Queue:
                 have been stored: submit again with the error's ``task_id`` to find out.
         """
         wanted, said = task_of(task, params, options, SubmitOptions, "submit", self._clock, self)
-        task_id = self._intake.accept(
+        task_id = self._entrance.accept(
             wanted, said.get("priority"), said.get("on_conflict") or "reject"
         )
         try:
@@ -337,7 +339,7 @@ class Queue:
             TaskxError: the same errors as :meth:`submit`. Nothing was stored, unless ``in_doubt`` is
                 True.
         """
-        return [TaskHandle(task_id, self) for task_id in self._intake.accept_many(tasks)]
+        return [TaskHandle(task_id, self) for task_id in self._entrance.accept_many(tasks)]
 
     @overload
     def map(
@@ -455,7 +457,7 @@ class Queue:
             progress=progress,
             options=options,
             owner=self,
-            intake=lambda: self._intake,
+            intake=lambda: self._entrance,
             clock=self._clock,
         )
 
@@ -469,7 +471,7 @@ class Queue:
                 unless ``in_doubt`` is True.
         """
         tasks, shape = lay_out(flow)
-        self._intake.accept_many(tasks, spill=True)
+        self._entrance.accept_many(tasks, spill=True)
         return FlowHandle(shape, self)
 
     def flow_handle(self, shape: Shape) -> FlowHandle:
