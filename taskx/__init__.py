@@ -38,7 +38,6 @@ from taskx.core.retry import Permanent, Retry, RetryPolicy, Snooze
 from taskx.core.ticks import every
 from taskx.core.token import CancelToken
 from taskx.executing.context import Context
-from taskx.executing.current import TaskLogFilter, current_context
 from taskx.executing.executors import BoundExecutor, Executor, TaskExecutor, executor
 from taskx.executing.registry import Middleware
 from taskx.flows import Flow, FlowHandle, chain, group
@@ -54,6 +53,7 @@ from taskx.storage.eight import TaskRepository
 from taskx.storage.memory import MemoryRepository
 from taskx.storage.sqlite import SQLiteRepository
 from taskx.storage.urls import open_repository
+from taskx.submitting.bulk import Bulk
 
 if TYPE_CHECKING:
     from taskx.storage.mongo import MongoRepository
@@ -63,6 +63,7 @@ __version__ = "0.2.0"
 __all__ = [
     "Attempt",
     "BoundExecutor",
+    "Bulk",
     "CancelReason",
     "CancelToken",
     "Clock",
@@ -112,7 +113,6 @@ __all__ = [
     "TaskFailed",
     "TaskFilter",
     "TaskHandle",
-    "TaskLogFilter",
     "TaskNotFound",
     "TaskPage",
     "TaskRepository",
@@ -124,7 +124,6 @@ __all__ = [
     "UnknownTaskType",
     "ZlibCodec",
     "chain",
-    "current_context",
     "every",
     "executor",
     "group",

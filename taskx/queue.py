@@ -10,8 +10,6 @@ from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
-import attrs
-
 from taskx.common.config import Config
 from taskx.common.handles import TaskHandle
 from taskx.common.hooks import Hook
@@ -48,7 +46,7 @@ from taskx.executing.executors import (
 )
 from taskx.executing.registry import Layer, Registry, check_middleware
 from taskx.flows import Flow, FlowHandle, Shape, lay_out
-from taskx.inspecting.failures import Failures, failures
+from taskx.inspecting.failures import FailureGroup, Failures, failures, requeue_group
 from taskx.inspecting.findings import Reason
 from taskx.inspecting.health import Health, own_problems, thresholds
 from taskx.inspecting.health import check as check_health
@@ -63,10 +61,10 @@ from taskx.storage import queries
 from taskx.storage.adapter import EightMethodAdapter
 from taskx.storage.base import Repository
 from taskx.storage.eight import TaskRepository
+from taskx.submitting.bulk import Bulk, OnProgress
 from taskx.submitting.intake import Intake, task_of
-from taskx.submitting.layers import layered
 from taskx.submitting.mapping import Results, ahead
-from taskx.submitting.operations import Operations, dead
+from taskx.submitting.operations import Operations, check_deliberate, dead
 from taskx.upkeep import foreground
 from taskx.upkeep.following import follow
 from taskx.upkeep.node import Lifetime, LocalNode
@@ -146,7 +144,6 @@ class Queue:
         )
         self._intake = self._intake_class(self._services, state, self.config)
         self._operations = Operations(self._services, state)
-        self._entrance = layered(self._intake, self._registry.middleware)
         self._schedules.wire(self._services, self._intake)
         self._life = self._life_class(self._services, self.config, state, self)
 
@@ -317,7 +314,7 @@ class Queue:
                 have been stored: submit again with the error's ``task_id`` to find out.
         """
         wanted, said = task_of(task, params, options, SubmitOptions, "submit", self._clock, self)
-        task_id = self._entrance.accept(
+        task_id = self._intake.accept(
             wanted, said.get("priority"), said.get("on_conflict") or "reject"
         )
         try:
@@ -339,7 +336,7 @@ class Queue:
             TaskxError: the same errors as :meth:`submit`. Nothing was stored, unless ``in_doubt`` is
                 True.
         """
-        return [TaskHandle(task_id, self) for task_id in self._entrance.accept_many(tasks)]
+        return [TaskHandle(task_id, self) for task_id in self._intake.accept_many(tasks)]
 
     @overload
     def map(
@@ -457,7 +454,7 @@ class Queue:
             progress=progress,
             options=options,
             owner=self,
-            intake=lambda: self._entrance,
+            intake=lambda: self._intake,
             clock=self._clock,
         )
 
@@ -471,7 +468,7 @@ class Queue:
                 unless ``in_doubt`` is True.
         """
         tasks, shape = lay_out(flow)
-        self._entrance.accept_many(tasks, spill=True)
+        self._intake.accept_many(tasks, spill=True)
         return FlowHandle(shape, self)
 
     def flow_handle(self, shape: Shape) -> FlowHandle:
@@ -798,7 +795,7 @@ class Queue:
     ) -> Failures:
         """Return the failed tasks in groups of the same type, class of error and place in the code.
 
-        Run a whole group again with ``queue.requeue_many(group.task_ids)``.
+        Run a whole group again with :meth:`requeue_failures`.
 
         Args:
             type: only tasks of this type.
@@ -839,19 +836,39 @@ class Queue:
         """
         return self._operations.cancel_many([check_name(task_id, "id") for task_id in task_ids])
 
-    def requeue(self, task_id: str) -> None:
+    def requeue(
+        self,
+        task_id: str,
+        *,
+        params: Mapping[str, Any] | None = None,
+        from_step: str | None = None,
+    ) -> None:
         """Run a failed or cancelled task again; its attempts and crashes are counted from zero.
 
         Tasks that failed or were cancelled because of it, such as the rest of a chain, wait for it
         again. The task waits for parents that have not ended. It runs even if parents have failed.
 
+        The results of its steps and its cursor are kept, also with other params: the task goes on where it
+        was. What the requeue changes is noted in ``task.attempts``, with the outcome ``requeued``.
+
+        Args:
+            task_id: the id of the task.
+            params: other params, checked as by :meth:`submit` if the type is registered here; None to keep
+                them.
+            from_step: run from this step on: its result is removed, with those of all steps that were
+                stored after it, and the cursor. None to keep them.
+
         Raises:
             TaskNotFound: no task has this id.
             InvalidTransition: the task is neither failed nor cancelled.
             DuplicateTask: another task holds its unique key now.
+            PayloadError: params are not JSON, are too large, do not fit the function, or a codec refuses
+                them.
+            ConfigurationError: the task has stored no such step.
+            RepositoryCorrupt: the record is damaged, and the requeue would change it.
             QueueStopped: the queue was stopped.
         """
-        self._operations.requeue(task_id)
+        self._operations.requeue(check_name(task_id, "id"), params, from_step)
 
     def requeue_many(self, task_ids: Iterable[str]) -> int:
         """Requeue the given tasks if they failed or were cancelled, in a few transactions.
@@ -869,6 +886,124 @@ class Queue:
             RepositoryError: the repository failed; some tasks may have been requeued.
         """
         return self._operations.requeue_many([check_name(task_id, "id") for task_id in task_ids])
+
+    def requeue_all(
+        self,
+        filter: TaskFilter | None = None,
+        *,
+        rate: str | tuple[int, float | timedelta] | None = None,
+        dry_run: bool = False,
+        at_most: int | None = None,
+        on_progress: OnProgress | None = None,
+        **fields: Unpack[FilterOptions],
+    ) -> Bulk:
+        """Requeue all tasks that match, newest first, in batches; without a status, the failed ones.
+
+        Tasks that failed or were cancelled because of them run again after them. A task that fails again
+        in the meantime is not requeued a second time. After an error or an interrupt, the batches before it
+        are done: call it again to go on.
+
+        Args:
+            filter, fields: as in :meth:`list_tasks`. All that match are requeued, or ``limit`` of them.
+            rate: the tasks start one by one at this rate, such as ``"100/m"``, each at its ``run_at``: the
+                calling process need not stay alive for that. Later calls with the same conditions (dates
+                do not count) and the same rate continue after the last of these tasks.
+            dry_run: only count the tasks.
+            at_most: the largest number that a dry run counts, as in :meth:`count_tasks`.
+            on_progress: a function that gets a :class:`Bulk` after each batch. If it raises, no further
+                batch is changed.
+
+        Raises:
+            ConfigurationError: an argument is not valid, or the status is neither failed nor cancelled.
+            QueueStopped: the queue was stopped.
+            RepositoryError: the repository failed; some batches may have been requeued.
+        """
+        wanted = filter_of(filter, fields, "requeue_all", self._clock)
+        return self._operations.requeue_all(
+            wanted, rate=rate, dry_run=dry_run, at_most=at_most, on_progress=on_progress
+        )
+
+    def requeue_failures(
+        self,
+        group: FailureGroup,
+        *,
+        rate: str | tuple[int, float | timedelta] | None = None,
+        dry_run: bool = False,
+        on_progress: OnProgress | None = None,
+    ) -> Bulk:
+        """Requeue all failed tasks of a group of :meth:`failures`, also those that it has not read.
+
+        They are the failed tasks of the same type, class of error and place in the code. For that, all
+        failed tasks of this type and class of error are read, a batch at a time. On a repository with only
+        the eight methods, they are the ``task_ids`` of the group.
+
+        Args:
+            group: the group.
+            rate, dry_run, on_progress: as in :meth:`requeue_all`.
+
+        Raises:
+            TaskxError: as in :meth:`requeue_all`.
+        """
+        return requeue_group(
+            self._operations, group, rate=rate, dry_run=dry_run, on_progress=on_progress
+        )
+
+    def cancel_all(
+        self,
+        filter: TaskFilter | None = None,
+        *,
+        everything: bool = False,
+        dry_run: bool = False,
+        at_most: int | None = None,
+        on_progress: OnProgress | None = None,
+        **fields: Unpack[FilterOptions],
+    ) -> Bulk:
+        """Cancel all pending tasks that match and ask the running ones to stop, in batches.
+
+        Args:
+            filter, fields: as in :meth:`list_tasks`. All that match are cancelled, or ``limit`` of them.
+            everything: must be True if there is no condition.
+            dry_run, at_most, on_progress: as in :meth:`requeue_all`.
+
+        Raises:
+            ConfigurationError: an argument is not valid, or the status is that of ended tasks.
+            RepositoryError: the repository failed; some batches may have been cancelled.
+        """
+        wanted = filter_of(filter, fields, "cancel_all", self._clock)
+        check_deliberate(wanted, "cancel_all", everything=everything)
+        return self._operations.cancel_all(
+            wanted, dry_run=dry_run, at_most=at_most, on_progress=on_progress
+        )
+
+    def delete_all(
+        self,
+        filter: TaskFilter | None = None,
+        *,
+        everything: bool = False,
+        dry_run: bool = False,
+        at_most: int | None = None,
+        on_progress: OnProgress | None = None,
+        **fields: Unpack[FilterOptions],
+    ) -> Bulk:
+        """Delete the records of all tasks that match, in batches: also of those that have not run.
+
+        These stay: running tasks, tasks with a thread that still runs, and tasks on which an unfinished
+        task depends that stays.
+
+        Args:
+            filter, fields: as in :meth:`list_tasks`. All that match are deleted, or ``limit`` of them.
+            everything: must be True if there is no condition.
+            dry_run, at_most, on_progress: as in :meth:`requeue_all`. A dry run also counts tasks that stay.
+
+        Raises:
+            ConfigurationError: an argument is not valid, or the status is running.
+            RepositoryError: the repository failed; some batches may have been deleted.
+        """
+        wanted = filter_of(filter, fields, "delete_all", self._clock)
+        check_deliberate(wanted, "delete_all", everything=everything)
+        return self._operations.delete_all(
+            wanted, dry_run=dry_run, at_most=at_most, on_progress=on_progress
+        )
 
     def delete(self, task_id: str) -> None:
         """Delete the record of a task that is not running.
@@ -1142,13 +1277,6 @@ def run(*queues: Queue, timeout: float | timedelta = 30.0) -> int:
     if not queues:
         raise ConfigurationError("run() requires at least one queue")
     return foreground.run([queue._life for queue in dict.fromkeys(queues)], timeout)
-
-
-def life_of(queue: Queue, workers: int | None = None) -> Lifetime:
-    """Return the lifetime of a queue that a supervised process runs, with another number of workers."""
-    if workers is not None:
-        queue.config = queue._life.config = attrs.evolve(queue.config, worker_num=workers)
-    return queue._life
 
 
 _queues: weakref.WeakSet[Queue] = weakref.WeakSet()

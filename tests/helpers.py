@@ -281,7 +281,7 @@ _SECONDS = {
 _BATCHES = {
     "expiry": "upkeep.expiry.BATCH",
     "lists": "storage.queries.TASKS",
-    "operations": "submitting.operations.BATCH",
+    "operations": "submitting.bulk.BATCH",
     "recovery": "upkeep.recovery.BATCH",
     "retention": "upkeep.retention.BATCH",
     "turns": "ordering.BATCH",

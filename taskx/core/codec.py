@@ -9,7 +9,8 @@ from __future__ import annotations
 import base64
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from taskx.core import payload
@@ -121,11 +122,16 @@ class Codecs:
             for name in CODED
             if columns.get(name) not in (None, "{}")
         }
+        attempts = columns.get(ATTEMPTS)
+        if attempts and _has_old_params(attempts):
+            changed[ATTEMPTS] = _with_old_params(attempts, partial(self._encode, "params"))
         return {**columns, **changed} if changed else columns
 
     def _encode(self, column: str, text: str) -> str:
         codec = self._writer
         assert codec is not None  # the callers check it
+        if text.startswith(_PREFIX):  # old params that this process could not read
+            return text
         try:
             data = codec.encode(text.encode())
             if data is None:
@@ -166,12 +172,40 @@ class Codecs:
 
         The values are compared decoded, because a codec may write the same value differently each time.
         """
-        if stored == plain or column not in CODED or plain is None or not self._by_name:
+        if stored == plain or plain is None or not self._by_name:
             return bool(stored == plain)
         try:
-            return bool(self.value(payload.loads(stored)) == payload.loads(plain))
+            if column == ATTEMPTS and _has_old_params(plain):
+                return _with_old_params(stored, self._plain) == _with_old_params(plain, str)
+            return column in CODED and bool(
+                self.value(payload.loads(stored)) == payload.loads(plain)
+            )
         except (ValueError, TypeError, KeyError):
             return False
+
+    def _plain(self, text: str) -> str:
+        """Return stored params as JSON text, whether or not a codec wrote them."""
+        value = payload.loads(text)
+        return payload.encode_params(self.value(value)) if CODEC_KEY in value else text
+
+
+#: The column of earlier attempts, which may contain params: those before a requeue that changed them.
+ATTEMPTS = "earlier_attempts"
+
+
+def _has_old_params(attempts: str) -> bool:
+    # Within a JSON text, the quotation marks of a text are escaped.
+    return '"params":' in attempts
+
+
+def _with_old_params(attempts: str, convert: Callable[[str], str]) -> str:
+    """Return the text of attempts with the JSON text of all old params converted."""
+    found = payload.loads(attempts)
+    for attempt in found:
+        for changed in attempt[7:8]:
+            if isinstance(changed, dict) and "params" in changed:
+                changed["params"] = convert(changed["params"])
+    return payload.encode(found, ATTEMPTS, max_size=payload.NO_LIMIT)
 
 
 #: The codecs of a repository that was given none.

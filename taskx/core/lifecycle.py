@@ -6,15 +6,21 @@ guard holds is the move that happened.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 from zlib import crc32
 
 import attrs
 
-from taskx.core import unique
+from taskx.core import payload, unique
 from taskx.core.clock import LAST, to_datetime, to_ms, to_text
-from taskx.core.errors import CancelReason, InvalidTransition
+from taskx.core.errors import (
+    CancelReason,
+    ConfigurationError,
+    InvalidTransition,
+    RepositoryCorrupt,
+)
 from taskx.core.model import Attempt, Task, TaskStatus
 from taskx.core.options import CHECKS, FALLBACKS
 from taskx.core.record import (
@@ -28,8 +34,10 @@ from taskx.core.record import (
     Ended,
     Stub,
     attempts_to_text,
+    checkpoints_to_text,
     created_task,
     ids_to_text,
+    old_params_to_text,
     optional_ms,
     row_from_task,
 )
@@ -38,6 +46,8 @@ from taskx.core.writes import CREATED, PRESENT, Delete, Insert, Update, Write
 
 #: Number of ended attempts that a record keeps; the oldest are dropped first.
 MAX_KEPT_ATTEMPTS = 50
+#: Number of characters of the old params that a record keeps in its log of attempts, as JSON text.
+MAX_OLD_PARAMS = 1024 * 1024
 #: Number of characters of captured log that a record keeps; the earliest lines are dropped first.
 MAX_LOG = 64 * 1024
 
@@ -571,7 +581,9 @@ def _archive(task: Task, now: int, outcome: str, ending: Ending) -> str:
         started_at=task.started_at,
         ended_at=to_datetime(now),
         worker=ending.worker,
-        **_error(ending),
+        error=ending.error,
+        error_type=ending.error_type,
+        traceback=ending.traceback,
     )
     return attempts_to_text([*task.earlier_attempts, attempt][-MAX_KEPT_ATTEMPTS:])
 
@@ -673,22 +685,42 @@ def lift_bar(task: Task, now: int) -> list[Update]:
 
 def check_requeue(task: Task) -> None:
     """Raise ``InvalidTransition`` for a task that neither failed nor was cancelled."""
-    if task.status.value not in (FAILED, CANCELLED):
+    if task.status.value not in REQUEUEABLE:
         raise InvalidTransition(
-            f"task {task.id} is {task.status}; only failed or cancelled tasks can be requeued"
+            f"task {task.id} is {task.status}; only failed or cancelled tasks can be requeued. "
+            f"{_INSTEAD[task.status.value]}"
         )
 
 
-def requeue(task: Task, now: int, waiting_on: str | None = None) -> Update:
+#: The statuses of the tasks that a requeue can run again.
+REQUEUEABLE = (FAILED, CANCELLED)
+_INSTEAD = {
+    PENDING: "It has yet to run; to change it, cancel it first",
+    RUNNING: "Cancel it first, and requeue it when it has ended",
+    COMPLETED: (
+        "Its result may be in use: to run it again, submit a new task with its type and params"
+    ),
+}
+
+
+def requeue(
+    task: Task,
+    now: int,
+    waiting_on: str | None = None,
+    *,
+    run_at: int | None = None,
+    correction: Mapping[str, Any] | None = None,
+) -> Update:
     """Let a failed or cancelled task run again, with all counts of errors and crashes back at zero.
 
     Its waiting time counts from ``now``. If ``waiting_on`` is a parent's id, the task waits for that parent
-    first. Raises the same error as :func:`check_requeue`.
+    first. It does not start before ``run_at``, if that is given. ``correction`` has columns from
+    :func:`corrected`. Raises the same error as :func:`check_requeue`.
     """
     check_requeue(task)
     changes = {name: DEFAULTS[name] for name in _AS_NEW}
     changes["earlier_attempts"] = attempts_to_text(task.attempts[-MAX_KEPT_ATTEMPTS:])
-    changes.update(unique.taken_again(task))
+    changes.update(unique.taken_again(task), **(correction or {}))
     guard: dict[str, Any] = {"status": task.status.value, "starts": task.starts}
     if task.stuck_on:
         guard["stuck_on"] = task.stuck_on
@@ -700,7 +732,79 @@ def requeue(task: Task, now: int, waiting_on: str | None = None) -> Update:
     # A task that waits for something else gets no run_at: a host whose clock is behind might hold it back.
     if changes["held"] == FREE:
         changes["run_at"] = now
+    if run_at is not None:
+        changes["run_at"] = run_at
+        if changes["held"] == FREE:
+            changes["held"] = until_due(run_at, now)
     return Update(task.id, guard, changes, durable=True, move="requeue")
+
+
+def corrected(task: Task, now: int, params: str | None, from_step: str | None) -> dict[str, Any]:
+    """Return the columns that a requeue changes so that the task runs otherwise than before.
+
+    What it changes is noted in the log of attempts, after the last attempt.
+
+    Args:
+        task: the task, as it was before the requeue.
+        now: the time of the requeue.
+        params: other params, as JSON text; None to keep those that the task has.
+        from_step: the step whose result is removed, with those of all steps that were stored after it, and
+            the cursor; None to keep them all.
+
+    Raises:
+        ConfigurationError: the task has stored no such step.
+        RepositoryCorrupt: the record is damaged, so that what it was before cannot be noted.
+    """
+    if task.damage:
+        raise RepositoryCorrupt(
+            f"task {task.id} can only be requeued as it is: {task.damage}; submit a new task instead"
+        )
+    note = Attempt(
+        outcome="requeued",
+        ended_at=to_datetime(now),
+        old_params=None if params is None else task.params,
+        from_step=from_step or "",
+    )
+    kept = _with_bounded_params([*task.attempts, note][-MAX_KEPT_ATTEMPTS:])
+    changes: dict[str, Any] = {"earlier_attempts": attempts_to_text(kept)}
+    if params is not None:
+        changes["params"] = params
+    if from_step is not None:
+        changes["checkpoints"] = _up_to_step(task, from_step)
+    return changes
+
+
+def _up_to_step(task: Task, name: str) -> str | None:
+    """Return the checkpoints that were stored before a step, without the cursor."""
+    steps: dict[str, Any] = (task.checkpoints or {}).get("steps", {})
+    if name not in steps:
+        raise ConfigurationError(f"task {task.id} has stored no step {name!a}: {_stored(steps)}")
+    before = itertools.takewhile(lambda step: step != name, steps)
+    texts = {step: payload.encode(steps[step], step, payload.NO_LIMIT) for step in before}
+    return checkpoints_to_text(texts, None) if texts else None
+
+
+def _stored(steps: Collection[str]) -> str:
+    if not steps:
+        return "it has stored none"
+    named = ", ".join(map(ascii, itertools.islice(steps, _MOST_NAMED)))
+    more = len(steps) - _MOST_NAMED
+    return f"it has stored {named}" + (f" and {more:,} more" if more > 0 else "")
+
+
+_MOST_NAMED = 20
+
+
+def _with_bounded_params(attempts: list[Attempt]) -> list[Attempt]:
+    """Remove old params beyond :data:`MAX_OLD_PARAMS`, the oldest first; those of the last entry stay."""
+    size, kept = 0, list[Attempt]()
+    for attempt in reversed(attempts):
+        if attempt.old_params is not None:
+            size += len(old_params_to_text(attempt.old_params))
+            if size > MAX_OLD_PARAMS and kept:
+                attempt = attrs.evolve(attempt, old_params=None)
+        kept.append(attempt)
+    return kept[::-1]
 
 
 # The columns that a requeue sets to the values of a new task.
@@ -758,9 +862,9 @@ def prune(stub: Stub) -> Delete:
 
 
 def discard(task: Task) -> Delete:
-    """Remove the record of a dead letter, unless it was requeued since it was read."""
-    guard = {"status": FAILED, "starts": task.starts, **_NO_THREAD}
-    return Delete(task.id, guard, move="discard")
+    """Remove the record of a task that does not run, unless it has moved since it was read."""
+    guard = {"status": task.status.value, "starts": task.starts, **_NO_THREAD}
+    return Delete(task.id, guard, move="discard" if task.status.finished else "delete")
 
 
 # --- news for other processes

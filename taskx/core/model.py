@@ -73,15 +73,18 @@ class Attempt:
 
     Attributes:
         outcome: ``completed``, ``failed``, ``cancelled``, ``retried``, ``snoozed``, ``interrupted``,
-            ``crashed`` or, while it runs, an empty string.
-        started_at: the time of its start.
-        ended_at: the time of its end; None while it runs.
+            ``crashed`` or, while it runs, an empty string. ``requeued`` is no run: it says what a requeue
+            changed before the next one.
+        started_at: the time of its start; None for a requeue.
+        ended_at: the time of its end, or of the requeue; None while it runs.
         worker: host, process and start of the node that ran it, then its thread: ``host:4711:3f2a9c
             taskx-worker-2``; without the thread if the process died and it was not known.
         error: the error text; empty if there was no error.
         error_type: the full class name of the exception it raised, such as ``ValueError`` or
             ``requests.exceptions.Timeout``; empty if it raised none.
         traceback: the exception's traceback as text; empty if there is none.
+        old_params: the params before a requeue that changed them; None if they were not changed.
+        from_step: the first step whose result a requeue removed; empty if it kept them all.
     """
 
     outcome: str = ""
@@ -91,6 +94,8 @@ class Attempt:
     error: str = ""
     error_type: str = ""
     traceback: str = attrs.field(default="", repr=False)
+    old_params: dict[str, Any] | None = attrs.field(default=None, repr=False)
+    from_step: str = ""
 
 
 _ATTEMPT_FIELDS = tuple(field.name for field in attrs.fields(Attempt))

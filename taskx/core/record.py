@@ -16,7 +16,9 @@ JSON text. All other values are ``str``, ``int``, ``float`` or None. A row has t
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from copy import copy
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -137,7 +139,7 @@ def task_from_row(row: Sequence[Any], codecs: Codecs = NO_CODECS) -> Task:
     try:
         params = payload.loads(params) if params != "{}" else {}
         result = payload.loads(result) if result is not None else None
-        attempts = _attempts_from_text(earlier) if earlier else []
+        attempts = _attempts_from_text(earlier, codecs) if earlier else []
         if type(params) is dict and CODEC_KEY in params:
             params = codecs.value(params)
         if type(params) is not dict:
@@ -390,6 +392,15 @@ def ids_from_text(text: str) -> list[str]:
     return [_text(task_id) for task_id in ids]
 
 
+def checkpoints_to_text(steps: Mapping[str, str], cursor: str | None) -> str:
+    """Return checkpoints as JSON text; the results of the steps and the cursor are JSON text already."""
+    named = ",".join(f"{payload.encode(name, 'name')}:{text}" for name, text in steps.items())
+    parts = [f'"steps":{{{named}}}'] if steps else []
+    if cursor is not None:
+        parts.append(f'"cursor":{cursor}')
+    return f"{{{','.join(parts)}}}"
+
+
 def attempts_to_text(attempts: Sequence[Attempt]) -> str:
     """Return attempts as JSON text; empty if there are none."""
     if not attempts:
@@ -404,6 +415,7 @@ def attempts_to_text(attempts: Sequence[Attempt]) -> str:
                 attempt.error,
                 attempt.traceback,
                 attempt.error_type,
+                *_requeue_to_values(attempt),
             ]
             for attempt in attempts
         ],
@@ -412,7 +424,25 @@ def attempts_to_text(attempts: Sequence[Attempt]) -> str:
     )
 
 
-def _attempts_from_text(text: str) -> list[Attempt]:
+def _requeue_to_values(attempt: Attempt) -> list[dict[str, str]]:
+    """Return what a requeue changed, as values that follow those of every attempt."""
+    changed = {"from_step": attempt.from_step} if attempt.from_step else {}
+    if attempt.old_params is not None:
+        changed["params"] = old_params_to_text(attempt.old_params)
+    return [changed] if changed else []
+
+
+def old_params_to_text(params: dict[str, Any]) -> str:
+    """Return params of an earlier attempt as JSON text, also if no codec of this process can read them.
+
+    In the log of attempts they are text. So they can be as deep as params, and codecs can convert them.
+    """
+    if CODEC_KEY in params:
+        return json.dumps(params, separators=(",", ":"))
+    return payload.encode(params, "params", payload.NO_LIMIT)
+
+
+def _attempts_from_text(text: str, codecs: Codecs = NO_CODECS) -> list[Attempt]:
     # The first version stored no error_type. A later version may store more values, which are ignored here.
     return [
         Attempt(
@@ -423,9 +453,20 @@ def _attempts_from_text(text: str) -> list[Attempt]:
             error=error,
             traceback=traceback,
             error_type=more[0] if more else "",
+            **_requeue_from_values(more[1:2], codecs),
         )
         for outcome, started_at, ended_at, worker, error, traceback, *more in payload.loads(text)
     ]
+
+
+def _requeue_from_values(values: Sequence[Any], codecs: Codecs) -> dict[str, Any]:
+    if not values or not isinstance(changed := values[0], dict):
+        return {}
+    old = _object_from_text(changed["params"]) if "params" in changed else None
+    if old is not None and CODEC_KEY in old:
+        with suppress(Unreadable):  # the old params are not needed to run the task
+            old = codecs.value(old)
+    return {"old_params": old, "from_step": _text(changed.get("from_step", ""))}
 
 
 #: The conversions from a column to its field's value, for columns that need one.

@@ -11,6 +11,7 @@ from taskx.common.ledger import Ledger
 from taskx.core import lifecycle, payload
 from taskx.core.errors import CancelReason, ConfigurationError, RepositoryUnavailable
 from taskx.core.model import Task, check_name
+from taskx.core.record import checkpoints_to_text
 from taskx.core.token import CancelToken
 from taskx.storage.base import Repository
 
@@ -130,11 +131,7 @@ class Checkpoints:
                 "a forked child process cannot store checkpoints; call ctx.step and set ctx.cursor in "
                 "the parent process, where the task runs"
             )
-        named = ",".join(f"{payload.encode(name, 'name')}:{text}" for name, text in steps.items())
-        parts = [f'"steps":{{{named}}}'] if steps else []
-        if cursor is not None:
-            parts.append(f'"cursor":{cursor}')
-        whole = f"{{{','.join(parts)}}}"
+        whole = checkpoints_to_text(steps, cursor)
         payload.check_size(whole, "checkpoints", self._keeper.max_payload_size)
         if not self._keeper.store(self._task, whole, durable=durable, token=token):
             self._token.fire(CancelReason.LEASE_LOST)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import _thread
+import os
 import random
+import threading
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -27,7 +29,6 @@ from taskx.core.token import CancelToken
 from taskx.executing.alarms import Alarms, Overdue
 from taskx.executing.capture import Capture, CapturedLogger, capturing
 from taskx.executing.context import Context, Shared, log_prefix
-from taskx.executing.current import current
 from taskx.executing.executors import Registered
 from taskx.executing.failures import (
     MAX_ERROR,
@@ -49,6 +50,8 @@ from taskx.executing.failures import (
 #: "concluding": the executor has returned, and the outcome is not stored yet;
 #: "stuck": it was abandoned after its time-out, and its thread still runs.
 State = Literal["starting", "ahead", "executing", "concluding", "stuck"]
+
+_current = threading.local()
 
 
 class Run:
@@ -76,9 +79,18 @@ class Run:
         self.context = Context(task, self.token, shared)
 
 
+def _renew_after_fork() -> None:
+    global _current
+    _current = threading.local()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_after_fork)
+
+
 def inside_executor() -> bool:
     """Return True if the calling thread is inside an executor."""
-    return current.context is not None
+    return getattr(_current, "depth", 0) > 0
 
 
 class Runner:
@@ -94,7 +106,7 @@ class Runner:
         task, token, executor = run.task, run.token, run.executor
         started = self._clock.monotonic()
         before = forks.generation
-        outer, current.context = current.context, run.context
+        _current.depth = getattr(_current, "depth", 0) + 1
         try:
             if task.timeout is not None:
                 token.deadline = started + task.timeout
@@ -118,7 +130,7 @@ class Runner:
             forks.end_in_child(before, error)
             ending = self.ending_of(error, run)
         finally:
-            current.context = outer
+            _current.depth -= 1
             if task.timeout is not None:
                 self._alarms.remove(token)
         return self._completed(ending, run, worker, started)

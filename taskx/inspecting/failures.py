@@ -11,11 +11,14 @@ import attrs
 
 from taskx.core.checks import check_int
 from taskx.core.clock import to_datetime, to_ms
+from taskx.core.errors import ConfigurationError
 from taskx.core.lifecycle import FAILED
-from taskx.core.model import check_key, check_moment
+from taskx.core.model import TaskFilter, TaskStatus, check_key, check_moment
 from taskx.inspecting.places import Place, place_of
 from taskx.moving import Services
 from taskx.storage import queries
+from taskx.submitting.bulk import Also, Bulk, OnProgress
+from taskx.submitting.operations import Operations
 
 _FIELDS = ("id", "type", "created_at", "completed_at", "error", "error_type", "traceback")
 
@@ -33,8 +36,8 @@ class FailureGroup:
         last: the time at which the last of them failed.
         example: the id of the task that failed last.
         error: the error text of that task.
-        task_ids: the ids of all of them, the last failure first. ``queue.requeue_many(group.task_ids)``
-            runs them again.
+        task_ids: the ids of all of them, the last failure first. ``queue.requeue_failures(group)`` runs
+            them again, and those of the same cause that were not read.
         times: the times at which they failed, in the same order.
     """
 
@@ -86,6 +89,30 @@ class Failures:
             "since": None if self.since is None else self.since.isoformat(),
             "complete": self.complete,
         }
+
+
+def requeue_group(
+    operations: Operations,
+    group: FailureGroup,
+    *,
+    rate: Any,
+    dry_run: bool,
+    on_progress: OnProgress | None,
+) -> Bulk:
+    """Do the work of :meth:`Queue.requeue_failures`."""
+    if not isinstance(group, FailureGroup):
+        raise ConfigurationError(
+            f"requeue_failures() takes a group of queue.failures(), not {group!r:.80}"
+        )
+    if operations.keeps_no_errors:
+        return operations.requeue_given(
+            group.task_ids, rate=rate, dry_run=dry_run, on_progress=on_progress
+        )
+    wanted = TaskFilter(status=TaskStatus.FAILED, type=group.type, error_type=group.error_type)
+    here = Also(str(group.place), lambda task: place_of(task.traceback) == group.place)
+    return operations.requeue_all(
+        wanted, also=here, rate=rate, dry_run=dry_run, on_progress=on_progress
+    )
 
 
 class _Failed(NamedTuple):

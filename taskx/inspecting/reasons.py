@@ -310,18 +310,19 @@ class _Inquiry:
         return [*found] != [(task.status.value, task.starts)]
 
     def _ended(self, task: Task) -> Iterator[Reason]:
+        attempts = sum(attempt.outcome != "requeued" for attempt in task.attempts)
         facts = {
             "at": task.completed_at,
             "duration": task.duration,
-            "attempts": len(task.attempts),
+            "attempts": attempts,
             "worker": task.worker,
             "error": task.error,
             "error_type": task.error_type,
         }
         at = "" if task.completed_at is None else f" at {moment(task.completed_at)}"
         words = f"It {'was ' if task.status is TaskStatus.CANCELLED else ''}{task.status}{at}"
-        if task.attempts:
-            words += f" after {duration(task.duration)}, in attempt {len(task.attempts)}"
+        if attempts:
+            words += f" after {duration(task.duration)}, in attempt {attempts}"
             words += f" on {task.worker}" if task.worker else ""
         words += f": {first_line(task.error)}" if task.error else ""
         kind: Any = task.status.value

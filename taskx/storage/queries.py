@@ -6,7 +6,7 @@ import base64
 import json
 from collections.abc import Collection, Iterator, Sequence
 from datetime import datetime
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import attrs
@@ -223,12 +223,20 @@ def matching(repository: Repository, filter: TaskFilter) -> Iterator[Task]:
     return islice(every, filter.offset, most)
 
 
-def _pages(repository: Repository, filter: TaskFilter) -> Iterator[Task]:
-    """Yield all tasks that match the filter, reading at most its limit at a time."""
+def pages(repository: Repository, filter: TaskFilter) -> Iterator[Sequence[Task]]:
+    """Yield all tasks that match the filter, newest first, in pages of at most its limit.
+
+    A task that is changed before the next page is read neither hides nor repeats another one.
+    """
     tasks, after = _list_after(repository, filter)
     while tasks:
-        yield from tasks
+        yield tasks
         tasks, after = _list_after(repository, filter, after)
+
+
+def _pages(repository: Repository, filter: TaskFilter) -> Iterator[Task]:
+    """Yield all tasks that match the filter, reading at most its limit at a time."""
+    return chain.from_iterable(pages(repository, filter))
 
 
 def _list_after(

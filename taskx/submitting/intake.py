@@ -13,7 +13,7 @@ import attrs
 
 from taskx.common import permission
 from taskx.common.config import Config
-from taskx.core import lifecycle, unique
+from taskx.core import lifecycle, payload, unique
 from taskx.core.clock import Clock
 from taskx.core.creation import new_record
 from taskx.core.errors import (
@@ -497,6 +497,23 @@ def prepare(services: Services, task: Task, priority: int | None = None) -> Inse
         if executor.expires is not None and "expires_at" not in row:
             row["expires_at"] = lifecycle.expiry(row["created_at"], row["run_at"], executor.expires)
     return insert
+
+
+def new_params(services: Services, type: str, params: Any) -> str:
+    """Return other params for a stored task as JSON text, checked as for a new task.
+
+    What only its executor knows is checked if that is registered here.
+
+    Raises:
+        PayloadError: they break the JSON rules, are too large, or do not fit the executor.
+    """
+    registry = services.registry
+    task = encoded(Task(type=type, params=params), registry.values)
+    text = payload.encode_params(task.params, registry.max_payload_size)
+    executor = registry.registered.get(type)
+    if executor is not None and executor.check_params is not None:
+        executor.check_params(task.params)
+    return text
 
 
 def encoded(task: Task, values: Mapping[str, Values]) -> Task:

@@ -26,6 +26,7 @@ from taskx.storage.adapter import EightMethodAdapter
 from taskx.storage.base import Repository
 from taskx.storage.eight import TaskRepository
 from taskx.storage.memory import MemoryRepository
+from taskx.submitting.bulk import Bulk
 from taskx.submitting.intake import Intake
 from taskx.testing import submissions
 from taskx.testing.clock import ManualClock
@@ -475,8 +476,14 @@ class InlineQueue(ManualQueue):
         ]
         return min(moments, default=None)
 
-    def requeue(self, task_id: str) -> None:
-        super().requeue(task_id)
+    def requeue(
+        self,
+        task_id: str,
+        *,
+        params: Mapping[str, Any] | None = None,
+        from_step: str | None = None,
+    ) -> None:
+        super().requeue(task_id, params=params, from_step=from_step)
         self._finish([task_id])
 
     def requeue_many(self, task_ids: Iterable[str]) -> int:
@@ -491,6 +498,22 @@ class InlineQueue(ManualQueue):
         count = super().requeue_dead_letters(filter, **fields)
         self._finish()
         return count
+
+    def requeue_all(self, *args: Any, **options: Any) -> Bulk:
+        return self._finished(super().requeue_all(*args, **options))
+
+    def requeue_failures(self, *args: Any, **options: Any) -> Bulk:
+        return self._finished(super().requeue_failures(*args, **options))
+
+    def cancel_all(self, *args: Any, **options: Any) -> Bulk:
+        return self._finished(super().cancel_all(*args, **options))
+
+    def delete_all(self, *args: Any, **options: Any) -> Bulk:
+        return self._finished(super().delete_all(*args, **options))
+
+    def _finished(self, bulk: Bulk) -> Bulk:
+        self._finish()
+        return bulk
 
     def cancel_task(self, task_id: str) -> bool:
         cancelled = super().cancel_task(task_id)

@@ -42,35 +42,25 @@ class _Call:
         self._woken.set()
 
 
-class Signals:
-    """Catches SIGINT and SIGTERM within a ``with`` block. A handler only notes the signal.
+class _Signals:
+    """Catches SIGINT and SIGTERM within a ``with`` block. A handler only notes the signal."""
 
-    With ``once``, only the first signal of the system counts. A supervised process gets its orders from its
-    supervisor, by :meth:`note`. Some managers send each signal to both of them.
-    """
-
-    def __init__(self, *, once: bool = False) -> None:
-        #: The noted signals, the first one first.
+    def __init__(self) -> None:
+        #: The caught signals, the first one first.
         self.caught: list[int] = []
-        self._once = once
         self._woken = Signal()
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> Signals:
+    def __enter__(self) -> _Signals:
         for number in _SIGNALS:
             before = signal.getsignal(number)
             # A shell starts a job in the background with SIGINT ignored. It must stay ignored.
             if before is not signal.SIG_IGN:
                 self._before[number] = before
-                signal.signal(number, self._hear)
+                signal.signal(number, self._note)
         return self
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        if not (self._once and self.caught):
-            self.note(number)
-
-    def note(self, number: int) -> None:
-        """Note a signal. Any thread may call this."""
+    def _note(self, number: int, frame: FrameType | None) -> None:
         self.caught.append(number)
         self._woken.set()
 
@@ -94,9 +84,7 @@ class Signals:
             self._woken.wait(_POLL)
 
 
-def run(
-    lives: Sequence[Lifetime], timeout: float | timedelta, signals: Signals | None = None
-) -> int:
+def run(lives: Sequence[Lifetime], timeout: float | timedelta) -> int:
     """Do the work of :func:`taskx.run` with the lifetimes of its queues."""
     seconds = check_number(timeout, "timeout")
     if not on_main_thread():
@@ -104,7 +92,7 @@ def run(
             "run() must be called in the main thread, because only there a program can handle signals; "
             "elsewhere use start() and stop()"
         )
-    with signals or Signals() as signals:
+    with _Signals() as signals:
         starts: list[_Call] = []
         try:
             starts.extend(signals.call(life.start) for life in lives)
@@ -116,7 +104,7 @@ def run(
 
 
 def _run(
-    lives: Sequence[Lifetime], starts: Sequence[_Call], timeout: float, signals: Signals
+    lives: Sequence[Lifetime], starts: Sequence[_Call], timeout: float, signals: _Signals
 ) -> int:
     def ended() -> bool:
         return all(start.over for start in starts) and all(life.ended for life in lives)

@@ -1,0 +1,301 @@
+"""Bulk changes: the tasks that they choose, the times at which these may start, and the record of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from datetime import datetime, timezone
+from itertools import islice
+from typing import Any, Literal
+
+import attrs
+
+from taskx.core.clock import LAST, Clock, to_datetime
+from taskx.core.model import CONDITIONS, Task, TaskFilter
+from taskx.core.rate import Rate
+from taskx.core.writes import Note
+from taskx.storage import queries
+from taskx.storage.base import Repository
+
+#: Most tasks read at a time, and changed in one transaction together with the tasks that ended with them.
+BATCH = 200
+#: The name of the note with the times up to which tasks are staggered.
+_NOTE = "bulk"
+_EARLY = datetime(1, 1, 1, tzinfo=timezone.utc)
+
+Action = Literal["requeue", "cancel", "delete"]
+
+
+@attrs.frozen(kw_only=True)
+class Bulk:
+    """A change of all tasks that match a filter, as it is now.
+
+    Attributes:
+        action: ``"requeue"``, ``"cancel"`` or ``"delete"``.
+        dry_run: True if nothing was changed, and the tasks were only counted.
+        matched: the number of tasks that were found to match so far: ``changed`` and those skipped.
+        exact: False if a dry run stopped counting at ``at_most``.
+        changed: the number of tasks among them that were changed.
+        asked: the number of tasks among the changed ones that were running and were asked to stop.
+        more: the number of other tasks that were requeued, because they had ended with the changed ones.
+        skipped: the number of tasks that were not changed, by reason: ``"changed"`` (it moved in the
+            meantime), ``"unique_key"`` (another task holds its unique key), ``"running"``, ``"thread"`` (a
+            thread of it still runs), ``"needed"`` (an unfinished task depends on it), ``"asked"`` (it was
+            asked to stop before).
+        reached: the ``created_at`` of the last task that was looked at, as the newest comes first; None if
+            there was none.
+        starts_until: the time at which the last of the staggered tasks may start; None without a rate.
+    """
+
+    action: Action
+    dry_run: bool = False
+    matched: int = 0
+    exact: bool = True
+    changed: int = 0
+    asked: int = 0
+    more: int = 0
+    skipped: Mapping[str, int] = attrs.field(factory=dict)
+    reached: datetime | None = None
+    starts_until: datetime | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as a dict of JSON values; times are ISO text."""
+        data = {**attrs.asdict(self), "skipped": dict(self.skipped)}
+        for name in ("reached", "starts_until"):
+            data[name] = data[name] and data[name].isoformat()
+        return data
+
+
+#: A function that is told how far a bulk change has come, after each batch.
+OnProgress = Callable[[Bulk], object]
+
+
+class Tally:
+    """Counts what a bulk change has done, and tells ``on_progress``."""
+
+    def __init__(self, action: Action, on_progress: OnProgress | None = None) -> None:
+        self.bulk = Bulk(action=action)
+        self._on_progress = on_progress
+
+    def add(
+        self,
+        matched: int,
+        *,
+        changed: int,
+        skipped: Iterable[str],
+        reached: datetime | None,
+        asked: int = 0,
+        more: int = 0,
+        starts_until: int | None = None,
+    ) -> None:
+        """Add a batch that is done, and tell how far the change has come."""
+        before = self.bulk
+        last = before.starts_until if starts_until is None else to_datetime(starts_until)
+        self.bulk = attrs.evolve(
+            before,
+            matched=before.matched + matched,
+            changed=before.changed + changed,
+            asked=before.asked + asked,
+            more=before.more + more,
+            skipped=dict(Counter(before.skipped) + Counter(skipped)),
+            reached=reached,
+            starts_until=last,
+        )
+        if self._on_progress is not None:
+            self._on_progress(self.bulk)
+
+
+# --- the tasks that are changed
+
+
+class Selection(ABC):
+    """The tasks of a bulk change, each of them once.
+
+    A task may be changed before its page comes, because of its child. Then it is reported by ``passed``,
+    and its page leaves it out, even if it has failed again in the meantime.
+    """
+
+    @abstractmethod
+    def pages(self) -> Iterator[dict[str, Task]]:
+        """Yield the tasks by id, in pages that are not empty."""
+
+    @abstractmethod
+    def of(self, tasks: Mapping[str, Task]) -> set[str]:
+        """Return the ids of those tasks of the selection whose page is still to come."""
+
+    @abstractmethod
+    def passed(self, tasks: Mapping[str, Task], parents: Collection[str]) -> None:
+        """Note that tasks were changed: those of the page, and others. Tasks depend on ``parents``."""
+
+    @abstractmethod
+    def may_have(self, task_id: str) -> bool:
+        """Return False if it is certain, without a read, that a task is not ahead in the selection."""
+
+
+class Given(Selection):
+    """The tasks with the given ids, if they are wanted when they are read."""
+
+    def __init__(
+        self, repository: Repository, task_ids: Iterable[str], wanted: Callable[[Task], bool]
+    ) -> None:
+        self._repository = repository
+        self._left = dict.fromkeys(task_ids)
+        self._wanted = wanted
+
+    def pages(self) -> Iterator[dict[str, Task]]:
+        while some := [*islice(self._left, BATCH)]:
+            for task_id in some:
+                del self._left[task_id]
+            found = self._repository.get_many(some)
+            if tasks := {i: found[i] for i in some if i in found and self._wanted(found[i])}:
+                yield tasks
+
+    def of(self, tasks: Mapping[str, Task]) -> set[str]:
+        return {i for i, task in tasks.items() if i in self._left and self._wanted(task)}
+
+    def passed(self, tasks: Mapping[str, Task], parents: Collection[str]) -> None:
+        for task_id in tasks:
+            self._left.pop(task_id, None)
+
+    def may_have(self, task_id: str) -> bool:
+        return task_id in self._left
+
+
+class Matching(Selection):
+    """The tasks that match a filter without a limit, newest first. Only one page of them is in memory.
+
+    Args:
+        repository: the repository to read.
+        filter: the conditions.
+        also: a further condition.
+    """
+
+    def __init__(
+        self,
+        repository: Repository,
+        filter: TaskFilter,
+        also: Also,
+    ) -> None:
+        self._repository = repository
+        self._filter = filter
+        self._also = also.meets
+        # The page, and the dates of its first and last task.
+        self._page: Mapping[str, Task] = {}
+        self._newest = self._oldest = _EARLY
+        # Changed tasks that may be met again, in a later page or as the parent of a task there.
+        self._apart: dict[str, datetime] = {}
+
+    def pages(self) -> Iterator[dict[str, Task]]:
+        wanted = attrs.evolve(self._filter, limit=BATCH)
+        for page in queries.pages(self._repository, wanted):
+            self._newest, self._oldest = created_at(page[0]), created_at(page[-1])
+            tasks = {t.id: t for t in page if t.id not in self._apart and self._also(t)}
+            if self._repository.shortcoming:  # its lists lack the fields that are only in memory
+                found = self._repository.get_many([*tasks])
+                tasks = {i: found[i] for i in tasks if i in found and wanted.matches(found[i])}
+            self._page = tasks
+            if tasks:
+                yield tasks
+            self._apart = {i: date for i, date in self._apart.items() if date <= self._oldest}
+
+    def of(self, tasks: Mapping[str, Task]) -> set[str]:
+        return {
+            task_id
+            for task_id, task in tasks.items()
+            if task_id not in self._apart
+            and created_at(task) <= self._newest
+            and self._filter.matches(task)
+            and self._also(task)
+        }
+
+    def passed(self, tasks: Mapping[str, Task], parents: Collection[str]) -> None:
+        for task_id, task in tasks.items():
+            date = created_at(task)
+            if date <= self._oldest and (task_id not in self._page or task_id in parents):
+                self._apart[task_id] = date
+
+    def may_have(self, task_id: str) -> bool:
+        return task_id not in self._apart
+
+
+def created_at(task: Task) -> datetime:
+    """Return the date by which lists are sorted."""
+    return task.created_at or _EARLY
+
+
+def conditions(filter: TaskFilter) -> object:
+    """Return the conditions of a filter except dates: an age is another date in each call."""
+    names = sorted(CONDITIONS - {"start_date", "end_date"})
+    return [(name, getattr(filter, name)) for name in names]
+
+
+@attrs.frozen
+class Also:
+    """A further condition, and a name that is the same in every process."""
+
+    name: str
+    meets: Callable[[Task], bool]
+
+
+#: No further condition.
+ANY = Also("", lambda task: True)
+
+
+# --- the times at which they may start
+
+
+class Stagger:
+    """Gives tasks the times at which they may start, at a rate, the first one at once.
+
+    The last time given is noted in the repository. So tasks that are requeued later for the same reason and
+    at the same rate come after these, also in another process, and after a crash. A note is kept until its
+    time has come. A repository without notes begins anew with each call.
+
+    Args:
+        repository: keeps the note.
+        clock: the time.
+        rate: the number of tasks in a period.
+        reason: says which tasks these are.
+    """
+
+    def __init__(self, repository: Repository, clock: Clock, rate: Rate, reason: object) -> None:
+        self._repository = repository
+        self._clock = clock
+        self._interval = rate.interval * 1000
+        text = repr((rate.count, rate.seconds, reason))
+        self._key = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        self._until = 0.0
+
+    def take(self, count: int) -> list[int]:
+        """Return the times of the next ``count`` tasks, in milliseconds."""
+        first = self._reserve(count * self._interval)
+        return [min(round(first + number * self._interval), LAST) for number in range(count)]
+
+    def _reserve(self, length: float) -> float:
+        """Return the start of the next free period of this length; it is not given to others then."""
+        while True:
+            now = float(self._clock.now_ms())
+            note = None if self._repository.shortcoming else self._read()
+            known = {} if note is None else _untils(note.text)
+            first = max(now, self._until, known.get(self._key, 0.0))
+            if self._repository.shortcoming:
+                self._until = first + length
+                return first
+            kept = {key: until for key, until in known.items() if until > now}
+            text = json.dumps({**kept, self._key: first + length})
+            if self._repository.put_note(_NOTE, text, 0 if note is None else note.version):
+                return first
+
+    def _read(self) -> Note | None:
+        return self._repository.notes_named([_NOTE]).get(_NOTE)
+
+
+def _untils(text: str) -> dict[str, float]:
+    """Return the times in a note; a damaged note has none."""
+    try:
+        return {str(key): float(until) for key, until in json.loads(text).items()}
+    except (ValueError, TypeError, AttributeError):
+        return {}
