@@ -16,6 +16,7 @@ from taskx.core.creation import check_parents
 from taskx.core.errors import ConfigurationError, TaskNotFound
 from taskx.core.ids import new_id
 from taskx.core.model import Task, TaskStatus, check_key
+from taskx.core.tags import check_tags
 from taskx.executing.executors import AnyExecutor, executor_of
 from taskx.storage.base import Repository
 
@@ -25,6 +26,8 @@ Step = Union[Task, AnyExecutor, "Flow"]
 Shape = Union[str, "dict[str, list[Shape]]"]
 #: Most pairs of a task and one of its parents in one flow.
 MOST_EDGES = 1_000_000
+# Tasks read at a time to find one that has not been deleted.
+_SOME = 100
 _UNFINISHED = frozenset({TaskStatus.PENDING, TaskStatus.RUNNING})
 
 
@@ -130,19 +133,40 @@ class FlowHandle:
     """One handle for all tasks of a submitted flow.
 
     Attributes:
+        id: the id of the flow: ``list_tasks(flow=id)`` lists its tasks.
         ids: the ids of all its tasks, in the order in which the flow names them.
         shape: the flow as JSON values, from which ``queue.flow_handle`` makes a handle in any process. A
             task is its id, a chain ``{"chain": [...]}`` and a group ``{"group": [...]}``.
     """
 
-    def __init__(self, shape: Shape, queue: _Queue) -> None:
+    def __init__(self, shape: Shape, queue: _Queue, flow_id: str = "") -> None:
         self.shape = shape
         self._queue = queue
+        self._id = flow_id
         self.ids = list(_ids(shape))
         self._handles = {task_id: queue.handle(task_id) for task_id in self.ids}
 
     def __repr__(self) -> str:
         return f"<FlowHandle of {len(self.ids)} tasks>"
+
+    @property
+    def id(self) -> str:
+        """The id of the flow.
+
+        It is empty if all its tasks are deleted, or were submitted by an older TaskX. For a handle that
+        ``queue.flow_handle`` made, it is read from the repository once.
+
+        Raises:
+            RepositoryError: the repository cannot be read.
+        """
+        if not self._id:
+            last = list(reversed(self.ids))  # of a chain, the last tasks are pruned last
+            for start in range(0, len(last), _SOME):
+                found = self._queue.repository.get_many(last[start : start + _SOME])
+                if found:
+                    self._id = next(iter(found.values())).flow
+                    break
+        return self._id
 
     @property
     def handles(self) -> list[TaskHandle[Any]]:
@@ -271,18 +295,18 @@ def _restore(shape: Shape, found: dict[str, TaskStatus | None], later: bool = Fa
     return completed
 
 
-def lay_out(flow: Flow) -> tuple[list[Task], Shape]:
-    """Return the tasks of a flow, with ids and parents, and the flow's shape.
+def lay_out(flow: Flow, flow_id: str = "", tags: Sequence[str] = ()) -> tuple[list[Task], Shape]:
+    """Return the tasks of a flow, with ids, parents, the flow's id and these tags, and the flow's shape.
 
     Raises:
         ConfigurationError: the value is not a flow, too many tasks depend on too many others, flows are
-            nested too deep, or ``depends_on`` of a task is not a list of ids.
+            nested too deep, or tags or ``depends_on`` of a task are not lists of texts.
     """
     if not isinstance(flow, (Task, Flow)):
         raise ConfigurationError(
             f"submit_flow requires a flow made by chain() or group(), not {type(flow).__name__}"
         )
-    layout = _Layout()
+    layout = _Layout(flow_id, check_tags(tags))
     try:
         shape, _ = layout.lay(flow, [])
     except RecursionError:
@@ -291,8 +315,10 @@ def lay_out(flow: Flow) -> tuple[list[Task], Shape]:
 
 
 class _Layout:
-    def __init__(self) -> None:
+    def __init__(self, flow_id: str, tags: Sequence[str]) -> None:
         self.tasks: list[Task] = []
+        self._flow_id = flow_id
+        self._tags = tags
         self._edges = 0
 
     def lay(self, step: Task | Flow, parents: list[str]) -> tuple[Shape, list[str]]:
@@ -319,5 +345,9 @@ class _Layout:
                 "between two large groups, so that the second group depends on that task only"
             )
         own = check_parents(task.depends_on)
-        self.tasks.append(attrs.evolve(task, id=task_id, depends_on=[*own, *parents]))
+        tags = (*check_tags(task.tags), *self._tags)
+        made = attrs.evolve(
+            task, id=task_id, depends_on=[*own, *parents], flow=self._flow_id, tags=tags
+        )
+        self.tasks.append(made)
         return task_id, [task_id]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
@@ -16,6 +16,7 @@ from taskx.common.hooks import Hook
 from taskx.common.pauses import Paused
 from taskx.core.clock import SYSTEM_CLOCK, Clock, check_clock
 from taskx.core.errors import ConfigurationError, RepositoryError
+from taskx.core.ids import new_id
 from taskx.core.log import GuardedLogger, check_logger
 from taskx.core.model import (
     Task,
@@ -185,6 +186,7 @@ class Queue:
             timeout: seconds after which an attempt's token fires.
             priority: tasks with a higher number run first (default 0).
             retry: how often, when and after which errors another attempt follows (default: at once).
+            tags: short texts to filter by; each task has these besides those of its submit.
             expires: seconds, or a ``timedelta``, from a task's ``run_at``, or from its submit, within
                 which it must start for the first time; otherwise it is cancelled (default: no limit).
             capture_log: store what the executor logs in ``task.log``: True for level INFO and above,
@@ -285,6 +287,8 @@ class Queue:
             max_crashes: number of times that the process may die before the task fails; with 1 the
                 task never runs again after a crash.
             retry: how often, when and after which errors another attempt follows.
+            tags: at most 20 short texts that you can filter by: 1 to 64 characters each, without white
+                space. The task also has the tags of its executor.
             unique_key: a text that at most one task can hold at a time.
             unique_scope: how long the task holds the unique key: ``"pending"``: until it first starts;
                 ``"unfinished"`` (default): until it has ended; ``"ever"``: as long as its record is
@@ -425,7 +429,7 @@ class Queue:
             progress: show on ``sys.stderr`` how many items are done: a bar in a terminal or a notebook
                 if the package rich is installed, else a line every five seconds.
             options: options of new tasks: ``created_by``, ``priority``, ``max_attempts``,
-                ``max_crashes`` and ``retry``, as in :meth:`submit`.
+                ``max_crashes``, ``retry`` and ``tags``, as in :meth:`submit`.
 
         Raises:
             TaskFailed: from the iterator, in the place of an item whose task failed. The iterator
@@ -458,18 +462,23 @@ class Queue:
             clock=self._clock,
         )
 
-    def submit_flow(self, flow: Flow) -> FlowHandle:
+    def submit_flow(self, flow: Flow, *, tags: Sequence[str] = ()) -> FlowHandle:
         """Submit a chain or group of tasks, all or none, and return one handle for all of them.
 
         A flow can have any size: tasks that do not fit into the buffer wait in the repository.
+
+        Args:
+            flow: the flow, made by :func:`chain` or :func:`group`.
+            tags: short texts to filter by; each task has these besides its own.
 
         Raises:
             TaskxError: the errors of :meth:`submit_many` except ``QueueFull``. Nothing was stored,
                 unless ``in_doubt`` is True.
         """
-        tasks, shape = lay_out(flow)
+        flow_id = new_id()
+        tasks, shape = lay_out(flow, flow_id, tags)
         self._intake.accept_many(tasks, spill=True)
-        return FlowHandle(shape, self)
+        return FlowHandle(shape, self, flow_id)
 
     def flow_handle(self, shape: Shape) -> FlowHandle:
         """Return a handle for a flow that any process submitted before.
@@ -547,7 +556,7 @@ class Queue:
                 ``"skip"``, and unlimited with ``"one"``; ``"all"`` requires a value.
             overlap: with ``"skip"``, a tick gets no task while the schedule's last task has not ended.
             created_by: this field of its tasks; ``schedule:`` and the name by default.
-            priority, timeout, max_attempts, max_crashes, retry, concurrency_key: options of its
+            priority, timeout, max_attempts, max_crashes, retry, tags, concurrency_key: options of its
                 tasks, as in :meth:`submit`.
             expires: seconds, or a ``timedelta``, from a tick, or from when its task is made if that is
                 later; the task is cancelled if it has not started by then.
@@ -604,9 +613,9 @@ class Queue:
             at_most: the largest total that is counted; None for no limit.
             fields: the fields of a :class:`TaskFilter`, instead of one: ``type``, ``status``,
                 ``created_by``, ``start_date``, ``end_date``, ``error``, ``error_type``, ``id_prefix``,
-                ``params``, ``parent``, ``offset``, ``limit``; and the age of the tasks in seconds or as a
-                timedelta: ``older`` than that, ``newer`` than that. With ``params`` only the newest 100,000
-                tasks are searched; ``searched_since`` of the page says so.
+                ``params``, ``parent``, ``tag``, ``flow``, ``offset``, ``limit``; and the age of the tasks
+                in seconds or as a timedelta: ``older`` than that, ``newer`` than that. With ``params`` only
+                the newest 100,000 tasks are searched; ``searched_since`` of the page says so.
 
         Raises:
             ConfigurationError: a value is not valid, or both a filter and fields were given, or params were

@@ -42,6 +42,7 @@ from taskx.core.record import (
     row_from_task,
 )
 from taskx.core.retry import MAX_WAIT
+from taskx.core.tags import labels_to_text
 from taskx.core.writes import CREATED, PRESENT, Delete, Insert, Update, Write
 
 #: Number of ended attempts that a record keeps; the oldest are dropped first.
@@ -233,7 +234,8 @@ def replace(holder: Task, new: Insert) -> list[Update]:
     The holder keeps its age, and goes on waiting for its parents, its turn or a thread. Return no write if
     the holder is not pending, or if its type, parents or concurrency key differ: these cannot be replaced.
     """
-    if holder.status is not TaskStatus.PENDING or _fixed(holder) != _fixed(created_task(new.row)):
+    wanted = created_task(new.row)
+    if holder.status is not TaskStatus.PENDING or _fixed(holder) != _fixed(wanted):
         return []
     # The checkpoints of earlier attempts belong to the old params. A node that has read the record to start
     # it has the old params, too: it finds that ``starts`` has changed.
@@ -241,6 +243,8 @@ def replace(holder: Task, new: Insert) -> list[Update]:
     changes.update(checkpoints=None, starts=holder.starts + 1)
     if holder.expires_at is not None or "expires_at" in new.row:
         changes["expires_at"] = new.row.get("expires_at")
+    if wanted.tags != holder.tags:
+        changes["tags"] = labels_to_text(wanted.tags, holder.flow)
     # No owner: the task is fetched again and sorted by its new priority.
     due = {**changes, "held": until_due(changes["run_at"], new.row["created_at"]), "owner": ""}
     guard = {"status": PENDING, "unique_lock": holder.unique_key, "starts": holder.starts}

@@ -17,6 +17,7 @@ from taskx.core.conditions import Condition, as_conditions, contains, meets
 from taskx.core.errors import ConfigurationError
 from taskx.core.payload import is_encodable
 from taskx.core.retry import RetryPolicy
+from taskx.core.tags import FLOW, as_tags, check_flow
 
 #: Longest id, type and created_by, in characters: all three are keys of indexes.
 MAX_NAME = 255
@@ -144,6 +145,8 @@ class Task:
             no key.
         expires_at: if the task has not started for the first time by then, it is cancelled; None for
             never, and after its first attempt.
+        tags: short texts that you can filter by.
+        flow: the id of the flow that it is part of; empty if it is part of none. ``submit_flow`` sets it.
         errors: number of attempts that raised.
         crashes: number of attempts during which the process died.
         interruptions: number of attempts cut short by a stop, or by the crash of another task.
@@ -191,6 +194,8 @@ class Task:
     on_parent_failure: str | None = None
     concurrency_key: str | None = None
     expires_at: datetime | None = None
+    tags: Sequence[str] = ()
+    flow: str = ""
     errors: int = 0
     crashes: int = 0
     interruptions: int = 0
@@ -245,6 +250,8 @@ class Task:
         data = {name: _to_json(getattr(self, name)) for name in TASK_FIELDS}
         data["retry"] = None if self.retry is None else self.retry.to_dict()
         data["depends_on"] = list(self.depends_on)
+        data["tags"] = list(self.tags)
+        data["flow"] = self.flow
         data["earlier_attempts"] = [
             {name: _to_json(value) for name, value in attrs.asdict(attempt, recurse=False).items()}
             for attempt in self.earlier_attempts
@@ -265,6 +272,8 @@ class Task:
             known[name] = _from_iso(known.get(name))
         known["status"] = TaskStatus(known.get("status", "pending"))
         known["depends_on"] = known.get("depends_on") or ()
+        known["tags"] = tuple(known.get("tags") or ())
+        known["flow"] = data.get("flow") or ""
         if known.get("retry") is not None:
             known["retry"] = RetryPolicy.from_dict(known["retry"])
         known["earlier_attempts"] = [
@@ -277,9 +286,9 @@ class Task:
         return cls(**known)
 
 
-#: The stored fields, in order.
+#: The stored fields, in order. The column ``tags`` holds ``flow``, too.
 TASK_FIELDS: tuple[str, ...] = tuple(
-    field.name for field in attrs.fields(Task) if field.name != "damage"
+    field.name for field in attrs.fields(Task) if field.name not in ("flow", "damage")
 )
 TIME_FIELDS = (
     *("created_at", "started_at", "completed_at"),
@@ -372,6 +381,8 @@ class TaskFilter:
             ``"user.id"``, or a tuple of keys, for keys that contain dots. It leads through objects, not
             through lists. A value is a text, a number, a bool or None.
         parent: tasks that depend on the task with this id.
+        tag: tasks with this tag; of several tags, tasks with all of them.
+        flow: tasks of the flow with this id.
         offset: number of tasks to skip.
         limit: largest number of tasks; lists use 100 if it is not given.
 
@@ -392,6 +403,14 @@ class TaskFilter:
     id_prefix: str | None = attrs.field(default=None, validator=optional(by(check_name)))
     params: tuple[Condition, ...] | None = attrs.field(default=None, converter=as_conditions)
     parent: str | None = attrs.field(default=None, validator=optional(by(check_name)))
+    tag: tuple[str, ...] | None = attrs.field(default=None, converter=as_tags)
+    flow: str | None = attrs.field(default=None, validator=optional(by(check_flow)))
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What the column ``tags`` of a matching task contains: see ``taskx.core.tags``."""
+        labels = self.tag or ()
+        return labels if self.flow is None else (*labels, FLOW + self.flow)
 
     @property
     def limited(self) -> bool:
@@ -417,6 +436,8 @@ class TaskFilter:
             and (self.id_prefix is None or task.id.startswith(self.id_prefix))
             and (self.params is None or meets(task.params, self.params))
             and (self.parent is None or self.parent in task.depends_on)
+            and (self.tag is None or set(self.tag) <= {*task.tags})
+            and self.flow in (None, task.flow)
         )
 
 

@@ -20,6 +20,7 @@ from taskx.core.errors import ConfigurationError
 from taskx.core.model import TaskFilter, TaskStatus, check_filter, check_moment
 from taskx.core.rate import Limit, LimitScope, rate_of
 from taskx.core.retry import RetryPolicy
+from taskx.core.tags import check_tags
 
 MAX_PRIORITY = 1_000_000
 #: Default grace period, in seconds: the time for an executor to end after its token has fired.
@@ -48,6 +49,7 @@ class CommonOptions(TypedDict, total=False):
     max_attempts: int | None
     max_crashes: int | None
     retry: RetryPolicy | None
+    tags: Sequence[str] | None
 
 
 class RunOptions(CommonOptions, total=False):
@@ -115,6 +117,8 @@ class FilterOptions(TypedDict, total=False):
     id_prefix: str | None
     params: ParamsFilter | None
     parent: str | None
+    tag: str | Sequence[str] | None
+    flow: str | None
     offset: int
     limit: int
 
@@ -195,6 +199,10 @@ def _flag(value: Any, what: str) -> None:
         raise ConfigurationError(f"{what} must be True or False, not {value!r}")
 
 
+def _tags(value: Any) -> tuple[str, ...] | None:
+    return None if value is None else check_tags(value) or None
+
+
 def one_of(literal: Any) -> Callable[[Any, str], None]:
     """Return a check that accepts only the values of a ``Literal``."""
     known = get_args(literal)
@@ -242,6 +250,7 @@ class Options:
     timeout: float | None = attrs.field(default=None, converter=optional_seconds)
     priority: int | None = None
     retry: RetryPolicy | None = None
+    tags: Sequence[str] | None = attrs.field(default=None, converter=_tags)
     expires: float | None = attrs.field(default=None, converter=optional_seconds)
     capture_log: bool | int | str | None = None
     isolation: Isolation | None = None
@@ -294,7 +303,7 @@ class Options:
 
 
 _OF_EXECUTOR: Mapping[str, Check] = {
-    **{name: CHECKS[name] for name in RunOptions.__optional_keys__},
+    **{name: check for name, check in CHECKS.items() if name in RunOptions.__optional_keys__},
     "expires": lifetime,
     "capture_log": log_level,
     "isolation": one_of(Isolation),

@@ -1,7 +1,8 @@
 """A task as a flat row of plain values, the form in which repositories store and change it.
 
-Times are milliseconds since 1970. Params, result, retry, depends_on, checkpoints and earlier attempts are
-JSON text. All other values are ``str``, ``int``, ``float`` or None. A row has the task's own fields and:
+Times are milliseconds since 1970. Params, result, retry, depends_on, tags (with the flow), checkpoints and
+earlier attempts are JSON text. All other values are ``str``, ``int``, ``float`` or None. A row has the
+task's own fields and:
 
 ``held``
     the reason why a pending task may not start: one of the numbers below.
@@ -32,6 +33,7 @@ from taskx.core.errors import PayloadError
 from taskx.core.model import TASK_FIELDS, TIME_FIELDS, Attempt, Task, TaskStatus
 from taskx.core.payload import CODEC_KEY, clean_text
 from taskx.core.retry import RetryPolicy
+from taskx.core.tags import labels_from_text, labels_of, labels_to_text, split
 
 #: The values of ``held``. FREE: the task may start. UNTIL_DUE: it waits for its ``run_at``. FOR_PARENTS:
 #: its parents have not ended. BY_THREAD: a thread of an earlier attempt still runs. FOR_TURN: other tasks
@@ -58,6 +60,7 @@ DEFAULTS: dict[str, Any] = {
     "status": "pending",
     "params": "{}",
     "depends_on": None,
+    "tags": None,
     "dead_letter": 0,
     "earlier_attempts": "",
     "held": FREE,
@@ -133,7 +136,7 @@ def task_from_row(row: Sequence[Any], codecs: Codecs = NO_CODECS) -> Task:
         id_, type_, status, params, result, error, progress, message, created_by, created_at,
         started_at, completed_at, duration, priority, run_at, timeout, max_attempts, max_crashes,
         retry, unique_key, unique_scope, depends_on, on_parent_failure, concurrency_key, expires_at,
-        errors, crashes, interruptions, snoozes, starts, cancel_requested_at, dead_letter,
+        tags, errors, crashes, interruptions, snoozes, starts, cancel_requested_at, dead_letter,
         error_type, traceback, owner, worker, earlier, stuck_on, checkpoints, log,
     ) = row  # fmt: skip
     try:
@@ -197,6 +200,8 @@ def task_from_row(row: Sequence[Any], codecs: Codecs = NO_CODECS) -> Task:
             task.concurrency_key = _text(concurrency_key)
         if expires_at is not None:
             task.expires_at = to_datetime(expires_at)
+        if tags is not None:
+            task.tags, task.flow = split(labels_from_text(tags))
         if stuck_on or log:
             task.stuck_on, task.log = stuck_on, log
         if checkpoints is not None:
@@ -227,7 +232,7 @@ def _damaged_task(row: Sequence[Any], problem: Exception) -> Task:
     """Return the readable part of a damaged row: no params, no result, no value of a wrong type."""
     stored = dict(zip(TASK_FIELDS, row, strict=True))
     sound = {**stored, "params": "{}", "result": None, "retry": None, "earlier_attempts": ""}
-    sound.update(dict.fromkeys((*_KEYS, "depends_on", "checkpoints")))
+    sound.update(dict.fromkeys((*_KEYS, "depends_on", "tags", "checkpoints")))
     sound.update(
         (name, DEFAULTS[name]) for name in _NUMBERS if type(stored[name]) not in (int, float)
     )
@@ -269,6 +274,7 @@ def row_from_task(task: Task) -> dict[str, Any]:
     row["result"] = None if task.result is None else payload.encode(task.result, "result")
     row["retry"] = policy_to_text(task.retry)
     row["depends_on"] = ids_to_text(task.depends_on)
+    row["tags"] = labels_to_text(task.tags, task.flow)
     noted = task.checkpoints
     row["checkpoints"] = payload.encode(noted, "checkpoints") if noted else None
     row["earlier_attempts"] = attempts_to_text(task.earlier_attempts)
@@ -290,7 +296,9 @@ def changed_task(task: Task, changes: Mapping[str, Any]) -> Task:
     changed = copy(task)
     changed.earlier_attempts = list(task.earlier_attempts)
     for name, value in changes.items():
-        if name in TASK_FIELDS:
+        if name == "tags":
+            changed.tags, changed.flow = split(labels_of(value))
+        elif name in TASK_FIELDS:
             read = _READ.get(name)
             setattr(changed, name, value if read is None or value is None else read(value))
     return changed

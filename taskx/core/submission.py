@@ -23,6 +23,7 @@ from taskx.core.options import (
     refuse_unknown,
 )
 from taskx.core.record import optional_ms
+from taskx.core.tags import check_tags
 
 _check_on_conflict = one_of(OnConflict)
 
@@ -52,6 +53,8 @@ def with_options(task: Task, options: Mapping[str, Any], now_ms: int) -> Task:
     parents = chosen.get("depends_on")
     if isinstance(parents, Iterable) and not isinstance(parents, (str, bytes, Mapping)):
         chosen["depends_on"] = [getattr(parent, "id", parent) for parent in parents]
+    if "tags" in chosen:
+        chosen["tags"] = check_tags(chosen["tags"])
     _check_on_conflict(chosen.pop("on_conflict", "reject"), "on_conflict")
     if "on_conflict" in options and task.unique_key is None and "unique_key" not in chosen:
         raise ConfigurationError("on_conflict requires unique_key")
@@ -99,4 +102,6 @@ def bound_options(
     new_record(task, now)  # checks the other options
     if "depends_on" in bound:
         bound["depends_on"] = tuple(task.depends_on)  # the caller may change its list
+    if "tags" in bound:
+        bound["tags"] = task.tags
     return bound

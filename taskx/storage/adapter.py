@@ -409,7 +409,7 @@ class EightMethodAdapter(MemoryRepository):
 def _options(insert: Insert) -> list[str]:
     """Return the names of a new task's options that a repository might not keep."""
     row = {**DEFAULTS, **insert.row}
-    return [name for name in (*CHECKS, "expires_at") if row[name] != DEFAULTS[name]]
+    return [name for name in (*CHECKS, "expires_at", "tags") if row[name] != DEFAULTS[name]]
 
 
 def _shown(write: Write, stored: Row | None) -> bool:

@@ -31,6 +31,7 @@ from taskx.core.record import (
     stub_from_row,
     task_from_row,
 )
+from taskx.core.tags import labels_of
 from taskx.core.writes import Delete, Insert, Note, NoteChange, Update, Write, matches
 from taskx.storage.base import (
     Fields,
@@ -215,23 +216,34 @@ class MemoryRepository(Repository):
         if after is not None:
             after = check_place(after, int, int, str)
         with self._lock:
-            created = self._indexes["created"].get(None, SortedItems())
+            created = self._listed(filter)
             newest = reversed(created) if after is None else created.before(after)
             found = (place for place in newest if _meets(self._rows[place[-1]], filter))
             page = [*islice(found, filter.offset, filter.offset + filter.limit)]
             rows = (_task_fields(self._rows[place[-1]]) for place in page)
             return [task_from_row(row, self.codecs) for row in rows], page[-1] if page else after
 
+    def _listed(self, filter: TaskFilter) -> SortedItems:
+        """Return the places in a list, in order, among which are those of the tasks that match."""
+        indexes = [("created", None), *(("tag", label) for label in filter.labels)]
+        found = [self._indexes[kind].get(key, SortedItems()) for kind, key in indexes]
+        return min(found, key=len)
+
     def count(self, filter: TaskFilter) -> int:
         self.refuse_unknown_conditions(filter)
         with self._lock:
-            return sum(_meets(row, filter) for row in self._rows.values())
+            return sum(_meets(row, filter) for row in self._candidates(filter))
 
     def count_to(self, filter: TaskFilter, most: int) -> int:
         self.refuse_unknown_conditions(filter)
         with self._lock:
-            found = (row for row in self._rows.values() if _meets(row, filter))
+            found = (row for row in self._candidates(filter) if _meets(row, filter))
             return sum(1 for _ in islice(found, most))
+
+    def _candidates(self, filter: TaskFilter) -> Iterable[Row]:
+        if not filter.labels:
+            return self._rows.values()
+        return (self._rows[place[-1]] for place in self._listed(filter))
 
     def ready(
         self, types: Iterable[str], limit: int, owner: str = "", ageing: int = 0
@@ -350,6 +362,9 @@ def _places(row: Row) -> list[Place]:
         places.append(("stuck_on", row["stuck_on"], (task_id,)))
     if row["depends_on"] is not None:
         places += (("parent", parent, (task_id,)) for parent in ids_from_text(row["depends_on"]))
+    if row["tags"] is not None:
+        place = (row["created_at"], sequence, task_id)
+        places += (("tag", label, place) for label in labels_of(row["tags"]))
     if row["status"] in FINISHED:
         return places
     if row["status"] == "running":
@@ -397,4 +412,8 @@ def _meets(row: Row, filter: TaskFilter) -> bool:
         and (filter.id_prefix is None or row["id"].startswith(filter.id_prefix))
         and (filter.params is None or meets(payload.loads(row["params"]), filter.params))
         and (filter.parent is None or filter.parent in parents_from_text(row["depends_on"]))
+        and (
+            (filter.tag is None and filter.flow is None)
+            or {*filter.labels} <= {*labels_of(row["tags"])}
+        )
     )

@@ -205,7 +205,8 @@ def _searched(repository: Repository, filter: TaskFilter) -> tuple[TaskFilter, d
     if filter.params is None:
         return filter, None
     # By a condition that has no index, skipping tasks would cost as much as the search.
-    every = TaskFilter(status=filter.status, start_date=filter.start_date, end_date=filter.end_date)
+    indexed = {"status", "start_date", "end_date", "tag", "flow"} & repository.conditions
+    every = TaskFilter(**{name: getattr(filter, name) for name in indexed})
     last = repository.list(attrs.evolve(every, offset=SEARCHED - 1, limit=2))
     if len(last) < 2 or last[0].created_at is None:
         return filter, None

@@ -29,6 +29,7 @@ from taskx.core.errors import (
 from taskx.core.model import Task
 from taskx.core.options import OnConflict, refuse_unknown
 from taskx.core.submission import given, with_options
+from taskx.core.tags import with_more
 from taskx.core.values import Values
 from taskx.core.writes import Insert
 from taskx.executing.executors import AnyExecutor, executor_of
@@ -494,6 +495,8 @@ def prepare(services: Services, task: Task, priority: int | None = None) -> Inse
                 row[name] = value
         if priority is None and not row["priority"]:
             row["priority"] = executor.options.priority or 0
+        if executor.options.tags:
+            row["tags"] = with_more(row.get("tags"), executor.options.tags)
         if executor.expires is not None and "expires_at" not in row:
             row["expires_at"] = lifecycle.expiry(row["created_at"], row["run_at"], executor.expires)
     return insert

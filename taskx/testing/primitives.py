@@ -27,6 +27,7 @@ from taskx.core.record import (
     task_from_row,
 )
 from taskx.core.retry import RetryPolicy
+from taskx.core.tags import labels_to_text
 from taskx.core.writes import CREATED, PRESENT, Delete, Insert, NoteChange, Update, Write
 from taskx.storage.base import Listed, Lookup, Repository
 from taskx.testing.contract import ROUNDS, Contract
@@ -161,6 +162,7 @@ class PrimitivesContract(Contract):
         given |= {"created_by": "user123", "priority": -7, "run_at": self.NOW + 1, "timeout": 2.5}
         given |= {"max_attempts": 4, "max_crashes": 2, "owner": "node", "held": UNTIL_DUE}
         given["expires_at"] = self.NOW + 9
+        given["tags"] = labels_to_text(["red", "größe"], "f")
         given["retry"] = policy_to_text(RetryPolicy(4, backoff="linear", retry_on=(OSError,)))
         changed: dict[str, Any] = {"status": "running", "progress": 50, "message": "half"}
         changed |= {"error": "broke", "error_type": "OSError", "traceback": "Traceback …"}
@@ -571,6 +573,53 @@ class PrimitivesContract(Contract):
             assert repository.count(filter) == repository.count_to(filter, 5) == len(expected)
             assert all(filter.matches(repository.get_by_id(task_id)) for task_id in expected)
         assert self.paged(repository, TaskFilter(parent="p", type="other")) == []
+
+    def test_a_filter_finds_the_tasks_with_all_its_tags(self, repository: Repository) -> None:
+        """In lists, in pages of them and in counts. New tags replace the old ones, and go with the task."""
+        self.skip_if("tag" not in repository.conditions, "does not filter by tag")
+        tagged = {"a": ("red", "x"), "b": ("red",), "c": (), "d": ("Red", "re"), "e": ("x", "red")}
+        for task_id, tags in tagged.items():
+            flow = "f" if task_id in "ce" else ""
+            self.add(repository, [task_id], tags=labels_to_text(tags, flow), type=task_id)
+        self.end(repository, "ab")
+        cases: list[tuple[dict[str, Any], str]] = [
+            ({"tag": "red"}, "eba"),
+            ({"tag": "re"}, "d"),
+            ({"tag": "flow"}, ""),
+            ({"tag": ["x", "red"]}, "ea"),
+            ({"tag": ["red", "x", "re"]}, ""),
+            ({"flow": "f"}, "ec"),
+            ({"flow": "red"}, ""),
+            ({"flow": "f", "tag": "red"}, "e"),
+            ({"tag": "red", "status": "completed"}, "ba"),
+            ({"tag": ["red", "x"], "status": "completed"}, "a"),
+            ({"tag": "red", "status": "pending"}, "e"),
+            ({"tag": "red", "type": "b"}, "b"),
+            ({"tag": "red", "id_prefix": "a"}, "a"),
+            ({"tag": "red", "parent": "a"}, ""),
+            *(({"tag": text}, "") for text in HOSTILE if text and " " not in text),
+        ]
+        for conditions, expected in cases:
+            filter = TaskFilter(**conditions, limit=1)
+            assert self.paged(repository, filter) == [*expected], conditions
+            assert repository.count(filter) == repository.count_to(filter, 5) == len(expected)
+            assert all(filter.matches(repository.get_by_id(task_id)) for task_id in expected)
+        self.change(repository, "a", tags=labels_to_text(["new"]))
+        self.change(repository, "b", tags=None)
+        self.apply(repository, Delete("e", {}))
+        self.add(repository, "e")
+        found = [self.paged(repository, TaskFilter(tag=tag)) for tag in ("red", "x", "new")]
+        assert found == [[], [], ["a"]]
+
+    def test_several_tagged_tasks_are_stored_all_or_none(self, repository: Repository) -> None:
+        self.skip_if("tag" not in repository.conditions, "does not filter by tag")
+        self.add(repository, "b")
+        tagged = [self.insert(task_id, tags=labels_to_text(["red"])) for task_id in "abc"]
+        results = repository.apply(tagged, all_or_nothing=True)
+        assert [*results] == [True, False, True]
+        assert repository.count(TaskFilter(tag="red")) == 0
+        assert all(repository.apply([tagged[0], tagged[2]], all_or_nothing=True))
+        assert self.paged(repository, TaskFilter(tag="red", limit=1)) == ["c", "a"]
 
     def test_a_count_stops_at_the_largest_number(self, repository: Repository) -> None:
         self.add(repository, "abc")

@@ -507,3 +507,41 @@ class TestCancelMany:
         eventually(lambda: sorted(finished) == ["0", "1"])
         assert [handle.task().status for handle in handles[:2]] == ["cancelled"] * 2
         assert queue.cancel_many(["2", "3"]) + len(finished) >= 3
+
+
+@pytest.mark.every_store
+class TestFlowIds:
+    def test_the_tasks_of_a_flow_are_listed_by_its_id(self, queue):
+        queue.declare("t")
+        task = Task(type="t")
+        first = queue.submit_flow(chain(task, group(task, task)))
+        second = queue.submit_flow(group(task))
+        queue.submit(task)
+        assert first.id != second.id
+        for flow in (first, second):
+            tasks = queue.list_tasks(flow=flow.id).tasks
+            assert {task.id for task in tasks} == {*flow.ids}
+            assert {task.flow for task in tasks} == {flow.id}
+        assert queue.count_tasks(flow=first.id) == 3
+        assert queue.count_tasks(flow="none") == 0
+
+    def test_the_tags_of_a_flow_are_added_to_those_of_its_tasks(self, queue):
+        queue.declare("t")
+        flow = group(Task(type="t", tags=["a"]), Task(type="t"))
+        handle = queue.submit_flow(flow, tags=["x", "a"])
+        tagged = {task.id: task.tags for task in queue.iter_tasks(flow=handle.id)}
+        assert [tagged[task_id] for task_id in handle.ids] == [("a", "x"), ("x", "a")]
+        assert queue.count_tasks(tag="x", flow=handle.id) == 2
+        with pytest.raises(ConfigurationError, match="white space"):
+            queue.submit_flow(flow, tags=["a b"])
+
+    def test_a_handle_of_a_shape_reads_the_id_of_its_flow(self, queue):
+        queue.declare("t")
+        task = Task(type="t")
+        whole = queue.submit_flow(chain(task, task, task))
+        other = queue.flow_handle(whole.shape)
+        queue.delete(whole.ids[2])
+        assert other.id == whole.id
+        for task_id in whole.ids[:2]:
+            queue.delete(task_id)
+        assert (other.id, queue.flow_handle(whole.shape).id) == (whole.id, "")

@@ -107,7 +107,7 @@ def test_a_schema_does_not_change_without_a_new_version(version, path):
 
 @pytest.mark.parametrize("version", range(1, schema.VERSION + 1))
 def test_every_column_of_a_kept_file_holds_something(version):
-    defaults = {**DEFAULTS, "stopping": 0, "tags": None}
+    defaults = {**DEFAULTS, "stopping": 0}
     for table, rows in contents(kept(version)).items():
         assert rows
         for column in rows[0]:
@@ -119,28 +119,28 @@ def test_every_column_of_a_kept_file_holds_something(version):
 
 
 @each_earlier_version
-def test_a_migrated_file_keeps_all_its_data(old):
+def test_a_migrated_file_keeps_all_its_data(old, version):
     before = contents(old)
     with SQLiteRepository(old) as repository:
         tasks = repository.list(TaskFilter())
     assert version_of(old) == schema.VERSION
     after = contents(old)
-    nodes = before.pop("nodes")
-    names = {node["id"]: node["name"] for node in nodes}
-    assert take_nodes(after["notes"]) == {
+    nodes = {
         node.pop("id"): {
             **node,
             "types": json.loads(node["types"]),
             "stopping": bool(node["stopping"]),
         }
-        for node in nodes
+        for node in before.pop("nodes", [])
     }
-    assert after.keys() == before.keys()
+    nodes |= take_nodes(before["notes"])
+    assert take_nodes(after["notes"]) == nodes
+    assert after.keys() == before.keys() | {"tagged"}
     for table in before:
         assert len(after[table]) == len(before[table])
         for old_row, new_row in zip(before[table], after[table], strict=True):
-            if old_row.get("status") == "running":
-                old_row["worker"] = names[old_row["owner"]]
+            if version == 1 and old_row.get("status") == "running":
+                old_row["worker"] = nodes[old_row["owner"]]["name"]
             assert {name: new_row[name] for name in old_row} == old_row
     assert not [task.damage for task in tasks if task.damage]
 

@@ -55,6 +55,8 @@ PATHS: dict[str, str] = {
 
 # The columns that are stored in two fields.
 _IN_TWO = frozenset(("params", "result", "duration"))
+# The columns that are JSON text in a row, and lists in a document.
+_LISTS = frozenset(("depends_on", "tags"))
 _MOST_SECONDS = 2**62
 
 
@@ -89,7 +91,7 @@ def fields(columns: Mapping[str, Any]) -> Document:
             changed["taskx.seconds"] = float(value)
         elif name == "earlier_attempts":
             changed[PATHS[name]] = _shortened(value)
-        elif name == "depends_on":  # a list, so that an index finds the task by each parent
+        elif name in _LISTS:  # an index finds the task by each item
             changed[PATHS[name]] = None if value is None else payload.loads(value)
         elif name != "id":
             changed[PATHS[name]] = plain(name, value)
@@ -265,9 +267,12 @@ def _duration(document: Mapping[str, Any], ours: Mapping[str, Any]) -> Any:
     return float(whole or 0) if whole is None or isinstance(whole, int) else _from_bson(whole)
 
 
-def _depends_on(document: Mapping[str, Any], ours: Mapping[str, Any]) -> Any:
-    parents = ours.get("depends_on")
-    return _text(parents, "") if isinstance(parents, list) else _from_bson(parents)
+def _list(name: str) -> Callable[[Mapping[str, Any], Mapping[str, Any]], Any]:
+    def text_of(document: Mapping[str, Any], ours: Mapping[str, Any]) -> Any:
+        values = ours.get(name)
+        return _text(values, "") if isinstance(values, list) else _from_bson(values)
+
+    return text_of
 
 
 #: The columns that need a conversion; each function takes the document and its sub-document.
@@ -278,7 +283,7 @@ _SPECIAL: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], Any]] = {
     "result": _result,
     "created_at": lambda document, ours: _from_bson(document.get("created_at")) or 0,
     "duration": _duration,
-    "depends_on": _depends_on,
+    **{name: _list(name) for name in _LISTS},
     "dead_letter": lambda document, ours: int(bool(ours.get("dead_letter"))),
 }
 

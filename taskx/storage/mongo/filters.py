@@ -104,6 +104,8 @@ def matching(filter: TaskFilter) -> Document:
         wanted["_id"] = {"$regex": f"^{re.escape(filter.id_prefix)}"}
     if filter.parent is not None:
         wanted["taskx.depends_on"] = filter.parent
+    if filter.labels:
+        wanted["taskx.tags"] = {"$all": [*filter.labels]}
     if filter.params is not None:
         wanted["$and"] = [_has(path, value) for path, value in filter.params]
     return wanted
@@ -288,6 +290,11 @@ def _indexes() -> list[IndexModel]:
             [("taskx.concurrency_key", ASCENDING), ("taskx.seq", ASCENDING)],
             name="taskx_in_line",
             partialFilterExpression={"status": "pending", "taskx.held": FOR_TURN},
+        ),
+        IndexModel(
+            [("taskx.tags", ASCENDING), *NEWEST_FIRST],
+            name="taskx_tags",
+            partialFilterExpression={"taskx.tags": {"$gt": ""}},
         ),
         *(
             _index_of_set(name)

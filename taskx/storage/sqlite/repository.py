@@ -141,12 +141,12 @@ class SQLiteRepository(Repository):
 
         def run(cursor: sqlite3.Cursor) -> Sequence[bool]:
             results: list[bool] = []
-            for sql, values, together, parents in script:
+            for sql, values, together, more in script:
                 held = cursor.execute(sql, values).rowcount
                 if 0 < held < together:
                     raise _Uneven
-                if parents and held:
-                    cursor.executemany(statements.NEW_PARENT, parents)
+                if more and held:
+                    _add_more(cursor, more)
                 results += [held > 0] * together
             return results
 
@@ -329,26 +329,38 @@ class SQLiteRepository(Repository):
 
     def list_after(self, filter: TaskFilter, after: Any = None) -> tuple[Sequence[Task], Any]:
         self.refuse_unknown_conditions(filter)
+        by = self._rarest(filter)
         if after is None:
-            rows = self._rows(*statements.list_tasks(filter))
+            rows = self._rows(*statements.list_tasks(filter, by=by))
         else:
             after = check_place(after, (int, float, str), int)  # a damaged date is a text
-            rows = self._rows(*statements.list_tasks(filter, statements.SAME, after))
+            rows = self._rows(*statements.list_tasks(filter, statements.SAME, after, by))
             if (left := filter.limit - len(rows)) > 0:
                 rest = attrs.evolve(filter, limit=left)
-                rows += self._rows(*statements.list_tasks(rest, statements.EARLIER, after[:1]))
+                rows += self._rows(*statements.list_tasks(rest, statements.EARLIER, after[:1], by))
         tasks = [task_from_row(row, self.codecs) for *row, _ in rows]
         return tasks, (rows[-1][_CREATED_AT], rows[-1][-1]) if rows else after
 
     def count(self, filter: TaskFilter) -> int:
         self.refuse_unknown_conditions(filter)
-        ((count,),) = self._rows(*statements.count_tasks(filter))
+        ((count,),) = self._rows(*statements.count_tasks(filter, self._rarest(filter)))
         return int(count)
 
     def count_to(self, filter: TaskFilter, most: int) -> int:
         self.refuse_unknown_conditions(filter)
-        ((count,),) = self._rows(*statements.count_tasks_to(filter, most))
+        ((count,),) = self._rows(*statements.count_tasks_to(filter, most, self._rarest(filter)))
         return int(count)
+
+    def _rarest(self, filter: TaskFilter) -> str:
+        """Return the label of the filter that the fewest tasks have; empty if another index is better."""
+        labels = filter.labels
+        if not labels or filter.id_prefix or filter.parent is not None:
+            return ""
+        if len(labels) == 1 and filter.status is None:
+            return labels[0]
+        [counts] = self._rows(*statements.fewest(filter))
+        rarest: int = counts.index(min(counts))
+        return (*labels, "")[rarest]
 
     def ready(
         self, types: Iterable[str], limit: int, owner: str = "", ageing: int = 0
@@ -536,8 +548,10 @@ class _Refused(Exception):
         self.results = results
 
 
-#: SQL, its values, the number of writes that it makes, and (parent, task) pairs for a new task.
-_Statement = tuple[str, Sequence[Any], int, Sequence[tuple[str, str]]]
+#: SQL and the values of its rows, for the rows that a new task has in other tables.
+_More = tuple[str, Sequence[tuple[str, str]]]
+#: SQL, its values, the number of writes that it makes, and what follows if a new task is stored.
+_Statement = tuple[str, Sequence[Any], int, Sequence[_More]]
 
 
 class _Uneven(Exception):
@@ -580,16 +594,27 @@ def _statement(write: Write) -> _Statement:
         return *statements.delete(write.id, write.guard), 1, ()
     if _is_ordinary(write):
         return _INSERT_ORDINARY, tuple(write.row.values()), 1, ()
-    parents = write.row.get("depends_on")
-    pairs = [(parent, write.id) for parent in json.loads(parents)] if parents else []
-    return statements.insert_if_new(tuple(write.row)), tuple(write.row.values()), 1, pairs
+    more = _more(write) if "depends_on" in write.row or "tags" in write.row else ()
+    return statements.insert_if_new(tuple(write.row)), tuple(write.row.values()), 1, more
+
+
+def _more(insert: Insert) -> list[_More]:
+    """Return the statements for a new task's rows in other tables."""
+    row = insert.row
+    lists = (statements.NEW_PARENT, row.get("depends_on")), (statements.NEW_TAG, row.get("tags"))
+    return [(sql, [(item, insert.id) for item in json.loads(text)]) for sql, text in lists if text]
+
+
+def _add_more(cursor: sqlite3.Cursor, more: Iterable[_More]) -> None:
+    for sql, rows in more:
+        cursor.executemany(sql, rows)
 
 
 def _apply_one(cursor: sqlite3.Cursor, write: Write) -> bool:
-    sql, values, _, parents = _statement(write)
+    sql, values, _, more = _statement(write)
     held = cursor.execute(sql, values).rowcount == 1
-    if parents and held:
-        cursor.executemany(statements.NEW_PARENT, parents)
+    if more and held:
+        _add_more(cursor, more)
     return held
 
 

@@ -147,10 +147,40 @@ _VERSION_3 = (
     "CREATE INDEX tasks_expiring ON tasks (expires_at) WHERE expires_at IS NOT NULL",
 )
 
+# The tags of tasks and the labels of their flows, each with ``created_at`` and ``seq`` of the task. So the
+# tasks of a tag are one span of this table, in the order of lists. An untagged task has no row here.
+_UNTAG = """
+    DELETE FROM tagged WHERE at = OLD.created_at AND task = OLD.seq AND tag IN (
+        SELECT value FROM json_each(CASE WHEN json_valid(OLD.tags) THEN OLD.tags ELSE '[]' END)
+    )
+"""
+_VERSION_4 = (
+    """
+    CREATE TABLE tagged (
+        tag TEXT NOT NULL,
+        at INTEGER NOT NULL,
+        task INTEGER NOT NULL,
+        PRIMARY KEY (tag, at, task)
+    ) WITHOUT ROWID
+    """,
+    f"""
+    CREATE TRIGGER tasks_tagged_gone AFTER DELETE ON tasks WHEN OLD.tags IS NOT NULL
+    BEGIN {_UNTAG}; END
+    """,
+    f"""
+    CREATE TRIGGER tasks_retagged AFTER UPDATE OF tags ON tasks WHEN NEW.tags IS NOT OLD.tags
+    BEGIN
+        {_UNTAG};
+        INSERT OR IGNORE INTO tagged
+        SELECT value, NEW.created_at, NEW.seq FROM json_each(coalesce(NEW.tags, '[]'));
+    END
+    """,
+)
+
 #: The statements that lead from each schema version to the next. The first entry creates a new file. A
 #: released entry is never edited. A new entry only adds, and changes nothing in which tasks are stored: a
 #: process of the previous version still writes the outcomes of its tasks.
-MIGRATIONS: tuple[tuple[str, ...], ...] = (_VERSION_1, _VERSION_2, _VERSION_3)
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_VERSION_1, _VERSION_2, _VERSION_3, _VERSION_4)
 VERSION = len(MIGRATIONS)
 
 _HEADER = (

@@ -104,6 +104,7 @@ _FIND: dict[Lookup, tuple[str, str, str, str]] = {
     "stuck_on": ("tasks", "stuck_on <> '' AND ", "stuck_on", ""),
 }
 NEW_PARENT = "INSERT OR IGNORE INTO parents (parent, child) VALUES (?, ?)"
+NEW_TAG = "INSERT OR IGNORE INTO tagged SELECT ?, created_at, seq FROM tasks WHERE id = ?"
 NOTES = "SELECT name, text, version FROM notes WHERE name >= ? AND name < ?"
 NOTES_NAMED = "SELECT name, text, version FROM notes WHERE name IN ({})"
 NOTES_AFTER = (
@@ -218,36 +219,56 @@ SAME, EARLIER = "created_at = ? AND seq < ?", "created_at < ?"
 
 
 def list_tasks(
-    filter: TaskFilter, after: str = "", place: Sequence[Any] = ()
+    filter: TaskFilter, after: str = "", place: Sequence[Any] = (), by: str = ""
 ) -> tuple[str, list[Any]]:
     """Return the query for the tasks that match a filter, each with its ``seq``, and its values.
 
-    ``after`` is a further condition, and ``place`` has its values.
+    ``after`` is a further condition, and ``place`` has its values. ``by`` is the label whose tasks are
+    read; it is empty to use another index.
     """
-    source, values = _meeting(filter, after, place)
+    source, values = _meeting(filter, after, place, by)
     page = f"{source} {_NEWEST_FIRST} LIMIT ? OFFSET ?"
-    if _by_id(filter) or (filter.status == PENDING and not after):
+    sorts = filter.status == PENDING and (not after or bool(filter.labels))
+    if not by and (_by_id(filter) or sorts):
         # No index has these in order. Sorting many of them without the other columns takes half the time.
         page = f"tasks WHERE seq IN (SELECT seq FROM {page}) {_NEWEST_FIRST}"
     return f"SELECT {TASK}, seq FROM {page}", [*values, filter.limit, filter.offset]
 
 
-def count_tasks(filter: TaskFilter) -> tuple[str, list[Any]]:
+def count_tasks(filter: TaskFilter, by: str = "") -> tuple[str, list[Any]]:
     """Return the query for the number of tasks that match a filter, and its values."""
-    source, values = _meeting(filter)
+    source, values = _meeting(filter, by=by, counts=True)
     return f"SELECT count(*) FROM {source}", values
 
 
-def count_tasks_to(filter: TaskFilter, most: int) -> tuple[str, list[Any]]:
+def count_tasks_to(filter: TaskFilter, most: int, by: str = "") -> tuple[str, list[Any]]:
     """Return the query for the number of tasks that match a filter, at most ``most``, and its values."""
-    source, values = _meeting(filter)
+    source, values = _meeting(filter, by=by, counts=True)
     return f"SELECT count(*) FROM (SELECT 1 FROM {source} LIMIT ?)", [*values, most]
+
+
+def fewest(filter: TaskFilter) -> tuple[str, list[Any]]:
+    """Return the query for how many tasks each label of a filter has, and its status, up to a bound."""
+    sources = ["tagged WHERE tag = ?"] * len(filter.labels)
+    if filter.status is not None:
+        sources.append(_SOURCES[filter.status.value])
+    counts = (f"(SELECT count(*) FROM (SELECT 1 FROM {source} LIMIT 5000))" for source in sources)
+    return f"SELECT {', '.join(counts)}", [*filter.labels]
 
 
 # SQLite's lower() changes ASCII letters only.
 _ERROR_CONTAINS = "instr(lower(error), lower(?)) > 0"
 # SQLite's own index of the unique ids.
 _IDS = "tasks INDEXED BY sqlite_autoindex_tasks_1"
+# The tasks of a tag, in the order of the table of tags; and what that table knows of them.
+_TAGGED = (
+    f"(SELECT {', '.join(name for name in TASK_FIELDS if name != 'created_at')}, tag, "
+    "at AS created_at, task AS seq FROM tagged CROSS JOIN tasks ON tasks.seq = task)"
+)
+_TAGS = "(SELECT tag, at AS created_at, task AS seq FROM tagged)"
+# The conditions that the table of tags decides.
+_OF_TAGS = frozenset({"tag", "flow", "start_date", "end_date"})
+_HAS_TAG = "EXISTS (SELECT 1 FROM tagged WHERE tag = ? AND at = created_at AND task = seq)"
 
 
 def _has(value: Scalar, path: Sequence[str]) -> tuple[str, list[Any]]:
@@ -271,14 +292,23 @@ def _by_id(filter: TaskFilter) -> bool:
 
 
 def _meeting(
-    filter: TaskFilter, after: str = "", place: Sequence[Any] = ()
+    filter: TaskFilter,
+    after: str = "",
+    place: Sequence[Any] = (),
+    by: str = "",
+    *,
+    counts: bool = False,
 ) -> tuple[str, list[Any]]:
     conditions = [after] if after else []
     values = [*place]
     status = None if filter.status is None else filter.status.value
-    if _by_id(filter):
+    if by:
+        source = _TAGS if counts and filter.given <= _OF_TAGS else _TAGGED
+        conditions.append("tag = ?")
+        values.append(by)
+    elif _by_id(filter):
         source = _IDS
-    elif after and status == PENDING:
+    elif after and status == PENDING and not filter.labels:
         # More than one page of them: better read all tasks in order once than sort these for each page.
         source = "tasks INDEXED BY tasks_created"
     else:
@@ -291,6 +321,10 @@ def _meeting(
     if filter.parent is not None:
         conditions.append("id IN (SELECT child FROM parents WHERE parent = ?)")
         values.append(filter.parent)
+    for label in filter.labels:
+        if label != by:
+            conditions.append(_HAS_TAG)
+            values.append(label)
     for name in ("type", "created_by", "error_type"):
         if getattr(filter, name) is not None:
             conditions.append(f"{name} = ?")

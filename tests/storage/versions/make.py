@@ -90,7 +90,9 @@ def tasks_that_end(path: str) -> None:
     """Run some tasks to their end, and interrupt one."""
     queue = queue_on(path, "add", "fail", "give_up", "second", "patient", "limited")
     with queue:
-        queue.submit("add", {"a": 1, "b": 2}, id="completed", created_by="user", priority=3)
+        queue.submit(
+            "add", {"a": 1, "b": 2}, id="completed", created_by="user", priority=3, tags=["red"]
+        )
         queue.submit("fail", id="failed", retry=RetryPolicy(2, base=0.001, jitter=0))
         queue.submit("give_up", id="given up")
         queue.submit("second", id="second", unique_key="once", unique_scope="ever")
@@ -205,20 +207,12 @@ def neutral(path: str) -> None:
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
-def reserved(path: str) -> None:
-    """Store something in the reserved column, which TaskX does not fill yet."""
-    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
-        if connection.execute("PRAGMA user_version").fetchone() > (1,):
-            connection.execute("UPDATE tasks SET tags = '[\"red\"]' WHERE id = 'completed'")
-
-
 def make(path: str) -> None:
     """Make a file of the present schema version."""
     steps: tuple[Callable[[str], None], ...] = (
         tasks_that_wait,
         tasks_that_end,
         crash,
-        reserved,
         neutral,
     )
     with tempfile.TemporaryDirectory() as folder:
