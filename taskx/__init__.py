@@ -38,6 +38,7 @@ from taskx.core.retry import Permanent, Retry, RetryPolicy, Snooze
 from taskx.core.ticks import every
 from taskx.core.token import CancelToken
 from taskx.executing.context import Context
+from taskx.executing.current import TaskLogFilter, current_context
 from taskx.executing.executors import BoundExecutor, Executor, TaskExecutor, executor
 from taskx.executing.registry import Middleware
 from taskx.flows import Flow, FlowHandle, chain, group
@@ -113,6 +114,7 @@ __all__ = [
     "TaskFailed",
     "TaskFilter",
     "TaskHandle",
+    "TaskLogFilter",
     "TaskNotFound",
     "TaskPage",
     "TaskRepository",
@@ -124,6 +126,7 @@ __all__ = [
     "UnknownTaskType",
     "ZlibCodec",
     "chain",
+    "current_context",
     "every",
     "executor",
     "group",

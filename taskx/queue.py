@@ -10,6 +10,8 @@ from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
+import attrs
+
 from taskx.common.config import Config
 from taskx.common.handles import TaskHandle
 from taskx.common.hooks import Hook
@@ -64,6 +66,7 @@ from taskx.storage.base import Repository
 from taskx.storage.eight import TaskRepository
 from taskx.submitting.bulk import Bulk, OnProgress
 from taskx.submitting.intake import Intake, task_of
+from taskx.submitting.layers import layered
 from taskx.submitting.mapping import Results, ahead
 from taskx.submitting.operations import Operations, check_deliberate, dead
 from taskx.upkeep import foreground
@@ -145,6 +148,7 @@ class Queue:
         )
         self._intake = self._intake_class(self._services, state, self.config)
         self._operations = Operations(self._services, state)
+        self._entrance = layered(self._intake, self._registry.middleware)
         self._schedules.wire(self._services, self._intake)
         self._life = self._life_class(self._services, self.config, state, self)
 
@@ -318,7 +322,7 @@ class Queue:
                 have been stored: submit again with the error's ``task_id`` to find out.
         """
         wanted, said = task_of(task, params, options, SubmitOptions, "submit", self._clock, self)
-        task_id = self._intake.accept(
+        task_id = self._entrance.accept(
             wanted, said.get("priority"), said.get("on_conflict") or "reject"
         )
         try:
@@ -340,7 +344,7 @@ class Queue:
             TaskxError: the same errors as :meth:`submit`. Nothing was stored, unless ``in_doubt`` is
                 True.
         """
-        return [TaskHandle(task_id, self) for task_id in self._intake.accept_many(tasks)]
+        return [TaskHandle(task_id, self) for task_id in self._entrance.accept_many(tasks)]
 
     @overload
     def map(
@@ -458,7 +462,7 @@ class Queue:
             progress=progress,
             options=options,
             owner=self,
-            intake=lambda: self._intake,
+            intake=lambda: self._entrance,
             clock=self._clock,
         )
 
@@ -477,7 +481,7 @@ class Queue:
         """
         flow_id = new_id()
         tasks, shape = lay_out(flow, flow_id, tags)
-        self._intake.accept_many(tasks, spill=True)
+        self._entrance.accept_many(tasks, spill=True)
         return FlowHandle(shape, self, flow_id)
 
     def flow_handle(self, shape: Shape) -> FlowHandle:
@@ -1286,6 +1290,13 @@ def run(*queues: Queue, timeout: float | timedelta = 30.0) -> int:
     if not queues:
         raise ConfigurationError("run() requires at least one queue")
     return foreground.run([queue._life for queue in dict.fromkeys(queues)], timeout)
+
+
+def life_of(queue: Queue, workers: int | None = None) -> Lifetime:
+    """Return the lifetime of a queue that a supervised process runs, with another number of workers."""
+    if workers is not None:
+        queue.config = queue._life.config = attrs.evolve(queue.config, worker_num=workers)
+    return queue._life
 
 
 _queues: weakref.WeakSet[Queue] = weakref.WeakSet()

@@ -7,13 +7,21 @@ from typing import Any
 import click
 
 import taskx
-from taskx.cli import listing
+from taskx.cli import asking, changing, following, listing, scheduling, submitting, top
 from taskx.cli.errors import Usage, one_line_errors
 from taskx.cli.opening import QueueSource, given, how_options, where_options
 from taskx.inspecting.query import suggestion
 
 #: All commands, in the order of the help.
-COMMANDS: tuple[click.Command, ...] = (*listing.COMMANDS,)
+COMMANDS: tuple[click.Command, ...] = (
+    *listing.COMMANDS,
+    *asking.COMMANDS,
+    *top.COMMANDS,
+    *following.COMMANDS,
+    *submitting.COMMANDS,
+    *changing.COMMANDS,
+    *scheduling.COMMANDS,
+)
 
 HELP = """\
   $ taskx list status:failed --repository sqlite:///tasks.db

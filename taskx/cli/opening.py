@@ -94,10 +94,13 @@ class Command(click.Command):
         return [*own[:-1], *common, *own[-1:]]
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the text of the help as it is: it begins with examples."""
-        formatter.write("\n")
-        for line in (self.help or "").splitlines():
-            formatter.write(f"  {line}\n" if line else "\n")
+        """Write the help: examples as they are, then paragraphs that fit the terminal."""
+        examples, _, words = (self.help or "").partition("\n\n")
+        formatter.write(f"\n{examples}\n")
+        for paragraph in words.split("\n\n"):
+            formatter.write_paragraph()
+            with formatter.indentation():
+                formatter.write_text(" ".join(paragraph.split()))
 
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -21,6 +21,7 @@ from taskx.core.model import TaskStatus
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
 # Rows that are measured before the first one is printed.
 _MEASURED = 500
@@ -211,20 +212,22 @@ class Output:
         """Print a table that fits the terminal, row by row. Return the number of rows."""
         number = -1  # the headings
         for line in self.table_lines(columns, rows):
-            self._print_cells(line)
+            self.cells(line)
             number += 1
         return number
 
-    def _print_cells(self, cells: Sequence[Cell]) -> None:
-        plain = "".join(cell.text for cell in cells).rstrip()
-        if not self.console.is_terminal:
-            click.echo(plain)
-            return
+    def cells(self, cells: Sequence[Cell]) -> None:
+        """Print cells on one line."""
+        if self.console.is_terminal:
+            self.console.print(_text(cells), soft_wrap=True)
+        else:
+            click.echo("".join(cell.text for cell in cells).rstrip())
+
+    def text(self, lines: Iterable[Sequence[Cell]], most: int) -> Text:
+        """Return the first lines as a text of rich."""
         from rich.text import Text
 
-        line = Text.assemble(*((cell.text, cell.style) for cell in cells))
-        line.rstrip()
-        self.console.print(line, soft_wrap=True)
+        return Text("\n", no_wrap=True).join(_text(cells) for cells in islice(lines, most))
 
     def table_lines(self, columns: Sequence[Column], rows: Iterable[Row]) -> Iterator[list[Cell]]:
         """Yield the lines of a table, first the headings. Only the first rows are measured."""
@@ -241,6 +244,14 @@ class Output:
                 padded = space + text if column.right else text + space
                 line.append(Cell(padded if place == 0 else " " * _GAP + padded, cell.style))
             yield line
+
+
+def _text(cells: Sequence[Cell]) -> Text:
+    from rich.text import Text
+
+    line = Text.assemble(*((cell.text, cell.style) for cell in cells))
+    line.rstrip()
+    return line
 
 
 def _cell(cell: str | Cell) -> Cell:

@@ -14,6 +14,7 @@ from taskx.dashboard import display, static_files
 from taskx.dashboard.pages import Page, Screen
 from taskx.dashboard.request import BACK, Request
 from taskx.dashboard.security import TOKEN
+from taskx.dashboard.terms import term
 
 #: The name of the cookie with the sentence that the next page shows.
 NOTICE = "taskx_notice"
@@ -44,10 +45,12 @@ def render(request: Request, page: Page, screens: tuple[Screen, ...], title: str
         url=request.link,
         asset=partial(_asset_url, request),
         may=request.may,
+        term=term,
         screens=[screen for screen in screens if screen.letter],
         site=title,
         here=request.here,
-        hidden=_hidden_fields(request),
+        hidden=_hidden_fields(request, request.here),
+        carry=partial(_hidden_fields, request),
         notice=read_notice(request),
         **page.values,
     )
@@ -63,11 +66,11 @@ def _asset_url(request: Request, name: str) -> str:
     return request.link("static", name=name, v=static_files.version(name))
 
 
-def _hidden_fields(request: Request) -> Markup:
-    """Return the fields that every form with ``method="post"`` carries."""
+def _hidden_fields(request: Request, back: str) -> Markup:
+    """Return the fields that every form with ``method="post"`` carries; it leads back to a page."""
     field = Markup('<input type="hidden" name="{}" value="{}">')
     token = field.format(TOKEN, request.token) if request.token else Markup("")
-    return token + field.format(BACK, request.here)
+    return token + field.format(BACK, back)
 
 
 # --- cookies

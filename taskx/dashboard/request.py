@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from datetime import datetime
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import urlsplit
 
 from werkzeug import wrappers
@@ -65,16 +66,6 @@ class Request(wrappers.Request):
         """Return an English text in the language of the page, with these values."""
         return words.translate(self.language, text, **values)
 
-    @cached_property
-    def display(self) -> Display:
-        """The form of the page's values for people."""
-        return Display(self.language, to_datetime(self.queue.repository.clock.now_ms()))
-
-    @cached_property
-    def charts(self) -> Charts:
-        """The charts of the page."""
-        return Charts(self.display)
-
     def link(self, page: str, /, **values: Any) -> str:
         """Return the URL of a screen, of an action (``"types/pause"``) or of another page.
 
@@ -82,6 +73,21 @@ class Request(wrappers.Request):
         """
         given = {key: value for key, value in values.items() if value not in (None, "")}
         return self._urls.build(page, given)
+
+    @cached_property
+    def now(self) -> datetime:
+        """The time of the page."""
+        return to_datetime(self.queue.repository.clock.now_ms())
+
+    @cached_property
+    def display(self) -> Display:
+        """Shows times, durations and numbers in the language of the page."""
+        return Display(self.language, self.now)
+
+    @cached_property
+    def charts(self) -> Charts:
+        """Draws the charts of the page."""
+        return Charts(self.display)
 
     def match(self) -> tuple[str, Mapping[str, Any]]:
         """Return the name of the page or action that the request asks for, and the values in its path.
@@ -116,9 +122,13 @@ class Request(wrappers.Request):
     def require(self, permission: str) -> None:
         """Raise Forbidden if the user does not have a permission."""
         if not self.may(permission):
-            raise Forbidden(
+            self.refuse(
                 self.say("This needs the permission “{permission}”.", permission=permission)
             )
+
+    def refuse(self, sentence: str) -> NoReturn:
+        """Raise Forbidden with a sentence."""
+        raise Forbidden(sentence)
 
     def note(self, action: str, target: str, detail: str = "") -> None:
         """Note in the audit log what the user has changed. A change that was made is not undone by it."""

@@ -18,7 +18,7 @@ from taskx.core.errors import ConfigurationError
 #: The permissions, and what each of them allows.
 PERMISSIONS: Mapping[str, str] = {
     "read": "see all pages, without params, results, checkpoints and logs",
-    "see_params": "see params, results, checkpoints, logs and errors, redacted by key",
+    "see_params": "see params, results, checkpoints and logs, and search in params",
     "cancel": "cancel tasks",
     "requeue": "run tasks again",
     "delete": "delete tasks",

@@ -36,6 +36,20 @@ class Middleware:
         """
         return call_next()
 
+    def submit(
+        self, tasks: Sequence[Task], call_next: Callable[[Sequence[Task]], Sequence[str]]
+    ) -> Sequence[str]:
+        """Do something before and after ``call_next(tasks)``, which stores submitted tasks.
+
+        Override it to see or change tasks when they are submitted, alone, many at once or in a flow. It is
+        called on the thread that submits them. The tasks are the caller's: do not change them, but pass on
+        copies. Tasks of schedules do not come here.
+
+        Returns:
+            the value of ``call_next``: the ids of the tasks, in the same order.
+        """
+        return call_next(tasks)
+
 
 class Registry:
     """The types that a queue runs, and the declared types that it only accepts.
@@ -51,7 +65,7 @@ class Registry:
         max_payload_size: int = DEFAULT_MAX_SIZE,
         first_use: Callable[[str], object] = lambda type: None,
     ) -> None:
-        self._middleware = middleware
+        self.middleware = middleware
         self._require = require
         self.max_payload_size = max_payload_size
         #: The entry of each type that the queue runs.
@@ -100,8 +114,8 @@ class Registry:
             from taskx.executing.process.isolation import Isolated
 
             function, takes_context = Isolated(executor, entry, self.max_payload_size), True
-        if self._middleware:
-            function = _wrapped(function, self._middleware, takes_context=takes_context)
+        if self.middleware:
+            function = _wrapped(function, self.middleware, takes_context=takes_context)
             takes_context = True
         if limit is not None:  # first: as soon as the type is registered, its tasks may start
             self.limits[entry.type] = limit

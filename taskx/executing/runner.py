@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import _thread
-import os
 import random
-import threading
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -29,6 +27,7 @@ from taskx.core.token import CancelToken
 from taskx.executing.alarms import Alarms, Overdue
 from taskx.executing.capture import Capture, CapturedLogger, capturing
 from taskx.executing.context import Context, Shared, log_prefix
+from taskx.executing.current import current
 from taskx.executing.executors import Registered
 from taskx.executing.failures import (
     MAX_ERROR,
@@ -50,8 +49,6 @@ from taskx.executing.failures import (
 #: "concluding": the executor has returned, and the outcome is not stored yet;
 #: "stuck": it was abandoned after its time-out, and its thread still runs.
 State = Literal["starting", "ahead", "executing", "concluding", "stuck"]
-
-_current = threading.local()
 
 
 class Run:
@@ -79,18 +76,9 @@ class Run:
         self.context = Context(task, self.token, shared)
 
 
-def _renew_after_fork() -> None:
-    global _current
-    _current = threading.local()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_after_fork)
-
-
 def inside_executor() -> bool:
     """Return True if the calling thread is inside an executor."""
-    return getattr(_current, "depth", 0) > 0
+    return current.context is not None
 
 
 class Runner:
@@ -106,7 +94,7 @@ class Runner:
         task, token, executor = run.task, run.token, run.executor
         started = self._clock.monotonic()
         before = forks.generation
-        _current.depth = getattr(_current, "depth", 0) + 1
+        outer, current.context = current.context, run.context
         try:
             if task.timeout is not None:
                 token.deadline = started + task.timeout
@@ -130,7 +118,7 @@ class Runner:
             forks.end_in_child(before, error)
             ending = self.ending_of(error, run)
         finally:
-            _current.depth -= 1
+            current.context = outer
             if task.timeout is not None:
                 self._alarms.remove(token)
         return self._completed(ending, run, worker, started)

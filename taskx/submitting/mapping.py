@@ -34,6 +34,7 @@ from taskx.core.submission import given
 from taskx.core.values import Values
 from taskx.executing.executors import AnyExecutor, Executor, executor_of
 from taskx.submitting.intake import Intake, encoded, task_of
+from taskx.submitting.layers import LayeredIntake
 
 # Tasks submitted ahead for each worker if no window is given.
 _AHEAD_PER_WORKER = 4
@@ -212,7 +213,7 @@ class Results(Iterator[Any]):
     progress: bool
     options: Mapping[str, Any]
     owner: _Owner
-    intake: Callable[[], Intake]
+    intake: Callable[[], Intake | LayeredIntake]
     clock: Clock
     _items: Iterator[Any] = attrs.field(init=False)
     _display: Display | None = attrs.field(init=False, default=None)

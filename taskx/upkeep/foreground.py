@@ -42,25 +42,35 @@ class _Call:
         self._woken.set()
 
 
-class _Signals:
-    """Catches SIGINT and SIGTERM within a ``with`` block. A handler only notes the signal."""
+class Signals:
+    """Catches SIGINT and SIGTERM within a ``with`` block. A handler only notes the signal.
 
-    def __init__(self) -> None:
-        #: The caught signals, the first one first.
+    With ``once``, only the first signal of the system counts. A supervised process gets its orders from its
+    supervisor, by :meth:`note`. Some managers send each signal to both of them.
+    """
+
+    def __init__(self, *, once: bool = False) -> None:
+        #: The noted signals, the first one first.
         self.caught: list[int] = []
+        self._once = once
         self._woken = Signal()
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> _Signals:
+    def __enter__(self) -> Signals:
         for number in _SIGNALS:
             before = signal.getsignal(number)
             # A shell starts a job in the background with SIGINT ignored. It must stay ignored.
             if before is not signal.SIG_IGN:
                 self._before[number] = before
-                signal.signal(number, self._note)
+                signal.signal(number, self._hear)
         return self
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        if not (self._once and self.caught):
+            self.note(number)
+
+    def note(self, number: int) -> None:
+        """Note a signal. Any thread may call this."""
         self.caught.append(number)
         self._woken.set()
 
@@ -84,7 +94,9 @@ class _Signals:
             self._woken.wait(_POLL)
 
 
-def run(lives: Sequence[Lifetime], timeout: float | timedelta) -> int:
+def run(
+    lives: Sequence[Lifetime], timeout: float | timedelta, signals: Signals | None = None
+) -> int:
     """Do the work of :func:`taskx.run` with the lifetimes of its queues."""
     seconds = check_number(timeout, "timeout")
     if not on_main_thread():
@@ -92,7 +104,7 @@ def run(lives: Sequence[Lifetime], timeout: float | timedelta) -> int:
             "run() must be called in the main thread, because only there a program can handle signals; "
             "elsewhere use start() and stop()"
         )
-    with _Signals() as signals:
+    with signals or Signals() as signals:
         starts: list[_Call] = []
         try:
             starts.extend(signals.call(life.start) for life in lives)
@@ -104,7 +116,7 @@ def run(lives: Sequence[Lifetime], timeout: float | timedelta) -> int:
 
 
 def _run(
-    lives: Sequence[Lifetime], starts: Sequence[_Call], timeout: float, signals: _Signals
+    lives: Sequence[Lifetime], starts: Sequence[_Call], timeout: float, signals: Signals
 ) -> int:
     def ended() -> bool:
         return all(start.over for start in starts) and all(life.ended for life in lives)

@@ -309,7 +309,8 @@ class Lifetime:
 
     def __init__(self, services: Services, config: Config, state: State, queue: Any) -> None:
         self._services = services
-        self._config = config
+        #: The settings; they may change until the queue is started.
+        self.config = config
         self._state = state
         self._queue = queue
         self._changing, self._starting = threading.Lock(), threading.Lock()
@@ -349,7 +350,7 @@ class Lifetime:
             if self.node is not None:
                 self.node.engine.begun.set()  # an interrupt may have stopped start() before this step
                 return
-            node = self.node_class(self._services, self._config, self._ended)
+            node = self.node_class(self._services, self.config, self._ended)
             try:
                 node.join()
                 node.begin()

@@ -60,10 +60,16 @@ def repository() -> MemoryRepository:
 
 
 @pytest.fixture
-def taskx(queue: Queue) -> Call:
-    """Return a function that runs the command line on the fixture ``queue``."""
+def outside(make_queue: Callable[..., Queue]) -> Queue:
+    """The queue of the command line, on the repository of the fixture ``queue``. It is never started."""
+    return make_queue()
+
+
+@pytest.fixture
+def taskx(outside: Queue) -> Call:
+    """Return a function that runs the command line on the queue ``outside``."""
 
     def run(*args: str, **settings: Any) -> Said:
-        return call(*args, queue=queue, **settings)
+        return call(*args, queue=outside, **settings)
 
     return run

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from functools import partial
 
+import attrs
 import pytest
 from helpers import PATIENCE
 
@@ -12,18 +13,22 @@ from executing.test_outcomes import ERRORS
 from taskx import (
     CancelReason,
     ConfigurationError,
+    DuplicateTask,
     MemoryRepository,
     Middleware,
     Permanent,
     Queue,
     Snooze,
+    Task,
     TaskExecutor,
     TaskFailed,
     TaskStatus,
+    chain,
 )
 from taskx.core.options import Options
 from taskx.executing.executors import make_executor
 from taskx.executing.registry import Registry
+from taskx.testing import manual
 
 
 class Notes(Middleware):
@@ -233,3 +238,80 @@ def test_async_and_generator_middleware_is_refused(wrong, problem):
     """A call would only create a coroutine or a generator, and never run the executor."""
     with pytest.raises(ConfigurationError, match=rf"middleware .* {problem}"):
         Queue(MemoryRepository(), middleware=[wrong])
+
+
+class Signing(Middleware):
+    """Middleware that notes the types of each submit, and writes its name into ``created_by``."""
+
+    def __init__(self, name, notes):
+        self.name = name
+        self.notes = notes
+
+    def submit(self, tasks, call_next):
+        self.notes.append((self.name, [task.type for task in tasks]))
+        signed = [attrs.evolve(t, created_by=f"{t.created_by}{self.name}") for t in tasks]
+        ids = call_next(signed)
+        self.notes.append((self.name, len(ids)))
+        return ids
+
+
+@pytest.fixture
+def signing(make_queue):
+    """A queue with two layers around its submits, and what they note."""
+    notes = []
+    queue = make_queue(middleware=[Signing("a", notes), Signing("b", notes)])
+    queue.executor("t")(lambda n=0: n)
+    return queue, notes
+
+
+@pytest.mark.every_store
+def test_middleware_can_change_the_tasks_of_every_submit(signing):
+    queue, notes = signing
+    given = Task(type="t", created_by="me, ")
+    alone = queue.submit(given)
+    many = queue.submit_many([Task(type="t"), Task(type="t")])
+    queue.submit_flow(chain(Task(type="t"), Task(type="t")))
+    assert [handle.task().created_by for handle in (alone, *many)] == ["me, ab", "ab", "ab"]
+    assert queue.count_tasks(created_by="ab") == 4
+    assert given.created_by == "me, "
+    assert notes[:4] == [("a", ["t"]), ("b", ["t"]), ("b", 1), ("a", 1)]
+    assert notes[4:8] == [("a", ["t", "t"]), ("b", ["t", "t"]), ("b", 2), ("a", 2)]
+    queue.start()
+    assert [*queue.map("t", [{"n": 1}, {"n": 2}])] == [1, 2]
+    assert queue.count_tasks(created_by="ab") == 6
+    assert queue.count_tasks(created_by="me, ab") == 1
+
+
+def test_an_exception_of_middleware_refuses_the_submit(make_queue):
+    class Closed(Middleware):
+        def submit(self, tasks, call_next):
+            raise PermissionError("closed")
+
+    queue = make_queue(middleware=[Closed()])
+    queue.executor("t")(lambda: None)
+    for call in (lambda: queue.submit("t"), lambda: queue.submit_many([Task(type="t")])):
+        with pytest.raises(PermissionError, match="closed"):
+            call()
+    assert queue.count_tasks() == 0
+
+
+def test_middleware_sees_the_error_and_the_options_of_a_submit(signing):
+    queue, notes = signing
+    first = queue.submit("t", unique_key="u")
+    with pytest.raises(DuplicateTask):
+        queue.submit("t", unique_key="u")
+    assert notes[-2:] == [("a", ["t"]), ("b", ["t"])]
+    assert queue.submit("t", unique_key="u", on_conflict="return").id == first.id
+
+
+def test_a_queue_without_such_middleware_has_none_of_it_in_the_way(make_queue):
+    queue = make_queue(middleware=[Notes("n", [])])
+    assert queue._entrance is queue._intake
+
+
+def test_a_driven_queue_has_the_middleware_of_its_queue(signing):
+    queue, notes = signing
+    with manual(queue) as driven:
+        driven.submit("t")
+        assert notes
+        assert driven.run_all()

@@ -232,7 +232,7 @@ def handlers():
 
 
 def in_run():
-    return signal.getsignal(signal.SIGTERM).__qualname__ == "_Signals._note"
+    return signal.getsignal(signal.SIGTERM).__qualname__ == "Signals._hear"
 
 
 def test_run_starts_and_stops_all_its_queues(make_queue):

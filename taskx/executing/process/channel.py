@@ -43,6 +43,11 @@ class Channel:
                 return
             del self._unsent[:sent]
 
+    @property
+    def unsent(self) -> bool:
+        """True if the other end has not taken all messages yet."""
+        return bool(self._unsent)
+
     def flush(self) -> None:
         """Wait until all messages are sent, or the other end is closed."""
         while self._unsent:

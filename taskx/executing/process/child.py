@@ -33,6 +33,7 @@ from taskx.core.token import CancelToken
 from taskx.executing.alarms import Alarms
 from taskx.executing.checkpoints import Keeper
 from taskx.executing.context import Context, Shared
+from taskx.executing.current import current
 from taskx.executing.executors import Executor, Registered, entry_of, make_executor
 from taskx.executing.failures import told_error
 from taskx.executing.process.channel import Channel
@@ -142,6 +143,7 @@ class _Work:
         params = request["task"]["params"] if request["params"] is None else request["params"]
         given = (self._context,) if executor.takes_context else ()
         before = forks.generation
+        current.context = self._context
         try:
             value = executor.function(*given, **params)
         except BaseException as error:

@@ -1,0 +1,229 @@
+"""The list of tasks: one filter line, pages both ways, changes of many tasks, export."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import attrs
+from werkzeug.wrappers import Response
+
+from taskx.core.errors import ConfigurationError, InvalidTransition, TaskNotFound
+from taskx.core.model import TaskFilter, TaskPage, TaskStatus
+from taskx.dashboard import private
+from taskx.dashboard.pages import Action, Done, Page, Screen
+from taskx.dashboard.request import Request
+from taskx.dashboard.terms import term
+from taskx.inspecting.query import FIELDS, as_command, as_python, parse_query, query_of
+from taskx.queue import Queue
+
+#: Tasks on a page.
+ROWS = 50
+#: The largest total that is counted.
+MOST_COUNTED = 10_000
+# Pages that can be gone back one by one. Their places are in the URL.
+_TRAIL = 12
+
+
+def read_filter(request: Request, line: str) -> TaskFilter:
+    """Return the filter of a filter line.
+
+    Raises:
+        ConfigurationError: the line is not valid.
+        Forbidden: it looks for values that the user may not see.
+    """
+    found = parse_query(line, request.queue.repository.clock)
+    private.check_search(request, found)
+    return found
+
+
+def show(request: Request) -> Page:
+    """Show one page of the tasks that match the filter line."""
+    line = request.args.get("q", "").strip()
+    after = request.args.get("after") or None
+    trail = [*request.args.getlist("trail"), ""][:_TRAIL] if after else []
+    values: dict[str, Any] = {"line": line, "fields": FIELDS, "trail": trail, "wrong": ""}
+    try:
+        wanted = read_filter(request, line)
+        page = request.queue.list_tasks(
+            attrs.evolve(wanted, limit=ROWS), after=after, at_most=MOST_COUNTED
+        )
+    except ConfigurationError as error:
+        nothing = {"page": None, "suggestions": (), "wrong": str(error)}
+        return Page("tasks.html", {**values, **nothing}, 400)
+    return Page(
+        "tasks.html",
+        {
+            **values,
+            "page": page,
+            "suggestions": [*_suggestions(request, line, page)],
+            "newer": _newer(request, line, trail),
+            "older": _older(request, line, page, after),
+            "command": as_command(wanted),
+            "python": as_python(wanted),
+            "steerable": hasattr(Queue, "requeue_all"),
+            "changes": [each for each in BUTTONS if request.may(each[0])],
+        },
+    )
+
+
+def _newer(request: Request, line: str, trail: list[str]) -> str:
+    """Return the URL of the page before; empty on the first one."""
+    if not trail:
+        return ""
+    before = [*request.args.getlist("trail")]
+    if not before:
+        return request.link("tasks", q=line)
+    return request.link("tasks", q=line, after=before[0], trail=before[1:])
+
+
+def _older(request: Request, line: str, page: TaskPage, after: str | None) -> str:
+    """Return the URL of the next page; empty on the last one."""
+    if page.next is None:
+        return ""
+    trail = [after, *request.args.getlist("trail")][:_TRAIL] if after else []
+    return request.link("tasks", q=line, after=page.next, trail=trail)
+
+
+def _suggestions(request: Request, line: str, page: TaskPage) -> Iterator[str]:
+    """Yield filter lines that add a term to the present one."""
+    types = sorted({task.type for task in page.tasks})
+    terms = {
+        "status": [str(status) for status in TaskStatus],
+        "type": types,
+        "by": sorted({task.created_by for task in page.tasks if task.created_by}),
+        "error_type": sorted({task.error_type for task in page.tasks if task.error_type}),
+        "newer": ["1h", "1d"],
+        "older": ["1h", "1d"],
+    }
+    for name, values in terms.items():
+        if f"{name}:" not in line:
+            for value in values:
+                yield f"{line} {term(name, value)}".strip()
+
+
+# The changes: their names, their buttons, and True if they cannot be undone.
+BUTTONS = (("requeue", "Run again", False), ("cancel", "Cancel", True), ("delete", "Delete", True))
+
+
+# --- export
+
+
+def export(request: Request) -> Response:
+    """Send all tasks that match as JSON lines, newest first, with little memory."""
+    wanted = read_filter(request, request.args.get("q", ""))
+    first = request.queue.iter_tasks(attrs.evolve(wanted, limit=1))
+    next(first, None)  # an error is a page as long as nothing was sent
+    response = Response(_lines(request, wanted), mimetype="application/x-ndjson")
+    response.headers["Content-Disposition"] = 'attachment; filename="tasks.jsonl"'
+    response.cache_control.no_store = True
+    return response
+
+
+def _lines(request: Request, wanted: TaskFilter) -> Iterator[str]:
+    for task in request.queue.iter_tasks(wanted):
+        yield f"{json.dumps(private.as_json(request, task))}\n"
+
+
+# --- changes of several tasks
+
+
+@attrs.frozen
+class Change:
+    """A change of several tasks.
+
+    Attributes:
+        name: its name in URLs and in the audit log.
+        question: asks if it shall be done.
+        done: says what was done.
+        some: changes the tasks with these ids; returns the number of changed ones.
+        all: changes all tasks that match; returns the number of changed ones.
+    """
+
+    name: str
+    question: str
+    done: str
+    some: Callable[[Request, list[str]], int]
+    all: Callable[[Request, TaskFilter], int]
+
+    def run(self, request: Request) -> Done | Page:
+        """Ask first; do it if the user has confirmed it."""
+        chosen = [*request.chosen()]
+        if "whole" in request.form:
+            return self._run_all(request)
+        if not chosen:
+            return Done(request.say("No task was chosen."))
+        if "confirmed" not in request.form:
+            return self._ask(request, {"ids": chosen, "count": len(chosen), "exact": True})
+        number = self.some(request, chosen)
+        request.note(self.name, f"{len(chosen)} tasks", " ".join(chosen[:20]))
+        return Done(request.say(self.done, count=number))
+
+    def _run_all(self, request: Request) -> Done | Page:
+        line = request.form.get("q", "")
+        wanted = read_filter(request, line)
+        if "confirmed" not in request.form:
+            now = request.now
+            if wanted.end_date is None or wanted.end_date > now:
+                wanted = attrs.evolve(wanted, end_date=now)  # no task that is submitted from now on
+            count = request.queue.count_tasks(wanted, at_most=MOST_COUNTED)
+            values = {"ids": [], "count": int(count), "exact": count.exact}
+            return self._ask(request, {**values, "line": query_of(wanted)})
+        number = self.all(request, wanted)
+        request.note(self.name, line or "all tasks", f"{number} changed")
+        return Done(request.say(self.done, count=number))
+
+    def _ask(self, request: Request, values: dict[str, Any]) -> Page:
+        question = request.say(self.question, count=values["count"])
+        given = {"change": self.name, "question": question, "line": "", "refreshing": False}
+        return Page("confirm.html", {**given, "back": request.back, **values})
+
+
+def _delete_some(queue: Queue, ids: list[str]) -> int:
+    """Delete tasks; running ones and those that do not exist any more stay as they are."""
+    number = 0
+    for task_id in ids:
+        with suppress(TaskNotFound, InvalidTransition):
+            queue.delete(task_id)
+            number += 1
+    return number
+
+
+def _steering(request: Request) -> Any:
+    return request.queue
+
+
+CHANGES = (
+    Change(
+        "cancel",
+        "Cancel {count} task?|Cancel {count} tasks?",
+        "{count} task was cancelled.|{count} tasks were cancelled.",
+        lambda request, ids: request.queue.cancel_many(ids),
+        lambda request, wanted: _steering(request).cancel_all(wanted).changed,
+    ),
+    Change(
+        "requeue",
+        "Run {count} task again?|Run {count} tasks again?",
+        "{count} task runs again.|{count} tasks run again.",
+        lambda request, ids: request.queue.requeue_many(ids),
+        lambda request, wanted: _steering(request).requeue_all(wanted).changed,
+    ),
+    Change(
+        "delete",
+        "Delete {count} task?|Delete {count} tasks?",
+        "{count} task was deleted.|{count} tasks were deleted.",
+        lambda request, ids: _delete_some(request.queue, ids),
+        lambda request, wanted: _steering(request).delete_all(wanted).changed,
+    ),
+)
+
+SCREEN = Screen(
+    name="tasks",
+    label="Tasks",
+    letter="t",
+    show=show,
+    actions={change.name: Action(change.name, change.run) for change in CHANGES},
+    parts={"export": export},
+)

@@ -1,0 +1,322 @@
+"""The processes of a supervisor, and the rules by which they are started, replaced and stopped.
+
+A fleet has a number of places. Each has one process in service. This module starts no process and reads no
+clock by itself, so that tests can drive it.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import attrs
+
+from taskx.supervising.settings import RECYCLE
+
+#: Seconds after which a process that died is replaced at once, and not after a back-off.
+PROVEN = 60.0
+#: Longest wait, in seconds, before a process is started again.
+LONGEST_WAIT = 30.0
+#: Seconds that a process has to end after its stop time-out, before it is killed.
+GRACE = 5.0
+#: Seconds without a beat after which a process counts as not healthy.
+SILENCE = 30.0
+
+log = logging.getLogger("taskx.worker")
+
+
+class Handle(Protocol):
+    """A process that was started."""
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+
+    def say(self, *message: Any) -> None:
+        """Send it an order."""
+
+    def kill(self) -> None:
+        """Kill it, and the processes in its group."""
+
+
+@attrs.define(eq=False)
+class Member:
+    """One process of the fleet.
+
+    Attributes:
+        handle: the process.
+        place: the number of its place.
+        started_at: the time of its start, by the supervisor's clock.
+        beat_at: the time of its last beat; None: its queue has not started yet.
+        facts: what its last beat said.
+        failure: the exit code and the sentence of a process that cannot start.
+        kill_at: the time at which it is killed; None: it was not told to stop.
+    """
+
+    handle: Handle
+    place: int
+    started_at: float
+    beat_at: float | None = None
+    facts: Mapping[str, Any] = attrs.field(factory=dict)
+    failure: tuple[int, str] | None = None
+    kill_at: float | None = None
+
+    @property
+    def ready(self) -> bool:
+        """True if its queue has started."""
+        return self.beat_at is not None
+
+    @property
+    def name(self) -> str:
+        """Its name in the log."""
+        return f"process {self.place} (pid {self.handle.pid})"
+
+
+@attrs.define(eq=False)
+class Place:
+    """A place in the fleet: the process in service, and the one that will replace it."""
+
+    number: int
+    member: Member | None = None
+    successor: Member | None = None
+    start_at: float = 0.0
+    deaths: int = 0  #: early deaths since a process proved itself
+    trouble: str = ""  #: the reason why no process is in service
+
+
+class Fleet:
+    """All processes of one supervisor.
+
+    Args:
+        count: the number of places.
+        stop_timeout: seconds that a process has to end after the order ``stop``.
+        spawn: starts a process for the place of this number.
+        now: the clock, in seconds.
+        patient: True if a process that cannot start waits for a change by itself.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        stop_timeout: float,
+        spawn: Callable[[int], Handle],
+        now: Callable[[], float],
+        *,
+        patient: bool = False,
+    ) -> None:
+        self._spawn = spawn
+        self._now = now
+        self._stop_timeout = stop_timeout
+        self._patient = patient
+        self.places = [Place(number) for number in range(1, count + 1)]
+        #: The processes that were told to stop, or asked to be replaced.
+        self.leaving: list[Member] = []
+        #: True once each place had a process whose queue has started.
+        self.begun = False
+        #: The number of orders to stop so far.
+        self.stops = 0
+        self._outdated: list[Place] = []  # places whose process must be replaced
+        self._unclean = False  # True if a process was killed or left a task running at the stop
+        #: The exit code and the sentence of a start that failed.
+        self.fatal: tuple[int, str] | None = None
+
+    # --- the state
+
+    def members(self) -> Iterator[Member]:
+        """Yield all processes that have not ended."""
+        for place in self.places:
+            yield from filter(None, (place.member, place.successor))
+        yield from self.leaving
+
+    @property
+    def replacing(self) -> bool:
+        """True while processes are being replaced on request."""
+        return bool(self._outdated) or any(place.successor for place in self.places)
+
+    @property
+    def over(self) -> bool:
+        """True if the fleet was told to stop, and no process is left."""
+        return self.stops > 0 and not any(True for _ in self.members())
+
+    @property
+    def code(self) -> int:
+        """The exit code of a fleet that is over, without the numbers of signals."""
+        return self.fatal[0] if self.fatal else int(self._unclean)
+
+    def problems(self) -> Sequence[str]:
+        """Return a sentence for each process that is not as it must be. A start is not a problem."""
+        found = []
+        for place in self.places:
+            member = place.member
+            if member is None or not member.ready:
+                if place.trouble and not self.stops:
+                    found.append(f"Process {place.number} is down: {place.trouble}.")
+            elif (silent := self._now() - (member.beat_at or 0)) > SILENCE:
+                found.append(f"The {member.name} has said nothing for {silent:.0f} s.")
+            elif not member.facts.get("healthy", True):
+                found.append(f"The queue of {member.name} is not healthy.")
+        return found
+
+    # --- events
+
+    def heard(self, member: Member, kind: str, *facts: Any) -> None:
+        """Note a message of a process."""
+        if kind == "beat":
+            first, member.beat_at = not member.ready, self._now()
+            (member.facts,) = facts
+            if first:
+                self._became_ready(member)
+        elif kind == "leaving":
+            log.info("%s is replaced: %s", member.name, facts[0])
+            self._let_go(member)
+        elif kind == "failed":
+            member.failure = facts[0], facts[1]
+            if self._patient:
+                place = self._place(member)
+                place.trouble = facts[1]
+                log.error("%s cannot start: %s; it waits for a change", member.name, facts[1])
+
+    def _became_ready(self, member: Member) -> None:
+        place = self._place(member)
+        place.trouble = ""
+        log.info("%s is ready", member.name)
+        if place.successor is member:
+            before, place.member, place.successor = place.member, member, None
+            if before is not None:
+                self._retire(before)
+        if not self.begun and all(one.member and one.member.ready for one in self.places):
+            self.begun = True
+
+    def ended(self, member: Member, status: int) -> None:
+        """Note the end of a process; a negative status is the number of the signal that killed it."""
+        how = _how(status, member)
+        if member in self.leaving:
+            self.leaving.remove(member)
+            clean = status in (0, RECYCLE) or not member.ready
+            self._unclean = self._unclean or (self.stops > 0 and not clean)
+            log.log(logging.INFO if clean else logging.WARNING, "%s %s", member.name, how)
+            return
+        place = self._place(member)
+        if place.successor is member:
+            place.successor = None
+            self._outdated.clear()
+            log.error("%s %s: the replacement ends, and the old processes go on", member.name, how)
+            return
+        place.member, place.successor = place.successor, None
+        if place.member is not None:
+            log.warning("%s %s; %s takes its place", member.name, how, place.member.name)
+            return
+        if status == RECYCLE:
+            place.start_at = self._now()
+            return
+        place.trouble = f"it {how}"
+        if self.begun:
+            self._start_later(place, member, how)
+        else:
+            self._give_up(member, how)
+
+    def _give_up(self, member: Member, how: str) -> None:
+        code, _ = member.failure or (1, "")
+        self.fatal = code, f"{member.name} {how}"
+        log.error("%s %s: the worker ends", member.name, how)
+        self.stop()
+
+    def _start_later(self, place: Place, member: Member, how: str) -> None:
+        proven = member.ready and self._now() - member.started_at >= PROVEN
+        place.deaths = 0 if proven else place.deaths + 1
+        wait = backoff(place.deaths)
+        place.start_at = self._now() + wait
+        when = f"in {wait:g} s" if wait else "now"
+        log.warning("%s %s; another one starts %s", member.name, how, when)
+
+    # --- orders
+
+    def replace(self) -> None:
+        """Replace all processes, one by one: the next one starts when the one before is ready."""
+        if self.stops:
+            return
+        self._outdated = [place for place in self.places if place.member is not None]
+        for place in self.places:
+            place.start_at, place.deaths = self._now(), 0
+
+    def stop(self) -> None:
+        """Tell all processes to stop; a second time, to stop at once; a third time, kill them."""
+        self.stops += 1
+        self._outdated.clear()
+        for place in self.places:
+            for member in filter(None, (place.member, place.successor)):
+                self.leaving.append(member)
+            place.member = place.successor = None
+        for member in self.leaving:
+            self._order(member)
+
+    def _order(self, member: Member) -> None:
+        if self.stops >= 3:
+            member.handle.kill()
+            return
+        member.handle.say("stop" if self.stops < 2 else "now")
+        patience = GRACE + (self._stop_timeout if self.stops < 2 else 0)
+        deadline = self._now() + patience
+        member.kill_at = deadline if member.kill_at is None else min(member.kill_at, deadline)
+
+    def _retire(self, member: Member) -> None:
+        member.handle.say("stop")
+        member.kill_at = self._now() + self._stop_timeout + GRACE
+        self.leaving.append(member)
+
+    def _let_go(self, member: Member) -> None:
+        """Free the place of a process that stops by itself."""
+        if member in self.leaving:
+            return
+        place = self._place(member)
+        if place.successor is not None:  # it comes in any case
+            place.member, place.successor = place.successor, None
+        else:
+            place.member, place.start_at = None, self._now()
+        if place in self._outdated:
+            self._outdated.remove(place)
+        member.kill_at = self._now() + self._stop_timeout + GRACE
+        self.leaving.append(member)
+
+    def step(self) -> None:
+        """Do what is due now: start processes, and kill those whose time is over."""
+        now = self._now()
+        for member in list(self.leaving):
+            if member.kill_at is not None and now >= member.kill_at:
+                log.warning("%s has not stopped in time, and is killed", member.name)
+                member.kill_at = None
+                member.handle.kill()
+        if self.stops:
+            return
+        for place in self.places:
+            if place.member is None and now >= place.start_at:
+                place.member = self._start(place)
+        if self._outdated and not any(place.successor for place in self.places):
+            place = self._outdated.pop(0)
+            if place.member is not None:  # else a new one has started or will start
+                place.successor = self._start(place)
+
+    def _start(self, place: Place) -> Member:
+        member = Member(self._spawn(place.number), place.number, self._now())
+        log.info("%s starts", member.name)
+        return member
+
+    def _place(self, member: Member) -> Place:
+        return self.places[member.place - 1]
+
+
+def backoff(deaths: int) -> float:
+    """Return the seconds before the next start, after a number of early deaths: 0, 1, 2, 4, … 30."""
+    return 0.0 if deaths <= 1 else min(LONGEST_WAIT, 2.0 ** min(deaths - 2, 10))
+
+
+def _how(status: int, member: Member) -> str:
+    """Return how a process ended, for a sentence."""
+    if member.failure:
+        return f"cannot start: {member.failure[1]}"
+    if status < 0:
+        names = {known.value: known.name for known in signal.Signals}
+        return f"was killed by {names.get(-status, f'signal {-status}')}"
+    return f"has ended with exit code {status}"

@@ -1,0 +1,276 @@
+"""One process of a supervisor: it loads the queue, runs it, and tells the supervisor how it is.
+
+The supervisor starts a fresh interpreter with this module, the number of a socket, and the queue's place.
+The socket carries lines of JSON. From the supervisor: the settings, then ``stop`` and ``now``. To the
+supervisor: ``beat`` (the first one says that the queue has started), ``leaving`` and ``failed``. If the
+socket closes, the supervisor has died, and the process stops as after SIGTERM.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import random
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import Any, NoReturn
+
+from taskx.core.errors import ConfigurationError, RepositoryError
+from taskx.executing.process.channel import Channel
+from taskx.queue import Queue, life_of
+from taskx.supervising.loading import files_of, load_queue
+from taskx.supervising.settings import AWAY, RECYCLE, USAGE, Settings
+from taskx.upkeep import foreground
+from taskx.upkeep.node import Lifetime
+
+#: Seconds between two beats.
+BEAT = 1.0
+#: Share of a limit by which it may be lower, so that not all processes reach it at the same time.
+JITTER = 0.2
+# Seconds between two checks if the queue has started.
+_FIRST_CHECKS = 0.02
+# Seconds that the end of the interpreter may take, after the queue has stopped.
+_LEAVE = 5.0
+
+log = logging.getLogger("taskx.worker")
+
+
+def main() -> NoReturn:
+    """Run the process that the arguments describe: the number of a socket, and the queue's place."""
+    # Not ignored, because programs that executors start would inherit that.
+    signal.signal(signal.SIGHUP, lambda number, frame: None)
+    end = socket.socket(fileno=int(sys.argv[1]))
+    end.set_inheritable(False)  # programs that executors start must not hold it
+    channel = Channel(end)
+    messages: list[list[Any]] | None = []
+    while messages == []:
+        messages = channel.hear(60.0)
+    if messages is None:
+        os._exit(1)
+    [settings], *orders = messages
+    code = Process(channel, Settings(**settings)).run([order for (order,) in orders])
+    # A thread of the program that does not end must not keep the process.
+    timer = threading.Timer(_LEAVE, os._exit, (code,))
+    timer.daemon = True
+    timer.start()
+    sys.exit(code)
+
+
+class Process:
+    """The one queue of this process, between its supervisor and the system."""
+
+    def __init__(self, channel: Channel, settings: Settings) -> None:
+        self._channel = channel
+        self._settings = settings
+        self._signals = foreground.Signals(once=True)
+        self._life: Lifetime | None = None
+        self._queue: Queue | None = None
+        self._limits = Limits(settings)
+        self._changes = Changes(loaded_files)
+        self._leaving = ""  # the reason why this process asks to be replaced
+        self._ready = self._idle = self._over = False
+
+    def run(self, orders: Iterable[str] = ()) -> int:
+        """Load and run the queue; return the exit code of the process."""
+        for order in orders:
+            self._obey(order)
+        threading.Thread(target=self._attend, name="taskx-supervisor", daemon=True).start()
+        try:
+            queue = load_queue(self._settings.target)
+            if self._settings.reload:
+                self._changes.next()  # the files are as they were loaded
+            set_up_log(self._settings.log_level)
+            self._life = life_of(queue, self._settings.threads)
+            self._queue = queue
+            code = foreground.run([self._life], self._settings.stop_timeout, self._signals)
+        except Exception as error:  # noqa: BLE001  (told to the supervisor)
+            return self._failed(error)
+        finally:
+            self._over = True
+        return RECYCLE if self._leaving and not self._signals.caught else code
+
+    def _failed(self, error: Exception) -> int:
+        code = USAGE if isinstance(error, ConfigurationError) else 1
+        code = AWAY if isinstance(error, RepositoryError) else code
+        set_up_log(self._settings.log_level)
+        log.debug("the process cannot start", exc_info=error)
+        self._channel.say("failed", code, " ".join(str(error).split()) or type(error).__name__)
+        if self._settings.reload:
+            self._idle = True
+            _wait_for_change({*files_of(error), *loaded_files(), *_sources()})
+            code = RECYCLE
+        self._channel.flush()
+        return code
+
+    # --- the supervisor, on a thread of its own
+
+    def _attend(self) -> None:
+        """Follow the supervisor's orders, and beat, until the process ends."""
+        beat_at = 0.0
+        while not self._over:
+            messages = self._channel.hear(BEAT if self._ready else _FIRST_CHECKS)
+            if messages is None:
+                self._orphaned()
+                return
+            for (order,) in messages:
+                self._obey(order)
+            self._ready = self._ready or (self._life is not None and self._life.name == "started")
+            if self._ready and time.monotonic() >= beat_at:
+                beat_at = time.monotonic() + BEAT
+                self._beat()
+
+    def _obey(self, order: str) -> None:
+        if self._life is None or self._idle:  # it runs nothing
+            os._exit(0)
+        wanted = 1 if order == "stop" else 2
+        while len(self._signals.caught) < wanted:
+            self._signals.note(signal.SIGTERM)
+
+    def _orphaned(self) -> None:
+        if self._life is None or self._idle:
+            os._exit(1)
+        if not self._signals.caught:
+            log.warning("the supervisor has died: this process stops")
+            self._signals.note(signal.SIGTERM)
+
+    def _beat(self) -> None:
+        assert self._queue is not None
+        assert self._life is not None
+        node = self._life.node
+        if node is None or self._channel.unsent:  # the supervisor does not read
+            return
+        facts = self._limits.facts(node.engine)
+        running = len(node.engine.ahead.at_work)
+        self._channel.say("beat", {**facts, "healthy": self._queue.healthy, "running": running})
+        why = self._limits.reached(facts)
+        if self._settings.reload and not why and (file := self._changes.next()):
+            why = f"{file} has changed"
+        if why and not self._leaving and not self._life.ended:
+            self._leave(why)
+
+    def _leave(self, why: str) -> None:
+        """Stop the queue, and ask the supervisor for another process."""
+        assert self._life is not None
+        self._leaving = why
+        self._channel.say("leaving", why)
+        stop, timeout = self._life.stop, self._settings.stop_timeout
+        threading.Thread(
+            target=lambda: stop(timeout, cancel=False), name="taskx-recycle", daemon=True
+        ).start()
+
+
+class Limits:
+    """The limits of this process: a random value between 80 % and 100 % of what was asked for."""
+
+    def __init__(self, settings: Settings, draw: Callable[[], float] = random.random) -> None:
+        share = 1 - JITTER * draw()
+        self._tasks = settings.max_tasks and max(1, round(settings.max_tasks * share))
+        self._memory = settings.max_memory and round(settings.max_memory * share)
+        self._age = settings.max_age and settings.max_age * share
+        self._began = time.monotonic()
+        self._counter = itertools.count()
+        self._counted: Any = None
+        self._tasks_ended = 0
+
+    def facts(self, pool: Any) -> dict[str, Any]:
+        """Return the age, the memory and, if they are limited, the attempts of this process."""
+        if self._tasks is not None and self._counted is not pool:
+            self._count(pool)
+        facts: dict[str, Any] = {"age": time.monotonic() - self._began, "memory": memory()}
+        return facts if self._tasks is None else {**facts, "attempts": self._tasks_ended}
+
+    def _count(self, pool: Any) -> None:
+        """Count the attempts that end. Without this limit, a task costs nothing more."""
+        self._counted, ended = pool, pool.ahead.ended
+
+        def counted(run: Any, duration: float) -> None:
+            self._tasks_ended = next(self._counter) + 1
+            ended(run, duration)
+
+        pool.ahead.ended = counted
+
+    def reached(self, facts: dict[str, Any]) -> str:
+        """Return words about the limit that is reached; empty if none is."""
+        if self._tasks is not None and facts["attempts"] >= self._tasks:
+            return f"it has run {facts['attempts']} tasks"
+        if self._memory is not None and facts["memory"] >= self._memory:
+            return f"it takes {facts['memory'] >> 20} MiB"
+        if self._age is not None and facts["age"] >= self._age:
+            return f"it is {facts['age']:.0f} s old"
+        return ""
+
+
+def memory() -> int:
+    """Return the resident memory of this process in bytes; its peak where the system tells no more."""
+    with suppress(OSError, ValueError), open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+# --- reloading
+
+
+class Changes:
+    """The files of imported modules that change."""
+
+    def __init__(self, files: Callable[[], Iterable[str]]) -> None:
+        self._files = files
+        self._seen: dict[str, int | None] = {}
+
+    def next(self) -> str:
+        """Return a file that has changed since it was first seen; empty if none has."""
+        for file in self._files():
+            stamp = _stamp(file)
+            if self._seen.setdefault(file, stamp) != stamp:
+                return file
+        return ""
+
+
+def _stamp(file: str) -> int | None:
+    try:
+        return os.stat(file).st_mtime_ns
+    except OSError:
+        return None
+
+
+def loaded_files() -> set[str]:
+    """Return the source files of the modules that this process has imported."""
+    found = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
+    return {file for file in found if isinstance(file, str)}
+
+
+def _sources() -> set[str]:
+    """Return the Python files in the working folder, where a missing module may appear."""
+    with suppress(OSError):
+        return {entry.path for entry in os.scandir(os.getcwd()) if entry.name.endswith(".py")}
+    return set()
+
+
+def _wait_for_change(files: set[str]) -> None:
+    """Wait until one of these files changes, or a Python file appears in the working folder."""
+    changes, known = Changes(lambda: files), _sources()
+    while not changes.next() and _sources() == known:
+        time.sleep(BEAT / 2)
+
+
+# --- the log
+
+
+def set_up_log(level: str) -> None:
+    """Write the log to stderr, unless the program has set up logging itself."""
+    if logging.getLogger().handlers or logging.getLogger("taskx").handlers:
+        return
+    # The journal of systemd adds the time itself.
+    when = "" if "JOURNAL_STREAM" in os.environ else "%(asctime)s "
+    logging.basicConfig(
+        level=level, format=f"{when}[%(process)d] %(levelname)s %(name)s: %(message)s"
+    )

@@ -1,0 +1,283 @@
+"""Loading a queue, the limits of a process, changed files, messages to systemd, and the health."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+import urllib.error
+import urllib.request
+from types import SimpleNamespace
+
+import pytest
+
+from taskx import ConfigurationError, Queue
+from taskx.supervising.health import WRITE_EVERY, HealthFile, HealthPort
+from taskx.supervising.loading import files_of, load_queue
+from taskx.supervising.notify import Notifier
+from taskx.supervising.process import Changes, Limits, memory
+from taskx.supervising.settings import Settings
+
+# Loading
+
+GOOD = """
+from types import SimpleNamespace
+from taskx import MemoryRepository, Queue
+
+queue = Queue(MemoryRepository())
+state = SimpleNamespace(queue=queue)
+number = 4
+
+def make_queue():
+    return Queue(MemoryRepository())
+
+def makes_number():
+    return 4
+
+def needs(path):
+    return queue
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """Return a function that writes a module into the working folder, and returns its name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def write(text=GOOD):
+        name = f"app_{os.urandom(6).hex()}"
+        (tmp_path / f"{name}.py").write_text(text)
+        return name
+
+    return write
+
+
+@pytest.mark.parametrize("name", ["queue", "make_queue", "state.queue"])
+def test_a_queue_is_found_by_its_name_by_a_dotted_name_and_by_a_function(module, name):
+    assert isinstance(load_queue(f"{module()}:{name}"), Queue)
+
+
+@pytest.mark.parametrize("target", ["app", "app:", ":queue", ""])
+def test_a_place_without_module_or_name_is_refused(target):
+    with pytest.raises(ConfigurationError, match=r"write module:name, such as app:queue"):
+        load_queue(target)
+
+
+def test_a_module_that_does_not_exist_is_named_with_the_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigurationError, match=f"no module 'missing_app' in {tmp_path}"):
+        load_queue("missing_app.tasks:queue")
+
+
+def test_an_error_of_the_module_is_one_line_with_its_place(module):
+    name = module("import os\n\nraise KeyError('several\\nlines')\n")
+    with pytest.raises(ConfigurationError) as info:
+        load_queue(f"{name}:queue")
+    words = str(info.value)
+    assert "\n" not in words
+    assert f"module '{name}' cannot be imported: KeyError: " in words
+    assert f"{name}.py, line 3)" in words
+    assert any(file.endswith(f"{name}.py") for file in files_of(info.value))
+
+
+def test_a_missing_module_that_the_module_imports_is_an_error_of_the_module(module):
+    name = module("import surely_not_installed\n")
+    with pytest.raises(ConfigurationError, match=rf"'{name}' cannot be imported: ModuleNotFound"):
+        load_queue(f"{name}:queue")
+
+
+def test_a_module_that_exits_is_an_error_and_does_not_end_the_program(module):
+    with pytest.raises(ConfigurationError, match=r"cannot be imported: SystemExit: 3"):
+        load_queue(f"{module('raise SystemExit(3)')}:queue")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("qeue", "did you mean 'queue'"),
+        ("number", "is an object of the type int"),
+        ("makes_number", "returns an object of the type int"),
+        ("needs", "cannot be called without arguments: TypeError"),
+        ("state.nothing", "did you mean 'queue'"),
+    ],
+)
+def test_a_name_that_is_no_queue_is_refused_with_a_hint(module, name, words):
+    with pytest.raises(ConfigurationError, match=words):
+        load_queue(f"{module()}:{name}")
+
+
+# Settings and limits
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"target": "app"},
+        {"processes": 0},
+        {"threads": 0},
+        {"stop_timeout": -1},
+        {"max_tasks": 0},
+        {"max_memory": 5},
+        {"max_age": 0},
+        {"health_port": 65536},
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused(wrong):
+    with pytest.raises(ConfigurationError):
+        Settings(**{"target": "app:queue", **wrong})
+
+
+def reached(settings, facts, share):
+    limits = Limits(Settings(target="app:queue", **settings), lambda: share)
+    return limits.reached({"attempts": 0, "memory": 0, "age": 0, **facts})
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "fact", "words"),
+    [
+        ("max_tasks", 1000, "attempts", "it has run 1000 tasks"),
+        ("max_memory", 1000 << 20, "memory", "it takes 1000 MiB"),
+        ("max_age", 1000, "age", "it is 1000 s old"),
+    ],
+)
+def test_a_process_is_replaced_between_four_fifths_of_its_limit_and_the_limit(
+    limit, value, fact, words
+):
+    assert reached({limit: value}, {fact: value}, 0.0) == words
+    assert reached({limit: value}, {fact: value * 99 // 100}, 0.0) == ""
+    assert reached({limit: value}, {fact: value * 81 // 100}, 1.0) != ""
+    assert reached({limit: value}, {fact: value * 79 // 100}, 1.0) == ""
+
+
+def test_attempts_are_counted_only_if_they_are_limited():
+    ended = []
+    pool = SimpleNamespace(ahead=SimpleNamespace(ended=lambda run, seconds: ended.append(run)))
+    before = pool.ahead.ended
+    assert "attempts" not in Limits(Settings(target="app:queue")).facts(pool)
+    assert pool.ahead.ended is before
+    limits = Limits(Settings(target="app:queue", max_tasks=10))
+    assert limits.facts(pool)["attempts"] == 0
+    pool.ahead.ended("a", 0.1)
+    pool.ahead.ended("b", 0.1)
+    assert limits.facts(pool)["attempts"] == 2
+    assert ended == ["a", "b"]
+
+
+def test_the_memory_of_this_process_is_plausible():
+    assert 5 << 20 < memory() < 100 << 30
+
+
+def test_a_file_has_changed_if_its_time_differs_or_it_is_gone(tmp_path):
+    one, other = tmp_path / "one.py", tmp_path / "other.py"
+    one.touch()
+    other.touch()
+    changes = Changes(lambda: [str(one), str(other)])
+    assert changes.next() == ""
+    assert changes.next() == ""
+    os.utime(other, ns=(1, 1))
+    assert changes.next() == str(other)
+    fresh = Changes(lambda: [str(one)])
+    assert fresh.next() == ""
+    one.unlink()
+    assert fresh.next() == str(one)
+
+
+# systemd
+
+
+def test_the_service_manager_hears_each_state_and_the_children_have_no_socket(manager):
+    environment = {"NOTIFY_SOCKET": manager.address, "WATCHDOG_USEC": "30000000", "HOME": "/"}
+    notifier = Notifier(environment)
+    assert environment == {"HOME": "/"}
+    assert notifier.watchdog == 15.0
+    notifier.ready()
+    notifier.status("ok")
+    notifier.status("ok")
+    notifier.beat()
+    notifier.reloading()
+    notifier.stopping()
+    heard = [manager.read() for _ in range(5)]
+    assert heard[:3] == ["READY=1", "STATUS=ok", "WATCHDOG=1"]
+    assert heard[3].startswith("RELOADING=1\nMONOTONIC_USEC=")
+    assert heard[4] == "STOPPING=1"
+    notifier.close()
+
+
+def test_a_watchdog_of_another_process_and_a_missing_manager_are_ignored():
+    environment = {
+        "NOTIFY_SOCKET": "/nowhere/at/all",
+        "WATCHDOG_USEC": "1000000",
+        "WATCHDOG_PID": str(os.getpid() + 1),
+    }
+    notifier = Notifier(environment)
+    assert notifier.watchdog is None
+    notifier.ready()
+    notifier.close()
+
+
+# The health
+
+GOOD_REPORT = {"ok": True, "ready": True, "problems": []}
+BAD_REPORT = {"ok": False, "ready": True, "problems": ["Process 1 is down."]}
+
+
+def test_the_health_file_exists_and_is_renewed_while_all_is_well(tmp_path):
+    path = tmp_path / "health"
+    path.write_text("left by a supervisor that was killed")
+    file = HealthFile(str(path))
+    assert not path.exists()
+    file.show(GOOD_REPORT, 100.0)
+    assert json.loads(path.read_text()) == GOOD_REPORT
+    os.utime(path, ns=(1, 1))
+    file.show(GOOD_REPORT, 100.0 + WRITE_EVERY - 1)
+    assert path.stat().st_mtime_ns == 1
+    file.show(GOOD_REPORT, 100.0 + WRITE_EVERY)
+    assert path.stat().st_mtime_ns > 1
+    file.show(BAD_REPORT, 106.0)
+    assert not path.exists()
+    file.show(GOOD_REPORT, 107.0)
+    assert path.exists()
+    file.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_health_file_in_a_missing_folder_is_refused_at_once(tmp_path):
+    with pytest.raises(ConfigurationError, match="health file cannot be written"):
+        HealthFile(str(tmp_path / "missing" / "health"))
+
+
+def asked(url):
+    try:
+        with urllib.request.urlopen(url, timeout=60) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.load(error)
+
+
+def test_the_health_port_answers_with_200_or_503_and_the_report():
+    state = [GOOD_REPORT, time.monotonic()]
+    port = HealthPort("127.0.0.1", 0, lambda: tuple(state))
+    try:
+        assert asked(f"{port.url}/health") == (200, GOOD_REPORT)
+        assert asked(f"{port.url}/ready?verbose") == (200, GOOD_REPORT)
+        assert asked(f"{port.url}/other")[0] == 404
+        state[0] = BAD_REPORT
+        assert asked(f"{port.url}/health") == (503, BAD_REPORT)
+        assert asked(f"{port.url}/ready")[0] == 200
+        state[:] = GOOD_REPORT, time.monotonic() - 60
+        status, report = asked(f"{port.url}/health")
+        assert (status, report["ok"], report["error"]) == (503, False, "the supervisor hangs")
+    finally:
+        port.close()
+
+
+def test_a_health_port_that_is_taken_is_refused_with_its_number():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        number = taken.getsockname()[1]
+        with pytest.raises(ConfigurationError, match=f"cannot listen on 127.0.0.1 port {number}"):
+            HealthPort("127.0.0.1", number, lambda: (GOOD_REPORT, 0.0))

@@ -1,0 +1,272 @@
+"""Supervisors in processes of their own: signals, deaths, new code, and nothing lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from helpers import eventually
+from mongo_server import free_port
+
+from taskx import Queue, SQLiteRepository, TaskStatus
+
+PROGRAM = """
+import json, os, sys
+from taskx.supervising.settings import Settings
+from taskx.supervising.supervisor import supervise
+
+os.chdir(sys.argv[1])
+sys.exit(supervise(Settings(**json.loads(sys.argv[2]))))
+"""
+
+# An executor notes its process and waits until the test creates a file.
+APP = """
+import os, pathlib, time
+from taskx import Config, Queue, SQLiteRepository
+
+queue = Queue(SQLiteRepository("tasks.db"), Config(worker_num=2))
+VERSION = 1
+
+def note(*words):
+    log = os.open("log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(log, (" ".join(map(str, words)) + "\\n").encode())
+    os.close(log)
+
+@queue.executor()
+def hold(key):
+    note(key, os.getpid())
+    while not pathlib.Path(key).exists():
+        time.sleep(0.01)  # blocks on purpose
+    return VERSION
+
+@queue.executor()
+def fine():
+    return os.getpid()
+"""
+
+
+class Worker:
+    """A supervisor of the app in a folder, and the repository of its tasks."""
+
+    def __init__(self, spawn, folder: Path, **settings):
+        self.folder = folder
+        self.repository = SQLiteRepository(folder / "tasks.db")
+        self.queue = Queue(self.repository)
+        self.queue.declare("hold", "fine")
+        (folder / "app.py").write_text(settings.pop("app", APP))
+        first = settings.pop("first", "")
+        settings = {"target": "app:queue", "processes": 2, **settings}
+        self.child = spawn(first + PROGRAM, folder, json.dumps(settings))
+
+    def nodes(self):
+        return [node for node in self.repository.nodes() if node.alive]
+
+    def starts(self, count):
+        """Wait until this number of live nodes have started."""
+        eventually(lambda: len(self.nodes()) == count)
+
+    def runs(self, key):
+        """Return the processes that have run a task that waits for the file ``key``."""
+        log = self.folder / "log"
+        lines = log.read_text().splitlines() if log.exists() else []
+        return [int(line.split()[1]) for line in lines if line.split()[0] == key]
+
+    def hold(self, key, *, count=1):
+        """Submit a task that waits for a file, and wait until it runs; return the process."""
+        self.queue.submit("hold", {"key": key}, id=key)
+        return eventually(lambda: len(self.runs(key)) == count and self.runs(key)[-1])
+
+    def release(self, key):
+        (self.folder / key).touch()
+
+    def task(self, key):
+        return self.repository.get_by_id(key)
+
+    def ends(self):
+        """Wait until the supervisor ends; return its exit code and what it logged."""
+        _, errors = self.child.ends()
+        assert "Traceback" not in errors, errors
+        return self.child.process.returncode, errors
+
+    def stop(self):
+        self.child.signal(signal.SIGTERM)
+        return self.ends()
+
+
+@pytest.fixture
+def worker(spawn, tmp_path, monkeypatch):
+    """Return a function that starts a supervisor with these settings."""
+    # Python takes a file for unchanged that is written twice within a second, with the same size.
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    made = []
+
+    def start(**settings):
+        made.append(Worker(spawn, tmp_path, **settings))
+        return made[-1]
+
+    yield start
+    for one in made:
+        one.queue.close()
+
+
+def is_alive(pid):
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def test_a_killed_process_is_replaced_and_its_task_runs_again(worker):
+    port = free_port()
+    one = worker(health_port=port, health_file="health")
+    one.starts(2)
+    pid = one.hold("x")
+    eventually((one.folder / "health").exists)
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: len(one.runs("x")) == 2)
+    assert one.runs("x")[1] != pid
+    one.release("x")
+    assert one.queue.handle("x").result(timeout=60) == 1
+    assert one.task("x").crashes == 1
+    one.starts(2)
+
+    def report():
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=60) as answer:
+            return json.load(answer)
+
+    def all_ready():
+        try:
+            return [one["state"] for one in report()["processes"]] == ["ready", "ready"]
+        except urllib.error.HTTPError:  # one is down
+            return False
+
+    eventually(all_ready)
+    assert one.stop()[0] == 0
+    assert not (one.folder / "health").exists()
+    assert one.nodes() == []
+
+
+def test_sighup_brings_new_code_and_running_tasks_end_with_the_old(worker, manager, monkeypatch):
+    monkeypatch.setenv("NOTIFY_SOCKET", manager.address)
+    one = worker()
+    eventually(lambda: manager.read() == "READY=1")
+    old = one.hold("old")
+    (one.folder / "app.py").write_text(APP.replace("VERSION = 1", "VERSION = 2"))
+    one.child.signal(signal.SIGHUP)
+    eventually(lambda: manager.read().startswith("RELOADING=1"))
+    eventually(lambda: manager.read() == "READY=1")
+    assert is_alive(old)
+    assert one.hold("new") != old
+    one.release("old")
+    one.release("new")
+    assert one.queue.handle("new").result(timeout=60) == 2
+    assert one.queue.handle("old").result(timeout=60) == 1
+    assert (one.task("old").starts, one.task("new").starts) == (1, 1)
+    one.child.signal(signal.SIGTERM)
+    eventually(lambda: manager.read() == "STOPPING=1")
+    assert one.ends()[0] == 0
+
+
+def test_sigterm_lets_running_tasks_end(worker):
+    one = worker()
+    one.starts(2)
+    one.hold("x")
+    one.child.signal(signal.SIGTERM)
+    eventually(lambda: all(node.stopping for node in one.nodes()))
+    one.release("x")
+    assert one.ends()[0] == 0
+    task = one.task("x")
+    assert (task.status, task.starts) == (TaskStatus.COMPLETED, 1)
+
+
+def test_a_second_signal_ends_at_once_and_the_task_is_only_interrupted(worker):
+    one = worker(processes=1, stop_timeout=600)
+    one.starts(1)
+    pid = one.hold("x")
+    one.child.signal(signal.SIGTERM)
+    eventually(lambda: all(node.stopping for node in one.nodes()))
+    one.child.signal(signal.SIGTERM)
+    assert one.ends()[0] == 128 + signal.SIGTERM
+    assert not is_alive(pid)
+    other = worker(processes=1)
+    eventually(lambda: len(other.runs("x")) == 2)
+    other.release("x")
+    assert other.queue.handle("x").result(timeout=60) == 1
+    assert (other.task("x").interruptions, other.task("x").crashes) == (1, 0)
+    assert other.stop()[0] == 0
+
+
+def test_the_processes_drain_and_end_when_the_supervisor_is_killed(worker):
+    one = worker()
+    one.starts(2)
+    one.hold("x")
+    pids = [int(node.name.split(":")[1]) for node in one.nodes()]
+    one.child.kill()
+    eventually(lambda: all(node.stopping for node in one.nodes()))
+    one.release("x")
+    eventually(lambda: not any(map(is_alive, pids)))
+    task = one.task("x")
+    assert (task.status, task.starts, task.result) == (TaskStatus.COMPLETED, 1, 1)
+    assert one.nodes() == []
+
+
+def test_a_process_is_replaced_after_its_number_of_tasks_and_none_is_lost(worker):
+    one = worker(processes=1, max_tasks=10)
+    one.starts(1)
+    first = one.queue.submit("fine").result(timeout=60)
+    eventually(lambda: one.queue.submit("fine").result(timeout=60) != first)
+    eventually(lambda: not is_alive(first))
+    code, errors = one.stop()
+    assert code == 0
+    assert re.search(r"is replaced: it has run \d+ tasks", errors)
+    assert "has ended with exit code 75" in errors
+
+
+@pytest.mark.parametrize(
+    ("app", "code", "words"),
+    [
+        ("queue = 4", 2, "is not a queue"),
+        ("import os\nos.environ['SURELY_NOT_SET']", 2, "KeyError: 'SURELY_NOT_SET' ("),
+        (APP.replace("tasks.db", "missing/folder/tasks.db"), 5, "cannot be opened"),
+        ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", 1, "was killed by SIGKILL"),
+    ],
+)
+def test_a_worker_that_cannot_start_says_why_in_one_line_and_ends(worker, app, code, words):
+    found, errors = worker(app=app, processes=1).ends()
+    assert found == code
+    (line,) = [line for line in errors.splitlines() if " ERROR " in line]
+    assert words in line
+    assert line.endswith(": the worker ends")
+
+
+def test_reload_waits_for_a_correction_and_follows_later_changes(worker):
+    one = worker(processes=1, reload=True, app="def broken(:\n")
+    eventually(lambda: one.child.process.poll() is None)
+    app = one.folder / "app.py"
+    app.write_text(APP)
+    one.starts(1)
+    first = one.queue.submit("fine").result(timeout=60)
+    app.write_text(APP + "\n# a change\n")
+    eventually(lambda: one.nodes() and not is_alive(first))
+    assert one.queue.submit("fine").result(timeout=60) != first
+    assert one.stop()[0] == 0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux has subreapers")
+def test_a_supervisor_reaps_the_orphans_that_it_adopts(worker):
+    # As process 1 of a container, it becomes the parent of each orphan.
+    adopt = "import ctypes\nctypes.CDLL(None).prctl(36, 1, 0, 0, 0)\n"
+    orphan = "\nimport subprocess\nsubprocess.run(['sh', '-c', 'true & echo $! > orphan'])\n"
+    one = worker(processes=1, first=adopt, app=APP + orphan)
+    one.starts(1)
+    pid = int((one.folder / "orphan").read_text())
+    eventually(lambda: not Path(f"/proc/{pid}").exists())
+    assert one.stop()[0] == 0
