@@ -139,7 +139,8 @@ def _new_lines(before: str, now: str) -> list[str]:
     """Print the log and the progress of tasks as they come.
 
 Ends when the tasks with these IDs have ended; with --type, it follows all running tasks of the type until
-Ctrl-C. The log is that of executors with `capture_log`.""",
+Ctrl-C. The log is that of executors with `capture_log`; an attempt's log is stored when it has
+ended.""",
     """
 taskx tail 019abc12-...
 taskx tail --type email

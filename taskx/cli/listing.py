@@ -11,6 +11,7 @@ import attrs
 import click
 
 from taskx.cli.completion import complete_filter, complete_ids, types_of
+from taskx.cli.errors import Usage
 from taskx.cli.opening import Session, command
 from taskx.cli.output import COLOURS, Cell, Column, Row, age, clean, moment, one_line
 from taskx.core.model import Task, TaskFilter, TaskStatus
@@ -30,6 +31,15 @@ Quote values with spaces: 'error:"timed out"'."""
 
 filter_argument = click.argument("filter", nargs=-1, shell_complete=complete_filter)
 id_argument = click.argument("task_id", metavar="ID", shell_complete=complete_ids)
+
+limit_option = click.option(
+    "--limit",
+    type=click.IntRange(0),
+    default=_LIMIT,
+    show_default=True,
+    help="Most tasks to list.",
+)
+all_option = click.option("--all", "everything", is_flag=True, help="List all that match.")
 
 
 def filter_of(session: Session, words: Sequence[str]) -> TaskFilter:
@@ -119,14 +129,8 @@ taskx list 'error:"timed out"' params.user.id:7 --limit 20
 taskx list status:failed --all --json | jq -r .id
 """,
     filter_argument,
-    click.option(
-        "--limit",
-        type=click.IntRange(0),
-        default=_LIMIT,
-        show_default=True,
-        help="Most tasks to list.",
-    ),
-    click.option("--all", "everything", is_flag=True, help="List all that match."),
+    limit_option,
+    all_option,
 )
 def list_(session: Session, filter: tuple[str, ...], limit: int, everything: bool) -> None:
     """List tasks."""
@@ -238,4 +242,26 @@ def _tree(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False)
 
 
-COMMANDS = (list_, show)
+@command(
+    "dead",
+    """List dead letters: failed tasks, which only a requeue runs again.
+
+They are those of `taskx list status:failed`. `taskx failures` groups them by their cause.""",
+    """
+taskx dead
+taskx dead type:email newer:1d
+""",
+    filter_argument,
+    limit_option,
+    all_option,
+)
+def dead(session: Session, filter: tuple[str, ...], limit: int, everything: bool) -> None:
+    """List dead letters."""
+    wanted = filter_of(session, filter)
+    if wanted.status not in (None, TaskStatus.FAILED):
+        raise Usage("dead letters have the status failed: leave out status:")
+    wanted = attrs.evolve(wanted, status=TaskStatus.FAILED)
+    print_tasks(session, _limited(wanted, limit, everything), everything)
+
+
+COMMANDS = (list_, show, dead)

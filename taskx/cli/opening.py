@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -14,12 +12,13 @@ from typing import Any, TypeVar
 import attrs
 import click
 
-from taskx.cli.errors import Failure, Usage
+from taskx.cli.errors import Usage
 from taskx.cli.output import Output
 from taskx.core.clock import to_datetime
 from taskx.core.errors import ConfigurationError
 from taskx.queue import Queue
 from taskx.storage.urls import open_repository
+from taskx.supervising.loading import load_queue
 
 #: The environment variable with the URL of the repository.
 VARIABLE = "TASKX_REPOSITORY"
@@ -185,7 +184,7 @@ def opened(ctx: click.Context) -> Iterator[Queue]:
     if wanted.app and wanted.repository:
         raise Usage("--app and --repository say the same: give only one of them")
     if wanted.app:
-        queue = import_queue(wanted.app)
+        queue = load_queue(wanted.app)
         queue.repository.only_existing()
         yield queue
         return
@@ -235,54 +234,3 @@ def file_url(path: str) -> str:
     from urllib.parse import quote
 
     return f"sqlite:///{quote(path)}"
-
-
-# --- the queue of a program
-
-
-def import_queue(place: str) -> Queue:
-    """Return the queue that ``module:attribute`` names. The current folder can be imported.
-
-    The attribute is a queue, or a function without arguments that returns one.
-
-    Raises:
-        Usage: there is no such module or attribute, it is no queue, or its code raised.
-    """
-    module_name, _, path = place.partition(":")
-    if not module_name or not path:
-        raise Usage(f"--app {place!r}: write it as module:queue, such as shop.tasks:queue")
-    found: Any = _import(module_name)
-    for name in path.split("."):
-        try:
-            found = getattr(found, name)
-        except AttributeError:
-            names = (
-                [n for n, value in vars(found).items() if isinstance(value, Queue)]
-                if hasattr(found, "__dict__")
-                else []
-            )
-            hint = f"; it has the queue {', '.join(names)}" if names else ""
-            raise Usage(f"{module_name!r} has no {name!r}{hint}") from None
-    if not isinstance(found, Queue) and callable(found):
-        found = _ran(f"{place}()", found)
-    if not isinstance(found, Queue):
-        raise Usage(f"{place} is no queue, but {type(found).__name__}: name a taskx.Queue")
-    return found
-
-
-def _import(name: str) -> Any:
-    folder = os.getcwd()
-    if folder not in sys.path and "" not in sys.path:
-        sys.path.insert(0, folder)
-    return _ran(f"importing {name!r}", importlib.import_module, name)
-
-
-def _ran(what: str, function: Callable[..., Any], *args: Any) -> Any:
-    try:
-        return function(*args)
-    except (Failure, KeyboardInterrupt):
-        raise
-    except BaseException as error:  # a program may call sys.exit
-        raise Usage(
-            f"{what} raised {type(error).__name__}: {error}; --debug shows where"
-        ) from error

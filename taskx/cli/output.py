@@ -210,11 +210,10 @@ class Output:
 
     def table(self, columns: Sequence[Column], rows: Iterable[Row]) -> int:
         """Print a table that fits the terminal, row by row. Return the number of rows."""
-        number = -1  # the headings
-        for line in self.table_lines(columns, rows):
+        counted = _Counted(rows)
+        for line in self.table_lines(columns, counted):
             self.cells(line)
-            number += 1
-        return number
+        return counted.number
 
     def cells(self, cells: Sequence[Cell]) -> None:
         """Print cells on one line."""
@@ -230,20 +229,57 @@ class Output:
         return Text("\n", no_wrap=True).join(_text(cells) for cells in islice(lines, most))
 
     def table_lines(self, columns: Sequence[Column], rows: Iterable[Row]) -> Iterator[list[Cell]]:
-        """Yield the lines of a table, first the headings. Only the first rows are measured."""
+        """Yield the lines of a table, first the headings. Only the first rows are measured.
+
+        Where the columns do not fit, the first one gets a line of its own.
+        """
         all_rows = ([_cell(cell) for cell in row] for row in rows)
         first = list(islice(all_rows, _MEASURED))
-        kept, widths = fit(columns, first, self.width)
         titles = [Cell(column.title, "bold") for column in columns]
-        for row in chain([titles], first, all_rows):
-            line: list[Cell] = []
-            for place, (number, width) in enumerate(zip(kept, widths, strict=True)):
-                column, cell = columns[number], row[number]
-                text = cut(cell.text, width) if self.width or column.cut else cell.text
-                space = " " * max(0, width - width_of(text))
-                padded = space + text if column.right else text + space
-                line.append(Cell(padded if place == 0 else " " * _GAP + padded, cell.style))
-            yield line
+        kept, widths, fits = fit(columns, first, self.width)
+        if not fits and self.width is not None and len(columns) > 1:
+            others = [row[1:] for row in first]
+            kept, widths, _ = fit(columns[1:], others, max(1, self.width - _GAP))
+            for row in chain([titles], first, all_rows):
+                yield [row[0]]
+                yield [Cell(" " * _GAP), *self._line(columns[1:], row[1:], kept, widths)]
+        else:
+            for row in chain([titles], first, all_rows):
+                yield self._line(columns, row, kept, widths)
+
+    def _line(
+        self,
+        columns: Sequence[Column],
+        row: Sequence[Cell],
+        kept: Sequence[int],
+        widths: Sequence[int],
+    ) -> list[Cell]:
+        line: list[Cell] = []
+        for number, width in zip(kept, widths, strict=True):
+            column, cell = columns[number], row[number]
+            text = cut(cell.text, width) if self.width or column.cut else cell.text
+            space = " " * max(0, width - width_of(text))
+            padded = space + text if column.right else text + space
+            if line:
+                line.append(Cell(" " * _GAP))
+            line.append(Cell(padded, cell.style))
+        return line
+
+
+class _Counted:
+    """An iterator that counts."""
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self._rows = iter(rows)
+        self.number = 0
+
+    def __iter__(self) -> _Counted:
+        return self
+
+    def __next__(self) -> Row:
+        row = next(self._rows)
+        self.number += 1
+        return row
 
 
 def _text(cells: Sequence[Cell]) -> Text:
@@ -260,8 +296,8 @@ def _cell(cell: str | Cell) -> Cell:
 
 def fit(
     columns: Sequence[Column], rows: Sequence[Sequence[Cell]], width: int | None
-) -> tuple[list[int], list[int]]:
-    """Return the columns to print, and their widths in cells."""
+) -> tuple[list[int], list[int], bool]:
+    """Return the columns to print, their widths in cells, and False if some are cut that must not be."""
     wanted = [
         max(width_of(column.title), *(width_of(row[number].text) for row in rows), 0)
         for number, column in enumerate(columns)
@@ -270,16 +306,16 @@ def fit(
         min(most, _MOST) if column.cut else most
         for most, column in zip(wanted, columns, strict=True)
     ]
-    kept = [number for number, most in enumerate(wanted) if most or not columns[number].drop]
+    kept = [*range(len(columns))]
     if width is None:
-        return kept, [wanted[number] for number in kept]
+        return kept, [wanted[number] for number in kept], True
     while True:
         widths = _shrunk(columns, kept, wanted, width)
         if widths is not None:
-            return kept, widths
+            return kept, widths, True
         droppable = [number for number in kept if columns[number].drop]
         if not droppable:
-            return kept, _squeezed([wanted[number] for number in kept], width)
+            return kept, _squeezed([wanted[number] for number in kept], width), False
         kept.remove(max(droppable, key=lambda number: columns[number].drop))
 
 
