@@ -132,6 +132,10 @@ CHINESE: Mapping[str, str] = {
     "Most tasks that start in a period, such as 100/m (empty: no limit)": (
         "每段时间最多开始的任务数，例如 100/m（留空：不限）"
     ),
+    "Go on?": "继续？",
+    "This takes long, so it was interrupted. There may be more tasks that match.": (
+        "操作耗时较长，已中断。可能还有符合条件的任务。"
+    ),
     "Yes": "是",
     "No, go back": "否，返回",
     # task
@@ -149,6 +153,11 @@ CHINESE: Mapping[str, str] = {
     "interrupted": "被中断",
     "crashed": "崩溃",
     "for {time}": "历时 {time}",
+    "requeued": "已重新排队",
+    "from step {step} on": "从步骤 {step} 开始",
+    "Params before": "之前的参数",
+    "Tags": "标签",
+    "Flow": "流程",
     "Priority": "优先级",
     "Time-out": "超时",
     "Expires": "过期时间",

@@ -6,7 +6,7 @@ from typing import Any
 
 import attrs
 
-from taskx.core.model import Task, TaskFilter
+from taskx.core.model import Attempt, Task, TaskFilter
 from taskx.core.redact import is_secret
 from taskx.dashboard.request import Request
 
@@ -34,15 +34,30 @@ def redacted(value: Any, words: tuple[str, ...], depth: int = 0) -> Any:
 
 def visible(request: Request, task: Task) -> Task:
     """Return a task with the parts that the user may see; the others are empty."""
-    if not request.may("see_params"):
-        return attrs.evolve(task, params={}, result=None, checkpoints=None, log="")
     words = request.queue.config.redact
+    if not request.may("see_params"):
+        return attrs.evolve(
+            task,
+            params={},
+            result=None,
+            checkpoints=None,
+            log="",
+            earlier_attempts=[_with_old(attempt, None) for attempt in task.earlier_attempts],
+        )
     return attrs.evolve(
         task,
         params=redacted(task.params, words),
         result=redacted(task.result, words),
         checkpoints=redacted(task.checkpoints, words),
+        earlier_attempts=[
+            _with_old(attempt, redacted(attempt.old_params, words))
+            for attempt in task.earlier_attempts
+        ],
     )
+
+
+def _with_old(attempt: Attempt, old_params: Any) -> Attempt:
+    return attempt if attempt.old_params is None else attrs.evolve(attempt, old_params=old_params)
 
 
 def as_json(request: Request, task: Task) -> dict[str, Any]:

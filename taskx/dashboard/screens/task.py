@@ -24,7 +24,7 @@ _EARLIER = 10
 
 
 #: The states that a page names, besides the statuses, and the outcomes of attempts.
-STATES = ("submitted", "due", "started", "retried", "snoozed", "interrupted", "crashed")
+STATES = ("submitted", "due", "started", "retried", "snoozed", "interrupted", "crashed", "requeued")
 
 
 class _Step(NamedTuple):
@@ -50,14 +50,13 @@ def show(request: Request) -> Page:
             "steps": [*_steps(task, request.now)],
             "reasons": reasons,
             "stacks": [reason.facts["stack"] for reason in reasons if reason.facts.get("stack")],
-            "attempts": [*reversed(task.attempts)],
+            "attempts": [*reversed(seen.attempts)],
             "log": "\n".join(lines[-LOG_LINES:]),
             "log_cut": max(0, len(lines) - LOG_LINES),
             "parents": [*_parents(queue, task.depends_on)],
             "children": queue.list_tasks(parent=task.id, limit=_RELATIVES, at_most=_RELATIVES + 1),
             "earlier": _earlier(queue, task),
             "actions": _actions(request, task),
-            "steerable": hasattr(Queue, "requeue_all"),
             "steps_stored": (seen.checkpoints or {}).get("steps") or {},
             "cursor": (seen.checkpoints or {}).get("cursor"),
             "params_text": _as_text(seen.params) if _editable(request, task) else None,
@@ -107,7 +106,7 @@ def _ended_badly(task: Task) -> bool:
 
 
 def _editable(request: Request, task: Task) -> bool:
-    may = hasattr(Queue, "requeue_all") and all(map(request.may, ("edit", "requeue", "see_params")))
+    may = all(map(request.may, ("edit", "requeue", "see_params")))
     return may and _ended_badly(task) and not task.damage
 
 
@@ -135,11 +134,10 @@ def _cancel(request: Request) -> Done:
 
 def _requeue(request: Request) -> Done:
     task_id, step = request.form.get("id", ""), request.form.get("from_step")
-    steering: Any = request.queue
     if step is None:
         request.queue.requeue(task_id)
     else:
-        steering.requeue(task_id, from_step=step)
+        request.queue.requeue(task_id, from_step=step)
     request.note("requeue", task_id, f"from step {step}" if step is not None else "")
     return Done(request.say("The task runs again."))
 
@@ -157,8 +155,7 @@ def _edit(request: Request) -> Done:
     task_id = request.form.get("id", "")
     params = _params_of(request)
     shown = request.queue.get_task_status(task_id).params
-    steering: Any = request.queue
-    steering.requeue(task_id, params=_unhide(params, shown))
+    request.queue.requeue(task_id, params=_unhide(params, shown))
     request.note("edit", task_id, "other params")
     return Done(request.say("The task runs again with other params."))
 

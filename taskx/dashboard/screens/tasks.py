@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
@@ -18,11 +19,14 @@ from taskx.dashboard.request import Request
 from taskx.dashboard.terms import term
 from taskx.inspecting.query import FIELDS, as_command, as_python, parse_query, query_of
 from taskx.queue import Queue
+from taskx.submitting.bulk import Bulk
 
 #: Tasks on a page.
 ROWS = 50
 #: The largest total that is counted.
 MOST_COUNTED = 10_000
+#: Seconds after which a change of many tasks stops and asks if it shall go on.
+PATIENCE = 5.0
 # Pages that can be gone back one by one. Their places are in the URL.
 _TRAIL = 12
 
@@ -63,7 +67,6 @@ def show(request: Request) -> Page:
             "older": _older(request, line, page, after),
             "command": as_command(wanted),
             "python": as_python(wanted),
-            "steerable": hasattr(Queue, "requeue_all"),
             "changes": [each for each in BUTTONS if request.may(each[0])],
         },
     )
@@ -94,6 +97,7 @@ def _suggestions(request: Request, line: str, page: TaskPage) -> Iterator[str]:
         "status": [str(status) for status in TaskStatus],
         "type": types,
         "by": sorted({task.created_by for task in page.tasks if task.created_by}),
+        "tag": sorted({tag for task in page.tasks for tag in task.tags}),
         "error_type": sorted({task.error_type for task in page.tasks if task.error_type}),
         "newer": ["1h", "1d"],
         "older": ["1h", "1d"],
@@ -139,14 +143,14 @@ class Change:
         question: asks if it shall be done.
         done: says what was done.
         some: changes the tasks with these ids; returns the number of changed ones.
-        all: changes all tasks that match; returns the number of changed ones.
+        all: changes all tasks that match, or only counts them.
     """
 
     name: str
     question: str
     done: str
-    some: Callable[[Request, list[str]], int]
-    all: Callable[[Request, TaskFilter], int]
+    some: Callable[[Queue, list[str]], int]
+    all: Callable[[Queue], Callable[..., Bulk]]
 
     def run(self, request: Request) -> Done | Page:
         """Ask first; do it if the user has confirmed it."""
@@ -156,29 +160,56 @@ class Change:
         if not chosen:
             return Done(request.say("No task was chosen."))
         if "confirmed" not in request.form:
-            return self._ask(request, {"ids": chosen, "count": len(chosen), "exact": True})
-        number = self.some(request, chosen)
+            return self._ask(request, len(chosen), ids=chosen)
+        number = self.some(request.queue, chosen)
         request.note(self.name, f"{len(chosen)} tasks", " ".join(chosen[:20]))
         return Done(request.say(self.done, count=number))
 
     def _run_all(self, request: Request) -> Done | Page:
         line = request.form.get("q", "")
-        wanted = read_filter(request, line)
+        wanted, change = read_filter(request, line), self.all(request.queue)
         if "confirmed" not in request.form:
-            now = request.now
-            if wanted.end_date is None or wanted.end_date > now:
-                wanted = attrs.evolve(wanted, end_date=now)  # no task that is submitted from now on
-            count = request.queue.count_tasks(wanted, at_most=MOST_COUNTED)
-            values = {"ids": [], "count": int(count), "exact": count.exact}
-            return self._ask(request, {**values, "line": query_of(wanted)})
-        number = self.all(request, wanted)
-        request.note(self.name, line or "all tasks", f"{number} changed")
-        return Done(request.say(self.done, count=number))
+            if wanted.end_date is None or wanted.end_date > request.now:
+                wanted = attrs.evolve(wanted, end_date=request.now)  # none that are submitted later
+            found = change(wanted, dry_run=True, at_most=MOST_COUNTED)
+            return self._ask(request, found.matched, exact=found.exact, line=query_of(wanted))
+        rate = request.form.get("rate", "").strip()
+        watch = _Watch()
+        try:
+            change(wanted, on_progress=watch, **({"rate": rate} if rate else {}))
+        except _Enough:
+            pass
+        finally:
+            request.note(self.name, line, f"{watch.changed} changed")
+        said = request.say(self.done, count=watch.changed)
+        if not watch.over:
+            return Done(said)
+        return self._ask(request, 0, line=line, rate=rate, so_far=said)
 
-    def _ask(self, request: Request, values: dict[str, Any]) -> Page:
-        question = request.say(self.question, count=values["count"])
-        given = {"change": self.name, "question": question, "line": "", "refreshing": False}
-        return Page("confirm.html", {**given, "back": request.back, **values})
+    def _ask(self, request: Request, count: int, **values: Any) -> Page:
+        given = {"ids": [], "line": "", "exact": True, "rate": "", "so_far": "", **values}
+        question = request.say(self.question, count=count)
+        names = {"change": self.name, "question": question, "refreshing": False}
+        return Page("confirm.html", {**names, "back": request.back, **given})
+
+
+class _Enough(Exception):
+    """A change of many tasks has taken long enough for one request."""
+
+
+class _Watch:
+    """Counts the changed tasks, and ends the change after a while: the user may go on with the rest."""
+
+    def __init__(self) -> None:
+        self.changed = 0
+        self.over = False
+        self._until = time.monotonic() + PATIENCE
+
+    def __call__(self, bulk: Bulk) -> None:
+        self.changed = bulk.changed
+        if time.monotonic() >= self._until:
+            self.over = True
+            raise _Enough
 
 
 def _delete_some(queue: Queue, ids: list[str]) -> int:
@@ -191,31 +222,27 @@ def _delete_some(queue: Queue, ids: list[str]) -> int:
     return number
 
 
-def _steering(request: Request) -> Any:
-    return request.queue
-
-
 CHANGES = (
     Change(
         "cancel",
         "Cancel {count} task?|Cancel {count} tasks?",
         "{count} task was cancelled.|{count} tasks were cancelled.",
-        lambda request, ids: request.queue.cancel_many(ids),
-        lambda request, wanted: _steering(request).cancel_all(wanted).changed,
+        lambda queue, ids: queue.cancel_many(ids),
+        lambda queue: queue.cancel_all,
     ),
     Change(
         "requeue",
         "Run {count} task again?|Run {count} tasks again?",
         "{count} task runs again.|{count} tasks run again.",
-        lambda request, ids: request.queue.requeue_many(ids),
-        lambda request, wanted: _steering(request).requeue_all(wanted).changed,
+        lambda queue, ids: queue.requeue_many(ids),
+        lambda queue: queue.requeue_all,
     ),
     Change(
         "delete",
         "Delete {count} task?|Delete {count} tasks?",
         "{count} task was deleted.|{count} tasks were deleted.",
-        lambda request, ids: _delete_some(request.queue, ids),
-        lambda request, wanted: _steering(request).delete_all(wanted).changed,
+        _delete_some,
+        lambda queue: queue.delete_all,
     ),
 )
 
