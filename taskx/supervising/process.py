@@ -57,7 +57,7 @@ def main() -> NoReturn:
     code = Process(channel, Settings(**settings)).run([order for (order,) in orders])
     # A thread of the program that does not end must not keep the process.
     timer = threading.Timer(_LEAVE, os._exit, (code,))
-    timer.daemon = True
+    timer.name, timer.daemon = "taskx-leave", True
     timer.start()
     sys.exit(code)
 
