@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 import taskx
-from taskx.cli import asking, changing, following, listing, scheduling, submitting, top
+from taskx.cli import asking, changing, following, listing, scheduling, submitting, top, worker
 from taskx.cli.errors import Usage, one_line_errors
 from taskx.cli.opening import QueueSource, given, how_options, where_options
 from taskx.inspecting.query import suggestion
@@ -21,6 +21,7 @@ COMMANDS: tuple[click.Command, ...] = (
     *submitting.COMMANDS,
     *changing.COMMANDS,
     *scheduling.COMMANDS,
+    *worker.COMMANDS,
 )
 
 HELP = """\
@@ -36,7 +37,7 @@ No command but `worker` runs tasks, creates a file or migrates one. Data goes to
 
 EPILOG = """\
 Exit codes: 0 ok, 1 unhealthy or failed, 2 wrong call, 3 not found, 4 conflict, 5 repository away,
-75 recycle (worker), 130 interrupted.
+75 recycle (a process of the worker), 130 interrupted.
 """
 
 
