@@ -90,13 +90,74 @@ def test_a_group_has_its_first_and_last_failure_and_an_example(queue, clock):
     assert (group.example, group.error) == ("a2", "ValueError: 2 is too much")
 
 
-def test_a_whole_group_can_be_requeued(queue, clock):
-    fail(queue, clock, ("a", 0), ("a", 1), ("b", 1))
+class TestRequeuing:
+    """A whole group runs again, also the tasks that were not read."""
+
+    @pytest.fixture
+    def group(self, queue, clock, in_batches):
+        """The group of ten tasks of one cause, of which two were read, among failures of other causes."""
+        in_batches(operations=3)
+
+        @queue.executor("often")
+        def often(n):
+            if not queue.mended:
+                (broken if n < 10 else missing)(n)
+
+        fail(queue, clock, ("a", 0), ("b", 1), *(("often", n) for n in (*range(10), 10, 11)))
+        queue.mended = True
+        [group] = [group for group in queue.failures(at_most=4) if group.place.function == "broken"]
+        assert (group.type, group.count) == ("often", 2)
+        return group
+
+    def left(self, queue):
+        return {(group.type, group.place.function): group.count for group in groups(queue)}
+
+    def test_tasks_that_were_not_read_belong_to_it(self, queue, group):
+        before = self.left(queue)
+        assert queue.requeue_failures(group, dry_run=True).matched == 10
+        assert self.left(queue) == before
+        told = []
+        bulk = queue.requeue_failures(group, on_progress=told.append)
+        assert (bulk.matched, bulk.changed, len(told)) == (10, 10, 4)
+        assert queue.drain(PATIENCE)
+        assert self.left(queue) == {
+            ("a", "broken"): 1,
+            ("b", "broken"): 1,
+            ("often", "missing"): 2,
+        }
+
+    def test_its_tasks_start_at_a_rate(self, queue, group, clock):
+        bulk = queue.requeue_failures(group, rate="1/h")
+        assert bulk.starts_until == clock.now() + timedelta(hours=9)
+        assert queue.count_tasks(type="often", status="failed") == 2
+
+    def test_a_second_call_goes_on_after_the_first(self, queue, group, clock):
+        def interrupt(bulk):
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            queue.requeue_failures(group, rate="1/h", on_progress=interrupt)
+        assert queue.count_tasks(type="often", status="failed") == 9
+        bulk = queue.requeue_failures(group, rate="1/h")
+        assert bulk.starts_until == clock.now() + timedelta(hours=9)
+
+    @pytest.mark.parametrize("other", [None, "often", ["id"]])
+    def test_other_objects_than_groups_are_refused(self, queue, other):
+        with pytest.raises(ConfigurationError, match="takes a group of queue.failures"):
+            queue.requeue_failures(other)
+
+
+def test_a_group_without_an_error_type_is_requeued(queue, clock):
+    for n in range(3):
+        parent = queue.submit("a", {"n": n}, delay=60)
+        queue.submit("b", {"n": n}, depends_on=[parent], on_parent_failure="fail")
+        queue.cancel_task(parent.id)
+    fail(queue, clock, ("b", 5))
     queue.mended = True
-    group = next(group for group in groups(queue) if group.type == "a")
-    assert queue.requeue_many(group.task_ids) == 2
+    group = eventually(lambda: [group for group in groups(queue) if group.count == 3])[0]
+    assert (group.error_type, queue.requeue_failures(group).changed) == ("", 3)
     assert queue.drain(PATIENCE)
-    assert [group.type for group in groups(queue)] == ["b"]
+    assert [group.error_type for group in groups(queue)] == ["KeyError"]
 
 
 def test_groups_can_be_limited_to_a_type_and_an_age(queue, clock):

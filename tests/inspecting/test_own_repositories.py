@@ -151,3 +151,23 @@ def test_statistics_and_failures_are_read_by_primitives(make_queue, tmp_path):
         [group] = queue.failures()
         assert (group.type, group.place.function, group.count) == ("breaks", "breaks", 1)
         queue.stop(PATIENCE)
+
+
+def test_a_group_of_failures_is_requeued(queue):
+    """The repository may not keep tracebacks, so that it is the tasks that were read."""
+    queue.mended = False
+
+    @queue.executor("t")
+    def work():
+        assert queue.mended
+
+    queue.start()
+    for _ in range(3):
+        queue.submit("t")
+    assert queue.drain(PATIENCE)
+    queue.mended = True
+    [group] = queue.failures(at_most=2)
+    assert queue.requeue_failures(group, dry_run=True).matched == 2
+    assert queue.requeue_failures(group).changed == 2
+    assert queue.drain(PATIENCE)
+    assert queue.count_tasks(status="failed") == 1

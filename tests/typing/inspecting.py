@@ -7,6 +7,7 @@ from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 
 from taskx import (
+    Bulk,
     FailureGroup,
     Failures,
     Health,
@@ -87,5 +88,6 @@ def explain() -> None:
     for group in queue.failures(type="a", since=datetime.now(timezone.utc), at_most=10):
         assert_type(group, FailureGroup)
         assert_type(group.place, Place | None)
-        assert_type(queue.requeue_many(group.task_ids), int)
+        assert_type(queue.requeue_failures(group, rate="1/s"), Bulk)
+    queue.requeue_failures("ValueError")  # type: ignore[arg-type]
     queue.failures(since=60)  # type: ignore[arg-type]
