@@ -41,7 +41,7 @@ from taskx.executing.context import Context
 from taskx.executing.current import TaskLogFilter, current_context
 from taskx.executing.executors import BoundExecutor, Executor, TaskExecutor, executor
 from taskx.executing.registry import Middleware
-from taskx.flows import Flow, FlowHandle, chain, group
+from taskx.flows import Flow, FlowHandle, FlowSummary, chain, group
 from taskx.inspecting.failures import FailureGroup, Failures
 from taskx.inspecting.findings import Problem, Reason
 from taskx.inspecting.health import Health
@@ -78,6 +78,7 @@ __all__ = [
     "Failures",
     "Flow",
     "FlowHandle",
+    "FlowSummary",
     "Health",
     "History",
     "Hook",

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from concurrent import futures
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, Literal, Protocol, Union
 
 import attrs
 
 from taskx.common.handles import TaskHandle
-from taskx.core.checks import in_seconds, optional_seconds
+from taskx.core.checks import check_int, in_seconds, optional_seconds
 from taskx.core.creation import check_parents
 from taskx.core.errors import ConfigurationError, TaskNotFound
 from taskx.core.ids import new_id
-from taskx.core.model import Task, TaskStatus, check_key
-from taskx.core.tags import check_tags
+from taskx.core.model import Task, TaskFilter, TaskStatus, check_key
+from taskx.core.tags import check_flow, check_tags
 from taskx.executing.executors import AnyExecutor, executor_of
+from taskx.storage import queries
 from taskx.storage.base import Repository
 
 #: A part of a flow: a task, an executor in the place of its task, or another flow.
 Step = Union[Task, AnyExecutor, "Flow"]
 #: A submitted flow as JSON values: a task is its id.
 Shape = Union[str, "dict[str, list[Shape]]"]
+#: Most tasks of a flow that a list of flows counts.
+MOST_COUNTED = 5_000
 #: Most pairs of a task and one of its parents in one flow.
 MOST_EDGES = 1_000_000
 # Tasks read at a time to find one that has not been deleted.
@@ -198,14 +201,7 @@ class FlowHandle:
         failed if a task failed, else cancelled if a task was cancelled or deleted, else completed. A
         deleted step of a chain counts as completed if a later step has completed.
         """
-        statuses = set(self._statuses())
-        if statuses <= {TaskStatus.PENDING}:
-            return TaskStatus.PENDING
-        if statuses & _UNFINISHED:
-            return TaskStatus.RUNNING
-        if TaskStatus.FAILED in statuses:
-            return TaskStatus.FAILED
-        return TaskStatus.COMPLETED if statuses == {TaskStatus.COMPLETED} else TaskStatus.CANCELLED
+        return _status_of_all(set(self._statuses()))
 
     def progress(self) -> float:
         """Return the share of its tasks that have ended, in percent."""
@@ -278,6 +274,63 @@ class FlowHandle:
         return self._queue.requeue_many(self.ids)
 
 
+def _status_of_all(statuses: Set[TaskStatus | None]) -> TaskStatus:
+    """Return the status of a flow whose tasks have these statuses; None is that of a deleted task."""
+    if statuses <= {TaskStatus.PENDING}:
+        return TaskStatus.PENDING
+    if statuses & _UNFINISHED:
+        return TaskStatus.RUNNING
+    if TaskStatus.FAILED in statuses:
+        return TaskStatus.FAILED
+    return TaskStatus.COMPLETED if statuses == {TaskStatus.COMPLETED} else TaskStatus.CANCELLED
+
+
+@attrs.frozen(kw_only=True)
+class FlowSummary:
+    """A flow as ``queue.flows`` lists it.
+
+    Attributes:
+        id: the id of the flow, as in ``FlowHandle.id``.
+        created_at: the time at which its newest stored task was accepted.
+        counts: how many of its stored tasks have each status; statuses that none has are left out.
+        exact: False if the flow may have more tasks than were counted.
+    """
+
+    id: str
+    created_at: datetime | None
+    counts: Mapping[TaskStatus, int]
+    exact: bool
+
+    @property
+    def total(self) -> int:
+        """The number of its tasks that were counted."""
+        return sum(self.counts.values())
+
+    @property
+    def status(self) -> TaskStatus:
+        """The status of the flow as a whole, by the tasks that were counted: see ``FlowHandle.status``."""
+        return _status_of_all(self.counts.keys())
+
+
+def newest(repository: Repository, at_most: int, after: str | None) -> list[FlowSummary]:
+    """Return the newest flows: see ``Queue.flows``."""
+    check_int(at_most, "at_most", 1)
+    before = "" if after is None else check_flow(after, "after")
+    found = (_summary(repository, flow_id) for flow_id in repository.flows(before, at_most))
+    return [flow for flow in found if flow is not None]
+
+
+def _summary(repository: Repository, flow_id: str) -> FlowSummary | None:
+    """Return the summary of a flow; None if its last task has just been deleted."""
+    filter = TaskFilter(flow=flow_id, limit=1)
+    last = next(queries.matching(repository, filter), None)
+    counts = queries.count_by_status(repository, filter, MOST_COUNTED)
+    if last is None or not counts:
+        return None
+    exact = sum(counts.values()) < MOST_COUNTED
+    return FlowSummary(id=flow_id, created_at=last.created_at, counts=counts, exact=exact)
+
+
 def _restore(shape: Shape, found: dict[str, TaskStatus | None], later: bool = False) -> bool:
     """Add the deleted steps of a chain that must have completed, because a later step has.
 
@@ -345,7 +398,7 @@ class _Layout:
                 "between two large groups, so that the second group depends on that task only"
             )
         own = check_parents(task.depends_on)
-        tags = (*check_tags(task.tags), *self._tags)
+        tags = (*check_tags(task.tags), *self._tags) if task.tags else self._tags
         made = attrs.evolve(
             task, id=task_id, depends_on=[*own, *parents], flow=self._flow_id, tags=tags
         )

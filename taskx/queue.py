@@ -48,7 +48,8 @@ from taskx.executing.executors import (
     TaskExecutor,
 )
 from taskx.executing.registry import Layer, Registry, check_middleware
-from taskx.flows import Flow, FlowHandle, Shape, lay_out
+from taskx.flows import Flow, FlowHandle, FlowSummary, Shape, lay_out
+from taskx.flows import newest as newest_flows
 from taskx.inspecting.failures import FailureGroup, Failures, failures, requeue_group
 from taskx.inspecting.findings import Reason
 from taskx.inspecting.health import Health, own_problems, thresholds
@@ -494,6 +495,22 @@ class Queue:
             ConfigurationError: the value is not such a shape.
         """
         return FlowHandle(shape, self)
+
+    def flows(self, *, at_most: int = 20, after: str | None = None) -> list[FlowSummary]:
+        """Return the flows that were submitted last, newest first, with the counts of their tasks.
+
+        A flow is listed as long as one of its tasks is stored. The cost depends on the tasks of these flows
+        only: at most 5,000 tasks of each are counted.
+
+        Args:
+            at_most: most flows to return.
+            after: the id of the last flow of the call before, for the flows that follow it.
+
+        Raises:
+            ConfigurationError: an argument is not valid.
+            RepositoryError: the repository cannot be read.
+        """
+        return newest_flows(self.repository, at_most, after)
 
     # --- schedules
 

@@ -79,7 +79,7 @@ def labels_to_text(tags: Any, flow: str = "") -> str | None:
     Raises:
         ConfigurationError: a value is not valid.
     """
-    labels = [*check_tags(tags)]
+    labels = [*check_tags(tags)] if tags else []
     if flow:
         labels.append(FLOW + check_flow(flow))
     return payload.encode(labels, "tags", max_size=payload.NO_LIMIT) if labels else None

@@ -338,6 +338,8 @@ class EightMethodAdapter(MemoryRepository):
 
     list_after = Repository.list_after  # by ``list``
     count_to = Repository.count_to
+    count_by_status = Repository.count_by_status
+    flows = Repository.flows
 
     def count(self, filter: TaskFilter) -> int:
         self.refuse_unknown_conditions(filter)

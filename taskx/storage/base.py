@@ -82,6 +82,9 @@ Rows = Sequence[tuple[Any, ...]]
 #: The conditions of a filter that every repository applies.
 BASIC_CONDITIONS = frozenset({"type", "status", "created_by", "start_date", "end_date"})
 
+# Newest tasks that are searched for flows if the store has no index of them.
+_MOST_SEARCHED = 10_000
+
 R = TypeVar("R", bound="Repository")
 
 
@@ -350,6 +353,28 @@ class Repository(TaskRepository):
         This version counts all of them. Override it if the store can stop earlier.
         """
         return min(most, self.count(filter))
+
+    def count_by_status(self, filter: TaskFilter, most: int) -> dict[str, int]:
+        """Return how many of at most ``most`` tasks that match the filter have each status.
+
+        Statuses that none has may be left out. This version counts the tasks of each status. Override it if
+        the store can count all at once.
+        """
+        counts: dict[str, int] = {}
+        for status in TaskStatus:
+            if filter.status in (None, status) and (left := most - sum(counts.values())) > 0:
+                counts[status.value] = self.count_to(attrs.evolve(filter, status=status), left)
+        return counts
+
+    def flows(self, before: str, limit: int) -> Sequence[str]:
+        """Return the ids of at most ``limit`` flows that have tasks, in the reverse order of their ids.
+
+        Only ids that come before ``before`` are returned; empty means all. This version looks at the newest
+        tasks only. Override it if the store has an index: use one step in it for each id.
+        """
+        tasks = self.list(TaskFilter(limit=_MOST_SEARCHED))
+        ids = {task.flow for task in tasks if task.flow and (not before or task.flow < before)}
+        return sorted(ids, reverse=True)[:limit]
 
     def refuse_unknown_conditions(self, filter: TaskFilter) -> None:
         """Raise ConfigurationError if a filter has a condition that this repository cannot apply."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from heapq import nsmallest
+from heapq import nlargest, nsmallest
 from itertools import islice, takewhile
 from operator import itemgetter
 from typing import Any
@@ -31,7 +31,7 @@ from taskx.core.record import (
     stub_from_row,
     task_from_row,
 )
-from taskx.core.tags import labels_of
+from taskx.core.tags import FLOW, labels_of
 from taskx.core.writes import Delete, Insert, Note, NoteChange, Update, Write, matches
 from taskx.storage.base import (
     Fields,
@@ -239,6 +239,17 @@ class MemoryRepository(Repository):
         with self._lock:
             found = (row for row in self._candidates(filter) if _meets(row, filter))
             return sum(1 for _ in islice(found, most))
+
+    def count_by_status(self, filter: TaskFilter, most: int) -> dict[str, int]:
+        self.refuse_unknown_conditions(filter)
+        with self._lock:
+            found = (row["status"] for row in self._candidates(filter) if _meets(row, filter))
+            return Counter(islice(found, most))
+
+    def flows(self, before: str, limit: int) -> Sequence[str]:
+        with self._lock:
+            ids = (tag[len(FLOW) :] for tag in self._indexes["tag"] if tag.startswith(FLOW))
+            return nlargest(limit, (flow for flow in ids if not before or flow < before))
 
     def _candidates(self, filter: TaskFilter) -> Iterable[Row]:
         if not filter.labels:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import datetime
 from itertools import chain, islice
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import attrs
 from taskx.core.checks import check_int
 from taskx.core.clock import LAST, to_datetime, to_ms
 from taskx.core.errors import ConfigurationError
-from taskx.core.model import Task, TaskCount, TaskFilter, TaskPage
+from taskx.core.model import Task, TaskCount, TaskFilter, TaskPage, TaskStatus
 from taskx.core.record import COLUMNS, Stub
 from taskx.core.writes import Write, shows
 from taskx.storage.base import Fields, Listed, Repository, Rows
@@ -198,6 +199,16 @@ def _count_to(repository: Repository, filter: TaskFilter, at_most: int | None) -
     if most is None or number <= most:
         return TaskCount(number)
     return TaskCount(most, exact=False)
+
+
+def count_by_status(repository: Repository, filter: TaskFilter, most: int) -> dict[TaskStatus, int]:
+    """Return how many of at most ``most`` matching tasks have each status, in the order of statuses."""
+    if filter.given - repository.conditions:
+        every = _pages(repository, attrs.evolve(filter, offset=0, limit=TASKS))
+        found: Mapping[str, int] = Counter(task.status.value for task in islice(every, most))
+    else:
+        found = repository.count_by_status(filter, most)
+    return {status: found[status.value] for status in TaskStatus if found.get(status.value)}
 
 
 def _searched(repository: Repository, filter: TaskFilter) -> tuple[TaskFilter, datetime | None]:

@@ -611,6 +611,40 @@ class PrimitivesContract(Contract):
         found = [self.paged(repository, TaskFilter(tag=tag)) for tag in ("red", "x", "new")]
         assert found == [[], [], ["a"]]
 
+    def test_flows_come_in_the_reverse_order_of_their_ids(self, repository: Repository) -> None:
+        self.skip_if("flow" not in repository.conditions, "does not filter by flow")
+        assert list(repository.flows("", 5)) == []
+        for task_id, flow in zip("abcde", ("f2", "f1", "f3", "f2", ""), strict=True):
+            self.add(repository, task_id, tags=labels_to_text(["x", "z"], flow))
+        self.end(repository, "a")
+        every = ["f3", "f2", "f1"]
+        for before, expected in {"": every, "f4": every, "f3": every[1:], "f1": []}.items():
+            for limit in range(1, 5):
+                assert list(repository.flows(before, limit)) == expected[:limit]
+        assert repository.count_by_status(TaskFilter(flow="f2"), 5) == {
+            "pending": 1,
+            "completed": 1,
+        }
+        self.change(repository, "c", tags=labels_to_text(["x"]))
+        self.apply(repository, Delete("b", {}))
+        assert list(repository.flows("", 5)) == ["f2"]
+
+    def test_tasks_are_counted_by_their_status(self, repository: Repository) -> None:
+        self.add(repository, "abcd")
+        self.end(repository, "ab")
+        self.end(repository, "c", status="failed")
+        every = {"pending": 1, "completed": 2, "failed": 1}
+        assert self.by_status(repository, TaskFilter(limit=1), 4) == every
+        assert self.by_status(repository, TaskFilter(status=TaskStatus.FAILED), 4) == {"failed": 1}
+        assert self.by_status(repository, TaskFilter(type="other"), 4) == {}
+        for most in range(1, 4):
+            assert sum(self.by_status(repository, TaskFilter(), most).values()) == most
+
+    def by_status(self, repository: Repository, filter: TaskFilter, most: int) -> dict[str, int]:
+        """Return the counts of the statuses that some tasks have."""
+        counts = repository.count_by_status(filter, most)
+        return {status: count for status, count in counts.items() if count}
+
     def test_several_tagged_tasks_are_stored_all_or_none(self, repository: Repository) -> None:
         self.skip_if("tag" not in repository.conditions, "does not filter by tag")
         self.add(repository, "b")

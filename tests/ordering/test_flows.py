@@ -17,6 +17,7 @@ from taskx import (
     DuplicateTask,
     Flow,
     FlowHandle,
+    FlowSummary,
     Hook,
     MongoRepository,
     PayloadError,
@@ -545,3 +546,82 @@ class TestFlowIds:
         for task_id in whole.ids[:2]:
             queue.delete(task_id)
         assert (other.id, queue.flow_handle(whole.shape).id) == (whole.id, "")
+
+
+@pytest.mark.every_store
+class TestListOfFlows:
+    @pytest.fixture
+    def queue(self, make_queue):
+        queue = make_queue()
+        queue.declare("t")
+        return queue
+
+    def submit(self, queue, count):
+        return queue.submit_flow(group(*(Task(type="t") for _ in range(count))))
+
+    def test_flows_are_listed_newest_first_with_counts_by_status(self, queue):
+        handles = [self.submit(queue, count) for count in (3, 1, 2)]
+        queue.submit("t", tags=["a"])
+        queue.cancel_task(handles[0].ids[0])
+        flows = queue.flows()
+        assert [flow.id for flow in flows] == [handle.id for handle in reversed(handles)]
+        assert [flow.total for flow in flows] == [2, 1, 3]
+        assert flows[2].counts == {TaskStatus.PENDING: 2, TaskStatus.CANCELLED: 1}
+        assert [flow.status for flow in flows] == ["pending", "pending", "running"]
+        created = queue.list_tasks(flow=flows[0].id).tasks[0].created_at
+        assert (flows[0].created_at, flows[0].exact) == (created, True)
+
+    def test_pages_of_flows_cover_each_flow_once(self, queue):
+        handles = [self.submit(queue, 2) for _ in range(5)]
+        found, after = [], None
+        while page := queue.flows(at_most=2, after=after):
+            found += [flow.id for flow in page]
+            after = found[-1]
+            self.submit(queue, 1)  # newer flows are not in the pages that follow
+        assert found == [handle.id for handle in reversed(handles)]
+
+    def test_a_flow_is_listed_as_long_as_one_of_its_tasks_is_stored(self, queue):
+        handle = self.submit(queue, 3)
+        for left, task_id in zip((2, 1, 0), handle.ids, strict=True):
+            queue.delete(task_id)
+            assert [flow.total for flow in queue.flows()] == [left][:left]
+
+    def test_a_list_counts_a_limited_number_of_tasks_of_each_flow(self, queue, monkeypatch):
+        monkeypatch.setattr(flows_module, "MOST_COUNTED", 3)
+        self.submit(queue, 2)
+        self.submit(queue, 5)
+        assert [(flow.total, flow.exact) for flow in queue.flows()] == [(3, False), (2, True)]
+
+    @pytest.mark.parametrize(
+        "wrong", [{"at_most": 0}, {"at_most": "5"}, {"after": ""}, {"after": 5}]
+    )
+    def test_a_wrong_argument_of_a_list_is_refused(self, queue, wrong):
+        with pytest.raises(ConfigurationError):
+            queue.flows(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("statuses", "status"),
+    [
+        (["pending"], "pending"),
+        (["completed", "pending"], "running"),
+        (["running", "failed"], "running"),
+        (["completed", "failed", "cancelled"], "failed"),
+        (["completed", "cancelled"], "cancelled"),
+        (["completed"], "completed"),
+    ],
+)
+def test_a_summary_has_the_status_of_the_whole_flow(statuses, status):
+    counts = {TaskStatus(name): 1 for name in statuses}
+    summary = FlowSummary(id="f", created_at=None, counts=counts, exact=True)
+    assert (summary.status, summary.total) == (status, len(statuses))
+
+
+def test_a_repository_of_eight_methods_lists_flows_of_one_task():
+    """It cannot store several tasks at once, and so no larger flow."""
+    queue = Queue(TinyRepository())
+    queue.declare("t")
+    handles = [queue.submit_flow(group(Task(type="t"))) for _ in range(3)]
+    assert [flow.id for flow in queue.flows(at_most=2)] == [handles[2].id, handles[1].id]
+    assert [flow.id for flow in queue.flows(after=handles[1].id)] == [handles[0].id]
+    assert queue.flows()[0].counts == {TaskStatus.PENDING: 1}

@@ -13,6 +13,8 @@ The thirteen fields of the original TaskX keep its names and types. Everything e
     how the stored value differs from the JSON value: ``escaped`` keys, a wrapped ``value``.
 ``w``
     the marks of the latest writes, by which a repeated write is recognized.
+``tags``, ``flow``
+    the tags of the task as a list, and the id of its flow; one column of a row.
 ``batch``
     the batch that hides the task.
 """
@@ -33,6 +35,7 @@ from taskx.core.clock import to_datetime, to_ms
 from taskx.core.codec import NO_CODECS, Codecs
 from taskx.core.model import TASK_FIELDS, TIME_FIELDS, Task
 from taskx.core.record import COLUMNS, DEFAULTS, task_from_row
+from taskx.core.tags import FLOW, labels_of, split
 
 Document = dict[str, Any]
 
@@ -48,15 +51,13 @@ ORIGINAL = frozenset(
         *("created_at", "started_at", "completed_at", "duration"),
     )
 )
-#: The path of each column in a document, and that of ``seq``, which is not a column.
+#: The path of each column in a document, and those of ``seq`` and ``flow``, which are not columns.
 PATHS: dict[str, str] = {
-    name: name if name in ORIGINAL else f"taskx.{name}" for name in (*COLUMNS, "seq")
+    name: name if name in ORIGINAL else f"taskx.{name}" for name in (*COLUMNS, "seq", "flow")
 } | {"id": "_id"}
 
 # The columns that are stored in two fields.
-_IN_TWO = frozenset(("params", "result", "duration"))
-# The columns that are JSON text in a row, and lists in a document.
-_LISTS = frozenset(("depends_on", "tags"))
+_IN_TWO = frozenset(("params", "result", "duration", "tags"))
 _MOST_SECONDS = 2**62
 
 
@@ -91,7 +92,10 @@ def fields(columns: Mapping[str, Any]) -> Document:
             changed["taskx.seconds"] = float(value)
         elif name == "earlier_attempts":
             changed[PATHS[name]] = _shortened(value)
-        elif name in _LISTS:  # an index finds the task by each item
+        elif name == "tags":
+            tags, flow = split(labels_of(value))
+            changed["taskx.tags"], changed["taskx.flow"] = [*tags] or None, flow or None
+        elif name == "depends_on":  # a list, so that an index finds the task by each parent
             changed[PATHS[name]] = None if value is None else payload.loads(value)
         elif name != "id":
             changed[PATHS[name]] = plain(name, value)
@@ -267,12 +271,17 @@ def _duration(document: Mapping[str, Any], ours: Mapping[str, Any]) -> Any:
     return float(whole or 0) if whole is None or isinstance(whole, int) else _from_bson(whole)
 
 
-def _list(name: str) -> Callable[[Mapping[str, Any], Mapping[str, Any]], Any]:
-    def text_of(document: Mapping[str, Any], ours: Mapping[str, Any]) -> Any:
-        values = ours.get(name)
-        return _text(values, "") if isinstance(values, list) else _from_bson(values)
+def _depends_on(document: Mapping[str, Any], ours: Mapping[str, Any]) -> Any:
+    parents = ours.get("depends_on")
+    return _text(parents, "") if isinstance(parents, list) else _from_bson(parents)
 
-    return text_of
+
+def _tags(document: Mapping[str, Any], ours: Mapping[str, Any]) -> Any:
+    tags, flow = ours.get("tags"), ours.get("flow")
+    if tags is None and flow is None:
+        return None
+    labels = [*tags] if isinstance(tags, list) else [tags] if tags is not None else []
+    return _text([*labels, FLOW + flow] if isinstance(flow, str) else labels, "")
 
 
 #: The columns that need a conversion; each function takes the document and its sub-document.
@@ -283,7 +292,8 @@ _SPECIAL: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], Any]] = {
     "result": _result,
     "created_at": lambda document, ours: _from_bson(document.get("created_at")) or 0,
     "duration": _duration,
-    **{name: _list(name) for name in _LISTS},
+    "depends_on": _depends_on,
+    "tags": _tags,
     "dead_letter": lambda document, ours: int(bool(ours.get("dead_letter"))),
 }
 

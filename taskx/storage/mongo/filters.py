@@ -104,8 +104,10 @@ def matching(filter: TaskFilter) -> Document:
         wanted["_id"] = {"$regex": f"^{re.escape(filter.id_prefix)}"}
     if filter.parent is not None:
         wanted["taskx.depends_on"] = filter.parent
-    if filter.labels:
-        wanted["taskx.tags"] = {"$all": [*filter.labels]}
+    if filter.tag is not None:
+        wanted["taskx.tags"] = {"$all": [*filter.tag]}
+    if filter.flow is not None:
+        wanted["taskx.flow"] = filter.flow
     if filter.params is not None:
         wanted["$and"] = [_has(path, value) for path, value in filter.params]
     return wanted
@@ -291,10 +293,13 @@ def _indexes() -> list[IndexModel]:
             name="taskx_in_line",
             partialFilterExpression={"status": "pending", "taskx.held": FOR_TURN},
         ),
-        IndexModel(
-            [("taskx.tags", ASCENDING), *NEWEST_FIRST],
-            name="taskx_tags",
-            partialFilterExpression={"taskx.tags": {"$gt": ""}},
+        *(
+            IndexModel(
+                [(f"taskx.{name}", ASCENDING), *NEWEST_FIRST],
+                name=f"taskx_{name}",
+                partialFilterExpression={f"taskx.{name}": {"$gt": ""}},
+            )
+            for name in ("tags", "flow")
         ),
         *(
             _index_of_set(name)

@@ -210,6 +210,29 @@ class Tasks(Repository):
 
         return self._connection.run(read)
 
+    def count_by_status(self, filter: TaskFilter, most: int) -> dict[str, int]:
+        self.refuse_unknown_conditions(filter)
+        steps: list[Document] = [
+            {"$match": {**matching(filter), **VISIBLE}},
+            {"$limit": min(most, _MOST_DOCUMENTS)},
+            {"$group": {"_id": "$status", "count": {"$sum": 1}}},
+        ]
+        tasks = self._connection.tasks
+        found = self._connection.run(lambda: [*tasks.aggregate(steps)])
+        return {d["_id"]: d["count"] for d in found if isinstance(d["_id"], str)}
+
+    def flows(self, before: str, limit: int) -> Sequence[str]:
+        found: list[str] = []
+        earlier: Document = {"$lt": text(before, "before")} if before else {}
+        while len(found) < limit:
+            wanted = {"taskx.flow": {"$gt": "", **earlier}, **VISIBLE}
+            last = self._read(wanted, ("flow",), 1, [("taskx.flow", -1)])
+            if not last:
+                break
+            found.append(ours_of(last[0])["flow"])
+            earlier = {"$lt": found[-1]}
+        return found
+
     # --- by the next step
 
     def ready(

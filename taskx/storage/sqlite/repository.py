@@ -20,6 +20,7 @@ from taskx.core.codec import Codec
 from taskx.core.errors import ConfigurationError, RepositoryUnavailable, SchemaMismatch
 from taskx.core.model import CONDITIONS, TASK_FIELDS, Task, TaskFilter
 from taskx.core.record import Ended, Stub, parents_from_text, task_from_row
+from taskx.core.tags import FLOW
 from taskx.core.writes import CREATED, Delete, Insert, Note, NoteChange, Update, Write
 from taskx.liveness.base import PREFIX
 from taskx.liveness.locks import KernelLocks
@@ -54,6 +55,7 @@ _PAGES_AT_ONCE = 200
 _MOST_VARIABLES = 500  # values in one SELECT; SQLite's own limit is 32,766
 _NEAR = frozenset({"id", "unique_lock", "waiting_on"})  # columns with few rows for each value
 _CREATED_AT = TASK_FIELDS.index("created_at")
+_LAST = "\U0010ffff"  # text that begins with a prefix comes before the prefix and this
 # SQLite sorts a damaged time, a text, above all numbers: it is never due.
 _ANY_TIME = 2**63 - 1
 
@@ -351,6 +353,15 @@ class SQLiteRepository(Repository):
         ((count,),) = self._rows(*statements.count_tasks_to(filter, most, self._rarest(filter)))
         return int(count)
 
+    def count_by_status(self, filter: TaskFilter, most: int) -> dict[str, int]:
+        self.refuse_unknown_conditions(filter)
+        query = statements.count_by_status(filter, most, self._rarest(filter))
+        return dict(self._rows(*query))
+
+    def flows(self, before: str, limit: int) -> Sequence[str]:
+        found = self._rows(statements.FLOWS, (FLOW + (before or _LAST), limit))
+        return [label[len(FLOW) :] for (label,) in found]
+
     def _rarest(self, filter: TaskFilter) -> str:
         """Return the label of the filter that the fewest tasks have; empty if another index is better."""
         labels = filter.labels
@@ -455,7 +466,7 @@ class SQLiteRepository(Repository):
     # --- notes
 
     def notes(self, prefix: str) -> dict[str, Note]:
-        return _notes(self._rows(statements.NOTES, (prefix, f"{prefix}\U0010ffff")))
+        return _notes(self._rows(statements.NOTES, (prefix, prefix + _LAST)))
 
     def notes_named(self, names: Sequence[str]) -> dict[str, Note]:
         found: dict[str, Note] = {}
@@ -466,7 +477,7 @@ class SQLiteRepository(Repository):
         return found
 
     def notes_after(self, prefix: str, after: str, limit: int) -> dict[str, Note]:
-        return _notes(self._rows(statements.NOTES_AFTER, (after, f"{prefix}\U0010ffff", limit)))
+        return _notes(self._rows(statements.NOTES_AFTER, (after, prefix + _LAST, limit)))
 
     def put_notes(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
         # Notes about nodes need no sync: after a power cut all nodes are dead. A node whose schema is
@@ -599,7 +610,7 @@ def _statement(write: Write) -> _Statement:
 
 
 def _more(insert: Insert) -> list[_More]:
-    """Return the statements for a new task's rows in other tables."""
+    """Return the statements for the rows that a new task has in other tables."""
     row = insert.row
     lists = (statements.NEW_PARENT, row.get("depends_on")), (statements.NEW_TAG, row.get("tags"))
     return [(sql, [(item, insert.id) for item in json.loads(text)]) for sql, text in lists if text]

@@ -11,6 +11,7 @@ from taskx.core.conditions import Scalar
 from taskx.core.lifecycle import FINISHED, PENDING, RUNNING
 from taskx.core.model import TASK_FIELDS, TaskFilter
 from taskx.core.record import FOR_PARENTS, FOR_TURN, UNIQUE, UNTIL_DUE
+from taskx.core.tags import FLOW
 from taskx.core.writes import PRESENT
 from taskx.storage.base import Listed, Lookup, Timed
 
@@ -105,6 +106,13 @@ _FIND: dict[Lookup, tuple[str, str, str, str]] = {
 }
 NEW_PARENT = "INSERT OR IGNORE INTO parents (parent, child) VALUES (?, ?)"
 NEW_TAG = "INSERT OR IGNORE INTO tagged SELECT ?, created_at, seq FROM tasks WHERE id = ?"
+# One step in the table of tags for each flow, the last one first.
+_FLOWS = f"SELECT max(tag) FROM tagged WHERE tag > '{FLOW}' AND tag < {{}}"
+FLOWS = (
+    f"WITH RECURSIVE steps (value) AS ({_FLOWS.format('?')} UNION ALL "
+    f"SELECT ({_FLOWS.format('steps.value')}) FROM steps WHERE steps.value IS NOT NULL) "
+    "SELECT value FROM steps WHERE value IS NOT NULL LIMIT ?"
+)
 NOTES = "SELECT name, text, version FROM notes WHERE name >= ? AND name < ?"
 NOTES_NAMED = "SELECT name, text, version FROM notes WHERE name IN ({})"
 NOTES_AFTER = (
@@ -247,12 +255,19 @@ def count_tasks_to(filter: TaskFilter, most: int, by: str = "") -> tuple[str, li
     return f"SELECT count(*) FROM (SELECT 1 FROM {source} LIMIT ?)", [*values, most]
 
 
+def count_by_status(filter: TaskFilter, most: int, by: str = "") -> tuple[str, list[Any]]:
+    """Return the query for the number of tasks of each status among ``most`` that match a filter."""
+    source, values = _meeting(filter, by=by)
+    sql = f"SELECT status, count(*) FROM (SELECT status FROM {source} LIMIT ?) GROUP BY status"
+    return sql, [*values, most]
+
+
 def fewest(filter: TaskFilter) -> tuple[str, list[Any]]:
     """Return the query for how many tasks each label of a filter has, and its status, up to a bound."""
     sources = ["tagged WHERE tag = ?"] * len(filter.labels)
     if filter.status is not None:
         sources.append(_SOURCES[filter.status.value])
-    counts = (f"(SELECT count(*) FROM (SELECT 1 FROM {source} LIMIT 5000))" for source in sources)
+    counts = (f"(SELECT count(*) FROM (SELECT 1 FROM {source} LIMIT 20000))" for source in sources)
     return f"SELECT {', '.join(counts)}", [*filter.labels]
 
 
