@@ -9,9 +9,9 @@ PYTEST_DONT_REWRITE: without this word, pytest warns if the program that runs it
 from typing import TYPE_CHECKING, Any
 
 from taskx.common.config import Config
+from taskx.common.controls import Paused
 from taskx.common.handles import TaskHandle
 from taskx.common.hooks import Hook
-from taskx.common.pauses import Paused
 from taskx.core.clock import Clock, SystemClock
 from taskx.core.codec import Codec, ZlibCodec
 from taskx.core.errors import (
@@ -42,10 +42,12 @@ from taskx.executing.current import TaskLogFilter, current_context
 from taskx.executing.executors import BoundExecutor, Executor, TaskExecutor, executor
 from taskx.executing.registry import Middleware
 from taskx.flows import Flow, FlowHandle, FlowSummary, chain, group
+from taskx.inspecting.changelog import Change
 from taskx.inspecting.failures import FailureGroup, Failures
 from taskx.inspecting.findings import Problem, Reason
 from taskx.inspecting.health import Health
 from taskx.inspecting.history import History, TypeHistory
+from taskx.inspecting.nodes import NodeInfo, RunningTask
 from taskx.inspecting.places import Place
 from taskx.inspecting.stats import Percentiles, Stats, TypeStats
 from taskx.queue import Queue, run
@@ -55,6 +57,7 @@ from taskx.storage.memory import MemoryRepository
 from taskx.storage.sqlite import SQLiteRepository
 from taskx.storage.urls import open_repository
 from taskx.submitting.bulk import Bulk
+from taskx.upkeep.tuning import Tuned, TunedType
 
 if TYPE_CHECKING:
     from taskx.storage.mongo import MongoRepository
@@ -67,6 +70,7 @@ __all__ = [
     "Bulk",
     "CancelReason",
     "CancelToken",
+    "Change",
     "Clock",
     "Codec",
     "Config",
@@ -86,6 +90,7 @@ __all__ = [
     "MemoryRepository",
     "Middleware",
     "MongoRepository",
+    "NodeInfo",
     "Paused",
     "PayloadError",
     "Percentiles",
@@ -101,6 +106,7 @@ __all__ = [
     "RepositoryUnavailable",
     "Retry",
     "RetryPolicy",
+    "RunningTask",
     "SQLiteRepository",
     "Schedule",
     "ScheduleNotFound",
@@ -122,6 +128,8 @@ __all__ = [
     "TaskStatus",
     "TaskxError",
     "Tick",
+    "Tuned",
+    "TunedType",
     "TypeHistory",
     "TypeStats",
     "UnknownTaskType",

@@ -18,9 +18,9 @@ from typing import Any, Protocol
 import attrs
 
 from taskx.common.bell import Agenda
+from taskx.common.controls import Controls
 from taskx.common.hooks import Hook, Hooks
 from taskx.common.ledger import Ledger
-from taskx.common.pauses import Pauses
 from taskx.common.watcher import Watcher
 from taskx.core import lifecycle
 from taskx.core.clock import Clock
@@ -433,7 +433,7 @@ class Services:
         self.hooks = self.hooks_class(hooks, log)
         self.ledger = Ledger(repository, log, self.agenda)
         self.watcher = self.watcher_class(repository, log, self.agenda)
-        self.pauses = Pauses(repository)
+        self.controls = Controls(repository)
         self.runner = self.runner_class(clock, self.alarms, registry.max_payload_size)
         self.keeper = Keeper(repository, self.ledger, registry.max_payload_size)
         self.consequences = Consequences(self, state)

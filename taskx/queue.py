@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 import attrs
 
 from taskx.common.config import Config
+from taskx.common.controls import Paused
 from taskx.common.handles import TaskHandle
 from taskx.common.hooks import Hook
-from taskx.common.pauses import Paused
 from taskx.core.clock import SYSTEM_CLOCK, Clock, check_clock
 from taskx.core.errors import ConfigurationError, RepositoryError
 from taskx.core.ids import new_id
@@ -32,6 +32,7 @@ from taskx.core.model import (
 from taskx.core.options import (
     ExecutorOptions,
     FilterOptions,
+    LimitOptions,
     MapOptions,
     ScheduleOptions,
     SubmitOptions,
@@ -50,11 +51,13 @@ from taskx.executing.executors import (
 from taskx.executing.registry import Layer, Registry, check_middleware
 from taskx.flows import Flow, FlowHandle, FlowSummary, Shape, lay_out
 from taskx.flows import newest as newest_flows
+from taskx.inspecting.changelog import Change, changes, note_change
 from taskx.inspecting.failures import FailureGroup, Failures, failures, requeue_group
 from taskx.inspecting.findings import Reason
 from taskx.inspecting.health import Health, own_problems, thresholds
 from taskx.inspecting.health import check as check_health
 from taskx.inspecting.history import History, history
+from taskx.inspecting.nodes import NodeInfo, nodes
 from taskx.inspecting.reasons import why
 from taskx.inspecting.stats import Stats, stats
 from taskx.moving import Services
@@ -70,10 +73,11 @@ from taskx.submitting.intake import Intake, task_of
 from taskx.submitting.layers import layered
 from taskx.submitting.mapping import Results, ahead
 from taskx.submitting.operations import Operations, check_deliberate, dead
-from taskx.upkeep import foreground
+from taskx.upkeep import foreground, tuning
 from taskx.upkeep.following import follow
 from taskx.upkeep.node import Lifetime, LocalNode
 from taskx.upkeep.retention import prune_all
+from taskx.upkeep.tuning import Tuned
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing from 3.11 on
@@ -241,7 +245,7 @@ class Queue:
             executor.bind(self)
         if self._node is not None:
             with suppress(RepositoryError):  # the housekeeper records them later
-                self._node.engine.record_types()
+                self._node.engine.record()
         self._services.agenda.fetch_soon()
 
     def declare(self, *types: str) -> None:
@@ -839,6 +843,48 @@ class Queue:
         """
         return failures(self._services, type, since, at_most)
 
+    def nodes(self) -> list[NodeInfo]:
+        """Return the nodes on the repository, of all processes, and the tasks that they are running.
+
+        Dead nodes are listed until another node has taken over their tasks. The queue need not be started.
+
+        Raises:
+            ConfigurationError: the repository has only the eight methods.
+            RepositoryError: the repository cannot be read.
+        """
+        return nodes(self._services, self._engine)
+
+    def changes(self, at_most: int = 100) -> list[Change]:
+        """Return the newest entries of the log of changes, the newest first.
+
+        Args:
+            at_most: most entries to return. Only the newest 1,000 are kept.
+
+        Raises:
+            ConfigurationError: an argument is not valid, or the repository has only the eight methods.
+            RepositoryError: the repository cannot be read.
+        """
+        return changes(self._services, at_most)
+
+    def note_change(self, by: str, action: str, target: str, detail: Any = None) -> None:
+        """Add an entry to the log of changes.
+
+        The command line and the dashboard call this for each change. The methods of the queue do not,
+        because they do not know who calls.
+
+        Args:
+            by: the person or program that made the change.
+            action: the name of the action, such as ``"cancel"``.
+            target: the thing that was changed: a task's id, a type, a filter.
+            detail: more about the change: a JSON value of at most 10,000 bytes.
+
+        Raises:
+            ConfigurationError: an argument is not valid, or the repository has only the eight methods.
+            PayloadError: ``detail`` is not JSON or too large.
+            RepositoryError: the repository failed.
+        """
+        note_change(self._services, by, action, target, detail)
+
     # --- changing
 
     def cancel_task(self, task_id: str) -> bool:
@@ -1064,7 +1110,7 @@ class Queue:
         """
         return prune_all(self._services, before, status)
 
-    # --- pausing
+    # --- pausing and tuning
 
     def pause(self, type: str | None = None) -> None:
         """Pause a type in all processes: none of its tasks starts. With None, pause all types.
@@ -1081,13 +1127,16 @@ class Queue:
                 methods.
             RepositoryError: the repository failed.
         """
-        self._services.pauses.set(type)
-        self._check_pauses()
+        self._services.controls.pause(type)
+        self._check_controls()
+        self._warn_if_misspelt(type, "paused")
+
+    def _warn_if_misspelt(self, type: str | None, what: str) -> None:
         if type is not None and not self._registry.knows(type) and self._nobody_runs(type):
             self._log.warning(
-                "type %r is paused, but no running queue has an executor for it; is it misspelt? This "
-                "queue knows: %s",
-                *(type, self._registry.known),
+                "type %r is %s, but no running queue has an executor for it; is it misspelt? This queue "
+                "knows: %s",
+                *(type, what, self._registry.known),
             )
 
     def resume(self, type: str | None = None) -> None:
@@ -1097,12 +1146,12 @@ class Queue:
             ConfigurationError: the type is not a valid name.
             RepositoryError: the repository failed.
         """
-        self._services.pauses.lift(type)
-        self._check_pauses()
+        self._services.controls.resume(type)
+        self._check_controls()
 
-    def _check_pauses(self) -> None:
+    def _check_controls(self) -> None:
         if self._node is not None:
-            self._node.engine.fetcher.refresh_pauses()
+            self._node.engine.refresh_controls()
             self._services.agenda.wake_from_long_sleep()
 
     @property
@@ -1112,7 +1161,76 @@ class Queue:
         Raises:
             RepositoryError: the repository failed.
         """
-        return self._services.pauses.read()
+        return self._services.controls.read_paused()
+
+    def tune(
+        self,
+        type: str | None = None,
+        *,
+        workers: int | None = None,
+        node: str | None = None,
+        **limits: Unpack[LimitOptions],
+    ) -> None:
+        """Override the limits of a type, or the number of workers, in all processes.
+
+        The overrides are stored: they last until :meth:`untune`, even after restarts. In this process they
+        are in effect when the call returns, in other processes within a second. Overrides that were set
+        before and are not named here stay.
+
+        If a limit is lowered, running tasks go on, and none starts until enough have ended. Workers that
+        are added start at once. Surplus workers end after their current task.
+
+        A type that no queue runs is tuned, too, but a warning is logged: it may be misspelt.
+
+        Args:
+            type: the type whose limits to override.
+            workers: the number of workers of each node; not together with a type.
+            node: the id of a node: only this one gets ``workers``, whatever the others have.
+            max_concurrency: most tasks of the type that run at the same time; None for no limit.
+            rate: most tasks that start in a period, as ``"100/m"`` or ``(count, seconds)``; None for no
+                limit.
+            burst: most tasks that may start at once after a quiet period; None for the count of ``rate``.
+            limit_scope: ``"node"`` or ``"global"``; None for ``"node"``.
+
+        Raises:
+            ConfigurationError: an argument is not valid, or the repository has only the eight methods.
+            RepositoryError: the repository failed.
+        """
+        tuning.tune(self._services, type, limits, workers, node)
+        self._check_controls()
+        self._warn_if_misspelt(type, "tuned")
+
+    def untune(
+        self,
+        type: str | None = None,
+        *,
+        only: Collection[str] | None = None,
+        workers: bool = False,
+        node: str | None = None,
+    ) -> None:
+        """Remove overrides: the values of the executors and programs apply again.
+
+        Args:
+            type: the type whose limits are no longer overridden.
+            only: the names of the limits, such as ``["rate"]``, if not all of the type's.
+            workers: True: the number of workers is no longer overridden; not together with a type.
+            node: with ``workers``, the id of a node: only the number of this node is removed.
+
+        Raises:
+            ConfigurationError: an argument is not valid, or the repository has only the eight methods.
+            RepositoryError: the repository failed.
+        """
+        tuning.untune(self._services, type, only, workers, node)
+        self._check_controls()
+
+    def tuned(self) -> Tuned:
+        """Return the stored overrides, and the values that they override.
+
+        Raises:
+            ConfigurationError: the repository has only the eight methods.
+            RepositoryError: the repository failed.
+        """
+        return tuning.tuned(self._services)
 
     # --- dead letters
 

@@ -15,7 +15,7 @@ from taskx.cli.following import interval_option
 from taskx.cli.opening import Session, command
 from taskx.cli.output import Cell, Column, Row, age, moment, one_line
 from taskx.cli.values import Duration
-from taskx.common.pauses import Paused
+from taskx.common.controls import Paused
 from taskx.core.errors import RepositoryError
 from taskx.core.model import Task
 from taskx.inspecting.stats import Stats

@@ -88,17 +88,22 @@ class SubmitOptions(_KeyOptions, total=False):
     on_parent_failure: OnParentFailure | None
 
 
-class ExecutorOptions(RunOptions, total=False):
+class LimitOptions(TypedDict, total=False):
+    """The limits of a type, as options of its executor and of ``Queue.tune``."""
+
+    max_concurrency: int | None
+    rate: str | tuple[int, float | timedelta] | None
+    burst: int | None
+    limit_scope: LimitScope | None
+
+
+class ExecutorOptions(RunOptions, LimitOptions, total=False):
     """The options of an executor: see ``Queue.executor``."""
 
     expires: float | timedelta | None
     capture_log: bool | int | str | None
     isolation: Isolation | None
     grace: float | timedelta | None
-    max_concurrency: int | None
-    rate: str | tuple[int, float | timedelta] | None
-    burst: int | None
-    limit_scope: LimitScope | None
     replace: bool | None
 
 

@@ -56,6 +56,10 @@ class Rate:
         """Return the mark after ``count`` unused tokens are put back."""
         return mark - count * self.interval
 
+    def mark_of(self, tokens: int, now: float) -> float:
+        """Return the mark of a bucket that has ``tokens`` tokens now (at most ``burst``)."""
+        return FULL if tokens >= self.burst else now + (self.burst - tokens) * self.interval
+
     def when(self, mark: float, count: int) -> float:
         """Return the time at which ``count`` tokens (at most ``burst``) will be available."""
         return mark - (self.burst - min(count, self.burst)) * self.interval
@@ -100,3 +104,10 @@ def _parts(given: Any) -> tuple[Any, Any]:
     raise ConfigurationError(
         f"rate must be text like '100/m' (s, m, h or d) or a pair (count, seconds), not {given!r}"
     )
+
+
+def rate_as_given(rate: Rate) -> str | tuple[int, float]:
+    """Return the count and the period of a rate in the form of an option."""
+    units = {seconds: unit for unit, seconds in _SECONDS.items()}
+    unit = units.get(rate.seconds)
+    return (rate.count, rate.seconds) if unit is None else f"{rate.count}/{unit}"

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from taskx.core.checks import check_plain
 from taskx.core.errors import ConfigurationError, UnknownTaskType
 from taskx.core.model import Task
-from taskx.core.options import Options
+from taskx.core.options import LimitOptions, Options
+from taskx.core.overrides import overridden
 from taskx.core.payload import DEFAULT_MAX_SIZE
 from taskx.core.rate import Limit
 from taskx.core.values import Values
@@ -74,6 +75,7 @@ class Registry:
         self.values: dict[str, Values] = {}
         #: The limits of the types that have one.
         self.limits: dict[str, Limit] = {}
+        self._overrides: Mapping[str, LimitOptions] = {}
         self._declared: set[str] = set()
         self._used: set[str] = set()  # the declared types that tasks were submitted of
         self._first_use = first_use
@@ -107,7 +109,6 @@ class Registry:
             self._require("logs (capture_log)")
         if entry.options.limit_scope == "global":
             self._require('limits of all nodes (limit_scope="global")')
-        limit = entry.options.limit
         function, takes_context = entry.function, entry.takes_context
         if entry.options.isolation is not None:
             # Imported here, because most programs do not start child processes.
@@ -117,13 +118,36 @@ class Registry:
         if self.middleware:
             function = _wrapped(function, self.middleware, takes_context=takes_context)
             takes_context = True
-        if limit is not None:  # first: as soon as the type is registered, its tasks may start
-            self.limits[entry.type] = limit
+        self._limit(
+            entry.type, entry.options
+        )  # first: once the type is registered, its tasks may start
         if entry.values is not None:
             self.values[entry.type] = entry.values
         else:
             self.values.pop(entry.type, None)
         self.registered[entry.type] = entry._replace(function=function, takes_context=takes_context)
+
+    def override(self, overrides: Mapping[str, LimitOptions]) -> None:
+        """Override the limits of some types; they replace all earlier overrides."""
+        self._overrides = overrides
+        for type, entry in list(self.registered.items()):
+            self._limit(type, entry.options)
+
+    def _limit(self, type: str, own: Options) -> None:
+        limit = overridden(own, self._overrides.get(type, {}))
+        if limit is not None:
+            self.limits[type] = limit
+        else:
+            self.limits.pop(type, None)
+
+    @property
+    def own_limits(self) -> dict[str, Limit | None]:
+        """The limits of the executors whose limits are overridden."""
+        return {
+            type: self.registered[type].options.limit
+            for type in self._overrides
+            if type in self.registered
+        }
 
     def declare(self, type: str) -> None:
         """Accept tasks of a type whose executor runs in another process."""

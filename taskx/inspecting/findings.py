@@ -60,7 +60,7 @@ class _Finding(Generic[KindT]):
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as a dict of JSON values; times are ISO text."""
-        return {"kind": self.kind, "sentence": self.sentence, "facts": _to_json(self.facts)}
+        return {"kind": self.kind, "sentence": self.sentence, "facts": to_json(self.facts)}
 
 
 class Reason(_Finding[ReasonKind]):
@@ -87,11 +87,14 @@ class Problem(_Finding[ProblemKind]):
     __slots__ = ()
 
 
-def _to_json(value: Any) -> Any:
+def to_json(value: Any) -> Any:
+    """Return a value with times as ISO text and tuples as lists, as JSON has them."""
     if isinstance(value, datetime):
         return value.isoformat()
     if isinstance(value, Mapping):
-        return {name: _to_json(part) for name, part in value.items()}
+        return {name: to_json(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(part) for part in value]
     return value
 
 

@@ -176,7 +176,7 @@ class _Check:
 
     def __init__(self, services: Services, pool: WorkerPool | None, wanted: Thresholds) -> None:
         self._repository = services.repository
-        self._pauses = services.pauses
+        self._controls = services.controls
         self._pool = pool
         self._wanted = wanted
         self.now = services.clock.now_ms()
@@ -186,7 +186,7 @@ class _Check:
         self._repository.version()  # notices a newer schema
         self._repository.ensure_there()
         nodes = [node for node in self._repository.nodes() if node.alive is not False]
-        paused = self._pauses.read()
+        paused = self._controls.read_paused()
         due = [t for t in queries.every(self._repository, "ready_type") if t not in paused]
         yield from self._nodes(nodes, due)
         yield from self._stuck_elsewhere(nodes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from taskx.common.pauses import Paused
+from taskx.common.controls import Paused
 from taskx.core import lifecycle
 from taskx.core.clock import to_ms
 from taskx.core.errors import RepositoryError, TaskNotFound
@@ -87,7 +87,7 @@ class _Inquiry:
     # --- pending
 
     def _pending(self, task: Task, held: int) -> Iterator[Reason]:
-        paused = self._services.pauses.read()
+        paused = self._services.controls.read_paused()
         able = [node for node in self._nodes.values() if _takes(node, task.type)]
         stopped = [*self._no_node(task, able), *_pauses(task, paused)]
         yield from self._held(task, held)

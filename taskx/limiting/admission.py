@@ -8,7 +8,7 @@ start out of the buffer. The count at the start is exact.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 
 from taskx.core.clock import Clock
 from taskx.core.errors import RepositoryError
@@ -18,18 +18,19 @@ from taskx.limiting.shared import SharedBucket, SharedSlots
 from taskx.storage.base import Repository
 
 _ENDLESS = 1 << 31
+NO_LIMIT = Limit(None, None, "node")
 
 
 class OwnSlots:
     """The slots of one node, for running tasks."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, taken: int = 0) -> None:
         self._most = most
-        self._taken = 0
+        self._taken = taken
 
     def free(self) -> int:
-        """Return the number of free slots."""
-        return self._most - self._taken
+        """Return the number of free slots; 0, too, if more are taken than there are now."""
+        return max(0, self._most - self._taken)
 
     def take(self, count: int) -> int:
         """Take ``count`` slots, or as many as are free; return how many."""
@@ -41,17 +42,27 @@ class OwnSlots:
         """Give back ``count`` slots."""
         self._taken -= count
 
+    def force(self) -> None:
+        """Take a slot, even if none is free, for a task that runs already."""
+        self._taken += 1
+
     def rest(self, wanted: int) -> None:
         """Note that tasks wait for only ``wanted`` more slots; one node's own slots stay with it."""
 
 
 class OwnBucket:
-    """The token bucket of one node: each start takes a token. It is full when the node starts."""
+    """The token bucket of one node: each start takes a token.
 
-    def __init__(self, rate: Rate, clock: Clock) -> None:
+    It is full when the node starts. If it replaces another bucket, because the rate was changed, it has as
+    many tokens as that one.
+    """
+
+    def __init__(self, rate: Rate, clock: Clock, before: OwnBucket | None = None) -> None:
         self._rate = rate
         self._clock = clock
         self._mark = FULL
+        if before is not None:
+            self._mark = rate.mark_of(before.tokens(), clock.monotonic())
 
     def tokens(self) -> int:
         """Return the number of tokens."""
@@ -85,9 +96,11 @@ def until_token(bucket: _Bucket, clock: Clock) -> float:
 class _Gate:
     """The limits of one type, and the fetched tasks that they will admit."""
 
-    def __init__(self, slots: _Slots | None, bucket: _Bucket | None, clock: Clock) -> None:
-        self.slots = slots
-        self.bucket = bucket
+    def __init__(self, clock: Clock) -> None:
+        #: The limits that ``slots`` and ``bucket`` keep.
+        self.limit = NO_LIMIT
+        self.slots: _Slots | None = None
+        self.bucket: _Bucket | None = None
         self._clock = clock
         #: Tasks that were fetched and have not started. A task that left the buffer in another way stays
         #: here until the next fetch.
@@ -165,30 +178,68 @@ class Admission:
         self._log = log
         self._lock = threading.RLock()
         self._gates: dict[str, _Gate] = {}
+        # Shared slots that are no longer used, and may not have been given back yet.
+        self._left: list[SharedSlots] = []
         #: The gate that admitted each task that has not ended.
         self.admitted: dict[str, _Gate] = {}
 
     def _gate(self, type: str) -> _Gate:
         gate = self._gates.get(type)
         if gate is None:
-            slots, bucket = self._parts(type, self._limits[type])
-            gate = self._gates[type] = _Gate(slots, bucket, self._clock)
+            gate = _Gate(self._clock)
+            self._set_limit(gate, type, self._limits.get(type, NO_LIMIT))
+            self._gates[type] = gate
         return gate
 
-    def _parts(self, type: str, limit: Limit) -> tuple[_Slots | None, _Bucket | None]:
-        most, rate, clock = limit.max_concurrency, limit.rate, self._clock
-        slots: _Slots | None = None
-        bucket: _Bucket | None = None
+    def _set_limit(self, gate: _Gate, type: str, limit: Limit) -> None:
+        """Give a gate other limits; the running tasks that it has admitted keep their slots."""
+        taken = sum(one is gate for one in self.admitted.values())
+        gate.slots = self._slots(type, limit, taken)
+        gate.bucket = self._bucket(type, limit, gate.bucket)
+        gate.limit, gate.more, gate.fetch_at = limit, True, None
+
+    def _slots(self, type: str, limit: Limit, taken: int) -> _Slots | None:
+        most = limit.max_concurrency
+        if most is None:
+            return None
         if limit.scope == "global":
-            repository, node, log = self._repository, self._node, self._log
-            if most is not None:
-                slots = SharedSlots(repository, node, type, most, log)
-            if rate is not None:
-                bucket = SharedBucket(repository, type, rate, clock, log)
-        else:
-            slots = None if most is None else OwnSlots(most)
-            bucket = None if rate is None else OwnBucket(rate, clock)
-        return slots, bucket
+            return SharedSlots(self._repository, self._node, type, most, self._log, taken)
+        return OwnSlots(most, taken)
+
+    def _bucket(self, type: str, limit: Limit, before: _Bucket | None) -> _Bucket | None:
+        if limit.rate is None:
+            return None
+        if limit.scope == "global":
+            return SharedBucket(self._repository, type, limit.rate, self._clock, self._log)
+        return OwnBucket(limit.rate, self._clock, before if isinstance(before, OwnBucket) else None)
+
+    # --- limits that change while tasks run
+
+    def follow_limits(self) -> None:
+        """Follow the limits that were changed, in the mapping that the object was given."""
+        with self._lock:
+            for type, gate in list(self._gates.items()):
+                limit = self._limits.get(type, NO_LIMIT)
+                if limit != gate.limit:
+                    before = gate.slots
+                    self._set_limit(gate, type, limit)
+                    if isinstance(before, SharedSlots) and not isinstance(gate.slots, SharedSlots):
+                        self._left.append(before)
+
+    def adopt(self, type: str, task_id: str, runs: Container[str]) -> None:
+        """Count a running task that was started before its type was limited.
+
+        ``runs`` has the ids of the tasks that run, and loses each of them before :meth:`over` is called.
+        """
+        with self._lock:
+            if task_id in self.admitted:
+                return
+            gate = self._gate(type)
+            self.admitted[task_id] = gate
+            if task_id not in runs:  # it has ended since; over() may have been called already
+                del self.admitted[task_id]
+            elif gate.slots is not None:
+                gate.slots.force()
 
     # --- at the fetch
 
@@ -337,11 +388,14 @@ class Admission:
         """Maintain the shared limits; after a ``RepositoryError``, the next call does the rest."""
         if self._gates:
             with self._lock:
+                while self._left:
+                    self._left[-1].leave()
+                    self._left.pop()
                 for part in self._shared():
                     part.tend()
 
     def end(self) -> None:
         """Give back the node's part of the shared limits, because the node ends."""
         with self._lock:
-            for part in self._shared():
+            for part in [*self._left, *self._shared()]:
                 part.leave()

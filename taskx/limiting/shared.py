@@ -96,13 +96,19 @@ class SharedSlots(_Shared[Mapping[str, int]]):
     """The ``most`` slots of all nodes, of which this node has some."""
 
     def __init__(
-        self, repository: Repository, node: str, type: str, most: int, log: GuardedLogger = log
+        self,
+        repository: Repository,
+        node: str,
+        type: str,
+        most: int,
+        log: GuardedLogger = log,
+        taken: int = 0,
     ) -> None:
         super().__init__(repository, _SLOTS + type, log)
         self._node = node
         self._most = most
         self._shares: Mapping[str, int] = {}
-        self._taken = 0
+        self._taken = taken
         self._idle = False
 
     def _parse(self, text: str | None) -> Mapping[str, int]:
@@ -114,12 +120,15 @@ class SharedSlots(_Shared[Mapping[str, int]]):
     def free(self) -> int:
         """Return the number of slots that this node has free or could get, by the note as last read."""
         self._refresh()
-        others = sum(self._shares.values()) - self._mine
-        return max(0, self._most - others - self._taken)
+        return max(0, self._most - self._others - self._taken)
 
     @property
     def _mine(self) -> int:
         return self._shares.get(self._node, 0)
+
+    @property
+    def _others(self) -> int:
+        return sum(self._shares.values()) - self._mine
 
     def take(self, count: int) -> int:
         """Take ``count`` slots, or as many as are free; return how many.
@@ -133,9 +142,14 @@ class SharedSlots(_Shared[Mapping[str, int]]):
             unowned = self._most - sum(self._shares.values())
             if wanted <= 0 or unowned <= 0 or self._set_mine(self._mine + min(wanted, unowned)):
                 break
-        got = max(0, min(count, self._mine - self._taken))
+        usable = min(self._mine, self._most - self._others)  # fewer if the limit was lowered
+        got = max(0, min(count, usable - self._taken))
         self._taken += got
         return got
+
+    def force(self) -> None:
+        """Take a slot, even if none is free, for a task that runs already."""
+        self._taken += 1
 
     def give(self, count: int) -> None:
         """Give back ``count`` slots; the node keeps them as long as there are tasks for them."""
@@ -152,7 +166,7 @@ class SharedSlots(_Shared[Mapping[str, int]]):
     def tend(self) -> None:
         """Give back slots that were idle for a while, record used ones, and free those of the dead."""
         self._read()
-        if self._idle:
+        if self._idle or self._mine + self._others > self._most:  # it was lowered
             self.rest(0)
         self._idle = self._mine > self._taken
         if self._mine < self._taken:  # the note was damaged, or others thought it was dead

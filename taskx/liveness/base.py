@@ -19,7 +19,29 @@ from taskx.liveness.began import Began
 
 #: The prefix of the names of the notes about nodes.
 PREFIX = "node/"
-NO_LIMITS: Mapping[str, Limit] = {}
+
+
+@attrs.frozen(kw_only=True)
+class About:
+    """Facts about a node that do not change, for people; empty or 0 if the node did not record them.
+
+    Attributes:
+        host: the name of its host.
+        pid: the id of its process.
+        python: the version of Python.
+        version: the version of TaskX.
+        started_at: the time of its start, in milliseconds.
+        buffer_size: the number of submitted tasks that fit into its buffer.
+        worker_num: the number of workers that its program configured.
+    """
+
+    host: str = ""
+    pid: int = 0
+    python: str = ""
+    version: str = ""
+    started_at: int = 0
+    buffer_size: int = 0
+    worker_num: int = 0
 
 
 @attrs.frozen(kw_only=True)
@@ -31,16 +53,27 @@ class Node:
         name: a name for people: host, process and start.
         types: the task types that it runs.
         limits: the limits of its types that have one.
+        own_limits: the limits that its program set for the types whose limits are overridden; None for
+            none.
+        workers: the number of workers that it shall have now.
+        about: facts that do not change.
         stopping: True after it was asked to stop.
         alive: True while its process lives, False once it is known to be dead, None if neither is known.
+        beat_at: the time of its last heartbeat by its own clock, in milliseconds; None if it sends none.
+        late: True if it is alive, but its heartbeat has stood still for longer than usual.
     """
 
     id: str
     name: str
     types: tuple[str, ...] = ()
     limits: Mapping[str, Limit] = attrs.field(factory=dict, hash=False)
+    own_limits: Mapping[str, Limit | None] = attrs.field(factory=dict, hash=False)
+    workers: int = 0
+    about: About = About()
     stopping: bool = False
     alive: bool | None = None
+    beat_at: int | None = None
+    late: bool = False
 
 
 class Applies(Protocol):
@@ -78,15 +111,17 @@ class Liveness(ABC, Generic[OwnT]):
         """True if a node of this process is recorded."""
         return bool(self._own)
 
+    def has(self, node: str) -> bool:
+        """Return True if a node is one of this process, and recorded here."""
+        return node in self._own
+
     @abstractmethod
     def join(self, node: Node) -> None:
         """Record a node, and prove that it is alive until :meth:`leave` or the death of the process."""
 
     @abstractmethod
-    def record_types(
-        self, node: str, types: Sequence[str], limits: Mapping[str, Limit] = NO_LIMITS
-    ) -> None:
-        """Record the types that a node of this process runs now; they replace the earlier ones."""
+    def record(self, node: Node) -> None:
+        """Record the types, limits and workers that a node of this process has now."""
 
     @abstractmethod
     def mark_stopping(self, node: str) -> None:
@@ -131,11 +166,9 @@ class InProcess(Liveness[Node]):
     def join(self, node: Node) -> None:
         self._own[node.id] = attrs.evolve(node, alive=True)
 
-    def record_types(
-        self, node: str, types: Sequence[str], limits: Mapping[str, Limit] = NO_LIMITS
-    ) -> None:
-        if node in self._own:
-            self._own[node] = attrs.evolve(self._own[node], types=tuple(types), limits={**limits})
+    def record(self, node: Node) -> None:
+        if node.id in self._own:
+            self._own[node.id] = attrs.evolve(node, alive=True)
 
     def mark_stopping(self, node: str) -> None:
         """Do nothing: a node of this process cannot leave a task behind when the process ends."""
@@ -157,8 +190,8 @@ class Own:
     """
 
     def __init__(self, node: Node, facts: Mapping[str, Any]) -> None:
-        known = {"name": node.name, "types": list(node.types), "stopping": node.stopping}
-        self.facts = {**known, **_limits_to_json(node.limits), **facts}
+        known = {"name": node.name, "stopping": node.stopping, "about": attrs.asdict(node.about)}
+        self.facts = {**known, **_changing_facts(node), **facts}
         self.version = 0
         self.left = False
         self.making = threading.Lock()
@@ -177,10 +210,8 @@ class Recorded(Liveness[RecordT]):
     def renew(self) -> None:
         self._own = {}
 
-    def record_types(
-        self, node: str, types: Sequence[str], limits: Mapping[str, Limit] = NO_LIMITS
-    ) -> None:
-        self._amend(node, {"types": list(types), **_limits_to_json(limits)})
+    def record(self, node: Node) -> None:
+        self._amend(node.id, _changing_facts(node))
 
     def mark_stopping(self, node: str) -> None:
         self._amend(node, {"stopping": True})
@@ -236,33 +267,49 @@ def says_dead(note: Note) -> bool:
     return bool(json.loads(note.text).get("dead"))
 
 
-def described(name: str, facts: Mapping[str, Any], alive: bool | None) -> Node:
+def described(
+    name: str, facts: Mapping[str, Any], alive: bool | None, *, late: bool = False
+) -> Node:
     """Return the node that the note with this name describes."""
+    about = facts.get("about", {})
+    own_limits = facts.get("own_limits", {})
     return Node(
         id=name.removeprefix(PREFIX),
         name=facts["name"],
         types=tuple(facts["types"]),
         limits={type: _limit_of(*values) for type, values in facts.get("limits", {}).items()},
+        own_limits={type: values and _limit_of(*values) for type, values in own_limits.items()},
+        workers=facts.get("workers", 0),
+        about=About(**{name: about[name] for name in _ABOUT if name in about}),
         stopping=facts["stopping"],
         alive=alive,
+        beat_at=facts.get("beat_at"),
+        late=late,
     )
 
 
-def _limits_to_json(limits: Mapping[str, Limit]) -> dict[str, Any]:
-    """Return the fact about a node's limits; no fact if it has none."""
-    known = {
-        type: [
-            limit.max_concurrency,
-            None if limit.rate is None else attrs.astuple(limit.rate),
-            limit.scope,
-        ]
-        for type, limit in limits.items()
+def _changing_facts(node: Node) -> dict[str, Any]:
+    """Return the facts about a node that may change while it runs, as JSON values."""
+    return {
+        "types": list(node.types),
+        "limits": {type: _limit_to_json(limit) for type, limit in node.limits.items()},
+        "own_limits": {
+            type: limit and _limit_to_json(limit) for type, limit in node.own_limits.items()
+        },
+        "workers": node.workers,
     }
-    return {"limits": known} if known else {}
+
+
+def _limit_to_json(limit: Limit) -> list[Any]:
+    rate = None if limit.rate is None else attrs.astuple(limit.rate)
+    return [limit.max_concurrency, rate, limit.scope]
 
 
 def _limit_of(most: int | None, rate: Sequence[Any] | None, scope: LimitScope) -> Limit:
     return Limit(most, None if rate is None else Rate(*rate), scope)
+
+
+_ABOUT = tuple(field.name for field in attrs.fields(About))
 
 
 _all: weakref.WeakSet[Recorded[Any]] = weakref.WeakSet()

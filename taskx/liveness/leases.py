@@ -29,6 +29,7 @@ from typing import Any
 
 import attrs
 
+from taskx.core.clock import SYSTEM_CLOCK
 from taskx.core.errors import RepositoryError
 from taskx.core.log import Complaint, log
 from taskx.core.writes import Delete, Insert, Note, Write
@@ -40,6 +41,8 @@ from taskx.liveness.locks import HostLocks
 LEASE = 30.0
 #: The number of heartbeats in a lease, and the part of the lease that is the margin.
 BEATS, MARGIN = 10, 0.2
+#: The number of heartbeats after which a live node counts as late.
+LATE = 3
 #: Seconds between two polls of a housekeeper: observers cannot be expected to poll more often.
 _POLL_INTERVAL = 0.5
 #: The suffix of the name of a node's second note: how long its heartbeat has stood still.
@@ -73,12 +76,18 @@ class Leases(Recorded[_Leased]):
     """The strategy that uses leases: a node without a heartbeat for ``lease`` seconds is dead."""
 
     def __init__(
-        self, store: Store, lease: float, locks: HostLocks, monotonic: Callable[[], float]
+        self,
+        store: Store,
+        lease: float,
+        locks: HostLocks,
+        monotonic: Callable[[], float],
+        now_ms: Callable[[], int] = SYSTEM_CLOCK.now_ms,
     ) -> None:
         super().__init__(store)
         self._lease = lease
         self._locks = locks
         self._monotonic = monotonic
+        self._now_ms = now_ms  # for people: no decision depends on it
         self.interval = lease / BEATS
         self.renew()
 
@@ -93,7 +102,8 @@ class Leases(Recorded[_Leased]):
 
     def join(self, node: Node) -> None:
         host, lock = self._locks.hold(node.id)
-        own = _Leased(node, {"host": host, "lock": lock}, self._monotonic())
+        facts = {"host": host, "lock": lock, "beat_at": self._now_ms()}
+        own = _Leased(node, facts, self._monotonic())
         try:
             self._write(node.id, own)
         except BaseException:
@@ -194,6 +204,7 @@ class Leases(Recorded[_Leased]):
         # The time-out makes sure that a lost lease is reported in time. After that, it may be longer.
         timeout = 2 * self.interval if left <= 0 else min(2 * self.interval, left)
         try:
+            own.facts["beat_at"] = self._now_ms()
             with self._store.within(max(timeout, 0.01)):
                 own.dead = not self._write(node, own)
         except RepositoryError as error:
@@ -242,10 +253,19 @@ class Leases(Recorded[_Leased]):
         for name, note in sorted(notes.items()):
             if not name.endswith(_STILL):
                 facts = json.loads(note.text)
-                nodes.append(described(name, facts, self._alive(name, facts, notes, asked)))
+                alive = self._alive(name, facts, notes, asked)
+                late = alive and self._is_late(name.removeprefix(PREFIX), name)
+                nodes.append(described(name, facts, alive, late=late))
             elif name.removesuffix(_STILL) not in notes:  # it was counted after the node had left
                 self._put(name, None, note.version)
         return nodes
+
+    def _is_late(self, node: str, name: str) -> bool:
+        """Return True if the heartbeat of a live node has stood still for some intervals."""
+        if node in self._own:
+            return self.lost(node)
+        seen = self._observations.get(name)
+        return seen is not None and seen.still / 1000 + seen.counted > LATE * self.interval
 
     def is_dead(self, node: str) -> bool:
         """Return True if a node is dead now: its note is marked, or gone."""

@@ -41,7 +41,7 @@ class Fetcher:
         self._services = services
         self._agenda = services.agenda
         self._node = node
-        self._workers = workers
+        self.workers = workers
         self._buffer = buffer
         self._runs = runs
         self._starter = starter
@@ -54,28 +54,27 @@ class Fetcher:
 
     def takes(self, type: str) -> bool:
         """Return True if the node may start tasks of this type now: the type is not paused."""
-        return type not in self._services.pauses.known
+        return type not in self._services.controls.paused
 
     def buffers(self, type: str) -> bool:
         """Return True if a task of this type may go straight into the buffer: no limit and no pause."""
         services = self._services
-        return type not in services.registry.limits and type not in services.pauses.known
+        return type not in services.registry.limits and type not in services.controls.paused
 
     def has_room(self, type: str) -> bool:
         """Return True if a task of this type might start now."""
         limited = type in self._services.registry.limits
         return self.takes(type) and (not limited or self._admission.open(type))
 
-    def refresh_pauses(self) -> None:
-        """Read the pauses again, and free the buffered tasks of paused types.
+    def follow_pauses(self) -> None:
+        """Fetch tasks of types that were resumed, and free the buffered tasks of paused types.
 
         After a ``RepositoryError`` tasks stay in the buffer; workers pass over them in any case.
         """
-        if self._services.pauses.refresh():
-            self._agenda.more_stored = True  # tasks of types that were resumed
-            paused = self._services.pauses.known
-            swept = self._buffer.sweep(lambda type: type in paused)
-            self._starter.free([item.id for item in swept])
+        self._agenda.more_stored = True
+        paused = self._services.controls.paused
+        swept = self._buffer.sweep(lambda type: type in paused)
+        self._starter.free([item.id for item in swept])
 
     def unmarked(self) -> set[str]:
         """Return the ids of pending tasks in memory that the repository may list as free, and some more."""
@@ -178,7 +177,7 @@ class Fetcher:
         Only a node with nothing in its own buffer does this. When the other nodes come to these tasks, they
         find them started, or gone.
         """
-        wanted = self._workers - len(self._runs.executing)
+        wanted = self.workers - len(self._runs.executing)
         if wanted <= 0 or len(self._buffer):
             return []
         services = self._services

@@ -5,8 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import compress
+
+import attrs
 
 from taskx.common.bell import Bell
 from taskx.common.config import Config
@@ -21,6 +24,7 @@ from taskx.core.errors import (
 from taskx.core.lifecycle import Ending
 from taskx.core.log import Complaint
 from taskx.core.model import MAX_NAME, Task
+from taskx.core.overrides import Overrides
 from taskx.core.payload import clean_text
 from taskx.core.writes import Insert, Update
 from taskx.executing.runner import Run, broken, lesser
@@ -37,6 +41,10 @@ from taskx.storage import queries
 
 # Seconds that a worker waits after an error of the repository: the first wait, doubled up to the longest.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
+
+
+def _fetch_size(workers: int, buffer_size: int) -> int:
+    return max(64, 4 * workers, min(buffer_size, 256))
 
 
 class WorkerPool:
@@ -64,8 +72,8 @@ class WorkerPool:
         self.runs = Runs()
         workers = config.worker_num
         self.ahead = Ahead(workers)
-        fetch_size = max(64, 4 * workers, min(config.buffer_size, 256))
         ageing = round((config.ageing or 0) * 1000)
+        fetch_size = _fetch_size(workers, config.buffer_size)
         self.buffer = Buffer(config.buffer_size, fetch_size, self.ahead.wake, ageing)
         self.stopping = False
         #: The notes of the tasks that each thread began last, if the repository keeps them.
@@ -86,7 +94,11 @@ class WorkerPool:
             services, node.id, workers, self.buffer, self.runs, self.starter, self.admission
         )
         self.discard, self.rebuffer = self.buffer.discard, self.starter.rebuffer
-        self._recorded = node.types
+        #: The node as it was recorded last.
+        self.recorded = node
+        self._configured = workers
+        self._tuning = threading.Lock()
+        self._overrides = Overrides()  # those that are in effect
         # A repository of eight methods stores every new task as pending first.
         self._stores_in_steps = bool(services.repository.shortcoming)
         #: The error that ends this node, if its TaskX is too old for the repository.
@@ -98,26 +110,130 @@ class WorkerPool:
         self._quiet = Bell()
         self.stuck = Stuck(services, node.id, config.max_stuck, self._do_without, self._abandon)
         #: The number of worker threads that have not ended.
-        self.workers_left = workers
-        self._at_work = self._named = workers
-        self.threads = [self._worker(number) for number in range(1, workers + 1)]
+        self.workers_left = 0
+        self._at_work = self._named = 0
+        self._started = False
+        self.threads: list[threading.Thread] = []
+
+    def start_workers(self) -> None:
+        """Start the worker threads; they wait until :attr:`begun` is set.
+
+        Raises:
+            RuntimeError: the system cannot start a thread.
+        """
+        with self._counting:
+            self._started = True
+            threads = self._enlist(self.ahead.workers)
+        self._start(threads)
+
+    def _enlist(self, count: int) -> list[threading.Thread]:
+        """Return new worker threads to start, which count from now on. The caller holds the lock."""
+        first = self._named + 1
+        self._named += count
+        threads = [self._worker(number) for number in range(first, first + count)]
+        self.threads += threads
+        self.workers_left += len(threads)
+        self._at_work += len(threads)
+        return threads
 
     def _worker(self, number: int) -> threading.Thread:
         name = f"taskx-worker-{number}"
         worker = self.worker_name(name)
         return threading.Thread(target=self._live, args=(worker,), name=name, daemon=True)
 
+    def _start(self, threads: list[threading.Thread]) -> None:
+        try:
+            for thread in threads:
+                thread.start()
+        except RuntimeError:
+            with self._counting:
+                for thread in threads:
+                    if thread.ident is None:
+                        self.threads.remove(thread)
+                        self.workers_left -= 1
+                        self._at_work -= 1
+            raise
+
     def worker_name(self, thread: str) -> str:
         """Return the name in records of a thread of this node: the node's name, then the thread's."""
         return f"{self.node.name} {clean_text(thread, MAX_NAME)}"
 
-    def record_types(self) -> None:
-        """Record the types that this node runs, if executors were registered since the last record."""
-        types = self.services.registry.types
-        if types != self._recorded:
-            limits = self.services.registry.limits
-            self.services.repository.liveness.record_types(self.node.id, types, limits)
-            self._recorded = types
+    def described(self) -> Node:
+        """Return the node with the types, limits and workers that it has now."""
+        registry = self.services.registry
+        return attrs.evolve(
+            self.node,
+            types=registry.types,
+            limits={**registry.limits},
+            own_limits=registry.own_limits,
+            workers=self.ahead.workers,
+        )
+
+    def record(self) -> None:
+        """Record the types, limits and workers of this node, if they have changed since the last record."""
+        described = self.described()
+        if described != self.recorded:
+            self.services.repository.liveness.record(described)
+            self.recorded = described
+
+    # --- controls
+
+    def refresh_controls(self) -> None:
+        """Read the pauses and overrides again, and follow those that have changed.
+
+        After a ``RepositoryError`` tasks of paused types may be left in the buffer; workers pass over them.
+        """
+        controls = self.services.controls
+        paused_changed = controls.refresh()
+        if controls.overrides is not self._overrides:
+            self._tune()
+        if paused_changed:
+            self.fetcher.follow_pauses()
+
+    def _tune(self) -> None:
+        with self._tuning:
+            overrides = self.services.controls.overrides
+            self._set_workers(overrides.workers_of(self.node.id, self._configured))
+            self.services.registry.override(overrides.types)
+            self.admission.follow_limits()
+            self._count_unadmitted()
+            self._overrides = overrides
+        self.agenda.fetch_soon()
+        with suppress(
+            RepositoryError
+        ):  # it tells other nodes of slots that are taken; done again soon
+            self.admission.tend()
+
+    def _count_unadmitted(self) -> None:
+        """Count the runs of limited types that began before their type was limited."""
+        limits = self.services.registry.limits
+        for run in list(self.runs.values()):
+            if run.task.type in limits and run.state != "stuck":
+                self.admission.adopt(run.task.type, run.task.id, self.runs)
+
+    def tend_limits(self) -> None:
+        """Maintain the limits that all nodes share, and those that are overridden."""
+        self.admission.tend()
+        if self._overrides.types:  # a start may have been under way when they were set
+            self._count_unadmitted()
+
+    def _set_workers(self, number: int) -> None:
+        """Start more worker threads, or let some end after their current task."""
+        before, self.ahead.workers = self.ahead.workers, number
+        self.fetcher.workers = number
+        self.buffer.fetch_size = _fetch_size(number, self.buffer.maxsize)
+        if not self._started or number == before:
+            return
+        try:
+            with self._counting:
+                # Some stuck threads may not have been replaced, and some surplus ones may still work.
+                more = 0 if self.stopping else min(number - before, number - self._at_work)
+                threads = self._enlist(max(0, more))
+            self._start(threads)
+        except RuntimeError as error:
+            self.services.log.error("cannot start more worker threads: %s", error)
+        self.ahead.wake_all()
+        self.services.log.info("node %s: %d workers now", self.node.name, number)
 
     # --- the workers
 
@@ -184,8 +300,8 @@ class WorkerPool:
                 return
 
     def _has_next(self) -> bool:
-        """Return True if there is a task for a worker, or the node stops."""
-        return bool(self.ahead.runs) or self.buffer.has_next()
+        """Return True if there is a task for a worker, or a worker must end."""
+        return bool(self.ahead.runs) or self._at_work > self.ahead.workers or self.buffer.has_next()
 
     def start(self, items: list[Item], worker: str) -> Run | None:
         """Start tasks in one transaction, lay out all but the first, and return that for this worker."""
@@ -327,12 +443,8 @@ class WorkerPool:
                 self._at_work -= 1
                 if self.stopping or not self.stuck.healthy:
                     return
-                self._named += 1
-                thread = self._worker(self._named)
-                thread.start()
-                self.threads.append(thread)
-                self.workers_left += 1
-                self._at_work += 1
+                threads = self._enlist(1)
+            self._start(threads)
         except RuntimeError as error:
             self.services.log.error("cannot start a replacement worker thread: %s", error)
 
@@ -351,7 +463,7 @@ class WorkerPool:
         self.agenda.wake_from_long_sleep()
 
     def _is_superfluous(self) -> bool:
-        """Return True if this worker must end, because one that was stuck came back."""
+        """Return True if this worker must end: one that was stuck came back, or fewer are wanted."""
         with self._counting:
             if self._at_work <= self.ahead.workers:
                 return False

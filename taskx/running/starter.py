@@ -178,7 +178,7 @@ class Starter:
         try:
             self.suspects.stand_aside()
             found = services.repository.get_many([item.id for item in items])
-            if paused := services.pauses.known:
+            if paused := services.controls.paused:
                 self._turn_away(found, [task for task in found.values() if task.type in paused])
             if services.registry.limits:
                 admitted = self._admit(items, found)

@@ -531,7 +531,8 @@ class Repository(TaskRepository):
         if not self.shared:
             return InProcess(self)
         locks = HostLocks(self.run_folder)
-        return Leases(self, self.lease_timeout, locks, self.clock.monotonic)
+        clock = self.clock
+        return Leases(self, self.lease_timeout, locks, clock.monotonic, clock.now_ms)
 
     # --- opening and closing
 

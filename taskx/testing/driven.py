@@ -220,8 +220,6 @@ class DrivenNode(LocalNode):
     def __init__(self, services: Services, config: Config, ended: Callable[[], object]) -> None:
         config = attrs.evolve(config, worker_num=1, buffer_size=ROOM, overflow="reject")
         super().__init__(services, config, ended)
-        self.engine.threads.clear()
-        self.engine.workers_left = 0
         self.housekeeper = DrivenHousekeeper(self.engine, config.retention)
         self._housekeeper = self.housekeeper
 

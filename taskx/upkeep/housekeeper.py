@@ -181,8 +181,8 @@ class Housekeeper:
         if self._is_time("recover", RECOVER_EVERY):
             self._expiry.waiting = True
             self.recovery.recover(until - time.monotonic())
-            self._pool.record_types()
-            self._pool.admission.tend()
+            self._pool.record()
+            self._pool.tend_limits()
             self._process_changes()
         elif self._is_time("poll", POLL) and self._changed():
             self._agenda.due_known = False
@@ -220,8 +220,8 @@ class Housekeeper:
         return True
 
     def _process_changes(self) -> None:
-        """Take in the changes of other nodes: pauses, new tasks, and requests to cancel."""
-        self._pool.fetcher.refresh_pauses()  # first: a task stored after a pause must not start
+        """Take in the changes of other nodes: controls, new tasks, and requests to cancel."""
+        self._pool.refresh_controls()  # first: a task stored after a pause must not start
         self._agenda.more_stored = True
         self._pool.admission.forget()
         self._services.dependents.refresh()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 import threading
 import time
 import weakref
@@ -11,6 +12,7 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 from taskx.common import permission
@@ -27,7 +29,7 @@ from taskx.core.ids import new_id
 from taskx.core.log import GuardedLogger
 from taskx.core.model import TaskFilter, TaskStatus
 from taskx.executing.runner import inside_executor
-from taskx.liveness.base import Node
+from taskx.liveness.base import About, Node
 from taskx.moving import Services
 from taskx.running.pool import State, WorkerPool
 from taskx.upkeep.housekeeper import PATIENCE, Housekeeper
@@ -55,12 +57,19 @@ class LocalNode:
         self._ended = ended
         from socket import gethostname  # not needed by a program that only submits
 
-        node_id = new_id()
+        node_id, host = new_id(), gethostname()
         self.record = Node(
             id=node_id,
-            name=f"{gethostname()}:{os.getpid()}:{node_id[-6:]}",
-            types=services.registry.types,
-            limits={**services.registry.limits},
+            name=f"{host}:{os.getpid()}:{node_id[-6:]}",
+            about=About(
+                host=host,
+                pid=os.getpid(),
+                python="{}.{}.{}".format(*sys.version_info),
+                version=import_module("taskx").__version__,  # it imports this module
+                started_at=services.clock.now_ms(),
+                buffer_size=config.buffer_size,
+                worker_num=config.worker_num,
+            ),
         )
         self.engine = WorkerPool(services, self.record, config, self._retire)
         self._retiring, self._stopping = threading.Lock(), threading.Lock()  # held for good
@@ -84,6 +93,8 @@ class LocalNode:
         self._on_record = True  # before the join: an interrupt may strike right after it
         try:
             services.repository.prepare()
+            self.engine.refresh_controls()  # first: the record tells the limits and workers
+            self.record = self.engine.recorded = self.engine.described()
             services.repository.liveness.join(self.record)
         except RepositoryError:
             self._on_record = False
@@ -92,13 +103,11 @@ class LocalNode:
         self.engine.began = liveness.began(self.record.id)
         liveness.watch(self.record.id, self.engine.lose_lease)
         self._housekeeper.recovery.recover(PATIENCE)
-        services.pauses.refresh()
         self.engine.fetcher.refill()
 
     def begin(self) -> None:
         """Start the threads; the workers wait for :meth:`go`."""
-        for thread in list(self.engine.threads):  # a thread that ends at once leaves the list
-            thread.start()
+        self.engine.start_workers()
         self._housekeeper.start()
 
     def withdraw(self) -> None:

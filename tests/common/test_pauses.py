@@ -36,15 +36,15 @@ def pending(handle):
 def wait_for_refresh(queue):
     """Wait until the queue's housekeeper has refreshed the pauses at least once from now on."""
     refreshed, pool = threading.Event(), pool_of(queue)
-    refresh = pool.fetcher.refresh_pauses
+    refresh = pool.refresh_controls
 
     def watched():
         refresh()
         refreshed.set()
 
-    pool.fetcher.refresh_pauses = watched
+    pool.refresh_controls = watched
     assert refreshed.wait(PATIENCE)
-    pool.fetcher.refresh_pauses = refresh
+    pool.refresh_controls = refresh
 
 
 def test_a_paused_type_waits_and_the_others_run(queue, other):
@@ -323,7 +323,7 @@ def test_a_pause_applies_to_other_processes(spawn, database):
             queue.executor(name)(lambda name=name: print(name, flush=True))
         queue.start()
         print("started", flush=True)
-        while "a" not in queue._services.pauses.known:
+        while "a" not in queue._services.controls.paused:
             threading.Event().wait(0.01)
         print("heeds", flush=True)
         sys.stdin.readline()

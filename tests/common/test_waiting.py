@@ -460,13 +460,13 @@ def test_types_registered_after_the_start_are_recorded(queue, repository, caplog
 def test_types_that_could_not_be_recorded_are_recorded_later(queue, repository, monkeypatch):
     queue.start()
     liveness = repository.liveness
-    record = liveness.record_types
+    record = liveness.record
 
     def failing(*args):
-        monkeypatch.setattr(liveness, "record_types", record)
+        monkeypatch.setattr(liveness, "record", record)
         raise RepositoryUnavailable("away")
 
-    monkeypatch.setattr(liveness, "record_types", failing)
+    monkeypatch.setattr(liveness, "record", failing)
     queue.executor("late")(lambda: "value")
     eventually(lambda: [node.types for node in repository.liveness.nodes()] == [("late",)])
 

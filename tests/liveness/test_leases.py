@@ -354,7 +354,7 @@ class TestBeingJudged:
         assert store.notes(PREFIX) == {}
 
     def test_the_facts_of_a_node_are_recorded_again_if_its_note_is_gone(self, ours, host, store):
-        ours.leases.record_types("n", ["t"])
+        ours.leases.record(Node(id="n", name="ours", types=("t",)))
         assert put(store, None, note_of(store).version)
         ours.leases.mark_stopping("n")
         [node] = host().leases.nodes()

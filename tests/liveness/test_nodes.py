@@ -6,7 +6,8 @@ import attrs
 import pytest
 from storage.repositories import MAKERS
 
-from taskx.liveness.base import Node
+from taskx.core.rate import Limit, Rate
+from taskx.liveness.base import About, Node
 from taskx.testing import ManualClock
 
 KINDS = [*MAKERS]
@@ -19,10 +20,12 @@ def liveness(request, tmp_path):
 
 
 def test_a_node_is_recorded_until_it_leaves(liveness):
-    node = Node(id="n1", name="host process 1", types=("t", "u"))
+    about = About(host="h", pid=7, python="3.13.1", version="1.2", started_at=5, buffer_size=9)
+    node = Node(id="n1", name="host process 1", types=("t", "u"), about=about)
     liveness.join(node)
     assert liveness.at_work
-    assert list(liveness.nodes()) == [attrs.evolve(node, alive=True)]
+    [known] = liveness.nodes()
+    assert attrs.evolve(known, beat_at=None) == attrs.evolve(node, alive=True)
     liveness.leave("n1")
     assert list(liveness.nodes()) == []
     assert not liveness.at_work
@@ -31,9 +34,21 @@ def test_a_node_is_recorded_until_it_leaves(liveness):
 
 def test_the_types_of_a_node_are_recorded(liveness):
     liveness.join(Node(id="n1", name="one", types=("t",)))
-    liveness.record_types("n1", ["t", "u"])
-    liveness.record_types("unknown", ["t"])
-    assert [node.types for node in liveness.nodes()] == [("t", "u")]
+    changed = Node(
+        id="n1",
+        name="one",
+        types=("t", "u"),
+        limits={"t": Limit(2, Rate(3, 60.0, 1), "global")},
+        own_limits={"t": None, "u": Limit(1, None, "node")},
+        workers=7,
+    )
+    liveness.record(changed)
+    liveness.record(attrs.evolve(changed, id="unknown"))
+    assert [attrs.evolve(node, beat_at=None) for node in liveness.nodes()] == [
+        attrs.evolve(changed, alive=True)
+    ]
+    liveness.record(Node(id="n1", name="one", types=("t",)))
+    assert [node.limits for node in liveness.nodes()] == [{}]
     liveness.leave("n1")
 
 

@@ -326,7 +326,7 @@ class TestConflict:
         clock.advance(2)
 
         def pause(writes):
-            services_of(queue).pauses.known = Paused(everything=True)
+            services_of(queue).controls.paused = Paused(everything=True)
 
         queue.repository.after = pause
         assert queue.submit("hold", **KEY).task().owner == ""

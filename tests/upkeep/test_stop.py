@@ -621,15 +621,22 @@ def test_a_stop_while_threads_start_ends_all_of_them(make_queue, monkeypatch):
     begin = LocalNode.begin
 
     def begun_late(node):
-        first = node.engine.threads[0]
-        start = first.start
+        worker = node.engine._worker
 
-        def start_and_end():
-            node.engine.begin_stop()
-            start()
-            first.join(PATIENCE)
+        def made(number):
+            thread = worker(number)
+            start = thread.start
 
-        first.start = start_and_end
+            def start_and_end():
+                node.engine.begin_stop()
+                start()
+                thread.join(PATIENCE)
+
+            if number == 1:
+                thread.start = start_and_end
+            return thread
+
+        node.engine._worker = made
         begin(node)
 
     monkeypatch.setattr(LocalNode, "begin", begun_late)

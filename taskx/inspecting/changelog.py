@@ -1,0 +1,96 @@
+"""The log of changes: who changed what with the command line, the dashboard or another tool.
+
+Each change is a note. Only the newest ones are kept. No other part of the queue reads them.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import datetime
+from typing import Any
+
+import attrs
+
+from taskx.core import payload
+from taskx.core.checks import check_int
+from taskx.core.clock import to_datetime
+from taskx.core.errors import ConfigurationError
+from taskx.core.ids import new_id
+from taskx.core.model import MAX_NAME
+from taskx.core.writes import Note, NoteChange
+from taskx.moving import Services
+
+_PREFIX = "change/"
+#: The number of changes that are kept. Some more are stored until a write removes the oldest ones.
+KEPT = 1_000
+# A write removes old changes with this probability: most writes read nothing.
+_SHARE = 0.02
+#: Most bytes of the detail of a change, as JSON.
+MAX_DETAIL = 10_000
+
+
+@attrs.frozen(kw_only=True)
+class Change:
+    """One entry of the log of changes: see :meth:`Queue.changes`.
+
+    Attributes:
+        at: the time of the change.
+        by: the person or program that made it.
+        action: the name of the action, such as ``"cancel"``.
+        target: the thing that was changed: a task's id, a type, a filter.
+        detail: more about the change, as a JSON value; None if there is no more.
+    """
+
+    at: datetime
+    by: str
+    action: str
+    target: str
+    detail: Any = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as a dict of JSON values; the time is ISO text."""
+        return {**attrs.asdict(self, recurse=False), "at": self.at.isoformat()}
+
+
+def note_change(
+    services: Services,
+    by: str,
+    action: str,
+    target: str,
+    detail: Any,
+    chance: Callable[[], float] = random.random,
+) -> None:
+    """Do the work of :meth:`Queue.note_change`; ``chance`` decides if old changes are removed."""
+    services.repository.require("the log of changes")
+    facts = {"by": by, "action": action, "target": target}
+    for name, text in facts.items():
+        if not isinstance(text, str):
+            raise ConfigurationError(f"{name} must be text, not {text!r}")
+    shown = {name: payload.clean_text(text, MAX_NAME) for name, text in facts.items()}
+    payload.encode(detail, "detail", MAX_DETAIL)
+    entry = {"at": services.clock.now_ms(), **shown, "detail": detail}
+    changes = [NoteChange(_PREFIX + new_id(), json.dumps(entry), 0)]
+    if chance() < _SHARE:
+        old = sorted(services.repository.notes(_PREFIX).items(), reverse=True)[KEPT - 1 :]
+        changes += [NoteChange(name, None, note.version) for name, note in old]
+    services.repository.put_notes(changes)
+
+
+def changes(services: Services, at_most: int) -> list[Change]:
+    """Do the work of :meth:`Queue.changes`."""
+    services.repository.require("the log of changes")
+    check_int(at_most, "at_most", 1)
+    notes = services.repository.notes(_PREFIX)
+    found = (_change(note) for _, note in sorted(notes.items(), reverse=True))
+    return [change for change in found if change is not None][: min(at_most, KEPT)]
+
+
+def _change(note: Note) -> Change | None:
+    """Return the change that a note describes; None if it is damaged."""
+    with suppress(ValueError, TypeError, LookupError, RecursionError):
+        entry = json.loads(note.text)
+        return Change(**{**entry, "at": to_datetime(entry["at"])})
+    return None

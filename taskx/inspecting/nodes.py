@@ -1,0 +1,156 @@
+"""The nodes of a repository and what they do: the answer of ``Queue.nodes``."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import attrs
+
+from taskx.core.clock import to_datetime
+from taskx.core.options import LimitOptions
+from taskx.core.overrides import options_of_limit
+from taskx.inspecting.findings import to_json
+from taskx.liveness.base import Node
+from taskx.moving import Services
+from taskx.running.pool import WorkerPool
+
+#: Most running tasks that are read for all nodes, and most buffered ones that are counted for a node.
+MOST_RUNNING, MOST_BUFFERED = 10_000, 1_000
+
+
+@attrs.frozen(kw_only=True)
+class RunningTask:
+    """A task that a node is running.
+
+    Attributes:
+        id: the id of the task.
+        type: its type.
+        since: the time at which it started.
+        thread: the name of its worker thread; empty if the record does not name it, because several tasks
+            were started at once.
+    """
+
+    id: str
+    type: str
+    since: datetime | None
+    thread: str = ""
+
+
+@attrs.frozen(kw_only=True)
+class NodeInfo:
+    """A node: one started queue in one process. See :meth:`Queue.nodes`.
+
+    Attributes:
+        id: the id of the node, unique for every start.
+        name: a name for people: host, process and start.
+        this: True if the queue that was asked, or another one on the same repository object, is this node.
+        alive: True while its process lives, False once it is known to be dead, None if neither is known.
+        suspected: True if it may be dead: nothing is known, or its heartbeat is late.
+        stopping: True after it was asked to stop.
+        host: the name of its host.
+        pid: the id of its process.
+        version: the version of TaskX.
+        python: the version of Python.
+        started_at: the time of its start.
+        last_beat: the time of its last heartbeat, by its own clock; None if it needs none, because a lock
+            of the system shows that it is alive.
+        types: the types of tasks that it runs.
+        limits: the limits of its types that have one, overridden or not, as options of :meth:`Queue.tune`.
+        own_limits: the limits that its program set for the types whose limits are overridden.
+        workers: the number of workers that it shall have, overridden or not.
+        worker_num: the number of workers that its program configured.
+        buffered: the number of pending tasks in its buffer; at most 1,000 are counted.
+        buffer_size: the number of submitted tasks that fit into its buffer.
+        running: the tasks that it is running, the first started first.
+    """
+
+    id: str
+    name: str
+    this: bool
+    alive: bool | None
+    suspected: bool
+    stopping: bool
+    host: str
+    pid: int
+    version: str
+    python: str
+    started_at: datetime | None
+    last_beat: datetime | None
+    types: tuple[str, ...]
+    limits: Mapping[str, LimitOptions] = attrs.field(hash=False)
+    own_limits: Mapping[str, LimitOptions] = attrs.field(hash=False)
+    workers: int
+    worker_num: int
+    buffered: int
+    buffer_size: int
+    running: tuple[RunningTask, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as a dict of JSON values; times are ISO text."""
+        return to_json(attrs.asdict(self))  # type: ignore[no-any-return]
+
+
+def nodes(services: Services, pool: WorkerPool | None) -> list[NodeInfo]:
+    """Do the work of :meth:`Queue.nodes`; ``pool`` is the worker pool of a started queue."""
+    services.repository.require("what its nodes do")
+    found = services.repository.nodes()
+    running = _running(services, found)
+    return [_info(services, pool, node, running.get(node.id, ())) for node in found]
+
+
+def _running(services: Services, nodes: Sequence[Node]) -> Mapping[str, list[RunningTask]]:
+    names = {node.id: node.name for node in nodes}
+    fields = ("owner", "id", "type", "started_at", "worker")
+    tasks: defaultdict[str, list[RunningTask]] = defaultdict(list)
+    if names:
+        rows = services.repository.find("running_on", [*names], fields, MOST_RUNNING)
+        for owner, task_id, type, since, worker in sorted(rows, key=lambda row: row[3] or 0):
+            tasks[owner].append(
+                RunningTask(
+                    id=task_id,
+                    type=type,
+                    since=_moment(since),
+                    thread=(worker or "").removeprefix(names[owner]).strip(),
+                )
+            )
+    return tasks
+
+
+def _info(
+    services: Services, pool: WorkerPool | None, node: Node, running: Sequence[RunningTask]
+) -> NodeInfo:
+    about = node.about
+    if pool is not None and pool.node.id == node.id:
+        buffered = len(pool.buffer)
+    else:
+        find = services.repository.find
+        buffered = len(find("buffered_on", [node.id], ("id",), MOST_BUFFERED))
+    return NodeInfo(
+        id=node.id,
+        name=node.name,
+        this=services.repository.liveness.has(node.id),
+        alive=node.alive,
+        suspected=node.alive is None or node.late,
+        stopping=node.stopping,
+        host=about.host,
+        pid=about.pid,
+        version=about.version,
+        python=about.python,
+        started_at=_moment(about.started_at),
+        last_beat=_moment(node.beat_at),
+        types=node.types,
+        limits={type: options_of_limit(limit) for type, limit in node.limits.items()},
+        own_limits={type: options_of_limit(limit) for type, limit in node.own_limits.items()},
+        workers=node.workers,
+        worker_num=about.worker_num,
+        buffered=buffered,
+        buffer_size=about.buffer_size,
+        running=tuple(running),
+    )
+
+
+def _moment(milliseconds: int | None) -> datetime | None:
+    return to_datetime(milliseconds) if milliseconds else None
