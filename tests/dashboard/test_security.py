@@ -1,0 +1,296 @@
+"""Access: closed by default, users, permissions, the origin of changes, the name of the host."""
+
+from __future__ import annotations
+
+import base64
+
+import pytest
+from werkzeug.test import Client
+
+from taskx import ConfigurationError, TaskStatus
+from taskx.dashboard import ALL, PERMISSIONS, Dashboard, security
+from taskx.dashboard.app import Dashboard as App
+from taskx.dashboard.serving import bind
+
+
+@pytest.fixture
+def queue(make_queue):
+    queue = make_queue()
+    queue.declare("report")
+    return queue
+
+
+def basic(user, password):
+    return {"Authorization": "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()}
+
+
+def local(app):
+    """Return the app as a server on the loopback address calls it."""
+    return Client(lambda environ, start: app({**environ, security.LOCAL: True}, start))
+
+
+# --- who gets in
+
+
+def test_a_dashboard_without_users_and_permissions_is_closed(queue):
+    answer = Client(Dashboard(queue)).get("/")
+    assert answer.status_code == 403
+    assert "The dashboard is closed" in answer.text
+
+
+def test_a_password_is_asked_for_and_checked(queue):
+    client = Client(Dashboard(queue, users={"ann": "s3cret"}))
+    answer = client.get("/")
+    assert answer.status_code == 401
+    assert answer.headers["WWW-Authenticate"].startswith("Basic ")
+    for wrong in (
+        basic("ann", "no"),
+        basic("ben", "s3cret"),
+        basic("", ""),
+        {"Authorization": "Bearer x"},
+    ):
+        assert client.get("/", headers=wrong).status_code == 401
+    assert client.get("/", headers=basic("ann", "s3cret")).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/static/taskx.css", "/tasks/export", "/nowhere", "/task?id=x"])
+def test_nothing_is_shown_without_the_password(queue, path):
+    assert Client(Dashboard(queue, users={"ann": "s3cret"})).get(path).status_code == 401
+
+
+def test_a_function_tells_the_permissions_of_each_request(queue):
+    app = Dashboard(queue, permissions=lambda environ: {"read"} if environ.get("admin") else None)
+    assert Client(app).get("/").status_code == 403
+    assert Client(app).get("/", environ_overrides={"admin": True}).status_code == 200
+
+
+def test_the_function_sees_the_user_whose_password_was_checked(queue):
+    may = {"ann": ALL, "ben": {"read"}}
+    app = Dashboard(
+        queue,
+        users={"ann": "a", "ben": "b"},
+        permissions=lambda environ: may[environ["REMOTE_USER"]],
+    )
+    task_id = queue.submit("report").id
+    for user, password, status in (("ben", "b", 403), ("ann", "a", 303)):
+        headers = {**basic(user, password), "Sec-Fetch-Site": "same-origin"}
+        answer = Client(app).post("/task/cancel", data={"id": task_id}, headers=headers)
+        assert answer.status_code == status
+
+
+def test_a_function_that_names_an_unknown_permission_lets_nobody_in(queue):
+    answer = Client(Dashboard(queue, permissions=lambda environ: {"read", "fly"})).get("/")
+    assert answer.status_code == 400
+    assert "unknown permission" in answer.text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"users": {}}, "at least one user"),
+        ({"users": {"a:b": "x"}}, "is not a user name"),
+        ({"users": {"ann": ""}}, "has no password"),
+        ({"permissions": {"read", "fly"}}, "unknown permission 'fly'"),
+        ({"permissions": "read"}, "must be a set of names"),
+    ],
+)
+def test_wrong_options_are_refused(queue, options, message):
+    with pytest.raises(ConfigurationError, match=message):
+        Dashboard(queue, **options)
+
+
+# --- a server of its own
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", ""])
+def test_an_address_that_others_can_reach_requires_users(queue, host):
+    for app in (App(queue), App(queue, permissions=ALL)):
+        with pytest.raises(ConfigurationError, match="needs users with passwords"):
+            bind(app, host, 0)
+
+
+def test_a_server_on_the_loopback_address_needs_no_users(queue):
+    server = bind(App(queue), port=0)
+    try:
+        assert server.server_port
+        assert server.server_address[0] == "127.0.0.1"
+    finally:
+        server.server_close()
+
+
+def test_a_server_with_users_may_be_reached_by_others(queue):
+    server = bind(App(queue, users={"ann": "s3cret"}), "0.0.0.0", 0)
+    server.server_close()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost:8642", "[::1]:8642", "LOCALHOST"])
+def test_the_own_server_answers_to_its_own_names(queue, host):
+    assert local(App(queue)).get("/", headers={"Host": host}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "127.0.0.1.evil.example", "localhost.evil:80", "[", "::1"]
+)
+def test_the_own_server_refuses_other_names(queue, host):
+    answer = local(App(queue)).get("/", headers={"Host": host})
+    assert answer.status_code in (400, 403)
+    assert "<table" not in answer.text
+
+
+# --- the origin of changes
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site"},
+        {"Sec-Fetch-Site": "none"},
+        {"Sec-Fetch-Site": "cross-site", "Origin": "http://localhost"},
+        {"Origin": "http://evil.example"},
+        {"Origin": "http://localhost:81"},
+        {"Origin": "null"},
+        {},
+    ],
+)
+@pytest.mark.parametrize("path", ["/task/cancel", "/tasks/delete", "/language"])
+def test_a_change_from_elsewhere_is_refused(queue, headers, path):
+    task_id = queue.submit("report").id
+    data = {"id": task_id, "confirmed": "1", "to": "zh"}
+    answer = Client(Dashboard(queue, permissions=ALL)).post(path, data=data, headers=headers)
+    assert answer.status_code == 403
+    assert queue.get_task_status(task_id).status is TaskStatus.PENDING
+
+
+@pytest.mark.parametrize(
+    "headers", [{"Sec-Fetch-Site": "same-origin"}, {"Origin": "http://localhost"}]
+)
+def test_a_change_from_a_page_of_the_dashboard_is_made(queue, headers):
+    task_id = queue.submit("report").id
+    client = Client(Dashboard(queue, permissions=ALL))
+    answer = client.post("/task/cancel", data={"id": task_id}, headers=headers)
+    assert answer.status_code == 303
+    assert queue.get_task_status(task_id).status is TaskStatus.CANCELLED
+
+
+def test_an_old_browser_sends_the_token_of_the_page(queue):
+    task_id = queue.submit("report").id
+    client = Client(Dashboard(queue, permissions=ALL))
+    assert "taskx_token" in client.get(f"/task?id={task_id}").text
+    cookie = client.get_cookie("taskx_token")
+    wrong = client.post("/task/cancel", data={"id": task_id, "taskx_token": "x"})
+    assert wrong.status_code == 403
+    right = client.post("/task/cancel", data={"id": task_id, "taskx_token": cookie.value})
+    assert right.status_code == 303
+
+
+def test_a_browser_of_today_gets_no_token(look, queue):
+    answer = look(queue).get("/")
+    assert "taskx_token" not in answer.text
+    assert "Set-Cookie" not in answer.headers
+
+
+@pytest.mark.parametrize("path", ["/task/cancel", "/tasks/delete"])
+def test_nothing_is_changed_by_get(look, queue, path):
+    task_id = queue.submit("report").id
+    assert look(queue).get(path, query_string={"id": task_id}).status_code == 405
+    assert queue.get_task_status(task_id).status is TaskStatus.PENDING
+
+
+@pytest.mark.parametrize(
+    "back", ["http://evil.example/", "//evil.example", "/\\evil.example", "javascript:alert(1)", ""]
+)
+def test_an_action_never_leads_to_another_site(look, queue, back):
+    task_id = queue.submit("report").id
+    answer = look(queue).post("/task/cancel", data={"id": task_id, "back": back})
+    assert answer.location == "/"
+
+
+# --- permissions
+
+
+def actions():
+    """Return each action of each screen: the permission that it needs, and its URL."""
+    from taskx.dashboard.screens import SCREENS
+
+    return [
+        (action.permission, f"/{screen.name}/{name}")
+        for screen in SCREENS
+        for name, action in screen.actions.items()
+    ]
+
+
+def test_each_action_needs_a_known_permission_that_changes_something():
+    assert {needed for needed, _ in actions()} <= {*PERMISSIONS} - {"read", "see_params"}
+
+
+@pytest.mark.parametrize(("needed", "path"), actions())
+def test_an_action_is_refused_without_its_permission(look, queue, needed, path):
+    task_id = queue.submit("report").id
+    answer = look(queue, permissions=ALL - {needed}).post(path, data={"id": task_id})
+    assert answer.status_code == 403
+    assert f"“{needed}”" in answer.text
+    assert queue.get_task_status(task_id).status is TaskStatus.PENDING
+
+
+@pytest.mark.parametrize(("needed", "path"), actions())
+def test_nothing_can_be_changed_if_the_dashboard_is_read_only(look, queue, needed, path):
+    assert look(queue, read_only=True).post(path, data={"id": "x"}).status_code == 403
+
+
+@pytest.mark.parametrize("path", ["/", "/tasks", "/task?id={}", "/tasks/export"])
+def test_pages_without_the_permission_to_change_have_no_forms_for_it(look, queue, path):
+    task_id = queue.submit("report").id
+    text = look(queue, read_only=True).get(path.format(task_id)).text
+    assert text.count('method="post"') <= 2  # the language, and the list without buttons
+    assert "formaction" not in text
+    assert "/task/" not in text
+
+
+# --- what a user may see
+
+
+def test_params_are_hidden_without_the_permission_to_see_them(look, make_queue, repository):
+    queue = make_queue()
+    queue.declare("report")
+    task_id = queue.submit("report", {"customer": "hunter2"}).id
+    paths = [f"/task?id={task_id}", "/tasks", "/tasks/export"]
+    seen = look(queue)
+    hidden = look(queue, permissions={"read"})
+    assert "hunter2" in seen.get(paths[0]).text
+    assert "hunter2" in seen.get(paths[2]).text
+    for path in paths:
+        assert "hunter2" not in hidden.get(path).text
+
+
+def test_the_values_of_secret_keys_are_never_shown(look, make_queue):
+    queue = make_queue(redact=("pin",))
+    queue.declare("report")
+    params = {"a": [{"user_PIN": "4711", "name": "ann"}]}
+    task_id = queue.submit("report", params).id
+    for path in (f"/task?id={task_id}", "/tasks/export"):
+        text = look(queue).get(path).text
+        assert "4711" not in text
+        assert "ann" in text
+
+
+def test_a_filter_cannot_find_out_hidden_params(look, make_queue):
+    queue = make_queue(redact=("pin",))
+    queue.declare("report")
+    queue.submit("report", {"pin": 4711, "name": "ann"})
+    for path in ("/tasks", "/tasks/export"):
+        refused = look(queue).get(path, query_string={"q": "params.pin:4711"})
+        assert refused.status_code == 403
+        refused = look(queue, permissions={"read"}).get(path, query_string={"q": "params.name:ann"})
+        assert refused.status_code == 403
+        assert look(queue).get(path, query_string={"q": "params.name:ann"}).status_code == 200
+
+
+# --- the way in
+
+
+def test_a_request_that_is_too_large_is_refused(look, make_queue):
+    queue = make_queue(max_payload_size=1000)
+    queue.declare("report")
+    answer = look(queue).post("/task/edit", data={"id": "x", "params": "x" * 2_000_000})
+    assert answer.status_code == 413
