@@ -11,7 +11,7 @@ from werkzeug.utils import redirect
 from werkzeug.wrappers import Response
 
 from taskx.core.errors import ConfigurationError
-from taskx.dashboard import rendering, security, static_files, words
+from taskx.dashboard import api, openapi, rendering, security, static_files, words
 from taskx.dashboard.failing import status_and_sentence
 from taskx.dashboard.freshness import Freshness, etag_of
 from taskx.dashboard.pages import Action, Done, Page, Screen
@@ -67,13 +67,20 @@ class Dashboard:
         self._screens = SCREENS
         self._pages: dict[str, tuple[Screen, Any]] = {}
         self._actions: dict[str, Action] = {}
+        self._calls: dict[str, api.Call] = {}
         self._map = Map(self._rules(), strict_slashes=False, merge_slashes=False)
 
     def _rules(self) -> list[Rule]:
         rules = [
             Rule("/static/<name>", endpoint="static", methods=["GET"]),
             Rule("/language", endpoint="language", methods=["POST"]),
+            Rule("/api/openapi.json", endpoint="api/openapi", methods=["GET"]),
         ]
+        for call in api.CALLS:
+            self._calls[f"api/{call.name}"] = call
+            rules.append(
+                Rule(f"/api/{call.name}", endpoint=f"api/{call.name}", methods=[call.method])
+            )
         for screen in self._screens:
             path = screen.path or f"/{screen.name}"
             self._pages[screen.name] = (screen, screen.show)
@@ -110,6 +117,10 @@ class Dashboard:
         endpoint, values = request.match()
         if endpoint == "static":
             return static_files.send(request, **values)
+        if endpoint == "api/openapi":
+            return api.as_json(openapi.document(request.link("overview").rstrip("/") + "/api"))
+        if endpoint in self._calls:
+            return api.answer(request, self._calls[endpoint])
         if "Sec-Fetch-Site" not in request.headers:
             request.token = request.cookies.get(security.TOKEN) or security.new_token()
         if endpoint == "language":
@@ -178,8 +189,13 @@ class Dashboard:
         if isinstance(error, HTTPException) and error.response is not None:
             return Response.force_type(error.get_response(request.environ))
         status, sentence = status_and_sentence(error)
-        page = Page("error.html", {"status": status, "sentence": sentence}, status)
-        response = rendering.render(request, page, self._screens, self.title)
+        if request.path.startswith("/api/"):
+            given = {"error": sentence, "type": type(error).__name__, "status": status}
+            response = api.as_json(given, status)
+        else:
+            values = {"status": status, "sentence": sentence, "refreshing": status == 503}
+            page = Page("error.html", values, status)
+            response = rendering.render(request, page, self._screens, self.title)
         response.cache_control.no_store = True
         if status == 401:
             response.headers["WWW-Authenticate"] = 'Basic realm="TaskX", charset="UTF-8"'

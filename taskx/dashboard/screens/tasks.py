@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
@@ -14,6 +13,7 @@ from werkzeug.wrappers import Response
 from taskx.core.errors import ConfigurationError, InvalidTransition, TaskNotFound
 from taskx.core.model import TaskFilter, TaskPage, TaskStatus
 from taskx.dashboard import private
+from taskx.dashboard.bulk import change_for_a_while
 from taskx.dashboard.pages import Action, Done, Page, Screen
 from taskx.dashboard.request import Request
 from taskx.dashboard.terms import term
@@ -25,8 +25,6 @@ from taskx.submitting.bulk import Bulk
 ROWS = 50
 #: The largest total that is counted.
 MOST_COUNTED = 10_000
-#: Seconds after which a change of many tasks stops and asks if it shall go on.
-PATIENCE = 5.0
 # Pages that can be gone back one by one. Their places are in the URL.
 _TRAIL = 12
 
@@ -174,42 +172,16 @@ class Change:
             found = change(wanted, dry_run=True, at_most=MOST_COUNTED)
             return self._ask(request, found.matched, exact=found.exact, line=query_of(wanted))
         rate = request.form.get("rate", "").strip()
-        watch = _Watch()
-        try:
-            change(wanted, on_progress=watch, **({"rate": rate} if rate else {}))
-        except _Enough:
-            pass
-        finally:
-            request.note(self.name, line, f"{watch.changed} changed")
-        said = request.say(self.done, count=watch.changed)
-        if not watch.over:
-            return Done(said)
-        return self._ask(request, 0, line=line, rate=rate, so_far=said)
+        bulk, finished = change_for_a_while(change, wanted, **({"rate": rate} if rate else {}))
+        request.note(self.name, line, f"{bulk.changed} changed")
+        said = request.say(self.done, count=bulk.changed)
+        return Done(said) if finished else self._ask(request, 0, line=line, rate=rate, so_far=said)
 
     def _ask(self, request: Request, count: int, **values: Any) -> Page:
         given = {"ids": [], "line": "", "exact": True, "rate": "", "so_far": "", **values}
         question = request.say(self.question, count=count)
         names = {"change": self.name, "question": question, "refreshing": False}
         return Page("confirm.html", {**names, "back": request.back, **given})
-
-
-class _Enough(Exception):
-    """A change of many tasks has taken long enough for one request."""
-
-
-class _Watch:
-    """Counts the changed tasks, and ends the change after a while: the user may go on with the rest."""
-
-    def __init__(self) -> None:
-        self.changed = 0
-        self.over = False
-        self._until = time.monotonic() + PATIENCE
-
-    def __call__(self, bulk: Bulk) -> None:
-        self.changed = bulk.changed
-        if time.monotonic() >= self._until:
-            self.over = True
-            raise _Enough
 
 
 def _delete_some(queue: Queue, ids: list[str]) -> int:

@@ -1,0 +1,51 @@
+"""Changes of all tasks that match a filter, cut into requests that do not last for minutes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from taskx.core.model import TaskFilter
+from taskx.submitting.bulk import Bulk
+
+#: Seconds after which a request makes no further batch of changes.
+PATIENCE = 5.0
+
+
+class _Enough(Exception):
+    """The time is over."""
+
+
+class _Watch:
+    """Notes how far a change has come, and ends it when the time is over."""
+
+    def __init__(self) -> None:
+        self.bulk: Bulk | None = None
+        self._until = time.monotonic() + PATIENCE
+
+    def __call__(self, bulk: Bulk) -> None:
+        self.bulk = bulk
+        if time.monotonic() >= self._until:
+            raise _Enough
+
+
+def change_for_a_while(
+    change: Callable[..., Bulk], wanted: TaskFilter, **options: Any
+) -> tuple[Bulk, bool]:
+    """Change tasks that match for a few seconds.
+
+    Args:
+        change: ``queue.cancel_all``, ``queue.requeue_all`` or ``queue.delete_all``.
+        wanted: the filter.
+        options: further arguments of the method.
+
+    Returns:
+        what was done, and True if no task is left to change.
+    """
+    watch = _Watch()
+    try:
+        return change(wanted, on_progress=watch, **options), True
+    except _Enough:
+        assert watch.bulk is not None
+        return watch.bulk, False

@@ -1,0 +1,301 @@
+"""The JSON API: each call, its errors, and the document that describes it."""
+
+from __future__ import annotations
+
+import json
+from datetime import timedelta
+
+import pytest
+
+from taskx import TaskStatus
+from taskx.dashboard import ALL, Dashboard, bulk
+from taskx.dashboard import api as calls
+from taskx.dashboard.api import CALLS, MOST_STREAMS
+from taskx.dashboard.app import Map
+from taskx.submitting.bulk import BATCH
+
+
+@pytest.fixture
+def queue(make_queue):
+    queue = make_queue()
+    queue.declare("report", "email")
+    return queue
+
+
+@pytest.fixture
+def api(look, queue):
+    return look(queue)
+
+
+@pytest.fixture
+def failed(make_queue):
+    """Return a function that stores tasks that have failed, and returns their ids."""
+
+    def store(number=1):
+        other = make_queue()
+
+        @other.executor("broken")
+        def broken():
+            raise ValueError("broken <b>")
+
+        ids = [other.submit("broken").id for _ in range(number)]
+        other.start()
+        other.drain()
+        other.stop()
+        return ids
+
+    return store
+
+
+# --- questions
+
+
+@pytest.mark.every_store
+def test_tasks_are_listed_page_by_page(api, queue):
+    ids = [queue.submit("report", {"n": n}).id for n in range(5)]
+    queue.submit("email")
+    seen, after = [], ""
+    while after is not None:
+        query = {"q": "type:report", "limit": "2", **({"after": after} if after else {})}
+        page = api.get("/api/tasks", query_string=query).json
+        assert page["total"] == 5
+        seen += [task["id"] for task in page["tasks"]]
+        after = page["next"]
+    assert seen == ids[::-1]
+
+
+def test_one_task_and_why_it_waits(api, queue):
+    task_id = queue.submit("report", {"n": 1}, delay=1000).id
+    task = api.get("/api/task", query_string={"id": task_id}).json
+    assert (task["id"], task["status"], task["params"]) == (task_id, "pending", {"n": 1})
+    kinds = [reason["kind"] for reason in api.get(f"/api/why?id={task_id}").json]
+    assert kinds[0] == "due"
+
+
+def test_stats_and_health(api, queue):
+    queue.submit("report")
+    assert api.get("/api/stats?period=60").json["types"]["report"]["waiting"] == 1
+    answer = api.get("/api/health")
+    assert answer.status_code == 503
+    assert answer.json["problems"][0]["kind"] == "nodes"
+    queue.cancel_all(everything=True)
+    queue.start()
+    assert api.get("/api/health").json["ok"] is True
+
+
+def test_params_are_left_out_without_the_permission_to_see_them(look, queue):
+    task_id = queue.submit("report", {"n": "hunter2"}).id
+    answer = look(queue, permissions={"read"}).get(f"/api/task?id={task_id}")
+    assert "hunter2" not in answer.text
+    assert not {"params", "result", "checkpoints", "log"} & answer.json.keys()
+
+
+# --- changes
+
+
+def test_tasks_are_cancelled_and_deleted_by_id(api, queue):
+    ids = [queue.submit("report").id for _ in range(3)]
+    answer = api.post("/api/cancel", json={"ids": ids[:2]})
+    assert answer.json == {"action": "cancel", "changed": 2, "finished": True}
+    assert api.post("/api/delete", json={"ids": [*ids[:2], "nothing"]}).json["changed"] == 2
+    assert [task.id for task in queue.list_tasks().tasks] == ids[2:]
+
+
+def test_all_that_match_are_counted_and_changed(api, queue):
+    for n in range(3):
+        queue.submit("report", {"n": n})
+    queue.submit("email")
+    body = {"query": "type:report", "dry_run": True}
+    assert api.post("/api/cancel", json=body).json["matched"] == 3
+    assert queue.count_tasks(status="pending") == 4
+    done = api.post("/api/cancel", json={"query": "type:report"}).json
+    assert (done["changed"], done["finished"]) == (3, True)
+    assert [task.type for task in queue.iter_tasks(status="pending")] == ["email"]
+
+
+def test_failed_tasks_run_again_at_a_rate(api, queue, failed):
+    failed(3)
+    done = api.post("/api/requeue", json={"query": "type:broken", "rate": "1/h"}).json
+    assert done["changed"] == 3
+    starts = [task.run_at for task in queue.iter_tasks(status="pending")]
+    assert max(starts) - min(starts) == timedelta(hours=2)
+
+
+def test_a_change_that_takes_long_is_cut_into_requests(api, queue, monkeypatch):
+    monkeypatch.setattr(bulk, "PATIENCE", 0)
+    for _ in range(BATCH + 1):
+        queue.submit("report")
+    answers = [api.post("/api/cancel", json={"query": "type:report"}).json for _ in range(2)]
+    assert [one["changed"] for one in answers] == [BATCH, 1]
+    assert not answers[0]["finished"]
+
+
+def test_a_change_needs_its_permission(look, queue):
+    task_id = queue.submit("report").id
+    for name in ("cancel", "requeue", "delete"):
+        browser = look(queue, permissions=ALL - {name})
+        answer = browser.post(f"/api/{name}", json={"ids": [task_id]})
+        assert answer.status_code == 403
+        assert f"“{name}”" in answer.json["error"]
+    assert queue.get_task_status(task_id).status is TaskStatus.PENDING
+
+
+# --- errors
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "words"),
+    [
+        ("/api/nowhere", 404, "not found"),
+        ("/api/task", 400, "parameter id is missing"),
+        ("/api/task?id=nothing", 404, "nothing"),
+        ("/api/tasks?q=tipe:x", 400, "did you mean"),
+        ("/api/tasks?limit=0", 400, "limit must be a whole number from 1 to 1000"),
+        ("/api/tasks?limit=9999999999999999999", 400, "limit must be"),
+        ("/api/tasks?after=x", 400, "after"),
+        ("/api/changes?seconds=-1", 400, "seconds must be"),
+        ("/api/cancel", 405, "not allowed"),
+    ],
+)
+def test_an_error_is_one_line_of_json(api, path, status, words):
+    answer = api.get(path)
+    assert answer.status_code == answer.json["status"] == status
+    assert words in answer.json["error"]
+    assert "\n" not in answer.json["error"]
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"{", "the body is not JSON"),
+        (b"[" * 100_000, "the body is not JSON"),
+        (b"[]", "must be a JSON object"),
+        (b"{}", 'needs "ids"'),
+        (b'{"ids": "x"}', "a list of texts"),
+        (b'{"ids": [], "query": ""}', "cannot be combined"),
+        (b'{"query": "", "dry": true}', "unknown name 'dry'"),
+        (b'{"query": "", "dry_run": 1}', "must be true or false"),
+        (b'{"query": "", "rate": "1/s"}', "only for requeue"),
+        (b'{"query": "status:done"}', "status"),
+    ],
+)
+def test_a_wrong_body_changes_nothing(api, queue, body, words):
+    task_id = queue.submit("report").id
+    answer = api.post("/api/cancel", data=body, content_type="application/json")
+    assert answer.status_code == 400
+    assert words in answer.json["error"]
+    assert queue.get_task_status(task_id).status is TaskStatus.PENDING
+
+
+def test_a_body_must_say_that_it_is_json(api):
+    answer = api.post("/api/cancel", data=b"{}", content_type="text/plain")
+    assert answer.status_code == 400
+    assert "Content-Type" in answer.json["error"]
+
+
+# --- the stream
+
+
+def lines(answer):
+    """Yield the records of a stream of JSON lines."""
+    for chunk in answer.response:
+        yield json.loads(chunk)
+
+
+@pytest.mark.every_store
+def test_a_stream_tells_the_tasks_and_then_their_changes(api, queue, monkeypatch):
+    monkeypatch.setattr(calls, "_PERIOD", 0.01)
+    first, second = queue.submit("report").id, queue.submit("report").id
+    with api.get("/api/changes?q=status:pending&seconds=300") as answer:
+        stream = lines(answer)
+        assert [next(stream)["id"], next(stream)["id"]] == [first, second]
+        assert "now" in next(stream)
+        queue.cancel_task(first)
+        changed = next(record for record in stream if record)
+        assert (changed["id"], changed["status"]) == (first, "cancelled")
+        third = queue.submit("report").id
+        assert next(record for record in stream if record)["id"] == third
+
+
+def test_a_limited_number_of_streams_is_served(api, queue):
+    open_ones = [api.get("/api/changes") for _ in range(MOST_STREAMS)]
+    refused = api.get("/api/changes")
+    assert refused.status_code == 503
+    for answer in open_ones:
+        answer.close()
+    with api.get("/api/changes?seconds=1") as answer:
+        assert answer.status_code == 200
+
+
+# --- the document
+
+
+def test_the_document_describes_each_route_and_no_other(api, queue):
+    paths = api.get("/api/openapi.json").json["paths"]
+    app = Dashboard(queue, permissions=ALL)
+    routes = {
+        (rule.rule.removeprefix("/api"), method.lower())
+        for rule in next(v for v in vars(app).values() if isinstance(v, Map)).iter_rules()
+        for method in rule.methods - {"HEAD"}
+        if rule.rule.startswith("/api/") and rule.rule != "/api/openapi.json"
+    }
+    assert {(path, method) for path in paths for method in paths[path]} == routes
+
+
+def test_the_document_names_its_own_address(api):
+    answer = api.get("/api/openapi.json", base_url="http://localhost/admin/taskx")
+    assert answer.json["servers"] == [{"url": "/admin/taskx/api"}]
+
+
+def matches(value, schema, document):
+    """Return True if JSON values match a schema of the document: those parts that it uses."""
+    while "$ref" in schema:
+        schema = document["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
+    kinds = schema.get("type")
+    if kinds is not None:
+        python = {
+            "object": dict,
+            "array": list,
+            "string": str,
+            "boolean": bool,
+            "integer": int,
+            "number": (int, float),
+            "null": type(None),
+        }
+        assert any(
+            isinstance(value, python[k]) for k in ([kinds] if isinstance(kinds, str) else kinds)
+        )
+    if isinstance(value, dict):
+        assert {*schema.get("required", ())} <= value.keys()
+        for name, part in schema.get("properties", {}).items():
+            if name in value:
+                matches(value[name], part, document)
+    if isinstance(value, list) and "items" in schema:
+        for item in value:
+            matches(item, schema["items"], document)
+    assert value in schema.get("enum", [value])
+    return True
+
+
+def test_answers_match_the_document(api, failed):
+    [task_id] = failed()
+    document = api.get("/api/openapi.json").json
+    for call in CALLS:
+        if call.method == "GET" and call.answer != "Lines":
+            answer = api.get(f"/api/{call.name}", query_string={"id": task_id})
+        elif call.method == "POST":
+            answer = api.post(f"/api/{call.name}", json={"query": "type:email", "dry_run": True})
+        else:
+            continue
+        described = document["paths"][f"/{call.name}"][call.method.lower()]["responses"]["200"]
+        assert matches(answer.json, described["content"]["application/json"]["schema"], document)
+    error = document["components"]["schemas"]["Error"]
+    assert matches(api.get("/api/task?id=nothing").json, error, document)
+
+
+def test_a_change_is_noted_in_the_audit_log(api, queue, monkeypatch):
+    notes = []
+    monkeypatch.setattr(type(queue), "note_change", lambda self, *a: notes.append(a), raising=False)
+    task_id = queue.submit("report").id
+    api.post("/api/cancel", json={"ids": [task_id]})
+    assert notes == [("dashboard", "cancel", "1 tasks", task_id)]
