@@ -150,7 +150,8 @@ class FlowHandle:
         self._handles = {task_id: queue.handle(task_id) for task_id in self.ids}
 
     def __repr__(self) -> str:
-        return f"<FlowHandle of {len(self.ids)} tasks>"
+        name = f" {self._id}" if self._id else ""
+        return f"<FlowHandle{name} of {len(self.ids)} tasks>"
 
     @property
     def id(self) -> str:

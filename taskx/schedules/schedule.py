@@ -18,6 +18,7 @@ from taskx.core.errors import ConfigurationError, RepositoryCorrupt, ScheduleNot
 from taskx.core.ids import new_id
 from taskx.core.model import Task, TaskStatus, check_moment
 from taskx.core.options import lifetime
+from taskx.core.tags import labels_of, split
 from taskx.core.ticks import BATCH, Every, Misfire, between, latest, zone
 from taskx.core.writes import Note
 from taskx.moving import Services
@@ -86,6 +87,11 @@ class Schedule:
         """The params of its tasks."""
         params: dict[str, Any] = payload.loads(self._entry.task["params"])
         return params
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """The tags of its tasks."""
+        return split(labels_of(self._entry.task.get("tags")))[0]
 
     @property
     def misfire(self) -> Misfire:

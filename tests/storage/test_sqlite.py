@@ -576,6 +576,66 @@ class TestStatements:
             steps = plan(*statements.list_tasks(TaskFilter(status=status), after, place))
             assert steps == [f"SEARCH tasks USING {index} {found}"]
 
+    @pytest.mark.parametrize("fields", [{}, {"status": "failed"}, {"type": "t", "flow": "f"}])
+    def test_every_page_of_a_tag_begins_at_its_place(self, plan, fields):
+        filter = TaskFilter(tag="a", **fields)
+        for after, place, found in [
+            ("", (), ""),
+            (statements.SAME, (5, 7), " AND at=? AND task<?"),
+            (statements.EARLIER, (5,), " AND at<?"),
+        ]:
+            steps = plan(*statements.list_tasks(filter, after, place, by="a"))
+            assert steps[0] == f"SEARCH tagged USING PRIMARY KEY (tag=?{found})"
+            assert steps[-1] == "SEARCH tasks USING INTEGER PRIMARY KEY (rowid=?)"
+            assert not [step for step in steps if "TEMP" in step]
+
+    def test_the_tasks_of_a_tag_are_counted_in_the_table_of_tags(self, plan):
+        now = datetime.now(timezone.utc)
+        filter = TaskFilter(tag=["a", "b"], start_date=now, end_date=now)
+        for sql, values in (
+            statements.count_tasks(filter, "a"),
+            statements.count_tasks_to(filter, 5, "a"),
+        ):
+            steps = plan(sql, values)
+            assert "SEARCH tagged USING PRIMARY KEY (tag=? AND at>? AND at<?)" in steps
+            assert not [step for step in steps if "SEARCH tasks" in step or "SCAN tasks" in step]
+
+    def test_each_flow_is_one_step_in_the_table_of_tags(self, plan):
+        steps = [step for step in plan(statements.FLOWS, ("x", 5)) if "tagged" in step]
+        assert set(steps) == {"SEARCH tagged USING PRIMARY KEY (tag>? AND tag<?)"}
+
+    def test_the_label_or_the_status_with_the_fewest_tasks_is_read(self, repository):
+        for n in range(9):
+            repository.create(task(str(n), tags=["a"] if n < 6 else ["a", "b"]))
+        repository.update_status("1", TaskStatus.CANCELLED)
+        repository.update_status("8", TaskStatus.CANCELLED)
+        for fields, by in [
+            ({"tag": "a"}, "a"),
+            ({"tag": ["a", "b"]}, "b"),
+            ({"tag": ["a", "none"]}, "none"),
+            ({"tag": "a", "status": "pending"}, ""),
+            ({"tag": ["a", "b"], "status": "pending"}, "b"),
+            ({"tag": ["a", "b"], "status": "cancelled"}, ""),
+            ({"tag": "a", "id_prefix": "8"}, ""),
+            ({"tag": "a", "parent": "8"}, ""),
+        ]:
+            assert repository._rarest(TaskFilter(**fields)) == by, fields
+
+    @pytest.mark.parametrize("damaged", ["", "[", '"a"', "7", "[1]", "{}", "[[1]]"])
+    def test_damaged_tags_prevent_neither_a_change_nor_a_delete(self, repository, connect, damaged):
+        for task_id in ("a", "b"):
+            repository.create(task(task_id, tags=["x"]))
+        connect().execute("UPDATE tasks SET tags = ? WHERE id = 'a'", (damaged,))
+        assert repository.count(TaskFilter(tag="x")) <= 2
+        found = repository.get_by_id("a")
+        assert found.damage or found.tags == ()
+        found.tags, found.damage = ["y"], ""
+        repository.update(found)
+        assert [task.id for task in repository.list(TaskFilter(tag="y"))] == ["a"]
+        connect().execute("UPDATE tasks SET tags = ? WHERE id = 'a'", (damaged,))
+        repository.delete("a")
+        assert [task.id for task in repository.list(TaskFilter(tag="x"))] == ["b"]
+
     def test_pages_of_pending_tasks_are_newest_first(self, repository):
         """Delayed tasks are in another index. Of tasks of the same moment, the last one stored is first."""
         moment = datetime(2026, 1, 1, tzinfo=timezone.utc)

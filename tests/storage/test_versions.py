@@ -224,6 +224,22 @@ def test_records_of_an_earlier_version_are_read(old):
     assert tasks["running"].worker.startswith("host:")
 
 
+@pytest.mark.parametrize("version", range(1, schema.VERSION + 1))
+def test_tasks_of_any_version_are_tagged_and_found_by_tag(old, version):
+    queue = Queue(SQLiteRepository(old))
+    queue.declare("later")
+    new = queue.submit("later", tags=["new", "red"])
+    assert [task.id for task in queue.iter_tasks(tag="new")] == [new.id]
+    assert queue.count_tasks(tag="red") == (2 if version >= 4 else 1)
+    queue.delete(new.id)
+    task = queue.get_task_status("pending")
+    task.tags = ["later"]
+    queue.repository.update(task)
+    assert [task.id for task in queue.iter_tasks(tag="later")] == ["pending"]
+    assert queue.count_tasks(tag="new") == 0
+    queue.close()
+
+
 # Interrupted and simultaneous migrations
 
 

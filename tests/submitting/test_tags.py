@@ -141,6 +141,8 @@ class TestSources:
         schedule = queue.schedule("s", every(60), "mail", tags=["nightly"])
         assert tags_of(queue, schedule.trigger()) == ("nightly", "mail")
         [other] = queue.schedules().values()
+        assert other.tags == schedule.tags == ("nightly", "mail")
+        assert queue.schedule("untagged", every(60), "t").tags == ()
         assert tags_of(queue, other.trigger()) == ("nightly", "mail")
         assert queue.count_tasks(tag=["mail", "nightly"]) == 2
 

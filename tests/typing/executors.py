@@ -236,6 +236,16 @@ def reading() -> None:
     assert_type(queue.dead_letters(after=page.next).searched_since, datetime | None)
     queue.iter_tasks(error="x", error_type="m.X", id_prefix="a", older=60, newer=timedelta(days=1))
     queue.iter_tasks(params={"user.id": 7, ("a.b",): None})
+    queue.iter_tasks(tag="a", flow="f")
+    queue.list_tasks(tag=["a", "b"])
+    taskx.TaskFilter(tag=("a", "b"))
+    queue.list_tasks(tag=7)  # type: ignore[arg-type]
+    assert_type(queue.get_task_status("x").flow, str)
+    queue.submit("fetch", tags=["a"])
+    queue.submit(Task(type="fetch", tags=("a",)))
+    queue.submit("fetch", tags=7)  # type: ignore[call-overload]
+    flow = queue.submit_flow(taskx.chain(Task(type="fetch")), tags=["a"])
+    assert_type(queue.flows(at_most=5, after=flow.id), list[taskx.FlowSummary])
     by_name: dict[str, int] = {"user.id": 7}
     queue.requeue_dead_letters(params=by_name)
     taskx.TaskFilter(params=by_name, error="x")

@@ -149,10 +149,11 @@ _VERSION_3 = (
 
 # The tags of tasks and the labels of their flows, each with ``created_at`` and ``seq`` of the task. So the
 # tasks of a tag are one span of this table, in the order of lists. An untagged task has no row here.
-_UNTAG = """
-    DELETE FROM tagged WHERE at = OLD.created_at AND task = OLD.seq AND tag IN (
-        SELECT value FROM json_each(CASE WHEN json_valid(OLD.tags) THEN OLD.tags ELSE '[]' END)
-    )
+# Damaged tags count as none.
+_EACH = "json_each(CASE WHEN json_valid({0}.tags) THEN {0}.tags ELSE '[]' END)"
+_UNTAG = f"""
+    DELETE FROM tagged
+    WHERE at = OLD.created_at AND task = OLD.seq AND tag IN (SELECT value FROM {_EACH.format("OLD")})
 """
 _VERSION_4 = (
     """
@@ -172,7 +173,7 @@ _VERSION_4 = (
     BEGIN
         {_UNTAG};
         INSERT OR IGNORE INTO tagged
-        SELECT value, NEW.created_at, NEW.seq FROM json_each(coalesce(NEW.tags, '[]'));
+        SELECT value, NEW.created_at, NEW.seq FROM {_EACH.format("NEW")};
     END
     """,
 )
