@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 LANGUAGE = "taskx_lang"
 #: The name of the form field with the page to go back to.
 BACK = "back"
+# Characters of a detail in the audit log.
+_LONGEST_DETAIL = 1_000
 
 
 class Request(wrappers.Request):
@@ -132,10 +134,12 @@ class Request(wrappers.Request):
 
     def note(self, action: str, target: str, detail: str = "") -> None:
         """Note in the audit log what the user has changed. A change that was made is not undone by it."""
-        note_change = getattr(self.queue, "note_change", None)
+        if self.queue.repository.shortcoming:  # it has no place for a log
+            return
         with suppress(RepositoryError):
-            if note_change is not None:
-                note_change(self.user or "dashboard", action, target, detail)
+            self.queue.note_change(
+                self.user or "dashboard", action, target, detail[:_LONGEST_DETAIL] or None
+            )
 
     def knows(self, name: str) -> bool:
         """Return True if the dashboard has a page of this name."""

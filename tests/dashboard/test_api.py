@@ -293,9 +293,17 @@ def test_answers_match_the_document(api, failed):
     assert matches(api.get("/api/task?id=nothing").json, error, document)
 
 
-def test_a_change_is_noted_in_the_audit_log(api, queue, monkeypatch):
-    notes = []
-    monkeypatch.setattr(type(queue), "note_change", lambda self, *a: notes.append(a), raising=False)
+@pytest.mark.every_store
+def test_a_change_is_noted_in_the_audit_log(look, queue):
     task_id = queue.submit("report").id
-    api.post("/api/cancel", json={"ids": [task_id]})
-    assert notes == [("dashboard", "cancel", "1 tasks", task_id)]
+    browser = look(queue, permissions=lambda environ: ALL)
+    as_ann = {"environ_overrides": {"REMOTE_USER": "ann"}}
+    browser.post("/api/cancel", json={"ids": [task_id]}, **as_ann)
+    browser.post("/task/delete", data={"id": task_id}, **as_ann)
+    browser.post("/api/delete", json={"query": "type:report"})
+    noted = [(change.by, change.action, change.target) for change in queue.changes()]
+    assert noted == [
+        ("dashboard", "delete", "type:report"),
+        ("ann", "delete", task_id),
+        ("ann", "cancel", "1 tasks"),
+    ]
