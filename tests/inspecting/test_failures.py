@@ -143,7 +143,7 @@ class TestRequeuing:
 
     @pytest.mark.parametrize("other", [None, "often", ["id"]])
     def test_other_objects_than_groups_are_refused(self, queue, other):
-        with pytest.raises(ConfigurationError, match="takes a group of queue.failures"):
+        with pytest.raises(ConfigurationError, match=r"takes a group of queue\.failures"):
             queue.requeue_failures(other)
 
 
