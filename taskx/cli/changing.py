@@ -5,27 +5,45 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
+import attrs
 import click
 
-from taskx.cli.completion import complete_ids, complete_types, types_of
+from taskx.cli.asking import key_of
+from taskx.cli.completion import complete_filter, complete_ids, complete_types, types_of
 from taskx.cli.errors import AWAY, FAILED, Failure, Usage, code_of
+from taskx.cli.listing import FILTER_HELP, filter_of
 from taskx.cli.opening import Session, command
-from taskx.cli.output import clean
-from taskx.cli.values import Duration
+from taskx.cli.output import age, clean
+from taskx.cli.values import Duration, json_object
 from taskx.core.errors import TaskxError
 from taskx.core.model import TaskFilter, TaskStatus
-from taskx.inspecting.query import suggestion
+from taskx.inspecting.failures import FailureGroup
+from taskx.inspecting.query import query_of, suggestion
+from taskx.submitting.bulk import Bulk
 
 # The largest number that is counted before a question.
 _COUNTED = 100_000
 
+ASKS = "A change of all that match says how many there are, and asks first."
+
 ids_argument = click.argument("task_ids", metavar="[ID]...", nargs=-1, shell_complete=complete_ids)
+where_option = click.option(
+    "--where",
+    "-w",
+    "where",
+    metavar="FILTER",
+    multiple=True,
+    shell_complete=complete_filter,
+    help="All tasks that match, instead of ids; may be given several times.",
+)
+limit_option = click.option("--limit", type=click.IntRange(1), help="At most so many of --where.")
 yes_option = click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 dry_run_option = click.option(
     "--dry-run", is_flag=True, help="Only say how many tasks would be changed."
 )
+bulk_options = (where_option, limit_option, yes_option, dry_run_option)
 
 
 def confirm(session: Session, question: str, yes: bool) -> None:
@@ -46,14 +64,20 @@ def confirm(session: Session, question: str, yes: bool) -> None:
 
 
 def change_each(
-    session: Session, task_ids: Sequence[str], change: Callable[[str], dict[str, Any]]
+    session: Session,
+    action: str,
+    task_ids: Sequence[str],
+    change: Callable[[str], str],
+    detail: Any = None,
 ) -> None:
     """Change each task and print the outcome. An error of one task does not keep the others back.
 
     Args:
         session: the session.
+        action: the name of the change, for the log of changes.
         task_ids: the ids of the tasks.
-        change: a function that changes one task, and returns what to print: its ``outcome``, and more.
+        change: a function that changes one task, and returns what to print.
+        detail: more about the change, for the log of changes.
 
     Raises:
         click.exceptions.Exit: with the code of the first error.
@@ -61,75 +85,305 @@ def change_each(
     codes = []
     for task_id in task_ids:
         try:
-            done = change(task_id)
+            outcome = change(task_id)
         except TaskxError as error:
             if (code := code_of(error)) == AWAY:
                 raise
             codes.append(code)
             session.out.say(f"taskx: {error}")
             continue
+        session.note(action, task_id, detail)
         if session.json:
-            session.out.json({"id": task_id, **done})
+            session.out.json({"id": task_id, "outcome": outcome})
         else:
-            session.out.line(f"{clean(task_id)} {done['outcome']}")
+            session.out.line(f"{clean(task_id)} {outcome}")
     if codes:
         raise click.exceptions.Exit(codes[0])
 
 
+# --- all that match
+
+
+class _Change(Protocol):
+    """A bulk change."""
+
+    def __call__(
+        self, *, dry_run: bool, at_most: int | None, on_progress: Callable[[Bulk], object] | None
+    ) -> Bulk: ...
+
+
+def change_all(
+    session: Session, action: str, target: str, change: _Change, *, yes: bool, dry_run: bool
+) -> None:
+    """Change all tasks of a bulk change: say how many, ask, do it, and say what was done."""
+    found = change(dry_run=True, at_most=_COUNTED, on_progress=None)
+    words = f"{'' if found.exact else 'more than '}{_tasks(found.matched)}"
+    if dry_run:
+        if session.json:
+            session.out.json(found.to_dict())
+        else:
+            session.out.line(f"{words} would be changed ({action})")
+        return
+    if found.matched:
+        confirm(session, f"{action.capitalize()} {words}?", yes)
+    done = _run(session, change)
+    session.note(action, target, _compact(done))
+    if session.json:
+        session.out.json(done.to_dict())
+    else:
+        session.out.line(_summary(session, done))
+
+
+def _run(session: Session, change: _Change) -> Bulk:
+    reached: list[Bulk] = []
+
+    def on_progress(bulk: Bulk) -> None:
+        reached[:] = [bulk]
+        if session.out.live:
+            click.echo(f"\r{bulk.changed} of {bulk.matched} changed ", nl=False, err=True)
+
+    try:
+        return change(dry_run=False, at_most=None, on_progress=on_progress)
+    except BaseException:
+        if reached:
+            session.out.say(
+                f"{_tasks(reached[0].changed)} changed before that; the same call goes on from there"
+            )
+        raise
+    finally:
+        if reached and session.out.live:
+            click.echo(err=True)
+
+
+def _tasks(number: int) -> str:
+    return f"{number} {'task' if number == 1 else 'tasks'}"
+
+
+def _compact(done: Bulk) -> dict[str, Any]:
+    """Return what the log of changes keeps."""
+    return {name: value for name, value in done.to_dict().items() if value and name != "action"}
+
+
+_DONE = {"cancel": "cancelled", "requeue": "requeued", "delete": "deleted"}
+_SKIPPED = {
+    "changed": "changed in the meantime",
+    "unique_key": "another task holds the unique key",
+    "running": "it runs",
+    "thread": "a thread of it still runs",
+    "needed": "an unfinished task depends on it",
+    "asked": "was asked to stop before",
+}
+
+
+def _summary(session: Session, done: Bulk) -> str:
+    parts = [f"{_tasks(done.changed)} {_DONE[done.action]}"]
+    if done.asked:
+        parts.append(f"{done.asked} of them run and were asked to stop")
+    if done.more:
+        parts.append(f"{done.more} more that had ended because of them")
+    for reason, number in done.skipped.items():
+        parts.append(f"{number} not: {_SKIPPED.get(reason, reason)}")
+    if done.starts_until is not None:
+        left = (done.starts_until - session.now()).total_seconds()
+        parts.append(f"the last one starts in {age(max(0.0, left))}")
+    return "; ".join(parts)
+
+
+def _wanted(
+    session: Session, task_ids: Sequence[str], where: Sequence[str], limit: int | None
+) -> TaskFilter | None:
+    """Return the filter of a bulk change; None if ids are given.
+
+    Raises:
+        Usage: neither or both are given.
+    """
+    if bool(task_ids) is bool(where):
+        raise Usage("name the tasks by their ids, or by --where FILTER")
+    if task_ids:
+        if limit is not None:
+            raise Usage("--limit belongs to --where")
+        return None
+    wanted = filter_of(session, where)
+    return wanted if limit is None else attrs.evolve(wanted, limit=limit)
+
+
+def _one_by_one(dry_run: bool, task_ids: Sequence[str]) -> None:
+    if dry_run:
+        raise Usage("--dry-run belongs to --where")
+
+
 @command(
     "cancel",
-    """Cancel tasks.
+    f"""Cancel tasks: those with the given ids, or all that match a filter.
 
-A pending task never runs. A running one is asked to stop.""",
+A pending task never runs. A running one is asked to stop. {ASKS}
+
+{FILTER_HELP}""",
     """
 taskx cancel 019abc12-...
+taskx cancel --where 'type:email status:pending older:1d' --dry-run
+taskx cancel --where type:email --yes
 """,
     ids_argument,
+    *bulk_options,
 )
-def cancel(session: Session, task_ids: Sequence[str]) -> None:
+def cancel(
+    session: Session,
+    task_ids: Sequence[str],
+    where: Sequence[str],
+    limit: int | None,
+    yes: bool,
+    dry_run: bool,
+) -> None:
     """Cancel tasks."""
-
-    def change(task_id: str) -> dict[str, Any]:
-        cancelled = session.queue.cancel_task(task_id)
-        return {"outcome": "cancelled" if cancelled else "asked to stop"}
-
-    change_each(session, task_ids, change)
+    wanted = _wanted(session, task_ids, where, limit)
+    if wanted is None:
+        _one_by_one(dry_run, task_ids)
+        change_each(
+            session,
+            "cancel",
+            task_ids,
+            lambda task_id: "cancelled" if session.queue.cancel_task(task_id) else "asked to stop",
+        )
+    else:
+        change_all(
+            session,
+            "cancel",
+            query_of(wanted),
+            lambda **how: session.queue.cancel_all(wanted, **how),
+            yes=yes,
+            dry_run=dry_run,
+        )
 
 
 @command(
     "requeue",
-    """Run failed or cancelled tasks again.""",
+    f"""Run failed or cancelled tasks again: by ids, by a filter, or a group of failures.
+
+A filter without a status means the failed ones. --rate staggers their starts; no process needs to stay
+alive for that. --params and --from-step correct a single task. {ASKS}
+
+{FILTER_HELP}""",
     """
 taskx requeue 019abc12-...
+taskx requeue 019abc12-... --params '{"to": "ann@example.org"}' --from-step charge
+taskx requeue --where 'type:email error:Timeout newer:1d' --rate 100/m
+taskx requeue --group 57d11975 --yes
 """,
     ids_argument,
+    *bulk_options,
+    click.option("--group", help="A group of `taskx failures`, instead of ids."),
+    click.option("--rate", help="Start them one by one at this rate, such as 100/m."),
+    click.option("--params", "params_text", metavar="JSON", help="Other params, of one task."),
+    click.option("--from-step", help="Forget this step and those after it, of one task."),
 )
-def requeue(session: Session, task_ids: Sequence[str]) -> None:
+def requeue(
+    session: Session,
+    task_ids: Sequence[str],
+    where: Sequence[str],
+    limit: int | None,
+    yes: bool,
+    dry_run: bool,
+    group: str | None,
+    rate: str | None,
+    params_text: str | None,
+    from_step: str | None,
+) -> None:
     """Requeue tasks."""
+    corrected = params_text is not None or from_step is not None
+    if corrected and len(task_ids) != 1:
+        raise Usage("--params and --from-step correct one task: give its id")
+    if group is not None:
+        if task_ids or where or limit is not None:
+            raise Usage("--group names the tasks: leave out the ids, --where and --limit")
+        _requeue_group(session, group, rate, yes=yes, dry_run=dry_run)
+        return
+    wanted = _wanted(session, task_ids, where, limit)
+    if wanted is not None:
+        change_all(
+            session,
+            "requeue",
+            query_of(wanted),
+            lambda **how: session.queue.requeue_all(wanted, rate=rate, **how),
+            yes=yes,
+            dry_run=dry_run,
+        )
+        return
+    _one_by_one(dry_run, task_ids)
+    if rate is not None:
+        raise Usage("--rate belongs to --where or --group")
+    params = None if params_text is None else json_object(params_text, "--params")
 
-    def change(task_id: str) -> dict[str, Any]:
-        session.queue.requeue(task_id)
-        return {"outcome": "requeued"}
+    def change(task_id: str) -> str:
+        session.queue.requeue(task_id, params=params, from_step=from_step)
+        return "requeued"
 
-    change_each(session, task_ids, change)
+    detail = {"params": params is not None, "from_step": from_step} if corrected else None
+    change_each(session, "requeue", task_ids, change, detail)
+
+
+def _requeue_group(
+    session: Session, key: str, rate: str | None, *, yes: bool, dry_run: bool
+) -> None:
+    groups = {key_of(group): group for group in session.queue.failures()}
+    if key not in groups:
+        raise Usage(
+            f"there is no group {key!r}{suggestion(key, groups)}: taskx failures lists them"
+        )
+    group: FailureGroup = groups[key]
+
+    def change(
+        *, dry_run: bool, at_most: int | None, on_progress: Callable[[Bulk], object] | None
+    ) -> Bulk:
+        return session.queue.requeue_failures(
+            group, rate=rate, dry_run=dry_run, on_progress=on_progress
+        )
+
+    change_all(session, "requeue", f"failures {key}", change, yes=yes, dry_run=dry_run)
 
 
 @command(
     "delete",
-    """Delete the records of tasks that do not run.""",
+    f"""Delete the records of tasks: those with the given ids, or all that match a filter.
+
+Running tasks stay, and tasks on which an unfinished one depends. {ASKS} `taskx prune` deletes what ended
+some time ago.
+
+{FILTER_HELP}""",
     """
 taskx delete 019abc12-...
+taskx delete --where 'type:email status:cancelled' --dry-run
 """,
     ids_argument,
+    *bulk_options,
 )
-def delete(session: Session, task_ids: Sequence[str]) -> None:
+def delete(
+    session: Session,
+    task_ids: Sequence[str],
+    where: Sequence[str],
+    limit: int | None,
+    yes: bool,
+    dry_run: bool,
+) -> None:
     """Delete tasks."""
+    wanted = _wanted(session, task_ids, where, limit)
+    if wanted is None:
+        _one_by_one(dry_run, task_ids)
 
-    def change(task_id: str) -> dict[str, Any]:
-        session.queue.delete(task_id)
-        return {"outcome": "deleted"}
+        def change(task_id: str) -> str:
+            session.queue.delete(task_id)
+            return "deleted"
 
-    change_each(session, task_ids, change)
+        change_each(session, "delete", task_ids, change)
+    else:
+        change_all(
+            session,
+            "delete",
+            query_of(wanted),
+            lambda **how: session.queue.delete_all(wanted, **how),
+            yes=yes,
+            dry_run=dry_run,
+        )
 
 
 @command(

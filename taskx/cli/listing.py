@@ -14,7 +14,7 @@ from taskx.cli.completion import complete_filter, complete_ids, types_of
 from taskx.cli.errors import Usage
 from taskx.cli.opening import Session, command
 from taskx.cli.output import COLOURS, Cell, Column, Row, age, clean, moment, one_line
-from taskx.core.model import Task, TaskFilter, TaskStatus
+from taskx.core.model import Attempt, Task, TaskFilter, TaskStatus
 from taskx.core.redact import redacted
 from taskx.core.redact import show as short
 from taskx.inspecting.query import parse_query, suggestion
@@ -26,8 +26,8 @@ _COUNTED = 10_000
 
 FILTER_HELP = """\
 A FILTER is a line of terms, such as `type:email status:failed older:1d`. All must hold. The fields are
-type, status, by, error, error_type, id (its beginning), params.PATH, parent, older, newer, since and until.
-Quote values with spaces: 'error:"timed out"'."""
+type, status, tag, by, error, error_type, id (its beginning), params.PATH, parent, flow, older, newer, since
+and until. Quote values with spaces: 'error:"timed out"'."""
 
 filter_argument = click.argument("filter", nargs=-1, shell_complete=complete_filter)
 id_argument = click.argument("task_id", metavar="ID", shell_complete=complete_ids)
@@ -50,8 +50,11 @@ def filter_of(session: Session, words: Sequence[str]) -> TaskFilter:
 def as_record(session: Session, task: Task) -> dict[str, Any]:
     """Return the task as a dict of JSON values, without secrets."""
     record = task.to_dict()
+    secret = session.queue.config.redact
     for name in ("params", "result", "checkpoints"):
-        record[name] = redacted(record[name], session.queue.config.redact)
+        record[name] = redacted(record[name], secret)
+    for attempt in record["earlier_attempts"]:
+        attempt["old_params"] = redacted(attempt["old_params"], secret)
     return record
 
 
@@ -62,6 +65,7 @@ TASK_COLUMNS = (
     Column("AGE", right=True, drop=1),
     Column("TRY", right=True, drop=3),
     Column("DETAIL", cut=True, drop=2),
+    Column("TAGS", cut=True, drop=5),
     Column("PARAMS", cut=True, drop=4),
 )
 
@@ -75,6 +79,7 @@ def task_row(session: Session, task: Task, now: datetime) -> Row:
         "" if task.created_at is None else age((now - task.created_at).total_seconds()),
         str(task.attempt if not task.status.finished else max(1, len(task.attempts))),
         _detail(task, now),
+        " ".join(task.tags),
         short(task.params, session.queue.config.redact),
     )
 
@@ -173,13 +178,9 @@ def show(session: Session, task_id: str, log_lines: int) -> None:
     for name in ("params", "result", "checkpoints"):
         if record[name] is not None:
             _section(session, name, _tree(record[name]))
-    for number, attempt in enumerate(task.attempts, 1):
+    for attempt in task.attempts:
         if len(task.attempts) > 1 or attempt.traceback:
-            words = (
-                f"attempt {number}: {attempt.outcome or 'running'}, {moment(attempt.started_at)} to "
-                f"{moment(attempt.ended_at) or 'now'}, on {attempt.worker or 'an unknown worker'}"
-            )
-            _section(session, words, attempt.traceback or attempt.error)
+            _section(session, _attempt(attempt), _attempt_text(session, attempt))
     if task.log and log_lines:
         lines = task.log.rstrip("\n").split("\n")
         _section(session, "log", "\n".join(lines[-log_lines:]))
@@ -207,6 +208,27 @@ def _facts(task: Task) -> Iterator[tuple[str, str]]:
     )
     yield "key", task.concurrency_key or ""
     yield "parents", ", ".join(task.depends_on)
+    yield "flow", task.flow
+    yield "tags", " ".join(task.tags)
+
+
+def _attempt(attempt: Attempt) -> str:
+    """Return the title of an attempt, or of a requeue, which is listed with them."""
+    if attempt.outcome == "requeued":
+        return f"requeued {moment(attempt.ended_at)}"
+    return (
+        f"{attempt.outcome or 'running'} {moment(attempt.started_at)} to "
+        f"{moment(attempt.ended_at) or 'now'}, on {attempt.worker or 'an unknown worker'}"
+    )
+
+
+def _attempt_text(session: Session, attempt: Attempt) -> str:
+    lines = [attempt.traceback or attempt.error]
+    if attempt.old_params is not None:
+        lines.append(f"params before: {short(attempt.old_params, session.queue.config.redact)}")
+    if attempt.from_step:
+        lines.append(f"from step: {attempt.from_step}")
+    return "\n".join(filter(None, lines))
 
 
 def _since(at: datetime | None, words: str) -> str:
@@ -225,13 +247,14 @@ def _attempts(task: Task) -> str:
         if count
     ]
     most = "" if task.max_attempts is None else f" of at most {task.max_attempts}"
-    return f"{len(task.attempts)}{most}" + (f" ({', '.join(parts)})" if parts else "")
+    ran = [attempt for attempt in task.attempts if attempt.outcome != "requeued"]
+    return f"{len(ran)}{most}" + (f" ({', '.join(parts)})" if parts else "")
 
 
 def _section(session: Session, title: str, text: str) -> None:
     session.out.line()
     session.out.line(clean(title), "bold")
-    for line in clean(text.rstrip("\n"), lines=True).split("\n"):
+    for line in clean(text.rstrip("\n"), lines=True).split("\n") if text else ():
         session.out.line(f"  {line}")
 
 

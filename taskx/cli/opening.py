@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import getpass
 import os
+import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import cached_property, update_wrapper
 from typing import Any, TypeVar
@@ -15,7 +17,7 @@ import click
 from taskx.cli.errors import Usage
 from taskx.cli.output import Output
 from taskx.core.clock import to_datetime
-from taskx.core.errors import ConfigurationError
+from taskx.core.errors import ConfigurationError, RepositoryError
 from taskx.queue import Queue
 from taskx.storage.urls import open_repository
 from taskx.supervising.loading import load_queue
@@ -151,9 +153,23 @@ class Session:
         """The queue, which is never started here."""
         return self._ctx.find_root().with_resource(opened(self._ctx))
 
+    def note(self, action: str, target: str, detail: Any = None) -> None:
+        """Note a change in the log of changes, if the repository has one. The change is made already."""
+        with suppress(RepositoryError, ConfigurationError, AttributeError):
+            self.queue.note_change(_user(), action, target, detail)
+
     def now(self) -> datetime:
         """Return the time of the repository's clock."""
         return to_datetime(self.queue.repository.clock.now_ms())
+
+
+def _user() -> str:
+    """Return the person at the terminal: ``user@host``."""
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError, ImportError):  # the system does not know the user
+        name = str(os.getuid())
+    return f"{name}@{socket.gethostname()}"
 
 
 def session_of(ctx: click.Context) -> Session:

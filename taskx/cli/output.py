@@ -153,7 +153,8 @@ class Column:
         title: its heading.
         right: align it on the right.
         cut: it may be shortened.
-        drop: it may be left out where there is no room: higher numbers first; 0 for never.
+        drop: it may be left out where it is empty, or where there is no room: higher numbers first; 0 for
+            never.
     """
 
     title: str
@@ -306,7 +307,11 @@ def fit(
         min(most, _MOST) if column.cut else most
         for most, column in zip(wanted, columns, strict=True)
     ]
-    kept = [*range(len(columns))]
+    kept = [
+        number
+        for number, column in enumerate(columns)
+        if not column.drop or not rows or any(row[number].text for row in rows)
+    ]
     if width is None:
         return kept, [wanted[number] for number in kept], True
     while True:

@@ -27,12 +27,14 @@ from taskx.core.options import filter_of
 FIELDS: Mapping[str, str] = {
     "type": "tasks of this type",
     "status": f"one of {', '.join(TaskStatus)}",
+    "tag": "tasks with this tag; give it again for tasks with both tags",
     "by": "tasks with this created_by",
     "error": "tasks whose error contains this text",
     "error_type": "tasks whose last attempt raised this class, such as ValueError",
     "id": "tasks whose id begins with this text",
     "params.": "tasks with this value in their params, such as params.user.id:7",
     "parent": "tasks that depend on the task with this id",
+    "flow": "tasks of the flow with this id",
     "older": "tasks submitted longer ago than this, such as 90s, 15m, 2h, 1d or 1w",
     "newer": "tasks submitted within this time",
     "since": "tasks submitted at or after this time, such as 2026-11-26T10:00Z",
@@ -40,7 +42,7 @@ FIELDS: Mapping[str, str] = {
 }
 # The fields of a TaskFilter that have another name in a line.
 _NAMES = {"by": "created_by", "id": "id_prefix", "since": "start_date", "until": "end_date"}
-_PARAMS = "params"
+_PARAMS, _TAG = "params", "tag"
 
 _UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _DURATION = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|[smhdw]))+")
@@ -81,6 +83,9 @@ def parse_query(line: str, clock: Clock = SYSTEM_CLOCK) -> TaskFilter:
             params[term.keys[1:]] = _scalar(term)
             continue
         field = _NAMES.get(name, name)
+        if name == _TAG:
+            fields.setdefault(name, []).append(term.value)
+            continue
         if field in fields:
             raise _twice(name)
         fields[field] = _value(name, term.value)
@@ -112,6 +117,8 @@ def as_python(filter: TaskFilter) -> str:
         value = getattr(filter, name)
         if name == _PARAMS and value:
             fields[name] = {".".join(k) if _is_plain(k) else k: v for k, v in value}
+        elif name == _TAG and value:
+            fields[name] = value[0] if len(value) == 1 else [*value]
         elif name == "limit":
             if filter.limited:
                 fields[name] = int(value)
@@ -290,6 +297,8 @@ def _terms_of(filter: TaskFilter) -> Iterator[str]:
         if field == _PARAMS:
             for path, wanted in value:
                 yield f"params.{'.'.join(map(_key_text, path))}:{_scalar_text(wanted)}"
+        elif field == _TAG:
+            yield from (f"tag:{_quoted(tag)}" for tag in value)
         elif isinstance(value, datetime):
             moment = value.astimezone(timezone.utc).isoformat().replace("+00:00", "Z")
             yield f"{names[field]}:{moment}"

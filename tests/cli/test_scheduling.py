@@ -21,7 +21,7 @@ def test_schedules_are_listed(nightly, taskx):
     said = taskx("schedules")
     assert said.code == 0
     head, one, two = said.lines
-    assert head.split() == ["NAME", "SPEC", "ZONE", "TYPE", "NEXT", "LAST", "OVERLAP", "PARAMS"]
+    assert head.split() == ["NAME", "SPEC", "ZONE", "TYPE", "NEXT", "OVERLAP", "PARAMS"]
     assert one.startswith("nightly  0 3 * * *")
     assert two.startswith("often")
     assert "hunter2" not in said.out

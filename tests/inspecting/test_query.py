@@ -41,6 +41,9 @@ NOON = datetime.datetime(2026, 11, 26, 12, tzinfo=timezone.utc)
         ("error:a:b", {"error": "a:b"}),
         ("error_type:ValueError", {"error_type": "ValueError"}),
         ("parent:p1", {"parent": "p1"}),
+        ("tag:eu", {"tag": "eu"}),
+        ("tag:eu type:email tag:big", {"type": "email", "tag": ["eu", "big"]}),
+        ("flow:f1", {"flow": "f1"}),
         ('by:""', {"created_by": ""}),
         ("params.user.id:7", {"params": {"user.id": 7}}),
         ('params.user.id:"7"', {"params": {"user.id": "7"}}),
@@ -79,6 +82,7 @@ def test_ages_count_from_now():
         ("type.x:1", "the filter has no field 'type.x'; did you mean 'type'?"),
         ("failed", "'failed' has no field: did you mean status:failed?"),
         ("error:timed out", "'out' has no field: write it as type:out, or put quotes around"),
+        ('tag:"a b"', "the tag 'a b' contains white space"),
         ("type:a type:b", "the filter has 'type' twice: give it once"),
         ("params.a:1 params.a:2", "the filter has 'params.a' twice"),
         ("type:", "the filter has no value after 'type:'"),
@@ -121,6 +125,9 @@ scalars = st.one_of(
 moments = st.datetimes(
     datetime.datetime(1980, 1, 1), datetime.datetime(2200, 1, 1), timezones=st.just(timezone.utc)
 )
+labels = st.text(
+    st.characters(exclude_categories=["Cs", "Cc", "Z", "C"]), min_size=1, max_size=8
+).filter(str.isprintable)
 filters = st.fixed_dictionaries(
     {},
     optional={
@@ -131,6 +138,8 @@ filters = st.fixed_dictionaries(
         "error_type": texts,
         "id_prefix": texts,
         "parent": texts,
+        "tag": st.lists(labels, min_size=1, max_size=3),
+        "flow": labels,
         "params": st.dictionaries(
             st.lists(keys, min_size=1, max_size=3).map(tuple), scalars, max_size=3
         ),
