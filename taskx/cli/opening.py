@@ -17,7 +17,7 @@ import click
 from taskx.cli.errors import Usage
 from taskx.cli.output import Output
 from taskx.core.clock import to_datetime
-from taskx.core.errors import ConfigurationError, RepositoryError
+from taskx.core.errors import ConfigurationError, PayloadError, RepositoryError
 from taskx.queue import Queue
 from taskx.storage.urls import open_repository
 from taskx.supervising.loading import load_queue
@@ -155,7 +155,7 @@ class Session:
 
     def note(self, action: str, target: str, detail: Any = None) -> None:
         """Note a change in the log of changes, if the repository has one. The change is made already."""
-        with suppress(RepositoryError, ConfigurationError, AttributeError):
+        with suppress(RepositoryError, ConfigurationError, PayloadError):
             self.queue.note_change(_user(), action, target, detail)
 
     def now(self) -> datetime:
