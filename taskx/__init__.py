@@ -37,12 +37,14 @@ from taskx.core.model import Attempt, Task, TaskCount, TaskFilter, TaskPage, Tas
 from taskx.core.retry import Permanent, Retry, RetryPolicy, Snooze
 from taskx.core.ticks import every
 from taskx.core.token import CancelToken
+from taskx.core.verdict import Check
 from taskx.executing.context import Context
 from taskx.executing.current import TaskLogFilter, current_context
 from taskx.executing.executors import BoundExecutor, Executor, TaskExecutor, executor
 from taskx.executing.registry import Middleware
 from taskx.flows import Flow, FlowHandle, FlowSummary, chain, group
 from taskx.inspecting.changelog import Change
+from taskx.inspecting.diagnosis import Diagnosis
 from taskx.inspecting.failures import FailureGroup, Failures
 from taskx.inspecting.findings import Problem, Reason
 from taskx.inspecting.health import Health
@@ -71,11 +73,13 @@ __all__ = [
     "CancelReason",
     "CancelToken",
     "Change",
+    "Check",
     "Clock",
     "Codec",
     "Config",
     "ConfigurationError",
     "Context",
+    "Diagnosis",
     "DuplicateTask",
     "Executor",
     "FailureGroup",

@@ -52,6 +52,7 @@ from taskx.executing.registry import Layer, Registry, check_middleware
 from taskx.flows import Flow, FlowHandle, FlowSummary, Shape, lay_out
 from taskx.flows import newest as newest_flows
 from taskx.inspecting.changelog import Change, changes, note_change
+from taskx.inspecting.diagnosis import Diagnosis, diagnose
 from taskx.inspecting.failures import FailureGroup, Failures, failures, requeue_group
 from taskx.inspecting.findings import Reason
 from taskx.inspecting.health import Health, own_problems, thresholds
@@ -779,6 +780,14 @@ class Queue:
             schedule_overdue=schedule_overdue,
         )
         return check_health(self._services, self._engine, wanted)
+
+    def diagnose(self) -> Diagnosis:
+        """Examine what is around the tasks: versions, file, permissions, disk, locks, dead nodes, clock.
+
+        Nothing is created, migrated or changed, and the queue need not be started. What cannot be read is
+        a check that has failed, not an error. It may take some seconds.
+        """
+        return diagnose(self._services)
 
     def stats(self, *, period: float | timedelta = 3600.0, at_most: int = 5_000) -> Stats:
         """Return how many tasks of each type wait, run and have ended, and how long that took.

@@ -7,7 +7,17 @@ from typing import Any
 import click
 
 import taskx
-from taskx.cli import asking, changing, following, listing, scheduling, submitting, top, worker
+from taskx.cli import (
+    asking,
+    changing,
+    doctor,
+    following,
+    listing,
+    scheduling,
+    submitting,
+    top,
+    worker,
+)
 from taskx.cli.errors import Usage, one_line_errors
 from taskx.cli.opening import QueueSource, given, how_options, where_options
 from taskx.inspecting.query import suggestion
@@ -22,6 +32,7 @@ COMMANDS: tuple[click.Command, ...] = (
     *changing.COMMANDS,
     *scheduling.COMMANDS,
     *worker.COMMANDS,
+    *doctor.COMMANDS,
 )
 
 HELP = """\

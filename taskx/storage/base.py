@@ -6,7 +6,7 @@ import os
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -35,6 +35,7 @@ from taskx.core.record import (
     parents_from_text,
     task_from_row,
 )
+from taskx.core.verdict import Check
 from taskx.core.writes import Note, NoteChange, Write
 from taskx.liveness.base import InProcess, Liveness, Node
 from taskx.liveness.leases import LEASE, Leases
@@ -549,6 +550,14 @@ class Repository(TaskRepository):
         It is for programs that only look, or that must not make a file at a misspelt path. This version
         does nothing, for stores that need neither.
         """
+
+    def examine(self) -> Iterator[Check]:
+        """Yield what is right and wrong with the store and what is around it: disk, locks, server.
+
+        It changes nothing, and raises no error of the store: the checks say what fails. This version
+        yields nothing, for stores that can tell nothing.
+        """
+        return iter(())
 
     def ensure_there(self) -> None:
         """Raise an error if the opened store does not exist any more.

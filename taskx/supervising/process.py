@@ -93,6 +93,9 @@ class Process:
             return self._failed(error)
         finally:
             self._over = True
+        if code == 0:  # no task runs: the file is left without a log
+            with suppress(RepositoryError):
+                queue.close()
         return RECYCLE if self._leaving and not self._signals.caught else code
 
     def _failed(self, error: Exception) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any, cast
@@ -21,6 +21,7 @@ from taskx.core.clock import SYSTEM_CLOCK, Clock
 from taskx.core.codec import Codec
 from taskx.core.errors import ConfigurationError
 from taskx.core.record import UNIQUE
+from taskx.core.verdict import Check
 from taskx.core.writes import Delete, Insert, Note, NoteChange, Write
 from taskx.storage.base import new_version, tell_of_forks
 from taskx.storage.mongo.batches import Batches
@@ -216,6 +217,13 @@ class MongoRepository(Tasks):
         return self._changes.version()
 
     # --- opening and closing
+
+    def examine(self) -> Iterator[Check]:
+        if not self._connection.is_real:
+            return iter(())
+        from taskx.storage.mongo.examination import examine  # not needed to run tasks
+
+        return examine(self._connection, self.clock)
 
     def within(self, seconds: float) -> AbstractContextManager[object]:
         return pymongo.timeout(seconds)

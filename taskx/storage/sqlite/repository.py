@@ -6,7 +6,7 @@ import json
 import os
 import sqlite3
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any, Literal, TypeVar, get_args
@@ -21,6 +21,7 @@ from taskx.core.errors import ConfigurationError, RepositoryUnavailable, SchemaM
 from taskx.core.model import CONDITIONS, TASK_FIELDS, Task, TaskFilter
 from taskx.core.record import Ended, Stub, parents_from_text, task_from_row
 from taskx.core.tags import FLOW
+from taskx.core.verdict import Check
 from taskx.core.writes import CREATED, Delete, Insert, Note, NoteChange, Update, Write
 from taskx.liveness.base import PREFIX
 from taskx.liveness.locks import KernelLocks
@@ -497,6 +498,11 @@ class SQLiteRepository(Repository):
     def only_existing(self) -> None:
         self._file.create = False
         self._connections.migrates = False
+
+    def examine(self) -> Iterator[Check]:
+        from taskx.storage.sqlite.examination import examine  # not needed to run tasks
+
+        return examine(self._file)
 
     def ensure_there(self) -> None:
         """Raise an error if the file was moved, deleted, replaced or migrated since it was opened."""
