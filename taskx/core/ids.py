@@ -9,9 +9,9 @@ import time
 # Reentrant: a finalizer may submit a task while its thread holds the lock.
 _lock = threading.RLock()
 _last = 0
-_prefix = ""  # the beginning of all ids of that millisecond
-_state = 0
-_LOW_48 = (1 << 48) - 1
+_prefix = ""  # all ids of that millisecond begin with it
+_low = 0  # the last 48 bits of the latest id
+_LOW_47 = (1 << 47) - 1
 
 
 def new_id() -> str:
@@ -20,20 +20,20 @@ def new_id() -> str:
     The layout is that of RFC 9562, section 5.7. Within one millisecond the 74 random bits are counted up
     (section 6.2, method 2), so that ids made in a tight loop keep their order.
     """
-    global _last, _prefix, _state
+    global _last, _prefix, _low
     with _lock:
         now = time.time_ns() // 1_000_000
         if now > _last:
             _last = now
-            _prefix = f"{now >> 16:08x}-{now & 0xFFFF:04x}-7"
-            # The top bit starts at 0: this leaves room to count up within the millisecond.
-            _state = int.from_bytes(os.urandom(10), "big") & ((1 << 73) - 1)
+            bits = int.from_bytes(os.urandom(10), "big")
+            # 12 random bits; two bits for the variant and 14 random ones; then 48 random bits. The top one
+            # of these starts at 0: this leaves room to count up within the millisecond.
+            variant = 0x8000 | (bits >> 48 & 0x3FFF)
+            _prefix = f"{now >> 16:08x}-{now & 0xFFFF:04x}-7{bits >> 62 & 0xFFF:03x}-{variant:04x}-"
+            _low = bits & _LOW_47
         else:
-            _state += 1 + (_state & 0xFF)
-        prefix, state = _prefix, _state
-    # 12 random bits; two bits for the variant and 14 random ones; 48 random bits.
-    variant = 0x8000 | (state >> 48 & 0x3FFF)
-    return f"{prefix}{state >> 62 & 0xFFF:03x}-{variant:04x}-{state & _LOW_48:012x}"
+            _low += 1 + (_low & 0xFF)
+        return f"{_prefix}{_low:012x}"
 
 
 def _renew_after_fork() -> None:
