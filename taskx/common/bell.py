@@ -134,8 +134,10 @@ class Agenda:
     def __init__(self) -> None:
         #: True if a housekeeper reads this.
         self.attended = False
-        #: True if the repository may hold free tasks that would fit into the buffer.
-        self.more_stored = True
+        #: True if new free tasks may be stored: a fetch is due, however many tasks the buffer has.
+        self.look_for_more = True
+        #: True if the last fetch left free tasks that come after all that it took.
+        self.rest_is_stored = False
         #: True if the time is known at which the next delayed task is due.
         self.due_known = False
         #: The names of schedules that were changed in this process.
@@ -143,6 +145,17 @@ class Agenda:
         self._bell = Signal()
         self._asleep_long = False
         self._told = False  # True if frequent rounds were asked for since the last round began
+
+    @property
+    def more_stored(self) -> bool:
+        """True if the repository may hold free tasks that would fit into the buffer."""
+        return self.look_for_more or self.rest_is_stored
+
+    @more_stored.setter
+    def more_stored(self, value: bool) -> None:
+        self.look_for_more = value
+        if not value:
+            self.rest_is_stored = False
 
     def wake(self) -> None:
         """Start the next round now."""

@@ -107,8 +107,7 @@ class Fetcher:
                     self._admission.fetched(stub.type, stub.id)
                 self._buffer.add_fetched(stub)
             self.fetched += len(found)
-            if len(found) == room:
-                self._agenda.more_stored = True
+            self._agenda.rest_is_stored = len(found) == room
             return True
         finally:
             self._refilling.release()

@@ -189,9 +189,11 @@ class Housekeeper:
             self._ticker.refresh_soon()
             self._process_changes()
             self._services.watcher.check_all()
-        if self._pool.admission.is_time() or self._agenda.more_stored:
+        if self._pool.admission.is_time() or self._agenda.look_for_more:
             self._agenda.more_stored = True
             self._pool.fetcher.refill()
+        else:
+            self._pool.fetcher.refill_if_low()
         if not self._pool.stopping and self._ticker.tick(until - time.monotonic()):
             self._agenda.more_stored = True
             self._pool.fetcher.refill()
