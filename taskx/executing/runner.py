@@ -99,7 +99,7 @@ class Runner:
             if task.timeout is not None:
                 token.deadline = started + task.timeout
                 self._alarms.add(token, run.overdue)
-            if token.cancelled:  # cancelled or stopped before a worker was free
+            if token.reason is not None:  # cancelled or stopped before a worker was free
                 token.raise_if_cancelled()
             if task.damage:
                 raise RepositoryCorrupt(task.damage)

@@ -114,8 +114,8 @@ class Ahead:
             return None
         run.state = "starting"
         self._taken, self._since = True, time.monotonic()
-        if self.runs and self._waiting:
-            self.wake()
+        if self.runs and self._waiting and not self._leaves_to_others():
+            self._work.ring()
         return run
 
     def clear(self, older_than: float = 0.0) -> list[Run]:
@@ -157,7 +157,9 @@ class Ahead:
 
     def _leaves_to_others(self) -> bool:
         """Return True if tasks are short and another worker is busy with them."""
-        return self.short and self.workers - len(self._waiting) > self._tied_up()
+        busy = self.workers - len(self._waiting)
+        # Usually one of them has just taken its task, so there is no need to look at the times.
+        return self.short and (busy > len(self.at_work) or busy > self._tied_up())
 
     def _tied_up(self) -> int:
         """Return the number of workers whose current task is not short after all."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -389,8 +390,9 @@ class WorkerPool:
         return ending
 
     def _tell_begins(self, run: Run, worker: str) -> None:
-        task = run.task
-        self.services.log.debug("task %s (%s) begins, attempt %d", task.id, task.type, task.attempt)
+        task, log = run.task, self.services.log
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("task %s (%s) begins, attempt %d", task.id, task.type, task.attempt)
         if self.hooks.started:
             self.services.consequences.begun(task)
         if task.timeout is not None:
