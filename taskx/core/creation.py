@@ -29,7 +29,7 @@ from taskx.core.model import (
 )
 from taskx.core.options import CHECKS, OnParentFailure, check_time, checked, one_of
 from taskx.core.record import MAX_MESSAGE, check_progress, policy_to_text
-from taskx.core.tags import check_tags, labels_to_text
+from taskx.core.tags import check_flow, check_tags, labels_to_text
 from taskx.core.writes import Insert
 
 #: Longest error or traceback that a user can write by hand, in characters.
@@ -95,10 +95,14 @@ def _between_tasks(task: Task) -> dict[str, Any]:
     if task.depends_on and (parents := check_parents(task.depends_on, task.id)):
         said.update(depends_on=parents, on_parent_failure=task.on_parent_failure)
     if task.tags or task.flow:
-        said["tags"] = labels_to_text(task.tags, task.flow)
+        said["tags"] = labels_to_text(check_tags(task.tags), _checked_flow(task))
     if task.concurrency_key is not None:
         said["concurrency_key"] = check_key(task.concurrency_key, "concurrency_key")
     return said
+
+
+def _checked_flow(task: Task) -> str:
+    return check_flow(task.flow) if task.flow else ""
 
 
 def check_parents(parents: Any, task_id: str = "") -> list[str]:
@@ -134,6 +138,7 @@ def storable(task: Task) -> Task:
         **checked(task, _BY_HAND),
         duration=check_number(task.duration, "duration"),
         tags=check_tags(task.tags),
+        flow=_checked_flow(task),
         status=check_status(task.status),
         progress=progress,
         message=message,

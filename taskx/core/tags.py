@@ -73,15 +73,9 @@ def check_flow(value: Any, what: str = "flow") -> str:
     return value
 
 
-def labels_to_text(tags: Any, flow: str = "") -> str | None:
-    """Return the labels of a task as JSON text; None if it has neither tags nor a flow.
-
-    Raises:
-        ConfigurationError: a value is not valid.
-    """
-    labels = [*check_tags(tags)] if tags else []
-    if flow:
-        labels.append(FLOW + check_flow(flow))
+def labels_to_text(tags: Iterable[str], flow: str = "") -> str | None:
+    """Return the labels of a task as JSON text; None if it has neither tags nor a flow."""
+    labels = [*tags, *([FLOW + flow] if flow else [])]
     return payload.encode(labels, "tags", max_size=payload.NO_LIMIT) if labels else None
 
 
@@ -119,4 +113,4 @@ def with_more(text: str | None, more: Iterable[str]) -> str | None:
         ConfigurationError: there are more than 20 then.
     """
     tags, flow = split(labels_of(text))
-    return labels_to_text((*tags, *more), flow)
+    return labels_to_text(check_tags((*tags, *more)), flow)

@@ -67,6 +67,8 @@ class RepositoryContract(Contract):
             "max_attempts": 4,
             "max_crashes": 2,
             "retry": RetryPolicy(4, backoff="linear", retry_on=(OSError,)),
+            "tags": ("red", "größe"),
+            "flow": "f",
         }
         told: dict[str, Any] = {
             "error": "Timeout: no answer",

@@ -612,7 +612,7 @@ class PrimitivesContract(Contract):
         assert found == [[], [], ["a"]]
 
     def test_flows_come_in_the_reverse_order_of_their_ids(self, repository: Repository) -> None:
-        self.skip_if("flow" not in repository.conditions, "does not filter by flow")
+        self.skip_if(not self.keeps_every_field, "keeps no tags")
         assert list(repository.flows("", 5)) == []
         for task_id, flow in zip("abcde", ("f2", "f1", "f3", "f2", ""), strict=True):
             self.add(repository, task_id, tags=labels_to_text(["x", "z"], flow))
@@ -621,10 +621,9 @@ class PrimitivesContract(Contract):
         for before, expected in {"": every, "f4": every, "f3": every[1:], "f1": []}.items():
             for limit in range(1, 5):
                 assert list(repository.flows(before, limit)) == expected[:limit]
-        assert repository.count_by_status(TaskFilter(flow="f2"), 5) == {
-            "pending": 1,
-            "completed": 1,
-        }
+        if "flow" in repository.conditions:
+            counts = self.by_status(repository, TaskFilter(flow="f2"), 5)
+            assert counts == {"pending": 1, "completed": 1}
         self.change(repository, "c", tags=labels_to_text(["x"]))
         self.apply(repository, Delete("b", {}))
         assert list(repository.flows("", 5)) == ["f2"]

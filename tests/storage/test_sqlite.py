@@ -6,6 +6,7 @@ import ctypes
 import itertools
 import json
 import os
+import random
 import shutil
 import signal
 import sqlite3
@@ -620,6 +621,33 @@ class TestStatements:
             ({"tag": "a", "parent": "8"}, ""),
         ]:
             assert repository._rarest(TaskFilter(**fields)) == by, fields
+
+    def test_the_table_of_tags_has_the_tags_of_all_tasks_and_no_others(self, repository, connect):
+        """Whatever happens to the tasks: a random, but always the same history."""
+        chance = random.Random(1)
+        some = lambda: chance.sample("abc", chance.randrange(4))  # noqa: E731
+        tagged = {}
+        for n in range(300):
+            task_id = str(chance.randrange(20))
+            if task_id not in tagged:
+                tagged[task_id] = some()
+                flow = "f" if n % 5 == 0 else ""
+                repository.create(task(task_id, tags=tagged[task_id], flow=flow))
+            elif n % 3:
+                found = repository.get_by_id(task_id)
+                found.tags = tagged[task_id] = some()
+                repository.update(found)
+            else:
+                repository.delete(task_id)
+                del tagged[task_id]
+        for tag in "abc":
+            expected = {task_id for task_id, tags in tagged.items() if tag in tags}
+            assert {t.id for t in repository.list(TaskFilter(tag=tag))} == expected
+        stored = connect().execute(
+            "SELECT value, created_at, seq FROM tasks, json_each(tasks.tags) WHERE tags IS NOT NULL"
+        )
+        table = connect().execute("SELECT * FROM tagged")
+        assert sorted(table.fetchall()) == sorted(stored.fetchall())
 
     @pytest.mark.parametrize("damaged", ["", "[", '"a"', "7", "[1]", "{}", "[[1]]"])
     def test_damaged_tags_prevent_neither_a_change_nor_a_delete(self, repository, connect, damaged):

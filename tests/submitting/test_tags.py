@@ -79,6 +79,12 @@ class TestValues:
                 submit()
         assert queue.count_tasks() == 0
 
+    @pytest.mark.parametrize("flow", [7, "a b", "x" * (MAX_TAG + 1)])
+    def test_a_task_of_what_is_no_flow_is_refused(self, queue, flow):
+        with pytest.raises(ConfigurationError, match="flow must be the id of a flow"):
+            queue.submit(Task(type="t", flow=flow))
+        assert queue.count_tasks() == 0
+
     @pytest.mark.every_store
     def test_the_longest_and_the_most_tags_are_accepted(self, queue):
         tags = [str(n).rjust(MAX_TAG, "x") for n in range(MAX_TAGS)]
