@@ -19,6 +19,7 @@ from taskx.core.errors import (
     ConfigurationError,
     DuplicateTask,
     InvalidTransition,
+    NodeNotFound,
     PayloadError,
     QueueFull,
     QueueStopped,
@@ -53,6 +54,7 @@ from taskx.inspecting.nodes import NodeInfo, RunningTask
 from taskx.inspecting.places import Place
 from taskx.inspecting.stats import Percentiles, Stats, TypeStats
 from taskx.queue import Queue, run
+from taskx.running.threads import ThreadStack
 from taskx.schedules.schedule import Schedule, Tick, tick_of
 from taskx.storage.eight import TaskRepository
 from taskx.storage.memory import MemoryRepository
@@ -95,6 +97,7 @@ __all__ = [
     "Middleware",
     "MongoRepository",
     "NodeInfo",
+    "NodeNotFound",
     "Paused",
     "PayloadError",
     "Percentiles",
@@ -131,6 +134,7 @@ __all__ = [
     "TaskRepository",
     "TaskStatus",
     "TaskxError",
+    "ThreadStack",
     "Tick",
     "Tuned",
     "TunedType",

@@ -63,6 +63,7 @@ from taskx.inspecting.reasons import why
 from taskx.inspecting.stats import Stats, stats
 from taskx.moving import Services
 from taskx.running.pool import State, WorkerPool
+from taskx.running.threads import ThreadStack
 from taskx.schedules.schedule import Schedule, Schedules
 from taskx.schedules.stored import Overlap, make_entry
 from taskx.storage import queries
@@ -74,7 +75,7 @@ from taskx.submitting.intake import Intake, task_of
 from taskx.submitting.layers import layered
 from taskx.submitting.mapping import Results, ahead
 from taskx.submitting.operations import Operations, check_deliberate, dead
-from taskx.upkeep import foreground, tuning
+from taskx.upkeep import foreground, requests, tuning
 from taskx.upkeep.following import follow
 from taskx.upkeep.node import Lifetime, LocalNode
 from taskx.upkeep.retention import prune_all
@@ -862,6 +863,44 @@ class Queue:
             RepositoryError: the repository cannot be read.
         """
         return nodes(self._services, self._engine)
+
+    def stacks(
+        self, node_id: str | None = None, *, timeout: float | timedelta = 5.0
+    ) -> list[ThreadStack]:
+        """Return what the threads of a process do, with their stacks.
+
+        The threads that run tasks come first. At most 200 threads are returned, and at most some 4,000
+        characters of each stack.
+
+        Args:
+            node_id: the id of a node, from :meth:`nodes`; None for this process. A node of another process
+                is asked through the repository, and answers within about a second.
+            timeout: seconds to wait for the answer.
+
+        Raises:
+            NodeNotFound: no live node has this id.
+            TimeoutError: the node did not answer in time.
+            ConfigurationError: the repository has only the eight methods, and a node was named.
+            RepositoryError: the repository failed.
+        """
+        return requests.stacks(self._services, node_id, timeout)
+
+    def stop_node(self, node_id: str) -> None:
+        """Ask a node to stop, in this or another process, and return at once.
+
+        The node gets the request within about a second. It then takes no more tasks, and its running tasks
+        can go on as after :meth:`stop` with 30 seconds. A program that :func:`taskx.run` or a supervisor
+        runs ends as after SIGTERM. In other programs only the queue stops.
+
+        Args:
+            node_id: the id of the node, from :meth:`nodes`.
+
+        Raises:
+            NodeNotFound: no live node has this id.
+            ConfigurationError: the repository has only the eight methods.
+            RepositoryError: the repository failed.
+        """
+        requests.stop_node(self._services, node_id)
 
     def changes(self, at_most: int = 100) -> list[Change]:
         """Return the newest entries of the log of changes, the newest first.

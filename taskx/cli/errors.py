@@ -15,6 +15,7 @@ from taskx.core.errors import (
     ConfigurationError,
     DuplicateTask,
     InvalidTransition,
+    NodeNotFound,
     PayloadError,
     QueueFull,
     QueueStopped,
@@ -30,7 +31,7 @@ OK, FAILED, USAGE, NOT_FOUND, CONFLICT, AWAY = range(6)
 RECYCLE, INTERRUPTED, CLOSED = 75, 130, 141
 
 _CODES: tuple[tuple[tuple[type[TaskxError], ...], int], ...] = (
-    ((TaskNotFound, ScheduleNotFound), NOT_FOUND),
+    ((TaskNotFound, ScheduleNotFound, NodeNotFound), NOT_FOUND),
     ((DuplicateTask, InvalidTransition, QueueFull, QueueStopped), CONFLICT),
     ((RepositoryError,), AWAY),
     ((ConfigurationError, PayloadError, UnknownTaskType), USAGE),

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import attrs
 
+from taskx.core.ids import new_id
 from taskx.core.model import check_key
 from taskx.core.overrides import Overrides, from_text
 from taskx.core.writes import Note
@@ -20,7 +21,10 @@ from taskx.storage.base import Repository
 
 _PAUSE = "pause"
 _OVERRIDES = "pause.overrides"
-_REQUEST = "pause.request/"
+#: The prefix of the names of requests.
+REQUEST = "pause.request/"
+#: The kinds of requests.
+STACKS, STOP = "stacks", "stop"
 
 
 @attrs.frozen
@@ -60,7 +64,7 @@ class Request(NamedTuple):
     @property
     def name(self) -> str:
         """The name of its note."""
-        return f"{_REQUEST}{self.node}/{self.id}"
+        return f"{REQUEST}{self.node}/{self.id}"
 
 
 class Controls:
@@ -131,6 +135,19 @@ class Controls:
             text = wanted.to_text() if wanted else None
             done = self._repository.put_note(_OVERRIDES, text, note.version if note else 0)
 
+    # --- requests
+
+    def request(self, node: str, what: str) -> Request:
+        """Ask a node for something."""
+        request = Request(node, new_id(), what, Note(what, 0))
+        self._repository.put_note(request.name, what, 0)
+        return request
+
+    def withdraw(self, request: Request) -> None:
+        """Take a request back, if the node has not taken it yet."""
+        if note := self._read_note(request.name):
+            self._repository.put_note(request.name, None, note.version)
+
     def _read_note(self, name: str) -> Note | None:
         return self._repository.notes(name).get(name)
 
@@ -148,7 +165,7 @@ def _paused(notes: Mapping[str, Note]) -> Paused:
 def _requests(notes: Mapping[str, Note]) -> list[Request]:
     found = []
     for name, note in notes.items():
-        if name.startswith(_REQUEST):
-            node, _, request = name.removeprefix(_REQUEST).partition("/")
+        if name.startswith(REQUEST):
+            node, _, request = name.removeprefix(REQUEST).partition("/")
             found.append(Request(node, request, note.text, note))
     return found

@@ -8,6 +8,7 @@
     ├── UnknownTaskType (LookupError)     the type has no executor and was not declared
     ├── TaskNotFound (LookupError)        no task has this id
     ├── ScheduleNotFound (LookupError)    no schedule has this name
+    ├── NodeNotFound (LookupError)        no live node has this id
     ├── DuplicateTask                     another task has this id or holds this unique key
     ├── InvalidTransition                 the task's status does not allow the change
     ├── QueueFull                         the buffer has no room
@@ -85,6 +86,17 @@ class ScheduleNotFound(TaskxError, LookupError):
 
     def __str__(self) -> str:
         return f"no schedule named {self.name!r} in the repository"
+
+
+class NodeNotFound(TaskxError, LookupError):
+    """No node with the given id is alive."""
+
+    def __init__(self, node_id: str) -> None:
+        super().__init__(node_id)
+        self.node_id = node_id
+
+    def __str__(self) -> str:
+        return f"no live node with id {self.node_id!r} on the repository"
 
 
 class DuplicateTask(TaskxError):

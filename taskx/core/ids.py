@@ -36,6 +36,14 @@ def new_id() -> str:
         return f"{_prefix}{_low:012x}"
 
 
+def made_at(id: str) -> int:
+    """Return the time at which an id of :func:`new_id` was made, in milliseconds; 0 if it is no such id."""
+    try:
+        return int(id.replace("-", "")[:12], 16)
+    except ValueError:
+        return 0
+
+
 def _renew_after_fork() -> None:
     global _last, _lock
     _lock = threading.RLock()

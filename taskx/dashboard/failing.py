@@ -14,6 +14,7 @@ _log = logging.getLogger("taskx")
 _STATUSES: tuple[tuple[type[Exception], int], ...] = (
     (errors.TaskNotFound, 404),
     (errors.ScheduleNotFound, 404),
+    (errors.NodeNotFound, 404),
     (errors.InvalidTransition, 409),
     (errors.DuplicateTask, 409),
     (errors.PayloadError, 400),

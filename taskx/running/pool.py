@@ -106,6 +106,8 @@ class WorkerPool:
         self.outdated: SchemaMismatch | None = None
         #: Called with that error to end the node.
         self.retire = retire
+        #: Called when another process asks this node to stop.
+        self.asked_to_stop: Callable[[], object] = lambda: None
         self._complaint = Complaint(services.log)
         self._counting = threading.Lock()
         self._quiet = Bell()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import _thread
 import threading
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -169,15 +169,25 @@ def stack_of_task(task_id: str, node: str) -> str:
 
     The thread is found by the frame that calls the executor, so that tasks need not note their threads.
     """
-    call = runner.Runner.run.__code__
     for top in top_frames().values():
-        inner: list[tuple[FrameType, int]] = []
-        for frame, line in traceback.walk_stack(top):
-            run = frame.f_locals.get("run") if frame.f_code is call else None
-            if isinstance(run, Run) and (run.task.id, run.task.owner) == (task_id, node):
-                return _shown(traceback.StackSummary.extract(reversed(inner)))
-            inner.append((frame, line))
+        for run, frames in executed(top):
+            if (run.task.id, run.task.owner) == (task_id, node):
+                return _shown(traceback.StackSummary.extract(reversed(frames)))
     return ""
+
+
+def executed(top: FrameType) -> Iterator[tuple[Run, list[tuple[FrameType, int]]]]:
+    """Yield the runs that a thread executes, one inside the other, the innermost first.
+
+    Each comes with the frames of the thread from its executor on, the innermost first.
+    """
+    call = runner.Runner.run.__code__
+    inner: list[tuple[FrameType, int]] = []
+    for frame, line in traceback.walk_stack(top):
+        run = frame.f_locals.get("run") if frame.f_code is call else None
+        if isinstance(run, Run):
+            yield run, [*inner]
+        inner.append((frame, line))
 
 
 def _shown(stack: list[Any]) -> str:

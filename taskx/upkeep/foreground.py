@@ -74,6 +74,11 @@ class Signals:
         self.caught.append(number)
         self._woken.set()
 
+    def note_request(self) -> None:
+        """Note a request of another process to stop, as the first SIGTERM; it is never a second signal."""
+        if not self.caught:
+            self.note(signal.SIGTERM)
+
     def __exit__(
         self,
         kind: type[BaseException] | None,
@@ -107,6 +112,8 @@ def run(
     with signals or Signals() as signals:
         starts: list[_Call] = []
         try:
+            for life in lives:
+                life.on_stop_request = signals.note_request
             starts.extend(signals.call(life.start) for life in lives)
             return _run(lives, starts, seconds, signals)
         except BaseException:

@@ -21,6 +21,7 @@ from taskx.storage.queries import Changes
 from taskx.upkeep.expiry import Expiry
 from taskx.upkeep.listening import Listening
 from taskx.upkeep.recovery import Recovery
+from taskx.upkeep.requests import Requests
 from taskx.upkeep.retention import Retention
 
 #: Seconds between polls for changes by other processes, and between writes of progress.
@@ -52,6 +53,7 @@ class Housekeeper:
         self._services = pool.services
         #: Finds dead nodes.
         self.recovery = Recovery(pool)
+        self._requests = Requests(pool)
         self._audit = Audit(pool)
         self._expiry = Expiry(pool.services)
         self._retention = Retention(pool.services, retention)
@@ -224,6 +226,7 @@ class Housekeeper:
     def _process_changes(self) -> None:
         """Take in the changes of other nodes: controls, new tasks, and requests to cancel."""
         self._pool.refresh_controls()  # first: a task stored after a pause must not start
+        self._requests.process()
         self._agenda.more_stored = True
         self._pool.admission.forget()
         self._services.dependents.refresh()

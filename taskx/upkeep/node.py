@@ -38,7 +38,7 @@ from taskx.upkeep.housekeeper import PATIENCE, Housekeeper
 _POLL = 0.1
 #: Seconds that a stop may take beyond its time-out, if the repository or a hook hangs.
 EXTRA = 1.0
-#: Time-out, in seconds, of the stop of a node whose file another process has migrated.
+#: Time-out, in seconds, of a stop that another process has caused: by a request, or a migration.
 RETIRE_TIMEOUT = 30.0
 #: Seconds that a queue which was not stopped gets at interpreter exit to hand its tasks back.
 EXIT_TIMEOUT = 5.0
@@ -325,6 +325,8 @@ class Lifetime:
         self._changing, self._starting = threading.Lock(), threading.Lock()
         #: The node; None until the queue is started.
         self.node: LocalNode | None = None
+        #: Called in place of a stop when another process asks for one: a program only runs this queue.
+        self.on_stop_request: Callable[[], object] | None = None
         _lives.add(self)
 
     def forget(self) -> None:
@@ -360,6 +362,7 @@ class Lifetime:
                 self.node.engine.begun.set()  # an interrupt may have stopped start() before this step
                 return
             node = self.node_class(self._services, self.config, self._ended)
+            node.engine.asked_to_stop = self._asked_to_stop
             try:
                 node.join()
                 node.begin()
@@ -416,6 +419,16 @@ class Lifetime:
             self.node.engine.stopping = True
             self.node.engine.buffer.close()
             self.node.engine.fire_all(CancelReason.STOP)
+
+    def _asked_to_stop(self) -> None:
+        """Do what another process has asked for: stop the queue, or the program that only runs queues."""
+        self.log.info("another process asks this queue to stop")
+        if self.on_stop_request is not None:
+            self.on_stop_request()
+            return
+        stop = partial(self.stop, RETIRE_TIMEOUT, cancel=False)
+        with suppress(RuntimeError):  # the interpreter is shutting down, which stops the node
+            threading.Thread(target=stop, name="taskx-stop", daemon=True).start()
 
     def wait_for_hooks(self, timeout: float) -> None:
         """Wait until hooks have been told everything; log a warning if they were not in time."""

@@ -1,0 +1,109 @@
+"""Requests to nodes: a process asks a node of another one to do something.
+
+A request is one of the notes that every node reads with the pauses. The node removes it before it does what
+it was asked for. An answer is a note, too, which the asking process removes.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import suppress
+from datetime import timedelta
+
+from taskx.common.controls import REQUEST, STACKS, STOP, Request
+from taskx.core.checks import check_number
+from taskx.core.errors import NodeNotFound, RepositoryError
+from taskx.core.ids import made_at
+from taskx.core.model import check_key
+from taskx.core.writes import Note
+from taskx.moving import Services
+from taskx.running.pool import WorkerPool
+from taskx.running.threads import ThreadStack, from_json, stacks_here, to_json
+
+_ANSWER = "answer/"
+# Polling interval, in seconds, of a thread that waits for an answer.
+_POLL = 0.05
+#: Seconds after which requests and answers that their processes left behind are removed.
+LEFT_BEHIND = 600.0
+
+
+class Requests:
+    """Does what other processes ask a node for.
+
+    Args:
+        pool: the worker pool of the node.
+    """
+
+    def __init__(self, pool: WorkerPool) -> None:
+        self._pool = pool
+        self._services = pool.services
+
+    def process(self) -> None:
+        """Do what the requests ask for that were found at the last refresh."""
+        for request in self._services.controls.requests:
+            if request.node == self._pool.node.id:
+                self._process(request)
+
+    def _process(self, request: Request) -> None:
+        repository = self._services.repository
+        # First: a request that was withdrawn, or done in an earlier round, must not be answered.
+        if not repository.put_note(request.name, None, request.note.version):
+            return
+        if request.what == STOP:
+            self._pool.asked_to_stop()
+        elif request.what == STACKS:
+            text = json.dumps(to_json(stacks_here()), ensure_ascii=True)
+            repository.put_note(_ANSWER + request.id, text, 0)
+
+
+def stop_node(services: Services, node: str) -> None:
+    """Do the work of :meth:`Queue.stop_node`."""
+    _ask(services, node, STOP)
+
+
+def stacks(services: Services, node: str | None, timeout: float | timedelta) -> list[ThreadStack]:
+    """Do the work of :meth:`Queue.stacks`."""
+    seconds = check_number(timeout, "timeout")
+    if node is None or services.repository.liveness.has(node):
+        return stacks_here()
+    request = _ask(services, node, STACKS)
+    try:
+        note = _wait_for_answer(services, request, seconds)
+    except BaseException:
+        with suppress(RepositoryError):  # a later request removes it
+            services.controls.withdraw(request)
+        raise
+    with suppress(RepositoryError):
+        services.repository.put_note(_ANSWER + request.id, None, note.version)
+    return from_json(json.loads(note.text))
+
+
+def _wait_for_answer(services: Services, request: Request, seconds: float) -> Note:
+    deadline, name = time.monotonic() + seconds, _ANSWER + request.id
+    while (note := services.repository.notes(name).get(name)) is None:
+        if time.monotonic() >= deadline:
+            raise TimeoutError(
+                f"node {request.node} has not answered within {seconds:g} s: its process may be stopped, "
+                "or too busy"
+            )
+        time.sleep(_POLL)
+    return note
+
+
+def _ask(services: Services, node: str, what: str) -> Request:
+    services.repository.require("requests to nodes")
+    check_key(node, "node_id")
+    if not any(one.id == node and one.alive is not False for one in services.repository.nodes()):
+        raise NodeNotFound(node)
+    _remove_left_behind(services)
+    return services.controls.request(node, what)
+
+
+def _remove_left_behind(services: Services) -> None:
+    """Remove the requests and answers of processes that died or did not wait."""
+    repository, before = services.repository, (time.time() - LEFT_BEHIND) * 1000
+    for prefix in (REQUEST, _ANSWER):
+        for name, note in repository.notes(prefix).items():
+            if made_at(name.rpartition("/")[2]) < before:
+                repository.put_note(name, None, note.version)
