@@ -408,7 +408,7 @@ class TaskFilter:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """What the column ``tags`` of a matching task contains: see ``taskx.core.tags``."""
+        """The items that a matching task must have in its column ``tags``: see ``taskx.core.tags``."""
         labels = self.tag or ()
         return labels if self.flow is None else (*labels, FLOW + self.flow)
 
