@@ -97,6 +97,7 @@ CHINESE: Mapping[str, str] = {
     "Fields of the filter": "筛选字段",
     "{total} tasks": "{total} 个任务",
     "Only tasks since {time} were searched.": "只搜索了 {time} 以来的任务。",
+    "Search all tasks": "搜索全部任务",
     "Select the page": "选择本页",
     "Select {id}": "选择 {id}",
     "Status": "状态",

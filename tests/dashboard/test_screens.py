@@ -138,6 +138,21 @@ def test_completion_adds_terms_to_the_line(browser, queue):
     assert '<option value="type:email type:' not in text
 
 
+@pytest.mark.every_store
+def test_a_search_without_an_index_looks_at_the_newest_tasks_first(browser, queue, monkeypatch):
+    monkeypatch.setattr(tasks, "MOST_SEARCHED", 2)
+    old = queue.submit("report", created_by="ann").id
+    asked = datetime.now(timezone.utc)
+    eventually(lambda: datetime.now(timezone.utc) - asked > timedelta(milliseconds=2))
+    new = [queue.submit("report", created_by="ann").id for _ in range(3)]
+    newest = browser.get("/tasks?q=by:ann")
+    assert "Only tasks since" in newest.text
+    assert old not in rows(newest)
+    assert rows(newest) == new[::-1]
+    assert rows(browser.get("/tasks?q=by:ann&all=1")) == [*new[::-1], old]
+    assert rows(browser.get("/tasks?q=by:ann+status:pending")) == [*new[::-1], old]
+
+
 def test_a_wrong_filter_line_is_kept_and_explained(browser):
     answer = browser.get("/tasks", query_string={"q": "tipe:email"})
     assert answer.status_code == 400

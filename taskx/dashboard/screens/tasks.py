@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from datetime import datetime
 from typing import Any
 
 import attrs
@@ -25,6 +26,10 @@ from taskx.submitting.bulk import Bulk
 ROWS = 50
 #: The largest total that is counted.
 MOST_COUNTED = 10_000
+#: Conditions without an index: only the newest tasks are searched for them, unless the user asks for all.
+UNINDEXED = frozenset({"created_by", "error", "error_type", "id_prefix", "params"})
+#: The number of tasks that are searched.
+MOST_SEARCHED = 50_000
 # Pages that can be gone back one by one. Their places are in the URL.
 _TRAIL = 12
 
@@ -49,8 +54,11 @@ def show(request: Request) -> Page:
     values: dict[str, Any] = {"line": line, "fields": FIELDS, "trail": trail, "wrong": ""}
     try:
         wanted = read_filter(request, line)
+        since = None if "all" in request.args else _searched_since(request.queue, wanted)
         page = request.queue.list_tasks(
-            attrs.evolve(wanted, limit=ROWS), after=after, at_most=MOST_COUNTED
+            attrs.evolve(wanted, limit=ROWS, start_date=since or wanted.start_date),
+            after=after,
+            at_most=MOST_COUNTED,
         )
     except ConfigurationError as error:
         nothing = {"page": None, "suggestions": (), "wrong": str(error)}
@@ -60,6 +68,8 @@ def show(request: Request) -> Page:
         {
             **values,
             "page": page,
+            "since": since or page.searched_since,
+            "exact": page.exact and since is None,
             "suggestions": [*_suggestions(request, line, page)],
             "newer": _newer(request, line, trail),
             "older": _older(request, line, page, after),
@@ -70,14 +80,26 @@ def show(request: Request) -> Page:
     )
 
 
+def _searched_since(queue: Queue, wanted: TaskFilter) -> datetime | None:
+    """Return the moment since which tasks are searched; None if all of them are."""
+    few = wanted.status not in (
+        None,
+        TaskStatus.COMPLETED,
+    )  # the others have an index by their status
+    if few or wanted.start_date is not None or not wanted.given & UNINDEXED:
+        return None
+    older = queue.list_tasks(offset=MOST_SEARCHED, limit=1, at_most=1).tasks
+    return older[0].created_at if older else None
+
+
 def _newer(request: Request, line: str, trail: list[str]) -> str:
     """Return the URL of the page before; empty on the first one."""
     if not trail:
         return ""
     before = [*request.args.getlist("trail")]
     if not before:
-        return request.link("tasks", q=line)
-    return request.link("tasks", q=line, after=before[0], trail=before[1:])
+        return _page_link(request, q=line)
+    return _page_link(request, q=line, after=before[0], trail=before[1:])
 
 
 def _older(request: Request, line: str, page: TaskPage, after: str | None) -> str:
@@ -85,7 +107,11 @@ def _older(request: Request, line: str, page: TaskPage, after: str | None) -> st
     if page.next is None:
         return ""
     trail = [after, *request.args.getlist("trail")][:_TRAIL] if after else []
-    return request.link("tasks", q=line, after=page.next, trail=trail)
+    return _page_link(request, q=line, after=page.next, trail=trail)
+
+
+def _page_link(request: Request, **values: Any) -> str:
+    return request.link("tasks", **values, all=request.args.get("all"))
 
 
 def _suggestions(request: Request, line: str, page: TaskPage) -> Iterator[str]:
