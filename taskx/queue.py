@@ -70,11 +70,11 @@ from taskx.storage import queries
 from taskx.storage.adapter import EightMethodAdapter
 from taskx.storage.base import Repository
 from taskx.storage.eight import TaskRepository
-from taskx.submitting.bulk import Bulk, OnProgress
+from taskx.submitting.bulk import Bulk, OnProgress, Terms
 from taskx.submitting.intake import Intake, task_of
 from taskx.submitting.layers import layered
 from taskx.submitting.mapping import Results, ahead
-from taskx.submitting.operations import Operations, check_deliberate, dead
+from taskx.submitting.operations import Operations, dead
 from taskx.upkeep import foreground, requests, tuning
 from taskx.upkeep.following import follow
 from taskx.upkeep.node import Lifetime, LocalNode
@@ -1033,7 +1033,8 @@ class Queue:
                 calling process need not stay alive for that. Later calls with the same conditions (dates
                 do not count) and the same rate continue after the last of these tasks.
             dry_run: only count the tasks.
-            at_most: the largest number that a dry run counts, as in :meth:`count_tasks`.
+            at_most: the largest number that a dry run counts, as in :meth:`count_tasks`; only with
+                ``dry_run``.
             on_progress: a function that gets a :class:`Bulk` after each batch. If it raises, no further
                 batch is changed.
 
@@ -1043,9 +1044,8 @@ class Queue:
             RepositoryError: the repository failed; some batches may have been requeued.
         """
         wanted = filter_of(filter, fields, "requeue_all", self._clock)
-        return self._operations.requeue_all(
-            wanted, rate=rate, dry_run=dry_run, at_most=at_most, on_progress=on_progress
-        )
+        terms = Terms(dry_run, at_most, on_progress)
+        return self._operations.requeue_all(wanted, terms, rate=rate)
 
     def requeue_failures(
         self,
@@ -1068,9 +1068,7 @@ class Queue:
         Raises:
             TaskxError: as in :meth:`requeue_all`.
         """
-        return requeue_group(
-            self._operations, group, rate=rate, dry_run=dry_run, on_progress=on_progress
-        )
+        return requeue_group(self._operations, group, Terms(dry_run, None, on_progress), rate)
 
     def cancel_all(
         self,
@@ -1094,10 +1092,8 @@ class Queue:
             RepositoryError: the repository failed; some batches may have been cancelled.
         """
         wanted = filter_of(filter, fields, "cancel_all", self._clock)
-        check_deliberate(wanted, "cancel_all", everything=everything)
-        return self._operations.cancel_all(
-            wanted, dry_run=dry_run, at_most=at_most, on_progress=on_progress
-        )
+        terms = Terms(dry_run, at_most, on_progress)
+        return self._operations.cancel_all(wanted, terms, everything=everything)
 
     def delete_all(
         self,
@@ -1124,10 +1120,8 @@ class Queue:
             RepositoryError: the repository failed; some batches may have been deleted.
         """
         wanted = filter_of(filter, fields, "delete_all", self._clock)
-        check_deliberate(wanted, "delete_all", everything=everything)
-        return self._operations.delete_all(
-            wanted, dry_run=dry_run, at_most=at_most, on_progress=on_progress
-        )
+        terms = Terms(dry_run, at_most, on_progress)
+        return self._operations.delete_all(wanted, terms, everything=everything)
 
     def delete(self, task_id: str) -> None:
         """Delete the record of a task that is not running.

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import attrs
 
 from taskx.core.clock import LAST, Clock, to_datetime
+from taskx.core.errors import ConfigurationError
 from taskx.core.model import CONDITIONS, Task, TaskFilter
 from taskx.core.rate import Rate
 from taskx.core.writes import Note
@@ -73,12 +74,35 @@ class Bulk:
 OnProgress = Callable[[Bulk], object]
 
 
+@attrs.frozen
+class Terms:
+    """The terms of a bulk change that do not depend on what is changed: see ``Queue.requeue_all``."""
+
+    dry_run: bool = False
+    at_most: int | None = None
+    on_progress: OnProgress | None = None
+
+    def __attrs_post_init__(self) -> None:
+        if self.at_most is not None and not self.dry_run:
+            raise ConfigurationError(
+                "at_most limits the count of a dry run: say dry_run=True, or limit=... to change fewer"
+            )
+        if self.on_progress is not None and not callable(self.on_progress):
+            raise ConfigurationError(
+                f"on_progress must be a function, not {self.on_progress!r:.80}"
+            )
+
+
+#: No further terms: change all tasks, and tell nobody.
+PLAIN = Terms()
+
+
 class Tally:
     """Counts what a bulk change has done, and tells ``on_progress``."""
 
-    def __init__(self, action: Action, on_progress: OnProgress | None = None) -> None:
+    def __init__(self, action: Action, terms: Terms) -> None:
         self.bulk = Bulk(action=action)
-        self._on_progress = on_progress
+        self._on_progress = terms.on_progress
 
     def add(
         self,
@@ -124,7 +148,7 @@ class Selection(ABC):
 
     @abstractmethod
     def of(self, tasks: Mapping[str, Task]) -> set[str]:
-        """Return the ids of those tasks of the selection whose page is still to come."""
+        """Return the ids of those tasks that are in this page or in one that is still to come."""
 
     @abstractmethod
     def passed(self, tasks: Mapping[str, Task], parents: Collection[str]) -> None:
@@ -132,7 +156,7 @@ class Selection(ABC):
 
     @abstractmethod
     def may_have(self, task_id: str) -> bool:
-        """Return False if it is certain, without a read, that a task is not ahead in the selection."""
+        """Return False if it is certain, without a read, that :meth:`of` leaves out a task."""
 
 
 class Given(Selection):
@@ -147,11 +171,11 @@ class Given(Selection):
 
     def pages(self) -> Iterator[dict[str, Task]]:
         while some := [*islice(self._left, BATCH)]:
-            for task_id in some:
-                del self._left[task_id]
             found = self._repository.get_many(some)
             if tasks := {i: found[i] for i in some if i in found and self._wanted(found[i])}:
                 yield tasks
+            for task_id in some:
+                self._left.pop(task_id, None)
 
     def of(self, tasks: Mapping[str, Task]) -> set[str]:
         return {i for i, task in tasks.items() if i in self._left and self._wanted(task)}

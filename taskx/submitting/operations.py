@@ -30,15 +30,16 @@ from taskx.storage.base import Repository
 from taskx.submitting import bulk
 from taskx.submitting.bulk import (
     ANY,
+    PLAIN,
     Action,
     Also,
     Bulk,
     Given,
     Matching,
-    OnProgress,
     Selection,
     Stagger,
     Tally,
+    Terms,
     conditions,
     created_at,
 )
@@ -60,7 +61,7 @@ def dead(filter: TaskFilter) -> TaskFilter:
     return attrs.evolve(filter, status=TaskStatus.FAILED)
 
 
-def check_deliberate(wanted: TaskFilter, what: str, *, everything: bool) -> None:
+def _check_deliberate(wanted: TaskFilter, what: str, *, everything: bool) -> None:
     """Raise ConfigurationError if a filter of all tasks was given by mistake."""
     if not (wanted.given or everything):
         raise ConfigurationError(
@@ -139,41 +140,37 @@ class Operations:
         )
 
     def cancel_all(
-        self,
-        filter: TaskFilter,
-        *,
-        dry_run: bool = False,
-        at_most: int | None = None,
-        on_progress: OnProgress | None = None,
+        self, filter: TaskFilter, terms: Terms = PLAIN, *, everything: bool = False
     ) -> Bulk:
+        _check_deliberate(filter, "cancel_all", everything=everything)
         if filter.status is not None and filter.status.finished:
             raise ConfigurationError(
                 f"cancel_all() cancels pending and running tasks: the filter must not have status "
                 f"{filter.status}"
             )
-        # Most tasks that move meanwhile start, or run again.
+        # A pending task may start before its page is read; a running one may be retried.
         some = (TaskStatus.PENDING, TaskStatus.RUNNING, TaskStatus.PENDING)
         wanted = [
             attrs.evolve(filter, status=status)
             for status in ((filter.status,) if filter.status else some)
         ]
-        if dry_run:
-            return self._counted("cancel", wanted[:2], at_most)
-        tally = Tally("cancel", on_progress)
+        if terms.dry_run:
+            return self._counted("cancel", wanted[:2], terms.at_most)
+        tally = Tally("cancel", terms)
         for selection in self._selections(wanted):
             for tasks in selection.pages():
                 self._cancel_page(tasks, tally)
         return tally.bulk
 
     def _cancel_page(self, tasks: Mapping[str, Task], tally: Tally) -> None:
-        known = [i for i, task in tasks.items() if task.cancel_requested_at is not None]
-        cancelled, asked = self._cancel_some([i for i in tasks if i not in known], tasks)
-        left = len(tasks) - len(known) - len(cancelled) - len(asked)
+        new = [i for i, task in tasks.items() if task.cancel_requested_at is None]
+        cancelled, asked = self._cancel_some(new, tasks)
+        changed = len(cancelled) + len(asked)
         tally.add(
             len(tasks),
-            changed=len(cancelled) + len(asked),
+            changed=changed,
             asked=len(asked),
-            skipped=["asked"] * len(known) + ["changed"] * left,
+            skipped=["asked"] * (len(tasks) - len(new)) + ["changed"] * (len(new) - changed),
             reached=[*tasks.values()][-1].created_at,
         )
 
@@ -206,18 +203,14 @@ class Operations:
             raise lifecycle.not_deleted(self._repository.get_by_id(task_id))
 
     def delete_all(
-        self,
-        filter: TaskFilter,
-        *,
-        dry_run: bool = False,
-        at_most: int | None = None,
-        on_progress: OnProgress | None = None,
+        self, filter: TaskFilter, terms: Terms = PLAIN, *, everything: bool = False
     ) -> Bulk:
+        _check_deliberate(filter, "delete_all", everything=everything)
         if filter.status is TaskStatus.RUNNING:
             raise ConfigurationError("delete_all() deletes no running tasks: cancel them first")
-        if dry_run:
-            return self._counted("delete", [filter], at_most)
-        tally = Tally("delete", on_progress)
+        if terms.dry_run:
+            return self._counted("delete", [filter], terms.at_most)
+        tally = Tally("delete", terms)
         for selection in self._selections([filter]):
             for tasks in selection.pages():
                 self._delete_page(tasks, tally)
@@ -295,28 +288,19 @@ class Operations:
         return done.changed + done.more
 
     def requeue_given(
-        self,
-        task_ids: Iterable[str],
-        *,
-        rate: Any = None,
-        dry_run: bool = False,
-        on_progress: OnProgress | None = None,
+        self, task_ids: Iterable[str], terms: Terms = PLAIN, *, rate: Any = None
     ) -> Bulk:
         """Requeue the tasks with these ids that failed or were cancelled."""
-        selection = Given(self._repository, task_ids, _requeueable)
-        if dry_run:
+        selection, stagger = (
+            Given(self._repository, task_ids, _requeueable),
+            self._stagger(rate, ""),
+        )
+        if terms.dry_run:
             return Bulk(action="requeue", dry_run=True, matched=sum(map(len, selection.pages())))
-        return self._requeue_selections([selection], on_progress, self._stagger(rate, ""))
+        return self._requeue_selections([selection], terms, stagger)
 
     def requeue_all(
-        self,
-        filter: TaskFilter,
-        *,
-        also: Also = ANY,
-        rate: Any = None,
-        dry_run: bool = False,
-        at_most: int | None = None,
-        on_progress: OnProgress | None = None,
+        self, filter: TaskFilter, terms: Terms = PLAIN, *, also: Also = ANY, rate: Any = None
     ) -> Bulk:
         if filter.status is not None and filter.status.value not in REQUEUEABLE:
             raise ConfigurationError(
@@ -325,10 +309,9 @@ class Operations:
             )
         wanted = [attrs.evolve(filter, status=filter.status or TaskStatus.FAILED)]
         stagger = self._stagger(rate, (conditions(wanted[0]), also.name))
-        if dry_run:
-            return self._counted("requeue", wanted, at_most, also)
-        selections = self._selections(wanted, also)
-        return self._requeue_selections(selections, on_progress, stagger)
+        if terms.dry_run:
+            return self._counted("requeue", wanted, terms.at_most, also)
+        return self._requeue_selections(self._selections(wanted, also), terms, stagger)
 
     def _stagger(self, rate: Any, what: object) -> Stagger | None:
         allowed = rate_of(rate, None)
@@ -337,13 +320,10 @@ class Operations:
         return Stagger(self._repository, self._services.clock, allowed, what)
 
     def _requeue_selections(
-        self,
-        selections: Iterable[Selection],
-        on_progress: OnProgress | None,
-        stagger: Stagger | None,
+        self, selections: Iterable[Selection], terms: Terms, stagger: Stagger | None
     ) -> Bulk:
         self._refuse_if_stopped()
-        tally = Tally("requeue", on_progress)
+        tally = Tally("requeue", terms)
         for selection in selections:
             for page in selection.pages():
                 self._requeue_page(page, selection, tally, stagger)
@@ -365,7 +345,7 @@ class Operations:
         while parts:
             tasks = parts.pop()
             family = self._family(tasks, selection)
-            if len(family.tasks) > WHOLE and len(tasks) > 1:
+            if family.cut_short:
                 items, half = [*tasks.items()], len(tasks) // 2
                 parts += [dict(items[half:]), dict(items[:half])]
                 continue
@@ -390,33 +370,44 @@ class Operations:
         """Return these tasks, with those that must be requeued with them.
 
         These are all tasks that ended because of them, directly or through other tasks, and the parents in
-        the selection, for which they wait.
+        the selection, for which they wait. Of several tasks, the search is cut short if it finds too many.
         """
-        family = _Family()
-        family.own.update(tasks)
+        family = _Family(own=set(tasks))
         new: Mapping[str, Task] = tasks
         while new:
             family.tasks.update(new)
-            ahead = {parent for task in new.values() for parent in task.depends_on}
-            known = self._found([i for i in ahead - family.tasks.keys() if selection.may_have(i)])
-            own = selection.of(known)
-            parents = {task_id: known[task_id] for task_id in own}
-            pairs = _families(self._repository, new)
-            family.parents.update(parent for parent, _ in pairs)
-            more = [*{child for _, child in pairs} - family.tasks.keys()]
-            orphans = {
-                task_id: child
-                for task_id, child in self._found(more).items()
-                if lifecycle.ended_with(child, new)
-            }
-            family.own |= own | selection.of(orphans)
+            parents = self._parents(new, family, selection)
+            orphans = self._orphans(new, family)
+            family.own |= parents.keys() | selection.of(orphans)
             new = {**parents, **orphans}
+            family.cut_short = len(tasks) > 1 and len(family.tasks) + len(new) > WHOLE
+            if family.cut_short:
+                break
         return family
 
-    def _found(self, task_ids: Sequence[str]) -> dict[str, Task]:
+    def _parents(
+        self, tasks: Mapping[str, Task], family: _Family, selection: Selection
+    ) -> dict[str, Task]:
+        """Return the parents of these tasks that the selection would requeue later."""
+        parents = {parent for task in tasks.values() for parent in task.depends_on}
+        some = [i for i in parents - family.tasks.keys() if selection.may_have(i)]
         found: dict[str, Task] = {}
-        for start in range(0, len(task_ids), bulk.BATCH):
-            found.update(self._repository.get_many(task_ids[start : start + bulk.BATCH]))
+        for start in range(0, len(some), bulk.BATCH):
+            read = self._repository.get_many(some[start : start + bulk.BATCH])
+            found.update((task_id, read[task_id]) for task_id in selection.of(read))
+        return found
+
+    def _orphans(self, tasks: Mapping[str, Task], family: _Family) -> dict[str, Task]:
+        """Return the tasks that ended because of these."""
+        pairs = _families(self._repository, tasks)
+        family.parents.update(parent for parent, _ in pairs)
+        some = [*{child for _, child in pairs} - family.tasks.keys()]
+        found: dict[str, Task] = {}
+        for start in range(0, len(some), bulk.BATCH):
+            read = self._repository.get_many(some[start : start + bulk.BATCH])
+            found.update((i, task) for i, task in read.items() if lifecycle.ended_with(task, tasks))
+            if len(family.own) > 1 and len(found) > WHOLE:
+                break  # the search is cut short anyway
         return found
 
     def _requeue(
@@ -524,6 +515,8 @@ class _Family:
     own: set[str] = attrs.field(factory=set)
     #: The ids of those that other tasks depend on.
     parents: set[str] = attrs.field(factory=set)
+    #: True if some of the tasks are missing, because they are too many.
+    cut_short: bool = False
 
     def in_order(self) -> list[Task]:
         """Return the tasks with parents before their children."""

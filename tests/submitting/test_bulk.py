@@ -24,6 +24,7 @@ from taskx import (
     chain,
     group,
 )
+from taskx.core.writes import Update
 
 ALL = ("requeue_all", "cancel_all", "delete_all")
 
@@ -204,8 +205,9 @@ class TestFamilies:
 
     @pytest.mark.parametrize("batch", [1, 3, 200])
     @pytest.mark.parametrize("whole", [2, 1000])
+    @pytest.mark.parametrize("limit", [{}, {"limit": 100}])
     def test_children_wait_for_parents_of_the_same_filter(
-        self, queue, batch, whole, in_batches, monkeypatch
+        self, queue, batch, whole, limit, in_batches, monkeypatch
     ):
         in_batches(operations=batch)
         monkeypatch.setattr("taskx.submitting.operations.WHOLE", whole)
@@ -222,7 +224,7 @@ class TestFamilies:
         )
         assert queue.drain(PATIENCE)
         queue.mended = True
-        bulk = queue.requeue_all()
+        bulk = queue.requeue_all(**limit)
         assert (bulk.matched, bulk.changed, bulk.more) == (6, 6, 0)
         assert queue.drain(PATIENCE)
         assert sorted(queue.ran) == [0, 1, 2, 3, 4, 5]
@@ -255,6 +257,26 @@ class TestFamilies:
         fail(queue, parent.id)
         assert queue.requeue_all().more == 0
         assert child.task().status == "cancelled"
+
+
+@pytest.mark.every_store
+@pytest.mark.parametrize("limit", [{}, {"limit": 9}])
+def test_large_families_are_requeued_one_after_the_other(make_queue, monkeypatch, limit):
+    """Each one in a transaction of its own, so that a crash leaves no part of one."""
+    monkeypatch.setattr("taskx.submitting.operations.WHOLE", 6)
+    queue = make_queue()
+    queue.declare("t")
+    for parent in "abcd":
+        queue.submit("t", id=parent)
+        children = queue.submit_many(Task(type="t", depends_on=[parent]) for _ in range(5))
+        fail(queue, parent)
+        ended = {"status": "cancelled", "error": f"its parent {parent} failed", "waiting_on": None}
+        assert all(queue.repository.apply([Update(child.id, {}, ended) for child in children]))
+    queue.repository.batches.clear()
+    bulk = queue.requeue_all(**limit)
+    assert (bulk.matched, bulk.changed, bulk.more) == (4, 4, 20)
+    assert [len(batch) for batch in queue.repository.batches] == [6, 6, 6, 6]
+    assert counts(queue) == {"pending": 24}
 
 
 class TestRate:
@@ -528,6 +550,15 @@ class TestDeliberate:
     def test_statuses_that_cannot_run_again_are_refused(self, queue):
         with pytest.raises(ConfigurationError, match="must not have status completed"):
             queue.requeue_all(status="completed")
+
+    @pytest.mark.parametrize("method", ALL)
+    def test_a_limit_of_the_count_is_no_limit_of_the_change(self, queue, method):
+        before = statuses(queue)
+        with pytest.raises(ConfigurationError, match=r"at_most.*say dry_run=True, or limit="):
+            getattr(queue, method)(type="a", at_most=2)
+        with pytest.raises(ConfigurationError, match="on_progress must be a function"):
+            getattr(queue, method)(type="a", on_progress="print")
+        assert statuses(queue) == before
 
     @pytest.mark.parametrize("method", ALL)
     def test_a_misspelt_field_is_refused(self, queue, method):

@@ -112,6 +112,35 @@ def test_flows_and_batches_run_whole(queue):
     assert (ran, flow.wait(0)) == ([1, 2, 3, 4], True)
 
 
+def test_tasks_that_are_changed_in_bulk_run_at_once(queue):
+    mended = []
+
+    @queue.executor("once")
+    def once(to="nobody"):
+        if to == "nobody" and not mended:
+            raise ValueError("first")
+
+    first, second, third = (once.submit() for _ in range(3))
+    queue.requeue(first.id, params={"to": "ann"})
+    assert queue.get_task_status(first.id).status is TaskStatus.COMPLETED
+    mended.append(True)
+    [group] = queue.failures(at_most=1)
+    assert queue.requeue_failures(group).changed == 2
+    assert {queue.get_task_status(task.id).status for task in (second, third)} == {"completed"}
+    mended.clear()
+    once.submit()
+    mended.append(True)
+    assert queue.requeue_all(type="once").changed == 1
+    assert queue.count_tasks(status="completed") == 4
+    parent = once.submit()
+    waits = once.using(delay=60).submit()
+    child = once.using(depends_on=[waits], on_parent_failure="run").submit()
+    assert queue.cancel_all(status="pending", limit=2).changed == 2
+    assert (queue.get_task_status(child.id).status, waits.task().status) == ("cancelled",) * 2
+    assert queue.delete_all(everything=True).changed == 7
+    assert parent.id not in [task.id for task in queue.iter_tasks()]
+
+
 def test_a_requeued_or_resumed_task_runs_at_once(queue):
     fails = [True]
 

@@ -38,7 +38,7 @@ def show(bulk: Bulk) -> None:
 def steer() -> None:
     assert_type(queue.requeue_all(type="mail", rate="100/m", on_progress=show), Bulk)
     queue.requeue_all(TaskFilter(error="timed out"), rate=(1, timedelta(seconds=2)), dry_run=True)
-    queue.cancel_all(everything=True, at_most=1000)
+    queue.cancel_all(everything=True, dry_run=True, at_most=1000)
     queue.delete_all(status="completed", older=timedelta(days=30), on_progress=print)
     queue.requeue_all(rate=100)  # type: ignore[arg-type]
     queue.requeue_all(typ="mail")  # type: ignore[call-arg]
