@@ -25,7 +25,9 @@ def main(args: Sequence[str] | None = None) -> None:
         )
         sys.exit(2)
     from taskx.cli.app import make_group
+    from taskx.cli.completion import use_own_bash
     from taskx.cli.output import prepare_streams
 
     prepare_streams()
+    use_own_bash()
     make_group().main(args=args, prog_name="taskx")

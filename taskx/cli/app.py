@@ -13,6 +13,7 @@ from taskx.cli import (
     doctor,
     following,
     listing,
+    nodes,
     scheduling,
     submitting,
     top,
@@ -30,6 +31,7 @@ COMMANDS: tuple[click.Command, ...] = (
     *following.COMMANDS,
     *submitting.COMMANDS,
     *changing.COMMANDS,
+    *nodes.COMMANDS,
     *scheduling.COMMANDS,
     *worker.COMMANDS,
     *doctor.COMMANDS,
@@ -65,7 +67,7 @@ class Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command. Every error is one line on stderr, and an exit code."""
-        with one_line_errors(given(ctx).debug):
+        with one_line_errors(lambda: given(ctx).debug):
             return super().invoke(ctx)
 
     def resolve_command(

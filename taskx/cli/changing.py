@@ -15,7 +15,7 @@ from taskx.cli.completion import complete_filter, complete_ids, complete_types, 
 from taskx.cli.errors import AWAY, FAILED, Failure, Usage, code_of
 from taskx.cli.listing import FILTER_HELP, filter_of
 from taskx.cli.opening import Session, command
-from taskx.cli.output import age, clean
+from taskx.cli.output import age, clean, moment
 from taskx.cli.values import Duration, json_object
 from taskx.core.errors import TaskxError
 from taskx.core.model import TaskFilter, TaskStatus
@@ -55,12 +55,16 @@ def confirm(session: Session, question: str, yes: bool) -> None:
     """
     if yes:
         return
-    if not sys.stdin.isatty():
+    if not _can_ask():
         raise Usage(
             f"{question} Nobody can be asked here: give --yes to do it, or --dry-run to only count"
         )
     if not click.confirm(clean(question), err=True):
         raise Failure("nothing was changed", FAILED)
+
+
+def _can_ask() -> bool:
+    return sys.stdin.isatty()
 
 
 def change_each(
@@ -429,6 +433,7 @@ def prune(session: Session, older: float, status: str | None, yes: bool, dry_run
     if number:
         confirm(session, f"Delete up to {words} that ended longer ago?", yes)
     deleted = session.queue.prune(before, status)
+    session.note("prune", f"{status or 'ended'} before {moment(before)}", {"deleted": deleted})
     _report(session, f"{deleted} deleted", {"deleted": deleted})
 
 
@@ -473,6 +478,7 @@ def pause(session: Session, types: Sequence[str], everything: bool) -> None:
             session.out.say(f"no node and no task has type {type!r}{suggestion(type, known)}")
         session.queue.declare(*([] if type is None else [type]))  # else the log would warn, too
         session.queue.pause(type)
+        session.note("pause", type or "all types")
         _report(session, f"{_shown(type)} paused", {"type": type, "paused": True})
 
 
@@ -495,6 +501,7 @@ def resume(session: Session, types: Sequence[str], everything: bool) -> None:
         if not (before.everything if type is None else type in before.types):
             session.out.say(f"{_shown(type)} {'were' if type is None else 'was'} not paused")
         session.queue.resume(type)
+        session.note("resume", type or "all types")
         _report(session, f"{_shown(type)} resumed", {"type": type, "paused": False})
     after = session.queue.paused
     if after.everything:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 import click
-from click.shell_completion import CompletionItem
+from click.shell_completion import BashComplete, CompletionItem, add_completion_class
 
 from taskx.cli.opening import opened
 from taskx.core.model import TaskStatus
@@ -17,6 +18,9 @@ from taskx.queue import Queue
 MOST = 50
 # Seconds that a completion may read.
 _PATIENCE = 1.0
+
+# Characters that no shell treats in a special way.
+_SAFE = re.compile(r"[\w@%+=:,./-]+")
 
 Completion = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
 
@@ -37,8 +41,8 @@ def _completion(find: Callable[[Queue, str], Iterable[CompletionItem]]) -> Compl
 
 
 def _safe(item: CompletionItem) -> bool:
-    """Return True if a value can be offered: the shells' protocols are lines of text."""
-    return bool(item.value) and str(item.value).isprintable()
+    """Return True if a value can be offered: a shell inserts it as it is."""
+    return _SAFE.fullmatch(item.value) is not None
 
 
 def _ids(queue: Queue, incomplete: str) -> Iterable[CompletionItem]:
@@ -61,6 +65,11 @@ def _schedules(queue: Queue, incomplete: str) -> Iterable[CompletionItem]:
     return (CompletionItem(name) for name in queue.schedules() if name.startswith(incomplete))
 
 
+def _nodes(queue: Queue, incomplete: str) -> Iterable[CompletionItem]:
+    found = (node for node in queue.nodes() if node.id.startswith(incomplete))
+    return (CompletionItem(node.id, help=node.name) for node in found)
+
+
 def complete_filter(
     ctx: click.Context, param: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
@@ -80,9 +89,47 @@ def complete_filter(
         values = [item.value for item in complete_ids(ctx, param, value)]
     else:
         values = []
-    return [CompletionItem(f"{field}:{found}") for found in values if not set(found) & set(' "')]
+    return [CompletionItem(f"{field}:{found}") for found in values]
 
 
 complete_ids = _completion(_ids)
 complete_types = _completion(_types)
 complete_schedules = _completion(_schedules)
+complete_nodes = _completion(_nodes)
+
+
+# --- bash
+
+_BASH = """\
+%(complete_func)s() {
+    local line="${COMP_LINE:0:COMP_POINT}" current="" kind value response
+    local -a words
+    read -ra words <<< "$line"
+    local number=${#words[@]}
+    if [[ $line != *[[:space:]] ]]; then
+        number=$((number - 1))
+        current="${words[number]}"
+    fi
+    response=$(env COMP_WORDS="$line" COMP_CWORD="$number" %(complete_var)s=bash_complete "$1")
+    COMPREPLY=()
+    while IFS=, read -r kind value; do
+        [[ $kind == plain ]] || continue
+        # Bash keeps what is before a colon in the line.
+        [[ $COMP_WORDBREAKS == *:* && $current == *:* ]] && value="${value#"${current%%%%:*}:"}"
+        [[ $value == *[:.] ]] && compopt -o nospace 2> /dev/null
+        COMPREPLY+=("$value")
+    done <<< "$response"
+}
+complete -o nosort -F %(complete_func)s %(prog_name)s
+"""
+
+
+class _Bash(BashComplete):
+    """Completion in bash of words with colons, at which bash begins a new word."""
+
+    source_template = _BASH
+
+
+def use_own_bash() -> None:
+    """Use this module's completion for bash, in the process of the command ``taskx``."""
+    add_completion_class(_Bash)

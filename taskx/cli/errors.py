@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO, Any
 
@@ -64,18 +64,18 @@ def code_of(error: TaskxError) -> int:
 
 
 @contextmanager
-def one_line_errors(debug: bool) -> Iterator[None]:
+def one_line_errors(debug: Callable[[], bool]) -> Iterator[None]:
     """Turn every error inside into a :class:`Failure`.
 
     Args:
-        debug: show the traceback, too.
+        debug: a function that returns True to show the traceback, too; it is called after an error.
     """
     try:
         yield
     except (click.exceptions.Exit, click.UsageError):
         raise
     except Failure as error:
-        if debug and error.__cause__ is not None:
+        if debug() and error.__cause__ is not None:
             _show_traceback(error.__cause__)
         raise
     except BrokenPipeError:
@@ -84,11 +84,11 @@ def one_line_errors(debug: bool) -> Iterator[None]:
     except (KeyboardInterrupt, click.Abort):
         raise Failure("interrupted", INTERRUPTED) from None
     except TaskxError as error:
-        if debug:
+        if debug():
             _show_traceback(error)
         raise Failure(str(error), code_of(error)) from error
     except Exception as error:
-        if debug:
+        if debug():
             _show_traceback(error)
         raise Failure(
             f"unexpected {type(error).__name__}: {error}; --debug shows where", FAILED

@@ -178,6 +178,7 @@ def _said(session: Session, name: str, outcome: str, **record: Any) -> None:
 def pause(session: Session, name: str) -> None:
     """Pause a schedule."""
     _schedule(session, name).pause()
+    session.note("pause schedule", name)
     _said(session, name, "paused")
 
 
@@ -189,6 +190,7 @@ def pause(session: Session, name: str) -> None:
 def resume(session: Session, name: str) -> None:
     """Resume a schedule."""
     _schedule(session, name).resume()
+    session.note("resume schedule", name)
     _said(session, name, "resumed")
 
 
@@ -200,6 +202,7 @@ def resume(session: Session, name: str) -> None:
 def trigger(session: Session, name: str) -> None:
     """Trigger a schedule."""
     handle = _schedule(session, name).trigger()
+    session.note("trigger schedule", name, {"id": handle.id})
     if session.json:
         session.out.json({"name": name, "outcome": "triggered", "id": handle.id})
     else:
@@ -217,7 +220,9 @@ def trigger(session: Session, name: str) -> None:
 )
 def backfill(session: Session, name: str, start: datetime, end: datetime | None) -> None:
     """Back-fill a schedule."""
-    for handle in _schedule(session, name).backfill(start, end or session.now()):
+    handles = _schedule(session, name).backfill(start, end or session.now())
+    session.note("back-fill schedule", name, {"tasks": len(handles)})
+    for handle in handles:
         if session.json:
             session.out.json({"name": name, "outcome": "back-filled", "id": handle.id})
         else:
@@ -232,6 +237,7 @@ def backfill(session: Session, name: str, start: datetime, end: datetime | None)
 def remove(session: Session, name: str) -> None:
     """Remove a schedule."""
     _schedule(session, name).remove()
+    session.note("remove schedule", name)
     _said(session, name, "removed")
 
 

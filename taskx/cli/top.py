@@ -12,19 +12,21 @@ import click
 
 from taskx.cli.asking import STATS_COLUMNS, stats_row
 from taskx.cli.following import interval_option
+from taskx.cli.nodes import NODE_COLUMNS, node_row
 from taskx.cli.opening import Session, command
 from taskx.cli.output import Cell, Column, Row, age, moment, one_line
 from taskx.cli.values import Duration
 from taskx.common.controls import Paused
-from taskx.core.errors import RepositoryError
+from taskx.core.errors import ConfigurationError, RepositoryError
 from taskx.core.model import Task
+from taskx.inspecting.nodes import NodeInfo
 from taskx.inspecting.stats import Stats
 
 # Most running tasks that are read.
 _MOST = 200
 
 RUNNING_COLUMNS = (
-    Column("THREAD", cut=True),
+    Column("WORKER", cut=True),
     Column("TYPE", cut=True),
     Column("SINCE", right=True),
     Column("TASK", drop=1),
@@ -39,6 +41,7 @@ class View:
     at: datetime
     period: float
     stats: Stats
+    nodes: Sequence[NodeInfo]
     running: Sequence[Task]
     paused: Paused
 
@@ -50,6 +53,7 @@ class View:
             at=session.now(),
             period=period,
             stats=queue.stats(period=period),
+            nodes=_nodes(session),
             running=queue.list_tasks(status="running", limit=_MOST, at_most=1).tasks,
             paused=queue.paused,
         )
@@ -60,6 +64,7 @@ class View:
             "at": self.at,
             **self.stats.to_dict(),
             "paused": {"everything": self.paused.everything, "types": sorted(self.paused.types)},
+            "nodes": [node.to_dict() for node in self.nodes],
             "running": [
                 {
                     "id": task.id,
@@ -100,8 +105,19 @@ class View:
         )
         yield from session.out.table_lines(STATS_COLUMNS, [stats_row(*item) for item in busiest])
         yield []
+        yield from session.out.table_lines(
+            NODE_COLUMNS, [node_row(node, self.at) for node in self.nodes]
+        )
+        yield []
         rows = [_running_row(task, self.at) for task in self.running]
         yield from session.out.table_lines(RUNNING_COLUMNS, rows)
+
+
+def _nodes(session: Session) -> Sequence[NodeInfo]:
+    try:
+        return session.queue.nodes()
+    except ConfigurationError:  # the repository has only the eight methods
+        return ()
 
 
 def _running_row(task: Task, now: datetime) -> Row:

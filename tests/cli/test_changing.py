@@ -124,3 +124,156 @@ def test_a_pause_needs_types_or_all(taskx, command, words):
     said = taskx(command, *words)
     assert said.code == 2
     assert "name the types, or give --all" in said.err
+
+
+# All that match
+
+
+@pytest.fixture
+def tasks(outside):
+    """Three pending tasks of two types."""
+    outside.declare("email", "sms")
+    return [outside.submit(type, tags=["eu"]) for type in ("email", "sms", "email")]
+
+
+def test_all_that_match_are_cancelled(tasks, outside, taskx):
+    said = taskx("cancel", "--where", "type:email tag:eu", "--yes")
+    assert (said.code, said.out) == (0, "2 tasks cancelled\n")
+    assert [status(outside, task) for task in tasks] == ["cancelled", "pending", "cancelled"]
+
+
+def test_a_dry_run_only_counts(tasks, outside, taskx):
+    said = taskx("cancel", "--where", "type:email", "--dry-run")
+    assert (said.code, said.out) == (0, "2 tasks would be changed (cancel)\n")
+    [row] = taskx("delete", "-w", "type:email", "--dry-run", "--json").rows
+    assert (row["action"], row["dry_run"], row["matched"], row["changed"]) == ("delete", True, 2, 0)
+    assert outside.count_tasks(status="pending") == 3
+
+
+@pytest.mark.parametrize("command", ["cancel", "requeue", "delete"])
+def test_a_bulk_change_needs_a_yes_where_nobody_can_be_asked(
+    failed, tasks, outside, taskx, command
+):
+    before = [task.to_dict() for task in outside.iter_tasks()]
+    said = taskx(command, "--where", "type:email")
+    assert said.code == 2
+    assert "give --yes to do it, or --dry-run to only count" in said.err
+    assert [task.to_dict() for task in outside.iter_tasks()] == before
+
+
+def test_a_person_is_asked(tasks, outside, taskx, monkeypatch):
+    monkeypatch.setattr("taskx.cli.changing._can_ask", lambda: True)
+    said = taskx("cancel", "--where", "type:email", input="n\n")
+    assert said.code == 1
+    assert "Cancel 2 tasks? [y/N]: " in said.err
+    assert said.err.endswith("taskx: nothing was changed\n")
+    assert outside.count_tasks(status="pending") == 3
+    assert taskx("cancel", "--where", "type:email", input="y\n").code == 0
+    assert outside.count_tasks(status="cancelled") == 2
+
+
+def test_nobody_is_asked_about_nothing(outside, taskx):
+    said = taskx("delete", "--where", "type:email")
+    assert (said.code, said.out) == (0, "0 tasks deleted\n")
+
+
+def test_a_limit_takes_some_of_those_that_match(tasks, outside, taskx):
+    assert taskx("delete", "--where", "tag:eu", "--limit", "1", "--yes").out == "1 task deleted\n"
+    assert outside.count_tasks() == 2
+
+
+def test_failed_tasks_are_requeued_at_a_rate(failed, outside, taskx):
+    said = taskx("requeue", "--where", "type:email", "--rate", "1/h", "--yes")
+    assert said.code == 0
+    assert said.out.startswith("1 task requeued; the last one starts in ")
+    assert status(outside, failed) == "pending"
+
+
+def test_a_group_of_failures_is_requeued(failed, outside, taskx):
+    [group] = taskx("failures", "--json").rows
+    said = taskx("requeue", "--group", group["group"], "--yes")
+    assert (said.code, said.out) == (0, "1 task requeued\n")
+    assert status(outside, failed) == "pending"
+    said = taskx("requeue", "--group", group["group"], "--yes")
+    assert said.code == 2
+    assert f"there is no group '{group['group']}'" in said.err
+
+
+def test_a_task_is_requeued_with_other_params(queue, outside, taskx):
+    @queue.executor()
+    def email(to: str) -> None:
+        raise ValueError(to)
+
+    with queue:
+        handle = queue.submit("email", {"to": "ann"})
+        handle.exception(PATIENCE)
+    said = taskx("requeue", handle.id, "--params", '{"to": "bob"}')
+    assert (said.code, said.err) == (0, "")
+    assert outside.get_task_status(handle.id).params == {"to": "bob"}
+    assert "params before: {'to': 'ann'}" in taskx("show", handle.id).out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "name the tasks by their ids, or by --where FILTER"),
+        (["x", "--where", "type:email"], "name the tasks by their ids, or by --where FILTER"),
+        (["x", "--limit", "1"], "--limit belongs to --where"),
+        (["x", "--dry-run"], "--dry-run belongs to --where"),
+        (["x", "--rate", "1/s"], "--rate belongs to --where or --group"),
+        (["x", "y", "--params", "{}"], "--params and --from-step correct one task"),
+        (
+            ["--where", "type:email", "--from-step", "x"],
+            "--params and --from-step correct one task",
+        ),
+        (["x", "--params", "{"], "--params is not JSON"),
+        (["x", "--group", "y"], "--group names the tasks"),
+        (["--where", "typ:email"], "did you mean 'type'?"),
+        (["--where", "status:running", "--yes"], "status"),
+        (["--where", "type:email", "--rate", "fast", "--yes"], "rate"),
+    ],
+)
+def test_a_wrong_requeue_is_a_wrong_call(taskx, words, message):
+    said = taskx("requeue", *words)
+    assert (said.code, said.out) == (2, "")
+    assert message in said.err
+
+
+def test_each_change_is_noted_with_who_made_it(tasks, outside, taskx, monkeypatch):
+    monkeypatch.setattr("getpass.getuser", lambda: "ann")
+    taskx("cancel", tasks[0].id)
+    taskx("cancel", "nope")
+    taskx("cancel", "--where", "type:email", "--dry-run")
+    taskx("delete", "--where", "type:email", "--yes")
+    taskx("pause", "sms")
+    taskx("resume", "--all")
+    noted = outside.changes()
+    assert [(change.action, change.target) for change in reversed(noted)] == [
+        ("cancel", tasks[0].id),
+        ("delete", "type:email"),
+        ("pause", "sms"),
+        ("resume", "all types"),
+    ]
+    assert all(change.by.startswith("ann@") for change in noted)
+    assert noted[2].detail["changed"] == 2
+
+
+def test_a_filter_without_a_condition_changes_nothing(tasks, outside, taskx):
+    said = taskx("delete", "--where", "", "--yes")
+    assert said.code == 2
+    assert outside.count_tasks() == 3
+
+
+def test_an_interrupt_says_how_far_it_came(tasks, outside, taskx, monkeypatch):
+    real = outside.delete_all
+
+    def delete_all(filter, *, dry_run, at_most, on_progress):
+        if not dry_run:
+            on_progress(real(type="sms"))
+            raise KeyboardInterrupt
+        return real(filter, dry_run=True)
+
+    monkeypatch.setattr(outside, "delete_all", delete_all)
+    said = taskx("delete", "--where", "tag:eu", "--yes")
+    assert said.code == 130
+    assert "1 task changed before that; the same call goes on from there" in said.err

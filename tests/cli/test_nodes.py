@@ -1,0 +1,117 @@
+"""``taskx nodes`` and ``taskx tune``."""
+
+from __future__ import annotations
+
+import pytest
+from helpers import eventually
+
+
+@pytest.fixture
+def started(queue, gate):
+    """A started queue that runs a task."""
+
+    @queue.executor(rate="10/m")
+    def email() -> None:
+        gate()
+
+    with queue:
+        handle = queue.submit("email")
+        gate.wait_for()
+        yield handle
+        gate.open()
+
+
+def test_nodes_are_listed_with_what_they_run(started, outside, taskx):
+    [node] = outside.nodes()
+    said = taskx("nodes")
+    assert said.code == 0
+    head, row, _, tasks, task = said.lines
+    assert head.split() == [
+        "NODE",
+        "STATE",
+        "UP",
+        "WORKERS",
+        "RUNNING",
+        "BUFFERED",
+        "VERSION",
+        "TYPES",
+        "ID",
+    ]
+    assert row.startswith(node.name)
+    assert " alive " in row
+    assert row.endswith(node.id)
+    assert tasks.split()[:1] == ["NODE"]
+    assert task.endswith(started.id)
+    [record] = taskx("nodes", "--json").rows
+    assert record["id"] == node.id
+    assert [task["id"] for task in record["running"]] == [started.id]
+
+
+def test_no_node_is_started(taskx):
+    said = taskx("nodes")
+    assert (said.code, said.out, said.err) == (0, "", "no node is started\n")
+
+
+def test_the_limits_of_a_type_are_changed_and_reset(started, outside, taskx):
+    said = taskx("tune", "email", "--max-concurrency", "4", "--rate", "100/m", "--burst", "none")
+    assert said.code == 0
+    assert outside.tuned().types["email"].limits == {
+        "max_concurrency": 4,
+        "rate": "100/m",
+        "burst": None,
+    }
+    assert [line.split()[:3] for line in said.lines] == [
+        ["WHAT", "OPTION", "NOW"],
+        ["email", "max_concurrency", "4"],
+        ["email", "rate", "100/m"],
+        ["email", "burst", "none"],
+    ]
+    eventually(
+        lambda: taskx("tune", "email").lines[2].split() == ["email", "rate", "100/m", "10/m"]
+    )
+    [row] = taskx("tune", "--json").rows
+    assert row["types"]["email"]["limits"]["max_concurrency"] == 4
+    assert taskx("tune", "sms").err == "nothing was changed live for sms\n"
+    assert taskx("tune", "email", "--reset").err == "nothing was changed live for email\n"
+    assert not outside.tuned()
+    assert [change.action for change in outside.changes()] == ["untune", "tune"]
+
+
+def test_the_number_of_workers_is_changed_and_reset(started, outside, taskx):
+    [node] = outside.nodes()
+    assert taskx("tune", "--workers", "8").lines[1].split() == ["all", "nodes", "workers", "8"]
+    assert taskx("tune", "--workers", "3", "--node", node.id).code == 0
+    tuned = outside.tuned()
+    assert (tuned.workers, tuned.nodes) == (8, {node.id: 3})
+    eventually(lambda: " 3 (of 2) " in taskx("nodes").lines[1])
+    taskx("tune", "--reset", "--node", node.id)
+    taskx("tune", "--reset")
+    assert not outside.tuned()
+
+
+def test_nothing_is_tuned(taskx):
+    said = taskx("tune")
+    assert (said.code, said.out, said.err) == (0, "", "nothing was changed live\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--rate", "1/s"], "the limits are those of a type"),
+        (["email", "--workers", "2"], "leave out the type"),
+        (["email", "--rate", "1/s", "--workers", "2"], "change them in a call of their own"),
+        (["email", "--rate", "fast"], "rate"),
+        (
+            ["email", "--max-concurrency", "x"],
+            "--max-concurrency must be a whole number or `none`, not 'x'",
+        ),
+        (["email", "--reset", "--rate", "1/s"], "leave out the values"),
+        (["email", "--reset", "--node", "x"], "leave out one of them"),
+        (["--node", "x"], "--node needs --workers or --reset"),
+    ],
+)
+def test_a_wrong_tune_changes_nothing(outside, taskx, words, message):
+    said = taskx("tune", *words)
+    assert (said.code, said.out) == (2, "")
+    assert message in said.err
+    assert not outside.tuned()
