@@ -9,6 +9,7 @@ import click
 import taskx
 from taskx.cli import (
     asking,
+    bench,
     changing,
     doctor,
     following,
@@ -35,6 +36,7 @@ COMMANDS: tuple[click.Command, ...] = (
     *scheduling.COMMANDS,
     *worker.COMMANDS,
     *doctor.COMMANDS,
+    *bench.COMMANDS,
 )
 
 HELP = """\

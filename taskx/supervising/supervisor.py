@@ -21,6 +21,7 @@ from taskx.core.errors import ConfigurationError, on_main_thread
 from taskx.executing.process.channel import Channel
 from taskx.supervising.fleet import Fleet, Member
 from taskx.supervising.health import HealthFile, HealthPort, Report
+from taskx.supervising.interpreter import start_python
 from taskx.supervising.notify import Notifier
 from taskx.supervising.process import set_up_log
 from taskx.supervising.settings import Settings
@@ -28,11 +29,6 @@ from taskx.supervising.settings import Settings
 #: Longest sleep of the supervisor, in seconds.
 TICK = 1.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
-# The code that a process starts with. It sets sys.path first, to find TaskX as this process does.
-_BOOT = (
-    "import json, os, sys; sys.path[:] = json.loads(os.environ.pop('TASKX_WORKER_PATH')); "
-    "from taskx.supervising.process import main; main()"
-)
 
 log = logging.getLogger("taskx.worker")
 
@@ -58,19 +54,17 @@ class Started:
     """A process that the supervisor has started, and its end of the socket between them."""
 
     def __init__(self, settings: Settings) -> None:
-        from multiprocessing import spawn
-
         own, other = socket.socketpair()
         # A fresh interpreter: it loads the newest code, even of TaskX, and inherits no thread and no lock.
-        command = [*spawn.get_command_line()[:-3], "-c", _BOOT]
         with other:
-            self.process = subprocess.Popen(
-                [*command, str(other.fileno()), settings.target],
+            self.process = start_python(
+                "taskx.supervising.process:main",
+                str(other.fileno()),
+                settings.target,
                 stdin=subprocess.DEVNULL,
                 pass_fds=[other.fileno()],
                 # Ctrl-C in a terminal is for the supervisor only. And a kill ends the whole group.
                 start_new_session=True,
-                env={**os.environ, "TASKX_WORKER_PATH": _path()},
             )
         self.socket = own
         self.channel: Channel | None = Channel(own)
@@ -100,12 +94,6 @@ class Started:
     def kill(self) -> None:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
-
-
-def _path() -> str:
-    import json
-
-    return json.dumps(list(map(os.fspath, sys.path)))
 
 
 class Supervisor:

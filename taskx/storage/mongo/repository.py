@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any, cast
 from urllib.parse import parse_qsl, urlencode, urlsplit
@@ -20,10 +20,11 @@ from taskx.core.checks import check_number
 from taskx.core.clock import SYSTEM_CLOCK, Clock
 from taskx.core.codec import Codec
 from taskx.core.errors import ConfigurationError
+from taskx.core.ids import new_id
 from taskx.core.record import UNIQUE
 from taskx.core.verdict import Check
 from taskx.core.writes import Delete, Insert, Note, NoteChange, Write
-from taskx.storage.base import new_version, tell_of_forks
+from taskx.storage.base import Repository, new_version, tell_of_forks
 from taskx.storage.mongo.batches import Batches
 from taskx.storage.mongo.changes import Changes
 from taskx.storage.mongo.connection import Connection, Sequencer, Url
@@ -217,6 +218,15 @@ class MongoRepository(Tasks):
         return self._changes.version()
 
     # --- opening and closing
+
+    @contextmanager
+    def scratch(self) -> Iterator[tuple[Repository, str]]:
+        with self._connection.scratch(f"taskx_bench_{new_id()[-12:]}") as (where, name, url):
+            made = MongoRepository(where, name, timeout=self._connection.timeout)
+            try:
+                yield made, url
+            finally:
+                made.close()
 
     def examine(self) -> Iterator[Check]:
         if not self._connection.is_real:

@@ -7,7 +7,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, Literal, TypeVar, get_args
 
@@ -18,6 +18,7 @@ from taskx.core.checks import check_number
 from taskx.core.clock import SYSTEM_CLOCK, Clock
 from taskx.core.codec import Codec
 from taskx.core.errors import ConfigurationError, RepositoryUnavailable, SchemaMismatch
+from taskx.core.ids import new_id
 from taskx.core.model import CONDITIONS, TASK_FIELDS, Task, TaskFilter
 from taskx.core.record import Ended, Stub, parents_from_text, task_from_row
 from taskx.core.tags import FLOW
@@ -498,6 +499,24 @@ class SQLiteRepository(Repository):
     def only_existing(self) -> None:
         self._file.create = False
         self._connections.migrates = False
+
+    @contextmanager
+    def scratch(self) -> Iterator[tuple[Repository, str]]:
+        from urllib.parse import quote
+
+        path = f"{os.path.realpath(self._file.path)}-bench-{new_id()[-12:]}"
+        made = SQLiteRepository(path, self.durability)
+        try:
+            yield made, f"sqlite:///{quote(path)}?durability={self.durability}"
+        finally:
+            made.close()
+            for suffix in ("", "-wal", "-shm"):
+                with suppress(FileNotFoundError):
+                    os.unlink(path + suffix)
+            with suppress(FileNotFoundError):
+                for name in os.listdir(f"{path}-nodes"):
+                    os.unlink(os.path.join(f"{path}-nodes", name))
+                os.rmdir(f"{path}-nodes")
 
     def examine(self) -> Iterator[Check]:
         from taskx.storage.sqlite.examination import examine  # not needed to run tasks
