@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
 from functools import partial
 from typing import Any, Protocol
 
@@ -251,6 +252,16 @@ class Consequences:
         """Tell hooks that a new task was not stored."""
         if listeners := self._hooks.refused:
             self._hooks.tell(listeners, partial(_submitted_task, insert), error)
+
+    def lease_lost(self, node: str) -> None:
+        """Tell hooks that this node has lost its lease."""
+        if listeners := self._hooks.lease_lost:
+            self._hooks.tell(listeners, lambda: node)
+
+    def ticks_missed(self, schedule: str, since: datetime) -> None:
+        """Tell hooks that no queue ran at ticks of a schedule."""
+        if listeners := self._hooks.ticks_missed:
+            self._hooks.tell(listeners, lambda: schedule, since)
 
     def begun(self, task: Task) -> None:
         """Tell hooks that a thread begins to execute a task."""

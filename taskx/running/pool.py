@@ -551,8 +551,7 @@ class WorkerPool:
         """
         self.fire_all(CancelReason.LEASE_LOST)
         self.admission.forget()
-        if listeners := self.hooks.lease_lost:
-            self.hooks.tell(listeners, lambda: self.node.id)
+        self.services.consequences.lease_lost(self.node.id)
 
     def fire_all(self, reason: CancelReason) -> None:
         """Fire the token of every run."""

@@ -422,8 +422,7 @@ class Ticker:
                 "schedule %r: ticks since %s were missed; %d of them get a task",
                 *(plan.entry.name, to_datetime(plan.since), len(plan.run)),
             )
-            if listeners := (hooks := self._services.hooks).ticks_missed:
-                hooks.tell(listeners, lambda: plan.entry.name, to_datetime(plan.since))
+            self._services.consequences.ticks_missed(plan.entry.name, to_datetime(plan.since))
 
 
 def _ticks_of(entry: Entry, known: Read | None) -> Ticks:

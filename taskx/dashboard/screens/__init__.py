@@ -1,4 +1,7 @@
-"""The screens of the dashboard, in the order of the navigation."""
+"""The screens of the dashboard, in the order of the navigation.
+
+Each module has the pages and the actions of one screen, and names them in its ``SCREEN``.
+"""
 
 from taskx.dashboard.pages import Screen
 from taskx.dashboard.screens import overview, task, tasks
