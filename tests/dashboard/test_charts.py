@@ -99,8 +99,8 @@ def test_a_sparkline_reaches_from_bottom_to_top(charts):
     [line] = root.iter("polyline")
     assert line.get("points") == "0,19 1,10 2,1"
     assert HOSTILE in next(root.iter("title")).text
-    assert parse(charts.sparkline([], "t")).tag.endswith("svg")
-    assert parse(charts.sparkline([0], "t")).tag.endswith("svg")
+    assert parse(charts.sparkline([], "t")).find("svg") is not None
+    assert parse(charts.sparkline([0], "t")).find("svg") is not None
 
 
 def test_a_bar_of_shares_has_a_part_for_each_status(charts):
@@ -110,4 +110,4 @@ def test_a_bar_of_shares_has_a_part_for_each_status(charts):
         *(("fill completed", "0", "37.5"), ("fill failed", "37.5", "12.5")),
         (f"fill {HOSTILE}", "50", "50"),
     ]
-    assert parse(charts.shares({}, "t")).tag.endswith("svg")
+    assert parse(charts.shares({}, "t")).find("svg") is not None
