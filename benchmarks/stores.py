@@ -6,11 +6,13 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING
 
-from benchmarks.loops import Loop
-from benchmarks.sqlite_loop import LeanLoop, SQLiteLoop
 from taskx import SQLiteRepository
-from taskx.storage.base import Repository
+
+if TYPE_CHECKING:
+    from benchmarks.loops import Loop
+    from taskx.storage.base import Repository
 
 
 class Store(ABC):
@@ -46,6 +48,8 @@ class OnSQLite(Store):
         yield SQLiteRepository(os.path.join(folder, "tasks.db"), self.durability)  # type: ignore[arg-type]
 
     def loop(self, folder: str, count: int) -> Loop:
+        from benchmarks.sqlite_loop import SQLiteLoop  # an earlier TaskX may lack what it imports
+
         return SQLiteLoop(folder, self.durability, count)
 
     def name(self) -> str:
@@ -56,6 +60,8 @@ class LeanOnSQLite(OnSQLite):
     """The same store with a floor that stores as little as possible."""
 
     def loop(self, folder: str, count: int) -> Loop:
+        from benchmarks.sqlite_loop import LeanLoop
+
         return LeanLoop(folder, self.durability, count)
 
 

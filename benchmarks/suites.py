@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from benchmarks import bursts, floor, peers, processes, report, taskx_bench
+from benchmarks import processes, report, taskx_bench
 from benchmarks.harness import QUICK, Cell, Plan
 from benchmarks.stores import OnSQLite
 
@@ -40,19 +40,23 @@ def chosen(options: argparse.Namespace) -> Iterator[Suite]:
 @contextmanager
 def _on_sqlite(options: argparse.Namespace) -> Iterator[Suite]:
     plan = _sized(QUICK if options.quick else Plan(), options)
-    cells = [
-        *floor.cells(plan),
-        *taskx_bench.cells(plan),
-        *processes.cells(plan, OnSQLite("accepted")),
-        *bursts.cells(plan),
-        *([] if options.no_peers else peers.cells(plan)),
-    ]
-    yield Suite(cells, f"SQLite {sqlite3.sqlite_version}", peers.versions(), report.MARKS)
+    store = f"SQLite {sqlite3.sqlite_version}"
+    cells = [*taskx_bench.cells(plan), *processes.cells(plan, OnSQLite("accepted"))]
+    if options.against is not None:
+        # Only cells that import nothing else from TaskX than its public names: an earlier tree has those.
+        yield Suite(cells, store, {}, report.MARKS)
+        return
+    from benchmarks import bursts, floor, peers
+
+    cells = [*floor.cells(plan), *cells, *bursts.cells(plan)]
+    if not options.no_peers:
+        cells += peers.cells(plan)
+    yield Suite(cells, store, peers.versions(), report.MARKS)
 
 
 @contextmanager
 def _on_mongo(options: argparse.Namespace) -> Iterator[Suite]:
-    from benchmarks import mongo
+    from benchmarks import mongo, peers
     from benchmarks.mongo import server
 
     plan = _sized(mongo.QUICK_PLAN if options.quick else mongo.PLAN, options)

@@ -1,13 +1,15 @@
-"""Cells of TaskX itself."""
+"""Cells of TaskX itself. They use only its public names, so that they also measure earlier versions."""
 
 from __future__ import annotations
 
+import random
 import resource
+import sqlite3
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from typing import Any
 
@@ -27,9 +29,6 @@ from benchmarks.harness import (
 )
 from benchmarks.stores import OnSQLite, Store
 from taskx import Config, Context, Queue, Task, TaskFilter, TaskStatus
-from taskx.core.ids import new_id
-from taskx.storage.sqlite.connections import Connections
-from taskx.storage.sqlite.file import DatabaseFile
 
 FINISHED = ("finished-drain", "finished-get", "finished-list", "finished-count")
 DELAYED = ("delayed-drain", "delayed-late")
@@ -262,16 +261,17 @@ def fill_with_delayed(queue: Queue, count: int) -> None:
 def _fill(queue: Queue, count: int, insert: str, times: int) -> list[str]:
     """Write records, as fast as SQLite can. Each has ``times`` columns with a time."""
     queue.list_tasks()  # creates the file
-    ids = [new_id() for _ in range(count)]
     now = time.time_ns() // 1_000_000 - count
-    file = DatabaseFile(queue.repository.path, create=False)  # type: ignore[attr-defined]
-    connections = Connections(file, 10.0)
-    writer = connections.writer()
-    writer.execute("BEGIN IMMEDIATE")
-    writer.executemany(insert, ((id_, *[now + i] * times) for i, id_ in enumerate(ids)))
-    writer.execute("COMMIT")
-    connections.close()
+    ids = [_id_of(now + i) for i in range(count)]
+    path = queue.repository.path  # type: ignore[attr-defined]
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.executemany(insert, ((id_, *[now + i] * times) for i, id_ in enumerate(ids)))
     return ids
+
+
+def _id_of(ms: int) -> str:
+    """Return a UUIDv7 of a moment."""
+    return f"{ms >> 16:08x}-{ms & 0xFFFF:04x}-7000-8000-{random.getrandbits(48):012x}"
 
 
 def _timed(call: Callable[[], object]) -> float:

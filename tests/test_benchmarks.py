@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+import taskx
+
 ROOT = Path(__file__).parent.parent
 DOCUMENT = ROOT / "docs" / "performance.rst"
 PEERS = {
@@ -199,6 +201,24 @@ def test_this_tree_is_compared_with_an_earlier_one():
     found = [row[2:] for row in table if row[:2] == ["a submit: writes", "TaskX"]]
     same = ["1.00", "1.00", "1.00", "1.00 … 1.00"]
     assert sorted(found) == [["accepted", *same], ["process", *same]]
+
+
+@pytest.mark.parametrize("module", ["suites", "node"])
+def test_what_is_compared_imports_only_public_names(module):
+    """Else an earlier commit could not be measured."""
+    program = f"""
+import benchmarks.{module}, sys
+for module in [m for name, m in sys.modules.items() if name.startswith("benchmarks")]:
+    for value in vars(module).values():
+        if (getattr(value, "__module__", None) or "").startswith("taskx.") and hasattr(value, "__name__"):
+            print(value.__name__)
+"""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT)
+        from benchmarks import children
+    used = {*children.run("-c", program).split()}
+    assert used
+    assert used <= {*taskx.__all__}
 
 
 @needs_git
