@@ -1193,7 +1193,7 @@ class Queue:
 
     def _check_controls(self) -> None:
         if self._node is not None:
-            self._node.engine.refresh_controls()
+            self._node.engine.tuning.refresh()
             self._services.agenda.wake_from_long_sleep()
 
     @property

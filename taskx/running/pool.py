@@ -6,7 +6,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from itertools import compress
 
@@ -25,7 +24,6 @@ from taskx.core.errors import (
 from taskx.core.lifecycle import Ending
 from taskx.core.log import Complaint
 from taskx.core.model import MAX_NAME, Task
-from taskx.core.overrides import Overrides
 from taskx.core.payload import clean_text
 from taskx.core.writes import Insert, Update
 from taskx.executing.runner import Run, broken, lesser
@@ -38,6 +36,7 @@ from taskx.running.buffer import Buffer, Item
 from taskx.running.fetcher import Fetcher
 from taskx.running.starter import Runs, Starter
 from taskx.running.stuck import Stuck
+from taskx.running.tuning import Tuning
 from taskx.storage import queries
 
 # Seconds that a worker waits after an error of the repository: the first wait, doubled up to the longest.
@@ -97,9 +96,8 @@ class WorkerPool:
         self.discard, self.rebuffer = self.buffer.discard, self.starter.rebuffer
         #: The node as it was recorded last.
         self.recorded = node
-        self._configured = workers
-        self._tuning = threading.Lock()
-        self._overrides = Overrides()  # those that are in effect
+        #: Makes the pool follow pauses and overrides.
+        self.tuning = Tuning(self, workers)
         # A repository of eight methods stores every new task as pending first.
         self._stores_in_steps = bool(services.repository.shortcoming)
         #: The error that ends this node, if its TaskX is too old for the repository.
@@ -179,59 +177,17 @@ class WorkerPool:
             self.services.repository.liveness.record(described)
             self.recorded = described
 
-    # --- controls
-
-    def refresh_controls(self) -> None:
-        """Read the pauses and overrides again, and follow those that have changed.
-
-        After a ``RepositoryError`` tasks of paused types may be left in the buffer; workers pass over them.
-        """
-        controls = self.services.controls
-        paused_changed = controls.refresh()
-        if controls.overrides is not self._overrides:
-            self._tune()
-        if paused_changed:
-            self.fetcher.follow_pauses()
-
-    def _tune(self) -> None:
-        with self._tuning:
-            overrides = self.services.controls.overrides
-            self._set_workers(overrides.workers_of(self.node.id, self._configured))
-            self.services.registry.override(overrides.types)
-            self.admission.follow_limits()
-            self._count_unadmitted()
-            self._overrides = overrides
-        self.agenda.fetch_soon()
-        with suppress(
-            RepositoryError
-        ):  # it tells other nodes of slots that are taken; done again soon
-            self.admission.tend()
-
-    def _count_unadmitted(self) -> None:
-        """Count the runs of limited types that began before their type was limited."""
-        limits = self.services.registry.limits
-        for run in list(self.runs.values()):
-            if run.task.type in limits and run.state != "stuck":
-                self.admission.adopt(run.task.type, run.task.id, self.runs)
-
-    def tend_limits(self) -> None:
-        """Maintain the limits that all nodes share, and those that are overridden."""
-        self.admission.tend()
-        if self._overrides.types:  # a start may have been under way when they were set
-            self._count_unadmitted()
-
-    def _set_workers(self, number: int) -> None:
+    def set_workers(self, number: int) -> None:
         """Start more worker threads, or let some end after their current task."""
         before, self.ahead.workers = self.ahead.workers, number
         self.fetcher.workers = number
         self.buffer.fetch_size = _fetch_size(number, self.buffer.maxsize)
-        if not self._started or number == before:
+        if not self._started or self.stopping or number == before:
             return
         try:
             with self._counting:
                 # Some stuck threads may not have been replaced, and some surplus ones may still work.
-                more = 0 if self.stopping else min(number - before, number - self._at_work)
-                threads = self._enlist(max(0, more))
+                threads = self._enlist(max(0, min(number - before, number - self._at_work)))
             self._start(threads)
         except RuntimeError as error:
             self.services.log.error("cannot start more worker threads: %s", error)

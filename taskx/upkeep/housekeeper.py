@@ -184,7 +184,7 @@ class Housekeeper:
             self._expiry.waiting = True
             self.recovery.recover(until - time.monotonic())
             self._pool.record()
-            self._pool.tend_limits()
+            self._pool.tuning.tend()
             self._process_changes()
         elif self._is_time("poll", POLL) and self._changed():
             self._agenda.due_known = False
@@ -225,7 +225,7 @@ class Housekeeper:
 
     def _process_changes(self) -> None:
         """Take in the changes of other nodes: controls, new tasks, and requests to cancel."""
-        self._pool.refresh_controls()  # first: a task stored after a pause must not start
+        self._pool.tuning.refresh()  # first: a task stored after a pause must not start
         self._requests.process()
         self._agenda.more_stored = True
         self._pool.admission.forget()

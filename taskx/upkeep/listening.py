@@ -78,7 +78,7 @@ class Listening:
             if CANCEL_REQUESTED in news and pool.runs:
                 pool.fire_cancelled()
             if FREED in news and pool.buffer.room_to_fetch() > 0:
-                pool.refresh_controls()  # a task stored after a pause must not start
+                pool.tuning.refresh()  # a task stored after a pause must not start
                 done = pool.fetcher.refill()
         except RepositoryError:
             done = False

@@ -93,7 +93,7 @@ class LocalNode:
         self._on_record = True  # before the join: an interrupt may strike right after it
         try:
             services.repository.prepare()
-            self.engine.refresh_controls()  # first: the record tells the limits and workers
+            self.engine.tuning.refresh()  # first: the record tells the limits and workers
             self.record = self.engine.recorded = self.engine.described()
             services.repository.liveness.join(self.record)
         except RepositoryError:

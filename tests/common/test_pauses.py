@@ -35,16 +35,16 @@ def pending(handle):
 
 def wait_for_refresh(queue):
     """Wait until the queue's housekeeper has refreshed the pauses at least once from now on."""
-    refreshed, pool = threading.Event(), pool_of(queue)
-    refresh = pool.refresh_controls
+    refreshed, tuning = threading.Event(), pool_of(queue).tuning
+    refresh = tuning.refresh
 
     def watched():
         refresh()
         refreshed.set()
 
-    pool.refresh_controls = watched
+    tuning.refresh = watched
     assert refreshed.wait(PATIENCE)
-    pool.refresh_controls = refresh
+    tuning.refresh = refresh
 
 
 def test_a_paused_type_waits_and_the_others_run(queue, other):

@@ -8,7 +8,7 @@ import pytest
 from storage.repositories import TinyRepository
 from storage.third import ThirdRepository
 
-from taskx import Change, ConfigurationError, PayloadError, Queue
+from taskx import Change, ConfigurationError, MemoryRepository, PayloadError, Queue
 from taskx.inspecting import changelog
 
 
@@ -42,8 +42,10 @@ def test_the_oldest_changes_are_removed_now_and_then(queue, repository, monkeypa
     assert [change.target for change in queue.changes(2)] == ["8", "7"]
 
 
-def test_one_write_of_fifty_removes_changes(queue, repository, monkeypatch):
+def test_one_write_of_fifty_removes_changes(monkeypatch):
     monkeypatch.setattr(changelog, "KEPT", 5)
+    repository = MemoryRepository()
+    queue = Queue(repository)
     for _ in range(2_000):
         queue.note_change("ann", "cancel", "t")
     assert 5 <= len(repository.notes("change/")) < 1_000

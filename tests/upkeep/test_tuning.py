@@ -502,8 +502,8 @@ def test_a_queue_that_tunes_nothing_parses_nothing(started, monkeypatch):
         raise AssertionError("called")
 
     monkeypatch.setattr("taskx.common.controls.from_text", fails)
-    monkeypatch.setattr(pool_of(started), "_tune", fails)
-    monkeypatch.setattr(pool_of(started), "_count_unadmitted", fails)
+    monkeypatch.setattr(pool_of(started).tuning, "_follow_overrides", fails)
+    monkeypatch.setattr(pool_of(started).tuning, "_count_unadmitted", fails)
     monkeypatch.setattr(housekeeper_of(started), "_is_time", lambda *_: True)
     whole_round(started)
     assert started.submit("fine").result(PATIENCE) == "fine"
