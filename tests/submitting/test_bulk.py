@@ -260,6 +260,22 @@ class TestFamilies:
 
 
 @pytest.mark.every_store
+def test_a_parent_that_was_stored_after_its_child_is_requeued_once(make_queue, clock, in_batches):
+    """Both have the same date, and the parent is listed first. It fails again before its child's page."""
+    in_batches(operations=1)
+    queue = make_queue(worker_num=1, clock=clock)
+    queue.executor("wrong")(lambda: 1 / 0)
+    child = Task(id="child", type="wrong", depends_on=["parent"], on_parent_failure="run")
+    queue.submit_many([child, Task(id="parent", type="wrong")])
+    queue.start()
+    assert queue.drain(PATIENCE)
+    assert [task.id for task in queue.iter_tasks()] == ["parent", "child"]
+    assert queue.requeue_all(on_progress=lambda bulk: queue.drain(PATIENCE)).changed == 2
+    assert queue.drain(PATIENCE)
+    assert starts(queue) == {"parent": 2, "child": 2}
+
+
+@pytest.mark.every_store
 @pytest.mark.parametrize("limit", [{}, {"limit": 9}])
 def test_large_families_are_requeued_one_after_the_other(make_queue, monkeypatch, limit):
     """Each one in a transaction of its own, so that a crash leaves no part of one."""
