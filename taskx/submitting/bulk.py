@@ -47,7 +47,7 @@ class Bulk:
             thread of it still runs), ``"needed"`` (an unfinished task depends on it), ``"asked"`` (it was
             asked to stop before).
         reached: the ``created_at`` of the last task that was looked at, as the newest comes first; None if
-            there was none.
+            there was none. After an interrupt, a call with this ``end_date`` goes on from there.
         starts_until: the time at which the last of the staggered tasks may start; None without a rate.
     """
 

@@ -665,6 +665,24 @@ class TestProgress:
         assert queue.drain(PATIENCE)
         assert counts(queue) == {"completed": 9, "cancelled": 1}
 
+    def test_a_call_can_go_on_where_another_stopped(self, queue, in_batches):
+        """Then it leaves out tasks that have failed again since."""
+        in_batches(operations=3)
+        told = []
+
+        def interrupt(bulk):
+            told.append(bulk)
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            queue.requeue_all(on_progress=interrupt)
+        assert queue.drain(PATIENCE)
+        assert counts(queue)["failed"] == 7
+        bulk = queue.requeue_all(end_date=told[0].reached)
+        assert bulk.changed == 5  # the task of that date again, too
+        assert queue.drain(PATIENCE)
+        assert [starts(queue)[task_id] for task_id in "8765432"] == [2, 2, 3, 2, 2, 2, 2]
+
     def test_an_outage_leaves_whole_batches(self, queue, in_batches, repository):
         in_batches(operations=3)
         queue.stop()
