@@ -17,7 +17,7 @@ import pytest
 from mongo_server import SERVER_USED
 
 #: Each test is counted for the first kind that fits.
-KINDS = ("campaign", "mongo", "process", "slow")
+KINDS = ("campaign", "mongo", "browser", "process", "slow")
 
 #: The kind of tests that use a fixture.
 BY_FIXTURE = {"mongo_server": "mongo", "spawn": "process"}
@@ -27,7 +27,14 @@ BY_PARAMETER = dict.fromkeys(("mongo", "mongo-set", "mongomock", "standalone", "
 
 #: The kind of all tests in a folder.
 TESTS = Path(__file__).parent
-BY_FOLDER = {TESTS / "campaign": "campaign", TESTS / "storage" / "mongo": "mongo"}
+BY_FOLDER = {
+    TESTS / "campaign": "campaign",
+    TESTS / "storage" / "mongo": "mongo",
+    TESTS / "dashboard" / "browser": "browser",
+}
+
+#: The reason for which tests in a browser are skipped if there is none.
+NO_BROWSER = "Chromium is missing"
 
 #: Audit events for which a test needs a mark.
 NEEDS_MARK = {
@@ -114,6 +121,13 @@ def pytest_testnodedown(node: Any) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = terminalreporter.stats.get("skipped", ())
+    if missed := sum(NO_BROWSER in str(report.longrepr) for report in skipped):
+        terminalreporter.write_line(
+            f"!!!! CHROMIUM IS MISSING: {missed} tests of the dashboard in a browser did not run !!!!",
+            red=True,
+            bold=True,
+        )
     if _left_out and terminalreporter.config.option.markexpr:
         counts = ", ".join(f"{_left_out[kind]} {kind}" for kind in KINDS if _left_out[kind])
         terminalreporter.write_line(

@@ -70,6 +70,17 @@ class History:
     since: datetime | None
     complete: bool
 
+    def of(self, type: str) -> History:
+        """Return the history of one type."""
+        found = self.types.get(type)
+        nothing = (0,) * len(self.completed)
+        return attrs.evolve(
+            self,
+            completed=nothing if found is None else found.completed,
+            failed=nothing if found is None else found.failed,
+            types={} if found is None else {type: found},
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return it as a dict of JSON values; times are ISO text."""
         return {

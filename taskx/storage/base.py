@@ -579,9 +579,14 @@ class Repository(TaskRepository):
             RepositoryError: the store is gone. The message says what happened and what to do.
         """
 
+    def file_sizes(self) -> dict[str, int]:
+        """Return the bytes that each of the store's files takes, by path; empty if it has no file."""
+        return {}
+
     def file_size(self) -> int | None:
-        """Return the bytes that the store's files take; None if it has no file of its own."""
-        return None
+        """Return the bytes that all files of the store take; None if it has no file of its own."""
+        sizes = self.file_sizes()
+        return sum(sizes.values()) if sizes else None
 
     def within(self, seconds: float) -> AbstractContextManager[object]:
         """Limit the operations inside to ``seconds``: they raise ``RepositoryUnavailable`` after that.

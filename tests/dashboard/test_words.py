@@ -46,11 +46,13 @@ def texts_in_python():
 def texts_in_tables():
     """Yield the texts that are chosen while the dashboard runs."""
     from taskx.dashboard import charts, display
-    from taskx.dashboard.screens import task, tasks
+    from taskx.dashboard.screens import failures, task, tasks, types
 
     yield from ((text, "display") for text in (*display._DAYS, *(u[1] for u in display._UNITS)))
     yield from ((status, "charts") for status in charts.STATUSES)
     yield from ((state, "task") for state in task.STATES)
+    yield from ((text, "types") for text in types._LIMITS.values())
+    yield from ((text, "failures") for _, text, _ in failures.PERIODS)
     yield from ((label, "tasks") for _, label, _ in tasks.BUTTONS)
     yield from (
         (text, "tasks") for change in tasks.CHANGES for text in (change.question, change.done)

@@ -68,6 +68,15 @@ def test_ended_tasks_are_counted_in_the_interval_in_which_they_ended(queue, cloc
     assert history(queue, period=timedelta(seconds=40), intervals=1).completed == (2,)
 
 
+def test_a_history_can_be_narrowed_to_one_type(queue, clock):
+    run(queue, clock)
+    run(queue, clock, "b", error="broken")
+    found = history(queue, intervals=2)
+    assert (found.of("b").completed, found.of("b").failed) == ((0, 0), (0, 1))
+    assert found.of("b").types == {"b": found.types["b"]}
+    assert (found.of("c").completed, found.of("c").types) == ((0, 0), {})
+
+
 def test_run_times_are_counted_in_groups(queue, clock):
     for seconds in (0.0, 0.001, 0.0011, 2.0, 3.0, 3.5, 5000.0):
         run(queue, clock, runs=seconds)

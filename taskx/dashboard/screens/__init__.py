@@ -4,7 +4,27 @@ Each module has the pages and the actions of one screen, and names them in its `
 """
 
 from taskx.dashboard.pages import Screen
-from taskx.dashboard.screens import overview, task, tasks
+from taskx.dashboard.screens import (
+    failures,
+    flows,
+    nodes,
+    overview,
+    schedules,
+    system,
+    task,
+    tasks,
+    types,
+)
 
 #: All screens.
-SCREENS: tuple[Screen, ...] = (overview.SCREEN, tasks.SCREEN, task.SCREEN)
+SCREENS: tuple[Screen, ...] = (
+    overview.SCREEN,
+    tasks.SCREEN,
+    task.SCREEN,
+    failures.SCREEN,
+    flows.SCREEN,
+    schedules.SCREEN,
+    types.SCREEN,
+    nodes.SCREEN,
+    system.SCREEN,
+)

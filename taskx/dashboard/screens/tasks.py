@@ -41,7 +41,7 @@ def read_filter(request: Request, line: str) -> TaskFilter:
         ConfigurationError: the line is not valid.
         Forbidden: it looks for values that the user may not see.
     """
-    found = parse_query(line, request.queue.repository.clock)
+    found = parse_query(line, request.queue._clock)
     private.check_search(request, found)
     return found
 

@@ -1,4 +1,4 @@
-// The keyboard, "select all", questions before an action, and what a screen reader hears of changes.
+// The keyboard, "select all", and what a screen reader hears of changes.
 // Every page works without it.
 (() => {
   "use strict";
@@ -41,12 +41,6 @@
     if ("all" in all.dataset) for (const box of boxes) box.checked = all.checked;
     const ticked = boxes.filter((box) => box.checked).length, whole = form.querySelector("[data-all]");
     if (whole) { whole.checked = ticked === boxes.length; whole.indeterminate = ticked > 0 && !whole.checked; }
-  });
-
-  // --- a question before an action that cannot be undone
-  document.addEventListener("submit", (event) => {
-    const asks = (event.submitter && event.submitter.dataset.ask) || event.target.dataset.ask;
-    if (asks && !confirm(asks)) event.preventDefault();
   });
 
   // --- changes: the texts of [data-announce] are said politely when a refresh has changed them

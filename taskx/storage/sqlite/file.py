@@ -83,14 +83,14 @@ class DatabaseFile:
         """Forget the file. The next opening resolves its path again."""
         self.path, self.identity = self._given, None
 
-    def size(self) -> int:
-        """Return the bytes that the file and its write-ahead log take."""
+    def sizes(self) -> dict[str, int]:
+        """Return the bytes that the file and its write-ahead log take, by path."""
         self.check()
-        total = 0
+        found = {}
         for path in (self.path, f"{self.path}-wal"):
             with suppress(OSError):  # the last connection that closes removes the log
-                total += os.stat(path).st_size
-        return total
+                found[path] = os.stat(path).st_size
+        return found
 
     def _read_identity(self) -> tuple[int, int] | None:
         try:

@@ -529,10 +529,10 @@ class SQLiteRepository(Repository):
         if self._newer is not None:
             raise SchemaMismatch(*self._newer.args)
 
-    def file_size(self) -> int:
-        """Return the bytes that the file and its write-ahead log take."""
+    def file_sizes(self) -> dict[str, int]:
+        """Return the bytes that the file and its write-ahead log take, by path."""
         self._open()
-        return self._file.size()
+        return self._file.sizes()
 
     # --- opening and closing
 

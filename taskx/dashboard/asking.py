@@ -1,0 +1,21 @@
+"""A question before a change that is large or cannot be undone."""
+
+from __future__ import annotations
+
+from taskx.dashboard.pages import Page
+from taskx.dashboard.request import BACK, Request
+from taskx.dashboard.security import TOKEN
+
+#: The name of the form field that says yes.
+YES = "confirmed"
+
+
+def question(request: Request, text: str) -> Page | None:
+    """Return the page that asks a question; None if the form has answered it already."""
+    if request.form.get(YES):
+        return None
+    given = request.form.items(multi=True)
+    fields = [(name, value) for name, value in given if name not in (TOKEN, BACK)]
+    action = f"{request.root_path.rstrip('/')}{request.path}"
+    values = {"question": text, "action": action, "fields": fields, "back": request.back}
+    return Page("question.html", {**values, "refreshing": False})
