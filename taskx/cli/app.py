@@ -11,6 +11,7 @@ from taskx.cli import (
     asking,
     bench,
     changing,
+    dashboard,
     doctor,
     following,
     listing,
@@ -35,6 +36,7 @@ COMMANDS: tuple[click.Command, ...] = (
     *nodes.COMMANDS,
     *scheduling.COMMANDS,
     *worker.COMMANDS,
+    *dashboard.COMMANDS,
     *doctor.COMMANDS,
     *bench.COMMANDS,
 )

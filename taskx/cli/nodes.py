@@ -1,4 +1,4 @@
-"""The commands about nodes, and about the limits and workers that were changed live: nodes, tune."""
+"""The commands about nodes, and about the limits and workers that are changed live: nodes, stacks, tune."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 import click
 
 from taskx.cli.completion import complete_nodes, complete_types, types_of
-from taskx.cli.errors import Usage
+from taskx.cli.errors import FAILED, Failure, Usage
 from taskx.cli.opening import Session, command
 from taskx.cli.output import Cell, Column, Row, age, clean
+from taskx.cli.values import Duration
 from taskx.inspecting.nodes import NodeInfo
 from taskx.inspecting.query import suggestion
 
@@ -103,6 +104,44 @@ def nodes(session: Session) -> None:
     if rows := running_rows(found, now):
         session.out.line()
         session.out.table(RUNNING_COLUMNS, rows)
+
+
+@command(
+    "stacks",
+    """Print what the threads of a node do: their stacks.
+
+The node is asked through the repository, and answers within about a second. NODE is an id of `taskx nodes`,
+or the beginning of one.""",
+    """
+taskx stacks 01a21a47-2287-77ea-8c32-aa356e5e03af
+taskx stacks 01a2 --json | jq -r .stack
+""",
+    click.argument("node", shell_complete=complete_nodes),
+    click.option(
+        "--timeout",
+        type=Duration(),
+        default="5s",
+        show_default=True,
+        help="Wait at most this long.",
+    ),
+)
+def stacks(session: Session, node: str, timeout: float) -> None:
+    """Print stacks."""
+    found = [each.id for each in session.queue.nodes() if each.id.startswith(node)]
+    if len(found) > 1 and node not in found:
+        raise Usage(f"{len(found)} nodes begin with {node!r}: give more of the id")
+    try:
+        threads = session.queue.stacks(found[0] if len(found) == 1 else node, timeout=timeout)
+    except TimeoutError as error:
+        raise Failure(str(error), FAILED) from None
+    for thread in threads:
+        if session.json:
+            session.out.json(thread.to_dict())
+            continue
+        words = f" {thread.type} {thread.task_id}" if thread.task_id else ""
+        session.out.line(clean(thread.thread + words), "bold")
+        for line in clean(thread.stack.rstrip("\n"), lines=True).split("\n"):
+            session.out.line(f"  {line}")
 
 
 # --- tune
@@ -249,4 +288,4 @@ def _value(value: Any) -> str:
     return _NONE if value is None else str(value)
 
 
-COMMANDS = (nodes, tune)
+COMMANDS = (nodes, stacks, tune)

@@ -115,3 +115,26 @@ def test_a_wrong_tune_changes_nothing(outside, taskx, words, message):
     assert (said.code, said.out) == (2, "")
     assert message in said.err
     assert not outside.tuned()
+
+
+def test_the_stacks_of_a_node_are_printed(started, outside, taskx):
+    [node] = outside.nodes()
+    said = taskx("stacks", node.id[:30])
+    assert said.code == 0
+    assert f"email {started.id}" in said.lines[0]
+    assert "in gate" in said.out or "__call__" in said.out
+    rows = taskx("stacks", node.id, "--json").rows
+    assert rows[0]["task_id"] == started.id
+
+
+def test_an_unknown_node_is_not_found(started, taskx):
+    assert taskx("stacks", "nope").code == 3
+
+
+def test_a_node_that_does_not_answer_is_a_failure(started, outside, taskx, monkeypatch):
+    def late(*args, **kwargs):
+        raise TimeoutError("the node did not answer within 5 s")
+
+    monkeypatch.setattr(outside, "stacks", late)
+    said = taskx("stacks", outside.nodes()[0].id)
+    assert (said.code, said.err) == (1, "taskx: the node did not answer within 5 s\n")
