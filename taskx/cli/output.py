@@ -81,7 +81,7 @@ def _kept_lines(character: str) -> str:
 def one_line(text: str) -> str:
     """Return the first line of a text, cleaned."""
     first, *more = text.strip().splitlines() or [""]
-    return clean(first) + (" …" if more else "")
+    return clean(first.rstrip()) + (" …" if more else "")
 
 
 def width_of(text: str) -> int:
