@@ -145,6 +145,7 @@ CHINESE: Mapping[str, str] = {
     "Cancel this task?": "取消此任务？",
     "Delete this task?": "删除此任务？",
     "Why?": "原因",
+    "What the threads of its node do": "其节点的线程正在做什么",
     "What its thread does now": "其线程正在做什么",
     "States and times": "状态与时间",
     "submitted": "已提交",

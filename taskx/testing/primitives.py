@@ -756,6 +756,21 @@ class PrimitivesContract(Contract):
                 pause.wait(0.01)  # a store may ask its server now and then
             raise AssertionError("the version is still the same")
 
+    def test_the_revision_changes_with_every_commit(self, repository: Repository) -> None:
+        """A repository that cannot tell of all commits has none."""
+        self.add(repository, "a")
+        self.skip_if(repository.revision() is None, "the repository cannot tell of all commits")
+        with self.second(repository) as other:
+            seen = [repr(repository.revision())]
+            self.add(repository, "b")
+            seen.append(repr(repository.revision()))
+            assert repository.put_note("n", "text", 0)
+            seen.append(repr(repository.revision()))
+            self.add(other, "c")
+            seen.append(repr(repository.revision()))
+            assert len({*seen}) == len(seen)
+            assert repr(repository.revision()) == seen[-1]
+
     def test_another_object_sees_and_changes_the_same_tasks(self, repository: Repository) -> None:
         """Changes are seen at once, by guards, too."""
         with self.second(repository) as other:
