@@ -84,10 +84,10 @@ CHINESE: Mapping[str, str] = {
     "The last hour": "最近一小时",
     "The last day": "最近一天",
     "Types": "类型",
-    "share of failures": "失败比例",
+    "failed, in %": "失败率",
     "oldest due": "最早到期",
-    "start latency p95": "启动延迟 p95",
-    "run time p50 / p95": "运行时间 p50 / p95",
+    "start p95": "启动 p95",
+    "run p50 / p95": "运行 p50 / p95",
     "paused": "已暂停",
     "No task is stored.": "没有存储任务。",
     # tasks

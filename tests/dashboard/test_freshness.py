@@ -22,8 +22,8 @@ def repository(database, clock):
 
 
 @pytest.fixture
-def queue(make_queue):
-    queue = make_queue()
+def queue(make_queue, clock):
+    queue = make_queue(clock=clock)
     queue.declare("report")
     queue.submit("report")  # the first write opens the connection
     return queue

@@ -21,6 +21,17 @@
       next();
     }, wait);
   };
+  // What the user has opened or closed stays so.
+  const opened = new Map();
+  document.addEventListener("toggle", (event) => {
+    if (event.target.id && event.target.matches("details")) opened.set(event.target.id, event.target.open);
+  }, true);
+  document.addEventListener("htmx:after:swap", () => {
+    for (const [id, open] of opened) {
+      const part = document.getElementById(id);
+      if (part) part.open = open;
+    }
+  });
   const tell = (working) => document.body.toggleAttribute("data-away", !working);
 
   document.addEventListener("input", (event) => {
