@@ -87,7 +87,7 @@ CHINESE: Mapping[str, str] = {
     "failed, in %": "失败率",
     "oldest due": "最早到期",
     "start p95": "启动 p95",
-    "run p50 / p95": "运行 p50 / p95",
+    "run time p50 / p95": "运行时间 p50 / p95",
     "paused": "已暂停",
     "No task is stored.": "没有存储任务。",
     # tasks
