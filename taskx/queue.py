@@ -1236,6 +1236,7 @@ class Queue:
 
         Raises:
             ConfigurationError: an argument is not valid, or the repository has only the eight methods.
+            NodeNotFound: no live node has this id.
             RepositoryError: the repository failed.
         """
         tuning.tune(self._services, type, limits, workers, node)

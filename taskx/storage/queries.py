@@ -44,6 +44,11 @@ def owners(repository: Repository) -> Sequence[str]:
     return [*{owner: None for column in columns for owner in every(repository, column)}]
 
 
+def lives(repository: Repository, node: str) -> bool:
+    """Return True if a node with this id is recorded, and not known to be dead."""
+    return any(one.id == node and one.alive is not False for one in repository.nodes())
+
+
 def runs_somewhere(repository: Repository, type: str) -> bool:
     """Return True if a node that may be alive has an executor for the type."""
     return any(type in node.types for node in repository.nodes() if node.alive is not False)

@@ -20,6 +20,7 @@ from taskx.core.writes import Note
 from taskx.moving import Services
 from taskx.running.pool import WorkerPool
 from taskx.running.threads import ThreadStack, from_json, stacks_here, to_json
+from taskx.storage import queries
 
 _ANSWER = "answer/"
 # Polling interval, in seconds, of a thread that waits for an answer.
@@ -59,13 +60,13 @@ class Requests:
 
 def stop_node(services: Services, node: str) -> None:
     """Do the work of :meth:`Queue.stop_node`."""
-    _ask(services, node, STOP)
+    _ask(services, check_key(node, "node_id"), STOP)
 
 
 def stacks(services: Services, node: str | None, timeout: float | timedelta) -> list[ThreadStack]:
     """Do the work of :meth:`Queue.stacks`."""
     seconds = check_number(timeout, "timeout")
-    if node is None or services.repository.liveness.has(node):
+    if node is None or services.repository.liveness.has(check_key(node, "node_id")):
         return stacks_here()
     request = _ask(services, node, STACKS)
     try:
@@ -93,8 +94,7 @@ def _wait_for_answer(services: Services, request: Request, seconds: float) -> No
 
 def _ask(services: Services, node: str, what: str) -> Request:
     services.repository.require("requests to nodes")
-    check_key(node, "node_id")
-    if not any(one.id == node and one.alive is not False for one in services.repository.nodes()):
+    if not queries.lives(services.repository, node):
         raise NodeNotFound(node)
     _remove_left_behind(services)
     return services.controls.request(node, what)

@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 
-from taskx.core.errors import ConfigurationError
+from taskx.core.errors import ConfigurationError, NodeNotFound
 from taskx.core.model import check_key
 from taskx.core.options import LimitOptions
 from taskx.core.overrides import (
@@ -18,6 +18,7 @@ from taskx.core.overrides import (
     options_of_limit,
 )
 from taskx.moving import Services
+from taskx.storage import queries
 
 
 @attrs.frozen(kw_only=True)
@@ -80,6 +81,8 @@ def tune(
             f"{', '.join(limits)} must be of a type: name the type as the first argument"
         )
     number = check_workers(workers)
+    if node is not None and not queries.lives(services.repository, node):
+        raise NodeNotFound(node)
     services.controls.override(lambda known: _cleaned(services, known.with_workers(number, node)))
 
 

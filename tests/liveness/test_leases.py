@@ -20,7 +20,7 @@ from taskx import RepositoryUnavailable
 from taskx.core import lifecycle
 from taskx.core.writes import NoteChange
 from taskx.liveness.base import PREFIX, Node
-from taskx.liveness.leases import Leases
+from taskx.liveness.leases import BEATS, LATE, Leases
 from taskx.liveness.locks import HostLocks
 from taskx.testing import ManualClock
 
@@ -133,6 +133,21 @@ class TestJudging:
         assert watch(observer, 0.5) is False
         assert json.loads(note_of(store).text)["dead"] is True
         assert not silent(), "no heartbeat revives it"
+
+    def test_a_live_node_whose_heartbeat_stands_still_is_late(self, host, silent):
+        observer = host()
+
+        def is_late():
+            [node] = observer.leases.nodes()
+            assert node.alive
+            return node.late
+
+        watch(observer, LATE * LEASE / BEATS - 0.5)
+        assert not is_late()
+        watch(observer, 1.5)
+        assert is_late()
+        silent()
+        assert not is_late()
 
     def test_a_node_that_sends_heartbeats_is_never_dead(self, host, silent):
         observer = host()

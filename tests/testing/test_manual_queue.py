@@ -389,6 +389,20 @@ def test_pauses_hold(queue, ran):
     assert len(queue.run_all()) == 1
 
 
+def test_a_tuned_rate_holds_and_starts_no_thread(queue, ran):
+    before = threading.active_count()
+    queue.tune("note", rate="1/m")
+    queue.tune(workers=4)
+    for _ in range(3):
+        queue.submit("note")
+    assert len(queue.run_all()) == 1
+    queue.clock.advance(60)
+    assert len(queue.run_all()) == 1
+    queue.untune("note")
+    assert len(queue.run_all()) == 1
+    assert threading.active_count() == before
+
+
 def test_a_failed_task_is_requeued(queue):
     fails = [True]
 

@@ -174,7 +174,7 @@ def test_a_repository_of_eight_methods_has_no_requests():
             call("n")
 
 
-@pytest.mark.parametrize("wrong", ["", 5])
+@pytest.mark.parametrize("wrong", ["", 5, []])
 def test_an_id_that_is_no_id_is_refused(queue, wrong):
     for call in (queue.stacks, queue.stop_node):
         with pytest.raises(ConfigurationError, match="node_id"):

@@ -10,7 +10,7 @@ from helpers import PATIENCE, eventually, housekeeper_of, pool_of, services_of, 
 from storage.repositories import TinyRepository
 from storage.third import ThirdRepository
 
-from taskx import ConfigurationError, Queue, Tuned, TunedType
+from taskx import ConfigurationError, NodeNotFound, Queue, Tuned, TunedType
 from taskx.core.overrides import Overrides, from_text
 from taskx.core.rate import Limit, Rate
 from taskx.limiting.admission import Admission
@@ -303,10 +303,15 @@ class TestWorkers:
         eventually(lambda: {n.id: n.workers for n in first.nodes()} == {ids[0]: 2, ids[1]: 2})
 
     def test_the_number_of_a_node_that_has_left_is_forgotten(self, make_queue):
-        queue = make_queue()
-        queue.tune(workers=7, node="gone")
+        queue, left = make_queue(), make_queue()
+        left.start()
+        node = pool_of(left).node.id
+        queue.tune(workers=7, node=node)
+        left.stop()
         queue.tune(workers=3)
         assert queue.tuned() == Tuned(workers=3)
+        with pytest.raises(NodeNotFound):
+            queue.tune(workers=7, node=node)
 
 
 def test_workers_that_cannot_be_added_are_logged(started, caplog, monkeypatch):
