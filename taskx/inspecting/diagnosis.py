@@ -76,10 +76,13 @@ def diagnose(services: Services) -> Diagnosis:
 def _versions() -> Check:
     import platform  # slow to load, and not needed to run tasks
 
-    # The package itself imports this module.
-    taskx = sys.modules["taskx"].__version__
-    python = platform.python_version()
+    taskx, python = _version(), platform.python_version()
     return ok("versions", f"This is TaskX {taskx} on Python {python}.", taskx=taskx, python=python)
+
+
+def _version() -> str:
+    """Return the version of TaskX; the package itself imports this module."""
+    return str(sys.modules["taskx"].__version__)
 
 
 def _asked(
@@ -95,6 +98,14 @@ def _nodes(repository: Repository, now: int) -> Iterator[Check]:
     nodes = repository.nodes()
     dead = [node for node in nodes if node.alive is False]
     live = len(nodes) - len(dead)
+    versions = {node.about.version for node in nodes if node.alive is not False} - {""}
+    if others := sorted(versions - {_version()}):
+        yield warn(
+            "node versions",
+            f"Live nodes run TaskX {', '.join(others)}, and this is TaskX {_version()}.",
+            "Restart them with the same version.",
+            versions=sorted(versions),
+        )
     if not dead:
         yield ok("nodes", f"{counted(live, 'live node')} and no dead one.", live=live, dead=0)
         return

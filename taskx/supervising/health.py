@@ -34,7 +34,9 @@ class HealthFile:
         try:
             self._write({"ok": False})
         except OSError as error:
-            raise ConfigurationError(f"the health file cannot be written: {error}") from error
+            raise ConfigurationError(
+                f"the health file {path} cannot be written: {error.strerror}"
+            ) from error
         self._remove()
 
     def show(self, report: Report, now: float) -> None:

@@ -10,7 +10,7 @@ import taskx
 from taskx import Check, Diagnosis, Queue, RepositoryUnavailable, SQLiteRepository
 from taskx.core.clock import to_datetime
 from taskx.core.verdict import fail, ok, warn
-from taskx.liveness.base import Node
+from taskx.liveness.base import About, Node
 
 
 def named(queue, name):
@@ -69,6 +69,20 @@ def test_the_tasks_of_dead_nodes_are_counted(healthy, queue, monkeypatch):
     check = named(queue, "nodes")
     assert (check.level, check.facts["live"]) == ("warn", 0)
     assert check.sentence == "1 dead node left 1 task behind."
+
+
+def test_live_nodes_of_another_version_are_a_warning(healthy, queue, monkeypatch):
+    nodes = [
+        Node(id="a", name="host:1", alive=True, about=About(version=taskx.__version__)),
+        Node(id="b", name="host:2", alive=True, about=About(version="0.1.9")),
+        Node(id="c", name="host:3", alive=False, about=About(version="0.1.8")),
+    ]
+    monkeypatch.setattr(healthy, "nodes", lambda: nodes)
+    check = named(queue, "node versions")
+    assert check.level == "warn"
+    assert check.sentence.startswith("Live nodes run TaskX 0.1.9, and this is TaskX ")
+    del nodes[1]
+    assert "node versions" not in {check.name for check in queue.diagnose().checks}
 
 
 def test_a_task_from_the_future_is_a_warning_about_the_clock(healthy, make_queue, clock):
