@@ -60,7 +60,7 @@ from taskx.inspecting.health import check as check_health
 from taskx.inspecting.history import History, history
 from taskx.inspecting.nodes import NodeInfo, nodes
 from taskx.inspecting.reasons import why
-from taskx.inspecting.stats import Stats, stats
+from taskx.inspecting.stats import MOST_WAITING, Stats, stats
 from taskx.moving import Services
 from taskx.running.pool import State, WorkerPool
 from taskx.running.threads import ThreadStack
@@ -790,7 +790,13 @@ class Queue:
         """
         return diagnose(self._services)
 
-    def stats(self, *, period: float | timedelta = 3600.0, at_most: int = 5_000) -> Stats:
+    def stats(
+        self,
+        *,
+        period: float | timedelta = 3600.0,
+        at_most: int = 5_000,
+        waiting_at_most: int = MOST_WAITING,
+    ) -> Stats:
         """Return how many tasks of each type wait, run and have ended, and how long that took.
 
         The numbers are of all processes. A task that moves between two reads may be counted twice, or not
@@ -802,13 +808,14 @@ class Queue:
             period: the seconds before now in which tasks are counted as completed or failed; with 0 no
                 ended tasks are read.
             at_most: most completed and most failed tasks to read, and most delayed, blocked and running
-                ones. Waiting tasks are counted up to 100,000 for each type and node.
+                ones.
+            waiting_at_most: the largest number of waiting tasks that is counted for each type and node.
 
         Raises:
             ConfigurationError: an argument is not valid.
             RepositoryError: the repository cannot be read.
         """
-        return stats(self._services, period, at_most)
+        return stats(self._services, period, at_most, waiting_at_most)
 
     def history(
         self,

@@ -22,6 +22,8 @@ _UNITS = (
     (1.0, "{number} s"),
     (0.001, "{number} ms"),
 )
+#: The largest number of waiting tasks that pages count for each type and node.
+MOST_WAITING = 10_000
 _BYTES = ("B", "KB", "MB", "GB", "TB")
 _DAYS = ("Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
@@ -82,6 +84,10 @@ class Display:
         if value is None:
             return "–"
         return str(words.number(value)) if isinstance(value, int) else f"{value:,.2f}"
+
+    def waiting(self, value: int) -> str:
+        """Return the number of a type's waiting tasks, which are counted up to a limit."""
+        return f"{self.number(value)}{'+' if value >= MOST_WAITING else ''}"
 
     def percent(self, share: float | None) -> str:
         """Return a share from 0 to 1 in percent; a dash if there is none."""
@@ -170,5 +176,15 @@ def _filter(name: str) -> Callable[..., Any]:
 #: The filters of the templates. They use the ``display`` of the request.
 FILTERS = {
     name: _filter(name)
-    for name in ("moment", "clock", "ago", "seconds", "number", "percent", "size", "spec")
+    for name in (
+        "moment",
+        "clock",
+        "ago",
+        "seconds",
+        "number",
+        "waiting",
+        "percent",
+        "size",
+        "spec",
+    )
 }

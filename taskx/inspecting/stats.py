@@ -23,8 +23,8 @@ from taskx.moving import Services
 from taskx.storage import queries
 from taskx.storage.base import Lookup
 
-#: Most waiting tasks of a type that are counted on each node, and outside of nodes.
-MOST_COUNTED = 100_000
+#: Most waiting tasks of a type that are counted on each node, and outside of nodes, if no number is given.
+MOST_WAITING = 100_000
 # Approximate number of waiting tasks that are read to find the oldest of each type.
 _OLDEST = 1000
 
@@ -110,18 +110,22 @@ class Stats:
         }
 
 
-def stats(services: Services, period: float | timedelta, at_most: int) -> Stats:
+def stats(
+    services: Services, period: float | timedelta, at_most: int, waiting_at_most: int
+) -> Stats:
     """Do the work of :meth:`Queue.stats`."""
     seconds = check_number(period, "period")
-    return _Reading(services, check_int(at_most, "at_most", 1)).stats(seconds)
+    most = check_int(at_most, "at_most", 1), check_int(waiting_at_most, "waiting_at_most", 1)
+    return _Reading(services, *most).stats(seconds)
 
 
 class _Reading:
     """The reads for one answer."""
 
-    def __init__(self, services: Services, at_most: int) -> None:
+    def __init__(self, services: Services, at_most: int, waiting_at_most: int) -> None:
         self._repository = services.repository
         self._at_most = at_most
+        self._waiting_at_most = waiting_at_most
         self._capped = False
         self._now = services.clock.now_ms()
         self._found: defaultdict[str, _Found] = defaultdict(_Found)
@@ -148,8 +152,8 @@ class _Reading:
         most = max(1, _OLDEST // max(1, len(types)))
         for owner in ("", *queries.every(self._repository, "buffered_on")):
             for type in types:
-                if number := self._repository.count_ready(type, owner, MOST_COUNTED):
-                    self._capped |= number == MOST_COUNTED
+                if number := self._repository.count_ready(type, owner, self._waiting_at_most):
+                    self._capped |= number == self._waiting_at_most
                     self._found[type].numbers["waiting"] += number
                     for stub in self._repository.ready([type], most, owner, ageing=1):
                         self._found[type].waits_since(stub.waits_since)

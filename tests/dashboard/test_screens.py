@@ -13,8 +13,8 @@ import pytest
 from helpers import eventually
 
 from taskx import ConfigurationError, RepositoryUnavailable, Task, TaskStatus, chain
-from taskx.dashboard import ALL, bulk
-from taskx.dashboard.screens import tasks
+from taskx.dashboard import ALL, bulk, display
+from taskx.dashboard.screens import overview, tasks, types
 from taskx.submitting.bulk import BATCH
 
 HOSTILE = "<script>alert(1)</script>\"'&{{7*7}}\u202e\ud800</textarea>"
@@ -81,6 +81,15 @@ def test_the_overview_counts_failures_of_the_last_hour(browser, queue, run):
     text = browser.get("/").text
     assert re.search(r'<b class="bad">1</b><span>failed in the last hour</span>', text)
     assert "/tasks?q=type:broken+status:failed" in text
+
+
+def test_waiting_tasks_are_counted_up_to_a_limit(browser, queue, monkeypatch):
+    for module in (display, overview, types):
+        monkeypatch.setattr(module, "MOST_WAITING", 2)
+    for _ in range(3):
+        queue.submit("report")
+    assert "<b>2+</b><span>due</span>" in browser.get("/").text
+    assert ">2+<" in browser.get("/types").text
 
 
 def test_the_overview_names_paused_types(browser, queue):

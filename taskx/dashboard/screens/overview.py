@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from taskx.dashboard.display import MOST_WAITING
 from taskx.dashboard.pages import Page, Screen
 from taskx.dashboard.request import Request
 from taskx.inspecting.stats import Stats
@@ -16,13 +17,14 @@ _HOUR, _DAY = 3600.0, 86400.0
 def show(request: Request) -> Page:
     """Show what is wrong, the numbers of tasks, throughput and failures, and the types."""
     queue = request.queue
-    stats = queue.stats(period=_HOUR, at_most=READ)
+    stats = queue.stats(period=_HOUR, at_most=READ, waiting_at_most=MOST_WAITING)
     return Page(
         "overview.html",
         {
             "health": queue.health(),
             "stats": stats,
             "total": _totals(stats),
+            "more_wait": any(one.waiting >= MOST_WAITING for one in stats.types.values()),
             "hour": queue.history(period=_HOUR, intervals=60, at_most=READ),
             "day": queue.history(period=_DAY, intervals=48, at_most=READ),
             "paused": queue.paused,

@@ -9,6 +9,7 @@ from typing import Any
 import attrs
 
 from taskx.core.errors import ConfigurationError
+from taskx.dashboard.display import MOST_WAITING
 from taskx.dashboard.pages import Action, Done, Page, Screen
 from taskx.dashboard.request import Request
 from taskx.inspecting.nodes import NodeInfo
@@ -74,7 +75,8 @@ def _rate(given: Any) -> str:
 def _rows(request: Request) -> dict[str, Row]:
     """Return all types that are known, by name."""
     queue = request.queue
-    stats, paused, plain = queue.stats().types, queue.paused, bool(queue.repository.shortcoming)
+    stats = queue.stats(waiting_at_most=MOST_WAITING).types
+    paused, plain = queue.paused, bool(queue.repository.shortcoming)
     tuned = {} if plain else queue.tuned().types
     nodes = [] if plain else [node for node in queue.nodes() if node.alive is not False]
     of_nodes = {type for node in nodes for type in node.types}
