@@ -74,7 +74,9 @@ from taskx.submitting.bulk import Bulk, OnProgress, Terms
 from taskx.submitting.intake import Intake, task_of
 from taskx.submitting.layers import layered
 from taskx.submitting.mapping import Results, ahead
-from taskx.submitting.operations import Operations, dead
+from taskx.submitting.operations import Operations
+from taskx.submitting.requeuing import Requeues
+from taskx.submitting.selecting import dead
 from taskx.upkeep import foreground, requests, tuning
 from taskx.upkeep.following import follow
 from taskx.upkeep.node import Lifetime, LocalNode
@@ -155,6 +157,7 @@ class Queue:
         )
         self._intake = self._intake_class(self._services, state, self.config)
         self._operations = Operations(self._services, state)
+        self._requeues = Requeues(self._services, state)
         self._entrance = layered(self._intake, self._registry.middleware)
         self._schedules.wire(self._services, self._intake)
         self._life = self._life_class(self._services, self.config, state, self)
@@ -999,7 +1002,7 @@ class Queue:
             RepositoryCorrupt: the record is damaged, and the requeue would change it.
             QueueStopped: the queue was stopped.
         """
-        self._operations.requeue(check_name(task_id, "id"), params, from_step)
+        self._requeues.one(check_name(task_id, "id"), params, from_step)
 
     def requeue_many(self, task_ids: Iterable[str]) -> int:
         """Requeue the given tasks if they failed or were cancelled, in a few transactions.
@@ -1016,7 +1019,7 @@ class Queue:
             QueueStopped: the queue was stopped.
             RepositoryError: the repository failed; some tasks may have been requeued.
         """
-        return self._operations.requeue_many([check_name(task_id, "id") for task_id in task_ids])
+        return self._requeues.requeue_many([check_name(task_id, "id") for task_id in task_ids])
 
     def requeue_all(
         self,
@@ -1052,7 +1055,7 @@ class Queue:
         """
         wanted = filter_of(filter, fields, "requeue_all", self._clock)
         terms = Terms(dry_run, at_most, on_progress)
-        return self._operations.requeue_all(wanted, terms, rate=rate)
+        return self._requeues.requeue_all(wanted, terms, rate=rate)
 
     def requeue_failures(
         self,
@@ -1075,7 +1078,7 @@ class Queue:
         Raises:
             TaskxError: as in :meth:`requeue_all`.
         """
-        return requeue_group(self._operations, group, Terms(dry_run, None, on_progress), rate)
+        return requeue_group(self._requeues, group, Terms(dry_run, None, on_progress), rate)
 
     def cancel_all(
         self,
@@ -1323,7 +1326,7 @@ class Queue:
             QueueStopped: the queue was stopped.
         """
         wanted = filter_of(filter, fields, "requeue_dead_letters", self._clock)
-        return self._operations.requeue_dead_letters(wanted)
+        return self._requeues.requeue_dead_letters(wanted)
 
     def discard_dead_letters(
         self, filter: TaskFilter | None = None, **fields: Unpack[FilterOptions]

@@ -17,8 +17,9 @@ from taskx.core.model import TaskFilter, TaskStatus, check_key, check_moment
 from taskx.inspecting.places import Place, place_of
 from taskx.moving import Services
 from taskx.storage import queries
-from taskx.submitting.bulk import Also, Bulk, Terms
-from taskx.submitting.operations import Operations
+from taskx.submitting.bulk import Bulk, Terms
+from taskx.submitting.requeuing import Requeues
+from taskx.submitting.selecting import Also
 
 _FIELDS = ("id", "type", "created_at", "completed_at", "error", "error_type", "traceback")
 
@@ -91,17 +92,17 @@ class Failures:
         }
 
 
-def requeue_group(operations: Operations, group: FailureGroup, terms: Terms, rate: Any) -> Bulk:
+def requeue_group(requeues: Requeues, group: FailureGroup, terms: Terms, rate: Any) -> Bulk:
     """Do the work of :meth:`Queue.requeue_failures`."""
     if not isinstance(group, FailureGroup):
         raise ConfigurationError(
             f"requeue_failures() takes a group of queue.failures(), not {group!r:.80}"
         )
-    if operations.keeps_no_errors:
-        return operations.requeue_given(group.task_ids, terms, rate=rate)
+    if requeues.keeps_no_errors:
+        return requeues.requeue_given(group.task_ids, terms, rate=rate)
     wanted = TaskFilter(status=TaskStatus.FAILED, type=group.type, error_type=group.error_type)
     here = Also(str(group.place), lambda task: place_of(task.traceback) == group.place)
-    return operations.requeue_all(wanted, terms, also=here, rate=rate)
+    return requeues.requeue_all(wanted, terms, also=here, rate=rate)
 
 
 class _Failed(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from itertools import chain, islice
 from typing import Any, NamedTuple
@@ -87,6 +87,11 @@ def newest(
     times = (row[fields.index("created_at")] for row in rows)
     known = [time for time in times if isinstance(time, int)]
     return rows, min(known, default=None) if len(rows) >= at_most else None
+
+
+def families(repository: Repository, task_ids: Iterable[str]) -> Rows:
+    """Return pairs of one of these tasks and a task that depends on it, in any status."""
+    return repository.find("parent", [*task_ids], ("parent", "id"))
 
 
 def asked_to_cancel(repository: Repository, task_ids: Sequence[str]) -> Collection[str]:

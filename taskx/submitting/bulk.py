@@ -1,31 +1,27 @@
-"""Bulk changes: the tasks that they choose, the times at which these may start, and the record of them."""
+"""Bulk changes: their terms, the record of what they did, and the times at which requeued tasks start."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from datetime import datetime, timezone
-from itertools import islice
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime
 from typing import Any, Literal
 
 import attrs
 
 from taskx.core.clock import LAST, Clock, to_datetime
 from taskx.core.errors import ConfigurationError
-from taskx.core.model import CONDITIONS, Task, TaskFilter
+from taskx.core.model import TaskCount
 from taskx.core.rate import Rate
 from taskx.core.writes import Note
-from taskx.storage import queries
 from taskx.storage.base import Repository
 
 #: Most tasks read at a time, and changed in one transaction together with the tasks that ended with them.
 BATCH = 200
 #: The name of the note with the times up to which tasks are staggered.
 _NOTE = "bulk"
-_EARLY = datetime(1, 1, 1, tzinfo=timezone.utc)
 
 Action = Literal["requeue", "cancel", "delete"]
 
@@ -97,6 +93,11 @@ class Terms:
 PLAIN = Terms()
 
 
+def counted(action: Action, number: TaskCount) -> Bulk:
+    """Return the record of a dry run."""
+    return Bulk(action=action, dry_run=True, matched=int(number), exact=number.exact)
+
+
 class Tally:
     """Counts what a bulk change has done, and tells ``on_progress``."""
 
@@ -130,145 +131,6 @@ class Tally:
         )
         if self._on_progress is not None:
             self._on_progress(self.bulk)
-
-
-# --- the tasks that are changed
-
-
-class Selection(ABC):
-    """The tasks of a bulk change, each of them once.
-
-    A task may be changed before its page comes, because of its child. Then it is reported by ``passed``,
-    and its page leaves it out, even if it has failed again in the meantime.
-    """
-
-    @abstractmethod
-    def pages(self) -> Iterator[dict[str, Task]]:
-        """Yield the tasks by id, in pages that are not empty."""
-
-    @abstractmethod
-    def of(self, tasks: Mapping[str, Task]) -> set[str]:
-        """Return the ids of those tasks that are in this page or in one that is still to come."""
-
-    @abstractmethod
-    def passed(self, tasks: Mapping[str, Task], parents: Collection[str]) -> None:
-        """Note that tasks were changed: those of the page, and others. Tasks depend on ``parents``."""
-
-    @abstractmethod
-    def may_have(self, task_id: str) -> bool:
-        """Return False if it is certain, without a read, that :meth:`of` leaves out a task."""
-
-
-class Given(Selection):
-    """The tasks with the given ids, if they are wanted when they are read."""
-
-    def __init__(
-        self, repository: Repository, task_ids: Iterable[str], wanted: Callable[[Task], bool]
-    ) -> None:
-        self._repository = repository
-        self._left = dict.fromkeys(task_ids)
-        self._wanted = wanted
-
-    def pages(self) -> Iterator[dict[str, Task]]:
-        while some := [*islice(self._left, BATCH)]:
-            found = self._repository.get_many(some)
-            if tasks := {i: found[i] for i in some if i in found and self._wanted(found[i])}:
-                yield tasks
-            for task_id in some:
-                self._left.pop(task_id, None)
-
-    def of(self, tasks: Mapping[str, Task]) -> set[str]:
-        return {i for i, task in tasks.items() if i in self._left and self._wanted(task)}
-
-    def passed(self, tasks: Mapping[str, Task], parents: Collection[str]) -> None:
-        for task_id in tasks:
-            self._left.pop(task_id, None)
-
-    def may_have(self, task_id: str) -> bool:
-        return task_id in self._left
-
-
-class Matching(Selection):
-    """The tasks that match a filter without a limit, newest first. Only one page of them is in memory.
-
-    Args:
-        repository: the repository to read.
-        filter: the conditions.
-        also: a further condition.
-    """
-
-    def __init__(
-        self,
-        repository: Repository,
-        filter: TaskFilter,
-        also: Also,
-    ) -> None:
-        self._repository = repository
-        self._filter = filter
-        self._also = also.meets
-        # The page, and the dates of its first and last task.
-        self._page: Mapping[str, Task] = {}
-        self._newest = self._oldest = _EARLY
-        # Changed tasks that may be met again, in a later page or as the parent of a task there.
-        self._apart: dict[str, datetime] = {}
-
-    def pages(self) -> Iterator[dict[str, Task]]:
-        wanted = attrs.evolve(self._filter, limit=BATCH)
-        for page in queries.pages(self._repository, wanted):
-            self._newest, self._oldest = created_at(page[0]), created_at(page[-1])
-            tasks = {t.id: t for t in page if t.id not in self._apart and self._also(t)}
-            if self._repository.shortcoming:  # its lists lack the fields that are only in memory
-                found = self._repository.get_many([*tasks])
-                tasks = {i: found[i] for i in tasks if i in found and wanted.matches(found[i])}
-            self._page = tasks
-            if tasks:
-                yield tasks
-            self._apart = {i: date for i, date in self._apart.items() if date <= self._oldest}
-
-    def of(self, tasks: Mapping[str, Task]) -> set[str]:
-        return {
-            task_id
-            for task_id, task in tasks.items()
-            if task_id not in self._apart
-            and created_at(task) <= self._newest
-            and self._filter.matches(task)
-            and self._also(task)
-        }
-
-    def passed(self, tasks: Mapping[str, Task], parents: Collection[str]) -> None:
-        for task_id, task in tasks.items():
-            date = created_at(task)
-            if date <= self._oldest and (task_id not in self._page or task_id in parents):
-                self._apart[task_id] = date
-
-    def may_have(self, task_id: str) -> bool:
-        return task_id not in self._apart
-
-
-def created_at(task: Task) -> datetime:
-    """Return the date by which lists are sorted."""
-    return task.created_at or _EARLY
-
-
-def conditions(filter: TaskFilter) -> object:
-    """Return the conditions of a filter except dates: an age is another date in each call."""
-    names = sorted(CONDITIONS - {"start_date", "end_date"})
-    return [(name, getattr(filter, name)) for name in names]
-
-
-@attrs.frozen
-class Also:
-    """A further condition, and a name that is the same in every process."""
-
-    name: str
-    meets: Callable[[Task], bool]
-
-
-#: No further condition.
-ANY = Also("", lambda task: True)
-
-
-# --- the times at which they may start
 
 
 class Stagger:

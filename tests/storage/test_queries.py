@@ -10,7 +10,6 @@ from taskx.core.lifecycle import Ending
 from taskx.core.writes import Delete, Update
 from taskx.storage import queries
 from taskx.storage.queries import count, matching, oldest_ready, owners, page, shown
-from taskx.submitting.operations import children
 from taskx.upkeep.housekeeper import unfinished
 from taskx.upkeep.retention import needed
 
@@ -349,16 +348,17 @@ class TestParents:
         assert needed(store, ["q"]) == set()
 
     @between_tasks
-    def test_children_of_several_tasks_are_listed_once(self, store, add):
+    def test_the_children_of_several_tasks_are_found_with_their_parents(self, store, add):
         add("p")
         for child, parents in {"a": ["p"], "b": ["p", "q"], "c": ["a"]}.items():
             add(child, depends_on=parents, waiting_on=parents[0])
-        assert sorted(children(store, ["p", "q"])) == ["a", "b"]
-        assert list(children(store, ["a", "nobody"])) == ["c"]
+        pairs = queries.families(store, ["p", "q"])
+        assert sorted(pairs) == [("p", "a"), ("p", "b"), ("q", "b")]
+        assert list(queries.families(store, ["a", "nobody"])) == [("a", "c")]
         store.apply(lifecycle.cancel("c", 1))
-        assert list(children(store, ["a"])) == ["c"]
+        assert list(queries.families(store, ["a"])) == [("a", "c")]
         store.delete("c")
-        assert list(children(store, ["a"])) == list(children(store, [])) == []
+        assert list(queries.families(store, ["a"])) == list(queries.families(store, [])) == []
 
 
 class TestConcurrencyKeys:

@@ -210,7 +210,7 @@ class TestFamilies:
         self, queue, batch, whole, limit, in_batches, monkeypatch
     ):
         in_batches(operations=batch)
-        monkeypatch.setattr("taskx.submitting.operations.WHOLE", whole)
+        monkeypatch.setattr("taskx.submitting.requeuing.WHOLE", whole)
         parents = {"0": [], "1": [], "2": ["0", "1"], "3": ["2"], "4": ["0", "3"], "5": ["3", "1"]}
         queue.submit_many(
             Task(
@@ -279,7 +279,7 @@ def test_a_parent_that_was_stored_after_its_child_is_requeued_once(make_queue, c
 @pytest.mark.parametrize("limit", [{}, {"limit": 9}])
 def test_large_families_are_requeued_one_after_the_other(make_queue, monkeypatch, limit):
     """Each one in a transaction of its own, so that a crash leaves no part of one."""
-    monkeypatch.setattr("taskx.submitting.operations.WHOLE", 6)
+    monkeypatch.setattr("taskx.submitting.requeuing.WHOLE", 6)
     queue = make_queue()
     queue.declare("t")
     for parent in "abcd":

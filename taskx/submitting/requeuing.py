@@ -1,0 +1,272 @@
+"""Requeuing: one task, corrected or not, given tasks, and all that match a filter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from graphlib import TopologicalSorter
+from typing import Any
+
+import attrs
+
+from taskx.core import lifecycle
+from taskx.core.errors import ConfigurationError, InvalidTransition, QueueStopped
+from taskx.core.lifecycle import REQUEUEABLE
+from taskx.core.model import Task, TaskCount, TaskFilter, TaskStatus, check_name
+from taskx.core.rate import rate_of
+from taskx.moving import Services
+from taskx.running.pool import State
+from taskx.storage import queries
+from taskx.submitting import bulk
+from taskx.submitting.bulk import PLAIN, Bulk, Stagger, Tally, Terms, counted
+from taskx.submitting.intake import new_params
+from taskx.submitting.selecting import (
+    ANY,
+    Also,
+    Given,
+    Selection,
+    conditions,
+    count,
+    dead,
+    selections,
+)
+
+#: Most tasks that are requeued in one transaction: a page, and the tasks that ended because of it.
+WHOLE = 1000
+
+
+def _requeueable(task: Task) -> bool:
+    return task.status.value in REQUEUEABLE
+
+
+class Requeues:
+    """Requeues stored tasks; the queue need not be started.
+
+    Its public methods implement the methods of ``Queue`` with the same names (``one``: ``requeue``).
+
+    Args:
+        services: the shared parts of the queue.
+        state: tells if the queue was stopped.
+    """
+
+    def __init__(self, services: Services, state: State) -> None:
+        self._services = services
+        self._repository = services.repository
+        self._consequences = services.consequences
+        self._state = state
+
+    @property
+    def keeps_no_errors(self) -> bool:
+        """True if the repository may not keep tracebacks: it has only the eight methods."""
+        return bool(self._repository.shortcoming)
+
+    def one(self, task_id: str, params: Any = None, from_step: str | None = None) -> None:
+        self._refuse_if_stopped()
+        if from_step is not None:
+            check_name(from_step, "from_step")
+        task = self._repository.get_by_id(task_id)
+        lifecycle.check_requeue(task)
+        correction: dict[str, Any] = {}
+        if params is not None or from_step is not None:
+            text = None if params is None else new_params(self._services, task.type, params)
+            now = self._services.clock.now_ms()
+            correction = lifecycle.corrected(task, now, text, from_step)
+        family = self._family({task_id: task}, Given(self._repository, (), _requeueable))
+        if task_id not in self._requeue(family.in_order(), {}, {task_id: correction}):
+            self._repository.refuse_if_key_held(task)
+            raise InvalidTransition(
+                f"task {task_id} was changed while it was being requeued; try again"
+            )
+
+    def requeue_many(self, task_ids: Iterable[str]) -> int:
+        done = self.requeue_given(task_ids)
+        return done.changed + done.more
+
+    def requeue_dead_letters(self, filter: TaskFilter) -> int:
+        done = self.requeue_all(dead(filter))
+        return done.changed + done.more
+
+    def requeue_given(
+        self, task_ids: Iterable[str], terms: Terms = PLAIN, *, rate: Any = None
+    ) -> Bulk:
+        """Requeue the tasks with these ids that failed or were cancelled."""
+        selection, stagger = (
+            Given(self._repository, task_ids, _requeueable),
+            self._stagger(rate, ""),
+        )
+        if terms.dry_run:
+            return counted("requeue", TaskCount(sum(map(len, selection.pages()))))
+        return self._requeue_selections([selection], terms, stagger)
+
+    def requeue_all(
+        self, filter: TaskFilter, terms: Terms = PLAIN, *, also: Also = ANY, rate: Any = None
+    ) -> Bulk:
+        if filter.status is not None and filter.status.value not in REQUEUEABLE:
+            raise ConfigurationError(
+                "requeue_all() runs failed or cancelled tasks again: the filter must not have status "
+                f"{filter.status}"
+            )
+        wanted = [attrs.evolve(filter, status=filter.status or TaskStatus.FAILED)]
+        stagger = self._stagger(rate, (conditions(wanted[0]), also.name))
+        if terms.dry_run:
+            return counted("requeue", count(self._repository, wanted, terms.at_most, also))
+        return self._requeue_selections(selections(self._repository, wanted, also), terms, stagger)
+
+    def _stagger(self, rate: Any, what: object) -> Stagger | None:
+        allowed = rate_of(rate, None)
+        if allowed is None:
+            return None
+        return Stagger(self._repository, self._services.clock, allowed, what)
+
+    def _requeue_selections(
+        self, selections: Iterable[Selection], terms: Terms, stagger: Stagger | None
+    ) -> Bulk:
+        self._refuse_if_stopped()
+        tally = Tally("requeue", terms)
+        for selection in selections:
+            for page in selection.pages():
+                self._requeue_page(page, selection, tally, stagger)
+        return tally.bulk
+
+    def _refuse_if_stopped(self) -> None:
+        if self._state.stopped:
+            raise QueueStopped("the queue was stopped: create a new queue; nothing was requeued")
+
+    def _requeue_page(
+        self,
+        page: Mapping[str, Task],
+        selection: Selection,
+        tally: Tally,
+        stagger: Stagger | None,
+    ) -> None:
+        """Requeue a page, in parts if more than ``WHOLE`` tasks would be requeued with it at once."""
+        parts = [page]
+        while parts:
+            tasks = parts.pop()
+            family = self._family(tasks, selection)
+            if family.cut_short:
+                items, half = [*tasks.items()], len(tasks) // 2
+                parts += [dict(items[half:]), dict(items[:half])]
+                continue
+            own = family.own | (family.tasks.keys() & page.keys())
+            order = family.in_order()
+            times = stagger.take(len(own)) if stagger is not None else []
+            run_at = dict(zip((task.id for task in order if task.id in own), times, strict=False))
+            done = self._requeue(order, run_at)
+            selection.passed(family.tasks, family.parents)
+            tally.add(
+                len(own),
+                changed=len(done & own),
+                more=len(done - own),
+                skipped=self._why_not([family.tasks[i] for i in own - done]),
+                reached=[*tasks.values()][-1].created_at,
+                starts_until=max(times, default=None),
+            )
+            parts = [{i: t for i, t in part.items() if i not in own} for part in parts]
+            parts = [part for part in parts if part]
+
+    def _family(self, tasks: Mapping[str, Task], selection: Selection) -> _Family:
+        """Return these tasks, with those that must be requeued with them.
+
+        These are all tasks that ended because of them, directly or through other tasks, and the parents in
+        the selection, for which they wait. Of several tasks, the search is cut short if it finds too many.
+        """
+        family = _Family(own=set(tasks))
+        new: Mapping[str, Task] = tasks
+        while new:
+            family.tasks.update(new)
+            parents = self._parents(new, family, selection)
+            orphans = self._orphans(new, family)
+            family.own |= parents.keys() | selection.of(orphans)
+            new = {**parents, **orphans}
+            family.cut_short = len(tasks) > 1 and len(family.tasks) + len(new) > WHOLE
+            if family.cut_short:
+                break
+        return family
+
+    def _parents(
+        self, tasks: Mapping[str, Task], family: _Family, selection: Selection
+    ) -> dict[str, Task]:
+        """Return the parents of these tasks that the selection would requeue later."""
+        parents = {parent for task in tasks.values() for parent in task.depends_on}
+        some = [i for i in parents - family.tasks.keys() if selection.may_have(i)]
+        found: dict[str, Task] = {}
+        for start in range(0, len(some), bulk.BATCH):
+            read = self._repository.get_many(some[start : start + bulk.BATCH])
+            found.update((task_id, read[task_id]) for task_id in selection.of(read))
+        return found
+
+    def _orphans(self, tasks: Mapping[str, Task], family: _Family) -> dict[str, Task]:
+        """Return the tasks that ended because of these."""
+        pairs = queries.families(self._repository, tasks)
+        family.parents.update(parent for parent, _ in pairs)
+        some = [*{child for _, child in pairs} - family.tasks.keys()]
+        found: dict[str, Task] = {}
+        for start in range(0, len(some), bulk.BATCH):
+            read = self._repository.get_many(some[start : start + bulk.BATCH])
+            found.update((i, task) for i, task in read.items() if lifecycle.ended_with(task, tasks))
+            if len(family.own) > 1 and len(found) > WHOLE:
+                break  # the search is cut short anyway
+        return found
+
+    def _requeue(
+        self,
+        tasks: Sequence[Task],
+        run_at: Mapping[str, int],
+        corrections: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> set[str]:
+        """Requeue tasks in this order; each one waits for its unfinished parents.
+
+        Returns:
+            the ids of the tasks that run again.
+        """
+        requeued = set[str]()
+        for start in range(0, len(tasks), WHOLE):
+            some = tasks[start : start + WHOLE]
+            parents = list({parent: None for task in some for parent in task.depends_on})
+            statuses = self._repository.statuses(parents) if parents else {}
+            statuses.update((task.id, TaskStatus.PENDING) for task in some)  # in this transaction
+            now = self._services.clock.now_ms()
+            writes = [
+                lifecycle.requeue(
+                    task,
+                    now,
+                    lifecycle.unfinished_parent(task.depends_on, statuses),
+                    run_at=run_at.get(task.id),
+                    correction=(corrections or {}).get(task.id),
+                )
+                for task in some
+            ]
+            results = self._consequences.commit(writes, {task.id: task for task in some})
+            requeued.update(task.id for task, held in zip(some, results, strict=True) if held)
+        self._consequences.process_if_unattended()
+        return requeued
+
+    def _why_not(self, tasks: Sequence[Task]) -> list[str]:
+        """Return the reason for each of these tasks why it was not requeued."""
+        keys = [*{task.unique_key for task in tasks if task.unique_key is not None}]
+        found = self._repository.find("unique_lock", keys, ("unique_lock", "id")) if keys else ()
+        holders: dict[str | None, str] = dict(found)
+        return [
+            "changed" if holders.get(task.unique_key, task.id) == task.id else "unique_key"
+            for task in tasks
+        ]
+
+
+@attrs.define
+class _Family:
+    """Tasks that are requeued together."""
+
+    #: All of them, by id.
+    tasks: dict[str, Task] = attrs.field(factory=dict)
+    #: The ids of those that belong to the selection, as against those that ended because of these.
+    own: set[str] = attrs.field(factory=set)
+    #: The ids of those that other tasks depend on.
+    parents: set[str] = attrs.field(factory=set)
+    #: True if some of the tasks are missing, because they are too many.
+    cut_short: bool = False
+
+    def in_order(self) -> list[Task]:
+        """Return the tasks with parents before their children."""
+        tasks = self.tasks
+        parents = {i: [p for p in task.depends_on if p in tasks] for i, task in tasks.items()}
+        return [tasks[task_id] for task_id in TopologicalSorter(parents).static_order()]
