@@ -33,10 +33,10 @@ from taskx.upkeep.node import Lifetime
 BEAT = 1.0
 #: Share of a limit by which it may be lower, so that not all processes reach it at the same time.
 JITTER = 0.2
-# Seconds between two checks if the queue has started.
+# Seconds between two checks until the queue has started.
 _FIRST_CHECKS = 0.02
 # Seconds that the end of the interpreter may take, after the queue has stopped.
-_LEAVE = 5.0
+_LEAVE = 10.0
 
 log = logging.getLogger("taskx.worker")
 
@@ -247,8 +247,14 @@ def _stamp(file: str) -> int | None:
 
 def loaded_files() -> set[str]:
     """Return the source files of the modules that this process has imported."""
-    found = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
-    return {file for file in found if isinstance(file, str)}
+    return {file for module in list(sys.modules.values()) if (file := _file_of(module))}
+
+
+def _file_of(module: object) -> str:
+    file: object = None
+    with suppress(Exception):  # a lazy module may raise anything
+        file = getattr(module, "__file__", None)
+    return file if isinstance(file, str) else ""
 
 
 def _sources() -> set[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -16,7 +17,7 @@ from taskx import ConfigurationError, Queue
 from taskx.supervising.health import WRITE_EVERY, HealthFile, HealthPort
 from taskx.supervising.loading import files_of, load_queue
 from taskx.supervising.notify import Notifier
-from taskx.supervising.process import Changes, Limits, memory
+from taskx.supervising.process import Changes, Limits, loaded_files, memory
 from taskx.supervising.settings import Settings
 
 # Loading
@@ -182,6 +183,15 @@ def test_a_file_has_changed_if_its_time_differs_or_it_is_gone(tmp_path):
     assert fresh.next() == ""
     one.unlink()
     assert fresh.next() == str(one)
+
+
+def test_a_lazy_module_that_raises_does_not_stop_the_watch(monkeypatch):
+    class Lazy:
+        def __getattr__(self, name):
+            raise ImportError("not installed")
+
+    monkeypatch.setitem(sys.modules, "lazy_one", Lazy())
+    assert __file__ in loaded_files()
 
 
 # systemd

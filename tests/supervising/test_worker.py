@@ -247,6 +247,13 @@ def test_a_worker_that_cannot_start_says_why_in_one_line_and_ends(worker, app, c
     assert line.endswith(": the worker ends")
 
 
+def test_a_process_that_is_still_being_loaded_stops_at_once(worker):
+    app = "import pathlib, time\npathlib.Path('loading').touch()\ntime.sleep(600)\n"
+    one = worker(processes=1, app=app)
+    eventually((one.folder / "loading").exists)
+    assert one.stop()[0] == 0
+
+
 def test_reload_waits_for_a_correction_and_follows_later_changes(worker):
     one = worker(processes=1, reload=True, app="def broken(:\n")
     eventually(lambda: one.child.process.poll() is None)
