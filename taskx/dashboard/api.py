@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any, Literal
 
 import attrs
@@ -181,8 +182,8 @@ def _change_all(request: Request, change: Change, body: Mapping[str, Any]) -> di
     if dry_run:
         bulk = method(wanted, dry_run=True, at_most=MOST_COUNTED, **options)
         return {**bulk.to_dict(), "finished": True}
-    bulk, finished = change_for_a_while(method, wanted, **options)
-    request.note(change.name, body["query"] or "all tasks", f"{bulk.changed} changed")
+    note = partial(request.note, change.name, body["query"] or "all tasks")
+    bulk, finished = change_for_a_while(method, wanted, note, **options)
     return {**bulk.to_dict(), "finished": finished}
 
 

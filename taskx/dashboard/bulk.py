@@ -21,7 +21,7 @@ class _Watch:
     """Notes how far a change has come, and ends it when the time is over."""
 
     def __init__(self) -> None:
-        self.bulk: Bulk | None = None
+        self.bulk = Bulk(action="cancel")  # nothing yet
         self._until = time.monotonic() + PATIENCE
 
     def __call__(self, bulk: Bulk) -> None:
@@ -31,13 +31,17 @@ class _Watch:
 
 
 def change_for_a_while(
-    change: Callable[..., Bulk], wanted: TaskFilter, **options: Any
+    change: Callable[..., Bulk],
+    wanted: TaskFilter,
+    note: Callable[[str], object],
+    **options: Any,
 ) -> tuple[Bulk, bool]:
     """Change tasks that match for a few seconds.
 
     Args:
         change: ``queue.cancel_all``, ``queue.requeue_all`` or ``queue.delete_all``.
         wanted: the filter.
+        note: notes in the audit log how many tasks were changed, also if an error ends the change.
         options: further arguments of the method.
 
     Returns:
@@ -45,7 +49,10 @@ def change_for_a_while(
     """
     watch = _Watch()
     try:
-        return change(wanted, on_progress=watch, **options), True
+        watch.bulk = change(wanted, on_progress=watch, **options)
+        return watch.bulk, True
     except _Enough:
-        assert watch.bulk is not None
         return watch.bulk, False
+    finally:
+        if watch.bulk.matched:
+            note(f"{watch.bulk.changed} changed")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import secrets
 
 from taskx.queue import Queue
@@ -35,7 +36,9 @@ class Freshness:
         if revision is None:
             return None
         step = int(self._clock.now_ms() / (STEP * 1000))
-        return _digest(repr((self._process, revision, step, parts)).encode())
+        # Processes that were forked after the app was made have counters of their own.
+        process = self._process, os.getpid()
+        return _digest(repr((process, revision, step, parts)).encode())
 
 
 def etag_of(body: bytes) -> str:

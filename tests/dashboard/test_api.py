@@ -7,12 +7,12 @@ from datetime import timedelta
 
 import pytest
 
-from taskx import TaskStatus
+from taskx import RepositoryUnavailable, TaskStatus
 from taskx.dashboard import ALL, Dashboard, bulk
 from taskx.dashboard import api as calls
 from taskx.dashboard.api import CALLS, MOST_STREAMS
 from taskx.dashboard.app import Map
-from taskx.submitting.bulk import BATCH
+from taskx.submitting.bulk import BATCH, Bulk
 
 
 @pytest.fixture
@@ -300,10 +300,22 @@ def test_a_change_is_noted_in_the_audit_log(look, queue):
     as_ann = {"environ_overrides": {"REMOTE_USER": "ann"}}
     browser.post("/api/cancel", json={"ids": [task_id]}, **as_ann)
     browser.post("/task/delete", data={"id": task_id}, **as_ann)
+    queue.submit("report")
     browser.post("/api/delete", json={"query": "type:report"})
+    browser.post("/api/delete", json={"query": "type:report"})  # nothing is left to change
     noted = [(change.by, change.action, change.target) for change in queue.changes()]
     assert noted == [
         ("dashboard", "delete", "type:report"),
         ("ann", "delete", task_id),
         ("ann", "cancel", "1 tasks"),
     ]
+
+
+def test_a_change_that_fails_half_way_is_noted(api, queue, monkeypatch):
+    def fail_after_a_batch(self, wanted, on_progress):
+        on_progress(Bulk(action="cancel", matched=5, changed=4))
+        raise RepositoryUnavailable("the disk is gone")
+
+    monkeypatch.setattr(type(queue), "cancel_all", fail_after_a_batch)
+    assert api.post("/api/cancel", json={"query": "type:report"}).status_code == 503
+    assert [change.detail for change in queue.changes()] == ["4 changed"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from taskx import Queue, SQLiteRepository
@@ -98,6 +100,14 @@ def test_pages_of_other_languages_users_and_permissions_are_different(queue):
 
 def test_two_processes_have_different_etags(queue, look):
     assert look(queue).get("/").headers["ETag"] != look(queue).get("/").headers["ETag"]
+
+
+def test_a_forked_process_has_other_etags(asks, monkeypatch):
+    """Its counters of changes may have the same values."""
+    assert asks() == 200
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    assert asks() == 200
+    assert asks() == 304
 
 
 def test_a_page_with_a_notice_is_not_kept(asks, queue):

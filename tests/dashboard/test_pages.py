@@ -6,9 +6,12 @@ import gzip
 import re
 
 import pytest
+from storage.repositories import TinyRepository
 
+from taskx.core.writes import Update
 from taskx.dashboard import Dashboard
 from taskx.dashboard.screens import SCREENS
+from taskx.storage.adapter import EightMethodAdapter
 
 PATHS = [screen.path or f"/{screen.name}" for screen in SCREENS if screen.letter]
 
@@ -82,3 +85,27 @@ def test_security_headers_are_on_every_answer(look):
 def test_only_a_queue_has_a_dashboard():
     with pytest.raises(Exception, match="queue must be a Queue, not str"):
         Dashboard("queue")
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_page_needs_only_the_eight_methods(look, make_queue, path):
+    queue = make_queue(EightMethodAdapter(TinyRepository()))
+    queue.declare("report")
+    task_id = queue.submit("report").id
+    browser = look(queue)
+    answer = browser.get(path)
+    assert answer.status_code == 200 or "cannot store nodes" in answer.text
+    assert browser.get("/task", query_string={"id": task_id}).status_code == 200
+    assert browser.post("/task/cancel", data={"id": task_id}).status_code == 303
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_page_shows_a_damaged_record(look, make_queue, repository, path):
+    queue = make_queue()
+    queue.declare("report")
+    task_id = queue.submit("report", {"n": 1}).id
+    assert all(repository.apply([Update(task_id, {}, {"params": "{", "progress": "x"})]))
+    browser = look(queue)
+    assert browser.get(path).status_code == 200
+    assert "is damaged" in browser.get("/task", query_string={"id": task_id}).text
+    assert browser.get("/api/tasks").status_code == 200

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 import attrs
@@ -198,8 +199,9 @@ class Change:
             found = change(wanted, dry_run=True, at_most=MOST_COUNTED)
             return self._ask(request, found.matched, exact=found.exact, line=query_of(wanted))
         rate = request.form.get("rate", "").strip()
-        bulk, finished = change_for_a_while(change, wanted, **({"rate": rate} if rate else {}))
-        request.note(self.name, line, f"{bulk.changed} changed")
+        options = {"rate": rate} if rate else {}
+        note = partial(request.note, self.name, line)
+        bulk, finished = change_for_a_while(change, wanted, note, **options)
         said = request.say(self.done, count=bulk.changed)
         return Done(said) if finished else self._ask(request, 0, line=line, rate=rate, so_far=said)
 
