@@ -30,4 +30,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
     prepare_streams()
     use_own_bash()
-    make_group().main(args=args, prog_name="taskx")
+    try:
+        make_group().main(args=args, prog_name="taskx")
+    except KeyboardInterrupt:
+        sys.exit(130)

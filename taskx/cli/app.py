@@ -48,8 +48,8 @@ HELP = """\
 
 See and steer the tasks of a TaskX repository.
 
-No command but `worker` runs tasks, creates a file or migrates one. Data goes to stdout, words go to stderr.
-`taskx COMMAND --help` begins with examples.
+No command creates or migrates a file, except `worker`, which runs the tasks. Data goes to stdout, words go
+to stderr. `taskx COMMAND --help` begins with examples.
 """
 
 EPILOG = """\
@@ -68,6 +68,17 @@ class Group(click.Group):
     def __init__(self, *args: Any, queue: QueueSource | None = None, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self.queue = queue
+
+    def make_context(
+        self,
+        info_name: str | None,
+        args: list[str],
+        parent: click.Context | None = None,
+        **extra: Any,
+    ) -> click.Context:
+        """Parse the options before the command. An error is one line on stderr."""
+        with one_line_errors(lambda: False):
+            return super().make_context(info_name, args, parent, **extra)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command. Every error is one line on stderr, and an exit code."""

@@ -72,8 +72,12 @@ def one_line_errors(debug: Callable[[], bool]) -> Iterator[None]:
     """
     try:
         yield
-    except (click.exceptions.Exit, click.UsageError):
+    except (click.exceptions.Exit, click.exceptions.NoArgsIsHelpError):
         raise
+    except click.UsageError as error:
+        message = error.format_message().rstrip(".")
+        path = error.ctx.command_path if error.ctx is not None else "taskx"
+        raise Usage(f"{message}; see {path} --help") from error
     except Failure as error:
         if debug() and error.__cause__ is not None:
             _show_traceback(error.__cause__)

@@ -49,7 +49,7 @@ def filter_of(session: Session, words: Sequence[str]) -> TaskFilter:
 
 def as_record(session: Session, task: Task) -> dict[str, Any]:
     """Return the task as a dict of JSON values, without secrets."""
-    record = task.to_dict()
+    record = {**task.to_dict(), "damage": task.damage}
     secret = session.queue.config.redact
     for name in ("params", "result", "checkpoints"):
         record[name] = redacted(record[name], secret)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import click
 
+from taskx.common.display import printable
 from taskx.core.model import TaskStatus
 
 if TYPE_CHECKING:
@@ -61,21 +62,9 @@ def clean(text: str, *, lines: bool = False) -> str:
         text: any text, for example from a task.
         lines: keep line breaks, and tabs as spaces.
     """
-    if text.isprintable():
-        return text
-    if lines:
-        text = text.expandtabs()
-    return "".join(map(_kept_lines if lines else _kept, text))
-
-
-def _kept(character: str) -> str:
-    if character.isprintable():
-        return character
-    return character.encode("unicode_escape", "surrogatepass").decode("ascii")
-
-
-def _kept_lines(character: str) -> str:
-    return character if character == "\n" else _kept(character)
+    if not lines:
+        return printable(text)
+    return "\n".join(map(printable, text.expandtabs().split("\n")))
 
 
 def one_line(text: str) -> str:

@@ -19,6 +19,20 @@ _BETWEEN_LINES = 5.0
 _BETWEEN_STATES = 0.1
 
 
+def printable(text: str) -> str:
+    """Return a text in which control characters are escapes such as ``\\x1b``, which no terminal obeys.
+
+    Characters that change the direction of the text are escaped, too.
+    """
+    return text if text.isprintable() else "".join(map(_escaped, text))
+
+
+def _escaped(character: str) -> str:
+    if character.isprintable():
+        return character
+    return character.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
 class _Screen(Protocol):
     def draw(self, done: int, total: int | None, words: str) -> None: ...
     def close(self) -> None: ...
@@ -53,9 +67,10 @@ class Display:
         self._done = done
         self._total = self._total if total is None else total
         if self._screen is None:
-            self._screen = _bar(self._title) or _Lines(self._title)
+            title = printable(self._title)
+            self._screen = _bar(title) or _Lines(title)
             self._close = weakref.finalize(self, self._screen.close)
-        self._screen.draw(done, self._total, words)
+        self._screen.draw(done, self._total, printable(words))
 
     def close(self) -> None:
         """Show the last state for good. May be called any number of times."""

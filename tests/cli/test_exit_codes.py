@@ -81,6 +81,8 @@ def test_1_is_also_an_error_that_nobody_expected(url, monkeypatch):
         (["lst"], "there is no command 'lst'; did you mean 'list'?"),
         (["zzzzzzz"], "there is no command 'zzzzzzz'; see taskx --help"),
         (["list", "--limt", "5"], "No such option"),
+        (["--jsn", "list"], "No such option"),
+        (["list", "--limit"], "requires an argument"),
         (["list", "--limit", "x"], "'x' is not a valid integer"),
         (["show"], "Missing argument 'ID'"),
     ],
@@ -90,6 +92,8 @@ def test_2_is_a_wrong_call(args, message, tmp_path, monkeypatch):
     said = call(*args)
     assert (said.code, said.out) == (2, "")
     assert message in said.err
+    assert said.err.startswith("taskx: ")
+    assert said.err.count("\n") == 1
     assert [*tmp_path.iterdir()] == []
 
 

@@ -51,6 +51,7 @@ def test_the_json_of_a_list_is_a_task_a_line(queue, taskx):
     queue.declare("email")
     handle = queue.submit("email", {"to": "ann"})
     [row] = taskx("list", "--json").rows
+    assert row.pop("damage") == ""
     assert row == queue.get_task_status(handle.id).to_dict()
 
 
@@ -112,6 +113,7 @@ def test_control_characters_do_not_reach_the_terminal(failed, taskx, command, fo
 def test_the_json_of_a_task_has_its_fields(failed, queue, taskx):
     [row] = taskx("show", failed.id, "--json").rows
     task = queue.get_task_status(failed.id).to_dict()
+    assert row.pop("damage") == ""
     assert row.pop("params") == {**task.pop("params"), "password": "***"}
     assert row == task
 

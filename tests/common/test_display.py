@@ -132,3 +132,15 @@ def test_a_display_is_closed_when_the_program_ends(spawn, request, bar):
     assert "Exception" not in err
     # The bar shows the cursor again.
     assert err.endswith("\x1b[?25h" if bar else "digest: 1 of 4 (25%)\n")
+
+
+@pytest.mark.parametrize("on", ["pipe", "terminal"])
+def test_a_message_cannot_control_the_terminal(capsys, request, on):
+    if on == "terminal":
+        request.getfixturevalue("terminal")
+    with Display("digest\x07", 5) as shown:
+        shown.update(3, "half \x1b[2J\u202e way\r\n")
+    written = capsys.readouterr().err
+    assert "half \\x1b[2J\\u202e way\\r\\n" in written
+    assert "\x1b[2J" not in written
+    assert "\x07" not in written
