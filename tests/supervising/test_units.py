@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -40,7 +39,6 @@ def container_command():
 @pytest.mark.process
 def test_systemd_accepts_the_unit(tmp_path):
     if shutil.which("systemd-analyze") is None:
-        warnings.warn("no systemd-analyze here: the unit was not verified", stacklevel=1)
         pytest.skip("NOT VERIFIED: this system has no systemd-analyze, so the unit was not checked")
     unit = tmp_path / "taskx.service"
     # The program of the unit is not installed here, and verify asks for it.

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from taskx import (
     Bulk,
+    Check,
+    Diagnosis,
     FailureGroup,
     Failures,
     Health,
@@ -55,6 +57,16 @@ def check() -> None:
     queue.health(nodes=1, failed=(1, 60.0))
     queue.health(300)  # type: ignore[call-arg]
     queue.health(failed=10)  # type: ignore[arg-type]
+
+
+def examine() -> None:
+    assert_type(queue.diagnose(), Diagnosis)
+    assert_type(queue.diagnose().ok, bool)
+    for found in queue.diagnose().checks:
+        assert_type(found, Check)
+        if found.level == "broken":  # type: ignore[comparison-overlap]
+            return
+    queue.diagnose("disk")  # type: ignore[call-arg]
 
 
 def wrong_kinds(reason: Reason, problem: Problem) -> None:
