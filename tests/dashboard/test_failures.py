@@ -106,6 +106,7 @@ def test_running_again_needs_its_permission(look, queue):
     browser = look(queue, permissions={"read"})
     page = browser.get("/failures")
     assert "/failures/requeue" not in page.text
+    assert "reason 1" in page.text
     response = browser.post("/failures/requeue", data={"type": "broken"})
     assert response.status_code == 403
     assert queue.count_tasks(status="failed") == 3

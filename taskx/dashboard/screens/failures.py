@@ -21,7 +21,7 @@ PERIODS = (
     ("all", "all", None),
 )
 #: Most failed tasks that are read.
-MOST = 2_000
+MOST = 1_000
 # The intervals of the small chart of a group.
 _INTERVALS = 24
 

@@ -43,6 +43,12 @@
     if (whole) { whole.checked = ticked === boxes.length; whole.indeterminate = ticked > 0 && !whole.checked; }
   });
 
+  // --- a question before a change of a single task; the server asks before larger ones
+  document.addEventListener("submit", (event) => {
+    const asks = event.submitter && event.submitter.dataset.ask;
+    if (asks && !confirm(asks)) event.preventDefault();
+  });
+
   // --- changes: the texts of [data-announce] are said politely when a refresh has changed them
   const said = () => [...document.querySelectorAll("[data-announce]")].map((at) => at.textContent.trim().replace(/\s+/g, " ")).join(" ");
   let before = "";

@@ -6,26 +6,26 @@ import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import closing
-from datetime import datetime, timezone
 from typing import Any
 
 import attrs
 import pytest
 from kinds import NO_BROWSER
 
-from taskx import Queue, SQLiteRepository
+from taskx import Queue, SQLiteRepository, Task, chain, group
 from taskx.dashboard import Dashboard
 from taskx.dashboard.serving import bind
 
 playwright_api = pytest.importorskip("playwright.sync_api", reason=f"{NO_BROWSER}: no playwright")
 
 # Generous: a busy machine may take seconds for a page.
-PATIENCE_MS = 60_000
-playwright_api.expect.set_options(timeout=PATIENCE_MS)
+PATIENCE = 60.0
+expect = playwright_api.expect
+expect.set_options(timeout=PATIENCE * 1000)
 
 #: A text that would do harm, or break a page, wherever it is not escaped.
 HOSTILE = (
-    "<img src=x onerror=\"document.title='broken'\">'\"&<b>{{ 7*7 }}</b>{%raw%}\u202e\u2028日本"
+    "<img src=x onerror=\"document.title='broken'\">'\"&<b>{{ 77777*9 }}</b>{%raw%}\u202e\u2028日本"
 )
 
 #: The names under which Chromium may be installed.
@@ -40,11 +40,13 @@ class Site:
         queue: its queue, which is started.
         url: its address, without a slash at the end.
         gate: lets the tasks of the type ``hold`` end.
+        failed: the id of a task of the type ``broken``.
     """
 
     queue: Queue
     url: str
     gate: threading.Event
+    failed: str
 
 
 @pytest.fixture(scope="package")
@@ -56,10 +58,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     server = bind(Dashboard(queue), port=0)
     thread = threading.Thread(target=server.serve_forever, name="dashboard")
     with closing(queue), queue:
-        fill(queue)
+        failed = fill(queue)
         thread.start()
         try:
-            yield Site(queue, f"http://127.0.0.1:{server.server_port}", gate)
+            yield Site(queue, f"http://127.0.0.1:{server.server_port}", gate, failed)
         finally:
             gate.set()
             server.shutdown()
@@ -78,6 +80,14 @@ def add_executors(queue: Queue, gate: threading.Event) -> None:
     def broken(why: str = "no reason") -> None:
         raise ValueError(why)
 
+    @queue.executor("quiet")
+    def quiet() -> None:
+        return None
+
+    @queue.executor("grouped")
+    def grouped() -> None:
+        raise KeyError("grouped")
+
     @queue.executor("hold")
     def hold() -> None:
         gate.wait()
@@ -87,8 +97,11 @@ def add_executors(queue: Queue, gate: threading.Event) -> None:
         raise LookupError(text)
 
 
-def fill(queue: Queue) -> None:
-    """Store tasks in every status, a schedule, and texts that would do harm."""
+def fill(queue: Queue) -> str:
+    """Store tasks in every status, flows, schedules, and texts that would do harm.
+
+    Return the id of a failed task.
+    """
     done = [queue.submit("mail", {"to": name}) for name in ("ann", "bob", HOSTILE)]
     failed = [queue.submit("broken", {"why": f"reason {n}"}) for n in range(3)]
     failed.append(queue.submit(HOSTILE, created_by=HOSTILE, id=f"id {HOSTILE}"))
@@ -97,12 +110,16 @@ def fill(queue: Queue) -> None:
     queue.submit("hold")
     first = queue.submit("mail")
     queue.submit("mail", depends_on=[first])
+    many = group(*(Task(type="quiet") for _ in range(100)))
+    queue.submit_flow(chain(Task(type="mail"), many, Task(type="mail")))
+    queue.submit_flow(chain(Task(type=HOSTILE), group(Task(type="mail"), Task(type="hold"))))
     queue.schedule("nightly", "30 2 * * *", "mail", {"to": "all"}, tz="Europe/Berlin")
     queue.schedule(f"schedule {HOSTILE}", "0 0 1 1 *", HOSTILE, {"text": HOSTILE})
     for handle in done:
-        handle.result(PATIENCE_MS / 1000)
+        handle.result(PATIENCE)
     for handle in failed:
-        handle.exception(PATIENCE_MS / 1000)
+        handle.exception(PATIENCE)
+    return failed[0].id
 
 
 @pytest.fixture(scope="package")
@@ -115,7 +132,7 @@ def chromium() -> Iterator[Any]:
         browser = playwright.chromium.launch(
             executable_path=program,
             args=["--no-sandbox", "--disable-gpu"],
-            timeout=PATIENCE_MS,
+            timeout=PATIENCE * 1000,
         )
         yield browser
         browser.close()
@@ -127,11 +144,13 @@ class Visit:
     Attributes:
         page: the page.
         errors: the errors so far.
+        fails: True if the test fails because of them.
     """
 
-    def __init__(self, site: Site, browser: Any, **options: Any) -> None:
+    def __init__(self, site: Site, browser: Any, *, fails: bool = True, **options: Any) -> None:
+        self.fails = fails
         self._context = browser.new_context(base_url=site.url, **options)
-        self._context.set_default_timeout(PATIENCE_MS)
+        self._context.set_default_timeout(PATIENCE * 1000)
         self.page = self._context.new_page()
         self.errors: list[str] = []
         self.page.on("console", self._hear)
@@ -158,7 +177,7 @@ def visit(site: Site, chromium: Any) -> Iterator[Any]:
         return visits[-1].page
 
     yield opened
-    errors = [error for visit in visits for error in visit.errors]
+    errors = [error for visit in visits if visit.fails for error in visit.errors]
     for each in visits:
         each.close()
     assert errors == []
@@ -168,8 +187,3 @@ def visit(site: Site, chromium: Any) -> Iterator[Any]:
 def page(visit: Any) -> Any:
     """Return a page in a wide window."""
     return visit()
-
-
-@pytest.fixture
-def now() -> datetime:
-    return datetime.now(timezone.utc)
