@@ -19,7 +19,7 @@ def open_repository(url: str, codec: Codec | Iterable[Codec] | None = None) -> R
 
     - ``sqlite:///tasks.db`` is a file in the working folder.
     - ``sqlite:////var/lib/tasks.db`` is a file with an absolute path. Both may end in
-      ``?durability=full&create=false``, which are arguments of :class:`SQLiteRepository`.
+      ``?durability=full&create=false&prefix=taskx_``, which are arguments of :class:`SQLiteRepository`.
     - ``memory://`` keeps tasks in this process's memory.
     - ``mongodb://host/database?collection=tasks``, or ``mongodb+srv://…``, is a MongoDB collection.
 
@@ -55,9 +55,9 @@ def open_repository(url: str, codec: Codec | Iterable[Codec] | None = None) -> R
 
 def _options(query: list[tuple[str, str]], url: str) -> dict[str, Any]:
     options: dict[str, Any] = dict(query)
-    if unknown := options.keys() - {"durability", "create"}:
+    if unknown := options.keys() - {"durability", "create", "prefix"}:
         raise ConfigurationError(
-            f"{url!r}: unknown option {', '.join(sorted(unknown))}; use durability or create"
+            f"{url!r}: unknown option {', '.join(sorted(unknown))}; use durability, create or prefix"
         )
     if "create" in options:
         if options["create"] not in _BOOLEANS:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,14 @@ def on_server(kind: str) -> Callable[[Path, Clock], Repository]:
     return lambda folder, clock: OnMongo(new_database(shared(kind)), folder, clock)
 
 
+def prefixed(folder: Path, clock: Clock) -> SQLiteRepository:
+    """Return a repository in the file of an application, beside a table of that."""
+    with closing(sqlite3.connect(folder / "app.db")) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("CREATE TABLE IF NOT EXISTS tasks (id TEXT PRIMARY KEY, owner TEXT)")
+    return SQLiteRepository(folder / "app.db", prefix="taskx_", clock=clock)
+
+
 #: The makers of every kind of repository that the runtime can use; each takes a folder and a clock.
 MAKERS = {
     "memory": lambda folder, clock: MemoryRepository(clock),
@@ -155,6 +164,7 @@ MAKERS = {
     "mongomock": lambda folder, clock: OnMongo(mongomock.MongoClient().db, folder, clock),
     "mongo": on_server("standalone"),
     "mongo-set": on_server("set"),
+    "sqlite-prefixed": lambda folder, clock: prefixed(folder, clock),
     "sqlite-coded": lambda folder, clock: coded("sqlite", folder, clock, Scramble()),
     "third": lambda folder, clock: ThirdRepository(folder / "third.db", clock),
     "adapter": lambda folder, clock: EightMethodAdapter(TinyRepository(), clock),
@@ -180,7 +190,7 @@ def again(repository: Repository) -> Repository | None:
     """Return another repository object on the same data, as another process has one."""
     made: Repository
     if isinstance(repository, SQLiteRepository):
-        made = SQLiteRepository(repository.path, clock=repository.clock)
+        made = SQLiteRepository(repository.path, prefix=repository.prefix, clock=repository.clock)
     elif isinstance(repository, ThirdRepository):
         made = ThirdRepository(repository.path, repository.clock)
     elif isinstance(repository, OnMongo):

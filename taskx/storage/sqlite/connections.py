@@ -12,7 +12,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
+from functools import lru_cache, partial
 from inspect import CO_ASYNC_GENERATOR, CO_COROUTINE, CO_GENERATOR
 from itertools import count
 from math import inf
@@ -113,6 +113,23 @@ class Connection(sqlite3.Connection):
     used = 0.0
 
 
+@lru_cache(maxsize=16)
+def connection_class(prefix: str) -> type[Connection]:
+    """Return the class of connections that put a prefix before the names of tables."""
+    if not prefix:
+        return Connection
+    own = schema.cursor_class(prefix)
+
+    class Prefixed(Connection):
+        def cursor(self, factory: Any = own) -> Any:
+            return super().cursor(factory)
+
+        def execute(self, sql: str, values: Any = ()) -> sqlite3.Cursor:
+            return self.cursor().execute(sql, values)  # type: ignore[no-any-return]
+
+    return Prefixed
+
+
 class Connections:
     """The connections of one process to one file: one that writes, and a pool of readers.
 
@@ -120,8 +137,11 @@ class Connections:
     :data:`MOST_READERS` readers. A reader that was not used for :data:`IDLE` seconds is closed.
     """
 
-    def __init__(self, file: DatabaseFile, busy_timeout: float) -> None:
+    def __init__(
+        self, file: DatabaseFile, busy_timeout: float, tables: schema.Schema = schema.OWN
+    ) -> None:
         self.file = file
+        self.schema = tables
         self.busy_timeout = busy_timeout
         self.migrates = True  # if False, a file of an older version is refused
         self._writer: Connection | None = None
@@ -380,7 +400,7 @@ class Connections:
             isolation_level=None,
             check_same_thread=False,
             cached_statements=256,
-            factory=Connection,
+            factory=connection_class(self.schema.prefix),
         )
         into.extend(map(connect, (f"file://{quote(os.fsencode(self.file.path))}?mode={mode}",)))
         connection = into[-1]
@@ -397,7 +417,7 @@ class Connections:
         try:
             self.file.find()
             self._check_before_touching()
-            connection = self._connect(opened, "rw" if known or not self.file.create else "rwc")
+            connection = self._connect(opened, "rwc" if self.file.create and not known else "rw")
             self.file.opened()
             if self._prepare(connection):
                 connection = self._replace(opened)
@@ -425,7 +445,7 @@ class Connections:
             return
         opened: list[Connection] = []
         try:
-            schema.check(self._connect(opened, "ro" if _size(f"{path}-wal") else "rw"), path)
+            self.schema.check(self._connect(opened, "ro" if _size(f"{path}-wal") else "rw"), path)
         finally:
             _close_all(opened)
 
@@ -436,16 +456,20 @@ class Connections:
         deadline = time.monotonic() + self.busy_timeout
         while True:
             try:
-                version = schema.check(connection, self.file.path)
+                version = self.schema.check(connection, self.file.path)
                 if version == 0:
                     self._refuse_empty_file()
-                    connection.execute(f"PRAGMA page_size = {PAGE_SIZE}")
-                    connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
                 elif version < schema.VERSION and not self.migrates:
                     raise schema.older(version, self.file.path)
-                connection.execute("PRAGMA journal_mode = WAL").fetchone()
+                if self.schema.prefix:
+                    self._require_log(connection)
+                else:
+                    if version == 0:
+                        connection.execute(f"PRAGMA page_size = {PAGE_SIZE}")
+                        connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+                    connection.execute("PRAGMA journal_mode = WAL").fetchone()
                 connection.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_EVERY}").fetchone()
-                return schema.migrate(connection, self.file.path)
+                return self.schema.migrate(connection, self.file.path)
             except sqlite3.OperationalError as error:
                 if "locked" not in str(error) or time.monotonic() > deadline:
                     raise
@@ -455,14 +479,26 @@ class Connections:
         """Replace a connection that has changed the schema: its statements would stay slower."""
         fresh = self._connect(opened)
         fresh.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_EVERY}").fetchone()
-        schema.check(fresh, self.file.path)  # opens the log, which closing the other would remove
+        self.schema.check(
+            fresh, self.file.path
+        )  # opens the log, which closing the other would remove
         opened[0].close()
         return fresh
 
+    def _require_log(self, connection: sqlite3.Connection) -> None:
+        """Raise an error if the application's file has no write-ahead log, which is for it to decide."""
+        ((mode,),) = connection.execute("PRAGMA journal_mode").fetchall()
+        if mode != "wal":
+            raise RepositoryError(
+                f"{self.file.path} has journal_mode={mode}, and TaskX requires WAL; it was not changed. "
+                "The application must run PRAGMA journal_mode = WAL once: the file keeps it"
+            )
+
     def _refuse_empty_file(self) -> None:
         if not self.file.create:
+            state = f"has no tables {self.schema.prefix}*" if self.schema.prefix else "is empty"
             raise RepositoryUnavailable(
-                f"{self.file.path} is empty, and create=False: check the path; it was not changed"
+                f"{self.file.path} {state}, and create=False: check the path; it was not changed"
             )
 
 

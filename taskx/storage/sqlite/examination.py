@@ -17,6 +17,7 @@ from taskx.core.verdict import Check, fail, ok, warn
 from taskx.storage.sqlite import schema
 from taskx.storage.sqlite.connections import MINIMUM_SQLITE
 from taskx.storage.sqlite.file import DatabaseFile
+from taskx.storage.sqlite.schema import Schema
 from taskx.storage.sqlite.turnstile import NAMES
 
 try:
@@ -37,9 +38,10 @@ _NETWORK = re.compile(
     "fuse[.](sshfs|s3fs|glusterfs|ceph|rclone|gcsfuse))"
 )
 _IN_MEMORY = ("tmpfs", "ramfs")
+_CREATES = "The first program that submits a task creates the file"
 
 
-def examine(file: DatabaseFile) -> Iterator[Check]:
+def examine(file: DatabaseFile, tables: Schema) -> Iterator[Check]:
     """Yield what is right and wrong with a file. It is not created, migrated or changed."""
     path = os.path.realpath(file.path)
     yield _library()
@@ -47,13 +49,13 @@ def examine(file: DatabaseFile) -> Iterator[Check]:
     yield _disk(path)
     if (system := _file_system(path)) is not None:
         yield system
-    found = _file(path)
+    found = _file(path, "The application creates it" if tables.prefix else _CREATES)
     yield found
     if found.level == "fail":
         return
-    yield _permissions(path)
+    yield _permissions(path, file.folder)
     yield _log(path)
-    yield from _contents(path)
+    yield from _contents(path, tables)
     if (locks := _locks(file.folder)) is not None:
         yield locks
 
@@ -144,14 +146,14 @@ def file_system_of(path: str, mounts: str = "/proc/self/mounts") -> str | None:
     return kind
 
 
-def _file(path: str) -> Check:
+def _file(path: str, creates: str) -> Check:
     try:
         seen = os.stat(path)
     except FileNotFoundError:
         return fail(
             "file",
             f"There is no file {path}.",
-            "Check the path. The first program that submits a task creates the file.",
+            f"Check the path. {creates}.",
         )
     except OSError as error:
         return fail("file", f"{path} cannot be accessed: {error}.", "Check the permissions.")
@@ -166,9 +168,9 @@ def _file(path: str) -> Check:
     return ok("file", f"{path} has {_amount(seen.st_size)}.", path=path, size=seen.st_size)
 
 
-def _permissions(path: str) -> Check:
+def _permissions(path: str, folder: str) -> Check:
     own, strange = os.stat(path).st_uid, []
-    for each in (path, f"{path}-wal", f"{path}-shm", f"{path}-nodes"):
+    for each in (path, f"{path}-wal", f"{path}-shm", folder):
         with suppress(FileNotFoundError):
             owner = os.stat(each).st_uid
             if not os.access(each, os.W_OK):
@@ -202,7 +204,7 @@ def _log(path: str) -> Check:
     return ok("log", words, size=size)
 
 
-def _contents(path: str) -> Iterator[Check]:
+def _contents(path: str, tables: Schema) -> Iterator[Check]:
     """Yield the checks that need a connection."""
     if _size(path) == 0:
         return
@@ -210,7 +212,7 @@ def _contents(path: str) -> Iterator[Check]:
         # A read-only connection would leave an empty log behind where there is none.
         mode = "ro" if _size(f"{path}-wal") or not os.access(path, os.W_OK) else "rw"
         with closing(_connect(path, mode)) as connection:
-            version = schema.check(connection, path)
+            version = tables.check(connection, path)
             yield _schema(version)
             yield _integrity(connection, path)
     except TaskxError as error:

@@ -16,12 +16,12 @@ class DatabaseFile:
     closes a file loses the locks that SQLite holds on it.
 
     Attributes:
-        create: True if opening creates a missing file.
+        create: True if opening creates a missing file; with a prefix, missing tables.
         path: the absolute path; once the file is opened, its real path.
         identity: device and inode of the opened file; None if it is not open.
     """
 
-    def __init__(self, path: str, create: bool) -> None:
+    def __init__(self, path: str, create: bool, prefix: str = "") -> None:
         try:
             self._given = os.path.abspath(path)
         except FileNotFoundError as error:
@@ -29,6 +29,7 @@ class DatabaseFile:
                 f"{path!r} is relative, but the working folder was deleted: use an absolute path"
             ) from error
         self.create = create
+        self._prefix = prefix
         self.path = self._given
         self.identity: tuple[int, int] | None = None
         self._found: tuple[int, int] | None = None  # the identity just before the file is opened
@@ -46,7 +47,7 @@ class DatabaseFile:
     @property
     def folder(self) -> str:
         """The folder of the lock files, next to the database file."""
-        return f"{self.path}-nodes"
+        return f"{self.path}-{self._prefix}nodes"
 
     def find(self) -> None:
         """Resolve the path, before the file is opened. Raise if it is missing and must not be created."""
@@ -55,6 +56,11 @@ class DatabaseFile:
             return
         self.path = os.path.realpath(self._given)
         self._found = self._read_identity()
+        if self._found is None and self._prefix:
+            raise RepositoryUnavailable(
+                f"there is no file {self._given}: with a prefix, the application creates its file, in WAL "
+                "mode; nothing was created"
+            )
         if self._found is None and not self.create:
             raise RepositoryUnavailable(
                 f"there is no file {self._given}, and create=False: check the path; nothing was created"

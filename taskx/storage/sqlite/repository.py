@@ -78,9 +78,12 @@ class SQLiteRepository(Repository):
               delete). It may undo the last outcomes; those tasks run again.
             - ``"full"``: a power cut undoes nothing.
             - ``"process"``: a power cut may undo the last commits.
+        prefix: what the names of the tables begin with, such as ``"taskx_"``, to have them in the
+            application's own file. That must exist and be in WAL mode. TaskX changes nothing else in it.
+            Empty: the file is TaskX's own.
         busy_timeout: seconds to wait for another process's write before an error is raised.
-        create: True to create a missing file. With False, operations raise ``RepositoryUnavailable`` if the
-            file is missing, and nothing is created.
+        create: True to create a missing file; with a prefix, missing tables. With False, operations raise
+            ``RepositoryUnavailable`` if something is missing, and nothing is created.
         clock: the clock for the timestamps that the eight methods write.
         codec: the codec or codecs of params, results and checkpoints. The first one writes, all of them
             read.
@@ -96,6 +99,7 @@ class SQLiteRepository(Repository):
         path: str | os.PathLike[str],
         durability: Durability = "accepted",
         *,
+        prefix: str = "",
         busy_timeout: float | timedelta = 10.0,
         create: bool = True,
         clock: Clock = SYSTEM_CLOCK,
@@ -116,8 +120,10 @@ class SQLiteRepository(Repository):
         seconds = check_number(busy_timeout, "busy_timeout")
         if not isinstance(create, bool):
             raise ConfigurationError(f"create must be True or False, not {create!r}")
-        self._file = DatabaseFile(self.path, create)
-        self._connections = Connections(self._file, seconds)
+        self.prefix = prefix
+        self._schema = schema.OWN if prefix == "" else schema.PrefixedSchema(prefix)
+        self._file = DatabaseFile(self.path, create, prefix)
+        self._connections = Connections(self._file, seconds, self._schema)
         self._turnstile = Turnstile(self._file)
         self._wakeups = Wakeups(self._file)
         self._write_lock = threading.RLock()
@@ -128,7 +134,8 @@ class SQLiteRepository(Repository):
         tell_of_forks(self)
 
     def __repr__(self) -> str:
-        return f"SQLiteRepository({self.path!r}, durability={self.durability!r})"
+        prefix = f", prefix={self.prefix!r}" if self.prefix else ""
+        return f"SQLiteRepository({self.path!r}, durability={self.durability!r}{prefix})"
 
     # --- writing
 
@@ -257,7 +264,7 @@ class SQLiteRepository(Repository):
 
     def _check_schema_version(self, connection: sqlite3.Connection) -> None:
         try:
-            self._newer = schema.newer(connection, self._file.path)
+            self._newer = self._schema.newer(connection, self._file.path)
         except sqlite3.Error as error:
             raise self._connections.translated(error) from error
         self._connections.compiling.forget()
@@ -419,8 +426,11 @@ class SQLiteRepository(Repository):
     def shrink(self) -> bool:
         """Cut a few free pages off the file if many are free. Return True if there are more to cut.
 
-        Some free pages stay, as later tasks use them again and moving pages takes time.
+        Some free pages stay, as later tasks use them again and moving pages takes time. The file of an
+        application is left as it is.
         """
+        if self.prefix:
+            return False
         self._open()
         ((free, pages),) = self._rows(statements.FREE_PAGES)
         spare = free - max(_KEPT_PAGES, pages // 4)
@@ -521,7 +531,7 @@ class SQLiteRepository(Repository):
     def examine(self) -> Iterator[Check]:
         from taskx.storage.sqlite.examination import examine  # not needed to run tasks
 
-        return examine(self._file)
+        return examine(self._file, self._schema)
 
     def ensure_there(self) -> None:
         """Raise an error if the file was moved, deleted, replaced or migrated since it was opened."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
+from functools import lru_cache, partial
+from typing import Any
 
-from taskx.core.errors import SchemaMismatch
+from taskx.core.errors import ConfigurationError, SchemaMismatch
 
 #: ``PRAGMA application_id`` of our files: "TskX".
 APPLICATION_ID = 0x54736B58
@@ -188,17 +191,133 @@ _HEADER = (
     "SELECT (SELECT application_id FROM pragma_application_id), "
     "(SELECT user_version FROM pragma_user_version), (SELECT count(*) FROM sqlite_master)"
 )
+_PREFIX = re.compile(r"(?!sqlite_)[a-z_][a-z0-9_]{0,39}", re.IGNORECASE)
+# The names of the tables, and of everything that is named after one.
+_NAMES = re.compile(
+    r"\b(sqlite_autoindex_)?((?:tasks|parents|notes|tagged|nodes|migrated)(?:_\w+)?)\b"
+)
 
 
-def newer(connection: sqlite3.Connection, path: str) -> SchemaMismatch | None:
-    """Return the error for an open file that another process has migrated, or None if it is unchanged."""
-    ((version,),) = connection.execute("PRAGMA user_version").fetchall()
-    if version <= VERSION:
-        return None
-    return SchemaMismatch(
-        f"another process migrated {path} to schema version {version}, but this TaskX knows only "
-        f"{VERSION}; nothing was stored. Restart this program with the newer taskx-queue"
-    )
+class Schema:
+    """The schema of TaskX's own file. SQLite's header of the file has its version."""
+
+    #: What the names of all tables, indexes and triggers begin with; empty in a file of our own.
+    prefix = ""
+
+    def check(self, connection: sqlite3.Connection, path: str) -> int:
+        """Return the schema version of a file, 0 if it has none yet.
+
+        Raises:
+            SchemaMismatch: the file belongs to another program or to a newer TaskX.
+        """
+        # One statement, so that all values are of one moment: another process may be creating the file.
+        application, version, objects = connection.execute(_HEADER).fetchone()
+        if application == APPLICATION_ID:
+            return _known(int(version), path)
+        if objects or application or version:
+            raise SchemaMismatch(
+                f"{path} is the database of another program (application_id {application:#x}); "
+                "it was not changed. Use another file for TaskX, or a prefix for the tables in this one"
+            )
+        return 0
+
+    def version(self, connection: sqlite3.Connection) -> int:
+        """Return the schema version of a file that was checked before."""
+        ((version,),) = connection.execute("PRAGMA user_version").fetchall()
+        return int(version)
+
+    def newer(self, connection: sqlite3.Connection, path: str) -> SchemaMismatch | None:
+        """Return the error for an open file that another process has migrated, else None."""
+        version = self.version(connection)
+        if version <= VERSION:
+            return None
+        return SchemaMismatch(
+            f"another process migrated {path} to schema version {version}, but this TaskX knows only "
+            f"{VERSION}; nothing was stored. Restart this program with the newer taskx-queue"
+        )
+
+    def migrate(self, connection: sqlite3.Connection, path: str) -> bool:
+        """Migrate a file to :data:`VERSION` in one transaction. Return False if it had that version.
+
+        Several processes may try at the same time. A process that has the file open notices a migration
+        because SQLite compiles its statements again after a change of the schema. So every migration
+        changes the schema.
+        """
+        if self.check(connection, path) == VERSION:
+            return False
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            for statements in MIGRATIONS[self.check(connection, path) :]:
+                for statement in statements:
+                    connection.execute(statement.replace(CHECK, QUICK_CHECK))
+            connection.execute("CREATE TABLE migrated (version)")
+            connection.execute("DROP TABLE migrated")
+            self._set_version(connection)
+            connection.execute("COMMIT")
+            return True
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+
+    def _set_version(self, connection: sqlite3.Connection) -> None:
+        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        connection.execute(f"PRAGMA user_version = {VERSION}")
+
+
+#: The schema of files that have no other tables.
+OWN = Schema()
+
+
+class PrefixedSchema(Schema):
+    """The schema of tables in the file of an application. A table of their own has its version.
+
+    Nothing in the file's header and no other table is changed.
+
+    Raises:
+        ConfigurationError: the prefix cannot begin the names of tables.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        if not isinstance(prefix, str) or not _PREFIX.fullmatch(prefix):
+            raise ConfigurationError(
+                "prefix must be at most 40 ASCII letters, digits and underscores, such as 'taskx_', and "
+                f"not begin with a digit or 'sqlite_': {prefix!r:.80}"
+            )
+        self.prefix = prefix
+
+    def check(self, connection: sqlite3.Connection, path: str) -> int:
+        version, others = connection.execute(
+            f"SELECT (SELECT name FROM sqlite_master WHERE name = '{self.prefix}schema'), "
+            f"(SELECT name FROM sqlite_master WHERE name = '{self.prefix}tasks')"
+        ).fetchone()
+        if version is not None:
+            return _known(self.version(connection), path)
+        if others is not None:
+            raise SchemaMismatch(
+                f"{path} has a table {others} that is not TaskX's; it was not changed. Use another prefix"
+            )
+        return 0
+
+    def version(self, connection: sqlite3.Connection) -> int:
+        found = connection.execute(f"SELECT version FROM {self.prefix}schema").fetchall()
+        return int(found[0][0]) if found else 0
+
+    def _set_version(self, connection: sqlite3.Connection) -> None:
+        connection.execute(
+            f"CREATE TABLE IF NOT EXISTS {self.prefix}schema (version INTEGER NOT NULL)"
+        )
+        connection.execute(f"DELETE FROM {self.prefix}schema")
+        connection.execute(f"INSERT INTO {self.prefix}schema VALUES ({VERSION})")
+
+
+def _known(version: int, path: str) -> int:
+    if version > VERSION:
+        raise SchemaMismatch(
+            f"{path} has schema version {version}, but this TaskX knows only {VERSION}; "
+            "the file was not changed. Upgrade taskx-queue"
+        )
+    return version
 
 
 def older(version: int, path: str) -> SchemaMismatch:
@@ -209,50 +328,31 @@ def older(version: int, path: str) -> SchemaMismatch:
     )
 
 
-def check(connection: sqlite3.Connection, path: str) -> int:
-    """Return the schema version of a file, 0 for an empty one.
+# --- names with a prefix
 
-    Raises:
-        SchemaMismatch: the file belongs to another program or to a newer TaskX.
+
+def _named(prefix: str, sql: str) -> str:
+    return _NAMES.sub(rf"\1{prefix}\2", sql)
+
+
+@lru_cache(maxsize=16)
+def cursor_class(prefix: str) -> type[sqlite3.Cursor]:
+    """Return the class of cursors that put a prefix before the names of all tables in a statement.
+
+    So all other modules write the names without it, and without a prefix nothing costs anything. Values
+    are never changed, as they are not in the text of a statement.
     """
-    # One statement, so that all values are of one moment: another process may be creating the file.
-    application, version, objects = connection.execute(_HEADER).fetchone()
-    if application == APPLICATION_ID:
-        if version > VERSION:
-            raise SchemaMismatch(
-                f"{path} has schema version {version}, but this TaskX knows only {VERSION}; "
-                "the file was not changed. Upgrade taskx-queue"
-            )
-        return int(version)
-    if objects or application or version:
-        raise SchemaMismatch(
-            f"{path} is the database of another program (application_id {application:#x}); "
-            "it was not changed. Use another file for TaskX"
-        )
-    return 0
+    if not prefix:
+        return sqlite3.Cursor
+    named = lru_cache(maxsize=512)(partial(_named, prefix))
 
+    class Cursor(sqlite3.Cursor):
+        def execute(self, sql: str, values: Any = ()) -> Cursor:
+            super().execute(named(sql), values)
+            return self
 
-def migrate(connection: sqlite3.Connection, path: str) -> bool:
-    """Migrate a file to :data:`VERSION` in one transaction. Return False if it had that version already.
+        def executemany(self, sql: str, values: Any) -> Cursor:
+            super().executemany(named(sql), values)
+            return self
 
-    Several processes may try at the same time. A process that has the file open notices a migration because
-    SQLite compiles its statements again after a change of the schema. So every migration changes the
-    schema.
-    """
-    if check(connection, path) == VERSION:
-        return False
-    connection.execute("BEGIN IMMEDIATE")
-    try:
-        for statements in MIGRATIONS[check(connection, path) :]:
-            for statement in statements:
-                connection.execute(statement.replace(CHECK, QUICK_CHECK))
-        connection.execute("CREATE TABLE migrated (version)")
-        connection.execute("DROP TABLE migrated")
-        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        connection.execute(f"PRAGMA user_version = {VERSION}")
-        connection.execute("COMMIT")
-        return True
-    except BaseException:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
-        raise
+    return Cursor

@@ -1,0 +1,154 @@
+"""Tables in the file of an application."""
+
+import sqlite3
+from contextlib import closing
+
+import pytest
+
+from taskx import (
+    Config,
+    ConfigurationError,
+    Queue,
+    RepositoryError,
+    RepositoryUnavailable,
+    SchemaMismatch,
+    SQLiteRepository,
+    Task,
+    TaskFilter,
+    open_repository,
+)
+from taskx.storage.sqlite import schema
+
+PRAGMAS = ("application_id", "user_version", "journal_mode", "auto_vacuum", "page_size")
+
+
+@pytest.fixture
+def application(tmp_path):
+    """An application's connection to its file, which has a table and a mark of its own."""
+    with closing(sqlite3.connect(tmp_path / "app.db", isolation_level=None)) as connection:
+        connection.execute("PRAGMA application_id = 7")
+        connection.execute("PRAGMA user_version = 3")
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("CREATE TABLE tasks (id INTEGER PRIMARY KEY, notes TEXT)")
+        connection.execute("INSERT INTO tasks VALUES (1, 'ours')")
+        yield connection
+
+
+@pytest.fixture
+def repository(tmp_path, application):
+    with SQLiteRepository(tmp_path / "app.db", prefix="taskx_") as made:
+        yield made
+
+
+def names(connection):
+    return {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
+
+
+def test_the_applications_settings_and_tables_stay_as_they_are(application, repository):
+    def state():
+        pragmas = [application.execute(f"PRAGMA {name}").fetchone() for name in PRAGMAS]
+        return pragmas, application.execute("SELECT * FROM tasks").fetchall()
+
+    before = state()
+    repository.create(Task(id="a", type="t"))
+    repository.delete("a")
+    repository.shrink()
+    repository.close()
+    assert state() == before
+    new = names(application) - {"tasks"}
+    assert all(name.startswith(("taskx_", "sqlite_autoindex_taskx_")) for name in new), new
+    assert application.execute("SELECT version FROM taskx_schema").fetchall() == [(schema.VERSION,)]
+
+
+def test_a_queue_runs_on_tables_with_a_prefix(application, repository):
+    queue = Queue(repository, Config(worker_num=2))
+    queue.executor("double")(lambda n: n * 2)
+    with queue:
+        handles = queue.submit_many([Task(type="double", params={"n": n}) for n in range(20)])
+        assert [handle.result(timeout=30) for handle in handles] == [n * 2 for n in range(20)]
+    assert application.execute("SELECT count(*) FROM taskx_tasks").fetchone() == (20,)
+
+
+def test_tables_with_different_prefixes_share_a_file(tmp_path, application, repository):
+    with SQLiteRepository(tmp_path / "app.db", prefix="other_") as other:
+        repository.create(Task(id="a", type="t"))
+        other.create(Task(id="a", type="u"))
+        assert [each.get_by_id("a").type for each in (repository, other)] == ["t", "u"]
+        assert other._file.folder != repository._file.folder
+
+
+def test_without_a_prefix_the_file_is_refused(tmp_path, application):
+    with pytest.raises(SchemaMismatch, match=r"another program .*prefix"):
+        SQLiteRepository(tmp_path / "app.db").count(TaskFilter())
+    assert names(application) == {"tasks"}
+
+
+def test_a_prefix_of_the_applications_own_tables_is_refused(tmp_path, application):
+    application.execute("CREATE TABLE app_tasks (id INTEGER)")
+    with pytest.raises(SchemaMismatch, match="app_tasks that is not TaskX's"):
+        SQLiteRepository(tmp_path / "app.db", prefix="app_").count(TaskFilter())
+    assert names(application) == {"tasks", "app_tasks"}
+
+
+def test_a_file_that_is_not_in_wal_mode_is_refused(tmp_path, application):
+    application.execute("PRAGMA journal_mode = DELETE")
+    with pytest.raises(RepositoryError, match=r"journal_mode=delete.*requires WAL"):
+        SQLiteRepository(tmp_path / "app.db", prefix="taskx_").count(TaskFilter())
+    assert application.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+    assert names(application) == {"tasks"}
+
+
+def test_a_missing_file_is_not_created(tmp_path):
+    with pytest.raises(RepositoryUnavailable, match="the application creates its file"):
+        SQLiteRepository(tmp_path / "none.db", prefix="taskx_").count(TaskFilter())
+    assert not (tmp_path / "none.db").exists()
+
+
+def test_with_create_false_no_tables_are_created(tmp_path, application):
+    with pytest.raises(RepositoryUnavailable, match=r"has no tables taskx_\*"):
+        SQLiteRepository(tmp_path / "app.db", prefix="taskx_", create=False).count(TaskFilter())
+    assert names(application) == {"tasks"}
+
+
+def test_newer_tables_are_refused(application, repository):
+    repository.count(TaskFilter())
+    repository.close()
+    application.execute("UPDATE taskx_schema SET version = version + 1")
+    with pytest.raises(SchemaMismatch, match="Upgrade taskx-queue"):
+        repository.count(TaskFilter())
+
+
+def test_tables_that_are_migrated_while_they_are_in_use_are_noticed(application, repository):
+    repository.create(Task(id="a", type="t"))
+    application.execute("UPDATE taskx_schema SET version = version + 1")
+    application.execute("ALTER TABLE taskx_tasks ADD COLUMN newer TEXT")
+    with pytest.raises(SchemaMismatch, match="nothing was stored"):
+        repository.create(Task(id="b", type="t"))
+
+
+def test_older_tables_are_migrated(application, repository):
+    for statement in schema.MIGRATIONS[0]:
+        application.cursor(factory=schema.cursor_class("taskx_")).execute(statement)
+    application.execute("CREATE TABLE taskx_schema (version INTEGER)")
+    application.execute("INSERT INTO taskx_schema VALUES (1)")
+    repository.create(Task(id="a", type="t", tags=["new"]))
+    assert [task.id for task in repository.list(TaskFilter(tag="new"))] == ["a"]
+    assert application.execute("SELECT version FROM taskx_schema").fetchall() == [(schema.VERSION,)]
+
+
+def test_the_examination_knows_the_prefix(tmp_path, application, repository):
+    repository.count(TaskFilter())
+    levels = {check.name: check.level for check in repository.examine()}
+    assert levels["schema"] == levels["integrity"] == levels["write lock"] == "ok"
+
+
+@pytest.mark.parametrize("prefix", ["1a", "a-b", "sqlite_x", "a" * 41, "ä_", None, 5, "a;b"])
+def test_a_prefix_that_cannot_begin_a_name_is_refused(tmp_path, prefix):
+    with pytest.raises(ConfigurationError, match="prefix must be"):
+        SQLiteRepository(tmp_path / "app.db", prefix=prefix)
+
+
+def test_a_url_names_the_prefix(tmp_path, application):
+    with open_repository(f"sqlite:///{tmp_path / 'app.db'}?prefix=mine_") as made:
+        made.create(Task(id="a", type="t"))
+    assert "mine_tasks" in names(application)
