@@ -90,8 +90,9 @@ def _both(plan: Plan, store: Store, folder: str) -> dict[str, float]:
 def _drained_by(store: Store, processes: int, count: int, folder: str) -> tuple[float, float]:
     """Return the tasks per second, and the smallest share of one process in percent."""
     os.mkdir(folder)
+    with queue_on(store, folder) as first, first:
+        first.drain()  # it is the first node; otherwise the nodes would first make the indexes of MongoDB
     with queue_on(store, folder) as queue, ExitStack() as stack:
-        queue.repository.prepare()  # otherwise the nodes would first make the indexes of MongoDB
         queue.submit_many(noops(count))
         nodes = [stack.enter_context(_node(store, "drain", folder)) for _ in range(processes)]
         for node in nodes:
