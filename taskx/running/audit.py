@@ -44,7 +44,7 @@ class Audit:
         for key in lost & self._suspicious:
             stub = stubs[key]
             if stub.status == PENDING:
-                pool.buffer.add_fetched(stub)
+                pool.buffer.add_fetched([stub])
             else:
                 self._hand_back(stub.id)
         self._suspicious = lost - self._suspicious

@@ -158,10 +158,23 @@ class Buffer:
         Return False if workers wait and none was woken.
         """
         with self._mutex:
-            since = self._in_order(created_at, fetched=fetched)
-            place = rank(priority, since, run_at, self.ageing) if self.ageing else -priority
-            self._add(Item(place, since, order, task_id, type, fetched))
+            self._insert(task_id, type, priority, created_at, run_at, order, fetched=fetched)
             return self._wake()
+
+    def _insert(
+        self,
+        task_id: str,
+        type: str,
+        priority: int,
+        created_at: int,
+        run_at: int | None,
+        order: int,
+        *,
+        fetched: bool,
+    ) -> None:
+        since = self._in_order(created_at, fetched=fetched)
+        place = rank(priority, since, run_at, self.ageing) if self.ageing else -priority
+        self._add(Item(place, since, order, task_id, type, fetched))
 
     def _in_order(self, created_at: int, *, fetched: bool) -> int:
         """Return the time by which a task is sorted: never earlier than for a task submitted before it.
@@ -176,10 +189,13 @@ class Buffer:
             self._set_back_to = min(self._set_back_to, created_at)
         return int(self._latest) if created_at >= self._set_back_to else created_at
 
-    def add_fetched(self, stub: Stub) -> None:
-        """Put in a task that the repository listed."""
-        order = self.new_slot()
-        self.add(stub.id, stub.type, stub.priority, stub.created_at, stub.run_at, order)
+    def add_fetched(self, stubs: Iterable[Stub]) -> None:
+        """Put in tasks that the repository listed."""
+        with self._mutex:
+            for task_id, _, _, priority, created_at, _, type, run_at in stubs:
+                order = next(self._numbers)
+                self._insert(task_id, type, priority, created_at, run_at, order, fetched=True)
+            self._wake()  # one worker: it takes some of them, and wakes the next one
 
     def put_back(self, items: Iterable[Item]) -> None:
         """Put back items that were taken, in their old place in the sort order."""

@@ -102,10 +102,11 @@ class Fetcher:
             except BaseException:  # an interrupt, too: no other thread knows that there is more
                 self._agenda.more_stored = True
                 raise
-            for stub in found:
-                if stub.type in self._services.registry.limits:
-                    self._admission.fetched(stub.type, stub.id)
-                self._buffer.add_fetched(stub)
+            if limits := self._services.registry.limits:
+                for stub in found:
+                    if stub.type in limits:
+                        self._admission.fetched(stub.type, stub.id)
+            self._buffer.add_fetched(found)
             self.fetched += len(found)
             self._agenda.rest_is_stored = len(found) == room
             return True

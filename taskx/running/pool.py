@@ -243,8 +243,8 @@ class WorkerPool:
             run, items = ahead.take(), None
             if run is None and (items := buffer.take(ahead.portion)):
                 run = self.start(items, worker)
-            if run is not None:
                 self._complaint.over()
+            if run is not None:
                 self.execute(run, worker)
                 del run  # a waiting worker must not keep the last task's values alive
             elif not items:

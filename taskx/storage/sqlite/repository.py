@@ -387,8 +387,10 @@ class SQLiteRepository(Repository):
     ) -> Sequence[Stub]:
         if ageing:
             return self._ready_by_age(types, limit, owner, ageing)
-        rows = [row for kind in types for row in self._rows(statements.READY, (owner, kind, limit))]
-        rows.sort(key=lambda row: (-row[3], row[-1]))
+        kinds = [self._rows(statements.READY, (owner, kind, limit)) for kind in types]
+        rows = [row for rows in kinds for row in rows]
+        if len(kinds) > 1:
+            rows.sort(key=lambda row: (-row[3], row[-1]))
         return [_stub(row) for row in rows[:limit]]
 
     def count_ready(self, type: str, owner: str, at_most: int) -> int:
