@@ -130,7 +130,7 @@ def change_all(
         return
     if found.matched:
         confirm(session, f"{action.capitalize()} {words}?", yes)
-    done = _run(session, change)
+    done = _run(session, change, found.matched)
     session.note(action, target, _compact(done))
     if session.json:
         session.out.json(done.to_dict())
@@ -138,13 +138,14 @@ def change_all(
         session.out.line(_summary(session, done))
 
 
-def _run(session: Session, change: _Change) -> Bulk:
+def _run(session: Session, change: _Change, expected: int) -> Bulk:
     reached: list[Bulk] = []
+    shown = sys.stderr.isatty()
 
     def on_progress(bulk: Bulk) -> None:
         reached[:] = [bulk]
-        if session.out.live:
-            click.echo(f"\r{bulk.changed} of {bulk.matched} changed ", nl=False, err=True)
+        if shown:
+            click.echo(f"\r{bulk.matched} of {max(expected, bulk.matched)} ", nl=False, err=True)
 
     try:
         return change(dry_run=False, at_most=None, on_progress=on_progress)
@@ -155,7 +156,7 @@ def _run(session: Session, change: _Change) -> Bulk:
             )
         raise
     finally:
-        if reached and session.out.live:
+        if reached and shown:
             click.echo(err=True)
 
 

@@ -106,7 +106,7 @@ def _show_traceback(error: BaseException) -> None:
 
 
 def _quiet_stdout() -> None:
-    """Let nothing more be written to a closed pipe, also when the program ends."""
+    """Redirect stdout to nowhere, so that nothing more is written to the closed pipe."""
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError):  # it is no file

@@ -75,7 +75,7 @@ def wait(session: Session, task_id: str, timeout: float | None) -> None:
 
 @attrs.define
 class _Seen:
-    """What was printed of a task."""
+    """The part of a task that was printed."""
 
     status: str = ""
     progress: tuple[int, str] = (0, "")

@@ -1,4 +1,4 @@
-"""How a command gets its queue and prints: the options of every command, and the session of one call."""
+"""The options of every command, and the session of one call: its queue and its output."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import cached_property, update_wrapper
-from typing import Any, TypeVar
+from typing import Any
+from urllib.parse import quote
 
 import attrs
 import click
@@ -19,6 +20,7 @@ from taskx.cli.output import Output
 from taskx.core.clock import to_datetime
 from taskx.core.errors import ConfigurationError, PayloadError, RepositoryError
 from taskx.queue import Queue
+from taskx.storage.base import Repository
 from taskx.storage.urls import open_repository
 from taskx.supervising.loading import load_queue
 
@@ -104,9 +106,6 @@ class Command(click.Command):
                 formatter.write_text(" ".join(paragraph.split()))
 
 
-F = TypeVar("F", bound=Callable[..., Any])
-
-
 def command(
     name: str, words: str, examples: str, *params: Any
 ) -> Callable[[Callable[..., Any]], Command]:
@@ -190,25 +189,21 @@ def opened(ctx: click.Context) -> Iterator[Queue]:
     Raises:
         Usage: it is not said where the tasks are, or that is wrong.
     """
-    source = _source(ctx)
-    if source is not None:
-        queue = source if isinstance(source, Queue) else source()
-        queue.repository.only_existing()
-        yield queue
-        return
-    wanted = given(ctx)
+    source, wanted = _source(ctx), given(ctx)
     if wanted.app and wanted.repository:
         raise Usage("--app and --repository say the same: give only one of them")
-    if wanted.app:
+    if source is not None:
+        queue = source if isinstance(source, Queue) else source()
+    elif wanted.app:
         queue = load_queue(wanted.app)
-        queue.repository.only_existing()
-        yield queue
-        return
-    queue = Queue(_repository(wanted.repository or os.environ.get(VARIABLE, "")))
+    else:
+        queue = Queue(_repository(wanted.repository or os.environ.get(VARIABLE, "")))
+    queue.repository.only_existing()
     try:
         yield queue
     finally:
-        queue.close()
+        if source is None and not wanted.app:
+            queue.close()
 
 
 def _source(ctx: click.Context | None) -> QueueSource | None:
@@ -220,7 +215,7 @@ def _source(ctx: click.Context | None) -> QueueSource | None:
     return None
 
 
-def _repository(url: str) -> Any:
+def _repository(url: str) -> Repository:
     if not url:
         raise Usage(
             "which repository? Give --repository sqlite:///tasks.db or --app module:queue, or set "
@@ -232,21 +227,12 @@ def _repository(url: str) -> Any:
             "server, or --app"
         )
     if "://" not in url:
-        raise Usage(f"{url!r} is not a URL: write a file as {file_url(url)}")
+        raise Usage(f"{url!r} is not a URL: write a file as sqlite:///{quote(url)}")
     try:
-        repository = open_repository(url)
+        return open_repository(url)
     except ConfigurationError as error:
         raise Usage(str(error)) from error
     except ImportError as error:
         raise Usage(
             f"this repository needs the package {error.name}: pip install 'taskx-queue[mongo]'"
         ) from error
-    repository.only_existing()
-    return repository
-
-
-def file_url(path: str) -> str:
-    """Return the URL of an SQLite file."""
-    from urllib.parse import quote
-
-    return f"sqlite:///{quote(path)}"

@@ -156,7 +156,7 @@ Row = Sequence[str | Cell]
 
 
 class Output:
-    """What one call of the command line prints."""
+    """The output of one call of the command line."""
 
     @cached_property
     def console(self) -> Console:

@@ -165,7 +165,7 @@ def test_a_person_is_asked(tasks, outside, taskx, monkeypatch):
     monkeypatch.setattr("taskx.cli.changing._can_ask", lambda: True)
     said = taskx("cancel", "--where", "type:email", input="n\n")
     assert said.code == 1
-    assert "Cancel 2 tasks? [y/N]: " in said.err
+    assert "Cancel 2 tasks? [y/N]:" in said.err
     assert said.err.endswith("taskx: nothing was changed\n")
     assert outside.count_tasks(status="pending") == 3
     assert taskx("cancel", "--where", "type:email", input="y\n").code == 0
