@@ -13,7 +13,7 @@ from taskx.cli.completion import complete_types
 from taskx.cli.errors import AWAY, FAILED
 from taskx.cli.listing import id_argument
 from taskx.cli.opening import Session, command
-from taskx.cli.output import Cell, Column, Row, age, clean, moment
+from taskx.cli.output import Cell, Column, Row, age, clean, moment, one_line
 from taskx.cli.values import Duration, OrOff, Size, unless_off
 from taskx.core.errors import ConfigurationError
 from taskx.inspecting.failures import FailureGroup
@@ -72,9 +72,11 @@ def stats(session: Session, period: float) -> None:
         for name, numbers in types.items():
             session.out.json({"type": name, **numbers, **record})
         return
-    session.out.table(STATS_COLUMNS, [stats_row(name, each) for name, each in found.types.items()])
-    if not found.types:
-        session.out.say("there are no tasks")
+    if found.types:
+        rows = [stats_row(name, each) for name, each in found.types.items()]
+        session.out.table(STATS_COLUMNS, rows)
+    else:
+        session.out.say("no type has a task or an executor")
     if not found.complete:
         session.out.say("there are more tasks than were read: the numbers are at least so high")
 
@@ -248,7 +250,7 @@ def failure_row(group: FailureGroup, now: datetime) -> Row:
         str(group.count),
         group.type,
         f"{age((now - group.last).total_seconds())}",
-        Cell(group.error or group.error_type, "red"),
+        Cell(one_line(group.error) or group.error_type, "red"),
         "" if group.place is None else str(group.place),
         group.example,
     )

@@ -281,7 +281,7 @@ def _text(cells: Sequence[Cell]) -> Text:
 
 
 def _cell(cell: str | Cell) -> Cell:
-    return Cell(one_line(cell)) if isinstance(cell, str) else Cell(one_line(cell.text), cell.style)
+    return Cell(clean(cell)) if isinstance(cell, str) else Cell(clean(cell.text), cell.style)
 
 
 def fit(

@@ -168,3 +168,8 @@ def test_top_shows_what_runs(queue, taskx, gate):
     assert [task["id"] for task in row["running"]] == [handle.id]
     assert row["types"]["email"]["running"] == 1
     assert json.loads(json.dumps(row)) == row
+
+
+def test_stats_of_nothing_print_nothing(taskx):
+    said = taskx("stats")
+    assert (said.code, said.out, said.err) == (0, "", "no type has a task or an executor\n")

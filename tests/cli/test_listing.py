@@ -122,3 +122,12 @@ def test_an_unknown_id_is_not_found(taskx):
     said = taskx("show", "nope")
     assert (said.code, said.out) == (3, "")
     assert said.err == "taskx: no task with id 'nope' in the repository\n"
+
+
+def test_an_id_with_line_breaks_is_one_cell(outside, taskx):
+    outside.declare("email")
+    outside.submit("email", id="two\nlines \x1b[2J")
+    said = taskx("list")
+    assert len(said.lines) == 2
+    assert said.lines[1].startswith("two\\nlines \\x1b[2J  email  pending")
+    assert taskx("show", "two\nlines \x1b[2J").code == 0
