@@ -97,7 +97,7 @@ class Dashboard:
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Answer a request."""
-        request = Request(environ, self.queue, self._map.bind_to_environ(environ))
+        request = Request(environ, self.queue, self._map)
         response = self._respond(request)
         security.add_headers(response.headers)
         return response(environ, start_response)

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from werkzeug import wrappers
 from werkzeug.exceptions import Forbidden
-from werkzeug.routing import BuildError, MapAdapter
+from werkzeug.routing import BuildError, Map
 
 from taskx.core.clock import to_datetime
 from taskx.core.errors import RepositoryError
@@ -49,7 +49,7 @@ class Request(wrappers.Request):
     screen: str
     token: str
 
-    def __init__(self, environ: WSGIEnvironment, queue: Queue, urls: MapAdapter) -> None:
+    def __init__(self, environ: WSGIEnvironment, queue: Queue, urls: Map) -> None:
         super().__init__(environ)
         self.queue = queue
         self.user = ""
@@ -59,7 +59,13 @@ class Request(wrappers.Request):
         )
         self.screen = ""
         self.token = ""
-        self._urls = urls
+        # All URLs are relative, so the name of the host, which may be damaged, does not matter.
+        self._urls = urls.bind(
+            "dashboard",
+            script_name=self.root_path,
+            path_info=self.path,
+            default_method=self.method,
+        )
         size = 4 * queue.config.max_payload_size + (1 << 20)  # in a form, a byte can take three
         self.max_content_length = self.max_form_memory_size = size
         self.max_form_parts = 10_000

@@ -183,7 +183,7 @@ def check_origin(request: Request) -> None:
     if site is not None:
         same = site == "same-origin"
     elif origin is not None:
-        same = bool(request.host) and urlsplit(origin).netloc == request.host
+        same = origin.partition("://")[2] == request.headers.get("Host")
     else:
         same = request.mimetype == "application/json" or _token_matches(request)
     if not same:
