@@ -47,6 +47,7 @@ jq -c '.[]' users.json | taskx submit welcome -
     ),
     click.option("--id", "task_id", help="The id of the task. [default: a new one]"),
     click.option("--by", "created_by", help="The created_by of the tasks."),
+    click.option("--tag", "tags", multiple=True, help="A tag; may be given several times."),
     click.option("--priority", type=int, help="Tasks with a higher number run first."),
     click.option(
         "--delay", type=Duration(), help="Start this much later at the earliest, such as 10m."

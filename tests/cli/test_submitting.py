@@ -15,12 +15,15 @@ def known(outside):
 
 
 def test_a_task_is_submitted_and_its_id_printed(known, taskx):
-    said = taskx("submit", "email", '{"to": "ann", "n": 1}', "--priority", "5", "--by", "web")
+    said = taskx(
+        "submit", "email", '{"to": "ann", "n": 1}', "--priority", "5", "--by", "web", "--tag", "eu"
+    )
     assert said.code == 0
     [task_id] = said.lines
     task = known.get_task_status(task_id)
     assert task.params == {"to": "ann", "n": 1}
     assert (task.type, task.priority, task.created_by) == ("email", 5, "web")
+    assert [*task.tags] == ["eu"]
 
 
 def test_a_submitted_task_runs(queue, taskx):
@@ -85,6 +88,7 @@ def test_a_held_unique_key_is_a_conflict(known, taskx):
         (["[1]"], "the JSON of the params must be a JSON object"),
         (["-p", "x"], "--param 'x': write it as key=value"),
         (["--delay", "1h", "--run-at", "2030-01-01"], "give only one of them"),
+        (["--tag", "a b"], "the tag 'a b' contains white space"),
         (["--id", "a", "{}", "{}"], "--id is for one task"),
         (["--delay", "soon"], "'soon' is not a duration"),
         (["--run-at", "soon"], "'soon' is not a time"),
