@@ -1230,7 +1230,7 @@ class Queue:
         before and are not named here stay.
 
         If a limit is lowered, running tasks go on, and none starts until enough have ended. Workers that
-        are added start at once. Surplus workers end after their current task.
+        are added start within moments. Surplus workers end after their current task.
 
         A type that no queue runs is tuned, too, but a warning is logged: it may be misspelt.
 

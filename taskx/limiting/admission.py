@@ -26,25 +26,22 @@ class OwnSlots:
 
     def __init__(self, most: int, taken: int = 0) -> None:
         self._most = most
-        self._taken = taken
+        #: The number of slots that are used; after a change of the limit it may be more than there are.
+        self.taken = taken
 
     def free(self) -> int:
         """Return the number of free slots; 0, too, if more are taken than there are now."""
-        return max(0, self._most - self._taken)
+        return max(0, self._most - self.taken)
 
     def take(self, count: int) -> int:
         """Take ``count`` slots, or as many as are free; return how many."""
         got = min(count, self.free())
-        self._taken += got
+        self.taken += got
         return got
 
     def give(self, count: int) -> None:
         """Give back ``count`` slots."""
-        self._taken -= count
-
-    def force(self) -> None:
-        """Take a slot, even if none is free, for a task that runs already."""
-        self._taken += 1
+        self.taken -= count
 
     def rest(self, wanted: int) -> None:
         """Note that tasks wait for only ``wanted`` more slots; one node's own slots stay with it."""
@@ -193,8 +190,7 @@ class Admission:
 
     def _set_limit(self, gate: _Gate, type: str, limit: Limit) -> None:
         """Give a gate other limits; the running tasks that it has admitted keep their slots."""
-        taken = sum(one is gate for one in self.admitted.values())
-        gate.slots = self._slots(type, limit, taken)
+        gate.slots = self._slots(type, limit, self._taken(gate))
         gate.bucket = self._bucket(type, limit, gate.bucket)
         gate.limit, gate.more, gate.fetch_at = limit, True, None
 
@@ -225,6 +221,8 @@ class Admission:
                     self._set_limit(gate, type, limit)
                     if isinstance(before, SharedSlots) and not isinstance(gate.slots, SharedSlots):
                         self._left.append(before)
+                elif gate.slots is not None:  # an interrupt may have cut adopt() short
+                    gate.slots.taken = self._taken(gate)
 
     def adopt(self, type: str, task_id: str, runs: Container[str]) -> None:
         """Count a running task that was started before its type was limited.
@@ -239,7 +237,10 @@ class Admission:
             if task_id not in runs:  # it has ended since; over() may have been called already
                 del self.admitted[task_id]
             elif gate.slots is not None:
-                gate.slots.force()
+                gate.slots.taken = self._taken(gate)
+
+    def _taken(self, gate: _Gate) -> int:
+        return sum(one is gate for one in self.admitted.values())
 
     # --- at the fetch
 

@@ -108,7 +108,8 @@ class SharedSlots(_Shared[Mapping[str, int]]):
         self._node = node
         self._most = most
         self._shares: Mapping[str, int] = {}
-        self._taken = taken
+        #: The number of slots that this node uses.
+        self.taken = taken
         self._idle = False
 
     def _parse(self, text: str | None) -> Mapping[str, int]:
@@ -120,7 +121,7 @@ class SharedSlots(_Shared[Mapping[str, int]]):
     def free(self) -> int:
         """Return the number of slots that this node has free or could get, by the note as last read."""
         self._refresh()
-        return max(0, self._most - self._others - self._taken)
+        return max(0, self._most - self._others - self.taken)
 
     @property
     def _mine(self) -> int:
@@ -138,28 +139,24 @@ class SharedSlots(_Shared[Mapping[str, int]]):
         self._idle = False
         for _ in range(_TRIES):
             self._refresh()
-            wanted = self._taken + count - self._mine
+            wanted = self.taken + count - self._mine
             unowned = self._most - sum(self._shares.values())
             if wanted <= 0 or unowned <= 0 or self._set_mine(self._mine + min(wanted, unowned)):
                 break
         usable = min(self._mine, self._most - self._others)  # fewer if the limit was lowered
-        got = max(0, min(count, usable - self._taken))
-        self._taken += got
+        got = max(0, min(count, usable - self.taken))
+        self.taken += got
         return got
-
-    def force(self) -> None:
-        """Take a slot, even if none is free, for a task that runs already."""
-        self._taken += 1
 
     def give(self, count: int) -> None:
         """Give back ``count`` slots; the node keeps them as long as there are tasks for them."""
-        self._taken -= count
+        self.taken -= count
 
     def rest(self, wanted: int) -> None:
         """Leave to other nodes all free slots but ``wanted``: this node has no tasks for more."""
         for _ in range(_TRIES):
             self._refresh()
-            kept = self._taken + wanted
+            kept = self.taken + wanted
             if self._mine <= kept or self._set_mine(kept):
                 break
 
@@ -168,9 +165,9 @@ class SharedSlots(_Shared[Mapping[str, int]]):
         self._read()
         if self._idle or self._mine + self._others > self._most:  # it was lowered
             self.rest(0)
-        self._idle = self._mine > self._taken
-        if self._mine < self._taken:  # the note was damaged, or others thought it was dead
-            self._set_mine(self._taken)
+        self._idle = self._mine > self.taken
+        if self._mine < self.taken:  # the note was damaged, or others thought it was dead
+            self._set_mine(self.taken)
         if self._shares.keys() - {self._node}:
             self._bury()
 
@@ -183,7 +180,7 @@ class SharedSlots(_Shared[Mapping[str, int]]):
             self._share_out(left)
 
     def leave(self) -> None:
-        self._taken = 0
+        self.taken = 0
         self.rest(0)
 
     def _set_mine(self, count: int) -> bool:

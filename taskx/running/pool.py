@@ -113,7 +113,7 @@ class WorkerPool:
         #: The number of worker threads that have not ended.
         self.workers_left = 0
         self._at_work = self._named = 0
-        self._started = False
+        self._threaded = 0  # the number of workers that have threads; 0 until they are started
         self.threads: list[threading.Thread] = []
 
     def start_workers(self) -> None:
@@ -123,8 +123,8 @@ class WorkerPool:
             RuntimeError: the system cannot start a thread.
         """
         with self._counting:
-            self._started = True
-            threads = self._enlist(self.ahead.workers)
+            self._threaded = self.ahead.workers
+            threads = self._enlist(self._threaded)
         self._start(threads)
 
     def _enlist(self, count: int) -> list[threading.Thread]:
@@ -178,21 +178,33 @@ class WorkerPool:
             self.recorded = described
 
     def set_workers(self, number: int) -> None:
-        """Start more worker threads, or let some end after their current task."""
-        before, self.ahead.workers = self.ahead.workers, number
-        self.fetcher.workers = number
+        """Set the number of workers: surplus ones end after their task, :meth:`add_workers` adds others."""
+        if number == self.ahead.workers:
+            return
+        with self._counting:
+            self.ahead.workers = self.fetcher.workers = number
+            self._threaded = min(self._threaded, number)
         self.buffer.fetch_size = _fetch_size(number, self.buffer.maxsize)
-        if not self._started or self.stopping or number == before:
+        self.ahead.wake_all()
+        self.services.log.info("node %s: %d workers from now on", self.node.name, number)
+
+    def add_workers(self) -> None:
+        """Start the threads that are missing since the number of workers was raised.
+
+        The housekeeper calls it, because no signal handler interrupts its thread.
+        """
+        if not 0 < self._threaded < self.ahead.workers:
             return
         try:
             with self._counting:
+                number, before = self.ahead.workers, self._threaded
+                self._threaded = number
                 # Some stuck threads may not have been replaced, and some surplus ones may still work.
-                threads = self._enlist(max(0, min(number - before, number - self._at_work)))
+                missing = 0 if self.stopping else min(number - before, number - self._at_work)
+                threads = self._enlist(max(0, missing))
             self._start(threads)
         except RuntimeError as error:
             self.services.log.error("cannot start more worker threads: %s", error)
-        self.ahead.wake_all()
-        self.services.log.info("node %s: %d workers now", self.node.name, number)
 
     # --- the workers
 

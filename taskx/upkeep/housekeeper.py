@@ -173,6 +173,7 @@ class Housekeeper:
         if self._pool.stuck.ended:
             self._pool.stuck.lift()
         self._pool.hand_on()
+        self._pool.add_workers()
         if self._is_time("progress", PROGRESS_EVERY):
             self._write_progress()
         self._services.dependents.process(until - time.monotonic())

@@ -281,13 +281,24 @@ class TestWorkers:
         queue.tune(workers=2)
         eventually(lambda: pool_of(queue).workers_left == 2)
         queue.tune(workers=3)
-        assert len(pool_of(queue).threads) == 3
+        eventually(lambda: len(pool_of(queue).threads) == 3)
         for _ in range(4):
             queue.submit("t")
         gate.wait_for(3)
         stays(queue, running, 3)
         running.end(4)
         assert queue.drain(PATIENCE)
+
+    def test_a_number_that_is_lowered_and_raised_at_once_is_reached(self, make_queue):
+        queue = make_queue(worker_num=4)
+        queue.start()
+        pool = pool_of(queue)
+        for number in (1, 6, 2, 3):
+            queue.tune(workers=number)
+        eventually(lambda: pool.workers_left == 3)
+        queue.tune(workers=1)
+        queue.tune(workers=5)
+        eventually(lambda: pool.workers_left == len(pool.threads) == 5)
 
     def test_a_number_for_one_node_wins_over_that_of_all(self, make_queue):
         first, second = make_queue(worker_num=1), make_queue(worker_num=1)
@@ -297,7 +308,7 @@ class TestWorkers:
         first.tune(workers=2)
         first.tune(workers=4, node=ids[1])
         eventually(lambda: {n.id: n.workers for n in first.nodes()} == {ids[0]: 2, ids[1]: 4})
-        assert len(pool_of(second).threads) == 4
+        eventually(lambda: len(pool_of(second).threads) == 4)
         assert first.tuned() == Tuned(workers=2, nodes={ids[1]: 4})
         first.untune(workers=True, node=ids[1])
         eventually(lambda: {n.id: n.workers for n in first.nodes()} == {ids[0]: 2, ids[1]: 2})
@@ -321,7 +332,7 @@ def test_workers_that_cannot_be_added_are_logged(started, caplog, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", unstartable)
         started.tune(workers=4)
-    assert "cannot start more worker threads" in caplog.text
+        eventually(lambda: "cannot start more worker threads" in caplog.text)
     assert started.submit("fine").result(PATIENCE) == "fine"
     assert pool_of(started).workers_left == len(pool_of(started).threads) == 2
 
