@@ -120,7 +120,10 @@ def pytest_testnodedown(node: Any) -> None:
         _left_out.update(getattr(node, "workeroutput", {}).get("left_out", {}))
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
+    """Say at the very end, below the skipped tests, what did not run."""
+    yield
     skipped = terminalreporter.stats.get("skipped", ())
     if missed := sum(NO_BROWSER in str(report.longrepr) for report in skipped):
         terminalreporter.write_line(

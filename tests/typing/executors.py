@@ -21,6 +21,8 @@ from taskx import (
     Task,
     TaskExecutor,
     TaskHandle,
+    TaskStatus,
+    Tick,
     every,
     run,
     tick_of,
@@ -270,6 +272,9 @@ def schedules() -> None:
         "b", every(30), Task(type="t"), misfire="skip", overlap="skip", priority=1
     )
     assert_type(queue.schedules(), dict[str, Schedule])
+    for tick in queue.schedules()["a"].last(5):
+        assert_type(tick, Tick)
+        assert_type(tick.status, TaskStatus | None)
     assert_type(made.next(5), list[datetime])
     assert_type(made.trigger().id, str)
     assert_type(tick_of(Task()), datetime | None)

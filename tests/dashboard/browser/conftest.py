@@ -11,16 +11,14 @@ from typing import Any
 import attrs
 import pytest
 from kinds import NO_BROWSER
+from playwright.sync_api import expect, sync_playwright
 
 from taskx import Queue, SQLiteRepository, Task, chain, group
 from taskx.dashboard import Dashboard
 from taskx.dashboard.serving import bind
 
-playwright_api = pytest.importorskip("playwright.sync_api", reason=f"{NO_BROWSER}: no playwright")
-
 # Generous: a busy machine may take seconds for a page.
 PATIENCE = 60.0
-expect = playwright_api.expect
 expect.set_options(timeout=PATIENCE * 1000)
 
 #: A text that would do harm, or break a page, wherever it is not escaped.
@@ -128,7 +126,7 @@ def chromium() -> Iterator[Any]:
     program = next(filter(None, map(shutil.which, PROGRAMS)), None)
     if program is None:
         pytest.skip(f"{NO_BROWSER}: install Debian's package chromium")
-    with playwright_api.sync_playwright() as playwright:
+    with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=program,
             args=["--no-sandbox", "--disable-gpu"],
