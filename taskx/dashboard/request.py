@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from werkzeug import wrappers
 from werkzeug.exceptions import Forbidden
-from werkzeug.routing import BuildError, Map
+from werkzeug.routing import Map
 
 from taskx.core.clock import to_datetime
 from taskx.core.errors import RepositoryError
@@ -146,12 +146,6 @@ class Request(wrappers.Request):
             self.queue.note_change(
                 self.user or "dashboard", action, target, detail[:_LONGEST_DETAIL] or None
             )
-
-    def knows(self, name: str) -> bool:
-        """Return True if the dashboard has a page of this name."""
-        with suppress(BuildError):
-            return bool(self._urls.build(name))
-        return False
 
     def chosen(self, name: str = "id") -> Iterable[str]:
         """Return the values of a form field that can be given several times."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from werkzeug.serving import BaseWSGIServer, WSGIRequestHandler, make_server
 
 from taskx.core.errors import ConfigurationError
 from taskx.dashboard.app import Dashboard
-from taskx.dashboard.security import LOCAL, is_loopback
+from taskx.dashboard.security import LOCAL, Check, is_loopback
+from taskx.queue import Queue
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
@@ -72,12 +73,15 @@ def bind(app: Dashboard, host: str = "127.0.0.1", port: int = PORT) -> BaseWSGIS
 
 
 def serve(
-    queue: Any,
+    queue: Queue,
     host: str = "127.0.0.1",
     port: int = PORT,
     *,
+    users: Mapping[str, str] | None = None,
+    permissions: Check | Iterable[str] | None = None,
+    read_only: bool = False,
+    title: str = "TaskX",
     ready: Callable[[str], object] = print,
-    **options: Any,
 ) -> None:
     """Serve the dashboard of a queue until Ctrl-C.
 
@@ -85,14 +89,15 @@ def serve(
         queue: the queue, started or not.
         host: the address. Every other one than a loopback address requires ``users``.
         port: the port; 0 for any free one.
+        users, permissions, read_only, title: as for :class:`Dashboard`.
         ready: called with the URL as soon as the dashboard can be reached.
-        options: those of :class:`Dashboard`.
 
     Raises:
         ConfigurationError: an option is not valid, or other machines could connect without a password.
         OSError: the address cannot be bound.
     """
-    server = bind(Dashboard(queue, **options), host, port)
+    app = Dashboard(queue, users=users, permissions=permissions, read_only=read_only, title=title)
+    server = bind(app, host, port)
     name = f"[{host}]" if ":" in host else host
     try:
         ready(f"http://{name}:{server.server_port}/")
