@@ -29,7 +29,7 @@
     }
   });
   document.addEventListener("click", (event) => {
-    if (event.target.closest("[data-help]")) { event.preventDefault(); find("#keys").showModal(); }
+    if (event.target.closest("[data-help]")) find("#keys").showModal();
     if (event.target.closest("[data-close]")) event.target.closest("dialog").close();
   });
 
@@ -52,7 +52,10 @@
   // --- changes: the texts of [data-announce] are said politely when a refresh has changed them
   const said = () => [...document.querySelectorAll("[data-announce]")].map((at) => at.textContent.trim().replace(/\s+/g, " ")).join(" ");
   let before = "";
-  document.addEventListener("DOMContentLoaded", () => { before = said(); });
+  document.addEventListener("DOMContentLoaded", () => {
+    before = said();
+    find("[data-help]").hidden = false;
+  });
   document.addEventListener("htmx:after:swap", () => {
     const now = said();
     if (now !== before) find("#live").textContent = before = now;

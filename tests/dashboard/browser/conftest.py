@@ -86,6 +86,10 @@ def add_executors(queue: Queue, gate: threading.Event) -> None:
     def grouped() -> None:
         raise KeyError("grouped")
 
+    @queue.executor("part")
+    def part() -> None:
+        raise KeyError("part")
+
     @queue.executor("hold")
     def hold() -> None:
         gate.wait()

@@ -88,7 +88,7 @@ def test_a_group_of_failures_runs_again_at_a_rate(site, page):
 
 
 def test_the_failed_part_of_a_flow_runs_again(site, page):
-    flow = site.queue.submit_flow(chain(Task(type="grouped"), Task(type="quiet")))
+    flow = site.queue.submit_flow(chain(Task(type="part"), Task(type="quiet")))
     page.goto(f"/flows/one?id={flow.id}")
     expect(page.locator("svg.flow a")).to_have_count(2)
     expect(page.locator(".status.failed")).to_be_visible()  # the page refreshes itself
@@ -215,6 +215,10 @@ def test_slash_searches_and_the_question_mark_helps(page):
     page.keyboard.press("?")
     expect(page.get_by_role("dialog", name="Keyboard")).to_be_visible()
     page.keyboard.press("Escape")
+    expect(page.get_by_role("dialog")).to_have_count(0)
+    page.get_by_role("button", name="Keyboard").click()
+    expect(page.get_by_role("dialog", name="Keyboard")).to_be_visible()
+    page.get_by_role("button", name="Close").click()
     expect(page.get_by_role("dialog")).to_have_count(0)
     page.keyboard.press("/")  # a page without a search goes to the tasks
     expect(page.locator("h1")).to_have_text("Tasks")
