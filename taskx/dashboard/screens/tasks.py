@@ -31,6 +31,8 @@ MOST_COUNTED = 10_000
 UNINDEXED = frozenset({"created_by", "error", "error_type", "id_prefix", "params"})
 #: The number of tasks that are searched.
 MOST_SEARCHED = 50_000
+# Statuses that few tasks have, and that are found by an index.
+_FEW = frozenset({TaskStatus.RUNNING, TaskStatus.FAILED, TaskStatus.CANCELLED})
 # Pages that can be gone back one by one. Their places are in the URL.
 _TRAIL = 12
 
@@ -51,8 +53,7 @@ def show(request: Request) -> Page:
     """Show one page of the tasks that match the filter line."""
     line = request.args.get("q", "").strip()
     after = request.args.get("after") or None
-    trail = [*request.args.getlist("trail"), ""][:_TRAIL] if after else []
-    values: dict[str, Any] = {"line": line, "fields": FIELDS, "trail": trail, "wrong": ""}
+    values: dict[str, Any] = {"line": line, "fields": FIELDS, "wrong": ""}
     try:
         wanted = read_filter(request, line)
         since = None if "all" in request.args else _searched_since(request.queue, wanted)
@@ -72,7 +73,7 @@ def show(request: Request) -> Page:
             "since": since or page.searched_since,
             "exact": page.exact and since is None,
             "suggestions": [*_suggestions(request, line, page)],
-            "newer": _newer(request, line, trail),
+            "newer": _newer(request, line, after),
             "older": _older(request, line, page, after),
             "command": as_command(wanted),
             "python": as_python(wanted),
@@ -83,24 +84,18 @@ def show(request: Request) -> Page:
 
 def _searched_since(queue: Queue, wanted: TaskFilter) -> datetime | None:
     """Return the moment since which tasks are searched; None if all of them are."""
-    few = wanted.status not in (
-        None,
-        TaskStatus.COMPLETED,
-    )  # the others have an index by their status
-    if few or wanted.start_date is not None or not wanted.given & UNINDEXED:
+    if wanted.status in _FEW or wanted.start_date is not None or not wanted.given & UNINDEXED:
         return None
     older = queue.list_tasks(offset=MOST_SEARCHED, limit=1, at_most=1).tasks
     return older[0].created_at if older else None
 
 
-def _newer(request: Request, line: str, trail: list[str]) -> str:
+def _newer(request: Request, line: str, after: str | None) -> str:
     """Return the URL of the page before; empty on the first one."""
-    if not trail:
+    before = request.args.getlist("trail")
+    if after is None:
         return ""
-    before = [*request.args.getlist("trail")]
-    if not before:
-        return _page_link(request, q=line)
-    return _page_link(request, q=line, after=before[0], trail=before[1:])
+    return _page_link(request, q=line, after=before[0] if before else None, trail=before[1:])
 
 
 def _older(request: Request, line: str, page: TaskPage, after: str | None) -> str:
