@@ -1,35 +1,30 @@
-"""Tasks in a Flask app: submit from a view, show progress, cancel.
+"""A small Flask application: upload a text, watch how its words are counted, cancel, see the dashboard.
 
-The place of ``queue.start()`` depends on the server:
+Run it in one of these ways; none of them needs a change of the code::
 
-One process
-    ``python examples/flask_app.py``: :func:`main` starts the queue before it serves.
+    flask --app examples/flask_app.py run --debug
+    gunicorn --chdir examples --workers 2 'flask_app:create_app()'
+    ADMIN_PASSWORD=secret flask --app examples/flask_app.py run   # the dashboard is at /taskx
 
-The debug reloader
-    ``python examples/flask_app.py --debug`` runs this program twice: as a parent that only watches the
-    files, and as a child that serves and is replaced when a file changes. :func:`main` starts the queue
-    only in the child, where ``WERKZEUG_RUN_MAIN`` is set.
+The commands of TaskX are there, too: ``flask --app examples/flask_app.py taskx list``. All settings can
+come from the environment, such as ``FLASK_TASKX_REPOSITORY``, ``FLASK_TASKX_WORKERS`` or ``FLASK_UPLOADS``.
 
-gunicorn
-    ``gunicorn --chdir examples -w 2 -c examples/flask_app.py 'flask_app:create_app()'``: every worker
-    process has its own queue on the same file, and the queues share the tasks.
-    :func:`post_worker_init` starts the queue after the fork. This also works with ``--preload``, where
-    the master makes the app and a fork does not copy the master's threads.
-
-Other servers
-    For ``flask run`` see *Flask* in ``docs/web.rst``: the factory itself starts the queue there. For a
-    server without such a hook, use ``app.before_request(queue_of(app).start)``. Further calls of
-    ``start()`` do nothing. The disadvantage: after a restart, no task runs before the first request.
+With ``--config examples/flask_app.py`` gunicorn also reads this module as its configuration file. Then the
+tasks that are left from before a restart run before the first request.
 """
 
 from __future__ import annotations
 
+import hmac
+import math
 import os
-import signal
-import sys
+import uuid
+from collections import Counter
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
-from flask import Flask, Response, jsonify, redirect, request, url_for
+from flask import Flask, Response, abort, current_app, jsonify, redirect, request, url_for
 
 from taskx import (
     ConfigurationError,
@@ -37,16 +32,17 @@ from taskx import (
     DuplicateTask,
     InvalidTransition,
     PayloadError,
-    Queue,
+    Permanent,
     QueueFull,
     QueueStopped,
     RepositoryUnavailable,
-    SQLiteRepository,
     Task,
     TaskNotFound,
-    executor,
 )
+from taskx.contrib.flask import Taskx
 
+#: The number of lines of a page.
+PAGE_LENGTH = 20
 STATUS_CODES: dict[type[Exception], int] = {
     ConfigurationError: 400,  # an invalid filter or id
     PayloadError: 400,
@@ -58,22 +54,54 @@ STATUS_CODES: dict[type[Exception], int] = {
     RepositoryUnavailable: 503,
 }
 
-
-@executor("report")
-def report(ctx: Context, title: str, pages: int = 20) -> dict[str, Any]:
-    """Write a report; each page takes a moment."""
-    for page in range(1, pages + 1):
-        ctx.sleep(0.25)  # the work; a cancel ends it at once
-        ctx.progress(100 * page / pages, f"page {page} of {pages}")
-    return {"title": title, "pages": pages}
+taskx = Taskx()
 
 
-def create_app(database: str = "tasks.db") -> Flask:
-    """Make the app and its queue. The queue is started elsewhere: see above."""
-    queue = Queue(SQLiteRepository(database))
-    queue.register_executor(report)
+@taskx.executor("count_words")
+def count_words(ctx: Context, title: str, file: str) -> dict[str, Any]:
+    """Count the words of an uploaded text, page by page."""
+    path = Path(current_app.config["UPLOADS"], file)
+    if not path.exists():
+        raise Permanent(f"{title} is no longer there")  # another attempt would not help
+    words: Counter[str] = Counter()
+    with path.open(encoding="utf-8", errors="replace") as text:
+        pages = max(1, math.ceil(sum(1 for _ in text) / PAGE_LENGTH))
+        text.seek(0)
+        for page in range(1, pages + 1):
+            for line in islice(text, PAGE_LENGTH):
+                words.update(line.lower().split())
+            ctx.sleep(current_app.config["SECONDS_PER_PAGE"])  # a cancel ends it at once
+            ctx.progress(100 * page / pages, f"page {page} of {pages}")
+    return {"words": words.total(), "pages": pages, "most": words.most_common(3)}
+
+
+@taskx.dashboard_check
+def check_admin() -> bool:
+    """Let the admin see and change everything in the dashboard, and nobody else."""
+    password = os.environ.get("ADMIN_PASSWORD")
+    given = request.authorization
+    if not password:
+        return False
+    if given is None or not hmac.compare_digest(given.password or "", password):
+        abort(Response("Please log in.", 401, {"WWW-Authenticate": 'Basic realm="tasks"'}))
+    request.environ["REMOTE_USER"] = given.username or "admin"
+    return True
+
+
+def create_app(**config: Any) -> Flask:
+    """Make the app. Its queue starts with the first request that a process answers."""
     app = Flask(__name__)
-    app.extensions["taskx"] = queue
+    app.config.update(
+        TASKX_REPOSITORY="sqlite:///tasks.db",
+        TASKX_DASHBOARD_URL="/taskx",
+        UPLOADS="uploads",
+        SECONDS_PER_PAGE=0.25,  # stands for work that takes longer
+        MAX_CONTENT_LENGTH=10_000_000,
+    )
+    app.config.from_prefixed_env()
+    app.config.update(config)
+    app.config["UPLOADS"] = os.path.abspath(app.config["UPLOADS"])
+    taskx.init_app(app)
     for error, code in STATUS_CODES.items():
         app.register_error_handler(
             error, lambda error, code=code: (jsonify(error=str(error)), code)
@@ -84,14 +112,22 @@ def create_app(database: str = "tasks.db") -> Flask:
         return PAGE
 
     @app.post("/tasks")
-    def submit() -> Any:
-        """Submit a report, given as a form or as JSON. With an ``id`` it is stored at most once."""
-        given = request.get_json() if request.is_json else request.form.to_dict()
-        if not isinstance(given, dict):
-            raise PayloadError("params", "must be an object")
-        task_id = given.pop("id", None)
-        handle = queue.submit("report", numbers(given), id=task_id)
-        if not request.is_json:
+    def upload() -> Any:
+        """Store a file, and submit its task. With an ``id`` it is submitted at most once."""
+        given = request.files.get("file")
+        if given is None or not given.filename:
+            raise PayloadError("file", "is missing")
+        folder, name = Path(app.config["UPLOADS"]), uuid.uuid4().hex
+        folder.mkdir(exist_ok=True)
+        given.save(folder / name)
+        try:
+            handle = count_words.using(id=request.form.get("id")).submit(
+                title=given.filename, file=name
+            )
+        except Exception:
+            (folder / name).unlink()
+            raise
+        if request.accept_mimetypes.accept_html:
             return redirect(url_for("page"), code=303)
         location = url_for("show", task_id=handle.id)
         return jsonify(id=handle.id), 202, {"Location": location}
@@ -99,7 +135,7 @@ def create_app(database: str = "tasks.db") -> Flask:
     @app.get("/tasks")
     def show_all() -> Response:
         """Return the tasks, newest first: ``?status=running&offset=20&limit=20``."""
-        tasks, total = queue.list_tasks(
+        tasks, total = taskx.queue.list_tasks(
             status=request.args.get("status"),
             offset=request.args.get("offset", 0, type=int),
             limit=request.args.get("limit", 20, type=int),
@@ -108,28 +144,14 @@ def create_app(database: str = "tasks.db") -> Flask:
 
     @app.get("/tasks/<task_id>")
     def show(task_id: str) -> Response:
-        return jsonify(summary(queue.get_task_status(task_id)))
+        return jsonify(summary(taskx.queue.get_task_status(task_id)))
 
     @app.post("/tasks/<task_id>/cancel")
     def cancel(task_id: str) -> Response:
         """Cancel a task. ``cancelled`` is false for a running task: it is asked to stop and soon will."""
-        return jsonify(cancelled=queue.cancel_task(task_id))
+        return jsonify(cancelled=taskx.queue.cancel_task(task_id))
 
     return app
-
-
-def queue_of(app: Flask) -> Queue:
-    """Return the queue of an app."""
-    queue: Queue = app.extensions["taskx"]
-    return queue
-
-
-def numbers(params: dict[str, Any]) -> dict[str, Any]:
-    """Return the params with the number of pages as a number: in a form it is text."""
-    try:
-        return {**params, "pages": int(params["pages"])} if "pages" in params else params
-    except (TypeError, ValueError):
-        raise PayloadError("params.pages", "must be a whole number") from None
 
 
 def summary(task: Task) -> dict[str, Any]:
@@ -140,14 +162,14 @@ def summary(task: Task) -> dict[str, Any]:
 
 
 PAGE = """<!doctype html>
-<meta charset="utf-8"><title>Reports</title>
-<h1>Reports</h1>
-<form method="post" action="/tasks">
-  <input name="title" placeholder="Title" required>
-  <input name="pages" type="number" value="20" min="1">
-  <button>Write</button>
+<meta charset="utf-8"><title>Word counter</title>
+<h1>Word counter</h1>
+<form method="post" action="/tasks" enctype="multipart/form-data">
+  <input name="file" type="file" accept="text/*" required>
+  <button>Count the words</button>
 </form>
 <table id="tasks"></table>
+<p><a href="/taskx">Dashboard for the admin</a></p>
 <script>
 async function refresh() {
   const {tasks} = await (await fetch("/tasks")).json();
@@ -159,7 +181,8 @@ async function refresh() {
     const bar = row.insertCell().appendChild(document.createElement("progress"));
     bar.max = 100;
     bar.value = task.progress;
-    row.insertCell().textContent = task.error || task.message || task.status;
+    const words = task.result ? `${task.result.words} words` : task.message;
+    row.insertCell().textContent = task.error || words || task.status;
     if (["pending", "running"].includes(task.status)) {
       const button = row.insertCell().appendChild(document.createElement("button"));
       button.textContent = "Cancel";
@@ -173,26 +196,13 @@ setInterval(refresh, 500);
 """
 
 
-# The hook of gunicorn: with ``-c examples/flask_app.py`` this module is also its configuration file.
+# The hook of gunicorn: with ``--config examples/flask_app.py`` this module is also its configuration file.
 
 
 def post_worker_init(worker: Any) -> None:
-    """Start the queue of a worker process that has loaded the app. It is stopped when the process ends."""
-    queue_of(worker.wsgi).start()
-
-
-def main(debug: bool, port: int) -> None:
-    """Serve with Flask's own server."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # runs the ``finally`` below, too
-    app = create_app(os.environ.get("TASKX_DATABASE", "tasks.db"))
-    queue = queue_of(app)
-    if not debug or os.environ.get("WERKZEUG_RUN_MAIN") == "true":
-        queue.start()
-    try:
-        app.run(debug=debug, port=port)
-    finally:
-        queue.stop(cancel=True)
+    """Start the queue of a worker process that has loaded the app."""
+    taskx.start(worker.wsgi)
 
 
 if __name__ == "__main__":
-    main(debug="--debug" in sys.argv[1:], port=int(os.environ.get("PORT", "5000")))
+    create_app().run()

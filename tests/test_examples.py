@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -25,7 +27,7 @@ from typing import Any
 import pytest
 from mongo_server import free_port
 
-from taskx import Queue, SQLiteRepository, Task, TaskFilter, TaskStatus
+from taskx import Queue, SQLiteRepository, Task, TaskFilter, TaskStatus, testing
 
 pytestmark = pytest.mark.process
 
@@ -467,7 +469,7 @@ def test_schedule_runs(tmp_path):
     ]
 
 
-# flask_app.py
+# flask_app.py and flask_factory
 
 
 @pytest.fixture
@@ -483,12 +485,16 @@ def flask_app() -> ModuleType:
 
 @pytest.fixture
 def app(flask_app, tmp_path) -> Iterator[Any]:
-    """The app with its queue started."""
-    app = flask_app.create_app(str(tmp_path / "tasks.db"))
-    queue = flask_app.queue_of(app)
-    with queue.repository, queue:
-        yield app
-        queue.stop(cancel=True)
+    """The app, whose first request starts its queue."""
+    app = flask_app.create_app(
+        TASKX_REPOSITORY=f"sqlite:///{tmp_path}/tasks.db",
+        UPLOADS=str(tmp_path / "uploads"),
+        SECONDS_PER_PAGE=0.05,
+    )
+    queue = app.extensions["taskx"].queue
+    yield app
+    queue.stop(cancel=True)
+    queue.close()
 
 
 @pytest.fixture
@@ -504,8 +510,14 @@ def shown(client: Any, task_id: str) -> dict[str, Any]:
     return told
 
 
-def submit(client: Any, **params: Any) -> str:
-    response = client.post("/tasks", json=params)
+def upload(client: Any, text: str, name: str = "a.txt", **form: str) -> Any:
+    """Upload a text as a program does."""
+    data = {"file": (io.BytesIO(text.encode()), name), **form}
+    return client.post("/tasks", data=data, headers={"Accept": "application/json"})
+
+
+def submit(client: Any, text: str, **form: str) -> str:
+    response = upload(client, text, **form)
     assert response.status_code == 202
     task_id: str = response.get_json()["id"]
     assert response.headers["Location"] == f"/tasks/{task_id}"
@@ -517,108 +529,122 @@ def wait_for_status(client: Any, task_id: str, status: str) -> dict[str, Any]:
     return shown(client, task_id)
 
 
-def test_flask_runs_a_task(client):
-    task_id = submit(client, title="Sales", pages=2)
+LONG = "word\n" * 100_000
+
+
+def test_flask_counts_the_words_of_an_upload(client):
+    task_id = submit(client, "to be or not to be\n" * 21)
     told = wait_for_status(client, task_id, "completed")
-    assert told["result"] == {"title": "Sales", "pages": 2}
+    assert told["result"] == {
+        "words": 126,
+        "pages": 2,
+        "most": [["to", 42], ["be", 42], ["or", 21]],
+    }
     assert (told["progress"], told["message"]) == (100, "page 2 of 2")
 
 
 def test_flask_shows_progress(client):
-    task_id = submit(client, title="Sales", pages=100)
+    task_id = submit(client, LONG)
     told = wait_until(lambda: (t := shown(client, task_id))["progress"] and t)
     assert told["status"] == "running"
     assert told["message"].startswith("page ")
 
 
-def test_flask_accepts_forms_and_lists_tasks(client):
-    response = client.post("/tasks", data={"title": "Form", "pages": "1", "id": "mine"})
+def test_flask_accepts_forms_of_browsers_and_lists_tasks(client):
+    data = {"file": (io.BytesIO(b"one"), "form.txt"), "id": "mine"}
+    response = client.post("/tasks", data=data, headers={"Accept": "text/html,*/*;q=0.8"})
     assert (response.status_code, response.headers["Location"]) == (303, "/")
     wait_for_status(client, "mine", "completed")
     listed = client.get("/tasks?status=completed").get_json()
     assert listed["total"] == 1
-    assert listed["tasks"][0]["params"] == {"title": "Form", "pages": 1}
+    assert listed["tasks"][0]["params"]["title"] == "form.txt"
     assert client.get("/tasks?status=failed").get_json() == {"tasks": [], "total": 0}
-    assert '<form method="post" action="/tasks">' in client.get("/").text
+    assert '<form method="post" action="/tasks" enctype' in client.get("/").text
 
 
-def test_flask_cancels_tasks(flask_app, app, client):
+def test_flask_cancels_tasks(app, client):
     """A running task stops, and a pending task never starts."""
-    workers = flask_app.queue_of(app).config.worker_num
-    running = [submit(client, title="Long", pages=10_000) for _ in range(workers)]
+    queue = app.extensions["taskx"].queue
+    running = [submit(client, LONG) for _ in range(queue.config.worker_num)]
     for task_id in running:
         wait_for_status(client, task_id, "running")
-    pending = submit(client, title="Waits")
+    pending = submit(client, "waits")
     assert client.post(f"/tasks/{pending}/cancel").get_json() == {"cancelled": True}
     assert shown(client, pending)["status"] == "cancelled"
     assert client.post(f"/tasks/{running[0]}/cancel").get_json() == {"cancelled": False}
     wait_for_status(client, running[0], "cancelled")
     assert shown(client, running[1])["status"] == "running"
-    assert flask_app.queue_of(app).get_task_status(pending).starts == 0
+    assert queue.get_task_status(pending).starts == 0
 
 
-@pytest.mark.parametrize(
-    ("params", "complaint"),
-    [
-        ({"pages": 3}, "requires title"),
-        ({"title": "x", "colour": "red"}, "does not take 'colour'"),
-        ({"title": "x", "pages": "many"}, "params.pages: must be a whole number"),
-        ({"title": "x", "id": "y" * 300}, "id has 300 characters"),
-        (["title"], "must be an object"),
-    ],
-)
-def test_flask_refuses_bad_params(client, params, complaint):
-    response = client.post("/tasks", json=params)
-    assert response.status_code == 400
-    assert complaint in response.get_json()["error"]
-    assert client.get("/tasks").get_json()["total"] == 0
+def test_flask_tasks_can_be_tested_without_threads(flask_app, tmp_path):
+    app = flask_app.create_app(TESTING=True, UPLOADS=str(tmp_path))
+    with testing.manual(app.extensions["taskx"].queue) as queue:
+        client = app.test_client()
+        task_id = submit(client, "one two\n" * 100)
+        assert shown(client, task_id)["status"] == "pending"
+        queue.run_all()  # ctx.sleep() moves the clock of the test
+        assert shown(client, task_id)["result"]["words"] == 200
+        gone = submit(client, "three")
+        for file in tmp_path.iterdir():
+            file.unlink()
+        queue.run_all(check=False)
+        assert "a.txt is no longer there" in shown(client, gone)["error"]
 
 
-def test_flask_answers_errors_with_status_codes(client):
+def test_flask_answers_errors_with_status_codes(app, client):
     assert client.get("/tasks/nobody").status_code == 404
     assert client.post("/tasks/nobody/cancel").status_code == 404
     assert client.get("/tasks?status=lost").status_code == 400
     assert client.get("/tasks?limit=-1").status_code == 400
-    assert client.post("/tasks", data="{", content_type="application/json").status_code == 400
-    submit(client, title="Once", pages=1, id="once")
-    assert client.post("/tasks", json={"title": "Twice", "id": "once"}).status_code == 409
+    assert client.post("/tasks").get_json() == {"error": "file: is missing"}
+    submit(client, "text", id="once")
+    assert upload(client, "text", id="once").status_code == 409
+    too_long = upload(client, "text", id="y" * 300)
+    assert (too_long.status_code, "300 characters" in too_long.text) == (400, True)
+    assert len([*Path(app.config["UPLOADS"]).iterdir()]) == 1, "refused uploads are removed"
     wait_for_status(client, "once", "completed")
     assert client.post("/tasks/once/cancel").status_code == 409
 
 
-def test_flask_answers_503_when_full_or_stopped(flask_app, app, client):
-    queue = flask_app.queue_of(app)
+def test_flask_answers_503_when_full_or_stopped(app, client):
+    queue = app.extensions["taskx"].queue
     most = queue.config.buffer_size + queue.config.worker_num
-    codes = [
-        client.post("/tasks", json={"title": "Long", "pages": 10_000}).status_code
-        for _ in range(most + 1)
-    ]
+    codes = [upload(client, LONG).status_code for _ in range(most + 1)]
     assert set(codes) == {202, 503}
     assert client.get("/tasks").get_json()["total"] == codes.count(202)
     queue.stop(cancel=True)
-    response = client.post("/tasks", json={"title": "Late"})
+    response = upload(client, "late")
     assert response.status_code == 503
     assert "stopped" in response.get_json()["error"]
 
 
+def test_flask_shows_the_dashboard_only_to_the_admin(client, monkeypatch):
+    assert client.get("/taskx/").status_code == 403
+    monkeypatch.setenv("ADMIN_PASSWORD", "secret")
+    asked = client.get("/taskx/")
+    assert (asked.status_code, asked.headers["WWW-Authenticate"]) == (401, 'Basic realm="tasks"')
+    assert client.get("/taskx/", auth=("ann", "wrong")).status_code == 401
+    submit(client, "text", id="mine")
+    assert "mine" in client.get("/taskx/tasks", auth=("ann", "secret")).text
+
+
 def test_flask_starts_in_a_gunicorn_worker(flask_app, tmp_path):
-    """Making the app starts nothing. The hook starts the queue, and a second start does no harm."""
-    app = flask_app.create_app(str(tmp_path / "tasks.db"))
-    queue = flask_app.queue_of(app)
+    """The hook starts the queue before the first request."""
+    app = flask_app.create_app(TASKX_REPOSITORY=f"sqlite:///{tmp_path}/tasks.db")
+    queue = app.extensions["taskx"].queue
     with queue.repository:
-        task_id = submit(app.test_client(), title="Waits", pages=1)
         assert not queue.repository.liveness.nodes()
         flask_app.post_worker_init(SimpleNamespace(wsgi=app))
-        queue.start()
         assert len(queue.repository.liveness.nodes()) == 1
-        queue.handle(task_id).result(timeout=30)
         queue.stop()
 
 
-def answers(url: str) -> str | None:
-    """Return a server's answer; None if it does not answer."""
+def answers(url: str, body: bytes | None = None) -> str | None:
+    """Return a server's answer, to a POST if there is a body; None if it does not answer."""
+    asked = urllib.request.Request(url, body, {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(url, timeout=10) as response:
+        with urllib.request.urlopen(asked, timeout=30) as response:
             text: str = response.read().decode()
             return text
     except OSError:
@@ -634,29 +660,88 @@ def submitter(database: Path, type: str) -> Iterator[Queue]:
         yield queue
 
 
-@pytest.mark.parametrize("args", [(), ("--debug",)], ids=["plain", "reloader"])
-def test_flask_runs_tasks_in_the_serving_process(flask_app, tmp_path, args):
-    """Only the process that serves runs tasks. When it is stopped, it hands them back."""
-    database, port = tmp_path / "tasks.db", free_port()
-    env = {**os.environ, "TASKX_DATABASE": str(database), "PORT": str(port)}
+def flask_command(*args: str, **variables: str) -> tuple[list[str], dict[str, str]]:
+    """Return a command of ``flask`` in the folder of the example with a factory, and its environment."""
+    path = os.pathsep.join(
+        [str(EXAMPLES.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    )
+    return [sys.executable, "-m", "flask", "--app", "reports:create_app()", *args], {
+        **os.environ,
+        "PYTHONPATH": path,
+        **variables,
+    }
+
+
+@pytest.fixture
+def factory(tmp_path: Path) -> Path:
+    """Return a copy of the example with a factory, in which its database may be created."""
+    pytest.importorskip("flask")
+    ignored = shutil.ignore_patterns("__pycache__", "*.db*")
+    return Path(shutil.copytree(EXAMPLES / "flask_factory", tmp_path / "site", ignore=ignored))
+
+
+def test_the_flask_factory_passes_its_own_tests(factory):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    env = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
+    ran = subprocess.run(command, cwd=factory, env=env, capture_output=True, text=True)
+    assert "3 passed" in ran.stdout
+
+
+def test_flask_commands_do_not_start_the_queue(factory):
+    told = []
+    look = "import threading; print(threading.active_count(), app.extensions['taskx'].queue)"
+    for args, given in ((["routes"], ""), (["shell"], look)):
+        command, env = flask_command(*args)
+        ran = subprocess.run(
+            command, cwd=factory, env=env, input=given, capture_output=True, text=True
+        )
+        assert ran.returncode == 0, ran.stderr
+        told.append(ran.stdout)
+    assert "views.submit" in told[0]
+    assert re.search("1 <Queue on .*, not started>", told[1])
+    assert not (factory / "reports.db").exists()
+
+
+@pytest.mark.parametrize("args", [("--no-reload",), ("--debug",)], ids=["plain", "reloader"])
+def test_flask_runs_tasks_in_the_serving_process(factory, args):
+    """With the reloader, only the child has a queue. The first request starts it."""
+    port = free_port()
+    command, env = flask_command("run", "--port", str(port), *args)
     options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with program(
-        sys.executable, EXAMPLES / "flask_app.py", *args, env=env, cwd=tmp_path, **options
-    ) as process:
-        wait_until(lambda: answers(f"http://127.0.0.1:{port}/"))
-        with submitter(database, "report") as queue:
+    with program(*command, env=env, cwd=factory, **options) as process:
+        body = wait_until(lambda: answers(f"http://127.0.0.1:{port}/reports/2024-05", b"[1, 2]"))
+        with submitter(factory / "reports.db", "report") as queue:
             [node] = queue.repository.liveness.nodes()
             assert node.alive
-            assert (f":{process.pid}:" in node.name) == (not args)
-            queue.submit("report", {"title": "Sales", "pages": 1}).result(timeout=30)
-            long = queue.submit("report", {"title": "Long", "pages": 10_000})
-            wait_until(lambda: long.task().message)
-            if not args:
+            assert (f":{process.pid}:" in node.name) == ("--debug" not in args)
+            handle = queue.handle(json.loads(body)["id"])
+            assert handle.result(timeout=30) == "2024-05: 3.00 EUR"
+            assert [*queue.schedules()] == ["nightly"]
+            assert len(queue.repository.liveness.nodes()) == 1
+
+
+def test_flask_taskx_worker_runs_the_tasks_of_a_site_that_only_submits(factory):
+    port = free_port()
+    site, env = flask_command("run", "--port", str(port), FLASK_TASKX_EMBEDDED="false")
+    worker, _ = flask_command("taskx", "worker", "--threads", "2")
+    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with program(*site, env=env, cwd=factory, **options):
+        body = wait_until(lambda: answers(f"http://127.0.0.1:{port}/reports/2024-05", b"[1, 2]"))
+        with submitter(factory / "reports.db", "report") as queue:
+            assert queue.repository.liveness.nodes() == []
+            with program(*worker, env=env, cwd=factory, **options) as process:
+                handle = queue.handle(json.loads(body)["id"])
+                assert handle.result(timeout=60) == "2024-05: 3.00 EUR"
+                [node] = queue.nodes()
+                assert node.workers == 2
+                assert node.types == ("report", "clean_up")
                 process.terminate()
-                assert process.wait(timeout=30) == 0
-                task = long.task()
-                assert task.status is TaskStatus.PENDING
-                assert (task.interruptions, task.crashes) == (1, 0)
+                assert process.wait(timeout=60) == 0
+            listed, _ = flask_command("taskx", "list", "--json")
+            ran = subprocess.run(
+                listed, cwd=factory, env=env, capture_output=True, text=True, check=True
+            )
+            assert json.loads(ran.stdout.splitlines()[0])["id"] == handle.id
 
 
 # django_project

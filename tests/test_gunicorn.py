@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import http.client
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -94,22 +96,39 @@ class Site:
 
 
 class FlaskSite(Site):
-    """``examples/flask_app.py``, served as its docstring describes."""
+    """``examples/flask_app.py``: the first request to each worker process starts its queue."""
 
     step = 0.25
 
     def __init__(self, folder: Path, *options: str) -> None:
-        super().__init__(
-            folder,
-            *("--pythonpath", str(EXAMPLES), "--config", str(EXAMPLES / "flask_app.py")),
-            *(*options, "flask_app:create_app()"),
-        )
+        super().__init__(folder, "--pythonpath", str(EXAMPLES), *options, "flask_app:create_app()")
+
+    def nodes(self) -> list[str]:
+        """Visit two worker processes at once, and return the live nodes."""
+        if self.master.poll() is None:
+            with contextlib.suppress(OSError, http.client.HTTPException):  # a process that ends
+                self.visit_two_processes()
+        return super().nodes()
+
+    def visit_two_processes(self) -> None:
+        """Send half of a request, which keeps one process busy; another one answers the next request."""
+        host, port = self.address.split(":")
+        with socket.create_connection((host, int(port)), PATIENCE) as held:
+            held.sendall(b"GET / HTTP/1.0\r\n")
+            self.request("GET", "/")
+            held.sendall(b"\r\n")
+            while held.recv(4096):
+                pass
 
     def submit(self, title: str, steps: int) -> str:
-        body = json.dumps({"title": title, "pages": steps})
-        headers = {"Content-Type": "application/json"}
-        _, text = self.request("POST", "/tasks", body=body, headers=headers)
-        task_id: str = json.loads(text)["id"]
+        text = "a line\n" * 20 * steps
+        body = (
+            f'--part\r\nContent-Disposition: form-data; name="file"; filename="{title}"\r\n\r\n{text}\r\n'
+            "--part--\r\n"
+        )
+        headers = {"Content-Type": "multipart/form-data; boundary=part", "Accept": "text/json"}
+        _, told = self.request("POST", "/tasks", body=body, headers=headers)
+        task_id: str = json.loads(told)["id"]
         return task_id
 
     def status(self, task_id: str) -> str:
@@ -174,14 +193,20 @@ def site(
 ) -> Iterator[Site]:
     """Return each example, served by two workers with and without ``--preload``."""
     pytest.importorskip("flask" if request.param is FlaskSite else "django")
-    served: Site = request.param(tmp_path, *options)
+    with served_by_two(request.param(tmp_path, *options)) as site:
+        yield site
+
+
+@contextlib.contextmanager
+def served_by_two(site: Site) -> Iterator[Site]:
+    """Wait until two worker processes run tasks. Kill the server at the end."""
     try:
-        with served.repository:
-            eventually(lambda: served.log.exists() and len(served.nodes()) == 2)
-            yield served
+        with site.repository:
+            eventually(lambda: site.log.exists() and len(site.nodes()) == 2)
+            yield site
     finally:
-        served.master.kill()
-        served.master.wait(PATIENCE)
+        site.master.kill()
+        site.master.wait(PATIENCE)
 
 
 def completed(site: Site, ids: list[str]) -> bool:
@@ -232,3 +257,26 @@ def test_a_stopped_server_hands_its_tasks_back(site: Site) -> None:
     assert (task.status, task.crashes) == ("pending", 0)
     assert task.interruptions in {1, 2}  # the other worker may start it before it stops itself
     assert site.repository.liveness.nodes() == []
+
+
+def test_a_kill_and_a_reload_of_a_flask_site_lose_no_task(
+    tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    """All tasks complete, in worker processes that did not exist when they were submitted."""
+    pytest.importorskip("flask")
+    with served_by_two(FlaskSite(tmp_path, *options)) as site:
+        before = site.nodes()
+        ids = [site.submit(f"report {n}", 4) for n in range(24)]
+        os.kill(int(before[0].split(":")[1]), signal.SIGKILL)
+        site.master.send_signal(signal.SIGHUP)
+        eventually(lambda: len(now := site.nodes()) == 2 and not {*now} & {*before})
+
+        def ended() -> set[str]:
+            return {task.status.value for task in site.repository.get_many(ids).values()}
+
+        eventually(lambda: ended() == {"completed"})
+        tasks = site.repository.get_many(ids).values()
+        assert {task.result["pages"] for task in tasks} == {4}
+        assert {task.errors for task in tasks} == {0}
+        assert {task.owner for task in tasks} - {*before}
+        assert not re.search("Traceback", site.log.read_text())

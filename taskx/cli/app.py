@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -41,11 +42,14 @@ COMMANDS: tuple[click.Command, ...] = (
     *bench.COMMANDS,
 )
 
-HELP = """\
+EXAMPLES = """\
   $ taskx list status:failed --repository sqlite:///tasks.db
   $ taskx why 019abc12-...
   $ taskx top --app shop.tasks:queue
 
+"""
+
+HELP = """\
 See and steer the tasks of a TaskX repository.
 
 No command creates or migrates a file, except `worker`, which runs the tasks. Data goes to stdout, words go
@@ -63,11 +67,20 @@ class Group(click.Group):
 
     Attributes:
         queue: the queue of all commands, or a function that returns it; None: the options name it.
+        target: a function that returns the place of this queue, ``module:name``, for the processes of a
+            worker; None: the user names it.
     """
 
-    def __init__(self, *args: Any, queue: QueueSource | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        queue: QueueSource | None = None,
+        target: Callable[[], str] | None = None,
+        **settings: Any,
+    ) -> None:
         super().__init__(*args, **settings)
         self.queue = queue
+        self.target = target
 
     def make_context(
         self,
@@ -108,18 +121,26 @@ class Group(click.Group):
         formatter.write(f"\n{self.epilog or ''}")
 
 
-def make_group(queue: QueueSource | None = None, name: str = "taskx") -> Group:
+def make_group(
+    queue: QueueSource | None = None,
+    name: str = "taskx",
+    *,
+    target: Callable[[], str] | None = None,
+) -> Group:
     """Return the click group of all commands.
 
     Args:
         queue: the queue that the commands use, or a function that returns it, for programs that mount
             the group in their own command line. None: the user names it by options.
         name: the name of the group.
+        target: a function that returns the place of this queue, ``module:name``. The processes of
+            ``worker`` import the queue from there.
     """
     group = Group(
         name,
         queue=queue,
-        help=HELP,
+        target=target,
+        help=HELP if queue is not None else EXAMPLES + HELP,
         epilog=EPILOG,
         params=[*([] if queue is not None else where_options()), *how_options()],
         context_settings={"help_option_names": ["-h", "--help"]},

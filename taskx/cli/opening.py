@@ -206,11 +206,22 @@ def opened(ctx: click.Context) -> Iterator[Queue]:
             queue.close()
 
 
+def target_of(ctx: click.Context) -> str | None:
+    """Return the place of the queue that the program has mounted the commands for."""
+    target: Callable[[], str] | None = _of_group(ctx, "target")
+    return None if target is None else target()
+
+
 def _source(ctx: click.Context | None) -> QueueSource | None:
+    source: QueueSource | None = _of_group(ctx, "queue")
+    return source
+
+
+def _of_group(ctx: click.Context | None, name: str) -> Any:
+    """Return an attribute of the group of commands, None if no group has it."""
     while ctx is not None:
-        source: QueueSource | None = getattr(ctx.command, "queue", None)
-        if source is not None:
-            return source
+        if (found := getattr(ctx.command, name, None)) is not None:
+            return found
         ctx = ctx.parent
     return None
 

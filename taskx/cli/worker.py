@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from taskx.cli.errors import Usage
-from taskx.cli.opening import Command, given
+from taskx.cli.opening import Command, given, target_of
 from taskx.cli.values import Duration, Size
 from taskx.supervising.settings import MOST, Settings
 from taskx.supervising.supervisor import supervise
@@ -85,7 +85,7 @@ def worker(ctx: click.Context, /, target: str | None, **options: Any) -> None:
     wanted = given(ctx)
     if wanted.repository:
         raise Usage("the worker's repository is that of its queue: leave out --repository")
-    target = target or wanted.app
+    target = target or wanted.app or target_of(ctx)
     if target is None:
         raise Usage("which queue? Write taskx worker module:queue, such as shop.tasks:queue")
     ctx.exit(supervise(Settings(target=target, **options)))

@@ -1,0 +1,35 @@
+"""Integrations are made of public names."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import taskx.contrib
+
+FOLDER = Path(taskx.contrib.__file__).parent
+ALLOWED = {"taskx", "taskx.common.permission", "taskx.dashboard", "taskx.cli.app"}
+
+
+def imported(node: ast.AST) -> Iterator[str]:
+    """Yield the modules of TaskX that code imports when it runs, not those that only type checkers see."""
+    if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        return
+    if isinstance(node, ast.ImportFrom) and node.module:
+        inside = [f"{node.module}.{name.name}" for name in node.names]
+        yield from [name for name in inside if name in ALLOWED] or [node.module]
+    if isinstance(node, ast.Import):
+        yield from (name.name for name in node.names)
+    for child in ast.iter_child_nodes(node):
+        yield from imported(child)
+
+
+def test_integrations_import_only_public_names():
+    found = {
+        name
+        for file in FOLDER.glob("*.py")
+        for name in imported(ast.parse(file.read_text("utf-8")))
+        if name.partition(".")[0] == "taskx"
+    }
+    assert found == ALLOWED
