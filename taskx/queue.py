@@ -34,6 +34,7 @@ from taskx.core.options import (
     FilterOptions,
     LimitOptions,
     MapOptions,
+    OnConflict,
     ScheduleOptions,
     SubmitOptions,
     filter_of,
@@ -72,6 +73,7 @@ from taskx.storage.base import Repository
 from taskx.storage.eight import TaskRepository
 from taskx.submitting.bulk import Bulk, OnProgress, Terms
 from taskx.submitting.intake import Intake, task_of
+from taskx.submitting.joining import Joining
 from taskx.submitting.layers import layered
 from taskx.submitting.mapping import Results, ahead
 from taskx.submitting.operations import Operations
@@ -158,6 +160,7 @@ class Queue:
         self._intake = self._intake_class(self._services, state, self.config)
         self._operations = Operations(self._services, state)
         self._requeues = Requeues(self._services, state)
+        self._joining = Joining(self._services, state, self.config)
         self._entrance = layered(self._intake, self._registry.middleware)
         self._schedules.wire(self._services, self._intake)
         self._life = self._life_class(self._services, self.config, state, self)
@@ -261,13 +264,17 @@ class Queue:
     # --- submitting
 
     @overload
-    def submit(self, task: Task, /, **options: Unpack[SubmitOptions]) -> TaskHandle[Any]: ...
+    def submit(
+        self, task: Task, /, *, connection: object = None, **options: Unpack[SubmitOptions]
+    ) -> TaskHandle[Any]: ...
     @overload
     def submit(
         self,
         executor: Executor[..., R] | BoundExecutor[..., R],
         params: dict[str, Any] | None = None,
         /,
+        *,
+        connection: object = None,
         **options: Unpack[SubmitOptions],
     ) -> TaskHandle[R]: ...
     @overload
@@ -276,6 +283,8 @@ class Queue:
         type: str,
         params: dict[str, Any] | None = None,
         /,
+        *,
+        connection: object = None,
         **options: Unpack[SubmitOptions],
     ) -> TaskHandle[Any]: ...
     def submit(
@@ -283,6 +292,8 @@ class Queue:
         task: Task | AnyExecutor | str,
         params: dict[str, Any] | None = None,
         /,
+        *,
+        connection: object = None,
         **options: Any,
     ) -> TaskHandle[Any]:
         """Submit a task. When the call returns, the task is stored and will run.
@@ -318,6 +329,10 @@ class Queue:
                 across all processes.
             expires: a task that has not started for the first time by then is cancelled: an aware
                 datetime, or seconds or a ``timedelta`` from its ``run_at``, or from now.
+            connection: your ``sqlite3.Connection``, or SQLAlchemy ``Session`` or ``Connection``, on the
+                file of the tasks. The task is then stored in your transaction: it starts after your
+                commit, and never existed after a rollback. It does not use the buffer, so ``overflow``
+                does not matter.
 
         Raises:
             UnknownTaskType: the type is neither registered nor declared.
@@ -332,20 +347,30 @@ class Queue:
                 have been stored: submit again with the error's ``task_id`` to find out.
         """
         wanted, said = task_of(task, params, options, SubmitOptions, "submit", self._clock, self)
-        task_id = self._entrance.accept(
-            wanted, said.get("priority"), said.get("on_conflict") or "reject"
-        )
+        priority: int | None = said.get("priority")
+        on_conflict: OnConflict = said.get("on_conflict") or "reject"
+        if connection is None:
+            task_id = self._entrance.accept(wanted, priority, on_conflict)
+        else:
+            with self._joining.intake(connection, self._registry.middleware) as intake:
+                task_id = intake.accept(wanted, priority, on_conflict)
         try:
             return TaskHandle(task_id, self)
         except BaseException as error:  # an interrupt
             error.task_id = task_id  # type: ignore[attr-defined]
             raise
 
-    def submit_many(self, tasks: Iterable[Task]) -> list[TaskHandle[Any]]:
+    def submit_many(
+        self, tasks: Iterable[Task], *, connection: object = None
+    ) -> list[TaskHandle[Any]]:
         """Submit several tasks in one transaction, all or none.
 
         If the buffer has no room for all of them, ``overflow="reject"`` refuses all; with every other
         setting the rest waits in the repository.
+
+        Args:
+            tasks: the tasks, which are not changed.
+            connection: store them in your transaction on this connection: see :meth:`submit`.
 
         Returns:
             the handles of the tasks, in the same order.
@@ -354,7 +379,10 @@ class Queue:
             TaskxError: the same errors as :meth:`submit`. Nothing was stored, unless ``in_doubt`` is
                 True.
         """
-        return [TaskHandle(task_id, self) for task_id in self._entrance.accept_many(tasks)]
+        if connection is None:
+            return [TaskHandle(task_id, self) for task_id in self._entrance.accept_many(tasks)]
+        with self._joining.intake(connection, self._registry.middleware) as intake:
+            return [TaskHandle(task_id, self) for task_id in intake.accept_many(tasks)]
 
     @overload
     def map(
@@ -476,7 +504,9 @@ class Queue:
             clock=self._clock,
         )
 
-    def submit_flow(self, flow: Flow, *, tags: Sequence[str] = ()) -> FlowHandle:
+    def submit_flow(
+        self, flow: Flow, *, tags: Sequence[str] = (), connection: object = None
+    ) -> FlowHandle:
         """Submit a chain or group of tasks, all or none, and return one handle for all of them.
 
         A flow can have any size: tasks that do not fit into the buffer wait in the repository.
@@ -484,6 +514,7 @@ class Queue:
         Args:
             flow: the flow, made by :func:`chain` or :func:`group`.
             tags: short texts to filter by; each task has these besides its own.
+            connection: store them in your transaction on this connection: see :meth:`submit`.
 
         Raises:
             TaskxError: the errors of :meth:`submit_many` except ``QueueFull``. Nothing was stored,
@@ -491,7 +522,11 @@ class Queue:
         """
         flow_id = new_id()
         tasks, shape = lay_out(flow, flow_id, tags)
-        self._entrance.accept_many(tasks, spill=True)
+        if connection is None:
+            self._entrance.accept_many(tasks, spill=True)
+        else:
+            with self._joining.intake(connection, self._registry.middleware) as intake:
+                intake.accept_many(tasks, spill=True)
         return FlowHandle(shape, self, flow_id)
 
     def flow_handle(self, shape: Shape) -> FlowHandle:
@@ -945,8 +980,13 @@ class Queue:
 
     # --- changing
 
-    def cancel_task(self, task_id: str) -> bool:
+    def cancel_task(self, task_id: str, *, connection: object = None) -> bool:
         """Cancel a task.
+
+        Args:
+            task_id: the task's id.
+            connection: cancel it in your transaction on this connection: see :meth:`submit`. A running
+                task is asked to stop after your commit.
 
         Returns:
             True if the task will never run; False if it is running and was asked to stop.
@@ -956,7 +996,10 @@ class Queue:
             InvalidTransition: the task has ended.
             RepositoryCorrupt: the record is so damaged that it cannot be cancelled.
         """
-        return self._operations.cancel(check_name(task_id, "id"))
+        if connection is None:
+            return self._operations.cancel(check_name(task_id, "id"))
+        with self._joining.operations(connection) as operations:
+            return operations.cancel(check_name(task_id, "id"))
 
     def cancel_many(self, task_ids: Iterable[str]) -> int:
         """Cancel the given tasks in a few transactions; tasks that have ended stay unchanged.

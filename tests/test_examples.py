@@ -444,6 +444,21 @@ def test_own_repository_keeps_its_tasks(tmp_path):
         assert "assumes that it is the only process" in ran.stderr
 
 
+# orders.py
+
+
+def test_orders_and_mails_are_as_many(tmp_path):
+    lines = run_example(tmp_path, "orders.py").stdout.splitlines()
+    assert sorted(lines[:-1]) == [
+        "Ann bought it",
+        "Bob cannot pay",
+        "Cid bought it",
+        "to Ann: thank you for ordering Emma",
+        "to Cid: thank you for ordering Emma",
+    ]
+    assert lines[-1] == "2 orders, 2 mails"
+
+
 # schedule.py
 
 

@@ -43,9 +43,12 @@ class Keeper:
         Raises:
             TaskCancelled: the token fired before the repository was back; the checkpoints may be stored
                 or not.
+            ConfigurationError: this thread is in a transaction of its own, which keeps others from storing.
             RepositoryError: the checkpoints cannot be stored.
         """
         write = lifecycle.checkpoint(task, text, durable=durable)
+        if self._repository.joins:
+            self._repository.refuse_own_transaction()
         while True:
             try:
                 return self._ledger.commit([write])[0]

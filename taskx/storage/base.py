@@ -6,7 +6,7 @@ import os
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -79,6 +79,9 @@ Timed = Literal["run_at", "expires_at"]
 #: Names of columns, and rows that have these columns.
 Fields = tuple[str, ...]
 Rows = Sequence[tuple[Any, ...]]
+
+#: A function that is told of writes when the transaction of a caller that they were made in is committed.
+Then = Callable[[Sequence[Write]], object]
 
 #: The conditions of a filter that every repository applies.
 BASIC_CONDITIONS = frozenset({"type", "status", "created_by", "start_date", "end_date"})
@@ -200,6 +203,38 @@ class Repository(TaskRepository):
     def put_note(self, name: str, text: str | None, version: int) -> bool:
         """Store or remove a single note: see :meth:`put_notes`."""
         return self.put_notes([NoteChange(name, text, version)])[0]
+
+    #: True if :meth:`joined` was used, so that :meth:`refuse_own_transaction` must be asked.
+    joins = False
+
+    def joined(
+        self,
+        connection: object,
+        then: Then,
+    ) -> AbstractContextManager[Repository]:
+        """Return this repository as it is inside a transaction of the caller, for a ``with`` block.
+
+        All reads and writes inside go over ``connection``. They wait for no lock that another thread may
+        hold, and are part of the transaction that is open there, or that this method begins. If the block
+        raises, they are undone.
+
+        Some time after the commit ``then`` is called on another thread, with the writes that the records
+        still show. It is not called after a rollback, and may never be called if the process ends.
+
+        This version is for stores that cannot do this.
+
+        Raises:
+            ConfigurationError: the store cannot do this, or the connection is none to this store; nothing
+                was changed.
+            RepositoryError: the transaction cannot begin.
+        """
+        raise ConfigurationError(
+            f"{type(self).__name__} cannot take part in a transaction on {connection!r:.60}: "
+            "use SQLiteRepository(path, prefix='taskx_') on the file of the application"
+        )
+
+    def refuse_own_transaction(self) -> None:
+        """Raise ``ConfigurationError`` if this thread is in a transaction for which it would wait."""
 
     # --- reading. Each read, also ``list`` and ``count``, sees all that any process had committed before it
 

@@ -236,10 +236,12 @@ class Intake:
 
         Raises:
             QueueStopped: the queue was stopped.
-            ConfigurationError: no queue may be used here.
+            ConfigurationError: no queue may be used here, or this thread is in a transaction of its own.
             SchemaMismatch: another process has migrated the file of a running queue.
         """
         permission.refuse_if_forbidden()
+        if self._services.repository.joins:
+            self._services.repository.refuse_own_transaction()
         if self._lost:
             raise ConfigurationError(
                 "in the child process of an executor a MemoryRepository is a separate one, which is lost "

@@ -515,9 +515,10 @@ class InlineQueue(ManualQueue):
         self._finish()
         return bulk
 
-    def cancel_task(self, task_id: str) -> bool:
-        cancelled = super().cancel_task(task_id)
-        self._finish()
+    def cancel_task(self, task_id: str, *, connection: object = None) -> bool:
+        cancelled = super().cancel_task(task_id, connection=connection)
+        if connection is None:  # else the caller has the write lock
+            self._finish()
         return cancelled
 
     def cancel_many(self, task_ids: Iterable[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
@@ -92,6 +93,14 @@ def submitting() -> None:
     add.submit("1")  # type: ignore[arg-type]
     add.task(1, 2, 3)  # type: ignore[call-arg]
     later.submit("x")  # type: ignore[call-arg]
+
+
+def submitting_with_data(connection: sqlite3.Connection) -> None:
+    handle = queue.submit(fetch, {"url": "x"}, connection=connection)
+    assert_type(handle, TaskHandle[dict[str, int]])
+    assert_type(queue.submit_many([add.task(1)], connection=connection), list[TaskHandle[Any]])
+    assert_type(queue.cancel_task("id", connection=connection), bool)
+    queue.submit(fetch, {"url": "x"}, connections=connection)  # type: ignore[call-overload]
 
 
 def submitting_objects(order: Order) -> None:

@@ -49,6 +49,14 @@ class DatabaseFile:
         """The folder of the lock files, next to the database file."""
         return f"{self.path}-{self._prefix}nodes"
 
+    def is_at(self, path: str) -> bool:
+        """Return True if this file is at a path. It need not be open."""
+        try:
+            seen, own = os.stat(path), self.identity
+            return (own or _identity(os.stat(self._given))) == _identity(seen)
+        except OSError:
+            return False
+
     def find(self) -> None:
         """Resolve the path, before the file is opened. Raise if it is missing and must not be created."""
         if self.known:
@@ -115,3 +123,7 @@ class DatabaseFile:
             f"{self.path} was moved or deleted while it was in use; nothing was stored. "
             "Put it back, or restart this program to start with a new file"
         )
+
+
+def _identity(seen: os.stat_result) -> tuple[int, int]:
+    return seen.st_dev, seen.st_ino

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import attrs
 
@@ -17,7 +17,12 @@ from taskx.core import lifecycle
 from taskx.core.checks import check_number
 from taskx.core.clock import SYSTEM_CLOCK, Clock
 from taskx.core.codec import Codec
-from taskx.core.errors import ConfigurationError, RepositoryUnavailable, SchemaMismatch
+from taskx.core.errors import (
+    ConfigurationError,
+    RepositoryUnavailable,
+    SchemaMismatch,
+    TaskxError,
+)
 from taskx.core.ids import new_id
 from taskx.core.model import CONDITIONS, TASK_FIELDS, Task, TaskFilter
 from taskx.core.record import Ended, Stub, parents_from_text, task_from_row
@@ -34,6 +39,7 @@ from taskx.storage.base import (
     Reentered,
     Repository,
     Rows,
+    Then,
     Timed,
     check_place,
     new_version,
@@ -44,6 +50,9 @@ from taskx.storage.sqlite.connections import FAILURES, Connection, Connections
 from taskx.storage.sqlite.file import DatabaseFile
 from taskx.storage.sqlite.turnstile import Turnstile
 from taskx.storage.sqlite.wakeups import Wakeups
+
+if TYPE_CHECKING:
+    from taskx.storage.sqlite.joining import Callers
 
 Durability = Literal["accepted", "full", "process"]
 T = TypeVar("T")
@@ -121,9 +130,9 @@ class SQLiteRepository(Repository):
         if not isinstance(create, bool):
             raise ConfigurationError(f"create must be True or False, not {create!r}")
         self.prefix = prefix
-        self._schema = schema.OWN if prefix == "" else schema.PrefixedSchema(prefix)
-        self._file = DatabaseFile(self.path, create, prefix)
-        self._connections = Connections(self._file, seconds, self._schema)
+        self.schema = schema.OWN if prefix == "" else schema.PrefixedSchema(prefix)
+        self.file = self._file = DatabaseFile(self.path, create, prefix)
+        self._connections = Connections(self._file, seconds, self.schema)
         self._turnstile = Turnstile(self._file)
         self._wakeups = Wakeups(self._file)
         self._write_lock = threading.RLock()
@@ -131,6 +140,8 @@ class SQLiteRepository(Repository):
         # commits.
         self._seen, self._commits = (0, 0), 0
         self._newer: SchemaMismatch | None = None
+        # The connection that each thread last gave to ``joined``.
+        self._given = threading.local()
         tell_of_forks(self)
 
     def __repr__(self) -> str:
@@ -264,7 +275,7 @@ class SQLiteRepository(Repository):
 
     def _check_schema_version(self, connection: sqlite3.Connection) -> None:
         try:
-            self._newer = self._schema.newer(connection, self._file.path)
+            self._newer = self.schema.newer(connection, self._file.path)
         except sqlite3.Error as error:
             raise self._connections.translated(error) from error
         self._connections.compiling.forget()
@@ -283,10 +294,52 @@ class SQLiteRepository(Repository):
             connection.execute(f"PRAGMA synchronous = {wanted}")
             connection.synchronous = wanted
 
+    # --- inside a transaction of the caller
+
+    @contextmanager
+    def joined(self, connection: object, then: Then) -> Iterator[Repository]:
+        from taskx.storage.sqlite.joining import join  # most programs do not need it
+
+        with join(self, connection, then) as made:
+            yield made
+
+    @property
+    def callers(self) -> Callers:
+        """Watches the transactions of callers."""
+        from taskx.storage.sqlite.joining import Callers
+
+        made: Callers | None = vars(self).get("_callers")
+        return made or vars(self).setdefault("_callers", Callers(self))
+
+    def note_caller(self, connection: sqlite3.Connection) -> None:
+        """Note the connection of a transaction that this thread is in: see ``refuse_own_transaction``."""
+        self._given.connection = connection
+        self.joins = True
+
+    def refuse_own_transaction(self) -> None:
+        connection: sqlite3.Connection | None = vars(self._given).get("connection")
+        try:
+            inside = connection is not None and connection.in_transaction
+        except sqlite3.ProgrammingError:  # it was closed
+            inside = False
+        if inside:
+            raise ConfigurationError(
+                f"this thread is in a transaction of its own on {self.file.path}, so it would wait for "
+                "itself; nothing was stored. Pass connection=..., or commit first"
+            )
+
+    def tell_others(self, writes: Sequence[Write]) -> None:
+        """Tell other processes of writes that a caller has committed."""
+        self._wakeups.send(writes, [True] * len(writes), to_own=len(self.queues) > 1)
+
+    def translated(self, error: Exception) -> TaskxError:
+        """Return TaskX's error for an error of SQLite."""
+        return self._connections.translated(error)
+
     # --- reading
 
     def _rows(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
-        self._open()
+        self.open()
         return self._connections.read(_fetch, sql, values)
 
     def _rows_near(self, sql: str, values: Sequence[Any]) -> list[Any]:
@@ -295,7 +348,7 @@ class SQLiteRepository(Repository):
         The writing connection has the pages that it wrote last in memory. A reader must read them again
         after each commit.
         """
-        self._open()
+        self.open()
         if self._write_lock._is_owned():  # type: ignore[attr-defined]
             return self._rows(sql, values)
         got: list[bool] = []
@@ -313,7 +366,7 @@ class SQLiteRepository(Repository):
                 self._write_lock.release()
         return self._rows(sql, values)
 
-    def _open(self) -> None:
+    def open(self) -> None:
         """Create and check the file before the first read. Later, check that it still exists."""
         if self._connections.opened:
             self._file.check()
@@ -433,7 +486,7 @@ class SQLiteRepository(Repository):
         """
         if self.prefix:
             return False
-        self._open()
+        self.open()
         ((free, pages),) = self._rows(statements.FREE_PAGES)
         spare = free - max(_KEPT_PAGES, pages // 4)
         if spare <= 0:
@@ -454,7 +507,7 @@ class SQLiteRepository(Repository):
 
     def revision(self) -> tuple[tuple[int, int], int]:
         """Return the counter of others' commits, and that of our own."""
-        self._open()
+        self.open()
         # If the lock stays taken, a write is in progress, and the next call reads the counter.
         if self._write_lock.acquire(timeout=0.005):
             try:
@@ -533,7 +586,7 @@ class SQLiteRepository(Repository):
     def examine(self) -> Iterator[Check]:
         from taskx.storage.sqlite.examination import examine  # not needed to run tasks
 
-        return examine(self._file, self._schema)
+        return examine(self._file, self.schema)
 
     def ensure_there(self) -> None:
         """Raise an error if the file was moved, deleted, replaced or migrated since it was opened."""
@@ -543,7 +596,7 @@ class SQLiteRepository(Repository):
 
     def file_sizes(self) -> dict[str, int]:
         """Return the bytes that the file and its write-ahead log take, by path."""
-        self._open()
+        self.open()
         return self._file.sizes()
 
     # --- opening and closing
@@ -584,6 +637,8 @@ class SQLiteRepository(Repository):
         self._connections.renew_after_fork()
         self._turnstile.leave = dict
         self._wakeups.renew_after_fork()
+        vars(self).pop("_callers", None)
+        self._given = threading.local()
 
 
 def _let_go(writes: Sequence[Write] | None) -> bool:
@@ -705,14 +760,15 @@ def _fetch_broken_text(
     connection: sqlite3.Connection, sql: str, values: Sequence[Any]
 ) -> list[Any]:
     """Return the rows, with invalid UTF-8 as bytes: one damaged record must not hide the others."""
-    connection.text_factory = _text_or_bytes
+    connection.text_factory = text_or_bytes
     try:
         return connection.execute(sql, values).fetchall()
     finally:
         connection.text_factory = str
 
 
-def _text_or_bytes(stored: bytes) -> str | bytes:
+def text_or_bytes(stored: bytes) -> str | bytes:
+    """Return a stored text, or its bytes if it is not UTF-8."""
     try:
         return stored.decode()
     except UnicodeDecodeError:

@@ -1,0 +1,122 @@
+"""Submits and cancels inside a transaction that the caller has opened in the tasks' database."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import copy
+from typing import cast
+
+from taskx.common.config import Config
+from taskx.common.ledger import Ledger
+from taskx.core.errors import TaskxError
+from taskx.core.model import Task
+from taskx.core.writes import Delete, Insert, Update, Write
+from taskx.executing.registry import Layer
+from taskx.moving import Consequences, Services
+from taskx.running.pool import State
+from taskx.storage.base import Repository
+from taskx.submitting.intake import Intake
+from taskx.submitting.layers import LayeredIntake, layered
+from taskx.submitting.operations import Operations
+
+
+class Joining:
+    """Makes intakes and operations whose reads and writes are part of a transaction of the caller.
+
+    They use no ledger and no buffer: what is not committed is in no memory. The consequences follow when
+    the commit is seen.
+    """
+
+    def __init__(self, services: Services, state: State, config: Config) -> None:
+        self._services = services
+        self._state = state
+        self._config = config
+
+    @contextmanager
+    def intake(
+        self, connection: object, middleware: Iterable[Layer]
+    ) -> Iterator[Intake | LayeredIntake]:
+        """Return an intake for a ``with`` block. It leaves all tasks in the repository."""
+        with self._inside(connection) as services:
+            yield layered(Intake(services, self._without_engine(), self._config), middleware)
+
+    @contextmanager
+    def operations(self, connection: object) -> Iterator[Operations]:
+        """Return operations for a ``with`` block."""
+        with self._inside(connection) as services:
+            yield Operations(services, self._without_engine())
+
+    @contextmanager
+    def _inside(self, connection: object) -> Iterator[Services]:
+        later = _Later(self._services)
+        with self._services.repository.joined(connection, later.follow) as repository:
+            later.repository = repository
+            services = copy(self._services)
+            services.repository = repository
+            services.ledger = cast(Ledger, _Direct(repository))
+            services.consequences = cast(Consequences, later)
+            yield services
+
+    def _without_engine(self) -> State:
+        state = State()
+        state.stopped = self._state.stopped
+        return state
+
+
+class _Direct:
+    """Applies writes at once, in the caller's transaction."""
+
+    entered = False
+
+    def __init__(self, repository: Repository) -> None:
+        self._repository = repository
+
+    def commit(self, writes: Sequence[Write]) -> Sequence[bool]:
+        return self._repository.apply(writes)
+
+    def commit_whole(self, writes: Sequence[Write]) -> Sequence[bool]:
+        return self._repository.apply(writes, all_or_nothing=True)
+
+
+class _Later:
+    """Applies moves at once, and their consequences after the commit of the caller."""
+
+    repository: Repository
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._tasks: dict[str, Task] = {}
+
+    def commit(
+        self, writes: Sequence[Update | Delete], tasks: Mapping[str, Task] | None = None
+    ) -> Sequence[bool]:
+        self._tasks.update(tasks or {})
+        return self.repository.apply(writes)
+
+    def created(self, inserts: Sequence[Insert]) -> None:
+        """Do nothing yet."""
+
+    def process_if_unattended(self) -> None:
+        """Do nothing yet."""
+
+    def refused(self, insert: Insert, error: TaskxError) -> None:
+        self._services.consequences.refused(insert, error)
+
+    def follow(self, writes: Sequence[Write]) -> None:
+        """Apply the consequences of writes that the caller has committed."""
+        services = self._services
+        try:
+            inserts = [write for write in writes if isinstance(write, Insert)]
+            services.consequences.created(inserts)
+            moves = [write for write in writes if not isinstance(write, Insert)]
+            services.consequences.follow(moves, self._known(moves))
+            services.agenda.fetch_soon()
+            services.consequences.process_if_unattended()
+        except Exception:  # the tasks are stored, and polling finds them
+            services.log.exception("a part of what follows the commit of a caller is late")
+
+    def _known(self, moves: Sequence[Update | Delete]) -> Mapping[str, Task]:
+        """Return the tasks of the moves that were read, and those that hooks must be told of."""
+        unknown = [move.id for move in moves if move.id not in self._tasks]
+        return {**self._tasks, **self._services.repository.get_many(unknown)}

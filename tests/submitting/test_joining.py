@@ -1,0 +1,596 @@
+"""Submits and cancels inside a transaction of the application."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import time
+from contextlib import closing
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from taskx import (
+    ConfigurationError,
+    DuplicateTask,
+    Hook,
+    MemoryRepository,
+    PayloadError,
+    Queue,
+    QueueStopped,
+    RepositoryError,
+    RepositoryUnavailable,
+    SQLiteRepository,
+    Task,
+    TaskFilter,
+    TaskNotFound,
+    TaskStatus,
+    chain,
+    group,
+)
+from taskx.storage.sqlite import joining
+
+LONG = 60
+
+
+@pytest.fixture
+def path(tmp_path):
+    with closing(sqlite3.connect(tmp_path / "app.db")) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("CREATE TABLE orders (id INTEGER PRIMARY KEY, text TEXT)")
+    return tmp_path / "app.db"
+
+
+@pytest.fixture
+def repository(path):
+    with SQLiteRepository(path, prefix="taskx_", busy_timeout=20) as made:
+        made.count(TaskFilter())
+        yield made
+
+
+@pytest.fixture
+def queue(make_queue):
+    made = make_queue(worker_num=2)
+    made.executor("echo")(lambda n=0: n)
+    made.declare("elsewhere")
+    return made
+
+
+@pytest.fixture
+def connection(path):
+    with closing(sqlite3.connect(path, timeout=20)) as made:
+        yield made
+
+
+def count(queue, **condition):
+    return int(queue.count_tasks(**condition))
+
+
+def order(connection, text="book"):
+    connection.execute("INSERT INTO orders (text) VALUES (?)", (text,))
+
+
+class TestSubmit:
+    def test_the_task_starts_after_the_commit(self, queue, connection):
+        with queue:
+            order(connection)
+            handle = queue.submit("echo", {"n": 3}, connection=connection)
+            assert count(queue) == 0
+            connection.commit()
+            assert handle.result(timeout=LONG) == 3
+
+    def test_a_rollback_leaves_no_task(self, queue, connection):
+        order(connection)
+        handle = queue.submit("echo", connection=connection)
+        connection.rollback()
+        assert count(queue) == 0
+        with pytest.raises(TaskNotFound):
+            queue.get_task_status(handle.id)
+        assert connection.execute("SELECT count(*) FROM orders").fetchone() == (0,)
+
+    def test_taskx_begins_a_transaction_if_none_is_open(self, queue, connection):
+        queue.submit("echo", connection=connection)
+        assert connection.in_transaction
+        assert count(queue) == 0
+        connection.commit()
+        assert count(queue) == 1
+
+    def test_a_connection_in_autocommit_mode_must_begin(self, queue, path):
+        with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+            with pytest.raises(ConfigurationError, match="BEGIN IMMEDIATE first"):
+                queue.submit("echo", connection=connection)
+            connection.execute("BEGIN IMMEDIATE")
+            queue.submit("echo", connection=connection)
+            connection.execute("COMMIT")
+        assert count(queue) == 1
+
+    def test_a_failed_call_leaves_the_transaction_as_it_was(self, queue, connection):
+        queue.submit("echo", id="a")
+        order(connection)
+        with pytest.raises(DuplicateTask):
+            queue.submit("echo", id="a", connection=connection)
+        with pytest.raises(PayloadError):
+            queue.submit("echo", {"n": object()}, connection=connection)
+        with pytest.raises(DuplicateTask):
+            queue.submit_many([Task(id=i, type="echo") for i in "bca"], connection=connection)
+        queue.submit("echo", id="d", connection=connection)
+        connection.commit()
+        assert {task.id for task in queue.list_tasks()[0]} == {"a", "d"}
+        assert connection.execute("SELECT count(*) FROM orders").fetchone() == (1,)
+
+    def test_a_failed_call_ends_the_transaction_that_it_began(self, queue, connection):
+        queue.submit("echo", id="a")
+        with pytest.raises(DuplicateTask):
+            queue.submit("echo", id="a", connection=connection)
+        assert not connection.in_transaction
+        queue.submit("echo")
+
+    def test_a_savepoint_of_the_caller_takes_its_tasks_back(self, queue, connection):
+        queue.submit("echo", id="kept", connection=connection)
+        connection.execute("SAVEPOINT mine")
+        queue.submit("echo", id="gone", connection=connection)
+        connection.execute("ROLLBACK TO mine")
+        connection.commit()
+        assert [task.id for task in queue.list_tasks()[0]] == ["kept"]
+
+    def test_many_tasks_and_flows_are_stored_with_the_data(self, queue, connection):
+        with queue:
+            many = queue.submit_many(
+                [Task(type="echo", params={"n": n}) for n in range(50)], connection=connection
+            )
+            flow = queue.submit_flow(
+                chain(
+                    group(*(Task(type="echo", params={"n": n}) for n in (1, 2))),
+                    Task(type="echo", params={"n": 3}),
+                ),
+                connection=connection,
+            )
+            connection.commit()
+            assert [handle.result(timeout=LONG) for handle in many] == [*range(50)]
+            assert flow.result(timeout=LONG) == 3
+
+    def test_all_options_work_there(self, queue, connection):
+        parent = queue.submit("elsewhere", connection=connection)
+        options = {
+            "depends_on": [parent],
+            "unique_key": "k",
+            "tags": ["red"],
+            "concurrency_key": "c",
+            "expires": 1000,
+            "priority": 7,
+        }
+        child = queue.submit("echo", {"n": 1}, **options, connection=connection)
+        again = queue.submit(
+            "echo", {"n": 2}, unique_key="k", on_conflict="return", connection=connection
+        )
+        assert again.id == child.id
+        with pytest.raises(DuplicateTask):
+            queue.submit("echo", unique_key="k", connection=connection)
+        connection.commit()
+        [task] = queue.list_tasks(tag="red")[0]
+        assert (task.id, task.depends_on, task.priority) == (child.id, [parent.id], 7)
+        assert task.expires_at is not None
+        assert task.concurrency_key == "c"
+
+    def test_a_replaced_task_is_replaced_with_the_commit(self, queue, connection):
+        queue.submit("elsewhere", {"n": 1}, unique_key="k")
+        queue.submit(
+            "elsewhere", {"n": 2}, unique_key="k", on_conflict="replace", connection=connection
+        )
+        assert queue.list_tasks()[0][0].params == {"n": 1}
+        connection.commit()
+        assert [task.params for task in queue.list_tasks()[0]] == [{"n": 2}]
+
+    def test_a_task_that_waits_for_a_running_parent_starts_after_it(self, queue, connection):
+        go = threading.Event()
+        queue.executor("parent")(lambda: go.wait(LONG) and None)
+        with queue:
+            parent = queue.submit("parent")
+            child = queue.submit("echo", {"n": 5}, depends_on=[parent], connection=connection)
+            connection.commit()
+            go.set()
+            assert child.result(timeout=LONG) == 5
+
+    def test_a_full_buffer_refuses_nothing(self, make_queue, connection):
+        queue = make_queue(worker_num=1, buffer_size=1, overflow="reject")
+        go = threading.Event()
+        queue.executor("wait")(lambda: go.wait(LONG) and None)
+        with queue:
+            handles = [queue.submit("wait", connection=connection) for _ in range(20)]
+            connection.commit()
+            go.set()
+            for handle in handles:
+                handle.result(timeout=LONG)
+
+    def test_a_stopped_queue_refuses(self, queue, connection):
+        with queue:
+            pass
+        with pytest.raises(QueueStopped):
+            queue.submit("echo", connection=connection)
+        assert not connection.in_transaction
+
+    def test_the_rows_and_texts_of_the_connection_may_have_any_form(self, queue, connection):
+        connection.row_factory = lambda cursor, row: {"row": row}
+        connection.text_factory = bytes
+        parent = queue.submit("echo", unique_key="k", connection=connection)
+        queue.submit("echo", depends_on=[parent], connection=connection)
+        same = queue.submit("echo", unique_key="k", on_conflict="return", connection=connection)
+        assert same.id == parent.id
+        assert connection.execute("SELECT 'a'").fetchone() == {"row": (b"a",)}
+        connection.commit()
+
+    def test_hooks_are_told_after_the_commit(self, make_queue, connection):
+        told, ended = [], threading.Event()
+
+        class Recorder(Hook):
+            def submitted(self, task):
+                told.append(task.id)
+                if task.id == "last":
+                    ended.set()
+
+        queue = make_queue(hooks=[Recorder()])
+        queue.declare("t")
+        queue.submit("t", id="gone", connection=connection)
+        connection.rollback()
+        queue.submit("t", id="kept", connection=connection)
+        connection.commit()
+        queue.submit("t", id="last", connection=connection)
+        connection.commit()
+        assert ended.wait(LONG)
+        assert set(told) == {"kept", "last"}
+
+
+class TestCancel:
+    def test_a_cancel_takes_place_with_the_commit(self, queue, connection):
+        kept, gone = queue.submit("elsewhere"), queue.submit("elsewhere")
+        assert queue.cancel_task(kept.id, connection=connection) is True
+        connection.rollback()
+        assert queue.cancel_task(gone.id, connection=connection) is True
+        assert queue.get_task_status(gone.id).status is TaskStatus.PENDING
+        connection.commit()
+        assert queue.get_task_status(kept.id).status is TaskStatus.PENDING
+        assert queue.get_task_status(gone.id).status is TaskStatus.CANCELLED
+
+    def test_a_running_task_is_asked_to_stop_after_the_commit(self, queue, connection):
+        began, asked = threading.Event(), threading.Event()
+
+        @queue.executor("wait")
+        def wait(ctx):
+            began.set()
+            ctx.on_cancel(asked.set)
+            ctx.sleep(LONG)
+
+        with queue:
+            handle = queue.submit("wait")
+            assert began.wait(LONG)
+            assert queue.cancel_task(handle.id, connection=connection) is False
+            assert not asked.is_set()
+            connection.commit()
+            assert asked.wait(LONG)
+
+    def test_an_unknown_task_is_an_error(self, queue, connection):
+        with pytest.raises(TaskNotFound):
+            queue.cancel_task("none", connection=connection)
+        assert not connection.in_transaction
+
+
+class TestWrongConnections:
+    def test_of_another_file(self, queue, tmp_path):
+        with closing(sqlite3.connect(tmp_path / "other.db")) as other:
+            with pytest.raises(ConfigurationError, match=r"other\.db, but the tasks are in"):
+                queue.submit("echo", connection=other)
+            assert not other.in_transaction
+
+    def test_in_memory(self, queue):
+        with (
+            closing(sqlite3.connect(":memory:")) as other,
+            pytest.raises(ConfigurationError, match="a database in memory"),
+        ):
+            queue.submit("echo", connection=other)
+
+    def test_closed(self, queue, connection):
+        connection.close()
+        with pytest.raises(ConfigurationError, match="closed database"):
+            queue.submit("echo", connection=connection)
+
+    def test_of_another_thread(self, queue, connection):
+        raised = []
+
+        def submit():
+            try:
+                queue.submit("echo", connection=connection)
+            except ConfigurationError as error:
+                raised.append(str(error))
+
+        thread = threading.Thread(target=submit)
+        thread.start()
+        thread.join()
+        assert "same thread" in raised[0]
+        assert count(queue) == 0
+
+    @pytest.mark.parametrize("thing", [5, "app.db", object()])
+    def test_something_else(self, queue, thing):
+        with pytest.raises(ConfigurationError, match=r"must be an sqlite3\.Connection"):
+            queue.submit("echo", connection=thing)
+
+    def test_of_a_store_that_shares_no_database(self, connection):
+        queue = Queue(MemoryRepository())
+        queue.declare("t")
+        with pytest.raises(ConfigurationError, match="MemoryRepository cannot take part"):
+            queue.submit("t", connection=connection)
+
+    def test_a_read_only_transaction_of_the_past_is_refused(self, queue, path):
+        with closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as old:
+            old.execute("BEGIN")
+            old.execute("SELECT count(*) FROM orders").fetchall()
+            queue.submit("echo")
+            with pytest.raises(RepositoryUnavailable, match="BEGIN IMMEDIATE"):
+                queue.submit("echo", connection=old)
+        assert count(queue) == 1
+
+    def test_tables_are_not_made_in_a_transaction_of_the_caller(self, path, connection):
+        with SQLiteRepository(path, prefix="new_") as repository:
+            queue = Queue(repository)
+            queue.declare("t")
+            order(connection)
+            with pytest.raises(RepositoryError, match="do not exist yet"):
+                queue.submit("t", connection=connection)
+            connection.commit()
+            queue.submit("t", connection=connection)
+            connection.commit()
+            assert count(queue) == 1
+
+
+class TestOwnTransaction:
+    """A thread in a transaction of its own would wait for itself."""
+
+    def test_ordinary_calls_raise_at_once(self, queue, connection):
+        task = queue.submit("elsewhere")
+        queue.submit("echo", connection=connection)
+        for call in (
+            lambda: queue.submit("echo"),
+            lambda: queue.submit_many([Task(type="echo")]),
+            lambda: queue.cancel_task(task.id),
+            lambda: queue.delete(task.id),
+        ):
+            with pytest.raises(ConfigurationError, match="it would wait for itself"):
+                call()
+        connection.commit()
+        queue.submit("echo")
+        assert queue.cancel_task(task.id)
+
+    def test_a_later_transaction_of_the_connection_is_known(self, queue, connection):
+        queue.submit("echo", connection=connection)
+        connection.commit()
+        order(connection)
+        with pytest.raises(ConfigurationError, match="it would wait for itself"):
+            queue.submit("echo")
+        connection.close()
+        queue.submit("echo")
+
+    def test_other_threads_wait(self, queue, connection):
+        queue.submit("echo", connection=connection)
+        thread = threading.Thread(target=queue.submit, args=("echo",))
+        thread.start()
+        connection.commit()
+        thread.join(LONG)
+        assert count(queue) == 2
+
+    def test_steps_and_cursors_raise_at_once(self, queue, path):
+        @queue.executor("careless", max_attempts=1)
+        def careless(ctx):
+            with closing(sqlite3.connect(path, timeout=20)) as own:
+                queue.submit("echo", connection=own)
+                said = []
+                for call in (lambda: ctx.step("one", int), lambda: setattr(ctx, "cursor", 1)):
+                    try:
+                        call()
+                    except ConfigurationError as error:
+                        said.append("wait for itself" in str(error))
+                own.commit()
+            return [*said, ctx.step("one", int), ctx.cursor]
+
+        with queue:
+            assert queue.submit("careless").result(timeout=LONG) == [True, True, 0, None]
+
+
+class TestSQLAlchemy:
+    @pytest.fixture
+    def engine(self, path):
+        made = sa.create_engine(f"sqlite:///{path}", connect_args={"timeout": 20})
+        yield made
+        made.dispose()
+
+    def test_a_session_stores_data_and_task_together(self, queue, engine):
+        with Session(engine) as session:
+            session.execute(sa.text("INSERT INTO orders (text) VALUES ('a')"))
+            queue.submit("echo", connection=session)
+            session.rollback()
+            assert count(queue) == 0
+            queue.submit("echo", id="first", connection=session)
+            session.execute(sa.text("INSERT INTO orders (text) VALUES ('b')"))
+            session.commit()
+            assert session.execute(sa.text("SELECT text FROM orders")).all() == [("b",)]
+        assert [task.id for task in queue.list_tasks()[0]] == ["first"]
+
+    def test_a_connection_commits_even_if_the_task_came_first(self, queue, engine):
+        with engine.connect() as connection:
+            queue.submit("echo", id="a", connection=connection)
+            connection.commit()
+            queue.submit("echo", id="b", connection=connection)
+            connection.rollback()
+        with engine.begin() as connection:
+            queue.submit("echo", id="c", connection=connection)
+        assert {task.id for task in queue.list_tasks()[0]} == {"a", "c"}
+
+    def test_a_driver_connection_of_another_database_is_refused(self, queue):
+        with (
+            sa.create_engine("sqlite://").connect() as connection,
+            pytest.raises(ConfigurationError, match="a database in memory"),
+        ):
+            queue.submit("echo", connection=connection)
+
+
+class TestWakeUps:
+    def test_a_commit_wakes_the_workers(self, queue, connection):
+        """Most tasks start within a few milliseconds of the commit, all much sooner than a slow poll."""
+        started = {}
+        queue.executor("note")(lambda n: started.setdefault(n, time.monotonic()) and None)
+        with queue:
+            queue.submit("note", {"n": -1}).result(timeout=LONG)
+            waits = []
+            for n in range(10):
+                handle = queue.submit("note", {"n": n}, connection=connection)
+                committed = time.monotonic()
+                connection.commit()
+                handle.result(timeout=LONG)
+                waits.append(started[n] - committed)
+        assert sorted(waits)[5] < 0.5, waits
+
+    def test_the_watching_thread_ends_with_the_transactions(self, queue, repository, connection):
+        for ended in (connection.commit, connection.rollback, connection.close):
+            queue.submit("echo", connection=connection)
+            thread = repository.callers._thread
+            ended()
+            thread.join(LONG)
+            assert not thread.is_alive()
+
+    def test_a_commit_is_noticed_while_the_next_transaction_is_open(
+        self, queue, repository, connection, monkeypatch
+    ):
+        told = threading.Event()
+        monkeypatch.setattr(repository, "tell_others", lambda writes: told.set())
+        monkeypatch.setattr(joining, "_in_transaction", lambda connection: True)
+        order(connection)
+        queue.submit("echo", connection=connection)
+        connection.commit()
+        assert told.wait(LONG)
+
+
+@pytest.mark.slow
+def test_twenty_threads_write_their_tables_while_four_workers_run(queue, path):
+    """Each order has its task, and each task its order, whatever was rolled back."""
+    done = []
+    queue.executor("ship")(lambda order: done.append(order))
+
+    def sell(number):
+        with closing(sqlite3.connect(path, timeout=60)) as connection:
+            for n in range(10):
+                connection.execute("BEGIN IMMEDIATE")
+                row = connection.execute("INSERT INTO orders (text) VALUES ('x')").lastrowid
+                queue.submit("ship", {"order": row}, connection=connection)
+                if (number + n) % 3:
+                    connection.commit()
+                else:
+                    connection.rollback()
+
+    with queue:
+        threads = [threading.Thread(target=sell, args=(number,)) for number in range(20)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(LONG)
+        assert queue.drain(timeout=LONG)
+    with closing(sqlite3.connect(path)) as connection:
+        orders = {row for (row,) in connection.execute("SELECT id FROM orders")}
+    shipped = {
+        task.params["order"] for task in queue.iter_tasks(type="ship", status=TaskStatus.COMPLETED)
+    }
+    assert shipped == orders
+    assert len(orders) > 100
+
+
+def test_rows_that_become_visible_out_of_the_order_of_their_numbers_are_found(queue, path):
+    """A rollback gives a number back; a later commit uses it again."""
+    with queue, closing(sqlite3.connect(path, timeout=20)) as connection:
+        for n in range(5):
+            queue.submit("echo", {"n": n}, connection=connection)
+            connection.rollback()
+            queue.submit("echo", {"n": n})
+        handle = queue.submit("echo", {"n": 9}, connection=connection)
+        connection.commit()
+        assert handle.result(timeout=LONG) == 9
+        assert queue.drain(timeout=LONG)
+        assert count(queue, status=TaskStatus.COMPLETED) == 6
+
+
+# Each child dies at its own statement of the transaction; the last one comes to the end.
+KILLED = """
+import os, signal, sqlite3, sys
+from taskx import Queue, SQLiteRepository, Task
+
+path = sys.argv[1]
+
+def sell(fatal):
+    left = [fatal]
+
+    def count(statement):
+        left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    queue = Queue(SQLiteRepository(path, prefix="taskx_"))
+    queue.declare("ship")
+    connection = sqlite3.connect(path, timeout=20)
+    connection.set_trace_callback(count)
+    row = connection.execute("INSERT INTO orders (text) VALUES ('x')").lastrowid
+    tasks = [Task(type="ship", params={"order": row}, tags=["t"]) for _ in range(2)]
+    queue.submit_many(tasks, connection=connection)
+    queue.submit("ship", {"order": row}, connection=connection)
+    connection.commit()
+    connection.set_trace_callback(None)
+
+for fatal in range(1, 1000):
+    child = os.fork()
+    if not child:
+        try:
+            sell(fatal)
+        except BaseException as error:
+            print(repr(error), flush=True)
+            os._exit(1)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    if not os.WIFSIGNALED(status):
+        print(fatal, status, flush=True)
+        break
+"""
+
+
+def test_a_process_that_dies_at_any_statement_leaves_order_and_tasks_or_neither(
+    spawn, path, repository, queue, connection
+):
+    child = spawn(KILLED, path)
+    statements, status = map(int, child.read().split())
+    assert status == 0
+    assert statements > 10
+    assert connection.execute("SELECT count(*) FROM orders").fetchone() == (1,)
+    assert [task.params for task in queue.iter_tasks()] == [{"order": 1}] * 3
+
+
+WORKER = """
+import sys
+from taskx import Config, Queue, SQLiteRepository
+
+queue = Queue(SQLiteRepository(sys.argv[1], prefix="taskx_"), Config(worker_num=1))
+queue.executor("remote")(lambda: None)
+queue.start()
+print("started", flush=True)
+sys.stdin.readline()
+queue.stop()
+"""
+
+
+def test_a_commit_wakes_the_workers_of_another_process(spawn, path, queue, connection):
+    child = spawn(WORKER, path)
+    assert child.read() == "started"
+    queue.declare("remote")
+    waits = []
+    for _ in range(10):
+        handle = queue.submit("remote", connection=connection)
+        committed = queue._clock.now_ms()
+        connection.commit()
+        handle.result(timeout=LONG)
+        started = queue.get_task_status(handle.id).started_at
+        waits.append(started.timestamp() * 1000 - committed)
+    assert sorted(waits)[5] < 500, waits
