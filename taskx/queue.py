@@ -5,15 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import attrs
 
 from taskx.common.config import Config
-from taskx.common.controls import Paused
 from taskx.common.handles import TaskHandle
 from taskx.common.hooks import Hook
 from taskx.core.clock import SYSTEM_CLOCK, Clock, check_clock
@@ -22,22 +21,15 @@ from taskx.core.ids import new_id
 from taskx.core.log import GuardedLogger, check_logger
 from taskx.core.model import (
     Task,
-    TaskCount,
-    TaskFilter,
-    TaskPage,
-    TaskStatus,
     check_key,
     check_name,
 )
 from taskx.core.options import (
     ExecutorOptions,
-    FilterOptions,
-    LimitOptions,
     MapOptions,
     OnConflict,
     ScheduleOptions,
     SubmitOptions,
-    filter_of,
     options_of,
 )
 from taskx.core.ticks import Every, Misfire
@@ -50,40 +42,25 @@ from taskx.executing.executors import (
     TaskExecutor,
 )
 from taskx.executing.registry import Layer, Registry, check_middleware
-from taskx.flows import Flow, FlowHandle, FlowSummary, Shape, lay_out
-from taskx.flows import newest as newest_flows
-from taskx.inspecting.changelog import Change, changes, note_change
-from taskx.inspecting.diagnosis import Diagnosis, diagnose
-from taskx.inspecting.failures import FailureGroup, Failures, failures, requeue_group
-from taskx.inspecting.findings import Reason
-from taskx.inspecting.health import Health, own_problems, thresholds
-from taskx.inspecting.health import check as check_health
-from taskx.inspecting.history import History, history
-from taskx.inspecting.nodes import NodeInfo, nodes
-from taskx.inspecting.reasons import why
-from taskx.inspecting.stats import MOST_WAITING, Stats, stats
+from taskx.flows import Flow, FlowHandle, Shape, lay_out
+from taskx.methods.questions import Questions
+from taskx.methods.steering import Steering
 from taskx.moving import Services
-from taskx.running.pool import State, WorkerPool
-from taskx.running.threads import ThreadStack
+from taskx.running.pool import State
 from taskx.schedules.schedule import Schedule, Schedules
 from taskx.schedules.stored import Overlap, make_entry
-from taskx.storage import queries
 from taskx.storage.adapter import EightMethodAdapter
 from taskx.storage.base import Repository
 from taskx.storage.eight import TaskRepository
-from taskx.submitting.bulk import Bulk, OnProgress, Terms
 from taskx.submitting.intake import Intake, task_of
 from taskx.submitting.joining import Joining
 from taskx.submitting.layers import layered
 from taskx.submitting.mapping import Results, ahead
 from taskx.submitting.operations import Operations
 from taskx.submitting.requeuing import Requeues
-from taskx.submitting.selecting import dead
-from taskx.upkeep import foreground, requests, tuning
+from taskx.upkeep import foreground
 from taskx.upkeep.following import follow
-from taskx.upkeep.node import Lifetime, LocalNode
-from taskx.upkeep.retention import prune_all
-from taskx.upkeep.tuning import Tuned
+from taskx.upkeep.node import Lifetime
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing from 3.11 on
@@ -91,7 +68,7 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 
 
-class Queue:
+class Queue(Questions, Steering):
     """A task queue on a repository.
 
     A queue that is not started only stores the tasks that you submit; another process runs them. A
@@ -167,15 +144,6 @@ class Queue:
 
     def _require(self, what: str) -> None:
         self.repository.require(what)
-
-    def _nobody_runs(self, type: str) -> bool:
-        """Return True if it is known that no running queue has an executor for the type."""
-        if self.repository.shortcoming:  # the queues of other processes are not known
-            return False
-        try:
-            return not queries.runs_somewhere(self.repository, type)
-        except RepositoryError:
-            return False
 
     def _warn_of_first_use(self, type: str) -> None:
         if self._nobody_runs(type):
@@ -540,22 +508,6 @@ class Queue:
         """
         return FlowHandle(shape, self)
 
-    def flows(self, *, at_most: int = 20, after: str | None = None) -> list[FlowSummary]:
-        """Return the flows that were submitted last, newest first, with the counts of their tasks.
-
-        A flow is listed as long as one of its tasks is stored. The cost depends on the tasks of these flows
-        only: at most 5,000 tasks of each are counted.
-
-        Args:
-            at_most: most flows to return.
-            after: the id of the last flow of the call before, for the flows that follow it.
-
-        Raises:
-            ConfigurationError: an argument is not valid.
-            RepositoryError: the repository cannot be read.
-        """
-        return newest_flows(self.repository, at_most, after)
-
     # --- schedules
 
     @overload
@@ -644,749 +596,17 @@ class Queue:
         """Return all schedules in the repository, by name, including those of other processes."""
         return self._schedules.all()
 
-    # --- reading
+    # --- handles
 
     def handle(self, task_id: str) -> TaskHandle[Any]:
         """Return a handle for a task of any process, without checking that the task exists."""
         return TaskHandle(check_name(task_id, "id"), self)
-
-    def get_task_status(self, task_id: str) -> Task:
-        """Return the task's record as it is now.
-
-        Raises:
-            TaskNotFound: no task has this id.
-        """
-        return self.repository.get_by_id(task_id)
-
-    def list_tasks(
-        self,
-        filter: TaskFilter | None = None,
-        *,
-        after: str | None = None,
-        at_most: int | None = None,
-        **fields: Unpack[FilterOptions],
-    ) -> TaskPage:
-        """Return one page of the tasks that match, newest first, and the total number of matches.
-
-        The page has 100 tasks unless ``limit`` says otherwise; its ``more`` is the number of tasks after
-        it. Use :meth:`iter_tasks` for all of them.
-
-        Args:
-            filter: the conditions for the tasks.
-            after: the ``next`` of the page before, with the same conditions. Every page then costs the
-                same. Its total is that of the first page, because the tasks are not counted again.
-            at_most: the largest total that is counted; None for no limit.
-            fields: the fields of a :class:`TaskFilter`, instead of one: ``type``, ``status``,
-                ``created_by``, ``start_date``, ``end_date``, ``error``, ``error_type``, ``id_prefix``,
-                ``params``, ``parent``, ``tag``, ``flow``, ``offset``, ``limit``; and the age of the tasks
-                in seconds or as a timedelta: ``older`` than that, ``newer`` than that. With ``params`` only
-                the newest 100,000 tasks are searched; ``searched_since`` of the page says so.
-
-        Raises:
-            ConfigurationError: a value is not valid, or both a filter and fields were given, or params were
-                given and a codec hides them.
-        """
-        wanted = filter_of(filter, fields, "list_tasks", self._clock)
-        return queries.page(self.repository, wanted, after, at_most)
-
-    def count_tasks(
-        self,
-        filter: TaskFilter | None = None,
-        *,
-        at_most: int | None = None,
-        **fields: Unpack[FilterOptions],
-    ) -> TaskCount:
-        """Return the number of tasks that match.
-
-        Args:
-            filter, fields: as in :meth:`list_tasks`; ``offset`` and ``limit`` have no effect.
-            at_most: the largest number that is counted; None to count all. If more tasks match, the result
-                is this number, and its ``exact`` is False. If it is given, a search in params is limited as
-                in :meth:`list_tasks`.
-
-        Raises:
-            ConfigurationError: as in :meth:`list_tasks`.
-        """
-        wanted = filter_of(filter, fields, "count_tasks", self._clock)
-        return queries.count(self.repository, wanted, at_most)
-
-    def iter_tasks(
-        self, filter: TaskFilter | None = None, **fields: Unpack[FilterOptions]
-    ) -> Iterator[Task]:
-        """Iterate over all tasks that match, newest first, or over ``limit`` of them.
-
-        The iterator reads 200 tasks at a time, each time from where it is in the list: it needs little
-        memory, and a late task costs no more than an early one. Tasks that are stored or deleted in the
-        meantime neither hide nor repeat another one. After an error, begin a new iteration.
-
-        Args:
-            filter, fields: as in :meth:`list_tasks`.
-
-        Raises:
-            ConfigurationError: a value is not valid, or both a filter and fields were given.
-            RepositoryError: from the iterator, if the repository cannot be read.
-        """
-        return queries.matching(
-            self.repository, filter_of(filter, fields, "iter_tasks", self._clock)
-        )
 
     def watch(self, handle: TaskHandle[Any]) -> None:
         """Resolve a handle when its task ends. Handles call this themselves."""
         self._services.watcher.watch(handle)
         if self._node is None:
             self._services.watcher.warn_if_nobody_runs(handle.id)
-
-    @property
-    def buffered(self) -> int:
-        """The number of submitted tasks that wait in this queue's buffer, at most ``buffer_size``."""
-        return 0 if self._node is None else self._node.engine.buffer.submitted
-
-    @property
-    def events_waiting(self) -> int:
-        """The number of events that the hooks of this queue were not told yet."""
-        return len(self._services.hooks.waiting)
-
-    @property
-    def running(self) -> int:
-        """The number of executors that this queue is running."""
-        return 0 if self._node is None else len(self._node.engine.runs.executing)
-
-    @property
-    def stopped(self) -> bool:
-        """True if the queue was stopped: it accepts no more tasks."""
-        return self._life.name == "stopped"
-
-    @property
-    def healthy(self) -> bool:
-        """True if this queue can do its work: the part of :meth:`health` that needs no read.
-
-        It is False while more threads are stuck than the queue replaces (``max_stuck``), while the
-        SQLite file is moved away, deleted or replaced, and after a newer TaskX has migrated the file. It
-        does not tell you if the queue was started: a queue that only submits has no threads, and is
-        healthy as long as its file exists. :meth:`health` tells you if any queue runs tasks.
-        """
-        return not [*own_problems(self._services, self._engine, self.config.max_stuck)]
-
-    # --- questions
-
-    def why(self, task_id: str) -> list[Reason]:
-        """Return the reasons why a task waits, runs or has ended, the decisive one first.
-
-        A pending task can have several reasons: all of them must pass before it starts. If the repository
-        cannot be read, the only reason says so. The answer is of one moment, and nothing is changed. The
-        queue need not be started.
-
-        Raises:
-            TaskNotFound: no task has this id.
-        """
-        ageing = round((self.config.ageing or 0) * 1000)
-        return why(self._services, self._engine, ageing, check_name(task_id, "id"))
-
-    def health(
-        self,
-        *,
-        oldest_due: float | timedelta | None = 300.0,
-        failed: tuple[int, float | timedelta] | None = None,
-        nodes: int | Mapping[str, int] = 1,
-        stuck: int | None = None,
-        file_size: int | None = None,
-        schedule_overdue: float | timedelta | None = 60.0,
-    ) -> Health:
-        """Check the repository and this queue, and return what is wrong.
-
-        A repository that is away, a lost file and a newer schema are problems, not errors. The queue need
-        not be started. None as a threshold: do not check.
-
-        Args:
-            oldest_due: most seconds since a task could have started; paused types do not count.
-            failed: ``(count, seconds)``: most tasks that failed in the last ``seconds``. Only the thousand
-                failed tasks that were submitted last are examined.
-            nodes: fewest live nodes, in all and for each type that has tasks to run; a dict has other
-                numbers for some types. 0: do not check.
-            stuck: most threads on one node that run on after a time-out; ``max_stuck`` by default.
-            file_size: most bytes that a SQLite file and its write-ahead log take.
-            schedule_overdue: most seconds by which a tick of a schedule may be late.
-
-        Raises:
-            ConfigurationError: an argument is not valid, or the repository has no file.
-        """
-        wanted = thresholds(
-            oldest_due=oldest_due,
-            failed=failed,
-            nodes=nodes,
-            stuck=self.config.max_stuck if stuck is None else stuck,
-            file_size=file_size,
-            schedule_overdue=schedule_overdue,
-        )
-        return check_health(self._services, self._engine, wanted)
-
-    def diagnose(self) -> Diagnosis:
-        """Examine what is around the tasks: versions, file, permissions, disk, locks, dead nodes, clock.
-
-        Nothing is created, migrated or changed, and the queue need not be started. What cannot be read is
-        a check that has failed, not an error. It may take some seconds.
-        """
-        return diagnose(self._services)
-
-    def stats(
-        self,
-        *,
-        period: float | timedelta = 3600.0,
-        at_most: int = 5_000,
-        waiting_at_most: int = MOST_WAITING,
-    ) -> Stats:
-        """Return how many tasks of each type wait, run and have ended, and how long that took.
-
-        The numbers are of all processes. A task that moves between two reads may be counted twice, or not
-        at all. The tasks that ended in the period are counted among those that were submitted last: the
-        answer's ``since`` and ``complete`` say if these are all. The cost depends on ``at_most``, and
-        hardly on the number of tasks. The queue need not be started.
-
-        Args:
-            period: the seconds before now in which tasks are counted as completed or failed; with 0 no
-                ended tasks are read.
-            at_most: most completed and most failed tasks to read, and most delayed, blocked and running
-                ones.
-            waiting_at_most: the largest number of waiting tasks that is counted for each type and node.
-
-        Raises:
-            ConfigurationError: an argument is not valid.
-            RepositoryError: the repository cannot be read.
-        """
-        return stats(self._services, period, at_most, waiting_at_most)
-
-    def history(
-        self,
-        *,
-        period: float | timedelta = 3600.0,
-        intervals: int = 60,
-        at_most: int = 5_000,
-    ) -> History:
-        """Return how many tasks completed and failed in each interval of a period, and their run times.
-
-        The numbers are of all processes, for charts. As in :meth:`stats`, the tasks are counted among those
-        that were submitted last: the answer's ``since`` and ``complete`` say if these are all. The cost
-        depends on ``at_most``, and hardly on the number of tasks. The queue need not be started.
-
-        Args:
-            period: the seconds before now that are divided into intervals.
-            intervals: the number of equal intervals, 1 to 1,000.
-            at_most: most completed and most failed tasks to read.
-
-        Raises:
-            ConfigurationError: an argument is not valid.
-            RepositoryError: the repository cannot be read.
-        """
-        return history(self._services, period, intervals, at_most)
-
-    def failures(
-        self, *, type: str | None = None, since: datetime | None = None, at_most: int = 1_000
-    ) -> Failures:
-        """Return the failed tasks in groups of the same type, class of error and place in the code.
-
-        Run a whole group again with :meth:`requeue_failures`.
-
-        Args:
-            type: only tasks of this type.
-            since: only tasks that failed at or after this aware datetime.
-            at_most: most failed tasks to read: those that were submitted last. The answer's ``complete``
-                says if these were all.
-
-        Raises:
-            ConfigurationError: an argument is not valid.
-            RepositoryError: the repository cannot be read.
-        """
-        return failures(self._services, type, since, at_most)
-
-    def nodes(self) -> list[NodeInfo]:
-        """Return the nodes on the repository, of all processes, and the tasks that they are running.
-
-        Dead nodes are listed until another node has taken over their tasks. The queue need not be started.
-
-        Raises:
-            ConfigurationError: the repository has only the eight methods.
-            RepositoryError: the repository cannot be read.
-        """
-        return nodes(self._services, self._engine)
-
-    def stacks(
-        self, node_id: str | None = None, *, timeout: float | timedelta = 5.0
-    ) -> list[ThreadStack]:
-        """Return what the threads of a process do, with their stacks.
-
-        The threads that run tasks come first. At most 200 threads are returned, and at most some 4,000
-        characters of each stack.
-
-        Args:
-            node_id: the id of a node, from :meth:`nodes`; None for this process. A node of another process
-                is asked through the repository, and answers within about a second.
-            timeout: seconds to wait for the answer.
-
-        Raises:
-            NodeNotFound: no live node has this id.
-            TimeoutError: the node did not answer in time.
-            ConfigurationError: the repository has only the eight methods, and a node was named.
-            RepositoryError: the repository failed.
-        """
-        return requests.stacks(self._services, node_id, timeout)
-
-    def stop_node(self, node_id: str) -> None:
-        """Ask a node to stop, in this or another process, and return at once.
-
-        The node gets the request within about a second. It then takes no more tasks, and its running tasks
-        can go on as after :meth:`stop` with 30 seconds. A program that :func:`taskx.run` or a supervisor
-        runs ends as after SIGTERM. In other programs only the queue stops.
-
-        Args:
-            node_id: the id of the node, from :meth:`nodes`.
-
-        Raises:
-            NodeNotFound: no live node has this id.
-            ConfigurationError: the repository has only the eight methods.
-            RepositoryError: the repository failed.
-        """
-        requests.stop_node(self._services, node_id)
-
-    def changes(self, at_most: int = 100) -> list[Change]:
-        """Return the newest entries of the log of changes, the newest first.
-
-        Args:
-            at_most: most entries to return. Only the newest 1,000 are kept.
-
-        Raises:
-            ConfigurationError: an argument is not valid, or the repository has only the eight methods.
-            RepositoryError: the repository cannot be read.
-        """
-        return changes(self._services, at_most)
-
-    def note_change(self, by: str, action: str, target: str, detail: Any = None) -> None:
-        """Add an entry to the log of changes.
-
-        The command line and the dashboard call this for each change. The methods of the queue do not,
-        because they do not know who calls.
-
-        Args:
-            by: the person or program that made the change.
-            action: the name of the action, such as ``"cancel"``.
-            target: the thing that was changed: a task's id, a type, a filter.
-            detail: more about the change: a JSON value of at most 10,000 bytes.
-
-        Raises:
-            ConfigurationError: an argument is not valid, or the repository has only the eight methods.
-            PayloadError: ``detail`` is not JSON or too large.
-            RepositoryError: the repository failed.
-        """
-        note_change(self._services, by, action, target, detail)
-
-    # --- changing
-
-    def cancel_task(self, task_id: str, *, connection: object = None) -> bool:
-        """Cancel a task.
-
-        Args:
-            task_id: the task's id.
-            connection: cancel it in your transaction on this connection: see :meth:`submit`. A running
-                task is asked to stop after your commit.
-
-        Returns:
-            True if the task will never run; False if it is running and was asked to stop.
-
-        Raises:
-            TaskNotFound: no task has this id.
-            InvalidTransition: the task has ended.
-            RepositoryCorrupt: the record is so damaged that it cannot be cancelled.
-        """
-        if connection is None:
-            return self._operations.cancel(check_name(task_id, "id"))
-        with self._joining.operations(connection) as operations:
-            return operations.cancel(check_name(task_id, "id"))
-
-    def cancel_many(self, task_ids: Iterable[str]) -> int:
-        """Cancel the given tasks in a few transactions; tasks that have ended stay unchanged.
-
-        Returns:
-            the number of tasks that will never run. Running tasks do not count: they were asked to
-            stop.
-
-        Raises:
-            RepositoryError: the repository failed; some tasks may have been cancelled.
-        """
-        return self._operations.cancel_many([check_name(task_id, "id") for task_id in task_ids])
-
-    def requeue(
-        self,
-        task_id: str,
-        *,
-        params: Mapping[str, Any] | None = None,
-        from_step: str | None = None,
-    ) -> None:
-        """Run a failed or cancelled task again; its attempts and crashes are counted from zero.
-
-        Tasks that failed or were cancelled because of it, such as the rest of a chain, wait for it
-        again. The task waits for parents that have not ended. It runs even if parents have failed.
-
-        The results of its steps and its cursor are kept, also with other params: the task goes on where it
-        was. What the requeue changes is noted in ``task.attempts``, with the outcome ``requeued``.
-
-        Args:
-            task_id: the id of the task.
-            params: other params, checked as by :meth:`submit` if the type is registered here; None to keep
-                them.
-            from_step: run from this step on: its result is removed, with those of all steps that were
-                stored after it, and the cursor. None to keep them.
-
-        Raises:
-            TaskNotFound: no task has this id.
-            InvalidTransition: the task is neither failed nor cancelled.
-            DuplicateTask: another task holds its unique key now.
-            PayloadError: params are not JSON, are too large, do not fit the function, or a codec refuses
-                them.
-            ConfigurationError: the task has stored no such step.
-            RepositoryCorrupt: the record is damaged, and the requeue would change it.
-            QueueStopped: the queue was stopped.
-        """
-        self._requeues.one(check_name(task_id, "id"), params, from_step)
-
-    def requeue_many(self, task_ids: Iterable[str]) -> int:
-        """Requeue the given tasks if they failed or were cancelled, in a few transactions.
-
-        Tasks that failed or were cancelled because of the given tasks are requeued, too. Each task
-        waits again for its parents among all of these. A task whose unique key is now held by another
-        task stays unchanged.
-
-        Returns:
-            the number of tasks that run again, including those that had ended because of the given
-            tasks.
-
-        Raises:
-            QueueStopped: the queue was stopped.
-            RepositoryError: the repository failed; some tasks may have been requeued.
-        """
-        return self._requeues.requeue_many([check_name(task_id, "id") for task_id in task_ids])
-
-    def requeue_all(
-        self,
-        filter: TaskFilter | None = None,
-        *,
-        rate: str | tuple[int, float | timedelta] | None = None,
-        dry_run: bool = False,
-        at_most: int | None = None,
-        on_progress: OnProgress | None = None,
-        **fields: Unpack[FilterOptions],
-    ) -> Bulk:
-        """Requeue all tasks that match, newest first, in batches; without a status, the failed ones.
-
-        Tasks that failed or were cancelled because of them run again after them. A task that fails again
-        in the meantime is not requeued a second time. After an error or an interrupt, the batches before it
-        are done: call it again to go on.
-
-        Args:
-            filter, fields: as in :meth:`list_tasks`. All that match are requeued, or ``limit`` of them.
-            rate: the tasks start one by one at this rate, such as ``"100/m"``, each at its ``run_at``: the
-                calling process need not stay alive for that. Later calls with the same conditions (dates
-                do not count) and the same rate continue after the last of these tasks.
-            dry_run: only count the tasks.
-            at_most: the largest number that a dry run counts, as in :meth:`count_tasks`; only with
-                ``dry_run``.
-            on_progress: a function that gets a :class:`Bulk` after each batch. If it raises, no further
-                batch is changed.
-
-        Raises:
-            ConfigurationError: an argument is not valid, or the status is neither failed nor cancelled.
-            QueueStopped: the queue was stopped.
-            RepositoryError: the repository failed; some batches may have been requeued.
-        """
-        wanted = filter_of(filter, fields, "requeue_all", self._clock)
-        terms = Terms(dry_run, at_most, on_progress)
-        return self._requeues.requeue_all(wanted, terms, rate=rate)
-
-    def requeue_failures(
-        self,
-        group: FailureGroup,
-        *,
-        rate: str | tuple[int, float | timedelta] | None = None,
-        dry_run: bool = False,
-        on_progress: OnProgress | None = None,
-    ) -> Bulk:
-        """Requeue all failed tasks of a group of :meth:`failures`, also those that it has not read.
-
-        They are the failed tasks of the same type, class of error and place in the code. For that, all
-        failed tasks of this type and class of error are read, a batch at a time. On a repository with only
-        the eight methods, they are the ``task_ids`` of the group.
-
-        Args:
-            group: the group.
-            rate, dry_run, on_progress: as in :meth:`requeue_all`.
-
-        Raises:
-            TaskxError: as in :meth:`requeue_all`.
-        """
-        return requeue_group(self._requeues, group, Terms(dry_run, None, on_progress), rate)
-
-    def cancel_all(
-        self,
-        filter: TaskFilter | None = None,
-        *,
-        everything: bool = False,
-        dry_run: bool = False,
-        at_most: int | None = None,
-        on_progress: OnProgress | None = None,
-        **fields: Unpack[FilterOptions],
-    ) -> Bulk:
-        """Cancel all pending tasks that match and ask the running ones to stop, in batches.
-
-        Args:
-            filter, fields: as in :meth:`list_tasks`. All that match are cancelled, or ``limit`` of them.
-            everything: must be True if there is no condition.
-            dry_run, at_most, on_progress: as in :meth:`requeue_all`.
-
-        Raises:
-            ConfigurationError: an argument is not valid, or the status is that of ended tasks.
-            RepositoryError: the repository failed; some batches may have been cancelled.
-        """
-        wanted = filter_of(filter, fields, "cancel_all", self._clock)
-        terms = Terms(dry_run, at_most, on_progress)
-        return self._operations.cancel_all(wanted, terms, everything=everything)
-
-    def delete_all(
-        self,
-        filter: TaskFilter | None = None,
-        *,
-        everything: bool = False,
-        dry_run: bool = False,
-        at_most: int | None = None,
-        on_progress: OnProgress | None = None,
-        **fields: Unpack[FilterOptions],
-    ) -> Bulk:
-        """Delete the records of all tasks that match, in batches: also of those that have not run.
-
-        These stay: running tasks, tasks with a thread that still runs, and tasks on which an unfinished
-        task depends that stays.
-
-        Args:
-            filter, fields: as in :meth:`list_tasks`. All that match are deleted, or ``limit`` of them.
-            everything: must be True if there is no condition.
-            dry_run, at_most, on_progress: as in :meth:`requeue_all`. A dry run also counts tasks that stay.
-
-        Raises:
-            ConfigurationError: an argument is not valid, or the status is running.
-            RepositoryError: the repository failed; some batches may have been deleted.
-        """
-        wanted = filter_of(filter, fields, "delete_all", self._clock)
-        terms = Terms(dry_run, at_most, on_progress)
-        return self._operations.delete_all(wanted, terms, everything=everything)
-
-    def delete(self, task_id: str) -> None:
-        """Delete the record of a task that is not running.
-
-        Raises:
-            TaskNotFound: no task has this id.
-            InvalidTransition: the task is running, or a thread of an ended attempt still runs
-                (``stuck_on``).
-        """
-        self._operations.delete(check_name(task_id, "id"))
-
-    def prune(self, before: datetime, status: TaskStatus | str | None = None) -> int:
-        """Delete tasks that ended before a given time, a few in each transaction.
-
-        A task stays while a task that depends on it is stored, and while it holds a unique key for a
-        number of seconds.
-
-        Args:
-            before: an aware datetime.
-            status: delete only completed, failed or cancelled tasks; by default all three.
-
-        Returns:
-            the number of deleted tasks.
-
-        Raises:
-            ConfigurationError: an argument is not valid.
-            RepositoryError: the repository failed; some tasks may have been deleted.
-        """
-        return prune_all(self._services, before, status)
-
-    # --- pausing and tuning
-
-    def pause(self, type: str | None = None) -> None:
-        """Pause a type in all processes: none of its tasks starts. With None, pause all types.
-
-        The pause lasts until :meth:`resume`, even after restarts. Running tasks go on, and submitted
-        tasks are stored. In this process the pause is in effect when the call returns, except for a
-        start that is being written at that moment; in other processes within a second.
-
-        A type that is not registered, not declared, and not run by any running queue is paused, too, but
-        a warning is logged: the type may be misspelt.
-
-        Raises:
-            ConfigurationError: the type is not a valid name, or the repository has only the eight
-                methods.
-            RepositoryError: the repository failed.
-        """
-        self._services.controls.pause(type)
-        self._check_controls()
-        self._warn_if_misspelt(type, "paused")
-
-    def _warn_if_misspelt(self, type: str | None, what: str) -> None:
-        if type is not None and not self._registry.knows(type) and self._nobody_runs(type):
-            self._log.warning(
-                "type %r is %s, but no running queue has an executor for it; is it misspelt? This queue "
-                "knows: %s",
-                *(type, what, self._registry.known),
-            )
-
-    def resume(self, type: str | None = None) -> None:
-        """End the :meth:`pause` of the same type. With None, types paused by name stay paused.
-
-        Raises:
-            ConfigurationError: the type is not a valid name.
-            RepositoryError: the repository failed.
-        """
-        self._services.controls.resume(type)
-        self._check_controls()
-
-    def _check_controls(self) -> None:
-        if self._node is not None:
-            self._node.engine.tuning.refresh()
-            self._services.agenda.wake_from_long_sleep()
-
-    @property
-    def paused(self) -> Paused:
-        """The pauses that are stored in the repository.
-
-        Raises:
-            RepositoryError: the repository failed.
-        """
-        return self._services.controls.read_paused()
-
-    def tune(
-        self,
-        type: str | None = None,
-        *,
-        workers: int | None = None,
-        node: str | None = None,
-        **limits: Unpack[LimitOptions],
-    ) -> None:
-        """Override the limits of a type, or the number of workers, in all processes.
-
-        The overrides are stored: they last until :meth:`untune`, even after restarts. In this process they
-        are in effect when the call returns, in other processes within a second. Overrides that were set
-        before and are not named here stay.
-
-        If a limit is lowered, running tasks go on, and none starts until enough have ended. Workers that
-        are added start within moments. Surplus workers end after their current task.
-
-        A type that no queue runs is tuned, too, but a warning is logged: it may be misspelt.
-
-        Args:
-            type: the type whose limits to override.
-            workers: the number of workers of each node; not together with a type.
-            node: the id of a node: only this one gets ``workers``, whatever the others have.
-            max_concurrency: most tasks of the type that run at the same time; None for no limit.
-            rate: most tasks that start in a period, as ``"100/m"`` or ``(count, seconds)``; None for no
-                limit.
-            burst: most tasks that may start at once after a quiet period; None for the count of ``rate``.
-            limit_scope: ``"node"`` or ``"global"``; None for ``"node"``.
-
-        Raises:
-            ConfigurationError: an argument is not valid, or the repository has only the eight methods.
-            NodeNotFound: no live node has this id.
-            RepositoryError: the repository failed.
-        """
-        tuning.tune(self._services, type, limits, workers, node)
-        self._check_controls()
-        self._warn_if_misspelt(type, "tuned")
-
-    def untune(
-        self,
-        type: str | None = None,
-        *,
-        only: Collection[str] | None = None,
-        workers: bool = False,
-        node: str | None = None,
-    ) -> None:
-        """Remove overrides: the values of the executors and programs apply again.
-
-        Args:
-            type: the type whose limits are no longer overridden.
-            only: the names of the limits, such as ``["rate"]``, if not all of the type's.
-            workers: True: the number of workers is no longer overridden; not together with a type.
-            node: with ``workers``, the id of a node: only the number of this node is removed.
-
-        Raises:
-            ConfigurationError: an argument is not valid, or the repository has only the eight methods.
-            RepositoryError: the repository failed.
-        """
-        tuning.untune(self._services, type, only, workers, node)
-        self._check_controls()
-
-    def tuned(self) -> Tuned:
-        """Return the stored overrides, and the values that they override.
-
-        Raises:
-            ConfigurationError: the repository has only the eight methods.
-            RepositoryError: the repository failed.
-        """
-        return tuning.tuned(self._services)
-
-    # --- dead letters
-
-    def dead_letters(
-        self,
-        filter: TaskFilter | None = None,
-        *,
-        after: str | None = None,
-        at_most: int | None = None,
-        **fields: Unpack[FilterOptions],
-    ) -> TaskPage:
-        """Return one page of the failed tasks that match, newest first, and the number of all matches.
-
-        The arguments are those of :meth:`list_tasks`. Use ``iter_tasks(status="failed")`` for all.
-
-        Raises:
-            ConfigurationError: the filter is not valid, or it has another status.
-        """
-        wanted = dead(filter_of(filter, fields, "dead_letters", self._clock))
-        return self.list_tasks(wanted, after=after, at_most=at_most)
-
-    def requeue_dead_letters(
-        self, filter: TaskFilter | None = None, **fields: Unpack[FilterOptions]
-    ) -> int:
-        """Requeue dead letters: all that match a filter, or the newest ones if the filter has a limit.
-
-        Filter and fields are those of :meth:`list_tasks`.
-
-        Without a limit all matches are requeued, although :meth:`dead_letters` lists only 100. To
-        requeue a few of many, give the filter a limit. Tasks that fail again in the meantime are not
-        requeued a second time. Tasks that failed or were cancelled because of the dead letters, such
-        as the rest of a chain, run again after them, even if they do not match the filter.
-
-        Returns:
-            the number of tasks that run again, including those that had ended because of the dead
-            letters.
-
-        Raises:
-            ConfigurationError: the filter is not valid, or it has another status.
-            QueueStopped: the queue was stopped.
-        """
-        wanted = filter_of(filter, fields, "requeue_dead_letters", self._clock)
-        return self._requeues.requeue_dead_letters(wanted)
-
-    def discard_dead_letters(
-        self, filter: TaskFilter | None = None, **fields: Unpack[FilterOptions]
-    ) -> int:
-        """Delete dead letters: all that match a filter, or the newest ones if the filter has a limit.
-
-        The filter works as in :meth:`requeue_dead_letters`. If an unfinished task depends on a dead
-        letter, the dead letter stays, because that task may ask for it.
-
-        Returns:
-            the number of deleted tasks.
-
-        Raises:
-            ConfigurationError: the filter is not valid, or it has another status.
-        """
-        wanted = filter_of(filter, fields, "discard_dead_letters", self._clock)
-        return self._operations.discard_dead_letters(wanted)
 
     # --- starting and stopping
 
@@ -1482,14 +702,6 @@ class Queue:
         self._services.watcher.renew_after_fork()
         self._life.forget()
         self._wire()
-
-    @property
-    def _node(self) -> LocalNode | None:
-        return self._life.node
-
-    @property
-    def _engine(self) -> WorkerPool | None:
-        return None if self._node is None else self._node.engine
 
 
 def run(*queues: Queue, timeout: float | timedelta = 30.0) -> int:
