@@ -11,6 +11,7 @@ from taskx.moving import Services
 from taskx.running.pool import WorkerPool
 from taskx.storage import queries
 from taskx.storage.base import Repository
+from taskx.submitting.joining import Joining
 from taskx.submitting.operations import Operations
 from taskx.submitting.requeuing import Requeues
 from taskx.upkeep.node import Lifetime, LocalNode
@@ -32,6 +33,7 @@ class Parts:
     _services: Services
     _operations: Operations
     _requeues: Requeues
+    _joining: Joining
     _life: Lifetime
 
     @property
