@@ -759,6 +759,51 @@ def test_flask_taskx_worker_runs_the_tasks_of_a_site_that_only_submits(factory):
             assert json.loads(ran.stdout.splitlines()[0])["id"] == handle.id
 
 
+# fastapi_app.py
+
+
+def test_fastapi_runs_and_cancels_tasks(tmp_path):
+    pytest.importorskip("fastapi")
+    pytest.importorskip("uvicorn")
+    port = free_port()
+    site = f"http://127.0.0.1:{port}/reports"
+    path = os.pathsep.join(
+        [str(EXAMPLES.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    )
+    command = [sys.executable, "-m", "uvicorn", "fastapi_app:app", "--port", str(port)]
+    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with program(
+        *command,
+        "--app-dir",
+        EXAMPLES,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path},
+        **options,
+    ) as process:
+
+        def order(pages: int) -> str:
+            asked = json.dumps({"title": "Sales", "pages": pages}).encode()
+            told = json.loads(wait_until(lambda: answers(site, asked)))
+            return f"{site}/{told['id']}"
+
+        def shown(url: str) -> dict[str, Any]:
+            told: dict[str, Any] = json.loads(answers(url) or "{}")
+            return told
+
+        short, long = order(1), order(10_000)
+        wait_until(lambda: shown(short)["status"] == "completed")
+        assert shown(short)["result"] == {"title": "Sales", "pages": 1}
+        wait_until(lambda: shown(long)["status"] == "running")
+        assert json.loads(answers(f"{long}/cancel", b"") or "") == {"cancelled": False}
+        wait_until(lambda: shown(long)["status"] == "cancelled")
+        assert answers(f"{site}/unknown") is None
+        with SQLiteRepository(tmp_path / "tasks.db") as repository:
+            assert len(repository.liveness.nodes()) == 1
+            process.terminate()
+            process.wait(timeout=60)
+            assert repository.liveness.nodes() == []
+
+
 # django_project
 
 
