@@ -159,7 +159,7 @@ def test_sighup_brings_new_code_and_running_tasks_end_with_the_old(worker, manag
     one = worker()
     eventually(lambda: manager.read() == "READY=1")
     old = one.hold("old")
-    (one.folder / "app.py").write_text(APP.replace("VERSION = 1", "VERSION = 2"))
+    (one.folder / "app.py").write_text(APP.replace("VERSION = 1", "VERSION = 2  # another size"))
     one.child.signal(signal.SIGHUP)
     eventually(lambda: manager.read().startswith("RELOADING=1"))
     eventually(lambda: manager.read() == "READY=1")

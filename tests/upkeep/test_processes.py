@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import signal
-import socket
 import threading
 import time
 from collections import Counter
 
 import pytest
-from helpers import PATIENCE, ROOT, eventually, held_on, is_intact
-from mongo_server import free_port
+from helpers import PATIENCE, eventually, held_on, is_intact
 
 from taskx import Queue, SQLiteRepository, TaskFilter, TaskStatus
 from taskx.upkeep import housekeeper
@@ -371,57 +369,6 @@ def test_a_second_sigterm_ends_a_stop_that_waits(run, repository):
         assert queue.handle("x").result(PATIENCE) == "elsewhere"
     task = repository.get_by_id("x")
     assert (task.crashes, task.interruptions) == (0, 1)
-
-
-FLASK = """
-import sys, threading
-sys.path.insert(0, sys.argv[1])
-import flask_app
-from taskx import executor
-
-@executor("report")
-def report(ctx, title):
-    sys.stdout.write("running\\n")  # in one piece: the server prints, too
-    sys.stdout.flush()
-    threading.Event().wait()
-
-flask_app.report = report
-flask_app.main(debug=False, port=int(sys.argv[2]))
-"""
-
-
-def serves(port):
-    try:
-        socket.create_connection(("127.0.0.1", port), timeout=1).close()
-    except OSError:
-        return False
-    return True
-
-
-def test_a_second_sigterm_ends_the_flask_example(spawn, tmp_path, monkeypatch):
-    """Its executor does not heed its token here, so the first SIGTERM makes the program wait."""
-    pytest.importorskip("flask")
-    database = tmp_path / "tasks.db"
-    monkeypatch.setenv("TASKX_DATABASE", str(database))
-    port = free_port()
-    child = spawn(FLASK, ROOT / "examples", port)
-    eventually(lambda: serves(port))
-    with SQLiteRepository(database) as repository:
-        queue = Queue(repository)
-        queue.declare("report")
-        queue.submit("report", {"title": "x"}, id="x")
-        while child.read() != "running":  # its server prints, too
-            pass
-        child.signal(signal.SIGTERM)
-        eventually(lambda: [node.stopping for node in repository.liveness.nodes()] == [True])
-        assert child.process.poll() is None
-        child.signal(signal.SIGTERM)
-        began = time.monotonic()
-        child.process.wait(PATIENCE)
-        assert time.monotonic() - began < 15
-        assert child.process.returncode == 0
-        assert repository.get_by_id("x").status is TaskStatus.RUNNING
-        assert [node.alive for node in repository.liveness.nodes()] == [False]
 
 
 # Forks
