@@ -109,6 +109,7 @@ def run_page(page: Path, folder: Path) -> subprocess.CompletedProcess[str]:
         ("docs/workflows.rst", ["90 completed 100.0", "12", "completed"]),
         ("docs/original.rst", ["Status: completed, Progress: 100%", "1 task(s) found"]),
         ("docs/web.rst", ["completed"]),
+        ("docs/flask.rst", ["{'month': '2024-05', 'shop': 'shop'}", "Emma is confirmed"]),
     ],
 )
 def test_snippets_print_what_their_comments_say(page, lines, tmp_path):

@@ -251,13 +251,17 @@ class Taskx:
         return False
 
     @overload
-    def submit(self, task: Task, /, **options: Unpack[SubmitOptions]) -> TaskHandle[Any]: ...
+    def submit(
+        self, task: Task, /, *, connection: object = None, **options: Unpack[SubmitOptions]
+    ) -> TaskHandle[Any]: ...
     @overload
     def submit(
         self,
         executor: Executor[..., R] | BoundExecutor[..., R],
         params: dict[str, Any] | None = None,
         /,
+        *,
+        connection: object = None,
         **options: Unpack[SubmitOptions],
     ) -> TaskHandle[R]: ...
     @overload
@@ -266,6 +270,8 @@ class Taskx:
         type: str,
         params: dict[str, Any] | None = None,
         /,
+        *,
+        connection: object = None,
         **options: Unpack[SubmitOptions],
     ) -> TaskHandle[Any]: ...
     def submit(self, task: Any, params: Any = None, /, **options: Any) -> TaskHandle[Any]:

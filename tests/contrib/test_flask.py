@@ -386,6 +386,59 @@ def test_the_buffer_of_the_settings_refuses_tasks(taskx, make_app):
         gate.set()
 
 
+# --- Flask-SQLAlchemy
+
+
+def test_a_task_is_stored_with_the_rows_of_the_session_or_not_at_all(taskx, make_app, tmp_path):
+    flask_sqlalchemy = pytest.importorskip("flask_sqlalchemy")
+    db = flask_sqlalchemy.SQLAlchemy()
+    sessions: list[Any] = []
+
+    class Order(db.Model):
+        id = db.Column(db.Integer, primary_key=True)
+        book = db.Column(db.String)
+
+    @taskx.executor("confirm")
+    def confirm(order: int) -> str:
+        sessions.append(db.session())
+        return f"{db.session.get(Order, order).book} is confirmed"
+
+    file = tmp_path / "shop.db"
+    app = make_app(
+        SQLALCHEMY_DATABASE_URI=f"sqlite:///{file}",
+        TASKX_REPOSITORY=f"sqlite:///{file}?prefix=taskx_",
+        TASKX_WORKERS=1,
+    )
+    db.init_app(app)
+
+    @app.post("/orders/<book>/<end>")
+    def add(book: str, end: str) -> str:
+        order = Order(book=book)
+        db.session.add(order)
+        db.session.flush()
+        handle = taskx.submit(confirm, {"order": order.id}, connection=db.session)
+        getattr(db.session, end)()
+        return handle.id
+
+    with app.app_context():
+        db.create_all()
+        with db.engine.connect() as connection:
+            connection.exec_driver_sql("PRAGMA journal_mode = WAL")
+    client, queue = app.test_client(), queue_of(app)
+    ids = [
+        client.post(f"/orders/{book}/{end}").text
+        for book, end in (("Emma", "commit"), ("Lost", "rollback"), ("Ulysses", "commit"))
+    ]
+    results = [queue.handle(id).result(timeout=60) for id in (ids[0], ids[2])]
+    assert results == ["Emma is confirmed", "Ulysses is confirmed"]
+    assert queue.list_tasks().total == 2
+    with app.app_context():
+        assert [order.book for order in db.session.query(Order)] == ["Emma", "Ulysses"]
+        assert len({*sessions, db.session()}) == 3, "each execution has a session of its own"
+        queue.stop()
+        db.engine.dispose()
+
+
 # --- flask taskx
 
 

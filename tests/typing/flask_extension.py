@@ -44,6 +44,7 @@ def use(app: Flask) -> None:
     assert_type(taskx.submit(report, {"month": "2024-05"}), TaskHandle[int])
     assert_type(taskx.submit(plain.using(priority=2), {"count": 1}), TaskHandle[str])
     assert_type(taskx.submit("report", {"month": "2024-05"}, priority=1), TaskHandle[Any])
+    assert_type(taskx.submit(report, {"month": "x"}, connection=object()), TaskHandle[int])
     taskx.schedule("nightly", every(60), report, {"month": "2024-05"}, overlap="skip")
     taskx.init_app(app)
     taskx.start()
