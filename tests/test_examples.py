@@ -559,7 +559,7 @@ def test_flask_counts_the_words_of_an_upload(client):
 
 
 def test_flask_shows_progress(client):
-    task_id = submit(client, LONG)
+    task_id = submit(client, "word\n" * 2000)
     told = wait_until(lambda: (t := shown(client, task_id))["progress"] and t)
     assert told["status"] == "running"
     assert told["message"].startswith("page ")
@@ -732,6 +732,29 @@ def test_flask_runs_tasks_in_the_serving_process(factory, args):
             handle = queue.handle(json.loads(body)["id"])
             assert handle.result(timeout=30) == "2024-05: 3.00 EUR"
             assert [*queue.schedules()] == ["nightly"]
+            assert queue.repository.liveness.nodes() == [node]
+
+
+def test_a_reload_hands_the_tasks_of_a_flask_site_to_the_next_child(factory):
+    """The old child's queue has left before the new one starts: there are never two."""
+    port = free_port()
+    tasks = factory / "reports" / "tasks.py"
+    code = tasks.read_text()
+    assert "    total = 0.0\n" in code
+    tasks.write_text(code.replace("    total = 0.0\n", "    total = 0.0\n    ctx.sleep(600)\n"))
+    command, env = flask_command("run", "--port", str(port), "--debug")
+    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with program(*command, env=env, cwd=factory, **options):
+        body = wait_until(lambda: answers(f"http://127.0.0.1:{port}/reports/2024-05", b"[1, 2]"))
+        with submitter(factory / "reports.db", "report") as queue:
+            handle = queue.handle(json.loads(body)["id"])
+            wait_until(lambda: handle.task().status is TaskStatus.RUNNING)
+            [old] = queue.repository.liveness.nodes()
+            tasks.write_text(code)
+            wait_until(lambda: old not in queue.repository.liveness.nodes())
+            wait_until(lambda: answers(f"http://127.0.0.1:{port}/reports/{handle.id}"))
+            assert handle.result(timeout=60) == "2024-05: 3.00 EUR"
+            assert (handle.task().interruptions, handle.task().crashes) == (1, 0)
             assert len(queue.repository.liveness.nodes()) == 1
 
 

@@ -60,7 +60,7 @@ class Site:
         self.master = subprocess.Popen(
             [
                 *(sys.executable, "-m", "gunicorn", "--bind", self.address, "--workers", "2"),
-                *("--log-file", str(self.log), *options),
+                *("--log-file", str(self.log), "--timeout", "120", *options),
             ],
             cwd=folder,
         )
