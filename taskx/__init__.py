@@ -43,6 +43,7 @@ from taskx.executing.context import Context
 from taskx.executing.current import TaskLogFilter, current_context
 from taskx.executing.executors import BoundExecutor, Executor, TaskExecutor, executor
 from taskx.executing.registry import Middleware
+from taskx.executing.transactions import Transaction
 from taskx.flows import Flow, FlowHandle, FlowSummary, chain, group
 from taskx.inspecting.changelog import Change
 from taskx.inspecting.diagnosis import Diagnosis
@@ -136,6 +137,7 @@ __all__ = [
     "TaskxError",
     "ThreadStack",
     "Tick",
+    "Transaction",
     "Tuned",
     "TunedType",
     "TypeHistory",

@@ -446,6 +446,8 @@ class Services:
         self.watcher = self.watcher_class(repository, log, self.agenda)
         self.controls = Controls(repository)
         self.runner = self.runner_class(clock, self.alarms, registry.max_payload_size)
-        self.keeper = Keeper(repository, self.ledger, registry.max_payload_size)
+        self.keeper = Keeper(
+            repository, self.ledger, registry.max_payload_size, registry.values, clock
+        )
         self.consequences = Consequences(self, state)
         self.turns, self.dependents = self.consequences.turns, self.consequences.dependents

@@ -450,6 +450,11 @@ def checkpoint(task: Task, checkpoints: str, *, durable: bool) -> Update:
     return Update(task.id, _fence(task), {"checkpoints": checkpoints}, durable, "checkpoint")
 
 
+def still_runs(task: Task) -> Update:
+    """Change nothing, if the run still has its task."""
+    return Update(task.id, _fence(task), {"starts": task.starts}, move="checkpoint")
+
+
 def conclude(task: Task, ending: Ending, now: int) -> list[Update]:
     """End an attempt; the move depends on how the attempt ended and on why its token fired."""
     if ending.returned:

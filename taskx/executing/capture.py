@@ -70,13 +70,13 @@ class CapturedLogger(logging.Logger):
     def __init__(self, logger: logging.Logger, capture: Capture) -> None:
         super().__init__(logger.name)
         self._logger = logger
-        self._capture = capture
+        self.capture = capture
 
     def isEnabledFor(self, level: int) -> bool:  # noqa: N802  (logging's name)
-        return level >= self._capture.level or self._logger.isEnabledFor(level)
+        return level >= self.capture.level or self._logger.isEnabledFor(level)
 
     def callHandlers(self, record: logging.LogRecord) -> None:  # noqa: N802  (logging's name)
-        self._capture.add(record)
+        self.capture.add(record)
         record.taskx_kept = True
         if self._logger.isEnabledFor(record.levelno):
             self._logger.handle(record)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NoReturn
 
 from taskx.common import forks
 from taskx.common.ledger import Ledger
 from taskx.core import lifecycle, payload
+from taskx.core.clock import Clock
 from taskx.core.errors import CancelReason, ConfigurationError, RepositoryUnavailable
+from taskx.core.lifecycle import Ending
 from taskx.core.model import Task, check_name
 from taskx.core.record import checkpoints_to_text
 from taskx.core.token import CancelToken
+from taskx.core.values import Values
+from taskx.executing.transactions import Completed, Transaction, opened
 from taskx.storage.base import Repository
 
 # Seconds between two tries to store, while the repository is unavailable.
@@ -22,10 +27,19 @@ _PAUSE = 0.2
 class Keeper:
     """Stores the checkpoints of a queue's runs: at most ``max_payload_size`` bytes of JSON for each run."""
 
-    def __init__(self, repository: Repository, ledger: Ledger, max_payload_size: int) -> None:
+    def __init__(
+        self,
+        repository: Repository,
+        ledger: Ledger,
+        max_payload_size: int,
+        values: Mapping[str, Values],
+        clock: Clock,
+    ) -> None:
         self._repository = repository
         self._ledger = ledger
         self.max_payload_size = max_payload_size
+        self._values = values
+        self._clock = clock
         #: Held while a run creates its ``Checkpoints``: several of its threads may be the first to ask.
         self.lock = threading.Lock()
         #: The process that these runs belong to: see :mod:`taskx.common.forks`.
@@ -56,6 +70,30 @@ class Keeper:
                 token.wait(_PAUSE)
                 token.raise_if_cancelled()
 
+    def transaction(
+        self,
+        kept: Checkpoints,
+        token: CancelToken,
+        ending_of: Callable[[str | None, int], Ending],
+    ) -> AbstractContextManager[tuple[Transaction, list[Completed]]]:
+        """Open a transaction for a run: see :meth:`Context.transaction`.
+
+        ``ending_of`` makes the ending of a run from its result as JSON text and the time.
+        """
+        known = self._values.get(kept.task.type)
+
+        def encode(result: Any) -> str | None:
+            if known is not None:
+                result = known.encode_result(result)
+            return (
+                None if result is None else payload.encode(result, "result", self.max_payload_size)
+            )
+
+        def ending(result: str | None) -> Ending:
+            return ending_of(result, self._clock.now_ms())
+
+        return opened(self._repository, kept, token, encode, ending, self._clock)
+
 
 class Checkpoints:
     """The checkpoints of one run. Several threads of the run may store some.
@@ -66,10 +104,11 @@ class Checkpoints:
 
     def __init__(self, task: Task, token: CancelToken, keeper: Keeper) -> None:
         keeper.check()
-        self._task = task
+        self.task = task
         self._token = token
         self._keeper = keeper
         self._lock = threading.Lock()
+        self._transaction: Transaction | None = None
         self._taken: set[str] = set()
         #: The text that this run stored last.
         self.stored: str | None = None
@@ -136,7 +175,38 @@ class Checkpoints:
             )
         whole = checkpoints_to_text(steps, cursor)
         payload.check_size(whole, "checkpoints", self._keeper.max_payload_size)
-        if not self._keeper.store(self._task, whole, durable=durable, token=token):
-            self._token.fire(CancelReason.LEASE_LOST)
-            self._token.raise_if_cancelled()
+        if self._transaction is not None:
+            self._transaction.keep(whole)
+            return
+        if not self._keeper.store(self.task, whole, durable=durable, token=token):
+            self.lose()
         self.stored = whole
+
+    # --- inside a transaction of the run
+
+    def refuse_nested(self) -> None:
+        """Raise ``ConfigurationError`` if a transaction of the run is open."""
+        if self._transaction is not None:
+            raise ConfigurationError("ctx.transaction() cannot be used inside ctx.transaction()")
+
+    @contextmanager
+    def inside(self, transaction: Transaction) -> Iterator[None]:
+        """Leave what is stored in a block to a transaction. If the block raises, it was never stored."""
+        with self._lock:
+            steps, cursor, taken = self._steps, self._cursor, set(self._taken)
+            self._transaction = transaction
+        try:
+            yield
+            if transaction.checkpoints is not None:
+                self.stored = transaction.checkpoints
+        except BaseException:
+            self._steps, self._cursor, self._taken = steps, cursor, taken
+            raise
+        finally:
+            self._transaction = None
+
+    def lose(self) -> NoReturn:
+        """End the run, because it has lost its task."""
+        self._token.fire(CancelReason.LEASE_LOST)
+        self._token.raise_if_cancelled()
+        raise AssertionError("the token has fired")

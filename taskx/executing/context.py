@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -10,11 +11,15 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 from taskx.core.checks import check_number
+from taskx.core.clock import to_ms
 from taskx.core.errors import CancelReason, ConfigurationError, RepositoryCorrupt, TaskNotFound
+from taskx.core.lifecycle import Ending
 from taskx.core.model import Task, TaskStatus
 from taskx.core.record import check_progress
 from taskx.core.token import CancelToken
+from taskx.executing.capture import CapturedLogger
 from taskx.executing.checkpoints import Checkpoints, Keeper
+from taskx.executing.transactions import Completed, Transaction
 
 if TYPE_CHECKING:
     from taskx.executing.alarms import Alarms
@@ -59,6 +64,7 @@ class Context:
         *("_copy", "_shared", "_task", "_token"),
         *("_message", "_percent", "_unwritten"),
         *("_checkpoints", "_run_token", "_stored"),
+        "completed",
     )
 
     def __init__(self, task: Task, token: CancelToken, shared: Shared) -> None:
@@ -71,6 +77,8 @@ class Context:
         self._unwritten = False
         self._checkpoints: Checkpoints | None = None
         self._stored: str | None = None  # the checkpoints that were stored last
+        #: How a transaction of the run has completed the task; None if none has.
+        self.completed: Completed | None = None
 
     @property
     def task(self) -> Task:
@@ -184,6 +192,48 @@ class Context:
     @cursor.setter
     def cursor(self, value: Any) -> None:
         self._kept().set_cursor(value, self._token)
+
+    @contextmanager
+    def transaction(self) -> Iterator[Transaction]:
+        """Commit writes of your own together with checkpoints, or with the completion of the task.
+
+        ``with ctx.transaction() as tx:`` opens a transaction in the database of the tasks, on
+        ``tx.connection``. Inside the block, ``ctx.step`` and ``ctx.cursor`` are part of it. After
+        ``tx.complete(result)`` the completion of the task is, too. All of it is committed at the end of the
+        block, if this run still has its task. If the block raises, all of it is rolled back, and the
+        checkpoints are again what they were.
+
+        Other writers of the file wait until the block ends: keep it short.
+
+        Raises:
+            ConfigurationError: the repository shares no database with your data; a transaction of this run
+                is open; the task was completed; or this is a child process.
+            TaskCancelled: the token had fired before the block; or this run has lost its task to another
+                run, and nothing was stored.
+            RepositoryError: the transaction could not be committed, and nothing was stored.
+        """
+        if self.completed is not None:
+            raise ConfigurationError("this run has completed its task in a transaction")
+        keeper = self._shared.keeper
+        with keeper.transaction(self._kept(), self._token, self._ending) as (tx, completed):
+            yield tx
+        if completed:
+            (self.completed,) = completed
+
+    def _ending(self, result: str | None, now: int) -> Ending:
+        """Return how this run ends if it completes its task now."""
+        task, thread, log = self._task, threading.current_thread().name, self._shared.log
+        own = task.worker.endswith(f" {thread}")
+        ending = Ending(
+            returned=True, result=result, worker=task.worker if own else f"{task.worker} {thread}"
+        )
+        if task.started_at is not None:
+            ending.duration = max(0.0, (now - to_ms(task.started_at)) / 1000)
+        if (told := self.latest_progress()) is not None:
+            ending.progress, ending.message = told
+        if isinstance(log, CapturedLogger):
+            ending.log = log.capture.text()
+        return ending
 
     def shown(self, changes: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the changes as others see the record: together with the checkpoints stored before."""

@@ -369,12 +369,18 @@ class WorkerPool:
             run.overdue = self.stuck.watch(run, worker)
 
     def _defer(self, run: Run, ending: Ending) -> None:
+        if run.context.completed is not None:
+            self._conclude_again(run, ending)
+            return
         ending, writes, more = self._outcome(run, ending)
         writes = [*writes, *more] if more else writes
         self.services.ledger.defer(writes, partial(self._concluded, run, ending, writes))
 
     def conclude(self, run: Run, ending: Ending) -> None:
         """Commit an outcome now, and do what follows from it, on a thread that may be interrupted."""
+        if run.context.completed is not None:
+            self._conclude_again(run, ending)
+            return
         ending, writes, more = self._outcome(run, ending)
         results: Sequence[bool] = ()
         refused: BaseException | None = None
@@ -391,6 +397,20 @@ class WorkerPool:
         except TaskxError as error:
             refused = error
         self._concluded(run, ending, writes, results, refused)
+
+    def _conclude_again(self, run: Run, ending: Ending) -> None:
+        """Do what follows from an outcome that a transaction of the run has stored."""
+        assert run.context.completed is not None
+        stored, writes = run.context.completed
+        if not ending.returned or ending.result is not None:
+            self.services.log.warning(
+                "task %s (%s) was completed by tx.complete(); %s is ignored",
+                *(run.task.id, run.task.type),
+                "the result that it returned"
+                if ending.returned
+                else f"what followed ({ending.error})",
+            )
+        self._concluded(run, stored, writes, [True] * len(writes), None)
 
     def _outcome(self, run: Run, ending: Ending) -> tuple[Ending, list[Update], Sequence[Update]]:
         """Return the ending, its writes, and the writes that give the turn of its key to the next task."""

@@ -210,7 +210,7 @@ class Repository(TaskRepository):
     def joined(
         self,
         connection: object,
-        then: Then,
+        then: Then | None,
     ) -> AbstractContextManager[Repository]:
         """Return this repository as it is inside a transaction of the caller, for a ``with`` block.
 
@@ -219,7 +219,8 @@ class Repository(TaskRepository):
         raises, they are undone.
 
         Some time after the commit ``then`` is called on another thread, with the writes that the records
-        still show. It is not called after a rollback, and may never be called if the process ends.
+        still show. It is not called after a rollback, and may never be called if the process ends. It is
+        None if the caller of this method sees the commit itself.
 
         This version is for stores that cannot do this.
 
@@ -235,6 +236,26 @@ class Repository(TaskRepository):
 
     def refuse_own_transaction(self) -> None:
         """Raise ``ConfigurationError`` if this thread is in a transaction for which it would wait."""
+
+    def transaction(self) -> AbstractContextManager[Any]:
+        """Begin a transaction for an executor, on a connection of its own, for a ``with`` block.
+
+        Its value is the driver's connection, which :meth:`joined` accepts. It is committed at the end of
+        the block, and rolled back if the block raises. The executor itself cannot commit it.
+
+        This version is for stores that cannot do this.
+
+        Raises:
+            ConfigurationError: an application's data cannot be in this store.
+            RepositoryError: nothing was committed, unless the error's ``in_doubt`` is True.
+        """
+        raise ConfigurationError(
+            f"{type(self).__name__} shares no database with your data, so ctx.transaction() is not "
+            "available: use SQLiteRepository(path, prefix='taskx_') on the file of the application"
+        )
+
+    def tell_others(self, writes: Sequence[Write]) -> None:
+        """Tell other processes of writes that were committed without :meth:`apply`."""
 
     # --- reading. Each read, also ``list`` and ``count``, sees all that any process had committed before it
 

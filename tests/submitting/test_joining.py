@@ -425,11 +425,13 @@ class TestSQLAlchemy:
         assert {task.id for task in queue.list_tasks()[0]} == {"a", "c"}
 
     def test_a_driver_connection_of_another_database_is_refused(self, queue):
+        engine = sa.create_engine("sqlite://")
         with (
-            sa.create_engine("sqlite://").connect() as connection,
+            engine.connect() as connection,
             pytest.raises(ConfigurationError, match="a database in memory"),
         ):
             queue.submit("echo", connection=connection)
+        engine.dispose()
 
 
 class TestWakeUps:

@@ -160,6 +160,13 @@ def calling(ctx: Context) -> None:
     add()  # type: ignore[call-arg]
 
 
+def in_a_transaction(ctx: Context) -> None:
+    with ctx.transaction() as tx:
+        assert_type(tx, taskx.Transaction)
+        tx.complete({"paid": True})
+        tx.complete(1, 2)  # type: ignore[call-arg]
+
+
 def by_name() -> None:
     handle = queue.submit("fetch", {"url": "x"}, priority=5, delay=1.5, created_by="me")
     assert_type(handle, TaskHandle[Any])

@@ -193,6 +193,12 @@ class _Parent(Keeper):
         if self._refused:
             raise ConfigurationError(self._refused)
 
+    def transaction(self, *_: Any) -> NoReturn:
+        raise ConfigurationError(
+            "ctx.transaction() is not available with isolation='process': the child process has no "
+            "connection to the repository"
+        )
+
     def store(self, task: Task, text: str, *, durable: bool, token: CancelToken) -> bool:
         kept = bool(self._ask("checkpoints", text, durable))
         if not kept:

@@ -6,6 +6,7 @@ caller may hold SQLite's write lock, for which other threads wait.
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
 import time
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import compress
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import attrs
 
@@ -67,7 +69,7 @@ def _begin_in_sqlalchemy(connection: Any) -> None:
 
 
 @contextmanager
-def join(outer: SQLiteRepository, given: object, then: Then) -> Iterator[Joined]:
+def join(outer: SQLiteRepository, given: object, then: Then | None) -> Iterator[Joined]:
     """Do what :meth:`Repository.joined` describes."""
     connection = driver_connection(given)
     made = Joined(outer, connection)
@@ -85,8 +87,72 @@ def join(outer: SQLiteRepository, given: object, then: Then) -> Iterator[Joined]
         raise
     finally:
         connection.text_factory = text_factory
-    if made.applied:
+    if made.applied and then is not None:
         outer.callers.watch(connection, made.applied, then)
+
+
+@contextmanager
+def own_transaction(outer: SQLiteRepository) -> Iterator[sqlite3.Connection]:
+    """Do what :meth:`Repository.transaction` describes."""
+    outer.open()
+    connection = sqlite3.connect(
+        f"file://{quote(os.fsencode(outer.file.path))}?mode=rw",
+        uri=True,
+        timeout=outer.busy_timeout,
+        isolation_level=None,
+    )
+    guard = _Guard()
+    try:
+        outer.file.check()
+        connection.set_authorizer(guard.authorize)
+        if outer.durability == "process":
+            connection.execute("PRAGMA synchronous = NORMAL")
+        with _translating(outer):
+            outer.begin_on(connection)
+        guard.locked = True
+        yield connection
+        guard.locked = False
+        with _translating(outer):
+            _commit(connection)
+    finally:
+        connection.close()  # which rolls back what was not committed
+
+
+def _commit(connection: sqlite3.Connection) -> None:
+    try:
+        connection.execute("COMMIT")
+    except sqlite3.Error as error:
+        if connection.in_transaction:
+            raise
+        # SQLite has ended the transaction itself, one way or the other.
+        raise _InDoubt(str(error)) from error
+
+
+class _InDoubt(Exception):
+    """A COMMIT failed, and no transaction is open."""
+
+
+class _Guard:
+    """Forbids the statements that would end a transaction, as long as it is locked."""
+
+    locked = False
+
+    def authorize(self, action: int, *_: object) -> int:
+        denied = self.locked and action == sqlite3.SQLITE_TRANSACTION
+        return sqlite3.SQLITE_DENY if denied else sqlite3.SQLITE_OK
+
+
+@contextmanager
+def _translating(outer: SQLiteRepository) -> Iterator[None]:
+    try:
+        yield
+    except _InDoubt as error:
+        translated = outer.translated(error)
+        if isinstance(translated, RepositoryError):
+            translated.in_doubt = True
+        raise translated from error.__cause__
+    except FAILURES as error:
+        raise outer.translated(error) from error
 
 
 class Joined(SQLiteRepository):

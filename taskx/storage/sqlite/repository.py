@@ -133,6 +133,7 @@ class SQLiteRepository(Repository):
         self.schema = schema.OWN if prefix == "" else schema.PrefixedSchema(prefix)
         self.file = self._file = DatabaseFile(self.path, create, prefix)
         self._connections = Connections(self._file, seconds, self.schema)
+        self.busy_timeout = seconds
         self._turnstile = Turnstile(self._file)
         self._wakeups = Wakeups(self._file)
         self._write_lock = threading.RLock()
@@ -297,11 +298,35 @@ class SQLiteRepository(Repository):
     # --- inside a transaction of the caller
 
     @contextmanager
-    def joined(self, connection: object, then: Then) -> Iterator[Repository]:
+    def joined(self, connection: object, then: Then | None) -> Iterator[Repository]:
         from taskx.storage.sqlite.joining import join  # most programs do not need it
 
         with join(self, connection, then) as made:
             yield made
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        if not self.prefix:
+            raise ConfigurationError(
+                f"{self.file.path} is TaskX's own file, so it has no data of yours, and ctx.transaction() "
+                "is not available: use SQLiteRepository(path, prefix='taskx_') on the application's file"
+            )
+        from taskx.storage.sqlite.joining import own_transaction
+
+        with own_transaction(self) as connection:
+            yield connection
+
+    def begin_on(self, connection: sqlite3.Connection) -> None:
+        """Begin a transaction on another connection, when it is this process's turn."""
+        if self.entered:
+            raise Reentered
+        with self._write_lock:
+            try:
+                self._turnstile.enter(self.busy_timeout)
+                connection.execute("BEGIN IMMEDIATE")
+            finally:
+                self._turnstile.leave()
+        self.note_caller(connection)
 
     @property
     def callers(self) -> Callers:

@@ -1,0 +1,450 @@
+"""Transactions of executors: writes, checkpoints and completion are committed together."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from contextlib import closing, suppress
+
+import pytest
+
+from taskx import (
+    Config,
+    ConfigurationError,
+    Context,
+    MemoryRepository,
+    PayloadError,
+    Queue,
+    RepositoryError,
+    SQLiteRepository,
+    TaskFilter,
+    TaskStatus,
+)
+from taskx.storage.sqlite import joining
+
+LONG = 60
+
+
+@pytest.fixture
+def path(tmp_path):
+    with closing(sqlite3.connect(tmp_path / "app.db")) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("CREATE TABLE rows (n INTEGER)")
+        connection.commit()
+    return tmp_path / "app.db"
+
+
+@pytest.fixture
+def repository(path):
+    with SQLiteRepository(path, prefix="taskx_") as made:
+        made.count(TaskFilter())
+        yield made
+
+
+@pytest.fixture
+def run(make_queue):
+    """Run a function as an executor, and return the task's record after it."""
+
+    def run(function, queue=None, **options):
+        queue = queue or make_queue(worker_num=1)
+        queue.executor("t", **options)(function)
+        with queue:
+            handle = queue.submit("t")
+            with suppress(Exception):
+                handle.result(timeout=LONG)
+            return queue.get_task_status(handle.id)
+
+    return run
+
+
+@pytest.fixture
+def rows(path):
+    def rows():
+        with closing(sqlite3.connect(path)) as connection:
+            return [n for (n,) in connection.execute("SELECT n FROM rows ORDER BY n")]
+
+    return rows
+
+
+def add(tx, n):
+    tx.connection.execute("INSERT INTO rows VALUES (?)", (n,))
+
+
+class TestCompletion:
+    def test_writes_and_completion_are_committed_together(self, run, rows, repository):
+        def work(ctx):
+            ctx.progress(40, "nearly")
+            with ctx.transaction() as tx:
+                add(tx, 1)
+                tx.complete({"answer": 42})
+                assert rows() == []
+            assert rows() == [1]
+            status[:] = [repository.get_by_id(ctx.task.id).status]
+
+        status = []
+        task = run(work)
+        assert status == [TaskStatus.COMPLETED]
+        assert (task.status, task.result) == (TaskStatus.COMPLETED, {"answer": 42})
+        assert (task.progress, task.message) == (100, "nearly")
+        assert task.worker.endswith(" taskx-worker-1")
+        assert task.completed_at is not None
+
+    def test_the_handle_is_resolved_with_the_result(self, make_queue):
+        queue = make_queue(worker_num=1)
+
+        @queue.executor()
+        def work(ctx: Context) -> None:
+            with ctx.transaction() as tx:
+                tx.complete()
+
+        with queue:
+            assert queue.submit(work).result(timeout=LONG) is None
+
+    @pytest.mark.parametrize("later", ["a result", ValueError("too late")])
+    def test_what_comes_after_it_is_logged_and_ignored(self, run, later, caplog):
+        def work(ctx):
+            with ctx.transaction() as tx:
+                tx.complete("kept")
+            if isinstance(later, Exception):
+                raise later
+            return later
+
+        task = run(work, max_attempts=3)
+        assert (task.status, task.result, task.errors) == (TaskStatus.COMPLETED, "kept", 0)
+        assert "was completed by tx.complete()" in caplog.text
+
+    def test_a_result_that_is_no_json_is_refused_at_once(self, run, rows):
+        def work(ctx):
+            with ctx.transaction() as tx:
+                add(tx, 1)
+                with pytest.raises(PayloadError):
+                    tx.complete(object())
+                tx.complete("good")
+                with pytest.raises(ConfigurationError, match="already called"):
+                    tx.complete("again")
+
+        assert run(work).result == "good"
+        assert rows() == [1]
+
+    def test_the_next_task_of_a_key_gets_its_turn(self, make_queue):
+        queue = make_queue(worker_num=2)
+
+        @queue.executor("t")
+        def work(ctx):
+            with ctx.transaction() as tx:
+                tx.complete(ctx.task.id)
+
+        with queue:
+            handles = [queue.submit("t", concurrency_key="k") for _ in range(3)]
+            assert [h.result(timeout=LONG) for h in handles] == [h.id for h in handles]
+
+
+class TestRollback:
+    def test_an_error_undoes_writes_and_checkpoints(self, run, rows):
+        seen = []
+
+        def work(ctx):
+            ctx.cursor = 1
+            with suppress(ZeroDivisionError), ctx.transaction() as tx:
+                add(tx, 1)
+                ctx.cursor = 2
+                ctx.step("one", lambda: "undone")
+                tx.complete("never")
+                raise ZeroDivisionError
+            seen.append(ctx.cursor)
+            with ctx.transaction() as tx:
+                add(tx, 2)
+                seen.append(ctx.step("one", lambda: "done"))
+            return "returned"
+
+        assert run(work).result == "returned"
+        assert seen == [1, "done"]
+        assert rows() == [2]
+
+    def test_a_failed_attempt_leaves_nothing_for_the_next(self, run, rows):
+        cursors = []
+
+        def work(ctx):
+            cursors.append(ctx.cursor)
+            with ctx.transaction() as tx:
+                add(tx, ctx.task.attempt)
+                ctx.cursor = ctx.task.attempt
+                if ctx.task.attempt < 3:
+                    raise OSError
+                tx.complete()
+
+        assert run(work, max_attempts=3).status is TaskStatus.COMPLETED
+        assert cursors == [None] * 3
+        assert rows() == [3]
+
+    @pytest.mark.parametrize("completes", [False, True])
+    def test_a_run_that_has_lost_its_task_stores_nothing_and_ends(self, run, rows, path, completes):
+        ended = []
+
+        def work(ctx):
+            if ctx.task.starts > 1:
+                return "by another run"
+            with closing(sqlite3.connect(path, timeout=LONG)) as other:
+                other.execute("UPDATE taskx_tasks SET starts = starts + 1")
+                other.commit()
+            try:
+                with ctx.transaction() as tx:
+                    add(tx, 1)
+                    if completes:
+                        tx.complete("lost")
+            except BaseException as error:
+                ended.append(type(error).__name__)
+                with closing(sqlite3.connect(path, timeout=LONG)) as other:
+                    other.execute("UPDATE taskx_tasks SET status = 'pending', owner = '', held = 0")
+                    other.commit()
+                raise
+
+        assert run(work).result == "by another run"
+        assert ended == ["TaskCancelled"]
+        assert rows() == []
+
+
+class TestCheckpoints:
+    def test_a_loop_goes_on_exactly_where_it_stopped(self, run, rows):
+        def work(ctx):
+            for n in range(ctx.cursor or 0, 10):
+                with ctx.transaction() as tx:
+                    add(tx, n)
+                    ctx.cursor = n + 1
+                    if n == 3 * ctx.task.attempt:
+                        raise OSError
+
+        assert run(work, max_attempts=9).status is TaskStatus.COMPLETED
+        assert rows() == [*range(10)]
+
+    def test_writes_without_a_checkpoint_are_committed(self, run, rows):
+        def work(ctx):
+            with ctx.transaction() as tx:
+                add(tx, 1)
+            return rows()
+
+        assert run(work).result == [1]
+
+    def test_tasks_are_submitted_in_it(self, make_queue, rows):
+        queue = make_queue(worker_num=2)
+        queue.executor("child")(lambda n: n)
+
+        @queue.executor("t")
+        def work(ctx):
+            with ctx.transaction() as tx:
+                add(tx, 1)
+                with pytest.raises(ConfigurationError, match="it would wait for itself"):
+                    queue.submit("child", {"n": 0})
+                child = queue.submit("child", {"n": 7}, connection=tx.connection)
+                tx.complete(child.id)
+
+        with queue:
+            child = queue.submit("t").result(timeout=LONG)
+            assert queue.handle(child).result(timeout=LONG) == 7
+        assert queue.list_tasks(type="child").total == 1
+
+    def test_another_thread_of_the_run_cannot_store_in_it(self, run):
+        said = []
+
+        def work(ctx):
+            def other():
+                try:
+                    ctx.step("two", int)
+                except ConfigurationError as error:
+                    said.append(str(error))
+
+            with ctx.transaction():
+                thread = threading.Thread(target=other)
+                thread.start()
+                thread.join()
+            return ctx.step("two", int)
+
+        assert run(work).result == 0
+        assert "another thread of this run" in said[0]
+
+
+class TestCommit:
+    """A COMMIT whose outcome is unknown is read back."""
+
+    @pytest.mark.parametrize("end", ["COMMIT", "ROLLBACK"])
+    def test_in_doubt(self, run, rows, monkeypatch, end):
+        doubtful = iter([end])
+
+        def commit(connection):
+            connection.execute(last := next(doubtful, "COMMIT"))
+            if last == end:
+                raise joining._InDoubt("disk I/O error")
+
+        monkeypatch.setattr(joining, "_commit", commit)
+        raised = []
+
+        def work(ctx):
+            try:
+                with ctx.transaction() as tx:
+                    add(tx, ctx.task.attempt)
+                    tx.complete("done")
+            except RepositoryError as error:
+                raised.append(error)
+                monkeypatch.undo()
+                raise
+
+        task = run(work, max_attempts=2)
+        assert (task.status, task.result) == (TaskStatus.COMPLETED, "done")
+        assert rows() == ([1] if end == "COMMIT" else [2])
+        assert len(raised) == (end == "ROLLBACK")
+
+    @pytest.mark.parametrize(
+        "end",
+        [
+            lambda connection: connection.commit(),
+            lambda connection: connection.rollback(),
+            lambda connection: connection.execute("COMMIT"),
+            lambda connection: connection.executescript("SELECT 1"),
+            lambda connection: connection.execute("BEGIN"),
+        ],
+    )
+    def test_only_the_end_of_the_block_commits(self, run, rows, end):
+        def work(ctx):
+            with ctx.transaction() as tx:
+                add(tx, 1)
+                with suppress(sqlite3.Error):
+                    end(tx.connection)
+                assert tx.connection.in_transaction
+                assert rows() == []
+                tx.complete("whole")
+
+        assert run(work).result == "whole"
+        assert rows() == [1]
+
+
+class TestRefused:
+    def refused(self, run, queue=None, **options):
+        def work(ctx):
+            with pytest.raises(ConfigurationError) as caught, ctx.transaction():
+                pytest.fail("it must not begin")
+            return str(caught.value)
+
+        return run(work, queue, **options).result
+
+    def test_in_a_file_of_taskx(self, run, tmp_path):
+        with SQLiteRepository(tmp_path / "tasks.db") as repository:
+            said = self.refused(run, Queue(repository, Config(worker_num=1)))
+        assert "TaskX's own file" in said
+
+    def test_in_memory(self, run):
+        assert "shares no database" in self.refused(run, Queue(MemoryRepository()))
+
+    def test_inside_another_transaction(self, run):
+        def work(ctx):
+            with ctx.transaction() as tx:
+                with (
+                    pytest.raises(ConfigurationError, match=r"inside ctx\.transaction"),
+                    ctx.transaction(),
+                ):
+                    pytest.fail("it must not begin")
+                tx.complete("outer")
+            with (
+                pytest.raises(ConfigurationError, match="has completed its task"),
+                ctx.transaction(),
+            ):
+                pytest.fail("it must not begin")
+
+        assert run(work).result == "outer"
+
+    def test_inside_a_transaction_of_the_thread(self, make_queue, run, path):
+        queue = make_queue(worker_num=1)
+        queue.declare("other")
+
+        def work(ctx):
+            with closing(sqlite3.connect(path, timeout=LONG)) as own:
+                queue.submit("other", connection=own)
+                with (
+                    pytest.raises(ConfigurationError, match="it would wait for itself"),
+                    ctx.transaction(),
+                ):
+                    pytest.fail("it must not begin")
+                own.rollback()
+            return "refused"
+
+        assert run(work, queue).result == "refused"
+
+
+def in_a_child(ctx):
+    try:
+        with ctx.transaction():
+            return "begun"
+    except ConfigurationError as error:
+        return str(error)
+
+
+@pytest.mark.process
+def test_a_child_process_has_no_transaction(run):
+    assert "isolation='process'" in run(in_a_child, isolation="process").result
+
+
+# Each child dies at its own statement of the transaction, or right after its commit.
+KILLED = """
+import os, signal, sqlite3, sys
+from taskx import Config, Queue, SQLiteRepository
+
+path, completes = sys.argv[1], sys.argv[2] == "True"
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def child(fatal):
+    left = [fatal]
+
+    def count(statement):
+        left[0] -= 1
+        if not left[0]:
+            die()
+
+    queue = Queue(SQLiteRepository(path, prefix="taskx_"), Config(worker_num=1))
+
+    @queue.executor("t", max_crashes=100)
+    def work(ctx):
+        for n in range(ctx.cursor or 0, 3):
+            with ctx.transaction() as tx:
+                tx.connection.set_trace_callback(count)
+                tx.connection.execute("INSERT INTO rows VALUES (?)", (n,))
+                ctx.cursor = n + 1
+                if completes and n == 2:
+                    tx.complete("done")
+        if not fatal:
+            die()
+        return None if completes else "done"
+
+    with queue:
+        if fatal == 1:
+            queue.submit("t", id="t")
+        queue.handle("t").result(timeout=60)
+
+for fatal in [*range(1, 1000)]:
+    pid = os.fork()
+    if not pid:
+        try:
+            child(fatal)
+        except BaseException as error:
+            print(repr(error), flush=True)
+            os._exit(1)
+        os._exit(0)
+    status = os.waitpid(pid, 0)[1]
+    if not os.WIFSIGNALED(status):
+        print(fatal, status, flush=True)
+        break
+"""
+
+
+@pytest.mark.parametrize("completes", [True, False])
+def test_a_process_that_dies_at_any_statement_has_written_each_row_once(
+    spawn, path, repository, rows, completes
+):
+    child = spawn(KILLED, path, completes)
+    killed, status = map(int, child.read().split())
+    assert status == 0
+    assert killed > 5
+    assert rows() == [0, 1, 2]
+    task = repository.get_by_id("t")
+    assert (task.status, task.result) == (TaskStatus.COMPLETED, "done")
+    assert task.crashes == killed - 1
