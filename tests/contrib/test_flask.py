@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -41,6 +42,15 @@ def new_app(taskx: Taskx, name: str = "shop", **config: Any) -> Flask:
         return "home"
 
     return app
+
+
+apart = Taskx()
+
+
+@apart.executor("pid", isolation="process")
+def pid(double: int) -> list[Any]:
+    """Run in a child process, which imports this module and has no app."""
+    return [2 * double, os.getpid(), bool(current_app)]
 
 
 def queue_of(app: Flask) -> Queue:
@@ -353,6 +363,18 @@ def test_a_task_never_sees_the_request_that_submits_it(taskx, make_app):
     with testing.inline(queue_of(app)):
         told = app.test_client().post("/tasks").get_json()
     assert told == {"seen": [False, "shop", True], "here": "/tasks"}
+
+
+@pytest.mark.process
+def test_an_executor_in_a_child_process_has_no_app():
+    app = new_app(apart, TASKX_WORKERS=1)
+    apart.start(app)
+    try:
+        with app.app_context():
+            number, child, has_app = pid.submit(double=4).result(timeout=60)
+            assert (number, child != os.getpid(), has_app) == (8, True, False)
+    finally:
+        queue_of(app).close()
 
 
 def test_middleware_and_hooks_of_the_program_are_inside_the_context(make_app):

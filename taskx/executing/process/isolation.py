@@ -97,7 +97,6 @@ class Isolated:
         self, executor: Executor[Any, Any] | TaskExecutor, entry: Registered, max_payload_size: int
     ) -> None:
         self._type = entry.type
-        self._executor = executor
         self._code: Any = (
             executor.function if isinstance(executor, Executor) else executor.__class__
         )
@@ -150,7 +149,9 @@ class Isolated:
         found: Any = sys.modules.get(module)
         for part in name.split("."):
             found = getattr(found, part, None)
-        if found is not self._executor and found is not self._code:
+        if isinstance(found, Executor):
+            found = found.function
+        if found is not self._code:
             raise ConfigurationError(
                 f"cannot import the executor of {self._type!r}: {module}.{name} is another object"
             )
