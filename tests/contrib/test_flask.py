@@ -23,6 +23,7 @@ from taskx import (
     RepositoryUnavailable,
     TaskExecutor,
     TaskStatus,
+    UnknownTaskType,
     current_context,
     every,
     testing,
@@ -316,6 +317,14 @@ def test_schedules_are_stored_when_the_queue_starts(taskx, make_app):
     app.test_client().get("/")
     [schedule] = queue_of(app).schedules().values()
     assert (schedule.name, schedule.type) == ("heart", "beat")
+
+
+def test_a_wrong_schedule_is_told_at_the_first_request(taskx, make_app):
+    """It is a mistake of the program, so the site does not hide it in the log."""
+    taskx.schedule("heart", every(3600), "misspelt")
+    client = make_app().test_client()
+    with pytest.raises(UnknownTaskType, match="'misspelt'"):
+        client.get("/")
 
 
 # --- the context of the app
