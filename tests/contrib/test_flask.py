@@ -467,6 +467,7 @@ def test_a_task_is_stored_with_the_rows_of_the_session_or_not_at_all(taskx, make
         assert [order.book for order in db.session.query(Order)] == ["Emma", "Ulysses"]
         assert len({*sessions, db.session()}) == 3, "each execution has a session of its own"
         queue.stop()
+        db.session.remove()
         db.engine.dispose()
 
 
