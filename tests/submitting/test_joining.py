@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import sqlite3
 import threading
 import time
+import warnings
 from contextlib import closing
 
 import pytest
@@ -69,6 +71,13 @@ def count(queue, **condition):
 
 def order(connection, text="book"):
     connection.execute("INSERT INTO orders (text) VALUES (?)", (text,))
+
+
+def collect():
+    """Collect what nobody refers to. A warning of an open connection would keep it alive."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 class TestSubmit:
@@ -369,6 +378,26 @@ class TestOwnTransaction:
         connection.close()
         queue.submit("echo")
 
+    def test_a_connection_that_was_dropped_rolls_back(self, queue, path):
+        """Its owner raised, for example. TaskX must not keep it open."""
+        queue.submit("echo", connection=sqlite3.connect(path, timeout=20))
+        queue.repository.callers.inside()
+        collect()
+        queue.submit("echo", id="kept")
+        assert [task.id for task in queue.list_tasks()[0]] == ["kept"]
+
+    def test_a_connection_dropped_by_another_thread_rolls_back(self, queue, path):
+        def careless():
+            queue.submit("echo", connection=sqlite3.connect(path, timeout=20))
+
+        thread = threading.Thread(target=careless)
+        thread.start()
+        thread.join()
+        queue.repository.callers._thread.join(LONG)
+        collect()
+        queue.submit("echo", id="kept")
+        assert [task.id for task in queue.list_tasks()[0]] == ["kept"]
+
     def test_other_threads_wait(self, queue, connection):
         queue.submit("echo", connection=connection)
         thread = threading.Thread(target=queue.submit, args=("echo",))
@@ -450,13 +479,18 @@ class TestWakeUps:
                 waits.append(started[n] - committed)
         assert sorted(waits)[5] < 0.5, waits
 
-    def test_the_watching_thread_ends_with_the_transactions(self, queue, repository, connection):
-        for ended in (connection.commit, connection.rollback, connection.close):
+    def test_the_watching_thread_ends_with_the_connections(self, queue, repository, path):
+        connections = [sqlite3.connect(path, timeout=20) for _ in range(3)]
+        for connection in connections:
             queue.submit("echo", connection=connection)
-            thread = repository.callers._thread
-            ended()
-            thread.join(LONG)
-            assert not thread.is_alive()
+            connection.commit()
+        thread = repository.callers._thread
+        del connection
+        connections.pop().close()
+        connections.clear()
+        thread.join(LONG)
+        collect()
+        assert not thread.is_alive()
 
     def test_a_commit_is_noticed_while_the_next_transaction_is_open(
         self, queue, repository, connection, monkeypatch

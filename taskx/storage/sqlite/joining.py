@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from itertools import compress
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -33,6 +35,8 @@ _SHORTEST, _LONGEST = 0.001, 0.01
 # Seconds after which a transaction that seems to be open is looked up, and the longest time between two
 # look-ups. Its connection may be in the next transaction already.
 _FIRST_LOOK_UP, _LAST_LOOK_UP = 0.02, 1.0
+# Seconds between two looks while no transaction is open.
+_IDLE = 0.25
 # Seconds for which a transaction that has ended is looked up: SQLite says so before a commit is complete.
 _COMMITTING = 1.0
 _LEGACY = -1  # sqlite3.LEGACY_TRANSACTION_CONTROL, which Python 3.12 added
@@ -87,6 +91,7 @@ def join(outer: SQLiteRepository, given: object, then: Then | None) -> Iterator[
         raise
     finally:
         connection.text_factory = text_factory
+        made.let_go()
     if made.applied and then is not None:
         outer.callers.watch(connection, made.applied, then)
 
@@ -171,6 +176,10 @@ class Joined(SQLiteRepository):
         self._connection = connection
         self._cursor_class = schema.cursor_class(outer.prefix)
         self._wakeups = _Noting(self.applied)  # type: ignore[assignment]
+
+    def let_go(self) -> None:
+        """Drop the connection, so that this object keeps it no longer than its owner does."""
+        del self._connection
 
     # --- the transaction
 
@@ -304,10 +313,9 @@ class _Noting:
 
 
 @attrs.define(eq=False)
-class _Open:
+class _Stored:
     """Writes in a transaction that is open, as far as is known."""
 
-    connection: sqlite3.Connection
     writes: Sequence[Write]
     then: Then
     since: float = attrs.field(factory=time.monotonic)
@@ -332,50 +340,131 @@ class _Open:
         return now < self.ended_at + _COMMITTING
 
 
+@lru_cache
+def _references_of_one() -> int:
+    """Return the reference count of a connection that one name refers to: its cache refers to it, too."""
+    connection = sqlite3.connect(":memory:")
+    try:
+        return sys.getrefcount(connection)
+    finally:
+        connection.close()
+
+
+@attrs.define(eq=False)
+class _Given:
+    """A connection that a caller has given; None if its owner has closed or dropped it."""
+
+    connection: sqlite3.Connection | None
+    stored: list[_Stored] = attrs.field(factory=list)
+
+    @property
+    def dropped(self) -> bool:
+        """True if nobody else refers to the connection."""
+        return sys.getrefcount(self.connection) <= _references_of_one()
+
+    @property
+    def in_transaction(self) -> bool:
+        return self.connection is not None and _in_transaction(self.connection)
+
+    def end(self) -> None:
+        """Note that the last transaction of the connection has ended."""
+        for one in list(self.stored):
+            one.end()
+
+
 class Callers:
     """Watches the callers' transactions, and tells of their writes when they are committed.
 
     SQLite reports the commits of other connections only as a number that changes. So a thread looks at
     each connection every few milliseconds as long as one is in a transaction with writes of TaskX. Nothing
     depends on it: nodes also find the tasks by polling.
+
+    It also remembers the connection that each thread has given last. There are no weak references to
+    connections. So the thread looks for those that nobody else refers to, and lets go of them: one that was
+    dropped in the middle of a transaction must roll back.
     """
 
     def __init__(self, repository: SQLiteRepository) -> None:
         self._repository = repository
-        self._open: list[_Open] = []
+        self._given: list[_Given] = []
+        self._threads: dict[int, _Given] = {}
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._bell = threading.Event()
 
-    def watch(self, connection: sqlite3.Connection, writes: Sequence[Write], then: Then) -> None:
-        """Call ``then`` with those of the writes that are stored, when the transaction has ended."""
+    def note(self, connection: sqlite3.Connection) -> None:
+        """Remember the connection of a transaction that the calling thread is in."""
         with self._lock:
-            self._open.append(_Open(connection, writes, then))
+            given = next((one for one in self._given if one.connection is connection), None)
+            if given is None:
+                given = _Given(connection)
+                self._given.append(given)
+            self._threads[threading.get_ident()] = given
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="taskx-commits", daemon=True)
                 with suppress(RuntimeError):  # no thread can be started: polling finds the tasks
                     self._thread.start()
 
+    def inside(self) -> bool:
+        """Return True if the calling thread is in a transaction on a connection that it has given."""
+        given = self._threads.get(threading.get_ident())
+        if given is not None and given.dropped:
+            self._let_go()
+        return given is not None and given.in_transaction
+
+    def watch(self, connection: sqlite3.Connection, writes: Sequence[Write], then: Then) -> None:
+        """Call ``then`` with those of the writes that are stored, when the transaction has ended."""
+        self._threads[threading.get_ident()].stored.append(_Stored(writes, then))
+        self._bell.set()
+
     def ended(self, connection: sqlite3.Connection) -> None:
         """Note that the last transaction of a connection has ended, as it is in none."""
-        for one in list(self._open):
-            if one.connection is connection:
-                one.end()
+        for given in list(self._given):
+            if given.connection is connection:
+                given.end()
 
     def _run(self) -> None:
         while True:
-            for one in list(self._open):
-                if not _in_transaction(one.connection):
-                    one.end()
-                if time.monotonic() >= one.look_up_at and (self._tell(one) or not one.put_off()):
-                    self._open.remove(one)
+            for given in list(self._given):
+                self._look_up(given)
+            self._let_go()
             with self._lock:
-                if not self._open:
+                if not self._given:
                     self._thread = None
                     return
-                age = time.monotonic() - min(one.since for one in self._open)
-            time.sleep(min(_LONGEST, max(_SHORTEST, age / 20)))
+            since = [one.since for given in self._given for one in given.stored]
+            if since:
+                age = time.monotonic() - min(since)
+                time.sleep(min(_LONGEST, max(_SHORTEST, age / 20)))
+            else:
+                self._bell.wait(_IDLE)
+            self._bell.clear()
 
-    def _tell(self, one: _Open) -> bool:
+    def _look_up(self, given: _Given) -> None:
+        if given.stored and not given.in_transaction:
+            given.end()
+        for one in list(given.stored):
+            if time.monotonic() >= one.look_up_at and (self._tell(one) or not one.put_off()):
+                given.stored.remove(one)
+
+    def _let_go(self) -> None:
+        """Forget the connections that their owners have closed or dropped."""
+        left: list[
+            sqlite3.Connection
+        ] = []  # until the lock is free, as their finalizers may do anything
+        with self._lock:
+            for given in self._given:
+                if given.connection is not None and (given.dropped or is_closed(given.connection)):
+                    left.append(given.connection)
+                    given.connection = None
+            self._given = [one for one in self._given if one.connection is not None or one.stored]
+            self._threads = {
+                thread: one
+                for thread, one in self._threads.items()
+                if one.connection is not None or one.stored
+            }
+
+    def _tell(self, one: _Stored) -> bool:
         """Tell of the writes that are stored. Return True if any is."""
         repository = self._repository
         try:
@@ -393,3 +482,12 @@ def _in_transaction(connection: sqlite3.Connection) -> bool:
         return connection.in_transaction
     except sqlite3.ProgrammingError:  # it was closed
         return False
+
+
+def is_closed(connection: sqlite3.Connection) -> bool:
+    """Return True if a connection was closed; any thread may ask."""
+    try:
+        connection.in_transaction  # noqa: B018
+    except sqlite3.ProgrammingError:
+        return True
+    return False

@@ -141,8 +141,7 @@ class SQLiteRepository(Repository):
         # commits.
         self._seen, self._commits = (0, 0), 0
         self._newer: SchemaMismatch | None = None
-        # The connection that each thread last gave to ``joined``.
-        self._given = threading.local()
+        self._inherited: list[object] = []  # the parent's, which a forked child never closes
         tell_of_forks(self)
 
     def __repr__(self) -> str:
@@ -338,16 +337,11 @@ class SQLiteRepository(Repository):
 
     def note_caller(self, connection: sqlite3.Connection) -> None:
         """Note the connection of a transaction that this thread is in: see ``refuse_own_transaction``."""
-        self._given.connection = connection
+        self.callers.note(connection)
         self.joins = True
 
     def refuse_own_transaction(self) -> None:
-        connection: sqlite3.Connection | None = vars(self._given).get("connection")
-        try:
-            inside = connection is not None and connection.in_transaction
-        except sqlite3.ProgrammingError:  # it was closed
-            inside = False
-        if inside:
+        if self.callers.inside():
             raise ConfigurationError(
                 f"this thread is in a transaction of its own on {self.file.path}, so it would wait for "
                 "itself; nothing was stored. Pass connection=..., or commit first"
@@ -662,8 +656,7 @@ class SQLiteRepository(Repository):
         self._connections.renew_after_fork()
         self._turnstile.leave = dict
         self._wakeups.renew_after_fork()
-        vars(self).pop("_callers", None)
-        self._given = threading.local()
+        self._inherited.append(vars(self).pop("_callers", None))
 
 
 def _let_go(writes: Sequence[Write] | None) -> bool:
