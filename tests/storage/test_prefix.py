@@ -1,6 +1,7 @@
 """Tables in the file of an application."""
 
 import sqlite3
+import threading
 from contextlib import closing
 
 import pytest
@@ -67,6 +68,43 @@ def test_a_queue_runs_on_tables_with_a_prefix(application, repository):
         handles = queue.submit_many([Task(type="double", params={"n": n}) for n in range(20)])
         assert [handle.result(timeout=30) for handle in handles] == [n * 2 for n in range(20)]
     assert application.execute("SELECT count(*) FROM taskx_tasks").fetchone() == (20,)
+
+
+def test_an_application_that_writes_without_pause_does_not_keep_tasks_waiting(
+    tmp_path, application, repository
+):
+    """With SQLite's own busy handler, the tasks below take minutes."""
+    queue, done, written = Queue(repository, Config(worker_num=2)), threading.Event(), []
+    queue.executor("t")(lambda: None)
+
+    def write():
+        with closing(sqlite3.connect(tmp_path / "app.db", timeout=60)) as own:
+            while not done.is_set():
+                own.execute("INSERT INTO tasks (notes) VALUES ('x')")
+                own.commit()
+                written.append(1)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        with queue:
+            handles = [queue.submit("t") for _ in range(300)]
+            for handle in handles:
+                handle.result(timeout=60)
+    finally:
+        done.set()
+        thread.join()
+    assert len(written) > 10
+
+
+def test_a_file_that_stays_locked_is_an_error_after_the_time_out(tmp_path, application):
+    with SQLiteRepository(tmp_path / "app.db", prefix="taskx_", busy_timeout=0.2) as repository:
+        repository.count(TaskFilter())
+        application.execute("BEGIN IMMEDIATE")
+        with pytest.raises(RepositoryUnavailable, match=r"locked for 0\.2 s"):
+            repository.create(Task(id="a", type="t"))
+        application.execute("ROLLBACK")
+        repository.create(Task(id="a", type="t"))
 
 
 def test_tables_with_different_prefixes_share_a_file(tmp_path, application, repository):
