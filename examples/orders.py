@@ -1,15 +1,15 @@
-"""A shop that stores each order together with the task that confirms it by mail.
+"""A shop that stores each order together with the task that writes its mail.
 
     python examples/orders.py
 
-The order and its task are in one transaction of one file. So there is no order without a mail, and no mail
-for an order that was rolled back, whenever the program dies.
+An order and its task are stored in one transaction, and so are a mail and the completion of the task that
+wrote it. So each order has exactly one mail, whenever the program dies.
 """
 
 import sqlite3
 from contextlib import closing
 
-from taskx import Config, Queue, SQLiteRepository
+from taskx import Config, Context, Queue, SQLiteRepository
 
 FILE = "shop.db"
 
@@ -24,18 +24,21 @@ def create_tables() -> None:
         connection.execute(
             "CREATE TABLE IF NOT EXISTS orders (id INTEGER PRIMARY KEY, book TEXT, customer TEXT)"
         )
+        connection.execute("CREATE TABLE IF NOT EXISTS mails (id INTEGER PRIMARY KEY, text TEXT)")
 
 
 queue = Queue(SQLiteRepository(FILE, prefix="taskx_"), Config(worker_num=4))
 
 
 @queue.executor("confirm", max_attempts=5)
-def confirm(order: int) -> None:
-    with closing(connect()) as connection:
-        book, customer = connection.execute(
+def confirm(ctx: Context, order: int) -> None:
+    with ctx.transaction() as tx:
+        book, customer = tx.connection.execute(
             "SELECT book, customer FROM orders WHERE id = ?", (order,)
         ).fetchone()
-    print(f"to {customer}: thank you for ordering {book}")
+        text = f"to {customer}: thank you for ordering {book}"
+        tx.connection.execute("INSERT INTO mails (text) VALUES (?)", (text,))
+        tx.complete()
 
 
 def buy(book: str, customer: str, price: float, credit: float) -> bool:
@@ -61,4 +64,5 @@ if __name__ == "__main__":
         queue.drain(timeout=60)
     with closing(connect()) as connection:
         ((orders,),) = connection.execute("SELECT count(*) FROM orders")
-    print(f"{orders} orders, {queue.count_tasks(type='confirm', status='completed')} mails")
+        mails = [text for (text,) in connection.execute("SELECT text FROM mails")]
+    print(*mails, f"{orders} orders, {len(mails)} mails", sep="\n")

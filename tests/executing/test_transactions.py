@@ -317,6 +317,69 @@ class TestCommit:
         assert rows() == [1]
 
 
+class TestConnect:
+    """The application may open the connections itself."""
+
+    def on(self, path, connect):
+        return SQLiteRepository(path, prefix="taskx_", connect=connect)
+
+    def test_its_settings_hold_in_the_transaction(self, run, path):
+        with closing(sqlite3.connect(path)) as connection:
+            connection.execute("CREATE TABLE parents (n INTEGER PRIMARY KEY)")
+            connection.execute("CREATE TABLE children (n INTEGER REFERENCES parents)")
+
+        def connect():
+            opened.append(sqlite3.connect(path, timeout=LONG))
+            opened[-1].execute("PRAGMA foreign_keys = ON")
+            opened[-1].row_factory = sqlite3.Row
+            return opened[-1]
+
+        def work(ctx):
+            with pytest.raises(sqlite3.IntegrityError), ctx.transaction() as tx:
+                tx.connection.execute("INSERT INTO children VALUES (1)")
+            with ctx.transaction() as tx:
+                tx.connection.execute("INSERT INTO parents VALUES (1)")
+                tx.connection.execute("INSERT INTO children VALUES (1)")
+                row = tx.connection.execute("SELECT n FROM children").fetchone()
+                tx.complete(row["n"])
+
+        opened = []
+        with self.on(path, connect) as repository:
+            assert run(work, Queue(repository, Config(worker_num=1))).result == 1
+        assert len(opened) == 2
+        for connection in opened:
+            with pytest.raises(sqlite3.ProgrammingError):
+                connection.execute("SELECT 1")
+
+    @pytest.mark.parametrize(
+        ("connect", "problem"),
+        [
+            (lambda path: 5, "must return an sqlite3.Connection"),
+            (lambda path: sqlite3.connect(":memory:"), "a database in memory"),
+            (lambda path: begun(path), "in no transaction"),
+        ],
+    )
+    def test_a_wrong_connection_is_refused(self, run, path, connect, problem):
+        def work(ctx):
+            with pytest.raises(ConfigurationError) as caught, ctx.transaction():
+                pytest.fail("it must not begin")
+            return str(caught.value)
+
+        with self.on(path, lambda: connect(path)) as repository:
+            assert problem in run(work, Queue(repository, Config(worker_num=1))).result
+
+    @pytest.mark.parametrize("options", [{"prefix": "a_", "connect": 5}, {"connect": print}])
+    def test_a_wrong_argument_is_refused(self, path, options):
+        with pytest.raises(ConfigurationError, match="connect must be a function"):
+            SQLiteRepository(path, **options)
+
+
+def begun(path):
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    connection.execute("BEGIN")
+    return connection
+
+
 class TestRefused:
     def refused(self, run, queue=None, **options):
         def work(ctx):

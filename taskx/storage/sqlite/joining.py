@@ -100,15 +100,10 @@ def join(outer: SQLiteRepository, given: object, then: Then | None) -> Iterator[
 def own_transaction(outer: SQLiteRepository) -> Iterator[sqlite3.Connection]:
     """Do what :meth:`Repository.transaction` describes."""
     outer.open()
-    connection = sqlite3.connect(
-        f"file://{quote(os.fsencode(outer.file.path))}?mode=rw",
-        uri=True,
-        timeout=outer.busy_timeout,
-        isolation_level=None,
-    )
+    connection = _connect(outer)
     guard = _Guard()
     try:
-        outer.file.check()
+        _check_own(outer, connection)
         connection.set_authorizer(guard.authorize)
         if outer.durability == "process":
             connection.execute("PRAGMA synchronous = NORMAL")
@@ -121,6 +116,29 @@ def own_transaction(outer: SQLiteRepository) -> Iterator[sqlite3.Connection]:
             _commit(connection)
     finally:
         connection.close()  # which rolls back what was not committed
+
+
+def _connect(outer: SQLiteRepository) -> sqlite3.Connection:
+    if outer.connect is not None:
+        connection = outer.connect()
+        if not isinstance(connection, sqlite3.Connection):
+            raise ConfigurationError(
+                f"connect() must return an sqlite3.Connection, not {connection!r:.80}"
+            )
+        return connection
+    return sqlite3.connect(
+        f"file://{quote(os.fsencode(outer.file.path))}?mode=rw",
+        uri=True,
+        timeout=outer.busy_timeout,
+        isolation_level=None,
+    )
+
+
+def _check_own(outer: SQLiteRepository, connection: sqlite3.Connection) -> None:
+    outer.file.check()
+    Joined(outer, connection).check()
+    if connection.in_transaction:
+        raise ConfigurationError("connect() must return a connection that is in no transaction")
 
 
 def _commit(connection: sqlite3.Connection) -> None:

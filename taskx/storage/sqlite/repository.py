@@ -101,6 +101,8 @@ class SQLiteRepository(Repository):
         clock: the clock for the timestamps that the eight methods write.
         codec: the codec or codecs of params, results and checkpoints. The first one writes, all of them
             read.
+        connect: a function that opens the ``sqlite3.Connection`` of each ``ctx.transaction()``, with
+            settings such as ``PRAGMA foreign_keys``. It is closed after the transaction.
 
     Raises:
         ConfigurationError: an argument is not valid.
@@ -118,6 +120,7 @@ class SQLiteRepository(Repository):
         create: bool = True,
         clock: Clock = SYSTEM_CLOCK,
         codec: Codec | Iterable[Codec] | None = None,
+        connect: Callable[[], sqlite3.Connection] | None = None,
     ) -> None:
         super().__init__(clock, codec)
         self.path = os.fspath(path) if isinstance(path, (str, os.PathLike)) else ""
@@ -134,6 +137,11 @@ class SQLiteRepository(Repository):
         seconds = check_number(busy_timeout, "busy_timeout")
         if not isinstance(create, bool):
             raise ConfigurationError(f"create must be True or False, not {create!r}")
+        if connect is not None and not (callable(connect) and prefix):
+            raise ConfigurationError(
+                f"connect must be a function, and requires a prefix, not {connect!r:.80}"
+            )
+        self.connect = connect
         self.prefix = prefix
         self.schema = schema.OWN if prefix == "" else schema.PrefixedSchema(prefix)
         self.file = self._file = DatabaseFile(self.path, create, prefix)
