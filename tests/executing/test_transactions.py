@@ -12,6 +12,7 @@ from taskx import (
     Config,
     ConfigurationError,
     Context,
+    Hook,
     MemoryRepository,
     PayloadError,
     Queue,
@@ -99,6 +100,27 @@ class TestCompletion:
 
         with queue:
             assert queue.submit(work).result(timeout=LONG) is None
+
+    def test_hooks_and_dependents_follow(self, make_queue):
+        finished = []
+
+        class Recorder(Hook):
+            def finished(self, task):
+                finished.append((task.id, task.status, task.result))
+
+        queue = make_queue(worker_num=1, hooks=[Recorder()])
+        queue.executor("child")(lambda ctx: ctx.parents[0].result)
+
+        @queue.executor("t")
+        def work(ctx):
+            with ctx.transaction() as tx:
+                tx.complete(5)
+
+        with queue:
+            parent = queue.submit("t")
+            child = queue.submit("child", depends_on=[parent])
+            assert child.result(timeout=LONG) == 5
+        assert finished == [(each.id, TaskStatus.COMPLETED, 5) for each in (parent, child)]
 
     @pytest.mark.parametrize("later", ["a result", ValueError("too late")])
     def test_what_comes_after_it_is_logged_and_ignored(self, run, later, caplog):

@@ -18,6 +18,7 @@ from taskx import (
     DuplicateTask,
     Hook,
     MemoryRepository,
+    Middleware,
     PayloadError,
     Queue,
     QueueStopped,
@@ -134,6 +135,19 @@ class TestSubmit:
             queue.submit("echo", id="a", connection=connection)
         assert not connection.in_transaction
         queue.submit("echo")
+
+    def test_an_error_of_middleware_is_raised_as_it_is(self, make_queue, connection):
+        class Failing(Middleware):
+            def submit(self, tasks, store):
+                store(tasks)
+                raise OverflowError("mine")
+
+        queue = make_queue(middleware=[Failing()])
+        queue.declare("t")
+        with pytest.raises(OverflowError, match="mine"):
+            queue.submit("t", connection=connection)
+        assert not connection.in_transaction
+        assert count(queue) == 0
 
     def test_a_savepoint_of_the_caller_takes_its_tasks_back(self, queue, connection):
         queue.submit("echo", id="kept", connection=connection)

@@ -45,7 +45,7 @@ _LEGACY = -1  # sqlite3.LEGACY_TRANSACTION_CONTROL, which Python 3.12 added
 def driver_connection(given: object) -> sqlite3.Connection:
     """Return the connection of ``sqlite3`` that an object is or leads to.
 
-    A ``Session`` or ``Connection`` of SQLAlchemy leads to one, and so does a connection of Django.
+    A ``Session`` or ``Connection`` of SQLAlchemy leads to one.
 
     Raises:
         ConfigurationError: it leads to none.
@@ -83,7 +83,7 @@ def join(outer: SQLiteRepository, given: object, then: Then | None) -> Iterator[
         with made.translating():
             made.check()
             began = made.begin()
-        with made.savepoint("taskx"):
+        with made.savepoint("taskx"):  # what the block itself raises is not translated
             yield made
     except BaseException:
         if began and connection.in_transaction:
@@ -210,7 +210,7 @@ class Joined(SQLiteRepository):
         """
         outer = self._outer
         try:
-            files = {name: file for _, name, file in self._rows("PRAGMA database_list")}
+            files = {name: file for _, name, file in self._fetch("PRAGMA database_list")}
         except sqlite3.ProgrammingError as error:
             raise ConfigurationError(
                 f"connection cannot be used: {error}; nothing was stored"
@@ -256,18 +256,19 @@ class Joined(SQLiteRepository):
     @contextmanager
     def savepoint(self, name: str) -> Iterator[sqlite3.Cursor]:
         """Undo what is done inside if it raises."""
+        cursor = self._cursor()
         with self.translating():
-            cursor = self._cursor()
             cursor.execute(f"SAVEPOINT {name}")
-            try:
-                yield cursor
+        try:
+            yield cursor
+            with self.translating():
                 cursor.execute(f"RELEASE {name}")
-            except BaseException:
-                # SQLite rolls back by itself, for example if the disk is full.
-                if self._connection.in_transaction:
-                    cursor.execute(f"ROLLBACK TO {name}")
-                    cursor.execute(f"RELEASE {name}")
-                raise
+        except BaseException:
+            # SQLite rolls back by itself, for example if the disk is full.
+            if self._connection.in_transaction:
+                cursor.execute(f"ROLLBACK TO {name}")
+                cursor.execute(f"RELEASE {name}")
+            raise
 
     @contextmanager
     def translating(self) -> Iterator[None]:
@@ -297,10 +298,14 @@ class Joined(SQLiteRepository):
         durable: bool,
         writes: Sequence[Write] | None = None,
     ) -> T:
-        with self.savepoint("taskx_write") as cursor:
+        with self.translating(), self.savepoint("taskx_write") as cursor:
             return work(cursor)
 
     def _rows(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
+        with self.translating():
+            return self._fetch(sql, values)
+
+    def _fetch(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
         try:
             return self._cursor().execute(sql, values).fetchall()
         except sqlite3.OperationalError as error:
@@ -432,7 +437,9 @@ class Callers:
 
     def watch(self, connection: sqlite3.Connection, writes: Sequence[Write], then: Then) -> None:
         """Call ``then`` with those of the writes that are stored, when the transaction has ended."""
-        self._threads[threading.get_ident()].stored.append(_Stored(writes, then))
+        for given in list(self._given):
+            if given.connection is connection:
+                given.stored.append(_Stored(writes, then))
         self._bell.set()
 
     def ended(self, connection: sqlite3.Connection) -> None:
