@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, NoReturn, Protocol
 
 from taskx.core import lifecycle
 from taskx.core.clock import Clock
@@ -16,9 +16,6 @@ from taskx.core.token import CancelToken
 from taskx.core.writes import Update
 from taskx.storage import queries
 from taskx.storage.base import Repository
-
-if TYPE_CHECKING:
-    from taskx.executing.checkpoints import Checkpoints
 
 # Seconds between two tries to begin, while the repository is unavailable.
 _PAUSE = 0.2
@@ -79,6 +76,18 @@ class Transaction:
         return writes or [lifecycle.still_runs(task)]
 
 
+class _Kept(Protocol):
+    """The checkpoints of a run."""
+
+    task: Task
+
+    def refuse_nested(self) -> None: ...
+
+    def inside(self, transaction: Transaction, /) -> AbstractContextManager[None]: ...
+
+    def lose(self) -> NoReturn: ...
+
+
 class _Lost(Exception):
     """The run has lost its task."""
 
@@ -86,7 +95,7 @@ class _Lost(Exception):
 @contextmanager
 def opened(
     repository: Repository,
-    kept: Checkpoints,
+    kept: _Kept,
     token: CancelToken,
     encode: Callable[[Any], str | None],
     ending_of: Callable[[str | None], Ending],

@@ -1,8 +1,4 @@
-"""Calls inside a transaction that the caller has opened on the same file.
-
-All statements of such a call go over the caller's connection. It waits for no lock of this process: the
-caller may hold SQLite's write lock, for which other threads wait.
-"""
+"""The connections of callers, the watch over their transactions, and the transactions of executors."""
 
 from __future__ import annotations
 
@@ -15,20 +11,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from itertools import compress
-from typing import Any, TypeVar
-from urllib.parse import quote
+from typing import Any, Protocol
 
 import attrs
 
-from taskx.core.errors import ConfigurationError, RepositoryError, RepositoryUnavailable, TaskxError
+from taskx.core.errors import ConfigurationError, RepositoryError, TaskxError
 from taskx.core.writes import Write
 from taskx.storage import queries
 from taskx.storage.base import Repository, Then
-from taskx.storage.sqlite import schema
 from taskx.storage.sqlite.connections import FAILURES
-from taskx.storage.sqlite.repository import SQLiteRepository, text_or_bytes
-
-T = TypeVar("T")
+from taskx.storage.sqlite.file import DatabaseFile
 
 # Seconds between two looks at the open transactions, and the longest pause when they take long.
 _SHORTEST, _LONGEST = 0.001, 0.01
@@ -39,7 +31,21 @@ _FIRST_LOOK_UP, _LAST_LOOK_UP = 0.02, 1.0
 _IDLE = 0.25
 # Seconds for which a transaction that has ended is looked up: SQLite says so before a commit is complete.
 _COMMITTING = 1.0
-_LEGACY = -1  # sqlite3.LEGACY_TRANSACTION_CONTROL, which Python 3.12 added
+
+
+class Outer(Protocol):
+    """What a transaction of an executor needs of its repository."""
+
+    file: DatabaseFile
+    busy_timeout: float
+    durability: Any
+    connect: Callable[[], sqlite3.Connection] | None
+
+    def open(self) -> None: ...
+
+    def begin_on(self, connection: sqlite3.Connection, /) -> None: ...
+
+    def translated(self, error: Exception, /) -> TaskxError: ...
 
 
 def driver_connection(given: object) -> sqlite3.Connection:
@@ -73,37 +79,16 @@ def _begin_in_sqlalchemy(connection: Any) -> None:
 
 
 @contextmanager
-def join(outer: SQLiteRepository, given: object, then: Then | None) -> Iterator[Joined]:
-    """Do what :meth:`Repository.joined` describes."""
-    connection = driver_connection(given)
-    made = Joined(outer, connection)
-    began = False
-    text_factory, connection.text_factory = connection.text_factory, str
-    try:
-        with made.translating():
-            made.check()
-            began = made.begin()
-        with made.savepoint("taskx"):  # what the block itself raises is not translated
-            yield made
-    except BaseException:
-        if began and connection.in_transaction:
-            connection.rollback()
-        raise
-    finally:
-        connection.text_factory = text_factory
-        made.let_go()
-    if made.applied and then is not None:
-        outer.callers.watch(connection, made.applied, then)
-
-
-@contextmanager
-def own_transaction(outer: SQLiteRepository) -> Iterator[sqlite3.Connection]:
-    """Do what :meth:`Repository.transaction` describes."""
+def own_transaction(
+    outer: Outer, check: Callable[[sqlite3.Connection], object]
+) -> Iterator[sqlite3.Connection]:
+    """Do what :meth:`Repository.transaction` describes; ``check`` raises if a connection is of no use."""
     outer.open()
     connection = _connect(outer)
     guard = _Guard()
     try:
-        _check_own(outer, connection)
+        outer.file.check()
+        check(connection)
         connection.set_authorizer(guard.authorize)
         if outer.durability == "process":
             connection.execute("PRAGMA synchronous = NORMAL")
@@ -118,7 +103,7 @@ def own_transaction(outer: SQLiteRepository) -> Iterator[sqlite3.Connection]:
         connection.close()  # which rolls back what was not committed
 
 
-def _connect(outer: SQLiteRepository) -> sqlite3.Connection:
+def _connect(outer: Outer) -> sqlite3.Connection:
     if outer.connect is not None:
         connection = outer.connect()
         if not isinstance(connection, sqlite3.Connection):
@@ -126,19 +111,14 @@ def _connect(outer: SQLiteRepository) -> sqlite3.Connection:
                 f"connect() must return an sqlite3.Connection, not {connection!r:.80}"
             )
         return connection
+    from urllib.parse import quote  # slow to load
+
     return sqlite3.connect(
         f"file://{quote(os.fsencode(outer.file.path))}?mode=rw",
         uri=True,
         timeout=outer.busy_timeout,
         isolation_level=None,
     )
-
-
-def _check_own(outer: SQLiteRepository, connection: sqlite3.Connection) -> None:
-    outer.file.check()
-    Joined(outer, connection).check()
-    if connection.in_transaction:
-        raise ConfigurationError("connect() must return a connection that is in no transaction")
 
 
 def _commit(connection: sqlite3.Connection) -> None:
@@ -166,7 +146,7 @@ class _Guard:
 
 
 @contextmanager
-def _translating(outer: SQLiteRepository) -> Iterator[None]:
+def _translating(outer: Outer) -> Iterator[None]:
     try:
         yield
     except _InDoubt as error:
@@ -176,163 +156,6 @@ def _translating(outer: SQLiteRepository) -> Iterator[None]:
         raise translated from error.__cause__
     except FAILURES as error:
         raise outer.translated(error) from error
-
-
-class Joined(SQLiteRepository):
-    """The repository as a transaction of the caller sees it.
-
-    Attributes:
-        applied: the writes so far whose guards held.
-    """
-
-    def __init__(self, outer: SQLiteRepository, connection: sqlite3.Connection) -> None:
-        Repository.__init__(self, outer.clock)
-        self.codecs = outer.codecs
-        self.path, self.durability, self.prefix = outer.path, outer.durability, outer.prefix
-        self.applied: list[Write] = []
-        self._outer = outer
-        self._connection = connection
-        self._cursor_class = schema.cursor_class(outer.prefix)
-        self._wakeups = _Noting(self.applied)  # type: ignore[assignment]
-
-    def let_go(self) -> None:
-        """Drop the connection, so that this object keeps it no longer than its owner does."""
-        del self._connection
-
-    # --- the transaction
-
-    def check(self) -> None:
-        """Check that the connection is open on the repository's file, in this thread.
-
-        Raises:
-            ConfigurationError: it is not.
-            RepositoryError: the tables do not exist, or are of another version.
-        """
-        outer = self._outer
-        try:
-            files = {name: file for _, name, file in self._fetch("PRAGMA database_list")}
-        except sqlite3.ProgrammingError as error:
-            raise ConfigurationError(
-                f"connection cannot be used: {error}; nothing was stored"
-            ) from error
-        if not outer.file.is_at(path := files["main"]):
-            raise ConfigurationError(
-                f"connection is open on {path or 'a database in memory'}, but the tasks are in "
-                f"{outer.file.path}; nothing was stored. Keep them in one file: "
-                "SQLiteRepository(path, prefix='taskx_')"
-            )
-        version = outer.schema.check(self._cursor(), path)  # type: ignore[arg-type]
-        if version == schema.VERSION:
-            return
-        if self._connection.in_transaction:
-            raise RepositoryError(
-                f"the tables of TaskX in {path} do not exist yet or are of an older version, and cannot be "
-                "made in your transaction; nothing was stored. Start the queue, or list some tasks, before "
-                "it begins"
-            )
-        outer.open()
-
-    def begin(self) -> bool:
-        """Begin a transaction if the connection is in none. Return True if it did.
-
-        Raises:
-            ConfigurationError: the connection commits each statement at once.
-        """
-        connection = self._connection
-        if not connection.in_transaction:
-            self._outer.callers.ended(connection)
-            automatic = getattr(connection, "autocommit", _LEGACY)
-            if automatic is True or (automatic == _LEGACY and connection.isolation_level is None):
-                raise ConfigurationError(
-                    "connection is in autocommit mode and in no transaction: execute BEGIN IMMEDIATE "
-                    "first; nothing was stored"
-                )
-            self._outer.note_caller(connection)
-            self._cursor().execute("BEGIN IMMEDIATE")
-            return True
-        self._outer.note_caller(connection)
-        return False
-
-    @contextmanager
-    def savepoint(self, name: str) -> Iterator[sqlite3.Cursor]:
-        """Undo what is done inside if it raises."""
-        cursor = self._cursor()
-        with self.translating():
-            cursor.execute(f"SAVEPOINT {name}")
-        try:
-            yield cursor
-            with self.translating():
-                cursor.execute(f"RELEASE {name}")
-        except BaseException:
-            # SQLite rolls back by itself, for example if the disk is full.
-            if self._connection.in_transaction:
-                cursor.execute(f"ROLLBACK TO {name}")
-                cursor.execute(f"RELEASE {name}")
-            raise
-
-    @contextmanager
-    def translating(self) -> Iterator[None]:
-        """Raise TaskX's error for an error of SQLite."""
-        try:
-            yield
-        except FAILURES as error:
-            if "locked" in str(error):
-                raise RepositoryUnavailable(
-                    f"{self._outer.file.path} is locked by another writer, and this transaction could not "
-                    "wait longer; nothing was stored. Begin it with BEGIN IMMEDIATE, and set the "
-                    "connection's timeout"
-                ) from error
-            raise self._outer.translated(error) from error
-
-    # --- statements
-
-    def _cursor(self) -> sqlite3.Cursor:
-        # A subclass of the connection may have changed ``cursor``, and its rows may be of any kind.
-        cursor: sqlite3.Cursor = sqlite3.Connection.cursor(self._connection, self._cursor_class)
-        cursor.row_factory = None
-        return cursor
-
-    def _transact(
-        self,
-        work: Callable[[sqlite3.Cursor], T],
-        durable: bool,
-        writes: Sequence[Write] | None = None,
-    ) -> T:
-        with self.translating(), self.savepoint("taskx_write") as cursor:
-            return work(cursor)
-
-    def _rows(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
-        with self.translating():
-            return self._fetch(sql, values)
-
-    def _fetch(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
-        try:
-            return self._cursor().execute(sql, values).fetchall()
-        except sqlite3.OperationalError as error:
-            if "decode" not in str(error):
-                raise
-        self._connection.text_factory = text_or_bytes
-        try:
-            return self._cursor().execute(sql, values).fetchall()
-        finally:
-            self._connection.text_factory = str
-
-    _rows_near = _rows
-
-    @property
-    def entered(self) -> bool:
-        return False
-
-
-class _Noting:
-    """Notes the writes whose guards held. Nobody is told of them before the commit."""
-
-    def __init__(self, applied: list[Write]) -> None:
-        self._applied = applied
-
-    def send(self, writes: Sequence[Write], results: Sequence[bool], *, to_own: bool) -> None:
-        del to_own
-        self._applied.extend(compress(writes, results))
 
 
 @attrs.define(eq=False)
@@ -407,7 +230,7 @@ class Callers:
     dropped in the middle of a transaction must roll back.
     """
 
-    def __init__(self, repository: SQLiteRepository) -> None:
+    def __init__(self, repository: Repository) -> None:
         self._repository = repository
         self._given: list[_Given] = []
         self._threads: dict[int, _Given] = {}

@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+from itertools import compress
+from typing import Any, Literal, TypeVar, get_args
 
 import attrs
 
@@ -20,6 +21,7 @@ from taskx.core.clock import SYSTEM_CLOCK, Clock
 from taskx.core.codec import Codec
 from taskx.core.errors import (
     ConfigurationError,
+    RepositoryError,
     RepositoryUnavailable,
     SchemaMismatch,
     TaskxError,
@@ -49,15 +51,14 @@ from taskx.storage.base import (
 from taskx.storage.sqlite import schema, statements, turnstile
 from taskx.storage.sqlite.connections import FAILURES, Connection, Connections
 from taskx.storage.sqlite.file import DatabaseFile
+from taskx.storage.sqlite.joining import Callers, driver_connection, own_transaction
 from taskx.storage.sqlite.turnstile import Turnstile
 from taskx.storage.sqlite.wakeups import Wakeups
-
-if TYPE_CHECKING:
-    from taskx.storage.sqlite.joining import Callers
 
 Durability = Literal["accepted", "full", "process"]
 T = TypeVar("T")
 
+_LEGACY = -1  # sqlite3.LEGACY_TRANSACTION_CONTROL, which Python 3.12 added
 _MOST_TOGETHER = 32  # updates in one statement
 _FORK_PATIENCE = 5.0  # seconds that a fork waits for other threads' transactions to end
 _FEW = 32  # rows that may be read on the writing connection, which keeps writers waiting
@@ -335,9 +336,7 @@ class SQLiteRepository(Repository):
 
     @contextmanager
     def joined(self, connection: object, then: Then | None) -> Iterator[Repository]:
-        from taskx.storage.sqlite.joining import join  # most programs do not need it
-
-        with join(self, connection, then) as made:
+        with _join(self, connection, then) as made:
             yield made
 
     @contextmanager
@@ -347,10 +346,13 @@ class SQLiteRepository(Repository):
                 f"{self.file.path} is TaskX's own file, so it has no data of yours, and ctx.transaction() "
                 "is not available: use SQLiteRepository(path, prefix='taskx_') on the application's file"
             )
-        from taskx.storage.sqlite.joining import own_transaction
-
-        with own_transaction(self) as connection:
+        with own_transaction(self, self._check_own) as connection:
             yield connection
+
+    def _check_own(self, connection: sqlite3.Connection) -> None:
+        Joined(self, connection).check()
+        if connection.in_transaction:
+            raise ConfigurationError("connect() must return a connection that is in no transaction")
 
     def begin_on(self, connection: sqlite3.Connection) -> None:
         """Begin a transaction on another connection, when it is this process's turn."""
@@ -367,8 +369,6 @@ class SQLiteRepository(Repository):
     @property
     def callers(self) -> Callers:
         """Watches the transactions of callers."""
-        from taskx.storage.sqlite.joining import Callers
-
         made: Callers | None = vars(self).get("_callers")
         return made or vars(self).setdefault("_callers", Callers(self))
 
@@ -694,6 +694,190 @@ class SQLiteRepository(Repository):
         self._turnstile.leave = dict
         self._wakeups.renew_after_fork()
         self._inherited.append(vars(self).pop("_callers", None))
+
+
+@contextmanager
+def _join(outer: SQLiteRepository, given: object, then: Then | None) -> Iterator[Joined]:
+    """Do what :meth:`Repository.joined` describes."""
+    connection = driver_connection(given)
+    made = Joined(outer, connection)
+    began = False
+    text_factory, connection.text_factory = connection.text_factory, str
+    try:
+        with made.translating():
+            made.check()
+            began = made.begin()
+        with made.savepoint("taskx"):  # what the block itself raises is not translated
+            yield made
+    except BaseException:
+        if began and connection.in_transaction:
+            connection.rollback()
+        raise
+    finally:
+        connection.text_factory = text_factory
+        made.let_go()
+    if made.applied and then is not None:
+        outer.callers.watch(connection, made.applied, then)
+
+
+class Joined(SQLiteRepository):
+    """The repository as a transaction of the caller sees it.
+
+    All its statements go over the caller's connection. It waits for no lock of this process: the caller may
+    hold SQLite's write lock, for which other threads wait.
+
+    Attributes:
+        applied: the writes so far whose guards held.
+    """
+
+    def __init__(self, outer: SQLiteRepository, connection: sqlite3.Connection) -> None:
+        Repository.__init__(self, outer.clock)
+        self.codecs = outer.codecs
+        self.path, self.durability, self.prefix = outer.path, outer.durability, outer.prefix
+        self.applied: list[Write] = []
+        self._outer = outer
+        self._connection = connection
+        self._cursor_class = schema.cursor_class(outer.prefix)
+        self._wakeups = _Noting(self.applied)  # type: ignore[assignment]
+
+    def let_go(self) -> None:
+        """Drop the connection, so that this object keeps it no longer than its owner does."""
+        del self._connection
+
+    # --- the transaction
+
+    def check(self) -> None:
+        """Check that the connection is open on the repository's file, in this thread.
+
+        Raises:
+            ConfigurationError: it is not.
+            RepositoryError: the tables do not exist, or are of another version.
+        """
+        outer = self._outer
+        try:
+            files = {name: file for _, name, file in self._fetch("PRAGMA database_list")}
+        except sqlite3.ProgrammingError as error:
+            raise ConfigurationError(
+                f"connection cannot be used: {error}; nothing was stored"
+            ) from error
+        if not outer.file.is_at(path := files["main"]):
+            raise ConfigurationError(
+                f"connection is open on {path or 'a database in memory'}, but the tasks are in "
+                f"{outer.file.path}; nothing was stored. Keep them in one file: "
+                "SQLiteRepository(path, prefix='taskx_')"
+            )
+        version = outer.schema.check(self._cursor(), path)  # type: ignore[arg-type]
+        if version == schema.VERSION:
+            return
+        if self._connection.in_transaction:
+            raise RepositoryError(
+                f"the tables of TaskX in {path} do not exist yet or are of an older version, and cannot be "
+                "made in your transaction; nothing was stored. Start the queue, or list some tasks, before "
+                "it begins"
+            )
+        outer.open()
+
+    def begin(self) -> bool:
+        """Begin a transaction if the connection is in none. Return True if it did.
+
+        Raises:
+            ConfigurationError: the connection commits each statement at once.
+        """
+        connection = self._connection
+        if not connection.in_transaction:
+            self._outer.callers.ended(connection)
+            automatic = getattr(connection, "autocommit", _LEGACY)
+            if automatic is True or (automatic == _LEGACY and connection.isolation_level is None):
+                raise ConfigurationError(
+                    "connection is in autocommit mode and in no transaction: execute BEGIN IMMEDIATE "
+                    "first; nothing was stored"
+                )
+            self._outer.note_caller(connection)
+            self._cursor().execute("BEGIN IMMEDIATE")
+            return True
+        self._outer.note_caller(connection)
+        return False
+
+    @contextmanager
+    def savepoint(self, name: str) -> Iterator[sqlite3.Cursor]:
+        """Undo what is done inside if it raises."""
+        cursor = self._cursor()
+        with self.translating():
+            cursor.execute(f"SAVEPOINT {name}")
+        try:
+            yield cursor
+            with self.translating():
+                cursor.execute(f"RELEASE {name}")
+        except BaseException:
+            # SQLite rolls back by itself, for example if the disk is full.
+            if self._connection.in_transaction:
+                cursor.execute(f"ROLLBACK TO {name}")
+                cursor.execute(f"RELEASE {name}")
+            raise
+
+    @contextmanager
+    def translating(self) -> Iterator[None]:
+        """Raise TaskX's error for an error of SQLite."""
+        try:
+            yield
+        except FAILURES as error:
+            if "locked" in str(error):
+                raise RepositoryUnavailable(
+                    f"{self._outer.file.path} is locked by another writer, and this transaction could not "
+                    "wait longer; nothing was stored. Begin it with BEGIN IMMEDIATE, and set the "
+                    "connection's timeout"
+                ) from error
+            raise self._outer.translated(error) from error
+
+    # --- statements
+
+    def _cursor(self) -> sqlite3.Cursor:
+        # A subclass of the connection may have changed ``cursor``, and its rows may be of any kind.
+        cursor: sqlite3.Cursor = sqlite3.Connection.cursor(self._connection, self._cursor_class)
+        cursor.row_factory = None
+        return cursor
+
+    def _transact(
+        self,
+        work: Callable[[sqlite3.Cursor], T],
+        durable: bool,
+        writes: Sequence[Write] | None = None,
+    ) -> T:
+        with self.translating(), self.savepoint("taskx_write") as cursor:
+            return work(cursor)
+
+    def _rows(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
+        with self.translating():
+            return self._fetch(sql, values)
+
+    def _fetch(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
+        try:
+            return self._cursor().execute(sql, values).fetchall()
+        except sqlite3.OperationalError as error:
+            if "decode" not in str(error):
+                raise
+        self._connection.text_factory = text_or_bytes
+        try:
+            return self._cursor().execute(sql, values).fetchall()
+        finally:
+            self._connection.text_factory = str
+
+    _rows_near = _rows
+
+    @property
+    def entered(self) -> bool:
+        return False
+
+
+class _Noting:
+    """Notes the writes whose guards held. Nobody is told of them before the commit."""
+
+    def __init__(self, applied: list[Write]) -> None:
+        self._applied = applied
+
+    def send(self, writes: Sequence[Write], results: Sequence[bool], *, to_own: bool) -> None:
+        del to_own
+        self._applied.extend(compress(writes, results))
 
 
 def _let_go(writes: Sequence[Write] | None) -> bool:
