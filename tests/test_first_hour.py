@@ -221,29 +221,27 @@ def server(folder: Path, *command: str) -> Iterator[subprocess.Popen[bytes]]:
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def documented(page: str, begins: str, until: str = "") -> str:
-    """Return the code block of a page that has such a line, without what follows ``until``."""
+def documented(page: str, begins: str) -> str:
+    """Return the code block of a page that has such a line."""
     text = (ROOT / "docs" / page).read_text()
     for block in re.findall(r"\.\. code-block:: python\n\n((?:    .*\n|\n)+)", text):
         source = textwrap.dedent(block)
         if begins in source:
-            return source.split(until)[0] if until else source
+            return source
     raise AssertionError(f"{page} has no block with {begins!r}")
 
 
 @pytest.fixture
 def flask_folder(tmp_path: Path) -> Path:
-    """A folder with the modules of the page on web programs."""
+    """A folder with the module of the page on Flask."""
     pytest.importorskip("flask")
-    (tmp_path / "tasks.py").write_text(documented("web.rst", "# tasks.py"))
-    factory = documented("web.rst", "def create_app", until="\nqueue = make_queue()")
-    (tmp_path / "app.py").write_text(f"from tasks import make_queue\n{factory}")
+    (tmp_path / "shop.py").write_text(documented("flask.rst", "def create_app"))
     return tmp_path
 
 
 def flask(folder: Path, *args: str, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "flask", "--app", "app", *args],
+        [sys.executable, "-m", "flask", "--app", "shop:create_app()", *args],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -271,10 +269,10 @@ def test_flask_run_runs_tasks_in_the_process_that_serves(
 ) -> None:
     port = str(free_port())
     url = f"http://127.0.0.1:{port}/reports"
-    command = ["-m", "flask", "--app", "app:create_app()", "run", "--port", port, *options]
+    command = ["-m", "flask", "--app", "shop:create_app()", "run", "--port", port, *options]
     with server(flask_folder, *command) as process:
-        eventually(lambda: answer(url, {"month": "2024-05"}))
-        made = answer(url, {"month": "2024-06"})
+        eventually(lambda: answer(f"{url}/2024-05", {}))
+        made = answer(f"{url}/2024-06", {})
         eventually(lambda: answer(f"{url}/{made['id']}")["status"] == "completed")
         with SQLiteRepository(flask_folder / "tasks.db", create=False) as repository:
             [node] = repository.liveness.nodes()

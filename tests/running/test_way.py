@@ -81,6 +81,8 @@ def _names() -> dict[CodeType, str]:
 
 def _note_functions(owner: Any, names: dict[CodeType, str]) -> None:
     for made in list(vars(owner).values()):
+        if type(made).__name__ == "LocalProxy":  # Flask's, which stand for nothing here
+            continue
         for part in (
             made,
             *(getattr(made, name, None) for name in ("fget", "__func__", "__wrapped__")),
