@@ -114,13 +114,18 @@ class TestResults:
             handles = [thing for thing in gc.get_objects() if type(thing) is TaskHandle]
             assert sum(handle.id.startswith("big:") for handle in handles) < 50
 
-    def test_items_are_read_no_further_than_the_window(self, running, square):
+    def test_items_are_read_no_further_than_the_window_while_no_task_ends(self, queue, gate):
+        hold = queue.executor("hold")(lambda n: gate() or n)
         read = []
         items = (read.append(n) or n for n in range(1000))
-        results = running.map(square.executor, items, window=7)
-        for number in range(20):
-            next(results)
-            assert len(read) == number + 7
+        results = queue.map(hold, items, window=7)
+        queue.start()
+        first = concurrent.futures.ThreadPoolExecutor(1).submit(next, results)
+        eventually(lambda: len(ids(queue)) == 7)
+        gate.wait_for(1)
+        assert len(read) == 7
+        gate.open()
+        assert first.result(PATIENCE) == 0
 
     def test_an_abandoned_map_submits_no_more_tasks(self, running, square):
         results = running.map(square.executor, range(100), window=5)
