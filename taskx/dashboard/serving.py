@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -62,12 +63,16 @@ def bind(app: Dashboard, host: str = "127.0.0.1", port: int = PORT) -> BaseWSGIS
             f"host {host!r} lets other machines connect, so the dashboard needs users with passwords: "
             "give users={name: password}, or serve it on 127.0.0.1"
         )
-    server = make_server(
-        *(host, port),
-        _as_local(app) if local else app,
-        threaded=True,
-        request_handler=_QuietHandler,
-    )
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # Not bound by werkzeug, which prints its own words and ends the program if the port is taken.
+    with socket.create_server((host, port), family=family) as listener:
+        server = make_server(
+            *(host, port),
+            _as_local(app) if local else app,
+            threaded=True,
+            request_handler=_QuietHandler,
+            fd=listener.fileno(),
+        )
     server.daemon_threads = True  # type: ignore[attr-defined]
     return server
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -48,8 +49,8 @@ def open_repository(url: str, codec: Codec | Iterable[Codec] | None = None) -> R
 
         return MongoRepository.from_url(url, codec=codec)
     raise ConfigurationError(
-        f"{url!r} is not the URL of a repository; use sqlite:///relative.db, sqlite:////absolute.db, "
-        "mongodb://host/database or memory://"
+        f"{_shown(url)!r} is not the URL of a repository; use sqlite:///relative.db, "
+        "sqlite:////absolute.db, mongodb://host/database or memory://"
     )
 
 
@@ -57,12 +58,18 @@ def _options(query: list[tuple[str, str]], url: str) -> dict[str, Any]:
     options: dict[str, Any] = dict(query)
     if unknown := options.keys() - {"durability", "create", "prefix"}:
         raise ConfigurationError(
-            f"{url!r}: unknown option {', '.join(sorted(unknown))}; use durability, create or prefix"
+            f"{_shown(url)!r}: unknown option {', '.join(sorted(unknown))}; use durability, create or "
+            "prefix"
         )
     if "create" in options:
         if options["create"] not in _BOOLEANS:
             raise ConfigurationError(
-                f"{url!r}: create must be true or false, not {options['create']!r}"
+                f"{_shown(url)!r}: create must be true or false, not {options['create']!r}"
             )
         options["create"] = _BOOLEANS[options["create"]]
     return options
+
+
+def _shown(url: str) -> str:
+    """Return a URL for a message, without the user and password in it."""
+    return re.sub("//.*@", "//***@", url)

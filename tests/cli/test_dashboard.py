@@ -70,9 +70,11 @@ def test_a_taken_port_is_a_failure(taskx):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        said = taskx("dashboard", "--port", str(taken.getsockname()[1]))
+        port = taken.getsockname()[1]
+        said = taskx("dashboard", "--port", str(port))
     assert said.code == 1
-    assert "in use" in said.err
+    taken_port = f"cannot listen on 127.0.0.1, port {port}: Address already in use"
+    assert said.err.splitlines() == [f"taskx: {taken_port}; --port chooses another one"]
 
 
 def test_an_address_that_cannot_be_used_is_a_failure(taskx, monkeypatch):

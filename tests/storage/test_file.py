@@ -805,3 +805,14 @@ class TestOrphanedLockFiles:
             over.set()
             checker.join()
         assert self.left(locks) == []
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["postgresql://u:s3cret@host/db", "sqlite://u:s3cret@host/x.db", "mysql://u:s3/cr@et@host"],
+)
+def test_an_error_about_a_url_does_not_show_its_password(url):
+    with pytest.raises(ConfigurationError, match="is not the URL of a repository") as caught:
+        open_repository(url)
+    assert "s3" not in str(caught.value)
+    assert "***@host" in str(caught.value)

@@ -71,7 +71,7 @@ class DatabaseFile:
             )
         if self._found is None and not self.create:
             raise RepositoryUnavailable(
-                f"there is no file {self._given}, and create=False: check the path; nothing was created"
+                f"there is no file {self._given}: check the path; nothing was created"
             )
 
     def opened(self) -> None:
