@@ -131,7 +131,7 @@ def _number(request: Request, name: str, default: int, most: int = 2**31) -> int
     text = request.args.get(name)
     if text is None:
         return default
-    if not text.isascii() or not text.isdecimal() or not 1 <= int(text[:12]) <= most:
+    if not text.isascii() or not text.isdecimal() or len(text) > 12 or not 1 <= int(text) <= most:
         raise ConfigurationError(
             f"{name} must be a whole number from 1 to {most}, not {text!r:.50}"
         )
@@ -211,6 +211,8 @@ def _body(request: Request, known: set[str]) -> dict[str, Any]:
 def _changes(request: Request) -> Response:
     wanted = attrs.evolve(read_filter(request, request.args.get("q", "")), limit=MOST_WATCHED)
     seconds = _number(request, "seconds", 60, LONGEST_STREAM)
+    if request.method == "HEAD":  # no body is sent, so nothing would close the stream
+        return Response(mimetype="application/x-ndjson")
     if not _streams.acquire(blocking=False):
         raise ServiceUnavailable(
             f"{MOST_STREAMS} streams of changes are open, which is the most. Try again later."

@@ -107,7 +107,9 @@ class Request(wrappers.Request):
 
     @property
     def here(self) -> str:
-        """The path and query of this page."""
+        """The path and query of this page; of the page before, if a form led to this one."""
+        if self.method == "POST":  # a body that was refused is not read either
+            return self.back if "form" in self.__dict__ else self.link("overview")
         return self._within(self.full_path.rstrip("?"))
 
     @property

@@ -299,7 +299,7 @@ def test_a_change_is_noted_in_the_audit_log(look, queue):
     browser = look(queue, permissions=lambda environ: ALL)
     as_ann = {"environ_overrides": {"REMOTE_USER": "ann"}}
     browser.post("/api/cancel", json={"ids": [task_id]}, **as_ann)
-    browser.post("/task/delete", data={"id": task_id}, **as_ann)
+    browser.post("/task/delete", data={"id": task_id, "confirmed": "1"}, **as_ann)
     queue.submit("report")
     browser.post("/api/delete", json={"query": "type:report"})
     browser.post("/api/delete", json={"query": "type:report"})  # nothing is left to change
@@ -319,3 +319,14 @@ def test_a_change_that_fails_half_way_is_noted(api, queue, monkeypatch):
     monkeypatch.setattr(type(queue), "cancel_all", fail_after_a_batch)
     assert api.post("/api/cancel", json={"query": "type:report"}).status_code == 503
     assert [change.detail for change in queue.changes()] == ["4 changed"]
+
+
+def test_asking_only_for_the_headers_of_streams_opens_none(look):
+    browser = look()
+    for _ in range(2 * MOST_STREAMS):
+        assert browser.head("/api/changes").status_code == 200
+
+
+@pytest.mark.parametrize("limit", ["0000000000011000000", "9" * 5000])
+def test_leading_zeros_do_not_lift_a_limit(look, limit):
+    assert look().get("/api/tasks", query_string={"limit": limit}).status_code == 400

@@ -137,10 +137,15 @@ class TestNodes:
         handle = queue.submit("hold")
         gate.wait_for(1)
         [node] = queue.nodes()
-        page = look(queue).get("/nodes/stacks", query_string={"id": node.id})
+        page = look(queue).post("/nodes/stacks", data={"id": node.id})
         assert handle.id in page.text
         assert "in hold" in text_of(page)
-        assert look(queue).get("/nodes/stacks?id=unknown").status_code == 404
+        assert look(queue).post("/nodes/stacks", data={"id": "unknown"}).status_code == 404
+        assert look(queue).get("/nodes/stacks", query_string={"id": node.id}).status_code == 405
+
+    @pytest.mark.parametrize("number", ["-1", "x", "9" * 5000])
+    def test_wrong_numbers_of_workers_are_refused(self, look, queue, number):
+        assert look(queue).post("/nodes/workers", data={"workers": number}).status_code == 400
 
     def test_a_node_is_stopped_after_a_question(self, look, queue):
         [node] = queue.nodes()

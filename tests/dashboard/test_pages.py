@@ -96,7 +96,7 @@ def test_a_page_needs_only_the_eight_methods(look, make_queue, path):
     answer = browser.get(path)
     assert answer.status_code == 200 or "use SQLiteRepository, MongoRepository" in answer.text
     assert browser.get("/task", query_string={"id": task_id}).status_code == 200
-    assert browser.post("/task/cancel", data={"id": task_id}).status_code == 303
+    assert browser.post("/task/cancel", data={"id": task_id, "confirmed": "1"}).status_code == 303
 
 
 @pytest.mark.parametrize("path", PATHS)

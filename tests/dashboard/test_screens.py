@@ -333,15 +333,15 @@ def test_wrong_params_change_nothing(browser, queue, run, params):
 
 def test_a_task_that_ended_cannot_be_cancelled(browser, queue):
     task_id = queue.submit("report").id
-    assert browser.post("/task/cancel", data={"id": task_id}).status_code == 303
-    answer = browser.post("/task/cancel", data={"id": task_id})
+    assert browser.post("/task/cancel", data={"id": task_id, "confirmed": "1"}).status_code == 303
+    answer = browser.post("/task/cancel", data={"id": task_id, "confirmed": "1"})
     assert answer.status_code == 409
     assert "This did not work" in answer.text
 
 
 def test_a_deleted_task_leads_to_the_list(browser, queue):
     task_id = queue.submit("report").id
-    assert browser.post("/task/delete", data={"id": task_id}).location == "/tasks"
+    assert browser.post("/task/delete", data={"id": task_id, "confirmed": "1"}).location == "/tasks"
     assert browser.get(f"/task?id={task_id}").status_code == 404
 
 

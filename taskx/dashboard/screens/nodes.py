@@ -27,8 +27,8 @@ def show(request: Request) -> Page:
 
 
 def show_stacks(request: Request) -> Page:
-    """Show what each thread of a node is doing."""
-    node, wrong, stacks = request.args.get("id", ""), "", list[ThreadStack]()
+    """Show what each thread of a node is doing. Another process is asked through the repository."""
+    node, wrong, stacks = request.form.get("id", ""), "", list[ThreadStack]()
     try:
         stacks = request.queue.stacks(node, timeout=_PATIENCE)
     except TimeoutError as error:
@@ -36,7 +36,8 @@ def show_stacks(request: Request) -> Page:
     known = {found.id: found.name for found in request.queue.nodes()}
     name = known.get(node, node)
     return Page(
-        "stacks.html", {"stacks": stacks, "name": name, "wrong": wrong, "refreshing": False}
+        "stacks.html",
+        {"node": node, "stacks": stacks, "name": name, "wrong": wrong, "refreshing": False},
     )
 
 
@@ -60,7 +61,7 @@ def workers(request: Request) -> Done:
         request.queue.untune(workers=True, node=node)
         request.note("untune workers", node or "all nodes")
         return Done(request.say("The program's own number of workers is in effect again."))
-    if not text.isdecimal():
+    if not text.isdecimal() or len(text) > 9:
         raise ConfigurationError(f"workers must be a whole number, not {text!r:.100}")
     request.queue.tune(workers=int(text), node=node)
     request.note("tune workers", node or "all nodes", text)
@@ -72,7 +73,10 @@ SCREEN = Screen(
     label="Nodes",
     letter="n",
     show=show,
-    parts={"stacks": show_stacks},
-    actions={"stop": Action("tune", stop), "workers": Action("tune", workers)},
+    actions={
+        "stacks": Action("read", show_stacks),  # by POST, since it stores a question
+        "stop": Action("tune", stop),
+        "workers": Action("tune", workers),
+    },
     fresh=False,
 )

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from taskx.core.errors import ConfigurationError, TaskNotFound
 from taskx.core.model import Task, TaskStatus
 from taskx.dashboard import private
+from taskx.dashboard.asking import question
 from taskx.dashboard.pages import Action, Done, Page, Screen
 from taskx.dashboard.request import Request
 from taskx.dashboard.trees import Trees
@@ -123,7 +124,9 @@ def _actions(request: Request, task: Task) -> list[str]:
 # --- actions
 
 
-def _cancel(request: Request) -> Done:
+def _cancel(request: Request) -> Done | Page:
+    if asked := question(request, request.say("Cancel this task?")):
+        return asked
     task_id = request.form.get("id", "")
     never_runs = request.queue.cancel_task(task_id)
     request.note("cancel", task_id)
@@ -142,7 +145,9 @@ def _requeue(request: Request) -> Done:
     return Done(request.say("The task runs again."))
 
 
-def _delete(request: Request) -> Done:
+def _delete(request: Request) -> Done | Page:
+    if asked := question(request, request.say("Delete this task?")):
+        return asked
     task_id = request.form.get("id", "")
     request.queue.delete(task_id)
     request.note("delete", task_id)

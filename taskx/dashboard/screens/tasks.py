@@ -194,7 +194,7 @@ class Change:
             found = change(wanted, dry_run=True, at_most=MOST_COUNTED)
             return self._ask(request, found.matched, exact=found.exact, line=query_of(wanted))
         rate = request.form.get("rate", "").strip()
-        options = {"rate": rate} if rate else {}
+        options = {"rate": rate} if rate and self.name == "requeue" else {}
         note = partial(request.note, self.name, line)
         bulk, finished = change_for_a_while(change, wanted, note, **options)
         said = request.say(self.done, count=bulk.changed)

@@ -43,10 +43,13 @@
     if (whole) { whole.checked = ticked === boxes.length; whole.indeterminate = ticked > 0 && !whole.checked; }
   });
 
-  // --- a question before a change of a single task; the server asks before larger ones
+  // --- a question before a change of a single task; the server asks if no script does
   document.addEventListener("submit", (event) => {
     const asks = event.submitter && event.submitter.dataset.ask;
-    if (asks && !confirm(asks)) event.preventDefault();
+    if (!asks) return;
+    if (!confirm(asks)) return event.preventDefault();
+    event.submitter.name = "confirmed";  // so that the server does not ask again
+    event.submitter.value = "1";
   });
 
   // --- changes: the texts of [data-announce] are said politely when a refresh has changed them

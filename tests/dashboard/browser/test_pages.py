@@ -23,7 +23,6 @@ def pages(site):
     found["hostile type"] = f"/types/one?type={hostile}"
     found["filter"] = f"/tasks?q={quote(term('by', HOSTILE), safe='')}"
     found["flow"] = f"/flows/one?id={queue.flows()[0].id}"
-    found["stacks"] = f"/nodes/stacks?id={queue.nodes()[0].id}"
     return found
 
 
