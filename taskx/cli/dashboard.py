@@ -74,8 +74,9 @@ def dashboard(
             title=title,
         )
     except OSError as error:
+        why = os.strerror(error.errno) if error.errno else error
         raise Failure(
-            f"cannot listen on {host}, port {port}: {error.strerror or error}; --port chooses another one",
+            f"cannot listen on {host}, port {port}: {why}; --port chooses another one",
             FAILED,
         ) from error
 

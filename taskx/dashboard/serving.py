@@ -73,6 +73,7 @@ def bind(app: Dashboard, host: str = "127.0.0.1", port: int = PORT) -> BaseWSGIS
             request_handler=_QuietHandler,
             fd=listener.fileno(),
         )
+        server.server_port = listener.getsockname()[1]  # werkzeug sets it only if it binds itself
     server.daemon_threads = True  # type: ignore[attr-defined]
     return server
 

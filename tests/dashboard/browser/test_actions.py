@@ -115,7 +115,7 @@ def test_a_node_is_tuned_asked_and_stopped(site, page):
         [node] = [node for node in second.nodes() if "second" in node.types]
         page.goto("/nodes")
         panel = page.get_by_role("region", name=node.name, exact=True)
-        panel.get_by_role("link", name="What its threads do").click()
+        panel.get_by_role("button", name="What its threads do").click()
         expect(page.locator("pre").first).to_be_visible()
         page.get_by_role("link", name="Nodes", exact=True).first.click()
         panel.get_by_role("spinbutton").fill("9")
