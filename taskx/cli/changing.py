@@ -149,7 +149,7 @@ def _run(session: Session, change: _Change, expected: int) -> Bulk:
 
     try:
         return change(dry_run=False, at_most=None, on_progress=on_progress)
-    except BaseException:
+    except BaseException:  # also Ctrl-C: the user must know how far it came
         if reached:
             session.out.say(
                 f"{_tasks(reached[0].changed)} changed before that; the same call goes on from there"

@@ -30,7 +30,7 @@ def _completion(find: Callable[[Queue, str], Iterable[CompletionItem]]) -> Compl
         ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
         with (
-            suppress(Exception, SystemExit),
+            suppress(Exception, SystemExit),  # an error would be printed into the user's command
             opened(ctx) as queue,
             queue.repository.within(_PATIENCE),
         ):

@@ -57,7 +57,7 @@ def wait(session: Session, task_id: str, timeout: float | None) -> None:
                 handle.exception(timeout)
     except (Late, TimeoutError) as error:
         raise Failure(str(error), FAILED) from None
-    except Exception:
+    except Exception:  # the task's own error, which is shown below; else one of the repository
         if not handle.done():
             raise
     task = session.queue.get_task_status(task_id)

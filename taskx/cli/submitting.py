@@ -105,7 +105,7 @@ def _submit(session: Session, tasks: Iterator[Task]) -> None:
                 some = []
         if some:
             stored += _store(session, some)
-    except BaseException:
+    except BaseException:  # also Ctrl-C: the user must know how far it came
         if stored:
             session.out.say(f"{stored} tasks were stored before the error")
         raise

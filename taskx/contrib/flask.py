@@ -296,7 +296,7 @@ class Taskx:
 
 
 class AppState:
-    """What an app has of TaskX: ``app.extensions["taskx"]``.
+    """The state of an app: ``app.extensions["taskx"]``.
 
     Attributes:
         queue: the queue of the app.

@@ -223,7 +223,7 @@ def _changes(request: Request) -> Response:
             _stream(request, wanted, seconds, known), mimetype="application/x-ndjson"
         )
         response.call_on_close(_streams.release)
-    except BaseException:
+    except BaseException:  # also an interrupt: else the place would stay taken for ever
         _streams.release()
         raise
     return response

@@ -1,4 +1,4 @@
-"""Who may do what: users, permissions, the origin of a request, the host it asks for, and the headers."""
+"""Access to the dashboard: users, permissions, the origin and the host of a request, and the headers."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ _COMMITTING = 1.0
 
 
 class Outer(Protocol):
-    """What a transaction of an executor needs of its repository."""
+    """The parts of a repository that a transaction of an executor uses."""
 
     file: DatabaseFile
     busy_timeout: float
