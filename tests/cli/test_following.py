@@ -144,7 +144,8 @@ def test_watch_in_a_pipe_runs_a_command_once_or_so_often(outside, taskx):
     outside.declare("email")
     outside.submit("email")
     once = taskx("watch", "list", "type:email", "--limit", "5")
-    assert once.out.splitlines()[0] == taskx("list", "type:email").lines[0]
+    header = once.out.splitlines()[0].split()  # the width of a column grows with the age of a task
+    assert header == taskx("list", "type:email").lines[0].split()
     assert len(once.lines) == 2
     thrice = taskx("watch", "--times", "3", "--interval", "0s", "list", "--json")
     assert len(thrice.rows) == 3
