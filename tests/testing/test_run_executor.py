@@ -6,6 +6,7 @@ import logging
 import threading
 
 import pytest
+from helpers import run_in_thread
 
 import taskx
 from taskx import (
@@ -75,7 +76,8 @@ def test_the_error_is_kept_and_raised_by_result():
     def broken():
         raise Mine("no")
 
-    outcome = run_executor(broken)
+    # In a new thread, which handles no other exception: the traceback would show that, too.
+    outcome = run_in_thread(lambda: run_executor(broken))()
     assert type(outcome.error) is Mine
     assert (outcome.status, outcome.task.error) == (TaskStatus.FAILED, "Mine: no")
     with pytest.raises(Mine) as raised:
