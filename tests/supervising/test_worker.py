@@ -163,7 +163,8 @@ def test_sighup_brings_new_code_and_running_tasks_end_with_the_old(worker, manag
     one.child.signal(signal.SIGHUP)
     eventually(lambda: manager.read().startswith("RELOADING=1"))
     eventually(lambda: manager.read() == "READY=1")
-    assert is_alive(old)
+    eventually(lambda: len([node for node in one.nodes() if not node.stopping]) == 2)
+    assert is_alive(old)  # but it takes no more tasks
     assert one.hold("new") != old
     one.release("old")
     one.release("new")
