@@ -6,6 +6,7 @@ from collections.abc import Callable
 import kinds
 import messages
 import mongo_server as servers
+import postgres_server as postgres
 import pytest
 from hypothesis import settings
 
@@ -47,3 +48,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def mongo_server() -> Callable[[str], str]:
     """Return a function that gives the URL of a shared MongoDB server of a kind: "set" or "standalone"."""
     return servers.shared
+
+
+@pytest.fixture
+def postgres_server() -> postgres.Server:
+    """Return a shared PostgreSQL server, on which the test makes a database of its own."""
+    return postgres.shared()

@@ -15,15 +15,19 @@ from typing import Any
 
 import pytest
 from mongo_server import SERVER_USED
+from postgres_server import SERVER_USED as POSTGRES_USED
 
 #: Each test is counted for the first kind that fits.
-KINDS = ("campaign", "mongo", "browser", "process", "slow")
+KINDS = ("campaign", "mongo", "postgres", "browser", "process", "slow")
 
 #: The kind of tests that use a fixture.
-BY_FIXTURE = {"mongo_server": "mongo", "spawn": "process"}
+BY_FIXTURE = {"mongo_server": "mongo", "postgres_server": "postgres", "spawn": "process"}
 
 #: The kind of tests that have a parameter.
-BY_PARAMETER = dict.fromkeys(("mongo", "mongo-set", "mongomock", "standalone", "set"), "mongo")
+BY_PARAMETER = {
+    **dict.fromkeys(("mongo", "mongo-set", "mongomock", "standalone", "set"), "mongo"),
+    "postgres": "postgres",
+}
 
 #: The kind of all tests in a folder.
 TESTS = Path(__file__).parent
@@ -39,6 +43,7 @@ NO_BROWSER = "Chromium is missing"
 #: Audit events for which a test needs a mark.
 NEEDS_MARK = {
     SERVER_USED: "uses a MongoDB server: mark it with @pytest.mark.mongo",
+    POSTGRES_USED: "uses a PostgreSQL server: mark it with @pytest.mark.postgres",
     "os.fork": "forks: mark it with @pytest.mark.process",
     "os.forkpty": "forks: mark it with @pytest.mark.process",
     "os.posix_spawn": "starts a program: mark it with @pytest.mark.process",

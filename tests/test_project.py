@@ -21,6 +21,7 @@ import docutils.core
 import kinds
 import pytest
 from mongo_server import SERVER_USED
+from postgres_server import SERVER_USED as POSTGRES_USED
 
 import taskx
 
@@ -254,7 +255,10 @@ def fork():
 def server():  # uses a server that an earlier test started
     sys.audit({SERVER_USED!r})
 
-@pytest.mark.parametrize("do", [program, fork, server])
+def postgres():
+    sys.audit({POSTGRES_USED!r})
+
+@pytest.mark.parametrize("do", [program, fork, server, postgres])
 def test_unmarked(do):
     do()
 
@@ -290,9 +294,10 @@ def test_by_its_fixture(spawn):
         ("test_unmarked[program]", "this test starts a program: mark it"),
         ("test_unmarked[fork]", "this test forks: mark it"),
         ("test_unmarked[server]", "this test uses a MongoDB server: mark it"),
+        ("test_unmarked[postgres]", "this test uses a PostgreSQL server: mark it"),
         ("test_with_another_mark", "this test starts a program: mark it"),
     ], ran.stdout
-    assert "8 passed, 4 errors" in ran.stdout
+    assert "9 passed, 5 errors" in ran.stdout
 
 
 def run_ci(tmp_path: Path, pythons: str, *args: str) -> tuple[str, list[str]]:
