@@ -1,0 +1,14 @@
+"""The Django app."""
+
+from __future__ import annotations
+
+from django.apps import AppConfig
+
+
+class TaskxConfig(AppConfig):
+    """The app with TaskX's tables. Its label is ``taskx``."""
+
+    name = "taskx.contrib.django"
+    label = "taskx"
+    verbose_name = "TaskX"
+    default_auto_field = "django.db.models.BigAutoField"
