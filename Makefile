@@ -20,7 +20,7 @@ INSTALL = echo "Installing $(1) into $(VENV)" && \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517 --editable "$(1)" && \
 	touch $@
 
-.PHONY: help demo quick test soak lint format typecheck layers bench build ci ci-all clean
+.PHONY: help demo quick test soak lint format typecheck layers docs bench build ci ci-all clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -54,6 +54,11 @@ typecheck: $(VENV)/installed-dev ## check the types of the package and of its pu
 layers: $(VENV)/installed-dev ## check that imports only go down the layers
 	@$(BIN)/lint-imports --no-cache
 
+docs: $(VENV)/installed-docs ## build the documentation as a site into build/docs
+	@$(BIN)/python -m sphinx -W --keep-going -q -b html -c docs -d build/doctrees . build/docs
+	@$(BIN)/python tools/check_links.py build/docs
+	@echo "built build/docs/index.html"
+
 bench: $(VENV)/installed-bench ## measure TaskX, a plain loop and similar libraries
 	@$(BIN)/python -m benchmarks $(ARGS)
 
@@ -84,6 +89,9 @@ $(VENV)/installed-test: $(MADE) $(PACKAGE)
 
 $(VENV)/installed-dev: $(MADE) $(PACKAGE)
 	@$(call INSTALL,.[test$(COMMA)dev])
+
+$(VENV)/installed-docs: $(MADE) $(PACKAGE)
+	@$(call INSTALL,.[docs])
 
 $(VENV)/installed-bench: $(MADE) $(PACKAGE)
 	@$(call INSTALL,.[bench])

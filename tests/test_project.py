@@ -407,9 +407,10 @@ def test_tests_do_not_sleep():
 
 
 @pytest.mark.parametrize(
-    "path", [*ROOT.glob("*.rst"), *ROOT.glob("docs/**/*.rst")], ids=lambda path: path.name
+    "path", [*ROOT.glob("*.rst"), *ROOT.glob("docs/*.rst")], ids=lambda path: path.name
 )
 def test_documentation_is_valid_rst(path):
+    """The pages of the reference have directives of Sphinx, and ``make docs`` checks them."""
     settings = {"halt_level": 2, "report_level": 2, "syntax_highlight": "none"}
     docutils.core.publish_doctree(
         path.read_text(encoding="utf-8"), source_path=str(path), settings_overrides=settings
