@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
@@ -23,7 +23,7 @@ from taskx.cli import (
     worker,
 )
 from taskx.cli.errors import Usage, one_line_errors
-from taskx.cli.opening import QueueSource, given, how_options, where_options
+from taskx.cli.opening import QueueSource, as_typed, given, how_options, where_options
 from taskx.inspecting.query import suggestion
 
 #: All commands, in the order of the help.
@@ -69,6 +69,7 @@ class Group(click.Group):
         queue: the queue of all commands, or a function that returns it; None: the options name it.
         target: a function that returns the place of this queue, ``module:name``, for the processes of a
             worker; None: the user names it.
+        where: a function that returns the options of every command that say where the tasks are.
     """
 
     def __init__(
@@ -76,11 +77,13 @@ class Group(click.Group):
         *args: Any,
         queue: QueueSource | None = None,
         target: Callable[[], str] | None = None,
+        where: Callable[[], Sequence[click.Parameter]] = where_options,
         **settings: Any,
     ) -> None:
         super().__init__(*args, **settings)
         self.queue = queue
         self.target = target
+        self.where = where
 
     def make_context(
         self,
@@ -104,7 +107,7 @@ class Group(click.Group):
         """Find the command; suggest one for a misspelt name."""
         name = args[0]
         if not name.startswith("-") and not ctx.resilient_parsing and name not in self.commands:
-            hint = suggestion(name, self.commands) or "; see taskx --help"
+            hint = suggestion(name, self.commands) or f"; see {ctx.command_path} --help"
             raise Usage(f"there is no command {name!r}{hint}")
         return super().resolve_command(ctx, args)
 
@@ -114,7 +117,7 @@ class Group(click.Group):
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the text of the help as it is."""
-        formatter.write(f"\n{self.help or ''}")
+        formatter.write(f"\n{as_typed(ctx, self.help or '')}")
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the exit codes as they are."""
@@ -126,6 +129,7 @@ def make_group(
     name: str = "taskx",
     *,
     target: Callable[[], str] | None = None,
+    where: Callable[[], Sequence[click.Parameter]] | None = None,
 ) -> Group:
     """Return the click group of all commands.
 
@@ -135,14 +139,19 @@ def make_group(
         name: the name of the group.
         target: a function that returns the place of this queue, ``module:name``. The processes of
             ``worker`` import the queue from there.
+        where: a function that returns options that choose the queue, if the program has several. Every
+            command accepts them; their values are for their own callbacks.
     """
+    if where is None:
+        where = where_options if queue is None else list
     group = Group(
         name,
         queue=queue,
         target=target,
+        where=where,
         help=HELP if queue is not None else EXAMPLES + HELP,
         epilog=EPILOG,
-        params=[*([] if queue is not None else where_options()), *how_options()],
+        params=[*where(), *how_options()],
         context_settings={"help_option_names": ["-h", "--help"]},
         commands={command.name or "": command for command in COMMANDS},
     )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import getpass
 import os
+import re
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import cached_property, update_wrapper
@@ -90,7 +91,7 @@ class Command(click.Command):
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Return the command's own parameters and those of every command."""
         own = super().get_params(ctx)
-        where = [] if _source(ctx) is not None else where_options()
+        where = _where(ctx)
         known = {param.name for param in own}
         # The help option stays last.
         common = [param for param in (*where, *how_options()) if param.name not in known]
@@ -98,12 +99,20 @@ class Command(click.Command):
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the help: examples as they are, then paragraphs that fit the terminal."""
-        examples, _, words = (self.help or "").partition("\n\n")
+        examples, _, words = as_typed(ctx, self.help or "").partition("\n\n")
         formatter.write(f"\n{examples}\n")
         for paragraph in words.split("\n\n"):
             formatter.write_paragraph()
             with formatter.indentation():
                 formatter.write_text(" ".join(paragraph.split()))
+
+
+def as_typed(ctx: click.Context, text: str) -> str:
+    """Return a help text whose calls begin as users of this program type them: ``flask taskx list``."""
+    at: click.Context | None = ctx
+    while at is not None and not hasattr(at.command, "target"):
+        at = at.parent
+    return text if at is None else re.sub(r"\btaskx (?=\w)", f"{at.command_path} ", text)
 
 
 def command(
@@ -210,6 +219,12 @@ def target_of(ctx: click.Context) -> str | None:
     """Return the place of the queue that the program has mounted the commands for."""
     target: Callable[[], str] | None = _of_group(ctx, "target")
     return None if target is None else target()
+
+
+def _where(ctx: click.Context) -> Sequence[click.Parameter]:
+    """Return the options of every command that say where the tasks are."""
+    where: Callable[[], Sequence[click.Parameter]] = _of_group(ctx, "where") or where_options
+    return where()
 
 
 def _source(ctx: click.Context | None) -> QueueSource | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import click
 
@@ -11,6 +12,8 @@ from taskx.cli.opening import Command, given, target_of
 from taskx.cli.values import Duration, Size
 from taskx.supervising.settings import MOST, Settings
 from taskx.supervising.supervisor import supervise
+
+F = TypeVar("F", bound="Callable[..., Any]")
 
 _HELP = """\
   $ taskx worker shop.tasks:queue
@@ -26,69 +29,91 @@ SIGHUP replaces the processes one by one, with the newest code. A process that d
 """
 
 
-class _Program(Command):
+class Program(Command):
     """A command without the options that name a repository or a form of output."""
 
     get_params = click.Command.get_params
 
 
-@click.command("worker", cls=_Program, help=_HELP, short_help="Run the tasks of a queue.")
+#: The options of a worker, as decorators.
+WORKER_OPTIONS = (
+    click.option(
+        "--processes",
+        type=click.IntRange(1, MOST),
+        default=1,
+        show_default=True,
+        help="The number of processes.",
+    ),
+    click.option(
+        "--threads",
+        type=click.IntRange(1, 10_000),
+        help="The worker threads of each process. [default: the queue's worker_num]",
+    ),
+    click.option(
+        "--stop-timeout",
+        type=Duration(),
+        default="30s",
+        show_default=True,
+        help="The time that running tasks have to end after a signal.",
+    ),
+    click.option(
+        "--max-tasks", type=click.IntRange(1), help="Replace a process after so many attempts."
+    ),
+    click.option(
+        "--max-memory",
+        type=Size(),
+        help="Replace a process that takes this much memory, such as 500M.",
+    ),
+    click.option("--max-age", type=Duration(), help="Replace a process of this age, such as 12h."),
+    click.option(
+        "--health-file",
+        type=click.Path(dir_okay=False),
+        help="A file that exists while all is well.",
+    ),
+    click.option(
+        "--health-port",
+        type=click.IntRange(0, 65535),
+        help="A port that answers GET /health and GET /ready with 200 or 503.",
+    ),
+    click.option(
+        "--health-host", default="127.0.0.1", show_default=True, help="The address of that port."
+    ),
+    click.option("--reload", is_flag=True, help="Replace a process when its code changes."),
+    click.option(
+        "--log-level",
+        type=click.Choice(["DEBUG", "INFO", "WARNING", "ERROR"], case_sensitive=False),
+        default="INFO",
+        show_default=True,
+        help="The level of the log, if your program does not set up logging itself.",
+    ),
+)
+
+
+def worker_options(function: F) -> F:
+    """Give a command the options of a worker; they are the settings of :func:`run_worker`."""
+    for decorate in reversed(WORKER_OPTIONS):
+        function = decorate(function)
+    return function
+
+
+def run_worker(ctx: click.Context, target: str, **options: Any) -> None:
+    """Run the supervisor of the queue at ``target``; its exit code is that of the program."""
+    ctx.exit(supervise(Settings(target=target, **options)))
+
+
+@click.command("worker", cls=Program, help=_HELP, short_help="Run the tasks of a queue.")
 @click.argument("target", metavar="QUEUE", required=False)
-@click.option(
-    "--processes",
-    type=click.IntRange(1, MOST),
-    default=1,
-    show_default=True,
-    help="The number of processes.",
-)
-@click.option(
-    "--threads",
-    type=click.IntRange(1, 10_000),
-    help="The worker threads of each process. [default: the queue's worker_num]",
-)
-@click.option(
-    "--stop-timeout",
-    type=Duration(),
-    default="30s",
-    show_default=True,
-    help="The time that running tasks have to end after a signal.",
-)
-@click.option(
-    "--max-tasks", type=click.IntRange(1), help="Replace a process after so many attempts."
-)
-@click.option(
-    "--max-memory", type=Size(), help="Replace a process that takes this much memory, such as 500M."
-)
-@click.option("--max-age", type=Duration(), help="Replace a process of this age, such as 12h.")
-@click.option(
-    "--health-file", type=click.Path(dir_okay=False), help="A file that exists while all is well."
-)
-@click.option(
-    "--health-port",
-    type=click.IntRange(0, 65535),
-    help="A port that answers GET /health and GET /ready with 200 or 503.",
-)
-@click.option(
-    "--health-host", default="127.0.0.1", show_default=True, help="The address of that port."
-)
-@click.option("--reload", is_flag=True, help="Replace a process when its code changes.")
-@click.option(
-    "--log-level",
-    type=click.Choice(["DEBUG", "INFO", "WARNING", "ERROR"], case_sensitive=False),
-    default="INFO",
-    show_default=True,
-    help="The level of the log, if your program does not set up logging itself.",
-)
+@worker_options
 @click.pass_context
 def worker(ctx: click.Context, /, target: str | None, **options: Any) -> None:
-    """Run the supervisor; its exit code is that of the program."""
+    """Run the worker of the queue that is named, or that the program has mounted the commands for."""
     wanted = given(ctx)
     if wanted.repository:
         raise Usage("the worker's repository is that of its queue: leave out --repository")
     target = target or wanted.app or target_of(ctx)
     if target is None:
         raise Usage("which queue? Write taskx worker module:queue, such as shop.tasks:queue")
-    ctx.exit(supervise(Settings(target=target, **options)))
+    run_worker(ctx, target, **options)
 
 
 COMMANDS: tuple[click.Command, ...] = (worker,)
