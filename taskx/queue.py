@@ -66,6 +66,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing from 3.11 on
 
 R = TypeVar("R")
+#: Returns the executor of a type, or None.
+FindExecutor = Callable[[str], TaskExecutor | Executor[Any, Any] | None]
 
 
 class Queue(Questions, Steering):
@@ -83,6 +85,9 @@ class Queue(Questions, Steering):
         hooks: instances of :class:`Hook`; the queue tells them what happens to tasks.
         middleware: instances of :class:`Middleware`, or functions with the same signature. They are
             wrapped around every execution; the first one is the outermost.
+        find_executor: finds executors that nobody has registered. A started queue calls it with each type
+            of waiting tasks that it has no executor for, once. It returns the executor, or None if there
+            is none here.
         clock: the source of the time; for tests.
 
     Raises:
@@ -97,6 +102,7 @@ class Queue(Questions, Steering):
         *,
         hooks: Iterable[Hook] = (),
         middleware: Iterable[Layer] = (),
+        find_executor: FindExecutor | None = None,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         if config is not None and not isinstance(config, Config):
@@ -115,6 +121,7 @@ class Queue(Questions, Steering):
             self._require,
             self.config.max_payload_size,
             self._warn_of_first_use,
+            None if find_executor is None else self._found_by(find_executor),
         )
         # The JSON forms of params and results, by type. Handles decode results by them.
         self._values: Mapping[str, Values] = self._registry.values
@@ -152,6 +159,22 @@ class Queue(Questions, Steering):
                 "wait until one is started",
                 type,
             )
+
+    def _found_by(self, find_executor: FindExecutor) -> Callable[[str], None]:
+        if not callable(find_executor):
+            raise ConfigurationError(f"find_executor must be a function, not {find_executor!r}")
+
+        def find(type: str) -> None:
+            try:
+                if (executor := find_executor(type)) is not None:
+                    self.register_executor(executor)
+            except Exception:  # noqa: BLE001  (user code; other types must still be found)
+                self._log.exception(
+                    "no executor was found for type %r, and its tasks wait for another process",
+                    type,
+                )
+
+        return find
 
     def __repr__(self) -> str:
         return f"<Queue on {self.repository!r}, {self._life.name}>"

@@ -232,7 +232,7 @@ def make_queue(repository: Repository) -> Iterator[Callable[..., Queue]]:
     made: list[Queue] = []
 
     def make(on: Any = None, *, logger: Any = None, **options: Any) -> Queue:
-        names = options.keys() & {"clock", "hooks", "middleware"}
+        names = options.keys() & {"clock", "find_executor", "hooks", "middleware"}
         more = {name: options.pop(name) for name in names}
         made.append(Queue(on or repository, Config(**options), logger, **more))
         return made[-1]

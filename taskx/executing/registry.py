@@ -51,12 +51,19 @@ class Middleware:
         """
         return call_next(tasks)
 
+    def worker_ended(self) -> None:
+        """Close what is kept for the calling thread, a worker's, which ends after this call.
+
+        Exceptions are logged.
+        """
+
 
 class Registry:
     """The types that a queue runs, and the declared types that it only accepts.
 
     ``require(feature)`` raises ``ConfigurationError`` if the repository does not support the feature.
-    ``first_use(type)`` is called before the first task of a declared type is stored.
+    ``first_use(type)`` is called before the first task of a declared type is stored. ``find(type)``
+    registers the executor of a type that waits and has none here, if it can.
     """
 
     def __init__(
@@ -65,6 +72,7 @@ class Registry:
         require: Callable[[str], object] = lambda what: None,
         max_payload_size: int = DEFAULT_MAX_SIZE,
         first_use: Callable[[str], object] = lambda type: None,
+        find: Callable[[str], object] | None = None,
     ) -> None:
         self.middleware = middleware
         self._require = require
@@ -79,6 +87,8 @@ class Registry:
         self._declared: set[str] = set()
         self._used: set[str] = set()  # the declared types that tasks were submitted of
         self._first_use = first_use
+        self._find = find
+        self._sought: set[str] = set()  # the types that ``find`` was asked for
 
     @property
     def types(self) -> tuple[str, ...]:
@@ -91,6 +101,23 @@ class Registry:
         return frozenset(
             type for type, entry in self.registered.items() if entry.options.isolation is not None
         )
+
+    @property
+    def finds(self) -> bool:
+        """True if the executors of unknown types can be found."""
+        return self._find is not None
+
+    def seek(self, types: Iterable[str]) -> bool:
+        """Have the executors of those types found that are not registered; return True if one was.
+
+        Each type is sought once.
+        """
+        new = [type for type in types if type not in self.registered and type not in self._sought]
+        self._sought.update(new)
+        for type in new:
+            if self._find is not None:
+                self._find(type)
+        return any(type in self.registered for type in new)
 
     def runs(self, type: str) -> bool:
         """Return True if this queue has an executor for the type."""

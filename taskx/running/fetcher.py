@@ -109,9 +109,17 @@ class Fetcher:
             self._buffer.add_fetched(found)
             self.fetched += len(found)
             self._agenda.rest_is_stored = len(found) == room
+            if len(found) < room and self._services.registry.finds:
+                self._seek()
             return True
         finally:
             self._refilling.release()
+
+    def _seek(self) -> None:
+        """Find the executors of waiting types that have none here; fetch again if one was found."""
+        services = self._services
+        if services.registry.seek(queries.every(services.repository, "ready_type")):
+            self._agenda.fetch_soon()
 
     def refill_if_low(self) -> None:
         """Fetch more tasks if few fetched ones are left.

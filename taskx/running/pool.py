@@ -26,6 +26,7 @@ from taskx.core.log import Complaint
 from taskx.core.model import MAX_NAME, Task
 from taskx.core.payload import clean_text
 from taskx.core.writes import Insert, Update
+from taskx.executing.registry import Middleware
 from taskx.executing.runner import Run, broken, lesser
 from taskx.limiting.admission import Admission
 from taskx.liveness.base import Node
@@ -234,10 +235,19 @@ class WorkerPool:
         except RepositoryError as error:
             self._complaint.make("outcomes could not be written yet: %s", error)
         finally:  # in any case: a stop must not wait for a worker that is gone
+            self._tell_worker_ended()
             with self._counting:
                 self.workers_left -= 1
                 self.threads.remove(threading.current_thread())  # its ident may be used again soon
             self._quiet.ring_all()
+
+    def _tell_worker_ended(self) -> None:
+        for layer in self.services.registry.middleware:
+            if isinstance(layer, Middleware):
+                try:
+                    layer.worker_ended()
+                except BaseException:  # user code
+                    self.services.log.exception("middleware failed at the end of a worker")
 
     def _pause(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds

@@ -315,3 +315,27 @@ def test_a_driven_queue_has_the_middleware_of_its_queue(signing):
         driven.submit("t")
         assert notes
         assert driven.run_all()
+
+
+class Connections(Middleware):
+    """Middleware that keeps something for each worker, and fails when it closes the one of worker 1."""
+
+    def __init__(self):
+        self.closed = []
+
+    def worker_ended(self):
+        self.closed.append(threading.current_thread().name)
+        if self.closed[-1] == "taskx-worker-1":
+            raise RuntimeError("cannot close")
+
+
+def test_each_worker_that_ends_tells_middleware_so_on_its_own_thread(make_queue, caplog):
+    layer = Connections()
+    queue = make_queue(worker_num=2, middleware=[layer, lambda ctx, task, call_next: call_next()])
+    queue.executor("add")(lambda a, b: a + b)
+    queue.start()
+    assert queue.submit("add", {"a": 1, "b": 2}).result(PATIENCE) == 3
+    assert layer.closed == []
+    assert queue.stop() == []
+    assert sorted(layer.closed) == ["taskx-worker-1", "taskx-worker-2"]
+    assert "cannot close" in caplog.text
