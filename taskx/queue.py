@@ -341,6 +341,8 @@ class Queue(Questions, Steering):
         priority: int | None = said.get("priority")
         on_conflict: OnConflict = said.get("on_conflict") or "reject"
         if connection is None:
+            connection = self.repository.own_transaction(submits=True)
+        if connection is None:
             task_id = self._entrance.accept(wanted, priority, on_conflict)
         else:
             with self._joining.intake(connection, self._registry.middleware) as intake:
@@ -370,6 +372,8 @@ class Queue(Questions, Steering):
             TaskxError: the same errors as :meth:`submit`. Nothing was stored, unless ``in_doubt`` is
                 True.
         """
+        if connection is None:
+            connection = self.repository.own_transaction(submits=True)
         if connection is None:
             return [TaskHandle(task_id, self) for task_id in self._entrance.accept_many(tasks)]
         with self._joining.intake(connection, self._registry.middleware) as intake:
@@ -514,6 +518,8 @@ class Queue(Questions, Steering):
         flow_id = new_id()
         tasks, shape = lay_out(flow, flow_id, tags)
         if connection is None:
+            connection = self.repository.own_transaction(submits=True)
+        if connection is None:
             self._entrance.accept_many(tasks, spill=True)
         else:
             with self._joining.intake(connection, self._registry.middleware) as intake:
@@ -627,6 +633,8 @@ class Queue(Questions, Steering):
 
     def watch(self, handle: TaskHandle[Any]) -> None:
         """Resolve a handle when its task ends. Handles call this themselves."""
+        if self._uncommitted(handle.id):
+            return
         self._services.watcher.watch(handle)
         if self._node is None:
             self._services.watcher.warn_if_nobody_runs(handle.id)

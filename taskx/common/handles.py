@@ -25,6 +25,7 @@ from taskx.common.bell import Signal
 from taskx.common.display import Display
 from taskx.core.checks import in_seconds, optional_seconds
 from taskx.core.errors import (
+    ConfigurationError,
     InvalidTransition,
     PayloadError,
     QueueStopped,
@@ -47,6 +48,7 @@ class _Owner(Protocol):
     def get_task_status(self, task_id: str, /) -> Task: ...
     def cancel_task(self, task_id: str, /) -> bool: ...
     def watch(self, handle: TaskHandle[Any], /) -> None: ...
+    def _uncommitted(self, task_id: str, /) -> bool: ...
     @property
     def _values(self) -> Mapping[str, Values]: ...
 
@@ -117,7 +119,7 @@ class TaskHandle(Future[R]):
             cancelled = self._owner.cancel_task(self.id)
         except InvalidTransition:
             return False
-        if cancelled:
+        if cancelled and not self._owner._uncommitted(self.id):
             self._resolve(_CANCELLED)
         return cancelled
 
@@ -159,6 +161,7 @@ class TaskHandle(Future[R]):
             RepositoryCorrupt: the task's record is damaged.
             PayloadError: the stored result does not fit the return annotation of the executor.
             QueueStopped: the queue was closed before the task had ended.
+            ConfigurationError: the task waits for the commit of a transaction that this thread has open.
             RepositoryError: the repository cannot be read.
         """
         outcome = self._wait(timeout)
@@ -294,7 +297,16 @@ class TaskHandle(Future[R]):
     def _late(self, seconds: float | None) -> TimeoutError:
         return TimeoutError(f"task {self.id} has not ended within {seconds:g} s")
 
+    def refuse_endless_wait(self) -> None:
+        """Raise ``ConfigurationError`` if the task cannot go on before the calling thread has committed."""
+        if self._owner._uncommitted(self.id):
+            raise ConfigurationError(
+                f"task {self.id} was submitted or changed in a transaction that this thread has open, so "
+                "it does not go on before the commit: wait for it after that"
+            )
+
     def _sleep(self, timeout: float | None) -> None:
+        self.refuse_endless_wait()
         bell = self.signal()
         deadline = None if timeout is None else bell.now() + timeout
         self.listen(bell)
@@ -458,6 +470,7 @@ class _Waiters:
         self._handle = handle
 
     def append(self, waiter: Any) -> None:
+        self._handle.refuse_endless_wait()
         if not isinstance(waiter.event, Signal):
             # No thread sets it yet: wait() still holds the locks of Futures of other classes.
             waiter.event = self._handle.signal()

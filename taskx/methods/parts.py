@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from taskx.common.config import Config
 from taskx.core.clock import Clock
 from taskx.core.errors import RepositoryError
@@ -43,6 +46,39 @@ class Parts:
     @property
     def _engine(self) -> WorkerPool | None:
         return None if self._node is None else self._node.engine
+
+    @contextmanager
+    def _changing(self, connection: object = None) -> Iterator[Operations]:
+        """Return the operations for this thread: it may be in a transaction of its own."""
+        if connection is None:
+            connection = self.repository.own_transaction()
+        if connection is None:
+            yield self._operations
+            return
+        with self._joining.operations(connection) as operations:
+            yield operations
+
+    @contextmanager
+    def _requeuing(self) -> Iterator[Requeues]:
+        """Return the requeues for this thread: it may be in a transaction of its own."""
+        if (connection := self.repository.own_transaction()) is None:
+            yield self._requeues
+            return
+        with self._joining.requeues(connection) as requeues:
+            yield requeues
+
+    @contextmanager
+    def _reading(self) -> Iterator[Services]:
+        """Return the services for a read of this thread: it may be in a transaction of its own."""
+        if (connection := self.repository.own_transaction()) is None:
+            yield self._services
+            return
+        with self._joining.services(connection) as services:
+            yield services
+
+    def _uncommitted(self, task_id: str) -> bool:
+        """Return True if a task cannot go on before this thread has committed its own transaction."""
+        return self.repository.uncommitted(task_id)
 
     def _nobody_runs(self, type: str) -> bool:
         """Return True if it is known that no running queue has an executor for the type."""

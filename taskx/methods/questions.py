@@ -50,7 +50,8 @@ class Questions(Parts):
         Raises:
             TaskNotFound: no task has this id.
         """
-        return self.repository.get_by_id(task_id)
+        with self._reading() as services:
+            return services.repository.get_by_id(task_id)
 
     def list_tasks(
         self,
@@ -81,7 +82,8 @@ class Questions(Parts):
                 given and a codec hides them.
         """
         wanted = filter_of(filter, fields, "list_tasks", self._clock)
-        return queries.page(self.repository, wanted, after, at_most)
+        with self._reading() as services:
+            return queries.page(services.repository, wanted, after, at_most)
 
     def count_tasks(
         self,
@@ -102,7 +104,8 @@ class Questions(Parts):
             ConfigurationError: as in :meth:`list_tasks`.
         """
         wanted = filter_of(filter, fields, "count_tasks", self._clock)
-        return queries.count(self.repository, wanted, at_most)
+        with self._reading() as services:
+            return queries.count(services.repository, wanted, at_most)
 
     def iter_tasks(
         self, filter: TaskFilter | None = None, **fields: Unpack[FilterOptions]
@@ -169,7 +172,8 @@ class Questions(Parts):
             ConfigurationError: an argument is not valid.
             RepositoryError: the repository cannot be read.
         """
-        return newest_flows(self.repository, at_most, after)
+        with self._reading() as services:
+            return newest_flows(services.repository, at_most, after)
 
     def dead_letters(
         self,

@@ -46,9 +46,7 @@ class Steering(Parts):
             InvalidTransition: the task has ended.
             RepositoryCorrupt: the record is so damaged that it cannot be cancelled.
         """
-        if connection is None:
-            return self._operations.cancel(check_name(task_id, "id"))
-        with self._joining.operations(connection) as operations:
+        with self._changing(connection) as operations:
             return operations.cancel(check_name(task_id, "id"))
 
     def cancel_many(self, task_ids: Iterable[str]) -> int:
@@ -61,7 +59,8 @@ class Steering(Parts):
         Raises:
             RepositoryError: the repository failed; some tasks may have been cancelled.
         """
-        return self._operations.cancel_many([check_name(task_id, "id") for task_id in task_ids])
+        with self._changing() as operations:
+            return operations.cancel_many([check_name(task_id, "id") for task_id in task_ids])
 
     def requeue(
         self,
@@ -95,7 +94,8 @@ class Steering(Parts):
             RepositoryCorrupt: the record is damaged, and the requeue would change it.
             QueueStopped: the queue was stopped.
         """
-        self._requeues.one(check_name(task_id, "id"), params, from_step)
+        with self._requeuing() as requeues:
+            requeues.one(check_name(task_id, "id"), params, from_step)
 
     def requeue_many(self, task_ids: Iterable[str]) -> int:
         """Requeue the given tasks if they failed or were cancelled, in a few transactions.
@@ -112,7 +112,8 @@ class Steering(Parts):
             QueueStopped: the queue was stopped.
             RepositoryError: the repository failed; some tasks may have been requeued.
         """
-        return self._requeues.requeue_many([check_name(task_id, "id") for task_id in task_ids])
+        with self._requeuing() as requeues:
+            return requeues.requeue_many([check_name(task_id, "id") for task_id in task_ids])
 
     def requeue_all(
         self,
@@ -148,7 +149,8 @@ class Steering(Parts):
         """
         wanted = filter_of(filter, fields, "requeue_all", self._clock)
         terms = Terms(dry_run, at_most, on_progress)
-        return self._requeues.requeue_all(wanted, terms, rate=rate)
+        with self._requeuing() as requeues:
+            return requeues.requeue_all(wanted, terms, rate=rate)
 
     def requeue_failures(
         self,
@@ -171,7 +173,8 @@ class Steering(Parts):
         Raises:
             TaskxError: as in :meth:`requeue_all`.
         """
-        return requeue_group(self._requeues, group, Terms(dry_run, None, on_progress), rate)
+        with self._requeuing() as requeues:
+            return requeue_group(requeues, group, Terms(dry_run, None, on_progress), rate)
 
     def cancel_all(
         self,
@@ -196,7 +199,8 @@ class Steering(Parts):
         """
         wanted = filter_of(filter, fields, "cancel_all", self._clock)
         terms = Terms(dry_run, at_most, on_progress)
-        return self._operations.cancel_all(wanted, terms, everything=everything)
+        with self._changing() as operations:
+            return operations.cancel_all(wanted, terms, everything=everything)
 
     def delete_all(
         self,
@@ -224,7 +228,8 @@ class Steering(Parts):
         """
         wanted = filter_of(filter, fields, "delete_all", self._clock)
         terms = Terms(dry_run, at_most, on_progress)
-        return self._operations.delete_all(wanted, terms, everything=everything)
+        with self._changing() as operations:
+            return operations.delete_all(wanted, terms, everything=everything)
 
     def delete(self, task_id: str) -> None:
         """Delete the record of a task that is not running.
@@ -234,7 +239,8 @@ class Steering(Parts):
             InvalidTransition: the task is running, or a thread of an ended attempt still runs
                 (``stuck_on``).
         """
-        self._operations.delete(check_name(task_id, "id"))
+        with self._changing() as operations:
+            operations.delete(check_name(task_id, "id"))
 
     def prune(self, before: datetime, status: TaskStatus | str | None = None) -> int:
         """Delete tasks that ended before a given time, a few in each transaction.
@@ -278,7 +284,8 @@ class Steering(Parts):
             QueueStopped: the queue was stopped.
         """
         wanted = filter_of(filter, fields, "requeue_dead_letters", self._clock)
-        return self._requeues.requeue_dead_letters(wanted)
+        with self._requeuing() as requeues:
+            return requeues.requeue_dead_letters(wanted)
 
     def discard_dead_letters(
         self, filter: TaskFilter | None = None, **fields: Unpack[FilterOptions]
@@ -295,7 +302,8 @@ class Steering(Parts):
             ConfigurationError: the filter is not valid, or it has another status.
         """
         wanted = filter_of(filter, fields, "discard_dead_letters", self._clock)
-        return self._operations.discard_dead_letters(wanted)
+        with self._changing() as operations:
+            return operations.discard_dead_letters(wanted)
 
     # --- pausing, tuning and stopping
 

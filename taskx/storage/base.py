@@ -234,6 +234,28 @@ class Repository(TaskRepository):
             "use SQLiteRepository(path, prefix='taskx_') on the file of the application"
         )
 
+    def own_transaction(self, *, submits: bool = False) -> object | None:
+        """Return the connection of a transaction that the calling thread has open in this store.
+
+        A queue passes it to :meth:`joined`, so that its methods take part in that transaction without
+        being told. With ``submits`` the transaction may be one in another database: :meth:`joined` then
+        stores new tasks after its commit.
+
+        This version is for stores that know of no such transaction: it returns None.
+
+        Raises:
+            ConfigurationError: no task may be submitted in that transaction.
+        """
+        return None
+
+    def uncommitted(self, task_id: str) -> bool:
+        """Return True if the calling thread has stored or changed a task in a transaction that is open.
+
+        The task cannot go on before the commit, so the thread must not wait for it. This version is for
+        stores whose :meth:`own_transaction` is always None.
+        """
+        return False
+
     def refuse_own_transaction(self) -> None:
         """Raise ``ConfigurationError`` if this thread is in a transaction for which it would wait."""
 

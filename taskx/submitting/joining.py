@@ -19,6 +19,7 @@ from taskx.storage.base import Repository
 from taskx.submitting.intake import Intake
 from taskx.submitting.layers import LayeredIntake, layered
 from taskx.submitting.operations import Operations
+from taskx.submitting.requeuing import Requeues
 
 
 class Joining:
@@ -38,17 +39,24 @@ class Joining:
         self, connection: object, middleware: Iterable[Layer]
     ) -> Iterator[Intake | LayeredIntake]:
         """Return an intake for a ``with`` block. It leaves all tasks in the repository."""
-        with self._inside(connection) as services:
+        with self.services(connection) as services:
             yield layered(Intake(services, self._without_engine(), self._config), middleware)
 
     @contextmanager
     def operations(self, connection: object) -> Iterator[Operations]:
         """Return operations for a ``with`` block."""
-        with self._inside(connection) as services:
+        with self.services(connection) as services:
             yield Operations(services, self._without_engine())
 
     @contextmanager
-    def _inside(self, connection: object) -> Iterator[Services]:
+    def requeues(self, connection: object) -> Iterator[Requeues]:
+        """Return requeues for a ``with`` block."""
+        with self.services(connection) as services:
+            yield Requeues(services, self._without_engine())
+
+    @contextmanager
+    def services(self, connection: object) -> Iterator[Services]:
+        """Return services for a ``with`` block. They are without an engine."""
         later = _Later(self._services)
         with self._services.repository.joined(connection, later.follow) as repository:
             later.repository = repository
