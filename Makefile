@@ -8,6 +8,8 @@ ARGS ?=
 QUICK := not (mongo or postgres or process or browser or campaign or slow)
 # The store of the kill campaign, if it is not SQLite:  make soak ON=mongo ARGS="--kills 200"
 ON ?=
+# The hours of a soak:  make soak HOURS=2
+HOURS ?=
 
 MAKEFLAGS += --no-print-directory
 
@@ -35,8 +37,9 @@ quick: $(VENV)/installed-test ## run the quick tests, in a minute or two
 test: $(VENV)/installed-test ## run all tests
 	@$(BIN)/python -m pytest --numprocesses 3 --dist worksteal $(ARGS)
 
-soak: $(VENV)/installed-test ## kill processes a thousand times, and check that no task is lost
-	@$(BIN)/python -m tests.campaign.campaign --kills 1000 $(if $(filter mongo,$(ON)),--mongo) $(ARGS)
+soak: $(VENV)/installed-test ## kill processes a thousand times, or for HOURS, and check that no task is lost
+	@$(BIN)/python -m tests.campaign.$(if $(HOURS),soak --hours $(HOURS),campaign --kills 1000 $(if \
+		$(filter mongo,$(ON)),--mongo)) $(ARGS)
 
 lint: $(VENV)/installed-dev ## check style and formatting
 	@$(BIN)/ruff check .

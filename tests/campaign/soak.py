@@ -1,0 +1,242 @@
+"""A soak: several processes run for hours, one of them is killed every 30 seconds, and nothing may be lost.
+
+    python -m tests.campaign.soak --hours 2
+
+Each minute it prints a line with what was done, and with the memory, threads and open files of a process
+that is never killed. At the end it lets the processes finish, and prints the broken promises.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import attrs
+
+from taskx import SQLiteRepository, TaskFilter, TaskStatus
+
+from .sidelog import SideLog
+from .soak_audit import Audit
+
+_FOLDER = Path(__file__).parent
+_ROOT = _FOLDER.parent.parent
+# The package is tests.campaign or campaign; a child must import it under the same name.
+_BASE = _FOLDER.parents[__package__.count(".")]
+_never = threading.Event()
+
+#: The columns of the table, each with its unit.
+COLUMNS = (
+    "minutes", "tasks", "kills", "MB", "threads", "files", "file MB", "p95 ms", "violations",
+)  # fmt: skip
+
+
+@attrs.frozen(kw_only=True)
+class Plan:
+    """What a soak does. Times are in seconds.
+
+    Attributes:
+        seconds: how long tasks are submitted and processes killed.
+        kill_every: the time between two kills. Every fifth one is a SIGTERM.
+        row_every: the time between two lines of the table.
+        processes: how many processes run at once.
+        rate: how many times a second each process submits.
+        patience: how long the processes have to finish the last tasks.
+    """
+
+    seconds: float
+    kill_every: float = 30.0
+    row_every: float = 60.0
+    processes: int = 4
+    rate: float = 5.0
+    patience: float = 180.0
+
+
+class Soak:
+    """A soak in a folder."""
+
+    def __init__(self, folder: Path, plan: Plan, seed: int = 0) -> None:
+        self.folder = folder
+        self.plan = plan
+        self.kills = 0
+        self._rng = random.Random(seed)
+        self._log = SideLog(folder / "side.log", "conductor")
+        self.audit = Audit(folder / "side.log")
+        self._number = 0
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
+
+    def run(self) -> Iterable[tuple[str, ...]]:
+        """Run the soak, and yield the lines of the table."""
+        began = time.monotonic()
+        kill_at, row_at = began + self.plan.kill_every, began
+        for _ in range(self.plan.processes):
+            self._spawn()
+        while (now := time.monotonic()) < began + self.plan.seconds:
+            _never.wait(min(1.0, self.plan.kill_every / 4))
+            self.audit.follow()
+            self._replace_the_dead()
+            if now >= kill_at:
+                kill_at += self.plan.kill_every
+                self._strike()
+            if now >= row_at:
+                row_at += self.plan.row_every
+                yield self._row(now - began)
+        (self.folder / "enough").touch()
+        self._finish()
+        yield self._row(time.monotonic() - began)
+        self.end()
+        self._judge()
+
+    def end(self) -> None:
+        """Let the processes end, and kill those that do not."""
+        for child in self._children.values():
+            assert child.stdin is not None
+            child.stdin.close()
+        for name, child in self._children.items():
+            try:
+                child.wait(60.0)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+                self.audit.violations.append(f"{name} did not end")
+        self._children.clear()
+        self.audit.follow()
+
+    def _spawn(self) -> None:
+        name = f"p{self._number}"
+        self._number += 1
+        with (self.folder / f"{name}.log").open("wb") as output:
+            self._children[name] = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", f"{__package__}.soak_worker"),
+                    *(str(self.folder), name, str(self.plan.rate)),
+                ],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join((str(_BASE), str(_ROOT)))},
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+            )
+
+    def _strike(self) -> None:
+        """Kill a process, but never the oldest: its memory is watched."""
+        name = self._rng.choice([*self._children][1:])
+        self.kills += 1
+        if self.kills % 5 == 0:
+            self._children[name].send_signal(signal.SIGTERM)
+            return
+        self._log.tell("killing", note=name)
+        self._children[name].kill()
+        self._children[name].wait()
+
+    def _replace_the_dead(self) -> None:
+        for name, child in [*self._children.items()]:
+            code = child.poll()
+            if code is None:
+                continue
+            del self._children[name]
+            assert child.stdin is not None
+            child.stdin.close()
+            if code not in (0, -signal.SIGKILL):
+                said = (self.folder / f"{name}.log").read_text(errors="replace")[-2000:]
+                self.audit.violations.append(f"{name} ended with {code}: {said}")
+            self._spawn()
+
+    def _finish(self) -> None:
+        """Wait until nothing is unfinished."""
+        deadline = time.monotonic() + self.plan.patience
+        while time.monotonic() < deadline:
+            self.audit.follow()
+            if not self.audit.unfinished:
+                return
+            _never.wait(0.2)
+
+    def _judge(self) -> None:
+        lost = list(self.audit.unfinished.items())
+        self.audit.violations += [f"{kind or 'task'} {id} was lost" for id, kind in lost[:20]]
+        if len(lost) > 20:
+            self.audit.violations.append(f"{len(lost) - 20} more tasks were lost")
+        with SQLiteRepository(self.folder / "tasks.db") as repository:
+            failed = repository.list(TaskFilter(status=TaskStatus.FAILED, limit=20))
+            nodes = repository.liveness.nodes()
+        self.audit.violations += [f"{task.type} {task.id} failed: {task.error}" for task in failed]
+        self.audit.violations += [f"node {node.name} was left behind" for node in nodes]
+
+    def _row(self, seconds: float) -> tuple[str, ...]:
+        self.audit.follow()
+        waits = self.audit.take_waits()
+        p95 = statistics.quantiles(waits, n=20)[-1] / 1e6 if len(waits) > 1 else 0.0
+        memory, threads, files = watched(next(iter(self._children.values())).pid)
+        size = sum(path.stat().st_size for path in self.folder.glob("tasks.db*"))
+        return (
+            f"{seconds / 60:.0f}",
+            str(self.audit.counts["end"]),
+            str(self.kills),
+            f"{memory / 2**20:.1f}",
+            str(threads),
+            str(files),
+            f"{size / 2**20:.1f}",
+            f"{p95:.1f}",
+            str(len(self.audit.violations)),
+        )
+
+
+def watched(pid: int) -> tuple[int, int, int]:
+    """Return the resident bytes, the threads and the open files of a process on Linux."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+    resident = int(fields["VmRSS"].split()[0]) * 1024
+    return resident, int(fields["Threads"]), len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def line(cells: Iterable[str]) -> str:
+    """Return a line of the table."""
+    return "  ".join(f"{cell:>10}" for cell in cells)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="soak",
+        description="Run processes for hours, kill one every 30 s, and prove the promises.",
+    )
+    parser.add_argument("--hours", type=float, default=1.0)
+    parser.add_argument("--processes", type=int, default=4)
+    parser.add_argument("--rate", type=float, default=5.0, help="submits a second, per process")
+    parser.add_argument("--folder", type=Path, default=None, help="keep all files in this folder")
+    args = parser.parse_args()
+    folder = args.folder or Path(tempfile.mkdtemp(prefix="taskx-soak-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    plan = Plan(seconds=args.hours * 3600, processes=args.processes, rate=args.rate)
+    soak = Soak(folder, plan, random.SystemRandom().randrange(1 << 30))
+    print(line(COLUMNS), flush=True)
+    try:
+        for row in soak.run():
+            print(line(row), flush=True)
+    finally:
+        soak.end()
+    counts, violations = soak.audit.counts, soak.audit.violations
+    print(
+        f"{counts['accepted']} tasks accepted, {counts['begin']} runs, {counts['cancelled']} cancelled, "
+        f"{counts['tick']} ticks, {soak.kills} kills, {len(violations)} violations"
+    )
+    for violation in violations[:50]:
+        print(f"VIOLATION {violation}")
+    if violations:
+        print(f"the database, the side log and the logs of the processes are in {folder}")
+        return 1
+    if args.folder is None:
+        shutil.rmtree(folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
