@@ -146,7 +146,7 @@ class Soak:
             del self._children[name]
             assert child.stdin is not None
             child.stdin.close()
-            if code not in (0, -signal.SIGKILL):
+            if code not in (0, -signal.SIGKILL, -signal.SIGTERM):  # SIGTERM: it was only starting
                 said = (self.folder / f"{name}.log").read_text(errors="replace")[-2000:]
                 self.audit.violations.append(f"{name} ended with {code}: {said}")
             self._spawn()

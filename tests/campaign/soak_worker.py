@@ -12,17 +12,19 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from taskx import (
     Config,
     Context,
+    InvalidTransition,
     Queue,
     SQLiteRepository,
     Task,
     TaskCancelled,
+    TaskNotFound,
     every,
     group,
     tick_of,
@@ -141,8 +143,9 @@ class Producer:
                 self._slow,
                 self._accept("slow", {"seconds": rng.uniform(1.0, 20.0)}),
             )
-            if before and queue.cancel_task(before):
-                self._log.tell("cancelled", before, kind="slow")
+            with suppress(InvalidTransition, TaskNotFound):  # it has ended, or is pruned
+                if before and queue.cancel_task(before):
+                    self._log.tell("cancelled", before, kind="slow")
 
     def _accept(self, kind: str, params: dict[str, Any], note: str = "", **options: Any) -> str:
         handle = self._queue.submit(kind, params, **options)

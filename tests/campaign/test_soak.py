@@ -139,7 +139,8 @@ def test_half_a_line_is_read_when_it_is_whole(audit, tmp_path):
 @pytest.mark.process
 @pytest.mark.campaign
 def test_a_short_soak_loses_nothing_and_tells_what_it_saw(tmp_path):
-    soak = Soak(tmp_path, Plan(seconds=6.0, kill_every=1.0, row_every=2.0, processes=3), seed=7)
+    plan = Plan(seconds=6.0, kill_every=1.0, row_every=2.0, processes=3, rate=20.0)
+    soak = Soak(tmp_path, plan, seed=7)
     try:
         rows = [*soak.run()]
     finally:
