@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import attrs
@@ -46,7 +46,6 @@ class Plan:
     """What a soak does. Times are in seconds.
 
     Attributes:
-        seconds: how long tasks are submitted and processes killed.
         kill_every: the time between two kills. Every fifth one is a SIGTERM.
         row_every: the time between two lines of the table.
         processes: how many processes run at once.
@@ -54,7 +53,6 @@ class Plan:
         patience: how long the processes have to finish the last tasks.
     """
 
-    seconds: float
     kill_every: float = 30.0
     row_every: float = 60.0
     processes: int = 4
@@ -75,16 +73,17 @@ class Soak:
         self._number = 0
         self._children: dict[str, subprocess.Popen[bytes]] = {}
 
-    def run(self) -> Iterable[tuple[str, ...]]:
-        """Run the soak, and yield the lines of the table."""
+    def run(self, enough: Callable[[], bool]) -> Iterable[tuple[str, ...]]:
+        """Run the soak until ``enough`` returns True, and yield the lines of the table."""
         began = time.monotonic()
         kill_at, row_at = began + self.plan.kill_every, began
         for _ in range(self.plan.processes):
             self._spawn()
-        while (now := time.monotonic()) < began + self.plan.seconds:
+        while not enough():
             _never.wait(min(1.0, self.plan.kill_every / 4))
             self.audit.follow()
             self._replace_the_dead()
+            now = time.monotonic()
             if now >= kill_at:
                 kill_at += self.plan.kill_every
                 self._strike()
@@ -128,8 +127,11 @@ class Soak:
             )
 
     def _strike(self) -> None:
-        """Kill a process, but never the oldest: its memory is watched."""
-        name = self._rng.choice([*self._children][1:])
+        """Kill a process that is at work, but never the oldest: its memory is watched."""
+        names = [name for name in [*self._children][1:] if name in self.audit.at_work]
+        if not names:
+            return
+        name = self._rng.choice(names)
         self.kills += 1
         if self.kills % 5 == 0:
             self._children[name].send_signal(signal.SIGTERM)
@@ -146,7 +148,7 @@ class Soak:
             del self._children[name]
             assert child.stdin is not None
             child.stdin.close()
-            if code not in (0, -signal.SIGKILL, -signal.SIGTERM):  # SIGTERM: it was only starting
+            if code not in (0, -signal.SIGKILL):
                 said = (self.folder / f"{name}.log").read_text(errors="replace")[-2000:]
                 self.audit.violations.append(f"{name} ended with {code}: {said}")
             self._spawn()
@@ -215,11 +217,12 @@ def main() -> int:
     args = parser.parse_args()
     folder = args.folder or Path(tempfile.mkdtemp(prefix="taskx-soak-"))
     folder.mkdir(parents=True, exist_ok=True)
-    plan = Plan(seconds=args.hours * 3600, processes=args.processes, rate=args.rate)
+    plan = Plan(processes=args.processes, rate=args.rate)
     soak = Soak(folder, plan, random.SystemRandom().randrange(1 << 30))
+    ends = time.monotonic() + args.hours * 3600
     print(line(COLUMNS), flush=True)
     try:
-        for row in soak.run():
+        for row in soak.run(lambda: time.monotonic() > ends):
             print(line(row), flush=True)
     finally:
         soak.end()

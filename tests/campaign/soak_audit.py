@@ -32,6 +32,7 @@ class Audit:
         violations: the broken promises, as sentences.
         unfinished: the tasks that were accepted, or have begun, and have not ended yet.
         counts: how many events of each kind there were.
+        at_work: the processes that have begun a task.
         waits: the nanoseconds from the submit to the start of the tasks since :meth:`take_waits`.
     """
 
@@ -40,6 +41,7 @@ class Audit:
         self.violations: list[str] = []
         self.unfinished: dict[str, str] = {}
         self.counts: Counter[str] = Counter()
+        self.at_work: set[str] = set()
         self.waits: list[int] = []
         self._submitted: dict[str, int] = {}
         self._running: dict[str, Run] = {}
@@ -83,6 +85,7 @@ class Audit:
                 self._submitted[event.id] = event.ns
 
     def _begin(self, event: Event) -> None:
+        self.at_work.add(event.who)
         other = self._running.get(event.id)
         if other is not None:
             self._broken(event, f"began while {other.who} was running it")

@@ -139,15 +139,12 @@ def test_half_a_line_is_read_when_it_is_whole(audit, tmp_path):
 @pytest.mark.process
 @pytest.mark.campaign
 def test_a_short_soak_loses_nothing_and_tells_what_it_saw(tmp_path):
-    plan = Plan(seconds=6.0, kill_every=1.0, row_every=2.0, processes=3, rate=20.0)
-    soak = Soak(tmp_path, plan, seed=7)
+    soak = Soak(tmp_path, Plan(kill_every=0.5, row_every=2.0, processes=3, rate=20.0), seed=7)
     try:
-        rows = [*soak.run()]
+        rows = [*soak.run(lambda: soak.kills >= 5 and soak.audit.counts["end"] > 50)]
     finally:
         soak.end()
     assert soak.audit.violations == []
-    assert soak.audit.counts["end"] > 20
-    assert soak.kills >= 4
     assert {len(row) for row in rows} == {len(COLUMNS)}
     memory, threads, files = (float(cell) for cell in rows[-1][3:6])
     assert (memory > 10.0, threads > 4, files > 5) == (True, True, True)
@@ -156,10 +153,10 @@ def test_a_short_soak_loses_nothing_and_tells_what_it_saw(tmp_path):
 @pytest.mark.process
 @pytest.mark.campaign
 def test_a_soak_names_tasks_that_were_lost(tmp_path):
-    soak = Soak(tmp_path, Plan(seconds=0.1, kill_every=9.0, processes=1, patience=1.0))
+    soak = Soak(tmp_path, Plan(processes=1, patience=1.0))
     SideLog(tmp_path / "side.log", "p0").tell("accepted", "nowhere", kind="quick")
     try:
-        assert [*soak.run()]
+        assert [*soak.run(lambda: "p0" in soak.audit.at_work)]
     finally:
         soak.end()
     assert soak.audit.violations == ["quick nowhere was lost"]
