@@ -51,10 +51,10 @@ class Outer(Protocol):
 def driver_connection(given: object) -> sqlite3.Connection:
     """Return the connection of ``sqlite3`` that an object is or leads to.
 
-    A ``Session`` or ``Connection`` of SQLAlchemy leads to one.
+    A ``Session`` or ``Connection`` of SQLAlchemy leads to one, and a connection of Django.
 
     Raises:
-        ConfigurationError: it leads to none.
+        ConfigurationError: it leads to none, or belongs to another thread.
     """
     found: Any = given
     for _ in range(4):
@@ -65,10 +65,12 @@ def driver_connection(given: object) -> sqlite3.Connection:
             continue
         if hasattr(found, "exec_driver_sql"):
             _begin_in_sqlalchemy(found)
+        elif hasattr(found, "validate_thread_sharing"):
+            _open_in_django(found)
         found = getattr(found, "driver_connection", None) or getattr(found, "connection", None)
     raise ConfigurationError(
-        "connection must be an sqlite3.Connection, or a Session or Connection of SQLAlchemy that is "
-        f"connected to one, not {given!r:.80}; nothing was stored"
+        "connection must be an sqlite3.Connection, or a Session or Connection of SQLAlchemy or a "
+        f"connection of Django that leads to one, not {given!r:.80}; nothing was stored"
     )
 
 
@@ -76,6 +78,17 @@ def _begin_in_sqlalchemy(connection: Any) -> None:
     """Let a Connection know that it is in a transaction: its ``commit`` would do nothing otherwise."""
     if not connection.in_transaction():
         connection.begin()
+
+
+def _open_in_django(connection: Any) -> None:
+    """Open a connection of Django, if no query has done so, and check that it belongs to this thread."""
+    try:
+        connection.validate_thread_sharing()
+    except Exception as error:  # a class of Django, which need not be imported for this
+        raise ConfigurationError(
+            f"connection cannot be used: {error}; nothing was stored"
+        ) from error
+    connection.ensure_connection()
 
 
 @contextmanager

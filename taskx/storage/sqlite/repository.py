@@ -790,7 +790,7 @@ class Joined(SQLiteRepository):
             if automatic is True or (automatic == _LEGACY and connection.isolation_level is None):
                 raise ConfigurationError(
                     "connection is in autocommit mode and in no transaction: execute BEGIN IMMEDIATE "
-                    "first; nothing was stored"
+                    "first, or call inside transaction.atomic() of Django; nothing was stored"
                 )
             self._outer.note_caller(connection)
             self._cursor().execute("BEGIN IMMEDIATE")
