@@ -1,0 +1,218 @@
+"""The ``atomic()`` blocks of the calling thread, and the submits that wait for their commits."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import cache, partial
+from typing import Any, Literal, TypeVar, cast
+
+import attrs
+from django.db import connections, transaction
+
+from taskx.core.errors import ConfigurationError
+from taskx.core.record import DEFAULTS
+from taskx.core.writes import Insert, Update, Write
+from taskx.storage.base import Fields, Lookup, Repository, Rows, Then
+
+#: What a submit does inside ``atomic()`` of another database than that of the tasks.
+OnCommit = Literal["wait", "refuse"]
+
+R = TypeVar("R", bound=Repository)
+_log = logging.getLogger("taskx")
+
+
+def check_on_commit(value: object) -> OnCommit:
+    """Return a valid setting of ``on_commit``; raise ``ConfigurationError`` for another value."""
+    if value != "wait" and value != "refuse":
+        raise ConfigurationError(f"on_commit must be 'wait' or 'refuse', not {value!r}")
+    return value
+
+
+def open_blocks(*without: str | None) -> list[Any]:
+    """Return the connections of this thread that are inside ``atomic()``, without those of some aliases."""
+    made = connections.all(initialized_only=True)
+    return [one for one in made if one.in_atomic_block and one.alias not in without]
+
+
+@attrs.frozen(eq=False)
+class _AfterCommit:
+    """A callback of ``transaction.on_commit``. Django drops it if its savepoint is rolled back."""
+
+    repository: Repository
+    writes: Sequence[Write]
+    call: Callable[[], object]
+
+    def __call__(self) -> None:
+        self.call()
+
+
+def after_commit(
+    connection: Any, repository: Repository, writes: Sequence[Write], call: Callable[[], object]
+) -> None:
+    """Call a function for writes after the commit of a connection that is inside ``atomic()``."""
+    transaction.on_commit(_AfterCommit(repository, writes, call), using=connection.alias)
+
+
+def uncommitted_writes(repository: Repository) -> Iterator[Write]:
+    """Yield the writes of this thread that take place with, or after, the commits of open blocks."""
+    for connection in open_blocks():
+        for _, call, *_ in connection.run_on_commit:
+            if isinstance(call, _AfterCommit) and call.repository is repository:
+                yield from call.writes
+
+
+@attrs.frozen(eq=False)
+class _Block:
+    """A block in another database: :meth:`Repository.joined` stores the new tasks after its commit."""
+
+    connection: Any
+
+
+class BesideBlocks(Repository):
+    """A mix-in for repositories: submits respect the ``atomic()`` blocks of other databases.
+
+    Attributes:
+        using: the alias of the database with the tasks; None if Django does not know it.
+        on_commit: ``"wait"``: a task that is submitted inside such a block is stored after its commit;
+            ``"refuse"``: the submit raises ``ConfigurationError``.
+    """
+
+    using: str | None = None
+    on_commit: OnCommit = "wait"
+
+    def own_transaction(self, *, submits: bool = False) -> object | None:
+        if not submits or not (others := open_blocks(self.using)):
+            return None
+        alias = others[-1].alias
+        if self.on_commit == "refuse":
+            raise ConfigurationError(
+                f"this thread is inside atomic() of the database {alias!r}, but the tasks are in another "
+                "one, so the task would not be rolled back with the data; nothing was stored. Submit after "
+                f"the commit, with transaction.on_commit(…, using={alias!r}), or set on_commit='wait'"
+            )
+        return _Block(others[-1])
+
+    def uncommitted(self, task_id: str) -> bool:
+        return any(write.id == task_id for write in uncommitted_writes(self))
+
+    def joined(self, connection: object, then: Then | None) -> AbstractContextManager[Repository]:
+        if isinstance(connection, _Block):
+            return _waiting(self, connection.connection, then)
+        return super().joined(connection, then)
+
+
+@cache
+def _beside_blocks(kind: type[Repository]) -> type[Repository]:
+    return type(kind.__name__, (BesideBlocks, kind), {})
+
+
+def beside_blocks(repository: R, on_commit: OnCommit) -> R:
+    """Make a repository outside of Django's databases respect ``atomic()`` blocks, and return it."""
+    made: Any = repository
+    made.__class__ = _beside_blocks(type(repository))
+    made.on_commit = on_commit
+    return repository
+
+
+# --- submits that wait
+
+
+@contextmanager
+def _waiting(outer: BesideBlocks, connection: Any, then: Then | None) -> Iterator[Repository]:
+    made = _Waiting(outer)
+    yield cast(Repository, made)
+    if made.writes:
+        store = partial(_store, made, {connection.alias}, then)
+        after_commit(connection, outer, made.writes, store)
+
+
+def _store(waiting: _Waiting, committed: set[str], then: Then | None) -> None:
+    """Store what waits, unless further blocks are open around the one that has committed."""
+    if others := open_blocks(waiting.outer.using, *committed):
+        committed.add(others[-1].alias)
+        store = partial(_store, waiting, committed, then)
+        after_commit(others[-1], waiting.outer, waiting.writes, store)
+        return
+    stored = waiting.apply_now()
+    if then is not None:
+        then(stored)
+
+
+class _Waiting:
+    """A repository whose writes wait for a commit elsewhere. Its reads show what waits in this thread."""
+
+    joins = False
+
+    def __init__(self, outer: BesideBlocks) -> None:
+        self.outer = outer
+        self._batches: list[tuple[list[Write], bool]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.outer, name)
+
+    @property
+    def writes(self) -> list[Write]:
+        """The writes that wait."""
+        return [write for batch, _ in self._batches for write in batch]
+
+    def apply(self, writes: Sequence[Write], *, all_or_nothing: bool = False) -> Sequence[bool]:
+        """Keep writes for later. A new task is refused at once if its id or its unique key is taken."""
+        results = [not (isinstance(write, Insert) and self._is_taken(write)) for write in writes]
+        kept = [write for write, held in zip(writes, results, strict=True) if held]
+        if kept and (len(kept) == len(writes) or not all_or_nothing):
+            self._batches.append((kept, all_or_nothing))
+        return results
+
+    def _is_taken(self, insert: Insert) -> bool:
+        key = insert.row.get("unique_lock")
+        return bool(
+            self.find("id", [insert.id], ("id",))
+            or (key is not None and self.find("unique_lock", [key], ("id",)))
+        )
+
+    def apply_now(self) -> list[Write]:
+        """Apply what waits. Return the writes whose guards held."""
+        stored: list[Write] = []
+        for batch, whole in self._batches:
+            results = self.outer.apply(batch, all_or_nothing=whole)
+            for write, held in zip(batch, results, strict=True):
+                if held:
+                    stored.append(write)
+                elif isinstance(write, Insert):
+                    _log.error(
+                        "task %s (%s) was not stored after the commit: in the meantime another task got "
+                        "its id or its unique key",
+                        *(write.id, write.row["type"]),
+                    )
+        return stored
+
+    # --- reading
+
+    def find(
+        self, column: Lookup, values: Sequence[str], fields: Fields, limit: int | None = None
+    ) -> Rows:
+        """Return the rows of the repository, and those that wait."""
+        waiting = [*uncommitted_writes(self.outer), *self.writes]
+        freed = {write.id for write in waiting if isinstance(write, Update) and _frees(write)}
+        rows = [
+            row
+            for task_id, *row in self.outer.find(column, values, ("id", *fields), limit)
+            if column != "unique_lock" or task_id not in freed
+        ]
+        inserts = [write for write in waiting if isinstance(write, Insert)]
+        for coded in self.outer.codecs.coded(inserts):
+            whole = {**DEFAULTS, **coded.changes}
+            if whole.get(column) in values:
+                rows.append([whole[name] for name in fields])
+        return [tuple(row) for row in rows[:limit]]
+
+    # These read with ``find`` alone.
+    get_by_id = Repository.get_by_id
+    get_many = Repository.get_many
+    statuses = Repository.statuses
+
+
+def _frees(write: Update) -> bool:
+    return write.changes.get("unique_lock", "") is None
