@@ -56,6 +56,25 @@ def redacted(value: Any, redact: tuple[str, ...] = SECRETS) -> Any:
     return copy(value)
 
 
+def unhidden(edited: Any, stored: Any) -> Any:
+    """Return an edited copy of :func:`redacted` values in which the stored ones are back.
+
+    Args:
+        edited: the JSON values; a value that is still ``***`` stands for the stored one in its place.
+        stored: the values before they were redacted.
+    """
+    if edited == "***" and stored is not None:
+        return stored
+    if isinstance(edited, dict):
+        known = stored if isinstance(stored, dict) else {}
+        return {key: unhidden(value, known.get(key)) for key, value in edited.items()}
+    if isinstance(edited, list):
+        items = stored if isinstance(stored, (list, tuple)) else ()
+        padded = [*items, *[None] * len(edited)]
+        return [unhidden(value, padded[place]) for place, value in enumerate(edited)]
+    return edited
+
+
 def is_secret(key: str, redact: tuple[str, ...] = SECRETS) -> bool:
     """Return True if the value of a key must be hidden."""
     return _pattern(redact).search(_plain(key)) is not None

@@ -16,8 +16,9 @@ from taskx.core.checks import check_int
 from taskx.core.clock import to_datetime, to_ms
 from taskx.core.errors import ConfigurationError, RepositoryCorrupt, ScheduleNotFound
 from taskx.core.ids import new_id
-from taskx.core.model import Task, TaskStatus, check_moment
+from taskx.core.model import TASK_FIELDS, Task, TaskStatus, check_moment
 from taskx.core.options import lifetime
+from taskx.core.record import DEFAULTS, task_from_row
 from taskx.core.tags import labels_of, split
 from taskx.core.ticks import BATCH, Every, Misfire, between, latest, zone
 from taskx.core.writes import Note
@@ -92,6 +93,19 @@ class Schedule:
     def tags(self) -> tuple[str, ...]:
         """The tags of its tasks."""
         return split(labels_of(self._entry.task.get("tags")))[0]
+
+    @property
+    def task(self) -> Task:
+        """The model of its tasks, with their params and options: ``queue.schedule`` takes it."""
+        row = {**DEFAULTS, **lifecycle.create(task_id="", now=0, **self._entry.task).row}
+        model = task_from_row([row[name] for name in TASK_FIELDS])
+        return attrs.evolve(model, created_at=None, expires_at=None)
+
+    @property
+    def expires(self) -> float | None:
+        """Seconds from a tick after which its task is cancelled if it has not started; None for never."""
+        expires: int | None = self._entry.task.get("expires")
+        return None if expires is None else expires / 1000
 
     @property
     def misfire(self) -> Misfire:

@@ -11,6 +11,7 @@ from itertools import pairwise
 from types import SimpleNamespace
 from zoneinfo import ZoneInfo
 
+import attrs
 import pytest
 from helpers import PATIENCE, eventually, housekeeper_of, ids, pool_of, services_of, whole_round
 from storage.repositories import MAKERS, TinyRepository, coded
@@ -156,6 +157,32 @@ def test_a_task_has_the_options_of_its_schedule(started, clock):
     assert task.created_at == clock.now()
     other = started.get_task_status("other@2026-03-28T03:00:00Z")
     assert (other.params, other.priority, other.created_by) == ({"n": 2}, 7, "schedule:other")
+
+
+def test_a_schedule_is_declared_again_with_its_task_and_some_options_changed(make, clock):
+    queue = make()
+    options = {
+        "priority": 3,
+        "timeout": 60.0,
+        "max_attempts": 4,
+        "max_crashes": 5,
+        "retry": RetryPolicy(4, base=2.0),
+        "concurrency_key": "one by one",
+        "created_by": "ops",
+    }
+    given = {**options, "tags": ["a", "b"], "expires": 90}
+    before = queue.schedule("nightly", "0 3 * * *", "remote", {"n": 1}, **given)
+    task = before.task
+    assert (task.id, task.type, task.params, task.tags) == ("", "remote", {"n": 1}, ("a", "b"))
+    assert {name: getattr(task, name) for name in options} == options
+    assert before.expires == 90
+    queue.schedule(
+        "nightly", "0 4 * * *", attrs.evolve(task, params={"n": 2}), expires=before.expires
+    )
+    after = queue.schedules()["nightly"]
+    assert after.task == attrs.evolve(task, params={"n": 2})
+    assert (after.spec, after.expires) == ("0 4 * * *", 90)
+    assert make().schedule("plain", every(60), "remote").expires is None
 
 
 def test_the_executors_options_apply_if_the_schedule_has_none(started, clock):

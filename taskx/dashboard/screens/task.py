@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from taskx.core.errors import ConfigurationError, TaskNotFound
 from taskx.core.model import Task, TaskStatus
+from taskx.core.redact import unhidden
 from taskx.dashboard import private
 from taskx.dashboard.asking import question
 from taskx.dashboard.pages import Action, Done, Page, Screen
@@ -160,7 +161,7 @@ def _edit(request: Request) -> Done:
     task_id = request.form.get("id", "")
     params = _params_of(request)
     shown = request.queue.get_task_status(task_id).params
-    request.queue.requeue(task_id, params=_unhide(params, shown))
+    request.queue.requeue(task_id, params=unhidden(params, shown))
     request.note("edit", task_id, "other params")
     return Done(request.say("The task runs again with other params."))
 
@@ -174,20 +175,6 @@ def _params_of(request: Request) -> dict[str, Any]:
         ) from None
     if not isinstance(params, dict):
         raise ConfigurationError(request.say("The params must be a JSON object."))
-    return params
-
-
-def _unhide(params: Any, stored: Any) -> Any:
-    """Return edited params in which the stored values are back where the text had redacted ones."""
-    if params == private.HIDDEN and stored is not None:
-        return stored
-    if isinstance(params, dict):
-        known = stored if isinstance(stored, dict) else {}
-        return {key: _unhide(value, known.get(key)) for key, value in params.items()}
-    if isinstance(params, list):
-        known_items = stored if isinstance(stored, list) else []
-        padded = [*known_items, *[None] * len(params)]
-        return [_unhide(value, padded[place]) for place, value in enumerate(params)]
     return params
 
 
