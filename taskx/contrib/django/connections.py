@@ -1,0 +1,395 @@
+"""The repository's own connections to a Django database, apart from those of threads.
+
+A thread may be in a transaction of its own on ``connections[alias]``. What a queue does must neither wait
+for that transaction nor be part of it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from copy import deepcopy
+from typing import Any, TypeVar
+
+from django.core.exceptions import ImproperlyConfigured
+from django.db import connections
+from django.db.utils import (
+    DatabaseError,
+    DataError,
+    Error,
+    InterfaceError,
+    InternalError,
+    OperationalError,
+    load_backend,
+)
+
+from taskx.core.errors import (
+    ConfigurationError,
+    PayloadError,
+    RepositoryCorrupt,
+    RepositoryError,
+    RepositoryUnavailable,
+    TaskxError,
+)
+from taskx.storage.base import Reentered
+from taskx.storage.sqlite.repository import text_or_bytes
+
+T = TypeVar("T")
+Rows = list[tuple[Any, ...]]
+
+_FAILURES = (Error, OverflowError, ValueError)
+
+_numbers = itertools.count(1)
+_KEPT = 4  # idle connections for reads that stay open
+_UNCHECKED = 1.0  # seconds of idleness after which a connection is checked before its next use
+# Codes of PostgreSQL and MySQL for a transaction that another one made impossible: it may be sent again.
+_AGAIN = frozenset({"40001", "40P01", "1213"})
+_LOCK_TIMEOUT = frozenset({"55P03", "1205"})
+_NO_TABLE = frozenset({"42P01", "1146"})
+
+
+def code(error: BaseException | None) -> str:
+    """Return the code that the database gave for an error; empty if it gave none."""
+    cause = getattr(error, "__cause__", None)
+    found = getattr(cause, "sqlstate", None) or getattr(cause, "pgcode", None)
+    if found is None and cause is not None and cause.args and isinstance(cause.args[0], int):
+        found = cause.args[0]  # MySQL's drivers
+    return "" if found is None else str(found)
+
+
+def may_be_repeated(error: BaseException) -> bool:
+    """Return True for a deadlock and the like: nothing was stored, and the next try may be successful."""
+    return isinstance(error, OperationalError) and code(error) in _AGAIN
+
+
+def is_failure(error: BaseException) -> bool:
+    """Return True for errors of Django and its drivers, and for values that a database cannot store."""
+    return isinstance(error, _FAILURES) and not isinstance(error, TaskxError)
+
+
+class Link:
+    """A Django connection that executes TaskX's statements, which have ``%s`` for their values.
+
+    Attributes:
+        django: Django's connection.
+        vendor: the kind of database, as Django names it.
+        number: a number that no other connection of this process has.
+        returning: True if ``RETURNING`` gives the rows that a statement changed.
+        pooled: True if a pooler may give each transaction another connection of its own: no setting of
+            the session is changed then. ``DISABLE_SERVER_SIDE_CURSORS`` says so.
+        durable: True if a commit survives a power cut by this session's setting; None if it is unknown.
+    """
+
+    def __init__(self, django: Any) -> None:
+        self.django = django
+        self.vendor: str = django.vendor
+        self.returning = bool(django.features.can_return_rows_from_bulk_insert)
+        self.pooled = bool(django.settings_dict.get("DISABLE_SERVER_SIDE_CURSORS"))
+        self.durable: bool | None = None
+        self.used = 0.0
+        self.number = next(_numbers)
+
+    def cursor(self) -> Any:
+        """Return a cursor. Its statements are in no log of queries, also with ``DEBUG``."""
+        django = self.django
+        django.ensure_connection()
+        with django.wrap_database_errors:
+            return django.make_cursor(django.create_cursor())
+
+    def rows(self, sql: str, values: Sequence[Any] = ()) -> Rows:
+        """Execute a statement and return its rows."""
+        with self.cursor() as cursor:
+            try:
+                cursor.execute(sql, self._storable(values))
+                return cursor.fetchall()  # type: ignore[no-any-return]
+            except OperationalError as error:
+                if self.vendor != "sqlite" or "decode" not in str(error):
+                    raise
+        return self._rows_with_bytes(sql, values)
+
+    def _rows_with_bytes(self, sql: str, values: Sequence[Any]) -> Rows:
+        """Return rows with invalid UTF-8 as bytes: one damaged record must not hide the others."""
+        driver = self.django.connection
+        before, driver.text_factory = driver.text_factory, text_or_bytes
+        try:
+            with self.cursor() as cursor:
+                cursor.execute(sql, values)
+                return cursor.fetchall()  # type: ignore[no-any-return]
+        finally:
+            driver.text_factory = before
+
+    def count(self, sql: str, values: Sequence[Any] = ()) -> int:
+        """Execute a statement and return the number of rows that it changed."""
+        with self.cursor() as cursor:
+            cursor.execute(sql, self._storable(values))
+            return int(cursor.rowcount)
+
+    def _storable(self, values: Sequence[Any]) -> Sequence[Any]:
+        if self.vendor != "postgresql":
+            return values
+        return [_without_nul(value) for value in values]
+
+    @contextmanager
+    def savepoint(self, name: str = "taskx") -> Iterator[None]:
+        """Undo what is done inside, and nothing else, if it raises."""
+        self.rows_of_none(f"SAVEPOINT {name}")
+        try:
+            yield
+        except BaseException:
+            with suppress(Error):  # the transaction is gone
+                self.rows_of_none(f"ROLLBACK TO SAVEPOINT {name}")
+                self.rows_of_none(f"RELEASE SAVEPOINT {name}")
+            raise
+        self.rows_of_none(f"RELEASE SAVEPOINT {name}")
+
+    def rows_of_none(self, sql: str) -> None:
+        """Execute a statement that returns nothing."""
+        with self.cursor() as cursor:
+            cursor.execute(sql)
+
+    @property
+    def usable(self) -> bool:
+        """True if the connection still works."""
+        return self.django.connection is not None and bool(self.django.is_usable())
+
+    def close(self) -> None:
+        """Close the connection, whatever state it is in."""
+        with suppress(Exception):
+            self.django.close()
+
+
+def _without_nul(value: Any) -> Any:
+    """Return a value that PostgreSQL can store: its texts have no NUL characters."""
+    if isinstance(value, str):
+        return value.replace("\0", "\N{REPLACEMENT CHARACTER}") if "\0" in value else value
+    return [_without_nul(item) for item in value] if isinstance(value, list) else value
+
+
+class Connections:
+    """One connection that writes, and others that read, each used by one thread at a time.
+
+    Args:
+        alias: the alias of the database in ``DATABASES``.
+        timeout: seconds that a statement, or the wait for a lock, may take.
+    """
+
+    def __init__(self, alias: str, timeout: float) -> None:
+        self.alias = alias
+        self.timeout = timeout
+        self.lock = threading.RLock()
+        self._limit = threading.local()
+        self._writer: Link | None = None
+        self._idle: list[Link] = []
+        self._inherited: list[object] = []  # the parent's, which a forked child never closes
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of the database. Tests may change them."""
+        try:
+            return connections.settings[self.alias]  # type: ignore[no-any-return]
+        except KeyError:
+            known = ", ".join(map(repr, connections.settings))
+            raise ConfigurationError(
+                f"DATABASES has no {self.alias!r}: use one of {known}"
+            ) from None
+        except ImproperlyConfigured as error:
+            raise ConfigurationError(str(error)) from error
+
+    @property
+    def vendor(self) -> str:
+        """The kind of database, as Django names it. Nothing is opened."""
+        return str(load_backend(self.settings["ENGINE"]).DatabaseWrapper.vendor)
+
+    @property
+    def entered(self) -> bool:
+        """True if the calling thread is in the middle of a write."""
+        return self.lock._is_owned()  # type: ignore[attr-defined, no-any-return]
+
+    # --- using
+
+    def read(self, work: Callable[[Link], T]) -> T:
+        """Call ``work`` with a connection for reading, and raise its errors as TaskX's."""
+        link: Link | None = None
+        try:
+            link = self._take()
+            with self._within(link):
+                found = work(link)
+            self._put_back(link)
+            return found
+        except BaseException as error:
+            if link is not None:
+                link.close()
+            if is_failure(error):
+                raise self.translated(error) from error
+            raise
+
+    def _take(self) -> Link:
+        try:
+            link = self._idle.pop()
+        except IndexError:
+            return self._open()
+        return self._checked(link) or self._open()
+
+    def _put_back(self, link: Link) -> None:
+        link.used = time.monotonic()
+        if len(self._idle) < _KEPT:
+            self._idle.append(link)
+        else:
+            link.close()
+
+    def _checked(self, link: Link) -> Link | None:
+        """Return a connection that works; None if it broke while it was idle."""
+        if time.monotonic() - link.used > _UNCHECKED and not link.usable:
+            link.close()
+            return None
+        return link
+
+    @contextmanager
+    def writing(self) -> Iterator[Link]:
+        """Give the connection for writing to this thread, which must not have it already."""
+        if self.entered:
+            raise Reentered
+        with self.lock, self._opened_writer() as link:
+            yield link
+
+    @contextmanager
+    def _opened_writer(self) -> Iterator[Link]:
+        if self._writer is not None:
+            self._writer = self._checked(self._writer)
+        if self._writer is None:
+            self._writer = self._open()
+        link = self._writer
+        try:
+            with self._within(link):
+                yield link
+            link.used = time.monotonic()
+        except BaseException:
+            if getattr(self._limit, "seconds", None) is not None:
+                self.drop_writer()
+            raise
+
+    def drop_writer(self) -> None:
+        """Close the connection for writing. The next write opens another one."""
+        link, self._writer = self._writer, None
+        if link is not None:
+            link.close()
+
+    # --- the time limit
+
+    @contextmanager
+    def within(self, seconds: float) -> Iterator[None]:
+        """Limit the statements of this thread to ``seconds``."""
+        before = getattr(self._limit, "seconds", None)
+        self._limit.seconds = seconds if before is None else min(before, seconds)
+        try:
+            yield
+        finally:
+            self._limit.seconds = before
+
+    @contextmanager
+    def _within(self, link: Link) -> Iterator[None]:
+        """Apply the thread's limit. After an error the connection keeps it, and must be closed."""
+        seconds = getattr(self._limit, "seconds", None)
+        if seconds is None:
+            yield
+            return
+        self._set_timeout(link, seconds)
+        yield
+        self._set_timeout(link, self.timeout)
+
+    def _set_timeout(self, link: Link, seconds: float) -> None:
+        if link.pooled:
+            return
+        milliseconds = max(1, round(seconds * 1000))
+        if link.vendor == "postgresql":
+            link.rows_of_none(
+                f"SET statement_timeout = {milliseconds}; SET lock_timeout = {milliseconds}"
+            )
+        elif link.vendor == "sqlite":
+            link.rows(f"PRAGMA busy_timeout = {milliseconds}")
+        elif link.vendor == "mysql":
+            link.rows_of_none(f"SET SESSION innodb_lock_wait_timeout = {max(1, round(seconds))}")
+
+    def try_writing(self, patience: float, work: Callable[[Link], T]) -> T | None:
+        """Call ``work`` with the connection for writing; None if another thread keeps it too long."""
+        if self.entered or not self.lock.acquire(timeout=patience):
+            return None
+        try:
+            with self._opened_writer() as link:
+                return work(link)
+        finally:
+            self.lock.release()
+
+    # --- opening and closing
+
+    def _open(self) -> Link:
+        settings = deepcopy({**self.settings, "TEST": {}})
+        settings.update(AUTOCOMMIT=True, ATOMIC_REQUESTS=False, CONN_MAX_AGE=None)
+        options = settings["OPTIONS"]
+        options.pop("pool", None)  # these stay open, and would take the places of requests
+        options.pop("isolation_level", None)
+        django = load_backend(settings["ENGINE"]).DatabaseWrapper(settings, self.alias)
+        if django.vendor == "postgresql":
+            options.setdefault("connect_timeout", max(2, round(self.timeout)))
+        if django.features.interprets_empty_strings_as_nulls:
+            raise ConfigurationError(
+                f"the database {self.alias!r} keeps empty texts as NULL, and TaskX needs both: use "
+                "PostgreSQL, MySQL, MariaDB or SQLite"
+            )
+        django.inc_thread_sharing()
+        link = Link(django)
+        try:
+            self._set_timeout(link, self.timeout)
+        except BaseException:
+            link.close()
+            raise
+        link.used = time.monotonic()
+        return link
+
+    def close(self) -> None:
+        """Close all connections that no thread uses. A later operation opens others."""
+        with self.lock:
+            self.drop_writer()
+            self.close_idle()
+
+    def close_idle(self) -> None:
+        """Close the connections for reading that no thread uses."""
+        with suppress(IndexError):
+            while True:
+                self._idle.pop().close()
+
+    def renew_after_fork(self) -> None:
+        """Start over, in a forked child: the parent's connections are neither used nor closed."""
+        self._inherited += [self._writer, self._idle]
+        self._writer, self._idle = None, []
+        self.lock = threading.RLock()
+        self._limit = threading.local()
+
+    # --- errors
+
+    def translated(self, error: BaseException, *, in_doubt: bool = False) -> TaskxError:
+        """Return TaskX's error for an error of Django, of the driver, or of a value."""
+        where = f"database {self.alias!r}"
+        text = f"{where}: {str(error).strip()[:500] or type(error).__name__}"
+        if code(error) in _NO_TABLE or "no such table" in str(error):
+            return self.no_tables()
+        if "malformed" in str(error) or "not a database" in str(error):
+            return RepositoryCorrupt(text)
+        if isinstance(error, (OperationalError, InterfaceError, InternalError)):
+            doubt = "; the write may have happened" if in_doubt else ""
+            unavailable = RepositoryUnavailable(text + doubt)
+            unavailable.in_doubt = in_doubt
+            return unavailable
+        if isinstance(error, DataError) or not isinstance(error, (DatabaseError, Error)):
+            return PayloadError("record", f"{where} cannot store it: {str(error)[:500]}")
+        return RepositoryError(text)
+
+    def no_tables(self) -> RepositoryUnavailable:
+        """Return the error for a database without TaskX's tables."""
+        return RepositoryUnavailable(
+            f"the database {self.alias!r} has no tables of TaskX, or those of an older version: add "
+            f'"taskx.contrib.django" to INSTALLED_APPS and run manage.py migrate --database {self.alias}'
+        )

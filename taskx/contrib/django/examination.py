@@ -1,0 +1,68 @@
+"""The examination of a Django database: its answer, its tables and its settings. It changes nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from taskx.core.errors import RepositoryError
+from taskx.core.verdict import Check, fail, ok, warn
+
+if TYPE_CHECKING:
+    from taskx.contrib.django.connections import Connections, Link
+    from taskx.storage.base import Repository
+
+# Seconds that the database has to answer.
+_PATIENCE = 5.0
+_DEAD = "SELECT n_dead_tup, n_live_tup FROM pg_stat_user_tables WHERE relname = 'taskx_task'"
+# The dead rows that make the search for the next task slow.
+_MANY_DEAD = 50_000
+
+
+def examine(repository: Repository, connections: Connections) -> Iterator[Check]:
+    """Yield what is right and wrong with a database."""
+    began = time.monotonic()
+    try:
+        with connections.within(_PATIENCE):
+            connections.read(lambda link: link.rows("SELECT 1"))
+        took = (time.monotonic() - began) * 1000
+        yield ok(
+            "database", f"The {connections.vendor} database has answered in {took:.0f} ms.", ms=took
+        )
+        repository.prepare()
+        yield ok("tables", "The database has TaskX's tables.")
+        yield from connections.read(lambda link: [*_settings(link)])
+    except RepositoryError as error:
+        yield fail(
+            "database",
+            f"The database cannot be used: {error}.",
+            "Check DATABASES and the server, and run manage.py migrate.",
+        )
+
+
+def _settings(link: Link) -> Iterator[Check]:
+    if link.vendor == "sqlite":
+        ((mode,),) = link.rows("PRAGMA journal_mode")
+        if mode == "wal":
+            yield ok("journal", "The file has a write-ahead log.", mode=mode)
+        else:
+            yield warn(
+                "journal",
+                f"The file has journal_mode={mode}, so reads and writes wait for each other.",
+                'Set OPTIONS["init_command"] to "PRAGMA journal_mode=WAL" (Django 5.1 or later), or run '
+                "that statement once: the file keeps it.",
+                mode=mode,
+            )
+    elif link.vendor == "postgresql":
+        for dead, live in link.rows(_DEAD):
+            if dead > max(_MANY_DEAD, live):
+                yield warn(
+                    "dead rows",
+                    f"The table of tasks has {dead:,} dead rows, which make it slow to find a task.",
+                    "Look for a transaction that stays open (pg_stat_activity.xact_start), and for "
+                    "autovacuum.",
+                    dead=dead,
+                )
+            else:
+                yield ok("dead rows", f"The table of tasks has {dead:,} dead rows.", dead=dead)
