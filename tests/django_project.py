@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
+import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from taskx.contrib.django import DjangoRepository
 
 #: The folder of the project's ``manage.py``.
 FOLDER = Path(__file__).parent / "contrib" / "django"
@@ -36,3 +44,93 @@ def set_up() -> None:
             else:
                 os.environ[name] = value
         time.tzset()
+
+
+def add_database(alias: str, **settings: Any) -> None:
+    """Add a database to those of the project, or change the settings of one."""
+    from django.db import connections
+
+    known = connections.settings.get(alias, connections.settings["other"])
+    connections.settings[alias] = {**known, **settings}
+
+
+def migrate(alias: str) -> None:
+    """Make the tables in a database."""
+    from django.core.management import call_command
+
+    set_up()
+    call_command("migrate", database=alias, verbosity=0)
+
+
+@functools.cache
+def _migrated_file() -> Path:
+    """Return an SQLite file with the tables, to copy."""
+    folder = Path(tempfile.mkdtemp(prefix="taskx-django-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return make_sqlite(folder / "tables.db", "template", migrated=True)
+
+
+def make_sqlite(path: Path, alias: str, *, migrated: bool = False) -> Path:
+    """Make an SQLite file with the tables and a write-ahead log, and add it as a database."""
+    from django.db import connections
+
+    set_up()
+    add_database(alias, NAME=str(path))
+    if migrated:
+        migrate(alias)
+        with connections[alias].cursor() as cursor:
+            cursor.execute("PRAGMA journal_mode = WAL")
+        connections[alias].close()
+    elif not path.exists():
+        shutil.copy(_migrated_file(), path)
+    return path
+
+
+def on_sqlite(folder: Path, **options: Any) -> DjangoRepository:
+    """Return a repository in an SQLite file of its own; in the same folder, on the same file."""
+    set_up()
+    from taskx.contrib.django.repository import DjangoRepository
+
+    alias = f"sqlite {folder}"
+    make_sqlite(folder / "site.db", alias)
+    return DjangoRepository(alias, **options)
+
+
+@functools.cache
+def postgres_alias() -> str:
+    """Return the alias of a database with the tables on the PostgreSQL server of this process."""
+    import postgres_server
+
+    set_up()
+    server = postgres_server.shared()
+    name = server.new_database()
+    add_postgres("postgres", server.port, name)
+    migrate("postgres")
+    return "postgres"
+
+
+def add_postgres(alias: str, port: int, name: str) -> None:
+    """Add a database on a PostgreSQL server."""
+    settings = {"ENGINE": "django.db.backends.postgresql", "HOST": "127.0.0.1", "PORT": port}
+    add_database(alias, **settings, NAME=name, USER="postgres", PASSWORD="", OPTIONS={})
+
+
+def on_postgres(folder: Path, **options: Any) -> DjangoRepository:
+    """Return a repository in the database of this process, which is emptied."""
+    import postgres_server
+
+    postgres_server.shared()  # says that this test uses it
+    alias = postgres_alias()
+    from taskx.contrib.django.repository import DjangoRepository
+
+    made = DjangoRepository(alias, run_folder=folder / "run", **options)
+    empty(made)
+    return made
+
+
+def empty(repository: DjangoRepository) -> None:
+    """Remove all rows."""
+    tables = ("taskx_task", "taskx_parent", "taskx_tag", "taskx_note")
+    deletes = "; ".join(f"DELETE FROM {table}" for table in tables)
+    with repository._connections.writing() as link:
+        link.rows_of_none(deletes)

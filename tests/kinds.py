@@ -26,7 +26,7 @@ BY_FIXTURE = {"mongo_server": "mongo", "postgres_server": "postgres", "spawn": "
 #: The kind of tests that have a parameter.
 BY_PARAMETER = {
     **dict.fromkeys(("mongo", "mongo-set", "mongomock", "standalone", "set"), "mongo"),
-    "postgres": "postgres",
+    **dict.fromkeys(("postgres", "django-postgres"), "postgres"),
 }
 
 #: The kind of all tests in a folder.

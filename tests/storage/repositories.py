@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import django_project
 import mongomock
 import pytest
 from mongo_server import new_database, shared
@@ -167,6 +168,8 @@ MAKERS = {
     "sqlite-prefixed": lambda folder, clock: prefixed(folder, clock),
     "sqlite-coded": lambda folder, clock: coded("sqlite", folder, clock, Scramble()),
     "third": lambda folder, clock: ThirdRepository(folder / "third.db", clock),
+    "django-sqlite": lambda folder, clock: django_project.on_sqlite(folder, clock=clock),
+    "django-postgres": lambda folder, clock: django_project.on_postgres(folder, clock=clock),
     "adapter": lambda folder, clock: EightMethodAdapter(TinyRepository(), clock),
     "adapter-13": lambda folder, clock: EightMethodAdapter(thirteen_fields_only(), clock),
 }
@@ -196,6 +199,10 @@ def again(repository: Repository) -> Repository | None:
     elif isinstance(repository, OnMongo):
         run, clock = repository.folder / "run", repository.clock
         made = MongoRepository(repository.database, run_folder=run, clock=clock)
+    elif type(repository).__name__ == "DjangoRepository":  # importing it needs Django's settings
+        made = type(repository)(
+            repository.using, run_folder=repository.run_folder, clock=repository.clock
+        )
     else:
         return None
     made.codecs = repository.codecs
@@ -208,7 +215,39 @@ def losing_answers(repository: Repository) -> AbstractContextManager[object] | N
         return _lost_by_the_network(repository)
     if isinstance(repository, EightMethodAdapter):
         return _lost_by_methods(repository.inner)
+    if getattr(repository, "vendor", "") == "postgresql":
+        return _lost_by_postgres()
     return None
+
+
+@contextmanager
+def _lost_by_postgres() -> Iterator[None]:
+    """Cut the connection when the server has carried out a commit, or a statement that is one."""
+    from django.db.utils import OperationalError
+
+    from taskx.contrib.django.connections import Link
+
+    count, execute = Link.count, Link.rows_of_none
+
+    def lose(link: Link) -> None:
+        link.django.connection.close()
+        raise OperationalError("the answer was lost")
+
+    def lose_count(link: Link, sql: str, values: Sequence[Any] = ()) -> int:
+        changed = count(link, sql, values)
+        if not link.django.connection.info.transaction_status:
+            lose(link)
+        return changed
+
+    def lose_commit(link: Link, sql: str) -> None:
+        execute(link, sql)
+        if sql == "COMMIT":
+            lose(link)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Link, "count", lose_count)
+        patch.setattr(Link, "rows_of_none", lose_commit)
+        yield
 
 
 @contextmanager

@@ -38,6 +38,16 @@ class TestMongo(RepositoryContract):
             yield repository
 
 
+@pytest.mark.parametrize("kind", ["django-sqlite", "django-postgres"])
+class TestDjango(RepositoryContract):
+    guards_moves = True
+
+    @pytest.fixture
+    def repository(self, tmp_path, kind):
+        with MAKERS[kind](tmp_path, SYSTEM_CLOCK) as repository:
+            yield repository
+
+
 @pytest.mark.parametrize("kind", ["memory", "sqlite", "mongomock", "third"])
 class TestCoded(RepositoryContract):
     """The contract also holds with a codec."""

@@ -7,10 +7,13 @@ The names are imported at their first use, because models need settings. Add ``"
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from taskx.contrib.django.repository import DjangoRepository as DjangoRepository
 
 # The module of each public name.
-_MODULES: dict[str, str] = {}
+_MODULES: dict[str, str] = {"DjangoRepository": "repository"}
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,7 @@ for that transaction nor be part of it.
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +36,11 @@ from taskx.core.errors import (
     TaskxError,
 )
 from taskx.storage.base import Reentered
+from taskx.storage.sqlite.file import DatabaseFile
 from taskx.storage.sqlite.repository import text_or_bytes
+
+#: The prefix of TaskX's tables, and of the folder of its lock files next to an SQLite file.
+PREFIX = "taskx_"
 
 T = TypeVar("T")
 Rows = list[tuple[Any, ...]]
@@ -80,6 +85,7 @@ class Link:
         returning: True if ``RETURNING`` gives the rows that a statement changed.
         pooled: True if a pooler may give each transaction another connection of its own: no setting of
             the session is changed then. ``DISABLE_SERVER_SIDE_CURSORS`` says so.
+        keeps_log: True if it is an SQLite file with a write-ahead log.
         durable: True if a commit survives a power cut by this session's setting; None if it is unknown.
     """
 
@@ -88,6 +94,7 @@ class Link:
         self.vendor: str = django.vendor
         self.returning = bool(django.features.can_return_rows_from_bulk_insert)
         self.pooled = bool(django.settings_dict.get("DISABLE_SERVER_SIDE_CURSORS"))
+        self.keeps_log = False
         self.durable: bool | None = None
         self.used = 0.0
         self.number = next(_numbers)
@@ -168,17 +175,31 @@ def _without_nul(value: Any) -> Any:
     return [_without_nul(item) for item in value] if isinstance(value, list) else value
 
 
+def file_of(settings: dict[str, Any]) -> DatabaseFile | None:
+    """Return the file of a database in SQLite; None if it is in memory."""
+    name = os.fspath(settings["NAME"])
+    if ":memory:" in name or "mode=memory" in name:
+        return None
+    return DatabaseFile(name.removeprefix("file:").partition("?")[0], create=False, prefix=PREFIX)
+
+
 class Connections:
     """One connection that writes, and others that read, each used by one thread at a time.
 
     Args:
         alias: the alias of the database in ``DATABASES``.
         timeout: seconds that a statement, or the wait for a lock, may take.
+
+    Attributes:
+        vendor: the kind of database, as Django names it.
+        file: the file of a database in SQLite; None if it is another one, or in memory.
     """
 
     def __init__(self, alias: str, timeout: float) -> None:
         self.alias = alias
         self.timeout = timeout
+        self.vendor = str(load_backend(self.settings["ENGINE"]).DatabaseWrapper.vendor)
+        self.file = file_of(self.settings) if self.vendor == "sqlite" else None
         self.lock = threading.RLock()
         self._limit = threading.local()
         self._writer: Link | None = None
@@ -197,11 +218,6 @@ class Connections:
             ) from None
         except ImproperlyConfigured as error:
             raise ConfigurationError(str(error)) from error
-
-    @property
-    def vendor(self) -> str:
-        """The kind of database, as Django names it. Nothing is opened."""
-        return str(load_backend(self.settings["ENGINE"]).DatabaseWrapper.vendor)
 
     @property
     def entered(self) -> bool:
@@ -340,9 +356,14 @@ class Connections:
                 "PostgreSQL, MySQL, MariaDB or SQLite"
             )
         django.inc_thread_sharing()
+        if self.file is not None:
+            self.file.find()
         link = Link(django)
         try:
             self._set_timeout(link, self.timeout)
+            if self.file is not None:
+                self.file.opened()
+                link.keeps_log = link.rows("PRAGMA journal_mode") == [("wal",)]
         except BaseException:
             link.close()
             raise

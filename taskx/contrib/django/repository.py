@@ -13,7 +13,7 @@ from django.db.utils import IntegrityError
 
 from taskx.contrib.django import statements, writing
 from taskx.contrib.django.connections import Connections, Link, Rows, is_failure, may_be_repeated
-from taskx.contrib.django.sqlite import Turns, file_of
+from taskx.contrib.django.sqlite import Turns
 from taskx.core.checks import check_number
 from taskx.core.clock import SYSTEM_CLOCK, Clock
 from taskx.core.codec import Codec
@@ -102,7 +102,7 @@ class DjangoRepository(Repository):
         self.run_folder = None if run_folder is None else os.fspath(run_folder)
         self._connections = Connections(using, self.timeout)
         self.vendor = self._connections.vendor
-        self._file = file_of(self._connections.settings) if self.vendor == "sqlite" else None
+        self._file = self._connections.file
         self._turns = Turns(self._file) if self._file else None
         self._wakeups = Wakeups(self._file) if self._file else None
         self._commits = 0
@@ -265,6 +265,7 @@ class DjangoRepository(Repository):
 
     def _begin(self, link: Link, durable: bool) -> None:
         if self._turns is not None:
+            self._turns.set_durable(link, durable)
             self._turns.begin(link, self.timeout)
         elif self.vendor == "sqlite":
             link.rows_of_none("BEGIN IMMEDIATE")

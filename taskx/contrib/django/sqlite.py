@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import time
-from typing import Any
 
 from django.db.utils import OperationalError
 
@@ -12,18 +10,8 @@ from taskx.contrib.django.connections import Link
 from taskx.storage.sqlite.file import DatabaseFile
 from taskx.storage.sqlite.turnstile import Turnstile
 
-#: The prefix of TaskX's tables, and of the folder of its lock files next to the database.
-PREFIX = "taskx_"
 # Seconds between two tries to begin. SQLite's own busy handler sleeps up to 0.1 s.
 _SHORTEST, _LONGEST = 0.0001, 0.001
-
-
-def file_of(settings: dict[str, Any]) -> DatabaseFile | None:
-    """Return the file of a database in SQLite; None if it is in memory."""
-    name = os.fspath(settings["NAME"])
-    if ":memory:" in name or "mode=memory" in name:
-        return None
-    return DatabaseFile(name.removeprefix("file:").partition("?")[0], create=False, prefix=PREFIX)
 
 
 class Turns:
@@ -49,6 +37,14 @@ class Turns:
                 pause = min(2 * pause, _LONGEST)
         finally:
             link.rows(f"PRAGMA busy_timeout = {timeout * 1000:.0f}")
+
+    @staticmethod
+    def set_durable(link: Link, durable: bool) -> None:
+        """Choose if the next commits survive a power cut. Without a write-ahead log, all of them do."""
+        if link.keeps_log and link.durable is not durable:
+            link.durable = None  # unknown if an interrupt comes after the next line
+            link.rows(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            link.durable = durable
 
     def leave(self) -> None:
         """Let the next process through."""

@@ -118,7 +118,7 @@ def ready(types: int) -> str:
 
 COUNT_READY = (
     f"SELECT count(*) FROM (SELECT 1 FROM {TASK} WHERE {_READY} AND owner = %s AND type = %s "
-    "LIMIT %s) AS some"
+    "LIMIT %s) AS found"
 )
 DUE: dict[Timed, str] = {
     "run_at": (
@@ -173,19 +173,19 @@ def count_tasks(filter: TaskFilter, vendor: str, most: int | None = None, by: st
     source, values = _meeting(filter, vendor, (), by)
     if most is None:
         return f"SELECT count(*) FROM {source}", values
-    return f"SELECT count(*) FROM (SELECT 1 FROM {source} LIMIT %s) AS some", [*values, most]
+    return f"SELECT count(*) FROM (SELECT 1 FROM {source} LIMIT %s) AS found", [*values, most]
 
 
 def count_by_status(filter: TaskFilter, vendor: str, most: int, by: str = "") -> Query:
     """Return the query for the number of tasks of each status among ``most`` that match a filter."""
     source, values = _meeting(filter, vendor, (), by)
     some = f"SELECT t.status AS status FROM {source} LIMIT %s"
-    return f"SELECT status, count(*) FROM ({some}) AS some GROUP BY status", [*values, most]
+    return f"SELECT status, count(*) FROM ({some}) AS found GROUP BY status", [*values, most]
 
 
 def fewest(labels: Sequence[str]) -> Query:
     """Return the query for how many tasks each label has, up to a bound."""
-    one = f"(SELECT count(*) FROM (SELECT 1 FROM {TAG} WHERE tag = %s LIMIT 20000) AS some)"
+    one = f"(SELECT count(*) FROM (SELECT 1 FROM {TAG} WHERE tag = %s LIMIT 20000) AS found)"
     return f"SELECT {', '.join([one] * len(labels))}", [*labels]
 
 

@@ -63,15 +63,17 @@ def apply_one(link: Link, write: Write) -> bool:
 
 
 def is_single(write: Write) -> bool:
-    """Return True if a write is a single statement on the table of tasks."""
+    """Return True if a write is a single statement, and no savepoint is needed for it."""
     if isinstance(write, Insert):
         return not any(write.row.get(name) for name in _LISTS)
-    return isinstance(write, Update) and "tags" not in write.changes
+    return (
+        isinstance(write, Update) and "tags" not in write.changes and not _takes_unique_value(write)
+    )
 
 
 def _unless_taken(link: Link, write: Update, change: Callable[[], bool]) -> bool:
     """Return what ``change`` returns; False if another row has the same value in a unique column."""
-    if all(write.changes.get(name) is None for name in UNIQUE):
+    if not _takes_unique_value(write):
         return change()
     # PostgreSQL refuses everything after an error, up to the last savepoint.
     guarded = link.savepoint() if link.vendor == "postgresql" else nullcontext()
@@ -82,13 +84,17 @@ def _unless_taken(link: Link, write: Update, change: Callable[[], bool]) -> bool
         return False
 
 
+def _takes_unique_value(write: Update) -> bool:
+    return any(write.changes.get(name) is not None for name in UNIQUE)
+
+
 def _insert(link: Link, write: Insert) -> bool:
     sql = _insert_sql(tuple(write.row), link.vendor in _HAS_ON_CONFLICT)
     try:
         held = link.count(sql, tuple(write.row.values())) > 0
     except IntegrityError:  # of a database without ON CONFLICT
         return False
-    if held and not is_single(write):
+    if held and any(write.row.get(name) for name in _LISTS):
         _add_lists(link, [write.row], dict(link.rows(_SEQ, (write.id,))))
     return held
 
