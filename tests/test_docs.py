@@ -74,9 +74,12 @@ every_page = pytest.mark.parametrize("page", PAGES, ids=by_name)
 
 # The snippets
 
+# The blocks of the tutorial are files: test_tutorial.py runs them.
+RUN = [page for page in PAGES if blocks(page, "python") and page.name != "tutorial.rst"]
+
 
 @pytest.mark.process
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=by_name)
+@pytest.mark.parametrize("page", RUN, ids=by_name)
 def test_the_snippets_of_a_page_run(page, tmp_path):
     """Run them one after the other, in a process and a folder of their own."""
     ran = run_page(page, tmp_path)
