@@ -12,6 +12,8 @@ ON ?=
 HOURS ?=
 
 MAKEFLAGS += --no-print-directory
+# Keep bytecode. Otherwise each program that a test starts would compile the whole package again.
+unexport PYTHONDONTWRITEBYTECODE
 
 BIN := $(VENV)/bin
 # One stamp file for the Python, and one for each set of packages. They are in the environment, so another

@@ -6,6 +6,7 @@ cooperative cancellation. A process that is killed loses no task.
 PYTEST_DONT_REWRITE: without this word, pytest warns if the program that runs it has imported TaskX.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from taskx.common.config import Config
@@ -45,15 +46,6 @@ from taskx.executing.executors import BoundExecutor, Executor, TaskExecutor, exe
 from taskx.executing.registry import Middleware
 from taskx.executing.transactions import Transaction
 from taskx.flows import Flow, FlowHandle, FlowSummary, chain, group
-from taskx.inspecting.changelog import Change
-from taskx.inspecting.diagnosis import Diagnosis
-from taskx.inspecting.failures import FailureGroup, Failures
-from taskx.inspecting.findings import Problem, Reason
-from taskx.inspecting.health import Health
-from taskx.inspecting.history import History, TypeHistory
-from taskx.inspecting.nodes import NodeInfo, RunningTask
-from taskx.inspecting.places import Place
-from taskx.inspecting.stats import Percentiles, Stats, TypeStats
 from taskx.queue import Queue, run
 from taskx.running.threads import ThreadStack
 from taskx.schedules.schedule import Schedule, Tick, tick_of
@@ -65,6 +57,15 @@ from taskx.submitting.bulk import Bulk
 from taskx.upkeep.tuning import Tuned, TunedType
 
 if TYPE_CHECKING:
+    from taskx.inspecting.changelog import Change
+    from taskx.inspecting.diagnosis import Diagnosis
+    from taskx.inspecting.failures import FailureGroup, Failures
+    from taskx.inspecting.findings import Problem, Reason
+    from taskx.inspecting.health import Health
+    from taskx.inspecting.history import History, TypeHistory
+    from taskx.inspecting.nodes import NodeInfo, RunningTask
+    from taskx.inspecting.places import Place
+    from taskx.inspecting.stats import Percentiles, Stats, TypeStats
     from taskx.storage.mongo import MongoRepository
 
 __version__ = "0.2.0"
@@ -155,13 +156,32 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Import a name that few programs need when it is first used."""
-    if name != "MongoRepository":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from taskx.storage.mongo import MongoRepository
+#: Names that many programs do not need, and the modules that have them. They are imported at first use.
+_LATER = {
+    "Change": "taskx.inspecting.changelog",
+    "Diagnosis": "taskx.inspecting.diagnosis",
+    "FailureGroup": "taskx.inspecting.failures",
+    "Failures": "taskx.inspecting.failures",
+    "Health": "taskx.inspecting.health",
+    "History": "taskx.inspecting.history",
+    "MongoRepository": "taskx.storage.mongo",
+    "NodeInfo": "taskx.inspecting.nodes",
+    "Percentiles": "taskx.inspecting.stats",
+    "Place": "taskx.inspecting.places",
+    "Problem": "taskx.inspecting.findings",
+    "Reason": "taskx.inspecting.findings",
+    "RunningTask": "taskx.inspecting.nodes",
+    "Stats": "taskx.inspecting.stats",
+    "TypeHistory": "taskx.inspecting.history",
+    "TypeStats": "taskx.inspecting.stats",
+}
 
-    return MongoRepository
+
+def __getattr__(name: str) -> Any:
+    """Import a name that many programs do not need when it is first used."""
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LATER[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -23,8 +23,6 @@ from taskx.moving import Services
 from taskx.storage import queries
 from taskx.storage.base import Lookup
 
-#: Most waiting tasks of a type that are counted on each node, and outside of nodes, if no number is given.
-MOST_WAITING = 100_000
 # Approximate number of waiting tasks that are read to find the oldest of each type.
 _OLDEST = 1000
 

@@ -1,4 +1,7 @@
-"""The methods of a queue that read: tasks, reasons, statistics, nodes, settings."""
+"""The methods of a queue that read: tasks, reasons, statistics, nodes, settings.
+
+Many programs only submit and run tasks, so the package ``inspecting`` is loaded when it is first used.
+"""
 
 from __future__ import annotations
 
@@ -20,16 +23,6 @@ from taskx.core.options import (
 )
 from taskx.flows import FlowSummary
 from taskx.flows import newest as newest_flows
-from taskx.inspecting.changelog import Change, changes
-from taskx.inspecting.diagnosis import Diagnosis, diagnose
-from taskx.inspecting.failures import Failures, failures
-from taskx.inspecting.findings import Reason
-from taskx.inspecting.health import Health, own_problems, thresholds
-from taskx.inspecting.health import check as check_health
-from taskx.inspecting.history import History, history
-from taskx.inspecting.nodes import NodeInfo, nodes
-from taskx.inspecting.reasons import why
-from taskx.inspecting.stats import MOST_WAITING, Stats, stats
 from taskx.methods.parts import Parts
 from taskx.running.threads import ThreadStack
 from taskx.storage import queries
@@ -39,6 +32,15 @@ from taskx.upkeep.tuning import Tuned
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing from 3.11 on
+
+    from taskx.inspecting.changelog import Change
+    from taskx.inspecting.diagnosis import Diagnosis
+    from taskx.inspecting.failures import Failures
+    from taskx.inspecting.findings import Reason
+    from taskx.inspecting.health import Health
+    from taskx.inspecting.history import History
+    from taskx.inspecting.nodes import NodeInfo
+    from taskx.inspecting.stats import Stats
 
 
 class Questions(Parts):
@@ -156,6 +158,8 @@ class Questions(Parts):
         does not tell you if the queue was started: a queue that only submits has no threads, and is
         healthy as long as its file exists. :meth:`health` tells you if any queue runs tasks.
         """
+        from taskx.inspecting.health import own_problems
+
         return not [*own_problems(self._services, self._engine, self.config.max_stuck)]
 
     def flows(self, *, at_most: int = 20, after: str | None = None) -> list[FlowSummary]:
@@ -203,6 +207,8 @@ class Questions(Parts):
         Raises:
             TaskNotFound: no task has this id.
         """
+        from taskx.inspecting.reasons import why
+
         ageing = round((self.config.ageing or 0) * 1000)
         return why(self._services, self._engine, ageing, check_name(task_id, "id"))
 
@@ -234,6 +240,8 @@ class Questions(Parts):
         Raises:
             ConfigurationError: an argument is not valid, or the repository has no file.
         """
+        from taskx.inspecting.health import check, thresholds
+
         wanted = thresholds(
             oldest_due=oldest_due,
             failed=failed,
@@ -242,7 +250,7 @@ class Questions(Parts):
             file_size=file_size,
             schedule_overdue=schedule_overdue,
         )
-        return check_health(self._services, self._engine, wanted)
+        return check(self._services, self._engine, wanted)
 
     def diagnose(self) -> Diagnosis:
         """Examine what is around the tasks: versions, file, permissions, disk, locks, dead nodes, clock.
@@ -250,6 +258,8 @@ class Questions(Parts):
         Nothing is created, migrated or changed, and the queue need not be started. What cannot be read is
         a check that has failed, not an error. It may take some seconds.
         """
+        from taskx.inspecting.diagnosis import diagnose
+
         return diagnose(self._services)
 
     def stats(
@@ -257,7 +267,7 @@ class Questions(Parts):
         *,
         period: float | timedelta = 3600.0,
         at_most: int = 5_000,
-        waiting_at_most: int = MOST_WAITING,
+        waiting_at_most: int = 100_000,
     ) -> Stats:
         """Return how many tasks of each type wait, run and have ended, and how long that took.
 
@@ -277,6 +287,8 @@ class Questions(Parts):
             ConfigurationError: an argument is not valid.
             RepositoryError: the repository cannot be read.
         """
+        from taskx.inspecting.stats import stats
+
         return stats(self._services, period, at_most, waiting_at_most)
 
     def history(
@@ -301,6 +313,8 @@ class Questions(Parts):
             ConfigurationError: an argument is not valid.
             RepositoryError: the repository cannot be read.
         """
+        from taskx.inspecting.history import history
+
         return history(self._services, period, intervals, at_most)
 
     def failures(
@@ -320,6 +334,8 @@ class Questions(Parts):
             ConfigurationError: an argument is not valid.
             RepositoryError: the repository cannot be read.
         """
+        from taskx.inspecting.failures import failures
+
         return failures(self._services, type, since, at_most)
 
     def nodes(self) -> list[NodeInfo]:
@@ -331,6 +347,8 @@ class Questions(Parts):
             ConfigurationError: the repository has only the eight methods.
             RepositoryError: the repository cannot be read.
         """
+        from taskx.inspecting.nodes import nodes
+
         return nodes(self._services, self._engine)
 
     def stacks(
@@ -364,6 +382,8 @@ class Questions(Parts):
             ConfigurationError: an argument is not valid, or the repository has only the eight methods.
             RepositoryError: the repository cannot be read.
         """
+        from taskx.inspecting.changelog import changes
+
         return changes(self._services, at_most)
 
     @property

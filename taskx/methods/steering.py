@@ -16,8 +16,6 @@ from taskx.core.options import (
     LimitOptions,
     filter_of,
 )
-from taskx.inspecting.changelog import note_change
-from taskx.inspecting.failures import FailureGroup, requeue_group
 from taskx.methods.parts import Parts
 from taskx.submitting.bulk import Bulk, OnProgress, Terms
 from taskx.upkeep import requests, tuning
@@ -25,6 +23,8 @@ from taskx.upkeep.retention import prune_all
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing from 3.11 on
+
+    from taskx.inspecting.failures import FailureGroup
 
 
 class Steering(Parts):
@@ -173,6 +173,8 @@ class Steering(Parts):
         Raises:
             TaskxError: as in :meth:`requeue_all`.
         """
+        from taskx.inspecting.failures import requeue_group
+
         with self._requeuing() as requeues:
             return requeue_group(requeues, group, Terms(dry_run, None, on_progress), rate)
 
@@ -444,4 +446,6 @@ class Steering(Parts):
             PayloadError: ``detail`` is not JSON or too large.
             RepositoryError: the repository failed.
         """
+        from taskx.inspecting.changelog import note_change
+
         note_change(self._services, by, action, target, detail)

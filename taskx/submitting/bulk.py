@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -151,6 +150,8 @@ class Stagger:
         self._repository = repository
         self._clock = clock
         self._interval = rate.interval * 1000
+        import hashlib  # slow to load, and seldom needed
+
         text = repr((rate.count, rate.seconds, reason))
         self._key = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
         self._until = 0.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections import deque
@@ -65,6 +64,8 @@ def digest(params: dict[str, Any]) -> str:
     Raises:
         PayloadError: the params break the JSON rules.
     """
+    import hashlib  # slow to load, and not needed by a program without maps
+
     value = payload.loads(payload.encode_params(params, payload.NO_LIMIT))
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:32]

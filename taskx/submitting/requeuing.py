@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from graphlib import TopologicalSorter
 from typing import Any
 
 import attrs
@@ -267,6 +266,8 @@ class _Family:
 
     def in_order(self) -> list[Task]:
         """Return the tasks with parents before their children."""
+        from graphlib import TopologicalSorter  # seldom needed
+
         tasks = self.tasks
         parents = {i: [p for p in task.depends_on if p in tasks] for i, task in tasks.items()}
         return [tasks[task_id] for task_id in TopologicalSorter(parents).static_order()]
