@@ -155,15 +155,15 @@ class TestOneProcess:
                 pass
 
         with pymongo.MongoClient(url, event_listeners=[Listener()]) as client:
-            queue = make_queue(MongoRepository(client[name]), worker_num=4, buffer_size=400)
+            queue = make_queue(MongoRepository(client[name]), worker_num=4, buffer_size=150)
             queue.executor("work")(lambda: None)
-            for _ in range(400):
+            for _ in range(150):
                 queue.submit("work")
-            assert sent["insert"] == 400
+            assert sent["insert"] == 150
             queue.start()
             assert queue.drain(3 * PATIENCE)
             queue.stop(PATIENCE)
-        assert sent["update"] + sent["find"] <= 1.5 * 400
+        assert sent["update"] + sent["find"] <= 1.5 * 150
 
 
 class TestTwoProcesses:
