@@ -10,10 +10,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from taskx.contrib.django.backend import TaskxBackend as TaskxBackend
+    from taskx.contrib.django.inline import InlineBackend as InlineBackend
+    from taskx.contrib.django.queues import get_queue as get_queue
+    from taskx.contrib.django.queues import load_queue as load_queue
     from taskx.contrib.django.repository import DjangoRepository as DjangoRepository
+    from taskx.contrib.django.tasks import task as task
 
 # The module of each public name.
-_MODULES: dict[str, str] = {"DjangoRepository": "repository"}
+_MODULES = {
+    "DjangoRepository": "repository",
+    "InlineBackend": "inline",
+    "TaskxBackend": "backend",
+    "get_queue": "queues",
+    "load_queue": "queues",
+    "task": "tasks",
+}
 
 
 def __getattr__(name: str) -> Any:

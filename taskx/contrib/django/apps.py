@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 from django.apps import AppConfig
 
 
@@ -12,3 +14,7 @@ class TaskxConfig(AppConfig):
     label = "taskx"
     verbose_name = "TaskX"
     default_auto_field = "django.db.models.BigAutoField"
+
+    def ready(self) -> None:
+        """Connect the signals and the checks."""
+        import_module("taskx.contrib.django.embedding")

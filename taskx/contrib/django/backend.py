@@ -1,0 +1,137 @@
+"""The backend for Django's setting ``TASKS``."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from django.utils import timezone
+
+from taskx import Queue, TaskNotFound
+from taskx.contrib.django import embedding
+from taskx.contrib.django.checks import check_alias
+from taskx.contrib.django.compat import (
+    BaseTaskBackend,
+    Task,
+    TaskResultDoesNotExist,
+    TaskResultStatus,
+    task_enqueued,
+)
+from taskx.contrib.django.queues import Place, place_of
+from taskx.contrib.django.results import TaskxResult, params_of, result_of
+from taskx.contrib.django.running import announcing
+from taskx.contrib.django.tasks import TaskxTask, changed, dated, run_at, submit_options, task_of
+from taskx.core.ids import new_id
+
+
+class TaskxBackend(BaseTaskBackend):
+    """The backend that stores tasks in TaskX: ``"BACKEND": "taskx.contrib.django.TaskxBackend"``.
+
+    Django makes an instance for each thread. All of them use the same queue.
+    """
+
+    task_class = TaskxTask
+    supports_defer = True
+    supports_async_task = True
+    supports_get_result = True
+    supports_priority = True
+    #: True if ``enqueue`` runs the task.
+    inline = False
+
+    def __init__(self, alias: str, params: Mapping[str, Any]) -> None:
+        super().__init__(alias, params)
+        embedding.expect(alias)
+
+    @property
+    def queue(self) -> Queue:
+        """The queue of the alias.
+
+        Raises:
+            ConfigurationError: an option is not valid.
+        """
+        return self._place.queue
+
+    @property
+    def _place(self) -> Place:
+        return place_of(self.alias)
+
+    def validate_task(self, task: Task) -> None:
+        """Check a task, when it is made and again when it is enqueued.
+
+        Raises:
+            InvalidTask: the backend cannot run it, or an option is not valid.
+        """
+        super().validate_task(dated(task))
+        submit_options(task)
+
+    def enqueue(self, task: Task, args: Sequence[Any], kwargs: Mapping[str, Any]) -> TaskxResult:
+        """Store a task, and return its result, which is not there yet.
+
+        Inside ``atomic()`` of the database that holds the tasks, the task is part of the transaction.
+        Inside ``atomic()`` of another database, it is stored after the commit.
+
+        Raises:
+            InvalidTask: the task is not valid with the settings of now.
+            TypeError: an argument is not JSON.
+            DuplicateTask: another task holds its ``unique_key``.
+            ConfigurationError: the option ``on_commit`` is ``"refuse"``, and a transaction is open on
+                another database.
+            TaskxError: the other errors of ``Queue.submit``.
+        """
+        self.validate_task(task)
+        result = TaskxResult(
+            task=changed(dated(task), backend=self.alias),
+            id=new_id(),
+            status=TaskResultStatus.READY,
+            enqueued_at=timezone.now(),
+            started_at=None,
+            finished_at=None,
+            last_attempted_at=None,
+            args=list(args),
+            kwargs=dict(kwargs),
+            backend=self.alias,
+            errors=[],
+            worker_ids=[],
+        )
+        return self._enqueue(result)
+
+    def _enqueue(self, result: TaskxResult) -> TaskxResult:
+        """Store a task now, and tell the receivers of the signal before a thread here begins to run it."""
+        told = announcing[result.id] = (threading.get_ident(), threading.Event())
+        try:
+            stored_as = self._submit(result)
+            if stored_as != result.id:  # on_conflict: another task has the key
+                return self.get_result(stored_as)
+            task_enqueued.send(sender=type(self), task_result=result)
+            return result
+        finally:
+            del announcing[result.id]
+            told[1].set()
+
+    def _submit(self, result: TaskxResult) -> str:
+        """Submit the task of a result; return the id that it got."""
+        task, place = result.task, self._place
+        options = submit_options(task)
+        options["id"], options["priority"] = result.id, task.priority
+        options["run_at"] = run_at(task)
+        params = params_of(result.args, result.kwargs)
+        return place.queue.submit(place.register(task), params, **options).id
+
+    def get_result(self, result_id: str) -> TaskxResult:
+        """Return the result of a task as it is now.
+
+        Raises:
+            TaskResultDoesNotExist: no task of Django has this id.
+        """
+        try:
+            record = self.queue.get_task_status(result_id)
+            return result_of(record, task_of(record.type, self.alias), self.alias)
+        except TaskNotFound:
+            raise TaskResultDoesNotExist(result_id) from None
+        except ImportError as error:
+            raise TaskResultDoesNotExist(f"{result_id}: {error}") from error
+
+    def check(self, **kwargs: Any) -> Sequence[Any]:
+        """Return what is wrong with the options of the alias."""
+        return check_alias(self.alias)

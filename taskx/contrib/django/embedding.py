@@ -1,0 +1,93 @@
+"""Embedding: the queues start in processes that serve requests, and in no others."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterable
+from importlib import import_module
+from typing import Any
+
+from django.core import checks
+from django.core.signals import request_started
+
+from taskx import QueueStopped
+from taskx.contrib.django.checks import ours
+from taskx.contrib.django.settings import in_tests
+
+_log = logging.getLogger("taskx")
+# Seconds between two tries to start a queue.
+_PATIENCE = 5.0
+
+# The aliases that this process uses, besides those of TASKS.
+_expected: set[str] = set()
+# The processes that have started their queues: a fork copies it.
+_started_in: dict[int, object] = {}
+_again_at = 0.0
+
+
+def expect(alias: str) -> None:
+    """Have the queue of an alias start when this process serves requests."""
+    _expected.add(alias)
+
+
+def _on_request(sender: Any, **more: Any) -> None:
+    """Start the queues at the first request of this process. A later one tries again after an error."""
+    pid = os.getpid()
+    if pid in _started_in or time.monotonic() < _again_at or _is_test(sender):
+        return
+    mine = object()
+    if _started_in.setdefault(pid, mine) is mine:  # else another thread starts them
+        _start(pid)
+
+
+def _is_test(sender: Any) -> bool:
+    """Return True for the request of a test: its client answers it in its own process."""
+    client = sys.modules.get("django.test.client")
+    handlers = () if client is None else (client.ClientHandler, client.AsyncClientHandler)
+    return in_tests() or (isinstance(sender, type) and issubclass(sender, handlers))
+
+
+def _when_checked(app_configs: Any = None, **more: Any) -> Iterable[Any]:
+    """Start the queues when ``runserver`` checks the site: right before it serves, on the same thread.
+
+    So tasks go on after a reload, without waiting for a request.
+    """
+    if os.getpid() not in _started_in and _runs_server():
+        _started_in[os.getpid()] = object()
+        _start(os.getpid())
+    return []
+
+
+def _runs_server() -> bool:
+    """Return True in the process of ``runserver`` that serves: with its reloader, that is the child."""
+    if sys.argv[1:2] != ["runserver"]:
+        return False
+    return os.environ.get("RUN_MAIN") == "true" or "--noreload" in sys.argv
+
+
+def _start(pid: int) -> None:
+    global _again_at
+    queues: Any = import_module("taskx.contrib.django.queues")
+    try:
+        for alias in embedded():
+            queues.load_queue(alias).start()
+    except QueueStopped:  # the process ends
+        return
+    except Exception as error:  # noqa: BLE001  (the request must be answered)
+        _again_at = time.monotonic() + _PATIENCE
+        _started_in.pop(pid, None)
+        _log.error("the task queue cannot be started yet: %s", error, exc_info=True)
+
+
+def embedded() -> list[str]:
+    """Return the aliases whose queues run in the processes of the site."""
+    queues: Any = import_module("taskx.contrib.django.queues")
+    found = [queues.place_of(alias).settings for alias in {*_expected, *ours()}]
+    return sorted(one.alias for one in found if one.embedded and not one.inline)
+
+
+request_started.connect(_on_request, dispatch_uid="taskx")
+checks.register(_when_checked, "taskx")

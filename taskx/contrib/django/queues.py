@@ -1,0 +1,224 @@
+"""The queues: one for each alias in each process, made at its first use."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Collection
+from datetime import datetime, timezone
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import attrs
+from django.apps import apps
+from django.conf import settings as site
+from django.core.signals import setting_changed
+from django.utils.module_loading import autodiscover_modules
+
+from taskx import (
+    ConfigurationError,
+    Executor,
+    Hook,
+    MemoryRepository,
+    Queue,
+    SQLiteRepository,
+    TaskRepository,
+    open_repository,
+)
+from taskx.contrib.django import embedding
+from taskx.contrib.django.blocks import beside_blocks
+from taskx.contrib.django.settings import APP, DEFAULT, Settings, in_tests, settings_of
+from taskx.contrib.django.surroundings import Surroundings
+
+# The settings that a queue depends on. They change only in tests.
+_SETTINGS = frozenset({"TASKS", "DATABASES", "INSTALLED_APPS", "BASE_DIR"})
+
+
+@attrs.frozen
+class Place:
+    """The queue of an alias in this process, and its options.
+
+    Attributes:
+        settings: the options of the alias.
+        queue: the queue.
+        queue_names: the queue names of the tasks that it runs; empty for all.
+    """
+
+    settings: Settings
+    queue: Queue
+    queue_names: set[str] = attrs.field(factory=set)
+    _types: set[str] = attrs.field(factory=set, init=False, repr=False)
+
+    def executor(self, type: str) -> Executor[..., Any] | None:
+        """Return the executor of a type; None if it is no path, or if this queue must not run it.
+
+        Raises:
+            ImportError: there is no task of Django at this path.
+        """
+        path, _, queue_name = type.partition("@")
+        if not all(part.isidentifier() for part in path.split(".")) or "." not in path:
+            return None
+        if self.queue_names and (queue_name or "default") not in self.queue_names:
+            return None
+        running: Any = import_module(f"{APP}.running")
+        executor: Executor[..., Any] = running.executor_at(type, self.settings.alias)
+        self._types.add(type)
+        return executor
+
+    def register(self, task: Any) -> str:
+        """Register the executor of a task of Django, if there is none yet; return its type."""
+        running: Any = import_module(f"{APP}.running")
+        type: str = running.type_of(task)
+        if type not in self._types:
+            with _lock:
+                if type not in self._types:
+                    self.queue.register_executor(running.executor_of(task))
+                    self._types.add(type)
+        return type
+
+
+_lock = threading.RLock()
+# By alias, and whether Django's test environment is set up: tests have queues of their own.
+_places: dict[tuple[str, bool], Place] = {}
+
+
+def get_queue(alias: str = DEFAULT) -> Queue:
+    """Return the queue of an alias: the same one for the whole process.
+
+    It opens no file and starts nothing. It starts with the first request that the process serves, unless
+    the option ``embedded`` is False.
+
+    Args:
+        alias: a key of ``TASKS``.
+
+    Raises:
+        ConfigurationError: there is no such alias, or an option is not valid.
+    """
+    return place_of(alias).queue
+
+
+def load_queue(alias: str = DEFAULT, queue_names: Collection[str] = ()) -> Queue:
+    """Return the queue of an alias with the executors of all modules ``tasks`` of the installed apps.
+
+    Args:
+        alias: a key of ``TASKS``.
+        queue_names: the queue names of the tasks of Django that it may run; empty for all.
+
+    Raises:
+        ConfigurationError: as :func:`get_queue`.
+    """
+    place = place_of(alias)
+    place.queue_names.update(queue_names)
+    autodiscover_modules("tasks")
+    if (running := _running()) is not None:
+        for task in running.tasks_of(alias):
+            if not place.queue_names or task.queue_name in place.queue_names:
+                place.register(task)
+    return place.queue
+
+
+def place_of(alias: str) -> Place:
+    """Return the place of an alias.
+
+    Raises:
+        ConfigurationError: there is no such alias, or an option is not valid.
+    """
+    key = (alias, in_tests())
+    if (place := _places.get(key)) is None:
+        with _lock:
+            if (place := _places.get(key)) is None:
+                place = _places[key] = _make(settings_of(alias))
+        embedding.expect(alias)
+    return place
+
+
+def _running() -> Any:
+    """Return the module that runs tasks of Django; None if this Django has no tasks."""
+    try:
+        return import_module(f"{APP}.running")
+    except ImportError:
+        return None
+
+
+def _make(settings: Settings) -> Place:
+    running = _running()
+    hooks: list[Hook] = [] if running is None else [running.Signals(settings.alias)]
+    about: dict[str, Any] = {
+        "hooks": (*hooks, *settings.hooks),
+        "middleware": (Surroundings(), *settings.middleware),
+    }
+    if settings.inline:
+        from taskx.testing import InlineQueue, ManualClock
+
+        clock = ManualClock(datetime.now(timezone.utc))
+        return Place(settings, InlineQueue(None, settings.config, clock=clock, **about))
+    found: list[Place] = []
+    find = partial(_find, found)
+    queue = Queue(_repository(settings), settings.config, find_executor=find, **about)
+    found.append(Place(settings, queue))
+    return found[0]
+
+
+def _find(found: list[Place], type: str) -> Executor[..., Any] | None:
+    return found[0].executor(type)
+
+
+def _repository(settings: Settings) -> TaskRepository:
+    if settings.repository is None and apps.is_installed(APP):
+        module: Any = import_module(f"{APP}.repository")
+        made: TaskRepository = module.DjangoRepository(settings.database, codec=settings.codec)
+        return made
+    outside: TaskRepository = beside_blocks(_outside(settings), settings.on_commit)
+    return outside
+
+
+def _outside(settings: Settings) -> Any:
+    """Return a repository outside of Django's databases."""
+    if in_tests():  # Django makes databases for tests, but no other files
+        return MemoryRepository(codec=settings.codec)
+    if settings.repository is not None:
+        return open_repository(settings.repository, settings.codec)
+    return SQLiteRepository(default_file(settings.alias), codec=settings.codec)
+
+
+def default_file(alias: str) -> Path:
+    """Return the file of the tasks of an alias, for a site that names no place.
+
+    Raises:
+        ConfigurationError: the site has no ``BASE_DIR``.
+    """
+    if (folder := getattr(site, "BASE_DIR", None)) is None:
+        raise ConfigurationError(
+            f"there is no place for the tasks: add {APP!r} to INSTALLED_APPS, or set BASE_DIR, or give "
+            f"TASKS[{alias!r}]['OPTIONS']['repository']"
+        )
+    name = "taskx" if alias == DEFAULT else f"taskx-{alias}"
+    return Path(folder) / f"{name}.sqlite3"
+
+
+def forget(alias: str | None = None) -> None:
+    """Stop and close the queue of an alias, or all of them. The next use makes a new one."""
+    with _lock:
+        keys = [key for key in _places if alias in (None, key[0])]
+        places = [_places.pop(key) for key in keys]
+    for place in places:
+        place.queue.stop(cancel=True)
+        place.queue.close()
+
+
+def _forget_changed(*, setting: str, **more: Any) -> None:
+    if setting in _SETTINGS:
+        forget()
+
+
+setting_changed.connect(_forget_changed, dispatch_uid="taskx")
+
+
+def _renew_after_fork() -> None:
+    global _lock
+    _lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew_after_fork)

@@ -1,0 +1,163 @@
+"""Running tasks of Django: their executors, and the signals about them."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from inspect import iscoroutinefunction
+from typing import Any
+
+from asgiref.sync import async_to_sync
+from django.apps import apps
+
+import taskx
+from taskx import CancelReason, Context, Executor, Hook, TaskCancelled, TaskFailed, TaskStatus
+from taskx.contrib.django.compat import (
+    Task,
+    TaskResultStatus,
+    normalize_json,
+    task_backends,
+    task_finished,
+    task_started,
+)
+from taskx.contrib.django.results import TaskxContext, arguments, result_of
+from taskx.contrib.django.surroundings import surroundings
+from taskx.contrib.django.tasks import executor_options, task_of, type_of
+from taskx.executing.current import current
+
+# Most exceptions that are kept for the signal task_finished. Those of lost runs stay until then.
+_MOST_RAISED = 1000
+#: The tasks that this process has stored, and has not sent the signal task_enqueued for yet: the thread
+#: that does, and an event that it sets then.
+announcing: dict[str, tuple[int, threading.Event]] = {}
+# Most seconds that a task waits for that signal: a receiver may wait for the task.
+_PATIENCE = 5.0
+# The exceptions of attempts whose outcome is not told yet, by the ids of their tasks.
+_raised: OrderedDict[str, BaseException] = OrderedDict()
+
+
+def executor_of(task: Task) -> Executor[..., Any]:
+    """Return the executor of a task of Django."""
+
+    def run(ctx: Context, /, **params: Any) -> Any:
+        try:
+            return _run(task, ctx, params)
+        except BaseException as error:
+            _raised[ctx.task.id] = error
+            if len(_raised) > _MOST_RAISED:
+                _raised.popitem(last=False)
+            raise
+
+    made: Executor[..., Any] = taskx.executor(type_of(task), **executor_options(task))(run)
+    return made
+
+
+def _run(task: Task, ctx: Context, params: dict[str, Any]) -> Any:
+    """Call the function of a task, and return its value as JSON."""
+    _wait_until_announced(ctx.task.id)
+    result = result_of(ctx.task, task, task.backend)
+    task_started.send(sender=_sender(task.backend), task_result=result)
+    args, kwargs = arguments(params)
+    given: Sequence[Any] = args
+    if task.takes_context:
+        given = (TaskxContext(task_result=result, taskx=ctx), *args)
+    if iscoroutinefunction(task.func):
+        return normalize_json(async_to_sync(_awaited)(ctx, task.func, given, kwargs))
+    return normalize_json(task.func(*given, **kwargs))
+
+
+def _wait_until_announced(task_id: str) -> None:
+    if (told := announcing.get(task_id)) is not None and told[0] != threading.get_ident():
+        told[1].wait(_PATIENCE)
+
+
+async def _awaited(
+    ctx: Context, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
+) -> Any:
+    """Await a coroutine function. When the token of the run fires, cancel it.
+
+    The event loop has a thread of its own: there, too, the run is the current one.
+    """
+    loop, running = asyncio.get_running_loop(), asyncio.current_task()
+    assert running is not None
+    outer, current.context = current.context, ctx
+    remove = ctx.on_cancel(lambda: loop.call_soon_threadsafe(running.cancel))
+    try:
+        return await function(*args, **kwargs)
+    except asyncio.CancelledError:
+        ctx.token.raise_if_cancelled()
+        raise
+    finally:
+        remove()
+        current.context = outer
+
+
+def _sender(alias: str) -> Any:
+    return type(task_backends[alias])
+
+
+def executor_at(type: str, alias: str) -> Executor[..., Any]:
+    """Return the executor of a type, which is the path of a task.
+
+    Raises:
+        ImportError: there is no task of Django at this path.
+    """
+    return executor_of(task_of(type, alias))
+
+
+def tasks_of(alias: str) -> Iterator[Task]:
+    """Yield the tasks of an alias in the modules ``tasks`` of the installed apps, as far as imported."""
+    for app in apps.get_app_configs():
+        module = sys.modules.get(f"{app.name}.tasks")
+        for thing in list(vars(module).values()) if module is not None else ():
+            if isinstance(thing, Task) and thing.backend == alias:
+                yield thing
+
+
+class Signals(Hook):
+    """Sends ``task_finished`` when a task of Django has ended in any way, once, after the commit.
+
+    The signal is sent inside an ``except`` block if the task failed, as Django's own backends do, so that
+    receivers can log the exception.
+    """
+
+    def __init__(self, alias: str) -> None:
+        self._alias = alias
+
+    def finished(self, task: taskx.Task) -> None:
+        """Send the signal."""
+        error = _raised.pop(task.id, None)
+        try:
+            result = result_of(task, task_of(task.type, self._alias), self._alias)
+        except ImportError:  # a task of TaskX's own, or its code is gone
+            return
+        with surroundings():
+            if result.status != TaskResultStatus.FAILED:
+                task_finished.send(sender=_sender(self._alias), task_result=result)
+                return
+            try:
+                raise error or _ending_of(task)
+            except BaseException:  # noqa: BLE001  (receivers read it as the current exception)
+                task_finished.send(sender=_sender(self._alias), task_result=result)
+
+    def retried(self, task: taskx.Task, error: str, delay: float) -> None:
+        """Forget the exception: the task goes on."""
+        _raised.pop(task.id, None)
+
+    def snoozed(self, task: taskx.Task, delay: float) -> None:
+        """Forget the exception: the task goes on."""
+        _raised.pop(task.id, None)
+
+    def interrupted(self, task: taskx.Task) -> None:
+        """Forget the exception: the task goes on."""
+        _raised.pop(task.id, None)
+
+
+def _ending_of(task: taskx.Task) -> BaseException:
+    """Return an exception for a task that has ended without one."""
+    if task.status is TaskStatus.CANCELLED:
+        return TaskCancelled(CancelReason.CANCEL)
+    return TaskFailed(task.id, task.error, max(1, task.errors), task.traceback, task.error_type)

@@ -1,0 +1,216 @@
+"""Tasks of Django with the options of TaskX, and the decorator that makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from django.conf import settings
+from django.utils import timezone
+from django.utils.module_loading import import_string
+
+from taskx import ConfigurationError, RetryPolicy, executor
+from taskx.contrib.django.compat import InvalidTask, Task
+
+if TYPE_CHECKING:
+    from taskx.core.options import ExecutorOptions, OnConflict, SubmitOptions, UniqueScope
+    from taskx.core.retry import Backoff
+
+T = TypeVar("T", bound=Task)
+
+# The queue name that is not part of a type.
+_DEFAULT_QUEUE = "default"
+# The options that Queue.submit takes under the same name.
+_PASSED = (
+    *("max_attempts", "timeout", "unique_key", "unique_scope", "on_conflict"),
+    *("concurrency_key", "tags", "depends_on"),
+)
+# The options that an executor takes, too: schedules and the command line get them from there.
+_OF_EXECUTOR = ("max_attempts", "timeout", "tags")
+
+
+@executor("task")
+def _any() -> None:
+    """Do nothing: it checks the options of tasks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskxTask(Task):
+    """A task of Django with the options of TaskX.
+
+    Attributes:
+        max_attempts: number of attempts that may raise before the task fails; 1 by default, or 3 with a
+            ``backoff``.
+        backoff: the wait before another attempt: seconds, a ``timedelta``, ``"exponential"``,
+            ``"linear"``, ``"fixed"``, a function of the number of the attempt that raised, or a
+            ``RetryPolicy``.
+        timeout: seconds, or a ``timedelta``, after which an attempt's token fires.
+        unique_key, unique_scope, on_conflict, concurrency_key, depends_on: as in ``Queue.submit``.
+        tags: short texts to filter by.
+    """
+
+    max_attempts: int | None = None
+    backoff: float | timedelta | Backoff | RetryPolicy | None = None
+    timeout: float | timedelta | None = None
+    unique_key: str | None = None
+    unique_scope: UniqueScope | None = None
+    on_conflict: OnConflict | None = None
+    concurrency_key: str | None = None
+    tags: Sequence[str] | None = None
+    depends_on: Sequence[Any] | None = None
+
+    def using(self, **changes: Any) -> TaskxTask:
+        """Return a copy with other options: those of Django's tasks, and those of this class.
+
+        Raises:
+            TypeError: there is no such option.
+            InvalidTask: the value of an option is not valid.
+        """
+        known = {field.name for field in fields(self)} - {"func", "takes_context"}
+        if unknown := changes.keys() - known:
+            raise TypeError(f"using() has no option {', '.join(sorted(unknown))}")
+        return replace(self, **{name: v for name, v in changes.items() if v is not None})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _loaded, (type(self), self.module_path, _values(self))
+
+
+def _values(task: Any) -> dict[str, Any]:
+    return {field.name: getattr(task, field.name) for field in fields(task) if field.name != "func"}
+
+
+def _loaded(kind: type[Any], path: str, values: Mapping[str, Any]) -> Any:
+    """Return the task that was pickled. Its function is imported."""
+    return kind(func=imported(path).func, **values)
+
+
+def task(function: Callable[..., Any] | None = None, **options: Any) -> Any:
+    """Make a task of Django from the decorated function: ``@task`` or ``@task(max_attempts=3)``.
+
+    It is Django's own decorator for every version of Django, and takes the options of
+    :class:`TaskxTask`, too. Other backends ignore these.
+
+    Args:
+        function: the function, if the decorator has no parentheses.
+        options: ``priority``, ``queue_name``, ``backend`` and ``takes_context`` as in Django, and the
+            options of :class:`TaskxTask`.
+
+    Raises:
+        TypeError: there is no such option; or ``run_after`` was given, which only ``using`` takes.
+        InvalidTask: the function, or the value of an option, is not valid.
+    """
+    if "run_after" in options:
+        raise TypeError(
+            "run_after cannot be given to the decorator: use task.using(run_after=…).enqueue(…)"
+        )
+    given = {
+        "priority": 0,
+        "queue_name": _DEFAULT_QUEUE,
+        "backend": "default",
+        "run_after": None,
+        **options,
+    }
+
+    def make(function: Callable[..., Any]) -> TaskxTask:
+        return TaskxTask(func=function, **given)
+
+    return make if function is None else make(function)
+
+
+def changed(task: T, **changes: Any) -> T:
+    """Return a copy of a task, without asking its backend if it is valid."""
+    copy = object.__new__(type(task))
+    for field in fields(task):
+        value = changes.get(field.name, getattr(task, field.name))
+        object.__setattr__(copy, field.name, value)
+    return copy
+
+
+def dated(task: T) -> T:
+    """Return the task with a datetime as ``run_after`` if it has a ``timedelta``, from now on."""
+    if not isinstance(task.run_after, timedelta):
+        return task
+    return changed(task, run_after=timezone.now() + task.run_after)
+
+
+# --- types
+
+
+def type_of(task: Task) -> str:
+    """Return the type of a task in TaskX: its path, and its queue name if that is not the default."""
+    path: str = task.module_path
+    return path if task.queue_name == _DEFAULT_QUEUE else f"{path}@{task.queue_name}"
+
+
+def queue_name_of(type: str) -> str:
+    """Return the queue name in a type."""
+    return type.partition("@")[2] or _DEFAULT_QUEUE
+
+
+def imported(path: str) -> Task:
+    """Return the task at a path.
+
+    Raises:
+        ImportError: there is none.
+    """
+    found = import_string(path)
+    if not isinstance(found, Task):
+        raise ImportError(f"{path!r} is not a task of Django, but {found!r}")
+    return found
+
+
+def task_of(type: str, alias: str) -> Task:
+    """Return the task of a type.
+
+    Raises:
+        ImportError: the type is not the path of a task.
+    """
+    return changed(imported(type.partition("@")[0]), queue_name=queue_name_of(type), backend=alias)
+
+
+# --- options
+
+
+def policy(task: Task) -> RetryPolicy | None:
+    """Return the retry policy of a task; None if it has none."""
+    backoff: Any = getattr(task, "backoff", None)
+    if backoff is None or isinstance(backoff, RetryPolicy):
+        return backoff
+    most = {} if task.max_attempts is None else {"max_attempts": task.max_attempts}
+    if isinstance(backoff, (int, float, timedelta)) and not isinstance(backoff, bool):
+        return RetryPolicy(backoff="fixed", base=backoff, **most)
+    return RetryPolicy(backoff=backoff, **most)
+
+
+def _given(task: Task, names: Sequence[str]) -> dict[str, Any]:
+    options = {name: getattr(task, name, None) for name in names}
+    options["retry"] = policy(task)
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def submit_options(task: Task) -> SubmitOptions:
+    """Return the options of ``Queue.submit`` for a task, without its priority and time.
+
+    Raises:
+        InvalidTask: an option is not valid.
+    """
+    try:
+        given = _given(task, _PASSED)
+        return cast("SubmitOptions", dict(_any.using(**given).options) if given else given)
+    except ConfigurationError as error:
+        raise InvalidTask(str(error)) from error
+
+
+def executor_options(task: Task) -> ExecutorOptions:
+    """Return the options of the executor of a task."""
+    return cast("ExecutorOptions", _given(task, _OF_EXECUTOR))
+
+
+def run_at(task: Task) -> datetime | None:
+    """Return when a task may start, as an aware datetime; None for at once."""
+    moment: datetime | None = dated(task).run_after
+    if moment is not None and not settings.USE_TZ and timezone.is_naive(moment):
+        return cast(datetime, timezone.make_aware(moment, timezone.get_default_timezone()))
+    return moment

@@ -1,0 +1,127 @@
+"""The tasks of the app. Their modules are imported under any setting of ``TASKS``."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+from asgiref.sync import sync_to_async
+from django.db import connection
+from django.utils import timezone, translation
+
+import taskx
+from taskx.contrib.django import task
+from taskx.contrib.django.compat import task_backends
+
+#: What the tasks of this process have noted.
+notes: list[Any] = []
+#: Set by tests: the task ``wait`` ends then.
+gate = threading.Event()
+
+
+@task
+def add(a: int, b: int = 0) -> int:
+    return a + b
+
+
+@task
+async def add_async(a: int, b: int = 0) -> int:
+    await asyncio.sleep(0)
+    return a + b
+
+
+@task
+def echo(*args: Any, **kwargs: Any) -> Any:
+    return [args, kwargs]
+
+
+@task
+def fail(text: str) -> None:
+    raise ValueError(text)
+
+
+@task
+async def fail_async(text: str) -> None:
+    raise ValueError(text)
+
+
+@task
+def leave() -> None:
+    raise SystemExit("leaving")
+
+
+@task
+def interrupt() -> None:
+    raise KeyboardInterrupt("interrupted")
+
+
+@task
+def unserialisable() -> object:
+    return threading.Lock()
+
+
+@task(takes_context=True)
+def attempt(context: Any, text: str) -> list[Any]:
+    context.taskx.progress(50, "half")
+    return [context.task_result.id, context.attempt, text]
+
+
+@task(takes_context=True)
+async def attempt_async(context: Any) -> list[Any]:
+    return [context.task_result.id, context.attempt]
+
+
+@task(max_attempts=3, backoff=0)
+def fail_twice(key: str) -> str:
+    notes.append(key)
+    if notes.count(key) < 3:
+        raise OSError(f"try {notes.count(key)}")
+    return key
+
+
+@task(timeout=0.2)
+async def hang() -> None:
+    await asyncio.sleep(300)
+
+
+@task
+def wait() -> str:
+    gate.wait(60)
+    return "passed"
+
+
+@task
+def localised(language: str = "", zone: str = "") -> list[str]:
+    found = [translation.get_language(), timezone.get_current_timezone_name()]
+    if language:
+        translation.activate(language)
+        timezone.activate(zone)
+    return found
+
+
+@task
+def query() -> list[Any]:
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT 1")
+    return [threading.current_thread().name, connection.connection is not None]
+
+
+@task
+async def query_async() -> list[Any]:
+    context = taskx.current_context()
+    assert context is not None
+    context.progress(10, "in the event loop")
+    return [*await sync_to_async(query.func)(), context.task.id]
+
+
+@task
+def nested() -> int:
+    result = add.enqueue(20, 1)
+    return 2 * int(result.return_value)
+
+
+@task
+def backends() -> int:
+    """Return the number of the backend of this thread."""
+    return id(task_backends["default"])
