@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any, cast
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import pymongo
 from bson.int64 import Int64
 from pymongo import UpdateOne
+from pymongo.client_session import ClientSession
 from pymongo.database import Database
 from pymongo.errors import DuplicateKeyError
 from pymongo.write_concern import WriteConcern
@@ -19,17 +22,25 @@ from pymongo.write_concern import WriteConcern
 from taskx.core.checks import check_number
 from taskx.core.clock import SYSTEM_CLOCK, Clock
 from taskx.core.codec import Codec
-from taskx.core.errors import ConfigurationError
+from taskx.core.errors import ConfigurationError, TaskxError
 from taskx.core.ids import new_id
 from taskx.core.record import UNIQUE
 from taskx.core.verdict import Check
 from taskx.core.writes import Delete, Insert, Note, NoteChange, Write
-from taskx.storage.base import Repository, new_version, tell_of_forks
+from taskx.storage.base import Repository, Then, new_version, tell_of_forks
+from taskx.storage.commits import Stored, Watch
 from taskx.storage.mongo.batches import Batches
 from taskx.storage.mongo.changes import Changes
 from taskx.storage.mongo.connection import Connection, Sequencer, Url
 from taskx.storage.mongo.documents import Document
 from taskx.storage.mongo.filters import make_indexes, text
+from taskx.storage.mongo.joining import (
+    InSession,
+    SenderInSession,
+    own_transaction,
+    session_of,
+    undone,
+)
 from taskx.storage.mongo.sender import Sender
 from taskx.storage.mongo.tasks import Tasks
 
@@ -98,6 +109,7 @@ class MongoRepository(Tasks):
         self.lease_timeout = lease_timeout
         self.run_folder = None if run_folder is None else os.fspath(run_folder)
         self._indexed = False
+        self._commits = Watch()
         tell_of_forks(self)
 
     @classmethod
@@ -143,6 +155,36 @@ class MongoRepository(Tasks):
                 return [True] * len(writes)
             return self._batches.insert(writes, self._sender.apply)
         return self._sender.apply(writes)
+
+    # --- inside a transaction of the caller
+
+    @contextmanager
+    def joined(self, connection: object, then: Then | None) -> Iterator[Repository]:
+        session = session_of(connection, self._connection)
+        if not self._indexed:  # in the transaction it is not possible
+            self.init_indexes()
+        made = Joined(self, session)
+        with undone(made.connection):
+            yield made
+        if made.sender.applied and then is not None:
+            seen = weakref.ref(session)
+            stored = Stored(partial(self._committed, made.sender.applied), then)
+            self._commits.add(
+                lambda: (still := seen()) is not None and still.in_transaction, stored
+            )
+
+    def _committed(self, applied: Sequence[tuple[Write, int]]) -> Sequence[Write]:
+        """Return those of the writes that left their marks.
+
+        The record alone would not do: a transaction that is repeated makes the same writes again.
+        """
+        try:
+            return self._sender.marked(applied)
+        except TaskxError:  # polling finds the tasks
+            return ()
+
+    def transaction(self) -> AbstractContextManager[ClientSession]:
+        return own_transaction(self._connection)
 
     # --- notes
 
@@ -253,6 +295,26 @@ class MongoRepository(Tasks):
         self._connection.renew_after_fork()
         for part in (self._sequencer, self._sender, self._batches, self._changes):
             part.renew()
+        self._commits = Watch()
+
+
+class Joined(MongoRepository):
+    """The repository as a transaction of the caller sees it."""
+
+    def __init__(self, outer: MongoRepository, session: ClientSession) -> None:
+        Repository.__init__(self, outer.clock)
+        self.codecs = outer.codecs
+        self.connection = self._connection = InSession(outer._connection, session)
+        self.sender = self._sender = SenderInSession(self.connection, outer._sender)
+        self._adopt_foreign = False
+        self._outer = outer
+
+    def apply(self, writes: Sequence[Write], *, all_or_nothing: bool = False) -> Sequence[bool]:
+        return self.sender.insert_whole(writes) if all_or_nothing else self.sender.apply(writes)
+
+    def _revealed(self, found: list[Document], fields: Sequence[str]) -> list[Document]:
+        # Outside the transaction: other callers may reveal the same tasks.
+        return self._outer._revealed(found, fields)
 
 
 def _split(url: str) -> tuple[str, dict[str, Any]]:

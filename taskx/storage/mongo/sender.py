@@ -39,7 +39,14 @@ from taskx.storage.mongo.connection import (
     may_have_been_sent,
     translated,
 )
-from taskx.storage.mongo.documents import MARKS, PATHS, Document, fields, new_document
+from taskx.storage.mongo.documents import (
+    MARKS,
+    PATHS,
+    Document,
+    fields,
+    new_document,
+    ours_of,
+)
 from taskx.storage.mongo.filters import guarded, text
 
 #: The most bytes in a document.
@@ -134,9 +141,9 @@ class Sender:
             marks.append(mark)
         return marks
 
-    def _op(self, write: Write, mark: int, batch: str) -> _Op:
+    def _op(self, write: Write, mark: int, batch: str) -> Op:
         known = self._unknown.get(id(write))
-        op = _Op(write, mark if known is None else known[1], again=known is not None)
+        op = Op(write, mark if known is None else known[1], again=known is not None)
         if isinstance(write, Insert):
             row = self._codecs.columns(write.row)
             op.document = new_document(row, self._sequencer.next(), op.mark, batch)
@@ -207,9 +214,22 @@ class Sender:
             sent[0] = True
             session.commit_transaction()
 
+    def marked(self, writes: Sequence[tuple[Write, int]]) -> list[Write]:
+        """Return those writes whose marks are on their documents, and deletes whose documents are gone."""
+        wanted = {"_id": {"$in": [*{write.id for write, _ in writes}]}}
+        tasks = self._connection.tasks
+        found = self._connection.run(lambda: list(tasks.find(wanted, {"taskx.w": 1})))
+        marks = {document["_id"]: ours_of(document).get("w", ()) for document in found}
+        return [
+            write
+            for write, mark in writes
+            if (mark in marks.get(write.id, ()))
+            or (isinstance(write, Delete) and write.id not in marks)
+        ]
+
     # --- one round
 
-    def _send(self, ops: Sequence[_Op]) -> list[bool]:
+    def _send(self, ops: Sequence[Op]) -> list[bool]:
         """Send writes until their outcome is known, at most for the connection's time-out."""
         began = time.monotonic()
         deadline = began + self._connection.timeout
@@ -231,7 +251,7 @@ class Sender:
                 time.sleep(_PAUSE)
         return [op.held for op in ops]
 
-    def _send_once(self, ops: Sequence[_Op], *, force: bool) -> list[_Op]:
+    def _send_once(self, ops: Sequence[Op], *, force: bool) -> list[Op]:
         """Send all writes; return the inserts to retry: a batch that may be abandoned holds their id."""
         for op in ops:
             if isinstance(op.write, Delete) and not op.held:
@@ -243,7 +263,7 @@ class Sender:
         again = self._batches.make_way(ids, force) if ids else ()
         return [op for op in refused if op.write.id in again]
 
-    def _lacks_what_is_unique(self, op: _Op) -> bool:
+    def _lacks_what_is_unique(self, op: Op) -> bool:
         """Return True if a task with another id has one of the unique values of this new task."""
         document = op.document or {}
         taken = [
@@ -256,7 +276,7 @@ class Sender:
         wanted = {"$or": taken, "_id": {"$ne": document["_id"]}}
         return self._connection.tasks.find_one(wanted, {"_id": 1}) is not None
 
-    def _delete(self, op: _Op) -> bool:
+    def _delete(self, op: Op) -> bool:
         tasks = self._connection.tasks
         assert isinstance(op.write, Delete)
         # Not delete_one: the driver repeats it after an error, and its count may be wrong then.
@@ -264,7 +284,7 @@ class Sender:
         # If it was sent before and the task is gone, it was applied.
         return deleted or (op.again and tasks.find_one({"_id": op.write.id}, {"_id": 1}) is None)
 
-    def _write(self, ops: Sequence[_Op]) -> list[_Op]:
+    def _write(self, ops: Sequence[Op]) -> list[Op]:
         """Send inserts and updates; return the inserts whose id was taken."""
         inserts = [op for op in ops if op.document is not None]
         updates = [op for op in ops if op.update is not None]
@@ -279,7 +299,7 @@ class Sender:
         return [op for op in inserts if not op.held]
 
     def _bulk_write(
-        self, inserts: Sequence[_Op], updates: Sequence[_Op]
+        self, inserts: Sequence[Op], updates: Sequence[Op]
     ) -> tuple[int, Collection[int]]:
         """Return the number of updates that found their document, and the inserts whose id was taken."""
         tasks = self._connection.tasks
@@ -311,7 +331,7 @@ class Sender:
             matched -= len({*range(len(inserts))} - inserted - refused)
         return matched, refused
 
-    def _confirm_by_marks(self, ops: Sequence[_Op]) -> None:
+    def _confirm_by_marks(self, ops: Sequence[Op]) -> None:
         """Mark those writes as held whose mark is on their document."""
         wanted = {
             "_id": {"$in": [op.write.id for op in ops]},
@@ -326,7 +346,7 @@ class Sender:
 
 
 @attrs.define(eq=False)
-class _Op:
+class Op:
     """A write that is being sent."""
 
     write: Write
@@ -386,15 +406,15 @@ def _known_after(write: Write, held: bool) -> Mapping[str, Any] | None:
     return {**sure, **write.changes}
 
 
-def _statements(updates: Sequence[_Op]) -> list[UpdateOne | UpdateMany]:
+def _statements(updates: Sequence[Op]) -> list[UpdateOne | UpdateMany]:
     """Return the requests for updates; updates that share a mark become one request."""
-    alike: dict[int, list[_Op]] = {}
+    alike: dict[int, list[Op]] = {}
     for op in updates:
         alike.setdefault(op.mark, []).append(op)
     return [_statement(ops) for ops in alike.values()]
 
 
-def _statement(ops: Sequence[_Op]) -> UpdateOne | UpdateMany:
+def _statement(ops: Sequence[Op]) -> UpdateOne | UpdateMany:
     assert ops[0].update is not None
     found, changed = ops[0].update
     if len(ops) == 1:
@@ -403,12 +423,12 @@ def _statement(ops: Sequence[_Op]) -> UpdateOne | UpdateMany:
     return UpdateMany({**found, "_id": ids}, changed, hint=_BY_ID)
 
 
-def _is_small(op: _Op) -> bool:
+def _is_small(op: Op) -> bool:
     """Return True if a new document is small enough to be sent as an upsert."""
     return isinstance(op.write, Insert) and len(op.write.row["params"]) <= _SMALL
 
 
-def _upsert(op: _Op) -> UpdateOne:
+def _upsert(op: Op) -> UpdateOne:
     """Return a new document as an upsert, so that it shares a command with the updates.
 
     It matches only a document with its own mark. If another task has its id, it is refused, as an insert

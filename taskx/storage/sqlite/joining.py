@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import compress
 from typing import Any, Protocol
 
@@ -19,18 +19,12 @@ from taskx.core.errors import ConfigurationError, RepositoryError, TaskxError
 from taskx.core.writes import Write
 from taskx.storage import queries
 from taskx.storage.base import Repository, Then
+from taskx.storage.commits import Stored, pause
 from taskx.storage.sqlite.connections import FAILURES
 from taskx.storage.sqlite.file import DatabaseFile
 
-# Seconds between two looks at the open transactions, and the longest pause when they take long.
-_SHORTEST, _LONGEST = 0.001, 0.01
-# Seconds after which a transaction that seems to be open is looked up, and the longest time between two
-# look-ups. Its connection may be in the next transaction already.
-_FIRST_LOOK_UP, _LAST_LOOK_UP = 0.02, 1.0
 # Seconds between two looks while no transaction is open.
 _IDLE = 0.25
-# Seconds for which a transaction that has ended is looked up: SQLite says so before a commit is complete.
-_COMMITTING = 1.0
 
 
 class Outer(Protocol):
@@ -171,34 +165,6 @@ def _translating(outer: Outer) -> Iterator[None]:
         raise outer.translated(error) from error
 
 
-@attrs.define(eq=False)
-class _Stored:
-    """Writes in a transaction that is open, as far as is known."""
-
-    writes: Sequence[Write]
-    then: Then
-    since: float = attrs.field(factory=time.monotonic)
-    look_up_at: float = 0.0
-    ended_at: float | None = None
-
-    def __attrs_post_init__(self) -> None:
-        self.look_up_at = self.since + _FIRST_LOOK_UP
-
-    def end(self) -> None:
-        """Note that the transaction has ended, so it is looked up at once."""
-        if self.ended_at is None:
-            self.ended_at = self.look_up_at = time.monotonic()
-
-    def put_off(self) -> bool:
-        """Set the time of the next look-up. Return False if no further one is needed."""
-        now = time.monotonic()
-        if self.ended_at is None:
-            self.look_up_at = now + min(_LAST_LOOK_UP, now - self.since)
-            return True
-        self.look_up_at = now + max(_SHORTEST, now - self.ended_at)
-        return now < self.ended_at + _COMMITTING
-
-
 @lru_cache
 def _references_of_one() -> int:
     """Return the reference count of a connection that one name refers to: its cache refers to it, too."""
@@ -214,7 +180,7 @@ class _Given:
     """A connection that a caller has given; None if its owner has closed or dropped it."""
 
     connection: sqlite3.Connection | None
-    stored: list[_Stored] = attrs.field(factory=list)
+    stored: list[Stored] = attrs.field(factory=list)
 
     @property
     def dropped(self) -> bool:
@@ -275,7 +241,7 @@ class Callers:
         """Call ``then`` with those of the writes that are stored, when the transaction has ended."""
         for given in list(self._given):
             if given.connection is connection:
-                given.stored.append(_Stored(writes, then))
+                given.stored.append(Stored(partial(self._committed, writes), then))
         self._bell.set()
 
     def ended(self, connection: sqlite3.Connection) -> None:
@@ -295,8 +261,7 @@ class Callers:
                     return
             since = [one.since for given in self._given for one in given.stored]
             if since:
-                age = time.monotonic() - min(since)
-                time.sleep(min(_LONGEST, max(_SHORTEST, age / 20)))
+                time.sleep(pause(min(since)))
             else:
                 self._bell.wait(_IDLE)
             self._bell.clear()
@@ -305,7 +270,7 @@ class Callers:
         if given.stored and not given.in_transaction:
             given.end()
         for one in list(given.stored):
-            if time.monotonic() >= one.look_up_at and (self._tell(one) or not one.put_off()):
+            if one.settled():
                 given.stored.remove(one)
 
     def _let_go(self) -> None:
@@ -325,17 +290,16 @@ class Callers:
                 if one.connection is not None or one.stored
             }
 
-    def _tell(self, one: _Stored) -> bool:
-        """Tell of the writes that are stored. Return True if any is."""
+    def _committed(self, writes: Sequence[Write]) -> Sequence[Write]:
+        """Return those of the writes that are stored, and tell other processes of them."""
         repository = self._repository
         try:
-            shown = queries.shown(repository, one.writes)
+            shown = queries.shown(repository, writes)
         except TaskxError:  # polling finds the tasks
-            return False
-        if done := [*compress(one.writes, shown)]:
+            return ()
+        if done := [*compress(writes, shown)]:
             repository.tell_others(done)
-            one.then(done)
-        return bool(done)
+        return done
 
 
 def _in_transaction(connection: sqlite3.Connection) -> bool:
