@@ -75,10 +75,12 @@ class Keeper:
         kept: Checkpoints,
         token: CancelToken,
         ending_of: Callable[[str | None, int], Ending],
-    ) -> AbstractContextManager[tuple[Transaction, list[Completed]]]:
+        completed: list[Completed],
+    ) -> AbstractContextManager[Transaction]:
         """Open a transaction for a run: see :meth:`Context.transaction`.
 
-        ``ending_of`` makes the ending of a run from its result as JSON text and the time.
+        ``ending_of`` makes the ending of a run from its result as JSON text and the time. It is added to
+        ``completed`` if the transaction has completed the task.
         """
         known = self._values.get(kept.task.type)
 
@@ -92,7 +94,7 @@ class Keeper:
         def ending(result: str | None) -> Ending:
             return ending_of(result, self._clock.now_ms())
 
-        return opened(self._repository, kept, token, encode, ending, self._clock)
+        return opened(self._repository, kept, token, encode, ending, self._clock, completed)
 
 
 class Checkpoints:
@@ -194,15 +196,15 @@ class Checkpoints:
         """Leave what is stored in a block to a transaction. If the block raises, it was never stored."""
         with self._lock:
             steps, cursor, taken = self._steps, self._cursor, set(self._taken)
+            transaction.before = checkpoints_to_text(steps, cursor)
             self._transaction = transaction
         try:
             yield
-            if transaction.checkpoints is not None:
-                self.stored = transaction.checkpoints
-        except BaseException:
-            self._steps, self._cursor, self._taken = steps, cursor, taken
-            raise
         finally:
+            if not transaction.committed:
+                self._steps, self._cursor, self._taken = steps, cursor, taken
+            elif transaction.checkpoints is not None:
+                self.stored = transaction.checkpoints
             self._transaction = None
 
     def lose(self) -> NoReturn:

@@ -5,14 +5,20 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 from taskx.core.checks import check_number
 from taskx.core.clock import to_ms
-from taskx.core.errors import CancelReason, ConfigurationError, RepositoryCorrupt, TaskNotFound
+from taskx.core.errors import (
+    CancelReason,
+    ConfigurationError,
+    RepositoryCorrupt,
+    RepositoryError,
+    TaskNotFound,
+)
 from taskx.core.lifecycle import Ending
 from taskx.core.model import Task, TaskStatus
 from taskx.core.record import check_progress
@@ -23,6 +29,9 @@ from taskx.executing.transactions import Completed, Transaction
 
 if TYPE_CHECKING:
     from taskx.executing.alarms import Alarms
+
+# Seconds between two looks if progress is still being stored.
+_MOMENT = 0.001
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -51,6 +60,8 @@ class Shared(NamedTuple):
     log: logging.Logger  #: the logger behind ``ctx.logger``
     keeper: Keeper  #: stores checkpoints
     fetch: Callable[[Sequence[str]], Mapping[str, Task]]  #: reads tasks, by their ids
+    #: Stores the progress of a run, by its task's id; None in a child process.
+    store_progress: Callable[[str], object] | None = None
 
 
 class Context:
@@ -62,9 +73,9 @@ class Context:
 
     __slots__ = (
         *("_copy", "_shared", "_task", "_token"),
-        *("_message", "_percent", "_unwritten"),
+        *("_message", "_percent", "_missed", "_quiet", "_storing", "_unwritten"),
         *("_checkpoints", "_run_token", "_stored"),
-        "completed",
+        "_completed",
     )
 
     def __init__(self, task: Task, token: CancelToken, shared: Shared) -> None:
@@ -75,10 +86,12 @@ class Context:
         self._percent: float | None = None
         self._message = ""
         self._unwritten = False
+        self._missed = self._quiet = self._storing = (
+            False  # see ``transaction`` and ``new_progress``
+        )
         self._checkpoints: Checkpoints | None = None
         self._stored: str | None = None  # the checkpoints that were stored last
-        #: How a transaction of the run has completed the task; None if none has.
-        self.completed: Completed | None = None
+        self._completed: list[Completed] = []  # a transaction adds to it
 
     @property
     def task(self) -> Task:
@@ -141,15 +154,25 @@ class Context:
         return check_progress(self._percent, self._message)
 
     def new_progress(self) -> tuple[int, str] | None:
-        """Return the last progress, if it was reported after the previous call; else None."""
+        """Return the last progress to store it, if it was reported after the previous call; else None.
+
+        After it was stored, call :meth:`progress_written`. Inside a transaction of the run, this returns
+        None: a change of the record would make the transaction fail.
+        """
         if not self._unwritten:
+            return None
+        self._storing = True  # before the next line: the other order could overlook a transaction
+        if self._quiet:
+            self._storing, self._missed = False, True
             return None
         self._unwritten = False  # before reading: a report from now on sets it again
         return self.latest_progress()
 
-    def progress_unwritten(self) -> None:
-        """Make :meth:`new_progress` return the same progress again, because it could not be stored."""
-        self._unwritten = True
+    def progress_written(self, *, stored: bool) -> None:
+        """Note that the progress was stored, or else make :meth:`new_progress` return it again."""
+        if self._storing and not stored:
+            self._unwritten = True
+        self._storing = False
 
     def step(self, name: str, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Call ``fn`` once for the task, however many attempts the task needs, and return its result.
@@ -214,11 +237,33 @@ class Context:
         """
         if self.completed is not None:
             raise ConfigurationError("this run has completed its task in a transaction")
-        keeper = self._shared.keeper
-        with keeper.transaction(self._kept(), self._token, self._ending) as (tx, completed):
+        open_transaction = self._shared.keeper.transaction
+        with (
+            self._without_progress(),
+            open_transaction(self._kept(), self._token, self._ending, self._completed) as tx,
+        ):
             yield tx
-        if completed:
-            (self.completed,) = completed
+
+    @property
+    def completed(self) -> Completed | None:
+        """How a transaction of the run has completed the task; None if none has."""
+        return self._completed[0] if self._completed else None
+
+    @contextmanager
+    def _without_progress(self) -> Iterator[None]:
+        """Keep progress in memory, after what is being stored now is stored."""
+        if self._missed and self._shared.store_progress is not None:
+            self._missed = False
+            with suppress(RepositoryError):  # it is not worth an error
+                self._shared.store_progress(self._task.id)
+        try:
+            self._quiet = True
+            while self._storing:
+                self._token.wait(_MOMENT)
+                self._token.raise_if_cancelled()
+            yield
+        finally:
+            self._quiet = False
 
     def _ending(self, result: str | None, now: int) -> Ending:
         """Return how this run ends if it completes its task now."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from typing import Any, NoReturn, Protocol
 
 from taskx.core import lifecycle
@@ -13,7 +13,7 @@ from taskx.core.errors import ConfigurationError, RepositoryError, RepositoryUna
 from taskx.core.lifecycle import Ending
 from taskx.core.model import Task
 from taskx.core.token import CancelToken
-from taskx.core.writes import Update
+from taskx.core.writes import Update, matches
 from taskx.storage import queries
 from taskx.storage.base import Repository
 
@@ -38,8 +38,12 @@ class Transaction:
         self._thread = threading.get_ident()
         self.completes = False
         self.result: str | None = None
+        #: True after the end of the block if everything is stored.
+        self.committed = False
         #: The checkpoints as they were set last in this transaction; None if none was.
         self.checkpoints: str | None = None
+        #: The checkpoints as they were before it.
+        self.before: str | None = None
 
     def complete(self, result: Any = None) -> None:
         """Complete the task at the end of the block, together with all writes of the transaction.
@@ -100,36 +104,105 @@ def opened(
     encode: Callable[[Any], str | None],
     ending_of: Callable[[str | None], Ending],
     clock: Clock,
-) -> Iterator[tuple[Transaction, list[Completed]]]:
+    completed: list[Completed],
+) -> Iterator[Transaction]:
     """Open a transaction for a run, and commit it at the end of the block, unless the run lost its task.
 
-    The list that comes with it has the ending of the run after the block, if the task was completed.
+    If the task was completed, the ending of the run is added to ``completed``.
     """
     token.raise_if_cancelled()
     kept.refuse_nested()
-    completed: list[Completed] = []
-    writes: list[Update] = []
     stack, connection = _begin(repository, token)
     tx = Transaction(connection, encode)
     with kept.inside(tx):
+        commit = _Commit(repository, kept.task, token, tx, completed)
         try:
             with stack:
-                yield tx, completed
-                ending = ending_of(tx.result)
-                writes += tx.writes(kept.task, ending, clock.now_ms())
-                # The last statements before COMMIT: no other run can take the task in between.
-                with repository.joined(connection, None) as joined:
-                    if not all(joined.apply(writes)):
-                        raise _Lost
+                yield tx
+                commit.write(ending_of(tx.result), clock.now_ms())
+            commit.note()
         except _Lost:
             kept.lose()
         except RepositoryError as error:
-            visible = tx.completes or tx.checkpoints is not None
-            if not (error.in_doubt and visible and _took_place(repository, writes, token)):
+            if not (error.in_doubt and commit.took_place()):
+                if not error.in_doubt and commit.was_lost():
+                    kept.lose()
                 raise
+        except BaseException:  # an interrupt may have come after COMMIT
+            commit.look_up()
+            raise
     if tx.completes:
-        completed.append((ending, writes[-1:]))
-        repository.tell_others(writes)
+        repository.tell_others(commit.writes)
+
+
+class _Commit:
+    """The end of a transaction.
+
+    Attributes:
+        writes: the writes that end it; none before they are made.
+    """
+
+    def __init__(
+        self,
+        repository: Repository,
+        task: Task,
+        token: CancelToken,
+        tx: Transaction,
+        completed: list[Completed],
+    ) -> None:
+        self._repository = repository
+        self._task = task
+        self._token = token
+        self._tx = tx
+        self._completed = completed
+        self._ending = Ending(returned=True)
+        self.writes: list[Update] = []
+
+    def write(self, ending: Ending, now: int) -> None:
+        """Make the last writes before COMMIT: no other run can take the task in between."""
+        writes = self._tx.writes(self._task, ending, now)
+        with self._repository.joined(self._tx.connection, None) as joined:
+            if not all(joined.apply(writes)):
+                raise _Lost
+            self._ending, self.writes = ending, writes
+
+    def note(self) -> None:
+        """Note that the transaction is committed. It may be called again after an interrupt."""
+        if self._tx.completes and not self._completed:
+            self._completed.append((self._ending, self.writes[-1:]))
+        self._tx.committed = True
+
+    def took_place(self) -> bool:
+        """Read back if it is committed, and note it; a repository that is unavailable is asked again."""
+        while True:
+            try:
+                return self._shown()
+            except RepositoryUnavailable:
+                self._token.wait(_PAUSE)
+                self._token.raise_if_cancelled()
+
+    def look_up(self) -> None:
+        """Read back once if it is committed, and note it."""
+        with suppress(RepositoryError):  # then the guards of the next writes decide
+            self._shown()
+
+    def was_lost(self) -> bool:
+        """Return True if the run has certainly lost its task."""
+        guard = lifecycle.still_runs(self._task).guard
+        try:
+            rows = self._repository.find("id", [self._task.id], tuple(guard))
+        except RepositoryError:
+            return False
+        return not any(matches(dict(zip(guard, row, strict=True)), guard) for row in rows)
+
+    def _shown(self) -> bool:
+        tx = self._tx
+        # Checkpoints that are as they were before prove nothing.
+        if not (self.writes and (tx.completes or tx.checkpoints not in (None, tx.before))):
+            return False
+        if shown := all(queries.shown(self._repository, self.writes[-1:])):
+            self.note()
+        return shown
 
 
 def _begin(repository: Repository, token: CancelToken) -> tuple[ExitStack, Any]:
@@ -141,16 +214,6 @@ def _begin(repository: Repository, token: CancelToken) -> tuple[ExitStack, Any]:
             with ExitStack() as stack:
                 connection = stack.enter_context(repository.transaction())
                 return stack.pop_all(), connection
-        except RepositoryUnavailable:
-            token.wait(_PAUSE)
-            token.raise_if_cancelled()
-
-
-def _took_place(repository: Repository, writes: list[Update], token: CancelToken) -> bool:
-    """Read back if writes were committed; a repository that is unavailable is asked again."""
-    while True:
-        try:
-            return all(queries.shown(repository, writes[-1:]))
         except RepositoryUnavailable:
             token.wait(_PAUSE)
             token.raise_if_cancelled()

@@ -21,6 +21,7 @@ from taskx.limiting.admission import Admission
 from taskx.liveness.base import Node
 from taskx.moving import Services
 from taskx.running.buffer import Buffer, Item
+from taskx.running.progress import store_progress
 
 #: Most pending tasks that are freed in one transaction.
 BATCH = 1000
@@ -160,8 +161,17 @@ class Starter:
         #: submit.
         self.unexecuted: deque[str] = deque(maxlen=1000)
         self._shared = Shared(
-            services.alarms, services.log.logger, services.keeper, services.repository.get_many
+            services.alarms,
+            services.log.logger,
+            services.keeper,
+            services.repository.get_many,
+            self._store_progress,
         )
+
+    def _store_progress(self, task_id: str) -> None:
+        """Store the progress of a run of this node, if it has reported some."""
+        if (run := self.runs.get(task_id)) is not None:
+            store_progress(self._services, [run])
 
     def start(self, items: Sequence[Item], worker: str) -> list[Run]:
         """Start as many of these tasks as possible, and return their runs.

@@ -14,6 +14,7 @@ from taskx.core.model import TaskStatus
 from taskx.running import ahead
 from taskx.running.audit import Audit
 from taskx.running.pool import WorkerPool
+from taskx.running.progress import store_progress
 from taskx.schedules.ticker import Ticker
 from taskx.storage import queries
 from taskx.storage.base import Repository
@@ -271,22 +272,7 @@ class Housekeeper:
         return next((run_at for _, run_at in self._services.repository.due(None, 1)), None)
 
     def _write_progress(self) -> None:
-        runs, writes = [], []
-        for run in list(self._pool.runs.values()):
-            if (new := run.context.new_progress()) is not None:
-                runs.append(run)
-                writes.append(lifecycle.progress(run.task.id, run.task.starts, *new))
-        if not writes:
-            return
-        try:
-            results = self._services.ledger.commit(writes)
-        except BaseException:
-            for run in runs:
-                run.context.progress_unwritten()
-            raise
-        for run, write, held in zip(runs, writes, results, strict=True):
-            if held:
-                self._services.consequences.follow([write], {run.task.id: run.task}, run=run)
+        store_progress(self._services, list(self._pool.runs.values()))
 
 
 def unfinished(repository: Repository, types: Collection[str]) -> bool:

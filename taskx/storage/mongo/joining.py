@@ -18,7 +18,7 @@ from pymongo.collection import Collection
 from pymongo.errors import PyMongoError
 from pymongo.read_concern import ReadConcern
 
-from taskx.core.errors import ConfigurationError, RepositoryError, RepositoryUnavailable, TaskxError
+from taskx.core.errors import ConfigurationError, RepositoryUnavailable, TaskxError
 from taskx.core.record import UNIQUE
 from taskx.core.writes import Delete, Insert, Write
 from taskx.storage.mongo.connection import FAILURES, Connection, translated
@@ -302,11 +302,12 @@ def _commit(connection: Connection, session: ClientSession) -> None:
 
 
 def _failed(error: Exception, name: str, *, in_doubt: bool) -> TaskxError:
-    made: TaskxError
-    if not in_doubt and isinstance(error, PyMongoError) and error.has_error_label(_TRANSIENT):
-        made = _aborted(name, error)
-    else:
-        made = translated(error, name, in_doubt=in_doubt)
-    if in_doubt and isinstance(made, RepositoryError):
-        made.in_doubt = True
-    return made
+    if in_doubt:
+        unknown = RepositoryUnavailable(
+            f"{name}: {str(error)[:300]}; the transaction may have been committed"
+        )
+        unknown.in_doubt = True
+        return unknown
+    if isinstance(error, PyMongoError) and error.has_error_label(_TRANSIENT):
+        return _aborted(name, error)
+    return translated(error, name)

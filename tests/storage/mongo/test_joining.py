@@ -17,7 +17,6 @@ from taskx import (
     Hook,
     InvalidTransition,
     Middleware,
-    MongoRepository,
     PayloadError,
     Queue,
     RepositoryUnavailable,
