@@ -226,7 +226,8 @@ class Context:
         block, if this run still has its task. If the block raises, all of it is rolled back, and the
         checkpoints are again what they were.
 
-        Other writers of the file wait until the block ends: keep it short.
+        On SQLite, other writers of the file wait until the block ends: keep it short. On MongoDB, pass
+        ``session=tx.connection`` to each call; a conflict with another writer raises an error.
 
         Raises:
             ConfigurationError: the repository shares no database with your data; a transaction of this run

@@ -216,7 +216,8 @@ class Repository(TaskRepository):
 
         All reads and writes inside go over ``connection``. They wait for no lock that another thread may
         hold, and are part of the transaction that is open there, or that this method begins. If the block
-        raises, they are undone.
+        raises, they are undone; a store without savepoints aborts the whole transaction if it has written
+        something.
 
         Some time after the commit ``then`` is called on another thread, with the writes that the records
         still show. It is not called after a rollback, and may never be called if the process ends. It is
@@ -231,7 +232,8 @@ class Repository(TaskRepository):
         """
         raise ConfigurationError(
             f"{type(self).__name__} cannot take part in a transaction on {connection!r:.60}: "
-            "use SQLiteRepository(path, prefix='taskx_') on the file of the application"
+            "use SQLiteRepository(path, prefix='taskx_') on the file of the application, or MongoRepository "
+            "on a replica set"
         )
 
     def own_transaction(self, *, submits: bool = False) -> object | None:
@@ -273,7 +275,8 @@ class Repository(TaskRepository):
         """
         raise ConfigurationError(
             f"{type(self).__name__} shares no database with your data, so ctx.transaction() is not "
-            "available: use SQLiteRepository(path, prefix='taskx_') on the file of the application"
+            "available: use SQLiteRepository(path, prefix='taskx_') on the file of the application, or "
+            "MongoRepository on a replica set"
         )
 
     def tell_others(self, writes: Sequence[Write]) -> None:

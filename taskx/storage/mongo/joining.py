@@ -50,8 +50,9 @@ class TransactionAborted(RepositoryUnavailable, PyMongoError):
 
 
 def _aborted(name: str, error: object) -> TransactionAborted:
+    reason = str(error).partition(", full error")[0][:300]
     return TransactionAborted(
-        f"{name}: the server has aborted your transaction: {str(error)[:300]}; nothing was stored. Repeat "
+        f"{name}: the server has aborted your transaction: {reason}; nothing was stored. Repeat "
         "the whole transaction, for example with session.with_transaction(function)"
     )
 
