@@ -321,9 +321,9 @@ class Queue(Questions, Steering):
             expires: a task that has not started for the first time by then is cancelled: an aware
                 datetime, or seconds or a ``timedelta`` from its ``run_at``, or from now.
             connection: your ``sqlite3.Connection``, or SQLAlchemy ``Session`` or ``Connection``, on the
-                file of the tasks; or your ``ClientSession`` of pymongo in a transaction. The task is then stored in your transaction: it starts after your
-                commit, and never existed after a rollback. It does not use the buffer, so ``overflow``
-                does not matter.
+                file of the tasks; or your ``ClientSession`` of pymongo, in a transaction. The task is then
+                stored in your transaction: it starts after your commit, and never existed after a
+                rollback. It does not use the buffer, so ``overflow`` does not matter.
 
         Raises:
             UnknownTaskType: the type is neither registered nor declared.

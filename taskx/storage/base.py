@@ -232,8 +232,8 @@ class Repository(TaskRepository):
         """
         raise ConfigurationError(
             f"{type(self).__name__} cannot take part in a transaction on {connection!r:.60}: "
-            "use SQLiteRepository(path, prefix='taskx_') on the file of the application, or MongoRepository "
-            "on a replica set"
+            "use SQLiteRepository(path, prefix='taskx_') on the file of the application, "
+            "or MongoRepository on a replica set"
         )
 
     def own_transaction(self, *, submits: bool = False) -> object | None:
