@@ -36,6 +36,15 @@ def open_blocks(*without: str | None) -> list[Any]:
     return [one for one in made if one.in_atomic_block and one.alias not in without]
 
 
+def is_open(connection: Any) -> bool:
+    """Return True if a connection of this thread is in a transaction, or begins one with any statement."""
+    if connection.in_atomic_block:
+        return True
+    if connection.connection is None:
+        return not connection.settings_dict["AUTOCOMMIT"]
+    return not connection.autocommit
+
+
 @attrs.frozen(eq=False)
 class _AfterCommit:
     """A callback of ``transaction.on_commit``. Django drops it if its savepoint is rolled back."""
@@ -68,6 +77,11 @@ class _Block:
     """A block in another database: :meth:`Repository.joined` stores the new tasks after its commit."""
 
     connection: Any
+
+
+def is_elsewhere(connection: object) -> bool:
+    """Return True for the value of ``own_transaction`` that stands for a block in another database."""
+    return isinstance(connection, _Block)
 
 
 class BesideBlocks(Repository):

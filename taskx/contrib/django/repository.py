@@ -9,9 +9,17 @@ from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any, TypeVar
 
+from django.db import connections
 from django.db.utils import IntegrityError
 
 from taskx.contrib.django import statements, writing
+from taskx.contrib.django.blocks import (
+    BesideBlocks,
+    OnCommit,
+    check_on_commit,
+    is_elsewhere,
+    is_open,
+)
 from taskx.contrib.django.connections import Connections, Link, Rows, is_failure, may_be_repeated
 from taskx.contrib.django.sqlite import Turns
 from taskx.core.checks import check_number
@@ -41,6 +49,7 @@ from taskx.storage.base import (
     Lookup,
     Reentered,
     Repository,
+    Then,
     Timed,
     check_place,
     tell_of_forks,
@@ -59,11 +68,12 @@ _CREATED_AT = TASK_FIELDS.index("created_at")
 _ANY_TIME = 2**63 - 1
 
 
-class DjangoRepository(Repository):
+class DjangoRepository(BesideBlocks):
     """A repository in a database of Django, which any number of processes and hosts may share.
 
     The tables are those of the app ``taskx.contrib.django``, made by ``manage.py migrate``. It has
-    connections of its own, so it neither waits for a thread's transaction nor is part of it.
+    connections of its own for what nodes do, so these neither wait for a thread's transaction nor are part
+    of it. What a thread does to tasks inside ``atomic()`` is part of that block.
 
     Args:
         using: the alias of the database in ``DATABASES``.
@@ -72,6 +82,8 @@ class DjangoRepository(Repository):
             process lives.
         timeout: seconds that a statement, or the wait for a lock, may take before
             ``RepositoryUnavailable`` is raised.
+        on_commit: what a submit does inside ``atomic()`` of another database only: ``"wait"``: the task is
+            stored after its commit; ``"refuse"``: it raises ``ConfigurationError``.
         run_folder: the folder for the lock files of this host's nodes; the default is a temporary folder.
         clock: the clock for the timestamps that the eight methods write.
         codec: the codec or codecs of params, results and checkpoints. The first one writes, all of them
@@ -89,6 +101,7 @@ class DjangoRepository(Repository):
         *,
         lease_timeout: float | timedelta = 30.0,
         timeout: float | timedelta = 10.0,
+        on_commit: OnCommit = "wait",
         run_folder: str | os.PathLike[str] | None = None,
         clock: Clock = SYSTEM_CLOCK,
         codec: Codec | Iterable[Codec] | None = None,
@@ -99,6 +112,7 @@ class DjangoRepository(Repository):
         self.using = using
         self.lease_timeout = check_number(lease_timeout, "lease_timeout", minimum=_SHORTEST_LEASE)
         self.timeout = check_number(timeout, "timeout", minimum=0.01)
+        self.on_commit = check_on_commit(on_commit)
         self.run_folder = None if run_folder is None else os.fspath(run_folder)
         self._connections = Connections(using, self.timeout)
         self.vendor = self._connections.vendor
@@ -303,6 +317,49 @@ class DjangoRepository(Repository):
         """Tell other processes of committed writes, if the database is an SQLite file."""
         if self._wakeups is not None:
             self._wakeups.send(writes, [True] * len(writes), to_own=len(self.queues) > 1)
+
+    # --- inside a transaction of the caller
+
+    #: It knows the transactions of all threads.
+    joins = True
+
+    def own_transaction(self, *, submits: bool = False) -> object | None:
+        own = connections[self.using]
+        return own if is_open(own) else super().own_transaction(submits=submits)
+
+    def refuse_own_transaction(self) -> None:
+        if is_open(connections[self.using]):
+            raise ConfigurationError(
+                f"this thread is inside atomic() of {self.using!r}, and what this call does would neither "
+                "be committed nor be rolled back with that block; nothing was stored. Leave it before, or "
+                "use ctx.transaction() in an executor"
+            )
+
+    def joined(self, connection: object, then: Then | None) -> AbstractContextManager[Repository]:
+        if is_elsewhere(connection):
+            return super().joined(connection, then)
+        from taskx.contrib.django.joining import join  # it needs this class
+
+        return join(self, self._connections, connection, then)
+
+    def transaction(self) -> AbstractContextManager[Any]:
+        from taskx.contrib.django.joining import executor_block
+
+        return executor_block(self, self._connections, self._take_lock)
+
+    def _take_lock(self, link: Link) -> None:
+        """Make the open transaction of an SQLite file one that writes, when it is this process's turn."""
+        if self._turns is None:
+            return
+        ((before,),) = link.rows("PRAGMA busy_timeout")
+        with self._connections.lock:
+            try:
+                self._turns.begin(
+                    link, self.timeout, f"UPDATE {writing.NOTE} SET version = 0 WHERE 0"
+                )
+            finally:
+                self._turns.leave()
+                link.rows(f"PRAGMA busy_timeout = {before}")
 
     # --- reading
 

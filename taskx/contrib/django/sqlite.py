@@ -20,15 +20,18 @@ class Turns:
     def __init__(self, file: DatabaseFile) -> None:
         self._turnstile = Turnstile(file)
 
-    def begin(self, link: Link, timeout: float) -> None:
-        """Begin a transaction, when it is this process's turn and no other program writes."""
+    def begin(self, link: Link, timeout: float, statement: str = "BEGIN IMMEDIATE") -> None:
+        """Begin a transaction, when it is this process's turn and no other program writes.
+
+        In a transaction that is open already, ``statement`` is the first one that takes the write lock.
+        """
         deadline = time.monotonic() + self._turnstile.enter(timeout)
         pause = _SHORTEST
         link.rows("PRAGMA busy_timeout = 0")
         try:
             while True:
                 try:
-                    link.rows_of_none("BEGIN IMMEDIATE")
+                    link.rows_of_none(statement)
                     return
                 except OperationalError as error:
                     if "locked" not in str(error) or time.monotonic() >= deadline:

@@ -8,7 +8,7 @@ import pytest
 from django.db import connections, transaction
 from django.test import TestCase
 
-from contrib.django.blocks import rolled_back
+from contrib.django.atomic.blocks import ids, rolled_back
 from taskx import (
     ConfigurationError,
     DuplicateTask,
@@ -42,10 +42,6 @@ def queue(make_queue):
 def closed():
     yield
     connections.close_all()
-
-
-def ids(queue):
-    return {task.id for task in queue.list_tasks()[0]}
 
 
 class TestWait:

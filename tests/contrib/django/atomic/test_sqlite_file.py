@@ -9,7 +9,7 @@ import pytest
 from django.contrib.auth.models import Group
 from django.db import connections, transaction
 
-from contrib.django.blocks import rolled_back
+from contrib.django.atomic.blocks import rolled_back
 from taskx import ConfigurationError, SQLiteRepository, TaskFilter
 
 LONG = 60

@@ -1,0 +1,203 @@
+"""Transactions of Django that tasks are part of: those of callers, and those of executors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
+
+from django.db import DEFAULT_DB_ALIAS, connection, connections, transaction
+from django.db.backends.base.base import BaseDatabaseWrapper
+from django.db.utils import (
+    Error,
+    IntegrityError,
+    InterfaceError,
+    InternalError,
+    OperationalError,
+)
+
+from taskx.contrib.django.blocks import after_commit, is_open
+from taskx.contrib.django.connections import Connections, Link, Rows, is_failure
+from taskx.contrib.django.repository import DjangoRepository
+from taskx.core.errors import ConfigurationError
+from taskx.core.writes import Write
+from taskx.storage.base import Repository, Then
+
+T = TypeVar("T")
+
+
+class Joined(DjangoRepository):
+    """The repository as a transaction on a thread's own connection sees it.
+
+    Attributes:
+        applied: the writes so far whose guards held.
+    """
+
+    joins = False
+    entered = False
+
+    def __init__(self, outer: DjangoRepository, links: Connections, link: Link) -> None:
+        Repository.__init__(self, outer.clock)
+        self.codecs = outer.codecs
+        self.using, self.vendor, self.timeout = outer.using, outer.vendor, outer.timeout
+        self.applied: list[Write] = []
+        self._connections = links
+        self._link = link
+        self._doubtful = {}
+
+    def own_transaction(self, *, submits: bool = False) -> None:
+        return None
+
+    def tell_others(self, writes: Sequence[Write]) -> None:
+        """Note writes: others are told of them after the commit."""
+        self.applied += writes
+
+    def _transact(
+        self,
+        work: Callable[[Link], T],
+        durable: bool,
+        sent: object = None,
+        *,
+        single: bool = False,
+    ) -> T:
+        with self.savepoint("taskx_write"), self._translating():
+            return work(self._link)
+
+    def _rows(self, sql: str, values: Sequence[Any] = ()) -> Rows:
+        with self._translating():
+            return self._link.rows(sql, values)
+
+    @contextmanager
+    def savepoint(self, name: str) -> Iterator[None]:
+        """Undo what is done inside if it raises. The errors of the block stay as they are."""
+        self._execute(f"SAVEPOINT {name}")
+        try:
+            yield
+            self._execute(f"RELEASE SAVEPOINT {name}")
+        except BaseException:
+            try:
+                self._link.rows_of_none(f"ROLLBACK TO SAVEPOINT {name}")
+                self._link.rows_of_none(f"RELEASE SAVEPOINT {name}")
+            except Error:  # the connection is lost, or the database has rolled back everything
+                self._link.django.needs_rollback = True
+            raise
+
+    @contextmanager
+    def begun(self) -> Iterator[None]:
+        """Begin a transaction if none is open, as SQLite's driver does so only before it changes rows."""
+        driver: Any = self._link.django.connection
+        begins = self.vendor == "sqlite" and not (driver and driver.in_transaction)
+        if begins:
+            self._execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            if begins:
+                self._execute("ROLLBACK")
+            raise
+
+    def _execute(self, sql: str) -> None:
+        with self._translating():
+            self._link.rows_of_none(sql)
+
+    @contextmanager
+    def _translating(self) -> Iterator[None]:
+        """Raise TaskX's errors for those of Django. ``apply`` itself reacts to a unique value."""
+        try:
+            yield
+        except Exception as error:
+            if is_failure(error) and not isinstance(error, IntegrityError):
+                raise self._connections.translated(error) from error
+            raise
+
+
+@contextmanager
+def join(
+    outer: DjangoRepository, links: Connections, given: object, then: Then | None
+) -> Iterator[Joined]:
+    """Do what :meth:`Repository.joined` describes."""
+    own = _own(links.alias, given)
+    made = Joined(outer, links, Link(own))
+    with made.begun(), made.savepoint("taskx"):
+        yield made
+    if made.applied and then is not None and own.in_atomic_block:
+
+        def follow() -> None:
+            outer.tell_others(made.applied)
+            then(made.applied)
+
+        after_commit(own, outer, made.applied, follow)
+
+
+def _own(using: str, given: object) -> Any:
+    """Return this thread's connection to a database, if it is the given one and in a transaction.
+
+    Raises:
+        ConfigurationError: it is not.
+    """
+    found: Any = connections[DEFAULT_DB_ALIAS] if given is connection else given
+    if not isinstance(found, BaseDatabaseWrapper):
+        raise ConfigurationError(
+            f"connection must be connections[{using!r}] of django.db, not {given!r:.80}; nothing was stored"
+        )
+    if found.alias != using:
+        raise ConfigurationError(
+            f"connection leads to the database {found.alias!r}, but the tasks are in {using!r}; nothing "
+            "was stored"
+        )
+    if found is not connections[using]:
+        raise ConfigurationError(
+            f"connection belongs to another thread; nothing was stored. Use connections[{using!r}] there"
+        )
+    if not is_open(found):
+        raise ConfigurationError(
+            "connection is in no transaction; nothing was stored. Call inside "
+            f"transaction.atomic(using={using!r})"
+        )
+    if found.needs_rollback:
+        raise ConfigurationError(
+            "an error has broken the transaction of this block, so it will be rolled back; nothing was "
+            "stored. Put the statements that may fail into an atomic() block of their own"
+        )
+    return found
+
+
+# --- executors
+
+
+@contextmanager
+def executor_block(
+    outer: DjangoRepository, links: Connections, take_lock: Callable[[Link], None]
+) -> Iterator[Any]:
+    """Do what :meth:`Repository.transaction` describes.
+
+    Args:
+        outer: the repository.
+        links: its connections, which translate errors.
+        take_lock: makes the open transaction of an SQLite file one that writes.
+    """
+    own = connections[outer.using]
+    with ExitStack() as stack:
+        try:
+            _renew(own)
+            stack.enter_context(transaction.atomic(using=outer.using, durable=True))
+            take_lock(Link(own))
+        except RuntimeError as error:
+            raise ConfigurationError(
+                f"this thread is inside atomic() of {outer.using!r}, and ctx.transaction() is a "
+                "transaction of its own: leave that block before"
+            ) from error
+        except Error as error:
+            raise links.translated(error) from error
+        yield own
+        commit = stack.pop_all()
+    try:
+        commit.close()
+    except (OperationalError, InterfaceError, InternalError) as error:
+        raise links.translated(error, in_doubt=True) from error
+
+
+def _renew(own: Any) -> None:
+    """Close a connection that has broken since its last use. Django opens it again."""
+    if own.connection is not None and not own.in_atomic_block and not own.is_usable():
+        own.close()

@@ -1,0 +1,247 @@
+"""Executors whose writes are committed together with their checkpoints and their completion."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from django.db import IntegrityError, OperationalError, connections, transaction
+from django.db.utils import InterfaceError
+
+from contrib.django.atomic.blocks import LONG, elsewhere
+from taskx import TaskCancelled, TaskFailed, TaskStatus
+
+FAILURE = {"sqlite": OperationalError("disk I/O error"), "postgresql": InterfaceError("closed")}
+
+
+@pytest.fixture
+def run(queue):
+    """Run a function as an executor, and return the task's record after it."""
+
+    def run(function, **options):
+        queue.executor("t", **options)(function)
+        with queue:
+            handle = queue.submit("t")
+            handle.exception(timeout=LONG)
+            return queue.get_task_status(handle.id)
+
+    return run
+
+
+def test_writes_and_completion_are_committed_together(run, queue, add, names):
+    seen = []
+
+    def work(ctx):
+        with ctx.transaction() as tx:
+            add("readers")
+            tx.complete({"answer": 42})
+            seen.append(elsewhere(names))
+            seen.append(elsewhere(lambda: queue.get_task_status(ctx.task.id).status))
+        seen.append(elsewhere(names))
+        seen.append(queue.get_task_status(ctx.task.id).status)
+
+    task = run(work)
+    assert seen == [[], TaskStatus.RUNNING, ["readers"], TaskStatus.COMPLETED]
+    assert (task.status, task.result) == (TaskStatus.COMPLETED, {"answer": 42})
+
+
+def test_its_connection_is_that_of_the_thread(run, using):
+    def work(ctx):
+        with ctx.transaction() as tx:
+            assert tx.connection is connections[using]
+            assert tx.connection.in_atomic_block
+        assert not connections[using].in_atomic_block
+
+    assert run(work).status is TaskStatus.COMPLETED
+
+
+def test_an_error_undoes_writes_and_checkpoints(run, add, names):
+    def work(ctx):
+        if ctx.task.attempt == 2:
+            return [ctx.cursor, ctx.step("one", lambda: "again")]
+        with ctx.transaction() as tx:
+            add("readers")
+            ctx.step("one", lambda: "first")
+            ctx.cursor = 7
+            tx.complete("never")
+            raise ValueError("undo it")
+
+    task = run(work, max_attempts=2)
+    assert task.result == [None, "again"]
+    assert names() == []
+
+
+def test_a_loop_goes_on_exactly_where_it_stopped(run, add, names):
+    def work(ctx):
+        for n in range(ctx.cursor or 0, 6):
+            with ctx.transaction():
+                add(f"group {n}")
+                ctx.cursor = n + 1
+                if n == 3 and ctx.task.attempt == 1:
+                    raise OSError("rolled back, with the cursor")
+
+    assert run(work, max_attempts=2).status is TaskStatus.COMPLETED
+    assert names() == [f"group {n}" for n in range(6)]
+
+
+def test_tasks_that_are_submitted_in_it_belong_to_it(run, queue):
+    def work(ctx):
+        with ctx.transaction() as tx:
+            queue.submit("elsewhere", id=f"of attempt {ctx.task.attempt}")
+            if ctx.task.attempt == 1:
+                raise ValueError("undo it")
+            tx.complete()
+
+    assert run(work, max_attempts=2).status is TaskStatus.COMPLETED
+    found = {task.id for task in queue.list_tasks(type="elsewhere")[0]}
+    assert found == {"of attempt 2"}
+
+
+@pytest.mark.parametrize("completes", [True, False])
+def test_a_run_that_has_lost_its_task_stores_nothing(queue, using, add, names, completes):
+    ended, outcomes = threading.Event(), []
+
+    def take():
+        """Give the task to another run, as a rescue does."""
+        with connections[using].cursor() as cursor:
+            cursor.execute("UPDATE taskx_task SET starts = starts + 1 WHERE type = 't'")
+
+    def work(ctx):
+        try:
+            if using != "postgres":  # SQLite lets nobody write during the block
+                elsewhere(take)
+            with ctx.transaction() as tx:
+                add("readers")
+                if completes:
+                    tx.complete()
+                if using == "postgres":
+                    elsewhere(take)
+        except BaseException as error:
+            outcomes.append(type(error))
+            raise
+        finally:
+            ended.set()
+
+    queue.executor("t")(work)
+    queue.start()
+    queue.submit("t")
+    assert ended.wait(LONG)
+    assert queue.stop() == []
+    assert outcomes == [TaskCancelled]
+    assert names() == []
+    [task] = queue.list_tasks(type="t")[0]
+    assert task.status is TaskStatus.RUNNING
+
+
+@pytest.mark.parametrize("commits", [True, False])
+def test_a_commit_in_doubt_is_read_back(run, queue, using, add, names, commits, monkeypatch):
+    vendor = connections[using].vendor
+
+    def work(ctx):
+        commit = connections[using].commit
+
+        def fail():
+            monkeypatch.undo()
+            if commits:
+                commit()
+            else:
+                connections[using].rollback()
+            raise FAILURE[vendor]
+
+        with ctx.transaction() as tx:
+            add(f"attempt {ctx.task.attempt}")
+            if ctx.task.attempt == 1:
+                monkeypatch.setattr(connections[using], "commit", fail)
+            tx.complete(ctx.task.attempt)
+
+    task = run(work, max_attempts=2)
+    assert task.result == (1 if commits else 2)
+    assert names() == [f"attempt {task.result}"]
+
+
+def test_a_constraint_that_is_checked_at_the_commit_rolls_back(run, using, add, names):
+    def work(ctx):
+        with ctx.transaction() as tx:
+            add("readers")
+            with (
+                tx.connection.cursor() as cursor
+            ):  # Django's foreign keys are checked at the commit
+                cursor.execute(
+                    "INSERT INTO auth_group_permissions (group_id, permission_id) VALUES (7, 7)"
+                )
+            tx.complete()
+
+    task = run(work)
+    assert task.status is TaskStatus.FAILED
+    assert task.error_type.endswith("IntegrityError")
+    assert names() == []
+
+
+def test_only_the_end_of_the_block_commits(run, using, add, names):
+    def work(ctx):
+        with ctx.transaction():
+            add("readers")
+            for end in (transaction.commit, transaction.rollback):
+                with pytest.raises(transaction.TransactionManagementError):
+                    end(using=using)
+
+    assert run(work).status is TaskStatus.COMPLETED
+    assert names() == ["readers"]
+
+
+def test_a_statement_that_broke_the_block_is_no_silent_rollback(run, add, names):
+    def work(ctx):
+        add("readers")
+        with ctx.transaction() as tx:
+            add("writers")
+            try:
+                add("readers")
+            except IntegrityError:
+                tx.complete("as if nothing had happened")
+
+    task = run(work)
+    assert task.status is TaskStatus.FAILED
+    assert "an error has broken the transaction" in task.error
+    assert names() == ["readers"]
+
+
+def test_inside_another_block_it_is_refused(run, using):
+    def work(ctx):
+        with transaction.atomic(using=using), ctx.transaction():
+            pytest.fail("the block must not begin")
+
+    task = run(work)
+    assert task.status is TaskStatus.FAILED
+    assert "leave that block before" in task.error or "Leave it before" in task.error
+
+
+def test_a_connection_that_has_broken_is_opened_again(run, using, add, names):
+    def work(ctx):
+        add("readers")
+        if using == "postgres":
+            connections[using].connection.close()  # as after a restart of the server
+        else:
+            connections[using].close()
+        with ctx.transaction() as tx:
+            add("writers")
+            tx.complete()
+
+    assert run(work).status is TaskStatus.COMPLETED
+    assert names() == ["readers", "writers"]
+
+
+def test_a_failure_without_a_completion_is_told(queue, using, add, names, monkeypatch):
+    @queue.executor()
+    def work(ctx):
+        def fail():
+            monkeypatch.undo()
+            connections[using].rollback()
+            raise FAILURE[connections[using].vendor]
+
+        with ctx.transaction():
+            add("readers")
+            monkeypatch.setattr(connections[using], "commit", fail)
+
+    with queue, pytest.raises(TaskFailed, match="may have happened"):
+        queue.submit("work").result(timeout=LONG)
+    assert names() == []
