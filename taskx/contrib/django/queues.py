@@ -168,7 +168,9 @@ def _find(found: list[Place], type: str) -> Executor[..., Any] | None:
 def _repository(settings: Settings) -> TaskRepository:
     if settings.repository is None and apps.is_installed(APP):
         module: Any = import_module(f"{APP}.repository")
-        made: TaskRepository = module.DjangoRepository(settings.database, codec=settings.codec)
+        made: TaskRepository = module.DjangoRepository(
+            settings.database, on_commit=settings.on_commit, codec=settings.codec
+        )
         return made
     outside: TaskRepository = beside_blocks(_outside(settings), settings.on_commit)
     return outside

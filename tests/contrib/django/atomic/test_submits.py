@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import pytest
 from django.db import IntegrityError, connections, transaction
-from django.test import TestCase
+from django.test import TestCase, override_settings
 
 from contrib.django.atomic.blocks import elsewhere, ids, rolled_back
 from taskx import (
@@ -22,7 +22,7 @@ from taskx import (
     TaskStatus,
     chain,
 )
-from taskx.contrib.django import DjangoRepository
+from taskx.contrib.django import DjangoRepository, get_queue
 
 LONG = 60
 
@@ -269,6 +269,10 @@ class TestOtherCalls:
             queue.submit("elsewhere")
         assert queue.count_tasks() == 1
         queue.close()
+
+    @override_settings(TASKS={"default": {"BACKEND": "x", "OPTIONS": {"on_commit": "refuse"}}})
+    def test_the_options_of_the_site_can_refuse_it(self):
+        assert get_queue().repository.on_commit == "refuse"
 
     def test_a_setting_that_is_not_known_is_refused(self):
         with pytest.raises(ConfigurationError, match="on_commit must be"):
