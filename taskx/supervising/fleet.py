@@ -92,7 +92,7 @@ class Fleet:
     Args:
         count: the number of places.
         stop_timeout: seconds that a process has to end after the order ``stop``.
-        spawn: starts a process for the place of this number.
+        spawn: starts a process for the place of this number. It may raise ``OSError``.
         now: the clock, in seconds.
         patient: True if a process that cannot start waits for a change by itself.
     """
@@ -213,23 +213,21 @@ class Fleet:
             return
         place.trouble = f"it {how}"
         if self.begun:
-            self._start_later(place, member, how)
+            proven = member.ready and self._now() - member.started_at >= PROVEN
+            self._start_later(place, f"{member.name} {how}", proven=proven)
         else:
-            self._give_up(member, how)
+            self._give_up(f"{member.name} {how}", member.failure[0] if member.failure else 1)
 
-    def _give_up(self, member: Member, how: str) -> None:
-        code, _ = member.failure or (1, "")
-        self.fatal = code, f"{member.name} {how}"
-        log.error("%s %s: the worker ends", member.name, how)
+    def _give_up(self, sentence: str, code: int) -> None:
+        self.fatal = code, sentence
+        log.error("%s: the worker ends", sentence)
         self.stop()
 
-    def _start_later(self, place: Place, member: Member, how: str) -> None:
-        proven = member.ready and self._now() - member.started_at >= PROVEN
+    def _start_later(self, place: Place, sentence: str, *, proven: bool) -> None:
         place.deaths = 0 if proven else place.deaths + 1
         wait = backoff(place.deaths)
         place.start_at = self._now() + wait
-        when = f"in {wait:g} s" if wait else "now"
-        log.warning("%s %s; another one starts %s", member.name, how, when)
+        log.warning("%s; another one starts %s", sentence, f"in {wait:g} s" if wait else "now")
 
     # --- orders
 
@@ -240,6 +238,9 @@ class Fleet:
         self._outdated = [place for place in self.places if place.member is not None]
         for place in self.places:
             place.start_at, place.deaths = self._now(), 0
+            if place.successor is not None:  # its code is outdated, too, and its start may hang
+                self._retire(place.successor)
+                place.successor = None
 
     def stop(self) -> None:
         """Tell all processes to stop; a second time, to stop at once; a third time, kill them."""
@@ -288,20 +289,35 @@ class Fleet:
                 log.warning("%s has not stopped in time, and is killed", member.name)
                 member.kill_at = None
                 member.handle.kill()
-        if self.stops:
-            return
         for place in self.places:
-            if place.member is None and now >= place.start_at:
+            if not self.stops and place.member is None and now >= place.start_at:
                 place.member = self._start(place)
         if self._outdated and not any(place.successor for place in self.places):
             place = self._outdated.pop(0)
             if place.member is not None:  # else a new one has started or will start
                 place.successor = self._start(place)
 
-    def _start(self, place: Place) -> Member:
-        member = Member(self._spawn(place.number), place.number, self._now())
+    def _start(self, place: Place) -> Member | None:
+        """Start a process. If the system cannot, for example for want of memory, return None."""
+        try:
+            member = Member(self._spawn(place.number), place.number, self._now())
+        except OSError as error:
+            self._not_started(place, f"cannot be started: {error}")
+            return None
         log.info("%s starts", member.name)
         return member
+
+    def _not_started(self, place: Place, how: str) -> None:
+        if place.member is not None:
+            self._outdated.clear()
+            log.error("process %d %s: the old processes go on", place.number, how)
+            return
+        place.trouble = f"it {how}"
+        sentence = f"process {place.number} {how}"
+        if self.begun:
+            self._start_later(place, sentence, proven=False)
+        else:
+            self._give_up(sentence, 1)
 
     def _place(self, member: Member) -> Place:
         return self.places[member.place - 1]

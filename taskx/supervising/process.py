@@ -33,6 +33,8 @@ from taskx.upkeep.node import Lifetime
 BEAT = 1.0
 #: Share of a limit by which it may be lower, so that not all processes reach it at the same time.
 JITTER = 0.2
+#: Bytes of a mebibyte.
+MIB = 1 << 20
 # Seconds between two checks until the queue has started.
 _FIRST_CHECKS = 0.02
 # Seconds that the end of the interpreter may take, after the queue has stopped.
@@ -86,6 +88,7 @@ class Process:
             if self._settings.reload:
                 self._changes.next()  # the files are as they were loaded
             set_up_log(self._settings.log_level)
+            check_memory(self._settings.max_memory, memory())
             self._life = life_of(queue, self._settings.threads)
             self._queue = queue
             code = foreground.run([self._life], self._settings.stop_timeout, self._signals)
@@ -203,10 +206,24 @@ class Limits:
         if self._tasks is not None and facts["attempts"] >= self._tasks:
             return f"it has run {facts['attempts']} tasks"
         if self._memory is not None and facts["memory"] >= self._memory:
-            return f"it takes {facts['memory'] >> 20} MiB"
+            return f"it takes {facts['memory'] // MIB} MiB"
         if self._age is not None and facts["age"] >= self._age:
             return f"it is {facts['age']:.0f} s old"
         return ""
+
+
+def check_memory(limit: int | None, taken: int) -> None:
+    """Refuse a limit of memory at which a process would be replaced before it runs a task.
+
+    Raises:
+        ConfigurationError: a process that runs no task takes too much, in bytes.
+    """
+    if limit is not None and taken >= limit * (1 - JITTER):
+        least = int(taken / (1 - JITTER) / MIB) + 1
+        raise ConfigurationError(
+            f"the program takes {taken / MIB:.0f} MiB before it runs a task: --max-memory must be at least "
+            f"{least}M, and more for the tasks"
+        )
 
 
 def memory() -> int:

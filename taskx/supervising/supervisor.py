@@ -12,7 +12,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timezone
 from types import FrameType
 from typing import Any
@@ -51,12 +51,17 @@ def supervise(settings: Settings) -> int:
 
 
 class Started:
-    """A process that the supervisor has started, and its end of the socket between them."""
+    """A process that the supervisor has started, and its end of the socket between them.
+
+    Raises:
+        OSError: the system cannot start a process now.
+    """
 
     def __init__(self, settings: Settings) -> None:
         own, other = socket.socketpair()
         # A fresh interpreter: it loads the newest code, even of TaskX, and inherits no thread and no lock.
-        with other:
+        with other, ExitStack() as on_error:
+            on_error.push(own)
             self.process = start_python(
                 "taskx.supervising.process:main",
                 str(other.fileno()),
@@ -66,6 +71,7 @@ class Started:
                 # Ctrl-C in a terminal is for the supervisor only. And a kill ends the whole group.
                 start_new_session=True,
             )
+            on_error.pop_all()
         self.socket = own
         self.channel: Channel | None = Channel(own)
         self.say(settings.to_json())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import os
 import signal
 
 import pytest
@@ -37,10 +39,13 @@ class Driven:
     def __init__(self, count=2, **options):
         self.now = 0.0
         self.spawned = []
+        self.system_is_full = options.pop("system_is_full", False)
         self.fleet = Fleet(count, 30.0, self._spawn, lambda: self.now, **options)
         self.fleet.step()
 
     def _spawn(self, place):
+        if self.system_is_full:
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         self.spawned.append(Handle(place))
         return self.spawned[-1]
 
@@ -149,6 +154,27 @@ def test_a_process_that_has_run_for_a_minute_is_replaced_at_once(driven):
     assert len(driven.spawned) == count + 1
 
 
+def test_a_process_that_the_system_cannot_start_is_tried_again_after_the_back_off(driven):
+    driven.system_is_full = True
+    driven.end(driven.spawned[0], KILLED)
+    (problem,) = driven.fleet.problems()
+    assert "Process 1 is down: it cannot be started: " in problem
+    assert os.strerror(errno.EAGAIN) in problem
+    assert [member.handle for member in driven.fleet.members()] == [driven.spawned[1]]
+    driven.system_is_full = False
+    driven.wait(1.0)
+    (another,) = driven.new(2)
+    driven.beat(another)
+    assert driven.fleet.problems() == []
+
+
+def test_a_worker_whose_first_process_the_system_cannot_start_ends():
+    driven = Driven(count=2, system_is_full=True)
+    assert (driven.fleet.over, driven.fleet.code) == (True, 1)
+    assert "cannot be started" in driven.fleet.fatal[1]
+    assert driven.spawned == []
+
+
 def test_the_back_off_has_a_bound_whatever_the_number_of_deaths():
     assert backoff(10**9) == 30.0
 
@@ -192,6 +218,28 @@ def test_the_old_processes_go_on_if_the_new_code_cannot_start(driven):
     assert [one.orders for one in old] == [[], []]
     assert not driven.fleet.replacing
     assert driven.fleet.problems() == []
+
+
+def test_the_old_processes_go_on_if_the_system_cannot_start_a_new_one(driven):
+    driven.system_is_full = True
+    driven.fleet.replace()
+    driven.fleet.step()
+    assert [member.handle for member in driven.fleet.members()] == driven.spawned
+    assert [one.orders for one in driven.spawned] == [[], []]
+    assert not driven.fleet.replacing
+    assert driven.fleet.problems() == []
+
+
+def test_another_replacement_takes_the_place_of_one_whose_start_hangs(driven):
+    driven.fleet.replace()
+    driven.fleet.step()
+    (hanging,) = driven.new(2)
+    driven.fleet.replace()
+    driven.fleet.step()
+    assert hanging.orders == ["stop"]
+    (_, corrected) = driven.new(2)
+    driven.beat(corrected)
+    assert driven.fleet.places[0].member.handle is corrected
 
 
 def test_a_process_that_dies_during_its_replacement_leaves_its_place_to_the_successor(driven):

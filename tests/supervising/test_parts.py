@@ -17,7 +17,7 @@ from taskx import ConfigurationError, Queue
 from taskx.supervising.health import WRITE_EVERY, HealthFile, HealthPort
 from taskx.supervising.loading import files_of, load_queue
 from taskx.supervising.notify import Notifier
-from taskx.supervising.process import Changes, Limits, loaded_files, memory
+from taskx.supervising.process import MIB, Changes, Limits, check_memory, loaded_files, memory
 from taskx.supervising.settings import Settings
 
 # Loading
@@ -164,6 +164,14 @@ def test_attempts_are_counted_only_if_they_are_limited():
     pool.ahead.ended("b", 0.1)
     assert limits.facts(pool)["attempts"] == 2
     assert ended == ["a", "b"]
+
+
+def test_a_limit_of_memory_that_a_process_reaches_without_tasks_is_refused():
+    check_memory(None, 90 * MIB)
+    check_memory(120 * MIB, 90 * MIB)
+    with pytest.raises(ConfigurationError, match=r"takes 90 MiB .* must be at least 113M"):
+        check_memory(112 * MIB, 90 * MIB)
+    check_memory(113 * MIB, 90 * MIB)
 
 
 def test_the_memory_of_this_process_is_plausible():

@@ -248,6 +248,12 @@ def test_a_worker_that_cannot_start_says_why_in_one_line_and_ends(worker, app, c
     assert line.endswith(": the worker ends")
 
 
+def test_a_worker_whose_limit_of_memory_allows_no_task_ends(worker):
+    code, errors = worker(processes=1, max_memory=8 << 20).ends()
+    assert code == 2
+    assert "--max-memory must be at least" in errors
+
+
 def test_a_process_that_is_still_being_loaded_stops_at_once(worker):
     app = "import pathlib, time\npathlib.Path('loading').touch()\ntime.sleep(600)\n"
     one = worker(processes=1, app=app)
