@@ -11,15 +11,18 @@ import taskx
 from taskx.cli import (
     asking,
     bench,
+    changes,
     changing,
     dashboard,
     doctor,
+    flows,
     following,
     listing,
     nodes,
     scheduling,
     submitting,
     top,
+    tuning,
     worker,
 )
 from taskx.cli.errors import Usage, one_line_errors
@@ -30,11 +33,14 @@ from taskx.inspecting.query import suggestion
 COMMANDS: tuple[click.Command, ...] = (
     *listing.COMMANDS,
     *asking.COMMANDS,
+    *flows.COMMANDS,
     *top.COMMANDS,
     *following.COMMANDS,
     *submitting.COMMANDS,
     *changing.COMMANDS,
+    *changes.COMMANDS,
     *nodes.COMMANDS,
+    *tuning.COMMANDS,
     *scheduling.COMMANDS,
     *worker.COMMANDS,
     *dashboard.COMMANDS,

@@ -217,7 +217,18 @@ def _print_event(session: Session, event: dict[str, Any], several: bool) -> None
 # --- watch
 
 #: The commands that can be repeated.
-WATCHABLE = ("list", "show", "why", "stats", "check", "failures", "dead", "schedules", "nodes")
+WATCHABLE = (
+    "list",
+    "show",
+    "why",
+    "stats",
+    "check",
+    "failures",
+    "dead",
+    "flows",
+    "schedules",
+    "nodes",
+)
 
 
 @command(

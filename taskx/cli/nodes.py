@@ -1,23 +1,35 @@
-"""The commands about nodes, and about the limits and workers that are changed live: nodes, stacks, tune."""
+"""The commands about nodes: nodes, stacks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
 
 import click
 
-from taskx.cli.completion import complete_nodes, complete_types, types_of
+from taskx.cli.completion import complete_nodes
 from taskx.cli.errors import FAILED, Failure, Usage
-from taskx.cli.opening import Session, command
+from taskx.cli.opening import Actions, Session, command, session_of
 from taskx.cli.output import Cell, Column, Row, age, clean
 from taskx.cli.values import Duration
 from taskx.inspecting.nodes import NodeInfo
-from taskx.inspecting.query import suggestion
 
-# The word that removes a limit.
-_NONE = "none"
+node_argument = click.argument("node", shell_complete=complete_nodes)
+
+
+def node_id(session: Session, text: str) -> str:
+    """Return the id of the node with this id, beginning of an id, or name; else the text itself.
+
+    Raises:
+        Usage: it fits several nodes.
+    """
+    nodes = session.queue.nodes()
+    exact = {node.id for node in nodes if text in (node.id, node.name)}
+    found = exact or {node.id for node in nodes if text and node.id.startswith(text)}
+    if len(found) > 1:
+        raise Usage(f"{len(found)} nodes begin with {text!r}: give more of the id")
+    return found.pop() if found else text
+
 
 NODE_COLUMNS = (
     Column("NODE", cut=True),
@@ -80,18 +92,27 @@ def running_rows(nodes: Sequence[NodeInfo], now: datetime) -> list[Row]:
     ]
 
 
-@command(
+@click.group(
     "nodes",
-    """List the nodes: the started queues of all processes, and what they run.
+    cls=Actions,
+    invoke_without_command=True,
+    subcommand_metavar="[stop NODE]",
+    short_help="The started queues of all processes, and what they run; stop one.",
+    help="""\
+  $ taskx nodes
+  $ taskx nodes --json | jq '.running[].id'
+  $ taskx nodes stop 01a21a47-2287-77ea-8c32-aa356e5e03af
+
+List the nodes: the started queues of all processes, and what they run. Or stop one of them.
 
 A dead node is listed until another one has taken over its tasks.""",
-    """
-taskx nodes
-taskx nodes --json | jq '.running[].id'
-""",
 )
-def nodes(session: Session) -> None:
+@click.pass_context
+def nodes(ctx: click.Context) -> None:
     """List the nodes."""
+    if ctx.invoked_subcommand is not None:
+        return
+    session = session_of(ctx)
     found = session.queue.nodes()
     if session.json:
         session.out.json_lines(node.to_dict() for node in found)
@@ -107,16 +128,43 @@ def nodes(session: Session) -> None:
 
 
 @command(
+    "stop",
+    """Ask a node to stop.
+
+NODE is an id of `taskx nodes`, the beginning of one, or a name. The node takes no more tasks, and its
+running ones can end. A process of `taskx worker` is replaced by a new one. A program that is run by
+taskx.run ends; in other programs only the queue stops.""",
+    """
+taskx nodes stop 01a21a47-2287-77ea-8c32-aa356e5e03af
+taskx nodes stop web1:4711:5e03af
+""",
+    node_argument,
+)
+def stop(session: Session, node: str) -> None:
+    """Stop a node."""
+    found = node_id(session, node)
+    session.queue.stop_node(found)
+    session.note("stop node", found)
+    if session.json:
+        session.out.json({"id": found, "outcome": "asked to stop"})
+    else:
+        session.out.line(f"{clean(found)} asked to stop")
+
+
+nodes.add_command(stop)
+
+
+@command(
     "stacks",
     """Print what the threads of a node do: their stacks.
 
 The node is asked through the repository, and answers within about a second. NODE is an id of `taskx nodes`,
-or the beginning of one.""",
+the beginning of one, or a name.""",
     """
 taskx stacks 01a21a47-2287-77ea-8c32-aa356e5e03af
 taskx stacks 01a2 --json | jq -r .stack
 """,
-    click.argument("node", shell_complete=complete_nodes),
+    node_argument,
     click.option(
         "--timeout",
         type=Duration(),
@@ -127,11 +175,8 @@ taskx stacks 01a2 --json | jq -r .stack
 )
 def stacks(session: Session, node: str, timeout: float) -> None:
     """Print stacks."""
-    found = [each.id for each in session.queue.nodes() if each.id.startswith(node)]
-    if len(found) > 1 and node not in found:
-        raise Usage(f"{len(found)} nodes begin with {node!r}: give more of the id")
     try:
-        threads = session.queue.stacks(found[0] if len(found) == 1 else node, timeout=timeout)
+        threads = session.queue.stacks(node_id(session, node), timeout=timeout)
     except TimeoutError as error:
         raise Failure(str(error), FAILED) from None
     for thread in threads:
@@ -144,148 +189,4 @@ def stacks(session: Session, node: str, timeout: float) -> None:
             session.out.line(f"  {line}")
 
 
-# --- tune
-
-
-def _limit(name: str, text: str | None, number: bool) -> dict[str, Any]:
-    """Return the value of an option as an argument of ``Queue.tune``; nothing if it was not given."""
-    if text is None:
-        return {}
-    if text == _NONE:
-        return {name: None}
-    if not number:
-        return {name: text}
-    if not text.isdecimal():
-        raise Usage(f"--{name.replace('_', '-')} must be a whole number or `none`, not {text!r}")
-    return {name: int(text)}
-
-
-@command(
-    "tune",
-    """Show what was changed live, or change the limits of a type or the number of workers.
-
-A change is stored: all nodes follow within a second, and it lasts until --reset, even after restarts.
-`none` as a value means no limit. Without options, prints the changes that are in effect.""",
-    """
-taskx tune
-taskx tune email --max-concurrency 4 --rate 100/m
-taskx tune --workers 8
-taskx tune email --reset
-""",
-    click.argument("type_", metavar="[TYPE]", required=False, shell_complete=complete_types),
-    click.option("--max-concurrency", metavar="N", help="Most tasks of the type that run at once."),
-    click.option(
-        "--rate", metavar="RATE", help="Most tasks that start in a period, such as 100/m."
-    ),
-    click.option(
-        "--burst", metavar="N", help="Most tasks that start at once after a quiet period."
-    ),
-    click.option(
-        "--scope",
-        "limit_scope",
-        type=click.Choice(["node", "global"]),
-        help="Who shares the limits.",
-    ),
-    click.option("--workers", type=click.IntRange(1), help="Workers of each node, or of --node."),
-    click.option("--node", help="Only this node, by its id.", shell_complete=complete_nodes),
-    click.option(
-        "--reset", is_flag=True, help="Take the changes back: of the type, or of the workers."
-    ),
-)
-def tune(
-    session: Session,
-    type_: str | None,
-    max_concurrency: str | None,
-    rate: str | None,
-    burst: str | None,
-    limit_scope: str | None,
-    workers: int | None,
-    node: str | None,
-    reset: bool,
-) -> None:
-    """Change limits and workers."""
-    limits: dict[str, Any] = {
-        **_limit("max_concurrency", max_concurrency, True),
-        **_limit("rate", rate, False),
-        **_limit("burst", burst, True),
-        **_limit("limit_scope", limit_scope, False),
-    }
-    if reset:
-        if limits or workers is not None:
-            raise Usage("--reset takes changes back: leave out the values")
-        _reset(session, type_, node)
-    elif limits:
-        _tune_type(session, type_, limits, workers)
-    elif workers is not None:
-        if type_ is not None:
-            raise Usage("--workers are those of nodes, not of a type: leave out the type")
-        session.queue.tune(workers=workers, node=node)
-        session.note("tune", node or "workers", {"workers": workers})
-    elif node is not None:
-        raise Usage("--node needs --workers or --reset")
-    _show(session, type_)
-
-
-def _tune_type(
-    session: Session, type: str | None, limits: dict[str, Any], workers: int | None
-) -> None:
-    if type is None:
-        raise Usage("the limits are those of a type: taskx tune TYPE --rate 100/m")
-    if workers is not None:
-        raise Usage("--workers are those of nodes: change them in a call of their own")
-    known = types_of(session.queue)
-    if type not in known:
-        session.out.say(f"no node and no task has type {type!r}{suggestion(type, known)}")
-    session.queue.declare(type)  # else the log would warn, too
-    session.queue.tune(type, **limits)
-    session.note("tune", type, limits)
-
-
-def _reset(session: Session, type: str | None, node: str | None) -> None:
-    if type is not None:
-        if node is not None:
-            raise Usage("--node has workers, not a type: leave out one of them")
-        session.queue.untune(type)
-        session.note("untune", type)
-    else:
-        session.queue.untune(workers=True, node=node)
-        session.note("untune", node or "workers")
-
-
-TUNE_COLUMNS = (
-    Column("WHAT", cut=True),
-    Column("OPTION"),
-    Column("NOW"),
-    Column("OWN"),
-)
-
-
-def _show(session: Session, type: str | None) -> None:
-    tuned = session.queue.tuned()
-    types = {name: each for name, each in tuned.types.items() if type in (None, name)}
-    if session.json:
-        record = tuned.to_dict()
-        session.out.json({**record, "types": {name: record["types"][name] for name in types}})
-        return
-    rows: list[Row] = []
-    for name, each in types.items():
-        own: Mapping[str, Any] = each.own or {}
-        for option, value in each.limits.items():
-            rows.append((name, option, _value(value), _value(own.get(option))))
-    if type is None:
-        if tuned.workers is not None:
-            rows.append(("all nodes", "workers", str(tuned.workers), ""))
-        rows += [
-            (f"node {node}", "workers", str(number), "") for node, number in tuned.nodes.items()
-        ]
-    if rows:
-        session.out.table(TUNE_COLUMNS, rows)
-    else:
-        session.out.say(f"nothing was changed live{'' if type is None else ' for ' + clean(type)}")
-
-
-def _value(value: Any) -> str:
-    return _NONE if value is None else str(value)
-
-
-COMMANDS = (nodes, stacks, tune)
+COMMANDS: tuple[click.Command, ...] = (nodes, stacks)

@@ -11,7 +11,6 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import cached_property, update_wrapper
 from typing import Any
-from urllib.parse import quote
 
 import attrs
 import click
@@ -20,8 +19,10 @@ from taskx.cli.errors import Usage
 from taskx.cli.output import Output
 from taskx.core.clock import to_datetime
 from taskx.core.errors import ConfigurationError, PayloadError, RepositoryError
+from taskx.inspecting.query import suggestion
 from taskx.queue import Queue
 from taskx.storage.base import Repository
+from taskx.storage.sqlite import SQLiteRepository
 from taskx.storage.urls import open_repository
 from taskx.supervising.loading import load_queue
 
@@ -67,7 +68,7 @@ def where_options() -> list[click.Parameter]:
         _option(
             "--repository",
             metavar="URL",
-            help=f"The repository, such as sqlite:///tasks.db. [default: ${VARIABLE}]",
+            help=f"The repository, such as tasks.db or mongodb://host/db. [default: ${VARIABLE}]",
         ),
         _option(
             "--app",
@@ -113,6 +114,22 @@ def as_typed(ctx: click.Context, text: str) -> str:
     while at is not None and not hasattr(at.command, "target"):
         at = at.parent
     return text if at is None else re.sub(r"\btaskx (?=\w)", f"{at.command_path} ", text)
+
+
+class Actions(Command, click.Group):
+    """A command that makes a list, and has actions on one thing of it, such as ``taskx schedules``."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the action; suggest one for a misspelt name."""
+        if not ctx.resilient_parsing and args[0] not in self.commands:
+            hint = suggestion(args[0], self.commands)
+            raise Usage(
+                f"`{self.name}` has no action {args[0]!r}"
+                f"{hint or ': use ' + ', '.join(self.commands)}"
+            )
+        return super().resolve_command(ctx, args)
 
 
 def command(
@@ -252,8 +269,8 @@ def _repository(url: str) -> Repository:
             "memory:// is the memory of one process, and empty in this one: use the URL of a file or a "
             "server, or --app"
         )
-    if "://" not in url:
-        raise Usage(f"{url!r} is not a URL: write a file as sqlite:///{quote(url)}")
+    if ":" not in url:
+        return SQLiteRepository(url)
     try:
         return open_repository(url)
     except ConfigurationError as error:

@@ -9,8 +9,7 @@ from typing import Any
 import click
 
 from taskx.cli.completion import complete_schedules
-from taskx.cli.errors import Usage
-from taskx.cli.opening import Command, Session, command, session_of
+from taskx.cli.opening import Actions, Command, Session, command, session_of
 from taskx.cli.output import Cell, Column, Row, age, clean, moment
 from taskx.cli.values import Moment
 from taskx.core.errors import ScheduleNotFound
@@ -22,24 +21,9 @@ from taskx.schedules.schedule import Schedule
 name_argument = click.argument("name", shell_complete=complete_schedules)
 
 
-class ScheduleGroup(Command, click.Group):
-    """``taskx schedules``: a list, and actions on one schedule."""
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find the action; suggest one for a misspelt name."""
-        if not ctx.resilient_parsing and args[0] not in self.commands:
-            hint = suggestion(args[0], self.commands)
-            raise Usage(
-                f"`schedules` has no action {args[0]!r}{hint or ': use ' + ', '.join(self.commands)}"
-            )
-        return super().resolve_command(ctx, args)
-
-
 @click.group(
     "schedules",
-    cls=ScheduleGroup,
+    cls=Actions,
     invoke_without_command=True,
     subcommand_metavar="[ACTION NAME]",
     short_help="List the schedules; show, pause, resume, trigger, back-fill or remove one.",

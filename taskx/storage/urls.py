@@ -41,7 +41,9 @@ def open_repository(url: str, codec: Codec | Iterable[Codec] | None = None) -> R
     parts = urlsplit(url)
     if parts.scheme == "memory" and url.rstrip("/") in ("memory:", "memory://"):
         return MemoryRepository(codec=codec)
-    if parts.scheme == "sqlite" and not parts.netloc and len(parts.path) > 1:
+    # Else "sqlite:tasks.db" would name another file than it seems to.
+    is_file = parts.scheme == "sqlite" and url[len("sqlite:") :].startswith("///")
+    if is_file and len(parts.path) > 1:
         options = _options(parse_qsl(parts.query, keep_blank_values=True), url)
         return SQLiteRepository(unquote(parts.path[1:]), codec=codec, **options)
     if parts.scheme in ("mongodb", "mongodb+srv"):
@@ -72,4 +74,4 @@ def _options(query: list[tuple[str, str]], url: str) -> dict[str, Any]:
 
 def _shown(url: str) -> str:
     """Return a URL for a message, without the user and password in it."""
-    return re.sub("//.*@", "//***@", url)
+    return re.sub("(//|^).*@", r"\1***@", url)

@@ -69,7 +69,7 @@ def test_1_is_also_an_error_that_nobody_expected(url, monkeypatch):
     ("args", "message"),
     [
         (["list"], "which repository? Give --repository sqlite:///tasks.db or --app module:queue"),
-        (["list", "--repository", "tasks.db"], "write a file as sqlite:///tasks.db"),
+        (["list", "--repository", "sqlite:tasks.db"], "use sqlite:///relative.db"),
         (["list", "--repository", "memory://"], "empty in this one"),
         (["list", "--repository", "foo://x"], "'foo://x' is not the URL of a repository"),
         (["list", "--repository", "sqlite:///x.db?mode=ro"], "unknown option mode"),
@@ -212,6 +212,14 @@ def test_the_exit_codes_are_documented_and_tested():
     ]
     tested = {int(found[1]) for name in tests if (found := re.match(r"test_(\d+)_", name))}
     assert codes - tested == {errors.RECYCLE}  # tests/supervising has it
+
+
+def test_a_file_may_be_named_by_its_path(url, tmp_path):
+    path = url.removeprefix("sqlite:///")
+    assert [row["id"] for row in call("list", "--json", "--repository", path).rows] == ["one"]
+    assert [row["id"] for row in call("list", "--json", TASKX_REPOSITORY=path).rows] == ["one"]
+    said = call("list", "--repository", f"{tmp_path}/missing.db")
+    assert (said.code, said.err.startswith("taskx: there is no file ")) == (5, True)
 
 
 @pytest.mark.process

@@ -138,3 +138,51 @@ def test_a_node_that_does_not_answer_is_a_failure(started, outside, taskx, monke
     monkeypatch.setattr(outside, "stacks", late)
     said = taskx("stacks", outside.nodes()[0].id)
     assert (said.code, said.err) == (1, "taskx: the node did not answer within 5 s\n")
+
+
+@pytest.mark.parametrize("by", ["id", "beginning", "name"])
+def test_a_node_is_asked_to_stop_by_its_id_its_beginning_or_its_name(
+    started, queue, outside, taskx, gate, by
+):
+    [node] = outside.nodes()
+    word = {"id": node.id, "beginning": node.id[:8], "name": node.name}[by]
+    said = taskx("nodes", "stop", word)
+    assert (said.code, said.lines) == (0, [f"{node.id} asked to stop"])
+    [change] = outside.changes()
+    assert (change.action, change.target) == ("stop node", node.id)
+    gate.open()
+    eventually(lambda: queue.stopped)
+
+
+def test_a_stop_prints_json(started, outside, taskx):
+    [node] = outside.nodes()
+    assert taskx("nodes", "stop", node.id, "--json").rows == [
+        {"id": node.id, "outcome": "asked to stop"}
+    ]
+
+
+def test_a_word_that_fits_no_node_or_several_stops_none(started, queue, make_queue, outside, taskx):
+    other = make_queue()
+    other.executor("email")(lambda: None)
+    other.start()
+    said = taskx("nodes", "stop", "0")
+    assert (said.code, said.err) == (
+        2,
+        "taskx: 2 nodes begin with '0': give more of the id\n",
+    )
+    assert taskx("nodes", "stop", "").code == 2
+    assert taskx("nodes", "stop", "nope").code == 3
+    said = taskx("nodes", "stpo", "0")
+    assert (said.code, said.err) == (
+        2,
+        "taskx: `nodes` has no action 'stpo'; did you mean 'stop'?\n",
+    )
+    assert outside.changes() == []
+    assert not queue.stopped
+    assert not other.stopped
+
+
+def test_the_workers_of_one_node_are_changed_by_its_name(started, outside, taskx):
+    [node] = outside.nodes()
+    assert taskx("tune", "--workers", "7", "--node", node.name).code == 0
+    assert outside.tuned().nodes == {node.id: 7}

@@ -809,7 +809,12 @@ class TestOrphanedLockFiles:
 
 @pytest.mark.parametrize(
     "url",
-    ["postgresql://u:s3cret@host/db", "sqlite://u:s3cret@host/x.db", "mysql://u:s3/cr@et@host"],
+    [
+        "postgresql://u:s3cret@host/db",
+        "sqlite://u:s3cret@host/x.db",
+        "mysql://u:s3/cr@et@host",
+        "u:s3cret@host/db",
+    ],
 )
 def test_an_error_about_a_url_does_not_show_its_password(url):
     with pytest.raises(ConfigurationError, match="is not the URL of a repository") as caught:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from bson.int64 import Int64
 from pymongo import errors
 
+from taskx.core.errors import ConfigurationError
 from taskx.core.log import log
 from taskx.storage.mongo.connection import Connection
 from taskx.storage.mongo.documents import Document
@@ -109,7 +110,8 @@ class _Watch:
                 self.heard = float("-inf")
                 self._stop.wait(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
-        except TypeError as error:  # a mock of the driver has no streams
+        except (TypeError, ConfigurationError) as error:
+            # A mock of the driver has no streams. Of a URL that is not valid, the next operation tells.
             log.debug("no change stream, polling for changes instead: %s", error)
             self._changes._can_watch = False
         finally:

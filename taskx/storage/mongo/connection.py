@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -287,7 +288,12 @@ def may_have_been_sent(error: BaseException | None) -> bool:
 
 def translated(error: Exception, where: str, *, in_doubt: bool = False) -> TaskxError:
     """Return the TaskX error for an error of the driver."""
-    text = f"{where}: {str(error)[:500]}"
+    text = f"{where}: {words_of(error)}"
+    if isinstance(error, errors.ServerSelectionTimeoutError):
+        text = (
+            f"the MongoDB server of the collection {where!r} does not answer: {words_of(error)}. Check the "
+            "URL, the network and the server"
+        )
     if is_passing(error):
         doubt = "; the write may have happened" if in_doubt else ""
         unavailable = RepositoryUnavailable(text + doubt)
@@ -305,6 +311,12 @@ def translated(error: Exception, where: str, *, in_doubt: bool = False) -> Taskx
     if isinstance(error, errors.ConfigurationError):
         return ConfigurationError(text)
     return RepositoryError(text)
+
+
+def words_of(error: Exception) -> str:
+    """Return what an error of the driver says, without its settings and its facts about the servers."""
+    words = re.sub(r" \(configured timeouts: [^)]*\)", "", str(error))
+    return re.split(r", Timeout: [\d.]+s, |, full error: ", words)[0][:500]
 
 
 def _first_code(error: Exception) -> int | None:

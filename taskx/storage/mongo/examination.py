@@ -9,13 +9,18 @@ from typing import Any
 from taskx.core.clock import Clock
 from taskx.core.errors import RepositoryError
 from taskx.core.verdict import Check, fail, ok, warn
-from taskx.storage.mongo.connection import Connection
+from taskx.storage.mongo.connection import Connection, words_of
 from taskx.storage.mongo.documents import moment_ms
 
 # Milliseconds by which the server's clock may differ, besides the time of the answer.
 _TOLERANCE = 2000
 # Seconds that the server has to answer.
 _PATIENCE = 5.0
+
+
+def _words(error: RepositoryError) -> str:
+    cause = error.__cause__
+    return words_of(cause) if isinstance(cause, Exception) else str(error)
 
 
 def examine(connection: Connection, clock: Clock) -> Iterator[Check]:
@@ -28,8 +33,7 @@ def examine(connection: Connection, clock: Clock) -> Iterator[Check]:
     except RepositoryError as error:
         yield fail(
             "server",
-            # The driver's texts go on with its settings, and all that it knows of the servers.
-            f"The server does not answer: {str(error).partition(' (configured')[0]}.",
+            f"The server does not answer: {_words(error)}.",
             "Check the URL, the network and the server.",
         )
         return

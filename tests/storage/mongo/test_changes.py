@@ -9,7 +9,7 @@ import pymongo
 import pytest
 from mongo_server import REAL, new_database
 
-from taskx import Queue, Task
+from taskx import Queue, Task, open_repository
 from taskx.core import lifecycle
 from taskx.storage.mongo.changes import _REST
 from taskx.storage.mongo.documents import MARKS
@@ -182,3 +182,9 @@ def test_closing_the_repository_ends_the_thread(ours):
     watch = ours._changes._watch
     ours.close()
     until(lambda: watch.ended)
+
+
+def test_the_thread_ends_without_an_error_if_the_driver_refuses_the_url():
+    repository = open_repository("mongodb://host:port/db")
+    repository.version()
+    until(lambda: not any(t.name == "taskx-changes" for t in threading.enumerate()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from datetime import timedelta
 
 import pymongo
 import pytest
+from mongo_server import free_port
 from pymongo.write_concern import WriteConcern
 
 import taskx
@@ -18,12 +20,14 @@ from taskx import (
     MongoRepository,
     Queue,
     RepositoryError,
+    RepositoryUnavailable,
     SchemaMismatch,
     Task,
     TaskFilter,
     open_repository,
 )
 from taskx.liveness.base import Node
+from taskx.storage.mongo.connection import words_of
 from taskx.storage.mongo.tasks import LOOKUPS
 from taskx.testing import ManualClock
 
@@ -275,6 +279,29 @@ def test_errors_of_the_driver_become_errors_of_taskx(repository, database, monke
     with pytest.raises(RepositoryError, match="not allowed") as caught:
         repository.get_many(["a"])
     assert isinstance(caught.value.__cause__, pymongo.errors.OperationFailure)
+
+
+def test_a_server_that_is_away_is_one_sentence_that_helps():
+    away = f"127.0.0.1:{free_port()}"
+    repository = open_repository(f"mongodb://ann:s3cret@{away}/db?timeout=0.2")
+    with pytest.raises(RepositoryUnavailable) as caught:
+        repository.get_by_id("x")
+    repository.close()
+    assert re.fullmatch(
+        rf"the MongoDB server of the collection 'tasks' does not answer: {away}: .*refused\. "
+        "Check the URL, the network and the server",
+        str(caught.value),
+    )
+    [check] = [check for check in Queue(repository).diagnose().checks if check.name == "server"]
+    assert re.fullmatch(rf"The server does not answer: {away}: .*refused\.", check.sentence)
+    repository.close()
+
+
+def test_an_error_has_the_text_of_the_server_without_its_details():
+    error = pymongo.errors.OperationFailure(
+        "Authentication failed., full error: {'ok': 0.0, 'errmsg': 'Authentication failed.'}", 18
+    )
+    assert words_of(error) == "Authentication failed."
 
 
 def test_a_queue_does_not_start_beside_an_earlier_taskx(mock, make):
