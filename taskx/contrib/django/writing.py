@@ -312,7 +312,9 @@ def _apply_group(link: Link, writes: Sequence[Any]) -> set[str]:
             continue
         wants = [write.guard[name] for write in writes]
         same = "IS NOT DISTINCT FROM" if None in wants else "="
-        where += f" AND t.{name} {same} {source.column('g', name, wants, guard=True)}"
+        # A column, also if all values are the same: with a constant, the planner might read a whole partial
+        # index instead of these rows, as long as the table has no statistics.
+        where += f" AND t.{name} {same} {source.array(f'g_{name}', wants, name)}"
     if isinstance(first, Delete):
         sql = (
             f"DELETE FROM {TASK} t USING {source.text} WHERE {where} "
@@ -322,14 +324,21 @@ def _apply_group(link: Link, writes: Sequence[Any]) -> set[str]:
         _remove_lists(link, gone)
         return {task_id for _, task_id, _, _ in gone}
     settings = ", ".join(
-        f"{name} = {source.column('c', name, [write.changes[name] for write in writes])}"
+        f"{name} = {source.value(name, [write.changes[name] for write in writes])}"
         for name in first.changes
     )
+    values = source.values
+    free = ""
     if skips_locked(link, first):
-        where += f" AND t.seq IN (SELECT seq FROM {TASK} WHERE id = ANY(%s) FOR NO KEY UPDATE SKIP LOCKED)"
-        source.where_values.append([write.id for write in writes])
-    sql = f"UPDATE {TASK} t SET {settings} FROM {source.text} WHERE {where} RETURNING t.id"
-    held = {task_id for (task_id,) in link.rows(sql, source.values)}
+        # A table of its own: the planner might repeat a query inside the condition for each row.
+        free = (
+            f"WITH free AS MATERIALIZED (SELECT seq FROM {TASK} WHERE id = ANY(%s::text[]) "
+            "FOR NO KEY UPDATE SKIP LOCKED) "
+        )
+        where += " AND t.seq IN (SELECT seq FROM free)"
+        values.insert(0, [write.id for write in writes])
+    sql = f"{free}UPDATE {TASK} t SET {settings} FROM {source.text} WHERE {where} RETURNING t.id"
+    held = {task_id for (task_id,) in link.rows(sql, values)}
     for write in writes:
         if "tags" in write.changes and write.id in held:
             _retag(link, write)
@@ -365,7 +374,7 @@ def _array(name: str, values: Sequence[Any]) -> list[Any]:
 
 
 class _Source:
-    """The values of several writes, as a table ``v`` in SQL. Values that are all the same are no column."""
+    """The values of several writes, as a table ``v`` in SQL. New values that are all the same are no column."""
 
     def __init__(self) -> None:
         self._columns: list[str] = []
@@ -381,11 +390,11 @@ class _Source:
         self._array_values.append(_array(column, values))
         return f"v.{name}"
 
-    def column(self, kind: str, name: str, values: Sequence[Any], *, guard: bool = False) -> str:
-        """Return the expression for the values of a column."""
+    def value(self, name: str, values: Sequence[Any]) -> str:
+        """Return the expression for the new values of a column."""
         if any(value != values[0] for value in values):
-            return self.array(f"{kind}_{name}", values, name)
-        (self.where_values if guard else self._set_values).append(values[0])
+            return self.array(f"c_{name}", values, name)
+        self._set_values.append(values[0])
         return f"%s::{_TYPES[name]}"
 
     @property
