@@ -118,7 +118,7 @@ def ready(types: int) -> str:
 
 COUNT_READY = (
     f"SELECT count(*) FROM (SELECT 1 FROM {TASK} WHERE {_READY} AND owner = %s AND type = %s "
-    "LIMIT %s) AS found"
+    "ORDER BY priority DESC, seq LIMIT %s) AS found"  # the order of the index, so that it is used
 )
 DUE: dict[Timed, str] = {
     "run_at": (
@@ -173,7 +173,13 @@ def count_tasks(filter: TaskFilter, vendor: str, most: int | None = None, by: st
     source, values = _meeting(filter, vendor, (), by)
     if most is None:
         return f"SELECT count(*) FROM {source}", values
-    return f"SELECT count(*) FROM (SELECT 1 FROM {source} LIMIT %s) AS found", [*values, most]
+    # With an order the index of the status is used. Otherwise the planner may read the table from its
+    # beginning, where the oldest tasks are, which have ended.
+    order = "" if filter.status is None or by else " ORDER BY t.created_at DESC, t.seq DESC"
+    return f"SELECT count(*) FROM (SELECT 1 FROM {source}{order} LIMIT %s) AS found", [
+        *values,
+        most,
+    ]
 
 
 def count_by_status(filter: TaskFilter, vendor: str, most: int, by: str = "") -> Query:

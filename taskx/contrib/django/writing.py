@@ -374,7 +374,10 @@ def _array(name: str, values: Sequence[Any]) -> list[Any]:
 
 
 class _Source:
-    """The values of several writes, as a table ``v`` in SQL. New values that are all the same are no column."""
+    """The values of several writes, as a table ``v`` in SQL.
+
+    New values that are all the same are no column of it.
+    """
 
     def __init__(self) -> None:
         self._columns: list[str] = []

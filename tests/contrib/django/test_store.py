@@ -1,0 +1,506 @@
+"""The repository in a Django database: its tables, its statements and its errors."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from contextlib import closing
+from pathlib import Path
+
+import django_project
+import pytest
+from django.core.management import call_command
+from django.db import connections, transaction
+from django.db.utils import OperationalError
+from helpers import PATIENCE, eventually, run_in_thread
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from taskx import (
+    ConfigurationError,
+    DuplicateTask,
+    MemoryRepository,
+    Queue,
+    RepositoryCorrupt,
+    RepositoryUnavailable,
+    TaskFilter,
+)
+from taskx.contrib.django import DjangoRepository
+from taskx.contrib.django.connections import Link
+from taskx.contrib.django.models import NoteRow, ParentRow, TagRow, TaskRow
+from taskx.core.record import COLUMNS, DEFAULTS, FREE
+from taskx.core.writes import CREATED, Delete, Insert, NoteChange, Update
+
+MAKERS = {"sqlite": django_project.on_sqlite, "postgres": django_project.on_postgres}
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def repository(request, tmp_path):
+    with MAKERS[request.param](tmp_path) as made:
+        yield made
+
+
+on_postgres = pytest.mark.parametrize("repository", ["postgres"], indirect=True)
+on_sqlite = pytest.mark.parametrize("repository", ["sqlite"], indirect=True)
+
+
+def insert(task_id, **columns):
+    row = {name: DEFAULTS.get(name) for name in CREATED}
+    row |= {"id": task_id, "type": "t", "created_at": 1_700_000_000_000, "held": FREE}
+    return Insert({**row, **columns})
+
+
+def add(repository, *ids, **columns):
+    assert all(repository.apply([insert(task_id, **columns) for task_id in ids]))
+
+
+def start(task_id, node="n", starts=0):
+    guard = {"status": "pending", "starts": starts, "held": FREE}
+    changes = {"status": "running", "starts": starts + 1, "owner": node}
+    return Update(task_id, guard, changes, move="start")
+
+
+def statuses(repository):
+    return dict(repository.find("id", [*"abcdefgh"], ("id", "status")))
+
+
+@pytest.fixture
+def sent(monkeypatch):
+    """The statements that were sent, in order."""
+    found = []
+
+    def noting(call):
+        def note(link, sql, *values):
+            found.append(sql)
+            return call(link, sql, *values)
+
+        return note
+
+    for name in ("rows", "count", "rows_of_none"):
+        monkeypatch.setattr(Link, name, noting(getattr(Link, name)))
+    return found
+
+
+# --- the tables
+
+
+def test_the_model_has_the_columns_of_a_task():
+    columns = [field.column for field in TaskRow._meta.fields]
+    assert columns == ["seq", *COLUMNS]
+
+
+def test_the_migrations_make_the_models():
+    call_command("makemigrations", "taskx", check=True, dry_run=True, verbosity=0)
+
+
+@on_postgres
+def test_postgresql_gets_settings_for_vacuum(repository):
+    sql = "SELECT reloptions FROM pg_class WHERE relname = 'taskx_task'"
+    ((options,),) = repository._connections.read(lambda link: link.rows(sql))
+    assert {"fillfactor=85", "autovacuum_vacuum_scale_factor=0.02"} <= {*options}
+
+
+def test_models_show_the_stored_rows(repository):
+    queue = Queue(repository)
+    queue.declare("mail")
+    parent = queue.submit("mail", tags=["red"])
+    child = queue.submit("mail", depends_on=[parent])
+    using = repository.using
+    assert TaskRow.objects.using(using).get(task_id=child.id).waiting_on == parent.id
+    assert ParentRow.objects.using(using).get().child == child.id
+    assert TagRow.objects.using(using).get().tag == "red"
+    assert str(TaskRow.objects.using(using).get(task_id=parent.id)) == f"mail {parent.id}"
+    repository.put_note("a", "text", 0)
+    assert NoteRow.objects.using(using).get().text == "text"
+    connections[using].close()
+
+
+@on_sqlite
+def test_a_database_without_tables_says_what_to_run(repository, tmp_path):
+    path = tmp_path / "empty.db"
+    with closing(sqlite3.connect(path)) as made:
+        made.execute("CREATE TABLE other (id)")
+    django_project.add_database("empty", NAME=str(path))
+    with DjangoRepository("empty") as empty:
+        queue = Queue(empty)
+        with pytest.raises(RepositoryUnavailable, match=r"run manage\.py migrate --database empty"):
+            queue.start()
+        [check] = [check for check in empty.examine() if check.level == "fail"]
+        assert "migrate" in str(check)
+
+
+@on_postgres
+def test_a_server_without_tables_says_what_to_run(repository, postgres_server):
+    name = postgres_server.new_database()
+    django_project.add_postgres("bare", postgres_server.port, name)
+    with DjangoRepository("bare") as bare:
+        with pytest.raises(RepositoryUnavailable, match=r"run manage\.py migrate --database bare"):
+            bare.apply([insert("a")])
+        with pytest.raises(RepositoryUnavailable, match=r"run manage\.py migrate"):
+            bare.prepare()
+    postgres_server.drop_database(name)
+
+
+def test_an_alias_must_be_in_the_settings():
+    with pytest.raises(ConfigurationError, match="DATABASES has no 'nowhere'"):
+        DjangoRepository("nowhere")
+
+
+def test_a_missing_sqlite_file_is_not_created(tmp_path):
+    path = tmp_path / "missing.db"
+    django_project.add_database("missing", NAME=str(path))
+    with DjangoRepository("missing") as missing, pytest.raises(RepositoryUnavailable):
+        missing.count(TaskFilter())
+    assert not path.exists()
+
+
+# --- statements
+
+
+@on_postgres
+def test_a_single_write_is_one_statement(repository, sent):
+    add(repository, "a")
+    repository.apply([start("a")])
+    sent.clear()
+    add(repository, "b")  # durable, after a write that is not
+    assert [sql.split()[0] for sql in sent] == ["SET", "INSERT"]
+    sent.clear()
+    add(repository, "c")
+    assert [sql.split()[0] for sql in sent] == ["INSERT"]
+
+
+@on_postgres
+def test_writes_of_the_same_form_are_one_statement(repository, sent):
+    """Also if those of several forms alternate, as the outcomes and starts of a busy queue do."""
+    ids = [f"{n:03}" for n in range(100)]
+    add(repository, *ids)
+    repository.apply([start(task_id) for task_id in ids[:50]])
+    ended = [
+        Update(i, {"status": "running", "starts": 1}, {"status": "completed", "result": f"{n}"})
+        for n, i in enumerate(ids[:50])
+    ]
+    started = [start(task_id) for task_id in ids[50:]]
+    mixed = [write for pair in zip(ended, started, strict=True) for write in pair]
+    sent.clear()
+    assert list(repository.apply(mixed)) == [True] * 100
+    assert [sql.split()[0].strip(";") for sql in sent] == ["BEGIN", "UPDATE", "WITH", "COMMIT"]
+    assert repository.count(TaskFilter(status="completed")) == 50
+    assert repository.get_by_id("007").result == 7
+
+
+@on_postgres
+def test_new_tasks_in_one_statement_keep_their_order(repository):
+    ids = [f"{(n * 7919) % 1000:03}" for n in range(400)]
+    add(repository, *ids)
+    assert [stub.id for stub in repository.ready(["t"], 400)] == ids
+
+
+KEYS = st.sampled_from([None, None, "k", "l"])
+NAMES = st.sampled_from("abcd")
+WRITES = st.lists(
+    st.one_of(
+        st.builds(lambda i, k: insert(i, unique_lock=k), NAMES, KEYS),
+        st.builds(lambda i, g, m: Update(i, {"message": g}, {"message": m}), NAMES, *[KEYS] * 2),
+        st.builds(lambda i, k: Update(i, {}, {"turn": k}), NAMES, KEYS),
+        st.builds(lambda i, k: Update(i, {"turn": k}, {"unique_lock": k}), NAMES, KEYS),
+        st.builds(lambda i, n: start(i, starts=n), NAMES, st.integers(0, 1)),
+        st.builds(lambda i, k: Delete(i, {"turn": k}), NAMES, KEYS),
+    ),
+    max_size=12,
+)
+
+
+@on_postgres
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(batches=st.lists(WRITES, max_size=3))
+def test_groups_have_the_results_of_the_writes_in_order(repository, batches):
+    """The model is a repository that applies them one by one."""
+    django_project.empty(repository)
+    model = MemoryRepository()
+    for batch in batches:
+        # None is no text, but the columns of messages are never None.
+        batch = [
+            write._replace(changes={"message": write.changes["message"] or ""}, guard={})
+            if isinstance(write, Update) and "message" in write.changes
+            else write
+            for write in batch
+        ]
+        assert list(repository.apply(batch)) == list(model.apply(batch)), batch
+    fields = ("id", "status", "starts", "turn", "unique_lock", "message")
+    found, expected = (store.find("id", [*"abcd"], fields) for store in (repository, model))
+    assert sorted(found) == sorted(expected)
+
+
+@on_postgres
+def test_the_queries_of_a_busy_queue_use_indexes(repository, sent):
+    """With 20,000 tasks of each status, none of them reads the whole table."""
+    row = {**DEFAULTS, "type": "t", "created_at": 1}
+    columns = ", ".join(COLUMNS)
+    for status in ("completed", "pending", "failed"):
+        values = ", ".join(
+            f"'{status}' || n"
+            if name == "id"
+            else f"'{status}'"
+            if name == "status"
+            else "NULL"
+            if row[name] is None
+            else repr(row[name])
+            for name in COLUMNS
+        )
+        with repository._connections.writing() as link:
+            link.rows_of_none(
+                f"INSERT INTO taskx_task ({columns}) SELECT {values} FROM generate_series(1, 20000) n"
+            )
+    with repository._connections.writing() as link:
+        link.rows_of_none("ANALYZE taskx_task")
+        sent.clear()
+    plans = {}
+    explained = Link.rows
+
+    def explain(link, sql, values=()):
+        if sql.startswith(("SELECT", "WITH", "UPDATE")):
+            plans[sql] = "\n".join(line for (line,) in explained(link, f"EXPLAIN {sql}", values))
+        return explained(link, sql, values)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Link, "rows", explain)
+        repository.ready(["t", "u"], 50)
+        repository.ready(["t"], 50, ageing=1000)
+        repository.count_ready("t", "", 100)
+        repository.due(None, 10)
+        repository.due(None, 10, "expires_at")
+        for column in ("id", "unique_lock", "turn", "waiting_on", "line", "running_on", "stuck_on"):
+            repository.find(column, ["x"], ("id",))
+        for column in ("waiting_on", "line", "running_on", "buffered_on", "stuck_on", "ready_type"):
+            repository.distinct(column, "", 10)
+        repository.ended("completed", 2**60, 100)
+        repository.list(TaskFilter(status="failed", limit=10))
+        ids = [f"pending{n}" for n in range(1, 51)]
+        assert all(repository.apply([start(task_id) for task_id in ids]))
+        ended = {"status": "completed", "completed_at": 2}
+        assert all(repository.apply([Update(i, {"starts": 1}, ended) for i in ids]))
+    with repository._connections.writing() as link:
+        link.rows_of_none("TRUNCATE taskx_task")
+    assert len(plans) >= 18
+    assert not [plan for plan in plans.values() if "Seq Scan on taskx_task" in plan]
+
+
+# --- transactions of others
+
+
+def test_a_thread_inside_atomic_is_no_part_of_what_the_repository_does(repository):
+    """The write is committed at once, and stays if the thread's transaction is rolled back."""
+    if repository.vendor == "sqlite":
+        connections[repository.using].ensure_connection()  # without a lock, as BEGIN is deferred
+    with transaction.atomic(repository.using):
+        add(repository, "a")
+        transaction.set_rollback(True, repository.using)
+    connections[repository.using].close()
+    assert statuses(repository) == {"a": "pending"}
+
+
+@on_postgres
+def test_a_start_passes_over_a_row_that_another_transaction_changes(repository, postgres_server):
+    """The others are started, and nothing waits. Any other write waits for that transaction."""
+    add(repository, "a", "b")
+    name = connections.settings["postgres"]["NAME"]
+    with postgres_server.connect(name) as other:
+        other.autocommit = False
+        other.execute("UPDATE taskx_task SET message = 'mine' WHERE id = 'a'")
+        assert list(repository.apply([start("a")])) == [False]
+        assert list(repository.apply([start("a"), start("b")])) == [False, True]
+        waits = run_in_thread(lambda: repository.apply([Update("a", {}, {"progress": 5})]))
+        waiting = "SELECT 1 FROM pg_locks WHERE NOT granted"
+        eventually(lambda: repository._connections.read(lambda link: link.rows(waiting)))
+        other.commit()
+    assert list(waits()) == [True]
+    assert list(repository.apply([start("a")])) == [True]
+
+
+@on_postgres
+def test_a_write_that_waits_too_long_for_a_lock_fails_and_changes_nothing(
+    repository, postgres_server
+):
+    add(repository, "a")
+    name = connections.settings["postgres"]["NAME"]
+    with (
+        postgres_server.connect(name) as other,
+        DjangoRepository(timeout=0.05, using="postgres") as r,
+    ):
+        other.autocommit = False
+        other.execute("UPDATE taskx_task SET message = 'mine' WHERE id = 'a'")
+        with pytest.raises(RepositoryUnavailable) as caught:
+            r.apply([Update("a", {}, {"progress": 5})])
+        assert not caught.value.in_doubt
+        other.commit()
+        assert list(r.apply([Update("a", {"progress": 0}, {"progress": 7})])) == [True]
+
+
+@on_postgres
+def test_two_processes_that_lock_each_others_rows_both_succeed(repository):
+    """The server ends one of two transactions that wait for each other, and that one is sent again."""
+    ids = [f"{n:03}" for n in range(60)]
+    add(repository, *ids)
+    gate = threading.Barrier(2)
+
+    def change(order, column):
+        with DjangoRepository("postgres") as other:
+            gate.wait(PATIENCE)
+            # Different forms, so that each write is a statement of its own.
+            writes = [
+                Update(i, {}, {column: n, "progress" if n % 2 else "errors": n})
+                for n, i in enumerate(order)
+            ]
+            return list(other.apply(writes))
+
+    there = run_in_thread(lambda: change(ids, "snoozes"))
+    assert change(ids[::-1], "crashes") == [True] * 60
+    assert there() == [True] * 60
+
+
+@on_postgres
+def test_a_transaction_that_a_deadlock_ends_is_sent_again(repository, monkeypatch):
+    add(repository, "a")
+    fails = iter([True])
+    count = Link.count
+
+    def fail(link, sql, values=()):
+        if next(fails, False):
+            error = OperationalError("deadlock detected")
+            error.__cause__ = type("Cause", (Exception,), {"sqlstate": "40P01"})()
+            raise error
+        return count(link, sql, values)
+
+    monkeypatch.setattr(Link, "count", fail)
+    assert list(repository.apply([Update("a", {"errors": 0}, {"errors": 1})])) == [True]
+
+
+# --- values and errors
+
+
+@on_postgres
+def test_texts_with_nul_characters_are_stored(repository):
+    """PostgreSQL has no NUL in texts, so another character takes its place."""
+    add(repository, "a")
+    assert list(repository.apply([Update("a", {}, {"error": "a\0b"})])) == [True]
+    assert repository.get_by_id("a").error == "a\N{REPLACEMENT CHARACTER}b"
+
+
+@on_sqlite
+def test_a_damaged_text_hides_no_other_task(repository, tmp_path):
+    add(repository, "a", "b")
+    with closing(sqlite3.connect(tmp_path / "site.db")) as direct, direct:
+        direct.execute("UPDATE taskx_task SET message = CAST(x'ff41' AS TEXT) WHERE id = 'a'")
+    assert {task.id for task in repository.list(TaskFilter())} == {"a", "b"}
+    assert repository.get_by_id("a").damage
+    assert not repository.get_by_id("b").damage
+
+
+def test_an_unknown_status_is_shown_as_damage(repository):
+    add(repository, "a")
+    TaskRow.objects.using(repository.using).update(status="lost")
+    connections[repository.using].close()
+    assert "'lost' as status" in repository.get_by_id("a").damage
+
+
+@on_sqlite
+def test_a_file_that_is_no_database_is_corrupt(tmp_path, repository):
+    path = tmp_path / "text.db"
+    path.write_text("this is a text and no database" * 100)
+    django_project.add_database("text", NAME=str(path))
+    with DjangoRepository("text") as text, pytest.raises(RepositoryCorrupt):
+        text.count(TaskFilter())
+
+
+@on_sqlite
+def test_a_file_that_was_replaced_is_noticed(repository, tmp_path):
+    add(repository, "a")
+    (tmp_path / "site.db").rename(tmp_path / "moved.db")
+    with pytest.raises(RepositoryUnavailable, match="moved or deleted"):
+        repository.ensure_there()
+    with pytest.raises(RepositoryUnavailable, match="moved or deleted"):
+        add(repository, "b")
+    (tmp_path / "moved.db").rename(tmp_path / "site.db")
+    add(repository, "b")
+
+
+@on_postgres
+def test_a_statement_ends_with_the_time_limit(repository):
+    def sleep(link):
+        return link.rows("SELECT pg_sleep(60)")
+
+    with repository.within(0.1), pytest.raises(RepositoryUnavailable, match="timeout"):
+        repository._connections.read(sleep)
+    assert repository.count(TaskFilter()) == 0
+
+
+@on_postgres
+def test_broken_connections_are_replaced(repository, postgres_server):
+    """A connection that broke while nothing used it is not noticed by callers."""
+    add(repository, "a")
+    repository.count(TaskFilter())
+    for link in [repository._connections._writer, *repository._connections._idle]:
+        link.used -= 60
+    with postgres_server.connect() as other:
+        other.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s",
+            [connections.settings["postgres"]["NAME"]],
+        )
+    assert repository.count(TaskFilter()) == 1
+    add(repository, "b")
+    assert repository.put_note("n", "text", 0)
+
+
+@on_postgres
+def test_a_key_that_is_taken_in_the_meantime_refuses_only_its_own_write(repository):
+    """One of two tasks takes the key in the same batch as other changes; the others are made."""
+    add(repository, "a", turn="k")
+    add(repository, "b", "c", "d")
+    takes = [Update(i, {}, {"turn": key}) for i, key in (("b", "k"), ("c", "l"), ("d", "l"))]
+    assert list(repository.apply(takes)) == [False, True, False]
+
+
+def test_a_unique_key_is_refused_by_name(repository):
+    queue = Queue(repository)
+    queue.declare("mail")
+    first = queue.submit("mail", unique_key="k")
+    with pytest.raises(DuplicateTask) as caught:
+        queue.submit("mail", unique_key="k")
+    assert caught.value.task_id == first.id
+
+
+# --- what others learn
+
+
+def test_only_files_have_locks_for_liveness(repository):
+    name = type(repository.liveness).__name__
+    assert name == {"sqlite": "KernelLocks", "postgresql": "Leases"}[repository.vendor]
+
+
+def test_the_examination_finds_a_sound_database_sound(repository):
+    found = {check.name: check for check in repository.examine()}
+    assert {check.level for check in found.values()} == {"ok"}
+    assert {"database", "tables"} < found.keys()
+
+
+@on_sqlite
+def test_the_examination_warns_of_a_file_without_a_log(repository, tmp_path):
+    with closing(sqlite3.connect(tmp_path / "site.db")) as direct:
+        direct.execute("PRAGMA journal_mode = DELETE")
+    [check] = [check for check in repository.examine() if check.level == "warn"]
+    assert "journal_mode=delete" in check.sentence
+
+
+def test_notes_of_nodes_and_others_are_stored_together(repository):
+    changes = [NoteChange("node/a", "x", 0), NoteChange("schedule/b", "y", 0)]
+    assert list(repository.put_notes(changes)) == [True, True]
+    assert [*repository.notes("")] == ["node/a", "schedule/b"]
+
+
+def test_the_sizes_of_an_sqlite_file_are_told(repository):
+    add(repository, "a")
+    sizes = repository.file_sizes()
+    if repository.vendor == "sqlite":
+        assert {Path(path).name for path in sizes} >= {"site.db"}
+    else:
+        assert sizes == {}
