@@ -6,12 +6,11 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterable
 from importlib import import_module
 from typing import Any
 
-from django.core import checks
-from django.core.signals import request_started
+from django.core.signals import request_finished, request_started
+from django.utils.autoreload import autoreload_started
 
 from taskx import QueueStopped
 from taskx.contrib.django.checks import ours
@@ -34,7 +33,10 @@ def expect(alias: str) -> None:
 
 
 def _on_request(sender: Any, **more: Any) -> None:
-    """Start the queues at the first request of this process. A later one tries again after an error."""
+    """Start the queues at the first request of this process. A later one tries again after an error.
+
+    Often that request imports the first module with tasks, and this one. Then its end starts them.
+    """
     pid = os.getpid()
     if pid in _started_in or time.monotonic() < _again_at or _is_test(sender):
         return
@@ -47,25 +49,18 @@ def _is_test(sender: Any) -> bool:
     """Return True for the request of a test: its client answers it in its own process."""
     client = sys.modules.get("django.test.client")
     handlers = () if client is None else (client.ClientHandler, client.AsyncClientHandler)
-    return in_tests() or (isinstance(sender, type) and issubclass(sender, handlers))
+    return in_tests() or not isinstance(sender, type) or issubclass(sender, handlers)
 
 
-def _when_checked(app_configs: Any = None, **more: Any) -> Iterable[Any]:
-    """Start the queues when ``runserver`` checks the site: right before it serves, on the same thread.
+def _on_reload(sender: Any, **more: Any) -> None:
+    """Start the queues in the process of ``runserver`` that serves, without waiting for a request.
 
-    So tasks go on after a reload, without waiting for a request.
+    Django sends the signal in the child of the reloader, when the modules of the addresses are imported.
+    So tasks go on after each reload.
     """
-    if os.getpid() not in _started_in and _runs_server():
-        _started_in[os.getpid()] = object()
-        _start(os.getpid())
-    return []
-
-
-def _runs_server() -> bool:
-    """Return True in the process of ``runserver`` that serves: with its reloader, that is the child."""
-    if sys.argv[1:2] != ["runserver"]:
-        return False
-    return os.environ.get("RUN_MAIN") == "true" or "--noreload" in sys.argv
+    pid = os.getpid()
+    if sys.argv[1:2] == ["runserver"] and _started_in.setdefault(pid, sender) is sender:
+        _start(pid)
 
 
 def _start(pid: int) -> None:
@@ -90,4 +85,5 @@ def embedded() -> list[str]:
 
 
 request_started.connect(_on_request, dispatch_uid="taskx")
-checks.register(_when_checked, "taskx")
+request_finished.connect(_on_request, dispatch_uid="taskx")
+autoreload_started.connect(_on_reload, dispatch_uid="taskx")
