@@ -13,6 +13,7 @@ from datetime import datetime, timedelta, timezone
 from typing import Any
 from zoneinfo import ZoneInfo
 
+import django_project
 import pytest
 from django.db import connections
 from django.db.backends.base.base import BaseDatabaseWrapper
@@ -52,10 +53,15 @@ def entry(tmp_path: Any, **options: Any) -> dict[str, Any]:
     }
 
 
-@pytest.fixture
-def stored(tmp_path) -> Iterator[TaskxBackend]:
-    """The backend; nothing runs its tasks."""
-    with override_settings(TASKS={"default": entry(tmp_path)}):
+@pytest.fixture(params=["file", "database"])
+def stored(request, tmp_path) -> Iterator[TaskxBackend]:
+    """The backend on a file of its own, and on a database of the site; nothing runs its tasks."""
+    settings = entry(tmp_path)
+    if request.param == "database":
+        alias = settings["OPTIONS"]["database"] = f"backend {tmp_path}"
+        del settings["OPTIONS"]["repository"]
+        django_project.make_sqlite(tmp_path / "site.db", alias)
+    with override_settings(TASKS={"default": settings}):
         yield task_backends["default"]
 
 
@@ -389,8 +395,9 @@ def test_an_option_that_does_not_exist_is_refused(stored):
         taskx_task(no_context, run_after=timedelta(1))
 
 
-def test_a_task_is_checked_again_when_it_is_enqueued(stored, tmp_path):
-    task = tasks.add.using(queue_name="mails")
+def test_a_task_is_checked_again_when_it_is_enqueued(tmp_path):
+    with override_settings(TASKS={"default": entry(tmp_path)}):
+        task = tasks.add.using(queue_name="mails")
     with override_settings(TASKS={"default": {**entry(tmp_path), "QUEUES": []}}):
         anywhere = tasks.add.using(queue_name="anywhere")  # no QUEUES: all names are valid
     with override_settings(TASKS={"default": {**entry(tmp_path), "QUEUES": ["default"]}}):
@@ -399,7 +406,8 @@ def test_a_task_is_checked_again_when_it_is_enqueued(stored, tmp_path):
                 invalid.enqueue(1)
             with pytest.raises(InvalidTask, match="is not valid for backend"):
                 asyncio.run(invalid.aenqueue(1))
-    assert task.enqueue(1).task.queue_name == "mails"
+    with override_settings(TASKS={"default": entry(tmp_path)}):
+        assert task.enqueue(1).task.queue_name == "mails"
 
 
 def test_naive_times_are_those_of_the_local_time_zone_without_use_tz(stored):
@@ -481,7 +489,7 @@ def test_the_native_queue_of_the_alias_is_the_backends(backend):
 # --- surroundings
 
 
-def test_language_and_time_zone_leak_neither_into_a_task_nor_out_of_it(stored, tmp_path):
+def test_language_and_time_zone_leak_neither_into_a_task_nor_out_of_it(tmp_path):
     options = entry(tmp_path, workers=1)
     with override_settings(TASKS={"default": options}, TIME_ZONE="Europe/Berlin"):
         get_queue().start()
