@@ -109,7 +109,7 @@ class Queue(Questions, Steering):
             raise ConfigurationError(f"config must be a Config, not {type(config).__name__}")
         self.config = config or Config()
         self._log = GuardedLogger(check_logger(logger))
-        self._clock = check_clock(clock)
+        self.clock = check_clock(clock)
         self.repository = (
             repository
             if isinstance(repository, Repository)
@@ -138,7 +138,7 @@ class Queue(Questions, Steering):
     def _wire(self) -> None:
         state = State()
         self._services = self._services_class(
-            *(self.repository, self._registry, self._hooks, state, self._clock, self._log),
+            *(self.repository, self._registry, self._hooks, state, self.clock, self._log),
             redact=self.config.redact,
         )
         self._intake = self._intake_class(self._services, state, self.config)
@@ -337,7 +337,7 @@ class Queue(Questions, Steering):
             RepositoryError: the task could not be stored. If the error's ``in_doubt`` is True, it may
                 have been stored: submit again with the error's ``task_id`` to find out.
         """
-        wanted, said = task_of(task, params, options, SubmitOptions, "submit", self._clock, self)
+        wanted, said = task_of(task, params, options, SubmitOptions, "submit", self.clock, self)
         priority: int | None = said.get("priority")
         on_conflict: OnConflict = said.get("on_conflict") or "reject"
         if connection is None:
@@ -496,7 +496,7 @@ class Queue(Questions, Steering):
             options=options,
             owner=self,
             intake=lambda: self._entrance,
-            clock=self._clock,
+            clock=self.clock,
         )
 
     def submit_flow(
@@ -616,9 +616,7 @@ class Queue(Questions, Steering):
             RepositoryError: the schedule could not be stored.
         """
         entry = make_entry(name, spec, tz, misfire, misfire_grace, overlap)
-        wanted, said = task_of(
-            task, params, options, ScheduleOptions, "schedule", self._clock, self
-        )
+        wanted, said = task_of(task, params, options, ScheduleOptions, "schedule", self.clock, self)
         return self._schedules.declare(entry, wanted, said.get("priority"), said.get("expires"))
 
     def schedules(self) -> dict[str, Schedule]:

@@ -492,6 +492,10 @@ class TaskPage(_Page):
         page.exact, page.searched_since = exact, searched_since
         return page
 
+    def _replace(self, **fields: Any) -> TaskPage:
+        """Return a page in which these attributes have other values."""
+        return TaskPage(**{"tasks": self.tasks, "total": self.total, **vars(self), **fields})
+
     def __repr__(self) -> str:
         return f"TaskPage(total={self.total}, more={self.more}, tasks={self.tasks!r})"
 

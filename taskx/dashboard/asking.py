@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from taskx.dashboard.pages import Page
 from taskx.dashboard.request import BACK, Request
 from taskx.dashboard.security import TOKEN
@@ -10,12 +12,18 @@ from taskx.dashboard.security import TOKEN
 YES = "confirmed"
 
 
-def question(request: Request, text: str) -> Page | None:
-    """Return the page that asks a question; None if the form has answered it already."""
+def question(request: Request, text: str | Callable[[], str]) -> Page | None:
+    """Return the page that asks a question; None if the form has answered it already.
+
+    Args:
+        request: the request.
+        text: the question, or a function that returns it if it must be asked.
+    """
     if request.form.get(YES):
         return None
     given = request.form.items(multi=True)
     fields = [(name, value) for name, value in given if name not in (TOKEN, BACK)]
     action = f"{request.root_path.rstrip('/')}{request.path}"
-    values = {"question": text, "action": action, "fields": fields, "back": request.back}
+    words = text if isinstance(text, str) else text()
+    values = {"question": words, "action": action, "fields": fields, "back": request.back}
     return Page("question.html", {**values, "refreshing": False})

@@ -219,7 +219,8 @@ CHINESE: Mapping[str, str] = {
     "Last": "最近",
     "no exception": "无异常",
     "example": "示例",
-    "Run all failed tasks of this group again?": "重新运行该组的所有失败任务？",
+    "Run {count} failed task of this group again?"
+    "|Run all {count} failed tasks of this group again?": "重新运行该组的 {count} 个失败任务？",
     "failures by the hour": "每小时失败数",
     "This group has no failed tasks any more.": "该组已没有失败任务。",
     "No task has failed in this period.": "此时间范围内没有失败任务。",

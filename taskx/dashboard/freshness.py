@@ -21,7 +21,7 @@ class Freshness:
 
     def __init__(self, queue: Queue) -> None:
         self._repository = queue.repository
-        self._clock = queue._clock
+        self._clock = queue.clock
         self._process = secrets.token_hex(8)
 
     def etag(self, *parts: object) -> str | None:

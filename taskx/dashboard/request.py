@@ -85,7 +85,7 @@ class Request(wrappers.Request):
     @cached_property
     def now(self) -> datetime:
         """The time of the page."""
-        return to_datetime(self.queue._clock.now_ms())
+        return to_datetime(self.queue.clock.now_ms())
 
     @cached_property
     def display(self) -> Display:

@@ -55,14 +55,15 @@ def send(request: Request, name: str) -> Response:
         raise NotFound
     response = Response(found.content, content_type=f"{found.type}; charset=utf-8")
     response.vary.add("Accept-Encoding")
+    response.set_etag(found.version)
     if request.accept_encodings["gzip"] > 0:
         response.set_data(found.packed)
         response.headers["Content-Encoding"] = "gzip"
+        response.set_etag(f"{found.version}-gzip")  # an ETag names the bytes that are sent
     if request.args.get("v") == found.version:
         response.cache_control.public = True
         response.cache_control.max_age = _YEAR
         response.cache_control.immutable = True
     else:
         response.cache_control.no_cache = True
-    response.set_etag(found.version)
     return response.make_conditional(request)

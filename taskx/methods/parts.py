@@ -26,11 +26,12 @@ class Parts:
     Attributes:
         config: the settings of the queue.
         repository: stores the tasks.
+        clock: tells the time.
     """
 
     config: Config
     repository: Repository
-    _clock: Clock
+    clock: Clock
     _log: GuardedLogger
     _registry: Registry
     _services: Services

@@ -83,7 +83,7 @@ class Questions(Parts):
             ConfigurationError: a value is not valid, or both a filter and fields were given, or params were
                 given and a codec hides them.
         """
-        wanted = filter_of(filter, fields, "list_tasks", self._clock)
+        wanted = filter_of(filter, fields, "list_tasks", self.clock)
         with self._reading() as services:
             return queries.page(services.repository, wanted, after, at_most)
 
@@ -105,7 +105,7 @@ class Questions(Parts):
         Raises:
             ConfigurationError: as in :meth:`list_tasks`.
         """
-        wanted = filter_of(filter, fields, "count_tasks", self._clock)
+        wanted = filter_of(filter, fields, "count_tasks", self.clock)
         with self._reading() as services:
             return queries.count(services.repository, wanted, at_most)
 
@@ -126,7 +126,7 @@ class Questions(Parts):
             RepositoryError: from the iterator, if the repository cannot be read.
         """
         return queries.matching(
-            self.repository, filter_of(filter, fields, "iter_tasks", self._clock)
+            self.repository, filter_of(filter, fields, "iter_tasks", self.clock)
         )
 
     @property
@@ -194,7 +194,7 @@ class Questions(Parts):
         Raises:
             ConfigurationError: the filter is not valid, or it has another status.
         """
-        wanted = dead(filter_of(filter, fields, "dead_letters", self._clock))
+        wanted = dead(filter_of(filter, fields, "dead_letters", self.clock))
         return self.list_tasks(wanted, after=after, at_most=at_most)
 
     def why(self, task_id: str) -> list[Reason]:

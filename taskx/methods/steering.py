@@ -147,7 +147,7 @@ class Steering(Parts):
             QueueStopped: the queue was stopped.
             RepositoryError: the repository failed; some batches may have been requeued.
         """
-        wanted = filter_of(filter, fields, "requeue_all", self._clock)
+        wanted = filter_of(filter, fields, "requeue_all", self.clock)
         terms = Terms(dry_run, at_most, on_progress)
         with self._requeuing() as requeues:
             return requeues.requeue_all(wanted, terms, rate=rate)
@@ -199,7 +199,7 @@ class Steering(Parts):
             ConfigurationError: an argument is not valid, or the status is that of ended tasks.
             RepositoryError: the repository failed; some batches may have been cancelled.
         """
-        wanted = filter_of(filter, fields, "cancel_all", self._clock)
+        wanted = filter_of(filter, fields, "cancel_all", self.clock)
         terms = Terms(dry_run, at_most, on_progress)
         with self._changing() as operations:
             return operations.cancel_all(wanted, terms, everything=everything)
@@ -228,7 +228,7 @@ class Steering(Parts):
             ConfigurationError: an argument is not valid, or the status is running.
             RepositoryError: the repository failed; some batches may have been deleted.
         """
-        wanted = filter_of(filter, fields, "delete_all", self._clock)
+        wanted = filter_of(filter, fields, "delete_all", self.clock)
         terms = Terms(dry_run, at_most, on_progress)
         with self._changing() as operations:
             return operations.delete_all(wanted, terms, everything=everything)
@@ -285,7 +285,7 @@ class Steering(Parts):
             ConfigurationError: the filter is not valid, or it has another status.
             QueueStopped: the queue was stopped.
         """
-        wanted = filter_of(filter, fields, "requeue_dead_letters", self._clock)
+        wanted = filter_of(filter, fields, "requeue_dead_letters", self.clock)
         with self._requeuing() as requeues:
             return requeues.requeue_dead_letters(wanted)
 
@@ -303,7 +303,7 @@ class Steering(Parts):
         Raises:
             ConfigurationError: the filter is not valid, or it has another status.
         """
-        wanted = filter_of(filter, fields, "discard_dead_letters", self._clock)
+        wanted = filter_of(filter, fields, "discard_dead_letters", self.clock)
         with self._changing() as operations:
             return operations.discard_dead_letters(wanted)
 

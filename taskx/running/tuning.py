@@ -50,10 +50,10 @@ class Tuning:
         """
         controls = self._services.controls
         paused_changed = controls.refresh()
+        if paused_changed:  # first, because the next call does not notice it again
+            self._pool.fetcher.follow_pauses()
         if controls.overrides is not self._followed:
             self._follow_overrides()
-        if paused_changed:
-            self._pool.fetcher.follow_pauses()
 
     def tend(self) -> None:
         """Maintain the limits that all nodes share, and those that are overridden."""

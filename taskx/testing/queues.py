@@ -79,6 +79,7 @@ class ManualQueue(Queue):
     _runs_when_waiting = False
     #: The class that a queue had before it was replaced for a test.
     _plain_class: type[Queue] | None = None
+    clock: ManualClock
 
     def __init__(
         self,
@@ -114,7 +115,7 @@ class ManualQueue(Queue):
 
     def _replace(self, repository: TaskRepository, clock: ManualClock) -> None:
         """Become a queue for tests, in place of what this queue was."""
-        self.clock = self._clock = clock
+        self.clock = clock
         self._submissions = Submissions(clock)
         own = isinstance(repository, Repository)
         self.repository = (

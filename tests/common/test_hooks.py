@@ -273,7 +273,7 @@ class TestEvents:
         self, queue, repository, told, max_crashes, asked, events, status
     ):
         queue.executor("t")(lambda: None)
-        now = queue._clock.now_ms()
+        now = queue.clock.now_ms()
         repository.create(Task(id="a", type="t", max_crashes=max_crashes))
         start = lifecycle.start(repository.get_by_id("a"), now, "a node that died")
         assert list(repository.apply([start])) == [True]
@@ -296,7 +296,7 @@ class TestEvents:
         starter, repository = pool_of(queue).starter, queue.repository
         repository.create(Task(id="a", type="t"))
         [run] = starter.start([Item(0, 0, 0, "a", "fine", True)], "worker")
-        repository.apply(lifecycle.cancel("a", queue._clock.now_ms()))
+        repository.apply(lifecycle.cancel("a", queue.clock.now_ms()))
         starter.hand_back([run], rebuffer=False)
         wait_told(queue)
         assert told.of("a") == ["finished"]

@@ -80,7 +80,7 @@ def test_a_group_runs_again(look, queue, clock):
     given = form(browser.get("/failures"))
     queue.mended = True
     question = browser.post("/failures/requeue", data=given)
-    assert "Run all failed tasks of this group again?" in question.text
+    assert "Run all 2 failed tasks of this group again?" in question.text
     assert queue.count_tasks(status="failed") == 3
     response = browser.post("/failures/requeue", data={**given, "confirmed": 1})
     assert (response.status_code, response.location) == (303, "/failures")

@@ -63,7 +63,16 @@ def test_static_files_are_kept_by_browsers_and_packed(look):
     for link in re.findall(r'(?:src|href)="(/static/[^"]+)"', page.text):
         answer = look().get(link, headers={"Accept-Encoding": "gzip"})
         assert answer.headers["Cache-Control"] == "public, max-age=31536000, immutable"
-        assert gzip.decompress(answer.data) == look().get(link).data
+        plain = look().get(link)
+        assert gzip.decompress(answer.data) == plain.data
+        assert answer.headers["ETag"] != plain.headers["ETag"]
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "identity"])
+def test_a_static_file_that_a_browser_has_is_not_sent_again(look, encoding):
+    first = look().get("/static/taskx.css", headers={"Accept-Encoding": encoding})
+    known = {"Accept-Encoding": encoding, "If-None-Match": first.headers["ETag"]}
+    assert look().get("/static/taskx.css", headers=known).status_code == 304
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,7 @@ def fail(queue, handle=None):
     task.starts, task.status = 1, TaskStatus.RUNNING
     start = lifecycle.start(queue.get_task_status(task.id), 0, "n")
     ending = lifecycle.Ending(returned=False, error="broken", permanent=True)
-    ends = lifecycle.conclude(task, ending, queue._clock.now_ms())
+    ends = lifecycle.conclude(task, ending, queue.clock.now_ms())
     assert any(queue.repository.apply([start, *ends])[1:])
 
 

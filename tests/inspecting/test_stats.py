@@ -38,12 +38,12 @@ def of(queue, type="a", **options):
 def start(queue, task_id):
     """Write the start of a task, as a node does."""
     task = queue.get_task_status(task_id)
-    assert all(queue.repository.apply([lifecycle.start(task, queue._clock.now_ms(), "node")]))
+    assert all(queue.repository.apply([lifecycle.start(task, queue.clock.now_ms(), "node")]))
 
 
 def end(queue, task_id, **ending):
     """Write the end of a task's attempt, as a node does."""
-    task, now = queue.get_task_status(task_id), queue._clock.now_ms()
+    task, now = queue.get_task_status(task_id), queue.clock.now_ms()
     assert any(queue.repository.apply(lifecycle.conclude(task, Ending(**ending), now)))
 
 

@@ -479,7 +479,7 @@ class TestBarred:
         assert queue.requeue_dead_letters() == 2
         gate.open()
         eventually(lambda: not queue.get_task_status("x").stuck_on)
-        queue._clock.advance(3600)
+        queue.clock.advance(3600)
         assert earlier.result(PATIENCE) == "fine"
         queue.resume("parent")
         assert queue.handle("x").result(PATIENCE) == "run 2"
@@ -520,7 +520,7 @@ class TestBarred:
         )
         first = queue.submit("only", {"name": "x"})
         gate.wait_for()
-        queue._clock.advance(TIMEOUT + GRACE)
+        queue.clock.advance(TIMEOUT + GRACE)
         fails(first)
         second = queue.submit("only", {"name": "y"})
         assert queue.submit("fine").result(PATIENCE) == "fine"
@@ -542,7 +542,7 @@ class TestBarred:
 
         handle = queue.submit("only")
         gate.wait_for()
-        queue._clock.advance(TIMEOUT + GRACE)
+        queue.clock.advance(TIMEOUT + GRACE)
         eventually(lambda: pool.stuck.runs)
         admitted, ended = [], pool.stuck.thread_ended
         monkeypatch.setattr(
@@ -664,7 +664,7 @@ class TestReplaced:
         gate.wait_for()
         assert not suspects.admit(None)
         suspects.waiting.clear()
-        queue._clock.advance(TIMEOUT + GRACE)
+        queue.clock.advance(TIMEOUT + GRACE)
         eventually(lambda: queue.get_task_status("x").status is TaskStatus.FAILED)
         assert eventually(lambda: suspects.admit(None) or suspects.waiting.clear())
 

@@ -96,7 +96,7 @@ def has_read_all(queue):
 def is_due(schedule, queue):
     if schedule._entry.making is not None:
         return True
-    return schedule.next_tick is not None and schedule.next_tick <= queue._clock.now()
+    return schedule.next_tick is not None and schedule.next_tick <= queue.clock.now()
 
 
 def later(queue, clock, seconds):
@@ -1028,7 +1028,7 @@ def test_nodes_with_different_ticks_make_no_overlapping_tasks(
 def tick_until_done(queue):
     """Tick while schedules of the queue are due, like the housekeeper."""
     ticker = Ticker(services_of(queue))
-    while ticker.behind(queue._clock.now_ms()):
+    while ticker.behind(queue.clock.now_ms()):
         ticker.tick()
 
 

@@ -639,7 +639,7 @@ def test_a_commit_wakes_the_workers_of_another_process(spawn, path, queue, conne
     waits = []
     for _ in range(10):
         handle = queue.submit("remote", connection=connection)
-        committed = queue._clock.now_ms()
+        committed = queue.clock.now_ms()
         connection.commit()
         handle.result(timeout=LONG)
         started = queue.get_task_status(handle.id).started_at

@@ -90,6 +90,13 @@ class TestPage:
         for again in (copy.copy(page), pickle.loads(pickle.dumps(page))):
             assert (again, again.more) == (page, 2)
 
+    def test_it_can_be_made_with_other_values(self):
+        page = TaskPage([Task(id="a")], 3, more=2, next="x", exact=False)
+        other = page._replace(total=4, more=3)
+        assert (other, vars(other)) == (([Task(id="a")], 4), {**vars(page), "more": 3})
+        with pytest.raises(TypeError, match="mroe"):
+            page._replace(mroe=1)
+
 
 @pytest.fixture
 def failed(queue):

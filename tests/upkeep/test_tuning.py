@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 from helpers import PATIENCE, eventually, housekeeper_of, pool_of, services_of, whole_round
@@ -15,6 +16,7 @@ from taskx.core.overrides import Overrides, from_text
 from taskx.core.rate import Limit, Rate
 from taskx.limiting.admission import Admission
 from taskx.limiting.shared import slots_by_node
+from taskx.running.tuning import Tuning
 
 NOTE = "pause.overrides"
 
@@ -523,3 +525,23 @@ def test_a_queue_that_tunes_nothing_parses_nothing(started, monkeypatch):
     monkeypatch.setattr(housekeeper_of(started), "_is_time", lambda *_: True)
     whole_round(started)
     assert started.submit("fine").result(PATIENCE) == "fine"
+
+
+def test_a_pause_is_followed_although_a_change_of_the_workers_fails(queue):
+    queue.declare("t")
+    queue.pause("t")
+    queue.tune(workers=3)
+    followed = []
+
+    def cannot_start(number):
+        raise RuntimeError("can't start new thread")
+
+    pool = SimpleNamespace(
+        services=services_of(queue),
+        node=SimpleNamespace(id="n"),
+        fetcher=SimpleNamespace(follow_pauses=lambda: followed.append("t")),
+        set_workers=cannot_start,
+    )
+    with pytest.raises(RuntimeError):
+        Tuning(pool, 1).refresh()
+    assert followed == ["t"]

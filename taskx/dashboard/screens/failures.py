@@ -87,24 +87,33 @@ def _place(group: FailureGroup) -> str:
     return "" if group.place is None else str(group.place)
 
 
+def _question(request: Request, group: FailureGroup, rate: str | None) -> str:
+    found = request.queue.requeue_failures(group, rate=rate, dry_run=True)
+    return request.say(
+        "Run {count} failed task of this group again?"
+        "|Run all {count} failed tasks of this group again?",
+        count=found.matched,
+    )
+
+
 def requeue(request: Request) -> Done | Page:
     """Run all tasks of a group again, also those that failed before the chosen period."""
     _, found = _read(request)
     wanted = tuple(request.form.get(name, "") for name in ("type", "error_type", "place"))
     for group in found:
         if (group.type, group.error_type, _place(group)) == wanted:
-            text = request.say("Run all failed tasks of this group again?")
-            if asked := question(request, text):
-                return asked
-            rate = request.form.get("rate", "").strip() or None
-            bulk = request.queue.requeue_failures(group, rate=rate)
-            number = bulk.changed + bulk.more
-            error = group.error_type
-            request.note("requeue", f"failures of {group.type}", f"{error}: {number} tasks")
-            return Done(
-                request.say("{count} task runs again.|{count} tasks run again.", count=number)
-            )
+            return _requeue(request, group)
     raise NotFound(request.say("This group has no failed tasks any more."))
+
+
+def _requeue(request: Request, group: FailureGroup) -> Done | Page:
+    rate = request.form.get("rate", "").strip() or None
+    if asked := question(request, lambda: _question(request, group, rate)):
+        return asked
+    bulk = request.queue.requeue_failures(group, rate=rate)
+    number = bulk.changed + bulk.more
+    request.note("requeue", f"failures of {group.type}", f"{group.error_type}: {number} tasks")
+    return Done(request.say("{count} task runs again.|{count} tasks run again.", count=number))
 
 
 SCREEN = Screen(

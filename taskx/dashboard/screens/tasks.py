@@ -44,7 +44,7 @@ def read_filter(request: Request, line: str) -> TaskFilter:
         ConfigurationError: the line is not valid.
         Forbidden: it looks for values that the user may not see.
     """
-    found = parse_query(line, request.queue._clock)
+    found = parse_query(line, request.queue.clock)
     private.check_search(request, found)
     return found
 

@@ -81,7 +81,7 @@ def test_a_group_of_failures_runs_again_at_a_rate(site, page):
     row = page.get_by_role("row").filter(has=page.get_by_role("link", name="grouped", exact=True))
     row.get_by_role("textbox").fill("1/d")
     row.get_by_role("button").click()
-    expect(page.locator("h1")).to_have_text("Run all failed tasks of this group again?")
+    expect(page.locator("h1")).to_have_text("Run all 3 failed tasks of this group again?")
     page.get_by_role("button", name="Yes").click()
     notice(page, "3 tasks run again.")
     assert site.queue.count_tasks(type="grouped", status="pending") >= 2
