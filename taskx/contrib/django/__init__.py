@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from taskx.contrib.django.queues import load_queue as load_queue
     from taskx.contrib.django.repository import DjangoRepository as DjangoRepository
     from taskx.contrib.django.tasks import task as task
+    from taskx.contrib.django.views import dashboard as dashboard
 
 # The module of each public name.
 _MODULES = {
     "DjangoRepository": "repository",
     "InlineBackend": "inline",
     "TaskxBackend": "backend",
+    "dashboard": "views",
     "get_queue": "queues",
     "load_queue": "queues",
     "task": "tasks",

@@ -15,6 +15,7 @@ from django.db.models import Q
 from taskx.contrib.django.fields import LongField, NameField
 from taskx.core.lifecycle import CANCELLED, COMPLETED, FAILED, PENDING, RUNNING
 from taskx.core.record import FOR_TURN, FREE
+from taskx.schedules.stored import PREFIX
 
 
 def _name(verbose: str, length: int = 255, **options: Any) -> NameField:
@@ -95,7 +96,7 @@ class TaskRow(models.Model):
         db_table = "taskx_task"
         verbose_name = "task"
         verbose_name_plural = "tasks"
-        default_permissions = ("change", "delete", "view")
+        default_permissions = ()
         constraints = (
             models.UniqueConstraint(fields=("task_id",), name="taskx_id"),
             models.UniqueConstraint(
@@ -202,3 +203,64 @@ class NoteRow(models.Model):
 
     def __str__(self) -> str:
         return self.name
+
+
+# --- what the admin shows; its permissions are those of these models
+
+
+class Task(TaskRow):
+    """A task, in the admin."""
+
+    class Meta:
+        proxy = True
+        verbose_name = "task"
+        verbose_name_plural = "tasks"
+        default_permissions = ("change", "delete", "view")
+
+
+class DeadLetterManager(models.Manager["DeadLetter"]):
+    """The failed tasks."""
+
+    def get_queryset(self) -> models.QuerySet[DeadLetter]:
+        return super().get_queryset().filter(status=FAILED)
+
+
+class DeadLetter(TaskRow):
+    """A failed task, in the admin."""
+
+    objects = DeadLetterManager()
+
+    class Meta:
+        proxy = True
+        verbose_name = "dead letter"
+        verbose_name_plural = "dead letters"
+        default_permissions = ("change", "delete", "view")
+
+
+class ScheduleManager(models.Manager["Schedule"]):
+    """The notes that store schedules."""
+
+    def get_queryset(self) -> models.QuerySet[Schedule]:
+        # A span of the primary key.
+        return super().get_queryset().filter(name__gt=PREFIX, name__lt=f"{PREFIX[:-1]}0")
+
+
+class Schedule(NoteRow):
+    """A schedule, in the admin."""
+
+    objects = ScheduleManager()
+
+    class Meta:
+        proxy = True
+        verbose_name = "schedule"
+        verbose_name_plural = "schedules"
+        ordering = ("name",)
+
+    @staticmethod
+    def note_of(name: str) -> str:
+        """Return the name of the note of a schedule."""
+        return PREFIX + name
+
+    def __str__(self) -> str:
+        name: str = self.name
+        return name.removeprefix(PREFIX)

@@ -3,3 +3,5 @@
 import django_project
 
 django_project.set_up()
+
+from .sites import boss, browse, migrated, site  # noqa: E402, F401  (fixtures, with models)

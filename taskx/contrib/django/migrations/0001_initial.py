@@ -281,7 +281,7 @@ class Migration(migrations.Migration):
                 "verbose_name": "task",
                 "verbose_name_plural": "tasks",
                 "db_table": "taskx_task",
-                "default_permissions": ("change", "delete", "view"),
+                "default_permissions": (),
                 "indexes": [
                     models.Index(fields=["created_at", "seq"], name="taskx_created"),
                     models.Index(
@@ -372,6 +372,45 @@ class Migration(migrations.Migration):
             constraint=models.UniqueConstraint(
                 fields=("parent", "child"), name="taskx_parent_child"
             ),
+        ),
+        migrations.CreateModel(
+            name="Task",
+            fields=[],
+            options={
+                "verbose_name": "task",
+                "verbose_name_plural": "tasks",
+                "default_permissions": ("change", "delete", "view"),
+                "proxy": True,
+                "indexes": [],
+                "constraints": [],
+            },
+            bases=("taskx.taskrow",),
+        ),
+        migrations.CreateModel(
+            name="DeadLetter",
+            fields=[],
+            options={
+                "verbose_name": "dead letter",
+                "verbose_name_plural": "dead letters",
+                "default_permissions": ("change", "delete", "view"),
+                "proxy": True,
+                "indexes": [],
+                "constraints": [],
+            },
+            bases=("taskx.taskrow",),
+        ),
+        migrations.CreateModel(
+            name="Schedule",
+            fields=[],
+            options={
+                "verbose_name": "schedule",
+                "verbose_name_plural": "schedules",
+                "ordering": ("name",),
+                "proxy": True,
+                "indexes": [],
+                "constraints": [],
+            },
+            bases=("taskx.noterow",),
         ),
         migrations.RunPython(tune, migrations.RunPython.noop, elidable=False),
     ]

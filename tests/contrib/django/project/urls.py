@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from django.contrib import admin
+from django.urls import path
 
-urlpatterns: list[Any] = []
+from taskx.contrib.django import dashboard
+
+urlpatterns = [
+    path("admin/", admin.site.urls),
+    path("tasks/", dashboard()),
+]

@@ -1,0 +1,131 @@
+"""The dashboard at a URL: :func:`dashboard`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from django.contrib.auth.views import redirect_to_login
+from django.core.exceptions import ImproperlyConfigured
+from django.db import connections, transaction
+from django.http import HttpRequest, HttpResponse
+from django.http.response import HttpResponseBase
+from django.urls import NoReverseMatch, path, re_path, reverse
+from django.views.decorators.csrf import csrf_exempt
+
+from taskx.contrib.django.mounting import answer
+from taskx.contrib.django.queues import get_queue
+
+if TYPE_CHECKING:
+    from taskx.dashboard import Dashboard
+
+#: The permissions of the dashboard that each permission of Django gives.
+PERMISSIONS: Mapping[str, frozenset[str]] = {
+    "taskx.view_task": frozenset({"read", "see_params"}),
+    "taskx.change_task": frozenset({"cancel", "requeue", "edit", "pause", "tune"}),
+    "taskx.delete_task": frozenset({"delete"}),
+    "taskx.change_schedule": frozenset({"schedules"}),
+}
+#: The namespace of the URLs: ``reverse("taskx:dashboard")`` is the overview. That of another backend than
+#: ``default`` has its name, too: ``taskx-reports:dashboard``.
+NAMESPACE = "taskx"
+
+_GRANTED = "taskx.django.granted"
+
+#: A function that returns the permissions of the dashboard for a request.
+Check = Callable[[HttpRequest], Iterable[str]]
+
+
+def permissions_of(request: HttpRequest) -> frozenset[str]:
+    """Return what a request's user may do in the dashboard: nothing unless ``is_staff`` is set.
+
+    ``view_task`` gives ``read`` and ``see_params``; ``change_task`` gives ``cancel``, ``requeue``,
+    ``edit``, ``pause`` and ``tune``; ``delete_task`` gives ``delete``; ``change_schedule`` gives
+    ``schedules``.
+    """
+    user = request.user
+    if not user.is_staff:
+        return frozenset()
+    given = [granted for name, granted in PERMISSIONS.items() if user.has_perm(name)]
+    return frozenset().union(*given)
+
+
+def dashboard(
+    backend: str = "default",
+    *,
+    permissions: Check = permissions_of,
+    read_only: bool = False,
+    title: str = "TaskX",
+) -> tuple[list[Any], str, str]:
+    """Return the URLs of the dashboard, for ``path("tasks/", dashboard())``.
+
+    A visitor who is not logged in is sent to the login page of the admin, or to ``LOGIN_URL`` if there is
+    no admin. The user's name is noted with each change.
+
+    Args:
+        backend: the alias in ``TASKS`` whose queue is shown.
+        permissions: a function that gets the request and returns permissions of the dashboard (see
+            ``taskx.dashboard.PERMISSIONS``); by default :func:`permissions_of`.
+        read_only: True: nothing can be changed.
+        title: the name that the pages show.
+    """
+    made: list[Dashboard] = []
+
+    def app_of() -> Dashboard:
+        """Return the dashboard of the backend's queue, which other settings may have replaced."""
+        from taskx.dashboard import Dashboard
+
+        queue = get_queue(backend)
+        if not made or made[0].queue is not queue:
+            made[:] = [
+                Dashboard(
+                    queue,
+                    permissions=lambda environ: environ[_GRANTED],
+                    read_only=read_only,
+                    title=title,
+                )
+            ]
+        return made[0]
+
+    def view(request: HttpRequest, rest: str, **kwargs: Any) -> HttpResponseBase:
+        if not hasattr(request, "user"):
+            raise ImproperlyConfigured(
+                "the dashboard needs to know the user: add 'django.contrib.auth.middleware."
+                "AuthenticationMiddleware' to MIDDLEWARE"
+            )
+        user = request.user
+        if not user.is_authenticated:
+            return _to_login(request, rest)
+        granted = frozenset(permissions(request))
+        name = {_GRANTED: granted, "REMOTE_USER": user.get_username()}
+        return answer(app_of(), request, rest, **name)
+
+    # The dashboard has a check of its own, which also holds for its pages in the browser's cache.
+    view = csrf_exempt(_not_atomic(view))
+    return (
+        [
+            path("", view, {"rest": ""}, name="dashboard"),
+            re_path(r"^(?P<rest>.+)$", view, name="dashboard-page"),
+        ],
+        NAMESPACE,
+        NAMESPACE if backend == "default" else f"{NAMESPACE}-{backend}",
+    )
+
+
+def _not_atomic(view: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the view such that it is outside of transactions: what it changes is of the queue."""
+    for alias in connections:
+        view = transaction.non_atomic_requests(alias)(view)
+    return view
+
+
+def _to_login(request: HttpRequest, rest: str) -> HttpResponseBase:
+    if rest.startswith("api/"):
+        return HttpResponse('{"error": "log in first"}', "application/json", status=401)
+    if "HX-Request" in request.headers:  # a page that refreshes itself
+        return HttpResponse(headers={"HX-Refresh": "true"})
+    try:
+        login = reverse("admin:login")
+    except NoReverseMatch:
+        login = None  # LOGIN_URL
+    return redirect_to_login(request.get_full_path(), login)
