@@ -34,6 +34,7 @@ from taskx.core.options import (
 )
 from taskx.core.ticks import Every, Misfire
 from taskx.core.values import Values
+from taskx.engines.base import Engine, Threads
 from taskx.executing.executors import (
     AnyExecutor,
     BoundExecutor,
@@ -89,6 +90,7 @@ class Queue(Questions, Steering):
             of waiting tasks that it has no executor for, once. It returns the executor, or None if there
             is none here.
         clock: the source of the time; for tests.
+        engine: what runs the tasks of this queue once it is started; threads of this process by default.
 
     Raises:
         ConfigurationError: an argument is not valid.
@@ -104,6 +106,7 @@ class Queue(Questions, Steering):
         middleware: Iterable[Layer] = (),
         find_executor: FindExecutor | None = None,
         clock: Clock = SYSTEM_CLOCK,
+        engine: Engine | None = None,
     ) -> None:
         if config is not None and not isinstance(config, Config):
             raise ConfigurationError(f"config must be a Config, not {type(config).__name__}")
@@ -126,6 +129,10 @@ class Queue(Questions, Steering):
         # The JSON forms of params and results, by type. Handles decode results by them.
         self._values: Mapping[str, Values] = self._registry.values
         self._schedules = Schedules(self.handle)
+        if not isinstance(engine, Engine | None):
+            raise ConfigurationError(f"engine must be an Engine, not {type(engine).__name__}")
+        self._runs_by = Threads() if engine is None else engine
+        self._runs_by.bind(self)
         self.repository.queues.add(self)
         self._wire()
         _queues.add(self)
@@ -147,7 +154,8 @@ class Queue(Questions, Steering):
         self._joining = Joining(self._services, state, self.config)
         self._entrance = layered(self._intake, self._registry.middleware)
         self._schedules.wire(self._services, self._intake)
-        self._life = self._life_class(self._services, self.config, state, self)
+        make_node = self._runs_by.make_node
+        self._life = self._life_class(self._services, self.config, state, self, make_node)
 
     def _require(self, what: str) -> None:
         self.repository.require(what)
@@ -730,6 +738,7 @@ class Queue(Questions, Steering):
         self.repository.renew_after_fork()
         self._services.watcher.renew_after_fork()
         self._life.forget()
+        self._runs_by.renew_after_fork()
         self._wire()
 
 

@@ -261,7 +261,10 @@ def _described(thread: threading.Thread) -> str:
     return f"{thread!r}:\n{stack}"
 
 
-_AT_WORK = ("taskx-worker", "taskx-housekeeper", "taskx-stop", "taskx-watch", "taskx-listen")
+_AT_WORK = (
+    *("taskx-worker", "taskx-housekeeper", "taskx-stop", "taskx-watch", "taskx-listen"),
+    *("taskx-dispatch", "taskx-join"),
+)
 
 
 @pytest.fixture

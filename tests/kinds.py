@@ -33,6 +33,7 @@ BY_PARAMETER = {
 TESTS = Path(__file__).parent
 BY_FOLDER = {
     TESTS / "campaign": "campaign",
+    TESTS / "engines": "process",
     TESTS / "storage" / "mongo": "mongo",
     TESTS / "dashboard" / "browser": "browser",
 }

@@ -33,6 +33,7 @@ class About:
         started_at: the time of its start, in milliseconds.
         buffer_size: the number of submitted tasks that fit into its buffer.
         worker_num: the number of workers that its program configured.
+        engine: the name of the engine that brings tasks to it; empty if it fetches them itself.
     """
 
     host: str = ""
@@ -42,6 +43,7 @@ class About:
     started_at: int = 0
     buffer_size: int = 0
     worker_num: int = 0
+    engine: str = ""
 
 
 @attrs.frozen(kw_only=True)

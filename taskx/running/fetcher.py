@@ -56,6 +56,10 @@ class Fetcher:
         """Return True if the node may start tasks of this type now: the type is not paused."""
         return type not in self._services.controls.paused
 
+    def serves(self, type: str) -> bool:
+        """Return True if the node gets tasks of this type to an executor."""
+        return self._services.registry.runs(type)
+
     def buffers(self, type: str) -> bool:
         """Return True if a task of this type may go straight into the buffer: no limit and no pause."""
         services = self._services

@@ -58,6 +58,8 @@ class WorkerPool:
         retire: called to end the node if its TaskX is too old for the repository.
     """
 
+    fetcher_class: type[Fetcher] = Fetcher
+
     def __init__(
         self,
         services: Services,
@@ -91,10 +93,11 @@ class WorkerPool:
             services.log,
         )
         self.starter = Starter(services, node, self.buffer, self.runs, self.admission)
-        self.fetcher = Fetcher(
+        self.fetcher = self.fetcher_class(
             services, node.id, workers, self.buffer, self.runs, self.starter, self.admission
         )
-        self.discard, self.rebuffer = self.buffer.discard, self.starter.rebuffer
+        self.discard = self.buffer.discard
+        self.rebuffer: Callable[[Task], None] = self.starter.rebuffer
         #: The node as it was recorded last.
         self.recorded = node
         #: Makes the pool follow pauses and overrides.

@@ -599,6 +599,11 @@ class Repository(TaskRepository):
             )
 
     @property
+    def one_host(self) -> bool:
+        """True if only processes on one host can use the repository."""
+        return False
+
+    @property
     def liveness(self) -> Liveness[Any]:
         """The object that knows the nodes on this repository, and which of them are alive."""
         made: Liveness[Any] | None = vars(self).get("_liveness")

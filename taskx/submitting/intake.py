@@ -226,7 +226,7 @@ class Intake:
         if (
             pool is not None
             and not insert.row["held"]
-            and self._services.registry.runs(type_)
+            and pool.fetcher.serves(type_)
             and pool.fetcher.has_room(type_)
         ):
             self._services.agenda.fetch_soon()
@@ -376,8 +376,8 @@ class Intake:
     def _store_and_buffer_many(
         self, pool: WorkerPool, inserts: Sequence[Insert], *, refuse: bool
     ) -> None:
-        buffer, runs = pool.buffer, self._services.registry.runs
-        due = [i for i in inserts if not i.row["held"] and runs(i.row["type"])]
+        buffer, serves = pool.buffer, pool.fetcher.serves
+        due = [i for i in inserts if not i.row["held"] and serves(i.row["type"])]
         apart = {type for type in {i.row["type"] for i in due} if not pool.fetcher.buffers(type)}
         due = [insert for insert in due if insert.row["type"] not in apart]
         slots: list[int] = []

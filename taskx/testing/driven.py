@@ -31,7 +31,7 @@ from taskx.moving import Services
 from taskx.running.pool import State
 from taskx.testing.clock import ManualClock
 from taskx.upkeep.housekeeper import Housekeeper
-from taskx.upkeep.node import Lifetime, LocalNode
+from taskx.upkeep.node import Lifetime, LocalNode, MakeNode
 
 #: The largest buffer: no submit is refused while nothing runs.
 ROOM = 10_000_000
@@ -234,10 +234,15 @@ class DrivenNode(LocalNode):
 class DrivenLifetime(Lifetime):
     """Starts and stops a node without threads. One that is left over is not stopped at interpreter exit."""
 
-    node_class = DrivenNode
-
-    def __init__(self, services: Services, config: Config, state: State, queue: Any) -> None:
-        super().__init__(services, config, state, queue)
+    def __init__(
+        self,
+        services: Services,
+        config: Config,
+        state: State,
+        queue: Any,
+        make_node: MakeNode = DrivenNode,
+    ) -> None:
+        super().__init__(services, config, state, queue, DrivenNode)
         self.forget()
 
 

@@ -52,31 +52,35 @@ class LocalNode:
     ``ended`` is called when the node has left the repository.
     """
 
+    pool_class: type[WorkerPool] = WorkerPool
+
     def __init__(self, services: Services, config: Config, ended: Callable[[], object]) -> None:
         self._services = services
         self._ended = ended
-        from socket import gethostname  # not needed by a program that only submits
-
-        node_id, host = new_id(), gethostname()
-        self.record = Node(
-            id=node_id,
-            name=f"{host}:{os.getpid()}:{node_id[-6:]}",
-            about=About(
-                host=host,
-                pid=os.getpid(),
-                python="{}.{}.{}".format(*sys.version_info),
-                version=import_module("taskx").__version__,  # it imports this module
-                started_at=services.clock.now_ms(),
-                buffer_size=config.buffer_size,
-                worker_num=config.worker_num,
-            ),
-        )
-        self.engine = WorkerPool(services, self.record, config, self._retire)
+        about = self.about(config)
+        node_id = new_id()
+        name = f"{about.host}:{about.pid}:{node_id[-6:]}"
+        self.record = Node(id=node_id, name=name, about=about)
+        self.engine = self.pool_class(services, self.record, config, self._retire)
         self._retiring, self._stopping = threading.Lock(), threading.Lock()  # held for good
         self._ending = threading.Lock()
         self._on_record = False  # True also while it joins, when it may not be recorded yet
         self._left = threading.Event()
         self._housekeeper = Housekeeper(self.engine, config.retention)
+
+    def about(self, config: Config) -> About:
+        """Return the facts about this node that do not change."""
+        from socket import gethostname  # not needed by a program that only submits
+
+        return About(
+            host=gethostname(),
+            pid=os.getpid(),
+            python="{}.{}.{}".format(*sys.version_info),
+            version=import_module("taskx").__version__,  # it imports this module
+            started_at=self._services.clock.now_ms(),
+            buffer_size=config.buffer_size,
+            worker_num=config.worker_num,
+        )
 
     # --- starting
 
@@ -311,13 +315,23 @@ class LocalNode:
             self._ended()
 
 
+#: Make a node of the services and settings of a queue; the last argument is called when it has left.
+MakeNode = Callable[[Services, Config, Callable[[], object]], LocalNode]
+
+
 class Lifetime:
     """Starts and stops a queue, and tells the hooks; ``state`` shows the queue's parts how far it is."""
 
-    node_class: type[LocalNode] = LocalNode
-
-    def __init__(self, services: Services, config: Config, state: State, queue: Any) -> None:
+    def __init__(
+        self,
+        services: Services,
+        config: Config,
+        state: State,
+        queue: Any,
+        make_node: MakeNode = LocalNode,
+    ) -> None:
         self._services = services
+        self._make_node = make_node
         #: The settings; they may change until the queue is started.
         self.config = config
         self._state = state
@@ -361,7 +375,7 @@ class Lifetime:
             if self.node is not None:
                 self.node.engine.begun.set()  # an interrupt may have stopped start() before this step
                 return
-            node = self.node_class(self._services, self.config, self._ended)
+            node = self._make_node(self._services, self.config, self._ended)
             node.engine.asked_to_stop = self._asked_to_stop
             try:
                 node.join()

@@ -9,7 +9,7 @@ from pathlib import Path
 import taskx.contrib
 
 FOLDER = Path(taskx.contrib.__file__).parent
-ALLOWED = {"taskx", "taskx.common.permission", "taskx.dashboard", "taskx.cli.app"}
+ALLOWED = {"taskx", "taskx.common.permission", "taskx.dashboard", "taskx.cli.app", "taskx.engines"}
 
 
 def imported(node: ast.AST) -> Iterator[str]:

@@ -509,6 +509,11 @@ class DjangoRepository(BesideBlocks):
 
     # --- opening and closing
 
+    @property
+    def one_host(self) -> bool:
+        """True if the database is an SQLite file."""
+        return self._file is not None
+
     def _make_liveness(self) -> Liveness[Any]:
         """Choose locks for an SQLite file, which is on this host, and leases for every other database."""
         file = self._file

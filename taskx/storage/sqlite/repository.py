@@ -110,6 +110,7 @@ class SQLiteRepository(Repository):
     """
 
     conditions = CONDITIONS
+    one_host = True
 
     def __init__(
         self,

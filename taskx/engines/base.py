@@ -1,0 +1,198 @@
+"""The interface of engines, the engine of threads, and the base of engines that use a broker."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+from taskx.common.config import Config
+from taskx.core.checks import check_number
+from taskx.core.errors import ConfigurationError, QueueStopped, RepositoryError
+from taskx.core.log import log
+from taskx.engines.tickets import Ticket
+from taskx.moving import Services
+from taskx.storage.base import Repository
+from taskx.upkeep.node import LocalNode
+
+if TYPE_CHECKING:
+    from taskx.engines.node import TicketNode
+
+#: Seconds after which a worker process that could not start its queue tries again: first, and at most.
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 10.0
+#: Seconds for which a ticket waits for the queue of a worker process that is starting.
+_PATIENCE = 5.0
+
+
+class _Queue(Protocol):
+    """The methods of a queue that an engine calls."""
+
+    repository: Repository
+
+    def start(self) -> None: ...
+    def stop(self, timeout: float) -> list[str]: ...
+
+
+class Engine(ABC):
+    """The part of a queue that decides where its tasks run. ``name`` is recorded with each node."""
+
+    name = ""
+
+    @abstractmethod
+    def bind(self, queue: _Queue) -> None:
+        """Become the engine of a queue.
+
+        Raises:
+            ConfigurationError: the engine cannot run the tasks of this queue.
+        """
+
+    @abstractmethod
+    def make_node(
+        self, services: Services, config: Config, ended: Callable[[], object]
+    ) -> LocalNode:
+        """Return the node of the queue that is started; ``ended`` is called when the node has left."""
+
+    @abstractmethod
+    def renew_after_fork(self) -> None:
+        """Forget, in a forked child, what belongs to the parent."""
+
+
+class Threads(Engine):
+    """The engine of a queue by default: ``Config.worker_num`` threads of the process that starts it."""
+
+    name = "threads"
+
+    def bind(self, queue: _Queue) -> None:
+        """Accept every queue."""
+
+    def make_node(
+        self, services: Services, config: Config, ended: Callable[[], object]
+    ) -> LocalNode:
+        """Return a node with worker threads."""
+        return LocalNode(services, config, ended)
+
+    def renew_after_fork(self) -> None:
+        """Do nothing: the node belongs to the queue."""
+
+
+class BrokerEngine(Engine):
+    """An engine whose tickets a message broker carries to worker processes.
+
+    A program that starts its queue only sends tickets. A worker process calls :meth:`begin_work`, which
+    starts the queue there, and :meth:`run` for each ticket that it gets. A subclass implements
+    :meth:`send`.
+
+    Args:
+        one_host: True if all processes that use the queue are on this host. A SQLite file requires it.
+        resend: seconds after which a ticket is sent again if workers are free and its task has not started.
+
+    Attributes:
+        workers: the number of tasks that this process runs at a time; 0 if it is no worker process.
+
+    Raises:
+        ConfigurationError: an argument is not valid.
+    """
+
+    def __init__(self, *, one_host: bool = False, resend: float = 5.0) -> None:
+        if not isinstance(one_host, bool):
+            raise ConfigurationError(f"one_host must be True or False, not {one_host!r}")
+        self._one_host = one_host
+        self.resend = check_number(resend, "resend", 0.01)
+        self._queue: weakref.ref[_Queue] | None = None
+        self.renew_after_fork()
+
+    def renew_after_fork(self) -> None:
+        """Forget, in a forked child, what belongs to the parent."""
+        self.workers = 0
+        self._node: TicketNode | None = None
+        self._begun = threading.Event()
+        self._ending = threading.Event()
+
+    @abstractmethod
+    def send(self, ticket: Ticket) -> None:
+        """Send a ticket to the worker processes, or raise any exception.
+
+        One thread of TaskX calls it. It must end in bounded time, because other tickets wait for it.
+        """
+
+    def bind(self, queue: _Queue) -> None:
+        repository = queue.repository
+        repository.require("the tasks of several processes, which an engine with a broker needs")
+        if not repository.shared:
+            raise ConfigurationError(
+                f"{self.name} runs tasks in other processes, which cannot see this repository: use "
+                "MongoRepository, or SQLiteRepository if all processes are on one host"
+            )
+        if repository.one_host and not self._one_host:
+            raise ConfigurationError(
+                f"{self.name} may run tasks on other hosts, and they cannot share a SQLite file: use "
+                "MongoRepository, or pass one_host=True if all worker processes are on this host"
+            )
+        if self._queue is not None and self._queue() not in (None, queue):
+            raise ConfigurationError("an engine has one queue: create another engine")
+        self._queue = weakref.ref(queue)
+
+    def make_node(
+        self, services: Services, config: Config, ended: Callable[[], object]
+    ) -> LocalNode:
+        """Return a node that sends tickets and, in a worker process, runs tasks for them."""
+        # Imported here, because most programs have no broker.
+        from taskx.engines.node import TicketNode
+
+        node = TicketNode(services, config, ended, self)
+        node.begun = lambda: self._has_begun(node)
+        return node
+
+    def _has_begun(self, node: TicketNode) -> None:
+        self._node = node
+        self._begun.set()
+
+    # --- in a worker process
+
+    def begin_work(self, workers: int) -> None:
+        """Make this process a worker process that runs ``workers`` tasks at a time; return at once.
+
+        A thread starts the queue, and tries again while the repository is away.
+        """
+        self.workers = workers
+        self._ending.clear()
+        threading.Thread(target=self._start, name="taskx-join", daemon=True).start()
+
+    def _start(self) -> None:
+        pause = _FIRST_PAUSE
+        while (queue := self._bound()) is not None and not self._ending.is_set():
+            try:
+                queue.start()
+            except RepositoryError as error:
+                log.warning("this worker process cannot start its queue yet: %s", error)
+            except QueueStopped:
+                return
+            except Exception:  # noqa: BLE001  (a defect: without its queue, this process would idle)
+                log.exception("this worker process cannot start its queue; it tries again")
+            else:
+                return
+            del queue
+            self._ending.wait(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def end_work(self, timeout: float) -> None:
+        """Stop the queue of a worker process that ends; running tasks get ``timeout`` seconds."""
+        self._ending.set()
+        if self.workers and (queue := self._bound()) is not None:
+            queue.stop(timeout)
+
+    def run(self, task_id: str, type: str) -> None:
+        """Run the best task of a type that is due, in this thread; return when its outcome is stored.
+
+        If nothing may start, this does nothing: the ticket is sent again when that has changed.
+        """
+        ticket = Ticket(task_id, type)
+        if not self.workers or not self._begun.wait(_PATIENCE) or self._node is None:
+            log.warning("a ticket for task %s is dropped: this process runs no tasks yet", task_id)
+            return
+        self._node.run(ticket)
+
+    def _bound(self) -> Any:
+        return None if self._queue is None else self._queue()

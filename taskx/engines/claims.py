@@ -1,0 +1,103 @@
+"""Claims: the task that a ticket starts."""
+
+from __future__ import annotations
+
+import threading
+
+from taskx.core import lifecycle
+from taskx.core.lifecycle import PENDING
+from taskx.core.record import FREE, STUB, Stub, stub_from_values
+from taskx.engines.pool import TicketPool
+from taskx.engines.tickets import Ticket
+from taskx.executing.runner import Run
+from taskx.running.buffer import Item
+
+#: Most tasks of each sender that a claim reads at a time, and most times that it reads them. If other
+#: workers have started all of them in the meantime, a task is left to the next ticket.
+FEW, TRIES = 8, 5
+
+
+class Claims:
+    """Starts a task for each ticket, through the same code as worker threads do."""
+
+    def __init__(self, pool: TicketPool) -> None:
+        self._pool = pool
+        self._services = pool.services
+        # As in a pool with threads, one thread at a time starts tasks.
+        self._starting = threading.Lock()
+
+    def claim(self, ticket: Ticket, worker: str) -> Run | None:
+        """Start the best task of the ticket's type that is due; of equal ones, the one that it names.
+
+        Return its run. None if no task of this type may start here now.
+
+        Raises:
+            RepositoryError: the repository failed.
+        """
+        pool, fetcher = self._pool, self._pool.fetcher
+        if not (self._services.registry.runs(ticket.type) and fetcher.has_room(ticket.type)):
+            self._keep(ticket)
+            return None
+        with self._starting:
+            for _ in range(TRIES):
+                if pool.stopping:
+                    return None
+                found = self._candidates(ticket)
+                for stub, owner in found:
+                    run = self._start(stub, worker)
+                    if run is not None:
+                        if stub.id != ticket.id and not owner:
+                            self._free(ticket)
+                        return run
+                if len(found) < FEW or not fetcher.has_room(ticket.type):
+                    break
+        self._keep(ticket)
+        return None
+
+    def _start(self, stub: Stub, worker: str) -> Run | None:
+        pool = self._pool
+        place, since = stub.rank(pool.buffer.ageing), stub.created_at
+        item = Item(place, since, 0, stub.id, stub.type, True)
+        for run in pool.starter.start([item], worker):
+            if not pool.stopping:
+                return run
+            pool.starter.hand_back([run], rebuffer=False)  # the stop could not see it yet
+        return None
+
+    def _candidates(self, ticket: Ticket) -> list[tuple[Stub, str]]:
+        """Return the best tasks of a type with their owners, in the order in which to try them."""
+        repository, ageing = self._services.repository, self._pool.buffer.ageing
+        named = self._named(ticket)
+        senders = dict.fromkeys(["", *self._pool.tickets.senders, *([named[1]] if named else [])])
+        found = {
+            stub.id: (stub, owner)
+            for owner in senders
+            for stub in repository.ready([ticket.type], FEW, owner, ageing)
+        }
+        if named is not None:
+            found[ticket.id] = named
+
+        def place(pair: tuple[Stub, str]) -> tuple[int, bool, int, str]:
+            stub = pair[0]
+            return stub.rank(ageing), stub.id != ticket.id, stub.created_at, stub.id
+
+        return sorted(found.values(), key=place)
+
+    def _named(self, ticket: Ticket) -> tuple[Stub, str] | None:
+        """Return the task that a ticket names, with its owner, if it may start."""
+        fields = (*STUB, "owner", "held")
+        for *row, owner, held in self._services.repository.find("id", [ticket.id], fields):
+            stub = stub_from_values(row)
+            if stub.status == PENDING and (held or FREE) == FREE and stub.type == ticket.type:
+                return stub, owner or ""
+        return None
+
+    def _keep(self, ticket: Ticket) -> None:
+        """Keep the ticket of a task that waits, until there is room for one."""
+        if (named := self._named(ticket)) is not None and named[1]:
+            self._pool.tickets.keep(ticket, named[1])
+
+    def _free(self, ticket: Ticket) -> None:
+        """Free the ticket's task: its ticket has started another one, which had none."""
+        if (named := self._named(ticket)) is not None and named[1]:
+            self._services.ledger.commit([lifecycle.free(ticket.id, named[1])])

@@ -1,0 +1,92 @@
+"""The node of a queue with a broker: it sends tickets and, in a worker process, runs tasks for them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Protocol
+
+import attrs
+
+from taskx.common.config import Config
+from taskx.core.errors import RepositoryError
+from taskx.engines.claims import Claims
+from taskx.engines.dispatch import Dispatcher
+from taskx.engines.pool import TicketPool
+from taskx.engines.tickets import Ticket
+from taskx.liveness.base import About
+from taskx.moving import Services
+from taskx.upkeep.node import LocalNode
+
+
+class _Engine(Protocol):
+    """The parts of an engine that its node uses."""
+
+    name: str
+    resend: float
+    workers: int
+
+    def send(self, ticket: Ticket) -> None: ...
+
+
+class TicketNode(LocalNode):
+    """A node that has no worker threads. The threads of the broker's worker process call :meth:`run`."""
+
+    pool_class = TicketPool
+    engine: TicketPool
+
+    def __init__(
+        self, services: Services, config: Config, ended: Callable[[], object], engine: _Engine
+    ) -> None:
+        self._name, self._workers = engine.name, engine.workers
+        #: Called when the node may run tasks.
+        self.begun: Callable[[], object] = lambda: None
+        super().__init__(services, attrs.evolve(config, worker_num=max(1, engine.workers)), ended)
+        self._claims = Claims(self.engine)
+        self._dispatcher = Dispatcher(self.engine, engine.name, engine.send, engine.resend)
+
+    def about(self, config: Config) -> About:
+        """Return the facts about this node."""
+        about = super().about(config)
+        return attrs.evolve(about, engine=self._name, worker_num=self._workers, buffer_size=0)
+
+    def begin(self) -> None:
+        """Start the threads."""
+        super().begin()
+        self._dispatcher.start()
+
+    def go(self) -> None:
+        """Take tickets from now on."""
+        super().go()
+        self.begun()
+
+    def run(self, ticket: Ticket) -> None:
+        """Run the best task of the ticket's type to its outcome, in this thread.
+
+        Raises:
+            KeyboardInterrupt: the executor was interrupted, or another exception that is for the program.
+        """
+        pool = self.engine
+        worker = pool.worker_name(threading.current_thread().name)
+        try:
+            run = self._claims.claim(ticket, worker)
+        except RepositoryError as error:
+            self._services.log.warning(
+                "the repository fails, and the ticket for task %s is sent again later: %s",
+                *(ticket.id, error),
+            )
+            return
+        if run is None:
+            return
+        ending = pool.execute(run, worker, conclude=pool.conclude)
+        if ending.interrupt is not None:
+            raise ending.interrupt
+
+    def withdraw(self) -> None:
+        """Undo :meth:`join` and :meth:`begin`; no task was run."""
+        self._dispatcher.stop()
+        super().withdraw()
+
+    def _begin_stop(self) -> None:
+        self._dispatcher.stop()
+        super()._begin_stop()

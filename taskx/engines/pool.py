@@ -1,0 +1,99 @@
+"""The pool of a node with tickets: no threads and no buffer; the thread that gets a ticket runs a task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+
+from taskx.common.config import Config
+from taskx.core import lifecycle
+from taskx.core.errors import SchemaMismatch
+from taskx.core.model import Task
+from taskx.engines.tickets import Tickets
+from taskx.liveness.base import Node
+from taskx.moving import Services
+from taskx.running.fetcher import Fetcher
+from taskx.running.pool import WorkerPool
+
+
+class TicketFetcher(Fetcher):
+    """Has tickets sent for free tasks, in place of fetching them."""
+
+    def __init__(self, *parts: Any) -> None:
+        super().__init__(*parts)
+        self.tickets = Tickets()
+
+    def serves(self, type: str) -> bool:
+        """Return True: tickets are also sent for types that only other processes run."""
+        return True
+
+    def buffers(self, type: str) -> bool:
+        """Return False: every task is stored as a free one."""
+        return False
+
+    def unmarked(self) -> set[str]:
+        """Return the ids of the pending tasks of this node, which the audit then leaves alone."""
+        return {*super().unmarked(), *list(self.tickets.sent)}
+
+    def refill(self) -> bool:
+        """Have tickets sent soon."""
+        self._agenda.more_stored = False
+        try:
+            self._free_unused()
+        except BaseException:
+            self._agenda.more_stored = True
+            raise
+        self.tickets.ring()
+        return True
+
+    def refill_if_low(self) -> None:
+        """Have tickets sent soon, if there may be more tasks than before."""
+        if self._agenda.more_stored:
+            self.refill()
+
+    def _free_unused(self) -> None:
+        """Free the tasks of tickets that may be of use now, so that their tickets are sent again."""
+        found = self.tickets.usable(self.has_room, self._services.registry.runs)
+        if not found:
+            return
+        try:
+            writes = [lifecycle.free(one.ticket.id, one.owner) for one in found]
+            self._services.ledger.commit(writes)
+        except BaseException:
+            for one in found:
+                self.tickets.keep(one.ticket, one.owner)
+            raise
+
+
+class TicketPool(WorkerPool):
+    """A pool without threads of its own."""
+
+    fetcher_class = TicketFetcher
+    fetcher: TicketFetcher
+
+    def __init__(
+        self,
+        services: Services,
+        node: Node,
+        config: Config,
+        retire: Callable[[SchemaMismatch], None],
+    ) -> None:
+        super().__init__(services, node, config, retire)
+        self.tickets = self.fetcher.tickets
+        self.rebuffer = self._send_ticket
+
+    def start_workers(self) -> None:
+        """Start no thread."""
+
+    def described(self) -> Node:
+        """Return the node with what it runs: nothing, if it only sends tickets."""
+        described = super().described()
+        if self.node.about.worker_num:
+            return described
+        return attrs.evolve(described, types=(), limits={}, own_limits={}, workers=0)
+
+    def _send_ticket(self, task: Task) -> None:
+        """Have a ticket sent for a task that became pending again, and that this node still owns."""
+        self.tickets.ring()

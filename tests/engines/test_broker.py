@@ -1,0 +1,200 @@
+"""Brokers that fail, lose and double messages, workers that die, and programs of two versions."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+import uuid
+from base64 import b64decode
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import pytest
+from helpers import PATIENCE, eventually
+
+from engines.conftest import Ground
+from engines.servers import Broker
+from taskx import TaskStatus
+from taskx.engines.dispatch import DEPTH
+
+BROKERS = ["celery"]
+
+
+@pytest.fixture(params=BROKERS)
+def site(request, ground) -> Ground:
+    """A ground without workers."""
+    made = ground(request.param)
+    made.edge()
+    return made
+
+
+@pytest.fixture(scope="module", params=BROKERS)
+def crewed(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Ground]:
+    """A ground with two workers, which the tests of an engine share."""
+    folder = tmp_path_factory.mktemp(request.param)
+    broker = Broker(folder).start()
+    made = Ground(request.param, folder, broker)
+    made.crew.start()
+    made.workers(2)
+    yield made
+    made.close()
+    broker.kill()
+
+
+@pytest.fixture
+def staffed(crewed: Ground) -> Ground:
+    """A ground with two workers and a new queue, which the test may stop."""
+    crewed.renew()
+    crewed.workers(2)
+    return crewed
+
+
+def held_up(site: Ground) -> list[Callable[[], None]]:
+    """Keep both workers busy; return the functions that free them."""
+    words = [f"busy-{uuid.uuid4().hex}" for _ in range(2)]
+    gates = [site.hold(word)[1] for word in words]
+    for word in words:
+        site.begun(word)
+    return gates
+
+
+def tickets(site: Ground) -> list[tuple[str, str]]:
+    """Return the tickets in the broker that no worker has taken."""
+    with site.broker.client() as client:
+        if site.engine == "celery":
+            found = [json.loads(message)["body"] for message in client.lrange("celery", 0, -1)]
+            return [tuple(json.loads(b64decode(body))[0]) for body in found]
+        messages = client.hgetall("dramatiq:taskx.msgs").values()
+        return [tuple(json.loads(message)["args"]) for message in messages]
+
+
+def all_ran_once(site: Ground, handles: list, prefix: str) -> None:
+    for handle in handles:
+        handle.result(PATIENCE)
+    counts = Counter(site.began(prefix))
+    assert (len(counts), set(counts.values())) == (len(handles), {1})
+
+
+def test_a_broker_that_is_away_only_delays(staffed):
+    assert staffed.note("first").result(PATIENCE)
+    staffed.broker.kill()
+    handles = [staffed.note(f"away{number}") for number in range(10)]
+    assert {handle.task().status for handle in handles} == {TaskStatus.PENDING}
+    staffed.broker.start()
+    all_ran_once(staffed, handles, "away")
+
+
+def test_a_broker_that_hangs_holds_up_neither_submit_nor_cancel_nor_stop(staffed):
+    assert staffed.note("first").result(PATIENCE)
+    running, _ = staffed.hold("held")
+    staffed.begun("held")
+    staffed.broker.freeze()
+    began = time.monotonic()
+    [edge] = [node.id for node in staffed.queue.nodes() if node.this]
+    handles = [staffed.note(f"later{number}") for number in range(10)]
+    assert handles[0].cancel()
+    running.cancel()
+    eventually(lambda: running.task().status is TaskStatus.CANCELLED)
+    assert staffed.queue.stop(timeout=30) == []
+    assert time.monotonic() - began < 20
+    assert edge not in {handle.task().owner for handle in handles}  # others may send their tickets
+    staffed.broker.thaw()
+    all_ran_once(staffed, handles[1:], "later")
+
+
+def test_a_flushed_broker_is_refilled(staffed):
+    gates = held_up(staffed)
+    handles = [staffed.note(f"flushed{number}") for number in range(6)]
+    eventually(lambda: tickets(staffed))
+    staffed.broker.flush()
+    for free in gates:
+        free()
+    all_ran_once(staffed, handles, "flushed")
+
+
+def test_a_ticket_has_an_id_and_a_type_and_a_backlog_is_not_in_the_broker_twice(staffed):
+    gates = held_up(staffed)
+    handles = [staffed.note(f"waits{number:03}") for number in range(100)]
+    known = {handle.id for handle in handles}
+    found = eventually(lambda: tickets(staffed))
+    assert {(id in known, type) for id, type in found} == {(True, "note")}
+    for _ in range(3):  # rounds of the dispatcher
+        staffed.queue.submit("add", {"a": 1, "b": 1})
+        assert len([type for _, type in tickets(staffed) if type == "note"]) <= DEPTH * 2
+    for free in gates:
+        free()
+    all_ran_once(staffed, handles, "waits")
+
+
+def test_lost_and_doubled_tickets_start_each_task_once(staffed, monkeypatch):
+    engine, sent = staffed.engine_of_edge, Counter()
+    send = engine.send
+
+    def unreliable(ticket):
+        sent[ticket.id] += 1
+        number = sum(sent.values())
+        for _ in range((0, 3, 1)[number % 3]):  # lost, tripled, sent
+            send(ticket)
+
+    monkeypatch.setattr(engine, "send", unreliable)
+    handles = [staffed.note(f"one{number}") for number in range(30)]
+    all_ran_once(staffed, handles, "one")
+
+
+def test_killed_workers_lose_nothing_on_mongodb(request, ground, mongo_store):
+    site = ground("celery", mongo_store)
+    site.edge()
+    site.crew.start(TOUCH="1")  # the parent has used its connections before it forks
+    site.workers(2)
+    handles = [site.note(f"task{number}", 0.01) for number in range(30)]
+    eventually(lambda: len(site.began("task")) > 5)
+    held, free = site.hold("held")
+    victim = site.begun("held")
+    os.kill(victim, signal.SIGKILL)
+    free()
+    assert held.result(PATIENCE) != victim
+    assert held.task().crashes == 1
+    for handle in handles:
+        handle.result(PATIENCE)
+    again = [task for task in (handle.task() for handle in handles) if task.starts > 1]
+    assert len(site.began("task")) <= 30 + len(again)
+
+
+def test_two_versions_of_the_program_share_the_broker(site):
+    site.crew.start(OLD="1")
+    site.workers(2)
+    site.queue.declare("new")
+    early = site.queue.submit("new")
+    assert site.queue.submit("add", {"a": 1, "b": 2}).result(PATIENCE) == 3
+    assert early.task().status is TaskStatus.PENDING
+    assert site.queue.why(early.id)[0].kind == "no_node"
+    site.crew.start()
+    site.workers(4)
+    handles = [site.queue.submit("new") for _ in range(5)]
+    assert [handle.result(PATIENCE) for handle in [early, *handles]] == ["new"] * 6
+
+
+def test_a_task_submitted_by_an_executor_needs_no_program_that_sends_tickets(staffed):
+    """The workers send the tickets themselves when no other node does."""
+    handle = staffed.queue.submit("submits", {"log": staffed.log, "word": "inner"}, delay=0.5)
+    staffed.queue.stop()
+    eventually(lambda: staffed.began("inner"))
+    assert handle.task().status in (TaskStatus.RUNNING, TaskStatus.COMPLETED)
+
+
+def test_workers_that_are_stopped_finish_their_tasks(staffed):
+    """This test is the last one with workers that tests share: it stops them."""
+    held, free = staffed.hold("last")
+    staffed.begun("last")
+    process = staffed.crew.processes[0]
+    process.terminate()
+    eventually(lambda: "arm shutdown" in staffed.crew.said() or staffed.engine != "celery")
+    free()
+    process.wait(PATIENCE)
+    assert held.result(PATIENCE)
+    assert held.task().starts == 1
+    assert [node for node in staffed.queue.nodes() if node.workers] == []

@@ -1,0 +1,105 @@
+"""The pools of Celery: children that end after some tasks, pools that grow and shrink, threads and solo."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from hashlib import sha256
+
+import pytest
+from helpers import PATIENCE, ROOT, eventually
+
+from engines.conftest import Ground
+
+
+@pytest.fixture
+def site(ground) -> Ground:
+    made = ground("celery")
+    made.edge()
+    return made
+
+
+def run_all(site: Ground, count: int) -> list[int]:
+    """Run tasks; return the ids of the processes that ran them. None may run twice."""
+    handles = [site.note(f"task{number}") for number in range(count)]
+    pids = [handle.result(PATIENCE) for handle in handles]
+    assert Counter(site.began("task")) == {f"task{number}": 1 for number in range(count)}
+    return pids
+
+
+def test_children_that_end_after_two_tasks_lose_none(site):
+    site.crew.start("--max-tasks-per-child", "2")
+    site.workers(2)
+    pids = run_all(site, 12)
+    assert len(set(pids)) >= 6
+
+
+def test_a_pool_that_grows_and_shrinks_loses_no_task(site):
+    site.crew.start("--autoscale", "3,1")
+    site.workers(1)
+    handles = [site.hold(f"held{number}") for number in range(3)]
+    for number in range(3):
+        site.begun(f"held{number}")  # three at once: the pool has grown
+    for handle, free in handles:
+        free()
+        handle.result(PATIENCE)
+    run_all(site, 10)
+
+
+@pytest.mark.parametrize("pool", ["threads", "solo"])
+def test_other_pools_run_the_tasks_in_place(site, pool):
+    process = site.crew.start("--pool", pool)
+    site.workers({"threads": 2, "solo": 1}[pool])
+    assert set(run_all(site, 10)) == {process.pid}
+    if pool == "threads":
+        held = [site.hold(f"held{number}") for number in range(2)]
+        for number in range(2):
+            site.begun(f"held{number}")
+        for handle, free in held:
+            free()
+            handle.result(PATIENCE)
+    site.crew.stop(process)
+    assert [node for node in site.queue.nodes() if node.workers] == []
+
+
+def test_a_killed_child_costs_its_own_task_one_crash(site):
+    site.crew.start()
+    site.workers(2)
+    held, free = site.hold("held")
+    other, free_other = site.hold("other")
+    victim = site.begun("held")
+    site.begun("other")
+    os.kill(victim, signal.SIGKILL)
+    eventually(lambda: held.task().crashes == 1)
+    free()
+    free_other()
+    assert held.result(PATIENCE) != victim
+    assert (other.result(PATIENCE) != victim, other.task().starts) == (True, 1)
+
+
+@pytest.fixture
+def example(tmp_path, broker) -> Iterator[dict[str, str]]:
+    """The environment of the example, whose workers run."""
+    env = {**os.environ, "BROKER": broker.url, "TASKX_DB": str(tmp_path / "tasks.db")}
+    env.update(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "examples")]), C_FORCE_ROOT="1")
+    command = [sys.executable, "-W", "ignore", "-m", "celery", "-A", "celery_app", "worker"]
+    with open(tmp_path / "workers.log", "ab") as output:
+        workers = subprocess.Popen(
+            [*command, "-c", "1"], env=env, cwd=tmp_path, stdout=output, stderr=output
+        )
+    yield env
+    workers.terminate()
+    workers.wait(PATIENCE)
+
+
+def test_the_example_runs_as_it_says(example, tmp_path):
+    (tmp_path / "file").write_bytes(b"text")
+    command = [sys.executable, str(ROOT / "examples" / "celery_app.py"), "file"]
+    ran = subprocess.run(
+        command, env=example, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert ran.stdout == f"{sha256(b'text').hexdigest()} file\n", ran.stderr

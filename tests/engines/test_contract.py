@@ -1,0 +1,172 @@
+"""The promises that hold on every engine. One program has the executors, and nothing in it differs."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import CancelledError
+
+import pytest
+from helpers import PATIENCE, eventually
+
+from engines.conftest import Ground
+from engines.servers import Broker
+from taskx import TaskFailed, TaskStatus, chain, group
+
+ENGINES = ["threads", "celery"]
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def site(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Ground]:
+    """A ground with two workers, which all tests of an engine share."""
+    folder = tmp_path_factory.mktemp(request.param)
+    broker = Broker(folder).start()
+    ground = Ground(request.param, folder, broker)
+    ground.crew.start()
+    ground.workers(2)
+    yield ground
+    ground.close()
+    broker.kill()
+
+
+@pytest.fixture
+def word() -> str:
+    """A word that no other test uses."""
+    return uuid.uuid4().hex[:12]
+
+
+def fill(site: Ground, word: str) -> list:
+    """Keep both workers busy. Return the functions that free them."""
+    gates = []
+    for number in range(2):
+        _, free = site.hold(f"{word}-{number}")
+        gates.append(free)
+    for number in range(2):
+        site.begun(f"{word}-{number}")
+    return gates
+
+
+def test_a_task_runs_in_a_worker_process_and_returns_its_result(site, word):
+    assert site.queue.submit("add", {"a": 1, "b": 2}).result(PATIENCE) == 3
+    assert site.note(word).result(PATIENCE) != os.getpid()
+
+
+def test_each_of_many_tasks_runs_once(site, word):
+    handles = [site.note(f"{word}-{number}") for number in range(60)]
+    for handle in handles:
+        handle.result(PATIENCE)
+    assert sorted(site.began(word)) == sorted(f"{word}-{number}" for number in range(60))
+
+
+def test_an_error_is_retried_and_at_last_fails(site):
+    assert site.queue.submit("fail", {"times": 2}).result(PATIENCE) == 2
+    failing = site.queue.submit("fail", {"times": 9})
+    with pytest.raises(TaskFailed, match="error 2"):
+        failing.result(PATIENCE)
+    task = failing.task()
+    assert (task.errors, task.crashes) == (3, 0)
+    assert [attempt.outcome for attempt in task.attempts] == ["retried", "retried", "failed"]
+
+
+def test_delays_and_parents_are_kept_in_the_record(site):
+    later = site.queue.submit("add", {"a": 1, "b": 1}, delay=0.3)
+    flow = chain(group(_task("add", a=1, b=2), _task("add", a=3, b=4)), _task("total"))
+    assert site.queue.submit_flow(flow).result(PATIENCE) == 10
+    assert later.result(PATIENCE) == 2
+    task = later.task()
+    assert task.started_at >= task.run_at
+
+
+def test_the_highest_priority_starts_first_even_if_it_was_submitted_last(site, word):
+    gates = fill(site, word + "x")
+    handles = [site.note(f"{word}-low{number}") for number in range(6)]
+    handles += [site.note(f"{word}-high{number}", priority=5) for number in range(2)]
+    for free in gates:
+        free()
+    for handle in handles:
+        handle.result(PATIENCE)
+    assert sorted(site.began(word + "-")[:2]) == [f"{word}-high0", f"{word}-high1"]
+
+
+def test_a_limit_of_all_nodes_holds(site, word):
+    params = [{"log": site.log, "word": f"{word}-{number}"} for number in range(8)]
+    for handle in [site.queue.submit("limited", each) for each in params]:
+        handle.result(PATIENCE)
+    lines = [what for what, which, *_ in site.lines() if which.startswith(word)]
+    assert lines == ["begin", "end"] * 8
+
+
+def test_tasks_with_a_concurrency_key_run_one_at_a_time_in_order(site, word):
+    handles = [site.note(f"{word}-{n}", 0.02, concurrency_key=word) for n in range(6)]
+    for handle in handles:
+        handle.result(PATIENCE)
+    expected = [
+        what for n in range(6) for what in (["begin", f"{word}-{n}"], ["end", f"{word}-{n}"])
+    ]
+    assert [line[:2] for line in site.lines() if line[1].startswith(word)] == expected
+
+
+def test_a_paused_type_waits_and_goes_on(site, word):
+    site.queue.pause("note")
+    paused = site.note(word)
+    for _ in range(3):  # the workers go on with other types meanwhile
+        assert site.queue.submit("add", {"a": 1, "b": 2}).result(PATIENCE) == 3
+    assert paused.task().status is TaskStatus.PENDING
+    assert site.queue.why(paused.id)[0].kind == "paused"
+    site.queue.resume("note")
+    paused.result(PATIENCE)
+
+
+def test_a_running_task_is_cancelled_and_a_pending_one_never_starts(site, word):
+    running, _ = site.hold(word)
+    site.begun(word)
+    running.cancel()
+    with pytest.raises(CancelledError):
+        running.result(PATIENCE)
+    assert running.task().duration < 10
+    gates = fill(site, word + "x")
+    pending = site.note(word + "-pending")
+    assert pending.cancel()
+    for free in gates:
+        free()
+    for _ in range(3):
+        site.queue.submit("add", {"a": 1, "b": 2}).result(PATIENCE)
+    assert site.began(word + "-pending") == []
+
+
+def test_a_type_that_no_worker_knows_stays_pending_and_why_says_so(site):
+    site.queue.declare("unheard")
+    unheard = site.queue.submit("unheard")
+    for _ in range(3):
+        site.queue.submit("add", {"a": 1, "b": 2}).result(PATIENCE)
+    assert unheard.task().status is TaskStatus.PENDING
+    reason = site.queue.why(unheard.id)[0]
+    assert (reason.kind, "unheard" in str(reason)) == ("no_node", True)
+    assert unheard.cancel()
+
+
+def test_a_killed_worker_loses_no_task(site, word):
+    """This test is the last one: it kills the workers that all tests share."""
+    held = [site.hold(f"{word}-held{number}") for number in range(2)]
+    for number in range(2):
+        site.begun(f"{word}-held{number}")
+    others = [site.note(f"{word}-other{number}") for number in range(10)]
+    site.crew.kill(site.crew.processes[0])
+    for _, free in held:
+        free()
+    site.crew.start()
+    for handle in [*(handle for handle, _ in held), *others]:
+        handle.result(PATIENCE)
+    tasks = [handle.task() for handle, _ in held]
+    assert [task.starts for task in tasks] == [2, 2]
+    assert sorted(site.began(f"{word}-other")) == sorted(f"{word}-other{n}" for n in range(10))
+    eventually(lambda: sum(node.alive is True for node in site.queue.nodes()) >= 1)
+
+
+def _task(type: str, **params: object):
+    from taskx import Task
+
+    return Task(type=type, params=params)

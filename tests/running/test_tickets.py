@@ -1,0 +1,235 @@
+"""Tickets without a broker: which task each one starts, and what becomes of those that start none."""
+
+from __future__ import annotations
+
+import queue as queues
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from helpers import PATIENCE, eventually, services_of
+
+from taskx import (
+    ConfigurationError,
+    Context,
+    MemoryRepository,
+    Queue,
+    SQLiteRepository,
+    TaskStatus,
+)
+from taskx.engines import BrokerEngine, Ticket
+
+
+class Bus(BrokerEngine):
+    """An engine whose broker is a list of tickets in this process."""
+
+    name = "bus"
+
+    def __init__(self, tickets: queues.Queue[Ticket | None], **options: Any) -> None:
+        super().__init__(**{"one_host": True, "resend": 60.0, **options})
+        self.tickets = tickets
+        self.away = False
+
+    def send(self, ticket: Ticket) -> None:
+        if self.away:
+            raise OSError("the broker is away")
+        self.tickets.put(ticket)
+
+
+class Shop:
+    """A queue that sends tickets, and queues of worker processes, all in this process."""
+
+    def __init__(self, repository: Any) -> None:
+        self._repository = repository
+        self.tickets: queues.Queue[Ticket | None] = queues.Queue()
+        self.ran: list[Any] = []
+        self.edge, self.engine = self._queue()
+        self._threads: list[threading.Thread] = []
+
+    def _queue(self) -> tuple[Queue, Bus]:
+        engine = Bus(self.tickets)
+        return Queue(self._repository, engine=engine), engine
+
+    def workers(self, count: int, register: Any, serve: bool = True) -> Bus:
+        """Start the queue of a worker process with so many threads, which take tickets if it serves."""
+        queue, engine = self._queue()
+        register(queue)
+        engine.begin_work(count)
+        eventually(lambda: any(node.workers == count for node in queue.nodes()))
+        if serve:
+            for _ in range(count):
+                self._threads.append(threading.Thread(target=self._serve, args=(engine,)))
+                self._threads[-1].start()
+        return engine
+
+    def _serve(self, engine: Bus) -> None:
+        while (ticket := self.tickets.get()) is not None:
+            engine.run(*ticket)
+
+    def close(self) -> None:
+        for _ in self._threads:
+            self.tickets.put(None)
+        for thread in self._threads:
+            thread.join(PATIENCE)
+
+
+@pytest.fixture
+def shop(tmp_path) -> Iterator[Shop]:
+    with SQLiteRepository(tmp_path / "tasks.db") as repository:
+        made = Shop(repository)
+        yield made
+        made.close()
+        for queue in list(repository.queues):
+            queue.stop(5, cancel=True)
+
+
+def note(shop: Shop, **options: Any) -> Any:
+    def register(queue: Queue) -> None:
+        queue.executor("note", **options)(lambda n: shop.ran.append(n))
+
+    return register
+
+
+def submit(shop: Shop, *numbers: int, **options: Any) -> list[Any]:
+    shop.edge.declare("note")
+    return [shop.edge.submit("note", {"n": n}, **options) for n in numbers]
+
+
+def the_tickets(shop: Shop, count: int) -> list[Ticket]:
+    """Wait for so many tickets, and take them."""
+    return [shop.tickets.get(timeout=PATIENCE) for _ in range(count)]  # type: ignore[misc]
+
+
+def test_a_ticket_starts_the_task_that_it_names_among_equal_ones(shop):
+    worker = shop.workers(2, note(shop), serve=False)
+    submit(shop, 1, 2, 3)
+    shop.edge.start()
+    tickets = the_tickets(shop, 3)
+    for ticket in reversed(tickets):
+        worker.run(*ticket)
+    assert shop.ran == [3, 2, 1]
+
+
+def test_a_ticket_starts_a_better_task_that_has_none_and_its_own_gets_another(shop):
+    worker = shop.workers(1, note(shop), serve=False)
+    shop.edge.start()
+    submit(shop, 1, 2)
+    first, second = the_tickets(shop, 2)
+    submit(shop, 9, priority=5)  # no ticket: there are two for one worker
+    worker.run(*first)
+    assert shop.ran == [9]
+    (again,) = the_tickets(shop, 1)
+    assert again == first
+    worker.run(*second)
+    worker.run(*again)
+    assert shop.ran == [9, 2, 1]
+
+
+def test_a_second_ticket_starts_nothing(shop):
+    worker = shop.workers(1, note(shop), serve=False)
+    shop.edge.start()
+    (handle,) = submit(shop, 1)
+    (ticket,) = the_tickets(shop, 1)
+    for _ in range(3):
+        worker.run(*ticket)
+    assert (shop.ran, handle.task().starts) == ([1], 1)
+
+
+def test_a_ticket_of_a_type_that_this_worker_does_not_know_goes_to_another(shop):
+    stranger = shop.workers(1, lambda queue: queue.executor("other")(lambda: None), serve=False)
+    worker = shop.workers(1, note(shop), serve=False)
+    shop.edge.start()
+    (handle,) = submit(shop, 1)
+    (ticket,) = the_tickets(shop, 1)
+    stranger.run(*ticket)
+    assert handle.task().status is TaskStatus.PENDING
+    (again,) = the_tickets(shop, 1)
+    worker.run(*again)
+    assert shop.ran == [1]
+
+
+@pytest.mark.parametrize("options", [{"max_concurrency": 1}, {"rate": (2, 0.2)}])
+def test_tickets_that_a_limit_of_the_node_turns_away_are_not_lost(shop, options):
+    shop.workers(3, note(shop, **options))
+    shop.edge.start()
+    for handle in submit(shop, *range(8)):
+        handle.result(PATIENCE)
+    assert Counter(shop.ran) == dict.fromkeys(range(8), 1)
+
+
+def test_a_task_on_its_way_back_gets_a_new_ticket(shop):
+    def register(queue: Queue) -> None:
+        @queue.executor("note", max_attempts=4)
+        def note(ctx: Context, n: int) -> None:
+            shop.ran.append(ctx.task.attempt)
+            if ctx.task.attempt < 4:
+                raise ValueError("once more")
+
+    shop.workers(1, register)
+    shop.edge.start()
+    (handle,) = submit(shop, 1)
+    handle.result(PATIENCE)
+    assert shop.ran == [1, 2, 3, 4]
+
+
+def test_while_the_broker_is_away_tasks_stay_free_for_nodes_that_reach_it(shop):
+    shop.engine.away = True
+    shop.workers(1, note(shop), serve=False).away = True
+    shop.edge.start()
+    handles = submit(shop, *range(5))
+    edge = services_of(shop.edge).repository
+    eventually(lambda: not edge.find("buffered_on", [n.id for n in edge.nodes()], ("id",)))
+    assert {handle.task().status for handle in handles} == {TaskStatus.PENDING}
+    shop.engine.away = False
+    assert {ticket.type for ticket in the_tickets(shop, 2)} == {"note"}
+
+
+def test_a_lost_ticket_is_sent_again_only_while_a_worker_is_idle(shop):
+    gate = threading.Event()
+
+    def register(queue: Queue) -> None:
+        queue.executor("hold")(lambda: gate.wait(PATIENCE) and None)
+        queue.executor("note")(lambda n: shop.ran.append(n))
+
+    shop.engine.resend = 0.2
+    worker = shop.workers(1, register, serve=False)
+    shop.edge.declare("hold")
+    shop.edge.start()
+    held = shop.edge.submit("hold")
+    busy = threading.Thread(target=worker.run, args=the_tickets(shop, 1)[0])
+    busy.start()
+    eventually(lambda: held.task().status is TaskStatus.RUNNING)
+    submit(shop, 1)
+    the_tickets(shop, 1)  # lost
+    with pytest.raises(queues.Empty):
+        shop.tickets.get(timeout=1.0)
+    gate.set()
+    busy.join(PATIENCE)
+    (again,) = the_tickets(shop, 1)
+    worker.run(*again)
+    assert shop.ran == [1]
+
+
+def test_a_process_that_is_no_worker_drops_tickets(shop, caplog):
+    shop.edge.start()
+    shop.engine.run("some-id", "note")
+    assert "dropped" in caplog.text
+
+
+def test_a_repository_of_one_process_or_host_is_refused_with_the_reason(tmp_path):
+    with pytest.raises(ConfigurationError, match="cannot see this repository"):
+        Queue(MemoryRepository(), engine=Bus(queues.Queue()))
+    with SQLiteRepository(tmp_path / "tasks.db") as repository:
+        with pytest.raises(ConfigurationError, match="one_host=True"):
+            Queue(repository, engine=Bus(queues.Queue(), one_host=False))
+        engine = Bus(queues.Queue())
+        Queue(repository, engine=engine)
+        with pytest.raises(ConfigurationError, match="one queue"):
+            Queue(repository, engine=engine)
+    for wrong in ({"one_host": "yes"}, {"resend": 0}):
+        with pytest.raises(ConfigurationError):
+            Bus(queues.Queue(), **wrong)
+    with pytest.raises(ConfigurationError, match="engine must be"):
+        Queue(MemoryRepository(), engine="celery")
