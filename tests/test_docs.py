@@ -359,6 +359,47 @@ def test_the_readme_has_at_most_250_lines_and_leads_to_the_index():
     assert "<docs/index.rst>" in text
 
 
+CHINESE = ROOT / "README.zh-CN.rst"
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        docutils.nodes.section,
+        docutils.nodes.paragraph,
+        docutils.nodes.strong,
+    ],
+    ids=lambda kind: kind.__name__,
+)
+def test_the_chinese_readme_has_the_same_parts(kind):
+    def parts(page: Path) -> int:
+        # The features are a table in one, and a list in the other.
+        lists = (docutils.nodes.table, docutils.nodes.list_item)
+        return sum(not _within(node, lists) for node in parse(page).findall(kind))
+
+    assert parts(CHINESE) == parts(ROOT / "README.rst")
+
+
+def _within(node: docutils.nodes.Node, kinds: tuple[type, ...]) -> bool:
+    while (node := node.parent) is not None:
+        if isinstance(node, kinds):
+            return True
+    return False
+
+
+def test_the_chinese_readme_has_the_same_code_and_links():
+    def code(page: Path) -> list[str]:
+        return [block.astext() for block in parse(page).findall(docutils.nodes.literal_block)]
+
+    def links(page: Path) -> set[str]:
+        found = parse(page).findall(docutils.nodes.reference)
+        return {node["refuri"] for node in found} - {"README.zh-CN.rst", "README.rst"}
+
+    english = ROOT / "README.rst"
+    assert code(CHINESE) == code(english)
+    assert links(CHINESE) == links(english)
+
+
 def test_the_index_leads_to_every_page():
     linked = {
         node["refuri"]
