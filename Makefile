@@ -69,6 +69,7 @@ bench: $(VENV)/installed-bench ## measure TaskX, a plain loop and similar librar
 
 build: $(VENV)/installed-dev ## build the sdist and the wheel into dist/
 	@$(BIN)/python -m build --outdir dist .
+	@$(BIN)/python -m twine check --strict dist/*
 
 ci: ## run all checks for a change: style, types, builds, tests on every Python
 	@.ci/run

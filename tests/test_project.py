@@ -11,13 +11,16 @@ import inspect
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 import docutils.core
+import docutils.nodes
 import kinds
 import pytest
 from mongo_server import SERVER_USED
@@ -440,3 +443,17 @@ def test_the_package_never_unpickles_or_evaluates_text():
             else:
                 continue
             assert not names & forbidden, file
+
+
+def test_the_description_on_a_package_index_has_no_links_to_files(monkeypatch):
+    """It is valid, because an index shows a page with an error as plain text."""
+    given = {}
+    monkeypatch.setitem(sys.modules, "setuptools", SimpleNamespace(setup=given.update))
+    monkeypatch.chdir(ROOT)
+    runpy.run_path("setup.py")
+    document = docutils.core.publish_doctree(
+        given["long_description"], settings_overrides={"halt_level": 2, "syntax_highlight": "none"}
+    )
+    links = [node["refuri"] for node in document.findall(docutils.nodes.reference)]
+    assert "A task is a record in an SQLite file" in given["long_description"]
+    assert [link for link in links if "://" not in link] == []
