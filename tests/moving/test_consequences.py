@@ -110,10 +110,14 @@ def test_each_write_of_the_core_names_a_move_that_has_a_row():
 #: module reports new tasks afterwards.
 TOLD = ("dependents.parent_ended", "dependents.waits", "watcher.resolve", "hooks.tell")
 COMMITS = {
+    "engines/claims.py": "commit",
+    "engines/dispatch.py": "commit",
+    "engines/pool.py": "commit",
     "moving.py": "commit",
     "executing/checkpoints.py": "commit",
     "running/fetcher.py": "commit",
     "running/pool.py": "commit defer",
+    "running/progress.py": "commit",
     "running/starter.py": "commit",
     "schedules/stored.py": "commit",
     "submitting/intake.py": "commit commit_whole commit_soon",
