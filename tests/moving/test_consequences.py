@@ -121,7 +121,6 @@ COMMITS = {
     "running/starter.py": "commit",
     "schedules/stored.py": "commit",
     "submitting/intake.py": "commit commit_whole commit_soon",
-    "upkeep/housekeeper.py": "commit",
     "upkeep/recovery.py": "commit",
 }
 
