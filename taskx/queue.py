@@ -86,9 +86,9 @@ class Queue(Questions, Steering):
         hooks: instances of :class:`Hook`; the queue tells them what happens to tasks.
         middleware: instances of :class:`Middleware`, or functions with the same signature. They are
             wrapped around every execution; the first one is the outermost.
-        find_executor: finds executors that nobody has registered. A started queue calls it with each type
-            of waiting tasks that it has no executor for, once. It returns the executor, or None if there
-            is none here.
+        find_executor: finds executors that nobody has registered. It is called once with each type that
+            the queue does not know: at a submit, and by a started queue for waiting tasks. It returns the
+            executor, or None if there is none here.
         clock: the source of the time; for tests.
         engine: what runs the tasks of this queue once it is started; threads of this process by default.
 
@@ -178,7 +178,7 @@ class Queue(Questions, Steering):
                     self.register_executor(executor)
             except Exception:  # noqa: BLE001  (user code; other types must still be found)
                 self._log.exception(
-                    "no executor was found for type %r, and its tasks wait for another process",
+                    "no executor was found for type %r; tasks of it wait for another process",
                     type,
                 )
 

@@ -74,8 +74,9 @@ every_page = pytest.mark.parametrize("page", PAGES, ids=by_name)
 
 # The snippets
 
-# The blocks of the tutorial are files: test_tutorial.py runs them.
-RUN = [page for page in PAGES if blocks(page, "python") and page.name != "tutorial.rst"]
+# The blocks of these pages are files: test_tutorial.py and contrib/django/test_page.py run them.
+FILES = {"tutorial.rst", "django.rst"}
+RUN = [page for page in PAGES if blocks(page, "python") and page.name not in FILES]
 
 
 @pytest.mark.process

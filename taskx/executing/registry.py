@@ -188,6 +188,8 @@ class Registry:
         entry = self.registered.get(type)
         if entry is None and type not in self._used:
             if type not in self._declared:
+                if self.finds and self.seek([type]):
+                    return self.registered[type]
                 raise UnknownTaskType(
                     f"no executor is registered for type {type!r} (known: {self.known}); register one, "
                     "or call declare() if the type runs in another process"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from helpers import PATIENCE, eventually, whole_round
 
-from taskx import ConfigurationError, MemoryRepository, Queue, TaskStatus, executor
+from taskx import ConfigurationError, MemoryRepository, Queue, TaskStatus, UnknownTaskType, executor
 
 
 @executor("found")
@@ -51,6 +51,16 @@ def test_a_finder_that_fails_is_logged_and_the_task_waits(repository, make_queue
     queue.start()
     eventually(lambda: "no executor was found for type 'broken'" in caplog.text)
     assert task.task().status is TaskStatus.PENDING
+
+
+def test_a_submit_finds_the_executor_of_its_type(make_queue):
+    finder = Finder()
+    queue = make_queue(find_executor=finder)
+    assert queue.submit("found", {"number": 1}).task().type == "found"
+    for _ in range(2):
+        with pytest.raises(UnknownTaskType, match="no executor is registered for type 'nobody'"):
+            queue.submit("nobody")
+    assert finder.asked == ["found", "nobody"]
 
 
 def test_an_idle_queue_looks_for_no_types(make_queue, monkeypatch):

@@ -76,7 +76,7 @@ FILES = {
         @task(takes_context=True)
         def hold(context):
             if context.attempt == 1:
-                time.sleep(300)
+                time.sleep(300)  # blocks on purpose
             return [VERSION, os.getpid()]
     """,
     "shop/letters.py": """

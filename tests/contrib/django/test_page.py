@@ -1,0 +1,75 @@
+"""The page about Django is a project: its blocks are the files that their first lines name."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from helpers import PATIENCE, ROOT
+from test_docs import RUNNER, blocks
+
+pytestmark = pytest.mark.process
+
+PAGE = ROOT / "docs" / "django.rst"
+BEFORE = {
+    "settings.py": """
+        from pathlib import Path
+        BASE_DIR = Path(__file__).parent
+        SECRET_KEY, USE_TZ, ROOT_URLCONF = "tests", True, "urls"
+        INSTALLED_APPS = ["shop"]
+        DATABASES = {"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": BASE_DIR / "site.db"}}
+        DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
+    """,
+    "shop/__init__.py": "",
+    "urls.py": """
+        from django.urls import path
+        from shop import views
+        urlpatterns = [path("add/", views.start), path("add/<id>/", views.show)]
+    """,
+}
+
+
+def test_the_project_of_the_page_passes_its_checks_and_tests_and_its_snippets_run(tmp_path):
+    for name, text in BEFORE.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(textwrap.dedent(text))
+    snippets = []
+    for line, source in blocks(PAGE, "python"):
+        first, _, rest = source.partition("\n")
+        if first.startswith("# ") and first.endswith(".py"):
+            with (tmp_path / first[2:]).open("a") as file:
+                file.write(f"{rest}\n\n")
+        else:
+            snippets.append((line, source))
+    assert len(snippets) >= 2
+    run(tmp_path, "-m", "django", "migrate", "--verbosity", "0")
+    assert "no issues" in run(tmp_path, "-m", "django", "check")
+    assert "OK" in run(tmp_path, "-W", "error", "-m", "django", "test")
+    program = f"import django\ndjango.setup()\n{RUNNER}"
+    run(tmp_path, "-c", program, PAGE.name, given=json.dumps(snippets))
+    assert not [*tmp_path.glob("*.sqlite3")]  # all is in the database of the site
+
+
+def run(folder: Path, *arguments: str, given: str = "") -> str:
+    """Run Python in the project; return what it printed."""
+    ran = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]),
+            "DJANGO_SETTINGS_MODULE": "settings",
+        },
+        input=given,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout + ran.stderr
