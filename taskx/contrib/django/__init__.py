@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from taskx.contrib.django.queues import get_queue as get_queue
     from taskx.contrib.django.queues import load_queue as load_queue
     from taskx.contrib.django.repository import DjangoRepository as DjangoRepository
+    from taskx.contrib.django.schedules import schedule as schedule
     from taskx.contrib.django.tasks import task as task
     from taskx.contrib.django.views import dashboard as dashboard
 
@@ -26,6 +27,7 @@ _MODULES = {
     "dashboard": "views",
     "get_queue": "queues",
     "load_queue": "queues",
+    "schedule": "schedules",
     "task": "tasks",
 }
 

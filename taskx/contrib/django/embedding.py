@@ -13,6 +13,7 @@ from django.core.signals import request_finished, request_started
 from django.utils.autoreload import autoreload_started
 
 from taskx import QueueStopped
+from taskx.contrib.django import schedules
 from taskx.contrib.django.checks import ours
 from taskx.contrib.django.settings import in_tests
 
@@ -68,7 +69,9 @@ def _start(pid: int) -> None:
     queues: Any = import_module("taskx.contrib.django.queues")
     try:
         for alias in embedded():
-            queues.load_queue(alias).start()
+            queue = queues.load_queue(alias)
+            schedules.store(alias, queue)
+            queue.start()
     except QueueStopped:  # the process ends
         return
     except Exception as error:  # noqa: BLE001  (the request must be answered)

@@ -562,7 +562,7 @@ def test_tasks_somewhere_else_are_named_and_break_nothing(boss, queue, monkeypat
     queue.schedule("nightly", "0 3 * * *", "mail")
     key = key_of("left-over")
     with closing(Queue(MemoryRepository())) as other:
-        monkeypatch.setattr(pages, "get_queue", lambda alias: other)
+        monkeypatch.setattr(pages, "load_queue", lambda alias: other)
         for url in (LIST, DEAD, SCHEDULES):
             page = page_of(boss, url)
             assert "not in a database of this site" in page
@@ -577,7 +577,7 @@ def test_tasks_in_another_database_of_the_site_are_shown(boss, queue, monkeypatc
     with closing(Queue(DjangoRepository("other"))) as other:
         other.declare("mail")
         other.submit("mail", id="in-other")
-        monkeypatch.setattr(pages, "get_queue", lambda alias: other)
+        monkeypatch.setattr(pages, "load_queue", lambda alias: other)
         try:
             assert listed(boss) == ["in-other"]
         finally:

@@ -11,7 +11,7 @@ from django.utils.decorators import method_decorator
 from django.views.decorators.csrf import csrf_protect
 
 from taskx.contrib.django.checks import ours
-from taskx.contrib.django.queues import get_queue
+from taskx.contrib.django.queues import load_queue
 from taskx.contrib.django.repository import DjangoRepository
 from taskx.core.errors import RepositoryError, TaskxError
 from taskx.queue import Queue
@@ -22,7 +22,7 @@ _csrf: Any = method_decorator(csrf_protect)
 def queue_of_site() -> Queue | None:
     """Return the first queue of ``TASKS`` whose tasks are in a database of the site; None if none is."""
     for alias in ours() or ["default"]:
-        queue = get_queue(alias)
+        queue = load_queue(alias)
         if isinstance(queue.repository, DjangoRepository):
             return queue
     return None
@@ -65,7 +65,7 @@ class QueueAdmin(admin.ModelAdmin):
     def changelist_view(self, request: Any, extra_context: Any = None) -> Any:
         """Show the list; say so if the tasks are somewhere else."""
         if queue_of_site() is None:
-            places = "; ".join(f"{alias}: {get_queue(alias).repository!r}" for alias in ours())
+            places = "; ".join(f"{alias}: {load_queue(alias).repository!r}" for alias in ours())
             messages.warning(
                 request,
                 f"The tasks are not in a database of this site ({places}): the dashboard shows them. "
