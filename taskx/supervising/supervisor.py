@@ -24,7 +24,7 @@ from taskx.supervising.health import HealthFile, HealthPort, Report
 from taskx.supervising.interpreter import start_python
 from taskx.supervising.notify import Notifier
 from taskx.supervising.process import set_up_log
-from taskx.supervising.settings import Settings
+from taskx.supervising.settings import RECYCLE, Settings
 
 #: Longest sleep of the supervisor, in seconds.
 TICK = 1.0
@@ -259,6 +259,9 @@ class Supervisor:
         assert isinstance(member.handle, Started)
         self._hear_one(member)  # its last words
         member.handle.close()
+        if status not in (0, RECYCLE):
+            # Its tasks run again, and the programs that they have started must not run beside them.
+            member.handle.kill()
         member.handle.process.returncode = status  # reaped here, so that Popen need not
         self._fleet.ended(member, status)
 

@@ -28,7 +28,7 @@ sys.exit(supervise(Settings(**json.loads(sys.argv[2]))))
 
 # An executor notes its process and waits until the test creates a file.
 APP = """
-import os, pathlib, time
+import os, pathlib, subprocess, time
 from taskx import Config, Queue, SQLiteRepository
 
 queue = Queue(SQLiteRepository("tasks.db"), Config(worker_num=2))
@@ -47,6 +47,12 @@ def hold(key):
     return VERSION
 
 @queue.executor()
+def program():
+    child = subprocess.Popen(["sleep", "600"])
+    note("program", child.pid)
+    child.wait()
+
+@queue.executor()
 def fine():
     return os.getpid()
 """
@@ -59,7 +65,7 @@ class Worker:
         self.folder = folder
         self.repository = SQLiteRepository(folder / "tasks.db")
         self.queue = Queue(self.repository)
-        self.queue.declare("hold", "fine")
+        self.queue.declare("hold", "fine", "program")
         (folder / "app.py").write_text(settings.pop("app", APP))
         first = settings.pop("first", "")
         settings = {"target": "app:queue", "processes": 2, **settings}
@@ -152,6 +158,19 @@ def test_a_killed_process_is_replaced_and_its_task_runs_again(worker):
     assert one.stop()[0] == 0
     assert not (one.folder / "health").exists()
     assert one.nodes() == []
+
+
+def test_the_programs_of_tasks_end_with_a_process_that_is_killed_or_leaves_them(worker):
+    one = worker(processes=1, health_file="health", stop_timeout=0.5)
+    eventually((one.folder / "health").exists)
+    one.queue.submit("program")
+    [program] = eventually(lambda: one.runs("program"))
+    pid = int(one.nodes()[0].name.split(":")[1])
+    os.kill(pid, signal.SIGKILL)
+    _, again = eventually(lambda: len(one.runs("program")) == 2 and one.runs("program"))
+    eventually(lambda: not is_alive(program))
+    assert one.stop()[0] == 1  # the task still runs
+    eventually(lambda: not is_alive(again))
 
 
 def test_sighup_brings_new_code_and_running_tasks_end_with_the_old(worker, manager, monkeypatch):
