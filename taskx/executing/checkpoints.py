@@ -196,11 +196,12 @@ class Checkpoints:
         """Leave what is stored in a block to a transaction. If the block raises, it was never stored."""
         with self._lock:
             steps, cursor, taken = self._steps, self._cursor, set(self._taken)
-            transaction.before = checkpoints_to_text(steps, cursor)
-            self._transaction = transaction
+        transaction.before = checkpoints_to_text(steps, cursor)
         try:
+            with self._lock:
+                self._transaction = transaction
             yield
-        finally:
+        finally:  # without a call, so that no interrupt comes in between
             if not transaction.committed:
                 self._steps, self._cursor, self._taken = steps, cursor, taken
             elif transaction.checkpoints is not None:

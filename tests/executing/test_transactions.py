@@ -199,6 +199,20 @@ class TestRollback:
         assert cursors == [None] * 3
         assert rows() == [3]
 
+    def test_a_cursor_that_is_still_in_use_keeps_nothing_locked(self, run, rows):
+        def work(ctx):
+            with suppress(ZeroDivisionError), ctx.transaction() as tx:
+                add(tx, 1)
+                add(tx, 2)
+                used = tx.connection.execute("SELECT n FROM rows")
+                assert used.fetchone() == (1,)
+                raise ZeroDivisionError
+            ctx.step("one", int)  # it would wait for the lock
+            del used
+
+        assert run(work).status is TaskStatus.COMPLETED
+        assert rows() == []
+
     @pytest.mark.parametrize("completes", [False, True])
     def test_a_run_that_has_lost_its_task_stores_nothing_and_ends(self, run, rows, path, completes):
         ended = []
@@ -315,6 +329,52 @@ class TestCommit:
         assert rows() == ([1] if end == "COMMIT" else [2])
         assert len(raised) == (end == "ROLLBACK")
 
+    @pytest.mark.parametrize("end", ["COMMIT", "ROLLBACK"])
+    def test_an_error_of_sqlite_after_which_no_transaction_is_open(self, run, rows, path, end):
+        """The connection itself fails, as with a broken disk."""
+        failing = [end]
+
+        class Failing(sqlite3.Connection):
+            def execute(self, sql, *values):
+                if sql == "COMMIT" and failing:
+                    super().execute(failing.pop())
+                    raise sqlite3.OperationalError("disk I/O error")
+                return super().execute(sql, *values)
+
+        def connect():
+            return sqlite3.connect(path, timeout=LONG, isolation_level=None, factory=Failing)
+
+        def work(ctx):
+            with ctx.transaction() as tx:
+                add(tx, ctx.task.attempt)
+                tx.complete("done")
+
+        with SQLiteRepository(path, prefix="taskx_", connect=connect) as repository:
+            task = run(work, Queue(repository, Config(worker_num=1)), max_attempts=2)
+        assert (task.status, task.result) == (TaskStatus.COMPLETED, "done")
+        assert rows() == ([1] if end == "COMMIT" else [2])
+        assert task.errors == (end == "ROLLBACK")
+
+    @pytest.mark.parametrize("end", ["COMMIT", "ROLLBACK"])
+    def test_checkpoints_as_before_do_not_prove_a_commit(self, run, rows, monkeypatch, end):
+        """The writes beside them may be lost, so the attempt fails."""
+
+        def commit(connection):
+            connection.execute(end)
+            raise joining._InDoubt("disk I/O error")
+
+        def work(ctx):
+            if ctx.task.attempt == 1:
+                ctx.cursor = 5
+                with monkeypatch.context() as patch, ctx.transaction() as tx:
+                    patch.setattr(joining, "_commit", commit)
+                    add(tx, 1)
+                    ctx.cursor = 5
+            return "again"
+
+        assert run(work, max_attempts=2).errors == 1
+        assert rows() == ([1] if end == "COMMIT" else [])
+
     @pytest.mark.parametrize(
         "end",
         [
@@ -337,6 +397,29 @@ class TestCommit:
 
         assert run(work).result == "whole"
         assert rows() == [1]
+
+
+class TestTwoQueues:
+    """Two queues have their tables in one file."""
+
+    def test_a_task_of_the_other_queue_is_stored_with_the_completion(self, run, path, rows):
+        with SQLiteRepository(path, prefix="other_") as repository:
+            other = Queue(repository, Config(worker_num=1))
+            other.executor("child")(lambda n: n)
+
+            def work(ctx):
+                with ctx.transaction() as tx:
+                    add(tx, ctx.task.attempt)
+                    other.submit("child", {"n": ctx.task.attempt}, connection=tx.connection)
+                    if ctx.task.attempt == 1:
+                        raise OSError
+                    tx.complete()
+
+            with other:
+                assert run(work, max_attempts=2).status is TaskStatus.COMPLETED
+                assert other.drain(LONG)
+            assert [task.result for task in other.iter_tasks()] == [2]
+        assert rows() == [2]
 
 
 class TestConnect:
@@ -533,3 +616,42 @@ def test_a_process_that_dies_at_any_statement_has_written_each_row_once(
     task = repository.get_by_id("t")
     assert (task.status, task.result) == (TaskStatus.COMPLETED, "done")
     assert task.crashes == killed - 1
+
+
+# The log cannot grow at the first COMMIT, as on a full disk.
+FULL = """
+import os, resource, sqlite3, sys
+from taskx import Config, Queue, RepositoryError, SQLiteRepository
+
+path = sys.argv[1]
+queue = Queue(SQLiteRepository(path, prefix="taskx_"), Config(worker_num=1))
+
+def limit(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+@queue.executor("t", max_attempts=3)
+def work(ctx):
+    try:
+        with ctx.transaction() as tx:
+            tx.connection.execute("INSERT INTO rows VALUES (?)", (ctx.task.attempt,))
+            tx.complete("done")
+            if ctx.task.attempt == 1:
+                limit(os.path.getsize(path + "-wal"))
+    except RepositoryError as error:
+        print("raised", type(error).__name__, flush=True)
+        raise
+    finally:
+        limit(resource.RLIM_INFINITY)
+
+with queue:
+    print(queue.submit("t").result(timeout=60), flush=True)
+"""
+
+
+@pytest.mark.process
+def test_a_disk_that_is_full_at_the_commit_rolls_back(spawn, path, repository, rows):
+    repository.close()
+    child = spawn(FULL, path)
+    assert child.read() == "raised RepositoryUnavailable"
+    assert child.read() == "done"
+    assert rows() == [2]

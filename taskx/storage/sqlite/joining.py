@@ -97,9 +97,9 @@ def own_transaction(
         outer.file.check()
         check(connection)
         connection.set_authorizer(guard.authorize)
-        if outer.durability == "process":
-            connection.execute("PRAGMA synchronous = NORMAL")
         with _translating(outer):
+            if outer.durability == "process":
+                connection.execute("PRAGMA synchronous = NORMAL")
             outer.begin_on(connection)
         guard.locked = True
         yield connection
@@ -107,7 +107,18 @@ def own_transaction(
         with _translating(outer):
             _commit(connection)
     finally:
-        connection.close()  # which rolls back what was not committed
+        guard.locked = False
+        _close(connection)
+
+
+def _close(connection: sqlite3.Connection) -> None:
+    """Close a connection. A cursor that is still in use would keep the transaction of a closed one open."""
+    try:
+        if _in_transaction(connection):
+            with suppress(sqlite3.Error):
+                connection.execute("ROLLBACK")
+    finally:
+        connection.close()
 
 
 def _connect(outer: Outer) -> sqlite3.Connection:
@@ -215,7 +226,9 @@ class Callers:
         self._threads: dict[int, _Given] = {}
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._bell = threading.Event()
+        # Released to wake the thread. An interrupt inside a method of an Event could leave it locked.
+        self._bell = threading.Lock()
+        self._bell.acquire()
 
     def note(self, connection: sqlite3.Connection) -> None:
         """Remember the connection of a transaction that the calling thread is in."""
@@ -242,7 +255,8 @@ class Callers:
         for given in list(self._given):
             if given.connection is connection:
                 given.stored.append(Stored(partial(self._committed, writes), then))
-        self._bell.set()
+        with suppress(RuntimeError):  # it was released already
+            self._bell.release()
 
     def ended(self, connection: sqlite3.Connection) -> None:
         """Note that the last transaction of a connection has ended, as it is in none."""
@@ -263,8 +277,7 @@ class Callers:
             if since:
                 time.sleep(pause(min(since)))
             else:
-                self._bell.wait(_IDLE)
-            self._bell.clear()
+                self._bell.acquire(timeout=_IDLE)
 
     def _look_up(self, given: _Given) -> None:
         if given.stored and not given.in_transaction:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sqlite3
@@ -697,20 +698,27 @@ class SQLiteRepository(Repository):
         self._inherited.append(vars(self).pop("_callers", None))
 
 
+# Each savepoint has its own name: one that an interrupt has left behind must not be rolled back to.
+_savepoints = itertools.count()
+
+
 @contextmanager
 def _join(outer: SQLiteRepository, given: object, then: Then | None) -> Iterator[Joined]:
     """Do what :meth:`Repository.joined` describes."""
     connection = driver_connection(given)
     made = Joined(outer, connection)
-    began = False
+    began, savepoint = False, f"taskx_{next(_savepoints)}"
     text_factory, connection.text_factory = connection.text_factory, str
     try:
         with made.translating():
             made.check()
             began = made.begin()
-        with made.savepoint("taskx"):  # what the block itself raises is not translated
-            yield made
+            made.execute(f"SAVEPOINT {savepoint}")
+        yield made  # what the block itself raises is not translated
+        with made.translating():
+            made.execute(f"RELEASE {savepoint}")
     except BaseException:
+        made.take_back(savepoint)
         if began and connection.in_transaction:
             connection.rollback()
         raise
@@ -799,22 +807,22 @@ class Joined(SQLiteRepository):
         self._outer.note_caller(connection)
         return False
 
-    @contextmanager
-    def savepoint(self, name: str) -> Iterator[sqlite3.Cursor]:
-        """Undo what is done inside if it raises."""
-        cursor = self._cursor()
-        with self.translating():
-            cursor.execute(f"SAVEPOINT {name}")
+    def execute(self, sql: str) -> None:
+        """Execute a statement that has no rows."""
+        self._cursor().execute(sql)
+
+    def take_back(self, savepoint: str) -> None:
+        """Undo what was done since a savepoint, if it is still there."""
         try:
-            yield cursor
-            with self.translating():
-                cursor.execute(f"RELEASE {name}")
-        except BaseException:
-            # SQLite rolls back by itself, for example if the disk is full.
-            if self._connection.in_transaction:
-                cursor.execute(f"ROLLBACK TO {name}")
-                cursor.execute(f"RELEASE {name}")
-            raise
+            if not self._connection.in_transaction:
+                return  # SQLite has rolled back by itself, for example because the disk is full
+            self.execute(f"ROLLBACK TO {savepoint}")
+            self.execute(f"RELEASE {savepoint}")
+        except sqlite3.ProgrammingError:
+            return  # the connection is closed, or is another thread's
+        except sqlite3.Error as error:
+            if "no such savepoint" not in str(error):  # an interrupt came before or after it
+                raise self._outer.translated(error) from error
 
     @contextmanager
     def translating(self) -> Iterator[None]:
@@ -844,8 +852,18 @@ class Joined(SQLiteRepository):
         durable: bool,
         writes: Sequence[Write] | None = None,
     ) -> T:
-        with self.translating(), self.savepoint("taskx_write") as cursor:
-            return work(cursor)
+        # Not in a context manager: an interrupt must not come between its exit and the code here.
+        with self.translating():
+            cursor = self._cursor()
+            savepoint = f"taskx_{next(_savepoints)}"
+            try:
+                cursor.execute(f"SAVEPOINT {savepoint}")
+                result = work(cursor)
+                cursor.execute(f"RELEASE {savepoint}")
+                return result
+            except BaseException:
+                self.take_back(savepoint)
+                raise
 
     def _rows(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
         with self.translating():
