@@ -27,7 +27,8 @@ _KEY = 8
     "why",
     """Say why a task waits, where it runs, or how it ended.
 
-Prints one sentence for each reason, the decisive one first.""",
+Prints one sentence for each reason, the decisive one first. The exit code is 5 if the repository cannot be
+read.""",
     """
 taskx why 019abc12-...
 taskx why 019abc12-... --json | jq -r .kind
@@ -36,11 +37,14 @@ taskx why 019abc12-... --json | jq -r .kind
 )
 def why(session: Session, task_id: str) -> None:
     """Say why a task waits."""
-    for reason in session.queue.why(task_id):
+    reasons = session.queue.why(task_id)
+    for reason in reasons:
         if session.json:
             session.out.json(reason.to_dict())
         else:
             session.out.line(clean(reason.sentence))
+    if any(reason.kind == "repository" for reason in reasons):
+        raise click.exceptions.Exit(AWAY)
 
 
 @command(

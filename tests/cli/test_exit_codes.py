@@ -113,6 +113,7 @@ def test_5_is_a_repository_that_is_away(tmp_path, url):
     for args in (
         ["list"],
         ["check"],
+        ["why", "one"],
         ["submit", "email"],
         ["pause", "email"],
         ["schedules"],

@@ -319,6 +319,16 @@ class TestRefusedFiles:
         assert "read-only" in outcome or "no permission" in outcome
 
 
+def test_a_read_only_file_system_is_named(repository, monkeypatch):
+    repository.create(task("a"))
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    connections = connections_of(repository)
+    error = connections.translated(sqlite3.OperationalError("unable to open database file"))
+    assert isinstance(error, RepositoryUnavailable)
+    folder = os.path.dirname(connections.file.path)
+    assert str(error).endswith(f"also to read, and this user cannot write to {folder}")
+
+
 def create_in(path):
     with SQLiteRepository(path) as repository:
         repository.create(task("b"))

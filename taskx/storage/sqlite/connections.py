@@ -66,7 +66,14 @@ def _why_not_opened(path: str) -> str:
     if not os.path.isdir(folder):
         return f"there is no folder {folder}"
     missing = "" if os.path.exists(path) else "it is missing and cannot be created; "
+    if not os.access(folder, os.W_OK):
+        return f"{missing}{unwritable(folder)}"
     return f"{missing}no permission, or too many open files"
+
+
+def unwritable(folder: str) -> str:
+    """Return words about the folder of a file, to which this user cannot write."""
+    return f"SQLite keeps files beside it, also to read, and this user cannot write to {folder}"
 
 
 class Compiling:

@@ -15,7 +15,7 @@ from typing import Any
 from taskx.core.errors import TaskxError
 from taskx.core.verdict import Check, fail, ok, warn
 from taskx.storage.sqlite import schema
-from taskx.storage.sqlite.connections import MINIMUM_SQLITE
+from taskx.storage.sqlite.connections import MINIMUM_SQLITE, unwritable
 from taskx.storage.sqlite.file import DatabaseFile
 from taskx.storage.sqlite.schema import Schema
 from taskx.storage.sqlite.turnstile import NAMES
@@ -219,9 +219,11 @@ def _contents(path: str, tables: Schema) -> Iterator[Check]:
         yield fail("schema", f"{error}.", "")
         return
     except sqlite3.Error as error:
-        yield fail(
-            "file", f"SQLite cannot read {path}: {error}.", "Check the path, or restore a backup."
-        )
+        folder = os.path.dirname(os.path.abspath(path))
+        advice = "Check the path, or restore a backup."
+        if not os.access(folder, os.W_OK):
+            advice = f"{unwritable(folder)}: copy it to another folder."
+        yield fail("file", f"SQLite cannot read {path}: {error}.", advice)
         return
     if version == schema.VERSION and os.access(path, os.W_OK):
         yield _write_lock(path)
