@@ -88,7 +88,7 @@ class Queue(Questions, Steering):
             wrapped around every execution; the first one is the outermost.
         find_executor: finds executors that nobody has registered. It is called once with each type that
             the queue does not know: at a submit, and by a started queue for waiting tasks. It returns the
-            executor, or None if there is none here.
+            executor, or None if there is none here, or if it has registered one itself.
         clock: the source of the time; for tests.
         engine: what runs the tasks of this queue once it is started; threads of this process by default.
 

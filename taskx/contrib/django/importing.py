@@ -155,12 +155,11 @@ def find(alias: str, type: str) -> None:
     if place.queue._registry.knows(type):
         return
     try:
-        executor = place.executor(type)
+        place.find(type)
     except ImportError as error:
         raise Refused(f"there is no task of Django at {type!r} ({error})") from error
-    if executor is None:
+    if not place.queue._registry.knows(type):
         raise Refused(f"{type!r} is not the path of a task, and no executor has this type")
-    place.queue.register_executor(executor)
 
 
 def store(queue: Queue, plan: Plan, *, dry_run: bool) -> str:

@@ -19,7 +19,6 @@ from django.utils.module_loading import autodiscover_modules
 
 from taskx import (
     ConfigurationError,
-    Executor,
     Hook,
     MemoryRepository,
     Queue,
@@ -51,30 +50,37 @@ class Place:
     queue_names: set[str] = attrs.field(factory=set)
     _types: set[str] = attrs.field(factory=set, init=False, repr=False)
 
-    def executor(self, type: str) -> Executor[..., Any] | None:
-        """Return the executor of a type; None if it is no path, or if this queue must not run it.
+    def find(self, type: str) -> None:
+        """Register the executor of a type, if it is the path of a task of Django that this queue may run.
 
         Raises:
             ImportError: there is no task of Django at this path.
         """
         path, _, queue_name = type.partition("@")
-        if not all(part.isidentifier() for part in path.split(".")) or "." not in path:
-            return None
-        if self.queue_names and (queue_name or "default") not in self.queue_names:
-            return None
-        running: Any = import_module(f"{APP}.running")
-        executor: Executor[..., Any] = running.executor_at(type, self.settings.alias)
-        self._types.add(type)
-        return executor
+        if "." not in path or not all(part.isidentifier() for part in path.split(".")):
+            return
+        if self.runs(queue_name or "default"):
+            running: Any = import_module(f"{APP}.running")
+            self.register(running.task_of(type, self.settings.alias))
+
+    def runs(self, queue_name: str) -> bool:
+        """Return True if the queue runs the tasks of Django with a queue name."""
+        return not self.queue_names or queue_name in self.queue_names
 
     def register(self, task: Any) -> str:
-        """Register the executor of a task of Django, if there is none yet; return its type."""
+        """Register the executor of a task of Django, if there is none yet; return its type.
+
+        A type with a queue name that this queue does not run is only declared.
+        """
         running: Any = import_module(f"{APP}.running")
         type: str = running.type_of(task)
         if type not in self._types:
             with _lock:
                 if type not in self._types:
-                    self.queue.register_executor(running.executor_of(task))
+                    if self.runs(task.queue_name):
+                        self.queue.register_executor(running.executor_of(task))
+                    else:
+                        self.queue.declare(type)
                     self._types.add(type)
         return type
 
@@ -104,7 +110,8 @@ def load_queue(alias: str = DEFAULT, queue_names: Collection[str] = ()) -> Queue
 
     Args:
         alias: a key of ``TASKS``.
-        queue_names: the queue names of the tasks of Django that it may run; empty for all.
+        queue_names: the queue names of the tasks of Django that it may run; empty for all. Executors of
+            the native API have none, and it runs them in any case.
 
     Raises:
         ConfigurationError: as :func:`get_queue`.
@@ -114,7 +121,7 @@ def load_queue(alias: str = DEFAULT, queue_names: Collection[str] = ()) -> Queue
     autodiscover_modules("tasks")
     if (running := _running()) is not None:
         for task in running.tasks_of(alias):
-            if not place.queue_names or task.queue_name in place.queue_names:
+            if place.runs(task.queue_name):
                 place.register(task)
     return place.queue
 
@@ -127,9 +134,8 @@ def place_of(alias: str) -> Place:
     """
     key = (alias, in_tests())
     if (place := _places.get(key)) is None:
-        with _lock:
-            if (place := _places.get(key)) is None:
-                place = _places[key] = _make(settings_of(alias))
+        # Without a lock: it imports modules of the site. The first one made is used.
+        place = _places.setdefault(key, _make(settings_of(alias)))
         embedding.expect(alias)
     return place
 
@@ -137,9 +143,10 @@ def place_of(alias: str) -> Place:
 def _running() -> Any:
     """Return the module that runs tasks of Django; None if this Django has no tasks."""
     try:
-        return import_module(f"{APP}.running")
+        import_module(f"{APP}.compat")
     except ImportError:
         return None
+    return import_module(f"{APP}.running")
 
 
 def _make(settings: Settings) -> Place:
@@ -161,8 +168,8 @@ def _make(settings: Settings) -> Place:
     return found[0]
 
 
-def _find(found: list[Place], type: str) -> Executor[..., Any] | None:
-    return found[0].executor(type)
+def _find(found: list[Place], type: str) -> None:
+    found[0].find(type)
 
 
 def _repository(settings: Settings) -> TaskRepository:

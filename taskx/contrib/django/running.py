@@ -99,15 +99,6 @@ def _sender(alias: str) -> Any:
     return type(task_backends[alias])
 
 
-def executor_at(type: str, alias: str) -> Executor[..., Any]:
-    """Return the executor of a type, which is the path of a task.
-
-    Raises:
-        ImportError: there is no task of Django at this path.
-    """
-    return executor_of(task_of(type, alias))
-
-
 def tasks_of(alias: str) -> Iterator[Task]:
     """Yield the tasks of an alias in the modules ``tasks`` of the installed apps, as far as imported."""
     for app in apps.get_app_configs():

@@ -27,8 +27,8 @@ from django.utils import translation
 from helpers import PATIENCE, eventually
 from shop import tasks
 
-from taskx import DuplicateTask, MemoryRepository, TaskCancelled
-from taskx.contrib.django import TaskxBackend, get_queue
+from taskx import DuplicateTask, MemoryRepository, Queue, TaskCancelled, TaskStatus
+from taskx.contrib.django import TaskxBackend, get_queue, load_queue
 from taskx.contrib.django import task as taskx_task
 from taskx.contrib.django.compat import (
     InvalidTask,
@@ -471,6 +471,21 @@ def test_a_queue_name_is_part_of_the_type(backend):
     result = ended(tasks.add.using(queue_name="mails").enqueue(1))
     assert result.taskx.task().type == "shop.tasks.add@mails"
     assert (result.task.queue_name, result.return_value) == ("mails", 1)
+
+
+def test_a_queue_of_some_queue_names_leaves_the_other_tasks_alone(stored):
+    queue = load_queue(queue_names=["mails"])
+    queue.start()
+    mail = tasks.add.using(queue_name="mails")
+    other = tasks.add.enqueue(1)  # also if this process enqueues it
+    backend = Queue(queue.repository)
+    backend.declare("shop.tasks.echo", "shop.tasks.echo@mails")
+    unknown = backend.submit("shop.tasks.echo")
+    found = backend.submit("shop.tasks.echo@mails")
+    assert ended(mail.enqueue(2)).return_value == 2
+    assert found.result(PATIENCE) == [[], {}]
+    assert tasks.add.get_result(other.id).status == READY
+    assert unknown.task().status is TaskStatus.PENDING
 
 
 def test_the_native_queue_of_the_alias_is_the_backends(backend):
