@@ -168,7 +168,10 @@ class Supervisor:
         wake, written = socket.socketpair()
         wake.setblocking(False)
         written.setblocking(False)
-        before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        # A shell starts a job in the background with SIGINT ignored. It must stay ignored.
+        ignored = {signal.SIGINT} if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else set()
+        heard = [number for number in _SIGNALS if number not in ignored]
+        before = {number: signal.signal(number, self._note) for number in heard}
         fd = signal.set_wakeup_fd(written.fileno(), warn_on_full_buffer=False)
         try:
             yield wake

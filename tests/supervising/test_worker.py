@@ -207,6 +207,15 @@ def test_sigterm_lets_running_tasks_end(worker):
     assert (task.status, task.starts) == (TaskStatus.COMPLETED, 1)
 
 
+def test_ctrl_c_is_not_for_a_worker_in_the_background(worker):
+    background = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    one = worker(processes=1, first=background, health_file="health")
+    eventually((one.folder / "health").exists)
+    one.child.signal(signal.SIGINT)
+    code, errors = one.stop()
+    assert (code, "SIGINT" in errors) == (0, False)
+
+
 def test_a_second_signal_ends_at_once_and_the_task_is_only_interrupted(worker):
     one = worker(processes=1, stop_timeout=600)
     one.starts(1)
