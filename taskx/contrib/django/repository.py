@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
+from importlib import import_module
 from typing import Any, TypeVar
 
 from django.db import connections
@@ -338,14 +339,16 @@ class DjangoRepository(BesideBlocks):
     def joined(self, connection: object, then: Then | None) -> AbstractContextManager[Repository]:
         if is_elsewhere(connection):
             return super().joined(connection, then)
-        from taskx.contrib.django.joining import join  # it needs this class
-
-        return join(self, self._connections, connection, then)
+        made: AbstractContextManager[Repository] = _joining().join(
+            self, self._connections, connection, then
+        )
+        return made
 
     def transaction(self) -> AbstractContextManager[Any]:
-        from taskx.contrib.django.joining import executor_block
-
-        return executor_block(self, self._connections, self._take_lock)
+        block: AbstractContextManager[Any] = _joining().executor_block(
+            self, self._connections, self._take_lock
+        )
+        return block
 
     def _take_lock(self, link: Link) -> None:
         """Make the open transaction of an SQLite file one that writes, when it is this process's turn."""
@@ -578,6 +581,11 @@ class _Refused(Exception):
     def __init__(self, results: Sequence[bool]) -> None:
         super().__init__(results)
         self.results = results
+
+
+def _joining() -> Any:
+    """Return the module that derives classes from the repository."""
+    return import_module("taskx.contrib.django.joining")
 
 
 def _data_version(link: Link) -> object:
