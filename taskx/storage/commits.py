@@ -87,6 +87,11 @@ class Watch:
                     thread.start()
                     self._thread = thread
 
+    def close(self) -> None:
+        """Forget all transactions, so that the thread ends."""
+        with self._lock:
+            self._watched.clear()
+
     def _run(self) -> None:
         while True:
             for each in list(self._watched):
@@ -94,9 +99,11 @@ class Watch:
                 if not is_open():
                     stored.end()
                 if stored.settled():
-                    self._watched.remove(each)
+                    with suppress(ValueError):  # it was closed in the meantime
+                        self._watched.remove(each)
             with self._lock:
                 if not self._watched:
                     self._thread = None
                     return
-            time.sleep(pause(min(stored.since for _, stored in list(self._watched))))
+            since = [stored.since for _, stored in list(self._watched)]
+            time.sleep(pause(min(since)) if since else _SHORTEST)

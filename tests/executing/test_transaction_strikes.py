@@ -15,6 +15,9 @@ from strikes import strike_at
 from taskx import Hook, RepositoryError, SQLiteRepository, TaskFilter, TaskStatus
 from taskx.storage import queries
 
+# A connection that is just being opened at that moment is left to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed database:ResourceWarning")
+
 
 @pytest.fixture
 def path(tmp_path):

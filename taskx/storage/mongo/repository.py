@@ -288,6 +288,7 @@ class MongoRepository(Tasks):
 
     def close(self) -> None:
         """Close the connections that this object opened; a later operation opens them again."""
+        self._commits.close()  # its thread would open the connections again
         self._changes.close()
         self._connection.close()
 

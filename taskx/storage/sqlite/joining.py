@@ -91,8 +91,8 @@ def own_transaction(
 ) -> Iterator[sqlite3.Connection]:
     """Do what :meth:`Repository.transaction` describes; ``check`` raises if a connection is of no use."""
     outer.open()
-    connection = _connect(outer)
     guard = _Guard()
+    connection = _connect(outer)
     try:
         outer.file.check()
         check(connection)

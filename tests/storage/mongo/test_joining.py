@@ -179,6 +179,15 @@ class TestSubmit:
         thread.join(LONG)
         assert not thread.is_alive()
 
+    def test_a_closed_repository_watches_no_longer(self, queue, session, repository):
+        session.start_transaction()
+        queue.submit("echo", connection=session)
+        thread = repository._commits._thread
+        repository.close()
+        thread.join(LONG)
+        assert not thread.is_alive()
+        session.abort_transaction()
+
 
 def transient():
     error = PyMongoError("a network that failed")
