@@ -62,13 +62,13 @@ def test_a_paused_type_waits_and_the_others_run(queue, other):
 def test_a_paused_queue_starts_nothing_and_takes_everything(queue, other):
     queue.start()
     queue.pause()
-    handles = [queue.submit("ab"[n % 2], {"n": n}) for n in range(500)]  # five buffers full
+    handles = [queue.submit("ab"[n % 2], {"n": n}) for n in range(300)]  # three buffers full
     assert (queue.buffered, queue.drain(PATIENCE)) == (0, True)
     assert queue.ran == []
     queue.resume()
     for handle in handles:
         handle.result(PATIENCE)
-    assert len(queue.ran) == 500
+    assert len(queue.ran) == 300
 
 
 def test_a_running_task_goes_on_when_its_type_is_paused(queue, gate):

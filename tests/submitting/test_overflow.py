@@ -69,11 +69,11 @@ def test_a_stop_ends_a_blocked_submit(busy, gate):
 @pytest.mark.every_store
 def test_spill_runs_all_tasks_in_order(busy, gate, no_batches):
     queue = busy(buffer_size=3, overflow="spill")
-    handles = [queue.submit("note", {"n": n}) for n in range(300)]
+    handles = [queue.submit("note", {"n": n}) for n in range(150)]
     gate.open()
     for handle in handles:
         handle.result(PATIENCE)
-    assert queue.ran == list(range(300))
+    assert queue.ran == list(range(150))
 
 
 def test_spilled_tasks_need_little_memory(busy):

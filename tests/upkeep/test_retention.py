@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import closing
 from datetime import datetime, timedelta, timezone
 
 import pytest
@@ -12,6 +13,7 @@ from taskx import (
     Config,
     ConfigurationError,
     DuplicateTask,
+    Queue,
     SQLiteRepository,
     Task,
     TaskFilter,
@@ -293,15 +295,13 @@ class TestHistory:
 
 
 @pytest.mark.slow
-def test_the_file_shrinks_when_most_of_it_is_free(make_queue, database, clock):
+def test_the_file_shrinks_when_most_of_it_is_free(database, clock):
     """An incremental vacuum shrinks it a little at a time, and keeps some free space for later use."""
     repository = SQLiteRepository(database, durability="process", clock=clock)
-    with repository:
-        queue = make_queue(repository, clock=clock)
+    with repository, closing(Queue(repository, clock=clock)) as queue:
         queue.executor("fine")(lambda text: None)
         tasks = [Task(type="fine", params={"text": "x" * 4000}) for _ in range(6000)]
-        for handle in queue.submit_many(tasks):
-            handle.cancel()
+        queue.cancel_many([handle.id for handle in queue.submit_many(tasks)])
         repository._transact(lambda cursor: None, durable=True)
         clock.advance(10)
         full = size(repository)
