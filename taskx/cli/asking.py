@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 
 import click
@@ -286,7 +286,7 @@ taskx failures --json | jq -r '.task_ids[]'
 def failures(session: Session, type_: str | None, since: float | None, at_most: int) -> None:
     """Show groups of failures."""
     now = session.now()
-    start = None if since is None else now - timedelta(seconds=since)
+    start = None if since is None else session.after(-since)
     found = session.queue.failures(type=type_, since=start, at_most=at_most)
     if session.json:
         session.out.json_lines({"group": key_of(group), **group.to_dict()} for group in found)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from typing import Any, Protocol
 
 import attrs
@@ -416,7 +415,7 @@ taskx prune --older 7d --status completed --yes
 )
 def prune(session: Session, older: float, status: str | None, yes: bool, dry_run: bool) -> None:
     """Delete old tasks."""
-    before = session.now() - timedelta(seconds=older)
+    before = session.after(-older)
     ended = [status] if status else [each for each in TaskStatus if each.finished]
     counts = [
         session.queue.count_tasks(TaskFilter(status=each, end_date=before), at_most=_COUNTED)

@@ -16,8 +16,10 @@ import click
 from taskx.cli.completion import complete_ids, complete_types
 from taskx.cli.errors import FAILED, Failure, Usage
 from taskx.cli.listing import as_record, id_argument
+from taskx.cli.nodes import nodes
 from taskx.cli.opening import Session, command
 from taskx.cli.output import clean, to_json
+from taskx.cli.scheduling import schedules
 from taskx.cli.values import Duration
 from taskx.core.errors import RepositoryError, TaskNotFound
 from taskx.core.model import Task, TaskStatus
@@ -230,6 +232,9 @@ WATCHABLE = (
     "nodes",
 )
 
+# The actions of these commands that change something.
+_ACTIONS = {"nodes": {*nodes.commands}, "schedules": schedules.commands.keys() - {"show"}}
+
 
 @command(
     "watch",
@@ -252,6 +257,9 @@ def watch(session: Session, interval: float, times: int | None, words: Sequence[
     name, *args = words
     if name not in WATCHABLE:
         raise Usage(f"{name!r} cannot be repeated: use {', '.join(WATCHABLE)}")
+    action = next((word for word in args if not word.startswith("-")), None)
+    if name in _ACTIONS and action in _ACTIONS[name]:
+        raise Usage(f"`{name} {action}` changes something: it is not repeated")
     live = session.out.live and not session.json
     left = times or (0 if live else 1)  # 0: for ever
     code = 0

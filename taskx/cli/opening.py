@@ -17,7 +17,7 @@ import click
 
 from taskx.cli.errors import Usage
 from taskx.cli.output import Output
-from taskx.core.clock import to_datetime
+from taskx.core.clock import to_datetime, to_ms, within_calendar
 from taskx.core.errors import ConfigurationError, PayloadError, RepositoryError
 from taskx.inspecting.query import suggestion
 from taskx.queue import Queue
@@ -186,6 +186,10 @@ class Session:
     def now(self) -> datetime:
         """Return the time of the repository's clock."""
         return to_datetime(self.queue.repository.clock.now_ms())
+
+    def after(self, seconds: float, start: datetime | None = None) -> datetime:
+        """Return the time so many seconds after a time, or after now; within the calendar."""
+        return to_datetime(within_calendar(to_ms(start or self.now()) + round(seconds * 1000)))
 
 
 def _user() -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 
 import click
@@ -84,10 +84,10 @@ def submit(
         raise Usage("--delay and --run-at say the same: give only one of them")
     if task_id is not None and (len(json_params) > 1 or "-" in json_params):
         raise Usage("--id is for one task: give one JSON")
-    due = run_at if delay is None else session.now() + timedelta(seconds=delay)
+    due = run_at if delay is None else session.after(delay)
     given = {name: value for name, value in options.items() if value not in (None, ())}
     if expires is not None:
-        given["expires_at"] = (due or session.now()) + timedelta(seconds=expires)
+        given["expires_at"] = session.after(expires, due)
     model = {**given, "type": type_, "run_at": due, "id": task_id or ""}
     _know(session, type_)
     wanted = (Task(**model, params=params) for params in _all_params(json_params, pairs))

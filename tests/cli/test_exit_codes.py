@@ -215,6 +215,20 @@ def test_the_exit_codes_are_documented_and_tested():
     assert codes - tested == {errors.RECYCLE}  # tests/supervising has it
 
 
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["prune", "--older", "999999999d", "--yes"],
+        ["failures", "--since", "999999999d"],
+        ["submit", "email", "--delay", "999999999d"],
+        ["submit", "email", "--delay", "1d", "--expires", "999999999d"],
+    ],
+)
+def test_a_duration_may_be_longer_than_the_calendar(url, args):
+    said = call(*args, "--repository", url)
+    assert (said.code, "unexpected" in said.err) == (0, False)
+
+
 def test_a_file_may_be_named_by_its_path(url, tmp_path):
     path = url.removeprefix("sqlite:///")
     assert [row["id"] for row in call("list", "--json", "--repository", path).rows] == ["one"]

@@ -160,3 +160,16 @@ def test_only_commands_that_read_can_be_watched(taskx):
     said = taskx("watch", "cancel", "x")
     assert said.code == 2
     assert "'cancel' cannot be repeated: use list, show" in said.err
+
+
+@pytest.mark.parametrize("words", [("nodes", "stop", "x"), ("schedules", "trigger", "nightly")])
+def test_a_change_is_not_repeated(taskx, words):
+    said = taskx("watch", *words)
+    assert (said.code, said.out) == (2, "")
+    assert said.err == f"taskx: `{words[0]} {words[1]}` changes something: it is not repeated\n"
+
+
+def test_a_task_may_have_the_name_of_an_action(outside, taskx):
+    outside.declare("email")
+    outside.submit("email", id="stop")
+    assert taskx("watch", "show", "stop").code == 0
