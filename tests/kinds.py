@@ -41,6 +41,15 @@ BY_FOLDER = {
 #: The reason for which tests in a browser are skipped if there is none.
 NO_BROWSER = "Chromium is missing"
 
+#: The reason for which tests of engines are skipped if there is no RabbitMQ.
+NO_RABBITMQ = "RabbitMQ is missing"
+
+#: The lines that say at the very end what did not run, by the reason of the skipped tests.
+MISSING = {
+    NO_BROWSER: "CHROMIUM IS MISSING: {} tests of the dashboard in a browser did not run",
+    NO_RABBITMQ: "RABBITMQ IS MISSING: {} tests of engines did not run",
+}
+
 #: Audit events for which a test needs a mark.
 NEEDS_MARK = {
     SERVER_USED: "uses a MongoDB server: mark it with @pytest.mark.mongo",
@@ -131,12 +140,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterat
     """Say at the very end, below the skipped tests, what did not run."""
     yield
     skipped = terminalreporter.stats.get("skipped", ())
-    if missed := sum(NO_BROWSER in str(report.longrepr) for report in skipped):
-        terminalreporter.write_line(
-            f"!!!! CHROMIUM IS MISSING: {missed} tests of the dashboard in a browser did not run !!!!",
-            red=True,
-            bold=True,
-        )
+    for reason, words in MISSING.items():
+        if missed := sum(reason in str(report.longrepr) for report in skipped):
+            line = f"!!!! {words.format(missed)} !!!!"
+            terminalreporter.write_line(line, red=True, bold=True)
     if _left_out and terminalreporter.config.option.markexpr:
         counts = ", ".join(f"{_left_out[kind]} {kind}" for kind in KINDS if _left_out[kind])
         terminalreporter.write_line(

@@ -103,10 +103,14 @@ class CeleryEngine(BrokerEngine):
                 **({} if queue is None else {"queue": queue}),
             )
         except BaseException:
-            connection, self._connection = self._connection, None
-            if connection is not None:
-                connection.collect(TIMEOUT)
+            self.disconnect()
             raise
+
+    def disconnect(self) -> None:
+        """Close the connection to the broker; the thread that sends tickets calls this."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.collect(TIMEOUT)
 
     def _connect(self) -> Any:
         bounds = {

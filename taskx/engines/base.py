@@ -18,6 +18,7 @@ from taskx.storage.base import Repository
 from taskx.upkeep.node import LocalNode
 
 if TYPE_CHECKING:
+    from taskx.engines.handover import HandOver
     from taskx.engines.node import TicketNode
 
 #: Seconds after which a worker process that could not start its queue tries again: first, and at most.
@@ -107,6 +108,7 @@ class BrokerEngine(Engine):
         """Forget, in a forked child, what belongs to the parent."""
         self.workers = 0
         self._node: TicketNode | None = None
+        self._handed: HandOver | None = None
         self._begun = threading.Event()
         self._ending = threading.Event()
 
@@ -116,6 +118,9 @@ class BrokerEngine(Engine):
 
         One thread of TaskX calls it. It must end in bounded time, because other tickets wait for it.
         """
+
+    def disconnect(self) -> None:
+        """Close the connection to the broker; the thread that calls :meth:`send` does this at its end."""
 
     def bind(self, queue: _Queue) -> None:
         repository = queue.repository
@@ -151,12 +156,17 @@ class BrokerEngine(Engine):
 
     # --- in a worker process
 
-    def begin_work(self, workers: int) -> None:
+    def begin_work(self, workers: int, *, hand_over: bool = False) -> None:
         """Make this process a worker process that runs ``workers`` tasks at a time; return at once.
 
-        A thread starts the queue, and tries again while the repository is away.
+        A thread starts the queue, and tries again while the repository is away. With ``hand_over``,
+        :meth:`run` returns at once, and ``workers`` threads of this engine run the tasks.
         """
         self.workers = workers
+        if hand_over:
+            from taskx.engines.handover import HandOver
+
+            self._handed = HandOver(self._run_here, workers)
         self._ending.clear()
         threading.Thread(target=self._start, name="taskx-join", daemon=True).start()
 
@@ -180,6 +190,8 @@ class BrokerEngine(Engine):
     def end_work(self, timeout: float) -> None:
         """Stop the queue of a worker process that ends; running tasks get ``timeout`` seconds."""
         self._ending.set()
+        if self._handed is not None:
+            self._handed.end()
         if self.workers and (queue := self._bound()) is not None:
             queue.stop(timeout)
 
@@ -189,8 +201,16 @@ class BrokerEngine(Engine):
         If nothing may start, this does nothing: the ticket is sent again when that has changed.
         """
         ticket = Ticket(task_id, type)
+        if self._handed is not None:
+            self._handed.put(ticket)
+        else:
+            self._run_here(ticket)
+
+    def _run_here(self, ticket: Ticket) -> None:
         if not self.workers or not self._begun.wait(_PATIENCE) or self._node is None:
-            log.warning("a ticket for task %s is dropped: this process runs no tasks yet", task_id)
+            log.warning(
+                "a ticket for task %s is dropped: this process runs no tasks yet", ticket.id
+            )
             return
         self._node.run(ticket)
 

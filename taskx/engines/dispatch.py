@@ -10,8 +10,9 @@ import math
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from typing import NamedTuple, Protocol
 
 import attrs
 
@@ -46,6 +47,16 @@ class _Sent:
     starts: int
     at: float
     wait: float
+
+
+class Sender(Protocol):
+    """The parts of an engine that send tickets."""
+
+    name: str
+    resend: float
+
+    def send(self, ticket: Ticket) -> None: ...
+    def disconnect(self) -> None: ...
 
 
 class _Waiting(NamedTuple):
@@ -105,22 +116,16 @@ class Dispatcher:
 
     Args:
         pool: the node's pool.
-        engine: the name of the engine.
-        send: sends a ticket.
-        resend: seconds after which a ticket may be lost.
+        engine: the engine.
     """
 
-    def __init__(
-        self, pool: TicketPool, engine: str, send: Callable[[Ticket], None], resend: float
-    ) -> None:
+    def __init__(self, pool: TicketPool, engine: Sender) -> None:
         self._pool = pool
         self._services = pool.services
         self._engine = engine
-        self._send = send
-        self._resend = resend
         #: The tickets of this node that no worker has used yet, as far as it knows.
         self.sent: dict[str, _Sent] = {}
-        self.crew = Crew((), engine, pool.node.id)
+        self.crew = Crew((), engine.name, pool.node.id)
         self._crew_at = -math.inf
         self._seen: dict[str, float] = {}
         self._complaint = Complaint(pool.services.log)
@@ -158,6 +163,8 @@ class Dispatcher:
                 self._services.log.exception("unexpected error in the dispatcher; it continues")
             pause = 0.0 if fine else min(max(2 * pause, _FIRST_PAUSE), _LONGEST_PAUSE)
             self._signal.wait(pause or self._rest)
+        with suppress(Exception):  # the broker may be away
+            self._engine.disconnect()
 
     def round(self) -> bool:
         """Send the tickets that are due; return False if the broker refused one."""
@@ -193,7 +200,7 @@ class Dispatcher:
         now = time.monotonic()
         if now - self._crew_at >= _FRESH:
             nodes = self._services.repository.nodes()
-            self.crew = Crew(nodes, self._engine, self._pool.node.id)
+            self.crew = Crew(nodes, self._engine.name, self._pool.node.id)
             self._pool.tickets.senders = self.crew.ids
             self._crew_at = now
 
@@ -248,7 +255,7 @@ class Dispatcher:
         lost = [task_id for task_id in late if mine[task_id].type in idle]
         for task_id in lost:
             sent = self.sent[task_id]
-            sent.at, sent.wait = now, min(2 * sent.wait, max(_LONGEST_WAIT, self._resend))
+            sent.at, sent.wait = now, min(2 * sent.wait, max(_LONGEST_WAIT, self._engine.resend))
         return {task_id: mine[task_id] for task_id in lost}
 
     def _idle_types(self, types: Collection[str]) -> set[str]:
@@ -265,9 +272,9 @@ class Dispatcher:
             for task_id, task in tasks.items():
                 if self._stopped:
                     break
-                self._send(Ticket(task_id, task.type))
+                self._engine.send(Ticket(task_id, task.type))
                 del unsent[task_id]
-                sent = _Sent(task.starts, time.monotonic(), self._resend)
+                sent = _Sent(task.starts, time.monotonic(), self._engine.resend)
                 self.sent.setdefault(task_id, sent)
         except Exception as error:  # noqa: BLE001  (the libraries of brokers have no common class of errors)
             self._reached = False

@@ -11,7 +11,7 @@ import attrs
 from taskx.common.config import Config
 from taskx.core.errors import RepositoryError
 from taskx.engines.claims import Claims
-from taskx.engines.dispatch import Dispatcher
+from taskx.engines.dispatch import Dispatcher, Sender
 from taskx.engines.pool import TicketPool
 from taskx.engines.tickets import Ticket
 from taskx.liveness.base import About
@@ -19,14 +19,10 @@ from taskx.moving import Services
 from taskx.upkeep.node import LocalNode
 
 
-class _Engine(Protocol):
+class _Engine(Sender, Protocol):
     """The parts of an engine that its node uses."""
 
-    name: str
-    resend: float
     workers: int
-
-    def send(self, ticket: Ticket) -> None: ...
 
 
 class TicketNode(LocalNode):
@@ -43,7 +39,7 @@ class TicketNode(LocalNode):
         self.begun: Callable[[], object] = lambda: None
         super().__init__(services, attrs.evolve(config, worker_num=max(1, engine.workers)), ended)
         self._claims = Claims(self.engine)
-        self._dispatcher = Dispatcher(self.engine, engine.name, engine.send, engine.resend)
+        self._dispatcher = Dispatcher(self.engine, engine)
 
     def about(self, config: Config) -> About:
         """Return the facts about this node."""

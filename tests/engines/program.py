@@ -23,11 +23,19 @@ class Site:
         self.engine: Any = None
         if engine == "celery":
             self.engine = self._celery(broker, options)
+        elif engine == "dramatiq":
+            self.engine = self._dramatiq(broker, options)
         self._client: Any = None
         self.repository = self._repository(store)
         settings = Config(worker_num=int(os.environ.get("WORKERS", "2")))
         self.queue = Queue(self.repository, settings, engine=self.engine)
         _register(self.queue)
+
+    def _dramatiq(self, broker: str, options: dict[str, Any]) -> Any:
+        from taskx.contrib.dramatiq import DramatiqEngine
+
+        self.app = _dramatiq_broker(broker)
+        return DramatiqEngine(self.app, one_host=True, **{"resend": 1.0, **options})
 
     def _repository(self, store: str) -> Any:
         if not store.startswith("mongodb"):
@@ -40,6 +48,8 @@ class Site:
 
     def close(self) -> None:
         self.queue.close()
+        if hasattr(self.app, "declare_actor"):  # a broker of Dramatiq
+            self.app.close()
         if self._client is not None:
             self._client.close()
 
@@ -53,6 +63,16 @@ class Site:
         self.app.conf.broker_connection_retry_on_startup = True
         self.app.conf.worker_enable_remote_control = False
         return CeleryEngine(self.app, one_host=True, **{"resend": 1.0, **options})
+
+
+def _dramatiq_broker(url: str) -> Any:
+    if url.startswith("amqp"):
+        from dramatiq.brokers.rabbitmq import RabbitmqBroker
+
+        return RabbitmqBroker(url=url)
+    from dramatiq.brokers.redis import RedisBroker
+
+    return RedisBroker(url=f"{url}?socket_timeout=2&socket_connect_timeout=2")
 
 
 def note(log: str, *words: object) -> None:

@@ -67,6 +67,7 @@ class Broker:
 #: How to start the workers of each engine: two tasks at a time.
 COMMANDS: dict[str, Sequence[str]] = {
     "threads": ["-m", "program"],
+    "dramatiq": ["-m", "dramatiq", "program:app", "-p", "1", "-t", "2"],
     "celery": [
         "-m",
         "celery",
@@ -139,3 +140,66 @@ def _any_in(group: int) -> bool:
     except (ProcessLookupError, PermissionError):
         return False
     return True
+
+
+RABBITMQ = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
+
+
+class Rabbit:
+    """A RabbitMQ server from the system's packages, with all its files in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.port = free_port()
+        self.url = f"amqp://guest:guest@127.0.0.1:{self.port}/%2F"
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+        (folder / "plugins").write_text("[].")
+        self._env = {
+            **os.environ,
+            "HOME": str(folder),
+            "RABBITMQ_NODENAME": f"taskx{self.port}@localhost",
+            "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
+            "RABBITMQ_NODE_PORT": str(self.port),
+            "RABBITMQ_DIST_PORT": str(free_port()),
+            "ERL_EPMD_PORT": str(free_port()),
+            "ERL_EPMD_ADDRESS": "127.0.0.1",
+            "RABBITMQ_MNESIA_BASE": str(folder / "data"),
+            "RABBITMQ_LOG_BASE": str(folder / "log"),
+            "RABBITMQ_ENABLED_PLUGINS_FILE": str(folder / "plugins"),
+            "RABBITMQ_CONF_ENV_FILE": str(folder / "none"),
+            "RABBITMQ_GENERATED_CONFIG_DIR": str(folder / "generated"),
+        }
+
+    def start(self) -> Rabbit:
+        with open(self._folder / "rabbit.log", "ab") as output:
+            self._process = subprocess.Popen(
+                [str(RABBITMQ)],
+                env=self._env,
+                stdout=output,
+                stderr=output,
+                cwd=self._folder,
+                start_new_session=True,
+            )
+        eventually(self._answers)
+        return self
+
+    def _answers(self) -> bool:
+        from amqp import Connection
+
+        with suppress(OSError), Connection(f"127.0.0.1:{self.port}", connect_timeout=2) as one:
+            return bool(one.connected)
+        return False
+
+    def kill(self) -> None:
+        """Kill the server, and the name server that it has started, which has left its session."""
+        if self._process is None:
+            return
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait(PATIENCE)
+        self._process = None
+        port = f"ERL_EPMD_PORT={self._env['ERL_EPMD_PORT']}".encode()
+        for environ in Path("/proc").glob("[0-9]*/environ"):
+            with suppress(OSError):
+                if port in environ.read_bytes().split(b"\0"):
+                    os.kill(int(environ.parent.name), signal.SIGKILL)

@@ -9,7 +9,8 @@ import time
 import uuid
 from base64 import b64decode
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from helpers import PATIENCE, eventually
@@ -19,7 +20,7 @@ from engines.servers import Broker
 from taskx import TaskStatus
 from taskx.engines.dispatch import DEPTH
 
-BROKERS = ["celery"]
+BROKERS = ["celery", "dramatiq"]
 
 
 @pytest.fixture(params=BROKERS)
@@ -53,23 +54,30 @@ def staffed(crewed: Ground) -> Ground:
     return crewed
 
 
-def held_up(site: Ground) -> list[Callable[[], None]]:
-    """Keep both workers busy; return the functions that free them."""
+@contextmanager
+def held_up(site: Ground) -> Iterator[None]:
+    """Keep both workers busy during a block."""
     words = [f"busy-{uuid.uuid4().hex}" for _ in range(2)]
     gates = [site.hold(word)[1] for word in words]
-    for word in words:
-        site.begun(word)
-    return gates
+    try:
+        for word in words:
+            site.begun(word)
+        yield
+    finally:
+        for free in gates:
+            free()
 
 
 def tickets(site: Ground) -> list[tuple[str, str]]:
-    """Return the tickets in the broker that no worker has taken."""
+    """Return the tickets in the broker of tasks that do not hold up a worker."""
     with site.broker.client() as client:
         if site.engine == "celery":
             found = [json.loads(message)["body"] for message in client.lrange("celery", 0, -1)]
-            return [tuple(json.loads(b64decode(body))[0]) for body in found]
-        messages = client.hgetall("dramatiq:taskx.msgs").values()
-        return [tuple(json.loads(message)["args"]) for message in messages]
+            bodies = [json.loads(b64decode(body))[0] for body in found]
+        else:
+            messages = client.hgetall("dramatiq:taskx.msgs").values()
+            bodies = [json.loads(message)["args"] for message in messages]
+    return [(id, type) for id, type in bodies if type != "hold"]
 
 
 def all_ran_once(site: Ground, handles: list, prefix: str) -> None:
@@ -107,26 +115,22 @@ def test_a_broker_that_hangs_holds_up_neither_submit_nor_cancel_nor_stop(staffed
 
 
 def test_a_flushed_broker_is_refilled(staffed):
-    gates = held_up(staffed)
-    handles = [staffed.note(f"flushed{number}") for number in range(6)]
-    eventually(lambda: tickets(staffed))
-    staffed.broker.flush()
-    for free in gates:
-        free()
+    with held_up(staffed):
+        handles = [staffed.note(f"flushed{number}") for number in range(6)]
+        eventually(lambda: tickets(staffed))
+        staffed.broker.flush()
     all_ran_once(staffed, handles, "flushed")
 
 
 def test_a_ticket_has_an_id_and_a_type_and_a_backlog_is_not_in_the_broker_twice(staffed):
-    gates = held_up(staffed)
-    handles = [staffed.note(f"waits{number:03}") for number in range(100)]
-    known = {handle.id for handle in handles}
-    found = eventually(lambda: tickets(staffed))
-    assert {(id in known, type) for id, type in found} == {(True, "note")}
-    for _ in range(3):  # rounds of the dispatcher
-        staffed.queue.submit("add", {"a": 1, "b": 1})
-        assert len([type for _, type in tickets(staffed) if type == "note"]) <= DEPTH * 2
-    for free in gates:
-        free()
+    with held_up(staffed):
+        handles = [staffed.note(f"waits{number:03}") for number in range(100)]
+        known = {handle.id for handle in handles}
+        found = eventually(lambda: tickets(staffed))
+        assert {(id in known, type) for id, type in found} == {(True, "note")}
+        for _ in range(3):  # each makes the dispatcher look again
+            staffed.queue.submit("add", {"a": 1, "b": 1})
+            assert len([type for _, type in tickets(staffed) if type == "note"]) <= DEPTH * 2
     all_ran_once(staffed, handles, "waits")
 
 

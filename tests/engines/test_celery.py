@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from collections import Counter
-from collections.abc import Iterator
-from hashlib import sha256
 
 import pytest
-from helpers import PATIENCE, ROOT, eventually
+from helpers import PATIENCE, eventually
 
 from engines.conftest import Ground
 
@@ -79,27 +75,3 @@ def test_a_killed_child_costs_its_own_task_one_crash(site):
     free_other()
     assert held.result(PATIENCE) != victim
     assert (other.result(PATIENCE) != victim, other.task().starts) == (True, 1)
-
-
-@pytest.fixture
-def example(tmp_path, broker) -> Iterator[dict[str, str]]:
-    """The environment of the example, whose workers run."""
-    env = {**os.environ, "BROKER": broker.url, "TASKX_DB": str(tmp_path / "tasks.db")}
-    env.update(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "examples")]), C_FORCE_ROOT="1")
-    command = [sys.executable, "-W", "ignore", "-m", "celery", "-A", "celery_app", "worker"]
-    with open(tmp_path / "workers.log", "ab") as output:
-        workers = subprocess.Popen(
-            [*command, "-c", "1"], env=env, cwd=tmp_path, stdout=output, stderr=output
-        )
-    yield env
-    workers.terminate()
-    workers.wait(PATIENCE)
-
-
-def test_the_example_runs_as_it_says(example, tmp_path):
-    (tmp_path / "file").write_bytes(b"text")
-    command = [sys.executable, str(ROOT / "examples" / "celery_app.py"), "file"]
-    ran = subprocess.run(
-        command, env=example, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE
-    )
-    assert ran.stdout == f"{sha256(b'text').hexdigest()} file\n", ran.stderr

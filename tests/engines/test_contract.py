@@ -14,7 +14,7 @@ from engines.conftest import Ground
 from engines.servers import Broker
 from taskx import TaskFailed, TaskStatus, chain, group
 
-ENGINES = ["threads", "celery"]
+ENGINES = ["threads", "celery", "dramatiq"]
 
 
 @pytest.fixture(scope="module", params=ENGINES)

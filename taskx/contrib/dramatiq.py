@@ -1,0 +1,132 @@
+"""Dramatiq's workers run the tasks of a queue: :class:`DramatiqEngine`. It needs the package dramatiq."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from taskx import ConfigurationError
+from taskx.engines import BrokerEngine, Ticket
+
+if TYPE_CHECKING:
+    from dramatiq import Broker
+
+#: The name of the actor that carries tickets.
+ACTOR = "taskx.run"
+#: Seconds that running tasks get when a worker process ends. Dramatiq has waited for them before.
+STOP_TIMEOUT = 10.0
+# Milliseconds: Dramatiq's default of ten minutes would end an actor. The task's own time-out counts.
+_NO_LIMIT = 10 * 365 * 24 * 3600 * 1000
+
+# The brokers that have an engine.
+_brokers: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+class DramatiqEngine(BrokerEngine):
+    """Runs the tasks of a queue in Dramatiq's worker processes.
+
+    ``dramatiq …`` runs the tasks if its program makes the same queue.
+
+    A message has the id and the type of a task, and nothing else. Dramatiq's retries, delays, age limits
+    and results are not used: the record of the task has all this. Dramatiq acknowledges a message after its
+    actor. RabbitMQ closes the channel of a message that is held for long, so with its broker the actor only
+    hands the ticket to a thread of TaskX, one for each of Dramatiq's threads.
+
+    Args:
+        broker: the Dramatiq broker.
+        queue_name: the Dramatiq queue for all types that have none of their own.
+        queues: the name of a Dramatiq queue for each type of tasks that has one of its own.
+        one_host: True if all worker processes are on this host. A SQLite file requires it.
+        resend: seconds after which a ticket is sent again if workers are free and its task has not started.
+
+    Raises:
+        ConfigurationError: dramatiq is missing, or an argument is not valid.
+    """
+
+    name = "dramatiq"
+
+    def __init__(
+        self,
+        broker: Broker,
+        *,
+        queue_name: str = "taskx",
+        queues: Mapping[str, str] | None = None,
+        one_host: bool = False,
+        resend: float = 5.0,
+    ) -> None:
+        try:
+            import dramatiq
+        except ImportError as error:
+            raise ConfigurationError(
+                "DramatiqEngine requires the package dramatiq: install taskx-queue[dramatiq]"
+            ) from error
+        if not isinstance(broker, dramatiq.Broker):
+            raise ConfigurationError(
+                f"broker must be a Dramatiq broker, not {type(broker).__name__}"
+            )
+        super().__init__(one_host=one_host, resend=resend)
+        if broker in _brokers:
+            raise ConfigurationError("this broker has a DramatiqEngine already: use another broker")
+        _brokers.add(broker)
+        self._broker = broker
+        self._queues = dict(queues or {})
+        #: True if threads of TaskX run the tasks, and Dramatiq's threads only hand over the tickets.
+        self.hands_over = _is_rabbitmq(broker)
+        wanted = {
+            "max_retries": 0,
+            "time_limit": _NO_LIMIT,
+            "notify_shutdown": False,
+            "store_results": False,
+        }
+        options: dict[str, Any] = {
+            name: value for name, value in wanted.items() if name in broker.actor_options
+        }
+        declared = dramatiq.actor(actor_name=ACTOR, queue_name=queue_name, broker=broker, **options)
+        self._actor: Any = declared(self._run_actor)
+        for name in dict.fromkeys(self._queues.values()):
+            broker.declare_queue(name)
+        broker.add_middleware(_middleware(self))
+
+    def send(self, ticket: Ticket) -> None:
+        """Send a ticket. How long this may take is a matter of the broker's own time-outs."""
+        message = self._actor.message(ticket.id, ticket.type)
+        if (name := self._queues.get(ticket.type)) is not None:
+            message = message.copy(queue_name=name)
+        self._broker.enqueue(message)
+
+    def disconnect(self) -> None:
+        """Close the connection to RabbitMQ, of which each thread has its own."""
+        if self.hands_over:
+            del self._broker.connection  # type: ignore[attr-defined]
+
+    def _run_actor(self, task_id: str, type: str) -> None:
+        self.run(task_id, type)
+
+    def begin(self, workers: int) -> None:
+        """Begin to work in a process of Dramatiq's workers, with so many threads."""
+        self.begin_work(workers, hand_over=self.hands_over)
+
+    def end(self) -> None:
+        """End the work, because Dramatiq's worker has ended."""
+        self.end_work(STOP_TIMEOUT)
+
+
+def _is_rabbitmq(broker: Broker) -> bool:
+    return any(kind.__name__ == "RabbitmqBroker" for kind in type(broker).__mro__)
+
+
+def _middleware(engine: DramatiqEngine) -> Any:
+    """Return the middleware that tells an engine of the begin and end of a worker."""
+    from dramatiq import Middleware
+
+    class TicketMiddleware(Middleware):
+        """Starts and stops the queue in a worker process."""
+
+        def after_worker_boot(self, broker: Any, worker: Any) -> None:
+            engine.begin(worker.worker_threads)
+
+        def after_worker_shutdown(self, broker: Any, worker: Any) -> None:
+            engine.end()
+
+    return TicketMiddleware()
