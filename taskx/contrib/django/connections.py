@@ -227,27 +227,37 @@ class Connections:
     # --- using
 
     def read(self, work: Callable[[Link], T]) -> T:
-        """Call ``work`` with a connection for reading, and raise its errors as TaskX's."""
-        link: Link | None = None
+        """Call ``work`` with a connection for reading, and raise its errors as TaskX's.
+
+        If a connection broke while it was idle, ``work`` is called again with another one.
+        """
+        link = self._take()
+        idle = link is not None
         try:
-            link = self._take()
+            link = link or self._open()
             with self._within(link):
                 found = work(link)
             self._put_back(link)
             return found
         except BaseException as error:
+            lost = isinstance(error, (OperationalError, InterfaceError))
+            broke = idle and lost and link is not None and not link.usable
             if link is not None:
                 link.close()
-            if is_failure(error):
+            if is_failure(error) and not broke:
                 raise self.translated(error) from error
-            raise
+            if not broke:
+                raise
+        self.close_idle()  # the others broke, too, if the server was started again
+        return self.read(work)
 
-    def _take(self) -> Link:
+    def _take(self) -> Link | None:
+        """Return an idle connection that works; None if there is none."""
         try:
             link = self._idle.pop()
         except IndexError:
-            return self._open()
-        return self._checked(link) or self._open()
+            return None
+        return self._checked(link)
 
     def _put_back(self, link: Link) -> None:
         link.used = time.monotonic()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from importlib import import_module
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from django.db import connections
 from django.db.utils import IntegrityError
@@ -58,6 +58,7 @@ from taskx.storage.base import (
 from taskx.storage.sqlite import turnstile
 from taskx.storage.sqlite.wakeups import Wakeups
 
+Durability = Literal["accepted", "full"]
 T = TypeVar("T")
 
 _TRIES = 5  # of a transaction that others make impossible, such as by a deadlock
@@ -78,6 +79,12 @@ class DjangoRepository(BesideBlocks):
 
     Args:
         using: the alias of the database in ``DATABASES``.
+        durability: the commits that a power cut, or the death of the database server, may undo. The death
+            of your own processes never undoes a commit. On MySQL, the server's settings decide.
+
+            - ``"accepted"``: nothing that a caller was told (submit, cancel, requeue, delete). The starts
+              and outcomes of the last second may be undone; those tasks run again.
+            - ``"full"``: nothing.
         lease_timeout: seconds without a heartbeat after which a node is dead and other nodes run its tasks.
             All processes on the database must use the same value. On SQLite, locks show at once if a
             process lives.
@@ -99,6 +106,7 @@ class DjangoRepository(BesideBlocks):
     def __init__(
         self,
         using: str = "default",
+        durability: Durability = "accepted",
         *,
         lease_timeout: float | timedelta = 30.0,
         timeout: float | timedelta = 10.0,
@@ -110,7 +118,12 @@ class DjangoRepository(BesideBlocks):
         super().__init__(clock, codec)
         if not isinstance(using, str) or not using:
             raise ConfigurationError(f"using must be an alias in DATABASES, not {using!r}")
+        if durability not in get_args(Durability):
+            raise ConfigurationError(
+                f"durability must be one of {', '.join(get_args(Durability))}, not {durability!r}"
+            )
         self.using = using
+        self.durability = durability
         self.lease_timeout = check_number(lease_timeout, "lease_timeout", minimum=_SHORTEST_LEASE)
         self.timeout = check_number(timeout, "timeout", minimum=0.01)
         self.on_commit = check_on_commit(on_commit)
@@ -134,7 +147,7 @@ class DjangoRepository(BesideBlocks):
     def apply(self, writes: Sequence[Write], *, all_or_nothing: bool = False) -> Sequence[bool]:
         """Apply guarded writes in one transaction."""
         coded = self.codecs.coded(writes)
-        durable = any(write.durable for write in writes)
+        durable = self.durability == "full" or any(write.durable for write in writes)
         known = self._took_place(writes)
         new = [number for number in range(len(writes)) if number not in known]
         if not new:
@@ -219,13 +232,13 @@ class DjangoRepository(BesideBlocks):
         ``sent`` are the writes that the work applies. ``single`` is True if the work is one statement.
         """
         for last in (False,) * (_TRIES - 1) + (True,):
-            with self._connections.writing() as link:
-                try:
+            try:
+                with self._connections.writing() as link:
                     return self._once(link, work, durable, sent or {}, single and not link.pooled)
-                except BaseException as error:
-                    if last or not may_be_repeated(error):
-                        self._raise(error)
-                        raise
+            except BaseException as error:
+                if last or not may_be_repeated(error):
+                    self._raise(error)
+                    raise
         raise AssertionError
 
     def _once(
