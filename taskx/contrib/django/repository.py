@@ -102,6 +102,8 @@ class DjangoRepository(BesideBlocks):
     """
 
     conditions = CONDITIONS - {"params"}
+    #: The commits that a power cut may undo.
+    durability: Durability = "accepted"
 
     def __init__(
         self,
