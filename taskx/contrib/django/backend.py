@@ -21,7 +21,7 @@ from taskx.contrib.django.compat import (
 from taskx.contrib.django.queues import Place, place_of
 from taskx.contrib.django.results import TaskxResult, params_of, result_of
 from taskx.contrib.django.running import announcing
-from taskx.contrib.django.tasks import TaskxTask, changed, dated, run_at, submit_options, task_of
+from taskx.contrib.django.tasks import TaskxTask, dated, run_at, submit_options, task_of
 from taskx.core.ids import new_id
 
 
@@ -81,7 +81,7 @@ class TaskxBackend(BaseTaskBackend):
         """
         self.validate_task(task)
         result = TaskxResult(
-            task=changed(dated(task), backend=self.alias),
+            task=dated(task),
             id=new_id(),
             status=TaskResultStatus.READY,
             enqueued_at=timezone.now(),

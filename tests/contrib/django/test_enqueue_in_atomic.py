@@ -21,24 +21,30 @@ from .test_backend import ended, entry
 READY, SUCCESSFUL = TaskResultStatus.READY, TaskResultStatus.SUCCESSFUL
 
 
-@pytest.fixture
-def site(tmp_path) -> Iterator[str]:
+@pytest.fixture(params=["sqlite", "postgres"])
+def site(request, tmp_path) -> Iterator[str]:
     """The alias of a database with the tables of TaskX, and a table of the site."""
-    alias = f"site {tmp_path}"
-    django_project.make_sqlite(tmp_path / "site.db", alias)
-    connections[alias].cursor().execute("CREATE TABLE orders (name TEXT)")
+    make = {"sqlite": django_project.on_sqlite, "postgres": django_project.on_postgres}
+    with make[request.param](tmp_path) as repository:
+        alias = repository.using
+    with connections[alias].cursor() as cursor:
+        cursor.execute("CREATE TABLE orders (name TEXT)")
     yield alias
+    with connections[alias].cursor() as cursor:
+        cursor.execute("DROP TABLE orders")
     connections[alias].close()
 
 
 def orders(site: str) -> int:
-    cursor = connections[site].cursor()
-    return int(cursor.execute("SELECT count(*) FROM orders").fetchone()[0])
+    with connections[site].cursor() as cursor:
+        cursor.execute("SELECT count(*) FROM orders")
+        return int(cursor.fetchone()[0])
 
 
 def order(site: str) -> Any:
     """Store an order, and enqueue its task."""
-    connections[site].cursor().execute("INSERT INTO orders VALUES ('x')")
+    with connections[site].cursor() as cursor:
+        cursor.execute("INSERT INTO orders VALUES ('x')")
     return tasks.add.enqueue(1)
 
 

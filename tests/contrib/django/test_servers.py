@@ -14,11 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import django_project
 import pytest
 from helpers import PATIENCE, ROOT, eventually
 from mongo_server import free_port
 
 from taskx import SQLiteRepository, Task, TaskStatus
+from taskx.contrib.django import DjangoRepository
+from taskx.storage.base import Repository
 
 pytestmark = pytest.mark.process
 
@@ -118,13 +121,23 @@ class Site:
             file.parent.mkdir(exist_ok=True)
             file.write_text(textwrap.dedent(text))
         self.file = folder / "taskx.sqlite3"
-        self.repository = SQLiteRepository(self.file)
+        self.repository: Repository = SQLiteRepository(self.file)
         self.address = f"127.0.0.1:{free_port()}"
         self._log = (folder / "log").open("w+")
         self._started: list[subprocess.Popen[str]] = []
         paths = [str(folder), str(ROOT)]
         self._env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
         self._env.pop("DJANGO_SETTINGS_MODULE", None)
+
+    def move_into_database(self) -> None:
+        """Have the tasks stored in the database of the site."""
+        with (self.folder / "settings.py").open("a") as file:
+            file.write("INSTALLED_APPS += ['taskx.contrib.django']\n")
+        self.run("manage.py", "migrate", "--verbosity", "0")
+        self.repository.close()
+        alias = f"server {self.folder}"
+        django_project.make_sqlite(self.folder / "site.db", alias)
+        self.repository = DjangoRepository(alias)
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         """Start a server with ``python``; it has a group of processes of its own."""
@@ -257,6 +270,7 @@ def test_under_runserver_tasks_run_with_no_request_and_go_on_after_a_reload(site
 
 
 def test_each_worker_of_gunicorn_has_a_queue_and_a_killed_one_loses_no_task(site):
+    site.move_into_database()
     arguments = ("-m", "gunicorn", "served:wsgi", "--bind", site.address, "--workers", "3")
     server = site.start(*arguments, "--preload")
     site.get("enqueue/who")
@@ -274,6 +288,7 @@ def test_each_worker_of_gunicorn_has_a_queue_and_a_killed_one_loses_no_task(site
     for one in more:
         site.result(one)
     assert {site.record(one).status for one in {*held} - ended} <= {TaskStatus.RUNNING}
+    assert not site.file.exists()
 
 
 def test_under_asgi_the_first_request_starts_the_queue(site):
