@@ -297,6 +297,28 @@ def test_signals_come_in_order_with_the_class_of_the_backend_as_sender(backend, 
     assert finished == tasks.add.get_result(finished.id)
 
 
+def test_no_task_starts_before_the_receivers_know_that_it_is_enqueued(backend, told):
+    began, early = threading.Event(), []
+
+    def note(task_result: Any, **more: Any) -> None:
+        began.set()
+
+    def enqueued(task_result: Any, **more: Any) -> None:
+        eventually(lambda: task_result.taskx.task().status is TaskStatus.RUNNING)
+        early.append(began.wait(0.3))
+
+    task_started.connect(note)
+    task_enqueued.connect(enqueued)
+    try:
+        result = tasks.add.enqueue(1)
+        assert early == [False]
+        assert ended(result).return_value == 1
+        assert began.is_set()
+    finally:
+        task_started.disconnect(note)
+        task_enqueued.disconnect(enqueued)
+
+
 def test_the_signal_of_a_failed_task_is_sent_inside_the_except_block(backend, told, caplog):
     caplog.set_level(logging.INFO)
     result = tasks.fail.enqueue("no stock")
