@@ -23,8 +23,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
+from kinds import NO_BROWSER
 from mongo_server import free_port
 
 from taskx import Queue, SQLiteRepository, Task, TaskFilter, TaskStatus, testing
@@ -847,35 +849,143 @@ def manage(project: Path, *args: str) -> str:
 
 
 def test_django_passes_its_own_tests(project):
-    assert "Ran 3 tests" in manage(project, "test", "--noinput")
-    assert not (project / "tasks.db").exists()
+    assert "Ran 4 tests" in manage(project, "test", "--noinput")
 
 
 def test_django_commands_do_not_start_the_queue(project):
     manage(project, "makemigrations", "--check", "--dry-run")
     manage(project, "migrate")
-    told = manage(
-        project,
-        "shell",
-        "-c",
-        "import threading; from reports.tasks import queue; print(queue, threading.active_count())",
-    )
-    assert "not started> 1" in told
-    assert not (project / "tasks.db").exists()
+    look = "import threading; from taskx.contrib.django import get_queue; from reports import tasks"
+    show = "print(get_queue(), get_queue().schedules(), threading.active_count())"
+    assert "not started> {} 1" in manage(project, "shell", "-c", f"{look}; {show}")
 
 
-def test_django_runserver_starts_one_queue(project):
-    """With the reloader, it is in the child that serves, not in the parent that watches."""
+@contextmanager
+def django_site(project: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """Serve the project with its reloader; return its address and the process that watches."""
     manage(project, "migrate")
     address = f"127.0.0.1:{free_port()}"
-    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with program(
-        sys.executable, "manage.py", "runserver", address, cwd=project, **options
-    ) as process:
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    command = (sys.executable, "manage.py", "runserver", address)
+    with program(*command, cwd=project, **quiet) as process:
         wait_until(lambda: answers(f"http://{address}/"))
-        with submitter(project / "tasks.db", "build_report") as queue:
-            [node] = queue.repository.liveness.nodes()
-            assert f":{process.pid}:" not in node.name
-            handle = queue.submit("build_report", {"title": "Sales", "rows": 1})
-            assert handle.result(timeout=30) == {"report": 1}
-            assert '"completed"' in (answers(f"http://{address}/tasks/{handle.id}/") or "")
+        yield f"http://{address}", process
+
+
+def send_form(url: str, form: dict[str, str], page: str = "/") -> None:
+    """Send a form as a browser does: with the token of its page, and the cookie."""
+    browser = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+    text = browser.open(url.partition("/reports")[0] + page).read().decode()
+    [token, *_] = re.findall(r'name="csrfmiddlewaretoken" value="(\w+)"', text)
+    body = urlencode({**form, "csrfmiddlewaretoken": token}).encode()
+    browser.open(url, body).read()
+
+
+def test_django_runserver_runs_the_tasks_of_its_site(project):
+    """The queue is in the child that serves, not in the parent that watches; it stores the schedule."""
+    with django_site(project) as (site, process):
+        send_form(f"{site}/reports/", {"title": "Sales", "rows": "3"})
+
+        def sent() -> dict[str, Any] | None:
+            told = json.loads(answers(f"{site}/reports/1/") or "{}")
+            return told if told.get("sent") else None
+
+        told = wait_until(sent, 60)
+        assert (told["total"], told["status"], told["message"]) == (6, "completed", "row 3 of 3")
+        [node] = manage(project, "taskx", "nodes", "--json").splitlines()
+        assert json.loads(node)["pid"] != process.pid
+        [schedule] = manage(project, "taskx", "schedules", "--json").splitlines()
+        assert json.loads(schedule)["name"] == "remove old reports"
+        mails = manage(project, "taskx", "list", "type:reports.tasks.send@mails", "--json")
+        [mail] = map(json.loads, mails.splitlines())
+        assert (mail["status"], mail["errors"]) == ("completed", 1)
+
+
+def test_django_in_production_runs_tasks_in_a_worker(project):
+    """The settings of a server: the site only stores tasks."""
+    environment = {
+        **os.environ,
+        "DJANGO_SETTINGS_MODULE": "project.production",
+        "SECRET_KEY": "a secret of the test",
+        "ALLOWED_HOSTS": "localhost",
+    }
+
+    def run(*args: str) -> str:
+        command = [*STRICT, "manage.py", *args]
+        ran = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+        return ran.stdout
+
+    run("migrate")
+    assert "no issues" in run("check")
+    submit = (
+        "from reports.models import Report; from reports.tasks import build; "
+        "print(build.enqueue(Report.objects.create(title='Sales', rows=1).pk).id)"
+    )
+    task_id = run("shell", "-v", "0", "-c", submit).split()[-1]
+    command = (sys.executable, "manage.py", "taskx", "worker")
+    quiet = {"stderr": subprocess.DEVNULL}
+    with program(*command, cwd=project, env=environment, **quiet) as process:
+        assert json.loads(run("taskx", "wait", task_id, "--timeout", "60s", "--json"))[
+            "result"
+        ] == {
+            "report": 1,
+            "total": 1,
+        }
+        process.terminate()
+        assert process.wait(60) == 0
+
+
+@pytest.mark.browser
+def test_django_shows_its_tasks_in_the_admin_and_in_the_dashboard(project):
+    """A person logs in, looks at a task, runs it again with other params, and opens the dashboard."""
+    chromium = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip(f"{NO_BROWSER}: install Debian's package chromium")
+    from playwright.sync_api import expect, sync_playwright
+
+    with django_site(project) as (site, _), sync_playwright() as playwright:
+        boss = "from django.contrib.auth.models import User as U; U.objects.create_superuser"
+        manage(project, "shell", "-c", f"{boss}('boss', password='secret')")
+        send_form(f"{site}/reports/", {"title": "Sales", "rows": "100000"})
+        browser = playwright.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox", "--disable-gpu"], timeout=60_000
+        )
+        page = browser.new_page()
+        page.set_default_timeout(60_000)
+        expect.set_options(timeout=60_000)
+        problems: list[str] = []
+        page.on("pageerror", lambda error: problems.append(str(error)))
+
+        page.goto(f"{site}/tasks/")  # leads to the login, and back
+        page.fill("[name=username]", "boss")
+        page.fill("[name=password]", "secret")
+        page.click("[type=submit]")
+        expect(page).to_have_title(re.compile("TaskX"))
+
+        page.goto(f"{site}/admin/taskx/task/")
+        page.click(".field-task_id a")
+        expect(page.locator(".field-task_type .readonly")).to_have_text("reports.tasks.build")
+        page.click("text=Cancel")
+        page.click("input[type=submit]")
+        expect(page.locator(".messagelist")).to_contain_text("asked to stop")
+        status = page.locator(".field-task_status .readonly")
+        wait_until(lambda: page.reload() and status.inner_text() == "cancelled", 60)
+
+        page.click("text=Run again")
+        page.fill("[name=params]", '{"args": [1], "kwargs": {"rows": 1}}')
+        page.click("input[type=submit]")
+        wait_until(lambda: page.reload() and status.inner_text() == "failed", 60)
+        expect(page.locator(".field-task_traceback .readonly")).to_contain_text("TypeError")
+
+        page.goto(f"{site}/admin/taskx/schedule/")
+        page.click("text=remove old reports")
+        expect(page.locator("[name=spec]")).to_have_value("30 3 * * *")
+        page.fill("[name=spec]", "30 3 * *")
+        page.click("[name=_save]")
+        expect(page.locator(".field-spec .errorlist")).to_contain_text("4 fields")
+        page.fill("[name=spec]", "45 3 * * *")
+        page.click("[name=_save]")
+        expect(page.locator(".field-spec")).to_have_text("45 3 * * *")
+        browser.close()
+    assert problems == []

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import sqlite3
 import subprocess
@@ -277,56 +276,6 @@ def test_flask_run_runs_tasks_in_the_process_that_serves(
         with SQLiteRepository(flask_folder / "tasks.db", create=False) as repository:
             [node] = repository.liveness.nodes()
             assert (f":{process.pid}:" in node.name) == (not reloads)
-
-
-# Django
-
-
-def test_a_management_command_of_django_runs_the_tasks_that_views_submit(tmp_path: Path) -> None:
-    pytest.importorskip("django")
-    project = tmp_path / "site"
-    shutil.copytree(
-        ROOT / "examples" / "django_project",
-        project,
-        ignore=shutil.ignore_patterns("__pycache__", "*.db*"),
-    )
-    commands = project / "reports" / "management" / "commands"
-    commands.mkdir(parents=True)
-    (commands / "run_tasks.py").write_text(
-        textwrap.dedent("""
-            import sys
-            import taskx
-            from django.core.management.base import BaseCommand
-            from reports.tasks import queue
-
-            class Command(BaseCommand):
-                def handle(self, *args, **options):
-                    sys.exit(taskx.run(queue))
-            """)
-    )
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    migrate = [sys.executable, "manage.py", "migrate", "-v", "0"]
-    subprocess.run(migrate, cwd=project, env=env, check=True, timeout=PATIENCE)
-    submit = (
-        "from reports.tasks import build_report; print(build_report.submit(title='x', rows=1).id)"
-    )
-    ran = subprocess.run(
-        [sys.executable, "manage.py", "shell", "-v", "0", "-c", submit],
-        cwd=project,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=True,
-    )
-    task_id = ran.stdout.split()[-1]
-    with server(project, "manage.py", "run_tasks") as process:
-        with SQLiteRepository(project / "tasks.db", create=False) as repository:
-            reader = Queue(repository)
-            assert reader.handle(task_id).result(timeout=PATIENCE) == {"report": 1}
-            assert f":{process.pid}:" in reader.get_task_status(task_id).worker
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(PATIENCE) == 0
 
 
 # An operator at night

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import http.client
 import json
@@ -13,7 +12,6 @@ import signal
 import socket
 import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +21,7 @@ from urllib.parse import urlencode
 import pytest
 from mongo_server import free_port
 
-from taskx import SQLiteRepository
+from taskx import SQLiteRepository, TaskFilter
 
 pytestmark = pytest.mark.process
 
@@ -89,6 +87,22 @@ class Site:
         """Return the names of the live nodes: host, process and start."""
         return [node.name for node in self.repository.liveness.nodes() if node.alive]
 
+    def wake(self) -> None:
+        """Visit two worker processes, if the server runs: a request starts the queue of its process."""
+        if self.master.poll() is None:
+            with contextlib.suppress(OSError, http.client.HTTPException):  # a process that ends
+                self.visit_two_processes()
+
+    def visit_two_processes(self) -> None:
+        """Send half of a request, which keeps one process busy; another one answers the next request."""
+        host, port = self.address.split(":")
+        with socket.create_connection((host, int(port)), PATIENCE) as held:
+            held.sendall(b"GET / HTTP/1.0\r\nHost: localhost\r\n")
+            self.request("GET", "/")
+            held.sendall(b"\r\n")
+            while held.recv(4096):
+                pass
+
     def stop(self) -> int:
         """End the server with SIGTERM. Return its exit code."""
         self.master.terminate()
@@ -105,20 +119,8 @@ class FlaskSite(Site):
 
     def nodes(self) -> list[str]:
         """Visit two worker processes at once, and return the live nodes."""
-        if self.master.poll() is None:
-            with contextlib.suppress(OSError, http.client.HTTPException):  # a process that ends
-                self.visit_two_processes()
+        self.wake()
         return super().nodes()
-
-    def visit_two_processes(self) -> None:
-        """Send half of a request, which keeps one process busy; another one answers the next request."""
-        host, port = self.address.split(":")
-        with socket.create_connection((host, int(port)), PATIENCE) as held:
-            held.sendall(b"GET / HTTP/1.0\r\n")
-            self.request("GET", "/")
-            held.sendall(b"\r\n")
-            while held.recv(4096):
-                pass
 
     def submit(self, title: str, steps: int) -> str:
         text = "a line\n" * 20 * steps
@@ -138,7 +140,7 @@ class FlaskSite(Site):
 
 
 class DjangoSite(Site):
-    """``examples/django_project``; for ``--preload`` changed as its ``wsgi.py`` describes."""
+    """``examples/django_project`` with its tasks in a file: the first request starts a process's queue."""
 
     step = 0.1
 
@@ -146,10 +148,17 @@ class DjangoSite(Site):
         ignored = shutil.ignore_patterns("__pycache__", "*.db*")
         project = EXAMPLES / "django_project"
         shutil.copytree(project, folder, ignore=ignored, dirs_exist_ok=True)
-        if "--preload" in options:
-            start_in_a_hook(folder)
+        with (folder / "project" / "settings.py").open("a") as settings:
+            settings.write(
+                'TASKS["default"]["OPTIONS"]["repository"] = f"sqlite:///{BASE_DIR}/tasks.db"\n'
+            )
         subprocess.run([sys.executable, "manage.py", "migrate"], cwd=folder, check=True)
         super().__init__(folder, *options, "project.wsgi")
+
+    def nodes(self) -> list[str]:
+        """Visit two worker processes at once, and return the live nodes."""
+        self.wake()
+        return super().nodes()
 
     def submit(self, title: str, steps: int) -> str:
         page, text = self.request("GET", "/")
@@ -159,25 +168,12 @@ class DjangoSite(Site):
             "Content-Type": "application/x-www-form-urlencoded",
             "Cookie": page.headers["Set-Cookie"].partition(";")[0],
         }
-        answer, _ = self.request("POST", "/tasks/", body=urlencode(form), headers=headers)
-        task_id: str = answer.headers["X-Task-Id"]
-        return task_id
+        self.request("POST", "/reports/", body=urlencode(form), headers=headers)
+        [newest] = self.repository.list(TaskFilter(type="reports.tasks.build", limit=1))
+        return newest.id
 
     def status(self, task_id: str) -> str:
-        _, text = self.request("GET", f"/tasks/{task_id}/")
-        status: str = json.loads(text)["status"]
-        return status
-
-
-def start_in_a_hook(project: Path) -> None:
-    """Change a copy of the project for ``--preload``, as its ``wsgi.py`` describes."""
-    wsgi = project / "project" / "wsgi.py"
-    source = wsgi.read_text()
-    said = ast.get_docstring(ast.parse(source)) or ""
-    hook = said.partition("``gunicorn.conf.py``::")[2].partition("\nCommands")[0]
-    (project / "gunicorn.conf.py").write_text(textwrap.dedent(hook))
-    assert source.endswith("\nqueue.start()\n")
-    wsgi.write_text(source.removesuffix("queue.start()\n"))
+        return self.repository.get_by_id(task_id).status.value
 
 
 @pytest.fixture(params=[(), ("--preload",)], ids=["each worker loads the app", "preload"])

@@ -4,8 +4,14 @@ from django.db import models
 
 
 class Report(models.Model):
-    """A report that was built."""
+    """A report. The task ``build`` fills it."""
 
-    task_id = models.CharField(max_length=255, unique=True)
     title = models.CharField(max_length=200)
     rows = models.PositiveIntegerField()
+    task_id = models.CharField(max_length=255, default="")
+    total = models.PositiveIntegerField(null=True)
+    sent = models.BooleanField(default=False)
+    created_at = models.DateTimeField(auto_now_add=True)
+
+    def __str__(self) -> str:
+        return self.title

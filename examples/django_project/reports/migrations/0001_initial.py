@@ -17,9 +17,12 @@ class Migration(migrations.Migration):
                         auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
                     ),
                 ),
-                ("task_id", models.CharField(max_length=255, unique=True)),
                 ("title", models.CharField(max_length=200)),
                 ("rows", models.PositiveIntegerField()),
+                ("task_id", models.CharField(default="", max_length=255)),
+                ("total", models.PositiveIntegerField(null=True)),
+                ("sent", models.BooleanField(default=False)),
+                ("created_at", models.DateTimeField(auto_now_add=True)),
             ],
         ),
     ]
