@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from django.contrib.auth.views import redirect_to_login
 from django.core.exceptions import ImproperlyConfigured
 from django.db import connections, transaction
 from django.http import HttpRequest, HttpResponse
@@ -124,6 +123,8 @@ def _to_login(request: HttpRequest, rest: str) -> HttpResponseBase:
         return HttpResponse('{"error": "log in first"}', "application/json", status=401)
     if "HX-Request" in request.headers:  # a page that refreshes itself
         return HttpResponse(headers={"HX-Refresh": "true"})
+    from django.contrib.auth.views import redirect_to_login  # needs the app, which a site may lack
+
     try:
         login = reverse("admin:login")
     except NoReverseMatch:
