@@ -1,0 +1,4 @@
+"""What ``manage.py`` finds in this app.
+
+Django looks for commands in the package ``commands``.
+"""
