@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import closing
 from typing import Any
@@ -14,6 +17,8 @@ from django.contrib.admin.models import LogEntry
 from django.db import connection, connections
 from django.test import Client
 from django.test.utils import CaptureQueriesContext
+from django_project import FOLDER
+from helpers import ROOT
 
 from taskx import MemoryRepository, Queue, RetryPolicy, Task, TaskStatus, every
 from taskx.contrib.django import DjangoRepository
@@ -155,6 +160,7 @@ def test_at_most_ten_thousand_rows_are_counted(boss, queue, monkeypatch):
     ]
     assert counts
     assert all("LIMIT 5" in sql for sql in counts)
+    assert "_facets" not in page_of(boss, LIST)
 
 
 # --- who may do what
@@ -582,3 +588,81 @@ def test_tasks_in_another_database_of_the_site_are_shown(boss, queue, monkeypatc
             assert listed(boss) == ["in-other"]
         finally:
             other.delete("in-other")
+
+
+# --- PostgreSQL
+
+
+ON_POSTGRES = """
+import json, re
+import django
+django.setup()
+from django.contrib.auth.models import User
+from django.core.management import call_command
+from django.db import connections
+from django.test import Client
+from taskx.contrib.django.models import TaskRow
+from taskx.contrib.django.queues import get_queue
+
+call_command("migrate", verbosity=0)
+queue = get_queue()
+queue.declare("mail", "report")
+ids = [queue.submit("mail", {"to": "ann"}, id=f"t{n}", tags=["a"]).id for n in range(2)]
+queue.submit("report", id="other")
+boss = Client()
+boss.force_login(User.objects.create_superuser("boss"))
+pages = {}
+for query in ("status=pending", "type=mail", "queue=emails", "tag=a", "since=hour", "q=t", "q=ann"):
+    page = boss.get(f"/admin/taskx/task/?{query}").content.decode()
+    pages[query] = re.findall('class="field-task_id"><a[^>]*>([^<]*)<', page)
+for alias in connections:
+    connections[alias].settings_dict["ATOMIC_REQUESTS"] = True
+keys = [TaskRow.objects.get(task_id=task_id).pk for task_id in ids]
+boss.post("/admin/taskx/task/", {"action": "cancel", "_selected_action": keys})
+boss.post(f"/admin/taskx/task/{keys[0]}/requeue/", {"params": '{"to": "bob"}'})
+form = {"name": "nightly", "spec": "0 3 * * *", "type": "mail", "params": "{}"}
+boss.post("/admin/taskx/schedule/add/", {**form, "misfire": "one", "overlap": "skip"})
+boss.post("/admin/taskx/schedule/", {"action": "run_now", "_selected_action": "schedule/nightly"})
+more = {"action": "delete_selected", "post": "yes"}
+boss.post("/admin/taskx/task/", {**more, "_selected_action": keys[1:]})
+tasks = [(task.type, task.status.value, task.params) for task in queue.iter_tasks()]
+print(json.dumps([pages, tasks, [*queue.schedules()], boss.get("/tasks/").status_code]))
+queue.close()
+"""
+
+
+@pytest.mark.postgres
+@pytest.mark.process
+def test_lists_actions_and_forms_work_on_postgresql(postgres_server, tmp_path):
+    name = postgres_server.new_database()
+    done = subprocess.run(
+        [sys.executable, "-c", ON_POSTGRES],
+        env={
+            **os.environ,
+            "DJANGO_SETTINGS_MODULE": "project.settings",
+            "TASKX_DJANGO_POSTGRES": f"postgresql://postgres@127.0.0.1:{postgres_server.port}/{name}",
+            "TASKX_DJANGO_SQLITE": str(tmp_path / "site.db"),
+            "PYTHONPATH": os.pathsep.join((str(FOLDER), str(ROOT))),
+        },
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    postgres_server.drop_database(name)
+    assert done.returncode == 0, done.stderr
+    pages, tasks, schedules, status = json.loads(done.stdout.splitlines()[-1])
+    assert pages == {
+        "status=pending": ["other", "t1", "t0"],
+        "type=mail": ["t1", "t0"],
+        "queue=emails": [],
+        "tag=a": ["t1", "t0"],
+        "since=hour": ["other", "t1", "t0"],
+        "q=t": ["t1", "t0"],
+        "q=ann": ["t1", "t0"],
+    }
+    assert tasks == [
+        ["mail", "pending", {}],
+        ["report", "pending", {}],
+        ["mail", "pending", {"to": "bob"}],
+    ]
+    assert (schedules, status) == (["nightly"], 200)
