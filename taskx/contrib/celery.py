@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from taskx import ConfigurationError
@@ -110,7 +111,8 @@ class CeleryEngine(BrokerEngine):
         """Close the connection to the broker; the thread that sends tickets calls this."""
         connection, self._connection = self._connection, None
         if connection is not None:
-            connection.collect(TIMEOUT)
+            with suppress(Exception):  # the broker may be away
+                connection.release()
 
     def _connect(self) -> Any:
         bounds = {

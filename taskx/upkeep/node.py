@@ -132,7 +132,7 @@ class LocalNode:
         services.log.info(
             "node %s started: %d workers, types %s",
             self.record.name,
-            self.engine.ahead.workers,
+            self.record.workers,
             ", ".join(self.record.types) or "none",
         )
 

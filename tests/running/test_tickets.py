@@ -20,6 +20,7 @@ from taskx import (
     TaskStatus,
 )
 from taskx.engines import BrokerEngine, Ticket
+from taskx.testing import inline
 
 
 class Bus(BrokerEngine):
@@ -210,6 +211,14 @@ def test_a_lost_ticket_is_sent_again_only_while_a_worker_is_idle(shop):
     (again,) = the_tickets(shop, 1)
     worker.run(*again)
     assert shop.ran == [1]
+
+
+def test_a_test_can_drive_a_queue_that_has_an_engine(shop):
+    note(shop)(shop.edge)
+    with inline(shop.edge):
+        shop.edge.submit("note", {"n": 1}).result()
+    assert shop.ran == [1]
+    assert shop.tickets.empty()
 
 
 def test_a_process_that_is_no_worker_drops_tickets(shop, caplog):
