@@ -57,10 +57,10 @@ from taskx.submitting.bulk import Bulk
 from taskx.upkeep.tuning import Tuned, TunedType
 
 if TYPE_CHECKING:
+    from taskx.core.findings import Problem, Reason
     from taskx.inspecting.changelog import Change
     from taskx.inspecting.diagnosis import Diagnosis
     from taskx.inspecting.failures import FailureGroup, Failures
-    from taskx.inspecting.findings import Problem, Reason
     from taskx.inspecting.health import Health
     from taskx.inspecting.history import History, TypeHistory
     from taskx.inspecting.nodes import NodeInfo, RunningTask
@@ -168,8 +168,8 @@ _LATER = {
     "NodeInfo": "taskx.inspecting.nodes",
     "Percentiles": "taskx.inspecting.stats",
     "Place": "taskx.inspecting.places",
-    "Problem": "taskx.inspecting.findings",
-    "Reason": "taskx.inspecting.findings",
+    "Problem": "taskx.core.findings",
+    "Reason": "taskx.core.findings",
     "RunningTask": "taskx.inspecting.nodes",
     "Stats": "taskx.inspecting.stats",
     "TypeHistory": "taskx.inspecting.history",

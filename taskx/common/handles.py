@@ -36,6 +36,9 @@ from taskx.core.errors import (
 from taskx.core.model import Task, TaskStatus
 from taskx.core.values import Values
 
+if TYPE_CHECKING:
+    from taskx.core.findings import Reason
+
 R = TypeVar("R")
 
 #: Polling interval, in seconds, of a waiting thread, in case the thread that should wake it is gone.
@@ -47,6 +50,7 @@ _REFRESH = 0.2
 class _Owner(Protocol):
     def get_task_status(self, task_id: str, /) -> Task: ...
     def cancel_task(self, task_id: str, /) -> bool: ...
+    def why(self, task_id: str, /) -> list[Reason]: ...
     def watch(self, handle: TaskHandle[Any], /) -> None: ...
     def _uncommitted(self, task_id: str, /) -> bool: ...
     @property
@@ -106,6 +110,14 @@ class TaskHandle(Future[R]):
     def task(self) -> Task:
         """Return the task's current record; raise ``TaskNotFound`` if it was deleted."""
         return self._owner.get_task_status(self.id)
+
+    def why(self) -> list[Reason]:
+        """Return the reasons why the task waits, runs or has ended, the decisive one first.
+
+        Raises:
+            TaskNotFound: the task was deleted.
+        """
+        return self._owner.why(self.id)
 
     def cancel(self) -> bool:
         """Cancel the task. Return True if it will never run.

@@ -12,9 +12,9 @@ import attrs
 
 from taskx.core.clock import to_datetime
 from taskx.core.errors import RepositoryError
+from taskx.core.findings import counted, duration
 from taskx.core.model import TaskFilter
 from taskx.core.verdict import Check, fail, ok, warn
-from taskx.inspecting.findings import counted, duration
 from taskx.liveness.base import Node
 from taskx.moving import Services
 from taskx.storage.base import Repository

@@ -12,9 +12,9 @@ import attrs
 from taskx.core.checks import check_int, check_number
 from taskx.core.clock import to_datetime, to_ms
 from taskx.core.errors import ConfigurationError, RepositoryCorrupt, RepositoryError
+from taskx.core.findings import Problem, counted, duration, listed, moment
 from taskx.core.lifecycle import FAILED
 from taskx.core.model import check_key
-from taskx.inspecting.findings import Problem, counted, duration, listed, moment
 from taskx.liveness.base import Node
 from taskx.moving import Services
 from taskx.running.pool import WorkerPool

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from taskx.core.clock import to_datetime
+from taskx.core.findings import Reason, counted, duration, listed
 from taskx.core.rate import Limit
-from taskx.inspecting.findings import Reason, counted, duration, listed
 from taskx.limiting.admission import until_token
 from taskx.limiting.shared import SharedBucket, slots_by_node
 from taskx.liveness.base import Node

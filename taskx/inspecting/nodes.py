@@ -10,9 +10,9 @@ from typing import Any
 import attrs
 
 from taskx.core.clock import to_datetime
+from taskx.core.findings import to_json
 from taskx.core.options import LimitOptions
 from taskx.core.overrides import options_of_limit
-from taskx.inspecting.findings import to_json
 from taskx.liveness.base import Node
 from taskx.moving import Services
 from taskx.running.pool import WorkerPool

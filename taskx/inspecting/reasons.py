@@ -9,6 +9,7 @@ from taskx.common.controls import Paused
 from taskx.core import lifecycle
 from taskx.core.clock import to_ms
 from taskx.core.errors import RepositoryError, TaskNotFound
+from taskx.core.findings import Reason, counted, duration, first_line, listed, moment
 from taskx.core.lifecycle import COMPLETED, UNFINISHED
 from taskx.core.model import TASK_FIELDS, Task, TaskStatus
 from taskx.core.record import (
@@ -21,7 +22,6 @@ from taskx.core.record import (
     rank,
     task_from_row,
 )
-from taskx.inspecting.findings import Reason, counted, duration, first_line, listed, moment
 from taskx.inspecting.limits import Busy, Limits
 from taskx.liveness.base import Node
 from taskx.moving import Services

@@ -33,10 +33,10 @@ from taskx.upkeep.tuning import Tuned
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing from 3.11 on
 
+    from taskx.core.findings import Reason
     from taskx.inspecting.changelog import Change
     from taskx.inspecting.diagnosis import Diagnosis
     from taskx.inspecting.failures import Failures
-    from taskx.inspecting.findings import Reason
     from taskx.inspecting.health import Health
     from taskx.inspecting.history import History
     from taskx.inspecting.nodes import NodeInfo

@@ -24,9 +24,9 @@ from taskx import (
     every,
 )
 from taskx.core import lifecycle
+from taskx.core.findings import ProblemKind
 from taskx.core.writes import NoteChange
 from taskx.inspecting import health
-from taskx.inspecting.findings import ProblemKind
 from taskx.storage.sqlite import schema
 
 pytestmark = pytest.mark.every_store

@@ -13,10 +13,10 @@ from helpers import PATIENCE, Waiting, eventually, node_of, services_of
 import taskx
 from taskx import ConfigurationError, Reason, TaskNotFound, TaskStatus
 from taskx.core import lifecycle
+from taskx.core.findings import ReasonKind, duration
 from taskx.core.rate import Limit
 from taskx.core.writes import NoteChange, Update
 from taskx.inspecting import reasons
-from taskx.inspecting.findings import ReasonKind, duration
 from taskx.liveness.base import Node
 
 pytestmark = pytest.mark.every_store
@@ -70,6 +70,14 @@ def test_an_unknown_task_is_not_found(queue):
         queue.why("unknown")
     with pytest.raises(ConfigurationError):
         queue.why(7)
+
+
+def test_a_handle_gives_the_answer_about_its_task(full, asker):
+    later = full.submit("note", delay=3600)
+    for handle in (later, asker.handle(later.id)):
+        assert kinds(handle.why()) == ["due"]
+    with pytest.raises(TaskNotFound):
+        asker.handle("unknown").why()
 
 
 def test_a_delayed_task_waits_until_it_is_due(started, asker):

@@ -173,6 +173,7 @@ def test_a_task_waits_for_its_time(backend):
     result = tasks.add.using(run_after=later).enqueue(1)
     assert result.task.run_after == later
     assert result.taskx.task().run_at == later.replace(microsecond=later.microsecond // 1000 * 1000)
+    assert [reason.kind for reason in result.taskx.why()] == ["due"]
 
 
 def test_run_after_may_be_a_timedelta_from_the_enqueue(backend):
