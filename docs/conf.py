@@ -11,6 +11,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import django
+from django.conf import settings
 from docutils import nodes
 
 import taskx
@@ -22,6 +24,13 @@ project = "TaskX"
 author = "The TaskX authors"
 copyright = "The TaskX authors"
 version = release = taskx.__version__
+
+# Models need settings before they can be imported, and described.
+settings.configure(
+    INSTALLED_APPS=["django.contrib.contenttypes", "taskx.contrib.django"],
+    TASKS={"default": {"BACKEND": "taskx.contrib.django.TaskxBackend"}},
+)
+django.setup()
 
 # The source folder is the root of the project.
 root_doc = "docs/index"
