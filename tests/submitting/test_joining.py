@@ -520,9 +520,9 @@ class TestWakeUps:
 
 
 @pytest.mark.slow
-def test_twenty_threads_write_their_tables_while_four_workers_run(queue, path):
+def test_twenty_threads_write_their_tables_while_four_workers_run(make_queue, path):
     """Each order has its task, and each task its order, whatever was rolled back."""
-    done = []
+    queue, done = make_queue(worker_num=4), []
     queue.executor("ship")(lambda order: done.append(order))
 
     def sell(number):

@@ -44,6 +44,7 @@ class Joined(DjangoRepository):
         self._connections = links
         self._link = link
         self._doubtful = {}
+        self._file = None
 
     def own_transaction(self, *, submits: bool = False) -> None:
         return None

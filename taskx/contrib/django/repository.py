@@ -39,7 +39,7 @@ from taskx.core.record import (
 )
 from taskx.core.tags import FLOW
 from taskx.core.verdict import Check
-from taskx.core.writes import Note, NoteChange, Write, shows
+from taskx.core.writes import Delete, Note, NoteChange, Write, shows
 from taskx.liveness.base import PREFIX as NODES
 from taskx.liveness.base import Liveness
 from taskx.liveness.locks import KernelLocks
@@ -82,8 +82,8 @@ class DjangoRepository(BesideBlocks):
         durability: the commits that a power cut, or the death of the database server, may undo. The death
             of your own processes never undoes a commit. On MySQL, the server's settings decide.
 
-            - ``"accepted"``: nothing that a caller was told (submit, cancel, requeue, delete). The starts
-              and outcomes of the last second may be undone; those tasks run again.
+            - ``"accepted"``: nothing that a caller was told (submit, cancel, requeue, delete). The outcomes
+              of the last second may be undone, and on SQLite the starts; those tasks run again.
             - ``"full"``: nothing.
         lease_timeout: seconds without a heartbeat after which a node is dead and other nodes run its tasks.
             All processes on the database must use the same value. On SQLite, locks show at once if a
@@ -149,7 +149,7 @@ class DjangoRepository(BesideBlocks):
     def apply(self, writes: Sequence[Write], *, all_or_nothing: bool = False) -> Sequence[bool]:
         """Apply guarded writes in one transaction."""
         coded = self.codecs.coded(writes)
-        durable = self.durability == "full" or any(write.durable for write in writes)
+        durable = any(map(self._is_durable, writes))
         known = self._took_place(writes)
         new = [number for number in range(len(writes)) if number not in known]
         if not new:
@@ -165,6 +165,16 @@ class DjangoRepository(BesideBlocks):
             results[number] = held
         self.tell_others([write for write, held in zip(writes, results, strict=True) if held])
         return results
+
+    def _is_durable(self, write: Write) -> bool:
+        """Return True if a write must survive a power cut, or the death of the server.
+
+        Runs live on when a server dies. A start that it forgets would be made again, and two runs would have
+        the same fence.
+        """
+        if self.durability == "full" or write.durable:
+            return True
+        return self._file is None and not isinstance(write, Delete) and "starts" in write.changes
 
     def _apply_singly(
         self, writes: Sequence[Write], durable: bool, sent: dict[int, tuple[Write, Write]]
@@ -237,7 +247,7 @@ class DjangoRepository(BesideBlocks):
             try:
                 with self._connections.writing() as link:
                     return self._once(link, work, durable, sent or {}, single and not link.pooled)
-            except BaseException as error:
+            except BaseException as error:  # also one of opening the connection
                 if last or not may_be_repeated(error):
                     self._raise(error)
                     raise
