@@ -169,8 +169,8 @@ class DjangoRepository(BesideBlocks):
     def _is_durable(self, write: Write) -> bool:
         """Return True if a write must survive a power cut, or the death of the server.
 
-        Runs live on when a server dies. A start that it forgets would be made again, and two runs would have
-        the same fence.
+        Runs live on when a server dies. A start that it forgets would be made again, and two runs would
+        have the same fence.
         """
         if self.durability == "full" or write.durable:
             return True
