@@ -367,6 +367,11 @@ class Connections:
             )
         django.inc_thread_sharing()
         if self.file is not None:
+            if not (self.file.known or os.path.exists(self.file.path)):
+                raise RepositoryUnavailable(
+                    f"the database {self.alias!r} has no file {self.file.path}: check DATABASES, and run "
+                    f"manage.py migrate --database {self.alias}; nothing was created"
+                )
             self.file.find()
         link = Link(django)
         try:
@@ -404,7 +409,8 @@ class Connections:
     def translated(self, error: BaseException, *, in_doubt: bool = False) -> TaskxError:
         """Return TaskX's error for an error of Django, of the driver, or of a value."""
         where = f"database {self.alias!r}"
-        text = f"{where}: {str(error).strip()[:500] or type(error).__name__}"
+        said = " ".join(str(error).split())[:500]  # in one line
+        text = f"{where}: {said or type(error).__name__}"
         if code(error) in _NO_TABLE or "no such table" in str(error):
             return self.no_tables()
         if "malformed" in str(error) or "not a database" in str(error):
@@ -415,7 +421,7 @@ class Connections:
             unavailable.in_doubt = in_doubt
             return unavailable
         if isinstance(error, DataError) or not isinstance(error, (DatabaseError, Error)):
-            return PayloadError("record", f"{where} cannot store it: {str(error)[:500]}")
+            return PayloadError("record", f"{where} cannot store it: {said}")
         return RepositoryError(text)
 
     def no_tables(self) -> RepositoryUnavailable:

@@ -146,12 +146,23 @@ def test_an_alias_must_be_in_the_settings():
         DjangoRepository("nowhere")
 
 
-def test_a_missing_sqlite_file_is_not_created(tmp_path):
+def test_a_missing_sqlite_file_is_not_created_and_the_error_says_what_to_run(tmp_path):
     path = tmp_path / "missing.db"
     django_project.add_database("missing", NAME=str(path))
-    with DjangoRepository("missing") as missing, pytest.raises(RepositoryUnavailable):
+    with DjangoRepository("missing") as missing, pytest.raises(RepositoryUnavailable) as caught:
         missing.count(TaskFilter())
+    assert f"the database 'missing' has no file {path}" in str(caught.value)
+    assert "run manage.py migrate --database missing" in str(caught.value)
     assert not path.exists()
+
+
+def test_an_error_of_the_server_is_one_line():
+    django_project.add_database(
+        "away", ENGINE="django.db.backends.postgresql", HOST="127.0.0.1", PORT="1", OPTIONS={}
+    )
+    with DjangoRepository("away") as away, pytest.raises(RepositoryUnavailable) as caught:
+        away.count(TaskFilter())
+    assert "Connection refused Is the server running" in str(caught.value)
 
 
 # --- statements
