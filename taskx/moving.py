@@ -183,7 +183,7 @@ def _row(write: Write) -> Follows:
 
 class _State(Protocol):
     @property
-    def engine(self) -> _Node | None: ...
+    def pool(self) -> _Node | None: ...
 
 
 class Consequences:
@@ -307,9 +307,9 @@ class Consequences:
                 self._log_move(follows, tasks[write.id], write.changes, ending)
             if follows.ends and write.id in watched:
                 self._watcher.resolve(write.id)
-            if follows.leaves and (node := self._state.engine) is not None:
+            if follows.leaves and (node := self._state.pool) is not None:
                 node.discard([write.id])
-            if follows.fires and (node := self._state.engine) is not None:
+            if follows.fires and (node := self._state.pool) is not None:
                 node.fire(write.id)
             may_start = may_start or follows.may_start
         if may_start:
@@ -375,8 +375,8 @@ class Consequences:
                 keys.append(str(key))
             elif held == UNTIL_DUE:
                 self._agenda.check_due_soon()
-            elif held == FREE and changes.get("owner") and self._state.engine is not None:
-                self._state.engine.rebuffer(tasks[write.id])
+            elif held == FREE and changes.get("owner") and self._state.pool is not None:
+                self._state.pool.rebuffer(tasks[write.id])
             elif held == FREE:
                 self._agenda.fetch_soon()
         if waiting:

@@ -252,7 +252,7 @@ class Queue(Questions, Steering):
             executor.bind(self)
         if self._node is not None:
             with suppress(RepositoryError):  # the housekeeper records them later
-                self._node.engine.record()
+                self._node.pool.record()
         self._services.agenda.fetch_soon()
 
     def declare(self, *types: str) -> None:

@@ -78,7 +78,7 @@ def node_of(queue: Queue) -> LocalNode:
 
 def pool_of(queue: Queue) -> WorkerPool:
     """Return the worker pool of a started queue."""
-    return node_of(queue).engine
+    return node_of(queue).pool
 
 
 def housekeeper_of(queue: Queue) -> Housekeeper:

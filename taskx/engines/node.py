@@ -29,7 +29,7 @@ class TicketNode(LocalNode):
     """A node that has no worker threads. The threads of the broker's worker process call :meth:`run`."""
 
     pool_class = TicketPool
-    engine: TicketPool
+    pool: TicketPool
 
     def __init__(
         self, services: Services, config: Config, ended: Callable[[], object], engine: _Engine
@@ -38,8 +38,8 @@ class TicketNode(LocalNode):
         #: Called when the node may run tasks.
         self.begun: Callable[[], object] = lambda: None
         super().__init__(services, attrs.evolve(config, worker_num=max(1, engine.workers)), ended)
-        self._claims = Claims(self.engine)
-        self._dispatcher = Dispatcher(self.engine, engine)
+        self._claims = Claims(self.pool)
+        self._dispatcher = Dispatcher(self.pool, engine)
 
     def about(self, config: Config) -> About:
         """Return the facts about this node."""
@@ -62,7 +62,7 @@ class TicketNode(LocalNode):
         Raises:
             KeyboardInterrupt: the executor was interrupted, or another exception that is for the program.
         """
-        pool = self.engine
+        pool = self.pool
         worker = pool.worker_name(threading.current_thread().name)
         try:
             run = self._claims.claim(ticket, worker)

@@ -46,7 +46,7 @@ class Parts:
 
     @property
     def _engine(self) -> WorkerPool | None:
-        return None if self._node is None else self._node.engine
+        return None if self._node is None else self._node.pool
 
     @contextmanager
     def _changing(self, connection: object = None) -> Iterator[Operations]:

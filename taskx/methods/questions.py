@@ -132,7 +132,7 @@ class Questions(Parts):
     @property
     def buffered(self) -> int:
         """The number of submitted tasks that wait in this queue's buffer, at most ``buffer_size``."""
-        return 0 if self._node is None else self._node.engine.buffer.submitted
+        return 0 if self._node is None else self._node.pool.buffer.submitted
 
     @property
     def events_waiting(self) -> int:
@@ -142,7 +142,7 @@ class Questions(Parts):
     @property
     def running(self) -> int:
         """The number of executors that this queue is running."""
-        return 0 if self._node is None else len(self._node.engine.runs.executing)
+        return 0 if self._node is None else len(self._node.pool.runs.executing)
 
     @property
     def stopped(self) -> bool:

@@ -348,7 +348,7 @@ class Steering(Parts):
 
     def _check_controls(self) -> None:
         if self._node is not None:
-            self._node.engine.tuning.refresh()
+            self._node.pool.tuning.refresh()
             self._services.agenda.wake_from_long_sleep()
 
     def tune(

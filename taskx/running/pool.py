@@ -590,5 +590,5 @@ class State:
 
     def __init__(self) -> None:
         #: The worker pool; None until the queue is started.
-        self.engine: WorkerPool | None = None
+        self.pool: WorkerPool | None = None
         self.stopped = False

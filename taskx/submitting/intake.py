@@ -191,7 +191,7 @@ class Intake:
         That is so if it may not start yet, if this node does not run its type or does not buffer it, or if
         earlier tasks were spilled.
         """
-        pool, type_ = self._state.engine, insert.row["type"]
+        pool, type_ = self._state.pool, insert.row["type"]
         if pool is None or insert.row["held"] or not self._services.registry.runs(type_):
             return None
         return pool if pool.fetcher.buffers(type_) and not self._spills else None
@@ -222,7 +222,7 @@ class Intake:
             self._overflowed(pool, insert, "spill" if spill else self._overflow)
             return
         self._store(insert)
-        type_, pool = insert.row["type"], self._state.engine
+        type_, pool = insert.row["type"], self._state.pool
         if (
             pool is not None
             and not insert.row["held"]
@@ -247,7 +247,7 @@ class Intake:
                 "in the child process of an executor a MemoryRepository is a separate one, which is lost "
                 "with the process: use a shared repository, such as SQLiteRepository; nothing was stored"
             )
-        if (pool := self._state.engine) is not None and pool.outdated is not None:
+        if (pool := self._state.pool) is not None and pool.outdated is not None:
             raise SchemaMismatch(*pool.outdated.args)
         if self._state.stopped:
             raise QueueStopped(
@@ -356,7 +356,7 @@ class Intake:
             return []
         if any("depends_on" in insert.row for insert in inserts):
             find_parents(self._services.repository, inserts)
-        pool = self._state.engine
+        pool = self._state.pool
         try:
             if pool is None:
                 self._store_whole(inserts)

@@ -70,8 +70,8 @@ class Operations:
             if task.status.finished:
                 raise InvalidTransition(f"task {task_id} is already {task.status}")
             if queries.asked_to_cancel(self._repository, [task_id]):
-                if self._state.engine is not None:
-                    self._state.engine.fire(task_id)
+                if self._state.pool is not None:
+                    self._state.pool.fire(task_id)
                 return False
             # else it moved between the write and the read: try again
         raise RepositoryCorrupt(

@@ -151,8 +151,8 @@ class Process:
         node = self._life.node
         if node is None or self._channel.unsent:  # the supervisor does not read
             return
-        facts = self._limits.facts(node.engine)
-        running = len(node.engine.ahead.at_work)
+        facts = self._limits.facts(node.pool)
+        running = len(node.pool.ahead.at_work)
         self._channel.say("beat", {**facts, "healthy": self._queue.healthy, "running": running})
         why = self._limits.reached(facts)
         if self._settings.reload and not why and (file := self._changes.next()):

@@ -220,7 +220,7 @@ class DrivenNode(LocalNode):
     def __init__(self, services: Services, config: Config, ended: Callable[[], object]) -> None:
         config = attrs.evolve(config, worker_num=1, buffer_size=ROOM, overflow="reject")
         super().__init__(services, config, ended)
-        self.housekeeper = DrivenHousekeeper(self.engine, config.retention)
+        self.housekeeper = DrivenHousekeeper(self.pool, config.retention)
         self._housekeeper = self.housekeeper
 
     def begin(self) -> None:
@@ -228,7 +228,7 @@ class DrivenNode(LocalNode):
 
     def go(self) -> None:
         """Have tasks run, without a line in the log."""
-        self.engine.begun.set()
+        self.pool.begun.set()
 
 
 class DrivenLifetime(Lifetime):

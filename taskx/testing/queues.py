@@ -224,12 +224,12 @@ class ManualQueue(Queue):
 
     @property
     def _worker(self) -> str:
-        return self._driven.engine.worker_name(threading.current_thread().name)
+        return self._driven.pool.worker_name(threading.current_thread().name)
 
     def _start_next(self) -> Run | None:
         with self._choosing:
             self._life.start()
-            pool = self._driven.engine
+            pool = self._driven.pool
             while True:
                 self._driven.housekeeper.do_round()
                 items = pool.buffer.take(1)
@@ -242,7 +242,7 @@ class ManualQueue(Queue):
                     return run
 
     def _execute(self, run: Run) -> None:
-        pool, here = self._driven.engine, threading.get_ident()
+        pool, here = self._driven.pool, threading.get_ident()
         before = threading.enumerate()
         try:
             ending = pool.execute(run, self._worker, conclude=pool.conclude)

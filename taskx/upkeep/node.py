@@ -61,12 +61,12 @@ class LocalNode:
         node_id = new_id()
         name = f"{about.host}:{about.pid}:{node_id[-6:]}"
         self.record = Node(id=node_id, name=name, about=about)
-        self.engine = self.pool_class(services, self.record, config, self._retire)
+        self.pool = self.pool_class(services, self.record, config, self._retire)
         self._retiring, self._stopping = threading.Lock(), threading.Lock()  # held for good
         self._ending = threading.Lock()
         self._on_record = False  # True also while it joins, when it may not be recorded yet
         self._left = threading.Event()
-        self._housekeeper = Housekeeper(self.engine, config.retention)
+        self._housekeeper = Housekeeper(self.pool, config.retention)
 
     def about(self, config: Config) -> About:
         """Return the facts about this node that do not change."""
@@ -97,38 +97,38 @@ class LocalNode:
         self._on_record = True  # before the join: an interrupt may strike right after it
         try:
             services.repository.prepare()
-            self.engine.tuning.refresh()  # first: the record tells the limits and workers
-            self.record = self.engine.recorded = self.engine.described()
+            self.pool.tuning.refresh()  # first: the record tells the limits and workers
+            self.record = self.pool.recorded = self.pool.described()
             services.repository.liveness.join(self.record)
         except RepositoryError:
             self._on_record = False
             raise
         liveness = services.repository.liveness
-        self.engine.began = liveness.began(self.record.id)
-        liveness.watch(self.record.id, self.engine.lose_lease)
+        self.pool.began = liveness.began(self.record.id)
+        liveness.watch(self.record.id, self.pool.lose_lease)
         self._housekeeper.recovery.recover(PATIENCE)
-        self.engine.fetcher.refill()
+        self.pool.fetcher.refill()
 
     def begin(self) -> None:
         """Start the threads; the workers wait for :meth:`go`."""
-        self.engine.start_workers()
+        self.pool.start_workers()
         self._housekeeper.start()
 
     def withdraw(self) -> None:
         """Undo :meth:`join` and :meth:`begin`; no task was run."""
-        self.engine.begin_stop()
+        self.pool.begin_stop()
         self._housekeeper.stop()
         if not self._on_record:
             return
         with suppress(RepositoryError):  # other nodes take back the tasks of a node that has left
-            self.engine.release_pending()
+            self.pool.release_pending()
         with suppress(RepositoryError):  # the caller gets the first error
             self._services.repository.liveness.leave(self.record.id)
 
     def go(self) -> None:
         """Let the workers run tasks."""
         services = self._services
-        self.engine.begun.set()
+        self.pool.begun.set()
         services.log.info(
             "node %s started: %d workers, types %s",
             self.record.name,
@@ -150,15 +150,15 @@ class LocalNode:
         while True:
             if self._nothing_left():
                 return True
-            if self.engine.outdated is not None:
-                raise SchemaMismatch(*self.engine.outdated.args)
-            if self.engine.stopping:
+            if self.pool.outdated is not None:
+                raise SchemaMismatch(*self.pool.outdated.args)
+            if self.pool.stopping:
                 raise QueueStopped("the queue was stopped before all tasks had ended")
             left = _POLL if deadline is None else deadline - time.monotonic()
             if left <= 0:
                 return False
             if services.hooks.quiet:
-                self.engine.wait_quiet(min(left, _POLL))
+                self.pool.wait_quiet(min(left, _POLL))
             else:
                 services.hooks.wait(min(left, _POLL))
 
@@ -167,7 +167,7 @@ class LocalNode:
         services = self._services
         told = services.hooks.told
         return (
-            self.engine.holds_nothing()
+            self.pool.holds_nothing()
             and not self._housekeeper.stored_left()
             and services.hooks.quiet
             and services.hooks.told == told
@@ -175,8 +175,8 @@ class LocalNode:
 
     def still_running(self) -> list[str]:
         """Return the ids of the tasks that still run, or whose outcome is not written yet."""
-        stuck = (run.task.id for run in list(self.engine.stuck.runs))
-        return list(dict.fromkeys([*self.engine.runs, *stuck]))
+        stuck = (run.task.id for run in list(self.pool.stuck.runs))
+        return list(dict.fromkeys([*self.pool.runs, *stuck]))
 
     # --- stopping
 
@@ -194,7 +194,7 @@ class LocalNode:
             raise
 
     def _stop(self, timeout: float, *, cancel: bool) -> list[str]:
-        pool, log = self.engine, self._services.log
+        pool, log = self.pool, self._services.log
         deadline = time.monotonic() + timeout
         self._by(deadline, self._begin_stop)
         if not cancel:
@@ -232,7 +232,7 @@ class LocalNode:
 
     def _wait_for_end(self, timeout: float, *, cancel: bool) -> list[str]:
         if cancel:
-            self.engine.fire_all(CancelReason.STOP)
+            self.pool.fire_all(CancelReason.STOP)
         deadline = time.monotonic() + timeout
         self._wait_for_workers(deadline)
         still = self.still_running()
@@ -244,7 +244,7 @@ class LocalNode:
         """End the node, because its TaskX is too old for the repository's new schema."""
         if not self._retiring.acquire(blocking=False):
             return
-        self.engine.outdated = why
+        self.pool.outdated = why
         self._services.log.error(
             "node %s takes no more tasks and hands back what it has: %s", self.record.name, why
         )
@@ -254,9 +254,9 @@ class LocalNode:
 
     def _begin_stop(self) -> None:
         try:
-            self.engine.begin_stop()
+            self.pool.begin_stop()
             self._services.repository.liveness.mark_stopping(self.record.id)
-            self.engine.release_pending()
+            self.pool.release_pending()
         except RepositoryError as error:
             self._services.log.warning("the stop could not be recorded: %s", error)
 
@@ -268,7 +268,7 @@ class LocalNode:
 
     def _wait_for_workers(self, deadline: float) -> None:
         # A stop that an executor asks for cannot wait for that executor.
-        pool = self.engine
+        pool = self.pool
         here = 1 if threading.current_thread() in pool.threads else 0
         while (left := deadline - time.monotonic()) > 0:
             # A submitter's thread may run a task, too.
@@ -284,8 +284,8 @@ class LocalNode:
             self._services.log.warning("outcomes could not be written yet: %s", error)
 
     def _end_later(self) -> None:
-        while self.engine.workers_left or self.engine.runs or self.engine.stuck.runs:
-            self.engine.wait_quiet(_POLL)
+        while self.pool.workers_left or self.pool.runs or self.pool.stuck.runs:
+            self.pool.wait_quiet(_POLL)
         self._end()
 
     def _end(self) -> None:
@@ -300,15 +300,15 @@ class LocalNode:
                 with suppress(RepositoryError):  # the next queue to start checks all waiting tasks
                     services.dependents.process()
                     services.turns.process()
-                    self.engine.stuck.lift()
+                    self.pool.stuck.lift()
                 with suppress(RepositoryError):  # other nodes free the slots of dead nodes
-                    self.engine.admission.end()
+                    self.pool.admission.end()
                 with suppress(RepositoryError):  # and take back their tasks
-                    self.engine.release_pending()
+                    self.pool.release_pending()
                 services.repository.liveness.leave(self.record.id)
             except RepositoryError as error:
                 services.log.warning("the end could not be recorded: %s", error)
-            self.engine.began = None  # closes its file now, however late the pool is collected
+            self.pool.began = None  # closes its file now, however late the pool is collected
             services.consequences.retries.tell(after=0)
             services.log.info("node %s stopped", self.record.name)
             self._left.set()
@@ -360,12 +360,12 @@ class Lifetime:
     @property
     def ended(self) -> bool:
         """True if the queue was stopped, or has begun to stop by itself."""
-        return self._state.stopped or (self.node is not None and self.node.engine.stopping)
+        return self._state.stopped or (self.node is not None and self.node.pool.stopping)
 
     @property
     def outdated(self) -> bool:
         """True if the queue has stopped by itself, because a newer TaskX has migrated its file."""
-        return self.node is not None and self.node.engine.outdated is not None
+        return self.node is not None and self.node.pool.outdated is not None
 
     def start(self) -> None:
         """Start the workers, as :meth:`Queue.start` describes; a second call does nothing."""
@@ -373,10 +373,10 @@ class Lifetime:
             if self._state.stopped:
                 raise QueueStopped("a stopped queue cannot be started again: create a new queue")
             if self.node is not None:
-                self.node.engine.begun.set()  # an interrupt may have stopped start() before this step
+                self.node.pool.begun.set()  # an interrupt may have stopped start() before this step
                 return
             node = self._make_node(self._services, self.config, self._ended)
-            node.engine.asked_to_stop = self._asked_to_stop
+            node.pool.asked_to_stop = self._asked_to_stop
             try:
                 node.join()
                 node.begin()
@@ -384,7 +384,7 @@ class Lifetime:
                 if not self._publish(node):
                     raise QueueStopped("the queue was stopped while it started; no task was run")
             except BaseException:  # an interrupt, too: it can be started again
-                self.node = self._state.engine = None
+                self.node = self._state.pool = None
                 node.withdraw()
                 raise
             if (hooks := self._services.hooks).queue_started:
@@ -395,7 +395,7 @@ class Lifetime:
         """Make a node that has begun visible to other threads; return False if the queue was stopped."""
         with self._changing:
             if not self._state.stopped:
-                self.node, self._state.engine = node, node.engine
+                self.node, self._state.pool = node, node.pool
             return not self._state.stopped
 
     def _ended(self) -> None:
@@ -430,9 +430,9 @@ class Lifetime:
         """Take no more tasks, and tell the running ones to stop, without waiting."""
         self._state.stopped = True
         if self.node is not None:
-            self.node.engine.stopping = True
-            self.node.engine.buffer.close()
-            self.node.engine.fire_all(CancelReason.STOP)
+            self.node.pool.stopping = True
+            self.node.pool.buffer.close()
+            self.node.pool.fire_all(CancelReason.STOP)
 
     def _asked_to_stop(self) -> None:
         """Do what another process has asked for: stop the queue, or the program that only runs queues."""

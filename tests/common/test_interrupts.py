@@ -427,7 +427,7 @@ def test_a_run_whose_outcome_is_being_stored_is_not_lost(started, monkeypatch):
 
 def test_claiming_an_ended_run_leaves_the_next_run_alone(started):
     """Else the next run would be handed back while its executor works."""
-    pool = started._node.engine
+    pool = started._node.pool
     handle = started.submit("fine", delay=3600)
     over, later = (pool.starter._make_run(handle.task()) for _ in range(2))
     pool.runs[handle.id] = later
@@ -437,7 +437,7 @@ def test_claiming_an_ended_run_leaves_the_next_run_alone(started):
 
 def test_the_audit_finds_a_run_lost_between_two_threads(started, auditing, monkeypatch):
     """This may happen if memory runs out between two lines."""
-    pool = started._node.engine
+    pool = started._node.pool
     handle = started.submit("fine", id="x", delay=3600)
     with monkeypatch.context() as patch:
         patch.setattr(pool.fetcher, "refill", lambda: None)  # so that no other thread starts it
@@ -489,7 +489,7 @@ def test_the_next_stop_completes_an_interrupted_stop(
         return do(*args)
 
     monkeypatch.setattr(node, step, interrupted)
-    run_in_thread(lambda: (eventually(lambda: node.engine.stopping), gate.open()))
+    run_in_thread(lambda: (eventually(lambda: node.pool.stopping), gate.open()))
     with pytest.raises(KeyboardInterrupt):
         queue.stop(PATIENCE)
     gate.open()

@@ -49,7 +49,7 @@ def queue(make_queue, logger, monkeypatch):
 def threads(queue):
     """Return the threads of a started queue that have not ended."""
     node = node_of(queue)
-    return [t for t in (*node.engine.threads, node._housekeeper._thread) if t.is_alive()]
+    return [t for t in (*node.pool.threads, node._housekeeper._thread) if t.is_alive()]
 
 
 def test_tasks_end_normally_if_logging_raises(queue):

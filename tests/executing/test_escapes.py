@@ -175,7 +175,7 @@ def test_a_panic_ends_no_thread_of_a_queue(started, monkeypatch):
 
         return call
 
-    starter, housekeeper = node.engine.starter, node._housekeeper
+    starter, housekeeper = node.pool.starter, node._housekeeper
     monkeypatch.setattr(starter, "start", panics_first("start", starter.start))
     monkeypatch.setattr(housekeeper, "tick", panics_first("tick", housekeeper.tick))
     services_of(started).agenda.wake()
@@ -183,7 +183,7 @@ def test_a_panic_ends_no_thread_of_a_queue(started, monkeypatch):
     assert handle.result(PATIENCE) == "fine"
     eventually(lambda: left == {"start": 0, "tick": 0})
     assert started.submit("fine", delay=0.01).result(PATIENCE) == "fine"
-    assert {thread.is_alive() for thread in node.engine.threads} == {True}
+    assert {thread.is_alive() for thread in node.pool.threads} == {True}
 
 
 # Time-outs

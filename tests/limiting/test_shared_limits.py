@@ -99,9 +99,9 @@ def idle_engine(make_queue):
     queue.executor("t", max_concurrency=1, limit_scope="global")(lambda: None)
     node = LocalNode(services_of(queue), queue.config, lambda: None)
     node.join()
-    node.engine.fetcher.alone = False
-    yield node.engine
-    node.engine.admission.end()
+    node.pool.fetcher.alone = False
+    yield node.pool
+    node.pool.admission.end()
 
 
 def just_before(monkeypatch, repository, name, happens):
@@ -168,7 +168,7 @@ def test_no_task_is_lost_if_its_token_cannot_be_put_back(make_queue, repository,
     handles = [queue.submit("t") for _ in range(5)]
     node = LocalNode(services_of(queue), queue.config, lambda: None)
     node.join()
-    pool = node.engine
+    pool = node.pool
     pool.fetcher.refill()
     items = pool.buffer.take(5)
 
@@ -190,7 +190,7 @@ def test_no_task_is_lost_if_its_token_cannot_be_put_back(make_queue, repository,
     assert (pool.runs, pool.admission.admitted) == ({}, {})
     repository.before = lambda writes: None
     monkeypatch.undo()
-    audit = Audit(node.engine)
+    audit = Audit(node.pool)
     audit.check()
     audit.check()
     assert {handle.task().status for handle in handles} == {TaskStatus.PENDING}

@@ -591,7 +591,7 @@ queue.executor("twice")(lambda n: 2 * n)
 queue.start()
 results = queue.map("twice", ({"n": n} for n in range(10)), window=1)
 assert next(results) == 0
-pool = queue._node.engine
+pool = queue._node.pool
 if (child := os.fork()) == 0:
     results.timeout = 0.0
     with suppress(TimeoutError):

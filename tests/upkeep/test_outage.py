@@ -135,8 +135,8 @@ ELSEWHERE = """
 
     queue.start()
     queue.submit("long", id="x")
-    while queue._node.engine.runs or not ended.is_set():
-        queue._node.engine.wait_quiet(0.05)
+    while queue._node.pool.runs or not ended.is_set():
+        queue._node.pool.wait_quiet(0.05)
     print("over", flush=True)
     sys.stdin.readline()
     queue.stop()

@@ -142,7 +142,7 @@ def test_a_task_that_was_started_but_not_executed_has_not_crashed(run, runner, d
 @queue.executor()
 def fall(ctx, n):
     note("ran", n)
-    if queue._node.engine.ahead.runs:  # others were started with it
+    if queue._node.pool.ahead.runs:  # others were started with it
         os.kill(os.getpid(), signal.SIGKILL)
 
 queue.submit_many([Task(type="fall", params={"n": n}) for n in range(500)])

@@ -265,7 +265,7 @@ def test_run_returns_if_other_threads_stop_all_queues(make_queue):
 def test_the_exit_code_is_one_if_a_newer_taskx_has_migrated_the_file(make_queue):
     queue = make_queue(MemoryRepository())
     retired = run_in_thread(
-        lambda: eventually(lambda: node_of(queue)).engine.retire(SchemaMismatch("newer"))
+        lambda: eventually(lambda: node_of(queue)).pool.retire(SchemaMismatch("newer"))
     )
     assert taskx.run(queue) == 1
     retired()

@@ -621,14 +621,14 @@ def test_a_stop_while_threads_start_ends_all_of_them(make_queue, monkeypatch):
     begin = LocalNode.begin
 
     def begun_late(node):
-        worker = node.engine._worker
+        worker = node.pool._worker
 
         def made(number):
             thread = worker(number)
             start = thread.start
 
             def start_and_end():
-                node.engine.begin_stop()
+                node.pool.begin_stop()
                 start()
                 thread.join(PATIENCE)
 
@@ -636,7 +636,7 @@ def test_a_stop_while_threads_start_ends_all_of_them(make_queue, monkeypatch):
                 thread.start = start_and_end
             return thread
 
-        node.engine._worker = made
+        node.pool._worker = made
         begin(node)
 
     monkeypatch.setattr(LocalNode, "begin", begun_late)
