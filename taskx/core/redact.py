@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
+from taskx.core import payload
 from taskx.core.errors import ConfigurationError
 
 #: The words that are redacted unless ``Config(redact=...)`` gives others.
@@ -56,22 +57,27 @@ def redacted(value: Any, redact: tuple[str, ...] = SECRETS) -> Any:
     return copy(value)
 
 
-def unhidden(edited: Any, stored: Any) -> Any:
+def unhidden(edited: Any, stored: Any, depth: int = 1) -> Any:
     """Return an edited copy of :func:`redacted` values in which the stored ones are back.
+
+    Parts that are nested deeper than params may be stay as they are.
 
     Args:
         edited: the JSON values; a value that is still ``***`` stands for the stored one in its place.
         stored: the values before they were redacted.
+        depth: the levels of nesting up to here.
     """
     if edited == "***" and stored is not None:
         return stored
+    if depth > payload.MAX_DEPTH:
+        return edited
     if isinstance(edited, dict):
         known = stored if isinstance(stored, dict) else {}
-        return {key: unhidden(value, known.get(key)) for key, value in edited.items()}
+        return {key: unhidden(value, known.get(key), depth + 1) for key, value in edited.items()}
     if isinstance(edited, list):
         items = stored if isinstance(stored, (list, tuple)) else ()
         padded = [*items, *[None] * len(edited)]
-        return [unhidden(value, padded[place]) for place, value in enumerate(edited)]
+        return [unhidden(value, padded[place], depth + 1) for place, value in enumerate(edited)]
     return edited
 
 

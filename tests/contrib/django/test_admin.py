@@ -290,6 +290,13 @@ def test_all_tasks_that_match_are_cancelled(boss, queue):
     assert status(queue, other) == "pending"
 
 
+@pytest.mark.parametrize("lookup", ["params__contains", "params__startswith", "result__regex"])
+def test_no_lookup_in_an_address_finds_out_a_hidden_value(boss, failed, lookup):
+    failed({"to": "ann", "password": "hunter2"})
+    assert boss.get(LIST, {lookup: "h"}).status_code == 400
+    assert boss.get(LIST, {"status": "failed", "q": "ann", "o": "1"}).status_code == 200
+
+
 def test_a_failed_task_runs_again_with_other_params(boss, queue, failed):
     task_id = failed({"to": "ann", "password": "hunter2"})
     url = f"{DEAD}{key_of(task_id)}/requeue/"
@@ -323,7 +330,12 @@ def test_a_task_runs_again_as_it_is(boss, queue, failed):
         ("{", "Enter a valid JSON"),
         ("[1]", "Params must be a JSON object"),
         ('{"n": 1e999}', "params.n"),
+        ('{"n": %s}' % ("[" * 900 + "]" * 900), "nested more than"),
+        ('{"n": %s}' % ("[" * 200_000), "Params cannot be read"),
+        ('{"n": "\\ud800"}', "lone surrogate"),
+        ('{"n": %s}' % ("9" * 5000), "Exceeds the limit"),
     ],
+    ids=lambda given: given[:20],
 )
 def test_wrong_params_are_an_error_of_the_form(boss, queue, failed, text, problem):
     task_id = failed()

@@ -32,6 +32,17 @@ class ParamsField(forms.JSONField):
         """Return the text for the page; one that was sent already stays as it is."""
         return value if isinstance(value, str) else _indented(value)
 
+    def bound_data(self, data: Any, initial: Any) -> Any:
+        """Return the text that was sent as it is: its values may be such as no page can show."""
+        return data
+
+    def to_python(self, value: Any) -> Any:
+        """Return the JSON value of a text. Raises ValidationError if it has none that Python can hold."""
+        try:
+            return super().to_python(value)
+        except (RecursionError, ValueError) as error:
+            raise forms.ValidationError(f"Params cannot be read: {error}.") from error
+
     def clean(self, value: Any) -> dict[str, Any]:
         """Return the params. Raises ValidationError for a text that is no JSON object."""
         params = super().clean(value)
