@@ -264,6 +264,14 @@ def test_the_table_of_packages_has_the_order_of_the_layers():
     assert re.findall(r"\w+", " ".join(row[0] for row in rows)) == re.findall(r"\w+", layers)
 
 
+def test_the_table_of_extras_has_all_that_programs_can_install():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    extras = {*config["options.extras_require"]} - {"bench", "dev", "docs", "test"}
+    rows = table(ROOT / "docs" / "deploying.rst", "Extra")
+    assert sorted(row[0].strip("`") for row in rows) == sorted(extras)
+
+
 def test_each_package_and_module_has_a_docstring():
     """A package has a second paragraph: who uses it, or what may be changed."""
     for file in (ROOT / "taskx").rglob("*.py"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 from django.conf import settings
 from django.utils import timezone
@@ -86,6 +86,10 @@ def _loaded(kind: type[Any], path: str, values: Mapping[str, Any]) -> Any:
     return kind(func=imported(path).func, **values)
 
 
+@overload
+def task(function: Callable[..., Any]) -> TaskxTask: ...
+@overload
+def task(function: None = None, **options: Any) -> Callable[[Callable[..., Any]], TaskxTask]: ...
 def task(function: Callable[..., Any] | None = None, **options: Any) -> Any:
     """Make a task of Django from the decorated function: ``@task`` or ``@task(max_attempts=3)``.
 
