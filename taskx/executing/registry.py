@@ -203,9 +203,14 @@ class Registry:
         return type in self.registered or type in self._declared
 
     @property
+    def accepted(self) -> frozenset[str]:
+        """The types that are registered or declared."""
+        return frozenset((*self.registered, *self._declared))
+
+    @property
     def known(self) -> str:
         """The types that are registered or declared, as text."""
-        return ", ".join(sorted({*self.registered, *self._declared})) or "none"
+        return ", ".join(sorted(self.accepted)) or "none"
 
 
 def _check_replaced(before: Registered, entry: Registered) -> None:

@@ -130,6 +130,14 @@ class Questions(Parts):
         )
 
     @property
+    def types(self) -> frozenset[str]:
+        """The types that have an executor in this queue, and those that were declared.
+
+        Executors that ``find_executor`` has not found yet are not among them.
+        """
+        return self._registry.accepted
+
+    @property
     def buffered(self) -> int:
         """The number of submitted tasks that wait in this queue's buffer, at most ``buffer_size``."""
         return 0 if self._node is None else self._node.pool.buffer.submitted

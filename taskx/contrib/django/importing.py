@@ -152,13 +152,13 @@ def find(alias: str, type: str) -> None:
         Refused: there is no task of Django at this path.
     """
     place = place_of(alias)
-    if place.queue._registry.knows(type):
+    if type in place.queue.types:
         return
     try:
         place.find(type)
     except ImportError as error:
         raise Refused(f"there is no task of Django at {type!r} ({error})") from error
-    if not place.queue._registry.knows(type):
+    if type not in place.queue.types:
         raise Refused(f"{type!r} is not the path of a task, and no executor has this type")
 
 

@@ -51,6 +51,5 @@ def store(alias: str, queue: Queue) -> None:
         TaskxError: the errors of ``Queue.schedule``.
     """
     for given, options in _declared.get(alias, {}).values():
-        if not queue._registry.knows(given[2]):
-            queue.declare(given[2])
+        queue.declare(given[2])
         queue.schedule(*given, **options)
