@@ -722,11 +722,12 @@ class PrimitivesContract(Contract):
     def test_notes_are_found_by_their_names(self, repository: Repository) -> None:
         self.skip_if(repository.shortcoming)
         names = [f"x/{n:04}" for n in range(600)]  # more than a query may take
-        repository.put_notes([NoteChange(name, name, 0) for name in ("x", "x/00", *names)])
+        stored = names[::30]
+        repository.put_notes([NoteChange(name, name, 0) for name in ("x", "x/00", *stored)])
         assert repository.notes_named([]) == {}
-        asked = [*names, "x/9999", "y"]
+        asked = [*names, "y"]
         assert {name: note.text for name, note in repository.notes_named(asked).items()} == {
-            name: name for name in names
+            name: name for name in stored
         }
         assert repository.notes_named(["x/00"]) == repository.notes_named(["x/00", "x/000"])
 

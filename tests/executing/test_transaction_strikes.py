@@ -72,18 +72,18 @@ def test_a_loop_that_catches_the_exceptions_writes_each_row_once(make_queue, row
                 add(tx, n)
                 ctx.cursor = n + 1
 
-        struck, n = True, -1
-        while struck:
-            n += 1
-            struck = struck_at(n, lambda: block(n))  # noqa: B023  (called at once)
+        for n in itertools.count():
+            struck = struck_at(3 * n, lambda: block(n))  # noqa: B023  (called at once)
             if ctx.cursor != n + 1:
                 block(n)
+            if struck is None:
+                break
         return n
 
     with queue:
-        points = queue.submit("t").result(timeout=PATIENCE)
-    assert points > 300
-    assert Counter(n for n, _ in rows()) == Counter(range(points + 1))
+        last = queue.submit("t").result(timeout=4 * PATIENCE)
+    assert last > 100
+    assert Counter(n for n, _ in rows()) == Counter(range(last + 1))
 
 
 def test_a_completion_takes_place_once(make_queue, rows):
@@ -169,9 +169,13 @@ def test_a_struck_task_that_its_submitter_runs_takes_place_once(
     queue.start()
     Waiting(queue, gate).fill(1)
     queue.submit("t", {"n": -1})
+    struck = 0
     for point in itertools.count(0, 53):
         submit = functools.partial(queue.submit, "t", {"n": point}, id=f"x{point}")
-        if struck_at(point, submit) is None:
+        # It has fewer points if another thread commits its row, so one that is not struck ends nothing.
+        if struck_at(point, submit) is not None:
+            struck += 1
+        elif point > 53 * 20:
             break
         eventually(lambda: not services_of(queue).ledger)
     gate.open()
@@ -180,6 +184,6 @@ def test_a_struck_task_that_its_submitter_runs_takes_place_once(
     assert {task.status for task in tasks} == {TaskStatus.COMPLETED}
     written = [pair for pair in rows() if pair[0] >= 0]
     assert written == sorted((task.result, task.starts) for task in tasks)
-    assert point > 53 * 20
+    assert struck > 15
     eventually(lambda: {status for _, status in told} == {TaskStatus.COMPLETED})
     assert len(told) == len(set(told))

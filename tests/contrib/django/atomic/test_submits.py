@@ -58,9 +58,9 @@ class TestSubmit:
             kept = queue.submit("elsewhere")
             with transaction.atomic(using=using):
                 inner = queue.submit("elsewhere")
-            mark = transaction.savepoint(using=using)
+            mark = connections[using].savepoint()
             queue.submit("elsewhere")
-            transaction.savepoint_rollback(mark, using=using)
+            connections[using].savepoint_rollback(mark)
         assert ids(queue) == {kept.id, inner.id}
 
     def test_a_durable_block_takes_it(self, queue, using):
