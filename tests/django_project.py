@@ -133,4 +133,4 @@ def empty(repository: DjangoRepository) -> None:
     tables = ("taskx_task", "taskx_parent", "taskx_tag", "taskx_note")
     deletes = "; ".join(f"DELETE FROM {table}" for table in tables)
     with repository._connections.writing() as link:
-        link.rows_of_none(deletes)
+        link.execute(deletes)

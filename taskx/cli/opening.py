@@ -188,7 +188,7 @@ class Session:
         return to_datetime(self.queue.repository.clock.now_ms())
 
     def after(self, seconds: float, start: datetime | None = None) -> datetime:
-        """Return the time so many seconds after a time, or after now; within the calendar."""
+        """Return the time ``seconds`` after ``start``, or after now; within the calendar."""
         return to_datetime(within_calendar(to_ms(start or self.now()) + round(seconds * 1000)))
 
 

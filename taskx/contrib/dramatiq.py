@@ -89,7 +89,7 @@ class DramatiqEngine(BrokerEngine):
         broker.add_middleware(_middleware(self))
 
     def send(self, ticket: Ticket) -> None:
-        """Send a ticket. How long this may take is a matter of the broker's own time-outs."""
+        """Send a ticket. The time-outs of the broker's client limit how long this takes."""
         message = self._actor.message(ticket.id, ticket.type)
         if (name := self._queues.get(ticket.type)) is not None:
             message = message.copy(queue_name=name)
@@ -104,7 +104,7 @@ class DramatiqEngine(BrokerEngine):
         self.run(task_id, type)
 
     def begin(self, workers: int) -> None:
-        """Begin to work in a process of Dramatiq's workers, with so many threads."""
+        """Begin to work in a process of Dramatiq's workers, with ``workers`` threads."""
         self.begin_work(workers, hand_over=self.hands_over)
 
     def end(self) -> None:

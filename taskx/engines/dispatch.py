@@ -123,7 +123,7 @@ class Dispatcher:
         self._pool = pool
         self._services = pool.services
         self._engine = engine
-        #: The tickets of this node that no worker has used yet, as far as it knows.
+        #: The tickets of this node that no worker has used yet, by its knowledge.
         self.sent: dict[str, _Sent] = {}
         self.crew = Crew((), engine.name, pool.node.id)
         self._crew_at = -math.inf
@@ -259,7 +259,7 @@ class Dispatcher:
         return {task_id: mine[task_id] for task_id in lost}
 
     def _idle_types(self, types: Collection[str]) -> set[str]:
-        """Return those of these types that a worker with a free thread runs."""
+        """Return the given types that some worker with a free thread runs."""
         nodes = {node.id: node for node in self.crew.workers}
         found = self._services.repository.find("running_on", [*nodes], ("owner",)) if nodes else ()
         busy: defaultdict[str, int] = defaultdict(int, Counter(owner for (owner,) in found))

@@ -108,7 +108,7 @@ class Registry:
         return self._find is not None
 
     def seek(self, types: Iterable[str]) -> bool:
-        """Have the executors of those types found that are not registered; return True if one was.
+        """Find the executors of types that have none here; return True if one was found.
 
         Each type is sought once.
         """

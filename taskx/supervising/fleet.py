@@ -298,7 +298,7 @@ class Fleet:
                 place.successor = self._start(place)
 
     def _start(self, place: Place) -> Member | None:
-        """Start a process. If the system cannot, for example for want of memory, return None."""
+        """Start a process. Return None if the system cannot, for example because memory is short."""
         try:
             member = Member(self._spawn(place.number), place.number, self._now())
         except OSError as error:

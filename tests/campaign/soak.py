@@ -43,7 +43,7 @@ COLUMNS = (
 
 @attrs.frozen(kw_only=True)
 class Plan:
-    """What a soak does. Times are in seconds.
+    """The plan of a soak. Times are in seconds.
 
     Attributes:
         kill_every: the time between two kills. Every fifth one is a SIGTERM.

@@ -52,7 +52,7 @@ class Ground:
         return self._edges[0].engine
 
     def workers(self, count: int) -> None:
-        """Wait until so many tasks can run at a time."""
+        """Wait until this number of tasks can run at a time."""
         eventually(lambda: sum(n.workers for n in self.queue.nodes() if n.alive) == count)
 
     def note(self, word: str, seconds: float = 0.0, **options: Any) -> TaskHandle[Any]:

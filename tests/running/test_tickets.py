@@ -1,4 +1,4 @@
-"""Tickets without a broker: which task each one starts, and what becomes of those that start none."""
+"""Tickets without a broker: which task each one starts, and what happens to a ticket that starts none."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Shop:
         return Queue(self._repository, engine=engine), engine
 
     def workers(self, count: int, register: Any, serve: bool = True) -> Bus:
-        """Start the queue of a worker process with so many threads, which take tickets if it serves."""
+        """Start the queue of a worker process with ``workers`` threads, which take tickets if it serves."""
         queue, engine = self._queue()
         register(queue)
         engine.begin_work(count)
@@ -99,7 +99,7 @@ def submit(shop: Shop, *numbers: int, **options: Any) -> list[Any]:
 
 
 def the_tickets(shop: Shop, count: int) -> list[Ticket]:
-    """Wait for so many tickets, and take them."""
+    """Wait for a number of tickets, and take them."""
     return [shop.tickets.get(timeout=PATIENCE) for _ in range(count)]  # type: ignore[misc]
 
 

@@ -227,7 +227,7 @@ def _lost_by_postgres() -> Iterator[None]:
 
     from taskx.contrib.django.connections import Link
 
-    count, execute = Link.count, Link.rows_of_none
+    count, execute = Link.count, Link.execute
 
     def lose(link: Link) -> None:
         link.django.connection.close()
@@ -246,7 +246,7 @@ def _lost_by_postgres() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Link, "count", lose_count)
-        patch.setattr(Link, "rows_of_none", lose_commit)
+        patch.setattr(Link, "execute", lose_commit)
         yield
 
 

@@ -1,4 +1,4 @@
-"""What a type checker sees of the integration with Django. Checked, never run."""
+"""The types of the integration with Django. Type checkers check this file; it never runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a type checker sees of engines, and of a queue that finds executors. Checked, never run."""
+"""The types of engines, and of ``find_executor``. Type checkers check this file; it never runs."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def check_on_commit(value: object) -> OnCommit:
 
 
 def open_blocks(*without: str | None) -> list[Any]:
-    """Return the connections of this thread that are inside ``atomic()``, without those of some aliases."""
+    """Return the connections of this thread that are inside ``atomic()``, except these aliases."""
     made = connections.all(initialized_only=True)
     return [one for one in made if one.in_atomic_block and one.alias not in without]
 

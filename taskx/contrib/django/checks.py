@@ -42,7 +42,7 @@ def check_alias(alias: str) -> Sequence[Any]:
 
 
 def _of_place(settings: Settings) -> Iterator[Any]:
-    """Yield why the tasks cannot be stored at the place that the options name."""
+    """Yield errors if the tasks cannot be stored at the place that the options name."""
     queues: Any = import_module(f"{APP}.queues")
     about = _Alias(settings.alias)
     try:
@@ -63,7 +63,7 @@ def _of_place(settings: Settings) -> Iterator[Any]:
 
 
 def _of_others(settings: Settings) -> Iterator[Any]:
-    """Yield that another alias, earlier in ``TASKS``, stores its tasks at the same place."""
+    """Yield a warning if an earlier alias in ``TASKS`` stores its tasks at the same place."""
     for other in ours():
         if other == settings.alias:
             return

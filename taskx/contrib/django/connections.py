@@ -66,7 +66,7 @@ def code(error: BaseException | None) -> str:
 
 
 def may_be_repeated(error: BaseException) -> bool:
-    """Return True for a deadlock and the like: nothing was stored, and the next try may be successful."""
+    """Return True for a conflict of two transactions: nothing was stored, and the next try may succeed."""
     return isinstance(error, OperationalError) and code(error) in _AGAIN
 
 
@@ -142,17 +142,17 @@ class Link:
     @contextmanager
     def savepoint(self, name: str = "taskx") -> Iterator[None]:
         """Undo what is done inside, and nothing else, if it raises."""
-        self.rows_of_none(f"SAVEPOINT {name}")
+        self.execute(f"SAVEPOINT {name}")
         try:
             yield
         except BaseException:
             with suppress(Error):  # the transaction is gone
-                self.rows_of_none(f"ROLLBACK TO SAVEPOINT {name}")
-                self.rows_of_none(f"RELEASE SAVEPOINT {name}")
+                self.execute(f"ROLLBACK TO SAVEPOINT {name}")
+                self.execute(f"RELEASE SAVEPOINT {name}")
             raise
-        self.rows_of_none(f"RELEASE SAVEPOINT {name}")
+        self.execute(f"RELEASE SAVEPOINT {name}")
 
-    def rows_of_none(self, sql: str) -> None:
+    def execute(self, sql: str) -> None:
         """Execute a statement that returns nothing."""
         with self.cursor() as cursor:
             cursor.execute(sql)
@@ -331,13 +331,13 @@ class Connections:
             return
         milliseconds = max(1, round(seconds * 1000))
         if link.vendor == "postgresql":
-            link.rows_of_none(
+            link.execute(
                 f"SET statement_timeout = {milliseconds}; SET lock_timeout = {milliseconds}"
             )
         elif link.vendor == "sqlite":
             link.rows(f"PRAGMA busy_timeout = {milliseconds}")
         elif link.vendor == "mysql":
-            link.rows_of_none(f"SET SESSION innodb_lock_wait_timeout = {max(1, round(seconds))}")
+            link.execute(f"SET SESSION innodb_lock_wait_timeout = {max(1, round(seconds))}")
 
     def try_writing(self, patience: float, work: Callable[[Link], T]) -> T | None:
         """Call ``work`` with the connection for writing; None if another thread keeps it too long."""

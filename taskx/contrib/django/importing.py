@@ -121,7 +121,7 @@ def _params(row: Any) -> dict[str, Any]:
 
 
 def ignored(row: Any) -> Iterator[str]:
-    """Yield what a row says that has no meaning in TaskX."""
+    """Yield the values of a row that have no meaning in TaskX."""
     for name in _OF_BROKER:
         if getattr(row, name, None) not in (None, ""):
             yield f"{name}={getattr(row, name)}"
@@ -203,8 +203,8 @@ def _same(before: Any, after: Any) -> bool:
 
 The rows of its table PeriodicTask become schedules of the same names; nothing is changed there. The name of
 a Celery task must be the path of a task of Django, as it is if only the decorator was changed. Call it as
-often as you like: it changes only what differs. A row that cannot be imported is told with the reason, and
-the exit code is 1.""",
+often as you like: it changes only what differs. A row that cannot be imported is shown with the reason,
+and the exit code is 1.""",
     """
 taskx import-beat --dry-run
 taskx import-beat

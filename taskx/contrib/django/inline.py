@@ -39,7 +39,7 @@ class _Uncommitted(threading.local):
         self._waiting: dict[str, _Waiting] = {}
 
     def add(self, result: TaskxResult, using: str, run: Callable[[], object]) -> None:
-        """Have a task run when the open block on a database commits."""
+        """Run a task when the open block on a database commits."""
         self._waiting = {id: one for id, one in self._waiting.items() if one.alive}
 
         def callback() -> None:

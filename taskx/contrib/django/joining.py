@@ -77,8 +77,8 @@ class Joined(DjangoRepository):
             self._execute(f"RELEASE SAVEPOINT {name}")
         except BaseException:
             try:
-                self._link.rows_of_none(f"ROLLBACK TO SAVEPOINT {name}")
-                self._link.rows_of_none(f"RELEASE SAVEPOINT {name}")
+                self._link.execute(f"ROLLBACK TO SAVEPOINT {name}")
+                self._link.execute(f"RELEASE SAVEPOINT {name}")
             except Error:  # the connection is lost, or the database has rolled back everything
                 self._link.django.needs_rollback = True
             raise
@@ -99,7 +99,7 @@ class Joined(DjangoRepository):
 
     def _execute(self, sql: str) -> None:
         with self._translating():
-            self._link.rows_of_none(sql)
+            self._link.execute(sql)
 
     @contextmanager
     def _translating(self) -> Iterator[None]:

@@ -275,7 +275,7 @@ class DjangoRepository(BesideBlocks):
                 result = work(link)
                 committing = True
                 self._doubtful.update(sent)
-                link.rows_of_none("COMMIT")
+                link.execute("COMMIT")
             self._commits += 1
             self._forget(sent)
             return result
@@ -308,19 +308,19 @@ class DjangoRepository(BesideBlocks):
             self._turns.set_durable(link, durable)
             self._turns.begin(link, self.timeout)
         elif self.vendor == "sqlite":
-            link.rows_of_none("BEGIN IMMEDIATE")
+            link.execute("BEGIN IMMEDIATE")
         elif self.vendor == "postgresql":
             wanted = "" if durable else "; SET LOCAL synchronous_commit = off"
-            link.rows_of_none(f"BEGIN{wanted}")
+            link.execute(f"BEGIN{wanted}")
         else:
-            link.rows_of_none("START TRANSACTION")
+            link.execute("START TRANSACTION")
 
     def _set_durable(self, link: Link, durable: bool) -> None:
         """Choose if the next statement of PostgreSQL waits until its commit is on the disk."""
         if link.durable is not durable:
             link.durable = None  # unknown if an interrupt comes after the next line
             to = "DEFAULT" if durable else "off"
-            link.rows_of_none(f"SET synchronous_commit = {to}")
+            link.execute(f"SET synchronous_commit = {to}")
             link.durable = durable
 
     def _rolled_back(self, link: Link, error: BaseException) -> bool:
@@ -331,7 +331,7 @@ class DjangoRepository(BesideBlocks):
         try:
             if isinstance(error, Exception) or self.vendor == "sqlite":
                 if self.vendor != "sqlite" or link.django.connection.in_transaction:
-                    link.rows_of_none("ROLLBACK")
+                    link.execute("ROLLBACK")
                 return True
         except Exception as second:
             if not is_failure(second) and not isinstance(second, AttributeError):

@@ -100,7 +100,7 @@ def _sender(alias: str) -> Any:
 
 
 def tasks_of(alias: str) -> Iterator[Task]:
-    """Yield the tasks of an alias in the modules ``tasks`` of the installed apps, as far as imported."""
+    """Yield the tasks of an alias in the imported modules ``tasks`` of the installed apps."""
     for app in apps.get_app_configs():
         module = sys.modules.get(f"{app.name}.tasks")
         for thing in list(vars(module).values()) if module is not None else ():

@@ -115,7 +115,7 @@ def _checked(alias: str, given: Mapping[str, Any], *, inline: bool) -> Settings:
     check_on_commit(own.get("on_commit", "wait"))
     if own.keys() >= {"repository", "database"}:
         raise ConfigurationError(
-            "repository and database say the same: give a URL, or the alias of a database"
+            "repository and database say the same: give only one of them"
         )
     for key in ("hooks", "middleware", "codec"):
         if key in own:

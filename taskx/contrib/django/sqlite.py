@@ -31,7 +31,7 @@ class Turns:
         try:
             while True:
                 try:
-                    link.rows_of_none(statement)
+                    link.execute(statement)
                     return
                 except OperationalError as error:
                     if "locked" not in str(error) or time.monotonic() >= deadline:

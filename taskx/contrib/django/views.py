@@ -65,26 +65,10 @@ def dashboard(
         backend: the alias in ``TASKS`` whose queue is shown.
         permissions: a function that gets the request and returns permissions of the dashboard (see
             ``taskx.dashboard.PERMISSIONS``); by default :func:`permissions_of`.
-        read_only: True: nothing can be changed.
+        read_only: True if the pages change nothing.
         title: the name that the pages show.
     """
-    made: list[Dashboard] = []
-
-    def app_of() -> Dashboard:
-        """Return the dashboard of the backend's queue, which other settings may have replaced."""
-        from taskx.dashboard import Dashboard
-
-        queue = get_queue(backend)
-        if not made or made[0].queue is not queue:
-            made[:] = [
-                Dashboard(
-                    queue,
-                    permissions=lambda environ: environ[_GRANTED],
-                    read_only=read_only,
-                    title=title,
-                )
-            ]
-        return made[0]
+    current = _current(backend, read_only=read_only, title=title)
 
     def view(request: HttpRequest, rest: str, **kwargs: Any) -> HttpResponseBase:
         if not hasattr(request, "user"):
@@ -97,7 +81,7 @@ def dashboard(
             return _to_login(request, rest)
         granted = frozenset(permissions(request))
         name = {_GRANTED: granted, "REMOTE_USER": user.get_username()}
-        return answer(app_of(), request, rest, **name)
+        return answer(current(), request, rest, **name)
 
     # The dashboard has a check of its own, which also holds for its pages in the browser's cache.
     view = csrf_exempt(_not_atomic(view))
@@ -111,8 +95,26 @@ def dashboard(
     )
 
 
+def _current(backend: str, **options: Any) -> Callable[[], Dashboard]:
+    """Return a function that returns the dashboard of the queue that the backend has now.
+
+    Tests change settings, and then the backend has another queue.
+    """
+    made: list[Dashboard] = []
+
+    def current() -> Dashboard:
+        from taskx.dashboard import Dashboard
+
+        queue = get_queue(backend)
+        if not made or made[0].queue is not queue:
+            made[:] = [Dashboard(queue, permissions=lambda environ: environ[_GRANTED], **options)]
+        return made[0]
+
+    return current
+
+
 def _not_atomic(view: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the view such that it is outside of transactions: what it changes is of the queue."""
+    """Return the view, which then runs outside of transactions: the queue has its own."""
     for alias in connections:
         view = transaction.non_atomic_requests(alias)(view)
     return view

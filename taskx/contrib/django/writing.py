@@ -302,9 +302,17 @@ def _apply_group(link: Link, writes: Sequence[Any]) -> set[str]:
     if isinstance(first, Insert):
         return _insert_group(link, writes)
     source = _Source()
+    where = _guards(source, writes)
+    if isinstance(first, Delete):
+        return _delete_group(link, source, where)
+    return _update_group(link, writes, source, where)
+
+
+def _guards(source: _Source, writes: Sequence[Any]) -> str:
+    """Add the ids and the guards of writes to a source; return the condition that compares them."""
     source.array("id", [write.id for write in writes])
     where = "t.id = v.id"
-    for name, wanted in first.guard.items():
+    for name, wanted in writes[0].guard.items():
         if wanted is PRESENT or isinstance(wanted, tuple):
             text, values = conditions({f"t.{name}": wanted})
             where += text
@@ -315,21 +323,27 @@ def _apply_group(link: Link, writes: Sequence[Any]) -> set[str]:
         # A column, also if all values are the same: with a constant, the planner might read a whole partial
         # index instead of these rows, as long as the table has no statistics.
         where += f" AND t.{name} {same} {source.array(f'g_{name}', wants, name)}"
-    if isinstance(first, Delete):
-        sql = (
-            f"DELETE FROM {TASK} t USING {source.text} WHERE {where} "
-            "RETURNING t.seq, t.id, t.depends_on, t.tags"
-        )
-        gone = link.rows(sql, source.values)
-        _remove_lists(link, gone)
-        return {task_id for _, task_id, _, _ in gone}
+    return where
+
+
+def _delete_group(link: Link, source: _Source, where: str) -> set[str]:
+    sql = (
+        f"DELETE FROM {TASK} t USING {source.text} WHERE {where} "
+        "RETURNING t.seq, t.id, t.depends_on, t.tags"
+    )
+    gone = link.rows(sql, source.values)
+    _remove_lists(link, gone)
+    return {task_id for _, task_id, _, _ in gone}
+
+
+def _update_group(link: Link, writes: Sequence[Update], source: _Source, where: str) -> set[str]:
     settings = ", ".join(
         f"{name} = {source.value(name, [write.changes[name] for write in writes])}"
-        for name in first.changes
+        for name in writes[0].changes
     )
     values = source.values
     free = ""
-    if skips_locked(link, first):
+    if skips_locked(link, writes[0]):
         # A table of its own: the planner might repeat a query inside the condition for each row.
         free = (
             f"WITH free AS MATERIALIZED (SELECT seq FROM {TASK} WHERE id = ANY(%s::text[]) "

@@ -76,7 +76,7 @@ def sent(monkeypatch):
 
         return note
 
-    for name in ("rows", "count", "rows_of_none"):
+    for name in ("rows", "count", "execute"):
         monkeypatch.setattr(Link, name, noting(getattr(Link, name)))
     return found
 
@@ -259,11 +259,11 @@ def test_the_queries_of_a_busy_queue_use_indexes(repository, sent):
             for name in COLUMNS
         )
         with repository._connections.writing() as link:
-            link.rows_of_none(
+            link.execute(
                 f"INSERT INTO taskx_task ({columns}) SELECT {values} FROM generate_series(1, 20000) n"
             )
     with repository._connections.writing() as link:
-        link.rows_of_none("ANALYZE taskx_task")
+        link.execute("ANALYZE taskx_task")
         sent.clear()
     plans = {}
     explained = Link.rows
@@ -291,7 +291,7 @@ def test_the_queries_of_a_busy_queue_use_indexes(repository, sent):
         ended = {"status": "completed", "completed_at": 2}
         assert all(repository.apply([Update(i, {"starts": 1}, ended) for i in ids]))
     with repository._connections.writing() as link:
-        link.rows_of_none("TRUNCATE taskx_task")
+        link.execute("TRUNCATE taskx_task")
     assert len(plans) >= 18
     assert not [plan for plan in plans.values() if "Seq Scan on taskx_task" in plan]
 

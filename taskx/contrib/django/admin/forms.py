@@ -1,4 +1,4 @@
-"""The forms of the admin. A queue checks what they say, so that a form accepts what a program may say."""
+"""The forms of the admin. A queue checks their values, so a form accepts the same values as a program."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ParamsField(forms.JSONField):
     """Params: a JSON object."""
 
     def __init__(self, **options: Any) -> None:
-        # An empty object is as good as any, but Django takes it for no value at all.
+        # An empty object is valid, but Django treats it as no value.
         super().__init__(required=False, widget=forms.Textarea({"rows": 12, "cols": 80}), **options)
 
     def prepare_value(self, value: Any) -> Any:
@@ -60,7 +60,7 @@ def _indented(value: Any) -> str:
 
 
 class RequeueForm(forms.Form):
-    """A failed or cancelled task runs again, with these params.
+    """The form that runs a failed or cancelled task again, with other params.
 
     Args:
         queue: the queue of the task.

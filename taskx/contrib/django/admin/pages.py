@@ -1,4 +1,4 @@
-"""What all pages of the admin have in common: their queue, and their place outside of transactions."""
+"""The base of all pages of the admin: their queue, and their place outside of transactions."""
 
 from __future__ import annotations
 

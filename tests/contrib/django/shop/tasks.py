@@ -14,7 +14,7 @@ import taskx
 from taskx.contrib.django import task
 from taskx.contrib.django.compat import task_backends
 
-#: What the tasks of this process have noted.
+#: The notes of the tasks of this process.
 notes: list[Any] = []
 #: Set by tests: the task ``wait`` ends then.
 gate = threading.Event()

@@ -75,7 +75,7 @@ def _program(path: str) -> str:
 
 
 def _without_settings(words: Sequence[str]) -> list[str]:
-    """Return the words without Django's own options, which ``manage.py`` has heeded already."""
+    """Return the words without Django's own options, which ``manage.py`` has used already."""
     left: list[str] = []
     rest = iter(words)
     for word in rest:
