@@ -57,7 +57,9 @@ WORKER_OPTIONS = (
         help="The time that running tasks have to end after a signal.",
     ),
     click.option(
-        "--max-tasks", type=click.IntRange(1), help="Replace a process after this number of attempts."
+        "--max-tasks",
+        type=click.IntRange(1),
+        help="Replace a process after this number of attempts.",
     ),
     click.option(
         "--max-memory",

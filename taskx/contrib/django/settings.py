@@ -114,9 +114,7 @@ def _checked(alias: str, given: Mapping[str, Any], *, inline: bool) -> Settings:
             raise ConfigurationError(f"{key} must be a {kind.__name__}, not {own[key]!r}")
     check_on_commit(own.get("on_commit", "wait"))
     if own.keys() >= {"repository", "database"}:
-        raise ConfigurationError(
-            "repository and database say the same: give only one of them"
-        )
+        raise ConfigurationError("repository and database say the same: give only one of them")
     for key in ("hooks", "middleware", "codec"):
         if key in own:
             own[key] = _imported(key, own[key])

@@ -172,6 +172,7 @@ def test_an_error_of_the_server_is_one_line():
 def test_a_single_write_is_one_statement(repository, sent):
     add(repository, "a")
     repository.apply([start("a")])
+    repository.apply([Update("a", {"status": "running", "starts": 1}, {"status": "completed"})])
     sent.clear()
     add(repository, "b")  # durable, after a write that is not
     assert [sql.split()[0] for sql in sent] == ["SET", "INSERT"]
