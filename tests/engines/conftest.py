@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,19 @@ class Ground:
         self.crew.end()
         for site in self._edges:
             site.close()
+
+
+@contextmanager
+def with_workers(engine: str, folder: Path) -> Iterator[Ground]:
+    """A ground with a broker and two workers of its own."""
+    with ExitStack() as stack:
+        broker = Broker(folder).start()
+        stack.callback(broker.kill)
+        ground = Ground(engine, folder, broker)
+        stack.callback(ground.close)
+        ground.crew.start()
+        ground.workers(2)
+        yield ground
 
 
 @pytest.fixture

@@ -15,8 +15,7 @@ from contextlib import contextmanager
 import pytest
 from helpers import PATIENCE, eventually
 
-from engines.conftest import Ground
-from engines.servers import Broker
+from engines.conftest import Ground, with_workers
 from taskx import TaskStatus
 from taskx.engines.dispatch import DEPTH
 
@@ -36,14 +35,8 @@ def crewed(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Ground]:
     """A ground with two workers, which the tests of an engine share."""
-    folder = tmp_path_factory.mktemp(request.param)
-    broker = Broker(folder).start()
-    made = Ground(request.param, folder, broker)
-    made.crew.start()
-    made.workers(2)
-    yield made
-    made.close()
-    broker.kill()
+    with with_workers(request.param, tmp_path_factory.mktemp(request.param)) as ground:
+        yield ground
 
 
 @pytest.fixture

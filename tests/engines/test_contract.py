@@ -10,8 +10,7 @@ from concurrent.futures import CancelledError
 import pytest
 from helpers import PATIENCE, eventually
 
-from engines.conftest import Ground
-from engines.servers import Broker
+from engines.conftest import Ground, with_workers
 from taskx import TaskFailed, TaskStatus, chain, group
 
 ENGINES = ["threads", "celery", "dramatiq"]
@@ -22,14 +21,8 @@ def site(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Ground]:
     """A ground with two workers, which all tests of an engine share."""
-    folder = tmp_path_factory.mktemp(request.param)
-    broker = Broker(folder).start()
-    ground = Ground(request.param, folder, broker)
-    ground.crew.start()
-    ground.workers(2)
-    yield ground
-    ground.close()
-    broker.kill()
+    with with_workers(request.param, tmp_path_factory.mktemp(request.param)) as ground:
+        yield ground
 
 
 @pytest.fixture
