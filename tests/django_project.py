@@ -57,9 +57,11 @@ def add_database(alias: str, **settings: Any) -> None:
 def migrate(alias: str) -> None:
     """Make the tables in a database."""
     from django.core.management import call_command
+    from django.db import connections
 
     set_up()
     call_command("migrate", database=alias, verbosity=0)
+    connections[alias].close()
 
 
 @functools.cache

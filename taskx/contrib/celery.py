@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from taskx import ConfigurationError
 from taskx.engines import BrokerEngine, Ticket
+from taskx.engines.base import check_queues
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -64,11 +65,11 @@ class CeleryEngine(BrokerEngine):
         if not isinstance(app, Celery):
             raise ConfigurationError(f"app must be a Celery app, not {type(app).__name__}")
         super().__init__(one_host=one_host, resend=resend)
+        self._queues = check_queues(queues)
         if app in _apps:
             raise ConfigurationError("this Celery app has a CeleryEngine already: use another app")
         _apps.add(app)
         self._app = app
-        self._queues = dict(queues or {})
         app.task(
             self.run,
             name=TASK,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from taskx import ConfigurationError
 from taskx.engines import BrokerEngine, Ticket
+from taskx.engines.base import check_queues
 
 if TYPE_CHECKING:
     from dramatiq import Broker
@@ -66,11 +67,11 @@ class DramatiqEngine(BrokerEngine):
                 f"broker must be a Dramatiq broker, not {type(broker).__name__}"
             )
         super().__init__(one_host=one_host, resend=resend)
+        self._queues = check_queues(queues)
         if broker in _brokers:
             raise ConfigurationError("this broker has a DramatiqEngine already: use another broker")
         _brokers.add(broker)
         self._broker = broker
-        self._queues = dict(queues or {})
         #: True if threads of TaskX run the tasks, and Dramatiq's threads only hand over the tickets.
         self.hands_over = _is_rabbitmq(broker)
         wanted = {

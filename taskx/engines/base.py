@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from taskx.common.config import Config
@@ -78,6 +78,18 @@ class Threads(Engine):
         """Do nothing: the node belongs to the queue."""
 
 
+def check_queues(queues: Any) -> dict[str, str]:
+    """Return a copy of a mapping of types to names of queues, or raise ``ConfigurationError``."""
+    named = {} if queues is None else queues
+    if not isinstance(named, Mapping) or not all(
+        isinstance(word, str) for pair in named.items() for word in pair
+    ):
+        raise ConfigurationError(
+            f"queues must give a queue's name for each type, such as {{'video': 'gpu'}}, not {queues!r}"
+        )
+    return dict(named)
+
+
 class BrokerEngine(Engine):
     """An engine whose tickets a message broker carries to worker processes.
 
@@ -128,12 +140,13 @@ class BrokerEngine(Engine):
         if not repository.shared:
             raise ConfigurationError(
                 f"{self.name} runs tasks in other processes, which cannot see this repository: use "
-                "MongoRepository, or SQLiteRepository if all processes are on one host"
+                "MongoRepository, DjangoRepository, or SQLiteRepository if all processes are on one host"
             )
         if repository.one_host and not self._one_host:
             raise ConfigurationError(
                 f"{self.name} may run tasks on other hosts, and they cannot share a SQLite file: use "
-                "MongoRepository, or pass one_host=True if all worker processes are on this host"
+                "MongoRepository, or DjangoRepository on a server, or pass one_host=True if all worker "
+                "processes are on this host"
             )
         if self._queue is not None and self._queue() not in (None, queue):
             raise ConfigurationError("an engine has one queue: create another engine")

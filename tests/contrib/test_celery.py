@@ -23,6 +23,9 @@ def app() -> Celery:
 def test_wrong_arguments_are_refused(app):
     with pytest.raises(ConfigurationError, match="Celery app"):
         CeleryEngine("app")  # type: ignore[arg-type]
+    for wrong in ("gpu", {"video": 1}):
+        with pytest.raises(ConfigurationError, match="queues must give"):
+            CeleryEngine(app, queues=wrong)  # type: ignore[arg-type]
     CeleryEngine(app)
     with pytest.raises(ConfigurationError, match="has a CeleryEngine already"):
         CeleryEngine(app)

@@ -26,6 +26,8 @@ def broker() -> Iterator[StubBroker]:
 def test_wrong_arguments_are_refused(broker):
     with pytest.raises(ConfigurationError, match="Dramatiq broker"):
         DramatiqEngine("redis://")  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="queues must give"):
+        DramatiqEngine(broker, queues="gpu")  # type: ignore[arg-type]
     DramatiqEngine(broker)
     with pytest.raises(ConfigurationError, match="has a DramatiqEngine already"):
         DramatiqEngine(broker)

@@ -38,6 +38,8 @@ class Site:
         return DramatiqEngine(self.app, one_host=True, **{"resend": 1.0, **options})
 
     def _repository(self, store: str) -> Any:
+        if store.startswith("postgresql"):
+            return _django_repository(store)
         if not store.startswith("mongodb"):
             return SQLiteRepository(store)
         import pymongo
@@ -63,6 +65,19 @@ class Site:
         self.app.conf.broker_connection_retry_on_startup = True
         self.app.conf.worker_enable_remote_control = False
         return CeleryEngine(self.app, one_host=True, **{"resend": 1.0, **options})
+
+
+def _django_repository(store: str) -> Any:
+    """Return a repository in a database of Django, whose address and run folder the text has."""
+    url, _, folder = store.partition(" ")
+    server, _, name = url.rpartition("/")
+    import django_project
+
+    django_project.set_up()
+    from taskx.contrib.django import DjangoRepository
+
+    django_project.add_postgres(name, int(server.rpartition(":")[2]), name)
+    return DjangoRepository(name, run_folder=folder)
 
 
 def _dramatiq_broker(url: str) -> Any:

@@ -88,7 +88,8 @@ class Crew:
 
     def __init__(self, engine: str, store: str, broker: str, folder: Path) -> None:
         self._engine, self._folder = engine, folder
-        paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+        here = Path(__file__).parent
+        paths = os.pathsep.join(map(str, (ROOT, here, here.parent)))
         self._env = {**os.environ, "PYTHONPATH": paths, "ENGINE": engine, "STORE": store}
         self._env.update(BROKER=broker, C_FORCE_ROOT="1")
         self.processes: list[subprocess.Popen[bytes]] = []

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import django_project
 import pytest
 from helpers import PATIENCE, eventually
 
@@ -159,6 +160,30 @@ def test_killed_workers_lose_nothing_on_mongodb(request, ground, mongo_store):
         handle.result(PATIENCE)
     again = [task for task in (handle.task() for handle in handles) if task.starts > 1]
     assert len(site.began("task")) <= 30 + len(again)
+
+
+@pytest.mark.postgres
+def test_killed_workers_lose_nothing_on_postgresql(ground, tmp_path, postgres_server):
+    """Celery's children get connections of their own to the database of Django."""
+    name = postgres_server.new_database()
+    store = f"postgresql://127.0.0.1:{postgres_server.port}/{name} {tmp_path / 'run'}"
+    site = ground("celery", store)
+    django_project.set_up()
+    django_project.add_postgres(name, postgres_server.port, name)
+    django_project.migrate(name)
+    site.edge()
+    site.crew.start(TOUCH="1")  # the parent has used its connections before it forks
+    site.workers(2)
+    held, free = site.hold("held")
+    victim = site.begun("held")
+    handles = [site.note(f"task{number}") for number in range(10)]
+    os.kill(victim, signal.SIGKILL)
+    free()
+    assert held.result(PATIENCE) != victim
+    assert held.task().crashes == 1
+    for handle in handles:
+        handle.result(PATIENCE)
+    assert sorted(site.began("task")) == sorted(f"task{number}" for number in range(10))
 
 
 def test_two_versions_of_the_program_share_the_broker(site):

@@ -833,6 +833,18 @@ class TestImportableExecutors:
         with pytest.raises(TaskFailed, match=r"ConfigurationError: .*isolated.replaced is another"):
             queue.submit("replaced").result(PATIENCE)
 
+    def test_a_folder_that_is_in_sys_path_only_during_the_import_is_known_to_the_child(
+        self, make, tmp_path, monkeypatch
+    ):
+        """Celery and Dramatiq import a program from the current folder in this way."""
+        (tmp_path / "far_away.py").write_text("def where():\n    return __name__\n")
+        with monkeypatch.context() as during:
+            during.syspath_prepend(tmp_path)
+            import far_away
+
+            queue = make(taskx.executor("where", isolation="process")(far_away.where))
+        assert queue.submit("where").result(PATIENCE) == "far_away"
+
     def test_an_executor_missing_in_the_child_fails_its_task(self, make, monkeypatch):
         monkeypatch.setattr(isolated, "vanishing", vanishing, raising=False)
         monkeypatch.setattr(vanishing, "__module__", isolated.__name__)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any, NamedTuple
 
@@ -105,6 +105,8 @@ class Isolated:
         self._main = ("__mp_main__" if self._address.main else self._address.module) * (
             self._code.__module__ == "__main__"
         )
+        # Celery finds the program in a folder that it takes out of sys.path after the import.
+        self._path = list(sys.path)
         self._grace = entry.options.patience
         self._values = entry.values
         self._max_payload_size = max_payload_size
@@ -134,7 +136,7 @@ class Isolated:
             "logger": ctx.logger.logger.name,
             "levels": _log_levels(ctx.logger.logger),
         }
-        child = _Child()
+        child = _Child(self._path)
         try:
             return _Attendance(ctx, child, self._grace).run(request)
         finally:
@@ -160,7 +162,7 @@ class Isolated:
 class _Child:
     """A child process. It has its own session, because the parent handles Ctrl-C and tells the child."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: Sequence[str]) -> None:
         with ExitStack() as stack:
             self._last_words = stack.enter_context(tempfile.TemporaryFile())
             ours, theirs = socket.socketpair()
@@ -168,7 +170,8 @@ class _Child:
             stack.callback(self.channel.close)
             with theirs:
                 self._mark = new_id()
-                self._process = _start(self._mark, theirs.fileno(), self._last_words.fileno())
+                files = theirs.fileno(), self._last_words.fileno()
+                self._process = _start(self._mark, path, *files)
             self._close = stack.pop_all().close
         #: True if the child has reported how the executor ended.
         self.done = False
@@ -208,12 +211,12 @@ class _Child:
         return ChildDied(cause, shortened(words))
 
 
-def _start(mark: str, *files: int) -> subprocess.Popen[bytes]:
+def _start(mark: str, path: Sequence[str], *files: int) -> subprocess.Popen[bytes]:
     from multiprocessing import spawn
 
     environment = {
         **os.environ,
-        "TASKX_CHILD_PATH": json.dumps(list(map(os.fspath, sys.path))),
+        "TASKX_CHILD_PATH": json.dumps(list(dict.fromkeys(map(os.fspath, [*sys.path, *path])))),
         # This mark identifies all processes that the child starts. A child may have isolated tasks of its
         # own, so it keeps the marks of its ancestors.
         MARK: f"{os.environ.get(MARK, '')} {mark}".strip(),
