@@ -112,5 +112,7 @@ def _tell_place(app_configs: Any = None, **more: Any) -> list[Any]:
     return found
 
 
+if django.VERSION >= (6, 0):
+    import_module("django.tasks")  # registers Django's check of TASKS, before the checks run
 checks.register(_check_without_django, "taskx")
 checks.register(_tell_place, "taskx", deploy=True)

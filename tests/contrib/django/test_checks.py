@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 from django.core import checks
 from django.test.utils import override_settings
+from helpers import PATIENCE
 from shop import tasks
 
 from taskx import ConfigurationError
@@ -95,3 +98,29 @@ def test_manage_py_check_runs_them_and_tells_the_place_with_deploy(tmp_path):
 def test_an_alias_that_is_not_there_has_no_queue():
     with pytest.raises(ConfigurationError, match="TASKS has no alias 'low'"):
         get_queue("low")
+
+
+_PROGRAM = """
+import django
+from django.conf import settings
+settings.configure(
+    INSTALLED_APPS=["django.contrib.contenttypes", "taskx.contrib.django"],
+    TASKS={"default": {"BACKEND": "taskx.contrib.django.TaskxBackend", "OPTIONS": {"worker": 3}}},
+)
+django.setup()
+from django.core.management import call_command
+from django.core.management.base import SystemCheckError
+try:
+    call_command("check")
+except SystemCheckError as error:
+    print(error)
+"""
+
+
+@pytest.mark.process
+def test_a_site_that_has_imported_no_task_is_checked_too():
+    done = subprocess.run(
+        [sys.executable, "-c", _PROGRAM], capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert "taskx.E001" in done.stdout, done.stderr
+    assert "did you mean 'workers'?" in done.stdout
