@@ -45,6 +45,16 @@ def is_open(connection: Any) -> bool:
     return not connection.autocommit
 
 
+def has_begun(connection: Any) -> bool:
+    """Return True if a connection of this thread is in a transaction, or may be in one."""
+    driver = connection.connection
+    if connection.in_atomic_block or driver is None or connection.autocommit:
+        return bool(connection.in_atomic_block)
+    if connection.vendor == "postgresql":
+        return bool(driver.info.transaction_status)
+    return connection.vendor != "sqlite" or bool(driver.in_transaction)
+
+
 @attrs.frozen(eq=False)
 class _AfterCommit:
     """A callback of ``transaction.on_commit``. Django drops it if its savepoint is rolled back."""
@@ -113,7 +123,7 @@ class BesideBlocks(Repository):
 
     def joined(self, connection: object, then: Then | None) -> AbstractContextManager[Repository]:
         if isinstance(connection, _Block):
-            return _waiting(self, connection.connection, then)
+            return wait_for_commit(self, connection.connection, then)
         return super().joined(connection, then)
 
 
@@ -134,7 +144,10 @@ def beside_blocks(repository: R, on_commit: OnCommit) -> R:
 
 
 @contextmanager
-def _waiting(outer: BesideBlocks, connection: Any, then: Then | None) -> Iterator[Repository]:
+def wait_for_commit(
+    outer: BesideBlocks, connection: Any, then: Then | None
+) -> Iterator[Repository]:
+    """Return a repository for a ``with`` block, whose writes are applied after a connection's commit."""
     made = _Waiting(outer)
     yield cast(Repository, made)
     if made.writes:

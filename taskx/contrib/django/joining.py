@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, TypeVar
 
 from django.db import DEFAULT_DB_ALIAS, connection, connections, transaction
@@ -16,14 +16,17 @@ from django.db.utils import (
     OperationalError,
 )
 
-from taskx.contrib.django.blocks import after_commit, is_open
-from taskx.contrib.django.connections import Connections, Link, Rows, is_failure
+from taskx.contrib.django.blocks import after_commit, has_begun, is_open
+from taskx.contrib.django.connections import Connections, Link, Rows, code, is_failure
 from taskx.contrib.django.repository import DjangoRepository
 from taskx.core.errors import ConfigurationError
 from taskx.core.writes import Write
 from taskx.storage.base import Repository, Then
 
 T = TypeVar("T")
+
+# PostgreSQL's code after an error in a transaction: it executes nothing more there.
+_ABORTED = "25P02"
 
 
 class Joined(DjangoRepository):
@@ -107,6 +110,8 @@ class Joined(DjangoRepository):
         try:
             yield
         except Exception as error:
+            if code(error) == _ABORTED:
+                raise _broken() from error
             if is_failure(error) and not isinstance(error, IntegrityError):
                 raise self._connections.translated(error) from error
             raise
@@ -117,7 +122,7 @@ def join(
     outer: DjangoRepository, links: Connections, given: object, then: Then | None
 ) -> Iterator[Joined]:
     """Do what :meth:`Repository.joined` describes."""
-    own = _own(links.alias, given)
+    own = own_connection(links.alias, given)
     made = Joined(outer, links, Link(own))
     with made.begun(), made.savepoint("taskx"):
         yield made
@@ -130,7 +135,7 @@ def join(
         after_commit(own, outer, made.applied, follow)
 
 
-def _own(using: str, given: object) -> Any:
+def own_connection(using: str, given: object) -> Any:
     """Return this thread's connection to a database, if it is the given one and in a transaction.
 
     Raises:
@@ -156,36 +161,38 @@ def _own(using: str, given: object) -> Any:
             f"transaction.atomic(using={using!r})"
         )
     if found.needs_rollback:
-        raise ConfigurationError(
-            "an error has broken the transaction of this block, so it will be rolled back; nothing was "
-            "stored. Put the statements that may fail into an atomic() block of their own"
-        )
+        raise _broken()
     return found
+
+
+def _broken() -> ConfigurationError:
+    return ConfigurationError(
+        "an error has broken the transaction of this block, so it will be rolled back; nothing was "
+        "stored. Put the statements that may fail into an atomic() block of their own"
+    )
 
 
 # --- executors
 
 
 @contextmanager
-def executor_block(
-    outer: DjangoRepository, links: Connections, take_lock: Callable[[Link], None]
-) -> Iterator[Any]:
+def executor_block(links: Connections, take_lock: Callable[[Link], object]) -> Iterator[Any]:
     """Do what :meth:`Repository.transaction` describes.
 
     Args:
-        outer: the repository.
-        links: its connections, which translate errors.
+        links: the repository's own connections, which translate errors.
         take_lock: makes the open transaction of an SQLite file one that writes.
     """
-    own = connections[outer.using]
+    own = connections[links.alias]
     with ExitStack() as stack:
         try:
             _renew(own)
-            stack.enter_context(transaction.atomic(using=outer.using, durable=True))
+            stack.enter_context(_in_autocommit(own))
+            stack.enter_context(transaction.atomic(using=links.alias, durable=True))
             take_lock(Link(own))
         except RuntimeError as error:
             raise ConfigurationError(
-                f"this thread is inside atomic() of {outer.using!r}, and ctx.transaction() is a "
+                f"this thread is inside atomic() of {links.alias!r}, and ctx.transaction() is a "
                 "transaction of its own: leave that block before"
             ) from error
         except Error as error:
@@ -198,7 +205,26 @@ def executor_block(
         raise links.translated(error, in_doubt=True) from error
 
 
+@contextmanager
+def _in_autocommit(own: Any) -> Iterator[None]:
+    """Have ``atomic()`` commit also on a connection with ``AUTOCOMMIT: False``, where it would not."""
+    if own.in_atomic_block or own.get_autocommit():
+        yield
+        return
+    own.set_autocommit(True)
+    try:
+        yield
+    finally:
+        with suppress(Error):  # it is lost, and Django opens another one
+            own.set_autocommit(False)
+
+
 def _renew(own: Any) -> None:
     """Close a connection that has broken since its last use. Django opens it again."""
-    if own.connection is not None and not own.in_atomic_block and not own.is_usable():
+    if own.connection is None or own.in_atomic_block:
+        return
+    before = has_begun(own)
+    if not own.is_usable():
         own.close()
+    elif not before and has_begun(own):  # the look itself has begun a transaction
+        own.rollback()

@@ -30,6 +30,7 @@ from taskx.contrib.django import embedding
 from taskx.contrib.django.blocks import beside_blocks
 from taskx.contrib.django.settings import APP, DEFAULT, Settings, in_tests, settings_of
 from taskx.contrib.django.surroundings import Surroundings
+from taskx.core.clock import Clock
 
 # The settings that a queue depends on. They change only in tests.
 _SETTINGS = frozenset({"TASKS", "DATABASES", "INSTALLED_APPS", "BASE_DIR"})
@@ -160,7 +161,8 @@ def _make(settings: Settings) -> Place:
         from taskx.testing import InlineQueue, ManualClock
 
         clock = ManualClock(datetime.now(timezone.utc))
-        return Place(settings, InlineQueue(None, settings.config, clock=clock, **about))
+        repository = _inline_repository(settings, clock)
+        return Place(settings, InlineQueue(repository, settings.config, clock=clock, **about))
     found: list[Place] = []
     find = partial(_find, found)
     queue = Queue(_repository(settings), settings.config, find_executor=find, **about)
@@ -181,6 +183,15 @@ def _repository(settings: Settings) -> TaskRepository:
         return made
     outside: TaskRepository = beside_blocks(_outside(settings), settings.on_commit)
     return outside
+
+
+def _inline_repository(settings: Settings, clock: Clock) -> TaskRepository | None:
+    """Return the repository of the backend for tests; None if tasks are not in a database."""
+    if settings.repository is not None or not apps.is_installed(APP):
+        return None
+    module: Any = import_module(f"{APP}.inline_repository")
+    made: TaskRepository = module.InlineRepository(settings.database, clock)
+    return made
 
 
 def _outside(settings: Settings) -> Any:

@@ -18,6 +18,7 @@ from taskx.contrib.django.blocks import (
     BesideBlocks,
     OnCommit,
     check_on_commit,
+    has_begun,
     is_elsewhere,
     is_open,
 )
@@ -354,7 +355,7 @@ class DjangoRepository(BesideBlocks):
         return own if is_open(own) else super().own_transaction(submits=submits)
 
     def refuse_own_transaction(self) -> None:
-        if is_open(connections[self.using]):
+        if has_begun(connections[self.using]):
             raise ConfigurationError(
                 f"this thread is inside atomic() of {self.using!r}, and what this call does would neither "
                 "be committed nor be rolled back with that block; nothing was stored. Leave it before, or "
@@ -371,7 +372,7 @@ class DjangoRepository(BesideBlocks):
 
     def transaction(self) -> AbstractContextManager[Any]:
         block: AbstractContextManager[Any] = _joining().executor_block(
-            self, self._connections, self._take_lock
+            self._connections, self._take_lock
         )
         return block
 

@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from django.contrib.auth.models import Group, Permission
 from django.db import connection, transaction
 from django.test import TestCase
 from django.test.utils import override_settings
@@ -154,6 +155,56 @@ def test_a_test_case_runs_its_tasks_when_it_captures_the_callbacks_of_the_commit
 
     outcome = unittest.TestSuite([Case("test")]).run(unittest.TestResult())
     assert (outcome.errors, outcome.failures, outcome.testsRun) == ([], [], 1)
+
+
+# --- transactions of executors
+
+
+def names() -> list[str]:
+    """Return the names in the rows of the site."""
+    return sorted(Group.objects.values_list("name", flat=True))
+
+
+def test_an_executor_writes_in_the_transaction_of_the_test(site, backend):
+    class Case(TestCase):
+        def test(self) -> None:
+            with self.captureOnCommitCallbacks(execute=True):
+                result = tasks.join_group.enqueue("readers", fails=1)
+                failing = tasks.join_group.enqueue("writers", fails=2)
+            result.refresh()
+            assert (result.return_value, result.attempts) == ("readers is done", 2)
+            failing.refresh()
+            assert (failing.status, failing.errors[0].exception_class) == (FAILED, OSError)
+            assert names() == ["readers 0", "readers 1", "writers 0"]
+            assert len(get_queue().submitted("shop.tasks.add")) == 1
+
+    outcome = unittest.TestSuite([Case("test")]).run(unittest.TestResult())
+    assert (outcome.errors, outcome.failures, outcome.testsRun) == ([], [], 1)
+    assert names() == []
+
+
+def test_a_commit_that_fails_completes_no_task(site, backend):
+    queue = get_queue()
+
+    @queue.executor("orphan")
+    def orphan(ctx: Any) -> None:
+        with ctx.transaction() as tx:
+            Permission.objects.create(name="read", codename="read", content_type_id=-1)
+            tx.complete("never")
+
+    task = queue.submit("orphan").task()
+    assert (task.status.value, task.result) == ("failed", None)
+    assert "FOREIGN KEY" in task.error.upper()
+    assert not Permission.objects.filter(codename="read").exists()
+
+
+def test_the_connection_of_a_block_can_be_given(site, backend):
+    queue = get_queue()
+    queue.executor("double")(lambda number: 2 * number)
+    with transaction.atomic():
+        handle = queue.submit("double", {"number": 21}, connection=connection)
+        assert queue.count_tasks() == 0
+    assert handle.result(timeout=1) == 42  # on the queue's clock
 
 
 def test_overridden_settings_begin_with_no_tasks(backend):

@@ -9,7 +9,7 @@ from django.db import IntegrityError, OperationalError, connections, transaction
 from django.db.utils import InterfaceError
 
 from contrib.django.atomic.blocks import LONG, elsewhere
-from taskx import TaskCancelled, TaskFailed, TaskStatus
+from taskx import ConfigurationError, TaskCancelled, TaskFailed, TaskStatus
 
 FAILURE = {"sqlite": OperationalError("disk I/O error"), "postgresql": InterfaceError("closed")}
 
@@ -228,6 +228,26 @@ def test_a_connection_that_has_broken_is_opened_again(run, using, add, names):
 
     assert run(work).status is TaskStatus.COMPLETED
     assert names() == ["readers", "writers"]
+
+
+def test_without_autocommit_it_commits_and_checkpoints_are_stored(
+    run, using, add, names, monkeypatch
+):
+    monkeypatch.setitem(connections.settings[using], "AUTOCOMMIT", False)
+
+    def work(ctx):
+        assert ctx.step("one", lambda: 1) == 1
+        add("writers")
+        with pytest.raises(ConfigurationError, match="inside"), ctx.transaction():
+            pytest.fail("a transaction is open")
+        connections[using].rollback()
+        with ctx.transaction():
+            add("readers")
+        assert not connections[using].get_autocommit()
+
+    assert run(work).status is TaskStatus.COMPLETED
+    connections[using].close()
+    assert names() == ["readers"]
 
 
 def test_a_failure_without_a_completion_is_told(queue, using, add, names, monkeypatch):

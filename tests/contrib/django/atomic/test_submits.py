@@ -8,7 +8,7 @@ from concurrent.futures import wait
 from contextlib import suppress
 
 import pytest
-from django.db import IntegrityError, connections, transaction
+from django.db import DatabaseError, IntegrityError, connections, transaction
 from django.test import TestCase, override_settings
 
 from contrib.django.atomic.blocks import elsewhere, ids, rolled_back
@@ -231,6 +231,17 @@ class TestWrongConnections:
                 add("readers")
             with pytest.raises(ConfigurationError, match="rolled back"):
                 queue.submit("elsewhere")
+        assert queue.count_tasks() == 0
+
+    def test_a_statement_that_postgresql_has_refused(self, repository, queue, using):
+        if repository.vendor != "postgresql":
+            pytest.skip("SQLite goes on after an error")
+        with transaction.atomic(using=using):
+            with suppress(DatabaseError), connections[using].cursor() as cursor:
+                cursor.execute("SELECT nothing")
+            for call in (lambda: queue.submit("elsewhere"), queue.count_tasks):
+                with pytest.raises(ConfigurationError, match="an error has broken"):
+                    call()
         assert queue.count_tasks() == 0
 
 

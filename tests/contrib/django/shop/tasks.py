@@ -125,3 +125,19 @@ def nested() -> int:
 def backends() -> int:
     """Return the number of the backend of this thread."""
     return id(task_backends["default"])
+
+
+@task(takes_context=True, max_attempts=2)
+def join_group(context: Any, name: str, *, fails: int = 0) -> str:
+    from django.contrib.auth.models import Group
+
+    for n in range(context.taskx.cursor or 0, 2):
+        with context.taskx.transaction():
+            Group.objects.create(name=f"{name} {n}")
+            context.taskx.cursor = n + 1
+            if n == 1 and context.attempt <= fails:
+                raise OSError("rolled back, with the cursor")
+    with context.taskx.transaction() as tx:
+        add.enqueue(1)
+        tx.complete(f"{name} is done")
+    return "too late"
