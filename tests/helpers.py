@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -33,6 +33,7 @@ from taskx import (
     Queue,
     RepositoryUnavailable,
     SQLiteRepository,
+    Task,
 )
 from taskx.moving import Services
 from taskx.running.pool import WorkerPool
@@ -61,6 +62,16 @@ def eventually(condition: Callable[[], Any], timeout: float = PATIENCE) -> Any:
 
 def ids(queue: Queue) -> set[str]:
     return {task.id for task in queue.list_tasks()[0]}
+
+
+def run_once(queue: Queue, function: Callable[..., Any], **options: Any) -> Task:
+    """Start a queue, run a function as an executor, and return the task's record after it."""
+    queue.executor("t", **options)(function)
+    with queue:
+        handle = queue.submit("t")
+        with suppress(Exception):
+            handle.result(timeout=PATIENCE)
+        return queue.get_task_status(handle.id)
 
 
 # --- access to internal parts: tests use only these functions for it

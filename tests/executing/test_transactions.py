@@ -7,6 +7,7 @@ import threading
 from contextlib import closing, suppress
 
 import pytest
+from helpers import run_once
 
 from taskx import (
     Config,
@@ -47,13 +48,7 @@ def run(make_queue):
     """Run a function as an executor, and return the task's record after it."""
 
     def run(function, queue=None, **options):
-        queue = queue or make_queue(worker_num=1)
-        queue.executor("t", **options)(function)
-        with queue:
-            handle = queue.submit("t")
-            with suppress(Exception):
-                handle.result(timeout=LONG)
-            return queue.get_task_status(handle.id)
+        return run_once(queue or make_queue(worker_num=1), function, **options)
 
     return run
 

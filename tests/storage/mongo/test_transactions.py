@@ -7,7 +7,7 @@ from contextlib import suppress
 import mongomock
 import pymongo
 import pytest
-from helpers import eventually
+from helpers import eventually, run_once
 from mongo_server import new_database
 from pymongo.errors import AutoReconnect, OperationFailure
 
@@ -36,13 +36,7 @@ def run(make_queue, repository, rows):
     """Run a function as an executor, and return the task's record after it."""
 
     def run(function, queue=None, **options):
-        queue = queue or make_queue(repository, worker_num=1)
-        queue.executor("t", **options)(function)
-        with queue:
-            handle = queue.submit("t")
-            with suppress(Exception):
-                handle.result(timeout=LONG)
-            return queue.get_task_status(handle.id)
+        return run_once(queue or make_queue(repository, worker_num=1), function, **options)
 
     return run
 

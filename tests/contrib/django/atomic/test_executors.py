@@ -7,6 +7,7 @@ import threading
 import pytest
 from django.db import IntegrityError, OperationalError, connections, transaction
 from django.db.utils import InterfaceError
+from helpers import run_once
 
 from contrib.django.atomic.blocks import LONG, elsewhere
 from taskx import ConfigurationError, TaskCancelled, TaskFailed, TaskStatus
@@ -19,11 +20,7 @@ def run(queue):
     """Run a function as an executor, and return the task's record after it."""
 
     def run(function, **options):
-        queue.executor("t", **options)(function)
-        with queue:
-            handle = queue.submit("t")
-            handle.exception(timeout=LONG)
-            return queue.get_task_status(handle.id)
+        return run_once(queue, function, **options)
 
     return run
 
