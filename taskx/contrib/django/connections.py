@@ -204,6 +204,7 @@ class Connections:
         self._limit = threading.local()
         self._writer: Link | None = None
         self._idle: list[Link] = []
+        self._closed = 0  # the number of the last close: older connections are not kept
         self._inherited: list[object] = []  # the parent's, which a forked child never closes
 
     @property
@@ -261,7 +262,7 @@ class Connections:
 
     def _put_back(self, link: Link) -> None:
         link.used = time.monotonic()
-        if len(self._idle) < _KEPT:
+        if len(self._idle) < _KEPT and link.number > self._closed:
             self._idle.append(link)
         else:
             link.close()
@@ -386,7 +387,8 @@ class Connections:
         return link
 
     def close(self) -> None:
-        """Close all connections that no thread uses. A later operation opens others."""
+        """Close all connections, those in use after their use. A later operation opens others."""
+        self._closed = next(_numbers)
         with self.lock:
             self.drop_writer()
             self.close_idle()

@@ -436,6 +436,21 @@ def test_a_file_that_was_replaced_is_noticed(repository, tmp_path):
     add(repository, "b")
 
 
+def test_a_connection_in_use_when_the_repository_is_closed_is_closed_after_its_use(repository):
+    used = []
+
+    def close_meanwhile(link):
+        used.append(link)
+        repository.close()
+        return link.rows("SELECT 1")
+
+    repository._connections.read(close_meanwhile)
+    assert used[0].django.connection is None
+    for _ in range(2):  # a later operation opens one, which is kept
+        repository._connections.read(used.append)
+    assert used[1] is used[2]
+
+
 @on_postgres
 def test_a_statement_ends_with_the_time_limit(repository):
     def sleep(link):
