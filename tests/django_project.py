@@ -111,14 +111,14 @@ def postgres_alias() -> str:
     return "postgres"
 
 
-def add_postgres(alias: str, port: int, name: str) -> None:
+def add_postgres(alias: str, port: int, name: str, host: str = "127.0.0.1") -> None:
     """Add a database on a PostgreSQL server."""
-    settings = {"ENGINE": "django.db.backends.postgresql", "HOST": "127.0.0.1", "PORT": port}
+    settings = {"ENGINE": "django.db.backends.postgresql", "HOST": host, "PORT": port}
     add_database(alias, **settings, NAME=name, USER="postgres", PASSWORD="", OPTIONS={})
 
 
-def on_postgres(folder: Path, **options: Any) -> DjangoRepository:
-    """Return a repository in the database of this process, which is emptied."""
+def on_postgres(folder: Path, *, clear: bool = True, **options: Any) -> DjangoRepository:
+    """Return a repository in the database of this process; ``clear`` empties it."""
     import postgres_server
 
     postgres_server.shared()  # says that this test uses it
@@ -126,7 +126,8 @@ def on_postgres(folder: Path, **options: Any) -> DjangoRepository:
     from taskx.contrib.django.repository import DjangoRepository
 
     made = DjangoRepository(alias, run_folder=folder / "run", **options)
-    empty(made)
+    if clear:
+        empty(made)
     return made
 
 

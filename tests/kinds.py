@@ -44,10 +44,16 @@ NO_BROWSER = "Chromium is missing"
 #: The reason for which tests of engines are skipped if there is no RabbitMQ.
 NO_RABBITMQ = "RabbitMQ is missing"
 
+#: The reasons for which tests of networks of hosts are skipped.
+NO_NAMESPACES = "network namespaces cannot be made"
+NO_NETEM = "the kernel has no netem"
+
 #: The lines that say at the very end what did not run, by the reason of the skipped tests.
 MISSING = {
     NO_BROWSER: "CHROMIUM IS MISSING: {} tests of the dashboard in a browser did not run",
     NO_RABBITMQ: "RABBITMQ IS MISSING: {} tests of engines did not run",
+    NO_NAMESPACES: "NETWORK NAMESPACES ARE MISSING: the tests of hosts ran on loopback addresses",
+    NO_NETEM: "TC NETEM IS MISSING: a proxy delayed the traffic of the slow host",
 }
 
 #: Audit events for which a test needs a mark.

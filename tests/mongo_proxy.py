@@ -19,18 +19,22 @@ def _let_through(direction: str, piece: bytes) -> bool:
 class Proxy:
     """A proxy for a port of this machine.
 
+    Args:
+        target: the port.
+        listener: a socket that listens; by default it has a free port on 127.0.0.1.
+
     Attributes:
         port: the port on which the proxy listens.
         judge: called with each piece of traffic; if it returns False, the piece is swallowed.
     """
 
-    def __init__(self, target: int) -> None:
+    def __init__(self, target: int, listener: socket.socket | None = None) -> None:
         self.target = target
         self.judge: Judge = _let_through
         self._refusing = False
         self._lock = threading.Lock()
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = listener or socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
 

@@ -25,6 +25,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import attrs
@@ -97,6 +98,8 @@ class Leases(Recorded[_Leased]):
         self._changed = threading.Condition()
         self._observations: dict[str, _Observation] = {}
         self._thread: threading.Thread | None = None
+        self._telling = threading.Lock()
+        self._watcher: threading.Thread | None = None
 
     # --- own nodes
 
@@ -174,6 +177,7 @@ class Leases(Recorded[_Leased]):
                     self._thread = None
                     return
                 nodes = dict(self._own)
+                self._start_watch()
             began = self._monotonic()
             for node, own in nodes.items():
                 self._beat_on(node, own)
@@ -183,11 +187,7 @@ class Leases(Recorded[_Leased]):
                     self._changed.wait(wait)
 
     def _until_next(self, began: float) -> float:
-        now = self._monotonic()
-        next_beat = began + self.interval
-        # Wake up at a deadline that comes sooner; deadlines in the past were reported already.
-        ends = [end for own in list(self._own.values()) if (end := self._deadline(own)) > now]
-        return max(min([next_beat, *ends]) - now, self.interval / 10)
+        return max(began + self.interval - self._monotonic(), self.interval / 10)
 
     def _beat_on(self, node: str, own: _Leased) -> None:
         try:
@@ -217,19 +217,48 @@ class Leases(Recorded[_Leased]):
         self._tell(node, own)
 
     def _tell(self, node: str, own: _Leased) -> None:
-        if not self.lost(node):
-            if own.told:
-                own.told = False
-                log.info("node %s has its lease again", own.facts["name"])
-            return
-        if not own.told:
-            own.told = True
+        with self._telling:
+            lost = self.lost(node)
+            changed, own.told = lost is not own.told, lost
+        if changed and not lost:
+            log.info("node %s has its lease again", own.facts["name"])
+        elif changed:
             log.warning(
                 "node %s lost its lease: other nodes may run its tasks, so its running tasks are asked "
                 "to end",
                 own.facts["name"],
             )
-        own.tell()
+        if lost:
+            own.tell()
+
+    # --- the time limit of a heartbeat that hangs
+
+    def _start_watch(self) -> None:
+        if self._watcher is None:
+            watcher = threading.Thread(target=self._watch, name="taskx-lease", daemon=True)
+            with suppress(RuntimeError):  # too many threads: the next heartbeat tries again
+                watcher.start()
+                self._watcher = watcher
+
+    def _watch(self) -> None:
+        """Report lost leases in time: the network may hold a heartbeat longer than its time-out."""
+        while True:
+            with self._changed:
+                if not self._own:
+                    self._watcher = None
+                    return
+                nodes, now = dict(self._own), self._monotonic()
+                ends = (self._deadline(own) - now for own in nodes.values())
+                self._changed.wait(min((end for end in ends if end > 0), default=self.interval))
+            for node, own in nodes.items():
+                if not own.told:
+                    self._watch_over(node, own)
+
+    def _watch_over(self, node: str, own: _Leased) -> None:
+        try:
+            self._tell(node, own)
+        except BaseException:  # noqa: BLE001  (this thread watches over all nodes here)
+            log.exception("node %s could not be told of its lost lease", node)
 
     # --- nodes of other processes
 

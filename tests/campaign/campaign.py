@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,17 +64,24 @@ def until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
 
 
 class Child:
-    """A worker process; this object writes its death to the side log, in its name."""
+    """A worker process; this object writes its death to the side log, in its name.
 
-    def __init__(self, folder: Path, options: Options) -> None:
+    Args:
+        folder: the folder for its output.
+        options: its options.
+        command: the beginning of its command line, such as that of a host.
+    """
+
+    def __init__(self, folder: Path, options: Options, command: Sequence[str] = ()) -> None:
         self.options = options
         self.who = options.who
         self._log = SideLog(options.side_log, options.who)
-        self._log.tell("spawned", note=json.dumps(attrs.asdict(options)))
         self._output = folder / f"{options.who}.log"
+        given = json.dumps(attrs.asdict(options))
+        self._log.tell("spawned", note=given)
         with self._output.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", f"{__package__}.worker", json.dumps(attrs.asdict(options))],
+                [*command, sys.executable, "-m", f"{__package__}.worker", given],
                 env={**os.environ, "PYTHONPATH": os.pathsep.join((str(_BASE), str(_ROOT)))},
                 stdin=subprocess.PIPE,
                 stdout=output,
@@ -159,10 +166,10 @@ class Campaign:
         self.log = SideLog(self.side_log, "conductor")
         self._number = 0
 
-    def spawn(self, **options: Any) -> Child:
+    def spawn(self, command: Sequence[str] = (), **options: Any) -> Child:
         self._number += 1
         given = {"database": self.database, "side_log": self.side_log, **options}
-        child = Child(self.folder, Options(who=f"p{self._number}", **given))
+        child = Child(self.folder, Options(who=f"p{self._number}", **given), command)
         self.children.append(child)
         return child
 

@@ -16,15 +16,18 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from taskx import CancelReason
 from taskx.common.ledger import Ledger
 from taskx.core import lifecycle
 from taskx.core.writes import Insert
 from taskx.executing.runner import Runner
 from taskx.liveness import locks
+from taskx.liveness.leases import Leases
 from taskx.liveness.locks import KernelLocks
 from taskx.running.ahead import Ahead
 from taskx.running.buffer import Buffer
 from taskx.running.fetcher import Fetcher
+from taskx.running.pool import WorkerPool
 from taskx.running.starter import Starter, Suspects
 from taskx.storage.sqlite.repository import SQLiteRepository
 from taskx.upkeep.node import LocalNode
@@ -201,6 +204,34 @@ def ignore_owners() -> None:
     """Make every node believe that it is alone, so that all compete for the same tasks."""
     Fetcher.alone = property(lambda self: True, lambda self, value: None)  # type: ignore[assignment]
 
+
+# Leases
+
+
+def tell_lost_leases(log: SideLog) -> None:
+    """Write to the side log when the running tasks are asked to end because the lease is lost."""
+
+    def fire(inner: Any, self: WorkerPool, reason: CancelReason) -> None:
+        if reason is CancelReason.LEASE_LOST:
+            log.tell("lease lost")
+        inner(self, reason)
+
+    wrap(WorkerPool, "fire_all", fire)
+
+
+def _heartbeats_ignored() -> None:
+    wrap(Leases, "_lives_yet", lambda inner, self, name, notes, asked: False)
+
+
+def _lost_lease_ignored() -> None:
+    wrap(Leases, "lost", lambda inner, self, node: False)
+
+
+#: The broken parts of stores with leases.
+BROKEN_LEASES: Parts = {
+    "heartbeats ignored": _heartbeats_ignored,
+    "lost lease ignored": _lost_lease_ignored,
+}
 
 # Broken parts: with each of them the campaign must fail
 

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pymongo
 from pymongo.client_session import ClientSession
 
-from taskx import CancelReason, MongoRepository, RepositoryUnavailable
+from taskx import MongoRepository, RepositoryUnavailable
 from taskx.liveness.leases import Leases
-from taskx.running.pool import WorkerPool
 from taskx.storage.base import Repository
 from taskx.storage.mongo import sender
 from taskx.storage.mongo.batches import Batches
@@ -61,14 +60,6 @@ KILL_POINTS: hooks.Points = {
 }
 
 
-def _heartbeats_ignored() -> None:
-    wrap(Leases, "_lives_yet", lambda inner, self, name, notes, asked: False)
-
-
-def _lost_lease_ignored() -> None:
-    wrap(Leases, "lost", lambda inner, self, node: False)
-
-
 def _marks_ignored() -> None:
     wrap(Sender, "_confirm_by_marks", lambda inner, self, ops: None)
 
@@ -106,8 +97,7 @@ class OnMongo(Store):
     outages = (RepositoryUnavailable,)
     pile = 20
     broken: hooks.Parts = {  # noqa: RUF012  (constant)
-        "heartbeats ignored": _heartbeats_ignored,
-        "lost lease ignored": _lost_lease_ignored,
+        **hooks.BROKEN_LEASES,
         "marks ignored": _marks_ignored,
         "transactions in pieces": _transactions_in_pieces,
         "commit left out": _commit_left_out,
@@ -125,9 +115,4 @@ class OnMongo(Store):
         )
 
     def prepare(self, log: SideLog) -> None:
-        def fire(inner: Any, self: WorkerPool, reason: CancelReason) -> None:
-            if reason is CancelReason.LEASE_LOST:
-                log.tell("lease lost")
-            inner(self, reason)
-
-        wrap(WorkerPool, "fire_all", fire)
+        hooks.tell_lost_leases(log)

@@ -43,4 +43,8 @@ def store_of(database: str) -> Store:
         from .on_mongo import OnMongo  # importing the driver takes a while
 
         return OnMongo()
+    if database.startswith("postgresql://"):
+        from .on_django import OnDjango  # and Django, too
+
+        return OnDjango()
     return Store()

@@ -31,6 +31,7 @@ from taskx import (
     TaskNotFound,
     TaskStatus,
 )
+from taskx.core.clock import SystemClock
 
 from . import hooks
 from .sidelog import SideLog
@@ -51,11 +52,13 @@ class Options:
         who: the unique name of the process.
         database: the file, or the URL of a database of a MongoDB server.
         side_log: the path of the side log.
-        host, lease: on MongoDB, the folder of lock files that stands for a host, and its
+        host, lease: on a server, the folder of lock files that stands for a host, and its
             ``lease_timeout``.
+        ahead: the hours that the clock of the process is ahead.
         role: ``mix`` follows a random plan, ``submit`` submits the ``tasks`` and runs them,
             ``store`` only stores them, ``drain`` runs the stored tasks until none is left, ``serve``
-            runs until its standard input ends, ``open`` opens the file when a line arrives there,
+            submits the ``tasks``, runs tasks, and submits one more for each line on its standard input
+            until that ends, ``open`` opens the file when a line arrives there,
             ``cancel`` and ``close`` cancel, or close by hand, all running tasks.
         seconds: the time after which ``mix`` stops, in seconds.
         tasks: for ``submit`` and ``store``, the kinds with their options, their ``count``, and
@@ -76,6 +79,7 @@ class Options:
     side_log: str
     host: str = ""
     lease: float = 3.0
+    ahead: float = 0.0
     role: str = "mix"
     seed: int = 0
     seconds: float = 1.0
@@ -96,6 +100,16 @@ class Options:
     broken: str = ""
 
 
+class ClockAhead(SystemClock):
+    """The machine's clock, set some hours ahead."""
+
+    def __init__(self, hours: float) -> None:
+        self._ms = int(hours * 3_600_000)
+
+    def now_ms(self) -> int:
+        return super().now_ms() + self._ms
+
+
 class Executors:
     """The executors of all kinds of tasks; each logs when it begins and ends."""
 
@@ -107,6 +121,7 @@ class Executors:
         queue.executor("patient", max_crashes=MANY)(self.patient)
         queue.executor("stubborn", max_crashes=MANY)(self.stubborn)
         queue.executor("held", max_crashes=MANY)(self.held)
+        queue.executor("waiting", max_crashes=MANY)(self.waiting)
         queue.executor("raiser", max_crashes=MANY, max_attempts=3)(self.raiser)
         queue.executor("parent", max_crashes=MANY)(self.parent)
         queue.executor("once", max_crashes=1)(self.brief)
@@ -155,6 +170,13 @@ class Executors:
                 threading.Event().wait(0.01)
             return ctx.task.starts
 
+    def waiting(self, ctx: Context, until: str) -> int:
+        """End when the file ``until`` exists, or early if the token fires."""
+        with self._told(ctx):
+            while not os.path.exists(until):
+                ctx.sleep(0.02)
+            return ctx.task.starts
+
     def raiser(self, ctx: Context, raises: int = 1) -> int:
         """Raise in the first ``raises`` attempts."""
         with self._told(ctx):
@@ -196,7 +218,7 @@ class Worker:
             overflow=options.overflow,
             block_timeout=1.0,
         )
-        queue = Queue(repository, config)
+        queue = Queue(repository, config, clock=ClockAhead(options.ahead))
         Executors(self.log, queue, self.submit)
         return queue
 
@@ -402,7 +424,10 @@ class Worker:
 
     def serve(self) -> None:
         self.start()
-        sys.stdin.read()
+        self.store_listed()
+        self.log.tell("ready")
+        for _ in sys.stdin:
+            self.submit("brief")
         self.stop(5.0, cancel=True)
 
     def open(self) -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from contextlib import nullcontext
 from datetime import timedelta
 
@@ -450,6 +451,20 @@ class TestBeating:
         made.leases.join(Node(id="second", name="ours"))
         assert beaten.wait(20)
         made.leases.leave("second")
+
+    def test_a_node_hears_of_its_lost_lease_while_a_heartbeat_hangs(self, store, tmp_path):
+        """A network that loses all packets can hold it longer than its time-out."""
+        connection, told, mended = Broken(store), threading.Event(), threading.Event()
+        leases = Leases(connection, 0.5, HostLocks(str(tmp_path)), time.monotonic)
+        leases.join(Node(id="n", name="ours"))
+        leases.watch("n", told.set)
+        connection.put_notes = lambda changes: mended.wait(20) and store.put_notes(changes)
+        assert told.wait(20)
+        assert not mended.is_set()
+        assert leases.lost("n")
+        mended.set()
+        del connection.put_notes
+        leases.leave("n")
 
     def test_heartbeats_continue_after_an_error(self, host, monkeypatch, caplog):
         made, beaten, left = host(), threading.Event(), [SystemExit("a defect")]

@@ -31,7 +31,7 @@ from taskx.upkeep.node import LocalNode
 
 
 #: Threads that only some repositories need.
-OF_THE_REPOSITORY = ("taskx-beat", "taskx-changes", "taskx-listen")
+OF_THE_REPOSITORY = ("taskx-beat", "taskx-changes", "taskx-lease", "taskx-listen")
 
 
 def test_a_second_start_does_nothing(queue):

@@ -175,6 +175,22 @@ def _without_nul(value: Any) -> Any:
     return [_without_nul(item) for item in value] if isinstance(value, list) else value
 
 
+def _limits_of_postgres(timeout: float) -> dict[str, int]:
+    """Return options by which a connection fails if its network loses all packets for ``timeout`` seconds.
+
+    The time-outs of statements are the server's. Without these options the driver would wait for 15 minutes
+    or more.
+    """
+    seconds = max(2, round(timeout))
+    return {
+        "connect_timeout": seconds,
+        "tcp_user_timeout": round(1000 * timeout),
+        "keepalives_idle": seconds,
+        "keepalives_interval": max(1, seconds // 3),
+        "keepalives_count": 3,
+    }
+
+
 def file_of(settings: dict[str, Any]) -> DatabaseFile | None:
     """Return the file of a database in SQLite; None if it is in memory."""
     name = os.fspath(settings["NAME"])
@@ -332,9 +348,9 @@ class Connections:
             return
         milliseconds = max(1, round(seconds * 1000))
         if link.vendor == "postgresql":
-            link.execute(
-                f"SET statement_timeout = {milliseconds}; SET lock_timeout = {milliseconds}"
-            )
+            # The third one releases the locks of a connection that was cut amid a transaction.
+            names = ("statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout")
+            link.execute("; ".join(f"SET {name} = {milliseconds}" for name in names))
         elif link.vendor == "sqlite":
             link.rows(f"PRAGMA busy_timeout = {milliseconds}")
         elif link.vendor == "mysql":
@@ -360,7 +376,8 @@ class Connections:
         options.pop("isolation_level", None)
         django = load_backend(settings["ENGINE"]).DatabaseWrapper(settings, self.alias)
         if django.vendor == "postgresql":
-            options.setdefault("connect_timeout", max(2, round(self.timeout)))
+            for name, value in _limits_of_postgres(self.timeout).items():
+                options.setdefault(name, value)
         if django.features.interprets_empty_strings_as_nulls:
             raise ConfigurationError(
                 f"the database {self.alias!r} keeps empty texts as NULL, and TaskX needs both: use "

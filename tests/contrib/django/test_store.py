@@ -297,6 +297,21 @@ def test_the_queries_of_a_busy_queue_use_indexes(repository, sent):
     assert not [plan for plan in plans.values() if "Seq Scan on taskx_task" in plan]
 
 
+def test_a_write_whose_connection_cannot_be_opened_says_that_the_database_is_away(
+    repository, monkeypatch
+):
+    def refuse():
+        raise OperationalError("no route to the server")
+
+    repository._connections.close()
+    monkeypatch.setattr(repository._connections, "_open", refuse)
+    with pytest.raises(RepositoryUnavailable, match="no route to the server") as raised:
+        add(repository, "a")
+    assert not raised.value.in_doubt
+    monkeypatch.undo()
+    add(repository, "a")
+
+
 # --- transactions of others
 
 
