@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 
 from taskx.core import lifecycle
+from taskx.core.errors import RepositoryUnavailable
 from taskx.core.model import Task
 from taskx.core.writes import Update
 from taskx.liveness.base import Node
@@ -24,6 +25,7 @@ class Recovery:
         self._pool = pool
         self._services = pool.services
         self._unknown: set[str] = set()
+        self._held: set[str] = set()  # the dead nodes whose tasks could not be taken back at first
         # The dead nodes whose buffers are being freed, and the number of tasks of each that cannot be.
         self._left: dict[str, int] = {}
 
@@ -94,8 +96,18 @@ class Recovery:
         tasks = list(self._services.repository.get_many(running).values())
         if not self._services.repository.liveness.is_dead(node.id):
             return 0  # it came back, and may be running the tasks that were read
-        if tasks:
-            self._rescue(node, tasks)
+        try:
+            if tasks:
+                self._rescue(node, tasks)
+        except RepositoryUnavailable as error:
+            # A transaction of the dead process may still hold a record, on MongoDB for a minute.
+            if node.id not in self._held:
+                self._held.add(node.id)
+                self._services.log.warning(
+                    "the tasks of node %s, which died, cannot be taken back yet: %s",
+                    *(node.name, error),
+                )
+            return 0
         self._left[node.id] = 0
         return len(running) + self._pool.stuck.lift_bars(barred, node.id)
 

@@ -18,7 +18,7 @@ from helpers import (
     whole_round,
 )
 
-from taskx import Config, SQLiteRepository, Task, TaskStatus, every
+from taskx import Config, RepositoryUnavailable, SQLiteRepository, Task, TaskStatus, every
 from taskx.core import lifecycle
 from taskx.core.record import UNTIL_DUE
 from taskx.core.writes import Update
@@ -201,6 +201,29 @@ def test_a_task_of_a_dead_node_that_cannot_be_freed_holds_up_no_other(
     monkeypatch.setattr(repository, "apply", but_for_some)
     assert queue_recovery(queue).recover() == 3
     assert held_on(repository, "dead") == ["0", "1", "3"]
+
+
+@pytest.mark.parametrize("repository", ["sqlite"], indirect=True)
+def test_a_record_that_a_dead_process_still_locks_keeps_no_queue_from_starting(
+    monkeypatch, make_queue, repository, dead, caplog
+):
+    queue = make_queue(worker_num=1)
+    queue.executor("remote")(lambda: "done")
+    dead([waiting("0")])
+    assert all(repository.apply([lifecycle.start(repository.get_by_id("0"), 2000, "dead")]))
+    apply = repository.apply
+
+    def but_for_one(writes, **options):
+        if any(write.id == "0" for write in writes):
+            raise RepositoryUnavailable("a transaction holds the record")
+        return apply(writes, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(repository, "apply", but_for_one)
+        queue.start()
+        assert queue.submit("remote").result(PATIENCE) == "done"
+        assert "cannot be taken back yet: a transaction holds the record" in caplog.text
+    assert eventually(lambda: repository.get_by_id("0").status is TaskStatus.COMPLETED)
 
 
 @pytest.mark.parametrize("repository", ["sqlite"], indirect=True)
