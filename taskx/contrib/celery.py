@@ -8,8 +8,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from taskx import ConfigurationError
-from taskx.engines import BrokerEngine, Ticket
-from taskx.engines.base import check_queues
+from taskx.engines import BrokerEngine, Ticket, check_queues
 
 if TYPE_CHECKING:
     from celery import Celery

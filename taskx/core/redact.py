@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
-from taskx.core import payload
 from taskx.core.errors import ConfigurationError
 
 #: The words that are redacted unless ``Config(redact=...)`` gives others.
@@ -21,6 +20,8 @@ HIDDEN = "'***'"
 ALL = "*"
 #: The length of a text of params in a log message, in characters.
 SHORT = 100
+# JSON text can be nested more deeply than Python calls can, and more deeply than params may be.
+_DEEPEST = 100
 
 
 def show(params: Any, redact: tuple[str, ...] = SECRETS, limit: int = SHORT) -> str:
@@ -69,7 +70,7 @@ def unhidden(edited: Any, stored: Any, depth: int = 1) -> Any:
     """
     if edited == "***" and stored is not None:
         return stored
-    if depth > payload.MAX_DEPTH:
+    if depth > _DEEPEST:
         return edited
     if isinstance(edited, dict):
         known = stored if isinstance(stored, dict) else {}

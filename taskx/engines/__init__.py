@@ -4,7 +4,7 @@ A program chooses the engine of a queue. :mod:`taskx.contrib` has engines for th
 only send tickets and hand them over. This package decides what a ticket starts, and when one is sent.
 """
 
-from taskx.engines.base import BrokerEngine, Engine, Threads
+from taskx.engines.base import BrokerEngine, Engine, Threads, check_queues
 from taskx.engines.tickets import Ticket
 
-__all__ = ["BrokerEngine", "Engine", "Threads", "Ticket"]
+__all__ = ["BrokerEngine", "Engine", "Threads", "Ticket", "check_queues"]
