@@ -153,7 +153,7 @@ class Queue(Questions, Steering):
         self._requeues = Requeues(self._services, state)
         self._joining = Joining(self._services, state, self.config)
         self._entrance = layered(self._intake, self._registry.middleware)
-        self._schedules.wire(self._services, self._intake)
+        self._schedules.wire(self._services, self._intake, self._joining)
         make_node = self._runs_by.make_node
         self._life = self._life_class(self._services, self.config, state, self, make_node)
 
@@ -251,7 +251,9 @@ class Queue(Questions, Steering):
         if isinstance(executor, Executor):
             executor.bind(self)
         if self._node is not None:
-            with suppress(RepositoryError):  # the housekeeper records them later
+            # The housekeeper records them later if this cannot be done now.
+            with suppress(RepositoryError, ConfigurationError):
+                self._joining.refuse()
                 self._node.pool.record()
         self._services.agenda.fetch_soon()
 
@@ -657,7 +659,9 @@ class Queue(Questions, Steering):
             QueueStopped: the queue was stopped; create a new one.
             RepositoryError: the repository cannot be used.
             RuntimeError: the system cannot start more threads.
+            ConfigurationError: this thread is in a transaction of its own, for which it would wait.
         """
+        self.repository.refuse_wait()
         self._life.start()
 
     def drain(self, timeout: float | timedelta | None = None) -> bool:
@@ -668,9 +672,10 @@ class Queue(Questions, Steering):
 
         Raises:
             ConfigurationError: called inside an executor or a hook, or on a queue that is not
-                started.
+                started, or this thread is in a transaction of its own.
             QueueStopped: the queue was stopped.
         """
+        self._joining.refuse()
         return self._life.drain(timeout)
 
     def follow(self, timeout: float | timedelta | None = None) -> bool:
@@ -691,6 +696,7 @@ class Queue(Questions, Steering):
             TaskxError: as :meth:`drain`, on a started queue.
             RepositoryError: the repository cannot be read.
         """
+        self._joining.refuse()
         return follow(self.repository, self.drain if self._node is not None else None, timeout)
 
     def stop(self, timeout: float | timedelta = 30.0, cancel: bool = False) -> list[str]:

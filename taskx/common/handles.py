@@ -53,6 +53,7 @@ class _Owner(Protocol):
     def why(self, task_id: str, /) -> list[Reason]: ...
     def watch(self, handle: TaskHandle[Any], /) -> None: ...
     def _uncommitted(self, task_id: str, /) -> bool: ...
+    def _refuse_wait(self) -> None: ...
     @property
     def _values(self) -> Mapping[str, Values]: ...
 
@@ -173,7 +174,8 @@ class TaskHandle(Future[R]):
             RepositoryCorrupt: the task's record is damaged.
             PayloadError: the stored result does not fit the return annotation of the executor.
             QueueStopped: the queue was closed before the task had ended.
-            ConfigurationError: the task waits for the commit of a transaction that this thread has open.
+            ConfigurationError: the task waits for the commit of a transaction that this thread has open, or
+                for a lock that this transaction holds.
             RepositoryError: the repository cannot be read.
         """
         outcome = self._wait(timeout)
@@ -265,6 +267,8 @@ class TaskHandle(Future[R]):
             with suppress(RuntimeError):  # the loop was closed
                 loop.call_soon_threadsafe(wake)
 
+        if not self.done():
+            self.refuse_endless_wait()
         self.listen(ring)
         try:
             while not self.done():
@@ -310,12 +314,16 @@ class TaskHandle(Future[R]):
         return TimeoutError(f"task {self.id} has not ended within {seconds:g} s")
 
     def refuse_endless_wait(self) -> None:
-        """Raise ``ConfigurationError`` if the task cannot go on before the calling thread has committed."""
+        """Raise ``ConfigurationError`` if the task cannot go on before the calling thread has committed.
+
+        Its own transaction may have written the task, or hold the lock that the task's end needs.
+        """
         if self._owner._uncommitted(self.id):
             raise ConfigurationError(
                 f"task {self.id} was submitted or changed in a transaction that this thread has open, so "
                 "it does not go on before the commit: wait for it after that"
             )
+        self._owner._refuse_wait()
 
     def _sleep(self, timeout: float | None) -> None:
         self.refuse_endless_wait()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from taskx.common.config import Config
 from taskx.core.clock import Clock
@@ -54,6 +54,7 @@ class Parts:
         if connection is None:
             connection = self.repository.own_transaction()
         if connection is None:
+            self._joining.refuse()
             yield self._operations
             return
         with self._joining.operations(connection) as operations:
@@ -63,23 +64,23 @@ class Parts:
     def _requeuing(self) -> Iterator[Requeues]:
         """Return the requeues for this thread: it may be in a transaction of its own."""
         if (connection := self.repository.own_transaction()) is None:
+            self._joining.refuse()
             yield self._requeues
             return
         with self._joining.requeues(connection) as requeues:
             yield requeues
 
-    @contextmanager
-    def _reading(self) -> Iterator[Services]:
+    def _reading(self) -> AbstractContextManager[Services]:
         """Return the services for a read of this thread: it may be in a transaction of its own."""
-        if (connection := self.repository.own_transaction()) is None:
-            yield self._services
-            return
-        with self._joining.services(connection) as services:
-            yield services
+        return self._joining.reading()
 
     def _uncommitted(self, task_id: str) -> bool:
         """Return True if a task cannot go on before this thread has committed its own transaction."""
         return self.repository.uncommitted(task_id)
+
+    def _refuse_wait(self) -> None:
+        """Raise ``ConfigurationError`` if no task goes on as long as this thread waits."""
+        self.repository.refuse_wait()
 
     def _nobody_runs(self, type: str) -> bool:
         """Return True if it is known that no running queue has an executor for the type."""

@@ -5,9 +5,9 @@ Many programs only submit and run tasks, so the package ``inspecting`` is loaded
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from taskx.common.controls import Paused
 from taskx.core.model import (
@@ -125,9 +125,12 @@ class Questions(Parts):
             ConfigurationError: a value is not valid, or both a filter and fields were given.
             RepositoryError: from the iterator, if the repository cannot be read.
         """
-        return queries.matching(
-            self.repository, filter_of(filter, fields, "iter_tasks", self.clock)
-        )
+        wanted = filter_of(filter, fields, "iter_tasks", self.clock)
+        return queries.read_all(self._page_after, wanted)
+
+    def _page_after(self, filter: TaskFilter, after: Any) -> tuple[Sequence[Task], Any]:
+        with self._reading() as services:
+            return queries.list_after(services.repository, filter, after)
 
     @property
     def types(self) -> frozenset[str]:
@@ -218,7 +221,8 @@ class Questions(Parts):
         from taskx.inspecting.reasons import why
 
         ageing = round((self.config.ageing or 0) * 1000)
-        return why(self._services, self._engine, ageing, check_name(task_id, "id"))
+        with self._reading() as services:
+            return why(services, self._engine, ageing, check_name(task_id, "id"))
 
     def health(
         self,
@@ -297,7 +301,8 @@ class Questions(Parts):
         """
         from taskx.inspecting.stats import stats
 
-        return stats(self._services, period, at_most, waiting_at_most)
+        with self._reading() as services:
+            return stats(services, period, at_most, waiting_at_most)
 
     def history(
         self,
@@ -323,7 +328,8 @@ class Questions(Parts):
         """
         from taskx.inspecting.history import history
 
-        return history(self._services, period, intervals, at_most)
+        with self._reading() as services:
+            return history(services, period, intervals, at_most)
 
     def failures(
         self, *, type: str | None = None, since: datetime | None = None, at_most: int = 1_000
@@ -344,7 +350,8 @@ class Questions(Parts):
         """
         from taskx.inspecting.failures import failures
 
-        return failures(self._services, type, since, at_most)
+        with self._reading() as services:
+            return failures(services, type, since, at_most)
 
     def nodes(self) -> list[NodeInfo]:
         """Return the nodes on the repository, of all processes, and the tasks that they are running.
@@ -375,7 +382,8 @@ class Questions(Parts):
         Raises:
             NodeNotFound: no live node has this id.
             TimeoutError: the node did not answer in time.
-            ConfigurationError: the repository has only the eight methods, and a node was named.
+            ConfigurationError: the repository has only the eight methods, or this thread is in a
+                transaction of its own, and a node of another process was named.
             RepositoryError: the repository failed.
         """
         return requests.stacks(self._services, node_id, timeout)
@@ -392,7 +400,8 @@ class Questions(Parts):
         """
         from taskx.inspecting.changelog import changes
 
-        return changes(self._services, at_most)
+        with self._reading() as services:
+            return changes(services, at_most)
 
     @property
     def paused(self) -> Paused:
@@ -401,7 +410,8 @@ class Questions(Parts):
         Raises:
             RepositoryError: the repository failed.
         """
-        return self._services.controls.read_paused()
+        with self._reading() as services:
+            return services.controls.read_paused()
 
     def tuned(self) -> Tuned:
         """Return the stored overrides, and the values that they override.
@@ -410,4 +420,5 @@ class Questions(Parts):
             ConfigurationError: the repository has only the eight methods.
             RepositoryError: the repository failed.
         """
-        return tuning.tuned(self._services)
+        with self._reading() as services:
+            return tuning.tuned(services)

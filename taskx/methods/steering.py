@@ -258,9 +258,10 @@ class Steering(Parts):
             the number of deleted tasks.
 
         Raises:
-            ConfigurationError: an argument is not valid.
+            ConfigurationError: an argument is not valid, or this thread is in a transaction of its own.
             RepositoryError: the repository failed; some tasks may have been deleted.
         """
+        self._joining.refuse()
         return prune_all(self._services, before, status)
 
     # --- dead letters
@@ -324,8 +325,8 @@ class Steering(Parts):
                 methods.
             RepositoryError: the repository failed.
         """
-        self._services.controls.pause(type)
-        self._check_controls()
+        with self._joining.changing(self._check_controls) as services:
+            services.controls.pause(type)
         self._warn_if_misspelt(type, "paused")
 
     def _warn_if_misspelt(self, type: str | None, what: str) -> None:
@@ -343,8 +344,8 @@ class Steering(Parts):
             ConfigurationError: the type is not a valid name.
             RepositoryError: the repository failed.
         """
-        self._services.controls.resume(type)
-        self._check_controls()
+        with self._joining.changing(self._check_controls) as services:
+            services.controls.resume(type)
 
     def _check_controls(self) -> None:
         if self._node is not None:
@@ -381,10 +382,12 @@ class Steering(Parts):
             limit_scope: ``"node"`` or ``"global"``; None for ``"node"``.
 
         Raises:
-            ConfigurationError: an argument is not valid, or the repository has only the eight methods.
+            ConfigurationError: an argument is not valid, the repository has only the eight methods, or this
+                thread is in a transaction of its own.
             NodeNotFound: no live node has this id.
             RepositoryError: the repository failed.
         """
+        self._joining.refuse()
         tuning.tune(self._services, type, limits, workers, node)
         self._check_controls()
         self._warn_if_misspelt(type, "tuned")
@@ -406,9 +409,11 @@ class Steering(Parts):
             node: with ``workers``, the id of a node: only the number of this node is removed.
 
         Raises:
-            ConfigurationError: an argument is not valid, or the repository has only the eight methods.
+            ConfigurationError: an argument is not valid, the repository has only the eight methods, or this
+                thread is in a transaction of its own.
             RepositoryError: the repository failed.
         """
+        self._joining.refuse()
         tuning.untune(self._services, type, only, workers, node)
         self._check_controls()
 
@@ -424,7 +429,8 @@ class Steering(Parts):
 
         Raises:
             NodeNotFound: no live node has this id.
-            ConfigurationError: the repository has only the eight methods.
+            ConfigurationError: the repository has only the eight methods, or this thread is in a
+                transaction of its own.
             RepositoryError: the repository failed.
         """
         requests.stop_node(self._services, node_id)
@@ -448,4 +454,5 @@ class Steering(Parts):
         """
         from taskx.inspecting.changelog import note_change
 
-        note_change(self._services, by, action, target, detail)
+        with self._joining.changing() as services:
+            note_change(services, by, action, target, detail)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime, timedelta, timezone
 from itertools import islice
 from typing import Any
@@ -25,6 +26,7 @@ from taskx.core.writes import Note
 from taskx.moving import Services
 from taskx.schedules.stored import OF_TASK, PREFIX, Entry, Overlap, entry_of, store, tick_id
 from taskx.submitting.intake import Intake, prepare
+from taskx.submitting.joining import Joining
 
 _TICK = re.compile(r"@(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{3})?)Z\Z")
 
@@ -164,7 +166,8 @@ class Schedule:
         most, entry, local = check_int(count, "count", 1), self._entry, zone(self.tz)
         ticks = latest(entry.ticks, entry.since + 1, self._schedules.now(), most)
         ids = {tick: tick_id(self.name, tick) for tick in reversed(ticks)}
-        known = self._schedules.services.repository.statuses([*ids.values()])
+        with self._schedules.reading() as services:
+            known = services.repository.statuses([*ids.values()])
         return [
             Tick(
                 to_datetime(tick).astimezone(local),
@@ -190,9 +193,9 @@ class Schedule:
 
     def remove(self) -> None:
         """Delete the schedule; the tasks that it has made stay."""
-        schedules = self._schedules
-        while not schedules.put(self.name, None, schedules.note(self.name).version):
-            continue
+        with self._schedules.joined() as schedules:
+            while not schedules.put(self.name, None, schedules.note(self.name).version):
+                continue
 
     def trigger(self) -> TaskHandle[Any]:
         """Submit one of its tasks now, in addition to the tasks of its ticks.
@@ -200,10 +203,10 @@ class Schedule:
         Raises:
             QueueStopped: the queue was stopped.
         """
-        schedules = self._schedules
-        task = entry_of(schedules.note(self.name)).task
-        insert = lifecycle.create(task_id=new_id(), now=schedules.now(), **task)
-        schedules.intake.put(insert)
+        with self._schedules.joined(submits=True) as schedules:
+            task = entry_of(schedules.note(self.name)).task
+            insert = lifecycle.create(task_id=new_id(), now=schedules.now(), **task)
+            schedules.intake.put(insert)
         return schedules.handle(insert.id)
 
     def backfill(self, start: datetime, end: datetime) -> list[TaskHandle[Any]]:
@@ -219,15 +222,15 @@ class Schedule:
             ConfigurationError: a time is naive, ``end`` is before ``start``, or ``end`` is in the future.
             QueueStopped: the queue was stopped.
         """
-        schedules = self._schedules
-        schedules.intake.refuse_if_stopped()
-        entry, now = entry_of(schedules.note(self.name)), schedules.now()
-        ticks = between(entry.ticks, *_span(start, end, now))
         handles: list[TaskHandle[Any]] = []
-        while some := list(islice(ticks, BATCH)):
-            inserts = [entry.insert(tick, now) for tick in some]
-            store(schedules.services, inserts)
-            handles += [schedules.handle(insert.id) for insert in inserts]
+        with self._schedules.joined(submits=True) as schedules:
+            schedules.intake.refuse_if_stopped()
+            entry, now = entry_of(schedules.note(self.name)), schedules.now()
+            ticks = between(entry.ticks, *_span(start, end, now))
+            while some := list(islice(ticks, BATCH)):
+                inserts = [entry.insert(tick, now) for tick in some]
+                store(schedules.services, inserts)
+                handles += [schedules.handle(insert.id) for insert in inserts]
         return handles
 
 
@@ -241,10 +244,32 @@ class Schedules:
     def __init__(self, handle: Callable[[str], TaskHandle[Any]]) -> None:
         self.handle = handle
 
-    def wire(self, services: Services, intake: Intake) -> None:
+    def wire(self, services: Services, intake: Intake, joining: Joining) -> None:
         """Set the services to use from now on; a forked child has its own."""
         self.services = services
         self.intake = intake
+        self._joining = joining
+
+    def reading(self) -> AbstractContextManager[Services]:
+        """Return the services for a read of this thread: it may be in a transaction of its own."""
+        return self._joining.reading()
+
+    @contextmanager
+    def joined(self, *, submits: bool = False) -> Iterator[Schedules]:
+        """Return the schedules for changes of this thread: it may be in a transaction of its own.
+
+        ``submits`` says that the changes are new tasks: see :meth:`Repository.own_transaction`.
+
+        Raises:
+            ConfigurationError: the changes cannot take part in the transaction.
+        """
+        with self._joining.changing(submits=submits) as services:
+            if services is self.services:
+                yield self
+                return
+            made = Schedules(self.handle)
+            made.wire(services, self._joining.intake_of(services), self._joining)
+            yield made
 
     def now(self) -> int:
         """Return the time, in milliseconds."""
@@ -252,7 +277,8 @@ class Schedules:
 
     def all(self) -> dict[str, Schedule]:
         """Return all schedules that can be read, by name and in the order of names."""
-        notes = self.services.repository.notes(PREFIX)
+        with self.reading() as services:
+            notes = services.repository.notes(PREFIX)
         found = {}
         for note_name in sorted(notes):
             try:
@@ -282,13 +308,18 @@ class Schedules:
             expires: the option of its tasks; None for that of the executor.
         """
         wanted = attrs.evolve(entry, task=self._template(entry.name, task, priority, expires))
-        note_name = PREFIX + entry.name
+        with self.joined() as schedules:
+            return Schedule(schedules.store(wanted), self)
+
+    def store(self, wanted: Entry) -> Entry:
+        """Store a schedule, merged with the stored one of the same name; return the result."""
+        note_name = PREFIX + wanted.name
         while True:
             note = self.services.repository.notes(note_name).get(note_name)
             new = self._merged(wanted, note)
             unchanged = note is not None and new.to_text() == note.text
-            if unchanged or self.put(entry.name, new, 0 if note is None else note.version):
-                return Schedule(new, self)
+            if unchanged or self.put(wanted.name, new, 0 if note is None else note.version):
+                return new
 
     def _template(
         self, name: str, task: Task, priority: int | None, expires: float | timedelta | None
@@ -336,12 +367,13 @@ class Schedules:
         Raises:
             ScheduleNotFound: no schedule has this name.
         """
-        while True:
-            note = self.note(name)
-            old = entry_of(note)
-            new = change(old, self.now())
-            if new == old or self.put(name, new, note.version):
-                return new
+        with self.joined() as schedules:
+            while True:
+                note = schedules.note(name)
+                old = entry_of(note)
+                new = change(old, self.now())
+                if new == old or schedules.put(name, new, note.version):
+                    return new
 
     def put(self, name: str, entry: Entry | None, version: int) -> bool:
         """Store a schedule, or delete it (None); return False if its note has another version now."""

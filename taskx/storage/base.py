@@ -261,6 +261,13 @@ class Repository(TaskRepository):
     def refuse_own_transaction(self) -> None:
         """Raise ``ConfigurationError`` if this thread is in a transaction for which it would wait."""
 
+    def refuse_wait(self) -> None:
+        """Raise ``ConfigurationError`` if others cannot write as long as this thread waits.
+
+        Its own transaction holds the only write lock of the store, or may hold it. This version is for
+        stores without such a lock.
+        """
+
     def transaction(self) -> AbstractContextManager[Any]:
         """Begin a transaction for an executor, on a connection of its own, for a ``with`` block.
 

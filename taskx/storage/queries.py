@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 import json
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
@@ -132,7 +133,7 @@ def page(
     else:
         since = None if before.since is None else to_datetime(before.since)
         searched = filter if since is None else attrs.evolve(filter, start_date=since)
-    tasks, place = _list_after(repository, searched, before.place)
+    tasks, place = list_after(repository, searched, before.place)
     end, total, exact = before.seen + len(tasks), before.total, before.exact
     full = len(tasks) >= filter.limit
     if not full and (tasks or not before.seen):
@@ -200,7 +201,7 @@ def count(repository: Repository, filter: TaskFilter, at_most: int | None = None
 def _count_to(repository: Repository, filter: TaskFilter, at_most: int | None) -> TaskCount:
     most = None if at_most is None else check_int(at_most, "at_most", 1)
     if filter.given - repository.conditions:
-        every = _pages(repository, attrs.evolve(filter, offset=0, limit=TASKS))
+        every = _every(repository, attrs.evolve(filter, offset=0, limit=TASKS))
         number = sum(1 for _ in islice(every, None if most is None else most + 1))
     elif most is None:
         number = repository.count(filter)
@@ -214,7 +215,7 @@ def _count_to(repository: Repository, filter: TaskFilter, at_most: int | None) -
 def count_by_status(repository: Repository, filter: TaskFilter, most: int) -> dict[TaskStatus, int]:
     """Return how many of at most ``most`` matching tasks have each status, in the order of statuses."""
     if filter.given - repository.conditions:
-        every = _pages(repository, attrs.evolve(filter, offset=0, limit=TASKS))
+        every = _every(repository, attrs.evolve(filter, offset=0, limit=TASKS))
         found: Mapping[str, int] = Counter(task.status.value for task in islice(every, most))
     else:
         found = repository.count_by_status(filter, most)
@@ -234,15 +235,24 @@ def _searched(repository: Repository, filter: TaskFilter) -> tuple[TaskFilter, d
     return attrs.evolve(filter, start_date=last[0].created_at), last[0].created_at
 
 
+#: Returns tasks that match a filter, after a place (None for the first), and the place after them.
+PageAfter = Callable[[TaskFilter, Any], tuple[Sequence[Task], Any]]
+
+
 def matching(repository: Repository, filter: TaskFilter) -> Iterator[Task]:
     """Iterate over the tasks that match the filter, newest first: all of them if it has no limit.
 
     Tasks that are stored or removed in the meantime neither hide nor repeat another one.
     """
+    return read_all(partial(list_after, repository), filter)
+
+
+def read_all(page_after: PageAfter, filter: TaskFilter) -> Iterator[Task]:
+    """Do what :func:`matching` does, by a function that reads each page."""
     most = filter.offset + filter.limit if filter.limited else None
     limit = TASKS if most is None else min(TASKS, most)
-    every = _pages(repository, attrs.evolve(filter, offset=0, limit=limit))
-    return islice(every, filter.offset, most)
+    some = _pages(page_after, attrs.evolve(filter, offset=0, limit=limit))
+    return islice(chain.from_iterable(some), filter.offset, most)
 
 
 def pages(repository: Repository, filter: TaskFilter) -> Iterator[Sequence[Task]]:
@@ -250,18 +260,22 @@ def pages(repository: Repository, filter: TaskFilter) -> Iterator[Sequence[Task]
 
     A task that is changed before the next page is read neither hides nor repeats another one.
     """
-    tasks, after = _list_after(repository, filter)
+    return _pages(partial(list_after, repository), filter)
+
+
+def _pages(page_after: PageAfter, filter: TaskFilter) -> Iterator[Sequence[Task]]:
+    tasks, after = page_after(filter, None)
     while tasks:
         yield tasks
-        tasks, after = _list_after(repository, filter, after)
+        tasks, after = page_after(filter, after)
 
 
-def _pages(repository: Repository, filter: TaskFilter) -> Iterator[Task]:
+def _every(repository: Repository, filter: TaskFilter) -> Iterator[Task]:
     """Yield all tasks that match the filter, reading at most its limit at a time."""
     return chain.from_iterable(pages(repository, filter))
 
 
-def _list_after(
+def list_after(
     repository: Repository, filter: TaskFilter, after: Any = None
 ) -> tuple[Sequence[Task], Any]:
     """Call ``list_after``; apply the conditions that the repository does not know task by task."""

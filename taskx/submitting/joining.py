@@ -1,13 +1,16 @@
-"""Submits and cancels inside a transaction that the caller has opened in the tasks' database."""
+"""Calls inside a transaction that the caller has opened in the tasks' database."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
+from functools import partial
 from typing import cast
 
+from taskx.common.bell import Agenda
 from taskx.common.config import Config
+from taskx.common.controls import Controls
 from taskx.common.ledger import Ledger
 from taskx.core.errors import TaskxError
 from taskx.core.model import Task
@@ -55,16 +58,68 @@ class Joining:
             yield Requeues(services, self._without_engine())
 
     @contextmanager
-    def services(self, connection: object) -> Iterator[Services]:
-        """Return services for a ``with`` block. They are without an engine."""
+    def services(
+        self, connection: object, after: Callable[[], object] | None = None
+    ) -> Iterator[Services]:
+        """Return services for a ``with`` block. They are without an engine.
+
+        ``after`` is called after the commit.
+        """
         later = _Later(self._services)
+        if after is not None:
+            later.calls.append(after)
         with self._services.repository.joined(connection, later.follow) as repository:
             later.repository = repository
             services = copy(self._services)
             services.repository = repository
             services.ledger = cast(Ledger, _Direct(repository))
             services.consequences = cast(Consequences, later)
+            services.controls = Controls(repository)
+            services.agenda = _Afterwards(self._services.agenda, later.calls)
             yield services
+
+    def intake_of(self, services: Services) -> Intake:
+        """Return an intake without middleware for services of :meth:`services`."""
+        return Intake(services, self._without_engine(), self._config)
+
+    # --- a thread that may be in a transaction of its own
+
+    @contextmanager
+    def reading(self) -> Iterator[Services]:
+        """Return services for reads of this thread. They see what its transaction has written."""
+        connection = self._services.repository.own_transaction()
+        if connection is None:
+            yield self._services
+            return
+        with self.services(connection) as services:
+            yield services
+
+    @contextmanager
+    def changing(
+        self, after: Callable[[], object] | None = None, *, submits: bool = False
+    ) -> Iterator[Services]:
+        """Return services for changes of this thread, as a part of its transaction if it has one.
+
+        ``after`` is called after the changes, or after the commit. ``submits`` says that the changes are
+        new tasks: see :meth:`Repository.own_transaction`.
+
+        Raises:
+            ConfigurationError: the changes cannot take part in the transaction.
+        """
+        connection = self._services.repository.own_transaction(submits=submits)
+        if connection is None:
+            self.refuse()
+            yield self._services
+            if after is not None:
+                after()
+            return
+        with self.services(connection, after) as services:
+            yield services
+
+    def refuse(self) -> None:
+        """Raise ``ConfigurationError`` if this thread is in a transaction of its own."""
+        if self._services.repository.joins:
+            self._services.repository.refuse_own_transaction()
 
     def _without_engine(self) -> State:
         state = State()
@@ -87,13 +142,31 @@ class _Direct:
         return self._repository.apply(writes, all_or_nothing=True)
 
 
+class _Afterwards(Agenda):
+    """An agenda whose duties about schedules are posted after the commit of the caller."""
+
+    def __init__(self, outer: Agenda, calls: list[Callable[[], object]]) -> None:
+        super().__init__()
+        self._outer = outer
+        self._calls = calls
+
+    def check_schedule_soon(self, name: str) -> None:
+        self._calls.append(partial(self._outer.check_schedule_soon, name))
+
+
 class _Later:
-    """Applies moves at once, and their consequences after the commit of the caller."""
+    """Applies moves at once, and their consequences after the commit of the caller.
+
+    Attributes:
+        repository: the repository as it is inside the transaction.
+        calls: functions to call after the commit.
+    """
 
     repository: Repository
 
     def __init__(self, services: Services) -> None:
         self._services = services
+        self.calls: list[Callable[[], object]] = []
         self._tasks: dict[str, Task] = {}
 
     def commit(
@@ -121,6 +194,8 @@ class _Later:
             services.consequences.follow(moves, self._known(moves))
             services.agenda.fetch_soon()
             services.consequences.process_if_unattended()
+            for call in self.calls:
+                call()
         except Exception:  # the tasks are stored, and polling finds them
             services.log.exception("a part of what follows the commit of a caller is late")
 

@@ -94,6 +94,8 @@ def _wait_for_answer(services: Services, request: Request, seconds: float) -> No
 
 def _ask(services: Services, node: str, what: str) -> Request:
     services.repository.require("requests to nodes")
+    if services.repository.joins:
+        services.repository.refuse_own_transaction()
     if not queries.lives(services.repository, node):
         raise NodeNotFound(node)
     _remove_left_behind(services)

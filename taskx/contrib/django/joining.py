@@ -20,7 +20,8 @@ from taskx.contrib.django.blocks import after_commit, has_begun, is_open
 from taskx.contrib.django.connections import Connections, Link, Rows, code, is_failure
 from taskx.contrib.django.repository import DjangoRepository
 from taskx.core.errors import ConfigurationError
-from taskx.core.writes import Write
+from taskx.core.writes import NoteChange, Write
+from taskx.liveness.base import Liveness
 from taskx.storage.base import Repository, Then
 
 T = TypeVar("T")
@@ -34,9 +35,11 @@ class Joined(DjangoRepository):
 
     Attributes:
         applied: the writes so far whose guards held.
+        noted: True if notes were changed.
     """
 
     joins = False
+    noted = False
     entered = False
 
     def __init__(self, outer: DjangoRepository, links: Connections, link: Link) -> None:
@@ -44,13 +47,24 @@ class Joined(DjangoRepository):
         self.codecs = outer.codecs
         self.using, self.vendor, self.timeout = outer.using, outer.vendor, outer.timeout
         self.applied: list[Write] = []
+        self._outer = outer
         self._connections = links
         self._link = link
         self._doubtful = {}
         self._file = None
 
+    @property
+    def liveness(self) -> Liveness[Any]:
+        """The nodes: they are recorded outside of all transactions of callers."""
+        return self._outer.liveness
+
     def own_transaction(self, *, submits: bool = False) -> None:
         return None
+
+    def put_notes(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
+        results = super().put_notes(changes)
+        self.noted |= any(results)
+        return results
 
     def tell_others(self, writes: Sequence[Write]) -> None:
         """Note writes: others are told of them after the commit."""
@@ -126,7 +140,7 @@ def join(
     made = Joined(outer, links, Link(own))
     with made.begun(), made.savepoint("taskx"):
         yield made
-    if made.applied and then is not None and own.in_atomic_block:
+    if (made.applied or made.noted) and then is not None and own.in_atomic_block:
 
         def follow() -> None:
             outer.tell_others(made.applied)

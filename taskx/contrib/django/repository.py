@@ -28,6 +28,7 @@ from taskx.core.checks import check_number
 from taskx.core.clock import SYSTEM_CLOCK, Clock
 from taskx.core.codec import Codec
 from taskx.core.errors import ConfigurationError
+from taskx.core.lifecycle import FINISHED
 from taskx.core.model import CONDITIONS, TASK_FIELDS, Task, TaskFilter
 from taskx.core.record import (
     COLUMNS,
@@ -361,6 +362,27 @@ class DjangoRepository(BesideBlocks):
                 "be committed nor be rolled back with that block; nothing was stored. Leave it before, or "
                 "use ctx.transaction() in an executor"
             )
+
+    def refuse_wait(self) -> None:
+        own = connections[self.using]
+        if self.vendor == "sqlite" and own.connection is not None and own.connection.in_transaction:
+            raise ConfigurationError(
+                f"this thread is in a transaction on {self.using!r}, and on SQLite nobody else can write "
+                "before it ends, so this call would wait for itself: leave atomic(), or commit, before it"
+            )
+
+    def uncommitted(self, task_id: str) -> bool:
+        own = connections[self.using]
+        if own.in_atomic_block or not is_open(own):
+            return super().uncommitted(task_id)
+        # Without autocommit Django keeps no callbacks, but this thread sees what others do not see yet.
+        with self.joined(own, None) as inside:
+            seen = inside.statuses([task_id])
+        known = self.statuses([task_id])
+        return any(
+            task_id not in known or (status in FINISHED and known[task_id] not in FINISHED)
+            for status in seen.values()
+        )
 
     def joined(self, connection: object, then: Then | None) -> AbstractContextManager[Repository]:
         if is_elsewhere(connection):

@@ -386,6 +386,13 @@ class SQLiteRepository(Repository):
                 "itself; nothing was stored. Pass connection=..., or commit first"
             )
 
+    def refuse_wait(self) -> None:
+        if self.joins and self.callers.inside():
+            raise ConfigurationError(
+                f"this thread is in a transaction of its own on {self.file.path}, and nobody else can "
+                "write before it ends, so this call would wait for itself: commit first"
+            )
+
     def tell_others(self, writes: Sequence[Write]) -> None:
         """Tell other processes of writes that a caller has committed."""
         self._wakeups.send(writes, [True] * len(writes), to_own=len(self.queues) > 1)

@@ -23,6 +23,7 @@ from helpers import ROOT
 from taskx import MemoryRepository, Queue, RetryPolicy, Task, TaskStatus, every
 from taskx.contrib.django import DjangoRepository
 from taskx.contrib.django.admin import finding, pages
+from taskx.contrib.django.admin.schedules import ScheduleAdmin
 from taskx.contrib.django.models import TaskRow
 from taskx.contrib.django.queues import get_queue
 
@@ -573,6 +574,22 @@ def test_actions_and_forms_do_not_wait_for_the_transaction_of_their_own_request(
     assert queue.schedules()["nightly"].spec == "0 4 * * *"
     act(boss, SCHEDULES, "delete_selected", "schedule/nightly", post="yes")
     assert queue.schedules() == {}
+
+
+def test_a_schedule_that_is_edited_is_rolled_back_with_its_request(
+    boss, queue, atomic_requests, monkeypatch
+):
+    boss.post(f"{SCHEDULES}add/", FORM)
+
+    def fail(self: Any, request: Any, obj: Any) -> None:
+        assert queue.schedules()["nightly"].spec == "0 4 * * *"
+        raise OSError("after the change")
+
+    monkeypatch.setattr(ScheduleAdmin, "response_change", fail)
+    with pytest.raises(OSError, match="after the change"):
+        boss.post(f"{SCHEDULES}schedule_2Fnightly/change/", {**FORM, "spec": "0 4 * * *"})
+    assert queue.schedules()["nightly"].spec == "0 3 * * *"
+    assert [change.action for change in queue.changes()] == ["add schedule"]
 
 
 def test_tasks_somewhere_else_are_named_and_break_nothing(boss, queue, monkeypatch):

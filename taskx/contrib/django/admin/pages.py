@@ -1,4 +1,4 @@
-"""The base of all pages of the admin: their queue, and their place outside of transactions."""
+"""The base of all pages of the admin: their queue, and the log of changes."""
 
 from __future__ import annotations
 
@@ -7,17 +7,12 @@ from typing import Any
 
 import django
 from django.contrib import admin, messages
-from django.db import connections, transaction
-from django.utils.decorators import method_decorator
-from django.views.decorators.csrf import csrf_protect
 
 from taskx.contrib.django.checks import ours
 from taskx.contrib.django.queues import load_queue
 from taskx.contrib.django.repository import DjangoRepository
 from taskx.core.errors import RepositoryError, TaskxError
 from taskx.queue import Queue
-
-_csrf: Any = method_decorator(csrf_protect)
 
 
 def queue_of_site() -> Queue | None:
@@ -30,11 +25,7 @@ def queue_of_site() -> Queue | None:
 
 
 class QueueAdmin(admin.ModelAdmin):
-    """Pages about what a queue stores.
-
-    They are outside of Django's transactions: the queue has connections of its own, which would wait for
-    the lock that such a transaction holds on SQLite.
-    """
+    """Pages about what a queue stores. Their changes are part of Django's transactions around them."""
 
     actions_on_bottom = True
     list_per_page = 100
@@ -42,28 +33,12 @@ class QueueAdmin(admin.ModelAdmin):
         show_facets = admin.ShowFacets.NEVER  # they count all rows
 
     def get_urls(self) -> list[Any]:
-        """Return the URLs of the pages, which ``ATOMIC_REQUESTS`` leaves alone."""
-        patterns: list[Any] = [*self.own_urls(), *super().get_urls()]
-        for pattern in patterns:
-            for alias in connections:
-                pattern.callback = transaction.non_atomic_requests(alias)(pattern.callback)
-        return patterns
+        """Return the URLs of the pages."""
+        return [*self.own_urls(), *super().get_urls()]
 
     def own_urls(self) -> list[Any]:
         """Return the URLs of further pages."""
         return []
-
-    @_csrf
-    def changeform_view(
-        self, request: Any, object_id: Any = None, form_url: str = "", extra_context: Any = None
-    ) -> Any:
-        """Show or save one object."""
-        return self._changeform_view(request, object_id, form_url, extra_context)
-
-    @_csrf
-    def delete_view(self, request: Any, object_id: Any, extra_context: Any = None) -> Any:
-        """Ask if an object shall be deleted, or delete it."""
-        return self._delete_view(request, object_id, extra_context)
 
     def changelist_view(self, request: Any, extra_context: Any = None) -> Any:
         """Show the list; say so if the tasks are somewhere else."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,51 @@ def test_a_connection_of_another_thread_is_refused(queue):
     thread.start()
     thread.join(LONG)
     assert told == [True]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda queue: queue.pause("echo"),
+        lambda queue: queue.resume("echo"),
+        lambda queue: queue.tune("echo", max_concurrency=1),
+        lambda queue: queue.requeue("old"),
+        lambda queue: queue.requeue_all(),
+        lambda queue: queue.cancel_all(everything=True),
+        lambda queue: queue.delete("old"),
+        lambda queue: queue.prune(datetime.now(timezone.utc)),
+        lambda queue: queue.schedule("nightly", "0 3 * * *", "echo"),
+        lambda queue: queue.schedules()["hourly"].pause(),
+        lambda queue: queue.schedules()["hourly"].trigger(),
+        lambda queue: queue.schedules()["hourly"].remove(),
+        lambda queue: queue.note_change("ann", "pause", "echo"),
+        lambda queue: queue.handle("waiting").result(),
+        lambda queue: queue.start(),
+    ],
+)
+def test_all_that_would_wait_for_the_same_transaction_raises_at_once(queue, call):
+    queue.submit("echo", id="old")
+    queue.cancel_task("old")
+    queue.submit("echo", id="waiting")
+    queue.schedule("hourly", "0 * * * *", "echo")
+    with rolled_back("site"):
+        queue.submit("echo", connection=connections["site"])
+        with pytest.raises(ConfigurationError, match="would wait for itself"):
+            call(queue)
+    assert not queue.paused
+    assert {*queue.schedules()} == {"hourly"}
+    assert not queue.schedules()["hourly"].paused
+    assert queue.count_tasks() == 2
+
+
+def test_reads_beside_the_same_transaction_see_what_is_committed(queue):
+    queue.submit("echo", id="old")
+    with rolled_back("site"):
+        queue.submit("echo", connection=connections["site"])
+        assert [task.id for task in queue.iter_tasks()] == ["old"]
+        assert queue.stats().types["echo"].waiting == 1
+        assert queue.why("old")
+        assert not queue.paused
 
 
 def test_an_ordinary_submit_in_the_same_transaction_raises_at_once(queue):
