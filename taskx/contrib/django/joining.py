@@ -102,7 +102,10 @@ class Joined(DjangoRepository):
 
     @contextmanager
     def begun(self) -> Iterator[None]:
-        """Begin a transaction if none is open, as SQLite's driver does so only before it changes rows."""
+        """Begin a transaction if none is open, as SQLite's driver does so only before it changes rows.
+
+        If nothing was written in it, it ends here: it would keep the write lock.
+        """
         driver: Any = self._link.django.connection
         begins = self.vendor == "sqlite" and not (driver and driver.in_transaction)
         if begins:
@@ -113,6 +116,8 @@ class Joined(DjangoRepository):
             if begins:
                 self._execute("ROLLBACK")
             raise
+        if begins and not (self.applied or self.noted):
+            self._execute("ROLLBACK")
 
     def _execute(self, sql: str) -> None:
         with self._translating():

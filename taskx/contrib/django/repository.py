@@ -373,7 +373,7 @@ class DjangoRepository(BesideBlocks):
 
     def uncommitted(self, task_id: str) -> bool:
         own = connections[self.using]
-        if own.in_atomic_block or not is_open(own):
+        if own.in_atomic_block or own.connection is None or not is_open(own):
             return super().uncommitted(task_id)
         # Without autocommit Django keeps no callbacks, but this thread sees what others do not see yet.
         with self.joined(own, None) as inside:

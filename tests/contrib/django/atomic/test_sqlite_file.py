@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from datetime import datetime, timezone
 from pathlib import Path
@@ -106,6 +107,10 @@ def test_a_connection_of_another_thread_is_refused(queue):
     assert told == [True]
 
 
+async def awaited(handle):
+    return await handle
+
+
 @pytest.mark.parametrize(
     "call",
     [
@@ -123,6 +128,7 @@ def test_a_connection_of_another_thread_is_refused(queue):
         lambda queue: queue.schedules()["hourly"].remove(),
         lambda queue: queue.note_change("ann", "pause", "echo"),
         lambda queue: queue.handle("waiting").result(),
+        lambda queue: asyncio.run(awaited(queue.handle("waiting"))),
         lambda queue: queue.start(),
     ],
 )
