@@ -364,16 +364,21 @@ class DjangoRepository(BesideBlocks):
             )
 
     def refuse_wait(self) -> None:
-        own = connections[self.using]
-        if self.vendor == "sqlite" and own.connection is not None and own.connection.in_transaction:
+        if self.vendor == "sqlite" and self._has_begun(connections[self.using]):
             raise ConfigurationError(
                 f"this thread is in a transaction on {self.using!r}, and on SQLite nobody else can write "
                 "before it ends, so this call would wait for itself: leave atomic(), or commit, before it"
             )
 
+    def _has_begun(self, own: Any) -> bool:
+        """Return True if a connection may be in a transaction."""
+        if self.vendor == "sqlite":
+            return own.connection is not None and bool(own.connection.in_transaction)
+        return own.connection is not None
+
     def uncommitted(self, task_id: str) -> bool:
         own = connections[self.using]
-        if own.in_atomic_block or own.connection is None or not is_open(own):
+        if own.in_atomic_block or not (is_open(own) and self._has_begun(own)):
             return super().uncommitted(task_id)
         # Without autocommit Django keeps no callbacks, but this thread sees what others do not see yet.
         with self.joined(own, None) as inside:
