@@ -191,6 +191,7 @@ class TestWaits:
                 assert queue.count_tasks() == 2
                 assert elsewhere(lambda: queue.submit("elsewhere")).task().type == "elsewhere"
             finally:
+                transaction.rollback(using=using)  # reads begin a transaction on PostgreSQL
                 transaction.set_autocommit(True, using=using)
 
     def test_for_another_task_while_the_block_has_the_write_lock(self, queue, repository, written):
