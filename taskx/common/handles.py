@@ -267,11 +267,17 @@ class TaskHandle(Future[R]):
             with suppress(RuntimeError):  # the loop was closed
                 loop.call_soon_threadsafe(wake)
 
-        if not self.done():
+        def done() -> Generator[Any, None, bool]:
+            if self._outcome is not None or self.signal().virtual:
+                return self.done()
+            # The read may block, and Django refuses reads of a thread that runs an event loop.
+            return (yield from asyncio.to_thread(self.done).__await__())
+
+        if not (yield from done()):
             self.refuse_endless_wait()
         self.listen(ring)
         try:
-            while not self.done():
+            while not (yield from done()):
                 virtual = self.signal().virtual
                 pause = 0.0 if virtual else POLL_INTERVAL
                 yield from asyncio.wait((ended,), timeout=pause).__await__()

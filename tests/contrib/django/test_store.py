@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 import threading
 from contextlib import closing
@@ -546,3 +547,16 @@ def test_the_sizes_of_an_sqlite_file_are_told(repository):
         assert {Path(path).name for path in sizes} >= {"site.db"}
     else:
         assert sizes == {}
+
+
+def test_async_code_can_await_a_handle(repository):
+    """Django refuses reads on a thread that runs an event loop, so another thread reads."""
+    queue = Queue(repository)
+    queue.executor("answer")(lambda: 42)
+
+    async def awaited():
+        handle = await asyncio.to_thread(queue.submit, "answer")
+        return await asyncio.wait_for(handle, PATIENCE)
+
+    with queue:
+        assert asyncio.run(awaited()) == 42
