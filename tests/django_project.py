@@ -9,6 +9,8 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,10 +35,17 @@ def set_up() -> None:
         return
     if str(FOLDER) not in sys.path:
         sys.path.append(str(FOLDER))
-    before = {name: os.environ.get(name) for name in ("DJANGO_SETTINGS_MODULE", "TZ")}
-    os.environ["DJANGO_SETTINGS_MODULE"] = "project.settings"
-    try:
+    with same_environment():
+        os.environ["DJANGO_SETTINGS_MODULE"] = "project.settings"
         django.setup()
+
+
+@contextmanager
+def same_environment() -> Iterator[None]:
+    """Undo what Django changes in the environment when settings are read or replaced."""
+    before = {name: os.environ.get(name) for name in ("DJANGO_SETTINGS_MODULE", "TZ")}
+    try:
+        yield
     finally:
         for name, value in before.items():
             if value is None:
