@@ -16,7 +16,10 @@ from taskx import Hook, RepositoryError, SQLiteRepository, TaskFilter, TaskStatu
 from taskx.storage import queries
 
 # A connection that is just being opened at that moment is left to the garbage collector.
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed database:ResourceWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:unclosed database:ResourceWarning"),
+]
 
 
 @pytest.fixture

@@ -323,6 +323,7 @@ def test_pages_and_changes_work_under_asgi(browse, queue):
     assert queue.get_task_status("one").status is TaskStatus.CANCELLED
 
 
+@pytest.mark.slow
 def test_a_stream_is_sent_as_it_comes_under_asgi_and_closed_when_the_client_goes(browse, queue):
     """Django would collect an ordinary stream, here of a minute, before it sends the first byte."""
     queue.submit("mail", id="one")
