@@ -103,7 +103,7 @@ class CeleryEngine(BrokerEngine):
                 serializer="json",
                 **({} if queue is None else {"queue": queue}),
             )
-        except BaseException:
+        except BaseException:  # also an interrupt: half a message may have been sent
             self.disconnect()
             raise
 

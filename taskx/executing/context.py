@@ -247,7 +247,7 @@ class Context:
 
     @property
     def completed(self) -> Completed | None:
-        """How a transaction of the run has completed the task; None if none has."""
+        """The completion of the task by a transaction of the run; None if there is none."""
         return self._completed[0] if self._completed else None
 
     @contextmanager

@@ -164,7 +164,7 @@ class Link:
 
     def close(self) -> None:
         """Close the connection, whatever state it is in."""
-        with suppress(Exception):
+        with suppress(Exception):  # it may be broken, or closed
             self.django.close()
 
 

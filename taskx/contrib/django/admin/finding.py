@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from datetime import datetime, timedelta, timezone
 from functools import cached_property
@@ -40,7 +41,7 @@ class AtMost(Paginator):
         return number
 
 
-class _Choices(admin.SimpleListFilter):
+class _Choices(admin.SimpleListFilter, ABC):
     """A filter that offers values."""
 
     def lookups(self, request: Any, model_admin: Any) -> Iterable[tuple[str, str]]:
@@ -49,16 +50,18 @@ class _Choices(admin.SimpleListFilter):
         chosen = self.used_parameters.get(self.parameter_name)
         return [(value, value) for value in dict.fromkeys([*values, *([chosen] if chosen else [])])]
 
+    @abstractmethod
     def values(self, rows: Any) -> Iterable[str]:
-        raise NotImplementedError
+        """Return the values that tasks have."""
 
     def queryset(self, request: Any, queryset: Any) -> Any:
         """Return the tasks that match."""
         value = self.value()
         return queryset if value is None else self.chosen(queryset, value)
 
+    @abstractmethod
     def chosen(self, rows: Any, value: str) -> Any:
-        raise NotImplementedError
+        """Return the tasks that have a value."""
 
 
 class Status(_Choices):

@@ -1,4 +1,4 @@
-"""What ``manage.py`` finds in this app.
+"""The commands of ``manage.py`` that this app adds.
 
 Django looks for commands in the package ``commands``.
 """
