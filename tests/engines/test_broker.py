@@ -124,7 +124,11 @@ def test_a_ticket_has_an_id_and_a_type_and_a_backlog_is_not_in_the_broker_twice(
         assert {(id in known, type) for id, type in found} == {(True, "note")}
         for _ in range(3):  # each makes the dispatcher look again
             staffed.queue.submit("add", {"a": 1, "b": 1})
-            assert len([type for _, type in tickets(staffed) if type == "note"]) <= DEPTH * 2
+            notes = [id for id, type in tickets(staffed) if type == "note"]
+            # Another node sends tickets, too, if the first one has done nothing for a second.
+            senders = Counter(staffed.queue.get_task_status(id).owner for id in notes)
+            assert max(senders.values(), default=0) <= DEPTH * 2
+            assert len(notes) < len(handles) / 2
     all_ran_once(staffed, handles, "waits")
 
 
