@@ -55,6 +55,13 @@ def has_begun(connection: Any) -> bool:
     return connection.vendor != "sqlite" or bool(driver.in_transaction)
 
 
+def commit_implicit() -> None:
+    """Commit what this thread has begun outside of ``atomic()``, where settings turn autocommit off."""
+    for connection in connections.all(initialized_only=True):
+        if has_begun(connection) and not connection.in_atomic_block:
+            connection.commit()
+
+
 @attrs.frozen(eq=False)
 class _AfterCommit:
     """A callback of ``transaction.on_commit``. Django drops it if its savepoint is rolled back."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from taskx.contrib.django.blocks import commit_implicit
 from taskx.core.ticks import Every
 from taskx.queue import Queue
 
@@ -53,3 +54,4 @@ def store(alias: str, queue: Queue) -> None:
     for given, options in _declared.get(alias, {}).values():
         queue.declare(given[2])
         queue.schedule(*given, **options)
+    commit_implicit()

@@ -17,6 +17,7 @@ from typing import Any
 import django
 import pytest
 from django.core.management import CommandError, call_command
+from django.db import transaction
 from helpers import ROOT, eventually
 
 from taskx import Queue, SQLiteRepository, TaskStatus
@@ -72,6 +73,16 @@ def test_help_texts_say_what_to_type(site):
     with redirect_stdout(io.StringIO()) as out:
         Command().print_help("manage.py", "taskx")
     assert "import-beat" in out.getvalue()
+
+
+def test_a_command_commits_what_it_does_without_autocommit_too(site, capsys):
+    get_queue().declare("mail")
+    transaction.set_autocommit(False)
+    with pytest.raises(SystemExit) as ended:
+        Command().run_from_argv(["manage.py", "taskx", "submit", "mail", "-p", "to=ann"])
+    assert ended.value.code == 0
+    task_id = capsys.readouterr().out.strip()
+    assert get_queue().get_task_status(task_id).params == {"to": "ann"}
 
 
 @pytest.mark.parametrize(

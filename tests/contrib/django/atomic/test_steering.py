@@ -13,7 +13,7 @@ from helpers import eventually, whole_round
 
 from contrib.django.atomic.blocks import LONG, elsewhere, ids, rolled_back
 from taskx import ConfigurationError, Queue, TaskNotFound, TaskStatus, every
-from taskx.contrib.django import DjangoRepository
+from taskx.contrib.django import DjangoRepository, schedules
 
 
 @pytest.fixture
@@ -170,6 +170,17 @@ class TestRefused:
             with written():
                 queue.executor("late")(lambda: "done")
             assert queue.submit("late").result(timeout=LONG) == "done"
+
+
+def test_declared_schedules_are_stored_without_autocommit_too(queue, using):
+    schedules.schedule("nightly", "0 3 * * *", "elsewhere", backend="of-this-test")
+    transaction.set_autocommit(False, using=using)
+    try:
+        schedules.store("of-this-test", queue)
+        assert elsewhere(queue.schedules).keys() == {"nightly"}
+    finally:
+        transaction.rollback(using=using)
+        transaction.set_autocommit(True, using=using)
 
 
 class TestWaits:

@@ -11,6 +11,8 @@ from typing import Any
 from django.core.management.base import BaseCommand, CommandError
 from django.db import connections
 
+from taskx.contrib.django.blocks import commit_implicit
+
 
 class Command(BaseCommand):
     """See and steer the tasks of the site, and run them."""
@@ -29,6 +31,7 @@ class Command(BaseCommand):
         except KeyboardInterrupt:
             raise SystemExit(130) from None
         finally:
+            commit_implicit()
             connections.close_all()
 
     def print_help(self, prog_name: str, subcommand: str) -> None:
