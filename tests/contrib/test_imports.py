@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,3 +34,13 @@ def test_integrations_import_only_public_names():
         if name.partition(".")[0] == "taskx"
     }
     assert found == ALLOWED
+
+
+def test_no_module_hides_what_it_imports():
+    """A package imports its public names late, by their modules. All other imports are statements."""
+    hides = re.compile(r"\b(import_module|__import__)\b")
+    assert [
+        str(file.relative_to(FOLDER))
+        for file in sorted(FOLDER.rglob("*.py"))
+        if hides.search(file.read_text("utf-8"))
+    ] == ["django/__init__.py"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-
 from django.apps import AppConfig
 
 
@@ -17,4 +15,4 @@ class TaskxConfig(AppConfig):
 
     def ready(self) -> None:
         """Connect the signals and the checks."""
-        import_module("taskx.contrib.django.embedding")
+        from taskx.contrib.django import checks, queues  # noqa: F401  (they need the apps)

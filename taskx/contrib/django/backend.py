@@ -9,7 +9,6 @@ from typing import Any
 from django.utils import timezone
 
 from taskx import Queue, TaskNotFound
-from taskx.contrib.django import embedding
 from taskx.contrib.django.checks import check_alias
 from taskx.contrib.django.compat import (
     BaseTaskBackend,
@@ -18,7 +17,8 @@ from taskx.contrib.django.compat import (
     TaskResultStatus,
     task_enqueued,
 )
-from taskx.contrib.django.queues import Place, place_of
+from taskx.contrib.django.places import Place, place_of
+from taskx.contrib.django.queues import get_queue
 from taskx.contrib.django.results import TaskxResult, params_of, result_of
 from taskx.contrib.django.running import announcing
 from taskx.contrib.django.tasks import TaskxTask, dated, run_at, submit_options, task_of
@@ -39,10 +39,6 @@ class TaskxBackend(BaseTaskBackend):
     #: True if ``enqueue`` runs the task.
     inline = False
 
-    def __init__(self, alias: str, params: Mapping[str, Any]) -> None:
-        super().__init__(alias, params)
-        embedding.expect(alias)
-
     @property
     def queue(self) -> Queue:
         """The queue of the alias.
@@ -50,7 +46,7 @@ class TaskxBackend(BaseTaskBackend):
         Raises:
             ConfigurationError: an option is not valid.
         """
-        return self._place.queue
+        return get_queue(self.alias)
 
     @property
     def _place(self) -> Place:

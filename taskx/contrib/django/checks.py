@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from importlib import import_module
 from typing import Any
 
 import attrs
@@ -12,8 +11,9 @@ from django.apps import apps
 from django.core import checks
 from django.db import connections
 
-from taskx import ConfigurationError
-from taskx.contrib.django.settings import APP, Settings, backend_class, entries, settings_of
+from taskx import ConfigurationError, open_repository
+from taskx.contrib.django.places import default_file, place_of
+from taskx.contrib.django.settings import APP, Settings, entries, ours, settings_of
 
 
 @attrs.frozen
@@ -24,11 +24,6 @@ class _Alias:
 
     def __str__(self) -> str:
         return f"TASKS[{self.alias!r}]"
-
-
-def ours() -> list[str]:
-    """Return the aliases of ``TASKS`` with a backend of TaskX."""
-    return [alias for alias in entries() if hasattr(backend_class(alias), "inline")]
 
 
 def check_alias(alias: str) -> Sequence[Any]:
@@ -43,13 +38,12 @@ def check_alias(alias: str) -> Sequence[Any]:
 
 def _of_place(settings: Settings) -> Iterator[Any]:
     """Yield errors if the tasks cannot be stored at the place that the options name."""
-    queues: Any = import_module(f"{APP}.queues")
     about = _Alias(settings.alias)
     try:
         if settings.repository is not None:
-            queues.open_repository(settings.repository).close()
+            open_repository(settings.repository).close()
         elif not (settings.inline or apps.is_installed(APP)):
-            queues.default_file(settings.alias)
+            default_file(settings.alias)
     except (ConfigurationError, ImportError) as error:
         yield checks.Error(f"The tasks cannot be stored: {error}.", None, about, "taskx.E002")
     if settings.database not in connections:
@@ -92,7 +86,7 @@ def _check_without_django(app_configs: Any = None, **more: Any) -> list[Any]:
     if django.VERSION >= (6, 0) or apps.is_installed("django_tasks") or not entries():
         return []
     try:
-        import_module(f"{APP}.compat")
+        from taskx.contrib.django import compat  # noqa: F401
     except ImportError as error:
         hint = "The native API, get_queue(), works without it."
         return [checks.Warning(f"TASKS has no effect: {error}.", hint, "TASKS", "taskx.W002")]
@@ -101,11 +95,10 @@ def _check_without_django(app_configs: Any = None, **more: Any) -> list[Any]:
 
 def _tell_place(app_configs: Any = None, **more: Any) -> list[Any]:
     """Tell where the tasks are stored, for ``manage.py check --deploy``."""
-    queues: Any = import_module(f"{APP}.queues")
     found = []
     for alias in ours():
         if not check_alias(alias):
-            place = queues.place_of(alias)
+            place = place_of(alias)
             how = "run in the processes that serve" if place.settings.embedded else "need a worker"
             text = f"The tasks are stored in {place.queue.repository!r}, and {how}."
             found.append(checks.Info(text, None, _Alias(alias), "taskx.I001"))
@@ -113,6 +106,6 @@ def _tell_place(app_configs: Any = None, **more: Any) -> list[Any]:
 
 
 if django.VERSION >= (6, 0):
-    import_module("django.tasks")  # registers Django's check of TASKS, before the checks run
+    import django.tasks  # registers Django's check of TASKS, before the checks run
 checks.register(_check_without_django, "taskx")
 checks.register(_tell_place, "taskx", deploy=True)

@@ -16,7 +16,7 @@ from taskx.cli.errors import FAILED, Usage
 from taskx.cli.opening import Session, command
 from taskx.cli.output import clean
 from taskx.contrib.django.choosing import chosen
-from taskx.contrib.django.queues import place_of
+from taskx.contrib.django.places import place_of
 from taskx.core.errors import ConfigurationError, TaskxError
 from taskx.core.ticks import Every, every
 from taskx.queue import Queue

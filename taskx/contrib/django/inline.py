@@ -15,7 +15,7 @@ from django.db import connections, transaction
 from taskx.contrib.django.backend import TaskxBackend
 from taskx.contrib.django.blocks import open_blocks
 from taskx.contrib.django.compat import task_enqueued
-from taskx.contrib.django.queues import forget
+from taskx.contrib.django.places import forget
 from taskx.contrib.django.results import TaskxResult
 from taskx.testing import InlineQueue
 

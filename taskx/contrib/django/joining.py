@@ -18,7 +18,7 @@ from django.db.utils import (
 
 from taskx.contrib.django.blocks import after_commit, has_begun, is_open
 from taskx.contrib.django.connections import Connections, Link, Rows, code, is_failure
-from taskx.contrib.django.repository import DjangoRepository
+from taskx.contrib.django.records import Records
 from taskx.core.errors import ConfigurationError
 from taskx.core.writes import NoteChange, Write
 from taskx.liveness.base import Liveness
@@ -30,7 +30,7 @@ T = TypeVar("T")
 _ABORTED = "25P02"
 
 
-class Joined(DjangoRepository):
+class Joined(Records):
     """The repository as a transaction on a thread's own connection sees it.
 
     Attributes:
@@ -38,28 +38,22 @@ class Joined(DjangoRepository):
         noted: True if notes were changed.
     """
 
-    joins = False
     noted = False
     entered = False
 
-    def __init__(self, outer: DjangoRepository, links: Connections, link: Link) -> None:
+    def __init__(self, outer: Records, links: Connections, link: Link) -> None:
         Repository.__init__(self, outer.clock)
         self.codecs = outer.codecs
-        self.using, self.vendor, self.timeout = outer.using, outer.vendor, outer.timeout
+        self.vendor = outer.vendor
         self.applied: list[Write] = []
         self._outer = outer
         self._connections = links
         self._link = link
-        self._doubtful = {}
-        self._file = None
 
     @property
     def liveness(self) -> Liveness[Any]:
         """The nodes: they are recorded outside of all transactions of callers."""
         return self._outer.liveness
-
-    def own_transaction(self, *, submits: bool = False) -> None:
-        return None
 
     def put_notes(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
         results = super().put_notes(changes)
@@ -80,6 +74,10 @@ class Joined(DjangoRepository):
     ) -> T:
         with self.savepoint("taskx_write"), self._translating():
             return work(self._link)
+
+    def version(self) -> object:
+        """Return a new value: nothing waits for others inside a transaction of a caller."""
+        return object()
 
     def _rows(self, sql: str, values: Sequence[Any] = ()) -> Rows:
         with self._translating():
@@ -137,9 +135,7 @@ class Joined(DjangoRepository):
 
 
 @contextmanager
-def join(
-    outer: DjangoRepository, links: Connections, given: object, then: Then | None
-) -> Iterator[Joined]:
+def join(outer: Records, links: Connections, given: object, then: Then | None) -> Iterator[Joined]:
     """Do what :meth:`Repository.joined` describes."""
     own = own_connection(links.alias, given)
     made = Joined(outer, links, Link(own))

@@ -1,94 +1,30 @@
-"""The queues: one for each alias in each process, made at its first use."""
+"""The queues of a site, and their start in processes that serve requests, and in no others."""
 
 from __future__ import annotations
 
+import logging
 import os
-import threading
+import sys
+import time
 from collections.abc import Collection
-from datetime import datetime, timezone
-from functools import partial
-from importlib import import_module
-from pathlib import Path
 from typing import Any
 
-import attrs
-from django.apps import apps
-from django.conf import settings as site
-from django.core.signals import setting_changed
+from django.core.signals import request_finished, request_started
+from django.utils.autoreload import autoreload_started
 from django.utils.module_loading import autodiscover_modules
 
-from taskx import (
-    ConfigurationError,
-    Hook,
-    MemoryRepository,
-    Queue,
-    SQLiteRepository,
-    TaskRepository,
-    open_repository,
-)
-from taskx.contrib.django import embedding
-from taskx.contrib.django.blocks import beside_blocks
-from taskx.contrib.django.settings import APP, DEFAULT, Settings, in_tests, settings_of
-from taskx.contrib.django.surroundings import Surroundings
-from taskx.core.clock import Clock
+from taskx import Queue, QueueStopped
+from taskx.contrib.django import schedules
+from taskx.contrib.django.places import has_tasks, made, place_of
+from taskx.contrib.django.settings import DEFAULT, in_tests, ours
 
-# The settings that a queue depends on. They change only in tests.
-_SETTINGS = frozenset({"TASKS", "DATABASES", "INSTALLED_APPS", "BASE_DIR"})
+_log = logging.getLogger("taskx")
+# Seconds between two tries to start a queue.
+_PATIENCE = 5.0
 
-
-@attrs.frozen
-class Place:
-    """The queue of an alias in this process, and its options.
-
-    Attributes:
-        settings: the options of the alias.
-        queue: the queue.
-        queue_names: the queue names of the tasks that it runs; empty for all.
-    """
-
-    settings: Settings
-    queue: Queue
-    queue_names: set[str] = attrs.field(factory=set)
-    _types: set[str] = attrs.field(factory=set, init=False, repr=False)
-
-    def find(self, type: str) -> None:
-        """Register the executor of a type, if it is the path of a task of Django that this queue may run.
-
-        Raises:
-            ImportError: there is no task of Django at this path.
-        """
-        path, _, queue_name = type.partition("@")
-        if "." not in path or not all(part.isidentifier() for part in path.split(".")):
-            return
-        if self.runs(queue_name or "default"):
-            running: Any = import_module(f"{APP}.running")
-            self.register(running.task_of(type, self.settings.alias))
-
-    def runs(self, queue_name: str) -> bool:
-        """Return True if the queue runs the tasks of Django with a queue name."""
-        return not self.queue_names or queue_name in self.queue_names
-
-    def register(self, task: Any) -> str:
-        """Register the executor of a task of Django, if there is none yet; return its type.
-
-        A type with a queue name that this queue does not run is only declared.
-        """
-        running: Any = import_module(f"{APP}.running")
-        type: str = running.type_of(task)
-        if type not in self._types:
-            with _lock:
-                if type not in self._types:
-                    if self.runs(task.queue_name):
-                        self.queue.register_executor(running.executor_of(task))
-                    else:
-                        self.queue.declare(type)
-                    self._types.add(type)
-        return type
-
-
-_lock = threading.RLock()
-# By alias, and whether Django's test environment is set up: tests have queues of their own.
-_places: dict[tuple[str, bool], Place] = {}
+# The processes that have started their queues: a fork copies it.
+_started_in: dict[int, object] = {}
+_again_at = 0.0
 
 
 def get_queue(alias: str = DEFAULT) -> Queue:
@@ -120,125 +56,67 @@ def load_queue(alias: str = DEFAULT, queue_names: Collection[str] = ()) -> Queue
     place = place_of(alias)
     place.queue_names.update(queue_names)
     autodiscover_modules("tasks")
-    if (running := _running()) is not None:
-        for task in running.tasks_of(alias):
+    if has_tasks():
+        from taskx.contrib.django.running import tasks_of
+
+        for task in tasks_of(alias):
             if place.runs(task.queue_name):
                 place.register(task)
     return place.queue
 
 
-def place_of(alias: str) -> Place:
-    """Return the place of an alias.
+def _on_request(sender: Any, **more: Any) -> None:
+    """Start the queues at the first request of this process. A later one tries again after an error.
 
-    Raises:
-        ConfigurationError: there is no such alias, or an option is not valid.
+    Often that request imports the first module with tasks, and this one. Then its end starts them.
     """
-    key = (alias, in_tests())
-    if (place := _places.get(key)) is None:
-        # Without a lock: it imports modules of the site. The first one made is used.
-        place = _places.setdefault(key, _make(settings_of(alias)))
-        embedding.expect(alias)
-    return place
+    pid = os.getpid()
+    if pid in _started_in or time.monotonic() < _again_at or _is_test(sender):
+        return
+    mine = object()
+    if _started_in.setdefault(pid, mine) is mine:  # else another thread starts them
+        _start(pid)
 
 
-def _running() -> Any:
-    """Return the module that runs tasks of Django; None if this Django has no tasks."""
+def _is_test(sender: Any) -> bool:
+    """Return True for the request of a test: its client answers it in its own process."""
+    client = sys.modules.get("django.test.client")
+    handlers = () if client is None else (client.ClientHandler, client.AsyncClientHandler)
+    return in_tests() or not isinstance(sender, type) or issubclass(sender, handlers)
+
+
+def _on_reload(sender: Any, **more: Any) -> None:
+    """Start the queues in the process of ``runserver`` that serves, without waiting for a request.
+
+    Django sends the signal in the child of the reloader, when the modules of the addresses are imported.
+    So tasks go on after each reload.
+    """
+    pid = os.getpid()
+    if sys.argv[1:2] == ["runserver"] and _started_in.setdefault(pid, sender) is sender:
+        _start(pid)
+
+
+def _start(pid: int) -> None:
+    global _again_at
     try:
-        import_module(f"{APP}.compat")
-    except ImportError:
-        return None
-    return import_module(f"{APP}.running")
+        for alias in embedded():
+            queue = load_queue(alias)
+            schedules.store(alias, queue)
+            queue.start()
+    except QueueStopped:  # the process ends
+        return
+    except Exception as error:  # noqa: BLE001  (the request must be answered)
+        _again_at = time.monotonic() + _PATIENCE
+        _started_in.pop(pid, None)
+        _log.error("the task queue cannot be started yet: %s", error, exc_info=True)
 
 
-def _make(settings: Settings) -> Place:
-    running = _running()
-    hooks: list[Hook] = [] if running is None else [running.Signals(settings.alias)]
-    about: dict[str, Any] = {
-        "hooks": (*hooks, *settings.hooks),
-        "middleware": (Surroundings(), *settings.middleware),
-    }
-    if settings.inline:
-        from taskx.testing import InlineQueue, ManualClock
-
-        clock = ManualClock(datetime.now(timezone.utc))
-        repository = _inline_repository(settings, clock)
-        return Place(settings, InlineQueue(repository, settings.config, clock=clock, **about))
-    found: list[Place] = []
-    find = partial(_find, found)
-    queue = Queue(_repository(settings), settings.config, find_executor=find, **about)
-    found.append(Place(settings, queue))
-    return found[0]
+def embedded() -> list[str]:
+    """Return the aliases whose queues run in the processes of the site."""
+    found = [place_of(alias).settings for alias in {*made(), *ours()}]
+    return sorted(one.alias for one in found if one.embedded and not one.inline)
 
 
-def _find(found: list[Place], type: str) -> None:
-    found[0].find(type)
-
-
-def _repository(settings: Settings) -> TaskRepository:
-    if settings.repository is None and apps.is_installed(APP):
-        module: Any = import_module(f"{APP}.repository")
-        made: TaskRepository = module.DjangoRepository(
-            settings.database, on_commit=settings.on_commit, codec=settings.codec
-        )
-        return made
-    outside: TaskRepository = beside_blocks(_outside(settings), settings.on_commit)
-    return outside
-
-
-def _inline_repository(settings: Settings, clock: Clock) -> TaskRepository | None:
-    """Return the repository of the backend for tests; None if tasks are not in a database."""
-    if settings.repository is not None or not apps.is_installed(APP):
-        return None
-    module: Any = import_module(f"{APP}.inline_repository")
-    made: TaskRepository = module.InlineRepository(settings.database, clock)
-    return made
-
-
-def _outside(settings: Settings) -> Any:
-    """Return a repository outside of Django's databases."""
-    if in_tests():  # Django makes databases for tests, but no other files
-        return MemoryRepository(codec=settings.codec)
-    if settings.repository is not None:
-        return open_repository(settings.repository, settings.codec)
-    return SQLiteRepository(default_file(settings.alias), codec=settings.codec)
-
-
-def default_file(alias: str) -> Path:
-    """Return the file of the tasks of an alias, for a site that names no place.
-
-    Raises:
-        ConfigurationError: the site has no ``BASE_DIR``.
-    """
-    if (folder := getattr(site, "BASE_DIR", None)) is None:
-        raise ConfigurationError(
-            f"there is no place for the tasks: add {APP!r} to INSTALLED_APPS, or set BASE_DIR, or give "
-            f"TASKS[{alias!r}]['OPTIONS']['repository']"
-        )
-    name = "taskx" if alias == DEFAULT else f"taskx-{alias}"
-    return Path(folder) / f"{name}.sqlite3"
-
-
-def forget(alias: str | None = None) -> None:
-    """Stop and close the queue of an alias, or all of them. The next use makes a new one."""
-    with _lock:
-        keys = [key for key in _places if alias in (None, key[0])]
-        places = [_places.pop(key) for key in keys]
-    for place in places:
-        place.queue.stop(cancel=True)
-        place.queue.close()
-
-
-def _forget_changed(*, setting: str, **more: Any) -> None:
-    if setting in _SETTINGS:
-        forget()
-
-
-setting_changed.connect(_forget_changed, dispatch_uid="taskx")
-
-
-def _renew_after_fork() -> None:
-    global _lock
-    _lock = threading.RLock()
-
-
-os.register_at_fork(after_in_child=_renew_after_fork)
+request_started.connect(_on_request, dispatch_uid="taskx")
+request_finished.connect(_on_request, dispatch_uid="taskx")
+autoreload_started.connect(_on_reload, dispatch_uid="taskx")

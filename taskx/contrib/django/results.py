@@ -18,8 +18,8 @@ from taskx.contrib.django.compat import (
     TaskError,
     TaskResult,
     TaskResultStatus,
+    task_backends,
 )
-from taskx.contrib.django.queues import get_queue
 from taskx.contrib.django.tasks import changed
 
 _STATUS: Mapping[TaskStatus, Any] = {
@@ -42,7 +42,8 @@ class TaskxResult(TaskResult):
     @property
     def taskx(self) -> TaskHandle[Any]:
         """The handle: ``task()`` has the progress, the log and the attempts; ``cancel()``; ``why()``."""
-        return get_queue(self.backend).handle(self.id)
+        handle: TaskHandle[Any] = task_backends[self.backend].queue.handle(self.id)
+        return handle
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

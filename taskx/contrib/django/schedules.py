@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 from taskx.contrib.django.blocks import commit_implicit
@@ -38,8 +37,9 @@ def schedule(
     """
     type = task
     if not isinstance(task, str):
-        tasks: Any = import_module("taskx.contrib.django.tasks")  # needs a Django that has tasks
-        type = tasks.type_of(task)
+        from taskx.contrib.django.tasks import type_of  # needs a Django that has tasks
+
+        type = type_of(task)
     alias = str(backend or getattr(task, "backend", "default"))
     _declared.setdefault(alias, {})[name] = (name, spec, type, params or {}), options
 

@@ -85,6 +85,11 @@ def backend_class(alias: str) -> Any:
         return None
 
 
+def ours() -> list[str]:
+    """Return the aliases of ``TASKS`` with a backend of TaskX."""
+    return [alias for alias in entries() if hasattr(backend_class(alias), "inline")]
+
+
 def settings_of(alias: str) -> Settings:
     """Return the options of an alias.
 

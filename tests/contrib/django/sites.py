@@ -12,7 +12,7 @@ from django.db import connections
 from django.test import Client
 
 from taskx.contrib.django.models import NoteRow, ParentRow, TagRow, TaskRow
-from taskx.contrib.django.queues import forget
+from taskx.contrib.django.places import forget
 
 #: The header by which a browser of today says that a form is on a page of the same site.
 SAME = {"HTTP_SEC_FETCH_SITE": "same-origin"}

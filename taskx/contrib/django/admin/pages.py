@@ -8,9 +8,9 @@ from typing import Any
 import django
 from django.contrib import admin, messages
 
-from taskx.contrib.django.checks import ours
 from taskx.contrib.django.queues import load_queue
 from taskx.contrib.django.repository import DjangoRepository
+from taskx.contrib.django.settings import ours
 from taskx.core.errors import RepositoryError, TaskxError
 from taskx.queue import Queue
 
