@@ -88,11 +88,21 @@ class CeleryEngine(BrokerEngine):
         super().renew_after_fork()
         self._connection: Any = None
 
+    def connect(self) -> None:
+        """Connect to the broker; raise an exception if it has not answered in about :data:`TIMEOUT`."""
+        try:
+            if self._connection is None:
+                self._connection = self._make_connection()
+            self._connection.default_channel  # noqa: B018  (it connects, and logs in)
+        except BaseException:
+            self.disconnect()
+            raise
+
     def send(self, ticket: Ticket) -> None:
         """Send a ticket; raise an exception if the broker has not taken it in about :data:`TIMEOUT`."""
         try:
             if self._connection is None:
-                self._connection = self._connect()
+                self._connection = self._make_connection()
             queue = self._queues.get(ticket.type)
             self._app.send_task(
                 TASK,
@@ -114,7 +124,7 @@ class CeleryEngine(BrokerEngine):
             with suppress(Exception):  # the broker may be away
                 connection.release()
 
-    def _connect(self) -> Any:
+    def _make_connection(self) -> Any:
         bounds = {
             "max_retries": 0,
             "socket_timeout": TIMEOUT,

@@ -88,6 +88,13 @@ class DramatiqEngine(BrokerEngine):
             broker.declare_queue(name)
         broker.add_middleware(_middleware(self))
 
+    def connect(self) -> None:
+        """Connect to Redis or RabbitMQ; raise an exception if that is not possible."""
+        if self.hands_over:
+            self._broker.connection  # type: ignore[attr-defined]  # noqa: B018  (it connects)
+        elif (client := getattr(self._broker, "client", None)) is not None:
+            client.ping()
+
     def send(self, ticket: Ticket) -> None:
         """Send a ticket. The time-outs of the broker's client limit how long this takes."""
         message = self._actor.message(ticket.id, ticket.type)

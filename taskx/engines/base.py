@@ -131,6 +131,9 @@ class BrokerEngine(Engine):
         One thread of TaskX calls it. It must end in bounded time, because other tickets wait for it.
         """
 
+    def connect(self) -> None:
+        """Connect to the broker, or raise any exception. A thread calls it before it sends tickets."""
+
     def disconnect(self) -> None:
         """Close the connection to the broker; the thread that calls :meth:`send` does this at its end."""
 

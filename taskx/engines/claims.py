@@ -1,4 +1,11 @@
-"""Claims: the task that a ticket starts."""
+"""Claims: the task that a ticket starts.
+
+A ticket *counts* while its task is pending and has an owner, the node that has sent it. There shall be one
+message for each task that has an owner, and no more. So a ticket that counts and starts another task frees
+its own task, which then gets a new ticket. A ticket that does not count is one too many: another one has
+started its task, or the message came twice. It may start the best task that is due only if that has no
+ticket. So the number of messages falls by one.
+"""
 
 from __future__ import annotations
 
@@ -42,11 +49,15 @@ class Claims:
             for _ in range(TRIES):
                 if pool.stopping:
                     return None
-                found = self._candidates(ticket)
+                named = self._named(ticket)
+                counts = named is not None and bool(named[1])
+                found = self._candidates(ticket, named)
                 for stub, owner in found:
+                    if owner and not counts:
+                        return None
                     run = self._start(stub, worker)
                     if run is not None:
-                        if stub.id != ticket.id and not owner:
+                        if counts and stub.id != ticket.id:
                             self._free(ticket)
                         return run
                 if len(found) < FEW or not fetcher.has_room(ticket.type):
@@ -64,10 +75,9 @@ class Claims:
             pool.starter.hand_back([run], rebuffer=False)  # the stop could not see it yet
         return None
 
-    def _candidates(self, ticket: Ticket) -> list[tuple[Stub, str]]:
+    def _candidates(self, ticket: Ticket, named: tuple[Stub, str] | None) -> list[tuple[Stub, str]]:
         """Return the best tasks of a type with their owners, in the order in which to try them."""
         repository, ageing = self._services.repository, self._pool.buffer.ageing
-        named = self._named(ticket)
         senders = dict.fromkeys(["", *self._pool.tickets.senders, *([named[1]] if named else [])])
         found = {
             stub.id: (stub, owner)
@@ -98,6 +108,6 @@ class Claims:
             self._pool.tickets.keep(ticket, named[1])
 
     def _free(self, ticket: Ticket) -> None:
-        """Free the ticket's task: its ticket has started another one, which had none."""
+        """Free the ticket's task: its ticket has started another one."""
         if (named := self._named(ticket)) is not None and named[1]:
             self._services.ledger.commit([lifecycle.free(ticket.id, named[1])])

@@ -2,6 +2,10 @@
 
 The owner of a pending task is the node that has sent its ticket. So the store knows the tickets of all
 nodes. A task without an owner has none. The tasks of a dead node become free, like those of any buffer.
+
+A node without workers is there to send tickets, and has a thread for it. In a worker process the
+housekeeper looks twice a second if this node has to send any, because no other one does, and starts the
+thread then.
 """
 
 from __future__ import annotations
@@ -20,10 +24,11 @@ from taskx.common.bell import Signal
 from taskx.core import lifecycle
 from taskx.core.errors import RepositoryError
 from taskx.core.log import Complaint
+from taskx.core.payload import clean_text
 from taskx.core.record import Stub
+from taskx.engines.crew import Crew
 from taskx.engines.pool import TicketPool
 from taskx.engines.tickets import Ticket
-from taskx.liveness.base import Node
 
 #: Most tickets for each worker that no worker has used yet.
 DEPTH = 2
@@ -35,6 +40,10 @@ LEAVE = 1.0
 _FRESH, _LONGEST_WAIT = 0.5, 60.0
 #: Seconds to wait after an error: first, and at most.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 2.0
+#: Seconds after which the thread of a worker process ends if it has nothing to send.
+KEEP = 2.0
+#: Most characters of an error that are recorded.
+_MOST_WORDS = 300
 
 
 @attrs.define
@@ -55,6 +64,7 @@ class Sender(Protocol):
     name: str
     resend: float
 
+    def connect(self) -> None: ...
     def send(self, ticket: Ticket) -> None: ...
     def disconnect(self) -> None: ...
 
@@ -66,48 +76,8 @@ class _Waiting(NamedTuple):
     starts: int
 
 
-class Crew:
-    """The nodes of one engine: those that run tasks for tickets, and those that only send them."""
-
-    def __init__(self, nodes: Sequence[Node], engine: str, me: str) -> None:
-        mine = [node for node in nodes if node.about.engine == engine]
-        self.ids = [*dict.fromkeys([*(node.id for node in mine), me])]
-        alive = [node for node in mine if node.alive is not False and not node.stopping]
-        self.workers = [node for node in alive if node.workers]
-        senders = [node.id for node in alive if not node.workers]
-        workers = sorted(node.id for node in self.workers)
-        #: True if this node sends tickets at once. The others leave that to it for a moment.
-        self.first = me in senders or (not senders and me in workers[:1])
-
-    @property
-    def types(self) -> list[str]:
-        """The types that some worker runs."""
-        return [*dict.fromkeys(type for node in self.workers for type in node.types)]
-
-    def capacity(self, type: str) -> int:
-        """Return the number of tasks of a type that all workers together run at a time."""
-        total, most = 0, math.inf
-        for node in self.workers:
-            if type not in node.types:
-                continue
-            limit = node.limits.get(type)
-            slots = None if limit is None else limit.max_concurrency
-            if limit is None or slots is None:
-                total += node.workers
-            elif limit.scope == "global":
-                total, most = total + node.workers, slots
-            else:
-                total += min(node.workers, slots)
-        return int(min(total, most))
-
-    def limited(self, type: str) -> bool:
-        """Return True if a worker may run fewer tasks of a type than it has threads."""
-        limits = (node.limits.get(type) for node in self.workers)
-        return any(limit is not None and limit.max_concurrency is not None for limit in limits)
-
-
 class Dispatcher:
-    """The thread of a node that sends its tickets.
+    """Sends the tickets of a node, on a thread.
 
     A ticket is sent after the write that makes this node the owner of the task. It counts until the task
     has started or has another owner. It is sent again if this takes too long while workers are idle: the
@@ -126,32 +96,62 @@ class Dispatcher:
         #: The tickets of this node that no worker has used yet, by its knowledge.
         self.sent: dict[str, _Sent] = {}
         self.crew = Crew((), engine.name, pool.node.id)
-        self._crew_at = -math.inf
+        self._crew_at = self._looked_at = -math.inf
+        self._needed_at = math.inf
         self._seen: dict[str, float] = {}
         self._complaint = Complaint(pool.services.log)
         self._broker = Complaint(pool.services.log)
-        self._reached = True  # False if the broker refused the last ticket
+        self._reached: bool | None = None  # what the last contact with the broker showed
         self._rest = SHORTEST_REST
         self._signal = Signal()
-        self._stopped = False
-        self._thread = threading.Thread(target=self._run, name="taskx-dispatch", daemon=True)
-        pool.tickets.ring = self._signal.set
+        self._stopped = True
+        self._thread: threading.Thread | None = None
+        pool.tickets.ring = self.ring
         pool.tickets.sent = self.sent
 
     def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
+        """Send tickets from now on."""
+        self._stopped = False
+        if self._pool.only_sends:
+            self._start_thread()
 
     def stop(self) -> None:
         """End the thread. It may be in the middle of sending a ticket, and then ends after that."""
         self._stopped = True
         self._signal.set()
-        if self._thread.is_alive() and self._thread is not threading.current_thread():
-            self._thread.join(1.0)
+        thread = self._thread
+        if thread is not None and thread.is_alive() and thread is not threading.current_thread():
+            thread.join(1.0)
+
+    def ring(self) -> None:
+        """Have tickets sent soon if there are any to send. The housekeeper calls this, twice a second.
+
+        Raises:
+            RepositoryError: the repository failed.
+        """
+        if not self._stopped and self._thread is None and self._is_needed():
+            self._start_thread()
+        self._signal.set()
+
+    def _start_thread(self) -> None:
+        self._needed_at = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="taskx-dispatch", daemon=True)
+        self._thread.start()
+
+    def _is_needed(self) -> bool:
+        """Return True if this node has to send tickets now; only called while there is no thread."""
+        now = time.monotonic()
+        if now - self._looked_at < _FRESH:
+            return False
+        self._looked_at = now
+        waiting, mine = self._waiting()
+        if self.crew.first or mine:
+            return True
+        return any(self._free_tasks(type, number)[0] for type, number in waiting.items())
 
     def _run(self) -> None:
         pause = 0.0
-        while not self._stopped:
+        while not self._stopped and self._goes_on():
             try:
                 fine = self.round()
                 self._complaint.over()
@@ -165,15 +165,16 @@ class Dispatcher:
             self._signal.wait(pause or self._rest)
         with suppress(Exception):  # the broker may be away
             self._engine.disconnect()
+        self._thread = None
+
+    def _goes_on(self) -> bool:
+        """Return False if the thread may end: in a worker process, while others send the tickets."""
+        return self._pool.only_sends or time.monotonic() - self._needed_at < KEEP
 
     def round(self) -> bool:
         """Send the tickets that are due; return False if the broker refused one."""
-        pool, repository, me = self._pool, self._services.repository, self._pool.node.id
-        pool.buffer.sweep(lambda type: True)  # what is put there is stored as this node's, too
-        self._refresh_crew()
-        rows = repository.find("buffered_on", self.crew.ids, ("id", "type", "starts", "owner"))
-        waiting = Counter(type for _, type, _, _ in rows)
-        mine = {i: _Waiting(type, starts) for i, type, starts, owner in rows if owner == me}
+        pool = self._pool
+        waiting, mine = self._waiting()
         used = [
             i for i, sent in self.sent.items() if i not in mine or mine[i].starts != sent.starts
         ]
@@ -183,12 +184,31 @@ class Dispatcher:
         due.update(self._lost(mine))
         more = False
         if not pool.stopping:
-            for type in self.crew.types:
-                new, full = self._take(type, waiting[type])
+            for type, number in waiting.items():
+                new, full = self._take(type, number)
                 due.update(new)
                 more = more or full
+        if self.crew.first or mine or due:
+            self._needed_at = time.monotonic()
         self._set_rest(busy=bool(used) or (more and bool(due)), idle=not mine and not due)
-        return self._send_all(due)
+        return self._send_all(due) if due else self._reached or self._connect()
+
+    def _waiting(self) -> tuple[Counter[str], dict[str, _Waiting]]:
+        """Return the number of tickets of each type that some worker runs, and the tasks of this node."""
+        pool, me = self._pool, self._pool.node.id
+        pool.buffer.sweep(lambda type: True)  # what is put there is stored as this node's, too
+        self._refresh_crew()
+        fields = ("id", "type", "starts", "owner")
+        rows = self._services.repository.find("buffered_on", self.crew.ids, fields)
+        waiting = Counter(dict.fromkeys(self.crew.types, 0))
+        waiting.update(type for _, type, _, _ in rows if type in waiting)
+        kept = pool.tickets.kept
+        mine = {
+            i: _Waiting(type, starts)
+            for i, type, starts, owner in rows
+            if owner == me and i not in kept
+        }
+        return waiting, mine
 
     def _set_rest(self, *, busy: bool, idle: bool) -> None:
         if busy and self.crew.first:
@@ -209,29 +229,37 @@ class Dispatcher:
 
         Return them, and True if more tasks may be free.
         """
-        services, crew = self._services, self.crew
-        room = DEPTH * crew.capacity(type) - waiting
-        if room <= 0 or type in services.controls.paused:
-            return {}, room <= 0
-        if crew.limited(type):
-            room = crew.capacity(type) - waiting - self._running(type)
-            if room <= 0:
-                return {}, False
-        if not self._reached:
-            room = 1
-        stubs = services.repository.ready([type], room, "", self._pool.buffer.ageing)
-        stubs = stubs if crew.first else self._left_over(stubs)
+        stubs, more = self._free_tasks(type, waiting)
         if not stubs:
-            return {}, False
+            return {}, more
         node = self._pool.node.id
-        taken = services.ledger.commit([lifecycle.take(stub.id, node) for stub in stubs])
+        taken = self._services.ledger.commit([lifecycle.take(stub.id, node) for stub in stubs])
         mine = {
             s.id: _Waiting(type, s.starts) for s, held in zip(stubs, taken, strict=True) if held
         }
         for task_id in mine:
             self._seen.pop(task_id, None)
             self.sent.pop(task_id, None)
-        return mine, len(stubs) == room
+        return mine, more
+
+    def _free_tasks(self, type: str, waiting: int) -> tuple[Sequence[Stub], bool]:
+        """Return the best free tasks that workers have room for, and True if there may be more.
+
+        ``waiting`` is the number of tickets of this type that were not used yet.
+        """
+        services, crew = self._services, self.crew
+        room = DEPTH * crew.capacity(type) - waiting
+        if room <= 0 or type in services.controls.paused:
+            return (), room <= 0
+        if crew.limited(type):
+            room = crew.capacity(type) - waiting - self._running(type)
+            if room <= 0:
+                return (), False
+        if self._reached is False:
+            room = 1
+        stubs = services.repository.ready([type], room, "", self._pool.buffer.ageing)
+        stubs = stubs if crew.first else self._left_over(stubs)
+        return stubs, len(stubs) == room
 
     def _left_over(self, stubs: Sequence[Stub]) -> list[Stub]:
         """Return the tasks that the nodes which come first have not taken for some time."""
@@ -277,17 +305,33 @@ class Dispatcher:
                 sent = _Sent(task.starts, time.monotonic(), self._engine.resend)
                 self.sent.setdefault(task_id, sent)
         except Exception as error:  # noqa: BLE001  (the libraries of brokers have no common class of errors)
-            self._reached = False
-            self._broker.make(
-                "the broker fails, and %d ticket(s) are sent later: %s: %s",
-                *(len(unsent), type(error).__name__, error),
-            )
+            self._note(error)
             self._free(unsent)
             return False
-        if tasks:
-            self._reached = True
-            self._broker.over()
+        self._note(None)
         return True
+
+    def _connect(self) -> bool:
+        """Connect to the broker, so that a program learns soon if it cannot be reached."""
+        try:
+            self._engine.connect()
+        except Exception as error:  # noqa: BLE001  (as above)
+            self._note(error)
+            return False
+        self._note(None)
+        return True
+
+    def _note(self, error: Exception | None) -> None:
+        """Note what a contact with the broker has shown, and record it with the node if that is news."""
+        self._reached = error is None
+        self._pool.broker_error = "" if error is None else _text(error)
+        if error is None:
+            self._broker.over()
+        else:
+            self._broker.make(
+                "the broker cannot be used: tasks are stored, and start when it can: %s",
+                self._pool.broker_error,
+            )
 
     def _free(self, task_ids: Collection[str]) -> None:
         """Free the tasks of tickets that were not sent."""
@@ -295,3 +339,9 @@ class Dispatcher:
         for task_id in task_ids:
             self.sent.pop(task_id, None)
         self._services.ledger.commit([lifecycle.free(task_id, node) for task_id in task_ids])
+
+
+def _text(error: Exception) -> str:
+    """Return an error of a broker's library, of which some have no message of their own."""
+    words = str(error) or repr(error.__cause__ or error)
+    return clean_text(f"{type(error).__name__}: {words}", _MOST_WORDS)

@@ -35,6 +35,7 @@ class TicketNode(LocalNode):
         self, services: Services, config: Config, ended: Callable[[], object], engine: _Engine
     ) -> None:
         self._name, self._workers = engine.name, engine.workers
+        self.tends = engine.workers > 0
         #: Called when the node may run tasks.
         self.begun: Callable[[], object] = lambda: None
         super().__init__(services, attrs.evolve(config, worker_num=max(1, engine.workers)), ended)

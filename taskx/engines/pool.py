@@ -11,7 +11,7 @@ from taskx.common.config import Config
 from taskx.core import lifecycle
 from taskx.core.errors import SchemaMismatch
 from taskx.core.model import Task
-from taskx.engines.tickets import Tickets
+from taskx.engines.tickets import Ticket, Tickets
 from taskx.liveness.base import Node
 from taskx.moving import Services
 from taskx.running.fetcher import Fetcher
@@ -35,17 +35,17 @@ class TicketFetcher(Fetcher):
 
     def unmarked(self) -> set[str]:
         """Return the ids of the pending tasks of this node, which the audit then leaves alone."""
-        return {*super().unmarked(), *list(self.tickets.sent)}
+        return {*super().unmarked(), *list(self.tickets.sent), *self.tickets.kept}
 
     def refill(self) -> bool:
         """Have tickets sent soon."""
         self._agenda.more_stored = False
         try:
             self._free_unused()
+            self.tickets.ring()
         except BaseException:
             self._agenda.more_stored = True
             raise
-        self.tickets.ring()
         return True
 
     def refill_if_low(self) -> None:
@@ -82,18 +82,24 @@ class TicketPool(WorkerPool):
     ) -> None:
         super().__init__(services, node, config, retire)
         self.tickets = self.fetcher.tickets
-        self.rebuffer = self._send_ticket
+        self.rebuffer = self._keep
+        #: True if this node sends tickets and runs no tasks.
+        self.only_sends = not node.about.worker_num
+        self.hears = self.only_sends
+        #: The last error of the broker, if it could not be used when it was tried last.
+        self.broker_error = ""
 
     def start_workers(self) -> None:
         """Start no thread."""
 
     def described(self) -> Node:
         """Return the node with what it runs: nothing, if it only sends tickets."""
-        described = super().described()
-        if self.node.about.worker_num:
+        described = attrs.evolve(super().described(), broker_error=self.broker_error)
+        if not self.only_sends:
             return described
         return attrs.evolve(described, types=(), limits={}, own_limits={}, workers=0)
 
-    def _send_ticket(self, task: Task) -> None:
-        """Have a ticket sent for a task that became pending again, and that this node still owns."""
-        self.tickets.ring()
+    def _keep(self, task: Task) -> None:
+        """Have a task freed that became pending again, and that this node still owns."""
+        self.tickets.keep(Ticket(task.id, task.type), self.node.id)
+        self.agenda.fetch_soon()

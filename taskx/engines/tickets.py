@@ -30,7 +30,7 @@ class Tickets:
     """The tickets of a node: those that it has sent, and those that it has got and could not use."""
 
     def __init__(self) -> None:
-        #: Wakes the thread that sends tickets.
+        #: Has tickets sent soon.
         self.ring: Callable[[], object] = lambda: None
         #: The ids of the tasks whose tickets this node has sent, and that have not started.
         self.sent: Collection[str] = ()
@@ -43,6 +43,12 @@ class Tickets:
         """Keep a ticket that no task of its type can use on this node now."""
         with self._lock:
             self._unused[ticket.id] = Unused(ticket, owner, time.monotonic())
+
+    @property
+    def kept(self) -> set[str]:
+        """The ids of the tasks of the tickets that were kept."""
+        with self._lock:
+            return set(self._unused)
 
     def usable(self, has_room: Callable[[str], bool], runs: Callable[[str], bool]) -> list[Unused]:
         """Remove and return the tickets that may be of use now, here or elsewhere."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import threading
 import weakref
@@ -63,6 +64,7 @@ class Node:
         alive: True while its process lives, False once it is known to be dead, None if neither is known.
         beat_at: the time of its last heartbeat by its own clock, in milliseconds; None if it sends none.
         late: True if it is alive, but its heartbeat has stood still for longer than usual.
+        broker_error: the error of the broker of its engine, if that could not be used; else empty.
     """
 
     id: str
@@ -76,6 +78,7 @@ class Node:
     alive: bool | None = None
     beat_at: int | None = None
     late: bool = False
+    broker_error: str = ""
 
 
 class Applies(Protocol):
@@ -117,9 +120,18 @@ class Liveness(ABC, Generic[OwnT]):
         """Return True if a node is one of this process, and recorded here."""
         return node in self._own
 
+    #: Seconds between two calls of :meth:`tend` that are soon enough.
+    interval = math.inf
+
     @abstractmethod
-    def join(self, node: Node) -> None:
-        """Record a node, and prove that it is alive until :meth:`leave` or the death of the process."""
+    def join(self, node: Node, *, tended: bool = False) -> None:
+        """Record a node, and prove that it is alive until :meth:`leave` or the death of the process.
+
+        With ``tended``, the caller calls :meth:`tend` again and again, which saves a thread.
+        """
+
+    def tend(self, node: str) -> None:
+        """Do what is due to prove that a node of this process is alive, if it was joined as tended."""
 
     @abstractmethod
     def record(self, node: Node) -> None:
@@ -165,7 +177,7 @@ class Liveness(ABC, Generic[OwnT]):
 class InProcess(Liveness[Node]):
     """The nodes of a store that only one process uses: none of them can be dead."""
 
-    def join(self, node: Node) -> None:
+    def join(self, node: Node, *, tended: bool = False) -> None:
         self._own[node.id] = attrs.evolve(node, alive=True)
 
     def record(self, node: Node) -> None:
@@ -287,6 +299,7 @@ def described(
         alive=alive,
         beat_at=facts.get("beat_at"),
         late=late,
+        broker_error=facts.get("broker_error", ""),
     )
 
 
@@ -299,6 +312,7 @@ def _changing_facts(node: Node) -> dict[str, Any]:
             type: limit and _limit_to_json(limit) for type, limit in node.own_limits.items()
         },
         "workers": node.workers,
+        "broker_error": node.broker_error,
     }
 
 

@@ -1,7 +1,8 @@
 """Leases: the liveness of nodes that may run on several hosts.
 
 **Heartbeat.** A thread writes the note of each node again and again, so that the note's version rises. This
-is one write, to a note that no other process writes.
+is one write, to a note that no other process writes. The thread is one of this module, or that of a caller
+who tends the node.
 
 **Death.** A node is dead when its heartbeat has stood still for a whole lease. Each observer measures this
 with its own monotonic clock. It counts only the time between two successful polls that were close
@@ -53,8 +54,13 @@ _STILL = "/still"
 class _Leased(Own):
     """A node of this process, with the state of its lease."""
 
-    def __init__(self, node: Node, facts: Mapping[str, Any], acknowledged: float) -> None:
+    def __init__(
+        self, node: Node, facts: Mapping[str, Any], acknowledged: float, tended: bool
+    ) -> None:
         super().__init__(node, facts)
+        #: True if the caller has the heartbeats sent; then the time of the next one.
+        self.tended = tended
+        self.next_beat = acknowledged
         #: The time at which the last acknowledged heartbeat was sent.
         self.acknowledged = acknowledged
         self.dead = False
@@ -103,10 +109,10 @@ class Leases(Recorded[_Leased]):
 
     # --- own nodes
 
-    def join(self, node: Node) -> None:
+    def join(self, node: Node, *, tended: bool = False) -> None:
         host, lock = self._locks.hold(node.id)
         facts = {"host": host, "lock": lock, "beat_at": self._now_ms()}
-        own = _Leased(node, facts, self._monotonic())
+        own = _Leased(node, facts, self._monotonic(), tended)
         try:
             self._write(node.id, own)
         except BaseException:
@@ -115,13 +121,24 @@ class Leases(Recorded[_Leased]):
         try:
             with self._changed:
                 self._own[node.id] = own
-                if self._thread is None:
+                if tended:
+                    self._start_watch()
+                elif self._thread is None:
                     thread = threading.Thread(target=self._run, name="taskx-beat", daemon=True)
                     thread.start()
                     self._thread = thread
         except BaseException:  # the thread did not start, so nothing would send heartbeats
             self.leave(node.id)
             raise
+
+    def tend(self, node: str) -> None:
+        own = self._own.get(node)
+        if own is None or not own.tended or (began := self._monotonic()) < own.next_beat:
+            return
+        with self._changed:
+            self._start_watch()  # a system with too many threads may have refused it
+        self._beat_on(node, own)
+        own.next_beat = self._monotonic() + self._until_next(began)
 
     def watch(self, node: str, lost: Callable[[], object]) -> None:
         self._own[node].tell = lost
@@ -173,10 +190,10 @@ class Leases(Recorded[_Leased]):
     def _run(self) -> None:
         while True:
             with self._changed:
-                if not self._own:
+                nodes = {node: own for node, own in self._own.items() if not own.tended}
+                if not nodes:
                     self._thread = None
                     return
-                nodes = dict(self._own)
                 self._start_watch()
             began = self._monotonic()
             for node, own in nodes.items():

@@ -229,7 +229,7 @@ class KernelLocks(Recorded[Own]):
     def _locks(self) -> NodeLocks:
         return NodeLocks(self._place()[0])
 
-    def join(self, node: Node) -> None:
+    def join(self, node: Node, *, tended: bool = False) -> None:
         self._on_record()
         _, file = self._place()
         own = Own(node, {"file": file, "lock": self._locks.hold(node.id, file)})

@@ -77,7 +77,8 @@ class Housekeeper:
         # Signals interrupt only the main thread. If it commits for others, this thread calls the callbacks.
         self._agenda.attended = True
         self._thread.start()
-        self._listening.start()
+        if self._pool.hears:
+            self._listening.start()
 
     def stop(self) -> None:
         """End the thread; return when it has ended, or at once if called on it."""
@@ -127,7 +128,8 @@ class Housekeeper:
 
     def _sleep(self, failures: int) -> None:
         if failures:
-            self._agenda.sleep(min(POLL * 2.0 ** min(failures, 10), _LONGEST_BACKOFF))
+            pause = min(POLL * 2.0 ** min(failures, 10), _LONGEST_BACKOFF)
+            self._agenda.sleep(min(pause, self._services.repository.liveness.interval))
         elif self._more_to_do():
             self._agenda.sleep(_SHORTEST)
         elif self._services.ledger or self._pool.needs_care:
@@ -165,6 +167,7 @@ class Housekeeper:
         """
         until = time.monotonic() + PATIENCE
         self._agenda.begin_round()
+        self._services.repository.liveness.tend(self._pool.node.id)
         try:
             self._services.repository.ensure_there()
         except SchemaMismatch as error:  # go on: outcomes must be written in any case
@@ -188,7 +191,7 @@ class Housekeeper:
             self._pool.record()
             self._pool.tuning.tend()
             self._process_changes()
-        elif self._is_time("poll", POLL) and self._changed():
+        elif self._polls and self._is_time("poll", POLL) and self._changed():
             self._agenda.due_known = False
             self._ticker.refresh_soon()
             self._process_changes()
@@ -206,6 +209,11 @@ class Housekeeper:
         self._retention.tick()
         if self._expiry.waiting:
             self._expiry.go_on(until - time.monotonic())
+
+    @property
+    def _polls(self) -> bool:
+        """True if a change by another process must be noticed before the next check for dead nodes."""
+        return self._pool.hears or self._services.watcher.watching
 
     def _run_audits(self) -> None:
         """Check for everything that an event should have reported and did not."""

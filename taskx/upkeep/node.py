@@ -53,6 +53,8 @@ class LocalNode:
     """
 
     pool_class: type[WorkerPool] = WorkerPool
+    #: True if the housekeeper sends the heartbeats, which saves a thread.
+    tends = False
 
     def __init__(self, services: Services, config: Config, ended: Callable[[], object]) -> None:
         self._services = services
@@ -99,7 +101,7 @@ class LocalNode:
             services.repository.prepare()
             self.pool.tuning.refresh()  # first: the record tells the limits and workers
             self.record = self.pool.recorded = self.pool.described()
-            services.repository.liveness.join(self.record)
+            services.repository.liveness.join(self.record, tended=self.tends)
         except RepositoryError:
             self._on_record = False
             raise

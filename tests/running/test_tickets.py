@@ -103,6 +103,13 @@ def the_tickets(shop: Shop, count: int) -> list[Ticket]:
     return [shop.tickets.get(timeout=PATIENCE) for _ in range(count)]  # type: ignore[misc]
 
 
+def tickets_of(shop: Shop) -> list[str]:
+    """Return the ids of the tasks whose tickets were sent and not used yet."""
+    repository = services_of(shop.edge).repository
+    owners = [node.id for node in repository.nodes()]
+    return [task_id for (task_id,) in repository.find("buffered_on", owners, ("id",))]
+
+
 def test_a_ticket_starts_the_task_that_it_names_among_equal_ones(shop):
     worker = shop.workers(2, note(shop), serve=False)
     submit(shop, 1, 2, 3)
@@ -136,6 +143,38 @@ def test_a_second_ticket_starts_nothing(shop):
     for _ in range(3):
         worker.run(*ticket)
     assert (shop.ran, handle.task().starts) == ([1], 1)
+
+
+def test_surplus_tickets_start_nothing_that_has_a_ticket_so_that_their_number_falls(shop):
+    worker = shop.workers(2, note(shop), serve=False)
+    shop.edge.start()
+    submit(shop, *range(30))
+    for ticket in the_tickets(shop, 4):  # two for each worker
+        for _ in range(10):
+            shop.tickets.put(ticket)
+    for ticket in the_tickets(shop, 40):
+        worker.run(*ticket)
+    assert shop.ran == [0, 1, 2, 3]
+    eventually(lambda: shop.tickets.qsize() == 4)
+    while len(shop.ran) < 30:
+        worker.run(*shop.tickets.get(timeout=PATIENCE))
+    assert sorted(shop.ran) == [*range(30)]
+    assert shop.tickets.empty()
+
+
+def test_a_surplus_ticket_starts_a_better_task_that_has_none(shop):
+    worker = shop.workers(1, note(shop), serve=False)
+    shop.edge.start()
+    submit(shop, 1, 2, 3)
+    first, second = the_tickets(shop, 2)
+    worker.run(*first)
+    (third,) = the_tickets(shop, 1)
+    submit(shop, 9, priority=5)  # no ticket: there are two for one worker
+    worker.run(*first)
+    assert shop.ran == [1, 9]
+    for ticket in (second, third):
+        worker.run(*ticket)
+    assert shop.ran == [1, 9, 2, 3]
 
 
 def test_a_ticket_of_a_type_that_this_worker_does_not_know_goes_to_another(shop):
