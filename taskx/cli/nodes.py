@@ -65,6 +65,8 @@ def _state(node: NodeInfo) -> Cell:
         return Cell("dead", "red")
     if node.suspected:
         return Cell("suspected", "yellow")
+    if node.broker_error:
+        return Cell("no broker", "red")
     return Cell("stopping", "yellow") if node.stopping else Cell("alive", "green")
 
 

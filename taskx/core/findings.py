@@ -35,6 +35,7 @@ ProblemKind = Literal[
     "repository",
     "stuck",
     "nodes",
+    "broker",
     "oldest_due",
     "failed",
     "file_size",

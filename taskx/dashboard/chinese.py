@@ -320,6 +320,7 @@ CHINESE: Mapping[str, str] = {
     "Version": "版本",
     "Started": "启动时间",
     "Last heartbeat": "最近心跳",
+    "Engine": "引擎",
     "Workers": "工作线程",
     "{busy} of {workers} busy": "{workers} 个中有 {busy} 个忙碌",
     "the program says {number}": "程序设置为 {number}",

@@ -92,6 +92,9 @@ class TicketPool(WorkerPool):
     def start_workers(self) -> None:
         """Start no thread."""
 
+    def set_workers(self, number: int) -> None:
+        """Do nothing: the worker process decides how many tasks it runs at a time."""
+
     def described(self) -> Node:
         """Return the node with what it runs: nothing, if it only sends tickets."""
         described = attrs.evolve(super().described(), broker_error=self.broker_error)

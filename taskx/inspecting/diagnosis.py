@@ -106,6 +106,15 @@ def _nodes(repository: Repository, now: int) -> Iterator[Check]:
             "Restart them with the same version.",
             versions=sorted(versions),
         )
+    for node in nodes:
+        if node.alive is not False and node.broker_error:
+            yield fail(
+                "broker",
+                f"Node {node.name} cannot use the broker of {node.about.engine}: {node.broker_error}.",
+                "Check the address in that program, the user and the password, and that the broker runs.",
+                node=node.id,
+                error=node.broker_error,
+            )
     if not dead:
         yield ok("nodes", f"{counted(live, 'live node')} and no dead one.", live=live, dead=0)
         return

@@ -171,6 +171,14 @@ def _stuck(node: str, name: str, number: int, most: int) -> Problem:
     return Problem("stuck", words, {"node": node, "name": name, "threads": number, "most": most})
 
 
+def _brokers(nodes: Sequence[Node]) -> Iterator[Problem]:
+    for node in nodes:
+        if node.broker_error:
+            facts = {"node": node.id, "name": node.name, "error": node.broker_error}
+            words = f"Node {node.name} cannot use the broker of {node.about.engine}: {node.broker_error}."
+            yield Problem("broker", words, facts)
+
+
 class _Check:
     """One check of a repository by thresholds."""
 
@@ -189,6 +197,7 @@ class _Check:
         paused = self._controls.read_paused()
         due = [t for t in queries.every(self._repository, "ready_type") if t not in paused]
         yield from self._nodes(nodes, due)
+        yield from _brokers(nodes)
         yield from self._stuck_elsewhere(nodes)
         yield from self._oldest_due(due, everything=paused.everything)
         yield from self._failed()

@@ -65,6 +65,8 @@ class NodeInfo:
         buffered: the number of pending tasks in its buffer; at most 1,000 are counted.
         buffer_size: the number of submitted tasks that fit into its buffer.
         running: the tasks that it is running, the first started first.
+        engine: the name of the engine whose broker brings its tasks; empty if it fetches them itself.
+        broker_error: the error of that broker, if it could not be used when it was tried last.
     """
 
     id: str
@@ -87,6 +89,8 @@ class NodeInfo:
     buffered: int
     buffer_size: int
     running: tuple[RunningTask, ...]
+    engine: str = ""
+    broker_error: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as a dict of JSON values; times are ISO text."""
@@ -149,6 +153,8 @@ def _info(
         buffered=buffered,
         buffer_size=about.buffer_size,
         running=tuple(running),
+        engine=about.engine,
+        broker_error=node.broker_error,
     )
 
 

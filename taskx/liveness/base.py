@@ -80,6 +80,11 @@ class Node:
     late: bool = False
     broker_error: str = ""
 
+    @property
+    def serves_broker(self) -> bool:
+        """True if this node is in a worker process of a broker, which is started and ended by others."""
+        return bool(self.about.engine and self.about.worker_num)
+
 
 class Applies(Protocol):
     """The receiver of a queue's writes."""

@@ -429,8 +429,9 @@ class Steering(Parts):
 
         Raises:
             NodeNotFound: no live node has this id.
-            ConfigurationError: the repository has only the eight methods, or this thread is in a
-                transaction of its own.
+            ConfigurationError: the node belongs to a worker of Celery or Dramatiq, which is stopped in
+                their way; the repository has only the eight methods; or this thread is in a transaction of
+                its own.
             RepositoryError: the repository failed.
         """
         requests.stop_node(self._services, node_id)

@@ -19,6 +19,7 @@ from taskx.core.errors import ConfigurationError
 from taskx.core.model import Task, TaskCount, TaskFilter, TaskPage, TaskStatus
 from taskx.core.record import COLUMNS, Stub
 from taskx.core.writes import Write, shows
+from taskx.liveness.base import Node
 from taskx.storage.base import Fields, Listed, Repository, Rows
 
 # Values read at a time.
@@ -45,9 +46,10 @@ def owners(repository: Repository) -> Sequence[str]:
     return [*{owner: None for column in columns for owner in every(repository, column)}]
 
 
-def lives(repository: Repository, node: str) -> bool:
-    """Return True if a node with this id is recorded, and not known to be dead."""
-    return any(one.id == node and one.alive is not False for one in repository.nodes())
+def live_node(repository: Repository, node: str) -> Node | None:
+    """Return the node with this id, if it is recorded and not known to be dead."""
+    found = (one for one in repository.nodes() if one.id == node and one.alive is not False)
+    return next(found, None)
 
 
 def runs_somewhere(repository: Repository, type: str) -> bool:

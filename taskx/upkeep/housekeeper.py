@@ -190,6 +190,9 @@ class Housekeeper:
             self.recovery.recover(until - time.monotonic())
             self._pool.record()
             self._pool.tuning.tend()
+            if not self._polls:
+                self._agenda.due_known = False
+                self._ticker.refresh_soon()
             self._process_changes()
         elif self._polls and self._is_time("poll", POLL) and self._changed():
             self._agenda.due_known = False

@@ -13,7 +13,7 @@ from datetime import timedelta
 
 from taskx.common.controls import REQUEST, STACKS, STOP, Request
 from taskx.core.checks import check_number
-from taskx.core.errors import NodeNotFound, RepositoryError
+from taskx.core.errors import ConfigurationError, NodeNotFound, RepositoryError
 from taskx.core.ids import made_at
 from taskx.core.model import check_key
 from taskx.core.writes import Note
@@ -60,7 +60,16 @@ class Requests:
 
 def stop_node(services: Services, node: str) -> None:
     """Do the work of :meth:`Queue.stop_node`."""
-    _ask(services, check_key(node, "node_id"), STOP)
+    services.repository.require("requests to nodes")
+    found = queries.live_node(services.repository, check_key(node, "node_id"))
+    if found is not None and found.serves_broker:
+        # If only its queue ended, it would go on to take tickets, and drop them.
+        engine = found.about.engine
+        raise ConfigurationError(
+            f"node {found.name} belongs to a worker of {engine}, which TaskX does not stop: stop that "
+            f"worker in the way of {engine}, for example with SIGTERM"
+        )
+    _ask(services, node, STOP)
 
 
 def stacks(services: Services, node: str | None, timeout: float | timedelta) -> list[ThreadStack]:
@@ -96,7 +105,7 @@ def _ask(services: Services, node: str, what: str) -> Request:
     services.repository.require("requests to nodes")
     if services.repository.joins:
         services.repository.refuse_own_transaction()
-    if not queries.lives(services.repository, node):
+    if queries.live_node(services.repository, node) is None:
         raise NodeNotFound(node)
     _remove_left_behind(services)
     return services.controls.request(node, what)

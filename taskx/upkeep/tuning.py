@@ -81,8 +81,8 @@ def tune(
             f"{', '.join(limits)} must be of a type: name the type as the first argument"
         )
     number = check_workers(workers)
-    if node is not None and not queries.lives(services.repository, node):
-        raise NodeNotFound(node)
+    if node is not None:
+        _refuse_unfit(services, node)
     services.controls.override(lambda known: _cleaned(services, known.with_workers(number, node)))
 
 
@@ -117,6 +117,18 @@ def untune(
         return known.with_type(name, left)
 
     services.controls.override(without)
+
+
+def _refuse_unfit(services: Services, node: str) -> None:
+    """Raise an error if the number of workers of a node cannot be set."""
+    found = queries.live_node(services.repository, node)
+    if found is None:
+        raise NodeNotFound(node)
+    if engine := found.about.engine:
+        raise ConfigurationError(
+            f"node {found.name} has no workers of its own: set the number of tasks at a time by the "
+            f"options of {engine}'s worker"
+        )
 
 
 def _refuse_mixed(type: str | None, what: str, *, workers: bool, node: str | None) -> None:

@@ -81,6 +81,20 @@ def all_ran_once(site: Ground, handles: list, prefix: str) -> None:
     assert (len(counts), set(counts.values())) == (len(handles), {1})
 
 
+def threads(site: Ground, node: str) -> list[str]:
+    """Return the names of the threads that TaskX has started in the process of a node."""
+    return sorted(
+        s.thread for s in site.queue.stacks(node, timeout=30) if s.thread.startswith("taskx-")
+    )
+
+
+def test_a_worker_process_has_one_thread_beside_those_that_run_tasks(staffed):
+    staffed.note("first").result(PATIENCE)
+    workers = [node.id for node in staffed.queue.nodes() if node.workers]
+    for node in workers:
+        eventually(lambda node=node: threads(staffed, node) == ["taskx-housekeeper"])
+
+
 def test_a_broker_that_is_away_only_delays(staffed):
     assert staffed.note("first").result(PATIENCE)
     staffed.broker.kill()
@@ -143,7 +157,8 @@ def test_lost_and_doubled_tickets_start_each_task_once(staffed, monkeypatch):
             send(ticket)
 
     monkeypatch.setattr(engine, "send", unreliable)
-    handles = [staffed.note(f"one{number}") for number in range(30)]
+    monkeypatch.setattr(engine, "resend", 0.2)
+    handles = [staffed.note(f"one{number}") for number in range(15)]
     all_ran_once(staffed, handles, "one")
 
 
@@ -154,6 +169,8 @@ def test_killed_workers_lose_nothing_on_mongodb(request, ground, mongo_store):
     site.workers(2)
     handles = [site.note(f"task{number}", 0.01) for number in range(30)]
     eventually(lambda: len(site.began("task")) > 5)
+    [node, _] = [node.id for node in site.queue.nodes() if node.workers]
+    eventually(lambda: threads(site, node) == ["taskx-housekeeper", "taskx-lease"])
     held, free = site.hold("held")
     victim = site.begun("held")
     os.kill(victim, signal.SIGKILL)

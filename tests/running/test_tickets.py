@@ -33,9 +33,12 @@ class Bus(BrokerEngine):
         self.tickets = tickets
         self.away = False
 
-    def send(self, ticket: Ticket) -> None:
+    def connect(self) -> None:
         if self.away:
             raise OSError("the broker is away")
+
+    def send(self, ticket: Ticket) -> None:
+        self.connect()
         self.tickets.put(ticket)
 
 
@@ -148,6 +151,8 @@ def test_a_second_ticket_starts_nothing(shop):
 def test_surplus_tickets_start_nothing_that_has_a_ticket_so_that_their_number_falls(shop):
     worker = shop.workers(2, note(shop), serve=False)
     shop.edge.start()
+    known = worker._node.pool.tickets  # type: ignore[union-attr]
+    eventually(lambda: {node.id for node in shop.edge.nodes()} <= {*known.senders})
     submit(shop, *range(30))
     for ticket in the_tickets(shop, 4):  # two for each worker
         for _ in range(10):
@@ -250,6 +255,37 @@ def test_a_lost_ticket_is_sent_again_only_while_a_worker_is_idle(shop):
     (again,) = the_tickets(shop, 1)
     worker.run(*again)
     assert shop.ran == [1]
+
+
+def test_a_broker_that_cannot_be_reached_is_told_before_there_is_a_task(shop, caplog):
+    shop.engine.away = True
+    shop.edge.start()
+    asked = Queue(services_of(shop.edge).repository)
+    [problem] = eventually(lambda: [p for p in asked.health().problems if p.kind == "broker"])
+    [node] = asked.nodes()
+    assert node.broker_error == "OSError: the broker is away" == problem.facts["error"]
+    assert "tasks are stored, and start when it can: OSError: the broker is away" in caplog.text
+    [check] = [check for check in asked.diagnose().checks if check.name == "broker"]
+    assert (check.level, "broker of bus: OSError" in str(check)) == ("fail", True)
+    shop.engine.away = False
+    eventually(lambda: not asked.nodes()[0].broker_error)
+    assert "broker" not in {problem.kind for problem in asked.health().problems}
+
+
+def test_a_node_in_a_worker_process_is_stopped_and_tuned_by_others(shop):
+    shop.workers(2, note(shop))
+    [node] = shop.edge.nodes()
+    with pytest.raises(ConfigurationError, match="worker of bus, which TaskX does not stop"):
+        shop.edge.stop_node(node.id)
+    with pytest.raises(ConfigurationError, match="options of bus's worker"):
+        shop.edge.tune(workers=5, node=node.id)
+    shop.edge.tune(workers=5)
+    submit(shop, 1)[0].result(PATIENCE)
+    assert (shop.edge.nodes()[0].workers, shop.ran) == (2, [1])
+    shop.edge.start()
+    [sender] = [node for node in shop.edge.nodes() if not node.workers]
+    shop.edge.stop_node(sender.id)
+    eventually(lambda: shop.edge.stopped)
 
 
 def test_a_test_can_drive_a_queue_that_has_an_engine(shop):
