@@ -116,7 +116,7 @@ def tree(tmp_path: Path) -> Path:
     return folder
 
 
-def test_checksum_hashes_each_file_once(tree, database):
+def test_checksum_hashes_each_file_once_and_all_anew_with_fresh(tree, database):
     first = run_checksum(tree, "--db", database)
     assert (first.returncode, first.stderr) == (0, "")
     assert f"Hashing 20 files of {tree}." in first.stdout
@@ -137,13 +137,10 @@ def test_checksum_hashes_each_file_once(tree, database):
     assert f"20 of 21 files of {tree} are already done." in third.stdout
     assert_all_hashed(tree, database)
 
-
-def test_checksum_fresh_starts_again(tree, database):
-    run_checksum(tree, "--db", database)
     (tree / "07").write_bytes(b"changed")
-    again = run_checksum(tree, "--db", database, "--fresh")
-    assert again.returncode == 0
-    assert f"Hashing 20 files of {tree}." in again.stdout
+    fresh = run_checksum(tree, "--db", database, "--fresh")
+    assert fresh.returncode == 0
+    assert f"Hashing 21 files of {tree}." in fresh.stdout
     assert_all_hashed(tree, database)
 
 
@@ -719,18 +716,17 @@ def test_flask_commands_do_not_start_the_queue(factory):
     assert not (factory / "reports.db").exists()
 
 
-@pytest.mark.parametrize("args", [("--no-reload",), ("--debug",)], ids=["plain", "reloader"])
-def test_flask_runs_tasks_in_the_serving_process(factory, args):
-    """With the reloader, only the child has a queue. The first request starts it."""
+def test_flask_runs_tasks_in_the_serving_process(factory):
+    """The first request starts the queue. With a reloader it is in the child: see the next test."""
     port = free_port()
-    command, env = flask_command("run", "--port", str(port), *args)
+    command, env = flask_command("run", "--port", str(port), "--no-reload")
     options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with program(*command, env=env, cwd=factory, **options) as process:
         body = wait_until(lambda: answers(f"http://127.0.0.1:{port}/reports/2024-05", b"[1, 2]"))
         with submitter(factory / "reports.db", "report") as queue:
             [node] = queue.repository.liveness.nodes()
             assert node.alive
-            assert (f":{process.pid}:" in node.name) == ("--debug" not in args)
+            assert f":{process.pid}:" in node.name
             handle = queue.handle(json.loads(body)["id"])
             assert handle.result(timeout=30) == "2024-05: 3.00 EUR"
             assert [*queue.schedules()] == ["nightly"]
@@ -746,12 +742,13 @@ def test_a_reload_hands_the_tasks_of_a_flask_site_to_the_next_child(factory):
     tasks.write_text(code.replace("    total = 0.0\n", "    total = 0.0\n    ctx.sleep(600)\n"))
     command, env = flask_command("run", "--port", str(port), "--debug")
     options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with program(*command, env=env, cwd=factory, **options):
+    with program(*command, env=env, cwd=factory, **options) as process:
         body = wait_until(lambda: answers(f"http://127.0.0.1:{port}/reports/2024-05", b"[1, 2]"))
         with submitter(factory / "reports.db", "report") as queue:
             handle = queue.handle(json.loads(body)["id"])
             wait_until(lambda: handle.task().status is TaskStatus.RUNNING)
             [old] = queue.repository.liveness.nodes()
+            assert f":{process.pid}:" not in old.name, "the parent only watches"
             tasks.write_text(code)
             wait_until(lambda: old not in queue.repository.liveness.nodes())
             wait_until(lambda: answers(f"http://127.0.0.1:{port}/reports/{handle.id}"))
@@ -832,12 +829,32 @@ def test_fastapi_runs_and_cancels_tasks(tmp_path):
 # django_project
 
 
-@pytest.fixture
-def project(tmp_path: Path) -> Path:
-    """Return a copy of the project, in which its databases may be created."""
+MIGRATE = """
+import django
+from django.core.management import call_command
+django.setup()
+call_command("migrate", verbosity=0)
+from django.contrib.auth.models import User
+User.objects.create_superuser("boss", password="secret")
+"""
+
+
+@pytest.fixture(scope="session")
+def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a copy of the project whose database has its tables, and the superuser boss."""
     pytest.importorskip("django")
     ignored = shutil.ignore_patterns("__pycache__", "*.db*")
-    return Path(shutil.copytree(EXAMPLES / "django_project", tmp_path / "site", ignore=ignored))
+    folder = tmp_path_factory.mktemp("project") / "site"
+    shutil.copytree(EXAMPLES / "django_project", folder, ignore=ignored)
+    env = {**os.environ, "DJANGO_SETTINGS_MODULE": "project.settings"}
+    subprocess.run([*STRICT, "-c", MIGRATE], cwd=folder, env=env, check=True)
+    return folder
+
+
+@pytest.fixture
+def project(migrated: Path, tmp_path: Path) -> Path:
+    """Return a copy of the project for one test."""
+    return Path(shutil.copytree(migrated, tmp_path / "site"))
 
 
 def manage(project: Path, *args: str) -> str:
@@ -854,7 +871,6 @@ def test_django_passes_its_own_tests(project):
 
 def test_django_commands_do_not_start_the_queue(project):
     manage(project, "makemigrations", "--check", "--dry-run")
-    manage(project, "migrate")
     look = "import threading; from taskx.contrib.django import get_queue; from reports import tasks"
     show = "print(get_queue(), get_queue().schedules(), threading.active_count())"
     assert "not started> {} 1" in manage(project, "shell", "-c", f"{look}; {show}")
@@ -863,7 +879,6 @@ def test_django_commands_do_not_start_the_queue(project):
 @contextmanager
 def django_site(project: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """Serve the project with its reloader; return its address and the process that watches."""
-    manage(project, "migrate")
     address = f"127.0.0.1:{free_port()}"
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     command = (sys.executable, "manage.py", "runserver", address)
@@ -892,12 +907,17 @@ def test_django_runserver_runs_the_tasks_of_its_site(project):
 
         told = wait_until(sent, 60)
         assert (told["total"], told["status"], told["message"]) == (6, "completed", "row 3 of 3")
-        [node] = manage(project, "taskx", "nodes", "--json").splitlines()
-        assert json.loads(node)["pid"] != process.pid
-        [schedule] = manage(project, "taskx", "schedules", "--json").splitlines()
-        assert json.loads(schedule)["name"] == "remove old reports"
-        mails = manage(project, "taskx", "list", "type:reports.tasks.send@mails", "--json")
-        [mail] = map(json.loads, mails.splitlines())
+        look = (
+            "import json; from taskx.contrib.django import get_queue; q = get_queue(); "
+            "mails = [t.to_dict() for t in q.iter_tasks(type='reports.tasks.send@mails')]; "
+            "print(json.dumps([[n.pid for n in q.nodes()], [*q.schedules()], mails]))"
+        )
+        pids, schedules, [mail] = json.loads(
+            manage(project, "shell", "-v", "0", "-c", look).splitlines()[-1]
+        )
+        assert len(pids) == 1
+        assert process.pid not in pids
+        assert schedules == ["remove old reports"]
         assert (mail["status"], mail["errors"]) == ("completed", 1)
 
 
@@ -916,7 +936,6 @@ def test_django_in_production_runs_tasks_in_a_worker(project):
         assert ran.returncode == 0, ran.stderr
         return ran.stdout
 
-    run("migrate")
     assert "no issues" in run("check")
     submit = (
         "from reports.models import Report; from reports.tasks import build; "
@@ -945,8 +964,6 @@ def test_django_shows_its_tasks_in_the_admin_and_in_the_dashboard(project):
     from playwright.sync_api import expect, sync_playwright
 
     with django_site(project) as (site, _), sync_playwright() as playwright:
-        boss = "from django.contrib.auth.models import User as U; U.objects.create_superuser"
-        manage(project, "shell", "-c", f"{boss}('boss', password='secret')")
         send_form(f"{site}/reports/", {"title": "Sales", "rows": "100000"})
         browser = playwright.chromium.launch(
             executable_path=chromium, args=["--no-sandbox", "--disable-gpu"], timeout=60_000

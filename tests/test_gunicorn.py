@@ -187,15 +187,12 @@ def options(request: pytest.FixtureRequest) -> tuple[str, ...]:
 def site(
     request: pytest.FixtureRequest, tmp_path: Path, options: tuple[str, ...]
 ) -> Iterator[Site]:
-    """Return each example, served by two workers with and without ``--preload``."""
+    """Return each example, served by two workers with and without ``--preload``.
+
+    Two worker processes run tasks. The server is killed at the end.
+    """
     pytest.importorskip("flask" if request.param is FlaskSite else "django")
-    with served_by_two(request.param(tmp_path, *options)) as site:
-        yield site
-
-
-@contextlib.contextmanager
-def served_by_two(site: Site) -> Iterator[Site]:
-    """Wait until two worker processes run tasks. Kill the server at the end."""
+    site = request.param(tmp_path, *options)
     try:
         with site.repository:
             eventually(lambda: site.log.exists() and len(site.nodes()) == 2)
@@ -210,8 +207,17 @@ def completed(site: Site, ids: list[str]) -> bool:
     return all(site.status(task_id) == "completed" for task_id in ids)
 
 
-def test_two_workers_share_the_tasks(site: Site) -> None:
-    """Every task runs once, whichever worker accepted it. The server ends with exit code 0."""
+def test_two_workers_share_the_tasks_and_lose_none(site: Site) -> None:
+    """Check it at a kill, a reload and a stop, each on the server of the step before."""
+    the_tasks_run_once_in_either_worker(site)
+    the_tasks_of_a_killed_worker_run_again(site)
+    a_kill_and_a_reload_lose_no_task(site)
+    a_stopped_server_hands_its_tasks_back(site)
+    assert not re.search("Traceback", site.log.read_text())
+
+
+def the_tasks_run_once_in_either_worker(site: Site) -> None:
+    """Check that no task runs twice, and that the master runs none."""
     pids = {name.split(":")[1] for name in site.nodes()}
     assert len(pids) == 2
     assert str(site.master.pid) not in pids
@@ -221,13 +227,20 @@ def test_two_workers_share_the_tasks(site: Site) -> None:
     eventually(lambda: completed(site, ids))
     tasks = site.repository.get_many(ids).values()
     assert {len(task.attempts) for task in tasks} == {1}
-    assert site.stop() == 0
-    assert site.nodes() == []
 
 
-def test_a_killed_worker_process_loses_no_task(site: Site) -> None:
-    """The tasks of a killed worker process run again, and gunicorn's new worker joins."""
+def the_tasks_of_a_killed_worker_run_again(site: Site) -> None:
+    """Check that another worker runs them, and that gunicorn's new worker joins."""
     task_id = site.submit("long", round(4 / site.step))  # time to find and kill it
+    name = kill_the_worker_of(site, task_id)
+    eventually(lambda: completed(site, [task_id]))
+    task = site.repository.get_by_id(task_id)
+    assert (task.crashes, task.errors) == (1, 0)
+    eventually(lambda: len(now := site.nodes()) == 2 and name not in now)
+
+
+def kill_the_worker_of(site: Site, task_id: str) -> str:
+    """Kill the process that runs a task. Return the name of its node."""
 
     def runs() -> str:
         task = site.repository.get_by_id(task_id)
@@ -236,16 +249,25 @@ def test_a_killed_worker_process_loses_no_task(site: Site) -> None:
     owner = eventually(runs)
     [name] = [node.name for node in site.repository.liveness.nodes() if node.id == owner]
     os.kill(int(name.split(":")[1]), signal.SIGKILL)
-
-    eventually(lambda: completed(site, [task_id]))
-    task = site.repository.get_by_id(task_id)
-    assert (task.crashes, task.errors) == (1, 0)
-    eventually(lambda: len(site.nodes()) == 2 and name not in site.nodes())
-    assert not re.search("Traceback", site.log.read_text())
+    return name
 
 
-def test_a_stopped_server_hands_its_tasks_back(site: Site) -> None:
-    """The next server can go on with them."""
+def a_kill_and_a_reload_lose_no_task(site: Site) -> None:
+    """Check that all tasks complete, and that other worker processes serve then."""
+    before = site.nodes()
+    ids = [site.submit(f"report {n}", round(1 / site.step)) for n in range(24)]
+    kill_the_worker_of(site, ids[-1])
+    site.master.send_signal(signal.SIGHUP)
+    eventually(lambda: len(now := site.nodes()) == 2 and not {*now} & {*before})
+
+    eventually(lambda: completed(site, ids))
+    tasks = site.repository.get_many(ids)
+    assert {task.errors for task in tasks.values()} == {0}
+    assert tasks[ids[-1]].crashes == 1
+
+
+def a_stopped_server_hands_its_tasks_back(site: Site) -> None:
+    """Check that the next server can go on with them, and that this one ends with exit code 0."""
     task_id = site.submit("long", 1000)
     eventually(lambda: site.repository.get_by_id(task_id).message)
     assert site.stop() == 0
@@ -253,26 +275,3 @@ def test_a_stopped_server_hands_its_tasks_back(site: Site) -> None:
     assert (task.status, task.crashes) == ("pending", 0)
     assert task.interruptions in {1, 2}  # the other worker may start it before it stops itself
     assert site.repository.liveness.nodes() == []
-
-
-def test_a_kill_and_a_reload_of_a_flask_site_lose_no_task(
-    tmp_path: Path, options: tuple[str, ...]
-) -> None:
-    """All tasks complete, in worker processes that did not exist when they were submitted."""
-    pytest.importorskip("flask")
-    with served_by_two(FlaskSite(tmp_path, *options)) as site:
-        before = site.nodes()
-        ids = [site.submit(f"report {n}", 4) for n in range(24)]
-        os.kill(int(before[0].split(":")[1]), signal.SIGKILL)
-        site.master.send_signal(signal.SIGHUP)
-        eventually(lambda: len(now := site.nodes()) == 2 and not {*now} & {*before})
-
-        def ended() -> set[str]:
-            return {task.status.value for task in site.repository.get_many(ids).values()}
-
-        eventually(lambda: ended() == {"completed"})
-        tasks = site.repository.get_many(ids).values()
-        assert {task.result["pages"] for task in tasks} == {4}
-        assert {task.errors for task in tasks} == {0}
-        assert {task.owner for task in tasks} - {*before}
-        assert not re.search("Traceback", site.log.read_text())
