@@ -67,9 +67,11 @@ docs: $(VENV)/installed-docs ## build the documentation as a site into build/doc
 bench: $(VENV)/installed-bench ## measure TaskX, a plain loop and similar libraries
 	@$(BIN)/python -m benchmarks $(ARGS)
 
-build: $(VENV)/installed-dev ## build the sdist and the wheel into dist/
+build: $(VENV)/installed-dev ## build the sdist and the wheel into dist/, and try the wheel
+	@rm -rf dist
 	@$(BIN)/python -m build --outdir dist .
 	@$(BIN)/python -m twine check --strict dist/*
+	@$(BIN)/python tools/follow_tutorial.py 'dist/*.whl'
 
 ci: ## run all checks for a change: style, types, builds, tests on every Python
 	@.ci/run
