@@ -39,25 +39,23 @@ from taskx.core.model import Attempt, Task, TaskCount, TaskFilter, TaskPage, Tas
 from taskx.core.retry import Permanent, Retry, RetryPolicy, Snooze
 from taskx.core.ticks import every
 from taskx.core.token import CancelToken
-from taskx.core.verdict import Check
 from taskx.executing.context import Context
 from taskx.executing.current import TaskLogFilter, current_context
 from taskx.executing.executors import BoundExecutor, Executor, TaskExecutor, executor
 from taskx.executing.registry import Middleware
 from taskx.executing.transactions import Transaction
-from taskx.flows import Flow, FlowHandle, FlowSummary, chain, group
 from taskx.queue import Queue, run
-from taskx.running.threads import ThreadStack
 from taskx.schedules.schedule import Schedule, Tick, tick_of
 from taskx.storage.eight import TaskRepository
 from taskx.storage.memory import MemoryRepository
 from taskx.storage.sqlite import SQLiteRepository
 from taskx.storage.urls import open_repository
 from taskx.submitting.bulk import Bulk
-from taskx.upkeep.tuning import Tuned, TunedType
 
 if TYPE_CHECKING:
     from taskx.core.findings import Problem, Reason
+    from taskx.core.verdict import Check
+    from taskx.flows import Flow, FlowHandle, FlowSummary, chain, group
     from taskx.inspecting.changelog import Change
     from taskx.inspecting.diagnosis import Diagnosis
     from taskx.inspecting.failures import FailureGroup, Failures
@@ -66,7 +64,9 @@ if TYPE_CHECKING:
     from taskx.inspecting.nodes import NodeInfo, RunningTask
     from taskx.inspecting.places import Place
     from taskx.inspecting.stats import Percentiles, Stats, TypeStats
+    from taskx.running.threads import ThreadStack
     from taskx.storage.mongo import MongoRepository
+    from taskx.upkeep.tuning import Tuned, TunedType
 
 __version__ = "0.2.0"
 
@@ -159,9 +159,13 @@ __all__ = [
 #: Names that many programs do not need, and the modules that have them. They are imported at first use.
 _LATER = {
     "Change": "taskx.inspecting.changelog",
+    "Check": "taskx.core.verdict",
     "Diagnosis": "taskx.inspecting.diagnosis",
     "FailureGroup": "taskx.inspecting.failures",
     "Failures": "taskx.inspecting.failures",
+    "Flow": "taskx.flows",
+    "FlowHandle": "taskx.flows",
+    "FlowSummary": "taskx.flows",
     "Health": "taskx.inspecting.health",
     "History": "taskx.inspecting.history",
     "MongoRepository": "taskx.storage.mongo",
@@ -172,8 +176,13 @@ _LATER = {
     "Reason": "taskx.core.findings",
     "RunningTask": "taskx.inspecting.nodes",
     "Stats": "taskx.inspecting.stats",
+    "ThreadStack": "taskx.running.threads",
+    "Tuned": "taskx.upkeep.tuning",
+    "TunedType": "taskx.upkeep.tuning",
     "TypeHistory": "taskx.inspecting.history",
     "TypeStats": "taskx.inspecting.stats",
+    "chain": "taskx.flows",
+    "group": "taskx.flows",
 }
 
 

@@ -14,9 +14,7 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import partial
-from typing import Any, Protocol
-
-import attrs
+from typing import Any, NamedTuple, Protocol
 
 from taskx.common.bell import Agenda
 from taskx.common.controls import Controls
@@ -48,8 +46,7 @@ class _Node(Protocol):
     def rebuffer(self, task: Task) -> None: ...
 
 
-@attrs.frozen
-class Follows:
+class Follows(NamedTuple):
     """The consequences of a move.
 
     Attributes:
@@ -140,8 +137,8 @@ FOLLOWS: Mapping[tuple[str, str | None], Follows] = {
         level=logging.WARNING,
         words=f"task %(id)s (%(type)s) crashed, it runs again: %(error)s{_PARAMS}",
     ),
-    ("crash", FAILED): attrs.evolve(_FAILED, event="rescued"),
-    ("crash", CANCELLED): attrs.evolve(_ENDED, event="rescued"),
+    ("crash", FAILED): _FAILED._replace(event="rescued"),
+    ("crash", CANCELLED): _ENDED._replace(event="rescued"),
     ("rescue", PENDING): Follows("rescued", may_start=True, level=logging.WARNING, words=_RESCUED),
     ("rescue", FAILED): Follows("rescued", ends=True, level=logging.ERROR, words=_LOST),
     ("rescue", CANCELLED): Follows("rescued", ends=True, level=logging.WARNING, words=_CANCELLED),

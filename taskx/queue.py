@@ -43,7 +43,6 @@ from taskx.executing.executors import (
     TaskExecutor,
 )
 from taskx.executing.registry import Layer, Registry, check_middleware
-from taskx.flows import Flow, FlowHandle, Shape, lay_out
 from taskx.methods.questions import Questions
 from taskx.methods.steering import Steering
 from taskx.moving import Services
@@ -56,7 +55,6 @@ from taskx.storage.eight import TaskRepository
 from taskx.submitting.intake import Intake, task_of
 from taskx.submitting.joining import Joining
 from taskx.submitting.layers import layered
-from taskx.submitting.mapping import Results, ahead
 from taskx.submitting.operations import Operations
 from taskx.submitting.requeuing import Requeues
 from taskx.upkeep import foreground
@@ -65,6 +63,8 @@ from taskx.upkeep.node import Lifetime
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing from 3.11 on
+
+    from taskx.flows import Flow, FlowHandle, Shape
 
 R = TypeVar("R")
 #: Returns the executor of a type, or None.
@@ -492,6 +492,8 @@ class Queue(Questions, Steering):
             TaskxError: from the iterator, any error of :meth:`submit` except ``QueueFull``. The next
                 call tries the same item again.
         """
+        from taskx.submitting.mapping import Results, ahead
+
         return Results(
             executor=executor,
             items=items,
@@ -525,6 +527,8 @@ class Queue(Questions, Steering):
             TaskxError: the errors of :meth:`submit_many` except ``QueueFull``. Nothing was stored,
                 unless ``in_doubt`` is True.
         """
+        from taskx.flows import FlowHandle, lay_out
+
         flow_id = new_id()
         tasks, shape = lay_out(flow, flow_id, tags)
         if connection is None:
@@ -545,6 +549,8 @@ class Queue(Questions, Steering):
         Raises:
             ConfigurationError: the value is not such a shape.
         """
+        from taskx.flows import FlowHandle
+
         return FlowHandle(shape, self)
 
     # --- schedules

@@ -507,7 +507,7 @@ class _Waiters:
         self._handle._unlisten(_Waiter(waiter))
 
 
-@attrs.frozen
+@attrs.frozen(repr=False)
 class _Waiter:
     waiter: Any
 

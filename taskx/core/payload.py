@@ -2,7 +2,7 @@
 
 Allowed are ``None``, ``bool``, ``int`` within 64 bits, finite ``float``, ``str``, and lists, tuples
 (stored as lists) and dicts with ``str`` keys of these, at most :data:`MAX_DEPTH` levels deep. Other values
-need an annotation, by which :mod:`taskx.core.values` encodes them before.
+need an annotation, by which :mod:`taskx.core.annotations` encodes them before.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from taskx.core import values
 from taskx.core.errors import PayloadError
 
 #: Largest depth of nesting; below the 100 levels of BSON, so that MongoDB can store the same values.
@@ -91,10 +90,12 @@ def _flaw(value: Any, depth: int) -> tuple[str, str] | None:
 
 
 def _not_json(kind: type[Any]) -> str:
+    from taskx.core.annotations import has_form, takes_more
+
     name = kind.__name__
-    if not values.has_form(kind):
+    if not has_form(kind):
         return f"{name} is not JSON"
-    if values.takes_more(kind):
+    if takes_more(kind):
         return (
             f"{name} is not JSON: its __init__ must take its own fields, and require nothing else"
         )

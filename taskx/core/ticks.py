@@ -74,8 +74,7 @@ class Ticks(Protocol):
         ...
 
 
-@attrs.frozen
-class IntervalTicks:
+class IntervalTicks(NamedTuple):
     """The ticks of an interval."""
 
     period: int  #: milliseconds between two ticks
@@ -88,8 +87,7 @@ class IntervalTicks:
             tick += self.period
 
 
-@attrs.frozen
-class CronTicks:
+class CronTicks(NamedTuple):
     """The ticks of a cron expression, in the local time of a zone.
 
     A local time that does not exist because clocks are set forward ticks once, at that moment. A local time

@@ -69,7 +69,7 @@ class _Leased(Own):
         self.tell: Callable[[], Any] = lambda: None
 
 
-@attrs.define
+@attrs.define(eq=False, repr=False)
 class _Observation:
     """The time for which this process has seen a heartbeat of another node stand still."""
 

@@ -1,6 +1,6 @@
 """The methods of a queue that read: tasks, reasons, statistics, nodes, settings.
 
-Many programs only submit and run tasks, so the package ``inspecting`` is loaded when it is first used.
+Many programs only submit and run tasks, so modules that only these methods need are loaded when used.
 """
 
 from __future__ import annotations
@@ -21,19 +21,16 @@ from taskx.core.options import (
     FilterOptions,
     filter_of,
 )
-from taskx.flows import FlowSummary
-from taskx.flows import newest as newest_flows
 from taskx.methods.parts import Parts
-from taskx.running.threads import ThreadStack
 from taskx.storage import queries
 from taskx.submitting.selecting import dead
-from taskx.upkeep import requests, tuning
-from taskx.upkeep.tuning import Tuned
+from taskx.upkeep import requests
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing from 3.11 on
 
     from taskx.core.findings import Reason
+    from taskx.flows import FlowSummary
     from taskx.inspecting.changelog import Change
     from taskx.inspecting.diagnosis import Diagnosis
     from taskx.inspecting.failures import Failures
@@ -41,6 +38,8 @@ if TYPE_CHECKING:
     from taskx.inspecting.history import History
     from taskx.inspecting.nodes import NodeInfo
     from taskx.inspecting.stats import Stats
+    from taskx.running.threads import ThreadStack
+    from taskx.upkeep.tuning import Tuned
 
 
 class Questions(Parts):
@@ -187,8 +186,10 @@ class Questions(Parts):
             ConfigurationError: an argument is not valid.
             RepositoryError: the repository cannot be read.
         """
+        from taskx.flows import newest
+
         with self._reading() as services:
-            return newest_flows(services.repository, at_most, after)
+            return newest(services.repository, at_most, after)
 
     def dead_letters(
         self,
@@ -420,5 +421,7 @@ class Questions(Parts):
             ConfigurationError: the repository has only the eight methods.
             RepositoryError: the repository failed.
         """
+        from taskx.upkeep.tuning import tuned
+
         with self._reading() as services:
-            return tuning.tuned(services)
+            return tuned(services)

@@ -18,7 +18,7 @@ from taskx.core.options import (
 )
 from taskx.methods.parts import Parts
 from taskx.submitting.bulk import Bulk, OnProgress, Terms
-from taskx.upkeep import requests, tuning
+from taskx.upkeep import requests
 from taskx.upkeep.retention import prune_all
 
 if TYPE_CHECKING:
@@ -387,8 +387,10 @@ class Steering(Parts):
             NodeNotFound: no live node has this id.
             RepositoryError: the repository failed.
         """
+        from taskx.upkeep.tuning import tune
+
         self._joining.refuse()
-        tuning.tune(self._services, type, limits, workers, node)
+        tune(self._services, type, limits, workers, node)
         self._check_controls()
         self._warn_if_misspelt(type, "tuned")
 
@@ -413,8 +415,10 @@ class Steering(Parts):
                 thread is in a transaction of its own.
             RepositoryError: the repository failed.
         """
+        from taskx.upkeep.tuning import untune
+
         self._joining.refuse()
-        tuning.untune(self._services, type, only, workers, node)
+        untune(self._services, type, only, workers, node)
         self._check_controls()
 
     def stop_node(self, node_id: str) -> None:

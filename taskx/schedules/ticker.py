@@ -40,7 +40,7 @@ _LONGEST_PAUSE = 60.0
 _decide = lru_cache(maxsize=64)(decide)
 
 
-@attrs.define
+@attrs.define(eq=False, repr=False)
 class Read:
     """A schedule that was read from its note.
 

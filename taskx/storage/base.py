@@ -8,7 +8,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import attrs
 
@@ -35,12 +35,14 @@ from taskx.core.record import (
     parents_from_text,
     task_from_row,
 )
-from taskx.core.verdict import Check
 from taskx.core.writes import Note, NoteChange, Write
 from taskx.liveness.base import InProcess, Liveness, Node
 from taskx.liveness.leases import LEASE, Leases
 from taskx.liveness.locks import HostLocks
 from taskx.storage.eight import TaskRepository
+
+if TYPE_CHECKING:
+    from taskx.core.verdict import Check
 
 _Both = Literal["waiting_on", "line", "running_on", "buffered_on", "stuck_on"]
 #: The lookup columns. :meth:`Repository.find` finds rows by their values, each through an index:

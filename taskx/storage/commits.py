@@ -26,7 +26,7 @@ def pause(since: float) -> float:
     return min(_LONGEST, max(_SHORTEST, (time.monotonic() - since) / 20))
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class Stored:
     """Writes in a transaction of a caller.
 

@@ -251,7 +251,7 @@ class Requeues:
         ]
 
 
-@attrs.define
+@attrs.define(eq=False, repr=False)
 class _Family:
     """Tasks that are requeued together."""
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from datetime import datetime, timezone
 from heapq import merge
 from itertools import islice
+from typing import NamedTuple
 
 import attrs
 
@@ -41,8 +42,7 @@ def conditions(filter: TaskFilter) -> object:
     return [(name, getattr(filter, name)) for name in names]
 
 
-@attrs.frozen
-class Also:
+class Also(NamedTuple):
     """A further condition, and a name that is the same in every process."""
 
     name: str

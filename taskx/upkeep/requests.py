@@ -10,6 +10,7 @@ import json
 import time
 from contextlib import suppress
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 from taskx.common.controls import REQUEST, STACKS, STOP, Request
 from taskx.core.checks import check_number
@@ -19,8 +20,10 @@ from taskx.core.model import check_key
 from taskx.core.writes import Note
 from taskx.moving import Services
 from taskx.running.pool import WorkerPool
-from taskx.running.threads import ThreadStack, from_json, stacks_here, to_json
 from taskx.storage import queries
+
+if TYPE_CHECKING:
+    from taskx.running.threads import ThreadStack  # loaded when a process is asked for its stacks
 
 _ANSWER = "answer/"
 # Polling interval, in seconds, of a thread that waits for an answer.
@@ -54,6 +57,8 @@ class Requests:
         if request.what == STOP:
             self._pool.asked_to_stop()
         elif request.what == STACKS:
+            from taskx.running.threads import stacks_here, to_json
+
             text = json.dumps(to_json(stacks_here()), ensure_ascii=True)
             repository.put_note(_ANSWER + request.id, text, 0)
 
@@ -74,6 +79,8 @@ def stop_node(services: Services, node: str) -> None:
 
 def stacks(services: Services, node: str | None, timeout: float | timedelta) -> list[ThreadStack]:
     """Do the work of :meth:`Queue.stacks`."""
+    from taskx.running.threads import from_json, stacks_here
+
     seconds = check_number(timeout, "timeout")
     if node is None or services.repository.liveness.has(check_key(node, "node_id")):
         return stacks_here()

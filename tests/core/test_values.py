@@ -25,7 +25,8 @@ from hypothesis import strategies as st
 
 from taskx import PayloadError
 from taskx.core import payload
-from taskx.core.values import _SCALARS, values_of
+from taskx.core.annotations import _SCALARS
+from taskx.core.values import values_of
 
 T = typing.TypeVar("T")
 

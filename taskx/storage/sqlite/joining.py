@@ -186,7 +186,7 @@ def _references_of_one() -> int:
         connection.close()
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class _Given:
     """A connection that a caller has given; None if its owner has closed or dropped it."""
 

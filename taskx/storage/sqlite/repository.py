@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import compress
-from typing import Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import attrs
 
@@ -31,7 +31,6 @@ from taskx.core.ids import new_id
 from taskx.core.model import CONDITIONS, TASK_FIELDS, Task, TaskFilter
 from taskx.core.record import Ended, Stub, parents_from_text, task_from_row
 from taskx.core.tags import FLOW
-from taskx.core.verdict import Check
 from taskx.core.writes import CREATED, Delete, Insert, Note, NoteChange, Update, Write
 from taskx.liveness.base import PREFIX
 from taskx.liveness.locks import KernelLocks
@@ -55,6 +54,9 @@ from taskx.storage.sqlite.file import DatabaseFile
 from taskx.storage.sqlite.joining import Callers, driver_connection, own_transaction
 from taskx.storage.sqlite.turnstile import Turnstile
 from taskx.storage.sqlite.wakeups import Wakeups
+
+if TYPE_CHECKING:
+    from taskx.core.verdict import Check
 
 Durability = Literal["accepted", "full", "process"]
 T = TypeVar("T")
