@@ -19,6 +19,7 @@ ReasonKind = Literal[
     "slot",
     "token",
     "suspect",
+    "broker",
     "ahead",
     "worker",
     "dead_node",

@@ -104,8 +104,12 @@ class Claims:
 
     def _keep(self, ticket: Ticket) -> None:
         """Keep the ticket of a task that waits, until there is room for one."""
-        if (named := self._named(ticket)) is not None and named[1]:
+        if (named := self._named(ticket)) is None or not named[1]:
+            return
+        if self._services.registry.runs(ticket.type):
             self._pool.tickets.keep(ticket, named[1])
+        else:
+            self._pool.tickets.keep_for_others(ticket, named[1])
 
     def _free(self, ticket: Ticket) -> None:
         """Free the ticket's task: its ticket has started another one."""

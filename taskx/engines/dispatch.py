@@ -112,7 +112,7 @@ class Dispatcher:
     def start(self) -> None:
         """Send tickets from now on."""
         self._stopped = False
-        if self._pool.only_sends:
+        if self._pool.node.only_sends:
             self._start_thread()
 
     def stop(self) -> None:
@@ -169,7 +169,7 @@ class Dispatcher:
 
     def _goes_on(self) -> bool:
         """Return False if the thread may end: in a worker process, while others send the tickets."""
-        return self._pool.only_sends or time.monotonic() - self._needed_at < KEEP
+        return self._pool.node.only_sends or time.monotonic() - self._needed_at < KEEP
 
     def round(self) -> bool:
         """Send the tickets that are due; return False if the broker refused one."""
@@ -344,4 +344,4 @@ class Dispatcher:
 def _text(error: Exception) -> str:
     """Return an error of a broker's library, of which some have no message of their own."""
     words = str(error) or repr(error.__cause__ or error)
-    return clean_text(f"{type(error).__name__}: {words}", _MOST_WORDS)
+    return clean_text(f"{type(error).__name__}: {words}".rstrip("."), _MOST_WORDS)

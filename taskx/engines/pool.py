@@ -11,7 +11,7 @@ from taskx.common.config import Config
 from taskx.core import lifecycle
 from taskx.core.errors import SchemaMismatch
 from taskx.core.model import Task
-from taskx.engines.tickets import Ticket, Tickets
+from taskx.engines.tickets import Ticket, Tickets, Unused
 from taskx.liveness.base import Node
 from taskx.moving import Services
 from taskx.running.fetcher import Fetcher
@@ -50,21 +50,18 @@ class TicketFetcher(Fetcher):
 
     def refill_if_low(self) -> None:
         """Have tickets sent soon, if there may be more tasks than before."""
-        if self._agenda.more_stored:
+        if self._agenda.more_stored or self._usable():
             self.refill()
+
+    def _usable(self) -> list[Unused]:
+        return self.tickets.usable(self.has_room, self._services.registry.runs)
 
     def _free_unused(self) -> None:
         """Free the tasks of tickets that may be of use now, so that their tickets are sent again."""
-        found = self.tickets.usable(self.has_room, self._services.registry.runs)
-        if not found:
-            return
-        try:
+        if found := self._usable():
             writes = [lifecycle.free(one.ticket.id, one.owner) for one in found]
             self._services.ledger.commit(writes)
-        except BaseException:
-            for one in found:
-                self.tickets.keep(one.ticket, one.owner)
-            raise
+            self.tickets.remove(found)
 
 
 class TicketPool(WorkerPool):
@@ -83,9 +80,7 @@ class TicketPool(WorkerPool):
         super().__init__(services, node, config, retire)
         self.tickets = self.fetcher.tickets
         self.rebuffer = self._keep
-        #: True if this node sends tickets and runs no tasks.
-        self.only_sends = not node.about.worker_num
-        self.hears = self.only_sends
+        self.hears = node.only_sends
         #: The last error of the broker, if it could not be used when it was tried last.
         self.broker_error = ""
 
@@ -98,7 +93,7 @@ class TicketPool(WorkerPool):
     def described(self) -> Node:
         """Return the node with what it runs: nothing, if it only sends tickets."""
         described = attrs.evolve(super().described(), broker_error=self.broker_error)
-        if not self.only_sends:
+        if not self.node.only_sends:
             return described
         return attrs.evolve(described, types=(), limits={}, own_limits={}, workers=0)
 

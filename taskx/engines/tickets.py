@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
-#: Seconds after which a ticket goes back that only other workers can use.
-ELSEWHERE = 0.5
+#: Seconds after which a ticket goes back that only other workers can use: the first of a type, and at most.
+#: The time doubles, because such tickets may go round while the workers that can use them are busy.
+FIRST_ELSEWHERE, ELSEWHERE = 0.05, 0.5
 
 
 class Ticket(NamedTuple):
@@ -19,11 +20,12 @@ class Ticket(NamedTuple):
 
 
 class Unused(NamedTuple):
-    """A ticket that a worker could not use, with the node that sent it, and the time at which it came."""
+    """A ticket that a worker could not use, its sender, and the time at which other workers may get it."""
 
     ticket: Ticket
     owner: str
     at: float
+    wait: float = 0.0
 
 
 class Tickets:
@@ -38,11 +40,25 @@ class Tickets:
         self.senders: Sequence[str] = ()
         self._lock = threading.Lock()
         self._unused: dict[str, Unused] = {}
+        self._elsewhere: dict[
+            str, Unused
+        ] = {}  # the last one of each type that only others can use
 
     def keep(self, ticket: Ticket, owner: str) -> None:
         """Keep a ticket that no task of its type can use on this node now."""
         with self._lock:
             self._unused[ticket.id] = Unused(ticket, owner, time.monotonic())
+
+    def keep_for_others(self, ticket: Ticket, owner: str) -> None:
+        """Keep a ticket for a moment whose type only other nodes run."""
+        now = time.monotonic()
+        with self._lock:
+            last = self._elsewhere.get(ticket.type)
+            wait = FIRST_ELSEWHERE
+            if last is not None and now - last.at < 2 * ELSEWHERE:
+                wait = min(2 * last.wait, ELSEWHERE)
+            one = Unused(ticket, owner, now + wait, wait)
+            self._unused[ticket.id] = self._elsewhere[ticket.type] = one
 
     @property
     def kept(self) -> set[str]:
@@ -51,16 +67,21 @@ class Tickets:
             return set(self._unused)
 
     def usable(self, has_room: Callable[[str], bool], runs: Callable[[str], bool]) -> list[Unused]:
-        """Remove and return the tickets that may be of use now, here or elsewhere."""
+        """Return the tickets that may be of use now, here or elsewhere."""
+        if not self._unused:
+            return []
         now = time.monotonic()
         with self._lock:
             kept = list(self._unused.values())
-        found = [
+        return [
             one
             for one in kept
-            if (has_room(one.ticket.type) if runs(one.ticket.type) else now - one.at >= ELSEWHERE)
+            if (has_room(one.ticket.type) if runs(one.ticket.type) else now >= one.at)
         ]
+
+    def remove(self, found: Sequence[Unused]) -> None:
+        """Forget tickets whose tasks are free."""
         with self._lock:
             for one in found:
-                self._unused.pop(one.ticket.id, None)
-        return found
+                if self._unused.get(one.ticket.id) is one:
+                    del self._unused[one.ticket.id]

@@ -99,6 +99,7 @@ class _Inquiry:
             limits = [*Limits(self._services, self._pool, busy).reasons(task.type, able)]
             limits += self._suspect(task, able, busy)
             yield from limits
+            yield from self._broker(able)
             yield from self._ahead(task, able, paused)
             if not (stopped or limits):
                 yield self._worker(task, able, busy)
@@ -183,7 +184,7 @@ class _Inquiry:
             return
         live = [node for node in self._nodes.values() if node.alive is not False]
         stopping = [node.name for node in live if node.stopping]
-        others = [node.name for node in live if not node.stopping]
+        others = [node.name for node in live if not node.stopping and not node.only_sends]
         words = f"No live node has an executor for type {task.type!r}"
         if stopping:
             words += f" and is not stopping ({listed(stopping)})"
@@ -216,6 +217,20 @@ class _Inquiry:
                 f"now {listed(others)}."
             )
             yield Reason("suspect", words, {"crashes": task.crashes, "others": others})
+
+    def _broker(self, able: Sequence[Node]) -> Iterator[Reason]:
+        """Yield a reason for each node that should bring the task to a worker, and cannot."""
+        engines = {node.about.engine for node in able}
+        if not engines or "" in engines:
+            return
+        for node in self._nodes.values():
+            if node.alive is not False and node.broker_error and node.about.engine in engines:
+                words = (
+                    f"Node {node.name} cannot use the broker of {node.about.engine}, which brings the "
+                    f"task to a worker: {node.broker_error}."
+                )
+                facts = {"node": node.id, "name": node.name, "error": node.broker_error}
+                yield Reason("broker", words, facts)
 
     # --- tasks that come first
 

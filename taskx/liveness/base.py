@@ -81,6 +81,11 @@ class Node:
     broker_error: str = ""
 
     @property
+    def only_sends(self) -> bool:
+        """True if this node only sends tasks to the workers of a broker."""
+        return bool(self.about.engine) and not self.about.worker_num
+
+    @property
     def serves_broker(self) -> bool:
         """True if this node is in a worker process of a broker, which is started and ended by others."""
         return bool(self.about.engine and self.about.worker_num)

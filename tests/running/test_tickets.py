@@ -158,6 +158,7 @@ def test_surplus_tickets_start_nothing_that_has_a_ticket_so_that_their_number_fa
         for _ in range(10):
             shop.tickets.put(ticket)
     for ticket in the_tickets(shop, 40):
+        eventually(lambda: len(tickets_of(shop)) == 4)
         worker.run(*ticket)
     assert shop.ran == [0, 1, 2, 3]
     eventually(lambda: shop.tickets.qsize() == 4)
@@ -267,9 +268,17 @@ def test_a_broker_that_cannot_be_reached_is_told_before_there_is_a_task(shop, ca
     assert "tasks are stored, and start when it can: OSError: the broker is away" in caplog.text
     [check] = [check for check in asked.diagnose().checks if check.name == "broker"]
     assert (check.level, "broker of bus: OSError" in str(check)) == ("fail", True)
+    [handle] = submit(shop, 1)
+    assert "live nodes" not in str(
+        handle.why()[0]
+    )  # a node that only sends has no types to tell of
+    worker = shop.workers(1, note(shop), serve=False)
+    assert [reason.kind for reason in handle.why()] == ["broker", "worker"]
     shop.engine.away = False
     eventually(lambda: not asked.nodes()[0].broker_error)
     assert "broker" not in {problem.kind for problem in asked.health().problems}
+    worker.run(*the_tickets(shop, 1)[0])
+    assert shop.ran == [1]
 
 
 def test_a_node_in_a_worker_process_is_stopped_and_tuned_by_others(shop):
