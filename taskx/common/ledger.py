@@ -10,21 +10,31 @@ step at a time, in an order that lets its successor continue. An entry stays in 
 has an outcome, and joins the untold entries before it leaves the queue. Writes that were sent to the
 repository and have no outcome yet are read back first. A thread that is struck while it applies its own
 writes alone puts them into the queue for that.
+
+Where an application's transaction may lock a record for long, the repository says so soon. The entries of
+the batch are then committed one by one. Those that are locked are tried again later: by their threads, or
+by a later leader if no thread waits for them.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
+from functools import partial
+from itertools import islice
+from typing import TypeVar
 
 from taskx.common.bell import Agenda, Signal
 from taskx.core.errors import RepositoryError, RepositoryUnavailable, TaskxError, on_main_thread
 from taskx.core.log import GuardedLogger, is_for_the_program
 from taskx.core.writes import Write
 from taskx.storage import queries
-from taskx.storage.base import Reentered, Repository
+from taskx.storage.base import Locked, Reentered, Repository
+
+T = TypeVar("T")
 
 #: A function that gets True for each write whose guard held, and the repository's error, if any.
 Callback = Callable[[Sequence[bool], BaseException | None], None]
@@ -33,6 +43,10 @@ Callback = Callable[[Sequence[bool], BaseException | None], None]
 MAX_BATCH = 256
 # Seconds after which a follower checks by itself: the thread that should call it may have been interrupted.
 _CHECK_EVERY = 0.05
+# Seconds after which writes that another transaction has locked are tried again, doubled up to the longest.
+_LOCKED_PAUSE, _LONGEST_LOCKED_PAUSE = 0.1, 1.0
+# The locked entries of a batch after which the rest of it is tried later: perhaps the table is locked.
+_MOST_LOCKED = 5
 
 
 class _Entry:
@@ -44,6 +58,9 @@ class _Entry:
         "done",
         "error",
         "known",
+        "locked",
+        "not_before",
+        "pause",
         "results",
         "told",
         "turn",
@@ -61,6 +78,10 @@ class _Entry:
         self.deserted = False
         #: The writes, by ``id``, that turned out to be stored when they were read back after an interrupt.
         self.known: Collection[int] = ()
+        #: Why the entry was put off, the monotonic time until which it is, and the next pause in seconds.
+        self.locked: Locked | None = None
+        self.not_before = 0.0
+        self.pause = _LOCKED_PAUSE
         self.results: Sequence[bool] = ()
         self.error: BaseException | None = None
 
@@ -105,6 +126,12 @@ class Ledger:
             Reentered: the calling thread is in the middle of another write; see :meth:`commit_soon`.
             RepositoryError: none of the writes was applied.
         """
+        try:
+            return self._commit(writes)
+        except Locked as error:
+            return _again(partial(self._commit, writes), error)
+
+    def _commit(self, writes: Sequence[Write]) -> Sequence[bool]:
         # A leader may wait for a lock of the repository that this thread holds.
         if self._leading._is_owned() or self._repository.entered:  # type: ignore[attr-defined]
             raise Reentered
@@ -114,7 +141,8 @@ class Ledger:
                 # Take the lock and note it in one step: an interrupt may come between two steps.
                 alone.extend(map(self._leading.acquire, (False,)))
                 if alone == [True] and not self._waiting:
-                    return self._target.apply(writes)
+                    with self._repository.without_waiting():
+                        return self._target.apply(writes)
         except BaseException as error:
             doubtful = isinstance(error, MemoryError) or not isinstance(error, Exception)
             if alone == [True] and doubtful:
@@ -185,7 +213,13 @@ class Ledger:
         if self.entered:
             raise Reentered
         try:
-            with self._leading:
+            return self._commit_whole(writes)
+        except Locked as error:
+            return _again(partial(self._commit_whole, writes), error)
+
+    def _commit_whole(self, writes: Sequence[Write]) -> Sequence[bool]:
+        try:
+            with self._leading, self._repository.without_waiting():
                 return self._repository.apply(writes, all_or_nothing=True)
         finally:
             if self._waiting:
@@ -210,12 +244,23 @@ class Ledger:
         """Leave writes to the next commit. ``callback`` gets their outcome."""
         self._waiting.append(_Entry(writes, callback))
 
-    def flush(self, *, wait: bool = True) -> bool:
+    def flush(self, *, wait: bool = True, patient: bool = False) -> bool:
         """Commit the deferred writes. Without ``wait``, return False if another thread is committing.
 
+        With ``patient``, writes that another transaction has locked are tried again for some time.
+
         Raises:
-            RepositoryUnavailable: the writes stay in the queue.
+            RepositoryUnavailable: the writes stay in the queue. It is :class:`Locked` if only some of them
+                do, and these are put off. Without ``wait`` it is not raised for those.
         """
+        try:
+            return self._flush(wait=wait)
+        except Locked as error:
+            if not patient:
+                raise
+            return _again(partial(self._flush, wait=wait), error)
+
+    def _flush(self, *, wait: bool) -> bool:
         if not self:
             return True
         if self.entered:
@@ -224,6 +269,9 @@ class Ledger:
             if wait:
                 with self._leading:
                     self._lead()
+                for entry in list(self._waiting):
+                    if entry.locked is not None:
+                        raise entry.locked
             elif self._leading.acquire(blocking=False):  # never on the main thread
                 try:
                     self._lead()
@@ -238,13 +286,17 @@ class Ledger:
 
     def _lead(self) -> None:
         """Commit one batch."""
-        batch = [self._waiting[i] for i in range(min(len(self._waiting), MAX_BATCH))]
+        now = time.monotonic()
+        waiting = (entry for entry in list(self._waiting) if entry.not_before <= now)
+        batch = list(islice(waiting, MAX_BATCH))
         try:
             if self._sent:
                 self._read_back()
             self._send([entry for entry in batch if not entry.done])
         except (Reentered, MemoryError):
             raise  # not the fault of the writes
+        except Locked as error:
+            self._replay([entry for entry in batch if not entry.done], error)
         except RepositoryUnavailable as error:
             self._fail(batch, error)
         except Exception as error:  # noqa: BLE001  (the waiting threads get it)
@@ -278,11 +330,9 @@ class Ledger:
             return
         self._sent = entries
         try:
-            results = iter(
-                self._target.apply(
-                    [w for entry in entries for w in entry.writes if id(w) not in entry.known]
-                )
-            )
+            writes = [w for entry in entries for w in entry.writes if id(w) not in entry.known]
+            with self._repository.without_waiting():
+                results = iter(self._target.apply(writes))
         except MemoryError:
             raise  # perhaps after the COMMIT
         except Exception:  # nothing was applied, or the error is marked as in doubt
@@ -294,13 +344,20 @@ class Ledger:
         self._sent = ()
 
     def _replay(self, entries: list[_Entry], error: Exception) -> None:
-        """Commit entries one by one after a batch failed, so that a bad write fails alone."""
+        """Commit entries one by one after a batch failed, so that a bad or locked write fails alone."""
         if len(entries) == 1:
             self._reject(entries[0], error)
             return
+        locked = 0
         for entry in entries:
+            if locked == _MOST_LOCKED:
+                self._reject(entry, error)
+                continue
             try:
                 self._send([entry])
+            except Locked as problem:
+                locked, error = locked + 1, problem
+                self._reject(entry, problem)
             except RepositoryUnavailable as unavailable:
                 if isinstance(error, RepositoryError) and error.in_doubt:
                     unavailable.in_doubt = True  # the batch may have stored more than is sent again
@@ -319,6 +376,10 @@ class Ledger:
         raise error
 
     def _reject(self, entry: _Entry, error: Exception) -> None:
+        if isinstance(error, Locked) and (entry.callback is not None or entry.deserted):
+            entry.locked, entry.not_before = error, time.monotonic() + entry.pause
+            entry.pause = min(2 * entry.pause, _LONGEST_LOCKED_PAUSE)
+            return
         entry.results = [False] * len(entry.writes)
         entry.error, entry.done = error, True
 
@@ -329,7 +390,7 @@ class Ledger:
         while (late := self._late) is not None:
             self._late = None
             with suppress(TaskxError), self._leading:  # an entry that fails stays in the queue
-                while not late.done:
+                while not (late.done or late.locked):
                     self._lead()
             self._call_next()
         if self._agenda.attended and on_main_thread():  # where an exception may strike
@@ -369,6 +430,19 @@ class Ledger:
         if entry.error is not None:
             self._log.error("the repository refused a write: %s", entry.error, exc_info=entry.error)
         entry.callback(entry.results, entry.error)
+
+
+def _again(commit: Callable[[], T], error: Locked) -> T:
+    """Try to commit again until nobody locks the records, or the patience of the error is over."""
+    until, pause = time.monotonic() + error.patience, _LOCKED_PAUSE
+    while time.monotonic() < until:
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_LOCKED_PAUSE)
+        try:
+            return commit()
+        except Locked as again:
+            error = again
+    raise error
 
 
 def _in_doubt(error: TaskxError) -> TaskxError:

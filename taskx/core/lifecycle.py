@@ -164,7 +164,7 @@ def expiry(created_at: int, run_at: int | None, expires: int) -> int:
 def release(task_id: str) -> Update:
     """Let a pending task start whose time has come."""
     guard = {"status": PENDING, "held": UNTIL_DUE}
-    return Update(task_id, guard, {"held": FREE}, move="release")
+    return Update(task_id, guard, {"held": FREE}, move="release", skips=True)
 
 
 def take(task_id: str, node: str, owner: str = "") -> Update:
@@ -173,7 +173,7 @@ def take(task_id: str, node: str, owner: str = "") -> Update:
     A task that is held back has no owner.
     """
     guard = {"status": PENDING, "held": FREE, "owner": owner}
-    return Update(task_id, guard, {"owner": node}, move="take")
+    return Update(task_id, guard, {"owner": node}, move="take", skips=True)
 
 
 def free(task_id: str, node: str) -> Update:
@@ -194,7 +194,13 @@ def cancel(task_id: str, now: int) -> list[Update]:
 
 
 def _cancel_pending(
-    task_id: str, guard: Mapping[str, Any], changes: Mapping[str, Any], *, durable: bool, move: str
+    task_id: str,
+    guard: Mapping[str, Any],
+    changes: Mapping[str, Any],
+    *,
+    durable: bool,
+    move: str,
+    skips: bool = False,
 ) -> list[Update]:
     gone = {"status": CANCELLED, "owner": "", "unique_lock": None, "waiting_on": None}
     gone.update(expires_at=None, **changes)
@@ -203,8 +209,8 @@ def _cancel_pending(
     free = {"status": PENDING, "held": (FREE, UNTIL_DUE, FOR_TURN, None), **guard}
     barred = {"status": PENDING, "held": (FOR_PARENTS, BY_THREAD), **guard}
     return [
-        Update(task_id, free, {**gone, "turn": None}, durable=durable, move=move),
-        Update(task_id, barred, gone, durable=durable, move=move),
+        Update(task_id, free, {**gone, "turn": None}, durable=durable, move=move, skips=skips),
+        Update(task_id, barred, gone, durable=durable, move=move, skips=skips),
     ]
 
 
@@ -224,7 +230,7 @@ def expire(task: Task, now: int) -> list[Update]:
         error += " since it was replaced"
     changes = {"completed_at": now, "error": error}
     return _cancel_pending(
-        task.id, {"expires_at": expires_at}, changes, durable=False, move="expire"
+        task.id, {"expires_at": expires_at}, changes, durable=False, move="expire", skips=True
     )
 
 
@@ -282,7 +288,13 @@ def give_turn(task_id: str, key: str) -> list[Update]:
     """
     guard = {"status": PENDING, "held": FOR_TURN}
     return [
-        Update(task_id, {**guard, "run_at": when}, {"held": held, "turn": key}, move="give turn")
+        Update(
+            task_id,
+            {**guard, "run_at": when},
+            {"held": held, "turn": key},
+            move="give turn",
+            skips=True,
+        )
         for when, held in ((None, FREE), (PRESENT, UNTIL_DUE))
     ]
 
@@ -334,7 +346,7 @@ def parents_moved(child: Task, statuses: Mapping[str, str], now: int) -> Update:
     guard: dict[str, Any] = {"status": PENDING, "held": FOR_PARENTS}
     waiting_on = unfinished_parent(child.depends_on, statuses)
     if waiting_on is not None:
-        return Update(child.id, guard, {"waiting_on": waiting_on}, move="parents moved")
+        return Update(child.id, guard, {"waiting_on": waiting_on}, move="parents moved", skips=True)
     bad = _bad_parent(child.depends_on, statuses)
     if bad is None or child.on_parent_failure == "run":
         run_at = None if child.run_at is None else to_ms(child.run_at)
@@ -342,7 +354,7 @@ def parents_moved(child: Task, statuses: Mapping[str, str], now: int) -> Update:
         if child.stuck_on:
             guard["stuck_on"], held = child.stuck_on, BY_THREAD
         free = {"waiting_on": None, "held": held}
-        return Update(child.id, guard, free, move="parents moved")
+        return Update(child.id, guard, free, move="parents moved", skips=True)
     changes = {
         "status": CANCELLED,
         "completed_at": now,
@@ -355,7 +367,7 @@ def parents_moved(child: Task, statuses: Mapping[str, str], now: int) -> Update:
         changes.update(status=FAILED, dead_letter=1, **unique.freed_by_end(child))
     else:
         changes["unique_lock"] = None  # as for any task that is cancelled before it starts
-    return Update(child.id, guard, changes, move="orphan")
+    return Update(child.id, guard, changes, move="orphan", skips=True)
 
 
 _WORDS = {FAILED: "failed", CANCELLED: "was cancelled"}
@@ -396,7 +408,7 @@ def start(task: Task, now: int, node: str, worker: str = "") -> Update | None:
     if task.expires_at is not None and has_expired(task, now):
         return None
     guard = {"status": PENDING, "starts": task.starts, "held": FREE}
-    return Update(task.id, guard, changes, task.max_crashes == 1, "start")
+    return Update(task.id, guard, changes, task.max_crashes == 1, "start", skips=True)
 
 
 def created_started(insert: Insert, start: Update) -> Insert:
@@ -438,11 +450,20 @@ def hand_back(task: Task, now: int) -> list[Update]:
 
 
 def progress(task_id: str, starts: int | None, percent: int, message: str) -> Update:
-    """Store the progress of a run: the one with this ``starts``, or the current one if it is None."""
+    """Store the progress of a run: the one with this ``starts``, or the current one if it is None.
+
+    A node stores the progress of its runs again and again, so it waits for no lock.
+    """
     guard: dict[str, Any] = {"status": RUNNING}
     if starts is not None:
         guard["starts"] = starts
-    return Update(task_id, guard, {"progress": percent, "message": message}, move="progress")
+    return Update(
+        task_id,
+        guard,
+        {"progress": percent, "message": message},
+        move="progress",
+        skips=starts is not None,
+    )
 
 
 def checkpoint(task: Task, checkpoints: str, *, durable: bool) -> Update:
@@ -867,7 +888,7 @@ def prunable(page: Sequence[Ended], needed: Collection[str], now: int) -> list[S
 def prune(stub: Stub) -> Delete:
     """Remove the record of a task that has ended, unless it was requeued since it was read."""
     guard = {"status": stub.status, "starts": stub.starts, **_NO_THREAD}
-    return Delete(stub.id, guard, durable=False, move="prune")
+    return Delete(stub.id, guard, durable=False, move="prune", skips=True)
 
 
 def discard(task: Task) -> Delete:

@@ -56,6 +56,9 @@ class Update(NamedTuple):
 
     ``durable`` is True if a caller was told about the write: a power cut must not undo it. ``move`` names
     the move, for the code that acts on its consequences; a repository ignores it.
+
+    ``skips`` is True if the write may be refused while another transaction has locked the record, so that
+    nobody waits: its maker looks at the record again later. A repository without locked records ignores it.
     """
 
     id: str
@@ -63,15 +66,17 @@ class Update(NamedTuple):
     changes: Mapping[str, Any]
     durable: bool = False
     move: str = ""
+    skips: bool = False
 
 
 class Delete(NamedTuple):
-    """Remove the record with this id, if the guard holds."""
+    """Remove the record with this id, if the guard holds. ``skips`` is as in :class:`Update`."""
 
     id: str
     guard: Mapping[str, Any]
     durable: bool = True
     move: str = ""
+    skips: bool = False
 
     @property
     def changes(self) -> Mapping[str, Any]:

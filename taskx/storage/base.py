@@ -112,6 +112,19 @@ class Reentered(RepositoryUnavailable):
         )
 
 
+class Locked(RepositoryUnavailable):
+    """Another transaction has locked what a write changes, and keeps it. Nothing was changed.
+
+    Args:
+        text: what the store says.
+        patience: seconds for which the write should be tried again before the caller is told.
+    """
+
+    def __init__(self, text: str, patience: float) -> None:
+        super().__init__(text)
+        self.patience = patience
+
+
 class Listener(ABC):
     """A receiver of news about the commits of other processes: see :meth:`Repository.listen`."""
 
@@ -188,6 +201,14 @@ class Repository(TaskRepository):
     def entered(self) -> bool:
         """True if the calling thread holds a lock for which :meth:`apply` would wait for ever."""
         return False
+
+    def without_waiting(self) -> AbstractContextManager[object]:
+        """Have :meth:`apply` raise :class:`Locked` to this thread soon, for a ``with`` block.
+
+        Without it :meth:`apply` waits for locks of other transactions. This version is for stores in which
+        nobody else locks single records.
+        """
+        return nullcontext()
 
     @abstractmethod
     def put_notes(self, changes: Sequence[NoteChange]) -> Sequence[bool]:

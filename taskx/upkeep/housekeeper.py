@@ -6,6 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 
 from taskx.core import lifecycle
 from taskx.core.errors import RepositoryError, SchemaMismatch
@@ -17,7 +18,7 @@ from taskx.running.pool import WorkerPool
 from taskx.running.progress import store_progress
 from taskx.schedules.ticker import Ticker
 from taskx.storage import queries
-from taskx.storage.base import Repository
+from taskx.storage.base import Locked, Repository
 from taskx.storage.queries import Changes
 from taskx.upkeep.expiry import Expiry
 from taskx.upkeep.listening import Listening
@@ -172,10 +173,12 @@ class Housekeeper:
             self._services.repository.ensure_there()
         except SchemaMismatch as error:  # go on: outcomes must be written in any case
             self._pool.retire(error)
-        self._services.ledger.flush()
+        with suppress(Locked):  # some outcomes are put off, and the other duties go on
+            self._services.ledger.flush()
         self._services.watcher.tell()
         if self._pool.stuck.ended:
-            self._pool.stuck.lift()
+            with suppress(Locked):
+                self._pool.stuck.lift()
         self._pool.hand_on()
         self._pool.add_workers()
         if self._is_time("progress", PROGRESS_EVERY):
@@ -265,13 +268,14 @@ class Housekeeper:
         """Release the next tasks that are due, unless another node has just done so.
 
         If very many are due, all nodes try the same ones at the same time. The node that releases them goes
-        on. The others find them released, and come back a little later.
+        on. The others find them released, and come back a little later, as they do if another transaction
+        has locked all of them.
         """
         ids = [task_id for task_id, _ in self._services.repository.due(now, MOST_DUE)]
         if ids:
             writes = [lifecycle.release(task_id) for task_id in ids]
             released = sum(self._services.consequences.commit(writes))
-            if len(ids) == MOST_DUE and 2 * released < MOST_DUE:
+            if not released or (len(ids) == MOST_DUE and 2 * released < MOST_DUE):
                 self._release_at = time.monotonic() + POLL
 
     @property

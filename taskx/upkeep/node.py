@@ -281,7 +281,7 @@ class LocalNode:
 
     def _write_outcomes(self) -> None:
         try:
-            self._services.ledger.flush()
+            self._services.ledger.flush(patient=True)
         except RepositoryError as error:
             self._services.log.warning("outcomes could not be written yet: %s", error)
 

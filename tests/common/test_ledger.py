@@ -26,6 +26,7 @@ from taskx.core import lifecycle
 from taskx.core.log import Complaint
 from taskx.core.writes import Insert
 from taskx.running.ahead import MAX_AHEAD, Ahead
+from taskx.storage.base import Locked
 
 
 def insert(task_id):
@@ -466,6 +467,67 @@ def test_an_outage_fails_waiting_writes_and_keeps_deferred_ones(ledger, reposito
     ledger.flush()
     assert told == [[True]]
     assert set(repository.get_many(["a", "b"])) == {"a"}
+
+
+class Lock:
+    """Another transaction's lock on some tasks, until ``open`` is called."""
+
+    def __init__(self, repository, *task_ids, patience=PATIENCE):
+        self.tried, self._ids, self._patience = 0, set(task_ids), patience
+        repository.before = self._before
+
+    def _before(self, writes):
+        if self._ids.intersection(write.id for write in writes):
+            self.tried += 1
+            raise Locked("a lock is kept", self._patience)
+
+    def open(self):
+        self._ids = set()
+
+
+def test_a_locked_write_is_tried_again_and_others_pass(ledger, repository):
+    lock = Lock(repository, "locked")
+    waits = run_in_thread(lambda: ledger.commit([insert("locked")]))
+    whole = run_in_thread(lambda: ledger.commit_whole([insert("also"), insert("locked")]))
+    eventually(lambda: lock.tried > 3)
+    assert ledger.commit([insert("other")]) == [True]
+    lock.open()
+    assert (waits(), whole()) in (([True], [True, False]), ([False], [True, True]))
+
+
+def test_locked_outcomes_are_put_off_and_others_are_stored(ledger, repository):
+    lock, late, told = Lock(repository, "locked"), Told(), Told()
+    ledger.defer([insert("locked")], late)
+    ledger.defer([insert("other")], told)
+    with pytest.raises(Locked):
+        ledger.flush()
+    assert (late, told) == ([], [[True]])
+    assert ledger.commit([insert("third")]) == [True]
+    assert ledger  # something is left to do
+    lock.open()
+    assert ledger.flush(patient=True)
+    assert late == [[True]]
+    assert not ledger
+
+
+def test_the_patience_with_a_lock_is_limited(ledger, repository):
+    Lock(repository, "locked", patience=0.01)
+    with pytest.raises(Locked):
+        ledger.commit([insert("locked")])
+    assert not ledger._waiting
+
+
+def test_a_batch_is_left_after_some_locked_writes(ledger, repository):
+    """Perhaps the whole table is locked, and each of them takes its time."""
+    lock = Lock(repository, *map(str, range(50)))
+    told = Told()
+    for n in range(50):
+        ledger.defer([insert(str(n))], told)
+    assert ledger.flush(wait=False)
+    assert lock.tried < 10
+    lock.open()
+    assert eventually(lambda: ledger.flush(wait=False) and not ledger)
+    assert told == [[True]] * 50
 
 
 def test_a_write_refused_behind_many_others_is_never_stored(ledger, repository):

@@ -7,6 +7,7 @@ for that transaction nor be part of it.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import threading
 import time
@@ -35,7 +36,7 @@ from taskx.core.errors import (
     RepositoryUnavailable,
     TaskxError,
 )
-from taskx.storage.base import Reentered
+from taskx.storage.base import Locked, Reentered
 from taskx.storage.sqlite.file import DatabaseFile
 from taskx.storage.sqlite.repository import text_or_bytes
 
@@ -52,7 +53,9 @@ _KEPT = 4  # idle connections for reads that stay open
 _UNCHECKED = 1.0  # seconds of idleness after which a connection is checked before its next use
 # Codes of PostgreSQL and MySQL for a transaction that another one made impossible: it may be sent again.
 _AGAIN = frozenset({"40001", "40P01", "1213"})
-_LOCK_TIMEOUT = frozenset({"55P03", "1205"})
+_LOCKED = "55P03"
+#: Milliseconds for which a write of PostgreSQL waits for a lock: other writes wait for its connection.
+LOCK_TIMEOUT = 100
 _NO_TABLE = frozenset({"42P01", "1146"})
 
 
@@ -68,6 +71,11 @@ def code(error: BaseException | None) -> str:
 def may_be_repeated(error: BaseException) -> bool:
     """Return True for a conflict of two transactions: nothing was stored, and the next try may succeed."""
     return isinstance(error, OperationalError) and code(error) in _AGAIN
+
+
+def is_locked(error: BaseException) -> bool:
+    """Return True if PostgreSQL has refused a statement because another transaction keeps a lock."""
+    return isinstance(error, OperationalError) and code(error) == _LOCKED
 
 
 def is_failure(error: BaseException) -> bool:
@@ -87,7 +95,10 @@ class Link:
             the session is changed then. ``DISABLE_SERVER_SIDE_CURSORS`` says so.
         keeps_log: True if it is an SQLite file with a write-ahead log.
         durable: True if a commit survives a power cut by this session's setting; None if it is unknown.
+        lock_timeout: the most milliseconds that a statement of PostgreSQL waits for a lock.
     """
+
+    lock_timeout: float = math.inf
 
     def __init__(self, django: Any) -> None:
         self.django = django
@@ -303,7 +314,7 @@ class Connections:
         if self._writer is not None:
             self._writer = self._checked(self._writer)
         if self._writer is None:
-            self._writer = self._open()
+            self._writer = self._open(writes=True)
         link = self._writer
         try:
             with self._within(link):
@@ -348,9 +359,11 @@ class Connections:
             return
         milliseconds = max(1, round(seconds * 1000))
         if link.vendor == "postgresql":
-            # The third one releases the locks of a connection that was cut amid a transaction.
-            names = ("statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout")
-            link.execute("; ".join(f"SET {name} = {milliseconds}" for name in names))
+            # The second one releases the locks of a connection that was cut amid a transaction.
+            names = ("statement_timeout", "idle_in_transaction_session_timeout")
+            limits = [f"SET {name} = {milliseconds}" for name in names]
+            limits.append(f"SET lock_timeout = {min(milliseconds, link.lock_timeout)}")
+            link.execute("; ".join(limits))
         elif link.vendor == "sqlite":
             link.rows(f"PRAGMA busy_timeout = {milliseconds}")
         elif link.vendor == "mysql":
@@ -368,7 +381,7 @@ class Connections:
 
     # --- opening and closing
 
-    def _open(self) -> Link:
+    def _open(self, *, writes: bool = False) -> Link:
         settings = deepcopy({**self.settings, "TEST": {}})
         settings.update(AUTOCOMMIT=True, ATOMIC_REQUESTS=False, CONN_MAX_AGE=None)
         options = settings["OPTIONS"]
@@ -392,6 +405,8 @@ class Connections:
                 )
             self.file.find()
         link = Link(django)
+        if writes:
+            link.lock_timeout = LOCK_TIMEOUT
         try:
             self._set_timeout(link, self.timeout)
             if self.file is not None:
@@ -434,6 +449,8 @@ class Connections:
             return self.no_tables()
         if "malformed" in str(error) or "not a database" in str(error):
             return RepositoryCorrupt(text)
+        if is_locked(error):
+            return Locked(f"{where}: another transaction keeps a lock: {said}", self.timeout)
         if isinstance(error, (OperationalError, InterfaceError, InternalError)):
             doubt = "; the write may have happened" if in_doubt else ""
             unavailable = RepositoryUnavailable(text + doubt)

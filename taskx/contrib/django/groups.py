@@ -82,8 +82,8 @@ def _form(write: Write) -> tuple[Any, ...]:
         for name, value in write.guard.items()
     )
     if isinstance(write, Delete):
-        return (Delete, *special)
-    return (Update, *write.changes, None, *special, bool(write.changes.get("owner")))
+        return (Delete, *special, write.skips)
+    return (Update, *write.changes, None, *special, write.skips)
 
 
 def _touches_unique(write: Write) -> bool:
@@ -117,7 +117,7 @@ def _apply_group(link: Link, writes: Sequence[Any]) -> set[str]:
     source = _Source()
     where = _guards(source, writes)
     if isinstance(first, Delete):
-        return _delete_group(link, source, where)
+        return _delete_group(link, writes, source, where)
     return _update_group(link, writes, source, where)
 
 
@@ -139,12 +139,13 @@ def _guards(source: _Source, writes: Sequence[Any]) -> str:
     return where
 
 
-def _delete_group(link: Link, source: _Source, where: str) -> set[str]:
+def _delete_group(link: Link, writes: Sequence[Delete], source: _Source, where: str) -> set[str]:
+    free, ids, where = _unlocked(link, writes, where, "UPDATE")
     sql = (
-        f"DELETE FROM {TASK} t USING {source.text} WHERE {where} "
+        f"{free}DELETE FROM {TASK} t USING {source.text} WHERE {where} "
         "RETURNING t.seq, t.id, t.depends_on, t.tags"
     )
-    gone = link.rows(sql, source.values)
+    gone = link.rows(sql, [*ids, *source.values])
     remove_lists(link, gone)
     return {task_id for _, task_id, _, _ in gone}
 
@@ -154,22 +155,30 @@ def _update_group(link: Link, writes: Sequence[Update], source: _Source, where: 
         f"{name} = {source.value(name, [write.changes[name] for write in writes])}"
         for name in writes[0].changes
     )
-    values = source.values
-    free = ""
-    if skips_locked(link, writes[0]):
-        # A table of its own: the planner might repeat a query inside the condition for each row.
-        free = (
-            f"WITH free AS MATERIALIZED (SELECT seq FROM {TASK} WHERE id = ANY(%s::text[]) "
-            "FOR NO KEY UPDATE SKIP LOCKED) "
-        )
-        where += " AND t.seq IN (SELECT seq FROM free)"
-        values.insert(0, [write.id for write in writes])
+    free, ids, where = _unlocked(link, writes, where, "NO KEY UPDATE")
     sql = f"{free}UPDATE {TASK} t SET {settings} FROM {source.text} WHERE {where} RETURNING t.id"
-    held = {task_id for (task_id,) in link.rows(sql, values)}
+    held = {task_id for (task_id,) in link.rows(sql, [*ids, *source.values])}
     for write in writes:
         if "tags" in write.changes and write.id in held:
             retag(link, write)
     return held
+
+
+def _unlocked(
+    link: Link, writes: Sequence[Update] | Sequence[Delete], where: str, lock: str
+) -> tuple[str, list[Any], str]:
+    """Return a beginning, its values, and the condition of a statement that passes over locked rows.
+
+    They change nothing if the writes wait for locks.
+    """
+    if not skips_locked(link, writes[0]):
+        return "", [], where
+    # A table of its own: the planner might repeat a query inside the condition for each row.
+    free = (
+        f"WITH free AS MATERIALIZED (SELECT seq FROM {TASK} WHERE id = ANY(%s::text[]) "
+        f"FOR {lock} SKIP LOCKED) "
+    )
+    return free, [[write.id for write in writes]], f"{where} AND t.seq IN (SELECT seq FROM free)"
 
 
 def _insert_group(link: Link, writes: Sequence[Insert]) -> set[str]:

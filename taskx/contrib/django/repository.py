@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any, Literal, TypeVar, get_args
 
@@ -21,7 +22,14 @@ from taskx.contrib.django.blocks import (
     is_elsewhere,
     is_open,
 )
-from taskx.contrib.django.connections import Connections, Link, Rows, is_failure, may_be_repeated
+from taskx.contrib.django.connections import (
+    LOCK_TIMEOUT,
+    Connections,
+    Link,
+    Rows,
+    is_failure,
+    may_be_repeated,
+)
 from taskx.contrib.django.records import Pairs, Records
 from taskx.contrib.django.sqlite import Turns
 from taskx.core.checks import check_number
@@ -31,10 +39,10 @@ from taskx.core.errors import ConfigurationError
 from taskx.core.lifecycle import FINISHED
 from taskx.core.record import COLUMNS
 from taskx.core.verdict import Check
-from taskx.core.writes import Delete, Write, shows
+from taskx.core.writes import Delete, NoteChange, Write, shows
 from taskx.liveness.base import Liveness
 from taskx.liveness.locks import KernelLocks
-from taskx.storage.base import Listener, Reentered, Repository, Then, tell_of_forks
+from taskx.storage.base import Listener, Locked, Reentered, Repository, Then, tell_of_forks
 from taskx.storage.sqlite import turnstile
 from taskx.storage.sqlite.wakeups import Wakeups
 
@@ -43,6 +51,7 @@ T = TypeVar("T")
 
 _TRIES = 5  # of a transaction that others make impossible, such as by a deadlock
 _SHORTEST_LEASE = 0.5
+_LOCKED_PAUSE = 0.1
 _FORK_PATIENCE = 5.0
 
 
@@ -110,6 +119,7 @@ class DjangoRepository(BesideBlocks, Records):
         self._file = self._connections.file
         self._turns = Turns(self._file) if self._file else None
         self._wakeups = Wakeups(self._file) if self._file else None
+        self._hurries = _Hurries()
         self._commits = 0
         # The writes of which nobody knows if they took place, by identity, each as it was sent.
         self._doubtful: Pairs = {}
@@ -120,6 +130,37 @@ class DjangoRepository(BesideBlocks, Records):
         return f"DjangoRepository({self.using!r})"
 
     # --- writing
+
+    def apply(self, writes: Sequence[Write], *, all_or_nothing: bool = False) -> Sequence[bool]:
+        """Apply guarded writes in one transaction."""
+        apply = super().apply
+        return self._patiently(lambda: apply(writes, all_or_nothing=all_or_nothing))
+
+    def put_notes(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
+        put = super().put_notes
+        return self._patiently(lambda: put(changes))
+
+    def _patiently(self, work: Callable[[], T]) -> T:
+        """Do work, again and again while another transaction keeps a lock.
+
+        Between two tries the connection is free for the writes of other threads.
+        """
+        until = time.monotonic() + self.timeout
+        while True:
+            try:
+                return work()
+            except Locked:
+                if self._hurries.now or time.monotonic() >= until:
+                    raise
+            time.sleep(_LOCKED_PAUSE)
+
+    @contextmanager
+    def without_waiting(self) -> Iterator[None]:
+        before, self._hurries.now = self._hurries.now, True
+        try:
+            yield
+        finally:
+            self._hurries.now = before
 
     def _is_durable(self, write: Write) -> bool:
         """Return True if a write must survive a power cut, or the death of the server.
@@ -230,6 +271,8 @@ class DjangoRepository(BesideBlocks, Records):
             link.execute("BEGIN IMMEDIATE")
         elif self.vendor == "postgresql":
             wanted = "" if durable else "; SET LOCAL synchronous_commit = off"
+            if link.pooled:
+                wanted += f"; SET LOCAL lock_timeout = {LOCK_TIMEOUT}"
             link.execute(f"BEGIN{wanted}")
         else:
             link.execute("START TRANSACTION")
@@ -426,6 +469,12 @@ class DjangoRepository(BesideBlocks, Records):
             self._turns.renew_after_fork()
         if self._wakeups is not None:
             self._wakeups.renew_after_fork()
+
+
+class _Hurries(threading.local):
+    """True for a thread that wants to be told of locks at once."""
+
+    now = False
 
 
 def _data_version(link: Link) -> object:

@@ -109,6 +109,8 @@ _SEQ = f"SELECT id, seq FROM {TASK} WHERE id = %s"
 def _delete(link: Link, write: Delete) -> bool:
     where, values = conditions(write.guard)
     what = f"FROM {TASK} WHERE id = %s{where}"
+    if skips_locked(link, write):
+        what = f"FROM {TASK} WHERE seq = (SELECT seq {what} FOR UPDATE SKIP LOCKED)"
     if link.returning:
         gone = link.rows(f"DELETE {what} RETURNING seq, id, depends_on, tags", (write.id, *values))
     else:
@@ -131,13 +133,9 @@ def update(link: Link, write: Update) -> tuple[str, list[Any]]:
     return sql, [*write.changes.values(), write.id, *values]
 
 
-def skips_locked(link: Link, write: Update) -> bool:
-    """Return True if a write may pass over a row that another transaction is changing.
-
-    It gives the task to a node. The other one will decide about the task, and the node finds it again if
-    it is still free then.
-    """
-    return link.vendor == "postgresql" and bool(write.changes.get("owner"))
+def skips_locked(link: Link, write: Update | Delete) -> bool:
+    """Return True if a write passes over a row that another transaction is changing."""
+    return link.vendor == "postgresql" and write.skips
 
 
 def conditions(guard: Mapping[str, Any]) -> tuple[str, list[Any]]:
