@@ -58,7 +58,7 @@ def add(repository, *ids, **columns):
 def start(task_id, node="n", starts=0):
     guard = {"status": "pending", "starts": starts, "held": FREE}
     changes = {"status": "running", "starts": starts + 1, "owner": node}
-    return Update(task_id, guard, changes, move="start")
+    return Update(task_id, guard, changes, move="start", skips=True)
 
 
 def statuses(repository):
@@ -301,7 +301,7 @@ def test_the_queries_of_a_busy_queue_use_indexes(repository, sent):
 def test_a_write_whose_connection_cannot_be_opened_says_that_the_database_is_away(
     repository, monkeypatch
 ):
-    def refuse():
+    def refuse(**options):
         raise OperationalError("no route to the server")
 
     repository._connections.close()
