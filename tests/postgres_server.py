@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import fcntl
 import functools
 import importlib.util
 import json
@@ -23,6 +24,7 @@ from typing import Any
 import psycopg
 from mongo_server import PATIENCE, free_port
 
+_PREFIX = "taskx-postgres-"
 #: The audit event of a test that uses a shared server, which an earlier test may have started.
 SERVER_USED = "taskx.tests.postgres_used"
 
@@ -172,7 +174,9 @@ def shared() -> Server:
 @contextmanager
 def private() -> Iterator[Server]:
     """Start a server that a test can kill and start again."""
-    folder = Path(tempfile.mkdtemp(prefix="taskx-postgres-"))
+    _remove_abandoned()
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+    lock = _locked(folder)
     try:
         server = Server(folder)
         try:
@@ -181,6 +185,37 @@ def private() -> Iterator[Server]:
             server.stop()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _locked(folder: Path) -> int:
+    """Lock the file of a server's folder for as long as this process, or a fork of it, lives."""
+    new = folder / "new"
+    lock = os.open(new, os.O_CREAT | os.O_RDWR, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    new.rename(folder / "lock")  # only now others look at it
+    return lock
+
+
+def _remove_abandoned() -> None:
+    """End the servers of processes that were killed, and remove their folders."""
+    for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/lock"):
+        with suppress(OSError):  # it is in use, belongs to another user, or is gone
+            lock = os.open(path, os.O_RDWR)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _end(path.parent / "data")
+                shutil.rmtree(path.parent, ignore_errors=True)
+            finally:
+                os.close(lock)
+
+
+def _end(data: Path) -> None:
+    """End the server on a folder, if it still runs."""
+    with suppress(OSError, ValueError, IndexError):
+        first = int((data / "postmaster.pid").read_text().split()[0])
+        if os.fsencode(data) in Path(f"/proc/{first}/cmdline").read_bytes():
+            os.kill(first, signal.SIGQUIT)
 
 
 @functools.cache

@@ -244,6 +244,19 @@ class Steering(Parts):
         with self._changing() as operations:
             operations.delete(check_name(task_id, "id"))
 
+    def delete_many(self, task_ids: Iterable[str]) -> int:
+        """Delete the records of the given tasks that are not running, in a few transactions.
+
+        Returns:
+            the number of tasks that were deleted. The others run, have a thread that still runs, or do not
+            exist.
+
+        Raises:
+            RepositoryError: the repository failed; some tasks may have been deleted.
+        """
+        with self._changing() as operations:
+            return operations.delete_many([check_name(task_id, "id") for task_id in task_ids])
+
     def prune(self, before: datetime, status: TaskStatus | str | None = None) -> int:
         """Delete tasks that ended before a given time, a few in each transaction.
 

@@ -148,6 +148,12 @@ class Operations:
         if not self._commit([lifecycle.delete(task_id)])[0]:
             raise lifecycle.not_deleted(self._repository.get_by_id(task_id))
 
+    def delete_many(self, task_ids: Sequence[str]) -> int:
+        return sum(
+            sum(self._commit([lifecycle.delete(i) for i in task_ids[start : start + bulk.BATCH]]))
+            for start in range(0, len(task_ids), bulk.BATCH)
+        )
+
     def delete_all(
         self, filter: TaskFilter, terms: Terms = PLAIN, *, everything: bool = False
     ) -> Bulk:

@@ -453,6 +453,15 @@ class TestCancelMany:
         assert {h.task().status for h in pending} == {TaskStatus.CANCELLED}
         assert done.task().status is TaskStatus.COMPLETED
 
+    def test_delete_many_leaves_tasks_that_run(self, started, gate):
+        started.executor("held")(gate)
+        running = started.submit("held").id
+        gate.wait_for(1)
+        wanted = [started.submit("held", delay=60).id for _ in range(2)]
+        assert started.delete_many([*wanted, running, "nobody"]) == 2
+        assert [task.id for task in started.list_tasks()[0]] == [running]
+        gate.open()
+
     def test_cancel_many_of_no_tasks_does_nothing(self, queue: Queue):
         assert queue.cancel_many([]) == 0
 

@@ -18,10 +18,12 @@ from taskx.contrib.django.queues import get_queue
 if TYPE_CHECKING:
     from taskx.dashboard import Dashboard
 
-#: The permissions of the dashboard that each permission of Django gives.
+_VIEW = frozenset({"read", "see_params"})
+#: The permissions of the dashboard that each permission of Django gives. As in the admin, a user who may
+#: change tasks may view them.
 PERMISSIONS: Mapping[str, frozenset[str]] = {
-    "taskx.view_task": frozenset({"read", "see_params"}),
-    "taskx.change_task": frozenset({"cancel", "requeue", "edit", "pause", "tune"}),
+    "taskx.view_task": _VIEW,
+    "taskx.change_task": _VIEW | {"cancel", "requeue", "edit", "pause", "tune"},
     "taskx.delete_task": frozenset({"delete"}),
     "taskx.change_schedule": frozenset({"schedules"}),
 }
@@ -38,7 +40,7 @@ Check = Callable[[HttpRequest], Iterable[str]]
 def permissions_of(request: HttpRequest) -> frozenset[str]:
     """Return what a request's user may do in the dashboard: nothing unless ``is_staff`` is set.
 
-    ``view_task`` gives ``read`` and ``see_params``; ``change_task`` gives ``cancel``, ``requeue``,
+    ``view_task`` gives ``read`` and ``see_params``; ``change_task`` gives these, ``cancel``, ``requeue``,
     ``edit``, ``pause`` and ``tune``; ``delete_task`` gives ``delete``; ``change_schedule`` gives
     ``schedules``.
     """

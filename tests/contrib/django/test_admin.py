@@ -382,6 +382,34 @@ def test_tasks_are_deleted_after_a_question(boss, queue):
     assert LogEntry.objects.filter(object_id=str(keys[0])).exists()
 
 
+def test_many_tasks_are_deleted_in_a_few_transactions(boss, queue, monkeypatch):
+    ids = [queue.submit("mail").id for _ in range(60)]
+    keys = [key_of(task_id) for task_id in ids]
+    batches, apply = [], queue.repository.apply
+    monkeypatch.setattr(
+        queue.repository,
+        "apply",
+        lambda writes, **more: batches.append(writes) or apply(writes, **more),
+    )
+    act(boss, LIST, "delete_selected", *keys, post="yes")
+    assert queue.count_tasks() == 0
+    assert [len(batch) for batch in batches] == [60]
+
+
+def test_a_task_that_started_after_the_question_stays(boss, queue, monkeypatch):
+    ids = [queue.submit("mail").id for _ in range(2)]
+    many = queue.delete_many
+
+    def late(task_ids):
+        TaskRow.objects.filter(task_id=ids[0]).update(status="running")
+        return many(task_ids)
+
+    monkeypatch.setattr(queue, "delete_many", late)
+    page = act(boss, LIST, "delete_selected", *map(key_of, ids), post="yes")
+    assert "1 of the tasks were not deleted" in page
+    assert [task.id for task in queue.list_tasks()[0]] == ids[:1]
+
+
 def test_a_single_task_is_deleted(boss, queue):
     key = key_of(queue.submit("mail").id)
     response = boss.post(f"{LIST}{key}/delete/", {"post": "yes"}, follow=True)
@@ -477,6 +505,7 @@ def test_the_name_of_a_schedule_stays(boss, queue):
         ({"tags": "x" * 65}, "tag"),
         ({"misfire": "all"}, "requires misfire_grace"),
         ({"expires": "-1"}, "expires"),
+        ({"expires": "1e300"}, "less than or equal to 253402300799"),
         ({"name": ""}, "required"),
     ],
     ids=str,

@@ -102,8 +102,10 @@ def test_permission_to_view_tasks_shows_everything_and_changes_nothing(browse, q
 
 
 def test_permission_to_change_tasks_cancels_and_pauses_but_does_not_delete(browse, queue):
+    """It includes the permission to view them, as in the admin."""
     task_id = queue.submit("mail").id
-    client = browse(VIEW, CHANGE)
+    client = browse(CHANGE)
+    assert client.get(f"/tasks/task?id={task_id}").status_code == 200
     body = {"ids": [task_id]}
     assert client.post("/tasks/api/cancel", body, "application/json").json()["changed"] == 1
     assert client.post("/tasks/types/pause", {"type": "mail"}).status_code == 303

@@ -102,44 +102,89 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
+def environment(folder: Path) -> dict[str, str]:
+    path = os.pathsep.join((str(folder), str(ROOT)))
+    return {**os.environ, "DJANGO_SETTINGS_MODULE": "settings", "PYTHONPATH": path}
+
+
 def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """Call ``django-admin`` in the folder of the site."""
     return subprocess.run(
         [sys.executable, "-m", "django", *words],
         cwd=folder,
-        env={
-            **os.environ,
-            "DJANGO_SETTINGS_MODULE": "settings",
-            "PYTHONPATH": os.pathsep.join((str(folder), str(ROOT))),
-        },
+        env=environment(folder),
         capture_output=True,
         text=True,
         timeout=120,
     )
 
 
-def told(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, object]]:
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
+# Calls several commands in one interpreter; a start of Django takes most of the time of each.
+CALLS = """
+import io, json, sys, django
+from django.core.management import CommandError, call_command
+
+django.setup()
+for words in json.loads(sys.argv[1]):
+    output, code = io.StringIO(), 0
+    try:
+        exec(words[0]) if len(words) == 1 else call_command(*words, stdout=output)
+    except CommandError as error:
+        code = error.returncode
+    print(json.dumps([code, output.getvalue()]))
+"""
+
+
+def calls(folder: Path, *commands: tuple[str, ...]) -> list[tuple[int, str]]:
+    """Call commands, one after another; return the exit code and the output of each.
+
+    A command of a single word is Python code.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", CALLS, json.dumps(commands)],
+        cwd=folder,
+        env=environment(folder),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
+
+
+def told(output: str) -> dict[str, dict[str, object]]:
+    lines = [json.loads(line) for line in output.splitlines()]
     return {line.pop("name"): line for line in lines}
 
 
-def schedules(folder: Path) -> dict[str, dict[str, object]]:
-    return told(run(folder, "taskx", "schedules", "--json"))
-
-
 def test_rows_become_schedules_and_the_rest_is_told_with_its_reason(folder):
-    tried = run(folder, "taskx", "import-beat", "--dry-run", "--json")
-    assert schedules(folder) == {}
-    done = run(folder, "taskx", "import-beat", "--json")
-    assert (tried.returncode, done.returncode) == (1, 1), done.stderr
-    assert tried.stdout == done.stdout
-    outcomes = told(done)
+    change = (
+        "from django_celery_beat.models import *; "
+        "CrontabSchedule.objects.filter(minute='30').update(minute='45')"
+    )
+    listed, imports = ("taskx", "schedules", "--json"), ("taskx", "import-beat", "--json")
+    tried, before, done, after, _, _, again, last, (_, words) = calls(
+        folder,
+        (*imports, "--dry-run"),
+        listed,
+        imports,
+        listed,
+        ("taskx", "schedules", "pause", "mails"),
+        (change,),
+        imports,
+        listed,
+        imports[:2],
+    )
+    assert before == (0, "")
+    assert tried == done
+    assert done[0] == 1
+    outcomes = told(done[1])
     assert {name for name, one in outcomes.items() if one["outcome"] == "refused"} == {*REFUSED}
     for name, reason in REFUSED.items():
         assert reason in str(outcomes[name]["reason"]), name
     assert outcomes["positional"]["ignored"] == ["priority=9"]
 
-    stored = schedules(folder)
+    stored = told(after[1])
     assert {*stored} == {"nightly", "positional", "often", "mails"}
     shown = ("spec", "tz", "type", "params", "paused")
     assert [[stored[name][key] for key in shown] for name in sorted(stored)] == [
@@ -153,23 +198,15 @@ def test_rows_become_schedules_and_the_rest_is_told_with_its_reason(folder):
     ]
 
     # A second time, only what has changed is changed; a pause in TaskX stays.
-    run(folder, "taskx", "schedules", "pause", "mails")
-    change = (
-        "from django_celery_beat.models import *; "
-        "CrontabSchedule.objects.filter(minute='30').update(minute='45')"
-    )
-    assert run(folder, "shell", "-c", change).returncode == 0
-    again = told(run(folder, "taskx", "import-beat", "--json"))
-    assert {name: again[name]["outcome"] for name in stored} == {
+    assert {name: told(again[1])[name]["outcome"] for name in stored} == {
         "nightly": "changed",
         "positional": "unchanged",
         "often": "unchanged",
         "mails": "unchanged",
     }
-    assert schedules(folder)["mails"]["paused"]
-    assert schedules(folder)["nightly"]["spec"] == "45 2 * * *"
+    assert told(last[1])["mails"]["paused"]
+    assert told(last[1])["nightly"]["spec"] == "45 2 * * *"
 
-    words = run(folder, "taskx", "import-beat").stdout
     assert "refused    sun: it follows the sun" in words
     assert "unchanged  nightly: 45 2 * * * Europe/Berlin, shop.tasks.report" in words
 

@@ -10,6 +10,7 @@ import attrs
 from django import forms
 
 from taskx.contrib.django.models import Schedule
+from taskx.core.clock import LAST
 from taskx.core.errors import ConfigurationError, PayloadError, TaskxError, UnknownTaskType
 from taskx.core.model import Task
 from taskx.core.redact import redacted, unhidden
@@ -119,6 +120,7 @@ class ScheduleForm(forms.ModelForm):
     tags = forms.CharField(required=False, help_text="Separated by spaces.")
     expires = forms.FloatField(
         label="Expires after",
+        max_value=LAST // 1000,
         required=False,
         help_text="Seconds from a tick after which its task is cancelled if it has not started.",
     )
@@ -130,6 +132,7 @@ class ScheduleForm(forms.ModelForm):
     )
     misfire_grace = forms.FloatField(
         label="At most late",
+        max_value=LAST // 1000,
         required=False,
         help_text="Seconds that a tick may be late and still get a task; needed for all.",
     )

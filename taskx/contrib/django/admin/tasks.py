@@ -29,7 +29,7 @@ from taskx.contrib.django.admin.forms import RequeueForm
 from taskx.contrib.django.admin.pages import QueueAdmin, note, queue_of_site
 from taskx.contrib.django.admin.values import as_json, as_table, as_text, last_lines, value
 from taskx.core.clock import to_datetime
-from taskx.core.errors import InvalidTransition, TaskNotFound
+from taskx.core.errors import TaskNotFound
 from taskx.core.redact import redacted
 from taskx.queue import Queue
 
@@ -311,11 +311,10 @@ class TaskAdmin(QueueAdmin):
     def _delete(self, request: Any, ids: Sequence[str]) -> None:
         queue = queue_of_site()
         assert queue is not None
-        for task_id in ids:
-            try:
-                queue.delete(task_id)
-            except (InvalidTransition, TaskNotFound) as error:  # it has changed since the question
-                self.message_user(request, str(error), messages.WARNING)
+        left = len(ids) - queue.delete_many(ids)
+        if left:
+            text = f"{left} of the tasks were not deleted: since the question they started, or are gone."
+            self.message_user(request, text, messages.WARNING)
         note(request, queue, "delete", ids)
 
 
