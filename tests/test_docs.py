@@ -49,7 +49,7 @@ for line, source in json.load(sys.stdin):
 @functools.cache
 def parse(page: Path) -> docutils.nodes.document:
     """Parse a page; callers change nothing in it."""
-    settings = {"report_level": 5, "syntax_highlight": "none"}
+    settings = {"report_level": 2, "warning_stream": False, "syntax_highlight": "none"}
     return docutils.core.publish_doctree(
         page.read_text(encoding="utf-8"), source_path=str(page), settings_overrides=settings
     )
@@ -341,6 +341,12 @@ def anchors() -> dict[Path, set[str]]:
         }
         for page in PAGES
     }
+
+
+@every_page
+def test_the_markup_of_a_page_has_no_error(page):
+    found = parse(page).findall(docutils.nodes.system_message)
+    assert [message.astext() for message in found if message["level"] > 1] == []
 
 
 @every_page
