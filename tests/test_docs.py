@@ -437,6 +437,15 @@ def test_the_index_names_every_example():
     assert [path.name for path in examples if f"``examples/{path.name}" not in text] == []
 
 
+@pytest.mark.parametrize(("name", "language"), [("taskx.service", "ini"), ("Dockerfile", "docker")])
+def test_the_page_on_deploying_shows_the_example_without_its_comments(name, language):
+    def lines(text: str) -> list[str]:
+        return [line for line in text.splitlines() if line and not line.startswith("#")]
+
+    [(_, shown)] = blocks(ROOT / "docs" / "deploying.rst", language)
+    assert lines(shown) == lines((ROOT / "examples" / name).read_text(encoding="utf-8"))
+
+
 # The design as built
 
 
