@@ -312,8 +312,8 @@ def test_an_interrupted_start_leaves_no_node(queue, monkeypatch):
     queue.executor("fine")(lambda: "fine")
     join = queue.repository.liveness.join
 
-    def struck(node):
-        join(node)
+    def struck(node, **about):
+        join(node, **about)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(queue.repository.liveness, "join", struck)

@@ -157,9 +157,9 @@ def test_a_stop_ends_in_time_while_a_start_waits_for_the_repository(queue, monke
     repository = queue.repository
     join = repository.liveness.join
 
-    def hang(node):
+    def hang(node, **about):
         gate()
-        join(node)
+        join(node, **about)
 
     monkeypatch.setattr(repository.liveness, "join", hang)
     starting = run_in_thread(queue.start)
