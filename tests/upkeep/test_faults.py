@@ -624,7 +624,7 @@ def test_due_tasks_are_read_again_after_the_repository_failed(make_queue, monkey
 
 @pytest.mark.parametrize("step", ["prepare", "join", "watch", "nodes", "notes", "ready"])
 def test_a_start_whose_repository_fails_can_be_tried_again(make_queue, monkeypatch, step):
-    def fail(*args):
+    def fail(*args, **options):
         raise RepositoryUnavailable("down for a while")
 
     queue = make_queue(worker_num=1)
