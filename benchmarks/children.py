@@ -94,10 +94,15 @@ def end_with_parent() -> None:
 
 
 class Child:
-    """A Python program that prints lines, and ends when its standard input ends."""
+    """A Python program that prints lines, and ends when its standard input ends.
+
+    Attributes:
+        pid: the id of its process.
+    """
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
+        self.pid = process.pid
         assert process.stdin is not None
         assert process.stdout is not None
         self._stdin: IO[str] = process.stdin

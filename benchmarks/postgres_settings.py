@@ -9,8 +9,8 @@ DATABASES = {
     "default": {
         "ENGINE": "django.db.backends.postgresql",
         "HOST": "127.0.0.1",
-        "PORT": os.environ["TASKX_BENCH_PORT"],
-        "NAME": os.environ["TASKX_BENCH_DATABASE"],
+        "PORT": os.environ.get("TASKX_BENCH_PORT", ""),
+        "NAME": os.environ.get("TASKX_BENCH_DATABASE", ""),
         "USER": "postgres",
         "CONN_MAX_AGE": None,
     }

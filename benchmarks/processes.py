@@ -27,7 +27,7 @@ _SHARES = ("both-alone", "both-together", "both-ratio", "both-share")
 
 
 @contextmanager
-def _node(store: Store, role: str, folder: str, count: int = 0) -> Iterator[Child]:
+def node(store: Store, role: str, folder: str, count: int = 0) -> Iterator[Child]:
     with talking("-m", "benchmarks.node", role, folder, store.name(), str(count)) as child:
         yield child
 
@@ -37,7 +37,7 @@ def _node(store: Store, role: str, folder: str, count: int = 0) -> Iterator[Chil
 
 def _left(plan: Plan, store: Store, folder: str) -> dict[str, float]:
     """Kill a process with busy workers and with tasks in its buffer and in the file; run these tasks."""
-    with _node(store, "leave", folder, plan.left) as child:
+    with node(store, "leave", folder, plan.left) as child:
         child.hear("left")
         child.kill()
     with queue_on(store, folder) as queue:
@@ -60,7 +60,7 @@ def _rescued(store: Store, folder: str) -> float:
         began.append(time.perf_counter())
         again.set()
 
-    with _node(store, "hang", folder) as child, queue_on(store, folder) as queue:
+    with node(store, "hang", folder) as child, queue_on(store, folder) as queue:
         child.hear("running")
         queue.executor("orphan")(orphan)
         with queue:
@@ -77,8 +77,8 @@ def _rescued(store: Store, folder: str) -> float:
 
 def _both(plan: Plan, store: Store, folder: str) -> dict[str, float]:
     count = 2 * plan.tasks  # in runs of less than two seconds, the shares are random
-    alone, _ = _drained_by(store, 1, count, os.path.join(folder, "one"))
-    both, share = _drained_by(store, 2, count, os.path.join(folder, "two"))
+    alone, _ = drained_by(store, 1, count, os.path.join(folder, "one"))
+    both, share = drained_by(store, 2, count, os.path.join(folder, "two"))
     return {
         "both-alone": alone,
         "both-together": both,
@@ -87,14 +87,14 @@ def _both(plan: Plan, store: Store, folder: str) -> dict[str, float]:
     }
 
 
-def _drained_by(store: Store, processes: int, count: int, folder: str) -> tuple[float, float]:
+def drained_by(store: Store, processes: int, count: int, folder: str) -> tuple[float, float]:
     """Return the tasks per second, and the smallest share of one process in percent."""
     os.mkdir(folder)
     with queue_on(store, folder) as first, first:
         first.drain()  # it is the first node; otherwise the nodes would first make the indexes of MongoDB
     with queue_on(store, folder) as queue, ExitStack() as stack:
         queue.submit_many(noops(count))
-        nodes = [stack.enter_context(_node(store, "drain", folder)) for _ in range(processes)]
+        nodes = [stack.enter_context(node(store, "drain", folder)) for _ in range(processes)]
         for node in nodes:
             node.hear("ready")
         began = time.time()
@@ -127,7 +127,7 @@ def _elsewhere(plan: Plan, store: Store, folder: str) -> dict[str, float]:
     """Measure the milliseconds from a submit to the start in another process, and back to the result."""
     chance = random.Random(0)
     there, back = [], []
-    with _node(store, "serve", folder) as child, queue_on(store, folder) as queue:
+    with node(store, "serve", folder) as child, queue_on(store, folder) as queue:
         child.hear("ready")
         queue.declare("clock")
         for _ in range(plan.messages):
@@ -148,7 +148,7 @@ def _cancel(plan: Plan, store: Store, folder: str) -> dict[str, float]:
     """Measure the milliseconds from a cancel until the token fires in another process."""
     chance = random.Random(0)
     samples = []
-    with _node(store, "serve", folder) as child, queue_on(store, folder) as queue:
+    with node(store, "serve", folder) as child, queue_on(store, folder) as queue:
         child.hear("ready")
         queue.declare("until-cancelled")
         for _ in range(plan.messages):
@@ -164,8 +164,8 @@ def _cancel(plan: Plan, store: Store, folder: str) -> dict[str, float]:
 def _with_busy_others(plan: Plan, store: Store, folder: str) -> dict[str, float]:
     """Measure the share of a core that an idle process uses while two others work, in percent."""
     with (
-        _node(store, "serve", folder) as child,
-        _node(store, "stand-by", folder) as idle,
+        node(store, "serve", folder) as child,
+        node(store, "stand-by", folder) as idle,
         queue_on(store, folder) as queue,
     ):
         child.hear("ready")

@@ -69,6 +69,10 @@ def named(name: str) -> Store:
     """Return the store with this name."""
     if "://" not in name:
         return OnSQLite(name)
+    if name.startswith("postgres"):
+        from benchmarks.postgres_store import OnPostgres
+
+        return OnPostgres(name)
     from benchmarks.mongo.store import OnMongo
 
     return OnMongo(name)

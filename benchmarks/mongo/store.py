@@ -53,6 +53,7 @@ class OnMongo(Store):
 
     def drop(self, folder: str) -> None:
         """Drop the databases of a folder and of its subfolders."""
+        client: pymongo.MongoClient[dict[str, Any]]
         with pymongo.MongoClient(self.url) as client:
             for name in client.list_database_names():
                 if name.startswith(database_of(folder)):
