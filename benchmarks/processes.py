@@ -7,8 +7,8 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 
 from benchmarks.children import PATIENCE, Child, ChildFailed, talking
@@ -27,7 +27,7 @@ _SHARES = ("both-alone", "both-together", "both-ratio", "both-share")
 
 
 @contextmanager
-def node(store: Store, role: str, folder: str, count: int = 0) -> Iterator[Child]:
+def node_process(store: Store, role: str, folder: str, count: int = 0) -> Iterator[Child]:
     with talking("-m", "benchmarks.node", role, folder, store.name(), str(count)) as child:
         yield child
 
@@ -37,7 +37,7 @@ def node(store: Store, role: str, folder: str, count: int = 0) -> Iterator[Child
 
 def _left(plan: Plan, store: Store, folder: str) -> dict[str, float]:
     """Kill a process with busy workers and with tasks in its buffer and in the file; run these tasks."""
-    with node(store, "leave", folder, plan.left) as child:
+    with node_process(store, "leave", folder, plan.left) as child:
         child.hear("left")
         child.kill()
     with queue_on(store, folder) as queue:
@@ -60,7 +60,7 @@ def _rescued(store: Store, folder: str) -> float:
         began.append(time.perf_counter())
         again.set()
 
-    with node(store, "hang", folder) as child, queue_on(store, folder) as queue:
+    with node_process(store, "hang", folder) as child, queue_on(store, folder) as queue:
         child.hear("running")
         queue.executor("orphan")(orphan)
         with queue:
@@ -87,21 +87,33 @@ def _both(plan: Plan, store: Store, folder: str) -> dict[str, float]:
     }
 
 
-def drained_by(store: Store, processes: int, count: int, folder: str) -> tuple[float, float]:
-    """Return the tasks per second, and the smallest share of one process in percent."""
+def drained_by(
+    store: Store,
+    processes: int,
+    count: int,
+    folder: str,
+    watch: Callable[..., AbstractContextManager[object]] = lambda *pids: nullcontext(),
+) -> tuple[float, float]:
+    """Return the tasks per second, and the smallest share of one process in percent.
+
+    The block of ``watch``, which gets the ids of the processes, has the whole drain.
+    """
     os.mkdir(folder)
     with queue_on(store, folder) as first, first:
         first.drain()  # it is the first node; otherwise the nodes would first make the indexes of MongoDB
     with queue_on(store, folder) as queue, ExitStack() as stack:
         queue.submit_many(noops(count))
-        nodes = [stack.enter_context(node(store, "drain", folder)) for _ in range(processes)]
+        nodes = [
+            stack.enter_context(node_process(store, "drain", folder)) for _ in range(processes)
+        ]
         for node in nodes:
             node.hear("ready")
         began = time.time()
-        for node in nodes:
-            node.tell("go")
-        for node in nodes:
-            node.hear("drained")
+        with watch(*(node.pid for node in nodes)):
+            for node in nodes:
+                node.tell("go")
+            for node in nodes:
+                node.hear("drained")
         ended, runs = _ended_and_runs(queue)
         # ``runs`` does not include a process that ran no task.
         share = 100 * min(runs) / count if len(runs) == processes else 0.0
@@ -127,7 +139,7 @@ def _elsewhere(plan: Plan, store: Store, folder: str) -> dict[str, float]:
     """Measure the milliseconds from a submit to the start in another process, and back to the result."""
     chance = random.Random(0)
     there, back = [], []
-    with node(store, "serve", folder) as child, queue_on(store, folder) as queue:
+    with node_process(store, "serve", folder) as child, queue_on(store, folder) as queue:
         child.hear("ready")
         queue.declare("clock")
         for _ in range(plan.messages):
@@ -148,7 +160,7 @@ def _cancel(plan: Plan, store: Store, folder: str) -> dict[str, float]:
     """Measure the milliseconds from a cancel until the token fires in another process."""
     chance = random.Random(0)
     samples = []
-    with node(store, "serve", folder) as child, queue_on(store, folder) as queue:
+    with node_process(store, "serve", folder) as child, queue_on(store, folder) as queue:
         child.hear("ready")
         queue.declare("until-cancelled")
         for _ in range(plan.messages):
@@ -164,8 +176,8 @@ def _cancel(plan: Plan, store: Store, folder: str) -> dict[str, float]:
 def _with_busy_others(plan: Plan, store: Store, folder: str) -> dict[str, float]:
     """Measure the share of a core that an idle process uses while two others work, in percent."""
     with (
-        node(store, "serve", folder) as child,
-        node(store, "stand-by", folder) as idle,
+        node_process(store, "serve", folder) as child,
+        node_process(store, "stand-by", folder) as idle,
         queue_on(store, folder) as queue,
     ):
         child.hear("ready")

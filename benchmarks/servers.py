@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -46,13 +46,20 @@ def mongo(folder: Path) -> Iterator[Running]:
 
 
 @contextmanager
-def postgres() -> Iterator[Running]:
-    """Run PostgreSQL with ``fsync`` on."""
+def postgres(folder: Path) -> Iterator[Running]:
+    """Run PostgreSQL with ``fsync`` on, in a folder of its own."""
     server = _module("postgres_server")
     server._OPTIONS.update(fsync="on", full_page_writes="on", shared_buffers="256MB")
     with server.private() as running:
         pid = int((running.data / "postmaster.pid").read_text().split()[0])
         yield f"postgresql://postgres@127.0.0.1:{running.port}", pid
+
+
+def proxy(port: int, judge: Callable[[str, bytes], bool]) -> Any:
+    """Return a proxy for a port of this machine. ``judge`` gets each piece of traffic."""
+    made = _module("mongo_proxy").Proxy(port)
+    made.judge = judge
+    return made
 
 
 def _made(folder: Path) -> Path:
