@@ -133,7 +133,7 @@ def of_backlog(place: Place, tasks: int, awake: Cost) -> Cost:
 
 
 def of_single(place: Place, tasks: int, awake: Cost) -> Cost:
-    """Measure tasks that are submitted one by one, each after the result of the last, beside another node."""
+    """Measure tasks that are submitted one by one, each after the result of the one before."""
     with place.nodes(1), _two_queues(place) as (queue, _), queue:
         queue.submit(TASK).result(PATIENCE)
         with place.meter() as meter:

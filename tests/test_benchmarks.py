@@ -351,3 +351,106 @@ def test_a_submit_does_not_wait_for_other_threads(costs):
         share = costs["submits written by another thread", "TaskX", durability]
         assert float(share.removesuffix(" %")) < 50
     assert float(costs["a submit: times the thread waited", "TaskX", "process"]) < 0.5
+
+
+# --- engines, and how far they go
+
+
+@pytest.fixture
+def on_path(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+
+
+@pytest.fixture
+def site(on_path):
+    """A task uses its host for 2 ms and the store for 1 ms; a node uses the store for 10 ms in a second."""
+    from benchmarks.capacity import Cost, Site
+
+    return Site("site", task=Cost(0.002, 0.001), node=Cost(0.0, 0.010), store_cores=1.0)
+
+
+def test_a_store_that_a_task_uses_for_a_millisecond_does_not_pass_a_thousand(site):
+    most = [site.most(hosts)[0] for hosts in (1, 2, 3, 4, 16, 64)]
+    assert most == pytest.approx([500, 980, 970, 960, 840, 360])
+    assert site.most(100)[0] == pytest.approx(0)  # the polls of the nodes use all of the store
+
+
+def test_the_bottleneck_moves_from_the_hosts_to_the_store(site):
+    assert [site.most(hosts)[1] for hosts in (1, 2, 3)] == ["hosts", "store", "store"]
+    assert site.best() == 2
+
+
+def test_a_broker_is_the_bottleneck_if_a_task_uses_it_most(on_path):
+    from benchmarks.capacity import Cost, Site
+
+    site = Site("site", Cost(0.002, 0.001, 0.005), Cost(), store_cores=4.0)
+    assert site.most(8) == (pytest.approx(200), "broker")
+
+
+def test_what_shares_a_machine_shares_its_cores(site):
+    """Two processes on two cores with the store: 2 × 10 ms of polls, then 3 ms for each task."""
+    assert site.most_on(2.0, processes=2, nodes=2) == pytest.approx(1.98 / 0.003)
+    assert site.most_on(8.0, processes=2, nodes=2) == pytest.approx(980)  # the store is one core
+    assert site.most_on(8.0, processes=1, nodes=2) == pytest.approx(500)
+
+
+def test_simulated_waits_are_those_of_the_theory(on_path):
+    """One queue with exponential times: the mean is the time of service over the share that is free."""
+    from benchmarks.capacity import Cost, Site
+
+    site = Site("site", Cost(0.0, 0.001), Cost(), store_cores=1.0)
+    for rate in (100.0, 500.0, 800.0):
+        waits = site.waits(1, rate, 50_000)
+        assert sum(waits) / len(waits) == pytest.approx(0.001 / (1 - rate / 1000), rel=0.1)
+    assert site.waits(1, 1000.0, 3) == [float("inf")] * 3
+
+
+def test_costs_are_printed_with_a_forecast_for_each_number_of_hosts(site):
+    from benchmarks import scale
+
+    assert scale.forecast(site, 2, 100.0)[:5] == ("site", "2", "980", "store", scale.SPLIT["store"])
+    assert scale.forecast(site, 2, 980.0)[5:] == ("inf", "inf")
+
+
+def test_the_costs_of_operations_are_measured(on_path, tmp_path):
+    """Here a SQLite file is the store, and so nothing is the server's time."""
+    from benchmarks import children, operations
+    from benchmarks.stores import OnSQLite
+
+    with children.talking("-c", "input()") as server:
+        place = operations.Place(OnSQLite("process"), server.pid, str(tmp_path), ("", 0))
+        submit = operations.of_submit(place, 50)
+        backlog = operations.of_backlog(place, 50, operations.NOTHING)
+    assert 0 < submit.hosts < 0.1
+    assert 0 < backlog.hosts < 0.1
+    assert submit.broker == backlog.broker == 0
+
+
+def test_the_time_of_children_is_metered(on_path):
+    """Also that of a child of a child, and of one that has ended."""
+    from benchmarks import children
+    from benchmarks.metering import Meter, seconds_of
+
+    spin = "import time\nwhile time.process_time() < 0.2: pass"
+    program = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {spin!r}])"
+    program += f"\n{spin}\nprint('done', flush=True)\nsys.stdin.read()"
+    with children.talking("-c", program) as child:
+        with Meter(child=child.pid) as meter:
+            child.hear("done")
+        assert 0.35 < seconds_of(child.pid) < 2
+    assert 0.2 < meter.used["child"] < 2
+    assert meter.elapsed >= 0.2
+
+
+def test_engines_are_measured():
+    ran = run("benchmarks.engines", "--tasks", "20", "--rounds", "1", "--only", "threads")
+    head, row, _, _ = ran.splitlines()
+    figures = row.removeprefix("Threads, TaskX").split()
+    assert len(figures) == len(re.split(r"\s{2,}", head.strip()))
+    assert float(figures[-1]) >= 2  # commits: a submit and an outcome, and polls make none
+
+
+def run(*args: str) -> str:
+    ran = subprocess.run([sys.executable, "-m", *args], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
