@@ -15,10 +15,11 @@ from benchmarks.children import PATIENCE
 from benchmarks.engine_program import Setup, made
 from benchmarks.engines import Pipe, burst, workers
 from benchmarks.metering import Meter
+from benchmarks.peers.base import until
 from benchmarks.processes import node_process
 from benchmarks.stores import Store, named
-from benchmarks.taskx_bench import busy, noop, queue_on
-from taskx import Queue
+from benchmarks.taskx_bench import busy, noop, noops, queue_on
+from taskx import Queue, Task
 
 #: The type of tasks that only this process runs.
 TASK = "scale"
@@ -37,7 +38,7 @@ class Place:
 
     @contextmanager
     def nodes(self, count: int) -> Iterator[dict[str, int]]:
-        """Run processes with started queues that run none of the tasks. Yield their ids by role."""
+        """Run processes with started queues, which run "noop" only. Yield their ids by role."""
         with queue_on(self.store, self.folder) as first, first:
             first.drain()  # otherwise the nodes would first make the tables or indexes
         with ExitStack() as stack:
@@ -124,8 +125,7 @@ def _two_queues(place: Place) -> Iterator[tuple[Queue, Queue]]:
 def of_backlog(place: Place, tasks: int, awake: Cost) -> Cost:
     """Measure runs of a backlog, beside another node: claim, run and outcome."""
     with place.nodes(1), _two_queues(place) as (runs, submits), busy(runs) as go:
-        for _ in range(tasks):
-            submits.submit(TASK)
+        submits.submit_many([Task(type=TASK, params={}) for _ in range(tasks)])
         with place.meter() as meter:
             go()
             runs.drain()
@@ -154,6 +154,17 @@ def with_tickets(place: Place, tasks: int, processes: int) -> Meter:
             with place.meter(workers=pid, broker=broker) as meter:
                 burst(program, pipe, tasks)
         pipe.close()
+    return meter
+
+
+def drain_by_two(place: Place, tasks: int) -> Meter:
+    """Meter two processes that drain a backlog. They have started before they may run it."""
+    with queue_on(place.store, place.folder) as queue, place.nodes(2) as pids:
+        queue.pause("noop")
+        queue.submit_many(noops(tasks))
+        with place.meter(**pids) as meter:
+            queue.resume("noop")
+            until(lambda: queue.count_tasks(status="completed") >= tasks, 0.05)
     return meter
 
 

@@ -7,8 +7,8 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 from benchmarks.children import PATIENCE, Child, ChildFailed, talking
@@ -77,8 +77,8 @@ def _rescued(store: Store, folder: str) -> float:
 
 def _both(plan: Plan, store: Store, folder: str) -> dict[str, float]:
     count = 2 * plan.tasks  # in runs of less than two seconds, the shares are random
-    alone, _ = drained_by(store, 1, count, os.path.join(folder, "one"))
-    both, share = drained_by(store, 2, count, os.path.join(folder, "two"))
+    alone, _ = _drained_by(store, 1, count, os.path.join(folder, "one"))
+    both, share = _drained_by(store, 2, count, os.path.join(folder, "two"))
     return {
         "both-alone": alone,
         "both-together": both,
@@ -87,17 +87,8 @@ def _both(plan: Plan, store: Store, folder: str) -> dict[str, float]:
     }
 
 
-def drained_by(
-    store: Store,
-    processes: int,
-    count: int,
-    folder: str,
-    watch: Callable[..., AbstractContextManager[object]] = lambda *pids: nullcontext(),
-) -> tuple[float, float]:
-    """Return the tasks per second, and the smallest share of one process in percent.
-
-    The block of ``watch``, which gets the ids of the processes, has the whole drain.
-    """
+def _drained_by(store: Store, processes: int, count: int, folder: str) -> tuple[float, float]:
+    """Return the tasks per second, and the smallest share of one process in percent."""
     os.mkdir(folder)
     with queue_on(store, folder) as first, first:
         first.drain()  # it is the first node; otherwise the nodes would first make the indexes of MongoDB
@@ -109,11 +100,10 @@ def drained_by(
         for node in nodes:
             node.hear("ready")
         began = time.time()
-        with watch(*(node.pid for node in nodes)):
-            for node in nodes:
-                node.tell("go")
-            for node in nodes:
-                node.hear("drained")
+        for node in nodes:
+            node.tell("go")
+        for node in nodes:
+            node.hear("drained")
         ended, runs = _ended_and_runs(queue)
         # ``runs`` does not include a process that ran no task.
         share = 100 * min(runs) / count if len(runs) == processes else 0.0

@@ -26,7 +26,6 @@ from benchmarks.capacity import SPLIT, Site
 from benchmarks.harness import percentile
 from benchmarks.metering import Meter
 from benchmarks.operations import Measured, Place
-from benchmarks.processes import drained_by
 from benchmarks.stores import named
 
 Row = tuple[str, ...]
@@ -93,18 +92,6 @@ def check(what: str, site: Site, nodes: int, count: int, meter: Meter) -> Row:
     return (what, *figures, f"{predicted / measured:.2f}")
 
 
-def drain_by_two(place: Place, count: int) -> Meter:
-    """Meter two processes that drain a backlog."""
-    meters = []
-
-    def watch(*pids: int) -> Meter:
-        meters.append(place.meter(**{f"node{number}": pid for number, pid in enumerate(pids)}))
-        return meters[0]
-
-    drained_by(place.store, 2, count, f"{place.folder}/two", watch)
-    return meters[0]
-
-
 def checks(
     name: str, make: Callable[[str], Place], cost: Measured, cores: float, count: int
 ) -> list[Row]:
@@ -113,7 +100,7 @@ def checks(
     tickets = Site("", cost.ticket, cost.awake, cores)
     few = count // 8
     return [
-        check(f"{name}, backlog", backlog, 2, count, drain_by_two(make("drain"), count)),
+        check(f"{name}, backlog", backlog, 2, count, operations.drain_by_two(make("drain"), count)),
         check(
             f"{name}, Dramatiq on Redis",
             tickets,

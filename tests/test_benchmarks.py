@@ -420,10 +420,10 @@ def test_the_costs_of_operations_are_measured(on_path, tmp_path):
     with children.talking("-c", "input()") as server:
         place = operations.Place(OnSQLite("process"), server.pid, str(tmp_path), ("", 0))
         submit = operations.of_submit(place, 50)
-        backlog = operations.of_backlog(place, 50, operations.NOTHING)
+        single = operations.of_single(place, 20, operations.NOTHING)
     assert 0 < submit.hosts < 0.1
-    assert 0 < backlog.hosts < 0.1
-    assert submit.broker == backlog.broker == 0
+    assert 0 < single.hosts < 0.1
+    assert submit.broker == single.broker == 0
 
 
 def test_the_time_of_children_is_metered(on_path):
