@@ -98,7 +98,7 @@ def checks(
     """Run two processes that drain a backlog, and two of Dramatiq that run a burst."""
     backlog = Site("", cost.backlog, cost.awake, cores)
     tickets = Site("", cost.ticket, cost.awake, cores)
-    few = count // 8
+    few = count // 4
     return [
         check(f"{name}, backlog", backlog, 2, count, operations.drain_by_two(make("drain"), count)),
         check(
@@ -136,7 +136,7 @@ def run(kind: Kind, server: servers.Running | None, options: argparse.Namespace)
         return [
             costs(kind.name, cost, trips),
             [forecast(site, hosts, options.rate) for site in built for hosts in options.hosts],
-            checks(kind.name, make, cost, kind.cores, 8 * tasks),
+            checks(kind.name, make, cost, kind.cores, 4 * tasks),
         ]
 
 
