@@ -52,13 +52,15 @@ class Site:
 
     Attributes:
         name: its name.
-        task: the cost of one task.
-        node: the cost of one node for a second, whatever it runs: heartbeats and polls.
+        task: the cost of one task on one host.
+        follow: what a task costs more for each other host, which notices it.
+        node: the cost of one node for a second, for its heartbeats and polls.
         store_cores: the cores that the store's server can use. The broker can use one.
     """
 
     name: str
     task: Cost
+    follow: Cost
     node: Cost
     store_cores: float = 1.0
 
@@ -67,33 +69,28 @@ class Site:
         has = Cost(hosts, self.store_cores, 1.0) - self.node * hosts
         return {"hosts": has.hosts, "store": has.store, "broker": has.broker}
 
-    def demand(self) -> dict[str, float]:
+    def demand(self, hosts: int) -> dict[str, float]:
         """Return the processor seconds that one task needs of each resource that it uses."""
-        needs = {"hosts": self.task.hosts, "store": self.task.store, "broker": self.task.broker}
+        task = self.task + self.follow * (hosts - 1)
+        needs = {"hosts": task.hosts, "store": task.store, "broker": task.broker}
         return {name: seconds for name, seconds in needs.items() if seconds > 0}
 
     def most(self, hosts: int) -> tuple[float, str]:
         """Return the most tasks per second, and the bottleneck."""
         room = self.room(hosts)
-        return min((max(room[name], 0.0) / needs, name) for name, needs in self.demand().items())
-
-    def best(self) -> int:
-        """Return the least number of hosts beyond which the most tasks per second does not grow."""
-        hosts = 1
-        while self.most(hosts)[1] == "hosts" and self.most(hosts + 1)[0] > self.most(hosts)[0]:
-            hosts += 1
-        return hosts
+        return min(
+            (max(room[name], 0.0) / needs, name) for name, needs in self.demand(hosts).items()
+        )
 
     def most_on(self, cores: float, processes: int, nodes: int) -> float:
         """Return the most tasks per second if all of this shares the cores of one machine.
 
         ``processes`` run the tasks, and ``nodes`` are alive, these included.
         """
-        task, node = sum(self.task), sum(self.node)
-        together = (cores - nodes * node) / task
+        demand, polls = self.demand(processes), sum(self.node) * nodes
         room = self.room(nodes) | {"hosts": processes * (1 - self.node.hosts)}
-        apart = [room[name] / needs for name, needs in self.demand().items()]
-        return max(0.0, min(together, *apart))
+        together = (cores - polls) / sum(demand.values())
+        return max(0.0, min(together, *(room[name] / demand[name] for name in demand)))
 
     def waits(self, hosts: int, rate: float, tasks: int) -> list[float]:
         """Simulate tasks that come at random at ``rate`` a second, and return the seconds that each takes.
@@ -105,7 +102,7 @@ class Site:
             return [math.inf] * tasks
         chance, room = random.Random(0), self.room(hosts)
         path = []
-        for name, needs in self.demand().items():
+        for name, needs in self.demand(hosts).items():
             servers = max(1, math.floor(room[name]))
             path.append(([0.0] * servers, needs * servers / room[name]))
         events, now = [], 0.0

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -23,8 +24,8 @@ from taskx import Queue, Task
 
 #: The type of tasks that only this process runs.
 TASK = "scale"
-#: The nodes that stand by, whose difference shows the cost of one, and the pause between paced tasks.
-FEW, MANY, PACE = 1, 3, 0.025
+#: The numbers of other nodes whose difference shows the cost of one.
+FEW, MANY = 1, 3
 
 
 @dataclass(frozen=True)
@@ -56,26 +57,37 @@ class Place:
 
 
 @dataclass(frozen=True)
+class Operation:
+    """The cost of an operation: ``own`` on one host, and ``follow`` more for each other node, which notices it."""
+
+    own: Cost
+    follow: Cost = NOTHING
+
+    def __add__(self, other: Operation) -> Operation:
+        return Operation(self.own + other.own, self.follow + other.follow)
+
+
+#: Meters so many tasks beside processes with these ids.
+Run = Callable[[Place, int, Mapping[str, int]], Meter]
+
+
+@dataclass(frozen=True)
 class Measured:
-    """The costs of the operations on a store; ``idle`` and ``awake`` are those of a node for a second.
+    """The costs on a store: of operations, and of an idle node for a second, for its heartbeats and polls."""
 
-    A node is awake if it sees tasks of others come and go.
-    """
-
-    submit: Cost
-    backlog: Cost
-    single: Cost
-    ticket: Cost
+    submit: Operation
+    backlog: Operation
+    single: Operation
+    ticket: Operation
     idle: Cost
-    awake: Cost
 
 
-def cost_of(meter: Meter, count: float, away: Cost = NOTHING) -> Cost:
-    """Return the cost of one of ``count`` operations, without ``away`` for each second."""
+def cost_of(meter: Meter, tasks: int, away: Cost = NOTHING) -> Cost:
+    """Return the cost of one of so many tasks, without ``away`` for each second."""
     used = meter.used
     hosts = sum(used.values()) - used["store"] - used.get("broker", 0.0)
     whole = Cost(hosts, used["store"], used.get("broker", 0.0))
-    return (whole - away * meter.elapsed) * (1 / count)
+    return (whole - away * meter.elapsed) * (1 / tasks)
 
 
 # --- what an operation costs
@@ -92,22 +104,30 @@ def of_submit(place: Place, tasks: int) -> Cost:
     return cost_of(meter, tasks)
 
 
-def of_nodes(place: Place, seconds: float, *, awake: bool) -> Cost:
+def of_idle_nodes(place: Place, seconds: float) -> Cost:
     """Measure a node for a second: its own time, and what one more node costs the store."""
     found = {}
     for count in (FEW, MANY):
-        with place.nodes(count) as pids, queue_on(place.store, place.folder) as queue:
-            queue.declare(TASK)
-            with place.meter(**pids) as meter:
-                for _ in range(round(seconds / PACE)):
-                    if awake:
-                        queue.submit(TASK)
-                    time.sleep(PACE)
+        with place.nodes(count) as pids, place.meter(**pids) as meter:
+            time.sleep(seconds)
         found[count] = meter
-    many, few = found[MANY], found[FEW]
+    few, many = found[FEW], found[MANY]
     hosts = sum(many.used[role] for role in many.used if role.startswith("node"))
     store = many.used["store"] / many.elapsed - few.used["store"] / few.elapsed
     return Cost(hosts / many.elapsed / MANY, max(0.0, store / (MANY - FEW)))
+
+
+def with_others(place: Place, tasks: int, idle: Cost, nodes: int, run: Run) -> Operation:
+    """Measure tasks beside no other node, and beside some. ``nodes`` are those that ``run`` has itself."""
+    costs = {}
+    for others in (0, MANY):
+        inside = replace(place, folder=f"{place.folder}/{others}")
+        os.mkdir(inside.folder)
+        with inside.nodes(others) as pids:
+            meter = run(inside, tasks, pids)
+        costs[others] = cost_of(meter, tasks, idle * (nodes + others))
+    follow = (costs[MANY] - costs[0]) * (1 / MANY)
+    return Operation(costs[0], Cost(*(max(0.0, part) for part in follow)))
 
 
 @contextmanager
@@ -122,27 +142,27 @@ def _two_queues(place: Place) -> Iterator[tuple[Queue, Queue]]:
         yield runs, submits
 
 
-def of_backlog(place: Place, tasks: int, awake: Cost) -> Cost:
-    """Measure runs of a backlog, beside another node: claim, run and outcome."""
-    with place.nodes(1), _two_queues(place) as (runs, submits), busy(runs) as go:
+def drain(place: Place, tasks: int, pids: Mapping[str, int]) -> Meter:
+    """Meter runs of a backlog: claim, run and outcome."""
+    with _two_queues(place) as (runs, submits), busy(runs) as go:
         submits.submit_many([Task(type=TASK, params={}) for _ in range(tasks)])
-        with place.meter() as meter:
+        with place.meter(**pids) as meter:
             go()
             runs.drain()
-    return cost_of(meter, tasks, Cost(awake.hosts, 2 * awake.store))
+    return meter
 
 
-def of_single(place: Place, tasks: int, awake: Cost) -> Cost:
-    """Measure tasks that are submitted one by one, each after the result of the one before."""
-    with place.nodes(1), _two_queues(place) as (queue, _), queue:
+def one_by_one(place: Place, tasks: int, pids: Mapping[str, int]) -> Meter:
+    """Meter tasks that are submitted one by one, each after the result of the one before."""
+    with _two_queues(place) as (queue, _), queue:
         queue.submit(TASK).result(PATIENCE)
-        with place.meter() as meter:
+        with place.meter(**pids) as meter:
             for _ in range(tasks):
                 queue.submit(TASK).result(PATIENCE)
-    return cost_of(meter, tasks, Cost(awake.hosts, 2 * awake.store))
+    return meter
 
 
-def with_tickets(place: Place, tasks: int, processes: int) -> Meter:
+def with_tickets(place: Place, tasks: int, pids: Mapping[str, int], processes: int = 1) -> Meter:
     """Meter a burst of tasks that Dramatiq's workers run for tickets, with their submits."""
     url, broker = place.broker
     setup = Setup("dramatiq", False, url, place.store.name(), place.folder)
@@ -151,7 +171,7 @@ def with_tickets(place: Place, tasks: int, processes: int) -> Meter:
         pipe = Pipe(Path(place.folder))
         with program.queue:
             burst(program, pipe, 10 * processes)
-            with place.meter(workers=pid, broker=broker) as meter:
+            with place.meter(workers=pid, broker=broker, **pids) as meter:
                 burst(program, pipe, tasks)
         pipe.close()
     return meter
@@ -204,10 +224,11 @@ def trips(url: str, folder: str, tasks: int) -> tuple[float, float]:
 
 def measure(make: Callable[[str], Place], tasks: int, seconds: float) -> Measured:
     """Measure all operations on a store, each in a new folder."""
-    submit = of_submit(make("submit"), tasks)
-    idle = of_nodes(make("idle"), seconds, awake=False)
-    awake = of_nodes(make("awake"), seconds, awake=True)
-    backlog = of_backlog(make("backlog"), tasks, awake)
-    single = of_single(make("single"), tasks // 4, awake)
-    ticket = cost_of(with_tickets(make("tickets"), tasks, 1), tasks, awake * 2)
-    return Measured(submit, backlog, single, ticket, idle, awake)
+    idle = of_idle_nodes(make("idle"), seconds)
+    return Measured(
+        submit=Operation(of_submit(make("submit"), tasks)),
+        backlog=with_others(make("backlog"), 2 * tasks, idle, 1, drain),
+        single=with_others(make("single"), tasks // 4, idle, 1, one_by_one),
+        ticket=with_others(make("tickets"), tasks // 2, idle, 2, with_tickets),
+        idle=idle,
+    )

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import operations, report, servers
-from benchmarks.capacity import SPLIT, Site
+from benchmarks.capacity import SPLIT, Cost, Site
 from benchmarks.harness import percentile
 from benchmarks.metering import Meter
-from benchmarks.operations import Measured, Place
+from benchmarks.operations import Measured, Operation, Place
 from benchmarks.stores import named
 
 Row = tuple[str, ...]
@@ -50,10 +50,18 @@ KINDS = {
 def sites(name: str, cost: Measured, cores: float) -> list[Site]:
     """Return what can be built on a store."""
     return [
-        Site(f"{name}, no backlog", cost.single, cost.awake, cores),
-        Site(f"{name}, backlog", cost.submit + cost.backlog, cost.awake, cores),
-        Site(f"{name}, Dramatiq on Redis", cost.ticket, cost.awake, cores),
+        site_of(f"{name}, {what}", task, cost.idle, cores)
+        for what, task in {
+            "no backlog": cost.single,
+            "backlog": cost.submit + cost.backlog,
+            "Dramatiq on Redis": cost.ticket,
+        }.items()
     ]
+
+
+def site_of(name: str, task: Operation, node: Cost, cores: float) -> Site:
+    """Return hosts with a store of so many cores, on which a task costs what was measured."""
+    return Site(name, task.own, task.follow, node, cores)
 
 
 def forecast(site: Site, hosts: int, rate: float) -> Row:
@@ -67,12 +75,14 @@ def forecast(site: Site, hosts: int, rate: float) -> Row:
 def costs(name: str, cost: Measured, trips: tuple[float, float]) -> list[Row]:
     """Return the rows of the measured costs, in milliseconds of a processor."""
     found = {
-        "submit": (cost.submit, f"{trips[0]:.2f}"),
-        "claim and outcome, backlog": (cost.backlog, f"{trips[1]:.2f}"),
-        "a whole task, no backlog": (cost.single, ""),
-        "a whole task, Dramatiq on Redis": (cost.ticket, ""),
-        "a node, idle, per second": (cost.idle, ""),
-        "a node, awake, per second": (cost.awake, ""),
+        "submit": (cost.submit.own, f"{trips[0]:.2f}"),
+        "claim and outcome, backlog": (cost.backlog.own, f"{trips[1]:.2f}"),
+        "the same, for each other node": (cost.backlog.follow, ""),
+        "a whole task, no backlog": (cost.single.own, ""),
+        "this task, for each other node": (cost.single.follow, ""),
+        "a whole task, Dramatiq on Redis": (cost.ticket.own, ""),
+        "this task, for another worker": (cost.ticket.follow, ""),
+        "an idle node, for a second": (cost.idle, ""),
     }
     return [
         (f"{name}: {what}", *(f"{1000 * seconds:.2f}" for seconds in used), counted)
@@ -96,18 +106,13 @@ def checks(
     name: str, make: Callable[[str], Place], cost: Measured, cores: float, count: int
 ) -> list[Row]:
     """Run two processes that drain a backlog, and two of Dramatiq that run a burst."""
-    backlog = Site("", cost.backlog, cost.awake, cores)
-    tickets = Site("", cost.ticket, cost.awake, cores)
-    few = count // 4
+    backlog = site_of("", cost.backlog, cost.idle, cores)
+    tickets = site_of("", cost.ticket, cost.idle, cores)
+    drained, few = operations.drain_by_two(make("drain"), count), count // 4
+    burst = operations.with_tickets(make("burst"), few, {}, processes=2)
     return [
-        check(f"{name}, backlog", backlog, 2, count, operations.drain_by_two(make("drain"), count)),
-        check(
-            f"{name}, Dramatiq on Redis",
-            tickets,
-            3,
-            few,
-            operations.with_tickets(make("burst"), few, 2),
-        ),
+        check(f"{name}, backlog", backlog, 2, count, drained),
+        check(f"{name}, Dramatiq on Redis", tickets, 3, few, burst),
     ]
 
 

@@ -364,9 +364,9 @@ def on_path(monkeypatch):
 @pytest.fixture
 def site(on_path):
     """A task uses its host for 2 ms and the store for 1 ms; a node uses the store for 10 ms in a second."""
-    from benchmarks.capacity import Cost, Site
+    from benchmarks.capacity import NOTHING, Cost, Site
 
-    return Site("site", task=Cost(0.002, 0.001), node=Cost(0.0, 0.010), store_cores=1.0)
+    return Site("site", Cost(0.002, 0.001), NOTHING, node=Cost(0.0, 0.010), store_cores=1.0)
 
 
 def test_a_store_that_a_task_uses_for_a_millisecond_does_not_pass_a_thousand(site):
@@ -377,13 +377,22 @@ def test_a_store_that_a_task_uses_for_a_millisecond_does_not_pass_a_thousand(sit
 
 def test_the_bottleneck_moves_from_the_hosts_to_the_store(site):
     assert [site.most(hosts)[1] for hosts in (1, 2, 3)] == ["hosts", "store", "store"]
-    assert site.best() == 2
+
+
+def test_a_task_that_each_host_notices_costs_more_with_more_hosts(site):
+    from dataclasses import replace
+
+    from benchmarks.capacity import Cost
+
+    noticed = replace(site, follow=Cost(0.0, 0.001))
+    assert noticed.most(1)[0] == site.most(1)[0]
+    assert noticed.most(10)[0] == pytest.approx(0.9 / 0.010)
 
 
 def test_a_broker_is_the_bottleneck_if_a_task_uses_it_most(on_path):
-    from benchmarks.capacity import Cost, Site
+    from benchmarks.capacity import NOTHING, Cost, Site
 
-    site = Site("site", Cost(0.002, 0.001, 0.005), Cost(), store_cores=4.0)
+    site = Site("site", Cost(0.002, 0.001, 0.005), NOTHING, NOTHING, store_cores=4.0)
     assert site.most(8) == (pytest.approx(200), "broker")
 
 
@@ -396,9 +405,9 @@ def test_what_shares_a_machine_shares_its_cores(site):
 
 def test_simulated_waits_are_those_of_the_theory(on_path):
     """One queue with exponential times: the mean is the time of service over the share that is free."""
-    from benchmarks.capacity import Cost, Site
+    from benchmarks.capacity import NOTHING, Cost, Site
 
-    site = Site("site", Cost(0.0, 0.001), Cost(), store_cores=1.0)
+    site = Site("site", Cost(0.0, 0.001), NOTHING, NOTHING, store_cores=1.0)
     for rate in (100.0, 500.0, 800.0):
         waits = site.waits(1, rate, 50_000)
         assert sum(waits) / len(waits) == pytest.approx(0.001 / (1 - rate / 1000), rel=0.1)
@@ -420,10 +429,10 @@ def test_the_costs_of_operations_are_measured(on_path, tmp_path):
     with children.talking("-c", "input()") as server:
         place = operations.Place(OnSQLite("process"), server.pid, str(tmp_path), ("", 0))
         submit = operations.of_submit(place, 50)
-        single = operations.of_single(place, 20, operations.NOTHING)
+        run = operations.cost_of(operations.drain(place, 50, {}), 50)
     assert 0 < submit.hosts < 0.1
-    assert 0 < single.hosts < 0.1
-    assert submit.broker == single.broker == 0
+    assert 0 < run.hosts < 0.1
+    assert submit.broker == run.broker == 0
 
 
 def test_the_time_of_children_is_metered(on_path):
