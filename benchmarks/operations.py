@@ -58,7 +58,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Operation:
-    """The cost of an operation: ``own`` on one host, and ``follow`` more for each other node, which notices it."""
+    """The cost of an operation: its ``own``, and ``follow`` more for each other node, which notices it."""
 
     own: Cost
     follow: Cost = NOTHING
@@ -73,7 +73,7 @@ Run = Callable[[Place, int, Mapping[str, int]], Meter]
 
 @dataclass(frozen=True)
 class Measured:
-    """The costs on a store: of operations, and of an idle node for a second, for its heartbeats and polls."""
+    """The costs on a store: of operations, and of an idle node for a second (heartbeats and polls)."""
 
     submit: Operation
     backlog: Operation
@@ -117,16 +117,16 @@ def of_idle_nodes(place: Place, seconds: float) -> Cost:
     return Cost(hosts / many.elapsed / MANY, max(0.0, store / (MANY - FEW)))
 
 
-def with_others(place: Place, tasks: int, idle: Cost, nodes: int, run: Run) -> Operation:
-    """Measure tasks beside no other node, and beside some. ``nodes`` are those that ``run`` has itself."""
+def with_others(place: Place, tasks: int, idle: Cost, some: int, nodes: int, run: Run) -> Operation:
+    """Measure tasks beside no other node, and beside ``some``. ``run`` itself has ``nodes``."""
     costs = {}
-    for others in (0, MANY):
+    for others in (0, some):
         inside = replace(place, folder=f"{place.folder}/{others}")
         os.mkdir(inside.folder)
         with inside.nodes(others) as pids:
             meter = run(inside, tasks, pids)
         costs[others] = cost_of(meter, tasks, idle * (nodes + others))
-    follow = (costs[MANY] - costs[0]) * (1 / MANY)
+    follow = (costs[some] - costs[0]) * (1 / some)
     return Operation(costs[0], Cost(*(max(0.0, part) for part in follow)))
 
 
@@ -222,13 +222,13 @@ def trips(url: str, folder: str, tasks: int) -> tuple[float, float]:
 # --- one store
 
 
-def measure(make: Callable[[str], Place], tasks: int, seconds: float) -> Measured:
+def measure(make: Callable[[str], Place], tasks: int, seconds: float, others: int) -> Measured:
     """Measure all operations on a store, each in a new folder."""
     idle = of_idle_nodes(make("idle"), seconds)
     return Measured(
         submit=Operation(of_submit(make("submit"), tasks)),
-        backlog=with_others(make("backlog"), 2 * tasks, idle, 1, drain),
-        single=with_others(make("single"), tasks // 4, idle, 1, one_by_one),
-        ticket=with_others(make("tickets"), tasks // 2, idle, 2, with_tickets),
+        backlog=with_others(make("backlog"), 2 * tasks, idle, others, 1, drain),
+        single=with_others(make("single"), tasks // 4, idle, others, 1, one_by_one),
+        ticket=with_others(make("tickets"), tasks // 2, idle, others, 2, with_tickets),
         idle=idle,
     )

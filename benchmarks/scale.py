@@ -33,17 +33,26 @@ Row = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of store: how to start a server, the factor of the number of tasks, and the server's cores."""
+    """A kind of store.
+
+    Attributes:
+        start: starts a server.
+        tasks: the factor of the number of tasks.
+        cores: the cores that the server can use.
+        others: the number of other nodes beside which a task is measured. A server that they alone keep
+            busy would carry out fewer of their polls, and so seem to need less for a task.
+    """
 
     name: str
     start: Callable[[Path], AbstractContextManager[servers.Running]]
     tasks: float
     cores: float
+    others: int
 
 
 KINDS = {
-    "postgres": Kind("PostgreSQL", servers.postgres, 1.0, 4.0),
-    "mongo": Kind("MongoDB", servers.mongo, 0.25, 1.0),  # SecantusDB runs one command at a time
+    "postgres": Kind("PostgreSQL", servers.postgres, 1.0, 4.0, 3),
+    "mongo": Kind("MongoDB", servers.mongo, 0.25, 1.0, 1),  # SecantusDB runs one command at a time
 }
 
 
@@ -69,6 +78,7 @@ def forecast(site: Site, hosts: int, rate: float) -> Row:
     most, bottleneck = site.most(hosts)
     waits = site.waits(hosts, rate, 20_000)
     shown = [f"{1000 * percentile(waits, percent):.1f}" for percent in (50, 99)]
+    shown = ["–" if value == "inf" else value for value in shown]  # it cannot do this rate
     return (site.name, str(hosts), f"{most:,.0f}", bottleneck, SPLIT[bottleneck], *shown)
 
 
@@ -136,7 +146,7 @@ def run(kind: Kind, server: servers.Running | None, options: argparse.Namespace)
             return Place(store, pid, str(path), broker)
 
         trips = operations.trips(url, make("trips").folder, tasks)
-        cost = operations.measure(make, tasks, options.seconds)
+        cost = operations.measure(make, tasks, options.seconds, kind.others)
         built = sites(kind.name, cost, kind.cores)
         return [
             costs(kind.name, cost, trips),

@@ -418,7 +418,7 @@ def test_costs_are_printed_with_a_forecast_for_each_number_of_hosts(site):
     from benchmarks import scale
 
     assert scale.forecast(site, 2, 100.0)[:5] == ("site", "2", "980", "store", scale.SPLIT["store"])
-    assert scale.forecast(site, 2, 980.0)[5:] == ("inf", "inf")
+    assert scale.forecast(site, 2, 980.0)[5:] == ("–", "–")
 
 
 def test_the_costs_of_operations_are_measured(on_path, tmp_path):
