@@ -222,12 +222,14 @@ def trips(url: str, folder: str, tasks: int) -> tuple[float, float]:
 # --- one store
 
 
-def measure(make: Callable[[str], Place], tasks: int, seconds: float, others: int) -> Measured:
+def measure(
+    make: Callable[[str], Place], tasks: int, backlog: int, seconds: float, others: int
+) -> Measured:
     """Measure all operations on a store, each in a new folder."""
     idle = of_idle_nodes(make("idle"), seconds)
     return Measured(
         submit=Operation(of_submit(make("submit"), tasks)),
-        backlog=with_others(make("backlog"), 2 * tasks, idle, others, 1, drain),
+        backlog=with_others(make("backlog"), backlog, idle, others, 1, drain),
         single=with_others(make("single"), tasks // 4, idle, others, 1, one_by_one),
         ticket=with_others(make("tickets"), tasks // 2, idle, others, 2, with_tickets),
         idle=idle,

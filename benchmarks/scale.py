@@ -38,6 +38,7 @@ class Kind:
     Attributes:
         start: starts a server.
         tasks: the factor of the number of tasks.
+        backlog: that of the tasks of a backlog for each process. Their cost depends on it.
         cores: the cores that the server can use.
         others: the number of other nodes beside which a task is measured. A server that they alone keep
             busy would carry out fewer of their polls, and so seem to need less for a task.
@@ -46,13 +47,16 @@ class Kind:
     name: str
     start: Callable[[Path], AbstractContextManager[servers.Running]]
     tasks: float
+    backlog: float
     cores: float
     others: int
 
 
 KINDS = {
-    "postgres": Kind("PostgreSQL", servers.postgres, 1.0, 4.0, 3),
-    "mongo": Kind("MongoDB", servers.mongo, 0.25, 1.0, 1),  # SecantusDB runs one command at a time
+    "postgres": Kind("PostgreSQL", servers.postgres, 1.0, 8.0, 4.0, 3),
+    "mongo": Kind(
+        "MongoDB", servers.mongo, 0.25, 0.5, 1.0, 1
+    ),  # SecantusDB runs one command at a time
 }
 
 
@@ -113,12 +117,12 @@ def check(what: str, site: Site, nodes: int, count: int, meter: Meter) -> Row:
 
 
 def checks(
-    name: str, make: Callable[[str], Place], cost: Measured, cores: float, count: int
+    name: str, make: Callable[[str], Place], cost: Measured, cores: float, count: int, few: int
 ) -> list[Row]:
     """Run two processes that drain a backlog, and two of Dramatiq that run a burst."""
     backlog = site_of("", cost.backlog, cost.idle, cores)
     tickets = site_of("", cost.ticket, cost.idle, cores)
-    drained, few = operations.drain_by_two(make("drain"), count), count // 4
+    drained = operations.drain_by_two(make("drain"), count)
     burst = operations.with_tickets(make("burst"), few, {}, processes=2)
     return [
         check(f"{name}, backlog", backlog, 2, count, drained),
@@ -131,7 +135,7 @@ def checks(
 
 def run(kind: Kind, server: servers.Running | None, options: argparse.Namespace) -> list[list[Row]]:
     """Return the rows of a store for the three tables: its costs, forecasts and checks."""
-    tasks = round(kind.tasks * options.tasks)
+    tasks, backlog = (round(factor * options.tasks) for factor in (kind.tasks, kind.backlog))
     temporary = tempfile.TemporaryDirectory(prefix="taskx-bench-", ignore_cleanup_errors=True)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(temporary))
@@ -146,12 +150,12 @@ def run(kind: Kind, server: servers.Running | None, options: argparse.Namespace)
             return Place(store, pid, str(path), broker)
 
         trips = operations.trips(url, make("trips").folder, tasks)
-        cost = operations.measure(make, tasks, options.seconds, kind.others)
+        cost = operations.measure(make, tasks, backlog, options.seconds, kind.others)
         built = sites(kind.name, cost, kind.cores)
         return [
             costs(kind.name, cost, trips),
             [forecast(site, hosts, options.rate) for site in built for hosts in options.hosts],
-            checks(kind.name, make, cost, kind.cores, 4 * tasks),
+            checks(kind.name, make, cost, kind.cores, 2 * backlog, tasks),
         ]
 
 
