@@ -47,20 +47,37 @@ NOTHING = Cost()
 
 
 @dataclass(frozen=True)
+class Operation:
+    """The cost of an operation on one host that is ``alone``, and on one ``beside`` another.
+
+    It costs ``follow`` more for each further host, which notices it.
+    """
+
+    alone: Cost
+    beside: Cost
+    follow: Cost = NOTHING
+
+    def at(self, hosts: int) -> Cost:
+        """Return the cost if there are so many hosts."""
+        return self.alone if hosts == 1 else self.beside + self.follow * (hosts - 2)
+
+    def __add__(self, other: Cost) -> Operation:
+        return Operation(self.alone + other, self.beside + other, self.follow)
+
+
+@dataclass(frozen=True)
 class Site:
     """Hosts with a store and perhaps a broker. A host has one process, which uses one core.
 
     Attributes:
         name: its name.
-        task: the cost of one task on one host.
-        follow: what a task costs more for each other host, which notices it.
+        task: the cost of one task.
         node: the cost of one node for a second, for its heartbeats and polls.
         store_cores: the cores that the store's server can use. The broker can use one.
     """
 
     name: str
-    task: Cost
-    follow: Cost
+    task: Operation
     node: Cost
     store_cores: float = 1.0
 
@@ -71,7 +88,7 @@ class Site:
 
     def demand(self, hosts: int) -> dict[str, float]:
         """Return the processor seconds that one task needs of each resource that it uses."""
-        task = self.task + self.follow * (hosts - 1)
+        task = self.task.at(hosts)
         needs = {"hosts": task.hosts, "store": task.store, "broker": task.broker}
         return {name: seconds for name, seconds in needs.items() if seconds > 0}
 

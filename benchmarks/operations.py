@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from benchmarks import servers
-from benchmarks.capacity import NOTHING, Cost
+from benchmarks.capacity import NOTHING, Cost, Operation
 from benchmarks.children import PATIENCE
 from benchmarks.engine_program import Setup, made
 from benchmarks.engines import Pipe, burst, workers
@@ -57,25 +57,10 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Operation:
-    """The cost of an operation: its ``own``, and ``follow`` more for each other node, which notices it."""
-
-    own: Cost
-    follow: Cost = NOTHING
-
-    def __add__(self, other: Operation) -> Operation:
-        return Operation(self.own + other.own, self.follow + other.follow)
-
-
-#: Meters so many tasks beside processes with these ids.
-Run = Callable[[Place, int, Mapping[str, int]], Meter]
-
-
-@dataclass(frozen=True)
 class Measured:
     """The costs on a store: of operations, and of an idle node for a second (heartbeats and polls)."""
 
-    submit: Operation
+    submit: Cost
     backlog: Operation
     single: Operation
     ticket: Operation
@@ -117,17 +102,18 @@ def of_idle_nodes(place: Place, seconds: float) -> Cost:
     return Cost(hosts / many.elapsed / MANY, max(0.0, store / (MANY - FEW)))
 
 
-def with_others(place: Place, tasks: int, idle: Cost, some: int, nodes: int, run: Run) -> Operation:
-    """Measure tasks beside no other node, and beside ``some``. ``run`` itself has ``nodes``."""
-    costs = {}
-    for others in (0, some):
+def with_others(place: Place, tasks: int, idle: Cost, many: int, nodes: int, run: Run) -> Operation:
+    """Measure tasks beside no other node, beside one, and beside ``many``. ``run`` itself has ``nodes``."""
+    costs = []
+    for others in (0, 1, many):
         inside = replace(place, folder=f"{place.folder}/{others}")
         os.mkdir(inside.folder)
         with inside.nodes(others) as pids:
             meter = run(inside, tasks, pids)
-        costs[others] = cost_of(meter, tasks, idle * (nodes + others))
-    follow = (costs[some] - costs[0]) * (1 / some)
-    return Operation(costs[0], Cost(*(max(0.0, part) for part in follow)))
+        costs.append(cost_of(meter, tasks, idle * (nodes + others)))
+    alone, beside, crowd = costs
+    follow = (max(0.0, part) for part in (crowd - beside) * (1 / (many - 1)))
+    return Operation(alone, beside, Cost(*follow))
 
 
 @contextmanager
@@ -228,7 +214,7 @@ def measure(
     """Measure all operations on a store, each in a new folder."""
     idle = of_idle_nodes(make("idle"), seconds)
     return Measured(
-        submit=Operation(of_submit(make("submit"), tasks)),
+        submit=of_submit(make("submit"), tasks),
         backlog=with_others(make("backlog"), backlog, idle, others, 1, drain),
         single=with_others(make("single"), tasks // 4, idle, others, 1, one_by_one),
         ticket=with_others(make("tickets"), tasks // 2, idle, others, 2, with_tickets),

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import operations, report, servers
-from benchmarks.capacity import SPLIT, Cost, Site
+from benchmarks.capacity import SPLIT, Site
 from benchmarks.harness import percentile
 from benchmarks.metering import Meter
-from benchmarks.operations import Measured, Operation, Place
+from benchmarks.operations import Measured, Place
 from benchmarks.stores import named
 
 Row = tuple[str, ...]
@@ -40,8 +40,8 @@ class Kind:
         tasks: the factor of the number of tasks.
         backlog: that of the tasks of a backlog for each process. Their cost depends on it.
         cores: the cores that the server can use.
-        others: the number of other nodes beside which a task is measured. A server that they alone keep
-            busy would carry out fewer of their polls, and so seem to need less for a task.
+        others: the most other nodes beside which a task is measured. A server that they alone keep busy
+            carries out fewer of their polls, and so would seem to need less for a task.
     """
 
     name: str
@@ -62,19 +62,12 @@ KINDS = {
 
 def sites(name: str, cost: Measured, cores: float) -> list[Site]:
     """Return what can be built on a store."""
-    return [
-        site_of(f"{name}, {what}", task, cost.idle, cores)
-        for what, task in {
-            "no backlog": cost.single,
-            "backlog": cost.submit + cost.backlog,
-            "Dramatiq on Redis": cost.ticket,
-        }.items()
-    ]
-
-
-def site_of(name: str, task: Operation, node: Cost, cores: float) -> Site:
-    """Return hosts with a store of so many cores, on which a task costs what was measured."""
-    return Site(name, task.own, task.follow, node, cores)
+    tasks = {
+        "no backlog": cost.single,
+        "backlog": cost.backlog + cost.submit,
+        "Dramatiq on Redis": cost.ticket,
+    }
+    return [Site(f"{name}, {what}", task, cost.idle, cores) for what, task in tasks.items()]
 
 
 def forecast(site: Site, hosts: int, rate: float) -> Row:
@@ -88,19 +81,19 @@ def forecast(site: Site, hosts: int, rate: float) -> Row:
 
 def costs(name: str, cost: Measured, trips: tuple[float, float]) -> list[Row]:
     """Return the rows of the measured costs, in milliseconds of a processor."""
-    found = {
-        "submit": (cost.submit.own, f"{trips[0]:.2f}"),
-        "claim and outcome, backlog": (cost.backlog.own, f"{trips[1]:.2f}"),
-        "the same, for each other node": (cost.backlog.follow, ""),
-        "a whole task, no backlog": (cost.single.own, ""),
-        "this task, for each other node": (cost.single.follow, ""),
-        "a whole task, Dramatiq on Redis": (cost.ticket.own, ""),
-        "this task, for another worker": (cost.ticket.follow, ""),
-        "an idle node, for a second": (cost.idle, ""),
-    }
+    shown = [("submit", cost.submit, f"{trips[0]:.2f}")]
+    for what, task, counted in (
+        ("claim and outcome, backlog", cost.backlog, f"{trips[1]:.2f}"),
+        ("a whole task, no backlog", cost.single, ""),
+        ("a whole task, Dramatiq on Redis", cost.ticket, ""),
+    ):
+        shown.append((what, task.alone, counted))
+        shown.append(("– beside another node", task.beside, ""))
+        shown.append(("– more for each further node", task.follow, ""))
+    shown.append(("an idle node, for a second", cost.idle, ""))
     return [
         (f"{name}: {what}", *(f"{1000 * seconds:.2f}" for seconds in used), counted)
-        for what, (used, counted) in found.items()
+        for what, used, counted in shown
     ]
 
 
@@ -120,8 +113,8 @@ def checks(
     name: str, make: Callable[[str], Place], cost: Measured, cores: float, count: int, few: int
 ) -> list[Row]:
     """Run two processes that drain a backlog, and two of Dramatiq that run a burst."""
-    backlog = site_of("", cost.backlog, cost.idle, cores)
-    tickets = site_of("", cost.ticket, cost.idle, cores)
+    backlog = Site("", cost.backlog, cost.idle, cores)
+    tickets = Site("", cost.ticket, cost.idle, cores)
     drained = operations.drain_by_two(make("drain"), count)
     burst = operations.with_tickets(make("burst"), few, {}, processes=2)
     return [
@@ -154,7 +147,7 @@ def run(kind: Kind, server: servers.Running | None, options: argparse.Namespace)
             cost = operations.measure(make, tasks, backlog, options.seconds, kind.others)
             found.append(cost)
             checked += checks(kind.name, make, cost, kind.cores, 2 * backlog, tasks)
-        cost = sorted(found, key=lambda one: sum(one.backlog.own))[len(found) // 2]
+        cost = sorted(found, key=lambda one: sum(one.backlog.beside))[len(found) // 2]
         built = sites(kind.name, cost, kind.cores)
         forecasts = [
             forecast(site, hosts, options.rate) for site in built for hosts in options.hosts

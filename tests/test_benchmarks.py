@@ -364,9 +364,10 @@ def on_path(monkeypatch):
 @pytest.fixture
 def site(on_path):
     """A task uses its host for 2 ms and the store for 1 ms; a node uses the store for 10 ms in a second."""
-    from benchmarks.capacity import NOTHING, Cost, Site
+    from benchmarks.capacity import Cost, Operation, Site
 
-    return Site("site", Cost(0.002, 0.001), NOTHING, node=Cost(0.0, 0.010), store_cores=1.0)
+    task = Cost(0.002, 0.001)
+    return Site("site", Operation(task, task), node=Cost(0.0, 0.010), store_cores=1.0)
 
 
 def test_a_store_that_a_task_uses_for_a_millisecond_does_not_pass_a_thousand(site):
@@ -384,15 +385,16 @@ def test_a_task_that_each_host_notices_costs_more_with_more_hosts(site):
 
     from benchmarks.capacity import Cost
 
-    noticed = replace(site, follow=Cost(0.0, 0.001))
-    assert noticed.most(1)[0] == site.most(1)[0]
-    assert noticed.most(10)[0] == pytest.approx(0.9 / 0.010)
+    noticed = replace(site, task=replace(site.task, follow=Cost(0.0, 0.001)))
+    assert [noticed.most(hosts)[0] for hosts in (1, 2)] == [site.most(n)[0] for n in (1, 2)]
+    assert noticed.most(10)[0] == pytest.approx(0.9 / 0.009)
 
 
 def test_a_broker_is_the_bottleneck_if_a_task_uses_it_most(on_path):
-    from benchmarks.capacity import NOTHING, Cost, Site
+    from benchmarks.capacity import NOTHING, Cost, Operation, Site
 
-    site = Site("site", Cost(0.002, 0.001, 0.005), NOTHING, NOTHING, store_cores=4.0)
+    task = Cost(0.002, 0.001, 0.005)
+    site = Site("site", Operation(task, task), NOTHING, store_cores=4.0)
     assert site.most(8) == (pytest.approx(200), "broker")
 
 
@@ -405,9 +407,10 @@ def test_what_shares_a_machine_shares_its_cores(site):
 
 def test_simulated_waits_are_those_of_the_theory(on_path):
     """One queue with exponential times: the mean is the time of service over the share that is free."""
-    from benchmarks.capacity import NOTHING, Cost, Site
+    from benchmarks.capacity import NOTHING, Cost, Operation, Site
 
-    site = Site("site", Cost(0.0, 0.001), NOTHING, NOTHING, store_cores=1.0)
+    task = Cost(0.0, 0.001)
+    site = Site("site", Operation(task, task), NOTHING, store_cores=1.0)
     for rate in (100.0, 500.0, 800.0):
         waits = site.waits(1, rate, 50_000)
         assert sum(waits) / len(waits) == pytest.approx(0.001 / (1 - rate / 1000), rel=0.1)
