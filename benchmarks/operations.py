@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,6 +57,10 @@ class Place:
         return Meter(store=self.server, **pids)
 
 
+#: Meters so many tasks beside processes with these ids.
+Run = Callable[[Place, int, Mapping[str, int]], Meter]
+
+
 @dataclass(frozen=True)
 class Measured:
     """The costs on a store: of operations, and of an idle node for a second (heartbeats and polls)."""
@@ -65,6 +70,25 @@ class Measured:
     single: Operation
     ticket: Operation
     idle: Cost
+
+
+def median(rounds: Sequence[Measured]) -> Measured:
+    """Return the medians of several rounds."""
+
+    def middle(costs: Iterable[Cost]) -> Cost:
+        return Cost(*(statistics.median(parts) for parts in zip(*costs, strict=True)))
+
+    def operation(tasks: Sequence[Operation]) -> Operation:
+        parts = ((task.alone, task.beside, task.follow) for task in tasks)
+        return Operation(*map(middle, zip(*parts, strict=True)))
+
+    return Measured(
+        submit=middle(one.submit for one in rounds),
+        backlog=operation([one.backlog for one in rounds]),
+        single=operation([one.single for one in rounds]),
+        ticket=operation([one.ticket for one in rounds]),
+        idle=middle(one.idle for one in rounds),
+    )
 
 
 def cost_of(meter: Meter, tasks: int, away: Cost = NOTHING) -> Cost:

@@ -29,6 +29,8 @@ from benchmarks.operations import Measured, Place
 from benchmarks.stores import named
 
 Row = tuple[str, ...]
+#: A number of tasks, and the meter of their run.
+Metered = tuple[int, Meter]
 
 
 @dataclass(frozen=True)
@@ -100,27 +102,25 @@ def costs(name: str, cost: Measured, trips: tuple[float, float]) -> list[Row]:
 # --- two real processes
 
 
-def check(what: str, site: Site, nodes: int, count: int, meter: Meter) -> Row:
+def check(what: str, site: Site, nodes: int, tasks: int, meter: Meter) -> Row:
     """Return the row of two processes on this machine, on the cores that other programs left."""
     cores = (os.cpu_count() or 1) - meter.others / meter.elapsed
-    predicted, measured = site.most_on(cores, 2, nodes), count / meter.elapsed
+    predicted, measured = site.most_on(cores, 2, nodes), tasks / meter.elapsed
     used = sum(meter.used.values()) / meter.elapsed
     figures = (f"{cores:.2f}", f"{used:.2f}", f"{predicted:,.0f}", f"{measured:,.0f}")
     return (what, *figures, f"{predicted / measured:.2f}")
 
 
 def checks(
-    name: str, make: Callable[[str], Place], cost: Measured, cores: float, count: int, few: int
+    name: str, cost: Measured, cores: float, drains: Sequence[Metered], bursts: Sequence[Metered]
 ) -> list[Row]:
-    """Run two processes that drain a backlog, and two of Dramatiq that run a burst."""
-    backlog = Site("", cost.backlog, cost.idle, cores)
-    tickets = Site("", cost.ticket, cost.idle, cores)
-    drained = operations.drain_by_two(make("drain"), count)
-    burst = operations.with_tickets(make("burst"), few, {}, processes=2)
-    return [
-        check(f"{name}, backlog", backlog, 2, count, drained),
-        check(f"{name}, Dramatiq on Redis", tickets, 3, few, burst),
-    ]
+    """Return the rows of all rounds."""
+    backlog, tickets = (
+        Site("", cost.backlog, cost.idle, cores),
+        Site("", cost.ticket, cost.idle, cores),
+    )
+    rows = [check(f"{name}, backlog", backlog, 2, *drain) for drain in drains]
+    return rows + [check(f"{name}, Dramatiq on Redis", tickets, 3, *burst) for burst in bursts]
 
 
 # --- the run
@@ -142,17 +142,18 @@ def run(kind: Kind, server: servers.Running | None, options: argparse.Namespace)
             return Place(store, pid, str(path), broker)
 
         trips = operations.trips(url, make("trips").folder, tasks)
-        found, checked = [], []
+        found, drains, bursts = [], [], []
         for _ in range(options.rounds):
-            cost = operations.measure(make, tasks, backlog, options.seconds, kind.others)
-            found.append(cost)
-            checked += checks(kind.name, make, cost, kind.cores, 2 * backlog, tasks)
-        cost = sorted(found, key=lambda one: sum(one.backlog.beside))[len(found) // 2]
+            found.append(operations.measure(make, tasks, backlog, options.seconds, kind.others))
+            drains.append((2 * backlog, operations.drain_by_two(make("two"), 2 * backlog)))
+            bursts.append((tasks, operations.with_tickets(make("two"), tasks, {}, processes=2)))
+        cost = operations.median(found)
         built = sites(kind.name, cost, kind.cores)
-        forecasts = [
-            forecast(site, hosts, options.rate) for site in built for hosts in options.hosts
+        return [
+            costs(kind.name, cost, trips),
+            [forecast(site, hosts, options.rate) for site in built for hosts in options.hosts],
+            checks(kind.name, cost, kind.cores, drains, bursts),
         ]
-        return [costs(kind.name, cost, trips), forecasts, sorted(checked)]
 
 
 HEADERS = [
@@ -187,7 +188,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--hosts", type=int, nargs="+", default=[1, 2, 4, 16, 64])
     parser.add_argument("--rate", type=float, default=100.0, help="tasks/s of the waits")
     parser.add_argument("--tasks", type=int, default=1000, help="tasks of an operation")
-    parser.add_argument("--rounds", type=int, default=3, help="the median of the costs counts")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="rounds; the medians of the costs count"
+    )
     parser.add_argument("--seconds", type=float, default=5.0, help="seconds of idle nodes")
     options = parser.parse_args(argv)
     logging.getLogger("taskx").setLevel(logging.ERROR)
