@@ -206,11 +206,15 @@ def backfill(session: Session, name: str, start: datetime, end: datetime | None)
     """Back-fill a schedule."""
     handles = _schedule(session, name).backfill(start, end or session.now())
     session.note("back-fill schedule", name, {"tasks": len(handles)})
+    if not handles:
+        session.out.say(f"{name} has no tick in this span: no task was made")
     for handle in handles:
         if session.json:
             session.out.json({"name": name, "outcome": "back-filled", "id": handle.id})
         else:
             session.out.line(clean(handle.id))
+    if handles:
+        session.out.say(f"{name} has a task for each of {len(handles)} ticks")
 
 
 @_action(

@@ -32,6 +32,8 @@ BATCH = 100
 _EPOCH = datetime(1970, 1, 1)  # noqa: DTZ001
 _DAY, _MILLISECOND = timedelta(days=1), timedelta(milliseconds=1)
 _EVERY_HOUR = set(range(24))
+# The calendar begins in the year 1; from here on a day less is still in it. In milliseconds.
+_FIRST = (datetime(1, 1, 3) - _EPOCH) // _MILLISECOND  # noqa: DTZ001
 
 
 def _interval(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
@@ -129,7 +131,7 @@ class CronTicks(NamedTuple):
 
         This also holds if clocks are set back soon.
         """
-        start = to_datetime(moment)
+        start = to_datetime(max(moment, _FIRST))
         offsets = (_offset(start, self.zone), _offset(start + _DAY, self.zone))
         return start.replace(tzinfo=None) + min(offsets)
 

@@ -112,6 +112,7 @@ class Checkpoints:
         self._lock = threading.Lock()
         self._transaction: Transaction | None = None
         self._taken: set[str] = set()
+        self._completed = False
         #: The text that this run stored last.
         self.stored: str | None = None
         stored = task.checkpoints or {}
@@ -129,6 +130,7 @@ class Checkpoints:
         token.raise_if_cancelled()
         self._take(name)
         if name not in self._steps:
+            self._refuse_if_completed()
             try:
                 text = self._encode(call(), f"step {name!r}")
                 with self._lock:
@@ -175,6 +177,7 @@ class Checkpoints:
                 "a forked child process cannot store checkpoints; call ctx.step and set ctx.cursor in "
                 "the parent process, where the task runs"
             )
+        self._refuse_if_completed()
         whole = checkpoints_to_text(steps, cursor)
         payload.check_size(whole, "checkpoints", self._keeper.max_payload_size)
         if self._transaction is not None:
@@ -191,6 +194,13 @@ class Checkpoints:
         if self._transaction is not None:
             raise ConfigurationError("ctx.transaction() cannot be used inside ctx.transaction()")
 
+    def _refuse_if_completed(self) -> None:
+        if self._completed:
+            raise ConfigurationError(
+                "tx.complete() has completed the task: call ctx.step and set ctx.cursor before that, and "
+                "return from the executor after it"
+            )
+
     @contextmanager
     def inside(self, transaction: Transaction) -> Iterator[None]:
         """Leave what is stored in a block to a transaction. If the block raises, it was never stored."""
@@ -204,8 +214,10 @@ class Checkpoints:
         finally:  # without a call, so that no interrupt comes in between
             if not transaction.committed:
                 self._steps, self._cursor, self._taken = steps, cursor, taken
-            elif transaction.checkpoints is not None:
-                self.stored = transaction.checkpoints
+            else:
+                self._completed = transaction.completes
+                if transaction.checkpoints is not None:
+                    self.stored = transaction.checkpoints
             self._transaction = None
 
     def lose(self) -> NoReturn:

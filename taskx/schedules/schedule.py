@@ -28,6 +28,8 @@ from taskx.schedules.stored import OF_TASK, PREFIX, Entry, Overlap, entry_of, st
 from taskx.submitting.intake import Intake, prepare
 from taskx.submitting.joining import Joining
 
+#: Most ticks of a span that is back-filled by one call.
+MOST_BACKFILLED = 100_000
 _TICK = re.compile(r"@(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{3})?)Z\Z")
 
 
@@ -219,15 +221,22 @@ class Schedule:
             the handles of all tasks of the span, in the order of the ticks.
 
         Raises:
-            ConfigurationError: a time is naive, ``end`` is before ``start``, or ``end`` is in the future.
+            ConfigurationError: a time is naive, ``end`` is before ``start`` or in the future, or the span
+                has more than 100,000 ticks. Nothing was submitted.
             QueueStopped: the queue was stopped.
         """
         handles: list[TaskHandle[Any]] = []
         with self._schedules.joined(submits=True) as schedules:
             schedules.intake.refuse_if_stopped()
             entry, now = entry_of(schedules.note(self.name)), schedules.now()
-            ticks = between(entry.ticks, *_span(start, end, now))
-            while some := list(islice(ticks, BATCH)):
+            ticks = list(islice(between(entry.ticks, *_span(start, end, now)), MOST_BACKFILLED + 1))
+            if len(ticks) > MOST_BACKFILLED:
+                raise ConfigurationError(
+                    f"schedule {self.name!r} has more than {MOST_BACKFILLED:,} ticks from {start} to "
+                    f"{end}; back-fill a shorter span, or several of them"
+                )
+            for first in range(0, len(ticks), BATCH):
+                some = ticks[first : first + BATCH]
                 inserts = [entry.insert(tick, now) for tick in some]
                 store(schedules.services, inserts)
                 handles += [schedules.handle(insert.id) for insert in inserts]

@@ -49,7 +49,10 @@ class Recovery:
             node.alive is not False and node.id != self._pool.node.id for node in nodes.values()
         )
         recovered = 0
-        for owner in dict.fromkeys((*owners, *nodes)):
+        known = dict.fromkeys((*owners, *nodes))
+        self._held.intersection_update(known)
+        self._unknown.intersection_update(known)
+        for owner in known:
             if owner in self._left:
                 continue
             node = nodes.get(owner, Node(id=owner, name=owner, alive=False))

@@ -63,6 +63,20 @@ def test_a_schedule_is_backfilled(nightly, outside, taskx):
     said = taskx("schedules", "backfill", "nightly", "--from", "2026-01-01", "--to", "2026-01-04")
     assert said.code == 0
     assert len(said.lines) == outside.count_tasks() == 3
+    assert said.err == "nightly has a task for each of 3 ticks\n"
+
+
+def test_a_backfill_says_if_there_is_no_tick(nightly, outside, taskx):
+    said = taskx("schedules", "backfill", "nightly", "--from", "2026-01-01", "--to", "2026-01-01")
+    assert (said.code, said.out) == (0, "")
+    assert said.err == "nightly has no tick in this span: no task was made\n"
+
+
+def test_a_backfill_of_too_many_ticks_is_a_wrong_call(nightly, outside, taskx):
+    said = taskx("schedules", "backfill", "nightly", "--from", "0001-01-01")
+    assert said.code == 2
+    assert "'nightly' has more than 100,000 ticks" in said.err
+    assert outside.count_tasks() == 0
 
 
 def test_a_wrong_time_to_backfill_is_a_wrong_call(nightly, outside, taskx):

@@ -117,6 +117,28 @@ class TestCompletion:
             assert child.result(timeout=LONG) == 5
         assert finished == [(each.id, TaskStatus.COMPLETED, 5) for each in (parent, child)]
 
+    @pytest.mark.parametrize(
+        "late",
+        [
+            lambda ctx: setattr(ctx, "cursor", 5),
+            lambda ctx: ctx.step("late", lambda: pytest.fail("it was called")),
+        ],
+        ids=["cursor", "step"],
+    )
+    def test_a_checkpoint_after_it_is_refused_with_the_reason(self, run, late):
+        refused = []
+
+        def work(ctx):
+            with ctx.transaction() as tx:
+                ctx.cursor = 4
+                tx.complete()
+            with pytest.raises(ConfigurationError, match="has completed the task: call") as error:
+                late(ctx)
+            refused.append(error.value)
+
+        assert run(work).status is TaskStatus.COMPLETED
+        assert len(refused) == 1
+
     @pytest.mark.parametrize("later", ["a result", ValueError("too late")])
     def test_what_comes_after_it_is_logged_and_ignored(self, run, later, caplog):
         def work(ctx):

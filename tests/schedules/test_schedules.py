@@ -763,6 +763,16 @@ def test_a_backfill_refuses_an_invalid_span(queue, start, end, complaint):
     assert ids(queue) == set()
 
 
+def test_a_backfill_refuses_more_ticks_than_it_makes(monkeypatch, queue, clock):
+    monkeypatch.setattr("taskx.schedules.schedule.MOST_BACKFILLED", 3)
+    schedule = queue.schedule("s", every(60), "remote")
+    clock.advance(300)
+    with pytest.raises(ConfigurationError, match=r"more than 3 ticks .* back-fill a shorter span"):
+        schedule.backfill(NOON, NOON + timedelta(minutes=3))
+    assert ids(queue) == set()
+    assert len(schedule.backfill(NOON, NOON + timedelta(minutes=2))) == 3
+
+
 def test_a_stopped_queue_makes_no_tasks(started, clock):
     schedule = started.schedule("s", every(60), "remote")
     started.stop()
