@@ -82,11 +82,8 @@ class Fetcher:
 
     def unmarked(self) -> set[str]:
         """Return the ids of pending tasks in memory that the repository may list as free, and some more."""
-        buffer, suspects = self._buffer, self._starter.suspects
-        return {
-            *buffer.fetched_ids,
-            *(item.id for item in [*buffer.starting, *suspects.waiting]),
-        }
+        suspects = self._starter.suspects
+        return {*self._buffer.fetched_ids, *(item.id for item in list(suspects.waiting))}
 
     def types(self) -> list[str]:
         """Return the types that this node runs and that are not paused."""
