@@ -171,6 +171,7 @@ class LocalNode:
         return (
             self.pool.holds_nothing()
             and not self._housekeeper.stored_left()
+            and self.pool.holds_nothing()  # a task that was found between the checks may just be ending
             and services.hooks.quiet
             and services.hooks.told == told
         )

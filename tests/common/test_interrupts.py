@@ -60,8 +60,7 @@ def check_it_works(queue):
     """Check that nothing is left behind and that other threads go on."""
     assert queue.drain(PATIENCE)
     pool = pool_of(queue)
-    # The runs are forgotten after the commit that drain() has seen.
-    assert eventually(lambda: (dict(pool.runs), queue.buffered, len(pool.buffer)) == ({}, 0, 0))
+    assert (dict(pool.runs), queue.buffered, len(pool.buffer)) == ({}, 0, 0)
     assert not services_of(queue).ledger
     assert run_in_thread(lambda: queue.submit("fine").result(PATIENCE))() == "fine"
 
