@@ -35,7 +35,9 @@ from taskx import (
     SQLiteRepository,
     Task,
 )
+from taskx.executing.runner import Run
 from taskx.moving import Services
+from taskx.running.ahead import Ahead
 from taskx.running.pool import WorkerPool
 from taskx.storage.base import Lookup, Repository
 from taskx.storage.sqlite.connections import Connection, Connections
@@ -322,6 +324,18 @@ def in_batches(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             monkeypatch.setattr(f"taskx.{_BATCHES[part]}", size)
 
     return set_to
+
+
+@pytest.fixture
+def calm(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Hand back started tasks only while the event is set; so a slow machine starts no task twice."""
+    clear, calm = Ahead.clear, threading.Event()
+
+    def clear_in_the_calm(ahead: Ahead, older_than: float = 0.0) -> list[Run]:
+        return clear(ahead, older_than) if calm.is_set() or not older_than else []
+
+    monkeypatch.setattr(Ahead, "clear", clear_in_the_calm)
+    return calm
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from taskx.common.ledger import Ledger
 from taskx.core import lifecycle
 from taskx.core.log import Complaint
 from taskx.core.writes import Insert
-from taskx.running.ahead import MAX_AHEAD, Ahead
+from taskx.running.ahead import MAX_AHEAD
 from taskx.storage.base import Locked
 
 
@@ -641,18 +641,6 @@ def test_a_stop_during_an_outage_ends(queue, gate):
 def all_short(monkeypatch):
     """Make every task count as short, however slow the machine is, except the first ones."""
     monkeypatch.setattr("taskx.running.ahead.SHORT", float("inf"))
-
-
-@pytest.fixture
-def calm(monkeypatch):
-    """Let tasks be handed back only while the event is set, so that a slow machine hands none back."""
-    clear, calm = Ahead.clear, threading.Event()
-
-    def clear_in_the_calm(ahead, older_than=0.0):
-        return clear(ahead, older_than) if calm.is_set() or not older_than else []
-
-    monkeypatch.setattr(Ahead, "clear", clear_in_the_calm)
-    return calm
 
 
 @pytest.fixture

@@ -26,6 +26,9 @@ from taskx import (
 )
 from taskx.core.writes import Update
 
+# Tests count the starts of tasks.
+pytestmark = pytest.mark.usefixtures("calm")
+
 ALL = ("requeue_all", "cancel_all", "delete_all")
 
 
