@@ -56,9 +56,8 @@ class Kind:
 
 KINDS = {
     "postgres": Kind("PostgreSQL", servers.postgres, 1.0, 8.0, 4.0, 3),
-    "mongo": Kind(
-        "MongoDB", servers.mongo, 0.25, 0.5, 1.0, 1
-    ),  # SecantusDB runs one command at a time
+    # SecantusDB runs one command at a time.
+    "mongo": Kind("MongoDB", servers.mongo, 0.25, 0.5, 1.0, 1),
 }
 
 

@@ -1,4 +1,4 @@
-"""What a JSON form of values is, and the errors of values that do not fit theirs."""
+"""JSON forms of values, and the errors of values that do not fit them."""
 
 from __future__ import annotations
 

@@ -40,9 +40,8 @@ class Tickets:
         self.senders: Sequence[str] = ()
         self._lock = threading.Lock()
         self._unused: dict[str, Unused] = {}
-        self._elsewhere: dict[
-            str, Unused
-        ] = {}  # the last one of each type that only others can use
+        # The last one of each type that only others can use.
+        self._elsewhere: dict[str, Unused] = {}
 
     def keep(self, ticket: Ticket, owner: str) -> None:
         """Keep a ticket that no task of its type can use on this node now."""

@@ -91,7 +91,7 @@ class Buffer:
 
     @property
     def fetched_ids(self) -> list[str]:
-        """The ids of the tasks that were fetched, or put back, and of those that a worker is about to start."""
+        """The ids of tasks that were fetched or put back, or that a worker is about to start."""
         with self._mutex:  # else a task that is put back in between would be in neither of the two
             return [*self._fetched, *(item.id for item in self.starting)]
 

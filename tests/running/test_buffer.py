@@ -1,4 +1,4 @@
-"""The buffer between submitters and workers: what a thread sees while another one takes and puts back tasks."""
+"""The buffer of a node: what a thread sees while another one takes and puts back tasks."""
 
 from __future__ import annotations
 

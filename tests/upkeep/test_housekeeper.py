@@ -224,6 +224,8 @@ def test_a_record_that_a_dead_process_still_locks_keeps_no_queue_from_starting(
         assert queue.submit("remote").result(PATIENCE) == "done"
         assert "cannot be taken back yet: a transaction holds the record" in caplog.text
     assert eventually(lambda: repository.get_by_id("0").status is TaskStatus.COMPLETED)
+    # The node is gone: the next checks for dead nodes forget it.
+    assert eventually(lambda: not housekeeper_of(queue).recovery._held)
 
 
 @pytest.mark.parametrize("repository", ["sqlite"], indirect=True)

@@ -28,7 +28,7 @@ _ANY_TIME = 2**63 - 1
 
 
 class Records(Repository):
-    """What all repositories on the tables do alike. Subclasses choose connections and transactions.
+    """A repository on the tables, but for its connections and transactions, which subclasses choose.
 
     Attributes:
         vendor: the kind of database, as Django names it.
