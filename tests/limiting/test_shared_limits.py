@@ -205,8 +205,8 @@ def test_idle_slots_are_given_back(make_queue, repository, gate):
     queue.start()
     gate.wait_for(1)
     assert pool_of(queue).admission.admit({"t": ["x"]}) == {"x"}
-    pool_of(queue).admission.over("x", ran=True)
     assert shares(repository) == {node_of(queue).record.id: 1}
+    pool_of(queue).admission.over("x", ran=True)
     crowd = Crowd()
     [other] = nodes(make_queue, 1, crowd, max_concurrency=1)
     other.submit("t").result(PATIENCE)

@@ -20,6 +20,7 @@ from helpers import PATIENCE, eventually, housekeeper_of, pool_of, services_of
 
 import taskx
 from taskx import Config, Queue, SQLiteRepository
+from taskx.common.bell import Bell
 
 PAGE = Path(__file__).parents[2] / "docs" / "design.rst"
 OURS = Path(taskx.__file__).parent
@@ -93,6 +94,11 @@ def _note_functions(owner: Any, names: dict[CodeType, str]) -> None:
             _note_functions(made, names)
 
 
+def sleeps(thread):
+    """Return True if a worker has checked that there is nothing to run, and waits for the bell."""
+    return sys._current_frames()[thread.ident].f_code is Bell.wait.__code__
+
+
 @pytest.fixture(scope="module")
 def page():
     return Page()
@@ -119,9 +125,14 @@ def way(tmp_path_factory):
     for _ in range(3):  # compile the statements, and check the file
         queue.submit("fine").result(PATIENCE)
     pool = pool_of(queue)
-    # Only this thread and the worker may take part.
-    housekeeper_of(queue).tick = lambda: None
-    eventually(lambda: pool.ahead._waiting and not services_of(queue).ledger)
+    [worker] = pool.threads
+    # Only this thread and the worker may take part. A round of the housekeeper that has begun is over after
+    # the next one.
+    rounds = threading.Event()
+    housekeeper_of(queue).tick = rounds.set
+    services_of(queue).agenda.wake()
+    assert rounds.wait(PATIENCE)
+    eventually(lambda: not services_of(queue).ledger and sleeps(worker))
     apply, left = queue.repository.apply, ["the outcome", "the record and the start"]
 
     def commit(writes, **options):
