@@ -30,8 +30,9 @@ from taskx.engines.crew import Crew
 from taskx.engines.pool import TicketPool
 from taskx.engines.tickets import Ticket
 
-#: Most tickets for each worker that no worker has used yet.
-DEPTH = 2
+#: Most tickets of a type, for each worker, that no worker has used yet: at first, and while the tasks are
+#: so short that workers use all tickets between two looks at the store.
+DEPTH, DEEPEST = 2, 8
 #: Seconds between two looks at the store: the least while many tickets are used, and the most.
 SHORTEST_REST, LONGEST_REST = 0.01, 0.5
 #: Seconds for which a node leaves free tasks to the nodes that come first.
@@ -53,6 +54,7 @@ class _Sent:
     ``starts`` is that of the task. If it is another one now, the ticket was used, and the task came back.
     """
 
+    type: str
     starts: int
     at: float
     wait: float
@@ -95,6 +97,7 @@ class Dispatcher:
         self._engine = engine
         #: The tickets of this node that no worker has used yet, by its knowledge.
         self.sent: dict[str, _Sent] = {}
+        self._depths: dict[str, int] = {}
         self.crew = Crew((), engine.name, pool.node.id)
         self._crew_at = self._looked_at = -math.inf
         self._needed_at = math.inf
@@ -178,8 +181,7 @@ class Dispatcher:
         used = [
             i for i, sent in self.sent.items() if i not in mine or mine[i].starts != sent.starts
         ]
-        for task_id in used:
-            del self.sent[task_id]
+        self._set_depths(Counter(self.sent.pop(task_id).type for task_id in used))
         due = {i: task for i, task in mine.items() if i not in self.sent}
         due.update(self._lost(mine))
         more = False
@@ -209,6 +211,21 @@ class Dispatcher:
             if owner == me and i not in kept
         }
         return waiting, mine
+
+    def _set_depths(self, used: Counter[str]) -> None:
+        """Have more tickets sent at a time while tasks are so short that workers use all between two looks.
+
+        ``used`` is the number of tickets of each type that were used since the last look.
+        """
+        left, before = Counter(sent.type for sent in self.sent.values()), self._depths
+        self._depths = {}
+        for type in used | left:
+            depth = before.get(type, DEPTH)
+            if not left[type] and used[type] > self.crew.capacity(type):
+                depth = min(2 * depth, DEEPEST)
+            elif used[type] < left[type]:
+                depth = DEPTH
+            self._depths[type] = depth
 
     def _set_rest(self, *, busy: bool, idle: bool) -> None:
         if busy and self.crew.first:
@@ -248,7 +265,7 @@ class Dispatcher:
         ``waiting`` is the number of tickets of this type that were not used yet.
         """
         services, crew = self._services, self.crew
-        room = DEPTH * crew.capacity(type) - waiting
+        room = self._depths.get(type, DEPTH) * crew.capacity(type) - waiting
         if room <= 0 or type in services.controls.paused:
             return (), room <= 0
         if crew.limited(type):
@@ -302,7 +319,7 @@ class Dispatcher:
                     break
                 self._engine.send(Ticket(task_id, task.type))
                 del unsent[task_id]
-                sent = _Sent(task.starts, time.monotonic(), self._engine.resend)
+                sent = _Sent(task.type, task.starts, time.monotonic(), self._engine.resend)
                 self.sent.setdefault(task_id, sent)
         except Exception as error:  # noqa: BLE001  (the libraries of brokers have no common class of errors)
             self._note(error)

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from taskx.core.log import log
 from taskx.engines.tickets import Ticket
 
-#: Most tickets that wait, for each thread.
-DEPTH = 2
+#: Most tickets that wait. Their senders keep the number far below.
+MOST = 1000
 
 
 class HandOver:
@@ -23,7 +23,7 @@ class HandOver:
 
     def __init__(self, run: Callable[[Ticket], None], workers: int) -> None:
         self._run = run
-        self._tickets: queue.Queue[Ticket | None] = queue.Queue(DEPTH * workers)
+        self._tickets: queue.Queue[Ticket | None] = queue.Queue(MOST)
         self._ended = False
         self._threads = [
             threading.Thread(target=self._work, name=f"taskx-ticket-{number}", daemon=True)
