@@ -42,8 +42,8 @@ class Kind:
         tasks: the factor of the number of tasks.
         backlog: that of the tasks of a backlog for each process. Their cost depends on it.
         cores: the cores that the server can use.
-        others: the most other nodes beside which a task is measured. A server that they alone keep busy
-            carries out fewer of their polls, and so would seem to need less for a task.
+        others: the most other nodes beside which a task is measured, at least two. A server that they alone
+            keep busy carries out fewer of their polls, and so would seem to need less for a task.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Kind:
 KINDS = {
     "postgres": Kind("PostgreSQL", servers.postgres, 1.0, 8.0, 4.0, 3),
     # SecantusDB runs one command at a time.
-    "mongo": Kind("MongoDB", servers.mongo, 0.25, 0.5, 1.0, 1),
+    "mongo": Kind("MongoDB", servers.mongo, 0.25, 0.5, 1.0, 2),
 }
 
 

@@ -438,6 +438,31 @@ def test_the_costs_of_operations_are_measured(on_path, tmp_path):
     assert submit.broker == run.broker == 0
 
 
+def test_tasks_beside_other_nodes_show_what_each_further_node_costs(on_path, tmp_path, monkeypatch):
+    from contextlib import nullcontext
+    from types import SimpleNamespace
+
+    from benchmarks import operations, scale
+    from benchmarks.capacity import NOTHING
+
+    def run(place, tasks, pids):
+        """Each task costs the store 5 ms beside a node, and 2 ms more for each further one."""
+        others = len(pids)
+        used = {"store": tasks * (0.001 if not others else 0.003 + 0.002 * others), "own": 0.0}
+        return SimpleNamespace(used=used, elapsed=1.0)
+
+    nodes = lambda place, count: nullcontext({str(number): number for number in range(count)})  # noqa: E731
+    monkeypatch.setattr(operations.Place, "nodes", nodes)
+    for name, kind in scale.KINDS.items():
+        place = operations.Place(None, 0, str(tmp_path / name), ("", 0))
+        (tmp_path / name).mkdir()
+        found = operations.with_others(place, 10, NOTHING, kind.others, 1, run)
+        for cost, seconds in zip(
+            (found.alone, found.beside, found.follow), (0.001, 0.005, 0.002), strict=True
+        ):
+            assert [*cost] == pytest.approx([0.0, seconds, 0.0])
+
+
 def test_the_time_of_children_is_metered(on_path):
     """Also that of a child of a child, and of one that has ended."""
     from benchmarks import children
