@@ -60,7 +60,7 @@ class Follows(NamedTuple):
         level: the level of the log message.
         words: the log message, with placeholders for :func:`_facts`.
         digest: True if only the number of these moves is logged at that level, once a minute for each type
-            of tasks, and each of them at INFO.
+            of tasks, and the others at INFO.
     """
 
     event: str = ""

@@ -163,8 +163,8 @@ class Queue(Questions, Steering):
     def _warn_of_first_use(self, type: str) -> None:
         if self._nobody_runs(type):
             self._log.warning(
-                "no running queue has an executor for type %r, which this queue only declares; its tasks "
-                "wait until one is started",
+                "no running queue has an executor for type %r, and this queue has none; its tasks wait "
+                "until a queue that has one is started",
                 type,
             )
 

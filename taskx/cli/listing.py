@@ -246,9 +246,10 @@ def _attempts(task: Task) -> str:
         )
         if count
     ]
-    most = "" if task.max_attempts is None else f" of at most {task.max_attempts}"
+    # Only attempts that raise count, and a requeue counts from zero again.
+    most = "" if task.max_attempts is None else f"; at most {task.max_attempts} may raise"
     ran = [attempt for attempt in task.attempts if attempt.outcome != "requeued"]
-    return f"{len(ran)}{most}" + (f" ({', '.join(parts)})" if parts else "")
+    return f"{len(ran)}" + (f" ({', '.join(parts)})" if parts else "") + most
 
 
 def _section(session: Session, title: str, text: str) -> None:

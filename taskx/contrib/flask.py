@@ -511,8 +511,10 @@ def _settings_of(app: Flask) -> _Settings:
     given = {key: value for key, value in app.config.items() if key.startswith(_PREFIX)}
     for key in given:
         if key not in KEYS:
-            close = get_close_matches(key, KEYS, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; use {', '.join(KEYS)}"
+            # Without the prefix, which all of them share: it would make any two of them similar.
+            names = {known.removeprefix(_PREFIX): known for known in KEYS}
+            close = get_close_matches(key.removeprefix(_PREFIX), names, n=1)
+            hint = f"; did you mean {names[close[0]]!r}?" if close else f"; use {', '.join(KEYS)}"
             raise ConfigurationError(f"there is no setting {key!r}{hint}")
     if not isinstance(given.get(_REPOSITORY), str):
         raise ConfigurationError(

@@ -97,7 +97,7 @@ class Complaint:
 class Digest:
     """Logs events: each at INFO, and at WARNING once a minute for each kind of them, with their number.
 
-    The first event of a kind is told at once, at both levels.
+    The first event of a kind is logged at once, at WARNING only: nobody reads the same line twice.
 
     Args:
         words: what happened, a format of the facts of one event.
@@ -113,23 +113,24 @@ class Digest:
 
     def add(self, kind: str, facts: dict[str, Any]) -> None:
         """Count an event and log it."""
-        self._log.log(logging.INFO, self._words, facts)
         with self._lock:
             told, count, _ = self._kinds.get(kind, (-math.inf, 0, facts))
             self._kinds[kind] = (told, count + 1, facts)
-        self._tell(kind, _MINUTE)
+        if not self._tell(kind, _MINUTE):
+            self._log.log(logging.INFO, self._words, facts)
 
     def tell(self, after: float = _MINUTE) -> None:
         """Log the number of events of each kind that was last told ``after`` seconds ago."""
         for kind in list(self._kinds):
             self._tell(kind, after)
 
-    def _tell(self, kind: str, after: float) -> None:
+    def _tell(self, kind: str, after: float) -> bool:
+        """Log the number of events of a kind if it is due. Return True if it was one, in full."""
         now = self._now()
         with self._lock:
             told, count, facts = self._kinds.get(kind, (now, 0, {}))
             if now - told < after:
-                return
+                return False
             if count:
                 self._kinds[kind] = (now, 0, facts)
             else:
@@ -138,6 +139,7 @@ class Digest:
             self._log.log(logging.WARNING, self._words, facts)
         elif count:
             self._log.log(logging.WARNING, self._many + self._words, {**facts, "count": count})
+        return count == 1
 
 
 def check_logger(logger: Any) -> logging.Logger:

@@ -210,7 +210,7 @@ class _Check:
         if len(at_work) < most:
             words = (
                 f"{_number_with_verb(len(at_work), 'live node', 'runs', 'run')} tasks of this "
-                f"repository, fewer than {most}."
+                f"repository; at least {most} must."
             )
             yield Problem("nodes", words, {"type": None, "nodes": len(at_work), "least": most})
             wanted = {**self._wanted.nodes_of}
@@ -219,7 +219,7 @@ class _Check:
             if len(able) < least:
                 words = (
                     f"{_number_with_verb(len(able), 'live node', 'has', 'have')} an executor for type "
-                    f"{type!r}, fewer than {least}."
+                    f"{type!r}; at least {least} must."
                 )
                 yield Problem("nodes", words, {"type": type, "nodes": len(able), "least": least})
 

@@ -68,7 +68,7 @@ def test_a_check_is_unhealthy_without_a_node(queue, taskx):
     queue.submit("email")
     said = taskx("check")
     assert said.code == 1
-    assert said.lines == ["0 live nodes run tasks of this repository, fewer than 1."]
+    assert said.lines == ["0 live nodes run tasks of this repository; at least 1 must."]
     [row] = taskx("check", "--json").rows
     assert not row["ok"]
     assert row["problems"][0]["kind"] == "nodes"

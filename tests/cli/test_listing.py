@@ -87,7 +87,7 @@ def test_a_task_is_shown_with_its_attempts(failed, taskx):
     assert said.code == 0
     assert f"id:            {failed.id}" in said.lines
     assert any(line.startswith("submitted:") and line.endswith("by web") for line in said.lines)
-    assert "attempts:      2 of at most 2 (2 raised)" in said.lines
+    assert "attempts:      2 (2 raised); at most 2 may raise" in said.lines
     assert '    "to": "ann",' in said.lines
     assert any(line.startswith("failed 20") for line in said.lines)
     assert said.out.count("raise ValueError(HOSTILE)") == 2

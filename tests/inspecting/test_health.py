@@ -74,12 +74,12 @@ def test_a_started_queue_without_trouble_is_well(started):
 def test_a_queue_that_is_not_started_asks_if_anybody_runs_tasks(queue, make_queue):
     problem = only(queue, "nodes")
     assert problem.facts == {"type": None, "nodes": 0, "least": 1}
-    assert str(problem) == "0 live nodes run tasks of this repository, fewer than 1."
+    assert str(problem) == "0 live nodes run tasks of this repository; at least 1 must."
     assert queue.healthy  # its own part
     make_queue().start()
     assert queue.health()
     assert str(only(queue, "nodes", nodes=2)) == (
-        "1 live node runs tasks of this repository, fewer than 2."
+        "1 live node runs tasks of this repository; at least 2 must."
     )
     assert queue.health(nodes=0)
 
@@ -90,7 +90,7 @@ def test_tasks_of_a_type_that_no_live_node_runs_are_a_problem(started, queue):
     queue.submit("rare")
     problem = only(queue, "nodes")
     assert problem.facts == {"type": "rare", "nodes": 0, "least": 1}
-    assert str(problem) == "0 live nodes have an executor for type 'rare', fewer than 1."
+    assert str(problem) == "0 live nodes have an executor for type 'rare'; at least 1 must."
     queue.pause("rare")
     assert queue.health()
     queue.resume("rare")
@@ -101,7 +101,7 @@ def test_tasks_of_a_type_that_no_live_node_runs_are_a_problem(started, queue):
 def test_a_type_can_need_several_nodes(started):
     problem = only(started, "nodes", nodes={"fine": 2})
     assert problem.facts == {"type": "fine", "nodes": 1, "least": 2}
-    assert str(problem) == "1 live node has an executor for type 'fine', fewer than 2."
+    assert str(problem) == "1 live node has an executor for type 'fine'; at least 2 must."
 
 
 def test_a_dead_node_does_not_count(queue, monkeypatch):

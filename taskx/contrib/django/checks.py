@@ -13,7 +13,7 @@ from django.db import connections
 
 from taskx import ConfigurationError, open_repository
 from taskx.contrib.django.places import default_file, place_of
-from taskx.contrib.django.settings import APP, Settings, entries, ours, settings_of
+from taskx.contrib.django.settings import APP, KEYS, Settings, entries, ours, settings_of
 
 
 @attrs.frozen
@@ -28,12 +28,27 @@ class _Alias:
 
 def check_alias(alias: str) -> Sequence[Any]:
     """Return what is wrong with the options of an alias, as messages of Django's check framework."""
+    misplaced = list(_of_keys(alias))
     try:
         settings = settings_of(alias)
     except ConfigurationError as error:
-        hint = "docs/django.rst has a table of all options."
-        return [checks.Error(f"{error}.", hint, _Alias(alias), "taskx.E001")]
-    return [*_of_place(settings), *_of_others(settings)]
+        hint = f"The options are {', '.join(KEYS)}."
+        text = _sentence(str(error).removeprefix(f"{_Alias(alias)}['OPTIONS']: "))
+        return [*misplaced, checks.Error(f"OPTIONS: {text}", hint, _Alias(alias), "taskx.E001")]
+    return [*misplaced, *_of_place(settings), *_of_others(settings)]
+
+
+def _sentence(text: str) -> str:
+    """Return a text that ends like a sentence."""
+    return text if text.endswith((".", "?")) else f"{text}."
+
+
+def _of_keys(alias: str) -> Iterator[Any]:
+    """Yield a warning for each option that is next to ``OPTIONS``, where Django ignores it."""
+    for key in entries().get(alias, {}):
+        if key in KEYS:
+            text = f"The key {key!r} has no effect here."
+            yield checks.Warning(text, "Put it into OPTIONS.", _Alias(alias), "taskx.W003")
 
 
 def _of_place(settings: Settings) -> Iterator[Any]:
@@ -45,12 +60,13 @@ def _of_place(settings: Settings) -> Iterator[Any]:
         elif not (settings.inline or apps.is_installed(APP)):
             default_file(settings.alias)
     except (ConfigurationError, ImportError) as error:
-        yield checks.Error(f"The tasks cannot be stored: {error}.", None, about, "taskx.E002")
+        text = _sentence(f"The tasks cannot be stored: {error}")
+        yield checks.Error(text, None, about, "taskx.E002")
     if settings.database not in connections:
         hint = f"Use one of {', '.join(map(repr, connections))}."
         text = f"The option database names {settings.database!r}, which is not in DATABASES."
         yield checks.Error(text, hint, about, "taskx.E003")
-    elif settings.database != "default" and not apps.is_installed(APP):
+    elif settings.names_database and not apps.is_installed(APP):
         hint = f"Add {APP!r} to INSTALLED_APPS, and run manage.py migrate."
         text = "The option database needs the tables of TaskX's app, which is not installed."
         yield checks.Error(text, hint, about, "taskx.E004")

@@ -154,6 +154,10 @@ def _repository(settings: Settings) -> TaskRepository:
         return DjangoRepository(
             settings.database, on_commit=settings.on_commit, codec=settings.codec
         )
+    if settings.names_database:  # a file instead would not be part of the site's transactions
+        raise ConfigurationError(
+            f"TASKS[{settings.alias!r}]['OPTIONS']: database requires {APP!r} in INSTALLED_APPS"
+        )
     outside: TaskRepository = beside_blocks(_outside(settings), settings.on_commit)
     return outside
 

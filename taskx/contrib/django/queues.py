@@ -13,7 +13,7 @@ from django.core.signals import request_finished, request_started
 from django.utils.autoreload import autoreload_started
 from django.utils.module_loading import autodiscover_modules
 
-from taskx import Queue, QueueStopped
+from taskx import Queue, QueueStopped, TaskxError
 from taskx.contrib.django import schedules
 from taskx.contrib.django.places import has_tasks, made, place_of
 from taskx.contrib.django.settings import DEFAULT, in_tests, ours
@@ -108,7 +108,9 @@ def _start(pid: int) -> None:
     except Exception as error:  # noqa: BLE001  (the request must be answered)
         _again_at = time.monotonic() + _PATIENCE
         _started_in.pop(pid, None)
-        _log.error("the task queue cannot be started yet: %s", error, exc_info=True)
+        # The message of an error of TaskX says what to do, such as migrate.
+        unknown = not isinstance(error, TaskxError)
+        _log.error("the task queue cannot be started yet: %s", error, exc_info=unknown)
 
 
 def embedded() -> list[str]:

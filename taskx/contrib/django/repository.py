@@ -318,9 +318,9 @@ class DjangoRepository(BesideBlocks, Records):
     def refuse_own_transaction(self) -> None:
         if has_begun(connections[self.using]):
             raise ConfigurationError(
-                f"this thread is inside atomic() of {self.using!r}, and what this call does would neither "
-                "be committed nor be rolled back with that block; nothing was stored. Leave it before, or "
-                "use ctx.transaction() in an executor"
+                f"this thread is inside atomic() of {self.using!r}, and this call cannot be part of that "
+                "block; nothing was stored. Call it before or after the block, or use ctx.transaction() in "
+                "an executor instead of the block"
             )
 
     def refuse_wait(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from taskx import ConfigurationError, PayloadError
 from taskx.contrib.django.blocks import commit_implicit
 from taskx.core.ticks import Every
 from taskx.queue import Queue
@@ -48,10 +49,13 @@ def store(alias: str, queue: Queue) -> None:
     """Store the declared schedules of an alias, also those of tasks that this process does not run.
 
     Raises:
-        ConfigurationError: a schedule is not valid.
-        TaskxError: the errors of ``Queue.schedule``.
+        ConfigurationError: a schedule is not valid. The message names it.
+        TaskxError: the other errors of ``Queue.schedule``.
     """
-    for given, options in _declared.get(alias, {}).values():
+    for name, (given, options) in _declared.get(alias, {}).items():
         queue.declare(given[2])
-        queue.schedule(*given, **options)
+        try:
+            queue.schedule(*given, **options)
+        except (ConfigurationError, PayloadError, TypeError) as error:
+            raise ConfigurationError(f"schedule {name!r}: {error}") from error
     commit_implicit()

@@ -37,6 +37,7 @@ class Settings:
         inline: True if its backend runs tasks within ``enqueue``.
         repository: the URL of the repository; None for the default.
         database: the alias of the database with TaskX's tables, if its app is installed.
+        names_database: True if the options name that database.
         embedded: True if processes that serve requests run tasks, too.
         on_commit: what an ``enqueue`` does inside ``atomic()`` of another database: ``"wait"`` for its
             commit, or ``"refuse"``.
@@ -48,6 +49,7 @@ class Settings:
     inline: bool = False
     repository: str | None = None
     database: str = "default"
+    names_database: bool = False
     embedded: bool = True
     on_commit: OnCommit = "wait"
     hooks: tuple[Any, ...] = ()
@@ -59,7 +61,7 @@ class Settings:
 _OWN = tuple(
     field.name
     for field in attrs.fields(Settings)
-    if field.name not in ("alias", "inline", "config")
+    if field.name not in ("alias", "inline", "names_database", "config")
 )
 #: All options.
 KEYS: tuple[str, ...] = (*_OWN, *_FIELDS)
@@ -123,6 +125,7 @@ def _checked(alias: str, given: Mapping[str, Any], *, inline: bool) -> Settings:
     for key in ("hooks", "middleware", "codec"):
         if key in own:
             own[key] = _imported(key, own[key])
+    own["names_database"] = "database" in own
     return Settings(alias=alias, inline=inline, config=_config(given), **own)
 
 
@@ -148,5 +151,8 @@ def _config(given: Mapping[str, Any]) -> Config:
         try:
             Config(**{_FIELDS[key]: value})
         except ConfigurationError as error:
-            raise ConfigurationError(f"{key}: {error}") from None
+            text = str(error)
+            raise ConfigurationError(
+                text if text.startswith(f"{key} ") else f"{key}: {text}"
+            ) from None
     return Config(**{**_CONFIG, **{_FIELDS[key]: value for key, value in wanted.items()}})

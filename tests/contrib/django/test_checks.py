@@ -41,6 +41,7 @@ def test_valid_options_have_no_messages(tmp_path):
     [
         ({"worker": 3}, "E001", "there is no option 'worker'; did you mean 'workers'?"),
         ({"workers": 0}, "E001", "workers: worker_num must be"),
+        ({"overflow": "drop"}, "E001", "OPTIONS: overflow must be one of"),
         ({"embedded": "no"}, "E001", "embedded must be a bool, not 'no'"),
         ({"on_commit": "never"}, "E001", "on_commit must be 'wait' or 'refuse', not 'never'"),
         ({"hooks": "shop.tasks.Alert"}, "E001", "hooks must be a list"),
@@ -62,10 +63,31 @@ def test_without_the_app_the_tasks_need_a_place(tmp_path):
         ((id, text),) = found(database="other")
         assert id == "taskx.E004"
         assert "Add 'taskx.contrib.django' to INSTALLED_APPS" in text
+        assert [id for id, _ in found(database="default")] == ["taskx.E004"]
     with override_settings(INSTALLED_APPS=BARE, BASE_DIR=None):
         ((id, text),) = found()
         assert id == "taskx.E002"
         assert "or set BASE_DIR" in text
+
+
+def test_without_the_app_no_task_goes_to_a_file_instead_of_the_database(tmp_path):
+    entry = {"BACKEND": BACKEND, "OPTIONS": {"database": "default"}}
+    with (
+        override_settings(TASKS={"default": entry}, INSTALLED_APPS=BARE, BASE_DIR=tmp_path),
+        pytest.raises(ConfigurationError, match=r"database requires 'taskx\.contrib\.django'"),
+    ):
+        tasks.add.enqueue(1, b=2)
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_an_option_outside_of_options_is_told():
+    entry = {"BACKEND": BACKEND, "QUEUES": ["default"], "workers": 3}
+    with override_settings(TASKS={"default": entry}):
+        (message,) = task_backends["default"].check()
+    assert message.id == "taskx.W003"
+    assert f"{message.msg} {message.hint}" == (
+        "The key 'workers' has no effect here. Put it into OPTIONS."
+    )
 
 
 def test_two_aliases_at_one_place_are_told(tmp_path):

@@ -209,7 +209,7 @@ def test_inside_another_block_it_is_refused(run, using):
 
     task = run(work)
     assert task.status is TaskStatus.FAILED
-    assert "leave that block before" in task.error or "Leave it before" in task.error
+    assert "leave that block before" in task.error or "instead of the block" in task.error
 
 
 def test_a_connection_that_has_broken_is_opened_again(run, using, add, names):

@@ -183,6 +183,15 @@ def test_declared_schedules_are_stored_without_autocommit_too(queue, using):
         transaction.set_autocommit(True, using=using)
 
 
+def test_a_declared_schedule_that_is_not_valid_is_named(queue):
+    schedules.schedule("nightly", "bad cron", "elsewhere", backend="wrong-spec")
+    with pytest.raises(ConfigurationError, match="schedule 'nightly': cron expression 'bad cron'"):
+        schedules.store("wrong-spec", queue)
+    schedules.schedule("hourly", every(3600), "elsewhere", backend="wrong-option", owerlap="skip")
+    with pytest.raises(ConfigurationError, match=r"schedule 'hourly': .* no option owerlap"):
+        schedules.store("wrong-option", queue)
+
+
 class TestWaits:
     def test_without_autocommit(self, queue, using):
         with queue:
