@@ -48,21 +48,22 @@ NOTHING = Cost()
 
 @dataclass(frozen=True)
 class Operation:
-    """The cost of an operation on one host that is ``alone``, and on one ``beside`` another.
+    """The cost of an operation on one host that is ``alone``, and on each of several, ``beside`` others.
 
-    It costs ``follow`` more for each further host, which notices it.
+    While others work, each of several nodes costs ``watching`` more in a second: it polls a store that
+    changes, and looks what has changed. The polls come at fixed times, however many tasks there are.
     """
 
     alone: Cost
     beside: Cost
-    follow: Cost = NOTHING
+    watching: Cost = NOTHING
 
     def at(self, hosts: int) -> Cost:
         """Return the cost if there are so many hosts."""
-        return self.alone if hosts == 1 else self.beside + self.follow * (hosts - 2)
+        return self.alone if hosts == 1 else self.beside
 
     def __add__(self, other: Cost) -> Operation:
-        return Operation(self.alone + other, self.beside + other, self.follow)
+        return Operation(self.alone + other, self.beside + other, self.watching)
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Site:
     Attributes:
         name: its name.
         task: the cost of one task.
-        node: the cost of one node for a second, for its heartbeats and polls.
+        node: the cost of one idle node for a second, for its heartbeats and polls.
         store_cores: the cores that the store's server can use. The broker can use one.
     """
 
@@ -81,9 +82,13 @@ class Site:
     node: Cost
     store_cores: float = 1.0
 
+    def polls(self, nodes: int) -> Cost:
+        """Return what so many nodes use in a second beside their tasks."""
+        return (self.node if nodes == 1 else self.node + self.task.watching) * nodes
+
     def room(self, hosts: int) -> dict[str, float]:
         """Return the processor seconds that each resource has for tasks in a second."""
-        has = Cost(hosts, self.store_cores, 1.0) - self.node * hosts
+        has = Cost(hosts, self.store_cores, 1.0) - self.polls(hosts)
         return {"hosts": has.hosts, "store": has.store, "broker": has.broker}
 
     def demand(self, hosts: int) -> dict[str, float]:
@@ -104,9 +109,9 @@ class Site:
 
         ``processes`` run the tasks, and ``nodes`` are alive, these included.
         """
-        demand, polls = self.demand(processes), sum(self.node) * nodes
-        room = self.room(nodes) | {"hosts": processes * (1 - self.node.hosts)}
-        together = (cores - polls) / sum(demand.values())
+        demand, polls = self.demand(processes), self.polls(nodes)
+        room = self.room(nodes) | {"hosts": processes * (1 - polls.hosts / nodes)}
+        together = (cores - sum(polls)) / sum(demand.values())
         return max(0.0, min(together, *(room[name] / demand[name] for name in demand)))
 
     def waits(self, hosts: int, rate: float, tasks: int) -> list[float]:

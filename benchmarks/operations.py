@@ -68,7 +68,7 @@ class Measured:
     submit: Cost
     backlog: Operation
     single: Operation
-    ticket: Operation
+    ticket: Cost
     idle: Cost
 
 
@@ -79,24 +79,28 @@ def median(rounds: Sequence[Measured]) -> Measured:
         return Cost(*(statistics.median(parts) for parts in zip(*costs, strict=True)))
 
     def operation(tasks: Sequence[Operation]) -> Operation:
-        parts = ((task.alone, task.beside, task.follow) for task in tasks)
+        parts = ((task.alone, task.beside, task.watching) for task in tasks)
         return Operation(*map(middle, zip(*parts, strict=True)))
 
     return Measured(
         submit=middle(one.submit for one in rounds),
         backlog=operation([one.backlog for one in rounds]),
         single=operation([one.single for one in rounds]),
-        ticket=operation([one.ticket for one in rounds]),
+        ticket=middle(one.ticket for one in rounds),
         idle=middle(one.idle for one in rounds),
     )
 
 
-def cost_of(meter: Meter, tasks: int, away: Cost = NOTHING) -> Cost:
-    """Return the cost of one of so many tasks, without ``away`` for each second."""
+def whole_cost(meter: Meter, away: Cost = NOTHING) -> Cost:
+    """Return what was used while a meter ran, without ``away`` for each second."""
     used = meter.used
     hosts = sum(used.values()) - used["store"] - used.get("broker", 0.0)
-    whole = Cost(hosts, used["store"], used.get("broker", 0.0))
-    return (whole - away * meter.elapsed) * (1 / tasks)
+    return Cost(hosts, used["store"], used.get("broker", 0.0)) - away * meter.elapsed
+
+
+def cost_of(meter: Meter, tasks: int, away: Cost = NOTHING) -> Cost:
+    """Return the cost of one of so many tasks, without ``away`` for each second."""
+    return whole_cost(meter, away) * (1 / tasks)
 
 
 # --- what an operation costs
@@ -126,18 +130,22 @@ def of_idle_nodes(place: Place, seconds: float) -> Cost:
     return Cost(hosts / many.elapsed / MANY, max(0.0, store / (MANY - FEW)))
 
 
-def with_others(place: Place, tasks: int, idle: Cost, many: int, nodes: int, run: Run) -> Operation:
-    """Measure tasks beside no other node, beside one, and beside ``many``. ``run`` itself has ``nodes``."""
-    costs = []
+def with_others(place: Place, tasks: int, idle: Cost, many: int, run: Run) -> Operation:
+    """Measure tasks beside no other node, beside one, and beside ``many``, at least two.
+
+    The last two show both unknowns: what a task costs, and what each other node costs in a second.
+    """
+    used, elapsed = {}, {}
     for others in (0, 1, many):
         inside = replace(place, folder=f"{place.folder}/{others}")
         os.mkdir(inside.folder)
         with inside.nodes(others) as pids:
             meter = run(inside, tasks, pids)
-        costs.append(cost_of(meter, tasks, idle * (nodes + others)))
-    alone, beside, crowd = costs
-    follow = (max(0.0, part) for part in (crowd - beside) * (1 / (many - 1)))
-    return Operation(alone, beside, Cost(*follow))
+        used[others], elapsed[others] = whole_cost(meter, idle * (1 + others)), meter.elapsed
+    watching = (used[many] - used[1]) * (1 / (many * elapsed[many] - elapsed[1]))
+    watching = Cost(*(max(0.0, part) for part in watching))
+    beside = (used[1] - watching * elapsed[1]) * (1 / tasks)
+    return Operation(used[0] * (1 / tasks), Cost(*(max(0.0, part) for part in beside)), watching)
 
 
 @contextmanager
@@ -239,8 +247,8 @@ def measure(
     idle = of_idle_nodes(make("idle"), seconds)
     return Measured(
         submit=of_submit(make("submit"), tasks),
-        backlog=with_others(make("backlog"), backlog, idle, others, 1, drain),
-        single=with_others(make("single"), tasks // 4, idle, others, 1, one_by_one),
-        ticket=with_others(make("tickets"), tasks // 2, idle, others, 2, with_tickets),
+        backlog=with_others(make("backlog"), backlog, idle, others, drain),
+        single=with_others(make("single"), tasks // 4, idle, others, one_by_one),
+        ticket=cost_of(with_tickets(make("tickets"), tasks // 2, {}), tasks // 2, idle * 2),
         idle=idle,
     )

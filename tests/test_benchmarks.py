@@ -380,14 +380,16 @@ def test_the_bottleneck_moves_from_the_hosts_to_the_store(site):
     assert [site.most(hosts)[1] for hosts in (1, 2, 3)] == ["hosts", "store", "store"]
 
 
-def test_a_task_that_each_host_notices_costs_more_with_more_hosts(site):
+def test_several_nodes_look_what_the_others_have_changed(site):
+    """It costs the store 10 ms more for each node in a second, however many tasks there are."""
     from dataclasses import replace
 
     from benchmarks.capacity import Cost
 
-    noticed = replace(site, task=replace(site.task, follow=Cost(0.0, 0.001)))
-    assert [noticed.most(hosts)[0] for hosts in (1, 2)] == [site.most(n)[0] for n in (1, 2)]
-    assert noticed.most(10)[0] == pytest.approx(0.9 / 0.009)
+    watched = replace(site, task=replace(site.task, watching=Cost(0.0, 0.010)))
+    assert watched.most(1) == site.most(1)
+    assert watched.most(10)[0] == pytest.approx(0.8 / 0.001)
+    assert watched.most_on(1.0, processes=2, nodes=2) == pytest.approx(0.96 / 0.003)
 
 
 def test_a_broker_is_the_bottleneck_if_a_task_uses_it_most(on_path):
@@ -438,29 +440,30 @@ def test_the_costs_of_operations_are_measured(on_path, tmp_path):
     assert submit.broker == run.broker == 0
 
 
-def test_tasks_beside_other_nodes_show_what_each_further_node_costs(on_path, tmp_path, monkeypatch):
+def test_tasks_beside_other_nodes_show_what_each_node_costs(on_path, tmp_path, monkeypatch):
     from contextlib import nullcontext
     from types import SimpleNamespace
 
     from benchmarks import operations, scale
-    from benchmarks.capacity import NOTHING
+    from benchmarks.capacity import Cost
 
     def run(place, tasks, pids):
-        """Each task costs the store 5 ms beside a node, and 2 ms more for each further one."""
+        """A task takes the store 1 ms, beside others 3. They look for 20 ms in a second, and idle for 1."""
         others = len(pids)
-        used = {"store": tasks * (0.001 if not others else 0.003 + 0.002 * others), "own": 0.0}
-        return SimpleNamespace(used=used, elapsed=1.0)
+        elapsed = 1.0 + others
+        used = tasks * (0.003 if others else 0.001) + elapsed * (0.001 + 0.021 * others)
+        return SimpleNamespace(used={"store": used, "own": 0.0}, elapsed=elapsed)
 
-    nodes = lambda place, count: nullcontext({str(number): number for number in range(count)})  # noqa: E731
+    def nodes(place, count):
+        return nullcontext({str(number): number for number in range(count)})
+
     monkeypatch.setattr(operations.Place, "nodes", nodes)
     for name, kind in scale.KINDS.items():
         place = operations.Place(None, 0, str(tmp_path / name), ("", 0))
         (tmp_path / name).mkdir()
-        found = operations.with_others(place, 10, NOTHING, kind.others, 1, run)
-        for cost, seconds in zip(
-            (found.alone, found.beside, found.follow), (0.001, 0.005, 0.002), strict=True
-        ):
-            assert [*cost] == pytest.approx([0.0, seconds, 0.0])
+        found = operations.with_others(place, 10, Cost(0.0, 0.001), kind.others, run)
+        costs = [found.alone.store, found.beside.store, found.watching.store]
+        assert costs == pytest.approx([0.001, 0.003, 0.020])
 
 
 def test_the_time_of_children_is_metered(on_path):
