@@ -277,7 +277,7 @@ class Repository(TaskRepository):
         """Return True if the calling thread has stored or changed a task in a transaction that is open.
 
         The task cannot go on before the commit, so the thread must not wait for it. This version is for
-        stores whose :meth:`own_transaction` is always None.
+        stores that know of no transaction of a caller.
         """
         return False
 

@@ -16,6 +16,7 @@ import attrs
 from taskx.core.checks import check_int
 from taskx.core.clock import LAST, to_datetime, to_ms
 from taskx.core.errors import ConfigurationError
+from taskx.core.lifecycle import FINISHED
 from taskx.core.model import Task, TaskCount, TaskFilter, TaskPage, TaskStatus
 from taskx.core.record import COLUMNS, Stub
 from taskx.core.writes import Write, shows
@@ -108,6 +109,24 @@ def shown(repository: Repository, writes: Sequence[Write]) -> Sequence[bool]:
     found = repository.find("id", [*{write.id: None for write in writes}], COLUMNS)
     rows = {row[0]: dict(zip(COLUMNS, row, strict=True)) for row in found}
     return [shows(rows.get(write.id), write, repository.codecs.same) for write in writes]
+
+
+def is_uncommitted(inside: Repository, outside: Repository, task_id: str) -> bool:
+    """Return True if a task exists, or has ended, only inside an open transaction.
+
+    Args:
+        inside: the repository as the transaction sees it.
+        outside: the repository as all others see it.
+        task_id: the id of the task.
+    """
+    seen = inside.statuses([task_id])
+    known = outside.statuses(
+        [task_id]
+    )  # last: what others commit in between is no write of this one
+    return any(
+        task_id not in known or (status in FINISHED and known[task_id] not in FINISHED)
+        for status in seen.values()
+    )
 
 
 def page(

@@ -7,6 +7,7 @@ import sqlite3
 import threading
 import time
 import warnings
+from concurrent.futures import wait
 from contextlib import closing
 
 import pytest
@@ -383,6 +384,39 @@ class TestOwnTransaction:
         connection.commit()
         queue.submit("echo")
         assert queue.cancel_task(task.id)
+
+    def test_a_handle_is_of_use_after_a_wait_before_the_commit(self, queue, connection):
+        with queue:
+            handle = queue.submit("echo", {"n": 3}, connection=connection)
+            assert not handle.done()
+            for call in (handle.result, handle.exception, lambda: wait([handle])):
+                with pytest.raises(ConfigurationError, match="wait for it after that"):
+                    call()
+            connection.commit()
+            assert handle.result(timeout=LONG) == 3
+            old = queue.submit("elsewhere")
+            assert queue.cancel_task(old.id, connection=connection)
+            with pytest.raises(ConfigurationError, match="wait for it after that"):
+                old.result()
+            connection.rollback()
+            assert not old.done()
+
+    def test_a_task_that_has_ended_needs_no_wait(self, queue, connection):
+        with queue:
+            ended = queue.submit("echo", {"n": 3})
+            assert ended.result(timeout=LONG) == 3
+            queue.submit("echo", connection=connection)
+            assert queue.handle(ended.id).result() == 3
+            connection.rollback()
+
+    def test_the_handle_of_a_task_that_was_rolled_back_says_that_it_does_not_exist(
+        self, queue, connection
+    ):
+        handle = queue.submit("echo", connection=connection)
+        assert not handle.done()
+        connection.rollback()
+        with pytest.raises(TaskNotFound):
+            handle.result()
 
     def test_a_later_transaction_of_the_connection_is_known(self, queue, connection):
         queue.submit("echo", connection=connection)

@@ -36,12 +36,12 @@ from taskx.core.checks import check_number
 from taskx.core.clock import SYSTEM_CLOCK, Clock
 from taskx.core.codec import Codec
 from taskx.core.errors import ConfigurationError
-from taskx.core.lifecycle import FINISHED
 from taskx.core.record import COLUMNS
 from taskx.core.verdict import Check
 from taskx.core.writes import Delete, NoteChange, Write, shows
 from taskx.liveness.base import Liveness
 from taskx.liveness.locks import KernelLocks
+from taskx.storage import queries
 from taskx.storage.base import Listener, Locked, Reentered, Repository, Then, tell_of_forks
 from taskx.storage.sqlite import turnstile
 from taskx.storage.sqlite.wakeups import Wakeups
@@ -342,12 +342,7 @@ class DjangoRepository(BesideBlocks, Records):
             return super().uncommitted(task_id)
         # Without autocommit Django keeps no callbacks, but this thread sees what others do not see yet.
         with self.joined(own, None) as inside:
-            seen = inside.statuses([task_id])
-        known = self.statuses([task_id])
-        return any(
-            task_id not in known or (status in FINISHED and known[task_id] not in FINISHED)
-            for status in seen.values()
-        )
+            return queries.is_uncommitted(inside, self, task_id)
 
     def joined(self, connection: object, then: Then | None) -> AbstractContextManager[Repository]:
         if is_elsewhere(connection):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -27,6 +28,7 @@ from taskx.core.ids import new_id
 from taskx.core.record import UNIQUE
 from taskx.core.verdict import Check
 from taskx.core.writes import Delete, Insert, Note, NoteChange, Write
+from taskx.storage import queries
 from taskx.storage.base import Repository, Then, new_version, tell_of_forks
 from taskx.storage.commits import Stored, Watch
 from taskx.storage.mongo.batches import Batches
@@ -110,6 +112,7 @@ class MongoRepository(Tasks):
         self.run_folder = None if run_folder is None else os.fspath(run_folder)
         self._indexed = False
         self._commits = Watch()
+        self._given = threading.local()  # for each thread, the last session that a caller has given
         tell_of_forks(self)
 
     @classmethod
@@ -164,6 +167,7 @@ class MongoRepository(Tasks):
         if not self._indexed:  # in the transaction it is not possible
             self.init_indexes()
         made = Joined(self, session)
+        self._given.session = weakref.ref(session)
         with undone(made.connection):
             yield made
         if made.sender.applied and then is not None:
@@ -172,6 +176,14 @@ class MongoRepository(Tasks):
             self._commits.add(
                 lambda: (still := seen()) is not None and still.in_transaction, stored
             )
+
+    def uncommitted(self, task_id: str) -> bool:
+        given = getattr(self._given, "session", None)
+        session = None if given is None else given()
+        if session is None or not session.in_transaction:
+            return super().uncommitted(task_id)
+        with self.joined(session, None) as inside:
+            return queries.is_uncommitted(inside, self, task_id)
 
     def _committed(self, applied: Sequence[tuple[Write, int]]) -> Sequence[Write]:
         """Return those of the writes that left their marks.

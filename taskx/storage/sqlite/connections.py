@@ -178,7 +178,7 @@ class Connections:
         text, path = str(error), self.file.path
         if "locked" in text or "busy" in text:
             return RepositoryUnavailable(
-                f"{path} was locked for {self.busy_timeout:g} s by another process; nothing was changed"
+                f"{path} was locked for {self.busy_timeout:g} s by another connection; nothing was changed"
             )
         if "disk is full" in text:
             return RepositoryUnavailable(

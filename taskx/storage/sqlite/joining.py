@@ -245,10 +245,14 @@ class Callers:
 
     def inside(self) -> bool:
         """Return True if the calling thread is in a transaction on a connection that it has given."""
+        return self.open_connection() is not None
+
+    def open_connection(self) -> sqlite3.Connection | None:
+        """Return the connection that the calling thread has given and is in a transaction on, if any."""
         given = self._threads.get(threading.get_ident())
         if given is not None and given.dropped:
             self._let_go()
-        return given is not None and given.in_transaction
+        return given.connection if given is not None and given.in_transaction else None
 
     def watch(self, connection: sqlite3.Connection, writes: Sequence[Write], then: Then) -> None:
         """Call ``then`` with those of the writes that are stored, when the transaction has ended."""

@@ -34,6 +34,7 @@ from taskx.core.tags import FLOW
 from taskx.core.writes import CREATED, Delete, Insert, Note, NoteChange, Update, Write
 from taskx.liveness.base import PREFIX
 from taskx.liveness.locks import KernelLocks
+from taskx.storage import queries
 from taskx.storage.base import (
     Fields,
     Listed,
@@ -387,6 +388,13 @@ class SQLiteRepository(Repository):
                 f"this thread is in a transaction of its own on {self.file.path}, so it would wait for "
                 "itself; nothing was stored. Pass connection=..., or commit first"
             )
+
+    def uncommitted(self, task_id: str) -> bool:
+        connection = self.callers.open_connection() if self.joins else None
+        if connection is None:
+            return super().uncommitted(task_id)
+        with self.joined(connection, None) as inside:
+            return queries.is_uncommitted(inside, self, task_id)
 
     def refuse_wait(self) -> None:
         if self.joins and self.callers.inside():

@@ -82,6 +82,19 @@ class TestSubmit:
             queue.get_task_status(handle.id)
         assert orders.count_documents({}) == 1
 
+    def test_a_handle_is_of_use_after_a_wait_before_the_commit(self, queue, session):
+        with queue:
+            ended = queue.submit("echo", {"n": 2})
+            assert ended.result(timeout=LONG) == 2
+            with session.start_transaction():
+                handle = queue.submit("echo", {"n": 3}, connection=session)
+                assert not handle.done()
+                for call in (handle.result, handle.exception):
+                    with pytest.raises(ConfigurationError, match="wait for it after that"):
+                        call()
+                assert queue.handle(ended.id).result(timeout=LONG) == 2
+            assert handle.result(timeout=LONG) == 3
+
     def test_many_tasks_and_flows_are_stored_with_the_data(self, queue, session):
         with queue:
             with session.start_transaction():
