@@ -130,8 +130,13 @@ class FilterOptions(TypedDict, total=False):
 
 def refuse_unknown(given: Mapping[str, Any], known: Any, what: str, hint: str = "") -> None:
     """Raise ``TypeError`` for options that the ``TypedDict`` does not have."""
-    if unknown := given.keys() - known.__optional_keys__:
-        raise TypeError(f"{what}() has no option {', '.join(sorted(unknown))}{hint}")
+    if unknown := sorted(given.keys() - known.__optional_keys__):
+        from difflib import get_close_matches  # slow to load
+
+        close = [get_close_matches(key, known.__optional_keys__, n=1) for key in unknown]
+        meant = ", ".join(repr(names[0]) for names in close if names)
+        meant = f" (did you mean {meant}?)" if meant else ""
+        raise TypeError(f"{what}() has no option {', '.join(unknown)}{meant}{hint}")
 
 
 # --- checks

@@ -37,6 +37,8 @@ class Transaction:
         self.connection = connection
         self._encode = encode
         self._thread = threading.get_ident()
+        #: True after the end of the block: then nothing more can be part of it.
+        self.over = False
         self.completes = False
         self.result: str | None = None
         #: True after the end of the block if everything is stored.
@@ -53,8 +55,13 @@ class Transaction:
 
         Raises:
             PayloadError: the result is not JSON, or is too large.
-            ConfigurationError: this was called before.
+            ConfigurationError: this was called before, or the block has ended.
         """
+        if self.over:
+            raise ConfigurationError(
+                "complete() must be called inside the block of ctx.transaction(), which has ended: return "
+                "the result instead, or call complete() before the end of the block"
+            )
         if self.completes:
             raise ConfigurationError("complete() was already called in this transaction")
         self.result, self.completes = self._encode(result), True
@@ -119,7 +126,10 @@ def opened(
         commit = _Commit(repository, kept.task, token, tx, completed)
         try:
             with stack:
-                yield tx
+                try:
+                    yield tx
+                finally:
+                    tx.over = True
                 commit.write(ending_of(tx.result), clock.now_ms())
             commit.note()
         except _Lost:

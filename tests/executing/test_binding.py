@@ -81,7 +81,7 @@ def test_a_bound_option_of_none_is_left_out(mail):
         (
             {"prioritty": 5},
             TypeError,
-            "using.. has no option prioritty; params are given to submit",
+            "no option prioritty .did you mean 'priority'..; params are given to submit",
         ),
         ({"to": "me"}, TypeError, "no option to"),
         ({"priority": "high"}, ConfigurationError, "priority must be a whole number"),

@@ -165,6 +165,21 @@ class TestCompletion:
         assert run(work).result == "good"
         assert rows() == [1]
 
+    def test_a_completion_after_the_block_is_refused(self, run, rows):
+        """It would be lost without a word."""
+
+        def work(ctx):
+            with ctx.transaction() as tx:
+                add(tx, 1)
+            with pytest.raises(
+                ConfigurationError, match="which has ended: return the result instead"
+            ):
+                tx.complete("late")
+            return "returned"
+
+        assert run(work).result == "returned"
+        assert rows() == [1]
+
     def test_the_next_task_of_a_key_gets_its_turn(self, make_queue):
         queue = make_queue(worker_num=2)
 
