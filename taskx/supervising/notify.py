@@ -6,7 +6,6 @@ import os
 import socket
 import time
 from collections.abc import MutableMapping
-from contextlib import suppress
 
 
 class Notifier:
@@ -25,6 +24,8 @@ class Notifier:
             self.watchdog = int(micros) / 2e6
         self._socket: socket.socket | None = None
         self._status = ""
+        # Messages that the manager had no room for, by their kind: it reads slowly while a system boots.
+        self._unsent: dict[str, str] = {}
         if address:
             self._connect(address)
 
@@ -41,9 +42,24 @@ class Notifier:
             self._socket = made
 
     def _send(self, *lines: str) -> None:
-        if self._socket is not None:
-            with suppress(OSError):  # the manager does not read, or is gone
-                self._socket.send("\n".join(lines).encode())
+        """Send a message, or keep it until the manager has room for it: the last one of each kind."""
+        kind = lines[0].partition("=")[0]
+        self._unsent.pop(kind, None)
+        self._unsent[kind] = "\n".join(lines)
+        self.flush()
+
+    def flush(self) -> None:
+        """Send the messages that the manager had no room for."""
+        while self._unsent:
+            kind, message = next(iter(self._unsent.items()))
+            if self._socket is not None:
+                try:
+                    self._socket.send(message.encode())
+                except BlockingIOError:
+                    return
+                except OSError:  # the manager is gone
+                    pass
+            del self._unsent[kind]
 
     def ready(self) -> None:
         """Say that the service has started, or has loaded its configuration again."""

@@ -17,8 +17,10 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
+from importlib.machinery import PathFinder
+from types import ModuleType
 from typing import Any, NoReturn
 
 from taskx.core.errors import ConfigurationError, RepositoryError
@@ -84,9 +86,11 @@ class Process:
             self._obey(order)
         threading.Thread(target=self._attend, name="taskx-supervisor", daemon=True).start()
         try:
+            if self._settings.reload:
+                self._changes.watch()
             queue = load_queue(self._settings.target)
             if self._settings.reload:
-                self._changes.next()  # the files are as they were loaded
+                self._changes.note(loaded_files())
             set_up_log(self._settings.log_level)
             check_memory(self._settings.max_memory, memory())
             self._life = life_of(queue, self._settings.threads)
@@ -109,7 +113,7 @@ class Process:
         self._channel.say("failed", code, " ".join(str(error).split()) or type(error).__name__)
         if self._settings.reload:
             self._idle = True
-            _wait_for_change({*files_of(error), *loaded_files(), *_sources()})
+            self._changes.wait({*files_of(error), *loaded_files(), *_sources()})
             code = RECYCLE
         self._channel.flush()
         return code
@@ -240,26 +244,68 @@ def memory() -> int:
 
 
 class Changes:
-    """The files of imported modules that change."""
+    """The files of imported modules that change.
+
+    A file may change at any moment, even while Python imports it. So its state is noted before Python reads
+    it, where possible.
+    """
 
     def __init__(self, files: Callable[[], Iterable[str]]) -> None:
         self._files = files
-        self._seen: dict[str, int | None] = {}
+        self._seen: dict[str, tuple[int, int] | None] = {}
+        self._known: set[str] = set()  # the Python files in the working folder before the import
+
+    def watch(self) -> None:
+        """Note the files that exist now, and from now on each file before it is imported."""
+        self._known = _sources()
+        self.note({*self._files(), *self._known})
+        sys.meta_path.insert(0, _Noting(self))
+
+    def note(self, files: Iterable[str]) -> None:
+        """Note the state of these files, unless it was noted before."""
+        for file in files:
+            if file not in self._seen:
+                self._seen[file] = _stamp(file)
 
     def next(self) -> str:
         """Return a file that has changed since it was first seen; empty if none has."""
-        for file in self._files():
+        return self._changed(self._files())
+
+    def wait(self, files: Collection[str]) -> None:
+        """Wait until one of these files changes, or a Python file appears in the working folder."""
+        while not self._changed(files) and _sources() == self._known:
+            time.sleep(BEAT / 2)
+
+    def _changed(self, files: Iterable[str]) -> str:
+        for file in files:
             stamp = _stamp(file)
             if self._seen.setdefault(file, stamp) != stamp:
                 return file
         return ""
 
 
-def _stamp(file: str) -> int | None:
+class _Noting:
+    """The first finder of modules. It finds nothing, and notes each source file before Python reads it."""
+
+    def __init__(self, changes: Changes) -> None:
+        self._changes = changes
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> None:
+        with suppress(Exception):  # the finder that is asked next raises it again
+            spec = PathFinder.find_spec(name, path, target)
+            if spec is not None and spec.origin is not None:
+                self._changes.note([spec.origin])
+
+
+def _stamp(file: str) -> tuple[int, int] | None:
+    """Return the time and the size of a file. Two changes at the same moment may differ only in size."""
     try:
-        return os.stat(file).st_mtime_ns
+        state = os.stat(file)
     except OSError:
         return None
+    return state.st_mtime_ns, state.st_size
 
 
 def loaded_files() -> set[str]:
@@ -279,13 +325,6 @@ def _sources() -> set[str]:
     with suppress(OSError):
         return {entry.path for entry in os.scandir(os.getcwd()) if entry.name.endswith(".py")}
     return set()
-
-
-def _wait_for_change(files: set[str]) -> None:
-    """Wait until one of these files changes, or a Python file appears in the working folder."""
-    changes, known = Changes(lambda: files), _sources()
-    while not changes.next() and _sources() == known:
-        time.sleep(BEAT / 2)
 
 
 # --- the log

@@ -290,6 +290,7 @@ class Supervisor:
         now = time.monotonic()
         report = self._reported()
         self._report = report, now
+        self._notifier.flush()
         if self._file is not None:
             self._file.show(report, now)
         told = self._told_ready and not (self._told_reloading and not self._fleet.replacing)

@@ -193,6 +193,27 @@ def test_a_file_has_changed_if_its_time_differs_or_it_is_gone(tmp_path):
     assert fresh.next() == str(one)
 
 
+def test_a_file_that_changes_while_it_is_imported_has_changed(module, monkeypatch):
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    name = module("import os\nos.utime(__file__, ns=(1, 1))\nraise ValueError")
+    changes = Changes(list)
+    changes.watch()
+    with pytest.raises(ConfigurationError) as info:
+        load_queue(f"{name}:queue")
+    changes.wait({*files_of(info.value)})  # it returns
+
+
+def test_a_file_of_another_size_has_changed_even_if_its_time_is_the_same(tmp_path):
+    file = tmp_path / "one.py"
+    file.touch()
+    os.utime(file, ns=(1, 1))
+    changes = Changes(lambda: [str(file)])
+    assert changes.next() == ""
+    file.write_text("1")
+    os.utime(file, ns=(1, 1))
+    assert changes.next() == str(file)
+
+
 def test_a_lazy_module_that_raises_does_not_stop_the_watch(monkeypatch):
     class Lazy:
         def __getattr__(self, name):
@@ -220,6 +241,19 @@ def test_the_service_manager_hears_each_state_and_the_children_have_no_socket(ma
     assert heard[:3] == ["READY=1", "STATUS=ok", "WATCHDOG=1"]
     assert heard[3].startswith("RELOADING=1\nMONOTONIC_USEC=")
     assert heard[4] == "STOPPING=1"
+    notifier.close()
+
+
+def test_a_service_manager_that_reads_late_hears_the_last_message_of_each_kind(manager):
+    notifier = Notifier({"NOTIFY_SOCKET": manager.address})
+    for number in range(1000):  # more than the socket has room for
+        notifier.status(f"{number}")
+    notifier.ready()
+    notifier.status("last")
+    while manager.read() != "READY=1":
+        notifier.flush()
+    notifier.flush()
+    assert manager.read() == "STATUS=last"
     notifier.close()
 
 

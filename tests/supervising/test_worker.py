@@ -302,6 +302,17 @@ def test_reload_waits_for_a_correction_and_follows_later_changes(worker):
     assert one.stop()[0] == 0
 
 
+@pytest.mark.parametrize("then", ["raise ValueError", APP])
+def test_reload_notices_a_change_in_the_middle_of_an_import(worker, tmp_path, then):
+    """The program has other code than its file, whether it could be imported or not."""
+    (tmp_path / "new").write_text(APP.replace("VERSION = 1", "VERSION = 2  # another size"))
+    change = "import pathlib\npathlib.Path(__file__).write_text(pathlib.Path('new').read_text())\n"
+    one = worker(processes=1, reload=True, app=change + then)
+    one.release("x")
+    eventually(lambda: one.queue.submit("hold", {"key": "x"}).result(timeout=60) == 2)
+    assert one.stop()[0] == 0
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux has subreapers")
 def test_a_supervisor_reaps_the_orphans_that_it_adopts(worker):
     # As process 1 of a container, it becomes the parent of each orphan.
