@@ -32,6 +32,7 @@ from taskx import (
     TaskStatus,
 )
 from taskx.core.clock import SystemClock
+from taskx.liveness import leases
 
 from . import hooks
 from .sidelog import SideLog
@@ -54,6 +55,7 @@ class Options:
         side_log: the path of the side log.
         host, lease: on a server, the folder of lock files that stands for a host, and its
             ``lease_timeout``.
+        margin: the part of the lease by which its running tasks are asked to end before the lease is over.
         ahead: the hours that the clock of the process is ahead.
         role: ``mix`` follows a random plan, ``submit`` submits the ``tasks`` and runs them,
             ``store`` only stores them, ``drain`` runs the stored tasks until none is left, ``serve``
@@ -79,6 +81,7 @@ class Options:
     side_log: str
     host: str = ""
     lease: float = 3.0
+    margin: float = leases.MARGIN
     ahead: float = 0.0
     role: str = "mix"
     seed: int = 0
@@ -448,6 +451,7 @@ class Worker:
 
 def prepare(options: Options, log: SideLog) -> None:
     """Change the library as the options say."""
+    leases.MARGIN = options.margin
     if options.broken:
         {**hooks.BROKEN, **store_of(options.database).broken}[options.broken]()
     if options.alone:

@@ -17,6 +17,7 @@ from taskx import MongoRepository, SQLiteRepository, TaskFilter, TaskStatus, eve
 PROGRAM = """
 import os, signal, sys
 from taskx import Config, MongoRepository, Queue, SQLiteRepository, every, tick_of
+from taskx.testing import ManualClock
 import pymongo
 
 kind, place, name, log = sys.argv[1:5]
@@ -129,9 +130,12 @@ put = repository.put_notes
 def of_schedules(changes):  # not of nodes, which are notes, too
     return any(change.name.startswith("schedule/") for change in changes)
 
-queue.schedule("beat", every(0.5), "work", misfire="one")
+queue = Queue(repository, clock=ManualClock())
+queue.declare("work")
+queue.schedule("beat", every(60), "work", misfire="one")
 {patch}
 queue.start()
+queue.clock.advance(60)  # to the first tick, and not to the second one, however slow this process is
 signal.pause()
 """
 BEFORE = "repository.apply = die"
@@ -146,9 +150,9 @@ repository.put_notes = lambda changes: (put(changes), of_schedules(changes) and 
 @pytest.mark.parametrize(
     "patch", [BEFORE, BETWEEN, AFTER], ids=["before the task", "before the schedule", "after both"]
 )
-def test_a_process_killed_during_a_tick_loses_no_task(run, repository, make_queue, patch):
+def test_a_process_killed_during_a_tick_loses_no_task(run, repository, make_queue, clock, patch):
     """The next process ensures that there is exactly one task, even if none was stored."""
-    queue = make_queue(worker_num=1)
+    queue = make_queue(worker_num=1, clock=clock)
     ran = []
     queue.executor("work")(lambda ctx: ran.append(ctx.task.id))
     child = run(DYING.format(patch=patch))
@@ -157,15 +161,16 @@ def test_a_process_killed_during_a_tick_loses_no_task(run, repository, make_queu
     before = {task.id for task in queue.list_tasks()[0]}
     assert len(before) == (patch != BEFORE)
     assert (stored.last_tick is not None) == (patch == AFTER)
-    queue.schedule("beat", every(0.5), "work", misfire="all", misfire_grace=3600)
+    queue.schedule("beat", every(60), "work", misfire="all", misfire_grace=3600)
     first = stored.next_tick
+    clock.advance(180)
     queue.start()
     eventually(lambda: queue.schedules()["beat"].next_tick > first)
     queue.schedules()["beat"].pause()
     assert queue.drain(PATIENCE)
     ticks = sorted(tick_of(task) for task in queue.list_tasks(TaskFilter(limit=10_000))[0])
     begin = ticks[0]
-    assert ticks == [begin + n * timedelta(seconds=0.5) for n in range(len(ticks))]
+    assert ticks == [begin + n * timedelta(seconds=60) for n in range(len(ticks))]
     assert first in ticks
     assert set(ran) == {task.id for task in queue.list_tasks(TaskFilter(limit=10_000))[0]}
     assert len(ran) == len(set(ran))

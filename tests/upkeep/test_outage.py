@@ -12,6 +12,7 @@ from mongo_proxy import Proxy
 from mongo_server import new_database
 
 from taskx import MemoryRepository, MongoRepository, RepositoryUnavailable
+from taskx.liveness import leases
 
 #: The fate of requests during the outage.
 OUTAGES = {
@@ -117,10 +118,13 @@ ELSEWHERE = """
     import sys, threading
     import pymongo
     from taskx import Config, MongoRepository, Queue
+    from taskx.liveness import leases
 
     client = pymongo.MongoClient(sys.argv[1])
+    lease = float(sys.argv[4])
+    leases.BEATS = lease / 0.3
     queue = Queue(
-        MongoRepository(client[sys.argv[2]], run_folder=sys.argv[3], lease_timeout=3.0),
+        MongoRepository(client[sys.argv[2]], run_folder=sys.argv[3], lease_timeout=lease),
         Config(worker_num=1),
     )
 
@@ -144,26 +148,55 @@ ELSEWHERE = """
 
 
 @pytest.fixture
-def elsewhere(spawn, mongo_server, database, tmp_path):
-    child = spawn(ELSEWHERE, mongo_server("standalone"), database.name, tmp_path / "there")
+def lease(request, monkeypatch):
+    """The length of a lease; the nodes send heartbeats as often as if it was 3 s."""
+    lease = getattr(request, "param", 3.0)
+    monkeypatch.setattr(leases, "BEATS", lease / 0.3)
+    return lease
+
+
+@pytest.fixture
+def elsewhere(spawn, mongo_server, database, tmp_path, lease):
+    server, folder = mongo_server("standalone"), tmp_path / "there"
+    child = spawn(ELSEWHERE, server, database.name, folder, lease)
     assert child.read() == "running"
     return child
 
 
 @pytest.fixture
-def here(database, tmp_path, make_queue, gate):
+def here(database, tmp_path, make_queue, gate, lease):
     """A queue on this host, which can take over the task."""
-    repository = MongoRepository(database, run_folder=tmp_path / "here", lease_timeout=3.0)
+    repository = MongoRepository(database, run_folder=tmp_path / "here", lease_timeout=lease)
     queue = make_queue(repository, worker_num=1)
     queue.executor("long")(lambda: (gate(), "here")[1])
     queue.start()
     return queue
 
 
-def test_a_task_can_run_for_many_lease_periods(elsewhere, here):
+@pytest.fixture
+def observer(database, tmp_path, lease, clock):
+    """A third host, whose clock the test moves."""
+    made = MongoRepository(database, run_folder=tmp_path / "observer", lease_timeout=lease)
+    made.liveness._monotonic = clock.monotonic
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("lease", [30.0], indirect=True)
+def test_a_task_can_run_for_many_lease_periods(elsewhere, here, observer, clock, lease):
     """Its node sends heartbeats, so no other node runs it."""
-    deadline = time.monotonic() + 6.5
-    eventually(lambda: time.monotonic() > deadline)  # blocks on purpose: more than two leases
+
+    def beats():
+        notes = observer.notes("node/")
+        return {name: note.version for name, note in notes.items() if "/still" not in name}
+
+    for _ in range(4):
+        before = beats()
+        assert len(before) == 2
+        for _ in range(int(0.8 * lease)):  # the polls of an observer are not far apart
+            assert [node.alive for node in observer.liveness.nodes()] == [True, True]
+            clock.advance(1)
+        eventually(lambda before=before: all(beats()[name] > before[name] for name in before))
     assert here.get_task_status("x").starts == 1
     elsewhere.tell()
     assert here.handle("x").result(PATIENCE) == "there"
