@@ -55,7 +55,7 @@ class Session:
 
 
 class CloudProvider:
-    """The simulated cloud. One of its accounts is closed; another one takes a minute for each call."""
+    """The simulated cloud. One of its accounts is closed; another one takes an hour for each call."""
 
     regions = ("us-east", "us-west", "eu-west", "eu-north", "ap-south")
 
@@ -63,7 +63,7 @@ class CloudProvider:
         """Open a connection to an account."""
         if account == "closed":
             raise ProviderError("the account is closed")
-        return Session(account, latency=60.0 if account == "archive" else 0.1)
+        return Session(account, latency=3600.0 if account == "archive" else 0.1)
 
 
 class SyncAssetsExecutor(TaskExecutor):
@@ -145,7 +145,7 @@ def main() -> None:
         print("A closed account:")
         follow(queue, queue.submit("sync_assets", {"accounts": ["closed"]}))
 
-        print("Cancelled half-way, during a call that takes a minute:")
+        print("Cancelled half-way, during a call that takes an hour:")
         handle = queue.submit("sync_assets", {"accounts": ["production", "archive"]})
         wait_for_progress(handle, 50)
         queue.cancel_task(handle.id)

@@ -255,7 +255,8 @@ def kill_the_worker_of(site: Site, task_id: str) -> str:
 def a_kill_and_a_reload_lose_no_task(site: Site) -> None:
     """Check that all tasks complete, and that other worker processes serve then."""
     before = site.nodes()
-    ids = [site.submit(f"report {n}", round(1 / site.step)) for n in range(24)]
+    ids = [site.submit(f"report {n}", round(1 / site.step)) for n in range(23)]
+    ids.append(site.submit("long", round(4 / site.step)))  # time to find and kill it
     kill_the_worker_of(site, ids[-1])
     site.master.send_signal(signal.SIGHUP)
     eventually(lambda: len(now := site.nodes()) == 2 and not {*now} & {*before})

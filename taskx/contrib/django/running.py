@@ -35,8 +35,9 @@ _MOST_RAISED = 1000
 announcing: dict[str, tuple[int, threading.Event]] = {}
 # Most seconds that a task waits for that signal: a receiver may wait for the task.
 _PATIENCE = 5.0
-# The exceptions of attempts whose outcome is not told yet, by the ids of their tasks.
-_raised: OrderedDict[str, BaseException] = OrderedDict()
+# The exceptions of attempts whose outcome is not told yet, by the ids of their tasks and their ``starts``:
+# hooks may hear of an attempt after the next one has raised.
+_raised: OrderedDict[tuple[str, int], BaseException] = OrderedDict()
 
 
 def executor_of(task: Task) -> Executor[..., Any]:
@@ -46,7 +47,7 @@ def executor_of(task: Task) -> Executor[..., Any]:
         try:
             return _run(task, ctx, params)
         except BaseException as error:
-            _raised[ctx.task.id] = error
+            _raised[ctx.task.id, ctx.task.starts] = error
             if len(_raised) > _MOST_RAISED:
                 _raised.popitem(last=False)
             raise
@@ -120,7 +121,7 @@ class Signals(Hook):
 
     def finished(self, task: taskx.Task) -> None:
         """Send the signal."""
-        error = _raised.pop(task.id, None)
+        error = _raised.pop((task.id, task.starts), None)
         try:
             result = result_of(task, task_of(task.type, self._alias), self._alias)
         except ImportError:  # a task of TaskX's own, or its code is gone
@@ -136,15 +137,15 @@ class Signals(Hook):
 
     def retried(self, task: taskx.Task, error: str, delay: float) -> None:
         """Forget the exception: the task goes on."""
-        _raised.pop(task.id, None)
+        _raised.pop((task.id, task.starts), None)
 
     def snoozed(self, task: taskx.Task, delay: float) -> None:
         """Forget the exception: the task goes on."""
-        _raised.pop(task.id, None)
+        _raised.pop((task.id, task.starts), None)
 
     def interrupted(self, task: taskx.Task) -> None:
         """Forget the exception: the task goes on."""
-        _raised.pop(task.id, None)
+        _raised.pop((task.id, task.starts), None)
 
 
 def _ending_of(task: taskx.Task) -> BaseException:

@@ -53,10 +53,16 @@ def entry(tmp_path: Any, **options: Any) -> dict[str, Any]:
     }
 
 
+@pytest.fixture
+def threads() -> int:
+    """The number of worker threads, unless a test gives another one."""
+    return 2
+
+
 @pytest.fixture(params=["file", "database"])
-def stored(request, tmp_path) -> Iterator[TaskxBackend]:
+def stored(request, tmp_path, threads) -> Iterator[TaskxBackend]:
     """The backend on a file of its own, and on a database of the site; nothing runs its tasks."""
-    settings = entry(tmp_path)
+    settings = entry(tmp_path, workers=threads)
     if request.param == "database":
         alias = settings["OPTIONS"]["database"] = f"backend {tmp_path}"
         del settings["OPTIONS"]["repository"]
@@ -66,8 +72,9 @@ def stored(request, tmp_path) -> Iterator[TaskxBackend]:
 
 
 @pytest.fixture
-def backend(stored) -> TaskxBackend:
-    """The backend, with a started queue."""
+def backend(stored, monkeypatch) -> TaskxBackend:
+    """The backend, with a started queue. Its tasks wait for their signal as long as the tests would."""
+    monkeypatch.setattr("taskx.contrib.django.running._PATIENCE", PATIENCE)
     tasks.notes.clear()
     tasks.gate.clear()
     stored.queue.start()
@@ -182,9 +189,12 @@ def test_run_after_may_be_a_timedelta_from_the_enqueue(backend):
     before = datetime.now(timezone.utc)
     result = soon.enqueue(1)
     assert result.task.run_after - before >= timedelta(milliseconds=300)
-    assert ended(result).started_at >= result.task.run_after
+    run_at = result.taskx.task().run_at  # in whole milliseconds
+    assert timedelta(0) <= result.task.run_after - run_at < timedelta(milliseconds=1)
+    assert ended(result).started_at >= run_at
 
 
+@pytest.mark.parametrize("threads", [1])  # of two, the second one may start its task first
 def test_tasks_with_a_higher_priority_run_first(stored):
     results = [tasks.echo.using(priority=p).enqueue(p) for p in (-100, 0, 100)]
     assert [r.task.priority for r in results] == [-100, 0, 100]
@@ -329,6 +339,27 @@ def test_the_signal_of_a_failed_task_is_sent_inside_the_except_block(backend, to
     assert (type(error), str(error)) == (ValueError, "no stock")
     frames = traceback.extract_tb(error.__traceback__)
     assert frames[-1].name == "fail"
+
+
+def test_a_late_signal_has_the_exception_of_the_last_attempt(backend, told):
+    held, go_on = threading.Event(), threading.Event()
+
+    def hold(task_result: Any, **more: Any) -> None:
+        held.set()
+        assert go_on.wait(PATIENCE)
+
+    task_finished.connect(hold)
+    try:
+        tasks.add.enqueue(1)
+        assert held.wait(PATIENCE)  # so both attempts raise before anyone hears of the first one
+        result = tasks.fail.using(max_attempts=2, backoff=0).enqueue("no stock")
+        eventually(result.taskx.done)
+    finally:
+        go_on.set()
+        task_finished.disconnect(hold)
+    eventually(lambda: ("finished", FAILED) in told.of(result))
+    [error] = [error for _, _, about, error in told.seen if about.id == result.id and error]
+    assert (type(error), str(error)) == (ValueError, "no stock")
 
 
 def test_a_task_that_is_retried_finishes_once(backend, told):
