@@ -125,6 +125,8 @@ class Actions(Command, click.Group):
         """Find the action; suggest one for a misspelt name."""
         if not ctx.resilient_parsing and args[0] not in self.commands:
             hint = suggestion(args[0], self.commands)
+            if args[0] in ("list", "ls"):
+                hint = f": `{self.name}` alone lists them"
             raise Usage(
                 f"`{self.name}` has no action {args[0]!r}"
                 f"{hint or ': use ' + ', '.join(self.commands)}"

@@ -119,8 +119,12 @@ def _nodes(repository: Repository, now: int) -> Iterator[Check]:
         yield ok("nodes", f"{counted(live, 'live node')} and no dead one.", live=live, dead=0)
         return
     held = _held(repository, dead)
-    words = f"{counted(len(dead), 'dead node')} left {counted(held, 'task')} behind."
     facts = {"live": live, "dead": len(dead), "tasks": held}
+    if not held:
+        words = f"{counted(live, 'live node')}, and {counted(len(dead), 'dead one')} without tasks."
+        yield ok("nodes", words, **facts)
+        return
+    words = f"{counted(len(dead), 'dead node')} left {counted(held, 'task')} behind."
     if live:
         yield ok("nodes", f"{words} A live node takes them over.", **facts)
     else:

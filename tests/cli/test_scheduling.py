@@ -103,3 +103,5 @@ def test_an_unknown_action_is_a_wrong_call(taskx):
     said = taskx("schedules", "triger", "nightly")
     assert said.code == 2
     assert said.err == "taskx: `schedules` has no action 'triger'; did you mean 'trigger'?\n"
+    said = taskx("schedules", "list")
+    assert said.err == ("taskx: `schedules` has no action 'list': `schedules` alone lists them\n")

@@ -69,6 +69,10 @@ def test_the_tasks_of_dead_nodes_are_counted(healthy, queue, monkeypatch):
     check = named(queue, "nodes")
     assert (check.level, check.facts["live"]) == ("warn", 0)
     assert check.sentence == "1 dead node left 1 task behind."
+    monkeypatch.setattr(healthy, "find", lambda *_: [])
+    check = named(queue, "nodes")
+    assert (check.level, check.facts) == ("ok", {"live": 0, "dead": 1, "tasks": 0})
+    assert check.sentence == "0 live nodes, and 1 dead one without tasks."
 
 
 def test_live_nodes_of_another_version_are_a_warning(healthy, queue, monkeypatch):

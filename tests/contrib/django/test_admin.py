@@ -17,6 +17,7 @@ from django.contrib.admin.models import LogEntry
 from django.db import connection, connections
 from django.test import Client
 from django.test.utils import CaptureQueriesContext
+from django.utils import timezone
 from django_project import FOLDER
 from helpers import ROOT
 
@@ -225,6 +226,16 @@ def test_the_page_of_a_task_tells_everything_about_it(boss, queue, failed):
     assert "&quot;password&quot;: &quot;***&quot;" in page
     assert f'href="/tasks/task?id={task_id}"' in page
     assert 'name="_save"' not in page
+
+
+def test_what_a_task_does_not_have_is_shown_as_a_dash_and_times_to_the_millisecond(boss, queue):
+    task = queue.submit("mail").task()
+    page = page_of(boss, f"{LIST}{key_of(task.id)}/change/")
+    shown = re.findall(r'class="readonly">(.*?)</div>', page, flags=re.DOTALL)
+    assert not [text for text in shown if text in ("", "None", "null")]
+    assert shown.count("-") > 10
+    created = timezone.localtime(task.created_at)
+    assert f"{created:%Y-%m-%d %H:%M:%S.%f}"[:-3] + f" {created:%Z}" in shown
 
 
 def test_why_a_task_waits_is_on_its_page(boss, queue):

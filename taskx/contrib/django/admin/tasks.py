@@ -27,9 +27,17 @@ from taskx.contrib.django.admin.finding import (
 )
 from taskx.contrib.django.admin.forms import RequeueForm
 from taskx.contrib.django.admin.pages import QueueAdmin, note, queue_of_site
-from taskx.contrib.django.admin.values import as_json, as_table, as_text, last_lines, value
+from taskx.contrib.django.admin.values import (
+    NOTHING,
+    as_json,
+    as_table,
+    as_text,
+    last_lines,
+    value,
+)
 from taskx.core.clock import to_datetime
 from taskx.core.errors import TaskNotFound
+from taskx.core.model import TaskStatus
 from taskx.core.redact import redacted
 from taskx.queue import Queue
 
@@ -75,7 +83,11 @@ class TaskAdmin(QueueAdmin):
     task_progress = value(
         "task_progress", "progress", lambda task: f"{task.progress} % {task.message}"
     )
-    task_result = value("task_result", "result", lambda task: as_json(task.result))
+    task_result = value(
+        "task_result",
+        "result",
+        lambda task: as_json(task.result) if task.status is TaskStatus.COMPLETED else None,
+    )
     task_error = value("task_error", "error", lambda task: as_text(task.error))
     task_traceback = value("task_traceback", "traceback", lambda task: as_text(task.traceback))
     created = value("created", "submitted at", lambda task: task.created_at)
@@ -176,7 +188,8 @@ class TaskAdmin(QueueAdmin):
     @admin.display(description="checkpoints")
     def task_checkpoints(self, row: Any) -> Any:
         """Return the results of the steps without secrets."""
-        return as_json(redacted(row.read.checkpoints, row.queue.config.redact))
+        kept = row.read.checkpoints
+        return as_json(redacted(kept, row.queue.config.redact)) if kept else NOTHING
 
     def render_change_form(self, request: Any, context: Any, *args: Any, **options: Any) -> Any:
         """Show a task, with the actions that are possible."""
