@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Mapping
 from contextlib import suppress
@@ -86,14 +87,12 @@ class CeleryEngine(BrokerEngine):
     def renew_after_fork(self) -> None:
         """Forget, in a forked child, what belongs to the parent."""
         super().renew_after_fork()
-        self._connection: Any = None
+        self._local = threading.local()  # a connection is for one thread
 
     def connect(self) -> None:
         """Connect to the broker; raise an exception if it has not answered in about :data:`TIMEOUT`."""
         try:
-            if self._connection is None:
-                self._connection = self._make_connection()
-            self._connection.default_channel  # noqa: B018  (it connects, and logs in)
+            self._connection().default_channel  # noqa: B018  (it connects, and logs in)
         except BaseException:
             self.disconnect()
             raise
@@ -101,13 +100,11 @@ class CeleryEngine(BrokerEngine):
     def send(self, ticket: Ticket) -> None:
         """Send a ticket; raise an exception if the broker has not taken it in about :data:`TIMEOUT`."""
         try:
-            if self._connection is None:
-                self._connection = self._make_connection()
             queue = self._queues.get(ticket.type)
             self._app.send_task(
                 TASK,
                 (ticket.id, ticket.type),
-                connection=self._connection,
+                connection=self._connection(),
                 retry=False,
                 ignore_result=True,
                 serializer="json",
@@ -118,11 +115,26 @@ class CeleryEngine(BrokerEngine):
             raise
 
     def disconnect(self) -> None:
-        """Close the connection to the broker; the thread that sends tickets calls this."""
-        connection, self._connection = self._connection, None
+        """Close this thread's connection to the broker."""
+        connection, self._local.connection = getattr(self._local, "connection", None), None
         if connection is not None:
             with suppress(Exception):  # the broker may be away
                 connection.release()
+
+    def process_ends(self) -> bool:
+        """Return True if a signal ends this child of the pool ``prefork``, or this process of ``solo``."""
+        from billiard import common  # type: ignore[import-untyped]
+        from celery.worker import state
+
+        # The signal handlers set these before an exception reaches the task.
+        cold = state.should_terminate is not None and state.should_terminate is not False
+        return cold or bool(common._should_have_exited[0])
+
+    def _connection(self) -> Any:
+        found = getattr(self._local, "connection", None)
+        if found is None:
+            found = self._local.connection = self._make_connection()
+        return found
 
     def _make_connection(self) -> Any:
         bounds = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -14,8 +15,9 @@ if TYPE_CHECKING:
 
 #: The name of the actor that carries tickets.
 ACTOR = "taskx.run"
-#: Seconds that running tasks get when a worker process ends. Dramatiq has waited for them before.
-STOP_TIMEOUT = 10.0
+#: Seconds that running tasks get when a worker process ends. Dramatiq has waited for them before, except
+#: with RabbitMQ: there it does not know them, and they get as long as its threads would.
+STOP_TIMEOUT, STOP_TIMEOUT_OF_HANDED = 10.0, 600.0
 # Milliseconds: Dramatiq's default of ten minutes would end an actor. The task's own time-out counts.
 _NO_LIMIT = 10 * 365 * 24 * 3600 * 1000
 
@@ -73,6 +75,8 @@ class DramatiqEngine(BrokerEngine):
         self._broker = broker
         #: True if threads of TaskX run the tasks, and Dramatiq's threads only hand over the tickets.
         self.hands_over = _is_rabbitmq(broker)
+        if self.hands_over:
+            _hush_pika()
         wanted = {
             "max_retries": 0,
             "time_limit": _NO_LIMIT,
@@ -95,6 +99,15 @@ class DramatiqEngine(BrokerEngine):
         elif (client := getattr(self._broker, "client", None)) is not None:
             client.ping()
 
+    def tend(self) -> None:
+        """Send the heartbeats of the connection to RabbitMQ, which would close it otherwise."""
+        if self.hands_over:
+            try:
+                self._broker.connection.process_data_events(0)  # type: ignore[attr-defined]
+            except BaseException:
+                self.disconnect()
+                raise
+
     def send(self, ticket: Ticket) -> None:
         """Send a ticket. The time-outs of the broker's client limit how long this takes."""
         message = self._actor.message(ticket.id, ticket.type)
@@ -116,7 +129,22 @@ class DramatiqEngine(BrokerEngine):
 
     def end(self) -> None:
         """End the work, because Dramatiq's worker has ended."""
-        self.end_work(STOP_TIMEOUT)
+        self.end_work(STOP_TIMEOUT_OF_HANDED if self.hands_over else STOP_TIMEOUT)
+
+
+def _hush_pika() -> None:
+    """Drop what pika and Dramatiq log in TaskX's threads: these tell of failures themselves, less often."""
+    import pika  # type: ignore[import-untyped]  # noqa: F401  (its loggers exist from now on)
+
+    for name in ("dramatiq.broker.RabbitmqBroker", *logging.root.manager.loggerDict):
+        if name.startswith(("pika.", "dramatiq.broker.")):
+            logger = logging.getLogger(name)
+            if _is_of_others not in logger.filters:
+                logger.addFilter(_is_of_others)
+
+
+def _is_of_others(record: logging.LogRecord) -> bool:
+    return not (record.threadName or "").startswith("taskx-")
 
 
 def _is_rabbitmq(broker: Broker) -> bool:
@@ -132,6 +160,9 @@ def _middleware(engine: DramatiqEngine) -> Any:
 
         def after_worker_boot(self, broker: Any, worker: Any) -> None:
             engine.begin(worker.worker_threads)
+
+        def before_worker_shutdown(self, broker: Any, worker: Any) -> None:
+            engine.take_no_more()
 
         def after_worker_shutdown(self, broker: Any, worker: Any) -> None:
             engine.end()

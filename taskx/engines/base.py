@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from taskx.common.config import Config
 from taskx.core.checks import check_number
-from taskx.core.errors import ConfigurationError, QueueStopped, RepositoryError
+from taskx.core.errors import ConfigurationError, QueueStopped, RepositoryError, SchemaMismatch
 from taskx.core.log import log
 from taskx.engines.tickets import Ticket
 from taskx.moving import Services
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 10.0
 #: Seconds for which a ticket waits for the queue of a worker process that is starting.
 _PATIENCE = 5.0
+#: Seconds for which a process that cannot run tasks keeps each ticket, so that others get more of them.
+_BACK = 1.0
 
 
 class _Queue(Protocol):
@@ -123,19 +125,36 @@ class BrokerEngine(Engine):
         self._handed: HandOver | None = None
         self._begun = threading.Event()
         self._ending = threading.Event()
+        self._told = (
+            threading.Lock()
+        )  # held for good when the log has told that no task is run here
 
     @abstractmethod
     def send(self, ticket: Ticket) -> None:
         """Send a ticket to the worker processes, or raise any exception.
 
-        One thread of TaskX calls it. It must end in bounded time, because other tickets wait for it.
+        A thread of TaskX calls it; in a worker process that cannot run tasks, the threads that get tickets
+        do, too. It must end in bounded time, because other tickets wait for it.
         """
 
     def connect(self) -> None:
         """Connect to the broker, or raise any exception. A thread calls it before it sends tickets."""
 
+    def tend(self) -> None:
+        """Keep the connection alive, or raise any exception if it is lost.
+
+        The thread that sends tickets calls it twice a second, or more often, while it has none to send.
+        """
+
     def disconnect(self) -> None:
         """Close the connection to the broker; the thread that calls :meth:`send` does this at its end."""
+
+    def process_ends(self) -> bool:
+        """Return True if a signal ends this worker process by an exception in the main thread.
+
+        A task that the exception ends has not failed: it is interrupted, and starts again elsewhere.
+        """
+        return False
 
     def bind(self, queue: _Queue) -> None:
         repository = queue.repository
@@ -162,6 +181,7 @@ class BrokerEngine(Engine):
         # Imported here, because most programs have no broker.
         from taskx.engines.node import TicketNode
 
+        services.runner.process_ends = self.process_ends
         node = TicketNode(services, config, ended, self)
         node.begun = lambda: self._has_begun(node)
         return node
@@ -203,11 +223,15 @@ class BrokerEngine(Engine):
             self._ending.wait(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
 
-    def end_work(self, timeout: float) -> None:
-        """Stop the queue of a worker process that ends; running tasks get ``timeout`` seconds."""
+    def take_no_more(self) -> None:
+        """Begin the end of a worker process with ``hand_over``: it sends tickets back from now on."""
         self._ending.set()
         if self._handed is not None:
             self._handed.end()
+
+    def end_work(self, timeout: float) -> None:
+        """Stop the queue of a worker process that ends; running tasks get ``timeout`` seconds."""
+        self.take_no_more()
         if self.workers and (queue := self._bound()) is not None:
             queue.stop(timeout)
 
@@ -217,18 +241,38 @@ class BrokerEngine(Engine):
         If nothing may start, this does nothing: the ticket is sent again when that has changed.
         """
         ticket = Ticket(task_id, type)
-        if self._handed is not None:
-            self._handed.put(ticket)
-        else:
+        if not self.workers:
+            log.warning("a ticket for task %s is dropped: this process is no worker", ticket.id)
+        elif self._handed is None:
             self._run_here(ticket)
+        elif not self._handed.put(ticket):
+            self._give_back(ticket)
 
     def _run_here(self, ticket: Ticket) -> None:
-        if not self.workers or not self._begun.wait(_PATIENCE) or self._node is None:
-            log.warning(
-                "a ticket for task %s is dropped: this process runs no tasks yet", ticket.id
+        node = self._node if self._begun.wait(_PATIENCE) else None
+        if node is None or not node.run(ticket):
+            if node is not None and node.pool.outdated is not None:
+                self._tell_outdated(node.pool.outdated)
+            self._ending.wait(_BACK)
+            self._give_back(ticket)
+
+    def _give_back(self, ticket: Ticket) -> None:
+        """Send a ticket that this process cannot use once more, so that another process gets it."""
+        try:
+            try:
+                self.send(ticket)
+            finally:
+                self.disconnect()
+        except Exception as error:  # noqa: BLE001  (the libraries of brokers have no common class of errors)
+            log.debug("a ticket for task %s is dropped, and sent again later: %s", ticket.id, error)
+
+    def _tell_outdated(self, error: SchemaMismatch) -> None:
+        if self._told.acquire(blocking=False):
+            log.error(
+                "this worker process runs no more tasks, and sends its tickets back to the broker: "
+                "stop it, and start it with the newer TaskX: %s",
+                error,
             )
-            return
-        self._node.run(ticket)
 
     def _bound(self) -> Any:
         return None if self._queue is None else self._queue()

@@ -67,6 +67,7 @@ class Sender(Protocol):
     resend: float
 
     def connect(self) -> None: ...
+    def tend(self) -> None: ...
     def send(self, ticket: Ticket) -> None: ...
     def disconnect(self) -> None: ...
 
@@ -193,7 +194,7 @@ class Dispatcher:
         if self.crew.first or mine or due:
             self._needed_at = time.monotonic()
         self._set_rest(busy=bool(used) or (more and bool(due)), idle=not mine and not due)
-        return self._send_all(due) if due else self._reached or self._connect()
+        return self._send_all(due) if due else self._reach()
 
     def _waiting(self) -> tuple[Counter[str], dict[str, _Waiting]]:
         """Return the number of tickets of each type that some worker runs, and the tasks of this node."""
@@ -328,9 +329,12 @@ class Dispatcher:
         self._note(None)
         return True
 
-    def _connect(self) -> bool:
-        """Connect to the broker, so that a program learns soon if it cannot be reached."""
+    def _reach(self) -> bool:
+        """Be connected to the broker, so that a program learns soon if it cannot be reached."""
         try:
+            if self._reached:
+                self._engine.tend()
+                return True
             self._engine.connect()
         except Exception as error:  # noqa: BLE001  (as above)
             self._note(error)

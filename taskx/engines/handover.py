@@ -9,12 +9,16 @@ from collections.abc import Callable
 from taskx.core.log import log
 from taskx.engines.tickets import Ticket
 
-#: Most tickets that wait. Their senders keep the number far below.
-MOST = 1000
+#: Seconds for which a ticket waits for a free thread. RabbitMQ closes the channel of a message that is held
+#: for half an hour, and as many messages again wait behind it.
+HOLD = 60.0
 
 
 class HandOver:
-    """A bounded buffer of tickets, and the threads that take them.
+    """Threads that take tickets from the threads of a broker.
+
+    There is no buffer: a ticket is taken when a thread is free for it. Otherwise a process whose threads
+    are all busy would take one ticket after the other from processes that are idle.
 
     Args:
         run: runs the task of a ticket, in the thread that calls it.
@@ -23,7 +27,8 @@ class HandOver:
 
     def __init__(self, run: Callable[[Ticket], None], workers: int) -> None:
         self._run = run
-        self._tickets: queue.Queue[Ticket | None] = queue.Queue(MOST)
+        self._tickets: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
+        self._free = threading.Semaphore(workers)
         self._ended = False
         self._threads = [
             threading.Thread(target=self._work, name=f"taskx-ticket-{number}", daemon=True)
@@ -32,27 +37,27 @@ class HandOver:
         for thread in self._threads:
             thread.start()
 
-    def put(self, ticket: Ticket) -> None:
-        """Put in a ticket; drop it if there is no room, as it is then sent again later."""
-        try:
-            self._tickets.put_nowait(ticket)
-        except queue.Full:
-            log.debug("a ticket for task %s is dropped: all threads are busy", ticket.id)
+    def put(self, ticket: Ticket) -> bool:
+        """Wait for a free thread, and give it a ticket; return False if there is none in :data:`HOLD` s."""
+        if not self._free.acquire(timeout=HOLD):
+            return False
+        if self._ended:
+            self._free.release()  # the next one that waits ends its wait, too
+            return False
+        self._tickets.put(ticket)
+        return True
 
     def end(self) -> None:
         """Take no more tickets; a thread ends after its task."""
         self._ended = True
-        while True:
-            try:
-                self._tickets.get_nowait()
-            except queue.Empty:
-                break
+        self._free.release()
         for _ in self._threads:
             self._tickets.put(None)
 
     def _work(self) -> None:
-        while (ticket := self._tickets.get()) is not None and not self._ended:
+        while (ticket := self._tickets.get()) is not None:
             try:
                 self._run(ticket)
             except BaseException:  # noqa: BLE001  (a defect of ours, or an interrupt: the thread goes on)
                 log.exception("unexpected error in a thread that runs tickets; it continues")
+            self._free.release()

@@ -9,7 +9,7 @@ from typing import Protocol
 import attrs
 
 from taskx.common.config import Config
-from taskx.core.errors import RepositoryError
+from taskx.core.errors import RepositoryError, SchemaMismatch
 from taskx.engines.claims import Claims
 from taskx.engines.dispatch import Dispatcher, Sender
 from taskx.engines.pool import TicketPool
@@ -57,27 +57,35 @@ class TicketNode(LocalNode):
         super().go()
         self.begun()
 
-    def run(self, ticket: Ticket) -> None:
+    def run(self, ticket: Ticket) -> bool:
         """Run the best task of the ticket's type to its outcome, in this thread.
+
+        Return False if this node could not look for one, and others should get the ticket.
 
         Raises:
             KeyboardInterrupt: the executor was interrupted, or another exception that is for the program.
         """
         pool = self.pool
         worker = pool.worker_name(threading.current_thread().name)
+        if pool.stopping:
+            return False
         try:
             run = self._claims.claim(ticket, worker)
+        except SchemaMismatch as error:
+            pool.retire(error)
+            return False
         except RepositoryError as error:
             self._services.log.warning(
-                "the repository fails, and the ticket for task %s is sent again later: %s",
+                "the repository fails, and the ticket for task %s is given back: %s",
                 *(ticket.id, error),
             )
-            return
+            return False
         if run is None:
-            return
+            return not pool.stopping
         ending = pool.execute(run, worker, conclude=pool.conclude)
         if ending.interrupt is not None:
             raise ending.interrupt
+        return True
 
     def withdraw(self) -> None:
         """Undo :meth:`join` and :meth:`begin`; no task was run."""

@@ -81,6 +81,7 @@ class TicketPool(WorkerPool):
         self.tickets = self.fetcher.tickets
         self.rebuffer = self._keep
         self.hears = node.only_sends
+        self.others_go_on = True
         #: The last error of the broker, if it could not be used when it was tried last.
         self.broker_error = ""
 

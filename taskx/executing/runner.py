@@ -85,6 +85,8 @@ class Runner:
     """Runs executors and returns their endings; a result has at most ``max_payload_size`` bytes of JSON."""
 
     def __init__(self, clock: Clock, alarms: Alarms, max_payload_size: int) -> None:
+        #: Returns True if a signal ends this process: its handler raised an exception in the main thread.
+        self.process_ends: Callable[[], bool] = lambda: False
         self._clock = clock
         self._alarms = alarms
         self._max_payload_size = max_payload_size
@@ -125,7 +127,7 @@ class Runner:
 
     def ending_of(self, error: BaseException, run: Run) -> Ending:
         """Return how a run ends whose executor has raised an error."""
-        return _raised(error, run)
+        return _raised(error, run, ends=self.process_ends() and on_main_thread())
 
     def abandon(self, run: Run, worker: str, stack: str) -> Ending:
         """Return the ending of a run whose thread goes on after its time-out; ``stack`` is where it is."""
@@ -153,11 +155,13 @@ class Runner:
         return ending
 
 
-def _raised(error: BaseException, run: Run) -> Ending:
+def _raised(error: BaseException, run: Run, *, ends: bool) -> Ending:
     reason = run.token.reason
     # With caller_runs the submitting thread runs the task, and Ctrl-C is meant for the program.
-    interrupt = is_a(error, KeyboardInterrupt) and on_main_thread()
-    if interrupt:
+    interrupt = error if is_a(error, KeyboardInterrupt) and on_main_thread() else None
+    if ends:  # the executor's clean-up may have raised another error than the handler's
+        interrupt = error if is_a(error, SystemExit) else SystemExit(1)
+    if interrupt is not None:
         reason = CancelReason.STOP
     crashed = is_a(error, ChildDied)
     timed_out = reason is CancelReason.TIMEOUT and not crashed
@@ -171,7 +175,7 @@ def _raised(error: BaseException, run: Run) -> Ending:
         error_type=error_type(cause),
         traceback=traceback_text(error, skip=1),
         crashed=crashed,
-        interrupt=error if interrupt else None,
+        interrupt=interrupt,
         **_what_next(cause, run),
     )
 

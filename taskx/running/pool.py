@@ -114,6 +114,8 @@ class WorkerPool:
         self._counting = threading.Lock()
         self._quiet = Bell()
         self.stuck = Stuck(services, node.id, config.max_stuck, self._do_without, self._abandon)
+        #: True if other processes run the pending tasks after the end of this node, as a matter of course.
+        self.others_go_on = False
         #: True if this node shall hear at once what other processes commit, and not only twice a second.
         self.hears = True
         #: The number of worker threads that have not ended.

@@ -205,7 +205,8 @@ class LocalNode:
         pool.fire_all(CancelReason.STOP)
         self._wait_for_workers(deadline)
         self._by(deadline, self._write_outcomes)
-        self._tell_left_pending()
+        if not self.pool.others_go_on:
+            self._tell_left_pending()
         still = self.still_running()
         if still:
             log.warning(

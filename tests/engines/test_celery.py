@@ -10,6 +10,7 @@ import pytest
 from helpers import PATIENCE, eventually
 
 from engines.conftest import Ground
+from taskx import TaskStatus
 
 
 @pytest.fixture
@@ -60,6 +61,27 @@ def test_other_pools_run_the_tasks_in_place(site, pool):
             handle.result(PATIENCE)
     site.crew.stop(process)
     assert [node for node in site.queue.nodes() if node.workers] == []
+
+
+@pytest.mark.parametrize("pool", ["prefork", "solo"])
+def test_a_cold_shutdown_interrupts_the_tasks_which_start_again(site, pool):
+    process = site.crew.start("--pool", pool)
+    count = {"prefork": 2, "solo": 1}[pool]
+    site.workers(count)
+    held = [site.hold(f"held{number}") for number in range(count)]
+    for number in range(count):
+        site.begun(f"held{number}")
+    process.send_signal(signal.SIGQUIT)
+    process.wait(PATIENCE)
+    tasks = [handle.task() for handle, _ in held]
+    assert [(t.status, t.interruptions, t.crashes, t.errors) for t in tasks] == [
+        (TaskStatus.PENDING, 1, 0, 0)
+    ] * count
+    assert "left pending" not in site.crew.said()
+    site.crew.start("--pool", pool)
+    for handle, free in held:
+        free()
+        handle.result(PATIENCE)
 
 
 def test_a_killed_child_costs_its_own_task_one_crash(site):

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import queue as queues
+import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
-from helpers import PATIENCE, eventually, services_of
+from helpers import PATIENCE, eventually, node_of, services_of
 
 from taskx import (
     ConfigurationError,
     Context,
     MemoryRepository,
     Queue,
+    RepositoryUnavailable,
+    SchemaMismatch,
     SQLiteRepository,
     TaskStatus,
 )
-from taskx.engines import BrokerEngine, Ticket
+from taskx.engines import BrokerEngine, Ticket, base, handover
+from taskx.engines.claims import Claims
+from taskx.engines.dispatch import DEEPEST, DEPTH, Dispatcher
 from taskx.testing import inline
 
 
@@ -32,10 +38,19 @@ class Bus(BrokerEngine):
         super().__init__(**{"one_host": True, "resend": 60.0, **options})
         self.tickets = tickets
         self.away = False
+        self.tended = 0
+        self.ends = False
+
+    def process_ends(self) -> bool:
+        return self.ends
 
     def connect(self) -> None:
         if self.away:
             raise OSError("the broker is away")
+
+    def tend(self) -> None:
+        self.tended += 1
+        self.connect()
 
     def send(self, ticket: Ticket) -> None:
         self.connect()
@@ -56,11 +71,13 @@ class Shop:
         engine = Bus(self.tickets)
         return Queue(self._repository, engine=engine), engine
 
-    def workers(self, count: int, register: Any, serve: bool = True) -> Bus:
+    def workers(
+        self, count: int, register: Any, serve: bool = True, *, hand_over: bool = False
+    ) -> Bus:
         """Start the queue of a worker process with ``workers`` threads, which take tickets if it serves."""
         queue, engine = self._queue()
         register(queue)
-        engine.begin_work(count)
+        engine.begin_work(count, hand_over=hand_over)
         eventually(lambda: any(node.workers == count for node in queue.nodes()))
         if serve:
             for _ in range(count):
@@ -303,6 +320,218 @@ def test_a_test_can_drive_a_queue_that_has_an_engine(shop):
         shop.edge.submit("note", {"n": 1}).result()
     assert shop.ran == [1]
     assert shop.tickets.empty()
+
+
+def test_a_process_with_busy_threads_takes_no_ticket_from_an_idle_one(shop, monkeypatch):
+    """The threads of a broker wait with their tickets, and give them back after some time."""
+    gate = threading.Event()
+
+    def register(queue: Queue) -> None:
+        queue.executor("hold")(lambda: gate.wait(PATIENCE) and None)
+        queue.executor("note")(lambda n: shop.ran.append(n))
+
+    monkeypatch.setattr(handover, "HOLD", 0.1)
+    worker = shop.workers(1, register, serve=False, hand_over=True)
+    shop.edge.declare("hold")
+    shop.edge.start()
+    held = shop.edge.submit("hold")
+    worker.run(*the_tickets(shop, 1)[0])  # returns at once
+    eventually(lambda: held.task().status is TaskStatus.RUNNING)
+    submit(shop, 1)
+    (ticket,) = the_tickets(shop, 1)
+    worker.run(*ticket)
+    assert the_tickets(shop, 1) == [ticket]
+    monkeypatch.setattr(handover, "HOLD", PATIENCE)
+    waiting = threading.Thread(target=worker.run, args=ticket)
+    waiting.start()
+    gate.set()
+    waiting.join(PATIENCE)
+    eventually(lambda: shop.ran == [1])
+
+
+def test_a_process_that_ends_gives_back_the_tickets_that_wait_for_its_threads(shop):
+    gate = threading.Event()
+
+    def register(queue: Queue) -> None:
+        queue.executor("note")(lambda n: gate.wait(PATIENCE) and None)
+
+    worker = shop.workers(1, register, serve=False, hand_over=True)
+    shop.edge.start()
+    first, second = submit(shop, 1, 2)
+    tickets = the_tickets(shop, 2)
+    worker.run(*tickets[0])
+    eventually(lambda: first.task().status is TaskStatus.RUNNING)
+    waiting = [threading.Thread(target=worker.run, args=tickets[1]) for _ in range(3)]
+    for thread in waiting:
+        thread.start()
+    worker.take_no_more()
+    for thread in waiting:
+        thread.join(PATIENCE)
+    assert the_tickets(shop, 3) == [tickets[1]] * 3
+    gate.set()
+    first.result(PATIENCE)
+    assert second.task().starts == 0
+
+
+def test_a_worker_process_that_is_too_old_gives_its_tickets_to_others(shop, monkeypatch, caplog):
+    """A newer TaskX has migrated the repository, and the node has retired. It still gets tickets."""
+    monkeypatch.setattr(base, "_BACK", 0.01)
+    old = shop.workers(1, note(shop), serve=False)
+    shop.edge.start()
+    handles = submit(shop, 1, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Claims, "claim", _refuse)
+        for ticket in the_tickets(shop, 2):
+            old.run(*ticket)
+    eventually(lambda: not any(node.workers for node in shop.edge.nodes()))
+    given = the_tickets(shop, 2)
+    assert {ticket.id for ticket in given} == {handle.id for handle in handles}
+    for ticket in given:
+        old.run(*ticket)
+    told = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert ["sends its tickets back" in text for text in told].count(True) == 1
+    assert "start it with the newer TaskX: schema 99" in caplog.text
+    shop.workers(1, note(shop))
+    for handle in handles:
+        handle.result(PATIENCE)
+    assert sorted(shop.ran) == [1, 2]
+
+
+def _refuse(*_: Any) -> None:
+    raise SchemaMismatch("schema 99")
+
+
+def test_a_ticket_that_comes_while_the_repository_fails_is_given_back(shop, monkeypatch, caplog):
+    monkeypatch.setattr(base, "_BACK", 0.01)
+    worker = shop.workers(1, note(shop), serve=False)
+    shop.edge.start()
+    submit(shop, 1)
+    (ticket,) = the_tickets(shop, 1)
+
+    def fail(*_: Any) -> None:
+        raise RepositoryUnavailable("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Claims, "claim", fail)
+        worker.run(*ticket)
+    assert f"the ticket for task {ticket.id} is given back: the disk is full" in caplog.text
+    assert the_tickets(shop, 1) == [ticket]
+    worker.run(*ticket)
+    assert shop.ran == [1]
+
+
+def test_the_connection_is_tended_while_there_is_nothing_to_send(shop):
+    shop.edge.start()
+    eventually(lambda: shop.engine.tended > 2)
+    shop.engine.away = True
+    eventually(lambda: services_of(shop.edge).repository.nodes()[0].broker_error)
+
+
+@pytest.mark.parametrize("clean_up", [None, ValueError])
+def test_a_task_that_a_signal_of_its_process_ends_is_interrupted(shop, clean_up):
+    """The handler raises SystemExit in the main thread, and clean-up of the executor another error."""
+    worker = shop.workers(
+        1, lambda queue: queue.executor("note")(lambda n: _end(worker, clean_up)), serve=False
+    )
+    shop.edge.start()
+    (handle,) = submit(shop, 1)
+    with pytest.raises(SystemExit):
+        worker.run(*the_tickets(shop, 1)[0])
+    task = handle.task()
+    assert (task.status, task.interruptions, task.errors) == (TaskStatus.PENDING, 1, 0)
+
+
+def _end(worker: Bus, clean_up: type[Exception] | None) -> None:
+    worker.ends = True
+    try:
+        sys.exit(1)
+    finally:
+        if clean_up is not None:
+            raise clean_up("the connection is gone")
+
+
+def test_an_executor_that_exits_by_itself_fails(shop):
+    worker = shop.workers(
+        1, lambda queue: queue.executor("note")(lambda n: sys.exit(3)), serve=False
+    )
+    shop.edge.start()
+    (handle,) = submit(shop, 1)
+    worker.run(*the_tickets(shop, 1)[0])
+    assert handle.task().status is TaskStatus.FAILED
+
+
+class Rounds:
+    """A queue that sends tickets when the test makes a round, and has no thread for it."""
+
+    def __init__(self, shop: Shop, queue: Queue) -> None:
+        self._shop = shop
+        queue.start()
+        self.dispatcher = node_of(queue)._dispatcher  # type: ignore[attr-defined]
+
+    def sent(self) -> list[Ticket]:
+        """Make a round, and return the tickets that it has sent."""
+        self.dispatcher._crew_at = -math.inf
+        assert self.dispatcher.round()
+        found = []
+        while not self._shop.tickets.empty():
+            found.append(self._shop.tickets.get())
+        return found  # type: ignore[return-value]
+
+
+@pytest.fixture
+def rounds(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> Callable[[Queue], Rounds]:
+    monkeypatch.setattr(Dispatcher, "_start_thread", lambda self: None)
+    return lambda queue: Rounds(shop, queue)
+
+
+def use(worker: Bus, tickets: Sequence[Ticket]) -> None:
+    for ticket in tickets:
+        worker.run(*ticket)
+
+
+def test_more_tickets_are_sent_while_workers_use_all_between_two_rounds(shop, rounds):
+    workers = [shop.workers(2, note(shop), serve=False) for _ in range(2)]
+    made = rounds(shop.edge)
+    submit(shop, *range(200))
+    numbers = []
+    for _ in range(5):
+        tickets = made.sent()
+        numbers.append(len(tickets))
+        use(workers[0], tickets)
+    assert numbers == [4 * DEPTH, 8 * DEPTH, 4 * DEEPEST, 4 * DEEPEST, 4 * DEEPEST]
+    assert shop.ran == [*range(sum(numbers))]
+
+
+def test_fewer_tickets_are_sent_again_when_workers_leave_most_of_them(shop, rounds):
+    worker = shop.workers(2, note(shop), serve=False)
+    made = rounds(shop.edge)
+    submit(shop, *range(100))
+    for _ in range(3):
+        tickets = made.sent()
+        use(worker, tickets)
+    assert len(tickets) == 2 * DEEPEST
+    tickets = made.sent()
+    assert len(tickets) == 2 * DEEPEST
+    use(worker, tickets[:3])
+    assert made.sent() == []  # 13 of them are left
+    use(worker, tickets[3:-1])
+    assert len(made.sent()) == 2 * DEPTH - 1
+    use(worker, tickets[-1:])
+    assert made.sent() != []
+
+
+def test_several_programs_together_send_no_more_tickets_than_one(shop, rounds):
+    worker = shop.workers(2, note(shop), serve=False)
+    made, other = rounds(shop.edge), rounds(shop._queue()[0])
+    submit(shop, *range(100))
+    for _ in range(3):
+        tickets = made.sent()
+        assert other.sent() == []
+        use(worker, tickets)
+    assert len(tickets) == 2 * DEEPEST
+    few = other.sent()
+    assert len(few) == 2 * DEPTH
+    assert len(made.sent()) == 2 * DEEPEST - len(few)
 
 
 def test_a_process_that_is_no_worker_drops_tickets(shop, caplog):
