@@ -37,6 +37,7 @@ from taskx import (
     Executor,
     Hook,
     Middleware,
+    PayloadError,
     Queue,
     QueueStopped,
     RepositoryError,
@@ -325,7 +326,10 @@ class AppState:
     def store_schedules(self) -> None:
         """Store the declared schedules."""
         for given, options in self._taskx._schedules:
-            self.queue.schedule(*given, **options)
+            try:
+                self.queue.schedule(*given, **options)
+            except (ConfigurationError, PayloadError, TypeError) as error:
+                raise ConfigurationError(f"schedule {given[0]!r}: {error}") from error
 
     def answer(self) -> None:
         """Start the queue at the first request of this process.

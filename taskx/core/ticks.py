@@ -17,6 +17,7 @@ import attrs
 from taskx.core.checks import check_number, in_seconds
 from taskx.core.clock import LAST, to_datetime
 from taskx.core.errors import ConfigurationError
+from taskx.core.findings import counted
 
 #: The action for ticks that were missed while nothing was running.
 Misfire = Literal["skip", "one", "all"]
@@ -190,8 +191,8 @@ def check_spec(spec: Any) -> str | Every:
     expression = " ".join(spec.split())
     if (fields := len(expression.split())) != 5:
         raise ConfigurationError(
-            f"cron expression {spec!r} has {fields} fields, but it must have five: minute, hour, "
-            "day of the month, month, day of the week, as in '0 3 * * *'"
+            f"cron expression {spec!r} has {counted(fields, 'field')}, but it must have five: minute, "
+            "hour, day of the month, month, day of the week, as in '0 3 * * *'"
         )
     if next(_cron(expression, _EPOCH), None) is None:
         raise ConfigurationError(f"cron expression {spec!r} never matches: no such date exists")

@@ -327,6 +327,14 @@ def test_a_wrong_schedule_is_told_at_the_first_request(taskx, make_app):
         client.get("/")
 
 
+def test_a_schedule_that_is_not_valid_is_named(taskx, make_app):
+    taskx.executor("beat")(lambda: None)
+    taskx.schedule("heart", "bad cron", "beat")
+    client = make_app().test_client()
+    with pytest.raises(ConfigurationError, match="schedule 'heart': cron expression 'bad cron'"):
+        client.get("/")
+
+
 # --- the context of the app
 
 

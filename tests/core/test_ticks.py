@@ -260,7 +260,7 @@ def test_an_interval_must_be_a_number_of_seconds(seconds):
         ("*/0 * * * *", "Bad minute"),
         ("0 0 31 4 *", "Bad day-of-month|never matches"),
         ("0 0 * * MON#9", "Bad day-of-week"),
-        ("@daily", "has 1 fields, but it must have five"),
+        ("@daily", "has 1 field, but it must have five"),
         ("0 0 3 * * *", "has 6 fields, but it must have five"),
         ("", "has 0 fields"),
         (30, r"or every\(seconds\), not 30"),
