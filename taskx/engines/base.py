@@ -26,7 +26,7 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 10.0
 #: Seconds for which a ticket waits for the queue of a worker process that is starting.
 _PATIENCE = 5.0
 #: Seconds for which a process that cannot run tasks keeps each ticket, so that others get more of them.
-_BACK = 1.0
+_BACK = 0.2
 
 
 class _Queue(Protocol):

@@ -364,5 +364,6 @@ class Dispatcher:
 
 def _text(error: Exception) -> str:
     """Return an error of a broker's library, of which some have no message of their own."""
-    words = str(error) or repr(error.__cause__ or error)
-    return clean_text(f"{type(error).__name__}: {words}".rstrip("."), _MOST_WORDS)
+    kind, words = type(error).__name__, str(error) or repr(error.__cause__ or error)
+    named = words if words.startswith(kind) else f"{kind}: {words}"
+    return clean_text(named.rstrip("."), _MOST_WORDS)

@@ -10,6 +10,7 @@ import attrs
 
 from taskx.common.config import Config
 from taskx.core.errors import RepositoryError, SchemaMismatch
+from taskx.core.log import Complaint
 from taskx.engines.claims import Claims
 from taskx.engines.dispatch import Dispatcher, Sender
 from taskx.engines.pool import TicketPool
@@ -40,6 +41,7 @@ class TicketNode(LocalNode):
         self.begun: Callable[[], object] = lambda: None
         super().__init__(services, attrs.evolve(config, worker_num=max(1, engine.workers)), ended)
         self._claims = Claims(self.pool)
+        self._complaint = Complaint(services.log)
         self._dispatcher = Dispatcher(self.pool, engine)
 
     def about(self, config: Config) -> About:
@@ -75,11 +77,11 @@ class TicketNode(LocalNode):
             pool.retire(error)
             return False
         except RepositoryError as error:
-            self._services.log.warning(
-                "the repository fails, and the ticket for task %s is given back: %s",
-                *(ticket.id, error),
+            self._complaint.make(
+                "the repository fails, tickets are sent back to the broker: %s", error
             )
             return False
+        self._complaint.over()
         if run is None:
             return not pool.stopping
         ending = pool.execute(run, worker, conclude=pool.conclude)

@@ -219,18 +219,20 @@ class _Inquiry:
             yield Reason("suspect", words, {"crashes": task.crashes, "others": others})
 
     def _broker(self, able: Sequence[Node]) -> Iterator[Reason]:
-        """Yield a reason for each node that should bring the task to a worker, and cannot."""
+        """Yield a reason for each error that keeps nodes from bringing the task to a worker."""
         engines = {node.about.engine for node in able}
         if not engines or "" in engines:
             return
+        failing: dict[tuple[str, str], list[str]] = {}
         for node in self._nodes.values():
             if node.alive is not False and node.broker_error and node.about.engine in engines:
-                words = (
-                    f"Node {node.name} cannot use the broker of {node.about.engine}, which brings the "
-                    f"task to a worker: {node.broker_error}."
-                )
-                facts = {"node": node.id, "name": node.name, "error": node.broker_error}
-                yield Reason("broker", words, facts)
+                failing.setdefault((node.about.engine, node.broker_error), []).append(node.name)
+        for (engine, error), names in failing.items():
+            words = (
+                f"{'Node' if len(names) == 1 else 'Nodes'} {listed(names)} cannot use the broker of "
+                f"{engine}, which brings the task to a worker: {error}."
+            )
+            yield Reason("broker", words, {"nodes": names, "error": error})
 
     # --- tasks that come first
 
@@ -271,8 +273,10 @@ class _Inquiry:
             "running": running,
             "buffered_on": self._name(task.owner) if task.owner else "",
         }
+        # With a broker, a node that does not run the type owns it.
+        what = "its ticket waits" if task.owner and able[0].about.engine else "waits"
         words = (
-            f"It may start, and waits for a free worker on {listed([*nodes.values()])}, where "
+            f"It may start, and {what} for a free worker on {listed([*nodes.values()])}, where "
             f"{counted(running, 'task')} {'runs' if running == 1 else 'run'}."
         )
         return Reason("worker", words, facts)

@@ -298,6 +298,25 @@ def test_a_broker_that_cannot_be_reached_is_told_before_there_is_a_task(shop, ca
     assert shop.ran == [1]
 
 
+def test_nodes_that_cannot_use_the_broker_for_one_reason_are_told_in_one_sentence(shop):
+    shop.engine.away = True
+    shop.workers(1, note(shop), serve=False).away = True
+    shop.edge.start()
+    [handle] = submit(shop, 1)
+    nodes = eventually(lambda: all(n.broker_error for n in shop.edge.nodes()) and shop.edge.nodes())
+    broker, _ = handle.why()
+    assert sorted(broker.facts["nodes"]) == sorted(node.name for node in nodes)
+    assert str(broker).startswith("Nodes ")
+
+
+def test_a_task_whose_ticket_was_sent_says_that_its_ticket_waits(shop):
+    shop.workers(1, note(shop), serve=False)
+    shop.edge.start()
+    [handle] = submit(shop, 1)
+    the_tickets(shop, 1)
+    assert "its ticket waits for a free worker on" in str(handle.why()[-1])
+
+
 def test_a_node_in_a_worker_process_is_stopped_and_tuned_by_others(shop):
     shop.workers(2, note(shop))
     [node] = shop.edge.nodes()
@@ -414,7 +433,7 @@ def test_a_ticket_that_comes_while_the_repository_fails_is_given_back(shop, monk
     with monkeypatch.context() as patch:
         patch.setattr(Claims, "claim", fail)
         worker.run(*ticket)
-    assert f"the ticket for task {ticket.id} is given back: the disk is full" in caplog.text
+    assert "tickets are sent back to the broker: the disk is full" in caplog.text
     assert the_tickets(shop, 1) == [ticket]
     worker.run(*ticket)
     assert shop.ran == [1]
