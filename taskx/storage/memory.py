@@ -156,8 +156,9 @@ class MemoryRepository(Repository):
         """Replace a row by another one, even if this change, or its reverse, was made in part before."""
         before = () if old is None else old["places"]
         after = () if new is None else new["places"]
+        kept = {*before} & {*after}  # a set, because a task may have ten thousand parents
         for place in before:
-            if place not in after:
+            if place not in kept:
                 kind, key, item = place
                 items = self._indexes[kind].get(key)
                 if items is not None:
@@ -169,7 +170,7 @@ class MemoryRepository(Repository):
         else:
             self._rows[task_id] = new
         for place in after:
-            if place not in before:
+            if place not in kept:
                 kind, key, item = place
                 index = self._indexes[kind]
                 if key not in index:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -155,3 +156,28 @@ def test_a_change_of_a_large_collection_moves_few_items(order):
         items.discard(item)
     assert list(items) == list(range(19_990, 20_000))
     assert all(items._blocks)
+
+
+class Counted(str):
+    """An id that counts how often it is compared."""
+
+    compared = 0
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        Counted.compared += 1
+        return str.__eq__(self, other)
+
+
+def test_a_change_of_a_task_with_many_parents_compares_each_of_them_a_few_times(monkeypatch):
+    monkeypatch.setattr(Counted, "compared", 0)
+    monkeypatch.setattr(
+        memory, "ids_from_text", lambda text: [Counted(n) for n in json.loads(text)]
+    )
+    store = MemoryRepository()
+    parents = [f"parent{number}" for number in range(200)]
+    store.apply([insert("child", depends_on=parents)])
+    [applied] = store.apply([Update("child", {}, {"priority": 3})])
+    assert applied
+    assert [id for (id,) in store.find("parent", ["parent7"], ("id",))] == ["child"]
+    assert 0 < Counted.compared < 20 * len(parents)
