@@ -1,7 +1,12 @@
 """Settings, plugins and fixtures of the whole test suite."""
 
+import itertools
+import os
+import shutil
 import signal
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import kinds
 import messages
@@ -42,6 +47,37 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if any(isinstance(values, (set, frozenset)) for values in mark.args[1:]):
             name = metafunc.definition.name
             pytest.fail(f"{name}: sort the parameters {mark.args[0]}", pytrace=False)
+
+
+#: A file system in memory. A sync of a disk takes longer than most tests.
+MEMORY = Path("/dev/shm")
+#: The free bytes that it must have; containers often give it 64 MiB.
+ROOM = 512 << 20
+
+
+@pytest.fixture(scope="session")
+def folders_in_memory() -> Iterator[Iterator[Path] | None]:
+    """New folders in memory; None without room, and if TMPDIR says where files belong."""
+    if "TMPDIR" in os.environ or not MEMORY.is_dir() or shutil.disk_usage(MEMORY).free < ROOM:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="taskx-", dir=MEMORY) as root:
+        yield (Path(root, str(number)) for number in itertools.count())
+
+
+@pytest.fixture
+def tmp_path(
+    request: pytest.FixtureRequest, folders_in_memory: Iterator[Path] | None
+) -> Iterator[Path]:
+    """A folder: in memory for a quick test, on the disk if processes die or it is about the stores."""
+    on_disk = kinds.kind_of(request.node) or kinds.TESTS / "storage" in request.path.parents
+    if on_disk or folders_in_memory is None:
+        yield request.getfixturevalue("tmp_path")  # pytest's own
+        return
+    folder = next(folders_in_memory)
+    folder.mkdir()
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture

@@ -93,6 +93,11 @@ def marks_of(item: pytest.Item) -> Iterator[str]:
             yield BY_FOLDER[folder]
 
 
+def kind_of(item: pytest.Item) -> str:
+    """Return the first kind of a test, or an empty text for a quick test."""
+    return next(filter(item.get_closest_marker, KINDS), "")
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
@@ -123,10 +128,8 @@ def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
 
 def pytest_deselected(items: list[pytest.Item]) -> None:
     for item in items:
-        for kind in KINDS:
-            if item.get_closest_marker(kind):
-                _left_out[kind] += 1
-                break
+        if kind := kind_of(item):
+            _left_out[kind] += 1
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
