@@ -6,6 +6,8 @@ VENV ?= .venv
 ARGS ?=
 # The kinds of tests that quick leaves out: CONTRIBUTING.rst describes them.
 QUICK := not (mongo or postgres or process or browser or campaign or slow)
+# How many processes run tests at a time. Tests wait more than they compute, so two cores are enough for five.
+PROCESSES ?= 5
 # The store of the kill campaign, if it is not SQLite:  make soak ON=mongo ARGS="--kills 200"
 ON ?=
 # The hours of a soak:  make soak HOURS=2
@@ -20,24 +22,28 @@ BIN := $(VENV)/bin
 # PYTHON, which makes a new environment, removes them all.
 MADE := $(VENV)/made-with-$(subst /,-,$(PYTHON))
 PACKAGE := setup.cfg setup.py taskx/__init__.py
+# Bytecode of packages is made when a program first imports them. Pip would make it for all of their modules,
+# which takes as long as the rest of the installation.
 INSTALL = echo "Installing $(1) into $(VENV)" && \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517 --editable "$(1)" && \
-	touch $@
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517 --no-compile \
+		--editable "$(1)" && touch $@
 
-.PHONY: help demo quick test soak lint format typecheck layers docs bench build ci ci-all clean
+.PHONY: help packages demo quick test soak lint format typecheck layers docs bench build ci ci-all clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+packages: $(VENV)/installed-all ## install the packages of all targets but bench, in one go
 
 demo: $(VENV)/installed-core ## run the demo: hash the standard library with tasks
 	@$(BIN)/python examples/checksum.py $(ARGS)
 
 quick: $(VENV)/installed-test ## run the quick tests, in a minute or two
-	@$(BIN)/python -m pytest --numprocesses 4 --dist worksteal -m "$(QUICK)" \
+	@$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist worksteal -m "$(QUICK)" \
 		--durations 5 --durations-min 1 $(ARGS)
 
 test: $(VENV)/installed-test ## run all tests
-	@$(BIN)/python -m pytest --numprocesses 3 --dist worksteal $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist worksteal $(ARGS)
 
 soak: $(VENV)/installed-test ## kill processes a thousand times, or for HOURS, and check that no task is lost
 	@$(BIN)/python -m tests.campaign.$(if $(HOURS),soak --hours $(HOURS),campaign --kills 1000 $(if \
@@ -100,6 +106,11 @@ $(VENV)/installed-dev: $(MADE) $(PACKAGE)
 
 $(VENV)/installed-docs: $(MADE) $(PACKAGE)
 	@$(call INSTALL,.[docs])
+
+# This installation has the packages of these targets, too.
+$(VENV)/installed-all: $(MADE) $(PACKAGE)
+	@$(call INSTALL,.[test$(COMMA)dev$(COMMA)docs])
+	@touch $(addprefix $(VENV)/installed-,core test dev docs)
 
 $(VENV)/installed-bench: $(MADE) $(PACKAGE)
 	@$(call INSTALL,.[bench])
