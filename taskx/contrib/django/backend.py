@@ -124,7 +124,9 @@ class TaskxBackend(BaseTaskBackend):
             record = self.queue.get_task_status(result_id)
             return result_of(record, task_of(record.type, self.alias), self.alias)
         except TaskNotFound:
-            raise TaskResultDoesNotExist(result_id) from None
+            later = self.queue.repository.uncommitted(result_id)
+            why = ": it is stored at the commit of atomic(), and cannot be read before" if later else ""
+            raise TaskResultDoesNotExist(f"{result_id}{why}") from None
         except ImportError as error:
             raise TaskResultDoesNotExist(f"{result_id}: {error}") from error
 

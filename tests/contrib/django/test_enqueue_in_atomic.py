@@ -91,6 +91,8 @@ def test_in_another_database_it_waits_for_the_commit_or_is_refused(site, beside)
         result = order(site)
         assert result.status == READY
         assert get_queue().count_tasks() == 0
+        with pytest.raises(TaskResultDoesNotExist, match="stored at the commit of atomic"):
+            result.refresh()
         with transaction.atomic(using=site):
             lost = order(site)
             transaction.set_rollback(True, using=site)
