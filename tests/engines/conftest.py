@@ -13,14 +13,14 @@ from helpers import eventually
 from mongo_server import new_database, shared
 
 from engines.program import Site
-from engines.servers import Broker, Crew
+from engines.servers import Broker, Crew, Rabbit
 from taskx import TaskHandle
 
 
 class Ground:
     """A queue of this process whose tasks the worker programs run."""
 
-    def __init__(self, engine: str, folder: Path, broker: Broker, store: str = "") -> None:
+    def __init__(self, engine: str, folder: Path, broker: Broker | Rabbit, store: str = "") -> None:
         self.engine, self.folder, self.broker = engine, folder, broker
         self.store = store or str(folder / "tasks.db")
         self.crew = Crew(engine, self.store, broker.url, folder)
@@ -88,10 +88,12 @@ class Ground:
 
 
 @contextmanager
-def with_workers(engine: str, folder: Path) -> Iterator[Ground]:
+def with_workers(
+    engine: str, folder: Path, server: Callable[[Path], Broker | Rabbit] = Broker
+) -> Iterator[Ground]:
     """A ground with a broker and two workers of its own."""
     with ExitStack() as stack:
-        broker = Broker(folder).start()
+        broker = server(folder).start()
         stack.callback(broker.kill)
         ground = Ground(engine, folder, broker)
         stack.callback(ground.close)

@@ -9,11 +9,20 @@ from concurrent.futures import CancelledError
 
 import pytest
 from helpers import PATIENCE, eventually
+from kinds import NO_RABBITMQ
 
 from engines.conftest import Ground, with_workers
+from engines.servers import RABBITMQ, Broker, Rabbit
 from taskx import TaskFailed, TaskStatus, chain, group
 
-ENGINES = ["threads", "celery", "dramatiq"]
+RABBIT = pytest.mark.skipif(not RABBITMQ.exists(), reason=NO_RABBITMQ)
+ENGINES = [
+    pytest.param(("threads", Broker), id="threads"),
+    pytest.param(("celery", Broker), id="celery"),
+    pytest.param(("dramatiq", Broker), id="dramatiq"),
+    pytest.param(("celery", Rabbit), id="celery-rabbitmq", marks=RABBIT),
+    pytest.param(("dramatiq", Rabbit), id="dramatiq-rabbitmq", marks=RABBIT),
+]
 
 
 @pytest.fixture(scope="module", params=ENGINES)
@@ -21,7 +30,8 @@ def site(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Ground]:
     """A ground with two workers, which all tests of an engine share."""
-    with with_workers(request.param, tmp_path_factory.mktemp(request.param)) as ground:
+    engine, server = request.param
+    with with_workers(engine, tmp_path_factory.mktemp(engine), server) as ground:
         yield ground
 
 
