@@ -258,7 +258,7 @@ class Changes:
     def watch(self) -> None:
         """Note the files that exist now, and from now on each file before it is imported."""
         self._known = _sources()
-        self.note({*self._files(), *self._known})
+        self.note(self._files())
         sys.meta_path.insert(0, _Noting(self))
 
     def note(self, files: Iterable[str]) -> None:

@@ -203,6 +203,20 @@ def test_a_file_that_changes_while_it_is_imported_has_changed(module, monkeypatc
     changes.wait({*files_of(info.value)})  # it returns
 
 
+def test_a_file_that_the_program_writes_before_it_imports_it_has_not_changed(
+    module, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    made = module("version = 1")
+    write = f"import pathlib\npathlib.Path('{made}.py').write_text('version = 22')\nimport {made}\n"
+    changes = Changes(lambda: [file for file in loaded_files() if file.startswith(str(tmp_path))])
+    changes.watch()
+    load_queue(f"{module(write + GOOD)}:queue")
+    changes.note(loaded_files())
+    assert sys.modules[made].version == 22
+    assert changes.next() == ""
+
+
 def test_a_file_of_another_size_has_changed_even_if_its_time_is_the_same(tmp_path):
     file = tmp_path / "one.py"
     file.touch()
