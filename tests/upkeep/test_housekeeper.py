@@ -42,10 +42,11 @@ def test_a_cancel_does_not_wait_for_all_due_tasks(
 ):
     monkeypatch.setattr("taskx.upkeep.housekeeper.MOST_DUE", 1)
     queue, web = make_queue(worker_num=2, clock=clock), make_queue()
-    released, cancelled_after = set(), []
+    released, cancelled_after, begun = set(), [], threading.Event()
 
     @queue.executor()
     def hold(ctx):
+        begun.set()
         ctx.token.wait(PATIENCE)
         cancelled_after.append(len(released))
 
@@ -57,7 +58,7 @@ def test_a_cancel_does_not_wait_for_all_due_tasks(
         write.id for write in filter(is_release, writes)
     )
     queue.start()
-    eventually(lambda: handle.task().status is TaskStatus.RUNNING)
+    assert begun.wait(PATIENCE)
     clock.advance(60)
     services_of(queue).agenda.wake()
     eventually(lambda: released)
