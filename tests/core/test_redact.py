@@ -12,10 +12,19 @@ from hypothesis import strategies as st
 from taskx import Config, ConfigurationError
 from taskx.core.redact import SECRETS, redacted, show
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
-)
+
+
+def json_with(text):
+    """JSON values, with texts of this kind."""
+    return st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | text,
+        lambda inner: st.lists(inner) | st.dictionaries(text, inner),
+    )
+
+
+JSON = json_with(st.text())
+#: A text with this quote may have other quotes around it if only a part of it is shown.
+WITHOUT_QUOTE = json_with(st.text(st.characters(codec="utf-8", exclude_characters="'")))
 
 
 def test_params_are_shown_as_python_values():
@@ -59,12 +68,22 @@ def test_a_line_break_cannot_forge_a_line_in_the_log():
     assert show({"a\n": "b\r\nERROR"}) == r"{'a\n': 'b\r\nERROR'}"
 
 
-@given(JSON, st.integers(1, 200))
+@given(WITHOUT_QUOTE, st.integers(1, 200))
 def test_a_text_is_a_prefix_of_the_whole_text(params, limit):
     whole, shown = show(params, (), 10**9), show(params, (), limit)
-    assert len(shown) <= limit
     assert shown == whole or whole.startswith(shown[:-1])
-    assert whole.isprintable()
+
+
+@given(JSON, st.integers(1, 200))
+def test_a_text_is_printable_and_no_longer_than_the_limit(params, limit):
+    shown = show(params, (), limit)
+    assert len(shown) <= limit
+    assert shown.isprintable()
+
+
+def test_a_text_that_is_cut_before_its_quote_has_the_usual_quotes():
+    assert show({"it is Ann's": 1}) == """{"it is Ann's": 1}"""
+    assert show({"it is Ann's": 1}, limit=6) == "{'it …"
 
 
 @given(st.dictionaries(st.text(string.ascii_letters), st.text(min_size=20)))

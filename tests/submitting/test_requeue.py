@@ -180,11 +180,13 @@ class TestParams:
 class TestFromStep:
     def test_a_step_and_all_later_ones_run_again(self, queue, failed):
         assert queue.get_task_status(failed).checkpoints["cursor"] == "here"
+        queue.pause("pay")
         queue.requeue(failed, params={"to": "ok"}, from_step="post")
         stored = queue.get_task_status(failed).checkpoints
+        queue.resume("pay")
         task = run(queue, failed)
         assert queue.calls == [("post", "ok"), ("mail", "ok")]
-        assert stored in ({"steps": {"charge": {"by": "nobody"}}}, task.checkpoints)
+        assert stored == {"steps": {"charge": {"by": "nobody"}}}
         [note] = requeues(task)
         assert (note.from_step, note.old_params) == ("post", {"to": "nobody", "amount": 7})
 
