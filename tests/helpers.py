@@ -327,15 +327,16 @@ def in_batches(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 @pytest.fixture
-def calm(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+def calm() -> Iterator[threading.Event]:
     """Hand back started tasks only while the event is set; so a slow machine starts no task twice."""
     clear, calm = Ahead.clear, threading.Event()
 
     def clear_in_the_calm(ahead: Ahead, older_than: float = 0.0) -> list[Run]:
         return clear(ahead, older_than) if calm.is_set() or not older_than else []
 
-    monkeypatch.setattr(Ahead, "clear", clear_in_the_calm)
-    return calm
+    with pytest.MonkeyPatch.context() as patched:  # its own, which a test's ``undo()`` does not end
+        patched.setattr(Ahead, "clear", clear_in_the_calm)
+        yield calm
 
 
 @pytest.fixture

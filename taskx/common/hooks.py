@@ -190,12 +190,16 @@ class Hooks:
             try:
                 thread.start()
                 return
-            except RuntimeError:  # the interpreter is shutting down
-                self._thread = None
-            except BaseException:  # an interrupt: the thread may run or not
-                if not thread.is_alive():
+            except BaseException as error:
+                if not thread.is_alive():  # after an interrupt, it may run or not
                     self._thread = None
-                raise
+                if not isinstance(error, RuntimeError):
+                    raise
+                # The interpreter is shutting down. Or an interrupt struck ``Condition.wait`` just after it
+                # had released its lock: the end of ``with`` fails then, and hides the interrupt.
+                struck = error.__context__
+                if struck is not None and not isinstance(struck, Exception):
+                    raise struck  # noqa: B904  (it is the first of the two)
         self._tell_all()
 
     def _run(self) -> None:

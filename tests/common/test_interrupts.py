@@ -7,6 +7,7 @@ call one point later than the call before.
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from concurrent.futures import TimeoutError
 
@@ -16,6 +17,7 @@ from strikes import every_strike, strike_at
 
 from taskx import Hook, QueueFull, RepositoryError, RepositoryUnavailable, Task, TaskStatus
 from taskx.common.bell import Agenda, Bell
+from taskx.common.hooks import Hooks
 from taskx.common.ledger import Ledger
 from taskx.core import lifecycle
 from taskx.core.clock import to_ms
@@ -27,6 +29,15 @@ from taskx.running.buffer import Buffer
 @pytest.fixture
 def log():
     return GuardedLogger(logging.getLogger("taskx"))
+
+
+@pytest.fixture
+def rare_switches():
+    """Let a thread go on until it waits, so that a thread that it starts has not begun before."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(PATIENCE)
+    yield
+    sys.setswitchinterval(interval)
 
 
 @pytest.fixture
@@ -252,11 +263,29 @@ def test_a_follower_of_an_interrupted_leader_gets_its_result(repository, log):
         go_on.set()
         strike_at(point, lambda point=point: ledger.commit([insert(f"{point}-third")]))
         assert (first(), second()) == ([True], [True])
+        ledger.flush()  # the third one may have come when the others were done, and was struck alone
         reached.clear()
         go_on.clear()
 
 
 # The parts
+
+
+def test_an_interrupt_of_the_start_of_the_thread_for_hooks_is_raised(log, rare_switches):
+    told, raised = [], []
+    listener = type("Told", (Hook,), {"queue_started": lambda self, name: told.append(name)})()
+
+    def tell(point):
+        try:
+            hooks = Hooks([listener], log)
+            hooks.tell(hooks.queue_started, lambda: point)
+        except BaseException as error:
+            raised.append(error)
+            raise
+
+    struck = [strike for strike in every_strike(tell) if __file__ not in str(strike)]
+    assert any("_release_save" in str(strike) for strike in struck)
+    assert [strike for strike in struck if strike not in raised] == []
 
 
 def test_an_interrupted_bell_still_wakes_its_listeners():

@@ -13,7 +13,6 @@ from taskx import Config, ConfigurationError
 from taskx.core.redact import SECRETS, redacted, show
 
 
-
 def json_with(text):
     """JSON values, with texts of this kind."""
     return st.recursive(

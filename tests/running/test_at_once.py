@@ -11,7 +11,8 @@ from taskx import DuplicateTask, Hook, RepositoryUnavailable, TaskStatus
 from taskx.core.writes import Insert
 from taskx.liveness.leases import Leases
 
-pytestmark = pytest.mark.every_store
+# A slow machine hands no started task back, except in the test of that.
+pytestmark = [pytest.mark.every_store, pytest.mark.usefixtures("calm")]
 
 
 def idle(queue):
@@ -114,8 +115,9 @@ def test_a_submit_with_a_taken_id_leaves_no_run(started, monkeypatch):
     assert not pool_of(started).runs
 
 
-def test_two_tasks_submitted_for_one_waiting_worker_both_run(make_queue, gate):
+def test_two_tasks_submitted_for_one_waiting_worker_both_run(make_queue, gate, calm):
     """Both submits find the worker waiting. The second task is handed back, and runs later."""
+    calm.set()
     queue = make_queue(worker_num=1)
     Waiting(queue, gate)
     queue.executor("fine")(lambda: "fine")

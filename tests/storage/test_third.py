@@ -24,6 +24,9 @@ from . import third
 from .repositories import insert
 from .third import ThirdRepository
 
+# Tests count the starts of tasks, so a slow machine must hand no started task back.
+pytestmark = pytest.mark.usefixtures("calm")
+
 HOLD = """
     import sys, threading
     sys.path.insert(0, sys.argv[1])

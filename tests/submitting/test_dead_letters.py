@@ -18,7 +18,8 @@ from taskx import (
     chain,
 )
 
-pytestmark = pytest.mark.every_store
+# Tests count the starts of tasks, so a slow machine must hand no started task back.
+pytestmark = [pytest.mark.every_store, pytest.mark.usefixtures("calm")]
 
 
 @pytest.fixture
@@ -155,9 +156,9 @@ def test_a_task_that_fails_again_meanwhile_is_requeued_once(
             assert queue.drain(PATIENCE)
         return results
 
-    monkeypatch.setattr(services_of(queue).ledger, "commit", slow_commit)
-    assert queue.requeue_dead_letters() == 5
-    monkeypatch.undo()
+    with monkeypatch.context() as patched:
+        patched.setattr(services_of(queue).ledger, "commit", slow_commit)
+        assert queue.requeue_dead_letters() == 5
     assert queue.drain(PATIENCE)
     tasks, total = queue.dead_letters()
     assert total == 5
@@ -345,7 +346,7 @@ def test_without_a_limit_all_dead_letters_are_changed(make_queue):
     assert queue.dead_letters()[1] == 5
     queue.requeue_dead_letters(TaskFilter(type="wrong"))
     assert queue.drain(PATIENCE)
-    assert min(task.starts for task in queue.dead_letters()[0]) == 2  # one may be handed back
+    assert {task.starts for task in queue.dead_letters()[0]} == {2}
 
 
 def test_the_fields_of_a_filter_can_be_given_by_name(queue):
