@@ -20,6 +20,8 @@ TASK = "taskx.run"
 TIMEOUT = 2.0
 #: Seconds that running tasks get when a pool of threads ends. Celery has waited for them before.
 STOP_TIMEOUT = 10.0
+# Seconds: the limits of the app or the worker would end a child. The task's own time-out counts.
+_NO_LIMIT = 10 * 365 * 24 * 3600
 
 
 # The apps that have an engine.
@@ -77,6 +79,8 @@ class CeleryEngine(BrokerEngine):
             ignore_result=True,
             acks_late=False,
             max_retries=0,
+            time_limit=_NO_LIMIT,
+            soft_time_limit=_NO_LIMIT,
             serializer="json",
         )
         signals.worker_process_init.connect(self._begin_process)

@@ -146,19 +146,26 @@ def test_a_ticket_has_an_id_and_a_type_and_a_backlog_is_not_in_the_broker_twice(
     all_ran_once(staffed, handles, "waits")
 
 
-def test_lost_and_doubled_tickets_start_each_task_once(staffed, monkeypatch):
-    engine, sent = staffed.engine_of_edge, Counter()
+def test_lost_doubled_and_delayed_tickets_start_each_task_once(staffed, monkeypatch):
+    engine, sent, late = staffed.engine_of_edge, Counter(), []
     send = engine.send
 
     def unreliable(ticket):
         sent[ticket.id] += 1
         number = sum(sent.values())
-        for _ in range((0, 3, 1)[number % 3]):  # lost, tripled, sent
+        for _ in range((0, 3, 1, 0)[number % 4]):  # lost, tripled, sent, delayed
             send(ticket)
+        if number % 4 == 3:
+            late.append(ticket)
 
     monkeypatch.setattr(engine, "send", unreliable)
     monkeypatch.setattr(engine, "resend", 0.2)
     handles = [staffed.note(f"one{number}") for number in range(15)]
+    all_ran_once(staffed, handles, "one")
+    for ticket in late:  # its task has ended
+        send(ticket)
+    engine.disconnect()
+    staffed.note("last").result(PATIENCE)
     all_ran_once(staffed, handles, "one")
 
 

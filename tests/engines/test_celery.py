@@ -84,6 +84,16 @@ def test_a_cold_shutdown_interrupts_the_tasks_which_start_again(site, pool):
         handle.result(PATIENCE)
 
 
+def test_time_limits_of_celery_do_not_concern_tasks(site):
+    """A limit would end the child by a signal, like a shutdown, and the task would start again for ever."""
+    site.crew.start("--time-limit", "1", "--soft-time-limit", "1")
+    site.workers(2)
+    handle = site.note("long", 3.0)
+    handle.result(PATIENCE)
+    task = handle.task()
+    assert (task.starts, task.interruptions, task.crashes) == (1, 0, 0)
+
+
 def test_a_killed_child_costs_its_own_task_one_crash(site):
     site.crew.start()
     site.workers(2)

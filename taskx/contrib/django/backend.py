@@ -125,7 +125,11 @@ class TaskxBackend(BaseTaskBackend):
             return result_of(record, task_of(record.type, self.alias), self.alias)
         except TaskNotFound:
             later = self.queue.repository.uncommitted(result_id)
-            why = ": it is stored at the commit of atomic(), and cannot be read before" if later else ""
+            why = (
+                ": it is stored at the commit of atomic(), and cannot be read before"
+                if later
+                else ""
+            )
             raise TaskResultDoesNotExist(f"{result_id}{why}") from None
         except ImportError as error:
             raise TaskResultDoesNotExist(f"{result_id}: {error}") from error
