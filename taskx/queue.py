@@ -176,10 +176,10 @@ class Queue(Questions, Steering):
             try:
                 if (executor := find_executor(type)) is not None:
                     self.register_executor(executor)
-            except Exception:  # noqa: BLE001  (user code; other types must still be found)
+            except Exception as error:  # noqa: BLE001  (user code; other types must still be found)
                 self._log.exception(
-                    "no executor was found for type %r; tasks of it wait for another process",
-                    type,
+                    "no executor was found for type %r, so its tasks wait for another process: %s",
+                    *(type, error),
                 )
 
         return find
