@@ -103,6 +103,15 @@ class CeleryEngine(BrokerEngine):
 
     def send(self, ticket: Ticket) -> None:
         """Send a ticket; raise an exception if the broker has not taken it in about :data:`TIMEOUT`."""
+        used_before = getattr(self._local, "connection", None) is not None
+        try:
+            self._publish(ticket)
+        except Exception:
+            if not used_before:
+                raise
+            self._publish(ticket)  # the broker may have been restarted since the last ticket
+
+    def _publish(self, ticket: Ticket) -> None:
         try:
             queue = self._queues.get(ticket.type)
             self._app.send_task(

@@ -52,3 +52,14 @@ def test_a_server_that_is_killed_while_tasks_run_starts_none_of_them_again(site,
         handle.result(PATIENCE)
     assert held.task().starts == 1
     assert set(Counter([*site.began("early"), *site.began("late")]).values()) == {1}
+
+
+def test_a_server_that_was_restarted_between_two_tasks_is_not_told_as_a_failure(
+    site, rabbit, caplog
+):
+    assert site.note("before").result(PATIENCE)
+    rabbit.kill()
+    rabbit.start()
+    assert site.note("after").result(PATIENCE)
+    if site.engine == "celery":  # pika's heartbeats tell of the time without a server
+        assert "cannot be used" not in caplog.text
