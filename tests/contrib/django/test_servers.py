@@ -195,17 +195,21 @@ class Site:
         return [node.about.pid for node in self.repository.liveness.nodes() if node.alive]
 
     def change(self, file: Path, text: str, pid: int) -> None:
-        """Change a file of the program, until the process with this id has noticed."""
-        changed = 0.0
+        """Change a file of the program, until the process with this id has noticed and ended."""
+        changed, log = 0.0, self.folder / "log"
+        already = log.read_text().count(f"{file} changed, reloading")
 
         def noticed() -> bool:
             nonlocal changed
+            if log.read_text().count(f"{file} changed, reloading") > already:
+                return True
             if time.monotonic() - changed > 5:  # the reloader may not look at the files yet
                 file.write_text(text)
                 changed = time.monotonic()
-            return pid not in self.pids()
+            return False
 
         eventually(noticed)
+        eventually(lambda: pid not in self.pids())  # without a change, which would reload it again
 
     def enqueue(self, call: str) -> str:
         """Enqueue a task with ``manage.py shell``; return its id."""
