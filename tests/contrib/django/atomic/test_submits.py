@@ -10,6 +10,7 @@ from contextlib import suppress
 import pytest
 from django.db import DatabaseError, IntegrityError, connections, transaction
 from django.test import TestCase, override_settings
+from helpers import services_of
 
 from contrib.django.atomic.blocks import elsewhere, ids, rolled_back
 from taskx import (
@@ -125,11 +126,14 @@ class TestSubmit:
 
         queue = make_queue(hooks=[Recorder()])
         queue.declare("elsewhere")
+        hooks = services_of(queue).hooks
         with rolled_back(using):
             queue.submit("elsewhere")
         with transaction.atomic(using=using):
             kept = queue.submit("elsewhere")
+            assert hooks.wait(LONG)
             assert told == []
+        assert hooks.wait(LONG)
         assert told == [kept.id]
 
 
