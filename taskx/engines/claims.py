@@ -106,7 +106,11 @@ class Claims:
         """Keep the ticket of a task that waits, until there is room for one."""
         if (named := self._named(ticket)) is None or not named[1]:
             return
-        if self._services.registry.runs(ticket.type):
+        registry = self._services.registry
+        limit = registry.limits.get(ticket.type)
+        # Another node may have room under its limit. Tickets that a rate holds up are too many for this.
+        own = limit is not None and limit.scope == "node" and limit.max_concurrency is not None
+        if registry.runs(ticket.type) and not own:
             self._pool.tickets.keep(ticket, named[1])
         else:
             self._pool.tickets.keep_for_others(ticket, named[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -46,10 +47,10 @@ class Tickets:
     def keep(self, ticket: Ticket, owner: str) -> None:
         """Keep a ticket that no task of its type can use on this node now."""
         with self._lock:
-            self._unused[ticket.id] = Unused(ticket, owner, time.monotonic())
+            self._unused[ticket.id] = Unused(ticket, owner, math.inf)
 
     def keep_for_others(self, ticket: Ticket, owner: str) -> None:
-        """Keep a ticket for a moment whose type only other nodes run."""
+        """Keep a ticket for a moment that other nodes may use, and this one cannot."""
         now = time.monotonic()
         with self._lock:
             last = self._elsewhere.get(ticket.type)
@@ -75,7 +76,7 @@ class Tickets:
         return [
             one
             for one in kept
-            if (has_room(one.ticket.type) if runs(one.ticket.type) else now >= one.at)
+            if now >= one.at or (runs(one.ticket.type) and has_room(one.ticket.type))
         ]
 
     def remove(self, found: Sequence[Unused]) -> None:

@@ -165,7 +165,7 @@ def test_lost_doubled_and_delayed_tickets_start_each_task_once(staffed, monkeypa
     for ticket in late:  # its task has ended
         send(ticket)
     engine.disconnect()
-    staffed.note("last").result(PATIENCE)
+    staffed.note("after").result(PATIENCE)
     all_ran_once(staffed, handles, "one")
 
 

@@ -213,6 +213,30 @@ def test_a_ticket_of_a_type_that_this_worker_does_not_know_goes_to_another(shop)
     assert shop.ran == [1]
 
 
+def test_a_ticket_that_a_limit_of_this_node_turns_away_goes_to_another(shop):
+    gates = [threading.Event(), threading.Event()]
+
+    def register(queue: Queue) -> None:
+        queue.executor("note", max_concurrency=1)(lambda n: gates[n].wait(PATIENCE) and None)
+
+    full, free = (shop.workers(2, register, serve=False) for _ in range(2))
+    shop.edge.start()
+    handles = submit(shop, 0, 1)
+    first, second = the_tickets(shop, 2)
+    busy = [threading.Thread(target=full.run, args=first)]
+    busy[0].start()
+    eventually(lambda: handles[0].task().status is TaskStatus.RUNNING)
+    full.run(*second)
+    assert the_tickets(shop, 1) == [second]
+    busy.append(threading.Thread(target=free.run, args=second))
+    busy[1].start()
+    eventually(lambda: handles[1].task().status is TaskStatus.RUNNING)
+    for gate in gates:
+        gate.set()
+    for thread in busy:
+        thread.join(PATIENCE)
+
+
 @pytest.mark.parametrize("options", [{"max_concurrency": 1}, {"rate": (2, 0.2)}])
 def test_tickets_that_a_limit_of_the_node_turns_away_are_not_lost(shop, options):
     shop.workers(3, note(shop, **options))
