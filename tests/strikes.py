@@ -69,6 +69,8 @@ class _Tracer:
     def enter(self, frame: FrameType, event: str, argument: Any) -> Any:
         if frame.f_code.co_filename == __file__:
             return None
+        if frame.f_code.co_name == "__del__":  # Python would print the exception and go on
+            return None
         # A generator may be entered only to be closed.
         if not frame.f_code.co_flags & inspect.CO_GENERATOR:
             self._pass(frame)

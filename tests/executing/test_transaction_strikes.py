@@ -15,11 +15,7 @@ from strikes import strike_at
 from taskx import Hook, RepositoryError, SQLiteRepository, TaskFilter, TaskStatus
 from taskx.storage import queries
 
-# A connection that is just being opened at that moment is left to the garbage collector.
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore:unclosed database:ResourceWarning"),
-]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture

@@ -433,6 +433,20 @@ class TestTurnstileFiles:
         assert opened_below(tmp_path) == []
 
     @needs_proc
+    @pytest.mark.parametrize("prefix", ["", "taskx_"])
+    def test_a_connection_that_an_interrupt_left_open_is_closed_when_it_is_collected(
+        self, path, tmp_path, prefix
+    ):
+        """Python 3.13 would warn of it, here and in a program that turns warnings into errors."""
+        left = [sqlite3.connect(path, factory=connections.connection_class(prefix))]
+        left[0].execute("SELECT 1")
+        assert str(path) in opened_below(tmp_path)
+        left.append(left)
+        del left
+        gc.collect()
+        assert opened_below(tmp_path) == []
+
+    @needs_proc
     def test_after_an_interrupt_the_next_turn_opens_both_lock_files(
         self, path, tmp_path, monkeypatch
     ):

@@ -119,6 +119,13 @@ class Connection(sqlite3.Connection):
     synchronous = "NORMAL"
     used = 0.0
 
+    def __del__(self) -> None:
+        # Python 3.13 would warn of an open connection, but a repository need not be closed.
+        try:
+            self.close()
+        except sqlite3.ProgrammingError:  # it could not be opened
+            return
+
 
 @lru_cache(maxsize=16)
 def connection_class(prefix: str) -> type[Connection]:
@@ -168,10 +175,6 @@ class Connections:
         # Connections that a forked child has inherited all the same. They are kept for ever: closing one
         # would drop the locks that the parent holds on the file.
         self._abandoned: list[Connection] = []
-
-    def __del__(self) -> None:
-        # Closed before they are collected: Python 3.13 warns about open connections.
-        _close_all([*self._taken.values(), *self._idle, *([self._writer] if self._writer else [])])
 
     def translated(self, error: Exception) -> TaskxError:
         """Return TaskX's error for an error of SQLite. Its text decides: Python 3.10 has no error codes."""
