@@ -120,9 +120,8 @@ def is_uncommitted(inside: Repository, outside: Repository, task_id: str) -> boo
         task_id: the id of the task.
     """
     seen = inside.statuses([task_id])
-    known = outside.statuses(
-        [task_id]
-    )  # last: what others commit in between is no write of this one
+    # Read last: what others commit in between is no write of this transaction.
+    known = outside.statuses([task_id])
     return any(
         task_id not in known or (status in FINISHED and known[task_id] not in FINISHED)
         for status in seen.values()
