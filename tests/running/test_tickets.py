@@ -78,7 +78,7 @@ class Shop:
         queue, engine = self._queue()
         register(queue)
         engine.begin_work(count, hand_over=hand_over)
-        eventually(lambda: any(node.workers == count for node in queue.nodes()))
+        eventually(lambda: engine._node is not None)
         if serve:
             for _ in range(count):
                 self._threads.append(threading.Thread(target=self._serve, args=(engine,)))
@@ -590,9 +590,10 @@ def test_a_repository_of_one_process_or_host_is_refused_with_the_reason(tmp_path
         with pytest.raises(ConfigurationError, match="one_host=True"):
             Queue(repository, engine=Bus(queues.Queue(), one_host=False))
         engine = Bus(queues.Queue())
-        Queue(repository, engine=engine)
+        first = Queue(repository, engine=engine)
         with pytest.raises(ConfigurationError, match="one queue"):
             Queue(repository, engine=engine)
+        del first
     for wrong in ({"one_host": "yes"}, {"resend": 0}):
         with pytest.raises(ConfigurationError):
             Bus(queues.Queue(), **wrong)
