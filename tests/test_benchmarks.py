@@ -487,7 +487,7 @@ def test_engines_are_measured():
     head, row, _, _ = ran.splitlines()
     figures = row.removeprefix("Threads, TaskX").split()
     assert len(figures) == len(re.split(r"\s{2,}", head.strip()))
-    assert float(figures[-1]) >= 2  # commits: a submit and an outcome, and polls make none
+    assert 1 < float(figures[-1]) < 5  # commits: one for each submit; outcomes may share them
 
 
 def run(*args: str) -> str:

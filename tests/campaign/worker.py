@@ -190,7 +190,7 @@ class Executors:
     def parent(self, ctx: Context) -> int:
         """Submit another task."""
         with self._told(ctx):
-            self._submit("instant", f"{ctx.task.id}.{ctx.task.starts}")
+            self._submit("instant", f"{ctx.task.id}.{ctx.task.starts}", ctx=ctx)
             return ctx.task.starts
 
     def crasher(self, ctx: Context, after: float = 0.0) -> None:
@@ -236,7 +236,16 @@ class Worker:
 
     # --- actions that are logged before and after
 
-    def submit(self, kind: str, task_id: str = "", params: Any = None, **options: Any) -> None:
+    def submit(
+        self,
+        kind: str,
+        task_id: str = "",
+        params: Any = None,
+        *,
+        ctx: Context | None = None,
+        **options: Any,
+    ) -> None:
+        """Submit a task, again while it is in doubt whether it is stored. An executor heeds its token."""
         self._number += not task_id
         task_id = task_id or f"{self.options.who}-{self._number}"
         self.log.tell("submit", task_id, kind=kind)
@@ -250,9 +259,9 @@ class Worker:
                 continue
             except self._store.outages as error:
                 unsure = unsure or error.in_doubt
-                if unsure:
+                if unsure and not (ctx is not None and ctx.token.cancelled):
                     continue
-                self.log.tell("rejected", task_id, note=str(error))
+                self.log.tell("unsure" if unsure else "rejected", task_id, note=str(error))
             except DuplicateTask:
                 self.log.tell("accepted" if unsure else "duplicate", task_id)
             except (QueueFull, QueueStopped) as error:
