@@ -103,11 +103,11 @@ class CeleryEngine(BrokerEngine):
 
     def send(self, ticket: Ticket) -> None:
         """Send a ticket; raise an exception if the broker has not taken it in about :data:`TIMEOUT`."""
-        used_before = getattr(self._local, "connection", None) is not None
+        is_open = getattr(self._local, "connection", None) is not None
         try:
             self._publish(ticket)
-        except Exception:
-            if not used_before:
+        except Exception:  # of the driver of the broker
+            if not is_open:
                 raise
             self._publish(ticket)  # the broker may have been restarted since the last ticket
 
@@ -139,7 +139,7 @@ class CeleryEngine(BrokerEngine):
         from billiard import common  # type: ignore[import-untyped]
         from celery.worker import state
 
-        # The signal handlers set these before an exception reaches the task.
+        # The signal handlers set these before an exception reaches the task: here an exit code, perhaps 0.
         cold = state.should_terminate is not None and state.should_terminate is not False
         return cold or bool(common._should_have_exited[0])
 

@@ -125,9 +125,8 @@ class BrokerEngine(Engine):
         self._handed: HandOver | None = None
         self._begun = threading.Event()
         self._ending = threading.Event()
-        self._told = (
-            threading.Lock()
-        )  # held for good when the log has told that no task is run here
+        # Taken, and never released, by the thread that logs that this process runs no more tasks.
+        self._told = threading.Lock()
 
     @abstractmethod
     def send(self, ticket: Ticket) -> None:
@@ -147,7 +146,7 @@ class BrokerEngine(Engine):
         """
 
     def disconnect(self) -> None:
-        """Close the connection to the broker; the thread that calls :meth:`send` does this at its end."""
+        """Close this thread's connection to the broker. A thread that sends tickets calls it at its end."""
 
     def process_ends(self) -> bool:
         """Return True if a signal ends this worker process by an exception in the main thread.

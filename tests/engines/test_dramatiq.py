@@ -7,6 +7,7 @@ import threading
 
 import pytest
 from dramatiq.brokers.rabbitmq import RabbitmqBroker
+from dramatiq.brokers.redis import RedisBroker
 from helpers import PATIENCE
 
 from taskx.contrib.dramatiq import DramatiqEngine
@@ -43,6 +44,16 @@ def test_tending_sends_the_heartbeats_and_drops_a_lost_connection(engine):
     with pytest.raises(OSError, match="lost"):
         engine.tend()
     assert not broker.connections
+
+
+def test_tasks_get_ten_minutes_at_the_end_if_dramatiq_does_not_wait_for_them(engine, monkeypatch):
+    """With Redis, Dramatiq itself has waited for the tasks, which run in its threads."""
+    redis = DramatiqEngine(RedisBroker(url="redis://localhost"), one_host=True)
+    given = []
+    for each in (engine, redis):
+        monkeypatch.setattr(each, "end_work", given.append)
+        each.end()
+    assert given == [600, 10]
 
 
 def test_pika_is_silent_in_threads_of_taskx_which_tell_of_errors_themselves(engine, caplog):

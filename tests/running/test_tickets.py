@@ -599,7 +599,7 @@ def test_a_repository_of_one_process_or_host_is_refused_with_the_reason(tmp_path
         first = Queue(repository, engine=engine)
         with pytest.raises(ConfigurationError, match="one queue"):
             Queue(repository, engine=engine)
-        del first
+        assert first.count_tasks() == 0
     for wrong in ({"one_host": "yes"}, {"resend": 0}):
         with pytest.raises(ConfigurationError):
             Bus(queues.Queue(), **wrong)
