@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import _thread
 import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 
 from taskx.core.checks import in_seconds
 from taskx.core.clock import SYSTEM_CLOCK, Clock
-from taskx.core.errors import CancelReason, ConfigurationError, TaskCancelled
+from taskx.core.errors import CancelReason, ConfigurationError, TaskCancelled, on_main_thread
 from taskx.core.log import log
+
+# Seconds after which a wait in the main thread looks for signals that have not woken it.
+_LOOK = 0.5
 
 
 class CancelToken:
@@ -85,7 +89,7 @@ class CancelToken:
         self._waiters.append(waiter)
         try:
             if self.reason is None:
-                waiter.acquire(timeout=min(limit, threading.TIMEOUT_MAX))
+                _acquire(waiter, min(limit, threading.TIMEOUT_MAX))
         finally:
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
@@ -155,6 +159,20 @@ class CancelToken:
                 ).start()
             except RuntimeError:
                 _call(callback)  # no thread can be started while the interpreter shuts down
+
+
+def _acquire(waiter: _thread.LockType, seconds: float) -> None:
+    """Wait for a lock, at most so many seconds.
+
+    A signal that strikes just before the main thread blocks does not wake it, and its handler, which may
+    fire the token, runs only when the thread wakes.
+    """
+    if not on_main_thread():
+        waiter.acquire(timeout=seconds)
+        return
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0 and not waiter.acquire(timeout=min(left, _LOOK)):
+        continue
 
 
 def _call(callback: Callable[[], object]) -> None:

@@ -4,8 +4,10 @@ import os
 import signal
 import sys
 import threading
+import time
 
 import pytest
+from helpers import eventually
 
 from taskx import CancelReason, CancelToken, ConfigurationError, TaskCancelled
 from taskx.core.clock import SYSTEM_CLOCK
@@ -157,6 +159,26 @@ class TestWaiting:
                 signal.signal(signal.SIGALRM, before)
             assert token.reason is CancelReason.STOP
             assert called.wait(PATIENCE)
+
+    @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="no signals for threads here")
+    def test_a_signal_that_does_not_wake_the_main_thread_is_handled_soon(self):
+        """As one that strikes just before the thread blocks. Here another thread gets it."""
+        token = CancelToken()
+
+        def strike():
+            eventually(lambda: token._waiters)
+            signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+
+        before = signal.signal(signal.SIGUSR1, lambda *_: token.fire(CancelReason.STOP))
+        try:
+            thread = threading.Thread(target=strike)
+            began = time.monotonic()
+            thread.start()
+            assert token.wait(PATIENCE)
+            thread.join()
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+        assert time.monotonic() - began < PATIENCE / 2
 
 
 class TestCallbacks:
