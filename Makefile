@@ -38,7 +38,7 @@ packages: $(VENV)/installed-all ## install the packages of all targets but bench
 demo: $(VENV)/installed-core ## run the demo: hash the standard library with tasks
 	@$(BIN)/python examples/checksum.py $(ARGS)
 
-quick: $(VENV)/installed-test ## run the quick tests, in a minute or two
+quick: $(VENV)/installed-test ## run the quick tests, in a few minutes
 	@$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist worksteal -m "$(QUICK)" \
 		--durations 5 --durations-min 1 $(ARGS)
 
