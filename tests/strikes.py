@@ -11,6 +11,7 @@ import dis
 import gc
 import inspect
 import itertools
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from types import CodeType, FrameType
@@ -31,7 +32,7 @@ def strike_at(point: int, call: Callable[[], Any]) -> Strike | None:
         traceback: this would keep the objects in the frames alive, such as connections.
     """
     tracer = _Tracer(point)
-    before = sys.gettrace()
+    before, handled = sys.gettrace(), sys.exc_info()[1]
     sys._getframe().f_trace_opcodes = True  # Python 3.12 needs it before settrace
     gc.disable()  # finalizers must not add points
     sys.settrace(tracer.enter)
@@ -44,6 +45,7 @@ def strike_at(point: int, call: Callable[[], Any]) -> Strike | None:
         gc.enable()
     if tracer.struck is not None:
         tracer.struck.__traceback__ = tracer.struck.__context__ = None
+    assert sys.exc_info()[1] is handled, f"the thread is left in an except block: {tracer.struck}"
     return tracer.struck
 
 
@@ -61,13 +63,20 @@ def every_strike(call: Callable[[int], Any], first: int = 0, step: int = 1) -> I
         point += step
 
 
+# An exception in these modules may leave a lock of all threads locked: that of imports or of a log handler.
+_UNSAFE = ("<frozen importlib", logging.__file__)
+
+
 class _Tracer:
     def __init__(self, point: int) -> None:
         self._left = point
         self.struck: Strike | None = None
 
     def enter(self, frame: FrameType, event: str, argument: Any) -> Any:
-        if frame.f_code.co_filename == __file__:
+        file = frame.f_code.co_filename
+        if file == __file__:
+            return None
+        if file.startswith(_UNSAFE):
             return None
         if frame.f_code.co_name == "__del__":  # Python would print the exception and go on
             return None
@@ -79,7 +88,9 @@ class _Tracer:
 
         def trace(frame: FrameType, event: str, argument: Any) -> Any:
             nonlocal called
-            if event == "opcode":
+            if event == "exception":  # no signal handler runs after a call that raised
+                called = False
+            elif event == "opcode":
                 if called:
                     self._pass(frame)
                 called = frame.f_lasti in calls

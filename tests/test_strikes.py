@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.machinery
+import logging
+import sys
 import threading
 
+from helpers import PATIENCE
 from strikes import Strike, every_strike, strike_at
 
 
@@ -58,3 +62,44 @@ def test_a_condition_can_be_left_locked():
             left.append(strike)
             condition._lock.release()
     assert left
+
+
+def test_no_strike_follows_a_call_that_raised():
+    """CPython would leave the thread in the ``except`` block for ever."""
+
+    def work(point):
+        try:
+            int("a")
+        except ValueError:
+            return False
+
+    assert len(list(every_strike(work))) == 1  # at its start only
+    assert sys.exc_info()[1] is None
+
+
+def test_a_struck_import_keeps_no_lock_of_python(tmp_path, monkeypatch):
+    """Python's own import may not be struck: if it keeps its lock, no other thread can import."""
+    monkeypatch.syspath_prepend(tmp_path)
+    # The import hook of pytest has many points, and another number each time.
+    monkeypatch.setattr(sys, "meta_path", [importlib.machinery.PathFinder])
+    for name in ("struck_module", "later_module"):
+        (tmp_path / f"{name}.py").write_text("value = len('a')\n")
+
+    def work(point):
+        sys.modules.pop("struck_module", None)
+        importlib.import_module("struck_module")
+
+    assert any("struck_module" in str(strike) for strike in every_strike(work))
+    other = threading.Thread(target=importlib.import_module, args=("later_module",), daemon=True)
+    other.start()
+    other.join(PATIENCE)
+    assert "later_module" in sys.modules
+
+
+def test_a_struck_log_line_keeps_no_lock_of_its_handler(caplog):
+    log = logging.getLogger("struck")
+    for _ in every_strike(lambda point: log.warning("struck")):
+        other = threading.Thread(target=log.warning, args=("another thread",), daemon=True)
+        other.start()
+        other.join(PATIENCE)
+        assert not other.is_alive()
