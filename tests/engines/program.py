@@ -63,7 +63,7 @@ class Site:
         self.app = Celery("program", broker=broker, set_as_current=False)
         self.app.conf.worker_prefetch_multiplier = 1
         self.app.conf.broker_connection_retry_on_startup = True
-        self.app.conf.worker_enable_remote_control = False
+        self.app.conf.worker_enable_remote_control = "CONTROL" in os.environ
         return CeleryEngine(self.app, one_host=True, **{"resend": 1.0, **options})
 
 
