@@ -78,9 +78,7 @@ def test_a_cold_shutdown_interrupts_the_tasks_which_start_again(site, pool):
     held = [site.hold(f"held{number}") for number in range(count)]
     for number in range(count):
         site.begun(f"held{number}")
-    if (
-        pool == "prefork"
-    ):  # Celery ends only the tasks that its main process knows to run; it waits for others
+    if pool == "prefork":  # its main process waits for the tasks that it does not know of
         eventually(lambda: known_to_run(site) == count)
     process.send_signal(signal.SIGQUIT)
     process.wait(PATIENCE)
