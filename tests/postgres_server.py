@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import fcntl
 import functools
 import importlib.util
 import json
@@ -13,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -23,22 +21,13 @@ from typing import Any
 
 import psycopg
 from mongo_server import PATIENCE, free_port
+from server_folders import RUN, new_folder
 
 _PREFIX = "taskx-postgres-"
+_RUN = [sys.executable, "-I", "-c", RUN, str(int(signal.SIGQUIT))]
 #: The audit event of a test that uses a shared server, which an earlier test may have started.
 SERVER_USED = "taskx.tests.postgres_used"
 
-# The server ends when its parent process ends, in any way.
-_PROGRAM = """
-import json, signal, subprocess, sys, threading
-options, *command = sys.argv[1:]
-server = subprocess.Popen(command, stdin=subprocess.DEVNULL, **json.loads(options))
-def end():
-    sys.stdin.read()
-    server.send_signal(signal.SIGQUIT)
-threading.Thread(target=end, daemon=True).start()
-server.wait()
-"""
 # Killed processes lose nothing that the system has got, so fsync, which guards against power cuts, is off.
 _OPTIONS = {
     "listen_addresses": "127.0.0.1",
@@ -85,7 +74,7 @@ class Server:
         command += [f"--{name}={value}" for name, value in options.items()]
         with open(self.folder / "output", "ab") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-c", _PROGRAM, json.dumps(self._as_user), *command],
+                [*_RUN, json.dumps(self._as_user), *command],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,
@@ -114,6 +103,10 @@ class Server:
             host="127.0.0.1", port=self.port, user="postgres", dbname=database, autocommit=True
         )
 
+    def url(self, database: str) -> str:
+        """Return the URL of a database, as the project of the tests takes it."""
+        return f"postgresql://postgres@127.0.0.1:{self.port}/{database}"
+
     def new_database(self, template: str = "template0") -> str:
         """Make a database, empty or a copy of another one, and return its name."""
         name = f"taskx_{uuid.uuid4().hex[:16]}"
@@ -125,6 +118,12 @@ class Server:
         """Drop a database, and end the connections to it."""
         with self.connect() as connection:
             connection.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+
+    def break_connections(self, name: str) -> None:
+        """End the connections to a database."""
+        found = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s"
+        with self.connect() as connection:
+            connection.execute(found, [name])
 
     def kill(self) -> None:
         """Kill all processes of the server without a warning, in the middle of what they do."""
@@ -174,48 +173,12 @@ def shared() -> Server:
 @contextmanager
 def private() -> Iterator[Server]:
     """Start a server that a test can kill and start again."""
-    _remove_abandoned()
-    folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
-    lock = _locked(folder)
-    try:
+    with new_folder(_PREFIX, "data/postmaster.pid") as folder:
         server = Server(folder)
         try:
             yield server.start()
         finally:
             server.stop()
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
-
-
-def _locked(folder: Path) -> int:
-    """Lock the file of a server's folder for as long as this process, or a fork of it, lives."""
-    new = folder / "new"
-    lock = os.open(new, os.O_CREAT | os.O_RDWR, 0o600)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    new.rename(folder / "lock")  # only now others look at it
-    return lock
-
-
-def _remove_abandoned() -> None:
-    """End the servers of processes that were killed, and remove their folders."""
-    for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/lock"):
-        with suppress(OSError):  # it is in use, belongs to another user, or is gone
-            lock = os.open(path, os.O_RDWR)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _end(path.parent / "data")
-                shutil.rmtree(path.parent, ignore_errors=True)
-            finally:
-                os.close(lock)
-
-
-def _end(data: Path) -> None:
-    """End the server on a folder, if it still runs."""
-    with suppress(OSError, ValueError, IndexError):
-        first = int((data / "postmaster.pid").read_text().split()[0])
-        if os.fsencode(data) in Path(f"/proc/{first}/cmdline").read_bytes():
-            os.kill(first, signal.SIGQUIT)
 
 
 @functools.cache
