@@ -5,7 +5,7 @@ VENV ?= .venv
 # Arguments for the program that a target runs:  make test ARGS="-k cancel"
 ARGS ?=
 # The kinds of tests that quick leaves out: CONTRIBUTING.rst describes them.
-QUICK := not (mongo or postgres or process or browser or campaign or slow)
+QUICK := not (mongo or postgres or mariadb or process or browser or campaign or slow)
 # How many processes run tests at a time. Tests wait more than they compute, so two cores are enough for five.
 PROCESSES ?= 5
 # The store of the kill campaign, if it is not SQLite:  make soak ON=mongo ARGS="--kills 200"

@@ -59,6 +59,10 @@ def add_database(alias: str, **settings: Any) -> None:
     """Add a database to those of the project, or change the settings of one."""
     from django.db import connections
 
+    if "mysql" in settings.get("ENGINE", ""):
+        from project.settings import use_pymysql
+
+        use_pymysql()
     known = connections.settings.get(alias, connections.settings["other"])
     connections.settings[alias] = {**known, **settings}
 
@@ -126,6 +130,39 @@ def add_postgres(alias: str, port: int, name: str, host: str = "127.0.0.1") -> N
     add_database(alias, **settings, NAME=name, USER="postgres", PASSWORD="", OPTIONS={})
 
 
+@functools.cache
+def mariadb_alias() -> str:
+    """Return the alias of a database with the tables on the MariaDB server of this process."""
+    import mariadb_server
+
+    set_up()
+    server = mariadb_server.shared()
+    add_url("mariadb", server.url(server.new_database()))
+    migrate("mariadb")
+    return "mariadb"
+
+
+def add_url(alias: str, url: str) -> None:
+    """Add a database on a server."""
+    from project.settings import on_server
+
+    add_database(alias, **on_server(url))
+
+
+def on_mariadb(folder: Path, *, clear: bool = True, **options: Any) -> DjangoRepository:
+    """Return a repository in the database of this process; ``clear`` empties it."""
+    import mariadb_server
+
+    mariadb_server.shared()  # says that this test uses it
+    alias = mariadb_alias()
+    from taskx.contrib.django.repository import DjangoRepository
+
+    made = DjangoRepository(alias, run_folder=folder / "run", **options)
+    if clear:
+        empty(made)
+    return made
+
+
 def on_postgres(folder: Path, *, clear: bool = True, **options: Any) -> DjangoRepository:
     """Return a repository in the database of this process; ``clear`` empties it."""
     import postgres_server
@@ -140,9 +177,12 @@ def on_postgres(folder: Path, *, clear: bool = True, **options: Any) -> DjangoRe
     return made
 
 
+#: The makers of repositories in each kind of database.
+MAKERS = {"sqlite": on_sqlite, "postgres": on_postgres, "mariadb": on_mariadb}
+
+
 def empty(repository: DjangoRepository) -> None:
     """Remove all rows."""
-    tables = ("taskx_task", "taskx_parent", "taskx_tag", "taskx_note")
-    deletes = "; ".join(f"DELETE FROM {table}" for table in tables)
     with repository._connections.writing() as link:
-        link.execute(deletes)
+        for table in ("taskx_task", "taskx_parent", "taskx_tag", "taskx_note"):
+            link.execute(f"DELETE FROM {table}")

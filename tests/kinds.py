@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mariadb_server import INSTALLED as HAS_MARIADB
+from mariadb_server import SERVER_USED as MARIADB_USED
 from mongo_server import SERVER_USED
 from postgres_server import SERVER_USED as POSTGRES_USED
 
 #: Each test is counted for the first kind that fits.
-KINDS = ("campaign", "mongo", "postgres", "browser", "process", "slow")
+KINDS = ("campaign", "mongo", "postgres", "mariadb", "browser", "process", "slow")
 
 #: The kind of tests that use a fixture.
 BY_FIXTURE = {"mongo_server": "mongo", "postgres_server": "postgres", "spawn": "process"}
@@ -27,6 +29,7 @@ BY_FIXTURE = {"mongo_server": "mongo", "postgres_server": "postgres", "spawn": "
 BY_PARAMETER = {
     **dict.fromkeys(("mongo", "mongo-set", "mongomock", "standalone", "set"), "mongo"),
     **dict.fromkeys(("postgres", "django-postgres"), "postgres"),
+    **dict.fromkeys(("mariadb", "django-mariadb"), "mariadb"),
 }
 
 #: The kind of all tests in a folder.
@@ -44,6 +47,9 @@ NO_BROWSER = "Chromium is missing"
 #: The reason for which tests of engines are skipped if there is no RabbitMQ.
 NO_RABBITMQ = "RabbitMQ is missing"
 
+#: The reason for which tests on MariaDB are skipped if it is not installed.
+NO_MARIADB = "MariaDB is missing"
+
 #: The reasons for which tests of networks of hosts are skipped.
 NO_NAMESPACES = "network namespaces cannot be made"
 NO_NETEM = "the kernel has no netem"
@@ -52,6 +58,7 @@ NO_NETEM = "the kernel has no netem"
 MISSING = {
     NO_BROWSER: "CHROMIUM IS MISSING: {} tests of the dashboard in a browser did not run",
     NO_RABBITMQ: "RABBITMQ IS MISSING: {} tests of engines did not run",
+    NO_MARIADB: "MARIADB IS MISSING: {} tests of Django's database did not run on it",
     NO_NAMESPACES: "NETWORK NAMESPACES ARE MISSING: the tests of hosts ran on loopback addresses",
     NO_NETEM: "TC NETEM IS MISSING: a proxy delayed the traffic of the slow host",
 }
@@ -59,6 +66,7 @@ MISSING = {
 #: Audit events for which a test needs a mark.
 NEEDS_MARK = {
     SERVER_USED: "uses a MongoDB server: mark it with @pytest.mark.mongo",
+    MARIADB_USED: "uses a MariaDB server: mark it with @pytest.mark.mariadb",
     POSTGRES_USED: "uses a PostgreSQL server: mark it with @pytest.mark.postgres",
     "os.fork": "forks: mark it with @pytest.mark.process",
     "os.forkpty": "forks: mark it with @pytest.mark.process",
@@ -103,6 +111,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for mark in set(marks_of(item)):
             item.add_marker(mark)
+        if not HAS_MARIADB and item.get_closest_marker("mariadb"):
+            reason = f"{NO_MARIADB}: install Debian's package mariadb-server-core"
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 # The guard

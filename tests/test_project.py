@@ -23,6 +23,7 @@ import docutils.core
 import docutils.nodes
 import kinds
 import pytest
+from mariadb_server import SERVER_USED as MARIADB_USED
 from mongo_server import SERVER_USED
 from postgres_server import SERVER_USED as POSTGRES_USED
 
@@ -267,7 +268,10 @@ def server():  # uses a server that an earlier test started
 def postgres():
     sys.audit({POSTGRES_USED!r})
 
-@pytest.mark.parametrize("do", [program, fork, server, postgres])
+def mariadb():
+    sys.audit({MARIADB_USED!r})
+
+@pytest.mark.parametrize("do", [program, fork, server, postgres, mariadb])
 def test_unmarked(do):
     do()
 
@@ -304,9 +308,10 @@ def test_by_its_fixture(spawn):
         ("test_unmarked[fork]", "this test forks: mark it"),
         ("test_unmarked[server]", "this test uses a MongoDB server: mark it"),
         ("test_unmarked[postgres]", "this test uses a PostgreSQL server: mark it"),
+        ("test_unmarked[mariadb]", "this test uses a MariaDB server: mark it"),
         ("test_with_another_mark", "this test starts a program: mark it"),
     ], ran.stdout
-    assert "9 passed, 5 errors" in ran.stdout
+    assert "10 passed, 6 errors" in ran.stdout
 
 
 def run_ci(tmp_path: Path, pythons: str, *args: str) -> tuple[str, list[str]]:

@@ -170,6 +170,7 @@ MAKERS = {
     "third": lambda folder, clock: ThirdRepository(folder / "third.db", clock),
     "django-sqlite": lambda folder, clock: django_project.on_sqlite(folder, clock=clock),
     "django-postgres": lambda folder, clock: django_project.on_postgres(folder, clock=clock),
+    "django-mariadb": lambda folder, clock: django_project.on_mariadb(folder, clock=clock),
     "adapter": lambda folder, clock: EightMethodAdapter(TinyRepository(), clock),
     "adapter-13": lambda folder, clock: EightMethodAdapter(thirteen_fields_only(), clock),
 }
@@ -215,13 +216,13 @@ def losing_answers(repository: Repository) -> AbstractContextManager[object] | N
         return _lost_by_the_network(repository)
     if isinstance(repository, EightMethodAdapter):
         return _lost_by_methods(repository.inner)
-    if getattr(repository, "vendor", "") == "postgresql":
-        return _lost_by_postgres()
+    if getattr(repository, "vendor", "sqlite") != "sqlite":
+        return _lost_by_a_server()
     return None
 
 
 @contextmanager
-def _lost_by_postgres() -> Iterator[None]:
+def _lost_by_a_server() -> Iterator[None]:
     """Cut the connection when the server has carried out a commit, or a statement that is one."""
     from django.db.utils import OperationalError
 
@@ -235,7 +236,7 @@ def _lost_by_postgres() -> Iterator[None]:
 
     def lose_count(link: Link, sql: str, values: Sequence[Any] = ()) -> int:
         changed = count(link, sql, values)
-        if not link.django.connection.info.transaction_status:
+        if link.vendor == "postgresql" and not link.django.connection.info.transaction_status:
             lose(link)
         return changed
 

@@ -38,7 +38,7 @@ class TestMongo(RepositoryContract):
             yield repository
 
 
-@pytest.mark.parametrize("kind", ["django-sqlite", "django-postgres"])
+@pytest.mark.parametrize("kind", ["django-sqlite", "django-postgres", "django-mariadb"])
 class TestDjango(RepositoryContract):
     guards_moves = True
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache, partial
 from typing import Any, Literal, TypeVar, cast
 
 import attrs
-from django.db import connections, transaction
+from django.db import Error, connections, transaction
 
 from taskx.core.errors import ConfigurationError
 from taskx.core.record import DEFAULTS
@@ -52,6 +52,10 @@ def has_begun(connection: Any) -> bool:
         return bool(connection.in_atomic_block)
     if connection.vendor == "postgresql":
         return bool(driver.info.transaction_status)
+    if connection.vendor == "mysql" and connection.mysql_is_mariadb:
+        with suppress(Error), connection.cursor() as cursor:
+            cursor.execute("SELECT @@in_transaction")
+            return bool(cursor.fetchone()[0])
     return connection.vendor != "sqlite" or bool(driver.in_transaction)
 
 

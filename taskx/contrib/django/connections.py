@@ -53,19 +53,20 @@ _KEPT = 4  # idle connections for reads that stay open
 _UNCHECKED = 1.0  # seconds of idleness after which a connection is checked before its next use
 # Codes of PostgreSQL and MySQL for a transaction that another one made impossible: it may be sent again.
 _AGAIN = frozenset({"40001", "40P01", "1213"})
-_LOCKED = "55P03"
+_LOCKED = frozenset({"55P03", "1205"})
 #: Milliseconds for which a write of PostgreSQL waits for a lock: other writes wait for its connection.
+#: MariaDB and MySQL count whole seconds: a write of MariaDB does not wait, one of MySQL waits for a second.
 LOCK_TIMEOUT = 100
+_SMALL = 100_000  # characters of texts that need no look at the longest statement of MySQL's server
 _NO_TABLE = frozenset({"42P01", "1146"})
 
 
 def code(error: BaseException | None) -> str:
     """Return the code that the database gave for an error; empty if it gave none."""
     cause = getattr(error, "__cause__", None)
-    found = getattr(cause, "sqlstate", None) or getattr(cause, "pgcode", None)
-    if found is None and cause is not None and cause.args and isinstance(cause.args[0], int):
-        found = cause.args[0]  # MySQL's drivers
-    return "" if found is None else str(found)
+    if cause is not None and cause.args and isinstance(cause.args[0], int):
+        return str(cause.args[0])  # MySQL's drivers
+    return str(getattr(cause, "sqlstate", None) or getattr(cause, "pgcode", None) or "")
 
 
 def may_be_repeated(error: BaseException) -> bool:
@@ -74,8 +75,8 @@ def may_be_repeated(error: BaseException) -> bool:
 
 
 def is_locked(error: BaseException) -> bool:
-    """Return True if PostgreSQL has refused a statement because another transaction keeps a lock."""
-    return isinstance(error, OperationalError) and code(error) == _LOCKED
+    """Return True if a server has refused a statement because another transaction keeps a lock."""
+    return isinstance(error, OperationalError) and code(error) in _LOCKED
 
 
 def is_failure(error: BaseException) -> bool:
@@ -90,12 +91,11 @@ class Link:
         django: Django's connection.
         vendor: the kind of database, as Django names it.
         number: a number that no other connection of this process has.
-        returning: True if ``RETURNING`` gives the rows that a statement changed.
         pooled: True if a pooler may give each transaction another connection of its own: no setting of
             the session is changed then. ``DISABLE_SERVER_SIDE_CURSORS`` says so.
         keeps_log: True if it is an SQLite file with a write-ahead log.
         durable: True if a commit survives a power cut by this session's setting; None if it is unknown.
-        lock_timeout: the most milliseconds that a statement of PostgreSQL waits for a lock.
+        lock_timeout: the most milliseconds that a statement waits for a lock on a server.
     """
 
     lock_timeout: float = math.inf
@@ -103,12 +103,16 @@ class Link:
     def __init__(self, django: Any) -> None:
         self.django = django
         self.vendor: str = django.vendor
-        self.returning = bool(django.features.can_return_rows_from_bulk_insert)
         self.pooled = bool(django.settings_dict.get("DISABLE_SERVER_SIDE_CURSORS"))
         self.keeps_log = False
         self.durable: bool | None = None
         self.used = 0.0
         self.number = next(_numbers)
+
+    @property
+    def returning(self) -> bool:
+        """True if ``RETURNING`` gives the rows that a statement changed."""
+        return bool(self.django.features.can_return_rows_from_bulk_insert)
 
     def cursor(self) -> Any:
         """Return a cursor. Its statements are in no log of queries, also with ``DEBUG``."""
@@ -146,9 +150,20 @@ class Link:
             return int(cursor.rowcount)
 
     def _storable(self, values: Sequence[Any]) -> Sequence[Any]:
+        if self.vendor == "mysql":
+            self._refuse_if_too_large(values)
         if self.vendor != "postgresql":
             return values
         return [_without_nul(value) for value in values]
+
+    def _refuse_if_too_large(self, values: Sequence[Any]) -> None:
+        """Refuse a statement that is too long for MySQL's server, which would only close the connection."""
+        texts = [value for value in values if isinstance(value, str)]
+        if sum(map(len, texts)) < _SMALL:
+            return
+        ((most,),) = self.rows("SELECT @@max_allowed_packet")
+        if (size := sum(map(_sent_bytes, texts))) > most - _SMALL:
+            raise DataError(f"{size:,} bytes, but max_allowed_packet of the server is {most:,}")
 
     @contextmanager
     def savepoint(self, name: str = "taskx") -> Iterator[None]:
@@ -186,6 +201,11 @@ def _without_nul(value: Any) -> Any:
     return [_without_nul(item) for item in value] if isinstance(value, list) else value
 
 
+def _sent_bytes(text: str) -> int:
+    """Return the bytes of a text in a statement of MySQL."""
+    return len(text.encode(errors="replace")) + sum(map(text.count, "\0\n\r\x1a\"'\\"))
+
+
 def _limits_of_postgres(timeout: float) -> dict[str, int]:
     """Return options by which a connection fails if its network loses all packets for ``timeout`` seconds.
 
@@ -200,6 +220,16 @@ def _limits_of_postgres(timeout: float) -> dict[str, int]:
         "keepalives_interval": max(1, seconds // 3),
         "keepalives_count": 3,
     }
+
+
+def _limits_of_mysql(timeout: float) -> dict[str, int]:
+    """Return the same for MySQL's drivers, which would wait for an answer without end."""
+    seconds = max(2, round(timeout))
+    # The server itself ends a statement that takes too long, and says so, before the answer is late.
+    return {"connect_timeout": seconds, "read_timeout": seconds + 1, "write_timeout": seconds}
+
+
+_LIMITS = {"postgresql": _limits_of_postgres, "mysql": _limits_of_mysql}
 
 
 def file_of(settings: dict[str, Any]) -> DatabaseFile | None:
@@ -367,7 +397,12 @@ class Connections:
         elif link.vendor == "sqlite":
             link.rows(f"PRAGMA busy_timeout = {milliseconds}")
         elif link.vendor == "mysql":
-            link.execute(f"SET SESSION innodb_lock_wait_timeout = {max(1, round(seconds))}")
+            wait = round(min(milliseconds, link.lock_timeout) / 1000)
+            limits = [f"innodb_lock_wait_timeout = {wait}"]
+            if link.django.mysql_is_mariadb:
+                limits.append(f"max_statement_time = {milliseconds / 1000}")
+                limits.append(f"idle_transaction_timeout = {max(1, round(seconds))}")
+            link.execute(f"SET SESSION {', '.join(limits)}")
 
     def try_writing(self, patience: float, work: Callable[[Link], T]) -> T | None:
         """Call ``work`` with the connection for writing; None if another thread keeps it too long."""
@@ -388,13 +423,18 @@ class Connections:
         options.pop("pool", None)  # these stay open, and would take the places of requests
         options.pop("isolation_level", None)
         django = load_backend(settings["ENGINE"]).DatabaseWrapper(settings, self.alias)
-        if django.vendor == "postgresql":
-            for name, value in _limits_of_postgres(self.timeout).items():
+        if limits := _LIMITS.get(django.vendor):
+            for name, value in limits(self.timeout).items():
                 options.setdefault(name, value)
         if django.features.interprets_empty_strings_as_nulls:
             raise ConfigurationError(
                 f"the database {self.alias!r} keeps empty texts as NULL, and TaskX needs both: use "
                 "PostgreSQL, MySQL, MariaDB or SQLite"
+            )
+        if django.vendor == "mysql" and django.get_connection_params()["charset"] != "utf8mb4":
+            raise ConfigurationError(
+                f"the database {self.alias!r} gets texts without some characters, such as emojis: set "
+                "'charset': 'utf8mb4' in the OPTIONS of DATABASES, as Django does from 5.2 on"
             )
         django.inc_thread_sharing()
         if self.file is not None:

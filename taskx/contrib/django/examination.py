@@ -66,3 +66,22 @@ def _settings(link: Link) -> Iterator[Check]:
                 )
             else:
                 yield ok("dead rows", f"The table of tasks has {dead:,} dead rows.", dead=dead)
+    elif link.vendor == "mysql":
+        ((flush, mode),) = link.rows("SELECT @@innodb_flush_log_at_trx_commit, @@sql_mode")
+        if int(flush) == 1:
+            yield ok("durability", "A commit is on the disk when a caller is told of it.")
+        else:
+            yield warn(
+                "durability",
+                f"innodb_flush_log_at_trx_commit is {flush}, so a power cut may undo the commits of the "
+                "last second, also of tasks that a caller was told are stored.",
+                "Set it to 1 on the server.",
+            )
+        if "STRICT_" in mode:
+            yield ok("strict mode", "The server refuses values that are too long.")
+        else:
+            yield warn(
+                "strict mode",
+                f"The server cuts values that are too long, as sql_mode is {mode!r}.",
+                "Add STRICT_TRANS_TABLES to sql_mode.",
+            )

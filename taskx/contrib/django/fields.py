@@ -6,12 +6,15 @@ from typing import Any
 
 from django.db import models
 
-# The collation by which each database compares characters, not letters.
-_BINARY = {"postgresql": "C", "mysql": "utf8mb4_bin", "sqlite": "BINARY"}
+# The collation by which each database compares characters, not letters. A space at the end counts, too.
+_BINARY = {"postgresql": "C", "sqlite": "BINARY"}
 
 
-def _with_collation(parameters: dict[str, Any], vendor: str) -> dict[str, Any]:
-    return {**parameters, "collation": _BINARY.get(vendor)}
+def _with_collation(parameters: dict[str, Any], connection: Any) -> dict[str, Any]:
+    collation = _BINARY.get(connection.vendor)
+    if connection.vendor == "mysql":
+        collation = "utf8mb4_nopad_bin" if connection.mysql_is_mariadb else "utf8mb4_0900_bin"
+    return {**parameters, "collation": collation}
 
 
 class NameField(models.CharField):
@@ -21,11 +24,11 @@ class NameField(models.CharField):
     """
 
     def db_parameters(self, connection: Any) -> dict[str, Any]:
-        return _with_collation(super().db_parameters(connection), connection.vendor)
+        return _with_collation(super().db_parameters(connection), connection)
 
 
 class LongField(models.TextField):
     """A long text, compared like a :class:`NameField`."""
 
     def db_parameters(self, connection: Any) -> dict[str, Any]:
-        return _with_collation(super().db_parameters(connection), connection.vendor)
+        return _with_collation(super().db_parameters(connection), connection)

@@ -24,7 +24,7 @@ Pairs = dict[int, tuple[Write, Write]]
 _MOST_VALUES = 500
 _MOST_TYPES = 50  # in one query
 _CREATED_AT = TASK_FIELDS.index("created_at")
-_ANY_TIME = 2**63 - 1
+_ANY_NUMBER = 2**63 - 1
 
 
 class Records(Repository):
@@ -131,7 +131,28 @@ class Records(Repository):
         return found
 
     def distinct(self, column: Listed, after: str, limit: int) -> Sequence[str]:
-        return [value for (value,) in self._rows(statements.DISTINCT[column], (after, limit))]
+        if self.vendor != "mysql":
+            return [value for (value,) in self._rows(statements.DISTINCT[column], (after, limit))]
+        step = statements.STEPS[column]
+        if column != "ready_type":
+            return self._walk(step, (), after, limit)
+        owners = ["", *self._walk(statements.STEPS["buffered_on"], (), "", _ANY_NUMBER)]
+        kinds = {kind for owner in owners for kind in self._walk(step, (owner,), after, limit)}
+        return sorted(kinds)[:limit]
+
+    def _walk(self, step: str, values: Sequence[Any], start: Any, limit: int) -> list[Any]:
+        """Return the values to which a query leads, step by step.
+
+        MySQL's recursion would read all rows for each step, and ends after a thousand.
+        """
+        found: list[Any] = []
+        while len(found) < limit:
+            ((value,),) = self._rows(f"{step}%s", (*values, start))
+            if value is None:
+                break
+            found.append(value)
+            start = value
+        return found
 
     def list(self, filter: TaskFilter) -> Sequence[Task]:
         return self.list_after(filter)[0]
@@ -172,8 +193,12 @@ class Records(Repository):
         return labels[counts.index(min(counts))]
 
     def flows(self, before: str, limit: int) -> Sequence[str]:
-        found = self._rows(statements.FLOWS, (FLOW + (before or statements.LAST), limit))
-        return [label[len(FLOW) :] for (label,) in found]
+        start = FLOW + (before or statements.LAST)
+        if self.vendor == "mysql":
+            found = self._walk(statements.LAST_FLOW, (), start, limit)
+        else:
+            found = [label for (label,) in self._rows(statements.FLOWS, (start, limit))]
+        return [label[len(FLOW) :] for label in found]
 
     def ready(
         self, types: Iterable[str], limit: int, owner: str = "", ageing: int = 0
@@ -195,9 +220,15 @@ class Records(Repository):
     def _ready_by_age(self, kinds: Sequence[str], limit: int, owner: str) -> Rows:
         rows: Rows = []
         for kind in kinds:
-            for (priority,) in self._rows(statements.PRIORITIES, (owner, kind) * 2):
+            for priority in self._priorities(owner, kind):
                 rows += self._rows(statements.READY_AT, (owner, kind, priority, limit))
         return rows
+
+    def _priorities(self, owner: str, kind: str) -> Sequence[int]:
+        if self.vendor == "mysql":
+            step = statements.LOWER_PRIORITY
+            return self._walk(step, (owner, kind), _ANY_NUMBER, _ANY_NUMBER)
+        return [value for (value,) in self._rows(statements.PRIORITIES, (owner, kind) * 2)]
 
     def count_ready(self, type: str, owner: str, at_most: int) -> int:
         ((count,),) = self._rows(statements.COUNT_READY, (owner, type, at_most))
@@ -206,11 +237,12 @@ class Records(Repository):
     def due(
         self, before: int | None, limit: int, column: Timed = "run_at"
     ) -> Sequence[tuple[str, int]]:
-        latest = _ANY_TIME if before is None else before
+        latest = _ANY_NUMBER if before is None else before
         return [(i, at) for i, at in self._rows(statements.DUE[column], (latest, limit))]
 
     def ended(self, status: str, before: int, limit: int, after: Any = None) -> Sequence[Ended]:
-        rows = self._rows(statements.ENDED.format(status), (*(after or (before, 0)), before, limit))
+        place = after or (before, 0)
+        rows = self._rows(statements.ENDED.format(status), (*place[:1], *place, before, limit))
         return [
             Ended(_stub(row), parents_from_text(parents), lock, scope, (created_at, seq))
             for *row, parents, lock, scope, created_at, seq in rows

@@ -65,7 +65,7 @@ class DjangoRepository(BesideBlocks, Records):
     Args:
         using: the alias of the database in ``DATABASES``.
         durability: the commits that a power cut, or the death of the database server, may undo. The death
-            of your own processes never undoes a commit. On MySQL, the server's settings decide.
+            of your own processes never undoes a commit. On MariaDB and MySQL, the server's settings decide.
 
             - ``"accepted"``: nothing that a caller was told (submit, cancel, requeue, delete). The outcomes
               of the last second may be undone, and on SQLite the starts; those tasks run again.

@@ -64,10 +64,24 @@ def _steps(first: str, next_: str) -> str:
     )
 
 
-def _distinct(name: str, which: str) -> str:
-    least = f"SELECT min({name}) FROM {TASK} WHERE {which} AND {name} > "
-    return f"WITH RECURSIVE {_steps(f'{least}%s', f'{least}steps.value')} LIMIT %s"
+def _walk(step: str) -> str:
+    """Take a step after a given value, and further ones, up to a limit."""
+    return f"WITH RECURSIVE {_steps(f'{step}%s', f'{step}steps.value')} LIMIT %s"
 
+
+def _least(name: str, which: str) -> str:
+    return f"SELECT min({name}) FROM {TASK} WHERE {which} AND {name} > "
+
+
+#: For each column, the query for the value that comes after a given one, without that.
+STEPS: dict[Listed, str] = {
+    "waiting_on": _least("waiting_on", _WAITING),
+    "line": _least("concurrency_key", _IN_LINE),
+    "running_on": _least("owner", _RUNNING),
+    "buffered_on": _least("owner", _READY),
+    "stuck_on": _least("stuck_on", _STUCK),
+    "ready_type": _least("type", f"{_READY} AND owner = %s"),
+}
 
 # The first column of the index is the owner, so this takes a step for each type of each owner.
 _OWNERS = (
@@ -82,20 +96,19 @@ _LEAST_TYPE = (
 
 #: The queries for the values of a column that come after a given one.
 DISTINCT: dict[Listed, str] = {
-    "waiting_on": _distinct("waiting_on", _WAITING),
-    "line": _distinct("concurrency_key", _IN_LINE),
-    "running_on": _distinct("owner", _RUNNING),
-    "buffered_on": _distinct("owner", _READY),
-    "stuck_on": _distinct("stuck_on", _STUCK),
+    **{column: _walk(step) for column, step in STEPS.items()},
     "ready_type": (
         f"{_OWNERS}{_steps(_LEAST_TYPE.format('%s'), _LEAST_TYPE.format('steps.value'))} LIMIT %s"
     ),
 }
-_LAST_FLOW = f"SELECT max(tag) FROM {TAG} WHERE tag > '{FLOW}' AND tag < "
-FLOWS = f"WITH RECURSIVE {_steps(f'{_LAST_FLOW}%s', f'{_LAST_FLOW}steps.value')} LIMIT %s"
+#: The query for the last label of a flow before a given one, without that.
+LAST_FLOW = f"SELECT max(tag) FROM {TAG} WHERE tag > '{FLOW}' AND tag < "
+FLOWS = _walk(LAST_FLOW)
 _PRIORITY = f"SELECT max(priority) FROM {TASK} WHERE {_READY} AND owner = %s AND type = %s"
+#: The query for the greatest priority below a given one of ready tasks of an owner and a type.
+LOWER_PRIORITY = f"{_PRIORITY} AND priority < "
 #: The priorities of ready tasks of an owner and a type.
-PRIORITIES = f"WITH RECURSIVE {_steps(_PRIORITY, f'{_PRIORITY} AND priority < steps.value')}"
+PRIORITIES = f"WITH RECURSIVE {_steps(_PRIORITY, f'{LOWER_PRIORITY}steps.value')}"
 
 # --- what may start, and what has ended
 
@@ -130,11 +143,21 @@ DUE: dict[Timed, str] = {
         "AND expires_at <= %s ORDER BY expires_at LIMIT %s"
     ),
 }
+
+
+def _before(at: str, number: str) -> str:
+    """Compare rows with a place in a list. Its values are the time, and again the time with the number.
+
+    MySQL uses an index only for the first of the comparisons.
+    """
+    return f"{at} <= %s AND ({at}, {number}) < (%s, %s)"
+
+
 # The index of a status is by ``created_at``: a task was created before it ended.
 ENDED = (
     f"SELECT {_STUB}, depends_on, unique_lock, unique_scope, created_at, seq FROM {TASK} "
-    "WHERE status = '{}' AND (created_at, seq) < (%s, %s) AND completed_at < %s AND stuck_on = '' "
-    "ORDER BY created_at DESC, seq DESC LIMIT %s"
+    f"WHERE status = '{{}}' AND {_before('created_at', 'seq')} AND completed_at < %s "
+    "AND stuck_on = '' ORDER BY created_at DESC, seq DESC LIMIT %s"
 )
 NEWEST = (
     f"SELECT {{}} FROM {TASK} WHERE status = '{{}}' ORDER BY created_at DESC, seq DESC LIMIT %s"
@@ -165,7 +188,8 @@ def list_tasks(filter: TaskFilter, vendor: str, place: Sequence[Any] = (), by: s
     at, number = ("g.at", "g.task") if by else ("t.created_at", "t.seq")
     task = ", ".join(f"t.{name}" for name in TASK_FIELDS)
     sql = f"SELECT {task}, t.seq FROM {source} ORDER BY {at} DESC, {number} DESC LIMIT %s OFFSET %s"
-    return sql, [*values, filter.limit, filter.offset]
+    limit = int(filter.limit)  # MySQL's drivers write numbers of another class as texts
+    return sql, [*values, limit, filter.offset]
 
 
 def count_tasks(filter: TaskFilter, vendor: str, most: int | None = None, by: str = "") -> Query:
@@ -210,8 +234,8 @@ def _meeting(filter: TaskFilter, vendor: str, place: Sequence[Any], by: str) -> 
         conditions.append("g.tag = %s")
         values.append(by)
     if place:
-        conditions.append("(g.at, g.task) < (%s, %s)" if by else "(t.created_at, t.seq) < (%s, %s)")
-        values += place
+        conditions.append(_before("g.at", "g.task") if by else _before("t.created_at", "t.seq"))
+        values += [place[0], *place]
     if filter.status is not None:
         status = filter.status.value
         conditions.append(_STATUS.get(status, f"t.status = '{status}'"))

@@ -45,12 +45,24 @@ def apply_one(link: Link, write: Write) -> bool:
     """Apply one write, inside a transaction. Return True if its guard held."""
     if isinstance(write, Insert):
         return _insert(link, write)
+    if write.skips and link.vendor == "mysql" and not _lock(link, write):
+        return False
     if isinstance(write, Delete):
         return _delete(link, write)
     held = _unless_taken(link, write, lambda: link.count(*update(link, write)) > 0)
     if held and "tags" in write.changes:
         retag(link, write)
     return held
+
+
+def _lock(link: Link, write: Update | Delete) -> bool:
+    """Lock the row of a write on MySQL. Return False if another transaction has locked it."""
+    if not link.django.features.has_select_for_update_skip_locked:
+        return True
+    # MariaDB fails to pass over a lock in a session that waits for no locks.
+    patience = "SET STATEMENT innodb_lock_wait_timeout = 1 FOR "
+    sql = f"SELECT seq FROM {TASK} WHERE id = %s FOR UPDATE SKIP LOCKED"
+    return bool(link.rows(f"{patience if link.django.mysql_is_mariadb else ''}{sql}", (write.id,)))
 
 
 def is_single(write: Write) -> bool:

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
+import mariadb_server
+import postgres_server
 import pytest
 from django.contrib.admin.models import LogEntry
 from django.db import connection, connections
@@ -659,10 +661,10 @@ def test_tasks_in_another_database_of_the_site_are_shown(boss, queue, monkeypatc
             other.delete("in-other")
 
 
-# --- PostgreSQL
+# --- servers
 
 
-ON_POSTGRES = """
+ON_SERVER = """
 import json, re
 import django
 django.setup()
@@ -700,16 +702,17 @@ queue.close()
 """
 
 
-@pytest.mark.postgres
 @pytest.mark.process
-def test_lists_actions_and_forms_work_on_postgresql(postgres_server, tmp_path):
-    name = postgres_server.new_database()
+@pytest.mark.parametrize("kind", ["postgres", "mariadb"])
+def test_lists_actions_and_forms_work_on_a_server(kind, tmp_path):
+    server = {"postgres": postgres_server, "mariadb": mariadb_server}[kind].shared()
+    name = server.new_database()
     done = subprocess.run(
-        [sys.executable, "-c", ON_POSTGRES],
+        [sys.executable, "-c", ON_SERVER],
         env={
             **os.environ,
             "DJANGO_SETTINGS_MODULE": "project.settings",
-            "TASKX_DJANGO_POSTGRES": f"postgresql://postgres@127.0.0.1:{postgres_server.port}/{name}",
+            "TASKX_DJANGO_SERVER": server.url(name),
             "TASKX_DJANGO_SQLITE": str(tmp_path / "site.db"),
             "PYTHONPATH": os.pathsep.join((str(FOLDER), str(ROOT))),
         },
@@ -717,7 +720,7 @@ def test_lists_actions_and_forms_work_on_postgresql(postgres_server, tmp_path):
         text=True,
         timeout=120,
     )
-    postgres_server.drop_database(name)
+    server.drop_database(name)
     assert done.returncode == 0, done.stderr
     pages, tasks, schedules, status = json.loads(done.stdout.splitlines()[-1])
     assert pages == {

@@ -21,11 +21,10 @@ from .test_backend import ended, entry
 READY, SUCCESSFUL = TaskResultStatus.READY, TaskResultStatus.SUCCESSFUL
 
 
-@pytest.fixture(params=["sqlite", "postgres"])
+@pytest.fixture(params=django_project.MAKERS)
 def site(request, tmp_path) -> Iterator[str]:
     """The alias of a database with the tables of TaskX, and a table of the site."""
-    make = {"sqlite": django_project.on_sqlite, "postgres": django_project.on_postgres}
-    with make[request.param](tmp_path) as repository:
+    with django_project.MAKERS[request.param](tmp_path) as repository:
         alias = repository.using
     with connections[alias].cursor() as cursor:
         cursor.execute("CREATE TABLE orders (name TEXT)")

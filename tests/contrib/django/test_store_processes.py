@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import django_project
+import mariadb_server
 import postgres_server
 import pytest
 from helpers import PATIENCE, eventually
@@ -13,7 +14,8 @@ from helpers import PATIENCE, eventually
 from taskx import DuplicateTask, MemoryRepository, Queue, RepositoryUnavailable, Task, TaskFilter
 from taskx.contrib.django import DjangoRepository
 
-pytestmark = [pytest.mark.process, pytest.mark.postgres]
+pytestmark = pytest.mark.process
+SERVERS = {"postgres": postgres_server, "mariadb": mariadb_server}
 
 # The arguments: the project's folder, a variable with the database, its value, the path of a log.
 PROGRAM = """
@@ -86,21 +88,27 @@ def on_sqlite(spawn, folder):
 def on_server(spawn, folder, server, alias):
     """Return a site on a new database of a server."""
     django_project.set_up()
-    name = server.new_database()
-    django_project.add_postgres(alias, server.port, name)
+    url = server.url(server.new_database())
+    django_project.add_url(alias, url)
     django_project.migrate(alias)
-    url = f"postgresql://postgres@127.0.0.1:{server.port}/{name}"
     repository = DjangoRepository(alias, run_folder=folder / "log.run")
-    return Site(spawn, folder, "TASKX_DJANGO_POSTGRES", url, repository)
+    return Site(spawn, folder, "TASKX_DJANGO_SERVER", url, repository)
 
 
-@pytest.fixture(params=["sqlite", "postgres"])
+@pytest.fixture(params=["sqlite", *SERVERS])
 def site(request, spawn, tmp_path):
     if request.param == "sqlite":
         made = on_sqlite(spawn, tmp_path)
     else:
-        made = on_server(spawn, tmp_path, postgres_server.shared(), f"site {tmp_path}")
+        made = on_server(spawn, tmp_path, SERVERS[request.param].shared(), f"site {tmp_path}")
     with made.repository:
+        yield made
+
+
+@pytest.fixture(params=SERVERS)
+def server(request):
+    """A server that the test kills."""
+    with SERVERS[request.param].private() as made:
         yield made
 
 
@@ -130,7 +138,7 @@ def test_processes_share_the_tasks_and_run_each_once(site):
 
 
 def test_tasks_of_a_killed_process_run_again_in_another_one(site):
-    """Kernel locks show the death at once, on PostgreSQL by the lock file of a node on the same host."""
+    """Kernel locks show the death at once, on a server by the lock file of a node on the same host."""
     queue = Queue(site.repository)
     queue.declare("hang")
     hung = queue.submit("hang", {"n": 1})
@@ -165,26 +173,25 @@ def test_a_forked_process_has_connections_of_its_own(site):
     assert child.read() == "4"
 
 
-def test_a_restart_of_the_server_under_load_loses_nothing(spawn, tmp_path):
+def test_a_restart_of_the_server_under_load_loses_nothing(spawn, tmp_path, server):
     """The server and all its processes are killed three times while two workers run and tasks come in.
 
     A submit that fails in doubt is sent again with the same id.
     """
-    with postgres_server.private() as server:
-        site = on_server(spawn, tmp_path, server, f"killed {tmp_path}")
-        with site.repository as repository:
-            queue = Queue(repository)
-            queue.declare("work")
-            workers = site.start(2)
-            for n in range(150):
-                if n in (30, 70, 110):
-                    server.kill()
-                    server.start()
-                eventually(lambda n=n: accepted(queue, n))
-            eventually(ended(repository, 150))
-            assert set(site.log()) == {f"work {n}" for n in range(150)}
-            for worker in workers:
-                worker.kill()
+    site = on_server(spawn, tmp_path, server, f"killed {tmp_path}")
+    with site.repository as repository:
+        queue = Queue(repository)
+        queue.declare("work")
+        workers = site.start(2)
+        for n in range(150):
+            if n in (30, 70, 110):
+                server.kill()
+                server.start()
+            eventually(lambda n=n: accepted(queue, n))
+        eventually(ended(repository, 150))
+        assert set(site.log()) == {f"work {n}" for n in range(150)}
+        for worker in workers:
+            worker.kill()
 
 
 def accepted(queue, n):
@@ -198,35 +205,31 @@ def accepted(queue, n):
     return True
 
 
-def test_an_outcome_that_the_server_did_not_take_waits_for_it(tmp_path, gate):
+def test_an_outcome_that_the_server_did_not_take_waits_for_it(spawn, tmp_path, gate, server):
     """A task ends while the server is down, and is not run again."""
-    with postgres_server.private() as server:
-        django_project.set_up()
-        name = server.new_database()
-        django_project.add_postgres(f"down {tmp_path}", server.port, name)
-        django_project.migrate(f"down {tmp_path}")
-        repository = DjangoRepository(f"down {tmp_path}", "full", run_folder=tmp_path)
-        queue = Queue(repository)
-        ran = []
+    alias = on_server(spawn, tmp_path, server, f"down {tmp_path}").repository.using
+    repository = DjangoRepository(alias, "full", run_folder=tmp_path)
+    queue = Queue(repository)
+    ran = []
 
-        @queue.executor()
-        def work(ctx):
-            ran.append(1)
-            gate()
-            return "done"
+    @queue.executor()
+    def work(ctx):
+        ran.append(1)
+        gate()
+        return "done"
 
-        try:
-            queue.start()
-            handle = queue.submit("work")
-            gate.wait_for(1)
-            server.kill()
-            gate.open()
-            with pytest.raises(RepositoryUnavailable):
-                handle.task()
-            server.start()
-            assert handle.result(PATIENCE) == "done"
-            assert ran == [1]
-            assert handle.task().starts == 1
-        finally:
-            queue.stop(5)
-            repository.close()
+    try:
+        queue.start()
+        handle = queue.submit("work")
+        gate.wait_for(1)
+        server.kill()
+        gate.open()
+        with pytest.raises(RepositoryUnavailable):
+            handle.task()
+        server.start()
+        assert handle.result(PATIENCE) == "done"
+        assert ran == [1]
+        assert handle.task().starts == 1
+    finally:
+        queue.stop(5)
+        repository.close()

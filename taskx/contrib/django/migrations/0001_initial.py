@@ -2,48 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from django.db import migrations, models
 
 import taskx.contrib.django.fields
-
-# Rows change a few times and are then removed, so vacuum must come sooner than after a fifth of a large
-# table. Room in the pages keeps the changes of progress and checkpoints out of the indexes.
-_TASKS = (
-    "ALTER TABLE taskx_task SET (fillfactor = 85, autovacuum_vacuum_scale_factor = 0.02, "
-    "autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_insert_scale_factor = 0.05, "
-    "autovacuum_analyze_scale_factor = 0.05)"
-)
-_NOTES = (
-    "ALTER TABLE taskx_note SET (fillfactor = 50, autovacuum_vacuum_scale_factor = 0.0, "
-    "autovacuum_vacuum_threshold = 500)"
-)
-
-
-def tune(apps: Any, editor: Any) -> None:
-    """Set what models cannot express: PostgreSQL's storage, and whole indexes for MySQL.
-
-    MySQL has no partial indexes, and Django leaves them out there.
-    """
-    if editor.connection.vendor == "postgresql":
-        for statement in (_TASKS, _NOTES):
-            editor.execute(statement)
-    elif not editor.connection.features.supports_partial_indexes:
-        model = apps.get_model("taskx", "TaskRow")
-        for index in model._meta.indexes:
-            if index.condition is not None:
-                editor.add_index(model, whole(index))
-        for unique in model._meta.constraints:
-            if unique.condition is not None:
-                plain = models.UniqueConstraint(fields=unique.fields, name=unique.name)
-                editor.add_constraint(model, plain)
-
-
-def whole(index: models.Index) -> models.Index:
-    """Return the index over all rows, which a partial one stands for."""
-    fields = [f"{order and '-'}{name}" for name, order in index.fields_orders]
-    return models.Index(fields=fields, name=index.name)
 
 
 class Migration(migrations.Migration):
@@ -412,5 +373,4 @@ class Migration(migrations.Migration):
             },
             bases=("taskx.noterow",),
         ),
-        migrations.RunPython(tune, migrations.RunPython.noop, elidable=False),
     ]

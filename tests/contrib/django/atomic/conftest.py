@@ -14,12 +14,11 @@ from taskx import Queue
 from taskx.contrib.django import DjangoRepository
 
 
-@pytest.fixture(params=["sqlite", "postgres"])
+@pytest.fixture(params=django_project.MAKERS)
 def repository(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[DjangoRepository]:
     from django.contrib.auth.models import Group
 
-    make = {"sqlite": django_project.on_sqlite, "postgres": django_project.on_postgres}
-    with make[request.param](tmp_path) as made:
+    with django_project.MAKERS[request.param](tmp_path) as made:
         Group.objects.using(made.using).all().delete()
         yield made
         connections.close_all()

@@ -12,7 +12,11 @@ from helpers import run_once
 from contrib.django.atomic.blocks import LONG, elsewhere
 from taskx import ConfigurationError, TaskCancelled, TaskFailed, TaskStatus
 
-FAILURE = {"sqlite": OperationalError("disk I/O error"), "postgresql": InterfaceError("closed")}
+FAILURE = {
+    "sqlite": OperationalError("disk I/O error"),
+    "postgresql": InterfaceError("closed"),
+    "mysql": OperationalError(2013, "Lost connection to server during query"),
+}
 
 
 @pytest.fixture
@@ -105,13 +109,13 @@ def test_a_run_that_has_lost_its_task_stores_nothing(queue, using, add, names, c
 
     def work(ctx):
         try:
-            if using != "postgres":  # SQLite lets nobody write during the block
+            if connections[using].vendor == "sqlite":  # SQLite lets nobody write during the block
                 elsewhere(take)
             with ctx.transaction() as tx:
                 add("readers")
                 if completes:
                     tx.complete()
-                if using == "postgres":
+                if connections[using].vendor != "sqlite":
                     elsewhere(take)
         except BaseException as error:
             outcomes.append(type(error))
@@ -212,13 +216,22 @@ def test_inside_another_block_it_is_refused(run, using):
     assert "leave that block before" in task.error or "instead of the block" in task.error
 
 
+def break_connection(using):
+    """Break this thread's connection, as a restart of the server does."""
+    own = connections[using]
+    if own.vendor == "postgresql":
+        own.connection.close()
+    elif own.vendor == "mysql":
+        number = own.connection.thread_id()
+        elsewhere(lambda: connections[using].cursor().execute(f"KILL {number}"))
+    else:
+        own.close()
+
+
 def test_a_connection_that_has_broken_is_opened_again(run, using, add, names):
     def work(ctx):
         add("readers")
-        if using == "postgres":
-            connections[using].connection.close()  # as after a restart of the server
-        else:
-            connections[using].close()
+        break_connection(using)
         with ctx.transaction() as tx:
             add("writers")
             tx.complete()

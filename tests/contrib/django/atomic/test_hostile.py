@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 
 import django_project
+import mariadb_server
 import postgres_server
 import pytest
 from django.contrib.auth.models import Group
@@ -18,6 +19,8 @@ from contrib.django.atomic.blocks import LONG, ids, rolled_back
 from contrib.django.atomic.conftest import closing
 from taskx import TaskStatus, TaskxError
 from taskx.contrib.django import DjangoRepository
+
+SERVERS = {"postgres": postgres_server, "mariadb": mariadb_server}
 
 # The start of the programs. ``child(fatal)`` is called in processes of its own: each dies at its own
 # statement on the site's connection, and the last one comes to the end.
@@ -208,19 +211,18 @@ def effects():
     return Counter(name for (name,) in run("SELECT name FROM effects"))
 
 
-@pytest.mark.postgres
 @pytest.mark.process
 class TestKilledServer:
-    @pytest.fixture
-    def server(self):
-        with postgres_server.private() as made:
+    @pytest.fixture(params=SERVERS)
+    def server(self, request):
+        with SERVERS[request.param].private() as made:
             yield made
 
     @pytest.fixture
     def repository(self, server, tmp_path):
         """A repository on a server that the test kills, and a table without any constraint."""
         django_project.set_up()
-        django_project.add_postgres("restarting", server.port, server.new_database())
+        django_project.add_url("restarting", server.url(server.new_database()))
         call_command("migrate", "taskx", database="restarting", verbosity=0)
         run("CREATE TABLE effects (name TEXT)")
         connections.close_all()

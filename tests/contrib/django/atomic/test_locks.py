@@ -1,4 +1,4 @@
-"""Locks that an application's transaction keeps on PostgreSQL delay nothing else."""
+"""Locks that an application's transaction keeps on a server delay nothing else."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from contrib.django.atomic.conftest import closing
 from taskx import DuplicateTask, TaskStatus
 from taskx.contrib.django.models import TaskRow
 
-pytestmark = pytest.mark.postgres
 # Seconds that the repository waits for a lock. Nobody else may wait so long.
 NEVER = 4 * LONG
 
 
-@pytest.fixture
-def repository(tmp_path):
-    with django_project.on_postgres(tmp_path, timeout=NEVER) as made:
+@pytest.fixture(params=["postgres", "mariadb"])
+def repository(request, tmp_path):
+    with django_project.MAKERS[request.param](tmp_path, timeout=NEVER) as made:
         yield made
         connections.close_all()
 
@@ -89,6 +88,7 @@ def test_other_tasks_are_submitted_run_and_end(queue, repository, gate, clock):
     assert [len(one.task().attempts) for one in (running, scheduled)] == [1, 1]
 
 
+@pytest.mark.parametrize("repository", ["postgres"], indirect=True)
 def test_a_lock_of_the_whole_table_loses_no_write(queue, repository):
     with transaction.atomic(using=repository.using):
         with connections[repository.using].cursor() as cursor:

@@ -239,7 +239,7 @@ class TestWrongConnections:
 
     def test_a_statement_that_postgresql_has_refused(self, repository, queue, using):
         if repository.vendor != "postgresql":
-            pytest.skip("SQLite goes on after an error")
+            pytest.skip("SQLite and MySQL go on after an error")
         with transaction.atomic(using=using):
             with suppress(DatabaseError), connections[using].cursor() as cursor:
                 cursor.execute("SELECT nothing")

@@ -1,8 +1,8 @@
 """The settings of the Django project of the tests.
 
 ``TASKX_DJANGO_SQLITE`` is the path of the SQLite file of the database ``default``. The database ``other``
-is a file beside it. If ``TASKX_DJANGO_POSTGRES`` is set, ``default`` is that database instead, such as
-``postgresql://user@127.0.0.1:5432/name``.
+is a file beside it. If ``TASKX_DJANGO_SERVER`` is set, ``default`` is that database instead, such as
+``postgresql://user@127.0.0.1:5432/name`` or ``mysql://user@127.0.0.1:3306/name``.
 """
 
 from __future__ import annotations
@@ -60,10 +60,20 @@ def sqlite(path: str) -> dict[str, object]:
     return {"ENGINE": "django.db.backends.sqlite3", "NAME": path, "OPTIONS": {"timeout": 30}}
 
 
-def postgres(url: str) -> dict[str, object]:
+def use_pymysql() -> None:
+    """Have Django use PyMySQL instead of mysqlclient, whose installation needs a compiler."""
+    import pymysql
+
+    pymysql.install_as_MySQLdb()
+
+
+def on_server(url: str) -> dict[str, object]:
     parts = urlsplit(url)
+    if parts.scheme == "mysql":
+        use_pymysql()
     return {
-        "ENGINE": "django.db.backends.postgresql",
+        "OPTIONS": {"charset": "utf8mb4"} if parts.scheme == "mysql" else {},
+        "ENGINE": f"django.db.backends.{parts.scheme}",
         "HOST": parts.hostname,
         "PORT": parts.port,
         "USER": parts.username,
@@ -73,9 +83,9 @@ def postgres(url: str) -> dict[str, object]:
 
 
 _file = os.environ.get("TASKX_DJANGO_SQLITE") or f"{tempfile.gettempdir()}/taskx-{os.getpid()}.db"
-_server = os.environ.get("TASKX_DJANGO_POSTGRES")
+_server = os.environ.get("TASKX_DJANGO_SERVER")
 
 DATABASES = {
-    "default": postgres(_server) if _server else sqlite(_file),
+    "default": on_server(_server) if _server else sqlite(_file),
     "other": sqlite(f"{_file}-other"),
 }
