@@ -112,7 +112,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for mark in set(marks_of(item)):
             item.add_marker(mark)
         if not HAS_MARIADB and item.get_closest_marker("mariadb"):
-            reason = f"{NO_MARIADB}: install Debian's package mariadb-server-core"
+            reason = (
+                f"{NO_MARIADB}: install Debian's packages mariadb-server-core, mariadb-client-core"
+            )
             item.add_marker(pytest.mark.skip(reason=reason))
 
 

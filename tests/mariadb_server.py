@@ -26,8 +26,11 @@ _RUN = [sys.executable, "-I", "-c", RUN, str(int(signal.SIGKILL)), "{}"]
 SERVER_USED = "taskx.tests.mariadb_used"
 # A system's servers are often in a folder that only root's PATH has.
 _PATH = f"{os.environ.get('PATH', '')}:/usr/sbin"
-#: True if the server is installed.
-INSTALLED = bool(shutil.which("mariadbd", path=_PATH) and shutil.which("mariadb-install-db"))
+#: True if the server, and what makes its tables, is installed.
+INSTALLED = all(
+    shutil.which(name, path=_PATH)
+    for name in ("mariadbd", "mariadb-install-db", "my_print_defaults")
+)
 # Killed processes lose nothing that the system has got, so no file is synced: it guards against power cuts.
 _OPTIONS = {
     "bind_address": "127.0.0.1",
