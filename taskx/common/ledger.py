@@ -25,7 +25,6 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import islice
-from typing import TypeVar
 
 from taskx.common.bell import Agenda, Signal
 from taskx.core.errors import RepositoryError, RepositoryUnavailable, TaskxError, on_main_thread
@@ -33,8 +32,7 @@ from taskx.core.log import GuardedLogger, is_for_the_program
 from taskx.core.writes import Write
 from taskx.storage import queries
 from taskx.storage.base import Locked, Reentered, Repository
-
-T = TypeVar("T")
+from taskx.storage.patience import FIRST_PAUSE, longer, try_again, varied
 
 #: A function that gets True for each write whose guard held, and the repository's error, if any.
 Callback = Callable[[Sequence[bool], BaseException | None], None]
@@ -43,8 +41,6 @@ Callback = Callable[[Sequence[bool], BaseException | None], None]
 MAX_BATCH = 256
 # Seconds after which a follower checks by itself: the thread that should call it may have been interrupted.
 _CHECK_EVERY = 0.05
-# Seconds after which writes that another transaction has locked are tried again, doubled up to the longest.
-_LOCKED_PAUSE, _LONGEST_LOCKED_PAUSE = 0.1, 1.0
 # The locked entries of a batch after which the rest of it is tried later: perhaps the table is locked.
 _MOST_LOCKED = 5
 
@@ -81,7 +77,7 @@ class _Entry:
         #: Why the entry was put off, the monotonic time until which it is, and the next pause in seconds.
         self.locked: Locked | None = None
         self.not_before = 0.0
-        self.pause = _LOCKED_PAUSE
+        self.pause = FIRST_PAUSE
         self.results: Sequence[bool] = ()
         self.error: BaseException | None = None
 
@@ -129,7 +125,7 @@ class Ledger:
         try:
             return self._commit(writes)
         except Locked as error:
-            return _again(partial(self._commit, writes), error)
+            return try_again(partial(self._commit, writes), error)
 
     def _commit(self, writes: Sequence[Write]) -> Sequence[bool]:
         # A leader may wait for a lock of the repository that this thread holds.
@@ -215,7 +211,7 @@ class Ledger:
         try:
             return self._commit_whole(writes)
         except Locked as error:
-            return _again(partial(self._commit_whole, writes), error)
+            return try_again(partial(self._commit_whole, writes), error)
 
     def _commit_whole(self, writes: Sequence[Write]) -> Sequence[bool]:
         try:
@@ -258,7 +254,7 @@ class Ledger:
         except Locked as error:
             if not patient:
                 raise
-            return _again(partial(self._flush, wait=wait), error)
+            return try_again(partial(self._flush, wait=wait), error)
 
     def _flush(self, *, wait: bool) -> bool:
         if not self:
@@ -377,8 +373,8 @@ class Ledger:
 
     def _reject(self, entry: _Entry, error: Exception) -> None:
         if isinstance(error, Locked) and (entry.callback is not None or entry.deserted):
-            entry.locked, entry.not_before = error, time.monotonic() + entry.pause
-            entry.pause = min(2 * entry.pause, _LONGEST_LOCKED_PAUSE)
+            entry.locked, entry.not_before = error, time.monotonic() + varied(entry.pause)
+            entry.pause = longer(entry.pause)
             return
         entry.results = [False] * len(entry.writes)
         entry.error, entry.done = error, True
@@ -430,19 +426,6 @@ class Ledger:
         if entry.error is not None:
             self._log.error("the repository refused a write: %s", entry.error, exc_info=entry.error)
         entry.callback(entry.results, entry.error)
-
-
-def _again(commit: Callable[[], T], error: Locked) -> T:
-    """Try to commit again until nobody locks the records, or the patience of the error is over."""
-    until, pause = time.monotonic() + error.patience, _LOCKED_PAUSE
-    while time.monotonic() < until:
-        time.sleep(pause)
-        pause = min(2 * pause, _LONGEST_LOCKED_PAUSE)
-        try:
-            return commit()
-        except Locked as again:
-            error = again
-    raise error
 
 
 def _in_doubt(error: TaskxError) -> TaskxError:

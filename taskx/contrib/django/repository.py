@@ -43,6 +43,7 @@ from taskx.liveness.base import Liveness
 from taskx.liveness.locks import KernelLocks
 from taskx.storage import queries
 from taskx.storage.base import Listener, Locked, Reentered, Repository, Then, tell_of_forks
+from taskx.storage.patience import try_again
 from taskx.storage.sqlite import turnstile
 from taskx.storage.sqlite.wakeups import Wakeups
 
@@ -51,7 +52,6 @@ T = TypeVar("T")
 
 _TRIES = 5  # of a transaction that others make impossible, such as by a deadlock
 _SHORTEST_LEASE = 0.5
-_LOCKED_PAUSE = 0.1
 _FORK_PATIENCE = 5.0
 
 
@@ -145,14 +145,12 @@ class DjangoRepository(BesideBlocks, Records):
 
         Between two tries the connection is free for the writes of other threads.
         """
-        until = time.monotonic() + self.timeout
-        while True:
-            try:
-                return work()
-            except Locked:
-                if self._hurries.now or time.monotonic() >= until:
-                    raise
-            time.sleep(_LOCKED_PAUSE)
+        try:
+            return work()
+        except Locked as error:
+            if self._hurries.now:
+                raise
+            return try_again(work, error)
 
     @contextmanager
     def without_waiting(self) -> Iterator[None]:

@@ -1,0 +1,46 @@
+"""Patience with a lock: when to try a write again that another transaction has locked."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from taskx.storage.base import Locked
+
+T = TypeVar("T")
+
+#: Seconds until the second try. Each further pause is twice as long, up to the longest.
+FIRST_PAUSE = 0.1
+_LONGEST_PAUSE = 1.0
+
+
+def longer(pause: float) -> float:
+    """Return the seconds of the pause after this one."""
+    return min(2 * pause, _LONGEST_PAUSE)
+
+
+def varied(pause: float) -> float:
+    """Make a pause shorter or longer, at random.
+
+    Two transactions that have refused each other would otherwise meet, and do so, again and again.
+    """
+    return random.uniform(0.2, 1.8) * pause
+
+
+def try_again(work: Callable[[], T], error: Locked) -> T:
+    """Do work that raised ``error`` again, until nobody keeps a lock.
+
+    Raises:
+        Locked: the patience of the error is over.
+    """
+    until, pause = time.monotonic() + error.patience, FIRST_PAUSE
+    while time.monotonic() < until:
+        time.sleep(varied(pause))
+        pause = longer(pause)
+        try:
+            return work()
+        except Locked as again:
+            error = again
+    raise error
