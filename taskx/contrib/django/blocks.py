@@ -52,10 +52,12 @@ def has_begun(connection: Any) -> bool:
         return bool(connection.in_atomic_block)
     if connection.vendor == "postgresql":
         return bool(driver.info.transaction_status)
-    if connection.vendor == "mysql" and connection.mysql_is_mariadb:
-        with suppress(Error), connection.cursor() as cursor:
-            cursor.execute("SELECT @@in_transaction")
-            return bool(cursor.fetchone()[0])
+    if connection.vendor == "mysql":
+        with suppress(Error):  # the connection has broken
+            if connection.mysql_is_mariadb:
+                with connection.cursor() as cursor:
+                    cursor.execute("SELECT @@in_transaction")
+                    return bool(cursor.fetchone()[0])
     return connection.vendor != "sqlite" or bool(driver.in_transaction)
 
 

@@ -211,6 +211,9 @@ def executor_block(links: Connections, take_lock: Callable[[Link], object]) -> I
                 "transaction of its own: leave that block before"
             ) from error
         except Error as error:
+            if not own.in_atomic_block:  # perhaps it broke while Django opened it, and is half open
+                with suppress(Error):
+                    own.close()
             raise links.translated(error) from error
         yield own
         commit = stack.pop_all()

@@ -240,6 +240,30 @@ def test_a_connection_that_has_broken_is_opened_again(run, using, add, names):
     assert names() == ["readers", "writers"]
 
 
+@pytest.mark.parametrize("repository", ["postgres", "mariadb"], indirect=True)
+def test_a_connection_that_broke_while_it_was_opened_is_opened_again(run, using, add, names):
+    def work(ctx):
+        own = connections[using]
+        own.close()
+        for known in ("mysql_server_data", "mysql_version", "mysql_is_mariadb"):
+            own.__dict__.pop(known, None)  # as in a thread's first task
+        set_autocommit = own._set_autocommit
+
+        def dying(wanted):
+            del own._set_autocommit
+            break_connection(using)
+            set_autocommit(wanted)
+
+        own._set_autocommit = dying
+        with ctx.transaction() as tx:
+            add("writers")
+            tx.complete()
+        assert own.get_autocommit()
+
+    assert run(work).status is TaskStatus.COMPLETED
+    assert names() == ["writers"]
+
+
 def test_without_autocommit_it_commits_and_checkpoints_are_stored(
     run, using, add, names, monkeypatch
 ):

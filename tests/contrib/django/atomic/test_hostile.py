@@ -279,15 +279,16 @@ class TestKilledServer:
 
         def sell(seller):
             """Sell until the end. Each order is tried until it is certain that it is stored."""
-            sold = 0
-            while not done.is_set():
+            sold, certain = 0, True
+            while not (done.is_set() and certain):
                 name = f"order {seller} {sold}"
                 try:
+                    certain = False
                     if not run("SELECT 1 FROM effects WHERE name = %s", name):
                         with transaction.atomic(using="restarting"):
                             run("INSERT INTO effects VALUES (%s)", name)
                             queue.submit("ship", {"order": name})
-                    sold += 1
+                    sold, certain = sold + 1, True
                 except (Error, TaskxError):
                     connections["restarting"].close()
                     done.wait(0.05)
