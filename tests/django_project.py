@@ -149,26 +149,23 @@ def add_url(alias: str, url: str) -> None:
     add_database(alias, **on_server(url))
 
 
-def on_mariadb(folder: Path, *, clear: bool = True, **options: Any) -> DjangoRepository:
-    """Return a repository in the database of this process; ``clear`` empties it."""
+def on_mariadb(folder: Path, **options: Any) -> DjangoRepository:
+    """Return a repository in the MariaDB database of this process; ``clear`` empties it."""
     import mariadb_server
 
     mariadb_server.shared()  # says that this test uses it
-    alias = mariadb_alias()
-    from taskx.contrib.django.repository import DjangoRepository
-
-    made = DjangoRepository(alias, run_folder=folder / "run", **options)
-    if clear:
-        empty(made)
-    return made
+    return _on_server(mariadb_alias(), folder, **options)
 
 
-def on_postgres(folder: Path, *, clear: bool = True, **options: Any) -> DjangoRepository:
-    """Return a repository in the database of this process; ``clear`` empties it."""
+def on_postgres(folder: Path, **options: Any) -> DjangoRepository:
+    """Return a repository in the PostgreSQL database of this process; ``clear`` empties it."""
     import postgres_server
 
     postgres_server.shared()  # says that this test uses it
-    alias = postgres_alias()
+    return _on_server(postgres_alias(), folder, **options)
+
+
+def _on_server(alias: str, folder: Path, *, clear: bool = True, **options: Any) -> DjangoRepository:
     from taskx.contrib.django.repository import DjangoRepository
 
     made = DjangoRepository(alias, run_folder=folder / "run", **options)

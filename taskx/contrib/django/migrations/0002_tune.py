@@ -1,4 +1,4 @@
-"""What models cannot express: the storage of PostgreSQL, and the indexes of MySQL and MariaDB."""
+"""Set what models cannot express: the storage of PostgreSQL, and the indexes of MySQL and MariaDB."""
 
 from __future__ import annotations
 
