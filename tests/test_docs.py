@@ -262,6 +262,17 @@ def test_everything_public_is_named_on_a_page(what, names, code):
     assert not missing, what
 
 
+@every_page
+def test_pages_for_users_name_no_private_module(page):
+    if page.name.startswith("design"):  # for maintainers
+        return
+    text = page.read_text(encoding="utf-8")
+    public = r"cli\.app|contrib|dashboard|engines|repository|testing"
+    private = [path.parent.name for path in (ROOT / "taskx").glob("*/__init__.py")]
+    named = re.findall(rf"\btaskx\.(?!{public})(?:{'|'.join(private)})\.[\w.]+", text)
+    assert named == []
+
+
 def test_the_table_of_packages_has_the_order_of_the_layers():
     """``setup.cfg`` lists the layers; imports are checked by it."""
     config = configparser.ConfigParser()

@@ -28,6 +28,7 @@ from mongo_server import SERVER_USED
 from postgres_server import SERVER_USED as POSTGRES_USED
 
 import taskx
+from taskx import repository
 
 ROOT = Path(__file__).parent.parent
 BOOTSTRAP = ROOT / "tools" / "bootstrap.py"
@@ -93,6 +94,17 @@ def test_each_public_name_exists_and_has_a_docstring(name):
         assert vars(value).get("__doc__"), f"taskx.{name} has no docstring of its own"
     elif inspect.isroutine(value):
         assert value.__doc__, f"taskx.{name} has no docstring"
+
+
+def test_the_example_repository_imports_only_the_public_module():
+    source = (ROOT / "taskx" / "repository" / "example.py").read_text(encoding="utf-8")
+    assert {*re.findall(r"^ *(?:from|import) (taskx[\w.]*)", source, re.M)} == {"taskx.repository"}
+
+
+def test_the_names_for_authors_of_repositories_exist():
+    assert [name for name in repository.__all__ if not hasattr(repository, name)] == []
+    with pytest.raises(AttributeError, match="has no attribute 'Missing'"):
+        repository.Missing  # noqa: B018
 
 
 @pytest.mark.process

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from helpers import PATIENCE, eventually
 from storage.repositories import TinyRepository
-from storage.third import ThirdRepository
 
 from taskx import ConfigurationError, TaskNotFound, every
+from taskx.repository.example import ExampleRepository
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_the_statistics_and_failures_of_one_process(queue, gate):
 
 
 def test_a_repository_of_primitives_answers_everything_that_ours_answer(make_queue, tmp_path, gate):
-    with ThirdRepository(tmp_path / "third.db") as repository:
+    with ExampleRepository(tmp_path / "example.db") as repository:
         queue = make_queue(repository, worker_num=1)
         queue.executor("hold", max_concurrency=1, limit_scope="global")(gate)
         queue.declare("rare")
@@ -131,7 +131,7 @@ def test_a_repository_of_primitives_answers_everything_that_ours_answer(make_que
 
 
 def test_statistics_and_failures_are_read_by_primitives(make_queue, tmp_path):
-    with ThirdRepository(tmp_path / "third.db") as repository:
+    with ExampleRepository(tmp_path / "example.db") as repository:
         queue = make_queue(repository, worker_num=1)
         queue.declare("rare")
 

@@ -34,10 +34,9 @@ from taskx import (
 from taskx.core import lifecycle
 from taskx.core.clock import SYSTEM_CLOCK
 from taskx.core.writes import Insert
+from taskx.repository.example import ExampleRepository
 from taskx.storage.adapter import ORIGINAL_FIELDS, EightMethodAdapter
 from taskx.storage.base import Repository
-
-from .third import ThirdRepository
 
 
 class TinyRepository(TaskRepository):
@@ -140,8 +139,8 @@ def coded(kind: str, folder: Path, clock: Clock, codec: Any) -> Repository:
         return SQLiteRepository(folder / "tasks.db", clock=clock, codec=codec)
     if kind == "memory":
         return MemoryRepository(clock, codec)
-    if kind == "third":
-        return ThirdRepository(folder / "third.db", clock, codec)
+    if kind == "example":
+        return ExampleRepository(folder / "example.db", clock, codec)
     return OnMongo(mongomock.MongoClient().db, folder, clock, codec)
 
 
@@ -167,7 +166,7 @@ MAKERS = {
     "mongo-set": on_server("set"),
     "sqlite-prefixed": lambda folder, clock: prefixed(folder, clock),
     "sqlite-coded": lambda folder, clock: coded("sqlite", folder, clock, Scramble()),
-    "third": lambda folder, clock: ThirdRepository(folder / "third.db", clock),
+    "example": lambda folder, clock: ExampleRepository(folder / "example.db", clock),
     "django-sqlite": lambda folder, clock: django_project.on_sqlite(folder, clock=clock),
     "django-postgres": lambda folder, clock: django_project.on_postgres(folder, clock=clock),
     "django-mariadb": lambda folder, clock: django_project.on_mariadb(folder, clock=clock),
@@ -195,8 +194,8 @@ def again(repository: Repository) -> Repository | None:
     made: Repository
     if isinstance(repository, SQLiteRepository):
         made = SQLiteRepository(repository.path, prefix=repository.prefix, clock=repository.clock)
-    elif isinstance(repository, ThirdRepository):
-        made = ThirdRepository(repository.path, repository.clock)
+    elif isinstance(repository, ExampleRepository):
+        made = ExampleRepository(repository.path, repository.clock)
     elif isinstance(repository, OnMongo):
         run, clock = repository.folder / "run", repository.clock
         made = MongoRepository(repository.database, run_folder=run, clock=clock)

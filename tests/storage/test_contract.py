@@ -48,7 +48,7 @@ class TestDjango(RepositoryContract):
             yield repository
 
 
-@pytest.mark.parametrize("kind", ["memory", "sqlite", "mongomock", "third"])
+@pytest.mark.parametrize("kind", ["memory", "sqlite", "mongomock", "example"])
 class TestCoded(RepositoryContract):
     """The contract also holds with a codec."""
 

@@ -62,7 +62,7 @@ class TestEach(OnKind):
     pass
 
 
-@pytest.mark.parametrize("kind", ["memory", "mongomock", "third"])
+@pytest.mark.parametrize("kind", ["memory", "mongomock", "example"])
 class TestCoded(OnKind):
     """The contract also holds with a codec."""
 

@@ -1,7 +1,7 @@
 """A repository that implements only the primitives, on plain :mod:`sqlite3`: an example for authors.
 
 It is written to be read, not to be fast: it has one connection and one lock, and checks guards in Python.
-Everything else is inherited from :class:`taskx.storage.base.Repository`: the eight methods, the rules about
+Everything else is inherited from :class:`taskx.repository.Repository`: the eight methods, the rules about
 tasks, and the leases that show which processes are alive. Comments say what to consider for another store.
 """
 
@@ -14,25 +14,39 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, TypeVar
 
-from taskx.core.clock import SYSTEM_CLOCK, Clock, to_ms
-from taskx.core.codec import Codec
-from taskx.core.errors import PayloadError, RepositoryError, RepositoryUnavailable
-from taskx.core.model import TASK_FIELDS, Task, TaskFilter
-from taskx.core.record import (
+from taskx.repository import (
     COLUMNS,
     DEFAULTS,
     FOR_PARENTS,
     FOR_TURN,
     FREE,
+    SYSTEM_CLOCK,
+    TASK_FIELDS,
     UNTIL_DUE,
+    Clock,
+    Codec,
+    Delete,
     Ended,
+    Insert,
+    Note,
+    NoteChange,
+    PayloadError,
+    Reentered,
+    Repository,
+    RepositoryError,
+    RepositoryUnavailable,
     Stub,
+    Task,
+    TaskFilter,
+    Timed,
+    Write,
+    matches,
+    new_version,
     parents_from_text,
     stub_from_row,
     task_from_row,
+    to_ms,
 )
-from taskx.core.writes import Delete, Insert, Note, NoteChange, Write, matches
-from taskx.storage.base import Reentered, Repository, Timed, new_version
 
 T = TypeVar("T")
 
@@ -80,7 +94,7 @@ LOOKUPS = {
 MOST_VALUES = 500
 
 
-class ThirdRepository(Repository):
+class ExampleRepository(Repository):
     """A repository in a SQLite file with tables of its own, which any number of processes may share.
 
     Args:

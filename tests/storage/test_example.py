@@ -18,22 +18,21 @@ from taskx import (
     every,
 )
 from taskx.core.clock import SYSTEM_CLOCK
+from taskx.repository import example
+from taskx.repository.example import ExampleRepository
 from taskx.testing import RepositoryContract
 
-from . import third
 from .repositories import insert
-from .third import ThirdRepository
 
 # Tests count the starts of tasks, so a slow machine must hand no started task back.
 pytestmark = pytest.mark.usefixtures("calm")
 
 HOLD = """
     import sys, threading
-    sys.path.insert(0, sys.argv[1])
     from taskx import Config, Queue
-    from third import ThirdRepository
+    from taskx.repository.example import ExampleRepository
 
-    queue = Queue(ThirdRepository(sys.argv[2]), Config(worker_num=1))
+    queue = Queue(ExampleRepository(sys.argv[1]), Config(worker_num=1))
 
     @queue.executor("work")
     def work(n):
@@ -50,7 +49,7 @@ HOLD = """
 
 @pytest.fixture
 def repository(tmp_path):
-    with ThirdRepository(tmp_path / "third.db") as repository:
+    with ExampleRepository(tmp_path / "example.db") as repository:
         yield repository
 
 
@@ -64,12 +63,12 @@ class TestItsEightMethods(RepositoryContract):
 
     @pytest.fixture
     def repository(self, tmp_path):
-        with ThirdRepository(tmp_path / "third.db") as repository:
+        with ExampleRepository(tmp_path / "example.db") as repository:
             yield repository
 
 
 def test_the_example_stays_small():
-    assert len(Path(third.__file__).read_text(encoding="utf-8").splitlines()) <= 450
+    assert len(Path(example.__file__).read_text(encoding="utf-8").splitlines()) <= 450
 
 
 def test_tasks_are_executed_retried_delayed_and_cancelled(queue):
@@ -161,7 +160,7 @@ def test_schedules_pauses_and_batches_work(queue):
 
 def test_the_tasks_of_a_dead_process_run_again(queue, repository, spawn):
     """They run in another process: the running task, and the tasks in the dead process's buffer."""
-    child = spawn(HOLD, Path(third.__file__).parent, repository.path)
+    child = spawn(HOLD, repository.path)
     assert child.read() == "started"
     queue.declare("work")
     handles = [queue.submit("work", {"n": n}) for n in (0, 1, 2)]
@@ -184,7 +183,7 @@ def test_two_processes_run_each_task_once(queue, repository, spawn):
     def work(n):
         return n
 
-    child = spawn(HOLD, Path(third.__file__).parent, repository.path)
+    child = spawn(HOLD, repository.path)
     assert child.read() == "started"
     handles = [queue.submit("work", {"n": n}) for n in range(1, 200)]
     with queue:
