@@ -49,6 +49,11 @@ class Keeper:
         """Raise ``ConfigurationError`` if the repository cannot store checkpoints."""
         self._repository.require("checkpoints")
 
+    def refuse_own_transaction(self) -> None:
+        """Raise ``ConfigurationError`` if this thread's own transaction keeps others from storing."""
+        if self._repository.joins:
+            self._repository.refuse_own_transaction()
+
     def store(self, task: Task, text: str, *, durable: bool, token: CancelToken) -> bool:
         """Store the checkpoints of a run. Return False if the run has lost its task.
 
@@ -57,12 +62,11 @@ class Keeper:
         Raises:
             TaskCancelled: the token fired before the repository was back; the checkpoints may be stored
                 or not.
-            ConfigurationError: this thread is in a transaction of its own, which keeps others from storing.
+            ConfigurationError: see :meth:`refuse_own_transaction`.
             RepositoryError: the checkpoints cannot be stored.
         """
         write = lifecycle.checkpoint(task, text, durable=durable)
-        if self._repository.joins:
-            self._repository.refuse_own_transaction()
+        self.refuse_own_transaction()
         while True:
             try:
                 return self._ledger.commit([write])[0]
@@ -128,6 +132,7 @@ class Checkpoints:
     def step(self, name: str, token: CancelToken, call: Callable[[], Any]) -> Any:
         """Return the result of the call in this attempt or an earlier one: see :meth:`Context.step`."""
         token.raise_if_cancelled()
+        self._refuse_own_transaction()
         self._take(name)
         if name not in self._steps:
             self._refuse_if_completed()
@@ -161,6 +166,7 @@ class Checkpoints:
     def set_cursor(self, value: Any, token: CancelToken) -> None:
         """Store a value; None removes it. Raises ``TaskCancelled`` after storing if the token has fired."""
         text = None if value is None else self._encode(value, "cursor")
+        self._refuse_own_transaction()
         with self._lock:
             self._store(self._steps, text, durable=False, token=token)
             self._cursor = text
@@ -189,10 +195,22 @@ class Checkpoints:
 
     # --- inside a transaction of the run
 
-    def refuse_nested(self) -> None:
-        """Raise ``ConfigurationError`` if a transaction of the run is open."""
+    def refuse_transaction(self) -> None:
+        """Raise ``ConfigurationError`` if the run cannot begin a transaction now.
+
+        It has begun one already, or this thread is in one of its own.
+        """
         if self._transaction is not None:
             raise ConfigurationError("ctx.transaction() cannot be used inside ctx.transaction()")
+        self._keeper.refuse_own_transaction()
+
+    def _refuse_own_transaction(self) -> None:
+        """Raise ``ConfigurationError`` if this thread is in a transaction that is not the run's.
+
+        Called before this thread waits for another one of the run, which may wait for that transaction.
+        """
+        if self._transaction is None:
+            self._keeper.refuse_own_transaction()
 
     def _refuse_if_completed(self) -> None:
         if self._completed:
@@ -204,21 +222,23 @@ class Checkpoints:
     @contextmanager
     def inside(self, transaction: Transaction) -> Iterator[None]:
         """Leave what is stored in a block to a transaction. If the block raises, it was never stored."""
-        with self._lock:
-            steps, cursor, taken = self._steps, self._cursor, set(self._taken)
-        transaction.before = checkpoints_to_text(steps, cursor)
+        before = None
         try:
             with self._lock:
+                self.refuse_transaction()
+                before = self._steps, self._cursor, set(self._taken)
+                transaction.before = checkpoints_to_text(*before[:2])
                 self._transaction = transaction
             yield
         finally:  # without a call, so that no interrupt comes in between
-            if not transaction.committed:
-                self._steps, self._cursor, self._taken = steps, cursor, taken
-            else:
-                self._completed = transaction.completes
-                if transaction.checkpoints is not None:
-                    self.stored = transaction.checkpoints
-            self._transaction = None
+            if before is not None:
+                if not transaction.committed:
+                    self._steps, self._cursor, self._taken = before
+                else:
+                    self._completed = transaction.completes
+                    if transaction.checkpoints is not None:
+                        self.stored = transaction.checkpoints
+                self._transaction = None
 
     def lose(self) -> NoReturn:
         """End the run, because it has lost its task."""

@@ -238,10 +238,11 @@ class Context:
         """
         if self.completed is not None:
             raise ConfigurationError("this run has completed its task in a transaction")
-        open_transaction = self._shared.keeper.transaction
+        kept, open_transaction = self._kept(), self._shared.keeper.transaction
+        kept.refuse_transaction()  # before it waits for progress that waits for this thread's transaction
         with (
             self._without_progress(),
-            open_transaction(self._kept(), self._token, self._ending, self._completed) as tx,
+            open_transaction(kept, self._token, self._ending, self._completed) as tx,
         ):
             yield tx
 

@@ -33,8 +33,8 @@ class Transaction:
             back.
     """
 
-    def __init__(self, connection: Any, encode: Callable[[Any], str | None]) -> None:
-        self.connection = connection
+    def __init__(self, encode: Callable[[Any], str | None]) -> None:
+        self.connection: Any = None  # until it begins
         self._encode = encode
         self._thread = threading.get_ident()
         #: True after the end of the block: then nothing more can be part of it.
@@ -93,8 +93,6 @@ class _Kept(Protocol):
 
     task: Task
 
-    def refuse_nested(self) -> None: ...
-
     def inside(self, transaction: Transaction, /) -> AbstractContextManager[None]: ...
 
     def lose(self) -> NoReturn: ...
@@ -119,10 +117,9 @@ def opened(
     If the task was completed, the ending of the run is added to ``completed``.
     """
     token.raise_if_cancelled()
-    kept.refuse_nested()
-    stack, connection = _begin(repository, token)
-    tx = Transaction(connection, encode)
-    with kept.inside(tx):
+    tx = Transaction(encode)
+    with kept.inside(tx):  # before it begins: it waits for other threads of the run, which may store
+        stack, tx.connection = _begin(repository, token)
         commit = _Commit(repository, kept.task, token, tx, completed)
         try:
             with stack:
@@ -218,8 +215,6 @@ class _Commit:
 
 def _begin(repository: Repository, token: CancelToken) -> tuple[ExitStack, Any]:
     """Begin a transaction. While the repository is unavailable, wait and try again."""
-    if repository.joins:
-        repository.refuse_own_transaction()
     while True:
         try:
             with ExitStack() as stack:

@@ -193,6 +193,9 @@ class _Parent(Keeper):
         if self._refused:
             raise ConfigurationError(self._refused)
 
+    def refuse_own_transaction(self) -> None:
+        """Do nothing: a thread of the parent stores."""
+
     def transaction(self, *_: Any) -> NoReturn:
         raise ConfigurationError(
             "ctx.transaction() is not available with isolation='process': the child process has no "
