@@ -158,6 +158,8 @@ class Connections:
         self.schema = tables
         self.busy_timeout = busy_timeout
         self.migrates = True  # if False, a file of an older version is refused
+        #: True once the file was checked, and created if it was missing, until :meth:`close`.
+        self.opened = False
         self._writer: Connection | None = None
         self._idle: list[Connection] = []
         # Readers in use, by thread and by the number of reads that the thread was already in. A signal
@@ -206,11 +208,6 @@ class Connections:
     def writer(self) -> Connection:
         """Return the writing connection. The caller holds the write lock."""
         return self._writer or self._open_file()
-
-    @property
-    def opened(self) -> bool:
-        """True if the file is open: it was checked, and created if it was missing."""
-        return self._writer is not None
 
     def read(self, work: Callable[..., T], *arguments: object) -> T:
         """Return ``work(connection, *arguments)``, called with a reader, and translate SQLite's errors.
@@ -356,6 +353,7 @@ class Connections:
 
     def close(self) -> None:
         """Close all connections that are not in use."""
+        self.opened = False
         self._close_writer()
         self._close_idle()
 
@@ -434,9 +432,10 @@ class Connections:
             connection.set_authorizer(self.compiling.authorizer)
             connection.number = next(_numbers)
             self._writer = connection  # set here, as an interrupt may come right after the return
+            self.opened = True
             return connection
         except BaseException as error:
-            self._writer = None
+            self._writer, self.opened = None, False
             _close_all(opened)
             if not known:
                 self.file.forget()

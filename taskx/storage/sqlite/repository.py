@@ -442,7 +442,11 @@ class SQLiteRepository(Repository):
         return self._rows(sql, values)
 
     def open(self) -> None:
-        """Create and check the file before the first read. Later, check that it still exists."""
+        """Create and check the file before the first read. Later, check that it still exists.
+
+        Only the first read takes the lock: a thread inside a transaction of its own may read, and those
+        that write may wait for that transaction.
+        """
         if self._connections.opened:
             self._file.check()
         else:
