@@ -275,14 +275,13 @@ class Admission:
             self._gate(type).fetched.add(task_id)
 
     def until_token(self, type: str) -> float:
-        """Return the seconds until a token of a type with a rate comes; 0 if there is one.
+        """Return the seconds until a token of a type with a rate of this node comes; 0 if there is one.
 
-        Raises:
-            RepositoryError: the limit is shared, and the repository failed.
+        Without the lock: the caller may be in a transaction for which the thread that has the lock waits.
         """
-        with self._lock:
-            bucket = self._gate(type).bucket
-            return 0.0 if bucket is None else until_token(bucket, self._clock)
+        gate = self._gates.get(type)
+        bucket = None if gate is None else gate.bucket
+        return until_token(bucket, self._clock) if isinstance(bucket, OwnBucket) else 0.0
 
     def open(self, type: str) -> bool:
         """Return True if a stored task may start now, assuming that no other task of its type waits.
