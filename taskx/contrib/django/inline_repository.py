@@ -57,7 +57,7 @@ class InlineRepository(BesideBlocks, MemoryRepository):
     def transaction(self) -> Iterator[Any]:
         self._last.changes = []
         try:
-            with executor_block(self._connections, lambda _: None) as own:
+            with executor_block(self._connections, lambda _, enter: enter()) as own:
                 yield own
         except BaseException:
             self._put_back(self._last.changes)

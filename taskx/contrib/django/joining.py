@@ -191,20 +191,22 @@ def _broken() -> ConfigurationError:
 
 
 @contextmanager
-def executor_block(links: Connections, take_lock: Callable[[Link], object]) -> Iterator[Any]:
+def executor_block(
+    links: Connections, begin: Callable[[Link, Callable[[], object]], object]
+) -> Iterator[Any]:
     """Do what :meth:`Repository.transaction` describes.
 
     Args:
         links: the repository's own connections, which translate errors.
-        take_lock: makes the open transaction of an SQLite file one that writes.
+        begin: calls its second argument, which enters the block, after the locks that come before it.
     """
     own = connections[links.alias]
+    block = transaction.atomic(using=links.alias, durable=True)
     with ExitStack() as stack:
         try:
             _renew(own)
             stack.enter_context(_in_autocommit(own))
-            stack.enter_context(transaction.atomic(using=links.alias, durable=True))
-            take_lock(Link(own))
+            begin(Link(own), lambda: stack.enter_context(block))
         except RuntimeError as error:
             raise ConfigurationError(
                 f"this thread is inside atomic() of {links.alias!r}, and ctx.transaction() is a "

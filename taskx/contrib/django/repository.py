@@ -53,6 +53,8 @@ T = TypeVar("T")
 _TRIES = 5  # of a transaction that others make impossible, such as by a deadlock
 _SHORTEST_LEASE = 0.5
 _FORK_PATIENCE = 5.0
+# Takes the write lock of an SQLite file in a transaction that has begun without it.
+_FIRST_WRITE = f"UPDATE {writing.NOTE} SET version = 0 WHERE 0"
 
 
 class DjangoRepository(BesideBlocks, Records):
@@ -264,7 +266,7 @@ class DjangoRepository(BesideBlocks, Records):
     def _begin(self, link: Link, durable: bool) -> None:
         if self._turns is not None:
             self._turns.set_durable(link, durable)
-            self._turns.begin(link, self.timeout)
+            self._turns.begin(link, self.timeout, lambda: link.execute("BEGIN IMMEDIATE"))
         elif self.vendor == "sqlite":
             link.execute("BEGIN IMMEDIATE")
         elif self.vendor == "postgresql":
@@ -348,18 +350,21 @@ class DjangoRepository(BesideBlocks, Records):
         return joining.join(self, self._connections, connection, then)
 
     def transaction(self) -> AbstractContextManager[Any]:
-        return joining.executor_block(self._connections, self._take_lock)
+        return joining.executor_block(self._connections, self._enter_block)
 
-    def _take_lock(self, link: Link) -> None:
-        """Make the open transaction of an SQLite file one that writes, when it is this process's turn."""
+    def _enter_block(self, link: Link, enter: Callable[[], object]) -> None:
+        """Enter a block of an executor. In an SQLite file it then holds the write lock.
+
+        That lock comes last, also if ``BEGIN`` itself takes it: while it is held, this thread waits for no
+        other lock.
+        """
         if self._turns is None:
+            enter()
             return
         ((before,),) = link.rows("PRAGMA busy_timeout")
         with self._connections.lock:
             try:
-                self._turns.begin(
-                    link, self.timeout, f"UPDATE {writing.NOTE} SET version = 0 WHERE 0"
-                )
+                self._turns.begin(link, self.timeout, enter, lambda: link.execute(_FIRST_WRITE))
             finally:
                 self._turns.leave()
                 link.rows(f"PRAGMA busy_timeout = {before}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from django.db.utils import OperationalError
 
@@ -20,24 +21,16 @@ class Turns:
     def __init__(self, file: DatabaseFile) -> None:
         self._turnstile = Turnstile(file)
 
-    def begin(self, link: Link, timeout: float, statement: str = "BEGIN IMMEDIATE") -> None:
-        """Begin a transaction, when it is this process's turn and no other program writes.
+    def begin(self, link: Link, timeout: float, *steps: Callable[[], object]) -> None:
+        """Begin a transaction in some steps, when it is this process's turn and no other program writes.
 
-        In a transaction that is open already, ``statement`` is the first one that takes the write lock.
+        A step is called again while another program holds the write lock.
         """
         deadline = time.monotonic() + self._turnstile.enter(timeout)
-        pause = _SHORTEST
         link.rows("PRAGMA busy_timeout = 0")
         try:
-            while True:
-                try:
-                    link.execute(statement)
-                    return
-                except OperationalError as error:
-                    if "locked" not in str(error) or time.monotonic() >= deadline:
-                        raise
-                time.sleep(pause)
-                pause = min(2 * pause, _LONGEST)
+            for step in steps:
+                _until_unlocked(step, deadline)
         finally:
             link.rows(f"PRAGMA busy_timeout = {timeout * 1000:.0f}")
 
@@ -60,3 +53,16 @@ class Turns:
     def renew_after_fork(self) -> None:
         """Start over in a forked child."""
         self._turnstile.leave = dict
+
+
+def _until_unlocked(step: Callable[[], object], deadline: float) -> None:
+    pause = _SHORTEST
+    while True:
+        try:
+            step()
+            return
+        except OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() >= deadline:
+                raise
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST)
