@@ -118,7 +118,8 @@ def opened(
     """
     token.raise_if_cancelled()
     tx = Transaction(encode)
-    with kept.inside(tx):  # before it begins: it waits for other threads of the run, which may store
+    # First the run's lock: another thread may hold it while its step waits for the store.
+    with kept.inside(tx):
         stack, tx.connection = _begin(repository, token)
         commit = _Commit(repository, kept.task, token, tx, completed)
         try:
