@@ -347,16 +347,27 @@ class Queue(Questions, Steering):
             RepositoryError: the task could not be stored. If the error's ``in_doubt`` is True, it may
                 have been stored: submit again with the error's ``task_id`` to find out.
         """
+        return self._submit(task, params, connection, options)
+
+    def _submit(
+        self,
+        task: Task | AnyExecutor | str,
+        params: dict[str, Any] | None,
+        connection: object,
+        options: Mapping[str, Any],
+        created_at: int | None = None,
+    ) -> TaskHandle[Any]:
+        """Submit a task whose ``created_at`` the caller knows, in milliseconds; by default it is now."""
         wanted, said = task_of(task, params, options, SubmitOptions, "submit", self.clock, self)
         priority: int | None = said.get("priority")
         on_conflict: OnConflict = said.get("on_conflict") or "reject"
         if connection is None:
             connection = self.repository.own_transaction(submits=True)
         if connection is None:
-            task_id = self._entrance.accept(wanted, priority, on_conflict)
+            task_id = self._entrance.accept(wanted, priority, on_conflict, created_at=created_at)
         else:
             with self._joining.intake(connection, self._registry.middleware) as intake:
-                task_id = intake.accept(wanted, priority, on_conflict)
+                task_id = intake.accept(wanted, priority, on_conflict, created_at=created_at)
         try:
             return TaskHandle(task_id, self)
         except BaseException as error:  # an interrupt

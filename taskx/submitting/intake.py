@@ -74,6 +74,7 @@ class Intake:
         on_conflict: OnConflict = "reject",
         *,
         spill: bool = False,
+        created_at: int | None = None,
     ) -> str:
         """Store a task and arrange that it runs.
 
@@ -82,6 +83,7 @@ class Intake:
             priority: overrides the priorities of the task and of the executor, even with 0.
             on_conflict: the reaction if another task holds its unique key.
             spill: leave the task in the repository if the buffer is full, whatever ``overflow`` says.
+            created_at: its ``created_at`` in milliseconds; None for now.
 
         Returns:
             the task's id, or the id of the existing task that ``on_conflict`` chose instead.
@@ -92,7 +94,7 @@ class Intake:
         self.refuse_if_stopped()
         if self._hooks.waiting:
             self._hooks.let_catch_up()
-        insert = prepare(self._services, task, priority)
+        insert = prepare(self._services, task, priority, created_at)
         if task.depends_on:
             find_parents(self._services.repository, [insert])
         try:
@@ -471,10 +473,12 @@ def _about(error: TaskxError, task_id: str) -> TaskxError:
 # --- from arguments to a task and its record
 
 
-def prepare(services: Services, task: Task, priority: int | None = None) -> Insert:
+def prepare(
+    services: Services, task: Task, priority: int | None = None, created_at: int | None = None
+) -> Insert:
     """Make the record of a task; options that it does not set come from its executor.
 
-    A given ``priority`` overrides the executor's, even with 0.
+    A given ``priority`` overrides the executor's, even with 0. ``created_at`` is now by default.
 
     Raises:
         TaskxError: the task is not valid; the class tells the reason.
@@ -486,7 +490,8 @@ def prepare(services: Services, task: Task, priority: int | None = None) -> Inse
     registry = services.registry
     if registry.values:
         task = encoded(task, registry.values)
-    insert = new_record(task, services.clock.now_ms(), registry.max_payload_size)
+    now = services.clock.now_ms() if created_at is None else created_at
+    insert = new_record(task, now, registry.max_payload_size)
     row = insert.row
     executor = registry.get(row["type"])
     if executor is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Any
 
 from taskx.core.model import Task
 from taskx.core.options import OnConflict
@@ -26,14 +27,13 @@ class LayeredIntake:
         task: Task,
         priority: int | None = None,
         on_conflict: OnConflict = "reject",
-        *,
-        spill: bool = False,
+        **more: Any,
     ) -> str:
         """Do the same as :meth:`Intake.accept`."""
 
         def store(tasks: Sequence[Task]) -> Sequence[str]:
             (given,) = tasks
-            return [self._intake.accept(given, priority, on_conflict, spill=spill)]
+            return [self._intake.accept(given, priority, on_conflict, **more)]
 
         (task_id,) = self._inside(store, [task])
         return task_id

@@ -417,10 +417,9 @@ class _InlineIntake(Intake):
         task: Task,
         priority: int | None = None,
         on_conflict: OnConflict = "reject",
-        *,
-        spill: bool = False,
+        **more: Any,
     ) -> str:
-        task_id = super().accept(task, priority, on_conflict, spill=spill)
+        task_id = super().accept(task, priority, on_conflict, **more)
         self.after([task_id])
         return task_id
 

@@ -6,15 +6,13 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from django.utils import timezone
-
-from taskx import Queue, TaskNotFound
+import taskx
+from taskx import ConfigurationError, Queue, TaskNotFound
 from taskx.contrib.django.checks import check_alias
 from taskx.contrib.django.compat import (
     BaseTaskBackend,
     Task,
     TaskResultDoesNotExist,
-    TaskResultStatus,
     task_enqueued,
 )
 from taskx.contrib.django.places import Place, place_of
@@ -22,7 +20,9 @@ from taskx.contrib.django.queues import get_queue
 from taskx.contrib.django.results import TaskxResult, params_of, result_of
 from taskx.contrib.django.running import announcing
 from taskx.contrib.django.tasks import TaskxTask, dated, run_at, submit_options, task_of
+from taskx.core.clock import SYSTEM_CLOCK, to_datetime, to_ms
 from taskx.core.ids import new_id
+from taskx.core.model import check_name
 
 
 class TaskxBackend(BaseTaskBackend):
@@ -76,27 +76,21 @@ class TaskxBackend(BaseTaskBackend):
             TaskxError: the other errors of ``Queue.submit``.
         """
         self.validate_task(task)
-        result = TaskxResult(
-            task=dated(task),
+        now, moment = SYSTEM_CLOCK.now_ms(), run_at(task)
+        record = taskx.Task(
             id=new_id(),
-            status=TaskResultStatus.READY,
-            enqueued_at=timezone.now(),
-            started_at=None,
-            finished_at=None,
-            last_attempted_at=None,
-            args=list(args),
-            kwargs=dict(kwargs),
-            backend=self.alias,
-            errors=[],
-            worker_ids=[],
+            params=params_of(list(args), dict(kwargs)),
+            priority=task.priority,
+            created_at=to_datetime(now),
+            run_at=None if moment is None else to_datetime(to_ms(moment)),
         )
-        return self._enqueue(result)
+        return self._enqueue(result_of(record, task, self.alias), now)
 
-    def _enqueue(self, result: TaskxResult) -> TaskxResult:
+    def _enqueue(self, result: TaskxResult, now: int) -> TaskxResult:
         """Store a task now, and tell the receivers of the signal before a thread here begins to run it."""
         told = announcing[result.id] = (threading.get_ident(), threading.Event())
         try:
-            stored_as = self._submit(result)
+            stored_as = self._submit(result, now)
             if stored_as != result.id:  # on_conflict: another task has the key
                 return self.get_result(stored_as)
             task_enqueued.send(sender=type(self), task_result=result)
@@ -105,14 +99,14 @@ class TaskxBackend(BaseTaskBackend):
             del announcing[result.id]
             told[1].set()
 
-    def _submit(self, result: TaskxResult) -> str:
-        """Submit the task of a result; return the id that it got."""
+    def _submit(self, result: TaskxResult, now: int) -> str:
+        """Submit the task of a result, enqueued at ``now`` in milliseconds; return the id that it got."""
         task, place = result.task, self._place
         options = submit_options(task)
         options["id"], options["priority"] = result.id, task.priority
         options["run_at"] = run_at(task)
         params = params_of(result.args, result.kwargs)
-        return place.queue.submit(place.register(task), params, **options).id
+        return place.queue._submit(place.register(task), params, None, options, now).id
 
     def get_result(self, result_id: str) -> TaskxResult:
         """Return the result of a task as it is now.
@@ -121,10 +115,18 @@ class TaskxBackend(BaseTaskBackend):
             TaskResultDoesNotExist: no task of Django has this id.
         """
         try:
-            record = self.queue.get_task_status(result_id)
+            task_id = check_name(result_id, "id")
+        except ConfigurationError as error:  # no task can have this id
+            raise TaskResultDoesNotExist(str(error)) from None
+        return self._read(task_id)
+
+    def _read(self, result_id: str) -> TaskxResult:
+        queue = self.queue
+        try:
+            record = queue.get_task_status(result_id)
             return result_of(record, task_of(record.type, self.alias), self.alias)
         except TaskNotFound:
-            later = self.queue.repository.uncommitted(result_id)
+            later = queue.repository.uncommitted(result_id)
             why = (
                 ": it is stored at the commit of atomic(), and cannot be read before"
                 if later

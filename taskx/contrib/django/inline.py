@@ -69,26 +69,21 @@ class InlineBackend(TaskxBackend):
 
     inline = True
 
-    def _enqueue(self, result: TaskxResult) -> TaskxResult:
+    def _enqueue(self, result: TaskxResult, now: int) -> TaskxResult:
         blocks: list[Any] = open_blocks()
         if blocks:
-            _uncommitted.add(copy(result), blocks[-1].alias, partial(self._submit, result))
+            _uncommitted.add(copy(result), blocks[-1].alias, partial(self._submit, result, now))
         task_enqueued.send(sender=type(self), task_result=result)
-        return result if blocks else self.get_result(self._submit(result))
+        return result if blocks else self.get_result(self._submit(result, now))
 
-    def _submit(self, result: TaskxResult) -> str:
+    def _submit(self, result: TaskxResult, now: int) -> str:
         queue = self.queue
         assert isinstance(queue, InlineQueue)
         queue.clock.set_wall(datetime.now(timezone.utc))  # retries have moved it
-        return super()._submit(result)
+        return super()._submit(result, now)
 
-    def get_result(self, result_id: str) -> TaskxResult:
-        """Return the result of a task as it is now.
-
-        Raises:
-            TaskResultDoesNotExist: no task of Django has this id.
-        """
-        return _uncommitted.get(result_id) or super().get_result(result_id)
+    def _read(self, result_id: str) -> TaskxResult:
+        return _uncommitted.get(result_id) or super()._read(result_id)
 
     def clear(self) -> None:
         """Forget all tasks."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
@@ -40,6 +40,9 @@ def _any() -> None:
 class TaskxTask(Task):
     """A task of Django with the options of TaskX.
 
+    Tasks are equal if all that Django knows of them is equal: the task of a result that is read later does
+    not have the options below that ``using`` gave.
+
     Attributes:
         max_attempts: number of attempts that may raise before the task fails; 1 by default, or 3 with a
             ``backoff``.
@@ -51,15 +54,15 @@ class TaskxTask(Task):
         tags: short texts to filter by.
     """
 
-    max_attempts: int | None = None
-    backoff: float | timedelta | Backoff | RetryPolicy | None = None
-    timeout: float | timedelta | None = None
-    unique_key: str | None = None
-    unique_scope: UniqueScope | None = None
-    on_conflict: OnConflict | None = None
-    concurrency_key: str | None = None
-    tags: Sequence[str] | None = None
-    depends_on: Sequence[Any] | None = None
+    max_attempts: int | None = field(default=None, compare=False)
+    backoff: float | timedelta | Backoff | RetryPolicy | None = field(default=None, compare=False)
+    timeout: float | timedelta | None = field(default=None, compare=False)
+    unique_key: str | None = field(default=None, compare=False)
+    unique_scope: UniqueScope | None = field(default=None, compare=False)
+    on_conflict: OnConflict | None = field(default=None, compare=False)
+    concurrency_key: str | None = field(default=None, compare=False)
+    tags: Sequence[str] | None = field(default=None, compare=False)
+    depends_on: Sequence[Any] | None = field(default=None, compare=False)
 
     def using(self, **changes: Any) -> TaskxTask:
         """Return a copy with other options: those of Django's tasks, and those of this class.
@@ -126,9 +129,8 @@ def task(function: Callable[..., Any] | None = None, **options: Any) -> Any:
 def changed(task: T, **changes: Any) -> T:
     """Return a copy of a task, without asking its backend if it is valid."""
     copy = object.__new__(type(task))
-    for field in fields(task):
-        value = changes.get(field.name, getattr(task, field.name))
-        object.__setattr__(copy, field.name, value)
+    for name in [one.name for one in fields(task)]:
+        object.__setattr__(copy, name, changes.get(name, getattr(task, name)))
     return copy
 
 
@@ -159,6 +161,8 @@ def imported(path: str) -> Task:
     Raises:
         ImportError: there is none.
     """
+    if not all(map(str.isidentifier, path.split("."))):  # no path at all
+        raise ImportError(f"{path!r} is not the path of a task of Django")
     found = import_string(path)
     if not isinstance(found, Task):
         raise ImportError(f"{path!r} is not a task of Django, but {found!r}")

@@ -68,7 +68,8 @@ def beside(request, site, tmp_path) -> Iterator[str]:
 def test_in_the_database_of_the_tasks_it_is_part_of_the_block(site, joined):
     with transaction.atomic(using=site):
         result = order(site)
-        assert joined.get_result(result.id).status == READY
+        assert joined.get_result(result.id) == result
+        assert result.status == READY
         with transaction.atomic(using=site):
             lost = order(site)
             assert tasks.add.get_result(lost.id).status == READY
@@ -96,6 +97,7 @@ def test_in_another_database_it_waits_for_the_commit_or_is_refused(site, beside)
             lost = order(site)
             transaction.set_rollback(True, using=site)
     eventually(lambda: tasks.add.get_result(result.id).status == SUCCESSFUL)
+    assert tasks.add.get_result(result.id).enqueued_at == result.enqueued_at
     with pytest.raises(TaskResultDoesNotExist):
         lost.refresh()
     assert orders(site) == get_queue().count_tasks() == 1

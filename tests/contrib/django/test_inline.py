@@ -68,6 +68,7 @@ def test_retries_take_no_time_and_a_task_with_a_time_stays_ready(backend):
     assert (result.status, result.attempts) == (SUCCESSFUL, 3)
     later = tasks.add.using(run_after=timedelta(hours=1)).enqueue(1)
     assert later.status == READY
+    assert backend.get_result(later.id) == later
     backend.queue.advance(3600)
     later.refresh()
     assert later.status == SUCCESSFUL
@@ -116,6 +117,12 @@ def test_the_native_api_runs_at_once_too_and_clear_forgets_all_tasks(backend):
     with pytest.raises(TaskResultDoesNotExist):
         backend.get_result(result.id)
     assert get_queue().submitted() == []
+
+
+@pytest.mark.parametrize("odd", ["", "a\0", "\ud800", "x" * 256, 7, None, [], {}])
+def test_no_result_has_an_odd_id(backend, odd):
+    with pytest.raises(TaskResultDoesNotExist):
+        tasks.add.get_result(odd)
 
 
 # --- transactions
