@@ -27,6 +27,7 @@ from taskx.core.errors import ConfigurationError, RepositoryError
 from taskx.executing.process.channel import Channel
 from taskx.queue import Queue, life_of
 from taskx.supervising.loading import files_of, load_queue
+from taskx.supervising.logs import set_up_log
 from taskx.supervising.settings import AWAY, RECYCLE, USAGE, Settings
 from taskx.upkeep import foreground
 from taskx.upkeep.node import Lifetime
@@ -325,17 +326,3 @@ def _sources() -> set[str]:
     with suppress(OSError):
         return {entry.path for entry in os.scandir(os.getcwd()) if entry.name.endswith(".py")}
     return set()
-
-
-# --- the log
-
-
-def set_up_log(level: str) -> None:
-    """Write the log to stderr, unless the program has set up logging itself."""
-    if logging.getLogger().handlers or logging.getLogger("taskx").handlers:
-        return
-    # The journal of systemd adds the time itself.
-    when = "" if "JOURNAL_STREAM" in os.environ else "%(asctime)s "
-    logging.basicConfig(
-        level=level, format=f"{when}[%(process)d] %(levelname)s %(name)s: %(message)s"
-    )

@@ -22,8 +22,8 @@ from taskx.executing.process.channel import Channel
 from taskx.supervising.fleet import Fleet, Member
 from taskx.supervising.health import HealthFile, HealthPort, Report
 from taskx.supervising.interpreter import start_python
+from taskx.supervising.logs import set_up_log
 from taskx.supervising.notify import Notifier
-from taskx.supervising.process import set_up_log
 from taskx.supervising.settings import RECYCLE, Settings
 
 #: Longest sleep of the supervisor, in seconds.

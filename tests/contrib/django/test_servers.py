@@ -320,3 +320,17 @@ def test_a_worker_imports_the_module_of_a_waiting_task(site):
         queue.close()
     """
     assert site.run("-c", textwrap.dedent(program), task_id) == "Dear Ada\n"
+
+
+def test_a_worker_writes_each_line_once(site):
+    """Django has a handler of its own for these lines if ``DEBUG`` is on."""
+    site.move_into_database()
+    task_id = site.enqueue("tasks.who.enqueue()")
+    worker = site.start("manage.py", "taskx", "worker")
+    site.result(task_id)
+    worker.terminate()
+    assert worker.wait(PATIENCE) == 0
+    lines = (site.folder / "log").read_text().splitlines()
+    about = [line[line.index("Task id=") :] for line in lines if task_id in line]
+    assert about
+    assert len(about) == len({*about})
