@@ -9,6 +9,7 @@ import pytest
 from taskx import (
     Config,
     ConfigurationError,
+    DuplicateTask,
     Queue,
     RepositoryError,
     RepositoryUnavailable,
@@ -178,6 +179,98 @@ def test_the_examination_knows_the_prefix(tmp_path, application, repository):
     repository.count(TaskFilter())
     levels = {check.name: check.level for check in repository.examine()}
     assert levels["schema"] == levels["integrity"] == levels["write lock"] == "ok"
+
+
+# The last ones begin like the names of tables.
+PREFIXES = [
+    "t",
+    "TaskX_",
+    "tasks_",
+    "notes_",
+    "nodes_",
+    "parents_",
+    "tagged_",
+    "migrated_",
+    "schema",
+    "schema_",
+]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_each_name_gets_the_prefix_once(tmp_path, application, prefix):
+    with SQLiteRepository(tmp_path / "own.db") as own:
+        own.count(TaskFilter())
+    with closing(sqlite3.connect(tmp_path / "own.db")) as connection:
+        plain = names(connection)
+    before = names(application)
+    with SQLiteRepository(tmp_path / "app.db", prefix=prefix) as made:
+        made.count(TaskFilter())
+    found = names(application) - before
+    automatic = "sqlite_autoindex_"
+    assert found == {
+        f"{automatic}{prefix}{name.removeprefix(automatic)}"
+        if name.startswith(automatic)
+        else f"{prefix}{name}"
+        for name in {*plain, "schema"}
+    }
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_all_features_work_with_any_prefix(tmp_path, application, prefix):
+    with SQLiteRepository(tmp_path / "app.db", prefix=prefix) as repository:
+        queue = Queue(repository, Config(worker_num=2))
+
+        @queue.executor("steps", tags=["all"])
+        def steps(ctx, n):
+            with ctx.transaction() as own:
+                own.connection.execute("INSERT INTO tasks (notes) VALUES ('theirs')")
+            return n
+
+        parent = queue.submit("steps", {"n": 1}, unique_key="one", concurrency_key="turns")
+        child = queue.submit("steps", {"n": 2}, depends_on=[parent], concurrency_key="turns")
+        gone = queue.submit("steps", {"n": 3}, depends_on=[child], tags=["gone"])
+        with pytest.raises(DuplicateTask):
+            queue.submit("steps", {"n": 4}, unique_key="one")
+        queue.pause("other")
+        queue.schedule("yearly", "0 0 1 1 *", "steps", {"n": 5})
+        application.execute("BEGIN IMMEDIATE")
+        application.execute("INSERT INTO tasks (notes) VALUES ('ours')")
+        joined = queue.submit("steps", {"n": 6}, connection=application)
+        application.execute("COMMIT")
+        queue.cancel_task(gone.id)
+        with queue:
+            assert [each.result(timeout=60) for each in (parent, child, joined)] == [1, 2, 6]
+        assert queue.count_tasks(tag="all") == 4
+        queue.delete(gone.id)
+        assert queue.count_tasks(tag="gone") == 0
+        assert [*queue.schedules()] == ["yearly"]
+        levels = {check.name: check.level for check in repository.examine()}
+        assert levels["schema"] == levels["integrity"] == "ok"
+    with SQLiteRepository(tmp_path / "app.db", prefix=prefix) as again:
+        assert again.count(TaskFilter()) == 3
+    assert application.execute("SELECT count(*) FROM tasks").fetchone() == (5,)
+
+
+def test_a_prefix_that_differs_only_in_its_case_is_refused(tmp_path, application, repository):
+    repository.create(Task(id="a", type="t"))
+    before = application.execute("SELECT * FROM sqlite_master").fetchall()
+    for prefix in ("TaskX_", "TASKX_"):
+        with (
+            SQLiteRepository(tmp_path / "app.db", prefix=prefix) as other,
+            pytest.raises(SchemaMismatch, match=r"prefix 'taskx_', .* Use prefix='taskx_', or one"),
+        ):
+            other.count(TaskFilter())
+    assert application.execute("SELECT * FROM sqlite_master").fetchall() == before
+    assert [path.name for path in tmp_path.glob("*nodes")] == ["app.db-taskx_nodes"]
+
+
+def test_a_table_of_the_application_whose_name_differs_only_in_its_case_is_refused(
+    tmp_path, application
+):
+    application.execute("CREATE TABLE App_Tasks (id INTEGER)")
+    with pytest.raises(SchemaMismatch, match="App_Tasks that is not TaskX's"):
+        SQLiteRepository(tmp_path / "app.db", prefix="app_").count(TaskFilter())
+    assert names(application) == {"tasks", "App_Tasks"}
 
 
 @pytest.mark.parametrize("prefix", ["1a", "a-b", "sqlite_x", "a" * 41, "ä_", None, 5, "a;b"])

@@ -192,9 +192,10 @@ _HEADER = (
     "(SELECT user_version FROM pragma_user_version), (SELECT count(*) FROM sqlite_master)"
 )
 _PREFIX = re.compile(r"(?!sqlite_)[a-z_][a-z0-9_]{0,39}", re.IGNORECASE)
-# The names of the tables, and of everything that is named after one.
+# The names of the tables, and of everything that is named after one. No statement has a prefix already: it
+# could look like such a name.
 _NAMES = re.compile(
-    r"\b(sqlite_autoindex_)?((?:tasks|parents|notes|tagged|nodes|migrated)(?:_\w+)?)\b"
+    r"\b(sqlite_autoindex_)?((?:tasks|parents|notes|tagged|nodes|migrated)(?:_\w+)?|schema)\b"
 )
 
 
@@ -288,10 +289,11 @@ class PrefixedSchema(Schema):
 
     def check(self, connection: sqlite3.Connection, path: str) -> int:
         version, others = connection.execute(
-            f"SELECT (SELECT name FROM sqlite_master WHERE name = '{self.prefix}schema'), "
-            f"(SELECT name FROM sqlite_master WHERE name = '{self.prefix}tasks')"
+            "SELECT (SELECT name FROM sqlite_master WHERE name = 'schema' COLLATE NOCASE), "
+            "(SELECT name FROM sqlite_master WHERE name = 'tasks' COLLATE NOCASE)"
         ).fetchone()
         if version is not None:
+            self._refuse_other_case(version.removesuffix("schema"), path)
             return _known(self.version(connection), path)
         if others is not None:
             raise SchemaMismatch(
@@ -299,16 +301,23 @@ class PrefixedSchema(Schema):
             )
         return 0
 
+    def _refuse_other_case(self, there: str, path: str) -> None:
+        """Raise an error if the tables are there, but with another prefix: each has its own lock files."""
+        if there != self.prefix:
+            raise SchemaMismatch(
+                f"{path} has tables with the prefix {there!r}, and {self.prefix!r} would be the same ones, "
+                "because upper and lower case are the same in names of SQLite; nothing was changed. Use "
+                f"prefix={there!r}, or one that differs in more than its case"
+            )
+
     def version(self, connection: sqlite3.Connection) -> int:
-        found = connection.execute(f"SELECT version FROM {self.prefix}schema").fetchall()
+        found = connection.execute("SELECT version FROM schema").fetchall()
         return int(found[0][0]) if found else 0
 
     def _set_version(self, connection: sqlite3.Connection) -> None:
-        connection.execute(
-            f"CREATE TABLE IF NOT EXISTS {self.prefix}schema (version INTEGER NOT NULL)"
-        )
-        connection.execute(f"DELETE FROM {self.prefix}schema")
-        connection.execute(f"INSERT INTO {self.prefix}schema VALUES ({VERSION})")
+        connection.execute("CREATE TABLE IF NOT EXISTS schema (version INTEGER NOT NULL)")
+        connection.execute("DELETE FROM schema")
+        connection.execute(f"INSERT INTO schema VALUES ({VERSION})")
 
 
 def _known(version: int, path: str) -> int:
