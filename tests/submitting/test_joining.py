@@ -8,6 +8,7 @@ import threading
 import warnings
 from concurrent.futures import wait
 from contextlib import closing
+from functools import partial
 
 import pytest
 import sqlalchemy as sa
@@ -80,6 +81,91 @@ def collect():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
         gc.collect()
+
+
+def refuse(value):
+    raise AssertionError(f"{value!r} was converted")
+
+
+PRAGMAS = [
+    "count_changes",
+    "reverse_unordered_selects",
+    "case_sensitive_like",
+    "recursive_triggers",
+]
+PRAGMAS += ["foreign_keys", "full_column_names", "empty_result_callbacks"]
+DETECT = {
+    "declared types": sqlite3.PARSE_DECLTYPES,
+    "names of columns": sqlite3.PARSE_COLNAMES,
+    "both": sqlite3.PARSE_DECLTYPES | sqlite3.PARSE_COLNAMES,
+}
+
+
+class TestSettingsOfTheConnection:
+    @pytest.fixture(autouse=True)
+    def converters(self, monkeypatch):
+        """Converters of the application for all types that our columns have."""
+        for kind in ("TEXT", "INTEGER", "REAL"):
+            monkeypatch.setitem(sqlite3.converters, kind, refuse)
+
+    def all_calls(self, queue, connection):
+        """Make each call over the connection, and check what it returns, stores and raises."""
+        queue.submit("echo", id="waiting", unique_key="old", concurrency_key="turn", tags=["old"])
+        submit = partial(queue.submit, connection=connection)
+        submit("echo", {"n": 1}, id="plain")
+        options = {"tags": ["a", "b"], "concurrency_key": "turn", "timeout": 4.5, "priority": 3}
+        submit("echo", {"n": 2}, id="child", depends_on=["plain", "waiting"], **options)
+        for taken in ({"id": "plain"}, {"unique_key": "old"}):
+            with pytest.raises(DuplicateTask):
+                submit("echo", **taken)
+        replaced = {"unique_key": "old", "on_conflict": "replace", "tags": ["new"]}
+        assert submit("echo", {"n": 3}, concurrency_key="turn", **replaced).id == "waiting"
+        assert submit("echo", unique_key="old", on_conflict="return").id == "waiting"
+        many = [Task(id=i, type="echo", depends_on=["plain"], tags=["many"]) for i in "xyz"]
+        assert [handle.id for handle in queue.submit_many(many, connection=connection)] == [*"xyz"]
+        with pytest.raises(DuplicateTask):
+            queue.submit_many([Task(id="new", type="echo"), many[0]], connection=connection)
+        queue.submit_flow(chain(Task(type="echo"), Task(type="echo")), connection=connection)
+        with pytest.raises(TaskNotFound):
+            submit("echo", depends_on=["gone"])
+        assert queue.cancel_task("z", connection=connection)
+        with pytest.raises(TaskNotFound):
+            queue.cancel_task("gone", connection=connection)
+        assert not queue.handle("plain").done()
+        connection.commit()
+        assert count(queue) == 8
+        assert {task.id: task.params for task in queue.list_tasks(tag="new")[0]} == {
+            "waiting": {"n": 3}
+        }
+        child = queue.get_task_status("child")
+        assert (child.depends_on, child.tags) == (["plain", "waiting"], ("a", "b"))
+        assert (child.timeout, child.priority, child.concurrency_key) == (4.5, 3, "turn")
+        assert queue.get_task_status("z").status is TaskStatus.CANCELLED
+        assert (count(queue, tag="many"), count(queue, tag="old")) == (3, 0)
+
+    @pytest.mark.parametrize("detect", DETECT.values(), ids=DETECT)
+    def test_converters_change_nothing(self, queue, path, detect):
+        with closing(sqlite3.connect(path, detect_types=detect)) as connection:
+            self.all_calls(queue, connection)
+
+    @pytest.mark.parametrize("name", PRAGMAS)
+    def test_pragmas_change_nothing_and_stay(self, queue, connection, name):
+        connection.execute(f"PRAGMA {name} = 1")
+        before = connection.execute(f"PRAGMA {name}").fetchall()
+        self.all_calls(queue, connection)
+        assert connection.execute(f"PRAGMA {name}").fetchall() == before
+
+    def test_a_select_of_the_application_goes_on(self, queue, connection):
+        connection.execute("PRAGMA count_changes = 1")
+        connection.execute("PRAGMA count_changes").fetchall()
+        for text in "abc":
+            connection.execute("INSERT INTO orders (text) VALUES (?)", (text,)).fetchall()
+        rows = connection.execute("SELECT text FROM orders")
+        assert next(rows) == ("a",)
+        queue.submit("echo", connection=connection)
+        assert [*rows] == [("b",), ("c",)]
+        connection.commit()
+        assert count(queue) == 1
 
 
 class TestSubmit:

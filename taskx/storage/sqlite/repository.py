@@ -555,7 +555,7 @@ class SQLiteRepository(Repository):
         ]
 
     def newest(self, status: str, limit: int, fields: Fields) -> Rows:
-        return self._rows(statements.NEWEST.format(status, ", ".join(fields)), (limit,))
+        return self._rows(statements.NEWEST.format(status, statements.plain(fields)), (limit,))
 
     def shrink(self) -> bool:
         """Cut a few free pages off the file if many are free. Return True if there are more to cut.
@@ -728,11 +728,14 @@ def _join(outer: SQLiteRepository, given: object, then: Then | None) -> Iterator
     """Do what :meth:`Repository.joined` describes."""
     connection = driver_connection(given)
     made = Joined(outer, connection)
-    began, savepoint = False, f"taskx_{next(_savepoints)}"
+    began, counting, savepoint = False, False, f"taskx_{next(_savepoints)}"
     text_factory, connection.text_factory = connection.text_factory, str
     try:
         with made.translating():
             made.check()
+            counting = made.counting()
+            if counting:
+                made.execute("PRAGMA count_changes = 0")
             began = made.begin()
             made.execute(f"SAVEPOINT {savepoint}")
         yield made  # what the block itself raises is not translated
@@ -745,6 +748,9 @@ def _join(outer: SQLiteRepository, given: object, then: Then | None) -> Iterator
         raise
     finally:
         connection.text_factory = text_factory
+        if counting:
+            with suppress(sqlite3.Error):  # it was closed
+                made.execute("PRAGMA count_changes = 1")
         made.let_go()
     if made.applied and then is not None:
         outer.callers.watch(connection, made.applied, then)
@@ -806,6 +812,10 @@ class Joined(SQLiteRepository):
                 "it begins"
             )
         outer.open()
+
+    def counting(self) -> bool:
+        """Return True if each write returns a row with the number of its changes, as ``rowcount`` says."""
+        return self._fetch("PRAGMA count_changes") == [(1,)]
 
     def begin(self) -> bool:
         """Begin a transaction if the connection is in none. Return True if it did.

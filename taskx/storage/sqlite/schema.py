@@ -289,8 +289,8 @@ class PrefixedSchema(Schema):
 
     def check(self, connection: sqlite3.Connection, path: str) -> int:
         version, others = connection.execute(
-            "SELECT (SELECT name FROM sqlite_master WHERE name = 'schema' COLLATE NOCASE), "
-            "(SELECT name FROM sqlite_master WHERE name = 'tasks' COLLATE NOCASE)"
+            "SELECT (SELECT +name FROM sqlite_master WHERE name = 'schema' COLLATE NOCASE), "
+            "(SELECT +name FROM sqlite_master WHERE name = 'tasks' COLLATE NOCASE)"
         ).fetchone()
         if version is not None:
             self._refuse_other_case(version.removesuffix("schema"), path)
@@ -311,7 +311,7 @@ class PrefixedSchema(Schema):
             )
 
     def version(self, connection: sqlite3.Connection) -> int:
-        found = connection.execute("SELECT version FROM schema").fetchall()
+        found = connection.execute("SELECT +version FROM schema").fetchall()
         return int(found[0][0]) if found else 0
 
     def _set_version(self, connection: sqlite3.Connection) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -15,16 +15,26 @@ from taskx.core.tags import FLOW
 from taskx.core.writes import PRESENT
 from taskx.storage.base import Listed, Lookup, Timed
 
+
+def plain(names: Iterable[str]) -> str:
+    """Return the columns as expressions, to select them.
+
+    A connection of a caller may have ``PARSE_DECLTYPES``, and converters for the types of our columns. An
+    expression has no declared type.
+    """
+    return ", ".join(f"+{name}" for name in names)
+
+
 # Casts, as one damaged record must not prevent the others from being sorted.
 _STUB = (
-    "id, status, CAST(starts AS INTEGER), CAST(priority AS INTEGER), CAST(created_at AS INTEGER), "
+    "+id, +status, CAST(starts AS INTEGER), CAST(priority AS INTEGER), CAST(created_at AS INTEGER), "
     "cancel_requested_at IS NOT NULL, CAST(type AS TEXT), CAST(run_at AS INTEGER)"
 )
 
-TASK = ", ".join(TASK_FIELDS)
+_ROW = plain((*TASK_FIELDS, "seq"))
 _READY, _RUNNING = "status = 'pending' AND held = 0", "status = 'running'"
 READY = (
-    f"SELECT {_STUB}, seq FROM tasks WHERE {_READY} AND owner = ? AND type = ? "
+    f"SELECT {_STUB}, +seq FROM tasks WHERE {_READY} AND owner = ? AND type = ? "
     "ORDER BY priority DESC, seq LIMIT ?"
 )
 COUNT_READY = (
@@ -38,18 +48,18 @@ PRIORITIES = (
     "WHERE steps.priority IS NOT NULL) SELECT priority FROM steps WHERE priority IS NOT NULL"
 )
 READY_AT = (
-    f"SELECT {_STUB}, seq FROM tasks WHERE {_READY} AND owner = ? AND type = ? AND priority = ? "
+    f"SELECT {_STUB}, +seq FROM tasks WHERE {_READY} AND owner = ? AND type = ? AND priority = ? "
     "ORDER BY seq LIMIT ?"
 )
 # SQLite uses the partial index only if the condition is written like this.
 _HELD = "status = 'pending' AND held > 0 AND held = {}"
 DUE: dict[Timed, str] = {
     "run_at": (
-        f"SELECT id, run_at FROM tasks WHERE {_HELD.format(UNTIL_DUE)} AND run_at <= ? "
+        f"SELECT +id, +run_at FROM tasks WHERE {_HELD.format(UNTIL_DUE)} AND run_at <= ? "
         "ORDER BY run_at LIMIT ?"
     ),
     "expires_at": (
-        "SELECT id, expires_at FROM tasks WHERE expires_at IS NOT NULL AND status = 'pending' "
+        "SELECT +id, +expires_at FROM tasks WHERE expires_at IS NOT NULL AND status = 'pending' "
         "AND expires_at <= ? ORDER BY expires_at LIMIT ?"
     ),
 }
@@ -113,17 +123,17 @@ FLOWS = (
     f"SELECT ({_FLOWS.format('steps.value')}) FROM steps WHERE steps.value IS NOT NULL) "
     "SELECT value FROM steps WHERE value IS NOT NULL LIMIT ?"
 )
-NOTES = "SELECT name, text, version FROM notes WHERE name >= ? AND name < ?"
-NOTES_NAMED = "SELECT name, text, version FROM notes WHERE name IN ({})"
+NOTES = "SELECT +name, +text, +version FROM notes WHERE name >= ? AND name < ?"
+NOTES_NAMED = "SELECT +name, +text, +version FROM notes WHERE name IN ({})"
 NOTES_AFTER = (
-    "SELECT name, text, version FROM notes WHERE name > ? AND name < ? ORDER BY name LIMIT ?"
+    "SELECT +name, +text, +version FROM notes WHERE name > ? AND name < ? ORDER BY name LIMIT ?"
 )
 NEW_NOTE = "INSERT INTO notes (name, text, version) VALUES (?, ?, ?) ON CONFLICT DO NOTHING"
 CHANGED_NOTE = "UPDATE notes SET text = ?, version = version + 1 WHERE name = ? AND version = ?"
 GONE_NOTE = "DELETE FROM notes WHERE name = ? AND version = ?"
 # This uses the index of the status, which is by ``created_at``: a task was created before it ended.
 ENDED = (
-    f"SELECT {_STUB}, depends_on, unique_lock, unique_scope, created_at, seq FROM tasks "
+    f"SELECT {_STUB}, +depends_on, +unique_lock, +unique_scope, +created_at, +seq FROM tasks "
     "INDEXED BY tasks_{0} WHERE status = '{0}' AND (created_at, seq) < (?, ?) AND completed_at < ? "
     "AND stuck_on = '' ORDER BY created_at DESC, seq DESC LIMIT ?"
 )
@@ -142,7 +152,7 @@ def find(column: Lookup, count: int, fields: tuple[str, ...], limited: bool) -> 
     """Select fields of the rows that have one of ``count`` values in a lookup column."""
     table, conditions, key, order = _FIND[column]
     values = "= ?" if count == 1 else f"IN ({', '.join('?' * count)})"
-    sql = f"SELECT {', '.join(fields)} FROM {table} WHERE {conditions}{key} {values}{order}"
+    sql = f"SELECT {plain(fields)} FROM {table} WHERE {conditions}{key} {values}{order}"
     return f"{sql} LIMIT ?" if limited else sql
 
 
@@ -240,7 +250,7 @@ def list_tasks(
     if not by and (_by_id(filter) or sorts):
         # No index has these in order. Sorting many of them without the other columns takes half the time.
         page = f"tasks WHERE seq IN (SELECT seq FROM {page}) {_NEWEST_FIRST}"
-    return f"SELECT {TASK}, seq FROM {page}", [*values, filter.limit, filter.offset]
+    return f"SELECT {_ROW} FROM {page}", [*values, filter.limit, filter.offset]
 
 
 def count_tasks(filter: TaskFilter, by: str = "") -> tuple[str, list[Any]]:
@@ -258,7 +268,7 @@ def count_tasks_to(filter: TaskFilter, most: int, by: str = "") -> tuple[str, li
 def count_by_status(filter: TaskFilter, most: int, by: str = "") -> tuple[str, list[Any]]:
     """Return the query for the number of tasks of each status among ``most`` that match a filter."""
     source, values = _meeting(filter, by=by)
-    sql = f"SELECT status, count(*) FROM (SELECT status FROM {source} LIMIT ?) GROUP BY status"
+    sql = f"SELECT +status, count(*) FROM (SELECT status FROM {source} LIMIT ?) GROUP BY status"
     return sql, [*values, most]
 
 
