@@ -8,8 +8,10 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import closing
+from types import SimpleNamespace
 from typing import Any
 
 import mariadb_server
@@ -21,11 +23,19 @@ from django.test import Client
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 from django_project import FOLDER
-from helpers import ROOT
+from helpers import PATIENCE, ROOT
 
-from taskx import MemoryRepository, Queue, RetryPolicy, Task, TaskStatus, every
+from taskx import (
+    MemoryRepository,
+    Queue,
+    RepositoryUnavailable,
+    RetryPolicy,
+    Task,
+    TaskStatus,
+    every,
+)
 from taskx.contrib.django import DjangoRepository
-from taskx.contrib.django.admin import finding, pages
+from taskx.contrib.django.admin import bulk, finding, pages
 from taskx.contrib.django.admin.schedules import ScheduleAdmin
 from taskx.contrib.django.models import TaskRow
 from taskx.contrib.django.queues import get_queue
@@ -302,6 +312,106 @@ def test_all_tasks_that_match_are_cancelled(boss, queue):
     act(boss, url, "cancel", key_of(ids[0]), select_across="1")
     assert {status(queue, i) for i in ids} == {"cancelled"}
     assert status(queue, other) == "pending"
+
+
+class Background:
+    """The threads of actions that go on after their request."""
+
+    def __init__(self) -> None:
+        self.began: list[threading.Thread] = []
+
+    def __call__(self, **options: Any) -> threading.Thread:
+        self.began.append(threading.Thread(**options))
+        return self.began[-1]
+
+    def join(self) -> None:
+        for thread in self.began:
+            thread.join(PATIENCE)
+            assert not thread.is_alive()
+
+
+@pytest.fixture
+def background(monkeypatch: pytest.MonkeyPatch) -> Iterator[Background]:
+    """The threads of actions on more than four tasks."""
+    made = Background()
+    monkeypatch.setattr(bulk, "AT_ONCE", 4)
+    monkeypatch.setattr(bulk, "threading", SimpleNamespace(Thread=made))
+    yield made
+    made.join()
+
+
+def test_an_action_on_many_tasks_goes_on_in_the_background(boss, queue, background, caplog):
+    caplog.set_level(logging.INFO, "taskx")
+    ids = [queue.submit("mail").id for _ in range(11)]
+    other = queue.submit("report").id
+    url = f"{LIST}?type=mail"
+    page = act(boss, url, "cancel", key_of(ids[0]), select_across="1")
+    assert "goes on in the background, for all tasks that match (11 now)" in page
+    background.join()
+    assert {status(queue, i) for i in ids} == {"cancelled"}
+    assert status(queue, other) == "pending"
+    assert "admin: cancel by boss is done: 11 of 11 tasks changed" in caplog.messages
+    act(boss, url, "requeue", key_of(ids[0]), select_across="1")
+    background.join()
+    assert {status(queue, i) for i in ids} == {"pending"}
+    noted = [(change.by, change.action, change.target) for change in queue.changes()]
+    assert noted == [("boss", name, "11 in the admin") for name in ("requeue", "cancel")]
+    assert len(background.began) == 2
+
+
+def test_few_tasks_are_changed_within_the_request(boss, queue, background):
+    ids = [queue.submit("mail").id for _ in range(4)]
+    page = act(boss, LIST, "cancel", key_of(ids[0]), select_across="1")
+    assert "4 of 4 tasks are cancelled" in page
+    assert background.began == []
+
+
+def test_an_action_takes_more_tasks_than_are_counted(boss, queue, background, monkeypatch):
+    monkeypatch.setattr(bulk, "MOST", 5)
+    ids = [queue.submit("mail").id for _ in range(9)]
+    page = act(boss, LIST, "cancel", key_of(ids[0]), select_across="1")
+    assert "(more than 5 now)" in page
+    background.join()
+    assert {status(queue, i) for i in ids} == {"cancelled"}
+    act(boss, LIST, "delete_selected", key_of(ids[0]), select_across="1", post="yes")
+    assert queue.count_tasks() == 0
+
+
+def test_an_action_in_the_background_begins_after_the_transaction_of_its_request(
+    boss, queue, background, atomic_requests, monkeypatch
+):
+    ids = [queue.submit("mail").id for _ in range(5)]
+    begin = bulk.begin
+
+    def begin_and_look(*arguments: Any) -> None:
+        begin(*arguments)
+        assert background.began[0].ident is None
+
+    monkeypatch.setattr(bulk, "begin", begin_and_look)
+    act(boss, LIST, "cancel", key_of(ids[0]), select_across="1")
+    background.join()
+    assert {status(queue, i) for i in ids} == {"cancelled"}
+
+
+def test_an_action_in_the_background_that_fails_says_how_far_it_was(
+    boss, queue, background, monkeypatch, caplog
+):
+    ids = [queue.submit("mail").id for _ in range(9)]
+    cancel, calls = queue.cancel_many, []
+
+    def once(task_ids: Any) -> int:
+        calls.append(task_ids)
+        if len(calls) > 1:
+            raise RepositoryUnavailable("the server is away")
+        return int(cancel(task_ids))
+
+    monkeypatch.setattr(queue, "cancel_many", once)
+    act(boss, LIST, "cancel", key_of(ids[0]), select_across="1")
+    background.join()
+    assert [status(queue, i) for i in ids] == ["pending"] * 5 + ["cancelled"] * 4
+    text = "admin: cancel by boss has stopped after 4 tasks; take the action again to go on"
+    assert text in caplog.messages
+    assert queue.changes()[0].target == "4 in the admin"
 
 
 @pytest.mark.parametrize("lookup", ["params__contains", "params__startswith", "result__regex"])

@@ -20,7 +20,7 @@ from taskx.core.model import TaskStatus
 from taskx.core.redact import redacted
 from taskx.core.tags import FLOW
 
-#: Most tasks that are counted, and that an action on all that match changes.
+#: Most tasks that are counted.
 MOST = 10_000
 #: The newest tasks that are searched where no index helps.
 SEARCHED = 100_000

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any
 from urllib.parse import urlencode
@@ -15,6 +15,7 @@ from django.template.response import TemplateResponse
 from django.urls import NoReverseMatch, path, reverse
 from django.utils.html import format_html_join
 
+from taskx.contrib.django.admin import bulk
 from taskx.contrib.django.admin.finding import (
     MOST,
     AtMost,
@@ -265,29 +266,50 @@ class TaskAdmin(QueueAdmin):
     @admin.action(description="Cancel selected tasks", permissions=["steer"])
     def cancel(self, request: Any, rows: Any) -> None:
         """Cancel tasks."""
-        ids = _ids(rows)
-        self.act(
+        self._act_on_all(
             request,
             "cancel",
-            ids,
-            lambda queue: (
-                f"{queue.cancel_many(ids)} of {len(ids)} tasks are cancelled. Running ones are "
-                "asked to stop; ended ones stay as they are."
-            ),
+            rows,
+            lambda queue: queue.cancel_many,
+            "{} of {} tasks are cancelled. Running ones are asked to stop; ended ones stay as they are.",
         )
 
     @admin.action(description="Run selected tasks again", permissions=["steer"])
     def requeue(self, request: Any, rows: Any) -> None:
         """Requeue tasks."""
-        ids = _ids(rows)
-        self.act(
+        self._act_on_all(
             request,
             "requeue",
-            ids,
-            lambda queue: (
-                f"{queue.requeue_many(ids)} tasks run again, with those that had ended because "
-                "of them. Only failed and cancelled tasks do."
-            ),
+            rows,
+            lambda queue: queue.requeue_many,
+            "{} tasks run again, with those that had ended because of them. Only failed and cancelled "
+            "tasks do.",
+        )
+
+    def _act_on_all(
+        self,
+        request: Any,
+        name: str,
+        rows: Any,
+        method: Callable[[Queue], bulk.Change],
+        sentence: str,
+    ) -> None:
+        """Change tasks: within the request if they are few, else after it."""
+        found = bulk.pages(rows)
+        ids, queue = next(found, []), queue_of_site()
+        if queue is None or not next(found, []):
+            self.act(
+                request, name, ids, lambda queue: sentence.format(method(queue)(ids), len(ids))
+            )
+            return
+        number = bulk.how_many(rows)
+        bulk.begin(queue, name, rows, method(queue), request.user.get_username())
+        self.message_user(
+            request,
+            f"The action goes on in the background, for all tasks that match ({number} now), the newest "
+            "first. The log of changes has an entry at its end. If there is none, the process has ended "
+            "before: take the action again to go on.",
+            messages.SUCCESS,
         )
 
     @admin.action(
@@ -318,8 +340,8 @@ class TaskAdmin(QueueAdmin):
         self._delete(request, [obj.task_id])
 
     def delete_queryset(self, request: Any, queryset: Any) -> None:
-        """Delete tasks."""
-        self._delete(request, _ids(queryset))
+        """Delete tasks, within the request: its page says that all are deleted."""
+        self._delete(request, [task_id for ids in bulk.pages(queryset) for task_id in ids])
 
     def _delete(self, request: Any, ids: Sequence[str]) -> None:
         queue = queue_of_site()
@@ -336,10 +358,6 @@ _LISTED = (
     *("seq", "task_id", "type", "status", "created_at", "completed_at"),
     *("progress", "error_type", "created_by", "stuck_on"),
 )
-
-
-def _ids(rows: Any) -> list[str]:
-    return [*rows.values_list("task_id", flat=True)[:MOST]]
 
 
 def _cancelled(queue: Queue, task_id: str) -> str:
