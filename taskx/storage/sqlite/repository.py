@@ -802,7 +802,7 @@ class Joined(SQLiteRepository):
                 f"{outer.file.path}; nothing was stored. Keep them in one file: "
                 "SQLiteRepository(path, prefix='taskx_')"
             )
-        version = outer.schema.check(self._cursor(), path)  # type: ignore[arg-type]
+        version = outer.schema.check(self._cursor(), path)
         if version == schema.VERSION:
             return
         if self._connection.in_transaction:

@@ -199,13 +199,17 @@ _NAMES = re.compile(
 )
 
 
+#: What executes statements: a connection, or a cursor that changes the names of the tables.
+Executes = sqlite3.Connection | sqlite3.Cursor
+
+
 class Schema:
     """The schema of TaskX's own file. SQLite's header of the file has its version."""
 
     #: What the names of all tables, indexes and triggers begin with; empty in a file of our own.
     prefix = ""
 
-    def check(self, connection: sqlite3.Connection, path: str) -> int:
+    def check(self, connection: Executes, path: str) -> int:
         """Return the schema version of a file, 0 if it has none yet.
 
         Raises:
@@ -222,7 +226,7 @@ class Schema:
             )
         return 0
 
-    def version(self, connection: sqlite3.Connection) -> int:
+    def version(self, connection: Executes) -> int:
         """Return the schema version of a file that was checked before."""
         ((version,),) = connection.execute("PRAGMA user_version").fetchall()
         return int(version)
@@ -287,7 +291,7 @@ class PrefixedSchema(Schema):
             )
         self.prefix = prefix
 
-    def check(self, connection: sqlite3.Connection, path: str) -> int:
+    def check(self, connection: Executes, path: str) -> int:
         version, others = connection.execute(
             "SELECT (SELECT +name FROM sqlite_master WHERE name = 'schema' COLLATE NOCASE), "
             "(SELECT +name FROM sqlite_master WHERE name = 'tasks' COLLATE NOCASE)"
@@ -310,7 +314,7 @@ class PrefixedSchema(Schema):
                 f"prefix={there!r}, or one that differs in more than its case"
             )
 
-    def version(self, connection: sqlite3.Connection) -> int:
+    def version(self, connection: Executes) -> int:
         found = connection.execute("SELECT +version FROM schema").fetchall()
         return int(found[0][0]) if found else 0
 
