@@ -7,12 +7,20 @@
   let wait = PERIOD, timer;
 
   const main = () => document.querySelector("#main[hx-get]");
+  // True if a field has not the value that the server has sent. A search that was cleared has nothing to lose.
+  const changed = (field) => {
+    if (field.type === "checkbox") return field.checked !== field.defaultChecked;
+    if (field.type === "search" && !field.value) return false;
+    if (!field.options) return field.value !== field.defaultValue;
+    return field.selectedIndex !== Math.max(0, [...field.options].findIndex((one) => one.defaultSelected));
+  };
+  // A search stays as it is when the rest is merged. A click leaves the focus on a box.
+  const entered = (field) => field.matches(":focus:not([type=search], [type=checkbox]), [type=checkbox]:focus-visible");
   const busy = () => {
     const part = main();
     if (!part || document.hidden || document.querySelector("dialog[open]")) return true;
-    const active = document.activeElement;
-    if (part.contains(active) && active.matches("input, textarea, select")) return true;
-    return part.querySelector("input:checked, form[data-changed]") !== null || !getSelection().isCollapsed;
+    const fields = [...part.querySelectorAll("input, select, textarea")];
+    return fields.some((field) => changed(field) || entered(field)) || !getSelection().isCollapsed;
   };
   const next = () => {
     clearTimeout(timer);
@@ -34,10 +42,6 @@
   });
   const tell = (working) => document.body.toggleAttribute("data-away", !working);
 
-  document.addEventListener("input", (event) => {
-    const form = event.target.closest("#main form");
-    if (form) form.setAttribute("data-changed", "");
-  });
   document.addEventListener("visibilitychange", () => {
     if (document.hidden) return clearTimeout(timer);
     if (!busy()) htmx.trigger(main(), "refresh");
@@ -49,11 +53,12 @@
   });
   document.addEventListener("htmx:after:request", (event) => {
     const {request, response} = event.detail.ctx;
-    const etag = response && response.headers.get("ETag");
-    if (etag) etags.set(request.action, etag);
     const working = Boolean(response) && response.status < 500;
     wait = working ? PERIOD : Math.min(2 * wait, LONGEST);
     tell(working);
+    if (busy()) return event.preventDefault();  // begun since the request: the answer is not merged
+    const etag = response && response.headers.get("ETag");
+    if (etag) etags.set(request.action, etag);
   });
   document.addEventListener("htmx:error", () => {
     wait = Math.min(2 * wait, LONGEST);

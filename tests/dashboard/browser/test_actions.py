@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from dashboard.browser.conftest import PATIENCE, expect
-from taskx import Queue, SQLiteRepository, Task, chain
+from taskx import Queue, RetryPolicy, SQLiteRepository, Task, chain
 
 
 def notice(page, text):
@@ -286,3 +288,128 @@ def test_what_one_has_opened_stays_open(site, page):
     site.queue.submit("quiet", delay=3600, created_by="open")
     expect(page.locator("tbody tr")).to_have_count(1)
     expect(page.locator("details#fields")).to_have_attribute("open", "")
+
+
+def boxes(site, page, by):
+    """Open the list of the one waiting task of somebody; return the box of that task."""
+    handle = site.queue.submit("quiet", delay=3600, created_by=by)
+    page.goto(f"/tasks?q=by:{by}")
+    return page.get_by_label(f"Select {handle.id}")
+
+
+def test_a_page_refreshes_again_after_a_tick_was_taken_back(site, page):
+    box = boxes(site, page, "unticked")
+    box.check()
+    box.uncheck()
+    expect(box).to_be_focused()  # a click leaves the focus on the box
+    site.queue.submit("quiet", delay=3600, created_by="unticked")
+    expect(page.locator("tbody tr")).to_have_count(2)
+
+
+def test_a_page_refreshes_again_after_all_ticks_were_taken_back(site, page):
+    boxes(site, page, "none")
+    page.get_by_label("Select the page").check()
+    page.get_by_label("Select the page").uncheck()
+    site.queue.submit("quiet", delay=3600, created_by="none")
+    expect(page.locator("tbody tr")).to_have_count(2)
+
+
+def test_a_page_refreshes_while_its_search_has_the_focus_and_nothing_is_entered(site, page):
+    boxes(site, page, "search")
+    page.keyboard.press("/")
+    for entered in ("by:sear", ""):
+        page.get_by_role("combobox", name="Filter").fill(entered)
+    site.queue.submit("quiet", delay=3600, created_by="search")
+    expect(page.locator("tbody tr")).to_have_count(2)
+    expect(page.get_by_role("combobox", name="Filter")).to_be_focused()
+    expect(page.get_by_role("combobox", name="Filter")).to_have_value("")
+
+
+def test_a_page_refreshes_again_after_fields_have_their_values_again(site, page):
+    page.goto("/types/one?type=quiet")
+    page.get_by_label("Most at once").fill("3")
+    page.get_by_label("Scope").select_option("each node")
+    page.get_by_label("Most at once").fill("")
+    page.get_by_label("Scope").select_option("")
+    page.get_by_label("Most at once").blur()
+    site.queue.pause("quiet")
+    expect(page.get_by_role("button", name="Resume quiet")).to_be_visible()
+    site.queue.resume("quiet")
+    expect(page.get_by_role("button", name="Pause quiet")).to_be_visible()
+
+
+def enter(page, name, value):
+    page.get_by_label(name).fill(value)
+    page.get_by_label(name).blur()
+
+
+BEGUN = {
+    "a tick": ("/tasks?q=type:quiet", lambda page: page.get_by_label("Select the page").check()),
+    "a search": ("/types", lambda page: enter(page, "Name", "qui")),
+    "a field": ("/types/one?type=quiet", lambda page: enter(page, "Most at once", "3")),
+    "a choice": (
+        "/types/one?type=quiet",
+        lambda page: page.get_by_label("Scope").select_option("each node"),
+    ),
+    "the focus": ("/types/one?type=quiet", lambda page: page.get_by_label("Burst").focus()),
+    "the focus of the keyboard on a box": (
+        "/tasks?q=type:quiet",
+        lambda page: [page.keyboard.press(key) for key in ("j", "Shift+Tab", "Shift+Tab")],
+    ),
+}
+
+
+@pytest.mark.parametrize("begun", BEGUN)
+def test_a_page_does_not_refresh_while_something_is_begun(site, page, begun):
+    path, begin = BEGUN[begun]
+    site.queue.submit("quiet", delay=3600)
+    page.clock.install(time=0)
+    page.clock.pause_at(1_000)  # the timers of the page wait for run_for()
+    page.goto(path)
+    asked = []
+    page.on("request", lambda request: asked.append("hx-request" in request.headers))
+    begin(page)
+    page.clock.run_for(10_000)
+    assert True not in asked
+    page.goto(path)
+    with page.expect_request(lambda request: "hx-request" in request.headers):
+        page.clock.run_for(2_000)
+
+
+def test_an_answer_that_comes_after_a_tick_is_not_merged(site, page):
+    """Its rows have other places, and the tick would go to another task."""
+    box = boxes(site, page, "late")
+    held = []
+    page.route("**/tasks?*", lambda route: held.append(route))
+    with page.expect_request("**/tasks?*"):
+        site.queue.submit("quiet", delay=3600, created_by="late")
+    box.check()
+    with page.expect_event("requestfinished"):
+        held[0].continue_()
+    page.unroute("**/tasks?*")
+    page.evaluate("new Promise((done) => setTimeout(done))")
+    expect(page.locator("tbody tr")).to_have_count(1)
+    expect(box).to_be_checked()
+    box.uncheck()
+    expect(page.locator("tbody tr")).to_have_count(2)  # the answer was not taken as seen either
+
+
+def test_the_attempts_of_a_task_have_their_numbers(site, page):
+    """A browser counts them as a screen reader says them; the box of a traceback is none."""
+
+    @site.queue.executor("thrice", retry=RetryPolicy(3, backoff="fixed", base=0.001))
+    def thrice():
+        raise ValueError("thrice")
+
+    handle = site.queue.submit("thrice")
+    handle.exception(PATIENCE)
+    for task_id, numbers in ((handle.id, ["3. ", "2. ", "1. "]), (site.failed, ["1. "])):
+        page.goto(f"/task?id={task_id}")
+        tree = page.context.new_cdp_session(page).send("Accessibility.getFullAXTree")
+        markers = [
+            node["name"]["value"]
+            for node in tree["nodes"]
+            if node["role"]["value"] == "ListMarker" and node["name"]["value"] != "• "
+        ]
+        assert markers[-len(numbers) - 1 :][1:] == numbers
+        assert markers[-len(numbers) - 1] != numbers[0]
