@@ -89,6 +89,7 @@ class HealthPort:
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
+    request_queue_size = 128  # connections that wait: probes come in bursts
 
 
 class _Handler(BaseHTTPRequestHandler):

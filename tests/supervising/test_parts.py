@@ -6,14 +6,17 @@ import json
 import os
 import socket
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
 
 from taskx import ConfigurationError, Queue
+from taskx.supervising import health
 from taskx.supervising.health import WRITE_EVERY, HealthFile, HealthPort
 from taskx.supervising.loading import files_of, load_queue
 from taskx.supervising.notify import Notifier
@@ -340,6 +343,30 @@ def test_the_health_port_answers_with_200_or_503_and_the_report():
         assert (status, report["ok"], report["error"]) == (503, False, "the supervisor hangs")
     finally:
         port.close()
+
+
+def test_a_hundred_probes_at_once_are_all_answered():
+    """None is accepted before all have connected: the kernel keeps them."""
+    report = staticmethod(lambda: (GOOD_REPORT, time.monotonic()))
+    server = health._Server(
+        ("127.0.0.1", 0), type("Handler", (health._Handler,), {"report": report})
+    )
+    with ExitStack() as stack:
+        stack.callback(server.server_close)
+        probes = [
+            stack.enter_context(socket.create_connection(server.server_address, timeout=60))
+            for _ in range(100)
+        ]
+        for probe in probes:
+            probe.sendall(b"GET /health HTTP/1.0\r\n\r\n")
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            answers = [probe.makefile("rb").readline() for probe in probes]
+        finally:
+            server.shutdown()
+            thread.join()
+    assert {answer.split()[1] for answer in answers} == {b"200"}
 
 
 def test_a_health_port_that_is_taken_is_refused_with_its_number():
