@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from taskx.dashboard import private
 from taskx.dashboard.bulk import change_for_a_while
 from taskx.dashboard.request import Request
 from taskx.dashboard.screens.tasks import CHANGES, MOST_COUNTED, Change, read_filter
+from taskx.inspecting.query import FIELDS, field_suggestion
 
 #: The largest number of tasks in an answer.
 MOST_TASKS = 1_000
@@ -37,12 +38,25 @@ _streams = threading.BoundedSemaphore(MOST_STREAMS)
 
 @attrs.frozen
 class Parameter:
-    """A parameter in the query of a call."""
+    """A parameter in the query of a call.
+
+    Attributes:
+        name: its name; one that ends with a dot stands for all names that begin with it.
+        about: what it means, in one sentence.
+        type: the type of its value.
+        required: True if the call fails without it.
+        repeated: True if it may be given several times.
+    """
 
     name: str
     about: str
-    type: Literal["string", "integer", "number"] = "string"
+    type: Literal["string", "integer"] = "string"
     required: bool = False
+    repeated: bool = False
+
+    def fits(self, name: str) -> bool:
+        """Return True if a name in a query means this parameter."""
+        return name == self.name or (self.name.endswith(".") and name.startswith(self.name))
 
 
 @attrs.frozen
@@ -73,10 +87,30 @@ class Call:
 def answer(request: Request, call: Call) -> Response:
     """Return the answer to a call."""
     request.require(call.permission)
+    check_parameters(request, call.parameters)
     made = call.run(request)
     response = made if isinstance(made, Response) else as_json(made)
     response.cache_control.no_store = True
     return response
+
+
+def check_parameters(request: Request, known: Sequence[Parameter]) -> None:
+    """Check that a call knows the parameters of a request: a misspelt one would change its meaning.
+
+    Raises:
+        ConfigurationError: it does not know one, or one is given too often.
+    """
+    for name, values in request.args.lists():
+        found = next((one for one in known if one.fits(name)), None)
+        if found is None:
+            names = [one.name for one in known]
+            listed = ", ".join(f"{name}…" if name.endswith(".") else name for name in names)
+            raise ConfigurationError(
+                f"unknown parameter {name!r:.50}{field_suggestion(name, names)}; "
+                f"{f'the known ones are {listed}' if listed else 'this call has none'}"
+            )
+        if len(values) > 1 and not found.repeated:
+            raise ConfigurationError(f"the parameter {name!r:.50} is given twice: give it once")
 
 
 def as_json(value: Any, status: int = 200) -> Response:
@@ -90,7 +124,7 @@ def as_json(value: Any, status: int = 200) -> Response:
 def _list(request: Request) -> dict[str, Any]:
     limit = _number(request, "limit", 100, MOST_TASKS)
     at_most = _number(request, "at_most", MOST_COUNTED)
-    wanted = attrs.evolve(read_filter(request, request.args.get("q", "")), limit=limit)
+    wanted = attrs.evolve(_filter(request), limit=limit)
     page = request.queue.list_tasks(
         wanted, after=request.args.get("after") or None, at_most=at_most
     )
@@ -119,6 +153,12 @@ def _stats(request: Request) -> dict[str, Any]:
 def _health(request: Request) -> Response:
     health = request.queue.health()
     return as_json(health.to_dict(), 200 if health.ok else 503)
+
+
+def _filter(request: Request) -> TaskFilter:
+    given = request.args.items(multi=True)
+    more = [(name, value) for name, value in given if any(one.fits(name) for one in _FIELDS)]
+    return read_filter(request, request.args.get("q", ""), more)
 
 
 def _id(request: Request) -> str:
@@ -209,7 +249,7 @@ def _body(request: Request, known: set[str]) -> dict[str, Any]:
 
 
 def _changes(request: Request) -> Response:
-    wanted = attrs.evolve(read_filter(request, request.args.get("q", "")), limit=MOST_WATCHED)
+    wanted = attrs.evolve(_filter(request), limit=MOST_WATCHED)
     seconds = _number(request, "seconds", 60, LONGEST_STREAM)
     if request.method == "HEAD":  # no body is sent, so nothing would close the stream
         return Response(mimetype="application/x-ndjson")
@@ -222,6 +262,7 @@ def _changes(request: Request) -> Response:
         response = Response(
             _stream(request, wanted, seconds, known), mimetype="application/x-ndjson"
         )
+        response.headers["X-Accel-Buffering"] = "no"  # or nginx would hold lines back
         response.call_on_close(_streams.release)
     except BaseException:  # also an interrupt: else the place would stay taken for ever
         _streams.release()
@@ -277,7 +318,14 @@ def _line(request: Request, task: Task) -> str:
 
 # --- all calls
 
-_Q = Parameter("q", "A filter line, such as type:email status:failed newer:1d.")
+_FIELDS = tuple(
+    Parameter(name, f"{about[0].upper()}{about[1:]}.", repeated=name == "tag")
+    for name, about in FIELDS.items()
+)
+_FILTER = (
+    Parameter("q", "A filter line, such as type:email status:failed newer:1d."),
+    *_FIELDS,
+)
 _ID = Parameter("id", "The id of the task.", required=True)
 _ABOUTS = {
     "cancel": "Cancel tasks; running ones are asked to stop.",
@@ -292,7 +340,7 @@ CALLS: tuple[Call, ...] = (
         _list,
         "Page",
         parameters=(
-            _Q,
+            *_FILTER,
             Parameter("limit", f"Most tasks in the answer, 1 to {MOST_TASKS}; 100.", "integer"),
             Parameter("after", "The next of the page before."),
             Parameter("at_most", f"The largest total that is counted; {MOST_COUNTED}.", "integer"),
@@ -316,7 +364,7 @@ CALLS: tuple[Call, ...] = (
         _changes,
         "Lines",
         parameters=(
-            _Q,
+            *_FILTER,
             Parameter(
                 "seconds", f"The length of the stream, 1 to {LONGEST_STREAM}; 60.", "integer"
             ),

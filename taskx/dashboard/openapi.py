@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import taskx
 from taskx.core.model import TASK_FIELDS, TIME_FIELDS, TaskStatus
-from taskx.dashboard.api import CALLS, Call
+from taskx.dashboard.api import CALLS, Call, Parameter
 from taskx.dashboard.private import FIELDS
 
 _TEXT = {"type": "string"}
@@ -138,20 +139,31 @@ def _operation(call: Call) -> dict[str, Any]:
         "responses": {**answers, "default": _content("An error, in one line.", "Error")},
     }
     if call.parameters:
-        found["parameters"] = [
-            {
-                "name": parameter.name,
-                "in": "query",
-                "description": parameter.about,
-                "required": parameter.required,
-                "schema": {"type": parameter.type},
-            }
-            for parameter in call.parameters
-        ]
+        found["parameters"] = [*map(_parameter, call.parameters)]
     if call.body:
         found["requestBody"] = {**_content("", call.body), "required": True}
         del found["requestBody"]["description"]
     return found
+
+
+def _parameter(parameter: Parameter) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": parameter.type}
+    if parameter.repeated:
+        schema = {"type": "array", "items": schema}
+    if parameter.name.endswith("."):  # all names that begin with it
+        beginning = f"^{re.escape(parameter.name)}"
+        schema = {
+            "type": "object",
+            "patternProperties": {beginning: schema},
+            "additionalProperties": False,
+        }
+    return {
+        "name": parameter.name.rstrip("."),
+        "in": "query",
+        "description": parameter.about,
+        "required": parameter.required,
+        "schema": schema,
+    }
 
 
 def _content(about: str, schema: str, kind: str = "application/json") -> dict[str, Any]:

@@ -13,8 +13,9 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from datetime import datetime, timezone
+from itertools import chain
 from typing import Any, NamedTuple
 
 from taskx.core.clock import SYSTEM_CLOCK, Clock
@@ -63,19 +64,23 @@ class _Term(NamedTuple):
     quoted: bool
 
 
-def parse_query(line: str, clock: Clock = SYSTEM_CLOCK) -> TaskFilter:
+def parse_query(
+    line: str, clock: Clock = SYSTEM_CLOCK, more: Iterable[tuple[str, str]] = ()
+) -> TaskFilter:
     """Return the filter of a filter line.
 
     Args:
         line: terms such as ``type:email older:1d``; an empty line is the filter of all tasks.
         clock: the source of the time for ``older`` and ``newer``.
+        more: further terms: pairs of a field and its value, which needs no quotes. In params ``7`` is a
+            number and ``"7"`` is a text, as in a line.
 
     Raises:
         ConfigurationError: the line is not valid. The message is one line, and says what to write.
     """
     fields: dict[str, Any] = {}
     params: dict[tuple[str, ...], Scalar] = {}
-    for term in _terms(line):
+    for term in chain(_terms(line), (_term_of(field, value) for field, value in more)):
         name = term.keys[0]
         if name == _PARAMS:
             if term.keys[1:] in params:
@@ -170,6 +175,15 @@ def suggestion(word: str, known: Collection[str]) -> str:
     return f"; did you mean {_shown(lower[close[0]])}?" if close else ""
 
 
+def field_suggestion(word: str, known: Collection[str]) -> str:
+    """Return a :func:`suggestion` of a field, also for the name that it has in a ``TaskFilter``."""
+    names = {long: short for short, long in _NAMES.items() if short in known}
+    hint = suggestion(word, [*known, *names])
+    for long, short in names.items():
+        hint = hint.replace(f"{long!r}", f"{short!r}")
+    return hint
+
+
 # --- reading
 
 
@@ -219,6 +233,13 @@ def _term(word: list[_Piece]) -> _Term:
     raise _no_field("".join(piece.text for piece in word))
 
 
+def _term_of(name: str, value: str) -> _Term:
+    keys = _keys([_Piece(name, False)])
+    quoted = _PIECE.fullmatch(value) if keys[0] == _PARAMS else None
+    piece = _piece(value, quoted is not None and quoted["quoted"] is not None)
+    return _Term(keys, piece.text, piece.quoted)
+
+
 def _keys(pieces: list[_Piece]) -> tuple[str, ...]:
     keys = [""]
     for text, quoted in pieces:
@@ -232,9 +253,7 @@ def _keys(pieces: list[_Piece]) -> tuple[str, ...]:
     elif len(keys) > 1 or name not in FIELDS:
         field = ".".join(keys)
         known = [field for field in FIELDS if field != "params."]
-        hint = suggestion(field, [*known, *_NAMES.values()])
-        for short, long in _NAMES.items():
-            hint = hint.replace(f"{long!r}", f"{short!r}")
+        hint = field_suggestion(field, known)
         raise ConfigurationError(
             f"the filter has no field {_shown(field)}{hint or ': use ' + ', '.join([*known, 'params.…'])}"
         )

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from datetime import timedelta
 
 import pytest
+from werkzeug.datastructures import MultiDict
 
 from taskx import RepositoryUnavailable, TaskStatus
 from taskx.dashboard import ALL, Dashboard, bulk
 from taskx.dashboard import api as calls
 from taskx.dashboard.api import CALLS, MOST_STREAMS
 from taskx.dashboard.app import Map
+from taskx.inspecting.query import FIELDS
 from taskx.submitting.bulk import BATCH, Bulk
 
 
@@ -90,6 +93,64 @@ def test_params_are_left_out_without_the_permission_to_see_them(look, queue):
     assert not {"params", "result", "checkpoints", "log"} & answer.json.keys()
 
 
+FIELDS_GIVEN = {
+    "type": ["report", "email"],
+    "status": ["pending", "failed"],
+    "tag": ["eu", "us"],
+    "by": ["ann", "ben"],
+    "error": ["", "out"],
+    "error_type": ["", "ValueError"],
+    "id": ["wan", "x"],
+    "params.": ["7", '"7"'],
+    "parent": ["first", "wanted"],
+    "flow": ["", "f1"],
+    "older": ["0s", "1d"],
+    "newer": ["1d", "0s"],
+    "since": ["2020-01-01", "2999-01-01T10:00Z"],
+    "until": ["2999-01-01", "2020-01-01"],
+}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_list_takes_each_field_of_the_filter_as_a_parameter(api, queue, name):
+    queue.submit("email", id="first", created_by="cid", tags=["fr"])
+    options = {"created_by": "ann", "tags": ["eu"], "depends_on": ["first"]}
+    queue.submit("report", {"user": {"id": 7}}, id="wanted", **options)
+    found, missed = FIELDS_GIVEN[name]
+    parameter = "params.user.id" if name == "params." else name
+    for value, ids in ((found, {"wanted"}), (missed, set())):
+        answer = api.get("/api/tasks", query_string={parameter: value})
+        if value:
+            assert {task["id"] for task in answer.json["tasks"]} & {"wanted"} == ids, answer.json
+
+
+def test_parameters_and_a_filter_line_are_combined(api, queue):
+    queue.submit("report", {"say": 'a "b" c'}, created_by="ann or ben", tags=["eu", "big"])
+    queue.submit("report", tags=["eu"])
+    queue.submit("email", created_by="ann or ben", tags=["eu", "big"])
+
+    def total(*query):
+        return api.get("/api/tasks", query_string=MultiDict(query)).json["total"]
+
+    assert total(("q", "type:report"), ("by", "ann or ben")) == 1
+    assert total(("tag", "eu"), ("tag", "big")) == 2
+    assert total(("params.say", 'a "b" c'), ("status", "pending")) == 1
+
+
+def test_a_stream_takes_the_fields_of_the_filter_as_parameters(api, queue):
+    queue.submit("email")
+    task_id = queue.submit("report").id
+    with api.get("/api/changes?type=report&seconds=1") as answer:
+        stream = lines(answer)
+        assert next(stream)["id"] == task_id
+        assert "now" in next(stream)
+
+
+def test_hidden_params_cannot_be_searched_by_a_parameter(look, queue):
+    answer = look(queue, permissions={"read"}).get("/api/tasks?params.pin=4711")
+    assert answer.status_code == 403
+
+
 # --- changes
 
 
@@ -155,6 +216,25 @@ def test_a_change_needs_its_permission(look, queue):
         ("/api/tasks?after=x", 400, "after"),
         ("/api/changes?seconds=-1", 400, "seconds must be"),
         ("/api/cancel", 405, "not allowed"),
+        ("/api/tasks?statsu=failed", 400, "unknown parameter 'statsu'; did you mean 'status'?"),
+        ("/api/tasks?created_by=ann", 400, "did you mean 'by'?"),
+        ("/api/tasks?params=7", 400, "did you mean 'params.'?"),
+        ("/api/tasks?x=1", 400, "unknown parameter 'x'; the known ones are q, type, status, tag"),
+        ("/api/tasks?status=done", 400, "status"),
+        ("/api/tasks?newer=soon", 400, "is not a duration"),
+        ("/api/tasks?status=failed&status=pending", 400, "'status' is given twice"),
+        ("/api/tasks?limit=1&limit=2", 400, "'limit' is given twice"),
+        ("/api/tasks?q=type:a&type=b", 400, "'type' twice"),
+        ("/api/tasks?q=error:%22x&type=a%22b&by=c", 400, "quotation mark"),
+        ("/api/changes?statsu=failed", 400, "did you mean 'status'?"),
+        ("/api/task?id=x&q=type:a", 400, "unknown parameter 'q'; the known ones are id"),
+        (
+            "/api/stats?created_by=1",
+            400,
+            "unknown parameter 'created_by'; the known ones are period",
+        ),
+        ("/api/health?verbose", 400, "unknown parameter 'verbose'; this call has none"),
+        ("/api/openapi.json?x=1", 400, "this call has none"),
     ],
 )
 def test_an_error_is_one_line_of_json(api, path, status, words):
@@ -242,6 +322,24 @@ def test_the_document_describes_each_route_and_no_other(api, queue):
     assert {(path, method) for path in paths for method in paths[path]} == routes
 
 
+def test_the_document_names_the_fields_of_the_filter(api):
+    paths = api.get("/api/openapi.json").json["paths"]
+    for name, more in (("tasks", ["limit", "after", "at_most"]), ("changes", ["seconds"])):
+        given = {one["name"]: one["schema"] for one in paths[f"/{name}"]["get"]["parameters"]}
+        assert [*given] == ["q", *(field.rstrip(".") for field in FIELDS), *more]
+        assert given["tag"] == {"type": "array", "items": {"type": "string"}}
+        [pattern] = given["params"]["patternProperties"]
+        assert re.search(pattern, "params.user.id")
+        assert not re.search(pattern, "params")
+
+
+def test_a_change_refuses_parameters(api, queue):
+    task_id = queue.submit("report").id
+    answer = api.post("/api/cancel?dry_run=1", json={"ids": [task_id]})
+    assert answer.status_code == 400
+    assert queue.get_task_status(task_id).status is TaskStatus.PENDING
+
+
 def test_the_document_names_its_own_address(api):
     answer = api.get("/api/openapi.json", base_url="http://localhost/admin/taskx")
     assert answer.json["servers"] == [{"url": "/admin/taskx/api"}]
@@ -282,7 +380,8 @@ def test_answers_match_the_document(api, failed):
     document = api.get("/api/openapi.json").json
     for call in CALLS:
         if call.method == "GET" and call.answer != "Lines":
-            answer = api.get(f"/api/{call.name}", query_string={"id": task_id})
+            query = {"id": task_id} if call.name in ("task", "why") else {}
+            answer = api.get(f"/api/{call.name}", query_string=query)
         elif call.method == "POST":
             answer = api.post(f"/api/{call.name}", json={"query": "type:email", "dry_run": True})
         else:

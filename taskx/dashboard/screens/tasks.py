@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from datetime import datetime
 from functools import partial
@@ -37,14 +37,14 @@ _FEW = frozenset({TaskStatus.RUNNING, TaskStatus.FAILED, TaskStatus.CANCELLED})
 _TRAIL = 12
 
 
-def read_filter(request: Request, line: str) -> TaskFilter:
-    """Return the filter of a filter line.
+def read_filter(request: Request, line: str, more: Iterable[tuple[str, str]] = ()) -> TaskFilter:
+    """Return the filter of a filter line, and of more fields with their values.
 
     Raises:
         ConfigurationError: the line is not valid.
         Forbidden: it looks for values that the user may not see.
     """
-    found = parse_query(line, request.queue.clock)
+    found = parse_query(line, request.queue.clock, more)
     private.check_search(request, found)
     return found
 
