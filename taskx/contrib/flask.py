@@ -386,8 +386,11 @@ class _Entrance:
                 "The dashboard is closed: the app has no check of its requests. Decorate a function with "
                 "@taskx.dashboard_check; it returns True if the request may see and change everything."
             )
+        from taskx.dashboard.bodies import kept_body, largest_body
+
+        most = largest_body(self._state.queue)
         try:
-            with self._app.request_context(environ):
+            with kept_body(environ, most), self._app.request_context(environ):
                 return self._state.check()
         except Exception as error:  # noqa: BLE001  (the dashboard makes a page of it)
             return error

@@ -16,6 +16,7 @@ from werkzeug.routing import Map
 from taskx.core.clock import to_datetime
 from taskx.core.errors import RepositoryError
 from taskx.dashboard import words
+from taskx.dashboard.bodies import largest_body
 from taskx.dashboard.charts import Charts
 from taskx.dashboard.display import Display
 from taskx.queue import Queue
@@ -66,8 +67,7 @@ class Request(wrappers.Request):
             path_info=self.path,
             default_method=self.method,
         )
-        size = 4 * queue.config.max_payload_size + (1 << 20)  # in a form, a byte can take three
-        self.max_content_length = self.max_form_memory_size = size
+        self.max_content_length = self.max_form_memory_size = largest_body(queue)
         self.max_form_parts = 10_000
 
     def say(self, text: str, **values: Any) -> str:

@@ -583,6 +583,26 @@ def test_the_check_gives_permissions_and_the_name_for_the_log(guarded):
     assert [noted.by for noted in queue_of(guarded).changes()] == ["admin"]
 
 
+def test_the_check_may_read_the_form(taskx, make_app):
+    """It sees the fields of the pages, and the dashboard sees them after it."""
+    read = []
+
+    @taskx.dashboard_check
+    def check() -> bool:
+        read.append({**request.form} or request.get_json())
+        return True
+
+    app = make_app(TESTING=True, TASKX_DASHBOARD_URL="/taskx")
+    queue_of(app).declare("one")
+    form = {"data": {"type": "one"}, "headers": {"Sec-Fetch-Site": "same-origin"}}
+    assert app.test_client().post("/taskx/types/pause", **form).status_code == 303
+    assert queue_of(app).paused.types
+    task_id = queue_of(app).submit("one").id
+    answer = app.test_client().post("/taskx/api/cancel", json={"ids": [task_id]})
+    assert answer.json["changed"] == 1
+    assert read == [{"type": "one"}, {"ids": [task_id]}]
+
+
 def test_an_error_of_the_check_is_a_closed_door(guarded):
     assert visit(guarded, "unknown").get("/ops/taskx/").status_code == 500
 

@@ -20,15 +20,13 @@ if TYPE_CHECKING:
 _BARE = frozenset({204, 304})
 
 
-def answer(app: WSGIApplication, request: HttpRequest, path: str, **more: Any) -> HttpResponseBase:
+def answer(app: WSGIApplication, request: HttpRequest, environ: dict[str, Any]) -> HttpResponseBase:
     """Call a WSGI app for a request, and return its answer. A body without a length is streamed.
 
     Args:
         app: the app.
         request: the request, under WSGI or ASGI.
-        path: the end of the request's path, which the app sees; what is before it is where the app is
-            mounted.
-        more: further values of the WSGI environment.
+        environ: its WSGI environment: :func:`environ_of`, and what the app is to know.
     """
     started: list[Any] = []
 
@@ -36,7 +34,7 @@ def answer(app: WSGIApplication, request: HttpRequest, path: str, **more: Any) -
         started[:] = given
         return _unsupported
 
-    body = app({**environ_of(request, path), **more}, start_response)
+    body = app(environ, start_response)
     status, headers = started[:2]
     code, _, reason = status.partition(" ")
     about: dict[str, Any] = {"status": int(code), "reason": reason}
@@ -69,7 +67,10 @@ def _set_headers(response: HttpResponseBase, headers: Iterable[tuple[str, str]])
 
 
 def environ_of(request: HttpRequest, path: str) -> dict[str, Any]:
-    """Return the WSGI environment of a request for an app that is mounted where ``path`` begins."""
+    """Return the WSGI environment of a request for an app that is mounted where ``path`` begins.
+
+    It reads the body. Django then gives the body to others, too, also to those that come later.
+    """
     return {
         **request.META,
         "wsgi.version": (1, 0),

@@ -12,7 +12,7 @@ from django.http.response import HttpResponseBase
 from django.urls import NoReverseMatch, path, re_path, reverse
 from django.views.decorators.csrf import csrf_exempt
 
-from taskx.contrib.django.mounting import answer
+from taskx.contrib.django.mounting import answer, environ_of
 from taskx.contrib.django.queues import get_queue
 
 if TYPE_CHECKING:
@@ -81,9 +81,10 @@ def dashboard(
         user = request.user
         if not user.is_authenticated:
             return _to_login(request, rest)
-        granted = frozenset(permissions(request))
-        name = {_GRANTED: granted, "REMOTE_USER": user.get_username()}
-        return answer(current(), request, rest, **name)
+        environ = environ_of(request, rest)  # with the body, which the function may read, too
+        environ[_GRANTED] = frozenset(permissions(request))
+        environ["REMOTE_USER"] = user.get_username()
+        return answer(current(), request, environ)
 
     # The dashboard has a check of its own, which also holds for its pages in the browser's cache.
     view = csrf_exempt(_not_atomic(view))

@@ -22,6 +22,7 @@ from helpers import PATIENCE
 
 from taskx import MemoryRepository, Queue, TaskStatus
 from taskx.contrib.django import dashboard, views
+from taskx.dashboard import ALL
 from taskx.dashboard.api import MOST_STREAMS
 
 VIEW, CHANGE, DELETE = "taskx.view_task", "taskx.change_task", "taskx.delete_task"
@@ -128,6 +129,25 @@ def test_the_program_may_decide_who_may_do_what(browse, queue):
     with override_settings(ROOT_URLCONF=urls(path("tasks/", dashboard(permissions=check)))):
         assert browse(staff=False).get("/tasks/").status_code == 200
         assert browse(VIEW).get("/tasks/").status_code == 403
+
+
+def test_the_function_of_the_program_may_read_the_form(boss, queue):
+    read: list[Any] = []
+
+    def check(request: HttpRequest) -> frozenset[str]:
+        read.append(request.POST.get("type") or request.read())
+        return ALL
+
+    with override_settings(ROOT_URLCONF=urls(path("tasks/", dashboard(permissions=check)))):
+        for form in (("type=mail", "application/x-www-form-urlencoded"), ({"type": "mail"},)):
+            queue.resume("mail")
+            assert (
+                boss.post("/tasks/types/pause", *form).status_code == 303
+            )  # the second: multipart
+            assert "mail" in queue.paused
+        body = {"ids": [queue.submit("mail").id]}
+        assert boss.post("/tasks/api/cancel", body, "application/json").json()["changed"] == 1
+    assert read == ["mail", "mail", json.dumps(body).encode()]
 
 
 def test_a_read_only_dashboard_changes_nothing(boss, queue):
