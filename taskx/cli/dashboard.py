@@ -21,12 +21,14 @@ _PORT = 8642
     "dashboard",
     f"""Serve the dashboard: pages about the queue in a browser, until Ctrl-C.
 
-It listens on this machine only. Another --host needs a --user; the password is in {PASSWORD}, or is asked
-for. Put a proxy with TLS before it: it speaks plain HTTP.""",
+It listens on this machine only, and answers to the names of this machine. Another --host and each
+--allowed-host need a --user; the password is in {PASSWORD}, or is asked for. Put a proxy with TLS before
+it: it speaks plain HTTP.""",
     f"""
 taskx dashboard
 taskx dashboard --port 9000 --read-only
 {PASSWORD}=… taskx dashboard --host 0.0.0.0 --user ops
+{PASSWORD}=… taskx dashboard --user ops --allowed-host dash.example.org --prefix /taskx --behind-proxy
 """,
     click.option(
         "--host", default="127.0.0.1", show_default=True, help="The address to listen on."
@@ -46,6 +48,20 @@ taskx dashboard --port 9000 --read-only
         multiple=True,
         help="Allow only this, such as read, see_params or requeue; may be given several times.",
     ),
+    click.option(
+        "--allowed-host",
+        metavar="NAME",
+        multiple=True,
+        help="Answer to this name, too, such as that of a proxy; may be given several times.",
+    ),
+    click.option(
+        "--prefix", metavar="PATH", default="", help="Serve below this path, such as /taskx."
+    ),
+    click.option(
+        "--behind-proxy",
+        is_flag=True,
+        help="Trust X-Forwarded-For and X-Forwarded-Proto: a proxy sets them in all requests.",
+    ),
     click.option("--title", default="TaskX", show_default=True, help="The name in the pages."),
 )
 def dashboard(
@@ -55,6 +71,9 @@ def dashboard(
     user: str | None,
     read_only: bool,
     allow: Sequence[str],
+    allowed_host: Sequence[str],
+    prefix: str,
+    behind_proxy: bool,
     title: str,
 ) -> None:
     """Serve the dashboard."""
@@ -72,6 +91,9 @@ def dashboard(
             permissions=allow or None,
             read_only=read_only,
             title=title,
+            allowed_hosts=allowed_host,
+            prefix=prefix,
+            behind_proxy=behind_proxy,
         )
     except OSError as error:
         why = os.strerror(error.errno) if error.errno else error

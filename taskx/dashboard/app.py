@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
 _YEAR = 365 * 24 * 3600
+# Statuses of errors that pass by themselves.
+_LATER = (429, 503)
 
 
 class Dashboard:
@@ -62,7 +64,7 @@ class Dashboard:
             raise ConfigurationError(f"queue must be a Queue, not {type(queue).__name__}")
         self.queue = queue
         self.title = title
-        self.gate = security.Gate(users, permissions, read_only=read_only)
+        self.gate = security.Gate(users, permissions, queue.clock, read_only=read_only)
         self._freshness = Freshness(queue)
         self._screens = SCREENS
         self._pages: dict[str, tuple[Screen, Any]] = {}
@@ -118,6 +120,7 @@ class Dashboard:
         if endpoint == "static":
             return static_files.send(request, **values)
         if endpoint == "api/openapi":
+            api.check_parameters(request, ())
             return api.as_json(openapi.document(request.link("overview").rstrip("/") + "/api"))
         if endpoint in self._calls:
             return api.answer(request, self._calls[endpoint])
@@ -193,12 +196,12 @@ class Dashboard:
             given = {"error": sentence, "type": type(error).__name__, "status": status}
             response = api.as_json(given, status)
         else:
-            values = {"status": status, "sentence": sentence, "refreshing": status == 503}
+            values = {"status": status, "sentence": sentence, "refreshing": status in _LATER}
             page = Page("error.html", values, status)
             response = rendering.render(request, page, self._screens, self.title)
         response.cache_control.no_store = True
         if status == 401:
             response.headers["WWW-Authenticate"] = 'Basic realm="TaskX", charset="UTF-8"'
-        elif status == 503:
-            response.headers["Retry-After"] = "5"
+        elif status in _LATER:
+            response.headers["Retry-After"] = str(getattr(error, "retry_after", None) or 5)
         return response

@@ -62,6 +62,10 @@ CHINESE: Mapping[str, str] = {
     "The repository is away": "无法访问存储",
     "This did not work": "操作未成功",
     "What is wrong": "当前问题",
+    "Too many wrong passwords came from this address. Try again in {count} second.|"
+    "Too many wrong passwords came from this address. Try again in {count} seconds.": (
+        "此地址发来的错误密码过多。请在 {count} 秒后重试。"
+    ),
     "This needs the permission “{permission}”.": "需要权限“{permission}”。",
     "All is well.": "一切正常。",
     # the frame

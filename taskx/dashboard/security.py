@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from werkzeug.datastructures import Headers
-from werkzeug.exceptions import Forbidden, Unauthorized
-from werkzeug.wrappers import Request
+from werkzeug.exceptions import Forbidden, TooManyRequests, Unauthorized
 
+from taskx.core.clock import Clock
 from taskx.core.errors import ConfigurationError
+from taskx.dashboard.bodies import kept_body, largest_body
+from taskx.dashboard.braking import Brake
+
+if TYPE_CHECKING:
+    from taskx.dashboard.request import Request
 
 #: The permissions, and what each of them allows.
 PERMISSIONS: Mapping[str, str] = {
@@ -34,10 +40,13 @@ READING = frozenset({"read", "see_params"})
 
 #: The WSGI key by which :func:`taskx.dashboard.serve` says that only this machine can connect.
 LOCAL = "taskx.dashboard.local"
+#: The WSGI key with the further names to which the server answers.
+HOSTS = "taskx.dashboard.hosts"
 
 #: The name of the cookie and of the form field with the token for browsers that send no origin.
 TOKEN = "taskx_token"
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+_HOST = re.compile(r"[\w:][\w.:-]*")
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 
 #: The function that tells the permissions of a request; it gets the WSGI environment.
@@ -81,6 +90,7 @@ class Gate:
         users: passwords by user name, for HTTP basic authentication; None: no users.
         permissions: a set of permissions for everybody who gets as far as the dashboard, or a function
             that returns one for a request.
+        clock: the source of the time that an address waits after wrong passwords.
         read_only: True: nothing can be changed, whatever the permissions are.
     """
 
@@ -88,6 +98,7 @@ class Gate:
         self,
         users: Mapping[str, str] | None,
         permissions: Check | Iterable[str] | None,
+        clock: Clock,
         *,
         read_only: bool,
     ) -> None:
@@ -97,6 +108,7 @@ class Gate:
             None if permissions is None or callable(permissions) else check_permissions(permissions)
         )
         self._read_only = read_only
+        self._brake = Brake(clock)
 
     @property
     def closed(self) -> bool:
@@ -113,17 +125,32 @@ class Gate:
 
         Raises:
             Unauthorized: the user or the password is missing or wrong.
+            TooManyRequests: the address of the client waits after wrong passwords.
         """
-        if self._users is None:
+        users, given = self._users, request.authorization
+        if users is None:
             return str(request.environ.get("REMOTE_USER") or "")
-        given = request.authorization
-        name = (given.username or "") if given is not None and given.type == "basic" else ""
-        password = (given.password or "") if given is not None and given.type == "basic" else ""
-        known = self._users.get(name, b"")
-        if not hmac.compare_digest(_digest(password), known or _digest("")) or not known:
-            raise Unauthorized("This page needs a user and a password.")
-        request.environ["REMOTE_USER"] = name
-        return name
+        if given is not None and given.type == "basic":
+            name, password = given.username or "", _digest(given.password or "")
+
+            def right() -> bool:
+                known = users.get(name)
+                return hmac.compare_digest(password, known or _digest("")) and known is not None
+
+            found, wait = self._brake.check(request.remote_addr or "", right)
+            if wait:
+                raise TooManyRequests(
+                    request.say(
+                        "Too many wrong passwords came from this address. Try again in {count} second.|"
+                        "Too many wrong passwords came from this address. Try again in {count} seconds.",
+                        count=wait,
+                    ),
+                    retry_after=wait,
+                )
+            if found:
+                request.environ["REMOTE_USER"] = name
+                return name
+        raise Unauthorized("This page needs a user and a password.")
 
     def permissions(self, request: Request) -> frozenset[str]:
         """Return the permissions of a request.
@@ -133,7 +160,8 @@ class Gate:
             ConfigurationError: the function returned a permission that does not exist.
         """
         if self._check is not None:
-            granted = check_permissions(self._check(request.environ) or ())
+            with kept_body(request.environ, largest_body(request.queue)):
+                granted = check_permissions(self._check(request.environ) or ())
         elif self._granted is not None:
             granted = self._granted
         elif self._users is not None or request.environ.get(LOCAL):
@@ -203,7 +231,7 @@ def new_token() -> str:
 
 
 def check_host(request: Request) -> None:
-    """Check that a request to a server on the loopback address asks for this machine by its own name.
+    """Check that a request to a server on the loopback address asks for a name of this server.
 
     A page of another site can let its name resolve to 127.0.0.1 and then read what the server answers.
     Such a request carries the other site's name.
@@ -211,10 +239,33 @@ def check_host(request: Request) -> None:
     Raises:
         Forbidden: it asks for another name.
     """
-    if request.environ.get(LOCAL) and _name_of(request.headers.get("Host", "")) not in _LOOPBACK:
+    hosts = request.environ.get(HOSTS, ())
+    if not hosts and not request.environ.get(LOCAL):
+        return
+    name = _name_of(request.headers.get("Host", ""))
+    if name not in _LOOPBACK and name not in hosts:
         raise Forbidden(
-            "This server answers only to the names localhost, 127.0.0.1 and [::1]. Nothing was done."
+            f"This server does not answer to the name {name!r:.80}, only to localhost, 127.0.0.1, [::1] "
+            "and the names that `taskx dashboard --allowed-host` adds. Nothing was done."
         )
+
+
+def check_hosts(names: Iterable[str]) -> frozenset[str]:
+    """Return names of hosts as :func:`check_host` compares them.
+
+    Raises:
+        ConfigurationError: one is not a name or an address.
+    """
+    if isinstance(names, str):
+        raise ConfigurationError(f"allowed_hosts must be a list of names, not the text {names!r}")
+    found = {name: _name_of(name) for name in names}
+    for name, known in found.items():
+        if not _HOST.fullmatch(known) or name.strip("[]").lower() != known:
+            raise ConfigurationError(
+                f"{name!r} is not the name of a host: write it as in a URL, without scheme and port, such "
+                "as 'dash.example.org'"
+            )
+    return frozenset(found.values())
 
 
 def _name_of(host: str) -> str:

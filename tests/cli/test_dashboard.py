@@ -36,6 +36,9 @@ def test_the_dashboard_is_served_with_its_options(served, outside, taskx):
             "permissions": ("read",),
             "read_only": True,
             "title": "Shop",
+            "allowed_hosts": (),
+            "prefix": "",
+            "behind_proxy": False,
         }
     ]
     assert taskx("dashboard", "--json").rows == [{"url": "http://127.0.0.1:8642/"}]
@@ -62,6 +65,21 @@ def test_a_user_without_a_password_is_a_wrong_call(served, taskx):
 
 def test_another_address_without_a_user_is_refused(taskx):
     said = taskx("dashboard", "--host", "0.0.0.0", "--port", "0")
+    assert said.code == 2
+    assert "lets other machines connect" in said.err
+
+
+def test_the_dashboard_is_served_behind_a_proxy(served, taskx):
+    options = ["--allowed-host", "a.example", "--allowed-host", "b.example", "--behind-proxy"]
+    assert (
+        taskx("dashboard", "--user", "ops", *options, "--prefix", "/x", **{PASSWORD: "p"}).code == 0
+    )
+    assert served[0]["allowed_hosts"] == ("a.example", "b.example")
+    assert (served[0]["prefix"], served[0]["behind_proxy"]) == ("/x", True)
+
+
+def test_an_allowed_name_without_a_user_is_refused(taskx):
+    said = taskx("dashboard", "--allowed-host", "dash.example.org", "--port", "0")
     assert said.code == 2
     assert "lets other machines connect" in said.err
 

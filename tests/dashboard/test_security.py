@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import base64
+import io
+import threading
 
 import pytest
+from helpers import PATIENCE
+from werkzeug import Request
+from werkzeug.exceptions import RequestEntityTooLarge
 from werkzeug.test import Client
 
 from taskx import ConfigurationError, TaskStatus
-from taskx.dashboard import ALL, PERMISSIONS, Dashboard, security
+from taskx.dashboard import ALL, PERMISSIONS, Dashboard, bodies, braking, security
 from taskx.dashboard.app import Dashboard as App
+from taskx.dashboard.braking import Brake
 from taskx.dashboard.serving import bind
 
 
@@ -53,6 +59,117 @@ def test_a_password_is_asked_for_and_checked(queue):
     assert client.get("/", headers=basic("ann", "s3cret")).status_code == 200
 
 
+# --- wrong passwords
+
+
+@pytest.fixture
+def door(make_queue, clock):
+    """Return a function that sends a password from an address; it returns the answer."""
+    client = Client(Dashboard(make_queue(clock=clock), users={"ann": "s3cret"}))
+
+    def knock(password="wrong", address="192.0.2.1", user="ann", **headers):
+        return client.get(
+            "/static/icon.svg",
+            headers={**basic(user, password), **headers},
+            environ_overrides={"REMOTE_ADDR": address},
+        )
+
+    return knock
+
+
+def status(answer):
+    """Return the status of an answer, and the seconds to wait."""
+    return answer.status_code, answer.headers.get("Retry-After")
+
+
+def test_five_wrong_passwords_make_an_address_wait_longer_and_longer(door, clock):
+    for _ in range(5):
+        assert status(door()) == (401, None)
+    for seconds in (1, 2, 4, 8, 16, 32, 60, 60):
+        assert status(door()) == (429, str(seconds))
+        clock.advance(seconds - 0.5)
+        assert status(door()) == (429, "1")
+        clock.advance(0.5)
+        assert status(door()) == (401, None)
+
+
+def test_the_right_password_waits_too_and_then_forgets_the_wrong_ones(door, clock):
+    for _ in range(5):
+        door()
+    answer = door("s3cret")
+    assert status(answer) == (429, "1")
+    assert "Try again in 1 second." in answer.text
+    clock.advance(1)
+    assert door("s3cret").status_code == 200
+    for _ in range(5):
+        assert door().status_code == 401
+    assert status(door()) == (429, "1")
+
+
+def test_another_address_does_not_wait(door):
+    for _ in range(6):
+        door()
+    assert door("s3cret", "192.0.2.2").status_code == 200
+    assert door("s3cret").status_code == 429
+
+
+def test_unknown_users_count_and_requests_without_a_password_do_not(door):
+    for _ in range(10):
+        assert door(Authorization="").status_code == 401
+        assert door(Authorization="Bearer x").status_code == 401
+    for number in range(5):
+        assert door(user=f"user {number}").status_code == 401
+    assert door().status_code == 429
+    assert door(Authorization="").status_code == 401  # asks for a password, tries none
+
+
+def test_what_is_refused_while_an_address_waits_does_not_make_it_wait_longer(door, clock):
+    """A browser sends many requests with the one wrong password that it has kept."""
+    for _ in range(50):
+        door()
+    clock.advance(1)
+    assert door("s3cret").status_code == 200
+
+
+def test_a_hundred_guesses_at_once_are_not_more_than_five(clock):
+    brake, compared, start = Brake(clock), [], threading.Barrier(100)
+
+    def guess():
+        start.wait(PATIENCE)
+        brake.check("192.0.2.1", lambda: compared.append(1))
+
+    threads = [threading.Thread(target=guess) for _ in range(100)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(compared) == 5
+
+
+def test_a_limited_number_of_addresses_is_remembered(clock, monkeypatch):
+    monkeypatch.setattr(braking, "MOST_ADDRESSES", 3)
+    brake = Brake(clock)
+    for _ in range(5):
+        brake.check("first", lambda: False)
+    for address in ("second", "third"):
+        brake.check(address, lambda: False)
+    assert brake.check("first", lambda: True) == (False, 1)
+    for number in range(100):
+        brake.check(f"{number}", lambda: False)
+    assert len(brake._tries) == 3
+    assert brake.check("first", lambda: True) == (True, 0)  # was forgotten
+
+
+def test_the_page_of_an_address_that_waits_comes_back_by_itself(door, make_queue, clock):
+    client = Client(Dashboard(make_queue(clock=clock), users={"ann": "s3cret"}))
+    for _ in range(5):
+        client.get("/", headers=basic("ann", "no"))
+    answer = client.get("/tasks", headers={**basic("ann", "no"), "Accept-Language": "zh"})
+    assert answer.status_code == 429
+    assert 'hx-get="/tasks"' in answer.text
+    assert "密码" in answer.text
+
+
 @pytest.mark.parametrize("path", ["/static/taskx.css", "/tasks/export", "/nowhere", "/task?id=x"])
 def test_nothing_is_shown_without_the_password(queue, path):
     assert Client(Dashboard(queue, users={"ann": "s3cret"})).get(path).status_code == 401
@@ -77,6 +194,78 @@ def test_the_function_sees_the_user_whose_password_was_checked(queue):
         data = {"id": task_id, "confirmed": "1"}
         answer = Client(app).post("/task/cancel", data=data, headers=headers)
         assert answer.status_code == status
+
+
+READS = {
+    "form": lambda environ: [*Request(environ).form],
+    "data": lambda environ: Request(environ).get_data(),
+    "some": lambda environ: environ["wsgi.input"].read(3),
+    "line": lambda environ: environ["wsgi.input"].readline(7),
+    "nothing": lambda environ: None,
+}
+
+
+@pytest.mark.parametrize("how", READS)
+def test_the_function_may_read_the_form(queue, how):
+    read = []
+
+    def permissions(environ):
+        read.append(READS[how](environ))
+        return ALL
+
+    client = Client(Dashboard(queue, permissions=permissions))
+    task_ids = [queue.submit("report").id for _ in range(3)]
+    same = {"Sec-Fetch-Site": "same-origin"}
+    form = {"id": task_ids[0], "confirmed": "1"}
+    assert client.post("/task/cancel", data=form, headers=same).status_code == 303
+    form = {"data": {**form, "id": task_ids[1]}, "content_type": "multipart/form-data"}
+    assert client.post("/task/cancel", **form, headers=same).status_code == 303
+    answer = client.post("/api/cancel", json={"ids": [task_ids[2]]})
+    assert answer.json["changed"] == 1
+    assert queue.count_tasks(status=TaskStatus.CANCELLED) == 3
+    if how == "form":
+        assert read == [["id", "confirmed"], ["id", "confirmed"], []]
+
+
+def test_a_body_can_be_read_again_in_all_ways():
+    lines = [b"one\n", b"two\n", b"\n", b"four"]
+    environ = {"wsgi.input": io.BytesIO(b"".join(lines))}
+    with bodies.kept_body(environ, 100):
+        body = environ["wsgi.input"]
+        assert [body.read(2), body.readline(), body.readline(1)] == [b"on", b"e\n", b"t"]
+    assert [*body] == lines
+    body.rewind()
+    assert body.readlines() == lines
+    body.rewind()
+    assert (body.read(None), body.read(), body.readline(None)) == (b"".join(lines), b"", b"")
+
+
+@pytest.mark.parametrize("read", ["read", "readline", "readlines"])
+def test_more_of_a_body_than_the_dashboard_accepts_is_not_kept(read):
+    environ = {"wsgi.input": io.BytesIO(b"x" * 100)}
+    with bodies.kept_body(environ, 99):
+        assert len(environ["wsgi.input"].read(99)) == 99
+    for _ in range(2):
+        with pytest.raises(RequestEntityTooLarge):
+            getattr(environ["wsgi.input"], read)()
+
+
+def test_a_form_that_is_too_large_is_refused_in_the_function(make_queue):
+    queue = make_queue(max_payload_size=1000)
+    app = Dashboard(queue, permissions=lambda environ: Request(environ).form and ALL)
+    assert Client(app).post("/task/edit", data={"params": "x" * 2_000_000}).status_code == 413
+
+
+def test_a_body_that_the_function_does_not_read_stays_unread(queue):
+    class Unread:
+        def read(self, *args):
+            raise AssertionError("the body was read")
+
+        readline = __iter__ = read
+
+    client = Client(Dashboard(queue, permissions=lambda environ: None))
+    answer = client.post("/task/cancel", environ_overrides={"wsgi.input": Unread()})
+    assert answer.status_code == 403
 
 
 def test_a_function_that_names_an_unknown_permission_lets_nobody_in(queue):

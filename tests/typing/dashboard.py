@@ -29,4 +29,6 @@ def make() -> None:
 def alone() -> None:
     serve(queue, "127.0.0.1", 0, users={"ann": "secret"}, ready=lambda url: None)
     serve(queue, permissions=permissions, read_only=True)
+    serve(queue, allowed_hosts=["dash.example.org"], prefix="/taskx", behind_proxy=True)
+    serve(queue, allowed_hosts=7)  # type: ignore[arg-type]
     serve(queue, port="80")  # type: ignore[arg-type]
