@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
-from typing import Any, Literal, TypeGuard
+from numbers import Number
+from typing import Any, Literal, TypeGuard, overload
 
 import attrs
 
@@ -206,18 +207,32 @@ class Retry(Exception):
     It uses up an attempt; if none is left, the task fails. A derived class whose ``__init__`` does not call
     this one asks for no delay.
 
+    ``Retry(5)`` waits five seconds, as ``Snooze(5)`` does. ``Retry("busy")``, ``Retry(5, "busy")`` and
+    ``Retry("busy", delay=5)`` give a reason.
+
     Args:
-        reason: the error text to store.
         delay: the time to wait before the next attempt, in seconds or as a ``timedelta``; None for the wait
             of the retry policy, or no wait without a policy.
+        reason: the error text to store; by default it names the delay.
 
     Raises:
         ConfigurationError: the delay is not a number of seconds.
     """
 
-    def __init__(self, reason: str = "", *, delay: float | timedelta | None = None) -> None:
-        super().__init__(reason)
+    @overload
+    def __init__(self, reason: str = "", *, delay: float | timedelta | None = None) -> None: ...
+    @overload
+    def __init__(self, delay: float | timedelta, reason: str = "") -> None: ...
+    def __init__(self, *given: Any, reason: Any = "", delay: Any = None) -> None:
+        for value in given:
+            if isinstance(value, (Number, timedelta)):
+                twice, delay = delay is not None, value
+            else:
+                twice, reason = bool(reason), value
+            if twice:
+                raise TypeError("Retry takes one delay and one reason, as in Retry(5, 'busy')")
         self.delay = None if delay is None else check_number(delay, "delay of Retry")
+        super().__init__(reason or ("" if self.delay is None else f"again in {self.delay:g} s"))
 
 
 class Permanent(Exception):

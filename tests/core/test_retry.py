@@ -2,6 +2,8 @@
 
 import json
 import math
+from datetime import timedelta
+from decimal import Decimal
 
 import attrs
 import pytest
@@ -180,10 +182,46 @@ def test_invalid_policies_are_refused(wrong, word):
 
 
 @pytest.mark.parametrize(
-    "seconds", [-1, math.nan, math.inf, "5", True, pytest.param(10**5000, id="long")]
+    ("make", "delay", "text"),
+    [
+        (lambda: Retry(), None, ""),
+        (lambda: Retry(5), 5.0, "again in 5 s"),
+        (lambda: Retry(0.5), 0.5, "again in 0.5 s"),
+        (lambda: Retry(timedelta(minutes=1)), 60.0, "again in 60 s"),
+        (lambda: Retry(0), 0.0, "again in 0 s"),
+        (lambda: Retry(delay=5), 5.0, "again in 5 s"),
+        (lambda: Retry("busy"), None, "busy"),
+        (lambda: Retry("5"), None, "5"),
+        (lambda: Retry(5, "busy"), 5.0, "busy"),
+        (lambda: Retry("busy", delay=5), 5.0, "busy"),
+        (lambda: Retry(reason="busy", delay=5), 5.0, "busy"),
+        (lambda: Retry(5, reason="busy"), 5.0, "busy"),
+        (lambda: Retry(OSError("busy")), None, "busy"),
+    ],
+)
+def test_a_retry_takes_a_delay_a_reason_or_both(make, delay, text):
+    error = make()
+    assert (error.delay, str(error)) == (delay, text)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [((5,), {"delay": 6}), (("busy",), {"reason": "full"}), (("busy", "full"), {}), ((5, 6), {})],
+)
+def test_a_retry_takes_each_of_both_once(given, named):
+    with pytest.raises(TypeError, match="one delay and one reason"):
+        Retry(*given, **named)
+
+
+@pytest.mark.parametrize(
+    "seconds",
+    [-1, math.nan, math.inf, "5", True, Decimal(5), pytest.param(10**5000, id="long")],
 )
 def test_retry_and_snooze_need_a_number_of_seconds(seconds):
     with pytest.raises(ConfigurationError, match="Retry"):
         Retry(delay=seconds)
+    if not isinstance(seconds, str):
+        with pytest.raises(ConfigurationError, match="Retry"):
+            Retry(seconds, "busy")
     with pytest.raises(ConfigurationError, match="Snooze"):
         Snooze(seconds)

@@ -273,6 +273,13 @@ class TestRetry:
         assert task.run_at == clock.now() + timedelta(seconds=7)
         assert (task.errors, task.error) == (1, "Retry: busy")
 
+    def test_a_number_is_the_delay_of_a_retry(self, queue, clock):
+        Fails(queue, Retry(7), retry=RetryPolicy(base=100))
+        queue.start()
+        task = waiting(queue, queue.submit("fails"))
+        assert task.run_at == clock.now() + timedelta(seconds=7)
+        assert (task.errors, task.error) == (1, "Retry: again in 7 s")
+
     def test_a_retry_without_a_delay_waits_as_the_policy_says(self, queue, clock):
         policy = RetryPolicy(base=100, retry_on=OSError, **STEADY)
         Fails(queue, Retry("busy"), retry=policy)

@@ -54,6 +54,19 @@ def add(a: int, b: int = 2) -> int:
     return a + b
 
 
+@queue.executor(max_attempts=3)
+def again(status: int, wait: timedelta) -> None:
+    if status == 429:
+        raise taskx.Retry(5)
+    if status == 500:
+        raise taskx.Retry("the server failed")
+    if status == 503:
+        raise taskx.Retry("the server is busy", delay=wait)
+    if status == 504:
+        raise taskx.Retry(0.5, "the server is slow")
+    raise taskx.Retry(wait, 5)  # type: ignore[call-overload]
+
+
 @taskx.executor("later", priority=3)
 def later(ctx: Context, *, name: str) -> str:
     return name
