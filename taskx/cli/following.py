@@ -23,10 +23,13 @@ from taskx.cli.scheduling import schedules
 from taskx.cli.values import Duration
 from taskx.core.errors import RepositoryError, TaskNotFound
 from taskx.core.model import Task, TaskStatus
+from taskx.core.payload import clean_text
 from taskx.core.redact import redacted
 
 # Most running tasks of a type that are followed.
 _MOST = 100
+# Most characters of a progress message on a line; --json has all of them.
+_MOST_WORDS = 200
 
 interval_option = click.option(
     "--interval", type=Duration(), default="2s", show_default=True, help="Time between two reads."
@@ -208,7 +211,8 @@ def _print_event(session: Session, event: dict[str, Any], several: bool) -> None
     if event["event"] == "log":
         words, style = event["line"], ""
     elif event["event"] == "progress":
-        words, style = f"{event['progress']}% {event['message']}".rstrip(), "cyan"
+        message = clean_text(event["message"], _MOST_WORDS)
+        words, style = f"{event['progress']}% {message}".rstrip(), "cyan"
     else:
         error = event["error"].strip()
         words = event["status"] + (f": {error.splitlines()[0]}" if error else "")

@@ -13,8 +13,12 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, Protocol
 
+from taskx.core.payload import clean_text
+
 # Seconds between two lines of a display that cannot be redrawn.
 _BETWEEN_LINES = 5.0
+# Most characters of the words beside a state.
+_MOST_WORDS = 200
 # Seconds between two states of a bar.
 _BETWEEN_STATES = 0.1
 
@@ -70,7 +74,7 @@ class Display:
             title = printable(self._title)
             self._screen = _bar(title) or _Lines(title)
             self._close = weakref.finalize(self, self._screen.close)
-        self._screen.draw(done, self._total, printable(words))
+        self._screen.draw(done, self._total, clean_text(printable(words), _MOST_WORDS))
 
     def close(self) -> None:
         """Show the last state for good. May be called any number of times."""

@@ -28,7 +28,7 @@ from taskx.core.model import (
     check_status,
 )
 from taskx.core.options import CHECKS, OnParentFailure, check_time, checked, one_of
-from taskx.core.record import MAX_MESSAGE, check_progress, policy_to_text
+from taskx.core.record import MAX_WORKER, check_progress, policy_to_text
 from taskx.core.tags import check_flow, check_tags, labels_to_text
 from taskx.core.writes import Insert
 
@@ -145,5 +145,5 @@ def storable(task: Task) -> Task:
         error=payload.clean_text(task.error, MAX_TEXT),
         error_type=payload.clean_text(task.error_type, MAX_NAME),
         traceback=payload.clean_text(task.traceback, MAX_TEXT),
-        worker=payload.clean_text(task.worker, MAX_MESSAGE),
+        worker=payload.clean_text(task.worker, MAX_WORKER),
     )

@@ -71,6 +71,20 @@ def is_told(failures: int) -> bool:
     return failures & (failures - 1) == 0
 
 
+class Once:
+    """Calls a function once for each subject, such as a type of task, in whichever thread."""
+
+    def __init__(self, function: Callable[[str], object]) -> None:
+        self._function = function
+        self._first: dict[str, object] = {}
+
+    def __call__(self, subject: str) -> None:
+        """Call the function with the subject, if this is the first call with it."""
+        call = object()
+        if self._first.setdefault(subject, call) is call:
+            self._function(subject)
+
+
 class Complaint:
     """A counter of failures in a row, in any thread. It logs them ever more rarely: see :func:`is_told`."""
 

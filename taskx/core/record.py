@@ -47,8 +47,11 @@ COLUMNS: tuple[str, ...] = (*TASK_FIELDS, *INTERNAL)
 #: The unique columns: no two rows have the same value in one of them, except None.
 UNIQUE = ("unique_lock", "turn")
 
-#: Longest progress message, in characters.
-MAX_MESSAGE = 1000
+#: Longest progress message, in characters; a longer one is cut, and the log says :data:`CUT`.
+MAX_MESSAGE = 10_000
+CUT = f"progress messages of type %r with more than {MAX_MESSAGE:,} characters are cut, and end in '…'"
+#: Longest name of a worker, in characters: the column of the Django table has as many.
+MAX_WORKER = 500
 
 #: The value of each column in a new task, unless its creation gives another one.
 DEFAULTS: dict[str, Any] = {

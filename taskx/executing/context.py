@@ -21,7 +21,7 @@ from taskx.core.errors import (
 )
 from taskx.core.lifecycle import Ending
 from taskx.core.model import Task, TaskStatus
-from taskx.core.record import check_progress
+from taskx.core.record import MAX_MESSAGE, check_progress
 from taskx.core.token import CancelToken
 from taskx.executing.capture import CapturedLogger
 from taskx.executing.checkpoints import Checkpoints, Keeper
@@ -62,6 +62,8 @@ class Shared(NamedTuple):
     fetch: Callable[[Sequence[str]], Mapping[str, Task]]  #: reads tasks, by their ids
     #: Stores the progress of a run, by its task's id; None in a child process.
     store_progress: Callable[[str], object] | None = None
+    #: Is told the type of a task whose progress message was cut.
+    cut: Callable[[str], object] = lambda type: None
 
 
 class Context:
@@ -133,19 +135,26 @@ class Context:
         return TaskLogger(self._shared.log, extra)
 
     def progress(self, percent: float, message: str = "") -> None:
-        """Report progress: percent from 0 to 100 (clamped) and a short text.
+        """Report progress: percent from 0 to 100 (clamped) and a text of at most 10,000 characters.
 
         This only keeps the values in memory, so it is cheap even in a tight loop. They are stored about
-        every 0.1 seconds, and at the end.
+        every 0.1 seconds, and at the end. A longer text is cut and ends in "…"; the log says so once for
+        each type of task.
 
         Raises:
             PayloadError: ``percent`` is not a number, or ``message`` is not a string.
         """
         if type(percent) is not int or type(message) is not str:
-            percent, message = check_progress(percent, message)
+            percent, _ = check_progress(percent, message)
+        if len(message) > MAX_MESSAGE:
+            self.message_was_cut()
         self._percent = percent
         self._message = message
         self._unwritten = True
+
+    def message_was_cut(self) -> None:
+        """Let the log say that progress messages of this task's type are cut."""
+        self._shared.cut(self._task.type)
 
     def latest_progress(self) -> tuple[int, str] | None:
         """Return the last progress reported, as it is stored; None if there was no report."""

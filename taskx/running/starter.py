@@ -7,13 +7,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 
 from taskx.common.bell import Bell
 from taskx.core import lifecycle
 from taskx.core.clock import to_ms
 from taskx.core.errors import RepositoryError
+from taskx.core.log import Once
 from taskx.core.model import Task
-from taskx.core.record import created_task, optional_ms
+from taskx.core.record import CUT, created_task, optional_ms
 from taskx.core.writes import Insert, Update
 from taskx.executing.context import Shared
 from taskx.executing.runner import Run
@@ -166,6 +168,7 @@ class Starter:
             services.keeper,
             services.repository.get_many,
             self._store_progress,
+            Once(partial(services.log.warning, CUT)),
         )
 
     def _store_progress(self, task_id: str) -> None:

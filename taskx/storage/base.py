@@ -8,6 +8,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import attrs
@@ -24,9 +25,11 @@ from taskx.core.errors import (
     RepositoryUnavailable,
     TaskNotFound,
 )
+from taskx.core.log import Once, log
 from taskx.core.model import TASK_FIELDS, Task, TaskFilter, TaskStatus, check_name, check_status
 from taskx.core.payload import clean_text
 from taskx.core.record import (
+    CUT,
     MAX_MESSAGE,
     Ended,
     Stub,
@@ -548,8 +551,10 @@ class Repository(TaskRepository):
             PayloadError: params or result break the JSON rules.
             ConfigurationError: another field has a value that is not allowed.
         """
+        message = task.message
         task = storable(task)
         stored = self.get_by_id(task.id)
+        _tell_if_cut(message, stored)
         if not any(self.apply(lifecycle.amend(stored, task, self.clock.now_ms()))):
             if task.status is TaskStatus.PENDING:
                 self.refuse_if_key_held(stored)
@@ -566,6 +571,7 @@ class Repository(TaskRepository):
             DuplicateTask: the task would take its unique key again, and another task holds that.
         """
         stored = self.get_by_id(task_id)
+        _tell_if_cut(message, stored)
         write = lifecycle.set_status(
             stored, check_status(status), clean_text(message, MAX_MESSAGE), self.clock.now_ms()
         )
@@ -590,12 +596,15 @@ class Repository(TaskRepository):
     def update_progress(self, task_id: str, progress: int, message: str = "") -> None:
         """Set the progress, clamped to 0 to 100, and the message of a task if it is running.
 
+        A message of more than 10,000 characters is cut and ends in "…"; the log says so once for each type.
+
         Raises:
             TaskNotFound: there is no such task.
         """
         percent, text = check_progress(progress, message)
-        if not self.apply([lifecycle.progress(task_id, None, percent, text)])[0]:
-            self.get_by_id(task_id)
+        done = self.apply([lifecycle.progress(task_id, None, percent, text)])[0]
+        if not done or len(message) > MAX_MESSAGE:
+            _tell_if_cut(message, self.get_by_id(task_id))
 
     def delete(self, task_id: str) -> None:
         """Remove a task that is not running.
@@ -755,6 +764,15 @@ def check_place(after: Any, *kinds: type | tuple[type, ...]) -> tuple[Any, ...]:
 
 def _dateless(task: Task) -> bool:
     return task.created_at is None or bool(task.damage)
+
+
+_cut = Once(partial(log.warning, CUT))
+
+
+def _tell_if_cut(message: str, task: Task) -> None:
+    """Let the log say, once for each type, that a message was too long to be stored as it is."""
+    if len(message) > MAX_MESSAGE:
+        _cut(task.type)
 
 
 _told: weakref.WeakSet[Repository] = weakref.WeakSet()

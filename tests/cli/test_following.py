@@ -113,6 +113,16 @@ def test_tail_needs_ids_or_a_type(taskx, words):
     assert "name the tasks by their ids, or by --type" in said.err
 
 
+def test_tail_shows_the_beginning_of_a_long_message(queue, taskx):
+    queue.executor("email")(lambda ctx: ctx.progress(40, "x" * 5000))
+    with queue:
+        handle = queue.submit("email")
+        handle.result(PATIENCE)
+    assert f"100% {'x' * 199}…\n" in taskx("tail", handle.id).out
+    told = [row.get("message") for row in taskx("tail", handle.id, "--json").rows]
+    assert "x" * 5000 in told
+
+
 def test_a_tail_tells_each_thing_once(outside):
     outside.declare("email")
     task = outside.submit("email").task()

@@ -50,6 +50,13 @@ class TestFollowHandle:
         assert f"half {handle.id}: 50 of 100 (50%), half of it\n" in "".join(seen)
         assert "100 of 100 (100%), half of it\n" in capsys.readouterr().err
 
+    def test_follow_shows_the_beginning_of_a_long_message(self, queue, capsys, every_state):
+        queue.executor("tell")(lambda ctx: ctx.progress(50, "x" * 5000))
+        queue.start()
+        queue.submit("tell").follow(PATIENCE)
+        *_, last = capsys.readouterr().err.splitlines()
+        assert last.endswith(f", {'x' * 199}…")
+
     def test_follow_shows_the_last_state_if_the_task_ends_between_two_reads(
         self, halfway, gate, capsys
     ):

@@ -67,6 +67,11 @@ def who(ctx):
     }
 
 
+@executor("tell", isolation="process")
+def tell(ctx, length):
+    ctx.progress(50, "x" * length)
+
+
 @executor("fail", isolation="process")
 def fail(kind):
     raise {

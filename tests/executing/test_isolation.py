@@ -243,6 +243,17 @@ class TestAsInAThread:
         handle.result(PATIENCE)
         assert (handle.task().progress, handle.task().message) == (100, "the last")
 
+    def test_long_messages_of_children_are_cut_and_the_log_says_so_once(self, make, caplog):
+        queue = make(isolated.tell)
+        for _ in range(2):
+            handle = queue.submit("tell", {"length": 20_000})
+            handle.result(PATIENCE)
+            assert handle.task().message == "x" * 9_999 + "…"
+        told = [r.getMessage() for r in caplog.records if "are cut" in r.getMessage()]
+        assert told == [
+            "progress messages of type 'tell' with more than 10,000 characters are cut, and end in '…'"
+        ]
+
     def test_log_records_of_the_child_reach_the_parents_loggers(self, make, caplog, monkeypatch):
         queue = make(isolated.log)
         own = []

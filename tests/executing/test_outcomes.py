@@ -443,6 +443,21 @@ def test_list_tasks_returns_the_total_count(queue):
     assert (len(tasks), total) == (5, 5)
 
 
+def test_a_message_may_have_10000_characters_and_a_longer_one_is_cut(started, caplog):
+    @started.executor("report")
+    def report(ctx, length):
+        ctx.progress(5.5, "é" * length)
+
+    for length in (10_000, 10_001, 20_000):
+        handle = started.submit("report", {"length": length})
+        handle.result(PATIENCE)
+        cut = length > 10_000
+        assert handle.task().message == "é" * (9_999 if cut else 10_000) + "…" * cut
+        assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [
+            "progress messages of type 'report' with more than 10,000 characters are cut, and end in '…'"
+        ] * cut
+
+
 def test_an_executor_cannot_set_attributes_of_the_context(started):
     """An attempt to do so is an error of that task only."""
 

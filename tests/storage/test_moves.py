@@ -18,10 +18,37 @@ from taskx import (
 )
 from taskx.core import lifecycle
 from taskx.core.lifecycle import Ending
+from taskx.core.log import Once
+from taskx.storage import base
 from taskx.storage.queries import owners, shown
 from taskx.upkeep.housekeeper import unfinished
 
 from .repositories import between_tasks, ids, keeping_time, whole_batches
+
+
+class TestMessages:
+    """Progress messages, as the repository's own methods store them."""
+
+    @pytest.fixture(autouse=True)
+    def told(self, monkeypatch):
+        """Return the types of which the log says that their messages are cut."""
+        types = []
+        monkeypatch.setattr(base, "_cut", Once(types.append))
+        return types
+
+    @pytest.mark.parametrize("length", [10_000, 10_001])
+    @pytest.mark.parametrize("how", ["update_progress", "update", "update_status"])
+    def test_a_message_has_at_most_10000_characters(self, store, run, told, how, length):
+        task, message = run("a"), "☃" * length
+        for _ in range(2):
+            if how == "update":
+                store.update(attrs.evolve(task, message=message))
+            else:
+                given = 50 if how == "update_progress" else TaskStatus.RUNNING
+                getattr(store, how)("a", given, message)
+        cut = length > 10_000
+        assert store.get_by_id("a").message == "☃" * (9_999 if cut else 10_000) + "…" * cut
+        assert told == [task.type] * cut
 
 
 @whole_batches

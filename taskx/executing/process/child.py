@@ -27,6 +27,7 @@ from taskx.core.errors import (
     RepositoryError,
     TaskNotFound,
 )
+from taskx.core.log import Once
 from taskx.core.model import Task
 from taskx.core.options import Options
 from taskx.core.token import CancelToken
@@ -103,7 +104,9 @@ class _Work:
         self._token = CancelToken(deadline, SYSTEM_CLOCK)
         self._parent = _Parent(channel, request["no_checkpoints"], request["max_payload_size"])
         log = logging.getLogger(request["logger"])
-        shared = Shared(Alarms(SYSTEM_CLOCK), log, self._parent, self._parent.fetch)
+        # The parent knows for which types the log has said it.
+        cut = Once(lambda type: channel.say("cut"))
+        shared = Shared(Alarms(SYSTEM_CLOCK), log, self._parent, self._parent.fetch, cut=cut)
         self._context = Context(Task.from_dict(request["task"]), self._token, shared)
 
     def do(self) -> None:

@@ -290,6 +290,8 @@ class _Attendance:
     def _note(self, what: str, *facts: Any) -> None:
         if what == "progress":
             self._ctx.progress(*facts)
+        elif what == "cut":
+            self._ctx.message_was_cut()
         elif what == "log":
             _log(self._ctx.logger.logger, *facts)
         elif what == "checkpoints":
