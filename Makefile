@@ -65,9 +65,9 @@ typecheck: $(VENV)/installed-dev ## check the types of the package and of its pu
 layers: $(VENV)/installed-dev ## check that imports only go down the layers
 	@$(BIN)/lint-imports --no-cache
 
-docs: $(VENV)/installed-docs ## build the documentation as a site into build/docs
+docs: $(VENV)/installed-docs ## build the documentation as a site into build/docs, and check it
 	@$(BIN)/python -m sphinx -W --keep-going -q -b html -c docs -d build/doctrees . build/docs
-	@$(BIN)/python tools/check_links.py build/docs
+	@$(BIN)/python tools/check_site.py build/docs
 	@echo "built build/docs/index.html"
 
 bench: $(VENV)/installed-bench ## measure TaskX, a plain loop and similar libraries

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import django
 from django.conf import settings
 from docutils import nodes
+from docutils.parsers.rst import Directive
+from docutils.parsers.rst.directives.parts import Contents
 
 import taskx
 
@@ -89,7 +91,31 @@ def _resolved(name: str, page: str) -> str:
     return (_ROOT / name).parent.joinpath(page).resolve().relative_to(_ROOT).as_posix()
 
 
+class _NoContents(Directive):
+    """A list of sections that is left out: the theme has its own, and draws an error over this one."""
+
+    option_spec = Contents.option_spec
+
+    def run(self) -> list[nodes.Node]:
+        return []
+
+
+# In a signature: a default that is not Python, such as <function f>, and the tilde before a type variable.
+_NO_PYTHON = re.compile(r"<[^<>]*(?:<[^<>]*>)?>|\bNOTHING\b")
+_VARIABLE = re.compile(r"~(?:typing\.~)?(?=\w+\b(?!\.))")
+
+
+def _make_parsable(*given: Any) -> tuple[str | None, ...]:
+    """Return a signature and what it returns as Python: Sphinx shows other text as it is, with tildes."""
+    *_, signature, returns = given
+    return tuple(
+        text and _VARIABLE.sub("", _NO_PYTHON.sub("...", text)) for text in (signature, returns)
+    )
+
+
 def setup(app: Sphinx) -> None:
     """Connect the functions above."""
+    app.add_directive("contents", _NoContents, override=True)
+    app.connect("autodoc-process-signature", _make_parsable)
     app.connect("source-read", _add_navigation)
     app.connect("doctree-resolved", _link_pages)

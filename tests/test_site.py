@@ -1,7 +1,8 @@
-"""The built documentation: its reference, and the check of its links. ``make docs`` builds it."""
+"""The built documentation: its reference, and the check of its pages. ``make docs`` builds it."""
 
 from __future__ import annotations
 
+import html
 import re
 import subprocess
 import sys
@@ -22,7 +23,7 @@ def test_the_reference_has_each_public_name_once():
 
 
 def check(folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / "check_links.py"), str(folder)]
+    command = [sys.executable, str(ROOT / "tools" / "check_site.py"), str(folder)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
@@ -39,6 +40,41 @@ def test_a_link_to_a_missing_page_or_anchor_is_broken(tmp_path):
         "broken link: a.html: sub/b.html#gone",
         "broken link: a.html: gone.html",
     ]
+
+
+@pytest.mark.process
+def test_a_list_of_sections_is_found(tmp_path):
+    (tmp_path / "a.html").write_text('<nav class="contents local"><ul></ul></nav>')
+    (tmp_path / "b.html").write_text("<h2>The contents of a page</h2>")
+    found = check(tmp_path)
+    assert found.returncode == 1
+    assert found.stderr == "list of sections, over which the theme draws an error: a.html\n"
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("parameters", "unfit"),
+    [
+        ("queue: ~taskx.queue.Queue", "~taskx.queue.Queue"),
+        ("*args: ~P", "~P"),
+        (
+            "clock: Clock = &lt;taskx.core.clock.SystemClock object&gt;",
+            "<taskx.core.clock.SystemClock object>",
+        ),
+        ("task: taskx.core.model.Task", "taskx.core.model.Task"),
+        ("clock: Clock = ..., *, prefix: str = 'taskx_'", None),
+    ],
+)
+def test_a_signature_that_is_not_plain_python_is_found(tmp_path, parameters, unfit):
+    (tmp_path / "a.html").write_text(
+        '<p>~taskx.queue.Queue</p><dt class="sig sig-object py"><span class="sig-prename descclassname">'
+        f'taskx.testing.</span><span class="descname">f</span>(<em>{parameters}</em>)</dt><p>~P</p>'
+    )
+    found = check(tmp_path)
+    expected = (
+        f"{unfit!r} in a signature: a.html: f({html.unescape(parameters)})\n" if unfit else ""
+    )
+    assert (found.returncode, found.stderr) == (int(unfit is not None), expected)
 
 
 @pytest.mark.process
