@@ -54,12 +54,16 @@ NO_MARIADB = "MariaDB is missing"
 NO_NAMESPACES = "network namespaces cannot be made"
 NO_NETEM = "the kernel has no netem"
 
+#: The reason for which tests of connections with ``autocommit=`` are skipped on older Pythons.
+NO_MANUAL_COMMITS = "sqlite3 has no autocommit before Python 3.12"
+
 #: The lines that say at the very end what did not run, by the reason of the skipped tests.
 MISSING = {
     NO_BROWSER: "CHROMIUM IS MISSING: {} tests of the dashboard in a browser did not run",
     NO_RABBITMQ: "RABBITMQ IS MISSING: {} tests of engines did not run",
     NO_MARIADB: "MARIADB IS MISSING: {} tests of Django's database did not run on it",
     NO_NAMESPACES: "NETWORK NAMESPACES ARE MISSING: the tests of hosts ran on loopback addresses",
+    NO_MANUAL_COMMITS: "PYTHON 3.12 IS MISSING: {} states of connections were not checked",
     NO_NETEM: "TC NETEM IS MISSING: a proxy delayed the traffic of the slow host",
 }
 
