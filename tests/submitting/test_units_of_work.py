@@ -357,7 +357,7 @@ CALLS: dict[str, Call] = {
     "queue.stop": lambda s: s.queue.stop(PATIENCE),
     "queue.close": lambda s: s.queue.close(),
 }
-#: Calls that need a started queue. These and ``start`` have a scene of their own, as such a queue has threads.
+#: Calls that need a started queue. They and ``start`` have a scene of their own: such a queue has threads.
 ON_STARTED = {"queue.drain", "queue.stop", "queue.close"}
 
 
