@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from uuid import uuid4
 
 import pytest
 
@@ -290,36 +291,42 @@ def test_what_one_has_opened_stays_open(site, page):
     expect(page.locator("details#fields")).to_have_attribute("open", "")
 
 
-def boxes(site, page, by):
-    """Open the list of the one waiting task of somebody; return the box of that task."""
-    handle = site.queue.submit("quiet", delay=3600, created_by=by)
+@pytest.fixture
+def listed(site, page):
+    """Open a list of one waiting task. Return its box, and a function that adds a task to the list."""
+    by = uuid4().hex
+
+    def add():
+        return site.queue.submit("quiet", delay=3600, created_by=by).id
+
+    box = page.get_by_label(f"Select {add()}")
     page.goto(f"/tasks?q=by:{by}")
-    return page.get_by_label(f"Select {handle.id}")
+    return box, add
 
 
-def test_a_page_refreshes_again_after_a_tick_was_taken_back(site, page):
-    box = boxes(site, page, "unticked")
+def test_a_page_refreshes_again_after_a_tick_was_taken_back(page, listed):
+    box, add = listed
     box.check()
     box.uncheck()
     expect(box).to_be_focused()  # a click leaves the focus on the box
-    site.queue.submit("quiet", delay=3600, created_by="unticked")
+    add()
     expect(page.locator("tbody tr")).to_have_count(2)
 
 
-def test_a_page_refreshes_again_after_all_ticks_were_taken_back(site, page):
-    boxes(site, page, "none")
+def test_a_page_refreshes_again_after_all_ticks_were_taken_back(page, listed):
+    _, add = listed
     page.get_by_label("Select the page").check()
     page.get_by_label("Select the page").uncheck()
-    site.queue.submit("quiet", delay=3600, created_by="none")
+    add()
     expect(page.locator("tbody tr")).to_have_count(2)
 
 
-def test_a_page_refreshes_while_its_search_has_the_focus_and_nothing_is_entered(site, page):
-    boxes(site, page, "search")
+def test_a_page_refreshes_while_its_search_has_the_focus_and_nothing_is_entered(page, listed):
+    _, add = listed
     page.keyboard.press("/")
-    for entered in ("by:sear", ""):
+    for entered in ("by:", ""):
         page.get_by_role("combobox", name="Filter").fill(entered)
-    site.queue.submit("quiet", delay=3600, created_by="search")
+    add()
     expect(page.locator("tbody tr")).to_have_count(2)
     expect(page.get_by_role("combobox", name="Filter")).to_be_focused()
     expect(page.get_by_role("combobox", name="Filter")).to_have_value("")
@@ -376,13 +383,13 @@ def test_a_page_does_not_refresh_while_something_is_begun(site, page, begun):
         page.clock.run_for(2_000)
 
 
-def test_an_answer_that_comes_after_a_tick_is_not_merged(site, page):
+def test_an_answer_that_comes_after_a_tick_is_not_merged(page, listed):
     """Its rows have other places, and the tick would go to another task."""
-    box = boxes(site, page, "late")
+    box, add = listed
     held = []
     page.route("**/tasks?*", lambda route: held.append(route))
     with page.expect_request("**/tasks?*"):
-        site.queue.submit("quiet", delay=3600, created_by="late")
+        add()
     box.check()
     with page.expect_event("requestfinished"):
         held[0].continue_()
@@ -397,11 +404,13 @@ def test_an_answer_that_comes_after_a_tick_is_not_merged(site, page):
 def test_the_attempts_of_a_task_have_their_numbers(site, page):
     """A browser counts them as a screen reader says them; the box of a traceback is none."""
 
-    @site.queue.executor("thrice", retry=RetryPolicy(3, backoff="fixed", base=0.001))
+    type = f"thrice {uuid4()}"
+
+    @site.queue.executor(type, retry=RetryPolicy(3, backoff="fixed", base=0.001))
     def thrice():
         raise ValueError("thrice")
 
-    handle = site.queue.submit("thrice")
+    handle = site.queue.submit(type)
     handle.exception(PATIENCE)
     for task_id, numbers in ((handle.id, ["3. ", "2. ", "1. "]), (site.failed, ["1. "])):
         page.goto(f"/task?id={task_id}")
