@@ -88,8 +88,7 @@ _ORPHANED = Follows(
 _DIED = "task %(id)s was running on %(node)s, which died: "
 _RESCUED, _LOST = f"{_DIED}it runs again", f"{_DIED}it has failed and is a dead letter{_PARAMS}"
 _RETRIED = (
-    "task %(id)s (%(type)s) is retried in %(delay)g s after attempt %(attempt)d: %(error)s"
-    + _PARAMS
+    "task %(id)s (%(type)s) is retried %(when)s after attempt %(attempt)d: %(error)s" + _PARAMS
 )
 _RETRIES = "%(type)s: %(count)d retries in the last minute, the last one: "
 _CANCELLED = f"{_DIED}it is cancelled, as requested"
@@ -402,6 +401,10 @@ def _facts(task: Task, changes: Mapping[str, Any], ending: Ending | None) -> dic
     if ending is not None:
         told = ("error", "traceback", "delay", "snooze")
         facts.update((name, getattr(ending, name)) for name in told)
+        facts["when"] = f"in {ending.delay:g} s"
+        if ending.stuck:
+            later = f", {facts['when']} at the earliest," if ending.delay else ""
+            facts["when"] = f"when its stuck thread ends{later}"
     changed = ("status", "error", "traceback", "progress", "message")
     return {**facts, **{name: changes[name] for name in changed if name in changes}}
 

@@ -353,6 +353,20 @@ class TestBarred:
         clock.advance(3600)
         assert handle.result(PATIENCE) == "run 2"
 
+    @pytest.mark.parametrize(
+        ("delay", "words"),
+        [
+            (0, "is retried when its stuck thread ends after attempt 1: "),
+            (7, "is retried when its stuck thread ends, in 7 s at the earliest, after attempt 1: "),
+        ],
+    )
+    def test_the_log_says_that_a_retry_waits_for_the_stuck_thread(
+        self, make, hang, caplog, delay, words
+    ):
+        policy = RetryPolicy(2, backoff="fixed", base=delay, jitter=0)
+        handle = hang(make(), retry=policy)
+        eventually(lambda: f"task {handle.id} (hang) {words}timed out" in caplog.text)
+
     def test_a_due_retry_waits_for_the_stuck_thread(self, make, hang, clock, gate):
         queue = make()
         handle = hang(queue, retry=RetryPolicy(2, backoff="fixed", base=10, jitter=0))
