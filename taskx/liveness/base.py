@@ -62,6 +62,7 @@ class Node:
         about: facts that do not change.
         stopping: True after it was asked to stop.
         alive: True while its process lives, False once it is known to be dead, None if neither is known.
+            No task is taken from a node of which nothing is known.
         beat_at: the time of its last heartbeat by its own clock, in milliseconds; None if it sends none.
         late: True if it is alive, but its heartbeat has stood still for longer than usual.
         broker_error: the error of the broker of its engine, if that could not be used; else empty.
@@ -79,6 +80,16 @@ class Node:
     beat_at: int | None = None
     late: bool = False
     broker_error: str = ""
+
+    @property
+    def silent(self) -> bool:
+        """True if its last heartbeat is so old that nobody who looks rarely can know if it lives."""
+        return self.alive is None and self.beat_at is not None
+
+    @property
+    def lives(self) -> bool:
+        """True if it counts as alive: it is neither dead nor silent."""
+        return self.alive is not False and not self.silent
 
     @property
     def only_sends(self) -> bool:

@@ -15,6 +15,10 @@ The count names the heartbeat that it belongs to.
 **Mark.** A dead node is marked, by compare-and-set against its heartbeat, before its tasks are taken
 over. No heartbeat revives a marked note. The node comes back when that note is gone.
 
+**Look.** A process that looks rarely, such as a command, can never count a whole lease. So it says neither
+"alive" nor "dead" if the time in a note is more than two leases away from its own clock, unless it has
+itself seen the heartbeat change. No rescue depends on that time: only a count of a whole lease does.
+
 A node starts nothing while it is marked, or while none of its heartbeats was acknowledged for a lease minus
 a margin. Its running tasks are asked to end.
 
@@ -45,6 +49,9 @@ LEASE = 30.0
 BEATS, MARGIN = 10, 0.2
 #: The number of heartbeats after which a live node counts as late.
 LATE = 3
+#: The age of a heartbeat, in leases, at which it leaves open if its node lives. Clocks that differ by less
+#: than one lease raise no alarm.
+SILENT = 2
 #: Seconds between two polls of a housekeeper: observers cannot be expected to poll more often.
 _POLL_INTERVAL = 0.5
 #: The suffix of the name of a node's second note: how long its heartbeat has stood still.
@@ -71,10 +78,14 @@ class _Leased(Own):
 
 @attrs.define(eq=False, repr=False)
 class _Observation:
-    """The time for which this process has seen a heartbeat of another node stand still."""
+    """The time for which this process has seen a heartbeat of another node stand still.
+
+    ``moved`` is a time before the heartbeat changed to what it is; None if this process has not seen that.
+    """
 
     beat: int
     still: int
+    moved: float | None = None
     counted: float = 0.0
     at: float | None = None
 
@@ -94,7 +105,7 @@ class Leases(Recorded[_Leased]):
         self._lease = lease
         self._locks = locks
         self._monotonic = monotonic
-        self._now_ms = now_ms  # for people: no decision depends on it
+        self._now_ms = now_ms  # for people: no rescue depends on it
         self.interval = lease / BEATS
         self.renew()
 
@@ -300,7 +311,7 @@ class Leases(Recorded[_Leased]):
             if not name.endswith(_STILL):
                 facts = json.loads(note.text)
                 alive = self._alive(name, facts, notes, asked)
-                late = alive and self._is_late(name.removeprefix(PREFIX), name)
+                late = alive is True and self._is_late(name.removeprefix(PREFIX), name)
                 nodes.append(described(name, facts, alive, late=late))
             elif name.removesuffix(_STILL) not in notes:  # it was counted after the node had left
                 self._put(name, None, note.version)
@@ -320,7 +331,7 @@ class Leases(Recorded[_Leased]):
 
     def _alive(
         self, name: str, facts: dict[str, Any], notes: Mapping[str, Note], asked: float
-    ) -> bool:
+    ) -> bool | None:
         node = name.removeprefix(PREFIX)
         if node in self._own:
             return True
@@ -328,7 +339,7 @@ class Leases(Recorded[_Leased]):
             return False
         here = self._locks.alive(node, facts["host"], facts["lock"])
         if here is None and self._lives_yet(name, notes, asked):
-            return True
+            return self._is_heard(name, facts.get("beat_at"), asked) or None
         if here is not None:
             self._observations.pop(name, None)
         return here or not self._mark_dead(name, notes[name])
@@ -339,7 +350,8 @@ class Leases(Recorded[_Leased]):
         still = _still(count, beat)
         seen = self._observations.get(name)
         if seen is None or (seen.beat, seen.still) != (beat, still):
-            seen = self._observations[name] = _Observation(beat, still)
+            moved = None if seen is None else seen.moved if seen.beat == beat else seen.at
+            seen = self._observations[name] = _Observation(beat, still, moved)
         elif seen.at is not None and asked - seen.at <= 2 * max(self.interval, _POLL_INTERVAL):
             seen.counted += max(0.0, asked - seen.at)
         seen.at = self._monotonic()
@@ -352,6 +364,13 @@ class Leases(Recorded[_Leased]):
             seen.counted -= (total - still) / 1000
             seen.still = total
         return True
+
+    def _is_heard(self, name: str, beat_at: int | None, asked: float) -> bool:
+        """Return True if a heartbeat was seen to change lately, or is recent by its own time."""
+        most, moved = SILENT * self._lease, self._observations[name].moved
+        if moved is not None and asked - moved <= most:
+            return True
+        return beat_at is None or abs(self._now_ms() - beat_at) <= most * 1000
 
     def _mark_dead(self, name: str, note: Note) -> bool:
         """Mark a node as dead, unless it sent a heartbeat after its note was read."""

@@ -54,8 +54,8 @@ def live_node(repository: Repository, node: str) -> Node | None:
 
 
 def runs_somewhere(repository: Repository, type: str) -> bool:
-    """Return True if a node that may be alive has an executor for the type."""
-    return any(type in node.types for node in repository.nodes() if node.alive is not False)
+    """Return True if a node that counts as alive has an executor for the type."""
+    return any(type in node.types for node in repository.nodes() if node.lives)
 
 
 def oldest_ready(repository: Repository) -> int | None:

@@ -58,7 +58,7 @@ class Recovery:
             node = nodes.get(owner, Node(id=owner, name=owner, alive=False))
             if node.alive is False:
                 recovered += self._take_back(node)
-            elif node.alive is None and node.id not in self._unknown:
+            elif node.alive is None and not node.silent and node.id not in self._unknown:
                 self._unknown.add(node.id)
                 self._services.log.warning(
                     "cannot tell if node %s is alive, because its lock file is missing or unreadable; "

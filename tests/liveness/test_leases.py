@@ -21,7 +21,7 @@ from taskx import RepositoryUnavailable
 from taskx.core import lifecycle
 from taskx.core.writes import NoteChange
 from taskx.liveness.base import PREFIX, Node
-from taskx.liveness.leases import BEATS, LATE, Leases
+from taskx.liveness.leases import BEATS, LATE, SILENT, Leases
 from taskx.liveness.locks import HostLocks
 from taskx.testing import ManualClock
 
@@ -62,9 +62,9 @@ class Host:
         self.folder = folder
         self.restart()
 
-    def restart(self):
+    def restart(self, *now_ms):
         locks = HostLocks(str(self.folder))
-        self.leases = Leases(self.connection, LEASE, locks, self.clock.monotonic)
+        self.leases = Leases(self.connection, LEASE, locks, self.clock.monotonic, *now_ms)
 
     def alive(self, node):
         return {seen.id: seen.alive for seen in self.leases.nodes()}.get(node)
@@ -256,6 +256,89 @@ class TestJudging:
             ours.leases.beat("n")
             assert len(puts) == beats
         ours.leases.leave("n")
+
+
+class TestLookingRarely:
+    """A process that looks once, or seldom, cannot count a lease."""
+
+    @pytest.fixture
+    def there(self):
+        """The clock of the node's host."""
+        return ManualClock()
+
+    @pytest.fixture
+    def beat(self, store, there):
+        """Send the heartbeat of a node on a host that cannot be seen from here; return the function."""
+        facts = {"name": "there", "types": [], "stopping": False, "host": "there", "lock": 7}
+
+        def beat():
+            text = json.dumps({**facts, "beat_at": there.now_ms()})
+            known = note_of(store)
+            assert put(store, text, 0 if known is None else known.version)
+
+        beat()
+        return beat
+
+    @pytest.fixture
+    def looks(self, host, beat):
+        """Return a function that looks at the node after some seconds, each time as a new process."""
+        observer = host()
+
+        def looks(seconds=0.0):
+            observer.clock.advance(seconds)
+            observer.restart(observer.clock.now_ms)
+            [node] = observer.leases.nodes()
+            assert (node.silent, node.lives) == (node.alive is None, node.alive is not None)
+            return node.alive
+
+        return looks
+
+    def test_a_heartbeat_that_is_older_than_two_leases_leaves_open_if_its_node_lives(
+        self, looks, store
+    ):
+        before = note_of(store)
+        assert looks() is True
+        assert looks(SILENT * LEASE) is True
+        assert looks(0.001) is None
+        assert [looks(3600) for _ in range(20)] == [None] * 20
+        assert note_of(store) == before, "no time of a clock makes it dead"
+
+    def test_so_does_a_heartbeat_from_the_future(self, looks, there, beat):
+        there.set_wall(there.now() + timedelta(seconds=SILENT * LEASE))
+        beat()
+        assert looks() is True
+        there.set_wall(there.now() + timedelta(seconds=1))
+        beat()
+        assert looks() is None
+
+    @pytest.mark.parametrize("hours", [-1, 1])
+    def test_a_heartbeat_that_was_seen_to_change_shows_life_whatever_the_clocks_say(
+        self, host, there, beat, hours
+    ):
+        observer = host()
+        observer.restart(observer.clock.now_ms)
+        there.set_wall(there.now() + timedelta(hours=hours))
+        beat()
+        assert observer.alive("n") is None
+        observer.clock.advance(SILENT * LEASE)
+        beat()
+        assert observer.alive("n") is True
+        observer.clock.advance(0.001)
+        assert observer.alive("n") is None, "it may have died at once after the look before"
+        observer.clock.advance(SILENT * LEASE + 1)
+        beat()
+        assert observer.alive("n") is None, "nobody knows when it changed"
+
+    def test_a_silent_node_is_dead_only_after_a_whole_lease_that_somebody_has_watched(
+        self, host, there, beat
+    ):
+        observer = host()
+        observer.restart(observer.clock.now_ms)
+        there.set_wall(there.now() - timedelta(hours=1))
+        beat()
+        assert observer.alive("n") is None
+        assert watch(observer, LEASE - 0.5) is None
+        assert watch(observer, 0.5) is False
 
 
 @pytest.fixture
