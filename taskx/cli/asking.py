@@ -53,7 +53,7 @@ def why(session: Session, task_id: str) -> None:
 
 COMPLETED and FAILED are of the last hour, or of --period. WAIT is the time from when a task could start
 until it did, RUN the time of its last attempt: half of the tasks took at most the first figure, 95 of 100
-the second.""",
+the second. STUCK is the number of threads that run on after the time-out of their tasks.""",
     """
 taskx stats
 taskx stats --period 1d
@@ -91,6 +91,7 @@ STATS_COLUMNS = (
     Column("DELAYED", right=True, drop=5),
     Column("BLOCKED", right=True, drop=6),
     Column("RUNNING", right=True),
+    Column("STUCK", right=True, drop=1),
     Column("OLDEST", right=True, drop=1),
     Column("COMPLETED", right=True, drop=3),
     Column("FAILED", right=True),
@@ -109,6 +110,7 @@ def stats_row(name: str, numbers: TypeStats) -> Row:
         _number(numbers.delayed),
         _number(numbers.blocked),
         Cell(_number(numbers.running), "cyan"),
+        Cell(str(numbers.stuck or ""), "red"),
         "" if numbers.oldest_due is None else age(numbers.oldest_due),
         _number(numbers.completed),
         Cell(_number(numbers.failed), "red"),

@@ -37,6 +37,7 @@ NODE_COLUMNS = (
     Column("UP", right=True, drop=1),
     Column("WORKERS", right=True),
     Column("RUNNING", right=True),
+    Column("STUCK", right=True, drop=1),
     Column("BUFFERED", right=True, drop=4),
     Column("VERSION", drop=5),
     Column("TYPES", cut=True, drop=2),
@@ -49,10 +50,11 @@ def node_row(node: NodeInfo, now: datetime) -> Row:
     changed = "" if node.workers == node.worker_num else f" (of {node.worker_num})"
     return (
         node.name,
-        _state(node),
+        _state(node, now),
         "" if node.started_at is None else age((now - node.started_at).total_seconds()),
         f"{node.workers}{changed}",
         str(len(node.running)),
+        Cell(str(node.stuck or ""), "red"),
         str(node.buffered),
         node.version,
         " ".join(node.types),
@@ -60,9 +62,12 @@ def node_row(node: NodeInfo, now: datetime) -> Row:
     )
 
 
-def _state(node: NodeInfo) -> Cell:
+def _state(node: NodeInfo, now: datetime) -> Cell:
     if node.alive is False:
         return Cell("dead", "red")
+    if node.silent and node.last_beat is not None:
+        since = age((now - node.last_beat).total_seconds())
+        return Cell(f"last beat {since} ago, lease {age(node.lease or 0.0)}", "red")
     if node.suspected:
         return Cell("suspected", "yellow")
     if node.broker_error:
@@ -107,7 +112,9 @@ def running_rows(nodes: Sequence[NodeInfo], now: datetime) -> list[Row]:
 
 List the nodes: the started queues of all processes, and what they run. Or stop one of them.
 
-A dead node is listed until another one has taken over its tasks.""",
+A dead node is listed until another one has taken over its tasks. If a heartbeat is older than two leases,
+the state is its age: the node may be dead, or the clocks of the hosts differ. STUCK is the number of
+threads that run on after the time-out of their tasks.""",
 )
 @click.pass_context
 def nodes(ctx: click.Context) -> None:

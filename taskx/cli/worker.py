@@ -75,7 +75,7 @@ WORKER_OPTIONS = (
     click.option(
         "--health-port",
         type=click.IntRange(0, 65535),
-        help="A port that answers GET /health and GET /ready with 200 or 503.",
+        help="A port that answers GET /health, /live and /ready with 200 or 503.",
     ),
     click.option(
         "--health-host", default="127.0.0.1", show_default=True, help="The address of that port."

@@ -286,15 +286,18 @@ class StoreCollector(Collector):
             found["paused"].add_metric([type], 1)
         pending = queue.count_tasks(status=TaskStatus.PENDING)
         found["tasks_pending"].add_metric([], pending)
-        nodes = sum(node.alive is not False for node in queue.repository.nodes())
+        nodes = sum(node.lives for node in queue.repository.nodes())
         found["nodes"].add_metric([], nodes)
-        self._read_health(found)
+        self._read_health(found, stats.types)
 
-    def _read_health(self, found: Mapping[str, Any]) -> None:
+    def _read_health(self, found: Mapping[str, Any], types: Iterable[str]) -> None:
         health = self._queue.health(oldest_due=None, nodes=0, stuck=0, schedule_overdue=0)
         facts = [(problem.kind, problem.facts) for problem in health.problems]
         stuck = sum(known["threads"] for kind, known in facts if kind == "stuck")
         found["threads_stuck"].add_metric([], stuck)
+        waiting = {known["type"]: known["waiting"] for kind, known in facts if kind == "stuck_type"}
+        for type in types:
+            found["types_stuck"].add_metric([type], waiting.get(type, 0))
         late = [known for kind, known in facts if kind == "schedule_overdue"]
         found["schedules_overdue"].add_metric([], sum(known["number"] for known in late))
         lag = max((known["seconds"] for known in late), default=0.0)
@@ -320,6 +323,10 @@ _FAMILIES: Mapping[str, Callable[[], Any]] = {
         (GaugeMetricFamily, "paused", "1 for each paused type; the type is empty for all.", "type"),
         (GaugeMetricFamily, "nodes", "Started queues that are alive."),
         (GaugeMetricFamily, "threads_stuck", "Threads of timed-out tasks that run on."),
+        (
+            *(GaugeMetricFamily, "types_stuck"),
+            *("Waiting tasks of a type, if all of them wait for stuck threads.", "type"),
+        ),
         (GaugeMetricFamily, "schedules_overdue", "Schedules with a tick that has no task."),
         (GaugeMetricFamily, "schedule_lag_seconds", "Age of the oldest tick without a task."),
     )

@@ -23,6 +23,7 @@ ReasonKind = Literal[
     "ahead",
     "worker",
     "dead_node",
+    "silent_node",
     "cancel_requested",
     "timeout",
     "running",
@@ -35,8 +36,10 @@ ReasonKind = Literal[
 ProblemKind = Literal[
     "repository",
     "stuck",
+    "silent_node",
     "nodes",
     "broker",
+    "stuck_type",
     "oldest_due",
     "failed",
     "file_size",

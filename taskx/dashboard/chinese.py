@@ -71,6 +71,10 @@ CHINESE: Mapping[str, str] = {
     # the frame
     # overview
     "Show the task": "查看任务",
+    "Show the type": "查看类型",
+    "Show the nodes": "查看节点",
+    "stuck threads": "卡住的线程",
+    "{count} stuck": "{count} 个卡住",
     "Everything is paused.": "全部已暂停。",
     "Paused: {types}": "已暂停：{types}",
     "Now": "现在",
@@ -324,6 +328,9 @@ CHINESE: Mapping[str, str] = {
     "Version": "版本",
     "Started": "启动时间",
     "Last heartbeat": "最近心跳",
+    "a lease is {time}; if the node lives, the clocks of the hosts differ": (
+        "租约为 {time}；如果节点仍在运行，则各主机的时钟不一致"
+    ),
     "Engine": "引擎",
     "Workers": "工作线程",
     "{busy} of {workers} busy": "{workers} 个中有 {busy} 个忙碌",

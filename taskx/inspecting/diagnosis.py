@@ -12,9 +12,10 @@ import attrs
 
 from taskx.core.clock import to_datetime
 from taskx.core.errors import RepositoryError
-from taskx.core.findings import counted, duration
+from taskx.core.findings import counted, duration, listed
 from taskx.core.model import TaskFilter
 from taskx.core.verdict import Check, fail, ok, warn
+from taskx.inspecting.nodes import silence
 from taskx.liveness.base import Node
 from taskx.moving import Services
 from taskx.storage.base import Repository
@@ -97,8 +98,9 @@ def _asked(
 def _nodes(repository: Repository, now: int) -> Iterator[Check]:
     nodes = repository.nodes()
     dead = [node for node in nodes if node.alive is False]
-    live = len(nodes) - len(dead)
-    versions = {node.about.version for node in nodes if node.alive is not False} - {""}
+    silent = [node for node in nodes if node.silent]
+    live = len(nodes) - len(dead) - len(silent)
+    versions = {node.about.version for node in nodes if node.lives} - {""}
     if others := sorted(versions - {_version()}):
         yield warn(
             "node versions",
@@ -107,7 +109,7 @@ def _nodes(repository: Repository, now: int) -> Iterator[Check]:
             versions=sorted(versions),
         )
     for node in nodes:
-        if node.alive is not False and node.broker_error:
+        if node.lives and node.broker_error:
             yield fail(
                 "broker",
                 f"Node {node.name} cannot use the broker of {node.about.engine}: {node.broker_error}.",
@@ -115,6 +117,15 @@ def _nodes(repository: Repository, now: int) -> Iterator[Check]:
                 node=node.id,
                 error=node.broker_error,
             )
+    if silent:
+        names = [f"{node.name} ({silence(node, now, repository.lease_timeout)})" for node in silent]
+        yield warn(
+            "heartbeats",
+            f"{counted(len(silent), 'node')} may be dead: {listed(names)}.",
+            "If its process is dead, start a worker, which takes over its tasks. If it lives, synchronize "
+            "the clocks of the hosts, for example with chrony.",
+            silent=[node.id for node in silent],
+        )
     if not dead:
         yield ok("nodes", f"{counted(live, 'live node')} and no dead one.", live=live, dead=0)
         return

@@ -15,16 +15,17 @@ from taskx.core.errors import ConfigurationError, RepositoryCorrupt, RepositoryE
 from taskx.core.findings import Problem, counted, duration, listed, moment
 from taskx.core.lifecycle import FAILED
 from taskx.core.model import check_key
+from taskx.inspecting.nodes import age_of_beat, silence
 from taskx.liveness.base import Node
 from taskx.moving import Services
 from taskx.running.pool import WorkerPool
+from taskx.running.stuck import MOST as MOST_STUCK
+from taskx.running.stuck import stuck_types
 from taskx.schedules.stored import PREFIX, Entry, entry_of
 from taskx.storage import queries
 
 #: Fewest failed tasks that are read to count the latest ones.
 MOST_FAILED = 1000
-#: Most tasks with stuck threads that are read.
-_MOST_STUCK = 10_000
 # Schedules that are read at a time.
 _PAGE = 1000
 # Most names in the facts of a problem.
@@ -196,16 +197,33 @@ class _Check:
         nodes = [node for node in self._repository.nodes() if node.alive is not False]
         paused = self._controls.read_paused()
         due = [t for t in queries.every(self._repository, "ready_type") if t not in paused]
+        yield from self._silent([node for node in nodes if node.silent])
         yield from self._nodes(nodes, due)
-        yield from _brokers(nodes)
+        yield from _brokers([node for node in nodes if node.lives])
         yield from self._stuck_elsewhere(nodes)
+        yield from stuck_types(self._repository, nodes, paused)
         yield from self._oldest_due(due, everything=paused.everything)
         yield from self._failed()
         yield from self._schedules()
         yield from self._file_size()
 
+    def _silent(self, nodes: Sequence[Node]) -> Iterator[Problem]:
+        if not (nodes and self._wanted.nodes):
+            return
+        lease = self._repository.lease_timeout
+        ages = {node.id: age_of_beat(node, self.now) for node in nodes}
+        nearest = min(nodes, key=lambda node: abs(ages[node.id]))
+        many = f"{len(nodes)} nodes may be dead ({listed([node.name for node in nodes])})"
+        words = (
+            f"{f'Node {nearest.name} may be dead' if len(nodes) == 1 else many}: "
+            f"{silence(nearest, self.now, lease)}. If not, the clocks of the hosts differ."
+        )
+        facts = {"nodes": dict([*ages.items()][:_NAMED]), "number": len(nodes), "lease": lease}
+        yield Problem("silent_node", words, {**facts, "seconds": ages[nearest.id]})
+
     def _nodes(self, nodes: Sequence[Node], due: Sequence[str]) -> Iterator[Problem]:
-        most, at_work = self._wanted.nodes, [node for node in nodes if not node.stopping]
+        most = self._wanted.nodes
+        at_work = [node for node in nodes if node.lives and not node.stopping]
         wanted = {**dict.fromkeys(due, most), **self._wanted.nodes_of}
         if len(at_work) < most:
             words = (
@@ -228,7 +246,7 @@ class _Check:
         others = {node.id: node.name for node in nodes if node.id != own}
         if not others:
             return
-        found = self._repository.find("stuck_on", [*others], ("stuck_on",), _MOST_STUCK)
+        found = self._repository.find("stuck_on", [*others], ("stuck_on",), MOST_STUCK)
         for node, number in Counter(node for (node,) in found).items():
             if number > self._wanted.stuck:
                 yield _stuck(node, others[node], number, self._wanted.stuck)

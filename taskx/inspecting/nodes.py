@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -10,12 +10,13 @@ from typing import Any
 import attrs
 
 from taskx.core.clock import to_datetime
-from taskx.core.findings import to_json
+from taskx.core.findings import duration, to_json
 from taskx.core.options import LimitOptions
 from taskx.core.overrides import options_of_limit
 from taskx.liveness.base import Node
 from taskx.moving import Services
 from taskx.running.pool import WorkerPool
+from taskx.running.stuck import MOST as MOST_STUCK
 
 #: Most running tasks that are read for all nodes, and most buffered ones that are counted for a node.
 MOST_RUNNING, MOST_BUFFERED = 10_000, 1_000
@@ -47,7 +48,8 @@ class NodeInfo:
         id: the id of the node, unique for every start.
         name: a name for people: host, process and start.
         this: True if the queue that was asked, or another one on the same repository object, is this node.
-        alive: True while its process lives, False once it is known to be dead, None if neither is known.
+        alive: True while its process lives, False once it is known to be dead, None if neither is known. A
+            queue that looks rarely cannot know it: then an old heartbeat makes this None.
         suspected: True if it may be dead: nothing is known, or its heartbeat is late.
         stopping: True after it was asked to stop.
         host: the name of its host.
@@ -67,6 +69,9 @@ class NodeInfo:
         running: the tasks that it is running, the first started first.
         engine: the name of the engine whose broker brings its tasks; empty if it fetches them itself.
         broker_error: the error of that broker, if it could not be used when it was tried last.
+        stuck: the number of its threads that run on after the time-out of their tasks.
+        lease: the seconds after which it is dead without a heartbeat, for those who watch it; None if it
+            needs none.
     """
 
     id: str
@@ -91,6 +96,18 @@ class NodeInfo:
     running: tuple[RunningTask, ...]
     engine: str = ""
     broker_error: str = ""
+    stuck: int = 0
+    lease: float | None = None
+
+    @property
+    def silent(self) -> bool:
+        """True if its last heartbeat is so old that nobody who looks rarely can know if it lives."""
+        return self.alive is None and self.last_beat is not None
+
+    @property
+    def lives(self) -> bool:
+        """True if it counts as alive: it is neither dead nor silent."""
+        return self.alive is not False and not self.silent
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as a dict of JSON values; times are ISO text."""
@@ -101,8 +118,30 @@ def nodes(services: Services, pool: WorkerPool | None) -> list[NodeInfo]:
     """Do the work of :meth:`Queue.nodes`; ``pool`` is the worker pool of a started queue."""
     services.repository.require("what its nodes do")
     found = services.repository.nodes()
-    running = _running(services, found)
-    return [_info(services, pool, node, running.get(node.id, ())) for node in found]
+    running, ids = _running(services, found), [node.id for node in found]
+    find = services.repository.find
+    stuck = Counter(i for (i,) in (find("stuck_on", ids, ("stuck_on",), MOST_STUCK) if ids else ()))
+    return [_info(services, pool, node, running.get(node.id, ()), stuck[node.id]) for node in found]
+
+
+def age_of_beat(node: Node, now: int) -> float:
+    """Return the seconds since the last heartbeat of a node, by the clock of this process."""
+    return (now - (node.beat_at or 0)) / 1000
+
+
+def silence(node: Node, now: int, lease: float) -> str:
+    """Return in words why it is not known if a silent node lives.
+
+    Args:
+        node: the node.
+        now: the time of this process, in milliseconds.
+        lease: the length of a lease in seconds.
+    """
+    seconds = age_of_beat(node, now)
+    when = (
+        f"was {duration(seconds)} ago" if seconds >= 0 else f"is {duration(-seconds)} in the future"
+    )
+    return f"the last heartbeat {when}, and a lease is {duration(lease)}"
 
 
 def _running(services: Services, nodes: Sequence[Node]) -> Mapping[str, list[RunningTask]]:
@@ -124,7 +163,11 @@ def _running(services: Services, nodes: Sequence[Node]) -> Mapping[str, list[Run
 
 
 def _info(
-    services: Services, pool: WorkerPool | None, node: Node, running: Sequence[RunningTask]
+    services: Services,
+    pool: WorkerPool | None,
+    node: Node,
+    running: Sequence[RunningTask],
+    stuck: int,
 ) -> NodeInfo:
     about = node.about
     if pool is not None and pool.node.id == node.id:
@@ -145,6 +188,7 @@ def _info(
         python=about.python,
         started_at=_moment(about.started_at),
         last_beat=_moment(node.beat_at),
+        lease=None if node.beat_at is None else services.repository.lease_timeout,
         types=node.types,
         limits={type: options_of_limit(limit) for type, limit in node.limits.items()},
         own_limits={type: options_of_limit(limit) for type, limit in node.own_limits.items()},
@@ -153,6 +197,7 @@ def _info(
         buffered=buffered,
         buffer_size=about.buffer_size,
         running=tuple(running),
+        stuck=stuck,
         engine=about.engine,
         broker_error=node.broker_error,
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 from taskx.common.controls import Paused
 from taskx.core import lifecycle
-from taskx.core.clock import to_ms
+from taskx.core.clock import to_datetime, to_ms
 from taskx.core.errors import RepositoryError, TaskNotFound
 from taskx.core.findings import Reason, counted, duration, first_line, listed, moment
 from taskx.core.lifecycle import COMPLETED, UNFINISHED
@@ -23,6 +23,7 @@ from taskx.core.record import (
     task_from_row,
 )
 from taskx.inspecting.limits import Busy, Limits
+from taskx.inspecting.nodes import silence
 from taskx.liveness.base import Node
 from taskx.moving import Services
 from taskx.running.pool import WorkerPool
@@ -182,7 +183,7 @@ class _Inquiry:
     def _no_node(self, task: Task, able: Sequence[Node]) -> Iterator[Reason]:
         if able:
             return
-        live = [node for node in self._nodes.values() if node.alive is not False]
+        live = [node for node in self._nodes.values() if node.lives]
         stopping = [node.name for node in live if node.stopping]
         others = [node.name for node in live if not node.stopping and not node.only_sends]
         words = f"No live node has an executor for type {task.type!r}"
@@ -190,7 +191,16 @@ class _Inquiry:
             words += f" and is not stopping ({listed(stopping)})"
         words += f"; live nodes with other types: {listed(others)}" if others else ""
         facts = {"type": task.type, "nodes": others, "stopping": stopping}
+        silent = [node for node in self._nodes.values() if node.silent and task.type in node.types]
+        if silent:
+            words += f"; {listed([self._silence(node) for node in silent])}"
+            facts["silent"] = [node.name for node in silent]
         yield Reason("no_node", f"{words}. Start a queue that has one.", facts)
+
+    def _silence(self, node: Node) -> str:
+        """Return the words about a node that may be dead."""
+        words = silence(node, self._now, self._repository.lease_timeout)
+        return f"node {node.name} may be dead ({words})"
 
     # --- limits and suspects
 
@@ -225,7 +235,7 @@ class _Inquiry:
             return
         failing: dict[tuple[str, str], list[str]] = {}
         for node in self._nodes.values():
-            if node.alive is not False and node.broker_error and node.about.engine in engines:
+            if node.lives and node.broker_error and node.about.engine in engines:
                 failing.setdefault((node.about.engine, node.broker_error), []).append(node.name)
         for (engine, error), names in failing.items():
             words = (
@@ -292,6 +302,10 @@ class _Inquiry:
             name = task.worker or self._name(task.owner)
             words = f"The node {name} is dead: a live node takes the task back."
             yield Reason("dead_node", words, {"node": task.owner, "name": name})
+        elif node is not None and node.silent:
+            words = f"{_capital(self._silence(node))}: if it is, a live node takes the task back."
+            beat_at = to_datetime(node.beat_at or 0)
+            yield Reason("silent_node", words, {"node": node.id, "name": node.name, "at": beat_at})
         if task.cancel_requested_at is not None:
             at = task.cancel_requested_at
             words = f"It was asked to stop at {moment(at)}, and its executor has not ended yet."
@@ -377,7 +391,7 @@ def _competing(task: Task, able: Sequence[Node], paused: Paused) -> list[str]:
 
 def _takes(node: Node, type: str) -> bool:
     """Return True if a node may start tasks of a type."""
-    return node.alive is not False and not node.stopping and type in node.types
+    return node.lives and not node.stopping and type in node.types
 
 
 def _capital(text: str) -> str:

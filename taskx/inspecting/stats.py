@@ -17,7 +17,7 @@ import attrs
 
 from taskx.core.checks import check_int, check_number
 from taskx.core.clock import to_datetime
-from taskx.core.lifecycle import COMPLETED, FAILED
+from taskx.core.lifecycle import COMPLETED, FAILED, PENDING
 from taskx.core.record import BY_THREAD
 from taskx.moving import Services
 from taskx.storage import queries
@@ -58,6 +58,8 @@ class TypeStats:
         blocked: pending tasks that wait for their parents, for their turn of a concurrency key, or for a
             thread of an earlier attempt.
         running: running tasks.
+        stuck: threads that run on after the time-out of an attempt. A task may have been retried or
+            cancelled since, or have failed.
         oldest_due: seconds for which the oldest waiting task could have started; None if none waits.
         completed: tasks that completed in the period.
         failed: tasks that failed in the period.
@@ -72,6 +74,7 @@ class TypeStats:
     delayed: int = 0
     blocked: int = 0
     running: int = 0
+    stuck: int = 0
     oldest_due: float | None = None
     completed: int = 0
     failed: int = 0
@@ -171,9 +174,12 @@ class _Reading:
             values = self._repository.distinct(column, "", self._at_most)
             self._count("blocked", column, values)
         nodes = [*queries.every(self._repository, "stuck_on")]
-        rows = self._repository.find("stuck_on", nodes, ("type", "held"), self._at_most)
-        for type, held in self._read(rows):
-            self._found[str(type)].numbers["blocked"] += held == BY_THREAD
+        fields = ("type", "status", "held")
+        rows = self._repository.find("stuck_on", nodes, fields, self._at_most)
+        for type, *state in self._read(rows):
+            numbers = self._found[str(type)].numbers
+            numbers["stuck"] += 1
+            numbers["blocked"] += state == [PENDING, BY_THREAD]
 
     def _count(self, name: str, column: Lookup, values: Sequence[str]) -> None:
         rows = self._repository.find(column, values, ("type",), self._at_most) if values else ()

@@ -11,20 +11,31 @@ from __future__ import annotations
 import _thread
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from types import FrameType
 from typing import Any
 
+from taskx.common.controls import Paused
 from taskx.core import lifecycle
 from taskx.core.errors import CancelReason
-from taskx.core.lifecycle import Ending
+from taskx.core.findings import Problem, counted, listed
+from taskx.core.lifecycle import PENDING, Ending
+from taskx.core.record import BY_THREAD
 from taskx.core.stacks import top_frames
 from taskx.executing import runner
 from taskx.executing.alarms import Overdue
 from taskx.executing.runner import Run
+from taskx.liveness.base import Node
 from taskx.moving import Services
+from taskx.storage import queries
+from taskx.storage.base import Repository
 
+#: Most tasks with stuck threads, and most running ones, that are read.
+MOST = 10_000
+# Most tasks of a stuck type that are counted as waiting for a slot, on each node and outside of nodes.
+_MOST_READY = 1000
 # More seconds of grace for a run in a child process: the child is killed, which frees the thread.
 _TO_KILL = 10.0
 
@@ -152,6 +163,61 @@ class Stuck:
             writes = [w for task in tasks.values() for w in lifecycle.lift_bar(task, now)]
             services.consequences.commit(writes, tasks)
         return len(tasks)
+
+
+def stuck_types(repository: Repository, nodes: Sequence[Node], paused: Paused) -> Iterator[Problem]:
+    """Yield a problem for each type of which nothing runs, and all waiting tasks wait for stuck threads.
+
+    A task waits for the thread of an earlier attempt of its own or, if its type has a limit of
+    concurrency, for the slot that such a thread keeps.
+
+    Args:
+        repository: the repository to read.
+        nodes: its nodes, without the dead ones.
+        paused: the pauses; the tasks of a paused type may wait.
+    """
+    names = {node.id: node.name for node in nodes}
+    fields = ("type", "stuck_on", "status", "held", "id")
+    found = repository.find("stuck_on", [*names], fields, MOST) if names else ()
+    if not found:
+        return
+    running = {kind for (kind,) in repository.find("running_on", [*names], ("type",), MOST)}
+    ready = {*queries.every(repository, "ready_type")}
+    rows: defaultdict[str, list[Any]] = defaultdict(list)
+    for kind, *row in found:
+        rows[kind].append(row)
+    for type in sorted(rows.keys() - running):
+        threads = Counter(node for node, *_ in rows[type])
+        if type in paused or (type in ready and not _slots_taken(type, threads, nodes)):
+            continue
+        barred = [i for _, status, held, i in rows[type] if (status, held) == (PENDING, BY_THREAD)]
+        waiting = len(barred)
+        if type in ready:
+            owners = ("", *queries.every(repository, "buffered_on"))
+            waiting += sum(repository.count_ready(type, one, _MOST_READY) for one in owners)
+        if waiting:
+            stuck = threads.total()
+            words = (
+                f"{counted(waiting, 'task')} of type {type!r} cannot start, and none runs: all wait for "
+                f"{counted(stuck, 'stuck thread')} on {listed([names[node] for node in threads])}."
+            )
+            facts = {"type": type, "waiting": waiting, "threads": stuck}
+            facts["nodes"] = {node: names[node] for node in threads}
+            yield Problem("stuck_type", words, {**facts, "task_id": min(barred, default=None)})
+
+
+def _slots_taken(type: str, threads: Mapping[str, int], nodes: Sequence[Node]) -> bool:
+    """Return True if stuck threads keep all slots of a type, on each node that runs it."""
+    able = [node for node in nodes if node.lives and not node.stopping and type in node.types]
+    total = sum(threads.values())
+    for node in able:
+        limit = node.limits.get(type)
+        if limit is None or limit.max_concurrency is None:
+            return False
+        taken = total if limit.scope == "global" else threads.get(node.id, 0)
+        if taken < limit.max_concurrency:
+            return False
+    return bool(able)
 
 
 def stack_of(ident: int) -> str:

@@ -146,7 +146,15 @@ class Fleet:
         return self.fatal[0] if self.fatal else int(self._unclean)
 
     def problems(self) -> Sequence[str]:
-        """Return a sentence for each process that is not as it must be. A start is not a problem."""
+        """Return a sentence for everything that is wrong. A start is not a problem."""
+        found = [*self.broken()]
+        for place in self.places:
+            if (member := place.member) is not None:
+                found += (f"In {member.name}: {one}" for one in member.facts.get("problems", ()))
+        return found
+
+    def broken(self) -> Sequence[str]:
+        """Return a sentence for each process that another one in its place could do better than."""
         found = []
         for place in self.places:
             member = place.member

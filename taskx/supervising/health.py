@@ -20,7 +20,9 @@ STALE = 15.0
 # Seconds that a client may take to send its request.
 _PATIENCE = 5.0
 
-#: A report: JSON values, with ``ok`` and ``ready``.
+# The values of a report by the paths that answer with them.
+_KEYS = {"/health": "ok", "/live": "live", "/ready": "ready"}
+#: A report: JSON values, with ``ok``, ``live`` and ``ready``.
 Report = dict[str, Any]
 
 
@@ -66,7 +68,7 @@ class HealthFile:
 
 
 class HealthPort:
-    """Answers ``GET /health`` and ``GET /ready`` with 200 or 503, and the report as JSON."""
+    """Answers ``GET /health``, ``/live`` and ``/ready`` with 200 or 503, and the report as JSON."""
 
     def __init__(self, host: str, port: int, report: Callable[[], tuple[Report, float]]) -> None:
         handler = type("Handler", (_Handler,), {"report": staticmethod(report)})
@@ -100,9 +102,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         report, at = self.report()
-        key = {"/health": "ok", "/ready": "ready"}.get(self.path.partition("?")[0])
+        key = _KEYS.get(self.path.partition("?")[0])
         if key is None:
-            self._answer(404, {"error": "use /health or /ready"})
+            self._answer(404, {"error": f"use {', '.join(_KEYS)}"})
         elif time.monotonic() - at > STALE:
             self._answer(503, {**report, key: False, "error": "the supervisor hangs"})
         else:

@@ -158,7 +158,8 @@ class Process:
             return
         facts = self._limits.facts(node.pool)
         running = len(node.pool.ahead.at_work)
-        self._channel.say("beat", {**facts, "healthy": self._queue.healthy, "running": running})
+        facts.update(healthy=self._queue.healthy, running=running, problems=node.problems())
+        self._channel.say("beat", facts)
         why = self._limits.reached(facts)
         if self._settings.reload and not why and (file := self._changes.next()):
             why = f"{file} has changed"

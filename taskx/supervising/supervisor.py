@@ -140,7 +140,7 @@ class Supervisor:
             settings.stop_timeout,
         )
         if self._port is not None:
-            log.info("health: %s/health and %s/ready", self._port.url, self._port.url)
+            log.info("health: %s/health, /live and /ready", self._port.url)
         try:
             with self._listening() as wake:
                 while not fleet.over:
@@ -276,6 +276,7 @@ class Supervisor:
         status = "stopping" if fleet.stops else "ok" if fleet.begun else "starting"
         return {
             "ok": not problems,
+            "live": not fleet.broken(),
             "ready": bool(fleet.begun and ready and not fleet.stops),
             "status": "unhealthy" if problems else status,
             "problems": [*problems],

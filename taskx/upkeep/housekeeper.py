@@ -10,12 +10,14 @@ from contextlib import suppress
 
 from taskx.core import lifecycle
 from taskx.core.errors import RepositoryError, SchemaMismatch
+from taskx.core.findings import Problem, duration
 from taskx.core.log import Complaint
 from taskx.core.model import TaskStatus
 from taskx.running import ahead
 from taskx.running.audit import Audit
 from taskx.running.pool import WorkerPool
 from taskx.running.progress import store_progress
+from taskx.running.stuck import stuck_types
 from taskx.schedules.ticker import Ticker
 from taskx.storage import queries
 from taskx.storage.base import Locked, Repository
@@ -37,6 +39,8 @@ AUDIT_EVERY = 2.0
 PATIENCE = 0.01
 #: Most delayed tasks that are released in one transaction.
 MOST_DUE = 500
+#: Seconds after which a repository that does not answer counts as away.
+ANSWER_WITHIN = 5.0
 _LONGEST_BACKOFF = 2.0
 # The shortest sleep, in seconds.
 _SHORTEST = 0.001
@@ -62,6 +66,10 @@ class Housekeeper:
         self._ticker = Ticker(pool.services)
         self._agenda = pool.services.agenda
         self._complaint = Complaint(pool.services.log)
+        # What the last rounds have found, and since when the present round goes on, on the monotonic clock.
+        self._failure = ""
+        self._stuck_types: list[Problem] = []
+        self._began: float | None = None
         self._stopped = False
         self._changed = Changes(pool.services.repository)
         self._listening = Listening(pool)
@@ -91,6 +99,18 @@ class Housekeeper:
             self._thread.join(5.0)
         self._services.watcher.ensure_polling()
 
+    def problems(self) -> list[str]:
+        """Return a sentence for all that keeps tasks from running, as far as the last rounds have found it.
+
+        Nothing is read, so the answer comes at once, whatever the repository does.
+        """
+        began, failure = self._began, self._failure
+        if began is not None and (seconds := time.monotonic() - began) > ANSWER_WITHIN:
+            failure = failure or f"it has not answered for {duration(round(seconds))}"
+        if failure:
+            return [f"The repository cannot be used: {failure}."]
+        return [str(problem) for problem in self._stuck_types]
+
     def _behind(self) -> bool:
         """Return True if a task or a schedule is due that was not dealt with yet."""
         now = self._services.clock.now_ms()
@@ -111,20 +131,23 @@ class Housekeeper:
     def _run(self) -> None:
         failures = 0
         while not self._stopped:
+            self._began = time.monotonic()
             try:
                 self.tick()
-                failures = 0
+                failures, self._failure = 0, ""
                 self._complaint.over()
             except SchemaMismatch as error:
                 self._pool.retire(error)
             except RepositoryError as error:
                 failures += 1
+                self._failure = "" if isinstance(error, Locked) else str(error)
                 self._complaint.make(
                     "the repository fails, and the housekeeper tries again: %s", error
                 )
             except BaseException:  # a defect of ours: without this thread, nothing is done in time
                 failures += 1
                 self._services.log.exception("unexpected error in the housekeeper; it continues")
+            self._began = None
             self._sleep(failures)
 
     def _sleep(self, failures: int) -> None:
@@ -227,10 +250,18 @@ class Housekeeper:
         self._services.alarms.go_on()
         self._services.consequences.retries.tell()
         self._pool.stuck.audit()
+        self._stuck_types = self._find_stuck_types()
         self._services.dependents.scan_some()
         self._services.turns.scan_some()
         self._ticker.refresh_soon()
         self._services.watcher.check_all()
+
+    def _find_stuck_types(self) -> list[Problem]:
+        services = self._services
+        if not self._pool.stuck.runs:  # nothing to say that a node with stuck threads does not say
+            return []
+        nodes = [node for node in services.repository.nodes() if node.alive is not False]
+        return [*stuck_types(services.repository, nodes, services.controls.read_paused())]
 
     def _is_time(self, what: str, interval: float) -> bool:
         now = time.monotonic()

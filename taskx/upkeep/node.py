@@ -176,6 +176,10 @@ class LocalNode:
             and services.hooks.told == told
         )
 
+    def problems(self) -> list[str]:
+        """Return a sentence for all that keeps tasks from running; nothing is read."""
+        return self._housekeeper.problems()
+
     def still_running(self) -> list[str]:
         """Return the ids of the tasks that still run, or whose outcome is not written yet."""
         stuck = (run.task.id for run in list(self.pool.stuck.runs))

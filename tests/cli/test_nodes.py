@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from helpers import eventually
 
+from taskx.liveness.base import Node
+
 
 @pytest.fixture
 def started(queue, gate):
@@ -45,6 +47,38 @@ def test_nodes_are_listed_with_what_they_run(started, outside, taskx):
     [record] = taskx("nodes", "--json").rows
     assert record["id"] == node.id
     assert [task["id"] for task in record["running"]] == [started.id]
+
+
+def test_a_node_that_may_be_dead_shows_the_age_of_its_heartbeat(outside, taskx, monkeypatch):
+    node = Node(id="n", name="host:1", beat_at=outside.clock.now_ms() - 3_600_000)
+    monkeypatch.setattr(outside.repository.liveness, "nodes", lambda: [node])
+    assert "  last beat 1h ago, lease 30s  " in taskx("nodes").lines[1]
+    said = taskx("check")
+    assert said.code == 1
+    assert said.lines[0].startswith("Node host:1 may be dead: the last heartbeat was 1 h ")
+    assert said.lines[1] == "0 live nodes run tasks of this repository; at least 1 must."
+
+
+def test_stuck_threads_are_shown_by_node_and_by_type(make_queue, gate, clock, taskx):
+    queue = make_queue(worker_num=1, clock=clock)
+    queue.executor("hang", timeout=60, grace=0.0, max_attempts=2)(gate)
+    queue.start()
+    handle = queue.submit("hang")
+    gate.wait_for()
+    assert not any("STUCK" in taskx(command).out for command in ("nodes", "stats"))
+    clock.advance(60)
+    eventually(lambda: handle.task().stuck_on)
+    for command in ("nodes", "stats"):
+        head, row = (line.split() for line in taskx(command).lines[:2])
+        assert row[head.index("STUCK")] == "1"
+    top = taskx("top", "--once").lines
+    heads = [line.split() for line in top if "STUCK" in line]
+    assert [head[0] for head in heads] == ["TYPE", "NODE"]
+    said = taskx("check")
+    assert said.code == 1
+    assert (
+        "1 task of type 'hang' cannot start, and none runs: all wait for 1 stuck thread" in said.out
+    )
 
 
 def test_no_node_is_started(taskx):

@@ -34,6 +34,7 @@ from taskx import (
 from taskx.contrib import prometheus
 from taskx.contrib.prometheus import BUCKETS, PrometheusHook, StoreCollector
 from taskx.core import lifecycle
+from taskx.liveness.base import Node
 from taskx.testing import ManualClock
 
 ROOT = Path(__file__).parent.parent.parent
@@ -437,8 +438,36 @@ class TestCollector:
         clock.advance(65)
         assert queue.drain(PATIENCE)
         assert value("threads_stuck") == 1
+        assert value("types_stuck", type="deaf") == 0  # no task waits for it
         go_on.set()
         eventually(lambda: value("threads_stuck") == 0)
+
+    def test_a_type_whose_tasks_wait_for_stuck_threads_is_reported(self, queue, value, clock):
+        begun, go_on = threading.Event(), threading.Event()
+
+        @queue.executor(timeout=60, grace=0.0, max_attempts=2)
+        def deaf():
+            begun.set()
+            go_on.wait(PATIENCE)
+
+        queue.start()
+        handle = queue.submit("deaf")
+        assert begun.wait(PATIENCE)
+        clock.advance(60)
+        eventually(lambda: handle.task().stuck_on)
+        assert value("types_stuck", type="deaf") == 1
+        go_on.set()
+        handle.result(PATIENCE)
+        assert value("types_stuck", type="deaf") == 0
+
+    def test_a_node_that_may_be_dead_is_not_counted(self, queue, value, clock, monkeypatch):
+        now = clock.now_ms()
+        nodes = [
+            Node(id=str(alive), name="n", beat_at=now - 90_000, alive=alive)
+            for alive in (None, True)
+        ]
+        monkeypatch.setattr(queue.repository.liveness, "nodes", lambda: nodes)
+        assert value("nodes") == 1
 
     def test_an_unreadable_store_loses_only_its_own_metrics(self, tmp_path, caplog):
         registry = CollectorRegistry()
@@ -534,6 +563,7 @@ def test_the_librarys_parser_reads_the_metrics(text):
         "taskx_dead_letters": "gauge",
         "taskx_paused": "gauge",
         "taskx_threads_stuck": "gauge",
+        "taskx_types_stuck": "gauge",
         "taskx_schedules_overdue": "gauge",
         "taskx_schedule_lag_seconds": "gauge",
     }

@@ -15,6 +15,7 @@ from helpers import eventually
 from taskx import ConfigurationError, RepositoryUnavailable, Task, TaskStatus, chain
 from taskx.dashboard import ALL, bulk, display
 from taskx.dashboard.screens import overview, tasks, types
+from taskx.liveness.base import Node
 from taskx.submitting.bulk import BATCH
 
 HOSTILE = "<script>alert(1)</script>\"'&{{7*7}}\u202e\ud800</textarea>"
@@ -97,6 +98,34 @@ def test_the_overview_names_paused_types(browser, queue):
     assert "Paused: report" in browser.get("/").text
     queue.pause()
     assert "Everything is paused." in browser.get("/").text
+
+
+def test_stuck_threads_are_shown_with_links_to_what_they_hold_up(browser, make_queue, gate, clock):
+    queue = make_queue(worker_num=1, clock=clock)
+    queue.executor("hang", timeout=60, grace=0.0, max_attempts=2)(gate)
+    queue.start()
+    handle = queue.submit("hang")
+    gate.wait_for()
+    clock.advance(60)
+    eventually(lambda: handle.task().stuck_on)
+    text = browser.get("/").text
+    assert "1 task of type &#39;hang&#39; cannot start, and none runs: all wait for 1 stuck" in text
+    assert f'<a href="/task?id={handle.id}">Show the task</a>' in text
+    assert '<a href="/types/one?type=hang">Show the type</a>' in text
+    assert re.search(r'<b class="bad">1</b><span>stuck threads</span>', text)
+    for page in ("/", "/types", "/nodes"):
+        assert re.search('class="bad">1 stuck<', browser.get(page).text)
+    assert "stuck threads" in browser.get("/types/one?type=hang").text
+
+
+def test_a_node_that_may_be_dead_shows_the_age_of_its_heartbeat(browser, queue, monkeypatch):
+    node = Node(id="n", name="host:1", types=("report",), beat_at=queue.clock.now_ms() - 3_600_000)
+    monkeypatch.setattr(queue.repository.liveness, "nodes", lambda: [node])
+    text = browser.get("/nodes").text
+    assert "may be dead" in text
+    assert "a lease is 30 s; if the node lives, the clocks of the hosts differ" in text
+    assert '<a href="/nodes">Show the nodes</a>' in browser.get("/").text
+    assert "No live node has an executor" in browser.get("/types/one?type=report").text
 
 
 # --- the list of tasks

@@ -75,6 +75,18 @@ def test_the_tasks_of_dead_nodes_are_counted(healthy, queue, monkeypatch):
     assert check.sentence == "0 live nodes, and 1 dead one without tasks."
 
 
+def test_a_node_whose_heartbeat_is_old_is_a_warning(healthy, make_queue, clock, monkeypatch):
+    queue = make_queue(clock=clock)
+    nodes = [Node(id="a", name="host:1", beat_at=clock.now_ms() - 61_000)]
+    monkeypatch.setattr(healthy, "nodes", lambda: nodes)
+    check = named(queue, "heartbeats")
+    assert (check.level, check.facts) == ("warn", {"silent": ["a"]})
+    assert check.sentence == (
+        "1 node may be dead: host:1 (the last heartbeat was 1 min 1 s ago, and a lease is 30 s)."
+    )
+    assert named(queue, "nodes").facts["live"] == 0
+
+
 def test_live_nodes_of_another_version_are_a_warning(healthy, queue, monkeypatch):
     nodes = [
         Node(id="a", name="host:1", alive=True, about=About(version=taskx.__version__)),

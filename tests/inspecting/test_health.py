@@ -115,6 +115,33 @@ def test_a_dead_node_does_not_count(queue, monkeypatch):
     assert queue.health(nodes={"t": 1})
 
 
+def silent(name, at, **more):
+    return taskx.liveness.base.Node(id=name, name=name, types=("t",), beat_at=at, **more)
+
+
+def test_a_node_whose_heartbeat_is_old_does_not_count_and_is_a_problem(idle, clock, monkeypatch):
+    now, lease = clock.now_ms(), idle.repository.lease_timeout
+    nodes = [silent("a", now - 119_000)]
+    monkeypatch.setattr(idle.repository.liveness, "nodes", lambda: nodes)
+    problem, other = problems(idle)
+    assert problem.kind == "silent_node"
+    assert problem.facts == {"nodes": {"a": 119.0}, "number": 1, "lease": lease, "seconds": 119.0}
+    assert str(problem) == (
+        "Node a may be dead: the last heartbeat was 1 min 59 s ago, and a lease is 30 s. If not, the "
+        "clocks of the hosts differ."
+    )
+    assert (other.kind, other.facts["nodes"]) == ("nodes", 0)
+    nodes.append(silent("b", now + 90_000))
+    problem, _ = problems(idle)
+    assert str(problem).startswith(
+        "2 nodes may be dead (a, b): the last heartbeat is 1 min 30 s in the future, "
+    )
+    assert (problem.facts["number"], problem.facts["seconds"]) == (2, -90.0)
+    nodes.append(silent("c", now, alive=True))
+    assert only(idle, "silent_node").facts["number"] == 2
+    assert problems(idle, nodes=0) == []
+
+
 # The oldest due task
 
 
@@ -252,6 +279,104 @@ def test_stuck_threads_are_a_problem_for_every_queue_that_asks(make_queue, gate,
             f"On node {node.name}, 2 threads of timed-out tasks run on, more than 1."
         )
         assert problems(one, stuck=2) == []
+
+
+# Types of which all waiting tasks wait for stuck threads
+
+
+@pytest.fixture
+def stuck(make_queue, gate, clock):
+    """Return a function that makes a started queue with stuck tasks of a type ``hang``."""
+
+    def stuck(tasks, **options):
+        queue = make_queue(worker_num=2, clock=clock)
+        queue.executor("hang", timeout=60, grace=0.0, **{"max_attempts": 2, **options})(gate)
+        queue.start()
+        for _ in range(tasks):
+            handle = queue.submit("hang")
+            gate.wait_for()
+            clock.advance(60)
+            eventually(lambda: handle.task().stuck_on)  # noqa: B023
+        return queue
+
+    return stuck
+
+
+def test_a_type_whose_waiting_tasks_all_wait_for_stuck_threads_is_a_problem(
+    stuck, make_queue, gate
+):
+    queue = stuck(2)
+    first, second = queue.list_tasks(type="hang").tasks
+    for one in (queue, make_queue(clock=queue.clock)):
+        problem = only(one, "stuck_type")
+        node = node_of(queue).record
+        assert problem.facts == {
+            "type": "hang",
+            "waiting": 2,
+            "threads": 2,
+            "nodes": {node.id: node.name},
+            "task_id": min(first.id, second.id),
+        }
+        assert str(problem) == (
+            "2 tasks of type 'hang' cannot start, and none runs: all wait for 2 stuck threads on "
+            f"{node.name}."
+        )
+    queue.pause("hang")
+    assert queue.health()
+    queue.resume("hang")
+    gate.open()
+    for task in (first, second):
+        queue.handle(task.id).result(PATIENCE)
+    assert problems(queue) == []
+
+
+def test_a_type_of_which_a_task_runs_or_may_start_is_no_problem(stuck, gate):
+    queue = stuck(1)
+    handle = queue.submit("hang")
+    gate.wait_for()
+    assert problems(queue) == []
+    assert handle.task().status == "running"
+    queue.executor("other")(gate)
+    queue.submit("other")
+    gate.wait_for()  # both workers are busy
+    queue.clock.advance(60)
+    eventually(lambda: handle.task().stuck_on)
+    for _ in range(2):
+        queue.submit("other")
+    gate.wait_for()
+    waits = queue.submit("hang")
+    assert problems(queue) == []
+    assert waits.cancel()
+    assert only(queue, "stuck_type").facts["waiting"] == 2
+
+
+@pytest.mark.parametrize("scope", ["node", "global"])
+def test_tasks_that_wait_for_the_slot_of_a_stuck_thread_count(stuck, scope):
+    queue = stuck(1, max_concurrency=1, limit_scope=scope, max_attempts=1)
+    assert problems(queue) == []  # the task has failed, and no other one waits
+    for _ in range(3):
+        queue.submit("hang")
+    problem = only(queue, "stuck_type")
+    assert (problem.facts["waiting"], problem.facts["threads"]) == (3, 1)
+    assert problem.facts["task_id"] is None
+
+
+def test_a_free_slot_beside_a_stuck_thread_is_no_problem(stuck, gate):
+    queue = stuck(1, max_concurrency=2)
+    queue.executor("other")(gate)
+    for _ in range(2):
+        queue.submit("other")
+    gate.wait_for(2)
+    queue.submit("hang")
+    assert problems(queue) == []
+
+
+def test_a_cancelled_task_does_not_wait_for_its_stuck_thread(stuck):
+    queue = stuck(1)
+    [task] = queue.list_tasks(type="hang").tasks
+    assert queue.cancel_task(task.id)
+    assert queue.get_task_status(task.id).stuck_on
+    assert problems(queue) == []
 
 
 # Schedules

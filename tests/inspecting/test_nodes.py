@@ -58,7 +58,11 @@ def test_a_node_tells_what_it_is_and_what_it_runs(holding, gate, make_queue):
                 id=handle.id, type="hold", since=task.started_at, thread=node.running[0].thread
             ),
         ),
+        stuck=0,
+        lease=node.lease,
     )
+    assert node.lives
+    assert node.lease == (None if node.last_beat is None else 30.0)
     assert node.running[0].thread in ("", "taskx-worker-1")
     assert node.started_at <= task.started_at
     assert node.started_at.tzinfo is timezone.utc
@@ -80,6 +84,23 @@ def test_the_thread_of_a_task_that_was_started_alone_is_named(make_queue, gate):
     gate.wait_for(1)
     [node] = queue.nodes()
     assert [task.thread for task in node.running] == ["taskx-worker-1"]
+
+
+@pytest.mark.every_store
+def test_the_stuck_threads_of_a_node_are_counted(make_queue, gate, clock):
+    queue = make_queue(worker_num=1, clock=clock)
+    queue.executor("hang", timeout=60, grace=0.0, max_attempts=2)(gate)
+    queue.start()
+    for number in (1, 2):
+        handle = queue.submit("hang")
+        gate.wait_for()
+        [node] = queue.nodes()
+        assert (node.stuck, len(node.running)) == (number - 1, 1)
+        clock.advance(60)
+        eventually(lambda: handle.task().stuck_on)  # noqa: B023
+        [node] = make_queue().nodes()
+        assert (node.stuck, len(node.running)) == (number, 0)
+        assert node.to_dict()["stuck"] == number
 
 
 @pytest.mark.every_store

@@ -89,7 +89,18 @@ def test_a_task_that_waits_for_a_stuck_thread_is_blocked(queue, clock):
     start(queue, handle.id)
     end(queue, handle.id, returned=False, error="late", stuck=True)
     found = of(queue)
-    assert (found.waiting, found.blocked, found.failed) == (0, 1, 0)
+    assert (found.waiting, found.blocked, found.stuck, found.failed) == (0, 1, 1, 0)
+
+
+def test_an_ended_task_whose_thread_is_stuck_is_not_blocked(queue):
+    failed, cancelled = (queue.submit("a", max_attempts=most) for most in (1, 2))
+    for handle in (failed, cancelled):
+        start(queue, handle.id)
+        end(queue, handle.id, returned=False, error="late", stuck=True)
+    assert cancelled.cancel()
+    assert (failed.task().status, cancelled.task().status) == ("failed", "cancelled")
+    found = of(queue)
+    assert (found.blocked, found.stuck) == (0, 2)
 
 
 def test_the_oldest_due_task_is_found_whatever_its_priority(queue, clock):

@@ -227,6 +227,37 @@ def test_a_queue_that_is_not_started_says_that_no_node_lives(queue):
     assert reason.facts == {"type": "t", "nodes": [], "stopping": []}
 
 
+def silent(id, clock, **more):
+    return Node(id=id, name=id, types=("t",), beat_at=clock.now_ms() - 90_000, **more)
+
+
+def test_a_node_that_may_be_dead_takes_no_task_and_is_named(make_queue, clock, monkeypatch):
+    queue = make_queue(clock=clock)
+    queue.declare("t")
+    monkeypatch.setattr(queue.repository.liveness, "nodes", lambda: [silent("n", clock)])
+    reason = only(queue, queue.submit("t"), "no_node")
+    assert reason.facts == {"type": "t", "nodes": [], "stopping": [], "silent": ["n"]}
+    assert str(reason) == (
+        "No live node has an executor for type 't'; node n may be dead (the last heartbeat was 1 min 30 s "
+        "ago, and a lease is 30 s). Start a queue that has one."
+    )
+
+
+def test_a_task_that_runs_on_a_node_that_may_be_dead_says_so(make_queue, clock, monkeypatch):
+    queue = make_queue(clock=clock)
+    queue.declare("t")
+    handle = queue.submit("t")
+    queue.repository.apply([lifecycle.start(handle.task(), clock.now_ms(), "n")])
+    monkeypatch.setattr(queue.repository.liveness, "nodes", lambda: [silent("n", clock)])
+    found = ask(queue, handle)
+    assert kinds(found) == ["silent_node", "running"]
+    assert str(found[0]) == (
+        "Node n may be dead (the last heartbeat was 1 min 30 s ago, and a lease is 30 s): if it is, a live "
+        "node takes the task back."
+    )
+    assert (found[0].facts["node"], found[0].facts["name"]) == ("n", "n")
+
+
 def test_a_node_that_is_stopping_takes_no_task(full, asker, monkeypatch):
     full.repository.liveness.mark_stopping(node_of(full).record.id)
     if not full.repository.shared:  # nodes of one process are not asked to stop by their record

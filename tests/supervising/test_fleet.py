@@ -52,9 +52,10 @@ class Driven:
     def member(self, handle):
         return next(member for member in self.fleet.members() if member.handle is handle)
 
-    def beat(self, *handles, healthy=True):
+    def beat(self, *handles, healthy=True, problems=()):
         for handle in handles:
-            self.fleet.heard(self.member(handle), "beat", {"healthy": healthy})
+            facts = {"healthy": healthy, "problems": problems}
+            self.fleet.heard(self.member(handle), "beat", facts)
 
     def hear(self, handle, *message):
         self.fleet.heard(self.member(handle), *message)
@@ -343,3 +344,14 @@ def test_an_unhealthy_queue_is_a_problem(driven):
     driven.beat(driven.spawned[1], healthy=False)
     (problem,) = driven.fleet.problems()
     assert "is not healthy" in problem
+    assert driven.fleet.broken() == [problem]
+
+
+def test_what_a_process_finds_wrong_is_a_problem_that_another_process_would_have_too(driven):
+    sentence = "The repository cannot be used: connection refused."
+    driven.beat(driven.spawned[1], problems=[sentence])
+    (problem,) = driven.fleet.problems()
+    assert problem == f"In process 2 (pid {driven.spawned[1].pid}): {sentence}"
+    assert driven.fleet.broken() == []
+    driven.beat(driven.spawned[1], problems=[])
+    assert driven.fleet.problems() == []

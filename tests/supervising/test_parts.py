@@ -288,8 +288,8 @@ def test_a_watchdog_of_another_process_and_a_missing_manager_are_ignored():
 
 # The health
 
-GOOD_REPORT = {"ok": True, "ready": True, "problems": []}
-BAD_REPORT = {"ok": False, "ready": True, "problems": ["Process 1 is down."]}
+GOOD_REPORT = {"ok": True, "live": True, "ready": True, "problems": []}
+BAD_REPORT = {"ok": False, "live": True, "ready": True, "problems": ["The repository is away."]}
 
 
 def test_the_health_file_exists_and_is_renewed_while_all_is_well(tmp_path):
@@ -337,7 +337,7 @@ def test_the_health_port_answers_with_200_or_503_and_the_report():
         assert asked(f"{port.url}/other")[0] == 404
         state[0] = BAD_REPORT
         assert asked(f"{port.url}/health") == (503, BAD_REPORT)
-        assert asked(f"{port.url}/ready")[0] == 200
+        assert asked(f"{port.url}/ready")[0] == asked(f"{port.url}/live")[0] == 200
         state[:] = GOOD_REPORT, time.monotonic() - 60
         status, report = asked(f"{port.url}/health")
         assert (status, report["ok"], report["error"]) == (503, False, "the supervisor hangs")

@@ -160,6 +160,34 @@ def test_a_killed_process_is_replaced_and_its_task_runs_again(worker):
     assert one.nodes() == []
 
 
+def test_a_worker_is_not_healthy_while_its_file_is_away(worker):
+    port = free_port()
+    one = worker(health_port=port, processes=1)
+    one.starts(1)
+
+    def asked(path="health"):
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/{path}", timeout=60) as answer:
+                return answer.status, json.load(answer)["problems"]
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, json.load(error)["problems"]
+        except OSError:  # a request that took too long
+            return 0, []
+
+    eventually(lambda: asked() == (200, []))
+    file, kept = one.folder / "tasks.db", one.folder / "kept.db"
+    file.rename(kept)
+    status, problems = eventually(lambda: len((found := asked())[1]) == 2 and found)
+    assert status == 503
+    assert "The repository cannot be used: " in problems[1]
+    assert "was moved or deleted" in problems[1]
+    eventually(lambda: asked("live")[0] == 503)  # another process would make a new file
+    kept.rename(file)
+    eventually(lambda: asked() == (200, []))
+    eventually(lambda: asked("live")[0] == 200)
+
+
 def test_the_programs_of_tasks_end_with_a_process_that_is_killed_or_leaves_them(worker):
     one = worker(processes=1, health_file="health", stop_timeout=0.5)
     eventually((one.folder / "health").exists)

@@ -24,6 +24,7 @@ from taskx.core.record import UNTIL_DUE
 from taskx.core.writes import Update
 from taskx.liveness.base import Node
 from taskx.running import audit
+from taskx.storage.base import Locked
 from taskx.storage.queries import owners
 from taskx.upkeep.node import LocalNode
 
@@ -34,6 +35,78 @@ MANY = 3000
 def hurried(monkeypatch):
     """Give the duties no time: each does one step in each round."""
     monkeypatch.setattr("taskx.upkeep.housekeeper.PATIENCE", 0.0)
+
+
+# What a node knows of its own troubles
+
+
+def test_a_repository_that_is_away_is_a_problem_of_the_node_until_it_is_back(started, repository):
+    node = node_of(started)
+    whole_round(started)
+    assert node.problems() == []
+    repository.down = True
+    eventually(node.problems)
+    assert node.problems() == ["The repository cannot be used: down for a while."]
+    repository.down = False
+    eventually(lambda: not node.problems())
+
+
+def test_a_repository_that_does_not_answer_is_a_problem_while_it_is_waited_for(
+    started, repository, monkeypatch
+):
+    node, asked, answers, find = (
+        node_of(started),
+        threading.Event(),
+        threading.Event(),
+        repository.find,
+    )
+
+    def hangs(*args):
+        asked.set()
+        assert answers.wait(PATIENCE)
+        return find(*args)
+
+    monkeypatch.setattr("taskx.upkeep.housekeeper.ANSWER_WITHIN", 0.01)
+    monkeypatch.setattr(repository, "find", hangs)
+    assert asked.wait(PATIENCE)
+    [problem] = eventually(node.problems)
+    assert problem.startswith("The repository cannot be used: it has not answered for ")
+    answers.set()
+    eventually(lambda: not node.problems())
+
+
+def test_a_record_that_another_transaction_has_locked_is_no_problem(started, monkeypatch):
+    housekeeper, rounds = housekeeper_of(started), threading.Semaphore(0)
+
+    def tick():
+        rounds.release()
+        raise Locked("a record is locked", 1.0)
+
+    monkeypatch.setattr(housekeeper, "tick", tick)
+    for _ in range(3):  # at the third one, the first has ended
+        assert rounds.acquire(timeout=PATIENCE)
+    assert housekeeper.problems() == []
+
+
+@pytest.mark.usefixtures("frequent_checks")
+def test_a_type_that_stuck_threads_hold_up_is_a_problem_of_their_node(make_queue, gate, clock):
+    queue, other = make_queue(worker_num=1, clock=clock), make_queue()
+    queue.executor("hang", timeout=60, grace=0.0, max_attempts=2)(gate)
+    queue.start()
+    other.executor("fine")(lambda: None)
+    other.start()
+    queue.submit("hang")
+    gate.wait_for()
+    clock.advance(60)
+    [problem] = eventually(node_of(queue).problems)
+    assert problem.startswith("1 task of type 'hang' cannot start, and none runs: all wait for 1 ")
+    whole_round(other)
+    assert node_of(other).problems() == []
+    gate.open()
+    eventually(lambda: not node_of(queue).problems())
+
+
+# Duties that have much to do
 
 
 @pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)

@@ -35,7 +35,7 @@ def show(request: Request) -> Page:
 def _totals(stats: Stats) -> dict[str, float | None]:
     """Return the numbers of all types together."""
     types = stats.types.values()
-    names = ("waiting", "delayed", "blocked", "running", "completed", "failed")
+    names = ("waiting", "delayed", "blocked", "running", "stuck", "completed", "failed")
     sums: dict[str, float | None] = {
         name: sum(getattr(one, name) for one in types) for name in names
     }

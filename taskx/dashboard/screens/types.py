@@ -78,7 +78,7 @@ def _rows(request: Request) -> dict[str, Row]:
     stats = queue.stats(waiting_at_most=MOST_WAITING).types
     paused, plain = queue.paused, bool(queue.repository.shortcoming)
     tuned = {} if plain else queue.tuned().types
-    nodes = [] if plain else [node for node in queue.nodes() if node.alive is not False]
+    nodes = [] if plain else [node for node in queue.nodes() if node.lives]
     of_nodes = {type for node in nodes for type in node.types}
     return {
         name: Row(
