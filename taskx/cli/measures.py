@@ -20,11 +20,11 @@ import attrs
 from taskx.common.config import Config
 from taskx.core.errors import RepositoryUnavailable
 from taskx.core.model import Task, TaskFilter, TaskStatus
+from taskx.executing.process.interpreter import start_python
 from taskx.queue import Queue
 from taskx.storage.base import Repository
 from taskx.storage.sqlite import SQLiteRepository
 from taskx.storage.urls import open_repository
-from taskx.supervising.interpreter import start_python
 
 #: Tasks of one call of ``submit_many``.
 BATCH = 100
@@ -214,10 +214,10 @@ def _worker(url: str, workers: int) -> Iterator[None]:
             process.stdin.close()
 
 
-def work() -> None:
-    """Run the tasks of the repository at the URL in the arguments, until stdin ends."""
-    repository = open_repository(sys.argv[1])
-    with _running(repository, int(sys.argv[2]), lambda: None):
+def work(url: str, workers: str) -> None:
+    """Run the tasks of the repository at a URL with a number of workers, until stdin ends."""
+    repository = open_repository(url)
+    with _running(repository, int(workers), lambda: None):
         sys.stdout.write("started\n")
         sys.stdout.flush()
         sys.stdin.read()

@@ -41,11 +41,16 @@ def _end(error: BaseException | None) -> NoReturn:
     status = 1
     try:
         status = 0 if error is None else _status(error)
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(Exception):  # closed or replaced
-                stream.flush()
+        flush_streams()
     finally:
         os._exit(status)
+
+
+def flush_streams() -> None:
+    """Write what stdout and stderr hold, for a process that ends at once."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):  # the program may have closed or replaced it
+            stream.flush()
 
 
 def _status(error: BaseException) -> int:

@@ -38,7 +38,7 @@ class Handle(Protocol):
         """Send it an order."""
 
     def kill(self) -> None:
-        """Kill it, and the processes in its group."""
+        """Kill it, and the programs that it has started."""
 
 
 @attrs.define(eq=False)

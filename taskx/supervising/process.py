@@ -8,6 +8,7 @@ socket closes, the supervisor has died, and the process stops as after SIGTERM.
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import logging
 import os
@@ -23,8 +24,10 @@ from importlib.machinery import PathFinder
 from types import ModuleType
 from typing import Any, NoReturn
 
+from taskx.common.forks import flush_streams
 from taskx.core.errors import ConfigurationError, RepositoryError
 from taskx.executing.process.channel import Channel
+from taskx.executing.process.processes import end_family
 from taskx.queue import Queue, life_of
 from taskx.supervising.loading import files_of, load_queue
 from taskx.supervising.logs import set_up_log
@@ -46,11 +49,16 @@ _LEAVE = 10.0
 log = logging.getLogger("taskx.worker")
 
 
-def main() -> NoReturn:
-    """Run the process that the arguments describe: the number of a socket, and the queue's place."""
+def main(number: str, target: str) -> NoReturn:
+    """Run a process of a supervisor.
+
+    Args:
+        number: the file descriptor of the socket between them.
+        target: the queue's place, for people who look at the list of processes.
+    """
     # Not ignored, because programs that executors start would inherit that.
     signal.signal(signal.SIGHUP, lambda number, frame: None)
-    end = socket.socket(fileno=int(sys.argv[1]))
+    end = socket.socket(fileno=int(number))
     end.set_inheritable(False)  # programs that executors start must not hold it
     channel = Channel(end)
     messages: list[list[Any]] | None = []
@@ -59,9 +67,11 @@ def main() -> NoReturn:
     if messages is None:
         os._exit(1)
     [settings], *orders = messages
-    code = Process(channel, Settings(**settings)).run([order for (order,) in orders])
+    process = Process(channel, Settings(**settings))
+    atexit.register(process.end)  # before the program's own functions, and so called after them
+    code = process.run([order for (order,) in orders])
     # A thread of the program that does not end must not keep the process.
-    timer = threading.Timer(_LEAVE, os._exit, (code,))
+    timer = threading.Timer(_LEAVE, process.end, (code,))
     timer.name, timer.daemon = "taskx-leave", True
     timer.start()
     sys.exit(code)
@@ -105,6 +115,24 @@ class Process:
             with suppress(RepositoryError):
                 queue.close()
         return RECYCLE if self._leaving and not self._signals.caught else code
+
+    def end(self, code: int | None = None) -> None:
+        """Kill this process and the programs of its executors if tasks still run.
+
+        They start again elsewhere as soon as this process has ended, and their programs must not run beside
+        them there. With a code, end the process in any case.
+        """
+        node = None if self._life is None else self._life.node
+        if node is not None and (running := node.still_running()):
+            if code is None:  # else the program keeps this process, and perhaps a lock of a stream
+                log.warning(
+                    "this process is killed, with the programs of its executors: %d task(s) still run",
+                    len(running),
+                )
+                flush_streams()
+            end_family()
+        if code is not None:
+            os._exit(code)
 
     def _failed(self, error: Exception) -> int:
         code = USAGE if isinstance(error, ConfigurationError) else 1

@@ -18,10 +18,12 @@ from types import FrameType
 from typing import Any
 
 from taskx.core.errors import ConfigurationError, on_main_thread
+from taskx.core.ids import new_id
 from taskx.executing.process.channel import Channel
+from taskx.executing.process.interpreter import start_python
+from taskx.executing.process.processes import kill_family
 from taskx.supervising.fleet import Fleet, Member
 from taskx.supervising.health import HealthFile, HealthPort, Report
-from taskx.supervising.interpreter import start_python
 from taskx.supervising.logs import set_up_log
 from taskx.supervising.notify import Notifier
 from taskx.supervising.settings import RECYCLE, Settings
@@ -59,6 +61,7 @@ class Started:
 
     def __init__(self, settings: Settings) -> None:
         own, other = socket.socketpair()
+        self._mark = new_id()
         # A fresh interpreter: it loads the newest code, even of TaskX, and inherits no thread and no lock.
         with other, ExitStack() as on_error:
             on_error.push(own)
@@ -66,6 +69,7 @@ class Started:
                 "taskx.supervising.process:main",
                 str(other.fileno()),
                 settings.target,
+                mark=self._mark,
                 stdin=subprocess.DEVNULL,
                 pass_fds=[other.fileno()],
                 # Ctrl-C in a terminal is for the supervisor only. And a kill ends the whole group.
@@ -98,8 +102,7 @@ class Started:
             self.channel = None
 
     def kill(self) -> None:
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, signal.SIGKILL)
+        kill_family(self.pid, self._mark, reaped=self.process.returncode is not None)
 
 
 class Supervisor:
@@ -262,10 +265,10 @@ class Supervisor:
         assert isinstance(member.handle, Started)
         self._hear_one(member)  # its last words
         member.handle.close()
+        member.handle.process.returncode = status  # reaped here, so that Popen need not
         if status not in (0, RECYCLE):
             # Its tasks run again, and the programs that they have started must not run beside them.
             member.handle.kill()
-        member.handle.process.returncode = status  # reaped here, so that Popen need not
         self._fleet.ended(member, status)
 
     # --- the state

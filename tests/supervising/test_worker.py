@@ -46,11 +46,26 @@ def hold(key):
         time.sleep(0.01)  # blocks on purpose
     return VERSION
 
-@queue.executor()
-def program():
+def is_alive(pid):
+    stat = pathlib.Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+def start_programs():
+    started = [line.split() for line in pathlib.Path("log").read_text().splitlines()]
+    note("beside", *[pid for name, *pids in started if name == "programs" for pid in pids if is_alive(pid)])
     child = subprocess.Popen(["sleep", "600"])
-    note("program", child.pid)
+    session = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    detached = ["sh", "-c", "setsid sleep 600 > /dev/null & echo $!"]
+    note("programs", child.pid, session.pid, subprocess.check_output(detached, text=True).strip())
     child.wait()
+
+@queue.executor(max_crashes=9)
+def program():
+    start_programs()
+
+@queue.executor(isolation="process")
+def isolated():
+    start_programs()
 
 @queue.executor()
 def fine():
@@ -65,8 +80,9 @@ class Worker:
         self.folder = folder
         self.repository = SQLiteRepository(folder / "tasks.db")
         self.queue = Queue(self.repository)
-        self.queue.declare("hold", "fine", "program")
+        self.queue.declare("hold", "fine", "program", "isolated")
         (folder / "app.py").write_text(settings.pop("app", APP))
+        (folder / "log").touch()
         first = settings.pop("first", "")
         settings = {"target": "app:queue", "processes": 2, **settings}
         self.child = spawn(first + PROGRAM, folder, json.dumps(settings))
@@ -80,9 +96,16 @@ class Worker:
 
     def runs(self, key):
         """Return the processes that have run a task that waits for the file ``key``."""
-        log = self.folder / "log"
-        lines = log.read_text().splitlines() if log.exists() else []
-        return [int(line.split()[1]) for line in lines if line.split()[0] == key]
+        return [pid for pid, *_ in self.logged(key)]
+
+    def logged(self, key):
+        """Return the numbers in each line of the log that begins with this word."""
+        lines = [line.split() for line in (self.folder / "log").read_text().splitlines()]
+        return [[int(number) for number in numbers] for word, *numbers in lines if word == key]
+
+    def programs(self, count):
+        """Wait until the programs of tasks have started this many times; return those of each time."""
+        return eventually(lambda: len(found := self.logged("programs")) == count and found)
 
     def hold(self, key, *, count=1):
         """Submit a task that waits for a file, and wait until it runs; return the process."""
@@ -192,13 +215,41 @@ def test_the_programs_of_tasks_end_with_a_process_that_is_killed_or_leaves_them(
     one = worker(processes=1, health_file="health", stop_timeout=0.5)
     eventually((one.folder / "health").exists)
     one.queue.submit("program")
-    [program] = eventually(lambda: one.runs("program"))
+    [programs] = one.programs(1)
     pid = int(one.nodes()[0].name.split(":")[1])
     os.kill(pid, signal.SIGKILL)
-    _, again = eventually(lambda: len(one.runs("program")) == 2 and one.runs("program"))
-    eventually(lambda: not is_alive(program))
+    _, again = one.programs(2)
+    eventually(lambda: not any(map(is_alive, programs)))
     assert one.stop()[0] == 1  # the task still runs
-    eventually(lambda: not is_alive(again))
+    eventually(lambda: not any(map(is_alive, again)))
+
+
+@pytest.mark.parametrize("type", ["program", "isolated"])
+def test_a_task_starts_again_after_the_programs_of_a_worker_whose_supervisor_was_killed(
+    worker, type
+):
+    one = worker(processes=1, stop_timeout=0.5)
+    one.starts(1)
+    handle = one.queue.submit(type)
+    one.programs(1)
+    other = worker(processes=1, stop_timeout=0.5)
+    other.starts(2)
+    one.child.kill()
+    one.programs(2)
+    assert one.logged("beside") == [[], []]  # no program of the first attempt
+    assert handle.task().starts == 2
+    assert other.stop()[0] == 1
+
+
+def test_a_task_starts_again_after_the_programs_of_a_process_that_is_replaced(worker):
+    one = worker(processes=1, stop_timeout=0.5, max_tasks=1)
+    one.starts(1)
+    one.queue.submit("program")
+    one.programs(1)
+    one.queue.submit("fine")
+    one.programs(2)
+    assert one.logged("beside") == [[], []]
+    assert one.stop()[0] == 1
 
 
 def test_sighup_brings_new_code_and_running_tasks_end_with_the_old(worker, manager, monkeypatch):

@@ -13,7 +13,6 @@ import socket
 import sys
 import threading
 from collections.abc import Sequence
-from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any, NoReturn
 
@@ -38,22 +37,23 @@ from taskx.executing.current import current
 from taskx.executing.executors import Executor, Registered, entry_of, make_executor
 from taskx.executing.failures import told_error
 from taskx.executing.process.channel import Channel
+from taskx.executing.process.processes import end_family
 
 # Seconds between two reports of progress to the parent.
 _TELL_EVERY = 0.1
 _PR_SET_PDEATHSIG = 1
 
 
-def main(end: int, paper: int) -> NoReturn:
+def main(end: str, paper: str) -> NoReturn:
     """Run one task for the parent process, and exit.
 
     The arguments are file descriptors: ``end`` is this end of the channel, ``paper`` is a file for the
     traceback after a fatal signal.
     """
     for number in (end, paper):
-        os.set_inheritable(number, False)
-    faulthandler.enable(paper, all_threads=False)
-    channel = Channel(socket.socket(fileno=end))
+        os.set_inheritable(int(number), False)
+    faulthandler.enable(int(paper), all_threads=False)
+    channel = Channel(socket.socket(fileno=int(end)))
     (request,), *further = _first_messages(channel)
     _die_with(request["parent"])
     for meant_for_parent in (signal.SIGINT, signal.SIGTERM):
@@ -63,9 +63,7 @@ def main(end: int, paper: int) -> NoReturn:
     work = _Work(channel, request)
     work.heed(further)
     work.do()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(Exception):  # the executor may have closed or replaced it
-            stream.flush()
+    forks.flush_streams()
     channel.flush()
     os._exit(0)
 
@@ -75,7 +73,7 @@ def _first_messages(channel: Channel) -> list[list[Any]]:
     messages: list[list[Any]] | None = []
     while messages == []:
         messages = channel.hear(60.0)
-    return messages or _end_all()
+    return messages or end_family()
 
 
 def _die_with(parent: int) -> None:
@@ -83,14 +81,7 @@ def _die_with(parent: int) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # the parent has already ended
-        _end_all()
-
-
-def _end_all() -> NoReturn:
-    """End this process, and the processes that it started, at once."""
-    if os.getpgrp() == os.getpid():
-        os.killpg(0, signal.SIGKILL)
-    os._exit(1)
+        end_family()
 
 
 class _Work:
@@ -136,7 +127,7 @@ class _Work:
             self.heed(messages)
             if (told := self._context.new_progress()) is not None:
                 self._channel.say("progress", *told)
-        _end_all()
+        end_family()
 
     def _call(self) -> str | None:
         request = self._request

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import os
 import signal
@@ -13,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 from taskx.core import payload
@@ -31,17 +30,11 @@ from taskx.executing.context import Context
 from taskx.executing.executors import Executor, Registered, TaskExecutor
 from taskx.executing.failures import MAX_TRACEBACK, ChildDied, ChildKilled, heard_error, shortened
 from taskx.executing.process.channel import Channel
+from taskx.executing.process.interpreter import start_python
 from taskx.executing.process.processes import kill_family
 
 # Seconds between two checks: has the token fired, has the child ended without a message?
 _CHECK_EVERY = 0.1
-#: The environment variable that marks a child and the processes that it starts.
-MARK = "TASKX_CHILD"
-# The code that the child starts with. It sets sys.path first, to find TaskX and all other modules.
-_BOOT = (
-    "import json, os, sys; sys.path[:] = json.loads(os.environ.pop('TASKX_CHILD_PATH')); "
-    "from taskx.executing.process.child import main; main(*map(int, sys.argv[1:]))"
-)
 
 
 class Address(NamedTuple):
@@ -183,9 +176,7 @@ class _Child:
 
     def kill(self) -> None:
         """Kill the child and the processes it has started; return when the child has ended."""
-        kill_family(None if self.ended else self._process.pid, self._mark)
-        with suppress(ProcessLookupError, PermissionError):  # the rest, on systems without /proc
-            os.killpg(self._process.pid, signal.SIGKILL)
+        kill_family(self._process.pid, self._mark, reaped=self.ended)
         self._process.wait()
 
     def end(self) -> None:
@@ -212,24 +203,14 @@ class _Child:
 
 
 def _start(mark: str, path: Sequence[str], *files: int) -> subprocess.Popen[bytes]:
-    from multiprocessing import spawn
-
-    environment = {
-        **os.environ,
-        "TASKX_CHILD_PATH": json.dumps(list(dict.fromkeys(map(os.fspath, [*sys.path, *path])))),
-        # This mark identifies all processes that the child starts. A child may have isolated tasks of its
-        # own, so it keeps the marks of its ancestors.
-        MARK: f"{os.environ.get(MARK, '')} {mark}".strip(),
-    }
-
-    # The interpreter, with the options of this process.
-    python = spawn.get_command_line()[:-3]
-    return subprocess.Popen(
-        [*python, "-c", _BOOT, *map(str, files)],
+    return start_python(
+        "taskx.executing.process.child:main",
+        *map(str, files),
+        mark=mark,
+        path=path,
         stdin=subprocess.DEVNULL,
         pass_fds=files,
         start_new_session=True,
-        env=environment,
     )
 
 

@@ -4,44 +4,62 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterable
 from contextlib import suppress
-from typing import NamedTuple
+from itertools import repeat
+from typing import NamedTuple, NoReturn
+
+#: The environment variable that marks a process and all that it starts.
+MARK = "TASKX_CHILD"
 
 # Each round finds processes that were started during the last one. Those already found are stopped.
 _ROUNDS = 100
 
 
-def kill_family(root: int | None, mark: str = "") -> None:
+def kill_family(leader: int, mark: str = "", *, reaped: bool = False) -> None:
     """Kill a process and all its descendants, as far as they can be found.
 
     On Linux they are found in ``/proc``: by the ids of their parents, by the session or the process
-    group that ``root`` leads, and by the environment, which a program inherits. A descendant cannot be
+    group that ``leader`` leads, and by the environment, which a program inherits. A descendant cannot be
     found if it has left the session, its parent has ended, and its environment was emptied. On other
-    systems, only ``root`` and the process group that it leads are killed.
+    systems, only ``leader`` and the process group that it leads are killed.
 
     Args:
-        root: the id of a process that was not waited for yet; None if it was.
+        leader: the id of the process; it may be this process, which is killed at the same moment.
         mark: a text that only the environments of these processes contain; empty if there is none.
+        reaped: True if the process was waited for, so that its id may belong to another process.
     """
-    found: set[int] = set()
+    own = os.getpid()
+    found: dict[int, int] = {}  # the group of each process
     for _ in range(_ROUNDS):
-        new = _family(root, mark.encode()) - found
+        family = _family(leader, mark.encode(), reaped=reaped)
+        new = {pid: group for pid, group in family.items() if pid not in found and pid != own}
         if not new:
             break
-        _signal(new, signal.SIGSTOP)  # so that they start none while others are searched
+        for pid in new:  # so that they start none while others are searched
+            _signal(pid, signal.SIGSTOP)
         found |= new
-    _signal(found, signal.SIGKILL)
-    if root is not None:
-        with suppress(ProcessLookupError, PermissionError):  # root does not lead a process group
-            os.killpg(root, signal.SIGKILL)
-        _signal([root], signal.SIGKILL)
+    outside = [pid for pid, group in found.items() if group != leader]
+    # One call of C, in which no other thread runs Python: an executor in this process must not see the end
+    # of its program, and take it for a result.
+    with suppress(ProcessLookupError, PermissionError):
+        list(map(os.kill, [*outside, -leader], repeat(signal.SIGKILL)))
+    for pid in [
+        *found,
+        -leader,
+        *([] if reaped else [leader]),
+    ]:  # those that this call has left out
+        _signal(pid, signal.SIGKILL)
 
 
-def _signal(pids: Iterable[int], number: int) -> None:
-    for pid in pids:
-        with suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, number)
+def end_family() -> NoReturn:
+    """Kill this process and all its descendants, as far as they can be found."""
+    kill_family(os.getpid(), os.environ.get(MARK, "").rpartition(" ")[2])
+    os._exit(1)
+
+
+def _signal(pid: int, number: int) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, number)
 
 
 class _Process(NamedTuple):
@@ -51,16 +69,18 @@ class _Process(NamedTuple):
     session: int
 
 
-def _family(root: int | None, mark: bytes) -> set[int]:
-    processes = _processes()
+def _family(leader: int, mark: bytes, *, reaped: bool) -> dict[int, int]:
+    """Return the processes of a family with their groups."""
+    processes = {process.pid: process for process in _processes()}
     found = {
         process.pid
-        for process in processes
-        if (root is not None and root in (process.pid, process.group, process.session))
+        for process in processes.values()
+        if leader in (process.group, process.session)
+        or (process.pid == leader and not reaped)
         or (mark and mark in _read(f"/proc/{process.pid}/environ"))
     }
     children: dict[int, list[int]] = {}
-    for process in processes:
+    for process in processes.values():
         children.setdefault(process.parent, []).append(process.pid)
     parents = list(found)
     while parents:
@@ -68,7 +88,7 @@ def _family(root: int | None, mark: bytes) -> set[int]:
             if child not in found:
                 found.add(child)
                 parents.append(child)
-    return found
+    return {pid: processes[pid].group for pid in found}
 
 
 def _processes() -> list[_Process]:

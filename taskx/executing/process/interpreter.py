@@ -6,17 +6,24 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from typing import Any
 
-_PATH = "TASKX_WORKER_PATH"
+from taskx.executing.process.processes import MARK
+
+_PATH = "TASKX_CHILD_PATH"
 
 
-def start_python(function: str, *words: str, **options: Any) -> subprocess.Popen[bytes]:
+def start_python(
+    function: str, *words: str, mark: str = "", path: Iterable[str] = (), **options: Any
+) -> subprocess.Popen[bytes]:
     """Start an interpreter that calls a function, given as ``module:name``.
 
     Args:
-        function: the function; it has no arguments.
+        function: the function; its arguments are the words.
         words: the arguments of the program, ``sys.argv[1:]``.
+        mark: a new text, by which :func:`kill_family` finds the process and all that it starts.
+        path: more entries for ``sys.path``.
         options: the options of ``Popen``.
     """
     from multiprocessing import spawn
@@ -25,10 +32,14 @@ def start_python(function: str, *words: str, **options: Any) -> subprocess.Popen
     # sys.path is set first, to find TaskX.
     boot = (
         f"import json, os, sys; sys.path[:] = json.loads(os.environ.pop('{_PATH}')); "
-        f"from {module} import {name}; {name}()"
+        f"from {module} import {name}; {name}(*sys.argv[1:])"
     )
-    path = json.dumps(list(map(os.fspath, sys.path)))
+    environment = {
+        **os.environ,
+        _PATH: json.dumps(list(dict.fromkeys(map(os.fspath, [*sys.path, *path])))),
+        # A marked process may start others, so each keeps the marks of its ancestors.
+        MARK: f"{os.environ.get(MARK, '')} {mark}".strip(),
+    }
     # The interpreter, with the options of this process.
     python = spawn.get_command_line()[:-3]
-    environment = {**os.environ, _PATH: path}
     return subprocess.Popen([*python, "-c", boot, *words], env=environment, **options)
