@@ -1,4 +1,7 @@
-"""Permission to use queues in this process. The child process of an executor restricts it."""
+"""Permission to use queues in this process. The child process of an executor restricts it.
+
+A process of ``taskx worker`` does so, too, while it imports the program.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,27 @@ from taskx.core.errors import ConfigurationError
 
 #: The reason why queues may not be started or given tasks in this process now; empty if they may.
 forbidden = ""
+#: True while a process of ``taskx worker`` loads its queue, which it starts itself.
+loading = False
 #: True in the child process of an executor: tasks that its queues keep in memory are lost with it.
 in_child = False
+
+
+class StartRefused(ConfigurationError):
+    """The program starts a queue while a process of ``taskx worker`` loads it."""
 
 
 def refuse_if_forbidden() -> None:
     """Raise ``ConfigurationError`` if queues may not be used in this process."""
     if forbidden:
         raise ConfigurationError(forbidden)
+
+
+def refuse_start() -> None:
+    """Raise ``ConfigurationError`` if queues may not be started in this process now."""
+    refuse_if_forbidden()
+    if loading:
+        raise StartRefused(
+            "the worker starts the queue itself; remove this line, or put it under "
+            "if __name__ == '__main__':"
+        )

@@ -11,8 +11,26 @@ from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
+from taskx.common import permission
 from taskx.core.errors import ConfigurationError
 from taskx.queue import Queue
+
+# The folder of TaskX: its own lines are not those of the user.
+_PACKAGE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
+
+
+def load_queue_to_run(target: str) -> Queue:
+    """Return the queue at ``module:name``, as :func:`load_queue`, for a caller that starts it.
+
+    Raises:
+        ConfigurationError: as :func:`load_queue`, or the program starts a queue itself; the message has
+            the line.
+    """
+    permission.loading = True
+    try:
+        return load_queue(target)
+    finally:
+        permission.loading = False
 
 
 def load_queue(target: str) -> Queue:
@@ -97,18 +115,17 @@ def _queue_of(found: Any, target: str) -> Queue:
 def _failed(what: str, error: BaseException) -> ConfigurationError:
     """Return an error of one line that says what failed, why, and at which line of the user's code."""
     words = " ".join(str(error).split())
-    return ConfigurationError(f"{what}: {type(error).__name__}: {words}{_place(error)}")
-
-
-def _place(error: BaseException) -> str:
-    if isinstance(error, SyntaxError):  # its text names the file and the line
-        return ""
     own = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if frame.filename != __file__ and not frame.filename.startswith("<frozen ")
+        if not frame.filename.startswith((_PACKAGE, "<frozen "))
     ]
-    return f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
+    if isinstance(error, permission.StartRefused) and own:
+        return ConfigurationError(f"{own[-1].filename}:{own[-1].lineno}: {own[-1].line} — {words}")
+    # The text of a SyntaxError names the file and the line.
+    known = isinstance(error, SyntaxError) or not own
+    place = "" if known else f" ({own[-1].filename}, line {own[-1].lineno})"
+    return ConfigurationError(f"{what}: {type(error).__name__}: {words}{place}")
 
 
 def files_of(error: BaseException | None) -> Iterable[str]:

@@ -29,7 +29,7 @@ from taskx.core.errors import ConfigurationError, RepositoryError
 from taskx.executing.process.channel import Channel
 from taskx.executing.process.processes import end_family
 from taskx.queue import Queue, life_of
-from taskx.supervising.loading import files_of, load_queue
+from taskx.supervising.loading import files_of, load_queue_to_run
 from taskx.supervising.logs import set_up_log
 from taskx.supervising.settings import AWAY, RECYCLE, USAGE, Settings
 from taskx.upkeep import foreground
@@ -99,7 +99,7 @@ class Process:
         try:
             if self._settings.reload:
                 self._changes.watch()
-            queue = load_queue(self._settings.target)
+            queue = load_queue_to_run(self._settings.target)
             if self._settings.reload:
                 self._changes.note(loaded_files())
             set_up_log(self._settings.log_level)

@@ -88,7 +88,7 @@ class LocalNode:
 
     def join(self) -> None:
         """Join the repository and take back tasks of dead nodes; after an error, call :meth:`withdraw`."""
-        permission.refuse_if_forbidden()
+        permission.refuse_start()
         services = self._services
         if services.repository.shortcoming:
             services.log.warning(

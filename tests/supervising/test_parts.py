@@ -18,7 +18,7 @@ import pytest
 from taskx import ConfigurationError, Queue
 from taskx.supervising import health
 from taskx.supervising.health import WRITE_EVERY, HealthFile, HealthPort
-from taskx.supervising.loading import files_of, load_queue
+from taskx.supervising.loading import files_of, load_queue, load_queue_to_run
 from taskx.supervising.notify import Notifier
 from taskx.supervising.process import MIB, Changes, Limits, check_memory, loaded_files, memory
 from taskx.supervising.settings import Settings
@@ -90,6 +90,49 @@ def test_a_missing_module_that_the_module_imports_is_an_error_of_the_module(modu
     name = module("import surely_not_installed\n")
     with pytest.raises(ConfigurationError, match=rf"'{name}' cannot be imported: ModuleNotFound"):
         load_queue(f"{name}:queue")
+
+
+STARTS = """
+from taskx import MemoryRepository, Queue
+
+queue = Queue(MemoryRepository())
+queue.declare("email")
+queue.submit("email")
+{}
+
+def make_queue():
+    made = Queue(MemoryRepository())
+    made.start()
+    return made
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "line", "code"),
+    [
+        ("queue.start()", "queue", 7, "queue.start()"),
+        ("with queue:\n    queue.drain()", "queue", 7, "with queue:"),
+        ("", "make_queue", 11, "made.start()"),
+    ],
+)
+def test_a_program_that_starts_a_queue_itself_is_refused_with_the_line(
+    module, text, name, line, code
+):
+    app = module(STARTS.format(text))
+    with pytest.raises(ConfigurationError) as refused:
+        load_queue_to_run(f"{app}:{name}")
+    file = sys.modules[app].__file__ if app in sys.modules else os.path.abspath(f"{app}.py")
+    assert str(refused.value) == (
+        f"{file}:{line}: {code} — the worker starts the queue itself; remove this line, or put it "
+        "under if __name__ == '__main__':"
+    )
+    assert any(found == file for found in files_of(refused.value))
+
+
+def test_a_queue_that_was_loaded_can_be_started(module):
+    queue = load_queue_to_run(f"{module(STARTS.format(''))}:queue")
+    queue.start()
+    assert queue.stop() == []
 
 
 def test_a_module_that_exits_is_an_error_and_does_not_end_the_program(module):

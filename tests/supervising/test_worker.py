@@ -342,6 +342,7 @@ def test_a_process_is_replaced_after_its_number_of_tasks_and_none_is_lost(worker
     ("app", "code", "words"),
     [
         ("queue = 4", 2, "is not a queue"),
+        (f"{APP}\nqueue.start()\n", 2, ": queue.start() — the worker starts the queue itself"),
         ("import os\nos.environ['SURELY_NOT_SET']", 2, "KeyError: 'SURELY_NOT_SET' ("),
         (APP.replace("tasks.db", "missing/folder/tasks.db"), 5, "cannot be opened"),
         ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", 1, "was killed by SIGKILL"),
