@@ -41,8 +41,10 @@ FIELDS: Mapping[str, str] = {
     "since": "tasks submitted at or after this time, such as 2026-11-26T10:00Z",
     "until": "tasks submitted before or at this time",
 }
+_PLAIN = [field for field in FIELDS if field != "params."]
 # The fields of a TaskFilter that have another name in a line.
 _NAMES = {"by": "created_by", "id": "id_prefix", "since": "start_date", "until": "end_date"}
+_FIELD_OF = {long: short for short, long in _NAMES.items()}
 _PARAMS, _TAG = "params", "tag"
 
 _UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
@@ -96,7 +98,10 @@ def parse_query(
         fields[field] = _value(name, term.value)
     if params:
         fields[_PARAMS] = params
-    return filter_of(None, fields, "the filter", clock)
+    try:
+        return filter_of(None, fields, "the filter", clock)
+    except ConfigurationError as error:
+        raise ConfigurationError(renamed(str(error), _FIELD_OF)) from None
 
 
 def query_of(filter: TaskFilter) -> str:
@@ -177,11 +182,13 @@ def suggestion(word: str, known: Collection[str]) -> str:
 
 def field_suggestion(word: str, known: Collection[str]) -> str:
     """Return a :func:`suggestion` of a field, also for the name that it has in a ``TaskFilter``."""
-    names = {long: short for short, long in _NAMES.items() if short in known}
-    hint = suggestion(word, [*known, *names])
-    for long, short in names.items():
-        hint = hint.replace(f"{long!r}", f"{short!r}")
-    return hint
+    names = [long for long, short in _FIELD_OF.items() if short in known]
+    return renamed(suggestion(word, [*known, *names]), _FIELD_OF)
+
+
+def renamed(text: str, names: Mapping[str, str]) -> str:
+    """Return a text in which words have other names, such as those of a command line."""
+    return re.sub(r"\w+", lambda word: names.get(word[0], word[0]), text)
 
 
 # --- reading
@@ -222,6 +229,8 @@ def _term(word: list[_Piece]) -> _Term:
         if quoted or ":" not in text:
             continue
         before, _, after = text.partition(":")
+        if "=" in before and not (number or before.startswith(f"{_PARAMS}.")):
+            break
         value = [*([_Piece(after, False)] if after else []), *word[number + 1 :]]
         keys = _keys([*word[:number], _Piece(before, False)])
         if not value:
@@ -248,25 +257,37 @@ def _keys(pieces: list[_Piece]) -> tuple[str, ...]:
         keys += others
     name = keys[0]
     if name == _PARAMS:
-        if len(keys) == 1:
+        if len(keys) == 1 or "" in keys:
             raise ConfigurationError("params needs a path: write it as params.user.id:7")
     elif len(keys) > 1 or name not in FIELDS:
         field = ".".join(keys)
-        known = [field for field in FIELDS if field != "params."]
-        hint = field_suggestion(field, known)
-        raise ConfigurationError(
-            f"the filter has no field {_shown(field)}{hint or ': use ' + ', '.join([*known, 'params.…'])}"
-        )
+        hint = field_suggestion(field, _PLAIN) or ": use " + ", ".join([*_PLAIN, "params.…"])
+        raise ConfigurationError(f"the filter has no field {_shown(field)}{hint}")
     return tuple(keys)
 
 
 def _no_field(word: str) -> ConfigurationError:
     if word in TaskStatus.__members__.values():
         return ConfigurationError(f"{_shown(word)} has no field: did you mean status:{word}?")
-    return ConfigurationError(
-        f"{_shown(word)} has no field: write it as type:{word if word.isprintable() else 'email'}, or put "
-        'quotes around a value with spaces, as in error:"timed out"'
-    )
+    name, equals, value = word.partition("=")
+    if not equals:
+        return ConfigurationError(
+            f"{_shown(word)} has no field: write it as type:{word if word.isprintable() else 'email'}, or "
+            'put quotes around a value with spaces, as in error:"timed out"'
+        )
+    field = _meant(name)
+    hint = f"did you mean {field}:{_quoted(value)}?" if field else "write it as type:email"
+    return ConfigurationError(f"{_shown(word)} has no field: {hint}")
+
+
+def _meant(name: str) -> str:
+    """Return the field that a word before an equals sign names; empty if it names none."""
+    from difflib import get_close_matches  # only after a mistake
+
+    if name.startswith(f"{_PARAMS}.") and name.isprintable():
+        return name
+    close = get_close_matches(name, [*_PLAIN, *_FIELD_OF], n=1)
+    return _FIELD_OF.get(close[0], close[0]) if close else ""
 
 
 def _twice(name: str) -> ConfigurationError:
