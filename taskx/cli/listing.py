@@ -17,6 +17,7 @@ from taskx.cli.output import COLOURS, Cell, Column, Row, age, clean, moment, one
 from taskx.core.model import Attempt, Task, TaskFilter, TaskStatus
 from taskx.core.redact import redacted
 from taskx.core.redact import show as short
+from taskx.core.tags import without_trace
 from taskx.inspecting.query import parse_query, suggestion
 
 # Tasks that a list has unless it is told otherwise.
@@ -79,7 +80,7 @@ def task_row(session: Session, task: Task, now: datetime) -> Row:
         "" if task.created_at is None else age((now - task.created_at).total_seconds()),
         str(task.attempt if not task.status.finished else max(1, len(task.attempts))),
         _detail(task, now),
-        " ".join(task.tags),
+        " ".join(without_trace(task.tags)),
         short(task.params, session.queue.config.redact),
     )
 

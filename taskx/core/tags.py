@@ -7,6 +7,7 @@ has a space, which no tag can have.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -19,6 +20,13 @@ MAX_TAGS = 20
 MAX_TAG = 64
 #: The label of a flow is this, and the flow's id.
 FLOW = "flow "
+# The tag of a trace, with a ``traceparent`` of the W3C.
+_TRACE = re.compile(r"trace:[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+def without_trace(tags: Iterable[str]) -> list[str]:
+    """Return the tags for a list of tasks: not the one that tracing has added."""
+    return [tag for tag in tags if not _TRACE.fullmatch(tag)]
 
 
 def check_tag(value: Any) -> str:

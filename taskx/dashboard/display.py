@@ -11,6 +11,7 @@ from jinja2 import pass_context
 from jinja2.runtime import Context
 from markupsafe import Markup
 
+from taskx.core.tags import without_trace
 from taskx.core.ticks import Every
 from taskx.dashboard import words
 
@@ -173,7 +174,7 @@ def _filter(name: str) -> Callable[..., Any]:
     return shown
 
 
-#: The filters of the templates. They use the ``display`` of the request.
+#: The filters of the templates. Most use the ``display`` of the request.
 FILTERS = {
     name: _filter(name)
     for name in (
@@ -187,4 +188,4 @@ FILTERS = {
         "size",
         "spec",
     )
-}
+} | {"without_trace": without_trace}

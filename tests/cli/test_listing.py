@@ -37,6 +37,17 @@ def test_a_list_has_a_row_for_each_task(queue, taskx):
     assert said.err == ""
 
 
+def test_a_list_leaves_out_the_tag_of_the_trace(queue, taskx):
+    queue.declare("email")
+    trace = f"trace:00-{'a' * 32}-{'b' * 16}-01"
+    handle = queue.submit("email", tags=["eu", trace, "trace:mine"])
+    said = taskx("list", f"tag:{trace}", COLUMNS="400")
+    assert "  eu trace:mine  " in said.lines[1]
+    assert trace not in said.out
+    assert f"eu {trace} trace:mine" in taskx("show", handle.id).out
+    assert taskx("list", "--json").rows[0]["tags"] == ["eu", trace, "trace:mine"]
+
+
 def test_a_list_obeys_its_filter(queue, taskx):
     queue.declare("email", "sms")
     wanted = queue.submit("email", {"user": {"id": 7}})

@@ -27,6 +27,7 @@ from taskx import (
     every,
 )
 from taskx.contrib.otel import TRACE_TAG, Tracing
+from taskx.core.tags import without_trace
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -85,6 +86,13 @@ def test_an_attempt_belongs_to_the_trace_of_its_submit(make, named, provider):
         "taskx.task.attempt": 1,
     }
     assert {span.status.status_code for span in (send, process)} == {StatusCode.UNSET}
+
+
+def test_lists_of_tasks_leave_out_the_tag_of_the_trace(make):
+    queue = make()
+    task = queue.submit("add", tags=["mine"]).task()
+    assert len(task.tags) == 2
+    assert without_trace(task.tags) == ["mine"]
 
 
 def test_an_attempt_can_have_a_trace_of_its_own_with_a_link(make, named):

@@ -148,6 +148,15 @@ def test_a_list_is_read_page_by_page_in_both_directions(browser, queue, monkeypa
     assert back == seen[-2::-1]
 
 
+def test_the_list_leaves_out_the_tag_of_the_trace_and_the_page_of_the_task_has_it(browser, queue):
+    trace = f"trace:00-{'a' * 32}-{'b' * 16}-01"
+    handle = queue.submit("report", tags=["eu", trace])
+    text = browser.get("/tasks").text
+    assert '">eu</a>' in text
+    assert trace not in text
+    assert trace in browser.get(f"/task?id={handle.id}").text
+
+
 def test_a_total_is_counted_up_to_a_limit(browser, queue, monkeypatch):
     monkeypatch.setattr(tasks, "MOST_COUNTED", 3)
     monkeypatch.setattr(tasks, "ROWS", 2)

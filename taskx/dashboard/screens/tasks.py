@@ -14,6 +14,7 @@ from werkzeug.wrappers import Response
 
 from taskx.core.errors import ConfigurationError, InvalidTransition, TaskNotFound
 from taskx.core.model import TaskFilter, TaskPage, TaskStatus
+from taskx.core.tags import without_trace
 from taskx.dashboard import private
 from taskx.dashboard.bulk import change_for_a_while
 from taskx.dashboard.pages import Action, Done, Page, Screen
@@ -117,7 +118,7 @@ def _suggestions(request: Request, line: str, page: TaskPage) -> Iterator[str]:
         "status": [str(status) for status in TaskStatus],
         "type": types,
         "by": sorted({task.created_by for task in page.tasks if task.created_by}),
-        "tag": sorted({tag for task in page.tasks for tag in task.tags}),
+        "tag": sorted({tag for task in page.tasks for tag in without_trace(task.tags)}),
         "error_type": sorted({task.error_type for task in page.tasks if task.error_type}),
         "newer": ["1h", "1d"],
         "older": ["1h", "1d"],
