@@ -15,7 +15,7 @@ from taskx.cli.errors import AWAY, FAILED, Failure, Usage, code_of
 from taskx.cli.listing import FILTER_HELP, filter_of
 from taskx.cli.opening import Session, command
 from taskx.cli.output import age, clean, moment
-from taskx.cli.values import Duration, json_object
+from taskx.cli.values import Duration, Rate, json_object
 from taskx.core.errors import TaskxError
 from taskx.core.model import TaskFilter, TaskStatus
 from taskx.inspecting.failures import FailureGroup
@@ -208,6 +208,8 @@ def _wanted(
             raise Usage("--limit belongs to --where")
         return None
     wanted = filter_of(session, where)
+    if not wanted.given:  # perhaps because a variable of the shell is not set
+        raise Usage("--where has no condition: give one, such as --where type:email")
     return wanted if limit is None else attrs.evolve(wanted, limit=limit)
 
 
@@ -277,7 +279,12 @@ taskx requeue --group 57d11975 --yes
     ids_argument,
     *bulk_options,
     click.option("--group", help="A group of `taskx failures`, instead of ids."),
-    click.option("--rate", help="Start them one by one at this rate, such as 100/m."),
+    click.option(
+        "--rate",
+        type=Rate(),
+        metavar="RATE",
+        help="Start them one by one at this rate, such as 100/m.",
+    ),
     click.option("--params", "params_text", metavar="JSON", help="Other params, of one task."),
     click.option("--from-step", help="Forget this step and those after it, of one task."),
 )

@@ -79,8 +79,11 @@ def dashboard(
     """Serve the dashboard."""
     try:
         from taskx.dashboard import serve
+        from taskx.dashboard.security import is_loopback
     except ImportError as error:
         raise Usage(str(error)) from error
+    if user is None and not is_loopback(host):
+        raise Usage(f"--host {host} lets other machines connect: give --user, too, or leave it out")
     try:
         serve(
             session.queue,

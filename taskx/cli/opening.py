@@ -15,11 +15,11 @@ from typing import Any
 import attrs
 import click
 
-from taskx.cli.errors import Usage
+from taskx.cli.errors import Failure, Usage, code_of
 from taskx.cli.output import Output
 from taskx.core.clock import to_datetime, to_ms, within_calendar
-from taskx.core.errors import ConfigurationError, PayloadError, RepositoryError
-from taskx.inspecting.query import suggestion
+from taskx.core.errors import ConfigurationError, PayloadError, RepositoryError, TaskxError
+from taskx.inspecting.query import renamed, suggestion
 from taskx.queue import Queue
 from taskx.storage.base import Repository
 from taskx.storage.sqlite import SQLiteRepository
@@ -53,6 +53,8 @@ def given(ctx: click.Context) -> Given:
 
 
 def _keep(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+    if value == "":  # it must not mean another repository
+        raise click.BadParameter("it is empty, perhaps because a variable of the shell is not set")
     if value and param.name:
         setattr(given(ctx), param.name, value)
     return value
@@ -97,6 +99,18 @@ class Command(click.Command):
         # The help option stays last.
         common = [param for param in (*where, *how_options()) if param.name not in known]
         return [*own[:-1], *common, *own[-1:]]
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command. An error calls the options as the user has typed them."""
+        try:
+            return super().invoke(ctx)
+        except TaskxError as error:
+            typed = {
+                param.name or "": max(param.opts, key=len)
+                for param in self.params
+                if isinstance(param, click.Option) and "_" in (param.name or "")
+            }
+            raise Failure(renamed(str(error), typed), code_of(error)) from error
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the help: examples as they are, then paragraphs that fit the terminal."""

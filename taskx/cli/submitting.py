@@ -56,7 +56,7 @@ jq -c '.[]' users.json | taskx submit welcome -
     click.option(
         "--expires", type=Duration(), help="Cancel it if it has not started within this time."
     ),
-    click.option("--timeout", type=Duration(), help="Longest time of an attempt."),
+    click.option("--timeout", type=Duration(positive=True), help="Longest time of an attempt."),
     click.option("--max-attempts", type=click.IntRange(1), help="Attempts that may raise."),
     click.option("--unique-key", help="A text that one task at a time can hold."),
     click.option("--concurrency-key", help="Tasks with the same key run one at a time."),
@@ -84,6 +84,8 @@ def submit(
         raise Usage("--delay and --run-at say the same: give only one of them")
     if task_id is not None and (len(json_params) > 1 or "-" in json_params):
         raise Usage("--id is for one task: give one JSON")
+    if task_id == "":  # perhaps because a variable of the shell is not set
+        raise Usage("--id is empty: leave it out for a new id")
     due = run_at if delay is None else session.after(delay)
     given = {name: value for name, value in options.items() if value not in (None, ())}
     if expires is not None:

@@ -12,6 +12,7 @@ from taskx.cli.errors import Usage
 from taskx.cli.nodes import node_id
 from taskx.cli.opening import Session, command
 from taskx.cli.output import Column, Row, clean
+from taskx.cli.values import Rate
 from taskx.inspecting.query import suggestion
 
 # The word that removes a limit.
@@ -46,7 +47,10 @@ taskx tune email --reset
     click.argument("type_", metavar="[TYPE]", required=False, shell_complete=complete_types),
     click.option("--max-concurrency", metavar="N", help="Most tasks of the type that run at once."),
     click.option(
-        "--rate", metavar="RATE", help="Most tasks that start in a period, such as 100/m."
+        "--rate",
+        metavar="RATE",
+        type=Rate(_NONE),
+        help="Most tasks that start in a period, such as 100/m.",
     ),
     click.option(
         "--burst", metavar="N", help="Most tasks that start at once after a quiet period."

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from taskx.core.errors import ConfigurationError
+from taskx.core.rate import rate_of
 from taskx.inspecting.query import duration_of, moment_of
 
 if TYPE_CHECKING:
@@ -27,14 +28,45 @@ class Duration(_Kind):
 
     name = "duration"
 
+    def __init__(self, *, positive: bool = False) -> None:
+        self._positive = positive
+
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
         """Return the seconds."""
         try:
-            return value if isinstance(value, float) else duration_of(value)
+            seconds = value if isinstance(value, float) else duration_of(value)
         except ConfigurationError as error:
             self.fail(str(error), param, ctx)
+        if self._positive and not seconds:
+            self.fail("it must be more than 0 seconds", param, ctx)
+        return seconds
+
+
+class Rate(_Kind):
+    """A rate such as ``100/m``, as text.
+
+    Args:
+        words: other values that are allowed.
+    """
+
+    name = "rate"
+
+    def __init__(self, *words: str) -> None:
+        self._words = words
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the text."""
+        try:
+            if value not in self._words:
+                rate_of(value, None)
+        except ConfigurationError:
+            words = "".join(f" or `{word}`" for word in self._words)
+            self.fail(
+                f"{value!r} is not a rate: write it as 100/m (s, m, h or d){words}", param, ctx
+            )
+        return str(value)
 
 
 class Moment(_Kind):

@@ -371,7 +371,7 @@ class _Inquiry:
 
 def _pauses(task: Task, paused: Paused) -> Iterator[Reason]:
     if paused.everything:
-        words = "All types are paused; queue.resume() ends this."
+        words = "All types are paused, until they are resumed."
         yield Reason("paused", words, {"type": None})
     if task.type in paused.types:
         words = f"The type {task.type!r} is paused; queue.resume({task.type!r}) ends this."

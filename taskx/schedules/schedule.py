@@ -401,7 +401,7 @@ def _span(start: datetime, end: datetime, now: int) -> tuple[int, int]:
     first, last = to_ms(start), to_ms(end)
     if not first <= last <= now:
         raise ConfigurationError(
-            f"backfill requires start <= end, and an end that is not in the future: {start} to {end}"
+            f"a back-fill must not end before its start, nor in the future: {start} to {end}"
         )
     return first, last
 

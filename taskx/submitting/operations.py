@@ -75,8 +75,8 @@ class Operations:
                 return False
             # else it moved between the write and the read: try again
         raise RepositoryCorrupt(
-            f"task {task_id} cannot be cancelled: its stored record is damaged; delete it with "
-            "delete(), or repair it by hand"
+            f"task {task_id} cannot be cancelled: its stored record is damaged; delete it, or "
+            "repair it by hand"
         )
 
     def cancel_many(self, task_ids: Sequence[str]) -> int:
@@ -91,7 +91,7 @@ class Operations:
         _check_deliberate(filter, "cancel_all", everything=everything)
         if filter.status is not None and filter.status.finished:
             raise ConfigurationError(
-                f"cancel_all() cancels pending and running tasks: the filter must not have status "
+                "only pending and running tasks can be cancelled: the filter must not have status "
                 f"{filter.status}"
             )
         # A pending task may start before its page is read; a running one may be retried.
@@ -159,7 +159,7 @@ class Operations:
     ) -> Bulk:
         _check_deliberate(filter, "delete_all", everything=everything)
         if filter.status is TaskStatus.RUNNING:
-            raise ConfigurationError("delete_all() deletes no running tasks: cancel them first")
+            raise ConfigurationError("running tasks cannot be deleted: cancel them first")
         if terms.dry_run:
             return counted("delete", count(self._repository, [filter], terms.at_most))
         tally = Tally("delete", terms)

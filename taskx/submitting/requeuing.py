@@ -101,7 +101,7 @@ class Requeues:
     ) -> Bulk:
         if filter.status is not None and filter.status.value not in REQUEUEABLE:
             raise ConfigurationError(
-                "requeue_all() runs failed or cancelled tasks again: the filter must not have status "
+                "only failed and cancelled tasks can be requeued: the filter must not have status "
                 f"{filter.status}"
             )
         wanted = [attrs.evolve(filter, status=filter.status or TaskStatus.FAILED)]

@@ -520,7 +520,7 @@ class Connections:
         if not self.file.create:
             state = f"has no tables {self.schema.prefix}*" if self.schema.prefix else "is empty"
             raise RepositoryUnavailable(
-                f"{self.file.path} {state}, and create=False: check the path; it was not changed"
+                f"{self.file.path} {state}, and no tables may be made: check the path; it was not changed"
             )
 
 
