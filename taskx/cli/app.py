@@ -150,6 +150,7 @@ def make_group(
     """
     if where is None:
         where = where_options if queue is None else list
+    commands = [*COMMANDS] if target is None else [*COMMANDS, worker.worker_of_program]
     group = Group(
         name,
         queue=queue,
@@ -159,6 +160,6 @@ def make_group(
         epilog=EPILOG,
         params=[*where(), *how_options()],
         context_settings={"help_option_names": ["-h", "--help"]},
-        commands={command.name or "": command for command in COMMANDS},
+        commands={command.name or "": command for command in commands},
     )
     return click.version_option(taskx.__version__, prog_name="taskx")(group)

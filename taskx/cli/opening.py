@@ -110,7 +110,15 @@ class Command(click.Command):
                 for param in self.params
                 if isinstance(param, click.Option) and "_" in (param.name or "")
             }
-            raise Failure(renamed(str(error), typed), code_of(error)) from error
+            message = as_typed(ctx, renamed(str(error), typed))
+            raise Failure(message, code_of(error)) from error
+        except Failure as error:
+            raise Failure(as_typed(ctx, error.message), error.exit_code) from error.__cause__
+
+    def get_short_help_str(self, limit: int = 45) -> str:
+        """Return the line of the list of commands."""
+        context = click.get_current_context(silent=True)
+        return as_typed(context, super().get_short_help_str(limit))
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the help: examples as they are, then paragraphs that fit the terminal."""
@@ -122,12 +130,11 @@ class Command(click.Command):
                 formatter.write_text(" ".join(paragraph.split()))
 
 
-def as_typed(ctx: click.Context, text: str) -> str:
-    """Return a help text whose calls begin as users of this program type them: ``flask taskx list``."""
-    at: click.Context | None = ctx
+def as_typed(at: click.Context | None, text: str) -> str:
+    """Return a text whose calls begin as users of this program type them: ``flask taskx list``."""
     while at is not None and not hasattr(at.command, "target"):
         at = at.parent
-    return text if at is None else re.sub(r"\btaskx (?=\w)", f"{at.command_path} ", text)
+    return text if at is None else re.sub(r"(?<!\w )\btaskx (?=\w)", f"{at.command_path} ", text)
 
 
 class Actions(Command, click.Group):
@@ -252,10 +259,10 @@ def opened(ctx: click.Context) -> Iterator[Queue]:
             queue.close()
 
 
-def target_of(ctx: click.Context) -> str | None:
+def target_of(ctx: click.Context) -> str:
     """Return the place of the queue that the program has mounted the commands for."""
-    target: Callable[[], str] | None = _of_group(ctx, "target")
-    return None if target is None else target()
+    target: Callable[[], str] = _of_group(ctx, "target")
+    return target()
 
 
 def _where(ctx: click.Context) -> Sequence[click.Parameter]:

@@ -15,7 +15,13 @@ from taskx.supervising.supervisor import supervise
 
 F = TypeVar("F", bound="Callable[..., Any]")
 
-_HELP = """\
+#: The end of the help: what the signals do.
+SIGNALS = """\
+The first signal lets running tasks end within --stop-timeout; a second one stops at once.
+SIGHUP replaces the processes one by one, with the newest code. A process that dies is replaced.
+"""
+
+_HELP = f"""\
   $ taskx worker shop.tasks:queue
   $ taskx worker shop.tasks:make_queue --processes 4 --threads 8
   $ taskx worker shop.tasks:queue --max-memory 500M --health-port 8080
@@ -24,9 +30,16 @@ Run the tasks of a queue in several processes, until SIGTERM or Ctrl-C.
 
 QUEUE is module:name: a Queue, or a function without arguments that returns one.
 
-The first signal lets running tasks end within --stop-timeout; a second one stops at once.
-SIGHUP replaces the processes one by one, with the newest code. A process that dies is replaced.
-"""
+{SIGNALS}"""
+
+_HELP_OF_PROGRAM = f"""\
+  $ taskx worker
+  $ taskx worker --processes 4 --threads 8
+  $ taskx worker --max-memory 500M --health-port 8080
+
+Run the tasks of the app in several processes, until SIGTERM or Ctrl-C.
+
+{SIGNALS}"""
 
 
 class Program(Command):
@@ -108,14 +121,22 @@ def run_worker(ctx: click.Context, target: str, **options: Any) -> None:
 @worker_options
 @click.pass_context
 def worker(ctx: click.Context, /, target: str | None, **options: Any) -> None:
-    """Run the worker of the queue that is named, or that the program has mounted the commands for."""
+    """Run the worker of the queue that is named."""
     wanted = given(ctx)
     if wanted.repository:
         raise Usage("the worker's repository is that of its queue: leave out --repository")
-    target = target or wanted.app or target_of(ctx)
+    target = target or wanted.app
     if target is None:
         raise Usage("which queue? Write taskx worker module:queue, such as shop.tasks:queue")
     run_worker(ctx, target, **options)
+
+
+@click.command("worker", cls=Program, help=_HELP_OF_PROGRAM, short_help="Run the tasks of the app.")
+@worker_options
+@click.pass_context
+def worker_of_program(ctx: click.Context, /, **options: Any) -> None:
+    """Run the worker of the queue that the program has mounted the commands for."""
+    run_worker(ctx, target_of(ctx), **options)
 
 
 COMMANDS: tuple[click.Command, ...] = (worker,)

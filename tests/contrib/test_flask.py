@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -28,6 +29,7 @@ from taskx import (
     every,
     testing,
 )
+from taskx.cli.app import COMMANDS
 from taskx.contrib.flask import KEYS, Taskx
 
 
@@ -506,6 +508,23 @@ def test_the_help_of_flask_names_the_commands(make_app):
     shown = runner.invoke(args=["taskx", "--help"]).output
     assert "dead-letters" in shown or "requeue" in shown
     assert "--repository" not in shown
+
+
+def test_the_help_of_a_command_says_how_flask_calls_it(make_app):
+    runner = make_app().test_cli_runner()
+    worker = runner.invoke(args=["taskx", "worker", "--help"]).output
+    called = worker.splitlines()[0].removeprefix("Usage: ").removesuffix(" worker [OPTIONS]")
+    assert called.endswith(" taskx")
+    assert f"$ {called} worker --processes 4" in worker
+    assert "module:name" not in worker
+    for command in COMMANDS:
+        text = runner.invoke(args=["taskx", command.name, "--help"]).output
+        assert f"$ {called} {command.name}" in text
+        assert not re.search(r"(--app|--repository)\b", text)
+    for text in (worker, runner.invoke(args=["taskx", "--help"]).output):
+        assert not re.search(rf"(?<!{called.removesuffix('taskx')})\btaskx \w", text)
+    refused = runner.invoke(args=["taskx", "tune", "--rate", "1/m"]).stderr
+    assert f": {called} tune TYPE --rate 100/m" in refused
 
 
 def test_a_worker_needs_an_app_that_its_processes_can_load(make_app):

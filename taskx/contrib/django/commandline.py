@@ -24,7 +24,7 @@ BACKEND = "TASKX_DJANGO_BACKEND"
 #: The variable with the queue names, one a line, for the processes of a worker; empty for all.
 QUEUES = "TASKX_DJANGO_QUEUES"
 
-_HELP = """\
+_HELP = f"""\
   $ taskx worker
   $ taskx worker --processes 4 --threads 8
   $ taskx worker --queue emails --queue reports
@@ -34,9 +34,7 @@ Run the tasks of the site in several processes, until SIGTERM or Ctrl-C.
 
 Each process sets Django up, and imports the modules `tasks` of all apps.
 
-The first signal lets running tasks end within --stop-timeout; a second one stops at once.
-SIGHUP replaces the processes one by one, with the newest code. A process that dies is replaced.
-"""
+{worker.SIGNALS}"""
 
 
 class _Worker(worker.Program):
