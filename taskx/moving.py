@@ -127,8 +127,7 @@ FOLLOWS: Mapping[tuple[str, str | None], Follows] = {
         level=logging.INFO,
         words="task %(id)s (%(type)s) was interrupted and is pending again",
     ),
-    # The node still holds the task, and has not executed it.
-    ("hand back", PENDING): NOTHING,
+    ("hand back", PENDING): Follows(may_start=True),
     ("cancelled", CANCELLED): _ENDED,
     ("crash", PENDING): Follows(
         "rescued",

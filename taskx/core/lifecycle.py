@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 from zlib import crc32
 
 import attrs
@@ -423,7 +423,14 @@ def as_submitted(insert: Insert) -> dict[str, Any]:
     return {**insert.row, "status": PENDING, "starts": 0, "started_at": None, "worker": ""}
 
 
-def last_chance(task: Task) -> bool:
+class _Counts(Protocol):
+    @property
+    def crashes(self) -> int: ...
+    @property
+    def max_crashes(self) -> int | None: ...
+
+
+def last_chance(task: _Counts) -> bool:
     """Return True if the task has crashed before and one more crash would fail it."""
     return 0 < task.crashes >= _crashes_allowed(task) - 1
 
@@ -442,9 +449,9 @@ def _fence(task: Task, **more: Any) -> dict[str, Any]:
 
 
 def hand_back(task: Task, now: int) -> list[Update]:
-    """Undo a start whose executor was never called; the task stays in its node's buffer."""
+    """Undo a start whose executor was never called; the task goes back into its node's buffer."""
     worker = task.earlier_attempts[-1].worker if task.earlier_attempts else ""
-    changes = {"status": PENDING, "started_at": None, "worker": worker}
+    changes = {"status": PENDING, "started_at": None, "worker": worker, "owner": task.owner}
     ending = Ending(returned=False, worker=worker)
     return _unless_cancelled(task, changes, ending, now, "hand back")
 
@@ -632,8 +639,8 @@ def rescue(
     """Take back the tasks that ran on a node that died; return the alternative writes for each task.
 
     - If the node was stopping, all tasks were interrupted.
-    - Otherwise, if suspects (tasks that have crashed before) ran, each suspect counts a crash and the
-      other tasks were interrupted. If no suspect ran, each task counts a crash.
+    - Otherwise, if a suspect (a task on its last chance) ran, it counts a crash and the other tasks were
+      interrupted. If no suspect ran, each task counts a crash.
     - Tasks of ``isolated`` types ran in child processes and cannot kill the node. They are judged only if
       no other task ran.
     - Tasks whose ids are not in ``executing`` were not being executed by a thread, so they are not judged.
@@ -642,7 +649,7 @@ def rescue(
     """
     ran = [task for task in tasks if executing is None or task.id in executing]
     judged = [task for task in ran if task.type not in isolated] or ran
-    suspects = [task for task in judged if task.crashes]
+    suspects = [task for task in judged if last_chance(task)]
     culprits = [] if stopping else suspects or judged
     return [_rescue(task, now, crashed=task in culprits) for task in tasks]
 
@@ -658,7 +665,7 @@ def _rescue(task: Task, now: int, *, crashed: bool) -> list[Update]:
     ]
 
 
-def _crashes_allowed(task: Task) -> int:
+def _crashes_allowed(task: _Counts) -> int:
     return task.max_crashes or FALLBACKS["max_crashes"]
 
 

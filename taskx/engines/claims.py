@@ -72,7 +72,7 @@ class Claims:
         for run in pool.starter.start([item], worker):
             if not pool.stopping:
                 return run
-            pool.starter.hand_back([run], rebuffer=False)  # the stop could not see it yet
+            pool.starter.hand_back([run])  # the stop could not see it yet
         return None
 
     def _candidates(self, ticket: Ticket, named: tuple[Stub, str] | None) -> list[tuple[Stub, str]]:

@@ -25,6 +25,8 @@ class Busy(NamedTuple):
     type: str
     node: str
     crashes: int = 0
+    max_crashes: int | None = None
+    started_at: int | None = None
 
 
 class Limits:

@@ -18,6 +18,7 @@ from taskx.core.record import (
     FOR_TURN,
     FREE,
     UNTIL_DUE,
+    Stub,
     optional_ms,
     rank,
     task_from_row,
@@ -27,12 +28,15 @@ from taskx.inspecting.nodes import silence
 from taskx.liveness.base import Node
 from taskx.moving import Services
 from taskx.running.pool import WorkerPool
+from taskx.running.starter import ALONE
 from taskx.running.stuck import stack_of_task
 
 #: Most tasks of one kind that are read: parents, tasks that come first, tasks that hold slots.
 MOST = 1000
 #: Most nodes whose buffers are read.
 _MOST_BUFFERS = 20
+# Most tasks that come first among which one is sought that must run alone.
+_NEXT = 20
 #: Seconds after which a repository that does not answer counts as away.
 PATIENCE = 5.0
 
@@ -96,12 +100,12 @@ class _Inquiry:
         if held == UNTIL_DUE and not self._is_early(task):
             yield self._due(task)
         if held == FREE:
-            busy = self._busy()
+            busy, first = self._busy(), self._first(task, _competing(task, able, paused))
             limits = [*Limits(self._services, self._pool, busy).reasons(task.type, able)]
-            limits += self._suspect(task, able, busy)
+            limits += self._alone(task, able, busy, first)
             yield from limits
             yield from self._broker(able)
-            yield from self._ahead(task, able, paused)
+            yield from _ahead(task, first)
             if not (stopped or limits):
                 yield self._worker(task, able, busy)
 
@@ -202,31 +206,52 @@ class _Inquiry:
         words = silence(node, self._now, self._repository.lease_timeout)
         return f"node {node.name} may be dead ({words})"
 
-    # --- limits and suspects
+    # --- limits, and tasks that run alone
 
     def _busy(self) -> list[Busy]:
         """Return the tasks that run on live nodes, or whose threads are stuck there."""
         live = [node.id for node in self._nodes.values() if node.alive is not False]
         if not live:
             return []
-        repository, fields = self._repository, ("id", "type", "owner", "crashes")
-        runs = repository.find("running_on", live, fields, 10 * MOST)
+        repository, counts = self._repository, ("crashes", "max_crashes", "started_at")
+        runs = repository.find("running_on", live, ("id", "type", "owner", *counts), 10 * MOST)
         stuck = repository.find("stuck_on", live, ("id", "type", "stuck_on"), MOST)
         return [Busy(*row) for row in runs] + [Busy(*row) for row in stuck]
 
-    def _suspect(self, task: Task, able: Sequence[Node], busy: Sequence[Busy]) -> Iterator[Reason]:
-        """Yield a reason if each node runs a task that has crashed, as this one has."""
-        isolated = self._services.registry.isolated
-        if not task.crashes or task.type in isolated:
+    def _alone(
+        self, task: Task, able: Sequence[Node], busy: Sequence[Busy], first: Sequence[Stub]
+    ) -> Iterator[Reason]:
+        """Yield a reason if on each node the task must run alone, or another one must."""
+        is_suspect = self._is_suspect(task)
+        others: dict[str, list[str]] = {}
+        waiting = self._waiting_suspects(first) if busy and not is_suspect else []
+        for one in busy:
+            is_other = self._is_suspect(one)
+            if is_suspect and is_other:
+                others.setdefault(one.node, []).append(one.id)
+            elif (one.started_at or 0) + ALONE * 1000 > self._now:
+                names = [one.id] if is_suspect or is_other else waiting
+                others.setdefault(one.node, []).extend(names)
+        names = [name for node in able for name in others.get(node.id, ())]
+        if not able or not all(others.get(node.id) for node in able):
             return
-        suspects = {one.node: one.id for one in busy if one.crashes and one.type not in isolated}
-        if able and all(node.id in suspects for node in able):
-            others = [suspects[node.id] for node in able]
-            words = (
-                "It has crashed before, and a node runs one such task at a time: "
-                f"now {listed(others)}."
-            )
-            yield Reason("suspect", words, {"crashes": task.crashes, "others": others})
+        names = [*dict.fromkeys(names)]
+        words = f"It waits for {listed(names)}, "
+        if is_suspect:
+            words += "because it would fail at its next crash, and so runs alone."
+        else:
+            words += "which would fail at the next crash, and so runs alone, for a minute at most."
+        yield Reason("suspect", words, {"crashes": task.crashes, "others": names})
+
+    def _waiting_suspects(self, first: Sequence[Stub]) -> list[str]:
+        """Return the id of a suspect that comes next, and waits until nothing else runs."""
+        ids = [stub.id for stub in first[:_NEXT]]
+        fields = ("id", "type", "owner", "crashes", "max_crashes")
+        found = (Busy(*row) for row in self._repository.find("id", ids, fields))
+        return [one.id for one in found if self._is_suspect(one)][:1]
+
+    def _is_suspect(self, task: Task | Busy) -> bool:
+        return lifecycle.last_chance(task) and task.type not in self._services.registry.isolated
 
     def _broker(self, able: Sequence[Node]) -> Iterator[Reason]:
         """Yield a reason for each error that keeps nodes from bringing the task to a worker."""
@@ -246,34 +271,19 @@ class _Inquiry:
 
     # --- tasks that come first
 
-    def _ahead(self, task: Task, able: Sequence[Node], paused: Paused) -> Iterator[Reason]:
-        count, higher = self._count_ahead(task, _competing(task, able, paused))
-        if not count:
-            return
-        facts = {
-            "ahead": min(count, MOST),
-            "higher": min(higher, MOST),
-            "more": count > MOST,
-        }
-        come = "comes" if count == 1 else "come"
-        words = f"{_capital(counted(count, 'task', MOST))} {come} first"
-        words += f", {facts['higher']} with a higher priority" if higher else ""
-        yield Reason("ahead", f"{words}.", facts)
-
-    def _count_ahead(self, task: Task, types: Sequence[str]) -> tuple[int, int]:
-        """Return how many tasks start before this one, and how many have a higher priority."""
+    def _first(self, task: Task, types: Sequence[str]) -> list[Stub]:
+        """Return the tasks that start before this one: the first of each buffer, and the free ones."""
         assert task.created_at is not None
         created, run_at = to_ms(task.created_at), optional_ms(task.run_at, "run_at")
         mine = rank(task.priority, created, run_at, self._ageing), created
         buffers = self._repository.distinct("buffered_on", "", _MOST_BUFFERS)
-        ahead = higher = 0
+        first: list[Stub] = []
         for owner in ("", *buffers):
             for stub in self._repository.ready(types, MOST + 1, owner, self._ageing):
                 if stub.id == task.id or (stub.rank(self._ageing), stub.created_at) > mine:
                     break
-                ahead += 1
-                higher += stub.priority > task.priority
-        return ahead, higher
+                first.append(stub)
+        return sorted(first, key=lambda stub: (stub.rank(self._ageing), stub.created_at))
 
     def _worker(self, task: Task, able: Sequence[Node], busy: Sequence[Busy]) -> Reason:
         nodes = {node.id: node.name for node in able}
@@ -376,6 +386,20 @@ def _pauses(task: Task, paused: Paused) -> Iterator[Reason]:
     if task.type in paused.types:
         words = f"The type {task.type!r} is paused; queue.resume({task.type!r}) ends this."
         yield Reason("paused", words, {"type": task.type})
+
+
+def _ahead(task: Task, first: Sequence[Stub]) -> Iterator[Reason]:
+    if not first:
+        return
+    facts = {
+        "ahead": min(len(first), MOST),
+        "higher": min(sum(stub.priority > task.priority for stub in first), MOST),
+        "more": len(first) > MOST,
+    }
+    come = "comes" if len(first) == 1 else "come"
+    words = f"{_capital(counted(len(first), 'task', MOST))} {come} first"
+    words += f", {facts['higher']} with a higher priority" if facts["higher"] else ""
+    yield Reason("ahead", f"{words}.", facts)
 
 
 def _competing(task: Task, able: Sequence[Node], paused: Paused) -> list[str]:

@@ -30,7 +30,8 @@ class Audit:
         """Repair what an interrupt at the wrong moment left behind, if two audits in a row see it.
 
         - A pending task that the repository says this node holds is buffered if it is not.
-        - A running task that no thread executes is handed back.
+        - A running task without a run here is interrupted.
+        - A run that no thread executes is handed back.
         - A run in memory that is over according to the repository is forgotten.
         - A reserved slot of the buffer that no task took is released.
 
@@ -46,7 +47,7 @@ class Audit:
             if stub.status == PENDING:
                 pool.buffer.add_fetched([stub])
             else:
-                self._hand_back(stub.id)
+                self._interrupt(stub.id)
         self._suspicious = lost - self._suspicious
         self._audit_runs(stubs)
         reserved = pool.buffer.reserved
@@ -56,10 +57,11 @@ class Audit:
     def _lost(self, stubs: Iterable[Stub]) -> set[tuple[str, str, int]]:
         """Return the keys of this node's tasks that are in the repository and not in memory."""
         buffer, unmarked, runs = self._pool.buffer, self._pool.fetcher.unmarked(), self._pool.runs
+        unexecuted = {run.task.id for run in list(self._pool.starter.unexecuted)}
         return {
             (stub.id, stub.status, stub.starts)
             for stub in stubs
-            if stub.id not in runs
+            if not (stub.id in runs or stub.id in unexecuted)
             and (stub.status == RUNNING or not (stub.id in buffer or stub.id in unmarked))
         }
 
@@ -68,11 +70,12 @@ class Audit:
         pool = self._pool
         strays = {run for run in list(pool.runs.values()) if self._is_stray(run, stubs)}
         for run in strays & self._strays:
-            if _key(run) not in stubs:
+            if _key(run) in stubs:
+                pool.starter.drop([run])
+            else:
                 pool.starter.strike(run)
-            elif pool.starter.claim(run):
-                self._hand_back(run.task.id)
         self._strays = strays - self._strays
+        pool.starter.undo()
 
     def _is_stray(self, run: Run, stubs: Collection[tuple[str, str, int]]) -> bool:
         if run.task.status is not TaskStatus.RUNNING:
@@ -84,16 +87,13 @@ class Audit:
         # If the thread that laid it out, or took it, was interrupted, the run is in no structure.
         return run.state != "concluding" and run not in list(self._pool.ahead.runs)
 
-    def _hand_back(self, task_id: str) -> None:
+    def _interrupt(self, task_id: str) -> None:
         task = self._services.repository.get_many([task_id]).get(task_id)
         if task is None or task_id in self._pool.runs:
             return
-        if task_id in self._pool.starter.unexecuted:
-            self._pool.starter.undo([task], rebuffer=True)
-        else:
-            ending = lifecycle.Ending(returned=False, reason=CancelReason.STOP, worker=task.worker)
-            writes = lifecycle.conclude(task, ending, self._services.clock.now_ms())
-            self._services.consequences.commit(writes, {task_id: task})
+        ending = lifecycle.Ending(returned=False, reason=CancelReason.STOP, worker=task.worker)
+        writes = lifecycle.conclude(task, ending, self._services.clock.now_ms())
+        self._services.consequences.commit(writes, {task_id: task})
 
 
 def _key(run: Run) -> tuple[str, str, int]:

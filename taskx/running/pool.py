@@ -92,7 +92,9 @@ class WorkerPool:
             self.agenda.wake_from_long_sleep,
             services.log,
         )
-        self.starter = Starter(services, node, self.buffer, self.runs, self.admission)
+        self.starter = Starter(
+            services, node, self.buffer, self.runs, self.admission, self.ahead.at_work
+        )
         self.fetcher = self.fetcher_class(
             services, node.id, workers, self.buffer, self.runs, self.starter, self.admission
         )
@@ -299,7 +301,7 @@ class WorkerPool:
             self.fetcher.refill_if_low()
             runs = self.starter.start(items, worker)
             if self.stopping:  # the stop could not see these runs yet, and did not tell them
-                self.starter.hand_back(runs, rebuffer=False)
+                self.starter.hand_back(runs)
                 return None
             if len(runs) > 1:
                 self.ahead.lay_out(runs[1:])
@@ -323,21 +325,14 @@ class WorkerPool:
 
     def _nothing_waits(self) -> bool:
         buffer, suspects = self.buffer, self.starter.suspects
-        return not (self.stopping or buffer.starting or len(buffer) or suspects.alone)
+        return not (self.stopping or buffer.starting or len(buffer) or suspects.item)
 
     def start_new(self, insert: Insert) -> bool:
         """Store a new task as started, if a worker waits and no other task comes first.
 
         One transaction stores and starts it. If this returns False, nothing was stored.
         """
-        run = self.starter.start_new(insert, self._nothing_waits) if self.idles else None
-        if run is None:
-            return False
-        if self.stopping:
-            self.starter.hand_back([run], rebuffer=False)
-        elif not self.ahead.serve(run):
-            self.agenda.wake_from_long_sleep()
-        return True
+        return self.idles and self.starter.start_new(insert, self._nothing_waits, self.ahead.serve)
 
     def execute(
         self, run: Run, worker: str, conclude: Callable[[Run, Ending], None] | None = None
@@ -519,13 +514,15 @@ class WorkerPool:
 
     def hand_on(self) -> None:
         """Wake a worker if tasks wait; hand back started tasks for which no worker is free."""
+        self.starter.suspects.call_next()
         if not self.ahead.nudge(len(self.buffer)):
-            self.starter.hand_back(self.ahead.clear(PATIENCE), rebuffer=True)
+            self.starter.drop(self.ahead.clear(PATIENCE))
+        self.starter.undo()
 
     @property
     def needs_care(self) -> bool:
         """True if a task may soon have to be handed on."""
-        return self.ahead.needs_care(len(self.buffer))
+        return self.ahead.needs_care(len(self.buffer)) or bool(self.starter.unexecuted)
 
     # --- quiet, and the end
 
@@ -581,7 +578,7 @@ class WorkerPool:
         self.buffer.close()
         self.ahead.wake_all()
         self.starter.suspects.close()
-        self.starter.hand_back(ahead, rebuffer=False)
+        self.starter.hand_back(ahead)
 
     def release_pending(self) -> None:
         """Free the pending tasks that this node holds, so that any node can run them."""

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import threading
+import math
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 
 from taskx.common.bell import Bell
 from taskx.core import lifecycle
 from taskx.core.clock import to_ms
-from taskx.core.errors import RepositoryError
+from taskx.core.errors import RepositoryError, TaskxError
 from taskx.core.log import Once
-from taskx.core.model import Task
+from taskx.core.model import Task, TaskStatus
 from taskx.core.record import CUT, created_task, optional_ms
 from taskx.core.writes import Insert, Update
 from taskx.executing.context import Shared
@@ -24,11 +24,14 @@ from taskx.liveness.base import Node
 from taskx.moving import Services
 from taskx.running.buffer import Buffer, Item
 from taskx.running.progress import store_progress
+from taskx.storage.base import Locked
 
 #: Most pending tasks that are freed in one transaction.
 BATCH = 1000
 #: Most seconds that a task on its last chance waits for the others to end, and that others wait for it.
 ALONE = 60.0
+#: Most runs that are remembered as unexecuted, if the repository fails for long.
+MOST_UNEXECUTED = 250
 
 
 class Runs(dict[str, Run]):
@@ -65,69 +68,91 @@ class Runs(dict[str, Run]):
 
 
 class Suspects:
-    """Suspects: tasks that have crashed. One runs at a time; on its last chance, it runs alone."""
+    """Suspects: the tasks on their last chance that run in this process. One runs at a time, and alone.
 
-    def __init__(self, runs: Mapping[str, Run]) -> None:
+    Neither it nor the others wait for more than :data:`ALONE` seconds: they run beside each other when the
+    one that began first has run for so long. Only one thread of a node at a time starts stored tasks, so
+    only one at a time calls :meth:`admit`.
+
+    Args:
+        runs: the runs of the node.
+        at_work: the time at which each executing run began.
+        put_back: gets the suspects whose turn has come.
+    """
+
+    def __init__(
+        self,
+        runs: Mapping[str, Run],
+        at_work: Mapping[Run, float],
+        put_back: Callable[[Sequence[Item]], None],
+    ) -> None:
         self._runs = runs
-        self._turn = threading.Lock()
-        #: The suspects that wait for the running one.
+        self._at_work = at_work
+        self._put_back = put_back
+        #: The suspect that runs, or is about to.
+        self.item: Item | None = None
+        #: The suspects that wait until that one has ended.
         self.waiting: list[Item] = []
+        self._alone_until = -math.inf
         self._changed = Bell()
-        self._alone_until: float | None = None
         self._closed = False
 
     def admit(self, item: Item) -> bool:
         """Return True if this suspect may start now; otherwise it waits."""
-        if self._turn.acquire(blocking=False):
-            return True
-        self.waiting.append(item)
-        return False
-
-    def called(self) -> Item | None:
-        """Return a suspect that waits although none runs: the next one did not come, or has just left."""
-        if self._turn.locked():
-            return None
-        with suppress(IndexError):  # another thread called the last one in the meantime
-            return self.waiting.pop(0)
-        return None
-
-    def leave(self) -> Item | None:
-        """End the turn of a suspect, whose run is over or never began; return the next one."""
-        self._alone_until = None
-        self.tell()
-        self._turn.release()
-        return self.waiting.pop(0) if self.waiting else None
+        if self.item is not None:
+            self.waiting.append(item)
+            return False
+        self.item = item
+        return True
 
     def go_alone(self) -> None:
-        """Wait for all other runs, and hold up further ones, before a task on its last chance starts."""
-        self._wait(lambda: not self._runs, time.monotonic() + ALONE)
+        """Wait for the other runs, and hold up further ones, before the admitted suspect starts."""
+        now = time.monotonic()
+
+        def until() -> float:
+            runs = list(self._runs.values())
+            began = (min(self._at_work.get(run, now), now) for run in runs)
+            return ALONE + max(began, default=-math.inf)
+
+        self._wait(until)
         self._alone_until = time.monotonic() + ALONE
 
-    @property
-    def alone(self) -> bool:
-        """True while a task is to run alone."""
-        return self._alone_until is not None
-
     def stand_aside(self) -> None:
-        """Wait while another task is to run alone, before any task starts."""
-        if (until := self._alone_until) is not None:
-            self._wait(lambda: self._alone_until is None, until)
+        """Wait while a suspect is to run alone, before any task starts."""
+        if self.item is not None:
+            self._wait(lambda: self._alone_until)
 
-    def tell(self) -> None:
-        """Wake the threads that wait for a run to end."""
-        if self._changed.listening:
-            self._changed.ring_all()
+    def ended(self, task_id: str) -> None:
+        """Note that a run is over or never began. If it was the suspect's, the next one has its turn."""
+        if self.item is not None and self.item.id == task_id:
+            self._alone_until = -math.inf
+            self.item = None
+            self.call_next()
+        self._tell()
+
+    def call_next(self) -> None:
+        """Give the turn to a suspect that waits although none runs."""
+        if self.waiting and self.item is None:
+            with suppress(IndexError):  # another thread called the last one in the meantime
+                self._put_back([self.waiting.pop(0)])
 
     def close(self) -> None:
         """Let no task wait any more, because the node stops."""
         self._closed = True
         self.waiting.clear()
-        self.tell()
+        self._tell()
 
-    def _wait(self, condition: Callable[[], bool], until: float) -> None:
-        while (left := until - time.monotonic()) > 0:
+    def _tell(self) -> None:
+        """Wake the threads that wait."""
+        if self._changed.listening:
+            self._changed.ring_all()
+
+    def _wait(self, until: Callable[[], float]) -> None:
+        """Wait until a time, which comes nearer when runs end."""
+        while True:
             ear = self._changed.listen()
-            if self._closed or condition():
+            left = until() - time.monotonic()
+            if self._closed or left <= 0:
                 self._changed.leave(ear)
                 return
             self._changed.wait(ear, left)
@@ -142,6 +167,7 @@ class Starter:
         buffer: receives the tasks that cannot start now.
         runs: the runs of the node.
         admission: decides how many tasks of each limited type may start.
+        at_work: the time at which each executing run began.
     """
 
     def __init__(
@@ -151,6 +177,7 @@ class Starter:
         buffer: Buffer,
         runs: Runs,
         admission: Admission,
+        at_work: Mapping[Run, float],
     ) -> None:
         self._services = services
         self._node = node.id
@@ -158,10 +185,9 @@ class Starter:
         self._buffer = buffer
         self._admission = admission
         self.runs = runs
-        self.suspects = Suspects(self.runs)
-        #: The ids of tasks that may be stored as started, and were not executed: an interrupt struck their
-        #: submit.
-        self.unexecuted: deque[str] = deque(maxlen=1000)
+        self.suspects = Suspects(runs, at_work, buffer.put_back)
+        #: Runs that may be stored and that no thread will execute: :meth:`undo` undoes their starts.
+        self.unexecuted: deque[Run] = deque(maxlen=MOST_UNEXECUTED)
         self._shared = Shared(
             services.alarms,
             services.log.logger,
@@ -204,11 +230,8 @@ class Starter:
                     starting.append((run, update))
                     # Before the start is committed: a cancel after that finds the token.
                     runs[task.id] = run
-                else:
-                    if self._is_suspect(task):
-                        self._suspect_done()
-                    if lifecycle.has_expired(task, now):
-                        expired.append(task)
+                elif lifecycle.has_expired(task, now):
+                    expired.append(task)
             if expired:
                 self._expire(expired, now)
             writes = [update for _, update in starting]
@@ -218,31 +241,36 @@ class Starter:
                     lifecycle.mark_started(run.task, update)
                 else:
                     self.strike(run)
-        except BaseException:  # an interrupt, too: no other thread knows of these runs
-            for run, _ in starting:
-                self.strike(run)
+        except BaseException as error:  # an interrupt, too: no other thread knows of these runs
+            self._give_up([run for run, _ in starting], error)
             raise
         finally:
-            if self.suspects.waiting and (next_one := self.suspects.called()):
-                self._buffer.put_back([next_one])
+            suspect = self.suspects.item
+            if suspect is not None and suspect in items and suspect.id not in runs:
+                self.suspects.ended(suspect.id)
             for task_id in admitted:
                 if task_id not in runs:
                     self._admission.over(task_id, ran=False)
         return [run for (run, _), started in zip(starting, results, strict=True) if started]
 
-    def start_new(self, insert: Insert, still_free: Callable[[], bool]) -> Run | None:
-        """Store a new task as started, in one transaction.
+    def start_new(
+        self,
+        insert: Insert,
+        still_free: Callable[[], bool],
+        serve: Callable[[Run], bool],
+    ) -> bool:
+        """Store a new task as started, in one transaction, and give its run to a worker with ``serve``.
 
         Returns:
-            The run. None, with nothing stored, if the id is taken, if this node must not start the task
-            now, or if ``still_free`` returns False once the run is visible.
+            True if it was stored. False, with nothing stored, if the id is taken, if this node must not
+            start the task now, or if ``still_free`` returns False once the run is visible.
         """
         services, task = self._services, created_task(insert.row)
         services.registry.registered[task.type].apply_defaults(task)
         start = lifecycle.start(task, services.clock.now_ms(), self._node, self._name)
         # The thread that runs a task starts it, if the task must not crash twice.
         if start is None or task.max_crashes == 1:
-            return None
+            return False
         stored, run = lifecycle.created_started(insert, start), self._make_run(task)
         try:
             self.runs[task.id] = run
@@ -250,15 +278,15 @@ class Starter:
             # check for such a task.
             if not (still_free() and services.ledger.commit([stored])[0]):
                 self.strike(run)
-                return None
+                return False
             lifecycle.mark_started(task, start)
             services.consequences.created((stored,))
+            if not serve(run):
+                services.agenda.wake_from_long_sleep()
         except BaseException as error:  # an interrupt, too
-            if not isinstance(error, Exception) or getattr(error, "in_doubt", False):
-                self.unexecuted.append(task.id)
-            self.strike(run)
+            self._give_up([run], error)
             raise
-        return run
+        return True
 
     def _expire(self, tasks: Sequence[Task], now: int) -> None:
         """Cancel tasks instead of starting them."""
@@ -291,8 +319,7 @@ class Starter:
     def _startable(self, items: Sequence[Item], found: dict[str, Task]) -> list[Task]:
         """Return the tasks to start now, in order, and put the rest back into the buffer.
 
-        A task that has crashed, or must not crash twice, is started in a transaction of its own. Suspects
-        run one at a time.
+        A suspect, or a task that must not crash twice, is started in a transaction of its own.
         """
         chosen: list[Task] = []
         for position, item in enumerate(items):
@@ -301,17 +328,14 @@ class Starter:
                 continue
             # A process that only declared the type left some options to the executor.
             self._services.registry.registered[task.type].apply_defaults(task)
-            if not task.crashes and task.max_crashes != 1:
-                chosen.append(task)
-                continue
-            if chosen:
-                self._buffer.put_back([item])
-                continue
             suspect = self._is_suspect(task)
-            if suspect and not self.suspects.admit(item):
-                continue  # it waits for its turn
-            self._buffer.put_back(items[position + 1 :])
-            return self._alone(task) if suspect and lifecycle.last_chance(task) else [task]
+            if not suspect and task.max_crashes != 1:
+                chosen.append(task)
+            elif chosen:
+                self._buffer.put_back([item])
+            elif not suspect or self.suspects.admit(item):  # else it waits for its turn
+                self._buffer.put_back(items[position + 1 :])
+                return self._alone(task) if suspect else [task]
         return chosen
 
     def _turn_away(self, found: dict[str, Task], tasks: Sequence[Task]) -> None:
@@ -327,9 +351,9 @@ class Starter:
             self._services.ledger.commit([lifecycle.free(i, self._node) for i in some])
 
     def _is_suspect(self, task: Task) -> bool:
-        """Return True if a task has crashed and could crash this process: no child process runs it."""
-        executor = self._services.registry.registered[task.type]
-        return task.crashes > 0 and executor.options.isolation is None
+        """Return True if a task is on its last chance and could crash this process: no child runs it."""
+        registered = self._services.registry.registered
+        return lifecycle.last_chance(task) and registered[task.type].options.isolation is None
 
     def _alone(self, task: Task) -> list[Task]:
         """Wait until nothing else runs, and return a task on its last chance, read again.
@@ -337,19 +361,13 @@ class Starter:
         A death that counts must be caused by the task itself. Empty if the task is gone.
         """
         services = self._services
-        try:
-            services.log.warning(
-                "task %s (%s) runs alone, because its process died %d time(s) while it ran",
-                *(task.id, task.type, task.crashes),
-            )
-            services.ledger.flush()  # a run is not over until its outcome is written
-            self.suspects.go_alone()
-            found = services.repository.get_many([task.id])
-        except BaseException:
-            self._suspect_done()
-            raise
-        if task.id not in found:
-            self._suspect_done()
+        services.log.warning(
+            "task %s (%s) runs alone, because its process died %d time(s) while it ran",
+            *(task.id, task.type, task.crashes),
+        )
+        services.ledger.flush()  # a run is not over until its outcome is written
+        self.suspects.go_alone()
+        found = services.repository.get_many([task.id])
         for again in found.values():
             services.registry.registered[again.type].apply_defaults(again)
         return list(found.values())
@@ -374,28 +392,63 @@ class Starter:
         # A stuck run counts as long as its thread runs.
         if self._admission.admitted and run.state != "stuck":
             self._admission.over(run.task.id, ran=ran)
-        if run.task.crashes and self._is_suspect(run.task):
-            self._suspect_done()
-        elif not self.runs:
-            self.suspects.tell()
+        self.suspects.ended(run.task.id)
 
-    def hand_back(self, runs: Sequence[Run], *, rebuffer: bool) -> None:
-        """Undo the start of tasks for which no worker was free."""
-        if not runs:
-            return
+    def _give_up(self, runs: Sequence[Run], error: BaseException) -> None:
+        """Forget runs after an error during their start, which may have been stored all the same."""
+        if isinstance(error, TaskxError) and not getattr(error, "in_doubt", False):
+            for run in runs:
+                self.strike(run)
+        else:
+            self.drop(runs)
+
+    def drop(self, runs: Iterable[Run]) -> None:
+        """Forget runs that no thread executes; the housekeeper undoes their starts."""
         for run in runs:
-            self.strike(run)  # first: if the commit fails, the audit finds the task
-        self.undo([run.task for run in runs], rebuffer=rebuffer)
+            self.unexecuted.append(run)  # first: an interrupt may come in between
+            self.claim(run)
 
-    def undo(self, tasks: Sequence[Task], *, rebuffer: bool) -> None:
-        """Undo the start of tasks that were not executed and have no run any more."""
-        now = self._services.clock.now_ms()
-        writes = [write for task in tasks for write in lifecycle.hand_back(task, now)]
-        results = self._services.consequences.commit(writes, {task.id: task for task in tasks})
-        if rebuffer:
-            pending = [task for task, undone in zip(tasks, results[::2], strict=True) if undone]
-            for task in reversed(pending):  # the first one last: it goes before those put back
-                self.rebuffer(task)
+    def hand_back(self, runs: Iterable[Run]) -> None:
+        """Undo the start of tasks that no thread executes; after an error the housekeeper does so."""
+        self.drop(runs)
+        self.undo()
+
+    def undo(self) -> None:
+        """Undo the starts of unexecuted tasks: a task that was never executed was not interrupted.
+
+        A task whose start was not stored, or that a thread has begun to execute, is left alone.
+        """
+        if not self.unexecuted:
+            return
+        services, runs = self._services, list[Run]()
+        try:
+            with suppress(IndexError):
+                while True:
+                    runs.append(self.unexecuted.popleft())
+            with suppress(Locked):
+                services.ledger.flush()  # a start that was interrupted may be stored only now
+            ids = [run.task.id for run in reversed(runs) if self._is_forgotten(run)]
+            found = services.repository.get_many(ids)
+            # The last one comes first, because each goes into the buffer before those put back.
+            tasks = {i: found[i] for i in ids if i in found and self._is_lost(found[i])}
+            now = services.clock.now_ms()
+            writes = [write for task in tasks.values() for write in lifecycle.hand_back(task, now)]
+            services.consequences.commit(writes, tasks)
+        except BaseException:
+            self.unexecuted.extend(runs)
+            raise
+
+    def _is_forgotten(self, run: Run) -> bool:
+        """Return True if a run is forgotten, or now was, because no thread has begun to execute it."""
+        return self.claim(run) or self.runs.get(run.task.id) is not run
+
+    def _is_lost(self, task: Task) -> bool:
+        """Return True if a task that was just read runs on this node, and has no run here.
+
+        A run is here from before its start until its outcome is stored.
+        """
+        runs_here = task.status is TaskStatus.RUNNING and task.owner == self._node
+        return runs_here and task.id not in self.runs
 
     def rebuffer(self, task: Task) -> None:
         """Put a task that became pending again back into the buffer."""
@@ -403,7 +456,3 @@ class Starter:
         run_at = optional_ms(task.run_at, "run_at")
         created_at, slot = to_ms(task.created_at), self._buffer.slot_before()
         self._buffer.add(task.id, task.type, task.priority, created_at, run_at, slot)
-
-    def _suspect_done(self) -> None:
-        if next_one := self.suspects.leave():
-            self._buffer.put_back([next_one])

@@ -320,7 +320,7 @@ class Intake:
             worker = pool.worker_name(threading.current_thread().name)
             for run in pool.starter.start([item], worker):
                 if pool.stopping:
-                    pool.starter.hand_back([run], rebuffer=False)
+                    pool.starter.hand_back([run])
                     return
                 ending = pool.execute(run, worker, conclude=pool.conclude)
                 if ending.interrupt is not None:

@@ -202,7 +202,8 @@ class Housekeeper:
         if self._pool.stuck.ended:
             with suppress(Locked):
                 self._pool.stuck.lift()
-        self._pool.hand_on()
+        with suppress(Locked):
+            self._pool.hand_on()
         self._pool.add_workers()
         if self._is_time("progress", PROGRESS_EVERY):
             self._write_progress()

@@ -182,8 +182,9 @@ class LocalNode:
 
     def still_running(self) -> list[str]:
         """Return the ids of the tasks that still run, or whose outcome is not written yet."""
-        stuck = (run.task.id for run in list(self.pool.stuck.runs))
-        return list(dict.fromkeys([*self.pool.runs, *stuck]))
+        pool = self.pool
+        others = [*list(pool.starter.unexecuted), *list(pool.stuck.runs)]
+        return list(dict.fromkeys([*pool.runs, *(run.task.id for run in others)]))
 
     # --- stopping
 
@@ -288,11 +289,12 @@ class LocalNode:
     def _write_outcomes(self) -> None:
         try:
             self._services.ledger.flush(patient=True)
+            self.pool.starter.undo()
         except RepositoryError as error:
             self._services.log.warning("outcomes could not be written yet: %s", error)
 
     def _end_later(self) -> None:
-        while self.pool.workers_left or self.pool.runs or self.pool.stuck.runs:
+        while self.pool.workers_left or self.still_running():
             self.pool.wait_quiet(_POLL)
         self._end()
 

@@ -286,12 +286,8 @@ def _expiry_after_start() -> None:
 
 
 def _suspects_together() -> None:
-    def leave(inner: Any, self: Any) -> None:
-        self._turn.acquire(blocking=False)  # no thread has taken it
-        inner(self)
-
     wrap(Suspects, "admit", lambda inner, self, item: True)
-    wrap(Suspects, "leave", leave)
+    wrap(Suspects, "go_alone", lambda inner, self: None)
 
 
 def _last_chance_beside_others() -> None:

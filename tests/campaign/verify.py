@@ -203,16 +203,20 @@ def _batches(history: History, records: Mapping[str, Task]) -> Iterator[str]:
 
 
 def _together(records: Iterable[Task]) -> Iterator[str]:
-    """Check that a death counts against one suspect at most: a node runs one suspect at a time."""
+    """Check that a death fails one task at most: a node runs one task on its last chance at a time.
+
+    It fails each task with ``max_crashes=1`` that ran, which has one chance only.
+    """
     culprits: dict[tuple[str, datetime | None], list[str]] = {}
     for record in records:
         crashed = [attempt for attempt in record.attempts if attempt.outcome == "crashed"]
-        for attempt in crashed[1:]:  # the first crash made it a suspect
+        limit = record.max_crashes or FALLBACKS["max_crashes"]
+        for attempt in crashed[limit - 1 :] if limit > 1 else ():
             node = attempt.worker.partition(" ")[0]  # without the thread
             culprits.setdefault((node, attempt.ended_at), []).append(record.id)
     for (node, _), ids in culprits.items():
         if len(ids) > 1:
-            yield f"one death of node {node} counts against several suspects: {ids}"
+            yield f"one death of node {node} fails several tasks: {ids}"
 
 
 Check = Callable[[Story, Task, History], Iterator[str]]

@@ -297,7 +297,7 @@ class TestEvents:
         repository.create(Task(id="a", type="t"))
         [run] = starter.start([Item(0, 0, 0, "a", "fine", True)], "worker")
         repository.apply(lifecycle.cancel("a", queue.clock.now_ms()))
-        starter.hand_back([run], rebuffer=False)
+        starter.hand_back([run])
         wait_told(queue)
         assert told.of("a") == ["finished"]
         assert told.last("finished").status is TaskStatus.CANCELLED

@@ -443,12 +443,12 @@ class TestRescue:
 
     def test_a_task_that_no_thread_executed_is_not_suspected(self):
         suspect, culprit, waited = (
-            make("running", id="suspect", crashes=1),
+            make("running", id="suspect", crashes=2),
             make("running", id="culprit"),
             make("running", id="waited"),
         )
         afterwards = rescue(suspect, culprit, waited, executing={"culprit"})
-        assert [(t.crashes, t.interruptions) for t in afterwards] == [(1, 1), (1, 0), (0, 1)]
+        assert [(t.crashes, t.interruptions) for t in afterwards] == [(2, 1), (1, 0), (0, 1)]
 
     def test_no_task_crashed_if_no_thread_executed_any(self):
         [after] = rescue(make("running"), executing=set())
@@ -464,6 +464,12 @@ class TestRescue:
             ("pending", 1, 0),
         ]
 
+    def test_a_task_with_chances_left_and_its_neighbours_count_a_crash(self):
+        assert [counts(t) for t in rescue(make("running", crashes=1), make("running"))] == [
+            ("pending", 2, 0),
+            ("pending", 1, 0),
+        ]
+
     def test_a_crash_of_the_node_uses_up_no_attempt(self):
         [after] = rescue(make("running", max_attempts=1))
         assert (after.status, after.errors, after.owner) == (TaskStatus.PENDING, 0, "")
@@ -474,11 +480,16 @@ class TestRescue:
         [after] = rescue(make("running", owner="0123", worker="host:7:abc"))
         assert after.attempts[-1].worker == "host:7:abc"
 
-    def test_a_suspect_is_the_culprit_and_its_neighbours_are_not(self):
-        suspect, neighbour = rescue(make("running", crashes=1), make("running"))
-        assert counts(suspect) == ("pending", 2, 0)
-        assert counts(neighbour) == ("pending", 0, 1)
-        assert neighbour.attempts[0].outcome == "interrupted"
+    @pytest.mark.parametrize(("crashes", "max_crashes"), [(1, 2), (2, None), (2, 3), (4, 5)])
+    def test_a_task_on_its_last_chance_is_the_culprit(self, crashes, max_crashes):
+        suspect, fresh, other = rescue(
+            make("running", crashes=crashes, max_crashes=max_crashes),
+            make("running"),
+            make("running", crashes=1),
+        )
+        assert counts(suspect) == ("failed", crashes + 1, 0)
+        assert (counts(fresh), counts(other)) == (("pending", 0, 1), ("pending", 1, 1))
+        assert fresh.attempts[0].outcome == "interrupted"
 
     @pytest.mark.parametrize(
         ("max_crashes", "status"), [(None, "failed"), (3, "failed"), (4, "pending")]
@@ -513,10 +524,10 @@ class TestRescue:
         assert (counts(child), counts(other)) == (("pending", 2, 1), ("pending", 1, 0))
         once, suspect = rescue(
             make("running", type="child", max_crashes=1),
-            make("running", crashes=1),
+            make("running", crashes=2),
             isolated={"child"},
         )
-        assert (counts(once), counts(suspect)) == (("failed", 1, 0), ("pending", 2, 0))
+        assert (counts(once), counts(suspect)) == (("failed", 1, 0), ("failed", 3, 0))
 
     def test_tasks_in_child_processes_are_judged_if_no_other_ran(self):
         """For example, if memory runs out, the kernel may kill a node and its children."""
@@ -524,7 +535,7 @@ class TestRescue:
             make("running", type="child", crashes=1), make("running", type="child"),
             isolated={"child"},
         )  # fmt: skip
-        assert (counts(first), counts(second)) == (("pending", 2, 0), ("pending", 0, 1))
+        assert (counts(first), counts(second)) == (("pending", 2, 0), ("pending", 1, 0))
 
     @pytest.mark.parametrize("max_crashes", [1, 3])
     def test_a_rescued_task_with_a_cancel_request_is_cancelled(self, max_crashes):

@@ -636,7 +636,7 @@ class TestCrash:
         with pytest.raises(TaskFailed):
             queue.submit("die", {"how": "exit"}).result(PATIENCE)
         assert time.monotonic() - began < PATIENCE
-        assert pool_of(queue).starter.suspects.admit(None)  # no suspect still has the turn
+        assert pool_of(queue).starter.suspects.item is None
 
     @pytest.mark.parametrize(
         ("reason", "status", "error"),

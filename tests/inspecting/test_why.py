@@ -18,6 +18,7 @@ from taskx.core.rate import Limit
 from taskx.core.writes import NoteChange, Update
 from taskx.inspecting import reasons
 from taskx.liveness.base import Node
+from taskx.running import starter
 
 pytestmark = pytest.mark.every_store
 
@@ -450,24 +451,75 @@ def test_very_many_tasks_that_come_first_are_not_all_counted(queue, monkeypatch)
     assert str(found[1]) == "More than 3 tasks come first."
 
 
-def test_a_task_that_has_crashed_waits_for_another_such_task(make_queue, gate):
-    queue = make_queue(worker_num=2)
-    queue.declare("hold")
-    handles = [queue.submit("hold") for _ in range(2)]
-    for handle in handles:
-        task = handle.task()
-        start = lifecycle.start(task, 0, "dead", "the dead one")
-        queue.repository.apply([start])
-    queue.executor("hold", max_crashes=9)(gate)
+@pytest.fixture
+def suspects(make_queue, gate, clock, monkeypatch):
+    """Return a started queue with two workers, another queue, and a function that stores a suspect."""
+    monkeypatch.setattr(
+        starter, "ALONE", 3600
+    )  # so that a slow machine starts no task beside another
+    queue = make_queue(worker_num=2, clock=clock)
+    queue.executor("hold")(gate)
+
+    def crashed(name, crashes=2):
+        queue.pause("hold")
+        handle = queue.submit("hold", id=name)
+        assert list(queue.repository.apply([Update(name, {}, {"crashes": crashes})])) == [True]
+        queue.resume("hold")
+        return handle
+
     queue.start()
+    asker = make_queue(clock=clock)
+    asker.declare("hold")
+    return queue, asker, crashed
+
+
+def test_tasks_wait_for_one_that_runs_alone(suspects, gate, clock):
+    queue, asker, crashed = suspects
+    crashed("last")
     gate.wait_for(1)
-    first, second = sorted(handles, key=lambda h: h.task().status is TaskStatus.PENDING)
-    assert (first.task().crashes, second.task().crashes) == (1, 1)
-    reason = ask(queue, second)[0]
-    assert (reason.kind, reason.facts) == ("suspect", {"crashes": 1, "others": [first.id]})
+    other = queue.submit("hold")
+    for process in (queue, asker):
+        reason = ask(process, other)[0]
+        assert (reason.kind, reason.facts) == ("suspect", {"crashes": 0, "others": ["last"]})
     assert str(reason) == (
-        f"It has crashed before, and a node runs one such task at a time: now {first.id}."
+        "It waits for last, which would fail at the next crash, and so runs alone, for a minute at most."
     )
+    clock.advance(61)
+    assert "suspect" not in kinds(ask(asker, other))
+
+
+def test_a_task_on_its_last_chance_waits_for_the_others(suspects, gate, clock):
+    queue, asker, crashed = suspects
+    queue.submit("hold", id="neighbour")
+    gate.wait_for(1)
+    last = crashed("last")
+    clock.advance(1)
+    behind = queue.submit("hold")
+    for process in (queue, asker):
+        reason = ask(process, last)[0]
+        assert (reason.kind, reason.facts) == ("suspect", {"crashes": 2, "others": ["neighbour"]})
+        assert str(reason) == (
+            "It waits for neighbour, because it would fail at its next crash, and so runs alone."
+        )
+        reason = ask(process, behind)[0]
+        assert (reason.kind, reason.facts) == ("suspect", {"crashes": 0, "others": ["last"]})
+
+
+def test_a_task_on_its_last_chance_waits_for_another_one(suspects, gate, clock):
+    _, asker, crashed = suspects
+    crashed("one")
+    gate.wait_for(1)
+    clock.advance(61)  # the other tasks do not wait for it any more
+    reason = ask(asker, crashed("another"))[0]
+    assert (reason.kind, reason.facts) == ("suspect", {"crashes": 2, "others": ["one"]})
+
+
+def test_a_task_that_may_crash_again_waits_for_a_worker(suspects, gate):
+    _, asker, crashed = suspects
+    for number in (1, 2):
+        crashed(f"running{number}", crashes=1)
+        gate.wait_for()
+    assert "suspect" not in kinds(ask(asker, crashed("waiting", crashes=1)))
 
 
 def test_a_task_is_held_by_a_stuck_attempt(make_queue, gate, asker, clock):

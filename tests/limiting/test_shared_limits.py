@@ -186,7 +186,7 @@ def test_no_task_is_lost_if_its_token_cannot_be_put_back(make_queue, repository,
         repository.before = away
         monkeypatch.setattr(repository, "put_note", away)
         with pytest.raises(RepositoryUnavailable):
-            pool.starter.hand_back(runs, rebuffer=True)
+            pool.starter.hand_back(runs)
     assert (pool.runs, pool.admission.admitted) == ({}, {})
     repository.before = lambda writes: None
     monkeypatch.undo()

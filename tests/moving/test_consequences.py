@@ -45,7 +45,7 @@ HEARD = {
     ("retry", PENDING): {"hook stuck", "hook retried", "buffer", "due"} | OVER,
     ("snooze", PENDING): {"hook snoozed", "due"} | OVER,
     ("interrupt", PENDING): {"hook interrupted", "more"} | OVER,
-    ("hand back", PENDING): set(),
+    ("hand back", PENDING): {"buffer"},
     ("cancelled", CANCELLED): ENDED | OVER,
     ("crash", PENDING): {"hook rescued", "buffer"} | OVER,
     ("crash", FAILED): {"hook rescued"} | ENDED | OVER,
@@ -392,7 +392,7 @@ class Life:
         waiting = self.submit("fine", False)
         runs = pool.starter.start(pool.buffer.take(1), "worker")
         pool.buffer.started()
-        pool.starter.hand_back(runs, rebuffer=True)
+        pool.starter.hand_back(runs)
         self.queue.pause("fine")
         for running in (task.id, other):
             self.queue.cancel_task(running)

@@ -236,11 +236,12 @@ class TestParentFails:
         parent = started.submit("fine", delay=3600)
         child = started.submit("fine", depends_on=[parent])
         repository, starter = started.repository, pool_of(started).starter
-        repository.update_status(parent.id, TaskStatus.RUNNING)
+        changes = {"status": "running", "held": 0, "starts": 1, "owner": node_of(started).record.id}
+        assert repository.apply([Update(parent.id, {}, changes)]) == [True]
         run = starter._make_run(parent.task())
         starter.runs[parent.id] = run
         repository.apply(lifecycle.cancel(parent.id, 1))
-        starter.hand_back([run], rebuffer=False)
+        starter.hand_back([run])
         assert parent.task().status is TaskStatus.CANCELLED
         eventually(child.cancelled)
 
@@ -474,7 +475,7 @@ class TestRecovered:
         parent, child, runs_on = family
         runs_on(node_of(started).record.id)
         started.repository.apply(lifecycle.cancel(parent.id, 1))
-        Audit(pool_of(started))._hand_back(parent.id)
+        Audit(pool_of(started))._interrupt(parent.id)
         assert parent.task().status is TaskStatus.CANCELLED
         eventually(child.cancelled)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
@@ -10,6 +11,7 @@ from helpers import PATIENCE, Waiting, eventually, pool_of, services_of
 from taskx import DuplicateTask, Hook, RepositoryUnavailable, TaskStatus
 from taskx.core.writes import Insert
 from taskx.liveness.leases import Leases
+from taskx.running.buffer import Item
 
 # A slow machine hands no started task back, except in the test of that.
 pytestmark = [pytest.mark.every_store, pytest.mark.usefixtures("calm")]
@@ -143,7 +145,8 @@ def test_two_tasks_submitted_for_one_waiting_worker_both_run(make_queue, gate, c
     assert queue.get_task_status(mine.id).interruptions == 0
 
 
-def test_a_stop_makes_a_task_pending_again_that_no_worker_took(make_queue):
+def test_a_stop_makes_a_task_pending_again_that_no_worker_took(make_queue, calm):
+    calm.set()
     queue = make_queue(worker_num=1)
     queue.executor("fine")(lambda: "fine")
     queue.start()
@@ -155,8 +158,7 @@ def test_a_stop_makes_a_task_pending_again_that_no_worker_took(make_queue):
 
     queue.repository.after = stopping
     handle = queue.submit("fine")
-    task = queue.get_task_status(handle.id)
-    assert task.status is TaskStatus.PENDING
+    assert eventually(lambda: handle.task().status is TaskStatus.PENDING)
     assert not pool.runs
 
 
@@ -166,6 +168,7 @@ def test_no_task_starts_while_another_one_must_run_alone(started):
     make = pool.starter._make_run
 
     def goes_alone(task):
+        pool.starter.suspects.item = Item(0, 0, 0, "another", "fine", True)
         pool.starter.suspects._alone_until = float("inf")
         return make(task)
 
@@ -173,8 +176,7 @@ def test_no_task_starts_while_another_one_must_run_alone(started):
     handle = started.submit("fine")
     del pool.starter._make_run
     assert "status" not in started.repository.batches[0][0].row
-    pool.starter.suspects._alone_until = None
-    pool.starter.suspects.tell()
+    pool.starter.suspects.ended("another")
     assert handle.result(PATIENCE) == "fine"
 
 
@@ -190,8 +192,8 @@ def test_a_node_that_lost_its_lease_starts_nothing(started, monkeypatch):
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_task_whose_submit_was_interrupted_counts_no_interruption(started, check_every, when):
-    """The interrupt strikes around the commit. The audit finds the task, and undoes its start."""
-    check_every(audit=0.05)
+    """The interrupt strikes around the commit. The housekeeper undoes the start."""
+    check_every(audit=3600)
     idle(started)
 
     def strike(writes):
@@ -209,3 +211,43 @@ def test_a_task_whose_submit_was_interrupted_counts_no_interruption(started, che
     assert started.handle(task_id).result(PATIENCE) == "fine"
     task = started.get_task_status(task_id)
     assert (task.interruptions, task.crashes, len(task.attempts)) == (0, 0, 1)
+
+
+def test_a_submit_that_is_interrupted_before_it_hands_its_task_over_counts_no_interruption(
+    started, check_every
+):
+    check_every(audit=3600)
+    pool = pool_of(idle(started))
+
+    def strike(run):
+        del pool.ahead.serve
+        raise KeyboardInterrupt
+
+    pool.ahead.serve = strike
+    with pytest.raises(KeyboardInterrupt):
+        started.submit("fine")
+    [task] = started.list_tasks()[0]
+    assert started.handle(task.id).result(PATIENCE) == "fine"
+    task = started.get_task_status(task.id)
+    assert (task.interruptions, task.starts, len(task.attempts)) == (0, 2, 1)
+
+
+def test_a_submit_that_is_interrupted_after_it_handed_its_task_over_runs_it_once(started):
+    """A worker has it already: its start is not undone."""
+    ran = threading.Event()
+    started.executor("note")(ran.set)
+    pool = pool_of(idle(started))
+    serve = pool.ahead.serve
+
+    def strike(run):
+        del pool.ahead.serve
+        serve(run)
+        assert ran.wait(PATIENCE)
+        raise KeyboardInterrupt
+
+    pool.ahead.serve = strike
+    with pytest.raises(KeyboardInterrupt):
+        started.submit("note")
+    assert started.drain(PATIENCE)
+    [task] = [task for task in started.list_tasks()[0] if task.type == "note"]
+    assert (task.interruptions, task.starts) == (0, 1)

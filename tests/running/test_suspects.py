@@ -11,6 +11,7 @@ from helpers import PATIENCE, eventually, pool_of, services_of
 from taskx import Task, TaskStatus
 from taskx.running import starter
 from taskx.submitting.intake import prepare
+from taskx.upkeep.node import LocalNode
 
 pytestmark = pytest.mark.every_store
 
@@ -29,9 +30,9 @@ def queue(make_queue):
 
     queue.executor("other")(wait.function)
 
-    def submit(name, crashes=0, type="wait"):
+    def submit(name, crashes=0, type="wait", max_crashes=3):
         queue.gates[name] = threading.Event()
-        task = Task(type=type, params={"name": name}, id=name, max_crashes=3)
+        task = Task(type=type, params={"name": name}, id=name, max_crashes=max_crashes)
         if crashes:  # as a process that died left it
             insert = prepare(services_of(queue), task)
             insert.row["crashes"] = crashes
@@ -66,25 +67,40 @@ def test_a_task_on_its_last_chance_runs_alone(queue):
     assert queue.drain(PATIENCE)
 
 
-def test_a_suspect_that_may_crash_again_runs_together_with_other_tasks(queue):
+def test_tasks_that_may_crash_again_run_together(queue):
     queue.start()
     queue.hold("neighbour")
     assert begun(queue, "neighbour")
-    queue.hold("suspect", crashes=1)
-    assert begun(queue, "neighbour", "suspect")
-    queue.hold("later")
-    assert begun(queue, "neighbour", "suspect", "later")
+    for name in ("one", "another"):
+        queue.hold(name, crashes=1)
+    assert begun(queue, "neighbour", "one", "another")
+
+
+def test_tasks_that_may_crash_again_are_started_in_one_transaction(make_queue):
+    queue = make_queue(worker_num=3)
+    queue.executor("fine")(lambda: None)
+    for name in ("one", "another"):
+        insert = prepare(services_of(queue), Task(type="fine", id=name))
+        insert.row["crashes"] = 1
+        assert list(queue.repository.apply([insert])) == [True]
+    node = LocalNode(services_of(queue), queue.config, lambda: None)
+    node.join()
+    runs = node.pool.starter.start(node.pool.buffer.take(2), "worker")
+    assert {run.task.id for run in runs} == {"one", "another"}
+    node.pool.starter.hand_back(runs)
+    node.withdraw()
 
 
 @pytest.mark.usefixtures("frequent_checks")
 @pytest.mark.parametrize("how", ["deleted", "paused"])
-def test_the_next_suspect_starts_if_the_one_before_it_is_gone(queue, how):
+def test_the_next_suspect_starts_if_the_one_before_it_is_gone(queue, how, monkeypatch):
     """Suspects take turns; one that waits for its turn may be gone by then."""
+    monkeypatch.setattr(starter, "ALONE", 0.0)  # so that a worker looks at the others
     queue.start()
-    queue.hold("first", crashes=1)
+    queue.hold("first", crashes=2)
     assert begun(queue, "first")
     for name in ("second", "third"):
-        queue.hold(name, crashes=1, type="other" if name == "second" else "wait")
+        queue.hold(name, crashes=2, type="other" if name == "second" else "wait")
         assert eventually(lambda name=name: name in waiting_ids(queue))
     if how == "deleted":
         queue.delete("second")
@@ -110,6 +126,52 @@ def test_a_task_on_its_last_chance_waits_at_most_a_minute_for_others(queue, monk
     assert begun(queue, "neighbour", "last", "later")
 
 
+def test_only_one_task_on_its_last_chance_runs_at_a_time(queue, monkeypatch):
+    """A long one lets other tasks start after a minute, but none that could fail at its crash."""
+    monkeypatch.setattr(starter, "ALONE", 0.0)
+    queue.start()
+    queue.hold("first", crashes=2)
+    assert begun(queue, "first")
+    queue.hold("second", crashes=2)
+    assert eventually(lambda: waiting_ids(queue) == ["second"])
+    queue.hold("other")
+    assert begun(queue, "first", "other")
+    queue.gates["first"].set()
+    assert begun(queue, "first", "other", "second")
+
+
+def test_a_task_on_its_last_chance_does_not_wait_for_one_that_has_run_for_a_minute(queue):
+    """Else each of them would wait for a task of an hour, and so would all others."""
+    queue.start()
+    queue.hold("long")
+    assert begun(queue, "long")
+    at_work = pool_of(queue).ahead.at_work
+    for run in list(at_work):
+        at_work[run] -= starter.ALONE
+    queue.hold("last", crashes=2)
+    assert begun(queue, "long", "last")
+
+
+@pytest.mark.parametrize("max_crashes", [1, 2, 3])
+def test_a_task_that_never_crashed_is_on_no_last_chance(queue, max_crashes):
+    queue.start()
+    queue.hold("neighbour")
+    assert begun(queue, "neighbour")
+    queue.hold("new", max_crashes=max_crashes)
+    assert begun(queue, "neighbour", "new")
+
+
+def test_a_task_that_may_crash_twice_runs_alone_after_its_first_crash(queue):
+    queue.start()
+    queue.hold("last", crashes=1, max_crashes=2)
+    assert begun(queue, "last")
+    queue.hold("later")
+    assert eventually(lambda: pool_of(queue).buffer.starting)  # a worker waits with it
+    assert set(pool_of(queue).runs) == {"last"}
+    queue.gates["last"].set()
+    assert begun(queue, "last", "later")
+
+
 def test_a_stop_does_not_wait_for_a_task_on_its_last_chance(queue):
     queue.start()
     queue.hold("neighbour")
@@ -129,7 +191,7 @@ def test_a_deleted_suspect_lets_the_next_one_start(queue):
     assert begun(queue, "neighbour")
     queue.hold("last", crashes=2)
     assert eventually(lambda: pool_of(queue).buffer.starting)
-    queue.hold("next", crashes=1)
+    queue.hold("next", crashes=2)
     queue.delete("last")
     queue.gates["neighbour"].set()
     assert begun(queue, "neighbour", "next")

@@ -74,6 +74,10 @@ class Record:
     died: bool = False  # the log already holds the last attempt, as a crash
     log: list[str] = field(default_factory=list)
 
+    @property
+    def last_chance(self):
+        return self.crashes > 0 and self.crashes + 1 >= self.max_crashes
+
     def end(self, status, told=None):
         self.status, self.owner = status, ""
         if told is not None:
@@ -352,7 +356,7 @@ class Life(RuleBasedStateMachine):
         freed = [[lifecycle.free(i, node)] for i in owned if owned[i] == "pending"]
         for alternatives in [*rescues, *freed]:
             assert self.apply(*alternatives).count(True) == 1
-        suspects = any(self.model[task_id].crashes for task_id in running)
+        suspects = any(self.model[task_id].last_chance for task_id in running)
         for task_id in owned:
             self.lost(self.model[task_id], suspects, stopping)
 
@@ -360,7 +364,7 @@ class Life(RuleBasedStateMachine):
         if record.status == "pending":
             record.owner = ""
             return
-        culprit = not stopping and (record.crashes > 0 or not suspects)
+        culprit = not stopping and (record.last_chance or not suspects)
         if culprit or record.max_crashes == 1:
             self.crashed(record, "")
         elif record.cancel_requested:

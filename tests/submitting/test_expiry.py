@@ -311,7 +311,7 @@ def test_a_start_that_is_handed_back_does_not_count(busy, gate, clock):
     runs = pool.starter.start(pool.buffer.take(1), "worker")
     pool.buffer.started()
     assert handle.task().status is TaskStatus.RUNNING
-    pool.starter.hand_back(runs, rebuffer=True)
+    pool.starter.hand_back(runs)
     assert handle.task().expires_at == clock.now() + 60 * SECOND
     clock.advance(60)
     gate.open()

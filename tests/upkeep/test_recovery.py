@@ -235,38 +235,48 @@ def test_a_third_crash_makes_a_task_a_dead_letter(run, runner, database):
 
 
 def test_tasks_next_to_a_crashing_one_are_spared(run, runner):
-    """Both are suspects after the first crash, and run one at a time from then on."""
+    """Both run together until they are on their last chance; from then on, each runs alone."""
     submitter = Queue(runner.repository)
     submitter.declare("die", "listen")
     killer = submitter.submit("die", id="killer")
     innocent = submitter.submit("listen", id="innocent")
-    child = run("queue.start(); wait_for_ever()")
-    assert {child.read(), child.read()} == {"dying", "listening"}
-    for deaths in (1, 2, 3):
+    for _ in range(2):
+        child = run("queue.start(); wait_for_ever()")
+        assert {child.read(), child.read()} == {"dying", "listening"}
         child.tell()
         child.process.wait(PATIENCE)
-        child = run("queue.start(); wait_for_ever()")
-        if deaths < 3:
-            assert child.read() == "dying"  # the killer is the older task
-            assert (killer.task().crashes, innocent.task().crashes) == (deaths, 1)
-            assert innocent.task().status is TaskStatus.PENDING
+    child = run("queue.start(); wait_for_ever()")
+    assert child.read() == "dying"  # the killer is the older task
+    assert (killer.task().crashes, innocent.task().crashes) == (2, 2)
+    assert innocent.task().status is TaskStatus.PENDING
+    child.tell()
+    child.process.wait(PATIENCE)
+    child = run("queue.start(); wait_for_ever()")
     assert child.read() == "listening"
     assert (killer.task().status, killer.task().crashes) == (TaskStatus.FAILED, 3)
-    assert (innocent.task().status, innocent.task().crashes) == (TaskStatus.RUNNING, 1)
+    assert (innocent.task().status, innocent.task().crashes) == (TaskStatus.RUNNING, 2)
     innocent.cancel()
     assert eventually(innocent.cancelled)
 
 
-def test_a_task_that_runs_next_to_a_suspect_is_interrupted(run, runner):
+def test_a_task_that_runs_next_to_one_on_its_last_chance_is_interrupted(run, runner):
+    """The other one runs alone for a minute; after that, tasks may start beside it."""
     submitter = Queue(runner.repository)
     submitter.declare("die", "listen")
-    submitter.submit("die", id="killer")
+    submitter.submit("die", id="killer", max_crashes=2)
     child = run("queue.start(); wait_for_ever()")
     assert child.read() == "dying"
     child.tell()
     child.process.wait(PATIENCE)
     last = submitter.submit("listen")
-    child = run("queue.start(); wait_for_ever()")
+    child = run(
+        """
+import taskx.running.starter
+taskx.running.starter.ALONE = 0.0
+queue.start()
+wait_for_ever()
+"""
+    )
     assert {child.read(), child.read()} == {"dying", "listening"}
     child.tell()
     child.process.wait(PATIENCE)
@@ -274,34 +284,37 @@ def test_a_task_that_runs_next_to_a_suspect_is_interrupted(run, runner):
     assert runner.drain(PATIENCE)
     task = last.task()
     assert (task.status, task.crashes, task.interruptions) == (TaskStatus.COMPLETED, 0, 1)
-    assert submitter.get_task_status("killer").crashes == 2
+    killer = submitter.get_task_status("killer")
+    assert (killer.status, killer.crashes) == (TaskStatus.FAILED, 2)
 
 
-def test_suspects_run_one_at_a_time(run, runner, make_queue):
-    child = run(
-        """
-for n in range(2):
-    queue.submit("hang", {"n": n})
-queue.start()
-wait_for_ever()
-"""
-    )
-    assert [child.read(), child.read()] == ["hanging"] * 2
-    child.kill()
+@pytest.mark.parametrize(("deaths", "together"), [(1, 2), (2, 1)])
+def test_tasks_run_one_at_a_time_only_on_their_last_chance(
+    run, make_queue, caplog, deaths, together
+):
+    submit = 'queue.submit("hang", {"n": 0}); queue.submit("hang", {"n": 1})\n'
+    for number in range(deaths):
+        child = run(("" if number else submit) + "queue.start(); wait_for_ever()")
+        assert [child.read(), child.read()] == ["hanging"] * 2
+        child.kill()
     queue = make_queue(worker_num=4)
-    running, most = [], []
+    running, most, all_run = set(), [], threading.Event()
 
     @queue.executor("hang")
-    def hang(ctx, n):
-        running.append(n)
+    def hang(n):
+        running.add(n)
         most.append(len(running))
-        ctx.sleep(0.1)
-        running.remove(n)
+        if len(running) == together:
+            all_run.set()
+        assert all_run.wait(PATIENCE)
+        running.discard(n)
 
     queue.start()
     assert queue.drain(PATIENCE)
-    assert most == [1, 1]
-    assert {t.crashes for t in queue.list_tasks()[0]} == {1}
+    assert max(most) == together
+    assert {(t.status, t.crashes) for t in queue.list_tasks()[0]} == {("completed", deaths)}
+    told = [r.getMessage() for r in caplog.records if " runs alone, because " in r.getMessage()]
+    assert len(told) == (2 if together == 1 else 0)
 
 
 def test_a_suspended_process_is_not_dead(run, runner, database):
