@@ -156,7 +156,7 @@ class Questions(Parts):
 
     @property
     def stopped(self) -> bool:
-        """True if the queue was stopped: it accepts no more tasks."""
+        """True if the queue was stopped: it accepts no more tasks, except from its own executors."""
         return self._life.name == "stopped"
 
     @property

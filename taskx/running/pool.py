@@ -27,7 +27,7 @@ from taskx.core.model import MAX_NAME, Task
 from taskx.core.payload import clean_text
 from taskx.core.writes import Insert, Update
 from taskx.executing.registry import Middleware
-from taskx.executing.runner import Run, broken, lesser
+from taskx.executing.runner import Run, broken, inside_executor, lesser
 from taskx.limiting.admission import Admission
 from taskx.liveness.base import Node
 from taskx.liveness.began import Began
@@ -593,3 +593,13 @@ class State:
         #: The worker pool; None until the queue is started.
         self.pool: WorkerPool | None = None
         self.stopped = False
+        #: True after the end: no executor of this queue runs any more, and none will.
+        self.ended = False
+
+    @property
+    def closed(self) -> bool:
+        """True if the calling thread must not submit: the queue was stopped.
+
+        Executors may submit until the end, so that a stop makes none of them fail.
+        """
+        return self.stopped and (self.ended or not inside_executor())

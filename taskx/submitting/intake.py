@@ -221,6 +221,8 @@ class Intake:
     def _store_outside(self, pool: WorkerPool | None, insert: Insert, *, spill: bool) -> None:
         """Store a task that does not go into the buffer, or that does not fit into it."""
         if pool is not None:
+            # The buffer is closed if an executor submits during the stop: other nodes run that task.
+            spill = spill or pool.buffer.closed
             self._overflowed(pool, insert, "spill" if spill else self._overflow)
             return
         self._store(insert)
@@ -251,7 +253,7 @@ class Intake:
             )
         if (pool := self._state.pool) is not None and pool.outdated is not None:
             raise SchemaMismatch(*pool.outdated.args)
-        if self._state.stopped:
+        if self._state.closed:
             raise QueueStopped(
                 "the queue was stopped and accepts no more tasks: create a new queue; nothing was stored"
             )
@@ -407,7 +409,7 @@ class Intake:
             return 0
         if buffer.reserve(slots):
             return wanted
-        if refuse:
+        if refuse and not buffer.closed:
             self._refuse(pool, wanted)
         room = max(0, min(wanted, buffer.maxsize - buffer.submitted))
         return room if room and buffer.reserve(slots[:room]) else 0

@@ -123,7 +123,7 @@ class Joining:
 
     def _without_engine(self) -> State:
         state = State()
-        state.stopped = self._state.stopped
+        state.stopped, state.ended = self._state.stopped, self._state.ended
         return state
 
 

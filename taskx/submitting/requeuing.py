@@ -127,7 +127,7 @@ class Requeues:
         return tally.bulk
 
     def _refuse_if_stopped(self) -> None:
-        if self._state.stopped:
+        if self._state.closed:
             raise QueueStopped("the queue was stopped: create a new queue; nothing was requeued")
 
     def _requeue_page(

@@ -409,7 +409,8 @@ class Lifetime:
             return not self._state.stopped
 
     def _ended(self) -> None:
-        """Tell the hooks that the last executor has returned, and its outcome is written."""
+        """Note that the last executor has returned, and its outcome is written; tell the hooks."""
+        self._state.ended = True
         if (hooks := self._services.hooks).queue_stopped:
             hooks.tell(hooks.queue_stopped, lambda: self._queue)
 
@@ -432,6 +433,7 @@ class Lifetime:
         # This lock is held for moments only, and not while a start waits for the repository.
         with self._changing:
             self._state.stopped = True
+            self._state.ended = self._state.ended or self.node is None
         still = [] if self.node is None else self.node.stop(seconds, cancel=cancel)
         self.wait_for_hooks(max(0.0, deadline + EXTRA - time.monotonic()))
         return still

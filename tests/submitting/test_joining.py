@@ -12,7 +12,7 @@ from functools import partial
 
 import pytest
 import sqlalchemy as sa
-from helpers import eventually
+from helpers import eventually, run_in_thread
 from sqlalchemy.orm import Session
 
 from taskx import (
@@ -319,6 +319,24 @@ class TestSubmit:
         with pytest.raises(QueueStopped):
             queue.submit("echo", connection=connection)
         assert not connection.in_transaction
+
+    def test_an_executor_submits_while_its_queue_stops(self, queue, path, gate):
+        @queue.executor()
+        def hold():
+            gate()
+            with closing(sqlite3.connect(path, timeout=LONG)) as connection:
+                queue.submit("elsewhere", id="next", connection=connection)
+                connection.commit()
+
+        queue.start()
+        handle = queue.submit("hold")
+        gate.wait_for(1)
+        stop = run_in_thread(lambda: queue.stop(LONG))
+        eventually(lambda: queue.stopped)
+        gate.open()
+        assert stop() == []
+        assert handle.task().status is TaskStatus.COMPLETED
+        assert queue.get_task_status("next").status is TaskStatus.PENDING
 
     def test_the_rows_and_texts_of_the_connection_may_have_any_form(self, queue, connection):
         connection.row_factory = lambda cursor, row: {"row": row}

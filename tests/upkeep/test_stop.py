@@ -456,17 +456,6 @@ def test_an_executor_can_stop_the_queue(started):
     assert handle.task().status is TaskStatus.COMPLETED
 
 
-def test_a_submit_by_an_executor_during_the_stop_is_refused(started, gate):
-    started.executor("hold")(lambda: (gate(), started.submit("fine"))[0])
-    handle = started.submit("hold")
-    gate.wait_for(1)
-    stopping = run_in_thread(lambda: started.stop(PATIENCE))
-    eventually(lambda: pool_of(started).stopping)
-    gate.open()
-    stopping()
-    assert handle.task().error.startswith("QueueStopped")
-
-
 def test_a_with_block_stops_the_queue_even_if_it_raises(queue):
     queue.executor("fine")(lambda: "fine")
     with pytest.raises(KeyError), queue:
