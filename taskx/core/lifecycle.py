@@ -341,9 +341,10 @@ _ITS_PARENT = "its parent "
 def parents_moved(child: Task, statuses: Mapping[str, str], now: int) -> Update:
     """Decide about a task that waits for its parents: it waits for another one, may go on, or ends.
 
-    A parent whose record is gone counts as one that did not complete.
+    A parent whose record is gone counts as one that did not complete. The guard fails if a parent was
+    requeued since ``statuses`` were read (see :func:`wait_again`), or if the task was replaced.
     """
-    guard: dict[str, Any] = {"status": PENDING, "held": FOR_PARENTS}
+    guard: dict[str, Any] = {"status": PENDING, "held": FOR_PARENTS, "starts": child.starts}
     waiting_on = unfinished_parent(child.depends_on, statuses)
     if waiting_on is not None:
         return Update(child.id, guard, {"waiting_on": waiting_on}, move="parents moved", skips=True)
@@ -358,7 +359,7 @@ def parents_moved(child: Task, statuses: Mapping[str, str], now: int) -> Update:
     changes = {
         "status": CANCELLED,
         "completed_at": now,
-        "error": f"{_ITS_PARENT}{bad} {_WORDS.get(statuses.get(bad, ''), 'is gone')}",
+        "error": _because_of(bad, statuses.get(bad, "")),
         "waiting_on": None,
     }
     if child.expires_at is not None:
@@ -368,6 +369,26 @@ def parents_moved(child: Task, statuses: Mapping[str, str], now: int) -> Update:
     else:
         changes["unique_lock"] = None  # as for any task that is cancelled before it starts
     return Update(child.id, guard, changes, move="orphan", skips=True)
+
+
+def wait_again(child: Task, parents: Mapping[str, Task], now: int) -> list[Update]:
+    """Let a task go on waiting for parents that are requeued in the same transaction.
+
+    Another process may be deciding about the task by the old statuses of these parents. If its decision is
+    not committed yet, the guard of that will fail, because ``starts`` is raised. If the task has ended by
+    it, the second write requeues the task.
+    """
+    theirs = [parents[parent] for parent in child.depends_on if parent in parents]
+    guard = {"status": PENDING, "held": FOR_PARENTS, "starts": child.starts}
+    waits = {"waiting_on": theirs[0].id, "starts": child.starts + 1}
+    ended = requeue(attrs.evolve(child, status=TaskStatus.CANCELLED), now, theirs[0].id)
+    errors = tuple(_because_of(parent.id, parent.status.value) for parent in theirs)
+    by_them = {**ended.guard, "status": REQUEUEABLE, "error": errors}
+    return [Update(child.id, guard, waits, move="parents moved"), ended._replace(guard=by_them)]
+
+
+def _because_of(parent: str, status: str) -> str:
+    return f"{_ITS_PARENT}{parent} {_WORDS.get(status, 'is gone')}"
 
 
 _WORDS = {FAILED: "failed", CANCELLED: "was cancelled"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import compress
 from typing import Any
 
 import attrs
@@ -12,6 +13,7 @@ from taskx.core.errors import ConfigurationError, InvalidTransition, QueueStoppe
 from taskx.core.lifecycle import REQUEUEABLE
 from taskx.core.model import Task, TaskCount, TaskFilter, TaskStatus, check_name
 from taskx.core.rate import rate_of
+from taskx.core.writes import Update
 from taskx.moving import Services
 from taskx.running.pool import State
 from taskx.storage import queries
@@ -35,6 +37,10 @@ WHOLE = 1000
 
 def _requeueable(task: Task) -> bool:
     return task.status.value in REQUEUEABLE
+
+
+def _waits(task: Task, parents: Mapping[str, Task]) -> bool:
+    return task.status is TaskStatus.PENDING and not parents.keys().isdisjoint(task.depends_on)
 
 
 class Requeues:
@@ -70,7 +76,7 @@ class Requeues:
             now = self._services.clock.now_ms()
             correction = lifecycle.corrected(task, now, text, from_step)
         family = self._family({task_id: task}, Given(self._repository, (), _requeueable))
-        if task_id not in self._requeue(family.in_order(), {}, {task_id: correction}):
+        if task_id not in self._requeue_family(family, {}, {task_id: correction}):
             self._repository.refuse_if_key_held(task)
             raise InvalidTransition(
                 f"task {task_id} was changed while it was being requeued; try again"
@@ -150,7 +156,7 @@ class Requeues:
             order = family.in_order()
             times = stagger.take(len(own)) if stagger is not None else []
             run_at = dict(zip((task.id for task in order if task.id in own), times, strict=False))
-            done = self._requeue(order, run_at)
+            done = self._requeue_family(family, run_at)
             selection.passed(family.tasks, family.parents)
             tally.add(
                 len(own),
@@ -195,49 +201,77 @@ class Requeues:
         return found
 
     def _orphans(self, tasks: Mapping[str, Task], family: _Family) -> dict[str, Task]:
-        """Return the tasks that ended because of these."""
+        """Return the tasks that ended because of these; note those that still wait for these."""
         pairs = queries.families(self._repository, tasks)
         family.parents.update(parent for parent, _ in pairs)
-        some = [*{child for _, child in pairs} - family.tasks.keys()]
+        some = [*{child for _, child in pairs} - family.tasks.keys() - family.waiting.keys()]
         found: dict[str, Task] = {}
         for start in range(0, len(some), bulk.BATCH):
             read = self._repository.get_many(some[start : start + bulk.BATCH])
             found.update((i, task) for i, task in read.items() if lifecycle.ended_with(task, tasks))
+            family.waiting.update((i, task) for i, task in read.items() if _waits(task, tasks))
             if len(family.own) > 1 and len(found) > WHOLE:
                 break  # the search is cut short anyway
         return found
 
-    def _requeue(
+    def _requeue_family(
         self,
-        tasks: Sequence[Task],
+        family: _Family,
         run_at: Mapping[str, int],
         corrections: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> set[str]:
-        """Requeue tasks in this order; each one waits for its unfinished parents.
+        """Requeue the tasks of a family, and those that have ended because of them since they were read.
 
         Returns:
             the ids of the tasks that run again.
         """
-        requeued = set[str]()
-        for start in range(0, len(tasks), WHOLE):
-            some = tasks[start : start + WHOLE]
-            parents = list({parent: None for task in some for parent in task.depends_on})
-            statuses = self._repository.statuses(parents) if parents else {}
-            statuses.update((task.id, TaskStatus.PENDING) for task in some)  # in this transaction
-            now = self._services.clock.now_ms()
-            writes = [
-                lifecycle.requeue(
-                    task,
-                    now,
-                    lifecycle.unfinished_parent(task.depends_on, statuses),
-                    run_at=run_at.get(task.id),
-                    correction=(corrections or {}).get(task.id),
-                )
-                for task in some
-            ]
-            results = self._consequences.commit(writes, {task.id: task for task in some})
-            requeued.update(task.id for task, held in zip(some, results, strict=True) if held)
+        done = set[str]()
+        tasks = [*family.in_order(), *family.waiting.values()]
+        while tasks:
+            requeued = self._requeue(tasks, family, run_at, corrections or {})
+            done |= requeued.keys()
+            family.tasks.update(requeued)
+            known = set(family.waiting)
+            orphans = self._orphans(requeued, family)
+            family.tasks.update(orphans)
+            tasks = [*orphans.values(), *(family.waiting[i] for i in family.waiting.keys() - known)]
         self._consequences.process_if_unattended()
+        return done
+
+    def _requeue(
+        self,
+        tasks: Sequence[Task],
+        family: _Family,
+        run_at: Mapping[str, int],
+        corrections: Mapping[str, Mapping[str, Any]],
+    ) -> dict[str, Task]:
+        """Requeue tasks in this order; each one waits for its unfinished parents, and pending ones go on.
+
+        Returns:
+            the tasks that run again.
+        """
+        requeued: dict[str, Task] = {}
+        for start in range(0, len(tasks), WHOLE):
+            some = {task.id: task for task in tasks[start : start + WHOLE]}
+            parents = list({parent: None for task in some.values() for parent in task.depends_on})
+            statuses = self._repository.statuses(parents) if parents else {}
+            statuses.update(
+                (task_id, TaskStatus.PENDING) for task_id in some
+            )  # in this transaction
+            now = self._services.clock.now_ms()
+            writes: list[Update] = []
+            for task_id, task in some.items():
+                if task.status is TaskStatus.PENDING:
+                    writes += lifecycle.wait_again(task, family.tasks, now)
+                    continue
+                waiting_on = lifecycle.unfinished_parent(task.depends_on, statuses)
+                at, correction = run_at.get(task_id), corrections.get(task_id)
+                writes.append(
+                    lifecycle.requeue(task, now, waiting_on, run_at=at, correction=correction)
+                )
+            results = self._consequences.commit(writes, some)
+            done = (write.id for write in compress(writes, results) if write.move == "requeue")
+            requeued.update((task_id, some[task_id]) for task_id in done)
         return requeued
 
     def _why_not(self, tasks: Sequence[Task]) -> list[str]:
@@ -259,6 +293,8 @@ class _Family:
     tasks: dict[str, Task] = attrs.field(factory=dict)
     #: The ids of those that belong to the selection, as against those that ended because of these.
     own: set[str] = attrs.field(factory=set)
+    #: Pending tasks that depend on some of them, by id.
+    waiting: dict[str, Task] = attrs.field(factory=dict)
     #: The ids of those that other tasks depend on.
     parents: set[str] = attrs.field(factory=set)
     #: True if some of the tasks are missing, because they are too many.

@@ -42,6 +42,7 @@ from taskx import (
 from taskx.core import lifecycle
 from taskx.core.writes import Update
 from taskx.running.audit import Audit
+from taskx.submitting.requeuing import Requeues
 from taskx.testing import ManualClock
 
 pytestmark = pytest.mark.every_store
@@ -493,6 +494,144 @@ def test_a_late_decision_by_old_statuses_changes_nothing(started):
         [lifecycle.parents_moved(child.task(), {parent.id: "completed"}, 1), late]
     ) == [True, False]
     assert child.task().status is TaskStatus.PENDING
+
+
+class TestRequeuedMeanwhile:
+    """A parent is requeued while another process decides about its child. No queue is started."""
+
+    @pytest.fixture
+    def process(self, make_queue):
+        """Return a queue that acts in place of a process of its own."""
+
+        def make():
+            queue = make_queue()
+            queue.declare("fine")
+            return queue
+
+        return make
+
+    @pytest.fixture
+    def family(self, process, repository):
+        """A completed parent, a cancelled one, their child, and its child: nobody has decided yet."""
+        queue = process()
+        parents = [queue.submit("fine", id=name) for name in ("done", "lost")]
+        child = queue.submit("fine", id="child", depends_on=parents)
+        grandchild = queue.submit("fine", id="grandchild", depends_on=[child])
+        end_by_hand(repository, "done")
+        repository.update_status("lost", TaskStatus.CANCELLED)
+        return [*parents, child, grandchild]
+
+    def decide(self, queue):
+        """Decide about all tasks that wait for parents which have ended."""
+        services_of(queue).dependents.ended_elsewhere()
+        services_of(queue).dependents.process()
+
+    def statuses(self, family):
+        return [handle.task().status.value for handle in family[1:]]
+
+    @pytest.fixture
+    def before(self, monkeypatch):
+        """Return a function that has something done once, when ``lifecycle`` is asked for a write."""
+
+        def do(function, action, task_id):
+            make, left = getattr(lifecycle, function), [task_id]
+
+            def patched(task, *rest, **more):
+                if task.id in left:
+                    left.remove(task.id)
+                    action()
+                return make(task, *rest, **more)
+
+            monkeypatch.setattr(lifecycle, function, patched)
+
+        return do
+
+    @pytest.mark.parametrize("policy", ["cancel", "fail"])
+    def test_a_decision_by_the_old_status_is_not_stored(self, process, repository, before, policy):
+        queue = process()
+        parents = [queue.submit("fine", id=name) for name in ("done", "lost")]
+        child = queue.submit("fine", id="child", depends_on=parents, on_parent_failure=policy)
+        end_by_hand(repository, "done")
+        repository.update_status("lost", TaskStatus.CANCELLED)
+        before("parents_moved", lambda: process().requeue("lost"), "child")
+        self.decide(process())
+        assert self.statuses([*parents, child]) == ["pending", "pending"]
+        end_by_hand(repository, "lost")
+        self.decide(process())
+        assert [stub.id for stub in repository.ready(["fine"], 10)] == ["child"]
+
+    def test_a_child_that_waits_for_the_requeued_parent_alone_goes_on_waiting(
+        self, process, repository, before
+    ):
+        queue = process()
+        parent = queue.submit("fine", id="lost")
+        child = queue.submit("fine", id="child", depends_on=[parent])
+        repository.update_status("lost", TaskStatus.CANCELLED)
+        before("parents_moved", lambda: process().requeue("lost"), "child")
+        self.decide(process())
+        assert self.statuses(["", parent, child]) == ["pending", "pending"]
+
+    @pytest.mark.parametrize("how", ["one", "many", "all"])
+    def test_a_child_that_ends_while_its_parent_is_requeued_runs_again(
+        self, process, family, before, how
+    ):
+        """The requeue has read the child before its end."""
+        before("requeue", lambda: self.decide(process()), "lost")
+        requeue = {
+            "one": lambda queue: queue.requeue("lost"),
+            "many": lambda queue: queue.requeue_many(["lost"]),
+            "all": lambda queue: queue.requeue_all(status="cancelled", type="fine"),
+        }[how]
+        requeue(process())
+        assert self.statuses(family) == ["pending", "pending", "pending"]
+
+    def test_a_child_runs_again_although_the_process_of_the_requeue_dies_then(
+        self, process, family, before, monkeypatch
+    ):
+        class Died(BaseException):
+            pass
+
+        def die(*_):
+            raise Died
+
+        def decide_and_die_soon():
+            self.decide(process())
+            monkeypatch.setattr(Requeues, "_orphans", die)
+
+        before("requeue", decide_and_die_soon, "lost")
+        with pytest.raises(Died):
+            process().requeue("lost")
+        assert self.statuses(family)[:2] == ["pending", "pending"]
+
+    def test_a_child_that_is_submitted_while_its_parent_is_requeued_is_not_lost(
+        self, process, family, before
+    ):
+        def submit():
+            child = process().submit("fine", id="new", depends_on=["lost"])
+            assert child.task().status is TaskStatus.CANCELLED
+            family.append(child)
+
+        before("requeue", submit, "lost")
+        process().requeue("lost")
+        assert self.statuses(family) == ["pending"] * 4
+
+    def test_a_child_that_a_user_cancels_meanwhile_stays_cancelled(self, process, family, before):
+        before("requeue", lambda: process().cancel_task("child"), "lost")
+        process().requeue("lost")
+        assert self.statuses(family) == ["pending", "cancelled", "cancelled"]
+
+    def test_a_child_is_released_to_the_time_of_its_replacement(self, process, repository, before):
+        """The replacement was read by nobody who decides by the old time."""
+        queue = process()
+        parent = queue.submit("fine", id="done")
+        queue.submit("fine", id="child", depends_on=[parent], unique_key="k")
+        end_by_hand(repository, "done")
+        again = {"unique_key": "k", "on_conflict": "replace", "depends_on": [parent]}
+        before("parents_moved", lambda: process().submit("fine", delay=3600, **again), "child")
+        self.decide(process())
+        self.decide(process())
+        assert repository.ready(["fine"], 10) == []
+        assert earliest_due(repository) is not None
 
 
 class TestStopped:
