@@ -143,7 +143,7 @@ class Queue(Questions, Steering):
     _life_class: type[Lifetime] = Lifetime
 
     def _wire(self) -> None:
-        state = State()
+        self._state = state = State()
         self._services = self._services_class(
             *(self.repository, self._registry, self._hooks, state, self.clock, self._log),
             redact=self.config.redact,
@@ -153,7 +153,7 @@ class Queue(Questions, Steering):
         self._requeues = Requeues(self._services, state)
         self._joining = Joining(self._services, state, self.config)
         self._entrance = layered(self._intake, self._registry.middleware)
-        self._schedules.wire(self._services, self._intake, self._joining)
+        self._schedules.wire(self._services, self._intake, self._joining, state)
         make_node = self._runs_by.make_node
         self._life = self._life_class(self._services, self.config, state, self, make_node)
 
@@ -609,7 +609,10 @@ class Queue(Questions, Steering):
         overlap: Overlap = "allow",
         **options: Any,
     ) -> Schedule:
-        """Store a schedule; the started queues on the repository submit a task at each of its ticks.
+        """Declare a schedule; the started queues on the repository submit a task at each of its ticks.
+
+        A queue that is not started checks the schedule now, and stores it when it starts. A program that
+        does not start the queue calls :meth:`Schedule.store`.
 
         Call this every time your program starts. If a schedule of this name is stored already, it is
         updated: it stays paused if it was, and continues with its next tick unless ``spec`` or ``tz``
@@ -640,14 +643,14 @@ class Queue(Questions, Steering):
             UnknownTaskType: the type is neither registered nor declared.
             PayloadError: params are not JSON, are too large, do not fit the function, or a codec
                 refuses them.
-            RepositoryError: the schedule could not be stored.
+            RepositoryError: the queue is started, and the schedule could not be stored.
         """
         entry = make_entry(name, spec, tz, misfire, misfire_grace, overlap)
         wanted, said = task_of(task, params, options, ScheduleOptions, "schedule", self.clock, self)
         return self._schedules.declare(entry, wanted, said.get("priority"), said.get("expires"))
 
     def schedules(self) -> dict[str, Schedule]:
-        """Return all schedules in the repository, by name, including those of other processes."""
+        """Return all schedules by name: those in the repository, of all processes, and declared ones."""
         return self._schedules.all()
 
     # --- handles
@@ -723,6 +726,8 @@ class Queue(Questions, Steering):
         STOP. With ``cancel`` the tokens fire at once. A task that ends because of this is pending
         again, and no attempt is counted. A thread that still runs afterwards can end later, and its
         outcome is stored. If the process ends first, its task counts as interrupted.
+
+        Until the last executor has returned, executors can submit. Other nodes run these tasks.
 
         Args:
             timeout: seconds after which the call returns in any case; it returns a second later if the

@@ -84,6 +84,20 @@ def services_of(queue: Queue) -> Services:
     return queue._services
 
 
+def storing(queue: Queue) -> Queue:
+    """Have a queue store its schedules at once although it is not started; return it."""
+    declare = queue.schedule
+
+    def schedule(*given: Any, **options: Any) -> Any:
+        made = declare(*given, **options)
+        if not made.stored:
+            made.store()
+        return made
+
+    queue.schedule = schedule  # type: ignore[method-assign]
+    return queue
+
+
 def node_of(queue: Queue) -> LocalNode:
     """Return the node of a running queue; None if the queue does not run tasks."""
     return queue._node  # type: ignore[return-value]

@@ -78,6 +78,8 @@ def _row(session: Session, schedule: Schedule, now: datetime) -> Row:
 
 
 def _next(schedule: Schedule, now: datetime) -> Cell:
+    if not schedule.stored:
+        return Cell("not stored", "yellow")
     if schedule.next_tick is None:
         return Cell("paused", "yellow")
     left = (schedule.next_tick - now).total_seconds()

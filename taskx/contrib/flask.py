@@ -44,6 +44,7 @@ from taskx import (
     Task,
     TaskExecutor,
     TaskHandle,
+    UnknownTaskType,
     executor,
     open_repository,
 )
@@ -139,8 +140,8 @@ class Taskx:
         Opens no file and starts nothing.
 
         Raises:
-            ConfigurationError: a config key is missing, unknown or not valid, or the app has a queue
-                already.
+            ConfigurationError: a config key is missing, unknown or not valid, a schedule is not valid, or
+                the app has a queue already.
         """
         if NAME in app.extensions:
             raise ConfigurationError(
@@ -157,6 +158,8 @@ class Taskx:
         for made, options in self._executors:
             queue.register_executor(_copy(made), **options)
         queue.declare(*self._declared)
+        for given, options in self._schedules:
+            _schedule(queue, given, options)
         self._queues.add(queue)
         state = AppState(self, app, queue, embedded=settings.embedded)
         app.extensions[NAME] = state
@@ -218,9 +221,15 @@ class Taskx:
     ) -> None:
         """Declare a schedule; each app stores it when its queue starts, here or in ``flask taskx worker``.
 
-        The arguments are those of ``Queue.schedule``, which checks them then.
+        The arguments are those of ``Queue.schedule``. :meth:`init_app` checks them, or this call if it
+        comes later.
+
+        Raises:
+            ConfigurationError: an app has a queue, and the schedule is not valid.
         """
         given = (name, spec, task) if params is None else (name, spec, task, params)
+        for queue in [*self._queues]:
+            _schedule(queue, given, options)
         self._schedules.append((given, options))
 
     def dashboard_check(self, check: C) -> C:
@@ -290,7 +299,7 @@ class Taskx:
             app: the app; the current one by default.
 
         Raises:
-            ConfigurationError: :meth:`init_app` was not called for this app, or a schedule is not valid.
+            ConfigurationError: :meth:`init_app` was not called for this app.
             TaskxError: the errors of ``Queue.start``.
         """
         _state_of(app or current_app).start()
@@ -320,16 +329,7 @@ class AppState:
     def start(self) -> None:
         """Start the queue, if tasks run in the processes of the site."""
         if self.embedded:
-            self.store_schedules()
             self.queue.start()
-
-    def store_schedules(self) -> None:
-        """Store the declared schedules."""
-        for given, options in self._taskx._schedules:
-            try:
-                self.queue.schedule(*given, **options)
-            except (ConfigurationError, PayloadError, TypeError) as error:
-                raise ConfigurationError(f"schedule {given[0]!r}: {error}") from error
 
     def answer(self) -> None:
         """Start the queue at the first request of this process.
@@ -445,7 +445,7 @@ def _target_of_worker() -> str:
         )
     if info.app_import_path:
         os.environ["FLASK_APP"] = info.app_import_path
-    return f"{__name__}:worker_queue"
+    return f"{__name__}:load_queue"
 
 
 def load_queue() -> Queue:
@@ -456,18 +456,7 @@ def load_queue() -> Queue:
     Raises:
         ConfigurationError: the app has no Taskx.
     """
-    return _loaded().queue
-
-
-def worker_queue() -> Queue:
-    """Return the same queue for a process that runs its tasks, after storing the schedules."""
-    state = _loaded()
-    state.store_schedules()
-    return state.queue
-
-
-def _loaded() -> AppState:
-    return _state_of(ScriptInfo(app_import_path=os.environ.get("FLASK_APP")).load_app())
+    return _state_of(ScriptInfo(app_import_path=os.environ.get("FLASK_APP")).load_app()).queue
 
 
 def _state_of(app: Flask) -> AppState:
@@ -496,6 +485,14 @@ def _copy(made: TaskExecutor | Executor[Any, Any]) -> TaskExecutor | Executor[An
     if isinstance(made, Executor):
         return type(made)(made.type, made.function, made.options)
     return made
+
+
+def _schedule(queue: Queue, given: tuple[Any, ...], options: Mapping[str, Any]) -> None:
+    """Declare a schedule of a queue; an error names the schedule."""
+    try:
+        queue.schedule(*given, **options)
+    except (ConfigurationError, PayloadError, UnknownTaskType, TypeError) as error:
+        raise ConfigurationError(f"schedule {given[0]!r}: {error}") from error
 
 
 # --- settings

@@ -180,8 +180,10 @@ class Registry:
         """Accept tasks of a type whose executor runs in another process."""
         self._declared.add(type)
 
-    def get(self, type: str) -> Registered | None:
+    def get(self, type: str, *, used: bool = True) -> Registered | None:
         """Return the entry of a type, None if the type is only declared.
+
+        ``used`` says that a task of the type will be stored.
 
         Raises ``UnknownTaskType`` if the type is neither registered nor declared.
         """
@@ -194,8 +196,9 @@ class Registry:
                     f"no executor is registered for type {type!r} (known: {self.known}); register one, "
                     "or call declare() if the type runs in another process"
                 )
-            self._used.add(type)
-            self._first_use(type)
+            if used:
+                self._used.add(type)
+                self._first_use(type)
         return entry
 
     def knows(self, type: str) -> bool:

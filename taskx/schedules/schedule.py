@@ -24,6 +24,7 @@ from taskx.core.tags import labels_of, split
 from taskx.core.ticks import BATCH, Every, Misfire, between, latest, zone
 from taskx.core.writes import Note
 from taskx.moving import Services
+from taskx.running.pool import State
 from taskx.schedules.stored import OF_TASK, PREFIX, Entry, Overlap, entry_of, store, tick_id
 from taskx.submitting.intake import Intake, prepare
 from taskx.submitting.joining import Joining
@@ -50,19 +51,24 @@ class Tick:
 
 
 class Schedule:
-    """A stored schedule, in the state in which this object last read or changed it.
+    """A schedule, in the state in which this object last read or changed it.
 
     ``queue.schedule(…)`` returns one, ``queue.schedules()`` lists all. Every method except :meth:`next`
-    and :meth:`last` raises :class:`ScheduleNotFound` after the schedule was removed.
+    and :meth:`last` raises :class:`ScheduleNotFound` after the schedule was removed. These methods store
+    a schedule first that waits for the start of its queue.
+
+    Attributes:
+        stored: False if it is only declared, and the start of its queue will store it.
     """
 
-    def __init__(self, entry: Entry, schedules: Schedules) -> None:
+    def __init__(self, entry: Entry, schedules: Schedules, *, stored: bool = True) -> None:
         self._entry = entry
         self._schedules = schedules
+        self.stored = stored
 
     def __repr__(self) -> str:
-        paused = ", paused" if self.paused else ""
-        return f"<Schedule {self.name!r} ({self.spec}): {self.type!r}{paused}>"
+        more = ("" if self.stored else ", not stored yet") + (", paused" if self.paused else "")
+        return f"<Schedule {self.name!r} ({self.spec}): {self.type!r}{more}>"
 
     # --- reading
 
@@ -181,23 +187,31 @@ class Schedule:
 
     # --- changing
 
+    def store(self) -> None:
+        """Store it now, if it was only declared: started queues of other processes then let it tick.
+
+        A program needs this only if it does not start the queue.
+        """
+        self._change(lambda entry, now: entry)
+        self._schedules.declared.pop(self.name, None)
+
     def pause(self) -> None:
         """Stop its ticks until :meth:`resume`, even after restarts and new declarations."""
-        self._entry = self._schedules.change(
-            self.name, lambda entry, now: attrs.evolve(entry, paused=True)
-        )
+        self._change(lambda entry, now: attrs.evolve(entry, paused=True))
 
     def resume(self) -> None:
         """Let it tick again; the ticks during the pause get no tasks."""
-        self._entry = self._schedules.change(
-            self.name, lambda entry, now: entry.resumed(now) if entry.paused else entry
-        )
+        self._change(lambda entry, now: entry.resumed(now) if entry.paused else entry)
+
+    def _change(self, change: Callable[[Entry, int], Entry]) -> None:
+        self._entry, self.stored = self._schedules.change(self.name, change), True
 
     def remove(self) -> None:
         """Delete the schedule; the tasks that it has made stay."""
         with self._schedules.joined() as schedules:
             while not schedules.put(self.name, None, schedules.note(self.name).version):
                 continue
+            schedules.declared.pop(self.name, None)
 
     def trigger(self) -> TaskHandle[Any]:
         """Submit one of its tasks now, in addition to the tasks of its ticks.
@@ -252,12 +266,20 @@ class Schedules:
 
     def __init__(self, handle: Callable[[str], TaskHandle[Any]]) -> None:
         self.handle = handle
+        #: The schedules that were declared before the start of the queue, by name.
+        self.declared: dict[str, Entry] = {}
 
-    def wire(self, services: Services, intake: Intake, joining: Joining) -> None:
+    def wire(self, services: Services, intake: Intake, joining: Joining, state: State) -> None:
         """Set the services to use from now on; a forked child has its own."""
         self.services = services
         self.intake = intake
         self._joining = joining
+        self._state = state
+
+    @property
+    def _wait(self) -> bool:
+        """True if declared schedules wait for the start of the queue."""
+        return self._state.pool is None and not self._state.stopped
 
     def reading(self) -> AbstractContextManager[Services]:
         """Return the services for a read of this thread: it may be in a transaction of its own."""
@@ -277,7 +299,8 @@ class Schedules:
                 yield self
                 return
             made = Schedules(self.handle)
-            made.wire(services, self._joining.intake_of(services), self._joining)
+            made.declared = self.declared
+            made.wire(services, self._joining.intake_of(services), self._joining, self._state)
             yield made
 
     def now(self) -> int:
@@ -285,21 +308,30 @@ class Schedules:
         return self.services.clock.now_ms()
 
     def all(self) -> dict[str, Schedule]:
-        """Return all schedules that can be read, by name and in the order of names."""
+        """Return all schedules that can be read or are declared, by name and in the order of names."""
         with self.reading() as services:
             notes = services.repository.notes(PREFIX)
         found = {}
-        for note_name in sorted(notes):
+        for note_name, note in notes.items():
             try:
-                entry = entry_of(notes[note_name])
+                entry = entry_of(note)
             except RepositoryCorrupt as error:
                 self.services.log.warning("%s cannot be listed: %s", note_name, error)
             else:
                 found[entry.name] = Schedule(entry, self)
-        return found
+        for name, wanted in list(self.declared.items()) if self._wait else ():
+            stored = name in found
+            entry = self._merged(wanted, notes.get(PREFIX + name))
+            found[name] = Schedule(entry, self, stored=stored)
+        return {name: found[name] for name in sorted(found)}
 
     def note(self, name: str) -> Note:
-        """Return the note of a schedule; raise ``ScheduleNotFound`` if it does not exist."""
+        """Return the note of a schedule; raise ``ScheduleNotFound`` if it does not exist.
+
+        A schedule that waits for the start of the queue is stored first.
+        """
+        if self._wait and (wanted := self.declared.get(name)) is not None:
+            self.store(wanted)
         note = self.services.repository.notes(PREFIX + name).get(PREFIX + name)
         if note is None:
             raise ScheduleNotFound(name)
@@ -308,7 +340,7 @@ class Schedules:
     def declare(
         self, entry: Entry, task: Task, priority: int | None, expires: float | timedelta | None
     ) -> Schedule:
-        """Store a schedule, or update the stored one of the same name.
+        """Store a schedule, or update the stored one of the same name; wait for the start before.
 
         Args:
             entry: the wanted schedule, without its task.
@@ -316,9 +348,19 @@ class Schedules:
             priority: overrides the priorities of the task and of the executor.
             expires: the option of its tasks; None for that of the executor.
         """
+        self.services.repository.require("schedules")
         wanted = attrs.evolve(entry, task=self._template(entry.name, task, priority, expires))
+        if self._wait:
+            self.declared[entry.name] = wanted
+            if self._wait:  # else the start, meanwhile, may have missed it
+                return Schedule(self._merged(wanted, None), self, stored=False)
         with self.joined() as schedules:
             return Schedule(schedules.store(wanted), self)
+
+    def store_declared(self) -> None:
+        """Store the schedules that were declared before the start."""
+        for wanted in list(self.declared.values()):
+            self.store(wanted)
 
     def store(self, wanted: Entry) -> Entry:
         """Store a schedule, merged with the stored one of the same name; return the result."""
@@ -347,10 +389,10 @@ class Schedules:
             raise ConfigurationError(
                 "the task of a schedule must have no expires_at: give `expires` in seconds instead"
             )
-        row = prepare(self.services, task, priority).row
+        row = prepare(self.services, task, priority, stored=False).row
         self.services.repository.codecs.columns(row)  # raises now instead of at every tick
         template = {column: value for column, value in row.items() if column in OF_TASK}
-        executor = self.services.registry.get(row["type"])
+        executor = self.services.registry.registered.get(row["type"])
         if expires is not None:
             template["expires"] = lifetime(expires)
         elif executor is not None and executor.expires is not None:

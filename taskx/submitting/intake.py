@@ -476,11 +476,17 @@ def _about(error: TaskxError, task_id: str) -> TaskxError:
 
 
 def prepare(
-    services: Services, task: Task, priority: int | None = None, created_at: int | None = None
+    services: Services,
+    task: Task,
+    priority: int | None = None,
+    created_at: int | None = None,
+    *,
+    stored: bool = True,
 ) -> Insert:
     """Make the record of a task; options that it does not set come from its executor.
 
-    A given ``priority`` overrides the executor's, even with 0. ``created_at`` is now by default.
+    A given ``priority`` overrides the executor's, even with 0. ``created_at`` is now by default. ``stored``
+    is False if the record is only a model.
 
     Raises:
         TaskxError: the task is not valid; the class tells the reason.
@@ -495,7 +501,7 @@ def prepare(
     now = services.clock.now_ms() if created_at is None else created_at
     insert = new_record(task, now, registry.max_payload_size)
     row = insert.row
-    executor = registry.get(row["type"])
+    executor = registry.get(row["type"], used=stored)
     if executor is not None:
         if executor.check_params is not None:
             executor.check_params(task.params)

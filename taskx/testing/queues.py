@@ -605,7 +605,7 @@ def _replaced(
         queue.__class__ = before_class
         for name in attributes.keys() - before.keys():
             del attributes[name]
-        queue._schedules.wire(queue._services, queue._intake, queue._joining)
+        queue._schedules.wire(queue._services, queue._intake, queue._joining, queue._state)
         if life is not before["_life"]:
             life.forget()
             if node is not None and life.name != "stopped":

@@ -393,6 +393,7 @@ class Lifetime:
                 # The workers wait until the node is visible, so that executors can submit and cancel.
                 if not self._publish(node):
                     raise QueueStopped("the queue was stopped while it started; no task was run")
+                self._queue._schedules.store_declared()
             except BaseException:  # an interrupt, too: it can be started again
                 self.node = self._state.pool = None
                 node.withdraw()

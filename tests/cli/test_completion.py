@@ -68,7 +68,7 @@ def test_filters_are_completed(tasks, complete):
 
 def test_schedules_are_completed(outside, complete):
     outside.declare("email")
-    outside.schedule("nightly", every(60), "email")
+    outside.schedule("nightly", every(60), "email").store()
     assert complete("schedules", "p") == ["pause"]
     assert complete("schedules", "pause", "n") == ["nightly"]
 

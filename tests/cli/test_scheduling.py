@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from helpers import storing
 
 from taskx import every
 
@@ -10,7 +11,7 @@ from taskx import every
 @pytest.fixture
 def nightly(outside):
     """A schedule that ticks each night, and another one."""
-    outside.declare("report")
+    storing(outside).declare("report")
     outside.schedule("often", every(3600), "report")
     return outside.schedule(
         "nightly", "0 3 * * *", "report", {"password": "hunter2"}, tz="Europe/Berlin"

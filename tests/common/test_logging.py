@@ -100,7 +100,7 @@ def test_the_housekeeper_goes_on_if_logging_raises(make_queue, logger, clock, mo
     monkeypatch.setattr(logging, "raiseExceptions", False)
     queue = make_queue(logger=logger, clock=clock)
     queue.executor("fine")(lambda: "fine")
-    queue.schedule("late", every(60), "fine")
+    queue.schedule("late", every(60), "fine").store()
     clock.advance(100)
     queue.start()
     eventually(lambda: queue.list_tasks()[1] == 1)

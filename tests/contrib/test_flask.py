@@ -24,7 +24,6 @@ from taskx import (
     RepositoryUnavailable,
     TaskExecutor,
     TaskStatus,
-    UnknownTaskType,
     current_context,
     every,
     testing,
@@ -315,26 +314,40 @@ def test_schedules_are_stored_when_the_queue_starts(taskx, make_app):
 
     taskx.schedule("heart", every(3600), beat, {"by": "clock"}, overlap="skip")
     app = make_app()
-    assert queue_of(app).schedules() == {}
+    taskx.schedule("lungs", every(60), "beat", {"by": "clock"})  # the app has a queue already
+    assert [one.stored for one in queue_of(app).schedules().values()] == [False, False]
+    assert queue_of(app).repository.notes("schedule/") == {}
     app.test_client().get("/")
-    [schedule] = queue_of(app).schedules().values()
-    assert (schedule.name, schedule.type) == ("heart", "beat")
+    heart, lungs = queue_of(app).schedules().values()
+    assert (heart.name, heart.type, heart.stored) == ("heart", "beat", True)
+    assert (lungs.name, lungs.type, lungs.stored) == ("lungs", "beat", True)
 
 
-def test_a_wrong_schedule_is_told_at_the_first_request(taskx, make_app):
-    """It is a mistake of the program, so the site does not hide it in the log."""
-    taskx.schedule("heart", every(3600), "misspelt")
-    client = make_app().test_client()
-    with pytest.raises(UnknownTaskType, match="'misspelt'"):
-        client.get("/")
+@pytest.mark.parametrize(
+    ("spec", "type", "params", "options", "message"),
+    [
+        ("bad cron", "beat", {}, {}, "cron expression 'bad cron'"),
+        (every(60), "misspelt", {}, {}, "type 'misspelt'"),
+        (every(60), "beat", {"bye": 1}, {}, "bye"),
+        (every(60), "beat", {}, {"owerlap": "skip"}, "no option owerlap"),
+    ],
+)
+def test_a_wrong_schedule_is_told_by_init_app(
+    taskx, make_app, spec, type, params, options, message
+):
+    taskx.executor("beat")(lambda by="": None)
+    taskx.schedule("heart", spec, type, params, **options)
+    with pytest.raises(ConfigurationError, match=f"schedule 'heart': .*{message}"):
+        make_app()
 
 
-def test_a_schedule_that_is_not_valid_is_named(taskx, make_app):
+def test_a_wrong_schedule_is_told_at_once_if_an_app_has_a_queue(taskx, make_app):
+    app = make_app()
     taskx.executor("beat")(lambda: None)
-    taskx.schedule("heart", "bad cron", "beat")
-    client = make_app().test_client()
     with pytest.raises(ConfigurationError, match="schedule 'heart': cron expression 'bad cron'"):
-        client.get("/")
+        taskx.schedule("heart", "bad cron", "beat")
+    app.test_client().get("/")
+    assert queue_of(app).schedules() == {}
 
 
 # --- the context of the app

@@ -273,7 +273,7 @@ class TestHook:
 
     def test_a_gap_of_a_schedule_is_counted_once(self, make, value, clock):
         queue = make(worker_num=1)
-        queue.schedule("often", every(60), "fine")
+        queue.schedule("often", every(60), "fine").store()
         clock.advance(3600)
         queue.start()
         eventually(lambda: queue.count_tasks(status="completed") == 1)
@@ -420,8 +420,8 @@ class TestCollector:
             assert registry.get_sample_value("taskx_dead_letters") == expected
 
     def test_schedules_are_late_while_no_queue_runs(self, queue, value, clock):
-        queue.schedule("a", every(60), "t")
-        queue.schedule("b", every(600), "t")
+        queue.schedule("a", every(60), "t").store()
+        queue.schedule("b", every(600), "t").store()
         clock.advance(150)
         assert value("schedules_overdue") == 1
         assert value("schedule_lag_seconds") == 90
@@ -501,7 +501,7 @@ def text(make, registry, value, clock):
     queue.repository.create(Task(id="a", type="fine"))
     start = lifecycle.start(queue.repository.get_by_id("a"), 0, "a node that died")
     queue.repository.apply([start])
-    queue.schedule("often", every(60), "fine")
+    queue.schedule("often", every(60), "fine").store()
     clock.advance(3600)
     queue.start()
     queue.submit("bad")

@@ -24,8 +24,8 @@ def queue(make_queue, clock):
     """A queue that is not started, with two schedules."""
     queue = make_queue(clock=clock)
     queue.declare("report", HOSTILE)
-    queue.schedule("nightly", "30 2 * * *", "report", tz="Europe/Berlin")
-    queue.schedule(HOSTILE, every(3600), HOSTILE)
+    queue.schedule("nightly", "30 2 * * *", "report", tz="Europe/Berlin").store()
+    queue.schedule(HOSTILE, every(3600), HOSTILE).store()
     return queue
 
 
@@ -61,7 +61,7 @@ def test_schedules_are_searched_and_paged(look, make_queue):
     queue = make_queue()
     queue.declare("t")
     for number in range(60):
-        queue.schedule(f"s{number:02}", every(60), "t")
+        queue.schedule(f"s{number:02}", every(60), "t").store()
     browser = look(queue)
     assert len(sections(browser.get("/schedules"))) == 50
     following = browser.get("/schedules?after=s49")

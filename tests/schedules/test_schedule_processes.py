@@ -121,7 +121,7 @@ def test_a_schedule_of_another_process_is_noticed(run, place, make_queue, check_
     queue.start()
     ticker = housekeeper_of(queue)._ticker
     eventually(lambda: ticker._refresh_at and not ticker.waiting)  # it has read all schedules
-    assert run("queue.schedule('s', every(3600), 'work')").ends()[1] == ""
+    assert run("queue.schedule('s', every(3600), 'work').store()").ends()[1] == ""
     eventually(lambda: ticker.next)
 
 
@@ -133,7 +133,7 @@ def of_schedules(changes):  # not of nodes, which are notes, too
 
 queue = Queue(repository, clock=ManualClock())
 queue.declare("work")
-queue.schedule("beat", every(60), "work", misfire="one")
+queue.schedule("beat", every(60), "work", misfire="one").store()
 {patch}
 queue.start()
 queue.clock.advance(60)  # to the first tick, and not to the second one, however slow this process is

@@ -13,7 +13,16 @@ from zoneinfo import ZoneInfo
 
 import attrs
 import pytest
-from helpers import PATIENCE, eventually, housekeeper_of, ids, pool_of, services_of, whole_round
+from helpers import (
+    PATIENCE,
+    eventually,
+    housekeeper_of,
+    ids,
+    pool_of,
+    services_of,
+    storing,
+    whole_round,
+)
 from storage.repositories import MAKERS, TinyRepository, coded
 
 from taskx import (
@@ -31,6 +40,7 @@ from taskx import (
     TaskFilter,
     UnknownTaskType,
     every,
+    open_repository,
     tick_of,
 )
 from taskx.core.clock import to_ms
@@ -54,12 +64,15 @@ def clock():
 
 @pytest.fixture
 def make(make_queue, clock):
-    """Return a function that makes queues with a type of another process, so its tasks stay pending."""
+    """Return a function that makes queues with a type of another process, so its tasks stay pending.
+
+    They store schedules at once, as if they were started.
+    """
 
     def make(on=None, **options):
         queue = make_queue(on, **{"worker_num": 1, "clock": clock, **options})
         queue.declare("remote")
-        return queue
+        return storing(queue)
 
     return make
 
@@ -1607,3 +1620,151 @@ def test_a_schedule_whose_task_fails_to_store_does_not_stop_others(many, clock, 
     clock.advance(3)
     ticker.tick()
     assert many.repository.count(TaskFilter()) == 200
+
+
+# Before the start
+
+
+@pytest.fixture
+def unstarted(make_queue, clock):
+    """A queue that is not started, and stores schedules as any queue does."""
+    queue = make_queue(clock=clock)
+    queue.executor("beat")(lambda n=0: n)
+    return queue
+
+
+def names_of(repository):
+    return [name[len(PREFIX) :] for name in repository.notes(PREFIX)]
+
+
+def test_a_schedule_is_stored_by_the_start_of_its_queue(unstarted, repository, clock):
+    made = unstarted.schedule("hourly", every(HOUR), "beat", {"n": 1})
+    assert (made.name, made.type, made.params, made.stored) == ("hourly", "beat", {"n": 1}, False)
+    assert made.next() == [NOON + timedelta(hours=1)]
+    assert names_of(repository) == []
+    assert "not stored yet" in repr(made)
+    clock.advance(60)
+    unstarted.start()
+    assert names_of(repository) == ["hourly"]
+    assert unstarted.schedules()["hourly"].next_tick == NOON + timedelta(hours=1, minutes=1)
+    assert unstarted.schedule("daily", every(DAY), "beat").stored
+    assert sorted(names_of(repository)) == ["daily", "hourly"]
+
+
+def test_the_last_declaration_of_a_name_counts(unstarted, repository):
+    unstarted.schedule("hourly", every(HOUR), "beat", {"n": 1})
+    unstarted.schedule("hourly", every(2 * HOUR), "beat", {"n": 2})
+    unstarted.start()
+    [made] = unstarted.schedules().values()
+    assert (made.spec, made.params) == (every(2 * HOUR), {"n": 2})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error"),
+    [
+        (("a", "bad cron", "beat"), {}, ConfigurationError),
+        (("a", every(60), "beat"), {"overlap": "some"}, ConfigurationError),
+        (("a", every(60), "beat"), {"delay": 5}, TypeError),
+        (("a", every(60), "beat"), {"tz": "UTC"}, ConfigurationError),
+        (("a", every(60), "beat"), {"priority": "high"}, ConfigurationError),
+        (("a", every(60), "beat", {"m": 1}), {}, PayloadError),
+        (("a", every(60), "misspelt"), {}, UnknownTaskType),
+    ],
+)
+def test_a_wrong_schedule_is_refused_before_the_start(
+    unstarted, repository, arguments, options, error
+):
+    with pytest.raises(error):
+        unstarted.schedule(*arguments, **options)
+    unstarted.start()
+    assert names_of(repository) == []
+
+
+def test_declared_schedules_are_listed_with_the_state_of_the_stored_ones(unstarted, make, clock):
+    other = make()
+    other.schedule("other", every(60), "remote")
+    other.schedule("hourly", every(HOUR), "remote").pause()
+    unstarted.schedule("new", every(60), "beat")
+    unstarted.schedule("hourly", every(HOUR), "beat")
+    found = unstarted.schedules()
+    assert {name: (one.type, one.paused, one.stored) for name, one in found.items()} == {
+        "hourly": ("beat", True, True),
+        "new": ("beat", False, False),
+        "other": ("remote", False, True),
+    }
+    assert other.schedules().keys() == {"hourly", "other"}
+    unstarted.start()
+    assert unstarted.schedules()["hourly"].paused
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda made: made.store(),
+        lambda made: made.pause(),
+        lambda made: made.resume(),
+        lambda made: made.trigger(),
+        lambda made: made.backfill(NOON, NOON),
+    ],
+)
+def test_a_change_of_a_declared_schedule_stores_it(unstarted, repository, act):
+    act(unstarted.schedule("hourly", every(HOUR), "beat"))
+    assert names_of(repository) == ["hourly"]
+
+
+def test_a_declared_schedule_that_is_removed_is_not_stored(unstarted, repository):
+    made = unstarted.schedule("hourly", every(HOUR), "beat")
+    made.remove()
+    assert unstarted.schedules() == {}
+    with pytest.raises(ScheduleNotFound):
+        made.pause()
+    unstarted.start()
+    assert names_of(repository) == []
+
+
+def test_a_schedule_that_was_stored_and_then_removed_by_others_stays_removed(unstarted, make):
+    unstarted.schedule("hourly", every(HOUR), "beat").store()
+    make().schedules()["hourly"].remove()
+    unstarted.start()
+    assert unstarted.schedules() == {}
+
+
+def test_a_start_that_cannot_store_the_schedules_can_be_repeated(
+    unstarted, repository, monkeypatch
+):
+    unstarted.schedule("hourly", every(HOUR), "beat")
+
+    def fail(*_):
+        raise RepositoryUnavailable("down")
+
+    monkeypatch.setattr(unstarted._schedules, "store", fail)
+    with pytest.raises(RepositoryUnavailable):
+        unstarted.start()
+    assert repository.liveness.nodes() == []
+    monkeypatch.undo()
+    unstarted.start()
+    assert names_of(repository) == ["hourly"]
+
+
+def test_a_schedule_that_is_declared_during_the_start_is_stored(unstarted, repository, monkeypatch):
+    publish = unstarted._life._publish
+
+    def declare_first(node):
+        unstarted.schedule("hourly", every(HOUR), "beat")
+        return publish(node)
+
+    monkeypatch.setattr(unstarted._life, "_publish", declare_first)
+    unstarted.start()
+    assert names_of(repository) == ["hourly"]
+
+
+def test_a_declaration_opens_no_file(tmp_path):
+    path = tmp_path / "tasks.db"
+    queue = Queue(open_repository(f"sqlite:///{path}"))
+    queue.declare("remote")
+    queue.executor("beat")(lambda: None)
+    queue.schedule("hourly", every(HOUR), "beat")
+    queue.schedule("daily", every(DAY), "remote")
+    assert not path.exists()
+    with queue:
+        assert queue.schedules().keys() == {"hourly", "daily"}

@@ -72,7 +72,7 @@ def worker_queue() -> Queue:
     django.setup()
     alias, names = os.environ.get(BACKEND, "default"), os.environ.get(QUEUES, "")
     queue = load_queue(alias, names.split("\n") if names else ())
-    schedules.store(alias, queue)
+    schedules.declare(alias, queue)
     return queue
 
 

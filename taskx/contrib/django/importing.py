@@ -176,6 +176,7 @@ def store(queue: Queue, plan: Plan, *, dry_run: bool) -> str:
         after = _declared(scratch, plan)
     if not dry_run:
         schedule = _declared(queue, plan)
+        schedule.store()
         if before is None and plan.paused:
             schedule.pause()
     if before is None:

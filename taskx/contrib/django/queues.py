@@ -101,7 +101,7 @@ def _start(pid: int) -> None:
     try:
         for alias in embedded():
             queue = load_queue(alias)
-            schedules.store(alias, queue)
+            schedules.declare(alias, queue)
             queue.start()
     except QueueStopped:  # the process ends
         return

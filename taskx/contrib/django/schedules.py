@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from taskx import ConfigurationError, PayloadError
-from taskx.contrib.django.blocks import commit_implicit
 from taskx.core.ticks import Every
 from taskx.queue import Queue
 
@@ -45,8 +44,8 @@ def schedule(
     _declared.setdefault(alias, {})[name] = (name, spec, type, params or {}), options
 
 
-def store(alias: str, queue: Queue) -> None:
-    """Store the declared schedules of an alias, also those of tasks that this process does not run.
+def declare(alias: str, queue: Queue) -> None:
+    """Declare the schedules of an alias to its queue, also those of tasks that this process does not run.
 
     Raises:
         ConfigurationError: a schedule is not valid. The message names it.
@@ -58,4 +57,3 @@ def store(alias: str, queue: Queue) -> None:
             queue.schedule(*given, **options)
         except (ConfigurationError, PayloadError, TypeError) as error:
             raise ConfigurationError(f"schedule {name!r}: {error}") from error
-    commit_implicit()

@@ -600,7 +600,9 @@ def test_a_schedule_can_have_an_interval(boss, queue, text, spec):
 
 def test_a_schedule_is_changed_and_keeps_the_options_that_the_form_does_not_show(boss, queue):
     retry = RetryPolicy(5, base=2.0)
-    queue.schedule("nightly", "0 3 * * *", Task(type="mail", retry=retry, timeout=9.0), tz="UTC")
+    queue.schedule(
+        "nightly", "0 3 * * *", Task(type="mail", retry=retry, timeout=9.0), tz="UTC"
+    ).store()
     changed = {**FORM, "spec": "0 4 * * *", "paused": "on"}
     response = boss.post(f"{SCHEDULES}schedule_2Fnightly/change/", changed, follow=True)
     assert "was changed successfully" in response.content.decode()
@@ -612,7 +614,7 @@ def test_a_schedule_is_changed_and_keeps_the_options_that_the_form_does_not_show
 
 
 def test_the_name_of_a_schedule_stays(boss, queue):
-    queue.schedule("nightly", "0 3 * * *", "mail")
+    queue.schedule("nightly", "0 3 * * *", "mail").store()
     boss.post(f"{SCHEDULES}schedule_2Fnightly/change/", {**FORM, "name": "other"})
     assert {*queue.schedules()} == {"nightly"}
 
@@ -640,7 +642,7 @@ def test_a_wrong_schedule_is_an_error_of_the_form_and_is_not_stored(boss, queue,
 
 
 def test_adding_a_schedule_does_not_replace_another_one(boss, queue):
-    queue.schedule("nightly", "0 5 * * *", "report")
+    queue.schedule("nightly", "0 5 * * *", "report").store()
     page = boss.post(f"{SCHEDULES}add/", FORM).content.decode()
     assert "There is a schedule with this name" in page
     assert queue.schedules()["nightly"].type == "report"
@@ -648,7 +650,7 @@ def test_adding_a_schedule_does_not_replace_another_one(boss, queue):
 
 def test_schedules_are_paused_resumed_run_and_removed(boss, queue):
     for name in ("a", "b"):
-        queue.schedule(name, "0 3 * * *", "mail")
+        queue.schedule(name, "0 3 * * *", "mail").store()
     both = ("schedule/a", "schedule/b")
     assert "2 schedules: paused." in act(boss, SCHEDULES, "pause", *both)
     assert all(one.paused for one in queue.schedules().values())
@@ -664,7 +666,7 @@ def test_schedules_are_paused_resumed_run_and_removed(boss, queue):
 
 
 def test_permissions_of_schedules_are_those_of_django(browse, queue):
-    queue.schedule("nightly", "0 3 * * *", "mail")
+    queue.schedule("nightly", "0 3 * * *", "mail").store()
     client = browse("taskx.view_schedule")
     assert "nightly" in page_of(client, SCHEDULES)
     url = f"{SCHEDULES}schedule_2Fnightly/change/"
@@ -685,10 +687,10 @@ def test_the_cost_of_the_list_of_schedules_does_not_depend_on_its_length(boss, q
             page_of(boss, SCHEDULES)
         return len(captured)
 
-    queue.schedule("a", "0 3 * * *", "mail")
+    queue.schedule("a", "0 3 * * *", "mail").store()
     few = queries()
     for number in range(20):
-        queue.schedule(f"s{number}", "0 3 * * *", "mail")
+        queue.schedule(f"s{number}", "0 3 * * *", "mail").store()
     assert queries() == few
 
 
@@ -746,7 +748,7 @@ def test_a_schedule_that_is_edited_is_rolled_back_with_its_request(
 
 def test_tasks_somewhere_else_are_named_and_break_nothing(boss, queue, monkeypatch):
     queue.submit("mail", id="left-over")
-    queue.schedule("nightly", "0 3 * * *", "mail")
+    queue.schedule("nightly", "0 3 * * *", "mail").store()
     key = key_of("left-over")
     with closing(Queue(MemoryRepository())) as other:
         monkeypatch.setattr(pages, "load_queue", lambda alias: other)

@@ -117,7 +117,7 @@ def test_permission_to_change_tasks_cancels_and_pauses_but_does_not_delete(brows
 
 
 def test_a_superuser_may_do_everything(boss, queue):
-    queue.schedule("nightly", "0 3 * * *", "mail")
+    queue.schedule("nightly", "0 3 * * *", "mail").store()
     assert boss.post("/tasks/schedules/pause", {"name": "nightly"}).status_code == 303
     assert queue.schedules()["nightly"].paused
 
@@ -229,7 +229,7 @@ def test_a_page_that_has_not_changed_is_not_sent_again(boss, queue):
     first = boss.get("/tasks/schedules")
     again = boss.get("/tasks/schedules", HTTP_IF_NONE_MATCH=first["ETag"])
     assert (again.status_code, again.content, again["ETag"]) == (304, b"", first["ETag"])
-    queue.schedule("nightly", "0 3 * * *", "mail")
+    queue.schedule("nightly", "0 3 * * *", "mail").store()
     assert boss.get("/tasks/schedules", HTTP_IF_NONE_MATCH=first["ETag"]).status_code == 200
 
 

@@ -115,8 +115,8 @@ def fill(queue: Queue) -> str:
     many = group(*(Task(type="quiet") for _ in range(100)))
     queue.submit_flow(chain(Task(type="mail"), many, Task(type="mail")))
     queue.submit_flow(chain(Task(type=HOSTILE), group(Task(type="mail"), Task(type="hold"))))
-    queue.schedule("nightly", "30 2 * * *", "mail", {"to": "all"}, tz="Europe/Berlin")
-    queue.schedule(f"schedule {HOSTILE}", "0 0 1 1 *", HOSTILE, {"text": HOSTILE})
+    queue.schedule("nightly", "30 2 * * *", "mail", {"to": "all"}, tz="Europe/Berlin").store()
+    queue.schedule(f"schedule {HOSTILE}", "0 0 1 1 *", HOSTILE, {"text": HOSTILE}).store()
     for handle in done:
         handle.result(PATIENCE)
     for handle in failed:

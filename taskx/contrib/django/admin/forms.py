@@ -190,6 +190,7 @@ class ScheduleForm(forms.ModelForm):
             overlap=given["overlap"],
             expires=given["expires"],
         )
+        declared.store()
         if given["paused"] != declared.paused:
             (declared.pause if given["paused"] else declared.resume)()
 

@@ -122,7 +122,7 @@ async def awaited(handle):
         lambda queue: queue.cancel_all(everything=True),
         lambda queue: queue.delete("old"),
         lambda queue: queue.prune(datetime.now(timezone.utc)),
-        lambda queue: queue.schedule("nightly", "0 3 * * *", "echo"),
+        lambda queue: queue.schedule("nightly", "0 3 * * *", "echo").store(),
         lambda queue: queue.schedules()["hourly"].pause(),
         lambda queue: queue.schedules()["hourly"].trigger(),
         lambda queue: queue.schedules()["hourly"].remove(),
@@ -136,13 +136,13 @@ def test_all_that_would_wait_for_the_same_transaction_raises_at_once(queue, call
     queue.submit("echo", id="old")
     queue.cancel_task("old")
     queue.submit("echo", id="waiting")
-    queue.schedule("hourly", "0 * * * *", "echo")
+    queue.schedule("hourly", "0 * * * *", "echo").store()
     with rolled_back("site"):
         queue.submit("echo", connection=connections["site"])
         with pytest.raises(ConfigurationError, match="would wait for itself"):
             call(queue)
     assert not queue.paused
-    assert {*queue.schedules()} == {"hourly"}
+    assert {*queue.repository.notes("schedule/")} == {"schedule/hourly"}
     assert not queue.schedules()["hourly"].paused
     assert queue.count_tasks() == 2
 

@@ -9,7 +9,7 @@ from itertools import count
 
 import pytest
 from django.db import connections, transaction
-from helpers import eventually, whole_round
+from helpers import eventually, storing, whole_round
 
 from contrib.django.atomic.blocks import LONG, elsewhere, ids, rolled_back
 from taskx import ConfigurationError, Queue, TaskNotFound, TaskStatus, every
@@ -31,6 +31,10 @@ def written(using, add):
 
 
 class TestSchedules:
+    @pytest.fixture
+    def queue(self, queue):
+        return storing(queue)
+
     def test_a_declaration_is_stored_with_the_data(self, queue, using, written, names):
         with rolled_back(using), written():
             queue.schedule("nightly", "0 3 * * *", "elsewhere")
@@ -176,8 +180,10 @@ def test_declared_schedules_are_stored_without_autocommit_too(queue, using):
     schedules.schedule("nightly", "0 3 * * *", "elsewhere", backend="of-this-test")
     transaction.set_autocommit(False, using=using)
     try:
-        schedules.store("of-this-test", queue)
-        assert elsewhere(queue.schedules).keys() == {"nightly"}
+        schedules.declare("of-this-test", queue)
+        assert queue.repository.notes("schedule/") == {}
+        queue.start()
+        assert elsewhere(lambda: queue.repository.notes("schedule/")).keys() == {"schedule/nightly"}
     finally:
         transaction.rollback(using=using)
         transaction.set_autocommit(True, using=using)
@@ -186,10 +192,10 @@ def test_declared_schedules_are_stored_without_autocommit_too(queue, using):
 def test_a_declared_schedule_that_is_not_valid_is_named(queue):
     schedules.schedule("nightly", "bad cron", "elsewhere", backend="wrong-spec")
     with pytest.raises(ConfigurationError, match="schedule 'nightly': cron expression 'bad cron'"):
-        schedules.store("wrong-spec", queue)
+        schedules.declare("wrong-spec", queue)
     schedules.schedule("hourly", every(3600), "elsewhere", backend="wrong-option", owerlap="skip")
     with pytest.raises(ConfigurationError, match=r"schedule 'hourly': .* no option owerlap"):
-        schedules.store("wrong-option", queue)
+        schedules.declare("wrong-option", queue)
 
 
 class TestWaits:
