@@ -159,7 +159,8 @@ class Process:
                 return
             for (order,) in messages:
                 self._obey(order)
-            self._ready = self._ready or (self._life is not None and self._life.name == "started")
+            # Also if it is stopping already: the supervisor must know that tasks may be left.
+            self._ready = self._ready or (self._life is not None and self._life.node is not None)
             if self._ready and time.monotonic() >= beat_at:
                 beat_at = time.monotonic() + BEAT
                 self._beat()

@@ -20,7 +20,15 @@ from taskx.supervising import health
 from taskx.supervising.health import WRITE_EVERY, HealthFile, HealthPort
 from taskx.supervising.loading import files_of, load_queue, load_queue_to_run
 from taskx.supervising.notify import Notifier
-from taskx.supervising.process import MIB, Changes, Limits, check_memory, loaded_files, memory
+from taskx.supervising.process import (
+    MIB,
+    Changes,
+    Limits,
+    Process,
+    check_memory,
+    loaded_files,
+    memory,
+)
 from taskx.supervising.settings import Settings
 
 # Loading
@@ -210,6 +218,26 @@ def test_attempts_are_counted_only_if_they_are_limited():
     pool.ahead.ended("b", 0.1)
     assert limits.facts(pool)["attempts"] == 2
     assert ended == ["a", "b"]
+
+
+def test_a_process_that_is_told_to_stop_before_its_first_beat_still_says_that_it_has_started():
+    """The supervisor counts a task that is left behind only if the queue had started."""
+    said = []
+    process = Process(
+        SimpleNamespace(
+            hear=lambda timeout: orders.pop(), say=lambda *m: said.append(m), unsent=False
+        ),
+        Settings(target="app:queue"),
+    )
+    process._queue = SimpleNamespace(healthy=True)
+    pool = SimpleNamespace(ahead=SimpleNamespace(at_work=["a task"]))
+    node = SimpleNamespace(pool=pool, problems=list)
+    process._life = SimpleNamespace(node=node, name="stopped", ended=True)
+    # The channel is closed in the end, which stops the process a second time at most.
+    orders = [None, [["stop"]]]
+    process._attend()
+    assert [kind for kind, *_ in said] == ["beat"]
+    assert said[0][1]["running"] == 1
 
 
 def test_a_limit_of_memory_that_a_process_reaches_without_tasks_is_refused():
