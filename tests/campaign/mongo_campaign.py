@@ -51,6 +51,14 @@ class MongoCampaign(Campaign):
         self._beats = 0
         self._port: int = pymongo.uri_parser.parse_uri(url)["nodelist"][0][1]
         self.proxies: dict[str, Proxy] = {}
+        if server is not None:
+            self._make_tables()
+
+    def _make_tables(self) -> None:
+        """Write to each collection: a server that is killed during its first write cannot start again."""
+        for collection in ("tasks", "tasks.batches", "tasks.notes"):
+            self._client[self._name][collection].insert_one({"_id": "first"})
+            self._client[self._name][collection].delete_one({"_id": "first"})
 
     def spawn(self, **options: Any) -> Child:
         """Start a process; without ``retries`` its driver does not repeat commands by itself."""
