@@ -6,10 +6,10 @@ import json
 
 import pytest
 from storage.repositories import TinyRepository
-from storage.third import ThirdRepository
 
 from taskx import Change, ConfigurationError, MemoryRepository, PayloadError, Queue
 from taskx.inspecting import changelog
+from taskx.repository.example import ExampleRepository
 
 
 @pytest.mark.every_store
@@ -78,11 +78,11 @@ def test_long_and_hostile_texts_are_stored_as_text(queue):
 
 
 def test_repositories_of_eight_methods_refuse_and_those_of_primitives_keep_changes(tmp_path):
-    tiny, third = Queue(TinyRepository()), Queue(ThirdRepository(tmp_path / "third"))
+    tiny, example = Queue(TinyRepository()), Queue(ExampleRepository(tmp_path / "example"))
     with pytest.raises(ConfigurationError, match="use SQLiteRepository"):
         tiny.note_change("ann", "cancel", "t")
     with pytest.raises(ConfigurationError, match="use SQLiteRepository"):
         tiny.changes()
-    third.note_change("ann", "cancel", "t")
-    assert [change.by for change in third.changes()] == ["ann"]
-    third.close()
+    example.note_change("ann", "cancel", "t")
+    assert [change.by for change in example.changes()] == ["ann"]
+    example.close()

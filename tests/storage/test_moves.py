@@ -424,11 +424,11 @@ class TestByHand:
 
     def test_text_is_made_storable(self, store, run):
         task = run("a")
-        task.error, task.message = "lone \ud800 surrogate", "m" * 2000
+        task.error, task.message = "lone \ud800 surrogate", "m" * 20_000
         store.update(task)
         stored = store.get_by_id("a")
         assert stored.error == "lone \\ud800 surrogate"
-        assert len(stored.message) == 1000
+        assert len(stored.message) == 10_000
 
     def test_an_update_is_refused_if_the_task_changed_in_the_meantime(
         self, store, run, monkeypatch

@@ -592,14 +592,14 @@ def test_invalid_progress_is_refused(started):
                 ctx.progress(wrong)
         with pytest.raises(PayloadError, match="message"):
             ctx.progress(1, 5)
-        ctx.progress(7, "x" * 5000 + "\ud800")
+        ctx.progress(7, "x" * 50_000 + "\ud800")
         raise ValueError
 
     handle = started.submit("show")
     assert handle.exception(PATIENCE)
     assert handle.task().error == "ValueError"
     assert handle.task().progress == 7
-    assert len(handle.task().message) == 1000
+    assert len(handle.task().message) == 10_000
 
 
 @pytest.mark.every_store

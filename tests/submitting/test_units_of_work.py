@@ -105,7 +105,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
             queue.repository.update_status(status.value, TaskStatus.RUNNING)
             queue.repository.update_status(status.value, status)
         queue.submit_flow(chain(Task(type="echo", id="first"), Task(type="echo", id="second")))
-        queue.schedule("hourly", every(3600), "echo")
+        queue.schedule("hourly", every(3600), "echo").store()
         queue.pause("echo")
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     return path
@@ -299,7 +299,7 @@ CALLS: dict[str, Call] = {
     "queue.untune": lambda s: s.queue.untune("echo"),
     "queue.note_change": lambda s: s.queue.note_change("ann", "look", "tasks"),
     "queue.stop_node": lambda s: s.queue.stop_node("gone"),
-    "queue.schedule": lambda s: s.queue.schedule("daily", every(86400), "echo"),
+    "schedule.store": lambda s: s.queue.schedule("daily", every(86400), "echo").store(),
     "schedule.pause": lambda s: s.hourly.pause(),
     "schedule.resume": lambda s: s.hourly.resume(),
     "schedule.remove": lambda s: s.hourly.remove(),
@@ -353,6 +353,7 @@ CALLS: dict[str, Call] = {
     "queue.healthy": lambda s: s.queue.healthy,
     "queue.stopped": lambda s: s.queue.stopped,
     "queue.stacks": lambda s: s.queue.stacks(),
+    "queue.schedule": lambda s: s.queue.schedule("daily", every(86400), "echo"),
     "schedule.next": lambda s: s.hourly.next(),
     "queue.stop": lambda s: s.queue.stop(PATIENCE),
     "queue.close": lambda s: s.queue.close(),

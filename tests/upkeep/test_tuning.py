@@ -9,13 +9,13 @@ from types import SimpleNamespace
 import pytest
 from helpers import PATIENCE, eventually, housekeeper_of, pool_of, services_of, whole_round
 from storage.repositories import TinyRepository
-from storage.third import ThirdRepository
 
 from taskx import ConfigurationError, NodeNotFound, Queue, Tuned, TunedType
 from taskx.core.overrides import Overrides, from_text
 from taskx.core.rate import Limit, Rate
 from taskx.limiting.admission import Admission
 from taskx.limiting.shared import slots_by_node
+from taskx.repository.example import ExampleRepository
 from taskx.running.tuning import Tuning
 
 NOTE = "pause.overrides"
@@ -465,7 +465,7 @@ def test_a_misspelt_type_is_tuned_with_a_warning(started, caplog):
 
 
 def test_repositories_of_eight_methods_refuse_and_those_of_primitives_tune(tmp_path):
-    tiny, third = Queue(TinyRepository()), Queue(ThirdRepository(tmp_path / "third"))
+    tiny, example = Queue(TinyRepository()), Queue(ExampleRepository(tmp_path / "example"))
     for call in (
         lambda: tiny.tune("t", rate="1/s"),
         lambda: tiny.tune(workers=2),
@@ -474,9 +474,9 @@ def test_repositories_of_eight_methods_refuse_and_those_of_primitives_tune(tmp_p
     ):
         with pytest.raises(ConfigurationError, match="use SQLiteRepository"):
             call()
-    third.tune(workers=2)
-    assert third.tuned() == Tuned(workers=2)
-    third.close()
+    example.tune(workers=2)
+    assert example.tuned() == Tuned(workers=2)
+    example.close()
 
 
 # The parts
