@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from helpers import PATIENCE, Waiting, eventually, node_of, services_of
+from helpers import PATIENCE, Waiting, eventually, node_of, pool_of, services_of
 
 import taskx
 from taskx import ConfigurationError, Reason, TaskNotFound, TaskStatus
@@ -493,6 +493,7 @@ def test_a_task_on_its_last_chance_waits_for_the_others(suspects, gate, clock):
     queue.submit("hold", id="neighbour")
     gate.wait_for(1)
     last = crashed("last")
+    assert eventually(lambda: pool_of(queue).starter.suspects.item)
     clock.advance(1)
     behind = queue.submit("hold")
     for process in (queue, asker):
