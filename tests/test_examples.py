@@ -466,9 +466,9 @@ def test_schedule_runs(tmp_path):
     lines = ran.stdout.splitlines()
     assert lines.pop(3).startswith("nightly comes next at ")
     assert lines == [
-        "<Schedule 'beat' (every 0.2 s): 'ping'>",
-        "<Schedule 'gauge' (every 0.1 s): 'measure'>",
-        "<Schedule 'nightly' (30 2 * * *): 'report'>",
+        "<Schedule 'beat' (every 0.2 s): 'ping', not stored yet>",
+        "<Schedule 'gauge' (every 0.1 s): 'measure', not stored yet>",
+        "<Schedule 'nightly' (30 2 * * *): 'report', not stored yet>",
         "beat and gauge have ticked, and run at the same time",
         "gauge is paused: True",
         "by hand: sales",

@@ -10,7 +10,10 @@ from pathlib import Path
 import taskx.contrib
 
 FOLDER = Path(taskx.contrib.__file__).parent
-ALLOWED = {"taskx", "taskx.common.permission", "taskx.dashboard", "taskx.cli.app", "taskx.engines"}
+ALLOWED = {
+    *("taskx", "taskx.common.permission", "taskx.cli.app", "taskx.engines"),
+    *("taskx.dashboard", "taskx.dashboard.bodies"),
+}
 
 
 def imported(node: ast.AST) -> Iterator[str]:
