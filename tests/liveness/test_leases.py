@@ -70,7 +70,7 @@ class Host:
         return {seen.id: seen.alive for seen in self.leases.nodes()}.get(node)
 
 
-@pytest.fixture(params=["memory", "sqlite", "third", "mongomock", "mongo"])
+@pytest.fixture(params=["memory", "sqlite", "example", "mongomock", "mongo"])
 def store(request, tmp_path, clock):
     """Each repository whose notes several hosts could share."""
     with MAKERS[request.param](tmp_path, clock) as repository:

@@ -54,7 +54,7 @@ def test_the_types_of_a_node_are_recorded(liveness):
 
 @pytest.mark.parametrize(
     "liveness",
-    [kind for kind in KINDS if kind.startswith(("sqlite", "mongo", "third"))],
+    [kind for kind in KINDS if kind.startswith(("sqlite", "mongo", "example"))],
     indirect=True,
 )
 def test_a_stopping_node_is_recorded_if_it_can_outlive_its_process(liveness):
