@@ -383,9 +383,9 @@ def test_a_cancelled_task_does_not_wait_for_its_stuck_thread(stuck):
 
 
 def test_a_schedule_whose_tick_is_late_is_a_problem(idle, clock):
-    idle.schedule("often", every(100), "t")
+    idle.schedule("often", every(100), "t").store()
     idle.schedule("paused", every(100), "t").pause()
-    idle.schedule("rarely", every(10**6), "t")
+    idle.schedule("rarely", every(10**6), "t").store()
     clock.advance(160)
     assert problems(idle, nodes=0) == []
     clock.advance(1)
@@ -404,7 +404,7 @@ def test_a_schedule_whose_tick_is_late_is_a_problem(idle, clock):
 def test_all_schedules_are_read_a_page_at_a_time(idle, clock, monkeypatch):
     monkeypatch.setattr(health, "_PAGE", 2)
     for name in "abcde":
-        idle.schedule(name, every(10), "t")
+        idle.schedule(name, every(10), "t").store()
     clock.advance(100)
     problem = only(idle, "schedule_overdue", nodes=0)
     assert sorted(problem.facts["schedules"]) == [*"abcde"]
@@ -513,7 +513,7 @@ def test_wrong_thresholds_are_refused(wrong, words):
 
 def test_several_problems_are_listed_together(idle, clock):
     idle.submit("t")
-    idle.schedule("often", every(100), "t")
+    idle.schedule("often", every(100), "t").store()
     clock.advance(1000)
     found = problems(idle)
     assert [problem.kind for problem in found] == ["nodes", "oldest_due", "schedule_overdue"]

@@ -333,17 +333,21 @@ def test_after_a_fetch_in_vain_the_listener_rests_before_the_next_one(heard):
 def process(busy, no_polling, monkeypatch):
     """Return a function that processes news in a queue with a busy worker, and returns its actions."""
     queue = busy()
-    eventually(lambda: services_of(queue).agenda._asleep_long)
     pool, seen = pool_of(queue), []
-    monkeypatch.setattr(pool.fetcher, "refill", lambda: bool(seen.append("refill") or queue.free))
-    monkeypatch.setattr(pool, "fire_cancelled", lambda: seen.append("cancels"))
-    monkeypatch.setattr(services_of(queue).agenda, "wake", lambda: seen.append("wake"))
+
+    def note(action):
+        seen.append((threading.get_ident(), action))  # the threads of the queue act, too
+        return queue.free
+
+    monkeypatch.setattr(pool.fetcher, "refill", lambda: note("refill"))
+    monkeypatch.setattr(pool, "fire_cancelled", lambda: note("cancels"))
+    monkeypatch.setattr(services_of(queue).agenda, "wake", lambda: note("wake"))
     queue.free = True
 
     def process(news):
         seen.clear()
         listening.Listening(pool)._process(news)
-        return seen
+        return [action for thread, action in seen if thread == threading.get_ident()]
 
     process.queue = queue
     return process
