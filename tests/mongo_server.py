@@ -40,10 +40,14 @@ main()
 OPTIONS = {"set": ["--sync-on-commit"], "standalone": ["--sync-on-commit", "--standalone"]}
 
 
+#: The first of the ports of this process: processes that run tests at a time do not share ports.
+_FIRST_PORT = 15_000 + 2_500 * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 6)
+
+
 def free_port() -> int:
     """Return a free port outside the system's own range, so that it stays free while a server is down."""
     while True:
-        port = random.randrange(15_000, 30_000)
+        port = random.randrange(_FIRST_PORT, _FIRST_PORT + 2_500)
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
