@@ -73,9 +73,10 @@ def _ticks(plan: Plan, folder: str) -> dict[str, float]:
     """Let all schedules tick in the same minute. Reading them at the queue's start counts, too."""
 
     def declare(queue: Queue) -> None:
+        # resume() stores it, also in versions that have no store().
         for n in range(plan.schedules):
-            queue.schedule(f"tenant {n}", every(_MINUTE), "elsewhere")
-        queue.schedule("last", every(_MINUTE), "elsewhere")
+            queue.schedule(f"tenant {n}", every(_MINUTE), "elsewhere").resume()
+        queue.schedule("last", every(_MINUTE), "elsewhere").resume()
 
     done = plan.schedules + 1
     passed, work = _burst(folder, declare, _MINUTE + 10, lambda r: r.count(TaskFilter()) >= done)

@@ -117,7 +117,7 @@ def tasks_that_wait(path: str) -> None:
     queue.submit("later", id="in line", concurrency_key="line")
     queue.submit("paused", id="paused")
     queue.pause("paused")
-    queue.schedule("ticks", every(3600), "later", {"tick": True})
+    queue.schedule("ticks", every(3600), "later", {"tick": True}).resume()  # stores it
     queue.schedule("rests", every(60), "later").pause()
 
 
