@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime, timedelta, timezone
 from itertools import islice
@@ -357,10 +357,16 @@ class Schedules:
         with self.joined() as schedules:
             return Schedule(schedules.store(wanted), self)
 
-    def store_declared(self) -> None:
-        """Store the schedules that were declared before the start."""
-        for wanted in list(self.declared.values()):
-            self.store(wanted)
+    def store_declared(self, stored: Mapping[str, Entry] | None = None) -> dict[str, Entry]:
+        """Store the schedules that were declared before the start, and return them.
+
+        Those in ``stored`` are left out, unless they were declared anew.
+        """
+        declared = dict(self.declared)
+        for name, wanted in declared.items():
+            if stored is None or stored.get(name) is not wanted:
+                self.store(wanted)
+        return declared
 
     def store(self, wanted: Entry) -> Entry:
         """Store a schedule, merged with the stored one of the same name; return the result."""

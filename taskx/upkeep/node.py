@@ -389,11 +389,13 @@ class Lifetime:
             node.pool.asked_to_stop = self._asked_to_stop
             try:
                 node.join()
+                # First: this node makes no tick by the options that an earlier program has stored.
+                stored = self._queue._schedules.store_declared()
                 node.begin()
                 # The workers wait until the node is visible, so that executors can submit and cancel.
                 if not self._publish(node):
                     raise QueueStopped("the queue was stopped while it started; no task was run")
-                self._queue._schedules.store_declared()
+                self._queue._schedules.store_declared(stored)  # others were declared meanwhile
             except BaseException:  # an interrupt, too: it can be started again
                 self.node = self._state.pool = None
                 node.withdraw()
