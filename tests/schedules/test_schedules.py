@@ -50,6 +50,7 @@ from taskx.schedules import ticker as ticker_module
 from taskx.schedules.stored import PREFIX, store
 from taskx.schedules.ticker import Ticker
 from taskx.testing import ManualClock
+from taskx.upkeep.node import LocalNode
 
 pytestmark = pytest.mark.every_store
 
@@ -1649,6 +1650,25 @@ def test_a_schedule_is_stored_by_the_start_of_its_queue(unstarted, repository, c
     assert unstarted.schedules()["hourly"].next_tick == NOON + timedelta(hours=1, minutes=1)
     assert unstarted.schedule("daily", every(DAY), "beat").stored
     assert sorted(names_of(repository)) == ["daily", "hourly"]
+
+
+def test_the_schedules_are_stored_before_the_housekeeper_can_make_a_tick(
+    unstarted, repository, monkeypatch
+):
+    """A tick would go by the options that an earlier program had stored. Late declarations count, too."""
+    seen = []
+
+    def begin(node):
+        seen.extend(names_of(repository))
+        unstarted.schedule("late", every(HOUR), "beat")
+        real(node)
+
+    real = LocalNode.begin
+    monkeypatch.setattr(LocalNode, "begin", begin)
+    unstarted.schedule("hourly", every(HOUR), "beat")
+    unstarted.start()
+    assert seen == ["hourly"]
+    assert sorted(names_of(repository)) == ["hourly", "late"]
 
 
 def test_the_last_declaration_of_a_name_counts(unstarted, repository):
