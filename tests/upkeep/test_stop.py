@@ -522,6 +522,7 @@ def test_a_queue_told_to_stop_at_exit_fetches_no_more_tasks(started, repository)
     pool = pool_of(started)
     pool.fetcher.alone = False
     started._life.tell_to_stop()
+    eventually(pool.fetcher.refill)  # a fetch that was under way has ended
     repository.create(Task(id="x", type="fine"))
     pool.agenda.more_stored = True
     pool.fetcher.refill()
