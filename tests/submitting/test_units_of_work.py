@@ -403,16 +403,17 @@ def test_each_public_call_has_a_row():
         if not name.startswith("_")
         and (callable(found := getattr(kind, name)) or (owner == "queue"))
     }
-    of_runtime = {  # they are called by the runtime, or read memory
-        *(
-            "conclude",
-            "conclude_closed",
-            "forget_listeners",
-            "listen",
-            "refuse_endless_wait",
-            "signal",
-        ),
-        *("set_exception", "set_result", "set_running_or_notify_cancel", "tell"),
+    of_runtime = {  # it calls them, or they read memory
+        "conclude",
+        "conclude_closed",
+        "forget_listeners",
+        "listen",
+        "refuse_endless_wait",
+        "set_exception",
+        "set_result",
+        "set_running_or_notify_cancel",
+        "signal",
+        "tell",
     }
     without = {
         name

@@ -43,12 +43,13 @@ def kill_family(leader: int, mark: str = "", *, reaped: bool = False) -> None:
     # of its program, and take it for a result.
     with suppress(ProcessLookupError, PermissionError):
         list(map(os.kill, [*outside, -leader], repeat(signal.SIGKILL)))
-    for pid in [
+    for pid in (
         *found,
         -leader,
-        *([] if reaped else [leader]),
-    ]:  # those that this call has left out
+    ):  # an error, such as that of a process that has ended, ends that call
         _signal(pid, signal.SIGKILL)
+    if not reaped:
+        _signal(leader, signal.SIGKILL)
 
 
 def end_family() -> NoReturn:
