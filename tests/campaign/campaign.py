@@ -32,7 +32,7 @@ from taskx.storage.base import Repository
 from . import hooks
 from .sidelog import Event, SideLog, read
 from .verify import NEVER, History, verify
-from .worker import MANY, Options
+from .worker import HANGS, MANY, Options
 
 _FOLDER = Path(__file__).parent
 _ROOT = _FOLDER.parent.parent
@@ -45,11 +45,12 @@ _ALARMING = re.compile(
     r"|^Exception in thread|^Fatal Python error",
     re.MULTILINE,
 )
-_LONGEST = 120.0
+#: Seconds after which a wait gives up: longer than anything takes on a loaded machine.
+LONGEST = 240.0
 _never = threading.Event()
 
 
-def until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
+def until(condition: Callable[[], Any], what: str, seconds: float = LONGEST) -> Any:
     """Call ``condition`` until it returns something true, and return that.
 
     Raises:
@@ -93,7 +94,7 @@ class Child:
         """Kill the process; the moment just before is the last one at which it certainly lived."""
         self._log.tell("killed")
         self.process.send_signal(signal.SIGKILL)
-        self.wait(60.0)
+        self.wait()
 
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
@@ -104,7 +105,7 @@ class Child:
         self.process.stdin.write(b"\n")
         self.process.stdin.flush()
 
-    def finish(self, seconds: float = _LONGEST) -> int:
+    def finish(self, seconds: float = LONGEST) -> int:
         """Close its standard input and wait for its end; return its exit code."""
         assert self.process.stdin is not None
         self.process.stdin.close()
@@ -122,7 +123,7 @@ class Child:
             self.process.stdin.close()
         return True
 
-    def wait(self, seconds: float) -> int:
+    def wait(self, seconds: float = LONGEST) -> int:
         """Wait for its end; return its exit code."""
         self.process.wait(seconds)
         self.ended()
@@ -188,7 +189,7 @@ class Campaign:
         """End the ``held`` tasks."""
         Path(self.hold()["until"]).touch()
 
-    def wait_for(self, what: str, seconds: float = 60.0, **like: Any) -> Event:
+    def wait_for(self, what: str, seconds: float = LONGEST, **like: Any) -> Event:
         """Wait for an event and return the first one with these values."""
 
         def find() -> Event | None:
@@ -197,7 +198,7 @@ class Campaign:
                     return event
             return None
 
-        found: Event = until(find, seconds, f"{what} {like}")
+        found: Event = until(find, f"{what} {like}", seconds)
         return found
 
     # --- the random part
@@ -217,12 +218,26 @@ class Campaign:
                 alive.append(self.spawn(**self._random_options()))
             _never.wait(self.rng.uniform(0.0, self.pause))
             self._strike(self.rng.choice(alive))
-        until(
-            lambda: all(child.ended() for child in alive if child.options.interrupts), 60.0, "end"
-        )
+        until(lambda: all(child.ended() for child in alive if child.options.interrupts), "end")
         for child in alive:
             if not child.ended():
                 child.kill()
+
+    def mix_until(self, condition: Callable[[], Any], what: str) -> Child:
+        """Let a process take random steps until ``condition`` holds; return the process.
+
+        It is replaced when it ends: one of its tasks may kill it.
+        """
+        child = self.spawn(role="mix", seconds=HANGS / 4, workers=4)
+
+        def holds() -> bool:
+            nonlocal child
+            if child.ended():
+                child = self.spawn(role="mix", seconds=HANGS / 4, workers=4)
+            return bool(condition())
+
+        until(holds, what)
+        return child
 
     def _strike(self, child: Child) -> None:
         chance = self.rng.random()
@@ -266,7 +281,7 @@ class Campaign:
 
     # --- the end
 
-    def drain(self, seconds: float = 60.0, processes: int = 2, **options: Any) -> None:
+    def drain(self, seconds: float = LONGEST, processes: int = 2, **options: Any) -> None:
         """Run the remaining tasks in new processes; replace those that a task kills.
 
         The proof finds tasks that are not finished in time, and processes that do not end.
@@ -319,7 +334,7 @@ def soak(campaign: Campaign, kills: int, processes: int) -> Outcome:
     try:
         campaign.storm(kills, processes, say)
         say("draining")
-        campaign.drain(300.0)
+        campaign.drain()
         outcome = campaign.verdict()
     finally:
         campaign.close()

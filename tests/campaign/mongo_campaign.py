@@ -14,7 +14,7 @@ from taskx import MongoRepository
 from taskx.storage.base import Repository
 
 from . import on_mongo
-from .campaign import Campaign, Child, until
+from .campaign import LONGEST, Campaign, Child, until
 
 NAME = "campaign"
 #: The ways to disturb a connection.
@@ -131,7 +131,7 @@ class MongoCampaign(Campaign):
 
     # --- the end
 
-    def drain(self, seconds: float = 60.0, processes: int = 2, **options: Any) -> None:
+    def drain(self, seconds: float = LONGEST, processes: int = 2, **options: Any) -> None:
         super().drain(seconds, processes, **options)
         self.let_nodes_be_forgotten()
 
@@ -141,8 +141,8 @@ class MongoCampaign(Campaign):
             return
         last = self.spawn(role="serve")
         self.wait_for("started", who=last.who)
-        until(lambda: self._notes.count_documents(NODES) <= 1, 30.0, "dead nodes are forgotten")
-        last.finish(90.0)
+        until(lambda: self._notes.count_documents(NODES) <= 1, "dead nodes are forgotten")
+        last.finish()
 
     def end(self) -> None:
         super().end()

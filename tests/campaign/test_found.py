@@ -11,7 +11,7 @@ import pytest
 from taskx import Config, Queue, SQLiteRepository
 from taskx.core import lifecycle
 
-from .campaign import until
+from .campaign import LONGEST, until
 from .hooks import wrap
 
 
@@ -31,7 +31,7 @@ class Held:
 
     def __call__(self, inner, *args, **kwargs):
         self.reached.set()
-        assert self.go.wait(20.0)
+        assert self.go.wait(LONGEST)
         return inner(*args, **kwargs)
 
 
@@ -43,15 +43,14 @@ def test_a_task_that_a_worker_starts_during_the_stop_does_not_run(queue, monkeyp
     queue.executor("note")(lambda: ran.append(1))
     queue.start()
     handle = queue.submit("note", id="a")  # a caller's id: a worker starts it, not this thread
-    assert held.reached.wait(60.0)
+    assert held.reached.wait(LONGEST)
     assert queue.stop(timeout=0.0) == []
     until(
         lambda: [node.stopping for node in queue.repository.liveness.nodes()] == [True],
-        20.0,
         "the node stops",
     )
     held.go.set()
-    until(lambda: not queue.repository.liveness.nodes(), 20.0, "the node leaves")
+    until(lambda: not queue.repository.liveness.nodes(), "the node leaves")
     task = handle.task()
     assert (task.status, task.owner, task.errors, task.crashes) == ("pending", "", 0, 0)
     assert not ran
@@ -63,23 +62,23 @@ def test_a_task_that_a_caller_starts_during_the_stop_does_not_run(tmp_path, monk
     with SQLiteRepository(tmp_path / "tasks.db") as repository:
         queue = Queue(repository, Config(worker_num=1, buffer_size=1, overflow="caller_runs"))
         never = threading.Event()
-        queue.executor("wait")(lambda: never.wait(20.0))
+        queue.executor("wait")(lambda: never.wait(LONGEST))
         queue.executor("note")(lambda: ran.append(1))
         queue.start()
         first = queue.submit("wait")
-        until(first.running, 20.0, "the first task runs")
+        until(first.running, "the first task runs")
         queue.submit("note")  # fills the buffer
         wrap(lifecycle, "start", held)
         caller = threading.Thread(target=queue.submit, args=("note",), kwargs={"id": "late"})
         caller.start()
-        assert held.reached.wait(60.0)
+        assert held.reached.wait(LONGEST)
         queue.stop(timeout=0.0)
         held.go.set()
-        caller.join(60.0)
+        caller.join(LONGEST)
         assert repository.get_by_id("late").status == "pending"
         assert not ran
         never.set()
-        until(lambda: not repository.liveness.nodes(), 20.0, "the node leaves")
+        until(lambda: not repository.liveness.nodes(), "the node leaves")
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before the commit", "after the commit"])
@@ -105,6 +104,6 @@ def test_an_outcome_survives_a_memory_error(queue, monkeypatch, after):
     monkeypatch.setattr(queue.repository, "apply", queue.repository.apply)
     wrap(queue.repository, "apply", around)
     handle = queue.submit("answer", id="a")
-    assert handle.result(60.0) == 42
+    assert handle.result(LONGEST) == 42
     assert failed
     assert handle.task().starts == 1

@@ -108,7 +108,7 @@ class Hosts(Campaign):
 
         unfinished = (TaskStatus.PENDING, TaskStatus.RUNNING)
         with self.open() as repository:
-            until(ended, 60.0, "all tasks end")
+            until(ended, "all tasks end")
 
     def close(self) -> None:
         super().close()
@@ -144,7 +144,7 @@ def ask_for_one(campaign: Hosts, child: Child) -> str:
         return {event.id for event in accepted} - known
 
     child.tell()
-    return until(new, 60.0, "a task is stored").pop()
+    return until(new, "a task is stored").pop()
 
 
 def ran_after(campaign: Hosts, ns: int, child: Child) -> bool:
@@ -174,14 +174,14 @@ def test_a_host_that_is_cut_off_and_comes_back_breaks_no_promise(campaign):
     ahead, host = one_is_cut_off(campaign)
     host.mend()
     back = campaign.events()[-1].ns
-    until(lambda: answered(campaign, "p1-2"), 60.0, "the submit while it was cut off is answered")
+    until(lambda: answered(campaign, "p1-2"), "the submit while it was cut off is answered")
     while not ran_after(campaign, back, ahead):  # its node comes back
         task = ask_for_one(campaign, ahead)
         campaign.wait_for("end", id=task)
     for child in campaign.children:
         campaign.wait_for("ready", who=child.who)  # it has submitted all of its tasks
     campaign.wait_for_all_outcomes()
-    assert [child.finish(90.0) for child in campaign.children] == [0, 0, 0]
+    assert [child.finish() for child in campaign.children] == [0, 0, 0]
     outcome = campaign.verdict()
     assert not outcome.violations
     began = [task.started_at for task in outcome.records.values()]

@@ -41,7 +41,7 @@ from .stores import store_of
 #: More crashes than a task can have when its processes are killed from outside.
 MANY = 1_000_000
 #: Seconds after which a process that has not ended counts as hanging.
-HANGS = 40.0
+HANGS = 120.0
 CLOSED_BY_HAND = "closed by hand"
 
 
