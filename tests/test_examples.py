@@ -11,6 +11,7 @@ import pty
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -787,29 +788,31 @@ def test_flask_taskx_worker_runs_the_tasks_of_a_site_that_only_submits(factory):
 def test_fastapi_runs_and_cancels_tasks(tmp_path):
     pytest.importorskip("fastapi")
     pytest.importorskip("uvicorn")
-    port = free_port()
-    site = f"http://127.0.0.1:{port}/reports"
+    # The test listens, so that no other program takes the port. Requests wait until the server has started.
+    listener = socket.create_server(("127.0.0.1", 0))
+    site = f"http://127.0.0.1:{listener.getsockname()[1]}/reports"
     path = os.pathsep.join(
         [str(EXAMPLES.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     )
-    command = [sys.executable, "-m", "uvicorn", "fastapi_app:app", "--port", str(port)]
-    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with program(
-        *command,
-        "--app-dir",
-        EXAMPLES,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": path},
-        **options,
-    ) as process:
+    command = [sys.executable, "-m", "uvicorn", "fastapi_app:app", "--fd", str(listener.fileno())]
+    with (
+        listener,
+        program(
+            *command,
+            "--app-dir",
+            EXAMPLES,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": path},
+            pass_fds=[listener.fileno()],
+        ) as process,
+    ):
 
         def order(pages: int) -> str:
             asked = json.dumps({"title": "Sales", "pages": pages}).encode()
-            told = json.loads(eventually(lambda: answers(site, asked)))
-            return f"{site}/{told['id']}"
+            return f"{site}/{json.loads(answers(site, asked) or '')['id']}"
 
         def shown(url: str) -> dict[str, Any]:
-            told: dict[str, Any] = json.loads(answers(url) or "{}")
+            told: dict[str, Any] = json.loads(answers(url) or "")
             return told
 
         short, long = order(1), order(10_000)
@@ -822,7 +825,7 @@ def test_fastapi_runs_and_cancels_tasks(tmp_path):
         with SQLiteRepository(tmp_path / "tasks.db") as repository:
             assert len(repository.liveness.nodes()) == 1
             process.terminate()
-            process.wait(timeout=60)
+            process.wait(timeout=PATIENCE)
             assert repository.liveness.nodes() == []
 
 
