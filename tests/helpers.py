@@ -48,7 +48,7 @@ from taskx.upkeep.node import LocalNode
 ROOT = Path(__file__).parent.parent
 
 #: Time limit of all waits, in seconds: longer than anything takes on a loaded machine.
-PATIENCE = 60.0
+PATIENCE = 120.0
 
 
 def eventually(condition: Callable[[], Any], timeout: float = PATIENCE) -> Any:

@@ -24,7 +24,7 @@ from typing import Any
 
 import pymongo
 
-PATIENCE = 60.0
+PATIENCE = 120.0
 #: The audit event of a test that uses a shared server, which an earlier test may have started.
 SERVER_USED = "taskx.tests.server_used"
 REAL = os.environ.get("TASKX_TEST_MONGO_URL", "")

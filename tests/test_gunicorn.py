@@ -19,14 +19,13 @@ from typing import Any
 from urllib.parse import urlencode
 
 import pytest
-from mongo_server import free_port
+from mongo_server import PATIENCE, free_port
 
 from taskx import SQLiteRepository, TaskFilter
 
 pytestmark = pytest.mark.process
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-PATIENCE = 60.0
 
 
 def eventually(condition: Callable[[], Any]) -> Any:

@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from helpers import eventually, housekeeper_of, pool_of, services_of
+from helpers import PATIENCE, eventually, housekeeper_of, pool_of, services_of
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -38,7 +38,6 @@ from taskx.liveness.base import Node
 from taskx.testing import ManualClock
 
 ROOT = Path(__file__).parent.parent.parent
-PATIENCE = 60.0
 
 
 @pytest.fixture

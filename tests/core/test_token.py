@@ -7,13 +7,11 @@ import threading
 import time
 
 import pytest
-from helpers import eventually
+from helpers import PATIENCE, eventually
 
 from taskx import CancelReason, CancelToken, ConfigurationError, TaskCancelled
 from taskx.core.clock import SYSTEM_CLOCK
 from taskx.testing import ManualClock
-
-PATIENCE = 60  # seconds; more than enough for events that come at once
 
 
 @pytest.fixture

@@ -567,7 +567,7 @@ def test_processes_share_a_global_limit(workers):
     children = workers.start(WORK, 3)
     params = [{"n": n, "seconds": 0.02} for n in range(60)]
     queue.submit_many(Task(type="work", params=some) for some in params)
-    eventually(lambda: repository.count(TaskFilter(status="completed")) == 60, 60)
+    eventually(lambda: repository.count(TaskFilter(status="completed")) == 60)
     assert at_once(workers.log()) <= 3
     for child in children:
         child.tell()

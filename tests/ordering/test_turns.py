@@ -456,7 +456,7 @@ def test_several_processes_take_turns(workers):
     for n in range(EACH):
         for key in KEYS:
             queue.submit("work", {"key": key, "n": n}, concurrency_key=key)
-    eventually(lambda: repository.count(TaskFilter(status="completed")) == 3 * EACH, 60)
+    eventually(lambda: repository.count(TaskFilter(status="completed")) == 3 * EACH)
     log = workers.log()
     assert broken_rules(log) == []
     assert len(log) == 2 * 3 * EACH

@@ -22,7 +22,7 @@ from operator import methodcaller
 from pathlib import Path
 
 import pytest
-from helpers import connections_of, reading
+from helpers import PATIENCE, connections_of, reading
 
 from taskx import (
     ConfigurationError,
@@ -46,8 +46,6 @@ from taskx.storage.queries import Changes, shown
 from taskx.storage.sqlite import connections, schema, statements, turnstile
 from taskx.storage.sqlite.file import DatabaseFile
 from taskx.storage.sqlite.turnstile import Turnstile
-
-PATIENCE = 60  # seconds that a test waits for another process
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
+from helpers import PATIENCE
 
 from taskx import (
     Config,
@@ -29,7 +30,6 @@ from taskx.storage.sqlite import schema
 FOLDER = Path(__file__).parent / "versions"
 ROOT = FOLDER.parent.parent.parent
 EARLIER = range(1, schema.VERSION)
-PATIENCE = 60  # seconds that a test waits for another process
 
 each_earlier_version = pytest.mark.parametrize("version", EARLIER)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import attrs
 import pytest
+from helpers import PATIENCE
 from kinds import NO_BROWSER
 from playwright.sync_api import expect, sync_playwright
 
@@ -18,7 +19,6 @@ from taskx.dashboard import Dashboard
 from taskx.dashboard.serving import bind
 
 # Generous: a busy machine may take seconds for a page.
-PATIENCE = 60.0
 expect.set_options(timeout=PATIENCE * 1000)
 
 #: A text that would do harm, or break a page, wherever it is not escaped.

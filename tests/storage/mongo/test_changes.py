@@ -7,7 +7,7 @@ import time
 
 import pymongo
 import pytest
-from mongo_server import REAL, new_database
+from mongo_server import PATIENCE, REAL, new_database
 
 from taskx import Queue, Task, open_repository
 from taskx.core import lifecycle
@@ -16,8 +16,6 @@ from taskx.storage.mongo.documents import MARKS
 from taskx.testing import ManualClock
 
 from .conftest import CommandCount, insert
-
-PATIENCE = 60.0
 
 
 @pytest.fixture
