@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import attrs
@@ -661,11 +662,13 @@ class Queue(Questions, Steering):
 
     def watch(self, handle: TaskHandle[Any]) -> None:
         """Resolve a handle when its task ends. Handles call this themselves."""
-        if self._uncommitted(handle.id):
+        watcher = self._services.watcher
+        late = partial(watcher.watch_late, handle)
+        if self.repository.postpone(handle.id, id(handle), late):
             return
-        self._services.watcher.watch(handle)
+        watcher.watch(handle)
         if self._node is None:
-            self._services.watcher.warn_if_nobody_runs(handle.id)
+            watcher.warn_if_nobody_runs(handle.id)
 
     # --- starting and stopping
 

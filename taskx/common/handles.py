@@ -273,8 +273,10 @@ class TaskHandle(Future[R]):
             # The read may block, and Django refuses reads of a thread that runs an event loop.
             return (yield from asyncio.to_thread(self.done).__await__())
 
+        if self._outcome is None:
+            self._refuse_uncommitted()  # in this thread, which has the transaction
         if not (yield from done()):
-            self.refuse_endless_wait()
+            self._owner._refuse_wait()
         self.listen(ring)
         try:
             while not (yield from done()):
@@ -324,12 +326,15 @@ class TaskHandle(Future[R]):
 
         Its own transaction may have written the task, or hold the lock that the task's end needs.
         """
+        self._refuse_uncommitted()
+        self._owner._refuse_wait()
+
+    def _refuse_uncommitted(self) -> None:
         if self._owner._uncommitted(self.id):
             raise ConfigurationError(
                 f"task {self.id} was submitted or changed in a transaction that this thread has open, so "
                 "it does not go on before the commit: wait for it after that"
             )
-        self._owner._refuse_wait()
 
     def _sleep(self, timeout: float | None) -> None:
         self.refuse_endless_wait()

@@ -78,6 +78,13 @@ class Watcher:
         if self._closed:
             handle.conclude_closed()
 
+    def watch_late(self, handle: TaskHandle[Any]) -> None:
+        """Watch the handle of a task whose transaction has ended. Nobody hears of an error here."""
+        try:
+            self.watch(handle)
+        except RepositoryError as error:
+            self._log.warning("the handle of task %s is checked later: %s", handle.id, error)
+
     def warn_if_nobody_runs(self, task_id: str) -> None:
         """Warn once if a thread waits, in a queue that is not started, for a task that no node can run."""
         if self._warned:

@@ -230,8 +230,10 @@ class Repository(TaskRepository):
         """Store or remove a single note: see :meth:`put_notes`."""
         return self.put_notes([NoteChange(name, text, version)])[0]
 
-    #: True if :meth:`joined` was used, so that :meth:`refuse_own_transaction` must be asked.
-    joins = False
+    @property
+    def joins(self) -> bool:
+        """True if :meth:`refuse_own_transaction` must be asked: :meth:`joined` may have been used."""
+        return False
 
     def joined(
         self,
@@ -284,8 +286,24 @@ class Repository(TaskRepository):
         """
         return False
 
+    def postpone(self, task_id: str, key: int, call: Callable[[], object]) -> bool:
+        """Call a function after the end of the open transaction that has stored or changed a task.
+
+        It may be a transaction of any thread of this process. A second call with the same key replaces the
+        first. Return False if there is no such transaction. This version knows of none.
+        """
+        return False
+
     def refuse_own_transaction(self) -> None:
         """Raise ``ConfigurationError`` if this thread is in a transaction for which it would wait."""
+
+    def without_lock(self) -> AbstractContextManager[None]:
+        """Say for a ``with`` block that this thread waits for others.
+
+        If its own transaction holds the only write lock of the store, the others' writes fail at once
+        instead of waiting for it. This version is for stores without such a lock.
+        """
+        return nullcontext()
 
     def refuse_wait(self) -> None:
         """Raise ``ConfigurationError`` if others cannot write as long as this thread waits.

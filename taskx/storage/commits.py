@@ -1,4 +1,4 @@
-"""The watch over transactions of callers: it tells of their writes when they are committed."""
+"""The open transactions of callers and executors, and the watch that tells of their commits."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ import attrs
 
 from taskx.core.writes import Write
 from taskx.storage.base import Then
+
+#: Tells if a transaction is open; None if nobody keeps account of that.
+Active = Callable[[], bool] | None
 
 # Seconds between two looks at the open transactions, and the longest pause when they take long.
 _SHORTEST, _LONGEST = 0.001, 0.01
@@ -35,6 +38,7 @@ class Stored:
 
     look_up: Callable[[], Sequence[Write]]
     then: Then
+    writes: Sequence[Write] = ()
     since: float = attrs.field(factory=time.monotonic)
     look_up_at: float = 0.0
     ended_at: float | None = None
@@ -66,44 +70,139 @@ class Stored:
         return now < self.ended_at + _COMMITTING
 
 
-class Watch:
-    """A thread that looks at open transactions every few milliseconds, as long as there are some.
+@attrs.define(eq=False, repr=False)
+class Unit:
+    """An open transaction with writes of TaskX, which a caller began, or TaskX for an executor.
 
-    Nothing depends on it: nodes also find the tasks by polling.
+    Attributes:
+        active: tells if the transaction is open; any thread may call it. None if nobody keeps account of
+            that, so that it must be found out otherwise.
+        thread: the thread that has given it.
+        ids: the tasks that it has stored or changed.
+        stored: its writes that were not seen committed yet.
+        waiting: functions to call after its end, by the objects that wait for it.
     """
 
+    active: Active = None
+    thread: int = attrs.field(factory=threading.get_ident)
+    ids: set[str] = attrs.field(factory=set)
+    stored: list[Stored] = attrs.field(factory=list)
+    waiting: dict[int, Callable[[], object]] = attrs.field(factory=dict)
+
+    def may_be_open(self) -> bool:
+        """Return False if the transaction has certainly ended. Nothing is read; any thread may call."""
+        return self.active is None or self.active()
+
+    def end(self) -> None:
+        """Look its writes up soon, as it has ended."""
+        for one in list(self.stored):
+            one.end()
+
+
+class Units:
+    """The open transactions with writes of TaskX, of all threads.
+
+    A thread looks at them every few milliseconds as long as there are some, and tells of their writes when
+    they are committed. Nothing depends on it: nodes also find the tasks by polling.
+    """
+
+    #: Seconds between two looks while no transaction has writes that wait for its end.
+    idle = 0.25
+
     def __init__(self) -> None:
-        self._watched: list[tuple[Callable[[], bool], Stored]] = []
+        self.units: list[Unit] = []
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
+        # Released to wake the thread. An interrupt inside a method of an Event could leave it locked.
+        self._bell = threading.Lock()
+        self._bell.acquire()
 
-    def add(self, is_open: Callable[[], bool], stored: Stored) -> None:
-        """Watch a transaction. ``is_open`` tells if it may still be open."""
+    # --- what a thread may do
+
+    def inside(self) -> bool:
+        """Return True if the calling thread is in one of the transactions."""
+        me = threading.get_ident()
+        return any(unit.thread == me and self.is_open(unit) for unit in list(self.units))
+
+    def changed(self, task_id: str) -> bool:
+        """Return True if a task was stored or changed in a transaction of the calling thread."""
+        me = threading.get_ident()
+        return any(
+            unit.thread == me and task_id in unit.ids and self.is_open(unit)
+            for unit in list(self.units)
+        )
+
+    def postpone(self, task_id: str, key: int, call: Callable[[], object]) -> bool:
+        """Call a function after the end of the transaction, of any thread, that has changed a task.
+
+        A second call with the same key replaces the first. Return False if there is no such transaction.
+        """
+        for unit in list(self.units):
+            if task_id in unit.ids and self.is_open(unit):
+                unit.waiting[key] = call
+                if unit in self.units:
+                    return True
+                unit.waiting.pop(key, None)  # it has just ended
+        return False
+
+    def is_open(self, unit: Unit) -> bool:
+        """Return True if a transaction is open, as far as anybody can know without its connection."""
+        if unit.active is not None or not unit.may_be_open():
+            return unit.may_be_open()
+        return not any(one.look_up() for one in list(unit.stored))
+
+    # --- the transactions
+
+    def watch(self, unit: Unit, stored: Stored | None = None) -> None:
+        """Watch a transaction until its end. Writes that are ``stored`` in it are then told of."""
+        if stored is not None:
+            unit.stored.append(stored)
         with self._lock:
-            self._watched.append((is_open, stored))
+            if unit not in self.units:
+                self.units.append(unit)
             if self._thread is None:
                 thread = threading.Thread(target=self._run, name="taskx-commits", daemon=True)
                 with suppress(RuntimeError):  # no thread can be started: polling finds the tasks
                     thread.start()
                     self._thread = thread
+        with suppress(RuntimeError):  # it was released already
+            self._bell.release()
+
+    def forget(self, unit: Unit) -> None:
+        """Forget a transaction that has ended, and call those that wait for its end."""
+        with self._lock, suppress(ValueError):
+            self.units.remove(unit)
+        while unit.waiting:
+            with suppress(KeyError):  # it has just been taken back
+                unit.waiting.popitem()[1]()
 
     def close(self) -> None:
         """Forget all transactions, so that the thread ends."""
-        with self._lock:
-            self._watched.clear()
+        for unit in list(self.units):
+            self.forget(unit)
+
+    def look(self) -> bool:
+        """Look at each transaction, and tell of what is committed. Return True if some are left."""
+        for unit in list(self.units):
+            if not (is_open := unit.may_be_open()):
+                unit.end()
+            for one in list(unit.stored):
+                if one.settled():
+                    with suppress(ValueError):  # it was found to be rolled back in the meantime
+                        unit.stored.remove(one)
+            if not (unit.stored or (is_open and unit.active)):
+                self.forget(unit)
+        return bool(self.units)
 
     def _run(self) -> None:
         while True:
-            for each in list(self._watched):
-                is_open, stored = each
-                if not is_open():
-                    stored.end()
-                if stored.settled():
-                    with suppress(ValueError):  # it was closed in the meantime
-                        self._watched.remove(each)
+            more = self.look()
             with self._lock:
-                if not self._watched:
+                if not (more or self.units):
                     self._thread = None
                     return
-            since = [stored.since for _, stored in list(self._watched)]
-            time.sleep(pause(min(since)) if since else _SHORTEST)
+            since = [one.since for unit in list(self.units) for one in list(unit.stored)]
+            if since:
+                time.sleep(pause(min(since)))
+            else:
+                self._bell.acquire(timeout=self.idle)

@@ -95,6 +95,32 @@ def uncommitted_writes(repository: Repository) -> Iterator[Write]:
                 yield from call.writes
 
 
+def postponed(repository: Repository, task_id: str, key: int, call: Callable[[], object]) -> bool:
+    """Do what :meth:`Repository.postpone` describes for the blocks of the calling thread."""
+    for connection in open_blocks():
+        callbacks = [call for _, call, *_ in connection.run_on_commit]
+        ours = [one for one in callbacks if isinstance(one, _AfterCommit)]
+        if any(
+            one.repository is repository and any(write.id == task_id for write in one.writes)
+            for one in ours
+        ):
+            if not any(isinstance(one, _Postponed) and one.key == key for one in callbacks):
+                transaction.on_commit(_Postponed(key, call), using=connection.alias)
+            return True
+    return False
+
+
+@attrs.frozen(eq=False)
+class _Postponed:
+    """A callback of ``transaction.on_commit`` for somebody who waits for the commit."""
+
+    key: int
+    call: Callable[[], object]
+
+    def __call__(self) -> None:
+        self.call()
+
+
 @attrs.frozen(eq=False)
 class _Block:
     """A block in another database: :meth:`Repository.joined` stores the new tasks after its commit."""
@@ -133,6 +159,9 @@ class BesideBlocks(Repository):
 
     def uncommitted(self, task_id: str) -> bool:
         return any(write.id == task_id for write in uncommitted_writes(self))
+
+    def postpone(self, task_id: str, key: int, call: Callable[[], object]) -> bool:
+        return postponed(self, task_id, key, call) or super().postpone(task_id, key, call)
 
     def joined(self, connection: object, then: Then | None) -> AbstractContextManager[Repository]:
         if isinstance(connection, _Block):

@@ -308,8 +308,7 @@ class DjangoRepository(BesideBlocks, Records):
 
     # --- inside a transaction of the caller
 
-    #: It knows the transactions of all threads.
-    joins = True
+    joins = True  # it knows the transactions of all threads
 
     def own_transaction(self, *, submits: bool = False) -> object | None:
         own = connections[self.using]
@@ -343,6 +342,10 @@ class DjangoRepository(BesideBlocks, Records):
         # Without autocommit Django keeps no callbacks, but this thread sees what others do not see yet.
         with self.joined(own, None) as inside:
             return queries.is_uncommitted(inside, self, task_id)
+
+    def postpone(self, task_id: str, key: int, call: Callable[[], object]) -> bool:
+        # Without autocommit there is nothing that calls after the commit.
+        return super().postpone(task_id, key, call) or self.uncommitted(task_id)
 
     def joined(self, connection: object, then: Then | None) -> AbstractContextManager[Repository]:
         if is_elsewhere(connection):

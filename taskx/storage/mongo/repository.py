@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -28,9 +27,8 @@ from taskx.core.ids import new_id
 from taskx.core.record import UNIQUE
 from taskx.core.verdict import Check
 from taskx.core.writes import Delete, Insert, Note, NoteChange, Write
-from taskx.storage import queries
 from taskx.storage.base import Repository, Then, new_version, tell_of_forks
-from taskx.storage.commits import Stored, Watch
+from taskx.storage.commits import Stored, Unit, Units
 from taskx.storage.mongo.batches import Batches
 from taskx.storage.mongo.changes import Changes
 from taskx.storage.mongo.connection import Connection, Sequencer, Url
@@ -111,8 +109,7 @@ class MongoRepository(Tasks):
         self.lease_timeout = lease_timeout
         self.run_folder = None if run_folder is None else os.fspath(run_folder)
         self._indexed = False
-        self._commits = Watch()
-        self._given = threading.local()  # for each thread, the last session that a caller has given
+        self._units = Units()
         tell_of_forks(self)
 
     @classmethod
@@ -167,23 +164,19 @@ class MongoRepository(Tasks):
         if not self._indexed:  # in the transaction it is not possible
             self.init_indexes()
         made = Joined(self, session)
-        self._given.session = weakref.ref(session)
         with undone(made.connection):
             yield made
         if made.sender.applied and then is not None:
             seen = weakref.ref(session)
-            stored = Stored(partial(self._committed, made.sender.applied), then)
-            self._commits.add(
-                lambda: (still := seen()) is not None and still.in_transaction, stored
-            )
+            unit = Unit(lambda: (still := seen()) is not None and still.in_transaction)
+            unit.ids.update(write.id for write, _ in made.sender.applied)
+            self._units.watch(unit, Stored(partial(self._committed, made.sender.applied), then))
 
     def uncommitted(self, task_id: str) -> bool:
-        given = getattr(self._given, "session", None)
-        session = None if given is None else given()
-        if session is None or not session.in_transaction:
-            return super().uncommitted(task_id)
-        with self.joined(session, None) as inside:
-            return queries.is_uncommitted(inside, self, task_id)
+        return self._units.changed(task_id)
+
+    def postpone(self, task_id: str, key: int, call: Callable[[], object]) -> bool:
+        return self._units.postpone(task_id, key, call)
 
     def _committed(self, applied: Sequence[tuple[Write, int]]) -> Sequence[Write]:
         """Return those of the writes that left their marks.
@@ -300,7 +293,7 @@ class MongoRepository(Tasks):
 
     def close(self) -> None:
         """Close the connections that this object opened; a later operation opens them again."""
-        self._commits.close()  # its thread would open the connections again
+        self._units.close()  # its thread would open the connections again
         self._changes.close()
         self._connection.close()
 
@@ -308,7 +301,7 @@ class MongoRepository(Tasks):
         self._connection.renew_after_fork()
         for part in (self._sequencer, self._sender, self._batches, self._changes):
             part.renew()
-        self._commits = Watch()
+        self._units = Units()
 
 
 class Joined(MongoRepository):

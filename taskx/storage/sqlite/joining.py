@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sqlite3
 import sys
 import threading
-import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
@@ -19,12 +20,12 @@ from taskx.core.errors import ConfigurationError, RepositoryError, TaskxError
 from taskx.core.writes import Write
 from taskx.storage import queries
 from taskx.storage.base import Repository, Then
-from taskx.storage.commits import Stored, pause
+from taskx.storage.commits import Active, Stored, Unit, Units
 from taskx.storage.sqlite.connections import FAILURES
 from taskx.storage.sqlite.file import DatabaseFile
 
-# Seconds between two looks while no transaction is open.
-_IDLE = 0.25
+# The most writes of a transaction that are looked up to know it again.
+_FEW = 20
 
 
 class Outer(Protocol):
@@ -37,28 +38,33 @@ class Outer(Protocol):
 
     def open(self) -> None: ...
 
+    @property
+    def callers(self) -> Callers: ...
+
     def begin_on(self, connection: sqlite3.Connection, /) -> None: ...
 
     def translated(self, error: Exception, /) -> TaskxError: ...
 
 
-def driver_connection(given: object) -> sqlite3.Connection:
-    """Return the connection of ``sqlite3`` that an object is or leads to.
+def driver_connection(given: object) -> tuple[sqlite3.Connection, Active]:
+    """Return the connection of ``sqlite3`` that an object is or leads to, and what tells if it is in use.
 
-    A ``Session`` or ``Connection`` of SQLAlchemy leads to one, and a connection of Django.
+    A ``Session`` or ``Connection`` of SQLAlchemy leads to one, and a connection of Django. SQLAlchemy hands
+    its connections on to other threads, but knows when a transaction has ended.
 
     Raises:
         ConfigurationError: it leads to none, or belongs to another thread.
     """
     found: Any = given
+    active: Active = None
     for _ in range(4):
         if isinstance(found, sqlite3.Connection):
-            return found
+            return found, active
         if hasattr(found, "get_bind") and callable(getattr(found, "connection", None)):  # a Session
             found = found.connection()
             continue
         if hasattr(found, "exec_driver_sql"):
-            _begin_in_sqlalchemy(found)
+            active = _begin_in_sqlalchemy(found)
         elif hasattr(found, "validate_thread_sharing"):
             _open_in_django(found)
         found = getattr(found, "driver_connection", None) or getattr(found, "connection", None)
@@ -68,10 +74,15 @@ def driver_connection(given: object) -> sqlite3.Connection:
     )
 
 
-def _begin_in_sqlalchemy(connection: Any) -> None:
-    """Let a Connection know that it is in a transaction: its ``commit`` would do nothing otherwise."""
+def _begin_in_sqlalchemy(connection: Any) -> Callable[[], bool]:
+    """Let a Connection know that it is in a transaction: its ``commit`` would do nothing otherwise.
+
+    Return a function that tells if this transaction is open.
+    """
     if not connection.in_transaction():
         connection.begin()
+    transaction = weakref.ref(connection.get_transaction())
+    return lambda: (found := transaction()) is not None and found.is_active
 
 
 def _open_in_django(connection: Any) -> None:
@@ -102,7 +113,8 @@ def own_transaction(
                 connection.execute("PRAGMA synchronous = NORMAL")
             outer.begin_on(connection)
         guard.locked = True
-        yield connection
+        with outer.callers.own(connection):
+            yield connection
         guard.locked = False
         with _translating(outer):
             _commit(connection)
@@ -129,14 +141,15 @@ def _connect(outer: Outer) -> sqlite3.Connection:
                 f"connect() must return an sqlite3.Connection, not {connection!r:.80}"
             )
         return connection
+    return connect_to(outer.file, outer.busy_timeout)
+
+
+def connect_to(file: DatabaseFile, timeout: float) -> sqlite3.Connection:
+    """Open a connection to an existing file. It begins no transactions by itself."""
     from urllib.parse import quote  # slow to load
 
-    return sqlite3.connect(
-        f"file://{quote(os.fsencode(outer.file.path))}?mode=rw",
-        uri=True,
-        timeout=outer.busy_timeout,
-        isolation_level=None,
-    )
+    url = f"file://{quote(os.fsencode(file.path))}?mode=rw"
+    return sqlite3.connect(url, uri=True, timeout=timeout, isolation_level=None)
 
 
 def _commit(connection: sqlite3.Connection) -> None:
@@ -187,136 +200,204 @@ def _references_of_one() -> int:
 
 
 @attrs.define(eq=False, repr=False)
-class _Given:
-    """A connection that a caller has given; None if its owner has closed or dropped it."""
+class _Held:
+    """The only reference of TaskX to a connection; None after its owner has closed or dropped it."""
 
     connection: sqlite3.Connection | None
-    stored: list[Stored] = attrs.field(factory=list)
-
-    @property
-    def dropped(self) -> bool:
-        """True if nobody else refers to the connection."""
-        return sys.getrefcount(self.connection) <= _references_of_one()
 
     @property
     def in_transaction(self) -> bool:
         return self.connection is not None and _in_transaction(self.connection)
 
-    def end(self) -> None:
-        """Note that the last transaction of the connection has ended."""
-        for one in list(self.stored):
-            one.end()
+    def let_go(self) -> bool:
+        """Let go of the connection if its owner has closed or dropped it.
+
+        Return True if it goes on until it is collected: it is another thread's, in the middle of a
+        transaction.
+        """
+        if sys.getrefcount(self.connection) > _references_of_one():  # also if it is None
+            if self.connection is not None and _is_closed(self.connection):
+                self.connection = None
+            return False
+        goes_on = self.in_transaction
+        try:
+            self.connection.close()  # type: ignore[union-attr]
+            goes_on = False
+        except (sqlite3.Error, AttributeError):  # it is another thread's, or has just gone
+            pass
+        self.connection = None
+        return goes_on
+
+    @property
+    def belongs_to_a_thread(self) -> bool:
+        """True if only the thread that has made it can use it."""
+        refused: list[Exception] = []
+
+        def use() -> None:
+            try:
+                sqlite3.Connection.cursor(self.connection)  # type: ignore[arg-type]
+            except (sqlite3.Error, TypeError) as error:
+                refused.append(error)
+
+        another = threading.Thread(target=use)
+        another.start()
+        another.join()
+        return bool(refused)
 
 
-class Callers:
-    """Watches the callers' transactions, and tells of their writes when they are committed.
+@attrs.define(eq=False, repr=False)
+class _Given(Unit):
+    """A transaction on a connection."""
 
-    SQLite reports the commits of other connections only as a number that changes. So a thread looks at
-    each connection every few milliseconds as long as one is in a transaction with writes of TaskX. Nothing
-    depends on it: nodes also find the tasks by polling.
+    held: _Held = attrs.field(kw_only=True)
+    ended: bool = False
 
-    It also remembers the connection that each thread has given last. There are no weak references to
-    connections. So the thread looks for those that nobody else refers to, and lets go of them: one that was
-    dropped in the middle of a transaction must roll back.
+    def may_be_open(self) -> bool:
+        self.ended = self.ended or not self.held.in_transaction
+        return not self.ended and super().may_be_open()
+
+
+class Callers(Units):
+    """Knows the open transactions of callers and executors on one file.
+
+    It reads and writes over no connection: it was given them for one call each. It finds out by other means
+    that a transaction has ended: its writes can be seen from outside, its connection is in no transaction,
+    SQLAlchemy says so, or nobody holds the write lock of the file. For SQLite tells of the commits of other
+    connections only as a number that changes.
+
+    There are no weak references to connections. So it looks for those that nobody else refers to, and lets
+    go of them: one that was dropped in the middle of a transaction must roll back.
+
+    Args:
+        repository: finds out what is committed.
+        lock_is_free: returns True if nobody holds the write lock of the file.
     """
 
-    def __init__(self, repository: Repository) -> None:
+    def __init__(self, repository: Repository, lock_is_free: Callable[[], bool]) -> None:
+        super().__init__()
         self._repository = repository
-        self._given: list[_Given] = []
-        self._threads: dict[int, _Given] = {}
-        self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
-        # Released to wake the thread. An interrupt inside a method of an Event could leave it locked.
-        self._bell = threading.Lock()
-        self._bell.acquire()
+        self._lock_is_free = lock_is_free
+        # For each thread the connection that it has given last, unless SQLAlchemy keeps account of it.
+        self._last: dict[int, _Held] = {}
+        self._blocking: set[int] = set()
 
-    def note(self, connection: sqlite3.Connection) -> None:
-        """Remember the connection of a transaction that the calling thread is in."""
-        with self._lock:
-            given = next((one for one in self._given if one.connection is connection), None)
-            if given is None:
-                given = _Given(connection)
-                self._given.append(given)
-            self._threads[threading.get_ident()] = given
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="taskx-commits", daemon=True)
-                with suppress(RuntimeError):  # no thread can be started: polling finds the tasks
-                    self._thread.start()
+    def __bool__(self) -> bool:
+        """Return True if a thread may be inside a transaction of its own."""
+        return bool(self.units or self._last)
+
+    @property
+    def blocked(self) -> bool:
+        """True if a thread that holds the write lock waits for the threads that want it."""
+        return bool(self._blocking)
+
+    @contextmanager
+    def blocking(self) -> Iterator[None]:
+        """Say for a ``with`` block that this thread waits for others, perhaps inside a transaction."""
+        me = threading.get_ident()
+        try:
+            if self.inside():
+                self._blocking.add(me)
+            yield
+        finally:
+            self._blocking.discard(me)
 
     def inside(self) -> bool:
-        """Return True if the calling thread is in a transaction on a connection that it has given."""
-        return self.open_connection() is not None
+        """Return True if the calling thread is in a transaction that holds the write lock of the file.
 
-    def open_connection(self) -> sqlite3.Connection | None:
-        """Return the connection that the calling thread has given and is in a transaction on, if any."""
-        given = self._threads.get(threading.get_ident())
-        if given is not None and given.dropped:
-            self._let_go()
-        return given.connection if given is not None and given.in_transaction else None
+        It may also be a later transaction on the connection that the thread has given last, unless other
+        threads may use that.
+        """
+        self._let_go()
+        if super().inside():
+            return True
+        last = self._last.get(threading.get_ident())
+        return (
+            last is not None
+            and last.in_transaction
+            and not self._lock_is_free()
+            and last.belongs_to_a_thread
+        )
 
-    def watch(self, connection: sqlite3.Connection, writes: Sequence[Write], then: Then) -> None:
-        """Call ``then`` with those of the writes that are stored, when the transaction has ended."""
-        for given in list(self._given):
-            if given.connection is connection:
-                given.stored.append(Stored(partial(self._committed, writes), then))
-        with suppress(RuntimeError):  # it was released already
-            self._bell.release()
+    def is_open(self, unit: Unit) -> bool:
+        return super().is_open(unit) and (unit.active is not None or not self._lock_is_free())
 
-    def ended(self, connection: sqlite3.Connection) -> None:
-        """Note that the last transaction of a connection has ended, as it is in none."""
-        for given in list(self._given):
-            if given.connection is connection:
-                given.end()
+    @property
+    def _given(self) -> list[_Given]:
+        return [unit for unit in list(self.units) if isinstance(unit, _Given)]
 
-    def _run(self) -> None:
-        while True:
-            for given in list(self._given):
-                self._look_up(given)
-            self._let_go()
-            with self._lock:
-                if not self._given:
-                    self._thread = None
-                    return
-            since = [one.since for given in self._given for one in given.stored]
-            if since:
-                time.sleep(pause(min(since)))
-            else:
-                self._bell.acquire(timeout=_IDLE)
+    def enter(self, connection: sqlite3.Connection, inside: Repository | None) -> None:
+        """Note that a connection was given in a transaction, or in none if ``inside`` is None.
 
-    def _look_up(self, given: _Given) -> None:
-        if given.stored and not given.in_transaction:
-            given.end()
-        for one in list(given.stored):
-            if one.settled():
-                given.stored.remove(one)
+        ``inside`` is the repository as the transaction sees it. Another transaction that was given on this
+        connection has ended if what it wrote cannot be seen there.
+        """
+        for unit in self._given:
+            if unit.held.connection is not connection or unit.active is not None:
+                continue
+            writes = [write for one in list(unit.stored) for write in one.writes]
+            if inside is not None and not any(queries.shown(inside, writes[:_FEW])):
+                unit.stored.clear()  # it was rolled back
+                self.forget(unit)
+            elif inside is None or any(one.look_up() for one in list(unit.stored)):
+                unit.ended = True
+
+    def add(
+        self,
+        connection: sqlite3.Connection,
+        active: Active,
+        writes: Sequence[Write],
+        then: Then,
+    ) -> None:
+        """Call ``then`` with those of the writes that are stored, when their transaction has ended."""
+        same = [one for one in self._given if one.held.connection is connection]
+        held = [*self._last.values(), *(one.held for one in same), _Held(connection)]
+        held = [one for one in held if one.connection is connection]
+        unit = next(filter(_Given.may_be_open, same), None) or _Given(active, held=held[0])
+        if active is None:
+            self._last[unit.thread] = unit.held
+        unit.ids.update(write.id for write in writes)
+        look_up = partial(self._committed, writes)
+        self.watch(unit, Stored(look_up, partial(self._tell, then), writes))
+
+    @contextmanager
+    def own(self, connection: sqlite3.Connection) -> Iterator[None]:
+        """Note for a ``with`` block that this thread is in a transaction that TaskX has begun itself."""
+        ended = threading.Lock()  # locked at the end: one step, which no interrupt divides
+        unit = _Given(lambda: not ended.locked(), held=_Held(connection))
+        self.watch(unit)
+        try:
+            yield
+        finally:
+            ended.acquire()
+            unit.held.connection = None
+            if not unit.stored:
+                self.forget(unit)
+
+    def look(self) -> bool:
+        more = super().look()
+        self._let_go()
+        return more or bool(self._last)
 
     def _let_go(self) -> None:
-        """Forget the connections that their owners have closed or dropped."""
-        left: list[
-            sqlite3.Connection
-        ] = []  # until the lock is free, as their finalizers may do anything
-        with self._lock:
-            for given in self._given:
-                if given.connection is not None and (given.dropped or is_closed(given.connection)):
-                    left.append(given.connection)
-                    given.connection = None
-            self._given = [one for one in self._given if one.connection is not None or one.stored]
-            self._threads = {
-                thread: one
-                for thread, one in self._threads.items()
-                if one.connection is not None or one.stored
-            }
+        """Let go of the connections that their owners have closed or dropped."""
+        held = {id(one): one for one in [*self._last.values(), *(one.held for one in self._given)]}
+        if any([one.let_go() for one in held.values()]):
+            # A connection and its cache of statements refer to each other, so it ends when it is collected.
+            gc.collect()
+        for thread, last in list(self._last.items()):
+            if last.connection is None:
+                self._last.pop(thread, None)
+
+    def _tell(self, then: Then, done: Sequence[Write]) -> None:
+        self._repository.tell_others(done)
+        then(done)
 
     def _committed(self, writes: Sequence[Write]) -> Sequence[Write]:
-        """Return those of the writes that are stored, and tell other processes of them."""
-        repository = self._repository
+        """Return those of the writes that are stored."""
         try:
-            shown = queries.shown(repository, writes)
+            return [*compress(writes, queries.shown(self._repository, writes))]
         except TaskxError:  # polling finds the tasks
             return ()
-        if done := [*compress(writes, shown)]:
-            repository.tell_others(done)
-        return done
 
 
 def _in_transaction(connection: sqlite3.Connection) -> bool:
@@ -326,8 +407,7 @@ def _in_transaction(connection: sqlite3.Connection) -> bool:
         return False
 
 
-def is_closed(connection: sqlite3.Connection) -> bool:
-    """Return True if a connection was closed; any thread may ask."""
+def _is_closed(connection: sqlite3.Connection) -> bool:
     try:
         connection.in_transaction  # noqa: B018
     except sqlite3.ProgrammingError:

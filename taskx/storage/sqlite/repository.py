@@ -9,7 +9,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from datetime import timedelta
 from itertools import compress
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
@@ -34,7 +34,6 @@ from taskx.core.tags import FLOW
 from taskx.core.writes import CREATED, Delete, Insert, Note, NoteChange, Update, Write
 from taskx.liveness.base import PREFIX
 from taskx.liveness.locks import KernelLocks
-from taskx.storage import queries
 from taskx.storage.base import (
     Fields,
     Listed,
@@ -52,7 +51,7 @@ from taskx.storage.base import (
 from taskx.storage.sqlite import schema, statements, turnstile
 from taskx.storage.sqlite.connections import FAILURES, Connection, Connections
 from taskx.storage.sqlite.file import DatabaseFile
-from taskx.storage.sqlite.joining import Callers, driver_connection, own_transaction
+from taskx.storage.sqlite.joining import Callers, connect_to, driver_connection, own_transaction
 from taskx.storage.sqlite.turnstile import Turnstile
 from taskx.storage.sqlite.wakeups import Wakeups
 
@@ -65,6 +64,7 @@ T = TypeVar("T")
 _LEGACY = -1  # sqlite3.LEGACY_TRANSACTION_CONTROL, which Python 3.12 added
 _MOST_TOGETHER = 32  # updates in one statement
 _FORK_PATIENCE = 5.0  # seconds that a fork waits for other threads' transactions to end
+_MOMENT = 0.05  # seconds for which others may hold the lock of a file that counts as free
 _FEW = 32  # rows that may be read on the writing connection, which keeps writers waiting
 _SHORTEST_PAUSE, _LONGEST_PAUSE = (
     0.0001,
@@ -160,6 +160,8 @@ class SQLiteRepository(Repository):
         # commits.
         self._seen, self._commits = (0, 0), 0
         self._newer: SchemaMismatch | None = None
+        #: The open transactions of callers and executors.
+        self.callers = Callers(self, self._lock_is_free)
         self._inherited: list[object] = []  # the parent's, which a forked child never closes
         tell_of_forks(self)
 
@@ -264,7 +266,7 @@ class SQLiteRepository(Repository):
         """Begin a transaction when it is this process's turn, within the time-out."""
         timeout = self._connections.busy_timeout
         cursor = connection.cursor()
-        left = self._turnstile.enter(timeout)
+        left = self._turnstile.enter(_MOMENT if self.callers.blocked else timeout)
         self._set_synchronous(connection, durable)
         if self.prefix:
             self._begin_among_others(connection, left)
@@ -293,7 +295,8 @@ class SQLiteRepository(Repository):
                     connection.execute("BEGIN IMMEDIATE")
                     return
                 except sqlite3.OperationalError as error:
-                    if "locked" not in str(error) or time.monotonic() >= deadline:
+                    late = self.callers.blocked or time.monotonic() >= deadline
+                    if late or "locked" not in str(error):
                         raise
                 time.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
@@ -369,18 +372,21 @@ class SQLiteRepository(Repository):
                 self._begin_among_others(connection, left)
             finally:
                 self._turnstile.leave()
-        self.note_caller(connection)
+
+    def _lock_is_free(self) -> bool:
+        """Return True if nobody holds the write lock of the file, or only for a moment."""
+        try:
+            with closing(connect_to(self.file, _MOMENT)) as connection:
+                connection.execute("BEGIN IMMEDIATE")
+                connection.execute("ROLLBACK")
+        except sqlite3.Error as error:
+            return "locked" not in str(error)
+        return True
 
     @property
-    def callers(self) -> Callers:
-        """Watches the transactions of callers."""
-        made: Callers | None = vars(self).get("_callers")
-        return made or vars(self).setdefault("_callers", Callers(self))
-
-    def note_caller(self, connection: sqlite3.Connection) -> None:
-        """Note the connection of a transaction that this thread is in: see ``refuse_own_transaction``."""
-        self.callers.note(connection)
-        self.joins = True
+    def joins(self) -> bool:
+        """True if there may be an open transaction of a caller."""
+        return bool(self.callers)
 
     def refuse_own_transaction(self) -> None:
         if self.callers.inside():
@@ -390,14 +396,16 @@ class SQLiteRepository(Repository):
             )
 
     def uncommitted(self, task_id: str) -> bool:
-        connection = self.callers.open_connection() if self.joins else None
-        if connection is None:
-            return super().uncommitted(task_id)
-        with self.joined(connection, None) as inside:
-            return queries.is_uncommitted(inside, self, task_id)
+        return self.callers.changed(task_id)
+
+    def postpone(self, task_id: str, key: int, call: Callable[[], object]) -> bool:
+        return self.callers.postpone(task_id, key, call)
+
+    def without_lock(self) -> AbstractContextManager[None]:
+        return self.callers.blocking()
 
     def refuse_wait(self) -> None:
-        if self.joins and self.callers.inside():
+        if self.callers.inside():
             raise ConfigurationError(
                 f"this thread is in a transaction of its own on {self.file.path}, and nobody else can "
                 "write before it ends, so this call would wait for itself: commit first"
@@ -716,7 +724,8 @@ class SQLiteRepository(Repository):
         self._connections.renew_after_fork()
         self._turnstile.leave = dict
         self._wakeups.renew_after_fork()
-        self._inherited.append(vars(self).pop("_callers", None))
+        self._inherited.append(self.callers)
+        self.callers = Callers(self, self._lock_is_free)
 
 
 # Each savepoint has its own name: one that an interrupt has left behind must not be rolled back to.
@@ -726,7 +735,7 @@ _savepoints = itertools.count()
 @contextmanager
 def _join(outer: SQLiteRepository, given: object, then: Then | None) -> Iterator[Joined]:
     """Do what :meth:`Repository.joined` describes."""
-    connection = driver_connection(given)
+    connection, active = driver_connection(given)
     made = Joined(outer, connection)
     began, counting, savepoint = False, False, f"taskx_{next(_savepoints)}"
     text_factory, connection.text_factory = connection.text_factory, str
@@ -741,6 +750,8 @@ def _join(outer: SQLiteRepository, given: object, then: Then | None) -> Iterator
         yield made  # what the block itself raises is not translated
         with made.translating():
             made.execute(f"RELEASE {savepoint}")
+            if began and not made.applied:
+                made.execute("COMMIT")  # it would keep the write lock for nothing
     except BaseException:
         made.take_back(savepoint)
         if began and connection.in_transaction:
@@ -753,7 +764,7 @@ def _join(outer: SQLiteRepository, given: object, then: Then | None) -> Iterator
                 made.execute("PRAGMA count_changes = 1")
         made.let_go()
     if made.applied and then is not None:
-        outer.callers.watch(connection, made.applied, then)
+        outer.callers.add(connection, active, made.applied, then)
 
 
 class Joined(SQLiteRepository):
@@ -765,6 +776,8 @@ class Joined(SQLiteRepository):
     Attributes:
         applied: the writes so far whose guards held.
     """
+
+    joins = False
 
     def __init__(self, outer: SQLiteRepository, connection: sqlite3.Connection) -> None:
         Repository.__init__(self, outer.clock)
@@ -824,18 +837,18 @@ class Joined(SQLiteRepository):
             ConfigurationError: the connection commits each statement at once.
         """
         connection = self._connection
+        callers = self._outer.callers
         if not connection.in_transaction:
-            self._outer.callers.ended(connection)
+            callers.enter(connection, None)
             automatic = getattr(connection, "autocommit", _LEGACY)
             if automatic is True or (automatic == _LEGACY and connection.isolation_level is None):
                 raise ConfigurationError(
                     "connection is in autocommit mode and in no transaction: execute BEGIN IMMEDIATE "
                     "first, or call inside transaction.atomic() of Django; nothing was stored"
                 )
-            self._outer.note_caller(connection)
             self._cursor().execute("BEGIN IMMEDIATE")
             return True
-        self._outer.note_caller(connection)
+        callers.enter(connection, self)
         return False
 
     def execute(self, sql: str) -> None:
