@@ -362,8 +362,8 @@ class Queue(Questions, Steering):
         wanted, said = task_of(task, params, options, SubmitOptions, "submit", self.clock, self)
         priority: int | None = said.get("priority")
         on_conflict: OnConflict = said.get("on_conflict") or "reject"
-        if connection is None:
-            connection = self.repository.own_transaction(submits=True)
+        if connection is None and self.repository.transactions.known:
+            connection = self.repository.transactions.current(submits=True)
         if connection is None:
             task_id = self._entrance.accept(wanted, priority, on_conflict, created_at=created_at)
         else:
@@ -394,8 +394,8 @@ class Queue(Questions, Steering):
             TaskxError: the same errors as :meth:`submit`. Nothing was stored, unless ``in_doubt`` is
                 True.
         """
-        if connection is None:
-            connection = self.repository.own_transaction(submits=True)
+        if connection is None and self.repository.transactions.known:
+            connection = self.repository.transactions.current(submits=True)
         if connection is None:
             return [TaskHandle(task_id, self) for task_id in self._entrance.accept_many(tasks)]
         with self._joining.intake(connection, self._registry.middleware) as intake:
@@ -543,8 +543,8 @@ class Queue(Questions, Steering):
 
         flow_id = new_id()
         tasks, shape = lay_out(flow, flow_id, tags)
-        if connection is None:
-            connection = self.repository.own_transaction(submits=True)
+        if connection is None and self.repository.transactions.known:
+            connection = self.repository.transactions.current(submits=True)
         if connection is None:
             self._entrance.accept_many(tasks, spill=True)
         else:
@@ -664,7 +664,7 @@ class Queue(Questions, Steering):
         """Resolve a handle when its task ends. Handles call this themselves."""
         watcher = self._services.watcher
         late = partial(watcher.watch_late, handle)
-        if self.repository.postpone(handle.id, id(handle), late):
+        if self.repository.transactions.postpone(handle.id, id(handle), late):
             return
         watcher.watch(handle)
         if self._node is None:
@@ -684,7 +684,7 @@ class Queue(Questions, Steering):
             RuntimeError: the system cannot start more threads.
             ConfigurationError: this thread is in a transaction of its own, for which it would wait.
         """
-        self.repository.refuse_wait()
+        self.repository.transactions.refuse_wait()
         self._life.start()
 
     def drain(self, timeout: float | timedelta | None = None) -> bool:

@@ -51,8 +51,7 @@ class Keeper:
 
     def refuse_own_transaction(self) -> None:
         """Raise ``ConfigurationError`` if this thread's own transaction keeps others from storing."""
-        if self._repository.joins:
-            self._repository.refuse_own_transaction()
+        self._repository.transactions.refuse_write()
 
     def store(self, task: Task, text: str, *, durable: bool, token: CancelToken) -> bool:
         """Store the checkpoints of a run. Return False if the run has lost its task.

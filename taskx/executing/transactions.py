@@ -141,7 +141,7 @@ def opened(
             commit.look_up()
             raise
     if tx.completes:
-        repository.tell_others(commit.writes)
+        repository.transactions.tell_others(commit.writes)
 
 
 class _Commit:
@@ -170,7 +170,7 @@ class _Commit:
     def write(self, ending: Ending, now: int) -> None:
         """Make the last writes before COMMIT: no other run can take the task in between."""
         writes = self._tx.writes(self._task, ending, now)
-        with self._repository.joined(self._tx.connection, None) as joined:
+        with self._repository.transactions.join(self._tx.connection, None) as joined:
             if not all(joined.apply(writes)):
                 raise _Lost
             self._ending, self.writes = ending, writes
@@ -219,7 +219,7 @@ def _begin(repository: Repository, token: CancelToken) -> tuple[ExitStack, Any]:
     while True:
         try:
             with ExitStack() as stack:
-                connection = stack.enter_context(repository.transaction())
+                connection = stack.enter_context(repository.transactions.begin())
                 return stack.pop_all(), connection
         except RepositoryUnavailable:
             token.wait(_PAUSE)

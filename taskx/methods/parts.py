@@ -52,7 +52,7 @@ class Parts:
     def _changing(self, connection: object = None) -> Iterator[Operations]:
         """Return the operations for this thread: it may be in a transaction of its own."""
         if connection is None:
-            connection = self.repository.own_transaction()
+            connection = self.repository.transactions.current()
         if connection is None:
             self._joining.refuse()
             yield self._operations
@@ -63,7 +63,7 @@ class Parts:
     @contextmanager
     def _requeuing(self) -> Iterator[Requeues]:
         """Return the requeues for this thread: it may be in a transaction of its own."""
-        if (connection := self.repository.own_transaction()) is None:
+        if (connection := self.repository.transactions.current()) is None:
             self._joining.refuse()
             yield self._requeues
             return
@@ -76,11 +76,11 @@ class Parts:
 
     def _uncommitted(self, task_id: str) -> bool:
         """Return True if a task cannot go on before this thread has committed its own transaction."""
-        return self.repository.uncommitted(task_id)
+        return self.repository.transactions.changed(task_id)
 
     def _refuse_wait(self) -> None:
         """Raise ``ConfigurationError`` if no task goes on as long as this thread waits."""
-        self.repository.refuse_wait()
+        self.repository.transactions.refuse_wait()
 
     def _nobody_runs(self, type: str) -> bool:
         """Return True if it is known that no running queue has an executor for the type."""

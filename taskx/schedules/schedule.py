@@ -289,7 +289,7 @@ class Schedules:
     def joined(self, *, submits: bool = False) -> Iterator[Schedules]:
         """Return the schedules for changes of this thread: it may be in a transaction of its own.
 
-        ``submits`` says that the changes are new tasks: see :meth:`Repository.own_transaction`.
+        ``submits`` says that the changes are new tasks: see :meth:`Transactions.current`.
 
         Raises:
             ConfigurationError: the changes cannot take part in the transaction.

@@ -43,6 +43,7 @@ from taskx.liveness.base import InProcess, Liveness, Node
 from taskx.liveness.leases import LEASE, Leases
 from taskx.liveness.locks import HostLocks
 from taskx.storage.eight import TaskRepository
+from taskx.storage.transactions import Transactions
 
 if TYPE_CHECKING:
     from taskx.core.verdict import Check
@@ -84,9 +85,6 @@ Timed = Literal["run_at", "expires_at"]
 #: Names of columns, and rows that have these columns.
 Fields = tuple[str, ...]
 Rows = Sequence[tuple[Any, ...]]
-
-#: A function that is told of writes when the transaction of a caller that they were made in is committed.
-Then = Callable[[Sequence[Write]], object]
 
 #: The conditions of a filter that every repository applies.
 BASIC_CONDITIONS = frozenset({"type", "status", "created_by", "start_date", "end_date"})
@@ -179,6 +177,8 @@ class Repository(TaskRepository):
     ) -> None:
         self.clock = clock
         self.codecs = Codecs(codec)
+        #: The transactions of callers and executors that the store takes part in.
+        self.transactions = self._make_transactions()
         #: The queues that use this object. If there are several, each must be told of the others' commits.
         self.queues: weakref.WeakSet[object] = weakref.WeakSet()
 
@@ -229,109 +229,6 @@ class Repository(TaskRepository):
     def put_note(self, name: str, text: str | None, version: int) -> bool:
         """Store or remove a single note: see :meth:`put_notes`."""
         return self.put_notes([NoteChange(name, text, version)])[0]
-
-    @property
-    def joins(self) -> bool:
-        """True if :meth:`refuse_own_transaction` must be asked: :meth:`joined` may have been used."""
-        return False
-
-    def joined(
-        self,
-        connection: object,
-        then: Then | None,
-    ) -> AbstractContextManager[Repository]:
-        """Return this repository as it is inside a transaction of the caller, for a ``with`` block.
-
-        All reads and writes inside go over ``connection``. They wait for no lock that another thread may
-        hold, and are part of the transaction that is open there, or that this method begins. If the block
-        raises, they are undone; a store without savepoints aborts the whole transaction if it has written
-        something.
-
-        Some time after the commit ``then`` is called on another thread, with the writes that the records
-        still show. It is not called after a rollback, and may never be called if the process ends. It is
-        None if the caller of this method sees the commit itself.
-
-        This version is for stores that cannot do this.
-
-        Raises:
-            ConfigurationError: the store cannot do this, or the connection is none to this store; nothing
-                was changed.
-            RepositoryError: the transaction cannot begin.
-        """
-        raise ConfigurationError(
-            f"{type(self).__name__} cannot take part in a transaction on {connection!r:.60}: "
-            "use SQLiteRepository(path, prefix='taskx_') on the file of the application, "
-            "or MongoRepository on a replica set"
-        )
-
-    def own_transaction(self, *, submits: bool = False) -> object | None:
-        """Return the connection of a transaction that the calling thread has open in this store.
-
-        A queue passes it to :meth:`joined`, so that its methods take part in that transaction without
-        being told. With ``submits`` the transaction may be one in another database: :meth:`joined` then
-        stores new tasks after its commit.
-
-        This version is for stores that know of no such transaction: it returns None.
-
-        Raises:
-            ConfigurationError: no task may be submitted in that transaction.
-        """
-        return None
-
-    def uncommitted(self, task_id: str) -> bool:
-        """Return True if the calling thread has stored or changed a task in a transaction that is open.
-
-        The task cannot go on before the commit, so the thread must not wait for it. This version is for
-        stores that know of no transaction of a caller.
-        """
-        return False
-
-    def postpone(self, task_id: str, key: int, call: Callable[[], object]) -> bool:
-        """Call a function after the end of the open transaction that has stored or changed a task.
-
-        It may be a transaction of any thread of this process. A second call with the same key replaces the
-        first. Return False if there is no such transaction. This version knows of none.
-        """
-        return False
-
-    def refuse_own_transaction(self) -> None:
-        """Raise ``ConfigurationError`` if this thread is in a transaction for which it would wait."""
-
-    def without_lock(self) -> AbstractContextManager[None]:
-        """Say for a ``with`` block that this thread waits for others.
-
-        If its own transaction holds the only write lock of the store, the others' writes fail at once
-        instead of waiting for it. This version is for stores without such a lock.
-        """
-        return nullcontext()
-
-    def refuse_wait(self) -> None:
-        """Raise ``ConfigurationError`` if others cannot write as long as this thread waits.
-
-        Its own transaction holds the only write lock of the store, or may hold it. This version is for
-        stores without such a lock.
-        """
-
-    def transaction(self) -> AbstractContextManager[Any]:
-        """Begin a transaction for an executor, on a connection of its own, for a ``with`` block.
-
-        Its value is the driver's connection, which :meth:`joined` accepts. It is committed at the end of
-        the block, and rolled back if the block raises. The executor itself cannot commit it.
-
-        This version is for stores that cannot do this.
-
-        Raises:
-            ConfigurationError: an application's data cannot be in this store.
-            RepositoryError: nothing was committed, unless the error's ``in_doubt`` is True.
-        """
-        raise ConfigurationError(
-            f"{type(self).__name__} shares no database with your data, so ctx.transaction() is not "
-            "available: use SQLiteRepository(path, prefix='taskx_') on the file of the application, or "
-            "MongoRepository on a replica set"
-        )
-
-    def tell_others(self, writes: Sequence[Write]) -> None:
-        """Tell other processes of writes that were committed without :meth:`apply`."""
 
     # --- reading. Each read, also ``list`` and ``count``, sees all that any process had committed before it
 
@@ -669,6 +566,13 @@ class Repository(TaskRepository):
     def nodes(self) -> Sequence[Node]:
         """Return the nodes that run on this repository, and dead ones that were not cleaned up yet."""
         return self.liveness.nodes()
+
+    def _make_transactions(self) -> Transactions:
+        return Transactions(type(self).__name__)
+
+    def extend_transactions(self, extend: Callable[[Transactions], Transactions]) -> None:
+        """Put what ``extend`` makes of the transactions in their place."""
+        self.transactions = extend(self.transactions)
 
     def _make_liveness(self) -> Liveness[Any]:
         """Choose how to find out which nodes are alive: by leases, unless all are in this process."""

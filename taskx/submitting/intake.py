@@ -244,8 +244,8 @@ class Intake:
             SchemaMismatch: another process has migrated the file of a running queue.
         """
         permission.refuse_if_forbidden()
-        if self._services.repository.joins:
-            self._services.repository.refuse_own_transaction()
+        if (transactions := self._services.repository.transactions).known:
+            transactions.refuse_write()
         if self._lost:
             raise ConfigurationError(
                 "in the child process of an executor a MemoryRepository is a separate one, which is lost "

@@ -68,7 +68,7 @@ class Joining:
         later = _Later(self._services)
         if after is not None:
             later.calls.append(after)
-        with self._services.repository.joined(connection, later.follow) as repository:
+        with self._services.repository.transactions.join(connection, later.follow) as repository:
             later.repository = repository
             services = copy(self._services)
             services.repository = repository
@@ -87,7 +87,7 @@ class Joining:
     @contextmanager
     def reading(self) -> Iterator[Services]:
         """Return services for reads of this thread. They see what its transaction has written."""
-        connection = self._services.repository.own_transaction()
+        connection = self._services.repository.transactions.current()
         if connection is None:
             yield self._services
             return
@@ -101,12 +101,12 @@ class Joining:
         """Return services for changes of this thread, as a part of its transaction if it has one.
 
         ``after`` is called after the changes, or after the commit. ``submits`` says that the changes are
-        new tasks: see :meth:`Repository.own_transaction`.
+        new tasks: see :meth:`Transactions.current`.
 
         Raises:
             ConfigurationError: the changes cannot take part in the transaction.
         """
-        connection = self._services.repository.own_transaction(submits=submits)
+        connection = self._services.repository.transactions.current(submits=submits)
         if connection is None:
             self.refuse()
             yield self._services
@@ -118,8 +118,7 @@ class Joining:
 
     def refuse(self) -> None:
         """Raise ``ConfigurationError`` if this thread is in a transaction of its own."""
-        if self._services.repository.joins:
-            self._services.repository.refuse_own_transaction()
+        self._services.repository.transactions.refuse_write()
 
     def _without_engine(self) -> State:
         state = State()

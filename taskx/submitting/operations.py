@@ -207,8 +207,7 @@ class Operations:
     def _commit(
         self, writes: Sequence[Update | Delete], tasks: Mapping[str, Task] | None = None
     ) -> Sequence[bool]:
-        if self._repository.joins:
-            self._repository.refuse_own_transaction()
+        self._repository.transactions.refuse_write()
         results = self._consequences.commit(writes, tasks)
         self._consequences.process_if_unattended()
         return results

@@ -196,7 +196,7 @@ class LocalNode:
         if not self._stopping.acquire(blocking=False):
             return self._wait_for_end(timeout, cancel=cancel)
         try:
-            with self._services.repository.without_lock():
+            with self._services.repository.transactions.blocking():
                 return self._stop(timeout, cancel=cancel)
         except BaseException:  # an interrupt: the next call starts again
             self._stopping.release()

@@ -110,8 +110,7 @@ def _wait_for_answer(services: Services, request: Request, seconds: float) -> No
 
 def _ask(services: Services, node: str, what: str) -> Request:
     services.repository.require("requests to nodes")
-    if services.repository.joins:
-        services.repository.refuse_own_transaction()
+    services.repository.transactions.refuse_write()
     if queries.live_node(services.repository, node) is None:
         raise NodeNotFound(node)
     _remove_left_behind(services)

@@ -126,7 +126,7 @@ class TaskxBackend(BaseTaskBackend):
             record = queue.get_task_status(result_id)
             return result_of(record, task_of(record.type, self.alias), self.alias)
         except TaskNotFound:
-            later = queue.repository.uncommitted(result_id)
+            later = queue.repository.transactions.changed(result_id)
             why = (
                 ": it is stored at the commit of atomic(), and cannot be read before"
                 if later

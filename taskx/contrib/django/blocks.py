@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from functools import cache, partial
+from functools import partial
 from typing import Any, Literal, TypeVar, cast
 
 import attrs
@@ -14,7 +14,8 @@ from django.db import Error, connections, transaction
 from taskx.core.errors import ConfigurationError
 from taskx.core.record import DEFAULTS
 from taskx.core.writes import Insert, Update, Write
-from taskx.storage.base import Fields, Lookup, Repository, Rows, Then
+from taskx.storage.base import Fields, Lookup, Repository, Rows
+from taskx.storage.transactions import Then, Transactions
 
 #: What a submit does inside ``atomic()`` of another database than that of the tasks.
 OnCommit = Literal["wait", "refuse"]
@@ -96,7 +97,7 @@ def uncommitted_writes(repository: Repository) -> Iterator[Write]:
 
 
 def postponed(repository: Repository, task_id: str, key: int, call: Callable[[], object]) -> bool:
-    """Do what :meth:`Repository.postpone` describes for the blocks of the calling thread."""
+    """Do what :meth:`Transactions.postpone` describes for the blocks of the calling thread."""
     for connection in open_blocks():
         callbacks = [call for _, call, *_ in connection.run_on_commit]
         ours = [one for one in callbacks if isinstance(one, _AfterCommit)]
@@ -123,33 +124,47 @@ class _Postponed:
 
 @attrs.frozen(eq=False)
 class _Block:
-    """A block in another database: :meth:`Repository.joined` stores the new tasks after its commit."""
+    """A block in another database: :meth:`Transactions.join` stores the new tasks after its commit."""
 
     connection: Any
 
 
 def is_elsewhere(connection: object) -> bool:
-    """Return True for the value of ``own_transaction`` that stands for a block in another database."""
+    """Return True for the value of ``current`` that stands for a block in another database."""
     return isinstance(connection, _Block)
 
 
-class BesideBlocks(Repository):
-    """A mix-in for repositories: submits respect the ``atomic()`` blocks of other databases.
+class BesideBlocks(Transactions):
+    """Transactions of a store, where submits also respect the ``atomic()`` blocks of other databases.
 
-    Attributes:
-        using: the alias of the database with the tasks; None if Django does not know it.
+    Args:
+        outer: the repository.
+        inner: its transactions in its own store.
         on_commit: ``"wait"``: a task that is submitted inside such a block is stored after its commit;
             ``"refuse"``: the submit raises ``ConfigurationError``.
+        using: the alias of the database with the tasks; None if Django does not know it.
     """
 
-    using: str | None = None
-    on_commit: OnCommit = "wait"
+    def __init__(
+        self,
+        outer: Repository,
+        inner: Transactions,
+        on_commit: OnCommit,
+        using: str | None = None,
+    ) -> None:
+        super().__init__(type(outer).__name__)
+        self.known = True  # Django knows the blocks of all threads
+        self.outer = outer
+        self.using = using
+        self._inner = inner
+        self._on_commit = on_commit
 
-    def own_transaction(self, *, submits: bool = False) -> object | None:
-        if not submits or not (others := open_blocks(self.using)):
-            return None
+    def current(self, *, submits: bool = False) -> object | None:
+        found = self._inner.current(submits=submits)
+        if found is not None or not submits or not (others := open_blocks(self.using)):
+            return found
         alias = others[-1].alias
-        if self.on_commit == "refuse":
+        if self._on_commit == "refuse":
             raise ConfigurationError(
                 f"this thread is inside atomic() of the database {alias!r}, but the tasks are in another "
                 "one, so the task would not be rolled back with the data; nothing was stored. Submit after "
@@ -157,28 +172,43 @@ class BesideBlocks(Repository):
             )
         return _Block(others[-1])
 
-    def uncommitted(self, task_id: str) -> bool:
-        return any(write.id == task_id for write in uncommitted_writes(self))
+    def changed(self, task_id: str) -> bool:
+        waiting = (write.id for write in uncommitted_writes(self.outer))
+        return task_id in waiting or self._inner.changed(task_id)
 
     def postpone(self, task_id: str, key: int, call: Callable[[], object]) -> bool:
-        return postponed(self, task_id, key, call) or super().postpone(task_id, key, call)
+        return postponed(self.outer, task_id, key, call) or self._inner.postpone(task_id, key, call)
 
-    def joined(self, connection: object, then: Then | None) -> AbstractContextManager[Repository]:
+    def join(self, connection: object, then: Then | None) -> AbstractContextManager[Repository]:
         if isinstance(connection, _Block):
-            return wait_for_commit(self, connection.connection, then)
-        return super().joined(connection, then)
+            return wait_for_commit(self.outer, connection.connection, then, self.using)
+        return self._inner.join(connection, then)
 
+    def begin(self) -> AbstractContextManager[Any]:
+        return self._inner.begin()
 
-@cache
-def _beside_blocks(kind: type[Repository]) -> type[Repository]:
-    return type(kind.__name__, (BesideBlocks, kind), {})
+    def tell_others(self, writes: Sequence[Write]) -> None:
+        self._inner.tell_others(writes)
+
+    def refuse_write(self) -> None:
+        self._inner.refuse_write()
+
+    def refuse_wait(self) -> None:
+        self._inner.refuse_wait()
+
+    def blocking(self) -> AbstractContextManager[None]:
+        return self._inner.blocking()
+
+    def close(self) -> None:
+        self._inner.close()
+
+    def renew(self) -> None:
+        self._inner.renew()
 
 
 def beside_blocks(repository: R, on_commit: OnCommit) -> R:
     """Make a repository outside of Django's databases respect ``atomic()`` blocks, and return it."""
-    made: Any = repository
-    made.__class__ = _beside_blocks(type(repository))
-    made.on_commit = on_commit
+    repository.extend_transactions(lambda inner: BesideBlocks(repository, inner, on_commit))
     return repository
 
 
@@ -187,19 +217,19 @@ def beside_blocks(repository: R, on_commit: OnCommit) -> R:
 
 @contextmanager
 def wait_for_commit(
-    outer: BesideBlocks, connection: Any, then: Then | None
+    outer: Repository, connection: Any, then: Then | None, using: str | None
 ) -> Iterator[Repository]:
     """Return a repository for a ``with`` block, whose writes are applied after a connection's commit."""
     made = _Waiting(outer)
     yield cast(Repository, made)
     if made.writes:
-        store = partial(_store, made, {connection.alias}, then)
+        store = partial(_store, made, {using, connection.alias}, then)
         after_commit(connection, outer, made.writes, store)
 
 
-def _store(waiting: _Waiting, committed: set[str], then: Then | None) -> None:
+def _store(waiting: _Waiting, committed: set[str | None], then: Then | None) -> None:
     """Store what waits, unless further blocks are open around the one that has committed."""
-    if others := open_blocks(waiting.outer.using, *committed):
+    if others := open_blocks(*committed):
         committed.add(others[-1].alias)
         store = partial(_store, waiting, committed, then)
         after_commit(others[-1], waiting.outer, waiting.writes, store)
@@ -212,9 +242,9 @@ def _store(waiting: _Waiting, committed: set[str], then: Then | None) -> None:
 class _Waiting:
     """A repository whose writes wait for a commit elsewhere. Its reads show what waits in this thread."""
 
-    joins = False
+    transactions = Transactions("Repository")
 
-    def __init__(self, outer: BesideBlocks) -> None:
+    def __init__(self, outer: Repository) -> None:
         self.outer = outer
         self._batches: list[tuple[list[Write], bool]] = []
 

@@ -11,13 +11,14 @@ from taskx.contrib.django.blocks import BesideBlocks, wait_for_commit
 from taskx.contrib.django.connections import Connections
 from taskx.contrib.django.joining import executor_block, own_connection
 from taskx.core.clock import Clock
-from taskx.storage.base import Repository, Then
+from taskx.storage.base import Repository
 from taskx.storage.memory import MemoryRepository, Row
+from taskx.storage.transactions import Then, Transactions
 
 _TIMEOUT = 10.0
 
 
-class InlineRepository(BesideBlocks, MemoryRepository):
+class InlineRepository(MemoryRepository):
     """Tasks in memory, whose executors may write on the calling thread's connection to a database.
 
     ``ctx.transaction()`` is an ``atomic()`` block there: in a ``TestCase`` a savepoint of the test's own
@@ -30,19 +31,11 @@ class InlineRepository(BesideBlocks, MemoryRepository):
 
     def __init__(self, using: str, clock: Clock) -> None:
         super().__init__(clock)
-        self.using = using
-        self._connections = Connections(using, _TIMEOUT)
         self._last = threading.local()  # the rows that this thread's block has changed
-
-    def own_transaction(self, *, submits: bool = False) -> None:
-        """Return None: the backend itself waits for the commits of blocks."""
-
-    def joined(self, connection: object, then: Then | None) -> AbstractContextManager[Repository]:
-        own = own_connection(self._connections.alias, connection)
-        return self._completing() if then is None else wait_for_commit(self, own, then)
+        self.transactions = _InlineTransactions(self, using)
 
     @contextmanager
-    def _completing(self) -> Iterator[Repository]:
+    def completing(self) -> Iterator[Repository]:
         """Note what the end of an executor's block changes."""
         before = dict(self._rows)
         yield self
@@ -54,11 +47,11 @@ class InlineRepository(BesideBlocks, MemoryRepository):
         ]
 
     @contextmanager
-    def transaction(self) -> Iterator[Any]:
+    def put_back_after_error(self) -> Iterator[None]:
+        """Undo what :meth:`completing` has noted if the block raises."""
         self._last.changes = []
         try:
-            with executor_block(self._connections, lambda _, enter: enter()) as own:
-                yield own
+            yield
         except BaseException:
             self._put_back(self._last.changes)
             raise
@@ -67,3 +60,27 @@ class InlineRepository(BesideBlocks, MemoryRepository):
         with self._lock:
             for task_id, after, before in changes:
                 self._switch(task_id, after, before)
+
+
+class _InlineTransactions(BesideBlocks):
+    def __init__(self, outer: InlineRepository, using: str) -> None:
+        super().__init__(outer, Transactions("InlineRepository"), "wait", using)
+        self._outer = outer
+        self._links = Connections(using, _TIMEOUT)
+
+    def current(self, *, submits: bool = False) -> None:
+        """Return None: the backend itself waits for the commits of blocks."""
+
+    def join(self, connection: object, then: Then | None) -> AbstractContextManager[Repository]:
+        own = own_connection(self._links.alias, connection)
+        if then is None:
+            return self._outer.completing()
+        return wait_for_commit(self._outer, own, then, self.using)
+
+    @contextmanager
+    def begin(self) -> Iterator[Any]:
+        with (
+            self._outer.put_back_after_error(),
+            executor_block(self._links, lambda _, enter: enter()) as own,
+        ):
+            yield own

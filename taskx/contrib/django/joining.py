@@ -22,7 +22,8 @@ from taskx.contrib.django.records import Records
 from taskx.core.errors import ConfigurationError
 from taskx.core.writes import NoteChange, Write
 from taskx.liveness.base import Liveness
-from taskx.storage.base import Repository, Then
+from taskx.storage.base import Repository
+from taskx.storage.transactions import Then
 
 T = TypeVar("T")
 
@@ -136,7 +137,7 @@ class Joined(Records):
 
 @contextmanager
 def join(outer: Records, links: Connections, given: object, then: Then | None) -> Iterator[Joined]:
-    """Do what :meth:`Repository.joined` describes."""
+    """Do what :meth:`Transactions.join` describes."""
     own = own_connection(links.alias, given)
     made = Joined(outer, links, Link(own))
     with made.begun(), made.savepoint("taskx"):
@@ -194,7 +195,7 @@ def _broken() -> ConfigurationError:
 def executor_block(
     links: Connections, begin: Callable[[Link, Callable[[], object]], object]
 ) -> Iterator[Any]:
-    """Do what :meth:`Repository.transaction` describes.
+    """Do what :meth:`Transactions.begin` describes.
 
     Args:
         links: the repository's own connections, which translate errors.

@@ -42,6 +42,10 @@ class Records(Repository):
         """Return the rows of a query."""
 
     @abstractmethod
+    def tell_others(self, writes: Sequence[Write]) -> None:
+        """Tell other processes of writes, now or after the commit."""
+
+    @abstractmethod
     def _transact(
         self,
         work: Callable[[Link], T],

@@ -42,10 +42,11 @@ from taskx.core.writes import Delete, NoteChange, Write, shows
 from taskx.liveness.base import Liveness
 from taskx.liveness.locks import KernelLocks
 from taskx.storage import queries
-from taskx.storage.base import Listener, Locked, Reentered, Repository, Then, tell_of_forks
+from taskx.storage.base import Listener, Locked, Reentered, Repository, tell_of_forks
 from taskx.storage.patience import try_again
 from taskx.storage.sqlite import turnstile
 from taskx.storage.sqlite.wakeups import Wakeups
+from taskx.storage.transactions import Then, Transactions
 
 Durability = Literal["accepted", "full"]
 T = TypeVar("T")
@@ -57,7 +58,7 @@ _FORK_PATIENCE = 5.0
 _FIRST_WRITE = f"UPDATE {writing.NOTE} SET version = 0 WHERE 0"
 
 
-class DjangoRepository(BesideBlocks, Records):
+class DjangoRepository(Records):
     """A repository in a database of Django, which any number of processes and hosts may share.
 
     The tables are those of the app ``taskx.contrib.django``, made by ``manage.py migrate``. It has
@@ -114,9 +115,10 @@ class DjangoRepository(BesideBlocks, Records):
         self.durability = durability
         self.lease_timeout = check_number(lease_timeout, "lease_timeout", minimum=_SHORTEST_LEASE)
         self.timeout = check_number(timeout, "timeout", minimum=0.01)
-        self.on_commit = check_on_commit(on_commit)
+        check_on_commit(on_commit)
         self.run_folder = None if run_folder is None else os.fspath(run_folder)
         self._connections = Connections(using, self.timeout)
+        self.transactions = BlockTransactions(self, self._connections, on_commit)
         self.vendor = self._connections.vendor
         self._file = self._connections.file
         self._turns = Turns(self._file) if self._file else None
@@ -306,56 +308,7 @@ class DjangoRepository(BesideBlocks, Records):
         if self._wakeups is not None:
             self._wakeups.send(writes, [True] * len(writes), to_own=len(self.queues) > 1)
 
-    # --- inside a transaction of the caller
-
-    joins = True  # it knows the transactions of all threads
-
-    def own_transaction(self, *, submits: bool = False) -> object | None:
-        own = connections[self.using]
-        return own if is_open(own) else super().own_transaction(submits=submits)
-
-    def refuse_own_transaction(self) -> None:
-        if has_begun(connections[self.using]):
-            raise ConfigurationError(
-                f"this thread is inside atomic() of {self.using!r}, and this call cannot be part of that "
-                "block; nothing was stored. Call it before or after the block, or use ctx.transaction() in "
-                "an executor instead of the block"
-            )
-
-    def refuse_wait(self) -> None:
-        if self.vendor == "sqlite" and self._has_begun(connections[self.using]):
-            raise ConfigurationError(
-                f"this thread is in a transaction on {self.using!r}, and on SQLite nobody else can write "
-                "before it ends, so this call would wait for itself: leave atomic(), or commit, before it"
-            )
-
-    def _has_begun(self, own: Any) -> bool:
-        """Return True if a connection may be in a transaction."""
-        if self.vendor == "sqlite":
-            return own.connection is not None and bool(own.connection.in_transaction)
-        return own.connection is not None
-
-    def uncommitted(self, task_id: str) -> bool:
-        own = connections[self.using]
-        if own.in_atomic_block or not (is_open(own) and self._has_begun(own)):
-            return super().uncommitted(task_id)
-        # Without autocommit Django keeps no callbacks, but this thread sees what others do not see yet.
-        with self.joined(own, None) as inside:
-            return queries.is_uncommitted(inside, self, task_id)
-
-    def postpone(self, task_id: str, key: int, call: Callable[[], object]) -> bool:
-        # Without autocommit there is nothing that calls after the commit.
-        return super().postpone(task_id, key, call) or self.uncommitted(task_id)
-
-    def joined(self, connection: object, then: Then | None) -> AbstractContextManager[Repository]:
-        if is_elsewhere(connection):
-            return super().joined(connection, then)
-        return joining.join(self, self._connections, connection, then)
-
-    def transaction(self) -> AbstractContextManager[Any]:
-        return joining.executor_block(self._connections, self._enter_block)
-
-    def _enter_block(self, link: Link, enter: Callable[[], object]) -> None:
+    def enter_block(self, link: Link, enter: Callable[[], object]) -> None:
         """Enter a block of an executor. In an SQLite file it then holds the write lock.
 
         That lock comes last, also if ``BEGIN`` itself takes it: while it is held, this thread waits for no
@@ -481,3 +434,61 @@ class _Hurries(threading.local):
 def _data_version(link: Link) -> object:
     ((others,),) = link.rows("PRAGMA data_version")
     return link.number, others
+
+
+class BlockTransactions(BesideBlocks):
+    """The transactions of callers and executors on Django's connections to the tasks' own database."""
+
+    def __init__(self, outer: DjangoRepository, links: Connections, on_commit: OnCommit) -> None:
+        super().__init__(outer, Transactions("DjangoRepository"), on_commit, outer.using)
+        self._outer = outer
+        self._links = links
+
+    def join(self, connection: object, then: Then | None) -> AbstractContextManager[Repository]:
+        if is_elsewhere(connection):
+            return super().join(connection, then)
+        return joining.join(self._outer, self._links, connection, then)
+
+    def begin(self) -> AbstractContextManager[Any]:
+        return joining.executor_block(self._links, self._outer.enter_block)
+
+    def current(self, *, submits: bool = False) -> object | None:
+        own = connections[self._outer.using]
+        return own if is_open(own) else super().current(submits=submits)
+
+    def tell_others(self, writes: Sequence[Write]) -> None:
+        self._outer.tell_others(writes)
+
+    def refuse_write(self) -> None:
+        if has_begun(connections[self._outer.using]):
+            raise ConfigurationError(
+                f"this thread is inside atomic() of {self._outer.using!r}, and this call cannot be part of "
+                "that block; nothing was stored. Call it before or after the block, or use "
+                "ctx.transaction() in an executor instead of the block"
+            )
+
+    def refuse_wait(self) -> None:
+        using = self._outer.using
+        if self._outer.vendor == "sqlite" and self._has_begun(connections[using]):
+            raise ConfigurationError(
+                f"this thread is in a transaction on {using!r}, and on SQLite nobody else can write "
+                "before it ends, so this call would wait for itself: leave atomic(), or commit, before it"
+            )
+
+    def _has_begun(self, own: Any) -> bool:
+        """Return True if a connection may be in a transaction."""
+        if self._outer.vendor == "sqlite":
+            return own.connection is not None and bool(own.connection.in_transaction)
+        return own.connection is not None
+
+    def changed(self, task_id: str) -> bool:
+        own = connections[self._outer.using]
+        if own.in_atomic_block or not (is_open(own) and self._has_begun(own)):
+            return super().changed(task_id)
+        # Without autocommit Django keeps no callbacks, but this thread sees what others do not see yet.
+        with self.join(own, None) as inside:
+            return queries.is_uncommitted(inside, self._outer, task_id)
+
+    def postpone(self, task_id: str, key: int, call: Callable[[], object]) -> bool:
+        # Without autocommit there is nothing that calls after the commit.
+        return super().postpone(task_id, key, call) or self.changed(task_id)

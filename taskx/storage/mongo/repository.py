@@ -27,8 +27,7 @@ from taskx.core.ids import new_id
 from taskx.core.record import UNIQUE
 from taskx.core.verdict import Check
 from taskx.core.writes import Delete, Insert, Note, NoteChange, Write
-from taskx.storage.base import Repository, Then, new_version, tell_of_forks
-from taskx.storage.commits import Stored, Unit, Units
+from taskx.storage.base import Repository, new_version, tell_of_forks
 from taskx.storage.mongo.batches import Batches
 from taskx.storage.mongo.changes import Changes
 from taskx.storage.mongo.connection import Connection, Sequencer, Url
@@ -43,6 +42,7 @@ from taskx.storage.mongo.joining import (
 )
 from taskx.storage.mongo.sender import Sender
 from taskx.storage.mongo.tasks import Tasks
+from taskx.storage.transactions import Stored, Then, Transactions, Unit
 
 _SHORTEST_LEASE = 0.5
 
@@ -109,7 +109,6 @@ class MongoRepository(Tasks):
         self.lease_timeout = lease_timeout
         self.run_folder = None if run_folder is None else os.fspath(run_folder)
         self._indexed = False
-        self._units = Units()
         tell_of_forks(self)
 
     @classmethod
@@ -156,40 +155,8 @@ class MongoRepository(Tasks):
             return self._batches.insert(writes, self._sender.apply)
         return self._sender.apply(writes)
 
-    # --- inside a transaction of the caller
-
-    @contextmanager
-    def joined(self, connection: object, then: Then | None) -> Iterator[Repository]:
-        session = session_of(connection, self._connection)
-        if not self._indexed:  # in the transaction it is not possible
-            self.init_indexes()
-        made = Joined(self, session)
-        with undone(made.connection):
-            yield made
-        if made.sender.applied and then is not None:
-            seen = weakref.ref(session)
-            unit = Unit(lambda: (still := seen()) is not None and still.in_transaction)
-            unit.ids.update(write.id for write, _ in made.sender.applied)
-            self._units.watch(unit, Stored(partial(self._committed, made.sender.applied), then))
-
-    def uncommitted(self, task_id: str) -> bool:
-        return self._units.changed(task_id)
-
-    def postpone(self, task_id: str, key: int, call: Callable[[], object]) -> bool:
-        return self._units.postpone(task_id, key, call)
-
-    def _committed(self, applied: Sequence[tuple[Write, int]]) -> Sequence[Write]:
-        """Return those of the writes that left their marks.
-
-        The record alone would not do: a transaction that is repeated makes the same writes again.
-        """
-        try:
-            return self._sender.marked(applied)
-        except TaskxError:  # polling finds the tasks
-            return ()
-
-    def transaction(self) -> AbstractContextManager[ClientSession]:
-        return own_transaction(self._connection)
+    def _make_transactions(self) -> Transactions:
+        return SessionTransactions(self)
 
     # --- notes
 
@@ -293,7 +260,7 @@ class MongoRepository(Tasks):
 
     def close(self) -> None:
         """Close the connections that this object opened; a later operation opens them again."""
-        self._units.close()  # its thread would open the connections again
+        self.transactions.close()  # its thread would open the connections again
         self._changes.close()
         self._connection.close()
 
@@ -301,7 +268,43 @@ class MongoRepository(Tasks):
         self._connection.renew_after_fork()
         for part in (self._sequencer, self._sender, self._batches, self._changes):
             part.renew()
-        self._units = Units()
+        self.transactions.renew()
+
+
+class SessionTransactions(Transactions):
+    """The transactions of callers and executors, in sessions of pymongo."""
+
+    def __init__(self, outer: MongoRepository) -> None:
+        super().__init__("MongoRepository")
+        self._outer = outer
+
+    @contextmanager
+    def join(self, connection: object, then: Then | None) -> Iterator[Repository]:
+        outer = self._outer
+        session = session_of(connection, outer._connection)
+        if not outer._indexed:  # in the transaction it is not possible
+            outer.init_indexes()
+        made = Joined(outer, session)
+        with undone(made.connection):
+            yield made
+        if (applied := made.sender.applied) and then is not None:
+            seen = weakref.ref(session)
+            unit = Unit(lambda: (still := seen()) is not None and still.in_transaction)
+            unit.ids.update(write.id for write, _ in applied)
+            self.watch(unit, Stored(partial(self._committed, applied), then))
+
+    def begin(self) -> AbstractContextManager[ClientSession]:
+        return own_transaction(self._outer._connection)
+
+    def _committed(self, applied: Sequence[tuple[Write, int]]) -> Sequence[Write]:
+        """Return those of the writes that left their marks.
+
+        The record alone would not do: a transaction that is repeated makes the same writes again.
+        """
+        try:
+            return self._outer._sender.marked(applied)
+        except TaskxError:  # polling finds the tasks
+            return ()
 
 
 class Joined(MongoRepository):

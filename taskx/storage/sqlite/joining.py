@@ -9,7 +9,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import lru_cache, partial
 from itertools import compress
 from typing import Any, Protocol
@@ -19,10 +19,10 @@ import attrs
 from taskx.core.errors import ConfigurationError, RepositoryError, TaskxError
 from taskx.core.writes import Write
 from taskx.storage import queries
-from taskx.storage.base import Repository, Then
-from taskx.storage.commits import Active, Stored, Unit, Units
+from taskx.storage.base import Repository
 from taskx.storage.sqlite.connections import FAILURES
 from taskx.storage.sqlite.file import DatabaseFile
+from taskx.storage.transactions import Active, Stored, Then, Transactions, Unit
 
 # The most writes of a transaction that are looked up to know it again.
 _FEW = 20
@@ -38,12 +38,17 @@ class Outer(Protocol):
 
     def open(self) -> None: ...
 
-    @property
-    def callers(self) -> Callers: ...
+    prefix: str
 
     def begin_on(self, connection: sqlite3.Connection, /) -> None: ...
 
     def translated(self, error: Exception, /) -> TaskxError: ...
+
+    def check_own(self, connection: sqlite3.Connection, /) -> None: ...
+
+    def lock_is_free(self) -> bool: ...
+
+    def tell_others(self, writes: Sequence[Write], /) -> None: ...
 
 
 def driver_connection(given: object) -> tuple[sqlite3.Connection, Active]:
@@ -97,24 +102,21 @@ def _open_in_django(connection: Any) -> None:
 
 
 @contextmanager
-def own_transaction(
-    outer: Outer, check: Callable[[sqlite3.Connection], object]
-) -> Iterator[sqlite3.Connection]:
-    """Do what :meth:`Repository.transaction` describes; ``check`` raises if a connection is of no use."""
+def own_transaction(outer: Outer) -> Iterator[sqlite3.Connection]:
+    """Do what :meth:`Transactions.begin` describes."""
     outer.open()
     guard = _Guard()
     connection = _connect(outer)
     try:
         outer.file.check()
-        check(connection)
+        outer.check_own(connection)
         connection.set_authorizer(guard.authorize)
         with _translating(outer):
             if outer.durability == "process":
                 connection.execute("PRAGMA synchronous = NORMAL")
             outer.begin_on(connection)
         guard.locked = True
-        with outer.callers.own(connection):
-            yield connection
+        yield connection
         guard.locked = False
         with _translating(outer):
             _commit(connection)
@@ -257,8 +259,8 @@ class _Given(Unit):
         return not self.ended and super().may_be_open()
 
 
-class Callers(Units):
-    """Knows the open transactions of callers and executors on one file.
+class FileTransactions(Transactions):
+    """The transactions of callers and executors on one file.
 
     It reads and writes over no connection: it was given them for one call each. It finds out by other means
     that a transaction has ended: its writes can be seen from outside, its connection is in no transaction,
@@ -269,30 +271,67 @@ class Callers(Units):
     go of them: one that was dropped in the middle of a transaction must roll back.
 
     Args:
-        repository: finds out what is committed.
-        lock_is_free: returns True if nobody holds the write lock of the file.
+        outer: the repository on the file.
+        shown: returns for each write True if it is committed.
+        join: does what :meth:`join` describes.
     """
 
-    def __init__(self, repository: Repository, lock_is_free: Callable[[], bool]) -> None:
-        super().__init__()
-        self._repository = repository
-        self._lock_is_free = lock_is_free
+    def __init__(
+        self,
+        outer: Outer,
+        shown: Callable[[Sequence[Write]], Sequence[bool]],
+        join: Callable[[object, Then | None], AbstractContextManager[Repository]],
+    ) -> None:
+        super().__init__("SQLiteRepository")
+        self._outer = outer
+        self._shown = shown
+        self._join = join
+
+    def renew(self) -> None:
+        self._inherited.append(vars(self).get("_last"))
+        super().renew()
         # For each thread the connection that it has given last, unless SQLAlchemy keeps account of it.
         self._last: dict[int, _Held] = {}
         self._blocking: set[int] = set()
-
-    def __bool__(self) -> bool:
-        """Return True if a thread may be inside a transaction of its own."""
-        return bool(self.units or self._last)
 
     @property
     def blocked(self) -> bool:
         """True if a thread that holds the write lock waits for the threads that want it."""
         return bool(self._blocking)
 
+    def join(self, connection: object, then: Then | None) -> AbstractContextManager[Repository]:
+        return self._join(connection, then)
+
+    @contextmanager
+    def begin(self) -> Iterator[sqlite3.Connection]:
+        if not self._outer.prefix:
+            raise ConfigurationError(
+                f"{self._outer.file.path} is TaskX's own file, so it has no data of yours, and "
+                "ctx.transaction() is not available: use SQLiteRepository(path, prefix='taskx_') on the "
+                "application's file"
+            )
+        with own_transaction(self._outer) as connection, self.own(connection):
+            yield connection
+
+    def tell_others(self, writes: Sequence[Write]) -> None:
+        self._outer.tell_others(writes)
+
+    def refuse_write(self) -> None:
+        if self.known and self.inside():
+            raise ConfigurationError(
+                f"this thread is in a transaction of its own on {self._outer.file.path}, so it would wait "
+                "for itself; nothing was stored. Pass connection=..., or commit first"
+            )
+
+    def refuse_wait(self) -> None:
+        if self.known and self.inside():
+            raise ConfigurationError(
+                f"this thread is in a transaction of its own on {self._outer.file.path}, and nobody else "
+                "can write before it ends, so this call would wait for itself: commit first"
+            )
+
     @contextmanager
     def blocking(self) -> Iterator[None]:
-        """Say for a ``with`` block that this thread waits for others, perhaps inside a transaction."""
         me = threading.get_ident()
         try:
             if self.inside():
@@ -314,12 +353,12 @@ class Callers(Units):
         return (
             last is not None
             and last.in_transaction
-            and not self._lock_is_free()
+            and not self._outer.lock_is_free()
             and last.belongs_to_a_thread
         )
 
     def is_open(self, unit: Unit) -> bool:
-        return super().is_open(unit) and (unit.active is not None or not self._lock_is_free())
+        return super().is_open(unit) and (unit.active is not None or not self._outer.lock_is_free())
 
     @property
     def _given(self) -> list[_Given]:
@@ -381,7 +420,8 @@ class Callers(Units):
     def _let_go(self) -> None:
         """Let go of the connections that their owners have closed or dropped."""
         held = {id(one): one for one in [*self._last.values(), *(one.held for one in self._given)]}
-        if any([one.let_go() for one in held.values()]):
+        go_on = [one.let_go() for one in held.values()]
+        if True in go_on:
             # A connection and its cache of statements refer to each other, so it ends when it is collected.
             gc.collect()
         for thread, last in list(self._last.items()):
@@ -389,13 +429,13 @@ class Callers(Units):
                 self._last.pop(thread, None)
 
     def _tell(self, then: Then, done: Sequence[Write]) -> None:
-        self._repository.tell_others(done)
+        self._outer.tell_others(done)
         then(done)
 
     def _committed(self, writes: Sequence[Write]) -> Sequence[Write]:
         """Return those of the writes that are stored."""
         try:
-            return [*compress(writes, queries.shown(self._repository, writes))]
+            return [*compress(writes, self._shown(writes))]
         except TaskxError:  # polling finds the tasks
             return ()
 

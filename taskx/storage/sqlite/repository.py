@@ -9,8 +9,9 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from itertools import compress
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
@@ -34,6 +35,7 @@ from taskx.core.tags import FLOW
 from taskx.core.writes import CREATED, Delete, Insert, Note, NoteChange, Update, Write
 from taskx.liveness.base import PREFIX
 from taskx.liveness.locks import KernelLocks
+from taskx.storage import queries
 from taskx.storage.base import (
     Fields,
     Listed,
@@ -42,7 +44,6 @@ from taskx.storage.base import (
     Reentered,
     Repository,
     Rows,
-    Then,
     Timed,
     check_place,
     new_version,
@@ -51,9 +52,10 @@ from taskx.storage.base import (
 from taskx.storage.sqlite import schema, statements, turnstile
 from taskx.storage.sqlite.connections import FAILURES, Connection, Connections
 from taskx.storage.sqlite.file import DatabaseFile
-from taskx.storage.sqlite.joining import Callers, connect_to, driver_connection, own_transaction
+from taskx.storage.sqlite.joining import FileTransactions, connect_to, driver_connection
 from taskx.storage.sqlite.turnstile import Turnstile
 from taskx.storage.sqlite.wakeups import Wakeups
+from taskx.storage.transactions import Then
 
 if TYPE_CHECKING:
     from taskx.core.verdict import Check
@@ -160,10 +162,13 @@ class SQLiteRepository(Repository):
         # commits.
         self._seen, self._commits = (0, 0), 0
         self._newer: SchemaMismatch | None = None
-        #: The open transactions of callers and executors.
-        self.callers = Callers(self, self._lock_is_free)
         self._inherited: list[object] = []  # the parent's, which a forked child never closes
         tell_of_forks(self)
+
+    def _make_transactions(self) -> FileTransactions:
+        #: The transactions as this class uses them, also if others extend them.
+        self.callers = FileTransactions(self, partial(queries.shown, self), partial(_join, self))
+        return self.callers
 
     def __repr__(self) -> str:
         prefix = f", prefix={self.prefix!r}" if self.prefix else ""
@@ -342,22 +347,8 @@ class SQLiteRepository(Repository):
 
     # --- inside a transaction of the caller
 
-    @contextmanager
-    def joined(self, connection: object, then: Then | None) -> Iterator[Repository]:
-        with _join(self, connection, then) as made:
-            yield made
-
-    @contextmanager
-    def transaction(self) -> Iterator[sqlite3.Connection]:
-        if not self.prefix:
-            raise ConfigurationError(
-                f"{self.file.path} is TaskX's own file, so it has no data of yours, and ctx.transaction() "
-                "is not available: use SQLiteRepository(path, prefix='taskx_') on the application's file"
-            )
-        with own_transaction(self, self._check_own) as connection:
-            yield connection
-
-    def _check_own(self, connection: sqlite3.Connection) -> None:
+    def check_own(self, connection: sqlite3.Connection) -> None:
+        """Check a connection that ``connect`` has made for a transaction of an executor."""
         Joined(self, connection).check()
         if connection.in_transaction:
             raise ConfigurationError("connect() must return a connection that is in no transaction")
@@ -373,7 +364,7 @@ class SQLiteRepository(Repository):
             finally:
                 self._turnstile.leave()
 
-    def _lock_is_free(self) -> bool:
+    def lock_is_free(self) -> bool:
         """Return True if nobody holds the write lock of the file, or only for a moment."""
         try:
             with closing(connect_to(self.file, _MOMENT)) as connection:
@@ -382,34 +373,6 @@ class SQLiteRepository(Repository):
         except sqlite3.Error as error:
             return "locked" not in str(error)
         return True
-
-    @property
-    def joins(self) -> bool:
-        """True if there may be an open transaction of a caller."""
-        return bool(self.callers)
-
-    def refuse_own_transaction(self) -> None:
-        if self.callers.inside():
-            raise ConfigurationError(
-                f"this thread is in a transaction of its own on {self.file.path}, so it would wait for "
-                "itself; nothing was stored. Pass connection=..., or commit first"
-            )
-
-    def uncommitted(self, task_id: str) -> bool:
-        return self.callers.changed(task_id)
-
-    def postpone(self, task_id: str, key: int, call: Callable[[], object]) -> bool:
-        return self.callers.postpone(task_id, key, call)
-
-    def without_lock(self) -> AbstractContextManager[None]:
-        return self.callers.blocking()
-
-    def refuse_wait(self) -> None:
-        if self.callers.inside():
-            raise ConfigurationError(
-                f"this thread is in a transaction of its own on {self.file.path}, and nobody else can "
-                "write before it ends, so this call would wait for itself: commit first"
-            )
 
     def tell_others(self, writes: Sequence[Write]) -> None:
         """Tell other processes of writes that a caller has committed."""
@@ -724,8 +687,7 @@ class SQLiteRepository(Repository):
         self._connections.renew_after_fork()
         self._turnstile.leave = dict
         self._wakeups.renew_after_fork()
-        self._inherited.append(self.callers)
-        self.callers = Callers(self, self._lock_is_free)
+        self.transactions.renew()
 
 
 # Each savepoint has its own name: one that an interrupt has left behind must not be rolled back to.
@@ -776,8 +738,6 @@ class Joined(SQLiteRepository):
     Attributes:
         applied: the writes so far whose guards held.
     """
-
-    joins = False
 
     def __init__(self, outer: SQLiteRepository, connection: sqlite3.Connection) -> None:
         Repository.__init__(self, outer.clock)

@@ -1,16 +1,23 @@
-"""The open transactions of callers and executors, and the watch that tells of their commits."""
+"""The transactions of callers and executors that a store can take part in."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from taskx.core.errors import ConfigurationError
 from taskx.core.writes import Write
-from taskx.storage.base import Then
+
+if TYPE_CHECKING:
+    from taskx.storage.base import Repository
+
+#: A function that is told of writes that were committed.
+Then = Callable[[Sequence[Write]], object]
 
 #: Tells if a transaction is open; None if nobody keeps account of that.
 Active = Callable[[], bool] | None
@@ -99,17 +106,35 @@ class Unit:
             one.end()
 
 
-class Units:
-    """The open transactions with writes of TaskX, of all threads.
+class Transactions:
+    """The transactions of callers and executors that a store takes part in.
 
-    A thread looks at them every few milliseconds as long as there are some, and tells of their writes when
-    they are committed. Nothing depends on it: nodes also find the tasks by polling.
+    This class is for stores that take part in none. Others make a subclass with :meth:`join`, :meth:`begin`
+    and, if calls of a thread may have to wait for its own transaction, the methods about that.
+
+    A thread looks every few milliseconds at the open transactions that have writes of TaskX, as long as
+    there are some, and tells of their writes when they are committed. Nothing depends on it: nodes also
+    find the tasks by polling.
+
+    Args:
+        store: the name of the store's class, for messages.
+
+    Attributes:
+        known: False if no thread is in a transaction that the store knows of. Then nobody needs to ask.
     """
 
     #: Seconds between two looks while no transaction has writes that wait for its end.
     idle = 0.25
 
-    def __init__(self) -> None:
+    def __init__(self, store: str) -> None:
+        self._store = store
+        self._inherited: list[object] = []
+        self.renew()
+
+    def renew(self) -> None:
+        """Start again in a forked child: what is open belongs to the parent, and must not be closed."""
+        self._inherited.append(vars(self).get("units"))
+        self.known = False
         self.units: list[Unit] = []
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -117,7 +142,80 @@ class Units:
         self._bell = threading.Lock()
         self._bell.acquire()
 
+    # --- taking part
+
+    def join(self, connection: object, then: Then | None) -> AbstractContextManager[Repository]:
+        """Return the repository as it is inside a transaction of the caller, for a ``with`` block.
+
+        All reads and writes inside go over ``connection``. They wait for no lock that another thread may
+        hold, and are part of the transaction that is open there, or that this method begins. If the block
+        raises, they are undone; a store without savepoints aborts the whole transaction if it has written
+        something.
+
+        Some time after the commit ``then`` is called on another thread, with the writes that the records
+        still show. It is not called after a rollback, and may never be called if the process ends. It is
+        None if the caller of this method sees the commit itself.
+
+        Raises:
+            ConfigurationError: the store cannot do this, or the connection is none to this store; nothing
+                was changed.
+            RepositoryError: the transaction cannot begin.
+        """
+        raise ConfigurationError(
+            f"{self._store} cannot take part in a transaction on {connection!r:.60}: "
+            "use SQLiteRepository(path, prefix='taskx_') on the file of the application, "
+            "or MongoRepository on a replica set"
+        )
+
+    def begin(self) -> AbstractContextManager[Any]:
+        """Begin a transaction for an executor, on a connection of its own, for a ``with`` block.
+
+        Its value is the driver's connection, which :meth:`join` accepts. It is committed at the end of
+        the block, and rolled back if the block raises. The executor itself cannot commit it.
+
+        Raises:
+            ConfigurationError: an application's data cannot be in this store.
+            RepositoryError: nothing was committed, unless the error's ``in_doubt`` is True.
+        """
+        raise ConfigurationError(
+            f"{self._store} shares no database with your data, so ctx.transaction() is not "
+            "available: use SQLiteRepository(path, prefix='taskx_') on the file of the application, or "
+            "MongoRepository on a replica set"
+        )
+
+    def current(self, *, submits: bool = False) -> object | None:
+        """Return the connection of a transaction that the calling thread has open in this store.
+
+        A queue passes it to :meth:`join`, so that its methods take part in that transaction without
+        being told. With ``submits`` the transaction may be one in another database: :meth:`join` then
+        stores new tasks after its commit. None: the store knows of no such transaction.
+
+        Raises:
+            ConfigurationError: no task may be submitted in that transaction.
+        """
+        return None
+
+    def tell_others(self, writes: Sequence[Write]) -> None:
+        """Tell other processes of writes that were committed without ``apply``."""
+
     # --- what a thread may do
+
+    def refuse_write(self) -> None:
+        """Raise ``ConfigurationError`` if this thread is in a transaction for which a write would wait."""
+
+    def refuse_wait(self) -> None:
+        """Raise ``ConfigurationError`` if others cannot write as long as this thread waits.
+
+        Its own transaction holds the only write lock of the store, or may hold it.
+        """
+
+    def blocking(self) -> AbstractContextManager[None]:
+        """Say for a ``with`` block that this thread waits for others.
+
+        If its own transaction holds the only write lock of the store, the others' writes fail at once
+        instead of waiting for it.
+        """
+        return nullcontext()
 
     def inside(self) -> bool:
         """Return True if the calling thread is in one of the transactions."""
@@ -125,7 +223,10 @@ class Units:
         return any(unit.thread == me and self.is_open(unit) for unit in list(self.units))
 
     def changed(self, task_id: str) -> bool:
-        """Return True if a task was stored or changed in a transaction of the calling thread."""
+        """Return True if the calling thread has stored or changed a task in a transaction that is open.
+
+        The task cannot go on before the commit, so the thread must not wait for it.
+        """
         me = threading.get_ident()
         return any(
             unit.thread == me and task_id in unit.ids and self.is_open(unit)
@@ -155,6 +256,7 @@ class Units:
 
     def watch(self, unit: Unit, stored: Stored | None = None) -> None:
         """Watch a transaction until its end. Writes that are ``stored`` in it are then told of."""
+        self.known = True
         if stored is not None:
             unit.stored.append(stored)
         with self._lock:
@@ -199,7 +301,7 @@ class Units:
             more = self.look()
             with self._lock:
                 if not (more or self.units):
-                    self._thread = None
+                    self._thread, self.known = None, False
                     return
             since = [one.since for unit in list(self.units) for one in list(unit.stored)]
             if since:
