@@ -232,7 +232,8 @@ class TaskHandle(Future[R]):
                 :meth:`result`.
         """
         seconds = math.inf if timeout is None else in_seconds(timeout)
-        self.done()
+        if not self.done():
+            self._refuse_uncommitted()
         bell = self.signal()
         deadline = bell.now() + seconds
         # A task that was deleted after its end may have a known result.

@@ -79,7 +79,7 @@ class OnSQLite:
 
     def executors_block(self) -> None:
         try:
-            with self.repository.transaction():
+            with self.repository.transactions.begin():
                 pass
         finally:
             self.let_go()
@@ -197,11 +197,11 @@ def test_a_block_goes_on_while_a_write_waits_for_its_commit(store, queue, entere
 def test_an_executors_transaction_goes_on_while_a_write_waits_for_it(store, queue, entered):
     queue.submit("echo", id="old")
     repository = store.repository
-    with repository.transaction() as connection:
+    with repository.transactions.begin() as connection:
         entered.clear()
         write = run_in_thread(lambda: queue.submit("echo", id="new"))
         assert entered.wait(PATIENCE)
-        with repository.joined(connection, None) as inside:
+        with repository.transactions.join(connection, None) as inside:
             assert inside.get_by_id("old").status is TaskStatus.PENDING
             inside.delete("old")
         assert repository.get_by_id("old").status is TaskStatus.PENDING

@@ -628,7 +628,7 @@ class TestWakeUps:
         for connection in connections:
             queue.submit("echo", connection=connection)
             connection.commit()
-        thread = repository.callers._thread
+        thread = repository.transactions._thread
         del connection
         connections.pop().close()
         connections.clear()

@@ -6,6 +6,7 @@ import sqlite3
 import threading
 from concurrent.futures import wait
 from contextlib import closing
+from functools import partial
 
 import pytest
 
@@ -19,33 +20,40 @@ from taskx import (
     TaskStatus,
     chain,
 )
+from taskx.storage.queries import shown
+from taskx.storage.sqlite.joining import FileTransactions
 
 LONG = 60
 
 
-class Knowing(SQLiteRepository):
+class Knowing(FileTransactions):
     """Knows the connection that each thread uses, and the tasks that the tests name as uncommitted."""
 
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
+    def __init__(self, repository):
+        super().__init__(repository, partial(shown, repository), repository.transactions.join)
+        self.known = True
         self.used = threading.local()
-        self.changed = set()
+        self.named = set()
         self.asked = []
 
-    def own_transaction(self, *, submits=False):
+    def current(self, *, submits=False):
         self.asked.append(submits)
         connection = getattr(self.used, "connection", None)
         return connection if connection is not None and connection.in_transaction else None
 
-    def uncommitted(self, task_id):
-        return self.own_transaction() is not None and task_id in self.changed
+    def changed(self, task_id):
+        return self.current() is not None and task_id in self.named
+
+    def postpone(self, task_id, key, call):
+        return self.changed(task_id)
 
 
 @pytest.fixture
 def repository(tmp_path):
     with closing(sqlite3.connect(tmp_path / "app.db")) as connection:
         connection.execute("PRAGMA journal_mode = WAL")
-    with Knowing(tmp_path / "app.db", prefix="taskx_", busy_timeout=20) as made:
+    with SQLiteRepository(tmp_path / "app.db", prefix="taskx_", busy_timeout=20) as made:
+        made.extend_transactions(lambda _: Knowing(made))
         made.count(TaskFilter())
         yield made
 
@@ -62,7 +70,7 @@ def queue(make_queue):
 def connection(repository, tmp_path):
     """The connection of this thread, in a transaction."""
     with closing(sqlite3.connect(tmp_path / "app.db", isolation_level=None)) as made:
-        repository.used.connection = made
+        repository.transactions.used.connection = made
         yield made
 
 
@@ -78,10 +86,10 @@ def test_submits_take_part_in_it(queue, connection):
 
 def test_only_submits_ask_for_the_transaction_of_another_database(queue, repository):
     handle = queue.submit("elsewhere")
-    assert repository.asked == [True]
+    assert repository.transactions.asked == [True]
     handle.cancel()
     queue.count_tasks()
-    assert not any(repository.asked[1:])
+    assert not any(repository.transactions.asked[1:])
 
 
 def test_changes_take_part_in_it(queue, connection):
@@ -134,7 +142,7 @@ def test_a_wait_that_cannot_end_raises_at_once(queue, repository, connection):
     with queue:
         connection.execute("BEGIN IMMEDIATE")
         handle = queue.submit("echo", {"n": 3})
-        repository.changed.add(handle.id)
+        repository.transactions.named.add(handle.id)
         assert not handle.done()
         for call in (handle.result, handle.exception, handle.follow, lambda: wait([handle])):
             with pytest.raises(ConfigurationError, match="wait for it after that"):
@@ -146,7 +154,7 @@ def test_a_wait_that_cannot_end_raises_at_once(queue, repository, connection):
 def test_a_cancel_that_is_rolled_back_leaves_the_handle_open(queue, repository, connection):
     handle = queue.submit("echo", {"n": 3})
     connection.execute("BEGIN IMMEDIATE")
-    repository.changed.add(handle.id)
+    repository.transactions.named.add(handle.id)
     assert handle.cancel()
     assert not handle.cancelled()
     connection.execute("ROLLBACK")
@@ -155,7 +163,8 @@ def test_a_cancel_that_is_rolled_back_leaves_the_handle_open(queue, repository, 
 
 
 def test_other_stores_know_no_such_transaction():
-    repository = MemoryRepository()
-    assert repository.own_transaction() is None
-    assert repository.own_transaction(submits=True) is None
-    assert not repository.uncommitted("any")
+    transactions = MemoryRepository().transactions
+    assert not transactions.known
+    assert transactions.current() is None
+    assert transactions.current(submits=True) is None
+    assert not transactions.changed("any")

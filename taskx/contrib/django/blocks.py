@@ -152,11 +152,10 @@ class BesideBlocks(Transactions):
         on_commit: OnCommit,
         using: str | None = None,
     ) -> None:
+        self._inner = inner
         super().__init__(type(outer).__name__)
-        self.known = True  # Django knows the blocks of all threads
         self.outer = outer
         self.using = using
-        self._inner = inner
         self._on_commit = on_commit
 
     def current(self, *, submits: bool = False) -> object | None:
@@ -203,6 +202,8 @@ class BesideBlocks(Transactions):
         self._inner.close()
 
     def renew(self) -> None:
+        super().renew()
+        self.known = True  # Django knows the blocks of all threads
         self._inner.renew()
 
 

@@ -115,7 +115,7 @@ class DjangoRepository(Records):
         self.durability = durability
         self.lease_timeout = check_number(lease_timeout, "lease_timeout", minimum=_SHORTEST_LEASE)
         self.timeout = check_number(timeout, "timeout", minimum=0.01)
-        check_on_commit(on_commit)
+        self.on_commit = check_on_commit(on_commit)
         self.run_folder = None if run_folder is None else os.fspath(run_folder)
         self._connections = Connections(using, self.timeout)
         self.transactions = BlockTransactions(self, self._connections, on_commit)

@@ -181,13 +181,13 @@ class TestSubmit:
             queue.submit("t", id="last", connection=session)
         assert ended.wait(LONG)
         eventually(lambda: sorted(told) == ["kept", "last"])  # in any order
-        eventually(lambda: not repository._commits._watched)
+        eventually(lambda: not repository.transactions.units)
         assert sorted(told) == ["kept", "last"]
 
     def test_the_watching_thread_ends(self, queue, session, repository):
         with session.start_transaction():
             queue.submit("echo", connection=session)
-            thread = repository._commits._thread
+            thread = repository.transactions._thread
             assert thread.name == "taskx-commits"
         thread.join(LONG)
         assert not thread.is_alive()
@@ -195,7 +195,7 @@ class TestSubmit:
     def test_a_closed_repository_watches_no_longer(self, queue, session, repository):
         session.start_transaction()
         queue.submit("echo", connection=session)
-        thread = repository._commits._thread
+        thread = repository.transactions._thread
         repository.close()
         thread.join(LONG)
         assert not thread.is_alive()

@@ -25,9 +25,9 @@ LONG = 60
 
 
 @pytest.fixture
-def repository(database):
+def repository(database, request):
     with SQLiteRepository(database) as made:
-        yield beside_blocks(made, "wait")
+        yield beside_blocks(made, getattr(request, "param", "wait"))
 
 
 @pytest.fixture
@@ -137,8 +137,8 @@ class TestWait:
 
 
 class TestRefuse:
+    @pytest.mark.parametrize("repository", ["refuse"], indirect=True)
     def test_the_submit_raises_and_nothing_is_stored(self, queue):
-        queue.repository.on_commit = "refuse"
         with transaction.atomic(using="other"):
             for submit in (
                 lambda: queue.submit("echo"),
