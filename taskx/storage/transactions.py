@@ -238,8 +238,10 @@ class Transactions:
 
         A second call with the same key replaces the first. Return False if there is no such transaction.
         """
+        me = threading.get_ident()
         for unit in list(self.units):
-            if task_id in unit.ids and self.is_open(unit):
+            # To other threads it may look ended a little before its commit can be seen.
+            if task_id in unit.ids and (unit.thread != me or self.is_open(unit)):
                 unit.waiting[key] = call
                 if unit in self.units:
                     return True
