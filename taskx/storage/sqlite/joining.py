@@ -241,7 +241,7 @@ class _Held:
             except (sqlite3.Error, TypeError) as error:
                 refused.append(error)
 
-        another = threading.Thread(target=use)
+        another = threading.Thread(target=use, name="taskx-commits")
         another.start()
         another.join()
         return bool(refused)
