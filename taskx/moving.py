@@ -1,7 +1,8 @@
-"""The consequences of moves, in one table, and the services that the parts of a queue share.
+"""The door for moves, with the consequences of each one, and the services that the parts of a queue share.
 
-Code that makes a move commits it with :meth:`Consequences.commit`. Code that commits a move in another way
-calls :meth:`~Consequences.created` or :meth:`~Consequences.follow` after the commit.
+A move is a write that ``lifecycle`` makes. All code above the storage commits moves through :class:`Moves`,
+which does what ``MOVES`` says. So no move can be forgotten by the parts that must hear of it. Notes are not
+moves: those about nodes, schedules, pauses and the like are stored by the code that they belong to.
 
 All consequences can be repeated without harm, and an interrupt may cut them short. The slow scans of the
 housekeeper find what was missed.
@@ -9,11 +10,10 @@ housekeeper find what was missed.
 
 from __future__ import annotations
 
-import logging
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import datetime
 from functools import partial
+from itertools import compress
 from typing import Any, NamedTuple, Protocol
 
 from taskx.common.bell import Agenda
@@ -23,13 +23,14 @@ from taskx.common.ledger import Ledger
 from taskx.common.watcher import Watcher
 from taskx.core import lifecycle
 from taskx.core.clock import Clock
-from taskx.core.errors import RepositoryError, TaskxError
-from taskx.core.lifecycle import CANCELLED, COMPLETED, FAILED, PENDING, RUNNING, Ending
+from taskx.core.errors import RepositoryError
+from taskx.core.lifecycle import Ending
 from taskx.core.log import Digest, GuardedLogger
 from taskx.core.model import Task
+from taskx.core.moves import MOVES, PARAMS, RETRIED, Move
 from taskx.core.record import FOR_TURN, FREE, UNTIL_DUE, changed_task, created_task
 from taskx.core.redact import SECRETS, show
-from taskx.core.writes import Delete, Insert, Update, Write
+from taskx.core.writes import Insert, Write
 from taskx.executing.alarms import Alarms
 from taskx.executing.checkpoints import Keeper
 from taskx.executing.registry import Registry
@@ -46,125 +47,37 @@ class _Node(Protocol):
     def rebuffer(self, task: Task) -> None: ...
 
 
-class Follows(NamedTuple):
-    """The consequences of a move.
+class _Pool(Protocol):
+    """The methods of the pool of a run that the outcome of an attempt needs."""
+
+    def refused(self, run: Run, ending: Ending, error: BaseException) -> bool:
+        """Store something else in place of an outcome that was refused; return False if nothing is left."""
+
+    def strike(self, run: Run, ran: bool) -> object:
+        """Forget a run that is over."""
+
+    def concluded(self, run: Run, held: Sequence[Write], error: BaseException | None) -> None:
+        """Note that a run is over, and which moves of its outcome took place."""
+
+
+class Outcome(NamedTuple):
+    """How an attempt of this process has ended.
 
     Attributes:
-        event: the hook method that is called, besides ``finished``; empty for none.
-        facts: names of the further arguments of that method, from :func:`_facts`.
-        ends: True if the task has ended or was deleted. Then these are told: the hooks (``finished``), the
-            threads that wait for it, its dependents, and the next task of its concurrency key.
-        may_start: True if the task may start, now or when the reason for holding it has passed.
-        leaves: True if the task leaves the buffer of this process.
-        fires: True if the task's token fires, if it runs in this process.
-        level: the level of the log message.
-        words: the log message, with placeholders for :func:`_facts`.
-        digest: True if only the number of these moves is logged at that level, once a minute for each type
-            of tasks, and the others at INFO.
+        run: the run that made the attempt.
+        ending: its end.
+        pool: the pool of the run.
     """
 
-    event: str = ""
-    facts: tuple[str, ...] = ()
-    ends: bool = False
-    may_start: bool = False
-    leaves: bool = False
-    fires: bool = False
-    level: int = logging.DEBUG
-    words: str = ""
-    digest: bool = False
+    run: Run
+    ending: Ending
+    pool: _Pool
 
 
-NOTHING = Follows()
-_PARAMS = " (params=%(params)s)"
-_ENDED = Follows(ends=True, words="task %(id)s (%(type)s) %(status)s")
-_FAILED = Follows(
-    ends=True,
-    level=logging.ERROR,
-    words=f"task %(id)s (%(type)s) failed: %(error)s{_PARAMS}\n%(traceback)s",
-)
-_ORPHANED = Follows(
-    ends=True, level=logging.WARNING, words="task %(id)s (%(type)s) is %(status)s: %(error)s"
-)
-_DIED = "task %(id)s was running on %(node)s, which died: "
-_RESCUED, _LOST = f"{_DIED}it runs again", f"{_DIED}it has failed and is a dead letter{_PARAMS}"
-_RETRIED = (
-    "task %(id)s (%(type)s) is retried %(when)s after attempt %(attempt)d: %(error)s" + _PARAMS
-)
 _RETRIES = "%(type)s: %(count)d retries in the last minute, the last one: "
-_CANCELLED = f"{_DIED}it is cancelled, as requested"
-
-#: The consequences of each move, by its name and its new status (None if the status does not change).
-#: The code that forgets a run tells the limits that it is over: see :meth:`Consequences.follow`.
-FOLLOWS: Mapping[tuple[str, str | None], Follows] = {
-    # The code that stores a task that is not held puts it into the buffer, or calls ``fetch_soon``.
-    ("create", None): Follows("submitted", may_start=True),
-    # The task is ready for a worker that waits.
-    ("create", RUNNING): Follows("submitted"),
-    # Hooks are told when a thread begins to execute the task: see Consequences.begun.
-    ("start", RUNNING): NOTHING,
-    ("progress", None): Follows("progressed", ("progress", "message")),
-    ("checkpoint", None): NOTHING,
-    ("complete", COMPLETED): _ENDED,
-    ("fail", FAILED): _FAILED,
-    ("retry", PENDING): Follows(
-        "retried",
-        ("error", "delay"),
-        may_start=True,
-        level=logging.WARNING,
-        words=_RETRIED,
-        digest=True,
-    ),
-    ("snooze", PENDING): Follows(
-        "snoozed",
-        ("snooze",),
-        may_start=True,
-        level=logging.INFO,
-        words="task %(id)s (%(type)s) asked to run again in %(snooze)g s",
-    ),
-    ("interrupt", PENDING): Follows(
-        "interrupted",
-        may_start=True,
-        level=logging.INFO,
-        words="task %(id)s (%(type)s) was interrupted and is pending again",
-    ),
-    ("hand back", PENDING): Follows(may_start=True),
-    ("cancelled", CANCELLED): _ENDED,
-    ("crash", PENDING): Follows(
-        "rescued",
-        may_start=True,
-        level=logging.WARNING,
-        words=f"task %(id)s (%(type)s) crashed, it runs again: %(error)s{_PARAMS}",
-    ),
-    ("crash", FAILED): _FAILED._replace(event="rescued"),
-    ("crash", CANCELLED): _ENDED._replace(event="rescued"),
-    ("rescue", PENDING): Follows("rescued", may_start=True, level=logging.WARNING, words=_RESCUED),
-    ("rescue", FAILED): Follows("rescued", ends=True, level=logging.ERROR, words=_LOST),
-    ("rescue", CANCELLED): Follows("rescued", ends=True, level=logging.WARNING, words=_CANCELLED),
-    ("cancel", CANCELLED): Follows(ends=True, leaves=True),
-    ("request cancel", None): Follows(fires=True),
-    ("expire", CANCELLED): Follows(
-        ends=True,
-        leaves=True,
-        level=logging.INFO,
-        words="task %(id)s (%(type)s) is %(status)s: %(error)s",
-    ),
-    ("orphan", CANCELLED): _ORPHANED,
-    ("orphan", FAILED): _ORPHANED,
-    ("parents moved", None): Follows(may_start=True),
-    ("give turn", None): Follows(may_start=True),
-    ("release", None): Follows(may_start=True),
-    ("lift bar", None): Follows(may_start=True),
-    ("requeue", PENDING): Follows("requeued", may_start=True),
-    # The task is fetched again, because its new priority gives it another place in the buffer.
-    ("replace", None): Follows(may_start=True, leaves=True),
-    # A node takes tasks that it can start, and frees the others.
-    ("take", None): NOTHING,
-    ("free", None): NOTHING,
-    ("release key", None): NOTHING,
-    ("delete", None): Follows(ends=True, leaves=True),
-    # These tasks had ended, and no other task needs them.
-    ("prune", None): NOTHING,
-    ("discard", None): NOTHING,
+# The rows of the moves from which something follows, and None for the others, by name and new status.
+_ROWS: Mapping[tuple[str, str | None], Move | None] = {
+    (move.name, move.target): move if move.has_consequences else None for move in MOVES
 }
 
 
@@ -172,58 +85,79 @@ def _submitted_task(insert: Insert) -> Task:
     return created_task(lifecycle.as_submitted(insert))
 
 
-def _row(write: Write) -> Follows:
-    return FOLLOWS[write.move, write.changes.get("status")]
-
-
 class _State(Protocol):
     @property
     def pool(self) -> _Node | None: ...
 
 
-class Consequences:
-    """Commits moves and applies their consequences; ``state`` has the started node."""
+class Moves(Ledger[Outcome]):
+    """The door: all moves of a queue go to the repository through it. ``state`` has the started node.
+
+    - :meth:`commit` commits moves, also those that create tasks.
+    - :meth:`later` and :meth:`conclude` commit the outcomes of attempts, and :meth:`flush` those that wait.
+    - :meth:`follow` is for moves that a transaction of the program has committed.
+    """
 
     def __init__(self, services: Services, state: _State) -> None:
-        self._repository = services.repository
-        self._ledger = services.ledger
+        super().__init__(services.repository, services.log, services.agenda)
         self._hooks = services.hooks
         self._watcher = services.watcher
-        self._agenda = services.agenda
-        self._log = services.log
         self._redact = services.redact
         self._state = state
         #: Logs the retries.
-        self.retries = Digest(self._log, _RETRIED, _RETRIES, services.clock.monotonic)
+        self.retries = Digest(self._log, RETRIED, _RETRIES, services.clock.monotonic)
         self.turns = Turns(self._repository, self.commit, self._log)
         self.dependents = Dependents(
             self._repository, self.commit, self._agenda, services.clock, self._log
         )
 
-    def commit(
-        self, writes: Sequence[Update | Delete], tasks: Mapping[str, Task] | None = None
-    ) -> Sequence[bool]:
-        """Commit moves, and apply the consequences of those that took place.
+    def follow(
+        self,
+        writes: Iterable[Write],
+        tasks: Mapping[str, Task] | None,
+        outcome: Outcome | None = None,
+    ) -> None:
+        """Do what follows from writes that are committed.
 
         Args:
-            writes: the moves.
-            tasks: the tasks as they were read, by id; None if they were not read.
-
-        Returns:
-            for each move, True if it took place.
-
-        Raises:
-            RepositoryError: no move was applied.
+            writes: the writes that took place.
+            tasks: the tasks of moves that were read, by id; None if they were not read.
+            outcome: the outcome that the moves store; None if they store none. Its run is forgotten after
+                hooks, dependents and turns were told: they must know before anyone sees that nothing runs,
+                and before the next attempt begins. It is forgotten before the task may start again.
         """
-        results = self._ledger.commit(writes)
-        if done := [write for write, held in zip(writes, results, strict=True) if held]:
-            known = self._to_be_told(done) if tasks is None else tasks
-            self.follow(done, known)
-        return results
+        submitted = self._hooks.submitted
+        created: list[Insert] = []
+        moved: list[Write] = []
+        for write in writes:
+            if isinstance(write, Insert):
+                if submitted or write.row["held"]:
+                    created.append(write)
+            elif _ROWS[write.move, write.changes.get("status")] is not None:
+                moved.append(write)
+        if created:
+            self._created(created)
+        if moved or outcome is not None:
+            self._moved(moved, tasks, outcome)
 
-    def _to_be_told(self, writes: Sequence[Update | Delete]) -> Mapping[str, Task]:
+    def _concluded(
+        self,
+        outcome: Outcome,
+        writes: Sequence[Write],
+        results: Sequence[bool],
+        error: BaseException | None,
+    ) -> None:
+        """Do what follows from an outcome that was committed, refused, or dropped (the fence was lost)."""
+        run, ending, pool = outcome
+        if error is not None and pool.refused(run, ending, error):
+            return
+        held = [*compress(writes, results)]
+        self._moved(held, {run.task.id: run.task}, outcome)
+        pool.concluded(run, held, error)
+
+    def _to_be_told(self, moved: Sequence[tuple[Write, Move]]) -> Mapping[str, Task]:
         """Read tasks known only by their ids, if hooks must be told that they have finished."""
-        ids = [write.id for write in writes if _row(write).ends]
+        ids = [write.id for write, row in moved if row.ends]
         if not (ids and self._hooks.finished):
             return {}
         try:
@@ -233,8 +167,7 @@ class Consequences:
             self._log.warning("cannot tell hooks that tasks have finished: %s: %s", some, error)
             return {}
 
-    def created(self, inserts: Sequence[Insert]) -> None:
-        """Apply the consequences of storing new tasks."""
+    def _created(self, inserts: Sequence[Insert]) -> None:
         if listeners := self._hooks.submitted:
             for insert in inserts:
                 self._hooks.tell(listeners, partial(_submitted_task, insert))
@@ -243,104 +176,69 @@ class Consequences:
             if self.dependents.told:
                 self.process_if_unattended()
 
-    def refused(self, insert: Insert, error: TaskxError) -> None:
-        """Tell hooks that a new task was not stored."""
-        if listeners := self._hooks.refused:
-            self._hooks.tell(listeners, partial(_submitted_task, insert), error)
-
-    def lease_lost(self, node: str) -> None:
-        """Tell hooks that this node has lost its lease."""
-        if listeners := self._hooks.lease_lost:
-            self._hooks.tell(listeners, lambda: node)
-
-    def ticks_missed(self, schedule: str, since: datetime) -> None:
-        """Tell hooks that no queue ran at ticks of a schedule."""
-        if listeners := self._hooks.ticks_missed:
-            self._hooks.tell(listeners, lambda: schedule, since)
-
-    def begun(self, task: Task) -> None:
-        """Tell hooks that a thread begins to execute a task."""
-        if listeners := self._hooks.started:
-            self._hooks.tell(listeners, partial(changed_task, task, {}))
-
-    def follow(
+    def _moved(
         self,
-        writes: Sequence[Update | Delete],
-        tasks: Mapping[str, Task],
-        ending: Ending | None = None,
-        run: Run | None = None,
-        over: Callable[[Run, bool], object] | None = None,
+        writes: Sequence[Write],
+        tasks: Mapping[str, Task] | None,
+        outcome: Outcome | None,
     ) -> None:
-        """Apply the consequences of moves that took place.
-
-        Args:
-            writes: the moves.
-            tasks: the tasks that were read, by id.
-            ending: how the attempt ended; None if no attempt ended.
-            run: the run that the moves belong to; None if it is not a run of this process.
-            over: forgets the run. It is called after hooks, dependents and turns were told: they must know
-                before anyone sees that nothing runs, and before the next attempt begins. It is called
-                before the task may start again.
-        """
+        rows = [_ROWS[write.move, write.changes.get("status")] for write in writes]
+        moved = [(write, row) for write, row in zip(writes, rows, strict=True) if row is not None]
+        if tasks is None:
+            tasks = self._to_be_told(moved)
+        turns = False
         try:
-            turns, rows = False, [(write, _row(write)) for write in writes]
-            for write, follows in rows:
+            for write, row in moved:
                 if self._hooks.moves and write.id in tasks:
-                    self._tell_hooks(follows, tasks[write.id], write.changes, ending, run)
-                if follows.ends and (self.dependents.any or not self._agenda.attended):
+                    self._tell_hooks(row, tasks[write.id], write.changes, outcome)
+                if row.ends and (self.dependents.any or not self._agenda.attended):
                     self.dependents.parent_ended(write.id)
                 if "turn" in write.changes or write.move == "delete":
                     turns = True
             if turns:
                 self._leave_turns(writes, tasks)
         finally:
-            if over is not None and run is not None:
-                over(run, True)
-        log, watched, may_start = self._log, self._watcher.watched, False
-        for write, follows in rows:
-            if follows.words and log.isEnabledFor(follows.level) and write.id in tasks:
-                self._log_move(follows, tasks[write.id], write.changes, ending)
-            if follows.ends and write.id in watched:
+            if outcome is not None:
+                outcome.pool.strike(outcome.run, True)
+        log, watched = self._log, self._watcher.watched
+        for write, row in moved:
+            if row.words and log.isEnabledFor(row.level) and write.id in tasks:
+                self._log_move(row, tasks[write.id], write.changes, outcome)
+            if row.ends and write.id in watched:
                 self._watcher.resolve(write.id)
-            if follows.leaves and (node := self._state.pool) is not None:
+            if row.leaves and (node := self._state.pool) is not None:
                 node.discard([write.id])
-            if follows.fires and (node := self._state.pool) is not None:
+            if row.fires and (node := self._state.pool) is not None:
                 node.fire(write.id)
-            may_start = may_start or follows.may_start
-        if may_start:
-            self._may_start(writes, tasks)
+        if freed := [write for write, row in moved if row.may_start]:
+            self._may_start(freed, tasks)
 
     def _log_move(
-        self, follows: Follows, task: Task, changes: Mapping[str, Any], ending: Ending | None
+        self, row: Move, task: Task, changes: Mapping[str, Any], outcome: Outcome | None
     ) -> None:
-        facts = _facts(task, changes, ending)
-        if _PARAMS in follows.words:
+        facts = _facts(task, changes, outcome)
+        if PARAMS in row.words:
             facts["params"] = show(task.params, self._redact)
-        if follows.digest:
+        if row.digest:
             self.retries.add(task.type, facts)
         else:
-            self._log.log(follows.level, follows.words, facts)
+            self._log.log(row.level, row.words, facts)
 
     def _tell_hooks(
-        self,
-        follows: Follows,
-        task: Task,
-        changes: Mapping[str, Any],
-        ending: Ending | None,
-        run: Run | None,
+        self, row: Move, task: Task, changes: Mapping[str, Any], outcome: Outcome | None
     ) -> None:
         hooks = self._hooks
-        shown = changes if run is None else run.context.shown(changes)
+        shown = changes if outcome is None else outcome.run.context.shown(changes)
         make = partial(changed_task, task, shown)
-        if ending is not None and ending.stuck and hooks.stuck:
+        if outcome is not None and outcome.ending.stuck and hooks.stuck:
             hooks.tell(hooks.stuck, make)
-        if follows.event and (listeners := getattr(hooks, follows.event)):
-            facts = _facts(task, changes, ending) if follows.facts else {}
-            hooks.tell(listeners, make, *(facts[name] for name in follows.facts))
-        if follows.ends and hooks.finished:
+        if row.event and (listeners := getattr(hooks, row.event)):
+            facts = _facts(task, changes, outcome) if row.facts else {}
+            hooks.tell(listeners, make, *(facts[name] for name in row.facts))
+        if row.ends and hooks.finished:
             hooks.tell(hooks.finished, make)
 
-    def _leave_turns(self, writes: Sequence[Update | Delete], tasks: Mapping[str, Task]) -> None:
+    def _leave_turns(self, writes: Sequence[Write], tasks: Mapping[str, Task]) -> None:
         """Give each free turn to the next task of its key, unless these moves already do so."""
         keys, given = [], set()
         for write in writes:
@@ -360,8 +258,6 @@ class Consequences:
         for write in writes:
             changes = write.changes
             held = changes.get("held", FREE)
-            if not _row(write).may_start:
-                continue
             if (parent := changes.get("waiting_on")) is not None:
                 waiting[write.id] = parent
             elif held == FOR_TURN:
@@ -393,11 +289,12 @@ class Consequences:
 _UNCHANGED = object()
 
 
-def _facts(task: Task, changes: Mapping[str, Any], ending: Ending | None) -> dict[str, Any]:
+def _facts(task: Task, changes: Mapping[str, Any], outcome: Outcome | None) -> dict[str, Any]:
     """Return the values that log messages and hooks get for a move."""
     node = task.worker.partition(" ")[0] or task.owner  # without the thread
     facts = {"id": task.id, "type": task.type, "attempt": task.attempt, "node": node}
-    if ending is not None:
+    if outcome is not None:
+        ending = outcome.ending
         told = ("error", "traceback", "delay", "snooze")
         facts.update((name, getattr(ending, name)) for name in told)
         facts["when"] = f"in {ending.delay:g} s"
@@ -441,12 +338,11 @@ class Services:
         self.agenda = Agenda()
         self.alarms = self.alarms_class(clock)
         self.hooks = self.hooks_class(hooks, log)
-        self.ledger = Ledger(repository, log, self.agenda)
         self.watcher = self.watcher_class(repository, log, self.agenda)
         self.controls = Controls(repository)
         self.runner = self.runner_class(clock, self.alarms, registry.max_payload_size)
+        self.moves = Moves(self, state)
+        self.turns, self.dependents = self.moves.turns, self.moves.dependents
         self.keeper = Keeper(
-            repository, self.ledger, registry.max_payload_size, registry.values, clock
+            repository, self.moves.commit, registry.max_payload_size, registry.values, clock
         )
-        self.consequences = Consequences(self, state)
-        self.turns, self.dependents = self.consequences.turns, self.consequences.dependents

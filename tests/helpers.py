@@ -35,6 +35,7 @@ from taskx import (
     SQLiteRepository,
     Task,
 )
+from taskx.common.ledger import Ledger
 from taskx.executing.runner import Run
 from taskx.moving import Services
 from taskx.running.ahead import Ahead
@@ -612,3 +613,13 @@ def waiting_keys(repository: Repository, after: str = "", limit: int = 10) -> di
     keys = repository.distinct("line", after, limit)
     turns = dict(repository.find("turn", keys, ("turn", "id")))
     return {key: key not in turns for key in keys}
+
+
+class PlainLedger(Ledger):
+    """A ledger of writes from which nothing follows. An outcome is a function that gets their results."""
+
+    def follow(self, writes, tasks):
+        pass
+
+    def _concluded(self, outcome, writes, results, error):
+        outcome(results, error)

@@ -14,28 +14,32 @@ writes alone puts them into the queue for that.
 Where an application's transaction may lock a record for long, the repository says so soon. The entries of
 the batch are then committed one by one. Those that are locked are tried again later: by their threads, or
 by a later leader if no thread waits for them.
+
+What follows from writes is done after the lock is free, by the subclass. Only :mod:`taskx.moving` has one.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
-from itertools import islice
+from itertools import compress, islice
+from typing import Generic, TypeVar
 
 from taskx.common.bell import Agenda, Signal
 from taskx.core.errors import RepositoryError, RepositoryUnavailable, TaskxError, on_main_thread
 from taskx.core.log import GuardedLogger, is_for_the_program
+from taskx.core.model import Task
 from taskx.core.writes import Write
 from taskx.storage import queries
 from taskx.storage.base import Locked, Reentered, Repository
-from taskx.storage.patience import FIRST_PAUSE, longer, try_again, varied
+from taskx.storage.patience import FIRST_PAUSE, longer, patiently, try_again, varied
 
-#: A function that gets True for each write whose guard held, and the repository's error, if any.
-Callback = Callable[[Sequence[bool], BaseException | None], None]
+#: How an attempt ended, for the code that acts on its outcome.
+OutcomeT = TypeVar("OutcomeT")
 
 #: The most entries of one transaction, so that a long queue does not become one long lock.
 MAX_BATCH = 256
@@ -45,17 +49,17 @@ _CHECK_EVERY = 0.05
 _MOST_LOCKED = 5
 
 
-class _Entry:
-    """Writes that wait, and their outcome."""
+class _Entry(Generic[OutcomeT]):
+    """Writes that wait, and their results."""
 
     __slots__ = (
-        "callback",
         "deserted",
         "done",
         "error",
         "known",
         "locked",
         "not_before",
+        "outcome",
         "pause",
         "results",
         "told",
@@ -63,9 +67,10 @@ class _Entry:
         "writes",
     )
 
-    def __init__(self, writes: Sequence[Write], callback: Callback | None) -> None:
+    def __init__(self, writes: Sequence[Write], outcome: OutcomeT | None) -> None:
         self.writes = writes
-        self.callback = callback
+        #: The outcome that they store; None if a thread waits for them.
+        self.outcome = outcome
         #: Wakes the waiting thread, if there is one: the entry has its outcome, or the thread must lead.
         self.turn: Signal | None = None
         self.done = False
@@ -82,10 +87,10 @@ class _Entry:
         self.error: BaseException | None = None
 
 
-class Ledger:
-    """A queue's group commit: all writes of the queue go through the ledger.
+class Ledger(ABC, Generic[OutcomeT]):
+    """A queue's group commit: all moves of the queue go through the ledger.
 
-    When the main thread has committed writes of other threads, it leaves their callbacks to the
+    When the main thread has committed outcomes of other threads, it leaves what follows from them to the
     housekeeper, if there is one.
     """
 
@@ -97,17 +102,30 @@ class Ledger:
         # A lock that knows its owner, so that a thread that already holds it does not wait for itself.
         self._leading = threading.RLock()
         # Only the leader removes entries, and only when their outcome is known.
-        self._waiting: deque[_Entry] = deque()
+        self._waiting: deque[_Entry[OutcomeT]] = deque()
         # The entries sent to the repository, until the outcome of all of them is known.
-        self._sent: Sequence[_Entry] = ()
-        self._untold: deque[_Entry] = deque()
-        # The last entry from a thread inside a write. That thread commits it before it goes on.
-        self._late: _Entry | None = None
+        self._sent: Sequence[_Entry[OutcomeT]] = ()
+        self._untold: deque[_Entry[OutcomeT]] = deque()
 
-    def __bool__(self) -> bool:
-        """Return True if :meth:`flush` has something to do."""
+    @abstractmethod
+    def follow(self, writes: Iterable[Write], tasks: Mapping[str, Task] | None) -> None:
+        """Do what follows from writes that took place: see :meth:`commit`."""
+
+    @abstractmethod
+    def _concluded(
+        self,
+        outcome: OutcomeT,
+        writes: Sequence[Write],
+        results: Sequence[bool],
+        error: BaseException | None,
+    ) -> None:
+        """Do what follows from an outcome: it was committed, or refused with ``error``."""
+
+    @property
+    def unsettled(self) -> bool:
+        """True if :meth:`flush` has something to do."""
         return bool(self._untold) or any(
-            entry.callback is not None or entry.deserted for entry in list(self._waiting)
+            entry.outcome is not None or entry.deserted for entry in list(self._waiting)
         )
 
     @property
@@ -115,17 +133,51 @@ class Ledger:
         """True if the calling thread is in the middle of a write, and so cannot commit another write."""
         return self._leading._is_owned() or self._repository.entered  # type: ignore[attr-defined]
 
-    def commit(self, writes: Sequence[Write]) -> Sequence[bool]:
-        """Commit writes, together with the waiting ones. Return for each write if its guard held.
+    def commit(
+        self,
+        writes: Sequence[Write],
+        tasks: Mapping[str, Task] | None = None,
+        *,
+        whole: bool = False,
+    ) -> Sequence[bool]:
+        """Commit moves, together with the waiting ones, and do what follows from those that took place.
+
+        Args:
+            writes: the moves.
+            tasks: the tasks of the moves as they were read, by id; None if they were not read.
+            whole: commit the moves in a transaction of their own: all of them, or none if a guard fails.
+
+        Returns:
+            for each move, True if its guard held.
 
         Raises:
-            Reentered: the calling thread is in the middle of another write; see :meth:`commit_soon`.
-            RepositoryError: none of the writes was applied.
+            Reentered: the calling thread is in the middle of another write.
+            RepositoryError: no move took place, unless the error is in doubt.
         """
+        send = self._commit_whole if whole else self._commit
         try:
-            return self._commit(writes)
+            results = send(writes)
         except Locked as error:
-            return try_again(partial(self._commit, writes), error)
+            results = try_again(partial(send, writes), error)
+        if not whole or all(results):
+            self.follow(compress(writes, results), tasks)
+        return results
+
+    def conclude(self, writes: Sequence[Write], outcome: OutcomeT) -> None:
+        """Commit the moves of an outcome now, and do what follows from it on this thread.
+
+        Raises:
+            RepositoryUnavailable: no move took place.
+        """
+        results: Sequence[bool] = ()
+        refused: TaskxError | None = None
+        try:
+            results = patiently(partial(self._commit, writes))
+        except RepositoryUnavailable:
+            raise
+        except TaskxError as error:
+            refused = error
+        self._concluded(outcome, writes, results, refused)
 
     def _commit(self, writes: Sequence[Write]) -> Sequence[bool]:
         # A leader may wait for a lock of the repository that this thread holds.
@@ -149,19 +201,19 @@ class Ledger:
                 self._leading.release()
                 if self._waiting:
                     self._call_next()
-            if self._untold or self._late is not None:
+            if self._untold:
                 self._finish()
         return self._commit_with_others(writes)
 
     def _leave_to_successor(self, writes: Sequence[Write]) -> None:
         """Add interrupted writes to the queue: the next leader reads back if they were committed."""
-        entry = _Entry(writes, None)
+        entry: _Entry[OutcomeT] = _Entry(writes, None)
         entry.deserted = True
         self._sent = (entry,)
         self._waiting.append(entry)
 
     def _commit_with_others(self, writes: Sequence[Write]) -> Sequence[bool]:
-        entry = _Entry(writes, None)
+        entry: _Entry[OutcomeT] = _Entry(writes, None)
         entry.turn = Signal()
         try:
             self._waiting.append(entry)
@@ -171,13 +223,13 @@ class Ledger:
             entry.deserted, entry.turn = not entry.done, None
             raise
         finally:
-            if self._untold or self._late is not None:
+            if self._untold:
                 self._finish()
         if entry.error is not None:
             raise entry.error
         return entry.results
 
-    def _lead_until_done(self, entry: _Entry) -> bool:
+    def _lead_until_done(self, entry: _Entry[OutcomeT]) -> bool:
         """Lead if no other thread does. Return True if the entry has its outcome."""
         leads: list[bool] = []
         try:
@@ -199,49 +251,22 @@ class Ledger:
                     self._call_next()
         return entry.done
 
-    def commit_whole(self, writes: Sequence[Write]) -> Sequence[bool]:
-        """Commit writes in their own transaction: all of them, or none if a guard fails.
-
-        Raises:
-            Reentered: the calling thread is in the middle of another write; see :meth:`commit_soon`.
-            RepositoryError: none of the writes was applied.
-        """
+    def _commit_whole(self, writes: Sequence[Write]) -> Sequence[bool]:
         if self.entered:
             raise Reentered
-        try:
-            return self._commit_whole(writes)
-        except Locked as error:
-            return try_again(partial(self._commit_whole, writes), error)
-
-    def _commit_whole(self, writes: Sequence[Write]) -> Sequence[bool]:
         try:
             with self._leading, self._repository.without_waiting():
                 return self._repository.apply(writes, all_or_nothing=True)
         finally:
             if self._waiting:
                 self._call_next()
-            if self._late is not None:
-                self._finish()
 
-    def commit_soon(self, writes: Sequence[Write], callback: Callback) -> None:
-        """Accept writes of a thread that is :attr:`entered`.
-
-        If the thread is in the middle of a write of the ledger, they are committed before that write
-        returns. If it is in another write of the repository, a new thread commits them as soon as that
-        write has ended.
-        """
-        entry = _Entry(writes, callback)
-        self._waiting.append(entry)
-        self._late = entry
-        if not self._leading._is_owned():  # type: ignore[attr-defined]
-            threading.Thread(target=self._finish, name="taskx-late", daemon=True).start()
-
-    def defer(self, writes: Sequence[Write], callback: Callback) -> None:
-        """Leave writes to the next commit. ``callback`` gets their outcome."""
-        self._waiting.append(_Entry(writes, callback))
+    def later(self, writes: Sequence[Write], outcome: OutcomeT) -> None:
+        """Queue the moves of an outcome. They are committed together with the next commit or flush."""
+        self._waiting.append(_Entry(writes, outcome))
 
     def flush(self, *, wait: bool = True, patient: bool = False) -> bool:
-        """Commit the deferred writes. Without ``wait``, return False if another thread is committing.
+        """Commit the queued outcomes. Without ``wait``, return False if another thread is committing.
 
         With ``patient``, writes that another transaction has locked are tried again for some time.
 
@@ -249,15 +274,11 @@ class Ledger:
             RepositoryUnavailable: the writes stay in the queue. It is :class:`Locked` if only some of them
                 do, and these are put off. Without ``wait`` it is not raised for those.
         """
-        try:
-            return self._flush(wait=wait)
-        except Locked as error:
-            if not patient:
-                raise
-            return try_again(partial(self._flush, wait=wait), error)
+        work = partial(self._flush, wait=wait)
+        return patiently(work) if patient else work()
 
     def _flush(self, *, wait: bool) -> bool:
-        if not self:
+        if not self.unsettled:
             return True
         if self.entered:
             return False
@@ -300,7 +321,7 @@ class Ledger:
         finally:
             for entry in batch:
                 if entry.done:
-                    if entry.callback is not None:
+                    if entry.outcome is not None:
                         self._untold.append(entry)
                     self._waiting.remove(entry)
                     if (turn := entry.turn) is not None:
@@ -321,7 +342,7 @@ class Ledger:
                 entry.results, entry.done = [True] * len(entry.writes), True
         self._sent = ()
 
-    def _send(self, entries: list[_Entry]) -> None:
+    def _send(self, entries: list[_Entry[OutcomeT]]) -> None:
         if not entries:
             return
         self._sent = entries
@@ -339,7 +360,7 @@ class Ledger:
             entry.done = True
         self._sent = ()
 
-    def _replay(self, entries: list[_Entry], error: Exception) -> None:
+    def _replay(self, entries: list[_Entry[OutcomeT]], error: Exception) -> None:
         """Commit entries one by one after a batch failed, so that a bad or locked write fails alone."""
         if len(entries) == 1:
             self._reject(entries[0], error)
@@ -363,16 +384,16 @@ class Ledger:
             except Exception as problem:  # noqa: BLE001  (the waiting thread gets it)
                 self._reject(entry, problem)
 
-    def _fail(self, entries: list[_Entry], error: RepositoryUnavailable) -> None:
-        """Fail the entries with a waiting thread. Deferred and doubtful entries stay in the queue."""
+    def _fail(self, entries: list[_Entry[OutcomeT]], error: RepositoryUnavailable) -> None:
+        """Fail the entries with a waiting thread. Outcomes and doubtful entries stay in the queue."""
         for entry in entries:
-            kept = entry.callback is not None or entry.deserted or entry in self._sent
+            kept = entry.outcome is not None or entry.deserted or entry in self._sent
             if not (kept or entry.done):
                 entry.error, entry.done = error, True
         raise error
 
-    def _reject(self, entry: _Entry, error: Exception) -> None:
-        if isinstance(error, Locked) and (entry.callback is not None or entry.deserted):
+    def _reject(self, entry: _Entry[OutcomeT], error: Exception) -> None:
+        if isinstance(error, Locked) and (entry.outcome is not None or entry.deserted):
             entry.locked, entry.not_before = error, time.monotonic() + varied(entry.pause)
             entry.pause = longer(entry.pause)
             return
@@ -382,13 +403,7 @@ class Ledger:
     # --- after the lock is free
 
     def _finish(self) -> None:
-        """Commit the entries from inside a write, and report the outcomes."""
-        while (late := self._late) is not None:
-            self._late = None
-            with suppress(TaskxError), self._leading:  # an entry that fails stays in the queue
-                while not (late.done or late.locked):
-                    self._lead()
-            self._call_next()
+        """Do what follows from the outcomes that are committed."""
         if self._agenda.attended and on_main_thread():  # where an exception may strike
             if self._untold:
                 self._agenda.wake_from_long_sleep()
@@ -415,17 +430,17 @@ class Ledger:
                 if is_for_the_program(error):
                     interrupt = error
                 else:
-                    self._log.exception("a callback after a commit failed")
+                    self._log.exception("what follows from an outcome failed")
         if interrupt is not None:
             raise interrupt
 
-    def _tell_one(self, entry: _Entry) -> None:
-        if entry.told or entry.callback is None:
+    def _tell_one(self, entry: _Entry[OutcomeT]) -> None:
+        if entry.told or entry.outcome is None:
             return
         entry.told = True
         if entry.error is not None:
             self._log.error("the repository refused a write: %s", entry.error, exc_info=entry.error)
-        entry.callback(entry.results, entry.error)
+        self._concluded(entry.outcome, entry.writes, entry.results, entry.error)
 
 
 def _in_doubt(error: TaskxError) -> TaskxError:

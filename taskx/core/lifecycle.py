@@ -1,4 +1,6 @@
-"""The life of a task: the only module that knows the moves and the columns that each one sets.
+"""The life of a task: the only module that knows how a move changes a record.
+
+The table of the moves, with what follows from each one, is in :mod:`taskx.core.moves`.
 
 Every function returns guarded writes. If it returns several, they exclude one another: the write whose
 guard holds is the move that happened.
@@ -8,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 from zlib import crc32
 
 import attrs
@@ -22,6 +24,7 @@ from taskx.core.errors import (
     RepositoryCorrupt,
 )
 from taskx.core.model import Attempt, Task, TaskStatus
+from taskx.core.moves import MOVES
 from taskx.core.options import CHECKS, FALLBACKS
 from taskx.core.record import (
     BY_THREAD,
@@ -57,40 +60,8 @@ UNFINISHED = (PENDING, RUNNING)
 FINISHED = (COMPLETED, FAILED, CANCELLED)
 
 
-class Move(NamedTuple):
-    """A row of the table of moves."""
-
-    name: str
-    source: str
-    target: str
-
-
-#: Every possible change of status. Progress, a request to cancel and the owner of a pending task
-#: change a record without moving it.
-MOVES = (
-    Move("start", PENDING, RUNNING),
-    Move("complete", RUNNING, COMPLETED),
-    Move("fail", RUNNING, FAILED),
-    Move("retry", RUNNING, PENDING),
-    Move("snooze", RUNNING, PENDING),
-    Move("interrupt", RUNNING, PENDING),
-    Move("hand back", RUNNING, PENDING),
-    Move("crash", RUNNING, PENDING),
-    Move("crash", RUNNING, FAILED),
-    Move("crash", RUNNING, CANCELLED),
-    Move("rescue", RUNNING, PENDING),
-    Move("rescue", RUNNING, FAILED),
-    Move("rescue", RUNNING, CANCELLED),
-    Move("cancel", PENDING, CANCELLED),
-    Move("expire", PENDING, CANCELLED),
-    Move("orphan", PENDING, CANCELLED),
-    Move("orphan", PENDING, FAILED),
-    Move("cancelled", RUNNING, CANCELLED),
-    Move("requeue", FAILED, PENDING),
-    Move("requeue", CANCELLED, PENDING),
-)
 # The changes of status that a user may make by hand.
-_EDGES = frozenset((move.source, move.target) for move in MOVES if move.name != "orphan")
+_EDGES = frozenset(edge for move in MOVES if move.name != "orphan" for edge in move.edges)
 
 
 # Not frozen: one is made per task, and a frozen one would cost three times as much.

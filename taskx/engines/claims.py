@@ -118,4 +118,4 @@ class Claims:
     def _free(self, ticket: Ticket) -> None:
         """Free the ticket's task: its ticket has started another one."""
         if (named := self._named(ticket)) is not None and named[1]:
-            self._services.ledger.commit([lifecycle.free(ticket.id, named[1])])
+            self._services.moves.commit([lifecycle.free(ticket.id, named[1])])

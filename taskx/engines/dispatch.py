@@ -251,7 +251,7 @@ class Dispatcher:
         if not stubs:
             return {}, more
         node = self._pool.node.id
-        taken = self._services.ledger.commit([lifecycle.take(stub.id, node) for stub in stubs])
+        taken = self._services.moves.commit([lifecycle.take(stub.id, node) for stub in stubs])
         mine = {
             s.id: _Waiting(type, s.starts) for s, held in zip(stubs, taken, strict=True) if held
         }
@@ -359,7 +359,7 @@ class Dispatcher:
         node = self._pool.node.id
         for task_id in task_ids:
             self.sent.pop(task_id, None)
-        self._services.ledger.commit([lifecycle.free(task_id, node) for task_id in task_ids])
+        self._services.moves.commit([lifecycle.free(task_id, node) for task_id in task_ids])
 
 
 def _text(error: Exception) -> str:

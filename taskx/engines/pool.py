@@ -60,7 +60,7 @@ class TicketFetcher(Fetcher):
         """Free the tasks of tickets that may be of use now, so that their tickets are sent again."""
         if found := self._usable():
             writes = [lifecycle.free(one.ticket.id, one.owner) for one in found]
-            self._services.ledger.commit(writes)
+            self._services.moves.commit(writes)
             self.tickets.remove(found)
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NoReturn
 
 from taskx.common import forks
-from taskx.common.ledger import Ledger
 from taskx.core import lifecycle, payload
 from taskx.core.clock import Clock
 from taskx.core.errors import CancelReason, ConfigurationError, RepositoryUnavailable
@@ -17,6 +16,7 @@ from taskx.core.model import Task, check_name
 from taskx.core.record import checkpoints_to_text
 from taskx.core.token import CancelToken
 from taskx.core.values import Values
+from taskx.core.writes import Update
 from taskx.executing.transactions import Completed, Transaction, opened
 from taskx.storage.base import Repository
 
@@ -30,13 +30,13 @@ class Keeper:
     def __init__(
         self,
         repository: Repository,
-        ledger: Ledger,
+        commit: Callable[[Sequence[Update]], Sequence[bool]],
         max_payload_size: int,
         values: Mapping[str, Values],
         clock: Clock,
     ) -> None:
         self._repository = repository
-        self._ledger = ledger
+        self._commit = commit
         self.max_payload_size = max_payload_size
         self._values = values
         self._clock = clock
@@ -68,7 +68,7 @@ class Keeper:
         self.refuse_own_transaction()
         while True:
             try:
-                return self._ledger.commit([write])[0]
+                return self._commit([write])[0]
             except RepositoryUnavailable:  # also when in doubt: storing twice does no harm
                 token.wait(_PAUSE)
                 token.raise_if_cancelled()

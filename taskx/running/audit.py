@@ -93,7 +93,7 @@ class Audit:
             return
         ending = lifecycle.Ending(returned=False, reason=CancelReason.STOP, worker=task.worker)
         writes = lifecycle.conclude(task, ending, self._services.clock.now_ms())
-        self._services.consequences.commit(writes, {task_id: task})
+        self._services.moves.commit(writes, {task_id: task})
 
 
 def _key(run: Run) -> tuple[str, str, int]:

@@ -144,7 +144,7 @@ class Fetcher:
             return stubs
         if not stubs:
             return self._take_over()
-        taken = services.ledger.commit([lifecycle.take(stub.id, self._node) for stub in stubs])
+        taken = services.moves.commit([lifecycle.take(stub.id, self._node) for stub in stubs])
         if not all(taken):
             self._agenda.fetch_soon()  # other nodes took some: there may be further tasks
         return [stub for stub, mine in zip(stubs, taken, strict=True) if mine]
@@ -198,7 +198,7 @@ class Fetcher:
         ]
         found.sort(key=lambda pair: self._best_first(pair[0]))
         writes = [lifecycle.take(stub.id, self._node, owner) for stub, owner in found[:wanted]]
-        taken = services.ledger.commit(writes) if writes else []
+        taken = services.moves.commit(writes) if writes else []
         if any(taken):
             self._agenda.more_stored = True  # fetch again when these are done
         return [stub for (stub, _), mine in zip(found[:wanted], taken, strict=True) if mine]

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import compress
 
 import attrs
 
@@ -19,19 +18,19 @@ from taskx.core.errors import (
     RepositoryError,
     RepositoryUnavailable,
     SchemaMismatch,
-    TaskxError,
 )
 from taskx.core.lifecycle import Ending
 from taskx.core.log import Complaint
 from taskx.core.model import MAX_NAME, Task
 from taskx.core.payload import clean_text
-from taskx.core.writes import Insert, Update
+from taskx.core.record import changed_task
+from taskx.core.writes import Insert, Update, Write
 from taskx.executing.registry import Middleware
 from taskx.executing.runner import Run, broken, inside_executor, lesser
 from taskx.limiting.admission import Admission
 from taskx.liveness.base import Node
 from taskx.liveness.began import Began
-from taskx.moving import Services
+from taskx.moving import Outcome, Services
 from taskx.running.ahead import PATIENCE, Ahead
 from taskx.running.buffer import Buffer, Item
 from taskx.running.fetcher import Fetcher
@@ -99,6 +98,7 @@ class WorkerPool:
             services, node.id, workers, self.buffer, self.runs, self.starter, self.admission
         )
         self.discard = self.buffer.discard
+        self.strike = self.starter.strike
         self.rebuffer: Callable[[Task], None] = self.starter.rebuffer
         #: The node as it was recorded last.
         self.recorded = node
@@ -240,7 +240,7 @@ class WorkerPool:
                 self.services.log.exception("unexpected error in a worker thread; it continues")
                 self._pause(_FIRST_PAUSE)
         try:
-            self.services.ledger.flush(wait=False)
+            self.services.moves.flush(wait=False)
         except RepositoryError as error:
             self._complaint.make("outcomes could not be written yet: %s", error)
         finally:  # in any case: a stop must not wait for a worker that is gone
@@ -279,7 +279,7 @@ class WorkerPool:
                 self.execute(run, worker)
                 del run  # a waiting worker must not keep the last task's values alive
             elif not items:
-                if not self.services.ledger.flush(wait=False):
+                if not self.services.moves.flush(wait=False):
                     # Another thread is committing, perhaps without the last outcomes.
                     self.agenda.wake_from_long_sleep()
                 if self.agenda.more_stored:
@@ -337,7 +337,7 @@ class WorkerPool:
     def execute(
         self, run: Run, worker: str, conclude: Callable[[Run, Ending], None] | None = None
     ) -> Ending:
-        """Run the executor, and pass its outcome to ``conclude``, or else to the ledger.
+        """Run the executor, and pass its outcome to ``conclude``, or else leave it to the next commit.
 
         Any error that escapes, even one from a defect of TaskX, fails only this attempt.
         """
@@ -375,8 +375,8 @@ class WorkerPool:
         task, log = run.task, self.services.log
         if log.isEnabledFor(logging.DEBUG):
             log.debug("task %s (%s) begins, attempt %d", task.id, task.type, task.attempt)
-        if self.hooks.started:
-            self.services.consequences.begun(task)
+        if listeners := self.hooks.started:
+            self.hooks.tell(listeners, partial(changed_task, task, {}))
         if task.timeout is not None:
             run.overdue = self.stuck.watch(run, worker)
 
@@ -386,7 +386,7 @@ class WorkerPool:
             return
         ending, writes, more = self._outcome(run, ending)
         writes = [*writes, *more] if more else writes
-        self.services.ledger.defer(writes, partial(self._concluded, run, ending, writes))
+        self.services.moves.later(writes, Outcome(run, ending, self))
 
     def conclude(self, run: Run, ending: Ending) -> None:
         """Commit an outcome now, and do what follows from it, on a thread that may be interrupted."""
@@ -394,10 +394,8 @@ class WorkerPool:
             self._conclude_again(run, ending)
             return
         ending, writes, more = self._outcome(run, ending)
-        results: Sequence[bool] = ()
-        refused: BaseException | None = None
         try:
-            results = self.services.ledger.commit(writes := [*writes, *more])
+            self.services.moves.conclude([*writes, *more], Outcome(run, ending, self))
         except RepositoryUnavailable as error:
             self._defer(run, ending)
             self.services.log.warning(
@@ -405,10 +403,6 @@ class WorkerPool:
                 run.task.id,
                 error,
             )
-            return
-        except TaskxError as error:
-            refused = error
-        self._concluded(run, ending, writes, results, refused)
 
     def _conclude_again(self, run: Run, ending: Ending) -> None:
         """Do what follows from an outcome that a transaction of the run has stored."""
@@ -422,7 +416,9 @@ class WorkerPool:
                 if ending.returned
                 else f"what followed ({ending.error})",
             )
-        self._concluded(run, stored, writes, [True] * len(writes), None)
+        outcome = Outcome(run, stored, self)
+        self.services.moves.follow(writes, {run.task.id: run.task}, outcome)
+        self.concluded(run, writes, None)
 
     def _outcome(self, run: Run, ending: Ending) -> tuple[Ending, list[Update], Sequence[Update]]:
         """Return the ending, its writes, and the writes that give the turn of its key to the next task."""
@@ -476,22 +472,16 @@ class WorkerPool:
 
     # --- outcomes
 
-    def _concluded(
-        self,
-        run: Run,
-        ending: Ending,
-        writes: Sequence[Update],
-        results: Sequence[bool],
-        error: BaseException | None,
-    ) -> None:
-        """Follow up an outcome that was committed, refused, or dropped (the run had lost its fence)."""
-        if error is not None and (left := lesser(ending, error)) is not None:
-            self._defer(run, left)
-            self.agenda.wake_from_long_sleep()
-            return
-        held = [*compress(writes, results)]
-        tasks = {run.task.id: run.task}
-        self.services.consequences.follow(held, tasks, ending, run, self.starter.strike)
+    def refused(self, run: Run, ending: Ending, error: BaseException) -> bool:
+        """Store a lesser outcome in place of one that was refused; return False if none is left."""
+        if (left := lesser(ending, error)) is None:
+            return False
+        self._defer(run, left)
+        self.agenda.wake_from_long_sleep()
+        return True
+
+    def concluded(self, run: Run, held: Sequence[Write], error: BaseException | None) -> None:
+        """Note that a run is over, and which moves of its outcome took place."""
         if not (held and held[0].id == run.task.id):
             self._not_concluded(run.task, error)
         if self._quiet.listening:
@@ -531,14 +521,14 @@ class WorkerPool:
             self._quiet.ring_all()
 
     def holds_nothing(self) -> bool:
-        """Return True if the buffer, the workers and the ledger have nothing left."""
+        """Return True if no task is in the buffer or with a worker, and no outcome waits."""
         return not (
             self.runs
             or len(self.buffer)
             or self.ahead.runs
             or self.starter.suspects.waiting
             or self.agenda.more_stored
-            or self.services.ledger
+            or self.services.moves.unsettled
             or self.services.dependents.waiting
         )
 
@@ -553,7 +543,8 @@ class WorkerPool:
         """
         self.fire_all(CancelReason.LEASE_LOST)
         self.admission.forget()
-        self.services.consequences.lease_lost(self.node.id)
+        if listeners := self.hooks.lease_lost:
+            self.hooks.tell(listeners, lambda: self.node.id)
 
     def fire_all(self, reason: CancelReason) -> None:
         """Fire the token of every run."""

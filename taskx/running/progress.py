@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from taskx.core import lifecycle
+from taskx.core.record import changed_task
 from taskx.executing.runner import Run
 from taskx.moving import Services
 
@@ -15,20 +16,18 @@ def store_progress(services: Services, runs: Sequence[Run]) -> None:
     Raises:
         RepositoryError: it could not be stored; the next call tries again.
     """
-    told, writes = [], []
+    tasks, writes = {}, []
     stored = False
     try:
         for run in runs:
             if (new := run.context.new_progress()) is not None:
-                told.append(run)
+                tasks[run.task.id] = run.task
+                if services.hooks.progressed:  # they see the checkpoints that it has stored, too
+                    tasks[run.task.id] = changed_task(run.task, run.context.shown({}))
                 writes.append(lifecycle.progress(run.task.id, run.task.starts, *new))
-        if not writes:
-            return
-        results = services.ledger.commit(writes)
-        stored = True
+        if writes:
+            services.moves.commit(writes, tasks)
+            stored = True
     finally:
         for run in runs:
             run.context.progress_written(stored=stored)
-    for run, write, held in zip(told, writes, results, strict=True):
-        if held:
-            services.consequences.follow([write], {run.task.id: run.task}, run=run)

@@ -235,7 +235,7 @@ class Starter:
             if expired:
                 self._expire(expired, now)
             writes = [update for _, update in starting]
-            results = services.ledger.commit(writes) if writes else ()
+            results = services.moves.commit(writes) if writes else ()
             for (run, update), started in zip(starting, results, strict=True):
                 if started:
                     lifecycle.mark_started(run.task, update)
@@ -276,11 +276,10 @@ class Starter:
             self.runs[task.id] = run
             # A task that must run alone waits for all visible runs. So this run is made visible before the
             # check for such a task.
-            if not (still_free() and services.ledger.commit([stored])[0]):
+            if not (still_free() and services.moves.commit([stored])[0]):
                 self.strike(run)
                 return False
             lifecycle.mark_started(task, start)
-            services.consequences.created((stored,))
             if not serve(run):
                 services.agenda.wake_from_long_sleep()
         except BaseException as error:  # an interrupt, too
@@ -292,7 +291,7 @@ class Starter:
         """Cancel tasks instead of starting them."""
         writes = [write for task in tasks for write in lifecycle.expire(task, now)]
         try:
-            self._services.consequences.commit(writes, {task.id: task for task in tasks})
+            self._services.moves.commit(writes, {task.id: task for task in tasks})
         except RepositoryError as error:  # the others must not wait for these
             self._services.log.warning("expired tasks are cancelled later: %s", error)
 
@@ -348,7 +347,7 @@ class Starter:
         """Take this node's name off pending tasks, so that any node can fetch them."""
         for start in range(0, len(task_ids), BATCH):
             some = task_ids[start : start + BATCH]
-            self._services.ledger.commit([lifecycle.free(i, self._node) for i in some])
+            self._services.moves.commit([lifecycle.free(i, self._node) for i in some])
 
     def _is_suspect(self, task: Task) -> bool:
         """Return True if a task is on its last chance and could crash this process: no child runs it."""
@@ -365,7 +364,7 @@ class Starter:
             "task %s (%s) runs alone, because its process died %d time(s) while it ran",
             *(task.id, task.type, task.crashes),
         )
-        services.ledger.flush()  # a run is not over until its outcome is written
+        services.moves.flush()  # a run is not over until its outcome is written
         self.suspects.go_alone()
         found = services.repository.get_many([task.id])
         for again in found.values():
@@ -426,14 +425,14 @@ class Starter:
                 while True:
                     runs.append(self.unexecuted.popleft())
             with suppress(Locked):
-                services.ledger.flush()  # a start that was interrupted may be stored only now
+                services.moves.flush()  # a start that was interrupted may be stored only now
             ids = [run.task.id for run in reversed(runs) if self._is_forgotten(run)]
             found = services.repository.get_many(ids)
             # The last one comes first, because each goes into the buffer before those put back.
             tasks = {i: found[i] for i in ids if i in found and self._is_lost(found[i])}
             now = services.clock.now_ms()
             writes = [write for task in tasks.values() for write in lifecycle.hand_back(task, now)]
-            services.consequences.commit(writes, tasks)
+            services.moves.commit(writes, tasks)
         except BaseException:
             self.unexecuted.extend(runs)
             raise

@@ -140,7 +140,7 @@ class Stuck:
     def lift(self) -> None:
         """Let tasks start again whose threads have ended; after a ``RepositoryError``, call it again."""
         ended = list(self.ended)
-        self._services.ledger.flush()  # their outcomes; if one cannot be written yet, the audit retries
+        self._services.moves.flush()  # their outcomes; if one cannot be written yet, the audit retries
         self.lift_bars((run.task.id for run in ended), self._node)
         for run in ended:
             self.ended.remove(run)
@@ -161,7 +161,7 @@ class Stuck:
         if tasks:
             now = services.clock.now_ms()
             writes = [w for task in tasks.values() for w in lifecycle.lift_bar(task, now)]
-            services.consequences.commit(writes, tasks)
+            services.moves.commit(writes, tasks)
         return len(tasks)
 
 

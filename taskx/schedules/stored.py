@@ -133,8 +133,7 @@ def tick_id(name: str, tick: int) -> str:
 
 def store(services: Services, inserts: Sequence[Insert]) -> bool:
     """Store tasks of schedules, each on its own; return True if at least one was new."""
-    results = services.ledger.commit(inserts)
-    services.consequences.created([i for i, new in zip(inserts, results, strict=True) if new])
+    results = services.moves.commit(inserts)
     services.agenda.fetch_soon()
     return any(results)
 

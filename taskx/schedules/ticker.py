@@ -422,7 +422,9 @@ class Ticker:
                 "schedule %r: ticks since %s were missed; %d of them get a task",
                 *(plan.entry.name, to_datetime(plan.since), len(plan.run)),
             )
-            self._services.consequences.ticks_missed(plan.entry.name, to_datetime(plan.since))
+            if listeners := self._services.hooks.ticks_missed:
+                since = to_datetime(plan.since)
+                self._services.hooks.tell(listeners, lambda: plan.entry.name, since)
 
 
 def _ticks_of(entry: Entry, known: Read | None) -> Ticks:

@@ -101,15 +101,16 @@ def new_version() -> int:
 
 
 class Reentered(RepositoryUnavailable):
-    """The calling thread is already in the middle of a write, for example because a finalizer called.
+    """The calling thread is in the middle of another write, and would wait for itself. Nothing was changed.
 
-    It is raised because the thread would wait for itself. Nothing was changed.
+    It happens in finalizers and log handlers, which Python may call anywhere.
     """
 
     def __init__(self) -> None:
         super().__init__(
-            "this thread is already in the middle of a write, so a finalizer must not write; nothing was "
-            "changed. Call from another thread, or submit a task that makes the call"
+            "this thread is in the middle of another write, so this one cannot be stored, and nothing was "
+            "changed. Python may call a finalizer or a log handler at such a moment: make the call from "
+            "another thread, or later"
         )
 
 

@@ -29,6 +29,14 @@ def varied(pause: float) -> float:
     return random.uniform(0.2, 1.8) * pause
 
 
+def patiently(work: Callable[[], T]) -> T:
+    """Do work, and do it again as long as somebody keeps a lock and the patience lasts."""
+    try:
+        return work()
+    except Locked as error:
+        return try_again(work, error)
+
+
 def try_again(work: Callable[[], T], error: Locked) -> T:
     """Do work that raised ``error`` again, until nobody keeps a lock.
 

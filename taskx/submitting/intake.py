@@ -28,6 +28,7 @@ from taskx.core.errors import (
 )
 from taskx.core.model import Task
 from taskx.core.options import OnConflict, refuse_unknown
+from taskx.core.record import created_task
 from taskx.core.submission import given, with_options
 from taskx.core.tags import with_more
 from taskx.core.values import Values
@@ -38,7 +39,6 @@ from taskx.moving import Services
 from taskx.ordering import find_parents
 from taskx.running.buffer import Item
 from taskx.running.pool import State, WorkerPool
-from taskx.storage.base import Reentered
 
 #: Return the values of a row that the buffer sorts by and gives to a worker.
 _place: Callable[[Mapping[str, Any]], tuple[str, str, int, int, int | None]] = itemgetter(
@@ -107,9 +107,6 @@ class Intake:
             if pool is None or not self._take_in(pool, insert):
                 self._store_outside(pool, insert, spill=spill)
             return insert.id
-        except Reentered:
-            self._take_in_soon([insert])
-            return insert.id
         except TaskxError as error:
             raise self._refused(insert, error) from error.__cause__
         except Exception:
@@ -118,25 +115,6 @@ class Intake:
             # The task may have been stored: submit the same id again to find out.
             error.task_id = insert.id  # type: ignore[attr-defined]
             raise
-
-    def _take_in_soon(self, inserts: Sequence[Insert]) -> None:
-        """Let the write in progress store tasks that a finalizer submits in its thread."""
-        for insert in inserts:
-            insert.row["owner"] = ""
-        self._services.ledger.commit_soon(inserts, partial(self._taken_in, inserts))
-
-    def _taken_in(
-        self, inserts: Sequence[Insert], results: Sequence[bool], error: BaseException | None
-    ) -> None:
-        stored = [insert for insert, new in zip(inserts, results, strict=True) if new]
-        for insert in inserts:
-            if insert not in stored:
-                self._services.log.error(
-                    "task %s, submitted by a finalizer, was not stored: %s",
-                    *(insert.id, error or "another task has its id or its unique key"),
-                )
-        self._services.consequences.created(stored)
-        self._services.agenda.fetch_soon()
 
     def _accept_unique(self, insert: Insert, on_conflict: OnConflict, *, spill: bool) -> str:
         for tried in range(_TRIES):
@@ -167,7 +145,7 @@ class Intake:
             RepositoryUnavailable: the holder of the key is just being stored.
         """
         key = insert.row.get("unique_lock")
-        repository, consequences = self._services.repository, self._services.consequences
+        repository, moves = self._services.repository, self._services.moves
         if key is None or insert.id in repository.statuses([insert.id]):
             raise DuplicateTask(insert.id)
         for _ in range(_TRIES):
@@ -176,14 +154,14 @@ class Intake:
             if (holder := next(iter(holders.values()), None)) is None:
                 return None
             if (released := unique.release_key(holder, self._services.clock.now_ms())) is not None:
-                consequences.commit([released])
+                moves.commit([released])
                 return None
             if on_conflict == "return":
                 return holder.id
             writes = lifecycle.replace(holder, insert) if on_conflict == "replace" else []
             if not writes:
                 raise DuplicateTask(holder.id, key)
-            if any(consequences.commit(writes, {holder.id: holder})):
+            if any(moves.commit(writes, {holder.id: holder})):
                 return holder.id
         raise _busy(key)
 
@@ -210,7 +188,8 @@ class Intake:
             if not buffer.reserve(slot, timeout):
                 return False
             row["owner"] = pool.node.id
-            self._note_stored(insert, self._services.ledger.commit([insert]))
+            if not self._services.moves.commit([insert])[0]:
+                raise DuplicateTask(insert.id)
             if not buffer.add(*_place(row), slot[0], fetched=False):
                 pool.agenda.wake_from_long_sleep()  # the housekeeper helps if all workers stay busy
         except BaseException:  # also an interrupt: no other code knows of this slot
@@ -282,18 +261,14 @@ class Intake:
         self._services.agenda.fetch_soon()
 
     def _store(self, insert: Insert) -> None:
-        self._note_stored(insert, self._services.ledger.commit([insert]))
-
-    def _note_stored(self, insert: Insert, stored: Sequence[bool]) -> None:
-        if not stored[0]:
+        if not self._services.moves.commit([insert])[0]:
             raise DuplicateTask(insert.id)
-        self._services.consequences.created((insert,))
 
     def _overflowed(self, pool: WorkerPool, insert: Insert, overflow: str) -> None:
         if overflow == "reject":
             self._refuse(pool, 1)
         # A finalizer must not wait for the workers: its thread may hold a lock that they need.
-        inside = self._services.ledger.entered or pool.buffer.entered
+        inside = self._services.moves.entered or pool.buffer.entered
         if overflow == "block" and not (inside or inside_executor()):
             if not self._take_in(pool, insert, self._block_timeout):
                 self._refuse(pool, 1)
@@ -337,7 +312,8 @@ class Intake:
 
     def _refused(self, insert: Insert, error: TaskxError) -> TaskxError:
         own = _about(error, insert.id)
-        self._services.consequences.refused(insert, own)
+        if listeners := self._hooks.refused:
+            self._hooks.tell(listeners, partial(created_task, insert.row), own)
         return own
 
     # --- many
@@ -367,8 +343,6 @@ class Intake:
             else:
                 refuse = self._overflow == "reject" and not spill
                 self._store_and_buffer_many(pool, inserts, refuse=refuse)
-        except Reentered:
-            self._take_in_soon(inserts)
         except Exception:
             raise
         except BaseException as error:
@@ -421,14 +395,13 @@ class Intake:
         for tried in range(_TRIES):
             _pause(tried)
             if self._try_to_store(inserts):
-                self._services.consequences.created(inserts)
                 return
         raise _busy(keyed[0].row["unique_lock"])  # a duplicate id has raised before
 
     def _try_to_store(self, inserts: Sequence[Insert]) -> bool:
         """Store all tasks; return False if a unique key was held and is free now."""
         try:
-            results = self._services.ledger.commit_whole(inserts)
+            results = self._services.moves.commit(inserts, whole=True)
         except TaskxError as error:
             raise _about(error, inserts[0].id) from error.__cause__
         for insert, stored in zip(inserts, results, strict=True):

@@ -11,12 +11,10 @@ from typing import cast
 from taskx.common.bell import Agenda
 from taskx.common.config import Config
 from taskx.common.controls import Controls
-from taskx.common.ledger import Ledger
-from taskx.core.errors import TaskxError
 from taskx.core.model import Task
-from taskx.core.writes import Delete, Insert, Update, Write
+from taskx.core.writes import Insert, Write
 from taskx.executing.registry import Layer
-from taskx.moving import Consequences, Services
+from taskx.moving import Moves, Services
 from taskx.running.pool import State
 from taskx.storage.base import Repository
 from taskx.submitting.intake import Intake
@@ -28,8 +26,8 @@ from taskx.submitting.requeuing import Requeues
 class Joining:
     """Makes intakes and operations whose reads and writes are part of a transaction of the caller.
 
-    They use no ledger and no buffer: what is not committed is in no memory. The consequences follow when
-    the commit is seen.
+    They use no group commit and no buffer: what is not committed is in no memory. The consequences follow
+    when the commit is seen.
     """
 
     def __init__(self, services: Services, state: State, config: Config) -> None:
@@ -72,8 +70,7 @@ class Joining:
             later.repository = repository
             services = copy(self._services)
             services.repository = repository
-            services.ledger = cast(Ledger, _Direct(repository))
-            services.consequences = cast(Consequences, later)
+            services.moves = cast(Moves, later)
             services.controls = Controls(repository)
             services.agenda = _Afterwards(self._services.agenda, later.calls)
             yield services
@@ -126,21 +123,6 @@ class Joining:
         return state
 
 
-class _Direct:
-    """Applies writes at once, in the caller's transaction."""
-
-    entered = False
-
-    def __init__(self, repository: Repository) -> None:
-        self._repository = repository
-
-    def commit(self, writes: Sequence[Write]) -> Sequence[bool]:
-        return self._repository.apply(writes)
-
-    def commit_whole(self, writes: Sequence[Write]) -> Sequence[bool]:
-        return self._repository.apply(writes, all_or_nothing=True)
-
-
 class _Afterwards(Agenda):
     """An agenda whose duties about schedules are posted after the commit of the caller."""
 
@@ -154,7 +136,7 @@ class _Afterwards(Agenda):
 
 
 class _Later:
-    """Applies moves at once, and their consequences after the commit of the caller.
+    """The door inside a transaction: applies moves at once, and their consequences after the commit.
 
     Attributes:
         repository: the repository as it is inside the transaction.
@@ -162,6 +144,7 @@ class _Later:
     """
 
     repository: Repository
+    entered = False
 
     def __init__(self, services: Services) -> None:
         self._services = services
@@ -169,36 +152,32 @@ class _Later:
         self._tasks: dict[str, Task] = {}
 
     def commit(
-        self, writes: Sequence[Update | Delete], tasks: Mapping[str, Task] | None = None
+        self,
+        writes: Sequence[Write],
+        tasks: Mapping[str, Task] | None = None,
+        *,
+        whole: bool = False,
     ) -> Sequence[bool]:
         self._tasks.update(tasks or {})
-        return self.repository.apply(writes)
-
-    def created(self, inserts: Sequence[Insert]) -> None:
-        """Do nothing yet."""
+        return self.repository.apply(writes, all_or_nothing=whole)
 
     def process_if_unattended(self) -> None:
         """Do nothing yet."""
 
-    def refused(self, insert: Insert, error: TaskxError) -> None:
-        self._services.consequences.refused(insert, error)
-
     def follow(self, writes: Sequence[Write]) -> None:
-        """Apply the consequences of writes that the caller has committed."""
+        """Do what follows from writes that the caller has committed."""
         services = self._services
         try:
-            inserts = [write for write in writes if isinstance(write, Insert)]
-            services.consequences.created(inserts)
-            moves = [write for write in writes if not isinstance(write, Insert)]
-            services.consequences.follow(moves, self._known(moves))
+            services.moves.follow(writes, self._known(writes))
             services.agenda.fetch_soon()
-            services.consequences.process_if_unattended()
+            services.moves.process_if_unattended()
             for call in self.calls:
                 call()
         except Exception:  # the tasks are stored, and polling finds them
             services.log.exception("a part of what follows the commit of a caller is late")
 
-    def _known(self, moves: Sequence[Update | Delete]) -> Mapping[str, Task]:
+    def _known(self, writes: Sequence[Write]) -> Mapping[str, Task]:
         """Return the tasks of the moves that were read, and those that hooks must be told of."""
-        unknown = [move.id for move in moves if move.id not in self._tasks]
+        moves = [write.id for write in writes if not isinstance(write, Insert)]
+        unknown = [task_id for task_id in moves if task_id not in self._tasks]
         return {**self._tasks, **self._services.repository.get_many(unknown)}

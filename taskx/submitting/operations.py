@@ -52,7 +52,7 @@ class Operations:
     def __init__(self, services: Services, state: State) -> None:
         self._services = services
         self._repository = services.repository
-        self._consequences = services.consequences
+        self._moves = services.moves
         self._state = state
 
     # --- cancel
@@ -208,6 +208,6 @@ class Operations:
         self, writes: Sequence[Update | Delete], tasks: Mapping[str, Task] | None = None
     ) -> Sequence[bool]:
         self._repository.transactions.refuse_write()
-        results = self._consequences.commit(writes, tasks)
-        self._consequences.process_if_unattended()
+        results = self._moves.commit(writes, tasks)
+        self._moves.process_if_unattended()
         return results

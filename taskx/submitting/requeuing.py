@@ -56,7 +56,7 @@ class Requeues:
     def __init__(self, services: Services, state: State) -> None:
         self._services = services
         self._repository = services.repository
-        self._consequences = services.consequences
+        self._moves = services.moves
         self._state = state
 
     @property
@@ -235,7 +235,7 @@ class Requeues:
             orphans = self._orphans(requeued, family)
             family.tasks.update(orphans)
             tasks = [*orphans.values(), *(family.waiting[i] for i in family.waiting.keys() - known)]
-        self._consequences.process_if_unattended()
+        self._moves.process_if_unattended()
         return done
 
     def _requeue(
@@ -269,7 +269,7 @@ class Requeues:
                 writes.append(
                     lifecycle.requeue(task, now, waiting_on, run_at=at, correction=correction)
                 )
-            results = self._consequences.commit(writes, some)
+            results = self._moves.commit(writes, some)
             done = (write.id for write in compress(writes, results) if write.move == "requeue")
             requeued.update((task_id, some[task_id]) for task_id in done)
         return requeued

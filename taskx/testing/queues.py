@@ -454,7 +454,7 @@ class InlineQueue(ManualQueue):
         """Run what may start, and the retries of these tasks."""
         services = self._services
         # A hook, a log handler or a finalizer: whoever is at it goes on with this.
-        if services.hooks.inside or services.ledger.entered or self._choosing._is_owned():  # type: ignore[attr-defined]
+        if services.hooks.inside or services.moves.entered or self._choosing._is_owned():  # type: ignore[attr-defined]
             return
         wanted = list(task_ids)
         self.run_all()

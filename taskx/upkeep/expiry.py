@@ -50,5 +50,5 @@ class Expiry:
         expired = [task for task in found.values() if lifecycle.has_expired(task, now)]
         writes = [write for task in expired for write in lifecycle.expire(task, now)]
         # All nodes try the same tasks at the same time. The node that cancels most of them goes on.
-        done = sum(self._services.consequences.commit(writes, found)) if writes else 0
+        done = sum(self._services.moves.commit(writes, found)) if writes else 0
         return len(ids) == BATCH and 2 * done >= BATCH

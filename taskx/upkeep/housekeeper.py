@@ -156,7 +156,7 @@ class Housekeeper:
             self._agenda.sleep(min(pause, self._services.repository.liveness.interval))
         elif self._more_to_do():
             self._agenda.sleep(_SHORTEST)
-        elif self._services.ledger or self._pool.needs_care:
+        elif self._services.moves.unsettled or self._pool.needs_care:
             self._agenda.sleep(ahead.PATIENCE)
         else:
             self._agenda.sleep_long(self._until_next, ahead.PATIENCE)
@@ -197,7 +197,7 @@ class Housekeeper:
         except SchemaMismatch as error:  # go on: outcomes must be written in any case
             self._pool.retire(error)
         with suppress(Locked):  # some outcomes are put off, and the other duties go on
-            self._services.ledger.flush()
+            self._services.moves.flush()
         self._services.watcher.tell()
         if self._pool.stuck.ended:
             with suppress(Locked):
@@ -249,7 +249,7 @@ class Housekeeper:
         """Check for everything that an event should have reported and did not."""
         self._audit.check()
         self._services.alarms.go_on()
-        self._services.consequences.retries.tell()
+        self._services.moves.retries.tell()
         self._pool.stuck.audit()
         self._stuck_types = self._find_stuck_types()
         self._services.dependents.scan_some()
@@ -306,7 +306,7 @@ class Housekeeper:
         ids = [task_id for task_id, _ in self._services.repository.due(now, MOST_DUE)]
         if ids:
             writes = [lifecycle.release(task_id) for task_id in ids]
-            released = sum(self._services.consequences.commit(writes))
+            released = sum(self._services.moves.commit(writes))
             if not released or (len(ids) == MOST_DUE and 2 * released < MOST_DUE):
                 self._release_at = time.monotonic() + POLL
 

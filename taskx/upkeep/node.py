@@ -289,7 +289,7 @@ class LocalNode:
 
     def _write_outcomes(self) -> None:
         try:
-            self._services.ledger.flush(patient=True)
+            self._services.moves.flush(patient=True)
             self.pool.starter.undo()
         except RepositoryError as error:
             self._services.log.warning("outcomes could not be written yet: %s", error)
@@ -320,7 +320,7 @@ class LocalNode:
             except RepositoryError as error:
                 services.log.warning("the end could not be recorded: %s", error)
             self.pool.began = None  # closes its file now, however late the pool is collected
-            services.consequences.retries.tell(after=0)
+            services.moves.retries.tell(after=0)
             services.log.info("node %s stopped", self.record.name)
             self._left.set()
             self._ended()

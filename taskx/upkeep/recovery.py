@@ -73,7 +73,7 @@ class Recovery:
         freed = 0
         for node in list(self._left):
             while writes := self._pending(node):
-                results = self._services.ledger.commit(writes)
+                results = self._services.moves.commit(writes)
                 freed += sum(results)
                 self._left[node] += len(results) - sum(results)
                 if len(writes) == BATCH and time.monotonic() >= until:
@@ -124,4 +124,4 @@ class Recovery:
         )
         # One transaction: after half a rescue, the other tasks would be told a wrong number of neighbours.
         writes = [write for alternatives in rescues for write in alternatives]
-        self._services.consequences.commit(writes, {task.id: task for task in tasks})
+        self._services.moves.commit(writes, {task.id: task for task in tasks})

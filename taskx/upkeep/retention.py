@@ -45,9 +45,7 @@ def prune(
         return 0, None
     kept = needed(repository, [task.stub.id for task in page])
     stubs = lifecycle.prunable(page, kept, services.clock.now_ms())
-    removed = sum(
-        services.consequences.commit([lifecycle.prune(stub) for stub in stubs]) if stubs else ()
-    )
+    removed = sum(services.moves.commit([lifecycle.prune(stub) for stub in stubs]) if stubs else ())
     return removed, page[-1].place if len(page) == BATCH else None
 
 

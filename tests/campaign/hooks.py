@@ -17,7 +17,7 @@ from contextlib import suppress
 from typing import Any
 
 from taskx import CancelReason
-from taskx.common.ledger import Ledger
+from taskx.common.ledger import Ledger, _Entry
 from taskx.core import lifecycle
 from taskx.core.writes import Insert
 from taskx.executing.runner import Runner
@@ -195,7 +195,7 @@ def dawdle(seed: int, longest: float) -> None:
 
     before(lifecycle, "start", pause)
     before(Ledger, "commit", pause)
-    before(Ledger, "defer", pause)
+    before(Ledger, "later", pause)
     before(Runner, "run", pause)
     before(Buffer, "add", pause)
 
@@ -260,10 +260,12 @@ def _no_lock() -> None:
 def _told_before_commit() -> None:
     """Acknowledge a task before it is stored, as the original does."""
 
-    def around(inner: Any, self: Any, writes: Any) -> Any:
+    def around(inner: Any, self: Any, writes: Any, *args: Any, **options: Any) -> Any:
         if not isinstance(writes[0], Insert):
-            return inner(self, writes)
-        self.defer(writes, lambda results, error: None)
+            return inner(self, writes, *args, **options)
+        entry: Any = _Entry(writes, None)
+        entry.deserted = True
+        self._waiting.append(entry)
         return [True] * len(writes)
 
     wrap(Ledger, "commit", around)

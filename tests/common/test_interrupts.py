@@ -12,13 +12,21 @@ import threading
 from concurrent.futures import TimeoutError
 
 import pytest
-from helpers import PATIENCE, Waiting, eventually, node_of, pool_of, run_in_thread, services_of
+from helpers import (
+    PATIENCE,
+    PlainLedger,
+    Waiting,
+    eventually,
+    node_of,
+    pool_of,
+    run_in_thread,
+    services_of,
+)
 from strikes import every_strike, strike_at
 
 from taskx import Hook, QueueFull, RepositoryError, RepositoryUnavailable, Task, TaskStatus
 from taskx.common.bell import Agenda, Bell
 from taskx.common.hooks import Hooks
-from taskx.common.ledger import Ledger
 from taskx.core import lifecycle
 from taskx.core.clock import to_ms
 from taskx.core.log import GuardedLogger
@@ -72,7 +80,7 @@ def check_it_works(queue):
     assert queue.drain(PATIENCE)
     pool = pool_of(queue)
     assert (dict(pool.runs), queue.buffered, len(pool.buffer)) == ({}, 0, 0)
-    assert not services_of(queue).ledger
+    assert not services_of(queue).moves.unsettled
     assert run_in_thread(lambda: queue.submit("fine").result(PATIENCE))() == "fine"
 
 
@@ -146,9 +154,9 @@ def test_an_interrupted_cancel_leaves_nothing_behind(make_queue, gate, auditing)
     queue.start()
     Waiting(queue, gate).fill(1)
     queue.submit_many([Task(type="fine", id=f"x{n}") for n in range(500)])
-    agenda, ledger = queue._services.agenda, queue._services.ledger
+    agenda, moves = queue._services.agenda, queue._services.moves
     # Else each cancel also completes the work of the one before, and is struck during that work.
-    recovered = lambda: not ledger or agenda.wake()  # noqa: E731
+    recovered = lambda: not moves.unsettled or agenda.wake()  # noqa: E731
     struck = strikes(lambda point: queue.cancel_task(f"x{point}"), recovered=recovered)
     assert len(struck) > 20
     gate.open()
@@ -219,20 +227,20 @@ def test_an_interrupted_leader_loses_no_write_of_other_threads(repository, log):
     """Each outcome is reported once, by a thread that no signal strikes."""
     agenda = Agenda()
     agenda.attended = True
-    ledger = Ledger(repository, log, agenda)
+    ledger = PlainLedger(repository, log, agenda)
     told = []
 
     def lead(point):
         for n in range(3):
             name = f"{point}-{n}"
-            ledger.defer(
+            ledger.later(
                 [insert(name)], lambda results, error, name=name: told.append((name, *results))
             )
         ledger.commit([insert(f"{point}-mine")])
 
     points = 0
     for strike in every_strike(lead):
-        if ledger:
+        if ledger.unsettled:
             run_in_thread(ledger.flush)()
         deferred = {f"{points}-{n}" for n in range(3)} & set(
             repository.get_many([f"{points}-{n}" for n in range(3)])
@@ -246,7 +254,7 @@ def test_an_interrupted_leader_loses_no_write_of_other_threads(repository, log):
 
 
 def test_a_follower_of_an_interrupted_leader_gets_its_result(repository, log):
-    ledger = Ledger(repository, log, Agenda())
+    ledger = PlainLedger(repository, log, Agenda())
     reached, go_on = threading.Event(), threading.Event()
 
     def hold(writes):

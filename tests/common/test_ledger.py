@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from helpers import PATIENCE, eventually, ids, pool_of, run_in_thread, services_of
+from helpers import PATIENCE, PlainLedger, eventually, ids, pool_of, run_in_thread, services_of
 
 from taskx import (
     Config,
@@ -21,7 +21,6 @@ from taskx import (
     TaskStatus,
 )
 from taskx.common.bell import Agenda
-from taskx.common.ledger import Ledger
 from taskx.core import lifecycle
 from taskx.core.log import Complaint
 from taskx.core.writes import Insert
@@ -35,7 +34,7 @@ def insert(task_id):
 
 @pytest.fixture
 def ledger(repository):
-    return Ledger(repository, logging.getLogger("taskx"), Agenda())
+    return PlainLedger(repository, logging.getLogger("taskx"), Agenda())
 
 
 class Told(list):
@@ -63,7 +62,7 @@ def test_a_single_commit_is_one_transaction(ledger, repository):
     assert ledger.commit([insert("a")]) == [True]
     assert ledger.commit([insert("a"), insert("b")]) == [False, True]
     assert [len(batch) for batch in repository.batches] == [1, 2]
-    assert not ledger
+    assert not ledger.unsettled
 
 
 def test_waiting_writes_share_the_next_transaction(ledger, repository):
@@ -101,9 +100,9 @@ def test_a_follower_goes_on_if_its_leader_does_not_wake_it(ledger, repository):
 
 def test_deferred_writes_join_the_next_commit(ledger, repository):
     told = Told()
-    ledger.defer([insert("a")], told)
-    ledger.defer([insert("a"), insert("b")], told)
-    assert (bool(ledger), repository.batches) == (True, [])
+    ledger.later([insert("a")], told)
+    ledger.later([insert("a"), insert("b")], told)
+    assert (ledger.unsettled, repository.batches) == (True, [])
     assert ledger.commit([insert("c")]) == [True]
     assert told == [[True], [False, True]]
     assert [len(batch) for batch in repository.batches] == [4]
@@ -116,7 +115,7 @@ def test_flush_can_return_instead_of_waiting_for_the_leader(ledger, repository):
     leader = run_in_thread(lambda: ledger.commit([insert("a")]))
     assert hold.reached.wait(PATIENCE)
     assert ledger.flush(wait=False) is True  # the leader's own writes do not count
-    ledger.defer([insert("b")], Told())
+    ledger.later([insert("b")], Told())
     assert ledger.flush(wait=False) is False
     hold.go_on.set()
     leader()
@@ -143,7 +142,7 @@ def test_a_bad_write_fails_alone(ledger, repository):
     with pytest.raises(RepositoryError, match="that one"):
         others["bad"]()
     assert set(repository.get_many(["good", "bad", "fine"])) == {"good", "fine"}
-    assert not ledger
+    assert not ledger.unsettled
 
 
 def test_a_refused_deferred_write_is_reported_and_logged(ledger, repository, caplog):
@@ -153,18 +152,18 @@ def test_a_refused_deferred_write_is_reported_and_logged(ledger, repository, cap
 
     told = Told()
     repository.before = refuse
-    ledger.defer([insert("bad")], told)
-    ledger.defer([insert("good")], told)
+    ledger.later([insert("bad")], told)
+    ledger.later([insert("good")], told)
     ledger.flush()
     assert told == ["that one cannot be stored", [True]]
     assert "that one" in caplog.text
-    assert not ledger
+    assert not ledger.unsettled
 
 
 def test_a_callback_that_raises_does_not_prevent_others(ledger, caplog):
     told = Told()
-    ledger.defer([insert("a")], lambda results, error: 1 / 0)
-    ledger.defer([insert("b")], told)
+    ledger.later([insert("a")], lambda results, error: 1 / 0)
+    ledger.later([insert("b")], told)
     ledger.flush()
     assert told == [[True]]
     assert "ZeroDivisionError" in caplog.text
@@ -189,14 +188,14 @@ class Interrupt:
 def test_the_next_leader_completes_the_work_of_an_interrupted_one(ledger, repository, when):
     """It reads back if the COMMIT happened. No write is lost, and none is applied twice."""
     told = Told()
-    ledger.defer([insert("a")], told)
+    ledger.later([insert("a")], told)
     Interrupt(repository, when)
     with pytest.raises(KeyboardInterrupt):
         ledger.commit([insert("b")])
     assert ledger.commit([insert("c")]) == [True]
     assert told == [[True]]
     assert set(repository.get_many(["a", "b", "c"])) == {"a", "b", "c"}
-    assert not ledger
+    assert not ledger.unsettled
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -266,7 +265,7 @@ def test_only_writes_that_an_interrupt_has_prevented_are_sent_again(
         sent.append([write.id for write in writes])
         return apply(writes, **options)
 
-    ledger.defer([insert("a"), insert("b")], told)
+    ledger.later([insert("a"), insert("b")], told)
     monkeypatch.setattr(repository, "apply", in_part)
     with pytest.raises(KeyboardInterrupt):
         ledger.flush()
@@ -341,7 +340,7 @@ def test_a_write_that_was_not_tried_is_not_in_doubt(ledger, repository, monkeypa
     """The write before it is in doubt. It had no room in that write's transaction."""
     monkeypatch.setattr("taskx.common.ledger.MAX_BATCH", 1)
     told = Told()
-    ledger.defer([insert("before")], told)
+    ledger.later([insert("before")], told)
 
     def doubt(writes):
         error = RepositoryUnavailable("no answer")
@@ -362,13 +361,13 @@ def test_a_stored_write_does_not_fail_with_the_write_behind_it(ledger, repositor
     """Both were in a batch that failed, and were then sent one by one."""
     monkeypatch.setattr("taskx.common.ledger.MAX_BATCH", 1)
     told = Told()
-    ledger.defer([insert("before")], Told())
+    ledger.later([insert("before")], Told())
 
     def fail(writes):
         task_ids = [write.id for write in writes]
         if task_ids == ["before"]:
             monkeypatch.setattr("taskx.common.ledger.MAX_BATCH", 10)
-            ledger.defer([insert("behind")], told)
+            ledger.later([insert("behind")], told)
         elif "behind" in task_ids:
             raise (RepositoryError if "own" in task_ids else RepositoryUnavailable)("no answer")
 
@@ -380,7 +379,7 @@ def test_a_stored_write_does_not_fail_with_the_write_behind_it(ledger, repositor
 
 
 def test_a_write_is_in_doubt_if_its_batch_is_in_doubt(ledger, repository):
-    ledger.defer([insert("before")], Told())
+    ledger.later([insert("before")], Told())
 
     def fail(writes):
         doubtful = len(writes) > 1
@@ -427,7 +426,7 @@ def test_each_submit_of_a_doubtful_commit_names_its_own_task(queue):
     assert hold.reached.wait(PATIENCE)
     names = ["a", "b", "c"]
     submits = [run_in_thread(lambda name=name: queue.submit("fine", id=name)) for name in names]
-    eventually(lambda: len(services_of(queue).ledger._waiting) == 3)
+    eventually(lambda: len(services_of(queue).moves._waiting) == 3)
     queue.repository.after = lambda writes: lose_answers(queue.repository)
     hold.go_on.set()
     first()
@@ -455,7 +454,7 @@ def test_a_refused_submit_is_not_in_doubt(queue):
 
 def test_an_outage_fails_waiting_writes_and_keeps_deferred_ones(ledger, repository):
     told = Told()
-    ledger.defer([insert("a")], told)
+    ledger.later([insert("a")], told)
     repository.down = True
     for _ in range(3):
         with pytest.raises(RepositoryUnavailable):
@@ -488,7 +487,7 @@ class Lock:
 def test_a_locked_write_is_tried_again_and_others_pass(ledger, repository):
     lock = Lock(repository, "locked")
     waits = run_in_thread(lambda: ledger.commit([insert("locked")]))
-    whole = run_in_thread(lambda: ledger.commit_whole([insert("also"), insert("locked")]))
+    whole = run_in_thread(lambda: ledger.commit([insert("also"), insert("locked")], whole=True))
     eventually(lambda: lock.tried > 3)
     assert ledger.commit([insert("other")]) == [True]
     lock.open()
@@ -497,17 +496,17 @@ def test_a_locked_write_is_tried_again_and_others_pass(ledger, repository):
 
 def test_locked_outcomes_are_put_off_and_others_are_stored(ledger, repository):
     lock, late, told = Lock(repository, "locked"), Told(), Told()
-    ledger.defer([insert("locked")], late)
-    ledger.defer([insert("other")], told)
+    ledger.later([insert("locked")], late)
+    ledger.later([insert("other")], told)
     with pytest.raises(Locked):
         ledger.flush()
     assert (late, told) == ([], [[True]])
     assert ledger.commit([insert("third")]) == [True]
-    assert ledger  # something is left to do
+    assert ledger.unsettled  # something is left to do
     lock.open()
     assert ledger.flush(patient=True)
     assert late == [[True]]
-    assert not ledger
+    assert not ledger.unsettled
 
 
 def test_the_patience_with_a_lock_is_limited(ledger, repository):
@@ -522,11 +521,11 @@ def test_a_batch_is_left_after_some_locked_writes(ledger, repository):
     lock = Lock(repository, *map(str, range(50)))
     told = Told()
     for n in range(50):
-        ledger.defer([insert(str(n))], told)
+        ledger.later([insert(str(n))], told)
     assert ledger.flush(wait=False)
     assert lock.tried < 10
     lock.open()
-    assert eventually(lambda: ledger.flush(wait=False) and not ledger)
+    assert eventually(lambda: ledger.flush(wait=False) and not ledger.unsettled)
     assert told == [[True]] * 50
 
 
@@ -534,12 +533,12 @@ def test_a_write_refused_behind_many_others_is_never_stored(ledger, repository):
     """A commit behind more than one batch was reported as failed, so it must not happen later."""
     told = Told()
     for n in range(600):
-        ledger.defer([insert(f"t{n}")], told)
+        ledger.later([insert(f"t{n}")], told)
     repository.down = True
     with pytest.raises(RepositoryUnavailable):
         ledger.commit([insert("refused")])
     repository.down = False
-    while ledger:
+    while ledger.unsettled:
         ledger.flush()
     assert told == [[True]] * 600
     assert repository.get_many(["refused"]) == {}
@@ -548,13 +547,13 @@ def test_a_write_refused_behind_many_others_is_never_stored(ledger, repository):
 def test_an_outage_between_batches_loses_no_callback(ledger, repository):
     told = Told()
     for n in range(600):
-        ledger.defer([insert(f"t{n}")], told)
+        ledger.later([insert(f"t{n}")], told)
     repository.after = lambda writes: setattr(repository, "down", True)
     with pytest.raises(RepositoryUnavailable):
         ledger.commit([insert("refused")])
     assert 0 < len(told) < 600
     repository.after, repository.down = lambda writes: None, False
-    while ledger:
+    while ledger.unsettled:
         ledger.flush()
     assert told == [[True]] * 600
 
@@ -574,7 +573,7 @@ def test_outcomes_are_stored_after_an_outage(queue, gate):
     with pytest.raises(RepositoryUnavailable):
         queue.submit("fine", id="refused")
     assert time.monotonic() - began < 10
-    eventually(lambda: bool(services_of(queue).ledger))
+    eventually(lambda: services_of(queue).moves.unsettled)
     threading.Event().wait(0.3)
     queue.repository.down = False
     assert [h.result(PATIENCE) for h in handles] == [0, 1]

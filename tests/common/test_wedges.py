@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from queue import SimpleQueue
 from types import SimpleNamespace
 
 import pytest
 from helpers import PATIENCE, Waiting, eventually, pool_of, run_in_thread
 
-from taskx import QueueStopped, Task, TaskStatus
+from taskx import Hook, QueueFull, QueueStopped, Task, TaskStatus
 from taskx.core import ids as ids_module
+from taskx.repository import Reentered
 from taskx.running import buffer as buffer_module
 from taskx.running.buffer import Buffer
 from taskx.upkeep import node
@@ -75,13 +77,13 @@ def within_lock(repository, finalizer):
     return read
 
 
-PLACES = [in_the_ledger, after_the_commit, in_the_buffer, in_the_id, in_the_repository]
+WRITES = [in_the_ledger, after_the_commit, in_the_repository]
 
 
 @pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", [in_the_buffer, in_the_id])
 @pytest.mark.parametrize("overflow", ["reject", "block", "caller_runs"])
-def test_a_finalizer_can_submit_at_any_point(make_queue, place, overflow, monkeypatch):
+def test_a_finalizer_can_submit_outside_of_writes(make_queue, place, overflow, monkeypatch):
     queue = make_queue(worker_num=2, overflow=overflow)
     queue.executor("fine")(lambda: "fine")
     queue.start()
@@ -94,25 +96,70 @@ def test_a_finalizer_can_submit_at_any_point(make_queue, place, overflow, monkey
 
 
 @pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)
-def test_a_finalizers_submit_is_stored_before_the_interrupted_submit_returns(queue):
-    """No other thread runs that could store it."""
-    queue.declare("fine")
-    queue.repository.before = once(
-        lambda: (
-            queue.submit("fine", id="late"),
-            queue.submit_many([Task(type="fine", id="many")]),
-        )
-    )
-    run_in_thread(lambda: queue.submit("fine", id="outer"))()
-    assert queue.repository.get_many(["outer", "late", "many"]).keys() == {"outer", "late", "many"}
+@pytest.mark.parametrize("place", WRITES)
+@pytest.mark.parametrize("overflow", ["reject", "block", "caller_runs", "spill"])
+@pytest.mark.parametrize("size", [1, 1000])
+def test_a_finalizer_gets_an_error_inside_a_write(make_queue, place, overflow, size, monkeypatch):
+    """What it submits is not stored, whether there is room or not, and the write goes on."""
+    queue = make_queue(worker_num=2, overflow=overflow, buffer_size=size)
+    queue.executor("fine")(lambda: "fine")
+    queue.start()
+    errors = []
+    may_raise = (Reentered, QueueFull) if (overflow, size) == ("reject", 1) else Reentered
+
+    def finalize():
+        for submit in (
+            lambda: queue.submit("fine", id="one"),
+            lambda: queue.submit("fine", id="keyed", unique_key="k"),
+            lambda: queue.submit_many([Task(type="fine", id="many")]),
+        ):
+            try:
+                submit()
+            except may_raise as error:
+                errors.append(error)
+
+    place(queue, monkeypatch, finalize)
+    handles = [run_in_thread(lambda: queue.submit("fine"))()]
+    if size > 1:
+        handles += run_in_thread(lambda: queue.submit_many([Task(type="fine")] * 3))()
+    assert [handle.result(PATIENCE) for handle in handles] == ["fine"] * len(handles)
+    eventually(lambda: len(errors) == 3)
+    assert size == 1 or all("another thread, or later" in str(error) for error in errors)
+    assert not queue.repository.get_many(["one", "keyed", "many"])
+    # The same calls are accepted afterwards.
+    again = run_in_thread(lambda: queue.submit("fine", id="keyed", unique_key="k"))()
+    assert again.result(PATIENCE) == "fine"
+    assert run_in_thread(lambda: queue.drain(PATIENCE))()
 
 
-def test_a_finalizer_that_submits_a_used_id_is_logged(queue, caplog):
+def test_hooks_are_told_of_a_submit_that_was_refused_inside_a_write(make_queue):
+    refused = []
+
+    class Note(Hook):
+        def refused(self, task, error):
+            refused.append((task.id, type(error)))
+
+    queue = make_queue(hooks=[Note()])
     queue.declare("fine")
-    queue.submit("fine", id="there")
-    queue.repository.before = once(lambda: queue.submit("fine", id="there"))
+
+    def finalize():
+        with pytest.raises(Reentered):
+            queue.submit("fine", id="late")
+
+    queue.repository.before = once(finalize)
     run_in_thread(lambda: queue.submit("fine"))()
-    assert "task there, submitted by a finalizer, was not stored" in caplog.text
+    eventually(lambda: refused == [("late", Reentered)])
+
+
+@pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)
+def test_a_finalizer_can_leave_its_submit_to_another_thread(make_queue):
+    queue, left = make_queue(), SimpleQueue()
+    queue.declare("fine")
+    submitter = run_in_thread(lambda: queue.submit("fine", id=left.get()))
+    queue.repository.before = once(lambda: left.put("late"))
+    run_in_thread(lambda: queue.submit("fine", id="outer"))()
+    submitter()
+    assert queue.repository.get_many(["outer", "late"]).keys() == {"outer", "late"}
 
 
 @pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)

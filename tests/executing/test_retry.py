@@ -237,7 +237,7 @@ class TestPolicy:
         eventually(lambda: len(warnings()) == 2)
         assert "fails: 2 retries in the last minute, the last one: task" in warnings()[1]
         clock.advance(61)
-        eventually(lambda: not services_of(queue).consequences.retries._kinds)
+        eventually(lambda: not services_of(queue).moves.retries._kinds)
         assert len(warnings()) == 2
 
     def test_a_stop_tells_the_last_retries(self, queue, caplog):

@@ -180,7 +180,7 @@ def test_a_struck_task_that_its_submitter_runs_takes_place_once(
             struck += 1
         elif point > 53 * 20:
             break
-        eventually(lambda: not services_of(queue).ledger)
+        eventually(lambda: not services_of(queue).moves.unsettled)
     gate.open()
     assert queue.drain(PATIENCE)
     tasks = [task for task in queue.iter_tasks(type="t") if task.id.startswith("x")]

@@ -20,8 +20,9 @@ from taskx.common.hooks import Hooks
 from taskx.core import lifecycle
 from taskx.core.errors import CancelReason
 from taskx.core.log import GuardedLogger
+from taskx.core.moves import MOVES
 from taskx.executing.failures import ChildDied
-from taskx.moving import FOLLOWS, NOTHING, Consequences
+from taskx.moving import Moves
 from taskx.ordering import Dependents, Turns
 from taskx.running.buffer import Buffer
 from taskx.running.pool import WorkerPool
@@ -73,15 +74,19 @@ HEARD = {
 }
 
 
+ROWS = {(move.name, move.target): move for move in MOVES}
+
+
 def key(write):
     return write.move, write.changes.get("status")
 
 
-def test_each_move_has_a_row():
-    assert {(move.name, move.target) for move in lifecycle.MOVES} <= FOLLOWS.keys()
-    assert HEARD.keys() == FOLLOWS.keys()
-    for (_, status), follows in FOLLOWS.items():
-        assert follows.ends or status not in lifecycle.FINISHED
+def test_each_move_has_one_row():
+    assert len(ROWS) == len(MOVES)
+    assert HEARD.keys() == ROWS.keys()
+    for move in MOVES:
+        assert move.ends or move.target not in lifecycle.FINISHED
+        assert move.has_consequences == bool(HEARD[move.name, move.target])
 
 
 def calls(path, *names):
@@ -91,7 +96,7 @@ def calls(path, *names):
 
 
 def test_each_write_of_the_core_names_a_move_that_has_a_row():
-    named = {name for name, _ in FOLLOWS} | {"by hand"}
+    named = {move.name for move in MOVES} | {"by hand"}
     found = set()
     for path in (PACKAGE / "core").glob("*.py"):
         for call in calls(path, "Update", "Delete"):
@@ -105,41 +110,30 @@ def test_each_write_of_the_core_names_a_move_that_has_a_row():
             assert not [*calls(path, "Update", "Delete")], path
 
 
-#: Calls that report a move: only ``moving.py`` and the node may make them. ``COMMITS`` has the modules that
-#: may commit writes without the consequences, because a start or a new owner has none, or because the
-#: module reports new tasks afterwards.
-TOLD = ("dependents.parent_ended", "dependents.waits", "watcher.resolve", "hooks.tell")
-COMMITS = {
-    "engines/claims.py": "commit",
-    "engines/dispatch.py": "commit",
-    "engines/pool.py": "commit",
-    "moving.py": "commit",
-    "executing/checkpoints.py": "commit",
-    "running/fetcher.py": "commit",
-    "running/pool.py": "commit defer",
-    "running/progress.py": "commit",
-    "running/starter.py": "commit",
-    "schedules/stored.py": "commit",
-    "submitting/intake.py": "commit commit_whole commit_soon",
-    "upkeep/recovery.py": "commit",
+#: Calls that report a move. The other modules tell hooks of what is no move.
+TOLD = {
+    "dependents.parent_ended": {"moving.py"},
+    "dependents.waits": {"moving.py"},
+    "watcher.resolve": {"moving.py"},
+    "hooks.tell": {
+        "moving.py",
+        "running/pool.py",
+        "schedules/ticker.py",
+        "submitting/intake.py",
+        "upkeep/node.py",
+    },
 }
 
 
 def test_all_moves_are_reported_through_the_table():
-    commits = defaultdict(set)
+    told = defaultdict(set)
     for path in PACKAGE.rglob("*.py"):
-        name = path.relative_to(PACKAGE).as_posix()
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if not isinstance(node, ast.Attribute):
-                continue
-            of = ast.unparse(node.value)
-            if f"{of}.{node.attr}".endswith(TOLD):  # hooks hear of the queue itself from the node
-                assert name in ("moving.py", "upkeep/node.py")
-            if of.endswith("ledger") and node.attr.startswith(("commit", "defer")):
-                commits[name].add(node.attr)
-    assert {name: " ".join(sorted(found)) for name, found in commits.items()} == {
-        name: " ".join(sorted(found.split())) for name, found in COMMITS.items()
-    }
+            if isinstance(node, ast.Attribute):
+                for call in TOLD:
+                    if ast.unparse(node).endswith(call):
+                        told[call].add(path.relative_to(PACKAGE).as_posix())
+    assert told == TOLD
 
 
 class Ears:
@@ -151,22 +145,8 @@ class Ears:
         self.applied = {}
         self._local = threading.local()
         self._patch = monkeypatch.setattr
-        follow, created = Consequences.follow, Consequences.created
-
-        def follows(consequences, writes, *args, **options):
-            self.followed.update((id(write), write) for write in writes)
-            keys = {key(write) for write in writes}
-            move = keys.pop() if len(keys) == 1 else None  # else the parts cannot be told apart
-            self._during(move, follow, consequences, writes, *args, **options)
-
-        def creates(consequences, inserts):
-            self.followed.update((id(insert), insert) for insert in inserts)
-            keys = {key(insert) for insert in inserts}
-            move = keys.pop() if len(keys) == 1 else None
-            self._during(move, created, consequences, inserts)
-
-        self._patch(Consequences, "follow", follows)
-        self._patch(Consequences, "created", creates)
+        for name in ("follow", "_created", "_moved"):
+            self._patch(Moves, name, self._heard(getattr(Moves, name)))
         self.listen(Dependents, "parent_ended", "dependents")
         self.listen(Dependents, "waits", "waiting")
         self.listen(Turns, "advance", "turns")
@@ -179,6 +159,18 @@ class Ears:
         self.listen(WorkerPool, "fire", "token")
         self.listen(GuardedLogger, "log", "log")
         self.listen_to_hooks()
+
+    def _heard(self, call):
+        """Return the function, made to record the writes that it gets, and who is told meanwhile."""
+
+        def heard(moves, writes, *args):
+            writes = [*writes]
+            self.followed.update((id(write), write) for write in writes)
+            keys = {key(write) for write in writes}
+            move = keys.pop() if len(keys) == 1 else None  # else the parts cannot be told apart
+            self._during(move, call, moves, writes, *args)
+
+        return heard
 
     def _during(self, move, call, *args, **options):
         outer = getattr(self._local, "move", None)
@@ -258,13 +250,13 @@ def ears(monkeypatch, caplog):
 def test_exactly_the_right_parts_hear_of_each_move(ears, make_queue, repository, gate, monkeypatch):
     ears.watch(repository)
     queue = make_queue(worker_num=2, hooks=[Listener()])
-    monkeypatch.setattr(services_of(queue).consequences, "_watcher", Everybody(ears))
+    monkeypatch.setattr(services_of(queue).moves, "_watcher", Everybody(ears))
     Life(queue, ears, gate, make_queue).live()
     assert not queue.stop(timeout=PATIENCE)  # what follows from the last moves is done, too
-    assert {key(write) for write in ears.applied.values()} == FOLLOWS.keys()
+    assert {key(write) for write in ears.applied.values()} == ROWS.keys()
     for write_id, write in ears.applied.items():
-        assert FOLLOWS[key(write)] == NOTHING or write_id in ears.followed, write
-    assert {move: ears.heard.get(move, set()) for move in FOLLOWS} == HEARD
+        assert write_id in ears.followed, write
+    assert {move: ears.heard.get(move, set()) for move in ROWS} == HEARD
 
 
 class Life:

@@ -185,7 +185,7 @@ def test_a_node_that_lost_its_lease_starts_nothing(started, monkeypatch):
     pool = pool_of(idle(started))
     lost = Leases(started.repository, 10.0, None, time.monotonic)
     monkeypatch.setattr(lost, "lost", lambda node: node == pool.node.id)
-    monkeypatch.setattr(services_of(started).ledger, "_target", lost)
+    monkeypatch.setattr(services_of(started).moves, "_target", lost)
     handle = started.submit("fine")
     assert started.get_task_status(handle.id).status is TaskStatus.PENDING
 

@@ -132,7 +132,7 @@ def way(tmp_path_factory):
     housekeeper_of(queue).tick = rounds.set
     services_of(queue).agenda.wake()
     assert rounds.wait(PATIENCE)
-    eventually(lambda: not services_of(queue).ledger and sleeps(worker))
+    eventually(lambda: not services_of(queue).moves.unsettled and sleeps(worker))
     apply, left = queue.repository.apply, ["the outcome", "the record and the start"]
 
     def commit(writes, **options):

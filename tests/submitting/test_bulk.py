@@ -144,14 +144,14 @@ class TestRequeue:
         assert (bulk.matched, bulk.changed, bulk.skipped) == (1, 0, {"unique_key": 1})
 
     def test_a_task_that_moved_meanwhile_is_skipped(self, queue, monkeypatch):
-        commit = services_of(queue).ledger.commit
+        commit = services_of(queue).moves.commit
 
-        def late(writes):
+        def late(writes, tasks=None):
             monkeypatch.undo()
             queue.delete("5")
-            return commit(writes)
+            return commit(writes, tasks)
 
-        monkeypatch.setattr(services_of(queue).ledger, "commit", late)
+        monkeypatch.setattr(services_of(queue).moves, "commit", late)
         bulk = queue.requeue_all()
         assert (bulk.matched, bulk.changed, bulk.skipped) == (7, 6, {"changed": 1})
 
@@ -466,14 +466,14 @@ class TestCancel:
         assert sorted(told) == [("1", "cancelled"), ("3", "cancelled"), ("5", "cancelled")]
 
     def test_a_task_that_ends_meanwhile_is_skipped(self, waiting, monkeypatch):
-        commit = services_of(waiting).ledger.commit
+        commit = services_of(waiting).moves.commit
 
-        def late(writes):
+        def late(writes, tasks=None):
             monkeypatch.undo()
             fail(waiting, "3")
-            return commit(writes)
+            return commit(writes, tasks)
 
-        monkeypatch.setattr(services_of(waiting).ledger, "commit", late)
+        monkeypatch.setattr(services_of(waiting).moves, "commit", late)
         bulk = waiting.cancel_all(everything=True)
         assert (bulk.matched, bulk.changed, bulk.skipped) == (7, 6, {"changed": 1})
 
@@ -533,15 +533,15 @@ class TestDelete:
         assert waiting.delete_all(type="a").changed == 1
 
     def test_a_task_that_moves_meanwhile_stays(self, queue, monkeypatch):
-        commit = services_of(queue).ledger.commit
+        commit = services_of(queue).moves.commit
 
-        def late(writes):
+        def late(writes, tasks=None):
             monkeypatch.undo()
             queue.requeue("5")
             assert queue.drain(PATIENCE)  # it has failed again
-            return commit(writes)
+            return commit(writes, tasks)
 
-        monkeypatch.setattr(services_of(queue).ledger, "commit", late)
+        monkeypatch.setattr(services_of(queue).moves, "commit", late)
         bulk = queue.delete_all(status="failed")
         assert (bulk.matched, bulk.changed, bulk.skipped) == (7, 6, {"changed": 1})
         assert queue.get_task_status("5").starts == 2

@@ -146,10 +146,10 @@ def test_a_task_that_fails_again_meanwhile_is_requeued_once(
 ):
     """Else it would be requeued for ever. This holds even if no time passes in between."""
     in_batches(lists=batch, operations=batch)
-    commit = services_of(queue).ledger.commit
+    commit = services_of(queue).moves.commit
 
-    def slow_commit(writes):
-        results = commit(writes)
+    def slow_commit(writes, tasks=None):
+        results = commit(writes, tasks)
         if "held" in writes[0].changes:
             services_of(queue).agenda.fetch_soon()
             clock.advance(passed)
@@ -157,7 +157,7 @@ def test_a_task_that_fails_again_meanwhile_is_requeued_once(
         return results
 
     with monkeypatch.context() as patched:
-        patched.setattr(services_of(queue).ledger, "commit", slow_commit)
+        patched.setattr(services_of(queue).moves, "commit", slow_commit)
         assert queue.requeue_dead_letters() == 5
     assert queue.drain(PATIENCE)
     tasks, total = queue.dead_letters()

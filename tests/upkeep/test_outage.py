@@ -100,7 +100,7 @@ def test_outcomes_wait_until_they_are_written(on_mongo, proxy, gate, how):
     eventually(lambda: on_mongo.repository.failed >= 2)
     proxy.heal()
     connection.timeout = patience
-    eventually(lambda: not services_of(on_mongo).ledger)
+    eventually(lambda: not services_of(on_mongo).moves.unsettled)
     assert handles[0].result(PATIENCE) == "completed"
     assert handles[1].exception(PATIENCE).error == "ValueError: as it was"
     assert eventually(handles[2].cancelled)

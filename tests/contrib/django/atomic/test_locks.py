@@ -94,7 +94,7 @@ def test_a_lock_of_the_whole_table_loses_no_write(queue, repository):
         with connections[repository.using].cursor() as cursor:
             cursor.execute("LOCK TABLE taskx_task IN EXCLUSIVE MODE")
         submits = [apart(lambda n=n: queue.submit("echo", {"n": n})) for n in range(12)]
-        eventually(lambda: len(services_of(queue).ledger._waiting) > 5)
+        eventually(lambda: len(services_of(queue).moves._waiting) > 5)
     assert [submit().result(timeout=LONG) for submit in submits] == [*range(12)]
 
 
