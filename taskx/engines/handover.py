@@ -18,7 +18,8 @@ class HandOver:
     """Threads that take tickets from the threads of a broker.
 
     There is no buffer: a ticket is taken when a thread is free for it. Otherwise a process whose threads
-    are all busy would take one ticket after the other from processes that are idle.
+    are all busy would take one ticket after the other from processes that are idle: RabbitMQ deals messages
+    out in turn, and an actor of Dramatiq that returns at once has acknowledged its message.
 
     Args:
         run: runs the task of a ticket, in the thread that calls it.
