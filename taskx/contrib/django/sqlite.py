@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from django.db.utils import OperationalError
 
-from taskx.contrib.django.connections import Link
+from taskx.contrib.django.link import Link
 from taskx.storage.sqlite.file import DatabaseFile
 from taskx.storage.sqlite.turnstile import Turnstile
 
