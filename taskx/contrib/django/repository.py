@@ -48,8 +48,6 @@ T = TypeVar("T")
 _TRIES = 5  # of a transaction that others make impossible, such as by a deadlock
 _SHORTEST_LEASE = 0.5
 _FORK_PATIENCE = 5.0
-# Takes the write lock of an SQLite file in a transaction that has begun without it.
-_FIRST_WRITE = "UPDATE taskx_note SET version = 0 WHERE 0"
 #: Writes by identity, each as it was given and as it is stored.
 Pairs = dict[int, tuple[Write, Write]]
 
@@ -370,10 +368,12 @@ class DjangoRepository(BesideBlocks, SQLRepository):
         if self._turns is None:
             enter()
             return
+        # Takes the write lock of the file in a transaction that has begun without it.
+        first = f"UPDATE {self.statements.dialect.notes} SET version = 0 WHERE 0"
         ((before,),) = link.rows("PRAGMA busy_timeout")
         with self._connections.lock:
             try:
-                self._turns.begin(link, self.timeout, enter, lambda: link.execute(_FIRST_WRITE))
+                self._turns.begin(link, self.timeout, enter, lambda: link.execute(first))
             finally:
                 self._turns.leave()
                 link.rows(f"PRAGMA busy_timeout = {before}")

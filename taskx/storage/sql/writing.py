@@ -18,7 +18,8 @@ from taskx.storage.base import new_version
 from taskx.storage.sql.link import Apart, Link, Taken
 from taskx.storage.sql.statements import Statements
 
-_UNIQUE = frozenset(UNIQUE)
+# Changes of these columns may need more than a statement.
+_OTHER_STEPS = frozenset((*UNIQUE, "tags"))
 
 
 class Writer:
@@ -27,6 +28,7 @@ class Writer:
     def __init__(self, statements: Statements) -> None:
         self.statements = statements
         self.dialect = statements.dialect
+        self._sql_of = statements.update
 
     # --- several writes
 
@@ -71,7 +73,9 @@ class Writer:
     def one(self, link: Link, write: Write) -> bool:
         """Apply one write. Return True if its guard held."""
         if isinstance(write, Update):
-            return self._update(link, write)
+            if write.skips or not _OTHER_STEPS.isdisjoint(write.changes):
+                return self._update(link, write)
+            return link.execute(*self._sql_of((write.id,), write.guard, write.changes)) > 0
         if isinstance(write, Delete):
             return self._delete(link, write)
         row = write.row
@@ -95,8 +99,7 @@ class Writer:
             return False
         passes = write.skips and d.has_arrays
         query = self.statements.update((write.id,), write.guard, changes, passes=passes)
-        free = _UNIQUE.isdisjoint(changes) or not _takes(changes)
-        held = link.execute(*query) > 0 if free else self._unless_taken(link, *query)
+        held = self._unless_taken(link, *query) if _takes(changes) else link.execute(*query) > 0
         if held and "tags" in changes and not d.has_triggers:
             self.retag(link, write)
         return held

@@ -15,14 +15,14 @@ FREE_PAGES = (
 
 
 class OwnSQLite(SQLite):
-    """The SQL of tables that ``schema`` makes."""
+    """The SQL of the tables that ``schema`` makes, whose names begin with a prefix."""
 
     dates = (int, float, str)  # a damaged date is a text
     stuck = "stuck_on <> ''"
     has_defaults = has_triggers = sorts_numbers = True
 
-    def __init__(self) -> None:
-        super().__init__("tasks", "parents", "tagged", "notes")
+    def __init__(self, prefix: str) -> None:
+        super().__init__(*(f"{prefix}{name}" for name in ("tasks", "parents", "tagged", "notes")))
         # Listing or counting the few unfinished tasks costs nothing for the many finished ones.
         self.spans = {
             PENDING: self._span(("ready", f"held = {FREE}"), ("held", f"held > {FREE}")),
@@ -47,7 +47,7 @@ class OwnSQLite(SQLite):
         return f"status = '{status}'"
 
 
-@lru_cache
-def statements() -> Statements:
-    """Return the statements for these tables."""
-    return Statements(OwnSQLite())
+@lru_cache(maxsize=16)
+def statements(prefix: str = "") -> Statements:
+    """Return the statements for tables with a prefix."""
+    return Statements(OwnSQLite(prefix))

@@ -104,7 +104,6 @@ class SQLiteRepository(SQLRepository):
         codec: Codec | Iterable[Codec] | None = None,
         connect: Callable[[], sqlite3.Connection] | None = None,
     ) -> None:
-        super().__init__(statements(), clock, codec)
         self.path = os.fspath(path) if isinstance(path, (str, os.PathLike)) else ""
         if not isinstance(self.path, str) or self.path in ("", ":memory:") or "\0" in self.path:
             raise ConfigurationError(
@@ -126,6 +125,7 @@ class SQLiteRepository(SQLRepository):
         self.connect = connect
         self.prefix = prefix
         self.schema = schema.OWN if prefix == "" else schema.PrefixedSchema(prefix)
+        super().__init__(statements(prefix), clock, codec)
         self.file = self._file = DatabaseFile(self.path, create, prefix)
         self._connections = Connections(self._file, seconds, self.schema)
         self.busy_timeout = seconds
@@ -573,7 +573,6 @@ class Joined(SQLiteRepository):
         self.applied: list[Write] = []
         self._outer = outer
         self._connection = connection
-        self._cursor_class = schema.cursor_class(outer.prefix)
 
     def let_go(self) -> None:
         """Drop the connection, so that this object keeps it no longer than its owner does."""
@@ -676,7 +675,7 @@ class Joined(SQLiteRepository):
 
     def _cursor(self) -> sqlite3.Cursor:
         # A subclass of the connection may have changed ``cursor``, and its rows may be of any kind.
-        cursor: sqlite3.Cursor = sqlite3.Connection.cursor(self._connection, self._cursor_class)
+        cursor: sqlite3.Cursor = sqlite3.Connection.cursor(self._connection, sqlite3.Cursor)
         cursor.row_factory = None
         return cursor
 
