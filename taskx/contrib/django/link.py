@@ -76,20 +76,22 @@ class Link(storage.Link):
         self.number = next(numbers)
 
     def rows(self, sql: str, values: Sequence[Any] = ()) -> Rows:
-        with self._executed(sql, values) as cursor:
-            try:
-                return [*cursor.fetchall()]
-            except OperationalError as error:
-                if self.vendor != "sqlite" or "decode" not in str(error):
-                    raise
+        try:
+            return self._fetch(sql, values)
+        except OperationalError as error:
+            if self.vendor != "sqlite" or "decode" not in str(error):
+                raise
         # Invalid UTF-8 as bytes: one damaged record must not hide the others.
         driver = self.django.connection
         before, driver.text_factory = driver.text_factory, text_or_bytes
         try:
-            with self._executed(sql, values) as cursor:
-                return [*cursor.fetchall()]
+            return self._fetch(sql, values)
         finally:
             driver.text_factory = before
+
+    def _fetch(self, sql: str, values: Sequence[Any]) -> Rows:
+        with self._executed(sql, values) as cursor:
+            return [*cursor.fetchall()]
 
     def execute(self, sql: str, values: Sequence[Any] = ()) -> int:
         with self._executed(sql, values) as cursor:

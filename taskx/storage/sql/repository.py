@@ -74,10 +74,7 @@ class SQLRepository(Repository):
     def apply(self, writes: Sequence[Write], *, all_or_nothing: bool = False) -> Sequence[bool]:
         """Apply guarded writes in one transaction. After an error, nothing was applied."""
         sent = writes, self.codecs.coded(writes)
-        try:
-            results = self._apply(sent, self._durable(writes), all_or_nothing)
-        except _Refused as refused:
-            results = refused.results
+        results = self._apply(sent, self._durable(writes), all_or_nothing)
         self.tell_others(writes if all(results) else [*compress(writes, results)])
         return results
 
@@ -93,10 +90,13 @@ class SQLRepository(Repository):
 
         alone = writer.dialect.has_arrays and len(writes) == 1 and writer.is_single(writes[0])
         try:
-            return self._transact(work, durable, sent, single=alone)
-        except Apart:
-            apply = writer.each
-            return self._transact(work, durable, sent)
+            try:
+                return self._transact(work, durable, sent, single=alone)
+            except Apart:
+                apply = writer.each
+                return self._transact(work, durable, sent)
+        except _Refused as refused:
+            return refused.results
 
     def put_notes(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
         # Notes about nodes need no sync: after a power cut all nodes are dead. A node whose schema is

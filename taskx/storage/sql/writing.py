@@ -42,10 +42,10 @@ class Writer:
         Raises:
             Apart: call :meth:`each` in another transaction.
         """
-        if len(writes) == 1 or self.dialect.most_together == 1:
+        most = self.dialect.most_together
+        if len(writes) == 1 or most == 1:
             return self.each(link, writes)
         results: list[bool] = []
-        most = self.dialect.most_together
         for form, group in groupby(writes, _form):
             alike = [*group]
             if form is None or len(alike) == 1:
@@ -175,7 +175,7 @@ def _form(write: Write) -> Any:
     """Return what neighbours have in common that are applied together; None if a write stays alone."""
     if isinstance(write, Update):
         # First the part that differs between two outcomes.
-        return write.changes, write[1:]
+        return None if "tags" in write.changes else (write.changes, write[1:])
     # Ordinary inserts have only the columns that every creation sets, in their fixed order.
     return CREATED if isinstance(write, Insert) and len(write.row) == len(CREATED) else None
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from taskx.core import lifecycle
@@ -35,7 +36,7 @@ from taskx.storage.sqlite.connections import FAILURES, Connection, Connections
 from taskx.storage.sqlite.dialect import FREE_PAGES, statements
 from taskx.storage.sqlite.file import DatabaseFile
 from taskx.storage.sqlite.joining import Callers, driver_connection, own_transaction
-from taskx.storage.sqlite.turnstile import Turnstile
+from taskx.storage.sqlite.turnstile import Turnstile, until_unlocked
 from taskx.storage.sqlite.wakeups import Wakeups
 
 if TYPE_CHECKING:
@@ -47,10 +48,6 @@ T = TypeVar("T")
 _LEGACY = -1  # sqlite3.LEGACY_TRANSACTION_CONTROL, which Python 3.12 added
 _FORK_PATIENCE = 5.0  # seconds that a fork waits for other threads' transactions to end
 _FEW = 32  # rows that may be read on the writing connection, which keeps writers waiting
-_SHORTEST_PAUSE, _LONGEST_PAUSE = (
-    0.0001,
-    0.001,
-)  # between two tries to begin in an application's file
 _SHORT_WAIT = 0.05  # waits of fewer seconds than this are not deducted from the time-out
 _KEPT_PAGES = 2000  # free pages (2 KiB in a new file) that are not worth a vacuum
 _PAGES_AT_ONCE = 200
@@ -207,23 +204,12 @@ class SQLiteRepository(SQLRepository):
         return cursor
 
     def _begin_among_others(self, connection: sqlite3.Connection, seconds: float) -> None:
-        """Begin a transaction in a file whose other writers take no turns.
-
-        SQLite's own busy handler sleeps up to 100 ms. Beside a writer that hardly pauses, it would hardly
-        ever find the file free.
-        """
-        deadline, pause = time.monotonic() + seconds, _SHORTEST_PAUSE
+        """Begin a transaction in a file whose other writers take no turns."""
+        begin = partial(connection.execute, "BEGIN IMMEDIATE")
+        deadline = time.monotonic() + seconds
         connection.execute("PRAGMA busy_timeout = 0").fetchall()
         try:
-            while True:
-                try:
-                    connection.execute("BEGIN IMMEDIATE")
-                    return
-                except sqlite3.OperationalError as error:
-                    if "locked" not in str(error) or time.monotonic() >= deadline:
-                        raise
-                time.sleep(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE)
+            until_unlocked(begin, deadline, sqlite3.OperationalError)
         finally:
             connection.execute(f"PRAGMA busy_timeout = {self.busy_timeout * 1000:.0f}").fetchall()
 

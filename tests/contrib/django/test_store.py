@@ -346,6 +346,19 @@ def test_a_write_whose_connection_cannot_be_opened_says_that_the_database_is_awa
     add(repository, "a")
 
 
+def test_tags_that_several_tasks_get_at_once_are_those_of_each(repository):
+    add(repository, "a", "b")
+    tagged = [Update(task_id, {}, {"tags": '["x", "y"]'}) for task_id in "ab"]
+    assert list(repository.apply(tagged)) == [True, True]
+    for wanted in ("x", ["x", "y"]):
+        assert {task.id for task in repository.list(TaskFilter(tag=wanted))} == {"a", "b"}
+    assert list(repository.apply([Update("a", {}, {"tags": None}), Delete("b", {})])) == [
+        True,
+        True,
+    ]
+    assert repository.list(TaskFilter(tag="x")) == []
+
+
 # --- transactions of others
 
 
