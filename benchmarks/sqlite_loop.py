@@ -11,8 +11,8 @@ from benchmarks.loops import Loop, created, started_and_finished
 from taskx.core.ids import new_id
 from taskx.core.model import TASK_FIELDS
 from taskx.core.writes import CREATED
-from taskx.storage.sqlite import statements
 from taskx.storage.sqlite.connections import Connections
+from taskx.storage.sqlite.dialect import statements
 from taskx.storage.sqlite.file import DatabaseFile
 
 Rows = Sequence[Sequence[Any]]
@@ -25,14 +25,14 @@ class Statements:
         start, finish = started_and_finished()
         self.starting, self.starts = self._update(start, ids)
         self.finishing, self.finishes = self._update(finish, ids)
-        self.inserting = statements.insert_if_new(CREATED)
+        self.inserting = statements().insert(CREATED)
         self.inserts = [tuple(created(id_).row.values()) for id_ in ids]
-        self.selecting = statements.find("id", 1, TASK_FIELDS, False)
+        self.selecting, _ = statements().find("id", ids[:1], TASK_FIELDS, False)
         self.selects = [(id_,) for id_ in ids]
 
     @staticmethod
     def _update(update: Any, ids: Sequence[str]) -> tuple[str, Rows]:
-        sql, values = statements.update((update.id,), update.guard, update.changes)
+        sql, values = statements().update((update.id,), update.guard, update.changes)
         position = list(values).index(update.id)
         before, after = tuple(values[:position]), tuple(values[position + 1 :])
         return sql, [(*before, id_, *after) for id_ in ids]

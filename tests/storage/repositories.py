@@ -225,29 +225,26 @@ def _lost_by_a_server() -> Iterator[None]:
     """Cut the connection when the server has carried out a commit, or a statement that is one."""
     from django.db.utils import OperationalError
 
-    from taskx.contrib.django.connections import Link
+    from taskx.contrib.django.link import Link
 
-    count, execute = Link.count, Link.execute
+    execute = Link.execute
 
-    def lose(link: Link) -> None:
-        link.django.connection.close()
-        raise OperationalError("the answer was lost")
-
-    def lose_count(link: Link, sql: str, values: Sequence[Any] = ()) -> int:
-        changed = count(link, sql, values)
-        if link.vendor == "postgresql" and not link.django.connection.info.transaction_status:
-            lose(link)
+    def lose(link: Link, sql: str, values: Sequence[Any] = ()) -> int:
+        changed = execute(link, sql, values)
+        writes = sql.startswith(("INSERT", "UPDATE", "DELETE"))
+        idle = writes and link.vendor == "postgresql" and not _in_transaction(link)
+        if sql == "COMMIT" or idle:
+            link.django.connection.close()
+            raise OperationalError("the answer was lost")
         return changed
 
-    def lose_commit(link: Link, sql: str) -> None:
-        execute(link, sql)
-        if sql == "COMMIT":
-            lose(link)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Link, "count", lose_count)
-        patch.setattr(Link, "execute", lose_commit)
+        patch.setattr(Link, "execute", lose)
         yield
+
+
+def _in_transaction(link: Any) -> bool:
+    return bool(link.django.connection.info.transaction_status)
 
 
 @contextmanager

@@ -167,7 +167,7 @@ def test_tables_that_are_migrated_while_they_are_in_use_are_noticed(application,
 
 def test_older_tables_are_migrated(application, repository):
     for statement in schema.MIGRATIONS[0]:
-        application.cursor(factory=schema.cursor_class("taskx_")).execute(statement)
+        application.execute(schema.PrefixedSchema("taskx_").named(statement))
     application.execute("CREATE TABLE taskx_schema (version INTEGER)")
     application.execute("INSERT INTO taskx_schema VALUES (1)")
     repository.create(Task(id="a", type="t", tags=["new"]))

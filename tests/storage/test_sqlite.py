@@ -43,9 +43,13 @@ from taskx.core.record import STUB
 from taskx.core.writes import PRESENT, Update
 from taskx.liveness.base import Node
 from taskx.storage.queries import Changes, shown
-from taskx.storage.sqlite import connections, schema, statements, turnstile
+from taskx.storage.sql.statements import EARLIER, SAME
+from taskx.storage.sqlite import connections, schema, turnstile
+from taskx.storage.sqlite.dialect import statements as statements_of
 from taskx.storage.sqlite.file import DatabaseFile
 from taskx.storage.sqlite.turnstile import Turnstile
+
+statements = statements_of()
 
 
 @pytest.fixture
@@ -402,33 +406,29 @@ class TestStatements:
 
         return plan
 
-    @pytest.mark.parametrize(
-        ("name", "values", "index"),
-        [
-            ("READY", ("", "t", 5), "tasks_ready"),
-            ("READY_AT", ("", "t", 0, 5), "tasks_ready"),
-        ],
-    )
-    def test_the_housekeepers_statements_use_an_index(self, plan, name, values, index):
-        [step] = plan(getattr(statements, name), values)
-        assert step.startswith("SEARCH tasks USING")
-        assert f"INDEX {index}" in step
+    def test_the_tasks_to_start_next_are_read_in_the_order_of_an_index(self, plan):
+        for query in (
+            (statements.ready(1), ("", "t", 5)),
+            (statements.ready_at, ("", "t", 0, 5)),
+        ):
+            [step] = plan(*query)
+            assert step.startswith("SEARCH tasks USING INDEX tasks_ready")
 
     def test_ready_tasks_are_counted_in_an_index(self, plan):
-        steps = plan(statements.COUNT_READY, ("", "t", 5))
+        steps = plan(statements.count_ready, ("", "t", 5))
         [search] = [step for step in steps if "tasks" in step]
         assert search == "SEARCH tasks USING COVERING INDEX tasks_ready (owner=? AND type=?)"
 
     @pytest.mark.parametrize("status", FINISHED)
     def test_the_newest_ended_tasks_are_read_in_the_order_of_an_index(self, plan, status):
-        [step] = plan(statements.NEWEST.format(status, "type, traceback"), (5,))
+        [step] = plan(statements.newest(status, ("type", "traceback")), (5,))
         assert step == f"SCAN tasks USING INDEX tasks_{status}"
 
     @pytest.mark.parametrize(
         ("column", "index"), [("run_at", "tasks_held"), ("expires_at", "tasks_expiring")]
     )
     def test_each_time_that_comes_has_an_index(self, plan, column, index):
-        [step] = plan(statements.DUE[column], (0, 5))
+        [step] = plan(statements.due[column], (0, 5))
         assert step.startswith("SEARCH tasks USING")
         assert f"INDEX {index}" in step
 
@@ -448,15 +448,15 @@ class TestStatements:
     )
     def test_each_lookup_column_has_an_index(self, plan, column, index, count):
         for limited in (False, True):
-            sql = statements.find(column, count, STUB, limited)
-            search, *rest = plan(sql, ["x"] * count + [9] * limited)
+            sql, values = statements.find(column, ["x"] * count, STUB, limited)
+            search, *rest = plan(sql, [*values, *[9] * limited])
             assert search == f"SEARCH tasks USING INDEX {index}"
             assert not rest or (column, count) == ("line", 2)
 
     @pytest.mark.parametrize("count", [1, 2])
     def test_children_are_found_through_an_index(self, plan, count):
-        sql = statements.find("parent", count, ("parent", "id"), False)
-        assert plan(sql, ["x"] * count) == ["SEARCH parents USING PRIMARY KEY (parent=?)"]
+        query = statements.find("parent", ["x"] * count, ("parent", "id"), False)
+        assert plan(*query) == ["SEARCH parents USING PRIMARY KEY (parent=?)"]
 
     @pytest.mark.parametrize(
         ("column", "index"),
@@ -471,7 +471,11 @@ class TestStatements:
     )
     def test_the_values_of_a_column_are_read_from_its_index(self, plan, column, index):
         """It takes one step for each value, however many rows have it."""
-        whole = plan(statements.DISTINCT[column], ("", 1))
+        whole = (
+            plan(statements.ready_types, ("", 1))
+            if column == "ready_type"
+            else plan(statements.walk(statements.steps[column]), ("", 1))
+        )
         assert "RECURSIVE STEP" in whole
         steps = [step for step in whole if " tasks " in step]
         assert steps
@@ -479,11 +483,11 @@ class TestStatements:
         assert all(f" INDEX {index} " in f"{step} " for step in steps), steps
 
     def test_priorities_are_read_from_an_index_one_step_each(self, plan):
-        steps = plan(statements.PRIORITIES, ("", "t", "", "t"))
+        steps = plan(statements.walk(statements.lower_priority), ("", "t", 9, "", "t", 9))
         assert all("INDEX tasks_ready (" in step for step in steps if " tasks " in step)
 
     def test_ended_tasks_are_found_in_the_index_of_their_status(self, plan):
-        [step] = plan(statements.ENDED.format("failed"), (1, 1, 1, 1))
+        [step] = plan(statements.ended("failed"), (1, 1, 1, 1, 1))
         assert "INDEX tasks_failed (" in step
 
     @pytest.mark.parametrize("status", [None, *TaskStatus])
@@ -494,10 +498,10 @@ class TestStatements:
         index = "SEARCH tasks USING INDEX sqlite_autoindex_tasks_1 (id>? AND id<?)"
         for query in (
             statements.list_tasks(wanted),
-            statements.list_tasks(wanted, statements.SAME, (1, 1)),
-            statements.list_tasks(wanted, statements.EARLIER, (1,)),
+            statements.list_tasks(wanted, SAME, (1, 1)),
+            statements.list_tasks(wanted, EARLIER, (1,)),
             statements.count_tasks(wanted),
-            statements.count_tasks_to(wanted, 5),
+            statements.count_tasks(wanted, 5),
         ):
             steps = {s.replace("COVERING ", "") for s in plan(*query) if " tasks" in s}
             assert index in steps
@@ -513,7 +517,7 @@ class TestStatements:
                 TaskFilter(status=status, **condition),
                 TaskFilter(status=status, start_date=MOMENT, **condition),
             ):
-                for query in (statements.list_tasks(wanted), statements.count_tasks_to(wanted, 5)):
+                for query in (statements.list_tasks(wanted), statements.count_tasks(wanted, 5)):
                     steps = [step for step in plan(*query) if " tasks" in step]
                     assert all(f"USING INDEX tasks_{status}" in step for step in steps), steps
                     assert "USE TEMP B-TREE FOR ORDER BY" not in plan(*query)
@@ -532,13 +536,13 @@ class TestStatements:
                 assert [t.id for t in repository.list(wanted)] == found, damaged
 
     def test_notes_are_found_by_their_prefix_through_the_key(self, plan):
-        [step] = plan(statements.NOTES, ("limit/", "limit0"))
+        [step] = plan(statements.notes, ("limit/", "limit0"))
         assert step == "SEARCH notes USING PRIMARY KEY (name>? AND name<?)"
-        [step] = plan(statements.NOTES_AFTER, ("schedule/s", "schedule0", 10))
+        [step] = plan(statements.notes_after, ("schedule/s", "schedule0", 10))
         assert step == "SEARCH notes USING PRIMARY KEY (name>? AND name<?)"
 
     def test_named_notes_are_found_through_the_key(self, plan):
-        [step] = plan(statements.NOTES_NAMED.format("?, ?"), ("schedule/a", "schedule/b"))
+        [step] = plan(statements.notes_named(2), ("schedule/a", "schedule/b"))
         assert step == "SEARCH notes USING PRIMARY KEY (name=?)"
 
     def test_a_write_finds_its_task_through_the_index_of_ids(self, plan):
@@ -554,16 +558,16 @@ class TestStatements:
             assert step.startswith("SEARCH tasks USING INDEX sqlite_autoindex_tasks_1 (id=?)")
 
     @pytest.mark.parametrize("status", list(TaskStatus))
-    @pytest.mark.parametrize("build", [statements.list_tasks, statements.count_tasks])
+    @pytest.mark.parametrize("build", ["list_tasks", "count_tasks"])
     def test_listing_one_status_reads_only_tasks_of_that_status(self, plan, status, build):
-        steps = plan(*build(TaskFilter(status=status)))
+        steps = plan(*getattr(statements, build)(TaskFilter(status=status)))
         uses = [step for step in steps if " tasks " in f"{step} "]
         assert uses
         allowed = {
             TaskStatus.PENDING: ("INDEX tasks_ready", "INDEX tasks_held"),
             TaskStatus.RUNNING: ("INDEX tasks_running",),
         }.get(status, (f"INDEX tasks_{status}",))
-        if (status, build) == (TaskStatus.PENDING, statements.list_tasks):
+        if (status, build) == (TaskStatus.PENDING, "list_tasks"):
             # This step reads the rows of the page by their numbers, which were found and sorted before.
             uses.remove("SEARCH tasks USING INTEGER PRIMARY KEY (rowid=?)")
         for step in uses:
@@ -579,8 +583,8 @@ class TestStatements:
     def test_every_later_page_of_a_list_begins_at_its_place(self, plan, status):
         index = f"INDEX tasks_{status if status and status.finished else 'created'}"
         for after, place, found in [
-            (statements.SAME, (5, 7), "(created_at=? AND rowid<?)"),
-            (statements.EARLIER, (5,), "(created_at<?)"),
+            (SAME, (5, 7), "(created_at=? AND rowid<?)"),
+            (EARLIER, (5,), "(created_at<?)"),
         ]:
             steps = plan(*statements.list_tasks(TaskFilter(status=status), after, place))
             assert steps == [f"SEARCH tasks USING {index} {found}"]
@@ -590,8 +594,8 @@ class TestStatements:
         filter = TaskFilter(tag="a", **fields)
         for after, place, found in [
             ("", (), ""),
-            (statements.SAME, (5, 7), " AND at=? AND task<?"),
-            (statements.EARLIER, (5,), " AND at<?"),
+            (SAME, (5, 7), " AND at=? AND task<?"),
+            (EARLIER, (5,), " AND at<?"),
         ]:
             steps = plan(*statements.list_tasks(filter, after, place, by="a"))
             assert steps[0] == f"SEARCH tagged USING PRIMARY KEY (tag=?{found})"
@@ -602,15 +606,19 @@ class TestStatements:
         now = datetime.now(timezone.utc)
         filter = TaskFilter(tag=["a", "b"], start_date=now, end_date=now)
         for sql, values in (
-            statements.count_tasks(filter, "a"),
-            statements.count_tasks_to(filter, 5, "a"),
+            statements.count_tasks(filter, by="a"),
+            statements.count_tasks(filter, 5, "a"),
         ):
             steps = plan(sql, values)
             assert "SEARCH tagged USING PRIMARY KEY (tag=? AND at>? AND at<?)" in steps
             assert not [step for step in steps if "SEARCH tasks" in step or "SCAN tasks" in step]
 
     def test_each_flow_is_one_step_in_the_table_of_tags(self, plan):
-        steps = [step for step in plan(statements.FLOWS, ("x", 5)) if "tagged" in step]
+        steps = [
+            step
+            for step in plan(statements.walk(statements.last_flow), ("x", 5))
+            if "tagged" in step
+        ]
         assert set(steps) == {"SEARCH tagged USING PRIMARY KEY (tag>? AND tag<?)"}
 
     def test_the_label_or_the_status_with_the_fewest_tasks_is_read(self, repository):

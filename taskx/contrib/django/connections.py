@@ -6,14 +6,13 @@ for that transaction nor be part of it.
 
 from __future__ import annotations
 
-import itertools
-import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from copy import deepcopy
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from django.core.exceptions import ImproperlyConfigured
@@ -28,6 +27,7 @@ from django.db.utils import (
     load_backend,
 )
 
+from taskx.contrib.django.link import Link, code, is_failure, is_locked, numbers
 from taskx.core.errors import (
     ConfigurationError,
     PayloadError,
@@ -37,173 +37,20 @@ from taskx.core.errors import (
     TaskxError,
 )
 from taskx.storage.base import Locked, Reentered
+from taskx.storage.sql import Dialect, MySQL, Postgres, SQLite, Statements
 from taskx.storage.sqlite.file import DatabaseFile
-from taskx.storage.sqlite.repository import text_or_bytes
 
 #: The prefix of TaskX's tables, and of the folder of its lock files next to an SQLite file.
 PREFIX = "taskx_"
 
 T = TypeVar("T")
-Rows = list[tuple[Any, ...]]
 
-_FAILURES = (Error, OverflowError, ValueError)
-
-_numbers = itertools.count(1)
 _KEPT = 4  # idle connections for reads that stay open
 _UNCHECKED = 1.0  # seconds of idleness after which a connection is checked before its next use
-# Codes of PostgreSQL and MySQL for a transaction that another one made impossible: it may be sent again.
-_AGAIN = frozenset({"40001", "40P01", "1213"})
-_LOCKED = frozenset({"55P03", "1205"})
 #: Milliseconds for which a write of PostgreSQL waits for a lock: other writes wait for its connection.
 #: MariaDB and MySQL count whole seconds: a write of MariaDB does not wait, one of MySQL waits for a second.
 LOCK_TIMEOUT = 100
-_SMALL = 100_000  # characters of texts that need no look at the longest statement of MySQL's server
 _NO_TABLE = frozenset({"42P01", "1146"})
-
-
-def code(error: BaseException | None) -> str:
-    """Return the code that the database gave for an error; empty if it gave none."""
-    cause = getattr(error, "__cause__", None)
-    if cause is not None and cause.args and isinstance(cause.args[0], int):
-        return str(cause.args[0])  # MySQL's drivers
-    return str(getattr(cause, "sqlstate", None) or getattr(cause, "pgcode", None) or "")
-
-
-def may_be_repeated(error: BaseException) -> bool:
-    """Return True for a conflict of two transactions: nothing was stored, and the next try may succeed."""
-    return isinstance(error, OperationalError) and code(error) in _AGAIN
-
-
-def is_locked(error: BaseException) -> bool:
-    """Return True if a server has refused a statement because another transaction keeps a lock."""
-    return isinstance(error, OperationalError) and code(error) in _LOCKED
-
-
-def is_failure(error: BaseException) -> bool:
-    """Return True for errors of Django and its drivers, and for values that a database cannot store."""
-    return isinstance(error, _FAILURES) and not isinstance(error, TaskxError)
-
-
-class Link:
-    """A Django connection that executes TaskX's statements, which have ``%s`` for their values.
-
-    Attributes:
-        django: Django's connection.
-        vendor: the kind of database, as Django names it.
-        number: a number that no other connection of this process has.
-        pooled: True if a pooler may give each transaction another connection of its own: no setting of
-            the session is changed then. ``DISABLE_SERVER_SIDE_CURSORS`` says so.
-        keeps_log: True if it is an SQLite file with a write-ahead log.
-        durable: True if a commit survives a power cut by this session's setting; None if it is unknown.
-        lock_timeout: the most milliseconds that a statement waits for a lock on a server.
-    """
-
-    lock_timeout: float = math.inf
-
-    def __init__(self, django: Any) -> None:
-        self.django = django
-        self.vendor: str = django.vendor
-        self.pooled = bool(django.settings_dict.get("DISABLE_SERVER_SIDE_CURSORS"))
-        self.keeps_log = False
-        self.durable: bool | None = None
-        self.used = 0.0
-        self.number = next(_numbers)
-
-    @property
-    def returning(self) -> bool:
-        """True if ``RETURNING`` gives the rows that a statement changed."""
-        return bool(self.django.features.can_return_rows_from_bulk_insert)
-
-    def cursor(self) -> Any:
-        """Return a cursor. Its statements are in no log of queries, also with ``DEBUG``."""
-        django = self.django
-        django.ensure_connection()
-        with django.wrap_database_errors:
-            return django.make_cursor(django.create_cursor())
-
-    def rows(self, sql: str, values: Sequence[Any] = ()) -> Rows:
-        """Execute a statement and return its rows."""
-        with self.cursor() as cursor:
-            try:
-                cursor.execute(sql, self._storable(values))
-                return cursor.fetchall()  # type: ignore[no-any-return]
-            except OperationalError as error:
-                if self.vendor != "sqlite" or "decode" not in str(error):
-                    raise
-        return self._rows_with_bytes(sql, values)
-
-    def _rows_with_bytes(self, sql: str, values: Sequence[Any]) -> Rows:
-        """Return rows with invalid UTF-8 as bytes: one damaged record must not hide the others."""
-        driver = self.django.connection
-        before, driver.text_factory = driver.text_factory, text_or_bytes
-        try:
-            with self.cursor() as cursor:
-                cursor.execute(sql, values)
-                return cursor.fetchall()  # type: ignore[no-any-return]
-        finally:
-            driver.text_factory = before
-
-    def count(self, sql: str, values: Sequence[Any] = ()) -> int:
-        """Execute a statement and return the number of rows that it changed."""
-        with self.cursor() as cursor:
-            cursor.execute(sql, self._storable(values))
-            return int(cursor.rowcount)
-
-    def _storable(self, values: Sequence[Any]) -> Sequence[Any]:
-        if self.vendor == "mysql":
-            self._refuse_if_too_large(values)
-        if self.vendor != "postgresql":
-            return values
-        return [_without_nul(value) for value in values]
-
-    def _refuse_if_too_large(self, values: Sequence[Any]) -> None:
-        """Refuse a statement that is too long for MySQL's server, which would only close the connection."""
-        texts = [value for value in values if isinstance(value, str)]
-        if sum(map(len, texts)) < _SMALL:
-            return
-        ((most,),) = self.rows("SELECT @@max_allowed_packet")
-        if (size := sum(map(_sent_bytes, texts))) > most - _SMALL:
-            raise DataError(f"{size:,} bytes, but max_allowed_packet of the server is {most:,}")
-
-    @contextmanager
-    def savepoint(self, name: str = "taskx") -> Iterator[None]:
-        """Undo what is done inside, and nothing else, if it raises."""
-        self.execute(f"SAVEPOINT {name}")
-        try:
-            yield
-        except BaseException:
-            with suppress(Error):  # the transaction is gone
-                self.execute(f"ROLLBACK TO SAVEPOINT {name}")
-                self.execute(f"RELEASE SAVEPOINT {name}")
-            raise
-        self.execute(f"RELEASE SAVEPOINT {name}")
-
-    def execute(self, sql: str) -> None:
-        """Execute a statement that returns nothing."""
-        with self.cursor() as cursor:
-            cursor.execute(sql)
-
-    @property
-    def usable(self) -> bool:
-        """True if the connection still works."""
-        return self.django.connection is not None and bool(self.django.is_usable())
-
-    def close(self) -> None:
-        """Close the connection, whatever state it is in."""
-        with suppress(Exception):  # it may be broken, or closed
-            self.django.close()
-
-
-def _without_nul(value: Any) -> Any:
-    """Return a value that PostgreSQL can store: its texts have no NUL characters."""
-    if isinstance(value, str):
-        return value.replace("\0", "\N{REPLACEMENT CHARACTER}") if "\0" in value else value
-    return [_without_nul(item) for item in value] if isinstance(value, list) else value
-
-
-def _sent_bytes(text: str) -> int:
-    """Return the bytes of a text in a statement of MySQL."""
-    return len(text.encode(errors="replace")) + sum(map(text.count, "\0\n\r\x1a\"'\\"))
 
 
 def _limits_of_postgres(timeout: float) -> dict[str, int]:
@@ -229,7 +76,15 @@ def _limits_of_mysql(timeout: float) -> dict[str, int]:
     return {"connect_timeout": seconds, "read_timeout": seconds + 1, "write_timeout": seconds}
 
 
+_DIALECTS = {"sqlite": SQLite, "postgresql": Postgres, "mysql": MySQL}
 _LIMITS = {"postgresql": _limits_of_postgres, "mysql": _limits_of_mysql}
+
+
+@lru_cache
+def statements_of(vendor: str) -> Statements:
+    """Return the statements for a kind of database, as Django names it."""
+    made = _DIALECTS.get(vendor, Dialect)
+    return Statements(made(*(f"{PREFIX}{name}" for name in ("task", "parent", "tag", "note"))))
 
 
 def file_of(settings: dict[str, Any]) -> DatabaseFile | None:
@@ -460,7 +315,7 @@ class Connections:
 
     def close(self) -> None:
         """Close all connections, those in use after their use. A later operation opens others."""
-        self._closed = next(_numbers)
+        self._closed = next(numbers)
         with self.lock:
             self.drop_writer()
             self.close_idle()

@@ -10,7 +10,8 @@ from taskx.core.errors import RepositoryError
 from taskx.core.verdict import Check, fail, ok, warn
 
 if TYPE_CHECKING:
-    from taskx.contrib.django.connections import Connections, Link
+    from taskx.contrib.django.connections import Connections
+    from taskx.contrib.django.link import Link
     from taskx.storage.base import Repository
 
 # Seconds that the database has to answer.

@@ -10,19 +10,20 @@ from django.db import DEFAULT_DB_ALIAS, connection, connections, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.utils import (
     Error,
-    IntegrityError,
     InterfaceError,
     InternalError,
     OperationalError,
 )
 
 from taskx.contrib.django.blocks import after_commit, has_begun, is_open
-from taskx.contrib.django.connections import Connections, Link, Rows, code, is_failure
-from taskx.contrib.django.records import Records
+from taskx.contrib.django.connections import Connections
+from taskx.contrib.django.link import Link, Rows, code, is_failure
 from taskx.core.errors import ConfigurationError
+from taskx.core.model import CONDITIONS
 from taskx.core.writes import NoteChange, Write
 from taskx.liveness.base import Liveness
-from taskx.storage.base import Repository
+from taskx.storage.sql import Link as AnyLink
+from taskx.storage.sql import SQLRepository
 from taskx.storage.transactions import Then
 
 T = TypeVar("T")
@@ -31,7 +32,7 @@ T = TypeVar("T")
 _ABORTED = "25P02"
 
 
-class Joined(Records):
+class Joined(SQLRepository):
     """The repository as a transaction on a thread's own connection sees it.
 
     Attributes:
@@ -39,13 +40,14 @@ class Joined(Records):
         noted: True if notes were changed.
     """
 
+    conditions = CONDITIONS - {"params"}
     noted = False
     entered = False
 
-    def __init__(self, outer: Records, links: Connections, link: Link) -> None:
-        Repository.__init__(self, outer.clock)
+    def __init__(self, outer: SQLRepository, links: Connections, link: Link) -> None:
+        super().__init__(outer.statements, outer.clock)
         self.codecs = outer.codecs
-        self.vendor = outer.vendor
+        self.vendor = links.vendor
         self.applied: list[Write] = []
         self._outer = outer
         self._connections = links
@@ -67,7 +69,7 @@ class Joined(Records):
 
     def _transact(
         self,
-        work: Callable[[Link], T],
+        work: Callable[[AnyLink], T],
         durable: bool,
         sent: object = None,
         *,
@@ -124,19 +126,21 @@ class Joined(Records):
 
     @contextmanager
     def _translating(self) -> Iterator[None]:
-        """Raise TaskX's errors for those of Django. ``apply`` itself reacts to a unique value."""
+        """Raise TaskX's errors for those of Django."""
         try:
             yield
         except Exception as error:
             if code(error) == _ABORTED:
                 raise _broken() from error
-            if is_failure(error) and not isinstance(error, IntegrityError):
+            if is_failure(error):
                 raise self._connections.translated(error) from error
             raise
 
 
 @contextmanager
-def join(outer: Records, links: Connections, given: object, then: Then | None) -> Iterator[Joined]:
+def join(
+    outer: SQLRepository, links: Connections, given: object, then: Then | None
+) -> Iterator[Joined]:
     """Do what :meth:`Transactions.join` describes."""
     own = own_connection(links.alias, given)
     made = Joined(outer, links, Link(own))

@@ -11,9 +11,8 @@ from datetime import timedelta
 from typing import Any, Literal, TypeVar, get_args
 
 from django.db import connections
-from django.db.utils import IntegrityError
 
-from taskx.contrib.django import joining, writing
+from taskx.contrib.django import joining
 from taskx.contrib.django.blocks import (
     BesideBlocks,
     OnCommit,
@@ -22,28 +21,24 @@ from taskx.contrib.django.blocks import (
     is_elsewhere,
     is_open,
 )
-from taskx.contrib.django.connections import (
-    LOCK_TIMEOUT,
-    Connections,
-    Link,
-    Rows,
-    is_failure,
-    may_be_repeated,
-)
-from taskx.contrib.django.records import Pairs, Records
+from taskx.contrib.django.connections import LOCK_TIMEOUT, Connections, statements_of
+from taskx.contrib.django.link import Link, Rows, is_failure, may_be_repeated
 from taskx.contrib.django.sqlite import Turns
 from taskx.core.checks import check_number
 from taskx.core.clock import SYSTEM_CLOCK, Clock
 from taskx.core.codec import Codec
 from taskx.core.errors import ConfigurationError
+from taskx.core.model import CONDITIONS
 from taskx.core.record import COLUMNS
 from taskx.core.verdict import Check
-from taskx.core.writes import Delete, NoteChange, Write, shows
+from taskx.core.writes import NoteChange, Write, shows
 from taskx.liveness.base import Liveness
 from taskx.liveness.locks import KernelLocks
 from taskx.storage import queries
 from taskx.storage.base import Listener, Locked, Reentered, Repository, tell_of_forks
 from taskx.storage.patience import try_again
+from taskx.storage.sql import Link as AnyLink
+from taskx.storage.sql import Sent, SQLRepository
 from taskx.storage.sqlite import turnstile
 from taskx.storage.sqlite.wakeups import Wakeups
 from taskx.storage.transactions import Then, Transactions
@@ -54,11 +49,11 @@ T = TypeVar("T")
 _TRIES = 5  # of a transaction that others make impossible, such as by a deadlock
 _SHORTEST_LEASE = 0.5
 _FORK_PATIENCE = 5.0
-# Takes the write lock of an SQLite file in a transaction that has begun without it.
-_FIRST_WRITE = f"UPDATE {writing.NOTE} SET version = 0 WHERE 0"
+#: Writes by identity, each as it was given and as it is stored.
+Pairs = dict[int, tuple[Write, Write]]
 
 
-class DjangoRepository(Records):
+class DjangoRepository(SQLRepository):
     """A repository in a database of Django, which any number of processes and hosts may share.
 
     The tables are those of the app ``taskx.contrib.django``, made by ``manage.py migrate``. It has
@@ -89,8 +84,7 @@ class DjangoRepository(Records):
         ConfigurationError: an argument is not valid.
     """
 
-    #: The commits that a power cut may undo.
-    durability: Durability = "accepted"
+    conditions = CONDITIONS - {"params"}
 
     def __init__(
         self,
@@ -104,7 +98,6 @@ class DjangoRepository(Records):
         clock: Clock = SYSTEM_CLOCK,
         codec: Codec | Iterable[Codec] | None = None,
     ) -> None:
-        super().__init__(clock, codec)
         if not isinstance(using, str) or not using:
             raise ConfigurationError(f"using must be an alias in DATABASES, not {using!r}")
         if durability not in get_args(Durability):
@@ -118,6 +111,7 @@ class DjangoRepository(Records):
         self.on_commit = check_on_commit(on_commit)
         self.run_folder = None if run_folder is None else os.fspath(run_folder)
         self._connections = Connections(using, self.timeout)
+        super().__init__(statements_of(self._connections.vendor), clock, codec)
         self.transactions = BlockTransactions(self, self._connections, on_commit)
         self.vendor = self._connections.vendor
         self._file = self._connections.file
@@ -164,15 +158,27 @@ class DjangoRepository(Records):
         finally:
             self._hurries.now = before
 
-    def _is_durable(self, write: Write) -> bool:
-        """Return True if a write must survive a power cut, or the death of the server.
+    def _durable(self, writes: Sequence[Write]) -> bool:
+        """Return True if one of the writes must survive a power cut, or the death of the server.
 
         Runs live on when a server dies. A start that it forgets would be made again, and two runs would
         have the same fence.
         """
-        if self.durability == "full" or write.durable:
+        if self.durability == "full" or super()._durable(writes):
             return True
-        return self._file is None and not isinstance(write, Delete) and "starts" in write.changes
+        return self._file is None and any("starts" in write.changes for write in writes)
+
+    def _apply(self, sent: Sent, durable: bool, whole: bool) -> Sequence[bool]:
+        known = self._took_place(sent[0])
+        if not known:
+            return super()._apply(sent, durable, whole)
+        results = [True] * len(sent[0])
+        if new := [number for number in range(len(results)) if number not in known]:
+            given, coded = ([part[number] for number in new] for part in sent)
+            told = super()._apply((given, coded), durable, whole)
+            for number, held in zip(new, told, strict=True):
+                results[number] = held
+        return results
 
     def _took_place(self, writes: Sequence[Write]) -> set[int]:
         """Return the places of the writes in doubt that the records show."""
@@ -195,20 +201,21 @@ class DjangoRepository(Records):
 
     def _transact(
         self,
-        work: Callable[[Link], T],
+        work: Callable[[AnyLink], T],
         durable: bool,
-        sent: Pairs | None = None,
+        sent: Sent | None = None,
         *,
         single: bool = False,
     ) -> T:
-        """Do work in one transaction. Nothing is committed if it raises, unless the error is in doubt.
-
-        ``sent`` are the writes that the work applies. ``single`` is True if the work is one statement.
-        """
+        """Do work in one transaction. Nothing is committed if it raises, unless the error is in doubt."""
+        pairs = {
+            id(given): (given, coded) for given, coded in zip(*(sent or ((), ())), strict=True)
+        }
+        single = single and self.vendor == "postgresql"
         for last in (False,) * (_TRIES - 1) + (True,):
             try:
                 with self._connections.writing() as link:
-                    return self._once(link, work, durable, sent or {}, single and not link.pooled)
+                    return self._once(link, work, durable, pairs, single and not link.pooled)
             except BaseException as error:  # also one of opening the connection
                 if last or not may_be_repeated(error):
                     self._raise(error)
@@ -218,7 +225,7 @@ class DjangoRepository(Records):
     def _once(
         self,
         link: Link,
-        work: Callable[[Link], T],
+        work: Callable[[AnyLink], T],
         durable: bool,
         sent: Pairs,
         single: bool,
@@ -261,8 +268,8 @@ class DjangoRepository(Records):
             self._doubtful.pop(number, None)
 
     def _raise(self, error: BaseException) -> None:
-        """Raise TaskX's error for one of Django. If a unique value is taken, writes are sent one by one."""
-        if is_failure(error) and not isinstance(error, IntegrityError):
+        """Raise TaskX's error for one of Django."""
+        if is_failure(error):
             raise self._connections.translated(error) from error
 
     def _begin(self, link: Link, durable: bool) -> None:
@@ -306,7 +313,7 @@ class DjangoRepository(Records):
     def tell_others(self, writes: Sequence[Write]) -> None:
         """Tell other processes of committed writes, if the database is an SQLite file."""
         if self._wakeups is not None:
-            self._wakeups.send(writes, [True] * len(writes), to_own=len(self.queues) > 1)
+            self._wakeups.send(writes, to_own=len(self.queues) > 1)
 
     def enter_block(self, link: Link, enter: Callable[[], object]) -> None:
         """Enter a block of an executor. In an SQLite file it then holds the write lock.
@@ -317,10 +324,12 @@ class DjangoRepository(Records):
         if self._turns is None:
             enter()
             return
+        # Takes the write lock of the file in a transaction that has begun without it.
+        first = f"UPDATE {self.statements.dialect.notes} SET version = 0 WHERE 0"
         ((before,),) = link.rows("PRAGMA busy_timeout")
         with self._connections.lock:
             try:
-                self._turns.begin(link, self.timeout, enter, lambda: link.execute(_FIRST_WRITE))
+                self._turns.begin(link, self.timeout, enter, lambda: link.execute(first))
             finally:
                 self._turns.leave()
                 link.rows(f"PRAGMA busy_timeout = {before}")
@@ -374,8 +383,9 @@ class DjangoRepository(Records):
 
     def prepare(self) -> None:
         """Raise an error if the tables are missing."""
-        self._rows(f"SELECT {', '.join(COLUMNS)}, seq FROM {writing.TASK} WHERE seq = 0")
-        for table in (writing.PARENT, writing.TAG, writing.NOTE):
+        tables = self.statements.dialect
+        self._rows(f"SELECT {', '.join(COLUMNS)}, seq FROM {tables.tasks} WHERE seq = 0")
+        for table in (tables.parents, tables.tags, tables.notes):
             self._rows(f"SELECT 1 FROM {table} WHERE 1 = 0")
 
     def ensure_there(self) -> None:

@@ -7,12 +7,9 @@ from collections.abc import Callable
 
 from django.db.utils import OperationalError
 
-from taskx.contrib.django.connections import Link
+from taskx.contrib.django.link import Link
 from taskx.storage.sqlite.file import DatabaseFile
-from taskx.storage.sqlite.turnstile import Turnstile
-
-# Seconds between two tries to begin. SQLite's own busy handler sleeps up to 0.1 s.
-_SHORTEST, _LONGEST = 0.0001, 0.001
+from taskx.storage.sqlite.turnstile import Turnstile, until_unlocked
 
 
 class Turns:
@@ -30,7 +27,7 @@ class Turns:
         link.rows("PRAGMA busy_timeout = 0")
         try:
             for step in steps:
-                _until_unlocked(step, deadline)
+                until_unlocked(step, deadline, OperationalError)
         finally:
             link.rows(f"PRAGMA busy_timeout = {timeout * 1000:.0f}")
 
@@ -53,16 +50,3 @@ class Turns:
     def renew_after_fork(self) -> None:
         """Start over in a forked child."""
         self._turnstile.leave = dict
-
-
-def _until_unlocked(step: Callable[[], object], deadline: float) -> None:
-    pause = _SHORTEST
-    while True:
-        try:
-            step()
-            return
-        except OperationalError as error:
-            if "locked" not in str(error) or time.monotonic() >= deadline:
-                raise
-        time.sleep(pause)
-        pause = min(2 * pause, _LONGEST)

@@ -12,7 +12,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from functools import lru_cache, partial
+from functools import partial
 from inspect import CO_ASYNC_GENERATOR, CO_COROUTINE, CO_GENERATOR
 from itertools import count
 from math import inf
@@ -125,23 +125,6 @@ class Connection(sqlite3.Connection):
             self.close()
         except sqlite3.ProgrammingError:  # it could not be opened
             return
-
-
-@lru_cache(maxsize=16)
-def connection_class(prefix: str) -> type[Connection]:
-    """Return the class of connections that put a prefix before the names of tables."""
-    if not prefix:
-        return Connection
-    own = schema.cursor_class(prefix)
-
-    class Prefixed(Connection):
-        def cursor(self, factory: Any = own) -> Any:
-            return super().cursor(factory)
-
-        def execute(self, sql: str, values: Any = ()) -> sqlite3.Cursor:
-            return self.cursor().execute(sql, values)  # type: ignore[no-any-return]
-
-    return Prefixed
 
 
 class Connections:
@@ -408,7 +391,7 @@ class Connections:
             isolation_level=None,
             check_same_thread=False,
             cached_statements=256,
-            factory=connection_class(self.schema.prefix),
+            factory=Connection,
         )
         into.extend(map(connect, (f"file://{quote(os.fsencode(self.file.path))}?mode={mode}",)))
         connection = into[-1]

@@ -212,8 +212,7 @@ def _contents(path: str, tables: Schema) -> Iterator[Check]:
         # A read-only connection would leave an empty log behind where there is none.
         mode = "ro" if _size(f"{path}-wal") or not os.access(path, os.W_OK) else "rw"
         with closing(_connect(path, mode)) as connection:
-            cursor = connection.cursor(schema.cursor_class(tables.prefix))
-            version = tables.check(cursor, path)
+            version = tables.check(connection, path)
             yield _schema(version)
             yield _integrity(connection, path)
     except TaskxError as error:

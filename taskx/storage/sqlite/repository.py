@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import sqlite3
 import threading
@@ -12,10 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from datetime import timedelta
 from functools import partial
-from itertools import compress
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
-
-import attrs
 
 from taskx.core import lifecycle
 from taskx.core.checks import check_number
@@ -29,31 +25,18 @@ from taskx.core.errors import (
     TaskxError,
 )
 from taskx.core.ids import new_id
-from taskx.core.model import CONDITIONS, TASK_FIELDS, Task, TaskFilter
-from taskx.core.record import Ended, Stub, parents_from_text, task_from_row
-from taskx.core.tags import FLOW
-from taskx.core.writes import CREATED, Delete, Insert, Note, NoteChange, Update, Write
-from taskx.liveness.base import PREFIX
+from taskx.core.model import CONDITIONS
+from taskx.core.writes import Write
 from taskx.liveness.locks import KernelLocks
 from taskx.storage import queries
-from taskx.storage.base import (
-    Fields,
-    Listed,
-    Listener,
-    Lookup,
-    Reentered,
-    Repository,
-    Rows,
-    Timed,
-    check_place,
-    new_version,
-    tell_of_forks,
-)
-from taskx.storage.sqlite import schema, statements, turnstile
+from taskx.storage.base import Listener, Lookup, Reentered, Repository, tell_of_forks
+from taskx.storage.sql import Link, Sent, SQLRepository
+from taskx.storage.sqlite import schema, turnstile
 from taskx.storage.sqlite.connections import FAILURES, Connection, Connections
+from taskx.storage.sqlite.dialect import FREE_PAGES, statements
 from taskx.storage.sqlite.file import DatabaseFile
 from taskx.storage.sqlite.joining import FileTransactions, connect_to, driver_connection
-from taskx.storage.sqlite.turnstile import Turnstile
+from taskx.storage.sqlite.turnstile import Turnstile, until_unlocked
 from taskx.storage.sqlite.wakeups import Wakeups
 from taskx.storage.transactions import Then
 
@@ -64,26 +47,16 @@ Durability = Literal["accepted", "full", "process"]
 T = TypeVar("T")
 
 _LEGACY = -1  # sqlite3.LEGACY_TRANSACTION_CONTROL, which Python 3.12 added
-_MOST_TOGETHER = 32  # updates in one statement
 _FORK_PATIENCE = 5.0  # seconds that a fork waits for other threads' transactions to end
 _MOMENT = 0.05  # seconds for which others may hold the lock of a file that counts as free
 _FEW = 32  # rows that may be read on the writing connection, which keeps writers waiting
-_SHORTEST_PAUSE, _LONGEST_PAUSE = (
-    0.0001,
-    0.001,
-)  # between two tries to begin in an application's file
 _SHORT_WAIT = 0.05  # waits of fewer seconds than this are not deducted from the time-out
 _KEPT_PAGES = 2000  # free pages (2 KiB in a new file) that are not worth a vacuum
 _PAGES_AT_ONCE = 200
-_MOST_VARIABLES = 500  # values in one SELECT; SQLite's own limit is 32,766
 _NEAR = frozenset({"id", "unique_lock", "waiting_on"})  # columns with few rows for each value
-_CREATED_AT = TASK_FIELDS.index("created_at")
-_LAST = "\U0010ffff"  # text that begins with a prefix comes before the prefix and this
-# SQLite sorts a damaged time, a text, above all numbers: it is never due.
-_ANY_TIME = 2**63 - 1
 
 
-class SQLiteRepository(Repository):
+class SQLiteRepository(SQLRepository):
     """A repository in one SQLite file, which any number of processes on this host may share.
 
     The file is opened at the first operation, and created if it is missing. It is in WAL mode, so readers
@@ -130,7 +103,6 @@ class SQLiteRepository(Repository):
         codec: Codec | Iterable[Codec] | None = None,
         connect: Callable[[], sqlite3.Connection] | None = None,
     ) -> None:
-        super().__init__(clock, codec)
         self.path = os.fspath(path) if isinstance(path, (str, os.PathLike)) else ""
         if not isinstance(self.path, str) or self.path in ("", ":memory:") or "\0" in self.path:
             raise ConfigurationError(
@@ -152,6 +124,7 @@ class SQLiteRepository(Repository):
         self.connect = connect
         self.prefix = prefix
         self.schema = schema.OWN if prefix == "" else schema.PrefixedSchema(prefix)
+        super().__init__(statements(prefix), clock, codec)
         self.file = self._file = DatabaseFile(self.path, create, prefix)
         self._connections = Connections(self._file, seconds, self.schema)
         self.busy_timeout = seconds
@@ -176,71 +149,22 @@ class SQLiteRepository(Repository):
 
     # --- writing
 
-    def apply(self, writes: Sequence[Write], *, all_or_nothing: bool = False) -> Sequence[bool]:
-        """Apply guarded writes in one transaction. After an error, nothing was applied."""
-        durable = True in [write.durable for write in writes]
-        apply = self._apply_whole if all_or_nothing else self._apply_singly
-        results = apply(self.codecs.coded(writes), durable)
-        self._wakeups.send(writes, results, to_own=len(self.queues) > 1)
-        return results
-
-    def _apply_singly(self, writes: Sequence[Write], durable: bool) -> Sequence[bool]:
-        script = _script(writes)
-
-        def run(cursor: sqlite3.Cursor) -> Sequence[bool]:
-            results: list[bool] = []
-            for sql, values, together, more in script:
-                held = cursor.execute(sql, values).rowcount
-                if 0 < held < together:
-                    raise _Uneven
-                if more and held:
-                    _add_more(cursor, more)
-                results += [held > 0] * together
-            return results
-
-        try:
-            return self._transact(run, durable, writes)
-        except _Uneven:
-            return self._transact(
-                lambda cursor: [_apply_one(cursor, write) for write in writes], durable, writes
-            )
-
-    def _apply_whole(self, writes: Sequence[Write], durable: bool) -> Sequence[bool]:
-        def together(cursor: sqlite3.Cursor) -> Sequence[bool]:
-            rows = (tuple(write.row.values()) for write in writes)  # type: ignore[union-attr]
-            if cursor.executemany(_INSERT_ORDINARY, rows).rowcount < len(writes):
-                raise _Uneven
-            return [True] * len(writes)
-
-        def singly(cursor: sqlite3.Cursor) -> Sequence[bool]:
-            results = [_apply_one(cursor, write) for write in writes]
-            if not all(results):
-                raise _Refused(results)
-            return results
-
-        try:
-            if all(isinstance(write, Insert) and _is_ordinary(write) for write in writes):
-                with suppress(_Uneven):
-                    return self._transact(together, durable)
-            return self._transact(singly, durable)
-        except _Refused as refused:
-            return refused.results
-
     @property
     def entered(self) -> bool:
         return self._write_lock._is_owned()  # type: ignore[attr-defined, no-any-return]
 
     def _transact(
         self,
-        work: Callable[[sqlite3.Cursor], T],
+        work: Callable[[Link], T],
         durable: bool,
-        writes: Sequence[Write] | None = None,
+        sent: Sent | None = None,
+        *,
+        single: bool = False,
     ) -> T:
         """Do work in one transaction. Nothing is committed if it raises.
 
-        ``writes`` are the writes that the work applies; None: the work is of another kind. If another
-        process has migrated the file to a newer schema, only writes that end a run or give a task back
-        are allowed.
+        If another process has migrated the file to a newer schema, only writes that end a run or give a
+        task back are allowed.
         """
         if self._write_lock._is_owned():  # type: ignore[attr-defined]
             raise Reentered
@@ -248,8 +172,8 @@ class SQLiteRepository(Repository):
             connection = self._ready_writer()
             try:
                 cursor = self._begin(connection, durable)
-                result = work(cursor)
-                self._refuse_if_newer(connection, writes)
+                result = work(CursorLink(cursor))
+                self._refuse_if_newer(connection, sent)
                 cursor.execute("COMMIT")
                 self._commits += 1
                 return result
@@ -287,24 +211,12 @@ class SQLiteRepository(Repository):
         return cursor
 
     def _begin_among_others(self, connection: sqlite3.Connection, seconds: float) -> None:
-        """Begin a transaction in a file whose other writers take no turns.
-
-        SQLite's own busy handler sleeps up to 100 ms. Beside a writer that hardly pauses, it would hardly
-        ever find the file free.
-        """
-        deadline, pause = time.monotonic() + seconds, _SHORTEST_PAUSE
+        """Begin a transaction in a file whose other writers take no turns."""
+        begin = partial(connection.execute, "BEGIN IMMEDIATE")
+        deadline = time.monotonic() + seconds
         connection.execute("PRAGMA busy_timeout = 0").fetchall()
         try:
-            while True:
-                try:
-                    connection.execute("BEGIN IMMEDIATE")
-                    return
-                except sqlite3.OperationalError as error:
-                    late = self.callers.blocked or time.monotonic() >= deadline
-                    if late or "locked" not in str(error):
-                        raise
-                time.sleep(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE)
+            until_unlocked(begin, deadline, sqlite3.OperationalError, lambda: self.callers.blocked)
         finally:
             connection.execute(f"PRAGMA busy_timeout = {self.busy_timeout * 1000:.0f}").fetchall()
 
@@ -316,12 +228,10 @@ class SQLiteRepository(Repository):
         if isinstance(error, FAILURES):
             raise self._connections.translated(error) from error
 
-    def _refuse_if_newer(
-        self, connection: sqlite3.Connection, writes: Sequence[Write] | None
-    ) -> None:
+    def _refuse_if_newer(self, connection: sqlite3.Connection, sent: Sent | None) -> None:
         if self._connections.compiling.seen:
             self._check_schema_version(connection)
-        if self._newer is not None and not _let_go(writes):
+        if self._newer is not None and not _let_go(sent):
             raise SchemaMismatch(*self._newer.args)
 
     def _check_schema_version(self, connection: sqlite3.Connection) -> None:
@@ -375,8 +285,8 @@ class SQLiteRepository(Repository):
         return True
 
     def tell_others(self, writes: Sequence[Write]) -> None:
-        """Tell other processes of writes that a caller has committed."""
-        self._wakeups.send(writes, [True] * len(writes), to_own=len(self.queues) > 1)
+        """Tell other processes of committed writes."""
+        self._wakeups.send(writes, to_own=len(self.queues) > 1)
 
     def translated(self, error: Exception) -> TaskxError:
         """Return TaskX's error for an error of SQLite."""
@@ -424,109 +334,9 @@ class SQLiteRepository(Repository):
             with self._write_lock:
                 self._connections.writer()
 
-    def find(
-        self, column: Lookup, values: Sequence[str], fields: Fields, limit: int | None = None
-    ) -> Rows:
-        found: list[tuple[Any, ...]] = []
-        for start in range(0, len(values), _MOST_VARIABLES):
-            some = values[start : start + _MOST_VARIABLES]
-            read = self._rows_near if column in _NEAR and len(some) <= _FEW else self._rows
-            sql = statements.find(column, len(some), fields, limit is not None)
-            found += read(sql, some if limit is None else [*some, limit - len(found)])
-        return found
-
-    def distinct(self, column: Listed, after: str, limit: int) -> Sequence[str]:
-        return [value for (value,) in self._rows(statements.DISTINCT[column], (after, limit))]
-
-    def list(self, filter: TaskFilter) -> Sequence[Task]:
-        return self.list_after(filter)[0]
-
-    def list_after(self, filter: TaskFilter, after: Any = None) -> tuple[Sequence[Task], Any]:
-        self.refuse_unknown_conditions(filter)
-        by = self._rarest(filter)
-        if after is None:
-            rows = self._rows(*statements.list_tasks(filter, by=by))
-        else:
-            after = check_place(after, (int, float, str), int)  # a damaged date is a text
-            rows = self._rows(*statements.list_tasks(filter, statements.SAME, after, by))
-            if (left := filter.limit - len(rows)) > 0:
-                rest = attrs.evolve(filter, limit=left)
-                rows += self._rows(*statements.list_tasks(rest, statements.EARLIER, after[:1], by))
-        tasks = [task_from_row(row, self.codecs) for *row, _ in rows]
-        return tasks, (rows[-1][_CREATED_AT], rows[-1][-1]) if rows else after
-
-    def count(self, filter: TaskFilter) -> int:
-        self.refuse_unknown_conditions(filter)
-        ((count,),) = self._rows(*statements.count_tasks(filter, self._rarest(filter)))
-        return int(count)
-
-    def count_to(self, filter: TaskFilter, most: int) -> int:
-        self.refuse_unknown_conditions(filter)
-        ((count,),) = self._rows(*statements.count_tasks_to(filter, most, self._rarest(filter)))
-        return int(count)
-
-    def count_by_status(self, filter: TaskFilter, most: int) -> dict[str, int]:
-        self.refuse_unknown_conditions(filter)
-        query = statements.count_by_status(filter, most, self._rarest(filter))
-        return dict(self._rows(*query))
-
-    def flows(self, before: str, limit: int) -> Sequence[str]:
-        found = self._rows(statements.FLOWS, (FLOW + (before or _LAST), limit))
-        return [label[len(FLOW) :] for (label,) in found]
-
-    def _rarest(self, filter: TaskFilter) -> str:
-        """Return the label of the filter that the fewest tasks have; empty if another index is better."""
-        labels = filter.labels
-        if not labels or filter.id_prefix or filter.parent is not None:
-            return ""
-        if len(labels) == 1 and filter.status is None:
-            return labels[0]
-        [counts] = self._rows(*statements.fewest(filter))
-        rarest: int = counts.index(min(counts))
-        return (*labels, "")[rarest]
-
-    def ready(
-        self, types: Iterable[str], limit: int, owner: str = "", ageing: int = 0
-    ) -> Sequence[Stub]:
-        if ageing:
-            return self._ready_by_age(types, limit, owner, ageing)
-        kinds = [self._rows(statements.READY, (owner, kind, limit)) for kind in types]
-        rows = [row for rows in kinds for row in rows]
-        if len(kinds) > 1:
-            rows.sort(key=lambda row: (-row[3], row[-1]))
-        return [_stub(row) for row in rows[:limit]]
-
-    def count_ready(self, type: str, owner: str, at_most: int) -> int:
-        ((count,),) = self._rows(statements.COUNT_READY, (owner, type, at_most))
-        return int(count)
-
-    def _ready_by_age(
-        self, types: Iterable[str], limit: int, owner: str, ageing: int
-    ) -> Sequence[Stub]:
-        levels = [
-            (owner, kind, priority, limit)
-            for kind in types
-            for (priority,) in self._rows(statements.PRIORITIES, (owner, kind) * 2)
-        ]
-        rows = [row for level in levels for row in self._rows(statements.READY_AT, level)]
-        rows.sort(key=lambda row: (_stub(row).rank(ageing), row[-1]))
-        return [_stub(row) for row in rows[:limit]]
-
-    def due(
-        self, before: int | None, limit: int, column: Timed = "run_at"
-    ) -> Sequence[tuple[str, int]]:
-        return self._rows(statements.DUE[column], (_ANY_TIME if before is None else before, limit))
-
-    def ended(self, status: str, before: int, limit: int, after: Any = None) -> Sequence[Ended]:
-        rows = self._rows(statements.ENDED.format(status), (*(after or (before, 0)), before, limit))
-        return [
-            Ended(_stub(row), parents_from_text(parents), lock, scope, place)
-            for *row, parents, lock, scope, created_at, seq in rows
-            if (place := (created_at, seq))
-        ]
-
-    def newest(self, status: str, limit: int, fields: Fields) -> Rows:
-        return self._rows(statements.NEWEST.format(status, statements.plain(fields)), (limit,))
+    def _found(self, column: Lookup, sql: str, values: Sequence[Any]) -> list[Any]:
+        near = column in _NEAR and len(values) <= _FEW
+        return self._rows_near(sql, values) if near else self._rows(sql, values)
 
     def shrink(self) -> bool:
         """Cut a few free pages off the file if many are free. Return True if there are more to cut.
@@ -537,13 +347,13 @@ class SQLiteRepository(Repository):
         if self.prefix:
             return False
         self.open()
-        ((free, pages),) = self._rows(statements.FREE_PAGES)
+        ((free, pages),) = self._rows(FREE_PAGES)
         spare = free - max(_KEPT_PAGES, pages // 4)
         if spare <= 0:
             return False
         few = min(spare, _PAGES_AT_ONCE)
         sql = f"PRAGMA incremental_vacuum({few})"
-        self._transact(lambda cursor: cursor.execute(sql).fetchall(), durable=False)
+        self._transact(lambda link: link.rows(sql), durable=False)
         return bool(spare > few)
 
     def version(self) -> object:
@@ -580,32 +390,7 @@ class SQLiteRepository(Repository):
     def listen(self, news: str) -> Listener | None:
         return self._wakeups.listen(news)
 
-    # --- notes
-
-    def notes(self, prefix: str) -> dict[str, Note]:
-        return _notes(self._rows(statements.NOTES, (prefix, prefix + _LAST)))
-
-    def notes_named(self, names: Sequence[str]) -> dict[str, Note]:
-        found: dict[str, Note] = {}
-        for start in range(0, len(names), _MOST_VARIABLES):
-            some = names[start : start + _MOST_VARIABLES]
-            sql = statements.NOTES_NAMED.format(", ".join("?" * len(some)))
-            found.update(_notes(self._rows(sql, some)))
-        return found
-
-    def notes_after(self, prefix: str, after: str, limit: int) -> dict[str, Note]:
-        return _notes(self._rows(statements.NOTES_AFTER, (after, prefix + _LAST, limit)))
-
-    def put_notes(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
-        # Notes about nodes need no sync: after a power cut all nodes are dead. A node whose schema is
-        # outdated may still change its own note, to say that it stops and leaves.
-        nodes = all(change.name.startswith(PREFIX) for change in changes)
-        on_record = nodes and all(change.version for change in changes)
-        return self._transact(
-            lambda cursor: [_put_note(cursor, *change) for change in changes],
-            durable=not nodes,
-            writes=() if on_record else None,
-        )
+    # --- nodes, files
 
     def _make_liveness(self) -> KernelLocks:
         place = lambda: (self._file.folder, self._file.inode)  # noqa: E731
@@ -740,14 +525,12 @@ class Joined(SQLiteRepository):
     """
 
     def __init__(self, outer: SQLiteRepository, connection: sqlite3.Connection) -> None:
-        Repository.__init__(self, outer.clock)
+        SQLRepository.__init__(self, outer.statements, outer.clock)
         self.codecs = outer.codecs
         self.path, self.durability, self.prefix = outer.path, outer.durability, outer.prefix
         self.applied: list[Write] = []
         self._outer = outer
         self._connection = connection
-        self._cursor_class = schema.cursor_class(outer.prefix)
-        self._wakeups = _Noting(self.applied)  # type: ignore[assignment]
 
     def let_go(self) -> None:
         """Drop the connection, so that this object keeps it no longer than its owner does."""
@@ -842,19 +625,25 @@ class Joined(SQLiteRepository):
                 ) from error
             raise self._outer.translated(error) from error
 
+    def tell_others(self, writes: Sequence[Write]) -> None:
+        """Note writes: nobody is told of them before the commit."""
+        self.applied += writes
+
     # --- statements
 
     def _cursor(self) -> sqlite3.Cursor:
         # A subclass of the connection may have changed ``cursor``, and its rows may be of any kind.
-        cursor: sqlite3.Cursor = sqlite3.Connection.cursor(self._connection, self._cursor_class)
+        cursor: sqlite3.Cursor = sqlite3.Connection.cursor(self._connection, sqlite3.Cursor)
         cursor.row_factory = None
         return cursor
 
     def _transact(
         self,
-        work: Callable[[sqlite3.Cursor], T],
+        work: Callable[[Link], T],
         durable: bool,
-        writes: Sequence[Write] | None = None,
+        sent: Sent | None = None,
+        *,
+        single: bool = False,
     ) -> T:
         # Not in a context manager: an interrupt must not come between its exit and the code here.
         with self.translating():
@@ -862,7 +651,7 @@ class Joined(SQLiteRepository):
             savepoint = f"taskx_{next(_savepoints)}"
             try:
                 cursor.execute(f"SAVEPOINT {savepoint}")
-                result = work(cursor)
+                result = work(CursorLink(cursor))
                 cursor.execute(f"RELEASE {savepoint}")
                 return result
             except BaseException:
@@ -892,121 +681,26 @@ class Joined(SQLiteRepository):
         return False
 
 
-class _Noting:
-    """Notes the writes whose guards held. Nobody is told of them before the commit."""
+class CursorLink(Link):
+    """A cursor of SQLite's driver inside a transaction."""
 
-    def __init__(self, applied: list[Write]) -> None:
-        self._applied = applied
+    __slots__ = ("_cursor",)
 
-    def send(self, writes: Sequence[Write], results: Sequence[bool], *, to_own: bool) -> None:
-        del to_own
-        self._applied.extend(compress(writes, results))
+    def __init__(self, cursor: sqlite3.Cursor) -> None:
+        self._cursor = cursor
 
+    def rows(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
+        return self._cursor.execute(sql, values).fetchall()
 
-def _let_go(writes: Sequence[Write] | None) -> bool:
-    return writes is not None and all(map(lifecycle.lets_go, writes))
+    def execute(self, sql: str, values: Sequence[Any] = ()) -> int:
+        return self._cursor.execute(sql, values).rowcount
 
-
-class _Refused(Exception):
-    def __init__(self, results: Sequence[bool]) -> None:
-        super().__init__(results)
-        self.results = results
+    def execute_each(self, sql: str, rows: Sequence[Sequence[Any]]) -> int:
+        return self._cursor.executemany(sql, rows).rowcount
 
 
-#: SQL and the values of its rows, for the rows that a new task has in other tables.
-_More = tuple[str, Sequence[tuple[str, str]]]
-#: SQL, its values, the number of writes that it makes, and what follows if a new task is stored.
-_Statement = tuple[str, Sequence[Any], int, Sequence[_More]]
-
-
-class _Uneven(Exception):
-    """Only some of the writes in one statement held, and the statement does not tell which."""
-
-
-def _script(writes: Sequence[Write]) -> list[_Statement]:
-    """Return the statements of writes, in order. Neighbours that differ only in the id share one."""
-    if len(writes) == 1:
-        return [_statement(writes[0])]
-    script: list[_Statement] = []
-    position = 0
-    while position < len(writes):
-        write, group = writes[position], _alike(writes, position)
-        if len(group) > 1:
-            sql, values = statements.update(group, write.guard, write.changes)  # type: ignore[union-attr]
-            script.append((sql, values, len(group), ()))
-        else:
-            script.append(_statement(write))
-        position += len(group)
-    return script
-
-
-def _alike(writes: Sequence[Write], position: int) -> list[str]:
-    """Return the ids of the updates from ``position`` on that have the same guard and the same change."""
-    first = writes[position]
-    group = [first.id]
-    if isinstance(first, Update):
-        rest = first[1:]
-        for write in writes[position + 1 : position + _MOST_TOGETHER]:
-            # First the part that differs between two outcomes: it costs less than a slice.
-            if write.changes != first.changes or write[1:] != rest:
-                break
-            group.append(write.id)
-    return group
-
-
-def _statement(write: Write) -> _Statement:
-    if isinstance(write, Update):
-        return *statements.update((write.id,), write.guard, write.changes), 1, ()
-    if isinstance(write, Delete):
-        return *statements.delete(write.id, write.guard), 1, ()
-    if _is_ordinary(write):
-        return _INSERT_ORDINARY, tuple(write.row.values()), 1, ()
-    more = _more(write) if "depends_on" in write.row or "tags" in write.row else ()
-    return statements.insert_if_new(tuple(write.row)), tuple(write.row.values()), 1, more
-
-
-def _more(insert: Insert) -> list[_More]:
-    """Return the statements for the rows that a new task has in other tables."""
-    row = insert.row
-    lists = (statements.NEW_PARENT, row.get("depends_on")), (statements.NEW_TAG, row.get("tags"))
-    return [(sql, [(item, insert.id) for item in json.loads(text)]) for sql, text in lists if text]
-
-
-def _add_more(cursor: sqlite3.Cursor, more: Iterable[_More]) -> None:
-    for sql, rows in more:
-        cursor.executemany(sql, rows)
-
-
-def _apply_one(cursor: sqlite3.Cursor, write: Write) -> bool:
-    sql, values, _, more = _statement(write)
-    held = cursor.execute(sql, values).rowcount == 1
-    if more and held:
-        _add_more(cursor, more)
-    return held
-
-
-def _notes(rows: Iterable[tuple[str, str, int]]) -> dict[str, Note]:
-    return {name: Note(text, version) for name, text, version in rows}
-
-
-def _put_note(cursor: sqlite3.Cursor, name: str, text: str | None, version: int) -> bool:
-    if text is None and not version:
-        return cursor.execute("SELECT 1 FROM notes WHERE name = ?", (name,)).fetchone() is None
-    if text is None:
-        cursor.execute(statements.GONE_NOTE, (name, version))
-    elif version:
-        cursor.execute(statements.CHANGED_NOTE, (text, name, version))
-    else:
-        cursor.execute(statements.NEW_NOTE, (name, text, new_version()))
-    return cursor.rowcount == 1
-
-
-_INSERT_ORDINARY = statements.insert_if_new(CREATED)
-
-
-def _is_ordinary(insert: Insert) -> bool:
-    """Return True if it has only the columns that every creation sets, which come in a fixed order."""
-    return len(insert.row) == len(CREATED)
+def _let_go(sent: Sent | None) -> bool:
+    return sent is not None and all(map(lifecycle.lets_go, sent[0]))
 
 
 def _fetch(connection: sqlite3.Connection, sql: str, values: Sequence[Any]) -> list[Any]:
@@ -1035,8 +729,3 @@ def text_or_bytes(stored: bytes) -> str | bytes:
         return stored.decode()
     except UnicodeDecodeError:
         return stored
-
-
-def _stub(row: Sequence[Any]) -> Stub:
-    task_id, status, starts, priority, created_at, cancel_requested, kind, run_at = row[:8]
-    return Stub(task_id, status, starts, priority, created_at, bool(cancel_requested), kind, run_at)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import sqlite3
-from functools import lru_cache, partial
-from typing import Any
 
 from taskx.core.errors import ConfigurationError, SchemaMismatch
 
@@ -192,14 +190,13 @@ _HEADER = (
     "(SELECT user_version FROM pragma_user_version), (SELECT count(*) FROM sqlite_master)"
 )
 _PREFIX = re.compile(r"(?!sqlite_)[a-z_][a-z0-9_]{0,39}", re.IGNORECASE)
-# The names of the tables, and of everything that is named after one. No statement has a prefix already: it
-# could look like such a name.
+# The names of the tables, and of everything that is named after one.
 _NAMES = re.compile(
-    r"\b(sqlite_autoindex_)?((?:tasks|parents|notes|tagged|nodes|migrated)(?:_\w+)?|schema)\b"
+    r"\b(sqlite_autoindex_)?((?:tasks|parents|notes|tagged|nodes|migrated)(?:_\w+)?)\b"
 )
 
 
-#: What executes statements: a connection, or a cursor that changes the names of the tables.
+#: What executes statements.
 Executes = sqlite3.Connection | sqlite3.Cursor
 
 
@@ -208,6 +205,10 @@ class Schema:
 
     #: What the names of all tables, indexes and triggers begin with; empty in a file of our own.
     prefix = ""
+
+    def named(self, sql: str) -> str:
+        """Return a statement with the prefix before the names of all tables, indexes and triggers."""
+        return _NAMES.sub(rf"\1{self.prefix}\2", sql)
 
     def check(self, connection: Executes, path: str) -> int:
         """Return the schema version of a file, 0 if it has none yet.
@@ -254,9 +255,9 @@ class Schema:
         try:
             for statements in MIGRATIONS[self.check(connection, path) :]:
                 for statement in statements:
-                    connection.execute(statement.replace(CHECK, QUICK_CHECK))
-            connection.execute("CREATE TABLE migrated (version)")
-            connection.execute("DROP TABLE migrated")
+                    connection.execute(self.named(statement.replace(CHECK, QUICK_CHECK)))
+            connection.execute(f"CREATE TABLE {self.prefix}migrated (version)")
+            connection.execute(f"DROP TABLE {self.prefix}migrated")
             self._set_version(connection)
             connection.execute("COMMIT")
             return True
@@ -293,8 +294,8 @@ class PrefixedSchema(Schema):
 
     def check(self, connection: Executes, path: str) -> int:
         version, others = connection.execute(
-            "SELECT (SELECT +name FROM sqlite_master WHERE name = 'schema' COLLATE NOCASE), "
-            "(SELECT +name FROM sqlite_master WHERE name = 'tasks' COLLATE NOCASE)"
+            f"SELECT (SELECT +name FROM sqlite_master WHERE name = '{self.prefix}schema' COLLATE NOCASE), "
+            f"(SELECT +name FROM sqlite_master WHERE name = '{self.prefix}tasks' COLLATE NOCASE)"
         ).fetchone()
         if version is not None:
             self._refuse_other_case(version.removesuffix("schema"), path)
@@ -315,13 +316,14 @@ class PrefixedSchema(Schema):
             )
 
     def version(self, connection: Executes) -> int:
-        found = connection.execute("SELECT +version FROM schema").fetchall()
+        found = connection.execute(f"SELECT +version FROM {self.prefix}schema").fetchall()
         return int(found[0][0]) if found else 0
 
     def _set_version(self, connection: sqlite3.Connection) -> None:
-        connection.execute("CREATE TABLE IF NOT EXISTS schema (version INTEGER NOT NULL)")
-        connection.execute("DELETE FROM schema")
-        connection.execute(f"INSERT INTO schema VALUES ({VERSION})")
+        table = f"{self.prefix}schema"
+        connection.execute(f"CREATE TABLE IF NOT EXISTS {table} (version INTEGER NOT NULL)")
+        connection.execute(f"DELETE FROM {table}")
+        connection.execute(f"INSERT INTO {table} VALUES ({VERSION})")
 
 
 def _known(version: int, path: str) -> int:
@@ -339,33 +341,3 @@ def older(version: int, path: str) -> SchemaMismatch:
         f"{path} has schema version {version}, and this TaskX needs {VERSION}; the file was not changed. "
         "Start a queue or a worker of this version, which migrates it"
     )
-
-
-# --- names with a prefix
-
-
-def _named(prefix: str, sql: str) -> str:
-    return _NAMES.sub(rf"\1{prefix}\2", sql)
-
-
-@lru_cache(maxsize=16)
-def cursor_class(prefix: str) -> type[sqlite3.Cursor]:
-    """Return the class of cursors that put a prefix before the names of all tables in a statement.
-
-    So all other modules write the names without it, and without a prefix nothing costs anything. Values
-    are never changed, as they are not in the text of a statement.
-    """
-    if not prefix:
-        return sqlite3.Cursor
-    named = lru_cache(maxsize=512)(partial(_named, prefix))
-
-    class Cursor(sqlite3.Cursor):
-        def execute(self, sql: str, values: Any = ()) -> Cursor:
-            super().execute(named(sql), values)
-            return self
-
-        def executemany(self, sql: str, values: Any) -> Cursor:
-            super().executemany(named(sql), values)
-            return self
-
-    return Cursor

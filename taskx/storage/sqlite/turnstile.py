@@ -29,6 +29,9 @@ except ImportError:  # not a POSIX system: processes do not take turns
 # Seconds between two tries for a lock that another process holds; about as long as a small commit takes.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.00005, 0.001
 
+# Seconds between two tries to begin while a program writes that takes no turns.
+_SHORTEST, _LONGEST = 0.0001, 0.001
+
 #: Seconds for which a process takes turns after it has met another writing process.
 CROWDED = 1.0
 #: Seconds between two checks for other processes while none was met.
@@ -103,6 +106,30 @@ class Turnstile:
             if not isinstance(error, OSError):
                 raise
         return bool(self._fds)
+
+
+def until_unlocked(
+    step: Callable[[], object],
+    deadline: float,
+    error: type[Exception],
+    hurry: Callable[[], bool] = lambda: False,
+) -> None:
+    """Call a step again and again while a program that takes no turns holds SQLite's write lock.
+
+    SQLite's own busy handler sleeps up to 100 ms. Beside a writer that hardly pauses, it would hardly ever
+    find the file free. ``error`` is the driver's class of errors for a locked file. As soon as ``hurry``
+    returns True, nobody waits any longer.
+    """
+    pause = _SHORTEST
+    while True:
+        try:
+            step()
+            return
+        except error as raised:
+            if "locked" not in str(raised) or hurry() or time.monotonic() >= deadline:
+                raise
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST)
 
 
 def _open_file(path: str) -> int:

@@ -13,7 +13,6 @@ import time
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from itertools import compress
 
 from taskx.core import lifecycle
 from taskx.core.ids import new_id
@@ -104,12 +103,12 @@ class Wakeups:
         self._remove_dead()
         return pipe
 
-    def send(self, writes: Sequence[Write], results: Sequence[bool], *, to_own: bool) -> None:
-        """Tell the listeners of committed writes whose guards held."""
+    def send(self, writes: Sequence[Write], *, to_own: bool) -> None:
+        """Tell the listeners of committed writes."""
         stale = (now := time.monotonic()) >= self._scan_at
         if not (stale or self._pipes):
             return
-        news = {*map(lifecycle.news, compress(writes, results))} - {""}
+        news = {*map(lifecycle.news, writes)} - {""}
         if news and stale:  # just before sending, so that the newest listeners are included
             self._pipes = [*self._others(to_own=to_own)]
             self._scan_at = now + SCAN_EVERY

@@ -32,7 +32,7 @@ from taskx import (
     TaskFilter,
 )
 from taskx.contrib.django import DjangoRepository
-from taskx.contrib.django.connections import Link
+from taskx.contrib.django.link import Link
 from taskx.contrib.django.models import NoteRow, ParentRow, TagRow, TaskRow
 from taskx.core.record import COLUMNS, DEFAULTS, FREE
 from taskx.core.writes import CREATED, Delete, Insert, NoteChange, Update
@@ -89,7 +89,7 @@ def sent(monkeypatch):
 
         return note
 
-    for name in ("rows", "count", "execute"):
+    for name in ("rows", "execute"):
         monkeypatch.setattr(Link, name, noting(getattr(Link, name)))
     return found
 
@@ -346,6 +346,19 @@ def test_a_write_whose_connection_cannot_be_opened_says_that_the_database_is_awa
     add(repository, "a")
 
 
+def test_tags_that_several_tasks_get_at_once_are_those_of_each(repository):
+    add(repository, "a", "b")
+    tagged = [Update(task_id, {}, {"tags": '["x", "y"]'}) for task_id in "ab"]
+    assert list(repository.apply(tagged)) == [True, True]
+    for wanted in ("x", ["x", "y"]):
+        assert {task.id for task in repository.list(TaskFilter(tag=wanted))} == {"a", "b"}
+    assert list(repository.apply([Update("a", {}, {"tags": None}), Delete("b", {})])) == [
+        True,
+        True,
+    ]
+    assert repository.list(TaskFilter(tag="x")) == []
+
+
 # --- transactions of others
 
 
@@ -421,18 +434,18 @@ def test_two_processes_that_lock_each_others_rows_both_succeed(repository):
 def test_a_transaction_that_a_deadlock_ends_is_sent_again(repository, monkeypatch):
     add(repository, "a")
     fails = iter([True])
-    count = Link.count
+    execute = Link.execute
 
     def fail(link, sql, values=()):
-        if next(fails, False):
+        if sql.startswith("UPDATE") and next(fails, False):
             error = OperationalError("deadlock detected")
             error.__cause__ = type("Cause", (Exception,), {"sqlstate": "40P01"})()
             if link.vendor == "mysql":
                 error.__cause__ = pymysql.OperationalError(1213, "Deadlock found")
             raise error
-        return count(link, sql, values)
+        return execute(link, sql, values)
 
-    monkeypatch.setattr(Link, "count", fail)
+    monkeypatch.setattr(Link, "execute", fail)
     assert list(repository.apply([Update("a", {"errors": 0}, {"errors": 1})])) == [True]
 
 
