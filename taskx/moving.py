@@ -29,6 +29,7 @@ from taskx.core.log import Digest, GuardedLogger
 from taskx.core.model import Task
 from taskx.core.record import FOR_TURN, FREE, UNTIL_DUE, changed_task, created_task
 from taskx.core.redact import SECRETS, show
+from taskx.core.timing import Timing
 from taskx.core.writes import Delete, Insert, Update, Write
 from taskx.executing.alarms import Alarms
 from taskx.executing.checkpoints import Keeper
@@ -195,9 +196,14 @@ class Consequences:
         self._state = state
         #: Logs the retries.
         self.retries = Digest(self._log, _RETRIED, _RETRIES, services.clock.monotonic)
-        self.turns = Turns(self._repository, self.commit, self._log)
+        self.turns = Turns(self._repository, self.commit, self._log, services.timing.batch)
         self.dependents = Dependents(
-            self._repository, self.commit, self._agenda, services.clock, self._log
+            self._repository,
+            self.commit,
+            self._agenda,
+            services.clock,
+            self._log,
+            services.timing,
         )
 
     def commit(
@@ -431,22 +437,24 @@ class Services:
         state: _State,
         clock: Clock,
         log: GuardedLogger,
+        timing: Timing,
         redact: tuple[str, ...] = SECRETS,
     ) -> None:
         self.repository = repository
+        self.timing = timing
         self.redact = redact
         self.registry = registry
         self.clock = clock
         self.log = log
         self.agenda = Agenda()
-        self.alarms = self.alarms_class(clock)
-        self.hooks = self.hooks_class(hooks, log)
-        self.ledger = Ledger(repository, log, self.agenda)
-        self.watcher = self.watcher_class(repository, log, self.agenda)
+        self.alarms = self.alarms_class(clock, timing)
+        self.hooks = self.hooks_class(hooks, log, timing)
+        self.ledger = Ledger(repository, log, self.agenda, timing)
+        self.watcher = self.watcher_class(repository, log, self.agenda, timing)
         self.controls = Controls(repository)
         self.runner = self.runner_class(clock, self.alarms, registry.max_payload_size)
         self.keeper = Keeper(
-            repository, self.ledger, registry.max_payload_size, registry.values, clock
+            repository, self.ledger, registry.max_payload_size, registry.values, clock, timing
         )
         self.consequences = Consequences(self, state)
         self.turns, self.dependents = self.consequences.turns, self.consequences.dependents

@@ -28,6 +28,7 @@ import taskx
 import taskx.queue
 from taskx.core import lifecycle, options
 from taskx.core.redact import SECRETS
+from taskx.core.timing import DEFAULT_TIMING
 from taskx.schedules import ticker
 from taskx.storage.sqlite.connections import Connections
 from taskx.testing import RepositoryContract
@@ -589,7 +590,7 @@ def test_an_idle_node_reads_what_the_design_says(tmp_path, monkeypatch):
         nonlocal now
         until = now + seconds
         while now < until:
-            now += housekeeper.POLL
+            now += DEFAULT_TIMING.poll_every
             node._housekeeper.tick()
 
     pass_time(4)  # opens what there is to open

@@ -29,18 +29,15 @@ from itertools import islice
 from taskx.common.bell import Agenda, Signal
 from taskx.core.errors import RepositoryError, RepositoryUnavailable, TaskxError, on_main_thread
 from taskx.core.log import GuardedLogger, is_for_the_program
+from taskx.core.timing import Timing
 from taskx.core.writes import Write
 from taskx.storage import queries
 from taskx.storage.base import Locked, Reentered, Repository
-from taskx.storage.patience import FIRST_PAUSE, longer, try_again, varied
+from taskx.storage.patience import longer, try_again, varied
 
 #: A function that gets True for each write whose guard held, and the repository's error, if any.
 Callback = Callable[[Sequence[bool], BaseException | None], None]
 
-#: The most entries of one transaction, so that a long queue does not become one long lock.
-MAX_BATCH = 256
-# Seconds after which a follower checks by itself: the thread that should call it may have been interrupted.
-_CHECK_EVERY = 0.05
 # The locked entries of a batch after which the rest of it is tried later: perhaps the table is locked.
 _MOST_LOCKED = 5
 
@@ -74,10 +71,11 @@ class _Entry:
         self.deserted = False
         #: The writes, by ``id``, that turned out to be stored when they were read back after an interrupt.
         self.known: Collection[int] = ()
-        #: Why the entry was put off, the monotonic time until which it is, and the next pause in seconds.
+        #: Why the entry was put off, the monotonic time until which it is, and the next pause in seconds; 0
+        #: if it was not put off yet.
         self.locked: Locked | None = None
         self.not_before = 0.0
-        self.pause = FIRST_PAUSE
+        self.pause = 0.0
         self.results: Sequence[bool] = ()
         self.error: BaseException | None = None
 
@@ -89,10 +87,13 @@ class Ledger:
     housekeeper, if there is one.
     """
 
-    def __init__(self, repository: Repository, log: GuardedLogger, agenda: Agenda) -> None:
+    def __init__(
+        self, repository: Repository, log: GuardedLogger, agenda: Agenda, timing: Timing
+    ) -> None:
         self._repository = repository
         self._target = repository.liveness.applies
         self._log = log
+        self._timing = timing
         self._agenda = agenda
         # A lock that knows its owner, so that a thread that already holds it does not wait for itself.
         self._leading = threading.RLock()
@@ -125,7 +126,7 @@ class Ledger:
         try:
             return self._commit(writes)
         except Locked as error:
-            return try_again(partial(self._commit, writes), error)
+            return try_again(partial(self._commit, writes), error, self._timing)
 
     def _commit(self, writes: Sequence[Write]) -> Sequence[bool]:
         # A leader may wait for a lock of the repository that this thread holds.
@@ -166,7 +167,7 @@ class Ledger:
         try:
             self._waiting.append(entry)
             while not self._lead_until_done(entry):
-                entry.turn.wait(_CHECK_EVERY)
+                entry.turn.wait(self._timing.follower_every)
         except BaseException:  # also an interrupt: the next leader handles the entry
             entry.deserted, entry.turn = not entry.done, None
             raise
@@ -211,7 +212,7 @@ class Ledger:
         try:
             return self._commit_whole(writes)
         except Locked as error:
-            return try_again(partial(self._commit_whole, writes), error)
+            return try_again(partial(self._commit_whole, writes), error, self._timing)
 
     def _commit_whole(self, writes: Sequence[Write]) -> Sequence[bool]:
         try:
@@ -254,7 +255,7 @@ class Ledger:
         except Locked as error:
             if not patient:
                 raise
-            return try_again(partial(self._flush, wait=wait), error)
+            return try_again(partial(self._flush, wait=wait), error, self._timing)
 
     def _flush(self, *, wait: bool) -> bool:
         if not self:
@@ -284,7 +285,7 @@ class Ledger:
         """Commit one batch."""
         now = time.monotonic()
         waiting = (entry for entry in list(self._waiting) if entry.not_before <= now)
-        batch = list(islice(waiting, MAX_BATCH))
+        batch = list(islice(waiting, self._timing.commit_batch))
         try:
             if self._sent:
                 self._read_back()
@@ -373,8 +374,9 @@ class Ledger:
 
     def _reject(self, entry: _Entry, error: Exception) -> None:
         if isinstance(error, Locked) and (entry.callback is not None or entry.deserted):
-            entry.locked, entry.not_before = error, time.monotonic() + varied(entry.pause)
-            entry.pause = longer(entry.pause)
+            pause = entry.pause or self._timing.lock_pause
+            entry.locked, entry.not_before = error, time.monotonic() + varied(pause)
+            entry.pause = longer(pause, self._timing)
             return
         entry.results = [False] * len(entry.writes)
         entry.error, entry.done = error, True

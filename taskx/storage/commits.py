@@ -9,21 +9,15 @@ from contextlib import suppress
 
 import attrs
 
+from taskx.core.timing import Timing
 from taskx.core.writes import Write
 from taskx.storage.base import Then
 
-# Seconds between two looks at the open transactions, and the longest pause when they take long.
-_SHORTEST, _LONGEST = 0.001, 0.01
-# Seconds after which a transaction that seems to be open is looked up, and the longest time between two
-# look-ups. Its connection may be in the next transaction already.
-_FIRST_LOOK_UP, _LAST_LOOK_UP = 0.02, 1.0
-# Seconds for which a transaction that has ended is looked up: it may look ended before its commit is seen.
-_COMMITTING = 1.0
 
-
-def pause(since: float) -> float:
+def pause(since: float, timing: Timing) -> float:
     """Return the seconds until the next look at transactions, the oldest of which began at ``since``."""
-    return min(_LONGEST, max(_SHORTEST, (time.monotonic() - since) / 20))
+    share = (time.monotonic() - since) / 20
+    return min(timing.longest_transaction_every, max(timing.transaction_every, share))
 
 
 @attrs.define(eq=False, repr=False)
@@ -35,12 +29,13 @@ class Stored:
 
     look_up: Callable[[], Sequence[Write]]
     then: Then
+    timing: Timing
     since: float = attrs.field(factory=time.monotonic)
     look_up_at: float = 0.0
     ended_at: float | None = None
 
     def __attrs_post_init__(self) -> None:
-        self.look_up_at = self.since + _FIRST_LOOK_UP
+        self.look_up_at = self.since + self.timing.look_up_after
 
     def end(self) -> None:
         """Note that the transaction has ended, so it is looked up at once."""
@@ -60,10 +55,10 @@ class Stored:
         """Set the time of the next look-up. Return False if no further one is needed."""
         now = time.monotonic()
         if self.ended_at is None:
-            self.look_up_at = now + min(_LAST_LOOK_UP, now - self.since)
+            self.look_up_at = now + min(self.timing.longest_look_up_every, now - self.since)
             return True
-        self.look_up_at = now + max(_SHORTEST, now - self.ended_at)
-        return now < self.ended_at + _COMMITTING
+        self.look_up_at = now + max(self.timing.transaction_every, now - self.ended_at)
+        return now < self.ended_at + self.timing.commit_within
 
 
 class Watch:
@@ -72,7 +67,8 @@ class Watch:
     Nothing depends on it: nodes also find the tasks by polling.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timing: Timing) -> None:
+        self._timing = timing
         self._watched: list[tuple[Callable[[], bool], Stored]] = []
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -106,4 +102,5 @@ class Watch:
                     self._thread = None
                     return
             since = [stored.since for _, stored in list(self._watched)]
-            time.sleep(pause(min(since)) if since else _SHORTEST)
+            timing = self._timing
+            time.sleep(pause(min(since), timing) if since else timing.transaction_every)

@@ -42,7 +42,7 @@ class Joined(Records):
     entered = False
 
     def __init__(self, outer: Records, links: Connections, link: Link) -> None:
-        Repository.__init__(self, outer.clock)
+        Repository.__init__(self, outer.clock, timing=outer.timing)
         self.codecs = outer.codecs
         self.vendor = outer.vendor
         self.applied: list[Write] = []

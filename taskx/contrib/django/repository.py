@@ -37,6 +37,7 @@ from taskx.core.clock import SYSTEM_CLOCK, Clock
 from taskx.core.codec import Codec
 from taskx.core.errors import ConfigurationError
 from taskx.core.record import COLUMNS
+from taskx.core.timing import DEFAULT_TIMING, Timing
 from taskx.core.verdict import Check
 from taskx.core.writes import Delete, NoteChange, Write, shows
 from taskx.liveness.base import Liveness
@@ -52,7 +53,6 @@ T = TypeVar("T")
 
 _TRIES = 5  # of a transaction that others make impossible, such as by a deadlock
 _SHORTEST_LEASE = 0.5
-_FORK_PATIENCE = 5.0
 # Takes the write lock of an SQLite file in a transaction that has begun without it.
 _FIRST_WRITE = f"UPDATE {writing.NOTE} SET version = 0 WHERE 0"
 
@@ -102,8 +102,9 @@ class DjangoRepository(BesideBlocks, Records):
         run_folder: str | os.PathLike[str] | None = None,
         clock: Clock = SYSTEM_CLOCK,
         codec: Codec | Iterable[Codec] | None = None,
+        timing: Timing = DEFAULT_TIMING,
     ) -> None:
-        super().__init__(clock, codec)
+        super().__init__(clock, codec, timing)
         if not isinstance(using, str) or not using:
             raise ConfigurationError(f"using must be an alias in DATABASES, not {using!r}")
         if durability not in get_args(Durability):
@@ -116,11 +117,11 @@ class DjangoRepository(BesideBlocks, Records):
         self.timeout = check_number(timeout, "timeout", minimum=0.01)
         self.on_commit = check_on_commit(on_commit)
         self.run_folder = None if run_folder is None else os.fspath(run_folder)
-        self._connections = Connections(using, self.timeout)
+        self._connections = Connections(using, self.timeout, timing)
         self.vendor = self._connections.vendor
         self._file = self._connections.file
-        self._turns = Turns(self._file) if self._file else None
-        self._wakeups = Wakeups(self._file) if self._file else None
+        self._turns = Turns(self._file, timing) if self._file else None
+        self._wakeups = Wakeups(self._file, timing) if self._file else None
         self._hurries = _Hurries()
         self._commits = 0
         # The writes of which nobody knows if they took place, by identity, each as it was sent.
@@ -152,7 +153,7 @@ class DjangoRepository(BesideBlocks, Records):
         except Locked as error:
             if self._hurries.now:
                 raise
-            return try_again(work, error)
+            return try_again(work, error, self.timing)
 
     @contextmanager
     def without_waiting(self) -> Iterator[None]:
@@ -414,7 +415,9 @@ class DjangoRepository(BesideBlocks, Records):
         file = self._file
         if file is None:
             return super()._make_liveness()
-        return KernelLocks(self, lambda: (file.folder, file.inode), turnstile.NAMES)
+        return KernelLocks(
+            self, lambda: (file.folder, file.inode), turnstile.NAMES, self.timing.orphan_within
+        )
 
     def prepare(self) -> None:
         """Raise an error if the tables are missing."""
@@ -451,7 +454,7 @@ class DjangoRepository(BesideBlocks, Records):
     def before_fork(self) -> None:
         # A child must not inherit an open SQLite file: see "How to corrupt an SQLite database file".
         lock = self._connections.lock
-        self._forking = not self.entered and lock.acquire(timeout=_FORK_PATIENCE)
+        self._forking = not self.entered and lock.acquire(timeout=self.timing.fork_within)
         if self.vendor == "sqlite":
             if self._forking:
                 self._connections.drop_writer()

@@ -8,18 +8,19 @@ from collections.abc import Callable
 from django.db.utils import OperationalError
 
 from taskx.contrib.django.connections import Link
+from taskx.core.timing import Timing
 from taskx.storage.sqlite.file import DatabaseFile
 from taskx.storage.sqlite.turnstile import Turnstile
 
 # Seconds between two tries to begin. SQLite's own busy handler sleeps up to 0.1 s.
-_SHORTEST, _LONGEST = 0.0001, 0.001
 
 
 class Turns:
     """The turns of this process's transactions among those of other nodes on the file."""
 
-    def __init__(self, file: DatabaseFile) -> None:
-        self._turnstile = Turnstile(file)
+    def __init__(self, file: DatabaseFile, timing: Timing) -> None:
+        self._turnstile = Turnstile(file, timing)
+        self._timing = timing
 
     def begin(self, link: Link, timeout: float, *steps: Callable[[], object]) -> None:
         """Begin a transaction in some steps, when it is this process's turn and no other program writes.
@@ -30,7 +31,7 @@ class Turns:
         link.rows("PRAGMA busy_timeout = 0")
         try:
             for step in steps:
-                _until_unlocked(step, deadline)
+                _until_unlocked(step, deadline, self._timing)
         finally:
             link.rows(f"PRAGMA busy_timeout = {timeout * 1000:.0f}")
 
@@ -55,8 +56,8 @@ class Turns:
         self._turnstile.leave = dict
 
 
-def _until_unlocked(step: Callable[[], object], deadline: float) -> None:
-    pause = _SHORTEST
+def _until_unlocked(step: Callable[[], object], deadline: float, timing: Timing) -> None:
+    pause = timing.begin_pause
     while True:
         try:
             step()
@@ -65,4 +66,4 @@ def _until_unlocked(step: Callable[[], object], deadline: float) -> None:
             if "locked" not in str(error) or time.monotonic() >= deadline:
                 raise
         time.sleep(pause)
-        pause = min(2 * pause, _LONGEST)
+        pause = min(2 * pause, timing.longest_begin_pause)

@@ -26,6 +26,7 @@ from taskx.core.codec import Codec
 from taskx.core.errors import ConfigurationError, TaskxError
 from taskx.core.ids import new_id
 from taskx.core.record import UNIQUE
+from taskx.core.timing import DEFAULT_TIMING, Timing
 from taskx.core.verdict import Check
 from taskx.core.writes import Delete, Insert, Note, NoteChange, Write
 from taskx.storage import queries
@@ -87,8 +88,9 @@ class MongoRepository(Tasks):
         run_folder: str | os.PathLike[str] | None = None,
         clock: Clock = SYSTEM_CLOCK,
         codec: Codec | Iterable[Codec] | None = None,
+        timing: Timing = DEFAULT_TIMING,
     ) -> None:
-        super().__init__(clock, codec)
+        super().__init__(clock, codec, timing)
         if not (isinstance(database, Url) or hasattr(database, "list_collection_names")):
             raise ConfigurationError(
                 f"`database` must be a pymongo Database, not {type(database).__name__}; "
@@ -100,7 +102,7 @@ class MongoRepository(Tasks):
         timeout = check_number(timeout, "timeout", minimum=0.01)
         poll_interval = check_number(poll_interval, "poll_interval")
         connection = self._connection = Connection(
-            collection, database, timeout=timeout, write_concern=write_concern
+            collection, database, timeout=timeout, write_concern=write_concern, timing=timing
         )
         monotonic = clock.monotonic
         self._sequencer = Sequencer(connection, clock)
@@ -111,7 +113,7 @@ class MongoRepository(Tasks):
         self.lease_timeout = lease_timeout
         self.run_folder = None if run_folder is None else os.fspath(run_folder)
         self._indexed = False
-        self._commits = Watch()
+        self._commits = Watch(self.timing)
         self._given = threading.local()  # for each thread, the last session that a caller has given
         tell_of_forks(self)
 
@@ -172,7 +174,7 @@ class MongoRepository(Tasks):
             yield made
         if made.sender.applied and then is not None:
             seen = weakref.ref(session)
-            stored = Stored(partial(self._committed, made.sender.applied), then)
+            stored = Stored(partial(self._committed, made.sender.applied), then, self.timing)
             self._commits.add(
                 lambda: (still := seen()) is not None and still.in_transaction, stored
             )
@@ -308,14 +310,14 @@ class MongoRepository(Tasks):
         self._connection.renew_after_fork()
         for part in (self._sequencer, self._sender, self._batches, self._changes):
             part.renew()
-        self._commits = Watch()
+        self._commits = Watch(self.timing)
 
 
 class Joined(MongoRepository):
     """The repository as a transaction of the caller sees it."""
 
     def __init__(self, outer: MongoRepository, session: ClientSession) -> None:
-        Repository.__init__(self, outer.clock)
+        Repository.__init__(self, outer.clock, timing=outer.timing)
         self.codecs = outer.codecs
         self.connection = self._connection = InSession(outer._connection, session)
         self.sender = self._sender = SenderInSession(self.connection, outer._sender)

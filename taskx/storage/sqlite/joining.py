@@ -23,9 +23,6 @@ from taskx.storage.commits import Stored, pause
 from taskx.storage.sqlite.connections import FAILURES
 from taskx.storage.sqlite.file import DatabaseFile
 
-# Seconds between two looks while no transaction is open.
-_IDLE = 0.25
-
 
 class Outer(Protocol):
     """The parts of a repository that a transaction of an executor uses."""
@@ -222,6 +219,7 @@ class Callers:
 
     def __init__(self, repository: Repository) -> None:
         self._repository = repository
+        self._timing = repository.timing
         self._given: list[_Given] = []
         self._threads: dict[int, _Given] = {}
         self._lock = threading.Lock()
@@ -258,7 +256,7 @@ class Callers:
         """Call ``then`` with those of the writes that are stored, when the transaction has ended."""
         for given in list(self._given):
             if given.connection is connection:
-                given.stored.append(Stored(partial(self._committed, writes), then))
+                given.stored.append(Stored(partial(self._committed, writes), then, self._timing))
         with suppress(RuntimeError):  # it was released already
             self._bell.release()
 
@@ -279,9 +277,9 @@ class Callers:
                     return
             since = [one.since for given in self._given for one in given.stored]
             if since:
-                time.sleep(pause(min(since)))
+                time.sleep(pause(min(since), self._timing))
             else:
-                self._bell.acquire(timeout=_IDLE)
+                self._bell.acquire(timeout=self._timing.connections_every)
 
     def _look_up(self, given: _Given) -> None:
         if given.stored and not given.in_transaction:

@@ -31,6 +31,7 @@ from taskx.core.ids import new_id
 from taskx.core.model import CONDITIONS, TASK_FIELDS, Task, TaskFilter
 from taskx.core.record import Ended, Stub, parents_from_text, task_from_row
 from taskx.core.tags import FLOW
+from taskx.core.timing import DEFAULT_TIMING, Timing
 from taskx.core.writes import CREATED, Delete, Insert, Note, NoteChange, Update, Write
 from taskx.liveness.base import PREFIX
 from taskx.liveness.locks import KernelLocks
@@ -64,13 +65,7 @@ T = TypeVar("T")
 
 _LEGACY = -1  # sqlite3.LEGACY_TRANSACTION_CONTROL, which Python 3.12 added
 _MOST_TOGETHER = 32  # updates in one statement
-_FORK_PATIENCE = 5.0  # seconds that a fork waits for other threads' transactions to end
 _FEW = 32  # rows that may be read on the writing connection, which keeps writers waiting
-_SHORTEST_PAUSE, _LONGEST_PAUSE = (
-    0.0001,
-    0.001,
-)  # between two tries to begin in an application's file
-_SHORT_WAIT = 0.05  # waits of fewer seconds than this are not deducted from the time-out
 _KEPT_PAGES = 2000  # free pages (2 KiB in a new file) that are not worth a vacuum
 _PAGES_AT_ONCE = 200
 _MOST_VARIABLES = 500  # values in one SELECT; SQLite's own limit is 32,766
@@ -127,8 +122,9 @@ class SQLiteRepository(Repository):
         clock: Clock = SYSTEM_CLOCK,
         codec: Codec | Iterable[Codec] | None = None,
         connect: Callable[[], sqlite3.Connection] | None = None,
+        timing: Timing = DEFAULT_TIMING,
     ) -> None:
-        super().__init__(clock, codec)
+        super().__init__(clock, codec, timing)
         self.path = os.fspath(path) if isinstance(path, (str, os.PathLike)) else ""
         if not isinstance(self.path, str) or self.path in ("", ":memory:") or "\0" in self.path:
             raise ConfigurationError(
@@ -151,10 +147,11 @@ class SQLiteRepository(Repository):
         self.prefix = prefix
         self.schema = schema.OWN if prefix == "" else schema.PrefixedSchema(prefix)
         self.file = self._file = DatabaseFile(self.path, create, prefix)
-        self._connections = Connections(self._file, seconds, self.schema)
+        self._connections = Connections(self._file, seconds, self.schema, timing)
         self.busy_timeout = seconds
-        self._turnstile = Turnstile(self._file)
-        self._wakeups = Wakeups(self._file)
+        self._short_wait = timing.short_wait
+        self._turnstile = Turnstile(self._file, timing)
+        self._wakeups = Wakeups(self._file, timing)
         self._write_lock = threading.RLock()
         # The writing connection's number and its count of others' commits; and the number of our own
         # commits.
@@ -269,7 +266,7 @@ class SQLiteRepository(Repository):
         if self.prefix:
             self._begin_among_others(connection, left)
             return cursor
-        if timeout - left < _SHORT_WAIT:
+        if timeout - left < self._short_wait:
             cursor.execute("BEGIN IMMEDIATE")
             return cursor
         cursor.execute(f"PRAGMA busy_timeout = {left * 1000:.0f}")
@@ -285,7 +282,7 @@ class SQLiteRepository(Repository):
         SQLite's own busy handler sleeps up to 100 ms. Beside a writer that hardly pauses, it would hardly
         ever find the file free.
         """
-        deadline, pause = time.monotonic() + seconds, _SHORTEST_PAUSE
+        deadline, pause = time.monotonic() + seconds, self.timing.begin_pause
         connection.execute("PRAGMA busy_timeout = 0").fetchall()
         try:
             while True:
@@ -296,7 +293,7 @@ class SQLiteRepository(Repository):
                     if "locked" not in str(error) or time.monotonic() >= deadline:
                         raise
                 time.sleep(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE)
+                pause = min(2 * pause, self.timing.longest_begin_pause)
         finally:
             connection.execute(f"PRAGMA busy_timeout = {self.busy_timeout * 1000:.0f}").fetchall()
 
@@ -638,7 +635,7 @@ class SQLiteRepository(Repository):
 
     def _make_liveness(self) -> KernelLocks:
         place = lambda: (self._file.folder, self._file.inode)  # noqa: E731
-        return KernelLocks(self, place, turnstile.NAMES)
+        return KernelLocks(self, place, turnstile.NAMES, self.timing.orphan_within)
 
     def only_existing(self) -> None:
         self._file.create = False
@@ -665,7 +662,7 @@ class SQLiteRepository(Repository):
     def examine(self) -> Iterator[Check]:
         from taskx.storage.sqlite.examination import examine  # not needed to run tasks
 
-        return examine(self._file, self.schema)
+        return examine(self._file, self.schema, self.timing.examine_within)
 
     def ensure_there(self) -> None:
         """Raise an error if the file was moved, deleted, replaced or migrated since it was opened."""
@@ -701,10 +698,12 @@ class SQLiteRepository(Repository):
 
     def before_fork(self) -> None:
         # Not if this thread is in the middle of a transaction: it would wait for itself, or end it.
-        self._forking = not self.entered and self._write_lock.acquire(timeout=_FORK_PATIENCE)
+        self._forking = not self.entered and self._write_lock.acquire(
+            timeout=self.timing.fork_within
+        )
         if self._forking:
             self._connections.discard_writer()
-        self._connections.close_before_fork(_FORK_PATIENCE)
+        self._connections.close_before_fork(self.timing.fork_within)
 
     def after_fork(self) -> None:
         self._connections.reopen()
@@ -767,7 +766,7 @@ class Joined(SQLiteRepository):
     """
 
     def __init__(self, outer: SQLiteRepository, connection: sqlite3.Connection) -> None:
-        Repository.__init__(self, outer.clock)
+        Repository.__init__(self, outer.clock, timing=outer.timing)
         self.codecs = outer.codecs
         self.path, self.durability, self.prefix = outer.path, outer.durability, outer.prefix
         self.applied: list[Write] = []
