@@ -25,8 +25,6 @@ from taskx.storage.base import Repository
 Step = Union[Task, AnyExecutor, "Flow"]
 #: A submitted flow as JSON values: a task is its id.
 Shape = Union[str, "dict[str, list[Shape]]"]
-#: Most tasks of a flow that a list of flows counts.
-MOST_COUNTED = 5_000
 #: Most pairs of a task and one of its parents in one flow.
 MOST_EDGES = 1_000_000
 # Tasks read at a time to find one that has not been deleted.
@@ -325,10 +323,11 @@ def _summary(repository: Repository, flow_id: str) -> FlowSummary | None:
     """Return the summary of a flow; None if its last task has just been deleted."""
     filter = TaskFilter(flow=flow_id, limit=1)
     last = next(queries.matching(repository, filter), None)
-    counts = queries.count_by_status(repository, filter, MOST_COUNTED)
+    most = repository.timing.most_of_flow
+    counts = queries.count_by_status(repository, filter, most)
     if last is None or not counts:
         return None
-    exact = sum(counts.values()) < MOST_COUNTED
+    exact = sum(counts.values()) < most
     return FlowSummary(id=flow_id, created_at=last.created_at, counts=counts, exact=exact)
 
 

@@ -30,6 +30,7 @@ from taskx.core.model import Task
 from taskx.core.moves import MOVES, PARAMS, RETRIED, Move
 from taskx.core.record import FOR_TURN, FREE, UNTIL_DUE, changed_task, created_task
 from taskx.core.redact import SECRETS, show
+from taskx.core.timing import Timing
 from taskx.core.writes import Insert, Write
 from taskx.executing.alarms import Alarms
 from taskx.executing.checkpoints import Keeper
@@ -99,16 +100,21 @@ class Moves(Ledger[Outcome]):
     """
 
     def __init__(self, services: Services, state: _State) -> None:
-        super().__init__(services.repository, services.log, services.agenda)
+        super().__init__(services.repository, services.log, services.agenda, services.timing)
         self._hooks = services.hooks
         self._watcher = services.watcher
         self._redact = services.redact
         self._state = state
         #: Logs the retries.
         self.retries = Digest(self._log, RETRIED, _RETRIES, services.clock.monotonic)
-        self.turns = Turns(self._repository, self.commit, self._log)
+        self.turns = Turns(self._repository, self.commit, self._log, services.timing.batch)
         self.dependents = Dependents(
-            self._repository, self.commit, self._agenda, services.clock, self._log
+            self._repository,
+            self.commit,
+            self._agenda,
+            services.clock,
+            self._log,
+            services.timing,
         )
 
     def follow(
@@ -328,21 +334,23 @@ class Services:
         state: _State,
         clock: Clock,
         log: GuardedLogger,
+        timing: Timing,
         redact: tuple[str, ...] = SECRETS,
     ) -> None:
         self.repository = repository
+        self.timing = timing
         self.redact = redact
         self.registry = registry
         self.clock = clock
         self.log = log
         self.agenda = Agenda()
-        self.alarms = self.alarms_class(clock)
-        self.hooks = self.hooks_class(hooks, log)
-        self.watcher = self.watcher_class(repository, log, self.agenda)
+        self.alarms = self.alarms_class(clock, timing)
+        self.hooks = self.hooks_class(hooks, log, timing)
+        self.watcher = self.watcher_class(repository, log, self.agenda, timing)
         self.controls = Controls(repository)
         self.runner = self.runner_class(clock, self.alarms, registry.max_payload_size)
         self.moves = Moves(self, state)
         self.turns, self.dependents = self.moves.turns, self.moves.dependents
         self.keeper = Keeper(
-            repository, self.moves.commit, registry.max_payload_size, registry.values, clock
+            repository, self.moves.commit, registry.max_payload_size, registry.values, clock, timing
         )

@@ -27,13 +27,9 @@ from taskx.core.lifecycle import PENDING, UNFINISHED
 from taskx.core.log import GuardedLogger
 from taskx.core.model import Task
 from taskx.core.record import ids_from_text
+from taskx.core.timing import Timing
 from taskx.core.writes import Insert, Update
 from taskx.storage.base import Repository
-
-#: Waiting tasks that are decided, or keys whose turn is given, in one transaction.
-BATCH = 200
-#: Parents that are read in each step of a scan.
-_PAGE = 1000
 
 #: Commits moves of tasks, with the tasks as they were read, and applies the consequences.
 Commit = Callable[[Sequence[Update], Mapping[str, Task]], object]
@@ -101,8 +97,10 @@ class Dependents(_Scanner):
         agenda: Agenda,
         clock: Clock,
         log: GuardedLogger,
+        timing: Timing,
     ) -> None:
         super().__init__()
+        self._timing = timing
         self._repository = repository
         self._commit = commit
         self._agenda = agenda
@@ -166,7 +164,7 @@ class Dependents(_Scanner):
 
     def _page(self, after: str) -> tuple[Sequence[str], str]:
         """Return the parents of the next page that have ended, and the last parent of the page."""
-        awaited = self._repository.distinct("waiting_on", after, _PAGE)
+        awaited = self._repository.distinct("waiting_on", after, self._timing.scan_batch)
         statuses = self._repository.statuses(awaited)
         gone = [parent for parent in awaited if statuses.get(parent) not in UNFINISHED]
         return gone, awaited[-1] if awaited else ""
@@ -185,10 +183,10 @@ class Dependents(_Scanner):
 
     def _process_told(self) -> None:
         """Mark the dependents of ended parents as due, and decide a batch of the due tasks."""
-        if ended := _first(self.ended, _PAGE):
+        if ended := _first(self.ended, self._timing.scan_batch):
             self._due.extend(self._waiting_for(ended))
             _leave_out(self.ended, ended)
-        if due := _first(self._due, BATCH):
+        if due := _first(self._due, self._timing.batch):
             self._decide(due)
             _leave_out(self._due, due)
 
@@ -259,8 +257,10 @@ class Turns(_Scanner):
         repository: Repository,
         commit: Callable[[Sequence[Update]], object],
         log: GuardedLogger,
+        batch: int,
     ) -> None:
         super().__init__()
+        self._batch = batch
         self._repository = repository
         self._commit = commit
         self._log = log
@@ -285,8 +285,8 @@ class Turns(_Scanner):
         """Give the turn of each key to its first waiting task, unless another task has the turn."""
         wanted = list(dict.fromkeys(keys))
         try:
-            for start in range(0, len(wanted), BATCH):
-                self._advance(wanted[start : start + BATCH])
+            for start in range(0, len(wanted), self._batch):
+                self._advance(wanted[start : start + self._batch])
         except RepositoryError as error:
             self._all_due = True
             self._log.warning("turns of concurrency keys are given later: %s", error)
@@ -311,7 +311,7 @@ class Turns(_Scanner):
 
     def _page(self, after: str) -> tuple[Sequence[str], str]:
         """Return the keys of the next page for which tasks wait and no task has the turn."""
-        keys = self._repository.distinct("line", after, BATCH)
+        keys = self._repository.distinct("line", after, self._batch)
         taken = {key for (key,) in self._repository.find("turn", keys, ("turn",))}
         return [key for key in keys if key not in taken], keys[-1] if keys else ""
 

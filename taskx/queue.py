@@ -34,6 +34,7 @@ from taskx.core.options import (
     options_of,
 )
 from taskx.core.ticks import Every, Misfire
+from taskx.core.timing import DEFAULT_TIMING, Timing
 from taskx.core.values import Values
 from taskx.engines.base import Engine, Threads
 from taskx.executing.executors import (
@@ -91,6 +92,7 @@ class Queue(Questions, Steering):
             the queue does not know: at a submit, and by a started queue for waiting tasks. It returns the
             executor, or None if there is none here, or if it has registered one itself.
         clock: the source of the time; for tests.
+        timing: the intervals of the queue's own work; for tests. By default they are the repository's.
         engine: what runs the tasks of this queue once it is started; threads of this process by default.
 
     Raises:
@@ -108,6 +110,7 @@ class Queue(Questions, Steering):
         find_executor: FindExecutor | None = None,
         clock: Clock = SYSTEM_CLOCK,
         engine: Engine | None = None,
+        timing: Timing | None = None,
     ) -> None:
         if config is not None and not isinstance(config, Config):
             raise ConfigurationError(f"config must be a Config, not {type(config).__name__}")
@@ -117,8 +120,9 @@ class Queue(Questions, Steering):
         self.repository = (
             repository
             if isinstance(repository, Repository)
-            else EightMethodAdapter(repository, clock)
+            else EightMethodAdapter(repository, clock, timing or DEFAULT_TIMING)
         )
+        self._timing = timing or self.repository.timing
         self._hooks = tuple(hooks)
         self._registry = Registry(
             check_middleware(middleware),
@@ -126,6 +130,7 @@ class Queue(Questions, Steering):
             self.config.max_payload_size,
             self._warn_of_first_use,
             None if find_executor is None else self._found_by(find_executor),
+            self._timing,
         )
         # The JSON forms of params and results, by type. Handles decode results by them.
         self._values: Mapping[str, Values] = self._registry.values
@@ -146,8 +151,14 @@ class Queue(Questions, Steering):
     def _wire(self) -> None:
         self._state = state = State()
         self._services = self._services_class(
-            *(self.repository, self._registry, self._hooks, state, self.clock, self._log),
-            redact=self.config.redact,
+            self.repository,
+            self._registry,
+            self._hooks,
+            state,
+            self.clock,
+            self._log,
+            self._timing,
+            self.config.redact,
         )
         self._intake = self._intake_class(self._services, state, self.config)
         self._operations = Operations(self._services, state)
@@ -720,7 +731,8 @@ class Queue(Questions, Steering):
             RepositoryError: the repository cannot be read.
         """
         self._joining.refuse()
-        return follow(self.repository, self.drain if self._node is not None else None, timeout)
+        drain = self.drain if self._node is not None else None
+        return follow(self.repository, drain, timeout, self._timing)
 
     def stop(self, timeout: float | timedelta = 30.0, cancel: bool = False) -> list[str]:
         """Stop the queue: accept and start no more tasks, and wait for the running ones.

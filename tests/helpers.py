@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import attrs
 import mongomock
 import pytest
 from mongo_server import REAL, new_database
@@ -36,6 +37,7 @@ from taskx import (
     Task,
 )
 from taskx.common.ledger import Ledger
+from taskx.core.timing import Timing
 from taskx.executing.runner import Run
 from taskx.moving import Services
 from taskx.running.ahead import Ahead
@@ -199,9 +201,9 @@ class SpySQLite(Spy, SQLiteRepository):
 class SpyMongo(Spy, MongoRepository):
     """A spy on a mock of the driver, or on the real server that the environment names."""
 
-    def __init__(self) -> None:
+    def __init__(self, timing: Timing) -> None:
         self.database = new_database(REAL) if REAL else mongomock.MongoClient().db
-        super().__init__(self.database)
+        super().__init__(self.database, timing=timing)
         self.in_memory = not REAL
 
     def close(self) -> None:
@@ -210,10 +212,10 @@ class SpyMongo(Spy, MongoRepository):
             self.database.client.drop_database(self.database.name)
 
 
-MAKERS: dict[str, Callable[[Path], Repository]] = {
-    "memory": lambda path: SpyMemory(),
-    "sqlite": SpySQLite,
-    "mongomock": lambda path: SpyMongo(),
+MAKERS: dict[str, Callable[[Path, Timing], Repository]] = {
+    "memory": lambda path, timing: SpyMemory(timing=timing),
+    "sqlite": lambda path, timing: SpySQLite(path, timing=timing),
+    "mongomock": lambda path, timing: SpyMongo(timing),
 }
 
 
@@ -224,6 +226,20 @@ def clock() -> ManualClock:
 
 
 @pytest.fixture
+def timing(request: pytest.FixtureRequest) -> Timing:
+    """The timing of a test's repository and queues.
+
+    The marks ``timing`` of the test, its class and its module set fields. So does a parameter of the test
+    that is named like a field.
+    """
+    marks = reversed([*request.node.iter_markers("timing")])  # those of the test itself come last
+    changes = {name: value for mark in marks for name, value in mark.kwargs.items()}
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    fields = attrs.fields_dict(Timing).keys()
+    return Timing(**changes, **{name: parameters[name] for name in parameters.keys() & fields})
+
+
+@pytest.fixture
 def database(tmp_path: Path) -> Path:
     return tmp_path / "tasks.db"
 
@@ -231,6 +247,11 @@ def database(tmp_path: Path) -> Path:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run tests that use ``repository`` on memory and SQLite; with the mark ``every_store`` on all."""
     named = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    if "timing" not in metafunc.fixturenames and any(
+        not isinstance(node, pytest.Module)
+        for node, _ in metafunc.definition.iter_markers_with_node("timing")
+    ):
+        pytest.fail(f"{metafunc.definition.name}: no fixture uses its marks", pytrace=False)
     if "store_kind" in metafunc.fixturenames and "repository" not in named:
         every = metafunc.definition.get_closest_marker("every_store")
         metafunc.parametrize("store_kind", MAKERS if every else ["memory", "sqlite"])
@@ -244,15 +265,15 @@ def store_kind() -> str:
 
 @pytest.fixture
 def repository(
-    request: pytest.FixtureRequest, store_kind: str, database: Path
+    request: pytest.FixtureRequest, store_kind: str, database: Path, timing: Timing
 ) -> Iterator[Repository]:
-    made = MAKERS[getattr(request, "param", store_kind)](database)
+    made = MAKERS[getattr(request, "param", store_kind)](database, timing)
     yield made
     made.close()
 
 
 @pytest.fixture
-def make_queue(repository: Repository) -> Iterator[Callable[..., Queue]]:
+def make_queue(repository: Repository, timing: Timing) -> Iterator[Callable[..., Queue]]:
     """Return a function that makes queues, with options of ``Config`` and ``Queue``.
 
     All of them are stopped at the end.
@@ -260,8 +281,8 @@ def make_queue(repository: Repository) -> Iterator[Callable[..., Queue]]:
     made: list[Queue] = []
 
     def make(on: Any = None, *, logger: Any = None, **options: Any) -> Queue:
-        names = options.keys() & {"clock", "find_executor", "hooks", "middleware"}
-        more = {name: options.pop(name) for name in names}
+        names = options.keys() & {"clock", "find_executor", "hooks", "middleware", "timing"}
+        more = {"timing": timing, **{name: options.pop(name) for name in names}}
         made.append(Queue(on or repository, Config(**options), logger, **more))
         return made[-1]
 
@@ -295,50 +316,12 @@ _AT_WORK = (
 )
 
 
-@pytest.fixture
-def no_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make no task count as short. Then no task is started ahead, and the order of runs is strict."""
-    monkeypatch.setattr("taskx.running.ahead.SHORT", 0.0)
-
-
-_SECONDS = {
-    "audit": "upkeep.housekeeper.AUDIT_EVERY",
-    "recover": "upkeep.housekeeper.RECOVER_EVERY",
-    "progress": "upkeep.housekeeper.PROGRESS_EVERY",
-    "poll": "upkeep.housekeeper.POLL",
-    "schedules": "schedules.ticker.REFRESH_EVERY",
-    "handles": "common.handles.POLL_INTERVAL",
-}
-_BATCHES = {
-    "expiry": "upkeep.expiry.BATCH",
-    "lists": "storage.queries.TASKS",
-    "operations": "submitting.bulk.BATCH",
-    "recovery": "upkeep.recovery.BATCH",
-    "retention": "upkeep.retention.BATCH",
-    "turns": "ordering.BATCH",
-}
-
-
-@pytest.fixture
-def check_every(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Return a function that sets the seconds between checks of a kind: ``check_every(audit=0.05)``."""
-
-    def set_to(**seconds: float) -> None:
-        for kind, value in seconds.items():
-            monkeypatch.setattr(f"taskx.{_SECONDS[kind]}", value)
-
-    return set_to
-
-
-@pytest.fixture
-def in_batches(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Return a function that sets how many tasks a part handles at once: ``in_batches(recovery=2)``."""
-
-    def set_to(**sizes: int) -> None:
-        for part, size in sizes.items():
-            monkeypatch.setattr(f"taskx.{_BATCHES[part]}", size)
-
-    return set_to
+#: Makes no task count as short. Then no task is started ahead, and the order of runs is strict.
+no_batches = pytest.mark.timing(short_task=0.0)
+#: Makes all slow periodic checks run every 50 ms, so that tests that depend on one wait less.
+frequent_checks = pytest.mark.timing(
+    **dict.fromkeys(("audit_every", "recover_every", "schedules_every", "handles_every"), 0.05)
+)
 
 
 @pytest.fixture
@@ -352,12 +335,6 @@ def calm() -> Iterator[threading.Event]:
     with pytest.MonkeyPatch.context() as patched:  # its own, which a test's ``undo()`` does not end
         patched.setattr(Ahead, "clear", clear_in_the_calm)
         yield calm
-
-
-@pytest.fixture
-def frequent_checks(check_every: Callable[..., None]) -> None:
-    """Make all slow periodic checks run every 50 ms, so that tests that depend on one wait less."""
-    check_every(audit=0.05, recover=0.05, schedules=0.05, handles=0.05)
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ import taskx.queue
 from taskx.core import options
 from taskx.core.moves import MOVES
 from taskx.core.redact import SECRETS
+from taskx.core.timing import DEFAULT_TIMING
 from taskx.schedules import ticker
 from taskx.storage.sqlite.connections import Connections
 from taskx.testing import RepositoryContract
@@ -592,7 +593,7 @@ def test_an_idle_node_reads_what_the_design_says(tmp_path, monkeypatch):
         nonlocal now
         until = now + seconds
         while now < until:
-            now += housekeeper.POLL
+            now += DEFAULT_TIMING.poll_every
             node._housekeeper.tick()
 
     pass_time(4)  # opens what there is to open

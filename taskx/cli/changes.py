@@ -8,7 +8,8 @@ from taskx.cli.opening import Session, command
 from taskx.cli.output import Column, Row, moment
 from taskx.core.redact import redacted
 from taskx.core.redact import show as short
-from taskx.inspecting.changelog import KEPT, Change
+from taskx.core.timing import DEFAULT_TIMING
+from taskx.inspecting.changelog import Change
 
 COLUMNS = (
     Column("AT"),
@@ -29,7 +30,7 @@ def _row(session: Session, change: Change) -> Row:
     f"""List who changed what: the log of changes, newest first.
 
 It has the changes that were made with the command line and the dashboard, and those that programs note. The
-newest {KEPT:,} are kept.""",
+newest {DEFAULT_TIMING.most_changes:,} are kept.""",
     """
 taskx changes
 taskx changes --limit 1000 --json | jq 'select(.action == "cancel")'

@@ -9,12 +9,11 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 
-#: Minimum seconds between two checks: all wake-ups in this time lead to one check.
-SHORTEST_REST = 0.002
+from taskx.core.timing import Timing
+
 # Checks without a result cost at most 2 % of a core: a rest grows up to _TIMES times the processor time of
-# one check. It never needs to be longer than _LONGEST_REST, the polling interval. After _QUIET seconds
-# without a check there is no rest.
-_TIMES, _LONGEST_REST, _QUIET = 50, 0.06, 1.0
+# one check.
+_TIMES = 50
 
 
 class Bell:
@@ -111,20 +110,23 @@ class Rest:
     Create and use it on that thread, because it measures the processor time of the current thread.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timing: Timing) -> None:
+        self._timing = timing
         self._seconds, self._at = 0.0, 0.0
         self._used = time.thread_time()
 
     @property
     def seconds(self) -> float:
-        """The rest that is due: zero after a check with a result, or after a second without a check."""
-        return self._seconds if time.monotonic() - self._at < _QUIET else 0.0
+        """The rest that is due: zero after a check with a result, or some time without a check."""
+        quiet = time.monotonic() - self._at >= self._timing.rest_within
+        return 0.0 if quiet else self._seconds
 
     def after(self, *, vain: bool) -> None:
         """Note a check; ``vain`` says that it brought no result."""
         used = time.thread_time()
-        longer = min(2 * self.seconds, _TIMES * (used - self._used), _LONGEST_REST)
-        self._seconds = max(longer, SHORTEST_REST) if vain else 0.0
+        longest = self._timing.poll_every
+        longer = min(2 * self.seconds, _TIMES * (used - self._used), longest)
+        self._seconds = max(longer, self._timing.shortest_rest) if vain else 0.0
         self._at, self._used = time.monotonic(), used
 
 

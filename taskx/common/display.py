@@ -14,13 +14,10 @@ from importlib.util import find_spec
 from typing import Any, Protocol
 
 from taskx.core.payload import clean_text
+from taskx.core.timing import DEFAULT_TIMING, Timing
 
-# Seconds between two lines of a display that cannot be redrawn.
-_BETWEEN_LINES = 5.0
 # Most characters of the words beside a state.
 _MOST_WORDS = 200
-# Seconds between two states of a bar.
-_BETWEEN_STATES = 0.1
 
 
 def printable(text: str) -> str:
@@ -51,9 +48,13 @@ class Display:
     Args:
         title: what the display is about.
         total: the number of things to do; None if it is not known.
+        timing: says how often a new state is shown.
     """
 
-    def __init__(self, title: str, total: int | None = None) -> None:
+    def __init__(
+        self, title: str, total: int | None = None, timing: Timing = DEFAULT_TIMING
+    ) -> None:
+        self._timing = timing
         self._title, self._total = title, total
         self._done = self._failed = 0
         self._screen: _Screen | None = None
@@ -72,7 +73,7 @@ class Display:
         self._total = self._total if total is None else total
         if self._screen is None:
             title = printable(self._title)
-            self._screen = _bar(title) or _Lines(title)
+            self._screen = _bar(title, self._timing) or _Lines(title, self._timing)
             self._close = weakref.finalize(self, self._screen.close)
         self._screen.draw(done, self._total, clean_text(printable(words), _MOST_WORDS))
 
@@ -92,15 +93,15 @@ class Display:
 class _Lines:
     """Lines of text: one every few seconds, and the last one."""
 
-    def __init__(self, title: str) -> None:
-        self._title = title
-        self._next, self._unsaid = time.monotonic() + _BETWEEN_LINES, ""
+    def __init__(self, title: str, timing: Timing) -> None:
+        self._title, self._every = title, timing.line_every
+        self._next, self._unsaid = time.monotonic() + self._every, ""
 
     def draw(self, done: int, total: int | None, words: str) -> None:
         share = f" of {total} ({done / total:.0%})" if total else ""
         self._unsaid = f"{self._title}: {done}{share}" + (f", {words}" if words else "")
         if time.monotonic() >= self._next:
-            self._next = time.monotonic() + _BETWEEN_LINES
+            self._next = time.monotonic() + self._every
             self._write()
 
     def _write(self) -> None:
@@ -119,14 +120,15 @@ class _Bar:
     It is drawn without the thread of rich, which an interrupt could leave behind.
     """
 
-    def __init__(self, title: str, progress: Any) -> None:
+    def __init__(self, title: str, progress: Any, timing: Timing) -> None:
+        self._every = timing.bar_every
         self._progress, self._next = progress, -math.inf
         self._bar = progress.add_task(title, total=None, words="")
 
     def draw(self, done: int, total: int | None, words: str) -> None:
         self._progress.update(self._bar, completed=done, total=total, words=words)
         if time.monotonic() >= self._next:
-            self._next = time.monotonic() + _BETWEEN_STATES
+            self._next = time.monotonic() + self._every
             self._progress.start()
             self._progress.refresh()
 
@@ -135,7 +137,7 @@ class _Bar:
         self._progress.stop()
 
 
-def _bar(title: str) -> _Bar | None:
+def _bar(title: str, timing: Timing) -> _Bar | None:
     """Return a bar, or None if a package is not installed or nothing can be redrawn."""
     try:
         from rich import console, progress
@@ -158,4 +160,5 @@ def _bar(title: str) -> _Bar | None:
     return _Bar(
         title,
         progress.Progress(*columns, console=screen, auto_refresh=False, redirect_stdout=redirect),
+        timing,
     )

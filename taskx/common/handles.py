@@ -34,17 +34,13 @@ from taskx.core.errors import (
     TaskNotFound,
 )
 from taskx.core.model import Task, TaskStatus
+from taskx.core.timing import Timing
 from taskx.core.values import Values
 
 if TYPE_CHECKING:
     from taskx.core.findings import Reason
 
 R = TypeVar("R")
-
-#: Polling interval, in seconds, of a waiting thread, in case the thread that should wake it is gone.
-POLL_INTERVAL = 1.0
-# Seconds between two states of a display.
-_REFRESH = 0.2
 
 
 class _Owner(Protocol):
@@ -56,6 +52,8 @@ class _Owner(Protocol):
     def _refuse_wait(self) -> None: ...
     @property
     def _values(self) -> Mapping[str, Values]: ...
+    @property
+    def _timing(self) -> Timing: ...
 
 
 class _Watches(Protocol):
@@ -237,7 +235,11 @@ class TaskHandle(Future[R]):
         bell = self.signal()
         deadline = bell.now() + seconds
         # A task that was deleted after its end may have a known result.
-        with suppress(TaskNotFound), Display(f"{self.task().type} {self.id}", 100) as display:
+        timing = self._owner._timing
+        with (
+            suppress(TaskNotFound),
+            Display(f"{self.task().type} {self.id}", 100, timing) as display,
+        ):
             while True:
                 done = self.done()
                 task = self.task()  # read after that, so that the last state shown is the last one
@@ -245,7 +247,7 @@ class TaskHandle(Future[R]):
                 left = deadline - bell.now()
                 if done or left <= 0:
                     break
-                self._sleep(left if bell.virtual else min(left, _REFRESH))
+                self._sleep(left if bell.virtual else min(left, timing.display_every))
         if not self.done():
             raise self._late(seconds)
         return self.result(0)
@@ -282,7 +284,7 @@ class TaskHandle(Future[R]):
         try:
             while not (yield from done()):
                 virtual = self.signal().virtual
-                pause = 0.0 if virtual else POLL_INTERVAL
+                pause = 0.0 if virtual else self._owner._timing.handles_every
                 yield from asyncio.wait((ended,), timeout=pause).__await__()
                 if virtual:
                     self._sleep(None)
@@ -341,13 +343,14 @@ class TaskHandle(Future[R]):
         self.refuse_endless_wait()
         bell = self.signal()
         deadline = None if timeout is None else bell.now() + timeout
+        every = self._owner._timing.handles_every
         self.listen(bell)
         try:
             while self._outcome is None:
                 left = math.inf if deadline is None else deadline - bell.now()
                 if left <= 0:
                     return
-                if not bell.wait(left if bell.virtual else min(left, POLL_INTERVAL)):
+                if not bell.wait(left if bell.virtual else min(left, every)):
                     # Watch it again: the thread that should wake this one may be gone.
                     self._owner.watch(self)
         finally:

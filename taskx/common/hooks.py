@@ -15,13 +15,7 @@ from taskx.core.checks import check_plain
 from taskx.core.errors import ConfigurationError, TaskxError
 from taskx.core.log import GuardedLogger
 from taskx.core.model import Task
-
-#: The number of waiting events from which the threads that cause more events are slowed down.
-MOST_WAITING = 10_000
-#: The longest delay of such a thread in seconds: a hook that hangs must not stop the queue.
-LONGEST_HOLD = 1.0
-# Seconds for which the thread waits for another event before it ends.
-_KEEP = 2.0
+from taskx.core.timing import Timing
 
 
 class Hook:
@@ -119,7 +113,7 @@ class Hooks:
     lease_lost: Listeners
     ticks_missed: Listeners
 
-    def __init__(self, hooks: Iterable[Hook], log: GuardedLogger) -> None:
+    def __init__(self, hooks: Iterable[Hook], log: GuardedLogger, timing: Timing) -> None:
         known = list(hooks)
         for hook in known:
             if not isinstance(hook, Hook):
@@ -129,6 +123,7 @@ class Hooks:
         #: True if a hook listens to any event that moves a task.
         self.moves = any(getattr(self, event) for event in _OF_MOVES)
         self._log = log
+        self._timing = timing
         #: The events that were not reported yet.
         self.waiting: deque[tuple[Listeners, Callable[[], Any], tuple[Any, ...]]] = deque()
         #: The number of events reported so far.
@@ -176,8 +171,8 @@ class Hooks:
 
     def let_catch_up(self) -> None:
         """Delay the calling thread a little if the hooks are far behind."""
-        if len(self.waiting) > MOST_WAITING:
-            self.wait(LONGEST_HOLD)
+        if len(self.waiting) > self._timing.most_events:
+            self.wait(self._timing.hold_within)
 
     # --- the thread
 
@@ -205,7 +200,7 @@ class Hooks:
     def _run(self) -> None:
         while True:
             self._tell_all()
-            if not self._wake_up.wait(_KEEP):
+            if not self._wake_up.wait(self._timing.keep_thread):
                 break
         self._thread = None
         if self.waiting:  # an event came between the wait and the line above

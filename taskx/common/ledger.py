@@ -33,18 +33,15 @@ from taskx.common.bell import Agenda, Signal
 from taskx.core.errors import RepositoryError, RepositoryUnavailable, TaskxError, on_main_thread
 from taskx.core.log import GuardedLogger, is_for_the_program
 from taskx.core.model import Task
+from taskx.core.timing import Timing
 from taskx.core.writes import Write
 from taskx.storage import queries
 from taskx.storage.base import Locked, Reentered, Repository
-from taskx.storage.patience import FIRST_PAUSE, longer, patiently, try_again, varied
+from taskx.storage.patience import longer, patiently, try_again, varied
 
 #: How an attempt ended, for the code that acts on its outcome.
 OutcomeT = TypeVar("OutcomeT")
 
-#: The most entries of one transaction, so that a long queue does not become one long lock.
-MAX_BATCH = 256
-# Seconds after which a follower checks by itself: the thread that should call it may have been interrupted.
-_CHECK_EVERY = 0.05
 # The locked entries of a batch after which the rest of it is tried later: perhaps the table is locked.
 _MOST_LOCKED = 5
 
@@ -79,10 +76,11 @@ class _Entry(Generic[OutcomeT]):
         self.deserted = False
         #: The writes, by ``id``, that turned out to be stored when they were read back after an interrupt.
         self.known: Collection[int] = ()
-        #: Why the entry was put off, the monotonic time until which it is, and the next pause in seconds.
+        #: Why the entry was put off, the monotonic time until which it is, and the next pause in seconds; 0
+        #: if it was not put off yet.
         self.locked: Locked | None = None
         self.not_before = 0.0
-        self.pause = FIRST_PAUSE
+        self.pause = 0.0
         self.results: Sequence[bool] = ()
         self.error: BaseException | None = None
 
@@ -94,10 +92,13 @@ class Ledger(ABC, Generic[OutcomeT]):
     housekeeper, if there is one.
     """
 
-    def __init__(self, repository: Repository, log: GuardedLogger, agenda: Agenda) -> None:
+    def __init__(
+        self, repository: Repository, log: GuardedLogger, agenda: Agenda, timing: Timing
+    ) -> None:
         self._repository = repository
         self._target = repository.liveness.applies
         self._log = log
+        self._timing = timing
         self._agenda = agenda
         # A lock that knows its owner, so that a thread that already holds it does not wait for itself.
         self._leading = threading.RLock()
@@ -158,7 +159,7 @@ class Ledger(ABC, Generic[OutcomeT]):
         try:
             results = send(writes)
         except Locked as error:
-            results = try_again(partial(send, writes), error)
+            results = try_again(partial(send, writes), error, self._timing)
         if not whole or all(results):
             self.follow(compress(writes, results), tasks)
         return results
@@ -172,7 +173,7 @@ class Ledger(ABC, Generic[OutcomeT]):
         results: Sequence[bool] = ()
         refused: TaskxError | None = None
         try:
-            results = patiently(partial(self._commit, writes))
+            results = patiently(partial(self._commit, writes), self._timing)
         except RepositoryUnavailable:
             raise
         except TaskxError as error:
@@ -218,7 +219,7 @@ class Ledger(ABC, Generic[OutcomeT]):
         try:
             self._waiting.append(entry)
             while not self._lead_until_done(entry):
-                entry.turn.wait(_CHECK_EVERY)
+                entry.turn.wait(self._timing.follower_every)
         except BaseException:  # also an interrupt: the next leader handles the entry
             entry.deserted, entry.turn = not entry.done, None
             raise
@@ -275,7 +276,7 @@ class Ledger(ABC, Generic[OutcomeT]):
                 do, and these are put off. Without ``wait`` it is not raised for those.
         """
         work = partial(self._flush, wait=wait)
-        return patiently(work) if patient else work()
+        return patiently(work, self._timing) if patient else work()
 
     def _flush(self, *, wait: bool) -> bool:
         if not self.unsettled:
@@ -305,7 +306,7 @@ class Ledger(ABC, Generic[OutcomeT]):
         """Commit one batch."""
         now = time.monotonic()
         waiting = (entry for entry in list(self._waiting) if entry.not_before <= now)
-        batch = list(islice(waiting, MAX_BATCH))
+        batch = list(islice(waiting, self._timing.commit_batch))
         try:
             if self._sent:
                 self._read_back()
@@ -394,8 +395,9 @@ class Ledger(ABC, Generic[OutcomeT]):
 
     def _reject(self, entry: _Entry[OutcomeT], error: Exception) -> None:
         if isinstance(error, Locked) and (entry.outcome is not None or entry.deserted):
-            entry.locked, entry.not_before = error, time.monotonic() + varied(entry.pause)
-            entry.pause = longer(entry.pause)
+            pause = entry.pause or self._timing.lock_pause
+            entry.locked, entry.not_before = error, time.monotonic() + varied(pause)
+            entry.pause = longer(pause, self._timing)
             return
         entry.results = [False] * len(entry.writes)
         entry.error, entry.done = error, True

@@ -15,23 +15,19 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from typing import Any
 
-from taskx.common import handles
-from taskx.common.bell import SHORTEST_REST, Agenda, Rest, Signal
+from taskx.common.bell import Agenda, Rest, Signal
 from taskx.common.handles import TaskHandle
 from taskx.core.errors import RepositoryError, on_main_thread
 from taskx.core.lifecycle import ENDED, FINISHED
 from taskx.core.log import Complaint, GuardedLogger
+from taskx.core.timing import Timing
 from taskx.storage.base import Listener, Repository
 from taskx.storage.queries import Changes, runs_somewhere
 
-# Polling interval, in seconds, of a process in which no queue is started.
-_POLL = 0.02
 # A process in which no queue is started spends at most a tenth of its time on polling.
 _REST = 9
 # The most ended tasks that are read at once: a record may be large.
 _MOST_READ = 50
-# Seconds for which close() waits until all waiting threads are told.
-_CLOSING = 1.0
 _DEAF = "the watcher gets no wake-ups from other processes; it polls instead"
 
 
@@ -43,9 +39,12 @@ class Watcher:
     A check raises ``RepositoryError`` if the repository cannot be read.
     """
 
-    def __init__(self, repository: Repository, log: GuardedLogger, agenda: Agenda) -> None:
+    def __init__(
+        self, repository: Repository, log: GuardedLogger, agenda: Agenda, timing: Timing
+    ) -> None:
         self._repository = repository
         self._log = log
+        self._timing = timing
         self._agenda = agenda
         # The live handles of each task, by their ``id()``. Changed without a lock, one dict operation at a
         # time: at any point a handle may be dropped, or an exception strike.
@@ -108,7 +107,7 @@ class Watcher:
         thread = self._thread
         # A thread that another one is about to start is not alive yet; it will see that this is closed.
         if thread is not None and thread.is_alive() and thread is not threading.current_thread():
-            thread.join(_CLOSING)
+            thread.join(self._timing.close_within)
 
     # --- the handles
 
@@ -225,33 +224,33 @@ class Watcher:
                     self._close_all() if self._closed else self.check_all()
 
     def _poll(self) -> None:
-        me = threading.current_thread()
+        me, timing = threading.current_thread(), self._timing
         listener = self._listen()
         changed, looked, cost = Changes(self._repository), -math.inf, 0.0
-        complaint, told, rest = Complaint(self._log), False, Rest()
+        complaint, told, rest = Complaint(self._log), False, Rest(timing)
         while self._thread is me and self._handles and (self._closed or not self._agenda.attended):
-            pause, watched = _POLL, len(self._handles)
+            pause, watched = timing.watch_every, len(self._handles)
             try:
                 with suppress(RepositoryError) if self._closed else nullcontext():
                     self.tell()
                 if self._closed:
                     self._close_all()  # it reads nothing, so it works while the repository is down
-                elif changed() or told or time.monotonic() - looked > handles.POLL_INTERVAL:
+                elif changed() or told or time.monotonic() - looked > timing.handles_every:
                     began = time.monotonic()
                     self.check_all()
                     looked = time.monotonic()
-                    cost = min(_REST * (looked - began), handles.POLL_INTERVAL)
-                    pause = max(_POLL, cost)
+                    cost = min(_REST * (looked - began), timing.handles_every)
+                    pause = max(timing.watch_every, cost)
                     complaint.over()
             except RepositoryError as error:
                 complaint.make("cannot see whether tasks have ended: %s", error)
-                pause = handles.POLL_INTERVAL
+                pause = timing.handles_every
             except BaseException:  # noqa: BLE001  (without this thread, others would wait for ever)
                 self._log.exception("the watcher failed; it goes on")
-                pause = handles.POLL_INTERVAL
+                pause = timing.handles_every
             if told:
                 rest.after(vain=len(self._handles) >= watched)
-                time.sleep(max(rest.seconds, SHORTEST_REST, cost))
+                time.sleep(max(rest.seconds, timing.shortest_rest, cost))
             try:
                 told = _wait(listener, pause)
             except Exception:  # noqa: BLE001  (a defect of a repository)

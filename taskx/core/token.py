@@ -12,9 +12,7 @@ from taskx.core.checks import in_seconds
 from taskx.core.clock import SYSTEM_CLOCK, Clock
 from taskx.core.errors import CancelReason, ConfigurationError, TaskCancelled, on_main_thread
 from taskx.core.log import log
-
-# Seconds after which a wait in the main thread looks for signals that have not woken it.
-_LOOK = 0.5
+from taskx.core.timing import DEFAULT_TIMING
 
 
 class CancelToken:
@@ -170,8 +168,8 @@ def _acquire(waiter: _thread.LockType, seconds: float) -> None:
     if not on_main_thread():
         waiter.acquire(timeout=seconds)
         return
-    until = time.monotonic() + seconds
-    while (left := until - time.monotonic()) > 0 and not waiter.acquire(timeout=min(left, _LOOK)):
+    until, every = time.monotonic() + seconds, DEFAULT_TIMING.signals_every
+    while (left := until - time.monotonic()) > 0 and not waiter.acquire(timeout=min(left, every)):
         continue
 
 

@@ -30,8 +30,6 @@ MOST_WATCHED = 100
 LONGEST_STREAM = 300
 #: Streams that one dashboard serves at the same time.
 MOST_STREAMS = 8
-# Seconds between two looks, and without a line.
-_PERIOD, _SILENCE = 0.5, 5.0
 
 _streams = threading.BoundedSemaphore(MOST_STREAMS)
 
@@ -223,7 +221,9 @@ def _change_all(request: Request, change: Change, body: Mapping[str, Any]) -> di
         bulk = method(wanted, dry_run=True, at_most=MOST_COUNTED, **options)
         return {**bulk.to_dict(), "finished": True}
     note = partial(request.note, change.name, body["query"] or "all tasks")
-    bulk, finished = change_for_a_while(method, wanted, note, **options)
+    bulk, finished = change_for_a_while(
+        method, wanted, note, request.queue._timing.request_within, **options
+    )
     return {**bulk.to_dict(), "finished": finished}
 
 
@@ -278,16 +278,16 @@ def _stream(
     until, said, pause = now + seconds, now, threading.Event()
     yield from (_line(request, task) for task in reversed([*known.values()]))
     yield f"{json.dumps({'now': request.now.isoformat()})}\n"  # what follows is new
-    revision = None
+    revision, timing = None, request.queue._timing
     while (now := time.monotonic()) < until:
-        pause.wait(min(_PERIOD, until - now))
+        pause.wait(min(timing.stream_every, until - now))
         latest = request.queue.repository.revision()
         if latest is None or latest != revision:
             revision, before, known = latest, known, _tasks_of(request, wanted)
             for task in _differences(request, before, known):
                 said = time.monotonic()
                 yield _line(request, task)
-        if time.monotonic() - said >= _SILENCE:
+        if time.monotonic() - said >= timing.silence_within:
             said = time.monotonic()
             yield "{}\n"  # a client that is gone is noticed by this
 

@@ -9,9 +9,6 @@ from typing import Any
 from taskx.core.model import TaskFilter
 from taskx.submitting.bulk import Bulk
 
-#: Seconds after which a request makes no further batch of changes.
-PATIENCE = 5.0
-
 
 class _Enough(Exception):
     """The time is over."""
@@ -20,9 +17,9 @@ class _Enough(Exception):
 class _Watch:
     """Notes how far a change has come, and ends it when the time is over."""
 
-    def __init__(self) -> None:
+    def __init__(self, patience: float) -> None:
         self.bulk = Bulk(action="cancel")  # nothing yet
-        self._until = time.monotonic() + PATIENCE
+        self._until = time.monotonic() + patience
 
     def __call__(self, bulk: Bulk) -> None:
         self.bulk = bulk
@@ -34,6 +31,7 @@ def change_for_a_while(
     change: Callable[..., Bulk],
     wanted: TaskFilter,
     note: Callable[[str], object],
+    patience: float,
     **options: Any,
 ) -> tuple[Bulk, bool]:
     """Change tasks that match for a few seconds.
@@ -42,12 +40,13 @@ def change_for_a_while(
         change: ``queue.cancel_all``, ``queue.requeue_all`` or ``queue.delete_all``.
         wanted: the filter.
         note: notes in the audit log how many tasks were changed, also if an error ends the change.
+        patience: seconds after which no further batch of changes is made.
         options: further arguments of the method.
 
     Returns:
         what was done, and True if no task is left to change.
     """
-    watch = _Watch()
+    watch = _Watch(patience)
     try:
         watch.bulk = change(wanted, on_progress=watch, **options)
         return watch.bulk, True

@@ -12,6 +12,7 @@ from taskx.common.config import Config
 from taskx.core.checks import check_number
 from taskx.core.errors import ConfigurationError, QueueStopped, RepositoryError, SchemaMismatch
 from taskx.core.log import log
+from taskx.core.timing import DEFAULT_TIMING, Timing
 from taskx.engines.tickets import Ticket
 from taskx.moving import Services
 from taskx.storage.base import Repository
@@ -21,18 +22,12 @@ if TYPE_CHECKING:
     from taskx.engines.handover import HandOver
     from taskx.engines.node import TicketNode
 
-#: Seconds after which a worker process that could not start its queue tries again: first, and at most.
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 10.0
-#: Seconds for which a ticket waits for the queue of a worker process that is starting.
-_PATIENCE = 5.0
-#: Seconds for which a process that cannot run tasks keeps each ticket, so that others get more of them.
-_BACK = 0.2
-
 
 class _Queue(Protocol):
     """The methods of a queue that an engine calls."""
 
     repository: Repository
+    _timing: Timing
 
     def start(self) -> None: ...
     def stop(self, timeout: float) -> list[str]: ...
@@ -116,6 +111,7 @@ class BrokerEngine(Engine):
         self._one_host = one_host
         self.resend = check_number(resend, "resend", 0.01)
         self._queue: weakref.ref[_Queue] | None = None
+        self._timing = DEFAULT_TIMING  # until it has a queue
         self.renew_after_fork()
 
     def renew_after_fork(self) -> None:
@@ -172,6 +168,7 @@ class BrokerEngine(Engine):
         if self._queue is not None and self._queue() not in (None, queue):
             raise ConfigurationError("an engine has one queue: create another engine")
         self._queue = weakref.ref(queue)
+        self._timing = queue._timing
 
     def make_node(
         self, services: Services, config: Config, ended: Callable[[], object]
@@ -201,12 +198,12 @@ class BrokerEngine(Engine):
         if hand_over:
             from taskx.engines.handover import HandOver
 
-            self._handed = HandOver(self._run_here, workers)
+            self._handed = HandOver(self._run_here, workers, self._timing.ticket_within)
         self._ending.clear()
         threading.Thread(target=self._start, name="taskx-join", daemon=True).start()
 
     def _start(self) -> None:
-        pause = _FIRST_PAUSE
+        pause = self._timing.join_pause
         while (queue := self._bound()) is not None and not self._ending.is_set():
             try:
                 queue.start()
@@ -220,7 +217,7 @@ class BrokerEngine(Engine):
                 return
             del queue
             self._ending.wait(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE)
+            pause = min(2 * pause, self._timing.longest_join_pause)
 
     def take_no_more(self) -> None:
         """Begin the end of a worker process with ``hand_over``: it sends tickets back from now on."""
@@ -248,11 +245,11 @@ class BrokerEngine(Engine):
             self._give_back(ticket)
 
     def _run_here(self, ticket: Ticket) -> None:
-        node = self._node if self._begun.wait(_PATIENCE) else None
+        node = self._node if self._begun.wait(self._timing.join_within) else None
         if node is None or not node.run(ticket):
             if node is not None and node.pool.outdated is not None:
                 self._tell_outdated(node.pool.outdated)
-            self._ending.wait(_BACK)
+            self._ending.wait(self._timing.keep_ticket)
             self._give_back(ticket)
 
     def _give_back(self, ticket: Ticket) -> None:

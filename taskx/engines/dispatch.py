@@ -33,16 +33,6 @@ from taskx.engines.tickets import Ticket
 #: Most tickets of a type, for each worker, that no worker has used yet: at first, and while the tasks are
 #: so short that workers use all tickets between two looks at the store.
 DEPTH, DEEPEST = 2, 8
-#: Seconds between two looks at the store: the least while many tickets are used, and the most.
-SHORTEST_REST, LONGEST_REST = 0.01, 0.5
-#: Seconds for which a node leaves free tasks to the nodes that come first.
-LEAVE = 1.0
-#: Seconds for which the list of nodes is used, and the longest wait before a ticket is sent once more.
-_FRESH, _LONGEST_WAIT = 0.5, 60.0
-#: Seconds to wait after an error: first, and at most.
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 2.0
-#: Seconds after which the thread of a worker process ends if it has nothing to send.
-KEEP = 2.0
 #: Most characters of an error that are recorded.
 _MOST_WORDS = 300
 
@@ -95,6 +85,7 @@ class Dispatcher:
     def __init__(self, pool: TicketPool, engine: Sender) -> None:
         self._pool = pool
         self._services = pool.services
+        self._timing = pool.services.timing
         self._engine = engine
         #: The tickets of this node that no worker has used yet, by its knowledge.
         self.sent: dict[str, _Sent] = {}
@@ -106,7 +97,7 @@ class Dispatcher:
         self._complaint = Complaint(pool.services.log)
         self._broker = Complaint(pool.services.log)
         self._reached: bool | None = None  # what the last contact with the broker showed
-        self._rest = SHORTEST_REST
+        self._rest = self._timing.tickets_every
         self._signal = Signal()
         self._stopped = True
         self._thread: threading.Thread | None = None
@@ -145,7 +136,7 @@ class Dispatcher:
     def _is_needed(self) -> bool:
         """Return True if this node has to send tickets now; only called while there is no thread."""
         now = time.monotonic()
-        if now - self._looked_at < _FRESH:
+        if now - self._looked_at < self._timing.crew_every:
             return False
         self._looked_at = now
         waiting, mine = self._waiting()
@@ -154,7 +145,7 @@ class Dispatcher:
         return any(self._free_tasks(type, number)[0] for type, number in waiting.items())
 
     def _run(self) -> None:
-        pause = 0.0
+        pause, first, longest = 0.0, self._timing.broker_pause, self._timing.longest_pause
         while not self._stopped and self._goes_on():
             try:
                 fine = self.round()
@@ -165,7 +156,7 @@ class Dispatcher:
             except BaseException:  # a defect of ours: without this thread, no task is run
                 fine = False
                 self._services.log.exception("unexpected error in the dispatcher; it continues")
-            pause = 0.0 if fine else min(max(2 * pause, _FIRST_PAUSE), _LONGEST_PAUSE)
+            pause = 0.0 if fine else min(max(2 * pause, first), longest)
             self._signal.wait(pause or self._rest)
         with suppress(Exception):  # the broker may be away
             self._engine.disconnect()
@@ -173,7 +164,10 @@ class Dispatcher:
 
     def _goes_on(self) -> bool:
         """Return False if the thread may end: in a worker process, while others send the tickets."""
-        return self._pool.node.only_sends or time.monotonic() - self._needed_at < KEEP
+        return (
+            self._pool.node.only_sends
+            or time.monotonic() - self._needed_at < self._timing.keep_thread
+        )
 
     def round(self) -> bool:
         """Send the tickets that are due; return False if the broker refused one."""
@@ -230,13 +224,14 @@ class Dispatcher:
 
     def _set_rest(self, *, busy: bool, idle: bool) -> None:
         if busy and self.crew.first:
-            self._rest = SHORTEST_REST
+            self._rest = self._timing.tickets_every
         else:
-            self._rest = LONGEST_REST if idle else min(2 * self._rest, LONGEST_REST)
+            longest = self._timing.longest_tickets_every
+            self._rest = longest if idle else min(2 * self._rest, longest)
 
     def _refresh_crew(self) -> None:
         now = time.monotonic()
-        if now - self._crew_at >= _FRESH:
+        if now - self._crew_at >= self._timing.crew_every:
             nodes = self._services.repository.nodes()
             self.crew = Crew(nodes, self._engine.name, self._pool.node.id)
             self._pool.tickets.senders = self.crew.ids
@@ -282,9 +277,13 @@ class Dispatcher:
     def _left_over(self, stubs: Sequence[Stub]) -> list[Stub]:
         """Return the tasks that the nodes which come first have not taken for some time."""
         now = time.monotonic()
-        for task_id in [i for i, at in self._seen.items() if now - at > 10 * LEAVE]:
+        for task_id in [
+            i for i, at in self._seen.items() if now - at > 10 * self._timing.leave_tasks
+        ]:
             del self._seen[task_id]
-        return [s for s in stubs if now - self._seen.setdefault(s.id, now) >= LEAVE]
+        return [
+            s for s in stubs if now - self._seen.setdefault(s.id, now) >= self._timing.leave_tasks
+        ]
 
     def _running(self, type: str) -> int:
         nodes = [node.id for node in self.crew.workers]
@@ -301,7 +300,8 @@ class Dispatcher:
         lost = [task_id for task_id in late if mine[task_id].type in idle]
         for task_id in lost:
             sent = self.sent[task_id]
-            sent.at, sent.wait = now, min(2 * sent.wait, max(_LONGEST_WAIT, self._engine.resend))
+            longest = max(self._timing.longest_resend, self._engine.resend)
+            sent.at, sent.wait = now, min(2 * sent.wait, longest)
         return {task_id: mine[task_id] for task_id in lost}
 
     def _idle_types(self, types: Collection[str]) -> set[str]:

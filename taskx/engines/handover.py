@@ -9,10 +9,6 @@ from collections.abc import Callable
 from taskx.core.log import log
 from taskx.engines.tickets import Ticket
 
-#: Seconds for which a ticket waits for a free thread. RabbitMQ closes the channel of a message that is held
-#: for half an hour, and as many messages again wait behind it.
-HOLD = 60.0
-
 
 class HandOver:
     """Threads that take tickets from the threads of a broker.
@@ -24,10 +20,12 @@ class HandOver:
     Args:
         run: runs the task of a ticket, in the thread that calls it.
         workers: the number of threads.
+        within: seconds for which a ticket waits for a free thread.
     """
 
-    def __init__(self, run: Callable[[Ticket], None], workers: int) -> None:
+    def __init__(self, run: Callable[[Ticket], None], workers: int, within: float) -> None:
         self._run = run
+        self._within = within
         self._tickets: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
         self._free = threading.Semaphore(workers)
         self._ended = False
@@ -39,8 +37,8 @@ class HandOver:
             thread.start()
 
     def put(self, ticket: Ticket) -> bool:
-        """Wait for a free thread, and give it a ticket; return False if there is none in :data:`HOLD` s."""
-        if not self._free.acquire(timeout=HOLD):
+        """Wait for a free thread, and give it a ticket; return False if there is none in time."""
+        if not self._free.acquire(timeout=self._within):
             return False
         if self._ended:
             self._free.release()  # the next one that waits ends its wait, too

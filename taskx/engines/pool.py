@@ -23,7 +23,7 @@ class TicketFetcher(Fetcher):
 
     def __init__(self, *parts: Any) -> None:
         super().__init__(*parts)
-        self.tickets = Tickets()
+        self.tickets = Tickets(self._services.timing)
 
     def serves(self, type: str) -> bool:
         """Return True: tickets are also sent for types that only other processes run."""

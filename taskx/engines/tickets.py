@@ -8,9 +8,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
-#: Seconds after which a ticket goes back that only other workers can use: the first of a type, and at most.
-#: The time doubles, because such tickets may go round while the workers that can use them are busy.
-FIRST_ELSEWHERE, ELSEWHERE = 0.05, 0.5
+from taskx.core.timing import Timing
 
 
 class Ticket(NamedTuple):
@@ -32,7 +30,8 @@ class Unused(NamedTuple):
 class Tickets:
     """The tickets of a node: those that it has sent, and those that it has got and could not use."""
 
-    def __init__(self) -> None:
+    def __init__(self, timing: Timing) -> None:
+        self._timing = timing
         #: Has tickets sent soon.
         self.ring: Callable[[], object] = lambda: None
         #: The ids of the tasks whose tickets this node has sent, and that have not started.
@@ -54,9 +53,9 @@ class Tickets:
         now = time.monotonic()
         with self._lock:
             last = self._elsewhere.get(ticket.type)
-            wait = FIRST_ELSEWHERE
-            if last is not None and now - last.at < 2 * ELSEWHERE:
-                wait = min(2 * last.wait, ELSEWHERE)
+            wait, longest = self._timing.elsewhere_after, self._timing.longest_elsewhere_after
+            if last is not None and now - last.at < 2 * longest:
+                wait = min(2 * last.wait, longest)
             one = Unused(ticket, owner, now + wait, wait)
             self._unused[ticket.id] = self._elsewhere[ticket.type] = one
 

@@ -15,10 +15,9 @@ from math import inf
 from taskx.core.clock import Clock
 from taskx.core.errors import CancelReason
 from taskx.core.log import is_for_the_program, log
+from taskx.core.timing import Timing
 from taskx.core.token import CancelToken
 
-# Deadlines are on the injected clock, which a test may move: read it at least this often, in seconds.
-_LONGEST_WAIT = 0.05
 #: The seconds after a token's deadline, and the function to call if the token is still in use then.
 Overdue = tuple[float, Callable[[], object]]
 
@@ -26,8 +25,9 @@ Overdue = tuple[float, Callable[[], object]]
 class Alarms:
     """The deadlines of the tokens in use. The thread lives as long as there are any."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, timing: Timing) -> None:
         self._clock = clock
+        self._every = timing.alarms_every
         self._lock = threading.Lock()
         #: The time and the action of each step that a token still needs, the earliest first.
         self._steps: dict[CancelToken, list[tuple[float, Callable[[], object]]]] = {}
@@ -94,7 +94,7 @@ class Alarms:
                 if not self._steps and time.monotonic() - quiet_since > 1.0:
                     self._running = False
                     return
-            time.sleep(_LONGEST_WAIT if nearest is None else min(nearest, _LONGEST_WAIT))
+            time.sleep(self._every if nearest is None else min(nearest, self._every))
 
 
 def _do(step: Callable[[], object]) -> None:

@@ -14,14 +14,12 @@ from taskx.core.errors import CancelReason, ConfigurationError, RepositoryUnavai
 from taskx.core.lifecycle import Ending
 from taskx.core.model import Task, check_name
 from taskx.core.record import checkpoints_to_text
+from taskx.core.timing import Timing
 from taskx.core.token import CancelToken
 from taskx.core.values import Values
 from taskx.core.writes import Update
 from taskx.executing.transactions import Completed, Transaction, opened
 from taskx.storage.base import Repository
-
-# Seconds between two tries to store, while the repository is unavailable.
-_PAUSE = 0.2
 
 
 class Keeper:
@@ -34,12 +32,14 @@ class Keeper:
         max_payload_size: int,
         values: Mapping[str, Values],
         clock: Clock,
+        timing: Timing,
     ) -> None:
         self._repository = repository
         self._commit = commit
         self.max_payload_size = max_payload_size
         self._values = values
         self._clock = clock
+        self._retry_every = timing.retry_every
         #: Held while a run creates its ``Checkpoints``: several of its threads may be the first to ask.
         self.lock = threading.Lock()
         #: The process that these runs belong to: see :mod:`taskx.common.forks`.
@@ -70,7 +70,7 @@ class Keeper:
             try:
                 return self._commit([write])[0]
             except RepositoryUnavailable:  # also when in doubt: storing twice does no harm
-                token.wait(_PAUSE)
+                token.wait(self._retry_every)
                 token.raise_if_cancelled()
 
     def transaction(
@@ -97,7 +97,16 @@ class Keeper:
         def ending(result: str | None) -> Ending:
             return ending_of(result, self._clock.now_ms())
 
-        return opened(self._repository, kept, token, encode, ending, self._clock, completed)
+        return opened(
+            self._repository,
+            kept,
+            token,
+            encode,
+            ending,
+            self._clock,
+            completed,
+            self._retry_every,
+        )
 
 
 class Checkpoints:

@@ -14,6 +14,7 @@ from taskx.core.options import LimitOptions, Options
 from taskx.core.overrides import overridden
 from taskx.core.payload import DEFAULT_MAX_SIZE
 from taskx.core.rate import Limit
+from taskx.core.timing import DEFAULT_TIMING, Timing
 from taskx.core.values import Values
 from taskx.executing.context import Context
 from taskx.executing.executors import Executor, Registered, TaskExecutor, entry_of
@@ -73,6 +74,7 @@ class Registry:
         max_payload_size: int = DEFAULT_MAX_SIZE,
         first_use: Callable[[str], object] = lambda type: None,
         find: Callable[[str], object] | None = None,
+        timing: Timing = DEFAULT_TIMING,
     ) -> None:
         self.middleware = middleware
         self._require = require
@@ -88,6 +90,7 @@ class Registry:
         self._used: set[str] = set()  # the declared types that tasks were submitted of
         self._first_use = first_use
         self._find = find
+        self._timing = timing
         self._sought: set[str] = set()  # the types that ``find`` was asked for
 
     @property
@@ -141,7 +144,8 @@ class Registry:
             # Imported here, because most programs do not start child processes.
             from taskx.executing.process.isolation import Isolated
 
-            function, takes_context = Isolated(executor, entry, self.max_payload_size), True
+            function = Isolated(executor, entry, self.max_payload_size, self._timing)
+            takes_context = True
         if self.middleware:
             function = _wrapped(function, self.middleware, takes_context=takes_context)
             takes_context = True

@@ -17,9 +17,6 @@ from taskx.core.writes import Update, matches
 from taskx.storage import queries
 from taskx.storage.base import Repository
 
-# Seconds between two tries to begin, while the repository is unavailable.
-_PAUSE = 0.2
-
 #: The ending of a run that was stored in a transaction, and the writes that stored it.
 Completed = tuple[Ending, list[Update]]
 
@@ -111,17 +108,19 @@ def opened(
     ending_of: Callable[[str | None], Ending],
     clock: Clock,
     completed: list[Completed],
+    retry_every: float,
 ) -> Iterator[Transaction]:
     """Open a transaction for a run, and commit it at the end of the block, unless the run lost its task.
 
-    If the task was completed, the ending of the run is added to ``completed``.
+    If the task was completed, the ending of the run is added to ``completed``. While the repository is
+    unavailable, it is tried again every ``retry_every`` seconds.
     """
     token.raise_if_cancelled()
     tx = Transaction(encode)
     # First the run's lock: another thread may hold it while its step waits for the store.
     with kept.inside(tx):
-        stack, tx.connection = _begin(repository, token)
-        commit = _Commit(repository, kept.task, token, tx, completed)
+        stack, tx.connection = _begin(repository, token, retry_every)
+        commit = _Commit(repository, kept.task, token, tx, completed, retry_every)
         try:
             with stack:
                 try:
@@ -158,12 +157,14 @@ class _Commit:
         token: CancelToken,
         tx: Transaction,
         completed: list[Completed],
+        retry_every: float,
     ) -> None:
         self._repository = repository
         self._task = task
         self._token = token
         self._tx = tx
         self._completed = completed
+        self._retry_every = retry_every
         self._ending = Ending(returned=True)
         self.writes: list[Update] = []
 
@@ -187,7 +188,7 @@ class _Commit:
             try:
                 return self._shown()
             except RepositoryUnavailable:
-                self._token.wait(_PAUSE)
+                self._token.wait(self._retry_every)
                 self._token.raise_if_cancelled()
 
     def look_up(self) -> None:
@@ -214,7 +215,7 @@ class _Commit:
         return shown
 
 
-def _begin(repository: Repository, token: CancelToken) -> tuple[ExitStack, Any]:
+def _begin(repository: Repository, token: CancelToken, retry_every: float) -> tuple[ExitStack, Any]:
     """Begin a transaction. While the repository is unavailable, wait and try again."""
     while True:
         try:
@@ -222,5 +223,5 @@ def _begin(repository: Repository, token: CancelToken) -> tuple[ExitStack, Any]:
                 connection = stack.enter_context(repository.transactions.begin())
                 return stack.pop_all(), connection
         except RepositoryUnavailable:
-            token.wait(_PAUSE)
+            token.wait(retry_every)
             token.raise_if_cancelled()

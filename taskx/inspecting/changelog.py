@@ -24,8 +24,6 @@ from taskx.core.writes import Note, NoteChange
 from taskx.moving import Services
 
 _PREFIX = "change/"
-#: The number of changes that are kept. Some more are stored until a write removes the oldest ones.
-KEPT = 1_000
 # A write removes old changes with this probability: most writes read nothing.
 _SHARE = 0.02
 #: Most bytes of the detail of a change, as JSON.
@@ -74,7 +72,8 @@ def note_change(
     entry = {"at": services.clock.now_ms(), **shown, "detail": detail}
     changes = [NoteChange(_PREFIX + new_id(), json.dumps(entry), 0)]
     if chance() < _SHARE:
-        old = sorted(services.repository.notes(_PREFIX).items(), reverse=True)[KEPT - 1 :]
+        notes = sorted(services.repository.notes(_PREFIX).items(), reverse=True)
+        old = notes[services.timing.most_changes - 1 :]
         changes += [NoteChange(name, None, note.version) for name, note in old]
     services.repository.put_notes(changes)
 
@@ -83,9 +82,10 @@ def changes(services: Services, at_most: int) -> list[Change]:
     """Do the work of :meth:`Queue.changes`."""
     services.repository.require("the log of changes")
     check_int(at_most, "at_most", 1)
+    most = min(at_most, services.timing.most_changes)
     notes = services.repository.notes(_PREFIX)
     found = (_change(note) for _, note in sorted(notes.items(), reverse=True))
-    return [change for change in found if change is not None][: min(at_most, KEPT)]
+    return [change for change in found if change is not None][:most]
 
 
 def _change(note: Note) -> Change | None:

@@ -24,14 +24,8 @@ from taskx.running.stuck import stuck_types
 from taskx.schedules.stored import PREFIX, Entry, entry_of
 from taskx.storage import queries
 
-#: Fewest failed tasks that are read to count the latest ones.
-MOST_FAILED = 1000
-# Schedules that are read at a time.
-_PAGE = 1000
 # Most names in the facts of a problem.
 _NAMED = 100
-#: Seconds after which a repository that does not answer counts as away.
-PATIENCE = 5.0
 
 
 @attrs.frozen
@@ -153,7 +147,7 @@ def check(services: Services, pool: WorkerPool | None, wanted: Thresholds) -> He
     checking = _Check(services, pool, wanted)
     if not any(problem.kind == "repository" for problem in problems):
         try:
-            with services.repository.within(PATIENCE):
+            with services.repository.within(services.timing.answer_within):
                 problems.extend(checking.problems())
         except RepositoryError as error:
             problems.insert(0, _away(error))
@@ -186,6 +180,7 @@ class _Check:
     def __init__(self, services: Services, pool: WorkerPool | None, wanted: Thresholds) -> None:
         self._repository = services.repository
         self._controls = services.controls
+        self._timing = services.timing
         self._pool = pool
         self._wanted = wanted
         self.now = services.clock.now_ms()
@@ -271,7 +266,7 @@ class _Check:
         if self._wanted.failed is None:
             return
         most, period = self._wanted.failed
-        limit = max(MOST_FAILED, 2 * most)
+        limit = max(self._timing.most_explained, 2 * most)
         newest = self._repository.newest(FAILED, limit, ("type", "completed_at"))
         late = [type for type, at in newest if isinstance(at, int) and at >= self.now - period]
         if len(late) <= most:
@@ -318,7 +313,7 @@ class _Check:
     def _entries(self) -> Iterator[tuple[str, Entry | str]]:
         """Yield all schedules with their names; an error text for one that cannot be read."""
         after = PREFIX
-        while notes := self._repository.notes_after(PREFIX, after, _PAGE):
+        while notes := self._repository.notes_after(PREFIX, after, self._timing.scan_batch):
             for after in sorted(notes):
                 name = after.removeprefix(PREFIX)
                 try:

@@ -28,17 +28,12 @@ from taskx.inspecting.nodes import silence
 from taskx.liveness.base import Node
 from taskx.moving import Services
 from taskx.running.pool import WorkerPool
-from taskx.running.starter import ALONE
 from taskx.running.stuck import stack_of_task
 
-#: Most tasks of one kind that are read: parents, tasks that come first, tasks that hold slots.
-MOST = 1000
 #: Most nodes whose buffers are read.
 _MOST_BUFFERS = 20
 # Most tasks that come first among which one is sought that must run alone.
 _NEXT = 20
-#: Seconds after which a repository that does not answer counts as away.
-PATIENCE = 5.0
 
 _SHORTLY = "a started queue lets it go on within moments"
 
@@ -53,7 +48,7 @@ def why(services: Services, pool: WorkerPool | None, ageing: int, task_id: str) 
         task_id: the id of the task.
     """
     try:
-        with services.repository.within(PATIENCE):
+        with services.repository.within(services.timing.answer_within):
             return [*_Inquiry(services, pool, ageing).about(task_id)]
     except RepositoryError as error:
         facts = {"error": str(error), "error_type": type(error).__name__}
@@ -68,6 +63,7 @@ class _Inquiry:
         self._repository = services.repository
         self._pool = pool
         self._ageing = ageing
+        self._most = services.timing.most_explained
         self._now = services.clock.now_ms()
         self._nodes: Mapping[str, Node] = {}
 
@@ -105,7 +101,7 @@ class _Inquiry:
             limits += self._alone(task, able, busy, first)
             yield from limits
             yield from self._broker(able)
-            yield from _ahead(task, first)
+            yield from _ahead(task, first, self._most)
             if not (stopped or limits):
                 yield self._worker(task, able, busy)
 
@@ -152,7 +148,7 @@ class _Inquiry:
         return Reason("stuck", words, facts)
 
     def _parents(self, task: Task) -> Reason:
-        some = list(task.depends_on)[:MOST]
+        some = list(task.depends_on)[: self._most]
         statuses = self._repository.statuses(some)
         parents = {parent: statuses.get(parent, "gone") for parent in some}
         waits_for = {p: status for p, status in parents.items() if status in UNFINISHED}
@@ -172,11 +168,11 @@ class _Inquiry:
     def _turn(self, task: Task) -> Reason:
         key = str(task.concurrency_key)
         holders = self._repository.find("turn", [key], ("id", "status", "type"))
-        waiting = [i for (i,) in self._repository.find("line", [key], ("id",), MOST + 1)]
-        place = waiting.index(task.id) + 1 if task.id in waiting[:MOST] else None
+        waiting = [i for (i,) in self._repository.find("line", [key], ("id",), self._most + 1)]
+        place = waiting.index(task.id) + 1 if task.id in waiting[: self._most] else None
         facts: dict[str, Any] = {"key": key, "holder": None, "status": None, "type": None}
         facts["place"] = place
-        where = f"number {place} in its queue" if place else f"behind more than {MOST} tasks"
+        where = f"number {place} in its queue" if place else f"behind more than {self._most} tasks"
         words = f"It waits for the turn of concurrency key {key!r}, {where}"
         if not holders:
             return Reason("turn", f"{words}; no task has the turn: {_SHORTLY}.", facts)
@@ -214,8 +210,10 @@ class _Inquiry:
         if not live:
             return []
         repository, counts = self._repository, ("crashes", "max_crashes", "started_at")
-        runs = repository.find("running_on", live, ("id", "type", "owner", *counts), 10 * MOST)
-        stuck = repository.find("stuck_on", live, ("id", "type", "stuck_on"), MOST)
+        runs = repository.find(
+            "running_on", live, ("id", "type", "owner", *counts), 10 * self._most
+        )
+        stuck = repository.find("stuck_on", live, ("id", "type", "stuck_on"), self._most)
         return [Busy(*row) for row in runs] + [Busy(*row) for row in stuck]
 
     def _alone(
@@ -229,7 +227,7 @@ class _Inquiry:
             is_other = self._is_suspect(one)
             if is_suspect and is_other:
                 others.setdefault(one.node, []).append(one.id)
-            elif (one.started_at or 0) + ALONE * 1000 > self._now:
+            elif (one.started_at or 0) + self._services.timing.alone_within * 1000 > self._now:
                 names = [one.id] if is_suspect or is_other else waiting
                 others.setdefault(one.node, []).extend(names)
         names = [name for node in able for name in others.get(node.id, ())]
@@ -279,7 +277,7 @@ class _Inquiry:
         buffers = self._repository.distinct("buffered_on", "", _MOST_BUFFERS)
         first: list[Stub] = []
         for owner in ("", *buffers):
-            for stub in self._repository.ready(types, MOST + 1, owner, self._ageing):
+            for stub in self._repository.ready(types, self._most + 1, owner, self._ageing):
                 if stub.id == task.id or (stub.rank(self._ageing), stub.created_at) > mine:
                     break
                 first.append(stub)
@@ -388,16 +386,16 @@ def _pauses(task: Task, paused: Paused) -> Iterator[Reason]:
         yield Reason("paused", words, {"type": task.type})
 
 
-def _ahead(task: Task, first: Sequence[Stub]) -> Iterator[Reason]:
+def _ahead(task: Task, first: Sequence[Stub], most: int) -> Iterator[Reason]:
     if not first:
         return
     facts = {
-        "ahead": min(len(first), MOST),
-        "higher": min(sum(stub.priority > task.priority for stub in first), MOST),
-        "more": len(first) > MOST,
+        "ahead": min(len(first), most),
+        "higher": min(sum(stub.priority > task.priority for stub in first), most),
+        "more": len(first) > most,
     }
     come = "comes" if len(first) == 1 else "come"
-    words = f"{_capital(counted(len(first), 'task', MOST))} {come} first"
+    words = f"{_capital(counted(len(first), 'task', most))} {come} first"
     words += f", {facts['higher']} with a higher priority" if facts["higher"] else ""
     yield Reason("ahead", f"{words}.", facts)
 

@@ -38,6 +38,7 @@ import attrs
 from taskx.core.clock import SYSTEM_CLOCK
 from taskx.core.errors import RepositoryError
 from taskx.core.log import Complaint, log
+from taskx.core.timing import DEFAULT_TIMING, Timing
 from taskx.core.writes import Delete, Insert, Note, Write
 from taskx.liveness.base import PREFIX, Applies, Node, Own, Recorded, Store, described, says_dead
 from taskx.liveness.began import Began
@@ -45,15 +46,6 @@ from taskx.liveness.locks import HostLocks
 
 #: The length of a lease in seconds, unless the repository has another one.
 LEASE = 30.0
-#: The number of heartbeats in a lease, and the part of the lease that is the margin.
-BEATS, MARGIN = 10, 0.2
-#: The number of heartbeats after which a live node counts as late.
-LATE = 3
-#: The age of a heartbeat, in leases, at which it leaves open if its node lives. Clocks that differ by less
-#: than one lease raise no alarm.
-SILENT = 2
-#: Seconds between two polls of a housekeeper: observers cannot be expected to poll more often.
-_POLL_INTERVAL = 0.5
 #: The suffix of the name of a node's second note: how long its heartbeat has stood still.
 _STILL = "/still"
 
@@ -100,13 +92,18 @@ class Leases(Recorded[_Leased]):
         locks: HostLocks,
         monotonic: Callable[[], float],
         now_ms: Callable[[], int] = SYSTEM_CLOCK.now_ms,
+        timing: Timing = DEFAULT_TIMING,
     ) -> None:
         super().__init__(store)
+        self._timing = timing
         self._lease = lease
         self._locks = locks
         self._monotonic = monotonic
         self._now_ms = now_ms  # for people: no rescue depends on it
-        self.interval = lease / BEATS
+        # Observers cannot be expected to poll more often than housekeepers do.
+        self._longest_gap = 2 * max(lease / timing.lease_beats, timing.recover_every)
+        self._trusted = lease * (1 - timing.lease_margin)  # seconds after a heartbeat
+        self.interval = lease / timing.lease_beats
         self.renew()
 
     def renew(self) -> None:
@@ -194,7 +191,7 @@ class Leases(Recorded[_Leased]):
         return own is not None and (own.dead or self._monotonic() >= self._deadline(own))
 
     def _deadline(self, own: _Leased) -> float:
-        return own.acknowledged + self._lease * (1 - MARGIN)
+        return own.acknowledged + self._trusted
 
     # --- heartbeats
 
@@ -322,7 +319,10 @@ class Leases(Recorded[_Leased]):
         if node in self._own:
             return self.lost(node)
         seen = self._observations.get(name)
-        return seen is not None and seen.still / 1000 + seen.counted > LATE * self.interval
+        return (
+            seen is not None
+            and seen.still / 1000 + seen.counted > self._timing.lease_late * self.interval
+        )
 
     def is_dead(self, node: str) -> bool:
         """Return True if a node is dead now: its note is marked, or gone."""
@@ -352,7 +352,7 @@ class Leases(Recorded[_Leased]):
         if seen is None or (seen.beat, seen.still) != (beat, still):
             moved = None if seen is None else seen.moved if seen.beat == beat else seen.at
             seen = self._observations[name] = _Observation(beat, still, moved)
-        elif seen.at is not None and asked - seen.at <= 2 * max(self.interval, _POLL_INTERVAL):
+        elif seen.at is not None and asked - seen.at <= self._longest_gap:
             seen.counted += max(0.0, asked - seen.at)
         seen.at = self._monotonic()
         total = still + int(seen.counted * 1000)
@@ -367,7 +367,7 @@ class Leases(Recorded[_Leased]):
 
     def _is_heard(self, name: str, beat_at: int | None, asked: float) -> bool:
         """Return True if a heartbeat was seen to change lately, or is recent by its own time."""
-        most, moved = SILENT * self._lease, self._observations[name].moved
+        most, moved = self._timing.lease_silent * self._lease, self._observations[name].moved
         if moved is not None and asked - moved <= most:
             return True
         return beat_at is None or abs(self._now_ms() - beat_at) <= most * 1000

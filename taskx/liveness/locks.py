@@ -17,6 +17,7 @@ from contextlib import suppress
 from typing import Any
 
 from taskx.core.errors import RepositoryError, RepositoryUnavailable
+from taskx.core.timing import DEFAULT_TIMING
 from taskx.liveness.base import PREFIX, Node, Own, Recorded, Store, described
 from taskx.liveness.began import Began
 
@@ -25,8 +26,6 @@ try:
 except ImportError:  # not a POSIX system: the liveness of a node is unknown there
     fcntl = None  # type: ignore[assignment]
 
-#: Seconds that a new node waits for a process that locked its file to check if it is an orphan.
-PATIENCE = 1.0
 #: The most lock files that are checked, and open, at a time.
 MOST_ORPHANS = 100
 
@@ -34,10 +33,15 @@ _held: dict[str, int] = {}
 
 
 class NodeLocks:
-    """The lock files of nodes in one folder."""
+    """The lock files of nodes in one folder.
 
-    def __init__(self, folder: str) -> None:
+    A new node waits at most ``patience`` seconds for a process that locked its file to check if it is an
+    orphan.
+    """
+
+    def __init__(self, folder: str, patience: float = DEFAULT_TIMING.orphan_within) -> None:
         self.folder = folder
+        self._patience = patience
 
     def _path(self, node: str, kind: str = "lock") -> str:
         return os.path.join(self.folder, f"{node}.{kind}")
@@ -68,7 +72,7 @@ class NodeLocks:
 
     def _new_lock(self, path: str) -> int:
         """Create and lock a file; try again if a process that clears orphans removed it in between."""
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + self._patience
         while True:
             try:
                 fd = _locked(path, os.O_CREAT | os.O_RDWR)
@@ -168,8 +172,9 @@ class HostLocks:
     the folder for the lock files; the default is a folder of this user among the temporary ones.
     """
 
-    def __init__(self, folder: str | None) -> None:
+    def __init__(self, folder: str | None, patience: float = DEFAULT_TIMING.orphan_within) -> None:
         self._given = folder
+        self._patience = patience
         self._opened: tuple[NodeLocks, str] | None = None
 
     def hold(self, node: str) -> tuple[str, int]:
@@ -203,7 +208,7 @@ class HostLocks:
             if fcntl is None:
                 raise OSError("this system has no flock")
             base = os.path.abspath(self._given) if self._given else _private_folder()
-            locks = NodeLocks(os.path.join(base, "nodes"))
+            locks = NodeLocks(os.path.join(base, "nodes"), self._patience)
             os.makedirs(locks.folder, exist_ok=True)
             seen = os.stat(locks.folder)
             self._opened = locks, f"{_boot_id()} {seen.st_dev} {seen.st_ino}"
@@ -219,15 +224,20 @@ class KernelLocks(Recorded[Own]):
     """
 
     def __init__(
-        self, store: Store, place: Callable[[], tuple[str, int]], others: Collection[str]
+        self,
+        store: Store,
+        place: Callable[[], tuple[str, int]],
+        others: Collection[str],
+        patience: float,
     ) -> None:
         super().__init__(store)
+        self._patience = patience
         self._place = place
         self._others = others
 
     @property
     def _locks(self) -> NodeLocks:
-        return NodeLocks(self._place()[0])
+        return NodeLocks(self._place()[0], self._patience)
 
     def join(self, node: Node, *, tended: bool = False) -> None:
         self._on_record()

@@ -9,6 +9,7 @@ from taskx.common.config import Config
 from taskx.core.clock import Clock
 from taskx.core.errors import RepositoryError
 from taskx.core.log import GuardedLogger
+from taskx.core.timing import Timing
 from taskx.executing.registry import Registry
 from taskx.moving import Services
 from taskx.running.pool import WorkerPool
@@ -33,6 +34,7 @@ class Parts:
     repository: Repository
     clock: Clock
     _log: GuardedLogger
+    _timing: Timing
     _registry: Registry
     _services: Services
     _operations: Operations

@@ -125,7 +125,7 @@ class Questions(Parts):
             RepositoryError: from the iterator, if the repository cannot be read.
         """
         wanted = filter_of(filter, fields, "iter_tasks", self.clock)
-        return queries.read_all(self._page_after, wanted)
+        return queries.read_all(self._page_after, wanted, self._timing.batch)
 
     def _page_after(self, filter: TaskFilter, after: Any) -> tuple[Sequence[Task], Any]:
         with self._reading() as services:

@@ -10,21 +10,9 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from taskx.common.bell import Bell
+from taskx.core.timing import Timing
 from taskx.executing.runner import Run
 
-#: Most tasks started in one transaction while tasks are short.
-MAX_AHEAD = 32
-#: A task is short if it takes fewer seconds than this.
-SHORT = 0.0002
-#: Seconds for which a worker lets short tasks gather when they arrive in quick succession.
-LINGER = 0.002
-#: Seconds that a task started ahead waits for a free worker before it is handed back.
-PATIENCE = 0.005
-#: Seconds after which a worker's current task counts as long.
-TIED_UP = 0.002
-#: Most waiting workers that one start serves. Tasks that start together end together, and their workers
-#: then wait together again. In small portions, the workers drift apart and block one another less.
-MOST_WAITING = 5
 # Tasks are short while at most ``_MOST_LONG`` of the last sixteen were long. ``_ALL_LONG``: all were.
 _ALL_LONG, _MOST_LONG = 0xFFFF, 2
 
@@ -32,8 +20,12 @@ _ALL_LONG, _MOST_LONG = 0xFFFF, 2
 class Ahead:
     """The waiting workers, the number of tasks to start for them at once, and the started tasks."""
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, timing: Timing) -> None:
         self.workers = workers
+        # Read here, as each task uses them.
+        self._short_task, self._tied_up_after = timing.short_task, timing.tied_up_after
+        self._most, self._most_served = timing.most_ahead, timing.most_served
+        self._gather = timing.gather
         #: Started runs that no worker has taken yet, in order; each is in the state ``ahead``.
         self.runs: deque[Run] = deque()
         #: The time at which each executing run began. Kept apart from the states of all runs, because
@@ -55,13 +47,13 @@ class Ahead:
         """Note that a worker is free again after a task of ``duration`` seconds."""
         self.at_work.pop(run, None)
         # One bit for each of the last tasks, so that a single slow task changes nothing.
-        self._lately = (self._lately << 1 | (duration >= SHORT)) & _ALL_LONG
+        self._lately = (self._lately << 1 | (duration >= self._short_task)) & _ALL_LONG
         self.short = self._lately.bit_count() <= _MOST_LONG
 
     @property
     def portion(self) -> int:
         """The number of tasks to start at once: one for each of a few waiting workers; many if short."""
-        return MAX_AHEAD if self.short else 1 + min(len(self._waiting), MOST_WAITING)
+        return self._most if self.short else 1 + min(len(self._waiting), self._most_served)
 
     def let_gather(self, waiting: int) -> None:
         """Let a few short tasks gather while they arrive in quick succession.
@@ -69,9 +61,13 @@ class Ahead:
         One transaction then starts more of them, and fewer transactions hold up the submitter.
         ``waiting`` is the number of tasks in the buffer.
         """
-        if self._last_batch > 1 and waiting < MAX_AHEAD and self._lingering.acquire(blocking=False):
+        if (
+            self._last_batch > 1
+            and waiting < self._most
+            and self._lingering.acquire(blocking=False)
+        ):
             try:
-                time.sleep(LINGER)
+                time.sleep(self._gather)
             finally:
                 self._lingering.release()
 
@@ -163,7 +159,7 @@ class Ahead:
 
     def _tied_up(self) -> int:
         """Return the number of workers whose current task is not short after all."""
-        limit = time.monotonic() - TIED_UP
+        limit = time.monotonic() - self._tied_up_after
         return sum(began < limit for began in list(self.at_work.values()))
 
     def wake_all(self) -> None:

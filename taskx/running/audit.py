@@ -12,9 +12,6 @@ from taskx.core.record import STUB, Stub, stub_from_values
 from taskx.executing.runner import Run
 from taskx.running.pool import WorkerPool
 
-#: Most tasks that one audit compares: the running ones, and the next ones in the buffer.
-AUDITED = 5000
-
 
 class Audit:
     """Compares a node's memory with the repository."""
@@ -39,7 +36,10 @@ class Audit:
         """
         pool = self._pool
         find, mine = self._services.repository.find, [pool.node.id]
-        found = [*find("running_on", mine, STUB), *find("buffered_on", mine, STUB, AUDITED)]
+        found = [
+            *find("running_on", mine, STUB),
+            *find("buffered_on", mine, STUB, self._services.timing.most_audited),
+        ]
         stubs = {(stub.id, stub.status, stub.starts): stub for stub in map(stub_from_values, found)}
         lost = self._lost(stubs.values())
         for key in lost & self._suspicious:

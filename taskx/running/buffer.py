@@ -12,9 +12,8 @@ from typing import NamedTuple
 
 from taskx.common.bell import Bell
 from taskx.core.record import Stub, rank
+from taskx.core.timing import DEFAULT_TIMING
 
-#: Polling interval, in seconds, of a thread that waits for room: a signal may lose its wake-up.
-POLL = 0.5
 # The heap is tidied if more than half of it, and more than this many items, have left the buffer.
 _FEW_GONE = 64
 
@@ -45,12 +44,19 @@ class Buffer:
         fetch_size: the number of fetched tasks that fit.
         wake: called when a task was put in; returns False if workers wait and none was woken.
         ageing: milliseconds of waiting that count as one step of priority; 0 for no ageing.
+        room_every: seconds between polls of a thread that waits for room: a signal may lose its wake-up.
     """
 
     def __init__(
-        self, maxsize: int, fetch_size: int, wake: Callable[[], bool], ageing: int = 0
+        self,
+        maxsize: int,
+        fetch_size: int,
+        wake: Callable[[], bool],
+        ageing: int = 0,
+        room_every: float = DEFAULT_TIMING.signals_every,
     ) -> None:
         self.maxsize = maxsize
+        self._room_every = room_every
         self.ageing = ageing
         self.fetch_size = fetch_size
         self._wake = wake
@@ -121,11 +127,11 @@ class Buffer:
                 if timeout == 0.0:
                     return False
                 ear = self.room.listen()
-            left = POLL if timeout is None else deadline - time.monotonic()
+            left = self._room_every if timeout is None else deadline - time.monotonic()
             if left <= 0:
                 self.room.leave(ear)
                 return False
-            self.room.wait(ear, min(left, POLL))
+            self.room.wait(ear, min(left, self._room_every))
 
     def release(self, slots: Collection[int]) -> None:
         """Give back the reserved slots that no task has taken."""

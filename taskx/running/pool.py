@@ -31,16 +31,13 @@ from taskx.limiting.admission import Admission
 from taskx.liveness.base import Node
 from taskx.liveness.began import Began
 from taskx.moving import Outcome, Services
-from taskx.running.ahead import PATIENCE, Ahead
+from taskx.running.ahead import Ahead
 from taskx.running.buffer import Buffer, Item
 from taskx.running.fetcher import Fetcher
 from taskx.running.starter import Runs, Starter
 from taskx.running.stuck import Stuck
 from taskx.running.tuning import Tuning
 from taskx.storage import queries
-
-# Seconds that a worker waits after an error of the repository: the first wait, doubled up to the longest.
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
 
 
 def _fetch_size(workers: int, buffer_size: int) -> int:
@@ -67,16 +64,19 @@ class WorkerPool:
         retire: Callable[[SchemaMismatch], None],
     ) -> None:
         self.services = services
+        self._timing = services.timing
         self.agenda = services.agenda
         self.hooks = services.hooks
         self.node = node
         #: Every task in flight: see :class:`Runs`.
         self.runs = Runs()
         workers = config.worker_num
-        self.ahead = Ahead(workers)
+        self.ahead = Ahead(workers, services.timing)
         ageing = round((config.ageing or 0) * 1000)
         fetch_size = _fetch_size(workers, config.buffer_size)
-        self.buffer = Buffer(config.buffer_size, fetch_size, self.ahead.wake, ageing)
+        self.buffer = Buffer(
+            config.buffer_size, fetch_size, self.ahead.wake, ageing, services.timing.signals_every
+        )
         self.stopping = False
         #: The notes of the tasks that each thread began last, if the repository keeps them.
         self.began: Began | None = None
@@ -221,7 +221,8 @@ class WorkerPool:
     def _live(self, worker: str) -> None:
         """Work until the stop: any error costs some time, and never the thread."""
         self.begun.wait()
-        pause, going = _FIRST_PAUSE, True
+        first, longest = self._timing.worker_pause, self._timing.longest_pause
+        pause, going = first, True
         while going:
             began = time.monotonic()
             try:
@@ -229,16 +230,16 @@ class WorkerPool:
                 going = False
             except SchemaMismatch as error:
                 self.retire(error)
-                self._pause(_LONGEST_PAUSE)
+                self._pause(longest)
             except RepositoryError as error:
                 self._complaint.make("the repository fails, and the workers try again: %s", error)
-                if time.monotonic() - began > _LONGEST_PAUSE:  # it worked in the meantime
-                    pause = _FIRST_PAUSE
+                if time.monotonic() - began > longest:  # it worked in the meantime
+                    pause = first
                 self._pause(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE)
+                pause = min(2 * pause, longest)
             except BaseException:  # a defect of ours
                 self.services.log.exception("unexpected error in a worker thread; it continues")
-                self._pause(_FIRST_PAUSE)
+                self._pause(first)
         try:
             self.services.moves.flush(wait=False)
         except RepositoryError as error:
@@ -506,7 +507,7 @@ class WorkerPool:
         """Wake a worker if tasks wait; hand back started tasks for which no worker is free."""
         self.starter.suspects.call_next()
         if not self.ahead.nudge(len(self.buffer)):
-            self.starter.drop(self.ahead.clear(PATIENCE))
+            self.starter.drop(self.ahead.clear(self._timing.hand_back_after))
         self.starter.undo()
 
     @property

@@ -26,13 +26,6 @@ from taskx.running.buffer import Buffer, Item
 from taskx.running.progress import store_progress
 from taskx.storage.base import Locked
 
-#: Most pending tasks that are freed in one transaction.
-BATCH = 1000
-#: Most seconds that a task on its last chance waits for the others to end, and that others wait for it.
-ALONE = 60.0
-#: Most runs that are remembered as unexecuted, if the repository fails for long.
-MOST_UNEXECUTED = 250
-
 
 class Runs(dict[str, Run]):
     """Every run, by the id of its task, from before its start until its outcome is committed.
@@ -70,14 +63,15 @@ class Runs(dict[str, Run]):
 class Suspects:
     """Suspects: the tasks on their last chance that run in this process. One runs at a time, and alone.
 
-    Neither it nor the others wait for more than :data:`ALONE` seconds: they run beside each other when the
-    one that began first has run for so long. Only one thread of a node at a time starts stored tasks, so
-    only one at a time calls :meth:`admit`.
+    Neither it nor the others wait for more than ``alone_within`` seconds: they run beside each other when
+    the one that began first has run for so long. Only one thread of a node at a time starts stored tasks,
+    so only one at a time calls :meth:`admit`.
 
     Args:
         runs: the runs of the node.
         at_work: the time at which each executing run began.
         put_back: gets the suspects whose turn has come.
+        alone_within: the longest wait, in seconds.
     """
 
     def __init__(
@@ -85,8 +79,10 @@ class Suspects:
         runs: Mapping[str, Run],
         at_work: Mapping[Run, float],
         put_back: Callable[[Sequence[Item]], None],
+        alone_within: float,
     ) -> None:
         self._runs = runs
+        self._alone_within = alone_within
         self._at_work = at_work
         self._put_back = put_back
         #: The suspect that runs, or is about to.
@@ -112,10 +108,10 @@ class Suspects:
         def until() -> float:
             runs = list(self._runs.values())
             began = (min(self._at_work.get(run, now), now) for run in runs)
-            return ALONE + max(began, default=-math.inf)
+            return self._alone_within + max(began, default=-math.inf)
 
         self._wait(until)
-        self._alone_until = time.monotonic() + ALONE
+        self._alone_until = time.monotonic() + self._alone_within
 
     def stand_aside(self) -> None:
         """Wait while a suspect is to run alone, before any task starts."""
@@ -185,9 +181,9 @@ class Starter:
         self._buffer = buffer
         self._admission = admission
         self.runs = runs
-        self.suspects = Suspects(runs, at_work, buffer.put_back)
+        self.suspects = Suspects(runs, at_work, buffer.put_back, services.timing.alone_within)
         #: Runs that may be stored and that no thread will execute: :meth:`undo` undoes their starts.
-        self.unexecuted: deque[Run] = deque(maxlen=MOST_UNEXECUTED)
+        self.unexecuted: deque[Run] = deque(maxlen=services.timing.most_unexecuted)
         self._shared = Shared(
             services.alarms,
             services.log.logger,
@@ -345,8 +341,8 @@ class Starter:
 
     def free(self, task_ids: Sequence[str]) -> None:
         """Take this node's name off pending tasks, so that any node can fetch them."""
-        for start in range(0, len(task_ids), BATCH):
-            some = task_ids[start : start + BATCH]
+        for start in range(0, len(task_ids), self._services.timing.free_batch):
+            some = task_ids[start : start + self._services.timing.free_batch]
             self._services.moves.commit([lifecycle.free(i, self._node) for i in some])
 
     def _is_suspect(self, task: Task) -> bool:

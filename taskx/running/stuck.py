@@ -36,8 +36,6 @@ from taskx.storage.base import Repository
 MOST = 10_000
 # Most tasks of a stuck type that are counted as waiting for a slot, on each node and outside of nodes.
 _MOST_READY = 1000
-# More seconds of grace for a run in a child process: the child is killed, which frees the thread.
-_TO_KILL = 10.0
 
 
 class Stuck:
@@ -86,7 +84,7 @@ class Stuck:
         """
         run.decided = _thread.allocate_lock()
         options = run.executor.options
-        grace = options.patience + (_TO_KILL if options.isolation else 0.0)
+        grace = options.patience + (self._services.timing.kill_within if options.isolation else 0.0)
         return grace, partial(self._overdue, run, worker, threading.get_ident())
 
     def thread_ended(self, run: Run) -> None:

@@ -21,20 +21,9 @@ from taskx.core.writes import Note, NoteChange
 from taskx.moving import Services
 from taskx.schedules.stored import PREFIX, Entry, entry_of, store, tick_id
 
-#: The polling interval for schedules that another process changed, in seconds. If there are very many
-#: schedules, it is ``REFRESH_FACTOR`` times the duration of the last refresh, so that refreshes take half a
-#: percent of a core. It is ``REFRESH_AT_LATEST`` seconds at most. That is well below ``GAP``, so that the
-#: ticks of a new schedule do not count as missed.
-REFRESH_EVERY, REFRESH_FACTOR, REFRESH_AT_LATEST = 1.0, 200.0, 5.0
-#: Schedules that are read, or ticks that get their tasks, in one step: some milliseconds of work.
-TOGETHER = 100
-#: Schedules that a refresh reads in one page.
-PAGE = 200
-#: Most milliseconds between two rounds that succeed. After a longer gap the ticks in between were missed:
-#: the process, the machine or the repository was stopped, or the clock was set.
-GAP = 10_000
-# Longest pause, in seconds, before a schedule whose tasks could not be made is tried again.
-_LONGEST_PAUSE = 60.0
+# If there are very many schedules, the polling interval is this many times the duration of the last
+# refresh, so that refreshes take half a percent of a core.
+_REFRESH_FACTOR = 200.0
 
 # Most schedules that tick at the same time have the same spec.
 _decide = lru_cache(maxsize=64)(decide)
@@ -104,8 +93,10 @@ class Ticker:
 
     def __init__(self, services: Services) -> None:
         self._services = services
+        self._timing = services.timing
+        self._longest_gap = round(1000 * services.timing.longest_gap)  # in milliseconds
         # The start of the time without a gap between rounds, and the last round, in milliseconds.
-        self._running_since, self._last_round = 0, -GAP
+        self._running_since, self._last_round = 0, -self._longest_gap
         # True if a schedule may have changed; the time of the next refresh on the monotonic clock (0: now).
         self._stale, self._refresh_at = True, 0.0
         # Names of schedules that this process changed, or that another node moved on first.
@@ -179,7 +170,7 @@ class Ticker:
     def _now(self) -> int:
         """Return the time, and note a gap since the last round that succeeded."""
         now = self._services.clock.now_ms()
-        if not self._last_round <= now <= self._last_round + GAP:
+        if not self._last_round <= now <= self._last_round + self._longest_gap:
             self._running_since = now
         return now
 
@@ -188,7 +179,8 @@ class Ticker:
     def _refresh(self, until: float) -> None:
         """Read schedules that have changed, or may have changed."""
         while self._changed:
-            names = [PREFIX + self._changed[i] for i in range(min(len(self._changed), TOGETHER))]
+            some = range(min(len(self._changed), self._timing.tick_batch))
+            names = [PREFIX + self._changed[i] for i in some]
             self._read_named(names)
             for _ in names:  # only now: until then a drain must wait for them
                 self._changed.popleft()
@@ -206,22 +198,23 @@ class Ticker:
     def _read_page(self, after: str) -> None:
         """Read the next page of a refresh."""
         began = time.monotonic()
-        page = self._services.repository.notes_after(PREFIX, after, PAGE)
+        page = self._services.repository.notes_after(PREFIX, after, self._timing.batch)
         for name, note in page.items():
             self._take_in(name, note)
         self._refresh_took += time.monotonic() - began
-        if len(page) == PAGE:
+        if len(page) == self._timing.batch:
             self._after = next(reversed(page))
             return
         for name in self._missing:
             self._read.pop(name, None)
-        if len(self._next) > 2 * len(self._read) + PAGE:  # most entries are outdated
+        if len(self._next) > 2 * len(self._read) + self._timing.batch:  # most entries are outdated
             self._next = [
                 (due, lot, name) for due, lot, name in self._next if self._is_due(name, due)
             ]
             heapq.heapify(self._next)
         if self._refresh_at:  # else another refresh was requested
-            pause = min(max(REFRESH_EVERY, REFRESH_FACTOR * self._refresh_took), REFRESH_AT_LATEST)
+            pause = max(self._timing.schedules_every, _REFRESH_FACTOR * self._refresh_took)
+            pause = min(pause, self._timing.longest_schedules_every)
             self._refresh_at = time.monotonic() + pause
         self._after = None
 
@@ -274,7 +267,7 @@ class Ticker:
     def _due_names(self) -> list[str]:
         """Return the schedules whose tick has come, by what is known in memory; at most a batch."""
         names, now = dict[str, None](), self._services.clock.now_ms()
-        while self._next and self._next[0][0] <= now and len(names) < TOGETHER:
+        while self._next and self._next[0][0] <= now and len(names) < self._timing.tick_batch:
             self._making = True  # before the pop: a drain must wait for this tick
             due, _, name = heapq.heappop(self._next)
             if self._is_due(name, due):
@@ -313,7 +306,7 @@ class Ticker:
 
     def _fail(self, read: Read, error: Exception) -> None:
         read.failures += 1
-        pause = min(2.0**read.failures, _LONGEST_PAUSE)
+        pause = min(2.0**read.failures, self._timing.longest_schedule_pause)
         read.again_at = self._services.clock.monotonic() + pause
         self._expect(read)
         if is_told(read.failures):
@@ -345,7 +338,7 @@ class Ticker:
             if (plan := self._plan(read, now)) is not None:
                 plans.append(plan)
                 tasks += len(plan.run if plan.earlier is None else plan.earlier)
-            if tasks >= TOGETHER:
+            if tasks >= self._timing.tick_batch:
                 break
         return plans
 
@@ -417,7 +410,7 @@ class Ticker:
         return tick < self._running_since
 
     def _warn_if_missed(self, plan: Plan, now: int) -> None:
-        if self._was_missed(plan.since) and now - plan.since > GAP:
+        if self._was_missed(plan.since) and now - plan.since > self._longest_gap:
             self._services.log.warning(
                 "schedule %r: ticks since %s were missed; %d of them get a task",
                 *(plan.entry.name, to_datetime(plan.since), len(plan.run)),

@@ -32,6 +32,7 @@ from taskx.core.record import (
     stub_from_row,
     task_from_row,
 )
+from taskx.core.timing import DEFAULT_TIMING, Timing
 from taskx.core.writes import Delete, Insert, NoteChange, Update, Write, matches, traces
 from taskx.storage.base import BASIC_CONDITIONS, Fields, Lookup, Repository, Rows
 from taskx.storage.eight import TaskRepository
@@ -68,7 +69,9 @@ class EightMethodAdapter(MemoryRepository):
 
     conditions = BASIC_CONDITIONS
 
-    def __init__(self, inner: TaskRepository, clock: Clock = SYSTEM_CLOCK) -> None:
+    def __init__(
+        self, inner: TaskRepository, clock: Clock = SYSTEM_CLOCK, timing: Timing = DEFAULT_TIMING
+    ) -> None:
         if isinstance(inner, type):
             raise ConfigurationError(
                 f"expected a repository object, got the class {inner.__name__}: "
@@ -81,7 +84,7 @@ class EightMethodAdapter(MemoryRepository):
                 f"{', '.join(missing)}; use SQLiteRepository(path), MemoryRepository() or "
                 "open_repository(url)"
             )
-        super().__init__(clock)
+        super().__init__(clock, timing=timing)
         self.inner = inner
         self.shortcoming = f"{type(inner).__name__} has only the eight methods"
         # Writes whose outcome is unknown, by task.

@@ -38,6 +38,7 @@ from taskx.core.record import (
     parents_from_text,
     task_from_row,
 )
+from taskx.core.timing import DEFAULT_TIMING, Timing
 from taskx.core.writes import Note, NoteChange, Write
 from taskx.liveness.base import InProcess, Liveness, Node
 from taskx.liveness.leases import LEASE, Leases
@@ -174,10 +175,14 @@ class Repository(TaskRepository):
     conditions: ClassVar[frozenset[str]] = BASIC_CONDITIONS
 
     def __init__(
-        self, clock: Clock = SYSTEM_CLOCK, codec: Codec | Iterable[Codec] | None = None
+        self,
+        clock: Clock = SYSTEM_CLOCK,
+        codec: Codec | Iterable[Codec] | None = None,
+        timing: Timing = DEFAULT_TIMING,
     ) -> None:
         self.clock = clock
         self.codecs = Codecs(codec)
+        self.timing = timing
         #: The transactions of callers and executors that the store takes part in.
         self.transactions = self._make_transactions()
         #: The queues that use this object. If there are several, each must be told of the others' commits.
@@ -569,7 +574,7 @@ class Repository(TaskRepository):
         return self.liveness.nodes()
 
     def _make_transactions(self) -> Transactions:
-        return Transactions(type(self).__name__)
+        return Transactions(type(self).__name__, self.timing)
 
     def extend_transactions(self, extend: Callable[[Transactions], Transactions]) -> None:
         """Put what ``extend`` makes of the transactions in their place."""
@@ -579,9 +584,9 @@ class Repository(TaskRepository):
         """Choose how to find out which nodes are alive: by leases, unless all are in this process."""
         if not self.shared:
             return InProcess(self)
-        locks = HostLocks(self.run_folder)
+        locks = HostLocks(self.run_folder, self.timing.orphan_within)
         clock = self.clock
-        return Leases(self, self.lease_timeout, locks, clock.monotonic, clock.now_ms)
+        return Leases(self, self.lease_timeout, locks, clock.monotonic, clock.now_ms, self.timing)
 
     # --- opening and closing
 

@@ -33,6 +33,7 @@ from taskx.core.record import (
     task_from_row,
 )
 from taskx.core.tags import FLOW, labels_of
+from taskx.core.timing import DEFAULT_TIMING, Timing
 from taskx.core.writes import Delete, Insert, Note, NoteChange, Update, Write, matches
 from taskx.storage.base import (
     Fields,
@@ -69,9 +70,12 @@ class MemoryRepository(Repository):
     conditions = CONDITIONS
 
     def __init__(
-        self, clock: Clock = SYSTEM_CLOCK, codec: Codec | Iterable[Codec] | None = None
+        self,
+        clock: Clock = SYSTEM_CLOCK,
+        codec: Codec | Iterable[Codec] | None = None,
+        timing: Timing = DEFAULT_TIMING,
     ) -> None:
-        super().__init__(clock, codec)
+        super().__init__(clock, codec, timing)
         self._lock = threading.RLock()
         self._rows: dict[str, Row] = {}
         self._sequence = 0

@@ -7,18 +7,15 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from taskx.core.timing import Timing
 from taskx.storage.base import Locked
 
 T = TypeVar("T")
 
-#: Seconds until the second try. Each further pause is twice as long, up to the longest.
-FIRST_PAUSE = 0.1
-_LONGEST_PAUSE = 1.0
 
-
-def longer(pause: float) -> float:
-    """Return the seconds of the pause after this one."""
-    return min(2 * pause, _LONGEST_PAUSE)
+def longer(pause: float, timing: Timing) -> float:
+    """Return the seconds of the pause after this one: twice as long, up to the longest."""
+    return min(2 * pause, timing.longest_lock_pause)
 
 
 def varied(pause: float) -> float:
@@ -29,24 +26,24 @@ def varied(pause: float) -> float:
     return random.uniform(0.2, 1.8) * pause
 
 
-def patiently(work: Callable[[], T]) -> T:
+def patiently(work: Callable[[], T], timing: Timing) -> T:
     """Do work, and do it again as long as somebody keeps a lock and the patience lasts."""
     try:
         return work()
     except Locked as error:
-        return try_again(work, error)
+        return try_again(work, error, timing)
 
 
-def try_again(work: Callable[[], T], error: Locked) -> T:
+def try_again(work: Callable[[], T], error: Locked, timing: Timing) -> T:
     """Do work that raised ``error`` again, until nobody keeps a lock.
 
     Raises:
         Locked: the patience of the error is over.
     """
-    until, pause = time.monotonic() + error.patience, FIRST_PAUSE
+    until, pause = time.monotonic() + error.patience, timing.lock_pause
     while time.monotonic() < until:
         time.sleep(varied(pause))
-        pause = longer(pause)
+        pause = longer(pause, timing)
         try:
             return work()
         except Locked as again:

@@ -23,12 +23,6 @@ from taskx.core.writes import Write, shows
 from taskx.liveness.base import Node
 from taskx.storage.base import Fields, Listed, Repository, Rows
 
-# Values read at a time.
-_PAGE = 1000
-#: Tasks read at a time.
-TASKS = 200
-#: Newest tasks, of a status if the filter has one, among which a page searches in params.
-SEARCHED = 100_000
 # Approximate number of tasks that are read to find the one that has waited longest.
 _OLDEST = 1000
 
@@ -36,7 +30,7 @@ _OLDEST = 1000
 def every(repository: Repository, column: Listed) -> Iterator[str]:
     """Yield all values of a column, sorted."""
     after = ""
-    while page := repository.distinct(column, after, _PAGE):
+    while page := repository.distinct(column, after, repository.timing.scan_batch):
         yield from page
         after = page[-1]
 
@@ -221,7 +215,7 @@ def count(repository: Repository, filter: TaskFilter, at_most: int | None = None
 def _count_to(repository: Repository, filter: TaskFilter, at_most: int | None) -> TaskCount:
     most = None if at_most is None else check_int(at_most, "at_most", 1)
     if filter.given - repository.conditions:
-        every = _every(repository, attrs.evolve(filter, offset=0, limit=TASKS))
+        every = _every(repository, attrs.evolve(filter, offset=0, limit=repository.timing.batch))
         number = sum(1 for _ in islice(every, None if most is None else most + 1))
     elif most is None:
         number = repository.count(filter)
@@ -235,7 +229,7 @@ def _count_to(repository: Repository, filter: TaskFilter, at_most: int | None) -
 def count_by_status(repository: Repository, filter: TaskFilter, most: int) -> dict[TaskStatus, int]:
     """Return how many of at most ``most`` matching tasks have each status, in the order of statuses."""
     if filter.given - repository.conditions:
-        every = _every(repository, attrs.evolve(filter, offset=0, limit=TASKS))
+        every = _every(repository, attrs.evolve(filter, offset=0, limit=repository.timing.batch))
         found: Mapping[str, int] = Counter(task.status.value for task in islice(every, most))
     else:
         found = repository.count_by_status(filter, most)
@@ -249,7 +243,7 @@ def _searched(repository: Repository, filter: TaskFilter) -> tuple[TaskFilter, d
     # By a condition that has no index, skipping tasks would cost as much as the search.
     indexed = {"status", "start_date", "end_date", "tag", "flow"} & repository.conditions
     every = TaskFilter(**{name: getattr(filter, name) for name in indexed})
-    last = repository.list(attrs.evolve(every, offset=SEARCHED - 1, limit=2))
+    last = repository.list(attrs.evolve(every, offset=repository.timing.most_searched - 1, limit=2))
     if len(last) < 2 or last[0].created_at is None:
         return filter, None
     return attrs.evolve(filter, start_date=last[0].created_at), last[0].created_at
@@ -264,13 +258,13 @@ def matching(repository: Repository, filter: TaskFilter) -> Iterator[Task]:
 
     Tasks that are stored or removed in the meantime neither hide nor repeat another one.
     """
-    return read_all(partial(list_after, repository), filter)
+    return read_all(partial(list_after, repository), filter, repository.timing.batch)
 
 
-def read_all(page_after: PageAfter, filter: TaskFilter) -> Iterator[Task]:
-    """Do what :func:`matching` does, by a function that reads each page."""
+def read_all(page_after: PageAfter, filter: TaskFilter, batch: int) -> Iterator[Task]:
+    """Do what :func:`matching` does, by a function that reads each page of ``batch`` tasks."""
     most = filter.offset + filter.limit if filter.limited else None
-    limit = TASKS if most is None else min(TASKS, most)
+    limit = batch if most is None else min(batch, most)
     some = _pages(page_after, attrs.evolve(filter, offset=0, limit=limit))
     return islice(chain.from_iterable(some), filter.offset, most)
 
@@ -302,7 +296,7 @@ def list_after(
     unknown = filter.given - repository.conditions
     if not unknown:
         return repository.list_after(filter, after)
-    known = attrs.evolve(filter, **dict.fromkeys(unknown), offset=0, limit=TASKS)
+    known = attrs.evolve(filter, **dict.fromkeys(unknown), offset=0, limit=repository.timing.batch)
     skip, found = filter.offset, list[Task]()
     while (left := skip + filter.limit - len(found)) > 0:
         tasks, following = repository.list_after(known, after)

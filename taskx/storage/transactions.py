@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from taskx.core.errors import ConfigurationError
+from taskx.core.timing import DEFAULT_TIMING, Timing
 from taskx.core.writes import Write
 
 if TYPE_CHECKING:
@@ -22,18 +23,11 @@ Then = Callable[[Sequence[Write]], object]
 #: Tells if a transaction is open; None if nobody keeps account of that.
 Active = Callable[[], bool] | None
 
-# Seconds between two looks at the open transactions, and the longest pause when they take long.
-_SHORTEST, _LONGEST = 0.001, 0.01
-# Seconds after which a transaction that seems to be open is looked up, and the longest time between two
-# look-ups. Its connection may be in the next transaction already.
-_FIRST_LOOK_UP, _LAST_LOOK_UP = 0.02, 1.0
-# Seconds for which a transaction that has ended is looked up: it may look ended before its commit is seen.
-_COMMITTING = 1.0
 
-
-def pause(since: float) -> float:
+def pause(since: float, timing: Timing) -> float:
     """Return the seconds until the next look at transactions, the oldest of which began at ``since``."""
-    return min(_LONGEST, max(_SHORTEST, (time.monotonic() - since) / 20))
+    share = (time.monotonic() - since) / 20
+    return min(timing.longest_transaction_every, max(timing.transaction_every, share))
 
 
 @attrs.define(eq=False, repr=False)
@@ -45,13 +39,14 @@ class Stored:
 
     look_up: Callable[[], Sequence[Write]]
     then: Then
+    timing: Timing
     writes: Sequence[Write] = ()
     since: float = attrs.field(factory=time.monotonic)
     look_up_at: float = 0.0
     ended_at: float | None = None
 
     def __attrs_post_init__(self) -> None:
-        self.look_up_at = self.since + _FIRST_LOOK_UP
+        self.look_up_at = self.since + self.timing.look_up_after
 
     def end(self) -> None:
         """Note that the transaction has ended, so it is looked up at once."""
@@ -71,10 +66,10 @@ class Stored:
         """Set the time of the next look-up. Return False if no further one is needed."""
         now = time.monotonic()
         if self.ended_at is None:
-            self.look_up_at = now + min(_LAST_LOOK_UP, now - self.since)
+            self.look_up_at = now + min(self.timing.longest_look_up_every, now - self.since)
             return True
-        self.look_up_at = now + max(_SHORTEST, now - self.ended_at)
-        return now < self.ended_at + _COMMITTING
+        self.look_up_at = now + max(self.timing.transaction_every, now - self.ended_at)
+        return now < self.ended_at + self.timing.commit_within
 
 
 @attrs.define(eq=False, repr=False)
@@ -118,16 +113,15 @@ class Transactions:
 
     Args:
         store: the name of the store's class, for messages.
+        timing: says how often the thread looks.
 
     Attributes:
         known: False if no thread is in a transaction that the store knows of. Then nobody needs to ask.
     """
 
-    #: Seconds between two looks while no transaction has writes that wait for its end.
-    idle = 0.25
-
-    def __init__(self, store: str) -> None:
+    def __init__(self, store: str, timing: Timing = DEFAULT_TIMING) -> None:
         self._store = store
+        self.timing = timing
         self._inherited: list[object] = []
         self.renew()
 
@@ -307,6 +301,6 @@ class Transactions:
                     return
             since = [one.since for unit in list(self.units) for one in list(unit.stored)]
             if since:
-                time.sleep(pause(min(since)))
+                time.sleep(pause(min(since), self.timing))
             else:
-                self._bell.acquire(timeout=self.idle)
+                self._bell.acquire(timeout=self.timing.idle_transactions_every)

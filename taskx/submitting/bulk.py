@@ -17,8 +17,6 @@ from taskx.core.rate import Rate
 from taskx.core.writes import Note
 from taskx.storage.base import Repository
 
-#: Most tasks read at a time, and changed in one transaction together with the tasks that ended with them.
-BATCH = 200
 #: The name of the note with the times up to which tasks are staggered.
 _NOTE = "bulk"
 

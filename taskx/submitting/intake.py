@@ -45,7 +45,7 @@ _place: Callable[[Mapping[str, Any]], tuple[str, str, int, int, int | None]] = i
     "id", "type", "priority", "created_at", "run_at"
 )
 # If a unique key is held but no holder is found, the holder is just being stored, or just releases the key.
-_TRIES, _PAUSE = 100, 0.01
+_TRIES = 100
 
 
 class Intake:
@@ -118,7 +118,7 @@ class Intake:
 
     def _accept_unique(self, insert: Insert, on_conflict: OnConflict, *, spill: bool) -> str:
         for tried in range(_TRIES):
-            _pause(tried)
+            _pause(tried, self._services.timing.unique_every)
             try:
                 pool = self._pool_for(insert)
                 if pool is None or not self._take_in(pool, insert):
@@ -393,7 +393,7 @@ class Intake:
         if keyed:
             _refuse_twins(inserts)
         for tried in range(_TRIES):
-            _pause(tried)
+            _pause(tried, self._services.timing.unique_every)
             if self._try_to_store(inserts):
                 return
         raise _busy(keyed[0].row["unique_lock"])  # a duplicate id has raised before
@@ -411,10 +411,10 @@ class Intake:
         return True
 
 
-def _pause(tried: int) -> None:
+def _pause(tried: int, seconds: float) -> None:
     """Wait a moment before the next try: the unique key is passed from task to task."""
     if tried > 2:
-        time.sleep(_PAUSE)
+        time.sleep(seconds)
 
 
 def _busy(key: str) -> RepositoryUnavailable:

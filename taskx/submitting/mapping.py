@@ -15,7 +15,7 @@ import attrs
 from taskx.common.bell import Signal
 from taskx.common.config import Config
 from taskx.common.display import Display
-from taskx.common.handles import POLL_INTERVAL, TaskHandle
+from taskx.common.handles import TaskHandle
 from taskx.core import payload
 from taskx.core.checks import check_int, check_number, optional_seconds
 from taskx.core.clock import Clock
@@ -30,6 +30,7 @@ from taskx.core.errors import (
 from taskx.core.model import Task, TaskStatus, check_name
 from taskx.core.options import MapOptions, refuse_unknown
 from taskx.core.submission import given
+from taskx.core.timing import Timing
 from taskx.core.values import Values
 from taskx.executing.executors import AnyExecutor, Executor, executor_of
 from taskx.submitting.intake import Intake, encoded, task_of
@@ -54,6 +55,8 @@ class _Owner(Protocol):
     def handle(self, task_id: str, /) -> TaskHandle[Any]: ...
     @property
     def _values(self) -> Mapping[str, Values]: ...
+    @property
+    def _timing(self) -> Timing: ...
 
 
 def digest(params: dict[str, Any]) -> str:
@@ -92,10 +95,12 @@ class _Window:
 
     Args:
         ordered: take results in the order of the items.
+        every: seconds between polls of a thread that waits for a task.
     """
 
-    def __init__(self, *, ordered: bool) -> None:
+    def __init__(self, *, ordered: bool, every: float) -> None:
         self._ordered = ordered
+        self._every = every
         self._places: deque[_Place] = deque()
         # Other threads remove handles. So no code here iterates over it, only over a copy.
         self._unfinished: dict[TaskHandle[Any], None] = {}
@@ -170,7 +175,7 @@ class _Window:
 
     def wait(self, bell: Signal, seconds: float) -> None:
         """Wait until a task ends, at most for ``seconds``."""
-        most = seconds if bell.virtual else min(seconds, POLL_INTERVAL)
+        most = seconds if bell.virtual else min(seconds, self._every)
         if self.ended() is None and not bell.wait(most):
             # The thread that reports may be gone.
             for handle in [*self._unfinished]:
@@ -235,10 +240,11 @@ class Results(Iterator[Any]):
         if self.timeout is not None:
             check_number(self.timeout, "timeout")
         self._items = iter(self.items)
-        self._under_way = _Window(ordered=self.ordered)
+        timing = self.owner._timing
+        self._under_way = _Window(ordered=self.ordered, every=timing.handles_every)
         if self.progress:
             total = len(self.items) if isinstance(self.items, Sized) else None
-            self._display = Display(self.name or self._type, total)
+            self._display = Display(self.name or self._type, total, timing)
 
     @property
     def _type(self) -> str:

@@ -18,7 +18,6 @@ from taskx.core.writes import Delete, Update
 from taskx.moving import Services
 from taskx.running.pool import State
 from taskx.storage import queries
-from taskx.submitting import bulk
 from taskx.submitting.bulk import PLAIN, Bulk, Tally, Terms, counted
 from taskx.submitting.selecting import count, dead, selections
 
@@ -52,6 +51,7 @@ class Operations:
     def __init__(self, services: Services, state: State) -> None:
         self._services = services
         self._repository = services.repository
+        self._batch = services.timing.batch
         self._moves = services.moves
         self._state = state
 
@@ -81,8 +81,8 @@ class Operations:
 
     def cancel_many(self, task_ids: Sequence[str]) -> int:
         return sum(
-            len(self._cancel_some(task_ids[start : start + bulk.BATCH])[0])
-            for start in range(0, len(task_ids), bulk.BATCH)
+            len(self._cancel_some(task_ids[start : start + self._batch])[0])
+            for start in range(0, len(task_ids), self._batch)
         )
 
     def cancel_all(
@@ -150,8 +150,8 @@ class Operations:
 
     def delete_many(self, task_ids: Sequence[str]) -> int:
         return sum(
-            sum(self._commit([lifecycle.delete(i) for i in task_ids[start : start + bulk.BATCH]]))
-            for start in range(0, len(task_ids), bulk.BATCH)
+            sum(self._commit([lifecycle.delete(i) for i in task_ids[start : start + self._batch]]))
+            for start in range(0, len(task_ids), self._batch)
         )
 
     def delete_all(

@@ -17,7 +17,6 @@ from taskx.core.writes import Update
 from taskx.moving import Services
 from taskx.running.pool import State
 from taskx.storage import queries
-from taskx.submitting import bulk
 from taskx.submitting.bulk import PLAIN, Bulk, Stagger, Tally, Terms, counted
 from taskx.submitting.intake import new_params
 from taskx.submitting.selecting import (
@@ -30,9 +29,6 @@ from taskx.submitting.selecting import (
     dead,
     selections,
 )
-
-#: Most tasks that are requeued in one transaction: a page, and the tasks that ended because of it.
-WHOLE = 1000
 
 
 def _requeueable(task: Task) -> bool:
@@ -56,6 +52,7 @@ class Requeues:
     def __init__(self, services: Services, state: State) -> None:
         self._services = services
         self._repository = services.repository
+        self._batch, self._whole = services.timing.batch, services.timing.requeue_batch
         self._moves = services.moves
         self._state = state
 
@@ -143,7 +140,7 @@ class Requeues:
         tally: Tally,
         stagger: Stagger | None,
     ) -> None:
-        """Requeue a page, in parts if more than ``WHOLE`` tasks would be requeued with it at once."""
+        """Requeue a page, in parts if too many tasks would be requeued with it at once."""
         parts = [page]
         while parts:
             tasks = parts.pop()
@@ -183,7 +180,7 @@ class Requeues:
             orphans = self._orphans(new, family)
             family.own |= parents.keys() | selection.of(orphans)
             new = {**parents, **orphans}
-            family.cut_short = len(tasks) > 1 and len(family.tasks) + len(new) > WHOLE
+            family.cut_short = len(tasks) > 1 and len(family.tasks) + len(new) > self._whole
             if family.cut_short:
                 break
         return family
@@ -195,8 +192,8 @@ class Requeues:
         parents = {parent for task in tasks.values() for parent in task.depends_on}
         some = [i for i in parents - family.tasks.keys() if selection.may_have(i)]
         found: dict[str, Task] = {}
-        for start in range(0, len(some), bulk.BATCH):
-            read = self._repository.get_many(some[start : start + bulk.BATCH])
+        for start in range(0, len(some), self._batch):
+            read = self._repository.get_many(some[start : start + self._batch])
             found.update((task_id, read[task_id]) for task_id in selection.of(read))
         return found
 
@@ -206,11 +203,11 @@ class Requeues:
         family.parents.update(parent for parent, _ in pairs)
         some = [*{child for _, child in pairs} - family.tasks.keys() - family.waiting.keys()]
         found: dict[str, Task] = {}
-        for start in range(0, len(some), bulk.BATCH):
-            read = self._repository.get_many(some[start : start + bulk.BATCH])
+        for start in range(0, len(some), self._batch):
+            read = self._repository.get_many(some[start : start + self._batch])
             found.update((i, task) for i, task in read.items() if lifecycle.ended_with(task, tasks))
             family.waiting.update((i, task) for i, task in read.items() if _waits(task, tasks))
-            if len(family.own) > 1 and len(found) > WHOLE:
+            if len(family.own) > 1 and len(found) > self._whole:
                 break  # the search is cut short anyway
         return found
 
@@ -251,8 +248,8 @@ class Requeues:
             the tasks that run again.
         """
         requeued: dict[str, Task] = {}
-        for start in range(0, len(tasks), WHOLE):
-            some = {task.id: task for task in tasks[start : start + WHOLE]}
+        for start in range(0, len(tasks), self._whole):
+            some = {task.id: task for task in tasks[start : start + self._whole]}
             parents = list({parent: None for task in some.values() for parent in task.depends_on})
             statuses = self._repository.statuses(parents) if parents else {}
             statuses.update(

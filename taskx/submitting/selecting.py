@@ -16,7 +16,6 @@ from taskx.core.errors import ConfigurationError
 from taskx.core.model import CONDITIONS, Task, TaskCount, TaskFilter, TaskStatus
 from taskx.storage import queries
 from taskx.storage.base import Repository
-from taskx.submitting import bulk
 
 _EARLY = datetime(1, 1, 1, tzinfo=timezone.utc)
 _NO_LIMIT = TaskFilter().limit
@@ -88,7 +87,7 @@ class Given(Selection):
         self._wanted = wanted
 
     def pages(self) -> Iterator[dict[str, Task]]:
-        while some := [*islice(self._left, bulk.BATCH)]:
+        while some := [*islice(self._left, self._repository.timing.batch)]:
             found = self._repository.get_many(some)
             if tasks := {i: found[i] for i in some if i in found and self._wanted(found[i])}:
                 yield tasks
@@ -131,7 +130,7 @@ class Matching(Selection):
         self._apart: dict[str, datetime] = {}
 
     def pages(self) -> Iterator[dict[str, Task]]:
-        wanted = attrs.evolve(self._filter, limit=bulk.BATCH)
+        wanted = attrs.evolve(self._filter, limit=self._repository.timing.batch)
         for page in queries.pages(self._repository, wanted):
             self._newest, self._oldest = created_at(page[0]), created_at(page[-1])
             tasks = {t.id: t for t in page if t.id not in self._apart and self._also(t)}

@@ -13,16 +13,8 @@ from typing import Any, Protocol
 
 import attrs
 
+from taskx.core.timing import DEFAULT_TIMING, Timing
 from taskx.supervising.settings import RECYCLE
-
-#: Seconds after which a process that died is replaced at once, and not after a back-off.
-PROVEN = 60.0
-#: Longest wait, in seconds, before a process is started again.
-LONGEST_WAIT = 30.0
-#: Seconds that a process has to end after its stop time-out, before it is killed.
-GRACE = 5.0
-#: Seconds without a beat after which a process counts as not healthy.
-SILENCE = 30.0
 
 log = logging.getLogger("taskx.worker")
 
@@ -95,6 +87,7 @@ class Fleet:
         spawn: starts a process for the place of this number. It may raise ``OSError``.
         now: the clock, in seconds.
         patient: True if a process that cannot start waits for a change by itself.
+        timing: says how long processes may take, and when they are started again.
     """
 
     def __init__(
@@ -105,7 +98,9 @@ class Fleet:
         now: Callable[[], float],
         *,
         patient: bool = False,
+        timing: Timing = DEFAULT_TIMING,
     ) -> None:
+        self._timing = timing
         self._spawn = spawn
         self._now = now
         self._stop_timeout = stop_timeout
@@ -161,7 +156,7 @@ class Fleet:
             if member is None or not member.ready:
                 if place.trouble and not self.stops:
                     found.append(f"Process {place.number} is down: {place.trouble}.")
-            elif (silent := self._now() - (member.beat_at or 0)) > SILENCE:
+            elif (silent := self._now() - (member.beat_at or 0)) > self._timing.beat_within:
                 found.append(f"The {member.name} has said nothing for {silent:.0f} s.")
             elif not member.facts.get("healthy", True):
                 found.append(f"The queue of {member.name} is not healthy.")
@@ -221,7 +216,7 @@ class Fleet:
             return
         place.trouble = f"it {how}"
         if self.begun:
-            proven = member.ready and self._now() - member.started_at >= PROVEN
+            proven = member.ready and self._now() - member.started_at >= self._timing.proven_after
             self._start_later(place, f"{member.name} {how}", proven=proven)
         else:
             self._give_up(f"{member.name} {how}", member.failure[0] if member.failure else 1)
@@ -233,7 +228,7 @@ class Fleet:
 
     def _start_later(self, place: Place, sentence: str, *, proven: bool) -> None:
         place.deaths = 0 if proven else place.deaths + 1
-        wait = backoff(place.deaths)
+        wait = backoff(place.deaths, self._timing.longest_restart_pause)
         place.start_at = self._now() + wait
         log.warning("%s; another one starts %s", sentence, f"in {wait:g} s" if wait else "now")
 
@@ -266,13 +261,13 @@ class Fleet:
             member.handle.kill()
             return
         member.handle.say("stop" if self.stops < 2 else "now")
-        patience = GRACE + (self._stop_timeout if self.stops < 2 else 0)
+        patience = self._timing.end_within + (self._stop_timeout if self.stops < 2 else 0)
         deadline = self._now() + patience
         member.kill_at = deadline if member.kill_at is None else min(member.kill_at, deadline)
 
     def _retire(self, member: Member) -> None:
         member.handle.say("stop")
-        member.kill_at = self._now() + self._stop_timeout + GRACE
+        member.kill_at = self._now() + self._stop_timeout + self._timing.end_within
         self.leaving.append(member)
 
     def _let_go(self, member: Member) -> None:
@@ -286,7 +281,7 @@ class Fleet:
             place.member, place.start_at = None, self._now()
         if place in self._outdated:
             self._outdated.remove(place)
-        member.kill_at = self._now() + self._stop_timeout + GRACE
+        member.kill_at = self._now() + self._stop_timeout + self._timing.end_within
         self.leaving.append(member)
 
     def step(self) -> None:
@@ -331,9 +326,9 @@ class Fleet:
         return self.places[member.place - 1]
 
 
-def backoff(deaths: int) -> float:
-    """Return the seconds before the next start, after a number of early deaths: 0, 1, 2, 4, … 30."""
-    return 0.0 if deaths <= 1 else min(LONGEST_WAIT, 2.0 ** min(deaths - 2, 10))
+def backoff(deaths: int, longest: float) -> float:
+    """Return the seconds before the next start, after a number of early deaths: 0, 1, 2, 4, …."""
+    return 0.0 if deaths <= 1 else min(longest, 2.0 ** min(deaths - 2, 10))
 
 
 def _how(status: int, member: Member) -> str:

@@ -12,13 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from taskx.core.errors import ConfigurationError
-
-#: Seconds between two writes of the file.
-WRITE_EVERY = 5.0
-#: Seconds after which a report is too old: the supervisor itself hangs.
-STALE = 15.0
-# Seconds that a client may take to send its request.
-_PATIENCE = 5.0
+from taskx.core.timing import DEFAULT_TIMING, Timing
 
 # The values of a report by the paths that answer with them.
 _KEYS = {"/health": "ok", "/live": "live", "/ready": "ready"}
@@ -29,7 +23,8 @@ Report = dict[str, Any]
 class HealthFile:
     """A file that exists, and is written every few seconds, while all is well."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, timing: Timing = DEFAULT_TIMING) -> None:
+        self._every = timing.health_every
         self._path = os.path.abspath(path)
         self._write_at = 0.0
         self._remove()  # one that was left by a supervisor that was killed
@@ -46,7 +41,7 @@ class HealthFile:
         if not (report["ok"] and report["ready"]):
             self.close()
         elif now >= self._write_at:
-            self._write_at = now + WRITE_EVERY
+            self._write_at = now + self._every
             with suppress(OSError):  # the disk is full: the file gets old, as it should
                 self._write(report)
 
@@ -70,8 +65,19 @@ class HealthFile:
 class HealthPort:
     """Answers ``GET /health``, ``/live`` and ``/ready`` with 200 or 503, and the report as JSON."""
 
-    def __init__(self, host: str, port: int, report: Callable[[], tuple[Report, float]]) -> None:
-        handler = type("Handler", (_Handler,), {"report": staticmethod(report)})
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        report: Callable[[], tuple[Report, float]],
+        timing: Timing = DEFAULT_TIMING,
+    ) -> None:
+        facts = {
+            "report": staticmethod(report),
+            "timeout": timing.probe_within,
+            "report_within": timing.report_within,
+        }
+        handler = type("Handler", (_Handler,), facts)
         try:
             self._server = _Server((host, port), handler)
         except (OSError, OverflowError) as error:
@@ -95,7 +101,8 @@ class _Server(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    timeout = _PATIENCE
+    timeout = DEFAULT_TIMING.probe_within
+    report_within = DEFAULT_TIMING.report_within
     server_version = "taskx"
     sys_version = ""
     report: Callable[[], tuple[Report, float]]
@@ -105,7 +112,7 @@ class _Handler(BaseHTTPRequestHandler):
         key = _KEYS.get(self.path.partition("?")[0])
         if key is None:
             self._answer(404, {"error": f"use {', '.join(_KEYS)}"})
-        elif time.monotonic() - at > STALE:
+        elif time.monotonic() - at > self.report_within:
             self._answer(503, {**report, key: False, "error": "the supervisor hangs"})
         else:
             self._answer(200 if report[key] else 503, report)

@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 
 from taskx.common.forks import flush_streams
 from taskx.core.errors import ConfigurationError, RepositoryError
+from taskx.core.timing import DEFAULT_TIMING, Timing
 from taskx.executing.process.channel import Channel
 from taskx.executing.process.processes import end_family
 from taskx.queue import Queue, life_of
@@ -35,16 +36,10 @@ from taskx.supervising.settings import AWAY, RECYCLE, USAGE, Settings
 from taskx.upkeep import foreground
 from taskx.upkeep.node import Lifetime
 
-#: Seconds between two beats.
-BEAT = 1.0
 #: Share of a limit by which it may be lower, so that not all processes reach it at the same time.
 JITTER = 0.2
 #: Bytes of a mebibyte.
 MIB = 1 << 20
-# Seconds between two checks until the queue has started.
-_FIRST_CHECKS = 0.02
-# Seconds that the end of the interpreter may take, after the queue has stopped.
-_LEAVE = 10.0
 
 log = logging.getLogger("taskx.worker")
 
@@ -71,7 +66,7 @@ def main(number: str, target: str) -> NoReturn:
     atexit.register(process.end)  # before the program's own functions, and so called after them
     code = process.run([order for (order,) in orders])
     # A thread of the program that does not end must not keep the process.
-    timer = threading.Timer(_LEAVE, process.end, (code,))
+    timer = threading.Timer(DEFAULT_TIMING.leave_within, process.end, (code,))
     timer.name, timer.daemon = "taskx-leave", True
     timer.start()
     sys.exit(code)
@@ -80,10 +75,13 @@ def main(number: str, target: str) -> NoReturn:
 class Process:
     """The one queue of this process, between its supervisor and the system."""
 
-    def __init__(self, channel: Channel, settings: Settings) -> None:
+    def __init__(
+        self, channel: Channel, settings: Settings, timing: Timing = DEFAULT_TIMING
+    ) -> None:
         self._channel = channel
         self._settings = settings
-        self._signals = foreground.Signals(once=True)
+        self._timing = timing
+        self._signals = foreground.Signals(timing, once=True)
         self._life: Lifetime | None = None
         self._queue: Queue | None = None
         self._limits = Limits(settings)
@@ -151,9 +149,10 @@ class Process:
 
     def _attend(self) -> None:
         """Follow the supervisor's orders, and beat, until the process ends."""
-        beat_at = 0.0
+        beat_at, timing = 0.0, self._timing
         while not self._over:
-            messages = self._channel.hear(BEAT if self._ready else _FIRST_CHECKS)
+            every = timing.beat_every if self._ready else timing.start_check_every
+            messages = self._channel.hear(every)
             if messages is None:
                 self._orphaned()
                 return
@@ -162,7 +161,7 @@ class Process:
             # Also if it is stopping already: the supervisor must know that tasks may be left.
             self._ready = self._ready or (self._life is not None and self._life.node is not None)
             if self._ready and time.monotonic() >= beat_at:
-                beat_at = time.monotonic() + BEAT
+                beat_at = time.monotonic() + timing.beat_every
                 self._beat()
 
     def _obey(self, order: str) -> None:
@@ -305,7 +304,7 @@ class Changes:
     def wait(self, files: Collection[str]) -> None:
         """Wait until one of these files changes, or a Python file appears in the working folder."""
         while not self._changed(files) and _sources() == self._known:
-            time.sleep(BEAT / 2)
+            time.sleep(DEFAULT_TIMING.beat_every / 2)
 
     def _changed(self, files: Iterable[str]) -> str:
         for file in files:

@@ -19,6 +19,7 @@ from typing import Any
 
 from taskx.core.errors import ConfigurationError, on_main_thread
 from taskx.core.ids import new_id
+from taskx.core.timing import DEFAULT_TIMING, Timing
 from taskx.executing.process.channel import Channel
 from taskx.executing.process.interpreter import start_python
 from taskx.executing.process.processes import kill_family
@@ -28,8 +29,6 @@ from taskx.supervising.logs import set_up_log
 from taskx.supervising.notify import Notifier
 from taskx.supervising.settings import RECYCLE, Settings
 
-#: Longest sleep of the supervisor, in seconds.
-TICK = 1.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 
 log = logging.getLogger("taskx.worker")
@@ -108,14 +107,16 @@ class Started:
 class Supervisor:
     """Reads the signals, the messages and the ends of the processes, and lets the fleet decide."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, timing: Timing = DEFAULT_TIMING) -> None:
         self._settings = settings
+        self._timing = timing
         self._fleet = Fleet(
             settings.processes,
             settings.stop_timeout,
             lambda place: Started(settings),
             time.monotonic,
             patient=settings.reload,
+            timing=timing,
         )
         self._notifier = Notifier()
         self._signals: deque[int] = deque()
@@ -124,9 +125,9 @@ class Supervisor:
         self._told_ready = self._told_reloading = False
         self._beat_at = 0.0
         self._report: tuple[Report, float] = (self._reported(), time.monotonic())
-        self._file = HealthFile(settings.health_file) if settings.health_file else None
+        self._file = HealthFile(settings.health_file, timing) if settings.health_file else None
         self._port = (
-            HealthPort(settings.health_host, settings.health_port, lambda: self._report)
+            HealthPort(settings.health_host, settings.health_port, lambda: self._report, timing)
             if settings.health_port is not None
             else None
         )
@@ -196,9 +197,9 @@ class Supervisor:
         for started in self._started():
             if started.channel is not None:
                 poll.register(started.socket, select.POLLIN)
-        timeout = (
-            TICK if self._notifier.watchdog is None else min(TICK, self._notifier.watchdog / 2)
-        )
+        timeout = self._timing.supervise_every
+        if self._notifier.watchdog is not None:
+            timeout = min(timeout, self._notifier.watchdog / 2)
         poll.poll(timeout * 1000)
         with suppress(BlockingIOError):
             while wake.recv(4096):

@@ -22,6 +22,7 @@ from taskx.core.clock import Clock
 from taskx.core.errors import CancelReason
 from taskx.core.lifecycle import Ending
 from taskx.core.model import Task
+from taskx.core.timing import Timing
 from taskx.core.token import CancelToken
 from taskx.executing.alarms import Alarms, Overdue
 from taskx.executing.context import Shared
@@ -87,8 +88,8 @@ class DrivenToken(CancelToken):
 class DrivenAlarms(Alarms):
     """Time-outs that the clock itself tells of, when it is moved past them."""
 
-    def __init__(self, clock: Clock) -> None:
-        super().__init__(clock)
+    def __init__(self, clock: Clock, timing: Timing) -> None:
+        super().__init__(clock, timing)
         self._planned: dict[CancelToken, list[Callable[[], None]]] = {}
 
     def add(self, token: CancelToken, overdue: Overdue | None = None) -> None:

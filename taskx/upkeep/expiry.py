@@ -12,9 +12,6 @@ import time
 from taskx.core import lifecycle
 from taskx.moving import Services
 
-#: Most tasks cancelled in one transaction.
-BATCH = 200
-
 
 class Expiry:
     """Cancels the tasks of a repository that have expired."""
@@ -44,11 +41,11 @@ class Expiry:
 
     def _expire_some(self) -> bool:
         """Cancel a batch; return True if there may be more, which no other node is cancelling now."""
-        now = self._services.clock.now_ms()
-        ids = [task_id for task_id, _ in self._services.repository.due(now, BATCH, "expires_at")]
+        now, batch = self._services.clock.now_ms(), self._services.timing.batch
+        ids = [task_id for task_id, _ in self._services.repository.due(now, batch, "expires_at")]
         found = self._services.repository.get_many(ids) if ids else {}
         expired = [task for task in found.values() if lifecycle.has_expired(task, now)]
         writes = [write for task in expired for write in lifecycle.expire(task, now)]
         # All nodes try the same tasks at the same time. The node that cancels most of them goes on.
         done = sum(self._services.moves.commit(writes, found)) if writes else 0
-        return len(ids) == BATCH and 2 * done >= BATCH
+        return len(ids) == batch and 2 * done >= batch

@@ -10,25 +10,28 @@ from datetime import timedelta
 from taskx.common.display import Display
 from taskx.core.checks import in_seconds
 from taskx.core.model import TaskFilter, TaskStatus
+from taskx.core.timing import Timing
 from taskx.storage import queries
 from taskx.storage.base import Repository
 
-# Seconds between two states, at least; counting takes at most a twentieth of the time.
-_REFRESH = 0.5
+# Counting takes at most a twentieth of the time.
 _SHARE = 20
 
 
 def follow(
-    repository: Repository, drain: Callable[[float], bool] | None, timeout: float | timedelta | None
+    repository: Repository,
+    drain: Callable[[float], bool] | None,
+    timeout: float | timedelta | None,
+    timing: Timing,
 ) -> bool:
     """Do the work of :meth:`Queue.follow`; ``drain`` is that of a started queue."""
     deadline = math.inf if timeout is None else time.monotonic() + in_seconds(timeout)
     first = _counts(repository)
-    with Display("tasks") as display:
+    with Display("tasks", timing=timing) as display:
         while True:
             began = time.monotonic()
             left = _show(display, repository, first)
-            pause = max(_REFRESH, _SHARE * (time.monotonic() - began))
+            pause = max(timing.follow_every, _SHARE * (time.monotonic() - began))
             pause = max(0.0, min(pause, deadline - time.monotonic()))
             if drain is not None:
                 over = drain(pause)

@@ -13,12 +13,9 @@ from typing import Any
 from taskx.common.bell import Signal
 from taskx.core.checks import check_number
 from taskx.core.errors import ConfigurationError, on_main_thread
-from taskx.upkeep.node import EXIT_TIMEOUT, Lifetime, stop_all
+from taskx.core.timing import DEFAULT_TIMING, Timing
+from taskx.upkeep.node import Lifetime, stop_all
 
-# Time-out, in seconds, of the stop after a second signal.
-_AT_ONCE = 1.0
-# Polling interval, in seconds, for queues that another thread stops, and for signals that wake no thread.
-_POLL = 0.5
 # SIGINT is caught first and given back last, because its usual handler raises an exception.
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -49,7 +46,8 @@ class Signals:
     supervisor, by :meth:`note`. Some managers send each signal to both of them.
     """
 
-    def __init__(self, *, once: bool = False) -> None:
+    def __init__(self, timing: Timing = DEFAULT_TIMING, *, once: bool = False) -> None:
+        self._every = timing.signals_every
         #: The noted signals, the first one first.
         self.caught: list[int] = []
         self._once = once
@@ -96,7 +94,7 @@ class Signals:
     def wait(self, count: int, over: Callable[[], bool]) -> None:
         """Wait until ``count`` signals were caught, or ``over()`` is true."""
         while len(self.caught) < count and not over():
-            self._woken.wait(_POLL)
+            self._woken.wait(self._every)
 
 
 def run(
@@ -109,7 +107,7 @@ def run(
             "run() must be called in the main thread, because only there a program can handle signals; "
             "elsewhere use start() and stop()"
         )
-    with signals or Signals() as signals:
+    with signals or Signals(lives[0].timing) as signals:
         starts: list[_Call] = []
         try:
             for life in lives:
@@ -118,7 +116,8 @@ def run(
             return _run(lives, starts, seconds, signals)
         except BaseException:
             called = zip(lives, starts, strict=False)
-            stop_all([life for life, start in called if start.error is None], EXIT_TIMEOUT)
+            started = [life for life, start in called if start.error is None]
+            stop_all(started, lives[0].timing.exit_within)
             raise
 
 
@@ -140,7 +139,10 @@ def _run(
     stops = [signals.call(partial(life.stop, timeout, cancel=False)) for life in lives]
     signals.wait(2, lambda: all(stop.over for stop in stops))
     if len(signals.caught) >= 2:
-        stops = [signals.call(partial(life.stop, _AT_ONCE, cancel=True)) for life in lives]
+        stops = [
+            signals.call(partial(life.stop, life.timing.at_once_within, cancel=True))
+            for life in lives
+        ]
         signals.wait(3, lambda: all(stop.over for stop in stops))
         return 128 + signals.caught[1]
     _raise_first(stops)

@@ -13,7 +13,6 @@ from taskx.core.errors import RepositoryError, SchemaMismatch
 from taskx.core.findings import Problem, duration
 from taskx.core.log import Complaint
 from taskx.core.model import TaskStatus
-from taskx.running import ahead
 from taskx.running.audit import Audit
 from taskx.running.pool import WorkerPool
 from taskx.running.progress import store_progress
@@ -28,23 +27,6 @@ from taskx.upkeep.recovery import Recovery
 from taskx.upkeep.requests import Requests
 from taskx.upkeep.retention import Retention
 
-#: Seconds between polls for changes by other processes, and between writes of progress.
-POLL = 0.06
-PROGRESS_EVERY = 0.1
-#: Seconds between checks for dead nodes, and between audits of this node's tasks.
-RECOVER_EVERY = 0.5
-AUDIT_EVERY = 2.0
-#: Seconds after which a round stops: a duty that has more to do takes one more step, of some milliseconds,
-#: and leaves the rest to the next round, which follows at once.
-PATIENCE = 0.01
-#: Most delayed tasks that are released in one transaction.
-MOST_DUE = 500
-#: Seconds after which a repository that does not answer counts as away.
-ANSWER_WITHIN = 5.0
-_LONGEST_BACKOFF = 2.0
-# The shortest sleep, in seconds.
-_SHORTEST = 0.001
-
 
 class Housekeeper:
     """Calls :meth:`tick` again and again. Everything it does can be done twice without harm.
@@ -57,6 +39,7 @@ class Housekeeper:
     def __init__(self, pool: WorkerPool, retention: Mapping[TaskStatus, float]) -> None:
         self._pool = pool
         self._services = pool.services
+        self._timing = pool.services.timing
         #: Finds dead nodes.
         self.recovery = Recovery(pool)
         self._requests = Requests(pool)
@@ -96,7 +79,7 @@ class Housekeeper:
         self._agenda.attended = False
         self._agenda.wake()
         if self._thread is not threading.current_thread() and self._thread.is_alive():
-            self._thread.join(5.0)
+            self._thread.join(self._timing.join_thread_within)
         self._services.watcher.ensure_polling()
 
     def problems(self) -> list[str]:
@@ -105,7 +88,7 @@ class Housekeeper:
         Nothing is read, so the answer comes at once, whatever the repository does.
         """
         began, failure = self._began, self._failure
-        if began is not None and (seconds := time.monotonic() - began) > ANSWER_WITHIN:
+        if began is not None and (seconds := time.monotonic() - began) > self._timing.answer_within:
             failure = failure or f"it has not answered for {duration(round(seconds))}"
         if failure:
             return [f"The repository cannot be used: {failure}."]
@@ -152,18 +135,19 @@ class Housekeeper:
 
     def _sleep(self, failures: int) -> None:
         if failures:
-            pause = min(POLL * 2.0 ** min(failures, 10), _LONGEST_BACKOFF)
+            pause = self._timing.poll_every * 2.0 ** min(failures, 10)
+            pause = min(pause, self._timing.longest_pause)
             self._agenda.sleep(min(pause, self._services.repository.liveness.interval))
         elif self._more_to_do():
-            self._agenda.sleep(_SHORTEST)
+            self._agenda.sleep(self._timing.shortest_sleep)
         elif self._services.moves.unsettled or self._pool.needs_care:
-            self._agenda.sleep(ahead.PATIENCE)
+            self._agenda.sleep(self._timing.hand_back_after)
         else:
-            self._agenda.sleep_long(self._until_next, ahead.PATIENCE)
+            self._agenda.sleep_long(self._until_next, self._timing.hand_back_after)
 
     def _until_next(self) -> float:
         """Return the seconds until the next duty is due."""
-        timeout, clock = POLL, self._services.clock
+        timeout, clock = self._timing.poll_every, self._services.clock
         next_tick = None if self._pool.stopping else self._ticker.next
         next_due = None if self._others_release else self._next_due
         for due in (next_due, next_tick):
@@ -171,7 +155,7 @@ class Housekeeper:
                 timeout = min(timeout, (due - clock.now_ms()) / 1000)
         if (next_fetch := self._pool.admission.next_fetch()) is not None:
             timeout = min(timeout, next_fetch - clock.monotonic())
-        return max(_SHORTEST, timeout)
+        return max(self._timing.shortest_sleep, timeout)
 
     def _more_to_do(self) -> bool:
         """Return True if a duty stopped early for the sake of the others."""
@@ -189,7 +173,7 @@ class Housekeeper:
 
         Whatever a ``RepositoryError`` prevents is done in a later round.
         """
-        until = time.monotonic() + PATIENCE
+        until = time.monotonic() + self._timing.round_within
         self._agenda.begin_round()
         self._services.repository.liveness.tend(self._pool.node.id)
         try:
@@ -205,14 +189,14 @@ class Housekeeper:
         with suppress(Locked):
             self._pool.hand_on()
         self._pool.add_workers()
-        if self._is_time("progress", PROGRESS_EVERY):
+        if self._is_time("progress", self._timing.progress_every):
             self._write_progress()
         self._services.dependents.process(until - time.monotonic())
         self._services.turns.process(until - time.monotonic())
         self._release_due(until)
         if self.recovery.waiting and self.recovery.go_on(until - time.monotonic()):
             self._agenda.more_stored = True
-        if self._is_time("recover", RECOVER_EVERY):
+        if self._is_time("recover", self._timing.recover_every):
             self._expiry.waiting = True
             self.recovery.recover(until - time.monotonic())
             self._pool.record()
@@ -221,7 +205,7 @@ class Housekeeper:
                 self._agenda.due_known = False
                 self._ticker.refresh_soon()
             self._process_changes()
-        elif self._polls and self._is_time("poll", POLL) and self._changed():
+        elif self._polls and self._is_time("poll", self._timing.poll_every) and self._changed():
             self._agenda.due_known = False
             self._ticker.refresh_soon()
             self._process_changes()
@@ -234,7 +218,7 @@ class Housekeeper:
         if not self._pool.stopping and self._ticker.tick(until - time.monotonic()):
             self._agenda.more_stored = True
             self._pool.fetcher.refill()
-        if self._is_time("audit", AUDIT_EVERY):
+        if self._is_time("audit", self._timing.audit_every):
             self._run_audits()
         self._retention.tick()
         if self._expiry.waiting:
@@ -303,12 +287,13 @@ class Housekeeper:
         on. The others find them released, and come back a little later, as they do if another transaction
         has locked all of them.
         """
-        ids = [task_id for task_id, _ in self._services.repository.due(now, MOST_DUE)]
+        batch = self._timing.due_batch
+        ids = [task_id for task_id, _ in self._services.repository.due(now, batch)]
         if ids:
             writes = [lifecycle.release(task_id) for task_id in ids]
             released = sum(self._services.moves.commit(writes))
-            if not released or (len(ids) == MOST_DUE and 2 * released < MOST_DUE):
-                self._release_at = time.monotonic() + POLL
+            if not released or (len(ids) == batch and 2 * released < batch):
+                self._release_at = time.monotonic() + self._timing.poll_every
 
     @property
     def _others_release(self) -> bool:

@@ -7,7 +7,7 @@ import threading
 import time
 from contextlib import suppress
 
-from taskx.common.bell import SHORTEST_REST, Rest
+from taskx.common.bell import Rest
 from taskx.core.errors import RepositoryError
 from taskx.core.lifecycle import CANCEL_REQUESTED, FREED
 from taskx.running.pool import WorkerPool
@@ -38,7 +38,7 @@ class Listening:
         if (listener := self._listener) is not None:
             listener.close()
         if self._thread.is_alive():
-            self._thread.join(5.0)
+            self._thread.join(self._pool.services.timing.join_thread_within)
 
     def _run(self) -> None:
         try:
@@ -57,7 +57,8 @@ class Listening:
                 listener.close()
 
     def _listen(self, listener: Listener) -> None:
-        rest, fetcher = Rest(), self._pool.fetcher
+        timing, fetcher = self._pool.services.timing, self._pool.fetcher
+        rest = Rest(timing)
         while not self._stopped:
             if not (news := listener.wait()):
                 continue
@@ -69,7 +70,7 @@ class Listening:
             fetched = fetcher.fetched
             self._process(news)
             rest.after(vain=fetcher.fetched == fetched)
-            time.sleep(SHORTEST_REST)
+            time.sleep(timing.shortest_rest)
 
     def _process(self, news: str) -> None:
         """Fire tokens and fetch tasks, if the news may concern this node; the housekeeper retries."""

@@ -28,20 +28,13 @@ from taskx.core.errors import (
 from taskx.core.ids import new_id
 from taskx.core.log import GuardedLogger
 from taskx.core.model import TaskFilter, TaskStatus
+from taskx.core.timing import Timing
 from taskx.executing.runner import inside_executor
 from taskx.liveness.base import About, Node
 from taskx.moving import Services
 from taskx.running.pool import State, WorkerPool
-from taskx.upkeep.housekeeper import PATIENCE, Housekeeper
+from taskx.upkeep.housekeeper import Housekeeper
 
-# Polling interval, in seconds, of a thread that waits until the node is quiet.
-_POLL = 0.1
-#: Seconds that a stop may take beyond its time-out, if the repository or a hook hangs.
-EXTRA = 1.0
-#: Time-out, in seconds, of a stop that another process has caused: by a request, or a migration.
-RETIRE_TIMEOUT = 30.0
-#: Seconds that a queue which was not stopped gets at interpreter exit to hand its tasks back.
-EXIT_TIMEOUT = 5.0
 # Half of the longest wait that the system allows: deadlines and extra time are added to it.
 _LONGEST_STOP = threading.TIMEOUT_MAX / 2
 
@@ -108,7 +101,7 @@ class LocalNode:
         liveness = services.repository.liveness
         self.pool.began = liveness.began(self.record.id)
         liveness.watch(self.record.id, self.pool.lose_lease)
-        self._housekeeper.recovery.recover(PATIENCE)
+        self._housekeeper.recovery.recover(services.timing.round_within)
         self.pool.fetcher.refill()
 
     def begin(self) -> None:
@@ -156,13 +149,17 @@ class LocalNode:
                 raise SchemaMismatch(*self.pool.outdated.args)
             if self.pool.stopping:
                 raise QueueStopped("the queue was stopped before all tasks had ended")
-            left = _POLL if deadline is None else deadline - time.monotonic()
+            left = (
+                self._services.timing.quiet_every
+                if deadline is None
+                else deadline - time.monotonic()
+            )
             if left <= 0:
                 return False
             if services.hooks.quiet:
-                self.pool.wait_quiet(min(left, _POLL))
+                self.pool.wait_quiet(min(left, self._services.timing.quiet_every))
             else:
-                services.hooks.wait(min(left, _POLL))
+                services.hooks.wait(min(left, self._services.timing.quiet_every))
 
     def _nothing_left(self) -> bool:
         """Return True if nothing is left to run, and nothing to tell a hook, which may submit more."""
@@ -230,7 +227,7 @@ class LocalNode:
     def _by(self, deadline: float, step: Callable[[], None]) -> None:
         """Do a step on a thread of its own, which is left behind if the repository hangs.
 
-        All steps together get :data:`EXTRA` seconds beyond the deadline.
+        All steps together get ``Timing.stop_extra`` seconds beyond the deadline.
         """
         thread = threading.Thread(target=step, name="taskx-stop", daemon=True)
         try:
@@ -238,7 +235,7 @@ class LocalNode:
         except RuntimeError:  # the interpreter is shutting down
             step()
         else:
-            thread.join(max(0.0, deadline + EXTRA - time.monotonic()))
+            thread.join(max(0.0, deadline + self._services.timing.stop_extra - time.monotonic()))
 
     def _wait_for_end(self, timeout: float, *, cancel: bool) -> list[str]:
         if cancel:
@@ -258,7 +255,7 @@ class LocalNode:
         self._services.log.error(
             "node %s takes no more tasks and hands back what it has: %s", self.record.name, why
         )
-        stop = partial(self.stop, RETIRE_TIMEOUT, cancel=False)
+        stop = partial(self.stop, self._services.timing.retire_within, cancel=False)
         with suppress(RuntimeError):  # the interpreter is shutting down, which stops the node
             threading.Thread(target=stop, name="taskx-stop", daemon=True).start()
 
@@ -285,7 +282,7 @@ class LocalNode:
             others = pool.runs or pool.stuck.runs
             if pool.workers_left <= here and (inside_executor() or not others):
                 return
-            pool.wait_quiet(min(left, _POLL))
+            pool.wait_quiet(min(left, self._services.timing.quiet_every))
 
     def _write_outcomes(self) -> None:
         try:
@@ -296,7 +293,7 @@ class LocalNode:
 
     def _end_later(self) -> None:
         while self.pool.workers_left or self.still_running():
-            self.pool.wait_quiet(_POLL)
+            self.pool.wait_quiet(self._services.timing.quiet_every)
         self._end()
 
     def _end(self) -> None:
@@ -362,6 +359,11 @@ class Lifetime:
     def name(self) -> str:
         """The state of the queue, in a word or two."""
         return "stopped" if self._state.stopped else "started" if self.node else "not started"
+
+    @property
+    def timing(self) -> Timing:
+        """The queue's timing."""
+        return self._services.timing
 
     @property
     def log(self) -> GuardedLogger:
@@ -439,7 +441,9 @@ class Lifetime:
             self._state.stopped = True
             self._state.ended = self._state.ended or self.node is None
         still = [] if self.node is None else self.node.stop(seconds, cancel=cancel)
-        self.wait_for_hooks(max(0.0, deadline + EXTRA - time.monotonic()))
+        self.wait_for_hooks(
+            max(0.0, deadline + self._services.timing.stop_extra - time.monotonic())
+        )
         return still
 
     def tell_to_stop(self) -> None:
@@ -456,7 +460,7 @@ class Lifetime:
         if self.on_stop_request is not None:
             self.on_stop_request()
             return
-        stop = partial(self.stop, RETIRE_TIMEOUT, cancel=False)
+        stop = partial(self.stop, self._services.timing.retire_within, cancel=False)
         with suppress(RuntimeError):  # the interpreter is shutting down, which stops the node
             threading.Thread(target=stop, name="taskx-stop", daemon=True).start()
 
@@ -483,9 +487,10 @@ def stop_all(lives: Collection[Lifetime], timeout: float) -> None:
 
 def stop_forgotten() -> None:
     """Stop the queues that were not stopped, when the interpreter exits."""
-    deadline = time.monotonic() + EXIT_TIMEOUT
+    timeout = max((life.timing.exit_within for life in list(_lives)), default=0.0)
+    deadline = time.monotonic() + timeout
     running = {life for life in list(_lives) if life.name == "started"}
-    stop_all(running, EXIT_TIMEOUT)
+    stop_all(running, timeout)
     for life in {*_lives} - running:
         life.wait_for_hooks(max(0.0, deadline - time.monotonic()))
 

@@ -14,9 +14,6 @@ from taskx.liveness.base import Node
 from taskx.running.pool import WorkerPool
 from taskx.storage import queries
 
-#: Most tasks of a dead node's buffer that are freed in one transaction.
-BATCH = 1000
-
 
 class Recovery:
     """Finds dead nodes and takes back their tasks; after an error, the next call does the rest."""
@@ -76,7 +73,7 @@ class Recovery:
                 results = self._services.moves.commit(writes)
                 freed += sum(results)
                 self._left[node] += len(results) - sum(results)
-                if len(writes) == BATCH and time.monotonic() >= until:
+                if len(writes) == self._services.timing.free_batch and time.monotonic() >= until:
                     return freed
             self._services.dependents.ended_elsewhere()
             self._services.turns.scan_all_soon()
@@ -87,8 +84,8 @@ class Recovery:
 
     def _pending(self, node: str) -> list[Update]:
         """Return the writes that free the next tasks in the buffer of a dead node."""
-        passed = self._left[node]
-        found = self._services.repository.find("buffered_on", [node], ("id",), passed + BATCH)
+        passed, batch = self._left[node], self._services.timing.free_batch
+        found = self._services.repository.find("buffered_on", [node], ("id",), passed + batch)
         return [lifecycle.free(task_id, node) for (task_id,) in found[passed:]]
 
     def _take_back(self, node: Node) -> int:

@@ -26,10 +26,6 @@ if TYPE_CHECKING:
     from taskx.running.threads import ThreadStack  # loaded when a process is asked for its stacks
 
 _ANSWER = "answer/"
-# Polling interval, in seconds, of a thread that waits for an answer.
-_POLL = 0.05
-#: Seconds after which requests and answers that their processes left behind are removed.
-LEFT_BEHIND = 600.0
 
 
 class Requests:
@@ -104,7 +100,7 @@ def _wait_for_answer(services: Services, request: Request, seconds: float) -> No
                 f"node {request.node} has not answered within {seconds:g} s: its process may be stopped, "
                 "or too busy"
             )
-        time.sleep(_POLL)
+        time.sleep(services.timing.answer_every)
     return note
 
 
@@ -119,7 +115,8 @@ def _ask(services: Services, node: str, what: str) -> Request:
 
 def _remove_left_behind(services: Services) -> None:
     """Remove the requests and answers of processes that died or did not wait."""
-    repository, before = services.repository, (time.time() - LEFT_BEHIND) * 1000
+    repository = services.repository
+    before = (time.time() - services.timing.forget_requests_after) * 1000
     for prefix in (REQUEST, _ANSWER):
         for name, note in repository.notes(prefix).items():
             if made_at(name.rpartition("/")[2]) < before:

@@ -13,10 +13,6 @@ from taskx.core.model import TaskStatus, check_moment, check_status
 from taskx.moving import Services
 from taskx.storage.base import Repository
 
-#: Most tasks removed in one transaction: other writers wait some milliseconds for it.
-BATCH = 200
-#: Seconds between scans for tasks that are old enough.
-EVERY = 60.0
 # Most dependents that are read at a time.
 _MOST_PAIRS = 1000
 # More seconds than the calendar has.
@@ -39,14 +35,14 @@ def prune(
     Returns:
         The number of removed tasks, and the place to go on from; None if there are no more tasks.
     """
-    repository = services.repository
-    page = repository.ended(status.value, within_calendar(before), BATCH, after)
+    repository, batch = services.repository, services.timing.batch
+    page = repository.ended(status.value, within_calendar(before), batch, after)
     if not page:
         return 0, None
     kept = needed(repository, [task.stub.id for task in page])
     stubs = lifecycle.prunable(page, kept, services.clock.now_ms())
     removed = sum(services.moves.commit([lifecycle.prune(stub) for stub in stubs]) if stubs else ())
-    return removed, page[-1].place if len(page) == BATCH else None
+    return removed, page[-1].place if len(page) == batch else None
 
 
 def needed(repository: Repository, task_ids: Sequence[str]) -> set[str]:
@@ -106,7 +102,7 @@ class Retention:
         """Remove a batch of each status, and give some space back, if it is time."""
         if not self._periods or (now := self._services.clock.monotonic()) < self._next:
             return
-        self._next = now + EVERY
+        self._next = now + self._services.timing.retention_every
         wall = self._services.clock.now_ms()
         scans, self._left = self._left or dict.fromkeys(self._periods), {}
         for status, after in scans.items():

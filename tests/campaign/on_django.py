@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 import django_project
 
 from taskx import RepositoryUnavailable
+from taskx.core.timing import Timing
 from taskx.storage.base import Repository
 
 from . import hooks
@@ -43,7 +44,11 @@ class OnDjango(Store):
         assert parts.port is not None
         django_project.add_postgres("shared", parts.port, parts.path[1:], parts.hostname)
         made: Repository = repository(
-            "shared", run_folder=options.host, lease_timeout=options.lease, timeout=TIMEOUT
+            "shared",
+            run_folder=options.host,
+            lease_timeout=options.lease,
+            timeout=TIMEOUT,
+            timing=Timing(lease_margin=options.margin),
         )
         return made
 

@@ -9,6 +9,7 @@ import pymongo
 from pymongo.client_session import ClientSession
 
 from taskx import MongoRepository, RepositoryUnavailable
+from taskx.core.timing import Timing
 from taskx.liveness.leases import Leases
 from taskx.storage.base import Repository
 from taskx.storage.mongo import sender
@@ -112,6 +113,7 @@ class OnMongo(Store):
             run_folder=options.host,
             lease_timeout=options.lease,
             timeout=TIMEOUT,
+            timing=Timing(lease_margin=options.margin),
         )
 
     def prepare(self, log: SideLog) -> None:

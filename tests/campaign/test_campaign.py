@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from taskx import TaskFilter, TaskStatus
-from taskx.upkeep.housekeeper import RECOVER_EVERY
+from taskx.core.timing import DEFAULT_TIMING
 
 from . import hooks
 from .campaign import Campaign, Outcome, summary, until
@@ -246,7 +246,9 @@ def live_neighbours(campaign: Campaign, **options: Any) -> None:
     if options:
         campaign.wait_for("begin", who=second.who)
     else:
-        threading.Event().wait(3 * RECOVER_EVERY)  # blocks on purpose: it checks for dead nodes
+        threading.Event().wait(
+            3 * DEFAULT_TIMING.recover_every
+        )  # blocks on purpose: it checks for dead nodes
     campaign.let_go()
     for task_id in ids:
         campaign.wait_for("end", id=task_id, who=first.who)

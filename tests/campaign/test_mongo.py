@@ -13,7 +13,7 @@ import pytest
 from mongo_server import REAL, shared
 
 from taskx import Queue, TaskStatus
-from taskx.liveness.leases import BEATS
+from taskx.core.timing import DEFAULT_TIMING
 
 from . import hooks, on_mongo
 from .campaign import Child, until
@@ -155,7 +155,7 @@ def neighbours_elsewhere(campaign: MongoCampaign, **options: Any) -> None:
     campaign.wait_for("begin", who=first.who)
     second = campaign.spawn(role="serve", **LEASE, **options)
     campaign.wait_for("started", who=second.who)
-    enough = campaign.beats() + 2 * (BEATS + 2)  # heartbeats of both nodes
+    enough = campaign.beats() + 2 * (DEFAULT_TIMING.lease_beats + 2)  # heartbeats of both nodes
     until(
         lambda: took(campaign, second) or campaign.beats() > enough,
         "the task is taken over, or enough heartbeats were sent",

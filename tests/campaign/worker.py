@@ -32,7 +32,7 @@ from taskx import (
     TaskStatus,
 )
 from taskx.core.clock import SystemClock
-from taskx.liveness import leases
+from taskx.core.timing import DEFAULT_TIMING
 
 from . import hooks
 from .sidelog import SideLog
@@ -81,7 +81,7 @@ class Options:
     side_log: str
     host: str = ""
     lease: float = 3.0
-    margin: float = leases.MARGIN
+    margin: float = DEFAULT_TIMING.lease_margin
     ahead: float = 0.0
     role: str = "mix"
     seed: int = 0
@@ -460,7 +460,6 @@ class Worker:
 
 def prepare(options: Options, log: SideLog) -> None:
     """Change the library as the options say."""
-    leases.MARGIN = options.margin
     if options.broken:
         {**hooks.BROKEN, **store_of(options.database).broken}[options.broken]()
     if options.alone:

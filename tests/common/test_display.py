@@ -7,8 +7,8 @@ import threading
 
 import pytest
 
-from taskx.common import display
 from taskx.common.display import Display
+from taskx.core.timing import Timing
 
 
 @pytest.fixture
@@ -39,9 +39,8 @@ def test_a_display_ends_when_all_is_done(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_pipe_gets_a_line_every_few_seconds(capsys, monkeypatch):
-    monkeypatch.setattr(display, "_BETWEEN_LINES", 0.0)
-    with Display("digest") as shown:
+def test_a_pipe_gets_a_line_every_few_seconds(capsys):
+    with Display("digest", timing=Timing(line_every=0.0)) as shown:
         shown.update(1, "opened")
         assert capsys.readouterr().err == "digest: 1, opened\n"
         shown.update(2, "read", total=3)
@@ -88,8 +87,7 @@ def test_a_terminal_gets_lines_if_rich_is_not_installed(capsys, terminal, monkey
 
 def test_a_terminal_that_cannot_redraw_gets_lines(capsys, terminal, monkeypatch):
     monkeypatch.setenv("TERM", "dumb")
-    monkeypatch.setattr(display, "_BETWEEN_LINES", 0.0)
-    with Display("digest", 2) as shown:
+    with Display("digest", 2, timing=Timing(line_every=0.0)) as shown:
         shown.add(done=1)
         assert capsys.readouterr().err == "digest: 1 of 2 (50%)\n"
 

@@ -10,13 +10,9 @@ import pytest
 from helpers import PATIENCE, eventually
 
 from taskx import TaskFailed, TaskNotFound, TaskStatus
-from taskx.common import display
 
-
-@pytest.fixture
-def every_state(monkeypatch):
-    """Make a display write each state."""
-    monkeypatch.setattr(display, "_BETWEEN_LINES", 0.0)
+#: Makes a display write each state.
+every_state = pytest.mark.timing(line_every=0.0)
 
 
 @pytest.fixture
@@ -38,9 +34,8 @@ def halfway(make_queue, gate):
 
 
 class TestFollowHandle:
-    def test_follow_shows_the_progress_and_returns_the_result(
-        self, halfway, gate, capsys, every_state
-    ):
+    @every_state
+    def test_follow_shows_the_progress_and_returns_the_result(self, halfway, gate, capsys):
         handle = halfway.submit("half")
         follower = concurrent.futures.ThreadPoolExecutor(1).submit(handle.follow)
         seen = []
@@ -50,7 +45,8 @@ class TestFollowHandle:
         assert f"half {handle.id}: 50 of 100 (50%), half of it\n" in "".join(seen)
         assert "100 of 100 (100%), half of it\n" in capsys.readouterr().err
 
-    def test_follow_shows_the_beginning_of_a_long_message(self, queue, capsys, every_state):
+    @every_state
+    def test_follow_shows_the_beginning_of_a_long_message(self, queue, capsys):
         queue.executor("tell")(lambda ctx: ctx.progress(50, "x" * 5000))
         queue.start()
         queue.submit("tell").follow(PATIENCE)
@@ -96,9 +92,8 @@ class TestFollowHandle:
 
 @pytest.mark.every_store
 class TestFollowQueue:
-    def test_follow_shows_waiting_running_and_failed_tasks(
-        self, halfway, gate, capsys, every_state
-    ):
+    @every_state
+    def test_follow_shows_waiting_running_and_failed_tasks(self, halfway, gate, capsys):
         halfway.submit("quick").result(PATIENCE)
         halfway.submit("half", {"fails": True})
         gate.wait_for(1)

@@ -9,7 +9,7 @@ import threading
 from concurrent.futures import CancelledError, Future, as_completed, wait
 
 import pytest
-from helpers import PATIENCE, eventually, run_in_thread, services_of
+from helpers import PATIENCE, eventually, frequent_checks, run_in_thread, services_of
 
 from taskx import Queue, SQLiteRepository, TaskFailed, TaskHandle, TaskNotFound, TaskStatus
 
@@ -206,7 +206,7 @@ def test_result_can_be_called_again_after_a_repository_error(queue):
     assert handle.result(PATIENCE) == 1
 
 
-@pytest.mark.usefixtures("frequent_checks")
+@frequent_checks
 def test_result_can_be_called_again_on_a_queue_that_is_not_started(queue, make_queue):
     queue.declare("echo")
     handle = queue.submit("echo", {"value": 1})
@@ -223,7 +223,7 @@ def test_result_can_be_called_again_on_a_queue_that_is_not_started(queue, make_q
 # Queues that do not run tasks
 
 
-@pytest.mark.usefixtures("frequent_checks")
+@frequent_checks
 @pytest.mark.every_store
 def test_a_queue_that_is_not_started_stores_tasks_for_other_queues(make_queue):
     submitter, runner = make_queue(), make_queue(worker_num=1)
@@ -266,7 +266,7 @@ def test_waiting_for_a_task_that_no_node_can_run_warns_once(queue, make_queue, c
     assert "'echo'" in warning
 
 
-@pytest.mark.usefixtures("frequent_checks")
+@frequent_checks
 def test_waiting_for_a_task_that_another_queue_runs_does_not_warn(
     queue, started, make_queue, caplog
 ):

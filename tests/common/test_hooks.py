@@ -22,9 +22,9 @@ from taskx import (
     Task,
     TaskStatus,
 )
-from taskx.common import hooks as hooks_module
 from taskx.common.hooks import Hooks
 from taskx.core import lifecycle
+from taskx.core.timing import DEFAULT_TIMING
 from taskx.running.buffer import Item
 from taskx.testing import ManualClock
 
@@ -328,12 +328,12 @@ class TestEvents:
 
 
 @pytest.fixture
-def only_memory():
+def only_memory(timing):
     """Return a function that makes queues on memory, for tests that do not depend on the store."""
     made: list[Queue] = []
 
     def make(*hooks: Hook, **options) -> Queue:
-        made.append(Queue(MemoryRepository(), hooks=hooks, **options))
+        made.append(Queue(MemoryRepository(), hooks=hooks, timing=timing, **options))
         made[-1].executor("t")(lambda: None)
         return made[-1]
 
@@ -363,14 +363,12 @@ class TestCost:
     @pytest.mark.parametrize("event", EVENTS)
     def test_an_event_that_no_hook_overrides_has_no_listeners(self, event):
         hook = type("One", (Hook,), {event: lambda self, *_: None})()
-        hooks = Hooks([hook, Hook()], logging.getLogger("taskx"))
+        hooks = Hooks([hook, Hook()], logging.getLogger("taskx"), DEFAULT_TIMING)
         assert [name for name in EVENTS if getattr(hooks, name)] == [event]
         assert getattr(hooks, event)[0][0] == f"One.{event}"
 
-    def test_the_thread_for_hooks_ends_when_there_are_no_events(
-        self, only_memory, told, monkeypatch
-    ):
-        monkeypatch.setattr(hooks_module, "_KEEP", 0.0)
+    @pytest.mark.timing(keep_thread=0.0)
+    def test_the_thread_for_hooks_ends_when_there_are_no_events(self, only_memory, told):
         queue = only_memory(told)
         queue.submit("t", id="a")
         eventually(lambda: services_of(queue).hooks._thread is None)
@@ -490,8 +488,8 @@ class TestHangingHook:
         assert queue.drain(PATIENCE)
         assert blocks.finished_ones == 20
 
-    def test_a_stop_ends_in_time_while_a_hook_hangs(self, only_memory, blocks, caplog, monkeypatch):
-        monkeypatch.setattr("taskx.upkeep.node.EXTRA", 0.01)
+    @pytest.mark.timing(stop_extra=0.01)
+    def test_a_stop_ends_in_time_while_a_hook_hangs(self, only_memory, blocks, caplog):
         queue = only_memory(blocks)
         queue.start()
         queue.submit("t")
@@ -501,6 +499,7 @@ class TestHangingHook:
         assert queue.stop(0.1) == []
         assert "stopped with 1 event(s) not told to hooks yet" in caplog.text
 
+    @pytest.mark.timing(most_events=5)
     def test_workers_wait_a_little_if_hooks_are_far_behind(self, only_memory, blocks, monkeypatch):
         """Else the waiting events could fill the memory."""
         held = []
@@ -508,9 +507,8 @@ class TestHangingHook:
 
         def waits(self, timeout):
             held.append(timeout)
-            return wait(self, 0.0 if timeout == hooks_module.LONGEST_HOLD else timeout)
+            return wait(self, 0.0 if timeout == DEFAULT_TIMING.hold_within else timeout)
 
-        monkeypatch.setattr(hooks_module, "MOST_WAITING", 5)
         monkeypatch.setattr(Hooks, "wait", waits)
         queue = only_memory(blocks)
         queue.start()
@@ -519,7 +517,7 @@ class TestHangingHook:
         assert blocks.hangs.wait(PATIENCE)
         eventually(lambda: len(services_of(queue).hooks.waiting) == 6)
         assert queue.submit("t").result(PATIENCE) is None
-        assert hooks_module.LONGEST_HOLD in held
+        assert DEFAULT_TIMING.hold_within in held
 
 
 class TestInsideHooks:

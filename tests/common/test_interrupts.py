@@ -30,6 +30,7 @@ from taskx.common.hooks import Hooks
 from taskx.core import lifecycle
 from taskx.core.clock import to_ms
 from taskx.core.log import GuardedLogger
+from taskx.core.timing import DEFAULT_TIMING
 from taskx.running.audit import Audit
 from taskx.running.buffer import Buffer
 
@@ -48,10 +49,8 @@ def rare_switches():
     sys.setswitchinterval(interval)
 
 
-@pytest.fixture
-def auditing(check_every):
-    """Run the audit without pause, so that it finds lost tasks at once."""
-    check_every(audit=0.02)
+#: Runs the audit without pause, so that it finds lost tasks at once.
+auditing = pytest.mark.timing(audit_every=0.02)
 
 
 def strikes(call, step=1, recovered=lambda: True):
@@ -100,9 +99,10 @@ STRIKES = {
 }
 
 
+@auditing
 @pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)
 @pytest.mark.parametrize("kind", STRIKES)
-def test_an_interrupted_submit_leaves_nothing_behind(make_queue, kind, auditing):
+def test_an_interrupted_submit_leaves_nothing_behind(make_queue, kind):
     queue = make_queue(worker_num=2, **STRIKES[kind])
     queue.executor("fine")(lambda: "fine")
     queue.start()
@@ -118,8 +118,9 @@ def test_an_interrupted_submit_leaves_nothing_behind(make_queue, kind, auditing)
     check_stored(queue, {i: s for i, s in struck.items() if not any(w in str(s) for w in last)})
 
 
+@auditing
 @pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)
-def test_an_interrupted_submit_many_stores_all_tasks_or_none(make_queue, auditing):
+def test_an_interrupted_submit_many_stores_all_tasks_or_none(make_queue):
     queue = make_queue(worker_num=2, buffer_size=3, overflow="spill")
     queue.executor("fine")(lambda: "fine")
     queue.start()
@@ -134,8 +135,9 @@ def test_an_interrupted_submit_many_stores_all_tasks_or_none(make_queue, auditin
         assert len(queue.repository.get_many(names)) in (0, 3)
 
 
+@auditing
 @pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)
-def test_an_interrupted_task_that_its_submitter_runs_runs_again(make_queue, gate, auditing):
+def test_an_interrupted_task_that_its_submitter_runs_runs_again(make_queue, gate):
     queue = make_queue(worker_num=1, buffer_size=1, overflow="caller_runs")
     queue.executor("fine")(lambda: "fine")
     queue.start()
@@ -147,8 +149,9 @@ def test_an_interrupted_task_that_its_submitter_runs_runs_again(make_queue, gate
     check_it_works(queue)
 
 
+@auditing
 @pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)
-def test_an_interrupted_cancel_leaves_nothing_behind(make_queue, gate, auditing):
+def test_an_interrupted_cancel_leaves_nothing_behind(make_queue, gate):
     queue = make_queue(worker_num=1, buffer_size=600)
     queue.executor("fine")(lambda: "fine")
     queue.start()
@@ -167,9 +170,10 @@ def test_an_interrupted_cancel_leaves_nothing_behind(make_queue, gate, auditing)
 drops_handles = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
+@auditing
 @drops_handles
 @pytest.mark.parametrize("what", ["drain", "list_tasks", "wait_quiet", "result", "map"])
-def test_other_interrupted_calls_leave_nothing_behind(started, what, auditing):
+def test_other_interrupted_calls_leave_nothing_behind(started, what):
     later = started.submit("fine", delay=3600)
 
     def times_out(point):
@@ -187,9 +191,10 @@ def test_other_interrupted_calls_leave_nothing_behind(started, what, auditing):
     check_it_works(started)
 
 
+@auditing
 @drops_handles
 @pytest.mark.parametrize("ordered", [True, False])
-def test_a_map_goes_on_after_an_interrupt_and_gives_no_result_twice(make_queue, auditing, ordered):
+def test_a_map_goes_on_after_an_interrupt_and_gives_no_result_twice(make_queue, ordered):
     """Only the item that is read and the result that is taken at that moment may be lost."""
     queue = make_queue(worker_num=1)
     queue.executor("fine")(lambda n="fine": n)
@@ -227,7 +232,7 @@ def test_an_interrupted_leader_loses_no_write_of_other_threads(repository, log):
     """Each outcome is reported once, by a thread that no signal strikes."""
     agenda = Agenda()
     agenda.attended = True
-    ledger = PlainLedger(repository, log, agenda)
+    ledger = PlainLedger(repository, log, agenda, DEFAULT_TIMING)
     told = []
 
     def lead(point):
@@ -254,7 +259,7 @@ def test_an_interrupted_leader_loses_no_write_of_other_threads(repository, log):
 
 
 def test_a_follower_of_an_interrupted_leader_gets_its_result(repository, log):
-    ledger = PlainLedger(repository, log, Agenda())
+    ledger = PlainLedger(repository, log, Agenda(), DEFAULT_TIMING)
     reached, go_on = threading.Event(), threading.Event()
 
     def hold(writes):
@@ -285,7 +290,7 @@ def test_an_interrupt_of_the_start_of_the_thread_for_hooks_is_raised(log, rare_s
 
     def tell(point):
         try:
-            hooks = Hooks([listener], log)
+            hooks = Hooks([listener], log, DEFAULT_TIMING)
             hooks.tell(hooks.queue_started, lambda: point)
         except BaseException as error:
             raised.append(error)
@@ -335,7 +340,8 @@ def test_a_full_buffer_has_no_slot_left():
     assert not buffer.reserve((buffer.new_slot(),))
 
 
-def test_the_audit_finds_lost_slots(started, auditing):
+@auditing
+def test_the_audit_finds_lost_slots(started):
     buffer = pool_of(started).buffer
     assert buffer.reserve([buffer.new_slot() for _ in range(buffer.maxsize)])
     with pytest.raises(QueueFull):
@@ -382,7 +388,8 @@ def test_a_start_that_cannot_join_asks_the_repository_only_once(queue, monkeypat
 # Differences between memory and the repository
 
 
-def test_the_audit_forgets_a_run_whose_task_has_ended(started, auditing):
+@auditing
+def test_the_audit_forgets_a_run_whose_task_has_ended(started):
     handle = started.submit("fine")
     handle.result(PATIENCE)
     pool = pool_of(started)
@@ -392,7 +399,8 @@ def test_the_audit_forgets_a_run_whose_task_has_ended(started, auditing):
     check_it_works(started)
 
 
-def test_a_run_that_no_thread_executes_runs_again(started, auditing):
+@auditing
+def test_a_run_that_no_thread_executes_runs_again(started):
     pool, starter = pool_of(started), pool_of(started).starter
     started.executor("held", max_attempts=1)(lambda: "ran")
     repository = started.repository
@@ -472,7 +480,8 @@ def test_claiming_an_ended_run_leaves_the_next_run_alone(started):
     assert pool.runs.pop(handle.id) is later
 
 
-def test_the_audit_finds_a_run_lost_between_two_threads(started, auditing, monkeypatch):
+@auditing
+def test_the_audit_finds_a_run_lost_between_two_threads(started, monkeypatch):
     """This may happen if memory runs out between two lines."""
     pool = started._node.pool
     handle = started.submit("fine", id="x", delay=3600)

@@ -23,8 +23,8 @@ from taskx import (
 from taskx.common.bell import Agenda
 from taskx.core import lifecycle
 from taskx.core.log import Complaint
+from taskx.core.timing import DEFAULT_TIMING
 from taskx.core.writes import Insert
-from taskx.running.ahead import MAX_AHEAD
 from taskx.storage.base import Locked
 
 
@@ -33,8 +33,8 @@ def insert(task_id):
 
 
 @pytest.fixture
-def ledger(repository):
-    return PlainLedger(repository, logging.getLogger("taskx"), Agenda())
+def ledger(repository, timing):
+    return PlainLedger(repository, logging.getLogger("taskx"), Agenda(), timing)
 
 
 class Told(list):
@@ -282,10 +282,10 @@ def test_an_interrupted_submit_carries_the_task_id(queue):
     assert queue.get_task_status(caught.value.task_id).type == "fine"
 
 
+@pytest.mark.timing(audit_every=0.1)
 @pytest.mark.every_store
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_task_of_an_interrupted_submit_runs_once(make_queue, when, check_every):
-    check_every(audit=0.1)  # the audit finds the task
+def test_a_task_of_an_interrupted_submit_runs_once(make_queue, when):
     queue = make_queue(worker_num=1)
     ran = []
     queue.executor("note")(lambda: ran.append(1))
@@ -335,10 +335,10 @@ def test_a_submit_in_doubt_carries_the_task_id_and_can_be_repeated(queue, when):
     assert ids(queue) == {task_id}
 
 
+@pytest.mark.timing(commit_batch=1)
 @pytest.mark.every_store
-def test_a_write_that_was_not_tried_is_not_in_doubt(ledger, repository, monkeypatch):
+def test_a_write_that_was_not_tried_is_not_in_doubt(ledger, repository):
     """The write before it is in doubt. It had no room in that write's transaction."""
-    monkeypatch.setattr("taskx.common.ledger.MAX_BATCH", 1)
     told = Told()
     ledger.later([insert("before")], told)
 
@@ -357,16 +357,16 @@ def test_a_write_that_was_not_tried_is_not_in_doubt(ledger, repository, monkeypa
     assert repository.get_many(["before", "behind"]).keys() == {"before"}
 
 
-def test_a_stored_write_does_not_fail_with_the_write_behind_it(ledger, repository, monkeypatch):
+@pytest.mark.timing(commit_batch=2)
+def test_a_stored_write_does_not_fail_with_the_write_behind_it(ledger, repository):
     """Both were in a batch that failed, and were then sent one by one."""
-    monkeypatch.setattr("taskx.common.ledger.MAX_BATCH", 1)
     told = Told()
-    ledger.later([insert("before")], Told())
+    ledger.later([insert("first")], Told())
+    ledger.later([insert("second")], Told())
 
     def fail(writes):
         task_ids = [write.id for write in writes]
-        if task_ids == ["before"]:
-            monkeypatch.setattr("taskx.common.ledger.MAX_BATCH", 10)
+        if task_ids == ["first", "second"]:
             ledger.later([insert("behind")], told)
         elif "behind" in task_ids:
             raise (RepositoryError if "own" in task_ids else RepositoryUnavailable)("no answer")
@@ -393,8 +393,8 @@ def test_a_write_is_in_doubt_if_its_batch_is_in_doubt(ledger, repository):
     assert caught.value.in_doubt
 
 
-def test_a_task_of_a_submit_in_doubt_runs_once(make_queue, check_every):
-    check_every(audit=0.1)  # the audit finds the task
+@pytest.mark.timing(audit_every=0.1)
+def test_a_task_of_a_submit_in_doubt_runs_once(make_queue):
     queue = make_queue(worker_num=1)
     ran = []
     queue.executor("note")(lambda: ran.append(1))
@@ -636,14 +636,12 @@ def test_a_stop_during_an_outage_ends(queue, gate):
 # Starting ahead
 
 
-@pytest.fixture
-def all_short(monkeypatch):
-    """Make every task count as short, however slow the machine is, except the first ones."""
-    monkeypatch.setattr("taskx.running.ahead.SHORT", float("inf"))
+#: Makes every task count as short, however slow the machine is, except the first ones.
+all_short = pytest.mark.timing(short_task=float("inf"))
 
 
 @pytest.fixture
-def short(make_queue, all_short, calm):
+def short(make_queue, calm):
     """A queue that is not started, with one worker and 300 tasks that take no time."""
     queue = make_queue(worker_num=1, buffer_size=1000)
     queue.ran = []
@@ -662,13 +660,14 @@ def starts(queue):
 
 
 @pytest.mark.every_store
+@all_short
 def test_short_tasks_are_started_in_batches(short):
     short.start()
     assert short.drain(PATIENCE)
     assert sorted(short.ran) == list(range(300))
     assert starts(short)[0] == 1
     assert sum(starts(short)) == 300
-    assert 2 <= max(starts(short)) <= MAX_AHEAD
+    assert 2 <= max(starts(short)) <= DEFAULT_TIMING.most_ahead
     assert len(starts(short)) < 250
 
 
@@ -704,7 +703,8 @@ def test_tasks_with_max_crashes_1_are_started_one_by_one(make_queue, declared):
 
 
 @pytest.mark.every_store
-@pytest.mark.usefixtures("all_short", "calm")
+@all_short
+@pytest.mark.usefixtures("calm")
 def test_a_task_started_ahead_and_cancelled_never_runs(make_queue):
     queue = make_queue(worker_num=1, buffer_size=1000)
     ran, cancelled, ready = [], [], threading.Event()
@@ -731,7 +731,7 @@ def test_a_task_started_ahead_and_cancelled_never_runs(make_queue):
 
 
 @pytest.mark.every_store
-@pytest.mark.usefixtures("all_short")
+@all_short
 def test_a_task_started_ahead_is_handed_back_if_no_worker_is_free(make_queue, gate, calm, clock):
     """It gets its old place in the order back, even among tasks created at the same time."""
     queue = make_queue(worker_num=1, buffer_size=1000, clock=clock)
@@ -768,7 +768,8 @@ def test_a_task_started_ahead_is_handed_back_if_no_worker_is_free(make_queue, ga
 
 
 @pytest.mark.every_store
-@pytest.mark.usefixtures("all_short", "calm")
+@all_short
+@pytest.mark.usefixtures("calm")
 def test_a_stop_hands_back_tasks_that_were_started_ahead(make_queue):
     queue = make_queue(worker_num=1, buffer_size=1000)
     ran, ready = [], threading.Event()

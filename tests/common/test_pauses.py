@@ -6,12 +6,20 @@ import threading
 from enum import Enum
 
 import pytest
-from helpers import PATIENCE, earliest_due, eventually, node_of, pool_of, whole_round
+from helpers import (
+    PATIENCE,
+    earliest_due,
+    eventually,
+    frequent_checks,
+    node_of,
+    pool_of,
+    whole_round,
+)
 from storage.repositories import TinyRepository
 
 from taskx import ConfigurationError, Paused, Queue, SQLiteRepository, Task, TaskStatus
 from taskx.core import lifecycle
-from taskx.running.ahead import MAX_AHEAD
+from taskx.core.timing import DEFAULT_TIMING
 from taskx.running.fetcher import Fetcher
 from taskx.testing import ManualClock
 
@@ -105,11 +113,11 @@ def test_a_pause_removes_tasks_from_the_buffer_at_once(busy, gate, repository):
     assert queue.ran == ["b", "b", 0, 1, 2]
 
 
+@pytest.mark.timing(audit_every=3600)
 def test_a_task_buffered_while_its_type_is_paused_does_not_start(
-    queue, other, repository, monkeypatch, check_every
+    queue, other, repository, monkeypatch
 ):
     """The pause comes between the check of the pauses and the read from the buffer."""
-    check_every(audit=3600)  # so that the audit does not find the tasks by chance
     queue.start()
     queue.pause("a")
     with monkeypatch.context() as blind:
@@ -124,7 +132,7 @@ def test_a_task_buffered_while_its_type_is_paused_does_not_start(
         handle.result(PATIENCE)
 
 
-@pytest.mark.usefixtures("frequent_checks")
+@frequent_checks
 def test_a_pause_applies_to_all_queues_soon(queue, other):
     """A started queue applies it at its next check. A queue that is not started can pause, too."""
     other.pause("a")
@@ -142,9 +150,9 @@ def test_a_pause_applies_to_all_queues_soon(queue, other):
     waits.result(PATIENCE)
 
 
-def test_a_resume_fetches_waiting_tasks_at_once(queue, other, repository, monkeypatch, check_every):
+@pytest.mark.timing(recover_every=3600)
+def test_a_resume_fetches_waiting_tasks_at_once(queue, other, repository, monkeypatch):
     """It waits neither for the next slow check nor for a change by another process."""
-    check_every(recover=3600)
     queue.start()
     whole_round(queue)  # the first round checks everything
     monkeypatch.setattr(repository, "version", lambda: 0)
@@ -230,7 +238,7 @@ def test_an_invalid_type_cannot_be_paused(queue, name):
     assert not queue.paused
 
 
-@pytest.mark.usefixtures("frequent_checks")
+@frequent_checks
 def test_an_idle_node_takes_no_paused_task_from_another_buffer(busy, make_queue, repository):
     queue = busy()
     queue.submit("note", {"n": "paused"})
@@ -283,9 +291,9 @@ def test_a_delayed_task_of_a_paused_type_waits_when_it_is_due(make_queue):
     assert handle.result(PATIENCE) == "ran"
 
 
-def test_the_audit_releases_tasks_of_a_paused_type(queue, other, repository, check_every):
+@pytest.mark.timing(audit_every=0.1)
+def test_the_audit_releases_tasks_of_a_paused_type(queue, other, repository):
     """The record names this node as the owner of a task that the node does not know."""
-    check_every(audit=0.1)
     queue.start()
     queue.pause("a")
     insert = lifecycle.create(task_id="x", type="a", params="{}", created_by="", now=1)
@@ -353,7 +361,9 @@ def test_no_task_of_a_paused_type_starts_after_pause_returns(make_queue, everyth
     for n in range(300):
         queue.submit("a", {"n": n})
     queue.pause(None if everything else "a")
-    gone_on = len(pool_of(queue).runs) + MAX_AHEAD  # started before the pause, or just starting
+    gone_on = (
+        len(pool_of(queue).runs) + DEFAULT_TIMING.most_ahead
+    )  # started before the pause, or just starting
     seen = len(began)
     assert queue.drain(PATIENCE)
     assert len(began) <= seen + gone_on

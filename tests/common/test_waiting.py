@@ -46,12 +46,10 @@ def held(queue, gate):
     return handle.id
 
 
-@pytest.fixture
-def no_slow_checks(check_every):
-    """Make the slow checks too rare to matter, so that only wake-ups count."""
-    check_every(recover=1000000.0)
-    check_every(audit=1000000.0)
-    check_every(handles=1000000.0)
+#: Makes the slow checks too rare to matter, so that only wake-ups count.
+no_slow_checks = pytest.mark.timing(
+    **dict.fromkeys(("recover_every", "audit_every", "handles_every"), 1000000.0)
+)
 
 
 # An exception in the callback of a weak reference is only reported.
@@ -107,10 +105,10 @@ def test_a_handle_resolves_after_an_interrupted_wait(queue, held, gate, way):
     assert queue.submit("hold").result(PATIENCE) == "value"  # no worker hangs
 
 
+@pytest.mark.timing(handles_every=0.01)
 @strikes
-def test_an_interrupted_thread_does_not_keep_others_waiting(queue, repository, check_every):
+def test_an_interrupted_thread_does_not_keep_others_waiting(queue, repository):
     """The main thread finds the end by its own check, while others wait for the same task."""
-    check_every(handles=0.01)
     queue.declare("t")
     for point in itertools.count(step=5):
         handle = queue.submit("t")
@@ -278,9 +276,9 @@ def test_wait_returns_at_the_first_exception(queue, held):
 # Failures of the watcher
 
 
+@pytest.mark.timing(handles_every=0.01)
 @pytest.mark.parametrize("error", [OSError("the disk is gone"), Strike("a panic")])
-def test_the_watcher_survives_any_error_of_a_check(queue, monkeypatch, check_every, error):
-    check_every(handles=0.01)
+def test_the_watcher_survives_any_error_of_a_check(queue, monkeypatch, error):
     queue.declare("t")
     handle, raised = queue.submit("t"), threading.Event()
     version = queue.repository.version
@@ -298,10 +296,8 @@ def test_the_watcher_survives_any_error_of_a_check(queue, monkeypatch, check_eve
         waiting()
 
 
-def test_a_waiting_thread_polls_if_no_thread_can_be_started(
-    queue, monkeypatch, check_every, held, gate
-):
-    check_every(handles=0.01)
+@pytest.mark.timing(handles_every=0.01)
+def test_a_waiting_thread_polls_if_no_thread_can_be_started(queue, monkeypatch, held, gate):
     web = Queue(queue.repository)
     waiting = run_in_thread(lambda: web.handle(held).result(PATIENCE))
     eventually(lambda: services_of(web).watcher._polls)
@@ -390,10 +386,9 @@ def test_cancelling_a_damaged_record_raises_an_error(queue, repository, caplog):
 # Two queues on one repository
 
 
+@no_slow_checks
 @pytest.mark.every_store
-def test_queues_that_share_a_repository_wake_each_other_at_once(
-    make_queue, repository, no_slow_checks
-):
+def test_queues_that_share_a_repository_wake_each_other_at_once(make_queue, repository):
     runner, web = make_queue(worker_num=1), make_queue()
     runner.executor("echo")(lambda: "value")
     web.declare("echo")

@@ -11,6 +11,7 @@ from helpers import PATIENCE, Waiting, eventually, pool_of, run_in_thread
 
 from taskx import Hook, QueueFull, QueueStopped, Task, TaskStatus
 from taskx.core import ids as ids_module
+from taskx.core.timing import DEFAULT_TIMING
 from taskx.repository import Reentered
 from taskx.running import buffer as buffer_module
 from taskx.running.buffer import Buffer
@@ -238,7 +239,7 @@ def test_queues_left_running_at_the_exit_are_stopped_together(make_queue, monkey
         patched.setattr(node, "time", SimpleNamespace(monotonic=lambda: clock.now))
         patched.setattr(node.Lifetime, "stop", wait_in_vain)
         node.stop_forgotten()
-    assert given == [node.EXIT_TIMEOUT, 0.0, 0.0]
+    assert given == [DEFAULT_TIMING.exit_within, 0.0, 0.0]
 
 
 # Large buffers

@@ -10,12 +10,12 @@ import pytest
 from werkzeug.datastructures import MultiDict
 
 from taskx import RepositoryUnavailable, TaskStatus
-from taskx.dashboard import ALL, Dashboard, bulk
-from taskx.dashboard import api as calls
+from taskx.core.timing import DEFAULT_TIMING
+from taskx.dashboard import ALL, Dashboard
 from taskx.dashboard.api import CALLS, MOST_STREAMS
 from taskx.dashboard.app import Map
 from taskx.inspecting.query import FIELDS
-from taskx.submitting.bulk import BATCH, Bulk
+from taskx.submitting.bulk import Bulk
 
 
 @pytest.fixture
@@ -182,12 +182,12 @@ def test_failed_tasks_run_again_at_a_rate(api, queue, failed):
     assert max(starts) - min(starts) == timedelta(hours=2)
 
 
-def test_a_change_that_takes_long_is_cut_into_requests(api, queue, monkeypatch):
-    monkeypatch.setattr(bulk, "PATIENCE", 0)
-    for _ in range(BATCH + 1):
+@pytest.mark.timing(request_within=0)
+def test_a_change_that_takes_long_is_cut_into_requests(api, queue):
+    for _ in range(DEFAULT_TIMING.batch + 1):
         queue.submit("report")
     answers = [api.post("/api/cancel", json={"query": "type:report"}).json for _ in range(2)]
-    assert [one["changed"] for one in answers] == [BATCH, 1]
+    assert [one["changed"] for one in answers] == [DEFAULT_TIMING.batch, 1]
     assert not answers[0]["finished"]
 
 
@@ -282,9 +282,9 @@ def lines(answer):
         yield json.loads(chunk)
 
 
+@pytest.mark.timing(stream_every=0.01)
 @pytest.mark.every_store
-def test_a_stream_tells_the_tasks_and_then_their_changes(api, queue, monkeypatch):
-    monkeypatch.setattr(calls, "_PERIOD", 0.01)
+def test_a_stream_tells_the_tasks_and_then_their_changes(api, queue):
     first, second = queue.submit("report").id, queue.submit("report").id
     with api.get("/api/changes?q=status:pending&seconds=300") as answer:
         stream = lines(answer)

@@ -13,10 +13,10 @@ import pytest
 from helpers import eventually
 
 from taskx import ConfigurationError, RepositoryUnavailable, Task, TaskStatus, chain
-from taskx.dashboard import ALL, bulk, display
+from taskx.core.timing import DEFAULT_TIMING
+from taskx.dashboard import ALL, display
 from taskx.dashboard.screens import overview, tasks, types
 from taskx.liveness.base import Node
-from taskx.submitting.bulk import BATCH
 
 HOSTILE = "<script>alert(1)</script>\"'&{{7*7}}\u202e\ud800</textarea>"
 SAFE = HOSTILE.replace("\ud800", "")
@@ -274,14 +274,14 @@ def test_all_that_match_are_changed_but_none_that_come_later(browser, queue):
     assert {task.id for task in queue.iter_tasks()} == {other, late}
 
 
-def test_a_long_change_asks_if_it_shall_go_on(browser, queue, monkeypatch):
-    monkeypatch.setattr(bulk, "PATIENCE", 0)
-    for _ in range(BATCH + 1):
+@pytest.mark.timing(request_within=0)
+def test_a_long_change_asks_if_it_shall_go_on(browser, queue):
+    for _ in range(DEFAULT_TIMING.batch + 1):
         queue.submit("report")
     form = {"whole": "1", "confirmed": "1", "q": "type:report"}
     answer = browser.post("/tasks/cancel", data=form)
     assert "Go on?" in answer.text
-    assert f"{BATCH} tasks were cancelled." in answer.text
+    assert f"{DEFAULT_TIMING.batch} tasks were cancelled." in answer.text
     form = dict(re.findall(r'name="(\w+)" value="([^"]*)"', answer.text))
     browser.post("/tasks/cancel", data=form)
     assert queue.count_tasks(status="pending") == 0

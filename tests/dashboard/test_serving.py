@@ -150,10 +150,9 @@ def test_an_old_browser_sends_the_token_of_the_page_behind_a_proxy(through, queu
     assert ask("/taskx/task/cancel", "POST", body, **form).status == 303
 
 
+@pytest.mark.timing(stream_every=0.01, silence_within=0.01)
 def test_changes_are_streamed_through_a_proxy(through, queue, monkeypatch):
     monkeypatch.setattr(api, "_streams", threading.BoundedSemaphore(1))
-    monkeypatch.setattr(api, "_PERIOD", 0.01)
-    monkeypatch.setattr(api, "_SILENCE", 0.01)  # so that the end of the client is noticed soon
     task_id = queue.submit("report").id
     answer = through()("/taskx/api/changes?type=report&seconds=300")
     assert answer.headers["X-Accel-Buffering"] == "no"

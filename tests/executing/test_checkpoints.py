@@ -482,8 +482,8 @@ class TestLaterAttempts:
 
 @pytest.mark.every_store
 class TestOutage:
-    def test_a_step_is_stored_when_the_repository_is_back(self, queue, repository, monkeypatch):
-        monkeypatch.setattr("taskx.executing.checkpoints._PAUSE", 0.001)
+    @pytest.mark.timing(retry_every=0.001)
+    def test_a_step_is_stored_when_the_repository_is_back(self, queue, repository):
         calls, failures = [], []
 
         def fail_a_few_times(writes):

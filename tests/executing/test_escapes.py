@@ -20,6 +20,7 @@ from taskx import (
 )
 from taskx.core.clock import SYSTEM_CLOCK
 from taskx.core.errors import CancelReason
+from taskx.core.timing import DEFAULT_TIMING
 from taskx.core.token import CancelToken
 from taskx.executing.alarms import Alarms
 from taskx.executing.runner import Runner, inside_executor
@@ -134,11 +135,11 @@ def test_an_outcome_that_cannot_be_stored_as_it_is_fails_its_attempt(started, mo
     assert started.drain(PATIENCE)
 
 
+@pytest.mark.timing(audit_every=0.05)
 def test_an_interrupt_after_the_executor_has_returned_leaves_no_run_behind(
-    make_queue, gate, monkeypatch, check_every
+    make_queue, gate, monkeypatch
 ):
     """Ctrl-C strikes the thread that submits and runs the task: the audit makes the task pending again."""
-    check_every(audit=0.05)
     queue = make_queue(worker_num=1, buffer_size=1, overflow="caller_runs")
     queue.executor("hold")(lambda: gate())
     queue.executor("fine")(lambda: "fine")
@@ -218,11 +219,11 @@ class TestTimeOuts:
         assert queue.drain(PATIENCE)
         assert "cannot start the thread for time-outs" in caplog.text
 
+    @pytest.mark.timing(audit_every=0.05)
     def test_the_thread_for_time_outs_starts_as_soon_as_it_can(
-        self, make_queue, no_threads, gate, clock, check_every
+        self, make_queue, no_threads, gate, clock
     ):
         """The housekeeper starts it, even if no other task with a time-out begins."""
-        check_every(audit=0.05)
         queue = make_queue(worker_num=1, clock=clock)
         fired = threading.Event()
 
@@ -242,7 +243,7 @@ class TestTimeOuts:
         assert handle.result(PATIENCE) is True
 
     def test_the_next_task_with_a_time_out_starts_the_thread(self, no_threads):
-        alarms, tokens = Alarms(SYSTEM_CLOCK), []
+        alarms, tokens = Alarms(SYSTEM_CLOCK, DEFAULT_TIMING), []
         for _ in range(2):
             tokens.append(CancelToken(SYSTEM_CLOCK.monotonic()))
             alarms.add(tokens[-1])
@@ -250,7 +251,7 @@ class TestTimeOuts:
         eventually(lambda: [token._reason for token in tokens] == [CancelReason.TIMEOUT] * 2)
 
     def test_a_token_that_raises_does_not_keep_others_from_firing(self):
-        alarms, told = Alarms(ManualClock()), []
+        alarms, told = Alarms(ManualClock(), DEFAULT_TIMING), []
 
         def panic():
             raise Panic
@@ -262,7 +263,7 @@ class TestTimeOuts:
         assert told == [1]
 
     def test_after_an_interrupt_the_next_time_out_starts_the_thread(self):
-        alarms = Alarms(SYSTEM_CLOCK)
+        alarms = Alarms(SYSTEM_CLOCK, DEFAULT_TIMING)
         lock = alarms._lock
         alarms._lock = LeftWithAnInterrupt(lock, after=2)
         first, second = CancelToken(SYSTEM_CLOCK.monotonic()), CancelToken(SYSTEM_CLOCK.monotonic())

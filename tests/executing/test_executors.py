@@ -6,7 +6,7 @@ import functools
 
 import attrs
 import pytest
-from helpers import PATIENCE
+from helpers import PATIENCE, frequent_checks
 
 import taskx
 from taskx import (
@@ -391,7 +391,7 @@ def test_an_object_that_is_not_an_executor_is_refused(queue):
         TaskExecutor()
 
 
-@pytest.mark.usefixtures("frequent_checks")
+@frequent_checks
 @pytest.mark.every_store
 def test_an_executor_registered_on_a_started_queue_runs_waiting_tasks(started, make_queue):
     other = make_queue()

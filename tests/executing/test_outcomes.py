@@ -14,7 +14,7 @@ import weakref
 from datetime import timedelta
 
 import pytest
-from helpers import PATIENCE, eventually, node_of, run_in_thread
+from helpers import PATIENCE, eventually, frequent_checks, node_of, run_in_thread
 
 from taskx import (
     ConfigurationError,
@@ -398,7 +398,7 @@ def test_an_outcome_that_is_refused_is_stored_without_its_traceback(queue):
     assert queue.list_tasks()[0][0].traceback == ""
 
 
-@pytest.mark.usefixtures("frequent_checks")
+@frequent_checks
 @pytest.mark.every_store
 def test_a_task_whose_outcome_cannot_be_stored_runs_again(queue, caplog):
     refusals = []

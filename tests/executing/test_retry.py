@@ -5,7 +5,7 @@ import threading
 from datetime import timedelta
 
 import pytest
-from helpers import PATIENCE, eventually, services_of
+from helpers import PATIENCE, eventually, frequent_checks, services_of
 
 from taskx import (
     CancelReason,
@@ -224,7 +224,7 @@ class TestPolicy:
             )
         ]
 
-    @pytest.mark.usefixtures("frequent_checks")
+    @frequent_checks
     def test_the_last_retries_are_told_when_no_other_follows(self, queue, clock, caplog):
         def warnings():
             return [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]

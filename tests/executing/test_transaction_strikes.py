@@ -150,11 +150,9 @@ def test_an_interrupted_submit_in_a_transaction_of_the_caller_is_whole_or_undone
     run_in_thread(lambda: queue.submit("t"))()
 
 
-def test_a_struck_task_that_its_submitter_runs_takes_place_once(
-    make_queue, gate, rows, check_every
-):
+@pytest.mark.timing(audit_every=0.02)
+def test_a_struck_task_that_its_submitter_runs_takes_place_once(make_queue, gate, rows):
     """Its rows are of the attempt that is on the record, and no hook hears of a failure after them."""
-    check_every(audit=0.02)
     told = []
 
     class Recorder(Hook):

@@ -8,6 +8,7 @@ import pytest
 from storage.repositories import TinyRepository
 
 from taskx import Change, ConfigurationError, MemoryRepository, PayloadError, Queue
+from taskx.core.timing import Timing
 from taskx.inspecting import changelog
 from taskx.repository.example import ExampleRepository
 
@@ -30,9 +31,9 @@ def test_the_newest_changes_come_first(make_queue, clock):
     assert json.loads(json.dumps(oldest.to_dict()))["at"] == first.isoformat()
 
 
+@pytest.mark.timing(most_changes=5)
 @pytest.mark.every_store
-def test_the_oldest_changes_are_removed_now_and_then(queue, repository, monkeypatch):
-    monkeypatch.setattr(changelog, "KEPT", 5)
+def test_the_oldest_changes_are_removed_now_and_then(queue, repository):
     for n in range(8):
         changelog.note_change(queue._services, "ann", "cancel", str(n), None, lambda: 1.0)
     assert len(repository.notes("change/")) == 8
@@ -42,10 +43,9 @@ def test_the_oldest_changes_are_removed_now_and_then(queue, repository, monkeypa
     assert [change.target for change in queue.changes(2)] == ["8", "7"]
 
 
-def test_one_write_of_fifty_removes_changes(monkeypatch):
-    monkeypatch.setattr(changelog, "KEPT", 5)
+def test_one_write_of_fifty_removes_changes():
     repository = MemoryRepository()
-    queue = Queue(repository)
+    queue = Queue(repository, timing=Timing(most_changes=5))
     for _ in range(2_000):
         queue.note_change("ann", "cancel", "t")
     assert 5 <= len(repository.notes("change/")) < 1_000

@@ -90,13 +90,13 @@ def test_a_group_has_its_first_and_last_failure_and_an_example(queue, clock):
     assert (group.example, group.error) == ("a2", "ValueError: 2 is too much")
 
 
+@pytest.mark.timing(batch=3)
 class TestRequeuing:
     """A whole group runs again, also the tasks that were not read."""
 
     @pytest.fixture
-    def group(self, queue, clock, in_batches):
+    def group(self, queue, clock):
         """The group of ten tasks of one cause, of which two were read, among failures of other causes."""
-        in_batches(operations=3)
 
         @queue.executor("often")
         def often(n):

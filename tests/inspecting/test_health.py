@@ -26,7 +26,6 @@ from taskx import (
 from taskx.core import lifecycle
 from taskx.core.findings import ProblemKind
 from taskx.core.writes import NoteChange
-from taskx.inspecting import health
 from taskx.storage.sqlite import schema
 
 pytestmark = pytest.mark.every_store
@@ -234,8 +233,8 @@ def test_a_failure_counts_by_the_end_of_the_task(idle, clock):
     assert problem.facts["failed"] == 1
 
 
-def test_only_the_newest_failures_are_read(idle, monkeypatch):
-    monkeypatch.setattr(health, "MOST_FAILED", 2)
+@pytest.mark.timing(most_explained=2)
+def test_only_the_newest_failures_are_read(idle):
     for _ in range(4):
         fail(idle)
     problem = only(idle, "failed", failed=(1, 60), nodes=0)
@@ -401,8 +400,8 @@ def test_a_schedule_whose_tick_is_late_is_a_problem(idle, clock):
     assert problems(idle, nodes=0, schedule_overdue=timedelta(minutes=2)) == []
 
 
-def test_all_schedules_are_read_a_page_at_a_time(idle, clock, monkeypatch):
-    monkeypatch.setattr(health, "_PAGE", 2)
+@pytest.mark.timing(scan_batch=2)
+def test_all_schedules_are_read_a_page_at_a_time(idle, clock):
     for name in "abcde":
         idle.schedule(name, every(10), "t").store()
     clock.advance(100)

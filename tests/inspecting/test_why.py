@@ -16,9 +16,7 @@ from taskx.core import lifecycle
 from taskx.core.findings import ReasonKind, duration
 from taskx.core.rate import Limit
 from taskx.core.writes import NoteChange, Update
-from taskx.inspecting import reasons
 from taskx.liveness.base import Node
-from taskx.running import starter
 
 pytestmark = pytest.mark.every_store
 
@@ -150,8 +148,8 @@ def test_completed_parents_are_not_listed(started):
     assert (reason.facts["unfinished"], reason.facts["of"]) == (1, 2)
 
 
-def test_of_very_many_parents_only_the_first_are_read(queue, monkeypatch):
-    monkeypatch.setattr(reasons, "MOST", 2)
+@pytest.mark.timing(most_explained=2)
+def test_of_very_many_parents_only_the_first_are_read(queue):
     queue.declare("t")
     parents = [queue.submit("t").id for _ in range(5)]
     reason = ask(queue, queue.submit("t", depends_on=parents))[0]
@@ -193,8 +191,8 @@ def test_a_task_waits_for_the_turn_of_its_key(full, asker):
         assert only(queue, second, "turn").facts["place"] == 1
 
 
-def test_a_place_far_back_in_the_queue_of_a_key_is_not_counted(queue, monkeypatch):
-    monkeypatch.setattr(reasons, "MOST", 2)
+@pytest.mark.timing(most_explained=2)
+def test_a_place_far_back_in_the_queue_of_a_key_is_not_counted(queue):
     queue.declare("t")
     handles = [queue.submit("t", concurrency_key="k") for _ in range(5)]
     turn = ask(queue, handles[-1])[0]
@@ -439,8 +437,8 @@ def test_ageing_changes_how_many_come_first(make_queue, clock):
     assert "ahead" not in kinds(ask(ageing, old))
 
 
-def test_very_many_tasks_that_come_first_are_not_all_counted(queue, monkeypatch):
-    monkeypatch.setattr(reasons, "MOST", 3)
+@pytest.mark.timing(most_explained=3)
+def test_very_many_tasks_that_come_first_are_not_all_counted(queue):
     queue.declare("t")
     for _ in range(6):
         queue.submit("t")
@@ -451,12 +449,13 @@ def test_very_many_tasks_that_come_first_are_not_all_counted(queue, monkeypatch)
     assert str(found[1]) == "More than 3 tasks come first."
 
 
+#: Makes a task that runs alone do so on a slow machine, too.
+alone = pytest.mark.timing(alone_within=3600)
+
+
 @pytest.fixture
-def suspects(make_queue, gate, clock, monkeypatch):
+def suspects(make_queue, gate, clock):
     """Return a started queue with two workers, another queue, and a function that stores a suspect."""
-    monkeypatch.setattr(
-        starter, "ALONE", 3600
-    )  # so that a slow machine starts no task beside another
     queue = make_queue(worker_num=2, clock=clock)
     queue.executor("hold")(gate)
 
@@ -473,6 +472,7 @@ def suspects(make_queue, gate, clock, monkeypatch):
     return queue, asker, crashed
 
 
+@alone
 def test_tasks_wait_for_one_that_runs_alone(suspects, gate, clock):
     queue, asker, crashed = suspects
     crashed("last")
@@ -484,10 +484,11 @@ def test_tasks_wait_for_one_that_runs_alone(suspects, gate, clock):
     assert str(reason) == (
         "It waits for last, which would fail at the next crash, and so runs alone, for a minute at most."
     )
-    clock.advance(61)
+    clock.advance(3601)
     assert "suspect" not in kinds(ask(asker, other))
 
 
+@alone
 def test_a_task_on_its_last_chance_waits_for_the_others(suspects, gate, clock):
     queue, asker, crashed = suspects
     queue.submit("hold", id="neighbour")
@@ -506,6 +507,7 @@ def test_a_task_on_its_last_chance_waits_for_the_others(suspects, gate, clock):
         assert (reason.kind, reason.facts) == ("suspect", {"crashes": 0, "others": ["last"]})
 
 
+@alone
 def test_a_task_on_its_last_chance_waits_for_another_one(suspects, gate, clock):
     _, asker, crashed = suspects
     crashed("one")
@@ -515,6 +517,7 @@ def test_a_task_on_its_last_chance_waits_for_another_one(suspects, gate, clock):
     assert (reason.kind, reason.facts) == ("suspect", {"crashes": 2, "others": ["one"]})
 
 
+@alone
 def test_a_task_that_may_crash_again_waits_for_a_worker(suspects, gate):
     _, asker, crashed = suspects
     for number in (1, 2):

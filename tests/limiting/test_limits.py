@@ -6,12 +6,20 @@ import threading
 import time
 
 import pytest
-from helpers import PATIENCE, eventually, housekeeper_of, node_of, pool_of, services_of, whole_round
+from helpers import (
+    PATIENCE,
+    eventually,
+    frequent_checks,
+    housekeeper_of,
+    node_of,
+    pool_of,
+    services_of,
+    whole_round,
+)
 from storage.repositories import TinyRepository
 
 from taskx import Config, ConfigurationError, Queue, Retry, Task, TaskStatus, executor
 from taskx.limiting.admission import Admission
-from taskx.upkeep import housekeeper
 
 pytestmark = pytest.mark.every_store
 
@@ -90,12 +98,10 @@ def test_many_short_tasks_stay_within_max_concurrency(make_queue, most):
     assert crowd.most <= most
 
 
-def test_the_limit_holds_even_if_too_many_tasks_were_fetched(
-    make_queue, gate, monkeypatch, check_every
-):
+@pytest.mark.timing(audit_every=3600)
+def test_the_limit_holds_even_if_too_many_tasks_were_fetched(make_queue, gate, monkeypatch):
     """An estimate was wrong for a moment. The extra tasks go back."""
     monkeypatch.setattr(Admission, "room", lambda self, type, held: (10, 0))
-    check_every(audit=3600)
     queue = make_queue(worker_num=8)
     crowd = Crowd(lambda: (gate(), linger()))
     queue.executor("t", max_concurrency=2)(crowd)
@@ -170,11 +176,10 @@ def test_submit_many_takes_limited_and_other_types_together(make_queue, gate):
     assert (crowd.total, crowd.most) == (5, 1)
 
 
+@pytest.mark.timing(recover_every=3600, audit_every=3600)
 @pytest.mark.parametrize("together", [True, False])
 def test_a_task_that_may_start_is_fetched_at_once(make_queue, repository, monkeypatch, together):
     """It does not wait for the next audit, or for another change in the repository."""
-    for name in ("RECOVER_EVERY", "AUDIT_EVERY"):
-        monkeypatch.setattr(housekeeper, name, 3600)
     queue = make_queue(worker_num=1)
     queue.executor("t", max_concurrency=1)(lambda: "done")
     queue.start()
@@ -187,7 +192,7 @@ def test_a_task_that_may_start_is_fetched_at_once(make_queue, repository, monkey
         assert handle.result(PATIENCE) == "done"
 
 
-@pytest.mark.usefixtures("frequent_checks")
+@frequent_checks
 def test_each_node_has_its_own_limit(make_queue, gate):
     queues = [make_queue(worker_num=4) for _ in range(2)]
     crowd = Crowd(gate)
@@ -231,7 +236,7 @@ def test_an_idle_node_leaves_tasks_beyond_its_limit_to_the_busy_one(
     assert len(repository.ready(["note"], 20, node_of(queue).record.id)) == 9
 
 
-@pytest.mark.usefixtures("frequent_checks")
+@frequent_checks
 def test_the_highest_priorities_are_fetched_if_not_all_tasks_fit(busy):
     queue = busy()
     queue.executor("t", max_concurrency=5)(lambda: None)
@@ -283,7 +288,7 @@ def test_however_a_task_ends_the_next_one_starts(make_queue, clock, how):
     assert crowd.most == 1
 
 
-@pytest.mark.usefixtures("frequent_checks")
+@frequent_checks
 @pytest.mark.parametrize("remove", ["cancel_task", "delete"])
 def test_a_fetched_task_that_never_starts_frees_its_slot(busy, gate, remove):
     queue = busy()
@@ -461,9 +466,9 @@ def test_each_attempt_takes_a_token(make_queue, clock):
     eventually(lambda: handle.task().status is TaskStatus.FAILED)
 
 
-def test_a_fast_rate_is_kept_in_real_time(make_queue, check_every):
+@pytest.mark.timing(poll_every=10.0)
+def test_a_fast_rate_is_kept_in_real_time(make_queue):
     """The housekeeper wakes for each token: at its own polling interval this would take minutes."""
-    check_every(poll=10.0)
     queue = make_queue(worker_num=2)
     queue.executor("t", rate=(100, 1.0), burst=1)(lambda: None)
     for _ in range(60):
@@ -474,9 +479,9 @@ def test_a_fast_rate_is_kept_in_real_time(make_queue, check_every):
     assert time.monotonic() - began >= 0.58
 
 
-def test_each_token_starts_a_task_even_if_none_ends(make_queue, gate, check_every):
+@pytest.mark.timing(poll_every=60.0)
+def test_each_token_starts_a_task_even_if_none_ends(make_queue, gate):
     """A start waits neither for a long run to end nor for the housekeeper's polling interval."""
-    check_every(poll=60.0)
     queue = make_queue(worker_num=5)
     queue.executor("t", rate=(50, 1.0), burst=1)(lambda: gate())
     for _ in range(5):
@@ -485,9 +490,9 @@ def test_each_token_starts_a_task_even_if_none_ends(make_queue, gate, check_ever
     gate.wait_for(5)
 
 
-def test_a_slot_freed_during_a_housekeeping_round_is_noticed(make_queue, monkeypatch, check_every):
+@pytest.mark.timing(poll_every=60.0)
+def test_a_slot_freed_during_a_housekeeping_round_is_noticed(make_queue, monkeypatch):
     """The housekeeper does not go to sleep for long after that round."""
-    check_every(poll=60.0)
     queue = make_queue()
     queue.start()
     pool, sleeper = pool_of(queue), housekeeper_of(queue)

@@ -9,7 +9,15 @@ from contextlib import suppress
 from functools import partial
 
 import pytest
-from helpers import PATIENCE, eventually, node_of, pool_of, services_of, whole_round
+from helpers import (
+    PATIENCE,
+    eventually,
+    frequent_checks,
+    node_of,
+    pool_of,
+    services_of,
+    whole_round,
+)
 from strikes import strike_at
 
 from taskx import (
@@ -23,12 +31,12 @@ from taskx import (
 )
 from taskx.core import lifecycle
 from taskx.core.rate import Rate
+from taskx.core.timing import DEFAULT_TIMING, Timing
 from taskx.limiting.admission import Admission
 from taskx.limiting.shared import SharedBucket, SharedSlots
 from taskx.liveness.base import Node
 from taskx.running.audit import Audit
 from taskx.testing import ManualClock
-from taskx.upkeep import housekeeper
 from taskx.upkeep.node import LocalNode
 
 from .test_limits import Crowd, linger, started_by
@@ -82,9 +90,9 @@ def test_many_short_tasks_stay_within_the_global_limit(make_queue, most):
     assert crowd.most <= most
 
 
-def test_a_node_with_nothing_to_run_keeps_no_slots(make_queue, repository, check_every):
+@pytest.mark.timing(recover_every=3600)
+def test_a_node_with_nothing_to_run_keeps_no_slots(make_queue, repository):
     """It gives back all slots at once, without waiting for a periodic check."""
-    check_every(recover=3600)
     queues = nodes(make_queue, 2, Crowd(), max_concurrency=2)
     for _ in range(10):
         queues[0].submit("t")
@@ -258,10 +266,9 @@ def test_a_busy_type_writes_no_note_for_each_task(make_queue, repository, monkey
 
 
 @pytest.mark.parametrize("limit", [{"max_concurrency": 1}, {"rate": "1/h"}])
-def test_a_node_notices_at_its_next_poll_what_another_one_gave_back(check_every, limit):
+def test_a_node_notices_at_its_next_poll_what_another_one_gave_back(limit):
     """It does not wait for a slower check. In memory, each poll finds a change."""
-    check_every(recover=3600)
-    with Queue(MemoryRepository()) as queue:
+    with Queue(MemoryRepository(), timing=Timing(recover_every=3600)) as queue:
         queue.executor("t", limit_scope="global", **limit)(lambda: "done")
         whole_round(queue)  # the first round finds dead nodes, and "another" is no node
         first = Admission(
@@ -281,11 +288,10 @@ def test_a_node_notices_at_its_next_poll_what_another_one_gave_back(check_every,
         assert handle.result(PATIENCE) == "done"
 
 
-def test_a_node_that_lost_its_lease_reads_the_note_before_it_starts_more(monkeypatch, check_every):
+def test_a_node_that_lost_its_lease_reads_the_note_before_it_starts_more(monkeypatch):
     """Other nodes may have taken its slots."""
-    check_every(recover=3600)
     monkeypatch.setattr(MemoryRepository, "version", lambda self: 0)
-    with Queue(MemoryRepository()) as queue:
+    with Queue(MemoryRepository(), timing=Timing(recover_every=3600)) as queue:
         queue.executor("t", limit_scope="global", max_concurrency=1)(lambda: None)
         pool, repository = pool_of(queue), queue.repository
         assert pool.admission.admit({"t": ["x"]}) == {"x"}
@@ -588,7 +594,7 @@ def test_the_slots_of_a_killed_process_are_free_for_others(workers):
     for n in range(3, 9):
         queue.submit("work", {"n": n}, priority=9)
     never = threading.Event()
-    assert not never.wait(2 * housekeeper.RECOVER_EVERY)  # blocks on purpose: two checks
+    assert not never.wait(2 * DEFAULT_TIMING.recover_every)  # blocks on purpose: two checks
     assert repository.count(TaskFilter(status="completed")) == 0
     child.kill()
     eventually(lambda: repository.count(TaskFilter(status="completed")) == 6)
@@ -647,7 +653,7 @@ def test_a_damaged_note_is_replaced(make_queue, repository, caplog, name, texts,
         assert note is None or repository.put_note(name, None, note.version)
 
 
-@pytest.mark.usefixtures("frequent_checks")
+@frequent_checks
 def test_running_tasks_are_counted_again_after_the_note_was_damaged(make_queue, repository, gate):
     """Otherwise another node would start as many tasks again."""
     crowd = Crowd(gate)

@@ -8,7 +8,6 @@ import pytest
 from storage.test_sqlite import PATIENCE, start_program
 
 from taskx import RepositoryUnavailable, SQLiteRepository
-from taskx.liveness import locks as module
 from taskx.liveness.base import Node
 from taskx.liveness.locks import NodeLocks
 
@@ -161,11 +160,10 @@ def test_with_another_lock_file_the_liveness_is_unknown(locks):
     assert locks.alive("n1", inode + 1) is None
 
 
-def test_a_lock_that_cannot_be_taken_is_an_error(locks, path, monkeypatch):
-    monkeypatch.setattr(module, "PATIENCE", 0.0)
+def test_a_lock_that_cannot_be_taken_is_an_error(locks, path):
     locks.hold("n1")
     with pytest.raises(RepositoryUnavailable, match="cannot lock"):
-        NodeLocks(f"{path}-nodes").hold("n1")
+        NodeLocks(f"{path}-nodes", patience=0.0).hold("n1")
     os.makedirs(path.parent / "file")
     (path.parent / "file" / "x.db-nodes").touch()
     with pytest.raises(RepositoryUnavailable, match="cannot create a lock file"):

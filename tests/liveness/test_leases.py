@@ -19,9 +19,10 @@ from storage.repositories import MAKERS
 
 from taskx import RepositoryUnavailable
 from taskx.core import lifecycle
+from taskx.core.timing import DEFAULT_TIMING
 from taskx.core.writes import NoteChange
 from taskx.liveness.base import PREFIX, Node
-from taskx.liveness.leases import BEATS, LATE, SILENT, Leases
+from taskx.liveness.leases import Leases
 from taskx.liveness.locks import HostLocks
 from taskx.testing import ManualClock
 
@@ -143,7 +144,7 @@ class TestJudging:
             assert node.alive
             return node.late
 
-        watch(observer, LATE * LEASE / BEATS - 0.5)
+        watch(observer, DEFAULT_TIMING.lease_late * LEASE / DEFAULT_TIMING.lease_beats - 0.5)
         assert not is_late()
         watch(observer, 1.5)
         assert is_late()
@@ -298,13 +299,13 @@ class TestLookingRarely:
     ):
         before = note_of(store)
         assert looks() is True
-        assert looks(SILENT * LEASE) is True
+        assert looks(DEFAULT_TIMING.lease_silent * LEASE) is True
         assert looks(0.001) is None
         assert [looks(3600) for _ in range(20)] == [None] * 20
         assert note_of(store) == before, "no time of a clock makes it dead"
 
     def test_so_does_a_heartbeat_from_the_future(self, looks, there, beat):
-        there.set_wall(there.now() + timedelta(seconds=SILENT * LEASE))
+        there.set_wall(there.now() + timedelta(seconds=DEFAULT_TIMING.lease_silent * LEASE))
         beat()
         assert looks() is True
         there.set_wall(there.now() + timedelta(seconds=1))
@@ -320,12 +321,12 @@ class TestLookingRarely:
         there.set_wall(there.now() + timedelta(hours=hours))
         beat()
         assert observer.alive("n") is None
-        observer.clock.advance(SILENT * LEASE)
+        observer.clock.advance(DEFAULT_TIMING.lease_silent * LEASE)
         beat()
         assert observer.alive("n") is True
         observer.clock.advance(0.001)
         assert observer.alive("n") is None, "it may have died at once after the look before"
-        observer.clock.advance(SILENT * LEASE + 1)
+        observer.clock.advance(DEFAULT_TIMING.lease_silent * LEASE + 1)
         beat()
         assert observer.alive("n") is None, "nobody knows when it changed"
 

@@ -11,7 +11,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
-from helpers import PATIENCE, eventually, pool_of, services_of, those_with
+from helpers import PATIENCE, eventually, frequent_checks, pool_of, services_of, those_with
 
 import taskx
 from taskx import Hook, Retry, Snooze
@@ -246,7 +246,7 @@ def ears(monkeypatch, caplog):
     return Ears(monkeypatch)
 
 
-@pytest.mark.usefixtures("frequent_checks")
+@frequent_checks
 def test_exactly_the_right_parts_hear_of_each_move(ears, make_queue, repository, gate, monkeypatch):
     ears.watch(repository)
     queue = make_queue(worker_num=2, hooks=[Listener()])

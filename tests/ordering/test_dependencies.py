@@ -12,6 +12,7 @@ from helpers import (
     PATIENCE,
     earliest_due,
     eventually,
+    frequent_checks,
     housekeeper_of,
     ids,
     node_of,
@@ -40,6 +41,7 @@ from taskx import (
     ordering,
 )
 from taskx.core import lifecycle
+from taskx.core.timing import DEFAULT_TIMING
 from taskx.core.writes import Update
 from taskx.running.audit import Audit
 from taskx.submitting.requeuing import Requeues
@@ -75,9 +77,8 @@ def started(queue, gate):
 
 
 @pytest.fixture
-def events_alone(repository, check_every):
-    """Disable the slow scan and the notice of changes by others, so that only events help."""
-    check_every(audit=NEVER)
+def nothing_noticed(repository):
+    """Disable the notice of changes by others."""
     repository.version = lambda: 0
 
 
@@ -105,7 +106,8 @@ def start_fine(make_queue):
     return queue
 
 
-@pytest.mark.usefixtures("events_alone")
+@pytest.mark.timing(audit_every=NEVER)
+@pytest.mark.usefixtures("nothing_noticed")
 class TestReleased:
     def test_a_child_starts_when_all_parents_have_completed(self, started, gate):
         parents = [started.submit("hold", {"n": n}) for n in (1, 2)]
@@ -178,7 +180,8 @@ class TestReleased:
         assert [value[0] for value in result[1:]] == list(range(many))
 
 
-@pytest.mark.usefixtures("events_alone")
+@pytest.mark.timing(audit_every=NEVER)
+@pytest.mark.usefixtures("nothing_noticed")
 class TestParentFails:
     @pytest.fixture(params=["failed", "cancelled", "deleted"])
     def doomed(self, request, started):
@@ -274,7 +277,8 @@ class TestParentFails:
         assert child.result(PATIENCE) == [0, "second"]
 
 
-@pytest.mark.usefixtures("events_alone")
+@pytest.mark.timing(audit_every=NEVER)
+@pytest.mark.usefixtures("nothing_noticed")
 class TestRequeue:
     def test_a_requeued_parent_runs_before_its_child(self, started, gate):
         parent = started.submit("hold")
@@ -384,7 +388,7 @@ class TestParents:
     def test_a_task_without_parents_has_no_ctx_parents(self, started):
         assert started.submit("fine").result(PATIENCE) == [0]
 
-    @pytest.mark.usefixtures("frequent_checks")
+    @frequent_checks
     def test_a_deleted_parent_is_an_error_in_ctx_parents(self, started):
         parent = started.submit("bad")
         assert parent.exception(PATIENCE)
@@ -408,13 +412,13 @@ class TestParents:
         assert started.prune(later) == 2
 
 
-@pytest.mark.usefixtures("events_alone")
+@pytest.mark.timing(audit_every=NEVER, recover_every=NEVER)  # recovery calls refresh
+@pytest.mark.usefixtures("nothing_noticed")
 class TestOthers:
     """Tasks that another process stored, without telling this process."""
 
     @pytest.fixture
-    def family(self, started, make_queue, check_every):
-        check_every(recover=NEVER)  # else the housekeeper calls refresh
+    def family(self, started, make_queue):
         whole_round(started)
         other = make_queue()
         other.declare("fine")
@@ -449,7 +453,8 @@ class TestOthers:
         assert not services_of(started).dependents.any
 
 
-@pytest.mark.usefixtures("events_alone")
+@pytest.mark.timing(audit_every=NEVER)
+@pytest.mark.usefixtures("nothing_noticed")
 class TestRecovered:
     """The children of a task that a node lost are decided, too."""
 
@@ -465,7 +470,7 @@ class TestRecovered:
 
         return parent, child, runs_on
 
-    @pytest.mark.usefixtures("frequent_checks")
+    @frequent_checks
     def test_the_death_of_the_parents_process_decides_the_child(self, started, family):
         parent, child, runs_on = family
         runs_on("one of which nothing is known")
@@ -662,12 +667,9 @@ class TestStopped:
         assert [child.task().status for child in children] == ["cancelled"] * 3
 
 
+@pytest.mark.timing(audit_every=NEVER)
 class TestDrained:
     """``drain`` waits for tasks whose parents have ended, even if no event reported the end."""
-
-    @pytest.fixture(autouse=True)
-    def no_slow_scans(self, check_every):
-        check_every(audit=NEVER)
 
     def test_drain_waits_for_children_before_the_first_scan(
         self, repository, make_queue, monkeypatch
@@ -685,8 +687,8 @@ class TestDrained:
         assert started.drain(PATIENCE)
         assert child.task().status is TaskStatus.COMPLETED
 
-    def test_drain_does_not_wait_for_children_of_delayed_parents(self, started, monkeypatch):
-        monkeypatch.setattr(ordering, "_PAGE", 2)
+    @pytest.mark.timing(scan_batch=2)
+    def test_drain_does_not_wait_for_children_of_delayed_parents(self, started):
         for n in range(5):
             started.submit("fine", {"n": n}, depends_on=[started.submit("fine", delay=3600)])
         assert started.drain(PATIENCE)
@@ -699,9 +701,9 @@ class TestDrained:
             assert len(started.ran) == ran
 
 
-def test_a_queue_that_starts_scans_all_parents(repository, make_queue, check_every):
+@pytest.mark.timing(audit_every=NEVER)
+def test_a_queue_that_starts_scans_all_parents(repository, make_queue):
     """An earlier process may have left work undone; no event reports it."""
-    check_every(audit=NEVER)
     _, child = unreleased(make_queue)
     repository.version = lambda: 0
     start_fine(make_queue)
@@ -762,9 +764,8 @@ class Touched(deque):
 
 
 @pytest.fixture
-def family_of_ten(queue, monkeypatch):
+def family_of_ten(queue):
     """A cancelled parent, whose end was reported, and ten children, which are decided two at a time."""
-    monkeypatch.setattr(ordering, "BATCH", 2)
     queue.declare("t")
     parent = queue.submit("t")
     children = [queue.submit("t", depends_on=[parent]) for _ in range(10)]
@@ -776,6 +777,7 @@ def family_of_ten(queue, monkeypatch):
     return waiting, children
 
 
+@pytest.mark.timing(batch=2)
 def test_a_step_reads_no_more_children_than_it_decides(queue, family_of_ten):
     """This holds for any number of due tasks; else a wide family would cost the square of its width."""
     waiting, children = family_of_ten
@@ -792,6 +794,7 @@ def test_a_step_reads_no_more_children_than_it_decides(queue, family_of_ten):
     assert all(child.cancelled() for child in children)
 
 
+@pytest.mark.timing(batch=2)
 def test_an_interrupt_during_a_decision_loses_no_child(queue, family_of_ten):
     waiting, children = family_of_ten
     get_many, strikes = queue.repository.get_many, [False, True, False, True]
@@ -851,14 +854,11 @@ def test_a_submit_does_not_raise_after_the_task_is_stored(started, monkeypatch, 
     eventually(child.cancelled)
 
 
+@pytest.mark.timing(audit_every=0.05)
 class TestMadeGood:
     """A scan finds ends that no event reported."""
 
-    @pytest.fixture(autouse=True)
-    def frequent_scans(self, check_every):
-        check_every(audit=0.05)
-
-    @pytest.mark.usefixtures("frequent_checks")
+    @frequent_checks
     def test_a_scan_releases_the_child_of_a_process_that_died(self, repository, make_queue):
         """The parent ends without an event; a queue that starts scans all parents."""
         parent, child = unreleased(make_queue)
@@ -888,11 +888,11 @@ class TestMadeGood:
         child = started.submit("fine", id="child", depends_on=[parent])
         assert child.result(PATIENCE) == [0, None]
 
+    @pytest.mark.timing(audit_every=float("inf"))
     def test_a_child_of_another_queue_on_the_same_repository_is_released(
-        self, started, make_queue, gate, check_every
+        self, started, make_queue, gate
     ):
         """The writes of the other queue send no wake-up here."""
-        check_every(audit=float("inf"))
         parent = started.submit("hold")
         gate.wait_for(1)
         other = make_queue()
@@ -947,8 +947,8 @@ class TestMadeGood:
         assert child.result(PATIENCE) == [0, 0]
         assert not fails
 
-    def test_many_parents_are_scanned_page_by_page(self, started, monkeypatch):
-        monkeypatch.setattr(ordering, "_PAGE", 3)
+    @pytest.mark.timing(scan_batch=3)
+    def test_many_parents_are_scanned_page_by_page(self, started):
         parents = [started.submit("fine", {"n": n}, delay=3600) for n in range(10)]
         children = [started.submit("fine", depends_on=[parent]) for parent in parents]
         for parent in parents:
@@ -1041,7 +1041,7 @@ def test_a_long_chain_that_no_event_reported_ends_in_parts():
     while repository.count(pending):
         left = repository.count(pending)
         waiting.process(0.0)
-        assert left - ordering.BATCH <= repository.count(pending) < left
+        assert left - DEFAULT_TIMING.batch <= repository.count(pending) < left
         assert waiting.waiting or not repository.count(pending)
         rounds += 1
     assert rounds > 2

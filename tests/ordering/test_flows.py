@@ -7,7 +7,7 @@ import sys
 from concurrent import futures
 
 import pytest
-from helpers import PATIENCE, eventually, ids
+from helpers import PATIENCE, eventually, frequent_checks, ids
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from storage.repositories import TinyRepository
@@ -331,9 +331,9 @@ class TestAgain:
         assert handle.requeue() == 3
         assert handle.result(PATIENCE) == "heldab"
 
+    @pytest.mark.timing(batch=20)
     @pytest.mark.every_store
-    def test_a_long_flow_is_requeued_in_a_few_transactions(self, make_queue, in_batches):
-        in_batches(operations=20)
+    def test_a_long_flow_is_requeued_in_a_few_transactions(self, make_queue):
         queue, ran = make_queue(worker_num=2), []
         queue.executor("n")(lambda n: ran.append(n))
         tasks = [Task(type="n", params={"n": n}) for n in range(50)]
@@ -353,7 +353,7 @@ class TestAgain:
         with pytest.raises(QueueStopped):
             handle.requeue()
 
-    @pytest.mark.usefixtures("frequent_checks")
+    @frequent_checks
     @pytest.mark.every_store
     def test_another_process_finds_a_flow_by_its_shape(self, started, repository):
         shape = started.submit_flow(
@@ -465,12 +465,10 @@ class TestCancelMany:
     def test_cancel_many_of_no_tasks_does_nothing(self, queue: Queue):
         assert queue.cancel_many([]) == 0
 
-    def test_the_buffer_is_sorted_at_most_once_for_each_transaction(
-        self, busy, gate, monkeypatch, in_batches
-    ):
+    @pytest.mark.timing(batch=100)
+    def test_the_buffer_is_sorted_at_most_once_for_each_transaction(self, busy, gate, monkeypatch):
         """Once for each task would take minutes with many thousand tasks."""
         queue = busy(buffer_size=1000)
-        in_batches(operations=100)
         handles = queue.submit_many(Task(type="note", params={"n": n}) for n in range(301))
         heapified = []
         heapify = buffer.heapify
@@ -482,11 +480,9 @@ class TestCancelMany:
         assert handles[-1].result(PATIENCE) is None
         assert queue.ran == [300]
 
-    def test_cancelled_tasks_are_reported_even_if_a_later_batch_fails(
-        self, make_queue, gate, in_batches
-    ):
+    @pytest.mark.timing(batch=2)
+    def test_cancelled_tasks_are_reported_even_if_a_later_batch_fails(self, make_queue, gate):
         """Each transaction is complete by itself, including tokens, hooks and the buffer."""
-        in_batches(operations=2)
         finished = []
 
         class Listens(Hook):
@@ -595,8 +591,8 @@ class TestListOfFlows:
             queue.delete(task_id)
             assert [flow.total for flow in queue.flows()] == [left][:left]
 
-    def test_a_list_counts_a_limited_number_of_tasks_of_each_flow(self, queue, monkeypatch):
-        monkeypatch.setattr(flows_module, "MOST_COUNTED", 3)
+    @pytest.mark.timing(most_of_flow=3)
+    def test_a_list_counts_a_limited_number_of_tasks_of_each_flow(self, queue):
         self.submit(queue, 2)
         self.submit(queue, 5)
         assert [(flow.total, flow.exact) for flow in queue.flows()] == [(3, False), (2, True)]

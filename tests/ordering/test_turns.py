@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from helpers import PATIENCE, eventually
+from helpers import PATIENCE, eventually, frequent_checks
 from storage.repositories import TinyRepository
 
 from taskx import (
@@ -170,8 +170,8 @@ def test_a_cancel_gives_the_turn_to_the_next_task(track, clock, started):
     eventually(lambda: track.took_turns(["last"]))
 
 
-def test_cancel_many_gives_the_turn_to_the_next_task(track, check_every):
-    check_every(audit=3600)  # the slow scan must not help
+@pytest.mark.timing(audit_every=3600)
+def test_cancel_many_gives_the_turn_to_the_next_task(track):
     track.queue.start()
     handles = [track.submit(n, delay=60) for n in range(3)]
     track.submit("last")
@@ -189,8 +189,8 @@ def test_a_cancelled_running_task_gives_the_turn_to_the_next(track):
     eventually(lambda: track.took_turns(["next"]))
 
 
-def test_a_deleted_task_gives_the_turn_to_the_next(track, check_every):
-    check_every(audit=3600)
+@pytest.mark.timing(audit_every=3600)
+def test_a_deleted_task_gives_the_turn_to_the_next(track):
     track.queue.start()
     track.submit("first", delay=60)
     track.submit("next")
@@ -214,16 +214,16 @@ def test_a_requeued_task_waits_for_its_turn_again(track, gate):
     assert track.took_turns([1, 2])
 
 
-def test_a_requeued_task_runs_if_no_other_waits(track, check_every):
-    check_every(audit=3600)
+@pytest.mark.timing(audit_every=3600)
+def test_a_requeued_task_runs_if_no_other_waits(track):
     track.queue.start()
     assert track.submit(1, delay=60).cancel()
     track.queue.requeue("1")
     eventually(lambda: track.took_turns([1]))
 
 
-def test_dead_letters_that_are_requeued_together_take_turns(track, check_every):
-    check_every(audit=3600)
+@pytest.mark.timing(audit_every=3600)
+def test_dead_letters_that_are_requeued_together_take_turns(track):
     broken = [True]
 
     @track.queue.executor("maybe")
@@ -242,7 +242,7 @@ def test_dead_letters_that_are_requeued_together_take_turns(track, check_every):
     assert track.took_turns(range(5))
 
 
-@pytest.mark.usefixtures("frequent_checks")
+@frequent_checks
 def test_a_task_that_is_ended_by_hand_gives_the_turn_to_the_next(track, repository):
     """No event reports it, so the slow scan must find it."""
     track.queue.start()
@@ -322,12 +322,10 @@ def test_a_paused_type_holds_up_its_keys(track):
 # Faults
 
 
+@pytest.mark.timing(audit_every=3600)
 @pytest.mark.parametrize("failures", [1, 2, 3])
-def test_turns_go_on_after_the_repository_failed(
-    track, repository, gate, monkeypatch, check_every, failures
-):
+def test_turns_go_on_after_the_repository_failed(track, repository, gate, monkeypatch, failures):
     """The repository fails once or several times when a task has ended and the next one is searched."""
-    check_every(audit=3600)
     track.queue.executor("hold")(lambda: gate())
     track.queue.start()
     track.queue.submit("hold", concurrency_key="k")

@@ -190,10 +190,10 @@ def test_a_node_that_lost_its_lease_starts_nothing(started, monkeypatch):
     assert started.get_task_status(handle.id).status is TaskStatus.PENDING
 
 
+@pytest.mark.timing(audit_every=3600)
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_task_whose_submit_was_interrupted_counts_no_interruption(started, check_every, when):
+def test_a_task_whose_submit_was_interrupted_counts_no_interruption(started, when):
     """The interrupt strikes around the commit. The housekeeper undoes the start."""
-    check_every(audit=3600)
     idle(started)
 
     def strike(writes):
@@ -213,10 +213,8 @@ def test_a_task_whose_submit_was_interrupted_counts_no_interruption(started, che
     assert (task.interruptions, task.crashes, len(task.attempts)) == (0, 0, 1)
 
 
-def test_a_submit_that_is_interrupted_before_it_hands_its_task_over_counts_no_interruption(
-    started, check_every
-):
-    check_every(audit=3600)
+@pytest.mark.timing(audit_every=3600)
+def test_a_submit_that_is_interrupted_before_it_hands_its_task_over_counts_no_interruption(started):
     pool = pool_of(idle(started))
 
     def strike(run):

@@ -63,9 +63,9 @@ def test_a_submit_finds_the_executor_of_its_type(make_queue):
     assert finder.asked == ["found", "nobody"]
 
 
-def test_an_idle_queue_looks_for_no_types(make_queue, monkeypatch, check_every):
+@pytest.mark.timing(poll_every=10 * PATIENCE, recover_every=10 * PATIENCE)
+def test_an_idle_queue_looks_for_no_types(make_queue, monkeypatch):
     # These checks look for what other processes have stored. Each is made once.
-    check_every(poll=10 * PATIENCE, recover=10 * PATIENCE)
     finder = Finder()
     queue = make_queue(find_executor=finder)
     queue.register_executor(found)

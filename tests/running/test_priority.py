@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from helpers import PATIENCE, eventually, pool_of
+from helpers import PATIENCE, eventually, no_batches, pool_of
 
 from taskx import SQLiteRepository, Task
 
-pytestmark = [pytest.mark.every_store, pytest.mark.usefixtures("no_batches")]
+pytestmark = [pytest.mark.every_store, no_batches]
 
 
 ORDERED = [(5, "a"), (5, "b"), (0, "c"), (0, "d"), (-3, "e"), (-3, "f")]

@@ -14,6 +14,7 @@ from helpers import (
     PATIENCE,
     earliest_due,
     eventually,
+    frequent_checks,
     housekeeper_of,
     node_of,
     pool_of,
@@ -571,7 +572,7 @@ class TestBarred:
         assert handle.result(PATIENCE) == "again"
         assert admitted == [{}]
 
-    @pytest.mark.usefixtures("frequent_checks")
+    @frequent_checks
     def test_the_audit_lets_a_task_start_if_lifting_was_interrupted(
         self, make, hang, gate, monkeypatch
     ):

@@ -6,10 +6,10 @@ import threading
 import time
 
 import pytest
-from helpers import PATIENCE, eventually, pool_of, services_of
+from helpers import PATIENCE, eventually, frequent_checks, pool_of, services_of
 
 from taskx import Task, TaskStatus
-from taskx.running import starter
+from taskx.core.timing import DEFAULT_TIMING
 from taskx.submitting.intake import prepare
 from taskx.upkeep.node import LocalNode
 
@@ -91,11 +91,11 @@ def test_tasks_that_may_crash_again_are_started_in_one_transaction(make_queue):
     node.withdraw()
 
 
-@pytest.mark.usefixtures("frequent_checks")
+@pytest.mark.timing(alone_within=0.0)
+@frequent_checks
 @pytest.mark.parametrize("how", ["deleted", "paused"])
-def test_the_next_suspect_starts_if_the_one_before_it_is_gone(queue, how, monkeypatch):
+def test_the_next_suspect_starts_if_the_one_before_it_is_gone(queue, how):
     """Suspects take turns; one that waits for its turn may be gone by then."""
-    monkeypatch.setattr(starter, "ALONE", 0.0)  # so that a worker looks at the others
     queue.start()
     queue.hold("first", crashes=2)
     assert begun(queue, "first")
@@ -114,9 +114,9 @@ def waiting_ids(queue):
     return [item.id for item in pool_of(queue).starter.suspects.waiting]
 
 
-def test_a_task_on_its_last_chance_waits_at_most_a_minute_for_others(queue, monkeypatch):
-    assert starter.ALONE == 60
-    monkeypatch.setattr(starter, "ALONE", 0.2)
+@pytest.mark.timing(alone_within=0.2)
+def test_a_task_on_its_last_chance_waits_at_most_a_minute_for_others(queue):
+    assert DEFAULT_TIMING.alone_within == 60
     queue.start()
     queue.hold("neighbour")
     assert begun(queue, "neighbour")
@@ -126,9 +126,9 @@ def test_a_task_on_its_last_chance_waits_at_most_a_minute_for_others(queue, monk
     assert begun(queue, "neighbour", "last", "later")
 
 
-def test_only_one_task_on_its_last_chance_runs_at_a_time(queue, monkeypatch):
+@pytest.mark.timing(alone_within=0.0)
+def test_only_one_task_on_its_last_chance_runs_at_a_time(queue):
     """A long one lets other tasks start after a minute, but none that could fail at its crash."""
-    monkeypatch.setattr(starter, "ALONE", 0.0)
     queue.start()
     queue.hold("first", crashes=2)
     assert begun(queue, "first")
@@ -147,7 +147,7 @@ def test_a_task_on_its_last_chance_does_not_wait_for_one_that_has_run_for_a_minu
     assert begun(queue, "long")
     at_work = pool_of(queue).ahead.at_work
     for run in list(at_work):
-        at_work[run] -= starter.ALONE
+        at_work[run] -= DEFAULT_TIMING.alone_within
     queue.hold("last", crashes=2)
     assert begun(queue, "long", "last")
 
@@ -180,11 +180,11 @@ def test_a_stop_does_not_wait_for_a_task_on_its_last_chance(queue):
     assert eventually(lambda: pool_of(queue).buffer.starting)
     began = time.monotonic()
     assert queue.stop(timeout=PATIENCE, cancel=True) == []
-    assert time.monotonic() - began < starter.ALONE / 2
+    assert time.monotonic() - began < DEFAULT_TIMING.alone_within / 2
     assert queue.get_task_status("last").status is TaskStatus.PENDING
 
 
-@pytest.mark.usefixtures("frequent_checks")
+@frequent_checks
 def test_a_deleted_suspect_lets_the_next_one_start(queue):
     queue.start()
     queue.hold("neighbour")

@@ -23,7 +23,8 @@ from taskx import (
     SQLiteRepository,
     TaskStatus,
 )
-from taskx.engines import BrokerEngine, Ticket, base, handover
+from taskx.core.timing import Timing
+from taskx.engines import BrokerEngine, Ticket
 from taskx.engines.claims import Claims
 from taskx.engines.dispatch import DEEPEST, DEPTH, Dispatcher
 from taskx.testing import inline
@@ -60,8 +61,9 @@ class Bus(BrokerEngine):
 class Shop:
     """A queue that sends tickets, and queues of worker processes, all in this process."""
 
-    def __init__(self, repository: Any) -> None:
+    def __init__(self, repository: Any, timing: Timing) -> None:
         self._repository = repository
+        self._timing = timing
         self.tickets: queues.Queue[Ticket | None] = queues.Queue()
         self.ran: list[Any] = []
         self.edge, self.engine = self._queue()
@@ -69,7 +71,7 @@ class Shop:
 
     def _queue(self) -> tuple[Queue, Bus]:
         engine = Bus(self.tickets)
-        return Queue(self._repository, engine=engine), engine
+        return Queue(self._repository, engine=engine, timing=self._timing), engine
 
     def workers(
         self, count: int, register: Any, serve: bool = True, *, hand_over: bool = False
@@ -97,9 +99,9 @@ class Shop:
 
 
 @pytest.fixture
-def shop(tmp_path) -> Iterator[Shop]:
+def shop(tmp_path, timing) -> Iterator[Shop]:
     with SQLiteRepository(tmp_path / "tasks.db") as repository:
-        made = Shop(repository)
+        made = Shop(repository, timing)
         yield made
         made.close()
         for queue in list(repository.queues):
@@ -370,15 +372,13 @@ def test_a_test_can_drive_a_queue_that_has_an_engine(shop):
     assert shop.tickets.empty()
 
 
-def test_a_process_with_busy_threads_takes_no_ticket_from_an_idle_one(shop, monkeypatch):
-    """The threads of a broker wait with their tickets, and give them back after some time."""
-    gate = threading.Event()
+def busy_worker(shop: Shop, gate: threading.Event) -> tuple[Bus, Ticket]:
+    """Return a worker process whose only thread waits for the gate, and the ticket of another task."""
 
     def register(queue: Queue) -> None:
         queue.executor("hold")(lambda: gate.wait(PATIENCE) and None)
         queue.executor("note")(lambda n: shop.ran.append(n))
 
-    monkeypatch.setattr(handover, "HOLD", 0.1)
     worker = shop.workers(1, register, serve=False, hand_over=True)
     shop.edge.declare("hold")
     shop.edge.start()
@@ -387,9 +387,23 @@ def test_a_process_with_busy_threads_takes_no_ticket_from_an_idle_one(shop, monk
     eventually(lambda: held.task().status is TaskStatus.RUNNING)
     submit(shop, 1)
     (ticket,) = the_tickets(shop, 1)
+    return worker, ticket
+
+
+@pytest.mark.timing(ticket_within=0.1)
+def test_a_process_with_busy_threads_takes_no_ticket_from_an_idle_one(shop):
+    """The threads of a broker wait with their tickets, and give them back after some time."""
+    gate = threading.Event()
+    worker, ticket = busy_worker(shop, gate)
     worker.run(*ticket)
     assert the_tickets(shop, 1) == [ticket]
-    monkeypatch.setattr(handover, "HOLD", PATIENCE)
+    gate.set()
+
+
+@pytest.mark.timing(ticket_within=PATIENCE)
+def test_a_ticket_that_waits_for_a_busy_thread_gets_it_when_it_is_free(shop):
+    gate = threading.Event()
+    worker, ticket = busy_worker(shop, gate)
     waiting = threading.Thread(target=worker.run, args=ticket)
     waiting.start()
     gate.set()
@@ -421,9 +435,9 @@ def test_a_process_that_ends_gives_back_the_tickets_that_wait_for_its_threads(sh
     assert second.task().starts == 0
 
 
+@pytest.mark.timing(keep_ticket=0.01)
 def test_a_worker_process_that_is_too_old_gives_its_tickets_to_others(shop, monkeypatch, caplog):
     """A newer TaskX has migrated the repository, and the node has retired. It still gets tickets."""
-    monkeypatch.setattr(base, "_BACK", 0.01)
     old = shop.workers(1, note(shop), serve=False)
     shop.edge.start()
     knows_senders(shop, old)  # otherwise it may send a ticket, and its end would free the task
@@ -450,8 +464,8 @@ def _refuse(*_: Any) -> None:
     raise SchemaMismatch("schema 99")
 
 
+@pytest.mark.timing(keep_ticket=0.01)
 def test_a_ticket_that_comes_while_the_repository_fails_is_given_back(shop, monkeypatch, caplog):
-    monkeypatch.setattr(base, "_BACK", 0.01)
     worker = shop.workers(1, note(shop), serve=False)
     shop.edge.start()
     submit(shop, 1)

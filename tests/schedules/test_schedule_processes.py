@@ -12,6 +12,7 @@ from helpers import PATIENCE, eventually, housekeeper_of
 from mongo_server import new_database, shared
 
 from taskx import MongoRepository, SQLiteRepository, TaskFilter, every, tick_of
+from taskx.core.timing import Timing
 
 # The arguments are the repository and a log file for runs; further lines are appended.
 PROGRAM = """
@@ -113,11 +114,10 @@ def test_every_tick_gets_one_task_even_if_processes_die(run, repository, make_qu
     assert {task_id for task_id, times in runs.items() if times > 1} <= crashed
 
 
-def test_a_schedule_of_another_process_is_noticed(run, place, make_queue, check_every):
+def test_a_schedule_of_another_process_is_noticed(run, place, make_queue):
     """It is noticed at once, or by the audit if the store has a change stream, which shows only tasks."""
-    if place[1] != shared("set"):
-        check_every(audit=float("inf"))
-    queue = make_queue()
+    timing = Timing() if place[1] == shared("set") else Timing(audit_every=float("inf"))
+    queue = make_queue(timing=timing)
     queue.start()
     ticker = housekeeper_of(queue)._ticker
     eventually(lambda: ticker._refresh_at and not ticker.waiting)  # it has read all schedules

@@ -16,6 +16,7 @@ import pytest
 from helpers import (
     PATIENCE,
     eventually,
+    frequent_checks,
     housekeeper_of,
     ids,
     pool_of,
@@ -237,9 +238,9 @@ def test_an_executor_knows_its_tick(started, clock):
     assert tick_of(started.submit("tell", id="by hand@home").task()) is None
 
 
-def test_the_housekeeper_wakes_in_time_for_a_tick(make_queue, check_every):
+@pytest.mark.timing(poll_every=2 * PATIENCE)
+def test_the_housekeeper_wakes_in_time_for_a_tick(make_queue):
     """It uses the real clock, and is not woken by other duties."""
-    check_every(poll=2 * PATIENCE)
     queue = make_queue(worker_num=1)
     late: list[float] = []
 
@@ -253,15 +254,13 @@ def test_the_housekeeper_wakes_in_time_for_a_tick(make_queue, check_every):
     assert min(late) >= -0.001  # a millisecond, as ticks are whole ones
 
 
-@pytest.fixture
-def unhurried(monkeypatch):
-    """Disable the slow duties, so that only an immediate reaction helps."""
-    for interval in ("RECOVER_EVERY", "AUDIT_EVERY"):
-        monkeypatch.setattr(f"taskx.upkeep.housekeeper.{interval}", float("inf"))
+#: Disables the slow duties, so that only an immediate reaction helps.
+unhurried = pytest.mark.timing(recover_every=float("inf"), audit_every=float("inf"))
 
 
+@unhurried
 @pytest.mark.parametrize("way", ["tick", "trigger", "backfill"])
-def test_a_task_of_a_schedule_starts_at_once(unhurried, started, clock, way):
+def test_a_task_of_a_schedule_starts_at_once(started, clock, way):
     started.executor("mine")(lambda: "done")
     eventually(lambda: has_read_all(started))
     schedule = started.schedule("s", every(60), "mine")
@@ -277,8 +276,9 @@ def test_a_task_of_a_schedule_starts_at_once(unhurried, started, clock, way):
     assert handle.result(PATIENCE) == "done"
 
 
+@unhurried
 def test_schedules_are_read_again_if_the_store_was_unavailable_at_the_start(
-    unhurried, queue, clock, monkeypatch
+    queue, clock, monkeypatch
 ):
     queue.schedule("s", every(60), "remote")
     notes, away = queue.repository.notes_after, [True]
@@ -295,7 +295,8 @@ def test_schedules_are_read_again_if_the_store_was_unavailable_at_the_start(
     assert not away
 
 
-def test_a_change_in_the_middle_of_a_tick_is_noticed(unhurried, make, clock, monkeypatch):
+@unhurried
+def test_a_change_in_the_middle_of_a_tick_is_noticed(make, clock, monkeypatch):
     queue, web = make(), make()
     queue.schedule("s", every(60), "remote")
     put, once = queue.repository.put_notes, [True]
@@ -373,7 +374,7 @@ def test_a_tick_gets_its_task_even_if_the_buffer_is_full(make_queue, clock, busy
     assert "beat@2026-03-27T12:00:30Z" in ids(queue)
 
 
-@pytest.mark.usefixtures("frequent_checks")
+@frequent_checks
 def test_only_the_node_that_stores_a_tick_tells_its_hooks(make, clock):
     told = []
 
@@ -651,9 +652,8 @@ def test_changes_by_another_queue_apply_at_the_next_tick(make, clock):
     assert ticking.get_task_status("c@2026-03-27T12:01:00Z").params == {"n": 2}
 
 
-def test_a_schedule_of_another_queue_is_noticed(make, clock, check_every):
-    check_every(audit=0.05)
-    check_every(schedules=0.05)
+@pytest.mark.timing(audit_every=0.05, schedules_every=0.05)
+def test_a_schedule_of_another_queue_is_noticed(make, clock):
     ticking, web = make(), make()
     ticking.start()
     # Wait until the housekeeper has read the schedules and found none.
@@ -1289,10 +1289,11 @@ def test_a_repository_of_eight_methods_refuses_schedules(make_queue, clock):
     assert queue.schedules() == {}
 
 
-@pytest.mark.usefixtures("unhurried")
-def test_without_schedules_their_notes_are_seldom_read(tmp_path, monkeypatch):
+@unhurried
+def test_without_schedules_their_notes_are_seldom_read(tmp_path, monkeypatch, timing):
     """They are read at the start and when another process changes something, not for each task."""
-    queue = Queue(MAKERS["sqlite"](tmp_path, ManualClock()), Config(worker_num=1))
+    store = MAKERS["sqlite"](tmp_path, ManualClock())
+    queue = Queue(store, Config(worker_num=1), timing=timing)
     queue.executor("fine")(lambda: None)
     reads, read = [], queue.repository.notes_after
     monkeypatch.setattr(
@@ -1318,10 +1319,8 @@ def many(make, clock):
     return queue
 
 
-@pytest.fixture
-def in_tens(monkeypatch):
-    monkeypatch.setattr(ticker_module, "TOGETHER", 10)
-    monkeypatch.setattr(ticker_module, "PAGE", 10)
+#: Ten schedules, or ticks, in each step.
+in_tens = pytest.mark.timing(tick_batch=10, batch=10)
 
 
 def reads_of(queue, monkeypatch, before=lambda: None):
@@ -1391,7 +1390,8 @@ def test_earlier_tasks_of_many_schedules_are_read_in_one_query(make, clock, monk
     assert {i for i in ids(queue) if "12:02" in i} == {"s07@2026-03-27T12:02:00Z"}
 
 
-def test_a_transaction_stays_small_after_many_missed_ticks(in_tens, make, clock, monkeypatch):
+@in_tens
+def test_a_transaction_stays_small_after_many_missed_ticks(make, clock, monkeypatch):
     queue = make()
     for n in range(5):
         queue.schedule(f"s{n}", every(1), "remote", misfire="all", misfire_grace=DAY)
@@ -1413,7 +1413,8 @@ def test_ticks_that_another_node_has_handled_are_not_repeated(many, make, clock)
     assert other.next == one.next == to_ms(NOON) + 120_000
 
 
-def test_a_refresh_continues_where_the_last_call_stopped(in_tens, many, clock, monkeypatch):
+@in_tens
+def test_a_refresh_continues_where_the_last_call_stopped(many, clock, monkeypatch):
     reads = reads_of(many, monkeypatch)
     ticker = Ticker(services_of(many))
     while ticker.behind(clock.now_ms()):
@@ -1424,7 +1425,8 @@ def test_a_refresh_continues_where_the_last_call_stopped(in_tens, many, clock, m
     assert many.repository.count(TaskFilter()) == 200
 
 
-def test_a_refresh_misses_no_change_by_another_process(in_tens, many, clock):
+@in_tens
+def test_a_refresh_misses_no_change_by_another_process(many, clock):
     ticker = Ticker(services_of(many))
     ticker.tick()
     assert len(ticker._read) == 200
@@ -1446,7 +1448,8 @@ def test_a_refresh_misses_no_change_by_another_process(in_tens, many, clock):
     assert ids(many) == {"s190@2026-03-27T12:00:30Z"}
 
 
-def test_a_refresh_requested_during_another_follows_it(in_tens, many, clock, monkeypatch):
+@in_tens
+def test_a_refresh_requested_during_another_follows_it(many, clock, monkeypatch):
     ticker = Ticker(services_of(many))
     ticker.tick(0.0)
     ticker.refresh_now()
@@ -1471,7 +1474,8 @@ def test_frequent_changes_of_a_schedule_leave_no_garbage(make, clock):
     assert ticker.tick()
 
 
-def test_a_round_ends_in_time_even_if_more_schedules_are_due(in_tens, many, clock):
+@in_tens
+def test_a_round_ends_in_time_even_if_more_schedules_are_due(many, clock):
     ticker = Ticker(services_of(many))
     ticker.tick()
     clock.advance(60)
@@ -1485,10 +1489,9 @@ def test_a_round_ends_in_time_even_if_more_schedules_are_due(in_tens, many, cloc
     assert not ticker.behind(clock.now_ms())
 
 
+@in_tens
 @pytest.mark.parametrize("count", [1, 30])
-def test_a_drain_waits_for_a_tick_until_its_task_is_stored(
-    in_tens, make, clock, monkeypatch, count
-):
+def test_a_drain_waits_for_a_tick_until_its_task_is_stored(make, clock, monkeypatch, count):
     """This holds for one schedule and for several batches, at the first round and later."""
     queue = make()
     for n in range(count):
@@ -1522,7 +1525,8 @@ def test_a_drain_sees_a_tick_that_is_taken_up_during_its_check(queue, clock, mon
     assert ticker.behind(clock.now_ms())
 
 
-def test_two_nodes_take_different_schedules(in_tens, make, many, clock):
+@in_tens
+def test_two_nodes_take_different_schedules(make, many, clock):
     one, other = Ticker(services_of(many)), Ticker(services_of(make()))
     for ticker in (one, other):
         ticker.tick()

@@ -14,9 +14,9 @@ def clock():
 
 
 @pytest.fixture(params=MAKERS)
-def store(request, tmp_path, clock):
+def store(request, tmp_path, clock, timing):
     """An empty repository of each kind that the runtime can use."""
-    with MAKERS[request.param](tmp_path, clock) as repository:
+    with MAKERS[request.param](tmp_path, clock, timing) as repository:
         yield repository
 
 

@@ -33,6 +33,7 @@ from taskx import (
 )
 from taskx.core import lifecycle
 from taskx.core.clock import SYSTEM_CLOCK
+from taskx.core.timing import DEFAULT_TIMING, Timing
 from taskx.core.writes import Insert
 from taskx.repository.example import ExampleRepository
 from taskx.storage.adapter import ORIGINAL_FIELDS, EightMethodAdapter
@@ -109,14 +110,29 @@ class OnMongo(MongoRepository):
     """A repository with a database of its own, which is dropped when it is closed."""
 
     def __init__(
-        self, database: Any, folder: Path, clock: Clock = SYSTEM_CLOCK, codec: Any = None
+        self,
+        database: Any,
+        folder: Path,
+        clock: Clock = SYSTEM_CLOCK,
+        codec: Any = None,
+        timing: Timing = DEFAULT_TIMING,
     ) -> None:
-        super().__init__(database, run_folder=folder / "run", clock=clock, codec=codec)
+        super().__init__(
+            database, run_folder=folder / "run", clock=clock, codec=codec, timing=timing
+        )
         self.database, self.folder = database, folder
 
     def close(self) -> None:
         super().close()
         self.database.client.drop_database(self.database.name)
+
+
+class OnExample(ExampleRepository):
+    """The example with a timing, which the class of an author does not need."""
+
+    def __init__(self, path: Path, clock: Clock, timing: Timing) -> None:
+        super().__init__(path, clock)
+        self.timing = timing
 
 
 class Scramble(Codec):
@@ -133,10 +149,12 @@ class Scramble(Codec):
         return bytes(byte ^ data[0] for byte in data[1:])
 
 
-def coded(kind: str, folder: Path, clock: Clock, codec: Any) -> Repository:
+def coded(
+    kind: str, folder: Path, clock: Clock, codec: Any, timing: Timing = DEFAULT_TIMING
+) -> Repository:
     """Return a repository of a kind with a codec. Repositories in the same folder share their tasks."""
     if kind == "sqlite":
-        return SQLiteRepository(folder / "tasks.db", clock=clock, codec=codec)
+        return SQLiteRepository(folder / "tasks.db", clock=clock, codec=codec, timing=timing)
     if kind == "memory":
         return MemoryRepository(clock, codec)
     if kind == "example":
@@ -144,35 +162,59 @@ def coded(kind: str, folder: Path, clock: Clock, codec: Any) -> Repository:
     return OnMongo(mongomock.MongoClient().db, folder, clock, codec)
 
 
-def on_server(kind: str) -> Callable[[Path, Clock], Repository]:
+def on_server(kind: str) -> Callable[..., Repository]:
     """Return a maker of repositories on a server that speaks MongoDB's protocol."""
-    return lambda folder, clock: OnMongo(new_database(shared(kind)), folder, clock)
+    return lambda folder, clock, timing=DEFAULT_TIMING: OnMongo(
+        new_database(shared(kind)), folder, clock, timing=timing
+    )
 
 
-def prefixed(folder: Path, clock: Clock) -> SQLiteRepository:
+def prefixed(folder: Path, clock: Clock, timing: Timing) -> SQLiteRepository:
     """Return a repository in the file of an application, beside a table of that."""
     with closing(sqlite3.connect(folder / "app.db")) as connection:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("CREATE TABLE IF NOT EXISTS tasks (id TEXT PRIMARY KEY, owner TEXT)")
-    return SQLiteRepository(folder / "app.db", prefix="taskx_", clock=clock)
+    return SQLiteRepository(folder / "app.db", prefix="taskx_", clock=clock, timing=timing)
 
 
-#: The makers of every kind of repository that the runtime can use; each takes a folder and a clock.
-MAKERS = {
-    "memory": lambda folder, clock: MemoryRepository(clock),
-    "sqlite": lambda folder, clock: SQLiteRepository(folder / "tasks.db", clock=clock),
-    "mongomock": lambda folder, clock: OnMongo(mongomock.MongoClient().db, folder, clock),
+#: Make every kind of repository that the runtime can use.
+_MAKERS: dict[str, Callable[[Path, Clock, Timing], Repository]] = {
+    "memory": lambda folder, clock, timing: MemoryRepository(clock, timing=timing),
+    "sqlite": lambda folder, clock, timing: SQLiteRepository(
+        folder / "tasks.db", clock=clock, timing=timing
+    ),
+    "mongomock": lambda folder, clock, timing: OnMongo(
+        mongomock.MongoClient().db, folder, clock, timing=timing
+    ),
     "mongo": on_server("standalone"),
     "mongo-set": on_server("set"),
-    "sqlite-prefixed": lambda folder, clock: prefixed(folder, clock),
-    "sqlite-coded": lambda folder, clock: coded("sqlite", folder, clock, Scramble()),
-    "example": lambda folder, clock: ExampleRepository(folder / "example.db", clock),
-    "django-sqlite": lambda folder, clock: django_project.on_sqlite(folder, clock=clock),
-    "django-postgres": lambda folder, clock: django_project.on_postgres(folder, clock=clock),
-    "django-mariadb": lambda folder, clock: django_project.on_mariadb(folder, clock=clock),
-    "adapter": lambda folder, clock: EightMethodAdapter(TinyRepository(), clock),
-    "adapter-13": lambda folder, clock: EightMethodAdapter(thirteen_fields_only(), clock),
+    "sqlite-prefixed": prefixed,
+    "sqlite-coded": lambda folder, clock, timing: coded(
+        "sqlite", folder, clock, Scramble(), timing
+    ),
+    "example": lambda folder, clock, timing: OnExample(folder / "example.db", clock, timing),
+    "django-sqlite": lambda folder, clock, timing: django_project.on_sqlite(
+        folder, clock=clock, timing=timing
+    ),
+    "django-postgres": lambda folder, clock, timing: django_project.on_postgres(
+        folder, clock=clock, timing=timing
+    ),
+    "django-mariadb": lambda folder, clock, timing: django_project.on_mariadb(
+        folder, clock=clock, timing=timing
+    ),
+    "adapter": lambda folder, clock, timing: EightMethodAdapter(TinyRepository(), clock, timing),
+    "adapter-13": lambda folder, clock, timing: EightMethodAdapter(
+        thirteen_fields_only(), clock, timing
+    ),
 }
+
+
+def _maker(kind: str) -> Callable[..., Any]:
+    return lambda folder, clock, timing=DEFAULT_TIMING: _MAKERS[kind](folder, clock, timing)
+
+
+#: The makers of every kind; each takes a folder, a clock and, if it matters, a timing.
+MAKERS = {kind: _maker(kind) for kind in _MAKERS}
 
 MONGO = ["mongomock", "mongo", "mongo-set"]
 

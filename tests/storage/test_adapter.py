@@ -13,8 +13,8 @@ from .repositories import MAKERS, ids, insert
 
 
 @pytest.fixture(params=["adapter", "adapter-13"])
-def store(request, tmp_path, clock):
-    return MAKERS[request.param](tmp_path, clock)
+def store(request, tmp_path, clock, timing):
+    return MAKERS[request.param](tmp_path, clock, timing)
 
 
 def test_tasks_found_running_at_start_count_as_left_behind(store, clock):
@@ -38,10 +38,9 @@ def test_unfinished_tasks_are_read_in_pages(store, clock):
     assert ids(store.ready(["t"], 2000)) == [f"{number:04}" for number in range(1003)]
 
 
-@pytest.mark.parametrize("limit", [1, 2, 3])
-def test_an_iteration_passes_over_no_task_without_a_date(store, clock, in_batches, limit):
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_an_iteration_passes_over_no_task_without_a_date(store, clock, batch):
     """A user's program may have stored such tasks; here they come last."""
-    in_batches(lists=limit)
     dated = [Task(id=f"dated-{n}", type="t", created_at=clock.now()) for n in range(3)]
     dateless = [Task(id=f"dateless-{n}", type="t") for n in range(4)]
 
@@ -55,9 +54,9 @@ def test_an_iteration_passes_over_no_task_without_a_date(store, clock, in_batche
     assert ids(matching(store, TaskFilter())) == ids([*dated, *dateless])
 
 
-def test_an_iteration_passes_over_no_task_after_a_damaged_one(store, clock, in_batches):
+@pytest.mark.timing(batch=1)
+def test_an_iteration_passes_over_no_task_after_a_damaged_one(store, clock):
     """The date that a damaged record shows may not be the one that it is listed by."""
-    in_batches(lists=1)
     clock.advance(1)
     early = clock.now()
     clock.advance(1)

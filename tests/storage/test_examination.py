@@ -11,6 +11,7 @@ from contextlib import closing
 import pytest
 
 from taskx import Queue, SQLiteRepository
+from taskx.core.timing import Timing
 from taskx.storage.sqlite import examination, schema
 from taskx.storage.sqlite.examination import file_system_of
 
@@ -27,14 +28,14 @@ def file(database):
     return database
 
 
-def examined(path):
+def examined(path, **options):
     """Return the checks by their names."""
-    return {check.name: check for check in SQLiteRepository(path).examine()}
+    return {check.name: check for check in SQLiteRepository(path, **options).examine()}
 
 
-def wrong(path):
+def wrong(path, **options):
     """Return the levels of what is wrong, by name."""
-    return {n: check.level for n, check in examined(path).items() if check.level != "ok"}
+    return {n: check.level for n, check in examined(path, **options).items() if check.level != "ok"}
 
 
 def listing(path):
@@ -101,11 +102,11 @@ def test_a_damaged_file_fails(file):
     assert "fail" in wrong(file).values()
 
 
-def test_a_file_that_another_process_has_locked_is_a_warning(file, monkeypatch):
-    monkeypatch.setattr(examination, "PATIENCE", 0.01)
+def test_a_file_that_another_process_has_locked_is_a_warning(file):
     with closing(sqlite3.connect(file, isolation_level=None)) as connection:
         connection.execute("BEGIN IMMEDIATE")
-        assert wrong(file) == {"write lock": "warn"}
+        soon = Timing(examine_within=0.01)
+        assert wrong(file, timing=soon) == {"write lock": "warn"}
         connection.execute("ROLLBACK")
     assert wrong(file) == {}
 

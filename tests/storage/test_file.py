@@ -23,6 +23,7 @@ from taskx import (
     TaskFilter,
     open_repository,
 )
+from taskx.core.timing import DEFAULT_TIMING
 from taskx.liveness import locks as module
 from taskx.liveness.base import Node
 from taskx.liveness.locks import NodeLocks
@@ -41,10 +42,12 @@ def path(tmp_path):
 
 
 @pytest.fixture
-def open_at():
+def open_at(timing):
     """Make repositories, which are closed at the end of the test."""
     with contextlib.ExitStack() as stack:
-        yield lambda path, **options: stack.enter_context(SQLiteRepository(path, **options))
+        yield lambda path, **options: stack.enter_context(
+            SQLiteRepository(path, timing=timing, **options)
+        )
 
 
 @pytest.fixture
@@ -449,7 +452,7 @@ class TestTurnstileFiles:
     def test_after_an_interrupt_the_next_turn_opens_both_lock_files(
         self, path, tmp_path, monkeypatch
     ):
-        turn = Turnstile(DatabaseFile(str(path), create=True))
+        turn = Turnstile(DatabaseFile(str(path), create=True), DEFAULT_TIMING)
         opened = turnstile._open_file
 
         def open_file(path):
@@ -470,7 +473,7 @@ class TestTurnstileFiles:
     @needs_proc
     def test_a_turnstile_that_cannot_be_opened_leaves_no_file_open(self, path, tmp_path):
         (tmp_path / "tasks.db-nodes" / "inner.lock").mkdir(parents=True)
-        turn = Turnstile(DatabaseFile(str(path), create=True))
+        turn = Turnstile(DatabaseFile(str(path), create=True), DEFAULT_TIMING)
         assert turn.enter(3.0) == 3.0
         turn.leave()
         assert opened_below(tmp_path) == []
@@ -500,17 +503,16 @@ class TestKeptTracebacks:
         return strike
 
     @needs_proc
-    @pytest.mark.parametrize("idle", [connections.IDLE, -1.0])
+    @pytest.mark.parametrize("close_reader_after", [10.0, -1.0])
     def test_interrupted_reads_hold_no_connection(
-        self, repository, tmp_path, monkeypatch, strike, kept, idle
+        self, repository, tmp_path, strike, kept, close_reader_after
     ):
         """This holds if they find an idle connection, and if they open one and close it afterwards."""
-        monkeypatch.setattr(connections, "IDLE", idle)
         ours = connections_of(repository)
         points = itertools.count()
         while strike(next(points), lambda: repository.list(TaskFilter())):
             assert len(ours._taken) <= 2
-        assert len(kept) > 2 * connections.MOST_READERS
+        assert len(kept) > 2 * DEFAULT_TIMING.most_readers
         assert run_in_thread(lambda: ids(repository))() == ["a"]
         assert len(ours._readers) <= 2
         ours.close_before_fork(PATIENCE)
@@ -523,7 +525,7 @@ class TestKeptTracebacks:
     def test_interrupted_threads_that_stop_reading_hold_no_connection(
         self, repository, monkeypatch, kept, ended
     ):
-        ours, most = connections_of(repository), connections.MOST_READERS
+        ours, most = connections_of(repository), DEFAULT_TIMING.most_readers
         all_read, go_on = threading.Barrier(most), threading.Event()
 
         def strike(*_):
@@ -606,7 +608,7 @@ class TestBusyTimeout:
 
     @pytest.fixture
     def turnstiles(self, path):
-        made = [Turnstile(DatabaseFile(str(path), create=True)) for _ in range(2)]
+        made = [Turnstile(DatabaseFile(str(path), create=True), DEFAULT_TIMING) for _ in range(2)]
         yield made
         for each in made:
             each.close()

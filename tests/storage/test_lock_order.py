@@ -15,6 +15,7 @@ from helpers import PATIENCE, connections_of, eventually, ids, pool_of, run_in_t
 
 from taskx import ConfigurationError, SQLiteRepository, TaskFilter, TaskStatus
 from taskx.core.ids import new_id
+from taskx.core.timing import DEFAULT_TIMING
 from taskx.storage.sqlite.turnstile import Turnstile
 
 # Seconds that a repository waits for a lock. A test that waits so long has failed before.
@@ -214,7 +215,9 @@ def test_an_executors_transaction_goes_on_while_a_write_waits_for_it(store, queu
 
 def test_an_executors_transaction_waits_for_its_turn_without_the_files_lock(store, monkeypatch):
     wanted, enter = threading.Event(), store.turnstile.enter
-    other = Turnstile(store.repository._file)  # of another process: the locks are of open files
+    other = Turnstile(
+        store.repository._file, DEFAULT_TIMING
+    )  # of another process: the locks are of open files
     other.enter(NEVER)
 
     def watched(timeout):
@@ -233,7 +236,7 @@ def test_an_executors_transaction_waits_for_its_turn_without_the_files_lock(stor
 
 
 def test_a_block_needs_no_turn(store, queue):
-    other = Turnstile(store.repository._file)
+    other = Turnstile(store.repository._file, DEFAULT_TIMING)
     queue.submit("echo", id="old")
     other.enter(NEVER)
     try:

@@ -25,11 +25,13 @@ from taskx import (
     TaskRepository,
 )
 from taskx.core import lifecycle
+from taskx.core.timing import Timing
 from taskx.storage.adapter import EIGHT_METHODS, ORIGINAL_FIELDS, EightMethodAdapter
 from taskx.storage.queries import shown
 
+QUICK = {"audit_every": 0.05, "progress_every": 0.01, "poll_every": 0.01}
 # Tests count the starts of tasks, so a slow machine must hand no started task back.
-pytestmark = pytest.mark.usefixtures("calm")
+pytestmark = [pytest.mark.usefixtures("calm"), pytest.mark.timing(**QUICK)]
 
 ALL = "all"
 
@@ -108,7 +110,9 @@ class Story:
     def __init__(self, repository):
         self.repository = repository
         self.hook = Told()
-        self.queue = Queue(repository, Config(worker_num=2), hooks=[self.hook])
+        self.queue = Queue(
+            repository, Config(worker_num=2), hooks=[self.hook], timing=Timing(**QUICK)
+        )
         self.told, self.named = {}, {}
         self.runs = Counter()
         self.at_once = []
@@ -254,13 +258,6 @@ def check(story):
         finished = story.hook.finished_ids.count(task_id)
         if answer is True and task_id != "dropped":  # no hook is called if the task cannot be read
             assert finished == (2 if runs == 2 and task_id == "bad" else 1)
-
-
-@pytest.fixture(autouse=True)
-def _quick(check_every):
-    check_every(audit=0.05)
-    check_every(progress=0.01)
-    check_every(poll=0.01)
 
 
 def test_without_failures_every_step_succeeds():

@@ -40,6 +40,7 @@ from taskx import (
 from taskx.core import lifecycle
 from taskx.core.lifecycle import FINISHED
 from taskx.core.record import STUB
+from taskx.core.timing import DEFAULT_TIMING
 from taskx.core.writes import PRESENT, Update
 from taskx.liveness.base import Node
 from taskx.storage.queries import Changes, shown
@@ -58,8 +59,8 @@ def path(tmp_path):
 
 
 @pytest.fixture
-def repository(path):
-    with SQLiteRepository(path, busy_timeout=0.2) as repository:
+def repository(path, timing):
+    with SQLiteRepository(path, busy_timeout=0.2, timing=timing) as repository:
         yield repository
 
 
@@ -821,7 +822,10 @@ class TestLocks:
 
 
 def turnstile_of(path):
-    return Turnstile(DatabaseFile(str(path), create=True))
+    return Turnstile(DatabaseFile(str(path), create=True), DEFAULT_TIMING)
+
+
+two_readers = pytest.mark.timing(most_readers=2)
 
 
 class TestReaders:
@@ -832,11 +836,8 @@ class TestReaders:
         repository.create(task("a"))
         return repository
 
-    @pytest.fixture
-    def two(self, monkeypatch):
-        monkeypatch.setattr(connections, "MOST_READERS", 2)
-
-    def test_a_thread_waits_if_all_readers_are_in_use(self, two, repository):
+    @two_readers
+    def test_a_thread_waits_if_all_readers_are_in_use(self, repository):
         connections_of(repository).busy_timeout = PATIENCE
         read = threading.Event()
         waiting = threading.Thread(target=lambda: (ids(repository), read.set()))
@@ -849,7 +850,8 @@ class TestReaders:
         waiting.join()
         assert not connections_of(repository)._waiting
 
-    def test_a_thread_waits_for_a_reader_at_most_busy_timeout(self, two, repository):
+    @two_readers
+    def test_a_thread_waits_for_a_reader_at_most_busy_timeout(self, repository):
         with (
             reading(repository),
             reading(repository),
@@ -858,14 +860,16 @@ class TestReaders:
             ids(repository)
         assert ids(repository) == ["a"]
 
-    def test_a_connection_with_an_error_is_closed(self, two, repository):
+    @two_readers
+    def test_a_connection_with_an_error_is_closed(self, repository):
         for _ in range(3):
             with pytest.raises(RepositoryError):
                 connections_of(repository).read(methodcaller("execute", "SELECT nonsense"))
         with reading(repository), reading(repository):
             assert len(connections_of(repository)._readers) == 2
 
-    def test_many_threads_share_a_few_connections(self, two, repository):
+    @two_readers
+    def test_many_threads_share_a_few_connections(self, repository):
         connections_of(repository).busy_timeout = PATIENCE
         found = []
         threads = [
@@ -892,14 +896,15 @@ class TestReaders:
         thread.join(PATIENCE)
         assert found == [["a"], ["a"]]
 
-    def test_unused_connections_are_closed(self, repository, monkeypatch):
+    def test_unused_connections_are_closed(self, repository):
         with reading(repository), reading(repository), reading(repository):
             pass
         assert len(connections_of(repository)._readers) == 3
-        monkeypatch.setattr(connections, "IDLE", -1.0)
+        for connection in connections_of(repository)._idle:
+            connection.used -= DEFAULT_TIMING.close_reader_after
         for _ in range(3):
             ids(repository)
-        assert len(connections_of(repository)._readers) == 0
+        assert len(connections_of(repository)._readers) == 1
         assert ids(repository) == ["a"]
 
 

@@ -12,6 +12,7 @@ from helpers import PATIENCE, eventually, run_in_thread
 from taskx import Queue, SQLiteRepository, Task
 from taskx.core import lifecycle
 from taskx.core.lifecycle import CANCEL_REQUESTED, ENDED, FREED, Ending
+from taskx.core.timing import Timing
 from taskx.storage.sqlite import wakeups
 
 NOW = 1_700_000_000_000
@@ -29,10 +30,16 @@ def mine(database):
 
 
 @pytest.fixture
-def theirs(database, monkeypatch):
-    """The repository as another process has it. It scans for listeners at each write."""
-    monkeypatch.setattr(wakeups, "SCAN_EVERY", 0.0)
-    with SQLiteRepository(database) as made:
+def listeners_every():
+    """The seconds between scans of another process for listeners: it scans at each write."""
+    return 0.0
+
+
+@pytest.fixture
+def theirs(database, listeners_every):
+    """The repository as another process has it."""
+    timing = Timing(listeners_every=listeners_every)
+    with SQLiteRepository(database, timing=timing) as made:
         yield made
 
 
@@ -202,8 +209,8 @@ def test_queues_on_one_repository_hear_one_another(mine, listen):
     assert listener.wait(PATIENCE) == FREED
 
 
+@pytest.mark.parametrize("listeners_every", [1000.0])
 def test_a_busy_writer_scans_for_listeners_now_and_then(theirs, listen, monkeypatch):
-    monkeypatch.setattr(wakeups, "SCAN_EVERY", 1000.0)
     theirs.apply([created("a")])
     listener = listen()
     theirs.apply([created("b")])

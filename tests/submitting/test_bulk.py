@@ -106,17 +106,14 @@ class TestRequeue:
         assert [task.id for task in queue.dead_letters().tasks] == ["6", "4", "2"]
 
     @pytest.mark.parametrize("batch", [1, 2, 3])
-    def test_a_task_that_fails_again_at_once_is_requeued_once(
-        self, queue, batch, in_batches, clock
-    ):
-        in_batches(operations=batch)
+    def test_a_task_that_fails_again_at_once_is_requeued_once(self, queue, batch, clock):
         bulk = queue.requeue_all(on_progress=lambda bulk: queue.drain(PATIENCE))
         assert bulk.changed == 7
         assert queue.drain(PATIENCE)
         assert {number for i, number in starts(queue).items() if i > "1" and len(i) == 1} == {2}
 
-    def test_tasks_that_appear_meanwhile_are_left_alone(self, queue, in_batches):
-        in_batches(operations=2)
+    @pytest.mark.timing(batch=2)
+    def test_tasks_that_appear_meanwhile_are_left_alone(self, queue):
 
         def more(bulk):
             queue.submit("a", {"n": 5}, id=f"new {bulk.matched}")
@@ -128,8 +125,7 @@ class TestRequeue:
         assert new == [1] * 4
 
     @pytest.mark.parametrize("batch", [1, 2, 200])
-    def test_a_limit_and_an_offset_choose_as_in_a_list(self, queue, batch, in_batches):
-        in_batches(lists=batch, operations=batch)
+    def test_a_limit_and_an_offset_choose_as_in_a_list(self, queue, batch):
         queue.mended = True
         assert queue.requeue_all(limit=2, offset=1).changed == 2
         assert queue.drain(PATIENCE)
@@ -194,8 +190,7 @@ class TestFamilies:
         return queue
 
     @pytest.mark.parametrize("batch", [1, 2, 200])
-    def test_the_rest_of_each_chain_runs_again(self, queue, batch, in_batches):
-        in_batches(operations=batch)
+    def test_the_rest_of_each_chain_runs_again(self, queue, batch):
         for _ in range(3):
             steps = (Task(type="step", params={"wrong": n == 0}) for n in range(3))
             queue.submit_flow(chain(*steps))
@@ -207,13 +202,9 @@ class TestFamilies:
         assert counts(queue) == {"completed": 9}
 
     @pytest.mark.parametrize("batch", [1, 3, 200])
-    @pytest.mark.parametrize("whole", [2, 1000])
+    @pytest.mark.parametrize("requeue_batch", [2, 1000])
     @pytest.mark.parametrize("limit", [{}, {"limit": 100}])
-    def test_children_wait_for_parents_of_the_same_filter(
-        self, queue, batch, whole, limit, in_batches, monkeypatch
-    ):
-        in_batches(operations=batch)
-        monkeypatch.setattr("taskx.submitting.requeuing.WHOLE", whole)
+    def test_children_wait_for_parents_of_the_same_filter(self, queue, batch, requeue_batch, limit):
         parents = {"0": [], "1": [], "2": ["0", "1"], "3": ["2"], "4": ["0", "3"], "5": ["3", "1"]}
         queue.submit_many(
             Task(
@@ -233,9 +224,8 @@ class TestFamilies:
         assert sorted(queue.ran) == [0, 1, 2, 3, 4, 5]
 
     @pytest.mark.parametrize("batch", [1, 2, 3])
-    def test_a_family_that_fails_again_at_once_is_requeued_once(self, queue, batch, in_batches):
+    def test_a_family_that_fails_again_at_once_is_requeued_once(self, queue, batch):
         """Parents are requeued with their children: their own page must not requeue them again."""
-        in_batches(operations=batch)
         queue.submit_many(
             Task(
                 id=str(n),
@@ -262,10 +252,10 @@ class TestFamilies:
         assert child.task().status == "cancelled"
 
 
+@pytest.mark.timing(batch=1)
 @pytest.mark.every_store
-def test_a_parent_that_was_stored_after_its_child_is_requeued_once(make_queue, clock, in_batches):
+def test_a_parent_that_was_stored_after_its_child_is_requeued_once(make_queue, clock):
     """Both have the same date, and the parent is listed first. It fails again before its child's page."""
-    in_batches(operations=1)
     queue = make_queue(worker_num=1, clock=clock)
     queue.executor("wrong")(lambda: 1 / 0)
     child = Task(id="child", type="wrong", depends_on=["parent"], on_parent_failure="run")
@@ -278,11 +268,11 @@ def test_a_parent_that_was_stored_after_its_child_is_requeued_once(make_queue, c
     assert starts(queue) == {"parent": 2, "child": 2}
 
 
+@pytest.mark.timing(requeue_batch=6)
 @pytest.mark.every_store
 @pytest.mark.parametrize("limit", [{}, {"limit": 9}])
-def test_large_families_are_requeued_one_after_the_other(make_queue, monkeypatch, limit):
+def test_large_families_are_requeued_one_after_the_other(make_queue, limit):
     """Each one in a transaction of its own, so that a crash leaves no part of one."""
-    monkeypatch.setattr("taskx.submitting.requeuing.WHOLE", 6)
     queue = make_queue()
     queue.declare("t")
     for parent in "abcd":
@@ -314,8 +304,7 @@ class TestRate:
 
     @pytest.mark.every_store
     @pytest.mark.parametrize("batch", [2, 200])
-    def test_the_tasks_start_at_the_rate(self, failed, clock, batch, in_batches):
-        in_batches(operations=batch)
+    def test_the_tasks_start_at_the_rate(self, failed, clock, batch):
         bulk = failed.requeue_all(rate="30/m")
         assert self.times(failed, clock) == [0, 2, 4, 6, 8, 10, 12]
         assert bulk.starts_until == clock.now() + timedelta(seconds=12)
@@ -361,9 +350,9 @@ class TestRate:
         failed.requeue_all(rate="1/s")
         assert max(self.times(failed, clock)) == 6
 
-    def test_two_calls_at_once_share_the_rate(self, failed, make_queue, clock, in_batches):
+    @pytest.mark.timing(batch=1)
+    def test_two_calls_at_once_share_the_rate(self, failed, make_queue, clock):
         """Between the read and the write of the note, another process reserves a time."""
-        in_batches(operations=1)
         other = make_queue(clock=clock)
         put_note = failed.repository.put_note
 
@@ -441,8 +430,7 @@ class TestCancel:
             queue.cancel_all(status="failed")
 
     @pytest.mark.parametrize("batch", [1, 200])
-    def test_a_limit_chooses_the_newest(self, waiting, batch, in_batches):
-        in_batches(lists=batch, operations=batch)
+    def test_a_limit_chooses_the_newest(self, waiting, batch):
         waiting.repository.update_status("5", "running")
         bulk = waiting.cancel_all(type="b", limit=2)
         assert (bulk.matched, bulk.changed, bulk.asked) == (2, 2, 1)
@@ -477,8 +465,8 @@ class TestCancel:
         bulk = waiting.cancel_all(everything=True)
         assert (bulk.matched, bulk.changed, bulk.skipped) == (7, 6, {"changed": 1})
 
-    def test_a_task_that_starts_meanwhile_is_asked_to_stop(self, waiting, in_batches):
-        in_batches(operations=3)
+    @pytest.mark.timing(batch=3)
+    def test_a_task_that_starts_meanwhile_is_asked_to_stop(self, waiting):
 
         def start(bulk):
             if bulk.matched == 3:
@@ -510,8 +498,7 @@ class TestDelete:
             waiting.delete_all(status="running")
 
     @pytest.mark.parametrize("batch", [1, 2, 200])
-    def test_tasks_that_an_unfinished_task_needs_stay(self, waiting, batch, in_batches):
-        in_batches(operations=batch)
+    def test_tasks_that_an_unfinished_task_needs_stay(self, waiting, batch):
         waiting.submit("a", id="x1", depends_on=["0"])
         waiting.submit("a", id="x2", depends_on=["x1"], created_by="me")
         bulk = waiting.delete_all(type="a", created_by="")
@@ -519,8 +506,7 @@ class TestDelete:
         assert ids(waiting) == {"0", "x1", "x2", "1", "3", "5"}
 
     @pytest.mark.parametrize("batch", [1, 2, 200])
-    def test_whole_flows_are_deleted(self, waiting, batch, in_batches):
-        in_batches(operations=batch)
+    def test_whole_flows_are_deleted(self, waiting, batch):
         waiting.submit_flow(chain(*(Task(type="a") for _ in range(5))))
         waiting.submit_flow(chain(Task(type="a"), group(Task(type="a"), Task(type="a"))))
         assert waiting.delete_all(everything=True).changed == 15
@@ -637,9 +623,9 @@ class TestDryRun:
 
 @pytest.mark.every_store
 class TestProgress:
+    @pytest.mark.timing(batch=3)
     @pytest.mark.parametrize("method", ALL)
-    def test_each_batch_is_told(self, queue, method, in_batches):
-        in_batches(operations=3)
+    def test_each_batch_is_told(self, queue, method):
         told = []
         if method == "cancel_all":
             queue.stop()
@@ -652,8 +638,8 @@ class TestProgress:
         assert told[-1] == bulk
         assert bulk.reached == min(b.reached for b in told)
 
-    def test_an_interrupt_leaves_whole_batches_and_the_next_call_goes_on(self, queue, in_batches):
-        in_batches(operations=3)
+    @pytest.mark.timing(batch=3)
+    def test_an_interrupt_leaves_whole_batches_and_the_next_call_goes_on(self, queue):
         queue.mended = True
 
         def interrupt(bulk):
@@ -668,9 +654,9 @@ class TestProgress:
         assert queue.drain(PATIENCE)
         assert counts(queue) == {"completed": 9, "cancelled": 1}
 
-    def test_a_call_can_go_on_where_another_stopped(self, queue, in_batches):
+    @pytest.mark.timing(batch=3)
+    def test_a_call_can_go_on_where_another_stopped(self, queue):
         """Then it leaves out tasks that have failed again since."""
-        in_batches(operations=3)
         told = []
 
         def interrupt(bulk):
@@ -686,8 +672,8 @@ class TestProgress:
         assert queue.drain(PATIENCE)
         assert [starts(queue)[task_id] for task_id in "8765432"] == [2, 2, 3, 2, 2, 2, 2]
 
-    def test_an_outage_leaves_whole_batches(self, queue, in_batches, repository):
-        in_batches(operations=3)
+    @pytest.mark.timing(batch=3)
+    def test_an_outage_leaves_whole_batches(self, queue, repository):
         queue.stop()
         other = Queue(repository)
 
@@ -700,9 +686,9 @@ class TestProgress:
         assert counts(other) == {"pending": 3, "failed": 4, "completed": 2, "cancelled": 1}
 
 
-def test_only_one_batch_is_in_memory_and_in_a_transaction(make_queue, in_batches):
-    in_batches(operations=4)
-    repository = SpyMemory()
+@pytest.mark.timing(batch=4)
+def test_only_one_batch_is_in_memory_and_in_a_transaction(make_queue, timing):
+    repository = SpyMemory(timing=timing)
     queue = make_queue(repository)
     queue.declare("t")
     queue.submit_many(Task(type="t") for _ in range(10))
@@ -746,8 +732,7 @@ class TestEightMethods:
         return queue
 
     @pytest.mark.parametrize("batch", [2, 200])
-    def test_all_failed_tasks_run_again(self, queue, batch, in_batches):
-        in_batches(operations=batch)
+    def test_all_failed_tasks_run_again(self, queue, batch):
         queue.mended = True
         bulk = queue.requeue_all(type="t")
         assert (bulk.matched, bulk.changed) == (5, 5)

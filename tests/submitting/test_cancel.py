@@ -7,7 +7,7 @@ import time
 from concurrent.futures import CancelledError
 
 import pytest
-from helpers import PATIENCE, eventually, pool_of
+from helpers import PATIENCE, eventually, frequent_checks, pool_of
 
 from taskx import (
     CancelReason,
@@ -24,8 +24,8 @@ from taskx import (
     TaskNotFound,
     TaskStatus,
 )
+from taskx.core.timing import DEFAULT_TIMING
 from taskx.core.writes import Insert, Update
-from taskx.upkeep.housekeeper import PROGRESS_EVERY
 
 # Tests count the starts of tasks, so a slow machine must hand no started task back.
 pytestmark = pytest.mark.usefixtures("calm")
@@ -57,7 +57,7 @@ def test_a_cancelled_pending_task_never_runs(make_queue):
             assert task.status is TaskStatus.CANCELLED
 
 
-@pytest.mark.usefixtures("frequent_checks")
+@frequent_checks
 @pytest.mark.every_store
 @pytest.mark.parametrize("how", ["cancel_task", "delete", "cancel_many"])
 def test_a_committed_cancel_or_delete_does_not_raise(started, repository, how):
@@ -526,7 +526,9 @@ def test_a_million_progress_calls_are_a_few_writes(started):
     began = time.monotonic()
     handle = started.submit("count")
     assert handle.exception(60)
-    rounds = (time.monotonic() - began) / (0.9 * PROGRESS_EVERY)  # the housekeeper may be early
+    rounds = (time.monotonic() - began) / (
+        0.9 * DEFAULT_TIMING.progress_every
+    )  # the housekeeper may be early
     assert len(progress_writes(started)) <= rounds + 2
     assert (handle.task().progress, handle.task().message) == (99, "counting")
 

@@ -102,10 +102,7 @@ def test_a_clock_that_was_set_back_hides_no_dead_letter(queue, clock, change):
 
 @pytest.mark.parametrize("change", ["requeue_dead_letters", "discard_dead_letters"])
 @pytest.mark.parametrize("batch", [1, 2, 3, 200])
-def test_dead_letters_created_at_the_same_time_are_all_changed(
-    make_queue, clock, batch, change, in_batches
-):
-    in_batches(lists=batch, operations=batch)
+def test_dead_letters_created_at_the_same_time_are_all_changed(make_queue, clock, batch, change):
     queue = make_queue(clock=clock)
     queue.executor("wrong")(lambda: 1 / 0)
     for name in ("a", "b", "b", "b", "b", "b", "c", "c", "d"):
@@ -118,11 +115,8 @@ def test_dead_letters_created_at_the_same_time_are_all_changed(
 
 @pytest.mark.parametrize("change", ["requeue_dead_letters", "discard_dead_letters"])
 @pytest.mark.parametrize("batch", [1, 2, 3])
-def test_a_task_deleted_during_the_listing_hides_no_other(
-    queue, batch, change, monkeypatch, in_batches
-):
+def test_a_task_deleted_during_the_listing_hides_no_other(queue, batch, change, monkeypatch):
     """Another program deletes some of them while they are listed."""
-    in_batches(lists=batch, operations=batch)
     queue.mended = True
     list_after = queue.repository.list_after
 
@@ -142,10 +136,9 @@ def test_a_task_deleted_during_the_listing_hides_no_other(
 @pytest.mark.parametrize("passed", [0, 1])
 @pytest.mark.parametrize("batch", [1, 2, 200])
 def test_a_task_that_fails_again_meanwhile_is_requeued_once(
-    queue, clock, batch, passed, monkeypatch, in_batches
+    queue, clock, batch, passed, monkeypatch
 ):
     """Else it would be requeued for ever. This holds even if no time passes in between."""
-    in_batches(lists=batch, operations=batch)
     commit = services_of(queue).moves.commit
 
     def slow_commit(writes, tasks=None):
@@ -166,9 +159,8 @@ def test_a_task_that_fails_again_meanwhile_is_requeued_once(
 
 
 @pytest.mark.parametrize("batch", [1, 3, 200])
-def test_children_wait_for_parents_that_are_requeued_with_them(make_queue, gate, batch, in_batches):
+def test_children_wait_for_parents_that_are_requeued_with_them(make_queue, gate, batch):
     """This holds for any order and any pages in which they are read."""
-    in_batches(lists=batch, operations=batch)
     queue = make_queue(worker_num=4)
     mended, ran = [], []
 
@@ -326,8 +318,7 @@ def test_dead_letters_can_be_discarded(queue):
         (TaskFilter(), []),
     ],
 )
-def test_a_limit_and_an_offset_choose_as_in_a_list(queue, change, batch, filter, left, in_batches):
-    in_batches(lists=batch, operations=batch)
+def test_a_limit_and_an_offset_choose_as_in_a_list(queue, change, batch, filter, left):
     queue.mended = True
     assert getattr(queue, change)(filter) == 5 - len(left)
     assert queue.drain(PATIENCE)

@@ -31,16 +31,10 @@ from taskx.upkeep.expiry import Expiry
 SECOND = timedelta(seconds=1)
 
 
-@pytest.fixture
-def often(check_every):
-    """The housekeeper looks for expired tasks in every round."""
-    check_every(recover=0, audit=0.05, handles=0.05)
-
-
-@pytest.fixture
-def seldom(check_every):
-    """The housekeeper looks for expired tasks only when the queue starts."""
-    check_every(recover=3600)
+#: The housekeeper looks for expired tasks in every round.
+often = pytest.mark.timing(recover_every=0, audit_every=0.05, handles_every=0.05)
+#: The housekeeper looks for expired tasks only when the queue starts.
+seldom = pytest.mark.timing(recover_every=3600)
 
 
 def ends_as(task):
@@ -54,7 +48,7 @@ EXPIRED = "expired at 2024-01-01T00:01:00Z before its first start"
 # Tasks that nothing starts
 
 
-@pytest.mark.usefixtures("often")
+@often
 @pytest.mark.every_store
 @pytest.mark.parametrize("reason", ["no executor", "pause", "time", "parent", "turn", "rate"])
 def test_a_task_expires_whatever_it_waits_for(make_queue, gate, clock, reason):
@@ -104,9 +98,9 @@ def test_a_queue_that_is_not_started_cancels_nothing(make_queue, clock):
         handle.result(PATIENCE)
 
 
+@pytest.mark.timing(batch=3)
 @pytest.mark.every_store
-def test_many_expired_tasks_are_cancelled_in_batches(in_batches, make_queue, repository, clock):
-    in_batches(expiry=3)
+def test_many_expired_tasks_are_cancelled_in_batches(make_queue, repository, clock):
     queue = make_queue(clock=clock)
     queue.declare("remote")
     handles = queue.submit_many(
@@ -124,8 +118,8 @@ def test_many_expired_tasks_are_cancelled_in_batches(in_batches, make_queue, rep
     assert max(sizes) == 3
 
 
-def test_tasks_that_another_node_cancels_are_left_to_it(in_batches, make_queue, repository, clock):
-    in_batches(expiry=4)
+@pytest.mark.timing(batch=4)
+def test_tasks_that_another_node_cancels_are_left_to_it(make_queue, repository, clock):
     queue = make_queue(clock=clock)
     queue.declare("remote")
     queue.submit_many([Task(type="remote", expires_at=clock.now()) for _ in range(8)])
@@ -155,7 +149,7 @@ def refuse_expiry(writes):
         raise RepositoryError("the record is full")
 
 
-@pytest.mark.usefixtures("often")
+@often
 def test_an_expiry_that_cannot_be_stored_holds_up_no_schedule(make_queue, repository, clock):
     queue = make_queue(clock=clock)
     queue.executor("fine")(lambda: "fine")
@@ -173,7 +167,7 @@ def test_an_expiry_that_cannot_be_stored_holds_up_no_schedule(make_queue, reposi
 # Tasks that a worker comes to too late
 
 
-@pytest.mark.usefixtures("seldom")
+@seldom
 @pytest.mark.every_store
 def test_a_worker_cancels_an_expired_task_instead_of_starting_it(busy, gate, clock):
     queue = busy(clock=clock)
@@ -187,7 +181,7 @@ def test_a_worker_cancels_an_expired_task_instead_of_starting_it(busy, gate, clo
     assert ends_as(fine.task()) == ("completed", "", None, 1)
 
 
-@pytest.mark.usefixtures("often")
+@often
 def test_an_expiry_that_cannot_be_stored_holds_up_no_worker(busy, repository, gate, clock):
     queue = busy(clock=clock)
     bad = queue.submit("note", {"n": 1}, expires=60)
@@ -201,7 +195,7 @@ def test_an_expiry_that_cannot_be_stored_holds_up_no_worker(busy, repository, ga
     assert (queue.ran, bad.task().error) == ([2], EXPIRED)
 
 
-@pytest.mark.usefixtures("seldom")
+@seldom
 def test_an_expired_task_uses_up_no_rate(busy, gate, clock):
     queue = busy(clock=clock)
     ran = []
@@ -214,7 +208,7 @@ def test_an_expired_task_uses_up_no_rate(busy, gate, clock):
     assert ran == [2]
 
 
-@pytest.mark.usefixtures("seldom")
+@seldom
 def test_an_expired_task_does_not_run_in_its_submitter(busy, repository, clock):
     queue = busy(clock=clock, buffer_size=1, overflow="caller_runs")
     queue.submit("note", {"n": 1})
@@ -227,7 +221,7 @@ def test_an_expired_task_does_not_run_in_its_submitter(busy, repository, clock):
     assert queue.ran == [3]
 
 
-@pytest.mark.usefixtures("seldom")
+@seldom
 def test_a_deadline_that_has_passed_already_is_no_error(started, clock):
     handle = started.submit("fine", expires=datetime.now(timezone.utc) - SECOND)
     with pytest.raises(CancelledError):
@@ -262,7 +256,7 @@ def test_the_hook_of_a_submit_sees_the_expiry(make_queue, clock, at_once):
     eventually(lambda: seen == [(TaskStatus.PENDING, clock.now() + 60 * SECOND)])
 
 
-@pytest.mark.usefixtures("often")
+@often
 @pytest.mark.every_store
 @pytest.mark.parametrize("how", [Retry(delay=100), Snooze(100), ValueError("wrong")])
 def test_a_task_that_has_started_never_expires(make_queue, clock, how):
@@ -287,7 +281,7 @@ def test_a_task_that_has_started_never_expires(make_queue, clock, how):
     assert len(ran) == 2
 
 
-@pytest.mark.usefixtures("often")
+@often
 @pytest.mark.every_store
 def test_a_task_whose_process_died_never_expires(make_queue, repository, clock):
     queue = make_queue(clock=clock)
@@ -302,7 +296,7 @@ def test_a_task_whose_process_died_never_expires(make_queue, repository, clock):
     assert (handle.task().status, handle.task().expires_at) == (TaskStatus.PENDING, None)
 
 
-@pytest.mark.usefixtures("seldom")
+@seldom
 @pytest.mark.every_store
 def test_a_start_that_is_handed_back_does_not_count(busy, gate, clock):
     queue = busy(clock=clock)
@@ -322,7 +316,7 @@ def test_a_start_that_is_handed_back_does_not_count(busy, gate, clock):
 # What follows
 
 
-@pytest.mark.usefixtures("often")
+@often
 @pytest.mark.every_store
 def test_everything_follows_as_after_a_cancel(make_queue, clock):
     class Note(Hook):
@@ -360,7 +354,7 @@ def test_everything_follows_as_after_a_cancel(make_queue, clock):
     eventually(lambda: ("remote", "cancelled", EXPIRED) in heard)
 
 
-@pytest.mark.usefixtures("often")
+@often
 @pytest.mark.every_store
 def test_a_requeued_task_has_no_expiry(make_queue, clock):
     queue = make_queue(clock=clock)
@@ -439,7 +433,7 @@ def test_only_a_task_that_can_expire_is_in_the_index(queue, repository, end):
         assert handle.task().expires_at is None
 
 
-@pytest.mark.usefixtures("often")
+@often
 def test_an_expiry_can_be_changed_by_hand(make_queue, repository, clock):
     queue = make_queue(clock=clock)
     queue.declare("remote")
@@ -618,7 +612,7 @@ def test_a_repository_that_loses_the_expiry_refuses_it(make_queue, start):
 # Races
 
 
-@pytest.mark.usefixtures("seldom")
+@seldom
 @pytest.mark.every_store
 def test_a_task_that_expires_during_its_start_does_not_run(busy, repository, gate, clock):
     queue = busy(clock=clock)

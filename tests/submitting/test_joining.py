@@ -613,9 +613,9 @@ class TestSQLAlchemy:
 
 
 class TestWakeUps:
-    def test_a_commit_wakes_the_workers(self, queue, connection, check_every):
+    @pytest.mark.timing(poll_every=10 * LONG, recover_every=10 * LONG, audit_every=10 * LONG)
+    def test_a_commit_wakes_the_workers(self, queue, connection):
         """They do not wait for a poll: the next one would come when this test has failed long ago."""
-        check_every(poll=10 * LONG, recover=10 * LONG, audit=10 * LONG)
         with queue:
             queue.submit("echo").result(timeout=LONG)
             for n in range(10):

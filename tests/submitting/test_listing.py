@@ -24,7 +24,6 @@ from taskx import (
     ZlibCodec,
 )
 from taskx.core.options import AGES, FilterOptions
-from taskx.storage import queries
 from taskx.storage.base import BASIC_CONDITIONS
 
 
@@ -109,18 +108,12 @@ def failed(queue):
     return queue
 
 
-@pytest.fixture
-def searching(monkeypatch):
-    """Return a function that sets how many tasks are searched."""
-    return lambda number: monkeypatch.setattr(queries, "SEARCHED", number)
-
-
 class TestConditions:
     """The conditions that a repository of eight methods, or one of an older version, does not know."""
 
+    @pytest.mark.timing(batch=2)
     @pytest.mark.every_store
-    def test_every_condition_works_on_every_repository(self, failed, in_batches):
-        in_batches(lists=2)
+    def test_every_condition_works_on_every_repository(self, failed):
         for fields, expected in [
             ({"error": "timeout"}, "1"),
             ({"error": "timeout", "status": "pending"}, ""),
@@ -207,9 +200,9 @@ class TestConditions:
 class TestSearchInParams:
     """A search in params looks at the newest tasks only, and says so."""
 
+    @pytest.mark.timing(most_searched=4)
     @pytest.mark.every_store
-    def test_a_page_says_since_when_it_searched(self, queue, searching):
-        searching(4)
+    def test_a_page_says_since_when_it_searched(self, queue):
         since = queue.get_task_status("2").created_at
         page = queue.list_tasks(params={"n": 1})
         assert (page.tasks, page.total, page.exact, page.searched_since) == ([], 0, False, since)
@@ -223,18 +216,16 @@ class TestSearchInParams:
         assert ([task.id for task in older.tasks], older.exact) == (["1"], True)
         assert older.searched_since is None
 
-    def test_the_last_task_searched_is_the_oldest(self, queue, searching):
-        searching(6)
+    @pytest.mark.parametrize("most_searched", [5, 6])
+    def test_the_last_task_searched_is_the_oldest(self, queue, most_searched):
         page = queue.list_tasks(params={"n": 0})
-        assert (page.total, page.exact, page.searched_since) == (1, True, None)
-        searching(5)
-        page = queue.list_tasks(params={"n": 0})
-        assert (page.total, page.exact) == (0, False)
+        found = most_searched == 6
+        assert (page.total, page.exact, page.searched_since is None) == (found, found, found)
 
-    def test_further_pages_search_since_the_same_moment(self, queue, searching):
+    @pytest.mark.timing(most_searched=4)
+    def test_further_pages_search_since_the_same_moment(self, queue):
         for n in range(6, 8):
             queue.submit("a", {"n": 2}, id=str(n))
-        searching(4)
         page = queue.list_tasks(params={"n": 2}, limit=1)
         assert (page.total, page.exact) == (2, False)
         found, since = [], queue.get_task_status("4").created_at
@@ -245,25 +236,25 @@ class TestSearchInParams:
         assert (found, page.total, page.exact) == (["7", "6"], 2, False)
         assert [task.id for task in queue.iter_tasks(params={"n": 2})] == ["7", "6", "2"]
 
-    def test_a_limited_count_says_that_it_is_not_exact(self, queue, searching):
-        searching(4)
+    @pytest.mark.timing(most_searched=4)
+    def test_a_limited_count_says_that_it_is_not_exact(self, queue):
         count = queue.count_tasks(params={"n": 1}, at_most=10)
         assert (count, count.exact) == (0, False)
         count = queue.count_tasks(params={"n": 1})
         assert (count, count.exact) == (1, True)
 
-    def test_an_iteration_searches_all_tasks(self, queue, searching):
-        searching(1)
+    @pytest.mark.timing(most_searched=1)
+    def test_an_iteration_searches_all_tasks(self, queue):
         assert [task.id for task in queue.iter_tasks(params={"n": 0})] == ["0"]
 
 
 class TestPages:
     """Pages that begin after the page before."""
 
+    @pytest.mark.timing(batch=2)
     @pytest.mark.every_store
     @pytest.mark.parametrize("fields", [{}, {"status": "pending"}, {"id_prefix": ""}], ids=str)
-    def test_pages_cover_the_list_exactly_once(self, queue, fields, in_batches):
-        in_batches(lists=2)
+    def test_pages_cover_the_list_exactly_once(self, queue, fields):
         for limit in (1, 2, 3, 5, 6, 7):
             whole = [task.id for task in queue.list_tasks(**fields).tasks]
             found, page = [], queue.list_tasks(**fields, limit=limit)
@@ -363,9 +354,9 @@ class TestCount:
 
 
 class TestIteration:
+    @pytest.mark.timing(batch=2)
     @pytest.mark.every_store
-    def test_it_goes_through_all_tasks_newest_first(self, queue, in_batches):
-        in_batches(lists=2)
+    def test_it_goes_through_all_tasks_newest_first(self, queue):
         assert [task.id for task in queue.iter_tasks()] == [*"543210"]
         assert [task.id for task in queue.iter_tasks(TaskFilter(type="a"))] == [*"420"]
         assert [task.id for task in queue.iter_tasks(status="pending", limit=4)] == [*"5431"]
@@ -377,9 +368,9 @@ class TestIteration:
         assert queue.list_tasks().more == 401
         assert len({task.id for task in queue.iter_tasks()}) == 501
 
+    @pytest.mark.timing(batch=2)
     @pytest.mark.every_store
-    def test_tasks_that_come_and_go_meanwhile_change_nothing_else(self, queue, clock, in_batches):
-        in_batches(lists=2)
+    def test_tasks_that_come_and_go_meanwhile_change_nothing_else(self, queue, clock):
         found = []
         for task in queue.iter_tasks():
             found.append(task.id)
@@ -388,8 +379,8 @@ class TestIteration:
             clock.advance(1)
         assert found == [*"543210"]
 
-    def test_an_error_of_the_repository_reaches_the_caller(self, queue, in_batches, monkeypatch):
-        in_batches(lists=2)
+    @pytest.mark.timing(batch=2)
+    def test_an_error_of_the_repository_reaches_the_caller(self, queue, monkeypatch):
         found = queue.iter_tasks()
         assert next(found).id == "5"
 

@@ -6,7 +6,7 @@ import threading
 import tracemalloc
 
 import pytest
-from helpers import PATIENCE, eventually, ids, pool_of, run_in_thread
+from helpers import PATIENCE, eventually, ids, no_batches, pool_of, run_in_thread
 
 from taskx import QueueFull, QueueStopped, Task, TaskStatus
 
@@ -66,8 +66,9 @@ def test_a_stop_ends_a_blocked_submit(busy, gate):
     assert "late" not in ids(queue)
 
 
+@no_batches
 @pytest.mark.every_store
-def test_spill_runs_all_tasks_in_order(busy, gate, no_batches):
+def test_spill_runs_all_tasks_in_order(busy, gate):
     queue = busy(buffer_size=3, overflow="spill")
     handles = [queue.submit("note", {"n": n}) for n in range(150)]
     gate.open()
@@ -186,9 +187,10 @@ def test_submits_inside_executors_never_deadlock(make_queue, overflow):
     assert len(accepted) == 20 or overflow == "reject"
 
 
+@no_batches
 @pytest.mark.every_store
 @pytest.mark.parametrize("overflow", OVERFLOWS)
-def test_submit_many_may_exceed_the_buffer_unless_it_rejects(busy, gate, overflow, no_batches):
+def test_submit_many_may_exceed_the_buffer_unless_it_rejects(busy, gate, overflow):
     queue = busy(buffer_size=4, overflow=overflow)
     tasks = [Task(type="note", params={"n": n}) for n in range(20)]
     before = ids(queue)
@@ -204,10 +206,9 @@ def test_submit_many_may_exceed_the_buffer_unless_it_rejects(busy, gate, overflo
     assert queue.ran == list(range(len(tasks)))
 
 
+@no_batches
 @pytest.mark.every_store
-def test_the_spilled_rest_of_a_batch_runs_after_its_buffered_part(
-    busy, gate, repository, no_batches
-):
+def test_the_spilled_rest_of_a_batch_runs_after_its_buffered_part(busy, gate, repository):
     """The order holds even if the rest is fetched before the others are in the buffer."""
     queue = busy(buffer_size=4, overflow="spill")
     pool = pool_of(queue)

@@ -222,9 +222,9 @@ class TestFilters:
         with pytest.raises(ConfigurationError, match="flow must be the id of a flow"):
             queue.list_tasks(flow=flow)
 
+    @pytest.mark.timing(most_searched=2)
     @pytest.mark.every_store
-    def test_a_search_in_params_looks_at_the_tasks_of_the_tag(self, queue, monkeypatch):
-        monkeypatch.setattr("taskx.storage.queries.SEARCHED", 2)
+    def test_a_search_in_params_looks_at_the_tasks_of_the_tag(self, queue):
         queue.submit("t", {"n": 1}, id="old", tags=["a"])
         queue.submit_many([Task(type="t", params={"n": 1}) for _ in range(3)])
         page = queue.list_tasks(params={"n": 1}, tag="a")

@@ -8,9 +8,11 @@ import pytest
 from helpers import (
     PATIENCE,
     eventually,
+    frequent_checks,
     housekeeper_of,
     ids,
     key_holders,
+    no_batches,
     pool_of,
     services_of,
     those_with,
@@ -243,7 +245,7 @@ class TestConflict:
         assert second.id != first.id
         assert (first.task().params, second.task().params) == ({"n": 1}, {"n": 2})
 
-    @pytest.mark.usefixtures("frequent_checks")
+    @frequent_checks
     def test_a_task_replaced_during_its_start_runs_with_the_new_params(
         self, make_queue, repository
     ):
@@ -264,7 +266,8 @@ class TestConflict:
         first.result(PATIENCE)
         assert ran == [2]
 
-    def test_a_replaced_task_in_the_buffer_gets_its_new_place(self, busy, gate, no_batches):
+    @no_batches
+    def test_a_replaced_task_in_the_buffer_gets_its_new_place(self, busy, gate):
         queue = busy()
         queue.submit("note", {"n": 1}, priority=1)
         first = queue.submit("note", {"n": 2}, **KEY)
@@ -295,9 +298,9 @@ class TestConflict:
             with pytest.raises(QueueFull):
                 queue.submit("note", unique_key="other", on_conflict=conflict)
 
-    def test_a_replaced_task_is_noticed_at_once(self, make_queue, check_every):
+    @pytest.mark.timing(recover_every=3600)
+    def test_a_replaced_task_is_noticed_at_once(self, make_queue):
         """No slow duty and no change by others helps to notice it."""
-        check_every(recover=3600)
         clock = ManualClock()
         queue = make_queue(clock=clock)
         queue.repository.version = lambda: 0
@@ -312,11 +315,9 @@ class TestConflict:
         queue.submit("fine", {"n": 4}, **KEY, on_conflict="replace")
         assert first.result(PATIENCE) == 4
 
-    def test_a_task_stored_at_the_second_try_has_no_owner_without_a_buffer(
-        self, make_queue, gate, check_every
-    ):
+    @pytest.mark.timing(recover_every=3600)
+    def test_a_task_stored_at_the_second_try_has_no_owner_without_a_buffer(self, make_queue, gate):
         """The first try was for the buffer; before the second try the type was paused."""
-        check_every(recover=3600)
         clock = ManualClock()
         queue = make_queue(clock=clock, worker_num=1)
         queue.executor("hold")(lambda: gate())

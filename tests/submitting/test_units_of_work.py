@@ -46,8 +46,8 @@ from taskx import (
     every,
     executor,
 )
+from taskx.core.timing import Timing
 from taskx.executing.executors import BoundExecutor
-from taskx.storage.sqlite import examination
 
 PAGE = Path(__file__).parents[2] / "docs" / "design-transactions.rst"
 
@@ -82,7 +82,9 @@ def echo(n: int = 0) -> int:
 
 
 def queue_on(path: Path, busy_timeout: float = PATIENCE) -> Queue:
-    repository = SQLiteRepository(path, prefix="taskx_", busy_timeout=busy_timeout)
+    repository = SQLiteRepository(
+        path, prefix="taskx_", busy_timeout=busy_timeout, timing=Timing(examine_within=0.01)
+    )
     queue = Queue(repository, Config(worker_num=1))
     queue.register_executor(echo)
     return queue
@@ -234,9 +236,8 @@ def states(columns: Mapping[str, str]) -> list[Any]:
 
 
 @pytest.fixture
-def scenes(template, tmp_path, monkeypatch) -> Iterator[Callable[[str], Scene]]:
+def scenes(template, tmp_path) -> Iterator[Callable[[str], Scene]]:
     """Return a function that makes a scene. The one before is closed."""
-    monkeypatch.setattr(examination, "PATIENCE", 0.01)
     made: list[Scene] = []
 
     def make(state: str) -> Scene:

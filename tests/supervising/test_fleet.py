@@ -9,7 +9,8 @@ import signal
 
 import pytest
 
-from taskx.supervising.fleet import GRACE, PROVEN, SILENCE, Fleet, backoff
+from taskx.core.timing import DEFAULT_TIMING
+from taskx.supervising.fleet import Fleet, backoff
 from taskx.supervising.settings import AWAY, RECYCLE
 
 KILLED = -signal.SIGKILL
@@ -149,7 +150,7 @@ def test_a_process_that_has_run_for_a_minute_is_replaced_at_once(driven):
         driven.wait(30)
         dying = driven.spawned[-1]
     driven.beat(dying)
-    driven.wait(PROVEN)
+    driven.wait(DEFAULT_TIMING.proven_after)
     count = len(driven.spawned)
     driven.end(dying, 1)
     assert len(driven.spawned) == count + 1
@@ -177,7 +178,7 @@ def test_a_worker_whose_first_process_the_system_cannot_start_ends():
 
 
 def test_the_back_off_has_a_bound_whatever_the_number_of_deaths():
-    assert backoff(10**9) == 30.0
+    assert backoff(10**9, 30.0) == 30.0
 
 
 def test_a_place_without_a_process_is_a_problem_until_the_next_one_is_ready(driven):
@@ -272,7 +273,7 @@ def test_a_process_that_asks_to_be_replaced_gets_a_successor_while_it_drains(dri
 def test_a_process_that_does_not_end_after_it_asked_to_be_replaced_is_killed(driven):
     old = driven.spawned[0]
     driven.hear(old, "leaving", "it is 60 s old")
-    driven.wait(30.0 + GRACE - 1)
+    driven.wait(30.0 + DEFAULT_TIMING.end_within - 1)
     assert not old.killed
     driven.wait(1)
     assert old.killed
@@ -294,7 +295,7 @@ def test_a_process_that_does_not_stop_in_time_is_killed_and_the_exit_code_says_s
     slow, quick = driven.spawned
     driven.fleet.stop()
     driven.end(quick)
-    driven.wait(30.0 + GRACE)
+    driven.wait(30.0 + DEFAULT_TIMING.end_within)
     assert slow.killed
     driven.end(slow, KILLED)
     assert (driven.fleet.over, driven.fleet.code) == (True, 1)
@@ -305,7 +306,7 @@ def test_a_second_stop_is_at_once_and_a_third_one_kills(driven):
     driven.fleet.stop()
     driven.fleet.stop()
     assert slow.orders == ["stop", "now"]
-    driven.wait(GRACE)
+    driven.wait(DEFAULT_TIMING.end_within)
     assert slow.killed
     other = driven.spawned[1]
     other.killed = False
@@ -334,7 +335,7 @@ def test_nothing_is_replaced_after_a_stop(driven):
 
 
 def test_a_silent_process_is_a_problem(driven):
-    driven.wait(SILENCE + 1)
+    driven.wait(DEFAULT_TIMING.beat_within + 1)
     driven.beat(driven.spawned[0])
     (problem,) = driven.fleet.problems()
     assert problem.startswith("The process 2 (pid ")

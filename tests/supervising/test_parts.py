@@ -16,8 +16,9 @@ from types import SimpleNamespace
 import pytest
 
 from taskx import ConfigurationError, Queue
+from taskx.core.timing import DEFAULT_TIMING
 from taskx.supervising import health
-from taskx.supervising.health import WRITE_EVERY, HealthFile, HealthPort
+from taskx.supervising.health import HealthFile, HealthPort
 from taskx.supervising.loading import files_of, load_queue, load_queue_to_run
 from taskx.supervising.notify import Notifier
 from taskx.supervising.process import (
@@ -371,9 +372,9 @@ def test_the_health_file_exists_and_is_renewed_while_all_is_well(tmp_path):
     file.show(GOOD_REPORT, 100.0)
     assert json.loads(path.read_text()) == GOOD_REPORT
     os.utime(path, ns=(1, 1))
-    file.show(GOOD_REPORT, 100.0 + WRITE_EVERY - 1)
+    file.show(GOOD_REPORT, 100.0 + DEFAULT_TIMING.health_every - 1)
     assert path.stat().st_mtime_ns == 1
-    file.show(GOOD_REPORT, 100.0 + WRITE_EVERY)
+    file.show(GOOD_REPORT, 100.0 + DEFAULT_TIMING.health_every)
     assert path.stat().st_mtime_ns > 1
     file.show(BAD_REPORT, 106.0)
     assert not path.exists()

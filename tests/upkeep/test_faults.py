@@ -428,12 +428,10 @@ def test_a_clock_that_is_set_during_a_run_makes_no_task_run_twice(make_queue, da
     queue.repository.close()
 
 
-def test_two_nodes_whose_clocks_differ_by_two_hours_work_together(
-    make_queue, database, gate, monkeypatch
-):
+@pytest.mark.timing(recover_every=0.0)
+def test_two_nodes_whose_clocks_differ_by_two_hours_work_together(make_queue, database, gate):
     """Neither node believes that the other is dead, or that its tasks must run again."""
     # Each round checks for dead nodes.
-    monkeypatch.setattr("taskx.upkeep.housekeeper.RECOVER_EVERY", 0.0)
     here, there = ManualClock(), ManualClock()
     there.set_wall(here.now() + timedelta(hours=2))
     queues = [make_queue(SpySQLite(database), clock=clock, worker_num=2) for clock in (here, there)]

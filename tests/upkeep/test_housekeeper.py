@@ -10,6 +10,7 @@ from helpers import (
     PATIENCE,
     Spy,
     eventually,
+    frequent_checks,
     held_on,
     housekeeper_of,
     node_of,
@@ -31,10 +32,8 @@ from taskx.upkeep.node import LocalNode
 MANY = 3000
 
 
-@pytest.fixture
-def hurried(monkeypatch):
-    """Give the duties no time: each does one step in each round."""
-    monkeypatch.setattr("taskx.upkeep.housekeeper.PATIENCE", 0.0)
+#: Gives the duties no time: each does one step in each round.
+hurried = pytest.mark.timing(round_within=0.0)
 
 
 # What a node knows of its own troubles
@@ -51,6 +50,7 @@ def test_a_repository_that_is_away_is_a_problem_of_the_node_until_it_is_back(sta
     eventually(lambda: not node.problems())
 
 
+@pytest.mark.timing(answer_within=0.01)
 def test_a_repository_that_does_not_answer_is_a_problem_while_it_is_waited_for(
     started, repository, monkeypatch
 ):
@@ -66,7 +66,6 @@ def test_a_repository_that_does_not_answer_is_a_problem_while_it_is_waited_for(
         assert answers.wait(PATIENCE)
         return find(*args)
 
-    monkeypatch.setattr("taskx.upkeep.housekeeper.ANSWER_WITHIN", 0.01)
     monkeypatch.setattr(repository, "find", hangs)
     assert asked.wait(PATIENCE)
     [problem] = eventually(node.problems)
@@ -88,7 +87,7 @@ def test_a_record_that_another_transaction_has_locked_is_no_problem(started, mon
     assert housekeeper.problems() == []
 
 
-@pytest.mark.usefixtures("frequent_checks")
+@frequent_checks
 def test_a_type_that_stuck_threads_hold_up_is_a_problem_of_their_node(make_queue, gate, clock):
     queue, other = make_queue(worker_num=1, clock=clock), make_queue()
     queue.executor("hang", timeout=60, grace=0.0, max_attempts=2)(gate)
@@ -109,11 +108,10 @@ def test_a_type_that_stuck_threads_hold_up_is_a_problem_of_their_node(make_queue
 # Duties that have much to do
 
 
+@hurried
+@pytest.mark.timing(due_batch=1)
 @pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)
-def test_a_cancel_does_not_wait_for_all_due_tasks(
-    hurried, monkeypatch, make_queue, repository, clock
-):
-    monkeypatch.setattr("taskx.upkeep.housekeeper.MOST_DUE", 1)
+def test_a_cancel_does_not_wait_for_all_due_tasks(make_queue, repository, clock):
     queue, web = make_queue(worker_num=2, clock=clock), make_queue()
     released, cancelled_after, begun = set(), [], threading.Event()
 
@@ -144,8 +142,9 @@ def is_release(write):
     return isinstance(write, Update) and write.guard.get("held") == UNTIL_DUE
 
 
-def test_all_due_tasks_are_released_over_several_rounds(hurried, monkeypatch, make_queue, clock):
-    monkeypatch.setattr("taskx.upkeep.housekeeper.MOST_DUE", 10)
+@hurried
+@pytest.mark.timing(due_batch=10)
+def test_all_due_tasks_are_released_over_several_rounds(make_queue, clock):
     queue = make_queue(worker_num=2, clock=clock, buffer_size=200)
     queue.executor("t")(lambda: None)
     due = clock.now() + timedelta(seconds=60)
@@ -156,9 +155,9 @@ def test_all_due_tasks_are_released_over_several_rounds(hurried, monkeypatch, ma
         assert handle.result(PATIENCE) is None
 
 
-def test_a_round_does_a_step_of_each_burst(hurried, monkeypatch, make_queue, clock):
-    monkeypatch.setattr("taskx.upkeep.housekeeper.MOST_DUE", 10)
-    monkeypatch.setattr("taskx.schedules.ticker.TOGETHER", 10)
+@hurried
+@pytest.mark.timing(due_batch=10, tick_batch=10)
+def test_a_round_does_a_step_of_each_burst(make_queue, clock):
     queue = make_queue(worker_num=1, clock=clock)
     queue.declare("remote")
     due = clock.now() + timedelta(seconds=60)
@@ -187,12 +186,12 @@ def test_a_round_does_a_step_of_each_burst(hurried, monkeypatch, make_queue, clo
         assert [len(batch) for batch in batches if not is_release(batch[0])] in ([], [5], [10])
 
 
+@pytest.mark.timing(due_batch=10)
+@pytest.mark.timing(poll_every=10000)
 @pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)
 def test_due_tasks_that_another_node_releases_are_left_to_it_for_a_while(
-    monkeypatch, make_queue, check_every, repository, clock
+    make_queue, repository, clock
 ):
-    monkeypatch.setattr("taskx.upkeep.housekeeper.MOST_DUE", 10)
-    check_every(poll=10_000)
     queue = make_queue(worker_num=1, clock=clock)
     queue.declare("remote")
     due = clock.now() + timedelta(seconds=60)
@@ -241,9 +240,9 @@ def waiting(task_id):
     return row
 
 
+@pytest.mark.timing(free_batch=10)
 @pytest.mark.parametrize("repository", ["sqlite"], indirect=True)
-def test_the_buffer_of_a_dead_node_is_freed_in_parts(in_batches, make_queue, repository, dead):
-    in_batches(recovery=10)
+def test_the_buffer_of_a_dead_node_is_freed_in_parts(make_queue, repository, dead):
     queue = make_queue()
     queue.declare("remote")
     dead([waiting(f"{n:03}") for n in range(35)])
@@ -257,11 +256,11 @@ def test_the_buffer_of_a_dead_node_is_freed_in_parts(in_batches, make_queue, rep
     assert (owners(repository), len(repository.ready(["remote"], 100))) == ([], 35)
 
 
+@pytest.mark.timing(free_batch=2)
 @pytest.mark.parametrize("repository", ["sqlite"], indirect=True)
 def test_a_task_of_a_dead_node_that_cannot_be_freed_holds_up_no_other(
-    monkeypatch, in_batches, make_queue, repository, dead
+    monkeypatch, make_queue, repository, dead
 ):
-    in_batches(recovery=2)
     queue = make_queue()
     queue.declare("remote")
     dead([waiting(f"{n}") for n in range(6)])
@@ -302,9 +301,9 @@ def test_a_record_that_a_dead_process_still_locks_keeps_no_queue_from_starting(
     assert eventually(lambda: not housekeeper_of(queue).recovery._held)
 
 
+@pytest.mark.timing(free_batch=2)
 @pytest.mark.parametrize("repository", ["sqlite"], indirect=True)
-def test_all_tasks_of_a_dead_node_are_taken_back(in_batches, make_queue, repository, dead):
-    in_batches(recovery=2)
+def test_all_tasks_of_a_dead_node_are_taken_back(make_queue, repository, dead):
     queue = make_queue()
     queue.declare("remote")
     dead([waiting(f"{n}") for n in range(5)])
@@ -316,13 +315,13 @@ def test_all_tasks_of_a_dead_node_are_taken_back(in_batches, make_queue, reposit
     ] * 2
 
 
+@pytest.mark.timing(most_audited=2)
 class TestAudit:
     """The audit: a node finds its own tasks that it lost track of."""
 
     @pytest.fixture
     def audits(self, busy, monkeypatch):
         """A queue whose only worker is busy, and an audit of two buffered tasks at a time."""
-        monkeypatch.setattr(audit, "AUDITED", 2)
         queue = busy(buffer_size=100)
         monkeypatch.setattr(housekeeper_of(queue)._audit, "check", lambda: None)
         return queue, audit.Audit(pool_of(queue))
@@ -358,11 +357,10 @@ class TestAudit:
         assert queue.ran == [0, 1, 2, 3, 4]
 
 
+@hurried
+@pytest.mark.timing(free_batch=10)
 @pytest.mark.parametrize("repository", ["sqlite"], indirect=True)
-def test_a_started_queue_frees_all_tasks_of_a_dead_node(
-    hurried, in_batches, make_queue, repository, dead
-):
-    in_batches(recovery=10)
+def test_a_started_queue_frees_all_tasks_of_a_dead_node(make_queue, repository, dead):
     queue = make_queue()
     queue.declare("remote")
     queue.start()
@@ -402,11 +400,11 @@ def test_the_log_says_what_happens_to_a_task_whose_process_died(
 # Turns and parents
 
 
+@pytest.mark.timing(batch=10)
 @pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)
 def test_stalled_queues_of_concurrency_keys_are_advanced_in_parts(
-    monkeypatch, in_batches, make_queue, repository
+    monkeypatch, make_queue, repository
 ):
-    in_batches(turns=10)
     queue = make_queue()
     queue.declare("remote")
     turns = services_of(queue).turns
@@ -422,11 +420,9 @@ def test_stalled_queues_of_concurrency_keys_are_advanced_in_parts(
     assert not turns.overdue()
 
 
+@pytest.mark.timing(batch=10)
 @pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)
-def test_a_stalled_concurrency_key_is_found_behind_many_that_move(
-    in_batches, make_queue, repository
-):
-    in_batches(turns=10)
+def test_a_stalled_concurrency_key_is_found_behind_many_that_move(make_queue, repository):
     queue = make_queue()
     queue.declare("remote")
     for n in range(35):

@@ -18,9 +18,10 @@ from taskx import (
     TaskFailed,
     TaskStatus,
 )
-from taskx.common import bell, watcher
+from taskx.common import bell
 from taskx.common.bell import Rest
 from taskx.core.lifecycle import CANCEL_REQUESTED, FREED
+from taskx.core.timing import DEFAULT_TIMING, Timing
 from taskx.storage.base import Listener
 from taskx.upkeep import listening
 from taskx.upkeep.node import Lifetime
@@ -30,34 +31,31 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no 
 NEVER = 3600.0
 
 
-@pytest.fixture
-def no_polling(monkeypatch, check_every):
-    check_every(poll=NEVER, recover=NEVER, audit=NEVER, handles=NEVER)
-    monkeypatch.setattr(watcher, "_POLL", NEVER)
-
-
-@pytest.fixture
-def pipes_always_listed(monkeypatch):
-    monkeypatch.setattr("taskx.storage.sqlite.wakeups.SCAN_EVERY", 0.0)
+#: Makes no node and no waiting thread poll.
+no_polling = pytest.mark.timing(
+    **dict.fromkeys(
+        ("poll_every", "recover_every", "audit_every", "handles_every", "watch_every"), NEVER
+    )
+)
 
 
 @pytest.fixture
 def repository(database):
-    with SQLiteRepository(database) as made:
+    with SQLiteRepository(database, timing=Timing(listeners_every=0.0)) as made:
         yield made
 
 
 @pytest.fixture
-def elsewhere(database, pipes_always_listed):
+def elsewhere(database, timing):
     """A queue that is not started, on a second connection as in another process."""
-    with SQLiteRepository(database) as made:
-        queue = Queue(made)
+    with SQLiteRepository(database, timing=Timing(listeners_every=0.0)) as made:
+        queue = Queue(made, timing=timing)
         yield queue
         services_of(queue).watcher.close()
 
 
 @pytest.fixture
-def listens(make_queue, no_polling):
+def listens(make_queue):
     """Return a function that makes a started queue which hears the others and has nothing to do."""
 
     def make(register=lambda queue: None, **config):
@@ -71,6 +69,7 @@ def listens(make_queue, no_polling):
     return make
 
 
+@no_polling
 def test_a_task_that_another_process_submits_starts_at_once(listens, elsewhere):
     ran = threading.Event()
     listens(lambda queue: queue.executor("t")(ran.set))
@@ -81,6 +80,7 @@ def test_a_task_that_another_process_submits_starts_at_once(listens, elsewhere):
         ran.clear()
 
 
+@no_polling
 def test_a_task_that_another_process_submits_after_its_pause_does_not_start(listens, elsewhere):
     """No event told this node of the pause: it reads the pauses before it fetches."""
     began = []
@@ -100,6 +100,7 @@ def test_a_task_that_another_process_submits_after_its_pause_does_not_start(list
     assert queue.get_task_status(waits.id).status is TaskStatus.PENDING
 
 
+@no_polling
 def test_a_cancel_by_another_process_fires_the_token_at_once(listens, elsewhere):
     begun = threading.Event()
 
@@ -115,10 +116,9 @@ def test_a_cancel_by_another_process_fires_the_token_at_once(listens, elsewhere)
     assert eventually(handle.cancelled)
 
 
+@no_polling
 @pytest.mark.parametrize("fails", [False, True])
-def test_an_outcome_in_another_process_ends_a_wait_at_once(
-    listens, elsewhere, pipes_always_listed, fails
-):
+def test_an_outcome_in_another_process_ends_a_wait_at_once(listens, elsewhere, fails):
     going_on = threading.Event()
 
     def work():
@@ -137,7 +137,8 @@ def test_an_outcome_in_another_process_ends_a_wait_at_once(
         assert waits() == 7
 
 
-def test_a_process_can_wait_for_one_result_after_another(listens, elsewhere, pipes_always_listed):
+@no_polling
+def test_a_process_can_wait_for_one_result_after_another(listens, elsewhere):
     listens(lambda queue: queue.executor("t")(lambda n: n))
     elsewhere.declare("t")
     assert [elsewhere.submit("t", {"n": n}).result(PATIENCE) for n in range(10)] == [*range(10)]
@@ -183,6 +184,7 @@ def test_a_queue_polls_if_its_listener_fails(make_queue, elsewhere, monkeypatch,
     assert caplog.text.count("gets no wake-ups") == 1
 
 
+@no_polling
 def test_a_stop_ends_the_thread_and_removes_the_pipe(listens, database):
     queue = listens()
     pipes = lambda: [*database.with_name("tasks.db-nodes").glob("*.pipe")]  # noqa: E731
@@ -192,6 +194,7 @@ def test_a_stop_ends_the_thread_and_removes_the_pipe(listens, database):
     assert pipes() == []
 
 
+@no_polling
 def test_closing_a_queue_that_waited_removes_its_pipe(elsewhere, listens, database):
     queue = listens(lambda queue: queue.executor("t")(lambda: None))
     elsewhere.declare("t")
@@ -224,7 +227,7 @@ def spent(monkeypatch):
         now.wall += wall
         now.used += used
 
-    spent.rest = Rest()
+    spent.rest = Rest(DEFAULT_TIMING)
     return spent
 
 
@@ -298,14 +301,14 @@ def heard(monkeypatch):
 
     def heard(*news, brings):
         fetcher, done = SimpleNamespace(fetched=0), []
-        thread = listening.Listening(SimpleNamespace(fetcher=fetcher))
+        services = SimpleNamespace(timing=Timing(rest_within=NEVER))
+        thread = listening.Listening(SimpleNamespace(fetcher=fetcher, services=services))
 
         def process(news):
             done.append(news)
             fetcher.fetched += brings
 
         monkeypatch.setattr(thread, "_process", process)
-        monkeypatch.setattr(bell, "_QUIET", NEVER)
         monkeypatch.setattr(
             listening, "time", SimpleNamespace(sleep=lambda _: done.append("rests"))
         )
@@ -330,7 +333,7 @@ def test_after_a_fetch_in_vain_the_listener_rests_before_the_next_one(heard):
 
 
 @pytest.fixture
-def process(busy, no_polling, monkeypatch):
+def process(busy, monkeypatch):
     """Return a function that processes news in a queue with a busy worker, and returns its actions."""
     queue = busy()
     pool, seen = pool_of(queue), []
@@ -353,6 +356,7 @@ def process(busy, no_polling, monkeypatch):
     return process
 
 
+@no_polling
 def test_the_listener_reacts_to_the_kind_of_news(process):
     assert process(2 * FREED) == ["refill"]
     assert process(CANCEL_REQUESTED) == ["cancels"]
@@ -360,22 +364,26 @@ def test_the_listener_reacts_to_the_kind_of_news(process):
     assert process("\n?") == []
 
 
+@no_polling
 def test_without_room_in_the_buffer_the_listener_fetches_nothing(process, monkeypatch):
     monkeypatch.setattr(pool_of(process.queue).buffer, "room_to_fetch", lambda: 0)
     assert process(FREED) == []
 
 
+@no_polling
 def test_with_no_running_task_the_listener_ignores_cancels(process, monkeypatch):
     monkeypatch.setattr(pool_of(process.queue), "runs", {})
     assert process(CANCEL_REQUESTED) == []
 
 
+@no_polling
 def test_the_housekeeper_fetches_if_another_thread_is_fetching(process):
     process.queue.free = False
     assert process(FREED) == ["refill", "wake"]
     assert services_of(process.queue).agenda.more_stored
 
 
+@no_polling
 def test_the_housekeeper_retries_a_fetch_that_failed(process, monkeypatch):
     def fails():
         raise RepositoryUnavailable("down")
@@ -389,12 +397,10 @@ def test_the_housekeeper_retries_a_fetch_that_failed(process, monkeypatch):
 RUNS = """
 import sys, threading
 from taskx import Context, Queue, SQLiteRepository
-from taskx.storage.sqlite import wakeups
-from taskx.upkeep import housekeeper
+from taskx.core.timing import Timing
 
-wakeups.SCAN_EVERY = 0.0
-housekeeper.POLL = housekeeper.RECOVER_EVERY = housekeeper.AUDIT_EVERY = 3600.0  # no polling
-queue = Queue(SQLiteRepository(sys.argv[1]))
+timing = Timing(listeners_every=0.0, poll_every=3600.0, recover_every=3600.0, audit_every=3600.0)
+queue = Queue(SQLiteRepository(sys.argv[1], timing=timing))
 queue.executor("fine")(lambda n: n)
 
 @queue.executor("waits")
@@ -411,11 +417,10 @@ with queue:
 """
 
 
+@pytest.mark.timing(watch_every=NEVER, handles_every=NEVER)
 @pytest.mark.process
-def test_two_processes_wake_each_other(spawn, elsewhere, database, monkeypatch, check_every):
+def test_two_processes_wake_each_other(spawn, elsewhere, database):
     """They do so for a submit, a cancel and outcomes."""
-    check_every(handles=NEVER)
-    monkeypatch.setattr(watcher, "_POLL", NEVER)
     child = spawn(RUNS, database)
     assert child.read() == "ready"
     for type in ("fine", "waits"):

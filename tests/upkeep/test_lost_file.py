@@ -11,7 +11,6 @@ import pytest
 from helpers import PATIENCE, eventually, housekeeper_of, ids, node_of, pool_of
 
 from taskx import Queue, RepositoryUnavailable, SQLiteRepository, Task, TaskNotFound, every
-from taskx.upkeep import housekeeper
 
 
 @pytest.fixture
@@ -129,11 +128,11 @@ def test_a_running_task_does_not_start_again_from_a_copy_of_the_file(
     assert restored.handle("held").result(PATIENCE) == "again"
 
 
+@pytest.mark.timing(longest_pause=0.001)
 def test_a_lost_file_is_logged_less_and_less_often_without_traceback(
     held, database, loss, caplog, monkeypatch
 ):
     lose, words = loss
-    monkeypatch.setattr(housekeeper, "_LONGEST_BACKOFF", 0.001)
     rounds = []
     tick = housekeeper_of(held).tick
 

@@ -191,10 +191,8 @@ def test_drain_raises_schema_mismatch_after_a_migration(make_queue, migrate, gat
     assert handle.result(PATIENCE) is None
 
 
-def test_a_task_that_does_not_end_in_time_after_a_migration_is_interrupted(
-    make_queue, migrate, monkeypatch
-):
-    monkeypatch.setattr("taskx.upkeep.node.RETIRE_TIMEOUT", 0.2)
+@pytest.mark.timing(retire_within=0.2)
+def test_a_task_that_does_not_end_in_time_after_a_migration_is_interrupted(make_queue, migrate):
     queue = make_queue(worker_num=1)
     handle = queue.executor("wait")(lambda ctx: ctx.sleep(60)).submit()
     queue.start()

@@ -12,7 +12,7 @@ from mongo_proxy import Proxy
 from mongo_server import new_database
 
 from taskx import MemoryRepository, MongoRepository, RepositoryUnavailable
-from taskx.liveness import leases
+from taskx.core.timing import Timing
 
 #: The fate of requests during the outage.
 OUTAGES = {
@@ -118,13 +118,17 @@ ELSEWHERE = """
     import sys, threading
     import pymongo
     from taskx import Config, MongoRepository, Queue
-    from taskx.liveness import leases
+    from taskx.core.timing import Timing
 
     client = pymongo.MongoClient(sys.argv[1])
     lease = float(sys.argv[4])
-    leases.BEATS = lease / 0.3
     queue = Queue(
-        MongoRepository(client[sys.argv[2]], run_folder=sys.argv[3], lease_timeout=lease),
+        MongoRepository(
+            client[sys.argv[2]],
+            run_folder=sys.argv[3],
+            lease_timeout=lease,
+            timing=Timing(lease_beats=lease / 0.3),
+        ),
         Config(worker_num=1),
     )
 
@@ -148,11 +152,15 @@ ELSEWHERE = """
 
 
 @pytest.fixture
-def lease(request, monkeypatch):
-    """The length of a lease; the nodes send heartbeats as often as if it was 3 s."""
-    lease = getattr(request, "param", 3.0)
-    monkeypatch.setattr(leases, "BEATS", lease / 0.3)
-    return lease
+def lease(request):
+    """The length of a lease."""
+    return getattr(request, "param", 3.0)
+
+
+@pytest.fixture
+def leased(lease):
+    """The options of a repository whose nodes send heartbeats as often as if the lease was 3 s."""
+    return {"lease_timeout": lease, "timing": Timing(lease_beats=lease / 0.3)}
 
 
 @pytest.fixture
@@ -164,9 +172,9 @@ def elsewhere(spawn, mongo_server, database, tmp_path, lease):
 
 
 @pytest.fixture
-def here(database, tmp_path, make_queue, gate, lease):
+def here(database, tmp_path, make_queue, gate, leased):
     """A queue on this host, which can take over the task."""
-    repository = MongoRepository(database, run_folder=tmp_path / "here", lease_timeout=lease)
+    repository = MongoRepository(database, run_folder=tmp_path / "here", **leased)
     queue = make_queue(repository, worker_num=1)
     queue.executor("long")(lambda: (gate(), "here")[1])
     queue.start()
@@ -174,9 +182,9 @@ def here(database, tmp_path, make_queue, gate, lease):
 
 
 @pytest.fixture
-def observer(database, tmp_path, lease, clock):
+def observer(database, tmp_path, leased, clock):
     """A third host, whose clock the test moves."""
-    made = MongoRepository(database, run_folder=tmp_path / "observer", lease_timeout=lease)
+    made = MongoRepository(database, run_folder=tmp_path / "observer", **leased)
     made.liveness._monotonic = clock.monotonic
     yield made
     made.close()

@@ -11,20 +11,22 @@ import pytest
 from helpers import PATIENCE, eventually, held_on, is_intact
 
 from taskx import Queue, SQLiteRepository, TaskFilter, TaskStatus
-from taskx.upkeep import housekeeper
+from taskx.core.timing import DEFAULT_TIMING
 
 # Started with the path of the file, plus a script. Each run of ``work`` and ``listen`` is a line in a log
 # file next to the database.
 PROGRAM = """
 import os, signal, sys, threading, time, warnings
-import taskx.upkeep.node
 from taskx import Config, Queue, SQLiteRepository, executor
+from taskx.core.timing import Timing
 
-taskx.upkeep.node.EXIT_TIMEOUT = 1.0  # the longest wait for executors that hang
+timing = Timing(exit_within=1.0)  # the longest wait for executors that hang
 warnings.simplefilter("ignore", DeprecationWarning)  # 3.12 warns of a fork with threads
 path = sys.argv[1]
 queue = Queue(
-    SQLiteRepository(path), Config(worker_num=2, buffer_size=5, overflow="spill")
+    SQLiteRepository(path),
+    Config(worker_num=2, buffer_size=5, overflow="spill"),
+    timing=timing,
 )
 
 def say(word):
@@ -142,8 +144,8 @@ def test_one_check_takes_back_all_tasks_of_a_dead_process(run, survivor):
 
 def test_polling_intervals_are_as_short_as_the_documentation_promises():
     """Tasks of other processes start within 100 ms; a cancel arrives, and a rescue is done, within 1 s."""
-    assert housekeeper.POLL <= 0.06
-    assert housekeeper.RECOVER_EVERY <= 0.5
+    assert DEFAULT_TIMING.poll_every <= 0.06
+    assert DEFAULT_TIMING.recover_every <= 0.5
 
 
 def test_a_suspended_process_never_counts_as_dead(run, make_survivor, clock, database):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import signal
 import threading
@@ -16,14 +17,17 @@ from taskx import Config, Queue, SQLiteRepository, TaskFilter, TaskStatus
 # Started with the path of the file, plus a script. Every run of a task is a line in a log file next to the
 # database, so that the tests can count the runs.
 PROGRAM = """
-import itertools, os, signal, sys, threading, time
-import taskx.upkeep.node
+import itertools, json, os, signal, sys, threading, time
 from taskx import Config, Queue, SQLiteRepository, Task
+from taskx.core.timing import Timing
 
-taskx.upkeep.node.EXIT_TIMEOUT = 1.0  # the longest wait for executors that hang
+# The longest wait for executors that hang; the second argument has further fields.
+timing = Timing(**{'exit_within': 1.0, **json.loads(sys.argv[2])})
 path = sys.argv[1]
 queue = Queue(
-    SQLiteRepository(path), Config(worker_num=2, buffer_size=5, overflow="spill")
+    SQLiteRepository(path),
+    Config(worker_num=2, buffer_size=5, overflow="spill"),
+    timing=timing,
 )
 
 def say(word):
@@ -75,8 +79,8 @@ def wait_for_ever():
 
 @pytest.fixture
 def run(spawn, database):
-    """Return a function that starts the program with more lines; its argument is the database's path."""
-    return lambda more: spawn(PROGRAM + more, database)
+    """Return a function that starts the program with more lines, and fields of its timing."""
+    return lambda more, **timing: spawn(PROGRAM + more, database, json.dumps(timing))
 
 
 @pytest.fixture
@@ -269,14 +273,7 @@ def test_a_task_that_runs_next_to_one_on_its_last_chance_is_interrupted(run, run
     child.tell()
     child.process.wait(PATIENCE)
     last = submitter.submit("listen")
-    child = run(
-        """
-import taskx.running.starter
-taskx.running.starter.ALONE = 0.0
-queue.start()
-wait_for_ever()
-"""
-    )
+    child = run("queue.start(); wait_for_ever()", alone_within=0.0)
     assert {child.read(), child.read()} == {"dying", "listening"}
     child.tell()
     child.process.wait(PATIENCE)
@@ -378,13 +375,13 @@ def test_a_cancel_requested_before_the_crash_holds_after_it(run, runner):
 def test_a_script_that_forgets_to_stop_exits_and_hands_its_tasks_back(run, runner, task):
     child = run(
         f"""
-if {task!r} == "listen":  # it ends by itself, as soon as the machine lets it
-    taskx.upkeep.node.EXIT_TIMEOUT = 20.0
 queue.start()
 handles = [queue.submit({task!r}, {{"n": n}}) for n in range(2)]
 queue.submit_many(queue_task for queue_task in [work.task(n) for n in range(20)])
 sys.stdin.readline()
-"""
+""",
+        # One of the two ends by itself, as soon as the machine lets it.
+        exit_within=20.0 if task == "listen" else 1.0,
     )
     word = {"listen": "listening", "hang": "hanging"}[task]
     assert [child.read(), child.read()] == [word] * 2

@@ -13,9 +13,9 @@ from storage.repositories import TinyRepository
 
 from taskx import ConfigurationError, NodeNotFound, Queue
 from taskx.common.controls import REQUEST
+from taskx.core.timing import DEFAULT_TIMING
 from taskx.running import threads
 from taskx.upkeep.foreground import Signals
-from taskx.upkeep.requests import LEFT_BEHIND
 
 ANSWER = "answer/"
 
@@ -140,7 +140,7 @@ def test_a_request_to_one_node_leaves_the_others_alone(make_queue):
 
 
 def test_what_was_left_behind_is_removed_by_a_later_request(started, repository):
-    old = int((time.time() - LEFT_BEHIND - 5) * 1000)
+    old = int((time.time() - DEFAULT_TIMING.forget_requests_after - 5) * 1000)
     old_id = f"{old >> 16:08x}-{old & 0xFFFF:04x}-7000-8000-000000000000"
     for name in (f"{REQUEST}dead/{old_id}", f"{ANSWER}{old_id}", f"{ANSWER}damaged"):
         repository.put_note(name, "stacks", 0)

@@ -21,7 +21,7 @@ from taskx import (
     chain,
     group,
 )
-from taskx.upkeep import retention
+from taskx.core.timing import DEFAULT_TIMING
 
 pytestmark = pytest.mark.every_store
 
@@ -57,7 +57,7 @@ class TestRetention:
         queue = fill(retention=kept)
         later(queue, clock, 3599)
         assert ids(queue) == {"fine", "wrong", "cancelled"}
-        later(queue, clock, 2 + retention.EVERY)
+        later(queue, clock, 2 + DEFAULT_TIMING.retention_every)
         eventually(lambda: ids(queue) == {"wrong", "cancelled"})
         later(queue, clock, 3601)
         eventually(lambda: ids(queue) == {"cancelled"})
@@ -85,7 +85,7 @@ class TestRetention:
         """Other writers do not wait for long."""
         queue = make_queue(clock=clock, retention={"cancelled": 60})
         queue.executor("fine")(lambda: None)
-        many = 2 * retention.BATCH + 50
+        many = 2 * DEFAULT_TIMING.batch + 50
         for handle in queue.submit_many([Task(type="fine") for _ in range(many)]):
             handle.cancel()
         clock.advance(61)
@@ -94,7 +94,7 @@ class TestRetention:
         eventually(lambda: not ids(queue))
         sizes = [len(batch) for batch in repository.batches if "starts" in batch[0].guard]
         assert sum(sizes) >= many
-        assert max(sizes) == retention.BATCH
+        assert max(sizes) == DEFAULT_TIMING.batch
 
     @pytest.mark.parametrize(
         "wrong",
@@ -257,10 +257,8 @@ class TestHistory:
         clock.advance(50)
         assert self.prune(queue, clock) == 2
 
-    def test_a_long_chain_is_removed_in_few_scans(
-        self, make_queue, repository, clock, monkeypatch, in_batches
-    ):
-        in_batches(retention=20)
+    @pytest.mark.timing(batch=20)
+    def test_a_long_chain_is_removed_in_few_scans(self, make_queue, repository, clock, monkeypatch):
         queue = make_queue(clock=clock)
         queue.executor("step")(lambda: None)
         flow = queue.submit_flow(chain(*(Task(type="step") for _ in range(90))))
@@ -276,11 +274,11 @@ class TestHistory:
         assert queue.prune(clock.now(), "cancelled") == 90
         assert len(scans) <= 5 + 1
 
+    @pytest.mark.timing(batch=2)
     def test_tasks_that_must_stay_do_not_hide_others_that_can_be_removed(
-        self, make_queue, clock, gate, in_batches
+        self, make_queue, clock, gate
     ):
         """This holds for any number of them: the next scan goes on where this one stopped."""
-        in_batches(retention=2)
         queue = make_queue(clock=clock, retention={"completed": 60})
         queue.executor("step")(lambda: None)
         old = [queue.submit("step", id=f"old{n}") for n in range(3)]

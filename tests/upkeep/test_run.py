@@ -26,6 +26,7 @@ from taskx import (
     SQLiteRepository,
     TaskStatus,
 )
+from taskx.core.timing import Timing
 from taskx.upkeep import foreground
 
 # Real processes
@@ -359,7 +360,8 @@ class Strikes:
 
 def run_with(strikes):
     """Run a new queue until it ends, and return the exit code; None if it was stopped before its start."""
-    queue = Queue(MemoryRepository(), Config(worker_num=1))
+    timing = Timing(signals_every=0.01)
+    queue = Queue(MemoryRepository(), Config(worker_num=1), timing=timing)
     # The program's own handler gets the signals before and after those that run() handles.
     own = lambda *_: run_in_thread(lambda: queue.stop(PATIENCE))  # noqa: E731
     signal.signal(signal.SIGTERM, own)
@@ -376,8 +378,7 @@ def run_with(strikes):
         eventually(lambda: "stopped" in repr(queue))
 
 
-def test_a_signal_at_any_line_before_the_wait_stops_the_queue(monkeypatch):
-    monkeypatch.setattr(foreground, "_POLL", 0.01)
+def test_a_signal_at_any_line_before_the_wait_stops_the_queue():
     codes = []
     for line in itertools.count():
         strikes = Strikes(line)
@@ -387,8 +388,7 @@ def test_a_signal_at_any_line_before_the_wait_stops_the_queue(monkeypatch):
     assert set(codes) <= {0, None}
 
 
-def test_a_second_signal_at_any_line_ends_run_at_once_or_too_late(monkeypatch):
-    monkeypatch.setattr(foreground, "_POLL", 0.01)
+def test_a_second_signal_at_any_line_ends_run_at_once_or_too_late():
     waits = next(line for line in itertools.count() if struck_at(line) == ["wait"])
     codes = []
     for line in itertools.count(waits + 1):

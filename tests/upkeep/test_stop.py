@@ -10,7 +10,17 @@ from itertools import count
 from types import SimpleNamespace
 
 import pytest
-from helpers import PATIENCE, SpySQLite, eventually, node_of, pool_of, run_in_thread, services_of
+from helpers import (
+    PATIENCE,
+    SpySQLite,
+    eventually,
+    frequent_checks,
+    no_batches,
+    node_of,
+    pool_of,
+    run_in_thread,
+    services_of,
+)
 
 from taskx import (
     CancelReason,
@@ -71,8 +81,9 @@ def test_creating_a_queue_starts_no_thread_and_creates_no_file(tmp_path, make_qu
 # Drain
 
 
+@no_batches
 @pytest.mark.every_store
-def test_drain_waits_until_all_tasks_have_ended(busy, gate, no_batches):
+def test_drain_waits_until_all_tasks_have_ended(busy, gate):
     queue = busy()
     for n in range(20):
         queue.submit("note", {"n": n})
@@ -171,8 +182,9 @@ def test_buffered_tasks_run_by_priority_and_then_in_order_of_submission(busy, ga
     assert queue.ran == [n for _, n in sorted(expected)]
 
 
+@no_batches
 @pytest.mark.every_store
-def test_stored_tasks_run_by_priority_and_then_in_order_of_submission(make_queue, no_batches):
+def test_stored_tasks_run_by_priority_and_then_in_order_of_submission(make_queue):
     queue = make_queue(worker_num=1, buffer_size=1)
     ran = []
     queue.executor("note")(lambda n: ran.append(n))
@@ -464,7 +476,7 @@ def test_a_with_block_stops_the_queue_even_if_it_raises(queue):
         queue.submit("fine")
 
 
-@pytest.mark.usefixtures("frequent_checks")
+@frequent_checks
 def test_a_handle_works_after_the_stop(make_queue):
     clock = ManualClock()
     queue, again = make_queue(clock=clock), make_queue(clock=clock)
@@ -530,8 +542,8 @@ def test_a_queue_told_to_stop_at_exit_fetches_no_more_tasks(started, repository)
     assert repository.find("buffered_on", [pool.node.id], ("id",)) == []
 
 
+@pytest.mark.timing(stop_extra=0.05)
 def test_a_stop_takes_little_longer_if_every_step_hangs(started, monkeypatch):
-    monkeypatch.setattr("taskx.upkeep.node.EXTRA", 0.05)
     go_on = threading.Event()
     repository = started.repository
     for step in ("mark_stopping", "leave"):

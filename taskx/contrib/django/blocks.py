@@ -153,7 +153,7 @@ class BesideBlocks(Transactions):
         using: str | None = None,
     ) -> None:
         self._inner = inner
-        super().__init__(type(outer).__name__)
+        super().__init__(type(outer).__name__, outer.timing)
         self.outer = outer
         self.using = using
         self._on_commit = on_commit

@@ -36,6 +36,7 @@ from taskx.core.errors import (
     RepositoryUnavailable,
     TaskxError,
 )
+from taskx.core.timing import DEFAULT_TIMING, Timing
 from taskx.storage.base import Locked, Reentered
 from taskx.storage.sql import Dialect, MySQL, Postgres, SQLite, Statements
 from taskx.storage.sqlite.file import DatabaseFile
@@ -46,7 +47,6 @@ PREFIX = "taskx_"
 T = TypeVar("T")
 
 _KEPT = 4  # idle connections for reads that stay open
-_UNCHECKED = 1.0  # seconds of idleness after which a connection is checked before its next use
 #: Milliseconds for which a write of PostgreSQL waits for a lock: other writes wait for its connection.
 #: MariaDB and MySQL count whole seconds: a write of MariaDB does not wait, one of MySQL waits for a second.
 LOCK_TIMEOUT = 100
@@ -101,14 +101,16 @@ class Connections:
     Args:
         alias: the alias of the database in ``DATABASES``.
         timeout: seconds that a statement, or the wait for a lock, may take.
+        timing: the intervals of its own work.
 
     Attributes:
         vendor: the kind of database, as Django names it.
         file: the file of a database in SQLite; None if it is another one, or in memory.
     """
 
-    def __init__(self, alias: str, timeout: float) -> None:
+    def __init__(self, alias: str, timeout: float, timing: Timing = DEFAULT_TIMING) -> None:
         self.alias = alias
+        self._timing = timing
         self.timeout = timeout
         self.vendor = str(load_backend(self.settings["ENGINE"]).DatabaseWrapper.vendor)
         self.file = file_of(self.settings) if self.vendor == "sqlite" else None
@@ -181,7 +183,7 @@ class Connections:
 
     def _checked(self, link: Link) -> Link | None:
         """Return a connection that works; None if it broke while it was idle."""
-        if time.monotonic() - link.used > _UNCHECKED and not link.usable:
+        if time.monotonic() - link.used > self._timing.check_connection_after and not link.usable:
             link.close()
             return None
         return link

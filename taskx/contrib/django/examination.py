@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from taskx.contrib.django.link import Link
     from taskx.storage.base import Repository
 
-# Seconds that the database has to answer.
-_PATIENCE = 5.0
 _DEAD = "SELECT n_dead_tup, n_live_tup FROM pg_stat_user_tables WHERE relname = 'taskx_task'"
 # The dead rows that make the search for the next task slow.
 _MANY_DEAD = 50_000
@@ -25,7 +23,7 @@ def examine(repository: Repository, connections: Connections) -> Iterator[Check]
     """Yield what is right and wrong with a database."""
     began = time.monotonic()
     try:
-        with connections.within(_PATIENCE):
+        with connections.within(repository.timing.answer_within):
             connections.read(lambda link: link.rows("SELECT 1"))
         took = (time.monotonic() - began) * 1000
         yield ok(

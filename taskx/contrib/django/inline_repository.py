@@ -64,7 +64,7 @@ class InlineRepository(MemoryRepository):
 
 class _InlineTransactions(BesideBlocks):
     def __init__(self, outer: InlineRepository, using: str) -> None:
-        super().__init__(outer, Transactions("InlineRepository"), "wait", using)
+        super().__init__(outer, Transactions("InlineRepository", outer.timing), "wait", using)
         self._outer = outer
         self._links = Connections(using, _TIMEOUT)
 

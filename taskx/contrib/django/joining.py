@@ -45,7 +45,7 @@ class Joined(SQLRepository):
     entered = False
 
     def __init__(self, outer: SQLRepository, links: Connections, link: Link) -> None:
-        super().__init__(outer.statements, outer.clock)
+        super().__init__(outer.statements, outer.clock, timing=outer.timing)
         self.codecs = outer.codecs
         self.vendor = links.vendor
         self.applied: list[Write] = []

@@ -30,6 +30,7 @@ from taskx.core.codec import Codec
 from taskx.core.errors import ConfigurationError
 from taskx.core.model import CONDITIONS
 from taskx.core.record import COLUMNS
+from taskx.core.timing import DEFAULT_TIMING, Timing
 from taskx.core.verdict import Check
 from taskx.core.writes import NoteChange, Write, shows
 from taskx.liveness.base import Liveness
@@ -48,7 +49,6 @@ T = TypeVar("T")
 
 _TRIES = 5  # of a transaction that others make impossible, such as by a deadlock
 _SHORTEST_LEASE = 0.5
-_FORK_PATIENCE = 5.0
 #: Writes by identity, each as it was given and as it is stored.
 Pairs = dict[int, tuple[Write, Write]]
 
@@ -97,6 +97,7 @@ class DjangoRepository(SQLRepository):
         run_folder: str | os.PathLike[str] | None = None,
         clock: Clock = SYSTEM_CLOCK,
         codec: Codec | Iterable[Codec] | None = None,
+        timing: Timing = DEFAULT_TIMING,
     ) -> None:
         if not isinstance(using, str) or not using:
             raise ConfigurationError(f"using must be an alias in DATABASES, not {using!r}")
@@ -110,13 +111,13 @@ class DjangoRepository(SQLRepository):
         self.timeout = check_number(timeout, "timeout", minimum=0.01)
         self.on_commit = check_on_commit(on_commit)
         self.run_folder = None if run_folder is None else os.fspath(run_folder)
-        self._connections = Connections(using, self.timeout)
-        super().__init__(statements_of(self._connections.vendor), clock, codec)
+        self._connections = Connections(using, self.timeout, timing)
+        super().__init__(statements_of(self._connections.vendor), clock, codec, timing)
         self.transactions = BlockTransactions(self, self._connections, on_commit)
         self.vendor = self._connections.vendor
         self._file = self._connections.file
-        self._turns = Turns(self._file) if self._file else None
-        self._wakeups = Wakeups(self._file) if self._file else None
+        self._turns = Turns(self._file, timing) if self._file else None
+        self._wakeups = Wakeups(self._file, timing) if self._file else None
         self._hurries = _Hurries()
         self._commits = 0
         # The writes of which nobody knows if they took place, by identity, each as it was sent.
@@ -148,7 +149,7 @@ class DjangoRepository(SQLRepository):
         except Locked as error:
             if self._hurries.now:
                 raise
-            return try_again(work, error)
+            return try_again(work, error, self.timing)
 
     @contextmanager
     def without_waiting(self) -> Iterator[None]:
@@ -379,7 +380,9 @@ class DjangoRepository(SQLRepository):
         file = self._file
         if file is None:
             return super()._make_liveness()
-        return KernelLocks(self, lambda: (file.folder, file.inode), turnstile.NAMES)
+        return KernelLocks(
+            self, lambda: (file.folder, file.inode), turnstile.NAMES, self.timing.orphan_within
+        )
 
     def prepare(self) -> None:
         """Raise an error if the tables are missing."""
@@ -417,7 +420,7 @@ class DjangoRepository(SQLRepository):
     def before_fork(self) -> None:
         # A child must not inherit an open SQLite file: see "How to corrupt an SQLite database file".
         lock = self._connections.lock
-        self._forking = not self.entered and lock.acquire(timeout=_FORK_PATIENCE)
+        self._forking = not self.entered and lock.acquire(timeout=self.timing.fork_within)
         if self.vendor == "sqlite":
             if self._forking:
                 self._connections.drop_writer()
@@ -450,7 +453,9 @@ class BlockTransactions(BesideBlocks):
     """The transactions of callers and executors on Django's connections to the tasks' own database."""
 
     def __init__(self, outer: DjangoRepository, links: Connections, on_commit: OnCommit) -> None:
-        super().__init__(outer, Transactions("DjangoRepository"), on_commit, outer.using)
+        super().__init__(
+            outer, Transactions("DjangoRepository", outer.timing), on_commit, outer.using
+        )
         self._outer = outer
         self._links = links
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from django.db.utils import OperationalError
 
 from taskx.contrib.django.link import Link
+from taskx.core.timing import Timing
 from taskx.storage.sqlite.file import DatabaseFile
 from taskx.storage.sqlite.turnstile import Turnstile, until_unlocked
 
@@ -15,8 +16,9 @@ from taskx.storage.sqlite.turnstile import Turnstile, until_unlocked
 class Turns:
     """The turns of this process's transactions among those of other nodes on the file."""
 
-    def __init__(self, file: DatabaseFile) -> None:
-        self._turnstile = Turnstile(file)
+    def __init__(self, file: DatabaseFile, timing: Timing) -> None:
+        self._turnstile = Turnstile(file, timing)
+        self._timing = timing
 
     def begin(self, link: Link, timeout: float, *steps: Callable[[], object]) -> None:
         """Begin a transaction in some steps, when it is this process's turn and no other program writes.
@@ -27,7 +29,7 @@ class Turns:
         link.rows("PRAGMA busy_timeout = 0")
         try:
             for step in steps:
-                until_unlocked(step, deadline, OperationalError)
+                until_unlocked(step, deadline, OperationalError, self._timing)
         finally:
             link.rows(f"PRAGMA busy_timeout = {timeout * 1000:.0f}")
 

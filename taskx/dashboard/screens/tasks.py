@@ -197,7 +197,9 @@ class Change:
         rate = request.form.get("rate", "").strip()
         options = {"rate": rate} if rate and self.name == "requeue" else {}
         note = partial(request.note, self.name, line)
-        bulk, finished = change_for_a_while(change, wanted, note, **options)
+        bulk, finished = change_for_a_while(
+            change, wanted, note, request.queue._timing.request_within, **options
+        )
         said = request.say(self.done, count=bulk.changed)
         return Done(said) if finished else self._ask(request, 0, line=line, rate=rate, so_far=said)
 

@@ -29,6 +29,7 @@ from taskx.core.errors import (
 from taskx.core.log import Once
 from taskx.core.model import Task
 from taskx.core.options import Options
+from taskx.core.timing import DEFAULT_TIMING
 from taskx.core.token import CancelToken
 from taskx.executing.alarms import Alarms
 from taskx.executing.checkpoints import Keeper
@@ -39,8 +40,6 @@ from taskx.executing.failures import told_error
 from taskx.executing.process.channel import Channel
 from taskx.executing.process.processes import end_family
 
-# Seconds between two reports of progress to the parent.
-_TELL_EVERY = 0.1
 _PR_SET_PDEATHSIG = 1
 
 
@@ -97,7 +96,9 @@ class _Work:
         log = logging.getLogger(request["logger"])
         # The parent knows for which types the log has said it.
         cut = Once(lambda type: channel.say("cut"))
-        shared = Shared(Alarms(SYSTEM_CLOCK), log, self._parent, self._parent.fetch, cut=cut)
+        shared = Shared(
+            Alarms(SYSTEM_CLOCK, DEFAULT_TIMING), log, self._parent, self._parent.fetch, cut=cut
+        )
         self._context = Context(Task.from_dict(request["task"]), self._token, shared)
 
     def do(self) -> None:
@@ -123,7 +124,7 @@ class _Work:
 
     def _listen(self) -> None:
         """Receive messages of the parent, report progress to it, and end when the parent ends."""
-        while (messages := self._channel.hear(_TELL_EVERY)) is not None:
+        while (messages := self._channel.hear(self._request["progress_every"])) is not None:
             self.heed(messages)
             if (told := self._context.new_progress()) is not None:
                 self._channel.say("progress", *told)

@@ -26,15 +26,13 @@ from taskx.core.errors import (
     is_interrupt,
 )
 from taskx.core.ids import new_id
+from taskx.core.timing import Timing
 from taskx.executing.context import Context
 from taskx.executing.executors import Executor, Registered, TaskExecutor
 from taskx.executing.failures import MAX_TRACEBACK, ChildDied, ChildKilled, heard_error, shortened
 from taskx.executing.process.channel import Channel
 from taskx.executing.process.interpreter import start_python
 from taskx.executing.process.processes import kill_family
-
-# Seconds between two checks: has the token fired, has the child ended without a message?
-_CHECK_EVERY = 0.1
 
 
 class Address(NamedTuple):
@@ -87,7 +85,11 @@ class Isolated:
     """The stand-in for an executor in the parent process: it runs the executor in a child process."""
 
     def __init__(
-        self, executor: Executor[Any, Any] | TaskExecutor, entry: Registered, max_payload_size: int
+        self,
+        executor: Executor[Any, Any] | TaskExecutor,
+        entry: Registered,
+        max_payload_size: int,
+        timing: Timing,
     ) -> None:
         self._type = entry.type
         self._code: Any = (
@@ -103,6 +105,7 @@ class Isolated:
         self._grace = entry.options.patience
         self._values = entry.values
         self._max_payload_size = max_payload_size
+        self._timing = timing
 
     def __call__(self, ctx: Context, /, **params: Any) -> Any:
         """Run the executor in a child process and return its result.
@@ -125,13 +128,14 @@ class Isolated:
             "asked_at": time.monotonic(),
             "no_checkpoints": ctx.checkpoints_refused(),
             "parent": os.getpid(),
+            "progress_every": self._timing.progress_every,
             "argv": sys.argv,
             "logger": ctx.logger.logger.name,
             "levels": _log_levels(ctx.logger.logger),
         }
         child = _Child(self._path)
         try:
-            return _Attendance(ctx, child, self._grace).run(request)
+            return _Attendance(ctx, child, self._grace, self._timing.child_every).run(request)
         finally:
             child.end()
 
@@ -217,11 +221,12 @@ def _start(mark: str, path: Sequence[str], *files: int) -> subprocess.Popen[byte
 class _Attendance:
     """A worker's wait for a child process."""
 
-    def __init__(self, ctx: Context, child: _Child, grace: float) -> None:
+    def __init__(self, ctx: Context, child: _Child, grace: float, every: float) -> None:
         self._ctx = ctx
         self._token = ctx.token
         self._child = child
         self._grace = grace
+        self._every = every
         self._kill_at: float | None = None
 
     def run(self, request: Mapping[str, Any]) -> Any:
@@ -248,8 +253,8 @@ class _Attendance:
 
     def _hear(self) -> list[list[Any]]:
         channel = self._child.channel
-        left = _CHECK_EVERY if self._kill_at is None else self._kill_at - time.monotonic()
-        messages = channel.hear(max(0.0, min(_CHECK_EVERY, left)))
+        left = self._every if self._kill_at is None else self._kill_at - time.monotonic()
+        messages = channel.hear(max(0.0, min(self._every, left)))
         if messages == [] and self._child.ended:
             # A process that the executor started may keep the socket open. All messages have arrived now.
             messages = channel.hear_rest()

@@ -13,15 +13,6 @@ from taskx.core.log import log
 from taskx.storage.mongo.connection import Connection
 from taskx.storage.mongo.documents import Document
 
-#: Seconds that the server waits for a change before it answers that there is none.
-_AWAIT = 1.0
-#: Seconds between an answer without changes and the next request.
-_REST = 0.02
-#: Seconds without an answer after which the stream counts as broken.
-_STALE = 3.0
-#: Seconds without a call of :meth:`Changes.version` after which the thread ends.
-_IDLE = 60.0
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 10.0
 _LEAST_INTERVAL = 0.001
 #: Only the fact that something changed matters, so the server sends no contents.
 _LITTLE: Document = {"$project": {"_id": 1}}
@@ -43,6 +34,7 @@ class Changes:
         monotonic: Callable[[], float],
     ) -> None:
         self.monotonic = monotonic
+        self.timing = connection.timing
         self._connection = connection
         self._poll_interval = poll_interval
         self.own = own
@@ -57,7 +49,7 @@ class Changes:
     def version(self) -> object:
         now = self.monotonic()
         watch = self._ensure_watch(now)
-        live = watch is not None and now - watch.heard < _STALE
+        live = watch is not None and now - watch.heard < self.timing.stream_broken_after
         return self._rings, None if live else now // max(self._poll_interval, _LEAST_INTERVAL)
 
     def ring(self) -> None:
@@ -85,6 +77,7 @@ class _Watch:
 
     def __init__(self, changes: Changes) -> None:
         self._changes = changes
+        self._timing = changes.timing
         self.heard = float("-inf")  # the time of the server's last answer
         self.asked = changes.monotonic()
         self.ended = False
@@ -95,13 +88,14 @@ class _Watch:
         self._stop.set()
 
     def _run(self) -> None:
-        pause = _FIRST_PAUSE
+        first, longest = self._timing.stream_pause, self._timing.longest_stream_pause
+        pause = first
         try:
             while not self._over():
                 try:
                     while self._listen():
                         pass
-                    pause = _FIRST_PAUSE
+                    pause = first
                 except errors.PyMongoError as error:
                     if not isinstance(error, (errors.ConnectionFailure, errors.CursorNotFound)):
                         log.debug("no change stream, polling for changes instead: %s", error)
@@ -109,7 +103,7 @@ class _Watch:
                         return
                 self.heard = float("-inf")
                 self._stop.wait(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE)
+                pause = min(2 * pause, longest)
         except (TypeError, ConfigurationError) as error:
             # A mock of the driver has no streams. Of a URL that is not valid, the next operation tells.
             log.debug("no change stream, polling for changes instead: %s", error)
@@ -118,13 +112,18 @@ class _Watch:
             self.ended = True
 
     def _over(self) -> bool:
-        return self._stop.is_set() or self._changes.monotonic() - self.asked > _IDLE
+        return (
+            self._stop.is_set()
+            or self._changes.monotonic() - self.asked > self._timing.close_stream_after
+        )
 
     def _listen(self) -> bool:
         """Listen until the stream ends; return True if the own marks changed: open a new stream at once."""
         tasks, own = self._changes._connection.tasks, self._changes.own()
         pipeline = [_LITTLE] if own is None else [_of_others(own), _LITTLE]
-        with tasks.watch(pipeline, max_await_time_ms=int(_AWAIT * 1000)) as stream:
+        with tasks.watch(
+            pipeline, max_await_time_ms=int(self._timing.change_within * 1000)
+        ) as stream:
             self._changes.ring()  # for changes that were made before the stream was open
             while not self._over() and stream.alive:
                 if self._changes.own() != own:
@@ -134,7 +133,7 @@ class _Watch:
                 if change is not None:
                     self._changes.ring()
                 else:  # a server may answer at once, without a change, after it filtered one out
-                    self._stop.wait(_REST)
+                    self._stop.wait(self._timing.change_every)
         return False
 
 

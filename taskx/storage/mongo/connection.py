@@ -29,6 +29,7 @@ from taskx.core.errors import (
     SchemaMismatch,
     TaskxError,
 )
+from taskx.core.timing import Timing
 from taskx.storage.mongo.documents import Document, moment_ms
 
 T = TypeVar("T")
@@ -61,8 +62,6 @@ _NEVER_SENT = (errors.ServerSelectionTimeoutError, errors.WaitQueueTimeoutError)
 
 #: The most sequence numbers within a millisecond.
 PER_MS = 1 << 20
-#: Seconds between two readings of the server's clock, and the time-out of one.
-_REFRESH_EVERY, _PATIENCE = 600.0, 1.0
 
 
 class Url(str):
@@ -84,6 +83,7 @@ class Connection:
         *,
         timeout: float,
         write_concern: WriteConcern | None,
+        timing: Timing,
     ) -> None:
         if write_concern is not None and not write_concern.acknowledged:
             raise ConfigurationError(
@@ -91,6 +91,7 @@ class Connection:
             )
         self.name = name
         self.timeout = timeout
+        self.timing = timing
         self._where = where
         self._write_concern = write_concern
         self._database: Database[Document] | None = None
@@ -224,6 +225,7 @@ class Sequencer:
     def __init__(self, connection: Connection, clock: Clock) -> None:
         self._connection = connection
         self._clock = clock
+        self._timing = connection.timing
         self.renew()
 
     def renew(self) -> None:
@@ -244,12 +246,12 @@ class Sequencer:
     def _refresh_if_due(self) -> None:
         """Read the server's clock again if the last reading is too old."""
         refreshed, now = self._refreshed, time.monotonic()
-        if refreshed is not None and now - refreshed < _REFRESH_EVERY:
+        if refreshed is not None and now - refreshed < self._timing.server_clock_every:
             return
         self._refreshed = now
         before = time.monotonic()
         try:
-            told = self._server_ms(_PATIENCE)
+            told = self._server_ms(self._timing.server_clock_within)
         except RepositoryError:
             told = None  # the insert will fail, too, and the next one reads the clock again
             self._refreshed = refreshed

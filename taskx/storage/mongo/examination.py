@@ -14,8 +14,6 @@ from taskx.storage.mongo.documents import moment_ms
 
 # Milliseconds by which the server's clock may differ, besides the time of the answer.
 _TOLERANCE = 2000
-# Seconds that the server has to answer.
-_PATIENCE = 5.0
 
 
 def _words(error: RepositoryError) -> str:
@@ -28,7 +26,8 @@ def examine(connection: Connection, clock: Clock) -> Iterator[Check]:
     began, before = time.monotonic(), clock.now_ms()
     try:
         told: dict[str, Any] = connection.run(
-            lambda: connection.tasks.database.client.admin.command("hello"), _PATIENCE
+            lambda: connection.tasks.database.client.admin.command("hello"),
+            connection.timing.answer_within,
         )
     except RepositoryError as error:
         yield fail(

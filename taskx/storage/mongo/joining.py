@@ -34,8 +34,6 @@ _METHODS = frozenset(
 )
 #: The methods of a session that an executor must not call.
 _ENDINGS = ("commit_transaction", "abort_transaction", "end_session")
-# Seconds between two tries to commit, and those that an abort may take: the server also aborts by itself.
-_PAUSE, _PATIENCE = 0.05, 1.0
 
 
 class TransactionAborted(RepositoryUnavailable, PyMongoError):
@@ -111,7 +109,7 @@ class InSession(Connection):
 
     def __init__(self, outer: Connection, session: ClientSession) -> None:
         self.name, self.timeout, self.turns = outer.name, outer.timeout, outer.turns
-        self.is_real = outer.is_real
+        self.is_real, self.timing = outer.is_real, outer.timing
         self.session = session
         self.wrote = False
         self._outer = outer
@@ -135,7 +133,7 @@ class InSession(Connection):
         After ``session.abort_transaction()``, later statements would take effect without a transaction.
         """
         admin = self._outer.tasks.database.client.admin
-        with suppress(*FAILURES), pymongo.timeout(_PATIENCE):
+        with suppress(*FAILURES), pymongo.timeout(self.timing.abort_within):
             admin.command("abortTransaction", session=self.session)
 
 
@@ -269,7 +267,7 @@ def own_transaction(connection: Connection) -> Iterator[ClientSession]:
         _commit(connection, session)
     finally:
         _let_end(session)
-        with suppress(*FAILURES), pymongo.timeout(_PATIENCE):
+        with suppress(*FAILURES), pymongo.timeout(connection.timing.abort_within):
             session.end_session()  # which aborts what was not committed
 
 
@@ -287,7 +285,7 @@ def _let_end(session: ClientSession) -> None:
 def _commit(connection: Connection, session: ClientSession) -> None:
     """Commit. A commit whose result is unknown is sent again."""
     deadline = time.monotonic() + connection.timeout
-    in_doubt = False
+    in_doubt, every = False, connection.timing.send_every
     while True:
         try:
             with pymongo.timeout(max(0.001, deadline - time.monotonic())):
@@ -297,9 +295,9 @@ def _commit(connection: Connection, session: ClientSession) -> None:
             unknown = isinstance(error, PyMongoError) and error.has_error_label(_UNKNOWN)
             # Once a result was unknown, a server that has forgotten the transaction proves nothing.
             in_doubt = in_doubt or unknown
-            if not unknown or time.monotonic() + _PAUSE >= deadline:
+            if not unknown or time.monotonic() + every >= deadline:
                 raise _failed(error, connection.name, in_doubt=in_doubt) from error
-        time.sleep(_PAUSE)
+        time.sleep(every)
 
 
 def _failed(error: Exception, name: str, *, in_doubt: bool) -> TaskxError:

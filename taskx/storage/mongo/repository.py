@@ -25,6 +25,7 @@ from taskx.core.codec import Codec
 from taskx.core.errors import ConfigurationError, TaskxError
 from taskx.core.ids import new_id
 from taskx.core.record import UNIQUE
+from taskx.core.timing import DEFAULT_TIMING, Timing
 from taskx.core.verdict import Check
 from taskx.core.writes import Delete, Insert, Note, NoteChange, Write
 from taskx.storage.base import Repository, new_version, tell_of_forks
@@ -85,8 +86,9 @@ class MongoRepository(Tasks):
         run_folder: str | os.PathLike[str] | None = None,
         clock: Clock = SYSTEM_CLOCK,
         codec: Codec | Iterable[Codec] | None = None,
+        timing: Timing = DEFAULT_TIMING,
     ) -> None:
-        super().__init__(clock, codec)
+        super().__init__(clock, codec, timing)
         if not (isinstance(database, Url) or hasattr(database, "list_collection_names")):
             raise ConfigurationError(
                 f"`database` must be a pymongo Database, not {type(database).__name__}; "
@@ -98,7 +100,7 @@ class MongoRepository(Tasks):
         timeout = check_number(timeout, "timeout", minimum=0.01)
         poll_interval = check_number(poll_interval, "poll_interval")
         connection = self._connection = Connection(
-            collection, database, timeout=timeout, write_concern=write_concern
+            collection, database, timeout=timeout, write_concern=write_concern, timing=timing
         )
         monotonic = clock.monotonic
         self._sequencer = Sequencer(connection, clock)
@@ -275,7 +277,7 @@ class SessionTransactions(Transactions):
     """The transactions of callers and executors, in sessions of pymongo."""
 
     def __init__(self, outer: MongoRepository) -> None:
-        super().__init__("MongoRepository")
+        super().__init__("MongoRepository", outer.timing)
         self._outer = outer
 
     @contextmanager
@@ -291,7 +293,8 @@ class SessionTransactions(Transactions):
             seen = weakref.ref(session)
             unit = Unit(lambda: (still := seen()) is not None and still.in_transaction)
             unit.ids.update(write.id for write, _ in applied)
-            self.watch(unit, Stored(partial(self._committed, applied), then))
+            look_up = partial(self._committed, applied)
+            self.watch(unit, Stored(look_up, then, self.timing))
 
     def begin(self) -> AbstractContextManager[ClientSession]:
         return own_transaction(self._outer._connection)
@@ -311,7 +314,7 @@ class Joined(MongoRepository):
     """The repository as a transaction of the caller sees it."""
 
     def __init__(self, outer: MongoRepository, session: ClientSession) -> None:
-        Repository.__init__(self, outer.clock)
+        Repository.__init__(self, outer.clock, timing=outer.timing)
         self.codecs = outer.codecs
         self.connection = self._connection = InSession(outer._connection, session)
         self.sender = self._sender = SenderInSession(self.connection, outer._sender)

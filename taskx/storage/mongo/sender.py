@@ -58,9 +58,6 @@ _SMALL = 2**20
 _ALONE = frozenset((*UNIQUE, *CODED))
 #: The index that finds tasks by their ids, whatever their other conditions are.
 _BY_ID = [("_id", 1)]
-_PAUSE = 0.05
-#: Seconds that another task waits for a batch to be committed before it abandons the batch.
-_MOMENT = 1.0
 #: The most writes of unknown outcome that are remembered, so that a repeated one keeps its mark.
 _MOST_REMEMBERED = 4096
 
@@ -75,6 +72,7 @@ class Sender:
         self, connection: Connection, sequencer: Sequencer, batches: Batches, codecs: Codecs
     ) -> None:
         self._connection = connection
+        self._timing = connection.timing
         self._sequencer = sequencer
         self._batches = batches
         self._codecs = codecs
@@ -192,10 +190,10 @@ class Sender:
                         raise translated(error, self._connection.name, in_doubt=True) from error
                     if not is_passing(error):
                         return False
-                    if time.monotonic() + _PAUSE >= deadline:
+                    if time.monotonic() + self._timing.send_every >= deadline:
                         raise translated(error, self._connection.name) from error
                 sent[0] = False
-                time.sleep(_PAUSE)
+                time.sleep(self._timing.send_every)
         except BaseException:
             if sent[0]:
                 self._remember(writes, [op.mark for op in ops])
@@ -233,7 +231,7 @@ class Sender:
         """Send writes until their outcome is known, at most for the connection's time-out."""
         began = time.monotonic()
         deadline = began + self._connection.timeout
-        patience = began + min(_MOMENT, self._connection.timeout / 4)
+        patience = began + min(self._timing.abandon_after, self._connection.timeout / 4)
         sent = any(op.again for op in ops)
         due = ops
         while due:
@@ -243,12 +241,12 @@ class Sender:
                     due = self._send_once(due, force=time.monotonic() >= patience)
             except FAILURES as error:
                 sent = sent or may_have_been_sent(error)
-                if not is_passing(error) or time.monotonic() + _PAUSE >= deadline:
+                if not is_passing(error) or time.monotonic() + self._timing.send_every >= deadline:
                     raise translated(error, self._connection.name, in_doubt=sent) from error
                 for op in due:
                     op.again = sent
             if due:
-                time.sleep(_PAUSE)
+                time.sleep(self._timing.send_every)
         return [op.held for op in ops]
 
     def _send_once(self, ops: Sequence[Op], *, force: bool) -> list[Op]:

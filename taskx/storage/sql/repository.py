@@ -14,6 +14,7 @@ from taskx.core.codec import Codec
 from taskx.core.model import TASK_FIELDS, Task, TaskFilter
 from taskx.core.record import Ended, Stub, parents_from_text, task_from_row
 from taskx.core.tags import FLOW
+from taskx.core.timing import DEFAULT_TIMING, Timing
 from taskx.core.writes import Note, NoteChange, Write
 from taskx.liveness.base import PREFIX as NODES
 from taskx.storage.base import Fields, Listed, Lookup, Repository, Rows, Timed, check_place
@@ -41,8 +42,9 @@ class SQLRepository(Repository):
         statements: Statements,
         clock: Clock = SYSTEM_CLOCK,
         codec: Codec | Iterable[Codec] | None = None,
+        timing: Timing = DEFAULT_TIMING,
     ) -> None:
-        super().__init__(clock, codec)
+        super().__init__(clock, codec, timing)
         self.statements = statements
         self._writer = (GroupWriter if statements.dialect.has_arrays else Writer)(statements)
 

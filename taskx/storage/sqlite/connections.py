@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 from taskx.core.errors import RepositoryCorrupt, RepositoryError, RepositoryUnavailable, TaskxError
 from taskx.core.stacks import top_frames
+from taskx.core.timing import DEFAULT_TIMING, Timing
 from taskx.storage.sqlite import schema
 from taskx.storage.sqlite.file import DatabaseFile
 
@@ -39,12 +40,6 @@ PAGE_SIZE = 2048
 #: With four times SQLite's default it happens rarely, and a page that is written many times is copied once.
 CHECKPOINT_EVERY = 4000
 
-#: Most connections that read at once; further threads wait. Each connection has two open files.
-MOST_READERS = 16
-#: Seconds after which an unused connection is closed.
-IDLE = 10.0
-# Polling interval, in seconds, of a thread that waits for a connection: a wake-up may be lost.
-_POLL = 0.05
 # Arguments of ``list.pop``, to be called by ``map``.
 _LAST, _FIRST = (-1,), (0,)
 _numbers = count(1)
@@ -131,13 +126,20 @@ class Connections:
     """The connections of one process to one file: one that writes, and a pool of readers.
 
     One thread at a time uses a connection. Connections are opened when they are needed, with at most
-    :data:`MOST_READERS` readers. A reader that was not used for :data:`IDLE` seconds is closed.
+    ``Timing.most_readers`` readers. A reader that was not used for ``Timing.close_reader_after`` seconds is
+    closed.
     """
 
     def __init__(
-        self, file: DatabaseFile, busy_timeout: float, tables: schema.Schema = schema.OWN
+        self,
+        file: DatabaseFile,
+        busy_timeout: float,
+        tables: schema.Schema = schema.OWN,
+        timing: Timing = DEFAULT_TIMING,
     ) -> None:
         self.file = file
+        self._most_readers, self._every = timing.most_readers, timing.reader_every
+        self._close_after = timing.close_reader_after
         self.schema = tables
         self.busy_timeout = busy_timeout
         self.migrates = True  # if False, a file of an older version is refused
@@ -227,14 +229,14 @@ class Connections:
             self._ring()
         # The connection given back last is taken first, so the first in the list is needed least.
         try:
-            if now - idle[0].used > IDLE:
+            if now - idle[0].used > self._close_after:
                 self._close_first()
         except IndexError:  # another thread took it
             pass
         return result
 
     def _wait_for_reader(self, key: tuple[int, float]) -> None:
-        """Open a reader or, if there are :data:`MOST_READERS`, wait for one."""
+        """Open a reader or, if there are ``Timing.most_readers``, wait for one."""
         deadline = time.monotonic() + self.busy_timeout
         while True:
             bell = _thread.allocate_lock()
@@ -246,15 +248,15 @@ class Connections:
                     return
                 now = time.monotonic()
                 if now >= min(self._scan_at, deadline):
-                    self._scan_at = now + _POLL
+                    self._scan_at = now + self._every
                     if self._close_left():
                         continue
                 if now >= deadline:
                     raise RepositoryUnavailable(
-                        f"{MOST_READERS} threads were reading {self.file.path} for "
+                        f"{self._most_readers} threads were reading {self.file.path} for "
                         f"{self.busy_timeout:g} s; read from fewer threads at once, or raise busy_timeout"
                     )
-                bell.acquire(timeout=min(deadline - now, _POLL))
+                bell.acquire(timeout=min(deadline - now, self._every))
             finally:
                 with suppress(ValueError):  # it was removed when it rang
                     self._waiting.remove(bell)
@@ -271,7 +273,7 @@ class Connections:
         try:
             with self._opening:
                 # A list holds only those that still exist.
-                if len(list(self._readers)) >= MOST_READERS:
+                if len(list(self._readers)) >= self._most_readers:
                     return False
                 connection = self._connect(opened)
                 self.file.check()  # another file may have replaced it just before

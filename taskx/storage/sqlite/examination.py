@@ -25,8 +25,6 @@ try:
 except ImportError:  # not a POSIX system
     fcntl = None  # type: ignore[assignment]
 
-#: Seconds that the check of the contents, and the wait for the write lock, may take.
-PATIENCE = 2.0
 #: Free bytes below which tasks may soon not be stored, and below which there is a warning.
 _LEAST_FREE, _FEW_FREE = 64 << 20, 1 << 30
 #: Bytes of a write-ahead log that a reader must be holding back.
@@ -41,8 +39,11 @@ _IN_MEMORY = ("tmpfs", "ramfs")
 _CREATES = "The first program that submits a task creates the file"
 
 
-def examine(file: DatabaseFile, tables: Schema) -> Iterator[Check]:
-    """Yield what is right and wrong with a file. It is not created, migrated or changed."""
+def examine(file: DatabaseFile, tables: Schema, patience: float) -> Iterator[Check]:
+    """Yield what is right and wrong with a file. It is not created, migrated or changed.
+
+    The check of the contents, and the wait for the write lock, take at most ``patience`` seconds.
+    """
     path = os.path.realpath(file.path)
     yield _library()
     yield from _folder(path)
@@ -55,7 +56,7 @@ def examine(file: DatabaseFile, tables: Schema) -> Iterator[Check]:
         return
     yield _permissions(path, file.folder)
     yield _log(path)
-    yield from _contents(path, tables)
+    yield from _contents(path, tables, patience)
     if (locks := _locks(file.folder)) is not None:
         yield locks
 
@@ -204,17 +205,17 @@ def _log(path: str) -> Check:
     return ok("log", words, size=size)
 
 
-def _contents(path: str, tables: Schema) -> Iterator[Check]:
+def _contents(path: str, tables: Schema, patience: float) -> Iterator[Check]:
     """Yield the checks that need a connection."""
     if _size(path) == 0:
         return
     try:
         # A read-only connection would leave an empty log behind where there is none.
         mode = "ro" if _size(f"{path}-wal") or not os.access(path, os.W_OK) else "rw"
-        with closing(_connect(path, mode)) as connection:
+        with closing(_connect(path, mode, patience)) as connection:
             version = tables.check(connection, path)
             yield _schema(version)
-            yield _integrity(connection, path)
+            yield _integrity(connection, path, patience)
     except TaskxError as error:
         yield fail("schema", f"{error}.", "")
         return
@@ -226,14 +227,14 @@ def _contents(path: str, tables: Schema) -> Iterator[Check]:
         yield fail("file", f"SQLite cannot read {path}: {error}.", advice)
         return
     if version == schema.VERSION and os.access(path, os.W_OK):
-        yield _write_lock(path)
+        yield _write_lock(path, patience)
 
 
-def _connect(path: str, mode: str) -> sqlite3.Connection:
+def _connect(path: str, mode: str, patience: float) -> sqlite3.Connection:
     from urllib.parse import quote
 
     address = f"file://{quote(os.fsencode(path))}?mode={mode}"
-    return sqlite3.connect(address, uri=True, timeout=PATIENCE, isolation_level=None)
+    return sqlite3.connect(address, uri=True, timeout=patience, isolation_level=None)
 
 
 def _schema(version: int) -> Check:
@@ -248,8 +249,8 @@ def _schema(version: int) -> Check:
     )
 
 
-def _integrity(connection: sqlite3.Connection, path: str) -> Check:
-    deadline = time.monotonic() + PATIENCE
+def _integrity(connection: sqlite3.Connection, path: str, patience: float) -> Check:
+    deadline = time.monotonic() + patience
     connection.set_progress_handler(lambda: time.monotonic() > deadline, 10_000)
     try:
         damage = [text for (text,) in connection.execute("PRAGMA quick_check(3)") if text != "ok"]
@@ -258,7 +259,7 @@ def _integrity(connection: sqlite3.Connection, path: str) -> Check:
             raise
         return ok(
             "integrity",
-            f"The first {PATIENCE:g} s of a check found no damage; the file is too large for a whole one.",
+            f"The first {patience:g} s of a check found no damage; the file is too large for a whole one.",
             whole=False,
         )
     finally:
@@ -272,17 +273,17 @@ def _integrity(connection: sqlite3.Connection, path: str) -> Check:
     return ok("integrity", "SQLite finds no damage.", whole=True)
 
 
-def _write_lock(path: str) -> Check:
+def _write_lock(path: str, patience: float) -> Check:
     """Take SQLite's write lock once, and write nothing."""
     began = time.monotonic()
     try:
-        with closing(_connect(path, "rw")) as connection:
+        with closing(_connect(path, "rw", patience)) as connection:
             connection.execute("BEGIN IMMEDIATE")
             connection.execute("ROLLBACK")
     except sqlite3.Error as error:
         return warn(
             "write lock",
-            f"The write lock was not free for {PATIENCE:g} s: {error}.",
+            f"The write lock was not free for {patience:g} s: {error}.",
             "Another process is in the middle of a transaction: find it, for example with "
             f"fuser {path}.",
         )

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import attrs
 
 from taskx.core.errors import ConfigurationError, RepositoryError, TaskxError
+from taskx.core.timing import Timing
 from taskx.core.writes import Write
 from taskx.storage import queries
 from taskx.storage.base import Repository
@@ -32,6 +33,7 @@ class Outer(Protocol):
     """The parts of a repository that a transaction of an executor uses."""
 
     file: DatabaseFile
+    timing: Timing
     busy_timeout: float
     durability: Any
     connect: Callable[[], sqlite3.Connection] | None
@@ -282,7 +284,7 @@ class FileTransactions(Transactions):
         shown: Callable[[Sequence[Write]], Sequence[bool]],
         join: Callable[[object, Then | None], AbstractContextManager[Repository]],
     ) -> None:
-        super().__init__("SQLiteRepository")
+        super().__init__("SQLiteRepository", outer.timing)
         self._outer = outer
         self._shown = shown
         self._join = join
@@ -396,7 +398,7 @@ class FileTransactions(Transactions):
             self._last[unit.thread] = unit.held
         unit.ids.update(write.id for write in writes)
         look_up = partial(self._committed, writes)
-        self.watch(unit, Stored(look_up, partial(self._tell, then), writes))
+        self.watch(unit, Stored(look_up, partial(self._tell, then), self.timing, writes))
 
     @contextmanager
     def own(self, connection: sqlite3.Connection) -> Iterator[None]:

@@ -26,6 +26,7 @@ from taskx.core.errors import (
 )
 from taskx.core.ids import new_id
 from taskx.core.model import CONDITIONS
+from taskx.core.timing import DEFAULT_TIMING, Timing
 from taskx.core.writes import Write
 from taskx.liveness.locks import KernelLocks
 from taskx.storage import queries
@@ -47,10 +48,7 @@ Durability = Literal["accepted", "full", "process"]
 T = TypeVar("T")
 
 _LEGACY = -1  # sqlite3.LEGACY_TRANSACTION_CONTROL, which Python 3.12 added
-_FORK_PATIENCE = 5.0  # seconds that a fork waits for other threads' transactions to end
-_MOMENT = 0.05  # seconds for which others may hold the lock of a file that counts as free
 _FEW = 32  # rows that may be read on the writing connection, which keeps writers waiting
-_SHORT_WAIT = 0.05  # waits of fewer seconds than this are not deducted from the time-out
 _KEPT_PAGES = 2000  # free pages (2 KiB in a new file) that are not worth a vacuum
 _PAGES_AT_ONCE = 200
 _NEAR = frozenset({"id", "unique_lock", "waiting_on"})  # columns with few rows for each value
@@ -102,6 +100,7 @@ class SQLiteRepository(SQLRepository):
         clock: Clock = SYSTEM_CLOCK,
         codec: Codec | Iterable[Codec] | None = None,
         connect: Callable[[], sqlite3.Connection] | None = None,
+        timing: Timing = DEFAULT_TIMING,
     ) -> None:
         self.path = os.fspath(path) if isinstance(path, (str, os.PathLike)) else ""
         if not isinstance(self.path, str) or self.path in ("", ":memory:") or "\0" in self.path:
@@ -124,12 +123,13 @@ class SQLiteRepository(SQLRepository):
         self.connect = connect
         self.prefix = prefix
         self.schema = schema.OWN if prefix == "" else schema.PrefixedSchema(prefix)
-        super().__init__(statements(prefix), clock, codec)
+        super().__init__(statements(prefix), clock, codec, timing)
         self.file = self._file = DatabaseFile(self.path, create, prefix)
-        self._connections = Connections(self._file, seconds, self.schema)
+        self._connections = Connections(self._file, seconds, self.schema, timing)
         self.busy_timeout = seconds
-        self._turnstile = Turnstile(self._file)
-        self._wakeups = Wakeups(self._file)
+        self._short_wait = timing.short_wait
+        self._turnstile = Turnstile(self._file, timing)
+        self._wakeups = Wakeups(self._file, timing)
         self._write_lock = threading.RLock()
         # The writing connection's number and its count of others' commits; and the number of our own
         # commits.
@@ -195,12 +195,13 @@ class SQLiteRepository(SQLRepository):
         """Begin a transaction when it is this process's turn, within the time-out."""
         timeout = self._connections.busy_timeout
         cursor = connection.cursor()
-        left = self._turnstile.enter(_MOMENT if self.callers.blocked else timeout)
+        hurry = self.callers.blocked
+        left = self._turnstile.enter(self.timing.file_free_within if hurry else timeout)
         self._set_synchronous(connection, durable)
         if self.prefix:
             self._begin_among_others(connection, left)
             return cursor
-        if timeout - left < _SHORT_WAIT:
+        if timeout - left < self._short_wait:
             cursor.execute("BEGIN IMMEDIATE")
             return cursor
         cursor.execute(f"PRAGMA busy_timeout = {left * 1000:.0f}")
@@ -214,9 +215,10 @@ class SQLiteRepository(SQLRepository):
         """Begin a transaction in a file whose other writers take no turns."""
         begin = partial(connection.execute, "BEGIN IMMEDIATE")
         deadline = time.monotonic() + seconds
+        hurry = lambda: self.callers.blocked  # noqa: E731
         connection.execute("PRAGMA busy_timeout = 0").fetchall()
         try:
-            until_unlocked(begin, deadline, sqlite3.OperationalError, lambda: self.callers.blocked)
+            until_unlocked(begin, deadline, sqlite3.OperationalError, self.timing, hurry)
         finally:
             connection.execute(f"PRAGMA busy_timeout = {self.busy_timeout * 1000:.0f}").fetchall()
 
@@ -277,7 +279,7 @@ class SQLiteRepository(SQLRepository):
     def lock_is_free(self) -> bool:
         """Return True if nobody holds the write lock of the file, or only for a moment."""
         try:
-            with closing(connect_to(self.file, _MOMENT)) as connection:
+            with closing(connect_to(self.file, self.timing.file_free_within)) as connection:
                 connection.execute("BEGIN IMMEDIATE")
                 connection.execute("ROLLBACK")
         except sqlite3.Error as error:
@@ -394,7 +396,7 @@ class SQLiteRepository(SQLRepository):
 
     def _make_liveness(self) -> KernelLocks:
         place = lambda: (self._file.folder, self._file.inode)  # noqa: E731
-        return KernelLocks(self, place, turnstile.NAMES)
+        return KernelLocks(self, place, turnstile.NAMES, self.timing.orphan_within)
 
     def only_existing(self) -> None:
         self._file.create = False
@@ -421,7 +423,7 @@ class SQLiteRepository(SQLRepository):
     def examine(self) -> Iterator[Check]:
         from taskx.storage.sqlite.examination import examine  # not needed to run tasks
 
-        return examine(self._file, self.schema)
+        return examine(self._file, self.schema, self.timing.examine_within)
 
     def ensure_there(self) -> None:
         """Raise an error if the file was moved, deleted, replaced or migrated since it was opened."""
@@ -457,10 +459,12 @@ class SQLiteRepository(SQLRepository):
 
     def before_fork(self) -> None:
         # Not if this thread is in the middle of a transaction: it would wait for itself, or end it.
-        self._forking = not self.entered and self._write_lock.acquire(timeout=_FORK_PATIENCE)
+        self._forking = not self.entered and self._write_lock.acquire(
+            timeout=self.timing.fork_within
+        )
         if self._forking:
             self._connections.discard_writer()
-        self._connections.close_before_fork(_FORK_PATIENCE)
+        self._connections.close_before_fork(self.timing.fork_within)
 
     def after_fork(self) -> None:
         self._connections.reopen()
@@ -525,7 +529,7 @@ class Joined(SQLiteRepository):
     """
 
     def __init__(self, outer: SQLiteRepository, connection: sqlite3.Connection) -> None:
-        SQLRepository.__init__(self, outer.statements, outer.clock)
+        SQLRepository.__init__(self, outer.statements, outer.clock, timing=outer.timing)
         self.codecs = outer.codecs
         self.path, self.durability, self.prefix = outer.path, outer.durability, outer.prefix
         self.applied: list[Write] = []

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
+from taskx.core.timing import Timing
 from taskx.storage.sqlite.file import DatabaseFile
 
 try:
@@ -26,16 +27,6 @@ try:
 except ImportError:  # not a POSIX system: processes do not take turns
     fcntl = None  # type: ignore[assignment]
 
-# Seconds between two tries for a lock that another process holds; about as long as a small commit takes.
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.00005, 0.001
-
-# Seconds between two tries to begin while a program writes that takes no turns.
-_SHORTEST, _LONGEST = 0.0001, 0.001
-
-#: Seconds for which a process takes turns after it has met another writing process.
-CROWDED = 1.0
-#: Seconds between two checks for other processes while none was met.
-CHECK_EVERY = 0.01
 
 #: The names of the turnstile's two lock files, which do not belong to a node.
 NAMES = ("outer", "inner")
@@ -52,8 +43,9 @@ class Turnstile:
     before a thread enters.
     """
 
-    def __init__(self, file: DatabaseFile) -> None:
+    def __init__(self, file: DatabaseFile, timing: Timing) -> None:
         self._file = file
+        self._timing = timing
         self._fds: list[int] = []
         self._crowded_until = self._check_at = 0.0
         #: Let the next process through. It is one call in C, which no signal handler can interrupt.
@@ -76,16 +68,16 @@ class Turnstile:
         try:
             if not _try(outer):
                 met = True
-                _wait(outer, now + timeout)
+                _wait(outer, now + timeout, self._timing)
             if not _try(inner):
                 met = True
-                _wait(inner, now + timeout)
+                _wait(inner, now + timeout, self._timing)
         finally:
             fcntl.flock(outer, fcntl.LOCK_UN)
-        self._check_at = now + CHECK_EVERY
+        self._check_at = now + self._timing.crowd_every
         if not met:
             return timeout
-        self._crowded_until = now + CROWDED
+        self._crowded_until = now + self._timing.crowded_for
         return max(0.0, now + timeout - time.monotonic())
 
     def close(self) -> None:
@@ -112,6 +104,7 @@ def until_unlocked(
     step: Callable[[], object],
     deadline: float,
     error: type[Exception],
+    timing: Timing,
     hurry: Callable[[], bool] = lambda: False,
 ) -> None:
     """Call a step again and again while a program that takes no turns holds SQLite's write lock.
@@ -120,7 +113,7 @@ def until_unlocked(
     find the file free. ``error`` is the driver's class of errors for a locked file. As soon as ``hurry``
     returns True, nobody waits any longer.
     """
-    pause = _SHORTEST
+    pause = timing.begin_pause
     while True:
         try:
             step()
@@ -129,7 +122,7 @@ def until_unlocked(
             if "locked" not in str(raised) or hurry() or time.monotonic() >= deadline:
                 raise
         time.sleep(pause)
-        pause = min(2 * pause, _LONGEST)
+        pause = min(2 * pause, timing.longest_begin_pause)
 
 
 def _open_file(path: str) -> int:
@@ -154,14 +147,14 @@ def _try(fd: int) -> bool:
     return True
 
 
-def _wait(fd: int, deadline: float) -> bool:
+def _wait(fd: int, deadline: float, timing: Timing) -> bool:
     # A blocking flock has no time-out, and a stopped process may hold the lock.
-    pause = _FIRST_PAUSE
+    pause = timing.turn_pause
     while time.monotonic() < deadline:
         time.sleep(pause)
         if _try(fd):
             return True
-        pause = min(pause * 1.2, _LONGEST_PAUSE)
+        pause = min(pause * 1.2, timing.longest_turn_pause)
     return False
 
 

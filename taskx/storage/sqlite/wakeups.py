@@ -16,12 +16,11 @@ from contextlib import suppress
 
 from taskx.core import lifecycle
 from taskx.core.ids import new_id
+from taskx.core.timing import Timing
 from taskx.core.writes import Write
 from taskx.storage.base import Listener
 from taskx.storage.sqlite.file import DatabaseFile
 
-#: Seconds between two scans of the folder for listeners.
-SCAN_EVERY = 0.01
 _EXTENSION = ".pipe"
 _MOST_READ = 4096
 _FLAGS = os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW if hasattr(os, "mkfifo") else 0
@@ -77,8 +76,9 @@ class Pipe(Listener):
 class Wakeups:
     """The pipes of this process, and a sender that writes into the pipes of others."""
 
-    def __init__(self, file: DatabaseFile) -> None:
+    def __init__(self, file: DatabaseFile, timing: Timing) -> None:
         self._file = file
+        self._every = timing.listeners_every
         self._made: weakref.WeakSet[Pipe] = weakref.WeakSet()
         self.renew_after_fork()
 
@@ -111,7 +111,7 @@ class Wakeups:
         news = {*map(lifecycle.news, writes)} - {""}
         if news and stale:  # just before sending, so that the newest listeners are included
             self._pipes = [*self._others(to_own=to_own)]
-            self._scan_at = now + SCAN_EVERY
+            self._scan_at = now + self._every
         for path, wanted in self._pipes:
             if heard := news.intersection(wanted):
                 _write(path, "".join(heard).encode())

@@ -13,7 +13,7 @@ from mongo_server import REAL
 
 from taskx import Queue, RepositoryUnavailable, Task, TaskFilter, TaskStatus
 from taskx.core import lifecycle
-from taskx.storage.mongo import sender
+from taskx.core.timing import Timing
 from taskx.storage.mongo.batches import Batches
 from taskx.storage.queries import owners
 from taskx.upkeep.housekeeper import unfinished
@@ -160,8 +160,7 @@ class TestASubmitterThatDied:
     ):
         """A caller who hears that an id is taken must find the task."""
         die_at(monkeypatch, store, "_commit")
-        monkeypatch.setattr(sender, "_MOMENT", 0.0)
-        other = make(mock)
+        other = make(mock, timing=Timing(abandon_after=0.0))
         again = [insert(task_id) for task_id in IDS[:2]]
         assert list(other.apply(again, all_or_nothing=together)) == [True, True]
         assert set(other.get_many(IDS)) == set(IDS[:2])
@@ -181,7 +180,8 @@ class TestASubmitterThatDied:
 
     def test_an_insert_waits_for_a_batch_that_holds_its_id(self, store, monkeypatch, make, mock):
         """The batch came first, so the insert is the duplicate."""
-        asked, other = threading.Event(), make(mock)
+        asked = threading.Event()
+        other = make(mock, timing=Timing(abandon_after=20.0))
         results = []
         late = threading.Thread(target=lambda: results.extend(other.apply([insert("b0")])))
         commit = store._batches._commit
@@ -195,7 +195,6 @@ class TestASubmitterThatDied:
         answered = lambda *args: (make_way(*args), asked.set())[0]  # noqa: E731
         monkeypatch.setattr(other._batches, "make_way", answered)
         monkeypatch.setattr(store._batches, "_commit", slow)
-        monkeypatch.setattr(sender, "_MOMENT", 20.0)
         writes = [insert(task_id) for task_id in IDS]
         assert list(store.apply(writes, all_or_nothing=True)) == [True] * 5
         late.join(20.0)

@@ -11,7 +11,7 @@ from mongo_server import PATIENCE, REAL, new_database
 
 from taskx import Queue, Task, open_repository
 from taskx.core import lifecycle
-from taskx.storage.mongo.changes import _REST
+from taskx.core.timing import DEFAULT_TIMING
 from taskx.storage.mongo.documents import MARKS
 from taskx.testing import ManualClock
 
@@ -120,7 +120,7 @@ def test_own_writes_do_not_cause_many_requests_for_changes(url, database, make):
         for number in range(100):
             repository.apply([insert(str(number))])
         took = time.monotonic() - began
-        assert count.names.count("getMore") <= 2 + took / _REST
+        assert count.names.count("getMore") <= 2 + took / DEFAULT_TIMING.change_every
         repository.close()
 
 
