@@ -49,6 +49,8 @@ ROOT = Path(__file__).parent.parent
 
 #: Time limit of all waits, in seconds: longer than anything takes on a loaded machine.
 PATIENCE = 120.0
+#: Seconds within which a loaded machine does what an idle one does at once.
+SOON = PATIENCE / 4
 
 
 def eventually(condition: Callable[[], Any], timeout: float = PATIENCE) -> Any:
