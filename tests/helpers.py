@@ -455,7 +455,7 @@ def url(request: pytest.FixtureRequest, database: Path) -> Iterator[str]:
         return
     server = request.getfixturevalue("mongo_server")("standalone")
     made = new_database(server)
-    yield urlsplit(server)._replace(path=f"/{made.name}").geturl()
+    yield urlsplit(server)._replace(path=f"/{made.name}", query=f"timeout={PATIENCE / 2}").geturl()
     made.client.drop_database(made.name)
 
 
