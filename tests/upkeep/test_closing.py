@@ -16,7 +16,7 @@ from concurrent.futures import CancelledError
 from contextlib import contextmanager
 
 import pytest
-from helpers import PATIENCE, eventually
+from helpers import PATIENCE, SOON, eventually
 
 from taskx import ConfigurationError, MemoryRepository
 
@@ -210,7 +210,7 @@ def test_a_cancel_wakes_a_blocked_executor(queue, kind):
     assert queue.cancel_task(handle.id) is False
     with pytest.raises(CancelledError):
         handle.result(PATIENCE)
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < SOON
 
 
 @pytest.mark.parametrize("kind", kinds("recv", "communicate"))

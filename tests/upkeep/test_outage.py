@@ -7,7 +7,7 @@ import time
 
 import pymongo
 import pytest
-from helpers import PATIENCE, eventually, pool_of, services_of
+from helpers import PATIENCE, SOON, eventually, pool_of, services_of
 from mongo_proxy import Proxy
 from mongo_server import new_database
 
@@ -94,7 +94,7 @@ def test_outcomes_wait_until_they_are_written(on_mongo, proxy, gate, how):
     began = time.monotonic()
     with pytest.raises(RepositoryUnavailable):
         on_mongo.submit("end", {"how": "never"}, id="refused")
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < SOON
     gate.open()
     eventually(lambda: not pool_of(on_mongo).runs.executing)
     eventually(lambda: on_mongo.repository.failed >= 2)
