@@ -97,7 +97,6 @@ def listen(queue, task_id):
     assert begun.wait(PATIENCE)
 
 
-@pytest.mark.every_store
 class TestEvents:
     def test_hooks_get_the_events_of_a_task_that_completes(self, started, told):
         started.submit("fine", id="a")
@@ -261,6 +260,7 @@ class TestEvents:
         wait_told(queue)
         assert told.of("a") == ["submitted", "started"]
 
+    @pytest.mark.every_store
     @pytest.mark.parametrize(
         ("max_crashes", "asked", "events", "status"),
         [

@@ -154,7 +154,6 @@ def test_endless_recursion_fails_the_task(started):
     check_workers(started)
 
 
-@pytest.mark.every_store
 def test_the_record_of_a_completed_task_is_complete(started):
     before = started.submit("fine")
     assert before.result(PATIENCE) == "fine"
@@ -178,7 +177,6 @@ def test_the_duration_is_measured_with_the_monotonic_clock(started):
     assert handle.task().completed_at - handle.task().started_at < timedelta(seconds=PATIENCE)
 
 
-@pytest.mark.every_store
 def test_a_failing_task_is_retried_at_once_until_max_attempts(started):
     seen = []
 
@@ -203,7 +201,6 @@ def test_a_failing_task_is_retried_at_once_until_max_attempts(started):
     assert (task.progress, task.message) == (50, "attempt 3")
 
 
-@pytest.mark.every_store
 def test_the_record_names_the_class_of_each_error(started):
     """The name is the one that retry policies use: with the module, except for builtins."""
     errors = [OSError("x"), Rude("x"), Retry(delay=0.0), Permanent("x")]
@@ -253,7 +250,6 @@ def test_a_success_clears_the_error_type_of_the_attempt_before(started):
     assert (task.error_type, task.attempts[0].error_type) == ("", "KeyError")
 
 
-@pytest.mark.every_store
 def test_the_record_names_the_process_and_the_thread_of_a_task(started, gate):
     """A running task that any waiting thread could take has the process alone."""
 
@@ -272,7 +268,6 @@ def test_the_record_names_the_process_and_the_thread_of_a_task(started, gate):
     assert re.fullmatch(r"taskx-worker-\d", thread)
 
 
-@pytest.mark.every_store
 def test_a_running_task_names_its_thread_if_it_is_known(make_queue, gate):
     queue = make_queue(worker_num=1)
 
@@ -288,7 +283,6 @@ def test_a_running_task_names_its_thread_if_it_is_known(make_queue, gate):
     handle.result(PATIENCE)
 
 
-@pytest.mark.every_store
 def test_a_later_attempt_can_succeed(started):
     @started.executor("second", max_attempts=5)
     def second(ctx):
@@ -304,7 +298,6 @@ def test_a_later_attempt_can_succeed(started):
     assert [a.outcome for a in task.attempts] == ["retried", "completed"]
 
 
-@pytest.mark.every_store
 def test_the_list_of_attempts_is_limited(started):
     @started.executor("many", max_attempts=80)
     def many():
@@ -319,7 +312,6 @@ def test_the_list_of_attempts_is_limited(started):
 # Requeue, delete, list and read
 
 
-@pytest.mark.every_store
 def test_a_requeued_task_starts_again_at_attempt_one(started):
     fail = [True]
 
@@ -339,7 +331,6 @@ def test_a_requeued_task_starts_again_at_attempt_one(started):
     assert [a.outcome for a in task.attempts] == ["retried", "failed", "completed"]
 
 
-@pytest.mark.every_store
 def test_a_cancelled_task_can_be_requeued(started, gate):
     started.executor("hold")(lambda: gate())
     holds = [started.submit("hold") for _ in range(2)]
@@ -354,7 +345,6 @@ def test_a_cancelled_task_can_be_requeued(started, gate):
         hold.result(PATIENCE)
 
 
-@pytest.mark.every_store
 def test_only_failed_and_cancelled_tasks_can_be_requeued(started, gate):
     started.executor("hold")(lambda: gate())
     running, done = started.submit("hold"), started.submit("fine")
@@ -368,7 +358,6 @@ def test_only_failed_and_cancelled_tasks_can_be_requeued(started, gate):
         started.requeue("nobody")
 
 
-@pytest.mark.every_store
 def test_a_task_that_does_not_run_can_be_deleted(started, gate):
     started.executor("hold")(lambda: gate())
     running, done = started.submit("hold"), started.submit("fine")
@@ -384,7 +373,6 @@ def test_a_task_that_does_not_run_can_be_deleted(started, gate):
                 call()
 
 
-@pytest.mark.every_store
 def test_an_outcome_that_is_refused_is_stored_without_its_traceback(queue):
     def refuse(writes):
         if any(getattr(write, "changes", {}).get("traceback") for write in writes):
@@ -399,7 +387,6 @@ def test_an_outcome_that_is_refused_is_stored_without_its_traceback(queue):
 
 
 @pytest.mark.usefixtures("frequent_checks")
-@pytest.mark.every_store
 def test_a_task_whose_outcome_cannot_be_stored_runs_again(queue, caplog):
     refusals = []
 
@@ -420,7 +407,6 @@ def test_a_task_whose_outcome_cannot_be_stored_runs_again(queue, caplog):
     assert "another run had taken over" not in caplog.text
 
 
-@pytest.mark.every_store
 def test_a_task_deleted_from_the_buffer_never_runs(busy, gate):
     queue = busy()
     handle = queue.submit("note", {"n": 1})
@@ -430,7 +416,6 @@ def test_a_task_deleted_from_the_buffer_never_runs(busy, gate):
     assert queue.ran == [2]
 
 
-@pytest.mark.every_store
 def test_list_tasks_returns_the_total_count(queue):
     from taskx import TaskFilter
 
@@ -473,7 +458,6 @@ def test_an_executor_cannot_set_attributes_of_the_context(started):
     assert started.submit("fine").result(PATIENCE) == "fine"
 
 
-@pytest.mark.every_store
 def test_the_status_of_an_unknown_task_is_not_found(queue):
     with pytest.raises(TaskNotFound, match="'nobody'"):
         queue.get_task_status("nobody")
@@ -642,7 +626,6 @@ def test_the_threads_of_a_queue_end_with_it(make_queue):
     eventually(lambda: threading.active_count() <= before)
 
 
-@pytest.mark.every_store
 @pytest.mark.parametrize("how", ["completed", "failed", "cancelled"])
 def test_a_task_ends_in_one_write_that_resets_no_field(queue, how):
     """The status and the result come in the same write."""
@@ -676,7 +659,6 @@ def test_a_task_ends_in_one_write_that_resets_no_field(queue, how):
         assert ends[-1].changes["result"] == '{"n":1}'
 
 
-@pytest.mark.every_store
 @pytest.mark.parametrize("limit", [1, 2, 100])
 def test_a_list_and_its_total_count_agree(queue, monkeypatch, limit):
     """They agree even if a task is stored between the two reads."""

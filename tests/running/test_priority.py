@@ -7,7 +7,7 @@ from helpers import PATIENCE, eventually, pool_of
 
 from taskx import SQLiteRepository, Task
 
-pytestmark = [pytest.mark.every_store, pytest.mark.usefixtures("no_batches")]
+pytestmark = pytest.mark.usefixtures("no_batches")
 
 
 ORDERED = [(5, "a"), (5, "b"), (0, "c"), (0, "d"), (-3, "e"), (-3, "f")]
@@ -74,6 +74,7 @@ def test_tasks_stored_before_the_start_run_by_priority(make_queue):
     assert queue.ran == NAMES
 
 
+@pytest.mark.every_store
 def test_the_highest_priorities_are_fetched_first_if_the_buffer_is_too_small(make_queue):
     queue = noting(make_queue(worker_num=1))
     count = 400

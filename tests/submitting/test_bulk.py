@@ -84,7 +84,6 @@ def fail(queue, *task_ids):
         queue.repository.update_status(task_id, "failed")
 
 
-@pytest.mark.every_store
 class TestRequeue:
     def test_all_failed_tasks_run_again(self, queue):
         queue.mended = True
@@ -174,7 +173,6 @@ class TestRequeue:
         assert counts(queue)["failed"] == 7
 
 
-@pytest.mark.every_store
 class TestFamilies:
     """Parents and children of the requeued tasks."""
 
@@ -262,7 +260,6 @@ class TestFamilies:
         assert child.task().status == "cancelled"
 
 
-@pytest.mark.every_store
 def test_a_parent_that_was_stored_after_its_child_is_requeued_once(make_queue, clock, in_batches):
     """Both have the same date, and the parent is listed first. It fails again before its child's page."""
     in_batches(operations=1)
@@ -278,7 +275,6 @@ def test_a_parent_that_was_stored_after_its_child_is_requeued_once(make_queue, c
     assert starts(queue) == {"parent": 2, "child": 2}
 
 
-@pytest.mark.every_store
 @pytest.mark.parametrize("limit", [{}, {"limit": 9}])
 def test_large_families_are_requeued_one_after_the_other(make_queue, monkeypatch, limit):
     """Each one in a transaction of its own, so that a crash leaves no part of one."""
@@ -312,7 +308,6 @@ class TestRate:
         waits = [t.run_at - clock.now() for t in queue.iter_tasks(status="pending")]
         return [wait.total_seconds() for wait in waits]
 
-    @pytest.mark.every_store
     @pytest.mark.parametrize("batch", [2, 200])
     def test_the_tasks_start_at_the_rate(self, failed, clock, batch, in_batches):
         in_batches(operations=batch)
@@ -322,7 +317,6 @@ class TestRate:
         assert [task_id for task_id, _ in failed.repository.due(None, 9)] == list("543210")
         assert [stub.id for stub in failed.repository.ready(["a", "b"], 9)] == ["6"]
 
-    @pytest.mark.every_store
     def test_a_second_call_goes_on_after_the_first(self, failed, make_queue, clock):
         """It may be in another process, after the first one was killed."""
         failed.requeue_all(rate="30/m", limit=3)
@@ -412,7 +406,6 @@ class TestRate:
         assert counts(failed) == {"failed": 7}
 
 
-@pytest.mark.every_store
 class TestCancel:
     def test_pending_tasks_are_cancelled(self, waiting):
         bulk = waiting.cancel_all(type="a")
@@ -488,7 +481,6 @@ class TestCancel:
         assert (bulk.matched, bulk.changed, bulk.asked) == (7, 7, 1)
 
 
-@pytest.mark.every_store
 class TestDelete:
     def test_matching_tasks_are_deleted(self, queue):
         bulk = queue.delete_all(status="failed", type="b")
@@ -588,7 +580,6 @@ class TestDeliberate:
 
 
 class TestDryRun:
-    @pytest.mark.every_store
     def test_a_dry_run_only_counts(self, queue):
         before = statuses(queue)
         counted = {
@@ -607,7 +598,6 @@ class TestDryRun:
         assert all(bulk.dry_run and bulk.exact and not bulk.changed for bulk in found.values())
         assert statuses(queue) == before
 
-    @pytest.mark.every_store
     def test_a_count_can_be_capped(self, queue):
         bulk = queue.requeue_all(dry_run=True, at_most=3)
         assert (bulk.matched, bulk.exact) == (3, False)
@@ -635,7 +625,6 @@ class TestDryRun:
         assert queue.requeue_all(dry_run=True).matched == 7
 
 
-@pytest.mark.every_store
 class TestProgress:
     @pytest.mark.parametrize("method", ALL)
     def test_each_batch_is_told(self, queue, method, in_batches):

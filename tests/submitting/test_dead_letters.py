@@ -19,7 +19,7 @@ from taskx import (
 )
 
 # Tests count the starts of tasks, so a slow machine must hand no started task back.
-pytestmark = [pytest.mark.every_store, pytest.mark.usefixtures("calm")]
+pytestmark = pytest.mark.usefixtures("calm")
 
 
 @pytest.fixture
@@ -249,7 +249,6 @@ class TestFlows:
     def statuses(flow):
         return [handle.task().status.value for handle in flow.handles]
 
-    @pytest.mark.every_store
     @pytest.mark.parametrize("how", ["all", "those of a filter", "one", "many"])
     def test_a_requeued_chain_runs_to_its_end(self, started, flow, how):
         failed = flow.ids[1]
@@ -265,7 +264,6 @@ class TestFlows:
         assert self.statuses(flow) == ["completed"] * 5
         assert started.ran == [0, 1, 2, 3, 4]
 
-    @pytest.mark.every_store
     def test_requeuing_a_step_includes_the_later_steps(self, started, flow):
         """The step runs even though the step before it failed, because a user requeued it."""
         started.requeue(flow.ids[3])
@@ -285,7 +283,6 @@ class TestFlows:
         assert started.drain(PATIENCE)
         assert set(statuses(started).values()) == {"completed"}
 
-    @pytest.mark.every_store
     def test_a_dead_letter_that_an_unfinished_task_needs_stays(self, started, gate):
         @started.executor("asks")
         def asks(ctx):
