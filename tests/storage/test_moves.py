@@ -23,7 +23,7 @@ from taskx.storage import base
 from taskx.storage.queries import owners, shown
 from taskx.upkeep.housekeeper import unfinished
 
-from .repositories import between_tasks, ids, keeping_time, whole_batches
+from .repositories import between_tasks, ids
 
 
 class TestMessages:
@@ -51,7 +51,7 @@ class TestMessages:
         assert told == [task.type] * cut
 
 
-@whole_batches
+@between_tasks
 class TestCheckpoints:
     """Values that a run stores while it executes."""
 
@@ -94,7 +94,7 @@ class TestCheckpoints:
         assert store.list(TaskFilter())[0].checkpoints == json.loads(self.TEXT)
 
 
-@whole_batches
+@between_tasks
 def test_a_task_read_before_an_update_does_not_start(store, now):
     """Otherwise it would run with the old params."""
     store.create(Task(id="a", type="t", params={"n": 1}))
@@ -106,7 +106,7 @@ def test_a_task_read_before_an_update_does_not_start(store, now):
     assert list(store.apply([lifecycle.start(again, now, "node")])) == [True]
 
 
-@whole_batches
+@between_tasks
 def test_the_logs_of_attempts_are_kept_in_order(store, run, now):
     """They survive a requeue and an update. An attempt that logs nothing changes nothing."""
     for number, log in enumerate(("ä\n", "", "two\nthree\n")):
@@ -128,7 +128,6 @@ def test_the_logs_of_attempts_are_kept_in_order(store, run, now):
     assert store.list(TaskFilter())[0].log == expected
 
 
-@keeping_time
 class TestDue:
     """Tasks that wait for their ``run_at``."""
 
@@ -171,7 +170,6 @@ class TestDue:
         assert ids(store.ready(["t"], 10)) == ["a"]
 
 
-@keeping_time
 class TestExpiry:
     """A pending task that can expire, and its start."""
 
