@@ -2,18 +2,18 @@
 
 import attrs
 import pytest
-from helpers import first_waiting, held_on, those_with, waiting_keys
+from helpers import held_on, those_with
 
-from taskx import TaskFilter, TaskStatus
+from taskx import TaskFilter
 from taskx.core import lifecycle
 from taskx.core.lifecycle import Ending
-from taskx.core.writes import Delete, Update
+from taskx.core.writes import Delete
 from taskx.storage import queries
 from taskx.storage.queries import count, matching, oldest_ready, owners, page, shown
 from taskx.upkeep.housekeeper import unfinished
 from taskx.upkeep.retention import needed
 
-from .repositories import between_tasks, ids, insert
+from .repositories import between_tasks, insert
 
 
 class TestShown:
@@ -298,29 +298,6 @@ class TestUnfinished:
 
 class TestParents:
     @between_tasks
-    def test_a_child_is_found_by_the_parent_it_waits_for(self, store, add, clock):
-        add("p")
-        add("q")
-        add("c", depends_on=["p", "q"], waiting_on="q")
-        add("d", depends_on=["p"], waiting_on="p", on_parent_failure="run")
-        assert store.get_by_id("d").depends_on == ["p"]
-        assert store.get_by_id("d").on_parent_failure == "run"
-        assert store.distinct("waiting_on", "", 10) == ["p", "q"]
-        assert store.distinct("waiting_on", "p", 10) == ["q"]
-        assert store.distinct("waiting_on", "", 1) == ["p"]
-        assert those_with(store, "waiting_on", "q", "nobody") == ["c"]
-        assert ids(store.ready(["t"], 10)) == ["p", "q"]
-        assert store.count(TaskFilter(status=TaskStatus.PENDING)) == 4
-        moved = Update("c", {"waiting_on": "q", "held": 2}, {"waiting_on": "p"})
-        freed = Update("d", {"waiting_on": "p", "held": 2}, {"waiting_on": None, "held": 0})
-        assert list(store.apply([moved, freed])) == [True, True]
-        assert (store.distinct("waiting_on", "", 10), those_with(store, "waiting_on", "p")) == (
-            ["p"],
-            ["c"],
-        )
-        assert ids(store.ready(["t"], 10)) == ["p", "q", "d"]
-
-    @between_tasks
     def test_the_statuses_of_many_tasks_are_read_at_once(self, store, add, run):
         add("a")
         run("b")
@@ -355,44 +332,3 @@ class TestParents:
         assert list(queries.families(store, ["a"])) == [("a", "c")]
         store.delete("c")
         assert list(queries.families(store, ["a"])) == list(queries.families(store, [])) == []
-
-
-class TestConcurrencyKeys:
-    @between_tasks
-    def test_tasks_of_a_key_wait_in_order_of_submission(self, store, add):
-        for task_id in "cab":
-            add(task_id, concurrency_key="k")
-        add("x", concurrency_key="other")
-        assert first_waiting(store, "k") == "c"
-        assert first_waiting(store, "nobody") is None
-        assert waiting_keys(store, "", 10) == {"k": True, "other": True}
-        assert store.ready(["t"], 10) == []
-        turn = Update("c", {"held": 4}, {"held": 0, "turn": "k"})
-        assert list(store.apply([turn])) == [True]
-        assert (first_waiting(store, "k"), waiting_keys(store, "", 10)) == (
-            "a",
-            {"k": False, "other": True},
-        )
-        assert ids(store.ready(["t"], 10)) == ["c"]
-        store.delete("c")
-        assert waiting_keys(store, "", 10) == {"k": True, "other": True}
-        assert waiting_keys(store, "k", 10) == {"other": True}
-
-
-@between_tasks
-def test_stuck_tasks_of_any_status_are_found_by_node(store, run, clock):
-    for task_id, status in (("a", "failed"), ("b", "pending")):
-        run(task_id)
-        changes = {"status": status, "owner": "", "stuck_on": "node", "held": 3}
-        if status == "failed":
-            changes["completed_at"] = clock.now_ms()
-        assert list(store.apply([Update(task_id, {}, changes)])) == [True]
-    assert sorted(those_with(store, "stuck_on", "node")) == ["a", "b"]
-    assert those_with(store, "stuck_on", "other") == []
-    assert owners(store) == ["node"]
-    assert (held_on(store, "node"), store.ready(["t"], 10)) == ([], [])
-    assert store.get_by_id("a").stuck_on == "node"
-    over = [Update(i, {"stuck_on": "node"}, {"stuck_on": "", "held": 0}) for i in "ab"]
-    assert list(store.apply(over)) == [True, True]
-    assert (those_with(store, "stuck_on", "node"), owners(store)) == ([], [])
-    assert ids(store.ready(["t"], 10)) == ["b"]
