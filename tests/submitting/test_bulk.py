@@ -126,15 +126,6 @@ class TestRequeue:
         new = [number for task_id, number in starts(queue).items() if task_id.startswith("new")]
         assert new == [1] * 4
 
-    @pytest.mark.parametrize("batch", [1, 2, 200])
-    def test_a_limit_and_an_offset_choose_as_in_a_list(self, queue, batch, in_batches):
-        in_batches(lists=batch, operations=batch)
-        queue.mended = True
-        assert queue.requeue_all(limit=2, offset=1).changed == 2
-        assert queue.drain(PATIENCE)
-        assert [task.id for task in queue.dead_letters().tasks] == ["8", "5", "4", "3", "2"]
-        assert queue.requeue_all(limit=0).matched == 0
-
     def test_a_task_whose_key_is_held_is_skipped(self, queue):
         queue.submit("a", {"n": 5}, id="key", unique_key="k")
         assert queue.drain(PATIENCE)
