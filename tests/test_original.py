@@ -285,32 +285,6 @@ def test_an_executor_reports_progress_through_the_repository(queue, repo):
     assert (task.progress, task.message) == (100, "即将完成")
 
 
-def test_tasks_can_be_cancelled(queue):
-    """任务取消: a pending task never starts, a running task is told to stop, an ended task refuses."""
-    begun, started = threading.Event(), []
-
-    def execute(ctx: Context, task: Task) -> None:
-        started.append(task.id)
-        begun.set()
-        ctx.sleep(60)
-
-    queue.register_executor(executor("my_task", execute))
-    for number in range(6):
-        queue.submit(Task(id=str(number), type="my_task"))
-    assert queue.cancel_task("5") is True
-    queue.start()
-    assert begun.wait(60)
-    for number in range(5):
-        queue.cancel_task(str(number))
-    assert queue.drain(timeout=60)
-    assert {str(task.status) for task in queue.list_tasks()[0]} == {"cancelled"}
-    assert "5" not in started
-    with pytest.raises(taskx.InvalidTransition):
-        queue.cancel_task("5")
-    with pytest.raises(taskx.TaskNotFound):
-        queue.cancel_task("no such task")
-
-
 def test_tasks_can_be_listed(queue):
     """查询任务列表: filter, limit, offset, and the total number."""
     queue.register_executor(executor("my_task", lambda ctx, task: None))

@@ -156,31 +156,6 @@ def test_drain_is_refused_where_it_could_not_return(queue, make_queue):
 # Order and due times
 
 
-def test_buffered_tasks_run_by_priority_and_then_in_order_of_submission(busy, gate):
-    queue = busy()
-    expected = []
-    for n, priority in enumerate([0, 5, -5, 0, 5, 1, -5, 0]):
-        queue.submit("note", {"n": n}, priority=priority)
-        expected.append((-priority, n))
-    gate.open()
-    assert queue.drain(PATIENCE)
-    assert queue.ran == [n for _, n in sorted(expected)]
-
-
-def test_stored_tasks_run_by_priority_and_then_in_order_of_submission(make_queue, no_batches):
-    queue = make_queue(worker_num=1, buffer_size=1)
-    ran = []
-    queue.executor("note")(lambda n: ran.append(n))
-    expected = []
-    for n in range(300):
-        priority = n % 3
-        queue.submit("note", {"n": n}, priority=priority)
-        expected.append((-priority, n))
-    queue.start()
-    assert queue.drain(PATIENCE)
-    assert ran == [n for _, n in sorted(expected)]
-
-
 def test_a_delayed_task_starts_exactly_at_its_moment(make_queue, database):
     for repository in (MemoryRepository(), SpySQLite(database)):
         clock = ManualClock()
