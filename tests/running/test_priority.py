@@ -28,14 +28,6 @@ def submit(queue, tasks):
         queue.submit("note", {"n": name}, priority=priority)
 
 
-def test_buffered_tasks_run_by_priority(busy, gate):
-    queue = busy()
-    submit(queue, MIXED)
-    gate.open()
-    assert queue.drain(PATIENCE)
-    assert queue.ran == NAMES
-
-
 def test_a_task_without_a_priority_has_its_executors_or_0(busy, gate):
     queue = busy()
     queue.executor("high", priority=5)(lambda n: queue.ran.append(n))

@@ -1168,9 +1168,9 @@ class TestRefusedParams:
     def codec(self):
         return Moody()
 
-    @pytest.fixture(params=["memory", "sqlite", "mongomock"])
-    def repository(self, request, tmp_path, clock, codec):
-        with coded(request.param, tmp_path, clock, codec) as made:
+    @pytest.fixture
+    def repository(self, tmp_path, clock, codec):
+        with coded("memory", tmp_path, clock, codec) as made:
             yield made
 
     @pytest.fixture
