@@ -106,15 +106,6 @@ class TestPolicy:
         assert queue.submit("fails").result(PATIENCE) == "done"
         assert fails.runs == 3
 
-    def test_a_task_without_attempts_left_is_a_dead_letter(self, queue):
-        Fails(queue, *[OSError()] * 9, retry=RetryPolicy(3, base=0))
-        queue.start()
-        handle = queue.submit("fails")
-        with pytest.raises(TaskFailed):
-            handle.result(PATIENCE)
-        task = handle.task()
-        assert (task.errors, task.dead_letter) == (3, True)
-
     def test_an_error_that_is_not_in_retry_on_fails_at_once(self, queue):
         Fails(
             queue, OSError(), ValueError("no use"), retry=RetryPolicy(9, base=0, retry_on=OSError)
@@ -303,15 +294,6 @@ class TestPermanent:
         with pytest.raises(TaskFailed, match="no such customer"):
             handle.result(PATIENCE)
         assert (handle.task().errors, handle.task().dead_letter) == (1, True)
-
-    def test_a_task_with_a_permanent_error_can_be_requeued(self, queue):
-        Fails(queue, Permanent("no such customer"), retry=RetryPolicy(9))
-        queue.start()
-        handle = queue.submit("fails")
-        with pytest.raises(TaskFailed):
-            handle.result(PATIENCE)
-        queue.requeue(handle.id)
-        assert queue.handle(handle.id).result(PATIENCE) == "done"
 
 
 class TestSnooze:
