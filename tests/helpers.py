@@ -156,10 +156,7 @@ class Spy:
         before: called with the writes before they are applied.
         after: called with the writes after they are committed.
         down: while it is True, the repository is unavailable.
-        in_memory: True if the tasks are in the memory of this process.
     """
-
-    in_memory = False
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -191,7 +188,7 @@ class Spy:
 
 
 class SpyMemory(Spy, MemoryRepository):
-    in_memory = True
+    pass
 
 
 class SpySQLite(Spy, SQLiteRepository):
@@ -204,11 +201,10 @@ class SpyMongo(Spy, MongoRepository):
     def __init__(self) -> None:
         self.database = new_database(REAL) if REAL else mongomock.MongoClient().db
         super().__init__(self.database)
-        self.in_memory = not REAL
 
     def close(self) -> None:
         super().close()
-        if not self.in_memory:
+        if REAL:
             self.database.client.drop_database(self.database.name)
 
 
@@ -231,24 +227,19 @@ def database(tmp_path: Path) -> Path:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run tests that use ``repository`` on memory and SQLite; with the mark ``every_store`` on all."""
-    named = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
-    if "store_kind" in metafunc.fixturenames and "repository" not in named:
-        every = metafunc.definition.get_closest_marker("every_store")
-        metafunc.parametrize("store_kind", MAKERS if every else ["memory", "sqlite"])
+    """Run tests with the mark ``every_store`` on memory, SQLite and MongoDB."""
+    if metafunc.definition.get_closest_marker("every_store"):
+        metafunc.parametrize("repository", MAKERS, indirect=True)
 
 
 @pytest.fixture
-def store_kind() -> str:
-    """The kind of repository of a test that does not name one."""
-    return "memory"
+def repository(request: pytest.FixtureRequest, database: Path) -> Iterator[Repository]:
+    """The repository of most tests: in memory, because no rule of a queue depends on the store.
 
-
-@pytest.fixture
-def repository(
-    request: pytest.FixtureRequest, store_kind: str, database: Path
-) -> Iterator[Repository]:
-    made = MAKERS[getattr(request, "param", store_kind)](database)
+    The contract of the stores holds that. A room has the mark ``every_store`` on a few tests that go all
+    its ways, and names the stores of tests that are about a store, a file or a transaction.
+    """
+    made = MAKERS[getattr(request, "param", "memory")](database)
     yield made
     made.close()
 

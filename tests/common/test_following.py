@@ -38,6 +38,7 @@ def halfway(make_queue, gate):
 
 
 class TestFollowHandle:
+    @pytest.mark.every_store
     def test_follow_shows_the_progress_and_returns_the_result(
         self, halfway, gate, capsys, every_state
     ):
@@ -94,7 +95,6 @@ class TestFollowHandle:
         assert handle.result(PATIENCE) == "whole"
 
 
-@pytest.mark.every_store
 class TestFollowQueue:
     def test_follow_shows_waiting_running_and_failed_tasks(
         self, halfway, gate, capsys, every_state
@@ -116,6 +116,7 @@ class TestFollowQueue:
         assert halfway.follow(timeout=0.01) is False
         gate.open()
 
+    @pytest.mark.every_store
     def test_a_queue_that_is_not_started_follows_other_queues_tasks(
         self, halfway, make_queue, gate, capsys
     ):

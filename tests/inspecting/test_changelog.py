@@ -12,7 +12,6 @@ from taskx.inspecting import changelog
 from taskx.repository.example import ExampleRepository
 
 
-@pytest.mark.every_store
 def test_the_newest_changes_come_first(make_queue, clock):
     queue = make_queue(clock=clock)
     assert queue.changes() == []
@@ -30,7 +29,6 @@ def test_the_newest_changes_come_first(make_queue, clock):
     assert json.loads(json.dumps(oldest.to_dict()))["at"] == first.isoformat()
 
 
-@pytest.mark.every_store
 def test_the_oldest_changes_are_removed_now_and_then(queue, repository, monkeypatch):
     monkeypatch.setattr(changelog, "KEPT", 5)
     for n in range(8):

@@ -29,8 +29,6 @@ from taskx.core.writes import NoteChange
 from taskx.inspecting import health
 from taskx.storage.sqlite import schema
 
-pytestmark = pytest.mark.every_store
-
 
 def problems(queue, **thresholds):
     """Check the health; check that this changes nothing, and that the answer is fit to be printed."""
@@ -302,6 +300,7 @@ def stuck(make_queue, gate, clock):
     return stuck
 
 
+@pytest.mark.every_store
 def test_a_type_whose_waiting_tasks_all_wait_for_stuck_threads_is_a_problem(
     stuck, make_queue, gate
 ):

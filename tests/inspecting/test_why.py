@@ -20,8 +20,6 @@ from taskx.inspecting import reasons
 from taskx.liveness.base import Node
 from taskx.running import starter
 
-pytestmark = pytest.mark.every_store
-
 
 def kinds(found):
     return [reason.kind for reason in found]
@@ -417,6 +415,7 @@ def test_a_task_waits_for_a_free_worker(full, asker):
         )
 
 
+@pytest.mark.every_store
 def test_a_task_waits_behind_those_that_come_first(full, asker):
     full.submit("note")
     full.submit("note", priority=5)
@@ -515,6 +514,7 @@ def test_a_task_on_its_last_chance_waits_for_another_one(suspects, gate, clock):
     assert (reason.kind, reason.facts) == ("suspect", {"crashes": 2, "others": ["one"]})
 
 
+@pytest.mark.every_store
 def test_a_task_that_may_crash_again_waits_for_a_worker(suspects, gate):
     _, asker, crashed = suspects
     for number in (1, 2):

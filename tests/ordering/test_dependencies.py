@@ -45,8 +45,6 @@ from taskx.running.audit import Audit
 from taskx.submitting.requeuing import Requeues
 from taskx.testing import ManualClock
 
-pytestmark = pytest.mark.every_store
-
 NEVER = float("inf")
 
 
@@ -116,6 +114,7 @@ class TestReleased:
         gate.open()
         assert child.result(PATIENCE) == [0, 1, 2]
 
+    @pytest.mark.every_store
     def test_a_chain_of_children_runs_one_after_the_other(self, started, gate):
         first = last = started.submit("hold")
         for n in range(1, 10):
@@ -164,6 +163,7 @@ class TestReleased:
         for child in children:
             child.result(PATIENCE)
 
+    @pytest.mark.every_store
     def test_one_parent_may_have_many_children_and_one_child_many_parents(self, started, gate):
         many = 100 if isinstance(started.repository, MongoRepository) else 1000  # a slow mock
         root = started.submit("hold")
@@ -293,6 +293,7 @@ class TestRequeue:
         eventually(lambda: child.task().status is TaskStatus.COMPLETED)
         assert started.ran == [1, 0]
 
+    @pytest.mark.every_store
     def test_a_requeue_does_not_touch_children_that_a_user_cancelled(self, started, gate):
         parent = started.submit("hold")
         child = started.submit("fine", depends_on=[parent])
@@ -396,6 +397,7 @@ class TestParents:
         started.repository.update(task)
         assert "TaskNotFound" in str(child.exception(PATIENCE))
 
+    @pytest.mark.every_store
     def test_pruning_keeps_the_parents_of_unfinished_children(self, started, gate):
         parent = started.submit("fine")
         parent.result(PATIENCE)
@@ -465,6 +467,7 @@ class TestRecovered:
 
         return parent, child, runs_on
 
+    @pytest.mark.every_store
     @pytest.mark.usefixtures("frequent_checks")
     def test_the_death_of_the_parents_process_decides_the_child(self, started, family):
         parent, child, runs_on = family
@@ -858,6 +861,7 @@ class TestMadeGood:
     def frequent_scans(self, check_every):
         check_every(audit=0.05)
 
+    @pytest.mark.every_store
     @pytest.mark.usefixtures("frequent_checks")
     def test_a_scan_releases_the_child_of_a_process_that_died(self, repository, make_queue):
         """The parent ends without an event; a queue that starts scans all parents."""

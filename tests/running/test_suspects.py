@@ -13,8 +13,6 @@ from taskx.running import starter
 from taskx.submitting.intake import prepare
 from taskx.upkeep.node import LocalNode
 
-pytestmark = pytest.mark.every_store
-
 
 @pytest.fixture
 def queue(make_queue):

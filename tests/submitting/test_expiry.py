@@ -54,8 +54,8 @@ EXPIRED = "expired at 2024-01-01T00:01:00Z before its first start"
 # Tasks that nothing starts
 
 
-@pytest.mark.usefixtures("often")
 @pytest.mark.every_store
+@pytest.mark.usefixtures("often")
 @pytest.mark.parametrize("reason", ["no executor", "pause", "time", "parent", "turn", "rate"])
 def test_a_task_expires_whatever_it_waits_for(make_queue, gate, clock, reason):
     queue = make_queue(worker_num=2, clock=clock)
@@ -104,7 +104,6 @@ def test_a_queue_that_is_not_started_cancels_nothing(make_queue, clock):
         handle.result(PATIENCE)
 
 
-@pytest.mark.every_store
 def test_many_expired_tasks_are_cancelled_in_batches(in_batches, make_queue, repository, clock):
     in_batches(expiry=3)
     queue = make_queue(clock=clock)
@@ -174,7 +173,6 @@ def test_an_expiry_that_cannot_be_stored_holds_up_no_schedule(make_queue, reposi
 
 
 @pytest.mark.usefixtures("seldom")
-@pytest.mark.every_store
 def test_a_worker_cancels_an_expired_task_instead_of_starting_it(busy, gate, clock):
     queue = busy(clock=clock)
     late = queue.submit("note", {"n": 1}, expires=60)
@@ -263,7 +261,6 @@ def test_the_hook_of_a_submit_sees_the_expiry(make_queue, clock, at_once):
 
 
 @pytest.mark.usefixtures("often")
-@pytest.mark.every_store
 @pytest.mark.parametrize("how", [Retry(delay=100), Snooze(100), ValueError("wrong")])
 def test_a_task_that_has_started_never_expires(make_queue, clock, how):
     queue = make_queue(clock=clock)
@@ -287,8 +284,8 @@ def test_a_task_that_has_started_never_expires(make_queue, clock, how):
     assert len(ran) == 2
 
 
-@pytest.mark.usefixtures("often")
 @pytest.mark.every_store
+@pytest.mark.usefixtures("often")
 def test_a_task_whose_process_died_never_expires(make_queue, repository, clock):
     queue = make_queue(clock=clock)
     queue.declare("remote")
@@ -303,7 +300,6 @@ def test_a_task_whose_process_died_never_expires(make_queue, repository, clock):
 
 
 @pytest.mark.usefixtures("seldom")
-@pytest.mark.every_store
 def test_a_start_that_is_handed_back_does_not_count(busy, gate, clock):
     queue = busy(clock=clock)
     handle = queue.submit("note", expires=60)
@@ -323,7 +319,6 @@ def test_a_start_that_is_handed_back_does_not_count(busy, gate, clock):
 
 
 @pytest.mark.usefixtures("often")
-@pytest.mark.every_store
 def test_everything_follows_as_after_a_cancel(make_queue, clock):
     class Note(Hook):
         def finished(self, task):
@@ -361,7 +356,6 @@ def test_everything_follows_as_after_a_cancel(make_queue, clock):
 
 
 @pytest.mark.usefixtures("often")
-@pytest.mark.every_store
 def test_a_requeued_task_has_no_expiry(make_queue, clock):
     queue = make_queue(clock=clock)
     queue.executor("fine")(lambda: "fine")
@@ -392,7 +386,6 @@ def test_a_map_that_is_run_again_requeues_expired_items(make_queue):
     assert list(queue.map("double", items)) == [2, 4]
 
 
-@pytest.mark.every_store
 def test_a_started_task_that_is_made_pending_by_hand_never_expires(queue, repository):
     queue.declare("remote")
     handle = queue.submit("remote", expires=3600)
@@ -404,7 +397,6 @@ def test_a_started_task_that_is_made_pending_by_hand_never_expires(queue, reposi
     assert (handle.task().status, handle.task().expires_at) == (TaskStatus.PENDING, None)
 
 
-@pytest.mark.every_store
 def test_a_run_that_is_taken_from_its_worker_never_expires(make_queue, repository, gate):
     queue = make_queue()
     queue.executor("gate")(gate)
@@ -417,7 +409,6 @@ def test_a_run_that_is_taken_from_its_worker_never_expires(make_queue, repositor
     gate.open()
 
 
-@pytest.mark.every_store
 @pytest.mark.parametrize("end", ["cancel", "orphan", "run", "done", "delete"])
 def test_only_a_task_that_can_expire_is_in_the_index(queue, repository, end):
     queue.declare("remote")
@@ -619,7 +610,6 @@ def test_a_repository_that_loses_the_expiry_refuses_it(make_queue, start):
 
 
 @pytest.mark.usefixtures("seldom")
-@pytest.mark.every_store
 def test_a_task_that_expires_during_its_start_does_not_run(busy, repository, gate, clock):
     queue = busy(clock=clock)
     handle = queue.submit("note", expires=60)
@@ -636,7 +626,6 @@ def test_a_task_that_expires_during_its_start_does_not_run(busy, repository, gat
     assert (queue.ran, handle.task().error) == ([], EXPIRED)
 
 
-@pytest.mark.every_store
 def test_a_task_that_starts_during_its_expiry_runs(make_queue, repository, clock):
     queue = make_queue(clock=clock)
     queue.declare("remote")

@@ -18,15 +18,9 @@ from contextlib import contextmanager
 import pytest
 from helpers import PATIENCE, SOON, eventually
 
-from taskx import ConfigurationError, MemoryRepository
+from taskx import ConfigurationError
 
 # Executors block here for real; each case calls ``about_to`` just before.
-
-
-@pytest.fixture
-def repository():
-    """A repository in memory: the store makes no difference here."""
-    return MemoryRepository()
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from helpers import PATIENCE, SOON, eventually, pool_of, services_of
 from mongo_proxy import Proxy
 from mongo_server import new_database
 
-from taskx import MemoryRepository, MongoRepository, RepositoryUnavailable
+from taskx import MongoRepository, RepositoryUnavailable
 from taskx.liveness import leases
 
 #: The fate of requests during the outage.
@@ -35,12 +35,6 @@ class Failing(MongoRepository):
         except RepositoryUnavailable:
             self.failed += any("completed_at" in getattr(write, "changes", ()) for write in writes)
             raise
-
-
-@pytest.fixture
-def repository():
-    """The default repository of ``make_queue``; the queues here get others."""
-    return MemoryRepository()
 
 
 @pytest.fixture
