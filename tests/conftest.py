@@ -21,7 +21,7 @@ settings.register_profile("same", deadline=None, derandomize=True)
 settings.load_profile("same")
 
 # This must come before the first import of these modules. Their assertions then show details, as in tests.
-pytest.register_assert_rewrite("taskx.testing", "helpers")
+pytest.register_assert_rewrite("taskx.testing", "helpers", "units")
 
 # Tests that a shell started in the background ignore Ctrl-C. All programs that they start would ignore
 # it, too, but some tests interrupt such programs.

@@ -285,32 +285,6 @@ def test_an_executor_reports_progress_through_the_repository(queue, repo):
     assert (task.progress, task.message) == (100, "即将完成")
 
 
-def test_tasks_can_be_cancelled(queue):
-    """任务取消: a pending task never starts, a running task is told to stop, an ended task refuses."""
-    begun, started = threading.Event(), []
-
-    def execute(ctx: Context, task: Task) -> None:
-        started.append(task.id)
-        begun.set()
-        ctx.sleep(60)
-
-    queue.register_executor(executor("my_task", execute))
-    for number in range(6):
-        queue.submit(Task(id=str(number), type="my_task"))
-    assert queue.cancel_task("5") is True
-    queue.start()
-    assert begun.wait(60)
-    for number in range(5):
-        queue.cancel_task(str(number))
-    assert queue.drain(timeout=60)
-    assert {str(task.status) for task in queue.list_tasks()[0]} == {"cancelled"}
-    assert "5" not in started
-    with pytest.raises(taskx.InvalidTransition):
-        queue.cancel_task("5")
-    with pytest.raises(taskx.TaskNotFound):
-        queue.cancel_task("no such task")
-
-
 def test_tasks_can_be_listed(queue):
     """查询任务列表: filter, limit, offset, and the total number."""
     queue.register_executor(executor("my_task", lambda ctx, task: None))
@@ -357,98 +331,7 @@ def test_the_number_of_workers_can_be_set():
     assert (taskx.Config().worker_num, taskx.Config().buffer_size) == (5, 100)
 
 
-def test_as_many_tasks_run_at_once_as_there_are_workers(repo):
-    """可配置的 worker 池."""
-    together = threading.Barrier(3)
-    queue = taskx.Queue(repo, taskx.Config(worker_num=3))
-    queue.register_executor(executor("meet", lambda ctx, task: together.wait(60) >= 0))
-    with queue:
-        handles = [queue.submit("meet") for _ in range(3)]
-        assert [handle.result(timeout=60) for handle in handles] == [True] * 3
-
-
 # 最佳实践
-
-
-def test_a_task_that_runs_twice_can_do_its_work_once(repo):
-    """1. 任务幂等性: a task that runs twice does its work once."""
-    processed, runs = set(), []
-
-    def execute(ctx: Context, task: Task) -> None:
-        runs.append(task.id)
-        if task.id in processed:
-            return
-        processed.add(task.id)
-        raise ConnectionError("after the work was done")
-
-    queue = taskx.Queue(repo)
-    queue.register_executor(executor("my_task", execute))
-    with queue:
-        handle = queue.submit("my_task")
-        with pytest.raises(taskx.TaskFailed):
-            handle.result(timeout=60)
-        queue.requeue(handle.id)
-        queue.handle(handle.id).result(timeout=60)
-    assert runs == [handle.id, handle.id]
-    assert processed == {handle.id}
-
-
-def test_an_executor_can_retry_temporary_errors(repo, caplog):
-    """2. 错误处理: temporary errors are retried, permanent errors are not; causes are logged."""
-    calls = []
-
-    def do_something(params: dict[str, Any]) -> None:
-        calls.append(params["error"])
-        if params["error"] == "passing" and calls.count("passing") < 3:
-            raise ConnectionError("reset by peer")
-        if params["error"] == "lasting":
-            raise KeyError("no such account")
-
-    def execute(ctx: Context, task: Task) -> None:
-        for attempt in (1, 2, 3):
-            try:
-                return do_something(task.params)
-            except ConnectionError as error:
-                if attempt == 3:
-                    raise RuntimeError(f"临时错误，可重试: {error}") from error
-            except KeyError as error:
-                raise RuntimeError(f"永久错误: {error}") from error
-        return None
-
-    queue = taskx.Queue(repo)
-    queue.register_executor(executor("my_task", execute))
-    with queue:
-        queue.submit("my_task", {"error": "passing"}).result(timeout=60)
-        with pytest.raises(taskx.TaskFailed) as failed:
-            queue.submit("my_task", {"error": "lasting"}).result(timeout=60)
-    assert calls == ["passing"] * 3 + ["lasting"]
-    assert failed.value.error == "RuntimeError: 永久错误: 'no such account'"
-    assert "KeyError: 'no such account'" in caplog.text
-
-
-def test_executors_clean_up_in_every_case(repo):
-    """3. 资源清理: after success, an error and a cancel."""
-    released, begun = [], threading.Event()
-
-    def execute(ctx: Context, task: Task) -> None:
-        try:
-            if task.params["how"] == "fails":
-                raise ValueError("no")
-            if task.params["how"] == "cancelled":
-                begun.set()
-                ctx.sleep(60)
-        finally:
-            released.append(task.params["how"])
-
-    queue = taskx.Queue(repo)
-    queue.register_executor(executor("my_task", execute))
-    with queue:
-        ways = ("completes", "fails", "cancelled")
-        handles = {how: queue.submit("my_task", {"how": how}) for how in ways}
-        assert begun.wait(60)
-        handles["cancelled"].cancel()
-        assert queue.drain(timeout=60)
-    assert sorted(released) == ["cancelled", "completes", "fails"]
 
 
 def test_an_executor_can_set_a_time_out(repo):
@@ -488,44 +371,6 @@ def test_a_time_out_that_is_not_handled_fails_the_task(repo):
 
 
 # 限制
-
-
-@pytest.mark.parametrize("value", [object(), {1, 2}, b"bytes", float("nan"), {1: "x"}, 2**63])
-def test_params_must_be_json(queue, value):
-    """任务参数和结果必须可序列化为 JSON: invalid params are refused, and nothing is stored."""
-    queue.declare("my_task")
-    with pytest.raises(taskx.PayloadError, match=r"params\.items"):
-        queue.submit("my_task", {"items": [value]})
-    assert queue.list_tasks()[1] == 0
-
-
-def test_a_result_must_be_json(queue):
-    """任务参数和结果必须可序列化为 JSON: an invalid result only fails its task."""
-    queue.register_executor(executor("my_task", lambda ctx, task: object()))
-    queue.start()
-    with pytest.raises(taskx.TaskFailed, match="object is not JSON"):
-        queue.submit("my_task").result(timeout=60)
-
-
-def test_a_full_queue_refuses_tasks(repo):
-    """队列满时会拒绝新任务, and no refused task is stored."""
-    gate = threading.Event()
-    queue = taskx.Queue(repo, taskx.Config(worker_num=1, buffer_size=2))
-    queue.register_executor(executor("my_task", lambda ctx, task: gate.wait(60)))
-
-    def flood() -> None:
-        for number in range(4):
-            queue.submit("my_task", {"number": number})
-
-    with queue:
-        with pytest.raises(taskx.QueueFull, match="buffer_size=2"):
-            flood()
-        tasks, accepted = queue.list_tasks()
-        assert sorted(task.params["number"] for task in tasks) == list(range(accepted))
-        assert accepted in (2, 3)  # 3 if a worker has already taken a task
-        gate.set()
-        assert queue.drain(timeout=60)
-        assert queue.list_tasks(TaskFilter(status="completed"))[1] == accepted
 
 
 # 特性

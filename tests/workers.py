@@ -21,7 +21,7 @@ from taskx import Config, MongoRepository, Queue, SQLiteRepository
 url, path = sys.argv[1:3]
 if url.startswith("mongodb"):
     database = pymongo.MongoClient(url)[path.rsplit("/", 1)[1]]
-    repository = MongoRepository(database, poll_interval=0.05)
+    repository = MongoRepository(database, poll_interval=0.05, timeout=60)
 else:
     repository = SQLiteRepository(url)
 queue = Queue(repository, Config(worker_num=4))
@@ -77,6 +77,6 @@ def on_sqlite(spawn: Callable[..., Any], folder: Path) -> Iterator[Workers]:
 def on_mongo(spawn: Callable[..., Any], folder: Path) -> Iterator[Workers]:
     url = shared("set")
     database = new_database(url)
-    with MongoRepository(database, poll_interval=0.05) as repository:
+    with MongoRepository(database, poll_interval=0.05, timeout=60) as repository:
         yield Workers(spawn, url, str(folder / database.name), repository)
     database.client.drop_database(database.name)

@@ -10,7 +10,7 @@ import attrs
 import pytest
 from click.testing import CliRunner
 
-from taskx import MemoryRepository, Queue
+from taskx import Queue
 from taskx.cli.app import make_group
 
 
@@ -51,12 +51,6 @@ def call(*args: str, queue: Any = None, input: str | None = None, **env: str | N
         raise unexpected
     assert "Traceback" not in result.stderr
     return Said(result.exit_code, result.stdout, result.stderr)
-
-
-@pytest.fixture
-def repository() -> MemoryRepository:
-    """A repository in memory: the commands do not depend on the store."""
-    return MemoryRepository()
 
 
 @pytest.fixture

@@ -121,8 +121,9 @@ def test_an_error_of_the_repository_has_no_words_of_python(tmp_path, path):
     (tmp_path / "empty.db").touch()
     (tmp_path / "other.db").write_text("no database, but long enough to look at")
     said = call("list", "--repository", str(tmp_path / path))
+    message = said.err.replace(str(tmp_path), "…")  # the name of a new folder has random letters
     assert said.code == 5
-    assert PYTHON.findall(said.err) == [], said.err
+    assert PYTHON.findall(message) == [], message
 
 
 @pytest.mark.parametrize("option", ["--repository", "--app"])

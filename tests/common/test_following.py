@@ -34,6 +34,7 @@ def halfway(make_queue, gate):
 
 
 class TestFollowHandle:
+    @pytest.mark.every_store
     @every_state
     def test_follow_shows_the_progress_and_returns_the_result(self, halfway, gate, capsys):
         handle = halfway.submit("half")
@@ -90,7 +91,6 @@ class TestFollowHandle:
         assert handle.result(PATIENCE) == "whole"
 
 
-@pytest.mark.every_store
 class TestFollowQueue:
     @every_state
     def test_follow_shows_waiting_running_and_failed_tasks(self, halfway, gate, capsys):
@@ -111,6 +111,7 @@ class TestFollowQueue:
         assert halfway.follow(timeout=0.01) is False
         gate.open()
 
+    @pytest.mark.every_store
     def test_a_queue_that_is_not_started_follows_other_queues_tasks(
         self, halfway, make_queue, gate, capsys
     ):

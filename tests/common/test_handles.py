@@ -22,7 +22,6 @@ def started(queue):
     return queue
 
 
-@pytest.mark.every_store
 def test_a_handle_is_a_future(started):
     handle = started.submit("echo", {"value": 1})
     assert isinstance(handle, Future)
@@ -47,7 +46,6 @@ def test_the_handle_of_a_failed_task_raises_task_failed(started):
     assert handle.done()
 
 
-@pytest.mark.every_store
 def test_the_handle_of_a_cancelled_task_raises_cancelled_error(busy):
     queue = busy()
     handle = queue.submit("note")
@@ -60,6 +58,7 @@ def test_the_handle_of_a_cancelled_task_raises_cancelled_error(busy):
             call(0)
 
 
+@pytest.mark.every_store
 def test_cancelling_a_running_task_asks_it_to_stop(started, gate):
     started.executor("hold")(lambda ctx: (gate(), ctx.token.raise_if_cancelled()))
     handle = started.submit("hold")
@@ -145,7 +144,6 @@ def test_a_done_callback_that_hangs_blocks_no_worker(started, gate):
     assert started.submit("echo", {"value": 5}).result(PATIENCE) == 5
 
 
-@pytest.mark.every_store
 def test_a_handle_resolves_after_the_outcome_is_committed(started):
     statuses = []
     handle = started.submit("echo", {"value": 1}, delay=0.05)
@@ -184,7 +182,6 @@ def test_the_handle_of_an_unknown_id_raises_task_not_found(started):
             call()
 
 
-@pytest.mark.every_store
 def test_deleting_a_task_wakes_the_threads_that_wait_for_it(started):
     handle = started.submit("echo", {"value": 1}, delay=1000)
     waiting = run_in_thread(lambda: handle.result(PATIENCE))
@@ -194,7 +191,6 @@ def test_deleting_a_task_wakes_the_threads_that_wait_for_it(started):
         waiting()
 
 
-@pytest.mark.every_store
 def test_result_can_be_called_again_after_a_repository_error(queue):
     queue.executor("echo")(lambda value: value)
     handle = queue.submit("echo", {"value": 1})
@@ -206,6 +202,7 @@ def test_result_can_be_called_again_after_a_repository_error(queue):
     assert handle.result(PATIENCE) == 1
 
 
+@pytest.mark.every_store
 @frequent_checks
 def test_result_can_be_called_again_on_a_queue_that_is_not_started(queue, make_queue):
     queue.declare("echo")
@@ -224,7 +221,6 @@ def test_result_can_be_called_again_on_a_queue_that_is_not_started(queue, make_q
 
 
 @frequent_checks
-@pytest.mark.every_store
 def test_a_queue_that_is_not_started_stores_tasks_for_other_queues(make_queue):
     submitter, runner = make_queue(), make_queue(worker_num=1)
     submitter.declare("echo", "other")

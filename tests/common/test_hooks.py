@@ -97,7 +97,6 @@ def listen(queue, task_id):
     assert begun.wait(PATIENCE)
 
 
-@pytest.mark.every_store
 class TestEvents:
     def test_hooks_get_the_events_of_a_task_that_completes(self, started, told):
         started.submit("fine", id="a")
@@ -261,6 +260,7 @@ class TestEvents:
         wait_told(queue)
         assert told.of("a") == ["submitted", "started"]
 
+    @pytest.mark.every_store
     @pytest.mark.parametrize(
         ("max_crashes", "asked", "events", "status"),
         [
@@ -328,22 +328,19 @@ class TestEvents:
 
 
 @pytest.fixture
-def only_memory(timing):
-    """Return a function that makes queues on memory, for tests that do not depend on the store."""
-    made: list[Queue] = []
+def hooked(make_queue):
+    """Return a function that makes queues with hooks, and with an executor ``t``."""
 
-    def make(*hooks: Hook, **options) -> Queue:
-        made.append(Queue(MemoryRepository(), hooks=hooks, timing=timing, **options))
-        made[-1].executor("t")(lambda: None)
-        return made[-1]
+    def make(*hooks: Hook) -> Queue:
+        made = make_queue(hooks=hooks)
+        made.executor("t")(lambda: None)
+        return made
 
-    yield make
-    for queue in made:
-        queue.stop(PATIENCE, cancel=True)
+    return make
 
 
 class TestCost:
-    def test_a_hook_without_methods_costs_no_thread_and_no_call(self, only_memory, monkeypatch):
+    def test_a_hook_without_methods_costs_no_thread_and_no_call(self, hooked, monkeypatch):
         def never(*args):
             raise AssertionError("told, though no hook listens")
 
@@ -352,7 +349,7 @@ class TestCost:
         class Deaf(Hook):
             """A hook that overrides nothing."""
 
-        queue = only_memory(Deaf())
+        queue = hooked(Deaf())
         with queue:
             queue.submit("t").result(PATIENCE)
             queue.executor("bad", max_attempts=2)(lambda: 1 / 0)
@@ -368,8 +365,8 @@ class TestCost:
         assert getattr(hooks, event)[0][0] == f"One.{event}"
 
     @pytest.mark.timing(keep_thread=0.0)
-    def test_the_thread_for_hooks_ends_when_there_are_no_events(self, only_memory, told):
-        queue = only_memory(told)
+    def test_the_thread_for_hooks_ends_when_there_are_no_events(self, hooked, told):
+        queue = hooked(told)
         queue.submit("t", id="a")
         eventually(lambda: services_of(queue).hooks._thread is None)
         queue.submit("t", id="b")
@@ -394,10 +391,8 @@ class TestFailures:
         "case",
         ["exception", "exit", "interrupt", "base", "unprintable", "no name", "no attributes"],
     )
-    def test_an_error_in_a_hook_is_logged_and_affects_no_task(
-        self, case, only_memory, told, caplog
-    ):
-        queue = only_memory(Fails(ERRORS[case][0]), told)
+    def test_an_error_in_a_hook_is_logged_and_affects_no_task(self, case, hooked, told, caplog):
+        queue = hooked(Fails(ERRORS[case][0]), told)
         queue.start()
         assert queue.submit("t", id="a").result(PATIENCE) is None
         assert queue.drain(PATIENCE)
@@ -407,8 +402,8 @@ class TestFailures:
             assert [m for m in messages if m.startswith(f"hook Fails.{event} failed")]
         assert queue.submit("t").result(PATIENCE) is None
 
-    def test_each_error_in_a_hook_is_logged_once_with_its_traceback(self, only_memory, caplog):
-        queue = only_memory(Fails(ValueError("bad")))
+    def test_each_error_in_a_hook_is_logged_once_with_its_traceback(self, hooked, caplog):
+        queue = hooked(Fails(ValueError("bad")))
         queue.submit("t")
         queue.submit("t")
         wait_told(queue)
@@ -477,8 +472,8 @@ def blocks():
 
 
 class TestHangingHook:
-    def test_a_hanging_hook_delays_neither_tasks_nor_submits(self, only_memory, blocks):
-        queue = only_memory(blocks)
+    def test_a_hanging_hook_delays_neither_tasks_nor_submits(self, hooked, blocks):
+        queue = hooked(blocks)
         queue.start()
         for _ in range(20):
             assert queue.submit("t").result(PATIENCE) is None
@@ -489,8 +484,8 @@ class TestHangingHook:
         assert blocks.finished_ones == 20
 
     @pytest.mark.timing(stop_extra=0.01)
-    def test_a_stop_ends_in_time_while_a_hook_hangs(self, only_memory, blocks, caplog):
-        queue = only_memory(blocks)
+    def test_a_stop_ends_in_time_while_a_hook_hangs(self, hooked, blocks, caplog):
+        queue = hooked(blocks)
         queue.start()
         queue.submit("t")
         queue.submit("t")
@@ -500,7 +495,7 @@ class TestHangingHook:
         assert "stopped with 1 event(s) not told to hooks yet" in caplog.text
 
     @pytest.mark.timing(most_events=5)
-    def test_workers_wait_a_little_if_hooks_are_far_behind(self, only_memory, blocks, monkeypatch):
+    def test_workers_wait_a_little_if_hooks_are_far_behind(self, hooked, blocks, monkeypatch):
         """Else the waiting events could fill the memory."""
         held = []
         wait = Hooks.wait
@@ -510,7 +505,7 @@ class TestHangingHook:
             return wait(self, 0.0 if timeout == DEFAULT_TIMING.hold_within else timeout)
 
         monkeypatch.setattr(Hooks, "wait", waits)
-        queue = only_memory(blocks)
+        queue = hooked(blocks)
         queue.start()
         for _ in range(7):
             assert queue.submit("t").result(PATIENCE) is None
@@ -538,7 +533,7 @@ class TestInsideHooks:
         assert queue.drain(PATIENCE)
         assert seen == list(range(30, -1, -1))
 
-    def test_drain_and_stop_in_a_hook_do_not_wait_for_the_hook(self, only_memory):
+    def test_drain_and_stop_in_a_hook_do_not_wait_for_the_hook(self, hooked):
         said = []
 
         class Stops(Hook):
@@ -549,7 +544,7 @@ class TestInsideHooks:
                     said.append(str(error))
                 said.append(queue.stop(PATIENCE))
 
-        queue = only_memory(Stops())
+        queue = hooked(Stops())
         queue.start()
         queue.submit("t")
         eventually(lambda: len(said) == 2)
@@ -557,13 +552,13 @@ class TestInsideHooks:
         assert said[1] == []
 
 
-def test_hooks_get_a_copy_of_the_task(only_memory, told):
+def test_hooks_get_a_copy_of_the_task(hooked, told):
     class Rewrites(Hook):
         def started(self, task):
             task.type = task.id = "other"
             task.earlier_attempts.append("?")
 
-    queue = only_memory(Rewrites(), told)
+    queue = hooked(Rewrites(), told)
     queue.start()
     assert queue.submit("t", id="a").result(PATIENCE) is None
     assert queue.drain(PATIENCE)
@@ -571,8 +566,8 @@ def test_hooks_get_a_copy_of_the_task(only_memory, told):
     assert told.of("a") == ["submitted", "finished"]  # "started" came with the changed copy
 
 
-def test_hooks_get_a_delayed_task_as_it_was_submitted(only_memory, told):
-    queue = only_memory(told)
+def test_hooks_get_a_delayed_task_as_it_was_submitted(hooked, told):
+    queue = hooked(told)
     queue.submit("t", {}, id="a", delay=60, created_by="me", priority=3)
     wait_told(queue)
     [task] = told.tasks

@@ -95,6 +95,7 @@ def test_a_failing_retry_policy_costs_no_attempt_if_logging_raises(queue):
     assert failed.value.attempt == 2
 
 
+@pytest.mark.every_store
 def test_the_housekeeper_goes_on_if_logging_raises(make_queue, logger, clock, monkeypatch):
     """It logs ticks that were missed, and does so before it checks delayed tasks."""
     monkeypatch.setattr(logging, "raiseExceptions", False)

@@ -23,8 +23,6 @@ from taskx.core.timing import DEFAULT_TIMING
 from taskx.running.fetcher import Fetcher
 from taskx.testing import ManualClock
 
-pytestmark = pytest.mark.every_store
-
 
 @pytest.fixture
 def other(queue, make_queue):
@@ -132,6 +130,7 @@ def test_a_task_buffered_while_its_type_is_paused_does_not_start(
         handle.result(PATIENCE)
 
 
+@pytest.mark.every_store
 @frequent_checks
 def test_a_pause_applies_to_all_queues_soon(queue, other):
     """A started queue applies it at its next check. A queue that is not started can pause, too."""

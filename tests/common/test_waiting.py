@@ -387,7 +387,6 @@ def test_cancelling_a_damaged_record_raises_an_error(queue, repository, caplog):
 
 
 @no_slow_checks
-@pytest.mark.every_store
 def test_queues_that_share_a_repository_wake_each_other_at_once(make_queue, repository):
     runner, web = make_queue(worker_num=1), make_queue()
     runner.executor("echo")(lambda: "value")
@@ -440,7 +439,6 @@ def test_a_watched_handle_resolves_in_a_forked_child(spawn, database):
 # Types that are registered late
 
 
-@pytest.mark.every_store
 def test_types_registered_after_the_start_are_recorded(queue, repository, caplog):
     queue.executor("early")(lambda: "value")
     queue.start()

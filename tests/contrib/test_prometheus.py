@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,6 @@ from helpers import PATIENCE, eventually, housekeeper_of, pool_of, services_of
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-import taskx
 from taskx import (
     Config,
     ConfigurationError,
@@ -718,16 +716,6 @@ def test_without_the_library_the_error_names_the_extra():
     )
     assert "ConfigurationError" in ran.stderr
     assert "pip install 'taskx-queue[prometheus]'" in ran.stderr
-
-
-def test_an_integration_imports_only_public_and_allowed_names():
-    """The docstring of ``taskx.contrib`` lists the allowed internal modules."""
-    allowed = {f"taskx.{name}" for name in taskx.__all__}
-    allowed.add("taskx.common.permission")
-    tree = ast.parse(Path(prometheus.__file__).read_text("utf-8"))
-    froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    imported = {f"{node.module}.{alias.name}" for node in froms for alias in node.names}
-    assert {name for name in imported if name.startswith("taskx")} <= allowed
 
 
 def test_an_integration_lists_its_public_names():

@@ -289,13 +289,6 @@ class TestFilter:
 
 
 class TestManualClock:
-    def test_a_manual_clock_stands_still_until_it_is_moved(self):
-        clock = ManualClock()
-        wall, monotonic = clock.now_ms(), clock.monotonic()
-        assert (clock.now_ms(), clock.monotonic()) == (wall, monotonic)
-        clock.advance(1.5)
-        assert (clock.now_ms(), clock.monotonic()) == (wall + 1500, monotonic + 1.5)
-
     def test_the_wall_clock_can_be_set_alone(self):
         clock = ManualClock(datetime(2024, 6, 1, tzinfo=timezone.utc))
         monotonic = clock.monotonic()

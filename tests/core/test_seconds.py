@@ -80,7 +80,6 @@ def test_a_wrong_time_is_refused(make):
         make()
 
 
-@pytest.mark.every_store
 def test_submit_takes_timedeltas(make_queue, clock):
     queue = make_queue(clock=clock)
     queue.executor("x")(lambda: 1)
@@ -128,6 +127,7 @@ def test_an_executors_timeout_can_be_a_timedelta():
     assert queue.clock.monotonic() >= 60
 
 
+@pytest.mark.every_store
 def test_waits_take_timedeltas(queue, gate):
     @queue.executor("hold")
     def hold(answer=1):

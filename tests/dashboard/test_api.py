@@ -53,7 +53,6 @@ def failed(make_queue):
 # --- questions
 
 
-@pytest.mark.every_store
 def test_tasks_are_listed_page_by_page(api, queue):
     ids = [queue.submit("report", {"n": n}).id for n in range(5)]
     queue.submit("email")
@@ -174,6 +173,7 @@ def test_all_that_match_are_counted_and_changed(api, queue):
     assert [task.type for task in queue.iter_tasks(status="pending")] == ["email"]
 
 
+@pytest.mark.every_store
 def test_failed_tasks_run_again_at_a_rate(api, queue, failed):
     failed(3)
     done = api.post("/api/requeue", json={"query": "type:broken", "rate": "1/h"}).json
@@ -283,7 +283,6 @@ def lines(answer):
 
 
 @pytest.mark.timing(stream_every=0.01)
-@pytest.mark.every_store
 def test_a_stream_tells_the_tasks_and_then_their_changes(api, queue):
     first, second = queue.submit("report").id, queue.submit("report").id
     with api.get("/api/changes?q=status:pending&seconds=300") as answer:
@@ -392,7 +391,6 @@ def test_answers_match_the_document(api, failed):
     assert matches(api.get("/api/task?id=nothing").json, error, document)
 
 
-@pytest.mark.every_store
 def test_a_change_is_noted_in_the_audit_log(look, queue):
     task_id = queue.submit("report").id
     browser = look(queue, permissions=lambda environ: ALL)

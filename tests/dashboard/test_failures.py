@@ -75,6 +75,7 @@ def form(response, place=0):
     return {name: unescape(value) for name, value in fields}
 
 
+@pytest.mark.every_store
 def test_a_group_runs_again(look, queue, clock):
     browser = look(queue)
     given = form(browser.get("/failures"))

@@ -174,6 +174,7 @@ class TestNodes:
 
 
 class TestFlows:
+    @pytest.mark.every_store
     def test_flows_are_listed_with_their_counts(self, look, queue):
         queue.pause()
         flow = queue.submit_flow(chain(task_of(), task_of()))
@@ -196,6 +197,7 @@ class TestFlows:
         page = look(queue).get("/flows/one", query_string={"id": flow.id})
         assert f"{MOST_BOXES + 1} × limited" in page.text
 
+    @pytest.mark.every_store
     def test_the_failed_part_runs_again(self, look, queue):
         flow = queue.submit_flow(chain(task_of(HOSTILE), task_of()))
         eventually(lambda: queue.count_tasks(flow=flow.id, status="cancelled"))

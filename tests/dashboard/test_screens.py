@@ -63,7 +63,6 @@ def link(answer, rel):
 # --- overview
 
 
-@pytest.mark.every_store
 def test_the_overview_says_first_what_is_wrong(browser, queue):
     queue.submit("report")
     queue.submit("report", delay=1000)
@@ -131,7 +130,6 @@ def test_a_node_that_may_be_dead_shows_the_age_of_its_heartbeat(browser, queue, 
 # --- the list of tasks
 
 
-@pytest.mark.every_store
 def test_a_list_is_read_page_by_page_in_both_directions(browser, queue, monkeypatch):
     monkeypatch.setattr(tasks, "ROWS", 2)
     ids = [queue.submit("report").id for _ in range(7)][::-1]
@@ -185,7 +183,6 @@ def test_completion_adds_terms_to_the_line(browser, queue):
     assert '<option value="type:email type:' not in text
 
 
-@pytest.mark.every_store
 def test_a_search_without_an_index_looks_at_the_newest_tasks_first(browser, queue, monkeypatch):
     monkeypatch.setattr(tasks, "MOST_SEARCHED", 2)
     old = queue.submit("report", created_by="ann").id
@@ -213,7 +210,6 @@ def test_an_empty_list_says_so(browser):
     assert "No task matches." in browser.get("/tasks?q=type:nothing").text
 
 
-@pytest.mark.every_store
 def test_an_export_has_all_tasks_as_json_lines(browser, queue):
     ids = [queue.submit("report", {"n": n}).id for n in range(3)]
     queue.submit("email")
@@ -257,7 +253,6 @@ def test_nothing_happens_if_no_task_is_selected(browser, queue):
     assert queue.count_tasks(status="pending") == 1
 
 
-@pytest.mark.every_store
 def test_all_that_match_are_changed_but_none_that_come_later(browser, queue):
     for _ in range(3):
         queue.submit("report")
@@ -310,7 +305,6 @@ def test_a_wrong_rate_changes_nothing(browser, queue):
 # --- the page of a task
 
 
-@pytest.mark.every_store
 def test_a_task_that_failed_shows_every_attempt(browser, queue, run):
     def broken(ctx, n):
         logging.getLogger("shop").warning("line of the log")

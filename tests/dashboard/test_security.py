@@ -479,6 +479,7 @@ def test_a_filter_cannot_find_out_hidden_params(look, make_queue):
         assert look(queue).get(path, query_string={"q": "params.name:ann"}).status_code == 200
 
 
+@pytest.mark.every_store
 def test_the_audit_log_does_not_show_params_that_were_searched(look, make_queue):
     queue = make_queue()
     queue.declare("report")

@@ -46,7 +46,7 @@ class Site:
 
         url, _, name = store.rpartition("/")
         self._client = pymongo.MongoClient(url)
-        return MongoRepository(self._client[name], poll_interval=0.05)
+        return MongoRepository(self._client[name], poll_interval=0.05, timeout=60)
 
     def close(self) -> None:
         self.queue.close()

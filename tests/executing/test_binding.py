@@ -41,7 +41,6 @@ def beat(queue):
 # Options
 
 
-@pytest.mark.every_store
 def test_bound_options_are_those_of_each_submit(make_queue, clock):
     mail = make_queue(clock=clock).executor("mail")(lambda to, text="": f"{to}: {text}")
     urgent = mail.using(delay=60, priority=5, created_by="me", unique_key="k", on_conflict="return")
@@ -122,7 +121,6 @@ def test_an_option_that_only_a_submit_has_is_not_lost_on_a_task(beat, option):
 # An executor in the place of a task
 
 
-@pytest.mark.every_store
 def test_submit_takes_an_executor_and_its_params(queue, mail, beat):
     handle = queue.submit(mail, {"to": "a"}, created_by="me")
     assert handle.task().params == {"to": "a"}
@@ -232,7 +230,6 @@ def test_map_takes_a_bound_executor(queue, beat):
         queue.map(beat.using(delay=5), [1])
 
 
-@pytest.mark.every_store
 def test_schedules_take_executors(queue, mail, beat):
     assert queue.schedule("a", every(60), beat).type == "beat"
     made = queue.schedule(

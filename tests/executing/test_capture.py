@@ -198,7 +198,6 @@ class TestKeptLines:
         assert text.endswith("WARNING program.part: a surrogate \\ud800\n")
 
 
-@pytest.mark.every_store
 class TestAttempts:
     @pytest.mark.parametrize(
         ("end", "status", "outcome"),
@@ -346,7 +345,6 @@ class TestSize:
         assert re.findall(r"line (\d+)", text) == [str(n) for n in range(first, 2000)]
         lines(Task(log=text))  # no half line at the beginning
 
-    @pytest.mark.every_store
     def test_an_earlier_attempt_keeps_the_lines_that_still_fit(self, queue, log):
         text = self.told_twice(queue, log, 500)
         assert len(text) <= MAX_LOG

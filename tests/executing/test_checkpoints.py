@@ -68,7 +68,6 @@ class TestStep:
         assert work.values == [(1, {"of": [1, None]})] * 3
         assert checkpoints(queue, handle) == {"steps": {"first": 1, "second": {"of": [1, None]}}}
 
-    @pytest.mark.every_store
     def test_a_step_is_stored_before_it_returns(self, queue):
         stored = []
 
@@ -86,7 +85,6 @@ class TestStep:
             {"step 0": 0, "step 1": 1, "step 2": 2},
         ]
 
-    @pytest.mark.every_store
     def test_a_step_survives_a_power_cut_but_the_cursor_may_not(self, queue, work, repository):
         """A step is stored durably, like a submit. The cursor is not."""
         queue.executor("move")(lambda ctx: setattr(ctx, "cursor", 5))
@@ -96,7 +94,6 @@ class TestStep:
         writes = [w for batch in repository.batches for w in batch if isinstance(w, Update)]
         assert [w.durable for w in writes if "checkpoints" in w.changes] == [True, True, False]
 
-    @pytest.mark.every_store
     @pytest.mark.parametrize("value", [None, False, 0, "", [], {}, "ä\u2028", 1.5])
     def test_a_step_gives_back_any_json_value(self, queue, value):
         calls, seen = [], []
@@ -266,7 +263,6 @@ class TestCancelledRuns:
         assert queue.submit("narrow").result(PATIENCE) == "went on"
         assert calls == []
 
-    @pytest.mark.every_store
     @pytest.mark.parametrize("how", ["step", "cursor"])
     @pytest.mark.parametrize("lost", ["taken over", "deleted"])
     def test_a_run_that_lost_its_task_stores_no_checkpoint(
@@ -329,7 +325,6 @@ class TestCancelledRuns:
         assert checkpoints(queue, handle) is None
 
 
-@pytest.mark.every_store
 class TestCursor:
     def test_the_next_attempt_continues_at_the_cursor(self, queue):
         done = []
@@ -390,7 +385,6 @@ class TestCursor:
         assert checkpoints(queue, handle) == {"cursor": 5}
 
 
-@pytest.mark.every_store
 class TestLaterAttempts:
     """Checkpoints survive everything that happens between attempts."""
 
@@ -480,7 +474,6 @@ class TestLaterAttempts:
         ]
 
 
-@pytest.mark.every_store
 class TestOutage:
     @pytest.mark.timing(retry_every=0.001)
     def test_a_step_is_stored_when_the_repository_is_back(self, queue, repository):

@@ -339,9 +339,9 @@ class TestCodecs:
     def codec(self):
         return Flaky()
 
-    @pytest.fixture(params=["memory", "sqlite", "mongomock"])
-    def repository(self, request, tmp_path, codec):
-        with coded(request.param, tmp_path, SYSTEM_CLOCK, codec) as made:
+    @pytest.fixture
+    def repository(self, tmp_path, codec):
+        with coded("memory", tmp_path, SYSTEM_CLOCK, codec) as made:
             yield made
 
     @pytest.fixture

@@ -338,7 +338,6 @@ class Sync(TaskExecutor):
         return task.params.get("returns")
 
 
-@pytest.mark.every_store
 def test_a_class_executor_can_set_only_the_result(started):
     started.register_executor(Sync())
     task = started.submit("sync", {"a": 1}, created_by="me")
@@ -404,7 +403,6 @@ def test_an_executor_registered_on_a_started_queue_runs_waiting_tasks(started, m
 # Results
 
 
-@pytest.mark.every_store
 @pytest.mark.parametrize(
     "value", [None, True, 0, -(2**63), 1.5, "ü\0", [1, [2, {"a": None}]], {}, {"a": [1]}]
 )
@@ -413,7 +411,6 @@ def test_a_result_can_be_any_json_value(started, value):
     assert run(started, "give") == value
 
 
-@pytest.mark.every_store
 def test_tuples_come_back_as_lists(started):
     started.executor("give")(lambda: {"pair": (1, 2)})
     assert run(started, "give") == {"pair": [1, 2]}

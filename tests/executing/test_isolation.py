@@ -915,7 +915,7 @@ class TestMainModule:
                 env={**os.environ, "PYTHONPATH": str(ROOT)},
                 capture_output=True,
                 text=True,
-                timeout=60,
+                timeout=PATIENCE,
             )
 
         return run
@@ -924,7 +924,7 @@ class TestMainModule:
 if __name__ == "__main__":
     with queue:
         handle = where.submit(parent=os.getpid())
-        print(handle.result(timeout=30), [a.outcome for a in handle.task().attempts])
+        print(handle.result(timeout=100), [a.outcome for a in handle.task().attempts])
 """
 
     def test_a_script_that_submits_on_import_submits_once(self, script):
@@ -932,7 +932,7 @@ if __name__ == "__main__":
         ran = script("""
 handle = where.submit(parent=0)
 with queue:
-    print(handle.exception(timeout=30).error)
+    print(handle.exception(timeout=100).error)
     print(queue.list_tasks()[1])
 """)
         told, count = ran.stdout.splitlines()
@@ -954,7 +954,7 @@ with queue:
             """
 queue.start()
 handle = queue.submit("where", {"parent": os.getpid()})
-print(handle.exception(timeout=30).error)
+print(handle.exception(timeout=100).error)
 queue.stop()
 """
         )
@@ -975,8 +975,8 @@ def first():
 if __name__ == "__main__":
     with shared:
         handle = first.submit()
-        if handle.exception(timeout=30) is None:
-            print(shared.handle(handle.result()).result(timeout=30))
+        if handle.exception(timeout=100) is None:
+            print(shared.handle(handle.result()).result(timeout=100))
         else:
             print(handle.exception().error, shared.list_tasks()[1])
 """)

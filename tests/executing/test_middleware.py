@@ -46,7 +46,6 @@ class Notes(Middleware):
             self.notes.append((self.name, "leaves", task.id, threading.current_thread().name))
 
 
-@pytest.mark.every_store
 def test_middleware_runs_in_the_workers_thread_and_the_first_is_outermost(make_queue):
     notes = []
     layers = [Notes("outer", notes), Notes("inner", notes)]

@@ -58,7 +58,6 @@ def waiting(queue, handle):
 
 
 class TestPolicy:
-    @pytest.mark.every_store
     def test_the_wait_grows_with_each_attempt(self, queue, clock):
         fails = Fails(queue, *[OSError("down")] * 3, retry=RetryPolicy(4, base=10, **STEADY))
         queue.start()
@@ -74,7 +73,6 @@ class TestPolicy:
         outcomes = [attempt.outcome for attempt in handle.task().attempts]
         assert outcomes == ["retried", "retried", "retried", "completed"]
 
-    @pytest.mark.every_store
     def test_a_retry_does_not_start_before_its_time(self, queue, clock):
         fails = Fails(queue, OSError(), retry=RetryPolicy(base=10, **STEADY))
         queue.start()
@@ -94,6 +92,7 @@ class TestPolicy:
         assert task.run_at == clock.now() + timedelta(seconds=60)
         assert task.max_attempts == 5
 
+    @pytest.mark.every_store
     def test_max_attempts_wins_over_the_policy(self, queue):
         Fails(queue, retry=RetryPolicy(5), max_attempts=2)
         queue.start()
@@ -106,16 +105,6 @@ class TestPolicy:
         queue.start()
         assert queue.submit("fails").result(PATIENCE) == "done"
         assert fails.runs == 3
-
-    @pytest.mark.every_store
-    def test_a_task_without_attempts_left_is_a_dead_letter(self, queue):
-        Fails(queue, *[OSError()] * 9, retry=RetryPolicy(3, base=0))
-        queue.start()
-        handle = queue.submit("fails")
-        with pytest.raises(TaskFailed):
-            handle.result(PATIENCE)
-        task = handle.task()
-        assert (task.errors, task.dead_letter) == (3, True)
 
     def test_an_error_that_is_not_in_retry_on_fails_at_once(self, queue):
         Fails(
@@ -157,7 +146,6 @@ class TestPolicy:
         assert task.run_at == clock.now() + timedelta(seconds=30)
         assert error.__name__ in caplog.text
 
-    @pytest.mark.every_store
     def test_a_task_that_waits_for_its_retry_can_be_cancelled(self, queue, clock):
         fails = Fails(queue, OSError(), retry=RetryPolicy(base=10))
         queue.start()
@@ -265,7 +253,6 @@ class TestPolicy:
 
 
 class TestRetry:
-    @pytest.mark.every_store
     def test_the_delay_of_a_retry_wins_over_the_policy(self, queue, clock):
         Fails(queue, Retry("busy", delay=7), retry=RetryPolicy(base=100))
         queue.start()
@@ -299,7 +286,6 @@ class TestRetry:
             queue.submit("fails").result(PATIENCE)
 
 
-@pytest.mark.every_store
 class TestPermanent:
     def test_a_permanent_error_fails_the_task_at_once(self, queue):
         Fails(queue, Permanent("no such customer"), retry=RetryPolicy(9))
@@ -309,17 +295,7 @@ class TestPermanent:
             handle.result(PATIENCE)
         assert (handle.task().errors, handle.task().dead_letter) == (1, True)
 
-    def test_a_task_with_a_permanent_error_can_be_requeued(self, queue):
-        Fails(queue, Permanent("no such customer"), retry=RetryPolicy(9))
-        queue.start()
-        handle = queue.submit("fails")
-        with pytest.raises(TaskFailed):
-            handle.result(PATIENCE)
-        queue.requeue(handle.id)
-        assert queue.handle(handle.id).result(PATIENCE) == "done"
 
-
-@pytest.mark.every_store
 class TestSnooze:
     def test_a_snoozed_task_runs_later_and_uses_up_no_attempt(self, queue, clock):
         fails = Fails(queue, Snooze(60), Snooze(60), OSError("down"))

@@ -8,6 +8,7 @@ from contextlib import closing, suppress
 
 import pytest
 from helpers import run_once
+from units import ExecutorsTransactions
 
 from taskx import (
     Config,
@@ -66,25 +67,13 @@ def add(tx, n):
     tx.connection.execute("INSERT INTO rows VALUES (?)", (n,))
 
 
+class TestContract(ExecutorsTransactions):
+    @pytest.fixture
+    def add(self):
+        return add
+
+
 class TestCompletion:
-    def test_writes_and_completion_are_committed_together(self, run, rows, repository):
-        def work(ctx):
-            ctx.progress(40, "nearly")
-            with ctx.transaction() as tx:
-                add(tx, 1)
-                tx.complete({"answer": 42})
-                assert rows() == []
-            assert rows() == [1]
-            status[:] = [repository.get_by_id(ctx.task.id).status]
-
-        status = []
-        task = run(work)
-        assert status == [TaskStatus.COMPLETED]
-        assert (task.status, task.result) == (TaskStatus.COMPLETED, {"answer": 42})
-        assert (task.progress, task.message) == (100, "nearly")
-        assert task.worker.endswith(" taskx-worker-1")
-        assert task.completed_at is not None
-
     def test_the_handle_is_resolved_with_the_result(self, make_queue):
         queue = make_queue(worker_num=1)
 
@@ -194,43 +183,6 @@ class TestCompletion:
 
 
 class TestRollback:
-    def test_an_error_undoes_writes_and_checkpoints(self, run, rows):
-        seen = []
-
-        def work(ctx):
-            ctx.cursor = 1
-            with suppress(ZeroDivisionError), ctx.transaction() as tx:
-                add(tx, 1)
-                ctx.cursor = 2
-                ctx.step("one", lambda: "undone")
-                tx.complete("never")
-                raise ZeroDivisionError
-            seen.append(ctx.cursor)
-            with ctx.transaction() as tx:
-                add(tx, 2)
-                seen.append(ctx.step("one", lambda: "done"))
-            return "returned"
-
-        assert run(work).result == "returned"
-        assert seen == [1, "done"]
-        assert rows() == [2]
-
-    def test_a_failed_attempt_leaves_nothing_for_the_next(self, run, rows):
-        cursors = []
-
-        def work(ctx):
-            cursors.append(ctx.cursor)
-            with ctx.transaction() as tx:
-                add(tx, ctx.task.attempt)
-                ctx.cursor = ctx.task.attempt
-                if ctx.task.attempt < 3:
-                    raise OSError
-                tx.complete()
-
-        assert run(work, max_attempts=3).status is TaskStatus.COMPLETED
-        assert cursors == [None] * 3
-        assert rows() == [3]
-
     def test_a_cursor_that_is_still_in_use_keeps_nothing_locked(self, run, rows):
         def work(ctx):
             with suppress(ZeroDivisionError), ctx.transaction() as tx:
@@ -273,18 +225,6 @@ class TestRollback:
 
 
 class TestCheckpoints:
-    def test_a_loop_goes_on_exactly_where_it_stopped(self, run, rows):
-        def work(ctx):
-            for n in range(ctx.cursor or 0, 10):
-                with ctx.transaction() as tx:
-                    add(tx, n)
-                    ctx.cursor = n + 1
-                    if n == 3 * ctx.task.attempt:
-                        raise OSError
-
-        assert run(work, max_attempts=9).status is TaskStatus.COMPLETED
-        assert rows() == [*range(10)]
-
     def test_writes_without_a_checkpoint_are_committed(self, run, rows):
         def work(ctx):
             with ctx.transaction() as tx:

@@ -69,7 +69,6 @@ def ready(queue):
     return queue
 
 
-@pytest.mark.every_store
 def test_an_executor_gets_and_returns_objects_and_the_record_keeps_json(ready):
     handle = report.submit(REPORT, out=Path("/a/b"))
     assert handle.result(PATIENCE) == REPORT
@@ -178,6 +177,7 @@ def test_an_item_that_does_not_fit_is_refused_in_its_place(ready):
     assert isinstance(second, PayloadError)
 
 
+@pytest.mark.every_store
 def test_a_schedule_stores_json_params(ready):
     schedule = ready.schedule("nightly", every(3600), "after", {"when": NOON})
     assert schedule.params == {"when": "2026-03-01T12:00:00+00:00"}

@@ -13,7 +13,6 @@ from taskx.inspecting import changelog
 from taskx.repository.example import ExampleRepository
 
 
-@pytest.mark.every_store
 def test_the_newest_changes_come_first(make_queue, clock):
     queue = make_queue(clock=clock)
     assert queue.changes() == []
@@ -32,7 +31,6 @@ def test_the_newest_changes_come_first(make_queue, clock):
 
 
 @pytest.mark.timing(most_changes=5)
-@pytest.mark.every_store
 def test_the_oldest_changes_are_removed_now_and_then(queue, repository):
     for n in range(8):
         changelog.note_change(queue._services, "ann", "cancel", str(n), None, lambda: 1.0)

@@ -25,7 +25,6 @@ def healthy(repository, monkeypatch):
     return repository
 
 
-@pytest.mark.every_store
 def test_a_queue_with_which_nothing_is_wrong_is_fine_everywhere(healthy, queue):
     queue.declare("mail")
     queue.submit("mail")

@@ -11,8 +11,6 @@ import taskx
 from taskx import ConfigurationError, Permanent, Place
 from taskx.core.writes import Update
 
-pytestmark = pytest.mark.every_store
-
 
 def broken(n):
     raise ValueError(f"{n} is too much")
@@ -112,6 +110,7 @@ class TestRequeuing:
     def left(self, queue):
         return {(group.type, group.place.function): group.count for group in groups(queue)}
 
+    @pytest.mark.every_store
     def test_tasks_that_were_not_read_belong_to_it(self, queue, group):
         before = self.left(queue)
         assert queue.requeue_failures(group, dry_run=True).matched == 10
@@ -131,6 +130,7 @@ class TestRequeuing:
         assert bulk.starts_until == clock.now() + timedelta(hours=9)
         assert queue.count_tasks(type="often", status="failed") == 2
 
+    @pytest.mark.every_store
     def test_a_second_call_goes_on_after_the_first(self, queue, group, clock):
         def interrupt(bulk):
             raise KeyboardInterrupt

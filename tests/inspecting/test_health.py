@@ -28,8 +28,6 @@ from taskx.core.findings import ProblemKind
 from taskx.core.writes import NoteChange
 from taskx.storage.sqlite import schema
 
-pytestmark = pytest.mark.every_store
-
 
 def problems(queue, **thresholds):
     """Check the health; check that this changes nothing, and that the answer is fit to be printed."""
@@ -301,6 +299,7 @@ def stuck(make_queue, gate, clock):
     return stuck
 
 
+@pytest.mark.every_store
 def test_a_type_whose_waiting_tasks_all_wait_for_stuck_threads_is_a_problem(
     stuck, make_queue, gate
 ):

@@ -12,8 +12,6 @@ from taskx import ConfigurationError
 from taskx.core import lifecycle
 from taskx.core.lifecycle import Ending
 
-pytestmark = pytest.mark.every_store
-
 
 @pytest.fixture
 def queue(make_queue, clock):

@@ -26,7 +26,6 @@ def holding(make_queue, gate):
     return queue
 
 
-@pytest.mark.every_store
 def test_a_node_tells_what_it_is_and_what_it_runs(holding, gate, make_queue):
     handle = holding.submit("hold")
     gate.wait_for(1)
@@ -75,7 +74,6 @@ def test_a_node_tells_what_it_is_and_what_it_runs(holding, gate, make_queue):
     assert [info.buffered for info in make_queue().nodes()] == [0]
 
 
-@pytest.mark.every_store
 def test_the_thread_of_a_task_that_was_started_alone_is_named(make_queue, gate):
     queue = make_queue(worker_num=1)
     queue.executor("hold", max_crashes=1)(lambda: gate())
@@ -86,7 +84,6 @@ def test_the_thread_of_a_task_that_was_started_alone_is_named(make_queue, gate):
     assert [task.thread for task in node.running] == ["taskx-worker-1"]
 
 
-@pytest.mark.every_store
 def test_the_stuck_threads_of_a_node_are_counted(make_queue, gate, clock):
     queue = make_queue(worker_num=1, clock=clock)
     queue.executor("hang", timeout=60, grace=0.0, max_attempts=2)(gate)
@@ -103,7 +100,6 @@ def test_the_stuck_threads_of_a_node_are_counted(make_queue, gate, clock):
         assert node.to_dict()["stuck"] == number
 
 
-@pytest.mark.every_store
 def test_a_node_that_stopped_is_gone(holding):
     holding.stop()
     assert holding.nodes() == []

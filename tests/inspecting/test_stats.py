@@ -12,8 +12,6 @@ from taskx import ConfigurationError, Percentiles, TypeStats
 from taskx.core import lifecycle
 from taskx.core.lifecycle import Ending
 
-pytestmark = pytest.mark.every_store
-
 HOUR = 3600.0
 
 
@@ -68,6 +66,7 @@ def test_a_type_with_an_executor_is_listed_without_tasks(queue):
     assert queue.stats().types == {"mine": TypeStats()}
 
 
+@pytest.mark.every_store
 def test_pending_and_running_tasks_are_counted_by_type(queue, clock):
     first = queue.submit("a")
     queue.submit("a", priority=7)

@@ -18,8 +18,6 @@ from taskx.core.rate import Limit
 from taskx.core.writes import NoteChange, Update
 from taskx.liveness.base import Node
 
-pytestmark = pytest.mark.every_store
-
 
 def kinds(found):
     return [reason.kind for reason in found]
@@ -415,6 +413,7 @@ def test_a_task_waits_for_a_free_worker(full, asker):
         )
 
 
+@pytest.mark.every_store
 def test_a_task_waits_behind_those_that_come_first(full, asker):
     full.submit("note")
     full.submit("note", priority=5)
@@ -517,6 +516,7 @@ def test_a_task_on_its_last_chance_waits_for_another_one(suspects, gate, clock):
     assert (reason.kind, reason.facts) == ("suspect", {"crashes": 2, "others": ["one"]})
 
 
+@pytest.mark.every_store
 @alone
 def test_a_task_that_may_crash_again_waits_for_a_worker(suspects, gate):
     _, asker, crashed = suspects

@@ -21,8 +21,6 @@ from storage.repositories import TinyRepository
 from taskx import Config, ConfigurationError, Queue, Retry, Task, TaskStatus, executor
 from taskx.limiting.admission import Admission
 
-pytestmark = pytest.mark.every_store
-
 
 class Crowd:
     """Counts the calls that run at the same time."""
@@ -176,6 +174,7 @@ def test_submit_many_takes_limited_and_other_types_together(make_queue, gate):
     assert (crowd.total, crowd.most) == (5, 1)
 
 
+@pytest.mark.every_store
 @pytest.mark.timing(recover_every=3600, audit_every=3600)
 @pytest.mark.parametrize("together", [True, False])
 def test_a_task_that_may_start_is_fetched_at_once(make_queue, repository, monkeypatch, together):
@@ -221,6 +220,7 @@ def test_an_idle_node_keeps_its_limit_when_it_helps_a_busy_one(busy, make_queue,
     assert crowd.most == 1
 
 
+@pytest.mark.every_store
 def test_an_idle_node_leaves_tasks_beyond_its_limit_to_the_busy_one(
     busy, make_queue, repository, gate
 ):
@@ -368,6 +368,7 @@ def test_no_task_of_a_paused_limited_type_starts_before_it_is_resumed(make_queue
     assert (crowd.total, crowd.most) == (5, 1)
 
 
+@pytest.mark.every_store
 def test_tasks_of_a_concurrency_key_stay_in_order_under_a_limit(make_queue):
     queue = make_queue(worker_num=4)
     ran = []

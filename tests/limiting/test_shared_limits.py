@@ -41,8 +41,6 @@ from taskx.upkeep.node import LocalNode
 
 from .test_limits import Crowd, linger, started_by
 
-pytestmark = pytest.mark.every_store
-
 
 def nodes(make_queue, count, crowd, worker_num=4, **options):
     """Make started queues on one repository that share a limit."""
@@ -220,6 +218,7 @@ def test_idle_slots_are_given_back(make_queue, repository, gate):
     other.submit("t").result(PATIENCE)
 
 
+@pytest.mark.every_store
 def test_all_nodes_share_a_global_rate(make_queue, clock):
     queues = [make_queue(worker_num=2, clock=clock) for _ in range(3)]
     ran = []
@@ -236,6 +235,7 @@ def test_all_nodes_share_a_global_rate(make_queue, clock):
     assert started_by(queues[0], 13, *queues[1:]) == 13
 
 
+@pytest.mark.every_store
 def test_a_global_rate_survives_a_restart(make_queue, clock):
     """The bucket of one node is full when the node starts; the global one is as it was left."""
     ran = []
@@ -622,6 +622,7 @@ NO_SHARES = [
 NO_MARKS = ["{", "soon", "nan", "inf", "-inf", "1e300", "-1e300", "9" * 5000, ""]
 
 
+@pytest.mark.every_store
 @pytest.mark.parametrize(
     ("name", "texts", "limit"),
     [

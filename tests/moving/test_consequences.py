@@ -246,6 +246,7 @@ def ears(monkeypatch, caplog):
     return Ears(monkeypatch)
 
 
+@pytest.mark.every_store
 @frequent_checks
 def test_exactly_the_right_parts_hear_of_each_move(ears, make_queue, repository, gate, monkeypatch):
     ears.watch(repository)

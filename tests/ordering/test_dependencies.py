@@ -47,8 +47,6 @@ from taskx.running.audit import Audit
 from taskx.submitting.requeuing import Requeues
 from taskx.testing import ManualClock
 
-pytestmark = pytest.mark.every_store
-
 NEVER = float("inf")
 
 
@@ -118,6 +116,7 @@ class TestReleased:
         gate.open()
         assert child.result(PATIENCE) == [0, 1, 2]
 
+    @pytest.mark.every_store
     def test_a_chain_of_children_runs_one_after_the_other(self, started, gate):
         first = last = started.submit("hold")
         for n in range(1, 10):
@@ -166,6 +165,7 @@ class TestReleased:
         for child in children:
             child.result(PATIENCE)
 
+    @pytest.mark.every_store
     def test_one_parent_may_have_many_children_and_one_child_many_parents(self, started, gate):
         many = 100 if isinstance(started.repository, MongoRepository) else 1000  # a slow mock
         root = started.submit("hold")
@@ -297,6 +297,7 @@ class TestRequeue:
         eventually(lambda: child.task().status is TaskStatus.COMPLETED)
         assert started.ran == [1, 0]
 
+    @pytest.mark.every_store
     def test_a_requeue_does_not_touch_children_that_a_user_cancelled(self, started, gate):
         parent = started.submit("hold")
         child = started.submit("fine", depends_on=[parent])
@@ -400,6 +401,7 @@ class TestParents:
         started.repository.update(task)
         assert "TaskNotFound" in str(child.exception(PATIENCE))
 
+    @pytest.mark.every_store
     def test_pruning_keeps_the_parents_of_unfinished_children(self, started, gate):
         parent = started.submit("fine")
         parent.result(PATIENCE)
@@ -470,6 +472,7 @@ class TestRecovered:
 
         return parent, child, runs_on
 
+    @pytest.mark.every_store
     @frequent_checks
     def test_the_death_of_the_parents_process_decides_the_child(self, started, family):
         parent, child, runs_on = family
@@ -858,6 +861,7 @@ def test_a_submit_does_not_raise_after_the_task_is_stored(started, monkeypatch, 
 class TestMadeGood:
     """A scan finds ends that no event reported."""
 
+    @pytest.mark.every_store
     @frequent_checks
     def test_a_scan_releases_the_child_of_a_process_that_died(self, repository, make_queue):
         """The parent ends without an event; a queue that starts scans all parents."""

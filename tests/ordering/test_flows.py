@@ -63,7 +63,6 @@ def started(queue, gate):
 BAD, HOLD = Task(type="bad"), Task(type="hold")
 
 
-@pytest.mark.every_store
 class TestChain:
     def test_the_steps_of_a_chain_get_the_results_before_them(self, started):
         handle = started.submit_flow(chain(*map(started.say, "abc")))
@@ -99,7 +98,6 @@ class TestChain:
         assert (task.id, task.depends_on) == ("", ())
 
 
-@pytest.mark.every_store
 class TestGroup:
     def test_a_group_returns_results_in_order(self, started):
         handle = started.submit_flow(group(*map(started.say, "abc")))
@@ -213,7 +211,6 @@ class TestHandle:
         handle = queue.submit_flow(chain(Task(type="say", params={"text": "a"})))
         assert (handle.status(), handle.progress()) == (TaskStatus.PENDING, 0)
 
-    @pytest.mark.every_store
     def test_cancel_cancels_all_unfinished_tasks(self, started, gate):
         flow = chain(started.say("a"), HOLD, group(*map(started.say, "bcd")), started.say("e"))
         handle = started.submit_flow(flow)
@@ -244,7 +241,6 @@ class TestHandle:
         gate.open()
         assert handle.wait(PATIENCE)
 
-    @pytest.mark.every_store
     def test_a_deleted_task_counts_as_cancelled(self, started):
         for flow in (chain, group):
             handle = started.submit_flow(flow(started.say("a"), started.say("b")))
@@ -255,7 +251,6 @@ class TestHandle:
             with pytest.raises(TaskNotFound, match=handle.ids[1]):
                 handle.result(PATIENCE)
 
-    @pytest.mark.every_store
     def test_a_deleted_step_counts_as_completed_if_a_later_step_has(self, started):
         say = started.say
         handle = started.submit_flow(chain(say("a"), group(say("b"), say("c")), say("d"), say("e")))
@@ -305,7 +300,6 @@ class TestAgain:
         a, b, c, d = (Task(type="mend", params={"text": text}) for text in "abcd")
         return chain(a, group(b, c), d)
 
-    @pytest.mark.every_store
     def test_requeue_runs_only_uncompleted_tasks_and_the_handle_follows(self, failing):
         handle = failing.submit_flow(self.abc())
         for _ in range(2):
@@ -320,7 +314,6 @@ class TestAgain:
         assert sorted(failing.ran) == list("abbbbcd")
         assert handle.requeue() == 0
 
-    @pytest.mark.every_store
     def test_a_cancelled_flow_can_be_requeued(self, failing, gate):
         handle = failing.submit_flow(chain(HOLD, failing.say("a"), failing.say("b")))
         gate.wait_for(1)
@@ -332,7 +325,6 @@ class TestAgain:
         assert handle.result(PATIENCE) == "heldab"
 
     @pytest.mark.timing(batch=20)
-    @pytest.mark.every_store
     def test_a_long_flow_is_requeued_in_a_few_transactions(self, make_queue):
         queue, ran = make_queue(worker_num=2), []
         queue.executor("n")(lambda n: ran.append(n))
@@ -354,7 +346,6 @@ class TestAgain:
             handle.requeue()
 
     @frequent_checks
-    @pytest.mark.every_store
     def test_another_process_finds_a_flow_by_its_shape(self, started, repository):
         shape = started.submit_flow(
             chain(started.say("a"), group(started.say("b"), chain(started.say("c"))))
@@ -381,7 +372,6 @@ class TestStored:
         assert ids(started) == {"x"}
 
     @pytest.mark.slow
-    @pytest.mark.every_store
     def test_a_group_may_have_ten_thousand_members(self, make_queue):
         queue = make_queue()
         many = 200 if isinstance(queue.repository, MongoRepository) else 10_000  # a slow mock
@@ -438,7 +428,6 @@ class TestStored:
         lay_out(group(*three).then(Task(type="n"), group(*three)))
 
 
-@pytest.mark.every_store
 class TestCancelMany:
     def test_cancel_many_returns_how_many_never_run(self, started, gate):
         running = started.submit("hold")
@@ -515,7 +504,6 @@ class TestCancelMany:
         assert queue.cancel_many(["2", "3"]) + len(finished) >= 3
 
 
-@pytest.mark.every_store
 class TestFlowIds:
     def test_the_tasks_of_a_flow_are_listed_by_its_id(self, queue):
         queue.declare("t")
@@ -531,6 +519,7 @@ class TestFlowIds:
         assert queue.count_tasks(flow=first.id) == 3
         assert queue.count_tasks(flow="none") == 0
 
+    @pytest.mark.every_store
     def test_the_tags_of_a_flow_are_added_to_those_of_its_tasks(self, queue):
         queue.declare("t")
         flow = group(Task(type="t", tags=["a"]), Task(type="t"))
@@ -553,7 +542,6 @@ class TestFlowIds:
         assert (other.id, queue.flow_handle(whole.shape).id) == (whole.id, "")
 
 
-@pytest.mark.every_store
 class TestListOfFlows:
     @pytest.fixture
     def queue(self, make_queue):
@@ -564,6 +552,7 @@ class TestListOfFlows:
     def submit(self, queue, count):
         return queue.submit_flow(group(*(Task(type="t") for _ in range(count))))
 
+    @pytest.mark.every_store
     def test_flows_are_listed_newest_first_with_counts_by_status(self, queue):
         handles = [self.submit(queue, count) for count in (3, 1, 2)]
         queue.submit("t", tags=["a"])

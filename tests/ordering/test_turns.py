@@ -17,8 +17,6 @@ from taskx import (
     TaskStatus,
 )
 
-pytestmark = pytest.mark.every_store
-
 
 class Track:
     """A record of the tasks that began and ended, in order."""
@@ -91,6 +89,7 @@ def test_priorities_do_not_change_the_order_within_a_key(track):
     assert track.took_turns(range(5))
 
 
+@pytest.mark.every_store
 def test_tasks_that_wait_for_their_turn_take_no_room_in_the_buffer(busy):
     queue = busy(buffer_size=2)
     for n in range(10):
@@ -361,6 +360,7 @@ def test_a_submit_is_accepted_if_the_turn_cannot_be_given(track, repository, mon
     eventually(lambda: track.took_turns([0]))
 
 
+@pytest.mark.every_store
 def test_a_drain_ends_after_the_last_task_of_a_key(track, make_queue):
     """The drain of another queue also waits, between the end of a task and the turn of the next."""
     other = make_queue(worker_num=1)
@@ -373,6 +373,7 @@ def test_a_drain_ends_after_the_last_task_of_a_key(track, make_queue):
     assert track.took_turns(range(30))
 
 
+@pytest.mark.every_store
 def test_a_task_without_a_key_costs_no_query(queue, repository, monkeypatch):
     """No query when the task is submitted, and none when it ends."""
     asked, find = [], repository.find

@@ -14,7 +14,7 @@ from taskx.liveness.leases import Leases
 from taskx.running.buffer import Item
 
 # A slow machine hands no started task back, except in the test of that.
-pytestmark = [pytest.mark.every_store, pytest.mark.usefixtures("calm")]
+pytestmark = pytest.mark.usefixtures("calm")
 
 
 def idle(queue):
@@ -180,6 +180,7 @@ def test_no_task_starts_while_another_one_must_run_alone(started):
     assert handle.result(PATIENCE) == "fine"
 
 
+@pytest.mark.every_store
 def test_a_node_that_lost_its_lease_starts_nothing(started, monkeypatch):
     """It stores a new task as pending, because other nodes may have taken over its tasks."""
     pool = pool_of(idle(started))

@@ -9,8 +9,6 @@ from taskx import RepositoryUnavailable, TaskStatus
 from taskx.running.audit import Audit
 from taskx.upkeep.node import LocalNode
 
-pytestmark = pytest.mark.every_store
-
 
 @pytest.fixture
 def node(make_queue):

@@ -7,7 +7,7 @@ from helpers import PATIENCE, eventually, no_batches, pool_of
 
 from taskx import SQLiteRepository, Task
 
-pytestmark = [pytest.mark.every_store, no_batches]
+pytestmark = no_batches
 
 
 ORDERED = [(5, "a"), (5, "b"), (0, "c"), (0, "d"), (-3, "e"), (-3, "f")]
@@ -26,14 +26,6 @@ def noting(queue):
 def submit(queue, tasks):
     for priority, name in tasks:
         queue.submit("note", {"n": name}, priority=priority)
-
-
-def test_buffered_tasks_run_by_priority(busy, gate):
-    queue = busy()
-    submit(queue, MIXED)
-    gate.open()
-    assert queue.drain(PATIENCE)
-    assert queue.ran == NAMES
 
 
 def test_a_task_without_a_priority_has_its_executors_or_0(busy, gate):
@@ -74,6 +66,7 @@ def test_tasks_stored_before_the_start_run_by_priority(make_queue):
     assert queue.ran == NAMES
 
 
+@pytest.mark.every_store
 def test_the_highest_priorities_are_fetched_first_if_the_buffer_is_too_small(make_queue):
     queue = noting(make_queue(worker_num=1))
     count = 400

@@ -7,8 +7,6 @@ from helpers import PATIENCE, eventually
 
 from taskx import MongoRepository, Queue, SQLiteRepository
 
-pytestmark = pytest.mark.every_store
-
 
 @pytest.fixture
 def other(repository, database):
@@ -64,6 +62,7 @@ def test_an_idle_node_takes_higher_priorities_first(busy, idle):
     assert helper.ran == ["high", "middle", "low"]
 
 
+@pytest.mark.every_store
 def test_an_idle_node_takes_no_task_of_a_type_that_it_cannot_run(busy, idle, gate):
     queue = busy()
     queue.submit("note", {"n": "mine"})

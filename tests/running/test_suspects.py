@@ -13,8 +13,6 @@ from taskx.core.timing import DEFAULT_TIMING
 from taskx.submitting.intake import prepare
 from taskx.upkeep.node import LocalNode
 
-pytestmark = pytest.mark.every_store
-
 
 @pytest.fixture
 def queue(make_queue):

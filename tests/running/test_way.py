@@ -1,102 +1,233 @@
-"""The way of a task: ``docs/design.rst`` lists the true steps, and there are not too many.
+"""The way of a task: its length is what ``docs/design.rst`` says, for an idle and for a busy worker.
 
-A step is a call from one function of TaskX into another that carries the task on. All other functions
-that are called on the way only compute, check or tell; the page names them.
+A way is counted in *hops*. A hop is a call from one of our functions into another one that leads to an
+event of the task: a statement of SQL, its entry into or its exit from a place where it waits for a worker,
+the first line of its executor. Functions that return before anything has happened to the task are no hops.
 """
 
 from __future__ import annotations
 
 import gc
-import inspect
 import re
+import statistics
 import sys
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
 import pytest
-from helpers import PATIENCE, eventually, housekeeper_of, pool_of, services_of
+from helpers import PATIENCE, eventually, pool_of, services_of, whole_round
 
 import taskx
-from taskx import Config, Queue, SQLiteRepository
+from taskx import Config, Queue, SQLiteRepository, TaskHandle, TaskStatus
 from taskx.common.bell import Bell
 
-PAGE = Path(__file__).parents[2] / "docs" / "design.rst"
-OURS = Path(taskx.__file__).parent
-MOST_STEPS, MOST_FILES, MOST_STEPS_BACK = 8, 8, 6
-_STEP = re.compile(r"^\d+\. ``([\w.]+)`` → ``([\w.]+)`` \(``([\w/.]+)``\)", re.MULTILINE)
+ROOT = Path(__file__).parents[2]
+OURS = str(Path(taskx.__file__).parent)
+#: A way is recorded several times, and the one in the middle counts: now and then, a check of the schema or
+#: the housekeeper joins in.
+TIMES = 9
+
+Hop = tuple[CodeType, CodeType]
 
 
 class Page:
-    """The steps and helpers that the page lists."""
+    """The numbers and the steps of the section *The way of a task*."""
 
     def __init__(self) -> None:
-        page = PAGE.read_text("utf-8")
-        section = page.split("The way of a task\n")[1].split("\nWaiting for a worker\n")[0]
-        there, back, helpers = re.split(r"\n(?:And back|Helpers)\.", section)
-        self.there = _STEP.findall(there)
-        self.back = _STEP.findall(back)
-        self.helpers = set(re.findall(r"``([\w.]+)``", helpers.split("\n\n")[0]))
+        page = (ROOT / "docs" / "design.rst").read_text("utf-8")
+        section = page.split("\nThe way of a task\n")[1].split("\nHeld and free tasks\n")[0]
+        rows = re.findall(r"^   (\w[\w ]+?) {2,}(\d+) +(\d+)$", section, re.MULTILINE)
+        #: The most hops and files of each way.
+        self.ways = {name: (int(hops), int(files)) for name, hops, files in rows}
+        calls = re.findall(r"^   a submit, (\w[\w ]+?) {2,}(\d+)$", section, re.MULTILINE)
+        #: The most calls of our own functions in a submit.
+        self.calls = {name: int(number) for name, number in calls}
+        #: The steps in words: the caller, the called function, its file.
+        self.steps = re.findall(r"``([\w.]+)`` → ``([\w.]+)`` \(``([\w/.]+)``\)", section)
 
 
-class Recorder:
-    """A profile function that notes the calls between functions of TaskX."""
+class Way:
+    """The hops of one task, and the files of their functions."""
 
     def __init__(self) -> None:
-        self.names = _names()
-        #: The threads whose calls are noted.
-        self.threads: set[int | None] = set()
-        #: The calls: the caller, the called function, and its return value.
-        self.calls: list[list[Any]] = []
-        self._open: dict[FrameType, list[Any]] = {}
+        self.hops: dict[Hop, None] = {}
 
-    def __call__(self, frame: FrameType, event: str, value: object) -> None:
-        if threading.get_ident() not in self.threads or frame.f_code not in self.names:
-            return
-        if event == "call":
-            call = [self._caller(frame), self.names[frame.f_code], None]
-            self._open[frame] = call
-            self.calls.append(call)
-        elif event == "return" and (call := self._open.pop(frame, [])):
-            call[2] = value
+    def add(self, stack: list[CodeType]) -> None:
+        self.hops.update(dict.fromkeys(pairwise(stack)))
 
-    def _caller(self, frame: FrameType) -> str:
-        caller = frame.f_back
-        while caller is not None and caller.f_code not in self.names:
-            caller = caller.f_back
-        return "" if caller is None else self.names[caller.f_code]
+    def __len__(self) -> int:
+        return len(self.hops)
+
+    @property
+    def files(self) -> set[str]:
+        return {code.co_filename for hop in self.hops for code in hop} - {__file__}
+
+    @property
+    def names(self) -> set[tuple[str, str]]:
+        return {(_name(caller), _name(called)) for caller, called in self.hops}
 
     def __str__(self) -> str:
-        return "\n".join(f"{caller} → {called}" for caller, called, _ in self.calls)
+        lines = (f"{_name(caller)} → {_name(called)}" for caller, called in self.hops)
+        return f"{len(self)} hops, {len(self.files)} files\n" + "\n".join(lines)
 
 
-def _names() -> dict[CodeType, str]:
-    """Return the names of TaskX's functions by their code: ``function`` or ``Class.function``."""
-    names: dict[CodeType, str] = {}
-    for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] == "taskx":
-            _note_functions(module, names)
-    return names
+def _name(code: CodeType) -> str:
+    return getattr(code, "co_qualname", code.co_name)  # Python 3.10 has no qualified names
 
 
-def _note_functions(owner: Any, names: dict[CodeType, str]) -> None:
-    for made in list(vars(owner).values()):
-        if type(made).__name__ == "LocalProxy":  # Flask's, which stand for nothing here
-            continue
-        for part in (
-            made,
-            *(getattr(made, name, None) for name in ("fget", "__func__", "__wrapped__")),
-        ):
-            if inspect.isfunction(part) and Path(part.__code__.co_filename).is_relative_to(OURS):
-                names[part.__code__] = part.__qualname__
-        if inspect.isclass(made) and made.__module__.startswith("taskx") and made is not owner:
-            _note_functions(made, names)
+def _stack(frame: FrameType | None) -> list[CodeType]:
+    """Return our own functions that are being called, the outermost first."""
+    stack = []
+    while frame is not None:
+        if _is_ours(frame.f_code):
+            stack.append(frame.f_code)
+        frame = frame.f_back
+    return stack[::-1]
 
 
-def sleeps(thread):
-    """Return True if a worker has checked that there is nothing to run, and waits for the bell."""
-    return sys._current_frames()[thread.ident].f_code is Bell.wait.__code__
+def _is_ours(code: CodeType) -> bool:
+    # A comprehension is a function of its own before Python 3.12.
+    return code.co_filename.startswith(OURS) and not code.co_name.endswith("comp>")
+
+
+class Road:
+    """A queue with one worker, and the ways that its tasks take."""
+
+    def __init__(self, path: Path) -> None:
+        self.queue = Queue(SQLiteRepository(path, durability="process"), Config(worker_num=1))
+        self.gate, self.inside = threading.Event(), threading.Event()
+        self.way = Way()
+        self._recorded: set[int | None] = set()
+        self._waiting = 0
+        self._ran = self._deferred = False
+        self.queue.executor("fine")(self._fine)
+        self.queue.executor("hold")(self._hold)
+        threading.setprofile(self._profile)
+        try:
+            self.queue.start()
+        finally:
+            threading.setprofile(None)
+        [self.worker] = pool_of(self.queue).threads
+
+    def _fine(self, n: int) -> None:
+        if self._recorded:
+            self.way.add([*_stack(sys._getframe()), Road._fine.__code__])
+            self.there, self.way, self._ran = self.way, Way(), True
+
+    def _hold(self) -> None:
+        self.inside.set()
+        assert self.gate.wait(PATIENCE)
+
+    def _profile(self, frame: FrameType, event: str, called: Any) -> None:
+        if threading.get_ident() not in self._recorded:
+            return
+        if event == "c_call" and getattr(called, "__name__", "").startswith("execute"):
+            self.way.add(_stack(frame))
+        elif (waiting := self._count()) != self._waiting:
+            self._waiting = waiting
+            self.way.add(_stack(frame.f_back if event == "call" else frame))
+
+    def _count(self) -> int:
+        """Count the tasks that wait for the worker, and an outcome that was left to a commit."""
+        pool = pool_of(self.queue)
+        self._deferred |= self._ran and bool(services_of(self.queue).ledger)
+        return len(pool.buffer) + len(pool.ahead.runs) + self._deferred
+
+    def submit(self) -> TaskHandle[Any]:
+        return self.queue.submit("fine", {"n": 1})
+
+    def rest(self) -> None:
+        """Wait until the worker sleeps, and nothing waits for it or for a commit."""
+        eventually(lambda: self._has_nothing())
+        whole_round(self.queue)  # the housekeeper takes no part for a while
+        eventually(lambda: self._has_nothing() and self._sleeps())
+
+    def _has_nothing(self) -> bool:
+        return pool_of(self.queue).holds_nothing() and not services_of(self.queue).ledger
+
+    def _sleeps(self) -> bool:
+        return sys._current_frames()[self.worker.ident].f_code is Bell.wait.__code__
+
+    @contextmanager
+    def _recording(self, *threads: int | None) -> Iterator[None]:
+        """Note what these threads do; the thread that calls this one gets a profile function, too."""
+        interval = sys.getswitchinterval()
+        gc.disable()  # finalizers are no part of the way
+        sys.setswitchinterval(PATIENCE)  # a thread notes its own events before another one runs
+        sys.setprofile(self._profile)
+        self._recorded = {*threads}
+        try:
+            yield
+        finally:
+            sys.setprofile(None)
+            sys.setswitchinterval(interval)
+            gc.enable()
+
+    def _arrive(self, handle: Any) -> tuple[Way, Way]:
+        """Return the way to the executor, and the way back to the outcome."""
+        # No thread waits for the handle, because the worker would then read the task for it.
+        eventually(lambda: self.queue.get_task_status(handle.id).status is TaskStatus.COMPLETED)
+        self.rest()
+        self._recorded = set()
+        back, self.way = self.way, Way()
+        self._ran = self._deferred = False
+        return self.there, back
+
+    def idle(self) -> tuple[Way, Way]:
+        """Submit a task while the worker waits for one."""
+        self.rest()
+        with self._recording(threading.get_ident(), self.worker.ident):
+            handle = self.submit()
+        return self._arrive(handle)
+
+    def busy(self) -> tuple[Way, Way]:
+        """Submit a task while the worker runs another one."""
+        with self.held():
+            with self._recording(threading.get_ident()):
+                handle = self.submit()
+            self._recorded = {self.worker.ident}
+        return self._arrive(handle)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep the worker busy."""
+        self.inside.clear()
+        self.gate.clear()
+        self.queue.submit("hold")
+        assert self.inside.wait(PATIENCE)
+        yield
+        self.gate.set()
+
+    def close(self) -> None:
+        self.gate.set()
+        self.queue.close()
+
+
+def calls_of(submit: Callable[[], object], before: Callable[[], object] = bool) -> int:
+    """Return the usual number of calls of our own functions in one submit."""
+    counts: list[int] = []
+
+    def profile(frame: FrameType, event: str, called: Any) -> None:
+        if event == "call" and _is_ours(frame.f_code):
+            counts[-1] += 1
+
+    gc.disable()
+    for _ in range(3 * TIMES):
+        before()
+        counts.append(0)
+        sys.setprofile(profile)
+        try:
+            submit()
+        finally:
+            sys.setprofile(None)
+    gc.enable()
+    return int(statistics.median(counts))
 
 
 @pytest.fixture(scope="module")
@@ -105,95 +236,53 @@ def page():
 
 
 @pytest.fixture(scope="module")
-def way(tmp_path_factory):
-    """Record the calls of one plain submit, from its call to its committed outcome."""
-    path = tmp_path_factory.mktemp("way") / "tasks.db"
-    queue = Queue(SQLiteRepository(path, durability="process"), Config(worker_num=1))
-    recorder = Recorder()
-    submitted, committed = threading.Event(), threading.Event()
-
-    @queue.executor("fine")
-    def fine():
-        if recorder.threads:
-            recorder.calls.append(["", "", None])
-
-    threading.setprofile(recorder)
-    try:
-        queue.start()
-    finally:
-        threading.setprofile(None)
-    for _ in range(3):  # compile the statements, and check the file
-        queue.submit("fine").result(PATIENCE)
-    pool = pool_of(queue)
-    [worker] = pool.threads
-    # Only this thread and the worker may take part. A round of the housekeeper that has begun is over after
-    # the next one.
-    rounds = threading.Event()
-    housekeeper_of(queue).tick = rounds.set
-    services_of(queue).agenda.wake()
-    assert rounds.wait(PATIENCE)
-    eventually(lambda: not services_of(queue).moves.unsettled and sleeps(worker))
-    apply, left = queue.repository.apply, ["the outcome", "the record and the start"]
-
-    def commit(writes, **options):
-        last = left.pop() == "the outcome"
-        if last:
-            assert submitted.wait(PATIENCE)  # until all calls of the other thread are noted
-        results = apply(writes, **options)
-        if last:
-            recorder.threads = set()
-            committed.set()
-        return results
-
-    queue.repository.apply = commit
-    gc.disable()  # finalizers are no part of the way
-    sys.setprofile(recorder)
-    recorder.threads = {threading.get_ident(), *(thread.ident for thread in pool.threads)}
-    try:
-        queue.submit("fine")
-    finally:
-        sys.setprofile(None)
-        gc.enable()
-        submitted.set()
-    assert committed.wait(PATIENCE)
-    del housekeeper_of(queue).tick
-    queue.close()
-    return recorder
+def road(tmp_path_factory):
+    road = Road(tmp_path_factory.mktemp("way") / "tasks.db")
+    yield road
+    road.close()
 
 
-def steps(way, page):
-    """Return the calls of functions that are steps, without calls that returned an empty list."""
-    functions = {called for _, called, _ in [*page.there, *page.back]} | {""}
-    return [
-        (caller, called)
-        for caller, called, value in way.calls
-        if called in functions and value != []
-    ]
+@pytest.fixture(scope="module")
+def ways(road):
+    """The usual ways of some plain submits, from the call to the committed outcome."""
+    idle, busy = ([take() for _ in range(TIMES)] for take in (road.idle, road.busy))
+    found = {
+        "to an idle worker": [there for there, _ in idle],
+        "through the buffer": [there for there, _ in busy],
+        "back to the outcome": [back for _, back in idle],
+    }
+    return {name: sorted(taken, key=len)[TIMES // 2] for name, taken in found.items()}
 
 
-def test_a_submit_takes_the_steps_that_the_design_page_lists(way, page):
-    there = [(caller, called) for caller, called, _ in page.there]
-    back = [(caller, called) for caller, called, _ in page.back]
-    assert steps(way, page) == [*there, ("", ""), *back], str(way)
+@pytest.mark.parametrize("name", ["to an idle worker", "through the buffer", "back to the outcome"])
+def test_a_way_is_no_longer_than_the_design_page_says(ways, page, name):
+    way = ways[name]
+    hops, files = page.ways[name]
+    assert 4 < len(way) <= hops, str(way)
+    assert 2 < len(way.files) <= files, str(way)
 
 
-def test_the_way_has_no_more_steps_and_files_than_allowed(page):
-    assert 1 < len(page.there) <= MOST_STEPS
-    assert 1 < len(page.back) <= MOST_STEPS_BACK
-    files = {"queue.py", *(file for _, _, file in [*page.there, *page.back])}
-    assert len(files) <= MOST_FILES
+def test_a_submit_makes_no_more_calls_than_the_design_page_says(road, page, tmp_path):
+    with road.held():
+        calls = {"worker busy": calls_of(road.submit)}
+    calls["worker idle"] = calls_of(road.submit, road.rest)
+    with SQLiteRepository(tmp_path / "tasks.db", durability="process") as repository:
+        other = Queue(repository)
+        other.declare("fine")
+        calls["queue not started"] = calls_of(partial(other.submit, "fine", {"n": 1}))
+        other.close()
+    assert calls.keys() == page.calls.keys()
+    for state, number in calls.items():
+        assert 20 < number <= page.calls[state], state
 
 
-def test_each_step_is_in_the_file_that_the_page_names(way, page):
-    files = {name: Path(code.co_filename) for code, name in way.names.items()}
-    for _, called, file in [*page.there, *page.back]:
-        assert files[called] == OURS / file
-
-
-def test_the_page_lists_every_helper_that_is_called_on_the_way(way, page):
-    called = {called for _, called, _ in way.calls} - {""}
-    named = {called for _, called, _ in [*page.there, *page.back]}
-    helpers = called - named
-    listed = ", ".join(f"``{name}``" for name in sorted(helpers))
-    assert helpers <= page.helpers, listed
-    assert page.helpers <= set(way.names.values())  # the page names no function that does not exist
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="functions have no qualified names")
+def test_each_step_of_the_design_page_is_a_hop(ways, page):
+    taken = set().union(*(way.names for way in ways.values()))
+    files = {
+        _name(code): code.co_filename for way in ways.values() for hop in way.hops for code in hop
+    }
+    assert len(page.steps) > 8
+    for caller, called, file in page.steps:
+        assert (caller, called) in taken
+        assert files[called] == str(Path(OURS, file))

@@ -25,7 +25,8 @@ kind, place, name, log = sys.argv[1:5]
 if kind == "sqlite":
     repository = SQLiteRepository(place)
 else:
-    repository = MongoRepository(pymongo.MongoClient(place)[name], run_folder=log + ".run")
+    database = pymongo.MongoClient(place)[name]
+    repository = MongoRepository(database, run_folder=log + ".run", timeout=60)
 queue = Queue(repository, Config(worker_num=2))
 
 @queue.executor()
@@ -34,7 +35,7 @@ def work(ctx):
         file.write(ctx.task.id + "\\n")
 
 def run():
-    queue.schedule("beat", every(0.1), "work", misfire="all", misfire_grace=600)
+    queue.schedule("beat", every(0.4), "work", misfire="all", misfire_grace=600)
     queue.start()
     print("runs", flush=True)
     sys.stdin.readline()
@@ -65,7 +66,7 @@ def repository(place):
             yield made
     else:
         client = pymongo.MongoClient(at)
-        with client, MongoRepository(client[name], run_folder=f"{log}.run") as made:
+        with client, MongoRepository(client[name], run_folder=f"{log}.run", timeout=60) as made:
             yield made
 
 
@@ -75,7 +76,8 @@ def run(spawn, place):
     return lambda more: spawn(PROGRAM + more, *place)
 
 
-TEN_TICKS = timedelta(seconds=1)
+#: A slow machine must run the tasks of a tick before the next one, or they pile up.
+TICK = timedelta(seconds=0.4)
 
 
 def test_every_tick_gets_one_task_even_if_processes_die(run, repository, make_queue, place):
@@ -87,12 +89,12 @@ def test_every_tick_gets_one_task_even_if_processes_die(run, repository, make_qu
         assert child.read() == "runs"
     for victim in children[:2]:
         begun = queue.schedules()["beat"].next_tick
-        eventually(lambda begun=begun: queue.schedules()["beat"].next_tick > begun + TEN_TICKS)
+        eventually(lambda begun=begun: queue.schedules()["beat"].next_tick > begun + 4 * TICK)
         victim.kill()
     children = [*children[2:], run("run()")]
     assert children[-1].read() == "runs"
     begun = queue.schedules()["beat"].next_tick
-    eventually(lambda: queue.schedules()["beat"].next_tick > begun + TEN_TICKS)
+    eventually(lambda: queue.schedules()["beat"].next_tick > begun + 4 * TICK)
     queue.schedules()["beat"].pause()
     while left := queue.count_tasks(status="pending"):  # a slow machine has a backlog of ticks
         eventually(lambda left=left: queue.count_tasks(status="pending") < left)
@@ -105,8 +107,8 @@ def test_every_tick_gets_one_task_even_if_processes_die(run, repository, make_qu
 
     tasks, total = queue.list_tasks(TaskFilter(limit=10_000))
     found = sorted(tick_of(task) for task in tasks)
-    assert total == len(found) > 30
-    assert found == [found[0] + n * timedelta(seconds=0.1) for n in range(total)]
+    assert total == len(found) > 12
+    assert found == [found[0] + n * TICK for n in range(total)]
     assert queue.schedules()["beat"].last_tick in found
     with open(place[-1]) as log:
         runs = Counter(log.read().split())

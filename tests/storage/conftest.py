@@ -5,7 +5,7 @@ import pytest
 from taskx.core import lifecycle
 from taskx.testing import ManualClock
 
-from .repositories import MAKERS, insert
+from .repositories import KINDS, MAKERS, insert
 
 
 @pytest.fixture
@@ -13,9 +13,9 @@ def clock():
     return ManualClock()
 
 
-@pytest.fixture(params=MAKERS)
+@pytest.fixture(params=KINDS)
 def store(request, tmp_path, clock, timing):
-    """An empty repository of each kind that the runtime can use."""
+    """An empty repository."""
     with MAKERS[request.param](tmp_path, clock, timing) as repository:
         yield repository
 

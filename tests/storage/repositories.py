@@ -19,7 +19,6 @@ from mongo_server import new_database, shared
 from taskx import (
     Clock,
     Codec,
-    ConfigurationError,
     DuplicateTask,
     MemoryRepository,
     MongoRepository,
@@ -219,16 +218,12 @@ MAKERS = {kind: _maker(kind) for kind in _MAKERS}
 MONGO = ["mongomock", "mongo", "mongo-set"]
 
 
-def on_kinds(*without: str) -> Any:
-    """Run a test on all kinds of repository except these."""
-    kinds = [kind for kind in MAKERS if kind not in without]
-    return pytest.mark.parametrize("store", kinds, indirect=True)
+#: The kinds of repository for tests of what is built from the primitives: moves and queries. For all kinds,
+#: the contract holds that the primitives work.
+KINDS = ["memory", "sqlite", "mongomock", "adapter"]
 
-
-#: Marks for tests of stores that keep ``run_at``, that store batches, or that store relations of tasks.
-keeping_time = on_kinds("adapter-13", "sqlite-coded")
-whole_batches = on_kinds("adapter", "adapter-13")
-between_tasks = on_kinds("adapter", "adapter-13", "sqlite-coded")
+#: A mark for tests of stores that store batches and relations of tasks.
+between_tasks = pytest.mark.parametrize("store", KINDS[:-1], indirect=True)
 
 
 def again(repository: Repository) -> Repository | None:
@@ -334,11 +329,3 @@ def insert(task_id: str, clock: Clock, *, owner: str = "", **options: Any) -> In
 
 def ids(stubs: Iterable[Any]) -> list[str]:
     return [stub.id for stub in stubs]
-
-
-def add_if_kept(add: Callable[..., Task], task_id: str, **options: Any) -> None:
-    """Store a task with options, or without them if the repository does not keep them."""
-    try:
-        add(task_id, **options)
-    except ConfigurationError:
-        add(task_id)

@@ -7,9 +7,9 @@ from typing import Any
 
 import attrs
 import pytest
-from helpers import earliest_due, first_waiting, waiting_keys
+from helpers import first_waiting, waiting_keys
 
-from taskx import InvalidTransition, TaskFilter, TaskStatus
+from taskx import TaskFilter, TaskStatus
 from taskx.core import lifecycle
 from taskx.core.clock import to_datetime
 from taskx.core.errors import CancelReason
@@ -70,15 +70,6 @@ ENDINGS = {
 
 @on_every_store
 class TestTurns:
-    def test_no_task_starts_before_its_turn(self, store, clock):
-        now = clock.now_ms()
-        store.apply([insert("a", now), insert("b", now)])
-        assert ready(store) == []
-        assert first_waiting(store, "k") == "a"
-        assert give(store, "a")
-        assert ready(store) == ["a"]
-        assert first_waiting(store, "k") == "b"
-
     def test_only_one_task_of_a_key_has_the_turn(self, store, clock):
         now = clock.now_ms()
         store.apply([insert("a", now), insert("b", now), insert("c", now, "other")])
@@ -129,41 +120,11 @@ class TestTurns:
         assert any(store.apply(writes))
         assert give(store, "b") == (crashes == 1)
 
-    def test_a_cancelled_task_gives_up_its_turn(self, store, clock):
-        now = clock.now_ms()
-        store.apply([insert(name, now) for name in "abc"])
-        give(store, "a")
-        store.apply(lifecycle.cancel("b", now))  # it does not have the turn
-        assert not any(waiting_keys(store, "", 10).values())
-        store.apply(lifecycle.cancel("a", now))
-        assert waiting_keys(store, "", 10) == {"k": True}
-        assert first_waiting(store, "k") == "c"
-
     def test_a_task_that_is_handed_back_keeps_its_turn(self, store, clock):
         now = clock.now_ms()
         store.apply([insert("a", now), insert("b", now)])
         give(store, "a")
         store.apply(lifecycle.hand_back(run(store, "a", now), now))
-        assert not give(store, "b")
-
-    def test_a_requeued_task_waits_for_its_turn_again(self, store, clock):
-        now = clock.now_ms()
-        store.apply([insert("a", now), insert("b", now)])
-        give(store, "a")
-        store.apply(lifecycle.cancel("a", now))
-        give(store, "b")
-        store.apply([lifecycle.requeue(store.get_by_id("a"), now)])
-        assert not give(store, "a")
-        assert first_waiting(store, "k") == "a"
-        store.apply(lifecycle.conclude(run(store, "b", now), ENDINGS["completes"][0], now))
-        assert give(store, "a")
-
-    def test_a_delayed_task_with_the_turn_waits_for_its_time(self, store, clock):
-        now = clock.now_ms()
-        store.apply([insert("a", now, run_at=now + 1000), insert("b", now)])
-        assert earliest_due(store) is None
-        assert give(store, "a")
-        assert (ready(store), earliest_due(store)) == ([], now + 1000)
         assert not give(store, "b")
 
     def test_the_next_task_gets_the_turn_in_the_transaction_of_the_end(self, store, clock):
@@ -173,16 +134,6 @@ class TestTurns:
         end = lifecycle.conclude(run(store, "a", now), ENDINGS["completes"][0], now)
         assert list(store.apply([*end, *lifecycle.give_turn("b", "k")])) == [True, True, False]
         assert ready(store) == ["b"]
-
-    @pytest.mark.parametrize("status", ["completed", "failed", "cancelled"])
-    def test_a_task_ended_by_hand_gives_up_its_turn(self, store, clock, status):
-        now = clock.now_ms()
-        store.apply([insert("a", now), insert("b", now)])
-        store.update_status("a", TaskStatus.RUNNING)
-        with pytest.raises(InvalidTransition):
-            store.update_status("b", TaskStatus.RUNNING)
-        store.update_status("a", TaskStatus(status))
-        assert give(store, "b")
 
     def test_a_task_created_by_hand_waits_for_its_turn(self, store):
         from taskx import Task

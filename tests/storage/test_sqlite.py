@@ -359,38 +359,6 @@ def as_unprivileged(function, *args):
     return outcome
 
 
-class TestMigration:
-    """The migration of a file of an older version."""
-
-    @pytest.fixture
-    def newer(self, monkeypatch):
-        """Make this TaskX one whose schema is one version newer."""
-
-        def newer(*statements):
-            monkeypatch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, statements))
-            monkeypatch.setattr(schema, "VERSION", schema.VERSION + 1)
-
-        return newer
-
-    def test_a_migration_keeps_all_rows(self, repository, connect, newer):
-        repository.create(task("a", params={"x": 1}))
-        repository.close()
-        newer("ALTER TABLE tasks ADD COLUMN new INTEGER DEFAULT 7")
-        assert repository.get_by_id("a").params == {"x": 1}
-        assert connect().execute("SELECT new FROM tasks").fetchall() == [(7,)]
-        assert connect().execute("PRAGMA user_version").fetchone() == (schema.VERSION,)
-
-    def test_a_failed_migration_changes_nothing(self, repository, path, connect, newer):
-        repository.create(task("a"))
-        repository.close()
-        newer("ALTER TABLE tasks ADD COLUMN new", "CREATE NONSENSE")
-        with pytest.raises(RepositoryError, match="syntax error"):
-            repository.get_by_id("a")
-        columns = [row[1] for row in connect().execute("PRAGMA table_info(tasks)")]
-        assert "new" not in columns
-        assert connect().execute("PRAGMA user_version").fetchone() == (schema.VERSION - 1,)
-
-
 MOMENT = datetime(2024, 1, 1, tzinfo=timezone.utc)
 
 

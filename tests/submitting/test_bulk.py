@@ -84,7 +84,6 @@ def fail(queue, *task_ids):
         queue.repository.update_status(task_id, "failed")
 
 
-@pytest.mark.every_store
 class TestRequeue:
     def test_all_failed_tasks_run_again(self, queue):
         queue.mended = True
@@ -124,14 +123,6 @@ class TestRequeue:
         new = [number for task_id, number in starts(queue).items() if task_id.startswith("new")]
         assert new == [1] * 4
 
-    @pytest.mark.parametrize("batch", [1, 2, 200])
-    def test_a_limit_and_an_offset_choose_as_in_a_list(self, queue, batch):
-        queue.mended = True
-        assert queue.requeue_all(limit=2, offset=1).changed == 2
-        assert queue.drain(PATIENCE)
-        assert [task.id for task in queue.dead_letters().tasks] == ["8", "5", "4", "3", "2"]
-        assert queue.requeue_all(limit=0).matched == 0
-
     def test_a_task_whose_key_is_held_is_skipped(self, queue):
         queue.submit("a", {"n": 5}, id="key", unique_key="k")
         assert queue.drain(PATIENCE)
@@ -170,7 +161,6 @@ class TestRequeue:
         assert counts(queue)["failed"] == 7
 
 
-@pytest.mark.every_store
 class TestFamilies:
     """Parents and children of the requeued tasks."""
 
@@ -253,7 +243,6 @@ class TestFamilies:
 
 
 @pytest.mark.timing(batch=1)
-@pytest.mark.every_store
 def test_a_parent_that_was_stored_after_its_child_is_requeued_once(make_queue, clock):
     """Both have the same date, and the parent is listed first. It fails again before its child's page."""
     queue = make_queue(worker_num=1, clock=clock)
@@ -269,7 +258,6 @@ def test_a_parent_that_was_stored_after_its_child_is_requeued_once(make_queue, c
 
 
 @pytest.mark.timing(requeue_batch=6)
-@pytest.mark.every_store
 @pytest.mark.parametrize("limit", [{}, {"limit": 9}])
 def test_large_families_are_requeued_one_after_the_other(make_queue, limit):
     """Each one in a transaction of its own, so that a crash leaves no part of one."""
@@ -302,7 +290,6 @@ class TestRate:
         waits = [t.run_at - clock.now() for t in queue.iter_tasks(status="pending")]
         return [wait.total_seconds() for wait in waits]
 
-    @pytest.mark.every_store
     @pytest.mark.parametrize("batch", [2, 200])
     def test_the_tasks_start_at_the_rate(self, failed, clock, batch):
         bulk = failed.requeue_all(rate="30/m")
@@ -311,7 +298,6 @@ class TestRate:
         assert [task_id for task_id, _ in failed.repository.due(None, 9)] == list("543210")
         assert [stub.id for stub in failed.repository.ready(["a", "b"], 9)] == ["6"]
 
-    @pytest.mark.every_store
     def test_a_second_call_goes_on_after_the_first(self, failed, make_queue, clock):
         """It may be in another process, after the first one was killed."""
         failed.requeue_all(rate="30/m", limit=3)
@@ -401,7 +387,6 @@ class TestRate:
         assert counts(failed) == {"failed": 7}
 
 
-@pytest.mark.every_store
 class TestCancel:
     def test_pending_tasks_are_cancelled(self, waiting):
         bulk = waiting.cancel_all(type="a")
@@ -476,7 +461,6 @@ class TestCancel:
         assert (bulk.matched, bulk.changed, bulk.asked) == (7, 7, 1)
 
 
-@pytest.mark.every_store
 class TestDelete:
     def test_matching_tasks_are_deleted(self, queue):
         bulk = queue.delete_all(status="failed", type="b")
@@ -574,7 +558,6 @@ class TestDeliberate:
 
 
 class TestDryRun:
-    @pytest.mark.every_store
     def test_a_dry_run_only_counts(self, queue):
         before = statuses(queue)
         counted = {
@@ -593,7 +576,6 @@ class TestDryRun:
         assert all(bulk.dry_run and bulk.exact and not bulk.changed for bulk in found.values())
         assert statuses(queue) == before
 
-    @pytest.mark.every_store
     def test_a_count_can_be_capped(self, queue):
         bulk = queue.requeue_all(dry_run=True, at_most=3)
         assert (bulk.matched, bulk.exact) == (3, False)
@@ -621,7 +603,6 @@ class TestDryRun:
         assert queue.requeue_all(dry_run=True).matched == 7
 
 
-@pytest.mark.every_store
 class TestProgress:
     @pytest.mark.timing(batch=3)
     @pytest.mark.parametrize("method", ALL)

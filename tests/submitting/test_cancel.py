@@ -7,7 +7,7 @@ import time
 from concurrent.futures import CancelledError
 
 import pytest
-from helpers import PATIENCE, eventually, frequent_checks, pool_of
+from helpers import PATIENCE, SOON, eventually, frequent_checks, pool_of
 
 from taskx import (
     CancelReason,
@@ -31,7 +31,6 @@ from taskx.core.writes import Insert, Update
 pytestmark = pytest.mark.usefixtures("calm")
 
 
-@pytest.mark.every_store
 def test_a_cancelled_pending_task_never_runs(make_queue):
     """Each round cancels at a different moment on the task's way to a worker."""
     queue = make_queue(worker_num=2, buffer_size=1000)
@@ -58,7 +57,6 @@ def test_a_cancelled_pending_task_never_runs(make_queue):
 
 
 @frequent_checks
-@pytest.mark.every_store
 @pytest.mark.parametrize("how", ["cancel_task", "delete", "cancel_many"])
 def test_a_committed_cancel_or_delete_does_not_raise(started, repository, how):
     """If the repository fails just after the commit, the handle resolves when it is available again."""
@@ -95,7 +93,6 @@ def test_cancelled_tasks_free_their_slots_in_the_buffer(busy):
         queue.cancel_task(queue.submit("note").id)
 
 
-@pytest.mark.every_store
 def test_a_running_task_is_told_to_stop_at_once(started):
     begun, heard = threading.Event(), threading.Event()
 
@@ -112,7 +109,7 @@ def test_a_running_task_is_told_to_stop_at_once(started):
     began = time.monotonic()
     assert started.cancel_task(handle.id) is False
     assert heard.wait(PATIENCE)
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < SOON
     with pytest.raises(CancelledError):
         handle.result(PATIENCE)
     task = handle.task()
@@ -192,7 +189,6 @@ def test_a_second_cancel_changes_nothing(started, gate):
         handle.result(PATIENCE)
 
 
-@pytest.mark.every_store
 def test_finished_and_unknown_tasks_cannot_be_cancelled(started):
     handle = started.submit("fine")
     handle.result(PATIENCE)
@@ -203,7 +199,6 @@ def test_finished_and_unknown_tasks_cannot_be_cancelled(started):
         started.cancel_task("nobody")
 
 
-@pytest.mark.every_store
 def test_a_cancel_from_another_queue_reaches_a_running_task(started, make_queue):
     """The other queue shares only the repository, as in another process."""
     started.executor("listen")(lambda ctx: ctx.sleep(PATIENCE))
@@ -218,11 +213,10 @@ def test_a_cancel_from_another_queue_reaches_a_running_task(started, make_queue)
     assert other.cancel_task(handle.id) is False
     with pytest.raises(CancelledError):
         handle.result(PATIENCE)
-    assert time.monotonic() - began < 10  # the executor would sleep for a minute
+    assert time.monotonic() - began < SOON  # the executor would sleep for a minute
     other.repository.close()
 
 
-@pytest.mark.every_store
 def test_a_race_of_cancel_and_end_has_one_outcome(make_queue):
     queue = make_queue(worker_num=2)
     queue.executor("quick", max_attempts=3)(lambda ctx: ctx.token.raise_if_cancelled())
@@ -245,7 +239,6 @@ def test_a_race_of_cancel_and_end_has_one_outcome(make_queue):
 # Time-outs
 
 
-@pytest.mark.every_store
 def test_a_timeout_fires_the_token_and_fails_the_task(started):
     @started.executor("slow", timeout=0.05)
     def slow(ctx):
@@ -515,7 +508,6 @@ def progress_writes(queue: Queue) -> list[Update]:
     ]
 
 
-@pytest.mark.every_store
 def test_a_million_progress_calls_are_a_few_writes(started):
     @started.executor("count")
     def count(ctx):
@@ -533,7 +525,6 @@ def test_a_million_progress_calls_are_a_few_writes(started):
     assert (handle.task().progress, handle.task().message) == (99, "counting")
 
 
-@pytest.mark.every_store
 def test_progress_is_visible_while_a_task_runs(started, gate):
     @started.executor("show")
     def show(ctx):
@@ -548,7 +539,6 @@ def test_progress_is_visible_while_a_task_runs(started, gate):
     assert (handle.task().progress, handle.task().message) == (100, "a third")
 
 
-@pytest.mark.every_store
 @pytest.mark.parametrize("how", ["fail", "cancel", "complete"])
 def test_the_last_progress_is_always_stored(started, gate, how):
     @started.executor("show")
@@ -604,7 +594,6 @@ def test_invalid_progress_is_refused(started):
     assert len(handle.task().message) == 10_000
 
 
-@pytest.mark.every_store
 def test_progress_can_be_set_through_the_repository(started):
     """This is the way of the original interface."""
     seen = []
@@ -625,7 +614,6 @@ def test_progress_can_be_set_through_the_repository(started):
     assert seen == [60, 60]
 
 
-@pytest.mark.every_store
 def test_progress_after_the_attempt_is_ignored(queue):
     """A thread that outlived its attempt changes neither the record nor the next attempt."""
     leaked, second = [], threading.Event()
@@ -655,7 +643,6 @@ def test_progress_after_the_attempt_is_ignored(queue):
     assert (handle.task().progress, handle.task().message) == (100, "second")
 
 
-@pytest.mark.every_store
 def test_progress_of_a_run_that_was_taken_over_is_ignored(queue, gate):
     """The old run goes on and does not know that the task was started again elsewhere."""
 

@@ -64,6 +64,7 @@ def stopping(make_queue, gate):
     return act
 
 
+@pytest.mark.every_store
 @pytest.mark.parametrize(
     ("way", "overflow"),
     [(way, "reject") for way in WAYS]
@@ -81,7 +82,6 @@ def test_an_executor_submits_during_the_stop(stopping, make_queue, way, overflow
             other.handle(task.id).result(PATIENCE)
 
 
-@pytest.mark.every_store
 def test_another_node_runs_what_was_submitted_during_the_stop(stopping, make_queue):
     queue = stopping(lambda queue: queue.submit("later", {"n": 7}, id="next"))
     assert queue.get_task_status("next").owner == ""

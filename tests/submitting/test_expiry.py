@@ -99,7 +99,6 @@ def test_a_queue_that_is_not_started_cancels_nothing(make_queue, clock):
 
 
 @pytest.mark.timing(batch=3)
-@pytest.mark.every_store
 def test_many_expired_tasks_are_cancelled_in_batches(make_queue, repository, clock):
     queue = make_queue(clock=clock)
     queue.declare("remote")
@@ -168,7 +167,6 @@ def test_an_expiry_that_cannot_be_stored_holds_up_no_schedule(make_queue, reposi
 
 
 @seldom
-@pytest.mark.every_store
 def test_a_worker_cancels_an_expired_task_instead_of_starting_it(busy, gate, clock):
     queue = busy(clock=clock)
     late = queue.submit("note", {"n": 1}, expires=60)
@@ -257,7 +255,6 @@ def test_the_hook_of_a_submit_sees_the_expiry(make_queue, clock, at_once):
 
 
 @often
-@pytest.mark.every_store
 @pytest.mark.parametrize("how", [Retry(delay=100), Snooze(100), ValueError("wrong")])
 def test_a_task_that_has_started_never_expires(make_queue, clock, how):
     queue = make_queue(clock=clock)
@@ -297,7 +294,6 @@ def test_a_task_whose_process_died_never_expires(make_queue, repository, clock):
 
 
 @seldom
-@pytest.mark.every_store
 def test_a_start_that_is_handed_back_does_not_count(busy, gate, clock):
     queue = busy(clock=clock)
     handle = queue.submit("note", expires=60)
@@ -317,7 +313,6 @@ def test_a_start_that_is_handed_back_does_not_count(busy, gate, clock):
 
 
 @often
-@pytest.mark.every_store
 def test_everything_follows_as_after_a_cancel(make_queue, clock):
     class Note(Hook):
         def finished(self, task):
@@ -355,7 +350,6 @@ def test_everything_follows_as_after_a_cancel(make_queue, clock):
 
 
 @often
-@pytest.mark.every_store
 def test_a_requeued_task_has_no_expiry(make_queue, clock):
     queue = make_queue(clock=clock)
     queue.executor("fine")(lambda: "fine")
@@ -386,7 +380,6 @@ def test_a_map_that_is_run_again_requeues_expired_items(make_queue):
     assert list(queue.map("double", items)) == [2, 4]
 
 
-@pytest.mark.every_store
 def test_a_started_task_that_is_made_pending_by_hand_never_expires(queue, repository):
     queue.declare("remote")
     handle = queue.submit("remote", expires=3600)
@@ -398,7 +391,6 @@ def test_a_started_task_that_is_made_pending_by_hand_never_expires(queue, reposi
     assert (handle.task().status, handle.task().expires_at) == (TaskStatus.PENDING, None)
 
 
-@pytest.mark.every_store
 def test_a_run_that_is_taken_from_its_worker_never_expires(make_queue, repository, gate):
     queue = make_queue()
     queue.executor("gate")(gate)
@@ -411,7 +403,6 @@ def test_a_run_that_is_taken_from_its_worker_never_expires(make_queue, repositor
     gate.open()
 
 
-@pytest.mark.every_store
 @pytest.mark.parametrize("end", ["cancel", "orphan", "run", "done", "delete"])
 def test_only_a_task_that_can_expire_is_in_the_index(queue, repository, end):
     queue.declare("remote")
@@ -613,7 +604,6 @@ def test_a_repository_that_loses_the_expiry_refuses_it(make_queue, start):
 
 
 @seldom
-@pytest.mark.every_store
 def test_a_task_that_expires_during_its_start_does_not_run(busy, repository, gate, clock):
     queue = busy(clock=clock)
     handle = queue.submit("note", expires=60)
@@ -630,7 +620,6 @@ def test_a_task_that_expires_during_its_start_does_not_run(busy, repository, gat
     assert (queue.ran, handle.task().error) == ([], EXPIRED)
 
 
-@pytest.mark.every_store
 def test_a_task_that_starts_during_its_expiry_runs(make_queue, repository, clock):
     queue = make_queue(clock=clock)
     queue.declare("remote")

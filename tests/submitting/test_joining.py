@@ -6,22 +6,20 @@ import gc
 import sqlite3
 import threading
 import warnings
-from concurrent.futures import wait
-from contextlib import closing
+from contextlib import closing, contextmanager
 from functools import partial
 
 import pytest
 import sqlalchemy as sa
 from helpers import eventually, run_in_thread
 from sqlalchemy.orm import Session
+from units import CallersTransactions
 
 from taskx import (
     ConfigurationError,
     DuplicateTask,
-    Hook,
     MemoryRepository,
     Middleware,
-    PayloadError,
     Queue,
     QueueStopped,
     RepositoryError,
@@ -32,7 +30,6 @@ from taskx import (
     TaskNotFound,
     TaskStatus,
     chain,
-    group,
 )
 from taskx.storage.sqlite import joining
 
@@ -168,24 +165,26 @@ class TestSettingsOfTheConnection:
         assert count(queue) == 1
 
 
+class TestContract(CallersTransactions):
+    @pytest.fixture
+    def begin(self, connection):
+        @contextmanager
+        def begin(undo=False):
+            yield {"connection": connection}
+            connection.rollback() if undo else connection.commit()
+
+        return begin
+
+    @pytest.fixture
+    def add(self):
+        return lambda within: order(**within)
+
+    @pytest.fixture
+    def rows(self, connection):
+        return lambda: connection.execute("SELECT count(*) FROM orders").fetchone()[0]
+
+
 class TestSubmit:
-    def test_the_task_starts_after_the_commit(self, queue, connection):
-        with queue:
-            order(connection)
-            handle = queue.submit("echo", {"n": 3}, connection=connection)
-            assert count(queue) == 0
-            connection.commit()
-            assert handle.result(timeout=LONG) == 3
-
-    def test_a_rollback_leaves_no_task(self, queue, connection):
-        order(connection)
-        handle = queue.submit("echo", connection=connection)
-        connection.rollback()
-        assert count(queue) == 0
-        with pytest.raises(TaskNotFound):
-            queue.get_task_status(handle.id)
-        assert connection.execute("SELECT count(*) FROM orders").fetchone() == (0,)
-
     def test_taskx_begins_a_transaction_if_none_is_open(self, queue, connection):
         queue.submit("echo", connection=connection)
         assert connection.in_transaction
@@ -201,20 +200,6 @@ class TestSubmit:
             queue.submit("echo", connection=connection)
             connection.execute("COMMIT")
         assert count(queue) == 1
-
-    def test_a_failed_call_leaves_the_transaction_as_it_was(self, queue, connection):
-        queue.submit("echo", id="a")
-        order(connection)
-        with pytest.raises(DuplicateTask):
-            queue.submit("echo", id="a", connection=connection)
-        with pytest.raises(PayloadError):
-            queue.submit("echo", {"n": object()}, connection=connection)
-        with pytest.raises(DuplicateTask):
-            queue.submit_many([Task(id=i, type="echo") for i in "bca"], connection=connection)
-        queue.submit("echo", id="d", connection=connection)
-        connection.commit()
-        assert {task.id for task in queue.list_tasks()[0]} == {"a", "d"}
-        assert connection.execute("SELECT count(*) FROM orders").fetchone() == (1,)
 
     def test_a_failed_call_ends_the_transaction_that_it_began(self, queue, connection):
         queue.submit("echo", id="a")
@@ -243,75 +228,6 @@ class TestSubmit:
         connection.execute("ROLLBACK TO mine")
         connection.commit()
         assert [task.id for task in queue.list_tasks()[0]] == ["kept"]
-
-    def test_many_tasks_and_flows_are_stored_with_the_data(self, queue, connection):
-        with queue:
-            many = queue.submit_many(
-                [Task(type="echo", params={"n": n}) for n in range(50)], connection=connection
-            )
-            flow = queue.submit_flow(
-                chain(
-                    group(*(Task(type="echo", params={"n": n}) for n in (1, 2))),
-                    Task(type="echo", params={"n": 3}),
-                ),
-                connection=connection,
-            )
-            connection.commit()
-            assert [handle.result(timeout=LONG) for handle in many] == [*range(50)]
-            assert flow.result(timeout=LONG) == 3
-
-    def test_all_options_work_there(self, queue, connection):
-        parent = queue.submit("elsewhere", connection=connection)
-        options = {
-            "depends_on": [parent],
-            "unique_key": "k",
-            "tags": ["red"],
-            "concurrency_key": "c",
-            "expires": 1000,
-            "priority": 7,
-        }
-        child = queue.submit("echo", {"n": 1}, **options, connection=connection)
-        again = queue.submit(
-            "echo", {"n": 2}, unique_key="k", on_conflict="return", connection=connection
-        )
-        assert again.id == child.id
-        with pytest.raises(DuplicateTask):
-            queue.submit("echo", unique_key="k", connection=connection)
-        connection.commit()
-        [task] = queue.list_tasks(tag="red")[0]
-        assert (task.id, task.depends_on, task.priority) == (child.id, [parent.id], 7)
-        assert task.expires_at is not None
-        assert task.concurrency_key == "c"
-
-    def test_a_replaced_task_is_replaced_with_the_commit(self, queue, connection):
-        queue.submit("elsewhere", {"n": 1}, unique_key="k")
-        queue.submit(
-            "elsewhere", {"n": 2}, unique_key="k", on_conflict="replace", connection=connection
-        )
-        assert queue.list_tasks()[0][0].params == {"n": 1}
-        connection.commit()
-        assert [task.params for task in queue.list_tasks()[0]] == [{"n": 2}]
-
-    def test_a_task_that_waits_for_a_running_parent_starts_after_it(self, queue, connection):
-        go = threading.Event()
-        queue.executor("parent")(lambda: go.wait(LONG) and None)
-        with queue:
-            parent = queue.submit("parent")
-            child = queue.submit("echo", {"n": 5}, depends_on=[parent], connection=connection)
-            connection.commit()
-            go.set()
-            assert child.result(timeout=LONG) == 5
-
-    def test_a_full_buffer_refuses_nothing(self, make_queue, connection):
-        queue = make_queue(worker_num=1, buffer_size=1, overflow="reject")
-        go = threading.Event()
-        queue.executor("wait")(lambda: go.wait(LONG) and None)
-        with queue:
-            handles = [queue.submit("wait", connection=connection) for _ in range(20)]
-            connection.commit()
-            go.set()
-            for handle in handles:
-                handle.result(timeout=LONG)
 
     def test_a_stopped_queue_refuses(self, queue, connection):
         with queue:
@@ -348,55 +264,8 @@ class TestSubmit:
         assert connection.execute("SELECT 'a'").fetchone() == {"row": (b"a",)}
         connection.commit()
 
-    def test_hooks_are_told_after_the_commit(self, make_queue, connection):
-        told, ended = [], threading.Event()
-
-        class Recorder(Hook):
-            def submitted(self, task):
-                told.append(task.id)
-                if task.id == "last":
-                    ended.set()
-
-        queue = make_queue(hooks=[Recorder()])
-        queue.declare("t")
-        queue.submit("t", id="gone", connection=connection)
-        connection.rollback()
-        queue.submit("t", id="kept", connection=connection)
-        connection.commit()
-        queue.submit("t", id="last", connection=connection)
-        connection.commit()
-        assert ended.wait(LONG)
-        eventually(lambda: sorted(told) == ["kept", "last"])  # in any order
-
 
 class TestCancel:
-    def test_a_cancel_takes_place_with_the_commit(self, queue, connection):
-        kept, gone = queue.submit("elsewhere"), queue.submit("elsewhere")
-        assert queue.cancel_task(kept.id, connection=connection) is True
-        connection.rollback()
-        assert queue.cancel_task(gone.id, connection=connection) is True
-        assert queue.get_task_status(gone.id).status is TaskStatus.PENDING
-        connection.commit()
-        assert queue.get_task_status(kept.id).status is TaskStatus.PENDING
-        assert queue.get_task_status(gone.id).status is TaskStatus.CANCELLED
-
-    def test_a_running_task_is_asked_to_stop_after_the_commit(self, queue, connection):
-        began, asked = threading.Event(), threading.Event()
-
-        @queue.executor("wait")
-        def wait(ctx):
-            began.set()
-            ctx.on_cancel(asked.set)
-            ctx.sleep(LONG)
-
-        with queue:
-            handle = queue.submit("wait")
-            assert began.wait(LONG)
-            assert queue.cancel_task(handle.id, connection=connection) is False
-            assert not asked.is_set()
-            connection.commit()
-            assert asked.wait(LONG)
-
     def test_an_unknown_task_is_an_error(self, queue, connection):
         with pytest.raises(TaskNotFound):
             queue.cancel_task("none", connection=connection)
@@ -487,22 +356,6 @@ class TestOwnTransaction:
         connection.commit()
         queue.submit("echo")
         assert queue.cancel_task(task.id)
-
-    def test_a_handle_is_of_use_after_a_wait_before_the_commit(self, queue, connection):
-        with queue:
-            handle = queue.submit("echo", {"n": 3}, connection=connection)
-            assert not handle.done()
-            for call in (handle.result, handle.exception, lambda: wait([handle])):
-                with pytest.raises(ConfigurationError, match="wait for it after that"):
-                    call()
-            connection.commit()
-            assert handle.result(timeout=LONG) == 3
-            old = queue.submit("elsewhere")
-            assert queue.cancel_task(old.id, connection=connection)
-            with pytest.raises(ConfigurationError, match="wait for it after that"):
-                old.result()
-            connection.rollback()
-            assert not old.done()
 
     def test_a_task_that_has_ended_needs_no_wait(self, queue, connection):
         with queue:

@@ -40,7 +40,6 @@ def queue(make_queue, clock):
 
 
 class TestPage:
-    @pytest.mark.every_store
     def test_the_fields_of_a_filter_can_be_given_by_name(self, queue, clock):
         third = queue.get_task_status("2").created_at
         for fields, expected in [
@@ -112,7 +111,6 @@ class TestConditions:
     """The conditions that a repository of eight methods, or one of an older version, does not know."""
 
     @pytest.mark.timing(batch=2)
-    @pytest.mark.every_store
     def test_every_condition_works_on_every_repository(self, failed):
         for fields, expected in [
             ({"error": "timeout"}, "1"),
@@ -143,7 +141,6 @@ class TestConditions:
         assert queue.count_tasks(parent="3", params={"n": 7}) == 1
         assert queue.count_tasks(parent="3", params={"n": 8}) == 0
 
-    @pytest.mark.every_store
     def test_dead_letters_are_requeued_by_the_text_of_their_error(self, failed):
         assert [task.id for task in failed.dead_letters(error="ANSWER").tasks] == ["1"]
         assert failed.requeue_dead_letters(error="question") == 0
@@ -164,7 +161,6 @@ class TestConditions:
             ):
                 method(TaskFilter(params={"n": 2}, error="x", type="a"))
 
-    @pytest.mark.every_store
     def test_an_age_is_a_condition(self, queue, clock):
         for fields, expected in [
             ({"older": 3}, "3210"),
@@ -201,7 +197,6 @@ class TestSearchInParams:
     """A search in params looks at the newest tasks only, and says so."""
 
     @pytest.mark.timing(most_searched=4)
-    @pytest.mark.every_store
     def test_a_page_says_since_when_it_searched(self, queue):
         since = queue.get_task_status("2").created_at
         page = queue.list_tasks(params={"n": 1})
@@ -236,6 +231,7 @@ class TestSearchInParams:
         assert (found, page.total, page.exact) == (["7", "6"], 2, False)
         assert [task.id for task in queue.iter_tasks(params={"n": 2})] == ["7", "6", "2"]
 
+    @pytest.mark.every_store
     @pytest.mark.timing(most_searched=4)
     def test_a_limited_count_says_that_it_is_not_exact(self, queue):
         count = queue.count_tasks(params={"n": 1}, at_most=10)
@@ -252,7 +248,6 @@ class TestPages:
     """Pages that begin after the page before."""
 
     @pytest.mark.timing(batch=2)
-    @pytest.mark.every_store
     @pytest.mark.parametrize("fields", [{}, {"status": "pending"}, {"id_prefix": ""}], ids=str)
     def test_pages_cover_the_list_exactly_once(self, queue, fields):
         for limit in (1, 2, 3, 5, 6, 7):
@@ -267,7 +262,6 @@ class TestPages:
                 page = queue.list_tasks(**fields, limit=limit, after=page.next)
             assert found == whole
 
-    @pytest.mark.every_store
     def test_changes_before_a_page_neither_hide_nor_repeat_tasks(self, queue):
         first = queue.list_tasks(limit=2)
         queue.submit("a", id="new")
@@ -312,7 +306,6 @@ class TestPages:
         with pytest.raises(ConfigurationError, match="after must be the `next` of a page, not"):
             queue.list_tasks(after=wrong)
 
-    @pytest.mark.every_store
     def test_a_place_that_was_changed_is_refused(self, queue):
         for place in (
             *(5, [1], [[], {}], {"$gt": ""}, ["a", "b", "c"], [2**70, 1], ["\ud800", 1]),
@@ -335,7 +328,6 @@ class TestPages:
 
 
 class TestCount:
-    @pytest.mark.every_store
     def test_it_stops_at_the_largest_number(self, queue):
         for most, exact in ((1, False), (5, False), (6, True), (7, True)):
             count = queue.count_tasks(at_most=most)
@@ -355,7 +347,6 @@ class TestCount:
 
 class TestIteration:
     @pytest.mark.timing(batch=2)
-    @pytest.mark.every_store
     def test_it_goes_through_all_tasks_newest_first(self, queue):
         assert [task.id for task in queue.iter_tasks()] == [*"543210"]
         assert [task.id for task in queue.iter_tasks(TaskFilter(type="a"))] == [*"420"]
@@ -369,7 +360,6 @@ class TestIteration:
         assert len({task.id for task in queue.iter_tasks()}) == 501
 
     @pytest.mark.timing(batch=2)
-    @pytest.mark.every_store
     def test_tasks_that_come_and_go_meanwhile_change_nothing_else(self, queue, clock):
         found = []
         for task in queue.iter_tasks():

@@ -59,7 +59,6 @@ def running(queue, square):
 
 
 class TestResults:
-    @pytest.mark.every_store
     def test_results_come_in_the_order_of_the_items(self, running, square):
         assert list(running.map(square.executor, range(50))) == [n * n for n in range(50)]
         assert Counter(square.asked) == dict.fromkeys(range(50), 1)
@@ -167,7 +166,6 @@ class TestFullBuffer:
 class TestAsResultsCome:
     """Results with ``ordered=False``."""
 
-    @pytest.mark.every_store
     def test_each_result_comes_once(self, running, square):
         items = [1, 2, 3, 2]
         assert sorted(running.map(square.executor, items, ordered=False)) == [1, 4, 4, 9]
@@ -259,6 +257,7 @@ class TestProgress:
 
 
 class TestFailures:
+    @pytest.mark.every_store
     def test_an_error_comes_in_its_place_and_the_map_goes_on(self, running, square):
         square.failing = {2}
         results = running.map(square.executor, range(5))
@@ -338,7 +337,6 @@ class TestFailures:
             next(results)
 
 
-@pytest.mark.every_store
 class TestAgain:
     def test_completed_items_do_not_run_again(self, running, square):
         assert list(running.map(square.executor, range(5))) == [0, 1, 4, 9, 16]
@@ -524,7 +522,6 @@ def test_a_map_works_on_eight_methods(make_queue):
     assert Counter(square.asked) == {0: 1, 1: 2, 2: 1, 3: 1}
 
 
-@pytest.mark.every_store
 def test_two_queues_share_a_map(make_queue):
     """Each queue gets all results, and each item runs once, as with two processes."""
     repository = MemoryRepository()

@@ -13,7 +13,6 @@ from taskx import QueueFull, QueueStopped, Task, TaskStatus
 OVERFLOWS = ["reject", "block", "spill", "caller_runs"]
 
 
-@pytest.mark.every_store
 def test_reject_is_the_default_and_leaves_no_record(busy):
     queue = busy(buffer_size=2)
     kept = [queue.submit("note", {"n": n}) for n in range(2)]
@@ -67,7 +66,6 @@ def test_a_stop_ends_a_blocked_submit(busy, gate):
 
 
 @no_batches
-@pytest.mark.every_store
 def test_spill_runs_all_tasks_in_order(busy, gate):
     queue = busy(buffer_size=3, overflow="spill")
     handles = [queue.submit("note", {"n": n}) for n in range(150)]
@@ -77,13 +75,12 @@ def test_spill_runs_all_tasks_in_order(busy, gate):
     assert queue.ran == list(range(150))
 
 
+@pytest.mark.parametrize("repository", ["sqlite"], indirect=True)
 def test_spilled_tasks_need_little_memory(busy):
     queue = busy(buffer_size=10, overflow="spill")
     tasks = [Task(type="note", params={"n": n}) for n in range(200)]
     queue.submit_many(tasks)
     pool = pool_of(queue)
-    if queue.repository.in_memory:
-        pytest.skip("that repository is memory itself")
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
@@ -98,7 +95,6 @@ def test_spilled_tasks_need_little_memory(busy):
     assert len(pool.buffer) <= 10 + pool.buffer.fetch_size
 
 
-@pytest.mark.every_store
 def test_caller_runs_executes_the_task_in_the_callers_thread(busy):
     queue = busy(buffer_size=1, overflow="caller_runs")
     here = []
@@ -188,7 +184,6 @@ def test_submits_inside_executors_never_deadlock(make_queue, overflow):
 
 
 @no_batches
-@pytest.mark.every_store
 @pytest.mark.parametrize("overflow", OVERFLOWS)
 def test_submit_many_may_exceed_the_buffer_unless_it_rejects(busy, gate, overflow):
     queue = busy(buffer_size=4, overflow=overflow)
@@ -207,7 +202,6 @@ def test_submit_many_may_exceed_the_buffer_unless_it_rejects(busy, gate, overflo
 
 
 @no_batches
-@pytest.mark.every_store
 def test_the_spilled_rest_of_a_batch_runs_after_its_buffered_part(busy, gate, repository):
     """The order holds even if the rest is fetched before the others are in the buffer."""
     queue = busy(buffer_size=4, overflow="spill")
@@ -226,7 +220,6 @@ def test_the_spilled_rest_of_a_batch_runs_after_its_buffered_part(busy, gate, re
     assert queue.ran == list(range(20))
 
 
-@pytest.mark.every_store
 def test_fetched_tasks_take_no_room_from_submits(make_queue, gate):
     """A backlog in the repository fills only the other part of the buffer."""
     queue = make_queue(worker_num=1, buffer_size=3)

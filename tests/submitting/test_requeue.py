@@ -69,7 +69,6 @@ def run(queue, task_id):
     return queue.get_task_status(task_id)
 
 
-@pytest.mark.every_store
 class TestParams:
     def test_a_task_runs_again_with_corrected_params(self, queue, failed, clock):
         clock.advance(5)
@@ -176,7 +175,6 @@ class TestParams:
         assert [attempt.outcome for attempt in task.attempts] == ["requeued", "completed"]
 
 
-@pytest.mark.every_store
 class TestFromStep:
     def test_a_step_and_all_later_ones_run_again(self, queue, failed):
         assert queue.get_task_status(failed).checkpoints["cursor"] == "here"

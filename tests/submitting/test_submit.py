@@ -215,6 +215,7 @@ class TestRefused:
         with pytest.raises(UnknownTaskType, match="'empty'"):
             narrow.submit("empty")
 
+    @pytest.mark.every_store
     def test_a_misspelt_option_is_refused(self, narrow):
         with pytest.raises(TypeError, match="prioritty"):
             narrow.submit("note", prioritty=5)
@@ -233,13 +234,11 @@ class TestRefused:
             with pytest.raises(ConfigurationError):
                 narrow.submit(thing)
 
-    @pytest.mark.every_store
     def test_a_duplicate_id_is_refused(self, narrow):
         narrow.submit("note", id="kept")
         with pytest.raises(DuplicateTask, match="'kept'"):
             narrow.submit("note", id="kept")
 
-    @pytest.mark.every_store
     def test_a_submit_fails_if_the_repository_fails(self, narrow):
         narrow.repository.down = True
         try:
@@ -255,7 +254,6 @@ class TestRefused:
         for word in ("buffer_size=2", "overflow"):
             assert word in str(caught.value)
 
-    @pytest.mark.every_store
     @pytest.mark.parametrize(
         ("middle", "error"),
         [
@@ -271,7 +269,6 @@ class TestRefused:
             narrow.submit_many([Task(type="note", id="twice"), middle])
 
 
-@pytest.mark.every_store
 def test_submit_many_stores_nothing_if_one_id_is_taken(queue):
     queue.executor("note")(lambda: None)
     queue.submit("note", id="b")
@@ -302,7 +299,6 @@ def test_a_queue_stopped_before_its_start_accepts_nothing(queue):
         queue.start()
 
 
-@pytest.mark.every_store
 @pytest.mark.parametrize("started", [True, False])
 def test_only_one_of_twenty_threads_stores_the_same_id(queue, started):
     ran = []
@@ -330,7 +326,6 @@ def test_only_one_of_twenty_threads_stores_the_same_id(queue, started):
 # Accepted
 
 
-@pytest.mark.every_store
 def test_a_record_has_the_values_of_the_submit(queue):
     queue.executor("note")(lambda n: None)
     moment = datetime(2040, 1, 2, 3, 4, 5, 678901, tzinfo=timezone(timedelta(hours=2)))
@@ -357,7 +352,6 @@ def test_a_record_has_the_values_of_the_submit(queue):
     assert (task.started_at, task.completed_at, task.result, task.error) == (None, None, None, "")
 
 
-@pytest.mark.every_store
 def test_a_delay_sets_run_at(make_queue):
     queue = make_queue()
     queue.executor("note")(lambda: None)
@@ -365,7 +359,6 @@ def test_a_delay_sets_run_at(make_queue):
     assert timedelta(seconds=89) < task.run_at - task.created_at <= timedelta(seconds=90)
 
 
-@pytest.mark.every_store
 def test_new_ids_sort_by_time(queue):
     queue.executor("note")(lambda: None)
     made = [queue.submit("note").id for _ in range(50)]
@@ -391,7 +384,6 @@ ODD_PARAMS = [
 ]
 
 
-@pytest.mark.every_store
 @pytest.mark.parametrize("params", ODD_PARAMS, ids=lambda params: list(params)[-1][:9])
 def test_unusual_params_reach_the_executor_unchanged(queue, params):
     came = []
@@ -501,7 +493,6 @@ def test_options_at_registration_override_the_executors_own(queue):
     assert (task.max_attempts, task.timeout) == (3, 1)
 
 
-@pytest.mark.every_store
 def test_submit_many_stores_tasks_in_one_transaction_and_in_order(queue):
     ran = []
     queue.executor("n")(lambda n: ran.append(n))
@@ -518,7 +509,6 @@ def test_submit_many_of_no_tasks_stores_nothing(queue):
     assert queue.repository.batches == []
 
 
-@pytest.mark.every_store
 def test_one_submit_is_one_transaction_with_one_write(queue):
     queue.executor("note")(lambda: None)
     for _ in range(10):
@@ -531,7 +521,6 @@ def test_every_error_is_a_taskx_error():
         assert issubclass(error, TaskxError)
 
 
-@pytest.mark.every_store
 def test_every_task_is_either_rejected_or_run(make_queue):
     """Fifty threads make a thousand submits with a small buffer."""
     queue = make_queue(worker_num=2, buffer_size=10)
@@ -556,7 +545,6 @@ def test_every_task_is_either_rejected_or_run(make_queue):
     assert queue.list_tasks()[1] == len(accepted)
 
 
-@pytest.mark.every_store
 def test_no_task_runs_before_it_is_stored(queue):
     """If it were buffered first, a task could run before its record is stored, or without one."""
     ran = []
@@ -660,7 +648,6 @@ def warnings(caplog):
     return [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
 
 
-@pytest.mark.every_store
 def test_the_first_submit_of_a_declared_type_that_nobody_runs_is_warned_of(queue, caplog):
     queue.declare("away")
     assert not warnings(caplog)
@@ -673,7 +660,6 @@ def test_the_first_submit_of_a_declared_type_that_nobody_runs_is_warned_of(queue
     assert ["'other'" in text for text in warnings(caplog)] == [False, True]
 
 
-@pytest.mark.every_store
 def test_a_declared_type_that_another_queue_runs_is_not_warned_of(queue, make_queue, caplog):
     worker = make_queue()
     worker.executor("away")(lambda: 5)

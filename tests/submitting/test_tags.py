@@ -37,7 +37,6 @@ def found(queue, **fields):
 
 
 class TestValues:
-    @pytest.mark.every_store
     def test_a_task_keeps_its_tags_in_order_and_each_once(self, queue):
         assert tags_of(queue, queue.submit("t", tags=["b", "größe", "a", "b"])) == (
             "b",
@@ -85,7 +84,6 @@ class TestValues:
             queue.submit(Task(type="t", flow=flow))
         assert queue.count_tasks() == 0
 
-    @pytest.mark.every_store
     def test_the_longest_and_the_most_tags_are_accepted(self, queue):
         tags = [str(n).rjust(MAX_TAG, "x") for n in range(MAX_TAGS)]
         handle = queue.submit("t", tags=tags)
@@ -100,7 +98,6 @@ class TestValues:
 
 
 class TestSources:
-    @pytest.mark.every_store
     def test_a_task_has_the_tags_of_its_executor_besides_its_own(self, queue):
         queue.executor("mail", tags=["mail", "slow"])(lambda: None)
         handles = [
@@ -141,7 +138,6 @@ class TestSources:
         assert [*queue.map("double", [{"n": 1}, {"n": 2}], tags=["a"])] == [2, 4]
         assert queue.count_tasks(tag="a") == 2
 
-    @pytest.mark.every_store
     def test_the_tasks_of_a_schedule_have_its_tags(self, queue):
         queue.executor("mail", tags=["mail"])(lambda: None)
         schedule = queue.schedule("s", every(60), "mail", tags=["nightly"])
@@ -152,7 +148,6 @@ class TestSources:
         assert tags_of(queue, other.trigger()) == ("nightly", "mail")
         assert queue.count_tasks(tag=["mail", "nightly"]) == 2
 
-    @pytest.mark.every_store
     def test_a_replaced_task_gets_the_tags_of_the_new_one(self, queue):
         first = queue.submit("t", tags=["a", "b"], unique_key="k")
         for tags in (["b", "c"], []):
@@ -163,7 +158,6 @@ class TestSources:
                 *(int(tag in tags) for tag in "abc")
             ]
 
-    @pytest.mark.every_store
     def test_a_task_that_is_refused_leaves_no_tag(self, queue):
         queue.submit("t", id="a", unique_key="k")
         for options in ({"id": "a"}, {"unique_key": "k"}):
@@ -198,7 +192,6 @@ class TestFilters:
         assert [task.id for task in queue.iter_tasks(tag="a")] == ["2", "1", "0"]
         assert TaskFilter(tag="a") == TaskFilter(tag=["a"])
 
-    @pytest.mark.every_store
     def test_the_pages_of_a_tag_cover_its_tasks_once(self, queue):
         names = "abcdefghijklmno"
         queue.submit_many(
@@ -223,7 +216,6 @@ class TestFilters:
             queue.list_tasks(flow=flow)
 
     @pytest.mark.timing(most_searched=2)
-    @pytest.mark.every_store
     def test_a_search_in_params_looks_at_the_tasks_of_the_tag(self, queue):
         queue.submit("t", {"n": 1}, id="old", tags=["a"])
         queue.submit_many([Task(type="t", params={"n": 1}) for _ in range(3)])
@@ -233,7 +225,6 @@ class TestFilters:
 
 
 class TestLife:
-    @pytest.mark.every_store
     def test_tags_stay_when_a_task_runs_fails_and_is_requeued(self, queue):
         right = []
 
@@ -268,7 +259,6 @@ class TestLife:
         assert found(queue, tag="x") == ["c"]
         assert queue.count_tasks(tag="x") == 1
 
-    @pytest.mark.every_store
     def test_tags_change_with_an_update_by_hand(self, queue):
         task = queue.get_task_status(queue.submit("t", tags=["a"]).id)
         task.tags = ["b"]

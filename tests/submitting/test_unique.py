@@ -33,8 +33,6 @@ from taskx import (
 )
 from taskx.testing import ManualClock
 
-pytestmark = pytest.mark.every_store
-
 KEY = {"unique_key": "report"}
 
 

@@ -326,7 +326,6 @@ class TestAudit:
         monkeypatch.setattr(housekeeper_of(queue)._audit, "check", lambda: None)
         return queue, audit.Audit(pool_of(queue))
 
-    @pytest.mark.every_store
     def test_an_audit_reads_only_the_next_tasks_of_a_large_buffer(self, audits, monkeypatch):
         queue, mine = audits
         queue.submit_many([Task(type="note") for _ in range(20)])

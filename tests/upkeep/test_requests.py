@@ -64,7 +64,6 @@ def test_the_threads_of_this_process_tell_what_they_do(holding):
     check_stacks(holding.stacks(id_of(holding)), holding.handle_of_hold)
 
 
-@pytest.mark.every_store
 @pytest.mark.usefixtures("elsewhere")
 def test_a_node_answers_with_its_stacks_and_nothing_is_left(holding, make_queue, repository):
     asking = make_queue()
@@ -109,7 +108,6 @@ def test_a_node_that_does_not_answer_is_a_time_out(queue, started, repository, m
     assert repository.notes(REQUEST) == {}
 
 
-@pytest.mark.every_store
 def test_an_unknown_node_is_not_asked(started, repository):
     for call in (started.stacks, started.stop_node):
         with pytest.raises(NodeNotFound, match="no live node with id 'gone'"):
@@ -117,7 +115,6 @@ def test_an_unknown_node_is_not_asked(started, repository):
     assert repository.notes(REQUEST) == {}
 
 
-@pytest.mark.every_store
 def test_a_node_that_is_asked_to_stop_lets_its_task_end(holding, make_queue, gate, caplog):
     caplog.set_level("INFO")
     other = make_queue()

@@ -23,8 +23,6 @@ from taskx import (
 )
 from taskx.core.timing import DEFAULT_TIMING
 
-pytestmark = pytest.mark.every_store
-
 
 @pytest.fixture
 def fill(make_queue, clock):
@@ -135,6 +133,7 @@ class TestPrune:
         assert queue.prune(clock.now(), status) == 1
         assert ids(queue) == left
 
+    @pytest.mark.every_store
     def test_prune_keeps_pending_and_running_tasks(self, make_queue, clock, gate):
         queue = make_queue(worker_num=1, clock=clock)
         queue.executor("hold")(lambda: gate())
@@ -146,6 +145,7 @@ class TestPrune:
         assert queue.prune(clock.now()) == 0
         assert len(ids(queue)) == 2
 
+    @pytest.mark.every_store
     @pytest.mark.parametrize(
         ("moment", "removed"),
         [
@@ -206,7 +206,6 @@ class TestHistory:
         clock.advance(10)
         return queue.prune(clock.now(), status)
 
-    @pytest.mark.every_store
     def test_a_flow_that_runs_longer_than_the_retention_keeps_all_its_tasks(
         self, queue, clock, gate
     ):
@@ -219,7 +218,6 @@ class TestHistory:
         assert flow.status() is TaskStatus.COMPLETED
         assert self.prune(queue, clock) == 4
 
-    @pytest.mark.every_store
     def test_requeued_tasks_find_their_parents_after_the_retention(self, queue, clock):
         flow = queue.submit_flow(
             chain(group(self.step(1), self.step(2)), self.step(4, wrong=True), self.step(8))
@@ -232,13 +230,11 @@ class TestHistory:
         assert queue.drain(PATIENCE)
         assert flow.result(PATIENCE) == 15
 
-    @pytest.mark.every_store
     def test_parents_are_removed_with_the_last_task_that_depends_on_them(self, queue, clock):
         queue.submit_flow(chain(self.step(1), self.step(2, wrong=True), self.step(4)))
         queue.drain(PATIENCE)
         assert self.prune(queue, clock) == 3
 
-    @pytest.mark.every_store
     def test_children_that_were_stored_before_their_parents_are_removed_first(self, queue, clock):
         tasks = {"a": ["b"], "b": ["c", "d"], "c": [], "d": []}
         queue.submit_many(

@@ -67,7 +67,6 @@ def stays(queue, running, number):
     assert running.now == number
 
 
-@pytest.mark.every_store
 class TestLimits:
     def test_a_raised_limit_lets_more_tasks_start_at_once(self, make_queue, gate, running):
         queue = start(make_queue, running, max_concurrency=2)
@@ -167,6 +166,7 @@ class TestLimits:
         running.end(8)
         assert first.drain(PATIENCE)
 
+    @pytest.mark.every_store
     def test_shared_slots_are_given_back_when_the_limit_is_lowered(
         self, make_queue, gate, running, repository
     ):
@@ -253,7 +253,6 @@ class TestLimits:
         assert queue.drain(PATIENCE)
 
 
-@pytest.mark.every_store
 class TestWorkers:
     def test_added_workers_start_and_surplus_ones_end_after_their_task(
         self, make_queue, gate, running
@@ -342,7 +341,6 @@ def test_workers_that_cannot_be_added_are_logged(started, caplog, monkeypatch):
 # The stored overrides
 
 
-@pytest.mark.every_store
 def test_overrides_add_up_and_are_shown_beside_the_own_values(queue, repository):
     queue.executor("t", max_concurrency=2, rate="100/m")(lambda: None)
     queue.tune("t", max_concurrency=5)

@@ -11,7 +11,7 @@ import postgres_server
 import pytest
 from helpers import PATIENCE, eventually
 
-from taskx import DuplicateTask, MemoryRepository, Queue, RepositoryUnavailable, Task, TaskFilter
+from taskx import DuplicateTask, Queue, RepositoryUnavailable, Task, TaskFilter
 from taskx.contrib.django import DjangoRepository
 
 pytestmark = pytest.mark.process
@@ -110,12 +110,6 @@ def server(request):
     """A server that the test kills."""
     with SERVERS[request.param].private() as made:
         yield made
-
-
-@pytest.fixture
-def repository():
-    """The default repository of other fixtures; these tests have others."""
-    return MemoryRepository()
 
 
 def submit(queue, numbers):

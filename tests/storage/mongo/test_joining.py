@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import contextmanager
 
 import mongomock
 import pymongo
@@ -10,22 +11,17 @@ import pytest
 from helpers import eventually
 from mongo_server import new_database
 from pymongo.errors import OperationFailure, PyMongoError
+from units import CallersTransactions
 
 from taskx import (
     ConfigurationError,
-    DuplicateTask,
     Hook,
     InvalidTransition,
     Middleware,
-    PayloadError,
     Queue,
     RepositoryUnavailable,
     SQLiteRepository,
     Task,
-    TaskNotFound,
-    TaskStatus,
-    chain,
-    group,
 )
 
 LONG = 60
@@ -62,88 +58,27 @@ def count(queue):
     return int(queue.count_tasks())
 
 
+class TestContract(CallersTransactions):
+    @pytest.fixture
+    def begin(self, session):
+        @contextmanager
+        def begin(undo=False):
+            session.start_transaction()
+            yield {"connection": session}
+            session.abort_transaction() if undo else session.commit_transaction()
+
+        return begin
+
+    @pytest.fixture
+    def add(self, orders):
+        return lambda within: orders.insert_one({}, session=within["connection"])
+
+    @pytest.fixture
+    def rows(self, orders):
+        return lambda: orders.count_documents({}) - 1  # without the first one
+
+
 class TestSubmit:
-    def test_the_task_starts_after_the_commit(self, queue, session, orders):
-        with queue:
-            with session.start_transaction():
-                orders.insert_one({"_id": 1}, session=session)
-                handle = queue.submit("echo", {"n": 3}, connection=session)
-                assert count(queue) == 0
-            assert handle.result(timeout=LONG) == 3
-        assert orders.count_documents({}) == 2
-
-    def test_a_rollback_leaves_no_task(self, queue, session, orders):
-        session.start_transaction()
-        orders.insert_one({"_id": 1}, session=session)
-        handle = queue.submit("echo", connection=session)
-        session.abort_transaction()
-        assert count(queue) == 0
-        with pytest.raises(TaskNotFound):
-            queue.get_task_status(handle.id)
-        assert orders.count_documents({}) == 1
-
-    def test_a_handle_is_of_use_after_a_wait_before_the_commit(self, queue, session):
-        with queue:
-            ended = queue.submit("echo", {"n": 2})
-            assert ended.result(timeout=LONG) == 2
-            with session.start_transaction():
-                handle = queue.submit("echo", {"n": 3}, connection=session)
-                assert not handle.done()
-                for call in (handle.result, handle.exception):
-                    with pytest.raises(ConfigurationError, match="wait for it after that"):
-                        call()
-                assert queue.handle(ended.id).result(timeout=LONG) == 2
-            assert handle.result(timeout=LONG) == 3
-
-    def test_many_tasks_and_flows_are_stored_with_the_data(self, queue, session):
-        with queue:
-            with session.start_transaction():
-                many = queue.submit_many(
-                    [Task(type="echo", params={"n": n}) for n in range(50)], connection=session
-                )
-                flow = queue.submit_flow(
-                    chain(
-                        group(*(Task(type="echo", params={"n": n}) for n in (1, 2))),
-                        Task(type="echo", params={"n": 3}),
-                    ),
-                    connection=session,
-                )
-                assert count(queue) == 0
-            assert [handle.result(timeout=LONG) for handle in many] == [*range(50)]
-            assert flow.result(timeout=LONG) == 3
-
-    def test_all_options_work_there(self, queue, session):
-        options = {
-            "unique_key": "k",
-            "tags": ["red"],
-            "concurrency_key": "c",
-            "expires": 1000,
-            "priority": 7,
-        }
-        with session.start_transaction():
-            parent = queue.submit("elsewhere", connection=session)
-            child = queue.submit(
-                "echo", {"n": 1}, depends_on=[parent], **options, connection=session
-            )
-            again = queue.submit(
-                "echo", {"n": 2}, unique_key="k", on_conflict="return", connection=session
-            )
-            assert again.id == child.id
-            with pytest.raises(DuplicateTask):
-                queue.submit("echo", unique_key="k", connection=session)
-        [task] = queue.list_tasks(tag="red")[0]
-        assert (task.id, task.depends_on, task.priority) == (child.id, [parent.id], 7)
-        assert task.concurrency_key == "c"
-
-    def test_a_replaced_task_is_replaced_with_the_commit(self, queue, session):
-        queue.submit("elsewhere", {"n": 1}, unique_key="k")
-        with session.start_transaction():
-            queue.submit(
-                "elsewhere", {"n": 2}, unique_key="k", on_conflict="replace", connection=session
-            )
-            assert queue.list_tasks()[0][0].params == {"n": 1}
-        assert [task.params for task in queue.list_tasks()[0]] == [{"n": 2}]
-
     def test_a_parent_whose_batch_is_not_revealed_yet_is_found(
         self, queue, session, repository, monkeypatch
     ):
@@ -210,26 +145,6 @@ def transient():
 
 class TestErrors:
     """MongoDB has no savepoints: an error comes before the first write, or aborts the transaction."""
-
-    def test_a_refused_task_leaves_the_transaction_as_it_was(self, queue, session, orders):
-        queue.submit("elsewhere", id="a", unique_key="k")
-        with session.start_transaction():
-            orders.insert_one({"_id": 1}, session=session)
-            with pytest.raises(DuplicateTask):
-                queue.submit("echo", id="a", connection=session)
-            with pytest.raises(DuplicateTask):
-                queue.submit("echo", unique_key="k", connection=session)
-            with pytest.raises(PayloadError):
-                queue.submit("echo", {"n": object()}, connection=session)
-            with pytest.raises(DuplicateTask):
-                queue.submit_many([Task(id=i, type="echo") for i in "bca"], connection=session)
-            with pytest.raises(TaskNotFound):
-                queue.submit("echo", depends_on=["none"], connection=session)
-            with pytest.raises(TaskNotFound):
-                queue.cancel_task("none", connection=session)
-            queue.submit("echo", id="d", connection=session)
-        assert {task.id for task in queue.list_tasks()[0]} == {"a", "d"}
-        assert orders.count_documents({}) == 2
 
     def test_an_error_after_a_write_aborts_the_whole_transaction(
         self, make_queue, repository, session, orders
@@ -305,17 +220,6 @@ class TestErrors:
 
 
 class TestCancel:
-    def test_a_cancel_takes_place_with_the_commit(self, queue, session):
-        kept, gone = queue.submit("elsewhere"), queue.submit("elsewhere")
-        session.start_transaction()
-        assert queue.cancel_task(kept.id, connection=session) is True
-        session.abort_transaction()
-        with session.start_transaction():
-            assert queue.cancel_task(gone.id, connection=session) is True
-            assert queue.get_task_status(gone.id).status is TaskStatus.PENDING
-        assert queue.get_task_status(kept.id).status is TaskStatus.PENDING
-        assert queue.get_task_status(gone.id).status is TaskStatus.CANCELLED
-
     def test_a_finished_task_is_refused_and_the_transaction_goes_on(self, queue, session, orders):
         task = queue.submit("elsewhere")
         queue.cancel_task(task.id)
@@ -324,23 +228,6 @@ class TestCancel:
                 queue.cancel_task(task.id, connection=session)
             orders.insert_one({"_id": 1}, session=session)
         assert orders.count_documents({}) == 2
-
-    def test_a_running_task_is_asked_to_stop_after_the_commit(self, queue, session):
-        began, asked = threading.Event(), threading.Event()
-
-        @queue.executor("wait")
-        def wait(ctx):
-            began.set()
-            ctx.on_cancel(asked.set)
-            ctx.sleep(LONG)
-
-        with queue:
-            handle = queue.submit("wait")
-            assert began.wait(LONG)
-            with session.start_transaction():
-                assert queue.cancel_task(handle.id, connection=session) is False
-                assert not asked.is_set()
-            assert asked.wait(LONG)
 
 
 class TestWrongConnections:

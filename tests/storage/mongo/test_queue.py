@@ -432,7 +432,7 @@ class TestAnOutage:
         began = time.monotonic()
         with pytest.raises(RepositoryUnavailable):
             submit()
-        assert time.monotonic() - began < 2 * self.TIMEOUT + 1 + 2  # for a slow machine
+        assert time.monotonic() - began < 2 * self.TIMEOUT + 10  # for a slow machine
 
     def test_a_queue_survives_an_outage_of_the_network(self, proxy, gated, outlive):
         queue, handle = gated(f"mongodb://127.0.0.1:{proxy.port}")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-
 import mongomock
 import pymongo
 import pytest
 from helpers import eventually, run_once
 from mongo_server import new_database
 from pymongo.errors import AutoReconnect, OperationFailure
+from units import ExecutorsTransactions
 
 from taskx import ConfigurationError, RepositoryUnavailable, TaskStatus
 from taskx.core import lifecycle
@@ -51,57 +50,11 @@ def add(database):
     return add
 
 
+class TestContract(ExecutorsTransactions):
+    pass
+
+
 class TestCompletion:
-    def test_writes_and_completion_are_committed_together(self, run, rows, add, repository):
-        def work(ctx):
-            ctx.progress(40, "nearly")
-            with ctx.transaction() as tx:
-                add(tx, 1)
-                tx.complete({"answer": 42})
-                assert rows() == []
-            assert rows() == [1]
-            status[:] = [repository.get_by_id(ctx.task.id).status]
-
-        status = []
-        task = run(work)
-        assert status == [TaskStatus.COMPLETED]
-        assert (task.status, task.result) == (TaskStatus.COMPLETED, {"answer": 42})
-        assert (task.progress, task.message) == (100, "nearly")
-
-    def test_an_error_undoes_writes_and_checkpoints(self, run, rows, add):
-        seen = []
-
-        def work(ctx):
-            ctx.cursor = 1
-            with suppress(ZeroDivisionError), ctx.transaction() as tx:
-                add(tx, 1)
-                ctx.cursor = 2
-                tx.complete("never")
-                raise ZeroDivisionError
-            seen.append(ctx.cursor)
-            with ctx.transaction() as tx:
-                add(tx, 2)
-                ctx.step("one", lambda: "done")
-            return "returned"
-
-        task = run(work)
-        assert task.result == "returned"
-        assert task.checkpoints == {"steps": {"one": "done"}, "cursor": 1}
-        assert seen == [1]
-        assert rows() == [2]
-
-    def test_a_loop_goes_on_exactly_where_it_stopped(self, run, rows, add):
-        def work(ctx):
-            for n in range(ctx.cursor or 0, 10):
-                with ctx.transaction() as tx:
-                    add(tx, n)
-                    ctx.cursor = n + 1
-                    if n == 3 * ctx.task.attempt:
-                        raise OSError
-
-        assert run(work, max_attempts=9).status is TaskStatus.COMPLETED
-        assert rows() == [*range(10)]
-
     def test_tasks_are_submitted_in_it(self, make_queue, repository, rows, add):
         queue = make_queue(repository, worker_num=2)
         queue.executor("child")(lambda n: n)

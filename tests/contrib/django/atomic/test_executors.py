@@ -8,6 +8,7 @@ import pytest
 from django.db import IntegrityError, OperationalError, connections, transaction
 from django.db.utils import InterfaceError
 from helpers import run_once
+from units import ExecutorsTransactions
 
 from contrib.django.atomic.blocks import LONG, elsewhere
 from taskx import ConfigurationError, TaskCancelled, TaskFailed, TaskStatus
@@ -29,21 +30,14 @@ def run(queue):
     return run
 
 
-def test_writes_and_completion_are_committed_together(run, queue, add, names):
-    seen = []
+class TestContract(ExecutorsTransactions):
+    @pytest.fixture
+    def add(self, add):
+        return lambda tx, number: add(str(number))
 
-    def work(ctx):
-        with ctx.transaction() as tx:
-            add("readers")
-            tx.complete({"answer": 42})
-            seen.append(elsewhere(names))
-            seen.append(elsewhere(lambda: queue.get_task_status(ctx.task.id).status))
-        seen.append(elsewhere(names))
-        seen.append(queue.get_task_status(ctx.task.id).status)
-
-    task = run(work)
-    assert seen == [[], TaskStatus.RUNNING, ["readers"], TaskStatus.COMPLETED]
-    assert (task.status, task.result) == (TaskStatus.COMPLETED, {"answer": 42})
+    @pytest.fixture
+    def rows(self, names):
+        return lambda: [int(name) for name in elsewhere(names)]
 
 
 def test_its_connection_is_that_of_the_thread(run, using):
@@ -54,35 +48,6 @@ def test_its_connection_is_that_of_the_thread(run, using):
         assert not connections[using].in_atomic_block
 
     assert run(work).status is TaskStatus.COMPLETED
-
-
-def test_an_error_undoes_writes_and_checkpoints(run, add, names):
-    def work(ctx):
-        if ctx.task.attempt == 2:
-            return [ctx.cursor, ctx.step("one", lambda: "again")]
-        with ctx.transaction() as tx:
-            add("readers")
-            ctx.step("one", lambda: "first")
-            ctx.cursor = 7
-            tx.complete("never")
-            raise ValueError("undo it")
-
-    task = run(work, max_attempts=2)
-    assert task.result == [None, "again"]
-    assert names() == []
-
-
-def test_a_loop_goes_on_exactly_where_it_stopped(run, add, names):
-    def work(ctx):
-        for n in range(ctx.cursor or 0, 6):
-            with ctx.transaction():
-                add(f"group {n}")
-                ctx.cursor = n + 1
-                if n == 3 and ctx.task.attempt == 1:
-                    raise OSError("rolled back, with the cursor")
-
-    assert run(work, max_attempts=2).status is TaskStatus.COMPLETED
-    assert names() == [f"group {n}" for n in range(6)]
 
 
 def test_tasks_that_are_submitted_in_it_belong_to_it(run, queue):

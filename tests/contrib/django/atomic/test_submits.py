@@ -2,56 +2,50 @@
 
 from __future__ import annotations
 
-import threading
 import unittest
 from concurrent.futures import wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import pytest
 from django.db import DatabaseError, IntegrityError, connections, transaction
 from django.test import TestCase, override_settings
-from helpers import services_of
+from units import CallersTransactions
 
 from contrib.django.atomic.blocks import elsewhere, ids, rolled_back
 from taskx import (
     ConfigurationError,
-    DuplicateTask,
-    Hook,
     InvalidTransition,
-    Task,
-    TaskNotFound,
     TaskStatus,
-    chain,
 )
 from taskx.contrib.django import DjangoRepository, get_queue
 
 LONG = 60
 
 
+class TestContract(CallersTransactions):
+    @pytest.fixture
+    def begin(self, using):
+        @contextmanager
+        def begin(undo=False):
+            with rolled_back(using) if undo else transaction.atomic(using=using):
+                yield {}
+
+        return begin
+
+    @pytest.fixture
+    def add(self, add):
+        return lambda within: add("readers")
+
+    @pytest.fixture
+    def rows(self, names):
+        return lambda: len(names())
+
+    @pytest.fixture
+    def outside(self):
+        return elsewhere
+
+
 class TestSubmit:
-    def test_the_task_is_stored_with_the_data_and_starts_after_the_commit(
-        self, queue, using, add, names
-    ):
-        with queue:
-            with transaction.atomic(using=using):
-                add("readers")
-                handle = queue.submit("echo", {"n": 3})
-                assert elsewhere(queue.count_tasks) == 0
-            assert handle.result(timeout=LONG) == 3
-        assert names() == ["readers"]
-
-    def test_a_rollback_leaves_no_task(self, queue, using, add, names):
-        with rolled_back(using):
-            add("readers")
-            handle = queue.submit("elsewhere")
-            queue.submit_many([Task(type="elsewhere"), Task(type="elsewhere")])
-            queue.submit_flow(chain(Task(type="elsewhere"), Task(type="elsewhere")))
-            assert queue.count_tasks() == 5
-        assert queue.count_tasks() == 0
-        assert names() == []
-        with pytest.raises(TaskNotFound):
-            handle.task()
-
     def test_nested_blocks_decide_for_themselves(self, queue, using):
         with transaction.atomic(using=using):
             with rolled_back(using):
@@ -93,49 +87,6 @@ class TestSubmit:
             transaction.set_autocommit(True, using=using)
         assert ids(queue) == {kept.id}
 
-    def test_a_refused_task_leaves_the_block_as_it_was(self, queue, using, add, names):
-        queue.submit("elsewhere", id="a", unique_key="k")
-        with transaction.atomic(using=using):
-            add("readers")
-            for options in ({"id": "a"}, {"unique_key": "k"}):
-                with pytest.raises(DuplicateTask):
-                    queue.submit("elsewhere", **options)
-            with pytest.raises(DuplicateTask):
-                queue.submit_many([Task(id=i, type="elsewhere") for i in "bca"])
-            with pytest.raises(TaskNotFound):
-                queue.submit("elsewhere", depends_on=["nobody"])
-            queue.submit("elsewhere", id="d")
-        assert ids(queue) == {"a", "d"}
-        assert names() == ["readers"]
-
-    def test_all_options_work_there(self, queue, using):
-        with transaction.atomic(using=using):
-            parent = queue.submit("elsewhere", tags=["red"], concurrency_key="c", priority=7)
-            first = queue.submit("elsewhere", {"n": 1}, unique_key="k", depends_on=[parent])
-            again = queue.submit("elsewhere", {"n": 2}, unique_key="k", on_conflict="return")
-        assert first.id == again.id
-        assert first.task().depends_on == [parent.id]
-        assert [task.id for task in queue.list_tasks(tag="red")[0]] == [parent.id]
-
-    def test_hooks_are_told_after_the_commit(self, make_queue, using):
-        told = []
-
-        class Recorder(Hook):
-            def submitted(self, task):
-                told.append(task.id)
-
-        queue = make_queue(hooks=[Recorder()])
-        queue.declare("elsewhere")
-        hooks = services_of(queue).hooks
-        with rolled_back(using):
-            queue.submit("elsewhere")
-        with transaction.atomic(using=using):
-            kept = queue.submit("elsewhere")
-            assert hooks.wait(LONG)
-            assert told == []
-        assert hooks.wait(LONG)
-        assert told == [kept.id]
-
 
 class TestChange:
     def test_changes_are_rolled_back_with_the_data(self, queue, using):
@@ -152,22 +103,6 @@ class TestChange:
             pending: TaskStatus.PENDING,
             gone: TaskStatus.PENDING,
         }
-
-    def test_a_running_task_is_asked_to_stop_after_the_commit(self, queue, using):
-        began = threading.Event()
-
-        @queue.executor()
-        def patient(ctx):
-            began.set()
-            ctx.sleep(LONG)
-
-        with queue:
-            handle = queue.submit("patient")
-            assert began.wait(LONG)
-            with transaction.atomic(using=using):
-                assert not queue.cancel_task(handle.id)
-            wait([handle], timeout=LONG)
-            assert handle.cancelled()
 
     def test_an_ended_task_is_not_cancelled(self, queue, using):
         handle = queue.submit("elsewhere")
