@@ -80,7 +80,9 @@ class SQLRepository(Repository):
 
     def _apply(self, sent: Sent, durable: bool, whole: bool) -> Sequence[bool]:
         writer, writes = self._writer, sent[1]
-        apply: Callable[[Link, Sequence[Write]], Sequence[bool]] = writer.together
+        alone = len(writes) == 1
+        apply: Callable[[Link, Sequence[Write]], Sequence[bool]]
+        apply = writer.each if alone else writer.together
 
         def work(link: Link) -> Sequence[bool]:
             results = apply(link, writes)
@@ -88,10 +90,10 @@ class SQLRepository(Repository):
                 raise _Refused(results)
             return results
 
-        alone = writer.dialect.has_arrays and len(writes) == 1 and writer.is_single(writes[0])
+        single = alone and writer.dialect.has_arrays and writer.is_single(writes[0])
         try:
             try:
-                return self._transact(work, durable, sent, single=alone)
+                return self._transact(work, durable, sent, single=single)
             except Apart:
                 apply = writer.each
                 return self._transact(work, durable, sent)

@@ -43,7 +43,7 @@ class Writer:
             Apart: call :meth:`each` in another transaction.
         """
         most = self.dialect.most_together
-        if len(writes) == 1 or most == 1:
+        if most == 1:
             return self.each(link, writes)
         results: list[bool] = []
         for form, group in groupby(writes, _form):
