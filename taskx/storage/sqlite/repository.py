@@ -172,7 +172,7 @@ class SQLiteRepository(SQLRepository):
             connection = self._ready_writer()
             try:
                 cursor = self._begin(connection, durable)
-                result = work(CursorLink(cursor))
+                result = work(cursor)
                 self._refuse_if_newer(connection, sent)
                 cursor.execute("COMMIT")
                 self._commits += 1
@@ -191,10 +191,10 @@ class SQLiteRepository(SQLRepository):
         self._file.check()
         return connection
 
-    def _begin(self, connection: Connection, durable: bool) -> sqlite3.Cursor:
+    def _begin(self, connection: Connection, durable: bool) -> _Cursor:
         """Begin a transaction when it is this process's turn, within the time-out."""
         timeout = self._connections.busy_timeout
-        cursor = connection.cursor()
+        cursor = connection.cursor(_Cursor)
         left = self._turnstile.enter(_MOMENT if self.callers.blocked else timeout)
         self._set_synchronous(connection, durable)
         if self.prefix:
@@ -298,15 +298,15 @@ class SQLiteRepository(SQLRepository):
         self.open()
         return self._connections.read(_fetch, sql, values)
 
-    def _rows_near(self, sql: str, values: Sequence[Any]) -> list[Any]:
+    def _found(self, column: Lookup, sql: str, values: Sequence[Any]) -> list[Any]:
         """Read a few rows on the writing connection if it is free, otherwise on a reader.
 
         The writing connection has the pages that it wrote last in memory. A reader must read them again
         after each commit.
         """
-        self.open()
-        if self._write_lock._is_owned():  # type: ignore[attr-defined]
+        if column not in _NEAR or len(values) > _FEW or self.entered:
             return self._rows(sql, values)
+        self.open()
         got: list[bool] = []
         try:
             # One step acquires the lock and records that it did: a signal handler may raise between any two
@@ -333,10 +333,6 @@ class SQLiteRepository(SQLRepository):
         else:
             with self._write_lock:
                 self._connections.writer()
-
-    def _found(self, column: Lookup, sql: str, values: Sequence[Any]) -> list[Any]:
-        near = column in _NEAR and len(values) <= _FEW
-        return self._rows_near(sql, values) if near else self._rows(sql, values)
 
     def shrink(self) -> bool:
         """Cut a few free pages off the file if many are free. Return True if there are more to cut.
@@ -631,9 +627,9 @@ class Joined(SQLiteRepository):
 
     # --- statements
 
-    def _cursor(self) -> sqlite3.Cursor:
+    def _cursor(self) -> _Cursor:
         # A subclass of the connection may have changed ``cursor``, and its rows may be of any kind.
-        cursor: sqlite3.Cursor = sqlite3.Connection.cursor(self._connection, sqlite3.Cursor)
+        cursor = sqlite3.Connection.cursor(self._connection, _Cursor)
         cursor.row_factory = None
         return cursor
 
@@ -651,7 +647,7 @@ class Joined(SQLiteRepository):
             savepoint = f"taskx_{next(_savepoints)}"
             try:
                 cursor.execute(f"SAVEPOINT {savepoint}")
-                result = work(CursorLink(cursor))
+                result = work(cursor)
                 cursor.execute(f"RELEASE {savepoint}")
                 return result
             except BaseException:
@@ -661,6 +657,9 @@ class Joined(SQLiteRepository):
     def _rows(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
         with self.translating():
             return self._fetch(sql, values)
+
+    def _found(self, column: Lookup, sql: str, values: Sequence[Any]) -> list[Any]:
+        return self._rows(sql, values)
 
     def _fetch(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
         try:
@@ -674,29 +673,19 @@ class Joined(SQLiteRepository):
         finally:
             self._connection.text_factory = str
 
-    _rows_near = _rows
-
     @property
     def entered(self) -> bool:
         return False
 
 
-class CursorLink(Link):
-    """A cursor of SQLite's driver inside a transaction."""
+class _Cursor(sqlite3.Cursor):
+    """A cursor inside a transaction: a link."""
 
-    __slots__ = ("_cursor",)
+    def rows(self, sql: str, values: Sequence[Any] = (), /) -> list[Any]:
+        return self.execute(sql, values).fetchall()
 
-    def __init__(self, cursor: sqlite3.Cursor) -> None:
-        self._cursor = cursor
-
-    def rows(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
-        return self._cursor.execute(sql, values).fetchall()
-
-    def execute(self, sql: str, values: Sequence[Any] = ()) -> int:
-        return self._cursor.execute(sql, values).rowcount
-
-    def execute_each(self, sql: str, rows: Sequence[Sequence[Any]]) -> int:
-        return self._cursor.executemany(sql, rows).rowcount
+    def passing(self, sql: str, /) -> str:
+        return sql
 
 
 def _let_go(sent: Sent | None) -> bool:
