@@ -28,7 +28,6 @@ from taskx.core.errors import (
     SchemaMismatch,
     TaskxError,
 )
-from taskx.core.ids import new_id
 from taskx.core.model import CONDITIONS, TASK_FIELDS, Task, TaskFilter
 from taskx.core.record import Ended, Stub, parents_from_text, task_from_row
 from taskx.core.tags import FLOW
@@ -614,24 +613,6 @@ class SQLiteRepository(Repository):
     def only_existing(self) -> None:
         self._file.create = False
         self._connections.migrates = False
-
-    @contextmanager
-    def scratch(self) -> Iterator[tuple[Repository, str]]:
-        from urllib.parse import quote
-
-        path = f"{os.path.realpath(self._file.path)}-bench-{new_id()[-12:]}"
-        made = SQLiteRepository(path, self.durability)
-        try:
-            yield made, f"sqlite:///{quote(path)}?durability={self.durability}"
-        finally:
-            made.close()
-            for suffix in ("", "-wal", "-shm"):
-                with suppress(FileNotFoundError):
-                    os.unlink(path + suffix)
-            with suppress(FileNotFoundError):
-                for name in os.listdir(f"{path}-nodes"):
-                    os.unlink(os.path.join(f"{path}-nodes", name))
-                os.rmdir(f"{path}-nodes")
 
     def examine(self) -> Iterator[Check]:
         from taskx.storage.sqlite.examination import examine  # not needed to run tasks
