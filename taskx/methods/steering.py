@@ -343,7 +343,9 @@ class Steering(Parts):
             self._log.warning(
                 "type %r is %s, but no running queue has an executor for it; is it misspelt? This queue "
                 "knows: %s",
-                *(type, what, self._registry.known),
+                type,
+                what,
+                self._registry.known,
             )
 
     def resume(self, type: str | None = None) -> None:

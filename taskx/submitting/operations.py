@@ -25,9 +25,8 @@ _TRIES = 20
 class Operations(Requeues):
     """Cancels, deletes and requeues stored tasks; the queue need not be started.
 
-    ``cancel_one``, ``delete_one`` and ``requeue_one`` raise an error if the task cannot be changed.
-    ``cancel``, ``delete`` and ``requeue`` change the chosen tasks in batches, and skip the
-    others.
+    ``cancel_one``, ``delete_one`` and ``requeue_one`` raise an error if the task cannot be changed. The
+    others change the chosen tasks in batches, and skip those that cannot be changed.
     """
 
     # --- cancel
