@@ -24,12 +24,11 @@ from taskx.core.errors import (
     SchemaMismatch,
     TaskxError,
 )
-from taskx.core.ids import new_id
 from taskx.core.model import CONDITIONS
 from taskx.core.writes import Write
 from taskx.liveness.locks import KernelLocks
 from taskx.storage import queries
-from taskx.storage.base import Listener, Lookup, Reentered, Repository, tell_of_forks
+from taskx.storage.base import Listener, Lookup, Reentered, tell_of_forks
 from taskx.storage.sql import Link, Sent, SQLRepository
 from taskx.storage.sqlite import schema, turnstile
 from taskx.storage.sqlite.connections import FAILURES, Connection, Connections
@@ -395,24 +394,6 @@ class SQLiteRepository(SQLRepository):
     def only_existing(self) -> None:
         self._file.create = False
         self._connections.migrates = False
-
-    @contextmanager
-    def scratch(self) -> Iterator[tuple[Repository, str]]:
-        from urllib.parse import quote
-
-        path = f"{os.path.realpath(self._file.path)}-bench-{new_id()[-12:]}"
-        made = SQLiteRepository(path, self.durability)
-        try:
-            yield made, f"sqlite:///{quote(path)}?durability={self.durability}"
-        finally:
-            made.close()
-            for suffix in ("", "-wal", "-shm"):
-                with suppress(FileNotFoundError):
-                    os.unlink(path + suffix)
-            with suppress(FileNotFoundError):
-                for name in os.listdir(f"{path}-nodes"):
-                    os.unlink(os.path.join(f"{path}-nodes", name))
-                os.rmdir(f"{path}-nodes")
 
     def examine(self) -> Iterator[Check]:
         from taskx.storage.sqlite.examination import examine  # not needed to run tasks
