@@ -58,7 +58,6 @@ from taskx.submitting.intake import Intake, task_of
 from taskx.submitting.joining import Joining
 from taskx.submitting.layers import layered
 from taskx.submitting.operations import Operations
-from taskx.submitting.requeuing import Requeues
 from taskx.upkeep import foreground
 from taskx.upkeep.following import follow
 from taskx.upkeep.node import Lifetime
@@ -162,7 +161,6 @@ class Queue(Questions, Steering):
         )
         self._intake = self._intake_class(self._services, state, self.config)
         self._operations = Operations(self._services, state)
-        self._requeues = Requeues(self._services, state)
         self._joining = Joining(self._services, state, self.config)
         self._entrance = layered(self._intake, self._registry.middleware)
         self._schedules.wire(self._services, self._intake, self._joining, state)

@@ -494,3 +494,46 @@ def run(*args: str) -> str:
     ran = subprocess.run([sys.executable, "-m", *args], cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     return ran.stdout
+
+
+# --- a disk or a server
+
+
+DISK = ["sync", "submit", "submit, 8 threads", "submit_many", "run", "start", "two processes"]
+
+
+def names(printed: str) -> list[str]:
+    return [re.split(r"\s{2,}", line)[0] for line in printed.splitlines()[1:]]
+
+
+def test_a_disk_is_measured_beside_the_users_file_and_nothing_stays_behind(tmp_path):
+    file = tmp_path / "tasks.db"
+    with taskx.SQLiteRepository(file) as repository:
+        taskx.Queue(repository).list_tasks()  # creates the file
+    before = sorted(os.listdir(tmp_path)), file.read_bytes()
+    assert names(run("benchmarks.disk", f"sqlite:///{file}", "--seconds", "0.6")) == DISK
+    assert (sorted(os.listdir(tmp_path)), file.read_bytes()) == before
+
+
+def test_an_interrupted_measurement_of_a_disk_leaves_nothing_behind(tmp_path):
+    program = [sys.executable, "-m", "benchmarks.disk", str(tmp_path)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(program, cwd=ROOT, text=True, **pipes) as running:
+        running.stdout.readline()
+        running.stdout.readline()
+        running.send_signal(signal.SIGINT)
+        _, said = running.communicate()
+    assert "KeyboardInterrupt" in said
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_collections_of_a_measurement_are_dropped(mongo_server):
+    import pymongo
+
+    place = f"{mongo_server('standalone')}/taskx_measured"
+    with pymongo.MongoClient(place) as client:
+        database = client.get_default_database()
+        database.mine.insert_one({})
+        assert names(run("benchmarks.disk", place, "--seconds", "0.6")) == DISK[1:]
+        assert database.list_collection_names() == ["mine"]
+        client.drop_database(database)

@@ -10,7 +10,6 @@ import click
 import taskx
 from taskx.cli import (
     asking,
-    bench,
     changes,
     changing,
     dashboard,
@@ -45,7 +44,6 @@ COMMANDS: tuple[click.Command, ...] = (
     *worker.COMMANDS,
     *dashboard.COMMANDS,
     *doctor.COMMANDS,
-    *bench.COMMANDS,
 )
 
 EXAMPLES = """\

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import attrs
 import click
@@ -18,7 +19,6 @@ from taskx.cli.output import age, clean, moment
 from taskx.cli.values import Duration, Rate, json_object
 from taskx.core.errors import TaskxError
 from taskx.core.model import TaskFilter, TaskStatus
-from taskx.inspecting.failures import FailureGroup
 from taskx.inspecting.query import query_of, suggestion
 from taskx.submitting.bulk import Bulk
 
@@ -107,12 +107,8 @@ def change_each(
 # --- all that match
 
 
-class _Change(Protocol):
-    """A bulk change."""
-
-    def __call__(
-        self, *, dry_run: bool, at_most: int | None, on_progress: Callable[[Bulk], object] | None
-    ) -> Bulk: ...
+# A bulk change, with the arguments ``dry_run``, ``at_most`` and ``on_progress``.
+_Change = Callable[..., Bulk]
 
 
 def change_all(
@@ -213,9 +209,30 @@ def _wanted(
     return wanted if limit is None else attrs.evolve(wanted, limit=limit)
 
 
-def _one_by_one(dry_run: bool, task_ids: Sequence[str]) -> None:
-    if dry_run:
-        raise Usage("--dry-run belongs to --where")
+def _change(
+    session: Session,
+    action: str,
+    change: Callable[[str], str],
+    *,
+    task_ids: Sequence[str],
+    where: Sequence[str],
+    limit: int | None,
+    yes: bool,
+    dry_run: bool,
+    detail: Any = None,
+    **options: Any,
+) -> None:
+    """Change each of the tasks with these ids, or all that match a filter."""
+    wanted = _wanted(session, task_ids, where, limit)
+    if wanted is None:
+        if dry_run:
+            raise Usage("--dry-run belongs to --where")
+        if options.get("rate") is not None:
+            raise Usage("--rate belongs to --where or --group")
+        change_each(session, action, task_ids, change, detail)
+        return
+    change_matching = partial(getattr(session.queue, f"{action}_all"), wanted, **options)
+    change_all(session, action, query_of(wanted), change_matching, yes=yes, dry_run=dry_run)
 
 
 @command(
@@ -233,33 +250,13 @@ taskx cancel --where type:email --yes
     ids_argument,
     *bulk_options,
 )
-def cancel(
-    session: Session,
-    task_ids: Sequence[str],
-    where: Sequence[str],
-    limit: int | None,
-    yes: bool,
-    dry_run: bool,
-) -> None:
+def cancel(session: Session, **given: Any) -> None:
     """Cancel tasks."""
-    wanted = _wanted(session, task_ids, where, limit)
-    if wanted is None:
-        _one_by_one(dry_run, task_ids)
-        change_each(
-            session,
-            "cancel",
-            task_ids,
-            lambda task_id: "cancelled" if session.queue.cancel_task(task_id) else "asked to stop",
-        )
-    else:
-        change_all(
-            session,
-            "cancel",
-            query_of(wanted),
-            lambda **how: session.queue.cancel_all(wanted, **how),
-            yes=yes,
-            dry_run=dry_run,
-        )
+
+    def change(task_id: str) -> str:
+        return "cancelled" if session.queue.cancel_task(task_id) else "asked to stop"
+
+    _change(session, "cancel", change, **given)
 
 
 @command(
@@ -290,39 +287,21 @@ taskx requeue --group 57d11975 --yes
 )
 def requeue(
     session: Session,
-    task_ids: Sequence[str],
-    where: Sequence[str],
-    limit: int | None,
-    yes: bool,
-    dry_run: bool,
     group: str | None,
     rate: str | None,
     params_text: str | None,
     from_step: str | None,
+    **given: Any,
 ) -> None:
     """Requeue tasks."""
     corrected = params_text is not None or from_step is not None
-    if corrected and len(task_ids) != 1:
+    if corrected and len(given["task_ids"]) != 1:
         raise Usage("--params and --from-step correct one task: give its id")
     if group is not None:
-        if task_ids or where or limit is not None:
+        if given["task_ids"] or given["where"] or given["limit"] is not None:
             raise Usage("--group names the tasks: leave out the ids, --where and --limit")
-        _requeue_group(session, group, rate, yes=yes, dry_run=dry_run)
+        _requeue_group(session, group, rate, yes=given["yes"], dry_run=given["dry_run"])
         return
-    wanted = _wanted(session, task_ids, where, limit)
-    if wanted is not None:
-        change_all(
-            session,
-            "requeue",
-            query_of(wanted),
-            lambda **how: session.queue.requeue_all(wanted, rate=rate, **how),
-            yes=yes,
-            dry_run=dry_run,
-        )
-        return
-    _one_by_one(dry_run, task_ids)
-    if rate is not None:
-        raise Usage("--rate belongs to --where or --group")
     params = None if params_text is None else json_object(params_text, "--params")
 
     def change(task_id: str) -> str:
@@ -330,7 +309,7 @@ def requeue(
         return "requeued"
 
     detail = {"params": params is not None, "from_step": from_step} if corrected else None
-    change_each(session, "requeue", task_ids, change, detail)
+    _change(session, "requeue", change, detail=detail, rate=rate, **given)
 
 
 def _requeue_group(
@@ -341,14 +320,9 @@ def _requeue_group(
         raise Usage(
             f"there is no group {key!r}{suggestion(key, groups)}: taskx failures lists them"
         )
-    group: FailureGroup = groups[key]
 
-    def change(
-        *, dry_run: bool, at_most: int | None, on_progress: Callable[[Bulk], object] | None
-    ) -> Bulk:
-        return session.queue.requeue_failures(
-            group, rate=rate, dry_run=dry_run, on_progress=on_progress
-        )
+    def change(at_most: int | None, **how: Any) -> Bulk:
+        return session.queue.requeue_failures(groups[key], rate=rate, **how)
 
     change_all(session, "requeue", f"failures {key}", change, yes=yes, dry_run=dry_run)
 
@@ -368,33 +342,14 @@ taskx delete --where 'type:email status:cancelled' --dry-run
     ids_argument,
     *bulk_options,
 )
-def delete(
-    session: Session,
-    task_ids: Sequence[str],
-    where: Sequence[str],
-    limit: int | None,
-    yes: bool,
-    dry_run: bool,
-) -> None:
+def delete(session: Session, **given: Any) -> None:
     """Delete tasks."""
-    wanted = _wanted(session, task_ids, where, limit)
-    if wanted is None:
-        _one_by_one(dry_run, task_ids)
 
-        def change(task_id: str) -> str:
-            session.queue.delete(task_id)
-            return "deleted"
+    def change(task_id: str) -> str:
+        session.queue.delete(task_id)
+        return "deleted"
 
-        change_each(session, "delete", task_ids, change)
-    else:
-        change_all(
-            session,
-            "delete",
-            query_of(wanted),
-            lambda **how: session.queue.delete_all(wanted, **how),
-            yes=yes,
-            dry_run=dry_run,
-        )
+    _change(session, "delete", change, **given)
 
 
 @command(

@@ -161,8 +161,12 @@ class Dashboard:
         if rendering.NOTICE in request.cookies:
             return None
         return self._freshness.etag(
-            *(request.full_path, request.root_path, request.language, request.token),
-            *(request.user, sorted(request.permissions)),
+            request.full_path,
+            request.root_path,
+            request.language,
+            request.token,
+            request.user,
+            sorted(request.permissions),
         )
 
     # --- changes

@@ -87,9 +87,14 @@ def _box(box: Box, left: float, display: Display, link: str) -> Markup:
         'height="{h}" rx="6"/><text x="{tx:g}" y="{}">{}</text><text class="small" x="{tx:g}" y="{}">{}'
         "</text></a>"
     ).format(
-        *(link, long, long, _worst(statuses)),
-        *(_GAP + box.layer * _ROW + 18, head),
-        *(_GAP + box.layer * _ROW + 35, _short(text, 28)),
+        link,
+        long,
+        long,
+        _worst(statuses),
+        _GAP + box.layer * _ROW + 18,
+        head,
+        _GAP + box.layer * _ROW + 35,
+        _short(text, 28),
         x=left,
         y=_GAP + box.layer * _ROW,
         w=_WIDTH,

@@ -84,7 +84,8 @@ def cookie_path(request: Request) -> str:
 def set_cookie(request: Request, response: Response, name: str, value: str, **options: Any) -> None:
     """Set a cookie that scripts cannot read and other sites' requests do not carry."""
     response.set_cookie(
-        *(name, value),
+        name,
+        value,
         path=cookie_path(request),
         secure=request.is_secure,
         httponly=True,

@@ -89,7 +89,8 @@ def bind(
     # Not bound by werkzeug, which prints its own words and ends the program if the port is taken.
     with socket.create_server((host, port), family=family) as listener:
         server = make_server(
-            *(host, port),
+            host,
+            port,
             served,
             threaded=True,
             request_handler=_QuietHandler,
@@ -140,7 +141,9 @@ def serve(
     """
     app = Dashboard(queue, users=users, permissions=permissions, read_only=read_only, title=title)
     server = bind(
-        *(app, host, port),
+        app,
+        host,
+        port,
         allowed_hosts=allowed_hosts,
         prefix=prefix,
         behind_proxy=behind_proxy,

@@ -61,7 +61,7 @@ def note_change(
     detail: Any,
     chance: Callable[[], float] = random.random,
 ) -> None:
-    """Do the work of :meth:`Queue.note_change`; ``chance`` decides if old changes are removed."""
+    """Add an entry to the log of changes; ``chance`` decides if old entries are removed."""
     services.repository.require("the log of changes")
     facts = {"by": by, "action": action, "target": target}
     for name, text in facts.items():
@@ -79,7 +79,7 @@ def note_change(
 
 
 def changes(services: Services, at_most: int) -> list[Change]:
-    """Do the work of :meth:`Queue.changes`."""
+    """Return the newest entries of the log of changes: see ``Queue.changes``."""
     services.repository.require("the log of changes")
     check_int(at_most, "at_most", 1)
     most = min(at_most, services.timing.most_changes)

@@ -63,7 +63,7 @@ class Diagnosis:
 
 
 def diagnose(services: Services) -> Diagnosis:
-    """Do the work of :meth:`Queue.diagnose`."""
+    """Examine what is around the tasks, as versions, the store and nodes: see ``Queue.diagnose``."""
     repository, now = services.repository, services.clock.now_ms()
     checks = [_versions(), *repository.examine()]
     # An older schema is only a warning, but the tasks cannot be read before it is migrated.

@@ -17,9 +17,8 @@ from taskx.core.model import TaskFilter, TaskStatus, check_key, check_moment
 from taskx.inspecting.places import Place, place_of
 from taskx.moving import Services
 from taskx.storage import queries
-from taskx.submitting.bulk import Bulk, Terms
-from taskx.submitting.requeuing import Requeues
-from taskx.submitting.selecting import Also
+from taskx.storage.base import Repository
+from taskx.submitting.selecting import Also, Chosen
 
 _FIELDS = ("id", "type", "created_at", "completed_at", "error", "error_type", "traceback")
 
@@ -92,17 +91,17 @@ class Failures:
         }
 
 
-def requeue_group(requeues: Requeues, group: FailureGroup, terms: Terms, rate: Any) -> Bulk:
-    """Do the work of :meth:`Queue.requeue_failures`."""
+def tasks_of(group: FailureGroup, repository: Repository) -> Chosen:
+    """Choose all failed tasks of a group, also those that it has not read."""
     if not isinstance(group, FailureGroup):
         raise ConfigurationError(
             f"requeue_failures() takes a group of queue.failures(), not {group!r:.80}"
         )
-    if requeues.keeps_no_errors:
-        return requeues.requeue_given(group.task_ids, terms, rate=rate)
+    if repository.shortcoming:  # it has only the eight methods, and may not keep tracebacks
+        return Chosen(group.task_ids)
     wanted = TaskFilter(status=TaskStatus.FAILED, type=group.type, error_type=group.error_type)
     here = Also(str(group.place), lambda task: place_of(task.traceback) == group.place)
-    return requeues.requeue_all(wanted, terms, also=here, rate=rate)
+    return Chosen(filter=wanted, also=here)
 
 
 class _Failed(NamedTuple):
@@ -114,7 +113,7 @@ class _Failed(NamedTuple):
 def failures(
     services: Services, type: str | None, since: datetime | None, at_most: int
 ) -> Failures:
-    """Do the work of :meth:`Queue.failures`."""
+    """Return failed tasks in groups of the same cause: see ``Queue.failures``."""
     wanted = None if type is None else check_key(type, "type")
     check_moment(since, "since")
     start = None if since is None else to_ms(since)

@@ -142,7 +142,7 @@ def own_problems(services: Services, pool: WorkerPool | None, stuck: int) -> Ite
 
 
 def check(services: Services, pool: WorkerPool | None, wanted: Thresholds) -> Health:
-    """Do the work of :meth:`Queue.health`."""
+    """Compare the queue with thresholds, and return the problems: see ``Queue.health``."""
     problems = [*own_problems(services, pool, wanted.stuck)]
     checking = _Check(services, pool, wanted)
     if not any(problem.kind == "repository" for problem in problems):

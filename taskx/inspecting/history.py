@@ -91,7 +91,7 @@ class History:
 
 
 def history(services: Services, period: float | timedelta, intervals: int, at_most: int) -> History:
-    """Do the work of :meth:`Queue.history`."""
+    """Count the tasks that ended in each interval of a period: see ``Queue.history``."""
     most, number = check_int(at_most, "at_most", 1), check_int(intervals, "intervals", 1)
     if number > MOST_INTERVALS:
         raise ConfigurationError(f"intervals must be at most {MOST_INTERVALS}, not {number}")

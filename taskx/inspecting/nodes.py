@@ -115,7 +115,7 @@ class NodeInfo:
 
 
 def nodes(services: Services, pool: WorkerPool | None) -> list[NodeInfo]:
-    """Do the work of :meth:`Queue.nodes`; ``pool`` is the worker pool of a started queue."""
+    """Return the nodes, and what they run; ``pool`` is the worker pool of a started queue."""
     services.repository.require("what its nodes do")
     found = services.repository.nodes()
     running, ids = _running(services, found), [node.id for node in found]

@@ -39,7 +39,7 @@ _SHORTLY = "a started queue lets it go on within moments"
 
 
 def why(services: Services, pool: WorkerPool | None, ageing: int, task_id: str) -> list[Reason]:
-    """Do the work of :meth:`Queue.why`.
+    """Return the reasons why a task waits, runs or has ended: see ``Queue.why``.
 
     Args:
         services: the parts of the queue.

@@ -114,7 +114,7 @@ class Stats:
 def stats(
     services: Services, period: float | timedelta, at_most: int, waiting_at_most: int
 ) -> Stats:
-    """Do the work of :meth:`Queue.stats`."""
+    """Count what waits, runs and has ended, by type: see ``Queue.stats``."""
     seconds = check_number(period, "period")
     most = check_int(at_most, "at_most", 1), check_int(waiting_at_most, "waiting_at_most", 1)
     return _Reading(services, *most).stats(seconds)

@@ -17,7 +17,6 @@ from taskx.storage import queries
 from taskx.storage.base import Repository
 from taskx.submitting.joining import Joining
 from taskx.submitting.operations import Operations
-from taskx.submitting.requeuing import Requeues
 from taskx.upkeep.node import Lifetime, LocalNode
 
 
@@ -38,7 +37,6 @@ class Parts:
     _registry: Registry
     _services: Services
     _operations: Operations
-    _requeues: Requeues
     _joining: Joining
     _life: Lifetime
 
@@ -61,16 +59,6 @@ class Parts:
             return
         with self._joining.operations(connection) as operations:
             yield operations
-
-    @contextmanager
-    def _requeuing(self) -> Iterator[Requeues]:
-        """Return the requeues for this thread: it may be in a transaction of its own."""
-        if (connection := self.repository.transactions.current()) is None:
-            self._joining.refuse()
-            yield self._requeues
-            return
-        with self._joining.requeues(connection) as requeues:
-            yield requeues
 
     def _reading(self) -> AbstractContextManager[Services]:
         """Return the services for a read of this thread: it may be in a transaction of its own."""

@@ -6,18 +6,11 @@ from collections.abc import Collection, Iterable, Mapping
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from taskx.core.model import (
-    TaskFilter,
-    TaskStatus,
-    check_name,
-)
-from taskx.core.options import (
-    FilterOptions,
-    LimitOptions,
-    filter_of,
-)
+from taskx.core.model import TaskFilter, TaskStatus, check_name
+from taskx.core.options import FilterOptions, LimitOptions, filter_of
 from taskx.methods.parts import Parts
 from taskx.submitting.bulk import Bulk, OnProgress, Terms
+from taskx.submitting.selecting import Chosen, dead, deliberate, given
 from taskx.upkeep import requests
 from taskx.upkeep.retention import prune_all
 
@@ -25,6 +18,11 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing from 3.11 on
 
     from taskx.inspecting.failures import FailureGroup
+
+
+def _again(done: Bulk) -> int:
+    """Return the number of tasks that run again."""
+    return done.changed + done.more
 
 
 class Steering(Parts):
@@ -47,7 +45,7 @@ class Steering(Parts):
             RepositoryCorrupt: the record is so damaged that it cannot be cancelled.
         """
         with self._changing(connection) as operations:
-            return operations.cancel(check_name(task_id, "id"))
+            return operations.cancel_one(check_name(task_id, "id"))
 
     def cancel_many(self, task_ids: Iterable[str]) -> int:
         """Cancel the given tasks in a few transactions; tasks that have ended stay unchanged.
@@ -60,7 +58,8 @@ class Steering(Parts):
             RepositoryError: the repository failed; some tasks may have been cancelled.
         """
         with self._changing() as operations:
-            return operations.cancel_many([check_name(task_id, "id") for task_id in task_ids])
+            bulk = operations.cancel(given(task_ids))
+        return bulk.changed - bulk.asked
 
     def requeue(
         self,
@@ -94,14 +93,13 @@ class Steering(Parts):
             RepositoryCorrupt: the record is damaged, and the requeue would change it.
             QueueStopped: the queue was stopped.
         """
-        with self._requeuing() as requeues:
-            requeues.one(check_name(task_id, "id"), params, from_step)
+        with self._changing() as operations:
+            operations.requeue_one(check_name(task_id, "id"), params, from_step)
 
     def requeue_many(self, task_ids: Iterable[str]) -> int:
         """Requeue the given tasks if they failed or were cancelled, in a few transactions.
 
-        Tasks that failed or were cancelled because of the given tasks are requeued, too. Each task
-        waits again for its parents among all of these. A task whose unique key is now held by another
+        Each task waits again for its parents among them. A task whose unique key is now held by another
         task stays unchanged.
 
         Returns:
@@ -109,11 +107,10 @@ class Steering(Parts):
             tasks.
 
         Raises:
-            QueueStopped: the queue was stopped.
-            RepositoryError: the repository failed; some tasks may have been requeued.
+            TaskxError: as in :meth:`requeue_all`.
         """
-        with self._requeuing() as requeues:
-            return requeues.requeue_many([check_name(task_id, "id") for task_id in task_ids])
+        with self._changing() as operations:
+            return _again(operations.requeue(given(task_ids)))
 
     def requeue_all(
         self,
@@ -149,8 +146,8 @@ class Steering(Parts):
         """
         wanted = filter_of(filter, fields, "requeue_all", self.clock)
         terms = Terms(dry_run, at_most, on_progress)
-        with self._requeuing() as requeues:
-            return requeues.requeue_all(wanted, terms, rate=rate)
+        with self._changing() as operations:
+            return operations.requeue(Chosen(filter=wanted), terms, rate=rate)
 
     def requeue_failures(
         self,
@@ -173,10 +170,11 @@ class Steering(Parts):
         Raises:
             TaskxError: as in :meth:`requeue_all`.
         """
-        from taskx.inspecting.failures import requeue_group
+        from taskx.inspecting.failures import tasks_of
 
-        with self._requeuing() as requeues:
-            return requeue_group(requeues, group, Terms(dry_run, None, on_progress), rate)
+        terms = Terms(dry_run, None, on_progress)
+        with self._changing() as operations:
+            return operations.requeue(tasks_of(group, self.repository), terms, rate=rate)
 
     def cancel_all(
         self,
@@ -200,9 +198,9 @@ class Steering(Parts):
             RepositoryError: the repository failed; some batches may have been cancelled.
         """
         wanted = filter_of(filter, fields, "cancel_all", self.clock)
-        terms = Terms(dry_run, at_most, on_progress)
+        chosen = deliberate(wanted, "cancel_all", everything=everything)
         with self._changing() as operations:
-            return operations.cancel_all(wanted, terms, everything=everything)
+            return operations.cancel(chosen, Terms(dry_run, at_most, on_progress))
 
     def delete_all(
         self,
@@ -229,9 +227,9 @@ class Steering(Parts):
             RepositoryError: the repository failed; some batches may have been deleted.
         """
         wanted = filter_of(filter, fields, "delete_all", self.clock)
-        terms = Terms(dry_run, at_most, on_progress)
+        chosen = deliberate(wanted, "delete_all", everything=everything)
         with self._changing() as operations:
-            return operations.delete_all(wanted, terms, everything=everything)
+            return operations.delete(chosen, Terms(dry_run, at_most, on_progress))
 
     def delete(self, task_id: str) -> None:
         """Delete the record of a task that is not running.
@@ -242,7 +240,7 @@ class Steering(Parts):
                 (``stuck_on``).
         """
         with self._changing() as operations:
-            operations.delete(check_name(task_id, "id"))
+            operations.delete_one(check_name(task_id, "id"))
 
     def delete_many(self, task_ids: Iterable[str]) -> int:
         """Delete the records of the given tasks that are not running, in a few transactions.
@@ -255,7 +253,7 @@ class Steering(Parts):
             RepositoryError: the repository failed; some tasks may have been deleted.
         """
         with self._changing() as operations:
-            return operations.delete_many([check_name(task_id, "id") for task_id in task_ids])
+            return operations.delete(given(task_ids)).changed
 
     def prune(self, before: datetime, status: TaskStatus | str | None = None) -> int:
         """Delete tasks that ended before a given time, a few in each transaction.
@@ -282,14 +280,12 @@ class Steering(Parts):
     def requeue_dead_letters(
         self, filter: TaskFilter | None = None, **fields: Unpack[FilterOptions]
     ) -> int:
-        """Requeue dead letters: all that match a filter, or the newest ones if the filter has a limit.
+        """Requeue dead letters, as :meth:`requeue_all` does.
 
-        Filter and fields are those of :meth:`list_tasks`.
+        Without a limit all matches are requeued, although :meth:`dead_letters` lists only 100.
 
-        Without a limit all matches are requeued, although :meth:`dead_letters` lists only 100. To
-        requeue a few of many, give the filter a limit. Tasks that fail again in the meantime are not
-        requeued a second time. Tasks that failed or were cancelled because of the dead letters, such
-        as the rest of a chain, run again after them, even if they do not match the filter.
+        Args:
+            filter, fields: as in :meth:`list_tasks`. The newest ones are requeued if they have a limit.
 
         Returns:
             the number of tasks that run again, including those that had ended because of the dead
@@ -300,16 +296,16 @@ class Steering(Parts):
             QueueStopped: the queue was stopped.
         """
         wanted = filter_of(filter, fields, "requeue_dead_letters", self.clock)
-        with self._requeuing() as requeues:
-            return requeues.requeue_dead_letters(wanted)
+        with self._changing() as operations:
+            return _again(operations.requeue(Chosen(filter=dead(wanted))))
 
     def discard_dead_letters(
         self, filter: TaskFilter | None = None, **fields: Unpack[FilterOptions]
     ) -> int:
-        """Delete dead letters: all that match a filter, or the newest ones if the filter has a limit.
+        """Delete dead letters, as :meth:`delete_all` does.
 
-        The filter works as in :meth:`requeue_dead_letters`. If an unfinished task depends on a dead
-        letter, the dead letter stays, because that task may ask for it.
+        Args:
+            filter, fields: as in :meth:`requeue_dead_letters`.
 
         Returns:
             the number of deleted tasks.
@@ -319,7 +315,7 @@ class Steering(Parts):
         """
         wanted = filter_of(filter, fields, "discard_dead_letters", self.clock)
         with self._changing() as operations:
-            return operations.discard_dead_letters(wanted)
+            return operations.delete(Chosen(filter=dead(wanted))).changed
 
     # --- pausing, tuning and stopping
 
@@ -347,7 +343,9 @@ class Steering(Parts):
             self._log.warning(
                 "type %r is %s, but no running queue has an executor for it; is it misspelt? This queue "
                 "knows: %s",
-                *(type, what, self._registry.known),
+                type,
+                what,
+                self._registry.known,
             )
 
     def resume(self, type: str | None = None) -> None:

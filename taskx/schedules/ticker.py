@@ -312,7 +312,8 @@ class Ticker:
         if is_told(read.failures):
             self._services.log.warning(
                 "schedule %r: its tasks could not be made; trying again later: %s",
-                *(read.name[len(PREFIX) :], error),
+                read.name[len(PREFIX) :],
+                error,
             )
 
     def _run(self, due: Sequence[Read]) -> bool:
@@ -401,7 +402,8 @@ class Ticker:
             return True
         self._services.log.info(
             "schedule %r: the tick at %s gets no task, because the task of an earlier tick has not ended",
-            *(name, to_datetime(plan.run[0])),
+            name,
+            to_datetime(plan.run[0]),
         )
         return False
 
@@ -413,7 +415,9 @@ class Ticker:
         if self._was_missed(plan.since) and now - plan.since > self._longest_gap:
             self._services.log.warning(
                 "schedule %r: ticks since %s were missed; %d of them get a task",
-                *(plan.entry.name, to_datetime(plan.since), len(plan.run)),
+                plan.entry.name,
+                to_datetime(plan.since),
+                len(plan.run),
             )
             if listeners := self._services.hooks.ticks_missed:
                 since = to_datetime(plan.since)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from itertools import chain, islice
 from typing import Any, TypeVar
 
@@ -94,9 +94,6 @@ class EightMethodAdapter(MemoryRepository):
         # The ended tasks that have a row here, in the order in which they ended.
         self._ended: dict[str, None] = {}
         self._late_writes = 0
-
-    def scratch(self) -> AbstractContextManager[tuple[Repository, str]]:
-        raise ConfigurationError(f"{self.shortcoming}, and none to make a repository to measure on")
 
     # --- writing
 

@@ -604,17 +604,6 @@ class Repository(TaskRepository):
         does nothing, for stores that need neither.
         """
 
-    def scratch(self) -> AbstractContextManager[tuple[Repository, str]]:
-        """Return a new repository beside this one, for measurements, which is removed at the end.
-
-        It has the same settings, but no codec. The text is the URL by which another process can open it;
-        it is empty if no other process can. Nothing of this repository is read or written.
-
-        Raises:
-            ConfigurationError: the store cannot do this.
-        """
-        raise ConfigurationError(f"{type(self).__name__} cannot make a repository to measure on")
-
     def examine(self) -> Iterator[Check]:
         """Yield what is right and wrong with the store and what is around it: disk, locks, server.
 

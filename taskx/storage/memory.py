@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from heapq import nlargest, nsmallest
 from itertools import islice, takewhile
@@ -90,9 +89,6 @@ class MemoryRepository(Repository):
     @property
     def entered(self) -> bool:
         return self._lock._is_owned()  # type: ignore[attr-defined, no-any-return]
-
-    def scratch(self) -> AbstractContextManager[tuple[Repository, str]]:
-        return nullcontext((MemoryRepository(), ""))
 
     def apply(self, writes: Sequence[Write], *, all_or_nothing: bool = False) -> Sequence[bool]:
         writes = self.codecs.coded(writes)

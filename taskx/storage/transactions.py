@@ -6,16 +6,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 
 from taskx.core.errors import ConfigurationError
 from taskx.core.timing import DEFAULT_TIMING, Timing
 from taskx.core.writes import Write
-
-if TYPE_CHECKING:
-    from taskx.storage.base import Repository
 
 #: A function that is told of writes that were committed.
 Then = Callable[[Sequence[Write]], object]
@@ -138,7 +135,7 @@ class Transactions:
 
     # --- taking part
 
-    def join(self, connection: object, then: Then | None) -> AbstractContextManager[Repository]:
+    def join(self, connection: object, then: Then | None) -> AbstractContextManager[Any]:
         """Return the repository as it is inside a transaction of the caller, for a ``with`` block.
 
         All reads and writes inside go over ``connection``. They wait for no lock that another thread may

@@ -12,7 +12,7 @@ import attrs
 
 from taskx.core.clock import LAST, Clock, to_datetime
 from taskx.core.errors import ConfigurationError
-from taskx.core.model import TaskCount
+from taskx.core.model import Task, TaskCount
 from taskx.core.rate import Rate
 from taskx.core.writes import Note
 from taskx.storage.base import Repository
@@ -105,15 +105,15 @@ class Tally:
     def add(
         self,
         matched: int,
+        tasks: Mapping[str, Task],
         *,
         changed: int,
         skipped: Iterable[str],
-        reached: datetime | None,
         asked: int = 0,
         more: int = 0,
         starts_until: int | None = None,
     ) -> None:
-        """Add a batch that is done, and tell how far the change has come."""
+        """Add a batch that is done, with its tasks as they were read; tell how far the change has come."""
         before = self.bulk
         last = before.starts_until if starts_until is None else to_datetime(starts_until)
         self.bulk = attrs.evolve(
@@ -123,7 +123,7 @@ class Tally:
             asked=before.asked + asked,
             more=before.more + more,
             skipped=dict(Counter(before.skipped) + Counter(skipped)),
-            reached=reached,
+            reached=[*tasks.values()][-1].created_at if tasks else before.reached,
             starts_until=last,
         )
         if self._on_progress is not None:

@@ -20,7 +20,6 @@ from taskx.storage.base import Repository
 from taskx.submitting.intake import Intake
 from taskx.submitting.layers import LayeredIntake, layered
 from taskx.submitting.operations import Operations
-from taskx.submitting.requeuing import Requeues
 
 
 class Joining:
@@ -48,12 +47,6 @@ class Joining:
         """Return operations for a ``with`` block."""
         with self.services(connection) as services:
             yield Operations(services, self._without_engine())
-
-    @contextmanager
-    def requeues(self, connection: object) -> Iterator[Requeues]:
-        """Return requeues for a ``with`` block."""
-        with self.services(connection) as services:
-            yield Requeues(services, self._without_engine())
 
     @contextmanager
     def services(

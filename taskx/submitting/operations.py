@@ -1,10 +1,8 @@
-"""Changes to stored tasks on request: cancel and delete, one task or many."""
+"""Changes to stored tasks on request: cancel, delete and requeue, one task or all that are chosen."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-
-import attrs
 
 from taskx.core import lifecycle
 from taskx.core.errors import (
@@ -13,51 +11,28 @@ from taskx.core.errors import (
     RepositoryCorrupt,
     TaskNotFound,
 )
-from taskx.core.model import Task, TaskFilter, TaskStatus
+from taskx.core.model import Task, TaskStatus
 from taskx.core.writes import Delete, Update
-from taskx.moving import Services
-from taskx.running.pool import State
 from taskx.storage import queries
-from taskx.submitting.bulk import PLAIN, Bulk, Tally, Terms, counted
-from taskx.submitting.selecting import count, dead, selections
+from taskx.submitting.bulk import PLAIN, Bulk, Tally, Terms
+from taskx.submitting.requeuing import Requeues
+from taskx.submitting.selecting import Chosen, Page, Selection, Statuses
 
 # Attempts to cancel a task that moves between the write and the read.
 _TRIES = 20
 
 
-def _check_deliberate(wanted: TaskFilter, what: str, *, everything: bool) -> None:
-    """Raise ConfigurationError if a filter of all tasks was given by mistake."""
-    if not (wanted.given or everything):
-        raise ConfigurationError(
-            f"{what}() without a condition is for every task in the repository: give a condition, such as "
-            "type='report', or say everything=True"
-        )
-    if wanted.given and everything:
-        raise ConfigurationError(
-            f"{what}() takes conditions or everything=True, not both: {', '.join(sorted(wanted.given))}"
-        )
+class Operations(Requeues):
+    """Cancels, deletes and requeues stored tasks; the queue need not be started.
 
-
-class Operations:
-    """Cancels and deletes stored tasks; the queue need not be started.
-
-    Its public methods implement the methods of ``Queue`` with the same names (``cancel``: ``cancel_task``).
-
-    Args:
-        services: the shared parts of the queue.
-        state: tells if the queue is started, and if it was stopped.
+    ``cancel_one``, ``delete_one`` and ``requeue_one`` raise an error if the task cannot be changed. The
+    others change the chosen tasks in batches, and skip those that cannot be changed.
     """
-
-    def __init__(self, services: Services, state: State) -> None:
-        self._services = services
-        self._repository = services.repository
-        self._batch = services.timing.batch
-        self._moves = services.moves
-        self._state = state
 
     # --- cancel
 
-    def cancel(self, task_id: str) -> bool:
+    def cancel_one(self, task_id: str) -> bool:
+        """Cancel a task; return False if it is running and was asked to stop: see ``Queue.cancel_task``."""
         for _ in range(_TRIES):
             *cancelled, asked = self._commit(
                 lifecycle.cancel(task_id, self._services.clock.now_ms())
@@ -79,54 +54,39 @@ class Operations:
             "repair it by hand"
         )
 
-    def cancel_many(self, task_ids: Sequence[str]) -> int:
-        return sum(
-            len(self._cancel_some(task_ids[start : start + self._batch])[0])
-            for start in range(0, len(task_ids), self._batch)
-        )
-
-    def cancel_all(
-        self, filter: TaskFilter, terms: Terms = PLAIN, *, everything: bool = False
-    ) -> Bulk:
-        _check_deliberate(filter, "cancel_all", everything=everything)
-        if filter.status is not None and filter.status.finished:
+    def cancel(self, chosen: Chosen, terms: Terms = PLAIN) -> Bulk:
+        """Cancel the chosen pending tasks, and ask the running ones to stop."""
+        status = chosen.filter.status
+        if status is not None and status.finished:
             raise ConfigurationError(
                 "only pending and running tasks can be cancelled: the filter must not have status "
-                f"{filter.status}"
+                f"{status}"
             )
         # A pending task may start before its page is read; a running one may be retried.
-        some = (TaskStatus.PENDING, TaskStatus.RUNNING, TaskStatus.PENDING)
-        wanted = [
-            attrs.evolve(filter, status=status)
-            for status in ((filter.status,) if filter.status else some)
-        ]
-        if terms.dry_run:
-            return counted("cancel", count(self._repository, wanted[:2], terms.at_most))
-        tally = Tally("cancel", terms)
-        for selection in selections(self._repository, wanted):
-            for tasks in selection.pages():
-                self._cancel_page(tasks, tally)
-        return tally.bulk
+        some: Statuses = (TaskStatus.PENDING, TaskStatus.RUNNING, TaskStatus.PENDING)
+        if chosen.ids is not None:
+            some = ()
+        elif status is not None:
+            some = (status,)
+        return self._change("cancel", chosen, some, terms, self._cancel_page)
 
-    def _cancel_page(self, tasks: Mapping[str, Task], tally: Tally) -> None:
-        new = [i for i, task in tasks.items() if task.cancel_requested_at is None]
+    def _cancel_page(self, page: Page, _: Selection, tally: Tally) -> None:
+        ids, tasks = page
+        new = [i for i in ids if i not in tasks or tasks[i].cancel_requested_at is None]
         cancelled, asked = self._cancel_some(new, tasks)
         changed = len(cancelled) + len(asked)
-        tally.add(
-            len(tasks),
-            changed=changed,
-            asked=len(asked),
-            skipped=["asked"] * (len(tasks) - len(new)) + ["changed"] * (len(new) - changed),
-            reached=[*tasks.values()][-1].created_at,
-        )
+        skipped = ["asked"] * (len(ids) - len(new)) + ["changed"] * (len(new) - changed)
+        tally.add(len(ids), tasks, changed=changed, asked=len(asked), skipped=skipped)
 
     def _cancel_some(
-        self, task_ids: Sequence[str], tasks: Mapping[str, Task] | None = None
+        self, task_ids: Sequence[str], tasks: Mapping[str, Task]
     ) -> tuple[set[str], set[str]]:
         """Cancel tasks; return the ids of those that will never run, and of those asked to stop."""
         now = self._services.clock.now_ms()
         writes = [write for task_id in task_ids for write in lifecycle.cancel(task_id, now)]
-        done = [w for w, held in zip(writes, self._commit(writes, tasks), strict=True) if held]
+        done = [
+            w for w, held in zip(writes, self._commit(writes, tasks or None), strict=True) if held
+        ]
         cancelled = {write.id for write in done if "status" in write.changes}
         asked = {write.id for write in done} - cancelled
         left = [i for i in task_ids if i not in cancelled and i not in asked]
@@ -135,7 +95,7 @@ class Operations:
             # An unfinished task moved in the meantime, or was already asked to stop.
             if status not in lifecycle.FINISHED:
                 try:
-                    (cancelled if self.cancel(task_id) else asked).add(task_id)
+                    (cancelled if self.cancel_one(task_id) else asked).add(task_id)
                 except RepositoryCorrupt as error:
                     self._services.log.warning("%s", error)
                 except (InvalidTransition, TaskNotFound):
@@ -144,45 +104,34 @@ class Operations:
 
     # --- delete
 
-    def delete(self, task_id: str) -> None:
+    def delete_one(self, task_id: str) -> None:
+        """Delete a task; raise if it runs: see ``Queue.delete``."""
         if not self._commit([lifecycle.delete(task_id)])[0]:
             raise lifecycle.not_deleted(self._repository.get_by_id(task_id))
 
-    def delete_many(self, task_ids: Sequence[str]) -> int:
-        return sum(
-            sum(self._commit([lifecycle.delete(i) for i in task_ids[start : start + self._batch]]))
-            for start in range(0, len(task_ids), self._batch)
-        )
-
-    def delete_all(
-        self, filter: TaskFilter, terms: Terms = PLAIN, *, everything: bool = False
-    ) -> Bulk:
-        _check_deliberate(filter, "delete_all", everything=everything)
-        if filter.status is TaskStatus.RUNNING:
+    def delete(self, chosen: Chosen, terms: Terms = PLAIN) -> Bulk:
+        """Delete the chosen tasks; of those that match, the ones stay that unfinished tasks need."""
+        if (status := chosen.filter.status) is TaskStatus.RUNNING:
             raise ConfigurationError("running tasks cannot be deleted: cancel them first")
-        if terms.dry_run:
-            return counted("delete", count(self._repository, [filter], terms.at_most))
-        tally = Tally("delete", terms)
-        for selection in selections(self._repository, [filter]):
-            for tasks in selection.pages():
-                self._delete_page(tasks, tally)
-        return tally.bulk
+        statuses = (status,) if chosen.ids is None else ()
+        return self._change("delete", chosen, statuses, terms, self._delete_page)
 
-    def discard_dead_letters(self, filter: TaskFilter) -> int:
-        return self.delete_all(dead(filter)).changed
-
-    def _delete_page(self, tasks: Mapping[str, Task], tally: Tally) -> None:
+    def _delete_page(self, page: Page, _: Selection, tally: Tally) -> None:
+        ids, tasks = page
         reasons = {i: "running" for i, t in tasks.items() if t.status is TaskStatus.RUNNING}
         reasons.update((i, "thread") for i, task in tasks.items() if task.stuck_on)
         free = {i: task for i, task in tasks.items() if i not in reasons}
-        needed = self._needed(free)
-        reasons.update(dict.fromkeys(needed, "needed"))
-        writes = [lifecycle.discard(task) for i, task in free.items() if i not in needed]
-        results = self._commit(writes, {}) if writes else []
+        if free:
+            reasons.update(dict.fromkeys(self._needed(free), "needed"))
+        writes = [
+            lifecycle.discard(tasks[i]) if i in tasks else lifecycle.delete(i)
+            for i in ids
+            if i not in reasons
+        ]
+        results = self._commit(writes, {} if tasks else None) if writes else []
         deleted = sum(results)
         skipped = [*reasons.values(), *["changed"] * (len(results) - deleted)]
-        reached = [*tasks.values()][-1].created_at
-        tally.add(len(tasks), changed=deleted, skipped=skipped, reached=reached)
+        tally.add(len(ids), tasks, changed=deleted, skipped=skipped)
 
     def _needed(self, tasks: Mapping[str, Task]) -> set[str]:
         """Return the tasks on which unfinished tasks depend that are not deleted with them.

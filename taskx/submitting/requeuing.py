@@ -1,8 +1,9 @@
-"""Requeuing: one task, corrected or not, given tasks, and all that match a filter."""
+"""Requeuing: one task, corrected or not, or all that are chosen."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import compress
 from typing import Any
 
@@ -10,29 +11,26 @@ import attrs
 
 from taskx.core import lifecycle
 from taskx.core.errors import ConfigurationError, InvalidTransition, QueueStopped
-from taskx.core.lifecycle import REQUEUEABLE
-from taskx.core.model import Task, TaskCount, TaskFilter, TaskStatus, check_name
+from taskx.core.model import Task, TaskStatus, check_name
 from taskx.core.rate import rate_of
 from taskx.core.writes import Update
 from taskx.moving import Services
 from taskx.running.pool import State
 from taskx.storage import queries
-from taskx.submitting.bulk import PLAIN, Bulk, Stagger, Tally, Terms, counted
+from taskx.submitting.bulk import PLAIN, Action, Bulk, Stagger, Tally, Terms, counted
 from taskx.submitting.intake import new_params
 from taskx.submitting.selecting import (
-    ANY,
-    Also,
+    Chosen,
     Given,
+    Page,
     Selection,
+    Statuses,
     conditions,
     count,
-    dead,
     selections,
 )
 
-
-def _requeueable(task: Task) -> bool:
-    return task.status.value in REQUEUEABLE
+_REQUEUEABLE = (TaskStatus.FAILED, TaskStatus.CANCELLED)
 
 
 def _waits(task: Task, parents: Mapping[str, Task]) -> bool:
@@ -42,11 +40,9 @@ def _waits(task: Task, parents: Mapping[str, Task]) -> bool:
 class Requeues:
     """Requeues stored tasks; the queue need not be started.
 
-    Its public methods implement the methods of ``Queue`` with the same names (``one``: ``requeue``).
-
     Args:
         services: the shared parts of the queue.
-        state: tells if the queue was stopped.
+        state: tells if the queue is started, and if it was stopped.
     """
 
     def __init__(self, services: Services, state: State) -> None:
@@ -56,12 +52,8 @@ class Requeues:
         self._moves = services.moves
         self._state = state
 
-    @property
-    def keeps_no_errors(self) -> bool:
-        """True if the repository may not keep tracebacks: it has only the eight methods."""
-        return bool(self._repository.shortcoming)
-
-    def one(self, task_id: str, params: Any = None, from_step: str | None = None) -> None:
+    def requeue_one(self, task_id: str, params: Any = None, from_step: str | None = None) -> None:
+        """Requeue a task; raise if it cannot be: see ``Queue.requeue``."""
         self._refuse_if_stopped()
         if from_step is not None:
             check_name(from_step, "from_step")
@@ -72,46 +64,45 @@ class Requeues:
             text = None if params is None else new_params(self._services, task.type, params)
             now = self._services.clock.now_ms()
             correction = lifecycle.corrected(task, now, text, from_step)
-        family = self._family({task_id: task}, Given(self._repository, (), _requeueable))
+        family = self._family({task_id: task}, Given(self._repository, (), ()))
         if task_id not in self._requeue_family(family, {}, {task_id: correction}):
             self._repository.refuse_if_key_held(task)
             raise InvalidTransition(
                 f"task {task_id} was changed while it was being requeued; try again"
             )
 
-    def requeue_many(self, task_ids: Iterable[str]) -> int:
-        done = self.requeue_given(task_ids)
-        return done.changed + done.more
-
-    def requeue_dead_letters(self, filter: TaskFilter) -> int:
-        done = self.requeue_all(dead(filter))
-        return done.changed + done.more
-
-    def requeue_given(
-        self, task_ids: Iterable[str], terms: Terms = PLAIN, *, rate: Any = None
-    ) -> Bulk:
-        """Requeue the tasks with these ids that failed or were cancelled."""
-        selection, stagger = (
-            Given(self._repository, task_ids, _requeueable),
-            self._stagger(rate, ""),
-        )
-        if terms.dry_run:
-            return counted("requeue", TaskCount(sum(map(len, selection.pages()))))
-        return self._requeue_selections([selection], terms, stagger)
-
-    def requeue_all(
-        self, filter: TaskFilter, terms: Terms = PLAIN, *, also: Also = ANY, rate: Any = None
-    ) -> Bulk:
-        if filter.status is not None and filter.status.value not in REQUEUEABLE:
+    def requeue(self, chosen: Chosen, terms: Terms = PLAIN, *, rate: Any = None) -> Bulk:
+        """Requeue the chosen tasks: the failed and cancelled ones with these ids, or those that match."""
+        status = chosen.filter.status or TaskStatus.FAILED
+        if status not in _REQUEUEABLE:
             raise ConfigurationError(
                 "only failed and cancelled tasks can be requeued: the filter must not have status "
-                f"{filter.status}"
+                f"{status}"
             )
-        wanted = [attrs.evolve(filter, status=filter.status or TaskStatus.FAILED)]
-        stagger = self._stagger(rate, (conditions(wanted[0]), also.name))
+        filter = attrs.evolve(chosen.filter, status=status)
+        by_ids = chosen.ids is not None
+        stagger = self._stagger(rate, "" if by_ids else (conditions(filter), chosen.also.name))
+        if not terms.dry_run:
+            self._refuse_if_stopped()
+        change = partial(self._requeue_page, stagger)
+        return self._change("requeue", chosen, _REQUEUEABLE if by_ids else (status,), terms, change)
+
+    def _change(
+        self,
+        action: Action,
+        chosen: Chosen,
+        statuses: Statuses,
+        terms: Terms,
+        change: Callable[[Page, Selection, Tally], object],
+    ) -> Bulk:
+        """Change the chosen tasks that have one of the statuses, a page at a time, or only count them."""
         if terms.dry_run:
-            return counted("requeue", count(self._repository, wanted, terms.at_most, also))
-        return self._requeue_selections(selections(self._repository, wanted, also), terms, stagger)
+            return counted(action, count(self._repository, chosen, statuses, terms.at_most))
+        tally = Tally(action, terms)
+        for selection in selections(self._repository, chosen, statuses):
+            for page in selection.pages():
+                change(page, selection, tally)
+        return tally.bulk
 
     def _stagger(self, rate: Any, what: object) -> Stagger | None:
         allowed = rate_of(rate, None)
@@ -119,29 +110,15 @@ class Requeues:
             return None
         return Stagger(self._repository, self._services.clock, allowed, what)
 
-    def _requeue_selections(
-        self, selections: Iterable[Selection], terms: Terms, stagger: Stagger | None
-    ) -> Bulk:
-        self._refuse_if_stopped()
-        tally = Tally("requeue", terms)
-        for selection in selections:
-            for page in selection.pages():
-                self._requeue_page(page, selection, tally, stagger)
-        return tally.bulk
-
     def _refuse_if_stopped(self) -> None:
         if self._state.closed:
             raise QueueStopped("the queue was stopped: create a new queue; nothing was requeued")
 
     def _requeue_page(
-        self,
-        page: Mapping[str, Task],
-        selection: Selection,
-        tally: Tally,
-        stagger: Stagger | None,
+        self, stagger: Stagger | None, page: Page, selection: Selection, tally: Tally
     ) -> None:
         """Requeue a page, in parts if too many tasks would be requeued with it at once."""
-        parts = [page]
+        parts = [page[1]]
         while parts:
             tasks = parts.pop()
             family = self._family(tasks, selection)
@@ -149,7 +126,7 @@ class Requeues:
                 items, half = [*tasks.items()], len(tasks) // 2
                 parts += [dict(items[half:]), dict(items[:half])]
                 continue
-            own = family.own | (family.tasks.keys() & page.keys())
+            own = family.own | (family.tasks.keys() & page[1].keys())
             order = family.in_order()
             times = stagger.take(len(own)) if stagger is not None else []
             run_at = dict(zip((task.id for task in order if task.id in own), times, strict=False))
@@ -157,10 +134,10 @@ class Requeues:
             selection.passed(family.tasks, family.parents)
             tally.add(
                 len(own),
+                tasks,
                 changed=len(done & own),
                 more=len(done - own),
                 skipped=self._why_not([family.tasks[i] for i in own - done]),
-                reached=[*tasks.values()][-1].created_at,
                 starts_until=max(times, default=None),
             )
             parts = [{i: t for i, t in part.items() if i not in own} for part in parts]

@@ -1,4 +1,4 @@
-"""The tasks of a bulk change: those with given ids, or those that match a filter."""
+"""The tasks of a change: those with given ids, or those that match a filter."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ import attrs
 
 from taskx.core.checks import check_int
 from taskx.core.errors import ConfigurationError
-from taskx.core.model import CONDITIONS, Task, TaskCount, TaskFilter, TaskStatus
+from taskx.core.model import CONDITIONS, Task, TaskCount, TaskFilter, TaskStatus, check_name
 from taskx.storage import queries
 from taskx.storage.base import Repository
 
 _EARLY = datetime(1, 1, 1, tzinfo=timezone.utc)
-_NO_LIMIT = TaskFilter().limit
+_ALL = TaskFilter()
+#: The statuses of tasks; None for all of them.
+Statuses = Sequence[TaskStatus | None]
 
 
 def dead(filter: TaskFilter) -> TaskFilter:
@@ -52,16 +54,53 @@ class Also(NamedTuple):
 ANY = Also("", lambda task: True)
 
 
+class Chosen(NamedTuple):
+    """The tasks that a change is for, in words: ids, or a filter.
+
+    Attributes:
+        ids: the ids of the tasks; None if a filter chooses them.
+        filter: the conditions.
+        also: a further condition.
+    """
+
+    ids: Iterable[str] | None = None
+    filter: TaskFilter = _ALL
+    also: Also = ANY
+
+
+def given(task_ids: Iterable[str]) -> Chosen:
+    """Choose the tasks with these ids. Raises ConfigurationError if one cannot be an id."""
+    return Chosen([check_name(task_id, "id") for task_id in task_ids])
+
+
+def deliberate(filter: TaskFilter, what: str, *, everything: bool) -> Chosen:
+    """Choose all that match. Raises ConfigurationError if a filter of all tasks was given by mistake."""
+    if not (filter.given or everything):
+        raise ConfigurationError(
+            f"{what}() without a condition is for every task in the repository: give a condition, such as "
+            "type='report', or say everything=True"
+        )
+    if filter.given and everything:
+        raise ConfigurationError(
+            f"{what}() takes conditions or everything=True, not both: {', '.join(sorted(filter.given))}"
+        )
+    return Chosen(filter=filter)
+
+
+#: The ids of some tasks, and those of the tasks that were read, by id: all of them or none.
+Page = tuple[Sequence[str], dict[str, Task]]
+
+
 class Selection(ABC):
-    """The tasks of a bulk change, each of them once.
+    """The chosen tasks as they are found in the repository, each of them once.
 
     A task may be changed before its page comes, because of its child. Then it is reported by ``passed``,
     and its page leaves it out, even if it has failed again in the meantime.
     """
 
     @abstractmethod
-    def pages(self) -> Iterator[dict[str, Task]]:
-        """Yield the tasks by id, in pages that are not empty."""
+    def pages(self) -> Iterator[Page]:
+        """Yield the tasks, in pages that are not empty."""
 
     @abstractmethod
     def of(self, tasks: Mapping[str, Task]) -> set[str]:
@@ -77,25 +116,33 @@ class Selection(ABC):
 
 
 class Given(Selection):
-    """The tasks with the given ids, if they are wanted when they are read."""
+    """The tasks with the given ids, if they have one of these statuses when they are read.
 
-    def __init__(
-        self, repository: Repository, task_ids: Iterable[str], wanted: Callable[[Task], bool]
-    ) -> None:
+    Without statuses they are not read: they are changed by their ids alone.
+    """
+
+    def __init__(self, repository: Repository, task_ids: Iterable[str], statuses: Statuses) -> None:
         self._repository = repository
         self._left = dict.fromkeys(task_ids)
-        self._wanted = wanted
+        self._statuses = statuses
 
-    def pages(self) -> Iterator[dict[str, Task]]:
+    def pages(self) -> Iterator[Page]:
         while some := [*islice(self._left, self._repository.timing.batch)]:
-            found = self._repository.get_many(some)
-            if tasks := {i: found[i] for i in some if i in found and self._wanted(found[i])}:
-                yield tasks
+            if not self._statuses:
+                yield some, {}
+            elif tasks := self._wanted(self._repository.get_many(some), some):
+                yield [*tasks], tasks
             for task_id in some:
                 self._left.pop(task_id, None)
 
+    def _wanted(self, tasks: Mapping[str, Task], task_ids: Iterable[str]) -> dict[str, Task]:
+        some = {i: tasks[i] for i in task_ids if i in tasks and i in self._left}
+        if None in self._statuses:
+            return some
+        return {i: task for i, task in some.items() if task.status in self._statuses}
+
     def of(self, tasks: Mapping[str, Task]) -> set[str]:
-        return {i for i, task in tasks.items() if i in self._left and self._wanted(task)}
+        return {*self._wanted(tasks, tasks)}
 
     def passed(self, tasks: Mapping[str, Task], parents: Collection[str]) -> None:
         for task_id in tasks:
@@ -129,7 +176,7 @@ class Matching(Selection):
         # Changed tasks that may be met again, in a later page or as the parent of a task there.
         self._apart: dict[str, datetime] = {}
 
-    def pages(self) -> Iterator[dict[str, Task]]:
+    def pages(self) -> Iterator[Page]:
         wanted = attrs.evolve(self._filter, limit=self._repository.timing.batch)
         for page in queries.pages(self._repository, wanted):
             self._newest, self._oldest = created_at(page[0]), created_at(page[-1])
@@ -139,7 +186,7 @@ class Matching(Selection):
                 tasks = {i: found[i] for i in tasks if i in found and wanted.matches(found[i])}
             self._page = tasks
             if tasks:
-                yield tasks
+                yield [*tasks], tasks
             self._apart = {i: date for i, date in self._apart.items() if date <= self._oldest}
 
     def of(self, tasks: Mapping[str, Task]) -> set[str]:
@@ -162,47 +209,48 @@ class Matching(Selection):
         return task_id not in self._apart
 
 
-def selections(
-    repository: Repository, filters: Sequence[TaskFilter], also: Also = ANY
-) -> Iterator[Selection]:
-    """Return the tasks that match one of the filters, which differ in their status only.
+def selections(repository: Repository, chosen: Chosen, statuses: Statuses) -> Iterator[Selection]:
+    """Return the chosen tasks with one of the statuses; ids without statuses are not read.
 
     A limit and an offset are those of all of them together. Then all ids are read before the first task
     is changed.
     """
-    first = filters[0]
-    if not (first.limited or first.offset):
-        yield from (Matching(repository, wanted, also) for wanted in filters)
-        return
-    statuses = {wanted.status for wanted in filters}
-    lists = [_matching(repository, first, status) for status in statuses]
-    newest = merge(*lists, key=created_at, reverse=True)
-    most = first.offset + first.limit if first.limited else None
-    chosen = islice((task for task in newest if also.meets(task)), first.offset, most)
-    task_ids = [task.id for task in chosen]
-    yield Given(repository, task_ids, lambda task: None in statuses or task.status in statuses)
+    task_ids, filter, also = chosen
+    if task_ids is not None:
+        yield Given(repository, task_ids, statuses)
+    elif not (filter.limited or filter.offset):
+        for status in statuses:
+            yield Matching(repository, attrs.evolve(filter, status=status), also)
+    else:
+        lists = [_matching(repository, filter, status) for status in {*statuses}]
+        newest = merge(*lists, key=created_at, reverse=True)
+        most = filter.offset + filter.limit if filter.limited else None
+        found = islice((task for task in newest if also.meets(task)), filter.offset, most)
+        yield Given(repository, [task.id for task in found], statuses)
 
 
 def count(
-    repository: Repository,
-    filters: Sequence[TaskFilter],
-    at_most: int | None,
-    also: Also = ANY,
+    repository: Repository, chosen: Chosen, statuses: Statuses, at_most: int | None
 ) -> TaskCount:
     """Return the number of tasks that :func:`selections` would return, at most ``at_most``."""
-    first, exact = filters[0], True
+    task_ids, wanted, also = chosen
+    if task_ids is not None:
+        return TaskCount(sum(len(ids) for ids, _ in Given(repository, task_ids, statuses).pages()))
+    exact = True
     if also is ANY:
-        counts = [queries.count(repository, wanted, at_most) for wanted in filters]
+        filters = [attrs.evolve(wanted, status=status) for status in {*statuses}]
+        counts = [queries.count(repository, each, at_most) for each in filters]
         number, exact = sum(map(int, counts)), all(count.exact for count in counts)
     else:
-        found = filter(also.meets, _matching(repository, first, first.status))
+        [status] = statuses
+        found = filter(also.meets, _matching(repository, wanted, status))
         most = None if at_most is None else check_int(at_most, "at_most", 1) + 1
         number = sum(1 for _ in islice(found, most))
     if at_most is not None and number > at_most:
         number, exact = at_most, False
-    number = max(0, number - first.offset)
-    if first.limited and number >= first.limit:
-        number, exact = first.limit, True
+    number = max(0, number - wanted.offset)
+    if wanted.limited and number >= wanted.limit:
+        number, exact = wanted.limit, True
     return TaskCount(number, exact)
 
 
@@ -210,5 +258,5 @@ def _matching(
     repository: Repository, wanted: TaskFilter, status: TaskStatus | None
 ) -> Iterator[Task]:
     """Iterate over all tasks with a status that match the conditions of a filter, newest first."""
-    every = attrs.evolve(wanted, status=status, offset=0, limit=_NO_LIMIT)
+    every = attrs.evolve(wanted, status=status, offset=0, limit=_ALL.limit)
     return queries.matching(repository, every)

@@ -133,7 +133,7 @@ class Supervisor:
         )
 
     def run(self) -> int:
-        """Do the work of :func:`supervise`."""
+        """Run the processes until a signal, and return the exit code: see :func:`supervise`."""
         settings, fleet = self._settings, self._fleet
         log.info(
             "supervisor (pid %d): %d process%s of %s, stop time-out %g s",

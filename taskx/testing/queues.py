@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import TimeoutError
 from contextlib import contextmanager
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from taskx.common.config import Config
 from taskx.common.hooks import Hook
 from taskx.core.checks import check_number
 from taskx.core.errors import ConfigurationError, TaskFailed
-from taskx.core.model import Task, TaskFilter, TaskStatus
-from taskx.core.options import FilterOptions, OnConflict
+from taskx.core.model import Task, TaskStatus
+from taskx.core.options import OnConflict
 from taskx.core.writes import Insert
 from taskx.executing.executors import BoundExecutor, Executor
 from taskx.executing.registry import Layer
@@ -26,8 +26,8 @@ from taskx.storage.adapter import EightMethodAdapter
 from taskx.storage.base import Repository
 from taskx.storage.eight import TaskRepository
 from taskx.storage.memory import MemoryRepository
-from taskx.submitting.bulk import Bulk
 from taskx.submitting.intake import Intake
+from taskx.submitting.operations import Operations
 from taskx.testing import submissions
 from taskx.testing.clock import ManualClock
 from taskx.testing.driven import (
@@ -40,10 +40,6 @@ from taskx.testing.driven import (
     wait_for_threads,
 )
 from taskx.testing.submissions import Submissions
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack  # in typing from 3.11 on
-
 
 #: A type of tasks: its name, or an executor.
 Kind = str | Executor[..., Any] | BoundExecutor[..., Any]
@@ -492,39 +488,12 @@ class InlineQueue(ManualQueue):
         self._finish(wanted)
         return count
 
-    def requeue_dead_letters(
-        self, filter: TaskFilter | None = None, **fields: Unpack[FilterOptions]
-    ) -> int:
-        count = super().requeue_dead_letters(filter, **fields)
-        self._finish()
-        return count
-
-    def requeue_all(self, *args: Any, **options: Any) -> Bulk:
-        return self._finished(super().requeue_all(*args, **options))
-
-    def requeue_failures(self, *args: Any, **options: Any) -> Bulk:
-        return self._finished(super().requeue_failures(*args, **options))
-
-    def cancel_all(self, *args: Any, **options: Any) -> Bulk:
-        return self._finished(super().cancel_all(*args, **options))
-
-    def delete_all(self, *args: Any, **options: Any) -> Bulk:
-        return self._finished(super().delete_all(*args, **options))
-
-    def _finished(self, bulk: Bulk) -> Bulk:
-        self._finish()
-        return bulk
-
-    def cancel_task(self, task_id: str, *, connection: object = None) -> bool:
-        cancelled = super().cancel_task(task_id, connection=connection)
+    @contextmanager
+    def _changing(self, connection: object = None) -> Iterator[Operations]:
+        with super()._changing(connection) as operations:
+            yield operations
         if connection is None:  # else the caller has the write lock
             self._finish()
-        return cancelled
-
-    def cancel_many(self, task_ids: Iterable[str]) -> int:
-        count = super().cancel_many(task_ids)
-        self._finish()
-        return count
 
     def resume(self, type: str | None = None) -> None:
         super().resume(type)

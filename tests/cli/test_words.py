@@ -32,7 +32,7 @@ flows | --limit | 0
 top | --interval | soon
 wait | nope
 tail | nope
-watch | bench
+watch | worker
 submit |
 submit | email | []
 submit | email | {"n": NaN}
@@ -78,7 +78,6 @@ worker | app:queue | --max-memory | 1
 worker | app:queue | --max-age | 0s
 dashboard | --host | 0.0.0.0
 doctor | nope
-bench | --workers | 0
 """
 CALLS = [[word.strip() for word in line.split("|")] for line in WRONG.strip().splitlines()]
 

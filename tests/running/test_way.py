@@ -136,7 +136,7 @@ class Road:
     def _count(self) -> int:
         """Count the tasks that wait for the worker, and an outcome that was left to a commit."""
         pool = pool_of(self.queue)
-        self._deferred |= self._ran and bool(services_of(self.queue).ledger)
+        self._deferred |= self._ran and bool(services_of(self.queue).moves.unsettled)
         return len(pool.buffer) + len(pool.ahead.runs) + self._deferred
 
     def submit(self) -> TaskHandle[Any]:
@@ -149,7 +149,7 @@ class Road:
         eventually(lambda: self._has_nothing() and self._sleeps())
 
     def _has_nothing(self) -> bool:
-        return pool_of(self.queue).holds_nothing() and not services_of(self.queue).ledger
+        return pool_of(self.queue).holds_nothing() and not services_of(self.queue).moves.unsettled
 
     def _sleeps(self) -> bool:
         return sys._current_frames()[self.worker.ident].f_code is Bell.wait.__code__

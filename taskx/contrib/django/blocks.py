@@ -284,7 +284,8 @@ class _Waiting:
                     _log.error(
                         "task %s (%s) was not stored after the commit: in the meantime another task got "
                         "its id or its unique key",
-                        *(write.id, write.row["type"]),
+                        write.id,
+                        write.row["type"],
                     )
         return stored
 

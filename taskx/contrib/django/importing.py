@@ -98,12 +98,8 @@ def _cron(crontab: Any) -> str:
             f"its days are the days {day} of the month that are also the weekdays {weekday}; a cron "
             "expression means the days that are one or the other"
         )
-    return " ".join(
-        (
-            *(_field(crontab.minute), _field(crontab.hour)),
-            *(day, _field(crontab.month_of_year), weekday),
-        )
-    )
+    minute, hour, month = map(_field, (crontab.minute, crontab.hour, crontab.month_of_year))
+    return f"{minute} {hour} {day} {month} {weekday}"
 
 
 def _field(text: str) -> str:
@@ -187,7 +183,7 @@ def store(queue: Queue, plan: Plan, *, dry_run: bool) -> str:
 def _declared(queue: Queue, plan: Plan) -> Schedule:
     try:
         return queue.schedule(
-            *(plan.name, plan.spec, plan.type, plan.params), tz=plan.tz, expires=plan.expires
+            plan.name, plan.spec, plan.type, plan.params, tz=plan.tz, expires=plan.expires
         )
     except TaskxError as error:
         raise Refused(str(error)) from error

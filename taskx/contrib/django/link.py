@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from django.db.utils import DataError, Error, IntegrityError, OperationalError
 
@@ -48,6 +48,10 @@ def is_locked(error: BaseException) -> bool:
 def is_failure(error: BaseException) -> bool:
     """Return True for errors of Django and its drivers, and for values that a database cannot store."""
     return isinstance(error, _FAILURES) and not isinstance(error, TaskxError)
+
+
+class _Done(NamedTuple):
+    rowcount: int
 
 
 class Link(storage.Link):
@@ -93,14 +97,14 @@ class Link(storage.Link):
         with self._executed(sql, values) as cursor:
             return [*cursor.fetchall()]
 
-    def execute(self, sql: str, values: Sequence[Any] = ()) -> int:
+    def execute(self, sql: str, values: Sequence[Any] = ()) -> _Done:
         with self._executed(sql, values) as cursor:
-            return int(cursor.rowcount)
+            return _Done(cursor.rowcount)
 
-    def execute_each(self, sql: str, rows: Sequence[Sequence[Any]]) -> int:
+    def executemany(self, sql: str, rows: Sequence[Sequence[Any]]) -> _Done:
         with self._cursor() as cursor:
             cursor.executemany(_marked(sql), [self._storable(values) for values in rows])
-            return int(cursor.rowcount)
+            return _Done(cursor.rowcount)
 
     def passing(self, sql: str) -> str:
         if not self.django.features.has_select_for_update_skip_locked:

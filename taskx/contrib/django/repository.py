@@ -132,8 +132,7 @@ class DjangoRepository(SQLRepository):
 
     def apply(self, writes: Sequence[Write], *, all_or_nothing: bool = False) -> Sequence[bool]:
         """Apply guarded writes in one transaction."""
-        apply = super().apply
-        return self._patiently(lambda: apply(writes, all_or_nothing=all_or_nothing))
+        return self._patiently(lambda: self._apply_new(writes, all_or_nothing))
 
     def put_notes(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
         put = super().put_notes
@@ -169,14 +168,16 @@ class DjangoRepository(SQLRepository):
             return True
         return self._file is None and any("starts" in write.changes for write in writes)
 
-    def _apply(self, sent: Sent, durable: bool, whole: bool) -> Sequence[bool]:
-        known = self._took_place(sent[0])
+    def _apply_new(self, writes: Sequence[Write], whole: bool) -> Sequence[bool]:
+        """Apply the writes except those in doubt that the records show."""
+        known = self._took_place(writes)
         if not known:
-            return super()._apply(sent, durable, whole)
-        results = [True] * len(sent[0])
+            return super().apply(writes, all_or_nothing=whole)
+        self.tell_others([writes[number] for number in known])
+        results = [True] * len(writes)
         if new := [number for number in range(len(results)) if number not in known]:
-            given, coded = ([part[number] for number in new] for part in sent)
-            told = super()._apply((given, coded), durable, whole)
+            given = [writes[number] for number in new]
+            told = super().apply(given, all_or_nothing=whole)
             for number, held in zip(new, told, strict=True):
                 results[number] = held
         return results

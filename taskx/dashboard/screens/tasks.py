@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from datetime import datetime
 from functools import partial
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import attrs
 from werkzeug.wrappers import Response
 
-from taskx.core.errors import ConfigurationError, InvalidTransition, TaskNotFound
+from taskx.core.errors import ConfigurationError
 from taskx.core.model import TaskFilter, TaskPage, TaskStatus
 from taskx.core.tags import without_trace
 from taskx.dashboard import private
@@ -160,18 +159,24 @@ class Change:
     """A change of several tasks.
 
     Attributes:
-        name: its name in URLs and in the audit log.
+        name: its name in URLs, in the audit log, and in the methods of the queue: ``"cancel"``.
         question: asks if it shall be done.
         done: says what was done.
-        some: changes the tasks with these ids; returns the number of changed ones.
-        all: changes all tasks that match, or only counts them.
     """
 
     name: str
     question: str
     done: str
-    some: Callable[[Queue, list[str]], int]
-    all: Callable[[Queue], Callable[..., Bulk]]
+
+    def some(self, queue: Queue, ids: list[str]) -> int:
+        """Change the tasks with these ids; return the number of changed ones."""
+        number: int = getattr(queue, f"{self.name}_many")(ids)
+        return number
+
+    def all(self, queue: Queue) -> Callable[..., Bulk]:
+        """Return the method that changes all tasks that match, or only counts them."""
+        method: Callable[..., Bulk] = getattr(queue, f"{self.name}_all")
+        return method
 
     def run(self, request: Request) -> Done | Page:
         """Ask first; do it if the user has confirmed it."""
@@ -210,37 +215,21 @@ class Change:
         return Page("confirm.html", {**names, "back": request.back, **given})
 
 
-def _delete_some(queue: Queue, ids: list[str]) -> int:
-    """Delete tasks; running ones and those that do not exist any more stay as they are."""
-    number = 0
-    for task_id in ids:
-        with suppress(TaskNotFound, InvalidTransition):
-            queue.delete(task_id)
-            number += 1
-    return number
-
-
 CHANGES = (
     Change(
         "cancel",
         "Cancel {count} task?|Cancel {count} tasks?",
         "{count} task was cancelled.|{count} tasks were cancelled.",
-        lambda queue, ids: queue.cancel_many(ids),
-        lambda queue: queue.cancel_all,
     ),
     Change(
         "requeue",
         "Run {count} task again?|Run {count} tasks again?",
         "{count} task runs again.|{count} tasks run again.",
-        lambda queue, ids: queue.requeue_many(ids),
-        lambda queue: queue.requeue_all,
     ),
     Change(
         "delete",
         "Delete {count} task?|Delete {count} tasks?",
         "{count} task was deleted.|{count} tasks were deleted.",
-        _delete_some,
-        lambda queue: queue.delete_all,
     ),
 )
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
-from typing import Any, TypeVar
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import pymongo
 from bson.codec_options import CodecOptions, DatetimeConversion
@@ -168,22 +167,6 @@ class Connection:
         if self._write_concern is None and client.write_concern.document:
             self._write_concern = client.write_concern
         return client.get_default_database()
-
-    @contextmanager
-    def scratch(self, name: str) -> Iterator[tuple[Any, str, str]]:
-        """Yield the database, the name of a new collection, and a URL for both; drop it at the end.
-
-        The URL is empty if this object was not opened by one.
-        """
-        database, url = self.tasks.database, ""
-        if isinstance(self._where, Url):
-            url = f"{self._where}{'&' if '?' in self._where else '?'}collection={name}"
-        try:
-            yield database, name, url
-        finally:
-            for each in database.list_collection_names():
-                if each == name or each.startswith(f"{name}."):
-                    self.run(partial(database.drop_collection, each))
 
     def refuse_earlier_nodes(self) -> None:
         """Raise if an earlier TaskX may be running: it keeps its nodes in a separate collection."""

@@ -23,7 +23,6 @@ from taskx.core.checks import check_number
 from taskx.core.clock import SYSTEM_CLOCK, Clock
 from taskx.core.codec import Codec
 from taskx.core.errors import ConfigurationError, TaskxError
-from taskx.core.ids import new_id
 from taskx.core.record import UNIQUE
 from taskx.core.timing import DEFAULT_TIMING, Timing
 from taskx.core.verdict import Check
@@ -234,15 +233,6 @@ class MongoRepository(Tasks):
         return self._changes.version()
 
     # --- opening and closing
-
-    @contextmanager
-    def scratch(self) -> Iterator[tuple[Repository, str]]:
-        with self._connection.scratch(f"taskx_bench_{new_id()[-12:]}") as (where, name, url):
-            made = MongoRepository(where, name, timeout=self._connection.timeout)
-            try:
-                yield made, url
-            finally:
-                made.close()
 
     def examine(self) -> Iterator[Check]:
         if not self._connection.is_real:

@@ -16,7 +16,7 @@ from taskx.core.record import COLUMNS, DEFAULTS, UNIQUE
 from taskx.core.writes import PRESENT, Delete, Insert, Update, Write
 from taskx.storage.sql.link import Link
 from taskx.storage.sql.statements import literal
-from taskx.storage.sql.writing import Writer
+from taskx.storage.sql.writing import Refused, Writer
 
 #: The most writes in one statement.
 MOST_TOGETHER = 500
@@ -84,7 +84,7 @@ def _touches_unique(write: Write) -> bool:
 class GroupWriter(Writer):
     """Applies guarded writes on PostgreSQL: those of the same form are one statement with arrays."""
 
-    def together(self, link: Link, writes: Sequence[Write]) -> list[bool]:
+    def together(self, writes: Sequence[Write], whole: bool, link: Link) -> list[bool]:
         results = [False] * len(writes)
         for group in grouped(writes):
             if len(group.writes) == 1:
@@ -94,6 +94,8 @@ class GroupWriter(Writer):
                 held = self._apply_group(link, group.writes)
             for write, place in zip(group.writes, group.places, strict=True):
                 results[place] = write.id in held
+        if whole and False in results:
+            raise Refused(results)
         return results
 
     def _apply_group(self, link: Link, writes: Sequence[Any]) -> set[str]:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from taskx.storage.base import Rows
-
-Values = Sequence[Any]
 
 
 class Apart(Exception):
@@ -22,25 +18,32 @@ class Taken(Apart):
     """A statement was refused because another row has the same value in a unique column."""
 
 
-class Link(ABC):
+class Done(Protocol):
+    """A statement that was executed: ``rowcount`` is the number of rows that it changed."""
+
+    @property
+    def rowcount(self) -> int: ...
+
+
+class Link(Protocol):
     """A connection inside a transaction. Its statements have ``?`` for their values."""
 
-    @abstractmethod
-    def rows(self, sql: str, values: Values = ()) -> Rows:
+    def rows(self, sql: str, values: Any = (), /) -> Rows:
         """Execute a statement, and return its rows."""
+        ...
 
-    @abstractmethod
-    def execute(self, sql: str, values: Values = ()) -> int:
-        """Execute a statement, and return the number of rows that it changed.
+    def execute(self, sql: str, values: Any = (), /) -> Done:
+        """Execute a statement.
 
         Raises:
             Taken: a unique value is taken, and the statement does not say what to do then.
         """
+        ...
 
-    @abstractmethod
-    def execute_each(self, sql: str, rows: Sequence[Values]) -> int:
-        """Execute a statement for each of some rows of values, and return the number of changed rows."""
+    def executemany(self, sql: str, rows: Any, /) -> Done:
+        """Execute a statement for each of some rows of values."""
+        ...
 
-    def passing(self, sql: str) -> str:
+    def passing(self, sql: str, /) -> str:
         """Return a ``SELECT … FOR UPDATE`` that passes over rows which other transactions have locked."""
         return f"{sql} SKIP LOCKED"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import compress
 from typing import Any, TypeVar
 
@@ -22,7 +23,7 @@ from taskx.storage.sql.dialects import LAST
 from taskx.storage.sql.groups import GroupWriter
 from taskx.storage.sql.link import Apart, Link
 from taskx.storage.sql.statements import EARLIER, SAME, Statements
-from taskx.storage.sql.writing import Writer
+from taskx.storage.sql.writing import Refused, Writer
 
 T = TypeVar("T")
 #: Writes as they were given, and as they are stored.
@@ -79,30 +80,24 @@ class SQLRepository(Repository):
 
     def apply(self, writes: Sequence[Write], *, all_or_nothing: bool = False) -> Sequence[bool]:
         """Apply guarded writes in one transaction. After an error, nothing was applied."""
-        sent = writes, self.codecs.coded(writes)
-        results = self._apply(sent, self._durable(writes), all_or_nothing)
-        self.tell_others(writes if all(results) else [*compress(writes, results)])
-        return results
-
-    def _apply(self, sent: Sent, durable: bool, whole: bool) -> Sequence[bool]:
-        writer, writes = self._writer, sent[1]
-        apply: Callable[[Link, Sequence[Write]], Sequence[bool]] = writer.together
-
-        def work(link: Link) -> Sequence[bool]:
-            results = apply(link, writes)
-            if whole and not all(results):
-                raise _Refused(results)
-            return results
-
-        alone = writer.dialect.has_arrays and len(writes) == 1 and writer.is_single(writes[0])
+        coded = self.codecs.coded(writes)
+        sent, durable, writer = (writes, coded), self._durable(writes), self._writer
+        single = writer.dialect.has_arrays and len(coded) == 1 and writer.is_single(coded[0])
+        alone = len(coded) == 1 or not (
+            writer.dialect.has_arrays or writer.dialect.most_together > 1
+        )
+        together = writer.each if alone else writer.together
         try:
             try:
-                return self._transact(work, durable, sent, single=alone)
+                work = partial(together, coded, all_or_nothing)
+                results = self._transact(work, durable, sent, single=single)
             except Apart:
-                apply = writer.each
-                return self._transact(work, durable, sent)
-        except _Refused as refused:
+                work = partial(writer.each, coded, all_or_nothing)
+                results = self._transact(work, durable, sent)
+        except Refused as refused:
             return refused.results
+        self.tell_others(writes if False not in results else [*compress(writes, results)])
+        return results
 
     def put_notes(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
         # Notes about nodes need no sync: after a power cut all nodes are dead. A node whose schema is
@@ -272,12 +267,6 @@ class SQLRepository(Repository):
 
     def notes_after(self, prefix: str, after: str, limit: int) -> dict[str, Note]:
         return _notes(self._rows(self.statements.notes_after, (after, prefix + LAST, limit)))
-
-
-class _Refused(Exception):
-    def __init__(self, results: Sequence[bool]) -> None:
-        super().__init__(results)
-        self.results = results
 
 
 def _notes(rows: Iterable[Sequence[Any]]) -> dict[str, Note]:

@@ -22,6 +22,14 @@ from taskx.storage.sql.statements import Statements
 _OTHER_STEPS = frozenset((*UNIQUE, "tags"))
 
 
+class Refused(Exception):
+    """Some guards did not hold, and all writes belong together. ``results`` tells which held."""
+
+    def __init__(self, results: Sequence[bool]) -> None:
+        super().__init__(results)
+        self.results = results
+
+
 class Writer:
     """Applies guarded writes in one dialect."""
 
@@ -29,22 +37,30 @@ class Writer:
         self.statements = statements
         self.dialect = statements.dialect
         self._sql_of = statements.update
+        d = self.dialect
+        # An update is always one statement: triggers do the rest, and a conflict undoes nothing else.
+        self._plain = d.has_triggers and not (d.needs_savepoints or d.locks_first or d.has_arrays)
 
     # --- several writes
 
-    def each(self, link: Link, writes: Iterable[Write]) -> list[bool]:
-        """Apply writes one by one. Return for each True if its guard held."""
-        return [self.one(link, write) for write in writes]
+    def each(self, writes: Sequence[Write], whole: bool, link: Link) -> list[bool]:
+        """Apply writes one by one. Return for each True if its guard held.
 
-    def together(self, link: Link, writes: Sequence[Write]) -> list[bool]:
-        """Apply writes, those of the same form in one statement. Return for each True if its guard held.
+        Raises:
+            Refused: ``whole`` is True, and a guard did not hold.
+        """
+        results = [self.one(link, write) for write in writes]
+        if whole and False in results:
+            raise Refused(results)
+        return results
+
+    def together(self, writes: Sequence[Write], whole: bool, link: Link) -> list[bool]:
+        """Do what :meth:`each` does. Writes of the same form are one statement.
 
         Raises:
             Apart: call :meth:`each` in another transaction.
         """
         most = self.dialect.most_together
-        if len(writes) == 1 or most == 1:
-            return self.each(link, writes)
         results: list[bool] = []
         for form, group in groupby(writes, _form):
             alike = [*group]
@@ -57,6 +73,8 @@ class Writer:
                 if 0 < held < len(some):
                     raise Apart
                 results += [held > 0] * len(some)
+        if whole and False in results:
+            raise Refused(results)
         return results
 
     def _all(self, link: Link, alike: Sequence[Write]) -> int:
@@ -64,23 +82,23 @@ class Writer:
         first = alike[0]
         if isinstance(first, Insert):
             rows = [tuple(write.changes.values()) for write in alike]
-            return link.execute_each(self.statements.insert(CREATED), rows)
+            return link.executemany(self.statements.insert(CREATED), rows).rowcount
         ids = [write.id for write in alike]
-        return link.execute(*self.statements.update(ids, first.guard, first.changes))
+        return link.execute(*self.statements.update(ids, first.guard, first.changes)).rowcount
 
     # --- one write
 
     def one(self, link: Link, write: Write) -> bool:
         """Apply one write. Return True if its guard held."""
         if isinstance(write, Update):
-            if write.skips or not _OTHER_STEPS.isdisjoint(write.changes):
+            if not (self._plain or (_OTHER_STEPS.isdisjoint(write.changes) and not write.skips)):
                 return self._update(link, write)
-            return link.execute(*self._sql_of((write.id,), write.guard, write.changes)) > 0
+            return link.execute(*self._sql_of((write.id,), write.guard, write.changes)).rowcount > 0
         if isinstance(write, Delete):
             return self._delete(link, write)
         row = write.row
         try:
-            held = link.execute(self.statements.insert(tuple(row)), tuple(row.values())) > 0
+            held = link.execute(self.statements.insert(tuple(row)), (*row.values(),)).rowcount > 0
         except Taken:
             return False
         if held and ("depends_on" in row or "tags" in row):
@@ -99,7 +117,8 @@ class Writer:
             return False
         passes = write.skips and d.has_arrays
         query = self.statements.update((write.id,), write.guard, changes, passes=passes)
-        held = self._unless_taken(link, *query) if _takes(changes) else link.execute(*query) > 0
+        execute = self._unless_taken if _takes(changes) else _execute
+        held = execute(link, *query)
         if held and "tags" in changes and not d.has_triggers:
             self.retag(link, write)
         return held
@@ -107,7 +126,7 @@ class Writer:
     def _unless_taken(self, link: Link, sql: str, values: Sequence[Any]) -> bool:
         try:
             with _savepoint(link) if self.dialect.needs_savepoints else nullcontext():
-                return link.execute(sql, values) > 0
+                return link.execute(sql, values).rowcount > 0
         except Taken:
             return False
 
@@ -118,7 +137,7 @@ class Writer:
 
     def _delete(self, link: Link, write: Delete) -> bool:
         if self.dialect.has_triggers:
-            return link.execute(*self.statements.delete(write.id, write.guard)) > 0
+            return link.execute(*self.statements.delete(write.id, write.guard)).rowcount > 0
         gone = self._lock(link, write)
         for seq, *_ in gone:
             link.execute(self.statements.gone_task, (seq,))
@@ -134,9 +153,9 @@ class Writer:
             pairs += [(parent, row["id"]) for parent in _items(row.get("depends_on"))]
             tags += [(tag, row["id"]) for tag in _items(row.get("tags"))]
         if pairs:
-            link.execute_each(self.statements.new_parent, pairs)
+            link.executemany(self.statements.new_parent, pairs)
         if tags:
-            link.execute_each(*self.statements.tags(tags))
+            link.executemany(*self.statements.tags(tags))
 
     def retag(self, link: Link, write: Update) -> None:
         """Replace the tags of a task by those of a write, which has changed its row."""
@@ -149,9 +168,9 @@ class Writer:
         parted = [(task_id,) for _, task_id, parents, _ in gone if parents is not None]
         untagged = [(seq,) for seq, _, _, tags in gone if tags is not None]
         if parted:
-            link.execute_each(self.statements.gone_parents, parted)
+            link.executemany(self.statements.gone_parents, parted)
         if untagged:
-            link.execute_each(self.statements.gone_tags, untagged)
+            link.executemany(self.statements.gone_tags, untagged)
 
     # --- notes
 
@@ -162,13 +181,17 @@ class Writer:
         if text is None and not version:
             return not link.rows(sql.has_note, (name,))
         if text is None:
-            return link.execute(sql.gone_note, (name, version)) == 1
+            return link.execute(sql.gone_note, (name, version)).rowcount == 1
         if version:
-            return link.execute(sql.changed_note, (text, name, version)) == 1
+            return link.execute(sql.changed_note, (text, name, version)).rowcount == 1
         try:
-            return link.execute(sql.new_note, (name, text, new_version())) == 1
+            return link.execute(sql.new_note, (name, text, new_version())).rowcount == 1
         except Taken:
             return False
+
+
+def _execute(link: Link, sql: str, values: Sequence[Any]) -> bool:
+    return link.execute(sql, values).rowcount > 0
 
 
 def _form(write: Write) -> Any:

@@ -24,13 +24,12 @@ from taskx.core.errors import (
     SchemaMismatch,
     TaskxError,
 )
-from taskx.core.ids import new_id
 from taskx.core.model import CONDITIONS
 from taskx.core.timing import DEFAULT_TIMING, Timing
 from taskx.core.writes import Write
 from taskx.liveness.locks import KernelLocks
 from taskx.storage import queries
-from taskx.storage.base import Listener, Lookup, Reentered, Repository, tell_of_forks
+from taskx.storage.base import Listener, Lookup, Reentered, tell_of_forks
 from taskx.storage.sql import Link, Sent, SQLRepository
 from taskx.storage.sqlite import schema, turnstile
 from taskx.storage.sqlite.connections import FAILURES, Connection, Connections
@@ -172,7 +171,7 @@ class SQLiteRepository(SQLRepository):
             connection = self._ready_writer()
             try:
                 cursor = self._begin(connection, durable)
-                result = work(CursorLink(cursor))
+                result = work(cursor)
                 self._refuse_if_newer(connection, sent)
                 cursor.execute("COMMIT")
                 self._commits += 1
@@ -191,10 +190,10 @@ class SQLiteRepository(SQLRepository):
         self._file.check()
         return connection
 
-    def _begin(self, connection: Connection, durable: bool) -> sqlite3.Cursor:
+    def _begin(self, connection: Connection, durable: bool) -> _Cursor:
         """Begin a transaction when it is this process's turn, within the time-out."""
         timeout = self._connections.busy_timeout
-        cursor = connection.cursor()
+        cursor = connection.cursor(_Cursor)
         hurry = self.callers.blocked
         left = self._turnstile.enter(self.timing.file_free_within if hurry else timeout)
         self._set_synchronous(connection, durable)
@@ -300,15 +299,15 @@ class SQLiteRepository(SQLRepository):
         self.open()
         return self._connections.read(_fetch, sql, values)
 
-    def _rows_near(self, sql: str, values: Sequence[Any]) -> list[Any]:
+    def _found(self, column: Lookup, sql: str, values: Sequence[Any]) -> list[Any]:
         """Read a few rows on the writing connection if it is free, otherwise on a reader.
 
         The writing connection has the pages that it wrote last in memory. A reader must read them again
         after each commit.
         """
-        self.open()
-        if self._write_lock._is_owned():  # type: ignore[attr-defined]
+        if column not in _NEAR or len(values) > _FEW or self.entered:
             return self._rows(sql, values)
+        self.open()
         got: list[bool] = []
         try:
             # One step acquires the lock and records that it did: a signal handler may raise between any two
@@ -335,10 +334,6 @@ class SQLiteRepository(SQLRepository):
         else:
             with self._write_lock:
                 self._connections.writer()
-
-    def _found(self, column: Lookup, sql: str, values: Sequence[Any]) -> list[Any]:
-        near = column in _NEAR and len(values) <= _FEW
-        return self._rows_near(sql, values) if near else self._rows(sql, values)
 
     def shrink(self) -> bool:
         """Cut a few free pages off the file if many are free. Return True if there are more to cut.
@@ -401,24 +396,6 @@ class SQLiteRepository(SQLRepository):
     def only_existing(self) -> None:
         self._file.create = False
         self._connections.migrates = False
-
-    @contextmanager
-    def scratch(self) -> Iterator[tuple[Repository, str]]:
-        from urllib.parse import quote
-
-        path = f"{os.path.realpath(self._file.path)}-bench-{new_id()[-12:]}"
-        made = SQLiteRepository(path, self.durability)
-        try:
-            yield made, f"sqlite:///{quote(path)}?durability={self.durability}"
-        finally:
-            made.close()
-            for suffix in ("", "-wal", "-shm"):
-                with suppress(FileNotFoundError):
-                    os.unlink(path + suffix)
-            with suppress(FileNotFoundError):
-                for name in os.listdir(f"{path}-nodes"):
-                    os.unlink(os.path.join(f"{path}-nodes", name))
-                os.rmdir(f"{path}-nodes")
 
     def examine(self) -> Iterator[Check]:
         from taskx.storage.sqlite.examination import examine  # not needed to run tasks
@@ -635,9 +612,9 @@ class Joined(SQLiteRepository):
 
     # --- statements
 
-    def _cursor(self) -> sqlite3.Cursor:
+    def _cursor(self) -> _Cursor:
         # A subclass of the connection may have changed ``cursor``, and its rows may be of any kind.
-        cursor: sqlite3.Cursor = sqlite3.Connection.cursor(self._connection, sqlite3.Cursor)
+        cursor = sqlite3.Connection.cursor(self._connection, _Cursor)
         cursor.row_factory = None
         return cursor
 
@@ -655,7 +632,7 @@ class Joined(SQLiteRepository):
             savepoint = f"taskx_{next(_savepoints)}"
             try:
                 cursor.execute(f"SAVEPOINT {savepoint}")
-                result = work(CursorLink(cursor))
+                result = work(cursor)
                 cursor.execute(f"RELEASE {savepoint}")
                 return result
             except BaseException:
@@ -665,6 +642,9 @@ class Joined(SQLiteRepository):
     def _rows(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
         with self.translating():
             return self._fetch(sql, values)
+
+    def _found(self, column: Lookup, sql: str, values: Sequence[Any]) -> list[Any]:
+        return self._rows(sql, values)
 
     def _fetch(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
         try:
@@ -678,29 +658,19 @@ class Joined(SQLiteRepository):
         finally:
             self._connection.text_factory = str
 
-    _rows_near = _rows
-
     @property
     def entered(self) -> bool:
         return False
 
 
-class CursorLink(Link):
-    """A cursor of SQLite's driver inside a transaction."""
+class _Cursor(sqlite3.Cursor):
+    """A cursor inside a transaction: a link."""
 
-    __slots__ = ("_cursor",)
+    def rows(self, sql: str, values: Sequence[Any] = (), /) -> list[Any]:
+        return self.execute(sql, values).fetchall()
 
-    def __init__(self, cursor: sqlite3.Cursor) -> None:
-        self._cursor = cursor
-
-    def rows(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
-        return self._cursor.execute(sql, values).fetchall()
-
-    def execute(self, sql: str, values: Sequence[Any] = ()) -> int:
-        return self._cursor.execute(sql, values).rowcount
-
-    def execute_each(self, sql: str, rows: Sequence[Sequence[Any]]) -> int:
-        return self._cursor.executemany(sql, rows).rowcount
+    def passing(self, sql: str, /) -> str:
+        return sql
 
 
 def _let_go(sent: Sent | None) -> bool:

@@ -71,7 +71,9 @@ def _work_through(queue: Queue, name: str, rows: Any, change: Change, by: str) -
     except Exception:  # noqa: BLE001  (nobody else would be told)
         _log.exception(
             "admin: %s by %s has stopped after %d tasks; take the action again to go on",
-            *(name, by, matched),
+            name,
+            by,
+            matched,
         )
     finally:
         try:

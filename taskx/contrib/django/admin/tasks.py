@@ -378,7 +378,7 @@ class DeadLetterAdmin(TaskAdmin):
     """Failed tasks."""
 
     list_filter = (Submitted, QueueName, Type, Tag)
-    list_display = (*("task_id", "type", "submitted", "ended", "error_type", "created_by"),)
+    list_display = ("task_id", "type", "submitted", "ended", "error_type", "created_by")
     actions = ("requeue", "requeue_edited")
 
 
