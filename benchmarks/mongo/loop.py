@@ -8,6 +8,7 @@ from bson.int64 import Int64
 
 from benchmarks.loops import Loop, created, started_and_finished
 from taskx.core.ids import new_id
+from taskx.core.timing import DEFAULT_TIMING
 from taskx.core.writes import Update
 from taskx.storage.mongo.connection import Connection, Url
 from taskx.storage.mongo.documents import MARKS, fields, new_document
@@ -29,7 +30,9 @@ class MongoLoop(Loop):
     def __init__(self, url: str, count: int, *, at_once: bool = False) -> None:
         self.count = count
         self._at_once = at_once
-        self._connection = Connection("tasks", Url(url), timeout=_TIMEOUT, write_concern=None)
+        self._connection = Connection(
+            "tasks", Url(url), timeout=_TIMEOUT, write_concern=None, timing=DEFAULT_TIMING
+        )
         make_indexes(self._connection)
         self._tasks = self._connection.tasks
         self._ids = [new_id() for _ in range(count)]

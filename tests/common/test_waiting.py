@@ -374,7 +374,6 @@ def test_cancelling_a_damaged_record_raises_an_error(queue, repository, caplog):
     repository._transact(
         lambda cursor: cursor.execute("UPDATE tasks SET held = 'abc' WHERE id = ?", (damaged,)),
         durable=False,
-        writes=(),
     )
     with pytest.raises(RepositoryCorrupt, match=f"{damaged} cannot be cancelled"):
         queue.cancel_task(damaged)

@@ -1090,8 +1090,8 @@ class Interrupting:
     def execute(self, sql, *values):
         return self.cursor().execute(sql, *values)
 
-    def cursor(self):
-        return InterruptingCursor(self._connection.cursor(), self._when, self._statement)
+    def cursor(self, factory=sqlite3.Cursor):
+        return InterruptingCursor(self._connection.cursor(factory), self._when, self._statement)
 
 
 class InterruptingCursor:
