@@ -253,13 +253,14 @@ class Transactions:
         if stored is not None:
             unit.stored.append(stored)
         with self._lock:
-            if unit not in self.units:
-                self.units.append(unit)
+            # First the thread: an interrupt must not leave a transaction that nobody watches.
             if self._thread is None:
                 thread = threading.Thread(target=self._run, name="taskx-commits", daemon=True)
                 with suppress(RuntimeError):  # no thread can be started: polling finds the tasks
                     thread.start()
                     self._thread = thread
+            if unit not in self.units:
+                self.units.append(unit)
         with suppress(RuntimeError):  # it was released already
             self._bell.release()
 

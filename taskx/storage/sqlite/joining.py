@@ -373,7 +373,8 @@ class FileTransactions(Transactions):
         connection has ended if what it wrote cannot be seen there.
         """
         for unit in self._given:
-            if unit.held.connection is not connection or unit.active is not None:
+            others = unit.held.connection is not connection or unit.active is not None
+            if others or unit.ended:
                 continue
             writes = [write for one in list(unit.stored) for write in one.writes]
             if inside is not None and not any(queries.shown(inside, writes[:_FEW])):
