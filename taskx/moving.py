@@ -62,7 +62,7 @@ class _Pool(Protocol):
 
 
 class Outcome(NamedTuple):
-    """How an attempt of this process has ended.
+    """The end of an attempt of this process.
 
     Attributes:
         run: the run that made the attempt.

@@ -7,7 +7,7 @@ import attrs
 
 @attrs.frozen(kw_only=True)
 class Timing:
-    """How often the parts of TaskX look, how long they wait, and how much they do at once.
+    """The intervals, the longest waits and the batch sizes of the parts of TaskX.
 
     These are no settings: programs use the defaults. Tests pass other values to a repository or a queue.
     All times are in seconds. The names say what a number is: ``…_every`` is the interval of a step that is

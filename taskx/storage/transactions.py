@@ -249,10 +249,10 @@ class Transactions:
 
     def watch(self, unit: Unit, stored: Stored | None = None) -> None:
         """Watch a transaction until its end. Writes that are ``stored`` in it are then told of."""
-        self.known = True
         if stored is not None:
             unit.stored.append(stored)
         with self._lock:
+            self.known = True  # inside: the thread clears it there when nothing is left
             # First the thread: an interrupt must not leave a transaction that nobody watches.
             if self._thread is None:
                 thread = threading.Thread(target=self._run, name="taskx-commits", daemon=True)

@@ -1,4 +1,4 @@
-"""How databases differ in what the statements say."""
+"""The differences between databases in the text of statements."""
 
 from __future__ import annotations
 
