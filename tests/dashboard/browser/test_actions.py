@@ -205,6 +205,8 @@ def test_the_keyboard_leads_everywhere(page):
         page.keyboard.press("g")
         page.keyboard.press(letter)
         expect(page.locator("h1")).to_have_text(title)
+        # The script of the page shows this button. Before that it hears no key.
+        expect(page.get_by_role("button", name="Keyboard")).to_be_visible()
 
 
 def test_slash_searches_and_the_question_mark_helps(page):
