@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from helpers import PATIENCE, run_in_thread
+from helpers import PATIENCE, eventually, run_in_thread
 from kinds import NO_MANUAL_COMMITS
 from sqlalchemy.orm import Session
 
@@ -570,7 +570,8 @@ def test_nothing_is_kept_of_transactions_that_were_rolled_back_without_autocommi
         write(scene)
         scene.queue.submit("echo", connection=scene.connection)
         scene.connection.rollback()
-    assert len(scene.queue.repository.transactions.units) == 1
+    # One that was seen between its rollback and the next transaction is forgotten a moment later.
+    eventually(lambda: len(scene.queue.repository.transactions.units) <= 1)
     assert scene.queue.submit("echo", id="after").id == "after"
 
 
