@@ -121,6 +121,10 @@ def connections_of(repository: SQLiteRepository) -> Connections:
     return repository._connections
 
 
+def open_readers(repository: SQLiteRepository) -> list[Connection]:
+    return [one for one in list(connections_of(repository)._readers) if not one.closed]
+
+
 @contextmanager
 def reading(repository: SQLiteRepository) -> Iterator[Connection]:
     """Keep one read connection in use, in a thread of its own."""

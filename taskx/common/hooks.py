@@ -190,12 +190,7 @@ class Hooks:
                     self._thread = None
                 if not isinstance(error, RuntimeError):
                     raise
-                # The interpreter is shutting down. Or an interrupt struck ``Condition.wait`` just after it
-                # had released its lock: the end of ``with`` fails then, and hides the interrupt.
-                struck = error.__context__
-                if struck is not None and not isinstance(struck, Exception):
-                    raise struck  # noqa: B904  (it is the first of the two)
-        self._tell_all()
+        self._tell_all()  # the interpreter is shutting down
 
     def _run(self) -> None:
         while True:

@@ -1,7 +1,6 @@
 """The watcher, which resolves the handles in use when their tasks have ended.
 
-Like a handle, it takes no lock that an exception in the main thread could leave locked, and marks no step
-as done before it is. A step that was cut short is repeated by the next thread that checks.
+It marks no step as done before it is. A step that was cut short is repeated by the next thread that checks.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from typing import Any
 
 from taskx.common.bell import Agenda, Rest, Signal
@@ -46,12 +45,14 @@ class Watcher:
         self._log = log
         self._timing = timing
         self._agenda = agenda
-        # The live handles of each task, by their ``id()``. Changed without a lock, one dict operation at a
-        # time: at any point a handle may be dropped, or an exception strike.
+        # References to the handles of each task, by their ``id()``. The next check forgets handles that
+        # nobody uses any more.
         self._handles: dict[str, dict[int, Callable[[], TaskHandle[Any] | None]]] = {}
+        self._lock = threading.RLock()  # reentrant: a finalizer may use a handle
         #: The ids of the watched tasks.
         self.watched = self._handles.keys()
-        self._ended: deque[str] = deque()  # ended tasks whose handles are not told yet
+        # Handles that have ended, and whose listeners are not told yet.
+        self._ended: deque[TaskHandle[Any]] = deque()
         self._thread: threading.Thread | None = None
         self._listener: Listener | None = None  # hears of tasks that end in other processes
         self._closed = self._warned = False
@@ -96,7 +97,8 @@ class Watcher:
             self._log.warning(
                 "waiting for task %s, but this queue is not started, and no running queue has an "
                 "executor for type %r; start a queue that has one",
-                *(task_id, task.type),
+                task_id,
+                task.type,
             )
 
     def close(self) -> None:
@@ -112,41 +114,21 @@ class Watcher:
     # --- the handles
 
     def _register(self, handle: TaskHandle[Any]) -> None:
-        task_id, key = handle.id, id(handle)
-        ref: Callable[[], TaskHandle[Any] | None]
-        if handle.has_callbacks:
-            ref = lambda: handle  # noqa: E731
-        else:
-            ref = weakref.ref(handle, lambda gone: self._drop(task_id, key, gone))
-        while True:
-            refs = self._handles.setdefault(task_id, {})
-            refs[key] = ref
-            if self._handles.get(task_id) is refs:  # else it was dropped in the meantime
-                return
-
-    def _drop(self, task_id: str, key: int, ref: object = None) -> None:
-        refs = self._handles.get(task_id, {})
-        if ref is None or refs.get(key) is ref:
-            refs.pop(key, None)
-        if not refs:
-            for late in list(self._handles.pop(task_id, {}).values()):  # registered in between
-                if (handle := late()) is not None:
-                    self._register(handle)
+        ref = (lambda: handle) if handle.has_callbacks else weakref.ref(handle)
+        with self._lock:
+            self._handles.setdefault(handle.id, {})[id(handle)] = ref
 
     def _live(self, task_id: str) -> list[TaskHandle[Any]]:
-        live = []
-        refs = self._handles.get(task_id, {})
-        for key in list(refs):
-            if (ref := refs.get(key)) is None:
-                continue
-            if (handle := ref()) is not None:
-                live.append(handle)
-            else:  # an exception struck while it was being dropped
-                self._drop(task_id, key, ref)
-        if not refs and task_id in self._handles:
-            # An exception struck before the first handle was noted, or after the last one was dropped.
-            self._drop(task_id, 0)
-        return live
+        """Return the handles of a task that are in use, and forget the others."""
+        with self._lock:
+            refs = self._handles.get(task_id, {})
+            found = {key: ref() for key, ref in list(refs.items())}
+            for key, handle in found.items():
+                if handle is None:
+                    del refs[key]
+            if not refs:
+                self._handles.pop(task_id, None)
+        return [handle for handle in found.values() if handle is not None]
 
     # --- checking
 
@@ -161,14 +143,13 @@ class Watcher:
             self._log.debug("the handles of task %s are resolved later: %s", task_id, error)
 
     def tell(self) -> None:
-        """Tell the listeners of tasks whose end was found on the main thread. After an error, try later."""
-        ended = [self._ended.popleft() for _ in range(len(self._ended))]
-        if ended:
+        """Tell the listeners of handles whose end was found on the main thread."""
+        while True:
             try:
-                self._resolve(ended)
-            except BaseException:  # also an interrupt: the listeners are told next time
-                self._ended.extend(ended)
-                raise
+                handle = self._ended.popleft()
+            except IndexError:
+                return
+            self._end(handle)
 
     def check_all(self) -> None:
         """Check all watched tasks, and resolve the handles of those that have ended."""
@@ -195,18 +176,22 @@ class Watcher:
 
         The main thread leaves it, because an exception may strike there between two related steps.
         """
-        if handle.listeners and on_main_thread() and self._has_teller():
-            self._ended.append(handle.id)
+        others = (self._agenda.attended and not self._closed) or self._polls
+        if handle.listeners and on_main_thread() and others:
+            self._ended.append(handle)
             self._agenda.wake()
         else:
-            self._drop(handle.id, id(handle))
-            handle.tell()
+            self._end(handle)
+
+    def _end(self, handle: TaskHandle[Any]) -> None:
+        with self._lock:
+            refs = self._handles.get(handle.id, {})
+            refs.pop(id(handle), None)
+            if not refs:
+                self._handles.pop(handle.id, None)
+        handle.tell()
 
     # --- in a queue that is not started
-
-    def _has_teller(self) -> bool:
-        """Return True if another thread can tell the listeners: the housekeeper or the watcher's own."""
-        return (self._agenda.attended and not self._closed) or self._polls
 
     @property
     def _polls(self) -> bool:
@@ -216,7 +201,9 @@ class Watcher:
         """Start the watcher's thread if there is a handle to watch and no other thread checks it."""
         if self._handles and (self._closed or not self._agenda.attended) and not self._polls:
             thread = threading.Thread(target=self._poll, name="taskx-watch", daemon=True)
-            self._thread = thread  # first: the thread runs only as long as this attribute names it
+            self._thread = (
+                thread  # before the start: it runs only as long as this attribute names it
+            )
             try:
                 thread.start()
             except RuntimeError:  # the system cannot start a thread: this thread checks once
@@ -231,8 +218,7 @@ class Watcher:
         while self._thread is me and self._handles and (self._closed or not self._agenda.attended):
             pause, watched = timing.watch_every, len(self._handles)
             try:
-                with suppress(RepositoryError) if self._closed else nullcontext():
-                    self.tell()
+                self.tell()
                 if self._closed:
                     self._close_all()  # it reads nothing, so it works while the repository is down
                 elif changed() or told or time.monotonic() - looked > timing.handles_every:
@@ -285,7 +271,7 @@ class Watcher:
 
     def renew_after_fork(self) -> None:
         """Start again in a forked child: the threads that waited belong to the parent."""
-        self._listener = None
+        self._listener, self._lock = None, threading.RLock()
         for task_id in list(self._handles):
             for handle in self._live(task_id):
                 handle.forget_listeners()

@@ -220,8 +220,9 @@ class Timing:
     most_readers: int = 16
     #: The time after which an unused connection is closed.
     close_reader_after: float = 10.0
-    #: Between polls of a thread that waits for a connection: a wake-up may be lost.
-    reader_every: float = 0.05
+    #: Between tries of a thread that waits for a connection: first, and at most.
+    reader_pause: float = 0.001
+    longest_reader_pause: float = 0.05
     #: Between tries for the lock that writing processes take in turns: first, and at most. A small commit
     #: takes about as long as the first.
     turn_pause: float = 0.00005

@@ -101,11 +101,11 @@ class Keeper:
             self._repository,
             kept,
             token,
-            encode,
-            ending,
-            self._clock,
-            completed,
-            self._retry_every,
+            encode=encode,
+            ending_of=ending,
+            clock=self._clock,
+            completed=completed,
+            retry_every=self._retry_every,
         )
 
 

@@ -139,7 +139,8 @@ class Executor(Generic[P, R]):
     takes_context: bool
 
     def __init__(self, type: str, function: Callable[..., R], options: Options) -> None:
-        update_wrapper(self, function)  # type: ignore[arg-type]  # first: the attributes below win
+        # Before the attributes below, which win over those of the function.
+        update_wrapper(self, function)  # type: ignore[arg-type]
         self.type = type
         self.function = function
         self.options = options
@@ -519,11 +520,18 @@ def entry_of(executor: TaskExecutor | Executor[Any, Any], options: Options) -> R
         values = values_of(executor.execute)
     if values is not None:
         function = _coding(function, values)
-    defaults, level = options.task_defaults, log_level(options.capture_log)
-    at_start = tuple({**FALLBACKS, **defaults}.values())
-    expires = None if options.expires is None else lifetime(options.expires)
+    defaults = options.task_defaults
     return Registered(
-        *(type, function, takes_context, check, options, defaults, at_start, level, values, expires)
+        type=type,
+        function=function,
+        takes_context=takes_context,
+        check_params=check,
+        options=options,
+        defaults=defaults,
+        at_start=tuple({**FALLBACKS, **defaults}.values()),
+        log_level=log_level(options.capture_log),
+        values=values,
+        expires=None if options.expires is None else lifetime(options.expires),
     )
 
 

@@ -149,9 +149,7 @@ class Registry:
         if self.middleware:
             function = _wrapped(function, self.middleware, takes_context=takes_context)
             takes_context = True
-        self._limit(
-            entry.type, entry.options
-        )  # first: once the type is registered, its tasks may start
+        self._limit(entry.type, entry.options)  # as soon as the type is registered, tasks may start
         if entry.values is not None:
             self.values[entry.type] = entry.values
         else:

@@ -120,7 +120,14 @@ def opened(
     # First the run's lock: another thread may hold it while its step waits for the store.
     with kept.inside(tx):
         stack, tx.connection = _begin(repository, token, retry_every)
-        commit = _Commit(repository, kept.task, token, tx, completed, retry_every)
+        commit = _Commit(
+            repository=repository,
+            task=kept.task,
+            token=token,
+            tx=tx,
+            completed=completed,
+            retry_every=retry_every,
+        )
         try:
             with stack:
                 try:

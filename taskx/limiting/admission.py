@@ -199,7 +199,7 @@ class Admission:
         if most is None:
             return None
         if limit.scope == "global":
-            return SharedSlots(self._repository, self._node, type, most, self._log, taken)
+            return SharedSlots(self._repository, self._node, type, most, log=self._log, taken=taken)
         return OwnSlots(most, taken)
 
     def _bucket(self, type: str, limit: Limit, before: _Bucket | None) -> _Bucket | None:

@@ -59,7 +59,7 @@ class _Shared(ABC, Generic[T]):
 
     def _read(self) -> None:
         """Read the note; a damaged one counts as missing."""
-        self._stale = True  # first: if this is interrupted, version and value may not fit together
+        self._stale = True  # until it was read
         self._note = self._repository.notes(self._name).get(self._name)
         flaw = None
         try:
@@ -74,7 +74,7 @@ class _Shared(ABC, Generic[T]):
 
     def _put(self, text: str | None, value: T) -> bool:
         """Change the note, unless another node did since it was read; return True if it was changed."""
-        self._stale = True  # first: if this is interrupted, it is not known what was stored
+        self._stale = True  # if the next call raises, it is not known what was stored
         version = self._note.version if self._note else 0
         done = self._repository.put_note(self._name, text, version)
         if done and version and text is not None:

@@ -91,12 +91,13 @@ class Stuck:
         """Note that the thread of an abandoned run has come back from its executor."""
         with self._abandoning:
             abandoned = self.runs[run]
-        abandoned.wait()  # first, because the task may start again from now on
+        abandoned.wait()  # after the next line the task may start again
         self.ended.append(run)
         del self.runs[run]
         self._services.log.warning(
             "task %s (%s) was stuck, and its thread has ended now; its late outcome is dropped",
-            *(run.task.id, run.task.type),
+            run.task.id,
+            run.task.type,
         )
 
     # --- in threads of its own
@@ -125,12 +126,14 @@ class Stuck:
             abandoned.set()
         log.error(
             "task %s (%s) is stuck: it timed out, and its thread still runs",
-            *(run.task.id, run.task.type),
+            run.task.id,
+            run.task.type,
         )
         if not self.healthy:
             log.error(
                 "%d threads are stuck, more than max_stuck=%d; this thread is not replaced",
-                *(len(self.runs), self._most),
+                len(self.runs),
+                self._most,
             )
 
     # --- for the housekeeper

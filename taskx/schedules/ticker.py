@@ -359,7 +359,7 @@ class Ticker:
         # Not only the last tick: a node may have stored a task and died before it moved the schedule on.
         earlier = {entry.last, *latest(ticks, entry.next, now, BATCH)} - {run[0]}
         undone = [tick for tick in earlier if tick is not None]
-        return Plan(read, entry, entry.next, run[:1], next_, undone)
+        return Plan(read, entry, entry.next, run=run[:1], next=next_, earlier=undone)
 
     def _put(self, plans: Sequence[Plan], *, making: bool = False) -> Sequence[bool]:
         """Store schedules; read those again that another node has moved on or a user has changed."""

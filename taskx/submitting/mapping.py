@@ -138,7 +138,7 @@ class _Window:
             self._unfinished[outcome] = None
             self._unwatched.append(outcome)
             outcome.listen(self._on_end)
-        place.outcome = outcome  # last: a step that was interrupted is repeated
+        place.outcome = outcome  # at the end: a step that was interrupted is repeated
         place.item = None
 
     def handle(self, task_id: str) -> TaskHandle[Any] | None:

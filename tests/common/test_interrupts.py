@@ -7,7 +7,6 @@ call one point later than the call before.
 from __future__ import annotations
 
 import logging
-import sys
 import threading
 from concurrent.futures import TimeoutError
 
@@ -26,7 +25,6 @@ from strikes import every_strike, strike_at
 
 from taskx import Hook, QueueFull, RepositoryError, RepositoryUnavailable, Task, TaskStatus
 from taskx.common.bell import Agenda, Bell
-from taskx.common.hooks import Hooks
 from taskx.core import lifecycle
 from taskx.core.clock import to_ms
 from taskx.core.log import GuardedLogger
@@ -38,15 +36,6 @@ from taskx.running.buffer import Buffer
 @pytest.fixture
 def log():
     return GuardedLogger(logging.getLogger("taskx"))
-
-
-@pytest.fixture
-def rare_switches():
-    """Let a thread go on until it waits, so that a thread that it starts has not begun before."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(PATIENCE)
-    yield
-    sys.setswitchinterval(interval)
 
 
 #: Runs the audit without pause, so that it finds lost tasks at once.
@@ -166,12 +155,7 @@ def test_an_interrupted_cancel_leaves_nothing_behind(make_queue, gate):
     check_it_works(queue)
 
 
-# An exception in the callback of a weak reference to a handle is only reported.
-drops_handles = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-
 @auditing
-@drops_handles
 @pytest.mark.parametrize("what", ["drain", "list_tasks", "wait_quiet", "result", "map"])
 def test_other_interrupted_calls_leave_nothing_behind(started, what):
     later = started.submit("fine", delay=3600)
@@ -192,7 +176,6 @@ def test_other_interrupted_calls_leave_nothing_behind(started, what):
 
 
 @auditing
-@drops_handles
 @pytest.mark.parametrize("ordered", [True, False])
 def test_a_map_goes_on_after_an_interrupt_and_gives_no_result_twice(make_queue, ordered):
     """Only the item that is read and the result that is taken at that moment may be lost."""
@@ -282,23 +265,6 @@ def test_a_follower_of_an_interrupted_leader_gets_its_result(repository, log):
 
 
 # The parts
-
-
-def test_an_interrupt_of_the_start_of_the_thread_for_hooks_is_raised(log, rare_switches):
-    told, raised = [], []
-    listener = type("Told", (Hook,), {"queue_started": lambda self, name: told.append(name)})()
-
-    def tell(point):
-        try:
-            hooks = Hooks([listener], log, DEFAULT_TIMING)
-            hooks.tell(hooks.queue_started, lambda: point)
-        except BaseException as error:
-            raised.append(error)
-            raise
-
-    struck = [strike for strike in every_strike(tell) if __file__ not in str(strike)]
-    assert any("_release_save" in str(strike) for strike in struck)
-    assert [strike for strike in struck if strike not in raised] == []
 
 
 def test_an_interrupted_bell_still_wakes_its_listeners():

@@ -22,7 +22,7 @@ from operator import methodcaller
 from pathlib import Path
 
 import pytest
-from helpers import PATIENCE, connections_of, reading
+from helpers import PATIENCE, connections_of, open_readers, reading, run_in_thread
 
 from taskx import (
     ConfigurationError,
@@ -805,18 +805,23 @@ class TestReaders:
         return repository
 
     @two_readers
-    def test_a_thread_waits_if_all_readers_are_in_use(self, repository):
-        connections_of(repository).busy_timeout = PATIENCE
-        read = threading.Event()
-        waiting = threading.Thread(target=lambda: (ids(repository), read.set()))
+    def test_a_thread_waits_if_all_readers_are_in_use(self, repository, monkeypatch):
+        ours, refused = connections_of(repository), threading.Event()
+        ours.busy_timeout = PATIENCE
+        open_reader = ours._open_reader
+
+        def noting():
+            if (opened := open_reader()) is None:
+                refused.set()
+            return opened
+
+        monkeypatch.setattr(ours, "_open_reader", noting)
         with reading(repository), reading(repository) as second:
-            waiting.start()
-            while not connections_of(repository)._waiting:
-                assert not read.wait(0.005)
-            assert second in connections_of(repository)._readers
-        assert read.wait(PATIENCE)
-        waiting.join()
-        assert not connections_of(repository)._waiting
+            result = run_in_thread(lambda: ids(repository))
+            assert refused.wait(PATIENCE)
+            assert not second.closed
+        assert result() == ["a"]
+        assert len(open_readers(repository)) == 2
 
     @two_readers
     def test_a_thread_waits_for_a_reader_at_most_busy_timeout(self, repository):
@@ -834,7 +839,7 @@ class TestReaders:
             with pytest.raises(RepositoryError):
                 connections_of(repository).read(methodcaller("execute", "SELECT nonsense"))
         with reading(repository), reading(repository):
-            assert len(connections_of(repository)._readers) == 2
+            assert len(open_readers(repository)) == 2
 
     @two_readers
     def test_many_threads_share_a_few_connections(self, repository):
@@ -848,15 +853,15 @@ class TestReaders:
         for thread in threads:
             thread.join(PATIENCE)
         assert found == [["a"]] * 30
-        assert len(connections_of(repository)._readers) <= 2
+        assert len(open_readers(repository)) <= 2
 
     def test_a_finalizer_can_read_while_a_connection_is_opened(self, repository, monkeypatch):
         connect, found = connections_of(repository)._connect, []
 
-        def collect_and_connect(into):
+        def collect_and_connect(mode):
             monkeypatch.setattr(connections_of(repository), "_connect", connect)
             found.append(ids(repository))
-            return connect(into)
+            return connect(mode)
 
         monkeypatch.setattr(connections_of(repository), "_connect", collect_and_connect)
         thread = threading.Thread(target=lambda: found.append(ids(repository)), daemon=True)
@@ -867,12 +872,12 @@ class TestReaders:
     def test_unused_connections_are_closed(self, repository):
         with reading(repository), reading(repository), reading(repository):
             pass
-        assert len(connections_of(repository)._readers) == 3
+        assert len(open_readers(repository)) == 3
         for connection in connections_of(repository)._idle:
             connection.used -= DEFAULT_TIMING.close_reader_after
         for _ in range(3):
             ids(repository)
-        assert len(connections_of(repository)._readers) == 1
+        assert len(open_readers(repository)) == 1
         assert ids(repository) == ["a"]
 
 

@@ -471,7 +471,7 @@ def _update(write: Update, changes: Mapping[str, Any], mark: int) -> tuple[Docum
 def _write_one_by_one(
     tasks: Any, documents: Sequence[Document], changes: Sequence[tuple[Document, Document]]
 ) -> tuple[int, Collection[int]]:
-    """Do the work of ``bulk_write`` for a mock of the driver, which does not have it."""
+    """Insert and update documents by a mock of the driver, which does not have ``bulk_write``."""
     matched, refused = 0, set()
     for index, document in enumerate(documents):
         try:

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import _thread
 import os
 import sqlite3
-import sys
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
-from inspect import CO_ASYNC_GENERATOR, CO_COROUTINE, CO_GENERATOR
 from itertools import count
-from math import inf
-from types import FrameType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from taskx.core.errors import RepositoryCorrupt, RepositoryError, RepositoryUnavailable, TaskxError
-from taskx.core.stacks import top_frames
 from taskx.core.timing import DEFAULT_TIMING, Timing
 from taskx.storage.sqlite import schema
 from taskx.storage.sqlite.file import DatabaseFile
@@ -40,10 +33,7 @@ PAGE_SIZE = 2048
 #: With four times SQLite's default it happens rarely, and a page that is written many times is copied once.
 CHECKPOINT_EVERY = 4000
 
-# Arguments of ``list.pop``, to be called by ``map``.
-_LAST, _FIRST = (-1,), (0,)
 _numbers = count(1)
-_MAY_YIELD = CO_GENERATOR | CO_COROUTINE | CO_ASYNC_GENERATOR
 
 
 def _size(path: str) -> int:
@@ -108,11 +98,17 @@ class Connection(sqlite3.Connection):
         number: the number of a writing connection; each one gets a new number.
         synchronous: the current value of ``PRAGMA synchronous``, which says how commits are synced.
         used: the monotonic time when it was last given back to the pool.
+        closed: True after :meth:`close`.
     """
 
     number = 0
     synchronous = "NORMAL"
     used = 0.0
+    closed = False
+
+    def close(self) -> None:
+        super().close()
+        self.closed = True
 
     def __del__(self) -> None:
         # Python 3.13 would warn of an open connection, but a repository need not be closed.
@@ -138,24 +134,17 @@ class Connections:
         timing: Timing = DEFAULT_TIMING,
     ) -> None:
         self.file = file
-        self._most_readers, self._every = timing.most_readers, timing.reader_every
-        self._close_after = timing.close_reader_after
+        self._timing = timing
         self.schema = tables
         self.busy_timeout = busy_timeout
         self.migrates = True  # if False, a file of an older version is refused
         #: True once the file was checked, and created if it was missing, until :meth:`close`.
         self.opened = False
         self._writer: Connection | None = None
+        # Readers that nobody uses; the one that was given back last is at the end. An interrupt may lose a
+        # reader on its way. It is closed when nothing refers to it any more.
         self._idle: list[Connection] = []
-        # Readers in use, by thread and by the number of reads that the thread was already in. A signal
-        # handler may raise between any two lines, and a kept traceback keeps everything that its frames
-        # refer to. So a connection moves between the idle list and this dict in one step in C. If a read is
-        # interrupted, its connection stays here, and the next thread that finds it closes it.
-        self._taken: dict[tuple[int, float], Connection] = {}
-        # When a waiting thread next scans for connections that were left behind.
-        self._scan_at = 0.0
         self._readers: weakref.WeakSet[Connection] = weakref.WeakSet()  # all of them
-        self._waiting: deque[_thread.LockType] = deque()  # the bells of the waiting threads
         # A finalizer may read while its thread opens a connection.
         self._opening = threading.RLock()
         self.compiling = Compiling()
@@ -200,129 +189,65 @@ class Connections:
         Raises:
             RepositoryUnavailable: all readers were in use for ``busy_timeout`` seconds.
         """
-        identity, idle, taken = self.file.identity, self._idle, self._taken
-        key: tuple[int, float] = _thread.get_ident(), 0
-        if key in taken:
-            # A finalizer reads in the middle of a read, or the last read was interrupted.
-            key = key[0], _depth(sys._getframe(1))
-            self._close_own(*key)
+        identity, idle = self.file.identity, self._idle
+        connection = None
         try:
             try:
-                taken.update(zip((key,), map(idle.pop, _LAST)))  # noqa: B905  (stops after one)
+                connection = idle.pop()
             except IndexError:
-                self._wait_for_reader(key)
-            connection = taken[key]
+                connection = self._wait_for_reader()
             result = work(connection, *arguments)
         except BaseException as error:
-            self._close(key)
+            if connection is not None:
+                connection.close()  # it may be in the middle of a statement, which keeps a lock
             if isinstance(error, FAILURES):
                 raise self.translated(error) from error
             raise
         if identity is None or self.file.identity != identity:
             # The file was closed in the meantime; this may be another file's connection.
-            self._close(key)
+            connection.close()
             return result
-        now = time.monotonic()
-        idle.extend(map(taken.pop, (key,)))
-        connection.used = now  # set last: see _close_left
-        if self._waiting:
-            self._ring()
+        connection.used = now = time.monotonic()
+        idle.append(connection)
         # The connection given back last is taken first, so the first in the list is needed least.
         try:
-            if now - idle[0].used > self._close_after:
-                self._close_first()
+            if now - idle[0].used > self._timing.close_reader_after:
+                idle.pop(0).close()
         except IndexError:  # another thread took it
             pass
         return result
 
-    def _wait_for_reader(self, key: tuple[int, float]) -> None:
+    def _wait_for_reader(self) -> Connection:
         """Open a reader or, if there are ``Timing.most_readers``, wait for one."""
         deadline = time.monotonic() + self.busy_timeout
-        while True:
-            bell = _thread.allocate_lock()
-            bell.acquire()
-            # Added first, so that every thread that gives one back from now on rings.
-            self._waiting.append(bell)
+        pause = self._timing.reader_pause
+        while (opened := self._open_reader()) is None:
+            if time.monotonic() >= deadline:
+                raise RepositoryUnavailable(
+                    f"{self._timing.most_readers} threads were reading {self.file.path} for "
+                    f"{self.busy_timeout:g} s; read from fewer threads at once, or raise busy_timeout"
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, self._timing.longest_reader_pause)
+            with suppress(IndexError):
+                return self._idle.pop()
+        return opened
+
+    def _open_reader(self) -> Connection | None:
+        """Open a reader. Return None if there are ``Timing.most_readers``."""
+        with self._opening:
+            # A list holds only those that still exist.
+            readers = [one for one in list(self._readers) if not one.closed]
+            if len(readers) >= self._timing.most_readers:
+                return None
+            connection = self._connect("rw")
             try:
-                if self._take_idle(key) or self._open_reader(key):
-                    return
-                now = time.monotonic()
-                if now >= min(self._scan_at, deadline):
-                    self._scan_at = now + self._every
-                    if self._close_left():
-                        continue
-                if now >= deadline:
-                    raise RepositoryUnavailable(
-                        f"{self._most_readers} threads were reading {self.file.path} for "
-                        f"{self.busy_timeout:g} s; read from fewer threads at once, or raise busy_timeout"
-                    )
-                bell.acquire(timeout=min(deadline - now, self._every))
-            finally:
-                with suppress(ValueError):  # it was removed when it rang
-                    self._waiting.remove(bell)
-
-    def _take_idle(self, key: tuple[int, float]) -> bool:
-        try:
-            self._taken.update(zip((key,), map(self._idle.pop, _LAST)))  # noqa: B905
-        except IndexError:
-            return False
-        return True
-
-    def _open_reader(self, key: tuple[int, float]) -> bool:
-        opened: list[Connection] = []
-        try:
-            with self._opening:
-                # A list holds only those that still exist.
-                if len(list(self._readers)) >= self._most_readers:
-                    return False
-                connection = self._connect(opened)
                 self.file.check()  # another file may have replaced it just before
-                self._taken[key] = connection
-                self._readers.add(connection)
-        except BaseException:
-            _close_all(opened)
-            raise
-        return True
-
-    def _ring(self) -> None:
-        with suppress(IndexError):  # no thread waits
-            self._waiting.popleft().release()
-
-    def _close(self, key: tuple[int, float]) -> None:
-        """Close a connection in use, if it is there. After an exception in here, it can be called again."""
-        if (connection := self._taken.get(key)) is not None:
-            connection.close()
-            self._readers.discard(connection)
-            self._taken.pop(key, None)
-            self._ring()
-
-    def _close_own(self, thread: int, depth: float) -> None:
-        """Close the connections that the calling thread took at this depth of reads or deeper, and left."""
-        with self._opening:  # another thread may do the same
-            for key in list(self._taken):
-                if key[0] == thread and key[1] >= depth:
-                    self._close(key)
-
-    def _close_left(self) -> bool:
-        """Close the connections that threads left behind in interrupted reads. Return True if any."""
-        taken = [(key, one, one.used) for key, one in list(self._taken.items())]
-        frames, found = top_frames(), False
-        with self._opening:
-            for key, one, used in taken:
-                left = key[1] >= _depth(frames.get(key[0]))
-                # It must not have been given back and taken again, perhaps after the frames were read.
-                if left and self._taken.get(key) is one and one.used == used:
-                    self._close(key)
-                    found = True
-        return found
-
-    def _close_first(self) -> None:
-        """Close the idle connection that is needed least. Raise ``IndexError`` if none is idle."""
-        key = _thread.get_ident(), inf
-        with self._opening:
-            self._close(key)  # the one that an exception left behind here
-            self._taken.update(zip((key,), map(self._idle.pop, _FIRST)))  # noqa: B905
-            self._close(key)
+            except BaseException:
+                connection.close()
+                raise
+            self._readers.add(connection)
+            return connection
 
     def discard_writer(self) -> None:
         """Close the writing connection. The next write opens a new one. The caller holds the write lock."""
@@ -343,10 +268,9 @@ class Connections:
         self._close_idle()
 
     def _close_idle(self) -> None:
-        self._close_left()
         with suppress(IndexError):
             while True:
-                self._close_first()
+                self._idle.pop().close()
 
     # --- forks
 
@@ -364,7 +288,7 @@ class Connections:
         deadline = time.monotonic() + timeout
         while True:
             self._close_idle()
-            if not list(self._readers) or time.monotonic() > deadline:
+            if all(one.closed for one in list(self._readers)) or time.monotonic() > deadline:
                 return
             time.sleep(0.001)
 
@@ -375,19 +299,17 @@ class Connections:
     def renew_after_fork(self) -> None:
         """Start over, in a forked child, with connections of its own."""
         self._abandoned += [*self._readers, *([self._writer] if self._writer else [])]
-        self._idle, self._taken, self._readers = [], {}, weakref.WeakSet()
+        self._idle, self._readers = [], weakref.WeakSet()
         self._writer = None
-        self._waiting.clear()
         self._opening = threading.RLock()
 
     # --- opening
 
-    def _connect(self, into: list[Connection], mode: str = "rw") -> Connection:
-        """Open a connection and add it to a list in the same step. The list's owner closes it."""
+    def _connect(self, mode: str) -> Connection:
         from urllib.parse import quote  # slow to load, and not needed before a file is opened
 
-        connect: partial[Any] = partial(
-            sqlite3.connect,
+        connection: Connection = sqlite3.connect(
+            f"file://{quote(os.fsencode(self.file.path))}?mode={mode}",
             uri=True,
             timeout=self.busy_timeout,
             isolation_level=None,
@@ -395,38 +317,38 @@ class Connections:
             cached_statements=256,
             factory=Connection,
         )
-        into.extend(map(connect, (f"file://{quote(os.fsencode(self.file.path))}?mode={mode}",)))
-        connection = into[-1]
-        # In WAL mode, NORMAL loses nothing when the process dies. The writer raises it for commits that
-        # must survive a power cut.
-        connection.execute("PRAGMA synchronous = NORMAL")
+        try:
+            # In WAL mode, NORMAL loses nothing when the process dies. The writer raises it for commits that
+            # must survive a power cut.
+            connection.execute("PRAGMA synchronous = NORMAL")
+        except BaseException:
+            connection.close()
+            raise
         return connection
 
     def _open_file(self) -> Connection:
         if sqlite3.sqlite_version_info < MINIMUM_SQLITE:
             raise RepositoryError(f"SQLite {sqlite3.sqlite_version} is too old: use 3.34 or later")
-        known = self.file.known
-        opened: list[Connection] = []
+        known, connection = self.file.known, None
         try:
             self.file.find()
             self._check_before_touching()
-            connection = self._connect(opened, "rwc" if self.file.create and not known else "rw")
+            connection = self._connect("rwc" if self.file.create and not known else "rw")
             self.file.opened()
             if self._prepare(connection):
-                connection = self._replace(opened)
+                connection = self._replace(connection)
             connection.set_authorizer(self.compiling.authorizer)
             connection.number = next(_numbers)
-            self._writer = connection  # set here, as an interrupt may come right after the return
-            self.opened = True
-            return connection
         except BaseException as error:
-            self._writer, self.opened = None, False
-            _close_all(opened)
+            if connection is not None:
+                connection.close()
             if not known:
                 self.file.forget()
             if isinstance(error, sqlite3.Error):
                 raise self.translated(error) from error
             raise
+        self._writer, self.opened = connection, True
+        return connection
 
     def _check_before_touching(self) -> None:
         """Check an existing file in a way that does not change another program's file.
@@ -435,13 +357,9 @@ class Connections:
         there is no log, a read-only connection leaves an empty one behind.
         """
         path = self.file.path
-        if _size(path) == 0:
-            return
-        opened: list[Connection] = []
-        try:
-            self.schema.check(self._connect(opened, "ro" if _size(f"{path}-wal") else "rw"), path)
-        finally:
-            _close_all(opened)
+        if _size(path) > 0:
+            with closing(self._connect("ro" if _size(f"{path}-wal") else "rw")) as connection:
+                self.schema.check(connection, path)
 
     def _prepare(self, connection: sqlite3.Connection) -> bool:
         """Migrate the file. Return True if the connection has changed the schema."""
@@ -482,15 +400,14 @@ class Connections:
         finally:
             connection.execute(f"PRAGMA busy_timeout = {self.busy_timeout * 1000:.0f}").fetchall()
 
-    def _replace(self, opened: list[Connection]) -> Connection:
+    def _replace(self, connection: Connection) -> Connection:
         """Replace a connection that has changed the schema: its statements would stay slower."""
-        fresh = self._connect(opened)
-        fresh.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_EVERY}").fetchone()
-        self.schema.check(
-            fresh, self.file.path
-        )  # opens the log, which closing the other would remove
-        opened[0].close()
-        return fresh
+        with closing(connection):
+            fresh = self._connect("rw")
+            fresh.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_EVERY}").fetchone()
+            # This opens the log, which closing the other one would remove.
+            self.schema.check(fresh, self.file.path)
+            return fresh
 
     def _require_log(self, connection: sqlite3.Connection) -> None:
         """Raise an error if the application's file has no write-ahead log, which is for it to decide."""
@@ -507,18 +424,3 @@ class Connections:
             raise RepositoryUnavailable(
                 f"{self.file.path} {state}, and no tables may be made: check the path; it was not changed"
             )
-
-
-def _close_all(connections: list[Connection]) -> None:
-    for connection in connections:
-        connection.close()
-
-
-def _depth(frame: FrameType | None) -> float:
-    """Count the reads in a stack. Return infinity if another thread's stack changed in the meantime."""
-    depth, last = 0, frame
-    while frame is not None:
-        depth += frame.f_code is Connections.read.__code__
-        last, frame = frame, frame.f_back
-    # A generator that has yielded no longer leads to its caller.
-    return inf if last is not None and last.f_code.co_flags & _MAY_YIELD else depth
