@@ -65,17 +65,17 @@ class Watcher:
 
     def watch(self, handle: TaskHandle[Any]) -> None:
         """Resolve the handle as soon as its task has ended. May be called any number of times."""
-        new = handle.watched_by is not self
-        if new or handle.has_callbacks:
+        new = handle._watched_by is not self
+        if new or handle._has_callbacks:
             self._register(handle)
         try:
             if new:
                 self._check([handle.id])
-                handle.watched_by = self
+                handle._watched_by = self
         finally:
             self.ensure_polling()
         if self._closed:
-            handle.conclude_closed()
+            handle._conclude_closed()
 
     def watch_late(self, handle: TaskHandle[Any]) -> None:
         """Watch the handle of a task whose transaction has ended. Nobody hears of an error here."""
@@ -114,7 +114,7 @@ class Watcher:
     def _register(self, handle: TaskHandle[Any]) -> None:
         task_id, key = handle.id, id(handle)
         ref: Callable[[], TaskHandle[Any] | None]
-        if handle.has_callbacks:
+        if handle._has_callbacks:
             ref = lambda: handle  # noqa: E731
         else:
             ref = weakref.ref(handle, lambda gone: self._drop(task_id, key, gone))
@@ -186,8 +186,8 @@ class Watcher:
             found = self._repository.get_many(some)
             for task_id in some:
                 for handle in self._live(task_id):
-                    handle.conclude(found.get(task_id))
-                    if handle.has_ended:
+                    handle._conclude(found.get(task_id))
+                    if handle._has_ended:
                         self._tell(handle)
 
     def _tell(self, handle: TaskHandle[Any]) -> None:
@@ -195,12 +195,12 @@ class Watcher:
 
         The main thread leaves it, because an exception may strike there between two related steps.
         """
-        if handle.listeners and on_main_thread() and self._has_teller():
+        if handle._listeners and on_main_thread() and self._has_teller():
             self._ended.append(handle.id)
             self._agenda.wake()
         else:
             self._drop(handle.id, id(handle))
-            handle.tell()
+            handle._tell()
 
     # --- in a queue that is not started
 
@@ -280,7 +280,7 @@ class Watcher:
     def _close_all(self) -> None:
         for task_id in list(self._handles):
             for handle in self._live(task_id):
-                handle.conclude_closed()
+                handle._conclude_closed()
                 self._tell(handle)
 
     def renew_after_fork(self) -> None:
@@ -288,7 +288,7 @@ class Watcher:
         self._listener = None
         for task_id in list(self._handles):
             for handle in self._live(task_id):
-                handle.forget_listeners()
+                handle._listeners.clear()  # the parent's threads
 
 
 def _wait(listener: Listener | None, seconds: float) -> bool:
