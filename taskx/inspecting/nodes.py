@@ -8,10 +8,10 @@ from datetime import datetime
 
 import attrs
 
+from taskx.common.controls import options_of_limit
 from taskx.core.clock import to_datetime
 from taskx.core.findings import Answer, duration
 from taskx.core.options import LimitOptions
-from taskx.core.overrides import options_of_limit
 from taskx.liveness.base import Node
 from taskx.moving import Services
 from taskx.running.pool import WorkerPool
