@@ -53,8 +53,7 @@ from taskx.storage.urls import open_repository
 from taskx.submitting.bulk import Bulk
 
 if TYPE_CHECKING:
-    from taskx.core.findings import Problem, Reason
-    from taskx.core.verdict import Check
+    from taskx.core.findings import Check, Problem, Reason
     from taskx.flows import Flow, FlowHandle, FlowSummary, chain, group
     from taskx.inspecting.changelog import Change
     from taskx.inspecting.diagnosis import Diagnosis
@@ -159,7 +158,7 @@ __all__ = [
 #: Names that many programs do not need, and the modules that have them. They are imported at first use.
 _LATER = {
     "Change": "taskx.inspecting.changelog",
-    "Check": "taskx.core.verdict",
+    "Check": "taskx.core.findings",
     "Diagnosis": "taskx.inspecting.diagnosis",
     "FailureGroup": "taskx.inspecting.failures",
     "Failures": "taskx.inspecting.failures",

@@ -66,7 +66,7 @@ def _task_or_flow(step: Step, kind: str) -> Task | Flow:
     if isinstance(step, (Task, Flow)):
         return step
     executor_of(step, f"a {kind}", "tasks, executors and flows")  # raises if it is none
-    return step.task_with()
+    return step._task_with()
 
 
 def chain(*steps: Step) -> Flow:
@@ -176,7 +176,7 @@ class FlowHandle:
 
         If a task failed or was cancelled and was then requeued, it has a new handle.
         """
-        ended = [task_id for task_id, handle in self._handles.items() if handle.ended_badly]
+        ended = [task_id for task_id, handle in self._handles.items() if handle._ended_badly]
         statuses = self._queue.repository.statuses(ended) if ended else {}
         for task_id, status in statuses.items():
             if status not in (TaskStatus.FAILED, TaskStatus.CANCELLED):

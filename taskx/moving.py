@@ -234,7 +234,7 @@ class Moves(Ledger[Outcome]):
         self, row: Move, task: Task, changes: Mapping[str, Any], outcome: Outcome | None
     ) -> None:
         hooks = self._hooks
-        shown = changes if outcome is None else outcome.run.context.shown(changes)
+        shown = changes if outcome is None else outcome.run.context._shown(changes)
         make = partial(changed_task, task, shown)
         if outcome is not None and outcome.ending.stuck and hooks.stuck:
             hooks.tell(hooks.stuck, make)

@@ -259,7 +259,7 @@ class Queue(Questions, Steering):
         """
         self._registry.register(executor, options_of(options))
         if isinstance(executor, Executor):
-            executor.bind(self)
+            executor._bind(self)
         if self._node is not None:
             # The housekeeper records them later if this cannot be done now.
             with suppress(RepositoryError, ConfigurationError):

@@ -13,7 +13,6 @@ from taskx.cli import (
     changes,
     changing,
     dashboard,
-    doctor,
     flows,
     following,
     listing,
@@ -43,7 +42,6 @@ COMMANDS: tuple[click.Command, ...] = (
     *scheduling.COMMANDS,
     *worker.COMMANDS,
     *dashboard.COMMANDS,
-    *doctor.COMMANDS,
 )
 
 EXAMPLES = """\

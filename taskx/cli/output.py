@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
 from functools import cached_property
-from itertools import chain, islice
+from itertools import chain, count, islice
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -200,10 +200,10 @@ class Output:
 
     def table(self, columns: Sequence[Column], rows: Iterable[Row]) -> int:
         """Print a table that fits the terminal, row by row. Return the number of rows."""
-        counted = _Counted(rows)
-        for line in self.table_lines(columns, counted):
+        number = count()
+        for line in self.table_lines(columns, (row for row, _ in zip(rows, number))):  # noqa: B905
             self.cells(line)
-        return counted.number
+        return next(number)
 
     def cells(self, cells: Sequence[Cell]) -> None:
         """Print cells on one line."""
@@ -254,22 +254,6 @@ class Output:
                 line.append(Cell(" " * _GAP))
             line.append(Cell(padded, cell.style))
         return line
-
-
-class _Counted:
-    """An iterator that counts."""
-
-    def __init__(self, rows: Iterable[Row]) -> None:
-        self._rows = iter(rows)
-        self.number = 0
-
-    def __iter__(self) -> _Counted:
-        return self
-
-    def __next__(self) -> Row:
-        row = next(self._rows)
-        self.number += 1
-        return row
 
 
 def _text(cells: Sequence[Cell]) -> Text:

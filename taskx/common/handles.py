@@ -90,7 +90,7 @@ class TaskHandle(Future[R]):
     _outcome: _Outcome | None = None
     #: The watcher that has registered the handle and checked its task since. In a forked child the
     #: queue has another watcher.
-    watched_by: _Watches | None = None
+    _watched_by: _Watches | None = None
 
     def __init__(self, task_id: str, owner: _Owner) -> None:
         # Without super().__init__(), whose condition costs more than the rest of a submit.
@@ -101,7 +101,7 @@ class TaskHandle(Future[R]):
         return f"<TaskHandle {self.id}>"
 
     @property
-    def ended_badly(self) -> bool:
+    def _ended_badly(self) -> bool:
         """True if the task is known to have failed or been cancelled; reads memory only."""
         outcome = self._outcome
         return outcome is not None and (outcome.state != FINISHED or outcome.exception is not None)
@@ -232,7 +232,7 @@ class TaskHandle(Future[R]):
         seconds = math.inf if timeout is None else in_seconds(timeout)
         if not self.done():
             self._refuse_uncommitted()
-        bell = self.signal()
+        bell = self._signal()
         deadline = bell.now() + seconds
         # A task that was deleted after its end may have a known result.
         timing = self._owner._timing
@@ -271,7 +271,7 @@ class TaskHandle(Future[R]):
                 loop.call_soon_threadsafe(wake)
 
         def done() -> Generator[Any, None, bool]:
-            if self._outcome is not None or self.signal().virtual:
+            if self._outcome is not None or self._signal().virtual:
                 return self.done()
             # The read may block, and Django refuses reads of a thread that runs an event loop.
             return (yield from asyncio.to_thread(self.done).__await__())
@@ -280,10 +280,10 @@ class TaskHandle(Future[R]):
             self._refuse_uncommitted()  # in this thread, which has the transaction
         if not (yield from done()):
             self._owner._refuse_wait()
-        self.listen(ring)
+        self._listen(ring)
         try:
             while not (yield from done()):
-                virtual = self.signal().virtual
+                virtual = self._signal().virtual
                 pause = 0.0 if virtual else self._owner._timing.handles_every
                 yield from asyncio.wait((ended,), timeout=pause).__await__()
                 if virtual:
@@ -302,7 +302,7 @@ class TaskHandle(Future[R]):
             RepositoryError: the repository cannot be read; ``fn`` is not called.
         """
         callback = _Callback(fn)
-        self.listen(callback)
+        self._listen(callback)
         if self._outcome is None:
             try:
                 self._owner.watch(self)
@@ -324,7 +324,7 @@ class TaskHandle(Future[R]):
     def _late(self, seconds: float | None) -> TimeoutError:
         return TimeoutError(f"task {self.id} has not ended within {seconds:g} s")
 
-    def refuse_endless_wait(self) -> None:
+    def _refuse_endless_wait(self) -> None:
         """Raise ``ConfigurationError`` if the task cannot go on before the calling thread has committed.
 
         Its own transaction may have written the task, or hold the lock that the task's end needs.
@@ -340,11 +340,11 @@ class TaskHandle(Future[R]):
             )
 
     def _sleep(self, timeout: float | None) -> None:
-        self.refuse_endless_wait()
-        bell = self.signal()
+        self._refuse_endless_wait()
+        bell = self._signal()
         deadline = None if timeout is None else bell.now() + timeout
         every = self._owner._timing.handles_every
-        self.listen(bell)
+        self._listen(bell)
         try:
             while self._outcome is None:
                 left = math.inf if deadline is None else deadline - bell.now()
@@ -356,26 +356,26 @@ class TaskHandle(Future[R]):
         finally:
             self._unlisten(bell)
 
-    def signal(self) -> Signal:
+    def _signal(self) -> Signal:
         """Return a signal to wait with for the end of the task."""
-        return Signal() if self.watched_by is None else self.watched_by.signal()
+        return Signal() if self._watched_by is None else self._watched_by.signal()
 
     # --- the threads and callbacks that wait for the end
 
     @property
-    def listeners(self) -> list[Listener]:
+    def _listeners(self) -> list[Listener]:
         """The listeners to tell when the task has ended."""
         found: list[Listener] = self.__dict__.setdefault("_listeners", [])
         return found
 
     @property
-    def has_callbacks(self) -> bool:
+    def _has_callbacks(self) -> bool:
         """True if callbacks wait. The watcher then keeps the handle."""
-        return _Callback in map(type, self.listeners)
+        return _Callback in map(type, self._listeners)
 
-    def listen(self, listener: Listener) -> None:
+    def _listen(self, listener: Listener) -> None:
         """Call the listener once when the end of the task is known; ``watch`` makes it known."""
-        self.listeners.append(listener)  # first: a thread that ends the handle now will see it
+        self._listeners.append(listener)  # first: a thread that ends the handle now will see it
         self._tell_if_ended(listener)
 
     def _tell_if_ended(self, listener: Listener) -> None:
@@ -385,21 +385,17 @@ class TaskHandle(Future[R]):
     def _unlisten(self, listener: Listener) -> bool:
         """Remove a listener. Return False if another thread has taken it, and tells it."""
         try:
-            self.listeners.remove(listener)
+            self._listeners.remove(listener)
         except ValueError:
             return False
         return True
 
-    def forget_listeners(self) -> None:
-        """Drop the listeners in a forked child: they belong to the parent."""
-        self.__dict__.pop("_listeners", None)
-
-    def tell(self) -> None:
+    def _tell(self) -> None:
         """Tell all listeners that the handle has ended. The watcher calls this."""
         callbacks: list[_Callback] = []
-        while self.listeners:
+        while self._listeners:
             try:
-                listener = self.listeners.pop(0)
+                listener = self._listeners.pop(0)
             except IndexError:  # another thread tells, too
                 break
             if isinstance(listener, _Callback):
@@ -411,7 +407,7 @@ class TaskHandle(Future[R]):
 
     # --- for the watcher
 
-    def conclude(self, task: Task | None) -> bool:
+    def _conclude(self, task: Task | None) -> bool:
         """End the handle if its task has ended. ``task`` is None if the task was deleted."""
         if task is None:
             self._resolve(_Outcome(FINISHED, exception=TaskNotFound(self.id)))
@@ -429,7 +425,7 @@ class TaskHandle(Future[R]):
             self._resolve(_CANCELLED._replace(reason=task.error))
         return True
 
-    def conclude_closed(self) -> None:
+    def _conclude_closed(self) -> None:
         """End the handle with ``QueueStopped``: its queue was closed."""
         closed = QueueStopped(
             f"the queue was closed before task {self.id} had ended; use handle() of an open queue"
@@ -455,7 +451,7 @@ class TaskHandle(Future[R]):
         def _state(self):
             ident = _thread.get_ident()
             seen = self.__dict__.get("_seen", {})
-            return seen.get(ident, self.state_now)
+            return seen.get(ident, self._state_now)
 
         @property
         def _result(self):
@@ -466,12 +462,12 @@ class TaskHandle(Future[R]):
             return None if self._outcome is None else self._outcome.exception
 
     @property
-    def has_ended(self) -> bool:
+    def _has_ended(self) -> bool:
         """True if the end of the task is known; reads memory only."""
         return self._outcome is not None
 
     @property
-    def state_now(self) -> str:
+    def _state_now(self) -> str:
         """The state, under the name that a ``Future`` gives it."""
         return PENDING if self._outcome is None else self._outcome.state
 
@@ -489,7 +485,7 @@ class _Stand:
     def acquire(self) -> bool:
         handle = self._handle
         handle.done()
-        handle.__dict__.setdefault("_seen", {})[_thread.get_ident()] = handle.state_now
+        handle.__dict__.setdefault("_seen", {})[_thread.get_ident()] = handle._state_now
         return True
 
     def release(self, *exc_info: object) -> None:
@@ -505,12 +501,12 @@ class _Waiters:
         self._handle = handle
 
     def append(self, waiter: Any) -> None:
-        self._handle.refuse_endless_wait()
+        self._handle._refuse_endless_wait()
         if not isinstance(waiter.event, Signal):
             # No thread sets it yet: wait() still holds the locks of Futures of other classes.
-            waiter.event = self._handle.signal()
+            waiter.event = self._handle._signal()
         if self._handle._state == PENDING:  # else wait() has already counted the handle as ended
-            self._handle.listen(_Waiter(waiter))
+            self._handle._listen(_Waiter(waiter))
 
     def remove(self, waiter: Any) -> None:
         self._handle._unlisten(_Waiter(waiter))
@@ -521,7 +517,7 @@ class _Waiter:
     waiter: Any
 
     def __call__(self, handle: TaskHandle[Any]) -> None:
-        if handle.state_now == CANCELLED_AND_NOTIFIED:
+        if handle._state_now == CANCELLED_AND_NOTIFIED:
             self.waiter.add_cancelled(handle)
         elif handle._exception is not None:
             self.waiter.add_exception(handle)

@@ -66,17 +66,17 @@ class Watcher:
 
     def watch(self, handle: TaskHandle[Any]) -> None:
         """Resolve the handle as soon as its task has ended. May be called any number of times."""
-        new = handle.watched_by is not self
-        if new or handle.has_callbacks:
+        new = handle._watched_by is not self
+        if new or handle._has_callbacks:
             self._register(handle)
         try:
             if new:
                 self._check([handle.id])
-                handle.watched_by = self
+                handle._watched_by = self
         finally:
             self.ensure_polling()
         if self._closed:
-            handle.conclude_closed()
+            handle._conclude_closed()
 
     def watch_late(self, handle: TaskHandle[Any]) -> None:
         """Watch the handle of a task whose transaction has ended. Nobody hears of an error here."""
@@ -114,7 +114,7 @@ class Watcher:
     # --- the handles
 
     def _register(self, handle: TaskHandle[Any]) -> None:
-        ref = (lambda: handle) if handle.has_callbacks else weakref.ref(handle)
+        ref = (lambda: handle) if handle._has_callbacks else weakref.ref(handle)
         with self._lock:
             self._handles.setdefault(handle.id, {})[id(handle)] = ref
 
@@ -167,8 +167,8 @@ class Watcher:
             found = self._repository.get_many(some)
             for task_id in some:
                 for handle in self._live(task_id):
-                    handle.conclude(found.get(task_id))
-                    if handle.has_ended:
+                    handle._conclude(found.get(task_id))
+                    if handle._has_ended:
                         self._tell(handle)
 
     def _tell(self, handle: TaskHandle[Any]) -> None:
@@ -177,7 +177,7 @@ class Watcher:
         The main thread leaves it, because an exception may strike there between two related steps.
         """
         others = (self._agenda.attended and not self._closed) or self._polls
-        if handle.listeners and on_main_thread() and others:
+        if handle._listeners and on_main_thread() and others:
             self._ended.append(handle)
             self._agenda.wake()
         else:
@@ -189,7 +189,7 @@ class Watcher:
             refs.pop(id(handle), None)
             if not refs:
                 self._handles.pop(handle.id, None)
-        handle.tell()
+        handle._tell()
 
     # --- in a queue that is not started
 
@@ -266,7 +266,7 @@ class Watcher:
     def _close_all(self) -> None:
         for task_id in list(self._handles):
             for handle in self._live(task_id):
-                handle.conclude_closed()
+                handle._conclude_closed()
                 self._tell(handle)
 
     def renew_after_fork(self) -> None:
@@ -274,7 +274,7 @@ class Watcher:
         self._listener, self._lock = None, threading.RLock()
         for task_id in list(self._handles):
             for handle in self._live(task_id):
-                handle.forget_listeners()
+                handle._listeners.clear()  # the parent's threads
 
 
 def _wait(listener: Listener | None, seconds: float) -> bool:

@@ -202,7 +202,7 @@ class Taskx:
             queue.register_executor(_copy(executor), **options)
         self._executors.append((executor, {**options}))
         if isinstance(executor, Executor):
-            executor.bind(self)
+            executor._bind(self)
 
     def declare(self, *types: str) -> None:
         """Accept tasks of types whose executors are registered only in another process."""

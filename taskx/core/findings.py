@@ -47,6 +47,8 @@ ProblemKind = Literal[
     "schedule_damaged",
 ]
 
+Level = Literal["ok", "warn", "fail"]
+
 #: Most names that a sentence lists.
 _LISTED = 3
 
@@ -54,18 +56,24 @@ _LISTED = 3
 KindT = TypeVar("KindT")
 
 
+class Answer:
+    """An answer to a question: a frozen record."""
+
+    __slots__ = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as a dict of JSON values; times are ISO text."""
+        return to_json(attrs.asdict(self))  # type: ignore[no-any-return,arg-type]
+
+
 @attrs.frozen
-class _Finding(Generic[KindT]):
+class _Finding(Answer, Generic[KindT]):
     kind: KindT
     sentence: str
     facts: Mapping[str, Any] = attrs.field(factory=dict, hash=False)
 
     def __str__(self) -> str:
         return self.sentence
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as a dict of JSON values; times are ISO text."""
-        return {"kind": self.kind, "sentence": self.sentence, "facts": to_json(self.facts)}
 
 
 class Reason(_Finding[ReasonKind]):
@@ -90,6 +98,43 @@ class Problem(_Finding[ProblemKind]):
     """
 
     __slots__ = ()
+
+
+@attrs.frozen
+class Check(Answer):
+    """One thing that :meth:`Queue.diagnose` has examined. ``str()`` is its sentence, and the advice.
+
+    Attributes:
+        name: the thing, such as ``"disk"``.
+        level: ``"ok"``; ``"warn"`` if it can do harm; ``"fail"`` if it keeps tasks from running.
+        sentence: what was found, in one English sentence.
+        advice: what to do about it; empty if there is nothing to do.
+        facts: the values behind the sentence, by name; JSON values.
+    """
+
+    name: str
+    level: Level
+    sentence: str
+    advice: str = ""
+    facts: Mapping[str, Any] = attrs.field(factory=dict, hash=False)
+
+    def __str__(self) -> str:
+        return f"{self.sentence} {self.advice}".strip()
+
+
+def ok(name: str, sentence: str, **facts: Any) -> Check:
+    """Return a check that found nothing wrong."""
+    return Check(name, "ok", sentence, "", facts)
+
+
+def warn(name: str, sentence: str, advice: str, **facts: Any) -> Check:
+    """Return a check that found something that can do harm."""
+    return Check(name, "warn", sentence, advice, facts)
+
+
+def fail(name: str, sentence: str, advice: str, **facts: Any) -> Check:
+    """Return a check that found something that keeps tasks from running."""
+    return Check(name, "fail", sentence, advice, facts)
 
 
 def to_json(value: Any) -> Any:

@@ -133,9 +133,9 @@ class RetryPolicy:
 
     def retries(self, error: type[BaseException]) -> bool:
         """Return True if another attempt follows an exception of this class."""
-        return not (self.retry_on or self.give_up_on) or self.allows(names_of(error))
+        return not (self.retry_on or self.give_up_on) or self._allows(names_of(error))
 
-    def allows(self, names: Iterable[str]) -> bool:
+    def _allows(self, names: Iterable[str]) -> bool:
         """Return the same as :meth:`retries`, for a class given by the names of itself and its bases."""
         known = set(names)
         if not known.isdisjoint(self.give_up_on):

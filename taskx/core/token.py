@@ -114,7 +114,7 @@ class CancelToken:
 
         return remove
 
-    def child(self, seconds: float) -> CancelToken:
+    def _child(self, seconds: float) -> CancelToken:
         """Return a token that fires with this one, and with ``TIMEOUT`` after ``seconds`` at the latest."""
         deadline = self._clock.monotonic() + seconds
         if self.deadline is not None:
@@ -125,7 +125,7 @@ class CancelToken:
             child.fire(self.reason)
         return child
 
-    def disown(self, child: CancelToken) -> None:
+    def _disown(self, child: CancelToken) -> None:
         """Forget a child that is no longer needed."""
         self._children.remove(child)
 

@@ -195,7 +195,7 @@ class Checkpoints:
         whole = checkpoints_to_text(steps, cursor)
         payload.check_size(whole, "checkpoints", self._keeper.max_payload_size)
         if self._transaction is not None:
-            self._transaction.keep(whole)
+            self._transaction._keep(whole)
             return
         if not self._keeper.store(self.task, whole, durable=durable, token=token):
             self.lose()
@@ -235,17 +235,17 @@ class Checkpoints:
             with self._lock:
                 self.refuse_transaction()
                 before = self._steps, self._cursor, set(self._taken)
-                transaction.before = checkpoints_to_text(*before[:2])
+                transaction._before = checkpoints_to_text(*before[:2])
                 self._transaction = transaction
             yield
         finally:  # without a call, so that no interrupt comes in between
             if before is not None:
-                if not transaction.committed:
+                if not transaction._committed:
                     self._steps, self._cursor, self._taken = before
                 else:
-                    self._completed = transaction.completes
-                    if transaction.checkpoints is not None:
-                        self.stored = transaction.checkpoints
+                    self._completed = transaction._completes
+                    if transaction._checkpoints is not None:
+                        self.stored = transaction._checkpoints
                 self._transaction = None
 
     def lose(self) -> NoReturn:

@@ -89,11 +89,12 @@ class Context:
         self._message = ""
         self._unwritten = False
         self._missed = self._quiet = self._storing = (
-            False  # see ``transaction`` and ``new_progress``
+            False  # see ``transaction`` and ``_new_progress``
         )
         self._checkpoints: Checkpoints | None = None
         self._stored: str | None = None  # the checkpoints that were stored last
-        self._completed: list[Completed] = []  # a transaction adds to it
+        #: The completion of the task, if a transaction of the run has stored one.
+        self._completed: list[Completed] = []
 
     @property
     def task(self) -> Task:
@@ -147,25 +148,25 @@ class Context:
         if type(percent) is not int or type(message) is not str:
             percent, _ = check_progress(percent, message)
         if len(message) > MAX_MESSAGE:
-            self.message_was_cut()
+            self._message_was_cut()
         self._percent = percent
         self._message = message
         self._unwritten = True
 
-    def message_was_cut(self) -> None:
+    def _message_was_cut(self) -> None:
         """Let the log say that progress messages of this task's type are cut."""
         self._shared.cut(self._task.type)
 
-    def latest_progress(self) -> tuple[int, str] | None:
+    def _latest_progress(self) -> tuple[int, str] | None:
         """Return the last progress reported, as it is stored; None if there was no report."""
         if self._percent is None:
             return None
         return check_progress(self._percent, self._message)
 
-    def new_progress(self) -> tuple[int, str] | None:
+    def _new_progress(self) -> tuple[int, str] | None:
         """Return the last progress to store it, if it was reported after the previous call; else None.
 
-        After it was stored, call :meth:`progress_written`. Inside a transaction of the run, this returns
+        After it was stored, call :meth:`_progress_written`. Inside a transaction of the run, this returns
         None: a change of the record would make the transaction fail.
         """
         if not self._unwritten:
@@ -175,10 +176,10 @@ class Context:
             self._storing, self._missed = False, True
             return None
         self._unwritten = False  # before reading: a report from now on sets it again
-        return self.latest_progress()
+        return self._latest_progress()
 
-    def progress_written(self, *, stored: bool) -> None:
-        """Note that the progress was stored, or else make :meth:`new_progress` return it again."""
+    def _progress_written(self, *, stored: bool) -> None:
+        """Note that the progress was stored, or else make :meth:`_new_progress` return it again."""
         if self._storing and not stored:
             self._unwritten = True
         self._storing = False
@@ -245,7 +246,7 @@ class Context:
                 run, and nothing was stored.
             RepositoryError: the transaction could not be committed, and nothing was stored.
         """
-        if self.completed is not None:
+        if self._completed:
             raise ConfigurationError("this run has completed its task in a transaction")
         kept, open_transaction = self._kept(), self._shared.keeper.transaction
         kept.refuse_transaction()  # before it waits for progress that waits for this thread's transaction
@@ -254,11 +255,6 @@ class Context:
             open_transaction(kept, self._token, self._ending, self._completed) as tx,
         ):
             yield tx
-
-    @property
-    def completed(self) -> Completed | None:
-        """The completion of the task by a transaction of the run; None if there is none."""
-        return self._completed[0] if self._completed else None
 
     @contextmanager
     def _without_progress(self) -> Iterator[None]:
@@ -285,13 +281,13 @@ class Context:
         )
         if task.started_at is not None:
             ending.duration = max(0.0, (now - to_ms(task.started_at)) / 1000)
-        if (told := self.latest_progress()) is not None:
+        if (told := self._latest_progress()) is not None:
             ending.progress, ending.message = told
         if isinstance(log, CapturedLogger):
             ending.log = log.capture.text()
         return ending
 
-    def shown(self, changes: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _shown(self, changes: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the changes as others see the record: together with the checkpoints stored before."""
         if self._checkpoints is not None:
             self._stored = self._checkpoints.stored
@@ -303,7 +299,7 @@ class Context:
                 self._checkpoints = Checkpoints(self._task, self._run_token, self._shared.keeper)
             return self._checkpoints
 
-    def checkpoints_refused(self) -> str:
+    def _checkpoints_refused(self) -> str:
         """Return the reason why checkpoints cannot be stored; empty if they can."""
         try:
             self._shared.keeper.check()
@@ -311,7 +307,7 @@ class Context:
             return str(error)
         return ""
 
-    def keep_checkpoints(self, text: str, *, durable: bool) -> bool:
+    def _keep_checkpoints(self, text: str, *, durable: bool) -> bool:
         """Store the checkpoints that were made in a child process: see :meth:`Keeper.store`."""
         if not self._shared.keeper.store(self._task, text, durable=durable, token=self._run_token):
             return False
@@ -361,7 +357,7 @@ class Context:
         """
         outer = self._token
         limit = check_number(seconds, "timeout")
-        inner = outer.child(limit)
+        inner = outer._child(limit)
         self._shared.alarms.add(inner)
         self._token = inner
         try:
@@ -373,7 +369,7 @@ class Context:
         finally:
             self._token = outer
             self._shared.alarms.remove(inner)
-            outer.disown(inner)
+            outer._disown(inner)
 
     @contextmanager
     def closing(self, resource: T) -> Iterator[T]:

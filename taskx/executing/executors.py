@@ -136,7 +136,7 @@ class Executor(Generic[P, R]):
     """
 
     #: True if the function takes the context before its params.
-    takes_context: bool
+    _takes_context: bool
 
     def __init__(self, type: str, function: Callable[..., R], options: Options) -> None:
         # Before the attributes below, which win over those of the function.
@@ -147,7 +147,7 @@ class Executor(Generic[P, R]):
         self._queues = Queues()
         own = list(inspect.signature(function).parameters.values())
         # No param may have the context's name, not even through ``**kwargs``.
-        self._reserved = {"ctx", own.pop(0).name} if self.takes_context else {"ctx"}
+        self._reserved = {"ctx", own.pop(0).name} if self._takes_context else {"ctx"}
         self._check_kinds(own)
         self._signature = inspect.Signature(own)
         named = [p for p in own if p.kind is not p.VAR_KEYWORD]
@@ -155,7 +155,7 @@ class Executor(Generic[P, R]):
         self._known = frozenset(p.name for p in named)
         self._required = frozenset(p.name for p in named if p.default is p.empty)
         #: The JSON forms of params and result; None if no annotation has one.
-        self.values: Values | None = values_of(function, own)
+        self._values: Values | None = values_of(function, own)
 
     def _check_kinds(self, parameters: list[inspect.Parameter]) -> None:
         for parameter in parameters:
@@ -173,7 +173,7 @@ class Executor(Generic[P, R]):
     def __repr__(self) -> str:
         return f"<Executor {self.type!r}>"
 
-    def bind(self, queue: _Queue) -> None:
+    def _bind(self, queue: _Queue) -> None:
         """Note a queue that it is registered with: :meth:`submit` submits to it."""
         self._queues.add(queue)
 
@@ -211,8 +211,8 @@ class Executor(Generic[P, R]):
                 params.update(value)
             else:
                 params[name] = value
-        if self.values is not None:
-            params = self.values.encode_params(params)
+        if self._values is not None:
+            params = self._values.encode_params(params)
         return Task(type=self.type, params=params)
 
     def submit(self, *args: P.args, **kwargs: P.kwargs) -> TaskHandle[R]:
@@ -227,10 +227,10 @@ class Executor(Generic[P, R]):
         """
         queue = self._queues.only
         if queue is None:
-            queue = self.choose_queue()
+            queue = self._choose_queue()
         return queue.submit(self.task(*args, **kwargs))
 
-    def choose_queue(self) -> _Queue:
+    def _choose_queue(self) -> _Queue:
         """Return the queue that :meth:`submit` submits to.
 
         Raises:
@@ -238,7 +238,7 @@ class Executor(Generic[P, R]):
         """
         return self._queues.choose(self.type)
 
-    def task_with(self, params: Any = None) -> Task:
+    def _task_with(self, params: Any = None) -> Task:
         """Return a new task with params as JSON, which ``submit`` checks.
 
         Raises:
@@ -252,11 +252,11 @@ class Executor(Generic[P, R]):
             raise PayloadError(
                 "params", f"{self.type!r} requires {', '.join(required)}: write {call}"
             )
-        if self.values is not None and isinstance(params, Mapping):
-            params = self.values.encode_params(params)
+        if self._values is not None and isinstance(params, Mapping):
+            params = self._values.encode_params(params)
         return Task(type=self.type, params={} if params is None else params)
 
-    def check_params(self, params: Mapping[str, Any]) -> None:
+    def _check_params(self, params: Mapping[str, Any]) -> None:
         """Raise ``PayloadError`` if the params do not fit the function."""
         given = params.keys()
         if self._required <= given and (
@@ -339,7 +339,7 @@ class BoundExecutor(Generic[P, R]):
         """
         return self._set_on(self.executor.task(*args, **kwargs))
 
-    def task_with(self, params: Any = None) -> Task:
+    def _task_with(self, params: Any = None) -> Task:
         """Return a new task with params that ``submit`` checks, and the bound options.
 
         Raises:
@@ -347,7 +347,7 @@ class BoundExecutor(Generic[P, R]):
             ConfigurationError: an option concerns only a submit: ``delay``, ``on_conflict``, or
                 ``expires`` in seconds.
         """
-        return self._set_on(self.executor.task_with(params))
+        return self._set_on(self.executor._task_with(params))
 
     def _set_on(self, task: Task) -> Task:
         if unfit := of_submit(self.options):
@@ -366,7 +366,7 @@ class BoundExecutor(Generic[P, R]):
             PayloadError: a param is missing, unknown or not JSON.
             TaskxError: any error that ``Queue.submit`` raises.
         """
-        queue = self.executor.choose_queue() if self.queue is None else self.queue
+        queue = self.executor._choose_queue() if self.queue is None else self.queue
         return queue.submit(self.executor.task(*args, **kwargs), **self.options)
 
 
@@ -402,7 +402,7 @@ def executor_of(
 class PlainExecutor(Executor[P, R]):
     """An executor whose function takes only its params."""
 
-    takes_context = False
+    _takes_context = False
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         return self.function(*args, **kwargs)
@@ -411,7 +411,7 @@ class PlainExecutor(Executor[P, R]):
 class ContextExecutor(Executor[P, R]):
     """An executor whose function takes a :class:`Context` first."""
 
-    takes_context = True
+    _takes_context = True
 
     def __call__(self, ctx: Context, *args: P.args, **kwargs: P.kwargs) -> R:
         return self.function(ctx, *args, **kwargs)
@@ -512,9 +512,9 @@ def entry_of(executor: TaskExecutor | Executor[Any, Any], options: Options) -> R
     """
     check: Callable[[Mapping[str, Any]], None] | None = None
     if isinstance(executor, Executor):
-        options, check = executor.options.overridden(options), executor.check_params
-        type, function, takes_context = executor.type, executor.function, executor.takes_context
-        values = executor.values
+        options, check = executor.options.overridden(options), executor._check_params
+        type, function, takes_context = executor.type, executor.function, executor._takes_context
+        values = executor._values
     else:
         type, function, takes_context = _type_of(executor), _classic(executor), True
         values = values_of(executor.execute)

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from taskx.common.controls import overridden
 from taskx.core.checks import check_plain
 from taskx.core.errors import ConfigurationError, UnknownTaskType
 from taskx.core.model import Task
 from taskx.core.options import LimitOptions, Options
-from taskx.core.overrides import overridden
 from taskx.core.payload import DEFAULT_MAX_SIZE
 from taskx.core.rate import Limit
 from taskx.core.timing import DEFAULT_TIMING, Timing

@@ -148,7 +148,7 @@ class Runner:
         """Add the facts that every ending has."""
         ending.worker = worker
         ending.duration = max(0.0, self._clock.monotonic() - started)
-        if (told := run.context.latest_progress()) is not None:
+        if (told := run.context._latest_progress()) is not None:
             ending.progress, ending.message = told
         if run.capture is not None:
             ending.log = run.capture.text()
@@ -244,5 +244,5 @@ def _what_next(error: BaseException, run: Run) -> dict[str, Any]:
 
 def _worth_another(error: BaseException, policy: RetryPolicy) -> bool:
     if is_a(error, Remote):
-        return policy.allows(error.names)  # type: ignore[attr-defined]
+        return policy._allows(error.names)  # type: ignore[attr-defined]
     return policy.retries(type(error))

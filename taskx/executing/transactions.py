@@ -35,15 +35,15 @@ class Transaction:
         self._encode = encode
         self._thread = threading.get_ident()
         #: True after the end of the block: then nothing more can be part of it.
-        self.over = False
-        self.completes = False
-        self.result: str | None = None
+        self._over = False
+        self._completes = False
+        self._result: str | None = None
         #: True after the end of the block if everything is stored.
-        self.committed = False
+        self._committed = False
         #: The checkpoints as they were set last in this transaction; None if none was.
-        self.checkpoints: str | None = None
+        self._checkpoints: str | None = None
         #: The checkpoints as they were before it.
-        self.before: str | None = None
+        self._before: str | None = None
 
     def complete(self, result: Any = None) -> None:
         """Complete the task at the end of the block, together with all writes of the transaction.
@@ -54,16 +54,16 @@ class Transaction:
             PayloadError: the result is not JSON, or is too large.
             ConfigurationError: this was called before, or the block has ended.
         """
-        if self.over:
+        if self._over:
             raise ConfigurationError(
                 "complete() must be called inside the block of ctx.transaction(), which has ended: return "
                 "the result instead, or call complete() before the end of the block"
             )
-        if self.completes:
+        if self._completes:
             raise ConfigurationError("complete() was already called in this transaction")
-        self.result, self.completes = self._encode(result), True
+        self._result, self._completes = self._encode(result), True
 
-    def keep(self, checkpoints: str) -> None:
+    def _keep(self, checkpoints: str) -> None:
         """Store checkpoints at the end of the block.
 
         Raises:
@@ -73,14 +73,14 @@ class Transaction:
             raise ConfigurationError(
                 "another thread of this run is inside ctx.transaction(): store checkpoints after that block"
             )
-        self.checkpoints = checkpoints
+        self._checkpoints = checkpoints
 
-    def writes(self, task: Task, ending: Ending, now: int) -> list[Update]:
+    def _writes(self, task: Task, ending: Ending, now: int) -> list[Update]:
         """Return the writes that end the transaction; each has the run's fence as its guard."""
         writes = []
-        if self.checkpoints is not None:
-            writes.append(lifecycle.checkpoint(task, self.checkpoints, durable=True))
-        if self.completes:
+        if self._checkpoints is not None:
+            writes.append(lifecycle.checkpoint(task, self._checkpoints, durable=True))
+        if self._completes:
             writes += lifecycle.conclude(task, ending, now)
         return writes or [lifecycle.still_runs(task)]
 
@@ -133,8 +133,8 @@ def opened(
                 try:
                     yield tx
                 finally:
-                    tx.over = True
-                commit.write(ending_of(tx.result), clock.now_ms())
+                    tx._over = True
+                commit.write(ending_of(tx._result), clock.now_ms())
             commit.note()
         except _Lost:
             kept.lose()
@@ -146,7 +146,7 @@ def opened(
         except BaseException:  # an interrupt may have come after COMMIT
             commit.look_up()
             raise
-    if tx.completes:
+    if tx._completes:
         repository.transactions.tell_others(commit.writes)
 
 
@@ -177,7 +177,7 @@ class _Commit:
 
     def write(self, ending: Ending, now: int) -> None:
         """Make the last writes before COMMIT: no other run can take the task in between."""
-        writes = self._tx.writes(self._task, ending, now)
+        writes = self._tx._writes(self._task, ending, now)
         with self._repository.transactions.join(self._tx.connection, None) as joined:
             if not all(joined.apply(writes)):
                 raise _Lost
@@ -185,9 +185,9 @@ class _Commit:
 
     def note(self) -> None:
         """Note that the transaction is committed. It may be called again after an interrupt."""
-        if self._tx.completes and not self._completed:
+        if self._tx._completes and not self._completed:
             self._completed.append((self._ending, self.writes[-1:]))
-        self._tx.committed = True
+        self._tx._committed = True
 
     def took_place(self) -> bool:
         """Read back if it is committed, and note it; a repository that is unavailable is asked again."""
@@ -215,7 +215,7 @@ class _Commit:
     def _shown(self) -> bool:
         tx = self._tx
         # Checkpoints that are as they were before prove nothing.
-        if not (self.writes and (tx.completes or tx.checkpoints not in (None, tx.before))):
+        if not (self.writes and (tx._completes or tx._checkpoints not in (None, tx._before))):
             return False
         if shown := all(queries.shown(self._repository, self.writes[-1:])):
             self.note()

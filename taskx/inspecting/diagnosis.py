@@ -12,9 +12,8 @@ import attrs
 
 from taskx.core.clock import to_datetime
 from taskx.core.errors import RepositoryError
-from taskx.core.findings import counted, duration, listed
+from taskx.core.findings import Answer, Check, counted, duration, fail, listed, ok, warn
 from taskx.core.model import TaskFilter
-from taskx.core.verdict import Check, fail, ok, warn
 from taskx.inspecting.nodes import silence
 from taskx.liveness.base import Node
 from taskx.moving import Services
@@ -29,7 +28,7 @@ _MOST = 1000
 
 
 @attrs.frozen
-class Diagnosis:
+class Diagnosis(Answer):
     """The answer of :meth:`Queue.diagnose`. It is true if no check has failed.
 
     Attributes:
@@ -55,11 +54,7 @@ class Diagnosis:
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as a dict of JSON values; times are ISO text."""
-        return {
-            "ok": self.ok,
-            "checks": [check.to_dict() for check in self.checks],
-            "checked_at": self.checked_at.isoformat(),
-        }
+        return {"ok": self.ok, **Answer.to_dict(self)}
 
 
 def diagnose(services: Services) -> Diagnosis:

@@ -12,6 +12,7 @@ import attrs
 from taskx.core.checks import check_int
 from taskx.core.clock import to_datetime, to_ms
 from taskx.core.errors import ConfigurationError
+from taskx.core.findings import Answer
 from taskx.core.lifecycle import FAILED
 from taskx.core.model import TaskFilter, TaskStatus, check_key, check_moment
 from taskx.inspecting.places import Place, place_of
@@ -24,7 +25,7 @@ _FIELDS = ("id", "type", "created_at", "completed_at", "error", "error_type", "t
 
 
 @attrs.frozen(kw_only=True)
-class FailureGroup:
+class FailureGroup(Answer):
     """Failed tasks of one type, whose last attempts raised the same class of error at the same place.
 
     Attributes:
@@ -52,15 +53,9 @@ class FailureGroup:
     task_ids: Sequence[str] = attrs.field(repr=False)
     times: Sequence[datetime] = attrs.field(repr=False)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as a dict of JSON values; times are ISO text."""
-        times = {"first": self.first.isoformat(), "last": self.last.isoformat()}
-        lists = {"task_ids": [*self.task_ids], "times": [time.isoformat() for time in self.times]}
-        return {**attrs.asdict(self), **times, **lists}
-
 
 @attrs.frozen(kw_only=True)
-class Failures:
+class Failures(Answer):
     """The answer of :meth:`Queue.failures`: iterate over it, or count it with ``len``.
 
     Attributes:
@@ -84,11 +79,7 @@ class Failures:
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as a dict of JSON values; times are ISO text."""
-        return {
-            "groups": [group.to_dict() for group in self.groups],
-            "since": None if self.since is None else self.since.isoformat(),
-            "complete": self.complete,
-        }
+        return {**Answer.to_dict(self), "complete": self.complete}
 
 
 def tasks_of(group: FailureGroup, repository: Repository) -> Chosen:

@@ -12,7 +12,7 @@ import attrs
 from taskx.core.checks import check_int, check_number
 from taskx.core.clock import to_datetime, to_ms
 from taskx.core.errors import ConfigurationError, RepositoryCorrupt, RepositoryError
-from taskx.core.findings import Problem, counted, duration, listed, moment
+from taskx.core.findings import Answer, Problem, counted, duration, listed, moment
 from taskx.core.lifecycle import FAILED
 from taskx.core.model import check_key
 from taskx.inspecting.nodes import age_of_beat, silence
@@ -29,7 +29,7 @@ _NAMED = 100
 
 
 @attrs.frozen
-class Health:
+class Health(Answer):
     """The answer of :meth:`Queue.health`. It is true if nothing is wrong; ``str()`` says what is wrong.
 
     Attributes:
@@ -53,11 +53,7 @@ class Health:
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as a dict of JSON values; times are ISO text."""
-        return {
-            "ok": self.ok,
-            "problems": [problem.to_dict() for problem in self.problems],
-            "checked_at": self.checked_at.isoformat(),
-        }
+        return {"ok": self.ok, **Answer.to_dict(self)}
 
 
 @attrs.frozen(kw_only=True)

@@ -11,13 +11,13 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
-from typing import Any
 
 import attrs
 
 from taskx.core.checks import check_int, check_number
 from taskx.core.clock import to_datetime
 from taskx.core.errors import ConfigurationError
+from taskx.core.findings import Answer
 from taskx.core.lifecycle import COMPLETED, FAILED
 from taskx.moving import Services
 from taskx.storage import queries
@@ -47,7 +47,7 @@ class TypeHistory:
 
 
 @attrs.frozen(kw_only=True)
-class History:
+class History(Answer):
     """The answer of :meth:`Queue.history`.
 
     Attributes:
@@ -80,14 +80,6 @@ class History:
             failed=nothing if found is None else found.failed,
             types={} if found is None else {type: found},
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as a dict of JSON values; times are ISO text."""
-        return {
-            **attrs.asdict(self),
-            "start": self.start.isoformat(),
-            "since": None if self.since is None else self.since.isoformat(),
-        }
 
 
 def history(services: Services, period: float | timedelta, intervals: int, at_most: int) -> History:

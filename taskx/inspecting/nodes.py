@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any
 
 import attrs
 
+from taskx.common.controls import options_of_limit
 from taskx.core.clock import to_datetime
-from taskx.core.findings import duration, to_json
+from taskx.core.findings import Answer, duration
 from taskx.core.options import LimitOptions
-from taskx.core.overrides import options_of_limit
 from taskx.liveness.base import Node
 from taskx.moving import Services
 from taskx.running.pool import WorkerPool
@@ -41,7 +40,7 @@ class RunningTask:
 
 
 @attrs.frozen(kw_only=True)
-class NodeInfo:
+class NodeInfo(Answer):
     """A node: one started queue in one process. See :meth:`Queue.nodes`.
 
     Attributes:
@@ -108,10 +107,6 @@ class NodeInfo:
     def lives(self) -> bool:
         """True if it counts as alive: it is neither dead nor silent."""
         return self.alive is not False and not self.silent
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as a dict of JSON values; times are ISO text."""
-        return to_json(attrs.asdict(self))  # type: ignore[no-any-return]
 
 
 def nodes(services: Services, pool: WorkerPool | None) -> list[NodeInfo]:

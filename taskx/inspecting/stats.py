@@ -17,6 +17,7 @@ import attrs
 
 from taskx.core.checks import check_int, check_number
 from taskx.core.clock import to_datetime
+from taskx.core.findings import Answer
 from taskx.core.lifecycle import COMPLETED, FAILED, PENDING
 from taskx.core.record import BY_THREAD
 from taskx.moving import Services
@@ -84,7 +85,7 @@ class TypeStats:
 
 
 @attrs.frozen(kw_only=True)
-class Stats:
+class Stats(Answer):
     """The answer of :meth:`Queue.stats`.
 
     Attributes:
@@ -101,14 +102,6 @@ class Stats:
     period: float
     since: datetime | None
     complete: bool
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as a dict of JSON values; times are ISO text."""
-        return {
-            **attrs.asdict(self),
-            "checked_at": self.checked_at.isoformat(),
-            "since": None if self.since is None else self.since.isoformat(),
-        }
 
 
 def stats(

@@ -382,7 +382,7 @@ class WorkerPool:
             run.overdue = self.stuck.watch(run, worker)
 
     def _defer(self, run: Run, ending: Ending) -> None:
-        if run.context.completed is not None:
+        if run.context._completed:
             self._conclude_again(run, ending)
             return
         ending, writes, more = self._outcome(run, ending)
@@ -391,7 +391,7 @@ class WorkerPool:
 
     def conclude(self, run: Run, ending: Ending) -> None:
         """Commit an outcome now, and do what follows from it, on a thread that may be interrupted."""
-        if run.context.completed is not None:
+        if run.context._completed:
             self._conclude_again(run, ending)
             return
         ending, writes, more = self._outcome(run, ending)
@@ -407,8 +407,8 @@ class WorkerPool:
 
     def _conclude_again(self, run: Run, ending: Ending) -> None:
         """Do what follows from an outcome that a transaction of the run has stored."""
-        assert run.context.completed is not None
-        stored, writes = run.context.completed
+        assert run.context._completed
+        stored, writes = run.context._completed[0]
         if not ending.returned or ending.result is not None:
             self.services.log.warning(
                 "task %s (%s) was completed by tx.complete(); %s is ignored",

@@ -20,14 +20,14 @@ def store_progress(services: Services, runs: Sequence[Run]) -> None:
     stored = False
     try:
         for run in runs:
-            if (new := run.context.new_progress()) is not None:
+            if (new := run.context._new_progress()) is not None:
                 tasks[run.task.id] = run.task
                 if services.hooks.progressed:  # they see the checkpoints that it has stored, too
-                    tasks[run.task.id] = changed_task(run.task, run.context.shown({}))
+                    tasks[run.task.id] = changed_task(run.task, run.context._shown({}))
                 writes.append(lifecycle.progress(run.task.id, run.task.starts, *new))
         if writes:
             services.moves.commit(writes, tasks)
             stored = True
     finally:
         for run in runs:
-            run.context.progress_written(stored=stored)
+            run.context._progress_written(stored=stored)

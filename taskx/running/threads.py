@@ -11,6 +11,7 @@ from typing import Any
 import attrs
 
 from taskx.core.clock import to_datetime, to_ms
+from taskx.core.findings import Answer
 from taskx.core.stacks import top_frames
 from taskx.running.stuck import executed
 
@@ -19,7 +20,7 @@ MOST_THREADS, MOST_TEXT = 200, 4_000
 
 
 @attrs.frozen(kw_only=True)
-class ThreadStack:
+class ThreadStack(Answer):
     """A thread, and what it does: see :meth:`Queue.stacks`.
 
     Attributes:
@@ -35,11 +36,6 @@ class ThreadStack:
     type: str = ""
     since: datetime | None = None
     stack: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as a dict of JSON values; the time is ISO text."""
-        since = None if self.since is None else self.since.isoformat()
-        return {**attrs.asdict(self), "since": since}
 
 
 def stacks_here() -> list[ThreadStack]:

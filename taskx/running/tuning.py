@@ -6,8 +6,8 @@ import threading
 from contextlib import suppress
 from typing import Protocol
 
+from taskx.common.controls import Overrides
 from taskx.core.errors import RepositoryError
-from taskx.core.overrides import Overrides
 from taskx.limiting.admission import Admission
 from taskx.liveness.base import Node
 from taskx.moving import Services

@@ -47,7 +47,7 @@ from taskx.storage.eight import TaskRepository
 from taskx.storage.transactions import Transactions
 
 if TYPE_CHECKING:
-    from taskx.core.verdict import Check
+    from taskx.core.findings import Check
 
 _Both = Literal["waiting_on", "line", "running_on", "buffered_on", "stuck_on"]
 #: The lookup columns. :meth:`Repository.find` finds rows by their values, each through an index:

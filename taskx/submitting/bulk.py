@@ -6,12 +6,13 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
-from typing import Any, Literal
+from typing import Literal
 
 import attrs
 
 from taskx.core.clock import LAST, Clock, to_datetime
 from taskx.core.errors import ConfigurationError
+from taskx.core.findings import Answer
 from taskx.core.model import Task, TaskCount
 from taskx.core.rate import Rate
 from taskx.core.writes import Note
@@ -24,7 +25,7 @@ Action = Literal["requeue", "cancel", "delete"]
 
 
 @attrs.frozen(kw_only=True)
-class Bulk:
+class Bulk(Answer):
     """A change of all tasks that match a filter, as it is now.
 
     Attributes:
@@ -54,13 +55,6 @@ class Bulk:
     skipped: Mapping[str, int] = attrs.field(factory=dict)
     reached: datetime | None = None
     starts_until: datetime | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as a dict of JSON values; times are ISO text."""
-        data = {**attrs.asdict(self), "skipped": dict(self.skipped)}
-        for name in ("reached", "starts_until"):
-            data[name] = data[name] and data[name].isoformat()
-        return data
 
 
 #: A function that is told how far a bulk change has come, after each batch.

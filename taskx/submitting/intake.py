@@ -551,7 +551,7 @@ def task_of(
     elif not isinstance(task, Task):
         executor, bound = executor_of(task, what, queue=queue)
         refuse_unknown(bound, known, what, ": the executor is bound with it")
-        task, options = executor.task_with(params), {**bound, **given(options)}
+        task, options = executor._task_with(params), {**bound, **given(options)}
     elif params is not None:
         raise TypeError(f"{what}() accepts no params with a Task: set task.params, or give a type")
     if not options:

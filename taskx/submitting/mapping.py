@@ -87,7 +87,7 @@ class _Place:
     def ended(self) -> bool:
         """True if its result may be taken."""
         outcome = self.outcome
-        return isinstance(outcome, Exception) or (outcome is not None and outcome.has_ended)
+        return isinstance(outcome, Exception) or (outcome is not None and outcome._has_ended)
 
 
 class _Window:
@@ -133,11 +133,11 @@ class _Window:
     def start(self, place: _Place, outcome: TaskHandle[Any] | Exception) -> None:
         """Note the task of an item, or the error of the item."""
         if isinstance(outcome, TaskHandle) and not (
-            outcome.has_ended or outcome in self._unfinished
+            outcome._has_ended or outcome in self._unfinished
         ):
             self._unfinished[outcome] = None
             self._unwatched.append(outcome)
-            outcome.listen(self._on_end)
+            outcome._listen(self._on_end)
         place.outcome = outcome  # at the end: a step that was interrupted is repeated
         place.item = None
 
@@ -169,7 +169,7 @@ class _Window:
             self._unwatched.popleft()
         if self._bell is None:
             outcomes = [place.outcome for place in self._places]
-            self._bell = next(o for o in outcomes if isinstance(o, TaskHandle)).signal()
+            self._bell = next(o for o in outcomes if isinstance(o, TaskHandle))._signal()
             self._bell.set()  # a task may have ended before
         return self._bell
 
@@ -179,7 +179,7 @@ class _Window:
         if self.ended() is None and not bell.wait(most):
             # The thread that reports may be gone.
             for handle in [*self._unfinished]:
-                self._on_end(handle) if handle.has_ended else self._unwatched.append(handle)
+                self._on_end(handle) if handle._has_ended else self._unwatched.append(handle)
 
     def take(self, place: _Place) -> Any:
         """Remove an item that has ended, and return its result or raise its error."""
@@ -195,60 +195,56 @@ class _Window:
 class Results(Iterator[Any]):
     """The results of a map. Each ``next`` fills the window with new tasks.
 
-    The other attributes are the arguments of ``Queue.map``.
-
-    Attributes:
-        owner: the queue.
-        intake: returns the queue's intake; in a forked child, the child's.
-        clock: the queue's clock.
+    It is made of the arguments of ``Queue.map``, of the queue (``owner``) and its clock, and of ``intake``,
+    which returns the intake of the queue, or of the child in a forked child.
 
     Raises:
         TypeError: ``map`` has no such option.
         ConfigurationError: a value is not valid.
     """
 
-    executor: AnyExecutor | str
-    items: Iterable[Any]
-    key: Callable[[Any], str | int] | None
-    name: str
-    window: int
-    timeout: float | None = attrs.field(converter=optional_seconds)
-    return_exceptions: bool
-    ordered: bool
-    retry_failed: bool
-    progress: bool
-    options: Mapping[str, Any]
-    owner: _Owner
-    intake: Callable[[], Intake | LayeredIntake]
-    clock: Clock
-    _items: Iterator[Any] = attrs.field(init=False)
+    _executor: AnyExecutor | str
+    _items: Iterable[Any]
+    _key: Callable[[Any], str | int] | None
+    _name: str
+    _window: int
+    _timeout: float | None = attrs.field(converter=optional_seconds)
+    _return_exceptions: bool
+    _ordered: bool
+    _retry_failed: bool
+    _progress: bool
+    _options: Mapping[str, Any]
+    _owner: _Owner
+    _intake: Callable[[], Intake | LayeredIntake]
+    _clock: Clock
+    _left: Iterator[Any] = attrs.field(init=False)
     _display: Display | None = attrs.field(init=False, default=None)
     _under_way: _Window = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        refuse_unknown(self.options, MapOptions, "map")
-        if not isinstance(self.executor, str):
-            self.executor, bound = executor_of(
-                self.executor, "map", "a type or an executor", self.owner
+        refuse_unknown(self._options, MapOptions, "map")
+        if not isinstance(self._executor, str):
+            self._executor, bound = executor_of(
+                self._executor, "map", "a type or an executor", self._owner
             )
             refuse_unknown(bound, MapOptions, "map", ": the executor is bound with it")
-            self.options = {**bound, **given(self.options)}
-        if self.key is not None and not callable(self.key):
-            raise ConfigurationError(f"key must be a function of an item, not {self.key!r}")
-        check_name(self.name, "name")
-        check_int(self.window, "window", 1)
-        if self.timeout is not None:
-            check_number(self.timeout, "timeout")
-        self._items = iter(self.items)
-        timing = self.owner._timing
-        self._under_way = _Window(ordered=self.ordered, every=timing.handles_every)
-        if self.progress:
-            total = len(self.items) if isinstance(self.items, Sized) else None
-            self._display = Display(self.name or self._type, total, timing)
+            self._options = {**bound, **given(self._options)}
+        if self._key is not None and not callable(self._key):
+            raise ConfigurationError(f"key must be a function of an item, not {self._key!r}")
+        check_name(self._name, "name")
+        check_int(self._window, "window", 1)
+        if self._timeout is not None:
+            check_number(self._timeout, "timeout")
+        self._left = iter(self._items)
+        timing = self._owner._timing
+        self._under_way = _Window(ordered=self._ordered, every=timing.handles_every)
+        if self._progress:
+            total = len(self._items) if isinstance(self._items, Sized) else None
+            self._display = Display(self._name or self._type, total, timing)
 
     @property
     def _type(self) -> str:
-        return self.executor if isinstance(self.executor, str) else self.executor.type
+        return self._executor if isinstance(self._executor, str) else self._executor.type
 
     def __next__(self) -> Any:
         try:
@@ -257,7 +253,7 @@ class Results(Iterator[Any]):
                 result = self._under_way.take(place)
             except Exception as error:
                 self._show(failed=1)
-                if not self.return_exceptions:
+                if not self._return_exceptions:
                     raise
                 return error
             self._show(done=1)
@@ -277,7 +273,7 @@ class Results(Iterator[Any]):
         A long task does not make the workers idle. While this waits for it, each task that ends is
         replaced by a new one, until very many results wait behind the long task.
         """
-        under_way, window = self._under_way, self.window
+        under_way, window = self._under_way, self._window
 
         def has_room() -> bool:
             return under_way.unfinished < window and len(under_way) < _MOST_WAITING * window
@@ -289,9 +285,9 @@ class Results(Iterator[Any]):
         while (place := under_way.ended()) is None:
             bell = under_way.bell()
             if deadline is None:
-                deadline = math.inf if self.timeout is None else bell.now() + self.timeout
+                deadline = math.inf if self._timeout is None else bell.now() + self._timeout
             elif bell.now() >= deadline:
-                raise TimeoutError(f"no result of the map within {self.timeout:g} s")
+                raise TimeoutError(f"no result of the map within {self._timeout:g} s")
             under_way.wait(bell, max(0.0, deadline - bell.now()))
             self._show()
             if under_way.ended() is None:
@@ -303,7 +299,7 @@ class Results(Iterator[Any]):
         while True:
             if (place := under_way.unstarted) is not None:
                 under_way.start(place, self._started(place.item))
-            if not has_room() or (item := next(self._items, _NONE)) is _NONE:
+            if not has_room() or (item := next(self._left, _NONE)) is _NONE:
                 return
             under_way.add(item)
 
@@ -326,26 +322,28 @@ class Results(Iterator[Any]):
             ConfigurationError: ``key`` returned neither a text nor a whole number.
         """
         params = dict(item) if isinstance(item, Mapping) else None
-        if isinstance(self.executor, Executor):
-            task = self.executor.task(item) if params is None else self.executor.task_with(params)
+        if isinstance(self._executor, Executor):
+            task = (
+                self._executor.task(item) if params is None else self._executor._task_with(params)
+            )
         elif params is None:
             raise PayloadError(
                 "params", "every item must be a dict if map gets only the name of a type"
             )
         else:
-            task = encoded(Task(type=self._type, params=params), self.owner._values)
-        key = digest(task.params) if self.key is None else self.key(item)
+            task = encoded(Task(type=self._type, params=params), self._owner._values)
+        key = digest(task.params) if self._key is None else self._key(item)
         if type(key) is not int and (not isinstance(key, str) or not key):
             raise ConfigurationError(f"key must return a text or a whole number, not {key!r}")
-        task.id = f"{self.name or self._type}:{key}"
+        task.id = f"{self._name or self._type}:{key}"
         return task
 
     def _submit(self, task: Task) -> TaskHandle[Any]:
-        task, _ = task_of(task, None, self.options, MapOptions, "map", self.clock, self.owner)
+        task, _ = task_of(task, None, self._options, MapOptions, "map", self._clock, self._owner)
         while True:
             try:
-                self.intake().accept(task, self.options.get("priority"), spill=True)
-                return self.owner.handle(task.id)
+                self._intake().accept(task, self._options.get("priority"), spill=True)
+                return self._owner.handle(task.id)
             except DuplicateTask:
                 with suppress(TaskNotFound):  # it was deleted in the meantime, so the id is free
                     return self._known(task)
@@ -357,16 +355,16 @@ class Results(Iterator[Any]):
         """
         if (under_way := self._under_way.handle(task.id)) is not None:
             return under_way
-        stored = self.owner.get_task_status(task.id)
+        stored = self._owner.get_task_status(task.id)
         if stored.type != task.type:
             raise ConfigurationError(
                 f"task {task.id} has type {stored.type!r} and does not belong to this map: give the map "
                 "another name"
             )
-        handle = self.owner.handle(task.id)
-        if stored.status is TaskStatus.COMPLETED or not self.retry_failed:
-            handle.conclude(stored)
+        handle = self._owner.handle(task.id)
+        if stored.status is TaskStatus.COMPLETED or not self._retry_failed:
+            handle._conclude(stored)
         elif stored.status.finished:
             with suppress(InvalidTransition):  # another process has requeued it
-                self.owner.requeue(task.id)
+                self._owner.requeue(task.id)
         return handle

@@ -90,7 +90,7 @@ class _RecordingContext(Context):
 
     def progress(self, percent: float, message: str = "") -> None:
         super().progress(percent, message)
-        if (told := self.latest_progress()) is not None:
+        if (told := self._latest_progress()) is not None:
             self._outcome.progress.append(told)
 
     def step(self, name: str, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:

@@ -7,16 +7,16 @@ from typing import Any
 
 import attrs
 
-from taskx.core.errors import ConfigurationError, NodeNotFound
-from taskx.core.model import check_key
-from taskx.core.options import LimitOptions
-from taskx.core.overrides import (
+from taskx.common.controls import (
     LIMITS,
     Overrides,
     check_limits,
     check_workers,
     options_of_limit,
 )
+from taskx.core.errors import ConfigurationError, NodeNotFound
+from taskx.core.model import check_key
+from taskx.core.options import LimitOptions
 from taskx.moving import Services
 from taskx.storage import queries
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cli.conftest import call
-from taskx.core.verdict import fail, ok, warn
+from taskx.core.findings import fail, ok, warn
 
 
 @pytest.fixture

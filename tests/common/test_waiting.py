@@ -106,7 +106,7 @@ def test_an_interrupted_thread_does_not_keep_others_waiting(queue, repository):
     for point in itertools.count(step=5):
         handle = queue.submit("t")
         waiting = run_in_thread(lambda handle=handle: handle.exception(PATIENCE))
-        eventually(lambda handle=handle: handle.listeners)
+        eventually(lambda handle=handle: handle._listeners)
         repository.delete(handle.id)
         strike = strike_at(point, queue.handle(handle.id).done)
         assert isinstance(waiting(), TaskNotFound), strike
@@ -119,7 +119,7 @@ def test_a_cancel_is_visible_at_once_and_wakes_waiting_threads(queue):
     queue.declare("t")
     handle = queue.submit("t")
     waiting = run_in_thread(lambda: handle.result(PATIENCE))
-    eventually(lambda: handle.listeners)
+    eventually(lambda: handle._listeners)
     assert queue.cancel_task(handle.id)
     assert handle.cancelled()
     with pytest.raises(CancelledError):
@@ -130,7 +130,7 @@ def test_the_first_outcome_of_a_handle_stays(queue, done):
     handle = queue.handle(done)
     assert handle.result(PATIENCE) == "value"
     queue.delete(done)
-    assert handle.conclude(None)
+    assert handle._conclude(None)
     assert handle.result(0) == "value"
 
 
@@ -228,7 +228,7 @@ def test_a_callback_that_could_not_be_added_is_not_called(queue):
     with pytest.raises(RepositoryUnavailable):
         handle.add_done_callback(called.append)
     queue.repository.down = False
-    assert not handle.has_callbacks
+    assert not handle._has_callbacks
     queue.cancel_task(handle.id)
     assert handle.cancelled()
     assert not called
@@ -311,7 +311,7 @@ def test_a_closed_queue_tells_all_waiting_threads(queue):
     queue.declare("t")
     handles = [queue.submit("t") for _ in range(3)]
     waiting = [run_in_thread(lambda h=handle: h.exception(PATIENCE)) for handle in handles]
-    eventually(lambda: all(handle.listeners for handle in handles))
+    eventually(lambda: all(handle._listeners for handle in handles))
     queue.close()
     assert [type(told()) for told in waiting] == [QueueStopped] * 3
     assert all(handle.done() for handle in handles)

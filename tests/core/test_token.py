@@ -262,37 +262,37 @@ class TestCallbacks:
 class TestChildren:
     def test_child_tokens_fire_with_their_parent(self):
         parent = CancelToken()
-        child = parent.child(60)
-        grandchild = child.child(60)
+        child = parent._child(60)
+        grandchild = child._child(60)
         parent.fire(CancelReason.STOP)
         assert (child.reason, grandchild.reason) == (CancelReason.STOP, CancelReason.STOP)
 
     def test_a_child_token_can_time_out_alone(self, clock):
         parent = CancelToken(clock.monotonic() + 10, clock)
-        child = parent.child(2)
+        child = parent._child(2)
         clock.advance(2)
         assert (child.reason, parent.reason) == (CancelReason.TIMEOUT, None)
 
     def test_a_child_never_outlasts_its_parent(self, clock):
         parent = CancelToken(clock.monotonic() + 10, clock)
-        assert parent.child(60).remaining() == 10
-        assert parent.child(6).remaining() == 6
+        assert parent._child(60).remaining() == 10
+        assert parent._child(6).remaining() == 6
 
     def test_a_child_of_a_fired_parent_has_fired(self):
         parent = CancelToken()
         parent.fire(CancelReason.CANCEL)
-        assert parent.child(60).reason is CancelReason.CANCEL
+        assert parent._child(60).reason is CancelReason.CANCEL
 
     def test_a_disowned_child_does_not_fire(self):
         parent = CancelToken()
-        child = parent.child(60)
-        parent.disown(child)
+        child = parent._child(60)
+        parent._disown(child)
         parent.fire(CancelReason.CANCEL)
         assert child.reason is None
 
     def test_a_child_does_not_fire_its_parent(self):
         parent = CancelToken()
-        parent.child(60).fire(CancelReason.CANCEL)
+        parent._child(60).fire(CancelReason.CANCEL)
         assert parent.reason is None
 
 

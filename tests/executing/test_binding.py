@@ -273,7 +273,7 @@ def test_an_executor_of_two_queues_must_be_told_which(ping):
 
 def test_registering_with_the_same_queue_again_keeps_it_the_only_one(ping):
     queue = new_queue(ping)
-    ping.bind(queue)
+    ping._bind(queue)
     assert ping.submit().task().status is TaskStatus.PENDING
 
 

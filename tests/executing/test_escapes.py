@@ -353,14 +353,14 @@ class TestCodecs:
 
     def test_a_record_that_makes_the_codec_panic_fails_only_its_task(self, echo, make_queue):
         # submit_many, because its tasks are read back from the repository.
-        [bad] = echo.choose_queue().submit_many([Task(type="echo", params={"v": "poison"})])
+        [bad] = echo._choose_queue().submit_many([Task(type="echo", params={"v": "poison"})])
         assert [echo.submit(n).result(PATIENCE) for n in range(5)] == list(range(5))
         with pytest.raises(TaskFailed, match="codec 'flaky' cannot read it: Panic"):
             bad.result(PATIENCE)
         assert bad.task().damage
 
     def test_a_panic_while_a_result_is_stored_fails_only_its_attempt(self, echo, make_queue):
-        bad = echo.choose_queue().executor("bad")(lambda: "refuse").submit()
+        bad = echo._choose_queue().executor("bad")(lambda: "refuse").submit()
         assert [echo.submit(n).result(PATIENCE) for n in range(5)] == list(range(5))
         with pytest.raises(TaskFailed, match="codec 'flaky' failed: Panic"):
             bad.result(PATIENCE)

@@ -102,7 +102,7 @@ def test_a_completion_takes_place_once(make_queue, rows):
                 tx.complete(point)
 
         struck.append(struck_at(point, block))
-        if ctx.completed is None:
+        if not ctx._completed:
             again.append(point)
             block()  # it would raise TaskCancelled if the first one was committed
             repeated.append(point)

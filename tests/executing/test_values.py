@@ -348,7 +348,7 @@ def test_an_executor_without_such_annotations_costs_nothing(queue, monkeypatch):
     def plain(ctx: Context, text: str, many: list[int] | None = None) -> dict[str, int]:
         return {text: 1}
 
-    assert plain.values is None
+    assert plain._values is None
     entry = services_of(queue).registry.registered["plain"]
     assert entry.function is plain.function
     queue.start()

@@ -9,7 +9,7 @@ import pytest
 import taskx
 from taskx import Check, Diagnosis, Queue, RepositoryUnavailable, SQLiteRepository
 from taskx.core.clock import to_datetime
-from taskx.core.verdict import fail, ok, warn
+from taskx.core.findings import fail, ok, warn
 from taskx.liveness.base import About, Node
 
 

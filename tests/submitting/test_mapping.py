@@ -593,7 +593,7 @@ results = queue.map("twice", ({"n": n} for n in range(10)), window=1)
 assert next(results) == 0
 pool = queue._node.pool
 if (child := os.fork()) == 0:
-    results.timeout = 0.0
+    results._timeout = 0.0
     with suppress(TimeoutError):
         next(results)
     os._exit(len(queue.list_tasks()[0]) + len(pool.buffer))

@@ -362,7 +362,7 @@ ON_STARTED = {"queue.drain", "queue.stop", "queue.close"}
 async def begin_to_wait(handle: TaskHandle[Any]) -> None:
     """Await a handle until it raises, or has begun to wait."""
     waiting = asyncio.ensure_future(_awaited(handle))
-    while not waiting.done() and not handle.listeners:
+    while not waiting.done() and not handle._listeners:
         await asyncio.sleep(0)
     if waiting.done():
         waiting.result()

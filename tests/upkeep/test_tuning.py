@@ -11,7 +11,7 @@ from helpers import PATIENCE, eventually, housekeeper_of, pool_of, services_of, 
 from storage.repositories import TinyRepository
 
 from taskx import ConfigurationError, NodeNotFound, Queue, Tuned, TunedType
-from taskx.core.overrides import Overrides, from_text
+from taskx.common.controls import Overrides, from_text
 from taskx.core.rate import Limit, Rate
 from taskx.limiting.admission import Admission
 from taskx.limiting.shared import slots_by_node

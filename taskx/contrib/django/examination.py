@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from taskx.core.errors import RepositoryError
-from taskx.core.verdict import Check, fail, ok, warn
+from taskx.core.findings import Check, fail, ok, warn
 
 if TYPE_CHECKING:
     from taskx.contrib.django.connections import Connections

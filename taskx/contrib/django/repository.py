@@ -28,10 +28,10 @@ from taskx.core.checks import check_number
 from taskx.core.clock import SYSTEM_CLOCK, Clock
 from taskx.core.codec import Codec
 from taskx.core.errors import ConfigurationError
+from taskx.core.findings import Check
 from taskx.core.model import CONDITIONS
 from taskx.core.record import COLUMNS
 from taskx.core.timing import DEFAULT_TIMING, Timing
-from taskx.core.verdict import Check
 from taskx.core.writes import NoteChange, Write, shows
 from taskx.liveness.base import Liveness
 from taskx.liveness.locks import KernelLocks

@@ -110,7 +110,7 @@ class _Work:
             reason = self._token.reason
             told = told_error(error, skip=2, main=self._request["main"])
             message = ["raised", told, reason and reason.value]
-        if (progress := self._context.latest_progress()) is not None:
+        if (progress := self._context._latest_progress()) is not None:
             self._channel.say("progress", *progress)
         self._channel.say(*message)
 
@@ -126,7 +126,7 @@ class _Work:
         """Receive messages of the parent, report progress to it, and end when the parent ends."""
         while (messages := self._channel.hear(self._request["progress_every"])) is not None:
             self.heed(messages)
-            if (told := self._context.new_progress()) is not None:
+            if (told := self._context._new_progress()) is not None:
                 self._channel.say("progress", *told)
         end_family()
 

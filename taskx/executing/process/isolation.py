@@ -126,7 +126,7 @@ class Isolated:
             "max_payload_size": self._max_payload_size,
             "left": ctx.remaining(),
             "asked_at": time.monotonic(),
-            "no_checkpoints": ctx.checkpoints_refused(),
+            "no_checkpoints": ctx._checkpoints_refused(),
             "parent": os.getpid(),
             "progress_every": self._timing.progress_every,
             "argv": sys.argv,
@@ -277,7 +277,7 @@ class _Attendance:
         if what == "progress":
             self._ctx.progress(*facts)
         elif what == "cut":
-            self._ctx.message_was_cut()
+            self._ctx._message_was_cut()
         elif what == "log":
             _log(self._ctx.logger.logger, *facts)
         elif what == "checkpoints":
@@ -288,7 +288,7 @@ class _Attendance:
     def _keep(self, text: str, durable: bool) -> tuple[bool, str, str]:
         """Store checkpoints. Return True if the run still has its task; then the problem and its path."""
         try:
-            return self._ctx.keep_checkpoints(text, durable=durable), "", ""
+            return self._ctx._keep_checkpoints(text, durable=durable), "", ""
         except TaskCancelled:
             return False, "", ""  # the child is told to stop, too
         except PayloadError as error:

@@ -8,7 +8,7 @@ from typing import Any
 
 from taskx.core.clock import Clock
 from taskx.core.errors import RepositoryError
-from taskx.core.verdict import Check, fail, ok, warn
+from taskx.core.findings import Check, fail, ok, warn
 from taskx.storage.mongo.connection import Connection, words_of
 from taskx.storage.mongo.documents import moment_ms
 

@@ -23,9 +23,9 @@ from taskx.core.checks import check_number
 from taskx.core.clock import SYSTEM_CLOCK, Clock
 from taskx.core.codec import Codec
 from taskx.core.errors import ConfigurationError, TaskxError
+from taskx.core.findings import Check
 from taskx.core.record import UNIQUE
 from taskx.core.timing import DEFAULT_TIMING, Timing
-from taskx.core.verdict import Check
 from taskx.core.writes import Delete, Insert, Note, NoteChange, Write
 from taskx.storage.base import Repository, new_version, tell_of_forks
 from taskx.storage.mongo.batches import Batches

@@ -13,7 +13,7 @@ from contextlib import closing, suppress
 from typing import Any
 
 from taskx.core.errors import TaskxError
-from taskx.core.verdict import Check, fail, ok, warn
+from taskx.core.findings import Check, fail, ok, warn
 from taskx.storage.sqlite import schema
 from taskx.storage.sqlite.connections import MINIMUM_SQLITE, unwritable
 from taskx.storage.sqlite.file import DatabaseFile

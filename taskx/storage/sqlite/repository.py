@@ -41,7 +41,7 @@ from taskx.storage.sqlite.wakeups import Wakeups
 from taskx.storage.transactions import Then
 
 if TYPE_CHECKING:
-    from taskx.core.verdict import Check
+    from taskx.core.findings import Check
 
 Durability = Literal["accepted", "full", "process"]
 T = TypeVar("T")
