@@ -21,7 +21,7 @@ from taskx.core.lifecycle import COMPLETED, FAILED, PENDING
 from taskx.core.record import BY_THREAD
 from taskx.moving import Services
 from taskx.storage import queries
-from taskx.storage.base import Lookup
+from taskx.storage.base import Lookup, Repository
 
 # Approximate number of waiting tasks that are read to find the oldest of each type.
 _OLDEST = 1000
@@ -112,19 +112,25 @@ class Stats:
 
 
 def stats(
-    services: Services, period: float | timedelta, at_most: int, waiting_at_most: int
+    repository: Repository,
+    services: Services,
+    period: float | timedelta,
+    at_most: int,
+    waiting_at_most: int,
 ) -> Stats:
     """Count what waits, runs and has ended, by type: see ``Queue.stats``."""
     seconds = check_number(period, "period")
     most = check_int(at_most, "at_most", 1), check_int(waiting_at_most, "waiting_at_most", 1)
-    return _Reading(services, *most).stats(seconds)
+    return _Reading(repository, services, *most).stats(seconds)
 
 
 class _Reading:
     """The reads for one answer."""
 
-    def __init__(self, services: Services, at_most: int, waiting_at_most: int) -> None:
-        self._repository = services.repository
+    def __init__(
+        self, repository: Repository, services: Services, at_most: int, waiting_at_most: int
+    ) -> None:
+        self._repository = repository
         self._at_most = at_most
         self._waiting_at_most = waiting_at_most
         self._capped = False

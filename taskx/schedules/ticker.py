@@ -19,7 +19,7 @@ from taskx.core.log import is_told
 from taskx.core.ticks import BATCH, Ticks, decide, latest
 from taskx.core.writes import Note, NoteChange
 from taskx.moving import Services
-from taskx.schedules.stored import PREFIX, Entry, entry_of, store, tick_id
+from taskx.schedules.stored import PREFIX, Entry, entry_of, tick_id
 
 # If there are very many schedules, the polling interval is this many times the duration of the last
 # refresh, so that refreshes take half a percent of a core.
@@ -325,7 +325,9 @@ class Ticker:
         held = dict(zip((p.read.name for p in first), self._put(first, making=True), strict=True))
         going = [plan for plan in plans if held.get(plan.read.name, True)]
         inserts = [p.entry.insert(tick, now) for p in going for tick in p.run]
-        made = bool(inserts) and store(self._services, inserts)
+        made = bool(inserts) and any(self._services.moves.commit(inserts))
+        if made:
+            self._services.agenda.fetch_soon()
         moved_on = self._put(going)
         self._last_round = now
         for plan in compress(going, moved_on):  # of several nodes, one tells

@@ -48,7 +48,7 @@ from taskx.core.clock import to_ms
 from taskx.core.ticks import BATCH
 from taskx.core.writes import Insert
 from taskx.schedules import ticker as ticker_module
-from taskx.schedules.stored import PREFIX, store
+from taskx.schedules.stored import PREFIX
 from taskx.schedules.ticker import Ticker
 from taskx.testing import ManualClock
 from taskx.upkeep.node import LocalNode
@@ -1613,13 +1613,16 @@ def test_a_schedule_whose_task_fails_to_store_does_not_stop_others(many, clock, 
     ticker.tick()
     clock.advance(60)
 
-    def refuse(services, inserts):
+    moves = services_of(many).moves
+    commit = moves.commit
+
+    def refuse(inserts):
         if any(insert.id.startswith("s007") for insert in inserts):
             raise ConnectionError("no key server")
-        return store(services, inserts)
+        return commit(inserts)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ticker_module, "store", refuse)
+        patch.setattr(moves, "commit", refuse)
         many.repository.batches.clear()
         ticker.tick()
     assert many.repository.count(TaskFilter()) == 199
