@@ -52,7 +52,7 @@ def why(
         task_id: the id of the task.
     """
     try:
-        with repository.within(services.timing.answer_within):
+        with repository.house.within(services.timing.answer_within):
             return [*_Inquiry(repository, services, pool, ageing).about(task_id)]
     except RepositoryError as error:
         facts = {"error": str(error), "error_type": type(error).__name__}

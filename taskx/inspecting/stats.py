@@ -159,7 +159,7 @@ class _Reading:
         most = max(1, _OLDEST // max(1, len(types)))
         for owner in ("", *queries.every(self._repository, "buffered_on")):
             for type in types:
-                if number := self._repository.count_ready(type, owner, self._waiting_at_most):
+                if number := self._repository.reads.count_ready(type, owner, self._waiting_at_most):
                     self._capped |= number == self._waiting_at_most
                     self._found[type].numbers["waiting"] += number
                     for stub in self._repository.ready([type], most, owner, ageing=1):

@@ -198,7 +198,7 @@ class Ticker:
     def _read_page(self, after: str) -> None:
         """Read the next page of a refresh."""
         began = time.monotonic()
-        page = self._services.repository.notes_after(PREFIX, after, self._timing.batch)
+        page = self._services.repository.reads.notes_after(PREFIX, after, self._timing.batch)
         for name, note in page.items():
             self._take_in(name, note)
         self._refresh_took += time.monotonic() - began
@@ -219,7 +219,7 @@ class Ticker:
         self._after = None
 
     def _read_named(self, names: Sequence[str]) -> None:
-        found = self._services.repository.notes_named(names)
+        found = self._services.repository.reads.notes_named(names)
         for name in names:
             if name in found:
                 self._take_in(name, found[name])
