@@ -158,7 +158,7 @@ def _two_processes(url: str, seconds: float, workers: int) -> Measure:
         queue.submit("noop").result()  # the first task finds the other process ready
         began = time.perf_counter()
         count = len(_repeated(lambda: queue.submit("noop"), seconds))
-        while any(queue.repository.count_to(each, 1) for each in _UNFINISHED):
+        while any(queue.repository.reads.count_to(each, 1) for each in _UNFINISHED):
             time.sleep(0.005)
         rate = count / (time.perf_counter() - began)
         child.tell("stop")
@@ -179,7 +179,7 @@ def serve(url: str, workers: int) -> None:
 @contextmanager
 def _opened(url: str, **config: int) -> Iterator[Queue]:
     with closing(open_repository(url)) as repository:
-        repository.prepare()
+        repository.house.prepare()
         queue = Queue(repository, Config(**config))
         queue.declare("noop")
         yield queue

@@ -315,7 +315,7 @@ def newest(repository: Repository, at_most: int, after: str | None) -> list[Flow
     """Return the newest flows: see ``Queue.flows``."""
     check_int(at_most, "at_most", 1)
     before = "" if after is None else check_flow(after, "after")
-    found = (_summary(repository, flow_id) for flow_id in repository.flows(before, at_most))
+    found = (_summary(repository, flow_id) for flow_id in repository.reads.flows(before, at_most))
     return [flow for flow in found if flow is not None]
 
 

@@ -58,6 +58,7 @@ from taskx.submitting.intake import Intake, task_of
 from taskx.submitting.joining import Joining
 from taskx.submitting.layers import layered
 from taskx.submitting.operations import Operations
+from taskx.submitting.work import Work
 from taskx.upkeep import foreground
 from taskx.upkeep.following import follow
 from taskx.upkeep.node import Lifetime
@@ -159,9 +160,10 @@ class Queue(Questions, Steering):
             self._timing,
             self.config.redact,
         )
-        self._intake = self._intake_class(self._services, state, self.config)
-        self._operations = Operations(self._services, state)
-        self._joining = Joining(self._services, state, self.config)
+        work = Work(self.repository, self._services.moves)
+        self._intake = self._intake_class(self._services, state, self.config, work)
+        self._operations = Operations(self._services, state, work)
+        self._joining = Joining(self._services, state, self.config, work)
         self._entrance = layered(self._intake, self._registry.middleware)
         self._schedules.wire(self._services, self._intake, self._joining, state)
         make_node = self._runs_by.make_node
@@ -776,7 +778,7 @@ class Queue(Questions, Steering):
 
     def _renew_after_fork(self) -> None:
         """Reset the queue in a forked child to "not started", without touching the parent's resources."""
-        self.repository.renew_after_fork()
+        self.repository.forks.renew_after_fork()
         self._services.watcher.renew_after_fork()
         self._life.forget()
         self._runs_by.renew_after_fork()

@@ -118,7 +118,7 @@ def housekeeper_of(queue: Queue) -> Housekeeper:
 
 
 def connections_of(repository: SQLiteRepository) -> Connections:
-    return repository._connections
+    return repository._file_links.connections
 
 
 def open_readers(repository: SQLiteRepository) -> list[Connection]:

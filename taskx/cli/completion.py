@@ -32,7 +32,7 @@ def _completion(find: Callable[[Queue, str], Iterable[CompletionItem]]) -> Compl
         with (
             suppress(Exception, SystemExit),  # an error would be printed into the user's command
             opened(ctx) as queue,
-            queue.repository.within(_PATIENCE),
+            queue.repository.house.within(_PATIENCE),
         ):
             return [item for item in find(queue, incomplete) if _safe(item)]
         return []

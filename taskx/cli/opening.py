@@ -251,7 +251,7 @@ def opened(ctx: click.Context) -> Iterator[Queue]:
         queue = load_queue(wanted.app)
     else:
         queue = Queue(_repository(wanted.repository or os.environ.get(VARIABLE, "")))
-    queue.repository.only_existing()
+    queue.repository.house.only_existing()
     try:
         yield queue
     finally:

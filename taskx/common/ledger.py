@@ -190,7 +190,7 @@ class Ledger(ABC, Generic[OutcomeT]):
                 # Take the lock and note it in one step: an interrupt may come between two steps.
                 alone.extend(map(self._leading.acquire, (False,)))
                 if alone == [True] and not self._waiting:
-                    with self._repository.without_waiting():
+                    with self._repository.house.without_waiting():
                         return self._target.apply(writes)
         except BaseException as error:
             doubtful = isinstance(error, MemoryError) or not isinstance(error, Exception)
@@ -256,7 +256,7 @@ class Ledger(ABC, Generic[OutcomeT]):
         if self.entered:
             raise Reentered
         try:
-            with self._leading, self._repository.without_waiting():
+            with self._leading, self._repository.house.without_waiting():
                 return self._repository.apply(writes, all_or_nothing=True)
         finally:
             if self._waiting:
@@ -349,7 +349,7 @@ class Ledger(ABC, Generic[OutcomeT]):
         self._sent = entries
         try:
             writes = [w for entry in entries for w in entry.writes if id(w) not in entry.known]
-            with self._repository.without_waiting():
+            with self._repository.house.without_waiting():
                 results = iter(self._target.apply(writes))
         except MemoryError:
             raise  # perhaps after the COMMIT

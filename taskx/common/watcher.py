@@ -20,7 +20,8 @@ from taskx.core.errors import RepositoryError, on_main_thread
 from taskx.core.lifecycle import ENDED, FINISHED
 from taskx.core.log import Complaint, GuardedLogger
 from taskx.core.timing import Timing
-from taskx.storage.base import Listener, Repository
+from taskx.storage.base import Repository
+from taskx.storage.parts import Listener
 from taskx.storage.queries import Changes, runs_somewhere
 
 # A process in which no queue is started spends at most a tenth of its time on polling.
@@ -253,7 +254,7 @@ class Watcher:
         """Listen for tasks that end in other processes, if the repository supports it."""
         if self._listener is None and not self._closed:
             try:
-                self._listener = self._repository.listen(ENDED)
+                self._listener = self._repository.news.listen(ENDED)
             except Exception:  # noqa: BLE001  (a defect of a repository)
                 self._log.exception(_DEAF)
         return self._listener

@@ -281,7 +281,7 @@ def _stream(
     revision, timing = None, request.queue._timing
     while (now := time.monotonic()) < until:
         pause.wait(min(timing.stream_every, until - now))
-        latest = request.queue.repository.revision()
+        latest = request.queue.repository.news.revision()
         if latest is None or latest != revision:
             revision, before, known = latest, known, _tasks_of(request, wanted)
             for task in _differences(request, before, known):

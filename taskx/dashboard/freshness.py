@@ -32,7 +32,7 @@ class Freshness:
         Raises:
             RepositoryError: the repository cannot be read.
         """
-        revision = self._repository.revision()
+        revision = self._repository.news.revision()
         if revision is None:
             return None
         step = int(self._clock.now_ms() / (STEP * 1000))

@@ -159,7 +159,7 @@ class BrokerEngine(Engine):
                 f"{self.name} runs tasks in other processes, which cannot see this repository: use "
                 "MongoRepository, DjangoRepository, or SQLiteRepository if all processes are on one host"
             )
-        if repository.one_host and not self._one_host:
+        if repository.house.one_host and not self._one_host:
             raise ConfigurationError(
                 f"{self.name} may run tasks on other hosts, and they cannot share a SQLite file: use "
                 "MongoRepository, or DjangoRepository on a server, or pass one_host=True if all worker "

@@ -20,8 +20,10 @@ from taskx.core.clock import to_datetime
 from taskx.core.errors import ConfigurationError
 from taskx.core.ids import new_id
 from taskx.core.model import MAX_NAME
+from taskx.core.timing import Timing
 from taskx.core.writes import Note, NoteChange
 from taskx.moving import Services
+from taskx.storage.base import Repository
 
 _PREFIX = "change/"
 # A write removes old changes with this probability: most writes read nothing.
@@ -54,6 +56,7 @@ class Change:
 
 
 def note_change(
+    repository: Repository,
     services: Services,
     by: str,
     action: str,
@@ -62,7 +65,7 @@ def note_change(
     chance: Callable[[], float] = random.random,
 ) -> None:
     """Add an entry to the log of changes; ``chance`` decides if old entries are removed."""
-    services.repository.require("the log of changes")
+    repository.require("the log of changes")
     facts = {"by": by, "action": action, "target": target}
     for name, text in facts.items():
         if not isinstance(text, str):
@@ -72,18 +75,18 @@ def note_change(
     entry = {"at": services.clock.now_ms(), **shown, "detail": detail}
     changes = [NoteChange(_PREFIX + new_id(), json.dumps(entry), 0)]
     if chance() < _SHARE:
-        notes = sorted(services.repository.notes(_PREFIX).items(), reverse=True)
+        notes = sorted(repository.notes(_PREFIX).items(), reverse=True)
         old = notes[services.timing.most_changes - 1 :]
         changes += [NoteChange(name, None, note.version) for name, note in old]
-    services.repository.put_notes(changes)
+    repository.put_notes(changes)
 
 
-def changes(services: Services, at_most: int) -> list[Change]:
+def changes(repository: Repository, timing: Timing, at_most: int) -> list[Change]:
     """Return the newest entries of the log of changes: see ``Queue.changes``."""
-    services.repository.require("the log of changes")
+    repository.require("the log of changes")
     check_int(at_most, "at_most", 1)
-    most = min(at_most, services.timing.most_changes)
-    notes = services.repository.notes(_PREFIX)
+    most = min(at_most, timing.most_changes)
+    notes = repository.notes(_PREFIX)
     found = (_change(note) for _, note in sorted(notes.items(), reverse=True))
     return [change for change in found if change is not None][:most]
 

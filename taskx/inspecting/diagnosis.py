@@ -60,7 +60,7 @@ class Diagnosis(Answer):
 def diagnose(services: Services) -> Diagnosis:
     """Examine what is around the tasks, as versions, the store and nodes: see ``Queue.diagnose``."""
     repository, now = services.repository, services.clock.now_ms()
-    checks = [_versions(), *repository.examine()]
+    checks = [_versions(), *repository.house.examine()]
     # An older schema is only a warning, but the tasks cannot be read before it is migrated.
     readable = all(check.level == "ok" for check in checks if check.name in ("file", "schema"))
     if readable and not any(check.level == "fail" for check in checks):

@@ -16,7 +16,6 @@ from taskx.core.findings import Answer
 from taskx.core.lifecycle import FAILED
 from taskx.core.model import TaskFilter, TaskStatus, check_key, check_moment
 from taskx.inspecting.places import Place, place_of
-from taskx.moving import Services
 from taskx.storage import queries
 from taskx.storage.base import Repository
 from taskx.submitting.selecting import Also, Chosen
@@ -102,14 +101,14 @@ class _Failed(NamedTuple):
 
 
 def failures(
-    services: Services, type: str | None, since: datetime | None, at_most: int
+    repository: Repository, type: str | None, since: datetime | None, at_most: int
 ) -> Failures:
     """Return failed tasks in groups of the same cause: see ``Queue.failures``."""
     wanted = None if type is None else check_key(type, "type")
     check_moment(since, "since")
     start = None if since is None else to_ms(since)
     most = check_int(at_most, "at_most", 1)
-    rows, read_since = queries.newest(services.repository, FAILED, most, _FIELDS)
+    rows, read_since = queries.newest(repository, FAILED, most, _FIELDS)
     found: dict[tuple[str, str, Place | None], list[_Failed]] = {}
     for task_id, kind, _, at, error, error_type, traceback in rows:
         if not isinstance(at, int):  # requeued in the meantime, or damaged

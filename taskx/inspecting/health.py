@@ -130,7 +130,7 @@ def own_problems(services: Services, pool: WorkerPool | None, stuck: int) -> Ite
         stuck: the number of threads that may be stuck.
     """
     try:
-        services.repository.ensure_there()
+        services.repository.house.ensure_there()
     except RepositoryError as error:
         yield _away(error)
     if pool is not None and (number := len(pool.stuck.runs)) > stuck:
@@ -143,7 +143,7 @@ def check(services: Services, pool: WorkerPool | None, wanted: Thresholds) -> He
     checking = _Check(services, pool, wanted)
     if not any(problem.kind == "repository" for problem in problems):
         try:
-            with services.repository.within(services.timing.answer_within):
+            with services.repository.house.within(services.timing.answer_within):
                 problems.extend(checking.problems())
         except RepositoryError as error:
             problems.insert(0, _away(error))
@@ -184,7 +184,7 @@ class _Check:
     def problems(self) -> Iterator[Problem]:
         """Yield everything that is wrong with the repository."""
         self._repository.version()  # notices a newer schema
-        self._repository.ensure_there()
+        self._repository.house.ensure_there()
         nodes = [node for node in self._repository.nodes() if node.alive is not False]
         paused = self._controls.read_paused()
         due = [t for t in queries.every(self._repository, "ready_type") if t not in paused]
@@ -263,7 +263,7 @@ class _Check:
             return
         most, period = self._wanted.failed
         limit = max(self._timing.most_explained, 2 * most)
-        newest = self._repository.newest(FAILED, limit, ("type", "completed_at"))
+        newest = self._repository.reads.newest(FAILED, limit, ("type", "completed_at"))
         late = [type for type, at in newest if isinstance(at, int) and at >= self.now - period]
         if len(late) <= most:
             return
@@ -309,7 +309,7 @@ class _Check:
     def _entries(self) -> Iterator[tuple[str, Entry | str]]:
         """Yield all schedules with their names; an error text for one that cannot be read."""
         after = PREFIX
-        while notes := self._repository.notes_after(PREFIX, after, self._timing.scan_batch):
+        while notes := self._repository.reads.notes_after(PREFIX, after, self._timing.scan_batch):
             for after in sorted(notes):
                 name = after.removeprefix(PREFIX)
                 try:
@@ -321,12 +321,12 @@ class _Check:
         most = self._wanted.file_size
         if most is None:
             return
-        size = self._repository.file_size()
-        if size is None:
+        sizes = self._repository.house.file_sizes()
+        if not sizes:
             raise ConfigurationError(
                 f"file_size requires a repository in a file: {self._repository!r} has none"
             )
-        if size > most:
+        if (size := sum(sizes.values())) > most:
             words = f"The file has {size:,} bytes, more than {most:,}."
             yield Problem("file_size", words, {"bytes": size, "most": most})
 

@@ -21,6 +21,7 @@ from taskx.core.findings import Answer
 from taskx.core.lifecycle import COMPLETED, FAILED
 from taskx.moving import Services
 from taskx.storage import queries
+from taskx.storage.base import Repository
 
 #: The upper limits of the groups of run times, in seconds; longer run times are in a last group.
 BOUNDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)
@@ -82,7 +83,13 @@ class History(Answer):
         )
 
 
-def history(services: Services, period: float | timedelta, intervals: int, at_most: int) -> History:
+def history(
+    repository: Repository,
+    services: Services,
+    period: float | timedelta,
+    intervals: int,
+    at_most: int,
+) -> History:
     """Count the tasks that ended in each interval of a period: see ``Queue.history``."""
     most, number = check_int(at_most, "at_most", 1), check_int(intervals, "intervals", 1)
     if number > MOST_INTERVALS:
@@ -97,7 +104,7 @@ def history(services: Services, period: float | timedelta, intervals: int, at_mo
     found: defaultdict[str, _Found] = defaultdict(lambda: _Found(number))
     times: list[int] = []
     for status in (COMPLETED, FAILED):
-        rows, since = queries.newest(services.repository, status, most, _FIELDS)
+        rows, since = queries.newest(repository, status, most, _FIELDS)
         times += () if since is None else (since,)
         for type, _, started_at, ended_at, duration in rows:
             with suppress(TypeError):  # a damaged record

@@ -13,6 +13,7 @@ from taskx.limiting.shared import SharedBucket, slots_by_node
 from taskx.liveness.base import Node
 from taskx.moving import Services
 from taskx.running.pool import WorkerPool
+from taskx.storage.base import Repository
 
 # Most tasks that are named as the holders of slots.
 _NAMED = 1000
@@ -33,12 +34,20 @@ class Limits:
     """The limits of the live nodes, and what is left of them.
 
     Args:
+        repository: the repository, as the caller sees it.
         services: the parts of the queue.
         pool: the worker pool of the queue, which knows its node's own tokens; None if it is not started.
         busy: the tasks that hold slots.
     """
 
-    def __init__(self, services: Services, pool: WorkerPool | None, busy: Sequence[Busy]) -> None:
+    def __init__(
+        self,
+        repository: Repository,
+        services: Services,
+        pool: WorkerPool | None,
+        busy: Sequence[Busy],
+    ) -> None:
+        self._repository = repository
         self._services = services
         self._pool = pool
         self._busy = busy
@@ -82,7 +91,7 @@ class Limits:
         """Return the slots that each node keeps of those that all nodes share."""
         if limit.scope == "node" or limit.max_concurrency is None:
             return {}
-        return slots_by_node(self._services.repository, type)
+        return slots_by_node(self._repository, type)
 
     def _until_token(self, type: str, limit: Limit, node: Node) -> float | None:
         """Return the seconds until a token comes on a node; None if only that node knows."""
@@ -90,9 +99,7 @@ class Limits:
             return 0.0
         services, pool = self._services, self._pool
         if limit.scope == "global":
-            bucket = SharedBucket(
-                services.repository, type, limit.rate, services.clock, services.log
-            )
+            bucket = SharedBucket(self._repository, type, limit.rate, services.clock, services.log)
             return until_token(bucket, services.clock)
         if pool is not None and node.id == pool.node.id:
             return pool.admission.until_token(type)

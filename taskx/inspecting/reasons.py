@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from taskx.common.controls import Paused
+from taskx.common.controls import Controls, Paused
 from taskx.core import lifecycle
 from taskx.core.clock import to_datetime, to_ms
 from taskx.core.errors import RepositoryError, TaskNotFound
@@ -29,6 +29,7 @@ from taskx.liveness.base import Node
 from taskx.moving import Services
 from taskx.running.pool import WorkerPool
 from taskx.running.stuck import stack_of_task
+from taskx.storage.base import Repository
 
 #: Most nodes whose buffers are read.
 _MOST_BUFFERS = 20
@@ -38,18 +39,21 @@ _NEXT = 20
 _SHORTLY = "a started queue lets it go on within moments"
 
 
-def why(services: Services, pool: WorkerPool | None, ageing: int, task_id: str) -> list[Reason]:
+def why(
+    repository: Repository, services: Services, pool: WorkerPool | None, ageing: int, task_id: str
+) -> list[Reason]:
     """Return the reasons why a task waits, runs or has ended: see ``Queue.why``.
 
     Args:
+        repository: the repository, as the caller sees it.
         services: the parts of the queue.
         pool: the worker pool of the queue; None if it is not started.
         ageing: the milliseconds of waiting that count as one more priority.
         task_id: the id of the task.
     """
     try:
-        with services.repository.within(services.timing.answer_within):
-            return [*_Inquiry(services, pool, ageing).about(task_id)]
+        with repository.house.within(services.timing.answer_within):
+            return [*_Inquiry(repository, services, pool, ageing).about(task_id)]
     except RepositoryError as error:
         facts = {"error": str(error), "error_type": type(error).__name__}
         return [Reason("repository", f"The repository cannot be read: {error}.", facts)]
@@ -58,9 +62,11 @@ def why(services: Services, pool: WorkerPool | None, ageing: int, task_id: str) 
 class _Inquiry:
     """One question about one task: the nodes, and the parts of the queue that know more."""
 
-    def __init__(self, services: Services, pool: WorkerPool | None, ageing: int) -> None:
+    def __init__(
+        self, repository: Repository, services: Services, pool: WorkerPool | None, ageing: int
+    ) -> None:
         self._services = services
-        self._repository = services.repository
+        self._repository = repository
         self._pool = pool
         self._ageing = ageing
         self._most = services.timing.most_explained
@@ -88,7 +94,7 @@ class _Inquiry:
     # --- pending
 
     def _pending(self, task: Task, held: int) -> Iterator[Reason]:
-        paused = self._services.controls.read_paused()
+        paused = Controls(self._repository).read_paused()
         able = [node for node in self._nodes.values() if _takes(node, task.type)]
         stopped = [*self._no_node(task, able), *_pauses(task, paused)]
         yield from self._held(task, held)
@@ -97,7 +103,9 @@ class _Inquiry:
             yield self._due(task)
         if held == FREE:
             busy, first = self._busy(), self._first(task, _competing(task, able, paused))
-            limits = [*Limits(self._services, self._pool, busy).reasons(task.type, able)]
+            limits = [
+                *Limits(self._repository, self._services, self._pool, busy).reasons(task.type, able)
+            ]
             limits += self._alone(task, able, busy, first)
             yield from limits
             yield from self._broker(able)

@@ -22,7 +22,7 @@ from taskx.core.lifecycle import COMPLETED, FAILED, PENDING
 from taskx.core.record import BY_THREAD
 from taskx.moving import Services
 from taskx.storage import queries
-from taskx.storage.base import Lookup
+from taskx.storage.base import Lookup, Repository
 
 # Approximate number of waiting tasks that are read to find the oldest of each type.
 _OLDEST = 1000
@@ -105,19 +105,25 @@ class Stats(Answer):
 
 
 def stats(
-    services: Services, period: float | timedelta, at_most: int, waiting_at_most: int
+    repository: Repository,
+    services: Services,
+    period: float | timedelta,
+    at_most: int,
+    waiting_at_most: int,
 ) -> Stats:
     """Count what waits, runs and has ended, by type: see ``Queue.stats``."""
     seconds = check_number(period, "period")
     most = check_int(at_most, "at_most", 1), check_int(waiting_at_most, "waiting_at_most", 1)
-    return _Reading(services, *most).stats(seconds)
+    return _Reading(repository, services, *most).stats(seconds)
 
 
 class _Reading:
     """The reads for one answer."""
 
-    def __init__(self, services: Services, at_most: int, waiting_at_most: int) -> None:
-        self._repository = services.repository
+    def __init__(
+        self, repository: Repository, services: Services, at_most: int, waiting_at_most: int
+    ) -> None:
+        self._repository = repository
         self._at_most = at_most
         self._waiting_at_most = waiting_at_most
         self._capped = False
@@ -146,7 +152,7 @@ class _Reading:
         most = max(1, _OLDEST // max(1, len(types)))
         for owner in ("", *queries.every(self._repository, "buffered_on")):
             for type in types:
-                if number := self._repository.count_ready(type, owner, self._waiting_at_most):
+                if number := self._repository.reads.count_ready(type, owner, self._waiting_at_most):
                     self._capped |= number == self._waiting_at_most
                     self._found[type].numbers["waiting"] += number
                     for stub in self._repository.ready([type], most, owner, ageing=1):

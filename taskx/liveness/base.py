@@ -118,6 +118,11 @@ class Store(Applies, Protocol):
     def put_notes(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
         """Store or remove notes, each only if its version has not changed; return for each if so."""
 
+    @property
+    def house(self) -> _House: ...
+
+
+class _House(Protocol):
     def within(self, seconds: float) -> AbstractContextManager[object]:
         """Make operations inside this context raise after ``seconds``, if the store supports it."""
 

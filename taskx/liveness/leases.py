@@ -230,7 +230,7 @@ class Leases(Recorded[_Leased]):
         timeout = 2 * self.interval if left <= 0 else min(2 * self.interval, left)
         try:
             own.facts["beat_at"] = self._now_ms()
-            with self._store.within(max(timeout, 0.01)):
+            with self._store.house.within(max(timeout, 0.01)):
                 own.dead = not self._write(node, own)
         except RepositoryError as error:
             name = own.facts["name"]

@@ -60,8 +60,8 @@ class Parts:
         with self._joining.operations(connection) as operations:
             yield operations
 
-    def _reading(self) -> AbstractContextManager[Services]:
-        """Return the services for a read of this thread: it may be in a transaction of its own."""
+    def _reading(self) -> AbstractContextManager[Repository]:
+        """Return the repository for a read of this thread: it may be in a transaction of its own."""
         return self._joining.reading()
 
     def _uncommitted(self, task_id: str) -> bool:

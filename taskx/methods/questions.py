@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from taskx.common.controls import Paused
+from taskx.common.controls import Controls, Paused
 from taskx.core.model import (
     Task,
     TaskCount,
@@ -51,8 +51,8 @@ class Questions(Parts):
         Raises:
             TaskNotFound: no task has this id.
         """
-        with self._reading() as services:
-            return services.repository.get_by_id(task_id)
+        with self._reading() as repository:
+            return repository.get_by_id(task_id)
 
     def list_tasks(
         self,
@@ -83,8 +83,8 @@ class Questions(Parts):
                 given and a codec hides them.
         """
         wanted = filter_of(filter, fields, "list_tasks", self.clock)
-        with self._reading() as services:
-            return queries.page(services.repository, wanted, after, at_most)
+        with self._reading() as repository:
+            return queries.page(repository, wanted, after, at_most)
 
     def count_tasks(
         self,
@@ -105,8 +105,8 @@ class Questions(Parts):
             ConfigurationError: as in :meth:`list_tasks`.
         """
         wanted = filter_of(filter, fields, "count_tasks", self.clock)
-        with self._reading() as services:
-            return queries.count(services.repository, wanted, at_most)
+        with self._reading() as repository:
+            return queries.count(repository, wanted, at_most)
 
     def iter_tasks(
         self, filter: TaskFilter | None = None, **fields: Unpack[FilterOptions]
@@ -128,8 +128,8 @@ class Questions(Parts):
         return queries.read_all(self._page_after, wanted, self._timing.batch)
 
     def _page_after(self, filter: TaskFilter, after: Any) -> tuple[Sequence[Task], Any]:
-        with self._reading() as services:
-            return queries.list_after(services.repository, filter, after)
+        with self._reading() as repository:
+            return queries.list_after(repository, filter, after)
 
     @property
     def types(self) -> frozenset[str]:
@@ -188,8 +188,8 @@ class Questions(Parts):
         """
         from taskx.flows import newest
 
-        with self._reading() as services:
-            return newest(services.repository, at_most, after)
+        with self._reading() as repository:
+            return newest(repository, at_most, after)
 
     def dead_letters(
         self,
@@ -222,8 +222,8 @@ class Questions(Parts):
         from taskx.inspecting.reasons import why
 
         ageing = round((self.config.ageing or 0) * 1000)
-        with self._reading() as services:
-            return why(services, self._engine, ageing, check_name(task_id, "id"))
+        with self._reading() as repository:
+            return why(repository, self._services, self._engine, ageing, check_name(task_id, "id"))
 
     def health(
         self,
@@ -302,8 +302,8 @@ class Questions(Parts):
         """
         from taskx.inspecting.stats import stats
 
-        with self._reading() as services:
-            return stats(services, period, at_most, waiting_at_most)
+        with self._reading() as repository:
+            return stats(repository, self._services, period, at_most, waiting_at_most)
 
     def history(
         self,
@@ -329,8 +329,8 @@ class Questions(Parts):
         """
         from taskx.inspecting.history import history
 
-        with self._reading() as services:
-            return history(services, period, intervals, at_most)
+        with self._reading() as repository:
+            return history(repository, self._services, period, intervals, at_most)
 
     def failures(
         self, *, type: str | None = None, since: datetime | None = None, at_most: int = 1_000
@@ -351,8 +351,8 @@ class Questions(Parts):
         """
         from taskx.inspecting.failures import failures
 
-        with self._reading() as services:
-            return failures(services, type, since, at_most)
+        with self._reading() as repository:
+            return failures(repository, type, since, at_most)
 
     def nodes(self) -> list[NodeInfo]:
         """Return the nodes on the repository, of all processes, and the tasks that they are running.
@@ -401,8 +401,8 @@ class Questions(Parts):
         """
         from taskx.inspecting.changelog import changes
 
-        with self._reading() as services:
-            return changes(services, at_most)
+        with self._reading() as repository:
+            return changes(repository, self._timing, at_most)
 
     @property
     def paused(self) -> Paused:
@@ -411,8 +411,8 @@ class Questions(Parts):
         Raises:
             RepositoryError: the repository failed.
         """
-        with self._reading() as services:
-            return services.controls.read_paused()
+        with self._reading() as repository:
+            return Controls(repository).read_paused()
 
     def tuned(self) -> Tuned:
         """Return the stored overrides, and the values that they override.
@@ -423,5 +423,5 @@ class Questions(Parts):
         """
         from taskx.upkeep.tuning import tuned
 
-        with self._reading() as services:
-            return tuned(services)
+        with self._reading() as repository:
+            return tuned(repository, self._registry)

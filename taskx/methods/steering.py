@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
+from taskx.common.controls import Controls
 from taskx.core.model import TaskFilter, TaskStatus, check_name
 from taskx.core.options import FilterOptions, LimitOptions, filter_of
 from taskx.methods.parts import Parts
@@ -334,8 +335,9 @@ class Steering(Parts):
                 methods.
             RepositoryError: the repository failed.
         """
-        with self._joining.changing(self._check_controls) as services:
-            services.controls.pause(type)
+        with self._joining.changing() as work:
+            Controls(work.repository).pause(type)
+            work.after(self._check_controls)
         self._warn_if_misspelt(type, "paused")
 
     def _warn_if_misspelt(self, type: str | None, what: str) -> None:
@@ -355,8 +357,9 @@ class Steering(Parts):
             ConfigurationError: the type is not a valid name.
             RepositoryError: the repository failed.
         """
-        with self._joining.changing(self._check_controls) as services:
-            services.controls.resume(type)
+        with self._joining.changing() as work:
+            Controls(work.repository).resume(type)
+            work.after(self._check_controls)
 
     def _check_controls(self) -> None:
         if self._node is not None:
@@ -470,5 +473,5 @@ class Steering(Parts):
         """
         from taskx.inspecting.changelog import note_change
 
-        with self._joining.changing() as services:
-            note_change(services, by, action, target, detail)
+        with self._joining.changing() as work:
+            note_change(work.repository, self._services, by, action, target, detail)

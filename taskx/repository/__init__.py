@@ -41,9 +41,9 @@ from taskx.storage.base import (
     BASIC_CONDITIONS,
     Fields,
     Listed,
-    Listener,
     Locked,
     Lookup,
+    Reads,
     Reentered,
     Repository,
     Rows,
@@ -51,6 +51,8 @@ from taskx.storage.base import (
     new_version,
 )
 from taskx.storage.eight import TaskRepository
+from taskx.storage.parts import Forks, House, Listener, News, at_forks
+from taskx.storage.transactions import Stored, Then, Transactions, Unit
 
 if TYPE_CHECKING:
     from taskx.testing import PrimitivesContract, RepositoryContract
@@ -77,16 +79,20 @@ __all__ = [
     "DuplicateTask",
     "Ended",
     "Fields",
+    "Forks",
+    "House",
     "Insert",
     "InvalidTransition",
     "Listed",
     "Listener",
     "Locked",
     "Lookup",
+    "News",
     "Note",
     "NoteChange",
     "PayloadError",
     "PrimitivesContract",
+    "Reads",
     "Reentered",
     "Repository",
     "RepositoryContract",
@@ -95,6 +101,7 @@ __all__ = [
     "RepositoryUnavailable",
     "Rows",
     "SchemaMismatch",
+    "Stored",
     "Stub",
     "SystemClock",
     "Task",
@@ -102,9 +109,13 @@ __all__ = [
     "TaskNotFound",
     "TaskRepository",
     "TaskStatus",
+    "Then",
     "Timed",
+    "Transactions",
+    "Unit",
     "Update",
     "Write",
+    "at_forks",
     "matches",
     "new_version",
     "parents_from_text",

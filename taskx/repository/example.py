@@ -27,6 +27,8 @@ from taskx.repository import (
     Codec,
     Delete,
     Ended,
+    Forks,
+    House,
     Insert,
     Note,
     NoteChange,
@@ -116,6 +118,9 @@ class ExampleRepository(Repository):
         self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
         self._commits = 0
+        # What only some stores can do is in objects of their own.
+        self.house = ExampleHouse(self)
+        self.forks = ExampleForks(self)
 
     # --- opening and closing: the constructor does no IO, and a closed repository opens again
 
@@ -140,11 +145,6 @@ class ExampleRepository(Repository):
             self._connection = connection
         return self._connection
 
-    def ensure_there(self) -> None:
-        """Raise ``RepositoryUnavailable`` if the file is gone."""
-        if self._connection is not None and not os.path.exists(self.path):
-            raise RepositoryUnavailable(f"{self.path} is gone: restart the program")
-
     def close(self) -> None:
         """Close the file."""
         with self._lock:
@@ -152,12 +152,13 @@ class ExampleRepository(Repository):
                 self._connection.close()
                 self._connection = None
 
-    def renew_after_fork(self) -> None:
-        """Leave the parent's connection unchanged, and do not take over its locks.
+    @property
+    def is_gone(self) -> bool:
+        """True if the opened file does not exist any more."""
+        return self._connection is not None and not os.path.exists(self.path)
 
-        A child that runs for a long time must not inherit a transaction, either: see ``before_fork`` of
-        :class:`taskx.SQLiteRepository`.
-        """
+    def leave_to_parent(self) -> None:
+        """Leave the parent's connection unchanged, in a forked child, and do not take over its locks."""
         _inherited.append(self._connection)
         self._connection = None
         self._lock = threading.RLock()  # another thread may have held the old one
@@ -324,6 +325,31 @@ class ExampleRepository(Repository):
         """Return counters of commits: others', and our own if several queues share this object."""
         ((others,),) = self._query("PRAGMA data_version")
         return self._connection, others, self._commits if len(self.queues) > 1 else 0
+
+
+class ExampleHouse(House):
+    """Looks after the file."""
+
+    def __init__(self, store: ExampleRepository) -> None:
+        self._store = store
+
+    def ensure_there(self) -> None:
+        """Raise ``RepositoryUnavailable`` if the file is gone."""
+        if self._store.is_gone:
+            raise RepositoryUnavailable(f"{self._store.path} is gone: restart the program")
+
+
+class ExampleForks(Forks):
+    """Gives a forked child a connection of its own.
+
+    A child that runs for a long time must not inherit a transaction, either: see ``Forks.before_fork``.
+    """
+
+    def __init__(self, store: ExampleRepository) -> None:
+        self._store = store
+
+    def renew_after_fork(self) -> None:
+        self._store.leave_to_parent()
 
 
 #: Connections of a parent process, kept here because the garbage collector would close them.

@@ -195,7 +195,7 @@ def stuck_types(repository: Repository, nodes: Sequence[Node], paused: Paused) -
         waiting = len(barred)
         if type in ready:
             owners = ("", *queries.every(repository, "buffered_on"))
-            waiting += sum(repository.count_ready(type, one, _MOST_READY) for one in owners)
+            waiting += sum(repository.reads.count_ready(type, one, _MOST_READY) for one in owners)
         if waiting:
             stuck = threads.total()
             words = (

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime, timedelta, timezone
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -25,7 +26,8 @@ from taskx.core.ticks import BATCH, Every, Misfire, between, latest, zone
 from taskx.core.writes import Note
 from taskx.moving import Services
 from taskx.running.pool import State
-from taskx.schedules.stored import OF_TASK, PREFIX, Entry, Overlap, entry_of, store, tick_id
+from taskx.schedules.stored import OF_TASK, PREFIX, Entry, Overlap, entry_of, tick_id
+from taskx.storage.base import Repository
 from taskx.submitting.intake import Intake, prepare
 from taskx.submitting.joining import Joining
 
@@ -174,8 +176,8 @@ class Schedule:
         most, entry, local = check_int(count, "count", 1), self._entry, zone(self.tz)
         ticks = latest(entry.ticks, entry.since + 1, self._schedules.now(), most)
         ids = {tick: tick_id(self.name, tick) for tick in reversed(ticks)}
-        with self._schedules.reading() as services:
-            known = services.repository.statuses([*ids.values()])
+        with self._schedules.reading() as repository:
+            known = repository.statuses([*ids.values()])
         return [
             Tick(
                 to_datetime(tick).astimezone(local),
@@ -249,11 +251,13 @@ class Schedule:
                     f"schedule {self.name!r} has more than {MOST_BACKFILLED:,} ticks from {start} to "
                     f"{end}; back-fill a shorter span, or several of them"
                 )
+            work = schedules.intake.work
             for first in range(0, len(ticks), BATCH):
                 some = ticks[first : first + BATCH]
                 inserts = [entry.insert(tick, now) for tick in some]
-                store(schedules.services, inserts)
+                work.moves.commit(inserts)
                 handles += [schedules.handle(insert.id) for insert in inserts]
+                work.after(schedules.services.agenda.fetch_soon)
         return handles
 
 
@@ -273,6 +277,7 @@ class Schedules:
         """Set the services to use from now on; a forked child has its own."""
         self.services = services
         self.intake = intake
+        self._repository = intake.work.repository
         self._joining = joining
         self._state = state
 
@@ -281,8 +286,8 @@ class Schedules:
         """True if declared schedules wait for the start of the queue."""
         return self._state.pool is None and not self._state.stopped
 
-    def reading(self) -> AbstractContextManager[Services]:
-        """Return the services for a read of this thread: it may be in a transaction of its own."""
+    def reading(self) -> AbstractContextManager[Repository]:
+        """Return the repository for a read of this thread: it may be in a transaction of its own."""
         return self._joining.reading()
 
     @contextmanager
@@ -294,13 +299,13 @@ class Schedules:
         Raises:
             ConfigurationError: the changes cannot take part in the transaction.
         """
-        with self._joining.changing(submits=submits) as services:
-            if services is self.services:
+        with self._joining.changing(submits=submits) as work:
+            if work is self.intake.work:
                 yield self
                 return
             made = Schedules(self.handle)
             made.declared = self.declared
-            made.wire(services, self._joining.intake_of(services), self._joining, self._state)
+            made.wire(self.services, self._joining.intake_of(work), self._joining, self._state)
             yield made
 
     def now(self) -> int:
@@ -309,8 +314,8 @@ class Schedules:
 
     def all(self) -> dict[str, Schedule]:
         """Return all schedules that can be read or are declared, by name and in the order of names."""
-        with self.reading() as services:
-            notes = services.repository.notes(PREFIX)
+        with self.reading() as repository:
+            notes = repository.notes(PREFIX)
         found = {}
         for note_name, note in notes.items():
             try:
@@ -332,7 +337,7 @@ class Schedules:
         """
         if self._wait and (wanted := self.declared.get(name)) is not None:
             self.store(wanted)
-        note = self.services.repository.notes(PREFIX + name).get(PREFIX + name)
+        note = self._repository.notes(PREFIX + name).get(PREFIX + name)
         if note is None:
             raise ScheduleNotFound(name)
         return note
@@ -348,7 +353,7 @@ class Schedules:
             priority: overrides the priorities of the task and of the executor.
             expires: the option of its tasks; None for that of the executor.
         """
-        self.services.repository.require("schedules")
+        self._repository.require("schedules")
         wanted = attrs.evolve(entry, task=self._template(entry.name, task, priority, expires))
         if self._wait:
             self.declared[entry.name] = wanted
@@ -372,7 +377,7 @@ class Schedules:
         """Store a schedule, merged with the stored one of the same name; return the result."""
         note_name = PREFIX + wanted.name
         while True:
-            note = self.services.repository.notes(note_name).get(note_name)
+            note = self._repository.notes(note_name).get(note_name)
             new = self._merged(wanted, note)
             unchanged = note is not None and new.to_text() == note.text
             if unchanged or self.put(wanted.name, new, 0 if note is None else note.version):
@@ -396,7 +401,7 @@ class Schedules:
                 "the task of a schedule must have no expires_at: give `expires` in seconds instead"
             )
         row = prepare(self.services, task, priority, stored=False).row
-        self.services.repository.codecs.columns(row)  # raises now instead of at every tick
+        self._repository.codecs.columns(row)  # raises now instead of at every tick
         template = {column: value for column, value in row.items() if column in OF_TASK}
         executor = self.services.registry.registered.get(row["type"])
         if expires is not None:
@@ -435,9 +440,9 @@ class Schedules:
     def put(self, name: str, entry: Entry | None, version: int) -> bool:
         """Store a schedule, or delete it (None); return False if its note has another version now."""
         text = None if entry is None else entry.to_text()
-        stored = self.services.repository.put_note(PREFIX + name, text, version)
+        stored = self._repository.put_note(PREFIX + name, text, version)
         if stored:
-            self.services.agenda.check_schedule_soon(name)
+            self.intake.work.after(partial(self.services.agenda.check_schedule_soon, name))
         return stored
 
 

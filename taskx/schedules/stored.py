@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import attrs
@@ -26,7 +26,6 @@ from taskx.core.ticks import (
     zone,
 )
 from taskx.core.writes import Insert, Note
-from taskx.moving import Services
 
 #: Prefix of the names of the notes that store schedules.
 PREFIX = "schedule/"
@@ -129,13 +128,6 @@ def entry_of(note: Note) -> Entry:
 def tick_id(name: str, tick: int) -> str:
     """Return the id of the task of a tick. The id ensures that each tick gets one task only."""
     return f"{name}@{to_text(tick)}"
-
-
-def store(services: Services, inserts: Sequence[Insert]) -> bool:
-    """Store tasks of schedules, each on its own; return True if at least one was new."""
-    results = services.moves.commit(inserts)
-    services.agenda.fetch_soon()
-    return any(results)
 
 
 def make_entry(

@@ -19,7 +19,7 @@ from taskx.core.log import is_told
 from taskx.core.ticks import BATCH, Ticks, decide, latest
 from taskx.core.writes import Note, NoteChange
 from taskx.moving import Services
-from taskx.schedules.stored import PREFIX, Entry, entry_of, store, tick_id
+from taskx.schedules.stored import PREFIX, Entry, entry_of, tick_id
 
 # If there are very many schedules, the polling interval is this many times the duration of the last
 # refresh, so that refreshes take half a percent of a core.
@@ -198,7 +198,7 @@ class Ticker:
     def _read_page(self, after: str) -> None:
         """Read the next page of a refresh."""
         began = time.monotonic()
-        page = self._services.repository.notes_after(PREFIX, after, self._timing.batch)
+        page = self._services.repository.reads.notes_after(PREFIX, after, self._timing.batch)
         for name, note in page.items():
             self._take_in(name, note)
         self._refresh_took += time.monotonic() - began
@@ -219,7 +219,7 @@ class Ticker:
         self._after = None
 
     def _read_named(self, names: Sequence[str]) -> None:
-        found = self._services.repository.notes_named(names)
+        found = self._services.repository.reads.notes_named(names)
         for name in names:
             if name in found:
                 self._take_in(name, found[name])
@@ -325,7 +325,9 @@ class Ticker:
         held = dict(zip((p.read.name for p in first), self._put(first, making=True), strict=True))
         going = [plan for plan in plans if held.get(plan.read.name, True)]
         inserts = [p.entry.insert(tick, now) for p in going for tick in p.run]
-        made = bool(inserts) and store(self._services, inserts)
+        made = bool(inserts) and any(self._services.moves.commit(inserts))
+        if made:
+            self._services.agenda.fetch_soon()
         moved_on = self._put(going)
         self._last_round = now
         for plan in compress(going, moved_on):  # of several nodes, one tells

@@ -34,9 +34,10 @@ from taskx.core.record import (
 )
 from taskx.core.timing import DEFAULT_TIMING, Timing
 from taskx.core.writes import Delete, Insert, NoteChange, Update, Write, matches, traces
-from taskx.storage.base import BASIC_CONDITIONS, Fields, Lookup, Repository, Rows
+from taskx.storage.base import BASIC_CONDITIONS, Fields, Lookup, Reads, Rows
 from taskx.storage.eight import TaskRepository
 from taskx.storage.memory import MemoryRepository, Row
+from taskx.storage.parts import House
 
 #: The owner of a task that is found running at start.
 LEFT_BEHIND = "a process before this one"
@@ -94,6 +95,8 @@ class EightMethodAdapter(MemoryRepository):
         # The ended tasks that have a row here, in the order in which they ended.
         self._ended: dict[str, None] = {}
         self._late_writes = 0
+        self.reads = AdapterReads(self)
+        self.house = AdapterHouse(self)
 
     # --- writing
 
@@ -339,11 +342,6 @@ class EightMethodAdapter(MemoryRepository):
         with self._errors():
             return self.inner.list(filter)
 
-    list_after = Repository.list_after  # by ``list``
-    count_to = Repository.count_to
-    count_by_status = Repository.count_by_status
-    flows = Repository.flows
-
     def count(self, filter: TaskFilter) -> int:
         self.refuse_unknown_conditions(filter)
         with self._errors():
@@ -354,7 +352,7 @@ class EightMethodAdapter(MemoryRepository):
         found: list[Ended] = []
         end, passed = to_datetime(before), after or 0
         filter = TaskFilter(status=TaskStatus(status), end_date=end, limit=_PAGE)
-        for page in self._pages(filter, passed):
+        for page in self.pages(filter, passed):
             for task in page:
                 if task.completed_at is not None and task.completed_at < end and not task.stuck_on:
                     # The next call skips ``passed`` tasks. The tasks found before this one do not count:
@@ -366,12 +364,6 @@ class EightMethodAdapter(MemoryRepository):
             if len(found) >= limit:
                 break
         return found[:limit]
-
-    def newest(self, status: str, limit: int, fields: Fields) -> Rows:
-        filter = TaskFilter(status=TaskStatus(status), limit=min(limit, _PAGE))
-        tasks = islice(chain.from_iterable(self._pages(filter)), limit)
-        rows = (self._rows.get(task.id) or row_from_task(task) for task in tasks)
-        return [tuple(row[name] for name in fields) for row in rows]
 
     def put_notes(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
         """Raise ``ConfigurationError``: the eight methods cannot store notes that outlive this process."""
@@ -386,7 +378,7 @@ class EightMethodAdapter(MemoryRepository):
 
     # --- starting
 
-    def prepare(self) -> None:
+    def adopt_unfinished(self) -> None:
         """Read the unfinished tasks. Running ones were left behind, as this is the only process."""
         with self._lock:
             for task in self._unfinished_tasks():
@@ -396,11 +388,11 @@ class EightMethodAdapter(MemoryRepository):
     def _unfinished_tasks(self) -> Sequence[Task]:
         found: list[Task] = []
         for status in (TaskStatus.PENDING, TaskStatus.RUNNING):
-            for page in self._pages(TaskFilter(status=status, limit=_PAGE)):
+            for page in self.pages(TaskFilter(status=status, limit=_PAGE)):
                 found += page
         return sorted(found, key=lambda task: row_from_task(task)["created_at"])
 
-    def _pages(self, filter: TaskFilter, offset: int = 0) -> Iterator[Sequence[Task]]:
+    def pages(self, filter: TaskFilter, offset: int = 0) -> Iterator[Sequence[Task]]:
         """Yield all tasks that match a filter, in pages of at most its limit."""
         while True:
             with self._errors():
@@ -409,6 +401,30 @@ class EightMethodAdapter(MemoryRepository):
             offset += len(page)
             if len(page) < filter.limit:
                 break
+
+
+class AdapterReads(Reads):
+    """The reads by ``list`` and ``count``; what is ready, and notes, are in memory."""
+
+    def __init__(self, store: EightMethodAdapter) -> None:
+        super().__init__(store)
+        self._store = store
+
+    def newest(self, status: str, limit: int, fields: Fields) -> Rows:
+        filter = TaskFilter(status=TaskStatus(status), limit=min(limit, _PAGE))
+        tasks = islice(chain.from_iterable(self._store.pages(filter)), limit)
+        rows = (self._store._rows.get(task.id) or row_from_task(task) for task in tasks)
+        return [tuple(row[name] for name in fields) for row in rows]
+
+
+class AdapterHouse(House):
+    """Finds out, before a node joins, what a process before this one has left behind."""
+
+    def __init__(self, store: EightMethodAdapter) -> None:
+        self._store = store
+
+    def prepare(self) -> None:
+        self._store.adopt_unfinished()
 
 
 def _options(insert: Insert) -> list[str]:

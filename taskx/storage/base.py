@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import threading
 import weakref
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import attrs
 
@@ -44,10 +42,8 @@ from taskx.liveness.base import InProcess, Liveness, Node
 from taskx.liveness.leases import LEASE, Leases
 from taskx.liveness.locks import HostLocks
 from taskx.storage.eight import TaskRepository
+from taskx.storage.parts import Forks, House, News
 from taskx.storage.transactions import Transactions
-
-if TYPE_CHECKING:
-    from taskx.core.findings import Check
 
 _Both = Literal["waiting_on", "line", "running_on", "buffered_on", "stuck_on"]
 #: The lookup columns. :meth:`Repository.find` finds rows by their values, each through an index:
@@ -128,22 +124,6 @@ class Locked(RepositoryUnavailable):
         self.patience = patience
 
 
-class Listener(ABC):
-    """A receiver of news about the commits of other processes: see :meth:`Repository.listen`."""
-
-    @abstractmethod
-    def wait(self, timeout: float | None = None) -> str:
-        """Wait for news, at most ``timeout`` seconds (None: for ever), and return the kinds received.
-
-        It returns when there is news, when the time is over, or when the listener is closed. It must not
-        return earlier, as callers call it again at once. Callers ignore unknown kinds.
-        """
-
-    @abstractmethod
-    def close(self) -> None:
-        """Stop listening, and make a waiting thread return."""
-
-
 class Repository(TaskRepository):
     """A store of tasks: subclasses implement eleven primitives and inherit everything else.
 
@@ -172,19 +152,26 @@ class Repository(TaskRepository):
             others itself, task by task.
     """
 
-    conditions: ClassVar[frozenset[str]] = BASIC_CONDITIONS
+    conditions: frozenset[str] = BASIC_CONDITIONS
 
     def __init__(
         self,
         clock: Clock = SYSTEM_CLOCK,
-        codec: Codec | Iterable[Codec] | None = None,
+        codec: Codec | Iterable[Codec] | Codecs | None = None,
         timing: Timing = DEFAULT_TIMING,
+        liveness: Liveness[Any] | None = None,
     ) -> None:
         self.clock = clock
-        self.codecs = Codecs(codec)
+        self.codecs = codec if isinstance(codec, Codecs) else Codecs(codec)
         self.timing = timing
-        #: The transactions of callers and executors that the store takes part in.
-        self.transactions = self._make_transactions()
+        if liveness is not None:
+            self._liveness = liveness
+        #: What only some stores can do: subclasses put objects of their own in the place of these.
+        self.reads = Reads(self)
+        self.transactions = Transactions(type(self).__name__, timing)
+        self.news = News()
+        self.house = House()
+        self.forks = Forks()
         #: The queues that use this object. If there are several, each must be told of the others' commits.
         self.queues: weakref.WeakSet[object] = weakref.WeakSet()
 
@@ -210,14 +197,6 @@ class Repository(TaskRepository):
     def entered(self) -> bool:
         """True if the calling thread holds a lock for which :meth:`apply` would wait for ever."""
         return False
-
-    def without_waiting(self) -> AbstractContextManager[object]:
-        """Have :meth:`apply` raise :class:`Locked` to this thread soon, for a ``with`` block.
-
-        Without it :meth:`apply` waits for locks of other transactions. This version is for stores in which
-        nobody else locks single records.
-        """
-        return nullcontext()
 
     @abstractmethod
     def put_notes(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
@@ -272,13 +251,6 @@ class Repository(TaskRepository):
         them at any moment: a start is a write with a guard.
         """
 
-    def count_ready(self, type: str, owner: str, at_most: int) -> int:
-        """Return the number of tasks that :meth:`ready` would return, at most ``at_most``.
-
-        This version reads them. Override it if the store can count.
-        """
-        return len(self.ready([type], at_most, owner))
-
     @abstractmethod
     def due(
         self, before: int | None, limit: int, column: Timed = "run_at"
@@ -298,37 +270,9 @@ class Repository(TaskRepository):
         call miss others.
         """
 
-    def newest(self, status: str, limit: int, fields: Fields) -> Rows:
-        """Return the given fields of the newest ``limit`` tasks of a finished status.
-
-        The rows come in any order, with values as :meth:`find` returns them. This version leaves out tasks
-        that still have a running thread, and finds each task by its id. Override it if the store can read
-        the rows at once.
-        """
-        ended = self.ended(status, LAST, limit)
-        return self.find("id", [one.stub.id for one in ended], fields)
-
     @abstractmethod
     def notes(self, prefix: str) -> dict[str, Note]:
         """Return all notes whose name begins with ``prefix``, by name."""
-
-    def notes_named(self, names: Sequence[str]) -> dict[str, Note]:
-        """Return those notes with these names that exist, by name.
-
-        This version reads every note with their common prefix. Override it if the store can do better.
-        """
-        found = self.notes(os.path.commonprefix([*names]))  # noqa: RUF071  (of letters, not of folders)
-        return {name: found[name] for name in names if name in found}
-
-    def notes_after(self, prefix: str, after: str, limit: int) -> dict[str, Note]:
-        """Return at most ``limit`` notes, sorted by name: the first with ``prefix`` that follow ``after``.
-
-        ``after`` begins with ``prefix``, too. This version reads every note with the prefix. Override it if
-        the store can do better.
-        """
-        found = self.notes(prefix)
-        names = sorted(name for name in found if name > after)
-        return {name: found[name] for name in names[:limit]}
 
     @abstractmethod
     def version(self) -> object:
@@ -338,79 +282,6 @@ class Repository(TaskRepository):
         called many times a second. The value may change a second late or without a reason, but every commit
         must change it in the end.
         """
-
-    def revision(self) -> object | None:
-        """Return a value that is different after every commit, also after those of this object's queues.
-
-        It is compared as its ``repr``. Return None if the store cannot tell of all commits. The method must
-        be cheap. The value may change a second late or without a reason.
-        """
-        return None
-
-    def listen(self, news: str) -> Listener | None:
-        """Return a listener that learns of others' commits sooner than polling :meth:`version` would.
-
-        ``news`` holds the kinds of news that are wanted: see ``lifecycle.news``. News may come late,
-        twice or not at all. Return None if the store cannot tell of commits.
-        """
-        return None
-
-    def list_after(self, filter: TaskFilter, after: Any = None) -> tuple[Sequence[Task], Any]:
-        """Return the tasks that follow a place in a filter's list, and the place after the last of them.
-
-        ``after`` is the place that the call before returned; None is the beginning. A place is a JSON
-        value. It may come back from JSON text: a tuple is a list then. The filter's limit is that of one
-        call, and its offset is 0, except at the beginning. No tasks are returned only if the list ends
-        there. Tasks that were stored or removed since the call before neither hide nor repeat other tasks.
-
-        This version calls ``list`` with the date of the last task as the filter's end, and leaves out the
-        tasks of that date that it has returned already. Override it if the store can do better: the cost
-        must not depend on the number of tasks before the place.
-        """
-        end, listed = (
-            (filter.end_date, []) if after is None else check_place(after, (int, type(None)), list)
-        )
-        end = to_datetime(within_calendar(end)) if isinstance(end, int) else end
-        known = {task_id for task_id in listed if isinstance(task_id, str)}
-        some = self.list(attrs.evolve(filter, end_date=end, limit=filter.limit + len(known)))
-        tasks = [task for task in some if task.id not in known]
-        if not tasks:
-            return [], after
-        # A task without a date, or with a damaged one, may be listed by any date.
-        date = end if _dateless(tasks[-1]) else tasks[-1].created_at
-        listed_again = [
-            task.id for task in some if date == end or task.created_at == date or _dateless(task)
-        ]
-        return tasks, (None if date is None else to_ms(date), listed_again)
-
-    def count_to(self, filter: TaskFilter, most: int) -> int:
-        """Return the number of tasks that match the filter, or ``most`` if there are more.
-
-        This version counts all of them. Override it if the store can stop earlier.
-        """
-        return min(most, self.count(filter))
-
-    def count_by_status(self, filter: TaskFilter, most: int) -> dict[str, int]:
-        """Return how many of at most ``most`` tasks that match the filter have each status.
-
-        Statuses that none has may be left out. This version counts the tasks of each status. Override it if
-        the store can count all at once.
-        """
-        counts: dict[str, int] = {}
-        for status in TaskStatus:
-            if filter.status in (None, status) and (left := most - sum(counts.values())) > 0:
-                counts[status.value] = self.count_to(attrs.evolve(filter, status=status), left)
-        return counts
-
-    def flows(self, before: str, limit: int) -> Sequence[str]:
-        """Return the ids of at most ``limit`` flows that have tasks, in the reverse order of their ids.
-
-        Only ids that come before ``before`` are returned; empty means all. This version looks at the newest
-        tasks only. Override it if the store has an index: use one step in it for each id.
-        """
-        tasks = self.list(TaskFilter(limit=_MOST_SEARCHED))
-        ids = {task.flow for task in tasks if task.flow and (not before or task.flow < before)}
-        return sorted(ids, reverse=True)[:limit]
 
     def refuse_unknown_conditions(self, filter: TaskFilter) -> None:
         """Raise ConfigurationError if a filter has a condition that this repository cannot apply."""
@@ -559,11 +430,6 @@ class Repository(TaskRepository):
             )
 
     @property
-    def one_host(self) -> bool:
-        """True if only processes on one host can use the repository."""
-        return False
-
-    @property
     def liveness(self) -> Liveness[Any]:
         """The object that knows the nodes on this repository, and which of them are alive."""
         made: Liveness[Any] | None = vars(self).get("_liveness")
@@ -573,13 +439,6 @@ class Repository(TaskRepository):
         """Return the nodes that run on this repository, and dead ones that were not cleaned up yet."""
         return self.liveness.nodes()
 
-    def _make_transactions(self) -> Transactions:
-        return Transactions(type(self).__name__, self.timing)
-
-    def extend_transactions(self, extend: Callable[[Transactions], Transactions]) -> None:
-        """Put what ``extend`` makes of the transactions in their place."""
-        self.transactions = extend(self.transactions)
-
     def _make_liveness(self) -> Liveness[Any]:
         """Choose how to find out which nodes are alive: by leases, unless all are in this process."""
         if not self.shared:
@@ -587,68 +446,6 @@ class Repository(TaskRepository):
         locks = HostLocks(self.run_folder, self.timing.orphan_within)
         clock = self.clock
         return Leases(self, self.lease_timeout, locks, clock.monotonic, clock.now_ms, self.timing)
-
-    # --- opening and closing
-
-    def prepare(self) -> None:
-        """Get ready for a node that is about to join.
-
-        Raises:
-            RepositoryError: no node can join.
-        """
-
-    def only_existing(self) -> None:
-        """Never create or migrate the store from now on: operations raise ``RepositoryError`` instead.
-
-        It is for programs that only look, or that must not make a file at a misspelt path. This version
-        does nothing, for stores that need neither.
-        """
-
-    def examine(self) -> Iterator[Check]:
-        """Yield what is right and wrong with the store and what is around it: disk, locks, server.
-
-        It changes nothing, and raises no error of the store: the checks say what fails. This version
-        yields nothing, for stores that can tell nothing.
-        """
-        return iter(())
-
-    def ensure_there(self) -> None:
-        """Raise an error if the opened store does not exist any more.
-
-        The method is cheap. It changes nothing and opens nothing.
-
-        Raises:
-            RepositoryError: the store is gone. The message says what happened and what to do.
-        """
-
-    def file_sizes(self) -> dict[str, int]:
-        """Return the bytes that each of the store's files takes, by path; empty if it has no file."""
-        return {}
-
-    def file_size(self) -> int | None:
-        """Return the bytes that all files of the store take; None if it has no file of its own."""
-        sizes = self.file_sizes()
-        return sum(sizes.values()) if sizes else None
-
-    def within(self, seconds: float) -> AbstractContextManager[object]:
-        """Limit the operations inside to ``seconds``: they raise ``RepositoryUnavailable`` after that.
-
-        Override it if the store can hang. This version sets no limit.
-        """
-        return nullcontext()
-
-    def shrink(self) -> bool:
-        """Give a little unused space back to the disk. Return True if there is more to give back."""
-        return False
-
-    def before_fork(self) -> None:
-        """End all transactions and close all connections that a forked child would inherit."""
-
-    def after_fork(self) -> None:
-        """Continue as before, in the parent."""
-
-    def renew_after_fork(self) -> None:
-        """Drop, in a forked child, everything that belongs to the parent, without changing it."""
 
     def close(self) -> None:
         """Close everything that is open. A later operation opens it again."""
@@ -660,8 +457,115 @@ class Repository(TaskRepository):
         self.close()
 
 
+class Reads:
+    """The reads that can be made of the primitives, and that stores can often make faster.
+
+    Each method of this class uses the primitives. Override those for which your store has a better way.
+
+    Args:
+        repository: the repository to read.
+    """
+
+    def __init__(self, repository: Repository) -> None:
+        self._repository = repository
+
+    def count_ready(self, type: str, owner: str, at_most: int) -> int:
+        """Return the number of tasks that :meth:`Repository.ready` would return, at most ``at_most``.
+
+        This version reads them. Override it if the store can count.
+        """
+        return len(self._repository.ready([type], at_most, owner))
+
+    def newest(self, status: str, limit: int, fields: Fields) -> Rows:
+        """Return the given fields of the newest ``limit`` tasks of a finished status.
+
+        The rows come in any order, with values as :meth:`Repository.find` returns them. This version leaves
+        out tasks that still have a running thread, and finds each task by its id. Override it if the store
+        can read the rows at once.
+        """
+        ended = self._repository.ended(status, LAST, limit)
+        return self._repository.find("id", [one.stub.id for one in ended], fields)
+
+    def notes_named(self, names: Sequence[str]) -> dict[str, Note]:
+        """Return those notes with these names that exist, by name.
+
+        This version reads every note with their common prefix. Override it if the store can do better.
+        """
+        found = self._repository.notes(os.path.commonprefix([*names]))  # noqa: RUF071  (of letters, not of folders)
+        return {name: found[name] for name in names if name in found}
+
+    def notes_after(self, prefix: str, after: str, limit: int) -> dict[str, Note]:
+        """Return at most ``limit`` notes, sorted by name: the first with ``prefix`` that follow ``after``.
+
+        ``after`` begins with ``prefix``, too. This version reads every note with the prefix. Override it if
+        the store can do better.
+        """
+        found = self._repository.notes(prefix)
+        names = sorted(name for name in found if name > after)
+        return {name: found[name] for name in names[:limit]}
+
+    def list_after(self, filter: TaskFilter, after: Any = None) -> tuple[Sequence[Task], Any]:
+        """Return the tasks that follow a place in a filter's list, and the place after the last of them.
+
+        ``after`` is the place that the call before returned; None is the beginning. A place is a JSON
+        value. It may come back from JSON text: a tuple is a list then. The filter's limit is that of one
+        call, and its offset is 0, except at the beginning. No tasks are returned only if the list ends
+        there. Tasks that were stored or removed since the call before neither hide nor repeat other tasks.
+
+        This version calls ``list`` with the date of the last task as the filter's end, and leaves out the
+        tasks of that date that it has returned already. Override it if the store can do better: the cost
+        must not depend on the number of tasks before the place.
+        """
+        end, listed = (
+            (filter.end_date, []) if after is None else check_place(after, (int, type(None)), list)
+        )
+        end = to_datetime(within_calendar(end)) if isinstance(end, int) else end
+        known = {task_id for task_id in listed if isinstance(task_id, str)}
+        some = self._repository.list(
+            attrs.evolve(filter, end_date=end, limit=filter.limit + len(known))
+        )
+        tasks = [task for task in some if task.id not in known]
+        if not tasks:
+            return [], after
+        # A task without a date, or with a damaged one, may be listed by any date.
+        date = end if _dateless(tasks[-1]) else tasks[-1].created_at
+        listed_again = [
+            task.id for task in some if date == end or task.created_at == date or _dateless(task)
+        ]
+        return tasks, (None if date is None else to_ms(date), listed_again)
+
+    def count_to(self, filter: TaskFilter, most: int) -> int:
+        """Return the number of tasks that match the filter, or ``most`` if there are more.
+
+        This version counts all of them. Override it if the store can stop earlier.
+        """
+        return min(most, self._repository.count(filter))
+
+    def count_by_status(self, filter: TaskFilter, most: int) -> dict[str, int]:
+        """Return how many of at most ``most`` tasks that match the filter have each status.
+
+        Statuses that none has may be left out. This version counts the tasks of each status. Override it if
+        the store can count all at once.
+        """
+        counts: dict[str, int] = {}
+        for status in TaskStatus:
+            if filter.status in (None, status) and (left := most - sum(counts.values())) > 0:
+                counts[status.value] = self.count_to(attrs.evolve(filter, status=status), left)
+        return counts
+
+    def flows(self, before: str, limit: int) -> Sequence[str]:
+        """Return the ids of at most ``limit`` flows that have tasks, in the reverse order of their ids.
+
+        Only ids that come before ``before`` are returned; empty means all. This version looks at the newest
+        tasks only. Override it if the store has an index: use one step in it for each id.
+        """
+        tasks = self._repository.list(TaskFilter(limit=_MOST_SEARCHED))
+        ids = {task.flow for task in tasks if task.flow and (not before or task.flow < before)}
+        return sorted(ids, reverse=True)[:limit]
+
+
 def check_place(after: Any, *kinds: type | tuple[type, ...]) -> tuple[Any, ...]:
-    """Return a place that :meth:`Repository.list_after` was given, as a tuple.
+    """Return a place that :meth:`Reads.list_after` was given, as a tuple.
 
     Raises ConfigurationError if its values are not of these types: it is of another repository, or was
     changed.
@@ -690,40 +594,3 @@ def _tell_if_cut(message: str, task: Task) -> None:
     """Let the log say, once for each type, that a message was too long to be stored as it is."""
     if len(message) > MAX_MESSAGE:
         _cut(task.type)
-
-
-_told: weakref.WeakSet[Repository] = weakref.WeakSet()
-_one_fork = threading.Lock()
-_prepared: list[Repository] = []
-
-
-def tell_of_forks(repository: Repository) -> None:
-    """Call this repository's fork methods at every fork. Its constructor calls this last."""
-    _told.add(repository)
-
-
-def _before_fork() -> None:
-    _one_fork.acquire()
-    for repository in list(_told):
-        repository.before_fork()
-        _prepared.append(repository)
-
-
-def _after_fork() -> None:
-    while _prepared:
-        _prepared.pop().after_fork()
-    _one_fork.release()
-
-
-def _renew_all_after_fork() -> None:
-    global _one_fork
-    _one_fork = threading.Lock()
-    _prepared.clear()
-    for repository in list(_told):
-        repository.renew_after_fork()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_before_fork, after_in_parent=_after_fork, after_in_child=_renew_all_after_fork
-    )

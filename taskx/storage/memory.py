@@ -38,6 +38,7 @@ from taskx.storage.base import (
     Fields,
     Listed,
     Lookup,
+    Reads,
     Repository,
     Rows,
     Timed,
@@ -45,6 +46,7 @@ from taskx.storage.base import (
     new_version,
 )
 from taskx.storage.ordered import SortedItems
+from taskx.storage.parts import Forks
 
 #: The columns of a task, its ``sequence`` (a number that grows with each submission), and its ``places``:
 #: the index items that lead to it.
@@ -83,6 +85,8 @@ class MemoryRepository(Repository):
         # The changes of the current transaction, so that they can be undone.
         self._changed: list[tuple[str, Row | None, Row | None]] = []
         self._notes: dict[str, Note] = {}
+        self.reads = MemoryReads(self)
+        self.forks = MemoryForks(self)
 
     # --- writing
 
@@ -214,19 +218,7 @@ class MemoryRepository(Repository):
             return nsmallest(limit, (value for value in values if value > after))
 
     def list(self, filter: TaskFilter) -> Sequence[Task]:
-        return self.list_after(filter)[0]
-
-    def list_after(self, filter: TaskFilter, after: Any = None) -> tuple[Sequence[Task], Any]:
-        self.refuse_unknown_conditions(filter)
-        if after is not None:
-            after = check_place(after, int, int, str)
-        with self._lock:
-            created = self._listed(filter)
-            newest = reversed(created) if after is None else created.before(after)
-            found = (place for place in newest if _meets(self._rows[place[-1]], filter))
-            page = [*islice(found, filter.offset, filter.offset + filter.limit)]
-            rows = (_task_fields(self._rows[place[-1]]) for place in page)
-            return [task_from_row(row, self.codecs) for row in rows], page[-1] if page else after
+        return self.reads.list_after(filter)[0]
 
     def _listed(self, filter: TaskFilter) -> SortedItems:
         """Return the places in a list, in order, among which are those of the tasks that match."""
@@ -238,23 +230,6 @@ class MemoryRepository(Repository):
         self.refuse_unknown_conditions(filter)
         with self._lock:
             return sum(_meets(row, filter) for row in self._candidates(filter))
-
-    def count_to(self, filter: TaskFilter, most: int) -> int:
-        self.refuse_unknown_conditions(filter)
-        with self._lock:
-            found = (row for row in self._candidates(filter) if _meets(row, filter))
-            return sum(1 for _ in islice(found, most))
-
-    def count_by_status(self, filter: TaskFilter, most: int) -> dict[str, int]:
-        self.refuse_unknown_conditions(filter)
-        with self._lock:
-            found = (row["status"] for row in self._candidates(filter) if _meets(row, filter))
-            return Counter(islice(found, most))
-
-    def flows(self, before: str, limit: int) -> Sequence[str]:
-        with self._lock:
-            ids = (tag[len(FLOW) :] for tag in self._indexes["tag"] if tag.startswith(FLOW))
-            return nlargest(limit, (flow for flow in ids if not before or flow < before))
 
     def _candidates(self, filter: TaskFilter) -> Iterable[Row]:
         if not filter.labels:
@@ -276,11 +251,6 @@ class MemoryRepository(Repository):
             found.sort(key=itemgetter(1))
             stubs = [self._stub(rank) for rank in found]
             return sorted(stubs, key=lambda stub: stub.rank(ageing))[:limit]
-
-    def count_ready(self, type: str, owner: str, at_most: int) -> int:
-        with self._lock:
-            ranks = self._indexes["ready"].get((owner, type), SortedItems())
-            return min(len(ranks), at_most)
 
     def _stub(self, item: tuple[Any, ...]) -> Stub:
         return stub_from_row(self._rows[item[-1]])
@@ -309,26 +279,11 @@ class MemoryRepository(Repository):
             )
             return list(islice(over, limit))
 
-    def newest(self, status: str, limit: int, fields: Fields) -> Rows:
-        with self._lock:
-            # In the order of storing: the index by ``created_at`` would take several times as long.
-            found = (row for row in reversed(self._rows.values()) if row["status"] == status)
-            return [*map(_picker(fields), islice(found, limit))]
-
     # --- notes
 
     def notes(self, prefix: str) -> dict[str, Note]:
         with self._lock:
             return {name: note for name, note in self._notes.items() if name.startswith(prefix)}
-
-    def notes_named(self, names: Sequence[str]) -> dict[str, Note]:
-        with self._lock:
-            return {name: self._notes[name] for name in names if name in self._notes}
-
-    def notes_after(self, prefix: str, after: str, limit: int) -> dict[str, Note]:
-        with self._lock:
-            later = (name for name in self._notes if name > after and name.startswith(prefix))
-            return {name: self._notes[name] for name in nsmallest(limit, later)}
 
     def put_notes(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
         return [self._put_note(*change) for change in changes]
@@ -348,9 +303,82 @@ class MemoryRepository(Repository):
         """Return a new value at each call, as another queue of this process may have changed something."""
         return object()
 
-    def renew_after_fork(self) -> None:
-        """Make a new lock: another thread may have held it. The child keeps its own copy of the tasks."""
+    def renew_lock(self) -> None:
+        """Make a new lock, in a forked child: another thread may have held it."""
         self._lock = threading.RLock()
+
+
+class MemoryReads(Reads):
+    """The reads, each from an index."""
+
+    def __init__(self, store: MemoryRepository) -> None:
+        super().__init__(store)
+        self._store = store
+
+    def list_after(self, filter: TaskFilter, after: Any = None) -> tuple[Sequence[Task], Any]:
+        self._store.refuse_unknown_conditions(filter)
+        if after is not None:
+            after = check_place(after, int, int, str)
+        with self._store._lock:
+            created = self._store._listed(filter)
+            newest = reversed(created) if after is None else created.before(after)
+            found = (place for place in newest if _meets(self._store._rows[place[-1]], filter))
+            page = [*islice(found, filter.offset, filter.offset + filter.limit)]
+            rows = (_task_fields(self._store._rows[place[-1]]) for place in page)
+            return [task_from_row(row, self._store.codecs) for row in rows], page[
+                -1
+            ] if page else after
+
+    def count_to(self, filter: TaskFilter, most: int) -> int:
+        self._store.refuse_unknown_conditions(filter)
+        with self._store._lock:
+            found = (row for row in self._store._candidates(filter) if _meets(row, filter))
+            return sum(1 for _ in islice(found, most))
+
+    def count_by_status(self, filter: TaskFilter, most: int) -> dict[str, int]:
+        self._store.refuse_unknown_conditions(filter)
+        with self._store._lock:
+            found = (
+                row["status"] for row in self._store._candidates(filter) if _meets(row, filter)
+            )
+            return Counter(islice(found, most))
+
+    def flows(self, before: str, limit: int) -> Sequence[str]:
+        with self._store._lock:
+            ids = (tag[len(FLOW) :] for tag in self._store._indexes["tag"] if tag.startswith(FLOW))
+            return nlargest(limit, (flow for flow in ids if not before or flow < before))
+
+    def count_ready(self, type: str, owner: str, at_most: int) -> int:
+        with self._store._lock:
+            ranks = self._store._indexes["ready"].get((owner, type), SortedItems())
+            return min(len(ranks), at_most)
+
+    def newest(self, status: str, limit: int, fields: Fields) -> Rows:
+        with self._store._lock:
+            # In the order of storing: the index by ``created_at`` would take several times as long.
+            found = (row for row in reversed(self._store._rows.values()) if row["status"] == status)
+            return [*map(_picker(fields), islice(found, limit))]
+
+    def notes_named(self, names: Sequence[str]) -> dict[str, Note]:
+        with self._store._lock:
+            return {name: self._store._notes[name] for name in names if name in self._store._notes}
+
+    def notes_after(self, prefix: str, after: str, limit: int) -> dict[str, Note]:
+        with self._store._lock:
+            later = (
+                name for name in self._store._notes if name > after and name.startswith(prefix)
+            )
+            return {name: self._store._notes[name] for name in nsmallest(limit, later)}
+
+
+class MemoryForks(Forks):
+    """Makes a new lock in a forked child, which keeps its own copy of the tasks."""
+
+    def __init__(self, store: MemoryRepository) -> None:
+        self._store = store
+
+    def renew_after_fork(self) -> None:
+        self._store.renew_lock()
 
 
 _task_fields = itemgetter(*TASK_FIELDS)

@@ -81,7 +81,7 @@ def newest(
     Returns:
         the rows, and the time before which no task was read; None if there are fewer than ``at_most``.
     """
-    rows = repository.newest(status, at_most, fields)
+    rows = repository.reads.newest(status, at_most, fields)
     times = (row[fields.index("created_at")] for row in rows)
     known = [time for time in times if isinstance(time, int)]
     return rows, min(known, default=None) if len(rows) >= at_most else None
@@ -220,7 +220,7 @@ def _count_to(repository: Repository, filter: TaskFilter, at_most: int | None) -
     elif most is None:
         number = repository.count(filter)
     else:
-        number = repository.count_to(filter, most + 1)
+        number = repository.reads.count_to(filter, most + 1)
     if most is None or number <= most:
         return TaskCount(number)
     return TaskCount(most, exact=False)
@@ -232,7 +232,7 @@ def count_by_status(repository: Repository, filter: TaskFilter, most: int) -> di
         every = _every(repository, attrs.evolve(filter, offset=0, limit=repository.timing.batch))
         found: Mapping[str, int] = Counter(task.status.value for task in islice(every, most))
     else:
-        found = repository.count_by_status(filter, most)
+        found = repository.reads.count_by_status(filter, most)
     return {status: found[status.value] for status in TaskStatus if found.get(status.value)}
 
 
@@ -295,18 +295,18 @@ def list_after(
     """Call ``list_after``; apply the conditions that the repository does not know task by task."""
     unknown = filter.given - repository.conditions
     if not unknown:
-        return repository.list_after(filter, after)
+        return repository.reads.list_after(filter, after)
     known = attrs.evolve(filter, **dict.fromkeys(unknown), offset=0, limit=repository.timing.batch)
     skip, found = filter.offset, list[Task]()
     while (left := skip + filter.limit - len(found)) > 0:
-        tasks, following = repository.list_after(known, after)
+        tasks, following = repository.reads.list_after(known, after)
         if not tasks:
             break
         kept = [place for place, task in enumerate(tasks) if filter.matches(task)]
         if len(kept) > left:
             # Read again up to the last one that fits: only a whole read says at which place it ends.
             some = attrs.evolve(known, limit=kept[left - 1] + 1)
-            tasks, following = repository.list_after(some, after)
+            tasks, following = repository.reads.list_after(some, after)
         found += (task for task in tasks if filter.matches(task))
         after = following
     return found[skip:], after

@@ -169,7 +169,7 @@ class Stagger:
                 return first
 
     def _read(self) -> Note | None:
-        return self._repository.notes_named([_NOTE]).get(_NOTE)
+        return self._repository.reads.notes_named([_NOTE]).get(_NOTE)
 
 
 def _untils(text: str) -> dict[str, float]:

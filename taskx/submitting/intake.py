@@ -39,6 +39,7 @@ from taskx.moving import Services
 from taskx.ordering import find_parents
 from taskx.running.buffer import Item
 from taskx.running.pool import State, WorkerPool
+from taskx.submitting.work import Work
 
 #: Return the values of a row that the buffer sorts by and gives to a worker.
 _place: Callable[[Mapping[str, Any]], tuple[str, str, int, int, int | None]] = itemgetter(
@@ -55,15 +56,17 @@ class Intake:
         services: the shared parts of the queue.
         state: tells if the queue is started, and if it was stopped.
         config: the settings, for ``overflow`` and ``block_timeout``.
+        work: through what it reads and writes.
     """
 
-    def __init__(self, services: Services, state: State, config: Config) -> None:
+    def __init__(self, services: Services, state: State, config: Config, work: Work) -> None:
+        self.work = work
         self._services = services
         self._state = state
         self._hooks = services.hooks
         self._overflow = config.overflow
         self._block_timeout = config.block_timeout
-        self._lost = permission.in_child and not services.repository.shared
+        self._lost = permission.in_child and not work.repository.shared
 
     # --- one task
 
@@ -96,7 +99,7 @@ class Intake:
             self._hooks.let_catch_up()
         insert = prepare(self._services, task, priority, created_at)
         if task.depends_on:
-            find_parents(self._services.repository, [insert])
+            find_parents(self.work.repository, [insert])
         try:
             if task.unique_key is not None:
                 return self._accept_unique(insert, on_conflict, spill=spill)
@@ -145,7 +148,7 @@ class Intake:
             RepositoryUnavailable: the holder of the key is just being stored.
         """
         key = insert.row.get("unique_lock")
-        repository, moves = self._services.repository, self._services.moves
+        repository, moves = self.work.repository, self.work.moves
         if key is None or insert.id in repository.statuses([insert.id]):
             raise DuplicateTask(insert.id)
         for _ in range(_TRIES):
@@ -172,7 +175,9 @@ class Intake:
         earlier tasks were spilled.
         """
         pool, type_ = self._state.pool, insert.row["type"]
-        if pool is None or insert.row["held"] or not self._services.registry.runs(type_):
+        if pool is None or self.work.inside or insert.row["held"]:
+            return None
+        if not self._services.registry.runs(type_):
             return None
         return pool if pool.fetcher.buffers(type_) and not self._spills else None
 
@@ -188,7 +193,7 @@ class Intake:
             if not buffer.reserve(slot, timeout):
                 return False
             row["owner"] = pool.node.id
-            if not self._services.moves.commit([insert])[0]:
+            if not self.work.moves.commit([insert])[0]:
                 raise DuplicateTask(insert.id)
             if not buffer.add(*_place(row), slot[0], fetched=False):
                 pool.agenda.wake_from_long_sleep()  # the housekeeper helps if all workers stay busy
@@ -208,6 +213,7 @@ class Intake:
         type_, pool = insert.row["type"], self._state.pool
         if (
             pool is not None
+            and not self.work.inside
             and not insert.row["held"]
             and pool.fetcher.serves(type_)
             and pool.fetcher.has_room(type_)
@@ -223,7 +229,7 @@ class Intake:
             SchemaMismatch: another process has migrated the file of a running queue.
         """
         permission.refuse_if_forbidden()
-        if (transactions := self._services.repository.transactions).known:
+        if (transactions := self.work.repository.transactions).known:
             transactions.refuse_write()
         if self._lost:
             raise ConfigurationError(
@@ -258,17 +264,17 @@ class Intake:
         except BaseException as error:  # an interrupt: the task may have been stored
             error.task_id = insert.id  # type: ignore[attr-defined]
             raise
-        self._services.agenda.fetch_soon()
+        self.work.after(self._services.agenda.fetch_soon)
 
     def _store(self, insert: Insert) -> None:
-        if not self._services.moves.commit([insert])[0]:
+        if not self.work.moves.commit([insert])[0]:
             raise DuplicateTask(insert.id)
 
     def _overflowed(self, pool: WorkerPool, insert: Insert, overflow: str) -> None:
         if overflow == "reject":
             self._refuse(pool, 1)
         # A finalizer must not wait for the workers: its thread may hold a lock that they need.
-        inside = self._services.moves.entered or pool.buffer.entered
+        inside = self.work.moves.entered or pool.buffer.entered
         if overflow == "block" and not (inside or inside_executor()):
             if not self._take_in(pool, insert, self._block_timeout):
                 self._refuse(pool, 1)
@@ -335,8 +341,8 @@ class Intake:
         if not inserts:
             return []
         if any("depends_on" in insert.row for insert in inserts):
-            find_parents(self._services.repository, inserts)
-        pool = self._state.pool
+            find_parents(self.work.repository, inserts)
+        pool = None if self.work.inside else self._state.pool
         try:
             if pool is None:
                 self._store_whole(inserts)
@@ -401,7 +407,7 @@ class Intake:
     def _try_to_store(self, inserts: Sequence[Insert]) -> bool:
         """Store all tasks; return False if a unique key was held and is free now."""
         try:
-            results = self._services.moves.commit(inserts, whole=True)
+            results = self.work.moves.commit(inserts, whole=True)
         except TaskxError as error:
             raise _about(error, inserts[0].id) from error.__cause__
         for insert, stored in zip(inserts, results, strict=True):

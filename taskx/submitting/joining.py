@@ -4,145 +4,103 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import copy
-from functools import partial
-from typing import cast
 
-from taskx.common.bell import Agenda
 from taskx.common.config import Config
-from taskx.common.controls import Controls
 from taskx.core.model import Task
 from taskx.core.writes import Insert, Write
 from taskx.executing.registry import Layer
-from taskx.moving import Moves, Services
+from taskx.moving import Services
 from taskx.running.pool import State
 from taskx.storage.base import Repository
 from taskx.submitting.intake import Intake
 from taskx.submitting.layers import LayeredIntake, layered
 from taskx.submitting.operations import Operations
+from taskx.submitting.work import Work
 
 
 class Joining:
-    """Makes intakes and operations whose reads and writes are part of a transaction of the caller.
+    """Chooses the unit of work of a call: the queue's own, or a transaction of the caller.
 
-    They use no group commit and no buffer: what is not committed is in no memory. The consequences follow
-    when the commit is seen.
+    Inside a transaction of the caller there is no group commit and no buffer: what is not committed is in
+    no memory. The consequences follow when the commit is seen.
+
+    Args:
+        own: the work of the queue, whose commits are transactions of their own.
     """
 
-    def __init__(self, services: Services, state: State, config: Config) -> None:
+    def __init__(self, services: Services, state: State, config: Config, own: Work) -> None:
         self._services = services
         self._state = state
         self._config = config
+        self._own = own
+        self._transactions = own.repository.transactions
 
     @contextmanager
     def intake(
         self, connection: object, middleware: Iterable[Layer]
     ) -> Iterator[Intake | LayeredIntake]:
         """Return an intake for a ``with`` block. It leaves all tasks in the repository."""
-        with self.services(connection) as services:
-            yield layered(Intake(services, self._without_engine(), self._config), middleware)
+        with self._work(connection) as work:
+            yield layered(self.intake_of(work), middleware)
 
     @contextmanager
     def operations(self, connection: object) -> Iterator[Operations]:
         """Return operations for a ``with`` block."""
-        with self.services(connection) as services:
-            yield Operations(services, self._without_engine())
+        with self._work(connection) as work:
+            yield Operations(self._services, self._state, work)
+
+    def intake_of(self, work: Work) -> Intake:
+        """Return an intake without middleware."""
+        return Intake(self._services, self._state, self._config, work)
 
     @contextmanager
-    def services(
-        self, connection: object, after: Callable[[], object] | None = None
-    ) -> Iterator[Services]:
-        """Return services for a ``with`` block. They are without an engine.
-
-        ``after`` is called after the commit.
-        """
-        later = _Later(self._services)
-        if after is not None:
-            later.calls.append(after)
-        with self._services.repository.transactions.join(connection, later.follow) as repository:
-            later.repository = repository
-            services = copy(self._services)
-            services.repository = repository
-            services.moves = cast(Moves, later)
-            services.controls = Controls(repository)
-            services.agenda = _Afterwards(self._services.agenda, later.calls)
-            yield services
-
-    def intake_of(self, services: Services) -> Intake:
-        """Return an intake without middleware for services of :meth:`services`."""
-        return Intake(services, self._without_engine(), self._config)
+    def _work(self, connection: object) -> Iterator[Work]:
+        later = _Consequences(self._services)
+        with self._transactions.join(connection, later.follow) as repository:
+            yield Work(repository, _Inside(repository, later.tasks), later.calls.append, True)
 
     # --- a thread that may be in a transaction of its own
 
     @contextmanager
-    def reading(self) -> Iterator[Services]:
-        """Return services for reads of this thread. They see what its transaction has written."""
-        connection = self._services.repository.transactions.current()
+    def reading(self) -> Iterator[Repository]:
+        """Return the repository for reads of this thread. They see what its transaction has written."""
+        connection = self._transactions.current()
         if connection is None:
-            yield self._services
+            yield self._own.repository
             return
-        with self.services(connection) as services:
-            yield services
+        with self._transactions.join(connection, None) as repository:
+            yield repository
 
     @contextmanager
-    def changing(
-        self, after: Callable[[], object] | None = None, *, submits: bool = False
-    ) -> Iterator[Services]:
-        """Return services for changes of this thread, as a part of its transaction if it has one.
+    def changing(self, *, submits: bool = False) -> Iterator[Work]:
+        """Return the work for changes of this thread: a part of its transaction if it has one.
 
-        ``after`` is called after the changes, or after the commit. ``submits`` says that the changes are
-        new tasks: see :meth:`Transactions.current`.
+        ``submits`` says that the changes are new tasks: see :meth:`Transactions.current`.
 
         Raises:
             ConfigurationError: the changes cannot take part in the transaction.
         """
-        connection = self._services.repository.transactions.current(submits=submits)
+        connection = self._transactions.current(submits=submits)
         if connection is None:
             self.refuse()
-            yield self._services
-            if after is not None:
-                after()
+            yield self._own
             return
-        with self.services(connection, after) as services:
-            yield services
+        with self._work(connection) as work:
+            yield work
 
     def refuse(self) -> None:
         """Raise ``ConfigurationError`` if this thread is in a transaction of its own."""
-        self._services.repository.transactions.refuse_write()
-
-    def _without_engine(self) -> State:
-        state = State()
-        state.stopped, state.ended = self._state.stopped, self._state.ended
-        return state
+        self._transactions.refuse_write()
 
 
-class _Afterwards(Agenda):
-    """An agenda whose duties about schedules are posted after the commit of the caller."""
+class _Inside:
+    """The door inside a transaction: it applies moves at once. ``tasks`` collects their tasks."""
 
-    def __init__(self, outer: Agenda, calls: list[Callable[[], object]]) -> None:
-        super().__init__()
-        self._outer = outer
-        self._calls = calls
-
-    def check_schedule_soon(self, name: str) -> None:
-        self._calls.append(partial(self._outer.check_schedule_soon, name))
-
-
-class _Later:
-    """The door inside a transaction: applies moves at once, and their consequences after the commit.
-
-    Attributes:
-        repository: the repository as it is inside the transaction.
-        calls: functions to call after the commit.
-    """
-
-    repository: Repository
     entered = False
 
-    def __init__(self, services: Services) -> None:
-        self._services = services
-        self.calls: list[Callable[[], object]] = []
-        self._tasks: dict[str, Task] = {}
+    def __init__(self, repository: Repository, tasks: dict[str, Task]) -> None:
+        self._repository = repository
+        self._tasks = tasks
 
     def commit(
         self,
@@ -152,10 +110,24 @@ class _Later:
         whole: bool = False,
     ) -> Sequence[bool]:
         self._tasks.update(tasks or {})
-        return self.repository.apply(writes, all_or_nothing=whole)
+        return self._repository.apply(writes, all_or_nothing=whole)
 
     def process_if_unattended(self) -> None:
         """Do nothing yet."""
+
+
+class _Consequences:
+    """What follows from the moves of a transaction, after its commit.
+
+    Attributes:
+        tasks: the tasks of the moves that were read.
+        calls: functions to call.
+    """
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self.tasks: dict[str, Task] = {}
+        self.calls: list[Callable[[], object]] = []
 
     def follow(self, writes: Sequence[Write]) -> None:
         """Do what follows from writes that the caller has committed."""
@@ -172,5 +144,5 @@ class _Later:
     def _known(self, writes: Sequence[Write]) -> Mapping[str, Task]:
         """Return the tasks of the moves that were read, and those that hooks must be told of."""
         moves = [write.id for write in writes if not isinstance(write, Insert)]
-        unknown = [task_id for task_id in moves if task_id not in self._tasks]
-        return {**self._tasks, **self._services.repository.get_many(unknown)}
+        unknown = [task_id for task_id in moves if task_id not in self.tasks]
+        return {**self.tasks, **self._services.repository.get_many(unknown)}

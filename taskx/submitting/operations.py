@@ -45,7 +45,7 @@ class Operations(Requeues):
             if task.status.finished:
                 raise InvalidTransition(f"task {task_id} is already {task.status}")
             if queries.asked_to_cancel(self._repository, [task_id]):
-                if self._state.pool is not None:
+                if self._state.pool is not None and not self._inside:
                     self._state.pool.fire(task_id)
                 return False
             # else it moved between the write and the read: try again

@@ -29,6 +29,7 @@ from taskx.submitting.selecting import (
     count,
     selections,
 )
+from taskx.submitting.work import Work
 
 _REQUEUEABLE = (TaskStatus.FAILED, TaskStatus.CANCELLED)
 
@@ -43,13 +44,15 @@ class Requeues:
     Args:
         services: the shared parts of the queue.
         state: tells if the queue is started, and if it was stopped.
+        work: through what it reads and writes.
     """
 
-    def __init__(self, services: Services, state: State) -> None:
+    def __init__(self, services: Services, state: State, work: Work) -> None:
         self._services = services
-        self._repository = services.repository
+        self._repository = work.repository
         self._batch, self._whole = services.timing.batch, services.timing.requeue_batch
-        self._moves = services.moves
+        self._moves = work.moves
+        self._inside = work.inside
         self._state = state
 
     def requeue_one(self, task_id: str, params: Any = None, from_step: str | None = None) -> None:

@@ -397,8 +397,8 @@ class PrimitivesContract(Contract):
         self.change(repository, "d", owner="n")
         self.change(repository, "e", status="running", owner="n")
         for type, owner, count in ("t", "", 3), ("u", "", 1), ("t", "n", 1), ("u", "n", 0):
-            assert repository.count_ready(type, owner, 10) == count, (type, owner)
-        assert repository.count_ready("t", "", 2) == 2
+            assert repository.reads.count_ready(type, owner, 10) == count, (type, owner)
+        assert repository.reads.count_ready("t", "", 2) == 2
 
     def test_with_ageing_a_long_wait_counts_as_priority(self, repository: Repository) -> None:
         """A task waits since it was stored or became due; equal tasks keep the order of storing."""
@@ -509,10 +509,10 @@ class PrimitivesContract(Contract):
         fields = ("duration", "id", "completed_at")
         times = {"a": 9, "b": 10, "c": 20, "d": 30}
         for limit, names in (9, "abcd"), (4, "abcd"), (2, "cd"):
-            found = sorted(repository.newest("completed", limit, fields))
+            found = sorted(repository.reads.newest("completed", limit, fields))
             assert found == sorted((float(times[i]), i, self.NOW + times[i]) for i in names), limit
-        assert [tuple(row) for row in repository.newest("failed", 9, ("error",))] == [("no",)]
-        assert [*repository.newest("cancelled", 9, ("id",))] == []
+        assert [tuple(row) for row in repository.reads.newest("failed", 9, ("error",))] == [("no",)]
+        assert [*repository.reads.newest("cancelled", 9, ("id",))] == []
 
     # --- lists
 
@@ -570,7 +570,7 @@ class PrimitivesContract(Contract):
         for parent, expected in {"p": "ba", "q": "a", "a": "c", "c": "", "%": "", "": ""}.items():
             filter = TaskFilter(parent=parent, limit=1)
             assert self.paged(repository, filter) == [*expected]
-            assert repository.count(filter) == repository.count_to(filter, 5) == len(expected)
+            assert repository.count(filter) == repository.reads.count_to(filter, 5) == len(expected)
             assert all(filter.matches(repository.get_by_id(task_id)) for task_id in expected)
         assert self.paged(repository, TaskFilter(parent="p", type="other")) == []
 
@@ -602,7 +602,7 @@ class PrimitivesContract(Contract):
         for conditions, expected in cases:
             filter = TaskFilter(**conditions, limit=1)
             assert self.paged(repository, filter) == [*expected], conditions
-            assert repository.count(filter) == repository.count_to(filter, 5) == len(expected)
+            assert repository.count(filter) == repository.reads.count_to(filter, 5) == len(expected)
             assert all(filter.matches(repository.get_by_id(task_id)) for task_id in expected)
         self.change(repository, "a", tags=labels_to_text(["new"]))
         self.change(repository, "b", tags=None)
@@ -613,20 +613,20 @@ class PrimitivesContract(Contract):
 
     def test_flows_come_in_the_reverse_order_of_their_ids(self, repository: Repository) -> None:
         self.skip_if(not self.keeps_every_field, "keeps no tags")
-        assert list(repository.flows("", 5)) == []
+        assert list(repository.reads.flows("", 5)) == []
         for task_id, flow in zip("abcde", ("f2", "f1", "f3", "f2", ""), strict=True):
             self.add(repository, task_id, tags=labels_to_text(["x", "z"], flow))
         self.end(repository, "a")
         every = ["f3", "f2", "f1"]
         for before, expected in {"": every, "f4": every, "f3": every[1:], "f1": []}.items():
             for limit in range(1, 5):
-                assert list(repository.flows(before, limit)) == expected[:limit]
+                assert list(repository.reads.flows(before, limit)) == expected[:limit]
         if "flow" in repository.conditions:
             counts = self.by_status(repository, TaskFilter(flow="f2"), 5)
             assert counts == {"pending": 1, "completed": 1}
         self.change(repository, "c", tags=labels_to_text(["x"]))
         self.apply(repository, Delete("b", {}))
-        assert list(repository.flows("", 5)) == ["f2"]
+        assert list(repository.reads.flows("", 5)) == ["f2"]
 
     def test_tasks_are_counted_by_their_status(self, repository: Repository) -> None:
         self.add(repository, "abcd")
@@ -641,7 +641,7 @@ class PrimitivesContract(Contract):
 
     def by_status(self, repository: Repository, filter: TaskFilter, most: int) -> dict[str, int]:
         """Return the counts of the statuses that some tasks have."""
-        counts = repository.count_by_status(filter, most)
+        counts = repository.reads.count_by_status(filter, most)
         return {status: count for status, count in counts.items() if count}
 
     def test_several_tagged_tasks_are_stored_all_or_none(self, repository: Repository) -> None:
@@ -657,8 +657,8 @@ class PrimitivesContract(Contract):
     def test_a_count_stops_at_the_largest_number(self, repository: Repository) -> None:
         self.add(repository, "abc")
         for most in range(5):
-            assert repository.count_to(TaskFilter(limit=1), most) == min(most, 3)
-        assert repository.count_to(TaskFilter(type="other"), 2) == 0
+            assert repository.reads.count_to(TaskFilter(limit=1), most) == min(most, 3)
+        assert repository.reads.count_to(TaskFilter(type="other"), 2) == 0
 
     def test_an_ended_task_has_what_pruning_needs(self, repository: Repository) -> None:
         """Its parents and its key are listed; a task whose thread still runs is left out."""
@@ -724,21 +724,23 @@ class PrimitivesContract(Contract):
         names = [f"x/{n:04}" for n in range(600)]  # more than a query may take
         stored = names[::30]
         repository.put_notes([NoteChange(name, name, 0) for name in ("x", "x/00", *stored)])
-        assert repository.notes_named([]) == {}
+        assert repository.reads.notes_named([]) == {}
         asked = [*names, "y"]
-        assert {name: note.text for name, note in repository.notes_named(asked).items()} == {
+        assert {name: note.text for name, note in repository.reads.notes_named(asked).items()} == {
             name: name for name in stored
         }
-        assert repository.notes_named(["x/00"]) == repository.notes_named(["x/00", "x/000"])
+        assert repository.reads.notes_named(["x/00"]) == repository.reads.notes_named(
+            ["x/00", "x/000"]
+        )
 
     def test_notes_are_read_in_pages(self, repository: Repository) -> None:
         self.skip_if(repository.shortcoming)
         names = ["w/z", "x", "x/", "x/%", "x/B", "x/_", "x/a", "x/é", "x/😀", "x0"]
         repository.put_notes([NoteChange(name, name, 0) for name in names])
         found, after = list[str](), "x/"
-        while page := repository.notes_after("x/", after, 2):
+        while page := repository.reads.notes_after("x/", after, 2):
             assert len(page) <= 2
-            assert page == repository.notes_named([*page])
+            assert page == repository.reads.notes_named([*page])
             found += page
             after = found[-1]
         assert found == names[3:9]
@@ -760,17 +762,19 @@ class PrimitivesContract(Contract):
     def test_the_revision_changes_with_every_commit(self, repository: Repository) -> None:
         """A repository that cannot tell of all commits has none."""
         self.add(repository, "a")
-        self.skip_if(repository.revision() is None, "the repository cannot tell of all commits")
+        self.skip_if(
+            repository.news.revision() is None, "the repository cannot tell of all commits"
+        )
         with self.second(repository) as other:
-            seen = [repr(repository.revision())]
+            seen = [repr(repository.news.revision())]
             self.add(repository, "b")
-            seen.append(repr(repository.revision()))
+            seen.append(repr(repository.news.revision()))
             assert repository.put_note("n", "text", 0)
-            seen.append(repr(repository.revision()))
+            seen.append(repr(repository.news.revision()))
             self.add(other, "c")
-            seen.append(repr(repository.revision()))
+            seen.append(repr(repository.news.revision()))
             assert len({*seen}) == len(seen)
-            assert repr(repository.revision()) == seen[-1]
+            assert repr(repository.news.revision()) == seen[-1]
 
     def test_another_object_sees_and_changes_the_same_tasks(self, repository: Repository) -> None:
         """Changes are seen at once, by guards, too."""
@@ -787,10 +791,10 @@ class PrimitivesContract(Contract):
     def test_a_closed_repository_opens_again(self, repository: Repository) -> None:
         """It opens at the next operation; closing it twice is no error."""
         self.add(repository, "a")
-        repository.ensure_there()
+        repository.house.ensure_there()
         repository.close()
         repository.close()
-        repository.ensure_there()
+        repository.house.ensure_there()
         self.add(repository, "b")
         assert {"b"} <= set(self.columns(repository)) <= {"a", "b"}
         assert not repository.entered
@@ -836,13 +840,13 @@ class PrimitivesContract(Contract):
     ) -> list[str]:
         """Return the ids of a list that is read page by page; call ``between`` with each page."""
         found: list[str] = []
-        tasks, after = repository.list_after(filter)
+        tasks, after = repository.reads.list_after(filter)
         while tasks:
             page = [task.id for task in tasks]
             found += page
             between(page)
             place = json.loads(json.dumps(after))  # a place may be kept as text between two pages
-            tasks, after = repository.list_after(filter, place)
+            tasks, after = repository.reads.list_after(filter, place)
         return found
 
     def ids(self, rows: Iterable[Sequence[Any]]) -> list[str]:

@@ -177,7 +177,7 @@ class Housekeeper:
         self._agenda.begin_round()
         self._services.repository.liveness.tend(self._pool.node.id)
         try:
-            self._services.repository.ensure_there()
+            self._services.repository.house.ensure_there()
         except SchemaMismatch as error:  # go on: outcomes must be written in any case
             self._pool.retire(error)
         with suppress(Locked):  # some outcomes are put off, and the other duties go on

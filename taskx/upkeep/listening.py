@@ -11,7 +11,7 @@ from taskx.common.bell import Rest
 from taskx.core.errors import RepositoryError
 from taskx.core.lifecycle import CANCEL_REQUESTED, FREED
 from taskx.running.pool import WorkerPool
-from taskx.storage.base import Listener
+from taskx.storage.parts import Listener
 
 
 class Listening:
@@ -44,7 +44,9 @@ class Listening:
         try:
             # In this thread: in another, the exception of a signal handler could leave an open pipe.
             if not self._stopped:
-                self._listener = self._pool.services.repository.listen(FREED + CANCEL_REQUESTED)
+                self._listener = self._pool.services.repository.news.listen(
+                    FREED + CANCEL_REQUESTED
+                )
             if self._listener is not None:
                 self._listen(self._listener)
         except Exception:  # a defect of ours

@@ -91,7 +91,7 @@ class LocalNode:
             )
         self._on_record = True  # before the join: an interrupt may strike right after it
         try:
-            services.repository.prepare()
+            services.repository.house.prepare()
             self.pool.tuning.refresh()  # first: the record tells the limits and workers
             self.record = self.pool.recorded = self.pool.described()
             services.repository.liveness.join(self.record, tended=self.tends)

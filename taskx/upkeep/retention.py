@@ -83,7 +83,7 @@ def prune_all(services: Services, before: datetime, status: TaskStatus | str | N
                 count, after = prune(services, kind, to_ms(before), after)
                 some, begun = some + count, True
         removed += some
-    while services.repository.shrink():
+    while services.repository.house.shrink():
         continue
     return removed
 
@@ -112,5 +112,5 @@ class Retention:
                 self._services.log.debug("removed %d old %s tasks", removed, status)
             if after is not None:
                 self._left[status] = after
-        if self._services.repository.shrink() or self._left:
+        if self._services.repository.house.shrink() or self._left:
             self._next = now

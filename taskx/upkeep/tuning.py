@@ -9,6 +9,7 @@ import attrs
 
 from taskx.common.controls import (
     LIMITS,
+    Controls,
     Overrides,
     check_limits,
     check_workers,
@@ -17,8 +18,10 @@ from taskx.common.controls import (
 from taskx.core.errors import ConfigurationError, NodeNotFound
 from taskx.core.model import check_key
 from taskx.core.options import LimitOptions
+from taskx.executing.registry import Registry
 from taskx.moving import Services
 from taskx.storage import queries
+from taskx.storage.base import Repository
 
 
 @attrs.frozen(kw_only=True)
@@ -151,15 +154,15 @@ def _cleaned(services: Services, known: Overrides) -> Overrides:
     return attrs.evolve(known, nodes=nodes)
 
 
-def tuned(services: Services) -> Tuned:
-    """Do the work of :meth:`Queue.tuned`."""
-    services.repository.require("overrides")
-    overrides = services.controls.read_overrides()
+def tuned(repository: Repository, registry: Registry) -> Tuned:
+    """Return the stored overrides: see ``Queue.tuned``."""
+    repository.require("overrides")
+    overrides = Controls(repository).read_overrides()
     own: dict[str, Any] = {}
     if overrides.types:
-        for node in services.repository.nodes():
+        for node in repository.nodes():
             own.update(node.own_limits)
-    for type, entry in list(services.registry.registered.items()):
+    for type, entry in list(registry.registered.items()):
         own[type] = entry.options.limit
     return Tuned(
         types={

@@ -29,7 +29,7 @@ from taskx.running.buffer import Buffer
 from taskx.running.fetcher import Fetcher
 from taskx.running.pool import WorkerPool
 from taskx.running.starter import Starter, Suspects
-from taskx.storage.sqlite.repository import SQLiteRepository
+from taskx.storage.sqlite.repository import FileLinks, SQLiteRepository
 from taskx.upkeep.node import LocalNode
 
 from .sidelog import SideLog
@@ -83,7 +83,7 @@ COMMON_POINTS: Points = {
 }
 KILL_POINTS: Points = {
     **COMMON_POINTS,
-    "inside a commit": lambda strike: before(SQLiteRepository, "_refuse_if_newer", strike),
+    "inside a commit": lambda strike: before(FileLinks, "_refuse_if_newer", strike),
     "after a commit": lambda strike: after(SQLiteRepository, "apply", strike),
     "before leaving": lambda strike: before(KernelLocks, "leave", strike),
 }

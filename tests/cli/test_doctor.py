@@ -12,7 +12,7 @@ from taskx.core.findings import fail, ok, warn
 def found(repository, monkeypatch):
     """The checks that the repository tells."""
     checks = [ok("file", "Fine."), warn("log", "It is \x1b[31mlarge.", "Look.")]
-    monkeypatch.setattr(type(repository), "examine", lambda self: iter(checks))
+    monkeypatch.setattr(type(repository.house), "examine", lambda self: iter(checks))
     return checks
 
 

@@ -350,7 +350,7 @@ def test_the_check_for_cancels_reads_no_record_of_a_running_task(queue, held, re
 @pytest.mark.parametrize("repository", ["sqlite"], indirect=True)
 def test_a_running_task_with_a_damaged_record_can_be_cancelled(queue, repository, held):
     run = pool_of(queue).runs[held]
-    repository._transact(
+    repository._file_links.transaction(
         lambda cursor: cursor.execute("UPDATE tasks SET cancel_requested_at = 'abc'"), durable=False
     )
     housekeeper_of(queue)._process_changes()
@@ -363,7 +363,7 @@ def test_a_running_task_with_a_damaged_record_can_be_cancelled(queue, repository
 def test_cancelling_a_damaged_record_raises_an_error(queue, repository, caplog):
     queue.declare("t")
     damaged, sound = queue.submit("t").id, queue.submit("t").id
-    repository._transact(
+    repository._file_links.transaction(
         lambda cursor: cursor.execute("UPDATE tasks SET held = 'abc' WHERE id = ?", (damaged,)),
         durable=False,
     )

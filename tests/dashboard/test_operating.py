@@ -231,7 +231,7 @@ class TestSystem:
         assert "worker_num 3" in words
         assert f"ann cancel {HOSTILE} {{'n': 7}}" in words
         assert HOSTILE not in page.text
-        for path in queue.repository.file_sizes():
+        for path in queue.repository.house.file_sizes():
             assert path in words
 
     def test_details_of_changes_are_for_those_who_may_see_params(self, look, queue):

@@ -473,7 +473,6 @@ def away(repository, monkeypatch):
         for name in (
             "find",
             "list",
-            "list_after",
             "get_by_id",
             "count",
             "ready",
@@ -481,7 +480,8 @@ def away(repository, monkeypatch):
             "due",
         ):
             patch.setattr(repository, name, fail)
-        patch.setattr(repository, "revision", fail)
+        patch.setattr(repository.reads, "list_after", fail)
+        patch.setattr(repository.news, "revision", fail)
         yield
 
 

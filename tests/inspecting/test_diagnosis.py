@@ -21,7 +21,7 @@ def named(queue, name):
 @pytest.fixture
 def healthy(repository, monkeypatch):
     """The repository, on a machine with which nothing is wrong."""
-    monkeypatch.setattr(type(repository), "examine", lambda self: iter([ok("file", "Fine.")]))
+    monkeypatch.setattr(type(repository.house), "examine", lambda self: iter([ok("file", "Fine.")]))
     return repository
 
 

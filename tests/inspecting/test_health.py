@@ -477,7 +477,7 @@ def test_a_missing_file_that_must_not_be_created_is_a_problem(make_queue, tmp_pa
 
 
 def test_a_repository_without_a_file_has_no_size(queue):
-    if queue.repository.file_size() is not None:
+    if queue.repository.house.file_sizes():
         assert queue.health(file_size=1 << 40, nodes=0)
         return
     with pytest.raises(ConfigurationError, match="file_size requires a repository in a file"):

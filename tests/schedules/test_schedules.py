@@ -48,7 +48,7 @@ from taskx.core.clock import to_ms
 from taskx.core.ticks import BATCH
 from taskx.core.writes import Insert
 from taskx.schedules import ticker as ticker_module
-from taskx.schedules.stored import PREFIX, store
+from taskx.schedules.stored import PREFIX
 from taskx.schedules.ticker import Ticker
 from taskx.testing import ManualClock
 from taskx.upkeep.node import LocalNode
@@ -279,7 +279,7 @@ def test_schedules_are_read_again_if_the_store_was_unavailable_at_the_start(
     queue, clock, monkeypatch
 ):
     queue.schedule("s", every(60), "remote")
-    notes, away = queue.repository.notes_after, [True]
+    notes, away = queue.repository.reads.notes_after, [True]
 
     def failing(*args):
         if away:
@@ -287,7 +287,7 @@ def test_schedules_are_read_again_if_the_store_was_unavailable_at_the_start(
             raise RepositoryUnavailable("away for a moment")
         return notes(*args)
 
-    monkeypatch.setattr(queue.repository, "notes_after", failing)
+    monkeypatch.setattr(queue.repository.reads, "notes_after", failing)
     queue.start()
     eventually(lambda: ticker(queue).next)
     assert not away
@@ -990,7 +990,7 @@ def taken_up(make, clock, monkeypatch):
 
     clock.advance(60)
     with monkeypatch.context() as patch:
-        patch.setattr(ticker_module, "store", die)
+        patch.setattr(services_of(dying).moves, "commit", die)
         with pytest.raises(RepositoryUnavailable):
             Ticker(services_of(dying)).tick()
     assert ids(dying) == set()
@@ -1297,9 +1297,9 @@ def test_without_schedules_their_notes_are_seldom_read(tmp_path, monkeypatch, ti
     store = MAKERS["sqlite"](tmp_path, ManualClock())
     queue = Queue(store, Config(worker_num=1), timing=timing)
     queue.executor("fine")(lambda: None)
-    reads, read = [], queue.repository.notes_after
+    reads, read = [], queue.repository.reads.notes_after
     monkeypatch.setattr(
-        queue.repository, "notes_after", lambda *args: reads.append(args) or read(*args)
+        queue.repository.reads, "notes_after", lambda *args: reads.append(args) or read(*args)
     )
     with queue.repository, queue:
         for _ in range(50):
@@ -1339,8 +1339,9 @@ def reads_of(queue, monkeypatch, before=lambda: None):
             reads.append([name[len(PREFIX) :] for name in found])
         return found
 
-    for way in ("notes", "notes_named", "notes_after"):
-        monkeypatch.setattr(repository, way, partial(read, getattr(repository, way)))
+    owners = {"notes": repository, "notes_named": repository.reads, "notes_after": repository.reads}
+    for way, owner in owners.items():
+        monkeypatch.setattr(owner, way, partial(read, getattr(owner, way)))
     return reads
 
 
@@ -1575,7 +1576,7 @@ def test_a_slow_refresh_happens_less_often_but_often_enough(make, monkeypatch, t
         return {}
 
     monkeypatch.setattr(ticker_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setattr(queue.repository, "notes_after", slow)
+    monkeypatch.setattr(queue.repository.reads, "notes_after", slow)
     ticker = Ticker(services_of(queue))
     ticker.tick()
     while len(read_at) < 2:
@@ -1613,13 +1614,16 @@ def test_a_schedule_whose_task_fails_to_store_does_not_stop_others(many, clock, 
     ticker.tick()
     clock.advance(60)
 
-    def refuse(services, inserts):
+    moves = services_of(many).moves
+    commit = moves.commit
+
+    def refuse(inserts):
         if any(insert.id.startswith("s007") for insert in inserts):
             raise ConnectionError("no key server")
-        return store(services, inserts)
+        return commit(inserts)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ticker_module, "store", refuse)
+        patch.setattr(moves, "commit", refuse)
         many.repository.batches.clear()
         ticker.tick()
     assert many.repository.count(TaskFilter()) == 199

@@ -23,7 +23,7 @@ def test_tasks_found_running_at_start_count_as_left_behind(store, clock):
     store.inner.create(Task(id="b", type="t", created_at=clock.now()))
     store.inner.update_status("b", TaskStatus.RUNNING, "")
     assert store.get_by_id("b").status is TaskStatus.RUNNING
-    store.prepare()
+    store.house.prepare()
     assert ids(store.ready(["t"], 10)) == ["a"]
     [owner] = owners(store)
     assert owner not in {node.id for node in store.liveness.nodes()}
@@ -34,7 +34,7 @@ def test_unfinished_tasks_are_read_in_pages(store, clock):
     for number in range(1003):
         store.inner.create(Task(id=f"{number:04}", type="t", created_at=clock.now()))
         clock.advance(0.001)
-    store.prepare()
+    store.house.prepare()
     assert ids(store.ready(["t"], 2000)) == [f"{number:04}" for number in range(1003)]
 
 

@@ -124,14 +124,14 @@ OPERATIONS = {
     "list": lambda r: r.list(TaskFilter()),
     "ready": lambda r: r.ready(["t"], 1),
     "version": lambda r: r.version(),
-    "shrink": lambda r: r.shrink(),
+    "shrink": lambda r: r.house.shrink(),
     "notes": lambda r: r.notes(""),
-    "notes_named": lambda r: r.notes_named(["n"]),
-    "notes_after": lambda r: r.notes_after("", "", 1),
+    "notes_named": lambda r: r.reads.notes_named(["n"]),
+    "notes_after": lambda r: r.reads.notes_after("", "", 1),
     "put_note": lambda r: r.put_note("n", "text", 0),
     "join": lambda r: r.liveness.join(Node(id="n2", name="two")),
     "nodes": lambda r: r.liveness.nodes(),
-    "ensure_there": lambda r: r.ensure_there(),
+    "ensure_there": lambda r: r.house.ensure_there(),
 }
 
 
@@ -332,7 +332,7 @@ class TestLoss:
         assert files(tmp_path) == before
         if put_back is not None:
             put_back()
-            repository.ensure_there()
+            repository.house.ensure_there()
             assert ids(repository) == ["a"]
             assert alive(repository) == {"n1": True}
             repository.create(task("b"))
@@ -350,7 +350,7 @@ class TestLoss:
 
     def test_a_file_that_was_never_opened_is_not_missing(self, open_at, path):
         repository = open_at(path)
-        repository.ensure_there()
+        repository.house.ensure_there()
         assert not path.exists()
 
 
@@ -368,7 +368,7 @@ class TestCreateFalse:
 
     def test_it_can_be_forbidden_after_the_construction(self, open_at, tmp_path, path):
         repository = open_at(path)
-        repository.only_existing()
+        repository.house.only_existing()
         with pytest.raises(RepositoryUnavailable, match="there is no file"):
             repository.count(TaskFilter())
         assert files(tmp_path) == set()
@@ -636,7 +636,7 @@ class TestLocksOfOtherUsers:
     @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
     def test_a_forked_child_takes_turns_and_closes_its_copies(self, path):
         repository = SQLiteRepository(path)
-        turn = repository._turnstile
+        turn = repository._file_links.turnstile
         turn.enter(0)
         for name in turnstile.NAMES:
             (path.with_name("tasks.db-nodes") / f"{name}.lock").chmod(0o444)

@@ -55,8 +55,9 @@ class OnSQLite:
             connection.execute("CREATE TABLE rows (n)")
         self.repository = SQLiteRepository(self.path, prefix="taskx_", busy_timeout=NEVER)
         self.repository.count(TaskFilter())
-        self.lock = self.repository._write_lock = Watched(self.repository._write_lock)
-        self.turnstile = self.repository._turnstile
+        links = self.repository._file_links
+        self.lock = links.write_lock = Watched(links.write_lock)
+        self.turnstile, self.file = links.turnstile, self.repository.file
 
     def connected(self, patience: float) -> AbstractContextManager[sqlite3.Connection]:
         return closing(sqlite3.connect(self.path, timeout=patience, isolation_level=None))
@@ -99,10 +100,11 @@ class OnDjango(OnSQLite):
         self.path = folder / "site.db"
         self.repository = django_project.on_sqlite(folder, timeout=NEVER)
         django_project.add_database(self.repository.using, OPTIONS=self.options())
-        self.repository.prepare()
+        self.repository.house.prepare()
         connections = self.repository._connections
         self.lock = connections.lock = Watched(connections.lock)
-        self.turnstile = self.repository._turns._turnstile
+        self.turnstile = self.repository._pool.turns._turnstile
+        self.file = self.repository._file
 
     @contextmanager
     def block(self):
@@ -215,9 +217,7 @@ def test_an_executors_transaction_goes_on_while_a_write_waits_for_it(store, queu
 
 def test_an_executors_transaction_waits_for_its_turn_without_the_files_lock(store, monkeypatch):
     wanted, enter = threading.Event(), store.turnstile.enter
-    other = Turnstile(
-        store.repository._file, DEFAULT_TIMING
-    )  # of another process: the locks are of open files
+    other = Turnstile(store.file, DEFAULT_TIMING)  # of another process: the locks are of open files
     other.enter(NEVER)
 
     def watched(timeout):
@@ -236,7 +236,7 @@ def test_an_executors_transaction_waits_for_its_turn_without_the_files_lock(stor
 
 
 def test_a_block_needs_no_turn(store, queue):
-    other = Turnstile(store.repository._file, DEFAULT_TIMING)
+    other = Turnstile(store.file, DEFAULT_TIMING)
     queue.submit("echo", id="old")
     other.enter(NEVER)
     try:
@@ -347,7 +347,7 @@ def test_a_read_waits_for_no_write(tmp_path):
     with SQLiteRepository(tmp_path / "tasks.db") as repository:
         repository.count(TaskFilter())
         connections_of(repository).discard_writer()
-        with repository._write_lock:
+        with repository._file_links.write_lock:
             assert run_in_thread(lambda: repository.count(TaskFilter()))() == 0
 
 

@@ -54,7 +54,7 @@ def test_the_applications_settings_and_tables_stay_as_they_are(application, repo
     before = state()
     repository.create(Task(id="a", type="t"))
     repository.delete("a")
-    repository.shrink()
+    repository.house.shrink()
     repository.close()
     assert state() == before
     new = names(application) - {"tasks"}
@@ -113,7 +113,7 @@ def test_tables_with_different_prefixes_share_a_file(tmp_path, application, repo
         repository.create(Task(id="a", type="t"))
         other.create(Task(id="a", type="u"))
         assert [each.get_by_id("a").type for each in (repository, other)] == ["t", "u"]
-        assert other._file.folder != repository._file.folder
+        assert other.file.folder != repository.file.folder
 
 
 def test_without_a_prefix_the_file_is_refused(tmp_path, application):
@@ -177,7 +177,7 @@ def test_older_tables_are_migrated(application, repository):
 
 def test_the_examination_knows_the_prefix(tmp_path, application, repository):
     repository.count(TaskFilter())
-    levels = {check.name: check.level for check in repository.examine()}
+    levels = {check.name: check.level for check in repository.house.examine()}
     assert levels["schema"] == levels["integrity"] == levels["write lock"] == "ok"
 
 
@@ -244,7 +244,7 @@ def test_all_features_work_with_any_prefix(tmp_path, application, prefix):
         queue.delete(gone.id)
         assert queue.count_tasks(tag="gone") == 0
         assert [*queue.schedules()] == ["yearly"]
-        levels = {check.name: check.level for check in repository.examine()}
+        levels = {check.name: check.level for check in repository.house.examine()}
         assert levels["schema"] == levels["integrity"] == "ok"
     with SQLiteRepository(tmp_path / "app.db", prefix=prefix) as again:
         assert again.count(TaskFilter()) == 3

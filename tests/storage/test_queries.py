@@ -74,8 +74,8 @@ class TestPage:
     def assert_total(self, store, add, monkeypatch, offset, limit, total, in_between):
         add("a")
         add("b")
-        read = store.list_after
-        monkeypatch.setattr(store, "list_after", lambda *args: (read(*args), in_between())[0])
+        read = store.reads.list_after
+        monkeypatch.setattr(store.reads, "list_after", lambda *args: (read(*args), in_between())[0])
         tasks, counted = page(store, TaskFilter(offset=offset, limit=limit))
         assert (len(tasks), counted) == (min(limit, max(0, 2 - offset)), total)
 
@@ -120,13 +120,13 @@ class TestMatching:
         assert [*matching(store, wanted)] == store.list(wanted) != []
 
     def test_it_reads_a_page_when_it_is_asked_for_it(self, store, seven, monkeypatch):
-        limits, list_after = [], store.list_after
+        limits, list_after = [], store.reads.list_after
 
         def counted(filter, after=None):
             limits.append(filter.limit)
             return list_after(filter, after)
 
-        monkeypatch.setattr(store, "list_after", counted)
+        monkeypatch.setattr(store.reads, "list_after", counted)
         found = matching(store, TaskFilter())
         assert limits == []
         next(found), next(found)

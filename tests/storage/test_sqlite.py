@@ -695,7 +695,7 @@ class TestLocks:
         repository.create(task("a"))
         changed = Changes(repository)
         changed()
-        with repository._write_lock:
+        with repository._file_links.write_lock:
             assert ids(repository) == ["a"]
             assert changed() is False
 

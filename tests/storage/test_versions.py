@@ -343,7 +343,7 @@ def test_only_one_of_several_processes_migrates_a_file(old, version):
 def test_a_repository_that_must_not_migrate_refuses_an_earlier_file(old, version):
     before = old.read_bytes()
     with SQLiteRepository(old) as repository:
-        repository.only_existing()
+        repository.house.only_existing()
         with pytest.raises(
             SchemaMismatch, match=rf"has schema version {version}, and this TaskX needs"
         ):
@@ -355,5 +355,5 @@ def test_a_repository_that_must_not_migrate_refuses_an_earlier_file(old, version
 def test_a_repository_that_must_not_migrate_uses_a_file_of_this_version(path):
     shutil.copyfile(kept(schema.VERSION), path)
     with SQLiteRepository(path) as repository:
-        repository.only_existing()
+        repository.house.only_existing()
         assert repository.count(TaskFilter()) > 0

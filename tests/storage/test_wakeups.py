@@ -48,7 +48,7 @@ def listen(mine):
     made = []
 
     def listen(news=ALL):
-        made.append(mine.listen(news))
+        made.append(mine.news.listen(news))
         return made[-1]
 
     yield listen
@@ -256,13 +256,13 @@ def test_the_pipe_of_a_dead_process_is_removed_by_the_next_listener(listen, thei
 def test_without_a_folder_for_pipes_there_is_no_listener(database, tmp_path):
     with SQLiteRepository(database) as repository:
         (tmp_path / "tasks.db-nodes").touch()
-        assert repository.listen(ALL) is None
+        assert repository.news.listen(ALL) is None
         assert repository.apply([created()]) == [True]
 
 
 def test_without_named_pipes_there_is_no_listener(mine, monkeypatch):
     monkeypatch.setattr(wakeups, "_FLAGS", 0)
-    assert mine.listen(ALL) is None
+    assert mine.news.listen(ALL) is None
 
 
 # --- the end
@@ -282,7 +282,7 @@ def test_closing_wakes_the_waiting_thread_and_removes_the_pipe(listen, database)
 
 def test_a_pipe_stays_open_as_long_as_its_listener_exists(mine):
     """``close`` must not close the file: a thread may wait on it, and another file may get its number."""
-    listener = mine.listen(ALL)
+    listener = mine.news.listen(ALL)
     closes = listener._close_fd
     listener.close()
     assert closes.alive
@@ -298,13 +298,13 @@ from taskx import SQLiteRepository
 warnings.simplefilter("ignore", DeprecationWarning)
 with SQLiteRepository(sys.argv[1]) as repository:
     repository.version()
-    listener = repository.listen("f")
+    listener = repository.news.listen("f")
     if not (pid := os.fork()):
         try:
             os.fstat(listener._fd)
         except OSError:
             listener.close()  # nothing of the parent's
-            own = repository.listen("f")
+            own = repository.news.listen("f")
             print(os.path.exists(listener._path), os.path.exists(own._path), flush=True)
         sys.exit()  # as at the end of a program
     os.waitpid(pid, 0)

@@ -674,8 +674,8 @@ def test_only_one_batch_is_in_memory_and_in_a_transaction(make_queue, timing):
     queue.declare("t")
     queue.submit_many(Task(type="t") for _ in range(10))
     read = []
-    list_after = repository.list_after
-    repository.list_after = lambda filter, after=None: (
+    list_after = repository.reads.list_after
+    repository.reads.list_after = lambda filter, after=None: (
         read.append(filter.limit),
         list_after(filter, after),
     )[1]

@@ -86,16 +86,16 @@ def test_dead_letters_created_at_the_same_time_are_all_changed(make_queue, clock
 def test_a_task_deleted_during_the_listing_hides_no_other(queue, batch, change, monkeypatch):
     """Another program deletes some of them while they are listed."""
     queue.mended = True
-    list_after = queue.repository.list_after
+    list_after = queue.repository.reads.list_after
 
     def disturbed(filter, after=None):
-        monkeypatch.setattr(queue.repository, "list_after", list_after)
+        monkeypatch.setattr(queue.repository.reads, "list_after", list_after)
         tasks, after = list_after(filter)
         for task in tasks:
             queue.delete(task.id)
         return tasks, after
 
-    monkeypatch.setattr(queue.repository, "list_after", disturbed)
+    monkeypatch.setattr(queue.repository.reads, "list_after", disturbed)
     assert getattr(queue, change)() == 5 - batch
     assert queue.drain(PATIENCE)
     assert queue.dead_letters()[1] == 0

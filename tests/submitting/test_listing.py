@@ -277,7 +277,7 @@ class TestPages:
             raise AssertionError("counted again")
 
         monkeypatch.setattr(queue.repository, "count", fail)
-        monkeypatch.setattr(queue.repository, "count_to", fail)
+        monkeypatch.setattr(queue.repository.reads, "count_to", fail)
         assert queue.list_tasks(limit=2, after=first.next).total == 6
 
     def test_a_last_page_shows_the_true_total(self, queue):
@@ -377,7 +377,7 @@ class TestIteration:
         def fail(filter, after=None):
             raise RepositoryUnavailable("gone")
 
-        monkeypatch.setattr(queue.repository, "list_after", fail)
+        monkeypatch.setattr(queue.repository.reads, "list_after", fail)
         assert next(found).id == "4"
         with pytest.raises(RepositoryUnavailable):
             next(found)

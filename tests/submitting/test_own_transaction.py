@@ -6,7 +6,6 @@ import sqlite3
 import threading
 from concurrent.futures import wait
 from contextlib import closing
-from functools import partial
 
 import pytest
 
@@ -20,7 +19,6 @@ from taskx import (
     TaskStatus,
     chain,
 )
-from taskx.storage.queries import shown
 from taskx.storage.sqlite.joining import FileTransactions
 
 LONG = 60
@@ -30,7 +28,7 @@ class Knowing(FileTransactions):
     """Knows the connection that each thread uses, and the tasks that the tests name as uncommitted."""
 
     def __init__(self, repository):
-        super().__init__(repository, partial(shown, repository), repository.transactions.join)
+        super().__init__(repository, repository._file_links, None)
         self.known = True
         self.used = threading.local()
         self.named = set()
@@ -53,7 +51,7 @@ def repository(tmp_path):
     with closing(sqlite3.connect(tmp_path / "app.db")) as connection:
         connection.execute("PRAGMA journal_mode = WAL")
     with SQLiteRepository(tmp_path / "app.db", prefix="taskx_", busy_timeout=20) as made:
-        made.extend_transactions(lambda _: Knowing(made))
+        made.transactions = Knowing(made)
         made.count(TaskFilter())
         yield made
 

@@ -630,8 +630,9 @@ def test_a_start_whose_repository_fails_can_be_tried_again(make_queue, monkeypat
     queue.executor("fine")(lambda: "fine")
     waiting = queue.submit("fine")
     with monkeypatch.context() as patch:
-        liveness = queue.repository.liveness
-        patch.setattr(liveness if hasattr(liveness, step) else queue.repository, step, fail)
+        repository = queue.repository
+        owners = (repository.liveness, repository, repository.house)
+        patch.setattr(next(one for one in owners if hasattr(one, step)), step, fail)
         with pytest.raises(RepositoryUnavailable):
             queue.start()
     assert queue.repository.liveness.nodes() == []

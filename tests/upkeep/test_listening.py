@@ -22,7 +22,8 @@ from taskx.common import bell
 from taskx.common.bell import Rest
 from taskx.core.lifecycle import CANCEL_REQUESTED, FREED
 from taskx.core.timing import DEFAULT_TIMING, Timing
-from taskx.storage.base import Listener
+from taskx.storage.parts import Listener
+from taskx.storage.sqlite.repository import FileLinks
 from taskx.upkeep import listening
 from taskx.upkeep.node import Lifetime
 
@@ -145,7 +146,7 @@ def test_a_process_can_wait_for_one_result_after_another(listens, elsewhere):
 
 
 def test_a_node_that_hears_nothing_polls(make_queue, elsewhere, monkeypatch):
-    monkeypatch.setattr(SQLiteRepository, "listen", lambda self, news: None)
+    monkeypatch.setattr(FileLinks, "listen", lambda self, news: None)
     queue = make_queue()
     queue.executor("t")(lambda: "fine")
     elsewhere.declare("t")
@@ -156,7 +157,7 @@ def test_a_node_that_hears_nothing_polls(make_queue, elsewhere, monkeypatch):
 def test_a_queue_polls_if_the_repository_fails_to_listen(
     make_queue, elsewhere, monkeypatch, caplog
 ):
-    monkeypatch.setattr(SQLiteRepository, "listen", lambda self, news: 1 // 0)
+    monkeypatch.setattr(FileLinks, "listen", lambda self, news: 1 // 0)
     queue = make_queue()
     queue.executor("t")(lambda: "fine")
     elsewhere.declare("t")

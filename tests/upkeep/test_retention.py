@@ -296,17 +296,17 @@ def test_the_file_shrinks_when_most_of_it_is_free(database, clock):
         queue.executor("fine")(lambda text: None)
         tasks = [Task(type="fine", params={"text": "x" * 4000}) for _ in range(6000)]
         queue.cancel_many([handle.id for handle in queue.submit_many(tasks)])
-        repository._transact(lambda cursor: None, durable=True)
+        repository._file_links.transaction(lambda cursor: None, durable=True)
         clock.advance(10)
         full = size(repository)
         assert queue.prune(clock.now()) == 6000
         assert size(repository) < full / 3
         assert queue.list_tasks(TaskFilter())[1] == 0
-        assert not repository.shrink()
+        assert not repository.house.shrink()
 
 
 def size(repository):
     """Return the size of the file in bytes, after a checkpoint of the write-ahead log."""
-    with repository._write_lock:
+    with repository._file_links.write_lock:
         connections_of(repository).writer().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
     return os.path.getsize(repository.path)

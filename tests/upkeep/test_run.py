@@ -286,7 +286,7 @@ def test_if_a_queue_cannot_start_the_others_are_stopped(make_queue):
         assert started.wait(PATIENCE)
         raise RepositoryUnavailable("away")
 
-    prepare_well, broken.repository.prepare = broken.repository.prepare, prepare
+    prepare_well, broken.repository.house.prepare = broken.repository.house.prepare, prepare
     handle = fine.submit("listen")
     run_in_thread(lambda: (begun.wait(PATIENCE), started.set()))
     with pytest.raises(RepositoryUnavailable, match="away"):
@@ -294,7 +294,7 @@ def test_if_a_queue_cannot_start_the_others_are_stopped(make_queue):
     assert "stopped" in repr(fine)
     assert handle.task().status is TaskStatus.COMPLETED
     assert handle.task().result == CancelReason.STOP.value
-    broken.repository.prepare = prepare_well
+    broken.repository.house.prepare = prepare_well
     broken.start()  # as after a start that fails
     broken.stop(PATIENCE)
     with pytest.raises(QueueStopped):
@@ -304,8 +304,8 @@ def test_if_a_queue_cannot_start_the_others_are_stopped(make_queue):
 def test_a_start_that_takes_long_ends_at_the_first_signal(make_queue):
     queue = make_queue(MemoryRepository())
     begun, go_on = threading.Event(), threading.Event()
-    prepare = queue.repository.prepare
-    queue.repository.prepare = lambda: (begun.set(), go_on.wait(PATIENCE), prepare())
+    prepare = queue.repository.house.prepare
+    queue.repository.house.prepare = lambda: (begun.set(), go_on.wait(PATIENCE), prepare())
     signalled = run_in_thread(lambda: (begun.wait(PATIENCE), os.kill(os.getpid(), signal.SIGINT)))
     assert taskx.run(queue) == 0
     signalled()

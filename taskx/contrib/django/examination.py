@@ -29,7 +29,7 @@ def examine(repository: Repository, connections: Connections) -> Iterator[Check]
         yield ok(
             "database", f"The {connections.vendor} database has answered in {took:.0f} ms.", ms=took
         )
-        repository.prepare()
+        repository.house.prepare()
         yield ok("tables", "The database has TaskX's tables.")
         yield from connections.read(lambda link: [*_settings(link)])
     except RepositoryError as error:

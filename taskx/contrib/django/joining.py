@@ -19,11 +19,9 @@ from taskx.contrib.django.blocks import after_commit, has_begun, is_open
 from taskx.contrib.django.connections import Connections
 from taskx.contrib.django.link import Link, Rows, code, is_failure
 from taskx.core.errors import ConfigurationError
-from taskx.core.model import CONDITIONS
-from taskx.core.writes import NoteChange, Write
-from taskx.liveness.base import Liveness
+from taskx.core.writes import Write
 from taskx.storage.sql import Link as AnyLink
-from taskx.storage.sql import SQLRepository
+from taskx.storage.sql import Links, Sent, SQLRepository
 from taskx.storage.transactions import Then
 
 T = TypeVar("T")
@@ -32,57 +30,34 @@ T = TypeVar("T")
 _ABORTED = "25P02"
 
 
-class Joined(SQLRepository):
-    """The repository as a transaction on a thread's own connection sees it.
+class BlockLinks(Links):
+    """A link over a thread's own connection, inside its transaction.
 
     Attributes:
         applied: the writes so far whose guards held.
-        noted: True if notes were changed.
+        wrote: True if there was a transaction of the repository, which may have changed notes.
     """
 
-    conditions = CONDITIONS - {"params"}
-    noted = False
-    entered = False
+    wrote = False
 
-    def __init__(self, outer: SQLRepository, links: Connections, link: Link) -> None:
-        super().__init__(outer.statements, outer.clock, timing=outer.timing)
-        self.codecs = outer.codecs
-        self.vendor = links.vendor
+    def __init__(self, links: Connections, link: Link) -> None:
         self.applied: list[Write] = []
-        self._outer = outer
-        self._connections = links
+        self._links = links
         self._link = link
-
-    @property
-    def liveness(self) -> Liveness[Any]:
-        """The nodes: they are recorded outside of all transactions of callers."""
-        return self._outer.liveness
-
-    def put_notes(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
-        results = super().put_notes(changes)
-        self.noted |= any(results)
-        return results
 
     def tell_others(self, writes: Sequence[Write]) -> None:
         """Note writes: others are told of them after the commit."""
         self.applied += writes
 
-    def _transact(
-        self,
-        work: Callable[[AnyLink], T],
-        durable: bool,
-        sent: object = None,
-        *,
-        single: bool = False,
+    def transaction(
+        self, work: Callable[[AnyLink], T], durable: bool, sent: Sent = None, single: bool = False
     ) -> T:
         with self.savepoint("taskx_write"), self._translating():
-            return work(self._link)
+            result = work(self._link)
+        self.wrote = True
+        return result
 
-    def version(self) -> object:
-        """Return a new value: nothing waits for others inside a transaction of a caller."""
-        return object()
-
-    def _rows(self, sql: str, values: Sequence[Any] = ()) -> Rows:
+    def rows(self, sql: str, values: Sequence[Any] = ()) -> Rows:
         with self._translating():
             return self._link.rows(sql, values)
 
@@ -108,16 +83,18 @@ class Joined(SQLRepository):
         If nothing was written in it, it ends here: it would keep the write lock.
         """
         driver: Any = self._link.django.connection
-        begins = self.vendor == "sqlite" and not (driver and driver.in_transaction)
+        begins = self._links.vendor == "sqlite" and not (driver and driver.in_transaction)
         if begins:
             self._execute("BEGIN IMMEDIATE")
+            driver = self._link.django.connection
+            before = driver.total_changes
         try:
             yield
         except BaseException:
             if begins:
                 self._execute("ROLLBACK")
             raise
-        if begins and not (self.applied or self.noted):
+        if begins and driver.total_changes == before:
             self._execute("ROLLBACK")
 
     def _execute(self, sql: str) -> None:
@@ -133,26 +110,31 @@ class Joined(SQLRepository):
             if code(error) == _ABORTED:
                 raise _broken() from error
             if is_failure(error):
-                raise self._connections.translated(error) from error
+                raise self._links.translated(error) from error
             raise
 
 
 @contextmanager
 def join(
-    outer: SQLRepository, links: Connections, given: object, then: Then | None
-) -> Iterator[Joined]:
+    outer: SQLRepository,
+    links: Connections,
+    given: object,
+    then: Then | None,
+    tell_others: Callable[[Sequence[Write]], object],
+) -> Iterator[SQLRepository]:
     """Do what :meth:`Transactions.join` describes."""
     own = own_connection(links.alias, given)
-    made = Joined(outer, links, Link(own))
-    with made.begun(), made.savepoint("taskx"):
-        yield made
-    if (made.applied or made.noted) and then is not None and own.in_atomic_block:
+    block = BlockLinks(links, Link(own))
+    inside = outer.over(block)
+    with block.begun(), block.savepoint("taskx"):
+        yield inside
+    if block.wrote and then is not None and own.in_atomic_block:
 
         def follow() -> None:
-            outer.tell_others(made.applied)
-            then(made.applied)
+            tell_others(block.applied)
+            then(block.applied)
 
-        after_commit(own, outer, made.applied, follow)
+        after_commit(own, outer, block.applied, follow)
 
 
 def own_connection(using: str, given: object) -> Any:

@@ -29,17 +29,17 @@ from taskx.core.clock import SYSTEM_CLOCK, Clock
 from taskx.core.codec import Codec
 from taskx.core.errors import ConfigurationError
 from taskx.core.findings import Check
-from taskx.core.model import CONDITIONS
 from taskx.core.record import COLUMNS
 from taskx.core.timing import DEFAULT_TIMING, Timing
 from taskx.core.writes import NoteChange, Write, shows
 from taskx.liveness.base import Liveness
 from taskx.liveness.locks import KernelLocks
 from taskx.storage import queries
-from taskx.storage.base import Listener, Locked, Reentered, Repository, tell_of_forks
+from taskx.storage.base import Locked, Reentered, Repository
+from taskx.storage.parts import Forks, House, Listener, News, at_forks
 from taskx.storage.patience import try_again
 from taskx.storage.sql import Link as AnyLink
-from taskx.storage.sql import Sent, SQLRepository
+from taskx.storage.sql import Links, Sent, SQLRepository
 from taskx.storage.sqlite import turnstile
 from taskx.storage.sqlite.wakeups import Wakeups
 from taskx.storage.transactions import Then, Transactions
@@ -84,8 +84,6 @@ class DjangoRepository(SQLRepository):
         ConfigurationError: an argument is not valid.
     """
 
-    conditions = CONDITIONS - {"params"}
-
     def __init__(
         self,
         using: str = "default",
@@ -111,19 +109,15 @@ class DjangoRepository(SQLRepository):
         self.timeout = check_number(timeout, "timeout", minimum=0.01)
         self.on_commit = check_on_commit(on_commit)
         self.run_folder = None if run_folder is None else os.fspath(run_folder)
-        self._connections = Connections(using, self.timeout, timing)
-        super().__init__(statements_of(self._connections.vendor), clock, codec, timing)
-        self.transactions = BlockTransactions(self, self._connections, on_commit)
-        self.vendor = self._connections.vendor
-        self._file = self._connections.file
-        self._turns = Turns(self._file, timing) if self._file else None
-        self._wakeups = Wakeups(self._file, timing) if self._file else None
+        connections = self._connections = Connections(using, self.timeout, timing)
+        several = lambda: len(self.queues) > 1  # noqa: E731
+        pool = self._pool = PoolLinks(connections, several, timing)
+        super().__init__(statements_of(connections.vendor), pool, clock, codec, timing)
+        self.vendor, self._file = connections.vendor, connections.file
         self._hurries = _Hurries()
-        self._commits = 0
-        # The writes of which nobody knows if they took place, by identity, each as it was sent.
-        self._doubtful: Pairs = {}
-        self._seen: tuple[object, object] = (None, 0)
-        tell_of_forks(self)
+        self.transactions = BlockTransactions(self, pool, on_commit)
+        self.news, self.forks = pool, at_forks(pool)
+        self.house = DatabaseHouse(self, connections, self._hurries)
 
     def __repr__(self) -> str:
         return f"DjangoRepository({self.using!r})"
@@ -150,14 +144,6 @@ class DjangoRepository(SQLRepository):
                 raise
             return try_again(work, error, self.timing)
 
-    @contextmanager
-    def without_waiting(self) -> Iterator[None]:
-        before, self._hurries.now = self._hurries.now, True
-        try:
-            yield
-        finally:
-            self._hurries.now = before
-
     def _durable(self, writes: Sequence[Write]) -> bool:
         """Return True if one of the writes must survive a power cut, or the death of the server.
 
@@ -173,7 +159,7 @@ class DjangoRepository(SQLRepository):
         known = self._took_place(writes)
         if not known:
             return super().apply(writes, all_or_nothing=whole)
-        self.tell_others([writes[number] for number in known])
+        self._pool.tell_others([writes[number] for number in known])
         results = [True] * len(writes)
         if new := [number for number in range(len(results)) if number not in known]:
             given = [writes[number] for number in new]
@@ -184,7 +170,7 @@ class DjangoRepository(SQLRepository):
 
     def _took_place(self, writes: Sequence[Write]) -> set[int]:
         """Return the places of the writes in doubt that the records show."""
-        doubtful = self._doubtful
+        doubtful = self._pool.doubtful
         again = [n for n, write in enumerate(writes) if id(write) in doubtful] if doubtful else []
         if not again:
             return set()
@@ -197,17 +183,68 @@ class DjangoRepository(SQLRepository):
             n for n in again if shows(stored.get(writes[n].id), doubtful[id(writes[n])][1], same)
         }
 
+    # --- changes by others
+
+    def version(self) -> object:
+        """Return a value that changes when others commit.
+
+        PostgreSQL tells which transactions are in progress, and SQLite counts commits. For another
+        database, the value changes twice a second.
+        """
+        seen, own = self._pool.seen_commits()
+        return (seen, own if len(self.queues) > 1 else 0) if self.vendor == "sqlite" else seen
+
+    # --- opening and closing
+
+    def _make_liveness(self) -> Liveness[Any]:
+        """Choose locks for an SQLite file, which is on this host, and leases for every other database."""
+        file = self._file
+        if file is None:
+            return super()._make_liveness()
+        return KernelLocks(
+            self, lambda: (file.folder, file.inode), turnstile.NAMES, self.timing.orphan_within
+        )
+
+    def close(self) -> None:
+        if self.entered:
+            raise Reentered
+        self._pool.close()
+        if self._file is not None and not self.liveness.at_work:
+            self._file.forget()
+
+
+class PoolLinks(Links, News, Forks):
+    """The repository's own connections to its database.
+
+    Args:
+        connections: the connections.
+        several: tells if several queues of this process must hear of each other's commits.
+        timing: the intervals of its work.
+
+    Attributes:
+        doubtful: the writes of which nobody knows if they took place, by identity, each as it was sent.
+    """
+
+    def __init__(
+        self, connections: Connections, several: Callable[[], bool], timing: Timing
+    ) -> None:
+        self.connections = connections
+        self.vendor = connections.vendor
+        self.timing = timing
+        self._file = file = connections.file
+        self.turns = Turns(file, timing) if file else None
+        self.wakeups = Wakeups(file, timing) if file else None
+        self._several = several
+        self.doubtful: Pairs = {}
+        self._commits = 0
+        self._seen: tuple[object, object] = (None, 0)
+
     @property
     def entered(self) -> bool:
-        return self._connections.entered
+        return self.connections.entered
 
-    def _transact(
-        self,
-        work: Callable[[AnyLink], T],
-        durable: bool,
-        sent: Sent | None = None,
-        *,
-        single: bool = False,
+    def transaction(
+        self, work: Callable[[AnyLink], T], durable: bool, sent: Sent = None, single: bool = False
     ) -> T:
         """Do work in one transaction. Nothing is committed if it raises, unless the error is in doubt."""
         pairs = {
@@ -216,7 +253,7 @@ class DjangoRepository(SQLRepository):
         single = single and self.vendor == "postgresql"
         for last in (False,) * (_TRIES - 1) + (True,):
             try:
-                with self._connections.writing() as link:
+                with self.connections.writing() as link:
                     return self._once(link, work, durable, pairs, single and not link.pooled)
             except BaseException as error:  # also one of opening the connection
                 if last or not may_be_repeated(error):
@@ -239,13 +276,13 @@ class DjangoRepository(SQLRepository):
             if single:
                 self._set_durable(link, durable)
                 committing = True
-                self._doubtful.update(sent)
+                self.doubtful.update(sent)
                 result = work(link)
             else:
                 self._begin(link, durable)
                 result = work(link)
                 committing = True
-                self._doubtful.update(sent)
+                self.doubtful.update(sent)
                 link.execute("COMMIT")
             self._commits += 1
             self._forget(sent)
@@ -253,13 +290,13 @@ class DjangoRepository(SQLRepository):
         except BaseException as error:
             if not self._rolled_back(link, error) and committing and self._may_commit_unseen:
                 if is_failure(error):
-                    raise self._connections.translated(error, in_doubt=True) from error
+                    raise self.connections.translated(error, in_doubt=True) from error
             elif isinstance(error, Exception):
                 self._forget(sent)
             raise
         finally:
-            if self._turns is not None:
-                self._turns.leave()
+            if self.turns is not None:
+                self.turns.leave()
 
     @property
     def _may_commit_unseen(self) -> bool:
@@ -267,17 +304,19 @@ class DjangoRepository(SQLRepository):
 
     def _forget(self, sent: Iterable[int]) -> None:
         for number in sent:
-            self._doubtful.pop(number, None)
+            self.doubtful.pop(number, None)
 
     def _raise(self, error: BaseException) -> None:
         """Raise TaskX's error for one of Django."""
         if is_failure(error):
-            raise self._connections.translated(error) from error
+            raise self.connections.translated(error) from error
 
     def _begin(self, link: Link, durable: bool) -> None:
-        if self._turns is not None:
-            self._turns.set_durable(link, durable)
-            self._turns.begin(link, self.timeout, lambda: link.execute("BEGIN IMMEDIATE"))
+        if self.turns is not None:
+            self.turns.set_durable(link, durable)
+            self.turns.begin(
+                link, self.connections.timeout, lambda: link.execute("BEGIN IMMEDIATE")
+            )
         elif self.vendor == "sqlite":
             link.execute("BEGIN IMMEDIATE")
         elif self.vendor == "postgresql":
@@ -309,13 +348,13 @@ class DjangoRepository(SQLRepository):
         except Exception as second:
             if not is_failure(second) and not isinstance(second, AttributeError):
                 raise
-        self._connections.drop_writer()
+        self.connections.drop_writer()
         return False
 
     def tell_others(self, writes: Sequence[Write]) -> None:
         """Tell other processes of committed writes, if the database is an SQLite file."""
-        if self._wakeups is not None:
-            self._wakeups.send(writes, to_own=len(self.queues) > 1)
+        if self.wakeups is not None:
+            self.wakeups.send(writes, to_own=self._several())
 
     def enter_block(self, link: Link, enter: Callable[[], object]) -> None:
         """Enter a block of an executor. In an SQLite file it then holds the write lock.
@@ -323,84 +362,101 @@ class DjangoRepository(SQLRepository):
         That lock comes last, also if ``BEGIN`` itself takes it: while it is held, this thread waits for no
         other lock.
         """
-        if self._turns is None:
+        if self.turns is None:
             enter()
             return
         # Takes the write lock of the file in a transaction that has begun without it.
-        first = f"UPDATE {self.statements.dialect.notes} SET version = 0 WHERE 0"
+        notes = statements_of(self.vendor).dialect.notes
+        first = f"UPDATE {notes} SET version = 0 WHERE 0"
         ((before,),) = link.rows("PRAGMA busy_timeout")
-        with self._connections.lock:
+        with self.connections.lock:
             try:
-                self._turns.begin(link, self.timeout, enter, lambda: link.execute(first))
+                self.turns.begin(link, self.connections.timeout, enter, lambda: link.execute(first))
             finally:
-                self._turns.leave()
+                self.turns.leave()
                 link.rows(f"PRAGMA busy_timeout = {before}")
 
     # --- reading
 
-    def _rows(self, sql: str, values: Sequence[Any] = ()) -> Rows:
-        return self._connections.read(lambda link: link.rows(sql, values))
+    def rows(self, sql: str, values: Sequence[Any] = ()) -> Rows:
+        return self.connections.read(lambda link: link.rows(sql, values))
 
-    # --- changes by others
-
-    def version(self) -> object:
-        """Return a value that changes when others commit.
-
-        PostgreSQL tells which transactions are in progress, and SQLite counts commits. For another
-        database, the value changes twice a second.
-        """
-        seen, own = self._seen_commits()
-        return (seen, own if len(self.queues) > 1 else 0) if self.vendor == "sqlite" else seen
-
-    def revision(self) -> object | None:
-        return self._seen_commits() if self.vendor in ("postgresql", "sqlite") else None
-
-    def _seen_commits(self) -> tuple[object, object]:
+    def seen_commits(self) -> tuple[object, object]:
+        """Return what was seen of others' commits, and of our own."""
         if self.vendor == "postgresql":
             # Each transaction that writes is in this list as long as others do not see what it wrote.
-            ((snapshot,),) = self._rows("SELECT txid_current_snapshot()::text")
+            ((snapshot,),) = self.rows("SELECT txid_current_snapshot()::text")
             return snapshot, 0
         if self.vendor != "sqlite":
             return int(time.monotonic() * 2), 0
-        if (seen := self._connections.try_writing(0.005, _data_version)) is not None:
+        if (seen := self.connections.try_writing(0.005, _data_version)) is not None:
             self._seen = seen, self._commits
         return self._seen[0], self._commits
 
+    def revision(self) -> object | None:
+        return self.seen_commits() if self.vendor in ("postgresql", "sqlite") else None
+
     def listen(self, news: str) -> Listener | None:
-        return None if self._wakeups is None else self._wakeups.listen(news)
+        return None if self.wakeups is None else self.wakeups.listen(news)
 
     # --- opening and closing
 
-    @property
-    def one_host(self) -> bool:
-        """True if the database is an SQLite file."""
-        return self._file is not None
+    def close(self) -> None:
+        """Close the connections."""
+        self.connections.close()
+        if self.turns is not None:
+            self.turns.close()
 
-    def _make_liveness(self) -> Liveness[Any]:
-        """Choose locks for an SQLite file, which is on this host, and leases for every other database."""
-        file = self._file
-        if file is None:
-            return super()._make_liveness()
-        return KernelLocks(
-            self, lambda: (file.folder, file.inode), turnstile.NAMES, self.timing.orphan_within
-        )
+    def before_fork(self) -> None:
+        # A child must not inherit an open SQLite file: see "How to corrupt an SQLite database file".
+        lock = self.connections.lock
+        self._forking = not self.entered and lock.acquire(timeout=self.timing.fork_within)
+        if self.vendor == "sqlite":
+            if self._forking:
+                self.connections.drop_writer()
+            self.connections.close_idle()
+
+    def after_fork(self) -> None:
+        if self._forking:
+            self.connections.lock.release()
+
+    def renew_after_fork(self) -> None:
+        self.connections.renew_after_fork()
+        if self.turns is not None:
+            self.turns.renew_after_fork()
+        if self.wakeups is not None:
+            self.wakeups.renew_after_fork()
+
+
+class DatabaseHouse(House):
+    """Looks after a database, and the file if it is one in SQLite."""
+
+    def __init__(
+        self, repository: DjangoRepository, connections: Connections, hurries: _Hurries
+    ) -> None:
+        self._repository = repository
+        self._connections = connections
+        self._file = connections.file
+        self._hurries = hurries
+        self.one_host = self._file is not None
 
     def prepare(self) -> None:
         """Raise an error if the tables are missing."""
-        tables = self.statements.dialect
-        self._rows(f"SELECT {', '.join(COLUMNS)}, seq FROM {tables.tasks} WHERE seq = 0")
-        for table in (tables.parents, tables.tags, tables.notes):
-            self._rows(f"SELECT 1 FROM {table} WHERE 1 = 0")
+        tables = self._repository.statements.dialect
+        first = f"SELECT {', '.join(COLUMNS)}, seq FROM {tables.tasks} WHERE seq = 0"
+        others = (tables.parents, tables.tags, tables.notes)
+        for sql in (first, *(f"SELECT 1 FROM {table} WHERE 1 = 0" for table in others)):
+            self._connections.read(lambda link, sql=sql: link.rows(sql))  # type: ignore[misc]
+
+    def examine(self) -> Iterator[Check]:
+        from taskx.contrib.django.examination import examine  # not needed to run tasks
+
+        return examine(self._repository, self._connections)
 
     def ensure_there(self) -> None:
         """Raise an error if the SQLite file was moved, deleted or replaced since it was opened."""
         if self._file is not None:
             self._file.check()
-
-    def examine(self) -> Iterator[Check]:
-        from taskx.contrib.django.examination import examine  # not needed to run tasks
-
-        return examine(self, self._connections)
 
     def file_sizes(self) -> dict[str, int]:
         """Return the bytes that an SQLite file and its log take, by path. The site's data is in it, too."""
@@ -409,34 +465,13 @@ class DjangoRepository(SQLRepository):
     def within(self, seconds: float) -> AbstractContextManager[object]:
         return self._connections.within(seconds)
 
-    def close(self) -> None:
-        if self.entered:
-            raise Reentered
-        self._connections.close()
-        if self._turns is not None:
-            self._turns.close()
-        if self._file is not None and not self.liveness.at_work:
-            self._file.forget()
-
-    def before_fork(self) -> None:
-        # A child must not inherit an open SQLite file: see "How to corrupt an SQLite database file".
-        lock = self._connections.lock
-        self._forking = not self.entered and lock.acquire(timeout=self.timing.fork_within)
-        if self.vendor == "sqlite":
-            if self._forking:
-                self._connections.drop_writer()
-            self._connections.close_idle()
-
-    def after_fork(self) -> None:
-        if self._forking:
-            self._connections.lock.release()
-
-    def renew_after_fork(self) -> None:
-        self._connections.renew_after_fork()
-        if self._turns is not None:
-            self._turns.renew_after_fork()
-        if self._wakeups is not None:
-            self._wakeups.renew_after_fork()
+    @contextmanager
+    def without_waiting(self) -> Iterator[None]:
+        before, self._hurries.now = self._hurries.now, True
+        try:
+            yield
+        finally:
+            self._hurries.now = before
 
 
 class _Hurries(threading.local):
@@ -453,27 +488,28 @@ def _data_version(link: Link) -> object:
 class BlockTransactions(BesideBlocks):
     """The transactions of callers and executors on Django's connections to the tasks' own database."""
 
-    def __init__(self, outer: DjangoRepository, links: Connections, on_commit: OnCommit) -> None:
+    def __init__(self, outer: DjangoRepository, pool: PoolLinks, on_commit: OnCommit) -> None:
         super().__init__(
             outer, Transactions("DjangoRepository", outer.timing), on_commit, outer.using
         )
         self._outer = outer
-        self._links = links
+        self._pool = pool
+        self._links = pool.connections
 
     def join(self, connection: object, then: Then | None) -> AbstractContextManager[Repository]:
         if is_elsewhere(connection):
             return super().join(connection, then)
-        return joining.join(self._outer, self._links, connection, then)
+        return joining.join(self._outer, self._links, connection, then, self.tell_others)
 
     def begin(self) -> AbstractContextManager[Any]:
-        return joining.executor_block(self._links, self._outer.enter_block)
+        return joining.executor_block(self._links, self._pool.enter_block)
 
     def current(self, *, submits: bool = False) -> object | None:
         own = connections[self._outer.using]
         return own if is_open(own) else super().current(submits=submits)
 
     def tell_others(self, writes: Sequence[Write]) -> None:
-        self._outer.tell_others(writes)
+        self._pool.tell_others(writes)
 
     def refuse_write(self) -> None:
         if has_begun(connections[self._outer.using]):

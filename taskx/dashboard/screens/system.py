@@ -26,7 +26,7 @@ def show(request: Request) -> Page:
         "system.html",
         {
             "repository": repr(queue.repository),
-            "files": queue.repository.file_sizes(),
+            "files": queue.repository.house.file_sizes(),
             "counts": [
                 (status.value, query_of(wanted), queue.count_tasks(wanted, at_most=MOST_COUNTED))
                 for status, wanted in filters.items()

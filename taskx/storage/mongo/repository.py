@@ -12,11 +12,8 @@ from typing import Any, cast
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import pymongo
-from bson.int64 import Int64
-from pymongo import UpdateOne
 from pymongo.client_session import ClientSession
 from pymongo.database import Database
-from pymongo.errors import DuplicateKeyError
 from pymongo.write_concern import WriteConcern
 
 from taskx.core.checks import check_number
@@ -26,13 +23,13 @@ from taskx.core.errors import ConfigurationError, TaskxError
 from taskx.core.findings import Check
 from taskx.core.record import UNIQUE
 from taskx.core.timing import DEFAULT_TIMING, Timing
-from taskx.core.writes import Delete, Insert, Note, NoteChange, Write
-from taskx.storage.base import Repository, new_version, tell_of_forks
+from taskx.core.writes import Delete, Insert, Write
+from taskx.storage.base import Repository
 from taskx.storage.mongo.batches import Batches
 from taskx.storage.mongo.changes import Changes
 from taskx.storage.mongo.connection import Connection, Sequencer, Url
 from taskx.storage.mongo.documents import Document
-from taskx.storage.mongo.filters import make_indexes, text
+from taskx.storage.mongo.filters import make_indexes
 from taskx.storage.mongo.joining import (
     InSession,
     SenderInSession,
@@ -42,6 +39,7 @@ from taskx.storage.mongo.joining import (
 )
 from taskx.storage.mongo.sender import Sender
 from taskx.storage.mongo.tasks import Tasks
+from taskx.storage.parts import Forks, House, at_forks
 from taskx.storage.transactions import Stored, Then, Transactions, Unit
 
 _SHORTEST_LEASE = 0.5
@@ -87,7 +85,6 @@ class MongoRepository(Tasks):
         codec: Codec | Iterable[Codec] | None = None,
         timing: Timing = DEFAULT_TIMING,
     ) -> None:
-        super().__init__(clock, codec, timing)
         if not (isinstance(database, Url) or hasattr(database, "list_collection_names")):
             raise ConfigurationError(
                 f"`database` must be a pymongo Database, not {type(database).__name__}; "
@@ -98,19 +95,23 @@ class MongoRepository(Tasks):
         lease_timeout = check_number(lease_timeout, "lease_timeout", minimum=_SHORTEST_LEASE)
         timeout = check_number(timeout, "timeout", minimum=0.01)
         poll_interval = check_number(poll_interval, "poll_interval")
-        connection = self._connection = Connection(
+        connection = Connection(
             collection, database, timeout=timeout, write_concern=write_concern, timing=timing
         )
         monotonic = clock.monotonic
+        batches = Batches(connection, max(lease_timeout, 2 * timeout), monotonic)
+        super().__init__(
+            connection, batches, clock, codec, timing, adopt_foreign=bool(adopt_foreign)
+        )
         self._sequencer = Sequencer(connection, clock)
-        self._batches = Batches(connection, max(lease_timeout, 2 * timeout), monotonic)
-        self._sender = Sender(connection, self._sequencer, self._batches, self.codecs)
-        self._adopt_foreign = bool(adopt_foreign)
+        self._sender = Sender(connection, self._sequencer, batches, self.codecs)
         self._changes = Changes(connection, poll_interval, self._own, monotonic)
         self.lease_timeout = lease_timeout
         self.run_folder = None if run_folder is None else os.fspath(run_folder)
         self._indexed = False
-        tell_of_forks(self)
+        self.transactions = SessionTransactions(self)
+        self.house = ServerHouse(self, connection)
+        self.forks = at_forks(ServerForks(self))
 
     @classmethod
     def from_url(
@@ -144,6 +145,11 @@ class MongoRepository(Tasks):
         make_indexes(self._connection)
         self._indexed = True
 
+    def ensure_indexes(self) -> None:
+        """Make the indexes, unless this object has made them before."""
+        if not self._indexed:
+            self.init_indexes()
+
     # --- writing
 
     def apply(self, writes: Sequence[Write], *, all_or_nothing: bool = False) -> Sequence[bool]:
@@ -156,73 +162,6 @@ class MongoRepository(Tasks):
             return self._batches.insert(writes, self._sender.apply)
         return self._sender.apply(writes)
 
-    def _make_transactions(self) -> Transactions:
-        return SessionTransactions(self)
-
-    # --- notes
-
-    def notes(self, prefix: str) -> dict[str, Note]:
-        wanted = {"_id": {"$gte": text(prefix, "prefix"), "$lt": prefix + "\U0010ffff"}}
-        return self._find_notes(wanted)
-
-    def notes_named(self, names: Sequence[str]) -> dict[str, Note]:
-        return self._find_notes({"_id": {"$in": [text(name, "name") for name in names]}})
-
-    def notes_after(self, prefix: str, after: str, limit: int) -> dict[str, Note]:
-        wanted = {"_id": {"$gt": text(after, "after"), "$lt": prefix + "\U0010ffff"}}
-        return self._find_notes(wanted, limit)
-
-    def _find_notes(self, wanted: Document, limit: int = 0) -> dict[str, Note]:
-        """Return the first ``limit`` notes that a query finds, by name; all of them if it is 0."""
-        notes = self._connection.notes
-        query = lambda: list(notes.find(wanted).sort("_id", 1).limit(limit))  # noqa: E731
-        found = self._connection.run(query)
-        return {note["_id"]: Note(note["text"], int(note["version"])) for note in found}
-
-    def put_notes(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
-        together = len(changes) > 1 and all(value and version for _, value, version in changes)
-        if together and self._connection.is_real:  # a mock does not support it
-            return self._change_all(changes)
-        return [self._put(*change) for change in changes]
-
-    def _change_all(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
-        """Change notes in one request; the server answers only how many it changed."""
-        updates = [
-            UpdateOne(
-                {"_id": text(name, "name"), "version": Int64(version)},
-                {"$set": {"text": value}, "$inc": {"version": Int64(1)}},
-            )
-            for name, value, version in changes
-        ]
-        notes = self._connection.notes
-        done = self._connection.write(lambda: notes.bulk_write(updates, ordered=False))
-        if done.matched_count == len(changes):
-            return [True] * len(changes)
-        wanted = {"_id": {"$in": [change.name for change in changes]}}
-        found = self._connection.run(lambda: list(notes.find(wanted)))
-        now = {note["_id"]: (note["text"], int(note["version"])) for note in found}
-        return [now.get(name) == (value, version + 1) for name, value, version in changes]
-
-    def _put(self, name: str, value: str | None, version: int) -> bool:
-        notes = self._connection.notes
-        if not version and value is None:
-            return name not in self.notes(name)
-        known = {"_id": text(name, "name"), "version": Int64(version)}
-        if not version:
-            new = {"_id": name, "text": value, "version": Int64(new_version())}
-            return self._connection.write(lambda: self._insert(new))
-        if value is None:
-            return self._connection.write(lambda: notes.delete_one(known).deleted_count == 1)
-        change = {"$set": {"text": value}, "$inc": {"version": Int64(1)}}
-        return self._connection.write(lambda: notes.update_one(known, change).matched_count == 1)
-
-    def _insert(self, document: Document) -> bool:
-        try:
-            self._connection.notes.insert_one(document)
-        except DuplicateKeyError:
-            return False
-        return True
-
     # --- changes by others
 
     def _own(self) -> range | None:
@@ -234,33 +173,51 @@ class MongoRepository(Tasks):
 
     # --- opening and closing
 
-    def examine(self) -> Iterator[Check]:
-        if not self._connection.is_real:
-            return iter(())
-        from taskx.storage.mongo.examination import examine  # not needed to run tasks
-
-        return examine(self._connection, self.clock)
-
-    def within(self, seconds: float) -> AbstractContextManager[object]:
-        return pymongo.timeout(seconds)
-
-    def prepare(self) -> None:
-        """Make the indexes; raise if an earlier TaskX may be running, whose nodes are not notes."""
-        self._connection.refuse_earlier_nodes()
-        if not self._indexed:
-            self.init_indexes()
-
     def close(self) -> None:
         """Close the connections that this object opened; a later operation opens them again."""
         self.transactions.close()  # its thread would open the connections again
         self._changes.close()
         self._connection.close()
 
-    def renew_after_fork(self) -> None:
+    def renew(self) -> None:
+        """Use connections of its own in a forked child."""
         self._connection.renew_after_fork()
         for part in (self._sequencer, self._sender, self._batches, self._changes):
             part.renew()
         self.transactions.renew()
+
+
+class ServerHouse(House):
+    """Looks after the collections on a server."""
+
+    def __init__(self, repository: MongoRepository, connection: Connection) -> None:
+        self._repository = repository
+        self._connection = connection
+
+    def prepare(self) -> None:
+        """Make the indexes; raise if an earlier TaskX may be running, whose nodes are not notes."""
+        self._connection.refuse_earlier_nodes()
+        self._repository.ensure_indexes()
+
+    def examine(self) -> Iterator[Check]:
+        if not self._connection.is_real:
+            return iter(())
+        from taskx.storage.mongo.examination import examine  # not needed to run tasks
+
+        return examine(self._connection, self._repository.clock)
+
+    def within(self, seconds: float) -> AbstractContextManager[object]:
+        return pymongo.timeout(seconds)
+
+
+class ServerForks(Forks):
+    """Gives a forked child connections of its own."""
+
+    def __init__(self, repository: MongoRepository) -> None:
+        self._repository = repository
+
+    def renew_after_fork(self) -> None:
+        self._repository.renew()
 
 
 class SessionTransactions(Transactions):
@@ -274,12 +231,12 @@ class SessionTransactions(Transactions):
     def join(self, connection: object, then: Then | None) -> Iterator[Repository]:
         outer = self._outer
         session = session_of(connection, outer._connection)
-        if not outer._indexed:  # in the transaction it is not possible
-            outer.init_indexes()
-        made = Joined(outer, session)
-        with undone(made.connection):
-            yield made
-        if (applied := made.sender.applied) and then is not None:
+        outer.ensure_indexes()  # in the transaction it is not possible
+        connection = InSession(outer._connection, session)
+        sender = SenderInSession(connection, outer._sender)
+        with undone(connection):
+            yield _Inside(outer, connection, sender)
+        if (applied := sender.applied) and then is not None:
             seen = weakref.ref(session)
             unit = Unit(lambda: (still := seen()) is not None and still.in_transaction)
             unit.ids.update(write.id for write, _ in applied)
@@ -300,23 +257,27 @@ class SessionTransactions(Transactions):
             return ()
 
 
-class Joined(MongoRepository):
-    """The repository as a transaction of the caller sees it."""
+class _Inside(Tasks):
+    """The repository over the session of a caller, inside its transaction."""
 
-    def __init__(self, outer: MongoRepository, session: ClientSession) -> None:
-        Repository.__init__(self, outer.clock, timing=outer.timing)
-        self.codecs = outer.codecs
-        self.connection = self._connection = InSession(outer._connection, session)
-        self.sender = self._sender = SenderInSession(self.connection, outer._sender)
-        self._adopt_foreign = False
+    def __init__(
+        self, outer: MongoRepository, connection: InSession, sender: SenderInSession
+    ) -> None:
+        batches = outer._batches
+        super().__init__(connection, batches, outer.clock, outer.codecs, outer.timing)
+        self._sender = sender
         self._outer = outer
 
     def apply(self, writes: Sequence[Write], *, all_or_nothing: bool = False) -> Sequence[bool]:
-        return self.sender.insert_whole(writes) if all_or_nothing else self.sender.apply(writes)
+        return self._sender.insert_whole(writes) if all_or_nothing else self._sender.apply(writes)
 
     def _revealed(self, found: list[Document], fields: Sequence[str]) -> list[Document]:
         # Outside the transaction: other callers may reveal the same tasks.
         return self._outer._revealed(found, fields)
+
+    def version(self) -> object:
+        """Return a new value: nothing waits for others inside a transaction."""
+        return object()
 
 
 def _split(url: str) -> tuple[str, dict[str, Any]]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from taskx.core.lifecycle import PENDING
+from taskx.core.model import CONDITIONS
 from taskx.core.record import FREE, STUB
 
 #: A text that begins with a prefix comes before the prefix and this.
@@ -38,6 +39,8 @@ class Dialect:
     stuck = "stuck_on > ''"
     #: A value that comes after all priorities.
     after_all: Any = 2**63 - 1
+    #: The conditions of a filter that the statements apply.
+    conditions = CONDITIONS - {"params"}
     #: The types that a date may have in a place of a list.
     dates: type | tuple[type, ...] = int
 

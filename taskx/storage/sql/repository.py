@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import compress
-from typing import Any, TypeVar
+from typing import Any
 
 import attrs
 
 from taskx.core.clock import SYSTEM_CLOCK, Clock
-from taskx.core.codec import Codec
+from taskx.core.codec import Codec, Codecs
 from taskx.core.model import TASK_FIELDS, Task, TaskFilter
 from taskx.core.record import Ended, Stub, parents_from_text, task_from_row
 from taskx.core.tags import FLOW
 from taskx.core.timing import DEFAULT_TIMING, Timing
 from taskx.core.writes import Note, NoteChange, Write
 from taskx.liveness.base import PREFIX as NODES
-from taskx.storage.base import Fields, Listed, Lookup, Repository, Rows, Timed, check_place
+from taskx.liveness.base import Liveness
+from taskx.storage.base import Fields, Listed, Lookup, Reads, Repository, Rows, Timed, check_place
 from taskx.storage.sql.dialects import LAST
 from taskx.storage.sql.groups import GroupWriter
-from taskx.storage.sql.link import Apart, Link
+from taskx.storage.sql.link import Apart, Links
 from taskx.storage.sql.statements import EARLIER, SAME, Statements
 from taskx.storage.sql.writing import Refused, Writer
-
-T = TypeVar("T")
-#: Writes as they were given, and as they are stored.
-Sent = tuple[Sequence[Write], Sequence[Write]]
 
 _MOST_VALUES = 500  # in one query
 _CREATED_AT = TASK_FIELDS.index("created_at")
@@ -35,42 +31,133 @@ _CREATED_AT = TASK_FIELDS.index("created_at")
 _ANY_NUMBER = 2**63 - 1
 
 
+class SQLReads(Reads):
+    """The reads with statements of their own."""
+
+    def __init__(self, repository: Repository, statements: Statements, links: Links) -> None:
+        super().__init__(repository)
+        self.statements = statements
+        self._rows = links.rows
+
+    def list_after(self, filter: TaskFilter, after: Any = None) -> tuple[Sequence[Task], Any]:
+        self._repository.refuse_unknown_conditions(filter)
+        sql, by = self.statements, self._rarest(filter)
+        if after is None:
+            rows = self._rows(*sql.list_tasks(filter, by=by))
+        else:
+            after = check_place(after, sql.dialect.dates, int)
+            rows = self._rows(*sql.list_tasks(filter, SAME, after, by))
+            if (left := filter.limit - len(rows)) > 0:
+                rest = attrs.evolve(filter, limit=left)
+                rows += self._rows(*sql.list_tasks(rest, EARLIER, after[:1], by))
+        tasks = [task_from_row(row, self._repository.codecs) for *row, _ in rows]
+        return tasks, (rows[-1][_CREATED_AT], rows[-1][-1]) if rows else after
+
+    def count(self, filter: TaskFilter) -> int:
+        """Return the number of tasks that match the filter."""
+        return self._count(filter, None)
+
+    def count_to(self, filter: TaskFilter, most: int) -> int:
+        return self._count(filter, most)
+
+    def _count(self, filter: TaskFilter, most: int | None) -> int:
+        self._repository.refuse_unknown_conditions(filter)
+        query = self.statements.count_tasks(filter, most, self._rarest(filter))
+        ((count,),) = self._rows(*query)
+        return int(count)
+
+    def count_by_status(self, filter: TaskFilter, most: int) -> dict[str, int]:
+        self._repository.refuse_unknown_conditions(filter)
+        query = self.statements.count_by_status(filter, most, self._rarest(filter))
+        return {status: int(count) for status, count in self._rows(*query)}
+
+    def _rarest(self, filter: TaskFilter) -> str:
+        """Return the label of the filter that the fewest tasks have; empty if another index is better."""
+        labels = filter.labels
+        if not labels or filter.id_prefix or filter.parent is not None:
+            return ""
+        counted = filter.status is not None and self.statements.dialect.spans
+        if len(labels) == 1 and not counted:
+            return labels[0]
+        [counts] = self._rows(*self.statements.fewest(filter))
+        rarest: int = counts.index(min(counts))
+        return (*labels, "")[rarest]
+
+    def flows(self, before: str, limit: int) -> Sequence[str]:
+        found = self.walk(self.statements.last_flow, (), FLOW + (before or LAST), limit)
+        return [label[len(FLOW) :] for label in found]
+
+    def walk(self, step: str, values: Sequence[Any], start: Any, limit: int) -> list[Any]:
+        """Return the values to which a query leads, step by step in an index."""
+        if self.statements.dialect.recursive:
+            walk = self.statements.walk(step)
+            return [value for (value,) in self._rows(walk, (*values, start, *values, limit))]
+        # MySQL's recursion would read all rows for each step, and ends after a thousand.
+        found: list[Any] = []
+        while len(found) < limit:
+            ((value,),) = self._rows(f"{step}?", (*values, start))
+            if value is None:
+                break
+            found.append(value)
+            start = value
+        return found
+
+    def count_ready(self, type: str, owner: str, at_most: int) -> int:
+        ((count,),) = self._rows(self.statements.count_ready, (owner, type, at_most))
+        return int(count)
+
+    def newest(self, status: str, limit: int, fields: Fields) -> Rows:
+        return self._rows(self.statements.newest(status, fields), (limit,))
+
+    def notes_named(self, names: Sequence[str]) -> dict[str, Note]:
+        found: dict[str, Note] = {}
+        for start in range(0, len(names), _MOST_VALUES):
+            some = names[start : start + _MOST_VALUES]
+            found.update(_notes(self._rows(self.statements.notes_named(len(some)), some)))
+        return found
+
+    def notes_after(self, prefix: str, after: str, limit: int) -> dict[str, Note]:
+        return _notes(self._rows(self.statements.notes_after, (after, prefix + LAST, limit)))
+
+
 class SQLRepository(Repository):
-    """A repository in tables. Subclasses have the connections: they read rows, and make transactions."""
+    """A repository in tables.
+
+    Args:
+        statements: the statements in the dialect of the database.
+        links: gives the connections.
+    """
 
     def __init__(
         self,
         statements: Statements,
+        links: Links,
         clock: Clock = SYSTEM_CLOCK,
-        codec: Codec | Iterable[Codec] | None = None,
+        codec: Codec | Iterable[Codec] | Codecs | None = None,
         timing: Timing = DEFAULT_TIMING,
+        liveness: Liveness[Any] | None = None,
     ) -> None:
-        super().__init__(clock, codec, timing)
+        super().__init__(clock, codec, timing, liveness)
+        self.conditions = statements.dialect.conditions
         self.statements = statements
+        self._links = links
+        self._rows = links.rows
+        self.reads = self._reads = SQLReads(self, statements, links)
+        self._walk = self._reads.walk
         self._writer = (GroupWriter if statements.dialect.has_arrays else Writer)(statements)
 
-    @abstractmethod
-    def _rows(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
-        """Return the rows of a query outside of :meth:`_transact`."""
+    def over(self, links: Links) -> SQLRepository:
+        """Return the repository over other links: as a transaction of a caller sees it."""
+        shared = self.clock, self.codecs, self.timing, self.liveness
+        return SQLRepository(self.statements, links, *shared)
 
-    @abstractmethod
-    def _transact(
-        self,
-        work: Callable[[Link], T],
-        durable: bool,
-        sent: Sent | None = None,
-        *,
-        single: bool = False,
-    ) -> T:
-        """Do work in one transaction, and return its result; undo it if it raises.
+    @property
+    def entered(self) -> bool:
+        return self._links.entered
 
-        ``sent`` are the writes that the work applies; None: the work is of another kind. ``single`` is True
-        if the work is one statement. Raises ``Apart`` if the work does, and else the errors of TaskX.
-        """
-
-    @abstractmethod
-    def tell_others(self, writes: Sequence[Write]) -> None:
-        """Tell other processes of writes that took place: now, or after the commit of a caller."""
+    def version(self) -> object:
+        """Return a new value: nothing waits for others inside a transaction."""
+        return object()
 
     def _durable(self, writes: Sequence[Write]) -> bool:
         """Return True if one of the writes must survive a power cut, or the death of the server."""
@@ -90,13 +177,13 @@ class SQLRepository(Repository):
         try:
             try:
                 work = partial(together, coded, all_or_nothing)
-                results = self._transact(work, durable, sent, single=single)
+                results = self._links.transaction(work, durable, sent, single=single)
             except Apart:
                 work = partial(writer.each, coded, all_or_nothing)
-                results = self._transact(work, durable, sent)
+                results = self._links.transaction(work, durable, sent)
         except Refused as refused:
             return refused.results
-        self.tell_others(writes if False not in results else [*compress(writes, results)])
+        self._links.tell_others(writes if False not in results else [*compress(writes, results)])
         return results
 
     def put_notes(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
@@ -104,7 +191,7 @@ class SQLRepository(Repository):
         # outdated may still change its own note, to say that it stops and leaves.
         nodes = all(change.name.startswith(NODES) for change in changes)
         on_record = nodes and all(change.version for change in changes)
-        return self._transact(
+        return self._links.transaction(
             lambda link: [self._writer.put_note(link, change) for change in changes],
             not nodes,
             ((), ()) if on_record else None,
@@ -120,14 +207,10 @@ class SQLRepository(Repository):
         for start in range(0, len(values), _MOST_VALUES):
             some = values[start : start + _MOST_VALUES]
             sql, keys = self.statements.find(column, some, fields, limit is not None)
-            found += self._found(
+            found += self._links.few_rows(
                 column, sql, keys if limit is None else [*keys, limit - len(found)]
             )
         return found
-
-    def _found(self, column: Lookup, sql: str, values: Sequence[Any]) -> list[Any]:
-        """Return the rows of a query that finds rows by a lookup column."""
-        return self._rows(sql, values)
 
     def distinct(self, column: Listed, after: str, limit: int) -> Sequence[str]:
         if column != "ready_type":
@@ -139,70 +222,11 @@ class SQLRepository(Repository):
         kinds = {kind for one in owners for kind in self._walk(steps[column], (one,), after, limit)}
         return sorted(kinds)[:limit]
 
-    def _walk(self, step: str, values: Sequence[Any], start: Any, limit: int) -> list[Any]:
-        """Return the values to which a query leads, step by step in an index."""
-        if self.statements.dialect.recursive:
-            walk = self.statements.walk(step)
-            return [value for (value,) in self._rows(walk, (*values, start, *values, limit))]
-        # MySQL's recursion would read all rows for each step, and ends after a thousand.
-        found: list[Any] = []
-        while len(found) < limit:
-            ((value,),) = self._rows(f"{step}?", (*values, start))
-            if value is None:
-                break
-            found.append(value)
-            start = value
-        return found
-
     def list(self, filter: TaskFilter) -> Sequence[Task]:
-        return self.list_after(filter)[0]
-
-    def list_after(self, filter: TaskFilter, after: Any = None) -> tuple[Sequence[Task], Any]:
-        self.refuse_unknown_conditions(filter)
-        sql, by = self.statements, self._rarest(filter)
-        if after is None:
-            rows = self._rows(*sql.list_tasks(filter, by=by))
-        else:
-            after = check_place(after, sql.dialect.dates, int)
-            rows = self._rows(*sql.list_tasks(filter, SAME, after, by))
-            if (left := filter.limit - len(rows)) > 0:
-                rest = attrs.evolve(filter, limit=left)
-                rows += self._rows(*sql.list_tasks(rest, EARLIER, after[:1], by))
-        tasks = [task_from_row(row, self.codecs) for *row, _ in rows]
-        return tasks, (rows[-1][_CREATED_AT], rows[-1][-1]) if rows else after
+        return self.reads.list_after(filter)[0]
 
     def count(self, filter: TaskFilter) -> int:
-        return self._count(filter, None)
-
-    def count_to(self, filter: TaskFilter, most: int) -> int:
-        return self._count(filter, most)
-
-    def _count(self, filter: TaskFilter, most: int | None) -> int:
-        self.refuse_unknown_conditions(filter)
-        query = self.statements.count_tasks(filter, most, self._rarest(filter))
-        ((count,),) = self._rows(*query)
-        return int(count)
-
-    def count_by_status(self, filter: TaskFilter, most: int) -> dict[str, int]:
-        self.refuse_unknown_conditions(filter)
-        query = self.statements.count_by_status(filter, most, self._rarest(filter))
-        return {status: int(count) for status, count in self._rows(*query)}
-
-    def _rarest(self, filter: TaskFilter) -> str:
-        """Return the label of the filter that the fewest tasks have; empty if another index is better."""
-        labels = filter.labels
-        if not labels or filter.id_prefix or filter.parent is not None:
-            return ""
-        counted = filter.status is not None and self.statements.dialect.spans
-        if len(labels) == 1 and not counted:
-            return labels[0]
-        [counts] = self._rows(*self.statements.fewest(filter))
-        rarest: int = counts.index(min(counts))
-        return (*labels, "")[rarest]
-
-    def flows(self, before: str, limit: int) -> Sequence[str]:
-        found = self._walk(self.statements.last_flow, (), FLOW + (before or LAST), limit)
-        return [label[len(FLOW) :] for label in found]
+        return self._reads.count(filter)
 
     def ready(
         self, types: Iterable[str], limit: int, owner: str = "", ageing: int = 0
@@ -234,10 +258,6 @@ class SQLRepository(Repository):
         rows.sort(key=lambda row: (_stub(row).rank(ageing), row[-1]))
         return [_stub(row) for row in rows[:limit]]
 
-    def count_ready(self, type: str, owner: str, at_most: int) -> int:
-        ((count,),) = self._rows(self.statements.count_ready, (owner, type, at_most))
-        return int(count)
-
     def due(
         self, before: int | None, limit: int, column: Timed = "run_at"
     ) -> Sequence[tuple[str, int]]:
@@ -252,21 +272,8 @@ class SQLRepository(Repository):
             for *row, parents, lock, scope, created_at, seq in rows
         ]
 
-    def newest(self, status: str, limit: int, fields: Fields) -> Rows:
-        return self._rows(self.statements.newest(status, fields), (limit,))
-
     def notes(self, prefix: str) -> dict[str, Note]:
         return _notes(self._rows(self.statements.notes, (prefix, prefix + LAST)))
-
-    def notes_named(self, names: Sequence[str]) -> dict[str, Note]:
-        found: dict[str, Note] = {}
-        for start in range(0, len(names), _MOST_VALUES):
-            some = names[start : start + _MOST_VALUES]
-            found.update(_notes(self._rows(self.statements.notes_named(len(some)), some)))
-        return found
-
-    def notes_after(self, prefix: str, after: str, limit: int) -> dict[str, Note]:
-        return _notes(self._rows(self.statements.notes_after, (after, prefix + LAST, limit)))
 
 
 def _notes(rows: Iterable[Sequence[Any]]) -> dict[str, Note]:

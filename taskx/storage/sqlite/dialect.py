@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from taskx.core.lifecycle import FINISHED, PENDING, RUNNING
+from taskx.core.model import CONDITIONS
 from taskx.core.record import FREE
 from taskx.storage.sql import SQLite, Statements
 
@@ -17,6 +18,7 @@ FREE_PAGES = (
 class OwnSQLite(SQLite):
     """The SQL of the tables that ``schema`` makes, whose names begin with a prefix."""
 
+    conditions = CONDITIONS
     dates = (int, float, str)  # a damaged date is a text
     stuck = "stuck_on <> ''"
     has_defaults = has_triggers = sorts_numbers = True

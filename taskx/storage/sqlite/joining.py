@@ -3,50 +3,58 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import sqlite3
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from itertools import compress
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import attrs
 
-from taskx.core.errors import ConfigurationError, RepositoryError, TaskxError
+from taskx.core.errors import ConfigurationError, RepositoryError, RepositoryUnavailable, TaskxError
 from taskx.core.timing import Timing
 from taskx.core.writes import Write
 from taskx.storage import queries
 from taskx.storage.base import Repository
+from taskx.storage.sql import Link, Links, Sent, SQLRepository
 from taskx.storage.sqlite.connections import FAILURES
 from taskx.storage.sqlite.file import DatabaseFile
+from taskx.storage.sqlite.link import Cursor, text_or_bytes
+from taskx.storage.sqlite.schema import VERSION, Schema
 from taskx.storage.transactions import Active, Stored, Then, Transactions, Unit
 
+_LEGACY = -1  # sqlite3.LEGACY_TRANSACTION_CONTROL, which Python 3.12 added
 # The most writes of a transaction that are looked up to know it again.
 _FEW = 20
 
 
+#: Opens the connection of an executor's transaction.
+Connect = Callable[[], sqlite3.Connection]
+T = TypeVar("T")
+
+
 class Outer(Protocol):
-    """The parts of a repository that a transaction of an executor uses."""
+    """What the transactions use of the links of a process to its file."""
 
     file: DatabaseFile
-    timing: Timing
-    busy_timeout: float
+    schema: Schema
+    prefix: str
     durability: Any
-    connect: Callable[[], sqlite3.Connection] | None
+    busy_timeout: float
+    timing: Timing
+    blocking: set[int]
 
     def open(self) -> None: ...
-
-    prefix: str
 
     def begin_on(self, connection: sqlite3.Connection, /) -> None: ...
 
     def translated(self, error: Exception, /) -> TaskxError: ...
-
-    def check_own(self, connection: sqlite3.Connection, /) -> None: ...
 
     def lock_is_free(self) -> bool: ...
 
@@ -104,14 +112,16 @@ def _open_in_django(connection: Any) -> None:
 
 
 @contextmanager
-def own_transaction(outer: Outer) -> Iterator[sqlite3.Connection]:
+def own_transaction(outer: Outer, connect: Connect | None) -> Iterator[sqlite3.Connection]:
     """Do what :meth:`Transactions.begin` describes."""
     outer.open()
     guard = _Guard()
-    connection = _connect(outer)
+    connection = _connect(outer, connect)
     try:
         outer.file.check()
-        outer.check_own(connection)
+        CallersLinks(outer, connection).check()
+        if connection.in_transaction:
+            raise ConfigurationError("connect() must return a connection that is in no transaction")
         connection.set_authorizer(guard.authorize)
         with _translating(outer):
             if outer.durability == "process":
@@ -137,9 +147,9 @@ def _close(connection: sqlite3.Connection) -> None:
         connection.close()
 
 
-def _connect(outer: Outer) -> sqlite3.Connection:
-    if outer.connect is not None:
-        connection = outer.connect()
+def _connect(outer: Outer, connect: Connect | None) -> sqlite3.Connection:
+    if connect is not None:
+        connection = connect()
         if not isinstance(connection, sqlite3.Connection):
             raise ConfigurationError(
                 f"connect() must return an sqlite3.Connection, not {connection!r:.80}"
@@ -261,6 +271,188 @@ class _Given(Unit):
         return not self.ended and super().may_be_open()
 
 
+# Each savepoint has its own name: one that an interrupt has left behind must not be rolled back to.
+_savepoints = itertools.count()
+
+
+class CallersLinks(Links):
+    """A link over the connection of a caller, inside its transaction.
+
+    It waits for no lock of this process: the caller may hold SQLite's write lock, for which other threads
+    wait.
+
+    Attributes:
+        applied: the writes so far whose guards held.
+    """
+
+    def __init__(self, outer: Outer, connection: sqlite3.Connection) -> None:
+        self.applied: list[Write] = []
+        self._outer = outer
+        self._connection = connection
+
+    # --- the transaction
+
+    @contextmanager
+    def joined(self, enter: Callable[[bool], object]) -> Iterator[None]:
+        """Take part in the transaction, or in a new one, for a ``with`` block.
+
+        ``enter`` is told before that if a transaction has begun.
+        """
+        connection = self._connection
+        began, counting, savepoint = False, False, f"taskx_{next(_savepoints)}"
+        text_factory, connection.text_factory = connection.text_factory, str
+        try:
+            with self._translating():
+                self.check()
+                # Does each write return a row with the number of its changes, as ``rowcount`` says?
+                counting = self._fetch("PRAGMA count_changes") == [(1,)]
+                if counting:
+                    self._execute("PRAGMA count_changes = 0")
+                enter(connection.in_transaction)
+                began = self._begin()
+                self._execute(f"SAVEPOINT {savepoint}")
+            yield  # what the block itself raises is not translated
+            with self._translating():
+                self._execute(f"RELEASE {savepoint}")
+                if began and not self.applied:
+                    self._execute("COMMIT")  # it would keep the write lock for nothing
+        except BaseException:
+            self._take_back(savepoint)
+            if began and connection.in_transaction:
+                connection.rollback()
+            raise
+        finally:
+            connection.text_factory = text_factory
+            if counting:
+                with suppress(sqlite3.Error):  # it was closed
+                    self._execute("PRAGMA count_changes = 1")
+            del self._connection  # nobody keeps it longer than its owner does
+
+    def check(self) -> None:
+        """Check that the connection is open on the repository's file, in this thread.
+
+        Raises:
+            ConfigurationError: it is not.
+            RepositoryError: the tables do not exist, or are of another version.
+        """
+        outer = self._outer
+        try:
+            files = {name: file for _, name, file in self._fetch("PRAGMA database_list")}
+        except sqlite3.ProgrammingError as error:
+            raise ConfigurationError(
+                f"connection cannot be used: {error}; nothing was stored"
+            ) from error
+        if not outer.file.is_at(path := files["main"]):
+            raise ConfigurationError(
+                f"connection is open on {path or 'a database in memory'}, but the tasks are in "
+                f"{outer.file.path}; nothing was stored. Keep them in one file: "
+                "SQLiteRepository(path, prefix='taskx_')"
+            )
+        version = outer.schema.check(self._cursor(), path)
+        if version == VERSION:
+            return
+        if self._connection.in_transaction:
+            raise RepositoryError(
+                f"the tables of TaskX in {path} do not exist yet or are of an older version, and cannot be "
+                "made in your transaction; nothing was stored. Start the queue, or list some tasks, before "
+                "it begins"
+            )
+        outer.open()
+
+    def _begin(self) -> bool:
+        """Begin a transaction if the connection is in none. Return True if it did.
+
+        Raises:
+            ConfigurationError: the connection commits each statement at once.
+        """
+        connection = self._connection
+        if connection.in_transaction:
+            return False
+        automatic = getattr(connection, "autocommit", _LEGACY)
+        if automatic is True or (automatic == _LEGACY and connection.isolation_level is None):
+            raise ConfigurationError(
+                "connection is in autocommit mode and in no transaction: execute BEGIN IMMEDIATE "
+                "first, or call inside transaction.atomic() of Django; nothing was stored"
+            )
+        self._execute("BEGIN IMMEDIATE")
+        return True
+
+    def _execute(self, sql: str) -> None:
+        """Execute a statement that has no rows."""
+        self._cursor().execute(sql)
+
+    def _take_back(self, savepoint: str) -> None:
+        """Undo what was done since a savepoint, if it is still there."""
+        try:
+            if not self._connection.in_transaction:
+                return  # SQLite has rolled back by itself, for example because the disk is full
+            self._execute(f"ROLLBACK TO {savepoint}")
+            self._execute(f"RELEASE {savepoint}")
+        except sqlite3.ProgrammingError:
+            return  # the connection is closed, or is another thread's
+        except sqlite3.Error as error:
+            if "no such savepoint" not in str(error):  # an interrupt came before or after it
+                raise self._outer.translated(error) from error
+
+    @contextmanager
+    def _translating(self) -> Iterator[None]:
+        """Raise TaskX's error for an error of SQLite."""
+        try:
+            yield
+        except FAILURES as error:
+            if "locked" in str(error):
+                raise RepositoryUnavailable(
+                    f"{self._outer.file.path} is locked by another writer, and this transaction could not "
+                    "wait longer; nothing was stored. Begin it with BEGIN IMMEDIATE, and set the "
+                    "connection's timeout"
+                ) from error
+            raise self._outer.translated(error) from error
+
+    def tell_others(self, writes: Sequence[Write]) -> None:
+        """Note writes: nobody is told of them before the commit."""
+        self.applied += writes
+
+    # --- statements
+
+    def _cursor(self) -> Cursor:
+        # A subclass of the connection may have changed ``cursor``, and its rows may be of any kind.
+        cursor = sqlite3.Connection.cursor(self._connection, Cursor)
+        cursor.row_factory = None
+        return cursor
+
+    def transaction(
+        self, work: Callable[[Link], T], durable: bool, sent: Sent = None, single: bool = False
+    ) -> T:
+        # Not in a context manager: an interrupt must not come between its exit and the code here.
+        with self._translating():
+            cursor = self._cursor()
+            savepoint = f"taskx_{next(_savepoints)}"
+            try:
+                cursor.execute(f"SAVEPOINT {savepoint}")
+                result = work(cursor)
+                cursor.execute(f"RELEASE {savepoint}")
+                return result
+            except BaseException:
+                self._take_back(savepoint)
+                raise
+
+    def rows(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
+        with self._translating():
+            return self._fetch(sql, values)
+
+    def _fetch(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
+        try:
+            return self._cursor().execute(sql, values).fetchall()
+        except sqlite3.OperationalError as error:
+            if "decode" not in str(error):
+                raise
+        self._connection.text_factory = text_or_bytes
+        try:
+            return self._cursor().execute(sql, values).fetchall()
+        finally:
+            self._connection.text_factory = str
+
+
 class FileTransactions(Transactions):
     """The transactions of callers and executors on one file.
 
@@ -273,36 +465,32 @@ class FileTransactions(Transactions):
     go of them: one that was dropped in the middle of a transaction must roll back.
 
     Args:
-        outer: the repository on the file.
-        shown: returns for each write True if it is committed.
-        join: does what :meth:`join` describes.
+        repository: the repository on the file.
+        outer: the links of the process to the file.
+        connect: opens the connections of executors; None: as the links do.
     """
 
-    def __init__(
-        self,
-        outer: Outer,
-        shown: Callable[[Sequence[Write]], Sequence[bool]],
-        join: Callable[[object, Then | None], AbstractContextManager[Repository]],
-    ) -> None:
+    def __init__(self, repository: SQLRepository, outer: Outer, connect: Connect | None) -> None:
         super().__init__("SQLiteRepository", outer.timing)
+        self._repository = repository
         self._outer = outer
-        self._shown = shown
-        self._join = join
+        self._connect = connect
 
     def renew(self) -> None:
         self._inherited.append(vars(self).get("_last"))
         super().renew()
         # For each thread the connection that it has given last, unless SQLAlchemy keeps account of it.
         self._last: dict[int, _Held] = {}
-        self._blocking: set[int] = set()
 
-    @property
-    def blocked(self) -> bool:
-        """True if a thread that holds the write lock waits for the threads that want it."""
-        return bool(self._blocking)
-
-    def join(self, connection: object, then: Then | None) -> AbstractContextManager[Repository]:
-        return self._join(connection, then)
+    @contextmanager
+    def join(self, connection: object, then: Then | None) -> Iterator[SQLRepository]:
+        driver, active = driver_connection(connection)
+        links = CallersLinks(self._outer, driver)
+        inside = self._repository.over(links)
+        with links.joined(partial(self.enter, driver, inside)):
+            yield inside
+        if links.applied and then is not None:
+            self.add(driver, active, links.applied, then)
 
     @contextmanager
     def begin(self) -> Iterator[sqlite3.Connection]:
@@ -312,7 +500,7 @@ class FileTransactions(Transactions):
                 "ctx.transaction() is not available: use SQLiteRepository(path, prefix='taskx_') on the "
                 "application's file"
             )
-        with own_transaction(self._outer) as connection, self.own(connection):
+        with own_transaction(self._outer, self._connect) as connection, self.own(connection):
             yield connection
 
     def tell_others(self, writes: Sequence[Write]) -> None:
@@ -337,10 +525,10 @@ class FileTransactions(Transactions):
         me = threading.get_ident()
         try:
             if self.inside():
-                self._blocking.add(me)
+                self._outer.blocking.add(me)
             yield
         finally:
-            self._blocking.discard(me)
+            self._outer.blocking.discard(me)
 
     def inside(self) -> bool:
         """Return True if the calling thread is in a transaction that holds the write lock of the file.
@@ -366,8 +554,8 @@ class FileTransactions(Transactions):
     def _given(self) -> list[_Given]:
         return [unit for unit in list(self.units) if isinstance(unit, _Given)]
 
-    def enter(self, connection: sqlite3.Connection, inside: Repository | None) -> None:
-        """Note that a connection was given in a transaction, or in none if ``inside`` is None.
+    def enter(self, connection: sqlite3.Connection, inside: Repository, begun: bool) -> None:
+        """Note that a connection was given, in a transaction that has ``begun`` or in none.
 
         ``inside`` is the repository as the transaction sees it. Another transaction that was given on this
         connection has ended if what it wrote cannot be seen there.
@@ -377,10 +565,10 @@ class FileTransactions(Transactions):
             if others or unit.ended:
                 continue
             writes = [write for one in list(unit.stored) for write in one.writes]
-            if inside is not None and not any(queries.shown(inside, writes[:_FEW])):
+            if begun and not any(queries.shown(inside, writes[:_FEW])):
                 unit.stored.clear()  # it was rolled back
                 self.forget(unit)
-            elif inside is None or any(one.look_up() for one in list(unit.stored)):
+            elif not begun or any(one.look_up() for one in list(unit.stored)):
                 unit.ended = True
 
     def add(
@@ -438,7 +626,7 @@ class FileTransactions(Transactions):
     def _committed(self, writes: Sequence[Write]) -> Sequence[Write]:
         """Return those of the writes that are stored."""
         try:
-            return [*compress(writes, self._shown(writes))]
+            return [*compress(writes, queries.shown(self._repository, writes))]
         except TaskxError:  # polling finds the tasks
             return ()
 

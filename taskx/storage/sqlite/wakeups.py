@@ -18,7 +18,7 @@ from taskx.core import lifecycle
 from taskx.core.ids import new_id
 from taskx.core.timing import Timing
 from taskx.core.writes import Write
-from taskx.storage.base import Listener
+from taskx.storage.parts import Listener
 from taskx.storage.sqlite.file import DatabaseFile
 
 _EXTENSION = ".pipe"

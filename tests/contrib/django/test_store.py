@@ -152,7 +152,7 @@ def test_a_database_without_tables_says_what_to_run(repository, tmp_path):
         queue = Queue(empty)
         with pytest.raises(RepositoryUnavailable, match=r"run manage\.py migrate --database empty"):
             queue.start()
-        [check] = [check for check in empty.examine() if check.level == "fail"]
+        [check] = [check for check in empty.house.examine() if check.level == "fail"]
         assert "migrate" in str(check)
 
 
@@ -164,7 +164,7 @@ def test_a_server_without_tables_says_what_to_run(repository, server):
         with pytest.raises(RepositoryUnavailable, match=r"run manage\.py migrate --database bare"):
             bare.apply([insert("a")])
         with pytest.raises(RepositoryUnavailable, match=r"run manage\.py migrate"):
-            bare.prepare()
+            bare.house.prepare()
     server.drop_database(name)
 
 
@@ -310,7 +310,7 @@ def test_the_queries_of_a_busy_queue_use_indexes(repository, sent):
         patch.setattr(Link, "rows", explain)
         repository.ready(["t", "u"], 50)
         repository.ready(["t"], 50, ageing=1000)
-        repository.count_ready("t", "", 100)
+        repository.reads.count_ready("t", "", 100)
         repository.due(None, 10)
         repository.due(None, 10, "expires_at")
         for column in ("id", "unique_lock", "turn", "waiting_on", "line", "running_on", "stuck_on"):
@@ -508,7 +508,7 @@ def test_a_file_that_was_replaced_is_noticed(repository, tmp_path):
     add(repository, "a")
     (tmp_path / "site.db").rename(tmp_path / "moved.db")
     with pytest.raises(RepositoryUnavailable, match="moved or deleted"):
-        repository.ensure_there()
+        repository.house.ensure_there()
     with pytest.raises(RepositoryUnavailable, match="moved or deleted"):
         add(repository, "b")
     (tmp_path / "moved.db").rename(tmp_path / "site.db")
@@ -535,7 +535,7 @@ def test_a_statement_ends_with_the_time_limit(repository):
     def sleep(link):
         return link.rows(f"SELECT {'pg_sleep' if link.vendor == 'postgresql' else 'sleep'}(60)")
 
-    with repository.within(0.1), pytest.raises(RepositoryUnavailable, match="time"):
+    with repository.house.within(0.1), pytest.raises(RepositoryUnavailable, match="time"):
         repository._connections.read(sleep)
     assert repository.count(TaskFilter()) == 0
 
@@ -590,7 +590,7 @@ def test_only_files_have_locks_for_liveness(repository):
 
 
 def test_the_examination_finds_a_sound_database_sound(repository):
-    found = {check.name: check for check in repository.examine()}
+    found = {check.name: check for check in repository.house.examine()}
     assert {check.level for check in found.values()} == {"ok"}
     assert {"database", "tables"} < found.keys()
 
@@ -599,7 +599,7 @@ def test_the_examination_finds_a_sound_database_sound(repository):
 def test_the_examination_warns_of_a_file_without_a_log(repository, tmp_path):
     with closing(sqlite3.connect(tmp_path / "site.db")) as direct:
         direct.execute("PRAGMA journal_mode = DELETE")
-    [check] = [check for check in repository.examine() if check.level == "warn"]
+    [check] = [check for check in repository.house.examine() if check.level == "warn"]
     assert "journal_mode=delete" in check.sentence
 
 
@@ -611,7 +611,7 @@ def test_notes_of_nodes_and_others_are_stored_together(repository):
 
 def test_the_sizes_of_an_sqlite_file_are_told(repository):
     add(repository, "a")
-    sizes = repository.file_sizes()
+    sizes = repository.house.file_sizes()
     if repository.vendor == "sqlite":
         assert {Path(path).name for path in sizes} >= {"site.db"}
     else:

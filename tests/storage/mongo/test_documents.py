@@ -387,10 +387,10 @@ class TestTheirs:
         whole = [task.id for task in repository.list(TaskFilter())]
         assert whole[-6:-3] == ["text", "earlier", "number"]
         found = []
-        tasks, after = repository.list_after(TaskFilter(limit=limit))
+        tasks, after = repository.reads.list_after(TaskFilter(limit=limit))
         while tasks:
             found += (task.id for task in tasks)
-            tasks, after = repository.list_after(TaskFilter(limit=limit), after)
+            tasks, after = repository.reads.list_after(TaskFilter(limit=limit), after)
         assert found == whole
 
     @pytest.mark.parametrize("field", ["params", "message", "created_by"])

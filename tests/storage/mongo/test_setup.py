@@ -176,7 +176,7 @@ class TestIndexes:
         )
 
     def test_the_first_node_makes_the_indexes(self, repository, database):
-        repository.prepare()
+        repository.house.prepare()
         assert "taskx_due" in database.tasks.index_information()
 
     def test_making_all_indexes_has_a_time_out_for_each(self, make, database, url):
