@@ -1,15 +1,13 @@
 """Group commit: the writes of many threads in few transactions, without a writer thread.
 
-If the ledger is free and no writes wait, a thread applies its writes itself: one small transaction,
-and no hand-over between threads. Otherwise its writes join the waiting entries. The thread that gets
-the lock becomes the leader: it commits all waiting entries, wakes their threads, and calls the first
-thread that has come in the meantime.
+The writes of a thread join the waiting entries. If the ledger is free, the thread becomes the leader: it
+commits all waiting entries, mostly its own alone, wakes their threads, and calls the first thread that has
+come in the meantime.
 
 The exception of a signal handler may strike a leader between any two lines. So the leader does one
 step at a time, in an order that lets its successor continue. An entry stays in the queue until it
 has an outcome, and joins the untold entries before it leaves the queue. Writes that were sent to the
-repository and have no outcome yet are read back first. A thread that is struck while it applies its own
-writes alone puts them into the queue for that.
+repository and have no outcome yet are read back first.
 
 Where an application's transaction may lock a record for long, the repository says so soon. The entries of
 the batch are then committed one by one. Those that are locked are tried again later: by their threads, or
@@ -26,7 +24,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
-from itertools import compress, islice
+from itertools import compress
 from typing import Generic, TypeVar
 
 from taskx.common.bell import Agenda, Signal
@@ -47,42 +45,30 @@ _MOST_LOCKED = 5
 
 
 class _Entry(Generic[OutcomeT]):
-    """Writes that wait, and their results."""
+    """Writes that wait, and their results.
 
-    __slots__ = (
-        "deserted",
-        "done",
-        "error",
-        "known",
-        "locked",
-        "not_before",
-        "outcome",
-        "pause",
-        "results",
-        "told",
-        "turn",
-        "writes",
-    )
+    Attributes:
+        outcome: the outcome that they store; None if a thread waits for them.
+        turn: wakes the waiting thread, if there is one: the entry has its outcome, or the thread must lead.
+        deserted: True if the thread that waited for the entry was interrupted.
+        known: the writes, by ``id``, that turned out to be stored when they were read back after an
+            interrupt.
+        locked: why the entry was put off.
+        not_before: the monotonic time until which it is put off.
+        pause: the next pause in seconds; 0 if it was not put off yet.
+    """
+
+    turn: Signal | None = None
+    done = told = deserted = False
+    known: Collection[int] = ()
+    locked: Locked | None = None
+    not_before = pause = 0.0
+    results: Sequence[bool] = ()
+    error: BaseException | None = None
 
     def __init__(self, writes: Sequence[Write], outcome: OutcomeT | None) -> None:
         self.writes = writes
-        #: The outcome that they store; None if a thread waits for them.
         self.outcome = outcome
-        #: Wakes the waiting thread, if there is one: the entry has its outcome, or the thread must lead.
-        self.turn: Signal | None = None
-        self.done = False
-        self.told = False
-        #: True if the thread that waited for the entry was interrupted.
-        self.deserted = False
-        #: The writes, by ``id``, that turned out to be stored when they were read back after an interrupt.
-        self.known: Collection[int] = ()
-        #: Why the entry was put off, the monotonic time until which it is, and the next pause in seconds; 0
-        #: if it was not put off yet.
-        self.locked: Locked | None = None
-        self.not_before = 0.0
-        self.pause = 0.0
-        self.results: Sequence[bool] = ()
-        self.error: BaseException | None = None
 
 
 class Ledger(ABC, Generic[OutcomeT]):
@@ -184,73 +170,41 @@ class Ledger(ABC, Generic[OutcomeT]):
         # A leader may wait for a lock of the repository that this thread holds.
         if self._leading._is_owned() or self._repository.entered:  # type: ignore[attr-defined]
             raise Reentered
-        alone: list[bool] = []
-        try:
-            if not self._waiting:
-                # Take the lock and note it in one step: an interrupt may come between two steps.
-                alone.extend(map(self._leading.acquire, (False,)))
-                if alone == [True] and not self._waiting:
-                    with self._repository.house.without_waiting():
-                        return self._target.apply(writes)
-        except BaseException as error:
-            doubtful = isinstance(error, MemoryError) or not isinstance(error, Exception)
-            if alone == [True] and doubtful:
-                self._leave_to_successor(writes)
-            raise
-        finally:
-            if alone == [True]:
-                self._leading.release()
-                if self._waiting:
-                    self._call_next()
-            if self._untold:
-                self._finish()
-        return self._commit_with_others(writes)
-
-    def _leave_to_successor(self, writes: Sequence[Write]) -> None:
-        """Add interrupted writes to the queue: the next leader reads back if they were committed."""
         entry: _Entry[OutcomeT] = _Entry(writes, None)
-        entry.deserted = True
-        self._sent = (entry,)
-        self._waiting.append(entry)
-
-    def _commit_with_others(self, writes: Sequence[Write]) -> Sequence[bool]:
-        entry: _Entry[OutcomeT] = _Entry(writes, None)
-        entry.turn = Signal()
+        leads: list[bool] = []
         try:
-            self._waiting.append(entry)
-            while not self._lead_until_done(entry):
-                entry.turn.wait(self._timing.follower_every)
+            try:
+                self._waiting.append(entry)
+                while not entry.done:
+                    if leads != [True]:
+                        # Take the lock and note it in one step: an interrupt may come between two steps.
+                        leads[:] = map(self._leading.acquire, (False,))
+                    if leads == [True]:
+                        self._lead(self._due())
+                    elif entry.turn is not None:
+                        entry.turn.wait(self._timing.follower_every)
+                    else:  # from now on a leader wakes this thread, unless it has just looked
+                        entry.turn = Signal()
+            except TaskxError as error:
+                if entry in self._sent:  # it could not be read back, so its outcome is unknown
+                    raise _in_doubt(error) from error.__cause__
+                if not entry.done:  # else the error may come from writes after its own
+                    self._waiting.remove(entry)  # it was behind other entries and was not tried
+                    entry.done = True
+                    raise _not_tried(error) from error.__cause__
         except BaseException:  # also an interrupt: the next leader handles the entry
             entry.deserted, entry.turn = not entry.done, None
             raise
-        finally:
-            if self._untold:
-                self._finish()
-        if entry.error is not None:
-            raise entry.error
-        return entry.results
-
-    def _lead_until_done(self, entry: _Entry[OutcomeT]) -> bool:
-        """Lead if no other thread does. Return True if the entry has its outcome."""
-        leads: list[bool] = []
-        try:
-            if not entry.done:
-                leads.extend(map(self._leading.acquire, (False,)))
-                while leads == [True] and not entry.done:
-                    self._lead()
-        except TaskxError as error:
-            if entry in self._sent:  # it could not be read back, so its outcome is unknown
-                raise _in_doubt(error) from error.__cause__
-            if not entry.done:  # else the error may come from writes after its own
-                self._waiting.remove(entry)  # it was behind other entries and was not tried
-                entry.done = True
-                raise _not_tried(error) from error.__cause__
         finally:
             if leads == [True]:
                 self._leading.release()
                 if self._waiting:
                     self._call_next()
-        return entry.done
+            if self._untold:
+                self._finish()
+        if entry.error is not None:
+            raise entry.error
+        return entry.results
 
     def _commit_whole(self, writes: Sequence[Write]) -> Sequence[bool]:
         if self.entered:
@@ -286,13 +240,13 @@ class Ledger(ABC, Generic[OutcomeT]):
         try:
             if wait:
                 with self._leading:
-                    self._lead()
+                    self._lead(self._due())
                 for entry in list(self._waiting):
                     if entry.locked is not None:
                         raise entry.locked
             elif self._leading.acquire(blocking=False):  # never on the main thread
                 try:
-                    self._lead()
+                    self._lead(self._due())
                 finally:
                     self._leading.release()
             else:
@@ -302,26 +256,39 @@ class Ledger(ABC, Generic[OutcomeT]):
             self._finish()
         return True
 
-    def _lead(self) -> None:
-        """Commit one batch."""
+    def _due(self) -> list[_Entry[OutcomeT]]:
+        """Return the entries of the next batch."""
         now = time.monotonic()
-        waiting = (entry for entry in list(self._waiting) if entry.not_before <= now)
-        batch = list(islice(waiting, self._timing.commit_batch))
+        due = [entry for entry in list(self._waiting) if entry.not_before <= now]
+        return due[: self._timing.commit_batch]
+
+    def _lead(self, batch: list[_Entry[OutcomeT]]) -> None:
+        """Commit entries in one transaction, and wake their threads."""
         try:
             if self._sent:
                 self._read_back()
-            self._send([entry for entry in batch if not entry.done])
+            self._sent = entries = [entry for entry in batch if not entry.done]
+            writes = [w for e in entries for w in e.writes if not e.known or id(w) not in e.known]
+            try:
+                with self._repository.house.without_waiting():
+                    results = iter(self._target.apply(writes) if entries else ())
+            except MemoryError:
+                raise  # perhaps after the COMMIT
+            except Exception:  # nothing was applied, or the error is marked as in doubt
+                self._sent = ()
+                raise
+            for entry in entries:
+                known = entry.known
+                entry.results = [id(w) in known or next(results) for w in entry.writes]
+                entry.done = True
+            self._sent = ()
         except (Reentered, MemoryError):
             raise  # not the fault of the writes
-        except Locked as error:
-            self._replay([entry for entry in batch if not entry.done], error)
-        except RepositoryUnavailable as error:
-            self._fail(batch, error)
         except Exception as error:  # noqa: BLE001  (the waiting threads get it)
-            self._replay([entry for entry in batch if not entry.done], error)
+            self._failed([entry for entry in batch if not entry.done], error)
         finally:
             for entry in batch:
-                if entry.done:
+                if entry.done and entry in self._waiting:  # else it was sent alone before
                     if entry.outcome is not None:
                         self._untold.append(entry)
                     self._waiting.remove(entry)
@@ -343,26 +310,18 @@ class Ledger(ABC, Generic[OutcomeT]):
                 entry.results, entry.done = [True] * len(entry.writes), True
         self._sent = ()
 
-    def _send(self, entries: list[_Entry[OutcomeT]]) -> None:
-        if not entries:
-            return
-        self._sent = entries
-        try:
-            writes = [w for entry in entries for w in entry.writes if id(w) not in entry.known]
-            with self._repository.house.without_waiting():
-                results = iter(self._target.apply(writes))
-        except MemoryError:
-            raise  # perhaps after the COMMIT
-        except Exception:  # nothing was applied, or the error is marked as in doubt
-            self._sent = ()
-            raise
-        for entry in entries:
-            entry.results = [id(write) in entry.known or next(results) for write in entry.writes]
-            entry.done = True
-        self._sent = ()
+    def _failed(self, entries: list[_Entry[OutcomeT]], error: Exception) -> None:
+        """Commit entries one by one after a batch failed, so that a bad or locked write fails alone.
 
-    def _replay(self, entries: list[_Entry[OutcomeT]], error: Exception) -> None:
-        """Commit entries one by one after a batch failed, so that a bad or locked write fails alone."""
+        If the repository is away, fail those with a waiting thread. Outcomes and doubtful entries stay in the
+        queue.
+        """
+        if isinstance(error, RepositoryUnavailable) and not isinstance(error, Locked):
+            for entry in entries:
+                if not (entry.outcome is not None or entry.deserted or entry in self._sent):
+                    entry.error, entry.done = error, True
+            raise error
+        self._sent = ()
         if len(entries) == 1:
             self._reject(entries[0], error)
             return
@@ -372,26 +331,14 @@ class Ledger(ABC, Generic[OutcomeT]):
                 self._reject(entry, error)
                 continue
             try:
-                self._send([entry])
-            except Locked as problem:
-                locked, error = locked + 1, problem
-                self._reject(entry, problem)
+                self._lead([entry])
             except RepositoryUnavailable as unavailable:
                 if isinstance(error, RepositoryError) and error.in_doubt:
                     unavailable.in_doubt = True  # the batch may have stored more than is sent again
-                self._fail(entries, unavailable)
-            except MemoryError:
-                raise
-            except Exception as problem:  # noqa: BLE001  (the waiting thread gets it)
-                self._reject(entry, problem)
-
-    def _fail(self, entries: list[_Entry[OutcomeT]], error: RepositoryUnavailable) -> None:
-        """Fail the entries with a waiting thread. Outcomes and doubtful entries stay in the queue."""
-        for entry in entries:
-            kept = entry.outcome is not None or entry.deserted or entry in self._sent
-            if not (kept or entry.done):
-                entry.error, entry.done = error, True
-        raise error
+                self._failed([entry for entry in entries if not entry.done], unavailable)
+            problem = entry.error if entry.done else entry.locked
+            if isinstance(problem, Locked):
+                locked, error = locked + 1, problem
 
     def _reject(self, entry: _Entry[OutcomeT], error: Exception) -> None:
         if isinstance(error, Locked) and (entry.outcome is not None or entry.deserted):

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from taskx.core.verdict import Check
+    from taskx.core.findings import Check
 
 
 class Listener(ABC):
