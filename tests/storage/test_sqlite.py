@@ -869,6 +869,14 @@ class TestReaders:
         thread.join(PATIENCE)
         assert found == [["a"], ["a"]]
 
+    def test_a_file_that_cannot_be_opened_again_is_not_read_either(self, repository, path):
+        with contextlib.closing(sqlite3.connect(path)) as newer:
+            newer.execute(f"PRAGMA user_version = {schema.VERSION + 1}")
+        connections_of(repository).discard_writer()
+        for use in (lambda: repository.create(task("b")), lambda: ids(repository)):
+            with pytest.raises(SchemaMismatch):
+                use()
+
     def test_unused_connections_are_closed(self, repository):
         with reading(repository), reading(repository), reading(repository):
             pass

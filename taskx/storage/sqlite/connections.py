@@ -340,6 +340,7 @@ class Connections:
             connection.set_authorizer(self.compiling.authorizer)
             connection.number = next(_numbers)
         except BaseException as error:
+            self.opened = False
             if connection is not None:
                 connection.close()
             if not known:
