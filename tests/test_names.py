@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import re
 import sqlite3
+from concurrent.futures import Future
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,11 @@ def held(tmp_path_factory):
 @pytest.mark.parametrize("name", ["queue", "handle", "ctx", "tx"])
 def test_the_pages_call_each_name_on_the_object(held, name):
     assert undocumented(held[name], rf"\b{name}\.|\b(later|first)\.") == []
+
+
+def test_a_handle_offers_no_method_that_sets_its_result(held):
+    assert {*dir(held["handle"])} & {*dir(Future)} > {"result", "add_done_callback"}
+    assert not [name for name in dir(held["handle"]) if name.startswith("set_")]
 
 
 @pytest.mark.parametrize("name", ["token", "executor", "bound", "flow", "schedule", "results"])

@@ -100,6 +100,10 @@ class TaskHandle(Future[R]):
     def __repr__(self) -> str:
         return f"<TaskHandle {self.id}>"
 
+    def __dir__(self) -> list[str]:
+        # Without the methods of a Future that are for the maker of its result.
+        return [name for name in super().__dir__() if not name.startswith("set_")]
+
     @property
     def _ended_badly(self) -> bool:
         """True if the task is known to have failed or been cancelled; reads memory only."""
