@@ -16,6 +16,7 @@ from taskx.contrib.django import joining
 from taskx.contrib.django.blocks import (
     BesideBlocks,
     OnCommit,
+    after_commit,
     check_on_commit,
     has_begun,
     is_elsewhere,
@@ -496,10 +497,24 @@ class BlockTransactions(BesideBlocks):
         self._pool = pool
         self._links = pool.connections
 
-    def join(self, connection: object, then: Then | None) -> AbstractContextManager[Repository]:
+    @contextmanager
+    def join(self, connection: object, then: Then | None) -> Iterator[Repository]:
         if is_elsewhere(connection):
-            return super().join(connection, then)
-        return joining.join(self._outer, self._links, connection, then, self.tell_others)
+            with super().join(connection, then) as waiting:
+                yield waiting
+            return
+        own = joining.own_connection(self._links.alias, connection)
+        block = joining.BlockLinks(self._links, Link(own))
+        with block.begun(), block.savepoint("taskx"):
+            yield self._outer.over(block)
+        if block.wrote and then is not None and own.in_atomic_block:
+            applied = block.applied
+
+            def follow() -> None:
+                self._pool.tell_others(applied)
+                then(applied)
+
+            after_commit(own, self._outer, applied, follow)
 
     def begin(self) -> AbstractContextManager[Any]:
         return joining.executor_block(self._links, self._pool.enter_block)
