@@ -22,7 +22,7 @@ from taskx.storage import queries
 from taskx.storage.base import Repository
 from taskx.storage.sql import Link, Links, Sent, SQLRepository
 from taskx.storage.sqlite.connections import FAILURES
-from taskx.storage.sqlite.links import Cursor, FileLinks, connect_to, text_or_bytes
+from taskx.storage.sqlite.links import Cursor, FileLinks, connect_to, fetch
 from taskx.storage.sqlite.schema import VERSION
 from taskx.storage.transactions import Active, Stored, Then, Transactions, Unit
 
@@ -408,16 +408,7 @@ class CallersLinks(Links):
             return self._fetch(sql, values)
 
     def _fetch(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
-        try:
-            return self._cursor().execute(sql, values).fetchall()
-        except sqlite3.OperationalError as error:
-            if "decode" not in str(error):
-                raise
-        self._connection.text_factory = text_or_bytes
-        try:
-            return self._cursor().execute(sql, values).fetchall()
-        finally:
-            self._connection.text_factory = str
+        return fetch(self._connection, sql, values, self._cursor().execute)
 
 
 class FileTransactions(Transactions):

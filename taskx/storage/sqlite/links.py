@@ -6,33 +6,39 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from taskx.core import lifecycle
 from taskx.core.errors import RepositoryUnavailable, SchemaMismatch, TaskxError
 from taskx.core.timing import Timing
 from taskx.core.writes import Write
 from taskx.storage.base import Lookup, Reentered
-from taskx.storage.parts import Forks, Listener, News
+from taskx.storage.parts import Forks, House, Listener, News
 from taskx.storage.sql import Link, Links, Sent
 from taskx.storage.sqlite import schema
 from taskx.storage.sqlite.connections import FAILURES, Connection, Connections
+from taskx.storage.sqlite.dialect import FREE_PAGES
 from taskx.storage.sqlite.file import DatabaseFile
 from taskx.storage.sqlite.turnstile import Turnstile, until_unlocked
 from taskx.storage.sqlite.wakeups import Wakeups
+
+if TYPE_CHECKING:
+    from taskx.core.verdict import Check
 
 Durability = Literal["accepted", "full", "process"]
 T = TypeVar("T")
 
 _FEW = 32  # rows that may be read on the writing connection, which keeps writers waiting
+_KEPT_PAGES = 2000  # free pages (2 KiB in a new file) that are not worth a vacuum
+_PAGES_AT_ONCE = 200
 _NEAR = frozenset({"id", "unique_lock", "waiting_on"})  # columns with few rows for each value
 
 
-class FileLinks(Links, News, Forks):
-    """The connections of a process to its file: one that writes, and others that read.
+class FileLinks(Links, News, House, Forks):
+    """A file, as a process uses it: one connection that writes, and others that read.
 
     Args:
         file: the file.
@@ -42,6 +48,8 @@ class FileLinks(Links, News, Forks):
         several: tells if several queues of this process must hear of each other's commits.
         timing: the intervals of its work.
     """
+
+    one_host = True
 
     def __init__(
         self,
@@ -70,7 +78,6 @@ class FileLinks(Links, News, Forks):
         # commits.
         self._seen, self._commits = (0, 0), 0
         self._newer: SchemaMismatch | None = None
-        self._inherited: list[object] = []  # the parent's, which a forked child never closes
 
     # --- writing
 
@@ -283,6 +290,37 @@ class FileLinks(Links, News, Forks):
         if self._newer is not None:
             raise SchemaMismatch(*self._newer.args)
 
+    def only_existing(self) -> None:
+        self.file.create = False
+        self.connections.migrates = False
+
+    def examine(self) -> Iterator[Check]:
+        from taskx.storage.sqlite.examination import examine  # not needed to run tasks
+
+        return examine(self.file, self.schema, self.timing.examine_within)
+
+    def file_sizes(self) -> dict[str, int]:
+        """Return the bytes that the file and its write-ahead log take, by path."""
+        self.open()
+        return self.file.sizes()
+
+    def shrink(self) -> bool:
+        """Cut a few free pages off the file if many are free. Return True if there are more to cut.
+
+        Some free pages stay, as later tasks use them again and moving pages takes time. The file of an
+        application is left as it is.
+        """
+        if self.prefix:
+            return False
+        ((free, pages),) = self.rows(FREE_PAGES)
+        spare = free - max(_KEPT_PAGES, pages // 4)
+        if spare <= 0:
+            return False
+        few = min(spare, _PAGES_AT_ONCE)
+        sql = f"PRAGMA incremental_vacuum({few})"
+        self.transaction(lambda link: link.rows(sql), durable=False)
+        return bool(spare > few)
+
     def close(self, *, forget: bool) -> None:
         """Close the file. If ``forget`` is True, another file may be opened later."""
         if self.entered:
@@ -341,23 +379,23 @@ class Cursor(sqlite3.Cursor):
         return sql
 
 
-def fetch(connection: sqlite3.Connection, sql: str, values: Sequence[Any]) -> list[Any]:
-    """Return the rows of a query."""
+def fetch(
+    connection: sqlite3.Connection,
+    sql: str,
+    values: Sequence[Any],
+    execute: Callable[..., sqlite3.Cursor] | None = None,
+) -> list[Any]:
+    """Return the rows of a query, which ``execute`` or the connection executes."""
+    execute = execute or connection.execute
     try:
-        return connection.execute(sql, values).fetchall()
+        return execute(sql, values).fetchall()
     except sqlite3.OperationalError as error:
         if "decode" not in str(error):
             raise
-        return _fetch_broken_text(connection, sql, values)
-
-
-def _fetch_broken_text(
-    connection: sqlite3.Connection, sql: str, values: Sequence[Any]
-) -> list[Any]:
-    """Return the rows, with invalid UTF-8 as bytes: one damaged record must not hide the others."""
+    # Invalid UTF-8 as bytes: one damaged record must not hide the others.
     connection.text_factory = text_or_bytes
     try:
-        return connection.execute(sql, values).fetchall()
+        return execute(sql, values).fetchall()
     finally:
         connection.text_factory = str
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import TYPE_CHECKING, get_args
 
@@ -16,20 +16,16 @@ from taskx.core.errors import (
 )
 from taskx.core.timing import DEFAULT_TIMING, Timing
 from taskx.liveness.locks import KernelLocks
-from taskx.storage.parts import House, at_forks
+from taskx.storage.parts import at_forks
 from taskx.storage.sql import SQLRepository
 from taskx.storage.sqlite import schema, turnstile
-from taskx.storage.sqlite.dialect import FREE_PAGES, statements
+from taskx.storage.sqlite.dialect import statements
 from taskx.storage.sqlite.file import DatabaseFile
 from taskx.storage.sqlite.joining import FileTransactions
 from taskx.storage.sqlite.links import Durability, FileLinks
 
 if TYPE_CHECKING:
-    from taskx.core.verdict import Check
-
-
-_KEPT_PAGES = 2000  # free pages (2 KiB in a new file) that are not worth a vacuum
-_PAGES_AT_ONCE = 200
+    pass
 
 
 class SQLiteRepository(SQLRepository):
@@ -106,8 +102,7 @@ class SQLiteRepository(SQLRepository):
         self.file, self._file_links = file, links
         #: The transactions as this class uses them, also if others put something in their place.
         self.transactions = self.callers = FileTransactions(self, links, connect)
-        self.news, self.forks = links, at_forks(links)
-        self.house = FileHouse(links)
+        self.news = self.house = self.forks = at_forks(links)
 
     def __repr__(self) -> str:
         prefix = f", prefix={self.prefix!r}" if self.prefix else ""
@@ -133,47 +128,3 @@ class SQLiteRepository(SQLRepository):
         at work, it accepts only the same file.
         """
         self._file_links.close(forget=not self.liveness.at_work)
-
-
-class FileHouse(House):
-    """Looks after a file."""
-
-    one_host = True
-
-    def __init__(self, links: FileLinks) -> None:
-        self._links = links
-        self._file = links.file
-
-    def only_existing(self) -> None:
-        self._file.create = False
-        self._links.connections.migrates = False
-
-    def examine(self) -> Iterator[Check]:
-        from taskx.storage.sqlite.examination import examine  # not needed to run tasks
-
-        return examine(self._file, self._links.schema, self._links.timing.examine_within)
-
-    def ensure_there(self) -> None:
-        self._links.ensure_there()
-
-    def file_sizes(self) -> dict[str, int]:
-        """Return the bytes that the file and its write-ahead log take, by path."""
-        self._links.open()
-        return self._file.sizes()
-
-    def shrink(self) -> bool:
-        """Cut a few free pages off the file if many are free. Return True if there are more to cut.
-
-        Some free pages stay, as later tasks use them again and moving pages takes time. The file of an
-        application is left as it is.
-        """
-        if self._links.prefix:
-            return False
-        ((free, pages),) = self._links.rows(FREE_PAGES)
-        spare = free - max(_KEPT_PAGES, pages // 4)
-        if spare <= 0:
-            return False
-        few = min(spare, _PAGES_AT_ONCE)
-        sql = f"PRAGMA incremental_vacuum({few})"
-        self._links.transaction(lambda link: link.rows(sql), durable=False)
-        return bool(spare > few)
