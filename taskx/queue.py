@@ -779,6 +779,7 @@ class Queue(Questions, Steering):
     def _renew_after_fork(self) -> None:
         """Reset the queue in a forked child to "not started", without touching the parent's resources."""
         self.repository.forks.renew_after_fork()
+        self.repository.transactions.renew()
         self._services.watcher.renew_after_fork()
         self._life.forget()
         self._runs_by.renew_after_fork()

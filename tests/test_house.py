@@ -12,6 +12,8 @@ from pathlib import Path
 import taskx
 from taskx.common.ledger import Ledger
 from taskx.moving import Moves
+from taskx.storage.base import Repository
+from taskx.storage.eight import TaskRepository
 
 PACKAGE = Path(taskx.__file__).parent
 
@@ -54,7 +56,7 @@ def importers(module: str) -> set[str]:
 
 #: The modules that hand moves to a repository inside a transaction that is not the queue's: the caller's,
 #: or the executor's. They have no group commit, and the consequences follow when the commit is seen.
-OTHER_TRANSACTIONS = {"submitting/joining.py", "executing/transactions.py"}
+OTHER_TRANSACTIONS = {"submitting/work.py", "executing/transactions.py"}
 
 
 def test_doors_for_writes_are_one():
@@ -81,3 +83,17 @@ def test_the_door_has_few_verbs():
 def test_nobody_but_the_door_follows_up_what_the_queue_commits():
     """Others follow up the commits of other transactions: a caller's, and an executor's."""
     assert users("moves.follow") == {"submitting/joining.py", "running/pool.py"}
+
+
+# Stores
+
+
+def test_what_a_store_must_do_is_eleven_primitives_and_the_rest_is_in_objects():
+    """The rest of the members are the eight methods, what they need, and what says how they are stored."""
+    members = {name for name, value in vars(Repository).items() if callable(value)}
+    own = {name for name in members if not name.startswith("_")}
+    assert len(Repository.__abstractmethods__) == 11
+    assert own - Repository.__abstractmethods__ - set(vars(TaskRepository)) == {
+        *("get_many", "statuses", "put_note", "nodes", "require", "close"),
+        *("refuse_unknown_conditions", "refuse_if_key_held"),
+    }

@@ -52,7 +52,6 @@ from taskx.storage.base import (
 )
 from taskx.storage.eight import TaskRepository
 from taskx.storage.parts import Forks, House, Listener, News, at_forks
-from taskx.storage.transactions import Stored, Then, Transactions, Unit
 
 if TYPE_CHECKING:
     from taskx.testing import PrimitivesContract, RepositoryContract
@@ -101,7 +100,6 @@ __all__ = [
     "RepositoryUnavailable",
     "Rows",
     "SchemaMismatch",
-    "Stored",
     "Stub",
     "SystemClock",
     "Task",
@@ -109,10 +107,7 @@ __all__ = [
     "TaskNotFound",
     "TaskRepository",
     "TaskStatus",
-    "Then",
     "Timed",
-    "Transactions",
-    "Unit",
     "Update",
     "Write",
     "at_forks",

@@ -96,7 +96,7 @@ LOOKUPS = {
 MOST_VALUES = 500
 
 
-class ExampleRepository(Repository):
+class ExampleRepository(Repository, House, Forks):
     """A repository in a SQLite file with tables of its own, which any number of processes may share.
 
     Args:
@@ -118,9 +118,8 @@ class ExampleRepository(Repository):
         self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
         self._commits = 0
-        # What only some stores can do is in objects of their own.
-        self.house = ExampleHouse(self)
-        self.forks = ExampleForks(self)
+        # What only some stores can do is in objects. A small store is its own house.
+        self.house = self.forks = self
 
     # --- opening and closing: the constructor does no IO, and a closed repository opens again
 
@@ -145,6 +144,11 @@ class ExampleRepository(Repository):
             self._connection = connection
         return self._connection
 
+    def ensure_there(self) -> None:
+        """Raise ``RepositoryUnavailable`` if the file is gone."""
+        if self._connection is not None and not os.path.exists(self.path):
+            raise RepositoryUnavailable(f"{self.path} is gone: restart the program")
+
     def close(self) -> None:
         """Close the file."""
         with self._lock:
@@ -152,13 +156,11 @@ class ExampleRepository(Repository):
                 self._connection.close()
                 self._connection = None
 
-    @property
-    def is_gone(self) -> bool:
-        """True if the opened file does not exist any more."""
-        return self._connection is not None and not os.path.exists(self.path)
+    def renew_after_fork(self) -> None:
+        """Leave the parent's connection unchanged, and do not take over its locks.
 
-    def leave_to_parent(self) -> None:
-        """Leave the parent's connection unchanged, in a forked child, and do not take over its locks."""
+        A child that runs for a long time must not inherit a transaction, either: see ``Forks.before_fork``.
+        """
         _inherited.append(self._connection)
         self._connection = None
         self._lock = threading.RLock()  # another thread may have held the old one
@@ -325,31 +327,6 @@ class ExampleRepository(Repository):
         """Return counters of commits: others', and our own if several queues share this object."""
         ((others,),) = self._query("PRAGMA data_version")
         return self._connection, others, self._commits if len(self.queues) > 1 else 0
-
-
-class ExampleHouse(House):
-    """Looks after the file."""
-
-    def __init__(self, store: ExampleRepository) -> None:
-        self._store = store
-
-    def ensure_there(self) -> None:
-        """Raise ``RepositoryUnavailable`` if the file is gone."""
-        if self._store.is_gone:
-            raise RepositoryUnavailable(f"{self._store.path} is gone: restart the program")
-
-
-class ExampleForks(Forks):
-    """Gives a forked child a connection of its own.
-
-    A child that runs for a long time must not inherit a transaction, either: see ``Forks.before_fork``.
-    """
-
-    def __init__(self, store: ExampleRepository) -> None:
-        self._store = store
-
-    def renew_after_fork(self) -> None:
-        self._store.leave_to_parent()
 
 
 #: Connections of a parent process, kept here because the garbage collector would close them.

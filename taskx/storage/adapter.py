@@ -60,7 +60,7 @@ EIGHT_METHODS = [
 ]
 
 
-class EightMethodAdapter(MemoryRepository):
+class EightMethodAdapter(MemoryRepository, House):
     """A repository on a :class:`TaskRepository`, with guards and indexes in this process's memory.
 
     So this must be the only process that runs tasks from it. Features that need more than the eight methods
@@ -96,7 +96,7 @@ class EightMethodAdapter(MemoryRepository):
         self._ended: dict[str, None] = {}
         self._late_writes = 0
         self.reads = AdapterReads(self)
-        self.house = AdapterHouse(self)
+        self.house = self
 
     # --- writing
 
@@ -378,7 +378,7 @@ class EightMethodAdapter(MemoryRepository):
 
     # --- starting
 
-    def adopt_unfinished(self) -> None:
+    def prepare(self) -> None:
         """Read the unfinished tasks. Running ones were left behind, as this is the only process."""
         with self._lock:
             for task in self._unfinished_tasks():
@@ -415,16 +415,6 @@ class AdapterReads(Reads):
         tasks = islice(chain.from_iterable(self._store.pages(filter)), limit)
         rows = (self._store._rows.get(task.id) or row_from_task(task) for task in tasks)
         return [tuple(row[name] for name in fields) for row in rows]
-
-
-class AdapterHouse(House):
-    """Finds out, before a node joins, what a process before this one has left behind."""
-
-    def __init__(self, store: EightMethodAdapter) -> None:
-        self._store = store
-
-    def prepare(self) -> None:
-        self._store.adopt_unfinished()
 
 
 def _options(insert: Insert) -> list[str]:

@@ -56,7 +56,7 @@ Row = dict[str, Any]
 _MOST_INTERRUPTS = 100
 
 
-class MemoryRepository(Repository):
+class MemoryRepository(Repository, Forks):
     """A repository in this process's memory: all promises hold, except that tasks end with the process.
 
     Several queues of one process may share it.
@@ -85,8 +85,8 @@ class MemoryRepository(Repository):
         # The changes of the current transaction, so that they can be undone.
         self._changed: list[tuple[str, Row | None, Row | None]] = []
         self._notes: dict[str, Note] = {}
-        self.reads = MemoryReads(self)
-        self.forks = MemoryForks(self)
+        self.reads = self._reads = MemoryReads(self)
+        self.forks = self
 
     # --- writing
 
@@ -227,9 +227,7 @@ class MemoryRepository(Repository):
         return min(found, key=len)
 
     def count(self, filter: TaskFilter) -> int:
-        self.refuse_unknown_conditions(filter)
-        with self._lock:
-            return sum(_meets(row, filter) for row in self._candidates(filter))
+        return self._reads.count_to(filter, None)
 
     def _candidates(self, filter: TaskFilter) -> Iterable[Row]:
         if not filter.labels:
@@ -303,8 +301,8 @@ class MemoryRepository(Repository):
         """Return a new value at each call, as another queue of this process may have changed something."""
         return object()
 
-    def renew_lock(self) -> None:
-        """Make a new lock, in a forked child: another thread may have held it."""
+    def renew_after_fork(self) -> None:
+        """Make a new lock: another thread may have held it. The child keeps its own copy of the tasks."""
         self._lock = threading.RLock()
 
 
@@ -329,7 +327,7 @@ class MemoryReads(Reads):
                 -1
             ] if page else after
 
-    def count_to(self, filter: TaskFilter, most: int) -> int:
+    def count_to(self, filter: TaskFilter, most: int | None) -> int:
         self._store.refuse_unknown_conditions(filter)
         with self._store._lock:
             found = (row for row in self._store._candidates(filter) if _meets(row, filter))
@@ -369,16 +367,6 @@ class MemoryReads(Reads):
                 name for name in self._store._notes if name > after and name.startswith(prefix)
             )
             return {name: self._store._notes[name] for name in nsmallest(limit, later)}
-
-
-class MemoryForks(Forks):
-    """Makes a new lock in a forked child, which keeps its own copy of the tasks."""
-
-    def __init__(self, store: MemoryRepository) -> None:
-        self._store = store
-
-    def renew_after_fork(self) -> None:
-        self._store.renew_lock()
 
 
 _task_fields = itemgetter(*TASK_FIELDS)

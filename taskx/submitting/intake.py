@@ -61,6 +61,7 @@ class Intake:
 
     def __init__(self, services: Services, state: State, config: Config, work: Work) -> None:
         self.work = work
+        self._inside = work.inside
         self._services = services
         self._state = state
         self._hooks = services.hooks
@@ -175,7 +176,7 @@ class Intake:
         earlier tasks were spilled.
         """
         pool, type_ = self._state.pool, insert.row["type"]
-        if pool is None or self.work.inside or insert.row["held"]:
+        if pool is None or self._inside or insert.row["held"]:
             return None
         if not self._services.registry.runs(type_):
             return None
@@ -213,7 +214,7 @@ class Intake:
         type_, pool = insert.row["type"], self._state.pool
         if (
             pool is not None
-            and not self.work.inside
+            and not self._inside
             and not insert.row["held"]
             and pool.fetcher.serves(type_)
             and pool.fetcher.has_room(type_)
@@ -342,7 +343,7 @@ class Intake:
             return []
         if any("depends_on" in insert.row for insert in inserts):
             find_parents(self.work.repository, inserts)
-        pool = None if self.work.inside else self._state.pool
+        pool = None if self._inside else self._state.pool
         try:
             if pool is None:
                 self._store_whole(inserts)

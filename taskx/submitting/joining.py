@@ -15,7 +15,7 @@ from taskx.storage.base import Repository
 from taskx.submitting.intake import Intake
 from taskx.submitting.layers import LayeredIntake, layered
 from taskx.submitting.operations import Operations
-from taskx.submitting.work import Work
+from taskx.submitting.work import Inside, Work
 
 
 class Joining:
@@ -57,7 +57,7 @@ class Joining:
     def _work(self, connection: object) -> Iterator[Work]:
         later = _Consequences(self._services)
         with self._transactions.join(connection, later.follow) as repository:
-            yield Work(repository, _Inside(repository, later.tasks), later.calls.append, True)
+            yield Work(repository, Inside(repository, later.tasks), later.calls)
 
     # --- a thread that may be in a transaction of its own
 
@@ -91,29 +91,6 @@ class Joining:
     def refuse(self) -> None:
         """Raise ``ConfigurationError`` if this thread is in a transaction of its own."""
         self._transactions.refuse_write()
-
-
-class _Inside:
-    """The door inside a transaction: it applies moves at once. ``tasks`` collects their tasks."""
-
-    entered = False
-
-    def __init__(self, repository: Repository, tasks: dict[str, Task]) -> None:
-        self._repository = repository
-        self._tasks = tasks
-
-    def commit(
-        self,
-        writes: Sequence[Write],
-        tasks: Mapping[str, Task] | None = None,
-        *,
-        whole: bool = False,
-    ) -> Sequence[bool]:
-        self._tasks.update(tasks or {})
-        return self._repository.apply(writes, all_or_nothing=whole)
-
-    def process_if_unattended(self) -> None:
-        """Do nothing yet."""
 
 
 class _Consequences:

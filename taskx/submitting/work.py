@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
 
 import attrs
 
 from taskx.core.model import Task
 from taskx.core.writes import Write
+from taskx.moving import Moves
 from taskx.storage.base import Repository
 
 
-class Door(Protocol):
-    """Commits moves, as :class:`taskx.moving.Moves` does, or applies them inside a transaction."""
+class Inside:
+    """The door inside a transaction: it applies moves at once. ``tasks`` collects their tasks."""
 
-    @property
-    def entered(self) -> bool: ...
+    entered = False
+
+    def __init__(self, repository: Repository, tasks: dict[str, Task]) -> None:
+        self._repository = repository
+        self._tasks = tasks
 
     def commit(
         self,
@@ -24,27 +27,37 @@ class Door(Protocol):
         tasks: Mapping[str, Task] | None = None,
         *,
         whole: bool = False,
-    ) -> Sequence[bool]: ...
+    ) -> Sequence[bool]:
+        """Apply moves."""
+        self._tasks.update(tasks or {})
+        return self._repository.apply(writes, all_or_nothing=whole)
 
-    def process_if_unattended(self) -> None: ...
-
-
-def _at_once(call: Callable[[], object]) -> None:
-    call()
+    def process_if_unattended(self) -> None:
+        """Do nothing yet."""
 
 
 @attrs.frozen(eq=False)
 class Work:
-    """What a call reads, and the door for its moves: the queue's, or those of a transaction of the caller.
+    """What a call reads, and the door for its moves: the queue's, or one in a transaction of the caller.
 
     Attributes:
         repository: the repository, as the transaction sees it.
         moves: the door.
-        after: calls a function after the commit: at once if each commit is a transaction of its own.
-        inside: True inside a transaction of the caller: what is not committed must be in no memory.
+        later: the functions to call after the commit; None if each commit is a transaction of its own.
     """
 
     repository: Repository
-    moves: Door
-    after: Callable[[Callable[[], object]], object] = _at_once
-    inside: bool = False
+    moves: Moves | Inside
+    later: list[Callable[[], object]] | None = None
+
+    @property
+    def inside(self) -> bool:
+        """True inside a transaction of the caller: what is not committed must be in no memory."""
+        return self.later is not None
+
+    def after(self, call: Callable[[], object]) -> None:
+        """Call a function after the commit: at once if each commit is a transaction of its own."""
+        if self.later is None:
+            call()
+        else:
+            self.later.append(call)

@@ -29,7 +29,8 @@ from taskx.running.buffer import Buffer
 from taskx.running.fetcher import Fetcher
 from taskx.running.pool import WorkerPool
 from taskx.running.starter import Starter, Suspects
-from taskx.storage.sqlite.repository import FileLinks, SQLiteRepository
+from taskx.storage.sqlite.links import FileLinks
+from taskx.storage.sqlite.repository import SQLiteRepository
 from taskx.upkeep.node import LocalNode
 
 from .sidelog import SideLog

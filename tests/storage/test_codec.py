@@ -51,7 +51,8 @@ class Shelf:
         else:
             made = MemoryRepository(self.clock, codec)
             if self.opened:  # the same memory, read by another codec
-                vars(made).update(vars(self.opened[0]) | {"codecs": made.codecs})
+                own = {"codecs": made.codecs, "reads": made.reads}
+                vars(made).update(vars(self.opened[0]) | own)
         self.opened.append(made)
         return made
 

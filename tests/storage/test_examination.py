@@ -30,7 +30,7 @@ def file(database):
 
 def examined(path, **options):
     """Return the checks by their names."""
-    return {check.name: check for check in SQLiteRepository(path, **options).examine()}
+    return {check.name: check for check in SQLiteRepository(path, **options).house.examine()}
 
 
 def wrong(path, **options):

@@ -605,7 +605,7 @@ class TestStatements:
             ({"tag": "a", "id_prefix": "8"}, ""),
             ({"tag": "a", "parent": "8"}, ""),
         ]:
-            assert repository._rarest(TaskFilter(**fields)) == by, fields
+            assert repository.reads._rarest(TaskFilter(**fields)) == by, fields
 
     def test_the_table_of_tags_has_the_tags_of_all_tasks_and_no_others(self, repository, connect):
         """Whatever happens to the tasks: a random, but always the same history."""

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no 
 @pytest.fixture
 def mine(database):
     with SQLiteRepository(database) as made:
-        made.prepare()
+        made.house.prepare()
         made.version()
         yield made
 

@@ -493,7 +493,7 @@ class TestWakeUps:
         self, queue, repository, connection, monkeypatch
     ):
         told = threading.Event()
-        monkeypatch.setattr(repository, "tell_others", lambda writes: told.set())
+        monkeypatch.setattr(repository._file_links, "tell_others", lambda writes: told.set())
         monkeypatch.setattr(joining, "_in_transaction", lambda connection: True)
         order(connection)
         queue.submit("echo", connection=connection)

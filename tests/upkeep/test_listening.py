@@ -23,7 +23,7 @@ from taskx.common.bell import Rest
 from taskx.core.lifecycle import CANCEL_REQUESTED, FREED
 from taskx.core.timing import DEFAULT_TIMING, Timing
 from taskx.storage.parts import Listener
-from taskx.storage.sqlite.repository import FileLinks
+from taskx.storage.sqlite.links import FileLinks
 from taskx.upkeep import listening
 from taskx.upkeep.node import Lifetime
 

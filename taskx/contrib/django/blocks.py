@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar
 
 import attrs
 from django.db import Error, connections, transaction
 
 from taskx.core.errors import ConfigurationError
-from taskx.core.record import DEFAULTS
-from taskx.core.writes import Insert, Update, Write
-from taskx.storage.base import Fields, Lookup, Repository, Rows
+from taskx.core.model import Task, TaskFilter
+from taskx.core.record import DEFAULTS, Ended, Stub
+from taskx.core.writes import Insert, Note, NoteChange, Update, Write
+from taskx.storage.base import Fields, Listed, Lookup, Repository, Rows, Timed
 from taskx.storage.transactions import Then, Transactions
 
 #: What a submit does inside ``atomic()`` of another database than that of the tasks.
@@ -222,7 +223,7 @@ def wait_for_commit(
 ) -> Iterator[Repository]:
     """Return a repository for a ``with`` block, whose writes are applied after a connection's commit."""
     made = _Waiting(outer)
-    yield cast(Repository, made)
+    yield made
     if made.writes:
         store = partial(_store, made, {using, connection.alias}, then)
         after_commit(connection, outer, made.writes, store)
@@ -240,17 +241,14 @@ def _store(waiting: _Waiting, committed: set[str | None], then: Then | None) -> 
         then(stored)
 
 
-class _Waiting:
+class _Waiting(Repository):
     """A repository whose writes wait for a commit elsewhere. Its reads show what waits in this thread."""
 
-    transactions = Transactions("Repository")
-
     def __init__(self, outer: Repository) -> None:
+        super().__init__(outer.clock, outer.codecs, outer.timing, outer.liveness)
         self.outer = outer
+        self.shared, self.shortcoming = outer.shared, outer.shortcoming
         self._batches: list[tuple[list[Write], bool]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.outer, name)
 
     @property
     def writes(self) -> list[Write]:
@@ -309,10 +307,38 @@ class _Waiting:
                 rows.append([whole[name] for name in fields])
         return [tuple(row) for row in rows[:limit]]
 
-    # These read with ``find`` alone.
-    get_by_id = Repository.get_by_id
-    get_many = Repository.get_many
-    statuses = Repository.statuses
+    # These show what is stored only.
+
+    def distinct(self, column: Listed, after: str, limit: int) -> Sequence[str]:
+        return self.outer.distinct(column, after, limit)
+
+    def ready(
+        self, types: Iterable[str], limit: int, owner: str = "", ageing: int = 0
+    ) -> Sequence[Stub]:
+        return self.outer.ready(types, limit, owner, ageing)
+
+    def due(
+        self, before: int | None, limit: int, column: Timed = "run_at"
+    ) -> Sequence[tuple[str, int]]:
+        return self.outer.due(before, limit, column)
+
+    def ended(self, status: str, before: int, limit: int, after: Any = None) -> Sequence[Ended]:
+        return self.outer.ended(status, before, limit, after)
+
+    def list(self, filter: TaskFilter) -> Sequence[Task]:
+        return self.outer.list(filter)
+
+    def count(self, filter: TaskFilter) -> int:
+        return self.outer.count(filter)
+
+    def notes(self, prefix: str) -> dict[str, Note]:
+        return self.outer.notes(prefix)
+
+    def put_notes(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
+        return self.outer.put_notes(changes)
+
+    def version(self) -> object:
+        return self.outer.version()
 
 
 def _frees(write: Update) -> bool:

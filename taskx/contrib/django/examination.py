@@ -12,24 +12,25 @@ from taskx.core.findings import Check, fail, ok, warn
 if TYPE_CHECKING:
     from taskx.contrib.django.connections import Connections
     from taskx.contrib.django.link import Link
-    from taskx.storage.base import Repository
+    from taskx.core.timing import Timing
+    from taskx.storage.parts import House
 
 _DEAD = "SELECT n_dead_tup, n_live_tup FROM pg_stat_user_tables WHERE relname = 'taskx_task'"
 # The dead rows that make the search for the next task slow.
 _MANY_DEAD = 50_000
 
 
-def examine(repository: Repository, connections: Connections) -> Iterator[Check]:
+def examine(house: House, connections: Connections, timing: Timing) -> Iterator[Check]:
     """Yield what is right and wrong with a database."""
     began = time.monotonic()
     try:
-        with connections.within(repository.timing.answer_within):
+        with connections.within(timing.answer_within):
             connections.read(lambda link: link.rows("SELECT 1"))
         took = (time.monotonic() - began) * 1000
         yield ok(
             "database", f"The {connections.vendor} database has answered in {took:.0f} ms.", ms=took
         )
-        repository.house.prepare()
+        house.prepare()
         yield ok("tables", "The database has TaskX's tables.")
         yield from connections.read(lambda link: [*_settings(link)])
     except RepositoryError as error:

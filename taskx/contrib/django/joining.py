@@ -15,14 +15,13 @@ from django.db.utils import (
     OperationalError,
 )
 
-from taskx.contrib.django.blocks import after_commit, has_begun, is_open
+from taskx.contrib.django.blocks import has_begun, is_open
 from taskx.contrib.django.connections import Connections
 from taskx.contrib.django.link import Link, Rows, code, is_failure
 from taskx.core.errors import ConfigurationError
 from taskx.core.writes import Write
 from taskx.storage.sql import Link as AnyLink
-from taskx.storage.sql import Links, Sent, SQLRepository
-from taskx.storage.transactions import Then
+from taskx.storage.sql import Links, Sent
 
 T = TypeVar("T")
 
@@ -112,29 +111,6 @@ class BlockLinks(Links):
             if is_failure(error):
                 raise self._links.translated(error) from error
             raise
-
-
-@contextmanager
-def join(
-    outer: SQLRepository,
-    links: Connections,
-    given: object,
-    then: Then | None,
-    tell_others: Callable[[Sequence[Write]], object],
-) -> Iterator[SQLRepository]:
-    """Do what :meth:`Transactions.join` describes."""
-    own = own_connection(links.alias, given)
-    block = BlockLinks(links, Link(own))
-    inside = outer.over(block)
-    with block.begun(), block.savepoint("taskx"):
-        yield inside
-    if block.wrote and then is not None and own.in_atomic_block:
-
-        def follow() -> None:
-            tell_others(block.applied)
-            then(block.applied)
-
-        after_commit(own, outer, block.applied, follow)
 
 
 def own_connection(using: str, given: object) -> Any:

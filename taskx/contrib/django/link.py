@@ -13,7 +13,7 @@ from django.db.utils import DataError, Error, IntegrityError, OperationalError
 from taskx.core.errors import TaskxError
 from taskx.storage import sql as storage
 from taskx.storage.sql import Taken
-from taskx.storage.sqlite.link import text_or_bytes
+from taskx.storage.sqlite.links import text_or_bytes
 
 Rows = list[tuple[Any, ...]]
 

@@ -16,6 +16,7 @@ from taskx.contrib.django import joining
 from taskx.contrib.django.blocks import (
     BesideBlocks,
     OnCommit,
+    after_commit,
     check_on_commit,
     has_begun,
     is_elsewhere,
@@ -114,10 +115,8 @@ class DjangoRepository(SQLRepository):
         pool = self._pool = PoolLinks(connections, several, timing)
         super().__init__(statements_of(connections.vendor), pool, clock, codec, timing)
         self.vendor, self._file = connections.vendor, connections.file
-        self._hurries = _Hurries()
         self.transactions = BlockTransactions(self, pool, on_commit)
-        self.news, self.forks = pool, at_forks(pool)
-        self.house = DatabaseHouse(self, connections, self._hurries)
+        self.news = self.house = self.forks = at_forks(pool)
 
     def __repr__(self) -> str:
         return f"DjangoRepository({self.using!r})"
@@ -140,7 +139,7 @@ class DjangoRepository(SQLRepository):
         try:
             return work()
         except Locked as error:
-            if self._hurries.now:
+            if self._pool.hurries.now:
                 raise
             return try_again(work, error, self.timing)
 
@@ -213,7 +212,13 @@ class DjangoRepository(SQLRepository):
             self._file.forget()
 
 
-class PoolLinks(Links, News, Forks):
+class _Hurries(threading.local):
+    """True for a thread that wants to be told of locks at once."""
+
+    now = False
+
+
+class PoolLinks(Links, News, House, Forks):
     """The repository's own connections to its database.
 
     Args:
@@ -235,6 +240,8 @@ class PoolLinks(Links, News, Forks):
         self.turns = Turns(file, timing) if file else None
         self.wakeups = Wakeups(file, timing) if file else None
         self._several = several
+        self.one_host = file is not None
+        self.hurries = _Hurries()
         self.doubtful: Pairs = {}
         self._commits = 0
         self._seen: tuple[object, object] = (None, 0)
@@ -401,6 +408,39 @@ class PoolLinks(Links, News, Forks):
 
     # --- opening and closing
 
+    def prepare(self) -> None:
+        """Raise an error if the tables are missing."""
+        tables = statements_of(self.vendor).dialect
+        first = f"SELECT {', '.join(COLUMNS)}, seq FROM {tables.tasks} WHERE seq = 0"
+        others = (tables.parents, tables.tags, tables.notes)
+        for sql in (first, *(f"SELECT 1 FROM {table} WHERE 1 = 0" for table in others)):
+            self.rows(sql)
+
+    def examine(self) -> Iterator[Check]:
+        from taskx.contrib.django.examination import examine  # not needed to run tasks
+
+        return examine(self, self.connections, self.timing)
+
+    def ensure_there(self) -> None:
+        """Raise an error if the SQLite file was moved, deleted or replaced since it was opened."""
+        if self._file is not None:
+            self._file.check()
+
+    def file_sizes(self) -> dict[str, int]:
+        """Return the bytes that an SQLite file and its log take, by path. The site's data is in it, too."""
+        return {} if self._file is None else self._file.sizes()
+
+    def within(self, seconds: float) -> AbstractContextManager[object]:
+        return self.connections.within(seconds)
+
+    @contextmanager
+    def without_waiting(self) -> Iterator[None]:
+        before, self.hurries.now = self.hurries.now, True
+        try:
+            yield
+        finally:
+            self.hurries.now = before
+
     def close(self) -> None:
         """Close the connections."""
         self.connections.close()
@@ -428,58 +468,6 @@ class PoolLinks(Links, News, Forks):
             self.wakeups.renew_after_fork()
 
 
-class DatabaseHouse(House):
-    """Looks after a database, and the file if it is one in SQLite."""
-
-    def __init__(
-        self, repository: DjangoRepository, connections: Connections, hurries: _Hurries
-    ) -> None:
-        self._repository = repository
-        self._connections = connections
-        self._file = connections.file
-        self._hurries = hurries
-        self.one_host = self._file is not None
-
-    def prepare(self) -> None:
-        """Raise an error if the tables are missing."""
-        tables = self._repository.statements.dialect
-        first = f"SELECT {', '.join(COLUMNS)}, seq FROM {tables.tasks} WHERE seq = 0"
-        others = (tables.parents, tables.tags, tables.notes)
-        for sql in (first, *(f"SELECT 1 FROM {table} WHERE 1 = 0" for table in others)):
-            self._connections.read(lambda link, sql=sql: link.rows(sql))  # type: ignore[misc]
-
-    def examine(self) -> Iterator[Check]:
-        from taskx.contrib.django.examination import examine  # not needed to run tasks
-
-        return examine(self._repository, self._connections)
-
-    def ensure_there(self) -> None:
-        """Raise an error if the SQLite file was moved, deleted or replaced since it was opened."""
-        if self._file is not None:
-            self._file.check()
-
-    def file_sizes(self) -> dict[str, int]:
-        """Return the bytes that an SQLite file and its log take, by path. The site's data is in it, too."""
-        return {} if self._file is None else self._file.sizes()
-
-    def within(self, seconds: float) -> AbstractContextManager[object]:
-        return self._connections.within(seconds)
-
-    @contextmanager
-    def without_waiting(self) -> Iterator[None]:
-        before, self._hurries.now = self._hurries.now, True
-        try:
-            yield
-        finally:
-            self._hurries.now = before
-
-
-class _Hurries(threading.local):
-    """True for a thread that wants to be told of locks at once."""
-
-    now = False
-
-
 def _data_version(link: Link) -> object:
     ((others,),) = link.rows("PRAGMA data_version")
     return link.number, others
@@ -496,10 +484,24 @@ class BlockTransactions(BesideBlocks):
         self._pool = pool
         self._links = pool.connections
 
-    def join(self, connection: object, then: Then | None) -> AbstractContextManager[Repository]:
+    @contextmanager
+    def join(self, connection: object, then: Then | None) -> Iterator[Repository]:
         if is_elsewhere(connection):
-            return super().join(connection, then)
-        return joining.join(self._outer, self._links, connection, then, self.tell_others)
+            with super().join(connection, then) as waiting:
+                yield waiting
+            return
+        own = joining.own_connection(self._links.alias, connection)
+        block = joining.BlockLinks(self._links, Link(own))
+        with block.begun(), block.savepoint("taskx"):
+            yield self._outer.over(block)
+        if block.wrote and then is not None and own.in_atomic_block:
+            applied = block.applied
+
+            def follow() -> None:
+                self._pool.tell_others(applied)
+                then(applied)
+
+            after_commit(own, self._outer, applied, follow)
 
     def begin(self) -> AbstractContextManager[Any]:
         return joining.executor_block(self._links, self._pool.enter_block)

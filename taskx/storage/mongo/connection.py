@@ -91,7 +91,7 @@ class Connection:
         self.name = name
         self.timeout = timeout
         self.timing = timing
-        self._where = where
+        self.where = where
         self._write_concern = write_concern
         self._database: Database[Document] | None = None
         self._collections: dict[str, Collection[Document]] = {}
@@ -148,7 +148,7 @@ class Connection:
     def _open(self, name: str) -> Collection[Document]:
         if self._database is None:
             self._database = (
-                self._connect(self._where) if isinstance(self._where, Url) else self._where
+                self._connect(self.where) if isinstance(self.where, Url) else self.where
             )
         if not self.is_real:
             return self._database[name]  # a mock does not support options
@@ -183,7 +183,7 @@ class Connection:
         with self._lock:
             database, self._database = self._database, None
             self._collections = {}
-        if database is not None and isinstance(self._where, Url):
+        if database is not None and isinstance(self.where, Url):
             with pymongo.timeout(1.0):  # closing sends a message to the server, which may be down
                 database.client.close()
 
@@ -192,10 +192,10 @@ class Connection:
         self._lock = threading.Lock()
         self._collections = {}
         self._database = None
-        if isinstance(self._where, Database):
-            duplicate = getattr(self._where.client, "_duplicate", None)  # a private method
+        if isinstance(self.where, Database):
+            duplicate = getattr(self.where.client, "_duplicate", None)  # a private method
             if duplicate is not None:
-                self._where = duplicate(connect=False).get_database(self._where.name)
+                self.where = duplicate(connect=False).get_database(self.where.name)
 
 
 class Sequencer:

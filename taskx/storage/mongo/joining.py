@@ -108,8 +108,10 @@ class InSession(Connection):
     """
 
     def __init__(self, outer: Connection, session: ClientSession) -> None:
-        self.name, self.timeout, self.turns = outer.name, outer.timeout, outer.turns
-        self.is_real, self.timing = outer.is_real, outer.timing
+        where, timing = outer.where, outer.timing
+        super().__init__(
+            outer.name, where, timeout=outer.timeout, write_concern=None, timing=timing
+        )
         self.session = session
         self.wrote = False
         self._outer = outer

@@ -45,7 +45,7 @@ from taskx.storage.transactions import Stored, Then, Transactions, Unit
 _SHORTEST_LEASE = 0.5
 
 
-class MongoRepository(Tasks):
+class MongoRepository(Tasks, Forks):
     """Keeps tasks in a MongoDB collection, which processes on several hosts may share.
 
     The documents have the format of the original TaskX, so that a Go service and a Python one can share
@@ -111,7 +111,7 @@ class MongoRepository(Tasks):
         self._indexed = False
         self.transactions = SessionTransactions(self)
         self.house = ServerHouse(self, connection)
-        self.forks = at_forks(ServerForks(self))
+        self.forks = at_forks(self)
 
     @classmethod
     def from_url(
@@ -179,12 +179,10 @@ class MongoRepository(Tasks):
         self._changes.close()
         self._connection.close()
 
-    def renew(self) -> None:
-        """Use connections of its own in a forked child."""
+    def renew_after_fork(self) -> None:
         self._connection.renew_after_fork()
         for part in (self._sequencer, self._sender, self._batches, self._changes):
             part.renew()
-        self.transactions.renew()
 
 
 class ServerHouse(House):
@@ -208,16 +206,6 @@ class ServerHouse(House):
 
     def within(self, seconds: float) -> AbstractContextManager[object]:
         return pymongo.timeout(seconds)
-
-
-class ServerForks(Forks):
-    """Gives a forked child connections of its own."""
-
-    def __init__(self, repository: MongoRepository) -> None:
-        self._repository = repository
-
-    def renew_after_fork(self) -> None:
-        self._repository.renew()
 
 
 class SessionTransactions(Transactions):

@@ -191,7 +191,7 @@ class Tasks(Repository):
         return self.reads.list_after(filter)[0]
 
     def count(self, filter: TaskFilter) -> int:
-        return self._reads.count(filter)
+        return self._reads.count_to(filter, None)
 
     # --- by the next step
 
@@ -365,14 +365,7 @@ class DocumentReads(Reads):
         tasks = [task_from_document(document, self._repository.codecs) for document in documents]
         return tasks, place_of(documents[-1]) if documents else after
 
-    def count(self, filter: TaskFilter) -> int:
-        """Return the number of tasks that match the filter."""
-        return self._count(filter)
-
-    def count_to(self, filter: TaskFilter, most: int) -> int:
-        return self._count(filter, most) if most else 0
-
-    def _count(self, filter: TaskFilter, most: int | None = None) -> int:
+    def count_to(self, filter: TaskFilter, most: int | None) -> int:
         self._repository.refuse_unknown_conditions(filter)
 
         def read() -> int:
@@ -383,6 +376,8 @@ class DocumentReads(Reads):
                 hidden = tasks.count_documents({**wanted, **HIDDEN})
             if most is None:
                 return max(0, tasks.count_documents(wanted) - hidden)
+            if not most:
+                return 0
             found = tasks.count_documents(wanted, limit=min(most + hidden, _MOST_DOCUMENTS))
             return max(0, min(found - hidden, most))
 

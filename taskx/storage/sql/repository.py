@@ -53,14 +53,7 @@ class SQLReads(Reads):
         tasks = [task_from_row(row, self._repository.codecs) for *row, _ in rows]
         return tasks, (rows[-1][_CREATED_AT], rows[-1][-1]) if rows else after
 
-    def count(self, filter: TaskFilter) -> int:
-        """Return the number of tasks that match the filter."""
-        return self._count(filter, None)
-
-    def count_to(self, filter: TaskFilter, most: int) -> int:
-        return self._count(filter, most)
-
-    def _count(self, filter: TaskFilter, most: int | None) -> int:
+    def count_to(self, filter: TaskFilter, most: int | None) -> int:
         self._repository.refuse_unknown_conditions(filter)
         query = self.statements.count_tasks(filter, most, self._rarest(filter))
         ((count,),) = self._rows(*query)
@@ -226,7 +219,7 @@ class SQLRepository(Repository):
         return self.reads.list_after(filter)[0]
 
     def count(self, filter: TaskFilter) -> int:
-        return self._reads.count(filter)
+        return self._reads.count_to(filter, None)
 
     def ready(
         self, types: Iterable[str], limit: int, owner: str = "", ageing: int = 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import itertools
-import os
 import sqlite3
 import sys
 import threading
@@ -13,20 +12,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from itertools import compress
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import attrs
 
 from taskx.core.errors import ConfigurationError, RepositoryError, RepositoryUnavailable, TaskxError
-from taskx.core.timing import Timing
 from taskx.core.writes import Write
 from taskx.storage import queries
 from taskx.storage.base import Repository
 from taskx.storage.sql import Link, Links, Sent, SQLRepository
 from taskx.storage.sqlite.connections import FAILURES
-from taskx.storage.sqlite.file import DatabaseFile
-from taskx.storage.sqlite.link import Cursor, text_or_bytes
-from taskx.storage.sqlite.schema import VERSION, Schema
+from taskx.storage.sqlite.links import Cursor, FileLinks, connect_to, fetch
+from taskx.storage.sqlite.schema import VERSION
 from taskx.storage.transactions import Active, Stored, Then, Transactions, Unit
 
 _LEGACY = -1  # sqlite3.LEGACY_TRANSACTION_CONTROL, which Python 3.12 added
@@ -37,28 +34,6 @@ _FEW = 20
 #: Opens the connection of an executor's transaction.
 Connect = Callable[[], sqlite3.Connection]
 T = TypeVar("T")
-
-
-class Outer(Protocol):
-    """What the transactions use of the links of a process to its file."""
-
-    file: DatabaseFile
-    schema: Schema
-    prefix: str
-    durability: Any
-    busy_timeout: float
-    timing: Timing
-    blocking: set[int]
-
-    def open(self) -> None: ...
-
-    def begin_on(self, connection: sqlite3.Connection, /) -> None: ...
-
-    def translated(self, error: Exception, /) -> TaskxError: ...
-
-    def lock_is_free(self) -> bool: ...
-
-    def tell_others(self, writes: Sequence[Write], /) -> None: ...
 
 
 def driver_connection(given: object) -> tuple[sqlite3.Connection, Active]:
@@ -112,7 +87,7 @@ def _open_in_django(connection: Any) -> None:
 
 
 @contextmanager
-def own_transaction(outer: Outer, connect: Connect | None) -> Iterator[sqlite3.Connection]:
+def own_transaction(outer: FileLinks, connect: Connect | None) -> Iterator[sqlite3.Connection]:
     """Do what :meth:`Transactions.begin` describes."""
     outer.open()
     guard = _Guard()
@@ -147,7 +122,7 @@ def _close(connection: sqlite3.Connection) -> None:
         connection.close()
 
 
-def _connect(outer: Outer, connect: Connect | None) -> sqlite3.Connection:
+def _connect(outer: FileLinks, connect: Connect | None) -> sqlite3.Connection:
     if connect is not None:
         connection = connect()
         if not isinstance(connection, sqlite3.Connection):
@@ -156,14 +131,6 @@ def _connect(outer: Outer, connect: Connect | None) -> sqlite3.Connection:
             )
         return connection
     return connect_to(outer.file, outer.busy_timeout)
-
-
-def connect_to(file: DatabaseFile, timeout: float) -> sqlite3.Connection:
-    """Open a connection to an existing file. It begins no transactions by itself."""
-    from urllib.parse import quote  # slow to load
-
-    url = f"file://{quote(os.fsencode(file.path))}?mode=rw"
-    return sqlite3.connect(url, uri=True, timeout=timeout, isolation_level=None)
 
 
 def _commit(connection: sqlite3.Connection) -> None:
@@ -191,7 +158,7 @@ class _Guard:
 
 
 @contextmanager
-def _translating(outer: Outer) -> Iterator[None]:
+def _translating(outer: FileLinks) -> Iterator[None]:
     try:
         yield
     except _InDoubt as error:
@@ -285,7 +252,7 @@ class CallersLinks(Links):
         applied: the writes so far whose guards held.
     """
 
-    def __init__(self, outer: Outer, connection: sqlite3.Connection) -> None:
+    def __init__(self, outer: FileLinks, connection: sqlite3.Connection) -> None:
         self.applied: list[Write] = []
         self._outer = outer
         self._connection = connection
@@ -441,16 +408,7 @@ class CallersLinks(Links):
             return self._fetch(sql, values)
 
     def _fetch(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
-        try:
-            return self._cursor().execute(sql, values).fetchall()
-        except sqlite3.OperationalError as error:
-            if "decode" not in str(error):
-                raise
-        self._connection.text_factory = text_or_bytes
-        try:
-            return self._cursor().execute(sql, values).fetchall()
-        finally:
-            self._connection.text_factory = str
+        return fetch(self._connection, sql, values, self._cursor().execute)
 
 
 class FileTransactions(Transactions):
@@ -470,7 +428,9 @@ class FileTransactions(Transactions):
         connect: opens the connections of executors; None: as the links do.
     """
 
-    def __init__(self, repository: SQLRepository, outer: Outer, connect: Connect | None) -> None:
+    def __init__(
+        self, repository: SQLRepository, outer: FileLinks, connect: Connect | None
+    ) -> None:
         super().__init__("SQLiteRepository", outer.timing)
         self._repository = repository
         self._outer = outer
