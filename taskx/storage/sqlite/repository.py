@@ -29,7 +29,7 @@ from taskx.core.timing import DEFAULT_TIMING, Timing
 from taskx.core.writes import Write
 from taskx.liveness.locks import KernelLocks
 from taskx.storage import queries
-from taskx.storage.base import Listener, Lookup, Reentered, tell_of_forks
+from taskx.storage.base import Fields, Listener, Lookup, Reentered, Rows, tell_of_forks
 from taskx.storage.sql import Link, Sent, SQLRepository
 from taskx.storage.sqlite import schema, turnstile
 from taskx.storage.sqlite.connections import FAILURES, Connection, Connections
@@ -168,9 +168,25 @@ class SQLiteRepository(SQLRepository):
         if self._write_lock._is_owned():  # type: ignore[attr-defined]
             raise Reentered
         with self._write_lock:
-            connection = self._ready_writer()
+            connection = self._connections.writer()
+            if connection.in_transaction:  # signals interrupted the last transaction twice
+                self._roll_back(connection)
+                connection = self._connections.writer()  # a new one if the rollback failed
+            self._file.check()
             try:
-                cursor = self._begin(connection, durable)
+                cursor = connection.cursor(_Cursor)
+                timeout = self._connections.busy_timeout
+                hurry = self.callers.blocked
+                left = self._turnstile.enter(self.timing.file_free_within if hurry else timeout)
+                full = self.durability == "full" or (durable and self.durability == "accepted")
+                if connection.synchronous != (wanted := "FULL" if full else "NORMAL"):
+                    self._set_synchronous(connection, wanted)
+                if self.prefix:
+                    self._begin_among_others(connection, left)
+                elif timeout - left < self._short_wait:
+                    cursor.execute("BEGIN IMMEDIATE")
+                else:
+                    self._begin_within(cursor, left)
                 result = work(cursor)
                 self._refuse_if_newer(connection, sent)
                 cursor.execute("COMMIT")
@@ -182,33 +198,13 @@ class SQLiteRepository(SQLRepository):
             finally:
                 self._turnstile.leave()
 
-    def _ready_writer(self) -> Connection:
-        connection = self._connections.writer()
-        if connection.in_transaction:  # signals interrupted the last transaction twice
-            self._roll_back(connection)
-            connection = self._connections.writer()  # a new one if the rollback failed
-        self._file.check()
-        return connection
-
-    def _begin(self, connection: Connection, durable: bool) -> _Cursor:
-        """Begin a transaction when it is this process's turn, within the time-out."""
-        timeout = self._connections.busy_timeout
-        cursor = connection.cursor(_Cursor)
-        hurry = self.callers.blocked
-        left = self._turnstile.enter(self.timing.file_free_within if hurry else timeout)
-        self._set_synchronous(connection, durable)
-        if self.prefix:
-            self._begin_among_others(connection, left)
-            return cursor
-        if timeout - left < self._short_wait:
-            cursor.execute("BEGIN IMMEDIATE")
-            return cursor
-        cursor.execute(f"PRAGMA busy_timeout = {left * 1000:.0f}")
+    def _begin_within(self, cursor: _Cursor, seconds: float) -> None:
+        """Begin a transaction; SQLite waits at most so long for other programs."""
+        cursor.execute(f"PRAGMA busy_timeout = {seconds * 1000:.0f}")
         try:
             cursor.execute("BEGIN IMMEDIATE")
         finally:
-            cursor.execute(f"PRAGMA busy_timeout = {timeout * 1000:.0f}")
-        return cursor
+            cursor.execute(f"PRAGMA busy_timeout = {self.busy_timeout * 1000:.0f}")
 
     def _begin_among_others(self, connection: sqlite3.Connection, seconds: float) -> None:
         """Begin a transaction in a file whose other writers take no turns."""
@@ -248,13 +244,10 @@ class SQLiteRepository(SQLRepository):
         except sqlite3.Error:  # closing the connection undoes the transaction
             self._connections.discard_writer()
 
-    def _set_synchronous(self, connection: Connection, durable: bool) -> None:
-        full = self.durability == "full" or (durable and self.durability == "accepted")
-        wanted = "FULL" if full else "NORMAL"
-        if wanted != connection.synchronous:
-            connection.synchronous = ""  # unknown if an interrupt comes after the next line
-            connection.execute(f"PRAGMA synchronous = {wanted}")
-            connection.synchronous = wanted
+    def _set_synchronous(self, connection: Connection, wanted: str) -> None:
+        connection.synchronous = ""  # unknown if an interrupt comes after the next line
+        connection.execute(f"PRAGMA synchronous = {wanted}")
+        connection.synchronous = wanted
 
     # --- inside a transaction of the caller
 
@@ -299,14 +292,16 @@ class SQLiteRepository(SQLRepository):
         self.open()
         return self._connections.read(_fetch, sql, values)
 
-    def _found(self, column: Lookup, sql: str, values: Sequence[Any]) -> list[Any]:
-        """Read a few rows on the writing connection if it is free, otherwise on a reader.
+    def find(
+        self, column: Lookup, values: Sequence[str], fields: Fields, limit: int | None = None
+    ) -> Rows:
+        """Find a few rows on the writing connection if it is free, others on a reader.
 
         The writing connection has the pages that it wrote last in memory. A reader must read them again
         after each commit.
         """
-        if column not in _NEAR or len(values) > _FEW or self.entered:
-            return self._rows(sql, values)
+        if column not in _NEAR or len(values) > _FEW or limit is not None or self.entered:
+            return super().find(column, values, fields, limit)
         self.open()
         got: list[bool] = []
         try:
@@ -315,13 +310,15 @@ class SQLiteRepository(SQLRepository):
             got.extend(map(self._write_lock.acquire, (False,)))
             # Not inside a transaction that an interrupt cut short: its writes will be undone.
             if got == [True] and not (writer := self._connections.writer()).in_transaction:
-                return writer.execute(sql, values).fetchall()
+                return writer.execute(
+                    *self.statements.find(column, values, fields, False)
+                ).fetchall()
         except sqlite3.Error:
             pass  # the reader meets the same error, and translates it
         finally:
             if got == [True]:
                 self._write_lock.release()
-        return self._rows(sql, values)
+        return super().find(column, values, fields)
 
     def open(self) -> None:
         """Create and check the file before the first read. Later, check that it still exists.
@@ -643,8 +640,7 @@ class Joined(SQLiteRepository):
         with self.translating():
             return self._fetch(sql, values)
 
-    def _found(self, column: Lookup, sql: str, values: Sequence[Any]) -> list[Any]:
-        return self._rows(sql, values)
+    find = SQLRepository.find
 
     def _fetch(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
         try:
