@@ -12,6 +12,7 @@ from pathlib import Path
 import taskx
 from taskx.common.ledger import Ledger
 from taskx.moving import Moves
+from taskx.running.place import Place
 from taskx.storage.base import Repository
 from taskx.storage.eight import TaskRepository
 
@@ -97,3 +98,34 @@ def test_what_a_store_must_do_is_eleven_primitives_and_the_rest_is_in_objects():
         *("get_many", "statuses", "put_note", "nodes", "require", "close"),
         *("refuse_unknown_conditions", "refuse_if_key_held"),
     }
+
+
+# Ways in
+
+
+def test_three_functions_take_in_new_tasks():
+    """Each reserves places, stores the tasks, and fills the places."""
+    fillers = {
+        f"{name}: {function.name}"
+        for name, tree in modules()
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef)
+        for node in ast.walk(function)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == "fill"
+    }
+    assert fillers == {
+        f"submitting/intake.py: {function}" for function in ("accept", "accept_many", "put")
+    }
+
+
+def test_every_place_that_can_be_filled_is_a_kind_of_place():
+    kinds = {
+        node.name
+        for _, tree in modules()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+        and any(isinstance(part, ast.FunctionDef) and part.name == "fill" for part in node.body)
+    }
+    assert kinds == {"Place", *(kind.__name__ for kind in Place.__subclasses__())}

@@ -180,7 +180,7 @@ class Ledger(ABC, Generic[OutcomeT]):
                         # Take the lock and note it in one step: an interrupt may come between two steps.
                         leads[:] = map(self._leading.acquire, (False,))
                     if leads == [True]:
-                        self._lead(self._due())
+                        self._lead()
                     elif entry.turn is not None:
                         entry.turn.wait(self._timing.follower_every)
                     else:  # from now on a leader wakes this thread, unless it has just looked
@@ -240,13 +240,13 @@ class Ledger(ABC, Generic[OutcomeT]):
         try:
             if wait:
                 with self._leading:
-                    self._lead(self._due())
+                    self._lead()
                 for entry in list(self._waiting):
                     if entry.locked is not None:
                         raise entry.locked
             elif self._leading.acquire(blocking=False):  # never on the main thread
                 try:
-                    self._lead(self._due())
+                    self._lead()
                 finally:
                     self._leading.release()
             else:
@@ -256,14 +256,14 @@ class Ledger(ABC, Generic[OutcomeT]):
             self._finish()
         return True
 
-    def _due(self) -> list[_Entry[OutcomeT]]:
-        """Return the entries of the next batch."""
-        now = time.monotonic()
-        due = [entry for entry in list(self._waiting) if entry.not_before <= now]
-        return due[: self._timing.commit_batch]
-
-    def _lead(self, batch: list[_Entry[OutcomeT]]) -> None:
-        """Commit entries in one transaction, and wake their threads."""
+    def _lead(self, alone: _Entry[OutcomeT] | None = None) -> None:
+        """Commit the next batch, or one entry ``alone``, and wake the threads that wait for it."""
+        if alone is not None:
+            batch = [alone]
+        else:
+            now = time.monotonic()
+            due = [entry for entry in list(self._waiting) if entry.not_before <= now]
+            batch = due[: self._timing.commit_batch]
         try:
             if self._sent:
                 self._read_back()
@@ -313,8 +313,8 @@ class Ledger(ABC, Generic[OutcomeT]):
     def _failed(self, entries: list[_Entry[OutcomeT]], error: Exception) -> None:
         """Commit entries one by one after a batch failed, so that a bad or locked write fails alone.
 
-        If the repository is away, fail those with a waiting thread. Outcomes and doubtful entries stay in the
-        queue.
+        If the repository is away, fail those with a waiting thread. Outcomes and doubtful entries stay in
+        the queue.
         """
         if isinstance(error, RepositoryUnavailable) and not isinstance(error, Locked):
             for entry in entries:
@@ -331,7 +331,7 @@ class Ledger(ABC, Generic[OutcomeT]):
                 self._reject(entry, error)
                 continue
             try:
-                self._lead([entry])
+                self._lead(entry)
             except RepositoryUnavailable as unavailable:
                 if isinstance(error, RepositoryError) and error.in_doubt:
                     unavailable.in_doubt = True  # the batch may have stored more than is sent again

@@ -48,13 +48,14 @@ def new_record(task: Task, now: int, max_size: int = payload.DEFAULT_MAX_SIZE) -
     if task.status is not TaskStatus.PENDING:
         raise InvalidTransition(f"a new task must be pending; this one is {task.status}")
     columns = {
-        "id": check_name(task.id, "id") or new_id(),
+        "id": new_id() if task.id == "" else check_key(task.id, "id"),
         "type": check_key(task.type, "type"),
         "params": payload.encode_params(task.params, max_size),
-        "created_by": check_name(task.created_by, "created_by"),
+        "created_by": check_name(task.created_by, "created_by") if task.created_by != "" else "",
         "created_at": now,
-        **_between_tasks(task),
     }
+    if _links(task) != _ALONE:
+        columns.update(_between_tasks(task))
     said = _options(task)
     if said != _NOTHING or type(said[0]) is not int:  # most tasks have none
         columns.update(checked(task, CHECKS))
@@ -70,6 +71,11 @@ def new_record(task: Task, now: int, max_size: int = payload.DEFAULT_MAX_SIZE) -
 
 _options = attrgetter(*CHECKS)
 _NOTHING = _options(Task())
+_links = attrgetter(
+    *("unique_key", "unique_scope", "depends_on", "on_parent_failure", "tags", "flow"),
+    "concurrency_key",
+)
+_ALONE = _links(Task())
 
 
 def _expiry(expires_at: datetime, run_at: datetime | None) -> int:
@@ -83,7 +89,7 @@ def _expiry(expires_at: datetime, run_at: datetime | None) -> int:
 
 
 def _between_tasks(task: Task) -> dict[str, Any]:
-    """Return the columns that concern other tasks; most tasks have none of them."""
+    """Return the columns that concern other tasks."""
     said: dict[str, Any] = {}
     if task.unique_key is not None:
         said["unique_key"] = check_key(task.unique_key, "unique_key")

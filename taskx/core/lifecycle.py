@@ -904,7 +904,7 @@ FREED, CANCEL_REQUESTED, ENDED = "f", "c", "e"
 
 def news(write: Write) -> str:
     """Return the kind of news in a write, for other processes; empty if there is no news."""
-    changes = write.changes
+    changes = write.row if isinstance(write, Insert) else write.changes
     if isinstance(write, Delete) or changes.get("status") in FINISHED:
         return ENDED
     if changes.get("cancel_requested_at") is not None:

@@ -62,6 +62,8 @@ def check_name(value: Any, what: str) -> str:
 
 def check_key(value: Any, what: str) -> str:
     """Return a valid name that is not empty. Raises ConfigurationError if it is neither."""
+    if type(value) is str and 0 < len(value) <= MAX_NAME and value.isascii() and "\0" not in value:
+        return value
     text = check_name(value, what)
     if not text:
         raise ConfigurationError(f"{what} must not be empty")

@@ -44,6 +44,8 @@ def encode(value: Any, what: str, max_size: int = DEFAULT_MAX_SIZE) -> str:
     if isinstance(value, dict) and CODEC_KEY in value:
         raise PayloadError(f"{what}.{CODEC_KEY}", "is a reserved key; use another name")
     text = _dumps(value)
+    if text.isascii() and len(text) <= max_size:
+        return text
     try:
         check_size(text, what, max_size)
     except UnicodeEncodeError:
@@ -111,6 +113,9 @@ def _flaw_in_dict(value: dict[Any, Any], depth: int) -> tuple[str, str] | None:
             return f"[{key!r}]", "a key must be a string"
         if "\0" in key:
             return f"[{key!r}]", "a key must not contain a NUL character"
+        kind = type(item)
+        if kind is str or item is None or (kind is int and _INT_MIN <= item <= _INT_MAX):
+            continue
         if flaw := _flaw(item, depth + 1):
             return f".{key}{flaw[0]}", flaw[1]
     return None

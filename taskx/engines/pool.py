@@ -29,10 +29,6 @@ class TicketFetcher(Fetcher):
         """Return True: tickets are also sent for types that only other processes run."""
         return True
 
-    def buffers(self, type: str) -> bool:
-        """Return False: every task is stored as a free one."""
-        return False
-
     def unmarked(self) -> set[str]:
         """Return the ids of the pending tasks of this node, which the audit then leaves alone."""
         return {*super().unmarked(), *list(self.tickets.sent), *self.tickets.kept}
@@ -87,6 +83,10 @@ class TicketPool(WorkerPool):
 
     def start_workers(self) -> None:
         """Start no thread."""
+
+    def buffers(self, type: str) -> bool:
+        """Return False: every new task is stored as a free one."""
+        return False
 
     def set_workers(self, number: int) -> None:
         """Do nothing: the worker process decides how many tasks it runs at a time."""

@@ -33,7 +33,8 @@ class Ahead:
         self.at_work: dict[Run, float] = {}
         # The time at which a run was last laid out or taken; True if one was taken since the last nudge.
         self._since, self._taken = 0.0, False
-        self._waiting: set[_thread.LockType] = set()
+        #: The workers that wait for a task.
+        self.waiting: set[_thread.LockType] = set()
         self._work = Bell()
         #: True if tasks have lately been so short that waking a thread costs more than a task.
         self.short = False
@@ -53,7 +54,7 @@ class Ahead:
     @property
     def portion(self) -> int:
         """The number of tasks to start at once: one for each of a few waiting workers; many if short."""
-        return self._most if self.short else 1 + min(len(self._waiting), self._most_served)
+        return self._most if self.short else 1 + min(len(self.waiting), self._most_served)
 
     def let_gather(self, waiting: int) -> None:
         """Let a few short tasks gather while they arrive in quick succession.
@@ -89,7 +90,8 @@ class Ahead:
     @property
     def idles(self) -> bool:
         """True if a waiting worker has nothing to take yet, and waking it pays."""
-        return len(self._waiting) > len(self.runs) and not self._leaves_to_others()
+        more = len(self.waiting) > len(self.runs)
+        return more and not (self.short and self._leaves_to_others())
 
     def serve(self, run: Run) -> bool:
         """Give a started task to a waiting worker.
@@ -100,7 +102,7 @@ class Ahead:
         self._since = time.monotonic()
         self.runs.append(run)
         self._work.ring()
-        return len(self.runs) <= len(self._waiting)
+        return len(self.runs) <= len(self.waiting)
 
     def take(self) -> Run | None:
         """Take the next task that was started ahead; return None if none is left."""
@@ -110,7 +112,7 @@ class Ahead:
             return None
         run.state = "starting"
         self._taken, self._since = True, time.monotonic()
-        if self.runs and self._waiting and not self._leaves_to_others():
+        if self.runs and self.waiting and not self._leaves_to_others():
             self._work.ring()
         return run
 
@@ -129,14 +131,14 @@ class Ahead:
         """Wait until ``ready`` returns a true value: there is something for this worker."""
         while True:
             ear = self._work.listen()
-            self._waiting.add(ear)  # before the check: a task that arrives later wakes this worker
+            self.waiting.add(ear)  # before the check: a task that arrives later wakes this worker
             try:
                 if ready():
                     self._work.leave(ear)
                     return
                 self._work.wait(ear)
             finally:
-                self._waiting.discard(ear)
+                self.waiting.discard(ear)
 
     def wake(self) -> bool:
         """Wake a waiting worker, unless tasks are short and another worker is busy with them.
@@ -144,7 +146,7 @@ class Ahead:
         Waking a thread, so that two compete for the interpreter lock, costs more than a short task.
         Return False if workers wait and none was woken.
         """
-        if not self._waiting:
+        if not self.waiting:
             return True
         if self._leaves_to_others():
             return False
@@ -153,7 +155,7 @@ class Ahead:
 
     def _leaves_to_others(self) -> bool:
         """Return True if tasks are short and another worker is busy with them."""
-        busy = self.workers - len(self._waiting)
+        busy = self.workers - len(self.waiting)
         # Usually one of them has just taken its task, so there is no need to look at the times.
         return self.short and (busy > len(self.at_work) or busy > self._tied_up())
 
@@ -171,11 +173,11 @@ class Ahead:
 
         ``waiting`` is the number of tasks in the buffer. Return False if no worker waits.
         """
-        if self._waiting and not self._taken:
+        if self.waiting and not self._taken:
             self._work.ring(waiting + len(self.runs))
         self._taken = False
-        return bool(self._waiting)
+        return bool(self.waiting)
 
     def needs_care(self, waiting: int) -> bool:
         """Return True if a task here, or in the buffer, may soon have to be handed on."""
-        return bool(self.runs or (waiting and self._waiting))
+        return bool(self.runs or (waiting and self.waiting))

@@ -13,6 +13,8 @@ from typing import NamedTuple
 from taskx.common.bell import Bell
 from taskx.core.record import Stub, rank
 from taskx.core.timing import DEFAULT_TIMING
+from taskx.core.writes import Insert
+from taskx.running.place import Place
 
 # The heap is tidied if more than half of it, and more than this many items, have left the buffer.
 _FEW_GONE = 64
@@ -29,10 +31,88 @@ class Item(NamedTuple):
     fetched: bool
 
 
+class Slots(Place):
+    """The place of new tasks in the buffer: slots, which are reserved before the tasks are stored.
+
+    So an accepted task always fits. The tasks are stored with this node as their owner.
+
+    Args:
+        buffer: the buffer.
+        node: the id of its node.
+        writes: the writes that store the tasks.
+        short_of_workers: called if workers wait and none was woken for the tasks.
+    """
+
+    def __init__(
+        self,
+        buffer: Buffer,
+        node: str,
+        writes: Sequence[Insert],
+        short_of_workers: Callable[[], object],
+    ) -> None:
+        self.writes = writes
+        self._buffer, self._node, self._short_of_workers = buffer, node, short_of_workers
+        self._numbers = [next(buffer._numbers) for _ in writes]
+
+    def reserve(self, timeout: float | None = 0.0) -> bool:
+        """Reserve the slots; return False if there is no room in time, or the buffer is closed.
+
+        ``timeout`` is the most seconds to wait for room; 0: do not wait; None: wait for ever.
+        """
+        buffer, numbers = self._buffer, self._numbers
+        deadline = time.monotonic() + timeout if timeout else 0.0
+        while True:
+            with buffer._mutex:
+                if buffer.closed:
+                    return False
+                taken = len(buffer._submitted) + len(buffer.reserved)
+                if taken + len(numbers) <= buffer.maxsize:
+                    buffer.reserved.update(numbers)
+                    break
+                if timeout == 0.0:
+                    return False
+                ear = buffer.room.listen()
+            every = buffer._room_every
+            left = every if timeout is None else deadline - time.monotonic()
+            if left <= 0:
+                buffer.room.leave(ear)
+                return False
+            buffer.room.wait(ear, min(left, every))
+        for write in self.writes:
+            write.row["owner"] = self._node
+        return True
+
+    def fill(self) -> None:
+        """Put the tasks, which are stored now, into their slots."""
+        buffer = self._buffer
+        for write, number in zip(self.writes, self._numbers, strict=True):
+            row = write.row
+            since, priority = row["created_at"], row["priority"]
+            with buffer._mutex:
+                # After the clock was set back, a task that is stored later has an earlier time. It must not
+                # overtake.
+                if since >= buffer._latest:
+                    buffer._latest, buffer._set_back_to = since, math.inf
+                else:
+                    buffer._set_back_to = min(buffer._set_back_to, since)
+                    since = int(buffer._latest)
+                ageing = buffer.ageing
+                place = rank(priority, since, row["run_at"], ageing) if ageing else -priority
+                item = Item(place, since, number, row["id"], row["type"], False)
+                heappush(buffer._heap, item)  # first: one that is not in the heap would never run
+                buffer._submitted[item.id] = item
+                buffer.reserved.discard(number)
+        if not buffer._wake():
+            self._short_of_workers()
+
+    def release(self, error: BaseException | None) -> None:
+        """Give back the slots that no task has taken."""
+        self._buffer.release(self._numbers)
+
+
 class Buffer:
     """A priority queue of ids with room for ``maxsize`` submitted tasks.
 
-    A submit reserves its slot before the record is committed, so that an accepted task always fits.
     Tasks fetched from the repository have room of their own (``fetch_size``) and never make a submit
     fail.
 
@@ -108,42 +188,10 @@ class Buffer:
 
     # --- for submitters
 
-    def reserve(self, slots: Sequence[int], timeout: float | None = 0.0) -> bool:
-        """Reserve slots; return False if there is no room in time, or the buffer is closed.
-
-        Args:
-            slots: a number from :meth:`new_slot` for each slot. :meth:`add` or :meth:`release` must
-                follow.
-            timeout: the most seconds to wait for room; 0: do not wait; None: wait for ever.
-        """
-        deadline = 0.0 if not timeout else time.monotonic() + timeout
-        while True:
-            with self._mutex:
-                if self.closed:
-                    return False
-                if self.submitted + len(slots) <= self.maxsize:
-                    self.reserved.update(slots)
-                    return True
-                if timeout == 0.0:
-                    return False
-                ear = self.room.listen()
-            left = self._room_every if timeout is None else deadline - time.monotonic()
-            if left <= 0:
-                self.room.leave(ear)
-                return False
-            self.room.wait(ear, min(left, self._room_every))
-
     def release(self, slots: Collection[int]) -> None:
         """Give back the reserved slots that no task has taken."""
         self.reserved.difference_update(slots)
         self.room.ring(len(slots))
-
-    def new_slot(self) -> int:
-        """Return the number of a new slot.
-
-        It sorts a task among those of equal priority and age: after the tasks with earlier numbers.
-        """
-        return next(self._numbers)
 
     def slot_before(self) -> int:
         """Return a number that sorts before all others, for a task that was taken once already."""
@@ -157,16 +205,11 @@ class Buffer:
         created_at: int,
         run_at: int | None,
         order: int,
-        *,
-        fetched: bool = True,
-    ) -> bool:
-        """Put in a task: a submitted one into its reserved slot ``order``, a fetched one beside the slots.
-
-        Return False if workers wait and none was woken.
-        """
+    ) -> None:
+        """Put in a task that was stored before, beside the slots."""
         with self._mutex:
-            self._insert(task_id, type, priority, created_at, run_at, order, fetched=fetched)
-            return self._wake()
+            self._insert(task_id, type, priority, created_at, run_at, order)
+            self._wake()
 
     def _insert(
         self,
@@ -176,32 +219,18 @@ class Buffer:
         created_at: int,
         run_at: int | None,
         order: int,
-        *,
-        fetched: bool,
     ) -> None:
-        since = self._in_order(created_at, fetched=fetched)
+        # A task that was spilled after the clock was set back has an earlier time. It must not overtake.
+        late = self._set_back_to <= created_at < self._latest
+        since = int(self._latest) if late else created_at
         place = rank(priority, since, run_at, self.ageing) if self.ageing else -priority
-        self._add(Item(place, since, order, task_id, type, fetched))
-
-    def _in_order(self, created_at: int, *, fetched: bool) -> int:
-        """Return the time by which a task is sorted: never earlier than for a task submitted before it.
-
-        After the clock was set back, a task that is stored later has an earlier time. It must not overtake.
-        """
-        if created_at >= self._latest:
-            if not fetched:
-                self._latest, self._set_back_to = created_at, math.inf
-            return created_at
-        if not fetched:
-            self._set_back_to = min(self._set_back_to, created_at)
-        return int(self._latest) if created_at >= self._set_back_to else created_at
+        self._add(Item(place, since, order, task_id, type, True))
 
     def add_fetched(self, stubs: Iterable[Stub]) -> None:
         """Put in tasks that the repository listed."""
         with self._mutex:
             for task_id, _, _, priority, created_at, _, type, run_at in stubs:
-                order = next(self._numbers)
-                self._insert(task_id, type, priority, created_at, run_at, order, fetched=True)
+                self._insert(task_id, type, priority, created_at, run_at, next(self._numbers))
             self._wake()  # one worker: it takes some of them, and wakes the next one
 
     def put_back(self, items: Iterable[Item]) -> None:
@@ -230,8 +259,7 @@ class Buffer:
 
     def _add(self, item: Item) -> None:
         heappush(self._heap, item)  # first: an id that is known but not in the heap would never run
-        (self._fetched if item.fetched else self._submitted)[item.id] = item
-        self.reserved.discard(item.order)
+        self._fetched[item.id] = item
 
     def _is_here(self, item: Item) -> bool:
         return (self._fetched if item.fetched else self._submitted).get(item.id) is item

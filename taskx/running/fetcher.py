@@ -60,11 +60,6 @@ class Fetcher:
         """Return True if the node gets tasks of this type to an executor."""
         return self._services.registry.runs(type)
 
-    def buffers(self, type: str) -> bool:
-        """Return True if a task of this type may go straight into the buffer: no limit and no pause."""
-        services = self._services
-        return type not in services.registry.limits and type not in services.controls.paused
-
     def has_room(self, type: str) -> bool:
         """Return True if a task of this type might start now."""
         limited = type in self._services.registry.limits

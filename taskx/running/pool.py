@@ -32,9 +32,10 @@ from taskx.liveness.base import Node
 from taskx.liveness.began import Began
 from taskx.moving import Outcome, Services
 from taskx.running.ahead import Ahead
-from taskx.running.buffer import Buffer, Item
+from taskx.running.buffer import Buffer, Item, Slots
 from taskx.running.fetcher import Fetcher
-from taskx.running.starter import Runs, Starter
+from taskx.running.place import Place
+from taskx.running.starter import Runs, Seat, Starter
 from taskx.running.stuck import Stuck
 from taskx.running.tuning import Tuning
 from taskx.storage import queries
@@ -272,7 +273,7 @@ class WorkerPool:
                 self.hooks.let_catch_up()
             if ahead.short and not ahead.runs and not self.services.watcher.watching:
                 ahead.let_gather(len(buffer))
-            run, items = ahead.take(), None
+            run, items = ahead.take() if ahead.runs else None, None
             if run is None and (items := buffer.take(ahead.portion)):
                 run = self.start(items, worker)
                 self._complaint.over()
@@ -328,12 +329,37 @@ class WorkerPool:
         buffer, suspects = self.buffer, self.starter.suspects
         return not (self.stopping or buffer.starting or len(buffer) or suspects.item)
 
-    def start_new(self, insert: Insert) -> bool:
-        """Store a new task as started, if a worker waits and no other task comes first.
+    def buffers(self, type: str) -> bool:
+        """Return True if a new task may go to a worker or into the buffer: no limit, no pause."""
+        services, paused = self.services, self.services.controls.paused
+        return (
+            type in services.registry.registered
+            and type not in services.registry.limits
+            and not (paused.everything or type in paused.types)
+        )
 
-        One transaction stores and starts it. If this returns False, nothing was stored.
+    def reserve(self, write: Insert, tried: list[Place], *, fresh: bool) -> bool:
+        """Reserve the best place that is free for a new task: a worker that waits, or else a slot.
+
+        Args:
+            write: the write that stores the task.
+            tried: gets the places; the last one is reserved. After an error, which may come at any moment,
+                all of them must be released.
+            fresh: True if no other task can have the id.
+
+        Returns:
+            False if there is no room.
         """
-        return self.idles and self.starter.start_new(insert, self._nothing_waits, self.ahead.serve)
+        if fresh and self.ahead.waiting and self.idles:
+            tried.append(seat := Seat(self.starter, write, self._nothing_waits, self.ahead.serve))
+            if seat.reserve():
+                return True
+        tried.append(slots := self.slots([write]))
+        return slots.reserve()
+
+    def slots(self, writes: Sequence[Insert]) -> Slots:
+        """Return slots in the buffer for new tasks, which must be reserved."""
+        return Slots(self.buffer, self.node.id, writes, self.agenda.wake_from_long_sleep)
 
     def execute(
         self, run: Run, worker: str, conclude: Callable[[Run, Ending], None] | None = None

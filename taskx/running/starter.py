@@ -23,6 +23,7 @@ from taskx.limiting.admission import Admission
 from taskx.liveness.base import Node
 from taskx.moving import Services
 from taskx.running.buffer import Buffer, Item
+from taskx.running.place import Place
 from taskx.running.progress import store_progress
 from taskx.storage.base import Locked
 
@@ -154,6 +155,65 @@ class Suspects:
             self._changed.wait(ear, left)
 
 
+class Seat(Place):
+    """The place of a new task at a worker that waits: it is stored as started, and given to the worker.
+
+    Args:
+        starter: the starter of the node.
+        write: the write that stores the task as pending.
+        still_free: returns False if another task must start first.
+        serve: gives the run to a worker; returns False if each may have one already.
+    """
+
+    def __init__(
+        self,
+        starter: Starter,
+        write: Insert,
+        still_free: Callable[[], bool],
+        serve: Callable[[Run], bool],
+    ) -> None:
+        self.writes: Sequence[Insert] = (write,)
+        self._starter, self._still_free, self._serve = starter, still_free, serve
+        self._run: Run | None = None
+
+    def reserve(self) -> bool:
+        """Make the run of the task; return False if this node must not start it now."""
+        starter, services = self._starter, self._starter._services
+        (write,) = self.writes
+        task = created_task(write.row)
+        services.registry.registered[task.type].apply_defaults(task)
+        self._start = lifecycle.start(task, services.clock.now_ms(), starter._node, starter._name)
+        # The thread that runs a task starts it, if the task must not crash twice.
+        if self._start is None or task.max_crashes == 1:
+            return False
+        self.writes = (lifecycle.created_started(write, self._start),)
+        self._run = run = starter._make_run(task)
+        starter.runs[task.id] = run
+        # A task that must run alone waits for all visible runs. So this run is made visible before the
+        # check for such a task.
+        if not self._still_free():
+            self.release(None)
+            return False
+        return True
+
+    def fill(self) -> None:
+        """Give the run to a worker: the task is stored now."""
+        assert self._run is not None
+        assert self._start is not None
+        lifecycle.mark_started(self._run.task, self._start)
+        if not self._serve(self._run):
+            self._starter._services.agenda.wake_from_long_sleep()
+
+    def release(self, error: BaseException | None) -> None:
+        """Forget the run: the task was not stored, or ``error`` tells how that ended."""
+        if self._run is None:
+            return
+        if error is None:
+            self._starter.strike(self._run)
+        else:
+            self._starter.give_up([self._run], error)
+
+
 class Starter:
     """Starts the tasks of a node, and keeps its runs.
 
@@ -238,7 +298,7 @@ class Starter:
                 else:
                     self.strike(run)
         except BaseException as error:  # an interrupt, too: no other thread knows of these runs
-            self._give_up([run for run, _ in starting], error)
+            self.give_up([run for run, _ in starting], error)
             raise
         finally:
             suspect = self.suspects.item
@@ -248,40 +308,6 @@ class Starter:
                 if task_id not in runs:
                     self._admission.over(task_id, ran=False)
         return [run for (run, _), started in zip(starting, results, strict=True) if started]
-
-    def start_new(
-        self,
-        insert: Insert,
-        still_free: Callable[[], bool],
-        serve: Callable[[Run], bool],
-    ) -> bool:
-        """Store a new task as started, in one transaction, and give its run to a worker with ``serve``.
-
-        Returns:
-            True if it was stored. False, with nothing stored, if the id is taken, if this node must not
-            start the task now, or if ``still_free`` returns False once the run is visible.
-        """
-        services, task = self._services, created_task(insert.row)
-        services.registry.registered[task.type].apply_defaults(task)
-        start = lifecycle.start(task, services.clock.now_ms(), self._node, self._name)
-        # The thread that runs a task starts it, if the task must not crash twice.
-        if start is None or task.max_crashes == 1:
-            return False
-        stored, run = lifecycle.created_started(insert, start), self._make_run(task)
-        try:
-            self.runs[task.id] = run
-            # A task that must run alone waits for all visible runs. So this run is made visible before the
-            # check for such a task.
-            if not (still_free() and services.moves.commit([stored])[0]):
-                self.strike(run)
-                return False
-            lifecycle.mark_started(task, start)
-            if not serve(run):
-                services.agenda.wake_from_long_sleep()
-        except BaseException as error:  # an interrupt, too
-            self._give_up([run], error)
-            raise
-        return True
 
     def _expire(self, tasks: Sequence[Task], now: int) -> None:
         """Cancel tasks instead of starting them."""
@@ -389,7 +415,7 @@ class Starter:
             self._admission.over(run.task.id, ran=ran)
         self.suspects.ended(run.task.id)
 
-    def _give_up(self, runs: Sequence[Run], error: BaseException) -> None:
+    def give_up(self, runs: Sequence[Run], error: BaseException) -> None:
         """Forget runs after an error during their start, which may have been stored all the same."""
         if isinstance(error, TaskxError) and not getattr(error, "in_doubt", False):
             for run in runs:

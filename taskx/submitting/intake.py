@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from operator import itemgetter
 from typing import Any, NoReturn
 
 import attrs
@@ -26,6 +25,7 @@ from taskx.core.errors import (
     SchemaMismatch,
     TaskxError,
 )
+from taskx.core.log import GuardedLogger
 from taskx.core.model import Task
 from taskx.core.options import OnConflict, refuse_unknown
 from taskx.core.record import created_task
@@ -38,15 +38,67 @@ from taskx.executing.runner import inside_executor
 from taskx.moving import Services
 from taskx.ordering import find_parents
 from taskx.running.buffer import Item
+from taskx.running.place import Place
 from taskx.running.pool import State, WorkerPool
 from taskx.submitting.work import Work
 
-#: Return the values of a row that the buffer sorts by and gives to a worker.
-_place: Callable[[Mapping[str, Any]], tuple[str, str, int, int, int | None]] = itemgetter(
-    "id", "type", "priority", "created_at", "run_at"
-)
 # If a unique key is held but no holder is found, the holder is just being stored, or just releases the key.
 _TRIES = 100
+
+
+class Store(Place):
+    """The place of new tasks in the repository alone: any node may fetch them when they may start."""
+
+    def __init__(self, work: Work, state: State, writes: Sequence[Insert]) -> None:
+        self.writes = writes
+        self._work = work
+        self._state = state
+
+    def fill(self) -> None:
+        """Have tasks fetched soon, if one of these might start here now.
+
+        In a transaction of the caller they may start after the commit, from which that follows.
+        """
+        if self._work.inside or (pool := self._state.pool) is None:
+            return
+        types = {write.row["type"] for write in self.writes if not write.row["held"]}
+        if any(pool.fetcher.serves(type) and pool.fetcher.has_room(type) for type in types):
+            pool.agenda.fetch_soon()
+
+
+class Here(Place):
+    """The place of a new task in the thread that submits it, which runs the task."""
+
+    def __init__(self, pool: WorkerPool, write: Insert, log: GuardedLogger) -> None:
+        write.row["owner"] = pool.node.id
+        self.writes = (write,)
+        self._pool = pool
+        self._log = log
+
+    def fill(self) -> None:
+        """Run the task to its outcome.
+
+        Raises:
+            BaseException: the executor was interrupted by what is meant for the program.
+        """
+        pool, row = self._pool, self.writes[0].row
+        item = Item(-row["priority"], row["created_at"], 0, row["id"], row["type"], True)
+        try:
+            worker = pool.worker_name(threading.current_thread().name)
+            for run in pool.starter.start([item], worker):
+                if pool.stopping:
+                    pool.starter.hand_back([run])
+                    return
+                ending = pool.execute(run, worker, conclude=pool.conclude)
+                if ending.interrupt is not None:
+                    raise ending.interrupt
+        except RepositoryError as error:
+            # The task is accepted in any case: the audit finds a start that was not made, and the
+            # housekeeper writes an outcome that was not written.
+            self._log.warning(
+                "task %s could not run in the caller's thread, a worker runs it later: %s",
+                *(item.id, error),
+            )
 
 
 class Intake:
@@ -99,46 +151,43 @@ class Intake:
         if self._hooks.waiting:
             self._hooks.let_catch_up()
         insert = prepare(self._services, task, priority, created_at)
+        row = insert.row
+        task_id: str = row["id"]
         if task.depends_on:
             find_parents(self.work.repository, [insert])
+        # If the caller chose the id, another task may have it.
+        fresh = not task.id and task.unique_key is None
+        places: list[Place] = []
         try:
-            if task.unique_key is not None:
-                return self._accept_unique(insert, on_conflict, spill=spill)
-            pool = self._pool_for(insert)
-            # If the caller chose the id, another task may have it.
-            if not task.id and pool is not None and pool.start_new(insert):
-                return insert.id
-            if pool is None or not self._take_in(pool, insert):
-                self._store_outside(pool, insert, spill=spill)
-            return insert.id
-        except TaskxError as error:
-            raise self._refused(insert, error) from error.__cause__
-        except Exception:
-            raise
+            for tried in range(_TRIES):
+                if tried:
+                    self._pause(tried)
+                try:
+                    place = self._reserve(insert, places, fresh=fresh, spill=spill)
+                    if self.work.moves.commit(place.writes)[0]:
+                        place.fill()
+                        return task_id
+                except QueueFull:  # the existing task that on_conflict chooses needs no room
+                    if task.unique_key is None or on_conflict == "reject":
+                        raise
+                    if (instead := self._resolve_conflict(insert, on_conflict)) is None:
+                        raise
+                    return instead
+                for place in places:
+                    place.release(None)
+                places.clear()
+                if fresh:  # the node may have lost its lease: then it must not start the task
+                    fresh = False
+                    continue
+                if (instead := self._resolve_conflict(insert, on_conflict)) is not None:
+                    return instead
+                row["owner"] = ""
+            raise _busy(row["unique_lock"])
         except BaseException as error:
-            # The task may have been stored: submit the same id again to find out.
-            error.task_id = insert.id  # type: ignore[attr-defined]
+            for place in places:
+                place.release(error)
+            self._refused(insert, error)
             raise
-
-    def _accept_unique(self, insert: Insert, on_conflict: OnConflict, *, spill: bool) -> str:
-        for tried in range(_TRIES):
-            _pause(tried, self._services.timing.unique_every)
-            try:
-                pool = self._pool_for(insert)
-                if pool is None or not self._take_in(pool, insert):
-                    self._store_outside(pool, insert, spill=spill)
-                return insert.id
-            except DuplicateTask:
-                instead = self._resolve_conflict(insert, on_conflict)
-            except QueueFull:  # the existing task that on_conflict chooses needs no room
-                reject = on_conflict == "reject"
-                instead = None if reject else self._resolve_conflict(insert, on_conflict)
-                if instead is None:
-                    raise
-            if instead is not None:
-                return instead
-            insert.row["owner"] = ""
-        raise _busy(insert.row["unique_lock"])
 
     def _resolve_conflict(self, insert: Insert, on_conflict: OnConflict) -> str | None:
         """Return the id of the existing task to use instead of a new one; None if that can be stored now.
@@ -169,57 +218,41 @@ class Intake:
                 return holder.id
         raise _busy(key)
 
-    def _pool_for(self, insert: Insert) -> WorkerPool | None:
-        """Return the pool whose buffer takes the task; None if it must go to the repository only.
+    def _reserve(self, insert: Insert, places: list[Place], *, fresh: bool, spill: bool) -> Place:
+        """Reserve a place for a new task; ``places`` gets it, and those that must be released with it.
 
-        That is so if it may not start yet, if this node does not run its type or does not buffer it, or if
-        earlier tasks were spilled.
+        Raises:
+            QueueFull: the buffer has no room.
         """
-        pool, type_ = self._state.pool, insert.row["type"]
-        if pool is None or self._inside or insert.row["held"]:
-            return None
-        if not self._services.registry.runs(type_):
-            return None
-        return pool if pool.fetcher.buffers(type_) and not self._spills else None
-
-    def _take_in(self, pool: WorkerPool, insert: Insert, timeout: float | None = 0.0) -> bool:
-        """Reserve a slot in the buffer, store the task, and put its id into the slot.
-
-        Returns:
-            False, and nothing was done, if the buffer has no room within ``timeout`` seconds.
-        """
-        buffer, row = pool.buffer, insert.row
-        slot = (buffer.new_slot(),)
-        try:
-            if not buffer.reserve(slot, timeout):
-                return False
-            row["owner"] = pool.node.id
-            if not self.work.moves.commit([insert])[0]:
-                raise DuplicateTask(insert.id)
-            if not buffer.add(*_place(row), slot[0], fetched=False):
-                pool.agenda.wake_from_long_sleep()  # the housekeeper helps if all workers stay busy
-        except BaseException:  # also an interrupt: no other code knows of this slot
-            buffer.release(slot)
-            raise
-        return True
-
-    def _store_outside(self, pool: WorkerPool | None, insert: Insert, *, spill: bool) -> None:
-        """Store a task that does not go into the buffer, or that does not fit into it."""
-        if pool is not None:
-            # The buffer is closed if an executor submits during the stop: other nodes run that task.
-            spill = spill or pool.buffer.closed
-            self._overflowed(pool, insert, "spill" if spill else self._overflow)
-            return
-        self._store(insert)
-        type_, pool = insert.row["type"], self._state.pool
+        pool, row = None if self._inside else self._state.pool, insert.row
         if (
-            pool is not None
-            and not self._inside
-            and not insert.row["held"]
-            and pool.fetcher.serves(type_)
-            and pool.fetcher.has_room(type_)
-        ):
-            self._services.agenda.fetch_soon()
+            pool is None
+            or row["held"]
+            or not pool.buffers(row["type"])
+            or (self._overflow == "spill" and self._services.agenda.more_stored)
+        ):  # earlier tasks are spilled: so are later ones, to keep the order
+            places.append(Store(self.work, self._state, [insert]))
+        elif not pool.reserve(insert, places, fresh=fresh):
+            self._overflowed(pool, insert, places, spill=spill)
+        return places[-1]
+
+    def _overflowed(
+        self, pool: WorkerPool, insert: Insert, places: list[Place], *, spill: bool
+    ) -> None:
+        # The buffer is closed if an executor submits during the stop: other nodes run that task.
+        overflow = "spill" if spill or pool.buffer.closed else self._overflow
+        # A finalizer must not wait for the workers: its thread may hold a lock that they need.
+        inside = self.work.moves.entered or pool.buffer.entered
+        if overflow == "reject":
+            self._refuse(pool, 1)
+        elif overflow == "block" and not (inside or inside_executor()):
+            places.append(slots := pool.slots([insert]))
+            if not slots.reserve(self._block_timeout):
+                self._refuse(pool, 1)
+        elif overflow == "caller_runs" and not inside:
+            places.append(Here(pool, insert, self._services.log))
+        else:  # also for "block" inside an executor: it might wait for itself to become free
+            places.append(Store(self.work, self._state, [insert]))
 
     def refuse_if_stopped(self) -> None:
         """Raise an error if this queue must not accept tasks.
@@ -229,7 +262,8 @@ class Intake:
             ConfigurationError: no queue may be used here, or this thread is in a transaction of its own.
             SchemaMismatch: another process has migrated the file of a running queue.
         """
-        permission.refuse_if_forbidden()
+        if permission.forbidden:
+            permission.refuse_if_forbidden()
         if (transactions := self.work.repository.transactions).known:
             transactions.refuse_write()
         if self._lost:
@@ -239,15 +273,10 @@ class Intake:
             )
         if (pool := self._state.pool) is not None and pool.outdated is not None:
             raise SchemaMismatch(*pool.outdated.args)
-        if self._state.closed:
+        if self._state.stopped and self._state.closed:
             raise QueueStopped(
                 "the queue was stopped and accepts no more tasks: create a new queue; nothing was stored"
             )
-
-    @property
-    def _spills(self) -> bool:
-        """True if earlier tasks are spilled: then later ones are spilled, too, to keep the order."""
-        return self._overflow == "spill" and self._services.agenda.more_stored
 
     def put(self, insert: Insert) -> None:
         """Store a prepared task without an owner; any node may fetch it. The buffer is not used.
@@ -256,35 +285,14 @@ class Intake:
             TaskxError: its class tells the reason. Nothing was stored, unless ``in_doubt`` is True.
         """
         self.refuse_if_stopped()
+        place = Store(self.work, self._state, [insert])
         try:
-            self._store(insert)
-        except TaskxError as error:
-            raise self._refused(insert, error) from error.__cause__
-        except Exception:
+            if not self.work.moves.commit(place.writes)[0]:
+                raise DuplicateTask(insert.id)
+            place.fill()
+        except BaseException as error:
+            self._refused(insert, error)
             raise
-        except BaseException as error:  # an interrupt: the task may have been stored
-            error.task_id = insert.id  # type: ignore[attr-defined]
-            raise
-        self.work.after(self._services.agenda.fetch_soon)
-
-    def _store(self, insert: Insert) -> None:
-        if not self.work.moves.commit([insert])[0]:
-            raise DuplicateTask(insert.id)
-
-    def _overflowed(self, pool: WorkerPool, insert: Insert, overflow: str) -> None:
-        if overflow == "reject":
-            self._refuse(pool, 1)
-        # A finalizer must not wait for the workers: its thread may hold a lock that they need.
-        inside = self.work.moves.entered or pool.buffer.entered
-        if overflow == "block" and not (inside or inside_executor()):
-            if not self._take_in(pool, insert, self._block_timeout):
-                self._refuse(pool, 1)
-        elif overflow == "caller_runs" and not inside:
-            self._run_here(pool, insert)
-        else:
-            # Spill. Also for "block" inside an executor: it might wait for itself to become free.
-            self._store(insert)
-            self._services.agenda.fetch_soon()
 
     def _refuse(self, pool: WorkerPool, wanted: int) -> NoReturn:
         self.refuse_if_stopped()
@@ -295,33 +303,20 @@ class Intake:
             "raise buffer_size, or set overflow to 'block', 'spill' or 'caller_runs'"
         )
 
-    def _run_here(self, pool: WorkerPool, insert: Insert) -> None:
-        row = insert.row
-        row["owner"] = pool.node.id
-        self._store(insert)
-        item = Item(-row["priority"], row["created_at"], 0, row["id"], row["type"], True)
-        try:
-            worker = pool.worker_name(threading.current_thread().name)
-            for run in pool.starter.start([item], worker):
-                if pool.stopping:
-                    pool.starter.hand_back([run])
-                    return
-                ending = pool.execute(run, worker, conclude=pool.conclude)
-                if ending.interrupt is not None:
-                    raise ending.interrupt
-        except RepositoryError as error:
-            # The task is accepted in any case: the audit finds a start that was not made, and the
-            # housekeeper writes an outcome that was not written.
-            self._services.log.warning(
-                "task %s could not run in the caller's thread, a worker runs it later: %s",
-                *(item.id, error),
-            )
+    def _refused(self, insert: Insert, error: BaseException) -> None:
+        """Tell hooks that a task was refused. After an interrupt, name the task that may be stored.
 
-    def _refused(self, insert: Insert, error: TaskxError) -> TaskxError:
-        own = _about(error, insert.id)
-        if listeners := self._hooks.refused:
-            self._hooks.tell(listeners, partial(created_task, insert.row), own)
-        return own
+        Raises:
+            TaskxError: an error in doubt, as the error of this task.
+        """
+        if isinstance(error, TaskxError):
+            own = _about(error, insert.id)
+            if listeners := self._hooks.refused:
+                self._hooks.tell(listeners, partial(created_task, insert.row), own)
+            if own is not error:
+                raise own from error.__cause__
+        elif not isinstance(error, Exception):  # submit the same id again to find out
+            error.task_id = insert.id  # type: ignore[attr-defined]
 
     # --- many
 
@@ -343,85 +338,63 @@ class Intake:
             return []
         if any("depends_on" in insert.row for insert in inserts):
             find_parents(self.work.repository, inserts)
-        pool = None if self._inside else self._state.pool
+        places: list[Place] = []
         try:
-            if pool is None:
-                self._store_whole(inserts)
-            else:
-                refuse = self._overflow == "reject" and not spill
-                self._store_and_buffer_many(pool, inserts, refuse=refuse)
-        except Exception:
-            raise
+            self._reserve_many(inserts, places, refuse=self._overflow == "reject" and not spill)
+            self._store_whole(inserts)
+            for place in places:
+                place.fill()
         except BaseException as error:
-            # All tasks or none were stored: the first one is enough to find out.
-            error.task_id = inserts[0].id  # type: ignore[attr-defined]
+            for place in places:
+                place.release(error)
+            if not isinstance(error, Exception):
+                # All tasks or none were stored: the first one is enough to find out.
+                error.task_id = inserts[0].id  # type: ignore[attr-defined]
             raise
         return [insert.id for insert in inserts]
 
-    def _store_and_buffer_many(
-        self, pool: WorkerPool, inserts: Sequence[Insert], *, refuse: bool
+    def _reserve_many(
+        self, inserts: Sequence[Insert], places: list[Place], *, refuse: bool
     ) -> None:
-        buffer, serves = pool.buffer, pool.fetcher.serves
-        due = [i for i in inserts if not i.row["held"] and serves(i.row["type"])]
-        apart = {type for type in {i.row["type"] for i in due} if not pool.fetcher.buffers(type)}
-        due = [insert for insert in due if insert.row["type"] not in apart]
-        slots: list[int] = []
-        try:
-            # Before the tasks are stored: after that, spilled ones may be fetched and must come later.
-            slots += [buffer.new_slot() for _ in due]
-            del slots[self._reserve_many(pool, slots, refuse=refuse) :]
-            buffered = due[: len(slots)]
-            for insert in buffered:
-                insert.row["owner"] = pool.node.id
-            self._store_whole(inserts)
-            for insert, slot in zip(buffered, slots, strict=True):
-                if not buffer.add(*_place(insert.row), slot, fetched=False):
-                    pool.agenda.wake_from_long_sleep()
-        except BaseException:  # also an interrupt: no other code knows of these slots
-            buffer.release(slots)
-            raise
-        if len(buffered) < len(due) or any(map(pool.fetcher.has_room, apart)):
-            self._services.agenda.fetch_soon()
-
-    def _reserve_many(self, pool: WorkerPool, slots: Sequence[int], *, refuse: bool) -> int:
-        """Return the number of tasks that go into the buffer; the rest is refused or spilled."""
-        buffer, wanted = pool.buffer, len(slots)
-        if self._spills:
-            return 0
-        if buffer.reserve(slots):
-            return wanted
-        if refuse and not buffer.closed:
-            self._refuse(pool, wanted)
-        room = max(0, min(wanted, buffer.maxsize - buffer.submitted))
-        return room if room and buffer.reserve(slots[:room]) else 0
+        """Reserve slots for the first tasks that go into the buffer; the rest is refused or spilled."""
+        if self._inside or (pool := self._state.pool) is None:
+            return
+        buffer, due = pool.buffer, list[Insert]()
+        if not (self._overflow == "spill" and self._services.agenda.more_stored):
+            due = [i for i in inserts if not i.row["held"] and pool.buffers(i.row["type"])]
+        # Their numbers are drawn before the tasks are stored: after that, spilled ones may be fetched and
+        # must come later.
+        places.append(slots := pool.slots(due))
+        if not slots.reserve():
+            if refuse and not buffer.closed:
+                self._refuse(pool, len(due))
+            room = max(0, buffer.maxsize - buffer.submitted)
+            places[:] = [slots := pool.slots(due[:room])]
+            if not slots.reserve():
+                places.clear()
+        places.append(Store(self._state, [insert for insert in inserts if not insert.row["owner"]]))
 
     def _store_whole(self, inserts: Sequence[Insert]) -> None:
+        """Store all tasks or none."""
         keyed = [insert for insert in inserts if "unique_key" in insert.row]
         if keyed:
             _refuse_twins(inserts)
         for tried in range(_TRIES):
-            _pause(tried, self._services.timing.unique_every)
-            if self._try_to_store(inserts):
+            self._pause(tried)
+            try:
+                results = self.work.moves.commit(inserts, whole=True)
+            except TaskxError as error:
+                raise _about(error, inserts[0].id) from error.__cause__
+            refused = [insert for insert, held in zip(inserts, results, strict=True) if not held]
+            if not refused:
                 return
+            self._resolve_conflict(refused[0], "reject")  # raises, unless the key is free now
         raise _busy(keyed[0].row["unique_lock"])  # a duplicate id has raised before
 
-    def _try_to_store(self, inserts: Sequence[Insert]) -> bool:
-        """Store all tasks; return False if a unique key was held and is free now."""
-        try:
-            results = self.work.moves.commit(inserts, whole=True)
-        except TaskxError as error:
-            raise _about(error, inserts[0].id) from error.__cause__
-        for insert, stored in zip(inserts, results, strict=True):
-            if not stored:
-                self._resolve_conflict(insert, "reject")
-                return False  # the key is free now
-        return True
-
-
-def _pause(tried: int, seconds: float) -> None:
-    """Wait a moment before the next try: the unique key is passed from task to task."""
-    if tried > 2:
-        time.sleep(seconds)
+    def _pause(self, tried: int) -> None:
+        """Wait a moment before the next try: the unique key is passed from task to task."""
+        if tried > 2:
+            time.sleep(self._services.timing.unique_every)
 
 
 def _busy(key: str) -> RepositoryUnavailable:
@@ -481,7 +454,8 @@ def prepare(
     now = services.clock.now_ms() if created_at is None else created_at
     insert = new_record(task, now, registry.max_payload_size)
     row = insert.row
-    executor = registry.get(row["type"], used=stored)
+    if (executor := registry.registered.get(row["type"])) is None:
+        executor = registry.get(row["type"], used=stored)
     if executor is not None:
         if executor.check_params is not None:
             executor.check_params(task.params)

@@ -30,7 +30,7 @@ from taskx.core.clock import to_ms
 from taskx.core.log import GuardedLogger
 from taskx.core.timing import DEFAULT_TIMING
 from taskx.running.audit import Audit
-from taskx.running.buffer import Buffer
+from taskx.running.buffer import Buffer, Slots
 
 
 @pytest.fixture
@@ -281,16 +281,20 @@ def test_an_interrupted_bell_still_wakes_its_listeners():
         woken()
 
 
+def slots(buffer, *names):
+    return Slots(buffer, "node", [insert(name) for name in names or ("x",)], bool)
+
+
 def test_an_interrupted_submit_gives_its_slot_back():
     buffer = Buffer(2, 2, lambda: True)
 
     def use(point):
-        slot = (buffer.new_slot(),)
+        place = slots(buffer, f"x{point}")
         try:
-            assert buffer.reserve(slot)
-            buffer.add(f"x{point}", "t", 0, 1, None, slot[0], fetched=False)
-        except BaseException:
-            buffer.release(slot)
+            assert place.reserve()
+            place.fill()
+        except BaseException as error:
+            place.release(error)
             raise
 
     for strike in every_strike(use):
@@ -302,14 +306,14 @@ def test_an_interrupted_submit_gives_its_slot_back():
 
 def test_a_full_buffer_has_no_slot_left():
     buffer = Buffer(1, 1, lambda: True)
-    assert buffer.reserve((buffer.new_slot(),))
-    assert not buffer.reserve((buffer.new_slot(),))
+    assert slots(buffer).reserve()
+    assert not slots(buffer).reserve()
 
 
 @auditing
 def test_the_audit_finds_lost_slots(started):
     buffer = pool_of(started).buffer
-    assert buffer.reserve([buffer.new_slot() for _ in range(buffer.maxsize)])
+    assert slots(buffer, *map(str, range(buffer.maxsize))).reserve()
     with pytest.raises(QueueFull):
         started.submit("fine", id="with an id, so that it goes through the buffer")
     eventually(lambda: not buffer.reserved)

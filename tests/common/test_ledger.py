@@ -94,7 +94,7 @@ def test_a_follower_returns_as_soon_as_its_writes_are_committed(ledger, reposito
     with ledger._leading:
         followers = [run_in_thread(lambda n=n: ledger.commit([insert(f"t{n}")])) for n in range(5)]
         eventually(lambda: len(ledger._waiting) == 5)
-        ledger._lead(ledger._due())
+        ledger._lead()
         assert [follower() for follower in followers] == [[True]] * 5
     assert [len(batch) for batch in repository.batches] == [5]
 

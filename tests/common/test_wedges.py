@@ -11,10 +11,11 @@ from helpers import PATIENCE, Waiting, eventually, pool_of, run_in_thread
 
 from taskx import Hook, QueueFull, QueueStopped, Task, TaskStatus
 from taskx.core import ids as ids_module
+from taskx.core import lifecycle
 from taskx.core.timing import DEFAULT_TIMING
 from taskx.repository import Reentered
 from taskx.running import buffer as buffer_module
-from taskx.running.buffer import Buffer
+from taskx.running.buffer import Buffer, Slots
 from taskx.upkeep import node
 
 
@@ -249,10 +250,16 @@ def test_queues_left_running_at_the_exit_are_stopped_together(make_queue, monkey
 def full():
     buffer = Buffer(1000, 64, lambda: True)
     for n in range(1000):
-        slot = buffer.new_slot()
-        assert buffer.reserve((slot,))
-        buffer.add(f"x{n}", "t", 0, n, None, slot, fetched=False)
+        submit(buffer, f"x{n}", n)
     return buffer
+
+
+def submit(buffer, task_id, at):
+    """Put a new task into the buffer."""
+    row = lifecycle.create(task_id=task_id, type="t", params="{}", created_by="", now=at)
+    slots = Slots(buffer, "node", [row], bool)
+    assert slots.reserve()
+    slots.fill()
 
 
 def test_a_fetch_reads_no_more_rows_for_a_large_buffer(busy, monkeypatch):
@@ -292,17 +299,11 @@ def test_a_heap_full_of_discarded_tasks_is_rebuilt(full):
 
 def test_a_clock_set_back_does_not_change_the_order():
     buffer = Buffer(100, 64, lambda: True)
-
-    def submit(name, at):
-        slot = buffer.new_slot()
-        assert buffer.reserve((slot,))
-        buffer.add(name, "t", 0, at, None, slot, fetched=False)
-
-    submit("a", 5000)
-    submit("b", 1000)  # set back
-    submit("c", 1001)
-    buffer.add("old", "t", 0, 500, None, buffer.new_slot())  # stored long before
-    buffer.add("d", "t", 0, 1002, None, buffer.new_slot())  # spilled afterwards
-    submit("e", 6000)  # the clock has caught up
+    submit(buffer, "a", 5000)
+    submit(buffer, "b", 1000)  # set back
+    submit(buffer, "c", 1001)
+    buffer.add("old", "t", 0, 500, None, 98)  # stored long before
+    buffer.add("d", "t", 0, 1002, None, 99)  # spilled afterwards
+    submit(buffer, "e", 6000)  # the clock has caught up
     taken = [item.id for item in buffer.take(9)]
     assert taken == ["old", "a", "b", "c", "d", "e"]

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("calm")
 def idle(queue):
     """Wait until all workers of a queue wait; return the queue."""
     pool = pool_of(queue)
-    eventually(lambda: len(pool.ahead._waiting) == pool.ahead.workers)
+    eventually(lambda: len(pool.ahead.waiting) == pool.ahead.workers)
     eventually(lambda: not services_of(queue).agenda.more_stored)
     queue.repository.batches.clear()
     return queue

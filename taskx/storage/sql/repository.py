@@ -163,13 +163,9 @@ class SQLRepository(Repository):
         coded = self.codecs.coded(writes)
         sent, durable, writer = (writes, coded), self._durable(writes), self._writer
         single = writer.dialect.has_arrays and len(coded) == 1 and writer.is_single(coded[0])
-        alone = len(coded) == 1 or not (
-            writer.dialect.has_arrays or writer.dialect.most_together > 1
-        )
-        together = writer.each if alone else writer.together
         try:
             try:
-                work = partial(together, coded, all_or_nothing)
+                work = partial(writer.together, coded, all_or_nothing)
                 results = self._links.transaction(work, durable, sent, single=single)
             except Apart:
                 work = partial(writer.each, coded, all_or_nothing)
@@ -200,9 +196,8 @@ class SQLRepository(Repository):
         for start in range(0, len(values), _MOST_VALUES):
             some = values[start : start + _MOST_VALUES]
             sql, keys = self.statements.find(column, some, fields, limit is not None)
-            found += self._links.few_rows(
-                column, sql, keys if limit is None else [*keys, limit - len(found)]
-            )
+            keys = keys if limit is None else [*keys, limit - len(found)]
+            found += self._links.few_rows(column, sql, keys)
         return found
 
     def distinct(self, column: Listed, after: str, limit: int) -> Sequence[str]:

@@ -62,7 +62,8 @@ class Writer:
         """
         most = self.dialect.most_together
         results: list[bool] = []
-        for form, group in groupby(writes, _form):
+        groups = groupby(writes, _form) if most > 1 and len(writes) > 1 else [(None, writes)]
+        for form, group in groups:
             alike = [*group]
             if form is None or len(alike) == 1:
                 results += [self.one(link, write) for write in alike]

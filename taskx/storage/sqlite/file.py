@@ -83,8 +83,15 @@ class DatabaseFile:
 
     def check(self) -> None:
         """Raise ``RepositoryUnavailable`` if the file was moved, deleted or replaced since its opening."""
-        identity = self.identity
-        if identity is None or (seen := self._read_identity()) == identity:
+        if (identity := self.identity) is None:
+            return
+        try:
+            found = os.stat(self.path)
+            if (found.st_dev, found.st_ino) == identity:
+                return
+        except OSError:
+            pass  # it is explained below
+        if (seen := self._read_identity()) == identity:
             return
         if seen is None:
             raise self._gone()

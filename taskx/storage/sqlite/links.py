@@ -96,9 +96,26 @@ class FileLinks(Links, News, House, Forks):
         if self.write_lock._is_owned():  # type: ignore[attr-defined]
             raise Reentered
         with self.write_lock:
-            connection = self._ready_writer()
+            connection = self.connections.writer()
+            if connection.in_transaction:  # signals interrupted the last transaction twice
+                self._roll_back(connection)
+                connection = self.connections.writer()  # a new one if the rollback failed
+            self.file.check()
             try:
-                cursor = self._begin(connection, durable)
+                cursor = connection.cursor(Cursor)
+                timeout = self.connections.busy_timeout
+                left = self.turnstile.enter(
+                    self.timing.file_free_within if self.blocking else timeout
+                )
+                full = self.durability == "full" or (durable and self.durability == "accepted")
+                if connection.synchronous != (wanted := "FULL" if full else "NORMAL"):
+                    self._set_synchronous(connection, wanted)
+                if self.prefix:
+                    self._begin_among_others(connection, left)
+                elif timeout - left < self._short_wait:
+                    cursor.execute("BEGIN IMMEDIATE")
+                else:
+                    self._begin_within(cursor, left)
                 result = work(cursor)
                 self._refuse_if_newer(connection, sent)
                 cursor.execute("COMMIT")
@@ -110,33 +127,13 @@ class FileLinks(Links, News, House, Forks):
             finally:
                 self.turnstile.leave()
 
-    def _ready_writer(self) -> Connection:
-        connection = self.connections.writer()
-        if connection.in_transaction:  # signals interrupted the last transaction twice
-            self._roll_back(connection)
-            connection = self.connections.writer()  # a new one if the rollback failed
-        self.file.check()
-        return connection
-
-    def _begin(self, connection: Connection, durable: bool) -> Cursor:
-        """Begin a transaction when it is this process's turn, within the time-out."""
-        timeout = self.connections.busy_timeout
-        cursor = connection.cursor(Cursor)
-        hurry = bool(self.blocking)
-        left = self.turnstile.enter(self.timing.file_free_within if hurry else timeout)
-        self._set_synchronous(connection, durable)
-        if self.prefix:
-            self._begin_among_others(connection, left)
-            return cursor
-        if timeout - left < self._short_wait:
-            cursor.execute("BEGIN IMMEDIATE")
-            return cursor
-        cursor.execute(f"PRAGMA busy_timeout = {left * 1000:.0f}")
+    def _begin_within(self, cursor: Cursor, seconds: float) -> None:
+        """Begin a transaction; SQLite waits at most so long for other programs."""
+        cursor.execute(f"PRAGMA busy_timeout = {seconds * 1000:.0f}")
         try:
             cursor.execute("BEGIN IMMEDIATE")
         finally:
-            cursor.execute(f"PRAGMA busy_timeout = {timeout * 1000:.0f}")
-        return cursor
+            cursor.execute(f"PRAGMA busy_timeout = {self.busy_timeout * 1000:.0f}")
 
     def _begin_among_others(self, connection: sqlite3.Connection, seconds: float) -> None:
         """Begin a transaction in a file whose other writers take no turns."""
@@ -176,13 +173,10 @@ class FileLinks(Links, News, House, Forks):
         except sqlite3.Error:  # closing the connection undoes the transaction
             self.connections.discard_writer()
 
-    def _set_synchronous(self, connection: Connection, durable: bool) -> None:
-        full = self.durability == "full" or (durable and self.durability == "accepted")
-        wanted = "FULL" if full else "NORMAL"
-        if wanted != connection.synchronous:
-            connection.synchronous = ""  # unknown if an interrupt comes after the next line
-            connection.execute(f"PRAGMA synchronous = {wanted}")
-            connection.synchronous = wanted
+    def _set_synchronous(self, connection: Connection, wanted: str) -> None:
+        connection.synchronous = ""  # unknown if an interrupt comes after the next line
+        connection.execute(f"PRAGMA synchronous = {wanted}")
+        connection.synchronous = wanted
 
     # --- inside a transaction of the caller
 

@@ -62,8 +62,12 @@ class Turnstile:
         outer, inner = self._fds
         now = time.monotonic()
         alone = self._crowded_until <= now < self._check_at
-        if alone and _try(inner):
-            return timeout
+        if alone:
+            try:
+                fcntl.flock(inner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return timeout
+            except OSError:
+                pass
         met = alone
         try:
             if not _try(outer):
