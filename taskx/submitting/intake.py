@@ -372,7 +372,7 @@ class Intake:
             places[:] = [slots := pool.slots(due[:room])]
             if not slots.reserve():
                 places.clear()
-        places.append(Store(self._state, [insert for insert in inserts if not insert.row["owner"]]))
+        places.append(Store(self.work, self._state, [i for i in inserts if not i.row["owner"]]))
 
     def _store_whole(self, inserts: Sequence[Insert]) -> None:
         """Store all tasks or none."""
