@@ -40,7 +40,12 @@ class Watcher:
     """
 
     def __init__(
-        self, repository: Repository, log: GuardedLogger, agenda: Agenda, timing: Timing
+        self,
+        repository: Repository,
+        log: GuardedLogger,
+        agenda: Agenda,
+        timing: Timing,
+        signal: Callable[[], Signal] = Signal,
     ) -> None:
         self._repository = repository
         self._log = log
@@ -56,7 +61,7 @@ class Watcher:
         self._listener: Listener | None = None  # hears of tasks that end in other processes
         self._closed = self._warned = False
         #: Makes the signal that a thread waits with for the end of a task.
-        self.signal: Callable[[], Signal] = Signal
+        self.signal = signal
 
     @property
     def watching(self) -> bool:

@@ -5,22 +5,33 @@ from __future__ import annotations
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
+import attrs
+
+from taskx.common.bell import Agenda
 from taskx.common.config import Config
+from taskx.common.hooks import Hook, Hooks
+from taskx.common.watcher import Watcher
 from taskx.core.checks import check_number
+from taskx.core.clock import Clock
 from taskx.core.errors import ConfigurationError, QueueStopped, RepositoryError, SchemaMismatch
-from taskx.core.log import log
+from taskx.core.log import GuardedLogger, log
+from taskx.core.model import TaskStatus
 from taskx.core.timing import DEFAULT_TIMING, Timing
 from taskx.engines.tickets import Ticket
+from taskx.executing.alarms import Alarms
+from taskx.executing.runner import Runner
+from taskx.liveness.base import About, Node
 from taskx.moving import Services
+from taskx.running.pool import WorkerPool
 from taskx.storage.base import Repository
-from taskx.upkeep.node import LocalNode
+from taskx.upkeep.housekeeper import Housekeeper
 
 if TYPE_CHECKING:
     from taskx.engines.handover import HandOver
-    from taskx.engines.node import TicketNode
+    from taskx.engines.pool import TicketPool
 
 
 class _Queue(Protocol):
@@ -47,14 +58,45 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def make_node(
-        self, services: Services, config: Config, ended: Callable[[], object]
-    ) -> LocalNode:
-        """Return the node of the queue that is started; ``ended`` is called when the node has left."""
+    def make_pool(
+        self,
+        services: Services,
+        node: Node,
+        config: Config,
+        end: Callable[[], object],
+        asked_to_stop: Callable[[], object],
+    ) -> WorkerPool:
+        """Return the pool of a node that is being started: see :class:`WorkerPool`."""
 
     @abstractmethod
     def renew_after_fork(self) -> None:
         """Forget, in a forked child, what belongs to the parent."""
+
+    # --- the parts of a queue that start threads, or go by the time
+
+    def describe(self, about: About) -> About:
+        """Return the facts about a node, with those that depend on its engine."""
+        return about
+
+    def make_housekeeper(
+        self, pool: WorkerPool, retention: Mapping[TaskStatus, float]
+    ) -> Housekeeper:
+        """Return what does the duties of a node that is being started."""
+        return Housekeeper(pool, retention)
+
+    def make_runner(self, clock: Clock, timing: Timing, max_payload_size: int) -> Runner:
+        """Return what calls executors."""
+        return Runner(clock, Alarms(clock, timing), max_payload_size)
+
+    def make_hooks(self, hooks: Iterable[Hook], log: GuardedLogger, timing: Timing) -> Hooks:
+        """Return what tells hooks."""
+        return Hooks(hooks, log, timing)
+
+    def make_watcher(
+        self, repository: Repository, log: GuardedLogger, agenda: Agenda, timing: Timing
+    ) -> Watcher:
+        """Return what resolves handles."""
+        return Watcher(repository, log, agenda, timing)
 
 
 class Threads(Engine):
@@ -65,11 +107,16 @@ class Threads(Engine):
     def bind(self, queue: _Queue) -> None:
         """Accept every queue."""
 
-    def make_node(
-        self, services: Services, config: Config, ended: Callable[[], object]
-    ) -> LocalNode:
-        """Return a node with worker threads."""
-        return LocalNode(services, config, ended)
+    def make_pool(
+        self,
+        services: Services,
+        node: Node,
+        config: Config,
+        end: Callable[[], object],
+        asked_to_stop: Callable[[], object],
+    ) -> WorkerPool:
+        """Return a pool of worker threads."""
+        return WorkerPool(services, node, config, end, asked_to_stop)
 
     def renew_after_fork(self) -> None:
         """Do nothing: the node belongs to the queue."""
@@ -117,7 +164,7 @@ class BrokerEngine(Engine):
     def renew_after_fork(self) -> None:
         """Forget, in a forked child, what belongs to the parent."""
         self.workers = 0
-        self._node: TicketNode | None = None
+        self._pool: TicketPool | None = None
         self._handed: HandOver | None = None
         self._begun = threading.Event()
         self._ending = threading.Event()
@@ -170,20 +217,29 @@ class BrokerEngine(Engine):
         self._queue = weakref.ref(queue)
         self._timing = queue._timing
 
-    def make_node(
-        self, services: Services, config: Config, ended: Callable[[], object]
-    ) -> LocalNode:
-        """Return a node that sends tickets and, in a worker process, runs tasks for them."""
+    def describe(self, about: About) -> About:
+        return attrs.evolve(about, engine=self.name, worker_num=self.workers, buffer_size=0)
+
+    def make_runner(self, clock: Clock, timing: Timing, max_payload_size: int) -> Runner:
+        return Runner(clock, Alarms(clock, timing), max_payload_size, self.process_ends)
+
+    def make_pool(
+        self,
+        services: Services,
+        node: Node,
+        config: Config,
+        end: Callable[[], object],
+        asked_to_stop: Callable[[], object],
+    ) -> WorkerPool:
+        """Return a pool that sends tickets and, in a worker process, runs tasks for them."""
         # Imported here, because most programs have no broker.
-        from taskx.engines.node import TicketNode
+        from taskx.engines.pool import TicketPool
 
-        services.runner.process_ends = self.process_ends
-        node = TicketNode(services, config, ended, self)
-        node.begun = lambda: self._has_begun(node)
-        return node
+        config = attrs.evolve(config, worker_num=max(1, self.workers))
+        return TicketPool(services, node, config, end, asked_to_stop, self, self._has_begun)
 
-    def _has_begun(self, node: TicketNode) -> None:
-        self._node = node
+    def _has_begun(self, pool: TicketPool) -> None:
+        self._pool = pool
         self._begun.set()
 
     # --- in a worker process
@@ -245,10 +301,10 @@ class BrokerEngine(Engine):
             self._give_back(ticket)
 
     def _run_here(self, ticket: Ticket) -> None:
-        node = self._node if self._begun.wait(self._timing.join_within) else None
-        if node is None or not node.run(ticket):
-            if node is not None and node.pool.outdated is not None:
-                self._tell_outdated(node.pool.outdated)
+        pool = self._pool if self._begun.wait(self._timing.join_within) else None
+        if pool is None or not pool.run(ticket):
+            if pool is not None and pool.outdated is not None:
+                self._tell_outdated(pool.outdated)
             self._ending.wait(self._timing.keep_ticket)
             self._give_back(ticket)
 

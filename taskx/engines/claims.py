@@ -10,14 +10,17 @@ ticket. So the number of messages falls by one.
 from __future__ import annotations
 
 import threading
+from typing import TYPE_CHECKING
 
 from taskx.core import lifecycle
 from taskx.core.lifecycle import PENDING
 from taskx.core.record import FREE, STUB, Stub, stub_from_values
-from taskx.engines.pool import TicketPool
 from taskx.engines.tickets import Ticket
 from taskx.executing.runner import Run
 from taskx.running.buffer import Item
+
+if TYPE_CHECKING:
+    from taskx.engines.pool import TicketPool
 
 #: Most tasks of each sender that a claim reads at a time, and most times that it reads them. If other
 #: workers have started all of them in the meantime, a task is left to the next ticket.
@@ -78,7 +81,9 @@ class Claims:
     def _candidates(self, ticket: Ticket, named: tuple[Stub, str] | None) -> list[tuple[Stub, str]]:
         """Return the best tasks of a type with their owners, in the order in which to try them."""
         repository, ageing = self._services.repository, self._pool.buffer.ageing
-        senders = dict.fromkeys(["", *self._pool.tickets.senders, *([named[1]] if named else [])])
+        senders = dict.fromkeys(
+            ["", *self._pool.dispatcher.crew.ids, *([named[1]] if named else [])]
+        )
         found = {
             stub.id: (stub, owner)
             for owner in senders

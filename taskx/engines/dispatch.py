@@ -16,9 +16,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from typing import NamedTuple, Protocol
-
-import attrs
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from taskx.common.bell import Signal
 from taskx.core import lifecycle
@@ -27,27 +25,16 @@ from taskx.core.log import Complaint
 from taskx.core.payload import clean_text
 from taskx.core.record import Stub
 from taskx.engines.crew import Crew
-from taskx.engines.pool import TicketPool
-from taskx.engines.tickets import Ticket
+from taskx.engines.tickets import Sent, Ticket
+
+if TYPE_CHECKING:
+    from taskx.engines.pool import TicketPool
 
 #: Most tickets of a type, for each worker, that no worker has used yet: at first, and while the tasks are
 #: so short that workers use all tickets between two looks at the store.
 DEPTH, DEEPEST = 2, 8
 #: Most characters of an error that are recorded.
 _MOST_WORDS = 300
-
-
-@attrs.define
-class _Sent:
-    """A ticket that was sent: when, by the monotonic clock, and how long to wait before the next one.
-
-    ``starts`` is that of the task. If it is another one now, the ticket was used, and the task came back.
-    """
-
-    type: str
-    starts: int
-    at: float
-    wait: float
 
 
 class Sender(Protocol):
@@ -87,8 +74,7 @@ class Dispatcher:
         self._services = pool.services
         self._timing = pool.services.timing
         self._engine = engine
-        #: The tickets of this node that no worker has used yet, by its knowledge.
-        self.sent: dict[str, _Sent] = {}
+        self._sent = pool.tickets.sent
         self._depths: dict[str, int] = {}
         self.crew = Crew((), engine.name, pool.node.id)
         self._crew_at = self._looked_at = -math.inf
@@ -96,13 +82,13 @@ class Dispatcher:
         self._seen: dict[str, float] = {}
         self._complaint = Complaint(pool.services.log)
         self._broker = Complaint(pool.services.log)
+        #: The last error of the broker, if it could not be used when it was tried last.
+        self.error = ""
         self._reached: bool | None = None  # what the last contact with the broker showed
         self._rest = self._timing.tickets_every
         self._signal = Signal()
         self._stopped = True
         self._thread: threading.Thread | None = None
-        pool.tickets.ring = self.ring
-        pool.tickets.sent = self.sent
 
     def start(self) -> None:
         """Send tickets from now on."""
@@ -174,10 +160,10 @@ class Dispatcher:
         pool = self._pool
         waiting, mine = self._waiting()
         used = [
-            i for i, sent in self.sent.items() if i not in mine or mine[i].starts != sent.starts
+            i for i, sent in self._sent.items() if i not in mine or mine[i].starts != sent.starts
         ]
-        self._set_depths(Counter(self.sent.pop(task_id).type for task_id in used))
-        due = {i: task for i, task in mine.items() if i not in self.sent}
+        self._set_depths(Counter(self._sent.pop(task_id).type for task_id in used))
+        due = {i: task for i, task in mine.items() if i not in self._sent}
         due.update(self._lost(mine))
         more = False
         if not pool.stopping:
@@ -212,7 +198,7 @@ class Dispatcher:
 
         ``used`` is the number of tickets of each type that were used since the last look.
         """
-        left, before = Counter(sent.type for sent in self.sent.values()), self._depths
+        left, before = Counter(sent.type for sent in self._sent.values()), self._depths
         self._depths = {}
         for type in used | left:
             depth = before.get(type, DEPTH)
@@ -234,7 +220,6 @@ class Dispatcher:
         if now - self._crew_at >= self._timing.crew_every:
             nodes = self._services.repository.nodes()
             self.crew = Crew(nodes, self._engine.name, self._pool.node.id)
-            self._pool.tickets.senders = self.crew.ids
             self._crew_at = now
 
     def _take(self, type: str, waiting: int) -> tuple[dict[str, _Waiting], bool]:
@@ -252,7 +237,7 @@ class Dispatcher:
         }
         for task_id in mine:
             self._seen.pop(task_id, None)
-            self.sent.pop(task_id, None)
+            self._sent.pop(task_id, None)
         return mine, more
 
     def _free_tasks(self, type: str, waiting: int) -> tuple[Sequence[Stub], bool]:
@@ -293,15 +278,14 @@ class Dispatcher:
     def _lost(self, mine: Mapping[str, _Waiting]) -> dict[str, _Waiting]:
         """Return the tasks whose tickets are sent again: they have not started, and workers are idle."""
         now = time.monotonic()
-        late = [i for i, sent in self.sent.items() if now - sent.at >= sent.wait]
+        late = [i for i, sent in self._sent.items() if now - sent.at >= sent.wait]
         if not late:
             return {}
         idle = self._idle_types({mine[task_id].type for task_id in late})
         lost = [task_id for task_id in late if mine[task_id].type in idle]
         for task_id in lost:
-            sent = self.sent[task_id]
-            longest = max(self._timing.longest_resend, self._engine.resend)
-            sent.at, sent.wait = now, min(2 * sent.wait, longest)
+            sent = self._sent[task_id]
+            sent.again(now, max(self._timing.longest_resend, self._engine.resend))
         return {task_id: mine[task_id] for task_id in lost}
 
     def _idle_types(self, types: Collection[str]) -> set[str]:
@@ -320,8 +304,8 @@ class Dispatcher:
                     break
                 self._engine.send(Ticket(task_id, task.type))
                 del unsent[task_id]
-                sent = _Sent(task.type, task.starts, time.monotonic(), self._engine.resend)
-                self.sent.setdefault(task_id, sent)
+                sent = Sent(task.type, task.starts, time.monotonic(), self._engine.resend)
+                self._sent.setdefault(task_id, sent)
         except Exception as error:  # noqa: BLE001  (the libraries of brokers have no common class of errors)
             self._note(error)
             self._free(unsent)
@@ -345,20 +329,20 @@ class Dispatcher:
     def _note(self, error: Exception | None) -> None:
         """Note what a contact with the broker has shown, and record it with the node if that is news."""
         self._reached = error is None
-        self._pool.broker_error = "" if error is None else _text(error)
+        self.error = "" if error is None else _text(error)
         if error is None:
             self._broker.over()
         else:
             self._broker.make(
                 "the broker cannot be used: tasks are stored, and start when it can: %s",
-                self._pool.broker_error,
+                self.error,
             )
 
     def _free(self, task_ids: Collection[str]) -> None:
         """Free the tasks of tickets that were not sent."""
         node = self._pool.node.id
         for task_id in task_ids:
-            self.sent.pop(task_id, None)
+            self._sent.pop(task_id, None)
         self._services.moves.commit([lifecycle.free(task_id, node) for task_id in task_ids])
 
 

@@ -41,6 +41,20 @@ class Ahead:
         self._last_batch = 0
         self._lingering = threading.Lock()
 
+    def set_workers(self, number: int) -> None:
+        """Set the number of workers."""
+        self.workers = number
+
+    def tell_ended(self, call: Callable[[], object]) -> None:
+        """Call a function at the end of each attempt. Without this, a task costs nothing more."""
+        ended = self.ended
+
+        def told(run: Run, duration: float) -> None:
+            call()
+            ended(run, duration)
+
+        self.ended = told  # type: ignore[method-assign]
+
     # --- how many to start
 
     def ended(self, run: Run, duration: float) -> None:

@@ -41,7 +41,7 @@ class Fetcher:
         self._services = services
         self._agenda = services.agenda
         self._node = node
-        self.workers = workers
+        self._workers = workers
         self._buffer = buffer
         self._runs = runs
         self._starter = starter
@@ -51,6 +51,14 @@ class Fetcher:
         self.fetched = 0
         #: True if no other node is known to be alive.
         self.alone = False
+
+    def set_workers(self, number: int) -> None:
+        """Set the number of workers."""
+        self._workers = number
+
+    def found_nodes(self, *, others: bool) -> None:
+        """Note if any other node may be alive."""
+        self.alone = not others
 
     def takes(self, type: str) -> bool:
         """Return True if the node may start tasks of this type now: the type is not paused."""
@@ -75,7 +83,7 @@ class Fetcher:
 
         After a ``RepositoryError`` tasks stay in the buffer; workers pass over them in any case.
         """
-        self._agenda.more_stored = True
+        self._agenda.expect_more()
         paused = self._services.controls.paused
         swept = self._buffer.sweep(lambda type: type in paused)
         self._starter.free([item.id for item in swept])
@@ -97,11 +105,11 @@ class Fetcher:
             room = self._buffer.room_to_fetch()
             if room <= 0:
                 return True
-            self._agenda.more_stored = False  # before the fetch: a spill from now on sets it again
+            self._agenda.begin_fetch()  # before the fetch: a spill from now on sets it again
             try:
                 found = self._fetch(room)
             except BaseException:  # an interrupt, too: no other thread knows that there is more
-                self._agenda.more_stored = True
+                self._agenda.expect_more()
                 raise
             if limits := self._services.registry.limits:
                 for stub in found:
@@ -109,7 +117,7 @@ class Fetcher:
                         self._admission.fetched(stub.type, stub.id)
             self._buffer.add_fetched(found)
             self.fetched += len(found)
-            self._agenda.rest_is_stored = len(found) == room
+            self._agenda.leave_rest(some=len(found) == room)
             if len(found) < room and self._services.registry.finds:
                 self._seek()
             return True
@@ -186,7 +194,7 @@ class Fetcher:
         Only a node with nothing in its own buffer does this. When the other nodes come to these tasks, they
         find them started, or gone.
         """
-        wanted = self.workers - len(self._runs.executing)
+        wanted = self._workers - len(self._runs.executing)
         if wanted <= 0 or len(self._buffer):
             return []
         services = self._services
@@ -200,5 +208,5 @@ class Fetcher:
         writes = [lifecycle.take(stub.id, self._node, owner) for stub, owner in found[:wanted]]
         taken = services.moves.commit(writes) if writes else []
         if any(taken):
-            self._agenda.more_stored = True  # fetch again when these are done
+            self._agenda.expect_more()  # fetch again when these are done
         return [stub for (stub, _), mine in zip(found[:wanted], taken, strict=True) if mine]

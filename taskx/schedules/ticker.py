@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from itertools import compress
 from typing import NamedTuple
@@ -91,8 +91,9 @@ class Ticker:
     the other. Each call of :meth:`tick` ends after a while, and the next call continues where it stopped.
     """
 
-    def __init__(self, services: Services) -> None:
+    def __init__(self, services: Services, chance: Callable[[], float]) -> None:
         self._services = services
+        self._chance = chance
         self._timing = services.timing
         self._longest_gap = round(1000 * services.timing.longest_gap)  # in milliseconds
         # The start of the time without a gap between rounds, and the last round, in milliseconds.
@@ -262,7 +263,7 @@ class Ticker:
         if due != read.due:
             read.due = due
             if due is not None:
-                heapq.heappush(self._next, (due, self._services.chance(), read.name))
+                heapq.heappush(self._next, (due, self._chance(), read.name))
 
     def _due_names(self) -> list[str]:
         """Return the schedules whose tick has come, by what is known in memory; at most a batch."""

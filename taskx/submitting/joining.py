@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import copy
 from functools import partial
 from typing import cast
+
+import attrs
 
 from taskx.common.bell import Agenda
 from taskx.common.config import Config
@@ -61,12 +62,13 @@ class Joining:
             later.calls.append(after)
         with self._services.repository.transactions.join(connection, later.follow) as repository:
             later.repository = repository
-            services = copy(self._services)
-            services.repository = repository
-            services.moves = cast(Moves, later)
-            services.controls = Controls(repository)
-            services.agenda = _Afterwards(self._services.agenda, later.calls)
-            yield services
+            yield attrs.evolve(
+                self._services,
+                repository=repository,
+                moves=cast(Moves, later),
+                controls=Controls(repository),
+                agenda=_Afterwards(self._services.agenda, later.calls),
+            )
 
     def intake_of(self, services: Services) -> Intake:
         """Return an intake without middleware for services of :meth:`services`."""
@@ -111,9 +113,24 @@ class Joining:
         self._services.repository.transactions.refuse_write()
 
     def _without_engine(self) -> State:
-        state = State()
-        state.stopped, state.ended = self._state.stopped, self._state.ended
-        return state
+        return _Unstarted(self._state)
+
+
+class _Unstarted:
+    """A queue as it is without its pool: an intake leaves all tasks in the repository."""
+
+    pool = None
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+
+    @property
+    def stopped(self) -> bool:
+        return self._state.stopped
+
+    @property
+    def closed(self) -> bool:
+        return self._state.closed
 
 
 class _Afterwards(Agenda):

@@ -6,7 +6,6 @@ or is paused, or they wait for their time, their parents, their turn or a limit.
 
 from __future__ import annotations
 
-import math
 import time
 
 from taskx.core import lifecycle
@@ -18,26 +17,21 @@ class Expiry:
 
     def __init__(self, services: Services) -> None:
         self._services = services
-        #: True if there may be more to cancel.
-        self.waiting = False
 
     def next(self) -> int | None:
         """Return the next ``expires_at`` of a pending task, in milliseconds; None if none can expire."""
         return next((at for _, at in self._services.repository.due(None, 1, "expires_at")), None)
 
-    def go_on(self, patience: float = math.inf) -> None:
-        """Cancel a batch, and further ones while ``patience`` lasts, in seconds.
+    def step(self, until: float) -> bool:
+        """Cancel batches until a time on the monotonic clock; return True if more is left.
 
         Raises:
             RepositoryError: the repository failed; the next call tries again.
         """
-        until, more = time.monotonic() + patience, True
-        self.waiting = False  # first: after an error, other duties come before the next try
-        while more:
-            more = self._expire_some()
+        while more := self._expire_some():
             if time.monotonic() >= until:
                 break
-        self.waiting = more
+        return more
 
     def _expire_some(self) -> bool:
         """Cancel a batch; return True if there may be more, which no other node is cancelling now."""

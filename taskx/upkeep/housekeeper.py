@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+import random
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 
-from taskx.core import lifecycle
 from taskx.core.errors import RepositoryError, SchemaMismatch
 from taskx.core.findings import Problem, duration
 from taskx.core.log import Complaint
 from taskx.core.model import TaskStatus
+from taskx.ordering import Dependents, Turns
 from taskx.running.audit import Audit
 from taskx.running.pool import WorkerPool
 from taskx.running.progress import store_progress
@@ -21,6 +22,7 @@ from taskx.schedules.ticker import Ticker
 from taskx.storage import queries
 from taskx.storage.base import Locked, Repository
 from taskx.storage.queries import Changes
+from taskx.upkeep.duties import Duty, Release
 from taskx.upkeep.expiry import Expiry
 from taskx.upkeep.listening import Listening
 from taskx.upkeep.recovery import Recovery
@@ -29,45 +31,90 @@ from taskx.upkeep.retention import Retention
 
 
 class Housekeeper:
-    """Calls :meth:`tick` again and again. Everything it does can be done twice without harm.
+    """Does the duties of a node, in rounds. Everything it does can be done twice without harm.
 
     Args:
         pool: the worker pool that it serves.
         retention: seconds for which tasks that ended in a status are kept; for ever if a status is missing.
+        chance: draws the order of schedules that tick at the same time: a number from 0 to 1.
     """
 
-    def __init__(self, pool: WorkerPool, retention: Mapping[TaskStatus, float]) -> None:
+    def __init__(
+        self,
+        pool: WorkerPool,
+        retention: Mapping[TaskStatus, float],
+        chance: Callable[[], float] = random.random,
+    ) -> None:
+        services = pool.services
         self._pool = pool
-        self._services = pool.services
-        self._timing = pool.services.timing
+        self._timing = services.timing
+        self._agenda = services.agenda
         #: Finds dead nodes.
         self.recovery = Recovery(pool)
         self._requests = Requests(pool)
         self._audit = Audit(pool)
-        self._expiry = Expiry(pool.services)
-        self._retention = Retention(pool.services, retention)
-        self._ticker = Ticker(pool.services)
-        self._agenda = pool.services.agenda
-        self._complaint = Complaint(pool.services.log)
+        self._release = Release(
+            services.repository, services.moves, self._agenda, services.clock, self._timing
+        )
+        self._expiry = Expiry(services)
+        self._retention = Retention(services, retention)
+        self._ticker = Ticker(services, chance)
+        self._changed = Changes(services.repository)
+        self._listening = Listening(pool)
+        self.duties = self._duties()
+        self._complaint = Complaint(services.log)
         # What the last rounds have found, and since when the present round goes on, on the monotonic clock.
         self._failure = ""
         self._stuck_types: list[Problem] = []
         self._began: float | None = None
         self._stopped = False
-        self._changed = Changes(pool.services.repository)
-        self._listening = Listening(pool)
-        self._next_due: int | None = None
-        # The time, on the monotonic clock, until which due tasks are left to other nodes.
-        self._release_at = -math.inf
-        self._last = dict.fromkeys(("poll", "progress", "recover", "audit"), -math.inf)
         self._thread = threading.Thread(target=self._run, name="taskx-housekeeper", daemon=True)
+
+    def _duties(self) -> list[Duty]:
+        """Return the duties in the order of a round. The comments say where the order matters."""
+        pool, timing, moves = self._pool, self._timing, self._pool.services.moves
+        dependents, turns, recovery = moves.dependents, moves.turns, self.recovery
+        return [
+            # First: a late heartbeat costs all tasks.
+            Duty("lease", self._tend),
+            # Before the first write; but outcomes are written in any case.
+            Duty("schema", self._check_schema),
+            # Before all that reads the tasks of this node.
+            Duty("outcomes", self._write_outcomes, due=self._soon_if(lambda: moves.unsettled)),
+            Duty("handles", lambda until: pool.services.watcher.tell()),
+            # After the outcomes of these tasks.
+            Duty("stuck threads", self._lift_stuck),
+            # Before the fetch: a task that waits comes first.
+            Duty("started tasks", self._hand_on, due=self._soon_if(lambda: pool.needs_care)),
+            Duty("workers", lambda until: pool.add_workers()),
+            Duty("progress", self._write_progress, timing.progress_every),
+            # All that lets tasks start comes before the fetch.
+            Duty("parents", _processing(dependents), due=_at_once_if(lambda: dependents.waiting)),
+            # After the parents: a task may wait for its turn next.
+            Duty("turns", _processing(turns), due=_at_once_if(lambda: turns.waiting)),
+            Duty("due tasks", self._release.step, due=self._release.due),
+            Duty("buffers of dead nodes", self._free, due=_at_once_if(lambda: recovery.waiting)),
+            Duty("dead nodes", self._recover, timing.recover_every),
+            Duty("record", lambda until: pool.record(), timing.recover_every),
+            Duty("limits", lambda until: pool.tuning.tend(), timing.recover_every),
+            # Before the fetch: a task that was stored after a pause must not start.
+            Duty("changes", self._take_in, timing.recover_every),
+            Duty("news", self._take_in_news, timing.poll_every),
+            Duty("fetch", self._fetch, due=self._until_token),
+            Duty("ticks", self._tick, due=self._until_tick),
+            # What no event has reported; it may wait for all that an event did report.
+            Duty("audit", self._run_audits, timing.audit_every),
+            Duty("retention", lambda until: self._retention.tick()),
+            Duty("expiry", self._expiry.step, timing.recover_every),
+        ]
+
+    def _soon_if(self, holds: Callable[[], object]) -> Callable[[], float]:
+        return lambda: self._timing.hand_back_after if holds() else math.inf
 
     def start(self) -> None:
         """Start the thread."""
-        # A housekeeper whose start failed may have set it.
-        self._agenda.due_known = False
         # Signals interrupt only the main thread. If it commits for others, this thread calls the callbacks.
-        self._agenda.attended = True
+        self._agenda.attend()
         self._thread.start()
         if self._pool.hears:
             self._listening.start()
@@ -76,11 +123,10 @@ class Housekeeper:
         """End the thread; return when it has ended, or at once if called on it."""
         self._stopped = True
         self._listening.stop()
-        self._agenda.attended = False
-        self._agenda.wake()
+        self._agenda.leave()
         if self._thread is not threading.current_thread() and self._thread.is_alive():
             self._thread.join(self._timing.join_thread_within)
-        self._services.watcher.ensure_polling()
+        self._pool.services.watcher.ensure_polling()
 
     def problems(self) -> list[str]:
         """Return a sentence for all that keeps tasks from running, as far as the last rounds have found it.
@@ -96,17 +142,17 @@ class Housekeeper:
 
     def _behind(self) -> bool:
         """Return True if a task or a schedule is due that was not dealt with yet."""
-        now = self._services.clock.now_ms()
-        return bool(self._services.repository.due(now, 1)) or self._ticker.behind(now)
+        now = self._pool.services.clock.now_ms()
+        return bool(self._pool.services.repository.due(now, 1)) or self._ticker.behind(now)
 
     def stored_left(self) -> bool:
         """Return True if the repository has something to run, including tasks that follow others."""
-        repository, types = self._services.repository, set(self._pool.fetcher.types())
+        repository, types = self._pool.services.repository, set(self._pool.fetcher.types())
         return (
             self._behind()
             or unfinished(repository, types)
-            or self._services.dependents.overdue()
-            or self._services.turns.overdue()
+            or self._pool.services.moves.dependents.overdue()
+            or self._pool.services.moves.turns.overdue()
             or self._behind()  # a task got its turn between the checks, and was due
             or unfinished(repository, types)  # a task was freed between the checks
         )
@@ -129,182 +175,166 @@ class Housekeeper:
                 )
             except BaseException:  # a defect of ours: without this thread, nothing is done in time
                 failures += 1
-                self._services.log.exception("unexpected error in the housekeeper; it continues")
+                self._pool.services.log.exception(
+                    "unexpected error in the housekeeper; it continues"
+                )
             self._began = None
             self._sleep(failures)
 
     def _sleep(self, failures: int) -> None:
+        often = self._timing.hand_back_after
         if failures:
             pause = self._timing.poll_every * 2.0 ** min(failures, 10)
             pause = min(pause, self._timing.longest_pause)
-            self._agenda.sleep(min(pause, self._services.repository.liveness.interval))
-        elif self._more_to_do():
-            self._agenda.sleep(self._timing.shortest_sleep)
-        elif self._services.moves.unsettled or self._pool.needs_care:
-            self._agenda.sleep(self._timing.hand_back_after)
+            self._agenda.sleep(min(pause, self._pool.services.repository.liveness.interval))
+        elif (soon := self._until_next()) <= often:
+            self._agenda.sleep(soon)
         else:
-            self._agenda.sleep_long(self._until_next, self._timing.hand_back_after)
+            self._agenda.sleep_long(self._until_next, often)
 
     def _until_next(self) -> float:
-        """Return the seconds until the next duty is due."""
-        timeout, clock = self._timing.poll_every, self._services.clock
-        next_tick = None if self._pool.stopping else self._ticker.next
-        next_due = None if self._others_release else self._next_due
-        for due in (next_due, next_tick):
-            if due is not None:
-                timeout = min(timeout, (due - clock.now_ms()) / 1000)
-        if (next_fetch := self._pool.admission.next_fetch()) is not None:
-            timeout = min(timeout, next_fetch - clock.monotonic())
-        return max(self._timing.shortest_sleep, timeout)
-
-    def _more_to_do(self) -> bool:
-        """Return True if a duty stopped early for the sake of the others."""
-        services = self._services
-        return (
-            services.dependents.waiting
-            or services.turns.waiting
-            or self.recovery.waiting
-            or self._expiry.waiting
-            or (not self._pool.stopping and self._ticker.waiting)
-        )
+        """Return the seconds until the next round: as long as none is needed, it polls."""
+        next_step = min(duty.seconds_left() for duty in self.duties)
+        return max(self._timing.shortest_sleep, min(self._timing.poll_every, next_step))
 
     def tick(self) -> None:
         """Do one round: take a step of each duty that is due, and more steps until time is up.
 
         Whatever a ``RepositoryError`` prevents is done in a later round.
         """
-        until = time.monotonic() + self._timing.round_within
+        now = time.monotonic()
+        until = now + self._timing.round_within
         self._agenda.begin_round()
-        self._services.repository.liveness.tend(self._pool.node.id)
+        for duty in self.duties:
+            if self._comes(duty, now):
+                duty.take(now, until)
+
+    def _comes(self, duty: Duty, now: float) -> bool:
+        return duty.comes(now)
+
+    # --- the duties
+
+    def _tend(self, until: float) -> None:
+        self._pool.services.repository.liveness.tend(self._pool.node.id)
+
+    def _check_schema(self, until: float) -> None:
         try:
-            self._services.repository.ensure_there()
-        except SchemaMismatch as error:  # go on: outcomes must be written in any case
+            self._pool.services.repository.ensure_there()
+        except SchemaMismatch as error:
             self._pool.retire(error)
+
+    def _write_outcomes(self, until: float) -> None:
         with suppress(Locked):  # some outcomes are put off, and the other duties go on
-            self._services.moves.flush()
-        self._services.watcher.tell()
+            self._pool.services.moves.flush()
+
+    def _lift_stuck(self, until: float) -> None:
         if self._pool.stuck.ended:
             with suppress(Locked):
                 self._pool.stuck.lift()
+
+    def _hand_on(self, until: float) -> None:
         with suppress(Locked):
             self._pool.hand_on()
-        self._pool.add_workers()
-        if self._is_time("progress", self._timing.progress_every):
-            self._write_progress()
-        self._services.dependents.process(until - time.monotonic())
-        self._services.turns.process(until - time.monotonic())
-        self._release_due(until)
+
+    def _write_progress(self, until: float) -> None:
+        store_progress(self._pool.services, list(self._pool.runs.values()))
+
+    def _free(self, until: float) -> None:
         if self.recovery.waiting and self.recovery.go_on(until - time.monotonic()):
-            self._agenda.more_stored = True
-        if self._is_time("recover", self._timing.recover_every):
-            self._expiry.waiting = True
-            self.recovery.recover(until - time.monotonic())
-            self._pool.record()
-            self._pool.tuning.tend()
-            if not self._polls:
-                self._agenda.due_known = False
-                self._ticker.refresh_soon()
-            self._process_changes()
-        elif self._polls and self._is_time("poll", self._timing.poll_every) and self._changed():
-            self._agenda.due_known = False
+            self._agenda.expect_more()
+
+    def _recover(self, until: float) -> None:
+        self.recovery.recover(until - time.monotonic())
+
+    def _take_in(self, until: float) -> None:
+        """Take in what other nodes have changed, whether or not anything is known to have changed."""
+        if not self._polls:
+            self._agenda.check_due()
+            self._ticker.refresh_soon()
+        self._process_changes()
+
+    def _take_in_news(self, until: float) -> None:
+        """Take in what other nodes have changed, if anything has changed since the last look."""
+        if self._polls and self._changed():
+            self._agenda.check_due()
             self._ticker.refresh_soon()
             self._process_changes()
-            self._services.watcher.check_all()
-        if self._pool.admission.is_time() or self._agenda.look_for_more:
-            self._agenda.more_stored = True
-            self._pool.fetcher.refill()
-        else:
-            self._pool.fetcher.refill_if_low()
-        if not self._pool.stopping and self._ticker.tick(until - time.monotonic()):
-            self._agenda.more_stored = True
-            self._pool.fetcher.refill()
-        if self._is_time("audit", self._timing.audit_every):
-            self._run_audits()
-        self._retention.tick()
-        if self._expiry.waiting:
-            self._expiry.go_on(until - time.monotonic())
+            self._pool.services.watcher.check_all()
 
     @property
     def _polls(self) -> bool:
         """True if a change by another process must be noticed before the next check for dead nodes."""
-        return self._pool.hears or self._services.watcher.watching
-
-    def _run_audits(self) -> None:
-        """Check for everything that an event should have reported and did not."""
-        self._audit.check()
-        self._services.alarms.go_on()
-        self._services.moves.retries.tell()
-        self._pool.stuck.audit()
-        self._stuck_types = self._find_stuck_types()
-        self._services.dependents.scan_some()
-        self._services.turns.scan_some()
-        self._ticker.refresh_soon()
-        self._services.watcher.check_all()
-
-    def _find_stuck_types(self) -> list[Problem]:
-        services = self._services
-        if not self._pool.stuck.runs:  # nothing to say that a node with stuck threads does not say
-            return []
-        nodes = [node for node in services.repository.nodes() if node.alive is not False]
-        return [*stuck_types(services.repository, nodes, services.controls.read_paused())]
-
-    def _is_time(self, what: str, interval: float) -> bool:
-        now = time.monotonic()
-        if now - self._last[what] < interval * 0.9:
-            return False
-        self._last[what] = now
-        return True
+        return self._pool.hears or self._pool.services.watcher.watching
 
     def _process_changes(self) -> None:
         """Take in the changes of other nodes: controls, new tasks, and requests to cancel."""
         self._pool.tuning.refresh()  # first: a task stored after a pause must not start
         self._requests.process()
-        self._agenda.more_stored = True
+        self._agenda.expect_more()
         self._pool.admission.forget()
-        self._services.dependents.refresh()
+        self._pool.services.moves.dependents.refresh()
         self._pool.fire_cancelled()
 
-    def _release_due(self, until: float) -> None:
-        services = self._services
-        now = services.clock.now_ms()
-        if not self._agenda.due_known:
-            self._agenda.due_known = True  # first: a task stored from now on clears it again
-            try:
-                self._next_due = self._earliest_due()
-            except BaseException:
-                self._agenda.due_known = False
-                raise
-        while self._next_due is not None and self._next_due <= now and not self._others_release:
-            self._release_some(now)
-            self._next_due = self._earliest_due()
-            if time.monotonic() >= until:
-                break
+    def _fetch(self, until: float) -> None:
+        if self._pool.admission.is_time() or self._agenda.look_for_more:
+            self._agenda.expect_more()
+            self._pool.fetcher.refill()
+        else:
+            self._pool.fetcher.refill_if_low()
 
-    def _release_some(self, now: int) -> None:
-        """Release the next tasks that are due, unless another node has just done so.
+    def _until_token(self) -> float:
+        """Return the seconds until a limit lets another task start."""
+        moment = self._pool.admission.next_fetch()
+        return math.inf if moment is None else moment - self._pool.services.clock.monotonic()
 
-        If very many are due, all nodes try the same ones at the same time. The node that releases them goes
-        on. The others find them released, and come back a little later, as they do if another transaction
-        has locked all of them.
-        """
-        batch = self._timing.due_batch
-        ids = [task_id for task_id, _ in self._services.repository.due(now, batch)]
-        if ids:
-            writes = [lifecycle.release(task_id) for task_id in ids]
-            released = sum(self._services.moves.commit(writes))
-            if not released or (len(ids) == batch and 2 * released < batch):
-                self._release_at = time.monotonic() + self._timing.poll_every
+    def _tick(self, until: float) -> bool:
+        if self._pool.stopping:
+            return False
+        if self._ticker.tick(until - time.monotonic()):
+            self._agenda.expect_more()
+            self._pool.fetcher.refill()
+        return self._ticker.waiting
 
-    @property
-    def _others_release(self) -> bool:
-        """True if another node was releasing the due tasks a moment ago."""
-        return time.monotonic() < self._release_at
+    def _until_tick(self) -> float:
+        """Return the seconds until the next tick of a schedule."""
+        if self._pool.stopping or (self._ticker.next is None and not self._ticker.waiting):
+            return math.inf
+        if self._ticker.waiting or self._ticker.next is None:
+            return 0.0
+        return (self._ticker.next - self._pool.services.clock.now_ms()) / 1000
 
-    def _earliest_due(self) -> int | None:
-        return next((run_at for _, run_at in self._services.repository.due(None, 1)), None)
+    def _run_audits(self, until: float) -> None:
+        """Check for everything that an event should have reported and did not."""
+        self._audit.check()
+        self._pool.services.runner.alarms.go_on()
+        self._pool.services.moves.retries.tell()
+        self._pool.stuck.audit()
+        self._stuck_types = self._find_stuck_types()
+        self._pool.services.moves.dependents.scan_some()
+        self._pool.services.moves.turns.scan_some()
+        self._ticker.refresh_soon()
+        self._pool.services.watcher.check_all()
 
-    def _write_progress(self) -> None:
-        store_progress(self._services, list(self._pool.runs.values()))
+    def _find_stuck_types(self) -> list[Problem]:
+        services = self._pool.services
+        if not self._pool.stuck.runs:  # nothing to say that a node with stuck threads does not say
+            return []
+        nodes = [node for node in services.repository.nodes() if node.alive is not False]
+        return [*stuck_types(services.repository, nodes, services.controls.read_paused())]
+
+
+def _processing(scanner: Dependents | Turns) -> Callable[[float], bool]:
+    """Return the step of a duty that processes what waits for other tasks."""
+
+    def step(until: float) -> bool:
+        scanner.process(until - time.monotonic())
+        return scanner.waiting
+
+    return step
+
+
+def _at_once_if(holds: Callable[[], bool]) -> Callable[[], float]:
+    return lambda: 0.0 if holds() else math.inf
 
 
 def unfinished(repository: Repository, types: Collection[str]) -> bool:

@@ -42,8 +42,10 @@ class Recovery:
         # Owners first: a node that joins after this and owns a task is in the list of nodes below.
         owners = queries.owners(repository)
         nodes = {node.id: node for node in repository.nodes()}
-        self._pool.fetcher.alone = not any(
-            node.alive is not False and node.id != self._pool.node.id for node in nodes.values()
+        self._pool.fetcher.found_nodes(
+            others=any(
+                node.alive is not False and node.id != self._pool.node.id for node in nodes.values()
+            )
         )
         recovered = 0
         known = dict.fromkeys((*owners, *nodes))
@@ -75,8 +77,8 @@ class Recovery:
                 self._left[node] += len(results) - sum(results)
                 if len(writes) == self._services.timing.free_batch and time.monotonic() >= until:
                     return freed
-            self._services.dependents.ended_elsewhere()
-            self._services.turns.scan_all_soon()
+            self._services.moves.dependents.ended_elsewhere()
+            self._services.moves.turns.scan_all_soon()
             if node != self._pool.node.id:  # this node's own record is gone; it makes another one
                 self._services.repository.liveness.leave(node)
             del self._left[node]

@@ -232,8 +232,7 @@ def test_a_process_that_is_told_to_stop_before_its_first_beat_still_says_that_it
     )
     process._queue = SimpleNamespace(healthy=True)
     pool = SimpleNamespace(ahead=SimpleNamespace(at_work=["a task"]))
-    node = SimpleNamespace(pool=pool, problems=list)
-    process._life = SimpleNamespace(node=node, name="stopped", ended=True)
+    process._node = SimpleNamespace(pool=pool, problems=list, name="stopped", stops=True)
     # The channel is closed in the end, which stops the process a second time at most.
     orders = [None, [["stop"]]]
     process._attend()
