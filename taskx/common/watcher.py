@@ -76,7 +76,7 @@ class Watcher:
         try:
             if new:
                 self._check([handle.id])
-                handle.watched_by = self
+                handle.note_watched(self)
         finally:
             self.ensure_polling()
         if self._closed:

@@ -394,8 +394,7 @@ class SQLiteRepository(SQLRepository):
         return KernelLocks(self, place, turnstile.NAMES, self.timing.orphan_within)
 
     def only_existing(self) -> None:
-        self._file.create = False
-        self._connections.migrates = False
+        self._connections.only_existing()
 
     def examine(self) -> Iterator[Check]:
         from taskx.storage.sqlite.examination import examine  # not needed to run tasks
@@ -451,7 +450,7 @@ class SQLiteRepository(SQLRepository):
     def renew_after_fork(self) -> None:
         self._write_lock = threading.RLock()
         self._connections.renew_after_fork()
-        self._turnstile.leave = dict
+        self._turnstile.renew_after_fork()
         self._wakeups.renew_after_fork()
         self.transactions.renew()
 
