@@ -113,7 +113,9 @@ class Moves(Ledger[Outcome]):
         #: Logs the retries.
         self.retries = Digest(log, RETRIED, _RETRIES, clock.monotonic)
         self.turns = Turns(repository, self.commit, log, timing.batch)
-        self.dependents = Dependents(repository, self.commit, agenda, clock, log, timing)
+        self.dependents = Dependents(
+            repository, self.commit, agenda, clock, log, timing.batch, timing.scan_batch
+        )
 
     def serve(self, node: _Node | None) -> None:
         """Tell a started node of the moves that concern its tasks, from now on; None: tell nobody."""

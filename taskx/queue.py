@@ -17,7 +17,8 @@ from taskx.common.bell import Agenda
 from taskx.common.config import Config
 from taskx.common.controls import Controls
 from taskx.common.handles import TaskHandle
-from taskx.common.hooks import Hook
+from taskx.common.hooks import Hook, Hooks
+from taskx.common.watcher import Watcher
 from taskx.core.clock import SYSTEM_CLOCK, Clock, check_clock
 from taskx.core.errors import ConfigurationError, RepositoryError
 from taskx.core.ids import new_id
@@ -38,7 +39,6 @@ from taskx.core.options import (
 from taskx.core.ticks import Every, Misfire
 from taskx.core.timing import DEFAULT_TIMING, Timing
 from taskx.core.values import Values
-from taskx.engines.base import Engine, Threads
 from taskx.executing.checkpoints import Keeper
 from taskx.executing.executors import (
     AnyExecutor,
@@ -61,6 +61,7 @@ from taskx.submitting.joining import Joining
 from taskx.submitting.layers import layered
 from taskx.submitting.operations import Operations
 from taskx.upkeep import foreground
+from taskx.upkeep.engine import Engine, Threads
 from taskx.upkeep.following import follow
 from taskx.upkeep.node import LocalNode
 
@@ -149,22 +150,15 @@ class Queue(Questions, Steering):
         engine, repository, log, timing = self._engine, self.repository, self._log, self._timing
         registry, config, clock, agenda = self._registry, self.config, self.clock, Agenda()
         most = registry.max_payload_size
-        hooks = engine.make_hooks(self._hooks, log, timing)
-        watcher = engine.make_watcher(repository, log, agenda, timing)
+        threaded, signal = engine.threaded, engine.make_signal
+        hooks = Hooks(self._hooks, log, timing, threaded=threaded)
+        watcher = Watcher(repository, log, agenda, timing, signal, threaded=threaded)
         moves = Moves(repository, agenda, hooks, watcher, clock, log, timing, config.redact)
+        runner = engine.make_runner(clock, timing, most)
+        keeper = Keeper(repository, moves.commit, most, registry.values, clock, timing)
+        own = (repository, moves, Controls(repository), agenda)
         self._services = services = Services(
-            repository=repository,
-            moves=moves,
-            controls=Controls(repository),
-            agenda=agenda,
-            registry=registry,
-            runner=engine.make_runner(clock, timing, most),
-            keeper=Keeper(repository, moves.commit, most, registry.values, clock, timing),
-            watcher=watcher,
-            hooks=hooks,
-            clock=clock,
-            log=log,
-            timing=timing,
+            *own, registry, runner, keeper, watcher, hooks, clock, log, timing
         )
         self._node = node = LocalNode(services, engine, self)
         self._intake = self._make_intake()

@@ -33,7 +33,7 @@ from taskx.core.timing import DEFAULT_TIMING
 from taskx.schedules import ticker
 from taskx.storage.sqlite.connections import Connections
 from taskx.testing import RepositoryContract
-from taskx.upkeep import duties, housekeeper
+from taskx.upkeep import due, housekeeper
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.rst", *sorted((ROOT / "docs").glob("*.rst"))]
@@ -580,7 +580,7 @@ def test_an_idle_node_reads_what_the_design_says(tmp_path, monkeypatch):
     log: list[str] = []
     trace(monkeypatch, log.append)
     now = time.monotonic()
-    for module in (duties, housekeeper, ticker):
+    for module in (due, housekeeper, ticker):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
     repository = taskx.SQLiteRepository(tmp_path / "tasks.db")
     queue = taskx.Queue(repository, taskx.Config(worker_num=1))

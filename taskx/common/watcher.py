@@ -45,7 +45,9 @@ class Watcher:
         log: GuardedLogger,
         agenda: Agenda,
         timing: Timing,
-        signal: Callable[[], Signal] = Signal,
+        signal: Callable[[], Signal],
+        *,
+        threaded: bool,
     ) -> None:
         self._repository = repository
         self._log = log
@@ -62,6 +64,7 @@ class Watcher:
         self._closed = self._warned = False
         #: Makes the signal that a thread waits with for the end of a task.
         self.signal = signal
+        self._threaded = threaded
 
     @property
     def watching(self) -> bool:
@@ -219,6 +222,10 @@ class Watcher:
 
     def ensure_polling(self) -> None:
         """Start the watcher's thread if there is a handle to watch and no other thread checks it."""
+        if not self._threaded:  # whoever runs tasks resolves their handles
+            if self._closed:
+                self._close_all()
+            return
         if self._handles and (self._closed or not self._agenda.attended) and not self._polls:
             thread = threading.Thread(target=self._poll, name="taskx-watch", daemon=True)
             self._thread = thread  # first: the thread runs only as long as this attribute names it

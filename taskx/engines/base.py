@@ -1,125 +1,32 @@
-"""The interface of engines, the engine of threads, and the base of engines that use a broker."""
+"""The base of engines that use a broker."""
 
 from __future__ import annotations
 
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from taskx.common.bell import Agenda
 from taskx.common.config import Config
-from taskx.common.hooks import Hook, Hooks
-from taskx.common.watcher import Watcher
 from taskx.core.checks import check_number
 from taskx.core.clock import Clock
 from taskx.core.errors import ConfigurationError, QueueStopped, RepositoryError, SchemaMismatch
-from taskx.core.log import GuardedLogger, log
-from taskx.core.model import TaskStatus
+from taskx.core.log import log
 from taskx.core.timing import DEFAULT_TIMING, Timing
 from taskx.engines.tickets import Ticket
 from taskx.executing.alarms import Alarms
 from taskx.executing.runner import Runner
 from taskx.liveness.base import About, Node
 from taskx.moving import Services
-from taskx.running.pool import WorkerPool
-from taskx.storage.base import Repository
-from taskx.upkeep.housekeeper import Housekeeper
+from taskx.running.pool import Ends, WorkerPool
+from taskx.upkeep.engine import BoundQueue, Engine
 
 if TYPE_CHECKING:
     from taskx.engines.handover import HandOver
     from taskx.engines.pool import TicketPool
-
-
-class _Queue(Protocol):
-    """The methods of a queue that an engine calls."""
-
-    repository: Repository
-    _timing: Timing
-
-    def start(self) -> None: ...
-    def stop(self, timeout: float) -> list[str]: ...
-
-
-class Engine(ABC):
-    """The part of a queue that decides where its tasks run. ``name`` is recorded with each node."""
-
-    name = ""
-
-    @abstractmethod
-    def bind(self, queue: _Queue) -> None:
-        """Become the engine of a queue.
-
-        Raises:
-            ConfigurationError: the engine cannot run the tasks of this queue.
-        """
-
-    @abstractmethod
-    def make_pool(
-        self,
-        services: Services,
-        node: Node,
-        config: Config,
-        end: Callable[[], object],
-        asked_to_stop: Callable[[], object],
-    ) -> WorkerPool:
-        """Return the pool of a node that is being started: see :class:`WorkerPool`."""
-
-    @abstractmethod
-    def renew_after_fork(self) -> None:
-        """Forget, in a forked child, what belongs to the parent."""
-
-    # --- the parts of a queue that start threads, or go by the time
-
-    def describe(self, about: About) -> About:
-        """Return the facts about a node, with those that depend on its engine."""
-        return about
-
-    def make_housekeeper(
-        self, pool: WorkerPool, retention: Mapping[TaskStatus, float]
-    ) -> Housekeeper:
-        """Return what does the duties of a node that is being started."""
-        return Housekeeper(pool, retention)
-
-    def make_runner(self, clock: Clock, timing: Timing, max_payload_size: int) -> Runner:
-        """Return what calls executors."""
-        return Runner(clock, Alarms(clock, timing), max_payload_size)
-
-    def make_hooks(self, hooks: Iterable[Hook], log: GuardedLogger, timing: Timing) -> Hooks:
-        """Return what tells hooks."""
-        return Hooks(hooks, log, timing)
-
-    def make_watcher(
-        self, repository: Repository, log: GuardedLogger, agenda: Agenda, timing: Timing
-    ) -> Watcher:
-        """Return what resolves handles."""
-        return Watcher(repository, log, agenda, timing)
-
-
-class Threads(Engine):
-    """The engine of a queue by default: ``Config.worker_num`` threads of the process that starts it."""
-
-    name = "threads"
-
-    def bind(self, queue: _Queue) -> None:
-        """Accept every queue."""
-
-    def make_pool(
-        self,
-        services: Services,
-        node: Node,
-        config: Config,
-        end: Callable[[], object],
-        asked_to_stop: Callable[[], object],
-    ) -> WorkerPool:
-        """Return a pool of worker threads."""
-        return WorkerPool(services, node, config, end, asked_to_stop)
-
-    def renew_after_fork(self) -> None:
-        """Do nothing: the node belongs to the queue."""
 
 
 def check_queues(queues: Any) -> dict[str, str]:
@@ -134,7 +41,7 @@ def check_queues(queues: Any) -> dict[str, str]:
     return dict(named)
 
 
-class BrokerEngine(Engine):
+class BrokerEngine(Engine, ABC):
     """An engine whose tickets a message broker carries to worker processes.
 
     A program that starts its queue only sends tickets. A worker process calls :meth:`begin_work`, which
@@ -157,7 +64,7 @@ class BrokerEngine(Engine):
             raise ConfigurationError(f"one_host must be True or False, not {one_host!r}")
         self._one_host = one_host
         self.resend = check_number(resend, "resend", 0.01)
-        self._queue: weakref.ref[_Queue] | None = None
+        self._queue: weakref.ref[BoundQueue] | None = None
         self._timing = DEFAULT_TIMING  # until it has a queue
         self.renew_after_fork()
 
@@ -198,7 +105,7 @@ class BrokerEngine(Engine):
         """
         return False
 
-    def bind(self, queue: _Queue) -> None:
+    def bind(self, queue: BoundQueue) -> None:
         repository = queue.repository
         repository.require("the tasks of several processes, which an engine with a broker needs")
         if not repository.shared:
@@ -223,20 +130,13 @@ class BrokerEngine(Engine):
     def make_runner(self, clock: Clock, timing: Timing, max_payload_size: int) -> Runner:
         return Runner(clock, Alarms(clock, timing), max_payload_size, self.process_ends)
 
-    def make_pool(
-        self,
-        services: Services,
-        node: Node,
-        config: Config,
-        end: Callable[[], object],
-        asked_to_stop: Callable[[], object],
-    ) -> WorkerPool:
+    def make_pool(self, services: Services, node: Node, config: Config, ends: Ends) -> WorkerPool:
         """Return a pool that sends tickets and, in a worker process, runs tasks for them."""
         # Imported here, because most programs have no broker.
         from taskx.engines.pool import TicketPool
 
         config = attrs.evolve(config, worker_num=max(1, self.workers))
-        return TicketPool(services, node, config, end, asked_to_stop, self, self._has_begun)
+        return TicketPool(services, node, config, ends, self, self._has_begun)
 
     def _has_begun(self, pool: TicketPool) -> None:
         self._pool = pool

@@ -32,7 +32,6 @@ class Claims:
 
     def __init__(self, pool: TicketPool) -> None:
         self._pool = pool
-        self._services = pool.services
         # As in a pool with threads, one thread at a time starts tasks.
         self._starting = threading.Lock()
 
@@ -45,7 +44,7 @@ class Claims:
             RepositoryError: the repository failed.
         """
         pool, fetcher = self._pool, self._pool.fetcher
-        if not (self._services.registry.runs(ticket.type) and fetcher.has_room(ticket.type)):
+        if not (self._pool.services.registry.runs(ticket.type) and fetcher.has_room(ticket.type)):
             self._keep(ticket)
             return None
         with self._starting:
@@ -80,7 +79,7 @@ class Claims:
 
     def _candidates(self, ticket: Ticket, named: tuple[Stub, str] | None) -> list[tuple[Stub, str]]:
         """Return the best tasks of a type with their owners, in the order in which to try them."""
-        repository, ageing = self._services.repository, self._pool.buffer.ageing
+        repository, ageing = self._pool.services.repository, self._pool.buffer.ageing
         senders = dict.fromkeys(
             ["", *self._pool.dispatcher.crew.ids, *([named[1]] if named else [])]
         )
@@ -101,7 +100,7 @@ class Claims:
     def _named(self, ticket: Ticket) -> tuple[Stub, str] | None:
         """Return the task that a ticket names, with its owner, if it may start."""
         fields = (*STUB, "owner", "held")
-        for *row, owner, held in self._services.repository.find("id", [ticket.id], fields):
+        for *row, owner, held in self._pool.services.repository.find("id", [ticket.id], fields):
             stub = stub_from_values(row)
             if stub.status == PENDING and (held or FREE) == FREE and stub.type == ticket.type:
                 return stub, owner or ""
@@ -111,7 +110,7 @@ class Claims:
         """Keep the ticket of a task that waits, until there is room for one."""
         if (named := self._named(ticket)) is None or not named[1]:
             return
-        registry = self._services.registry
+        registry = self._pool.services.registry
         limit = registry.limits.get(ticket.type)
         # Another node may have room under its limit. Tickets that a rate holds up are too many for this.
         own = limit is not None and limit.scope == "node" and limit.max_concurrency is not None
@@ -123,4 +122,4 @@ class Claims:
     def _free(self, ticket: Ticket) -> None:
         """Free the ticket's task: its ticket has started another one."""
         if (named := self._named(ticket)) is not None and named[1]:
-            self._services.moves.commit([lifecycle.free(ticket.id, named[1])])
+            self._pool.services.moves.commit([lifecycle.free(ticket.id, named[1])])

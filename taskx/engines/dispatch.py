@@ -71,7 +71,6 @@ class Dispatcher:
 
     def __init__(self, pool: TicketPool, engine: Sender) -> None:
         self._pool = pool
-        self._services = pool.services
         self._timing = pool.services.timing
         self._engine = engine
         self._sent = pool.tickets.sent
@@ -141,7 +140,9 @@ class Dispatcher:
                 self._complaint.make("the repository fails, tickets are sent later: %s", error)
             except BaseException:  # a defect of ours: without this thread, no task is run
                 fine = False
-                self._services.log.exception("unexpected error in the dispatcher; it continues")
+                self._pool.services.log.exception(
+                    "unexpected error in the dispatcher; it continues"
+                )
             pause = 0.0 if fine else min(max(2 * pause, first), longest)
             self._signal.wait(pause or self._rest)
         with suppress(Exception):  # the broker may be away
@@ -182,7 +183,7 @@ class Dispatcher:
         pool.buffer.sweep(lambda type: True)  # what is put there is stored as this node's, too
         self._refresh_crew()
         fields = ("id", "type", "starts", "owner")
-        rows = self._services.repository.find("buffered_on", self.crew.ids, fields)
+        rows = self._pool.services.repository.find("buffered_on", self.crew.ids, fields)
         waiting = Counter(dict.fromkeys(self.crew.types, 0))
         waiting.update(type for _, type, _, _ in rows if type in waiting)
         kept = pool.tickets.kept
@@ -218,7 +219,7 @@ class Dispatcher:
     def _refresh_crew(self) -> None:
         now = time.monotonic()
         if now - self._crew_at >= self._timing.crew_every:
-            nodes = self._services.repository.nodes()
+            nodes = self._pool.services.repository.nodes()
             self.crew = Crew(nodes, self._engine.name, self._pool.node.id)
             self._crew_at = now
 
@@ -231,7 +232,7 @@ class Dispatcher:
         if not stubs:
             return {}, more
         node = self._pool.node.id
-        taken = self._services.moves.commit([lifecycle.take(stub.id, node) for stub in stubs])
+        taken = self._pool.services.moves.commit([lifecycle.take(stub.id, node) for stub in stubs])
         mine = {
             s.id: _Waiting(type, s.starts) for s, held in zip(stubs, taken, strict=True) if held
         }
@@ -245,7 +246,7 @@ class Dispatcher:
 
         ``waiting`` is the number of tickets of this type that were not used yet.
         """
-        services, crew = self._services, self.crew
+        services, crew = self._pool.services, self.crew
         room = self._depths.get(type, DEPTH) * crew.capacity(type) - waiting
         if room <= 0 or type in services.controls.paused:
             return (), room <= 0
@@ -272,7 +273,7 @@ class Dispatcher:
 
     def _running(self, type: str) -> int:
         nodes = [node.id for node in self.crew.workers]
-        rows = self._services.repository.find("running_on", nodes, ("type",)) if nodes else ()
+        rows = self._pool.services.repository.find("running_on", nodes, ("type",)) if nodes else ()
         return sum(kind == type for (kind,) in rows)
 
     def _lost(self, mine: Mapping[str, _Waiting]) -> dict[str, _Waiting]:
@@ -291,7 +292,9 @@ class Dispatcher:
     def _idle_types(self, types: Collection[str]) -> set[str]:
         """Return the given types that some worker with a free thread runs."""
         nodes = {node.id: node for node in self.crew.workers}
-        found = self._services.repository.find("running_on", [*nodes], ("owner",)) if nodes else ()
+        found = (
+            self._pool.services.repository.find("running_on", [*nodes], ("owner",)) if nodes else ()
+        )
         busy: defaultdict[str, int] = defaultdict(int, Counter(owner for (owner,) in found))
         idle = [node for node in nodes.values() if busy[node.id] < node.workers]
         return {type for type in types if any(type in node.types for node in idle)}
@@ -343,7 +346,7 @@ class Dispatcher:
         node = self._pool.node.id
         for task_id in task_ids:
             self._sent.pop(task_id, None)
-        self._services.moves.commit([lifecycle.free(task_id, node) for task_id in task_ids])
+        self._pool.services.moves.commit([lifecycle.free(task_id, node) for task_id in task_ids])
 
 
 def _text(error: Exception) -> str:

@@ -23,7 +23,7 @@ from taskx.engines.tickets import Ticket, Tickets, Unused
 from taskx.liveness.base import Node
 from taskx.moving import Services
 from taskx.running.fetcher import Fetcher
-from taskx.running.pool import WorkerPool
+from taskx.running.pool import Ends, WorkerPool
 
 
 class TicketFetcher(Fetcher):
@@ -77,12 +77,11 @@ class TicketPool(WorkerPool):
     """A pool without threads of its own. The threads of the broker's worker process call :meth:`run`.
 
     Args:
-        services, node, config, end, asked_to_stop: as for :class:`WorkerPool`.
+        services, node, config, ends: as for :class:`WorkerPool`.
         engine: sends the tickets.
         begun: called with the pool when it may run tasks.
     """
 
-    others_go_on = True
     dispatcher: Dispatcher
 
     def __init__(
@@ -90,26 +89,17 @@ class TicketPool(WorkerPool):
         services: Services,
         node: Node,
         config: Config,
-        end: Callable[[], object],
-        asked_to_stop: Callable[[], object],
+        ends: Ends,
         engine: Sender,
         begun: Callable[[TicketPool], object],
     ) -> None:
         self.tickets = Tickets(services.timing)
         fetcher = partial(TicketFetcher, self.tickets, lambda: self.dispatcher.ring())
-        super().__init__(services, node, config, end, asked_to_stop, fetcher)
+        super().__init__(services, node, config, ends, fetcher)
         self.dispatcher = Dispatcher(self, engine)
         self._claims = Claims(self)
         self._has_begun = begun
         self._away = Complaint(services.log)
-
-    @property
-    def tends(self) -> bool:
-        return not self.node.only_sends
-
-    @property
-    def hears(self) -> bool:
-        return self.node.only_sends
 
     def start_workers(self) -> None:
         """Start no workers, only the thread that sends tickets."""

@@ -145,7 +145,29 @@ class Runner:
 
     def ending_of(self, error: BaseException, run: Run) -> Ending:
         """Return how a run ends whose executor has raised an error."""
-        return _raised(error, run, self._chance, ends=self._process_ends() and on_main_thread())
+        reason = run.token.reason
+        # With caller_runs the submitting thread runs the task, and Ctrl-C is meant for the program.
+        interrupt = error if is_a(error, KeyboardInterrupt) and on_main_thread() else None
+        if self._process_ends() and on_main_thread():
+            # The executor's clean-up may have raised another error than the handler's.
+            interrupt = error if is_a(error, SystemExit) else SystemExit(1)
+        if interrupt is not None:
+            reason = CancelReason.STOP
+        crashed = is_a(error, ChildDied)
+        timed_out = reason is CancelReason.TIMEOUT and not crashed
+        # After a time-out any error counts as the time-out: for example, a closed connection raises its own
+        # error. A Snooze does not prevent a time-out.
+        cause = TimeoutError() if timed_out and not is_a(error, Permanent, Retry) else error
+        return Ending(
+            returned=False,
+            reason=reason,
+            error=_timed_out(error, run.task) if timed_out else error_text(error),
+            error_type=error_type(cause),
+            traceback=traceback_text(error, skip=1),
+            crashed=crashed,
+            interrupt=interrupt,
+            **self._what_next(cause, run),
+        )
 
     def abandon(self, run: Run, worker: str, stack: str) -> Ending:
         """Return the ending of a run whose thread goes on after its time-out; ``stack`` is where it is."""
@@ -158,9 +180,30 @@ class Runner:
             error=f"timed out after {run.task.timeout:g} s; its thread still runs",
             error_type=error_type(TimeoutError()),
             traceback=shortened(stack),
-            **_what_next(TimeoutError(), run, self._chance),
+            **self._what_next(TimeoutError(), run),
         )
         return self._completed(ending, run, worker, run.token.deadline - run.task.timeout)
+
+    def _what_next(self, error: BaseException, run: Run) -> dict[str, Any]:
+        """Return what the error, or else the retry policy, asks for, as fields of an ``Ending``."""
+        if is_a(error, Snooze) and (seconds := seconds_asked(error, "seconds")) is not None:
+            return {"snooze": seconds}
+        if is_a(error, Permanent) or run.task.damage:
+            return {"permanent": True}
+        asked = is_a(error, Retry)
+        if asked and (delay := seconds_asked(error, "delay")) is not None:
+            return {"delay": delay}
+        policy = run.task.retry or run.executor.options.retry
+        if policy is None:
+            return {}
+        try:
+            if not asked and not _worth_another(error, policy):
+                return {"permanent": True}
+            return {"delay": policy.delay(run.task.attempt, self._chance())}
+        except BaseException:  # user code: a back-off function, or the error's class
+            log = GuardedLogger(run.context.logger)
+            log.exception("the retry policy failed; the task is retried in %g s", policy.base)
+            return {"delay": policy.base}
 
     def _completed(self, ending: Ending, run: Run, worker: str, started: float) -> Ending:
         """Add the facts that every ending has."""
@@ -171,31 +214,6 @@ class Runner:
         if run.capture is not None:
             ending.log = run.capture.text()
         return ending
-
-
-def _raised(error: BaseException, run: Run, chance: Callable[[], float], *, ends: bool) -> Ending:
-    reason = run.token.reason
-    # With caller_runs the submitting thread runs the task, and Ctrl-C is meant for the program.
-    interrupt = error if is_a(error, KeyboardInterrupt) and on_main_thread() else None
-    if ends:  # the executor's clean-up may have raised another error than the handler's
-        interrupt = error if is_a(error, SystemExit) else SystemExit(1)
-    if interrupt is not None:
-        reason = CancelReason.STOP
-    crashed = is_a(error, ChildDied)
-    timed_out = reason is CancelReason.TIMEOUT and not crashed
-    # After a time-out any error counts as the time-out: for example, a closed connection raises its own
-    # error. A Snooze does not prevent a time-out.
-    cause = TimeoutError() if timed_out and not is_a(error, Permanent, Retry) else error
-    return Ending(
-        returned=False,
-        reason=reason,
-        error=_timed_out(error, run.task) if timed_out else error_text(error),
-        error_type=error_type(cause),
-        traceback=traceback_text(error, skip=1),
-        crashed=crashed,
-        interrupt=interrupt,
-        **_what_next(cause, run, chance),
-    )
 
 
 def broken(error: BaseException, worker: str) -> Ending:
@@ -236,28 +254,6 @@ def _timed_out(error: BaseException, task: Task) -> str:
     if is_a(error, TaskCancelled):
         return text
     return payload.clean_text(f"{text}: {error_text(error)}", MAX_ERROR)
-
-
-def _what_next(error: BaseException, run: Run, chance: Callable[[], float]) -> dict[str, Any]:
-    """Return what the error, or else the retry policy, asks for, as fields of an ``Ending``."""
-    if is_a(error, Snooze) and (seconds := seconds_asked(error, "seconds")) is not None:
-        return {"snooze": seconds}
-    if is_a(error, Permanent) or run.task.damage:
-        return {"permanent": True}
-    asked = is_a(error, Retry)
-    if asked and (delay := seconds_asked(error, "delay")) is not None:
-        return {"delay": delay}
-    policy = run.task.retry or run.executor.options.retry
-    if policy is None:
-        return {}
-    try:
-        if not asked and not _worth_another(error, policy):
-            return {"permanent": True}
-        return {"delay": policy.delay(run.task.attempt, chance())}
-    except BaseException:  # user code: a back-off function, or the error's class
-        log = GuardedLogger(run.context.logger)
-        log.exception("the retry policy failed; the task is retried in %g s", policy.base)
-        return {"delay": policy.base}
 
 
 def _worth_another(error: BaseException, policy: RetryPolicy) -> bool:

@@ -45,6 +45,16 @@ def _fetch_size(workers: int, buffer_size: int) -> int:
     return max(64, 4 * workers, min(buffer_size, 256))
 
 
+class Ends(Protocol):
+    """Is told why a node must end."""
+
+    def retired(self) -> None:
+        """The TaskX of the node is too old for the repository."""
+
+    def asked_to_stop(self) -> None:
+        """Another process asks the node to stop."""
+
+
 class WorkerPool:
     """Runs tasks: threads that take ids from the buffer, start, execute and conclude them.
 
@@ -52,25 +62,19 @@ class WorkerPool:
         services: the parts of the queue.
         node: the node's record in the repository.
         config: the number of threads, the size of the buffer, and more.
-        end: called to end the node if its TaskX is too old for the repository.
-        asked_to_stop: called when another process asks this node to stop.
+        ends: is told why the node must end.
         fetcher: makes what fetches tasks, of the pool's parts.
     """
-
-    #: True if other processes run the pending tasks after the end of this node, as a matter of course.
-    others_go_on = False
 
     def __init__(
         self,
         services: Services,
         node: Node,
         config: Config,
-        end: Callable[[], object],
-        asked_to_stop: Callable[[], object],
+        ends: Ends,
         fetcher: Callable[..., Fetcher] = Fetcher,
     ) -> None:
         self.services = services
-        self._timing = services.timing
         self.agenda = services.agenda
         self.hooks = services.hooks
         self.node = node
@@ -114,8 +118,7 @@ class WorkerPool:
         #: The error that ends this node, if its TaskX is too old for the repository.
         self.outdated: SchemaMismatch | None = None
         self._retiring = threading.Lock()  # held for good
-        self._end = end
-        self.asked_to_stop = asked_to_stop
+        self.ends = ends
         self._complaint = Complaint(services.log)
         self._counting = threading.Lock()
         self._quiet = Bell()
@@ -129,19 +132,15 @@ class WorkerPool:
     # --- the node
 
     @property
-    def tends(self) -> bool:
-        """True if the housekeeper sends the heartbeats, which saves a thread."""
-        return False
-
-    @property
     def hears(self) -> bool:
         """True if this node shall hear at once what other processes commit, and not only twice a second."""
-        return True
+        return not self.node.serves_broker
 
     def join(self) -> None:
         """Join the repository as a node."""
         self.recorded = self.described()
-        self.services.repository.liveness.join(self.recorded, tended=self.tends)
+        # In a worker process of a broker the housekeeper sends the heartbeats, which saves a thread.
+        self.services.repository.liveness.join(self.recorded, tended=self.node.serves_broker)
 
     def joined(self) -> None:
         """Note what the node began from now on, and stop its tasks if it loses its lease."""
@@ -167,7 +166,7 @@ class WorkerPool:
             self.services.log.error(
                 "node %s takes no more tasks and hands back what it has: %s", self.node.name, why
             )
-            self._end()
+            self.ends.retired()
 
     def forget_began(self) -> None:
         """Close the notes of what the node began, however late this object is collected."""
@@ -271,7 +270,7 @@ class WorkerPool:
     def _live(self, worker: str) -> None:
         """Work until the stop: any error costs some time, and never the thread."""
         self.begun.wait()
-        first, longest = self._timing.worker_pause, self._timing.longest_pause
+        first, longest = self.services.timing.worker_pause, self.services.timing.longest_pause
         pause, going = first, True
         while going:
             began = time.monotonic()
@@ -561,7 +560,7 @@ class WorkerPool:
         """Wake a worker if tasks wait; hand back started tasks for which no worker is free."""
         self.starter.suspects.call_next()
         if not self.ahead.nudge(len(self.buffer)):
-            self.starter.drop(self.ahead.clear(self._timing.hand_back_after))
+            self.starter.drop(self.ahead.clear(self.services.timing.hand_back_after))
         self.starter.undo()
 
     @property

@@ -143,16 +143,16 @@ class Ticker:
         # _making is read last: another thread sets it before it takes up a tick.
         return asked or (coming is not None and coming <= now) or self._making
 
-    def tick(self, patience: float = math.inf) -> bool:
+    def tick(self, until: float = math.inf) -> bool:
         """Make the tasks that are due; return True if it made any.
 
         Args:
-            patience: seconds after which the rest is left to the next call.
+            until: the time, on the monotonic clock, from which the rest is left to the next call.
 
         Raises:
             RepositoryError: the repository failed; a later round does the rest.
         """
-        until, made = time.monotonic() + patience, False
+        made = False
         try:
             self._making = self.behind(self._now())
             self._refresh(until)

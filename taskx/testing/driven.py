@@ -8,35 +8,30 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import timedelta
 
 import attrs
 
-from taskx.common.bell import Agenda, Signal
+from taskx.common.bell import Signal
 from taskx.common.config import Config
-from taskx.common.hooks import Hook, Hooks
-from taskx.common.watcher import Watcher
 from taskx.core.checks import in_seconds
 from taskx.core.clock import Clock
 from taskx.core.errors import CancelReason
 from taskx.core.lifecycle import Ending
-from taskx.core.log import GuardedLogger
 from taskx.core.model import Task, TaskStatus
 from taskx.core.timing import Timing
 from taskx.core.token import CancelToken
-from taskx.engines.base import Engine
 from taskx.executing.alarms import Alarms, Overdue
 from taskx.executing.context import Shared
 from taskx.executing.executors import Registered
 from taskx.executing.runner import Run, Runner
 from taskx.liveness.base import About, Node
 from taskx.moving import Services
-from taskx.running.pool import WorkerPool
-from taskx.storage.base import Repository
+from taskx.running.pool import Ends, WorkerPool
 from taskx.testing.clock import ManualClock
-from taskx.upkeep.duties import Duty
-from taskx.upkeep.housekeeper import Housekeeper
+from taskx.upkeep.engine import Engine
+from taskx.upkeep.housekeeper import Duty, Housekeeper
 
 #: The largest buffer: no submit is refused while nothing runs.
 ROOM = 10_000_000
@@ -118,28 +113,6 @@ class DrivenAlarms(Alarms):
         return nearest
 
 
-class DrivenHooks(Hooks):
-    """Hooks that are told in the thread in which something happens."""
-
-    @property
-    def inside(self) -> bool:
-        """True if a hook is being told."""
-        return self._telling
-
-    def _start(self) -> None:
-        if not self._telling:
-            self._tell_all()
-
-
-class DrivenWatcher(Watcher):
-    """A watcher without a thread: whoever runs tasks resolves their handles."""
-
-    def ensure_polling(self) -> None:
-        """Start no thread; after a close, tell those who wait."""
-        if self._closed:
-            self._close_all()
-
-
 class DrivenRunner(Runner):
     """A runner that keeps the errors of executors. A retry waits the back-off without a random part."""
 
@@ -216,6 +189,7 @@ class Driven(Engine):
     """
 
     name = "driven"
+    threaded = False
     pool: DrivenPool
     housekeeper: DrivenHousekeeper
     runner: DrivenRunner
@@ -223,25 +197,15 @@ class Driven(Engine):
     def __init__(self, signal: Callable[[], Signal]) -> None:
         self._signal = signal
 
-    def bind(self, queue: object) -> None:
-        """Accept every queue."""
-
-    def renew_after_fork(self) -> None:
-        """Do nothing: the node belongs to the queue."""
+    def make_signal(self) -> Signal:
+        return self._signal()
 
     def describe(self, about: About) -> About:
         return attrs.evolve(about, worker_num=1, buffer_size=ROOM)
 
-    def make_pool(
-        self,
-        services: Services,
-        node: Node,
-        config: Config,
-        end: Callable[[], object],
-        asked_to_stop: Callable[[], object],
-    ) -> WorkerPool:
+    def make_pool(self, services: Services, node: Node, config: Config, ends: Ends) -> WorkerPool:
         config = attrs.evolve(config, worker_num=1, buffer_size=ROOM, overflow="reject")
-        self.pool = DrivenPool(services, node, config, end, asked_to_stop)
+        self.pool = DrivenPool(services, node, config, ends)
         return self.pool
 
     def make_housekeeper(
@@ -253,14 +217,6 @@ class Driven(Engine):
     def make_runner(self, clock: Clock, timing: Timing, max_payload_size: int) -> Runner:
         self.runner = DrivenRunner(clock, timing, max_payload_size)
         return self.runner
-
-    def make_hooks(self, hooks: Iterable[Hook], log: GuardedLogger, timing: Timing) -> Hooks:
-        return DrivenHooks(hooks, log, timing)
-
-    def make_watcher(
-        self, repository: Repository, log: GuardedLogger, agenda: Agenda, timing: Timing
-    ) -> Watcher:
-        return DrivenWatcher(repository, log, agenda, timing, self._signal)
 
 
 def is_for_the_test(error: BaseException) -> bool:

@@ -13,7 +13,6 @@ from taskx.core.errors import RepositoryError, SchemaMismatch
 from taskx.core.findings import Problem, duration
 from taskx.core.log import Complaint
 from taskx.core.model import TaskStatus
-from taskx.ordering import Dependents, Turns
 from taskx.running.audit import Audit
 from taskx.running.pool import WorkerPool
 from taskx.running.progress import store_progress
@@ -22,12 +21,52 @@ from taskx.schedules.ticker import Ticker
 from taskx.storage import queries
 from taskx.storage.base import Locked, Repository
 from taskx.storage.queries import Changes
-from taskx.upkeep.duties import Duty, Release
-from taskx.upkeep.expiry import Expiry
+from taskx.upkeep.due import Expiry, Release
 from taskx.upkeep.listening import Listening
 from taskx.upkeep.recovery import Recovery
 from taskx.upkeep.requests import Requests
 from taskx.upkeep.retention import Retention
+
+
+class Duty:
+    """A part of what a housekeeper does in its rounds.
+
+    Args:
+        name: a word for it.
+        step: does some of it, if possible until a time on the monotonic clock; returns True if more is
+            left, which the next round does soon.
+        every: seconds from one step to the next; 0 for a step in every round.
+        due: returns the seconds until a step is needed, at the latest by the round after that.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        step: Callable[[float], object],
+        every: float = 0.0,
+        due: Callable[[], float] = lambda: math.inf,
+    ) -> None:
+        self.name = name
+        self._step = step
+        self._every = every
+        self._due = due
+        self._last = -math.inf
+        #: True if the last step has left something.
+        self.more = False
+
+    def comes(self, now: float) -> bool:
+        """Return True if the round that begins now takes a step."""
+        return self.more or now - self._last >= self._every * 0.9
+
+    def take(self, now: float, until: float) -> None:
+        """Take a step."""
+        # First: after an error, other duties come before the next try.
+        self._last, self.more = now, False
+        self.more = bool(self._step(until))
+
+    def seconds_left(self) -> float:
+        """Return the seconds until the next step is needed."""
+        return 0.0 if self.more else self._due()
 
 
 class Housekeeper:
@@ -53,13 +92,12 @@ class Housekeeper:
         self.recovery = Recovery(pool)
         self._requests = Requests(pool)
         self._audit = Audit(pool)
-        self._release = Release(
-            services.repository, services.moves, self._agenda, services.clock, self._timing
-        )
-        self._expiry = Expiry(services)
+        repository, moves, clock = services.repository, services.moves, services.clock
+        self._release = Release(repository, moves, self._agenda, clock, self._timing)
+        self._expiry = Expiry(repository, moves, clock, self._timing.batch)
         self._retention = Retention(services, retention)
         self._ticker = Ticker(services, chance)
-        self._changed = Changes(services.repository)
+        self._changed = Changes(repository)
         self._listening = Listening(pool)
         self.duties = self._duties()
         self._complaint = Complaint(services.log)
@@ -73,10 +111,11 @@ class Housekeeper:
     def _duties(self) -> list[Duty]:
         """Return the duties in the order of a round. The comments say where the order matters."""
         pool, timing, moves = self._pool, self._timing, self._pool.services.moves
+        repository = pool.services.repository
         dependents, turns, recovery = moves.dependents, moves.turns, self.recovery
         return [
             # First: a late heartbeat costs all tasks.
-            Duty("lease", self._tend),
+            Duty("lease", lambda until: repository.liveness.tend(pool.node.id)),
             # Before the first write; but outcomes are written in any case.
             Duty("schema", self._check_schema),
             # Before all that reads the tasks of this node.
@@ -89,9 +128,9 @@ class Housekeeper:
             Duty("workers", lambda until: pool.add_workers()),
             Duty("progress", self._write_progress, timing.progress_every),
             # All that lets tasks start comes before the fetch.
-            Duty("parents", _processing(dependents), due=_at_once_if(lambda: dependents.waiting)),
+            Duty("parents", dependents.process, due=_at_once_if(lambda: dependents.waiting)),
             # After the parents: a task may wait for its turn next.
-            Duty("turns", _processing(turns), due=_at_once_if(lambda: turns.waiting)),
+            Duty("turns", turns.process, due=_at_once_if(lambda: turns.waiting)),
             Duty("due tasks", self._release.step, due=self._release.due),
             Duty("buffers of dead nodes", self._free, due=_at_once_if(lambda: recovery.waiting)),
             Duty("dead nodes", self._recover, timing.recover_every),
@@ -214,9 +253,6 @@ class Housekeeper:
 
     # --- the duties
 
-    def _tend(self, until: float) -> None:
-        self._pool.services.repository.liveness.tend(self._pool.node.id)
-
     def _check_schema(self, until: float) -> None:
         try:
             self._pool.services.repository.ensure_there()
@@ -240,11 +276,11 @@ class Housekeeper:
         store_progress(self._pool.services, list(self._pool.runs.values()))
 
     def _free(self, until: float) -> None:
-        if self.recovery.waiting and self.recovery.go_on(until - time.monotonic()):
+        if self.recovery.waiting and self.recovery.go_on(until):
             self._agenda.expect_more()
 
     def _recover(self, until: float) -> None:
-        self.recovery.recover(until - time.monotonic())
+        self.recovery.recover(until)
 
     def _take_in(self, until: float) -> None:
         """Take in what other nodes have changed, whether or not anything is known to have changed."""
@@ -290,7 +326,7 @@ class Housekeeper:
     def _tick(self, until: float) -> bool:
         if self._pool.stopping:
             return False
-        if self._ticker.tick(until - time.monotonic()):
+        if self._ticker.tick(until):
             self._agenda.expect_more()
             self._pool.fetcher.refill()
         return self._ticker.waiting
@@ -321,16 +357,6 @@ class Housekeeper:
             return []
         nodes = [node for node in services.repository.nodes() if node.alive is not False]
         return [*stuck_types(services.repository, nodes, services.controls.read_paused())]
-
-
-def _processing(scanner: Dependents | Turns) -> Callable[[float], bool]:
-    """Return the step of a duty that processes what waits for other tasks."""
-
-    def step(until: float) -> bool:
-        scanner.process(until - time.monotonic())
-        return scanner.waiting
-
-    return step
 
 
 def _at_once_if(holds: Callable[[], bool]) -> Callable[[], float]:

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from datetime import timedelta
 from importlib import import_module
@@ -34,27 +34,11 @@ from taskx.liveness.base import About, Node
 from taskx.moving import Services
 from taskx.running.pool import WorkerPool
 from taskx.schedules.schedule import Schedules
+from taskx.upkeep.engine import Engine
 from taskx.upkeep.housekeeper import Housekeeper
 
 # Half of the longest wait that the system allows: deadlines and extra time are added to it.
 _LONGEST_STOP = threading.TIMEOUT_MAX / 2
-
-
-class _Engine(Protocol):
-    """The methods of an engine that a node calls."""
-
-    def describe(self, about: About) -> About: ...
-    def make_pool(
-        self,
-        services: Services,
-        node: Node,
-        config: Config,
-        end: Callable[[], object],
-        asked_to_stop: Callable[[], object],
-    ) -> WorkerPool: ...
-    def make_housekeeper(
-        self, pool: WorkerPool, retention: Mapping[TaskStatus, float]
-    ) -> Housekeeper: ...
 
 
 class _Queue(Protocol):
@@ -84,7 +68,7 @@ class LocalNode:
         queue: the queue. Its ``config`` may change until the start.
     """
 
-    def __init__(self, services: Services, engine: _Engine, queue: _Queue) -> None:
+    def __init__(self, services: Services, engine: Engine, queue: _Queue) -> None:
         self._services = services
         self._engine = engine
         self._queue = queue
@@ -188,9 +172,7 @@ class LocalNode:
         config, about = self._queue.config, self._about()
         node_id = new_id()
         record = Node(id=node_id, name=f"{about.host}:{about.pid}:{node_id[-6:]}", about=about)
-        self._pool = self._engine.make_pool(
-            self._services, record, config, self._retire, self._asked_to_stop
-        )
+        self._pool = self._engine.make_pool(self._services, record, config, self)
         self._housekeeper = self._engine.make_housekeeper(self._pool, config.retention)
 
     def _about(self) -> About:
@@ -229,7 +211,7 @@ class LocalNode:
             self._on_record = False
             raise
         pool.joined()
-        self._housekeeper.recovery.recover(services.timing.round_within)
+        self._housekeeper.recovery.recover(time.monotonic() + services.timing.round_within)
         pool.fetcher.refill()
 
     def _begin(self) -> None:
@@ -343,7 +325,7 @@ class LocalNode:
         if not (hooks.quiet or hooks.inside or hooks.wait(timeout)):
             self.log.warning("stopped with %d event(s) not told to hooks yet", len(hooks.waiting))
 
-    def _asked_to_stop(self) -> None:
+    def asked_to_stop(self) -> None:
         """Do what another process has asked for: stop the queue, or the program that only runs queues."""
         self.log.info("another process asks this queue to stop")
         if self._on_stop_request is not None:
@@ -351,7 +333,7 @@ class LocalNode:
         else:
             self._soon(self.stop)
 
-    def _retire(self) -> None:
+    def retired(self) -> None:
         """Stop the node by itself: the queue was not stopped, and tells those who use it why."""
         self._soon(self._stop)
 
@@ -382,7 +364,7 @@ class LocalNode:
         pool.fire_all(CancelReason.STOP)
         self._wait_for_workers(deadline)
         self._by(deadline, self._write_outcomes)
-        if not pool.others_go_on:
+        if not pool.node.about.engine:  # else others run them, as a matter of course
             self._tell_left_pending()
         still = self.still_running()
         if still:

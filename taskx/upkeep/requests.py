@@ -37,21 +37,20 @@ class Requests:
 
     def __init__(self, pool: WorkerPool) -> None:
         self._pool = pool
-        self._services = pool.services
 
     def process(self) -> None:
         """Do what the requests ask for that were found at the last refresh."""
-        for request in self._services.controls.requests:
+        for request in self._pool.services.controls.requests:
             if request.node == self._pool.node.id:
                 self._process(request)
 
     def _process(self, request: Request) -> None:
-        repository = self._services.repository
+        repository = self._pool.services.repository
         # First: a request that was withdrawn, or done in an earlier round, must not be answered.
         if not repository.put_note(request.name, None, request.note.version):
             return
         if request.what == STOP:
-            self._pool.asked_to_stop()
+            self._pool.ends.asked_to_stop()
         elif request.what == STACKS:
             from taskx.running.threads import stacks_here, to_json
 

@@ -1,10 +1,9 @@
-"""Duties: the parts of a round of the housekeeper, and the release of tasks that are due."""
+"""Tasks whose time has come, a few at a time: those that may start, and those that have expired."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 
 from taskx.common.bell import Agenda
 from taskx.core import lifecycle
@@ -12,53 +11,6 @@ from taskx.core.clock import Clock
 from taskx.core.timing import Timing
 from taskx.moving import Moves
 from taskx.storage.base import Repository
-
-
-def _never() -> float:
-    return math.inf
-
-
-class Duty:
-    """A duty of a housekeeper.
-
-    Args:
-        name: a word for it.
-        step: does some of it, if possible until a time on the monotonic clock; returns True if more is
-            left, which the next round does soon.
-        every: seconds from one step to the next; 0 for a step in every round.
-        due: returns the seconds until a step is needed, at the latest by the round after that.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        step: Callable[[float], object],
-        every: float = 0.0,
-        due: Callable[[], float] = _never,
-    ) -> None:
-        self.name = name
-        self._step = step
-        self._every = every
-        self._due = due
-        self._last = -math.inf
-        #: True if the last step has left something.
-        self.more = False
-
-    def comes(self, now: float) -> bool:
-        """Return True if the round that begins now takes a step."""
-        return self.more or now - self._last >= self._every * 0.9
-
-    def take(self, now: float, until: float) -> None:
-        """Take a step."""
-        self._last, self.more = (
-            now,
-            False,
-        )  # first: after an error, other duties come before this one
-        self.more = bool(self._step(until))
-
-    def seconds_left(self) -> float:
-        """Return the seconds until the next step is needed."""
-        return 0.0 if self.more else self._due()
 
 
 class Release:
@@ -119,3 +71,43 @@ class Release:
     def _others_release(self) -> bool:
         """True if another node was releasing the due tasks a moment ago."""
         return time.monotonic() < self._again_at
+
+
+class Expiry:
+    """Cancels the tasks of a repository that have not started by their ``expires_at``.
+
+    A start refuses such a task by itself. This finds the tasks that nothing starts: their type has no
+    executor or is paused, or they wait for their time, their parents, their turn or a limit.
+    """
+
+    def __init__(self, repository: Repository, moves: Moves, clock: Clock, batch: int) -> None:
+        self._repository = repository
+        self._moves = moves
+        self._clock = clock
+        self._batch = batch
+
+    def next(self) -> int | None:
+        """Return the next ``expires_at`` of a pending task, in milliseconds; None if none can expire."""
+        return next((at for _, at in self._repository.due(None, 1, "expires_at")), None)
+
+    def step(self, until: float) -> bool:
+        """Cancel batches until a time on the monotonic clock; return True if more is left.
+
+        Raises:
+            RepositoryError: the repository failed; the next call tries again.
+        """
+        while more := self._expire_some():
+            if time.monotonic() >= until:
+                break
+        return more
+
+    def _expire_some(self) -> bool:
+        """Cancel a batch; return True if there may be more, which no other node is cancelling now."""
+        now, batch = self._clock.now_ms(), self._batch
+        ids = [task_id for task_id, _ in self._repository.due(now, batch, "expires_at")]
+        found = self._repository.get_many(ids) if ids else {}
+        expired = [task for task in found.values() if lifecycle.has_expired(task, now)]
+        writes = [write for task in expired for write in lifecycle.expire(task, now)]
+        # All nodes try the same tasks at the same time. The node that cancels most of them goes on.
+        done = sum(self._moves.commit(writes, found)) if writes else 0
+        return len(ids) == batch and 2 * done >= batch
