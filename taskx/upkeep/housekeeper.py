@@ -36,7 +36,7 @@ class Duty:
         step: does some of it, if possible until a time on the monotonic clock; returns True if more is
             left, which the next round does soon.
         every: seconds from one step to the next; 0 for a step in every round.
-        due: returns the seconds until a step is needed, at the latest by the round after that.
+        due: returns the seconds until a step is needed; None if the regular rounds are soon enough.
     """
 
     def __init__(
@@ -44,29 +44,19 @@ class Duty:
         name: str,
         step: Callable[[float], object],
         every: float = 0.0,
-        due: Callable[[], float] = lambda: math.inf,
+        due: Callable[[], float] | None = None,
     ) -> None:
-        self.name = name
-        self._step = step
-        self._every = every
-        self._due = due
-        self._last = -math.inf
-        #: True if the last step has left something.
-        self.more = False
-
-    def comes(self, now: float) -> bool:
-        """Return True if the round that begins now takes a step."""
-        return self.more or now - self._last >= self._every * 0.9
+        self.name, self.step, self.due = name, step, due
+        self.every = every * 0.9  # a round comes seldom at the very moment
+        #: The time of the last step, and True if that has left something.
+        self.last, self.more = -math.inf, False
 
     def take(self, now: float, until: float) -> None:
         """Take a step."""
         # First: after an error, other duties come before the next try.
-        self._last, self.more = now, False
-        self.more = bool(self._step(until))
-
-    def seconds_left(self) -> float:
-        """Return the seconds until the next step is needed."""
-        return 0.0 if self.more else self._due()
+        self.last, self.more = now, False
+        if self.step(until):
+            self.more = True
 
 
 class Housekeeper:
@@ -100,6 +90,7 @@ class Housekeeper:
         self._changed = Changes(repository)
         self._listening = Listening(pool)
         self.duties = self._duties()
+        self._dues = [duty.due for duty in self.duties if duty.due is not None]
         self._complaint = Complaint(services.log)
         # What the last rounds have found, and since when the present round goes on, on the monotonic clock.
         self._failure = ""
@@ -233,8 +224,10 @@ class Housekeeper:
 
     def _until_next(self) -> float:
         """Return the seconds until the next round: as long as none is needed, it polls."""
-        next_step = min(duty.seconds_left() for duty in self.duties)
-        return max(self._timing.shortest_sleep, min(self._timing.poll_every, next_step))
+        if any(duty.more for duty in self.duties):
+            return self._timing.shortest_sleep
+        soon = min([due() for due in self._dues])
+        return max(self._timing.shortest_sleep, min(self._timing.poll_every, soon))
 
     def tick(self) -> None:
         """Do one round: take a step of each duty that is due, and more steps until time is up.
@@ -245,11 +238,8 @@ class Housekeeper:
         until = now + self._timing.round_within
         self._agenda.begin_round()
         for duty in self.duties:
-            if self._comes(duty, now):
+            if duty.more or now - duty.last >= duty.every:
                 duty.take(now, until)
-
-    def _comes(self, duty: Duty, now: float) -> bool:
-        return duty.comes(now)
 
     # --- the duties
 

@@ -520,7 +520,8 @@ def test_a_queue_that_tunes_nothing_parses_nothing(started, monkeypatch):
     monkeypatch.setattr("taskx.common.controls.from_text", fails)
     monkeypatch.setattr(pool_of(started).tuning, "_follow_overrides", fails)
     monkeypatch.setattr(pool_of(started).tuning, "_count_unadmitted", fails)
-    monkeypatch.setattr(housekeeper_of(started), "_comes", lambda *_: True)
+    for duty in housekeeper_of(started).duties:
+        monkeypatch.setattr(duty, "every", 0.0)
     whole_round(started)
     assert started.submit("fine").result(PATIENCE) == "fine"
 
