@@ -40,16 +40,12 @@ from taskx.ordering import Dependents, Turns
 from taskx.storage.base import Repository
 
 
-class _Node(Protocol):
-    """The methods of a started node that moves of tasks need."""
+class _Pool(Protocol):
+    """The methods of a pool that moves of tasks, and the outcomes of its attempts, need."""
 
     def discard(self, task_ids: Iterable[str]) -> None: ...
     def fire(self, task_id: str) -> None: ...
     def rebuffer(self, task: Task) -> None: ...
-
-
-class _Pool(Protocol):
-    """The methods of the pool of a run that the outcome of an attempt needs."""
 
     def refused(self, run: Run, ending: Ending, error: BaseException) -> bool:
         """Store something else in place of an outcome that was refused; return False if nothing is left."""
@@ -109,7 +105,7 @@ class Moves(Ledger[Outcome]):
         self._hooks = hooks
         self._watcher = watcher
         self._redact = redact
-        self._node: _Node | None = None
+        self._pool: _Pool | None = None
         #: Logs the retries.
         self.retries = Digest(log, RETRIED, _RETRIES, clock.monotonic)
         self.turns = Turns(repository, self.commit, log, timing.batch)
@@ -117,9 +113,9 @@ class Moves(Ledger[Outcome]):
             repository, self.commit, agenda, clock, log, timing.batch, timing.scan_batch
         )
 
-    def serve(self, node: _Node | None) -> None:
-        """Tell a started node of the moves that concern its tasks, from now on; None: tell nobody."""
-        self._node = node
+    def serve(self, pool: _Pool | None) -> None:
+        """Tell the pool of a started node of moves of its tasks, from now on; None: tell nobody."""
+        self._pool = pool
 
     def follow(
         self,
@@ -216,10 +212,10 @@ class Moves(Ledger[Outcome]):
                 self._log_move(row, tasks[write.id], write.changes, outcome)
             if row.ends and write.id in watched:
                 self._watcher.resolve(write.id)
-            if row.leaves and (node := self._node) is not None:
-                node.discard([write.id])
-            if row.fires and (node := self._node) is not None:
-                node.fire(write.id)
+            if row.leaves and (pool := self._pool) is not None:
+                pool.discard([write.id])
+            if row.fires and (pool := self._pool) is not None:
+                pool.fire(write.id)
         if freed := [write for write, row in moved if row.may_start]:
             self._may_start(freed, tasks)
 
@@ -276,8 +272,8 @@ class Moves(Ledger[Outcome]):
                 keys.append(str(key))
             elif held == UNTIL_DUE:
                 self._agenda.check_due_soon()
-            elif held == FREE and changes.get("owner") and (node := self._node) is not None:
-                node.rebuffer(tasks[write.id])
+            elif held == FREE and changes.get("owner") and (pool := self._pool) is not None:
+                pool.rebuffer(tasks[write.id])
             elif held == FREE:
                 self._agenda.fetch_soon()
         if waiting:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import cast
+from typing import NamedTuple, cast
 
 import attrs
 
@@ -113,24 +113,15 @@ class Joining:
         self._services.repository.transactions.refuse_write()
 
     def _without_engine(self) -> State:
-        return _Unstarted(self._state)
+        return _Unstarted(None, self._state.stopped, self._state.closed)
 
 
-class _Unstarted:
+class _Unstarted(NamedTuple):
     """A queue as it is without its pool: an intake leaves all tasks in the repository."""
 
-    pool = None
-
-    def __init__(self, state: State) -> None:
-        self._state = state
-
-    @property
-    def stopped(self) -> bool:
-        return self._state.stopped
-
-    @property
-    def closed(self) -> bool:
-        return self._state.closed
+    pool: None
+    stopped: bool
+    closed: bool
 
 
 class _Afterwards(Agenda):

@@ -9,7 +9,6 @@ socket closes, the supervisor has died, and the process stops as after SIGTERM.
 from __future__ import annotations
 
 import atexit
-import itertools
 import logging
 import os
 import random
@@ -214,24 +213,11 @@ class Limits:
         self._memory = settings.max_memory and round(settings.max_memory * share)
         self._age = settings.max_age and settings.max_age * share
         self._began = time.monotonic()
-        self._counter = itertools.count()
-        self._counted: Any = None
-        self._tasks_ended = 0
 
     def facts(self, pool: Any) -> dict[str, Any]:
         """Return the age, the memory and, if they are limited, the attempts of this process."""
-        if self._tasks is not None and self._counted is not pool:
-            self._count(pool)
         facts: dict[str, Any] = {"age": time.monotonic() - self._began, "memory": memory()}
-        return facts if self._tasks is None else {**facts, "attempts": self._tasks_ended}
-
-    def _count(self, pool: Any) -> None:
-        """Count the attempts that end. Without this limit, a task costs nothing more."""
-        self._counted = pool
-        pool.ahead.tell_ended(self._note_end)
-
-    def _note_end(self) -> None:
-        self._tasks_ended = next(self._counter) + 1
+        return facts if self._tasks is None else {**facts, "attempts": pool.ahead.attempts}
 
     def reached(self, facts: dict[str, Any]) -> str:
         """Return words about the limit that is reached; empty if none is."""

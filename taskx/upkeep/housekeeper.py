@@ -21,10 +21,10 @@ from taskx.schedules.ticker import Ticker
 from taskx.storage import queries
 from taskx.storage.base import Locked, Repository
 from taskx.storage.queries import Changes
+from taskx.upkeep import requests
 from taskx.upkeep.due import Expiry, Release
 from taskx.upkeep.listening import Listening
 from taskx.upkeep.recovery import Recovery
-from taskx.upkeep.requests import Requests
 from taskx.upkeep.retention import Retention
 
 
@@ -80,7 +80,6 @@ class Housekeeper:
         self._agenda = services.agenda
         #: Finds dead nodes.
         self.recovery = Recovery(pool)
-        self._requests = Requests(pool)
         self._audit = Audit(pool)
         repository, moves, clock = services.repository, services.moves, services.clock
         self._release = Release(repository, moves, self._agenda, clock, self._timing)
@@ -110,12 +109,18 @@ class Housekeeper:
             # Before the first write; but outcomes are written in any case.
             Duty("schema", self._check_schema),
             # Before all that reads the tasks of this node.
-            Duty("outcomes", self._write_outcomes, due=self._soon_if(lambda: moves.unsettled)),
+            Duty(
+                "outcomes", _unless_locked(moves.flush), due=self._soon_if(lambda: moves.unsettled)
+            ),
             Duty("handles", lambda until: pool.services.watcher.tell()),
             # After the outcomes of these tasks.
-            Duty("stuck threads", self._lift_stuck),
+            Duty("stuck threads", _unless_locked(pool.stuck.lift)),
             # Before the fetch: a task that waits comes first.
-            Duty("started tasks", self._hand_on, due=self._soon_if(lambda: pool.needs_care)),
+            Duty(
+                "started tasks",
+                _unless_locked(pool.hand_on),
+                due=self._soon_if(lambda: pool.needs_care),
+            ),
             Duty("workers", lambda until: pool.add_workers()),
             Duty("progress", self._write_progress, timing.progress_every),
             # All that lets tasks start comes before the fetch.
@@ -249,19 +254,6 @@ class Housekeeper:
         except SchemaMismatch as error:
             self._pool.retire(error)
 
-    def _write_outcomes(self, until: float) -> None:
-        with suppress(Locked):  # some outcomes are put off, and the other duties go on
-            self._pool.services.moves.flush()
-
-    def _lift_stuck(self, until: float) -> None:
-        if self._pool.stuck.ended:
-            with suppress(Locked):
-                self._pool.stuck.lift()
-
-    def _hand_on(self, until: float) -> None:
-        with suppress(Locked):
-            self._pool.hand_on()
-
     def _write_progress(self, until: float) -> None:
         store_progress(self._pool.services, list(self._pool.runs.values()))
 
@@ -295,7 +287,7 @@ class Housekeeper:
     def _process_changes(self) -> None:
         """Take in the changes of other nodes: controls, new tasks, and requests to cancel."""
         self._pool.tuning.refresh()  # first: a task stored after a pause must not start
-        self._requests.process()
+        requests.obey(self._pool)
         self._agenda.expect_more()
         self._pool.admission.forget()
         self._pool.services.moves.dependents.refresh()
@@ -347,6 +339,16 @@ class Housekeeper:
             return []
         nodes = [node for node in services.repository.nodes() if node.alive is not False]
         return [*stuck_types(services.repository, nodes, services.controls.read_paused())]
+
+
+def _unless_locked(do: Callable[[], object]) -> Callable[[float], None]:
+    """Return the step of a duty that leaves what another transaction has locked to a later round."""
+
+    def step(until: float) -> None:
+        with suppress(Locked):  # the other duties go on
+            do()
+
+    return step
 
 
 def _at_once_if(holds: Callable[[], bool]) -> Callable[[], float]:

@@ -41,11 +41,8 @@ class Recovery:
         # Owners first: a node that joins after this and owns a task is in the list of nodes below.
         owners = queries.owners(repository)
         nodes = {node.id: node for node in repository.nodes()}
-        self._pool.fetcher.found_nodes(
-            others=any(
-                node.alive is not False and node.id != self._pool.node.id for node in nodes.values()
-            )
-        )
+        alive = {node.id for node in nodes.values() if node.alive is not False}
+        self._pool.fetcher.found_nodes(others=bool(alive - {self._pool.node.id}))
         recovered = 0
         known = dict.fromkeys((*owners, *nodes))
         self._held.intersection_update(known)
