@@ -10,6 +10,7 @@ from taskx.core import lifecycle
 from taskx.core.record import Stub
 from taskx.limiting.admission import Admission
 from taskx.moving import Services
+from taskx.running.ahead import Ahead
 from taskx.running.buffer import Buffer
 from taskx.running.starter import Runs, Starter
 from taskx.storage import queries
@@ -21,7 +22,7 @@ class Fetcher:
     Args:
         services: the parts of the queue.
         node: the id of the node.
-        workers: the number of worker threads.
+        ahead: knows the number of workers.
         buffer: receives the tasks.
         runs: the runs of the node.
         starter: knows the suspects that wait for their turn.
@@ -32,7 +33,7 @@ class Fetcher:
         self,
         services: Services,
         node: str,
-        workers: int,
+        ahead: Ahead,
         buffer: Buffer,
         runs: Runs,
         starter: Starter,
@@ -41,7 +42,7 @@ class Fetcher:
         self._services = services
         self._agenda = services.agenda
         self._node = node
-        self._workers = workers
+        self._ahead = ahead
         self._buffer = buffer
         self._runs = runs
         self._starter = starter
@@ -51,10 +52,6 @@ class Fetcher:
         self.fetched = 0
         #: True if no other node is known to be alive.
         self.alone = False
-
-    def set_workers(self, number: int) -> None:
-        """Set the number of workers."""
-        self._workers = number
 
     def found_nodes(self, *, others: bool) -> None:
         """Note if any other node may be alive."""
@@ -194,7 +191,7 @@ class Fetcher:
         Only a node with nothing in its own buffer does this. When the other nodes come to these tasks, they
         find them started, or gone.
         """
-        wanted = self._workers - len(self._runs.executing)
+        wanted = self._ahead.workers - len(self._runs.executing)
         if wanted <= 0 or len(self._buffer):
             return []
         services = self._services

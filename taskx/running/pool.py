@@ -105,7 +105,7 @@ class WorkerPool:
             services, node, self.buffer, self.runs, self.admission, self.ahead.at_work
         )
         self.fetcher = fetcher(
-            services, node.id, workers, self.buffer, self.runs, self.starter, self.admission
+            services, node.id, self.ahead, self.buffer, self.runs, self.starter, self.admission
         )
         self.discard = self.buffer.discard
         self.strike = self.starter.strike
@@ -130,11 +130,6 @@ class WorkerPool:
         self.threads: list[threading.Thread] = []
 
     # --- the node
-
-    @property
-    def hears(self) -> bool:
-        """True if this node shall hear at once what other processes commit, and not only twice a second."""
-        return not self.node.serves_broker
 
     def join(self) -> None:
         """Join the repository as a node."""
@@ -241,7 +236,6 @@ class WorkerPool:
             return
         with self._counting:
             self.ahead.set_workers(number)
-            self.fetcher.set_workers(number)
             self._threaded = min(self._threaded, number)
         self.buffer.set_fetch_size(_fetch_size(number, self.buffer.maxsize))
         self.ahead.wake_all()

@@ -69,8 +69,6 @@ class ManualQueue(Queue):
 
     #: True if a thread that waits for a task runs it.
     _runs_when_waiting = False
-    #: The class that a queue had before it was replaced for a test.
-    _plain_class: type[Queue] | None = None
     clock: ManualClock
 
     def __init__(
@@ -110,9 +108,8 @@ class ManualQueue(Queue):
         super()._wire()
         self._node.forget()  # one that is left over is not stopped at the exit
 
-    def _replace(self, repository: TaskRepository, clock: ManualClock, plain: type[Queue]) -> None:
-        """Become a queue for tests, in place of what this queue was, of a class for programs."""
-        self._plain_class = plain
+    def _replace(self, repository: TaskRepository, clock: ManualClock) -> None:
+        """Become a queue for tests, in place of what this queue was."""
         self.clock = clock
         self._submissions = Submissions(clock)
         own = isinstance(repository, Repository)
@@ -561,11 +558,10 @@ def _replaced(
         own.codecs = queue.repository.codecs
         repository = own
     before_class, before = type(queue), dict(vars(queue))
-    plain = getattr(queue, "_plain_class", None) or before_class
     driven = cast("Q", queue)
     try:
-        driven.__class__ = _class_for(plain, kind)
-        driven._replace(repository, made, plain)
+        driven.__class__ = _class_for(before_class, kind)
+        driven._replace(repository, made)
         yield driven
     finally:
         # Other threads may submit to the queue meanwhile. So it gets its parts back in one step, and only
@@ -580,9 +576,10 @@ def _replaced(
             node.withdraw()
 
 
-def _class_for(plain: type[Queue], kind: type[Q]) -> type[Q]:
+def _class_for(before: type[Queue], kind: type[Q]) -> type[Q]:
     """Return the kind of queue for tests, with the methods of an application's own class."""
-    if plain is Queue or issubclass(plain, ManualQueue):
+    plain = next(known for known in before.__mro__ if not issubclass(known, ManualQueue))
+    if plain is Queue:
         return kind
     return type(f"{kind.__name__}Of{plain.__name__}", (kind, plain), {})
 

@@ -151,7 +151,7 @@ class Housekeeper:
         # Signals interrupt only the main thread. If it commits for others, this thread calls the callbacks.
         self._agenda.attend()
         self._thread.start()
-        if self._pool.hears:
+        if not self._pool.node.serves_broker:  # else it hears of changes twice a second
             self._listening.start()
 
     def stop(self) -> None:
@@ -282,7 +282,7 @@ class Housekeeper:
     @property
     def _polls(self) -> bool:
         """True if a change by another process must be noticed before the next check for dead nodes."""
-        return self._pool.hears or self._pool.services.watcher.watching
+        return not self._pool.node.serves_broker or self._pool.services.watcher.watching
 
     def _process_changes(self) -> None:
         """Take in the changes of other nodes: controls, new tasks, and requests to cancel."""
