@@ -48,18 +48,18 @@ class TicketFetcher(Fetcher):
 
     def refill(self) -> bool:
         """Have tickets sent soon."""
-        self._agenda.begin_fetch()
+        self._services.agenda.begin_fetch()
         try:
             self._free_unused()
             self._ring()
         except BaseException:
-            self._agenda.expect_more()
+            self._services.agenda.expect_more()
             raise
         return True
 
     def refill_if_low(self) -> None:
         """Have tickets sent soon, if there may be more tasks than before."""
-        if self._agenda.more_stored or self._usable():
+        if self._services.agenda.more_stored or self._usable():
             self.refill()
 
     def _usable(self) -> list[Unused]:

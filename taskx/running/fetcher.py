@@ -40,7 +40,6 @@ class Fetcher:
         admission: Admission,
     ) -> None:
         self._services = services
-        self._agenda = services.agenda
         self._node = node
         self._ahead = ahead
         self._buffer = buffer
@@ -80,7 +79,7 @@ class Fetcher:
 
         After a ``RepositoryError`` tasks stay in the buffer; workers pass over them in any case.
         """
-        self._agenda.expect_more()
+        self._services.agenda.expect_more()
         paused = self._services.controls.paused
         swept = self._buffer.sweep(lambda type: type in paused)
         self._starter.free([item.id for item in swept])
@@ -102,11 +101,11 @@ class Fetcher:
             room = self._buffer.room_to_fetch()
             if room <= 0:
                 return True
-            self._agenda.begin_fetch()  # before the fetch: a spill from now on sets it again
+            self._services.agenda.begin_fetch()  # before the fetch: a spill from now on sets it again
             try:
                 found = self._fetch(room)
             except BaseException:  # an interrupt, too: no other thread knows that there is more
-                self._agenda.expect_more()
+                self._services.agenda.expect_more()
                 raise
             if limits := self._services.registry.limits:
                 for stub in found:
@@ -114,7 +113,7 @@ class Fetcher:
                         self._admission.fetched(stub.type, stub.id)
             self._buffer.add_fetched(found)
             self.fetched += len(found)
-            self._agenda.leave_rest(some=len(found) == room)
+            self._services.agenda.leave_rest(some=len(found) == room)
             if len(found) < room and self._services.registry.finds:
                 self._seek()
             return True
@@ -125,7 +124,7 @@ class Fetcher:
         """Find the executors of waiting types that have none here; fetch again if one was found."""
         services = self._services
         if services.registry.seek(queries.every(services.repository, "ready_type")):
-            self._agenda.fetch_soon()
+            self._services.agenda.fetch_soon()
 
     def refill_if_low(self) -> None:
         """Fetch more tasks if few fetched ones are left.
@@ -134,7 +133,10 @@ class Fetcher:
         nodes, it may have to wait for the file, so it begins earlier.
         """
         share = 0.25 if self.alone else 0.5
-        if self._agenda.more_stored and self._buffer.fetched < self._buffer.fetch_size * share:
+        if (
+            self._services.agenda.more_stored
+            and self._buffer.fetched < self._buffer.fetch_size * share
+        ):
             self.refill()
 
     def _fetch(self, room: int) -> list[Stub]:
@@ -151,7 +153,7 @@ class Fetcher:
             return self._take_over()
         taken = services.moves.commit([lifecycle.take(stub.id, self._node) for stub in stubs])
         if not all(taken):
-            self._agenda.fetch_soon()  # other nodes took some: there may be further tasks
+            self._services.agenda.fetch_soon()  # other nodes took some: there may be further tasks
         return [stub for stub, mine in zip(stubs, taken, strict=True) if mine]
 
     def _offered(self, room: int, owner: str = "") -> list[Stub]:
@@ -205,5 +207,5 @@ class Fetcher:
         writes = [lifecycle.take(stub.id, self._node, owner) for stub, owner in found[:wanted]]
         taken = services.moves.commit(writes) if writes else []
         if any(taken):
-            self._agenda.expect_more()  # fetch again when these are done
+            self._services.agenda.expect_more()  # fetch again when these are done
         return [stub for (stub, _), mine in zip(found[:wanted], taken, strict=True) if mine]

@@ -159,8 +159,8 @@ class DrivenHousekeeper(Housekeeper):
         """
         # Twice: the audit puts right what it finds two times in a row.
         for _ in range(2):
-            self._agenda.check_due()
-            self._agenda.expect_more()
+            self._services.agenda.check_due()
+            self._services.agenda.expect_more()
             self._ticker.refresh_now()
             self.tick()
             while any(duty.more for duty in self.duties):
@@ -168,7 +168,7 @@ class DrivenHousekeeper(Housekeeper):
 
     def until_next(self) -> float:
         """Return the seconds until a task, a tick or a token of a rate is due; inf if nothing is."""
-        now = self._pool.services.clock.now_ms()
+        now = self._services.clock.now_ms()
         coming = (self._release.earliest(), self._expiry.next(), self._ticker.next)
         seconds = [(due - now) / 1000 for due in coming if due]
         return max(0.001, min([*seconds, self._until_token()]))

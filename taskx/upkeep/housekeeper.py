@@ -74,16 +74,14 @@ class Housekeeper:
         retention: Mapping[TaskStatus, float],
         chance: Callable[[], float] = random.random,
     ) -> None:
-        services = pool.services
         self._pool = pool
-        self._timing = services.timing
-        self._agenda = services.agenda
+        self._services = services = pool.services
+        repository, moves, clock = services.repository, services.moves, services.clock
         #: Finds dead nodes.
         self.recovery = Recovery(pool)
         self._audit = Audit(pool)
-        repository, moves, clock = services.repository, services.moves, services.clock
-        self._release = Release(repository, moves, self._agenda, clock, self._timing)
-        self._expiry = Expiry(repository, moves, clock, self._timing.batch)
+        self._release = Release(repository, moves, services.agenda, clock, services.timing)
+        self._expiry = Expiry(repository, moves, clock, services.timing.batch)
         self._retention = Retention(services, retention)
         self._ticker = Ticker(services, chance)
         self._changed = Changes(repository)
@@ -100,35 +98,30 @@ class Housekeeper:
 
     def _duties(self) -> list[Duty]:
         """Return the duties in the order of a round. The comments say where the order matters."""
-        pool, timing, moves = self._pool, self._timing, self._pool.services.moves
-        repository = pool.services.repository
+        pool, services, timing = self._pool, self._services, self._services.timing
+        moves, repository = services.moves, services.repository
         dependents, turns, recovery = moves.dependents, moves.turns, self.recovery
+        soon = timing.hand_back_after
         return [
             # First: a late heartbeat costs all tasks.
             Duty("lease", lambda until: repository.liveness.tend(pool.node.id)),
             # Before the first write; but outcomes are written in any case.
             Duty("schema", self._check_schema),
             # Before all that reads the tasks of this node.
-            Duty(
-                "outcomes", _unless_locked(moves.flush), due=self._soon_if(lambda: moves.unsettled)
-            ),
-            Duty("handles", lambda until: pool.services.watcher.tell()),
+            Duty("outcomes", _unless_locked(moves.flush), due=_when(lambda: moves.unsettled, soon)),
+            Duty("handles", lambda until: services.watcher.tell()),
             # After the outcomes of these tasks.
             Duty("stuck threads", _unless_locked(pool.stuck.lift)),
             # Before the fetch: a task that waits comes first.
-            Duty(
-                "started tasks",
-                _unless_locked(pool.hand_on),
-                due=self._soon_if(lambda: pool.needs_care),
-            ),
+            Duty("starts", _unless_locked(pool.hand_on), due=_when(lambda: pool.needs_care, soon)),
             Duty("workers", lambda until: pool.add_workers()),
             Duty("progress", self._write_progress, timing.progress_every),
             # All that lets tasks start comes before the fetch.
-            Duty("parents", dependents.process, due=_at_once_if(lambda: dependents.waiting)),
+            Duty("parents", dependents.process, due=_when(lambda: dependents.waiting)),
             # After the parents: a task may wait for its turn next.
-            Duty("turns", turns.process, due=_at_once_if(lambda: turns.waiting)),
+            Duty("turns", turns.process, due=_when(lambda: turns.waiting)),
             Duty("due tasks", self._release.step, due=self._release.due),
-            Duty("buffers of dead nodes", self._free, due=_at_once_if(lambda: recovery.waiting)),
+            Duty("buffers of dead nodes", self._free, due=_when(lambda: recovery.waiting)),
             Duty("dead nodes", self._recover, timing.recover_every),
             Duty("record", lambda until: pool.record(), timing.recover_every),
             Duty("limits", lambda until: pool.tuning.tend(), timing.recover_every),
@@ -143,13 +136,10 @@ class Housekeeper:
             Duty("expiry", self._expiry.step, timing.recover_every),
         ]
 
-    def _soon_if(self, holds: Callable[[], object]) -> Callable[[], float]:
-        return lambda: self._timing.hand_back_after if holds() else math.inf
-
     def start(self) -> None:
         """Start the thread."""
         # Signals interrupt only the main thread. If it commits for others, this thread calls the callbacks.
-        self._agenda.attend()
+        self._services.agenda.attend()
         self._thread.start()
         if not self._pool.node.serves_broker:  # else it hears of changes twice a second
             self._listening.start()
@@ -158,10 +148,10 @@ class Housekeeper:
         """End the thread; return when it has ended, or at once if called on it."""
         self._stopped = True
         self._listening.stop()
-        self._agenda.leave()
+        self._services.agenda.leave()
         if self._thread is not threading.current_thread() and self._thread.is_alive():
-            self._thread.join(self._timing.join_thread_within)
-        self._pool.services.watcher.ensure_polling()
+            self._thread.join(self._services.timing.join_thread_within)
+        self._services.watcher.ensure_polling()
 
     def problems(self) -> list[str]:
         """Return a sentence for all that keeps tasks from running, as far as the last rounds have found it.
@@ -169,7 +159,10 @@ class Housekeeper:
         Nothing is read, so the answer comes at once, whatever the repository does.
         """
         began, failure = self._began, self._failure
-        if began is not None and (seconds := time.monotonic() - began) > self._timing.answer_within:
+        if (
+            began is not None
+            and (seconds := time.monotonic() - began) > self._services.timing.answer_within
+        ):
             failure = failure or f"it has not answered for {duration(round(seconds))}"
         if failure:
             return [f"The repository cannot be used: {failure}."]
@@ -177,17 +170,17 @@ class Housekeeper:
 
     def _behind(self) -> bool:
         """Return True if a task or a schedule is due that was not dealt with yet."""
-        now = self._pool.services.clock.now_ms()
-        return bool(self._pool.services.repository.due(now, 1)) or self._ticker.behind(now)
+        now = self._services.clock.now_ms()
+        return bool(self._services.repository.due(now, 1)) or self._ticker.behind(now)
 
     def stored_left(self) -> bool:
         """Return True if the repository has something to run, including tasks that follow others."""
-        repository, types = self._pool.services.repository, set(self._pool.fetcher.types())
+        repository, types = self._services.repository, set(self._pool.fetcher.types())
         return (
             self._behind()
             or unfinished(repository, types)
-            or self._pool.services.moves.dependents.overdue()
-            or self._pool.services.moves.turns.overdue()
+            or self._services.moves.dependents.overdue()
+            or self._services.moves.turns.overdue()
             or self._behind()  # a task got its turn between the checks, and was due
             or unfinished(repository, types)  # a task was freed between the checks
         )
@@ -210,29 +203,29 @@ class Housekeeper:
                 )
             except BaseException:  # a defect of ours: without this thread, nothing is done in time
                 failures += 1
-                self._pool.services.log.exception(
-                    "unexpected error in the housekeeper; it continues"
-                )
+                self._services.log.exception("unexpected error in the housekeeper; it continues")
             self._began = None
             self._sleep(failures)
 
     def _sleep(self, failures: int) -> None:
-        often = self._timing.hand_back_after
+        often = self._services.timing.hand_back_after
         if failures:
-            pause = self._timing.poll_every * 2.0 ** min(failures, 10)
-            pause = min(pause, self._timing.longest_pause)
-            self._agenda.sleep(min(pause, self._pool.services.repository.liveness.interval))
+            pause = self._services.timing.poll_every * 2.0 ** min(failures, 10)
+            pause = min(pause, self._services.timing.longest_pause)
+            self._services.agenda.sleep(min(pause, self._services.repository.liveness.interval))
         elif (soon := self._until_next()) <= often:
-            self._agenda.sleep(soon)
+            self._services.agenda.sleep(soon)
         else:
-            self._agenda.sleep_long(self._until_next, often)
+            self._services.agenda.sleep_long(self._until_next, often)
 
     def _until_next(self) -> float:
         """Return the seconds until the next round: as long as none is needed, it polls."""
         if any(duty.more for duty in self.duties):
-            return self._timing.shortest_sleep
+            return self._services.timing.shortest_sleep
         soon = min([due() for due in self._dues])
-        return max(self._timing.shortest_sleep, min(self._timing.poll_every, soon))
+        return max(
+            self._services.timing.shortest_sleep, min(self._services.timing.poll_every, soon)
+        )
 
     def tick(self) -> None:
         """Do one round: take a step of each duty that is due, and more steps until time is up.
@@ -240,8 +233,8 @@ class Housekeeper:
         Whatever a ``RepositoryError`` prevents is done in a later round.
         """
         now = time.monotonic()
-        until = now + self._timing.round_within
-        self._agenda.begin_round()
+        until = now + self._services.timing.round_within
+        self._services.agenda.begin_round()
         for duty in self.duties:
             if duty.more or now - duty.last >= duty.every:
                 duty.take(now, until)
@@ -250,16 +243,16 @@ class Housekeeper:
 
     def _check_schema(self, until: float) -> None:
         try:
-            self._pool.services.repository.ensure_there()
+            self._services.repository.ensure_there()
         except SchemaMismatch as error:
             self._pool.retire(error)
 
     def _write_progress(self, until: float) -> None:
-        store_progress(self._pool.services, list(self._pool.runs.values()))
+        store_progress(self._services, list(self._pool.runs.values()))
 
     def _free(self, until: float) -> None:
         if self.recovery.waiting and self.recovery.go_on(until):
-            self._agenda.expect_more()
+            self._services.agenda.expect_more()
 
     def _recover(self, until: float) -> None:
         self.recovery.recover(until)
@@ -267,35 +260,35 @@ class Housekeeper:
     def _take_in(self, until: float) -> None:
         """Take in what other nodes have changed, whether or not anything is known to have changed."""
         if not self._polls:
-            self._agenda.check_due()
+            self._services.agenda.check_due()
             self._ticker.refresh_soon()
         self._process_changes()
 
     def _take_in_news(self, until: float) -> None:
         """Take in what other nodes have changed, if anything has changed since the last look."""
         if self._polls and self._changed():
-            self._agenda.check_due()
+            self._services.agenda.check_due()
             self._ticker.refresh_soon()
             self._process_changes()
-            self._pool.services.watcher.check_all()
+            self._services.watcher.check_all()
 
     @property
     def _polls(self) -> bool:
         """True if a change by another process must be noticed before the next check for dead nodes."""
-        return not self._pool.node.serves_broker or self._pool.services.watcher.watching
+        return not self._pool.node.serves_broker or self._services.watcher.watching
 
     def _process_changes(self) -> None:
         """Take in the changes of other nodes: controls, new tasks, and requests to cancel."""
         self._pool.tuning.refresh()  # first: a task stored after a pause must not start
         requests.obey(self._pool)
-        self._agenda.expect_more()
+        self._services.agenda.expect_more()
         self._pool.admission.forget()
-        self._pool.services.moves.dependents.refresh()
+        self._services.moves.dependents.refresh()
         self._pool.fire_cancelled()
 
     def _fetch(self, until: float) -> None:
-        if self._pool.admission.is_time() or self._agenda.look_for_more:
-            self._agenda.expect_more()
+        if self._pool.admission.is_time() or self._services.agenda.look_for_more:
+            self._services.agenda.expect_more()
             self._pool.fetcher.refill()
         else:
             self._pool.fetcher.refill_if_low()
@@ -303,13 +296,13 @@ class Housekeeper:
     def _until_token(self) -> float:
         """Return the seconds until a limit lets another task start."""
         moment = self._pool.admission.next_fetch()
-        return math.inf if moment is None else moment - self._pool.services.clock.monotonic()
+        return math.inf if moment is None else moment - self._services.clock.monotonic()
 
     def _tick(self, until: float) -> bool:
         if self._pool.stopping:
             return False
         if self._ticker.tick(until):
-            self._agenda.expect_more()
+            self._services.agenda.expect_more()
             self._pool.fetcher.refill()
         return self._ticker.waiting
 
@@ -319,22 +312,22 @@ class Housekeeper:
             return math.inf
         if self._ticker.waiting or self._ticker.next is None:
             return 0.0
-        return (self._ticker.next - self._pool.services.clock.now_ms()) / 1000
+        return (self._ticker.next - self._services.clock.now_ms()) / 1000
 
     def _run_audits(self, until: float) -> None:
         """Check for everything that an event should have reported and did not."""
         self._audit.check()
-        self._pool.services.runner.alarms.go_on()
-        self._pool.services.moves.retries.tell()
+        self._services.runner.alarms.go_on()
+        self._services.moves.retries.tell()
         self._pool.stuck.audit()
         self._stuck_types = self._find_stuck_types()
-        self._pool.services.moves.dependents.scan_some()
-        self._pool.services.moves.turns.scan_some()
+        self._services.moves.dependents.scan_some()
+        self._services.moves.turns.scan_some()
         self._ticker.refresh_soon()
-        self._pool.services.watcher.check_all()
+        self._services.watcher.check_all()
 
     def _find_stuck_types(self) -> list[Problem]:
-        services = self._pool.services
+        services = self._services
         if not self._pool.stuck.runs:  # nothing to say that a node with stuck threads does not say
             return []
         nodes = [node for node in services.repository.nodes() if node.alive is not False]
@@ -351,8 +344,8 @@ def _unless_locked(do: Callable[[], object]) -> Callable[[float], None]:
     return step
 
 
-def _at_once_if(holds: Callable[[], bool]) -> Callable[[], float]:
-    return lambda: 0.0 if holds() else math.inf
+def _when(holds: Callable[[], object], seconds: float = 0.0) -> Callable[[], float]:
+    return lambda: seconds if holds() else math.inf
 
 
 def unfinished(repository: Repository, types: Collection[str]) -> bool:
