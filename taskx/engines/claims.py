@@ -10,17 +10,15 @@ ticket. So the number of messages falls by one.
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
 
 from taskx.core import lifecycle
 from taskx.core.lifecycle import PENDING
 from taskx.core.record import FREE, STUB, Stub, stub_from_values
-from taskx.engines.tickets import Ticket
+from taskx.engines.dispatch import Dispatcher
+from taskx.engines.tickets import Ticket, Tickets
 from taskx.executing.runner import Run
 from taskx.running.buffer import Item
-
-if TYPE_CHECKING:
-    from taskx.engines.pool import TicketPool
+from taskx.running.pool import WorkerPool
 
 #: Most tasks of each sender that a claim reads at a time, and most times that it reads them. If other
 #: workers have started all of them in the meantime, a task is left to the next ticket.
@@ -30,8 +28,10 @@ FEW, TRIES = 8, 5
 class Claims:
     """Starts a task for each ticket, through the same code as worker threads do."""
 
-    def __init__(self, pool: TicketPool) -> None:
+    def __init__(self, pool: WorkerPool, tickets: Tickets, dispatcher: Dispatcher) -> None:
         self._pool = pool
+        self._tickets = tickets
+        self._dispatcher = dispatcher
         # As in a pool with threads, one thread at a time starts tasks.
         self._starting = threading.Lock()
 
@@ -80,9 +80,7 @@ class Claims:
     def _candidates(self, ticket: Ticket, named: tuple[Stub, str] | None) -> list[tuple[Stub, str]]:
         """Return the best tasks of a type with their owners, in the order in which to try them."""
         repository, ageing = self._pool.services.repository, self._pool.buffer.ageing
-        senders = dict.fromkeys(
-            ["", *self._pool.dispatcher.crew.ids, *([named[1]] if named else [])]
-        )
+        senders = dict.fromkeys(["", *self._dispatcher.crew.ids, *([named[1]] if named else [])])
         found = {
             stub.id: (stub, owner)
             for owner in senders
@@ -115,9 +113,9 @@ class Claims:
         # Another node may have room under its limit. Tickets that a rate holds up are too many for this.
         own = limit is not None and limit.scope == "node" and limit.max_concurrency is not None
         if registry.runs(ticket.type) and not own:
-            self._pool.tickets.keep(ticket, named[1])
+            self._tickets.keep(ticket, named[1])
         else:
-            self._pool.tickets.keep_for_others(ticket, named[1])
+            self._tickets.keep_for_others(ticket, named[1])
 
     def _free(self, ticket: Ticket) -> None:
         """Free the ticket's task: its ticket has started another one."""

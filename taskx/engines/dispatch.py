@@ -16,7 +16,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from taskx.common.bell import Signal
 from taskx.core import lifecycle
@@ -25,10 +25,8 @@ from taskx.core.log import Complaint
 from taskx.core.payload import clean_text
 from taskx.core.record import Stub
 from taskx.engines.crew import Crew
-from taskx.engines.tickets import Sent, Ticket
-
-if TYPE_CHECKING:
-    from taskx.engines.pool import TicketPool
+from taskx.engines.tickets import Sent, Ticket, Tickets
+from taskx.running.pool import WorkerPool
 
 #: Most tickets of a type, for each worker, that no worker has used yet: at first, and while the tasks are
 #: so short that workers use all tickets between two looks at the store.
@@ -66,14 +64,15 @@ class Dispatcher:
 
     Args:
         pool: the node's pool.
+        tickets: the tickets of the node.
         engine: the engine.
     """
 
-    def __init__(self, pool: TicketPool, engine: Sender) -> None:
+    def __init__(self, pool: WorkerPool, tickets: Tickets, engine: Sender) -> None:
         self._pool = pool
         self._timing = pool.services.timing
         self._engine = engine
-        self._sent = pool.tickets.sent
+        self._tickets, self._sent = tickets, tickets.sent
         self._depths: dict[str, int] = {}
         self.crew = Crew((), engine.name, pool.node.id)
         self._crew_at = self._looked_at = -math.inf
@@ -186,7 +185,7 @@ class Dispatcher:
         rows = self._pool.services.repository.find("buffered_on", self.crew.ids, fields)
         waiting = Counter(dict.fromkeys(self.crew.types, 0))
         waiting.update(type for _, type, _, _ in rows if type in waiting)
-        kept = pool.tickets.kept
+        kept = self._tickets.kept
         mine = {
             i: _Waiting(type, starts)
             for i, type, starts, owner in rows

@@ -96,8 +96,8 @@ class TicketPool(WorkerPool):
         self.tickets = Tickets(services.timing)
         fetcher = partial(TicketFetcher, self.tickets, lambda: self.dispatcher.ring())
         super().__init__(services, node, config, ends, fetcher)
-        self.dispatcher = Dispatcher(self, engine)
-        self._claims = Claims(self)
+        self.dispatcher = Dispatcher(self, self.tickets, engine)
+        self._claims = Claims(self, self.tickets, self.dispatcher)
         self._has_begun = begun
         self._away = Complaint(services.log)
 

@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import threading
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from taskx.core.errors import RepositoryError
 from taskx.core.overrides import Overrides
+from taskx.limiting.admission import Admission
+from taskx.liveness.base import Node
+from taskx.moving import Services
+from taskx.running.fetcher import Fetcher
+from taskx.running.starter import Runs
 
-if TYPE_CHECKING:
-    from taskx.running.pool import WorkerPool
+
+class _Pool(Protocol):
+    """The parts of a worker pool that follow the controls."""
+
+    services: Services
+    node: Node
+    runs: Runs
+    admission: Admission
+    fetcher: Fetcher
+
+    def set_workers(self, number: int) -> None: ...
+    def record(self) -> None: ...
 
 
 class Tuning:
@@ -21,7 +36,7 @@ class Tuning:
         configured: the number of workers that the program has configured.
     """
 
-    def __init__(self, pool: WorkerPool, configured: int) -> None:
+    def __init__(self, pool: _Pool, configured: int) -> None:
         self._pool = pool
         self._configured = configured
         self._changing = threading.Lock()
