@@ -109,11 +109,17 @@ def node_of(queue: Queue) -> LocalNode:
     return queue._node if queue._node.pool else None  # type: ignore[return-value]
 
 
-def joined_node(queue: Queue) -> LocalNode:
-    """Return a node beside that of a queue: it has joined the repository, and has no threads."""
+def prepared_node(queue: Queue) -> LocalNode:
+    """Return a node beside that of a queue: it has its parts, and nothing was started."""
     node = LocalNode(queue._services, Threads(), queue)
     node.forget()
     node._prepare()
+    return node
+
+
+def joined_node(queue: Queue) -> LocalNode:
+    """Return a node beside that of a queue: it has joined the repository, and has no threads."""
+    node = prepared_node(queue)
     node._join()
     node.pool = node._pool
     return node

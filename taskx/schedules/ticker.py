@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -91,7 +92,7 @@ class Ticker:
     the other. Each call of :meth:`tick` ends after a while, and the next call continues where it stopped.
     """
 
-    def __init__(self, services: Services, chance: Callable[[], float]) -> None:
+    def __init__(self, services: Services, chance: Callable[[], float] = random.random) -> None:
         self._services = services
         self._chance = chance
         self._longest_gap = round(1000 * services.timing.longest_gap)  # in milliseconds

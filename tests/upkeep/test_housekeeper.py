@@ -13,9 +13,9 @@ from helpers import (
     frequent_checks,
     held_on,
     housekeeper_of,
-    joined_node,
     node_of,
     pool_of,
+    prepared_node,
     services_of,
     whole_round,
 )
@@ -371,7 +371,7 @@ def test_a_started_queue_frees_all_tasks_of_a_dead_node(make_queue, repository, 
 
 
 def queue_recovery(queue):
-    return joined_node(queue)._housekeeper.recovery
+    return prepared_node(queue)._housekeeper.recovery
 
 
 @pytest.mark.parametrize("repository", ["sqlite"], indirect=True)
