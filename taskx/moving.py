@@ -10,15 +10,16 @@ housekeeper find what was missed.
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import compress
 from typing import Any, NamedTuple, Protocol
 
+import attrs
+
 from taskx.common.bell import Agenda
 from taskx.common.controls import Controls
-from taskx.common.hooks import Hook, Hooks
+from taskx.common.hooks import Hooks
 from taskx.common.ledger import Ledger
 from taskx.common.watcher import Watcher
 from taskx.core import lifecycle
@@ -29,10 +30,9 @@ from taskx.core.log import Digest, GuardedLogger
 from taskx.core.model import Task
 from taskx.core.moves import MOVES, PARAMS, RETRIED, Move
 from taskx.core.record import FOR_TURN, FREE, UNTIL_DUE, changed_task, created_task
-from taskx.core.redact import SECRETS, show
+from taskx.core.redact import show
 from taskx.core.timing import Timing
 from taskx.core.writes import Insert, Write
-from taskx.executing.alarms import Alarms
 from taskx.executing.checkpoints import Keeper
 from taskx.executing.registry import Registry
 from taskx.executing.runner import Run, Runner
@@ -40,16 +40,12 @@ from taskx.ordering import Dependents, Turns
 from taskx.storage.base import Repository
 
 
-class _Node(Protocol):
-    """The methods of a started node that moves of tasks need."""
+class _Pool(Protocol):
+    """The methods of a pool that moves of tasks, and the outcomes of its attempts, need."""
 
     def discard(self, task_ids: Iterable[str]) -> None: ...
     def fire(self, task_id: str) -> None: ...
     def rebuffer(self, task: Task) -> None: ...
-
-
-class _Pool(Protocol):
-    """The methods of the pool of a run that the outcome of an attempt needs."""
 
     def refused(self, run: Run, ending: Ending, error: BaseException) -> bool:
         """Store something else in place of an outcome that was refused; return False if nothing is left."""
@@ -86,36 +82,40 @@ def _submitted_task(insert: Insert) -> Task:
     return created_task(lifecycle.as_submitted(insert))
 
 
-class _State(Protocol):
-    @property
-    def pool(self) -> _Node | None: ...
-
-
 class Moves(Ledger[Outcome]):
-    """The door: all moves of a queue go to the repository through it. ``state`` has the started node.
+    """The door: all moves of a queue go to the repository through it.
 
     - :meth:`commit` commits moves, also those that create tasks.
     - :meth:`later` and :meth:`conclude` commit the outcomes of attempts, and :meth:`flush` those that wait.
     - :meth:`follow` is for moves that a transaction of the program has committed.
     """
 
-    def __init__(self, services: Services, state: _State) -> None:
-        super().__init__(services.repository, services.log, services.agenda, services.timing)
-        self._hooks = services.hooks
-        self._watcher = services.watcher
-        self._redact = services.redact
-        self._state = state
+    def __init__(
+        self,
+        repository: Repository,
+        agenda: Agenda,
+        hooks: Hooks,
+        watcher: Watcher,
+        clock: Clock,
+        log: GuardedLogger,
+        timing: Timing,
+        redact: tuple[str, ...],
+    ) -> None:
+        super().__init__(repository, log, agenda, timing)
+        self._hooks = hooks
+        self._watcher = watcher
+        self._redact = redact
+        self._pool: _Pool | None = None
         #: Logs the retries.
-        self.retries = Digest(self._log, RETRIED, _RETRIES, services.clock.monotonic)
-        self.turns = Turns(self._repository, self.commit, self._log, services.timing.batch)
+        self.retries = Digest(log, RETRIED, _RETRIES, clock.monotonic)
+        self.turns = Turns(repository, self.commit, log, timing.batch)
         self.dependents = Dependents(
-            self._repository,
-            self.commit,
-            self._agenda,
-            services.clock,
-            self._log,
-            services.timing,
+            repository, self.commit, agenda, clock, log, timing.batch, timing.scan_batch
         )
+
+    def serve(self, pool: _Pool | None) -> None:
+        """Tell the pool of a started node of moves of its tasks, from now on; None: tell nobody."""
+        self._pool = pool
 
     def follow(
         self,
@@ -212,10 +212,10 @@ class Moves(Ledger[Outcome]):
                 self._log_move(row, tasks[write.id], write.changes, outcome)
             if row.ends and write.id in watched:
                 self._watcher.resolve(write.id)
-            if row.leaves and (node := self._state.pool) is not None:
-                node.discard([write.id])
-            if row.fires and (node := self._state.pool) is not None:
-                node.fire(write.id)
+            if row.leaves and (pool := self._pool) is not None:
+                pool.discard([write.id])
+            if row.fires and (pool := self._pool) is not None:
+                pool.fire(write.id)
         if freed := [write for write, row in moved if row.may_start]:
             self._may_start(freed, tasks)
 
@@ -272,8 +272,8 @@ class Moves(Ledger[Outcome]):
                 keys.append(str(key))
             elif held == UNTIL_DUE:
                 self._agenda.check_due_soon()
-            elif held == FREE and changes.get("owner") and self._state.pool is not None:
-                self._state.pool.rebuffer(tasks[write.id])
+            elif held == FREE and changes.get("owner") and (pool := self._pool) is not None:
+                pool.rebuffer(tasks[write.id])
             elif held == FREE:
                 self._agenda.fetch_soon()
         if waiting:
@@ -311,46 +311,23 @@ def _facts(task: Task, changes: Mapping[str, Any], outcome: Outcome | None) -> d
     return {**facts, **{name: changes[name] for name in changed if name in changes}}
 
 
+@attrs.frozen(eq=False)
 class Services:
-    """The parts that the other parts of a queue share.
+    """What a call of a queue works with: its repository, the door for moves, and what belongs to them.
 
-    Its class attributes name the classes of the parts that depend on threads and on time. A queue that is
-    driven by its caller has classes of its own.
+    Inside a transaction of the caller there is another one: the same, with a repository, a door, controls
+    and an agenda that are part of the transaction.
     """
 
-    alarms_class: type[Alarms] = Alarms
-    hooks_class: type[Hooks] = Hooks
-    run_class: type[Run] = Run
-    runner_class: type[Runner] = Runner
-    watcher_class: type[Watcher] = Watcher
-    #: Draws the order of what is due at the same time: a number from 0 to 1.
-    chance: Callable[[], float] = staticmethod(random.random)
-
-    def __init__(
-        self,
-        repository: Repository,
-        registry: Registry,
-        hooks: Iterable[Hook],
-        state: _State,
-        clock: Clock,
-        log: GuardedLogger,
-        timing: Timing,
-        redact: tuple[str, ...] = SECRETS,
-    ) -> None:
-        self.repository = repository
-        self.timing = timing
-        self.redact = redact
-        self.registry = registry
-        self.clock = clock
-        self.log = log
-        self.agenda = Agenda()
-        self.alarms = self.alarms_class(clock, timing)
-        self.hooks = self.hooks_class(hooks, log, timing)
-        self.watcher = self.watcher_class(repository, log, self.agenda, timing)
-        self.controls = Controls(repository)
-        self.runner = self.runner_class(clock, self.alarms, registry.max_payload_size)
-        self.moves = Moves(self, state)
-        self.turns, self.dependents = self.moves.turns, self.moves.dependents
-        self.keeper = Keeper(
-            repository, self.moves.commit, registry.max_payload_size, registry.values, clock, timing
-        )
+    repository: Repository
+    moves: Moves
+    controls: Controls
+    agenda: Agenda
+    registry: Registry
+    runner: Runner
+    keeper: Keeper
+    watcher: Watcher
+    hooks: Hooks
+    clock: Clock
+    log: GuardedLogger
+    timing: Timing

@@ -27,7 +27,6 @@ from taskx.core.lifecycle import PENDING, UNFINISHED
 from taskx.core.log import GuardedLogger
 from taskx.core.model import Task
 from taskx.core.record import ids_from_text
-from taskx.core.timing import Timing
 from taskx.core.writes import Insert, Update
 from taskx.storage.base import Repository
 
@@ -65,21 +64,21 @@ class _Scanner(ABC):
             found, after = self._page(after)
         return bool(found)
 
-    def process(self, patience: float = math.inf) -> None:
-        """Do the work that is due.
+    def process(self, until: float = math.inf) -> bool:
+        """Do the work that is due; return True if more is left.
 
         Args:
-            patience: seconds after which the rest is left to the next call. If the end of one task ends
-                the next one, as in a long chain, the work may take long.
+            until: the time, on the monotonic clock, from which the rest is left to the next call: the work
+                may take long, if the end of one task ends the next one, as in a long chain.
 
         Raises:
             RepositoryError: the repository failed; the next call continues.
         """
-        until = time.monotonic() + patience
         while self.waiting:
             self._process_step()
             if time.monotonic() >= until:
                 break
+        return self.waiting
 
     def _process_step(self) -> None:
         if not self._under_way:
@@ -97,10 +96,11 @@ class Dependents(_Scanner):
         agenda: Agenda,
         clock: Clock,
         log: GuardedLogger,
-        timing: Timing,
+        batch: int,
+        scan_batch: int,
     ) -> None:
         super().__init__()
-        self._timing = timing
+        self._batch, self._scan_batch = batch, scan_batch
         self._repository = repository
         self._commit = commit
         self._agenda = agenda
@@ -164,18 +164,19 @@ class Dependents(_Scanner):
 
     def _page(self, after: str) -> tuple[Sequence[str], str]:
         """Return the parents of the next page that have ended, and the last parent of the page."""
-        awaited = self._repository.distinct("waiting_on", after, self._timing.scan_batch)
+        awaited = self._repository.distinct("waiting_on", after, self._scan_batch)
         statuses = self._repository.statuses(awaited)
         gone = [parent for parent in awaited if statuses.get(parent) not in UNFINISHED]
         return gone, awaited[-1] if awaited else ""
 
     # --- processing
 
-    def process(self, patience: float = math.inf) -> None:
+    def process(self, until: float = math.inf) -> bool:
         """Decide the tasks whose parents are known to have ended."""
         # A thread that is already processing does this when it goes on.
-        if not self._processing._is_owned():  # type: ignore[attr-defined]
-            super().process(patience)
+        if self._processing._is_owned():  # type: ignore[attr-defined]
+            return False
+        return super().process(until)
 
     def _process_step(self) -> None:
         with self._processing:
@@ -183,10 +184,10 @@ class Dependents(_Scanner):
 
     def _process_told(self) -> None:
         """Mark the dependents of ended parents as due, and decide a batch of the due tasks."""
-        if ended := _first(self.ended, self._timing.scan_batch):
+        if ended := _first(self.ended, self._scan_batch):
             self._due.extend(self._waiting_for(ended))
             _leave_out(self.ended, ended)
-        if due := _first(self._due, self._timing.batch):
+        if due := _first(self._due, self._batch):
             self._decide(due)
             _leave_out(self._due, due)
 

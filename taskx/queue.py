@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import attrs
 
+from taskx.common.bell import Agenda
 from taskx.common.config import Config
+from taskx.common.controls import Controls
 from taskx.common.handles import TaskHandle
-from taskx.common.hooks import Hook
+from taskx.common.hooks import Hook, Hooks
+from taskx.common.watcher import Watcher
 from taskx.core.clock import SYSTEM_CLOCK, Clock, check_clock
 from taskx.core.errors import ConfigurationError, RepositoryError
 from taskx.core.ids import new_id
@@ -36,7 +39,7 @@ from taskx.core.options import (
 from taskx.core.ticks import Every, Misfire
 from taskx.core.timing import DEFAULT_TIMING, Timing
 from taskx.core.values import Values
-from taskx.engines.base import Engine, Threads
+from taskx.executing.checkpoints import Keeper
 from taskx.executing.executors import (
     AnyExecutor,
     BoundExecutor,
@@ -47,8 +50,7 @@ from taskx.executing.executors import (
 from taskx.executing.registry import Layer, Registry, check_middleware
 from taskx.methods.questions import Questions
 from taskx.methods.steering import Steering
-from taskx.moving import Services
-from taskx.running.pool import State
+from taskx.moving import Moves, Services
 from taskx.schedules.schedule import Schedule, Schedules
 from taskx.schedules.stored import Overlap, make_entry
 from taskx.storage.adapter import EightMethodAdapter
@@ -60,8 +62,9 @@ from taskx.submitting.layers import layered
 from taskx.submitting.operations import Operations
 from taskx.submitting.work import Work
 from taskx.upkeep import foreground
+from taskx.upkeep.engine import Engine, Threads
 from taskx.upkeep.following import follow
-from taskx.upkeep.node import Lifetime
+from taskx.upkeep.node import LocalNode
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing from 3.11 on
@@ -137,37 +140,37 @@ class Queue(Questions, Steering):
         self._schedules = Schedules(self.handle)
         if not isinstance(engine, Engine | None):
             raise ConfigurationError(f"engine must be an Engine, not {type(engine).__name__}")
-        self._runs_by = Threads() if engine is None else engine
-        self._runs_by.bind(self)
+        self._engine = Threads() if engine is None else engine
+        self._engine.bind(self)
         self.repository.queues.add(self)
         self._wire()
         _queues.add(self)
 
-    # The classes of its parts; a queue that its caller drives has others.
-    _services_class: type[Services] = Services
-    _intake_class: type[Intake] = Intake
-    _life_class: type[Lifetime] = Lifetime
-
     def _wire(self) -> None:
-        self._state = state = State()
-        self._services = self._services_class(
-            self.repository,
-            self._registry,
-            self._hooks,
-            state,
-            self.clock,
-            self._log,
-            self._timing,
-            self.config.redact,
+        """Make the parts. Those of a forked child are new; the engine makes what starts threads."""
+        engine, repository, log, timing = self._engine, self.repository, self._log, self._timing
+        registry, config, clock, agenda = self._registry, self.config, self.clock, Agenda()
+        most = registry.max_payload_size
+        threaded, signal = engine.threaded, engine.make_signal
+        hooks = Hooks(self._hooks, log, timing, threaded=threaded)
+        watcher = Watcher(repository, log, agenda, timing, signal, threaded=threaded)
+        moves = Moves(repository, agenda, hooks, watcher, clock, log, timing, config.redact)
+        runner = engine.make_runner(clock, timing, most)
+        keeper = Keeper(repository, moves.commit, most, registry.values, clock, timing)
+        own = (repository, moves, Controls(repository), agenda)
+        self._services = services = Services(
+            *own, registry, runner, keeper, watcher, hooks, clock, log, timing
         )
-        work = Work(self.repository, self._services.moves)
-        self._intake = self._intake_class(self._services, state, self.config, work)
-        self._operations = Operations(self._services, state, work)
-        self._joining = Joining(self._services, state, self.config, work)
-        self._entrance = layered(self._intake, self._registry.middleware)
-        self._schedules.wire(self._services, self._intake, self._joining, state)
-        make_node = self._runs_by.make_node
-        self._life = self._life_class(self._services, self.config, state, self, make_node)
+        work = Work(repository, moves)
+        self._node = node = LocalNode(services, engine, self)
+        self._intake = self._make_intake(work)
+        self._operations = Operations(services, node, work)
+        self._joining = Joining(services, node, config, work)
+        self._entrance = layered(self._intake, registry.middleware)
+        self._schedules.wire(services, self._intake, self._joining, node)
+
+    def _make_intake(self, work: Work) -> Intake:
+        return Intake(self._services, self._node, self.config, work)
 
     def _require(self, what: str) -> None:
         self.repository.require(what)
@@ -197,7 +200,7 @@ class Queue(Questions, Steering):
         return find
 
     def __repr__(self) -> str:
-        return f"<Queue on {self.repository!r}, {self._life.name}>"
+        return f"<Queue on {self.repository!r}, {self._node.name}>"
 
     # --- executors
 
@@ -262,11 +265,11 @@ class Queue(Questions, Steering):
         self._registry.register(executor, options_of(options))
         if isinstance(executor, Executor):
             executor._bind(self)
-        if self._node is not None:
+        if self._pool is not None:
             # The housekeeper records them later if this cannot be done now.
             with suppress(RepositoryError, ConfigurationError):
                 self._joining.refuse()
-                self._node.pool.record()
+                self._pool.record()
         self._services.agenda.fetch_soon()
 
     def declare(self, *types: str) -> None:
@@ -678,7 +681,7 @@ class Queue(Questions, Steering):
         if self.repository.transactions.postpone(handle.id, id(handle), late):
             return
         watcher.watch(handle)
-        if self._node is None:
+        if self._pool is None:
             watcher.warn_if_nobody_runs(handle.id)
 
     # --- starting and stopping
@@ -696,7 +699,7 @@ class Queue(Questions, Steering):
             ConfigurationError: this thread is in a transaction of its own, for which it would wait.
         """
         self.repository.transactions.refuse_wait()
-        self._life.start()
+        self._node.start()
 
     def drain(self, timeout: float | timedelta | None = None) -> bool:
         """Wait until no task is left to run; return False if ``timeout`` seconds passed before.
@@ -710,7 +713,7 @@ class Queue(Questions, Steering):
             QueueStopped: the queue was stopped.
         """
         self._joining.refuse()
-        return self._life.drain(timeout)
+        return self._node.drain(timeout)
 
     def follow(self, timeout: float | timedelta | None = None) -> bool:
         """Show a person how many tasks wait, run and have ended, until nothing is left to run.
@@ -731,7 +734,7 @@ class Queue(Questions, Steering):
             RepositoryError: the repository cannot be read.
         """
         self._joining.refuse()
-        drain = self.drain if self._node is not None else None
+        drain = self.drain if self._pool is not None else None
         return follow(self.repository, drain, timeout, self._timing)
 
     def stop(self, timeout: float | timedelta = 30.0, cancel: bool = False) -> list[str]:
@@ -752,7 +755,7 @@ class Queue(Questions, Steering):
         Returns:
             the ids of the tasks that still run.
         """
-        return self._life.stop(timeout, cancel=cancel)
+        return self._node.stop(timeout, cancel=cancel)
 
     def close(self) -> None:
         """Stop the queue and close its repository.
@@ -774,6 +777,10 @@ class Queue(Questions, Steering):
         """
         self.stop(cancel=kind is not None and issubclass(kind, KeyboardInterrupt))
 
+    def _set_workers(self, number: int) -> None:
+        """Have the next start begin with another number of workers."""
+        self.config = attrs.evolve(self.config, worker_num=number)
+
     # --- forks
 
     def _renew_after_fork(self) -> None:
@@ -781,8 +788,8 @@ class Queue(Questions, Steering):
         self.repository.forks.renew_after_fork()
         self.repository.transactions.renew()
         self._services.watcher.renew_after_fork()
-        self._life.forget()
-        self._runs_by.renew_after_fork()
+        self._node.forget()
+        self._engine.renew_after_fork()
         self._wire()
 
 
@@ -814,14 +821,14 @@ def run(*queues: Queue, timeout: float | timedelta = 30.0) -> int:
             raise ConfigurationError(f"run() takes queues, not {type(queue).__name__}")
     if not queues:
         raise ConfigurationError("run() requires at least one queue")
-    return foreground.run([queue._life for queue in dict.fromkeys(queues)], timeout)
+    return foreground.run([queue._node for queue in dict.fromkeys(queues)], timeout)
 
 
-def life_of(queue: Queue, workers: int | None = None) -> Lifetime:
-    """Return the lifetime of a queue that a supervised process runs, with another number of workers."""
+def node_of(queue: Queue, workers: int | None = None) -> LocalNode:
+    """Return the node of a queue that a supervised process runs, with another number of workers."""
     if workers is not None:
-        queue.config = queue._life.config = attrs.evolve(queue.config, worker_num=workers)
-    return queue._life
+        queue._set_workers(workers)
+    return queue._node
 
 
 _queues: weakref.WeakSet[Queue] = weakref.WeakSet()

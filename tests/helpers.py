@@ -38,6 +38,7 @@ from taskx import (
 )
 from taskx.common.ledger import Ledger
 from taskx.core.timing import Timing
+from taskx.engines import Threads
 from taskx.executing.runner import Run
 from taskx.moving import Services
 from taskx.running.ahead import Ahead
@@ -104,13 +105,31 @@ def storing(queue: Queue) -> Queue:
 
 
 def node_of(queue: Queue) -> LocalNode:
-    """Return the node of a running queue; None if the queue does not run tasks."""
-    return queue._node  # type: ignore[return-value]
+    """Return the node of a started queue; None if the queue is not started."""
+    return queue._node if queue._node.pool else None  # type: ignore[return-value]
+
+
+def prepared_node(queue: Queue) -> LocalNode:
+    """Return a node beside that of a queue: it has its parts, and nothing was started."""
+    node = LocalNode(queue._services, Threads(), queue)
+    node.forget()
+    node._prepare()
+    return node
+
+
+def joined_node(queue: Queue) -> LocalNode:
+    """Return a node beside that of a queue: it has joined the repository, and has no threads."""
+    node = prepared_node(queue)
+    node._join()
+    node.pool = node._pool
+    return node
 
 
 def pool_of(queue: Queue) -> WorkerPool:
     """Return the worker pool of a started queue."""
-    return node_of(queue).pool
+    pool = node_of(queue).pool
+    assert pool is not None
+    return pool
 
 
 def housekeeper_of(queue: Queue) -> Housekeeper:

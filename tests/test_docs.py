@@ -22,7 +22,7 @@ import attrs
 import docutils.core
 import docutils.nodes
 import pytest
-from helpers import eventually, pool_of, services_of
+from helpers import eventually, joined_node, pool_of
 
 import taskx
 import taskx.queue
@@ -33,8 +33,7 @@ from taskx.core.timing import DEFAULT_TIMING
 from taskx.schedules import ticker
 from taskx.storage.sqlite.connections import Connections
 from taskx.testing import RepositoryContract
-from taskx.upkeep import housekeeper
-from taskx.upkeep.node import LocalNode
+from taskx.upkeep import due, housekeeper
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.rst", *sorted((ROOT / "docs").glob("*.rst"))]
@@ -581,13 +580,12 @@ def test_an_idle_node_reads_what_the_design_says(tmp_path, monkeypatch):
     log: list[str] = []
     trace(monkeypatch, log.append)
     now = time.monotonic()
-    for module in (housekeeper, ticker):
+    for module in (due, housekeeper, ticker):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
     repository = taskx.SQLiteRepository(tmp_path / "tasks.db")
     queue = taskx.Queue(repository, taskx.Config(worker_num=1))
     queue.executor("add")(lambda a, b: a + b)
-    node = LocalNode(services_of(queue), queue.config, lambda: None)
-    node.join()  # its threads are not started: the test ticks
+    node = joined_node(queue)  # its threads are not started: the test ticks
 
     def pass_time(seconds: int) -> None:
         nonlocal now

@@ -153,12 +153,6 @@ class Agenda:
         """True if the repository may hold free tasks that would fit into the buffer."""
         return self.look_for_more or self.rest_is_stored
 
-    @more_stored.setter
-    def more_stored(self, value: bool) -> None:
-        self.look_for_more = value
-        if not value:
-            self.rest_is_stored = False
-
     def wake(self) -> None:
         """Start the next round now."""
         self._bell.set()
@@ -172,12 +166,12 @@ class Agenda:
 
     def check_due_soon(self) -> None:
         """Find the time at which the next delayed task is due, and wake then: a delayed task was stored."""
-        self.due_known = False
+        self.check_due()
         self.wake()
 
     def fetch_soon(self) -> None:
         """Fetch free tasks from the repository: some may start now that could not start before."""
-        self.more_stored = True
+        self.expect_more()
         self.wake_from_long_sleep()
 
     def check_schedule_soon(self, name: str) -> None:
@@ -186,7 +180,40 @@ class Agenda:
             self.schedules.append(name)
             self.wake()
 
+    # --- for those who fetch
+
+    def expect_more(self) -> None:
+        """Look for free tasks at the next fetch, however many tasks the buffer has."""
+        self.look_for_more = True
+
+    def begin_fetch(self) -> None:
+        """Note that a fetch begins: what is stored from now on is for the next one."""
+        self.look_for_more = self.rest_is_stored = False
+
+    def leave_rest(self, *, some: bool) -> None:
+        """Note if a fetch has left free tasks that come after all that it took."""
+        self.rest_is_stored = some
+
     # --- for the housekeeper
+
+    def attend(self) -> None:
+        """Note that a housekeeper reads this from now on."""
+        self.due_known = False  # a housekeeper whose start failed may have set it
+        self.attended = True
+
+    def leave(self) -> None:
+        """Note that no housekeeper reads this any more, and end the sleep of the last one."""
+        self.attended = False
+        self.wake()
+
+    def check_due(self) -> None:
+        """Find the time at which the next delayed task is due, in the next round."""
+        self.due_known = False
+
+    def claim_due(self) -> bool:
+        """Return True if that time must be read; from now on it counts as known."""
+        known, self.due_known = self.due_known, True
+        return not known
 
     def begin_round(self) -> None:
         """Begin a round: duties that are posted from now on are for the next round."""

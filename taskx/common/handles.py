@@ -364,6 +364,10 @@ class TaskHandle(Future[R]):
         """Return a signal to wait with for the end of the task."""
         return Signal() if self._watched_by is None else self._watched_by.signal()
 
+    def _note_watched(self, watcher: _Watches) -> None:
+        """Note that a watcher has registered this handle and checked its task."""
+        self._watched_by = watcher
+
     # --- the threads and callbacks that wait for the end
 
     @property

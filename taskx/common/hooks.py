@@ -113,7 +113,9 @@ class Hooks:
     lease_lost: Listeners
     ticks_missed: Listeners
 
-    def __init__(self, hooks: Iterable[Hook], log: GuardedLogger, timing: Timing) -> None:
+    def __init__(
+        self, hooks: Iterable[Hook], log: GuardedLogger, timing: Timing, *, threaded: bool = True
+    ) -> None:
         known = list(hooks)
         for hook in known:
             if not isinstance(hook, Hook):
@@ -124,6 +126,7 @@ class Hooks:
         self.moves = any(getattr(self, event) for event in _OF_MOVES)
         self._log = log
         self._timing = timing
+        self._threaded = threaded
         #: The events that were not reported yet.
         self.waiting: deque[tuple[Listeners, Callable[[], Any], tuple[Any, ...]]] = deque()
         #: The number of events reported so far.
@@ -154,7 +157,7 @@ class Hooks:
     @property
     def inside(self) -> bool:
         """True if a hook is the caller."""
-        return self._thread is threading.current_thread()
+        return self._thread is threading.current_thread() if self._threaded else self._telling
 
     def wait(self, timeout: float) -> bool:
         """Wait until all events were reported. Return False after ``timeout`` seconds or inside a hook."""
@@ -177,6 +180,10 @@ class Hooks:
     # --- the thread
 
     def _start(self) -> None:
+        if not self._threaded:
+            if not self._telling:
+                self._tell_all()
+            return
         with self._starting:
             if self._thread is not None:
                 return

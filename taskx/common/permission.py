@@ -5,6 +5,9 @@ A process of ``taskx worker`` does so, too, while it imports the program.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from taskx.core.errors import ConfigurationError
 
 #: The reason why queues may not be started or given tasks in this process now; empty if they may.
@@ -17,6 +20,28 @@ in_child = False
 
 class StartRefused(ConfigurationError):
     """The program starts a queue while a process of ``taskx worker`` loads it."""
+
+
+@contextmanager
+def loading_queue() -> Iterator[None]:
+    """Refuse to start queues within a block: the program is imported that makes one."""
+    global loading
+    loading = True
+    try:
+        yield
+    finally:
+        loading = False
+
+
+@contextmanager
+def importing(why: str) -> Iterator[None]:
+    """Forbid the use of queues within a block: this is a child process that imports an executor."""
+    global forbidden, in_child
+    in_child, forbidden = True, why
+    try:
+        yield
+    finally:
+        forbidden = ""
 
 
 def refuse_if_forbidden() -> None:

@@ -40,7 +40,14 @@ class Watcher:
     """
 
     def __init__(
-        self, repository: Repository, log: GuardedLogger, agenda: Agenda, timing: Timing
+        self,
+        repository: Repository,
+        log: GuardedLogger,
+        agenda: Agenda,
+        timing: Timing,
+        signal: Callable[[], Signal],
+        *,
+        threaded: bool,
     ) -> None:
         self._repository = repository
         self._log = log
@@ -58,7 +65,8 @@ class Watcher:
         self._listener: Listener | None = None  # hears of tasks that end in other processes
         self._closed = self._warned = False
         #: Makes the signal that a thread waits with for the end of a task.
-        self.signal: Callable[[], Signal] = Signal
+        self.signal = signal
+        self._threaded = threaded
 
     @property
     def watching(self) -> bool:
@@ -73,7 +81,7 @@ class Watcher:
         try:
             if new:
                 self._check([handle.id])
-                handle._watched_by = self
+                handle._note_watched(self)
         finally:
             self.ensure_polling()
         if self._closed:
@@ -200,11 +208,13 @@ class Watcher:
 
     def ensure_polling(self) -> None:
         """Start the watcher's thread if there is a handle to watch and no other thread checks it."""
+        if not self._threaded:  # whoever runs tasks resolves their handles
+            if self._closed:
+                self._close_all()
+            return
         if self._handles and (self._closed or not self._agenda.attended) and not self._polls:
             thread = threading.Thread(target=self._poll, name="taskx-watch", daemon=True)
-            self._thread = (
-                thread  # before the start: it runs only as long as this attribute names it
-            )
+            self._thread = thread  # before the start: it runs only as long as this names it
             try:
                 thread.start()
             except RuntimeError:  # the system cannot start a thread: this thread checks once

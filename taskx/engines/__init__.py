@@ -4,7 +4,8 @@ A program chooses the engine of a queue. :mod:`taskx.contrib` has engines for th
 only send tickets and hand them over. This package decides what a ticket starts, and when one is sent.
 """
 
-from taskx.engines.base import BrokerEngine, Engine, Threads, check_queues
+from taskx.engines.base import BrokerEngine, check_queues
 from taskx.engines.tickets import Ticket
+from taskx.upkeep.engine import Engine, Threads
 
 __all__ = ["BrokerEngine", "Engine", "Threads", "Ticket", "check_queues"]

@@ -1,78 +1,32 @@
-"""The interface of engines, the engine of threads, and the base of engines that use a broker."""
+"""The base of engines that use a broker."""
 
 from __future__ import annotations
 
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import attrs
 
 from taskx.common.config import Config
 from taskx.core.checks import check_number
+from taskx.core.clock import Clock
 from taskx.core.errors import ConfigurationError, QueueStopped, RepositoryError, SchemaMismatch
 from taskx.core.log import log
 from taskx.core.timing import DEFAULT_TIMING, Timing
 from taskx.engines.tickets import Ticket
+from taskx.executing.alarms import Alarms
+from taskx.executing.runner import Runner
+from taskx.liveness.base import About, Node
 from taskx.moving import Services
-from taskx.storage.base import Repository
-from taskx.upkeep.node import LocalNode
+from taskx.running.pool import Ends, WorkerPool
+from taskx.upkeep.engine import BoundQueue, Engine
 
 if TYPE_CHECKING:
     from taskx.engines.handover import HandOver
-    from taskx.engines.node import TicketNode
-
-
-class _Queue(Protocol):
-    """The methods of a queue that an engine calls."""
-
-    repository: Repository
-    _timing: Timing
-
-    def start(self) -> None: ...
-    def stop(self, timeout: float) -> list[str]: ...
-
-
-class Engine(ABC):
-    """The part of a queue that decides where its tasks run. ``name`` is recorded with each node."""
-
-    name = ""
-
-    @abstractmethod
-    def bind(self, queue: _Queue) -> None:
-        """Become the engine of a queue.
-
-        Raises:
-            ConfigurationError: the engine cannot run the tasks of this queue.
-        """
-
-    @abstractmethod
-    def make_node(
-        self, services: Services, config: Config, ended: Callable[[], object]
-    ) -> LocalNode:
-        """Return the node of the queue that is started; ``ended`` is called when the node has left."""
-
-    @abstractmethod
-    def renew_after_fork(self) -> None:
-        """Forget, in a forked child, what belongs to the parent."""
-
-
-class Threads(Engine):
-    """The engine of a queue by default: ``Config.worker_num`` threads of the process that starts it."""
-
-    name = "threads"
-
-    def bind(self, queue: _Queue) -> None:
-        """Accept every queue."""
-
-    def make_node(
-        self, services: Services, config: Config, ended: Callable[[], object]
-    ) -> LocalNode:
-        """Return a node with worker threads."""
-        return LocalNode(services, config, ended)
-
-    def renew_after_fork(self) -> None:
-        """Do nothing: the node belongs to the queue."""
+    from taskx.engines.pool import TicketPool
 
 
 def check_queues(queues: Any) -> dict[str, str]:
@@ -87,7 +41,7 @@ def check_queues(queues: Any) -> dict[str, str]:
     return dict(named)
 
 
-class BrokerEngine(Engine):
+class BrokerEngine(Engine, ABC):
     """An engine whose tickets a message broker carries to worker processes.
 
     A program that starts its queue only sends tickets. A worker process calls :meth:`begin_work`, which
@@ -110,14 +64,14 @@ class BrokerEngine(Engine):
             raise ConfigurationError(f"one_host must be True or False, not {one_host!r}")
         self._one_host = one_host
         self.resend = check_number(resend, "resend", 0.01)
-        self._queue: weakref.ref[_Queue] | None = None
+        self._queue: weakref.ref[BoundQueue] | None = None
         self._timing = DEFAULT_TIMING  # until it has a queue
         self.renew_after_fork()
 
     def renew_after_fork(self) -> None:
         """Forget, in a forked child, what belongs to the parent."""
         self.workers = 0
-        self._node: TicketNode | None = None
+        self._pool: TicketPool | None = None
         self._handed: HandOver | None = None
         self._begun = threading.Event()
         self._ending = threading.Event()
@@ -151,7 +105,7 @@ class BrokerEngine(Engine):
         """
         return False
 
-    def bind(self, queue: _Queue) -> None:
+    def bind(self, queue: BoundQueue) -> None:
         repository = queue.repository
         repository.require("the tasks of several processes, which an engine with a broker needs")
         if not repository.shared:
@@ -170,20 +124,22 @@ class BrokerEngine(Engine):
         self._queue = weakref.ref(queue)
         self._timing = queue._timing
 
-    def make_node(
-        self, services: Services, config: Config, ended: Callable[[], object]
-    ) -> LocalNode:
-        """Return a node that sends tickets and, in a worker process, runs tasks for them."""
+    def describe(self, about: About) -> About:
+        return attrs.evolve(about, engine=self.name, worker_num=self.workers, buffer_size=0)
+
+    def make_runner(self, clock: Clock, timing: Timing, max_payload_size: int) -> Runner:
+        return Runner(clock, Alarms(clock, timing), max_payload_size, self.process_ends)
+
+    def make_pool(self, services: Services, node: Node, config: Config, ends: Ends) -> WorkerPool:
+        """Return a pool that sends tickets and, in a worker process, runs tasks for them."""
         # Imported here, because most programs have no broker.
-        from taskx.engines.node import TicketNode
+        from taskx.engines.pool import TicketPool
 
-        services.runner.process_ends = self.process_ends
-        node = TicketNode(services, config, ended, self)
-        node.begun = lambda: self._has_begun(node)
-        return node
+        config = attrs.evolve(config, worker_num=max(1, self.workers))
+        return TicketPool(services, node, config, ends, self, self._has_begun)
 
-    def _has_begun(self, node: TicketNode) -> None:
-        self._node = node
+    def _has_begun(self, pool: TicketPool) -> None:
+        self._pool = pool
         self._begun.set()
 
     # --- in a worker process
@@ -245,10 +201,10 @@ class BrokerEngine(Engine):
             self._give_back(ticket)
 
     def _run_here(self, ticket: Ticket) -> None:
-        node = self._node if self._begun.wait(self._timing.join_within) else None
-        if node is None or not node.run(ticket):
-            if node is not None and node.pool.outdated is not None:
-                self._tell_outdated(node.pool.outdated)
+        pool = self._pool if self._begun.wait(self._timing.join_within) else None
+        if pool is None or not pool.run(ticket):
+            if pool is not None and pool.outdated is not None:
+                self._tell_outdated(pool.outdated)
             self._ending.wait(self._timing.keep_ticket)
             self._give_back(ticket)
 

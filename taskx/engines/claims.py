@@ -14,10 +14,11 @@ import threading
 from taskx.core import lifecycle
 from taskx.core.lifecycle import PENDING
 from taskx.core.record import FREE, STUB, Stub, stub_from_values
-from taskx.engines.pool import TicketPool
-from taskx.engines.tickets import Ticket
+from taskx.engines.dispatch import Dispatcher
+from taskx.engines.tickets import Ticket, Tickets
 from taskx.executing.runner import Run
 from taskx.running.buffer import Item
+from taskx.running.pool import WorkerPool
 
 #: Most tasks of each sender that a claim reads at a time, and most times that it reads them. If other
 #: workers have started all of them in the meantime, a task is left to the next ticket.
@@ -27,9 +28,10 @@ FEW, TRIES = 8, 5
 class Claims:
     """Starts a task for each ticket, through the same code as worker threads do."""
 
-    def __init__(self, pool: TicketPool) -> None:
+    def __init__(self, pool: WorkerPool, tickets: Tickets, dispatcher: Dispatcher) -> None:
         self._pool = pool
-        self._services = pool.services
+        self._tickets = tickets
+        self._dispatcher = dispatcher
         # As in a pool with threads, one thread at a time starts tasks.
         self._starting = threading.Lock()
 
@@ -42,7 +44,7 @@ class Claims:
             RepositoryError: the repository failed.
         """
         pool, fetcher = self._pool, self._pool.fetcher
-        if not (self._services.registry.runs(ticket.type) and fetcher.has_room(ticket.type)):
+        if not (self._pool.services.registry.runs(ticket.type) and fetcher.has_room(ticket.type)):
             self._keep(ticket)
             return None
         with self._starting:
@@ -77,8 +79,8 @@ class Claims:
 
     def _candidates(self, ticket: Ticket, named: tuple[Stub, str] | None) -> list[tuple[Stub, str]]:
         """Return the best tasks of a type with their owners, in the order in which to try them."""
-        repository, ageing = self._services.repository, self._pool.buffer.ageing
-        senders = dict.fromkeys(["", *self._pool.tickets.senders, *([named[1]] if named else [])])
+        repository, ageing = self._pool.services.repository, self._pool.buffer.ageing
+        senders = dict.fromkeys(["", *self._dispatcher.crew.ids, *([named[1]] if named else [])])
         found = {
             stub.id: (stub, owner)
             for owner in senders
@@ -96,7 +98,7 @@ class Claims:
     def _named(self, ticket: Ticket) -> tuple[Stub, str] | None:
         """Return the task that a ticket names, with its owner, if it may start."""
         fields = (*STUB, "owner", "held")
-        for *row, owner, held in self._services.repository.find("id", [ticket.id], fields):
+        for *row, owner, held in self._pool.services.repository.find("id", [ticket.id], fields):
             stub = stub_from_values(row)
             if stub.status == PENDING and (held or FREE) == FREE and stub.type == ticket.type:
                 return stub, owner or ""
@@ -106,16 +108,16 @@ class Claims:
         """Keep the ticket of a task that waits, until there is room for one."""
         if (named := self._named(ticket)) is None or not named[1]:
             return
-        registry = self._services.registry
+        registry = self._pool.services.registry
         limit = registry.limits.get(ticket.type)
         # Another node may have room under its limit. Tickets that a rate holds up are too many for this.
         own = limit is not None and limit.scope == "node" and limit.max_concurrency is not None
         if registry.runs(ticket.type) and not own:
-            self._pool.tickets.keep(ticket, named[1])
+            self._tickets.keep(ticket, named[1])
         else:
-            self._pool.tickets.keep_for_others(ticket, named[1])
+            self._tickets.keep_for_others(ticket, named[1])
 
     def _free(self, ticket: Ticket) -> None:
         """Free the ticket's task: its ticket has started another one."""
         if (named := self._named(ticket)) is not None and named[1]:
-            self._services.moves.commit([lifecycle.free(ticket.id, named[1])])
+            self._pool.services.moves.commit([lifecycle.free(ticket.id, named[1])])

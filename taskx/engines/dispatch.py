@@ -18,8 +18,6 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import NamedTuple, Protocol
 
-import attrs
-
 from taskx.common.bell import Signal
 from taskx.core import lifecycle
 from taskx.core.errors import RepositoryError
@@ -27,27 +25,14 @@ from taskx.core.log import Complaint
 from taskx.core.payload import clean_text
 from taskx.core.record import Stub
 from taskx.engines.crew import Crew
-from taskx.engines.pool import TicketPool
-from taskx.engines.tickets import Ticket
+from taskx.engines.tickets import Sent, Ticket, Tickets
+from taskx.running.pool import WorkerPool
 
 #: Most tickets of a type, for each worker, that no worker has used yet: at first, and while the tasks are
 #: so short that workers use all tickets between two looks at the store.
 DEPTH, DEEPEST = 2, 8
 #: Most characters of an error that are recorded.
 _MOST_WORDS = 300
-
-
-@attrs.define
-class _Sent:
-    """A ticket that was sent: when, by the monotonic clock, and how long to wait before the next one.
-
-    ``starts`` is that of the task. If it is another one now, the ticket was used, and the task came back.
-    """
-
-    type: str
-    starts: int
-    at: float
-    wait: float
 
 
 class Sender(Protocol):
@@ -79,16 +64,15 @@ class Dispatcher:
 
     Args:
         pool: the node's pool.
+        tickets: the tickets of the node.
         engine: the engine.
     """
 
-    def __init__(self, pool: TicketPool, engine: Sender) -> None:
+    def __init__(self, pool: WorkerPool, tickets: Tickets, engine: Sender) -> None:
         self._pool = pool
-        self._services = pool.services
         self._timing = pool.services.timing
         self._engine = engine
-        #: The tickets of this node that no worker has used yet, by its knowledge.
-        self.sent: dict[str, _Sent] = {}
+        self._tickets, self._sent = tickets, tickets.sent
         self._depths: dict[str, int] = {}
         self.crew = Crew((), engine.name, pool.node.id)
         self._crew_at = self._looked_at = -math.inf
@@ -96,13 +80,13 @@ class Dispatcher:
         self._seen: dict[str, float] = {}
         self._complaint = Complaint(pool.services.log)
         self._broker = Complaint(pool.services.log)
+        #: The last error of the broker, if it could not be used when it was tried last.
+        self.error = ""
         self._reached: bool | None = None  # what the last contact with the broker showed
         self._rest = self._timing.tickets_every
         self._signal = Signal()
         self._stopped = True
         self._thread: threading.Thread | None = None
-        pool.tickets.ring = self.ring
-        pool.tickets.sent = self.sent
 
     def start(self) -> None:
         """Send tickets from now on."""
@@ -155,7 +139,9 @@ class Dispatcher:
                 self._complaint.make("the repository fails, tickets are sent later: %s", error)
             except BaseException:  # a defect of ours: without this thread, no task is run
                 fine = False
-                self._services.log.exception("unexpected error in the dispatcher; it continues")
+                self._pool.services.log.exception(
+                    "unexpected error in the dispatcher; it continues"
+                )
             pause = 0.0 if fine else min(max(2 * pause, first), longest)
             self._signal.wait(pause or self._rest)
         with suppress(Exception):  # the broker may be away
@@ -174,10 +160,10 @@ class Dispatcher:
         pool = self._pool
         waiting, mine = self._waiting()
         used = [
-            i for i, sent in self.sent.items() if i not in mine or mine[i].starts != sent.starts
+            i for i, sent in self._sent.items() if i not in mine or mine[i].starts != sent.starts
         ]
-        self._set_depths(Counter(self.sent.pop(task_id).type for task_id in used))
-        due = {i: task for i, task in mine.items() if i not in self.sent}
+        self._set_depths(Counter(self._sent.pop(task_id).type for task_id in used))
+        due = {i: task for i, task in mine.items() if i not in self._sent}
         due.update(self._lost(mine))
         more = False
         if not pool.stopping:
@@ -196,10 +182,10 @@ class Dispatcher:
         pool.buffer.sweep(lambda type: True)  # what is put there is stored as this node's, too
         self._refresh_crew()
         fields = ("id", "type", "starts", "owner")
-        rows = self._services.repository.find("buffered_on", self.crew.ids, fields)
+        rows = self._pool.services.repository.find("buffered_on", self.crew.ids, fields)
         waiting = Counter(dict.fromkeys(self.crew.types, 0))
         waiting.update(type for _, type, _, _ in rows if type in waiting)
-        kept = pool.tickets.kept
+        kept = self._tickets.kept
         mine = {
             i: _Waiting(type, starts)
             for i, type, starts, owner in rows
@@ -212,7 +198,7 @@ class Dispatcher:
 
         ``used`` is the number of tickets of each type that were used since the last look.
         """
-        left, before = Counter(sent.type for sent in self.sent.values()), self._depths
+        left, before = Counter(sent.type for sent in self._sent.values()), self._depths
         self._depths = {}
         for type in used | left:
             depth = before.get(type, DEPTH)
@@ -232,9 +218,8 @@ class Dispatcher:
     def _refresh_crew(self) -> None:
         now = time.monotonic()
         if now - self._crew_at >= self._timing.crew_every:
-            nodes = self._services.repository.nodes()
+            nodes = self._pool.services.repository.nodes()
             self.crew = Crew(nodes, self._engine.name, self._pool.node.id)
-            self._pool.tickets.senders = self.crew.ids
             self._crew_at = now
 
     def _take(self, type: str, waiting: int) -> tuple[dict[str, _Waiting], bool]:
@@ -246,13 +231,13 @@ class Dispatcher:
         if not stubs:
             return {}, more
         node = self._pool.node.id
-        taken = self._services.moves.commit([lifecycle.take(stub.id, node) for stub in stubs])
+        taken = self._pool.services.moves.commit([lifecycle.take(stub.id, node) for stub in stubs])
         mine = {
             s.id: _Waiting(type, s.starts) for s, held in zip(stubs, taken, strict=True) if held
         }
         for task_id in mine:
             self._seen.pop(task_id, None)
-            self.sent.pop(task_id, None)
+            self._sent.pop(task_id, None)
         return mine, more
 
     def _free_tasks(self, type: str, waiting: int) -> tuple[Sequence[Stub], bool]:
@@ -260,7 +245,7 @@ class Dispatcher:
 
         ``waiting`` is the number of tickets of this type that were not used yet.
         """
-        services, crew = self._services, self.crew
+        services, crew = self._pool.services, self.crew
         room = self._depths.get(type, DEPTH) * crew.capacity(type) - waiting
         if room <= 0 or type in services.controls.paused:
             return (), room <= 0
@@ -287,27 +272,28 @@ class Dispatcher:
 
     def _running(self, type: str) -> int:
         nodes = [node.id for node in self.crew.workers]
-        rows = self._services.repository.find("running_on", nodes, ("type",)) if nodes else ()
+        rows = self._pool.services.repository.find("running_on", nodes, ("type",)) if nodes else ()
         return sum(kind == type for (kind,) in rows)
 
     def _lost(self, mine: Mapping[str, _Waiting]) -> dict[str, _Waiting]:
         """Return the tasks whose tickets are sent again: they have not started, and workers are idle."""
         now = time.monotonic()
-        late = [i for i, sent in self.sent.items() if now - sent.at >= sent.wait]
+        late = [i for i, sent in self._sent.items() if now - sent.at >= sent.wait]
         if not late:
             return {}
         idle = self._idle_types({mine[task_id].type for task_id in late})
         lost = [task_id for task_id in late if mine[task_id].type in idle]
         for task_id in lost:
-            sent = self.sent[task_id]
-            longest = max(self._timing.longest_resend, self._engine.resend)
-            sent.at, sent.wait = now, min(2 * sent.wait, longest)
+            sent = self._sent[task_id]
+            sent.again(now, max(self._timing.longest_resend, self._engine.resend))
         return {task_id: mine[task_id] for task_id in lost}
 
     def _idle_types(self, types: Collection[str]) -> set[str]:
         """Return the given types that some worker with a free thread runs."""
         nodes = {node.id: node for node in self.crew.workers}
-        found = self._services.repository.find("running_on", [*nodes], ("owner",)) if nodes else ()
+        found = (
+            self._pool.services.repository.find("running_on", [*nodes], ("owner",)) if nodes else ()
+        )
         busy: defaultdict[str, int] = defaultdict(int, Counter(owner for (owner,) in found))
         idle = [node for node in nodes.values() if busy[node.id] < node.workers]
         return {type for type in types if any(type in node.types for node in idle)}
@@ -320,8 +306,8 @@ class Dispatcher:
                     break
                 self._engine.send(Ticket(task_id, task.type))
                 del unsent[task_id]
-                sent = _Sent(task.type, task.starts, time.monotonic(), self._engine.resend)
-                self.sent.setdefault(task_id, sent)
+                sent = Sent(task.type, task.starts, time.monotonic(), self._engine.resend)
+                self._sent.setdefault(task_id, sent)
         except Exception as error:  # noqa: BLE001  (the libraries of brokers have no common class of errors)
             self._note(error)
             self._free(unsent)
@@ -345,21 +331,21 @@ class Dispatcher:
     def _note(self, error: Exception | None) -> None:
         """Note what a contact with the broker has shown, and record it with the node if that is news."""
         self._reached = error is None
-        self._pool.broker_error = "" if error is None else _text(error)
+        self.error = "" if error is None else _text(error)
         if error is None:
             self._broker.over()
         else:
             self._broker.make(
                 "the broker cannot be used: tasks are stored, and start when it can: %s",
-                self._pool.broker_error,
+                self.error,
             )
 
     def _free(self, task_ids: Collection[str]) -> None:
         """Free the tasks of tickets that were not sent."""
         node = self._pool.node.id
         for task_id in task_ids:
-            self.sent.pop(task_id, None)
-        self._services.moves.commit([lifecycle.free(task_id, node) for task_id in task_ids])
+            self._sent.pop(task_id, None)
+        self._pool.services.moves.commit([lifecycle.free(task_id, node) for task_id in task_ids])
 
 
 def _text(error: Exception) -> str:

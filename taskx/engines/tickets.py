@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
+
+import attrs
 
 from taskx.core.timing import Timing
 
@@ -16,6 +18,23 @@ class Ticket(NamedTuple):
 
     id: str
     type: str
+
+
+@attrs.define
+class Sent:
+    """A ticket that was sent: when, by the monotonic clock, and how long to wait before the next one.
+
+    ``starts`` is that of the task. If it is another one now, the ticket was used, and the task came back.
+    """
+
+    type: str
+    starts: int
+    at: float
+    wait: float
+
+    def again(self, now: float, longest: float) -> None:
+        """Note that it is sent again now; the next time, it waits twice as long."""
+        self.at, self.wait = now, min(2 * self.wait, longest)
 
 
 class Unused(NamedTuple):
@@ -32,12 +51,8 @@ class Tickets:
 
     def __init__(self, timing: Timing) -> None:
         self._timing = timing
-        #: Has tickets sent soon.
-        self.ring: Callable[[], object] = lambda: None
-        #: The ids of the tasks whose tickets this node has sent, and that have not started.
-        self.sent: Collection[str] = ()
-        #: The ids of the nodes that send tickets.
-        self.senders: Sequence[str] = ()
+        #: The tickets that this node has sent and that no worker has used yet, by its knowledge.
+        self.sent: dict[str, Sent] = {}
         self._lock = threading.Lock()
         self._unused: dict[str, Unused] = {}
         # The last one of each type that only others can use.

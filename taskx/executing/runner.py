@@ -56,14 +56,12 @@ class Run:
 
     __slots__ = ("capture", "context", "decided", "executor", "overdue", "state", "task", "token")
 
-    token_class: type[CancelToken] = CancelToken
-    #: Draws the random part of the wait before a retry: a number from 0 to 1.
-    chance: Callable[[], float] = staticmethod(random.random)
-
-    def __init__(self, task: Task, executor: Registered, clock: Clock, shared: Shared) -> None:
+    def __init__(
+        self, task: Task, executor: Registered, token: CancelToken, shared: Shared
+    ) -> None:
         self.task = task
         self.executor = executor
-        self.token = self.token_class(None, clock)
+        self.token = token
         #: Only with a time-out: the call to make if the run does not end then, and the lock that a thread
         #: takes to decide the ending of the run.
         self.overdue: Overdue | None = None
@@ -82,14 +80,34 @@ def inside_executor() -> bool:
 
 
 class Runner:
-    """Runs executors and returns their endings; a result has at most ``max_payload_size`` bytes of JSON."""
+    """Makes the runs of started tasks, calls their executors and returns their endings.
 
-    def __init__(self, clock: Clock, alarms: Alarms, max_payload_size: int) -> None:
-        #: Returns True if a signal ends this process: its handler raised an exception in the main thread.
-        self.process_ends: Callable[[], bool] = lambda: False
+    Args:
+        clock: measures durations and deadlines.
+        alarms: fires the tokens of tasks with a time-out.
+        max_payload_size: most bytes of JSON of a result.
+        process_ends: returns True if a signal ends this process: its handler raised an exception in the
+            main thread.
+        chance: draws the random part of the wait before a retry: a number from 0 to 1.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        alarms: Alarms,
+        max_payload_size: int,
+        process_ends: Callable[[], bool] = lambda: False,
+        chance: Callable[[], float] = random.random,
+    ) -> None:
+        self.alarms = alarms
         self._clock = clock
-        self._alarms = alarms
         self._max_payload_size = max_payload_size
+        self._process_ends = process_ends
+        self._chance = chance
+
+    def make_run(self, task: Task, executor: Registered, shared: Shared) -> Run:
+        """Return a run of a task, which no thread has yet."""
+        return Run(task, executor, CancelToken(None, self._clock), shared)
 
     def run(self, run: Run, worker: str) -> Ending:
         """Call the executor and return its ending, whatever the executor does."""
@@ -100,7 +118,7 @@ class Runner:
         try:
             if task.timeout is not None:
                 token.deadline = started + task.timeout
-                self._alarms.add(token, run.overdue)
+                self.alarms.add(token, run.overdue)
             if token.reason is not None:  # cancelled or stopped before a worker was free
                 token.raise_if_cancelled()
             if task.damage:
@@ -122,12 +140,34 @@ class Runner:
         finally:
             current.context = outer
             if task.timeout is not None:
-                self._alarms.remove(token)
+                self.alarms.remove(token)
         return self._completed(ending, run, worker, started)
 
     def ending_of(self, error: BaseException, run: Run) -> Ending:
         """Return how a run ends whose executor has raised an error."""
-        return _raised(error, run, ends=self.process_ends() and on_main_thread())
+        reason = run.token.reason
+        # With caller_runs the submitting thread runs the task, and Ctrl-C is meant for the program.
+        interrupt = error if is_a(error, KeyboardInterrupt) and on_main_thread() else None
+        if self._process_ends() and on_main_thread():
+            # The executor's clean-up may have raised another error than the handler's.
+            interrupt = error if is_a(error, SystemExit) else SystemExit(1)
+        if interrupt is not None:
+            reason = CancelReason.STOP
+        crashed = is_a(error, ChildDied)
+        timed_out = reason is CancelReason.TIMEOUT and not crashed
+        # After a time-out any error counts as the time-out: for example, a closed connection raises its own
+        # error. A Snooze does not prevent a time-out.
+        cause = TimeoutError() if timed_out and not is_a(error, Permanent, Retry) else error
+        return Ending(
+            returned=False,
+            reason=reason,
+            error=_timed_out(error, run.task) if timed_out else error_text(error),
+            error_type=error_type(cause),
+            traceback=traceback_text(error, skip=1),
+            crashed=crashed,
+            interrupt=interrupt,
+            **self._what_next(cause, run),
+        )
 
     def abandon(self, run: Run, worker: str, stack: str) -> Ending:
         """Return the ending of a run whose thread goes on after its time-out; ``stack`` is where it is."""
@@ -140,9 +180,30 @@ class Runner:
             error=f"timed out after {run.task.timeout:g} s; its thread still runs",
             error_type=error_type(TimeoutError()),
             traceback=shortened(stack),
-            **_what_next(TimeoutError(), run),
+            **self._what_next(TimeoutError(), run),
         )
         return self._completed(ending, run, worker, run.token.deadline - run.task.timeout)
+
+    def _what_next(self, error: BaseException, run: Run) -> dict[str, Any]:
+        """Return what the error, or else the retry policy, asks for, as fields of an ``Ending``."""
+        if is_a(error, Snooze) and (seconds := seconds_asked(error, "seconds")) is not None:
+            return {"snooze": seconds}
+        if is_a(error, Permanent) or run.task.damage:
+            return {"permanent": True}
+        asked = is_a(error, Retry)
+        if asked and (delay := seconds_asked(error, "delay")) is not None:
+            return {"delay": delay}
+        policy = run.task.retry or run.executor.options.retry
+        if policy is None:
+            return {}
+        try:
+            if not asked and not _worth_another(error, policy):
+                return {"permanent": True}
+            return {"delay": policy.delay(run.task.attempt, self._chance())}
+        except BaseException:  # user code: a back-off function, or the error's class
+            log = GuardedLogger(run.context.logger)
+            log.exception("the retry policy failed; the task is retried in %g s", policy.base)
+            return {"delay": policy.base}
 
     def _completed(self, ending: Ending, run: Run, worker: str, started: float) -> Ending:
         """Add the facts that every ending has."""
@@ -153,31 +214,6 @@ class Runner:
         if run.capture is not None:
             ending.log = run.capture.text()
         return ending
-
-
-def _raised(error: BaseException, run: Run, *, ends: bool) -> Ending:
-    reason = run.token.reason
-    # With caller_runs the submitting thread runs the task, and Ctrl-C is meant for the program.
-    interrupt = error if is_a(error, KeyboardInterrupt) and on_main_thread() else None
-    if ends:  # the executor's clean-up may have raised another error than the handler's
-        interrupt = error if is_a(error, SystemExit) else SystemExit(1)
-    if interrupt is not None:
-        reason = CancelReason.STOP
-    crashed = is_a(error, ChildDied)
-    timed_out = reason is CancelReason.TIMEOUT and not crashed
-    # After a time-out any error counts as the time-out: for example, a closed connection raises its own
-    # error. A Snooze does not prevent a time-out.
-    cause = TimeoutError() if timed_out and not is_a(error, Permanent, Retry) else error
-    return Ending(
-        returned=False,
-        reason=reason,
-        error=_timed_out(error, run.task) if timed_out else error_text(error),
-        error_type=error_type(cause),
-        traceback=traceback_text(error, skip=1),
-        crashed=crashed,
-        interrupt=interrupt,
-        **_what_next(cause, run),
-    )
 
 
 def broken(error: BaseException, worker: str) -> Ending:
@@ -218,28 +254,6 @@ def _timed_out(error: BaseException, task: Task) -> str:
     if is_a(error, TaskCancelled):
         return text
     return payload.clean_text(f"{text}: {error_text(error)}", MAX_ERROR)
-
-
-def _what_next(error: BaseException, run: Run) -> dict[str, Any]:
-    """Return what the error, or else the retry policy, asks for, as fields of an ``Ending``."""
-    if is_a(error, Snooze) and (seconds := seconds_asked(error, "seconds")) is not None:
-        return {"snooze": seconds}
-    if is_a(error, Permanent) or run.task.damage:
-        return {"permanent": True}
-    asked = is_a(error, Retry)
-    if asked and (delay := seconds_asked(error, "delay")) is not None:
-        return {"delay": delay}
-    policy = run.task.retry or run.executor.options.retry
-    if policy is None:
-        return {}
-    try:
-        if not asked and not _worth_another(error, policy):
-            return {"permanent": True}
-        return {"delay": policy.delay(run.task.attempt, run.chance())}
-    except BaseException:  # user code: a back-off function, or the error's class
-        log = GuardedLogger(run.context.logger)
-        log.exception("the retry policy failed; the task is retried in %g s", policy.base)
-        return {"delay": policy.base}
 
 
 def _worth_another(error: BaseException, policy: RetryPolicy) -> bool:

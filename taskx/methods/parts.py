@@ -17,7 +17,7 @@ from taskx.storage import queries
 from taskx.storage.base import Repository
 from taskx.submitting.joining import Joining
 from taskx.submitting.operations import Operations
-from taskx.upkeep.node import Lifetime, LocalNode
+from taskx.upkeep.node import LocalNode
 
 
 class Parts:
@@ -38,15 +38,11 @@ class Parts:
     _services: Services
     _operations: Operations
     _joining: Joining
-    _life: Lifetime
+    _node: LocalNode
 
     @property
-    def _node(self) -> LocalNode | None:
-        return self._life.node
-
-    @property
-    def _engine(self) -> WorkerPool | None:
-        return None if self._node is None else self._node.pool
+    def _pool(self) -> WorkerPool | None:
+        return self._node.pool
 
     @contextmanager
     def _changing(self, connection: object = None) -> Iterator[Operations]:

@@ -142,7 +142,7 @@ class Questions(Parts):
     @property
     def buffered(self) -> int:
         """The number of submitted tasks that wait in this queue's buffer, at most ``buffer_size``."""
-        return 0 if self._node is None else self._node.pool.buffer.submitted
+        return 0 if self._pool is None else self._pool.buffer.submitted
 
     @property
     def events_waiting(self) -> int:
@@ -152,12 +152,12 @@ class Questions(Parts):
     @property
     def running(self) -> int:
         """The number of executors that this queue is running."""
-        return 0 if self._node is None else len(self._node.pool.runs.executing)
+        return 0 if self._pool is None else len(self._pool.runs.executing)
 
     @property
     def stopped(self) -> bool:
         """True if the queue was stopped: it accepts no more tasks, except from its own executors."""
-        return self._life.name == "stopped"
+        return self._node.stopped
 
     @property
     def healthy(self) -> bool:
@@ -170,7 +170,7 @@ class Questions(Parts):
         """
         from taskx.inspecting.health import own_problems
 
-        return not [*own_problems(self._services, self._engine, self.config.max_stuck)]
+        return not [*own_problems(self._services, self._pool, self.config.max_stuck)]
 
     def flows(self, *, at_most: int = 20, after: str | None = None) -> list[FlowSummary]:
         """Return the flows that were submitted last, newest first, with the counts of their tasks.
@@ -223,7 +223,7 @@ class Questions(Parts):
 
         ageing = round((self.config.ageing or 0) * 1000)
         with self._reading() as repository:
-            return why(repository, self._services, self._engine, ageing, check_name(task_id, "id"))
+            return why(repository, self._services, self._pool, ageing, check_name(task_id, "id"))
 
     def health(
         self,
@@ -263,7 +263,7 @@ class Questions(Parts):
             file_size=file_size,
             schedule_overdue=schedule_overdue,
         )
-        return check(self._services, self._engine, wanted)
+        return check(self._services, self._pool, wanted)
 
     def diagnose(self) -> Diagnosis:
         """Examine what is around the tasks: versions, file, permissions, disk, locks, dead nodes, clock.
@@ -365,7 +365,7 @@ class Questions(Parts):
         """
         from taskx.inspecting.nodes import nodes
 
-        return nodes(self._services, self._engine)
+        return nodes(self._services, self._pool)
 
     def stacks(
         self, node_id: str | None = None, *, timeout: float | timedelta = 5.0

@@ -362,8 +362,8 @@ class Steering(Parts):
             work.after(self._check_controls)
 
     def _check_controls(self) -> None:
-        if self._node is not None:
-            self._node.pool.tuning.refresh()
+        if self._pool is not None:
+            self._pool.tuning.refresh()
             self._services.agenda.wake_from_long_sleep()
 
     def tune(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import itertools
 import threading
 import time
 from collections import deque
@@ -41,12 +42,20 @@ class Ahead:
         self._lately = _ALL_LONG  # the first tasks count as long
         self._last_batch = 0
         self._lingering = threading.Lock()
+        #: The number of attempts that have ended.
+        self.attempts = 0
+        self._counter = itertools.count(1)
+
+    def set_workers(self, number: int) -> None:
+        """Set the number of workers."""
+        self.workers = number
 
     # --- how many to start
 
     def ended(self, run: Run, duration: float) -> None:
         """Note that a worker is free again after a task of ``duration`` seconds."""
         self.at_work.pop(run, None)
+        self.attempts = next(self._counter)
         # One bit for each of the last tasks, so that a single slow task changes nothing.
         self._lately = (self._lately << 1 | (duration >= self._short_task)) & _ALL_LONG
         self.short = self._lately.bit_count() <= _MOST_LONG

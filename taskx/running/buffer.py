@@ -313,6 +313,10 @@ class Buffer:
 
     # --- for the housekeeper
 
+    def set_fetch_size(self, number: int) -> None:
+        """Set the number of fetched tasks that fit."""
+        self.fetch_size = number
+
     def room_to_fetch(self) -> int:
         """Return the number of further fetched tasks that fit; 0 if the buffer is closed."""
         return 0 if self.closed else self.fetch_size - self.fetched

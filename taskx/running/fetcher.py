@@ -10,6 +10,7 @@ from taskx.core import lifecycle
 from taskx.core.record import Stub
 from taskx.limiting.admission import Admission
 from taskx.moving import Services
+from taskx.running.ahead import Ahead
 from taskx.running.buffer import Buffer
 from taskx.running.starter import Runs, Starter
 from taskx.storage import queries
@@ -21,7 +22,7 @@ class Fetcher:
     Args:
         services: the parts of the queue.
         node: the id of the node.
-        workers: the number of worker threads.
+        ahead: knows the number of workers.
         buffer: receives the tasks.
         runs: the runs of the node.
         starter: knows the suspects that wait for their turn.
@@ -32,16 +33,15 @@ class Fetcher:
         self,
         services: Services,
         node: str,
-        workers: int,
+        ahead: Ahead,
         buffer: Buffer,
         runs: Runs,
         starter: Starter,
         admission: Admission,
     ) -> None:
         self._services = services
-        self._agenda = services.agenda
         self._node = node
-        self.workers = workers
+        self._ahead = ahead
         self._buffer = buffer
         self._runs = runs
         self._starter = starter
@@ -51,6 +51,10 @@ class Fetcher:
         self.fetched = 0
         #: True if no other node is known to be alive.
         self.alone = False
+
+    def found_nodes(self, *, others: bool) -> None:
+        """Note if any other node may be alive."""
+        self.alone = not others
 
     def takes(self, type: str) -> bool:
         """Return True if the node may start tasks of this type now: the type is not paused."""
@@ -70,7 +74,7 @@ class Fetcher:
 
         After a ``RepositoryError`` tasks stay in the buffer; workers pass over them in any case.
         """
-        self._agenda.more_stored = True
+        self._services.agenda.expect_more()
         paused = self._services.controls.paused
         swept = self._buffer.sweep(lambda type: type in paused)
         self._starter.free([item.id for item in swept])
@@ -92,11 +96,11 @@ class Fetcher:
             room = self._buffer.room_to_fetch()
             if room <= 0:
                 return True
-            self._agenda.more_stored = False  # before the fetch: a spill from now on sets it again
+            self._services.agenda.begin_fetch()  # before the fetch: a spill from now on sets it again
             try:
                 found = self._fetch(room)
             except BaseException:  # an interrupt, too: no other thread knows that there is more
-                self._agenda.more_stored = True
+                self._services.agenda.expect_more()
                 raise
             if limits := self._services.registry.limits:
                 for stub in found:
@@ -104,7 +108,7 @@ class Fetcher:
                         self._admission.fetched(stub.type, stub.id)
             self._buffer.add_fetched(found)
             self.fetched += len(found)
-            self._agenda.rest_is_stored = len(found) == room
+            self._services.agenda.leave_rest(some=len(found) == room)
             if len(found) < room and self._services.registry.finds:
                 self._seek()
             return True
@@ -115,7 +119,7 @@ class Fetcher:
         """Find the executors of waiting types that have none here; fetch again if one was found."""
         services = self._services
         if services.registry.seek(queries.every(services.repository, "ready_type")):
-            self._agenda.fetch_soon()
+            self._services.agenda.fetch_soon()
 
     def refill_if_low(self) -> None:
         """Fetch more tasks if few fetched ones are left.
@@ -124,7 +128,10 @@ class Fetcher:
         nodes, it may have to wait for the file, so it begins earlier.
         """
         share = 0.25 if self.alone else 0.5
-        if self._agenda.more_stored and self._buffer.fetched < self._buffer.fetch_size * share:
+        if (
+            self._services.agenda.more_stored
+            and self._buffer.fetched < self._buffer.fetch_size * share
+        ):
             self.refill()
 
     def _fetch(self, room: int) -> list[Stub]:
@@ -141,7 +148,7 @@ class Fetcher:
             return self._take_over()
         taken = services.moves.commit([lifecycle.take(stub.id, self._node) for stub in stubs])
         if not all(taken):
-            self._agenda.fetch_soon()  # other nodes took some: there may be further tasks
+            self._services.agenda.fetch_soon()  # other nodes took some: there may be further tasks
         return [stub for stub, mine in zip(stubs, taken, strict=True) if mine]
 
     def _offered(self, room: int, owner: str = "") -> list[Stub]:
@@ -181,7 +188,7 @@ class Fetcher:
         Only a node with nothing in its own buffer does this. When the other nodes come to these tasks, they
         find them started, or gone.
         """
-        wanted = self.workers - len(self._runs.executing)
+        wanted = self._ahead.workers - len(self._runs.executing)
         if wanted <= 0 or len(self._buffer):
             return []
         services = self._services
@@ -195,5 +202,5 @@ class Fetcher:
         writes = [lifecycle.take(stub.id, self._node, owner) for stub, owner in found[:wanted]]
         taken = services.moves.commit(writes) if writes else []
         if any(taken):
-            self._agenda.more_stored = True  # fetch again when these are done
+            self._services.agenda.expect_more()  # fetch again when these are done
         return [stub for (stub, _), mine in zip(found[:wanted], taken, strict=True) if mine]

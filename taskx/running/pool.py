@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Protocol
 
 import attrs
 
@@ -26,7 +27,7 @@ from taskx.core.payload import clean_text
 from taskx.core.record import changed_task
 from taskx.core.writes import Insert, Update, Write
 from taskx.executing.registry import Middleware
-from taskx.executing.runner import Run, broken, inside_executor, lesser
+from taskx.executing.runner import Run, broken, lesser
 from taskx.limiting.admission import Admission
 from taskx.liveness.base import Node
 from taskx.liveness.began import Began
@@ -45,6 +46,16 @@ def _fetch_size(workers: int, buffer_size: int) -> int:
     return max(64, 4 * workers, min(buffer_size, 256))
 
 
+class Ends(Protocol):
+    """Is told why a node must end."""
+
+    def retired(self) -> None:
+        """The TaskX of the node is too old for the repository."""
+
+    def asked_to_stop(self) -> None:
+        """Another process asks the node to stop."""
+
+
 class WorkerPool:
     """Runs tasks: threads that take ids from the buffer, start, execute and conclude them.
 
@@ -52,20 +63,19 @@ class WorkerPool:
         services: the parts of the queue.
         node: the node's record in the repository.
         config: the number of threads, the size of the buffer, and more.
-        retire: called to end the node if its TaskX is too old for the repository.
+        ends: is told why the node must end.
+        fetcher: makes what fetches tasks, of the pool's parts.
     """
-
-    fetcher_class: type[Fetcher] = Fetcher
 
     def __init__(
         self,
         services: Services,
         node: Node,
         config: Config,
-        retire: Callable[[SchemaMismatch], None],
+        ends: Ends,
+        fetcher: Callable[..., Fetcher] = Fetcher,
     ) -> None:
         self.services = services
-        self._timing = services.timing
         self.agenda = services.agenda
         self.hooks = services.hooks
         self.node = node
@@ -95,12 +105,11 @@ class WorkerPool:
         self.starter = Starter(
             services, node, self.buffer, self.runs, self.admission, self.ahead.at_work
         )
-        self.fetcher = self.fetcher_class(
-            services, node.id, workers, self.buffer, self.runs, self.starter, self.admission
+        self.fetcher = fetcher(
+            services, node.id, self.ahead, self.buffer, self.runs, self.starter, self.admission
         )
         self.discard = self.buffer.discard
         self.strike = self.starter.strike
-        self.rebuffer: Callable[[Task], None] = self.starter.rebuffer
         #: The node as it was recorded last.
         self.recorded = node
         #: Makes the pool follow pauses and overrides.
@@ -109,23 +118,57 @@ class WorkerPool:
         self._stores_in_steps = bool(services.repository.shortcoming)
         #: The error that ends this node, if its TaskX is too old for the repository.
         self.outdated: SchemaMismatch | None = None
-        #: Called with that error to end the node.
-        self.retire = retire
-        #: Called when another process asks this node to stop.
-        self.asked_to_stop: Callable[[], object] = lambda: None
+        self._retiring = threading.Lock()  # held for good
+        self.ends = ends
         self._complaint = Complaint(services.log)
         self._counting = threading.Lock()
         self._quiet = Bell()
         self.stuck = Stuck(services, node.id, config.max_stuck, self._do_without, self._abandon)
-        #: True if other processes run the pending tasks after the end of this node, as a matter of course.
-        self.others_go_on = False
-        #: True if this node shall hear at once what other processes commit, and not only twice a second.
-        self.hears = True
         #: The number of worker threads that have not ended.
         self.workers_left = 0
         self._at_work = self._named = 0
         self._threaded = 0  # the number of workers that have threads; 0 until they are started
         self.threads: list[threading.Thread] = []
+
+    # --- the node
+
+    def join(self) -> None:
+        """Join the repository as a node."""
+        self.recorded = self.described()
+        # In a worker process of a broker the housekeeper sends the heartbeats, which saves a thread.
+        self.services.repository.liveness.join(self.recorded, tended=self.node.serves_broker)
+
+    def joined(self) -> None:
+        """Note what the node began from now on, and stop its tasks if it loses its lease."""
+        liveness = self.services.repository.liveness
+        self.began = liveness.began(self.node.id)
+        liveness.watch(self.node.id, self.lose_lease)
+
+    def go(self) -> None:
+        """Let the workers run tasks; a second call does nothing."""
+        if not self.begun.is_set():
+            self.begun.set()
+            self.services.log.info(
+                "node %s started: %d workers, types %s",
+                self.node.name,
+                self.recorded.workers,
+                ", ".join(self.recorded.types) or "none",
+            )
+
+    def retire(self, why: SchemaMismatch) -> None:
+        """End the node, because its TaskX is too old for the repository's new schema."""
+        if self._retiring.acquire(blocking=False):
+            self.outdated = why
+            self.services.log.error(
+                "node %s takes no more tasks and hands back what it has: %s", self.node.name, why
+            )
+            self.ends.retired()
+
+    def forget_began(self) -> None:
+        """Close the notes of what the node began, however late this object is collected."""
+        self.began = None
+
+    # --- the threads
 
     def start_workers(self) -> None:
         """Start the worker threads; they wait until :attr:`begun` is set.
@@ -193,9 +236,9 @@ class WorkerPool:
         if number == self.ahead.workers:
             return
         with self._counting:
-            self.ahead.workers = self.fetcher.workers = number
+            self.ahead.set_workers(number)
             self._threaded = min(self._threaded, number)
-        self.buffer.fetch_size = _fetch_size(number, self.buffer.maxsize)
+        self.buffer.set_fetch_size(_fetch_size(number, self.buffer.maxsize))
         self.ahead.wake_all()
         self.services.log.info("node %s: %d workers from now on", self.node.name, number)
 
@@ -222,7 +265,7 @@ class WorkerPool:
     def _live(self, worker: str) -> None:
         """Work until the stop: any error costs some time, and never the thread."""
         self.begun.wait()
-        first, longest = self._timing.worker_pause, self._timing.longest_pause
+        first, longest = self.services.timing.worker_pause, self.services.timing.longest_pause
         pause, going = first, True
         while going:
             began = time.monotonic()
@@ -456,7 +499,11 @@ class WorkerPool:
             ending = broken(error, ending.worker)
             writes = lifecycle.conclude(run.task, ending, now)
         key = run.task.concurrency_key
-        return ending, writes, () if key is None else self.services.turns.next_turn(key)
+        return ending, writes, () if key is None else self.services.moves.turns.next_turn(key)
+
+    def rebuffer(self, task: Task) -> None:
+        """Put a task that became pending again, and that this node still owns, into the buffer."""
+        self.starter.rebuffer(task)
 
     # --- threads that are stuck
 
@@ -533,7 +580,7 @@ class WorkerPool:
         """Wake a worker if tasks wait; hand back started tasks for which no worker is free."""
         self.starter.suspects.call_next()
         if not self.ahead.nudge(len(self.buffer)):
-            self.starter.drop(self.ahead.clear(self._timing.hand_back_after))
+            self.starter.drop(self.ahead.clear(self.services.timing.hand_back_after))
         self.starter.undo()
 
     @property
@@ -556,7 +603,7 @@ class WorkerPool:
             or self.starter.suspects.waiting
             or self.agenda.more_stored
             or self.services.moves.unsettled
-            or self.services.dependents.waiting
+            or self.services.moves.dependents.waiting
         )
 
     def wait_quiet(self, timeout: float) -> None:
@@ -588,6 +635,12 @@ class WorkerPool:
         for task_id in queries.asked_to_cancel(self.services.repository, list(self.runs)):
             self.fire(task_id)
 
+    def tell_to_stop(self) -> None:
+        """Take no more tasks, and tell the running ones to stop, without waiting."""
+        self.stopping = True
+        self.buffer.close()
+        self.fire_all(CancelReason.STOP)
+
     def begin_stop(self) -> None:
         """Take no more tasks, and hand back those that were started ahead."""
         self.stopping = True
@@ -604,20 +657,17 @@ class WorkerPool:
         self.starter.free([task_id for (task_id,) in found])
 
 
-class State:
-    """The state of a queue: started or not, stopped or not. Its parts read it, only the queue sets it."""
+class State(Protocol):
+    """How far a queue is, for the parts that take submits and changes."""
 
-    def __init__(self) -> None:
-        #: The worker pool; None until the queue is started.
-        self.pool: WorkerPool | None = None
-        self.stopped = False
-        #: True after the end: no executor of this queue runs any more, and none will.
-        self.ended = False
+    @property
+    def pool(self) -> WorkerPool | None:
+        """The worker pool; None until the queue is started."""
+
+    @property
+    def stopped(self) -> bool:
+        """True if the queue was stopped."""
 
     @property
     def closed(self) -> bool:
-        """True if the calling thread must not submit: the queue was stopped.
-
-        Executors may submit until the end, so that a stop makes none of them fail.
-        """
-        return self.stopped and (self.ended or not inside_executor())
+        """True if the calling thread must not submit any more."""

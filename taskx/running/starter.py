@@ -245,7 +245,7 @@ class Starter:
         #: Runs that may be stored and that no thread will execute: :meth:`undo` undoes their starts.
         self.unexecuted: deque[Run] = deque(maxlen=services.timing.most_unexecuted)
         self._shared = Shared(
-            services.alarms,
+            services.runner.alarms,
             services.log.logger,
             services.keeper,
             services.repository.get_many,
@@ -394,9 +394,8 @@ class Starter:
         return list(found.values())
 
     def _make_run(self, task: Task) -> Run:
-        services = self._services
-        executor = services.registry.registered[task.type]
-        return services.run_class(task, executor, services.clock, self._shared)
+        executor = self._services.registry.registered[task.type]
+        return self._services.runner.make_run(task, executor, self._shared)
 
     def strike(self, run: Run, ran: bool = False) -> None:
         """Forget a run that was not executed, or is over; a second call does nothing."""

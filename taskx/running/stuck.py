@@ -140,7 +140,8 @@ class Stuck:
 
     def lift(self) -> None:
         """Let tasks start again whose threads have ended; after a ``RepositoryError``, call it again."""
-        ended = list(self.ended)
+        if not (ended := list(self.ended)):
+            return
         self._services.moves.flush()  # their outcomes; if one cannot be written yet, the audit retries
         self.lift_bars((run.task.id for run in ended), self._node)
         for run in ended:

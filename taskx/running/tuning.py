@@ -38,7 +38,6 @@ class Tuning:
 
     def __init__(self, pool: _Pool, configured: int) -> None:
         self._pool = pool
-        self._services = pool.services
         self._configured = configured
         self._changing = threading.Lock()
         self._followed = Overrides()  # the overrides that are in effect
@@ -48,7 +47,7 @@ class Tuning:
 
         After a ``RepositoryError`` tasks of paused types may be left in the buffer; workers pass over them.
         """
-        controls = self._services.controls
+        controls = self._pool.services.controls
         paused_changed = controls.refresh()
         if paused_changed:  # first, because the next call does not notice it again
             self._pool.fetcher.follow_pauses()
@@ -64,20 +63,20 @@ class Tuning:
     def _follow_overrides(self) -> None:
         pool = self._pool
         with self._changing:
-            overrides = self._services.controls.overrides
+            overrides = self._pool.services.controls.overrides
             pool.set_workers(overrides.workers_of(pool.node.id, self._configured))
-            self._services.registry.override(overrides.types)
+            self._pool.services.registry.override(overrides.types)
             pool.admission.follow_limits()
             self._count_unadmitted()
             self._followed = overrides
-        self._services.agenda.fetch_soon()
+        self._pool.services.agenda.fetch_soon()
         with suppress(RepositoryError):  # the housekeeper does both again
             pool.admission.tend()  # tells other nodes of slots that are taken
             pool.record()
 
     def _count_unadmitted(self) -> None:
         """Count the runs of limited types that began before their type was limited."""
-        pool, limits = self._pool, self._services.registry.limits
+        pool, limits = self._pool, self._pool.services.registry.limits
         for run in list(pool.runs.values()):
             if run.task.type in limits and run.state != "stuck":
                 pool.admission.adopt(run.task.type, run.task.id, pool.runs)

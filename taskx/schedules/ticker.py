@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import heapq
 import math
+import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from itertools import compress
 from typing import NamedTuple
@@ -91,9 +92,9 @@ class Ticker:
     the other. Each call of :meth:`tick` ends after a while, and the next call continues where it stopped.
     """
 
-    def __init__(self, services: Services) -> None:
+    def __init__(self, services: Services, chance: Callable[[], float] = random.random) -> None:
         self._services = services
-        self._timing = services.timing
+        self._chance = chance
         self._longest_gap = round(1000 * services.timing.longest_gap)  # in milliseconds
         # The start of the time without a gap between rounds, and the last round, in milliseconds.
         self._running_since, self._last_round = 0, -self._longest_gap
@@ -142,16 +143,16 @@ class Ticker:
         # _making is read last: another thread sets it before it takes up a tick.
         return asked or (coming is not None and coming <= now) or self._making
 
-    def tick(self, patience: float = math.inf) -> bool:
+    def tick(self, until: float = math.inf) -> bool:
         """Make the tasks that are due; return True if it made any.
 
         Args:
-            patience: seconds after which the rest is left to the next call.
+            until: the time, on the monotonic clock, from which the rest is left to the next call.
 
         Raises:
             RepositoryError: the repository failed; a later round does the rest.
         """
-        until, made = time.monotonic() + patience, False
+        made = False
         try:
             self._making = self.behind(self._now())
             self._refresh(until)
@@ -179,7 +180,7 @@ class Ticker:
     def _refresh(self, until: float) -> None:
         """Read schedules that have changed, or may have changed."""
         while self._changed:
-            some = range(min(len(self._changed), self._timing.tick_batch))
+            some = range(min(len(self._changed), self._services.timing.tick_batch))
             names = [PREFIX + self._changed[i] for i in some]
             self._read_named(names)
             for _ in names:  # only now: until then a drain must wait for them
@@ -198,23 +199,27 @@ class Ticker:
     def _read_page(self, after: str) -> None:
         """Read the next page of a refresh."""
         began = time.monotonic()
-        page = self._services.repository.reads.notes_after(PREFIX, after, self._timing.batch)
+        page = self._services.repository.reads.notes_after(
+            PREFIX, after, self._services.timing.batch
+        )
         for name, note in page.items():
             self._take_in(name, note)
         self._refresh_took += time.monotonic() - began
-        if len(page) == self._timing.batch:
+        if len(page) == self._services.timing.batch:
             self._after = next(reversed(page))
             return
         for name in self._missing:
             self._read.pop(name, None)
-        if len(self._next) > 2 * len(self._read) + self._timing.batch:  # most entries are outdated
+        if (
+            len(self._next) > 2 * len(self._read) + self._services.timing.batch
+        ):  # most entries are outdated
             self._next = [
                 (due, lot, name) for due, lot, name in self._next if self._is_due(name, due)
             ]
             heapq.heapify(self._next)
         if self._refresh_at:  # else another refresh was requested
-            pause = max(self._timing.schedules_every, _REFRESH_FACTOR * self._refresh_took)
-            pause = min(pause, self._timing.longest_schedules_every)
+            pause = max(self._services.timing.schedules_every, _REFRESH_FACTOR * self._refresh_took)
+            pause = min(pause, self._services.timing.longest_schedules_every)
             self._refresh_at = time.monotonic() + pause
         self._after = None
 
@@ -262,12 +267,14 @@ class Ticker:
         if due != read.due:
             read.due = due
             if due is not None:
-                heapq.heappush(self._next, (due, self._services.chance(), read.name))
+                heapq.heappush(self._next, (due, self._chance(), read.name))
 
     def _due_names(self) -> list[str]:
         """Return the schedules whose tick has come, by what is known in memory; at most a batch."""
         names, now = dict[str, None](), self._services.clock.now_ms()
-        while self._next and self._next[0][0] <= now and len(names) < self._timing.tick_batch:
+        while (
+            self._next and self._next[0][0] <= now and len(names) < self._services.timing.tick_batch
+        ):
             self._making = True  # before the pop: a drain must wait for this tick
             due, _, name = heapq.heappop(self._next)
             if self._is_due(name, due):
@@ -306,7 +313,7 @@ class Ticker:
 
     def _fail(self, read: Read, error: Exception) -> None:
         read.failures += 1
-        pause = min(2.0**read.failures, self._timing.longest_schedule_pause)
+        pause = min(2.0**read.failures, self._services.timing.longest_schedule_pause)
         read.again_at = self._services.clock.monotonic() + pause
         self._expect(read)
         if is_told(read.failures):
@@ -341,7 +348,7 @@ class Ticker:
             if (plan := self._plan(read, now)) is not None:
                 plans.append(plan)
                 tasks += len(plan.run if plan.earlier is None else plan.earlier)
-            if tasks >= self._timing.tick_batch:
+            if tasks >= self._services.timing.tick_batch:
                 break
         return plans
 

@@ -26,11 +26,8 @@ def load_queue_to_run(target: str) -> Queue:
         ConfigurationError: as :func:`load_queue`, or the program starts a queue itself; the message has
             the line.
     """
-    permission.loading = True
-    try:
+    with permission.loading_queue():
         return load_queue(target)
-    finally:
-        permission.loading = False
 
 
 def load_queue(target: str) -> Queue:

@@ -9,7 +9,6 @@ socket closes, the supervisor has died, and the process stops as after SIGTERM.
 from __future__ import annotations
 
 import atexit
-import itertools
 import logging
 import os
 import random
@@ -29,12 +28,12 @@ from taskx.core.errors import ConfigurationError, RepositoryError
 from taskx.core.timing import DEFAULT_TIMING, Timing
 from taskx.executing.process.channel import Channel
 from taskx.executing.process.processes import end_family
-from taskx.queue import Queue, life_of
+from taskx.queue import Queue, node_of
 from taskx.supervising.loading import files_of, load_queue_to_run
 from taskx.supervising.logs import set_up_log
 from taskx.supervising.settings import AWAY, RECYCLE, USAGE, Settings
 from taskx.upkeep import foreground
-from taskx.upkeep.node import Lifetime
+from taskx.upkeep.node import LocalNode
 
 #: Share of a limit by which it may be lower, so that not all processes reach it at the same time.
 JITTER = 0.2
@@ -82,7 +81,7 @@ class Process:
         self._settings = settings
         self._timing = timing
         self._signals = foreground.Signals(timing, once=True)
-        self._life: Lifetime | None = None
+        self._node: LocalNode | None = None
         self._queue: Queue | None = None
         self._limits = Limits(settings)
         self._changes = Changes(loaded_files)
@@ -102,9 +101,9 @@ class Process:
                 self._changes.note(loaded_files())
             set_up_log(self._settings.log_level)
             check_memory(self._settings.max_memory, memory())
-            self._life = life_of(queue, self._settings.threads)
+            self._node = node_of(queue, self._settings.threads)
             self._queue = queue
-            code = foreground.run([self._life], self._settings.stop_timeout, self._signals)
+            code = foreground.run([self._node], self._settings.stop_timeout, self._signals)
         except Exception as error:  # noqa: BLE001  (told to the supervisor)
             return self._failed(error)
         finally:
@@ -120,8 +119,8 @@ class Process:
         They start again elsewhere as soon as this process has ended, and their programs must not run beside
         them there. With a code, end the process in any case.
         """
-        node = None if self._life is None else self._life.node
-        if node is not None and (running := node.still_running()):
+        node = self._node
+        if node is not None and node.pool and (running := node.still_running()):
             if code is None:  # else the program keeps this process, and perhaps a lock of a stream
                 log.warning(
                     "this process is killed, with the programs of its executors: %d task(s) still run",
@@ -159,20 +158,20 @@ class Process:
             for (order,) in messages:
                 self._obey(order)
             # Also if it is stopping already: the supervisor must know that tasks may be left.
-            self._ready = self._ready or (self._life is not None and self._life.node is not None)
+            self._ready = self._ready or (self._node is not None and self._node.pool is not None)
             if self._ready and time.monotonic() >= beat_at:
                 beat_at = time.monotonic() + timing.beat_every
                 self._beat()
 
     def _obey(self, order: str) -> None:
-        if self._life is None or self._idle:  # it runs nothing
+        if self._node is None or self._idle:  # it runs nothing
             os._exit(0)
         wanted = 1 if order == "stop" else 2
         while len(self._signals.caught) < wanted:
             self._signals.note(signal.SIGTERM)
 
     def _orphaned(self) -> None:
-        if self._life is None or self._idle:
+        if self._node is None or self._idle:
             os._exit(1)
         if not self._signals.caught:
             log.warning("the supervisor has died: this process stops")
@@ -180,26 +179,26 @@ class Process:
 
     def _beat(self) -> None:
         assert self._queue is not None
-        assert self._life is not None
-        node = self._life.node
-        if node is None or self._channel.unsent:  # the supervisor does not read
+        assert self._node is not None
+        node, pool = self._node, self._node.pool
+        if pool is None or self._channel.unsent:  # the supervisor does not read
             return
-        facts = self._limits.facts(node.pool)
-        running = len(node.pool.ahead.at_work)
+        facts = self._limits.facts(pool)
+        running = len(pool.ahead.at_work)
         facts.update(healthy=self._queue.healthy, running=running, problems=node.problems())
         self._channel.say("beat", facts)
         why = self._limits.reached(facts)
         if self._settings.reload and not why and (file := self._changes.next()):
             why = f"{file} has changed"
-        if why and not self._leaving and not self._life.ended:
+        if why and not self._leaving and not node.stops:
             self._leave(why)
 
     def _leave(self, why: str) -> None:
         """Stop the queue, and ask the supervisor for another process."""
-        assert self._life is not None
+        assert self._node is not None
         self._leaving = why
         self._channel.say("leaving", why)
-        stop, timeout = self._life.stop, self._settings.stop_timeout
+        stop, timeout = self._node.stop, self._settings.stop_timeout
         threading.Thread(
             target=lambda: stop(timeout, cancel=False), name="taskx-recycle", daemon=True
         ).start()
@@ -214,26 +213,11 @@ class Limits:
         self._memory = settings.max_memory and round(settings.max_memory * share)
         self._age = settings.max_age and settings.max_age * share
         self._began = time.monotonic()
-        self._counter = itertools.count()
-        self._counted: Any = None
-        self._tasks_ended = 0
 
     def facts(self, pool: Any) -> dict[str, Any]:
         """Return the age, the memory and, if they are limited, the attempts of this process."""
-        if self._tasks is not None and self._counted is not pool:
-            self._count(pool)
         facts: dict[str, Any] = {"age": time.monotonic() - self._began, "memory": memory()}
-        return facts if self._tasks is None else {**facts, "attempts": self._tasks_ended}
-
-    def _count(self, pool: Any) -> None:
-        """Count the attempts that end. Without this limit, a task costs nothing more."""
-        self._counted, ended = pool, pool.ahead.ended
-
-        def counted(run: Any, duration: float) -> None:
-            self._tasks_ended = next(self._counter) + 1
-            ended(run, duration)
-
-        pool.ahead.ended = counted
+        return facts if self._tasks is None else {**facts, "attempts": pool.ahead.attempts}
 
     def reached(self, facts: dict[str, Any]) -> str:
         """Return words about the limit that is reached; empty if none is."""

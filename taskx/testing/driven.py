@@ -1,38 +1,37 @@
-"""The parts of a queue that its caller drives: one thread, and a clock that is moved by hand.
+"""The engine of a queue that its caller drives: one thread, and a clock that is moved by hand.
 
-All rules are those of a started queue. These parts only replace what would start a thread, or wait.
+All rules are those of a started queue. The parts of this engine only replace what would start a thread, or
+wait.
 """
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from datetime import timedelta
-from typing import Any
 
 import attrs
 
 from taskx.common.bell import Signal
 from taskx.common.config import Config
-from taskx.common.hooks import Hooks
-from taskx.common.watcher import Watcher
 from taskx.core.checks import in_seconds
 from taskx.core.clock import Clock
 from taskx.core.errors import CancelReason
 from taskx.core.lifecycle import Ending
-from taskx.core.model import Task
+from taskx.core.model import Task, TaskStatus
 from taskx.core.timing import Timing
 from taskx.core.token import CancelToken
 from taskx.executing.alarms import Alarms, Overdue
 from taskx.executing.context import Shared
 from taskx.executing.executors import Registered
 from taskx.executing.runner import Run, Runner
+from taskx.liveness.base import About, Node
 from taskx.moving import Services
-from taskx.running.pool import State
+from taskx.running.pool import Ends, WorkerPool
 from taskx.testing.clock import ManualClock
-from taskx.upkeep.housekeeper import Housekeeper
-from taskx.upkeep.node import Lifetime, LocalNode, MakeNode
+from taskx.upkeep.engine import Engine
+from taskx.upkeep.housekeeper import Duty, Housekeeper
 
 #: The largest buffer: no submit is refused while nothing runs.
 ROOM = 10_000_000
@@ -114,75 +113,43 @@ class DrivenAlarms(Alarms):
         return nearest
 
 
-class DrivenHooks(Hooks):
-    """Hooks that are told in the thread in which something happens."""
-
-    @property
-    def inside(self) -> bool:
-        """True if a hook is being told."""
-        return self._telling
-
-    def _start(self) -> None:
-        if not self._telling:
-            self._tell_all()
-
-
-class DrivenWatcher(Watcher):
-    """A watcher without a thread: whoever runs tasks resolves their handles."""
-
-    def ensure_polling(self) -> None:
-        """Start no thread; after a close, tell those who wait."""
-        if self._closed:
-            self._close_all()
-
-
-class DrivenRun(Run):
-    """A run that keeps the error of its executor. Its retry waits the back-off without a random part."""
-
-    __slots__ = ("raised",)
-
-    token_class = DrivenToken
-    chance = staticmethod(lambda: 0.5)
-
-    def __init__(self, task: Task, executor: Registered, clock: Clock, shared: Shared) -> None:
-        super().__init__(task, executor, clock, shared)
-        #: The error of the executor, or of its result.
-        self.raised: BaseException | None = None
-
-    @property
-    def test_outcome(self) -> BaseException | None:
-        """The error if it is meant for the test, such as that of ``pytest.fail()``; else None."""
-        classes = type(self.raised).__mro__
-        return self.raised if "OutcomeException" in (kind.__name__ for kind in classes) else None
-
-
 class DrivenRunner(Runner):
-    """A runner that keeps the errors of executors."""
+    """A runner that keeps the errors of executors. A retry waits the back-off without a random part."""
+
+    def __init__(self, clock: Clock, timing: Timing, max_payload_size: int) -> None:
+        super().__init__(clock, DrivenAlarms(clock, timing), max_payload_size, chance=_half)
+        #: The error of each executor, or of its result, until it is taken from here.
+        self.raised: dict[Run, BaseException] = {}
+
+    def make_run(self, task: Task, executor: Registered, shared: Shared) -> Run:
+        return Run(task, executor, DrivenToken(None, self._clock), shared)
 
     def ending_of(self, error: BaseException, run: Run) -> Ending:
         """Return how a run ends whose executor has raised an error."""
-        if isinstance(run, DrivenRun):
-            run.raised = error
+        self.raised[run] = error
         return super().ending_of(error, run)
 
 
-class DrivenServices(Services):
-    """The parts of a driven queue."""
+class DrivenPool(WorkerPool):
+    """A pool without threads: the caller of the queue runs the tasks."""
 
-    alarms_class = DrivenAlarms
-    hooks_class = DrivenHooks
-    run_class = DrivenRun
-    runner_class = DrivenRunner
-    watcher_class = DrivenWatcher
-    chance = staticmethod(lambda: 0.5)
+    def start_workers(self) -> None:
+        """Start no thread."""
+
+    def go(self) -> None:
+        """Have tasks run, without a line in the log."""
+        self.begun.set()
 
 
 class DrivenHousekeeper(Housekeeper):
-    """A housekeeper that does all its duties in each round."""
+    """A housekeeper without a thread that does all its duties in each round."""
 
-    def _is_time(self, what: str, interval: float) -> bool:
-        # Changes of others are processed with the recovery, in every round.
-        return what != "poll"
+    def start(self) -> None:
+        """Start no thread."""
+
+    def _duties(self) -> list[Duty]:
+        known = super()._duties()  # without "news": each round takes in all changes of others
+        return [Duty(one.name, one.step, due=one.due) for one in known if one.name != "news"]
 
     def do_round(self) -> None:
         """Do everything that is due, to the end.
@@ -192,59 +159,74 @@ class DrivenHousekeeper(Housekeeper):
         """
         # Twice: the audit puts right what it finds two times in a row.
         for _ in range(2):
-            self._agenda.due_known, self._agenda.more_stored = False, True
+            self._services.agenda.check_due()
+            self._services.agenda.expect_more()
             self._ticker.refresh_now()
             self.tick()
-            while self._more_to_do():
+            while any(duty.more for duty in self.duties):
                 self.tick()
 
     def until_next(self) -> float:
         """Return the seconds until a task, a tick or a token of a rate is due; inf if nothing is."""
-        clock = self._services.clock
-        coming = (self._earliest_due(), self._expiry.next(), self._ticker.next)
-        moments = [due - clock.now_ms() for due in coming if due]
-        seconds = [moment / 1000 for moment in moments]
-        if (token := self._pool.admission.next_fetch()) is not None:
-            seconds.append(token - clock.monotonic())
-        return max(0.001, min(seconds, default=math.inf))
+        now = self._services.clock.now_ms()
+        coming = (self._release.earliest(), self._expiry.next(), self._ticker.next)
+        seconds = [(due - now) / 1000 for due in coming if due]
+        return max(0.001, min([*seconds, self._until_token()]))
 
     def was_there(self) -> None:
         """Note that no tick of a schedule was missed since the last round."""
         self._ticker.was_there()
 
 
-class DrivenNode(LocalNode):
-    """A node without threads."""
+class Driven(Engine):
+    """The engine of a queue that its caller drives: it has no threads.
 
+    Args:
+        signal: makes the signal that a thread waits with for the end of a task.
+
+    Attributes:
+        pool, housekeeper: those of the started queue.
+        runner: the runner of the queue.
+    """
+
+    name = "driven"
+    threaded = False
+    pool: DrivenPool
     housekeeper: DrivenHousekeeper
+    runner: DrivenRunner
 
-    def __init__(self, services: Services, config: Config, ended: Callable[[], object]) -> None:
+    def __init__(self, signal: Callable[[], Signal]) -> None:
+        self._signal = signal
+
+    def make_signal(self) -> Signal:
+        return self._signal()
+
+    def describe(self, about: About) -> About:
+        return attrs.evolve(about, worker_num=1, buffer_size=ROOM)
+
+    def make_pool(self, services: Services, node: Node, config: Config, ends: Ends) -> WorkerPool:
         config = attrs.evolve(config, worker_num=1, buffer_size=ROOM, overflow="reject")
-        super().__init__(services, config, ended)
-        self.housekeeper = DrivenHousekeeper(self.pool, config.retention)
-        self._housekeeper = self.housekeeper
+        self.pool = DrivenPool(services, node, config, ends)
+        return self.pool
 
-    def begin(self) -> None:
-        """Start no thread."""
+    def make_housekeeper(
+        self, pool: WorkerPool, retention: Mapping[TaskStatus, float]
+    ) -> Housekeeper:
+        self.housekeeper = DrivenHousekeeper(pool, retention, _half)
+        return self.housekeeper
 
-    def go(self) -> None:
-        """Have tasks run, without a line in the log."""
-        self.pool.begun.set()
+    def make_runner(self, clock: Clock, timing: Timing, max_payload_size: int) -> Runner:
+        self.runner = DrivenRunner(clock, timing, max_payload_size)
+        return self.runner
 
 
-class DrivenLifetime(Lifetime):
-    """Starts and stops a node without threads. One that is left over is not stopped at interpreter exit."""
+def is_for_the_test(error: BaseException) -> bool:
+    """Return True if an error is meant for the test, such as that of ``pytest.fail()``."""
+    return "OutcomeException" in (kind.__name__ for kind in type(error).__mro__)
 
-    def __init__(
-        self,
-        services: Services,
-        config: Config,
-        state: State,
-        queue: Any,
-        make_node: MakeNode = DrivenNode,
-    ) -> None:
-        super().__init__(services, config, state, queue, DrivenNode)
-        self.forget()
+
+def _half() -> float:
+    return 0.5
 
 
 class DrivenSignal(Signal):

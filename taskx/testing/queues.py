@@ -28,15 +28,14 @@ from taskx.storage.eight import TaskRepository
 from taskx.storage.memory import MemoryRepository
 from taskx.submitting.intake import Intake
 from taskx.submitting.operations import Operations
+from taskx.submitting.work import Work
 from taskx.testing import submissions
 from taskx.testing.clock import ManualClock
 from taskx.testing.driven import (
     SHORTEST_STEP,
-    DrivenLifetime,
-    DrivenNode,
-    DrivenRun,
-    DrivenServices,
+    Driven,
     DrivenSignal,
+    is_for_the_test,
     wait_for_threads,
 )
 from taskx.testing.submissions import Submissions
@@ -69,12 +68,8 @@ class ManualQueue(Queue):
         clock: the clock that tasks and schedules go by.
     """
 
-    _services_class = DrivenServices
-    _life_class = DrivenLifetime
     #: True if a thread that waits for a task runs it.
     _runs_when_waiting = False
-    #: The class that a queue had before it was replaced for a test.
-    _plain_class: type[Queue] | None = None
     clock: ManualClock
 
     def __init__(
@@ -96,7 +91,14 @@ class ManualQueue(Queue):
             hooks=(self._submissions, *hooks),
             middleware=middleware,
             clock=self.clock,
+            engine=self._make_engine(),
         )
+
+    def _make_engine(self) -> Driven:
+        self._driven = Driven(
+            lambda: DrivenSignal(self.clock, self._wait_until, virtual=self._works)
+        )
+        return self._driven
 
     def _wire(self) -> None:
         # Held while a task is chosen and started, not while it runs.
@@ -105,9 +107,7 @@ class ManualQueue(Queue):
         self._busy: dict[int, int] = {}
         self._driver = threading.get_ident()
         super()._wire()
-        self._services.watcher.signal = lambda: DrivenSignal(
-            self.clock, self._wait_until, virtual=self._works
-        )
+        self._node.forget()  # one that is left over is not stopped at the exit
 
     def _replace(self, repository: TaskRepository, clock: ManualClock) -> None:
         """Become a queue for tests, in place of what this queue was."""
@@ -120,6 +120,7 @@ class ManualQueue(Queue):
         self.repository.queues.add(self)
         others = [hook for hook in self._hooks if not isinstance(hook, Submissions)]
         self._hooks = (self._submissions, *others)
+        self._engine = self._make_engine()
         self._wire()
 
     # --- running
@@ -215,16 +216,12 @@ class ManualQueue(Queue):
         self._services.watcher.watch(handle)
 
     @property
-    def _driven(self) -> DrivenNode:
-        return cast("DrivenNode", self._node)
-
-    @property
     def _worker(self) -> str:
         return self._driven.pool.worker_name(threading.current_thread().name)
 
     def _start_next(self) -> Run | None:
         with self._choosing:
-            self._life.start()
+            self._node.start()
             pool = self._driven.pool
             while True:
                 self._driven.housekeeper.do_round()
@@ -237,12 +234,14 @@ class ManualQueue(Queue):
                     self._busy[here] = self._busy.get(here, 0) + 1
                     return run
 
-    def _execute(self, run: Run) -> None:
+    def _execute(self, run: Run) -> BaseException | None:
+        """Run a task to its outcome; return the error of its executor, or of its result."""
         pool, here = self._driven.pool, threading.get_ident()
         before = threading.enumerate()
         try:
             ending = pool.execute(run, self._worker, conclude=pool.conclude)
         finally:
+            raised = self._driven.runner.raised.pop(run, None)
             self._busy[here] -= 1
             if not self._busy[here]:
                 del self._busy[here]
@@ -251,20 +250,21 @@ class ManualQueue(Queue):
         wait_for_threads(before, ("taskx-callbacks", "taskx-cancel"))
         if ending.interrupt is not None:
             raise ending.interrupt
-        if isinstance(run, DrivenRun) and (outcome := run.test_outcome) is not None:
-            raise outcome
+        if raised is not None and is_for_the_test(raised):
+            raise raised
+        return raised
 
     # --- time
 
     def _pass(self, seconds: float) -> None:
         """Let time pass, in which this queue was there."""
         self.clock.advance(max(seconds, SHORTEST_STEP))
-        self._life.start()
+        self._node.start()
         self._driven.housekeeper.was_there()
 
     def _until_next(self) -> float:
         """Return the seconds until something is due; inf if nothing is."""
-        self._life.start()
+        self._node.start()
         coming = self.clock.until_next_call()
         return min(self._driven.housekeeper.until_next(), math.inf if coming is None else coming)
 
@@ -406,7 +406,9 @@ class ManualQueue(Queue):
 class _InlineIntake(Intake):
     """An intake that has a task run as soon as it is stored."""
 
-    after: Callable[[Sequence[str]], object]
+    def __init__(self, after: Callable[[Sequence[str]], object], *parts: Any) -> None:
+        super().__init__(*parts)
+        self._after = after
 
     def accept(
         self,
@@ -416,17 +418,17 @@ class _InlineIntake(Intake):
         **more: Any,
     ) -> str:
         task_id = super().accept(task, priority, on_conflict, **more)
-        self.after([task_id])
+        self._after([task_id])
         return task_id
 
     def accept_many(self, tasks: Iterable[Task], *, spill: bool = False) -> list[str]:
         task_ids = super().accept_many(tasks, spill=spill)
-        self.after(task_ids)
+        self._after(task_ids)
         return task_ids
 
     def put(self, insert: Insert) -> None:
         super().put(insert)
-        self.after([insert.id])
+        self._after([insert.id])
 
 
 class InlineQueue(ManualQueue):
@@ -439,12 +441,10 @@ class InlineQueue(ManualQueue):
     wait for it moves the clock to its time. All else is as in :class:`ManualQueue`.
     """
 
-    _intake_class = _InlineIntake
     _runs_when_waiting = True
 
-    def _wire(self) -> None:
-        super()._wire()
-        cast("_InlineIntake", self._intake).after = self._finish
+    def _make_intake(self, work: Work) -> Intake:
+        return _InlineIntake(self._finish, self._services, self._node, self.config, work)
 
     def _finish(self, task_ids: Iterable[str] = ()) -> None:
         """Run what may start, and the retries of these tasks."""
@@ -559,31 +559,28 @@ def _replaced(
         own.codecs = queue.repository.codecs
         repository = own
     before_class, before = type(queue), dict(vars(queue))
-    plain = getattr(queue, "_plain_class", None) or before_class
     driven = cast("Q", queue)
     try:
-        driven.__class__ = _class_for(plain, kind)
-        driven._plain_class = plain
+        driven.__class__ = _class_for(before_class, kind)
         driven._replace(repository, made)
         yield driven
     finally:
         # Other threads may submit to the queue meanwhile. So it gets its parts back in one step, and only
         # then the driven node leaves.
-        life, node, attributes = queue._life, queue._node, vars(queue)
+        node, attributes = queue._node, vars(queue)
         attributes.update(before)
         queue.__class__ = before_class
         for name in attributes.keys() - before.keys():
             del attributes[name]
-        queue._schedules.wire(queue._services, queue._intake, queue._joining, queue._state)
-        if life is not before["_life"]:
-            life.forget()
-            if node is not None and life.name != "stopped":
-                node.withdraw()
+        queue._schedules.wire(queue._services, queue._intake, queue._joining, queue._node)
+        if node is not before["_node"] and node.name == "started":
+            node.withdraw()
 
 
-def _class_for(plain: type[Queue], kind: type[Q]) -> type[Q]:
+def _class_for(before: type[Queue], kind: type[Q]) -> type[Q]:
     """Return the kind of queue for tests, with the methods of an application's own class."""
-    if plain is Queue or issubclass(plain, ManualQueue):
+    plain = next(known for known in before.__mro__ if not issubclass(known, ManualQueue))
+    if plain is Queue:
         return kind
     return type(f"{kind.__name__}Of{plain.__name__}", (kind, plain), {})
 

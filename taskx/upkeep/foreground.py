@@ -14,7 +14,7 @@ from taskx.common.bell import Signal
 from taskx.core.checks import check_number
 from taskx.core.errors import ConfigurationError, on_main_thread
 from taskx.core.timing import DEFAULT_TIMING, Timing
-from taskx.upkeep.node import Lifetime, stop_all
+from taskx.upkeep.node import LocalNode, stop_all
 
 # SIGINT is caught first and given back last, because its usual handler raises an exception.
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -98,55 +98,53 @@ class Signals:
 
 
 def run(
-    lives: Sequence[Lifetime], timeout: float | timedelta, signals: Signals | None = None
+    nodes: Sequence[LocalNode], timeout: float | timedelta, signals: Signals | None = None
 ) -> int:
-    """Do the work of :func:`taskx.run` with the lifetimes of its queues."""
+    """Do the work of :func:`taskx.run` with the nodes of its queues."""
     seconds = check_number(timeout, "timeout")
     if not on_main_thread():
         raise ConfigurationError(
             "run() must be called in the main thread, because only there a program can handle signals; "
             "elsewhere use start() and stop()"
         )
-    with signals or Signals(lives[0].timing) as signals:
+    with signals or Signals(nodes[0].timing) as signals:
         starts: list[_Call] = []
         try:
-            for life in lives:
-                life.on_stop_request = signals.note_request
-            starts.extend(signals.call(life.start) for life in lives)
-            return _run(lives, starts, seconds, signals)
+            starts.extend(signals.call(partial(node.start, signals.note_request)) for node in nodes)
+            return _run(nodes, starts, seconds, signals)
         except BaseException:
-            called = zip(lives, starts, strict=False)
-            started = [life for life, start in called if start.error is None]
-            stop_all(started, lives[0].timing.exit_within)
+            called = zip(nodes, starts, strict=False)
+            started = [node for node, start in called if start.error is None]
+            stop_all(started, nodes[0].timing.exit_within)
             raise
 
 
 def _run(
-    lives: Sequence[Lifetime], starts: Sequence[_Call], timeout: float, signals: Signals
+    nodes: Sequence[LocalNode], starts: Sequence[_Call], timeout: float, signals: Signals
 ) -> int:
     def ended() -> bool:
-        return all(start.over for start in starts) and all(life.ended for life in lives)
+        return all(start.over for start in starts) and all(node.stops for node in nodes)
 
     signals.wait(1, lambda: any(start.error for start in starts) or ended())
     _raise_first(starts)
     if signals.caught:
-        lives[0].log.info(
+        nodes[0].log.info(
             "%s: the tokens of running tasks fire after %g s, and the program ends after %g s; a second "
             "signal ends it at once",
             *(signal.Signals(signals.caught[0]).name, timeout * 4 / 5, timeout),
         )
     # A queue that is still being started notices that it was stopped.
-    stops = [signals.call(partial(life.stop, timeout, cancel=False)) for life in lives]
+    stops = [signals.call(partial(node.stop, timeout, cancel=False)) for node in nodes]
     signals.wait(2, lambda: all(stop.over for stop in stops))
     if len(signals.caught) >= 2:
         stops = [
-            signals.call(partial(life.stop, life.timing.at_once_within, cancel=True))
-            for life in lives
+            signals.call(partial(node.stop, node.timing.at_once_within, cancel=True))
+            for node in nodes
         ]
         signals.wait(3, lambda: all(stop.over for stop in stops))
         return 128 + signals.caught[1]
     _raise_first(stops)
-    return int(any(stop.value for stop in stops) or any(life.outdated for life in lives))
+    return int(any(stop.value for stop in stops) or any(node.outdated for node in nodes))
 
 
 def _raise_first(calls: Sequence[_Call]) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+import random
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 
-from taskx.core import lifecycle
 from taskx.core.errors import RepositoryError, SchemaMismatch
 from taskx.core.findings import Problem, duration
 from taskx.core.log import Complaint
@@ -21,65 +21,136 @@ from taskx.schedules.ticker import Ticker
 from taskx.storage import queries
 from taskx.storage.base import Locked, Repository
 from taskx.storage.queries import Changes
-from taskx.upkeep.expiry import Expiry
+from taskx.upkeep import requests
+from taskx.upkeep.due import Expiry, Release
 from taskx.upkeep.listening import Listening
 from taskx.upkeep.recovery import Recovery
-from taskx.upkeep.requests import Requests
 from taskx.upkeep.retention import Retention
 
 
+class Duty:
+    """A part of what a housekeeper does in its rounds.
+
+    Args:
+        name: a word for it.
+        step: does some of it, if possible until a time on the monotonic clock; returns True if more is
+            left, which the next round does soon.
+        every: seconds from one step to the next; 0 for a step in every round.
+        due: returns the seconds until a step is needed; None if the regular rounds are soon enough.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        step: Callable[[float], object],
+        every: float = 0.0,
+        due: Callable[[], float] | None = None,
+    ) -> None:
+        self.name, self.step, self.due = name, step, due
+        self.every = every * 0.9  # a round comes seldom at the very moment
+        #: The time of the last step, and True if that has left something.
+        self.last, self.more = -math.inf, False
+
+    def take(self, now: float, until: float) -> None:
+        """Take a step."""
+        # First: after an error, other duties come before the next try.
+        self.last, self.more = now, False
+        if self.step(until):
+            self.more = True
+
+
 class Housekeeper:
-    """Calls :meth:`tick` again and again. Everything it does can be done twice without harm.
+    """Does the duties of a node, in rounds. Everything it does can be done twice without harm.
 
     Args:
         pool: the worker pool that it serves.
         retention: seconds for which tasks that ended in a status are kept; for ever if a status is missing.
+        chance: draws the order of schedules that tick at the same time: a number from 0 to 1.
     """
 
-    def __init__(self, pool: WorkerPool, retention: Mapping[TaskStatus, float]) -> None:
+    def __init__(
+        self,
+        pool: WorkerPool,
+        retention: Mapping[TaskStatus, float],
+        chance: Callable[[], float] = random.random,
+    ) -> None:
         self._pool = pool
-        self._services = pool.services
-        self._timing = pool.services.timing
+        self._services = services = pool.services
+        repository, moves, clock = services.repository, services.moves, services.clock
         #: Finds dead nodes.
         self.recovery = Recovery(pool)
-        self._requests = Requests(pool)
         self._audit = Audit(pool)
-        self._expiry = Expiry(pool.services)
-        self._retention = Retention(pool.services, retention)
-        self._ticker = Ticker(pool.services)
-        self._agenda = pool.services.agenda
-        self._complaint = Complaint(pool.services.log)
+        self._release = Release(repository, moves, services.agenda, clock, services.timing)
+        self._expiry = Expiry(repository, moves, clock, services.timing.batch)
+        self._retention = Retention(services, retention)
+        self._ticker = Ticker(services, chance)
+        self._changed = Changes(repository)
+        self._listening = Listening(pool)
+        self.duties = self._duties()
+        self._dues = [duty.due for duty in self.duties if duty.due is not None]
+        self._complaint = Complaint(services.log)
         # What the last rounds have found, and since when the present round goes on, on the monotonic clock.
         self._failure = ""
         self._stuck_types: list[Problem] = []
         self._began: float | None = None
         self._stopped = False
-        self._changed = Changes(pool.services.repository)
-        self._listening = Listening(pool)
-        self._next_due: int | None = None
-        # The time, on the monotonic clock, until which due tasks are left to other nodes.
-        self._release_at = -math.inf
-        self._last = dict.fromkeys(("poll", "progress", "recover", "audit"), -math.inf)
         self._thread = threading.Thread(target=self._run, name="taskx-housekeeper", daemon=True)
+
+    def _duties(self) -> list[Duty]:
+        """Return the duties in the order of a round. The comments say where the order matters."""
+        pool, services, timing = self._pool, self._services, self._services.timing
+        moves, repository = services.moves, services.repository
+        dependents, turns, recovery = moves.dependents, moves.turns, self.recovery
+        soon = timing.hand_back_after
+        return [
+            # First: a late heartbeat costs all tasks.
+            Duty("lease", lambda until: repository.liveness.tend(pool.node.id)),
+            # Before the first write; but outcomes are written in any case.
+            Duty("schema", self._check_schema),
+            # Before all that reads the tasks of this node.
+            Duty("outcomes", _unless_locked(moves.flush), due=_when(lambda: moves.unsettled, soon)),
+            Duty("handles", lambda until: services.watcher.tell()),
+            # After the outcomes of these tasks.
+            Duty("stuck threads", _unless_locked(pool.stuck.lift)),
+            # Before the fetch: a task that waits comes first.
+            Duty("starts", _unless_locked(pool.hand_on), due=_when(lambda: pool.needs_care, soon)),
+            Duty("workers", lambda until: pool.add_workers()),
+            Duty("progress", self._write_progress, timing.progress_every),
+            # All that lets tasks start comes before the fetch.
+            Duty("parents", dependents.process, due=_when(lambda: dependents.waiting)),
+            # After the parents: a task may wait for its turn next.
+            Duty("turns", turns.process, due=_when(lambda: turns.waiting)),
+            Duty("due tasks", self._release.step, due=self._release.due),
+            Duty("buffers of dead nodes", self._free, due=_when(lambda: recovery.waiting)),
+            Duty("dead nodes", self._recover, timing.recover_every),
+            Duty("record", lambda until: pool.record(), timing.recover_every),
+            Duty("limits", lambda until: pool.tuning.tend(), timing.recover_every),
+            # Before the fetch: a task that was stored after a pause must not start.
+            Duty("changes", self._take_in, timing.recover_every),
+            Duty("news", self._take_in_news, timing.poll_every),
+            Duty("fetch", self._fetch, due=self._until_token),
+            Duty("ticks", self._tick, due=self._until_tick),
+            # What no event has reported; it may wait for all that an event did report.
+            Duty("audit", self._run_audits, timing.audit_every),
+            Duty("retention", lambda until: self._retention.tick()),
+            Duty("expiry", self._expiry.step, timing.recover_every),
+        ]
 
     def start(self) -> None:
         """Start the thread."""
-        # A housekeeper whose start failed may have set it.
-        self._agenda.due_known = False
         # Signals interrupt only the main thread. If it commits for others, this thread calls the callbacks.
-        self._agenda.attended = True
+        self._services.agenda.attend()
         self._thread.start()
-        if self._pool.hears:
+        if not self._pool.node.serves_broker:  # else it hears of changes twice a second
             self._listening.start()
 
     def stop(self) -> None:
         """End the thread; return when it has ended, or at once if called on it."""
         self._stopped = True
         self._listening.stop()
-        self._agenda.attended = False
-        self._agenda.wake()
+        self._services.agenda.leave()
         if self._thread is not threading.current_thread() and self._thread.is_alive():
-            self._thread.join(self._timing.join_thread_within)
+            self._thread.join(self._services.timing.join_thread_within)
         self._services.watcher.ensure_polling()
 
     def problems(self) -> list[str]:
@@ -88,7 +159,10 @@ class Housekeeper:
         Nothing is read, so the answer comes at once, whatever the repository does.
         """
         began, failure = self._began, self._failure
-        if began is not None and (seconds := time.monotonic() - began) > self._timing.answer_within:
+        if (
+            began is not None
+            and (seconds := time.monotonic() - began) > self._services.timing.answer_within
+        ):
             failure = failure or f"it has not answered for {duration(round(seconds))}"
         if failure:
             return [f"The repository cannot be used: {failure}."]
@@ -105,8 +179,8 @@ class Housekeeper:
         return (
             self._behind()
             or unfinished(repository, types)
-            or self._services.dependents.overdue()
-            or self._services.turns.overdue()
+            or self._services.moves.dependents.overdue()
+            or self._services.moves.turns.overdue()
             or self._behind()  # a task got its turn between the checks, and was due
             or unfinished(repository, types)  # a task was freed between the checks
         )
@@ -134,38 +208,23 @@ class Housekeeper:
             self._sleep(failures)
 
     def _sleep(self, failures: int) -> None:
+        often = self._services.timing.hand_back_after
         if failures:
-            pause = self._timing.poll_every * 2.0 ** min(failures, 10)
-            pause = min(pause, self._timing.longest_pause)
-            self._agenda.sleep(min(pause, self._services.repository.liveness.interval))
-        elif self._more_to_do():
-            self._agenda.sleep(self._timing.shortest_sleep)
-        elif self._services.moves.unsettled or self._pool.needs_care:
-            self._agenda.sleep(self._timing.hand_back_after)
+            pause = self._services.timing.poll_every * 2.0 ** min(failures, 10)
+            pause = min(pause, self._services.timing.longest_pause)
+            self._services.agenda.sleep(min(pause, self._services.repository.liveness.interval))
+        elif (soon := self._until_next()) <= often:
+            self._services.agenda.sleep(soon)
         else:
-            self._agenda.sleep_long(self._until_next, self._timing.hand_back_after)
+            self._services.agenda.sleep_long(self._until_next, often)
 
     def _until_next(self) -> float:
-        """Return the seconds until the next duty is due."""
-        timeout, clock = self._timing.poll_every, self._services.clock
-        next_tick = None if self._pool.stopping else self._ticker.next
-        next_due = None if self._others_release else self._next_due
-        for due in (next_due, next_tick):
-            if due is not None:
-                timeout = min(timeout, (due - clock.now_ms()) / 1000)
-        if (next_fetch := self._pool.admission.next_fetch()) is not None:
-            timeout = min(timeout, next_fetch - clock.monotonic())
-        return max(self._timing.shortest_sleep, timeout)
-
-    def _more_to_do(self) -> bool:
-        """Return True if a duty stopped early for the sake of the others."""
-        services = self._services
-        return (
-            services.dependents.waiting
-            or services.turns.waiting
-            or self.recovery.waiting
-            or self._expiry.waiting
-            or (not self._pool.stopping and self._ticker.waiting)
+        """Return the seconds until the next round: as long as none is needed, it polls."""
+        if any(duty.more for duty in self.duties):
+            return self._services.timing.shortest_sleep
+        soon = min([due() for due in self._dues])
+        return max(
+            self._services.timing.shortest_sleep, min(self._services.timing.poll_every, soon)
         )
 
     def tick(self) -> None:
@@ -173,71 +232,97 @@ class Housekeeper:
 
         Whatever a ``RepositoryError`` prevents is done in a later round.
         """
-        until = time.monotonic() + self._timing.round_within
-        self._agenda.begin_round()
-        self._services.repository.liveness.tend(self._pool.node.id)
+        now = time.monotonic()
+        until = now + self._services.timing.round_within
+        self._services.agenda.begin_round()
+        for duty in self.duties:
+            if duty.more or now - duty.last >= duty.every:
+                duty.take(now, until)
+
+    # --- the duties
+
+    def _check_schema(self, until: float) -> None:
         try:
             self._services.repository.house.ensure_there()
         except SchemaMismatch as error:  # go on: outcomes must be written in any case
             self._pool.retire(error)
-        with suppress(Locked):  # some outcomes are put off, and the other duties go on
-            self._services.moves.flush()
-        self._services.watcher.tell()
-        if self._pool.stuck.ended:
-            with suppress(Locked):
-                self._pool.stuck.lift()
-        with suppress(Locked):
-            self._pool.hand_on()
-        self._pool.add_workers()
-        if self._is_time("progress", self._timing.progress_every):
-            self._write_progress()
-        self._services.dependents.process(until - time.monotonic())
-        self._services.turns.process(until - time.monotonic())
-        self._release_due(until)
-        if self.recovery.waiting and self.recovery.go_on(until - time.monotonic()):
-            self._agenda.more_stored = True
-        if self._is_time("recover", self._timing.recover_every):
-            self._expiry.waiting = True
-            self.recovery.recover(until - time.monotonic())
-            self._pool.record()
-            self._pool.tuning.tend()
-            if not self._polls:
-                self._agenda.due_known = False
-                self._ticker.refresh_soon()
-            self._process_changes()
-        elif self._polls and self._is_time("poll", self._timing.poll_every) and self._changed():
-            self._agenda.due_known = False
+
+    def _write_progress(self, until: float) -> None:
+        store_progress(self._services, list(self._pool.runs.values()))
+
+    def _free(self, until: float) -> None:
+        if self.recovery.waiting and self.recovery.go_on(until):
+            self._services.agenda.expect_more()
+
+    def _recover(self, until: float) -> None:
+        self.recovery.recover(until)
+
+    def _take_in(self, until: float) -> None:
+        """Take in what other nodes have changed, whether or not anything is known to have changed."""
+        if not self._polls:
+            self._services.agenda.check_due()
+            self._ticker.refresh_soon()
+        self._process_changes()
+
+    def _take_in_news(self, until: float) -> None:
+        """Take in what other nodes have changed, if anything has changed since the last look."""
+        if self._polls and self._changed():
+            self._services.agenda.check_due()
             self._ticker.refresh_soon()
             self._process_changes()
             self._services.watcher.check_all()
-        if self._pool.admission.is_time() or self._agenda.look_for_more:
-            self._agenda.more_stored = True
-            self._pool.fetcher.refill()
-        else:
-            self._pool.fetcher.refill_if_low()
-        if not self._pool.stopping and self._ticker.tick(until - time.monotonic()):
-            self._agenda.more_stored = True
-            self._pool.fetcher.refill()
-        if self._is_time("audit", self._timing.audit_every):
-            self._run_audits()
-        self._retention.tick()
-        if self._expiry.waiting:
-            self._expiry.go_on(until - time.monotonic())
 
     @property
     def _polls(self) -> bool:
         """True if a change by another process must be noticed before the next check for dead nodes."""
-        return self._pool.hears or self._services.watcher.watching
+        return not self._pool.node.serves_broker or self._services.watcher.watching
 
-    def _run_audits(self) -> None:
+    def _process_changes(self) -> None:
+        """Take in the changes of other nodes: controls, new tasks, and requests to cancel."""
+        self._pool.tuning.refresh()  # first: a task stored after a pause must not start
+        requests.obey(self._pool)
+        self._services.agenda.expect_more()
+        self._pool.admission.forget()
+        self._services.moves.dependents.refresh()
+        self._pool.fire_cancelled()
+
+    def _fetch(self, until: float) -> None:
+        if self._pool.admission.is_time() or self._services.agenda.look_for_more:
+            self._services.agenda.expect_more()
+            self._pool.fetcher.refill()
+        else:
+            self._pool.fetcher.refill_if_low()
+
+    def _until_token(self) -> float:
+        """Return the seconds until a limit lets another task start."""
+        moment = self._pool.admission.next_fetch()
+        return math.inf if moment is None else moment - self._services.clock.monotonic()
+
+    def _tick(self, until: float) -> bool:
+        if self._pool.stopping:
+            return False
+        if self._ticker.tick(until):
+            self._services.agenda.expect_more()
+            self._pool.fetcher.refill()
+        return self._ticker.waiting
+
+    def _until_tick(self) -> float:
+        """Return the seconds until the next tick of a schedule."""
+        if self._pool.stopping or (self._ticker.next is None and not self._ticker.waiting):
+            return math.inf
+        if self._ticker.waiting or self._ticker.next is None:
+            return 0.0
+        return (self._ticker.next - self._services.clock.now_ms()) / 1000
+
+    def _run_audits(self, until: float) -> None:
         """Check for everything that an event should have reported and did not."""
         self._audit.check()
-        self._services.alarms.go_on()
+        self._services.runner.alarms.go_on()
         self._services.moves.retries.tell()
         self._pool.stuck.audit()
         self._stuck_types = self._find_stuck_types()
-        self._services.dependents.scan_some()
-        self._services.turns.scan_some()
+        self._services.moves.dependents.scan_some()
+        self._services.moves.turns.scan_some()
         self._ticker.refresh_soon()
         self._services.watcher.check_all()
 
@@ -248,63 +333,19 @@ class Housekeeper:
         nodes = [node for node in services.repository.nodes() if node.alive is not False]
         return [*stuck_types(services.repository, nodes, services.controls.read_paused())]
 
-    def _is_time(self, what: str, interval: float) -> bool:
-        now = time.monotonic()
-        if now - self._last[what] < interval * 0.9:
-            return False
-        self._last[what] = now
-        return True
 
-    def _process_changes(self) -> None:
-        """Take in the changes of other nodes: controls, new tasks, and requests to cancel."""
-        self._pool.tuning.refresh()  # first: a task stored after a pause must not start
-        self._requests.process()
-        self._agenda.more_stored = True
-        self._pool.admission.forget()
-        self._services.dependents.refresh()
-        self._pool.fire_cancelled()
+def _unless_locked(do: Callable[[], object]) -> Callable[[float], None]:
+    """Return the step of a duty that leaves what another transaction has locked to a later round."""
 
-    def _release_due(self, until: float) -> None:
-        services = self._services
-        now = services.clock.now_ms()
-        if not self._agenda.due_known:
-            self._agenda.due_known = True  # first: a task stored from now on clears it again
-            try:
-                self._next_due = self._earliest_due()
-            except BaseException:
-                self._agenda.due_known = False
-                raise
-        while self._next_due is not None and self._next_due <= now and not self._others_release:
-            self._release_some(now)
-            self._next_due = self._earliest_due()
-            if time.monotonic() >= until:
-                break
+    def step(until: float) -> None:
+        with suppress(Locked):  # the other duties go on
+            do()
 
-    def _release_some(self, now: int) -> None:
-        """Release the next tasks that are due, unless another node has just done so.
+    return step
 
-        If very many are due, all nodes try the same ones at the same time. The node that releases them goes
-        on. The others find them released, and come back a little later, as they do if another transaction
-        has locked all of them.
-        """
-        batch = self._timing.due_batch
-        ids = [task_id for task_id, _ in self._services.repository.due(now, batch)]
-        if ids:
-            writes = [lifecycle.release(task_id) for task_id in ids]
-            released = sum(self._services.moves.commit(writes))
-            if not released or (len(ids) == batch and 2 * released < batch):
-                self._release_at = time.monotonic() + self._timing.poll_every
 
-    @property
-    def _others_release(self) -> bool:
-        """True if another node was releasing the due tasks a moment ago."""
-        return time.monotonic() < self._release_at
-
-    def _earliest_due(self) -> int | None:
-        return next((run_at for _, run_at in self._services.repository.due(None, 1)), None)
-
-    def _write_progress(self) -> None:
-        store_progress(self._services, list(self._pool.runs.values()))
+def _when(holds: Callable[[], object], seconds: float = 0.0) -> Callable[[], float]:
+    return lambda: seconds if holds() else math.inf
 
 
 def unfinished(repository: Repository, types: Collection[str]) -> bool:

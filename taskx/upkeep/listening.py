@@ -86,5 +86,5 @@ class Listening:
         except RepositoryError:
             done = False
         if not done:
-            pool.agenda.more_stored = True
+            pool.agenda.expect_more()
             pool.agenda.wake()

@@ -28,35 +28,25 @@ if TYPE_CHECKING:
 _ANSWER = "answer/"
 
 
-class Requests:
-    """Does what other processes ask a node for.
+def obey(pool: WorkerPool) -> None:
+    """Do what other processes ask a node for, by the requests that were found at the last refresh."""
+    for request in pool.services.controls.requests:
+        if request.node == pool.node.id:
+            _obey(pool, request)
 
-    Args:
-        pool: the worker pool of the node.
-    """
 
-    def __init__(self, pool: WorkerPool) -> None:
-        self._pool = pool
-        self._services = pool.services
+def _obey(pool: WorkerPool, request: Request) -> None:
+    repository = pool.services.repository
+    # First: a request that was withdrawn, or done in an earlier round, must not be answered.
+    if not repository.put_note(request.name, None, request.note.version):
+        return
+    if request.what == STOP:
+        pool.ends.asked_to_stop()
+    elif request.what == STACKS:
+        from taskx.running.threads import stacks_here, to_json
 
-    def process(self) -> None:
-        """Do what the requests ask for that were found at the last refresh."""
-        for request in self._services.controls.requests:
-            if request.node == self._pool.node.id:
-                self._process(request)
-
-    def _process(self, request: Request) -> None:
-        repository = self._services.repository
-        # First: a request that was withdrawn, or done in an earlier round, must not be answered.
-        if not repository.put_note(request.name, None, request.note.version):
-            return
-        if request.what == STOP:
-            self._pool.asked_to_stop()
-        elif request.what == STACKS:
-            from taskx.running.threads import stacks_here, to_json
-
-            text = json.dumps(to_json(stacks_here()), ensure_ascii=True)
-            repository.put_note(_ANSWER + request.id, text, 0)
+        text = json.dumps(to_json(stacks_here()), ensure_ascii=True)
+        repository.put_note(_ANSWER + request.id, text, 0)
 
 
 def stop_node(services: Services, node: str) -> None:

@@ -648,7 +648,7 @@ queue.submit("t", id="child" if pid == 0 else "parent")
 if pid:
     os.waitpid(pid, 0)
 else:
-    queue._life.wait_for_hooks(20)
+    queue._node.wait_for_hooks(20)
     os._exit(0)
 """
         said, errors = spawn(FORKS + program, database).ends()

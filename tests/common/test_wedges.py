@@ -227,10 +227,10 @@ def test_queues_left_running_at_the_exit_are_stopped_together(make_queue, monkey
     for queue in queues:
         queue.start()
         Waiting(queue, gate).fill(1)
-    monkeypatch.setattr(node, "_lives", {queue._life for queue in queues})
+    monkeypatch.setattr(node, "_nodes", {queue._node for queue in queues})
     given: list[float] = []
 
-    def wait_in_vain(life, timeout, *, cancel):
+    def wait_in_vain(node, timeout, *, cancel):
         assert all(pool_of(q).stopping for q in queues)
         given.append(timeout)
         clock.now += timeout
@@ -238,7 +238,7 @@ def test_queues_left_running_at_the_exit_are_stopped_together(make_queue, monkey
     clock = SimpleNamespace(now=1000.0)
     with monkeypatch.context() as patched:
         patched.setattr(node, "time", SimpleNamespace(monotonic=lambda: clock.now))
-        patched.setattr(node.Lifetime, "stop", wait_in_vain)
+        patched.setattr(node.LocalNode, "stop", wait_in_vain)
         node.stop_forgotten()
     assert given == [DEFAULT_TIMING.exit_within, 0.0, 0.0]
 
@@ -274,7 +274,7 @@ def test_a_fetch_reads_no_more_rows_for_a_large_buffer(busy, monkeypatch):
     )
 
     def fetched():  # unless the housekeeper is just fetching
-        pool.agenda.more_stored = True
+        pool.agenda.expect_more()
         pool.fetcher.refill()
         return asked
 

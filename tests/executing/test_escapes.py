@@ -284,7 +284,7 @@ class TestTimeOuts:
         queue.submit("hold")
         gate.wait_for()
         queue.submit("hold")
-        alarms = services_of(queue).alarms
+        alarms = services_of(queue).runner.alarms
         add = alarms.add
 
         def interrupted(*args):

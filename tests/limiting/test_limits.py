@@ -57,7 +57,7 @@ def test_a_token_that_comes_while_the_buffer_is_full_is_used_later(make_queue, c
     pool = pool_of(queue)
     eventually(pool.admission.next_fetch)
     monkeypatch.setattr(pool.buffer, "room_to_fetch", lambda: 0)
-    pool.agenda.more_stored = True
+    pool.agenda.expect_more()
     clock.advance(2)
     pool.agenda.wake_from_long_sleep()
     eventually(lambda: pool.admission.next_fetch() is None)
@@ -182,7 +182,7 @@ def test_a_task_that_may_start_is_fetched_at_once(make_queue, repository, monkey
     queue = make_queue(worker_num=1)
     queue.executor("t", max_concurrency=1)(lambda: "done")
     queue.start()
-    eventually(lambda: housekeeper_of(queue)._last["audit"])  # its first round
+    whole_round(queue)  # its first round
     monkeypatch.setattr(repository, "version", lambda: 0)
     eventually(lambda: not pool_of(queue).agenda.more_stored)
     tasks = [Task(type="t"), Task(type="t")]
@@ -597,7 +597,7 @@ def test_tasks_that_cannot_start_are_not_fetched(busy, gate):
     pool = pool_of(queue)
     eventually(lambda: len(pool.buffer) == 2)
     for _ in range(5):
-        pool.agenda.more_stored = True
+        pool.agenda.expect_more()
         pool.fetcher.refill()
         assert len(pool.buffer) == 2
     gate.open()

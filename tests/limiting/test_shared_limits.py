@@ -13,9 +13,9 @@ from helpers import (
     PATIENCE,
     eventually,
     frequent_checks,
+    joined_node,
     node_of,
     pool_of,
-    services_of,
     whole_round,
 )
 from strikes import strike_at
@@ -37,7 +37,6 @@ from taskx.limiting.shared import SharedBucket, SharedSlots
 from taskx.liveness.base import Node
 from taskx.running.audit import Audit
 from taskx.testing import ManualClock
-from taskx.upkeep.node import LocalNode
 
 from .test_limits import Crowd, linger, started_by
 
@@ -103,8 +102,7 @@ def idle_engine(make_queue):
     """The worker pool of a node that is not alone, and fetches only when the test calls it."""
     queue = make_queue(worker_num=1)
     queue.executor("t", max_concurrency=1, limit_scope="global")(lambda: None)
-    node = LocalNode(services_of(queue), queue.config, lambda: None)
-    node.join()
+    node = joined_node(queue)
     node.pool.fetcher.alone = False
     yield node.pool
     node.pool.admission.end()
@@ -172,8 +170,7 @@ def test_no_task_is_lost_if_its_token_cannot_be_put_back(make_queue, repository,
     queue = make_queue(worker_num=1)
     queue.executor("t", max_concurrency=50, rate="100/s", limit_scope="global")(lambda: None)
     handles = [queue.submit("t") for _ in range(5)]
-    node = LocalNode(services_of(queue), queue.config, lambda: None)
-    node.join()
+    node = joined_node(queue)
     pool = node.pool
     pool.fetcher.refill()
     items = pool.buffer.take(5)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from helpers import PATIENCE, pool_of, services_of
+from helpers import PATIENCE, joined_node, pool_of
 
 from taskx import RepositoryUnavailable, TaskStatus
 from taskx.running.audit import Audit
-from taskx.upkeep.node import LocalNode
 
 
 @pytest.fixture
@@ -17,8 +16,7 @@ def node(make_queue):
     queue.executor("t")(lambda: None)
     for name in "abc":
         queue.submit("t", id=name)
-    node = LocalNode(services_of(queue), queue.config, lambda: None)
-    node.join()
+    node = joined_node(queue)
     yield node
     node.withdraw()
 

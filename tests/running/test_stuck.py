@@ -111,10 +111,10 @@ class TestAbandoned:
         handle = queue.submit("hang")
         gate.wait_for()
         clock.advance(TIMEOUT)
-        services_of(queue).alarms.ring()
+        services_of(queue).runner.alarms.ring()
         assert queue.tokens[0].reason == "timeout"
         clock.advance(GRACE - 0.1)
-        services_of(queue).alarms.ring()
+        services_of(queue).runner.alarms.ring()
         assert handle.task().status is TaskStatus.RUNNING
         clock.advance(0.1)
         assert fails(handle).error == "timed out after 60 s; its thread still runs"
@@ -169,11 +169,11 @@ class TestAbandoned:
         handle = queue.submit("hang")
         gate.wait_for()
         clock.advance(TIMEOUT)
-        services_of(queue).alarms.ring()
+        services_of(queue).runner.alarms.ring()
         gate.open()
         assert handle.result(PATIENCE) == "run 1"
         clock.advance(GRACE)
-        services_of(queue).alarms.ring()
+        services_of(queue).runner.alarms.ring()
         assert (handle.task().stuck_on, pool_of(queue).stuck.runs) == ("", {})
 
     def test_a_cancelled_attempt_is_not_abandoned(self, make, clock, gate):
@@ -183,7 +183,7 @@ class TestAbandoned:
         gate.wait_for()
         assert handle.cancel() is False
         clock.advance(TIMEOUT + GRACE)
-        services_of(queue).alarms.ring()
+        services_of(queue).runner.alarms.ring()
         eventually(lambda: not any(t.name == "taskx-stuck" for t in threading.enumerate()))
         assert handle.task().status is TaskStatus.RUNNING
         gate.open()
@@ -417,7 +417,7 @@ class TestBarred:
         queue.requeue("x")
         queue.resume("parent")
         parent.result(PATIENCE)
-        services_of(queue).dependents.scan_some()
+        services_of(queue).moves.dependents.scan_some()
         assert queue.submit("fine").result(PATIENCE) == "fine"
         assert queue.get_task_status("x").starts == 1
         gate.open()
@@ -429,7 +429,7 @@ class TestBarred:
         queue = make()
         fails(hang(queue, concurrency_key="k"))
         queue.submit("hang", {"name": "next"}, id="next", concurrency_key="k")
-        services_of(queue).turns.scan_some()
+        services_of(queue).moves.turns.scan_some()
         assert queue.submit("fine").result(PATIENCE) == "fine"
         assert queue.get_task_status("next").starts == 0
         gate.open()
@@ -460,7 +460,7 @@ class TestBarred:
                 InvalidTransition, match="task x cannot be deleted: a thread of an ended attempt"
             ):
                 remove()
-        services_of(queue).turns.scan_some()
+        services_of(queue).moves.turns.scan_some()
         assert queue.submit("fine").result(PATIENCE) == "fine"
         assert queue.get_task_status("next").starts == 0
         gate.open()
@@ -509,7 +509,7 @@ class TestBarred:
             assert queue.cancel_many(["x"]) == 1
         else:
             assert handle.cancel()
-        services_of(queue).turns.scan_some()
+        services_of(queue).moves.turns.scan_some()
         assert queue.submit("fine").result(PATIENCE) == "fine"
         assert (handle.cancelled(), queue.get_task_status("next").starts) == (True, 0)
         gate.open()

@@ -6,12 +6,11 @@ import threading
 import time
 
 import pytest
-from helpers import PATIENCE, eventually, frequent_checks, pool_of, services_of
+from helpers import PATIENCE, eventually, frequent_checks, joined_node, pool_of, services_of
 
 from taskx import Task, TaskStatus
 from taskx.core.timing import DEFAULT_TIMING
 from taskx.submitting.intake import prepare
-from taskx.upkeep.node import LocalNode
 
 
 @pytest.fixture
@@ -81,8 +80,7 @@ def test_tasks_that_may_crash_again_are_started_in_one_transaction(make_queue):
         insert = prepare(services_of(queue), Task(type="fine", id=name))
         insert.row["crashes"] = 1
         assert list(queue.repository.apply([insert])) == [True]
-    node = LocalNode(services_of(queue), queue.config, lambda: None)
-    node.join()
+    node = joined_node(queue)
     runs = node.pool.starter.start(node.pool.buffer.take(2), "worker")
     assert {run.task.id for run in runs} == {"one", "another"}
     node.pool.starter.hand_back(runs)

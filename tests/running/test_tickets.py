@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
-from helpers import PATIENCE, eventually, node_of, services_of
+from helpers import PATIENCE, eventually, pool_of, services_of
 
 from taskx import (
     ConfigurationError,
@@ -80,7 +80,7 @@ class Shop:
         queue, engine = self._queue()
         register(queue)
         engine.begin_work(count, hand_over=hand_over)
-        eventually(lambda: engine._node is not None)
+        eventually(lambda: engine._pool is not None)
         if serve:
             for _ in range(count):
                 self._threads.append(threading.Thread(target=self._serve, args=(engine,)))
@@ -122,8 +122,8 @@ def submit(shop: Shop, *numbers: int, **options: Any) -> list[Any]:
 
 def knows_senders(shop: Shop, worker: Bus) -> None:
     """Wait until a worker process knows the nodes that send tickets, and leaves that to them."""
-    known = worker._node.pool.tickets  # type: ignore[union-attr]
-    eventually(lambda: {node.id for node in shop.edge.nodes()} <= {*known.senders})
+    known = worker._pool.dispatcher  # type: ignore[union-attr]
+    eventually(lambda: {node.id for node in shop.edge.nodes()} <= {*known.crew.ids})
 
 
 def the_tickets(shop: Shop, count: int) -> list[Ticket]:
@@ -529,7 +529,7 @@ class Rounds:
     def __init__(self, shop: Shop, queue: Queue) -> None:
         self._shop = shop
         queue.start()
-        self.dispatcher = node_of(queue)._dispatcher  # type: ignore[attr-defined]
+        self.dispatcher = pool_of(queue).dispatcher  # type: ignore[attr-defined]
 
     def sent(self) -> list[Ticket]:
         """Make a round, and return the tickets that it has sent."""

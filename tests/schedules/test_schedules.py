@@ -655,7 +655,7 @@ def test_a_schedule_of_another_queue_is_noticed(make, clock):
     ticking, web = make(), make()
     ticking.start()
     # Wait until the housekeeper has read the schedules and found none.
-    eventually(lambda: housekeeper_of(ticking)._last["audit"])
+    whole_round(ticking)
     web.schedule("beat", every(60), "remote")
     clock.advance(60)
     eventually(lambda: ids(web) == {"beat@2026-03-27T12:01:00Z"})
@@ -1673,8 +1673,8 @@ def test_the_schedules_are_stored_before_the_housekeeper_can_make_a_tick(
         unstarted.schedule("late", every(HOUR), "beat")
         real(node)
 
-    real = LocalNode.begin
-    monkeypatch.setattr(LocalNode, "begin", begin)
+    real = LocalNode._begin
+    monkeypatch.setattr(LocalNode, "_begin", begin)
     unstarted.schedule("hourly", every(HOUR), "beat")
     unstarted.start()
     assert seen == ["hourly"]
@@ -1777,13 +1777,13 @@ def test_a_start_that_cannot_store_the_schedules_can_be_repeated(
 
 
 def test_a_schedule_that_is_declared_during_the_start_is_stored(unstarted, repository, monkeypatch):
-    publish = unstarted._life._publish
+    publish = unstarted._node._publish
 
-    def declare_first(node):
+    def declare_first():
         unstarted.schedule("hourly", every(HOUR), "beat")
-        return publish(node)
+        return publish()
 
-    monkeypatch.setattr(unstarted._life, "_publish", declare_first)
+    monkeypatch.setattr(unstarted._node, "_publish", declare_first)
     unstarted.start()
     assert names_of(repository) == ["hourly"]
 

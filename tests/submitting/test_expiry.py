@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import CancelledError, wait
 from datetime import datetime, timedelta, timezone
 
@@ -26,7 +27,7 @@ from taskx import (
 from taskx.core import lifecycle
 from taskx.core.writes import Insert
 from taskx.testing import ManualQueue
-from taskx.upkeep.expiry import Expiry
+from taskx.upkeep.due import Expiry
 
 SECOND = timedelta(seconds=1)
 
@@ -122,7 +123,7 @@ def test_tasks_that_another_node_cancels_are_left_to_it(make_queue, repository, 
     queue = make_queue(clock=clock)
     queue.declare("remote")
     queue.submit_many([Task(type="remote", expires_at=clock.now()) for _ in range(8)])
-    expiry = Expiry(services_of(queue))
+    expiry = expiry_of(queue)
 
     def elsewhere(writes):
         repository.before = lambda writes: None
@@ -131,11 +132,16 @@ def test_tasks_that_another_node_cancels_are_left_to_it(make_queue, repository, 
             repository.apply(lifecycle.cancel(task_id, 0))
 
     repository.before = elsewhere
-    expiry.go_on()
-    assert not expiry.waiting
+    assert not expiry.step(math.inf)
     assert statuses(queue) == {"cancelled": 4, "pending": 4}
-    expiry.go_on()
+    expiry.step(math.inf)
     assert statuses(queue) == {"cancelled": 8}
+
+
+def expiry_of(queue):
+    services = services_of(queue)
+    batch = services.timing.batch
+    return Expiry(services.repository, services.moves, services.clock, batch)
 
 
 def statuses(queue):
@@ -632,5 +638,5 @@ def test_a_task_that_starts_during_its_expiry_runs(make_queue, repository, clock
 
     repository.before = start_first
     clock.advance(60)
-    Expiry(services_of(queue)).go_on()
+    expiry_of(queue).step(math.inf)
     assert (handle.task().status, handle.task().starts) == (TaskStatus.RUNNING, 1)

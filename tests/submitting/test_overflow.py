@@ -210,7 +210,7 @@ def test_the_spilled_rest_of_a_batch_runs_after_its_buffered_part(busy, gate, re
 
     def fetch(writes):
         repository.after = lambda writes: None
-        pool.agenda.more_stored = True
+        pool.agenda.expect_more()
         pool.fetcher.refill()
 
     repository.after = fetch

@@ -305,7 +305,7 @@ class TestConflict:
         queue.executor("fine")(lambda n: n)
         queue.start()
         first = queue.submit("fine", {"n": 1}, **KEY, delay=3600)
-        eventually(lambda: housekeeper_of(queue)._next_due is not None)
+        eventually(lambda: housekeeper_of(queue)._release.next is not None)
         queue.submit("fine", {"n": 2}, **KEY, on_conflict="replace", delay=10)
         clock.advance(11)
         assert first.result(PATIENCE) == 2

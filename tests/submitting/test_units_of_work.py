@@ -405,6 +405,7 @@ def test_each_public_call_has_a_row():
         "conclude_closed",
         "forget_listeners",
         "listen",
+        "note_watched",
         "refuse_endless_wait",
         "set_exception",
         "set_result",

@@ -17,6 +17,7 @@ import pytest
 
 from taskx import ConfigurationError, Queue
 from taskx.core.timing import DEFAULT_TIMING
+from taskx.running.ahead import Ahead
 from taskx.supervising import health
 from taskx.supervising.health import HealthFile, HealthPort
 from taskx.supervising.loading import files_of, load_queue, load_queue_to_run
@@ -207,18 +208,15 @@ def test_a_process_is_replaced_between_four_fifths_of_its_limit_and_the_limit(
     assert reached({limit: value}, {fact: value * 79 // 100}, 1.0) == ""
 
 
-def test_attempts_are_counted_only_if_they_are_limited():
-    ended = []
-    pool = SimpleNamespace(ahead=SimpleNamespace(ended=lambda run, seconds: ended.append(run)))
-    before = pool.ahead.ended
+def test_attempts_are_told_only_if_they_are_limited():
+    ahead = Ahead(1, DEFAULT_TIMING)
+    pool = SimpleNamespace(ahead=ahead)
     assert "attempts" not in Limits(Settings(target="app:queue")).facts(pool)
-    assert pool.ahead.ended is before
     limits = Limits(Settings(target="app:queue", max_tasks=10))
     assert limits.facts(pool)["attempts"] == 0
-    pool.ahead.ended("a", 0.1)
-    pool.ahead.ended("b", 0.1)
+    ahead.ended("a", 0.1)
+    ahead.ended("b", 0.1)
     assert limits.facts(pool)["attempts"] == 2
-    assert ended == ["a", "b"]
 
 
 def test_a_process_that_is_told_to_stop_before_its_first_beat_still_says_that_it_has_started():
@@ -232,8 +230,7 @@ def test_a_process_that_is_told_to_stop_before_its_first_beat_still_says_that_it
     )
     process._queue = SimpleNamespace(healthy=True)
     pool = SimpleNamespace(ahead=SimpleNamespace(at_work=["a task"]))
-    node = SimpleNamespace(pool=pool, problems=list)
-    process._life = SimpleNamespace(node=node, name="stopped", ended=True)
+    process._node = SimpleNamespace(pool=pool, problems=list, name="stopped", stops=True)
     # The channel is closed in the end, which stops the process a second time at most.
     orders = [None, [["stop"]]]
     process._attend()

@@ -33,9 +33,10 @@ from taskx import (
     TaskFilter,
     TaskStatus,
 )
+from taskx.running.pool import WorkerPool
 from taskx.testing import ManualClock
 from taskx.upkeep.housekeeper import Housekeeper
-from taskx.upkeep.node import Lifetime, LocalNode
+from taskx.upkeep.node import LocalNode
 
 
 @pytest.fixture
@@ -570,11 +571,11 @@ def test_a_second_start_completes_one_that_was_interrupted_at_its_end(make_queue
     queue = make_queue(worker_num=1)
     queue.executor("fine")(lambda: "fine")
 
-    def strike(node):
+    def strike(pool):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(LocalNode, "go", strike)
+        patch.setattr(WorkerPool, "go", strike)
         with pytest.raises(KeyboardInterrupt):
             queue.start()
     queue.start()
@@ -589,12 +590,12 @@ def test_a_delayed_task_runs_after_an_interrupted_start_and_a_second_one(
     queue.executor("fine")(lambda: "fine")
     waiting = queue.submit("fine", delay=60)
 
-    def strike(life, node):
-        eventually(lambda: node._housekeeper._next_due)
+    def strike(node):
+        eventually(lambda: node._housekeeper._release.next)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Lifetime, "_publish", strike)
+        patch.setattr(LocalNode, "_publish", strike)
         with pytest.raises(KeyboardInterrupt):
             queue.start()
     queue.start()

@@ -15,11 +15,12 @@ from helpers import (
     housekeeper_of,
     node_of,
     pool_of,
+    prepared_node,
     services_of,
     whole_round,
 )
 
-from taskx import Config, RepositoryUnavailable, SQLiteRepository, Task, TaskStatus, every
+from taskx import RepositoryUnavailable, SQLiteRepository, Task, TaskStatus, every
 from taskx.core import lifecycle
 from taskx.core.record import UNTIL_DUE
 from taskx.core.writes import Update
@@ -27,7 +28,6 @@ from taskx.liveness.base import Node
 from taskx.running import audit
 from taskx.storage.base import Locked
 from taskx.storage.queries import owners
-from taskx.upkeep.node import LocalNode
 
 MANY = 3000
 
@@ -212,7 +212,7 @@ def test_due_tasks_that_another_node_releases_are_left_to_it_for_a_while(
         whole_round(queue)
     assert tried == [10]
     repository.before = lambda writes: None  # the other node has died
-    housekeeper_of(queue)._release_at = 0.0
+    housekeeper_of(queue)._release._again_at = 0.0
     services_of(queue).agenda.wake()
     eventually(lambda: len(repository.ready(["remote"], 1000)) == 105)
 
@@ -371,7 +371,7 @@ def test_a_started_queue_frees_all_tasks_of_a_dead_node(make_queue, repository, 
 
 
 def queue_recovery(queue):
-    return LocalNode(services_of(queue), Config(), lambda: None)._housekeeper.recovery
+    return prepared_node(queue)._housekeeper.recovery
 
 
 @pytest.mark.parametrize("repository", ["sqlite"], indirect=True)
@@ -406,7 +406,7 @@ def test_stalled_queues_of_concurrency_keys_are_advanced_in_parts(
 ):
     queue = make_queue()
     queue.declare("remote")
-    turns = services_of(queue).turns
+    turns = services_of(queue).moves.turns
     monkeypatch.setattr(turns, "advance", lambda keys: None)  # as if the submitter died at once
     for n in range(35):
         queue.submit("remote", concurrency_key=f"key {n:02}")
@@ -427,7 +427,7 @@ def test_a_stalled_concurrency_key_is_found_behind_many_that_move(make_queue, re
     for n in range(35):
         for _ in range(2):
             queue.submit("remote", concurrency_key=f"key {n:02}")
-    turns = services_of(queue).turns
+    turns = services_of(queue).moves.turns
     assert not turns.overdue()
     last = repository.ready(["remote"], 100)[-1].id
     assert any(repository.apply(lifecycle.cancel(last, 2000)))  # as by a process that died then

@@ -25,7 +25,7 @@ from taskx.core.timing import DEFAULT_TIMING, Timing
 from taskx.storage.parts import Listener
 from taskx.storage.sqlite.links import FileLinks
 from taskx.upkeep import listening
-from taskx.upkeep.node import Lifetime
+from taskx.upkeep.node import LocalNode
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
 
@@ -207,7 +207,7 @@ def test_closing_a_queue_that_waited_removes_its_pipe(elsewhere, listens, databa
 
 def test_a_start_that_fails_leaves_no_listener(make_queue, monkeypatch, database):
     queue = make_queue()
-    monkeypatch.setattr(Lifetime, "_publish", lambda self, node: False)
+    monkeypatch.setattr(LocalNode, "_publish", lambda self: False)
     with pytest.raises(QueueStopped, match="while it started"):
         queue.start()
     eventually(lambda: not [t for t in threading.enumerate() if t.name == "taskx-listen"])

@@ -102,7 +102,7 @@ def test_long_stacks_and_many_threads_are_cut(queue, monkeypatch):
 
 @pytest.mark.usefixtures("elsewhere")
 def test_a_node_that_does_not_answer_is_a_time_out(queue, started, repository, monkeypatch):
-    monkeypatch.setattr("taskx.upkeep.requests.Requests.process", lambda self: None)
+    monkeypatch.setattr("taskx.upkeep.requests.obey", lambda pool: None)
     with pytest.raises(TimeoutError, match="has not answered within 0 s"):
         queue.stacks(id_of(started), timeout=0)
     assert repository.notes(REQUEST) == {}

@@ -494,10 +494,10 @@ def test_a_queue_told_to_stop_at_exit_fetches_no_more_tasks(started, repository)
     """The exit may wait for other queues before it stops this one."""
     pool = pool_of(started)
     pool.fetcher.alone = False
-    started._life.tell_to_stop()
+    started._node.tell_to_stop()
     eventually(pool.fetcher.refill)  # a fetch that was under way has ended
     repository.create(Task(id="x", type="fine"))
-    pool.agenda.more_stored = True
+    pool.agenda.expect_more()
     pool.fetcher.refill()
     assert "x" not in pool.buffer
     assert repository.find("buffered_on", [pool.node.id], ("id",)) == []
@@ -580,17 +580,18 @@ def test_stop_leaves_the_repository_open_and_close_closes_it(started):
 def test_a_stop_while_threads_start_ends_all_of_them(make_queue, monkeypatch):
     """The first one has ended before the second one is started."""
     queue = make_queue(worker_num=3)
-    begin = LocalNode.begin
+    begin = LocalNode._begin
 
     def begun_late(node):
-        worker = node.pool._worker
+        pool = node._pool
+        worker = pool._worker
 
         def made(number):
             thread = worker(number)
             start = thread.start
 
             def start_and_end():
-                node.pool.begin_stop()
+                pool.begin_stop()
                 start()
                 thread.join(PATIENCE)
 
@@ -598,10 +599,10 @@ def test_a_stop_while_threads_start_ends_all_of_them(make_queue, monkeypatch):
                 thread.start = start_and_end
             return thread
 
-        node.pool._worker = made
+        pool._worker = made
         begin(node)
 
-    monkeypatch.setattr(LocalNode, "begin", begun_late)
+    monkeypatch.setattr(LocalNode, "_begin", begun_late)
     queue.start()
     assert queue.stop(PATIENCE) == []
     assert pool_of(queue).workers_left == 0

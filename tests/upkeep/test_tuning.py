@@ -62,7 +62,7 @@ def start(make_queue, running, worker_num=8, **options):
 def stays(queue, running, number):
     """Give the queue two whole rounds to start too much."""
     for _ in range(2):
-        services_of(queue).agenda.more_stored = True
+        services_of(queue).agenda.expect_more()
         whole_round(queue)
     assert running.now == number
 
@@ -520,7 +520,8 @@ def test_a_queue_that_tunes_nothing_parses_nothing(started, monkeypatch):
     monkeypatch.setattr("taskx.common.controls.from_text", fails)
     monkeypatch.setattr(pool_of(started).tuning, "_follow_overrides", fails)
     monkeypatch.setattr(pool_of(started).tuning, "_count_unadmitted", fails)
-    monkeypatch.setattr(housekeeper_of(started), "_is_time", lambda *_: True)
+    for duty in housekeeper_of(started).duties:
+        monkeypatch.setattr(duty, "every", 0.0)
     whole_round(started)
     assert started.submit("fine").result(PATIENCE) == "fine"
 

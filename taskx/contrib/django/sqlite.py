@@ -51,4 +51,4 @@ class Turns:
 
     def renew_after_fork(self) -> None:
         """Start over in a forked child."""
-        self._turnstile.leave = dict
+        self._turnstile.renew_after_fork()

@@ -206,19 +206,15 @@ class _Parent(Keeper):
 
 def _find(type: str, module: str, name: str, main: str) -> Registered:
     """Import the executor and return its entry; ``ConfigurationError`` if it cannot be found."""
-    permission.in_child = True
-    permission.forbidden = (
+    with permission.importing(
         f"this is the child process of a task of type {type!r}, and it imports {main or module}; "
         'submit tasks and start queues there only under: if __name__ == "__main__"'
-    )
-    try:
+    ):
         if main:
             from multiprocessing import spawn
 
             spawn.prepare({"init_main_from_path": main})
         found: Any = importlib.import_module(module)
-    finally:
-        permission.forbidden = ""
     for part in name.split("."):
         found = getattr(found, part, None)
     if not callable(found):

@@ -292,6 +292,11 @@ class Connections:
                 return
             time.sleep(0.001)
 
+    def only_existing(self) -> None:
+        """Create no file from now on, and refuse one of an older version."""
+        self.file.only_existing()
+        self.migrates = False
+
     def reopen(self) -> None:
         """Allow connections to be opened again, in the parent, after the fork."""
         self._opening.release()

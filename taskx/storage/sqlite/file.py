@@ -34,6 +34,10 @@ class DatabaseFile:
         self.identity: tuple[int, int] | None = None
         self._found: tuple[int, int] | None = None  # the identity just before the file is opened
 
+    def only_existing(self) -> None:
+        """Create no file from now on."""
+        self.create = False
+
     @property
     def known(self) -> bool:
         """True once the file was opened: no other file is accepted from then on."""

@@ -285,8 +285,7 @@ class FileLinks(Links, News, House, Forks):
             raise SchemaMismatch(*self._newer.args)
 
     def only_existing(self) -> None:
-        self.file.create = False
-        self.connections.migrates = False
+        self.connections.only_existing()
 
     def examine(self) -> Iterator[Check]:
         from taskx.storage.sqlite.examination import examine  # not needed to run tasks
@@ -347,7 +346,7 @@ class FileLinks(Links, News, House, Forks):
     def renew_after_fork(self) -> None:
         self.write_lock = threading.RLock()
         self.connections.renew_after_fork()
-        self.turnstile.leave = dict
+        self.turnstile.renew_after_fork()
         self.wakeups.renew_after_fork()
 
 

@@ -84,6 +84,10 @@ class Turnstile:
         self._crowded_until = now + self._timing.crowded_for
         return max(0.0, now + timeout - time.monotonic())
 
+    def renew_after_fork(self) -> None:
+        """Start over in a forked child: it is the parent that holds a lock."""
+        self.leave = dict
+
     def close(self) -> None:
         """Close the files. The next :meth:`enter` opens them again."""
         self.leave = dict

@@ -104,7 +104,7 @@ class TestASubmitterThatDied:
             one = {"_id": "c", "taskx.batch": batch}
             mock.tasks.update_one(one, {"$unset": {"taskx.batch": ""}})
             monkeypatch.setattr(store._batches, "_reveal", reveal)
-            services_of(onlooker).dependents.process()
+            services_of(onlooker).moves.dependents.process()
 
         monkeypatch.setattr(store._batches, "_reveal", half)
         handles = queue.submit_many(tasks)
