@@ -69,7 +69,8 @@ def in_the_repository(queue, monkeypatch, finalize):
 
 def within_lock(repository, finalizer):
     get_many = repository.get_many
-    lock = getattr(repository, "_write_lock", None) or repository._lock
+    on_file = isinstance(repository, SQLiteRepository)
+    lock = repository._file_links.write_lock if on_file else repository._lock
 
     def read(task_ids):
         with lock:
