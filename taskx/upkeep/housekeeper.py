@@ -251,7 +251,7 @@ class Housekeeper:
         store_progress(self._services, list(self._pool.runs.values()))
 
     def _free(self, until: float) -> None:
-        if self.recovery.waiting and self.recovery.go_on(until):
+        if self.recovery.go_on(until):
             self._services.agenda.expect_more()
 
     def _recover(self, until: float) -> None:
