@@ -1,13 +1,15 @@
 """Group commit: the writes of many threads in few transactions, without a writer thread.
 
-The writes of a thread join the waiting entries. If the ledger is free, the thread becomes the leader: it
-commits all waiting entries, mostly its own alone, wakes their threads, and calls the first thread that has
+If the ledger is free and no writes wait, a thread applies its writes itself: one small transaction, and no
+hand-over between threads. Otherwise its writes join the waiting entries. The thread that gets the lock
+becomes the leader: it commits all waiting entries, wakes their threads, and calls the first thread that has
 come in the meantime.
 
 The exception of a signal handler may strike a leader between any two lines. So the leader does one
 step at a time, in an order that lets its successor continue. An entry stays in the queue until it
 has an outcome, and joins the untold entries before it leaves the queue. Writes that were sent to the
-repository and have no outcome yet are read back first.
+repository and have no outcome yet are read back first. A thread that is struck while it applies its own
+writes alone puts them into the queue for that.
 
 Where an application's transaction may lock a record for long, the repository says so soon. The entries of
 the batch are then committed one by one. Those that are locked are tried again later: by their threads, or
@@ -93,6 +95,7 @@ class Ledger(ABC, Generic[OutcomeT]):
         # The entries sent to the repository, until the outcome of all of them is known.
         self._sent: Sequence[_Entry[OutcomeT]] = ()
         self._untold: deque[_Entry[OutcomeT]] = deque()
+        self._put_off = False  # True once an entry was put off
 
     @abstractmethod
     def follow(self, writes: Iterable[Write], tasks: Mapping[str, Task] | None) -> None:
@@ -170,14 +173,19 @@ class Ledger(ABC, Generic[OutcomeT]):
         # A leader may wait for a lock of the repository that this thread holds.
         if self._leading._is_owned() or self._repository.entered:  # type: ignore[attr-defined]
             raise Reentered
-        entry: _Entry[OutcomeT] = _Entry(writes, None)
         leads: list[bool] = []
+        entry: _Entry[OutcomeT] | None = None
         try:
             try:
+                # Take the lock and note it in one step: an interrupt may come between two steps.
+                leads[:] = map(self._leading.acquire, (False,))
+                if leads == [True] and not self._waiting:
+                    with self._repository.without_waiting():
+                        return self._target.apply(writes)
+                entry = _Entry(writes, None)
                 self._waiting.append(entry)
                 while not entry.done:
                     if leads != [True]:
-                        # Take the lock and note it in one step: an interrupt may come between two steps.
                         leads[:] = map(self._leading.acquire, (False,))
                     if leads == [True]:
                         self._lead()
@@ -186,14 +194,22 @@ class Ledger(ABC, Generic[OutcomeT]):
                     else:  # from now on a leader wakes this thread, unless it has just looked
                         entry.turn = Signal()
             except TaskxError as error:
+                if entry is None:
+                    raise
                 if entry in self._sent:  # it could not be read back, so its outcome is unknown
                     raise _in_doubt(error) from error.__cause__
                 if not entry.done:  # else the error may come from writes after its own
                     self._waiting.remove(entry)  # it was behind other entries and was not tried
                     entry.done = True
                     raise _not_tried(error) from error.__cause__
-        except BaseException:  # also an interrupt: the next leader handles the entry
-            entry.deserted, entry.turn = not entry.done, None
+        except BaseException as error:  # also an interrupt: the next leader handles the entry
+            doubtful = isinstance(error, MemoryError) or not isinstance(error, Exception)
+            if entry is None and leads == [True] and doubtful:
+                entry = _Entry(writes, None)
+                self._sent = (entry,)
+                self._waiting.append(entry)
+            if entry is not None:
+                entry.deserted, entry.turn = not entry.done, None
             raise
         finally:
             if leads == [True]:
@@ -257,13 +273,13 @@ class Ledger(ABC, Generic[OutcomeT]):
         return True
 
     def _lead(self, alone: _Entry[OutcomeT] | None = None) -> None:
-        """Commit the next batch, or one entry ``alone``, and wake the threads that wait for it."""
-        if alone is not None:
-            batch = [alone]
-        else:
+        """Commit the next batch, and wake the threads that wait for it; or commit the entry ``alone``."""
+        batch = list(self._waiting) if alone is None else [alone]
+        if self._put_off:
             now = time.monotonic()
-            due = [entry for entry in list(self._waiting) if entry.not_before <= now]
-            batch = due[: self._timing.commit_batch]
+            batch = [entry for entry in batch if entry.not_before <= now or entry is alone]
+        if len(batch) > self._timing.commit_batch:
+            del batch[self._timing.commit_batch :]
         try:
             if self._sent:
                 self._read_back()
@@ -288,7 +304,7 @@ class Ledger(ABC, Generic[OutcomeT]):
             self._failed([entry for entry in batch if not entry.done], error)
         finally:
             for entry in batch:
-                if entry.done and entry in self._waiting:  # else it was sent alone before
+                if entry.done and alone is None:
                     if entry.outcome is not None:
                         self._untold.append(entry)
                     self._waiting.remove(entry)
@@ -343,6 +359,7 @@ class Ledger(ABC, Generic[OutcomeT]):
     def _reject(self, entry: _Entry[OutcomeT], error: Exception) -> None:
         if isinstance(error, Locked) and (entry.outcome is not None or entry.deserted):
             pause = entry.pause or self._timing.lock_pause
+            self._put_off = True
             entry.locked, entry.not_before = error, time.monotonic() + varied(pause)
             entry.pause = longer(pause, self._timing)
             return

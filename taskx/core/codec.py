@@ -94,11 +94,8 @@ class Codecs:
         if len(self._by_name) < len(codecs):
             raise ConfigurationError("two codecs have the same name; each name must be unique")
         self._writer = codecs[0] if codecs else None
-
-    @property
-    def given(self) -> bool:
-        """True if there is a codec."""
-        return bool(self._by_name)
+        #: True if there is a codec.
+        self.given = bool(codecs)
 
     # --- writing
 

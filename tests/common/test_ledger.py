@@ -82,7 +82,7 @@ def test_waiting_writes_share_the_next_transaction(ledger, repository):
         run_in_thread(lambda n=n: ledger.commit([insert(f"t{n}"), insert(f"t{n}")]))
         for n in range(20)
     ]
-    eventually(lambda: len(ledger._waiting) == 21)
+    eventually(lambda: len(ledger._waiting) == 20)
     hold.go_on.set()
     assert first() == [True]
     assert [result() for result in others] == [[True, False]] * 20
@@ -144,7 +144,7 @@ def test_a_bad_write_fails_alone(ledger, repository):
         name: run_in_thread(lambda name=name: ledger.commit([insert(name)]))
         for name in ("good", "bad", "fine")
     }
-    eventually(lambda: len(ledger._waiting) == 4)
+    eventually(lambda: len(ledger._waiting) == 3)
     repository.before = refuse
     hold.go_on.set()
     assert first() == others["good"]() == others["fine"]() == [True]
@@ -213,9 +213,9 @@ def test_followers_of_an_interrupted_leader_get_their_outcome(ledger, repository
     first = run_in_thread(lambda: ledger.commit([insert("first")]))
     assert hold.reached.wait(PATIENCE)
     leader = run_in_thread(lambda: ledger.commit([insert("leader")]))
-    eventually(lambda: len(ledger._waiting) == 2)
+    eventually(lambda: len(ledger._waiting) == 1)
     follower = run_in_thread(lambda: ledger.commit([insert("follower"), insert("follower")]))
-    eventually(lambda: len(ledger._waiting) == 3)
+    eventually(lambda: len(ledger._waiting) == 2)
     Interrupt(repository, when)
     outcomes = []
     hold.go_on.set()
@@ -238,7 +238,7 @@ def test_a_write_is_in_doubt_if_it_cannot_be_read_back(ledger, repository, monke
     first = run_in_thread(lambda: ledger.commit([insert("first")]))
     assert hold.reached.wait(PATIENCE)
     both = [run_in_thread(lambda name=name: ledger.commit([insert(name)])) for name in "ab"]
-    eventually(lambda: len(ledger._waiting) == 3)
+    eventually(lambda: len(ledger._waiting) == 2)
     Interrupt(repository, "before")
 
     def unreadable(*args):
@@ -435,7 +435,7 @@ def test_each_submit_of_a_doubtful_commit_names_its_own_task(queue):
     assert hold.reached.wait(PATIENCE)
     names = ["a", "b", "c"]
     submits = [run_in_thread(lambda name=name: queue.submit("fine", id=name)) for name in names]
-    eventually(lambda: len(services_of(queue).moves._waiting) == 4)
+    eventually(lambda: len(services_of(queue).moves._waiting) == 3)
     queue.repository.after = lambda writes: lose_answers(queue.repository)
     hold.go_on.set()
     first()

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from helpers import PATIENCE, Waiting, eventually, pool_of, run_in_thread
 
-from taskx import Hook, QueueFull, QueueStopped, Task, TaskStatus
+from taskx import Hook, QueueFull, QueueStopped, SQLiteRepository, Task, TaskStatus
 from taskx.core import ids as ids_module
 from taskx.core import lifecycle
 from taskx.core.timing import DEFAULT_TIMING

@@ -160,7 +160,7 @@ class SQLRepository(Repository):
 
     def apply(self, writes: Sequence[Write], *, all_or_nothing: bool = False) -> Sequence[bool]:
         """Apply guarded writes in one transaction. After an error, nothing was applied."""
-        coded = self.codecs.coded(writes)
+        coded = self.codecs.coded(writes) if self.codecs.given else writes
         sent, durable, writer = (writes, coded), self._durable(writes), self._writer
         single = writer.dialect.has_arrays and len(coded) == 1 and writer.is_single(coded[0])
         try:
