@@ -215,7 +215,7 @@ def test_a_busy_writer_scans_for_listeners_now_and_then(theirs, listen, monkeypa
     listener = listen()
     theirs.apply([created("b")])
     assert listener.wait(0) == ""
-    monkeypatch.setattr(theirs._wakeups, "_scan_at", 0.0)
+    monkeypatch.setattr(theirs._file_links.wakeups, "_scan_at", 0.0)
     theirs.apply([created("c")])
     assert listener.wait(PATIENCE) == FREED
 
