@@ -180,7 +180,7 @@ class Ledger(ABC, Generic[OutcomeT]):
                 # Take the lock and note it in one step: an interrupt may come between two steps.
                 leads[:] = map(self._leading.acquire, (False,))
                 if leads == [True] and not self._waiting:
-                    with self._repository.without_waiting():
+                    with self._repository.house.without_waiting():
                         return self._target.apply(writes)
                 entry = _Entry(writes, None)
                 self._waiting.append(entry)
