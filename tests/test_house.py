@@ -149,10 +149,10 @@ OPEN = {
         "_formatter",
         "weakref.finalize(self, _close, self._fds)",
     ),
-    *("driver", "cursor", "self._connection", "self._link.django", "self._close_fd"),
+    *("driver", "cursor", "self._link.django", "self._close_fd"),
     *("self.instance", "self.fields['name']", "member.handle.process"),
     # Variables of a thread.
-    *("current", "last", "self._local", "self._limit", "self._last", "self._hurries"),
+    *("current", "last", "self._local", "self._limit", "self._last"),
     # Records: of a task, of a page of them, of one attempt and its end, of a row of the admin.
     *("task", "given", "changed", "self._copy", "page", "row", "op"),
     *("run", "token", "ending", "transaction"),
@@ -174,8 +174,9 @@ def declared(kind: ast.ClassDef) -> set[str]:
         and isinstance(node.ctx, ast.Store)
         and ast.unparse(node.value) == "self"
     }
-    annotated = (node.target for node in kind.body if isinstance(node, ast.AnnAssign))
-    return set_by_it | {ast.unparse(target) for target in annotated}
+    annotated = [node.target for node in kind.body if isinstance(node, ast.AnnAssign)]
+    given = [target for node in kind.body if isinstance(node, ast.Assign) for target in node.targets]
+    return set_by_it | {ast.unparse(target) for target in [*annotated, *given]}
 
 
 def made_in(function: ast.FunctionDef) -> set[str]:

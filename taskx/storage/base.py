@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Literal, TypeVar
 
@@ -174,6 +174,10 @@ class Repository(TaskRepository):
         self.forks = Forks()
         #: The queues that use this object. If there are several, each must be told of the others' commits.
         self.queues: weakref.WeakSet[object] = weakref.WeakSet()
+
+    def _extend_transactions(self, extend: Callable[[Transactions], Transactions]) -> None:
+        """Have other transactions respected, too: ``extend`` makes the object from the present one."""
+        self.transactions = extend(self.transactions)
 
     # --- writing
 

@@ -210,7 +210,7 @@ class BesideBlocks(Transactions):
 
 def beside_blocks(repository: R, on_commit: OnCommit) -> R:
     """Make a repository outside of Django's databases respect ``atomic()`` blocks, and return it."""
-    repository.transactions = BesideBlocks(repository, repository.transactions, on_commit)
+    repository._extend_transactions(lambda inner: BesideBlocks(repository, inner, on_commit))
     return repository
 
 
