@@ -261,9 +261,6 @@ class Buffer:
         heappush(self._heap, item)  # first: an id that is known but not in the heap would never run
         self._fetched[item.id] = item
 
-    def _is_here(self, item: Item) -> bool:
-        return (self._fetched if item.fetched else self._submitted).get(item.id) is item
-
     def _tidy(self) -> None:
         """Remove items that have left the buffer from the heap, once there are many."""
         if len(self._heap) <= 2 * len(self) + _FEW_GONE:
@@ -288,14 +285,12 @@ class Buffer:
             items: list[Item] = []
             while len(items) < most and self._heap:
                 item = heappop(self._heap)
-                if not self._is_here(item):
+                inside = self._fetched if item.fetched else self._submitted
+                if inside.get(item.id) is not item:
                     continue
-                if item.fetched:
-                    del self._fetched[item.id]
-                else:
-                    del self._submitted[item.id]
-                    if self.room.listening:
-                        self.room.ring()
+                del inside[item.id]
+                if self.room.listening and not item.fetched:
+                    self.room.ring()
                 items.append(item)
             self.starting = items
             return items

@@ -125,7 +125,8 @@ class Suspects:
             self._alone_until = -math.inf
             self.item = None
             self.call_next()
-        self._tell()
+        if self._changed.listening:
+            self._tell()
 
     def call_next(self) -> None:
         """Give the turn to a suspect that waits although none runs."""
@@ -141,8 +142,7 @@ class Suspects:
 
     def _tell(self) -> None:
         """Wake the threads that wait."""
-        if self._changed.listening:
-            self._changed.ring_all()
+        self._changed.ring_all()
 
     def _wait(self, until: Callable[[], float]) -> None:
         """Wait until a time, which comes nearer when runs end."""
@@ -349,7 +349,7 @@ class Starter:
                 continue
             # A process that only declared the type left some options to the executor.
             self._services.registry.registered[task.type].apply_defaults(task)
-            suspect = self._is_suspect(task)
+            suspect = task.crashes > 0 and self._is_suspect(task)
             if not suspect and task.max_crashes != 1:
                 chosen.append(task)
             elif chosen:
