@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from datetime import timedelta
 from importlib import import_module
@@ -33,7 +33,7 @@ from taskx.executing.runner import inside_executor
 from taskx.liveness.base import About, Node
 from taskx.moving import Services
 from taskx.running.pool import WorkerPool
-from taskx.schedules.schedule import Schedules
+from taskx.schedules.stored import Entry
 from taskx.upkeep.engine import Engine
 from taskx.upkeep.housekeeper import Housekeeper
 
@@ -41,11 +41,17 @@ from taskx.upkeep.housekeeper import Housekeeper
 _LONGEST_STOP = threading.TIMEOUT_MAX / 2
 
 
+class _Schedules(Protocol):
+    """The method of a queue's schedules that its node calls."""
+
+    def store_declared(self, stored: Mapping[str, Entry] | None = None) -> dict[str, Entry]: ...
+
+
 class _Queue(Protocol):
     """The attributes of a queue that its node reads."""
 
     config: Config
-    _schedules: Schedules
+    _schedules: _Schedules
 
 
 class LocalNode:
