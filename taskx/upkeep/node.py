@@ -51,7 +51,9 @@ class _Queue(Protocol):
     """The attributes of a queue that its node reads."""
 
     config: Config
-    _schedules: _Schedules
+
+    @property
+    def _schedules(self) -> _Schedules: ...
 
 
 class LocalNode:
