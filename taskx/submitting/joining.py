@@ -33,7 +33,7 @@ class Joining:
         self._state = state
         self._config = config
         self._own = own
-        self._transactions = own.repository.transactions
+        self._repository = own.repository
 
     @contextmanager
     def intake(
@@ -56,7 +56,7 @@ class Joining:
     @contextmanager
     def _work(self, connection: object) -> Iterator[Work]:
         later = _Consequences(self._services)
-        with self._transactions.join(connection, later.follow) as repository:
+        with self._repository.transactions.join(connection, later.follow) as repository:
             yield Work(repository, Inside(repository, later.tasks), later.calls)
 
     # --- a thread that may be in a transaction of its own
@@ -64,11 +64,11 @@ class Joining:
     @contextmanager
     def reading(self) -> Iterator[Repository]:
         """Return the repository for reads of this thread. They see what its transaction has written."""
-        connection = self._transactions.current()
+        connection = self._repository.transactions.current()
         if connection is None:
-            yield self._own.repository
+            yield self._repository
             return
-        with self._transactions.join(connection, None) as repository:
+        with self._repository.transactions.join(connection, None) as repository:
             yield repository
 
     @contextmanager
@@ -80,7 +80,7 @@ class Joining:
         Raises:
             ConfigurationError: the changes cannot take part in the transaction.
         """
-        connection = self._transactions.current(submits=submits)
+        connection = self._repository.transactions.current(submits=submits)
         if connection is None:
             self.refuse()
             yield self._own
@@ -90,7 +90,7 @@ class Joining:
 
     def refuse(self) -> None:
         """Raise ``ConfigurationError`` if this thread is in a transaction of its own."""
-        self._transactions.refuse_write()
+        self._repository.transactions.refuse_write()
 
 
 class _Consequences:

@@ -253,7 +253,7 @@ def _by_path(wanted: Sequence[Sequence[tuple[str, Any]]]) -> dict[str, set[Any]]
 
 @contextmanager
 def own_transaction(connection: Connection) -> Iterator[ClientSession]:
-    """Do what :meth:`Repository.transaction` describes."""
+    """Do what :meth:`Transactions.begin` describes."""
     refuse_without_transactions(connection)
     tasks = connection.tasks
     session = connection.run(tasks.database.client.start_session)
