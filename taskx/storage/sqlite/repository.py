@@ -300,7 +300,8 @@ class SQLiteRepository(SQLRepository):
         The writing connection has the pages that it wrote last in memory. A reader must read them again
         after each commit.
         """
-        if column not in _NEAR or len(values) > _FEW or limit is not None or self.entered:
+        near = column in _NEAR and 0 < len(values) <= _FEW and limit is None
+        if not near or self.entered:
             return super().find(column, values, fields, limit)
         self.open()
         got: list[bool] = []
