@@ -210,6 +210,7 @@ class Seat(Place):
             return
         if error is None:
             self._starter.strike(self._run)
+            self._run = None
         else:
             self._starter.give_up([self._run], error)
 

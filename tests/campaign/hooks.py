@@ -25,7 +25,7 @@ from taskx.liveness import locks
 from taskx.liveness.leases import Leases
 from taskx.liveness.locks import KernelLocks
 from taskx.running.ahead import Ahead
-from taskx.running.buffer import Buffer
+from taskx.running.buffer import Slots
 from taskx.running.fetcher import Fetcher
 from taskx.running.pool import WorkerPool
 from taskx.running.starter import Starter, Suspects
@@ -75,7 +75,7 @@ def after(owner: Any, name: str, strike: Strike) -> None:
 
 
 COMMON_POINTS: Points = {
-    "after commit, before buffer": lambda strike: before(Buffer, "add", strike),
+    "after commit, before buffer": lambda strike: before(Slots, "fill", strike),
     "after start, before execute": lambda strike: after(Starter, "start", strike),
     # Before, because a task that was laid out may have run to its end when the strike comes.
     "started ahead": lambda strike: before(Ahead, "lay_out", strike),
@@ -198,7 +198,7 @@ def dawdle(seed: int, longest: float) -> None:
     before(Ledger, "commit", pause)
     before(Ledger, "later", pause)
     before(Runner, "run", pause)
-    before(Buffer, "add", pause)
+    before(Slots, "fill", pause)
 
 
 def ignore_owners() -> None:
