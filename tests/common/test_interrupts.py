@@ -24,13 +24,13 @@ from helpers import (
 from strikes import every_strike, strike_at
 
 from taskx import Hook, QueueFull, RepositoryError, RepositoryUnavailable, Task, TaskStatus
-from taskx.common.bell import Agenda, Bell
-from taskx.core import lifecycle
-from taskx.core.clock import to_ms
-from taskx.core.log import GuardedLogger
-from taskx.core.timing import DEFAULT_TIMING
-from taskx.running.audit import Audit
-from taskx.running.buffer import Buffer, Slots
+from taskx.node.audit import Audit
+from taskx.node.buffer import Buffer, Slots
+from taskx.tasks import lifecycle
+from taskx.tasks.bell import Agenda, Bell
+from taskx.tasks.clock import to_ms
+from taskx.tasks.log import GuardedLogger
+from taskx.tasks.timing import DEFAULT_TIMING
 
 
 @pytest.fixture

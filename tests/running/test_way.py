@@ -24,7 +24,7 @@ from helpers import PATIENCE, eventually, pool_of, services_of, whole_round
 
 import taskx
 from taskx import Config, Queue, SQLiteRepository, TaskHandle, TaskStatus
-from taskx.common.bell import Bell
+from taskx.tasks.bell import Bell
 
 ROOT = Path(__file__).parents[2]
 OURS = str(Path(taskx.__file__).parent)

@@ -31,7 +31,7 @@ from taskx import (
     TaskStatus,
     chain,
 )
-from taskx.storage.sqlite import joining
+from taskx.stores.sqlite import joining
 
 LONG = 60
 

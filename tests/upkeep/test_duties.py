@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from helpers import housekeeper_of, joined_node
 
-from taskx.upkeep import housekeeper
-from taskx.upkeep.housekeeper import Duty
+from taskx.node import housekeeper
+from taskx.node.housekeeper import Duty
 
 
 class Clock:

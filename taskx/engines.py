@@ -1,0 +1,4 @@
+"""The public names of the engines of a queue."""
+
+from taskx.node.broker import *  # noqa: F403
+from taskx.node.broker import __all__ as __all__
