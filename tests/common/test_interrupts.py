@@ -241,6 +241,27 @@ def test_an_interrupted_leader_loses_no_write_of_other_threads(repository, log):
     assert agenda._told  # the housekeeper reports the outcomes
 
 
+def test_outcomes_survive_two_interrupted_leaders(repository, log):
+    """What the first one has sent is read back, although the second one was struck before it did so."""
+    agenda = Agenda()
+    agenda.attended = True
+    ledger = PlainLedger(repository, log, agenda, DEFAULT_TIMING)
+
+    def interrupt(writes):
+        repository.after = lambda writes: None
+        raise KeyboardInterrupt
+
+    for point in range(40):
+        told = []
+        ledger.later([insert(f"{point}")], lambda results, error, told=told: told.extend(results))
+        repository.after = interrupt
+        with pytest.raises(KeyboardInterrupt):
+            ledger.commit([insert(f"{point}-first")])
+        strike_at(point, lambda point=point: ledger.commit([insert(f"{point}-second")]))
+        run_in_thread(ledger.flush)()
+        assert told == [True]
+
+
 def test_a_follower_of_an_interrupted_leader_gets_its_result(repository, log):
     ledger = PlainLedger(repository, log, Agenda(), DEFAULT_TIMING)
     reached, go_on = threading.Event(), threading.Event()

@@ -601,6 +601,43 @@ def test_a_process_that_dies_at_any_statement_leaves_order_and_tasks_or_neither(
     assert [task.params for task in queue.iter_tasks()] == [{"order": 1}] * 3
 
 
+FORKS = """
+import os, sqlite3, sys, threading, time
+from taskx import Queue, RepositoryUnavailable, SQLiteRepository
+
+queue = Queue(SQLiteRepository(sys.argv[1], prefix="taskx_", busy_timeout=0.5))
+queue.declare("elsewhere")
+blocks, ended = threading.Event(), threading.Event()
+
+def block():
+    connection = sqlite3.connect(sys.argv[1])
+    connection.execute("BEGIN IMMEDIATE")
+    queue.submit("elsewhere", connection=connection)
+    with queue.repository.transactions.blocking():  # as during a stop
+        blocks.set()
+        ended.wait()
+
+threading.Thread(target=block, daemon=True).start()
+blocks.wait()
+if child := os.fork():
+    os.waitpid(child, 0)
+    ended.set()
+else:
+    began = time.monotonic()
+    try:
+        queue.submit("elsewhere")
+    except RepositoryUnavailable:
+        print(time.monotonic() - began, flush=True)
+    os._exit(0)
+"""
+
+
+def test_a_forked_child_waits_for_a_lock_although_its_parent_made_others_hurry(
+    spawn, path, repository
+):
+    assert float(spawn(FORKS, path).read()) >= 0.5
+
+
 WORKER = """
 import sys
 from taskx import Config, Queue, SQLiteRepository
