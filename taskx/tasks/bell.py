@@ -212,8 +212,10 @@ class Agenda:
 
     def claim_due(self) -> bool:
         """Return True if that time must be read; from now on it counts as known."""
-        known, self.due_known = self.due_known, True
-        return not known
+        if self.due_known:
+            return False  # and nothing is set: another thread may just be taking it back
+        self.due_known = True
+        return True
 
     def begin_round(self) -> None:
         """Begin a round: duties that are posted from now on are for the next round."""

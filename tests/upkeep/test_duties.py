@@ -7,6 +7,7 @@ from helpers import housekeeper_of, joined_node
 
 from taskx.node import housekeeper
 from taskx.node.housekeeper import Duty
+from taskx.tasks.bell import Agenda
 
 
 class Clock:
@@ -91,3 +92,24 @@ def test_each_duty_has_a_name_of_its_own(make_queue):
     with make_queue() as queue:
         names = [duty.name for duty in housekeeper_of(queue).duties]
     assert len(names) == len({*names})
+
+
+def test_a_delayed_task_is_noticed_that_is_stored_while_the_time_of_the_next_one_counts_as_known():
+    class Raced(Agenda):
+        """An agenda on which another thread posts a task right after each look."""
+
+        known = False
+
+        @property
+        def due_known(self) -> bool:
+            known, self.known = self.known, False
+            return known
+
+        @due_known.setter
+        def due_known(self, known: bool) -> None:
+            self.known = known
+
+    agenda = Raced()
+    assert agenda.claim_due()
+    assert not agenda.claim_due()
+    assert agenda.claim_due()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from django.db import DEFAULT_DB_ALIAS, connection, connections, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
@@ -34,7 +34,7 @@ class BlockLinks(Links):
 
     Attributes:
         applied: the writes so far whose guards held.
-        wrote: True if there was a transaction of the repository, which may have changed notes.
+        wrote: True if a write took place, also one of a note.
     """
 
     wrote = False
@@ -52,9 +52,10 @@ class BlockLinks(Links):
         self, work: Callable[[AnyLink], T], durable: bool, sent: Sent = None, single: bool = False
     ) -> T:
         with self.savepoint("taskx_write"), self._translating():
-            result = work(self._link)
-        self.wrote = True
-        return result
+            results: Any = work(self._link)
+        # What was undone counts as a change of the connection, so its own count does not tell.
+        self.wrote = self.wrote or any(results)
+        return cast("T", results)
 
     def rows(self, sql: str, values: Sequence[Any] = ()) -> Rows:
         with self._translating():
@@ -85,15 +86,13 @@ class BlockLinks(Links):
         begins = self._links.vendor == "sqlite" and not (driver and driver.in_transaction)
         if begins:
             self._execute("BEGIN IMMEDIATE")
-            driver = self._link.django.connection
-            before = driver.total_changes
         try:
             yield
         except BaseException:
             if begins:
                 self._execute("ROLLBACK")
             raise
-        if begins and driver.total_changes == before:
+        if begins and not self.wrote:
             self._execute("ROLLBACK")
 
     def _execute(self, sql: str) -> None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 import pytest
 from django.db import DatabaseError, IntegrityError, connections, transaction
 from django.test import TestCase, override_settings
+from taskx.core import lifecycle
 from units import CallersTransactions
 
 from contrib.django.atomic.blocks import elsewhere, ids, rolled_back
@@ -86,6 +87,29 @@ class TestSubmit:
         finally:
             transaction.set_autocommit(True, using=using)
         assert ids(queue) == {kept.id}
+
+    def test_a_transaction_that_took_back_what_it_wrote_is_over_and_nobody_is_told(
+        self, queue, repository, using
+    ):
+        task_id, told = queue.submit("elsewhere").id, []
+        # One of two takes place, and is undone, as they must take place together.
+        writes = [lifecycle.delete(task_id), lifecycle.free(task_id, "nobody")]
+
+        def undone():
+            with repository.transactions.join(connections[using], told.append) as inside:
+                assert inside.apply(writes, all_or_nothing=True) == [True, False]
+
+        with transaction.atomic(using=using):
+            undone()
+        transaction.set_autocommit(False, using=using)
+        try:
+            undone()
+            if repository.vendor == "sqlite":  # it would keep the write lock
+                assert not connections[using].connection.in_transaction
+        finally:
+            transaction.rollback(using=using)
+            transaction.set_autocommit(True, using=using)
+        assert (ids(queue), told) == ({task_id}, [])
 
 
 class TestChange:
