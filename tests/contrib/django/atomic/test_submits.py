@@ -9,7 +9,6 @@ from contextlib import contextmanager, suppress
 import pytest
 from django.db import DatabaseError, IntegrityError, connections, transaction
 from django.test import TestCase, override_settings
-from taskx.core import lifecycle
 from units import CallersTransactions
 
 from contrib.django.atomic.blocks import elsewhere, ids, rolled_back
@@ -19,6 +18,7 @@ from taskx import (
     TaskStatus,
 )
 from taskx.contrib.django import DjangoRepository, get_queue
+from taskx.tasks import lifecycle
 
 LONG = 60
 
