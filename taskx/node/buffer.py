@@ -102,7 +102,7 @@ class Slots(Place):
                 heappush(buffer._heap, item)  # first: one that is not in the heap would never run
                 buffer._submitted[item.id] = item
                 buffer.reserved.discard(number)
-        if not buffer._wake():
+        if self.writes and not buffer._wake():
             self._short_of_workers()
 
     def release(self, error: BaseException | None) -> None:

@@ -323,6 +323,7 @@ class Housekeeper:
         self._stuck_types = self._find_stuck_types()
         self._services.moves.dependents.scan_some()
         self._services.moves.turns.scan_some()
+        self._services.agenda.check_due()
         self._ticker.refresh_soon()
         self._services.watcher.check_all()
 

@@ -12,6 +12,7 @@ from helpers import (
     SOON,
     PlainLedger,
     eventually,
+    housekeeper_of,
     ids,
     pool_of,
     run_in_thread,
@@ -414,6 +415,23 @@ def test_a_task_of_a_submit_in_doubt_runs_once(make_queue):
     answer(queue.repository)
     queue.handle("mine").result(PATIENCE)
     assert ran == [1]
+
+
+@pytest.mark.parametrize("repository", ["sqlite"], indirect=True)
+@pytest.mark.timing(audit_every=0.05)
+def test_a_delayed_task_of_a_submit_in_doubt_starts_in_time(make_queue):
+    """Nobody has told the housekeeper that such a task is stored."""
+    queue = make_queue(worker_num=1)
+    queue.executor("fine")(lambda: "fine")
+    queue.start()
+    queue.submit("fine").result(PATIENCE)
+    eventually(lambda: not housekeeper_of(queue)._changed())
+    eventually(lambda: services_of(queue).agenda.due_known)
+    lose_answers(queue.repository)
+    with pytest.raises(RepositoryUnavailable):
+        queue.submit("fine", id="later", delay=0.1)
+    answer(queue.repository)
+    assert queue.handle("later").result(PATIENCE) == "fine"
 
 
 @pytest.mark.every_store

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import tracemalloc
+from datetime import datetime, timedelta, timezone
 
 import pytest
 from helpers import PATIENCE, eventually, ids, no_batches, pool_of, run_in_thread
@@ -238,3 +239,16 @@ def test_fetched_tasks_take_no_room_from_submits(make_queue, gate):
     gate.open()
     assert queue.drain(PATIENCE)
     assert sorted(ran) == list(range(203))
+
+
+@pytest.mark.parametrize("overflow", OVERFLOWS)
+def test_delayed_tasks_wake_no_worker(make_queue, overflow):
+    queue = make_queue(worker_num=1, overflow=overflow)
+    queue.executor("fine")(lambda: None)
+    queue.start()
+    pool, woken = pool_of(queue), []
+    eventually(lambda: pool.ahead.waiting)
+    pool.buffer._wake = lambda: woken.append("a worker") or True
+    tomorrow = datetime.now(timezone.utc) + timedelta(days=1)
+    queue.submit_many([Task(type="fine", run_at=tomorrow) for _ in range(2)])
+    assert woken == []
