@@ -20,6 +20,7 @@ from taskx.core.errors import ConfigurationError, RepositoryError, RepositoryUna
 from taskx.core.writes import Write
 from taskx.storage import queries
 from taskx.storage.base import Repository
+from taskx.storage.parts import Forks
 from taskx.storage.sql import Link, Links, Sent, SQLRepository
 from taskx.storage.sqlite.connections import FAILURES
 from taskx.storage.sqlite.links import Cursor, FileLinks, connect_to, fetch
@@ -411,7 +412,7 @@ class CallersLinks(Links):
         return fetch(self._connection, sql, values, self._cursor().execute)
 
 
-class FileTransactions(Transactions):
+class FileTransactions(Transactions, Forks):
     """The transactions of callers and executors on one file.
 
     It reads and writes over no connection: it was given them for one call each. It finds out by other means
@@ -435,6 +436,10 @@ class FileTransactions(Transactions):
         self._repository = repository
         self._outer = outer
         self._connect = connect
+
+    def renew_after_fork(self) -> None:
+        """Start again. A queue does so, too, but there may be none yet that uses the repository."""
+        self.renew()
 
     def renew(self) -> None:
         self._inherited.append(vars(self).get("_last"))
