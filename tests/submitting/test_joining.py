@@ -622,6 +622,28 @@ def test_a_forked_child_knows_no_transaction_of_its_parent_also_if_no_queue_was_
     connection.rollback()
 
 
+@pytest.mark.process
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_writes_of_a_forked_child_wait_for_the_file_although_those_of_its_parent_would_not(
+    repository, connection
+):
+    """A thread of the parent waits for others, and has the write lock: their writes fail at once."""
+    blocking = repository._file_links.blocking
+
+    def fork():
+        if not (child := os.fork()):
+            os._exit(len(blocking))
+        return os.waitpid(child, 0)[1]
+
+    connection.execute("BEGIN IMMEDIATE")
+    with repository.transactions.join(connection, lambda writes: None) as inside:
+        inside.create(Task(id="a", type="ship"))
+    with repository.transactions.blocking():
+        assert blocking
+        assert run_in_thread(fork)() == 0
+    connection.rollback()
+
+
 WORKER = """
 import sys
 from taskx import Config, Queue, SQLiteRepository

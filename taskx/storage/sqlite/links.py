@@ -345,6 +345,7 @@ class FileLinks(Links, News, House, Forks):
 
     def renew_after_fork(self) -> None:
         self.write_lock = threading.RLock()
+        self.blocking.clear()  # the parent's threads
         self.connections.renew_after_fork()
         self.turnstile.renew_after_fork()
         self.wakeups.renew_after_fork()
