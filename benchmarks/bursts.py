@@ -12,9 +12,9 @@ from benchmarks.harness import TASKX, Cell, Plan
 from benchmarks.stores import OnSQLite
 from benchmarks.taskx_bench import fill_with_delayed, noop
 from taskx import Config, Queue, TaskFilter, every
-from taskx.storage.base import Repository
+from taskx.node.housekeeper import Housekeeper
+from taskx.stores.base import Repository
 from taskx.testing import ManualClock
-from taskx.upkeep.housekeeper import Housekeeper
 
 _DURABILITY = "accepted"
 _MINUTE, _WEEK = 60.0, 7 * 86_400.0

@@ -16,11 +16,11 @@ from pathlib import Path
 from werkzeug.test import Client
 
 from taskx import Queue, SQLiteRepository
-from taskx.core.ids import new_id
-from taskx.dashboard import ALL, Dashboard
-from taskx.dashboard.screens import SCREENS
-from taskx.storage.sqlite.connections import Connections
-from taskx.storage.sqlite.file import DatabaseFile
+from taskx.programs.dashboard import ALL, Dashboard
+from taskx.programs.dashboard.screens import SCREENS
+from taskx.stores.sqlite.connections import Connections
+from taskx.stores.sqlite.file import DatabaseFile
+from taskx.tasks.ids import new_id
 
 #: The longest time of a page, in milliseconds.
 GOAL = 100.0

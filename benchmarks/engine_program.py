@@ -17,7 +17,7 @@ from benchmarks.stores import named
 
 if TYPE_CHECKING:
     from taskx import Queue
-    from taskx.storage.base import Repository
+    from taskx.stores.base import Repository
 
 #: The environment variable of a worker process with its setup.
 VARIABLE = "TASKX_BENCH_SETUP"
@@ -97,7 +97,7 @@ def counted(seen: Seen) -> list[int]:
 
 
 def _threads(setup: Setup) -> tuple[Any, Callable[[str], object], Any]:
-    from taskx.engines import Threads
+    from taskx.node.broker import Threads
 
     return None, add_byte, Threads()
 

@@ -9,11 +9,11 @@ from abc import ABC, abstractmethod
 
 from benchmarks.harness import IDLE
 from taskx import Task
-from taskx.core import lifecycle
-from taskx.core.clock import SYSTEM_CLOCK
-from taskx.core.ids import new_id
-from taskx.core.lifecycle import Ending
-from taskx.core.writes import Insert, Update
+from taskx.tasks import lifecycle
+from taskx.tasks.clock import SYSTEM_CLOCK
+from taskx.tasks.ids import new_id
+from taskx.tasks.lifecycle import Ending
+from taskx.tasks.writes import Insert, Update
 
 
 def created(task_id: str) -> Insert:

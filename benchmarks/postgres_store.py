@@ -13,7 +13,7 @@ from benchmarks.stores import Store
 
 if TYPE_CHECKING:
     from benchmarks.loops import Loop
-    from taskx.storage.base import Repository
+    from taskx.stores.base import Repository
 
 
 class OnPostgres(Store):

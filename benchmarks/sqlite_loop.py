@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.loops import Loop, created, started_and_finished
-from taskx.core.ids import new_id
-from taskx.core.model import TASK_FIELDS
-from taskx.core.writes import CREATED
-from taskx.storage.sqlite.connections import Connections
-from taskx.storage.sqlite.dialect import statements
-from taskx.storage.sqlite.file import DatabaseFile
+from taskx.stores.sqlite.connections import Connections
+from taskx.stores.sqlite.dialect import statements
+from taskx.stores.sqlite.file import DatabaseFile
+from taskx.tasks.ids import new_id
+from taskx.tasks.model import TASK_FIELDS
+from taskx.tasks.writes import CREATED
 
 Rows = Sequence[Sequence[Any]]
 

@@ -12,7 +12,7 @@ from taskx import SQLiteRepository
 
 if TYPE_CHECKING:
     from benchmarks.loops import Loop
-    from taskx.storage.base import Repository
+    from taskx.stores.base import Repository
 
 
 class Store(ABC):

@@ -9,13 +9,24 @@ PYTEST_DONT_REWRITE: without this word, pytest warns if the program that runs it
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from taskx.common.config import Config
-from taskx.common.controls import Paused
-from taskx.common.handles import TaskHandle
-from taskx.common.hooks import Hook
-from taskx.core.clock import Clock, SystemClock
-from taskx.core.codec import Codec, ZlibCodec
-from taskx.core.errors import (
+from taskx.attempt.context import Context
+from taskx.attempt.current import TaskLogFilter, current_context
+from taskx.attempt.executors import BoundExecutor, Executor, TaskExecutor, executor
+from taskx.attempt.registry import Middleware
+from taskx.attempt.transactions import Transaction
+from taskx.node.hooks import Hook
+from taskx.queue.bulk import Bulk
+from taskx.queue.queue import Queue, run
+from taskx.queue.schedule import Schedule, Tick, tick_of
+from taskx.stores.controls import Paused
+from taskx.stores.eight import TaskRepository
+from taskx.stores.memory import MemoryRepository
+from taskx.stores.sqlite import SQLiteRepository
+from taskx.stores.urls import open_repository
+from taskx.tasks.clock import Clock, SystemClock
+from taskx.tasks.codec import Codec, ZlibCodec
+from taskx.tasks.config import Config
+from taskx.tasks.errors import (
     CancelReason,
     ConfigurationError,
     DuplicateTask,
@@ -35,37 +46,26 @@ from taskx.core.errors import (
     TaskxError,
     UnknownTaskType,
 )
-from taskx.core.model import Attempt, Task, TaskCount, TaskFilter, TaskPage, TaskStatus
-from taskx.core.retry import Permanent, Retry, RetryPolicy, Snooze
-from taskx.core.ticks import every
-from taskx.core.token import CancelToken
-from taskx.executing.context import Context
-from taskx.executing.current import TaskLogFilter, current_context
-from taskx.executing.executors import BoundExecutor, Executor, TaskExecutor, executor
-from taskx.executing.registry import Middleware
-from taskx.executing.transactions import Transaction
-from taskx.queue import Queue, run
-from taskx.schedules.schedule import Schedule, Tick, tick_of
-from taskx.storage.eight import TaskRepository
-from taskx.storage.memory import MemoryRepository
-from taskx.storage.sqlite import SQLiteRepository
-from taskx.storage.urls import open_repository
-from taskx.submitting.bulk import Bulk
+from taskx.tasks.handles import TaskHandle
+from taskx.tasks.model import Attempt, Task, TaskCount, TaskFilter, TaskPage, TaskStatus
+from taskx.tasks.retry import Permanent, Retry, RetryPolicy, Snooze
+from taskx.tasks.ticks import every
+from taskx.tasks.token import CancelToken
 
 if TYPE_CHECKING:
-    from taskx.core.findings import Check, Problem, Reason
-    from taskx.flows import Flow, FlowHandle, FlowSummary, chain, group
-    from taskx.inspecting.changelog import Change
-    from taskx.inspecting.diagnosis import Diagnosis
-    from taskx.inspecting.failures import FailureGroup, Failures
-    from taskx.inspecting.health import Health
-    from taskx.inspecting.history import History, TypeHistory
-    from taskx.inspecting.nodes import NodeInfo, RunningTask
-    from taskx.inspecting.places import Place
-    from taskx.inspecting.stats import Percentiles, Stats, TypeStats
-    from taskx.running.threads import ThreadStack
-    from taskx.storage.mongo import MongoRepository
-    from taskx.upkeep.tuning import Tuned, TunedType
+    from taskx.insight.changelog import Change
+    from taskx.insight.diagnosis import Diagnosis
+    from taskx.insight.failures import FailureGroup, Failures
+    from taskx.insight.health import Health
+    from taskx.insight.history import History, TypeHistory
+    from taskx.insight.nodes import NodeInfo, RunningTask
+    from taskx.insight.places import Place
+    from taskx.insight.stats import Percentiles, Stats, TypeStats
+    from taskx.node.threads import ThreadStack
+    from taskx.queue.flows import Flow, FlowHandle, FlowSummary, chain, group
+    from taskx.queue.tuning import Tuned, TunedType
+    from taskx.stores.mongo import MongoRepository
+    from taskx.tasks.findings import Check, Problem, Reason
 
 __version__ = "0.2.0"
 
@@ -157,31 +157,31 @@ __all__ = [
 
 #: Names that many programs do not need, and the modules that have them. They are imported at first use.
 _LATER = {
-    "Change": "taskx.inspecting.changelog",
-    "Check": "taskx.core.findings",
-    "Diagnosis": "taskx.inspecting.diagnosis",
-    "FailureGroup": "taskx.inspecting.failures",
-    "Failures": "taskx.inspecting.failures",
-    "Flow": "taskx.flows",
-    "FlowHandle": "taskx.flows",
-    "FlowSummary": "taskx.flows",
-    "Health": "taskx.inspecting.health",
-    "History": "taskx.inspecting.history",
-    "MongoRepository": "taskx.storage.mongo",
-    "NodeInfo": "taskx.inspecting.nodes",
-    "Percentiles": "taskx.inspecting.stats",
-    "Place": "taskx.inspecting.places",
-    "Problem": "taskx.core.findings",
-    "Reason": "taskx.core.findings",
-    "RunningTask": "taskx.inspecting.nodes",
-    "Stats": "taskx.inspecting.stats",
-    "ThreadStack": "taskx.running.threads",
-    "Tuned": "taskx.upkeep.tuning",
-    "TunedType": "taskx.upkeep.tuning",
-    "TypeHistory": "taskx.inspecting.history",
-    "TypeStats": "taskx.inspecting.stats",
-    "chain": "taskx.flows",
-    "group": "taskx.flows",
+    "Change": "taskx.insight.changelog",
+    "Check": "taskx.tasks.findings",
+    "Diagnosis": "taskx.insight.diagnosis",
+    "FailureGroup": "taskx.insight.failures",
+    "Failures": "taskx.insight.failures",
+    "Flow": "taskx.queue.flows",
+    "FlowHandle": "taskx.queue.flows",
+    "FlowSummary": "taskx.queue.flows",
+    "Health": "taskx.insight.health",
+    "History": "taskx.insight.history",
+    "MongoRepository": "taskx.stores.mongo",
+    "NodeInfo": "taskx.insight.nodes",
+    "Percentiles": "taskx.insight.stats",
+    "Place": "taskx.insight.places",
+    "Problem": "taskx.tasks.findings",
+    "Reason": "taskx.tasks.findings",
+    "RunningTask": "taskx.insight.nodes",
+    "Stats": "taskx.insight.stats",
+    "ThreadStack": "taskx.node.threads",
+    "Tuned": "taskx.queue.tuning",
+    "TunedType": "taskx.queue.tuning",
+    "TypeHistory": "taskx.insight.history",
+    "TypeStats": "taskx.insight.stats",
+    "chain": "taskx.queue.flows",
+    "group": "taskx.queue.flows",
 }
 
 

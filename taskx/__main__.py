@@ -1,6 +1,6 @@
 """``python -m taskx`` is the command ``taskx``."""
 
-from taskx.cli import main
+from taskx.programs.cli import main
 
 if __name__ == "__main__":
     main()

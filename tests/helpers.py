@@ -36,18 +36,18 @@ from taskx import (
     SQLiteRepository,
     Task,
 )
-from taskx.common.ledger import Ledger
-from taskx.core.timing import Timing
-from taskx.engines import Threads
-from taskx.executing.runner import Run
-from taskx.moving import Services
-from taskx.running.ahead import Ahead
-from taskx.running.pool import WorkerPool
-from taskx.storage.base import Lookup, Repository
-from taskx.storage.sqlite.connections import Connection, Connections
+from taskx.attempt.runner import Run
+from taskx.node.ahead import Ahead
+from taskx.node.broker import Threads
+from taskx.node.housekeeper import Housekeeper
+from taskx.node.ledger import Ledger
+from taskx.node.moving import Services
+from taskx.node.node import LocalNode
+from taskx.node.pool import WorkerPool
+from taskx.stores.base import Lookup, Repository
+from taskx.stores.sqlite.connections import Connection, Connections
+from taskx.tasks.timing import Timing
 from taskx.testing import ManualClock
-from taskx.upkeep.housekeeper import Housekeeper
-from taskx.upkeep.node import LocalNode
 
 ROOT = Path(__file__).parent.parent
 

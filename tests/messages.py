@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 import taskx
-from taskx.core.log import GuardedLogger
+from taskx.tasks.log import GuardedLogger
 
 RAISE = dis.opmap["RAISE_VARARGS"]
 SOURCE = str(Path(taskx.__file__).parent)

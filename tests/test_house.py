@@ -6,21 +6,22 @@ A number may fall. If it must rise, say why where it is counted.
 from __future__ import annotations
 
 import ast
+import graphlib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import taskx
-from taskx.common.ledger import Ledger
-from taskx.moving import Moves
-from taskx.running.place import Place
-from taskx.storage.base import Repository
-from taskx.storage.eight import TaskRepository
+from taskx.node.ledger import Ledger
+from taskx.node.moving import Moves
+from taskx.node.place import Place
+from taskx.stores.base import Repository
+from taskx.stores.eight import TaskRepository
 
 PACKAGE = Path(taskx.__file__).parent
 
 #: The modules that make a repository: they implement ``apply``, or pass writes on to another repository.
-STORES = ("storage/", "liveness/", "contrib/django/", "repository/")
+STORES = ("stores/", "contrib/django/", "repository/")
 #: The test kit looks at a repository from outside, as a program does.
 KIT = ("testing/",)
 
@@ -61,17 +62,17 @@ def importers(module: str) -> set[str]:
 
 #: The modules that hand moves to a repository inside a transaction that is not the queue's: the caller's,
 #: or the executor's. They have no group commit, and the consequences follow when the commit is seen.
-OTHER_TRANSACTIONS = {"submitting/work.py", "executing/transactions.py"}
+OTHER_TRANSACTIONS = {"queue/work.py", "attempt/transactions.py"}
 
 
 def test_doors_for_writes_are_one():
     """No module above the storage hands moves to the repository, but the door."""
     doors = users(".apply", outside=STORES + KIT) - OTHER_TRANSACTIONS
-    assert doors == {"common/ledger.py"}
+    assert doors == {"node/ledger.py"}
 
 
 def test_nobody_but_the_door_knows_the_ledger():
-    assert importers("taskx.common.ledger") == {"moving.py"}
+    assert importers("taskx.node.ledger") == {"node/moving.py"}
     assert [kind for kind in Ledger.__subclasses__() if kind.__module__.startswith("taskx")] == [
         Moves
     ]
@@ -87,7 +88,7 @@ def test_the_door_has_few_verbs():
 
 def test_nobody_but_the_door_follows_up_what_the_queue_commits():
     """Others follow up the commits of other transactions: a caller's, and an executor's."""
-    assert users("moves.follow") == {"submitting/joining.py", "running/pool.py"}
+    assert users("moves.follow") == {"queue/joining.py", "node/pool.py"}
 
 
 # Stores
@@ -120,7 +121,7 @@ def test_three_functions_take_in_new_tasks():
         and node.func.attr == "fill"
     }
     assert fillers == {
-        f"submitting/intake.py: {function}" for function in ("accept", "accept_many", "put")
+        f"queue/intake.py: {function}" for function in ("accept", "accept_many", "put")
     }
 
 
@@ -175,7 +176,9 @@ def declared(kind: ast.ClassDef) -> set[str]:
         and ast.unparse(node.value) == "self"
     }
     annotated = [node.target for node in kind.body if isinstance(node, ast.AnnAssign)]
-    given = [target for node in kind.body if isinstance(node, ast.Assign) for target in node.targets]
+    given = [
+        target for node in kind.body if isinstance(node, ast.Assign) for target in node.targets
+    ]
     return set_by_it | {ast.unparse(target) for target in [*annotated, *given]}
 
 
@@ -228,3 +231,63 @@ def test_no_part_is_completed_from_outside():
 def test_no_object_is_open_without_need():
     used = {whose for _, tree in modules() for whose, _ in set_from_outside(tree)}
     assert OPEN.issubset(used)
+
+
+# Rooms
+
+#: The rooms, from the top down. A module imports from rooms below its own, which ``make layers`` checks.
+ROOMS = ["contrib", "programs", "testing", "queue", "insight", "node", "attempt", "stores", "tasks"]
+#: Modules that only give the public names of a room a short path.
+SHORT_PATHS = {"dashboard.py", "engines.py", "cli/__init__.py", "cli/app.py"}
+
+
+def test_rooms_are_nine_beside_the_doors_of_the_package():
+    tops = {name.split("/")[0] for name, _ in modules() if name not in SHORT_PATHS}
+    assert tops == {*ROOMS, "__init__.py", "__main__.py", "repository"}
+
+
+def test_each_room_says_what_it_is_for():
+    for room in ROOMS:
+        words = ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text("utf-8")))
+        assert len((words or "").split()) >= 25, room
+
+
+def test_modules_with_short_paths_only_import():
+    for name, tree in modules():
+        if name in SHORT_PATHS:
+            first, *rest = tree.body
+            assert isinstance(first, ast.Expr)
+            assert all(isinstance(line, ast.ImportFrom) for line in rest), name
+
+
+def test_modules_import_each_other_in_no_circle():
+    trees = {dotted(name): tree for name, tree in modules()}
+    graph = {
+        name: {found if found in trees else found.rpartition(".")[0] for found in imported(tree)}
+        for name, tree in trees.items()
+    }
+    order = [*graphlib.TopologicalSorter(graph).static_order()]  # raises CycleError
+    assert {*order} >= trees.keys()
+
+
+def dotted(path: str) -> str:
+    """Return the name of a module from its path in the package."""
+    parts = ["taskx", *path.removesuffix(".py").split("/")]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported(tree: ast.Module) -> set[str]:
+    """Return the names that a module imports when it is imported itself, each with its module's."""
+    found = set()
+    todo: list[ast.AST] = [tree]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            todo += node.orelse
+        elif not isinstance(node, ast.FunctionDef | ast.Lambda):
+            todo += ast.iter_child_nodes(node)
+    return found

@@ -125,7 +125,12 @@ def test_importing_taskx_is_light():
     )
     modules, threads = json.loads(child.stdout)
     unwanted = {"asyncio", "bson", "celery", "django", "dramatiq", "flask", "pymongo", "sqlalchemy"}
-    unwanted |= {"prometheus_client", "taskx.inspecting", "taskx.flows", "taskx.core.annotations"}
+    unwanted |= {
+        "prometheus_client",
+        "taskx.insight",
+        "taskx.queue.flows",
+        "taskx.tasks.annotations",
+    }
     unwanted |= {"dataclasses", "decimal", "email", "graphlib", "hashlib", "logging.config"}
     unwanted |= {"multiprocessing", "pathlib", "shutil", "socket", "subprocess", "tempfile"}
     unwanted |= {"urllib", "uuid"}
@@ -155,7 +160,7 @@ def test_no_module_imports_itself_through_others():
     }
     graph = {name: imports(path, paths) for name, path in paths.items()}
     with pytest.raises(graphlib.CycleError):  # a cycle would be found
-        graphlib.TopologicalSorter({**graph, "taskx.core.errors": {"taskx.queue"}}).prepare()
+        graphlib.TopologicalSorter({**graph, "taskx.tasks.errors": {"taskx.queue.queue"}}).prepare()
     graphlib.TopologicalSorter(graph).prepare()
 
 

@@ -55,13 +55,13 @@ def test_a_list_of_sections_is_found(tmp_path):
 @pytest.mark.parametrize(
     ("parameters", "unfit"),
     [
-        ("queue: ~taskx.queue.Queue", "~taskx.queue.Queue"),
+        ("queue: ~taskx.queue.queue.Queue", "~taskx.queue.queue.Queue"),
         ("*args: ~P", "~P"),
         (
-            "clock: Clock = &lt;taskx.core.clock.SystemClock object&gt;",
-            "<taskx.core.clock.SystemClock object>",
+            "clock: Clock = &lt;taskx.tasks.clock.SystemClock object&gt;",
+            "<taskx.tasks.clock.SystemClock object>",
         ),
-        ("task: taskx.core.model.Task", "taskx.core.model.Task"),
+        ("task: taskx.tasks.model.Task", "taskx.tasks.model.Task"),
         ("clock: Clock = ..., *, prefix: str = 'taskx_'", None),
     ],
 )

@@ -10,7 +10,7 @@ from typing import Any
 from mongo_server import new_database, shared
 
 from taskx import MongoRepository, SQLiteRepository
-from taskx.storage.base import Repository
+from taskx.stores.base import Repository
 
 # The program's arguments are the repository's URL or path, and the path of the log without ".log".
 _BEGIN = """

@@ -17,8 +17,8 @@ from typing import Any
 from playwright.sync_api import sync_playwright
 
 from taskx import Queue, SQLiteRepository, Task, chain, group
-from taskx.dashboard import Dashboard
-from taskx.dashboard.serving import bind
+from taskx.programs.dashboard import Dashboard
+from taskx.programs.dashboard.serving import bind
 
 FOLDER = Path(__file__).parent.parent / "docs" / "images"
 #: The pictures: their names, their paths, and options of the browser.

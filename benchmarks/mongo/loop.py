@@ -7,12 +7,12 @@ from typing import Any
 from bson.int64 import Int64
 
 from benchmarks.loops import Loop, created, started_and_finished
-from taskx.core.ids import new_id
-from taskx.core.timing import DEFAULT_TIMING
-from taskx.core.writes import Update
-from taskx.storage.mongo.connection import Connection, Url
-from taskx.storage.mongo.documents import MARKS, fields, new_document
-from taskx.storage.mongo.filters import guarded, make_indexes
+from taskx.stores.mongo.connection import Connection, Url
+from taskx.stores.mongo.documents import MARKS, fields, new_document
+from taskx.stores.mongo.filters import guarded, make_indexes
+from taskx.tasks.ids import new_id
+from taskx.tasks.timing import DEFAULT_TIMING
+from taskx.tasks.writes import Update
 
 Document = dict[str, Any]
 _TIMEOUT = 10.0

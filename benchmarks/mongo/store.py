@@ -17,7 +17,7 @@ from benchmarks.loops import Loop
 from benchmarks.mongo.loop import MongoLoop
 from benchmarks.stores import Store
 from taskx import MongoRepository
-from taskx.storage.base import Repository
+from taskx.stores.base import Repository
 
 
 class OnMongo(Store):

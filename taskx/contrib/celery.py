@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from taskx import ConfigurationError
-from taskx.engines import BrokerEngine, Ticket, check_queues
+from taskx.node.broker import BrokerEngine, Ticket, check_queues
 
 if TYPE_CHECKING:
     from celery import Celery

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from taskx import ConfigurationError
-from taskx.engines import BrokerEngine, Ticket, check_queues
+from taskx.node.broker import BrokerEngine, Ticket, check_queues
 
 if TYPE_CHECKING:
     from dramatiq import Broker

@@ -55,10 +55,10 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
     from typing_extensions import Unpack  # in typing from 3.11 on
 
-    from taskx.core.options import ExecutorOptions, SubmitOptions
-    from taskx.core.ticks import Every
-    from taskx.executing.executors import ExecutorDecorator
-    from taskx.executing.registry import Layer
+    from taskx.attempt.executors import ExecutorDecorator
+    from taskx.attempt.registry import Layer
+    from taskx.tasks.options import ExecutorOptions, SubmitOptions
+    from taskx.tasks.ticks import Every
 
 R = TypeVar("R")
 #: The check of the dashboard: it returns permissions, True for all of them, or False or None for none.
@@ -386,7 +386,7 @@ class _Entrance:
                 "The dashboard is closed: the app has no check of its requests. Decorate a function with "
                 "@taskx.dashboard_check; it returns True if the request may see and change everything."
             )
-        from taskx.dashboard.bodies import kept_body, largest_body
+        from taskx.programs.dashboard.bodies import kept_body, largest_body
 
         most = largest_body(self._state.queue)
         try:
@@ -397,7 +397,7 @@ class _Entrance:
 
     @cached_property
     def _dashboard(self) -> WSGIApplication:
-        from taskx.dashboard import ALL, Dashboard
+        from taskx.programs.dashboard import ALL, Dashboard
 
         def permissions(environ: Mapping[str, Any]) -> Iterable[str] | None:
             granted = environ[_GRANTED]
@@ -426,7 +426,7 @@ class _Commands(click.Group):
         try:
             import rich  # noqa: F401
 
-            from taskx.cli.app import make_group
+            from taskx.programs.cli.app import make_group
         except ImportError as error:
             raise click.UsageError(
                 f"the command line needs the package {error.name}: pip install 'taskx-queue[cli]'"

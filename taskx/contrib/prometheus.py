@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Any
 
 from taskx import ConfigurationError, Hook, Queue, RepositoryError, Task, TaskStatus, TaskxError
-from taskx.common import permission
+from taskx.tasks import permission
 
 try:
     from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, Metric

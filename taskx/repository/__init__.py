@@ -7,9 +7,24 @@ test a repository need pytest. They are imported at their first use.
 
 from typing import TYPE_CHECKING, Any
 
-from taskx.core.clock import SYSTEM_CLOCK, Clock, SystemClock, to_datetime, to_ms
-from taskx.core.codec import Codec, Codecs
-from taskx.core.errors import (
+from taskx.stores.base import (
+    BASIC_CONDITIONS,
+    Fields,
+    Listed,
+    Locked,
+    Lookup,
+    Reads,
+    Reentered,
+    Repository,
+    Rows,
+    Timed,
+    new_version,
+)
+from taskx.stores.eight import TaskRepository
+from taskx.stores.parts import Forks, House, Listener, News, at_forks
+from taskx.tasks.clock import SYSTEM_CLOCK, Clock, SystemClock, to_datetime, to_ms
+from taskx.tasks.codec import Codec, Codecs
+from taskx.tasks.errors import (
     ConfigurationError,
     DuplicateTask,
     InvalidTransition,
@@ -20,8 +35,8 @@ from taskx.core.errors import (
     SchemaMismatch,
     TaskNotFound,
 )
-from taskx.core.model import CONDITIONS, TASK_FIELDS, Task, TaskFilter, TaskStatus
-from taskx.core.record import (
+from taskx.tasks.model import CONDITIONS, TASK_FIELDS, Task, TaskFilter, TaskStatus
+from taskx.tasks.record import (
     BY_THREAD,
     COLUMNS,
     DEFAULTS,
@@ -36,22 +51,7 @@ from taskx.core.record import (
     stub_from_row,
     task_from_row,
 )
-from taskx.core.writes import PRESENT, Delete, Insert, Note, NoteChange, Update, Write, matches
-from taskx.storage.base import (
-    BASIC_CONDITIONS,
-    Fields,
-    Listed,
-    Locked,
-    Lookup,
-    Reads,
-    Reentered,
-    Repository,
-    Rows,
-    Timed,
-    new_version,
-)
-from taskx.storage.eight import TaskRepository
-from taskx.storage.parts import Forks, House, Listener, News, at_forks
+from taskx.tasks.writes import PRESENT, Delete, Insert, Note, NoteChange, Update, Write, matches
 
 if TYPE_CHECKING:
     from taskx.testing import PrimitivesContract, RepositoryContract

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from itertools import count
 
-from taskx.core.checks import check_number, in_seconds
-from taskx.core.clock import to_datetime, to_ms
+from taskx.tasks.checks import check_number, in_seconds
+from taskx.tasks.clock import to_datetime, to_ms
 
 _SECOND, _MILLISECOND = 1_000_000_000, 1_000_000
 

@@ -13,25 +13,25 @@ from datetime import timedelta
 
 import attrs
 
-from taskx.common.bell import Signal
-from taskx.common.config import Config
-from taskx.core.checks import in_seconds
-from taskx.core.clock import Clock
-from taskx.core.errors import CancelReason
-from taskx.core.lifecycle import Ending
-from taskx.core.model import Task, TaskStatus
-from taskx.core.timing import Timing
-from taskx.core.token import CancelToken
-from taskx.executing.alarms import Alarms, Overdue
-from taskx.executing.context import Shared
-from taskx.executing.executors import Registered
-from taskx.executing.runner import Run, Runner
-from taskx.liveness.base import About, Node
-from taskx.moving import Services
-from taskx.running.pool import Ends, WorkerPool
+from taskx.attempt.alarms import Alarms, Overdue
+from taskx.attempt.context import Shared
+from taskx.attempt.executors import Registered
+from taskx.attempt.runner import Run, Runner
+from taskx.node.engine import Engine
+from taskx.node.housekeeper import Duty, Housekeeper
+from taskx.node.moving import Services
+from taskx.node.pool import Ends, WorkerPool
+from taskx.stores.liveness.base import About, Node
+from taskx.tasks.bell import Signal
+from taskx.tasks.checks import in_seconds
+from taskx.tasks.clock import Clock
+from taskx.tasks.config import Config
+from taskx.tasks.errors import CancelReason
+from taskx.tasks.lifecycle import Ending
+from taskx.tasks.model import Task, TaskStatus
+from taskx.tasks.timing import Timing
+from taskx.tasks.token import CancelToken
 from taskx.testing.clock import ManualClock
-from taskx.upkeep.engine import Engine
-from taskx.upkeep.housekeeper import Duty, Housekeeper
 
 #: The largest buffer: no submit is refused while nothing runs.
 ROOM = 10_000_000

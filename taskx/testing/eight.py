@@ -8,10 +8,10 @@ from typing import Any
 
 import attrs
 
-from taskx.core.errors import DuplicateTask, InvalidTransition, TaskNotFound
-from taskx.core.model import Task, TaskFilter, TaskStatus
-from taskx.core.retry import RetryPolicy
-from taskx.storage.eight import TaskRepository
+from taskx.stores.eight import TaskRepository
+from taskx.tasks.errors import DuplicateTask, InvalidTransition, TaskNotFound
+from taskx.tasks.model import Task, TaskFilter, TaskStatus
+from taskx.tasks.retry import RetryPolicy
 from taskx.testing.contract import Contract
 
 

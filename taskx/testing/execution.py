@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
 
 import attrs
 
-from taskx.core import payload
-from taskx.core.checks import check_int, optional_seconds
-from taskx.core.model import Task, TaskStatus
-from taskx.core.options import Options, ScheduleOptions, refuse_unknown
-from taskx.core.values import Values
-from taskx.core.writes import Update
-from taskx.executing.capture import Capture, CapturedLogger
-from taskx.executing.context import Context, log_prefix
-from taskx.executing.executors import BoundExecutor, Executor, TaskExecutor, make_executor
-from taskx.executing.runner import Run
+from taskx.attempt.capture import Capture, CapturedLogger
+from taskx.attempt.context import Context, log_prefix
+from taskx.attempt.executors import BoundExecutor, Executor, TaskExecutor, make_executor
+from taskx.attempt.runner import Run
+from taskx.tasks import payload
+from taskx.tasks.checks import check_int, optional_seconds
+from taskx.tasks.model import Task, TaskStatus
+from taskx.tasks.options import Options, ScheduleOptions, refuse_unknown
+from taskx.tasks.values import Values
+from taskx.tasks.writes import Update
 from taskx.testing.clock import ManualClock
 from taskx.testing.queues import ManualQueue
 

@@ -17,14 +17,14 @@ from typing import Any, Literal, NoReturn, get_args
 import attrs
 
 import taskx.queue
-from taskx.core.checks import check_int, check_number
-from taskx.core.errors import ConfigurationError, RepositoryError, RepositoryUnavailable
-from taskx.core.lifecycle import RUNNING
-from taskx.core.writes import Insert, Write
-from taskx.executing.runner import Run
-from taskx.queue import Queue
-from taskx.storage.base import Repository
-from taskx.storage.eight import TaskRepository
+from taskx.attempt.runner import Run
+from taskx.queue.queue import Queue
+from taskx.stores.base import Repository
+from taskx.stores.eight import TaskRepository
+from taskx.tasks.checks import check_int, check_number
+from taskx.tasks.errors import ConfigurationError, RepositoryError, RepositoryUnavailable
+from taskx.tasks.lifecycle import RUNNING
+from taskx.tasks.writes import Insert, Write
 from taskx.testing.clock import ManualClock
 
 #: The points of :func:`fail_at` and :func:`kill_at`, in the order in which a task comes to them.
@@ -270,7 +270,7 @@ def _die_at(point: str, passing: int) -> None:
 
     inner = Queue._wire
     Queue._wire = lambda queue: wire(inner, queue)  # type: ignore[method-assign,assignment]
-    for queue in list(taskx.queue._queues):
+    for queue in list(taskx.queue.queue._queues):
         arm(queue)
 
 

@@ -10,10 +10,11 @@ from typing import Any, cast, get_args
 
 import attrs
 
-from taskx.core.codec import CODED
-from taskx.core.errors import ConfigurationError
-from taskx.core.model import TASK_FIELDS, TaskFilter, TaskStatus
-from taskx.core.record import (
+from taskx.stores.base import Listed, Lookup, Repository
+from taskx.tasks.codec import CODED
+from taskx.tasks.errors import ConfigurationError
+from taskx.tasks.model import TASK_FIELDS, TaskFilter, TaskStatus
+from taskx.tasks.record import (
     BY_THREAD,
     COLUMNS,
     DEFAULTS,
@@ -26,10 +27,9 @@ from taskx.core.record import (
     policy_to_text,
     task_from_row,
 )
-from taskx.core.retry import RetryPolicy
-from taskx.core.tags import labels_to_text
-from taskx.core.writes import CREATED, PRESENT, Delete, Insert, NoteChange, Update, Write
-from taskx.storage.base import Listed, Lookup, Repository
+from taskx.tasks.retry import RetryPolicy
+from taskx.tasks.tags import labels_to_text
+from taskx.tasks.writes import CREATED, PRESENT, Delete, Insert, NoteChange, Update, Write
 from taskx.testing.contract import ROUNDS, Contract
 
 #: Values that have a meaning in a query language, and none here.
@@ -97,11 +97,11 @@ FILTERS: Sequence[tuple[dict[str, Any], Sequence[str]]] = [
 
 
 class PrimitivesContract(Contract):
-    """Tests of what every :class:`~taskx.storage.base.Repository` must do besides the eight methods.
+    """Tests of what every :class:`~taskx.stores.base.Repository` must do besides the eight methods.
 
     Use it like :class:`~taskx.testing.RepositoryContract`, with a fixture and a method :meth:`another`. Run
     it a second time with a repository that has a codec. A repository declares what it cannot do by its
-    :attr:`~taskx.storage.base.Repository.shortcoming`, and by ``keeps_every_field`` here.
+    :attr:`~taskx.stores.base.Repository.shortcoming`, and by ``keeps_every_field`` here.
     """
 
     #: The creation time of the tasks of these tests, in milliseconds.

@@ -11,24 +11,24 @@ from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import Any, TypeVar, cast
 
-from taskx.common.config import Config
-from taskx.common.hooks import Hook
-from taskx.core.checks import check_number
-from taskx.core.errors import ConfigurationError, TaskFailed
-from taskx.core.model import Task, TaskStatus
-from taskx.core.options import OnConflict
-from taskx.core.writes import Insert
-from taskx.executing.executors import BoundExecutor, Executor
-from taskx.executing.registry import Layer
-from taskx.executing.runner import Run, inside_executor
-from taskx.queue import Queue
-from taskx.storage.adapter import EightMethodAdapter
-from taskx.storage.base import Repository
-from taskx.storage.eight import TaskRepository
-from taskx.storage.memory import MemoryRepository
-from taskx.submitting.intake import Intake
-from taskx.submitting.operations import Operations
-from taskx.submitting.work import Work
+from taskx.attempt.executors import BoundExecutor, Executor
+from taskx.attempt.registry import Layer
+from taskx.attempt.runner import Run, inside_executor
+from taskx.node.hooks import Hook
+from taskx.queue.intake import Intake
+from taskx.queue.operations import Operations
+from taskx.queue.queue import Queue
+from taskx.queue.work import Work
+from taskx.stores.adapter import EightMethodAdapter
+from taskx.stores.base import Repository
+from taskx.stores.eight import TaskRepository
+from taskx.stores.memory import MemoryRepository
+from taskx.tasks.checks import check_number
+from taskx.tasks.config import Config
+from taskx.tasks.errors import ConfigurationError, TaskFailed
+from taskx.tasks.model import Task, TaskStatus
+from taskx.tasks.options import OnConflict
+from taskx.tasks.writes import Insert
 from taskx.testing import submissions
 from taskx.testing.clock import ManualClock
 from taskx.testing.driven import (

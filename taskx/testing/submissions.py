@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
-from taskx.common.hooks import Hook
-from taskx.core.checks import check_number, in_seconds
-from taskx.core.clock import to_ms
-from taskx.core.errors import ConfigurationError, PayloadError
-from taskx.core.model import TASK_FIELDS, Task
-from taskx.core.values import Values
+from taskx.node.hooks import Hook
+from taskx.tasks.checks import check_number, in_seconds
+from taskx.tasks.clock import to_ms
+from taskx.tasks.errors import ConfigurationError, PayloadError
+from taskx.tasks.model import TASK_FIELDS, Task
+from taskx.tasks.values import Values
 from taskx.testing.clock import ManualClock
 
 #: Tasks, and characters of the params of each, that a message lists.

@@ -27,7 +27,7 @@ from typing import Any
 import attrs
 
 from taskx import SQLiteRepository, Task, TaskFilter, TaskStatus
-from taskx.storage.base import Repository
+from taskx.stores.base import Repository
 
 from . import hooks
 from .sidelog import Event, SideLog, read

@@ -17,21 +17,21 @@ from contextlib import suppress
 from typing import Any
 
 from taskx import CancelReason
-from taskx.common.ledger import Ledger, _Entry
-from taskx.core import lifecycle
-from taskx.core.writes import Insert
-from taskx.executing.runner import Runner
-from taskx.liveness import locks
-from taskx.liveness.leases import Leases
-from taskx.liveness.locks import KernelLocks
-from taskx.running.ahead import Ahead
-from taskx.running.buffer import Buffer
-from taskx.running.fetcher import Fetcher
-from taskx.running.pool import WorkerPool
-from taskx.running.starter import Starter, Suspects
-from taskx.storage.sqlite.links import FileLinks
-from taskx.storage.sqlite.repository import SQLiteRepository
-from taskx.upkeep.node import LocalNode
+from taskx.attempt.runner import Runner
+from taskx.node.ahead import Ahead
+from taskx.node.buffer import Slots
+from taskx.node.fetcher import Fetcher
+from taskx.node.ledger import Ledger, _Entry
+from taskx.node.node import LocalNode
+from taskx.node.pool import WorkerPool
+from taskx.node.starter import Starter, Suspects
+from taskx.stores.liveness import locks
+from taskx.stores.liveness.leases import Leases
+from taskx.stores.liveness.locks import KernelLocks
+from taskx.stores.sqlite.links import FileLinks
+from taskx.stores.sqlite.repository import SQLiteRepository
+from taskx.tasks import lifecycle
+from taskx.tasks.writes import Insert
 
 from .sidelog import SideLog
 
@@ -75,7 +75,7 @@ def after(owner: Any, name: str, strike: Strike) -> None:
 
 
 COMMON_POINTS: Points = {
-    "after commit, before buffer": lambda strike: before(Buffer, "add", strike),
+    "after commit, before buffer": lambda strike: before(Slots, "fill", strike),
     "after start, before execute": lambda strike: after(Starter, "start", strike),
     # Before, because a task that was laid out may have run to its end when the strike comes.
     "started ahead": lambda strike: before(Ahead, "lay_out", strike),
@@ -198,7 +198,7 @@ def dawdle(seed: int, longest: float) -> None:
     before(Ledger, "commit", pause)
     before(Ledger, "later", pause)
     before(Runner, "run", pause)
-    before(Buffer, "add", pause)
+    before(Slots, "fill", pause)
 
 
 def ignore_owners() -> None:

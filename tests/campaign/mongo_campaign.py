@@ -11,7 +11,7 @@ from mongo_proxy import Proxy
 from mongo_server import Server
 
 from taskx import MongoRepository
-from taskx.storage.base import Repository
+from taskx.stores.base import Repository
 
 from . import on_mongo
 from .campaign import LONGEST, Campaign, Child, until

@@ -8,8 +8,8 @@ from urllib.parse import urlsplit
 import django_project
 
 from taskx import RepositoryUnavailable
-from taskx.core.timing import Timing
-from taskx.storage.base import Repository
+from taskx.stores.base import Repository
+from taskx.tasks.timing import Timing
 
 from . import hooks
 from .sidelog import SideLog

@@ -9,13 +9,13 @@ import pymongo
 from pymongo.client_session import ClientSession
 
 from taskx import MongoRepository, RepositoryUnavailable
-from taskx.core.timing import Timing
-from taskx.liveness.leases import Leases
-from taskx.storage.base import Repository
-from taskx.storage.mongo import sender
-from taskx.storage.mongo.batches import Batches
-from taskx.storage.mongo.connection import Connection
-from taskx.storage.mongo.sender import Sender
+from taskx.stores.base import Repository
+from taskx.stores.liveness.leases import Leases
+from taskx.stores.mongo import sender
+from taskx.stores.mongo.batches import Batches
+from taskx.stores.mongo.connection import Connection
+from taskx.stores.mongo.sender import Sender
+from taskx.tasks.timing import Timing
 
 from . import hooks
 from .hooks import Strike, after, before, wrap

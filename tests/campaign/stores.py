@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from taskx import SQLiteRepository
-from taskx.storage.base import Repository
+from taskx.stores.base import Repository
 
 from . import hooks
 from .sidelog import SideLog

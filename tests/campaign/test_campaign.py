@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from taskx import TaskFilter, TaskStatus
-from taskx.core.timing import DEFAULT_TIMING
+from taskx.tasks.timing import DEFAULT_TIMING
 
 from . import hooks
 from .campaign import Campaign, Outcome, summary, until

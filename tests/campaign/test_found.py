@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from taskx import Config, Queue, SQLiteRepository
-from taskx.core import lifecycle
+from taskx.tasks import lifecycle
 
 from .campaign import LONGEST, until
 from .hooks import wrap

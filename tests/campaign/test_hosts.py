@@ -22,7 +22,7 @@ from kinds import NO_NAMESPACES, NO_NETEM
 from mongo_server import new_database, shared
 
 from taskx import MongoRepository, TaskFilter, TaskStatus
-from taskx.storage.base import Repository
+from taskx.stores.base import Repository
 
 from . import hosts
 from .campaign import Campaign, Child, until

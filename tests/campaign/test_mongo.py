@@ -13,7 +13,7 @@ import pytest
 from mongo_server import REAL, shared
 
 from taskx import Queue, TaskStatus
-from taskx.core.timing import DEFAULT_TIMING
+from taskx.tasks.timing import DEFAULT_TIMING
 
 from . import hooks, on_mongo
 from .campaign import Child, until

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from taskx import Task
-from taskx.core.clock import to_datetime
-from taskx.core.model import Attempt
+from taskx.tasks.clock import to_datetime
+from taskx.tasks.model import Attempt
 
 from .sidelog import Event
 from .verify import verify

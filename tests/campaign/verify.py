@@ -8,7 +8,7 @@ from datetime import datetime
 import attrs
 
 from taskx import Task, TaskStatus
-from taskx.core.options import FALLBACKS
+from taskx.tasks.options import FALLBACKS
 
 from .sidelog import Event
 from .worker import CLOSED_BY_HAND

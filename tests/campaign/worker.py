@@ -31,8 +31,8 @@ from taskx import (
     TaskNotFound,
     TaskStatus,
 )
-from taskx.core.clock import SystemClock
-from taskx.core.timing import DEFAULT_TIMING
+from taskx.tasks.clock import SystemClock
+from taskx.tasks.timing import DEFAULT_TIMING
 
 from . import hooks
 from .sidelog import SideLog

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from taskx import Queue
-from taskx.cli.app import make_group
+from taskx.programs.cli.app import make_group
 
 
 @attrs.frozen

@@ -162,7 +162,7 @@ def test_a_bulk_change_needs_a_yes_where_nobody_can_be_asked(
 
 
 def test_a_person_is_asked(tasks, outside, taskx, monkeypatch):
-    monkeypatch.setattr("taskx.cli.changing._can_ask", lambda: True)
+    monkeypatch.setattr("taskx.programs.cli.changing._can_ask", lambda: True)
     said = taskx("cancel", "--where", "type:email", input="n\n")
     assert said.code == 1
     assert "Cancel 2 tasks? [y/N]:" in said.err

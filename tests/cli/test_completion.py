@@ -11,7 +11,7 @@ import pytest
 from click.shell_completion import ShellComplete, get_completion_class
 
 from taskx import Queue, RepositoryUnavailable, SQLiteRepository, every
-from taskx.cli.app import make_group
+from taskx.programs.cli.app import make_group
 
 ROOT = Path(__file__).parent.parent.parent
 

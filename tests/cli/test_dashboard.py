@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from taskx.cli.dashboard import PASSWORD
+from taskx.programs.cli.dashboard import PASSWORD
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def served(monkeypatch):
         calls.append({"queue": queue, "host": host, "port": port, **options})
         ready(f"http://{host}:{port}/")
 
-    monkeypatch.setattr("taskx.dashboard.serve", serve)
+    monkeypatch.setattr("taskx.programs.dashboard.serve", serve)
     return calls
 
 
@@ -45,7 +45,7 @@ def test_the_dashboard_is_served_with_its_options(served, outside, taskx):
 
 
 def test_the_default_port_is_that_of_the_dashboard(served, taskx):
-    from taskx.dashboard.serving import PORT
+    from taskx.programs.dashboard.serving import PORT
 
     assert taskx("dashboard").code == 0
     assert served[0]["port"] == PORT
@@ -99,7 +99,7 @@ def test_an_address_that_cannot_be_used_is_a_failure(taskx, monkeypatch):
     def serve(*args, **options):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("taskx.dashboard.serve", serve)
+    monkeypatch.setattr("taskx.programs.dashboard.serve", serve)
     said = taskx("dashboard", "--port", "80")
     assert said.code == 1
     assert said.err == (

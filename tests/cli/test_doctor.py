@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cli.conftest import call
-from taskx.core.findings import fail, ok, warn
+from taskx.tasks.findings import fail, ok, warn
 
 
 @pytest.fixture

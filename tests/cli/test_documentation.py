@@ -8,9 +8,9 @@ from pathlib import Path
 import click
 import pytest
 
-from taskx.cli.app import COMMANDS, make_group
-from taskx.cli.following import WATCHABLE
-from taskx.inspecting.query import FIELDS, parse_query
+from taskx.insight.query import FIELDS, parse_query
+from taskx.programs.cli.app import COMMANDS, make_group
+from taskx.programs.cli.following import WATCHABLE
 
 from .conftest import call
 

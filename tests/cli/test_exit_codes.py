@@ -14,8 +14,8 @@ import pytest
 from helpers import PATIENCE
 
 from taskx import Queue, SQLiteRepository
-from taskx.cli import errors
-from taskx.cli.app import EPILOG
+from taskx.programs.cli import errors
+from taskx.programs.cli.app import EPILOG
 
 from .conftest import call
 
@@ -176,7 +176,7 @@ def test_debug_shows_the_traceback(url, monkeypatch):
     monkeypatch.setattr(Queue, "stats", fail)
     from click.testing import CliRunner
 
-    from taskx.cli.app import make_group
+    from taskx.programs.cli.app import make_group
 
     result = CliRunner().invoke(make_group(), ["stats", "--repository", url, "--debug"])
     assert result.exit_code == 1

@@ -7,7 +7,7 @@ import threading
 import pytest
 from helpers import PATIENCE, eventually
 
-from taskx.cli.following import Tail, _new_lines
+from taskx.programs.cli.following import Tail, _new_lines
 
 
 @pytest.fixture

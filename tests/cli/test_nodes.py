@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from helpers import eventually
 
-from taskx.liveness.base import Node
+from taskx.stores.liveness.base import Node
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from taskx import Queue, SQLiteRepository, Task
-from taskx.cli.output import Cell, Column, Output, age, clean, cut, fit, one_line, width_of
+from taskx.programs.cli.output import Cell, Column, Output, age, clean, cut, fit, one_line, width_of
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from taskx import Queue, SQLiteRepository
-from taskx.cli.app import COMMANDS
+from taskx.programs.cli.app import COMMANDS
 
 from .conftest import call
 

@@ -12,7 +12,7 @@ from helpers import PATIENCE, ROOT, eventually
 
 from cli.conftest import call
 from taskx import SQLiteRepository
-from taskx.supervising.settings import Settings
+from taskx.programs.worker.settings import Settings
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def supervised(monkeypatch):
         started.append(settings)
         return 75
 
-    monkeypatch.setattr("taskx.cli.worker.supervise", supervise)
+    monkeypatch.setattr("taskx.programs.cli.worker.supervise", supervise)
     return started
 
 

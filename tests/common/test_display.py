@@ -7,8 +7,8 @@ import threading
 
 import pytest
 
-from taskx.common.display import Display
-from taskx.core.timing import Timing
+from taskx.tasks.display import Display
+from taskx.tasks.timing import Timing
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_what_the_program_prints_below_a_bar_stays_on_stdout(capsys, terminal):
 
 LEFT_OPEN = """
 import sys
-from taskx.common.display import Display
+from taskx.tasks.display import Display
 
 sys.shown = Display("digest", 4)  # it lives longer than the modules
 sys.shown.add(done=1)

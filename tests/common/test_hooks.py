@@ -22,10 +22,10 @@ from taskx import (
     Task,
     TaskStatus,
 )
-from taskx.common.hooks import Hooks
-from taskx.core import lifecycle
-from taskx.core.timing import DEFAULT_TIMING
-from taskx.running.buffer import Item
+from taskx.node.buffer import Item
+from taskx.node.hooks import Hooks
+from taskx.tasks import lifecycle
+from taskx.tasks.timing import DEFAULT_TIMING
 from taskx.testing import ManualClock
 
 EVENTS = [name for name in vars(Hook) if not name.startswith("_")]

@@ -24,13 +24,13 @@ from helpers import (
 from strikes import every_strike, strike_at
 
 from taskx import Hook, QueueFull, RepositoryError, RepositoryUnavailable, Task, TaskStatus
-from taskx.common.bell import Agenda, Bell
-from taskx.core import lifecycle
-from taskx.core.clock import to_ms
-from taskx.core.log import GuardedLogger
-from taskx.core.timing import DEFAULT_TIMING
-from taskx.running.audit import Audit
-from taskx.running.buffer import Buffer, Slots
+from taskx.node.audit import Audit
+from taskx.node.buffer import Buffer, Slots
+from taskx.tasks import lifecycle
+from taskx.tasks.bell import Agenda, Bell
+from taskx.tasks.clock import to_ms
+from taskx.tasks.log import GuardedLogger
+from taskx.tasks.timing import DEFAULT_TIMING
 
 
 @pytest.fixture
@@ -239,6 +239,27 @@ def test_an_interrupted_leader_loses_no_write_of_other_threads(repository, log):
         assert not ledger._leading._is_owned()
     assert points > 10
     assert agenda._told  # the housekeeper reports the outcomes
+
+
+def test_outcomes_survive_two_interrupted_leaders(repository, log):
+    """What the first one has sent is read back, although the second one was struck before it did so."""
+    agenda = Agenda()
+    agenda.attended = True
+    ledger = PlainLedger(repository, log, agenda, DEFAULT_TIMING)
+
+    def interrupt(writes):
+        repository.after = lambda writes: None
+        raise KeyboardInterrupt
+
+    for point in range(40):
+        told = []
+        ledger.later([insert(f"{point}")], lambda results, error, told=told: told.extend(results))
+        repository.after = interrupt
+        with pytest.raises(KeyboardInterrupt):
+            ledger.commit([insert(f"{point}-first")])
+        strike_at(point, lambda point=point: ledger.commit([insert(f"{point}-second")]))
+        run_in_thread(ledger.flush)()
+        assert told == [True]
 
 
 def test_a_follower_of_an_interrupted_leader_gets_its_result(repository, log):

@@ -29,12 +29,12 @@ from taskx import (
     TaskFilter,
     TaskStatus,
 )
-from taskx.common.bell import Agenda
-from taskx.core import lifecycle
-from taskx.core.log import Complaint
-from taskx.core.timing import DEFAULT_TIMING
-from taskx.core.writes import Insert
-from taskx.storage.base import Locked
+from taskx.stores.base import Locked
+from taskx.tasks import lifecycle
+from taskx.tasks.bell import Agenda
+from taskx.tasks.log import Complaint
+from taskx.tasks.timing import DEFAULT_TIMING
+from taskx.tasks.writes import Insert
 
 
 def insert(task_id):

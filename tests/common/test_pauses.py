@@ -18,9 +18,9 @@ from helpers import (
 from storage.repositories import TinyRepository
 
 from taskx import ConfigurationError, Paused, Queue, SQLiteRepository, Task, TaskStatus
-from taskx.core import lifecycle
-from taskx.core.timing import DEFAULT_TIMING
-from taskx.running.fetcher import Fetcher
+from taskx.node.fetcher import Fetcher
+from taskx.tasks import lifecycle
+from taskx.tasks.timing import DEFAULT_TIMING
 from taskx.testing import ManualClock
 
 

@@ -10,13 +10,13 @@ import pytest
 from helpers import PATIENCE, Waiting, eventually, pool_of, run_in_thread
 
 from taskx import Hook, QueueFull, QueueStopped, SQLiteRepository, Task, TaskStatus
-from taskx.core import ids as ids_module
-from taskx.core import lifecycle
-from taskx.core.timing import DEFAULT_TIMING
+from taskx.node import buffer as buffer_module
+from taskx.node import node
+from taskx.node.buffer import Buffer, Slots
 from taskx.repository import Reentered
-from taskx.running import buffer as buffer_module
-from taskx.running.buffer import Buffer, Slots
-from taskx.upkeep import node
+from taskx.tasks import ids as ids_module
+from taskx.tasks import lifecycle
+from taskx.tasks.timing import DEFAULT_TIMING
 
 
 def once(function):

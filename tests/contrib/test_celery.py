@@ -12,7 +12,7 @@ from mongo_server import free_port
 
 from taskx import ConfigurationError, Queue, SQLiteRepository, TaskStatus
 from taskx.contrib.celery import TIMEOUT, CeleryEngine
-from taskx.engines import Ticket
+from taskx.node.broker import Ticket
 
 
 @pytest.fixture

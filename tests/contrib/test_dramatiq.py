@@ -13,7 +13,7 @@ from helpers import PATIENCE, eventually
 
 from taskx import ConfigurationError, Queue, SQLiteRepository
 from taskx.contrib.dramatiq import DramatiqEngine
-from taskx.engines import Ticket
+from taskx.node.broker import Ticket
 
 
 @pytest.fixture

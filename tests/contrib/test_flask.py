@@ -28,8 +28,8 @@ from taskx import (
     every,
     testing,
 )
-from taskx.cli.app import COMMANDS
 from taskx.contrib.flask import KEYS, Taskx
+from taskx.programs.cli.app import COMMANDS
 
 
 def new_app(taskx: Taskx, name: str = "shop", **config: Any) -> Flask:
@@ -234,7 +234,7 @@ def test_the_first_request_starts_the_queue_and_later_ones_do_not(taskx, make_ap
     start = queue_of(app).start
     monkeypatch.setattr(queue_of(app), "start", lambda: (calls.append(1), start()))
     with app.app_context():
-        assert "not started" in repr(taskx.queue)
+        assert "not started" in repr(taskx.queue.queue)
     client = app.test_client()
     assert [client.get("/").status_code for _ in range(3)] == [200, 200, 200]
     assert calls == [1]
@@ -664,7 +664,7 @@ def test_an_app_imports_neither_the_dashboard_nor_the_command_line(tmp_path: Pat
         "import sys; from flask import Flask; from taskx.contrib.flask import Taskx\n"
         "app = Flask('x'); app.config.update(TASKX_REPOSITORY='memory://', TASKX_DASHBOARD_URL='/t')\n"
         "Taskx(app); app.testing = True; app.test_client().get('/')\n"
-        "print([name for name in sys.modules if name in ('rich', 'taskx.dashboard', 'taskx.cli')])"
+        "print([name for name in sys.modules if name in ('rich', 'taskx.programs')])"
     )
     ran = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True

@@ -11,8 +11,8 @@ import taskx.contrib
 
 FOLDER = Path(taskx.contrib.__file__).parent
 ALLOWED = {
-    *("taskx", "taskx.common.permission", "taskx.cli.app", "taskx.engines"),
-    *("taskx.dashboard", "taskx.dashboard.bodies"),
+    *("taskx", "taskx.tasks.permission", "taskx.programs.cli.app", "taskx.node.broker"),
+    *("taskx.programs.dashboard", "taskx.programs.dashboard.bodies"),
 }
 
 

@@ -27,7 +27,7 @@ from taskx import (
     every,
 )
 from taskx.contrib.otel import TRACE_TAG, Tracing
-from taskx.core.tags import without_trace
+from taskx.tasks.tags import without_trace
 
 ROOT = Path(__file__).parent.parent.parent
 

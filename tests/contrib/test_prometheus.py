@@ -31,8 +31,8 @@ from taskx import (
 )
 from taskx.contrib import prometheus
 from taskx.contrib.prometheus import BUCKETS, PrometheusHook, StoreCollector
-from taskx.core import lifecycle
-from taskx.liveness.base import Node
+from taskx.stores.liveness.base import Node
+from taskx.tasks import lifecycle
 from taskx.testing import ManualClock
 
 ROOT = Path(__file__).parent.parent.parent

@@ -13,8 +13,8 @@ import pytest
 
 import taskx
 from taskx import CancelReason, TaskCancelled, TaskxError
-from taskx.core import errors, ids, retry, token
-from taskx.core.ids import new_id
+from taskx.tasks import errors, ids, retry, token
+from taskx.tasks.ids import new_id
 
 
 class TestIds:
@@ -158,5 +158,5 @@ def test_the_stored_name_of_a_cancellation_never_changes():
     """Records contain the full name of its class in ``error_type``."""
     assert (
         f"{TaskCancelled.__module__}.{TaskCancelled.__qualname__}"
-        == "taskx.core.errors.TaskCancelled"
+        == "taskx.tasks.errors.TaskCancelled"
     )

@@ -11,13 +11,13 @@ import attrs
 import pytest
 
 from taskx import CancelReason, InvalidTransition, Task, TaskStatus
-from taskx.core import lifecycle
-from taskx.core.clock import to_datetime
-from taskx.core.lifecycle import Ending
-from taskx.core.model import TASK_FIELDS
-from taskx.core.moves import MOVES
-from taskx.core.options import OnParentFailure
-from taskx.core.record import (
+from taskx.tasks import lifecycle
+from taskx.tasks.clock import to_datetime
+from taskx.tasks.lifecycle import Ending
+from taskx.tasks.model import TASK_FIELDS
+from taskx.tasks.moves import MOVES
+from taskx.tasks.options import OnParentFailure
+from taskx.tasks.record import (
     BY_THREAD,
     FOR_PARENTS,
     FOR_TURN,
@@ -26,7 +26,7 @@ from taskx.core.record import (
     row_from_task,
     task_from_row,
 )
-from taskx.core.writes import Delete, Insert, matches
+from taskx.tasks.writes import Delete, Insert, matches
 
 NOW = 1_700_000_000_000
 LATER = NOW + 5000

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from taskx.core.log import GuardedLogger
+from taskx.tasks.log import GuardedLogger
 
 
 class Fails(logging.Filter):

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from taskx import Attempt, ConfigurationError, Task, TaskFilter, TaskStatus
-from taskx.core.clock import SystemClock, to_datetime, to_ms
-from taskx.core.model import TASK_FIELDS
-from taskx.core.record import COLUMNS, DEFAULTS, row_from_task, task_from_row
-from taskx.core.writes import CREATED
+from taskx.tasks.clock import SystemClock, to_datetime, to_ms
+from taskx.tasks.model import TASK_FIELDS
+from taskx.tasks.record import COLUMNS, DEFAULTS, row_from_task, task_from_row
+from taskx.tasks.writes import CREATED
 from taskx.testing import ManualClock
 
 from .test_payload import json_values, keys, texts

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from taskx import PayloadError
-from taskx.core.payload import (
+from taskx.tasks.payload import (
     CODEC_KEY,
     DEFAULT_MAX_SIZE,
     MAX_DEPTH,

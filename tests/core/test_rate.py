@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from taskx import ConfigurationError
-from taskx.core.rate import FULL, Rate, rate_of
+from taskx.tasks.rate import FULL, Rate, rate_of
 
 #: Tolerance in seconds for the rounding of float clocks.
 SLACK = 1e-3

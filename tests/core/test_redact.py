@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from taskx import Config, ConfigurationError
-from taskx.core.redact import SECRETS, redacted, show
+from taskx.tasks.redact import SECRETS, redacted, show
 
 
 def json_with(text):

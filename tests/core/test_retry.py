@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from taskx import ConfigurationError, Retry, RetryPolicy, Snooze, Task
-from taskx.core.retry import MAX_WAIT
+from taskx.tasks.retry import MAX_WAIT
 
 
 class Refused(ConnectionError):

@@ -23,10 +23,10 @@ from taskx import (
     chain,
     every,
 )
-from taskx.core.checks import check_number
-from taskx.core.options import Options
-from taskx.core.rate import Rate
-from taskx.core.token import CancelToken
+from taskx.tasks.checks import check_number
+from taskx.tasks.options import Options
+from taskx.tasks.rate import Rate
+from taskx.tasks.token import CancelToken
 from taskx.testing import ManualQueue, run_executor
 
 MINUTE, SECOND = timedelta(minutes=1), timedelta(seconds=1)

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from taskx import ConfigurationError
-from taskx.core.clock import to_datetime, to_ms
-from taskx.core.ticks import (
+from taskx.tasks.clock import to_datetime, to_ms
+from taskx.tasks.ticks import (
     CronTicks,
     Every,
     IntervalTicks,

@@ -10,7 +10,7 @@ import pytest
 from helpers import PATIENCE, eventually
 
 from taskx import CancelReason, CancelToken, ConfigurationError, TaskCancelled
-from taskx.core.clock import SYSTEM_CLOCK
+from taskx.tasks.clock import SYSTEM_CLOCK
 from taskx.testing import ManualClock
 
 

@@ -24,9 +24,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from taskx import PayloadError
-from taskx.core import payload
-from taskx.core.annotations import _SCALARS
-from taskx.core.values import values_of
+from taskx.tasks import payload
+from taskx.tasks.annotations import _SCALARS
+from taskx.tasks.values import values_of
 
 T = typing.TypeVar("T")
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from werkzeug.test import Client, TestResponse
 
-from taskx.dashboard import ALL, Dashboard
+from taskx.programs.dashboard import ALL, Dashboard
 
 #: The header by which a browser of today says that a form is on a page of the same site.
 SAME = {"Sec-Fetch-Site": "same-origin"}

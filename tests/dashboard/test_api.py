@@ -10,12 +10,12 @@ import pytest
 from werkzeug.datastructures import MultiDict
 
 from taskx import RepositoryUnavailable, TaskStatus
-from taskx.core.timing import DEFAULT_TIMING
-from taskx.dashboard import ALL, Dashboard
-from taskx.dashboard.api import CALLS, MOST_STREAMS
-from taskx.dashboard.app import Map
-from taskx.inspecting.query import FIELDS
-from taskx.submitting.bulk import Bulk
+from taskx.insight.query import FIELDS
+from taskx.programs.dashboard import ALL, Dashboard
+from taskx.programs.dashboard.api import CALLS, MOST_STREAMS
+from taskx.programs.dashboard.app import Map
+from taskx.queue.bulk import Bulk
+from taskx.tasks.timing import DEFAULT_TIMING
 
 
 @pytest.fixture

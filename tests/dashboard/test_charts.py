@@ -8,8 +8,8 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from taskx import History, TypeHistory
-from taskx.dashboard.charts import Charts
-from taskx.dashboard.display import Display
+from taskx.programs.dashboard.charts import Charts
+from taskx.programs.dashboard.display import Display
 
 NOW = datetime(2026, 3, 1, 12, 0, tzinfo=timezone.utc)
 HOSTILE = """<script>alert('"&')</script>"""

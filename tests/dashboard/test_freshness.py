@@ -7,8 +7,8 @@ import os
 import pytest
 
 from taskx import Queue, SQLiteRepository
-from taskx.dashboard import ALL, Dashboard
-from taskx.dashboard.screens import overview
+from taskx.programs.dashboard import ALL, Dashboard
+from taskx.programs.dashboard.screens import overview
 from taskx.testing import ManualClock
 
 

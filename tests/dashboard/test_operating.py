@@ -9,7 +9,7 @@ import pytest
 from helpers import eventually
 
 from taskx import Task, chain, group
-from taskx.dashboard.layout import MOST_BOXES
+from taskx.programs.dashboard.layout import MOST_BOXES
 
 HOSTILE = """<script>alert('"&')</script>"""
 

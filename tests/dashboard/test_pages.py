@@ -8,10 +8,10 @@ import re
 import pytest
 from storage.repositories import TinyRepository
 
-from taskx.core.writes import Update
-from taskx.dashboard import Dashboard
-from taskx.dashboard.screens import SCREENS
-from taskx.storage.adapter import EightMethodAdapter
+from taskx.programs.dashboard import Dashboard
+from taskx.programs.dashboard.screens import SCREENS
+from taskx.stores.adapter import EightMethodAdapter
+from taskx.tasks.writes import Update
 
 PATHS = [screen.path or f"/{screen.name}" for screen in SCREENS if screen.letter]
 

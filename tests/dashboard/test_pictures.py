@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taskx.dashboard.display import Display
-from taskx.dashboard.layout import MOST_BOXES, MOST_LAYERS, Dot, lay_out
-from taskx.dashboard.pictures import picture
+from taskx.programs.dashboard.display import Display
+from taskx.programs.dashboard.layout import MOST_BOXES, MOST_LAYERS, Dot, lay_out
+from taskx.programs.dashboard.pictures import picture
 
 HOSTILE = """<script>alert('"&')</script>"""
 SHOW = Display("en", datetime(2026, 3, 1, tzinfo=timezone.utc))

@@ -13,10 +13,10 @@ import pytest
 from helpers import eventually
 
 from taskx import ConfigurationError, RepositoryUnavailable, Task, TaskStatus, chain
-from taskx.core.timing import DEFAULT_TIMING
-from taskx.dashboard import ALL, display
-from taskx.dashboard.screens import overview, tasks, types
-from taskx.liveness.base import Node
+from taskx.programs.dashboard import ALL, display
+from taskx.programs.dashboard.screens import overview, tasks, types
+from taskx.stores.liveness.base import Node
+from taskx.tasks.timing import DEFAULT_TIMING
 
 HOSTILE = "<script>alert(1)</script>\"'&{{7*7}}\u202e\ud800</textarea>"
 SAFE = HOSTILE.replace("\ud800", "")

@@ -13,10 +13,10 @@ from werkzeug.exceptions import RequestEntityTooLarge
 from werkzeug.test import Client
 
 from taskx import ConfigurationError, TaskStatus
-from taskx.dashboard import ALL, PERMISSIONS, Dashboard, bodies, braking, security
-from taskx.dashboard.app import Dashboard as App
-from taskx.dashboard.braking import Brake
-from taskx.dashboard.serving import bind
+from taskx.programs.dashboard import ALL, PERMISSIONS, Dashboard, bodies, braking, security
+from taskx.programs.dashboard.app import Dashboard as App
+from taskx.programs.dashboard.braking import Brake
+from taskx.programs.dashboard.serving import bind
 
 
 @pytest.fixture
@@ -403,7 +403,7 @@ def test_an_action_never_leads_to_another_site(look, queue, back):
 
 def actions():
     """Return each action of each screen: the permission that it needs, and its URL."""
-    from taskx.dashboard.screens import SCREENS
+    from taskx.programs.dashboard.screens import SCREENS
 
     return [
         (action.permission, f"/{screen.name}/{name}")

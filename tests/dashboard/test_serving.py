@@ -15,8 +15,8 @@ import pytest
 from helpers import PATIENCE
 
 from taskx import ConfigurationError, TaskStatus
-from taskx.dashboard import ALL, Dashboard, api, serve
-from taskx.dashboard.serving import bind
+from taskx.programs.dashboard import ALL, Dashboard, api, serve
+from taskx.programs.dashboard.serving import bind
 
 NAME = "dash.example.org"
 USER = {"ann": "s3cret"}

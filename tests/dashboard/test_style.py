@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import taskx.dashboard
+import taskx.programs.dashboard
 
 STATIC = Path(taskx.dashboard.__file__).parent / "static"
 CSS = (STATIC / "taskx.css").read_text()

@@ -10,11 +10,11 @@ from string import Formatter
 
 import pytest
 
-import taskx.dashboard
+import taskx.programs.dashboard
 from taskx import every
-from taskx.dashboard import words
-from taskx.dashboard.chinese import CHINESE
-from taskx.dashboard.display import Display
+from taskx.programs.dashboard import words
+from taskx.programs.dashboard.chinese import CHINESE
+from taskx.programs.dashboard.display import Display
 
 FOLDER = Path(taskx.dashboard.__file__).parent
 NOW = datetime(2026, 3, 1, 12, 0, tzinfo=timezone.utc)
@@ -45,8 +45,8 @@ def texts_in_python():
 
 def texts_in_tables():
     """Yield the texts that are chosen while the dashboard runs."""
-    from taskx.dashboard import charts, display
-    from taskx.dashboard.screens import failures, task, tasks, types
+    from taskx.programs.dashboard import charts, display
+    from taskx.programs.dashboard.screens import failures, task, tasks, types
 
     yield from ((text, "display") for text in (*display._DAYS, *(u[1] for u in display._UNITS)))
     yield from ((status, "charts") for status in charts.STATUSES)
@@ -69,7 +69,7 @@ def fields(text):
 
 def test_each_text_has_a_chinese_form():
     missing = {text: file for text, file in USED.items() if text not in CHINESE}
-    assert missing == {}, "add them to taskx/dashboard/chinese.py"
+    assert missing == {}, "add them to taskx/programs/dashboard/chinese.py"
 
 
 def test_each_chinese_form_is_used():

@@ -18,7 +18,7 @@ from helpers import PATIENCE, eventually
 
 from engines.conftest import Ground, with_workers
 from taskx import TaskStatus
-from taskx.engines.dispatch import DEPTH
+from taskx.node.broker.dispatch import DEPTH
 
 BROKERS = ["celery", "dramatiq"]
 

@@ -24,7 +24,7 @@ from taskx import (
     every,
     group,
 )
-from taskx.executing.executors import Queues
+from taskx.attempt.executors import Queues
 from taskx.testing import ManualQueue, manual
 
 

@@ -23,9 +23,9 @@ from taskx import (
     TaskFailed,
     TaskStatus,
 )
-from taskx.core.lifecycle import MAX_LOG
-from taskx.executing import capture
-from taskx.executing.capture import MAX_LINE
+from taskx.attempt import capture
+from taskx.attempt.capture import MAX_LINE
+from taskx.tasks.lifecycle import MAX_LOG
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from taskx import (
     TaskFailed,
     TaskStatus,
 )
-from taskx.core.writes import Delete, Update
+from taskx.tasks.writes import Delete, Update
 
 
 class Work:

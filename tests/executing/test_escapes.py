@@ -18,12 +18,12 @@ from taskx import (
     TaskFailed,
     TaskStatus,
 )
-from taskx.core.clock import SYSTEM_CLOCK
-from taskx.core.errors import CancelReason
-from taskx.core.timing import DEFAULT_TIMING
-from taskx.core.token import CancelToken
-from taskx.executing.alarms import Alarms
-from taskx.executing.runner import Runner, inside_executor
+from taskx.attempt.alarms import Alarms
+from taskx.attempt.runner import Runner, inside_executor
+from taskx.tasks.clock import SYSTEM_CLOCK
+from taskx.tasks.errors import CancelReason
+from taskx.tasks.timing import DEFAULT_TIMING
+from taskx.tasks.token import CancelToken
 from taskx.testing import ManualClock
 
 from . import isolated

@@ -19,7 +19,7 @@ from taskx import (
     TaskFailed,
     TaskStatus,
 )
-from taskx.core.options import ExecutorOptions, Options
+from taskx.tasks.options import ExecutorOptions, Options
 
 # Tests count the starts of tasks, so a slow machine must hand no started task back.
 pytestmark = pytest.mark.usefixtures("calm")

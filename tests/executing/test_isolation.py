@@ -29,10 +29,10 @@ from taskx import (
     TaskFailed,
     TaskStatus,
 )
-from taskx.core.options import Options
-from taskx.executing.context import Shared
-from taskx.executing.process import channel, isolation
-from taskx.executing.registry import Registry
+from taskx.attempt.context import Shared
+from taskx.attempt.process import channel, isolation
+from taskx.attempt.registry import Registry
+from taskx.tasks.options import Options
 from taskx.testing import ManualClock
 
 from . import isolated

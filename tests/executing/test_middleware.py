@@ -25,9 +25,9 @@ from taskx import (
     TaskStatus,
     chain,
 )
-from taskx.core.options import Options
-from taskx.executing.executors import make_executor
-from taskx.executing.registry import Registry
+from taskx.attempt.executors import make_executor
+from taskx.attempt.registry import Registry
+from taskx.tasks.options import Options
 from taskx.testing import manual
 
 

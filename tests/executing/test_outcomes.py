@@ -26,7 +26,7 @@ from taskx import (
     TaskNotFound,
     TaskStatus,
 )
-from taskx.core.writes import Insert
+from taskx.tasks.writes import Insert
 
 # Tests count the starts of tasks, so a slow machine must hand no started task back.
 pytestmark = pytest.mark.usefixtures("calm")
@@ -215,14 +215,14 @@ def test_the_record_names_the_class_of_each_error(started):
     assert [attempt.error_type for attempt in task.attempts] == [
         "OSError",
         f"{__name__}.Rude",
-        "taskx.core.retry.Retry",
-        "taskx.core.retry.Permanent",
+        "taskx.tasks.retry.Retry",
+        "taskx.tasks.retry.Permanent",
     ]
-    assert task.error_type == "taskx.core.retry.Permanent"
+    assert task.error_type == "taskx.tasks.retry.Permanent"
     started.requeue(handle.id)
     with pytest.raises(TaskFailed):
         handle.result(PATIENCE)
-    assert handle.task().attempts[3].error_type == "taskx.core.retry.Permanent"
+    assert handle.task().attempts[3].error_type == "taskx.tasks.retry.Permanent"
 
 
 def test_an_attempt_that_timed_out_has_error_type_timeout_error(started):

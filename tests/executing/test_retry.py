@@ -20,7 +20,7 @@ from taskx import (
     TaskFailed,
     TaskStatus,
 )
-from taskx.core.log import Digest
+from taskx.tasks.log import Digest
 
 STEADY = {"jitter": 0}
 

@@ -13,7 +13,7 @@ from helpers import PATIENCE, Waiting, eventually, run_in_thread, services_of
 from strikes import strike_at
 
 from taskx import Hook, RepositoryError, SQLiteRepository, TaskFilter, TaskStatus
-from taskx.storage import queries
+from taskx.stores import queries
 
 pytestmark = [
     pytest.mark.slow,

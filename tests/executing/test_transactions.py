@@ -23,7 +23,7 @@ from taskx import (
     TaskFilter,
     TaskStatus,
 )
-from taskx.storage.sqlite import joining
+from taskx.stores.sqlite import joining
 
 LONG = 60
 

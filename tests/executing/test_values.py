@@ -25,7 +25,7 @@ from taskx import (
     every,
     group,
 )
-from taskx.core.values import values_of
+from taskx.tasks.values import values_of
 from taskx.testing import ManualQueue, run_executor
 
 from . import isolated
@@ -193,7 +193,7 @@ def test_a_stored_value_that_does_not_fit_fails_the_attempt(ready, make_queue):
     with pytest.raises(TaskFailed, match=r"params\.when: must be datetime .*, not str"):
         failed.result(PATIENCE)
     task = failed.task()
-    assert (task.error_type, task.errors) == ("taskx.core.errors.PayloadError", 2)
+    assert (task.error_type, task.errors) == ("taskx.tasks.errors.PayloadError", 2)
 
 
 def test_a_result_that_does_not_fit_fails_the_attempt(ready):
@@ -342,7 +342,7 @@ def test_the_test_kit_finds_tasks_by_objects_in_their_params():
 
 def test_an_executor_without_such_annotations_costs_nothing(queue, monkeypatch):
     calls = Counter()
-    monkeypatch.setattr("taskx.submitting.intake.encoded", lambda *_: calls.update(["encoded"]))
+    monkeypatch.setattr("taskx.queue.intake.encoded", lambda *_: calls.update(["encoded"]))
 
     @queue.executor("plain")
     def plain(ctx: Context, text: str, many: list[int] | None = None) -> dict[str, int]:

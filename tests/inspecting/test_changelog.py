@@ -8,9 +8,9 @@ import pytest
 from storage.repositories import TinyRepository
 
 from taskx import Change, ConfigurationError, MemoryRepository, PayloadError, Queue
-from taskx.core.timing import Timing
-from taskx.inspecting import changelog
+from taskx.insight import changelog
 from taskx.repository.example import ExampleRepository
+from taskx.tasks.timing import Timing
 
 
 def test_the_newest_changes_come_first(make_queue, clock):

@@ -8,9 +8,9 @@ import pytest
 
 import taskx
 from taskx import Check, Diagnosis, Queue, RepositoryUnavailable, SQLiteRepository
-from taskx.core.clock import to_datetime
-from taskx.core.findings import fail, ok, warn
-from taskx.liveness.base import About, Node
+from taskx.stores.liveness.base import About, Node
+from taskx.tasks.clock import to_datetime
+from taskx.tasks.findings import fail, ok, warn
 
 
 def named(queue, name):

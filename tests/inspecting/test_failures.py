@@ -9,7 +9,7 @@ from helpers import PATIENCE, eventually
 
 import taskx
 from taskx import ConfigurationError, Permanent, Place
-from taskx.core.writes import Update
+from taskx.tasks.writes import Update
 
 
 def broken(n):
@@ -50,7 +50,7 @@ def fail(queue, clock, *tasks):
 def groups(queue, **options):
     """Return the groups, after a check that the answer is JSON."""
     found = queue.failures(**options)
-    assert taskx.core.payload.encode(found.to_dict(), "failures")
+    assert taskx.tasks.payload.encode(found.to_dict(), "failures")
     assert len(found) == len(found.groups)
     return list(found)
 

@@ -23,10 +23,10 @@ from taskx import (
     TaskStatus,
     every,
 )
-from taskx.core import lifecycle
-from taskx.core.findings import ProblemKind
-from taskx.core.writes import NoteChange
-from taskx.storage.sqlite import schema
+from taskx.stores.sqlite import schema
+from taskx.tasks import lifecycle
+from taskx.tasks.findings import ProblemKind
+from taskx.tasks.writes import NoteChange
 
 
 def problems(queue, **thresholds):
@@ -39,7 +39,7 @@ def problems(queue, **thresholds):
     assert found.ok is bool(found) is (not found.problems)
     for problem in found.problems:
         assert re.fullmatch(r"[A-Z0-9].+\.", str(problem), re.S), problem
-    assert taskx.core.payload.encode(found.to_dict(), "health")
+    assert taskx.tasks.payload.encode(found.to_dict(), "health")
     return list(found.problems)
 
 
@@ -103,17 +103,19 @@ def test_a_type_can_need_several_nodes(started):
 
 def test_a_dead_node_does_not_count(queue, monkeypatch):
     nodes = [
-        taskx.liveness.base.Node(id="d", name="d", types=("t",), alive=False),
-        taskx.liveness.base.Node(id="s", name="s", types=("t",), alive=True, stopping=True),
+        taskx.stores.liveness.base.Node(id="d", name="d", types=("t",), alive=False),
+        taskx.stores.liveness.base.Node(id="s", name="s", types=("t",), alive=True, stopping=True),
     ]
     monkeypatch.setattr(queue.repository.liveness, "nodes", lambda: nodes)
     assert only(queue, "nodes").facts["nodes"] == 0
-    nodes.append(taskx.liveness.base.Node(id="u", name="u", types=("t",)))  # nothing is known
+    nodes.append(
+        taskx.stores.liveness.base.Node(id="u", name="u", types=("t",))
+    )  # nothing is known
     assert queue.health(nodes={"t": 1})
 
 
 def silent(name, at, **more):
-    return taskx.liveness.base.Node(id=name, name=name, types=("t",), beat_at=at, **more)
+    return taskx.stores.liveness.base.Node(id=name, name=name, types=("t",), beat_at=at, **more)
 
 
 def test_a_node_whose_heartbeat_is_old_does_not_count_and_is_a_problem(idle, clock, monkeypatch):
@@ -530,7 +532,7 @@ def test_every_kind_is_in_the_table_of_the_page():
 
 def test_the_records_are_plain():
     problem = Problem("nodes", "Nobody is here.", {"type": None})
-    found = Health((problem,), taskx.core.clock.to_datetime(0))
+    found = Health((problem,), taskx.tasks.clock.to_datetime(0))
     assert found.to_dict() == {
         "ok": False,
         "problems": [{"kind": "nodes", "sentence": "Nobody is here.", "facts": {"type": None}}],

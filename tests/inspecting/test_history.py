@@ -9,8 +9,8 @@ from helpers import eventually
 
 import taskx
 from taskx import ConfigurationError
-from taskx.core import lifecycle
-from taskx.core.lifecycle import Ending
+from taskx.tasks import lifecycle
+from taskx.tasks.lifecycle import Ending
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def history(queue, **options):
     before = list(queue.repository.batches)
     found = queue.history(**options)
     assert list(queue.repository.batches) == before
-    assert taskx.core.payload.encode(found.to_dict(), "history")
+    assert taskx.tasks.payload.encode(found.to_dict(), "history")
     assert list(found.types) == sorted(found.types)
     return found
 
@@ -115,7 +115,7 @@ def test_a_damaged_record_hides_no_other(queue, clock):
     damaged = run(queue, clock)
     run(queue, clock)
     assert all(
-        queue.repository.apply([taskx.core.writes.Update(damaged, {}, {"completed_at": None})])
+        queue.repository.apply([taskx.tasks.writes.Update(damaged, {}, {"completed_at": None})])
     )
     assert sum(history(queue).completed) == 1
 

@@ -9,9 +9,9 @@ import traceback
 import pytest
 
 from taskx import Place
-from taskx.executing.failures import MAX_TRACEBACK, shortened, traceback_text
-from taskx.inspecting import places
-from taskx.inspecting.places import place_of
+from taskx.attempt.failures import MAX_TRACEBACK, shortened, traceback_text
+from taskx.insight import places
+from taskx.insight.places import place_of
 
 
 def text_of(call) -> str:

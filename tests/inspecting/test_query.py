@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from taskx import ConfigurationError, MemoryRepository, Queue, TaskFilter
-from taskx.inspecting.query import (
+from taskx.insight.query import (
     FIELDS,
     as_command,
     as_python,

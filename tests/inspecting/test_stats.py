@@ -9,8 +9,8 @@ from helpers import PATIENCE, eventually
 
 import taskx
 from taskx import ConfigurationError, Percentiles, TypeStats
-from taskx.core import lifecycle
-from taskx.core.lifecycle import Ending
+from taskx.tasks import lifecycle
+from taskx.tasks.lifecycle import Ending
 
 HOUR = 3600.0
 
@@ -28,7 +28,7 @@ def of(queue, type="a", **options):
     before = list(queue.repository.batches)
     found = queue.stats(**options)
     assert list(queue.repository.batches) == before
-    assert taskx.core.payload.encode(found.to_dict(), "stats")
+    assert taskx.tasks.payload.encode(found.to_dict(), "stats")
     assert list(found.types) == sorted(found.types)
     return found.types.get(type, TypeStats())
 
@@ -253,7 +253,7 @@ def test_the_answer_is_incomplete_if_there_are_more_unfinished_tasks(queue):
 def test_a_damaged_record_hides_no_other(queue, clock):
     damaged = run(queue, clock)
     run(queue, clock)
-    assert all(queue.repository.apply([taskx.core.writes.Update(damaged, {}, {"errors": "x"})]))
+    assert all(queue.repository.apply([taskx.tasks.writes.Update(damaged, {}, {"errors": "x"})]))
     assert of(queue).completed == 1
 
 

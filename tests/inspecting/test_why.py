@@ -12,11 +12,11 @@ from helpers import PATIENCE, Waiting, eventually, node_of, pool_of, services_of
 
 import taskx
 from taskx import ConfigurationError, Reason, TaskNotFound, TaskStatus
-from taskx.core import lifecycle
-from taskx.core.findings import ReasonKind, duration
-from taskx.core.rate import Limit
-from taskx.core.writes import NoteChange, Update
-from taskx.liveness.base import Node
+from taskx.stores.liveness.base import Node
+from taskx.tasks import lifecycle
+from taskx.tasks.findings import ReasonKind, duration
+from taskx.tasks.rate import Limit
+from taskx.tasks.writes import NoteChange, Update
 
 
 def kinds(found):
@@ -33,7 +33,7 @@ def ask(queue, handle):
         assert list(getattr(repository, "batches", ())) == before
     for reason in found:
         assert re.fullmatch(r"[A-Z0-9].+\.", str(reason), re.S), reason
-        assert taskx.core.payload.encode(reason.to_dict(), "reason")
+        assert taskx.tasks.payload.encode(reason.to_dict(), "reason")
     return found
 
 

@@ -19,7 +19,7 @@ from helpers import (
 from storage.repositories import TinyRepository
 
 from taskx import Config, ConfigurationError, Queue, Retry, Task, TaskStatus, executor
-from taskx.limiting.admission import Admission
+from taskx.node.admission import Admission
 
 
 class Crowd:

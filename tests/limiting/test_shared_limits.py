@@ -29,13 +29,13 @@ from taskx import (
     TaskFilter,
     TaskStatus,
 )
-from taskx.core import lifecycle
-from taskx.core.rate import Rate
-from taskx.core.timing import DEFAULT_TIMING, Timing
-from taskx.limiting.admission import Admission
-from taskx.limiting.shared import SharedBucket, SharedSlots
-from taskx.liveness.base import Node
-from taskx.running.audit import Audit
+from taskx.node.admission import Admission
+from taskx.node.audit import Audit
+from taskx.node.shared_limits import SharedBucket, SharedSlots
+from taskx.stores.liveness.base import Node
+from taskx.tasks import lifecycle
+from taskx.tasks.rate import Rate
+from taskx.tasks.timing import DEFAULT_TIMING, Timing
 from taskx.testing import ManualClock
 
 from .test_limits import Crowd, linger, started_by
@@ -52,7 +52,7 @@ def nodes(make_queue, count, crowd, worker_num=4, **options):
 
 
 def shares(repository, type="t"):
-    from taskx.limiting.shared import _shares_of
+    from taskx.node.shared_limits import _shares_of
 
     note = repository.notes("limit/slots/").get(f"limit/slots/{type}")
     return _shares_of(note.text if note else None)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from taskx import SQLiteRepository
-from taskx.liveness import began as module
-from taskx.liveness.base import Node
-from taskx.liveness.began import Began
-from taskx.liveness.locks import HostLocks
+from taskx.stores.liveness import began as module
+from taskx.stores.liveness.base import Node
+from taskx.stores.liveness.began import Began
+from taskx.stores.liveness.locks import HostLocks
 
 
 @pytest.fixture

@@ -8,15 +8,15 @@ import pytest
 from storage.test_sqlite import PATIENCE, start_program
 
 from taskx import RepositoryUnavailable, SQLiteRepository
-from taskx.liveness.base import Node
-from taskx.liveness.locks import NodeLocks
+from taskx.stores.liveness.base import Node
+from taskx.stores.liveness.locks import NodeLocks
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="not a POSIX system")
 
 HOLD = """
     import sys
     from taskx import SQLiteRepository
-    from taskx.liveness.base import Node
+    from taskx.stores.liveness.base import Node
     repository = SQLiteRepository(sys.argv[1])
     repository.liveness.join(Node(id="n1", name="child"))
     print("held", flush=True)
@@ -27,7 +27,7 @@ HOLD = """
 HOLD_AND_FORK = """
     import os, sys
     from taskx import SQLiteRepository
-    from taskx.liveness.base import Node
+    from taskx.stores.liveness.base import Node
     repository = SQLiteRepository(sys.argv[1])
     repository.liveness.join(Node(id="n1", name="child"))
     word = str(os.fork() or "forked")

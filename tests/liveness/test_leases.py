@@ -18,13 +18,13 @@ from storage.mongo.conftest import insert
 from storage.repositories import MAKERS
 
 from taskx import RepositoryUnavailable
-from taskx.core import lifecycle
-from taskx.core.timing import DEFAULT_TIMING
-from taskx.core.writes import NoteChange
-from taskx.liveness.base import PREFIX, Node
-from taskx.liveness.leases import Leases
-from taskx.liveness.locks import HostLocks
-from taskx.storage.parts import House
+from taskx.stores.liveness.base import PREFIX, Node
+from taskx.stores.liveness.leases import Leases
+from taskx.stores.liveness.locks import HostLocks
+from taskx.stores.parts import House
+from taskx.tasks import lifecycle
+from taskx.tasks.timing import DEFAULT_TIMING
+from taskx.tasks.writes import NoteChange
 from taskx.testing import ManualClock
 
 LEASE = 30.0
@@ -570,7 +570,7 @@ class TestBeating:
 
 NODE = """
 import sys
-from taskx.liveness.locks import HostLocks
+from taskx.stores.liveness.locks import HostLocks
 print(*HostLocks(sys.argv[1]).hold("n"), flush=True)
 sys.stdin.readline()
 """

@@ -6,8 +6,8 @@ import attrs
 import pytest
 from storage.repositories import MAKERS
 
-from taskx.core.rate import Limit, Rate
-from taskx.liveness.base import About, Node
+from taskx.stores.liveness.base import About, Node
+from taskx.tasks.rate import Limit, Rate
 from taskx.testing import ManualClock
 
 KINDS = [*MAKERS]

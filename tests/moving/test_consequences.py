@@ -15,18 +15,18 @@ from helpers import PATIENCE, eventually, frequent_checks, pool_of, services_of,
 
 import taskx
 from taskx import Hook, Retry, Snooze
-from taskx.common.bell import Agenda
-from taskx.common.hooks import Hooks
-from taskx.core import lifecycle
-from taskx.core.errors import CancelReason
-from taskx.core.log import GuardedLogger
-from taskx.core.moves import MOVES
-from taskx.executing.failures import ChildDied
-from taskx.moving import Moves
-from taskx.ordering import Dependents, Turns
-from taskx.running.buffer import Buffer
-from taskx.running.pool import WorkerPool
-from taskx.running.starter import Starter
+from taskx.attempt.failures import ChildDied
+from taskx.node.buffer import Buffer
+from taskx.node.hooks import Hooks
+from taskx.node.moving import Moves
+from taskx.node.ordering import Dependents, Turns
+from taskx.node.pool import WorkerPool
+from taskx.node.starter import Starter
+from taskx.tasks import lifecycle
+from taskx.tasks.bell import Agenda
+from taskx.tasks.errors import CancelReason
+from taskx.tasks.log import GuardedLogger
+from taskx.tasks.moves import MOVES
 
 PACKAGE = Path(taskx.__file__).parent
 PENDING, RUNNING, COMPLETED = "pending", "running", "completed"
@@ -112,15 +112,15 @@ def test_each_write_of_the_core_names_a_move_that_has_a_row():
 
 #: Calls that report a move. The other modules tell hooks of what is no move.
 TOLD = {
-    "dependents.parent_ended": {"moving.py"},
-    "dependents.waits": {"moving.py"},
-    "watcher.resolve": {"moving.py"},
+    "dependents.parent_ended": {"node/moving.py"},
+    "dependents.waits": {"node/moving.py"},
+    "watcher.resolve": {"node/moving.py"},
     "hooks.tell": {
-        "moving.py",
-        "running/pool.py",
-        "schedules/ticker.py",
-        "submitting/intake.py",
-        "upkeep/node.py",
+        "node/moving.py",
+        "node/pool.py",
+        "node/ticker.py",
+        "queue/intake.py",
+        "node/node.py",
     },
 }
 

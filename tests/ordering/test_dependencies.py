@@ -38,13 +38,13 @@ from taskx import (
     TaskStatus,
     chain,
     open_repository,
-    ordering,
 )
-from taskx.core import lifecycle
-from taskx.core.timing import DEFAULT_TIMING
-from taskx.core.writes import Update
-from taskx.running.audit import Audit
-from taskx.submitting.requeuing import Requeues
+from taskx.node import ordering
+from taskx.node.audit import Audit
+from taskx.queue.requeuing import Requeues
+from taskx.tasks import lifecycle
+from taskx.tasks.timing import DEFAULT_TIMING
+from taskx.tasks.writes import Update
 from taskx.testing import ManualClock
 
 NEVER = float("inf")
@@ -964,7 +964,7 @@ class TestMadeGood:
 PROGRAM = """
     import os, sys, threading
     from taskx import Config, Queue, open_repository
-    from taskx.ordering import Dependents
+    from taskx.node.ordering import Dependents
 
     queue = Queue(open_repository(sys.argv[1]), Config(worker_num=2))
     what = sys.argv[2]

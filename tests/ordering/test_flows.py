@@ -31,9 +31,9 @@ from taskx import (
     chain,
     group,
 )
-from taskx import flows as flows_module
-from taskx.flows import lay_out
-from taskx.running import buffer
+from taskx.node import buffer
+from taskx.queue import flows as flows_module
+from taskx.queue.flows import lay_out
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import pytest
 from helpers import PATIENCE, Waiting, eventually, pool_of, services_of
 
 from taskx import DuplicateTask, Hook, RepositoryUnavailable, TaskStatus
-from taskx.core.writes import Insert
-from taskx.liveness.leases import Leases
-from taskx.running.buffer import Item
+from taskx.node.buffer import Item
+from taskx.stores.liveness.leases import Leases
+from taskx.tasks.writes import Insert
 
 # A slow machine hands no started task back, except in the test of that.
 pytestmark = pytest.mark.usefixtures("calm")
@@ -109,7 +109,7 @@ def test_a_submit_that_fails_leaves_no_run(started):
 
 
 def test_a_submit_with_a_taken_id_leaves_no_run(started, monkeypatch):
-    monkeypatch.setattr("taskx.core.creation.new_id", lambda: "same")
+    monkeypatch.setattr("taskx.tasks.creation.new_id", lambda: "same")
     idle(started).submit("fine").result(PATIENCE)
     eventually(lambda: not pool_of(started).runs)
     with pytest.raises(DuplicateTask):

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from taskx.running.buffer import Buffer
+from taskx.node.buffer import Buffer
 
 TASKS = [f"t{number}" for number in range(8)]
 

@@ -6,7 +6,7 @@ import pytest
 from helpers import PATIENCE, joined_node, pool_of
 
 from taskx import RepositoryUnavailable, TaskStatus
-from taskx.running.audit import Audit
+from taskx.node.audit import Audit
 
 
 @pytest.fixture

@@ -39,11 +39,11 @@ from taskx import (
     TaskStatus,
     executor,
 )
-from taskx.core.clock import to_datetime
-from taskx.core.options import DEFAULT_GRACE, Options
-from taskx.core.writes import Update
-from taskx.running.stuck import stack_of
-from taskx.storage.queries import owners
+from taskx.node.stuck import stack_of
+from taskx.stores.queries import owners
+from taskx.tasks.clock import to_datetime
+from taskx.tasks.options import DEFAULT_GRACE, Options
+from taskx.tasks.writes import Update
 
 # Tests count the starts of tasks, so a slow machine must hand no started task back.
 pytestmark = pytest.mark.usefixtures("calm")

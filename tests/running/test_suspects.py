@@ -9,8 +9,8 @@ import pytest
 from helpers import PATIENCE, eventually, frequent_checks, joined_node, pool_of, services_of
 
 from taskx import Task, TaskStatus
-from taskx.core.timing import DEFAULT_TIMING
-from taskx.submitting.intake import prepare
+from taskx.queue.intake import prepare
+from taskx.tasks.timing import DEFAULT_TIMING
 
 
 @pytest.fixture

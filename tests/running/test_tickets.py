@@ -23,10 +23,10 @@ from taskx import (
     SQLiteRepository,
     TaskStatus,
 )
-from taskx.core.timing import Timing
-from taskx.engines import BrokerEngine, Ticket
-from taskx.engines.claims import Claims
-from taskx.engines.dispatch import DEEPEST, DEPTH, Dispatcher
+from taskx.node.broker import BrokerEngine, Ticket
+from taskx.node.broker.claims import Claims
+from taskx.node.broker.dispatch import DEEPEST, DEPTH, Dispatcher
+from taskx.tasks.timing import Timing
 from taskx.testing import inline
 
 

@@ -12,7 +12,7 @@ from helpers import PATIENCE, eventually, housekeeper_of
 from mongo_server import new_database, shared
 
 from taskx import MongoRepository, SQLiteRepository, TaskFilter, every, tick_of
-from taskx.core.timing import Timing
+from taskx.tasks.timing import Timing
 
 # The arguments are the repository and a log file for runs; further lines are appended.
 PROGRAM = """

@@ -44,14 +44,14 @@ from taskx import (
     open_repository,
     tick_of,
 )
-from taskx.core.clock import to_ms
-from taskx.core.ticks import BATCH
-from taskx.core.writes import Insert
-from taskx.schedules import ticker as ticker_module
-from taskx.schedules.stored import PREFIX
-from taskx.schedules.ticker import Ticker
+from taskx.node import ticker as ticker_module
+from taskx.node.node import LocalNode
+from taskx.node.schedules import PREFIX
+from taskx.node.ticker import Ticker
+from taskx.tasks.clock import to_ms
+from taskx.tasks.ticks import BATCH
+from taskx.tasks.writes import Insert
 from taskx.testing import ManualClock
-from taskx.upkeep.node import LocalNode
 
 NOON = datetime(2026, 3, 27, 12, tzinfo=timezone.utc)  # two days before the clocks go forward
 HOUR, DAY = 3600, 86400
@@ -777,7 +777,7 @@ def test_a_backfill_refuses_an_invalid_span(queue, start, end, complaint):
 
 
 def test_a_backfill_refuses_more_ticks_than_it_makes(monkeypatch, queue, clock):
-    monkeypatch.setattr("taskx.schedules.schedule.MOST_BACKFILLED", 3)
+    monkeypatch.setattr("taskx.queue.schedule.MOST_BACKFILLED", 3)
     schedule = queue.schedule("s", every(60), "remote")
     clock.advance(300)
     with pytest.raises(ConfigurationError, match=r"more than 3 ticks .* back-fill a shorter span"):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from taskx.core import lifecycle
+from taskx.tasks import lifecycle
 from taskx.testing import ManualClock
 
 from .repositories import KINDS, MAKERS, insert

@@ -30,13 +30,13 @@ from taskx import (
     TaskRepository,
     TaskStatus,
 )
-from taskx.core import lifecycle
-from taskx.core.clock import SYSTEM_CLOCK
-from taskx.core.timing import DEFAULT_TIMING, Timing
-from taskx.core.writes import Insert
 from taskx.repository.example import ExampleRepository
-from taskx.storage.adapter import ORIGINAL_FIELDS, EightMethodAdapter
-from taskx.storage.base import Repository
+from taskx.stores.adapter import ORIGINAL_FIELDS, EightMethodAdapter
+from taskx.stores.base import Repository
+from taskx.tasks import lifecycle
+from taskx.tasks.clock import SYSTEM_CLOCK
+from taskx.tasks.timing import DEFAULT_TIMING, Timing
+from taskx.tasks.writes import Insert
 
 
 class TinyRepository(TaskRepository):

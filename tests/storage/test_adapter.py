@@ -4,10 +4,10 @@ import pytest
 from helpers import held_on
 
 from taskx import ConfigurationError, Task, TaskFilter, TaskStatus
-from taskx.core.clock import to_datetime
-from taskx.storage.adapter import EightMethodAdapter
-from taskx.storage.queries import matching, owners
-from taskx.upkeep.housekeeper import unfinished
+from taskx.node.housekeeper import unfinished
+from taskx.stores.adapter import EightMethodAdapter
+from taskx.stores.queries import matching, owners
+from taskx.tasks.clock import to_datetime
 
 from .repositories import MAKERS, ids, insert
 

@@ -24,10 +24,10 @@ from taskx import (
     ZlibCodec,
     open_repository,
 )
-from taskx.core import lifecycle
-from taskx.core.codec import Codecs, Unreadable
-from taskx.core.lifecycle import Ending
-from taskx.storage.queries import shown
+from taskx.stores.queries import shown
+from taskx.tasks import lifecycle
+from taskx.tasks.codec import Codecs, Unreadable
+from taskx.tasks.lifecycle import Ending
 
 from .repositories import OnMongo, Scramble
 

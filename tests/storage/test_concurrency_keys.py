@@ -10,12 +10,12 @@ import pytest
 from helpers import first_waiting, waiting_keys
 
 from taskx import TaskFilter, TaskStatus
-from taskx.core import lifecycle
-from taskx.core.clock import to_datetime
-from taskx.core.errors import CancelReason
-from taskx.core.record import FREE
-from taskx.core.writes import Update
-from taskx.storage.base import Repository
+from taskx.stores.base import Repository
+from taskx.tasks import lifecycle
+from taskx.tasks.clock import to_datetime
+from taskx.tasks.errors import CancelReason
+from taskx.tasks.record import FREE
+from taskx.tasks.writes import Update
 from taskx.testing import ManualClock
 
 STORES = ["memory", "sqlite", "mongomock", "mongo", "mongo-set"]

@@ -3,8 +3,8 @@
 import pytest
 
 from taskx import MemoryRepository, SQLiteRepository
-from taskx.core.clock import SYSTEM_CLOCK
-from taskx.storage.adapter import EightMethodAdapter
+from taskx.stores.adapter import EightMethodAdapter
+from taskx.tasks.clock import SYSTEM_CLOCK
 from taskx.testing import RepositoryContract
 
 from .repositories import MAKERS, Scramble, TinyRepository, coded, thirteen_fields_only

@@ -11,9 +11,9 @@ from contextlib import closing
 import pytest
 
 from taskx import Queue, SQLiteRepository
-from taskx.core.timing import Timing
-from taskx.storage.sqlite import examination, schema
-from taskx.storage.sqlite.examination import file_system_of
+from taskx.stores.sqlite import examination, schema
+from taskx.stores.sqlite.examination import file_system_of
+from taskx.tasks.timing import Timing
 
 WRONG = ("warn", "fail")
 

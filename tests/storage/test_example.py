@@ -17,9 +17,9 @@ from taskx import (
     chain,
     every,
 )
-from taskx.core.clock import SYSTEM_CLOCK
 from taskx.repository import example
 from taskx.repository.example import ExampleRepository
+from taskx.tasks.clock import SYSTEM_CLOCK
 from taskx.testing import RepositoryContract
 
 from .repositories import insert

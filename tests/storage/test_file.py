@@ -23,13 +23,13 @@ from taskx import (
     TaskFilter,
     open_repository,
 )
-from taskx.core.timing import DEFAULT_TIMING
-from taskx.liveness import locks as module
-from taskx.liveness.base import Node
-from taskx.liveness.locks import NodeLocks
-from taskx.storage.sqlite import connections, turnstile
-from taskx.storage.sqlite.file import DatabaseFile
-from taskx.storage.sqlite.turnstile import Turnstile
+from taskx.stores.liveness import locks as module
+from taskx.stores.liveness.base import Node
+from taskx.stores.liveness.locks import NodeLocks
+from taskx.stores.sqlite import connections, turnstile
+from taskx.stores.sqlite.file import DatabaseFile
+from taskx.stores.sqlite.turnstile import Turnstile
+from taskx.tasks.timing import DEFAULT_TIMING
 
 from .test_sqlite import as_unprivileged
 

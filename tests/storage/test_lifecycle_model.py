@@ -22,12 +22,12 @@ from taskx import (
     TaskNotFound,
     TaskStatus,
 )
-from taskx.core import lifecycle
-from taskx.core.clock import to_ms
-from taskx.liveness.base import Node
-from taskx.storage.queries import oldest_ready, owners
+from taskx.node.housekeeper import unfinished
+from taskx.stores.liveness.base import Node
+from taskx.stores.queries import oldest_ready, owners
+from taskx.tasks import lifecycle
+from taskx.tasks.clock import to_ms
 from taskx.testing import ManualClock
-from taskx.upkeep.housekeeper import unfinished
 
 from .repositories import MAKERS
 

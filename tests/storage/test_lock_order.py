@@ -14,9 +14,9 @@ import pytest
 from helpers import PATIENCE, connections_of, eventually, ids, pool_of, run_in_thread, run_once
 
 from taskx import ConfigurationError, SQLiteRepository, TaskFilter, TaskStatus
-from taskx.core.ids import new_id
-from taskx.core.timing import DEFAULT_TIMING
-from taskx.storage.sqlite.turnstile import Turnstile
+from taskx.stores.sqlite.turnstile import Turnstile
+from taskx.tasks.ids import new_id
+from taskx.tasks.timing import DEFAULT_TIMING
 
 # Seconds that a repository waits for a lock. A test that waits so long has failed before.
 NEVER = 4 * PATIENCE

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from strikes import strike_at
 
 from taskx import MemoryRepository, Task, TaskFilter
-from taskx.core import lifecycle
-from taskx.core.writes import Update, Write
-from taskx.storage import memory, ordered
-from taskx.storage.queries import oldest_ready, owners
-from taskx.upkeep.housekeeper import unfinished
+from taskx.node.housekeeper import unfinished
+from taskx.stores import memory, ordered
+from taskx.stores.queries import oldest_ready, owners
+from taskx.tasks import lifecycle
+from taskx.tasks.writes import Update, Write
 
 EVERYTHING = TaskFilter(limit=10**6)
 

@@ -14,11 +14,11 @@ from taskx import (
     TaskFilter,
     TaskStatus,
 )
-from taskx.core import lifecycle
-from taskx.core.lifecycle import Ending
-from taskx.core.log import Once
-from taskx.storage import base
-from taskx.upkeep.housekeeper import unfinished
+from taskx.node.housekeeper import unfinished
+from taskx.stores import base
+from taskx.tasks import lifecycle
+from taskx.tasks.lifecycle import Ending
+from taskx.tasks.log import Once
 
 from .repositories import between_tasks, ids
 

@@ -19,7 +19,7 @@ from taskx import (
     TaskFilter,
     open_repository,
 )
-from taskx.storage.sqlite import schema
+from taskx.stores.sqlite import schema
 
 PRAGMAS = ("application_id", "user_version", "journal_mode", "auto_vacuum", "page_size")
 

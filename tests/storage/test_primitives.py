@@ -5,8 +5,8 @@ import json
 import pytest
 
 from taskx import ConfigurationError, MemoryRepository, RepositoryError, Task, TaskFilter
-from taskx.core.clock import SYSTEM_CLOCK
-from taskx.core.writes import PRESENT, Delete, Note, Update, matches
+from taskx.tasks.clock import SYSTEM_CLOCK
+from taskx.tasks.writes import PRESENT, Delete, Note, Update, matches
 from taskx.testing import PrimitivesContract
 
 from .repositories import MAKERS, MONGO, Scramble, again, coded, insert, losing_answers

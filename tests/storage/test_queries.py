@@ -5,13 +5,13 @@ import pytest
 from helpers import held_on, those_with
 
 from taskx import TaskFilter
-from taskx.core import lifecycle
-from taskx.core.lifecycle import Ending
-from taskx.core.writes import Delete
-from taskx.storage import queries
-from taskx.storage.queries import count, matching, oldest_ready, owners, page, shown
-from taskx.upkeep.housekeeper import unfinished
-from taskx.upkeep.retention import needed
+from taskx.node.housekeeper import unfinished
+from taskx.node.retention import needed
+from taskx.stores import queries
+from taskx.stores.queries import count, matching, oldest_ready, owners, page, shown
+from taskx.tasks import lifecycle
+from taskx.tasks.lifecycle import Ending
+from taskx.tasks.writes import Delete
 
 from .repositories import between_tasks, insert
 

@@ -24,10 +24,10 @@ from taskx import (
     TaskNotFound,
     TaskRepository,
 )
-from taskx.core import lifecycle
-from taskx.core.timing import Timing
-from taskx.storage.adapter import EIGHT_METHODS, ORIGINAL_FIELDS, EightMethodAdapter
-from taskx.storage.queries import shown
+from taskx.stores.adapter import EIGHT_METHODS, ORIGINAL_FIELDS, EightMethodAdapter
+from taskx.stores.queries import shown
+from taskx.tasks import lifecycle
+from taskx.tasks.timing import Timing
 
 QUICK = {"audit_every": 0.05, "progress_every": 0.01, "poll_every": 0.01}
 # Tests count the starts of tasks, so a slow machine must hand no started task back.

@@ -19,7 +19,7 @@ from taskx import (
     TaskFilter,
     TaskStatus,
 )
-from taskx.core.clock import SYSTEM_CLOCK
+from taskx.tasks.clock import SYSTEM_CLOCK
 
 WORD = "hunter2"
 

@@ -37,18 +37,18 @@ from taskx import (
     TaskStatus,
     open_repository,
 )
-from taskx.core import lifecycle
-from taskx.core.lifecycle import FINISHED
-from taskx.core.record import STUB
-from taskx.core.timing import DEFAULT_TIMING
-from taskx.core.writes import PRESENT, Update
-from taskx.liveness.base import Node
-from taskx.storage.queries import Changes, shown
-from taskx.storage.sql.statements import EARLIER, SAME
-from taskx.storage.sqlite import connections, schema, turnstile
-from taskx.storage.sqlite.dialect import statements as statements_of
-from taskx.storage.sqlite.file import DatabaseFile
-from taskx.storage.sqlite.turnstile import Turnstile
+from taskx.stores.liveness.base import Node
+from taskx.stores.queries import Changes, shown
+from taskx.stores.sql.statements import EARLIER, SAME
+from taskx.stores.sqlite import connections, schema, turnstile
+from taskx.stores.sqlite.dialect import statements as statements_of
+from taskx.stores.sqlite.file import DatabaseFile
+from taskx.stores.sqlite.turnstile import Turnstile
+from taskx.tasks import lifecycle
+from taskx.tasks.lifecycle import FINISHED
+from taskx.tasks.record import STUB
+from taskx.tasks.timing import DEFAULT_TIMING
+from taskx.tasks.writes import PRESENT, Update
 
 statements = statements_of()
 
@@ -898,7 +898,7 @@ class TestTurns:
         program = """
             import json, sys, threading, time
             from taskx import SQLiteRepository
-            from taskx.core.writes import Update
+            from taskx.tasks.writes import Update
             writes = [Update("a", {}, {"message": str(n)}) for n in range(5000)]
             stood_still = []
 

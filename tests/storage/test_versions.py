@@ -24,8 +24,8 @@ from taskx import (
     TaskFilter,
     TaskStatus,
 )
-from taskx.core.record import DEFAULTS
-from taskx.storage.sqlite import schema
+from taskx.stores.sqlite import schema
+from taskx.tasks.record import DEFAULTS
 
 FOLDER = Path(__file__).parent / "versions"
 ROOT = FOLDER.parent.parent.parent
@@ -265,7 +265,7 @@ def test_a_killed_migration_is_undone(old, done):
     program = """
         import os, signal, sys
         from taskx import SQLiteRepository, TaskFilter
-        from taskx.storage.sqlite import schema
+        from taskx.stores.sqlite import schema
 
         class Fatal(tuple):
             def __iter__(self):
@@ -310,7 +310,7 @@ def test_only_one_of_several_processes_migrates_a_file(old, version):
     program = """
         import sys
         from taskx import SQLiteRepository, TaskFilter
-        from taskx.storage.sqlite import schema
+        from taskx.stores.sqlite import schema
 
         class Told(tuple):
             def __iter__(self):

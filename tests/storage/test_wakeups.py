@@ -10,10 +10,10 @@ import pytest
 from helpers import PATIENCE, eventually, run_in_thread
 
 from taskx import Queue, SQLiteRepository, Task
-from taskx.core import lifecycle
-from taskx.core.lifecycle import CANCEL_REQUESTED, ENDED, FREED, Ending
-from taskx.core.timing import Timing
-from taskx.storage.sqlite import wakeups
+from taskx.stores.sqlite import wakeups
+from taskx.tasks import lifecycle
+from taskx.tasks.lifecycle import CANCEL_REQUESTED, ENDED, FREED, Ending
+from taskx.tasks.timing import Timing
 
 NOW = 1_700_000_000_000
 ALL = FREED + CANCEL_REQUESTED + ENDED

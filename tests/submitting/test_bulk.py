@@ -24,7 +24,7 @@ from taskx import (
     chain,
     group,
 )
-from taskx.core.writes import Update
+from taskx.tasks.writes import Update
 
 # Tests count the starts of tasks.
 pytestmark = pytest.mark.usefixtures("calm")

@@ -24,8 +24,8 @@ from taskx import (
     TaskNotFound,
     TaskStatus,
 )
-from taskx.core.timing import DEFAULT_TIMING
-from taskx.core.writes import Insert, Update
+from taskx.tasks.timing import DEFAULT_TIMING
+from taskx.tasks.writes import Insert, Update
 
 # Tests count the starts of tasks, so a slow machine must hand no started task back.
 pytestmark = pytest.mark.usefixtures("calm")

@@ -24,10 +24,10 @@ from taskx import (
     chain,
     every,
 )
-from taskx.core import lifecycle
-from taskx.core.writes import Insert
+from taskx.node.due import Expiry
+from taskx.tasks import lifecycle
+from taskx.tasks.writes import Insert
 from taskx.testing import ManualQueue
-from taskx.upkeep.due import Expiry
 
 SECOND = timedelta(seconds=1)
 

@@ -32,7 +32,7 @@ from taskx import (
     TaskStatus,
     chain,
 )
-from taskx.storage.sqlite import joining
+from taskx.stores.sqlite import joining
 
 LONG = 60
 
@@ -622,26 +622,41 @@ def test_a_forked_child_knows_no_transaction_of_its_parent_also_if_no_queue_was_
     connection.rollback()
 
 
-@pytest.mark.process
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_writes_of_a_forked_child_wait_for_the_file_although_those_of_its_parent_would_not(
-    repository, connection
-):
-    """A thread of the parent waits for others, and has the write lock: their writes fail at once."""
-    blocking = repository._file_links.blocking
+FORKS = """
+import os, sqlite3, sys, threading, time
+from taskx import Queue, RepositoryUnavailable, SQLiteRepository
 
-    def fork():
-        if not (child := os.fork()):
-            os._exit(len(blocking))
-        return os.waitpid(child, 0)[1]
+queue = Queue(SQLiteRepository(sys.argv[1], prefix="taskx_", busy_timeout=0.5))
+queue.declare("elsewhere")
+blocks, ended = threading.Event(), threading.Event()
 
+def block():
+    connection = sqlite3.connect(sys.argv[1])
     connection.execute("BEGIN IMMEDIATE")
-    with repository.transactions.join(connection, lambda writes: None) as inside:
-        inside.create(Task(id="a", type="ship"))
-    with repository.transactions.blocking():
-        assert blocking
-        assert run_in_thread(fork)() == 0
-    connection.rollback()
+    queue.submit("elsewhere", connection=connection)
+    with queue.repository.transactions.blocking():  # as during a stop
+        blocks.set()
+        ended.wait()
+
+threading.Thread(target=block, daemon=True).start()
+blocks.wait()
+if child := os.fork():
+    os.waitpid(child, 0)
+    ended.set()
+else:
+    began = time.monotonic()
+    try:
+        queue.submit("elsewhere")
+    except RepositoryUnavailable:
+        print(time.monotonic() - began, flush=True)
+    os._exit(0)
+"""
+
+
+def test_a_forked_child_waits_for_a_lock_although_its_parent_made_others_hurry(
+    spawn, path, repository
+):
+    assert float(spawn(FORKS, path).read()) >= 0.5
 
 
 WORKER = """

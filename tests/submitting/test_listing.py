@@ -23,8 +23,8 @@ from taskx import (
     TaskStatus,
     ZlibCodec,
 )
-from taskx.core.options import AGES, FilterOptions
-from taskx.storage.base import BASIC_CONDITIONS
+from taskx.stores.base import BASIC_CONDITIONS
+from taskx.tasks.options import AGES, FilterOptions
 
 
 @pytest.fixture

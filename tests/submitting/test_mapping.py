@@ -26,7 +26,7 @@ from taskx import (
     UnknownTaskType,
     executor,
 )
-from taskx.submitting.mapping import digest
+from taskx.queue.mapping import digest
 
 # Tests count the starts of tasks, so a slow machine must hand no started task back.
 pytestmark = pytest.mark.usefixtures("calm")

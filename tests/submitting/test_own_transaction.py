@@ -19,7 +19,7 @@ from taskx import (
     TaskStatus,
     chain,
 )
-from taskx.storage.sqlite.joining import FileTransactions
+from taskx.stores.sqlite.joining import FileTransactions
 
 LONG = 60
 

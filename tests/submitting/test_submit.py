@@ -31,8 +31,8 @@ from taskx import (
     TaskxError,
     UnknownTaskType,
 )
-from taskx.core.clock import to_datetime
-from taskx.core.writes import Insert
+from taskx.tasks.clock import to_datetime
+from taskx.tasks.writes import Insert
 
 
 @pytest.fixture

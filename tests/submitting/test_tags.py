@@ -18,7 +18,7 @@ from taskx import (
     every,
     executor,
 )
-from taskx.core.tags import MAX_TAG, MAX_TAGS
+from taskx.tasks.tags import MAX_TAG, MAX_TAGS
 
 
 @pytest.fixture

@@ -46,8 +46,8 @@ from taskx import (
     every,
     executor,
 )
-from taskx.core.timing import Timing
-from taskx.executing.executors import BoundExecutor
+from taskx.attempt.executors import BoundExecutor
+from taskx.tasks.timing import Timing
 
 PAGE = Path(__file__).parents[2] / "docs" / "design-transactions.rst"
 

@@ -9,9 +9,9 @@ import signal
 
 import pytest
 
-from taskx.core.timing import DEFAULT_TIMING
-from taskx.supervising.fleet import Fleet, backoff
-from taskx.supervising.settings import AWAY, RECYCLE
+from taskx.programs.worker.fleet import Fleet, backoff
+from taskx.programs.worker.settings import AWAY, RECYCLE
+from taskx.tasks.timing import DEFAULT_TIMING
 
 KILLED = -signal.SIGKILL
 

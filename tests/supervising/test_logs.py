@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from taskx.supervising.logs import write_once
+from taskx.programs.worker.logs import write_once
 
 
 @pytest.fixture

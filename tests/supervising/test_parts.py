@@ -16,13 +16,12 @@ from types import SimpleNamespace
 import pytest
 
 from taskx import ConfigurationError, Queue
-from taskx.core.timing import DEFAULT_TIMING
-from taskx.running.ahead import Ahead
-from taskx.supervising import health
-from taskx.supervising.health import HealthFile, HealthPort
-from taskx.supervising.loading import files_of, load_queue, load_queue_to_run
-from taskx.supervising.notify import Notifier
-from taskx.supervising.process import (
+from taskx.node.ahead import Ahead
+from taskx.programs.worker import health
+from taskx.programs.worker.health import HealthFile, HealthPort
+from taskx.programs.worker.loading import files_of, load_queue, load_queue_to_run
+from taskx.programs.worker.notify import Notifier
+from taskx.programs.worker.process import (
     MIB,
     Changes,
     Limits,
@@ -31,7 +30,8 @@ from taskx.supervising.process import (
     loaded_files,
     memory,
 )
-from taskx.supervising.settings import Settings
+from taskx.programs.worker.settings import Settings
+from taskx.tasks.timing import DEFAULT_TIMING
 
 # Loading
 

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from helpers import PATIENCE, ROOT, eventually
 
 from taskx import Queue, SQLiteRepository
-from taskx.cli.app import make_group
+from taskx.programs.cli.app import make_group
 
 EXAMPLES = ROOT / "examples"
 UNIT = (EXAMPLES / "taskx.service").read_text()
@@ -54,7 +54,9 @@ def test_systemd_accepts_the_unit(tmp_path):
 @pytest.mark.parametrize("words", [unit_command(), container_command()], ids=["unit", "container"])
 def test_the_command_line_accepts_the_commands(words, monkeypatch):
     started = []
-    monkeypatch.setattr("taskx.cli.worker.supervise", lambda settings: started.append(settings))
+    monkeypatch.setattr(
+        "taskx.programs.cli.worker.supervise", lambda settings: started.append(settings)
+    )
     result = CliRunner().invoke(make_group(), words)
     assert result.exit_code == 0, result.output
     (settings,) = started

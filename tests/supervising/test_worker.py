@@ -19,8 +19,8 @@ from taskx import Queue, SQLiteRepository, TaskStatus
 
 PROGRAM = """
 import json, os, sys
-from taskx.supervising.settings import Settings
-from taskx.supervising.supervisor import supervise
+from taskx.programs.worker.settings import Settings
+from taskx.programs.worker.supervisor import supervise
 
 os.chdir(sys.argv[1])
 sys.exit(supervise(Settings(**json.loads(sys.argv[2]))))

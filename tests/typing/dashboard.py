@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from taskx import MemoryRepository, Queue
-from taskx.dashboard import ALL, Dashboard, serve
+from taskx.programs.dashboard import ALL, Dashboard, serve
 
 queue = Queue(MemoryRepository())
 

@@ -8,7 +8,7 @@ import taskx
 from taskx import Executor, MemoryRepository, Queue, SQLiteRepository, TaskExecutor, TaskHandle
 from taskx.contrib.celery import CeleryEngine
 from taskx.contrib.dramatiq import DramatiqEngine
-from taskx.engines import BrokerEngine, Engine, Threads, Ticket
+from taskx.node.broker import BrokerEngine, Engine, Threads, Ticket
 
 if TYPE_CHECKING:
     from celery import Celery

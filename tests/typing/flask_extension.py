@@ -8,7 +8,7 @@ from flask import Flask
 
 from taskx import Context, Queue, TaskHandle, every
 from taskx.contrib.flask import Taskx
-from taskx.dashboard import ALL
+from taskx.programs.dashboard import ALL
 
 if TYPE_CHECKING:
     from typing_extensions import assert_type

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from helpers import housekeeper_of, joined_node
 
-from taskx.common.bell import Agenda
-from taskx.upkeep import housekeeper
-from taskx.upkeep.housekeeper import Duty
+from taskx.node import housekeeper
+from taskx.node.housekeeper import Duty
+from taskx.tasks.bell import Agenda
 
 
 class Clock:

@@ -33,10 +33,10 @@ from taskx import (
     TaskFilter,
     TaskStatus,
 )
-from taskx.running.pool import WorkerPool
+from taskx.node.housekeeper import Housekeeper
+from taskx.node.node import LocalNode
+from taskx.node.pool import WorkerPool
 from taskx.testing import ManualClock
-from taskx.upkeep.housekeeper import Housekeeper
-from taskx.upkeep.node import LocalNode
 
 
 @pytest.fixture

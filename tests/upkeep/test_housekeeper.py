@@ -21,13 +21,13 @@ from helpers import (
 )
 
 from taskx import RepositoryUnavailable, SQLiteRepository, Task, TaskStatus, every
-from taskx.core import lifecycle
-from taskx.core.record import UNTIL_DUE
-from taskx.core.writes import Update
-from taskx.liveness.base import Node
-from taskx.running import audit
-from taskx.storage.base import Locked
-from taskx.storage.queries import owners
+from taskx.node import audit
+from taskx.stores.base import Locked
+from taskx.stores.liveness.base import Node
+from taskx.stores.queries import owners
+from taskx.tasks import lifecycle
+from taskx.tasks.record import UNTIL_DUE
+from taskx.tasks.writes import Update
 
 MANY = 3000
 

@@ -18,14 +18,14 @@ from taskx import (
     TaskFailed,
     TaskStatus,
 )
-from taskx.common import bell
-from taskx.common.bell import Rest
-from taskx.core.lifecycle import CANCEL_REQUESTED, FREED
-from taskx.core.timing import DEFAULT_TIMING, Timing
-from taskx.storage.parts import Listener
-from taskx.storage.sqlite.links import FileLinks
-from taskx.upkeep import listening
-from taskx.upkeep.node import LocalNode
+from taskx.node import listening
+from taskx.node.node import LocalNode
+from taskx.stores.parts import Listener
+from taskx.stores.sqlite.links import FileLinks
+from taskx.tasks import bell
+from taskx.tasks.bell import Rest
+from taskx.tasks.lifecycle import CANCEL_REQUESTED, FREED
+from taskx.tasks.timing import DEFAULT_TIMING, Timing
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
 
@@ -175,7 +175,7 @@ def test_a_queue_polls_if_its_listener_fails(make_queue, elsewhere, monkeypatch,
             failed.set()
         raise ZeroDivisionError
 
-    monkeypatch.setattr("taskx.storage.sqlite.wakeups.Pipe.wait", fails)
+    monkeypatch.setattr("taskx.stores.sqlite.wakeups.Pipe.wait", fails)
     queue = make_queue()
     queue.executor("t")(lambda: failed.wait(PATIENCE))
     elsewhere.declare("t")
@@ -398,7 +398,7 @@ def test_the_housekeeper_retries_a_fetch_that_failed(process, monkeypatch):
 RUNS = """
 import sys, threading
 from taskx import Context, Queue, SQLiteRepository
-from taskx.core.timing import Timing
+from taskx.tasks.timing import Timing
 
 timing = Timing(listeners_every=0.0, poll_every=3600.0, recover_every=3600.0, audit_every=3600.0)
 queue = Queue(SQLiteRepository(sys.argv[1], timing=timing))

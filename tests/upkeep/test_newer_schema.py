@@ -10,13 +10,13 @@ import pytest
 from helpers import PATIENCE, SpySQLite, connections_of, eventually, node_of
 
 from taskx import Queue, SchemaMismatch, Task, TaskFilter, TaskStatus
-from taskx.storage.sqlite import schema
+from taskx.stores.sqlite import schema
 
 #: A TaskX whose schema is one version newer; its arguments are the path of the file and the migration.
 NEWER = """
 import sys
 from taskx import Queue, SQLiteRepository
-from taskx.storage.sqlite import schema
+from taskx.stores.sqlite import schema
 
 schema.MIGRATIONS += ((sys.argv[2],),)
 schema.VERSION += 1

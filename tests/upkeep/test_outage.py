@@ -12,7 +12,7 @@ from mongo_proxy import Proxy
 from mongo_server import new_database
 
 from taskx import MongoRepository, RepositoryUnavailable
-from taskx.core.timing import Timing
+from taskx.tasks.timing import Timing
 
 #: The fate of requests during the outage.
 OUTAGES = {
@@ -112,7 +112,7 @@ ELSEWHERE = """
     import sys, threading
     import pymongo
     from taskx import Config, MongoRepository, Queue
-    from taskx.core.timing import Timing
+    from taskx.tasks.timing import Timing
 
     client = pymongo.MongoClient(sys.argv[1])
     lease = float(sys.argv[4])

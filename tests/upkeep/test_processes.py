@@ -11,14 +11,14 @@ import pytest
 from helpers import PATIENCE, SOON, eventually, held_on, is_intact
 
 from taskx import Queue, SQLiteRepository, TaskFilter, TaskStatus
-from taskx.core.timing import DEFAULT_TIMING
+from taskx.tasks.timing import DEFAULT_TIMING
 
 # Started with the path of the file, plus a script. Each run of ``work`` and ``listen`` is a line in a log
 # file next to the database.
 PROGRAM = """
 import os, signal, sys, threading, time, warnings
 from taskx import Config, Queue, SQLiteRepository, executor
-from taskx.core.timing import Timing
+from taskx.tasks.timing import Timing
 
 timing = Timing(exit_within=1.0)  # the longest wait for executors that hang
 warnings.simplefilter("ignore", DeprecationWarning)  # 3.12 warns of a fork with threads

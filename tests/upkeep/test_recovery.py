@@ -19,7 +19,7 @@ from taskx import Config, Queue, SQLiteRepository, TaskFilter, TaskStatus
 PROGRAM = """
 import itertools, json, os, signal, sys, threading, time
 from taskx import Config, Queue, SQLiteRepository, Task
-from taskx.core.timing import Timing
+from taskx.tasks.timing import Timing
 
 # The longest wait for executors that hang; the second argument has further fields.
 timing = Timing(**{'exit_within': 1.0, **json.loads(sys.argv[2])})

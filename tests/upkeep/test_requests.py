@@ -12,10 +12,10 @@ from helpers import PATIENCE, eventually, node_of, services_of
 from storage.repositories import TinyRepository
 
 from taskx import ConfigurationError, NodeNotFound, Queue
-from taskx.common.controls import REQUEST
-from taskx.core.timing import DEFAULT_TIMING
-from taskx.running import threads
-from taskx.upkeep.foreground import Signals
+from taskx.node import threads
+from taskx.queue.foreground import Signals
+from taskx.stores.controls import REQUEST
+from taskx.tasks.timing import DEFAULT_TIMING
 
 ANSWER = "answer/"
 
@@ -27,7 +27,7 @@ def id_of(queue):
 @pytest.fixture
 def elsewhere(monkeypatch):
     """Ask nodes through the repository, as if they were in other processes."""
-    monkeypatch.setattr("taskx.liveness.base.Liveness.has", lambda self, node: False)
+    monkeypatch.setattr("taskx.stores.liveness.base.Liveness.has", lambda self, node: False)
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def check_stacks(stacks, handle):
     assert (first.thread, first.task_id, first.type) == ("taskx-worker-1", handle.id, "hold")
     assert first.since == handle.task().started_at
     assert "in hold" in first.stack
-    assert "taskx/executing/runner.py" not in first.stack
+    assert "taskx/attempt/runner.py" not in first.stack
     others = {one.thread: one for one in stacks[1:]}
     assert {one.task_id for one in others.values()} == {""}
     assert "in tick" in others["taskx-housekeeper"].stack or "in wait" in (
@@ -102,7 +102,7 @@ def test_long_stacks_and_many_threads_are_cut(queue, monkeypatch):
 
 @pytest.mark.usefixtures("elsewhere")
 def test_a_node_that_does_not_answer_is_a_time_out(queue, started, repository, monkeypatch):
-    monkeypatch.setattr("taskx.upkeep.requests.obey", lambda pool: None)
+    monkeypatch.setattr("taskx.node.requests.obey", lambda pool: None)
     with pytest.raises(TimeoutError, match="has not answered within 0 s"):
         queue.stacks(id_of(started), timeout=0)
     assert repository.notes(REQUEST) == {}

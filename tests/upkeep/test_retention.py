@@ -21,7 +21,7 @@ from taskx import (
     chain,
     group,
 )
-from taskx.core.timing import DEFAULT_TIMING
+from taskx.tasks.timing import DEFAULT_TIMING
 
 
 @pytest.fixture

@@ -26,8 +26,8 @@ from taskx import (
     SQLiteRepository,
     TaskStatus,
 )
-from taskx.core.timing import Timing
-from taskx.upkeep import foreground
+from taskx.queue import foreground
+from taskx.tasks.timing import Timing
 
 # Real processes
 

@@ -35,8 +35,8 @@ from taskx import (
     TaskStatus,
     every,
 )
+from taskx.node.node import LocalNode
 from taskx.testing import ManualClock
-from taskx.upkeep.node import LocalNode
 
 # Start
 
@@ -368,7 +368,7 @@ def test_stop_fires_the_tokens_before_its_timeout(started, monkeypatch):
     ahead = [0.0]
     clock = SimpleNamespace(monotonic=lambda: time.monotonic() + ahead[0])
     handle = listening(started)
-    monkeypatch.setattr("taskx.upkeep.node.time", clock)
+    monkeypatch.setattr("taskx.node.node.time", clock)
     stopping = run_in_thread(lambda: started.stop(timeout=5 * PATIENCE))
     eventually(lambda: pool_of(started).stopping)
     assert handle.task().interruptions == 0

@@ -11,12 +11,12 @@ from helpers import PATIENCE, eventually, housekeeper_of, pool_of, services_of, 
 from storage.repositories import TinyRepository
 
 from taskx import ConfigurationError, NodeNotFound, Queue, Tuned, TunedType
-from taskx.common.controls import Overrides, from_text
-from taskx.core.rate import Limit, Rate
-from taskx.limiting.admission import Admission
-from taskx.limiting.shared import slots_by_node
+from taskx.node.admission import Admission
+from taskx.node.shared_limits import slots_by_node
+from taskx.node.tuning import Tuning
 from taskx.repository.example import ExampleRepository
-from taskx.running.tuning import Tuning
+from taskx.stores.controls import Overrides, from_text
+from taskx.tasks.rate import Limit, Rate
 
 NOTE = "pause.overrides"
 
@@ -517,7 +517,7 @@ def test_a_queue_that_tunes_nothing_parses_nothing(started, monkeypatch):
     def fails(*args):
         raise AssertionError("called")
 
-    monkeypatch.setattr("taskx.common.controls.from_text", fails)
+    monkeypatch.setattr("taskx.stores.controls.from_text", fails)
     monkeypatch.setattr(pool_of(started).tuning, "_follow_overrides", fails)
     monkeypatch.setattr(pool_of(started).tuning, "_count_unadmitted", fails)
     for duty in housekeeper_of(started).duties:

@@ -20,9 +20,9 @@ from taskx.contrib.django.queues import get_queue
 from taskx.contrib.django.results import TaskxResult, params_of, result_of
 from taskx.contrib.django.running import announcing
 from taskx.contrib.django.tasks import TaskxTask, dated, run_at, submit_options, task_of
-from taskx.core.clock import SYSTEM_CLOCK, to_datetime, to_ms
-from taskx.core.ids import new_id
-from taskx.core.model import check_name
+from taskx.tasks.clock import SYSTEM_CLOCK, to_datetime, to_ms
+from taskx.tasks.ids import new_id
+from taskx.tasks.model import check_name
 
 
 class TaskxBackend(BaseTaskBackend):

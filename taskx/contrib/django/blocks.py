@@ -11,12 +11,12 @@ from typing import Any, Literal, TypeVar
 import attrs
 from django.db import Error, connections, transaction
 
-from taskx.core.errors import ConfigurationError
-from taskx.core.model import Task, TaskFilter
-from taskx.core.record import DEFAULTS, Ended, Stub
-from taskx.core.writes import Insert, Note, NoteChange, Update, Write
-from taskx.storage.base import Fields, Listed, Lookup, Repository, Rows, Timed
-from taskx.storage.transactions import Then, Transactions
+from taskx.stores.base import Fields, Listed, Lookup, Repository, Rows, Timed
+from taskx.stores.transactions import Then, Transactions
+from taskx.tasks.errors import ConfigurationError
+from taskx.tasks.model import Task, TaskFilter
+from taskx.tasks.record import DEFAULTS, Ended, Stub
+from taskx.tasks.writes import Insert, Note, NoteChange, Update, Write
 
 #: What a submit does inside ``atomic()`` of another database than that of the tasks.
 OnCommit = Literal["wait", "refuse"]

@@ -28,7 +28,10 @@ from django.db.utils import (
 )
 
 from taskx.contrib.django.link import Link, code, is_failure, is_locked, numbers
-from taskx.core.errors import (
+from taskx.stores.base import Locked, Reentered
+from taskx.stores.sql import Dialect, MySQL, Postgres, SQLite, Statements
+from taskx.stores.sqlite.file import DatabaseFile
+from taskx.tasks.errors import (
     ConfigurationError,
     PayloadError,
     RepositoryCorrupt,
@@ -36,10 +39,7 @@ from taskx.core.errors import (
     RepositoryUnavailable,
     TaskxError,
 )
-from taskx.core.timing import DEFAULT_TIMING, Timing
-from taskx.storage.base import Locked, Reentered
-from taskx.storage.sql import Dialect, MySQL, Postgres, SQLite, Statements
-from taskx.storage.sqlite.file import DatabaseFile
+from taskx.tasks.timing import DEFAULT_TIMING, Timing
 
 #: The prefix of TaskX's tables, and of the folder of its lock files next to an SQLite file.
 PREFIX = "taskx_"

@@ -6,14 +6,14 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from taskx.core.errors import RepositoryError
-from taskx.core.findings import Check, fail, ok, warn
+from taskx.tasks.errors import RepositoryError
+from taskx.tasks.findings import Check, fail, ok, warn
 
 if TYPE_CHECKING:
     from taskx.contrib.django.connections import Connections
     from taskx.contrib.django.link import Link
-    from taskx.core.timing import Timing
-    from taskx.storage.parts import House
+    from taskx.stores.parts import House
+    from taskx.tasks.timing import Timing
 
 _DEAD = "SELECT n_dead_tup, n_live_tup FROM pg_stat_user_tables WHERE relname = 'taskx_task'"
 # The dead rows that make the search for the next task slow.

@@ -12,16 +12,16 @@ import attrs
 import click
 from django.apps import apps
 
-from taskx.cli.errors import FAILED, Usage
-from taskx.cli.opening import Session, command
-from taskx.cli.output import clean
 from taskx.contrib.django.choosing import chosen
 from taskx.contrib.django.places import place_of
-from taskx.core.errors import ConfigurationError, TaskxError
-from taskx.core.ticks import Every, every
-from taskx.queue import Queue
-from taskx.schedules.schedule import Schedule
-from taskx.storage.memory import MemoryRepository
+from taskx.programs.cli.errors import FAILED, Usage
+from taskx.programs.cli.opening import Session, command
+from taskx.programs.cli.output import clean
+from taskx.queue.queue import Queue
+from taskx.queue.schedule import Schedule
+from taskx.stores.memory import MemoryRepository
+from taskx.tasks.errors import ConfigurationError, TaskxError
+from taskx.tasks.ticks import Every, every
 
 #: The label of django-celery-beat.
 APP = "django_celery_beat"

@@ -10,10 +10,10 @@ from typing import Any
 from taskx.contrib.django.blocks import BesideBlocks, wait_for_commit
 from taskx.contrib.django.connections import Connections
 from taskx.contrib.django.joining import executor_block, own_connection
-from taskx.core.clock import Clock
-from taskx.storage.base import Repository
-from taskx.storage.memory import MemoryRepository, Row
-from taskx.storage.transactions import Then, Transactions
+from taskx.stores.base import Repository
+from taskx.stores.memory import MemoryRepository, Row
+from taskx.stores.transactions import Then, Transactions
+from taskx.tasks.clock import Clock
 
 _TIMEOUT = 10.0
 

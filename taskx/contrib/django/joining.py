@@ -18,10 +18,10 @@ from django.db.utils import (
 from taskx.contrib.django.blocks import has_begun, is_open
 from taskx.contrib.django.connections import Connections
 from taskx.contrib.django.link import Link, Rows, code, is_failure
-from taskx.core.errors import ConfigurationError
-from taskx.core.writes import Write
-from taskx.storage.sql import Link as AnyLink
-from taskx.storage.sql import Links, Sent
+from taskx.stores.sql import Link as AnyLink
+from taskx.stores.sql import Links, Sent
+from taskx.tasks.errors import ConfigurationError
+from taskx.tasks.writes import Write
 
 T = TypeVar("T")
 

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 from django.db.utils import DataError, Error, IntegrityError, OperationalError
 
-from taskx.core.errors import TaskxError
-from taskx.storage import sql as storage
-from taskx.storage.sql import Taken
-from taskx.storage.sqlite.links import text_or_bytes
+from taskx.stores import sql as storage
+from taskx.stores.sql import Taken
+from taskx.stores.sqlite.links import text_or_bytes
+from taskx.tasks.errors import TaskxError
 
 Rows = list[tuple[Any, ...]]
 

@@ -1,6 +1,6 @@
 """The tables. Read tasks by a queue; these models show the stored rows, such as in the admin.
 
-The columns of ``TaskRow`` are those of ``taskx.core.record``: times are milliseconds since 1970, and lists
+The columns of ``TaskRow`` are those of ``taskx.tasks.record``: times are milliseconds since 1970, and lists
 and objects are JSON text. Do not save or delete rows by these models: the rules about tasks are in the
 queue, which changes a row only if it is still as it was read.
 """
@@ -14,9 +14,9 @@ from django.db import models
 from django.db.models import Q
 
 from taskx.contrib.django.fields import LongField, NameField
-from taskx.core.lifecycle import CANCELLED, COMPLETED, FAILED, PENDING, RUNNING
-from taskx.core.record import FOR_TURN, FREE
-from taskx.schedules.stored import PREFIX
+from taskx.node.schedules import PREFIX
+from taskx.tasks.lifecycle import CANCELLED, COMPLETED, FAILED, PENDING, RUNNING
+from taskx.tasks.record import FOR_TURN, FREE
 
 
 def _name(verbose: str, length: int = 255, **options: Any) -> NameField:

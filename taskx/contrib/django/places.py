@@ -29,7 +29,7 @@ from taskx.contrib.django.inline_repository import InlineRepository
 from taskx.contrib.django.repository import DjangoRepository
 from taskx.contrib.django.settings import APP, DEFAULT, Settings, in_tests, settings_of
 from taskx.contrib.django.surroundings import Surroundings
-from taskx.core.clock import Clock
+from taskx.tasks.clock import Clock
 
 # The settings that a queue depends on. They change only in tests.
 _SETTINGS = frozenset({"TASKS", "DATABASES", "INSTALLED_APPS", "BASE_DIR"})

@@ -25,25 +25,25 @@ from taskx.contrib.django.blocks import (
 from taskx.contrib.django.connections import LOCK_TIMEOUT, Connections, statements_of
 from taskx.contrib.django.link import Link, Rows, is_failure, may_be_repeated
 from taskx.contrib.django.sqlite import Turns
-from taskx.core.checks import check_number
-from taskx.core.clock import SYSTEM_CLOCK, Clock
-from taskx.core.codec import Codec
-from taskx.core.errors import ConfigurationError
-from taskx.core.findings import Check
-from taskx.core.record import COLUMNS
-from taskx.core.timing import DEFAULT_TIMING, Timing
-from taskx.core.writes import NoteChange, Write, shows
-from taskx.liveness.base import Liveness
-from taskx.liveness.locks import KernelLocks
-from taskx.storage import queries
-from taskx.storage.base import Locked, Reentered, Repository
-from taskx.storage.parts import Forks, House, Listener, News, at_forks
-from taskx.storage.patience import try_again
-from taskx.storage.sql import Link as AnyLink
-from taskx.storage.sql import Links, Sent, SQLRepository
-from taskx.storage.sqlite import turnstile
-from taskx.storage.sqlite.wakeups import Wakeups
-from taskx.storage.transactions import Then, Transactions
+from taskx.stores import queries
+from taskx.stores.base import Locked, Reentered, Repository
+from taskx.stores.liveness.base import Liveness
+from taskx.stores.liveness.locks import KernelLocks
+from taskx.stores.parts import Forks, House, Listener, News, at_forks
+from taskx.stores.patience import try_again
+from taskx.stores.sql import Link as AnyLink
+from taskx.stores.sql import Links, Sent, SQLRepository
+from taskx.stores.sqlite import turnstile
+from taskx.stores.sqlite.wakeups import Wakeups
+from taskx.stores.transactions import Then, Transactions
+from taskx.tasks.checks import check_number
+from taskx.tasks.clock import SYSTEM_CLOCK, Clock
+from taskx.tasks.codec import Codec
+from taskx.tasks.errors import ConfigurationError
+from taskx.tasks.findings import Check
+from taskx.tasks.record import COLUMNS
+from taskx.tasks.timing import DEFAULT_TIMING, Timing
+from taskx.tasks.writes import NoteChange, Write, shows
 
 Durability = Literal["accepted", "full"]
 T = TypeVar("T")

@@ -15,6 +15,7 @@ from django.apps import apps
 
 import taskx
 from taskx import CancelReason, Context, Executor, Hook, TaskCancelled, TaskFailed, TaskStatus
+from taskx.attempt.current import current
 from taskx.contrib.django.compat import (
     Task,
     TaskResultStatus,
@@ -26,7 +27,6 @@ from taskx.contrib.django.compat import (
 from taskx.contrib.django.results import TaskxContext, arguments, result_of
 from taskx.contrib.django.surroundings import surroundings
 from taskx.contrib.django.tasks import executor_options, task_of, type_of
-from taskx.executing.current import current
 
 # Most exceptions that are kept for the signal task_finished. Those of lost runs stay until then.
 _MOST_RAISED = 1000

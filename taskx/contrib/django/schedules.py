@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from taskx import ConfigurationError, PayloadError
-from taskx.core.ticks import Every
-from taskx.queue import Queue
+from taskx.queue.queue import Queue
+from taskx.tasks.ticks import Every
 
 # The arguments of Queue.schedule by alias and name; a module that is reloaded declares them again.
 _declared: dict[str, dict[str, tuple[tuple[Any, ...], dict[str, Any]]]] = {}

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from django.db.utils import OperationalError
 
 from taskx.contrib.django.link import Link
-from taskx.core.timing import Timing
-from taskx.storage.sqlite.file import DatabaseFile
-from taskx.storage.sqlite.turnstile import Turnstile, until_unlocked
+from taskx.stores.sqlite.file import DatabaseFile
+from taskx.stores.sqlite.turnstile import Turnstile, until_unlocked
+from taskx.tasks.timing import Timing
 
 
 class Turns:

@@ -15,8 +15,8 @@ from taskx import ConfigurationError, RetryPolicy, executor
 from taskx.contrib.django.compat import InvalidTask, Task
 
 if TYPE_CHECKING:
-    from taskx.core.options import ExecutorOptions, OnConflict, SubmitOptions, UniqueScope
-    from taskx.core.retry import Backoff
+    from taskx.tasks.options import ExecutorOptions, OnConflict, SubmitOptions, UniqueScope
+    from taskx.tasks.retry import Backoff
 
 T = TypeVar("T", bound=Task)
 

@@ -16,7 +16,7 @@ from taskx.contrib.django.mounting import answer, environ_of
 from taskx.contrib.django.queues import get_queue
 
 if TYPE_CHECKING:
-    from taskx.dashboard import Dashboard
+    from taskx.programs.dashboard import Dashboard
 
 _VIEW = frozenset({"read", "see_params"})
 #: The permissions of the dashboard that each permission of Django gives. As in the admin, a user who may
@@ -106,7 +106,7 @@ def _current(backend: str, **options: Any) -> Callable[[], Dashboard]:
     made: list[Dashboard] = []
 
     def current() -> Dashboard:
-        from taskx.dashboard import Dashboard
+        from taskx.programs.dashboard import Dashboard
 
         queue = get_queue(backend)
         if not made or made[0].queue is not queue:

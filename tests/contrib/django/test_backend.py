@@ -42,7 +42,7 @@ from taskx.contrib.django.compat import (
     task_finished,
     task_started,
 )
-from taskx.core.clock import SystemClock
+from taskx.tasks.clock import SystemClock
 
 READY, RUNNING = TaskResultStatus.READY, TaskResultStatus.RUNNING
 FAILED, SUCCESSFUL = TaskResultStatus.FAILED, TaskResultStatus.SUCCESSFUL

@@ -22,8 +22,8 @@ from helpers import PATIENCE
 
 from taskx import MemoryRepository, Queue, TaskStatus
 from taskx.contrib.django import dashboard, views
-from taskx.dashboard import ALL
-from taskx.dashboard.api import MOST_STREAMS
+from taskx.programs.dashboard import ALL
+from taskx.programs.dashboard.api import MOST_STREAMS
 
 VIEW, CHANGE, DELETE = "taskx.view_task", "taskx.change_task", "taskx.delete_task"
 

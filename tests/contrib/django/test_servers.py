@@ -21,7 +21,7 @@ from mongo_server import free_port
 
 from taskx import SQLiteRepository, Task, TaskStatus
 from taskx.contrib.django import DjangoRepository
-from taskx.storage.base import Repository
+from taskx.stores.base import Repository
 
 pytestmark = pytest.mark.process
 

@@ -34,8 +34,8 @@ from taskx import (
 from taskx.contrib.django import DjangoRepository
 from taskx.contrib.django.link import Link
 from taskx.contrib.django.models import NoteRow, ParentRow, TagRow, TaskRow
-from taskx.core.record import COLUMNS, DEFAULTS, FREE
-from taskx.core.writes import CREATED, Delete, Insert, NoteChange, Update
+from taskx.tasks.record import COLUMNS, DEFAULTS, FREE
+from taskx.tasks.writes import CREATED, Delete, Insert, NoteChange, Update
 
 
 @pytest.fixture(params=django_project.MAKERS)

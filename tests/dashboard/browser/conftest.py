@@ -15,8 +15,8 @@ from kinds import NO_BROWSER
 from playwright.sync_api import expect, sync_playwright
 
 from taskx import Queue, SQLiteRepository, Task, chain, group
-from taskx.dashboard import Dashboard
-from taskx.dashboard.serving import bind
+from taskx.programs.dashboard import Dashboard
+from taskx.programs.dashboard.serving import bind
 
 # Generous: a busy machine may take seconds for a page.
 expect.set_options(timeout=PATIENCE * 1000)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from urllib.parse import quote
 
 from dashboard.browser.conftest import HOSTILE, expect
-from taskx.dashboard.terms import term
+from taskx.programs.dashboard.terms import term
 
 SCREENS = ["overview", "tasks", "failures", "flows", "schedules", "types", "nodes", "system"]
 

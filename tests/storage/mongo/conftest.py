@@ -13,8 +13,8 @@ from mongo_proxy import Proxy
 from mongo_server import new_database
 
 from taskx import MongoRepository
-from taskx.core import lifecycle
-from taskx.storage.queries import Changes
+from taskx.stores.queries import Changes
+from taskx.tasks import lifecycle
 
 
 @pytest.fixture

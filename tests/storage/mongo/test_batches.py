@@ -12,12 +12,12 @@ from mongo_proxy import swallowing
 from mongo_server import REAL
 
 from taskx import Queue, RepositoryUnavailable, Task, TaskFilter, TaskStatus
-from taskx.core import lifecycle
-from taskx.core.timing import Timing
-from taskx.storage.mongo.batches import Batches
-from taskx.storage.queries import owners
-from taskx.upkeep.housekeeper import unfinished
-from taskx.upkeep.retention import needed
+from taskx.node.housekeeper import unfinished
+from taskx.node.retention import needed
+from taskx.stores.mongo.batches import Batches
+from taskx.stores.queries import owners
+from taskx.tasks import lifecycle
+from taskx.tasks.timing import Timing
 
 from .conftest import CommandCount, insert
 

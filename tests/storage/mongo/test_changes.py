@@ -10,9 +10,9 @@ import pytest
 from mongo_server import PATIENCE, REAL, new_database
 
 from taskx import Queue, Task, open_repository
-from taskx.core import lifecycle
-from taskx.core.timing import DEFAULT_TIMING
-from taskx.storage.mongo.documents import MARKS
+from taskx.stores.mongo.documents import MARKS
+from taskx.tasks import lifecycle
+from taskx.tasks.timing import DEFAULT_TIMING
 from taskx.testing import ManualClock
 
 from .conftest import CommandCount, insert

@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from taskx import InvalidTransition, Task, TaskFilter, TaskStatus
-from taskx.core import lifecycle
-from taskx.storage.mongo import documents
-from taskx.storage.queries import owners
-from taskx.upkeep.housekeeper import unfinished
+from taskx.node.housekeeper import unfinished
+from taskx.stores.mongo import documents
+from taskx.stores.queries import owners
+from taskx.tasks import lifecycle
 
 from .conftest import insert, run
 

@@ -27,9 +27,9 @@ from taskx import (
     TaskFilter,
     open_repository,
 )
-from taskx.liveness.base import Node
-from taskx.storage.mongo.connection import words_of
-from taskx.storage.mongo.tasks import LOOKUPS
+from taskx.stores.liveness.base import Node
+from taskx.stores.mongo.connection import words_of
+from taskx.stores.mongo.tasks import LOOKUPS
 from taskx.testing import ManualClock
 
 from .conftest import CommandCount, insert
@@ -205,7 +205,7 @@ import os, sys, threading, warnings
 warnings.simplefilter("error")
 import pymongo
 from taskx import MongoRepository, Task, TaskFilter
-from taskx.liveness.base import Node
+from taskx.stores.liveness.base import Node
 client = pymongo.MongoClient(sys.argv[1])
 repository = MongoRepository(client[sys.argv[2]], run_folder=sys.argv[3])
 repository.liveness.join(Node(id="n", name="parent"))

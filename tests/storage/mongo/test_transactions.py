@@ -11,8 +11,8 @@ from pymongo.errors import AutoReconnect, OperationFailure
 from units import ExecutorsTransactions
 
 from taskx import ConfigurationError, RepositoryUnavailable, TaskStatus
-from taskx.core import lifecycle
-from taskx.core.errors import TaskCancelled
+from taskx.tasks import lifecycle
+from taskx.tasks.errors import TaskCancelled
 
 LONG = 60
 

@@ -20,10 +20,10 @@ from taskx import (
     TaskFilter,
     TaskStatus,
 )
-from taskx.core import lifecycle, payload
-from taskx.core.writes import Update
-from taskx.storage.mongo.sender import _SMALL
-from taskx.storage.queries import shown
+from taskx.stores.mongo.sender import _SMALL
+from taskx.stores.queries import shown
+from taskx.tasks import lifecycle, payload
+from taskx.tasks.writes import Update
 
 from .conftest import CommandCount, insert, run
 

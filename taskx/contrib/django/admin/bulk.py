@@ -13,8 +13,8 @@ from django.db import connections, transaction
 from taskx.contrib.django.admin.finding import MOST
 from taskx.contrib.django.blocks import commit_implicit
 from taskx.contrib.django.surroundings import surroundings
-from taskx.core.errors import RepositoryError
-from taskx.queue import Queue
+from taskx.queue.queue import Queue
+from taskx.tasks.errors import RepositoryError
 
 #: Most tasks that an action changes within its request.
 AT_ONCE = 1_000

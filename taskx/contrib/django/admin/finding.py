@@ -14,11 +14,11 @@ from django.core.paginator import Paginator
 from django.db.models import Q
 
 from taskx.contrib.django.models import TagRow
-from taskx.core import payload
-from taskx.core.clock import to_ms
-from taskx.core.model import TaskStatus
-from taskx.core.redact import redacted
-from taskx.core.tags import FLOW
+from taskx.tasks import payload
+from taskx.tasks.clock import to_ms
+from taskx.tasks.model import TaskStatus
+from taskx.tasks.redact import redacted
+from taskx.tasks.tags import FLOW
 
 #: Most tasks that are counted.
 MOST = 10_000

@@ -10,13 +10,13 @@ import attrs
 from django import forms
 
 from taskx.contrib.django.models import Schedule
-from taskx.core.clock import LAST
-from taskx.core.errors import ConfigurationError, PayloadError, TaskxError, UnknownTaskType
-from taskx.core.model import Task
-from taskx.core.redact import redacted, unhidden
-from taskx.core.ticks import MISFIRES, Every, every
-from taskx.queue import Queue
-from taskx.schedules.stored import OVERLAPS
+from taskx.node.schedules import OVERLAPS
+from taskx.queue.queue import Queue
+from taskx.tasks.clock import LAST
+from taskx.tasks.errors import ConfigurationError, PayloadError, TaskxError, UnknownTaskType
+from taskx.tasks.model import Task
+from taskx.tasks.redact import redacted, unhidden
+from taskx.tasks.ticks import MISFIRES, Every, every
 
 _INTERVAL = re.compile(r"every\s+(\d+(?:\.\d+)?)\s*([smhd]?)\Z")
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}

@@ -11,8 +11,8 @@ from django.contrib import admin, messages
 from taskx.contrib.django.queues import load_queue
 from taskx.contrib.django.repository import DjangoRepository
 from taskx.contrib.django.settings import ours
-from taskx.core.errors import RepositoryError, TaskxError
-from taskx.queue import Queue
+from taskx.queue.queue import Queue
+from taskx.tasks.errors import RepositoryError, TaskxError
 
 
 def queue_of_site() -> Queue | None:

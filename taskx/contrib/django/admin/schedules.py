@@ -10,7 +10,7 @@ from django.contrib import admin
 
 from taskx.contrib.django.admin.forms import ScheduleForm
 from taskx.contrib.django.admin.pages import QueueAdmin, note, queue_of_site
-from taskx.queue import Queue
+from taskx.queue.queue import Queue
 
 
 class ScheduleAdmin(QueueAdmin):

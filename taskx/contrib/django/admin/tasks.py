@@ -36,11 +36,11 @@ from taskx.contrib.django.admin.values import (
     last_lines,
     value,
 )
-from taskx.core.clock import to_datetime
-from taskx.core.errors import TaskNotFound
-from taskx.core.model import TaskStatus
-from taskx.core.redact import redacted
-from taskx.queue import Queue
+from taskx.queue.queue import Queue
+from taskx.tasks.clock import to_datetime
+from taskx.tasks.errors import TaskNotFound
+from taskx.tasks.model import TaskStatus
+from taskx.tasks.redact import redacted
 
 
 class TaskAdmin(QueueAdmin):

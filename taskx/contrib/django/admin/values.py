@@ -11,7 +11,7 @@ from django.contrib import admin
 from django.utils.html import format_html, format_html_join
 from django.utils.timezone import localtime
 
-from taskx.core.model import Attempt, Task
+from taskx.tasks.model import Attempt, Task
 
 # Lines of the log that a page shows: the last ones.
 _LINES = 500

@@ -18,7 +18,7 @@ from taskx import (
     TaskStatus,
 )
 from taskx.contrib.django import DjangoRepository, get_queue
-from taskx.core import lifecycle
+from taskx.tasks import lifecycle
 
 LONG = 60
 

@@ -23,7 +23,7 @@ class Command(BaseCommand):
     def run_from_argv(self, argv: list[str]) -> None:
         """Run the words after ``manage.py taskx``, and exit with the code of the command."""
         group = _group()
-        from taskx.cli.output import prepare_streams
+        from taskx.programs.cli.output import prepare_streams
 
         prepare_streams()
         try:

@@ -1,0 +1,254 @@
+"""Checkpoints: results that an executor stores as it goes on, so that a later attempt can skip the work."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NoReturn
+
+from taskx.attempt.transactions import Completed, Transaction, opened
+from taskx.stores.base import Repository
+from taskx.tasks import forks, lifecycle, payload
+from taskx.tasks.clock import Clock
+from taskx.tasks.errors import CancelReason, ConfigurationError, RepositoryUnavailable
+from taskx.tasks.lifecycle import Ending
+from taskx.tasks.model import Task, check_name
+from taskx.tasks.record import checkpoints_to_text
+from taskx.tasks.timing import Timing
+from taskx.tasks.token import CancelToken
+from taskx.tasks.values import Values
+from taskx.tasks.writes import Update
+
+
+class Keeper:
+    """Stores the checkpoints of a queue's runs: at most ``max_payload_size`` bytes of JSON for each run."""
+
+    def __init__(
+        self,
+        repository: Repository,
+        commit: Callable[[Sequence[Update]], Sequence[bool]],
+        max_payload_size: int,
+        values: Mapping[str, Values],
+        clock: Clock,
+        timing: Timing,
+    ) -> None:
+        self._repository = repository
+        self._commit = commit
+        self.max_payload_size = max_payload_size
+        self._values = values
+        self._clock = clock
+        self._retry_every = timing.retry_every
+        #: Held while a run creates its ``Checkpoints``: several of its threads may be the first to ask.
+        self.lock = threading.Lock()
+        #: The process that these runs belong to: see :mod:`taskx.tasks.forks`.
+        self.process = forks.generation
+
+    def check(self) -> None:
+        """Raise ``ConfigurationError`` if the repository cannot store checkpoints."""
+        self._repository.require("checkpoints")
+
+    def refuse_own_transaction(self) -> None:
+        """Raise ``ConfigurationError`` if this thread's own transaction keeps others from storing."""
+        self._repository.transactions.refuse_write()
+
+    def store(self, task: Task, text: str, *, durable: bool, token: CancelToken) -> bool:
+        """Store the checkpoints of a run. Return False if the run has lost its task.
+
+        While the repository is unavailable, this waits and tries again.
+
+        Raises:
+            TaskCancelled: the token fired before the repository was back; the checkpoints may be stored
+                or not.
+            ConfigurationError: see :meth:`refuse_own_transaction`.
+            RepositoryError: the checkpoints cannot be stored.
+        """
+        write = lifecycle.checkpoint(task, text, durable=durable)
+        self.refuse_own_transaction()
+        while True:
+            try:
+                return self._commit([write])[0]
+            except RepositoryUnavailable:  # also when in doubt: storing twice does no harm
+                token.wait(self._retry_every)
+                token.raise_if_cancelled()
+
+    def transaction(
+        self,
+        kept: Checkpoints,
+        token: CancelToken,
+        ending_of: Callable[[str | None, int], Ending],
+        completed: list[Completed],
+    ) -> AbstractContextManager[Transaction]:
+        """Open a transaction for a run: see :meth:`Context.transaction`.
+
+        ``ending_of`` makes the ending of a run from its result as JSON text and the time. It is added to
+        ``completed`` if the transaction has completed the task.
+        """
+        known = self._values.get(kept.task.type)
+
+        def encode(result: Any) -> str | None:
+            if known is not None:
+                result = known.encode_result(result)
+            return (
+                None if result is None else payload.encode(result, "result", self.max_payload_size)
+            )
+
+        def ending(result: str | None) -> Ending:
+            return ending_of(result, self._clock.now_ms())
+
+        return opened(
+            self._repository,
+            kept,
+            token,
+            encode=encode,
+            ending_of=ending,
+            clock=self._clock,
+            completed=completed,
+            retry_every=self._retry_every,
+        )
+
+
+class Checkpoints:
+    """The checkpoints of one run. Several threads of the run may store some.
+
+    ``task`` is the task as it was when the run began. ``token`` is fired if the run turns out to have lost
+    the task.
+    """
+
+    def __init__(self, task: Task, token: CancelToken, keeper: Keeper) -> None:
+        keeper.check()
+        self.task = task
+        self._token = token
+        self._keeper = keeper
+        self._lock = threading.Lock()
+        self._transaction: Transaction | None = None
+        self._taken: set[str] = set()
+        self._completed = False
+        #: The text that this run stored last.
+        self.stored: str | None = None
+        stored = task.checkpoints or {}
+        # Kept as texts, because the executor may change the values that it gets.
+        self._steps = {
+            name: payload.encode(value, name, payload.NO_LIMIT)
+            for name, value in stored.get("steps", {}).items()
+        }
+        self._cursor: str | None = None
+        if "cursor" in stored:
+            self._cursor = payload.encode(stored["cursor"], "cursor", payload.NO_LIMIT)
+
+    def step(self, name: str, token: CancelToken, call: Callable[[], Any]) -> Any:
+        """Return the result of the call in this attempt or an earlier one: see :meth:`Context.step`."""
+        token.raise_if_cancelled()
+        self._refuse_own_transaction()
+        self._take(name)
+        if name not in self._steps:
+            self._refuse_if_completed()
+            try:
+                text = self._encode(call(), f"step {name!r}")
+                with self._lock:
+                    steps = {**self._steps, name: text}
+                    self._store(steps, self._cursor, durable=True, token=token)
+                    self._steps = steps
+            except BaseException:  # after any error the executor may try again
+                self._taken.discard(name)
+                raise
+        return payload.loads(self._steps[name])
+
+    def _take(self, name: str) -> None:
+        if not check_name(name, "the name of a step"):
+            raise ConfigurationError("a step requires a name")
+        with self._lock:
+            if name in self._taken:
+                raise ConfigurationError(
+                    f"step {name!r} was already called in this attempt; give each step its own "
+                    "name, for example f'page {n}' in a loop"
+                )
+            self._taken.add(name)
+
+    @property
+    def cursor(self) -> Any:
+        """The value that was set last; None if none was set."""
+        return None if self._cursor is None else payload.loads(self._cursor)
+
+    def set_cursor(self, value: Any, token: CancelToken) -> None:
+        """Store a value; None removes it. Raises ``TaskCancelled`` after storing if the token has fired."""
+        text = None if value is None else self._encode(value, "cursor")
+        self._refuse_own_transaction()
+        with self._lock:
+            self._store(self._steps, text, durable=False, token=token)
+            self._cursor = text
+        token.raise_if_cancelled()
+
+    def _encode(self, value: Any, what: str) -> str:
+        return payload.encode(value, what, self._keeper.max_payload_size)
+
+    def _store(
+        self, steps: dict[str, str], cursor: str | None, *, durable: bool, token: CancelToken
+    ) -> None:
+        if forks.generation != self._keeper.process:
+            raise ConfigurationError(
+                "a forked child process cannot store checkpoints; call ctx.step and set ctx.cursor in "
+                "the parent process, where the task runs"
+            )
+        self._refuse_if_completed()
+        whole = checkpoints_to_text(steps, cursor)
+        payload.check_size(whole, "checkpoints", self._keeper.max_payload_size)
+        if self._transaction is not None:
+            self._transaction._keep(whole)
+            return
+        if not self._keeper.store(self.task, whole, durable=durable, token=token):
+            self.lose()
+        self.stored = whole
+
+    # --- inside a transaction of the run
+
+    def refuse_transaction(self) -> None:
+        """Raise ``ConfigurationError`` if the run cannot begin a transaction now.
+
+        It has begun one already, or this thread is in one of its own.
+        """
+        if self._transaction is not None:
+            raise ConfigurationError("ctx.transaction() cannot be used inside ctx.transaction()")
+        self._keeper.refuse_own_transaction()
+
+    def _refuse_own_transaction(self) -> None:
+        """Raise ``ConfigurationError`` if this thread is in a transaction that is not the run's.
+
+        Called before this thread waits for another one of the run, which may wait for that transaction.
+        """
+        if self._transaction is None:
+            self._keeper.refuse_own_transaction()
+
+    def _refuse_if_completed(self) -> None:
+        if self._completed:
+            raise ConfigurationError(
+                "tx.complete() has completed the task: call ctx.step and set ctx.cursor before that, and "
+                "return from the executor after it"
+            )
+
+    @contextmanager
+    def inside(self, transaction: Transaction) -> Iterator[None]:
+        """Leave what is stored in a block to a transaction. If the block raises, it was never stored."""
+        before = None
+        try:
+            with self._lock:
+                self.refuse_transaction()
+                before = self._steps, self._cursor, set(self._taken)
+                transaction._before = checkpoints_to_text(*before[:2])
+                self._transaction = transaction
+            yield
+        finally:  # without a call, so that no interrupt comes in between
+            if before is not None:
+                if not transaction._committed:
+                    self._steps, self._cursor, self._taken = before
+                else:
+                    self._completed = transaction._completes
+                    if transaction._checkpoints is not None:
+                        self.stored = transaction._checkpoints
+                self._transaction = None
+
+    def lose(self) -> NoReturn:
+        """End the run, because it has lost its task."""
+        self._token.fire(CancelReason.LEASE_LOST)
+        self._token.raise_if_cancelled()
+        raise AssertionError("the token has fired")

@@ -1,0 +1,405 @@
+"""The context of a run: the tools that an executor gets in addition to its params."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager, suppress
+from copy import copy
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
+
+from taskx.attempt.capture import CapturedLogger
+from taskx.attempt.checkpoints import Checkpoints, Keeper
+from taskx.attempt.transactions import Completed, Transaction
+from taskx.tasks.checks import check_number
+from taskx.tasks.clock import to_ms
+from taskx.tasks.errors import (
+    CancelReason,
+    ConfigurationError,
+    RepositoryCorrupt,
+    RepositoryError,
+    TaskNotFound,
+)
+from taskx.tasks.lifecycle import Ending
+from taskx.tasks.model import Task, TaskStatus
+from taskx.tasks.record import MAX_MESSAGE, check_progress
+from taskx.tasks.token import CancelToken
+
+if TYPE_CHECKING:
+    from taskx.attempt.alarms import Alarms
+
+# Seconds between two looks if progress is still being stored.
+_MOMENT = 0.001
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def log_prefix(task_id: str, type: str) -> str:
+    """Return the beginning of each line that a task's logger writes."""
+    return f"[{type} {task_id}] "
+
+
+class TaskLogger(logging.LoggerAdapter):  # type: ignore[type-arg]
+    """The queue's logger, with the task's id and type at the start of each line and in ``extra``."""
+
+    def process(
+        self, msg: Any, kwargs: MutableMapping[str, Any]
+    ) -> tuple[Any, MutableMapping[str, Any]]:
+        extra = dict(self.extra or {})
+        kwargs["extra"] = {**extra, **(kwargs.get("extra") or {})}
+        return f"{log_prefix(str(extra['task_id']), str(extra['task_type']))}{msg}", kwargs
+
+
+class Shared(NamedTuple):
+    """The tools that all contexts of a queue share."""
+
+    alarms: Alarms  #: fires tokens at their deadlines
+    log: logging.Logger  #: the logger behind ``ctx.logger``
+    keeper: Keeper  #: stores checkpoints
+    fetch: Callable[[Sequence[str]], Mapping[str, Task]]  #: reads tasks, by their ids
+    #: Stores the progress of a run, by its task's id; None in a child process.
+    store_progress: Callable[[str], object] | None = None
+    #: Is told the type of a task whose progress message was cut.
+    cut: Callable[[str], object] = lambda type: None
+
+
+class Context:
+    """The tools of an executor: report progress, notice a cancel, log, and store checkpoints.
+
+    Attributes:
+        logger: logs with the task's id and type.
+    """
+
+    __slots__ = (
+        *("_copy", "_shared", "_task", "_token"),
+        *("_message", "_percent", "_missed", "_quiet", "_storing", "_unwritten"),
+        *("_checkpoints", "_run_token", "_stored"),
+        "_completed",
+    )
+
+    def __init__(self, task: Task, token: CancelToken, shared: Shared) -> None:
+        self._task = task
+        self._shared = shared
+        self._copy: Task | None = None  # made on first use: most executors never ask for it
+        self._token = self._run_token = token
+        self._percent: float | None = None
+        self._message = ""
+        self._unwritten = False
+        self._missed = self._quiet = self._storing = (
+            False  # see ``transaction`` and ``_new_progress``
+        )
+        self._checkpoints: Checkpoints | None = None
+        self._stored: str | None = None  # the checkpoints that were stored last
+        #: The completion of the task, if a transaction of the run has stored one.
+        self._completed: list[Completed] = []
+
+    @property
+    def task(self) -> Task:
+        """This run's copy of the task. The executor may change it freely."""
+        if self._copy is None:
+            self._copy = copy(self._task)
+            self._copy.earlier_attempts = list(self._task.earlier_attempts)
+        return self._copy
+
+    @property
+    def parents(self) -> list[Task]:
+        """The tasks that this task depends on, in the given order, as they ended.
+
+        Each access reads them from the repository.
+
+        Raises:
+            TaskNotFound: a parent was deleted.
+            RepositoryCorrupt: the record of a completed parent is damaged, so its result cannot be read.
+            RepositoryError: the repository failed.
+        """
+        ids = self._task.depends_on
+        found = self._shared.fetch(ids) if ids else {}
+        for parent in ids:
+            if parent not in found:
+                raise TaskNotFound(parent)
+            if found[parent].damage and found[parent].status is TaskStatus.COMPLETED:
+                raise RepositoryCorrupt(f"parent {parent}: {found[parent].damage}")
+        return [found[parent] for parent in ids]
+
+    @property
+    def token(self) -> CancelToken:
+        """The token of this run; inside ``with ctx.timeout(…)``, the narrower one."""
+        return self._token
+
+    @property
+    def logger(self) -> TaskLogger:
+        """A logger that writes the task's id and type into each line."""
+        extra = {"task_id": self._task.id, "task_type": self._task.type}
+        return TaskLogger(self._shared.log, extra)
+
+    def progress(self, percent: float, message: str = "") -> None:
+        """Report progress: percent from 0 to 100 (clamped) and a text of at most 10,000 characters.
+
+        This only keeps the values in memory, so it is cheap even in a tight loop. They are stored about
+        every 0.1 seconds, and at the end. A longer text is cut and ends in "…"; the log says so once for
+        each type of task.
+
+        Raises:
+            PayloadError: ``percent`` is not a number, or ``message`` is not a string.
+        """
+        if type(percent) is not int or type(message) is not str:
+            percent, _ = check_progress(percent, message)
+        if len(message) > MAX_MESSAGE:
+            self._message_was_cut()
+        self._percent = percent
+        self._message = message
+        self._unwritten = True
+
+    def _message_was_cut(self) -> None:
+        """Let the log say that progress messages of this task's type are cut."""
+        self._shared.cut(self._task.type)
+
+    def _latest_progress(self) -> tuple[int, str] | None:
+        """Return the last progress reported, as it is stored; None if there was no report."""
+        if self._percent is None:
+            return None
+        return check_progress(self._percent, self._message)
+
+    def _new_progress(self) -> tuple[int, str] | None:
+        """Return the last progress to store it, if it was reported after the previous call; else None.
+
+        After it was stored, call :meth:`_progress_written`. Inside a transaction of the run, this returns
+        None: a change of the record would make the transaction fail.
+        """
+        if not self._unwritten:
+            return None
+        self._storing = True  # before the next line: the other order could overlook a transaction
+        if self._quiet:
+            self._storing, self._missed = False, True
+            return None
+        self._unwritten = False  # before reading: a report from now on sets it again
+        return self._latest_progress()
+
+    def _progress_written(self, *, stored: bool) -> None:
+        """Note that the progress was stored, or else make :meth:`_new_progress` return it again."""
+        if self._storing and not stored:
+            self._unwritten = True
+        self._storing = False
+
+    def step(self, name: str, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call ``fn`` once for the task, however many attempts the task needs, and return its result.
+
+        The result is stored before this method returns. A later attempt of the task gets the stored result
+        without a call. Each attempt gets the value as JSON gives it back: a tuple becomes a list. If the
+        process dies before the result is stored, ``fn`` is called again. While the repository is
+        unavailable, this method waits.
+
+        Args:
+            name: the step's name, unique within the task. Use each name once in an attempt.
+            fn: the function to call. It must return a JSON value.
+
+        Raises:
+            PayloadError: the result is not JSON, or is too large together with what is already stored.
+            TaskCancelled: the token had fired, and ``fn`` was not called; or this run has lost its
+                task to another run, and nothing was stored.
+            ConfigurationError: the name was already used in this attempt; or the repository has only
+                eight methods and cannot store checkpoints; or this is a forked child process.
+            RepositoryError: the result could not be stored.
+        """
+        return self._kept().step(name, self._token, lambda: fn(*args, **kwargs))  # type: ignore[no-any-return]
+
+    @property
+    def cursor(self) -> Any:
+        """The position of a loop: the JSON value that was last set in any attempt; None if none was set.
+
+        Setting it stores it. The value survives the death of the process; a power cut may undo the last
+        changes.
+
+        Raises:
+            ConfigurationError: the repository has only eight methods and cannot store checkpoints.
+            PayloadError: the new value is not JSON, or is too large together with what is already stored.
+            TaskCancelled: the value was stored, but the token has fired; or this run has lost its task to
+                another run, and nothing was stored.
+            RepositoryError: the new value could not be stored.
+        """
+        return self._kept().cursor
+
+    @cursor.setter
+    def cursor(self, value: Any) -> None:
+        self._kept().set_cursor(value, self._token)
+
+    @contextmanager
+    def transaction(self) -> Iterator[Transaction]:
+        """Commit writes of your own together with checkpoints, or with the completion of the task.
+
+        ``with ctx.transaction() as tx:`` opens a transaction in the database of the tasks, on
+        ``tx.connection``. Inside the block, ``ctx.step`` and ``ctx.cursor`` are part of it. After
+        ``tx.complete(result)`` the completion of the task is, too. All of it is committed at the end of the
+        block, if this run still has its task. If the block raises, all of it is rolled back, and the
+        checkpoints are again what they were.
+
+        On SQLite, other writers of the file wait until the block ends: keep it short. On MongoDB, pass
+        ``session=tx.connection`` to each call; a conflict with another writer raises an error.
+
+        Raises:
+            ConfigurationError: the repository shares no database with your data; a transaction of this run
+                is open; the task was completed; or this is a child process.
+            TaskCancelled: the token had fired before the block; or this run has lost its task to another
+                run, and nothing was stored.
+            RepositoryError: the transaction could not be committed, and nothing was stored.
+        """
+        if self._completed:
+            raise ConfigurationError("this run has completed its task in a transaction")
+        kept, open_transaction = self._kept(), self._shared.keeper.transaction
+        kept.refuse_transaction()  # before it waits for progress that waits for this thread's transaction
+        with (
+            self._without_progress(),
+            open_transaction(kept, self._token, self._ending, self._completed) as tx,
+        ):
+            yield tx
+
+    @contextmanager
+    def _without_progress(self) -> Iterator[None]:
+        """Keep progress in memory, after what is being stored now is stored."""
+        if self._missed and self._shared.store_progress is not None:
+            self._missed = False
+            with suppress(RepositoryError):  # it is not worth an error
+                self._shared.store_progress(self._task.id)
+        try:
+            self._quiet = True
+            while self._storing:
+                self._token.wait(_MOMENT)
+                self._token.raise_if_cancelled()
+            yield
+        finally:
+            self._quiet = False
+
+    def _ending(self, result: str | None, now: int) -> Ending:
+        """Return how this run ends if it completes its task now."""
+        task, thread, log = self._task, threading.current_thread().name, self._shared.log
+        own = task.worker.endswith(f" {thread}")
+        ending = Ending(
+            returned=True, result=result, worker=task.worker if own else f"{task.worker} {thread}"
+        )
+        if task.started_at is not None:
+            ending.duration = max(0.0, (now - to_ms(task.started_at)) / 1000)
+        if (told := self._latest_progress()) is not None:
+            ending.progress, ending.message = told
+        if isinstance(log, CapturedLogger):
+            ending.log = log.capture.text()
+        return ending
+
+    def _shown(self, changes: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the changes as others see the record: together with the checkpoints stored before."""
+        if self._checkpoints is not None:
+            self._stored = self._checkpoints.stored
+        return changes if self._stored is None else {**changes, "checkpoints": self._stored}
+
+    def _kept(self) -> Checkpoints:
+        with self._shared.keeper.lock:
+            if self._checkpoints is None:
+                self._checkpoints = Checkpoints(self._task, self._run_token, self._shared.keeper)
+            return self._checkpoints
+
+    def _checkpoints_refused(self) -> str:
+        """Return the reason why checkpoints cannot be stored; empty if they can."""
+        try:
+            self._shared.keeper.check()
+        except ConfigurationError as error:
+            return str(error)
+        return ""
+
+    def _keep_checkpoints(self, text: str, *, durable: bool) -> bool:
+        """Store the checkpoints that were made in a child process: see :meth:`Keeper.store`."""
+        if not self._shared.keeper.store(self._task, text, durable=durable, token=self._run_token):
+            return False
+        self._stored = text
+        return True
+
+    def remaining(self) -> float | None:
+        """Return the seconds until the deadline, always above zero; None if there is no deadline.
+
+        Use it as the time-out of a call that blocks.
+
+        Raises:
+            TaskCancelled: the deadline has passed, or the token has fired for another reason.
+        """
+        return self._token.remaining()
+
+    def sleep(self, seconds: float | timedelta) -> None:
+        """Sleep for some seconds (or a ``timedelta``), or until the token fires.
+
+        Raises:
+            TaskCancelled: the token has fired.
+        """
+        self._token.wait(seconds)
+        self._token.raise_if_cancelled()
+
+    def on_cancel(self, callback: Callable[[], object]) -> Callable[[], None]:
+        """Call ``callback()`` on its own thread when the token fires.
+
+        Returns:
+            a function that removes the callback.
+
+        Raises:
+            ConfigurationError: ``callback`` is not callable.
+        """
+        return self._token.on_cancel(callback)
+
+    @contextmanager
+    def timeout(self, seconds: float | timedelta) -> Iterator[CancelToken]:
+        """Set an earlier deadline for a part of the task: ``with ctx.timeout(5) as token: …``.
+
+        Inside the block, ``ctx.token`` and everything built on it respect this deadline, too.
+
+        Raises:
+            TimeoutError: the block raised an exception after its own deadline, but the task as a
+                whole may go on. The exception is the ``__cause__``.
+            ConfigurationError: ``seconds`` is not a finite number of at least 0.
+        """
+        outer = self._token
+        limit = check_number(seconds, "timeout")
+        inner = outer._child(limit)
+        self._shared.alarms.add(inner)
+        self._token = inner
+        try:
+            yield inner
+        except BaseException as error:
+            if inner.reason is CancelReason.TIMEOUT and not outer.cancelled:
+                raise TimeoutError(f"not done within {limit:g} s") from error
+            raise
+        finally:
+            self._token = outer
+            self._shared.alarms.remove(inner)
+            outer._disown(inner)
+
+    @contextmanager
+    def closing(self, resource: T) -> Iterator[T]:
+        """Close ``resource`` at the end of the block; on a cancel, wake the threads that block on it.
+
+        If the token has already fired, the resource is closed at once.
+
+        Closing a file descriptor does not wake a thread that reads from it. So the threads are woken
+        first, in a way that depends on the kind of resource: a socket by ``shutdown``, an ``sqlite3``
+        connection by ``interrupt``, an HTTP connection by its socket, anything else by its own
+        ``abort()`` or ``shutdown()``. A ``Popen`` is killed together with the programs that it has
+        started, which may hold its pipes open. Outside Linux, only the programs in a process group
+        that it leads are killed.
+
+        Raises:
+            ConfigurationError: the resource has no method that wakes a blocked thread.
+            TaskCancelled: the token fired. This is also raised at the end of the block, because data that
+                was read from an interrupted resource cannot be trusted.
+        """
+        from taskx.attempt.wakers import Waker
+
+        token = self._token
+        waker = Waker(resource)
+        try:
+            token.raise_if_cancelled()
+            remove = token.on_cancel(waker)
+            try:
+                yield resource
+                token.raise_if_cancelled()
+            finally:
+                remove()
+        finally:
+            waker.close()

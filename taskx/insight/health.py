@@ -1,0 +1,345 @@
+"""The state of a queue and its repository: the answers to ``Queue.health`` and ``Queue.healthy``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+import attrs
+
+from taskx.insight.nodes import age_of_beat, silence
+from taskx.node.moving import Services
+from taskx.node.pool import WorkerPool
+from taskx.node.schedules import PREFIX, Entry, entry_of
+from taskx.node.stuck import MOST as MOST_STUCK
+from taskx.node.stuck import stuck_types
+from taskx.stores import queries
+from taskx.stores.liveness.base import Node
+from taskx.tasks.checks import check_int, check_number
+from taskx.tasks.clock import to_datetime, to_ms
+from taskx.tasks.errors import ConfigurationError, RepositoryCorrupt, RepositoryError
+from taskx.tasks.findings import Answer, Problem, counted, duration, listed, moment
+from taskx.tasks.lifecycle import FAILED
+from taskx.tasks.model import check_key
+
+# Most names in the facts of a problem.
+_NAMED = 100
+
+
+@attrs.frozen
+class Health(Answer):
+    """The answer of :meth:`Queue.health`. It is true if nothing is wrong; ``str()`` says what is wrong.
+
+    Attributes:
+        problems: everything that is wrong, the most serious first.
+        checked_at: the time of the check.
+    """
+
+    problems: tuple[Problem, ...]
+    checked_at: datetime
+
+    @property
+    def ok(self) -> bool:
+        """True if nothing is wrong."""
+        return not self.problems
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def __str__(self) -> str:
+        return " ".join(map(str, self.problems)) or "All is well."
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as a dict of JSON values; times are ISO text."""
+        return {"ok": self.ok, **Answer.to_dict(self)}
+
+
+@attrs.frozen(kw_only=True)
+class Thresholds:
+    """The thresholds of a check, in the units of the repository; None: not checked.
+
+    Attributes:
+        oldest_due: milliseconds.
+        failed: a number of tasks, and milliseconds.
+        nodes: live nodes, for all types together and for each type that has tasks to run.
+        nodes_of: live nodes for types that need another number.
+        stuck: threads on one node.
+        file_size: bytes.
+        schedule_overdue: milliseconds.
+    """
+
+    oldest_due: int | None
+    failed: tuple[int, int] | None
+    nodes: int
+    nodes_of: Mapping[str, int]
+    stuck: int
+    file_size: int | None
+    schedule_overdue: int | None
+
+
+def thresholds(
+    *,
+    oldest_due: float | timedelta | None,
+    failed: tuple[int, float | timedelta] | None,
+    nodes: int | Mapping[str, int],
+    stuck: int,
+    file_size: int | None,
+    schedule_overdue: float | timedelta | None,
+) -> Thresholds:
+    """Return the arguments of ``Queue.health`` as thresholds.
+
+    Raises:
+        ConfigurationError: an argument is not valid.
+    """
+    if failed is not None and not (isinstance(failed, tuple) and len(failed) == 2):
+        raise ConfigurationError(
+            f"failed must be a pair (count, seconds), such as (10, 300), not {failed!r}"
+        )
+    of_types = nodes if isinstance(nodes, Mapping) else {}
+    return Thresholds(
+        oldest_due=_optional_ms(oldest_due, "oldest_due"),
+        failed=failed
+        and (check_int(failed[0], "the count of failed", 0), _ms(failed[1], "the time of failed")),
+        nodes=1 if isinstance(nodes, Mapping) else check_int(nodes, "nodes", 0),
+        nodes_of={
+            check_key(type, "a type in nodes"): check_int(count, f"nodes of {type!r}", 0)
+            for type, count in of_types.items()
+        },
+        stuck=check_int(stuck, "stuck", 0),
+        file_size=None if file_size is None else check_int(file_size, "file_size", 0, 1 << 62),
+        schedule_overdue=_optional_ms(schedule_overdue, "schedule_overdue"),
+    )
+
+
+def _ms(value: float | timedelta, what: str) -> int:
+    return round(check_number(value, what) * 1000)
+
+
+def _optional_ms(value: float | timedelta | None, what: str) -> int | None:
+    return None if value is None else _ms(value, what)
+
+
+def own_problems(services: Services, pool: WorkerPool | None, stuck: int) -> Iterator[Problem]:
+    """Yield the problems that this queue knows of without asking the repository.
+
+    Args:
+        services: the parts of the queue.
+        pool: the worker pool of the queue; None if it is not started.
+        stuck: the number of threads that may be stuck.
+    """
+    try:
+        services.repository.house.ensure_there()
+    except RepositoryError as error:
+        yield _away(error)
+    if pool is not None and (number := len(pool.stuck.runs)) > stuck:
+        yield _stuck(pool.node.id, pool.node.name, number, stuck)
+
+
+def check(services: Services, pool: WorkerPool | None, wanted: Thresholds) -> Health:
+    """Compare the queue with thresholds, and return the problems: see ``Queue.health``."""
+    problems = [*own_problems(services, pool, wanted.stuck)]
+    checking = _Check(services, pool, wanted)
+    if not any(problem.kind == "repository" for problem in problems):
+        try:
+            with services.repository.house.within(services.timing.answer_within):
+                problems.extend(checking.problems())
+        except RepositoryError as error:
+            problems.insert(0, _away(error))
+    return Health(tuple(problems), to_datetime(checking.now))
+
+
+def _away(error: RepositoryError) -> Problem:
+    facts = {"error": str(error), "error_type": type(error).__name__}
+    return Problem("repository", f"The repository cannot be used: {error}.", facts)
+
+
+def _stuck(node: str, name: str, number: int, most: int) -> Problem:
+    words = (
+        f"On node {name}, {counted(number, 'thread')} of timed-out tasks run on, more than {most}."
+    )
+    return Problem("stuck", words, {"node": node, "name": name, "threads": number, "most": most})
+
+
+def _brokers(nodes: Sequence[Node]) -> Iterator[Problem]:
+    for node in nodes:
+        if node.broker_error:
+            facts = {"node": node.id, "name": node.name, "error": node.broker_error}
+            words = f"Node {node.name} cannot use the broker of {node.about.engine}: {node.broker_error}."
+            yield Problem("broker", words, facts)
+
+
+class _Check:
+    """One check of a repository by thresholds."""
+
+    def __init__(self, services: Services, pool: WorkerPool | None, wanted: Thresholds) -> None:
+        self._repository = services.repository
+        self._controls = services.controls
+        self._timing = services.timing
+        self._pool = pool
+        self._wanted = wanted
+        self.now = services.clock.now_ms()
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield everything that is wrong with the repository."""
+        self._repository.version()  # notices a newer schema
+        self._repository.house.ensure_there()
+        nodes = [node for node in self._repository.nodes() if node.alive is not False]
+        paused = self._controls.read_paused()
+        due = [t for t in queries.every(self._repository, "ready_type") if t not in paused]
+        yield from self._silent([node for node in nodes if node.silent])
+        yield from self._nodes(nodes, due)
+        yield from _brokers([node for node in nodes if node.lives])
+        yield from self._stuck_elsewhere(nodes)
+        yield from stuck_types(self._repository, nodes, paused)
+        yield from self._oldest_due(due, everything=paused.everything)
+        yield from self._failed()
+        yield from self._schedules()
+        yield from self._file_size()
+
+    def _silent(self, nodes: Sequence[Node]) -> Iterator[Problem]:
+        if not (nodes and self._wanted.nodes):
+            return
+        lease = self._repository.lease_timeout
+        ages = {node.id: age_of_beat(node, self.now) for node in nodes}
+        nearest = min(nodes, key=lambda node: abs(ages[node.id]))
+        many = f"{len(nodes)} nodes may be dead ({listed([node.name for node in nodes])})"
+        words = (
+            f"{f'Node {nearest.name} may be dead' if len(nodes) == 1 else many}: "
+            f"{silence(nearest, self.now, lease)}. If not, the clocks of the hosts differ."
+        )
+        facts = {"nodes": dict([*ages.items()][:_NAMED]), "number": len(nodes), "lease": lease}
+        yield Problem("silent_node", words, {**facts, "seconds": ages[nearest.id]})
+
+    def _nodes(self, nodes: Sequence[Node], due: Sequence[str]) -> Iterator[Problem]:
+        most = self._wanted.nodes
+        at_work = [node for node in nodes if node.lives and not node.stopping]
+        wanted = {**dict.fromkeys(due, most), **self._wanted.nodes_of}
+        if len(at_work) < most:
+            words = (
+                f"{_number_with_verb(len(at_work), 'live node', 'runs', 'run')} tasks of this "
+                f"repository; at least {most} must."
+            )
+            yield Problem("nodes", words, {"type": None, "nodes": len(at_work), "least": most})
+            wanted = {**self._wanted.nodes_of}
+        for type, least in wanted.items():
+            able = [node for node in at_work if type in node.types]
+            if len(able) < least:
+                words = (
+                    f"{_number_with_verb(len(able), 'live node', 'has', 'have')} an executor for type "
+                    f"{type!r}; at least {least} must."
+                )
+                yield Problem("nodes", words, {"type": type, "nodes": len(able), "least": least})
+
+    def _stuck_elsewhere(self, nodes: Sequence[Node]) -> Iterator[Problem]:
+        own = None if self._pool is None else self._pool.node.id
+        others = {node.id: node.name for node in nodes if node.id != own}
+        if not others:
+            return
+        found = self._repository.find("stuck_on", [*others], ("stuck_on",), MOST_STUCK)
+        for node, number in Counter(node for (node,) in found).items():
+            if number > self._wanted.stuck:
+                yield _stuck(node, others[node], number, self._wanted.stuck)
+
+    def _oldest_due(self, due: Sequence[str], *, everything: bool) -> Iterator[Problem]:
+        most = self._wanted.oldest_due
+        if most is None or everything:
+            return
+        # Delayed tasks whose time has come, and which no queue has released.
+        found = [(run_at, task_id) for task_id, run_at in self._repository.due(self.now, 1)]
+        if (oldest := queries.longest_waiting(self._repository, due)) is not None:
+            found.append((oldest.waits_since, oldest.id))
+        since, task_id = min(found, default=(self.now, ""))
+        if self.now - since <= most:
+            return
+        seconds = (self.now - since) / 1000
+        words = f"Task {task_id} could have started {duration(seconds)} ago, at {_moment(since)}."
+        facts = {"task_id": task_id, "since": to_datetime(since), "seconds": seconds}
+        yield Problem("oldest_due", words, {**facts, "most": most / 1000})
+
+    def _failed(self) -> Iterator[Problem]:
+        if self._wanted.failed is None:
+            return
+        most, period = self._wanted.failed
+        limit = max(self._timing.most_explained, 2 * most)
+        newest = self._repository.reads.newest(FAILED, limit, ("type", "completed_at"))
+        late = [type for type, at in newest if isinstance(at, int) and at >= self.now - period]
+        if len(late) <= most:
+            return
+        by_type = Counter(late)
+        names = listed([f"{count} of {type}" for type, count in by_type.most_common()])
+        words = (
+            f"{counted(len(late), 'task')} failed in the last {duration(period / 1000)} ({names}), "
+            f"more than {most}."
+        )
+        facts = {"failed": len(late), "types": dict(by_type), "more": len(late) == limit}
+        yield Problem("failed", words, {**facts, "most": most, "seconds": period / 1000})
+
+    def _schedules(self) -> Iterator[Problem]:
+        most = self._wanted.schedule_overdue
+        if most is None:
+            return
+        overdue: dict[str, datetime] = {}
+        damaged: dict[str, str] = {}
+        for name, entry in self._entries():
+            if isinstance(entry, str):
+                damaged[name] = entry
+            elif not entry.paused and entry.next is not None and self.now - entry.next > most:
+                overdue[name] = to_datetime(entry.next)
+        if overdue:
+            since = min(overdue.values())
+            words = (
+                f"{_number_with_verb(len(overdue), 'schedule', 'is', 'are')} overdue "
+                f"({listed(overdue)}): the oldest tick without a task was at {moment(since)}."
+            )
+            facts = {
+                "since": since,
+                "seconds": (self.now - to_ms(since)) / 1000,
+                "most": most / 1000,
+            }
+            yield Problem("schedule_overdue", words, _some(overdue, **facts))
+        if damaged:
+            words = (
+                f"{_number_with_verb(len(damaged), 'schedule', 'cannot', 'cannot')} be read "
+                f"({listed(damaged)})."
+            )
+            yield Problem("schedule_damaged", words, _some(damaged))
+
+    def _entries(self) -> Iterator[tuple[str, Entry | str]]:
+        """Yield all schedules with their names; an error text for one that cannot be read."""
+        after = PREFIX
+        while notes := self._repository.reads.notes_after(PREFIX, after, self._timing.scan_batch):
+            for after in sorted(notes):
+                name = after.removeprefix(PREFIX)
+                try:
+                    yield name, entry_of(notes[after])
+                except RepositoryCorrupt as error:
+                    yield name, str(error)
+
+    def _file_size(self) -> Iterator[Problem]:
+        most = self._wanted.file_size
+        if most is None:
+            return
+        sizes = self._repository.house.file_sizes()
+        if not sizes:
+            raise ConfigurationError(
+                f"file_size requires a repository in a file: {self._repository!r} has none"
+            )
+        if (size := sum(sizes.values())) > most:
+            words = f"The file has {size:,} bytes, more than {most:,}."
+            yield Problem("file_size", words, {"bytes": size, "most": most})
+
+
+def _moment(ms: int) -> str:
+    return moment(to_datetime(ms))
+
+
+def _number_with_verb(count: int, word: str, one: str, more: str) -> str:
+    return f"{counted(count, word)} {one if count == 1 else more}"
+
+
+def _some(names: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
+    """Return facts about named things: the first of them, and their number."""
+    first = dict(list(names.items())[:_NAMED])
+    return {"schedules": first, "number": len(names), **facts}

@@ -1,5 +1,0 @@
-"""Questions that a queue answers: why a task waits, what is wrong, how much work there is.
-
-Only ``Queue`` uses it. The answers are data with a sentence for people. A question changes no task, and its
-cost does not depend on the number of tasks.
-"""

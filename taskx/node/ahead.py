@@ -1,0 +1,192 @@
+"""Starting ahead: start several short tasks at a time, and lay them out for any free worker."""
+
+from __future__ import annotations
+
+import _thread
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+from taskx.attempt.runner import Run
+from taskx.tasks.bell import Bell
+from taskx.tasks.timing import Timing
+
+# Tasks are short while at most ``_MOST_LONG`` of the last sixteen were long. ``_ALL_LONG``: all were.
+_ALL_LONG, _MOST_LONG = 0xFFFF, 2
+
+
+class Ahead:
+    """The waiting workers, the number of tasks to start for them at once, and the started tasks."""
+
+    def __init__(self, workers: int, timing: Timing) -> None:
+        self.workers = workers
+        # Read here, as each task uses them.
+        self._short_task, self._tied_up_after = timing.short_task, timing.tied_up_after
+        self._most, self._most_served = timing.most_ahead, timing.most_served
+        self._gather = timing.gather
+        #: Started runs that no worker has taken yet, in order; each is in the state ``ahead``.
+        self.runs: deque[Run] = deque()
+        #: The time at which each executing run began. Kept apart from the states of all runs, because
+        #: each submit counts them.
+        self.at_work: dict[Run, float] = {}
+        # The time at which a run was last laid out or taken; True if one was taken since the last nudge.
+        self._since, self._taken = 0.0, False
+        #: The workers that wait for a task.
+        self.waiting: set[_thread.LockType] = set()
+        self._work = Bell()
+        #: True if tasks have lately been so short that waking a thread costs more than a task.
+        self.short = False
+        self._lately = _ALL_LONG  # the first tasks count as long
+        self._last_batch = 0
+        self._lingering = threading.Lock()
+        #: The number of attempts that have ended.
+        self.attempts = 0
+        self._counter = itertools.count(1)
+
+    def set_workers(self, number: int) -> None:
+        """Set the number of workers."""
+        self.workers = number
+
+    # --- how many to start
+
+    def ended(self, run: Run, duration: float) -> None:
+        """Note that a worker is free again after a task of ``duration`` seconds."""
+        self.at_work.pop(run, None)
+        self.attempts = next(self._counter)
+        # One bit for each of the last tasks, so that a single slow task changes nothing.
+        self._lately = (self._lately << 1 | (duration >= self._short_task)) & _ALL_LONG
+        self.short = self._lately.bit_count() <= _MOST_LONG
+
+    @property
+    def portion(self) -> int:
+        """The number of tasks to start at once: one for each of a few waiting workers; many if short."""
+        return self._most if self.short else 1 + min(len(self.waiting), self._most_served)
+
+    def let_gather(self, waiting: int) -> None:
+        """Let a few short tasks gather while they arrive in quick succession.
+
+        One transaction then starts more of them, and fewer transactions hold up the submitter.
+        ``waiting`` is the number of tasks in the buffer.
+        """
+        if (
+            self._last_batch > 1
+            and waiting < self._most
+            and self._lingering.acquire(blocking=False)
+        ):
+            try:
+                time.sleep(self._gather)
+            finally:
+                self._lingering.release()
+
+    def begin(self, count: int) -> None:
+        """Note that a worker begins to start ``count`` tasks."""
+        self._last_batch, self._taken = count, True
+
+    # --- started tasks
+
+    def lay_out(self, runs: Sequence[Run]) -> None:
+        """Offer started tasks to any free worker."""
+        self._since = time.monotonic()
+        for run in runs:
+            run.state = "ahead"
+            self.runs.append(run)
+        if not self.short:
+            self._work.ring(len(runs))
+
+    @property
+    def idles(self) -> bool:
+        """True if a waiting worker has nothing to take yet, and waking it pays."""
+        more = len(self.waiting) > len(self.runs)
+        return more and not (self.short and self._leaves_to_others())
+
+    def serve(self, run: Run) -> bool:
+        """Give a started task to a waiting worker.
+
+        Return False if each of them may have a task already.
+        """
+        run.state = "ahead"
+        self._since = time.monotonic()
+        self.runs.append(run)
+        self._work.ring()
+        return len(self.runs) <= len(self.waiting)
+
+    def take(self) -> Run | None:
+        """Take the next task that was started ahead; return None if none is left."""
+        try:
+            run = self.runs.popleft()
+        except IndexError:
+            return None
+        run.state = "starting"
+        self._taken, self._since = True, time.monotonic()
+        if self.runs and self.waiting and not self._leaves_to_others():
+            self._work.ring()
+        return run
+
+    def clear(self, older_than: float = 0.0) -> list[Run]:
+        """Remove and return all tasks started ahead, if none was taken for ``older_than`` seconds."""
+        runs: list[Run] = []
+        if self.runs and time.monotonic() - self._since >= older_than:
+            with suppress(IndexError):
+                while True:
+                    runs.append(self.runs.popleft())
+        return runs
+
+    # --- workers that wait
+
+    def wait(self, ready: Callable[[], object]) -> None:
+        """Wait until ``ready`` returns a true value: there is something for this worker."""
+        while True:
+            ear = self._work.listen()
+            self.waiting.add(ear)  # before the check: a task that arrives later wakes this worker
+            try:
+                if ready():
+                    self._work.leave(ear)
+                    return
+                self._work.wait(ear)
+            finally:
+                self.waiting.discard(ear)
+
+    def wake(self) -> bool:
+        """Wake a waiting worker, unless tasks are short and another worker is busy with them.
+
+        Waking a thread, so that two compete for the interpreter lock, costs more than a short task.
+        Return False if workers wait and none was woken.
+        """
+        if not self.waiting:
+            return True
+        if self._leaves_to_others():
+            return False
+        self._work.ring()
+        return True
+
+    def _leaves_to_others(self) -> bool:
+        """Return True if tasks are short and another worker is busy with them."""
+        busy = self.workers - len(self.waiting)
+        # Usually one of them has just taken its task, so there is no need to look at the times.
+        return self.short and (busy > len(self.at_work) or busy > self._tied_up())
+
+    def _tied_up(self) -> int:
+        """Return the number of workers whose current task is not short after all."""
+        limit = time.monotonic() - self._tied_up_after
+        return sum(began < limit for began in list(self.at_work.values()))
+
+    def wake_all(self) -> None:
+        """Wake every waiting worker."""
+        self._work.ring_all()
+
+    def nudge(self, waiting: int) -> bool:
+        """Wake workers if no task was taken since the last call.
+
+        ``waiting`` is the number of tasks in the buffer. Return False if no worker waits.
+        """
+        if self.waiting and not self._taken:
+            self._work.ring(waiting + len(self.runs))
+        self._taken = False
+        return bool(self.waiting)
+
+    def needs_care(self, waiting: int) -> bool:
+        """Return True if a task here, or in the buffer, may soon have to be handed on."""
+        return bool(self.runs or (waiting and self.waiting))

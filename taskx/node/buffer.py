@@ -1,0 +1,326 @@
+"""The bounded buffer between submitters and workers: ids, and no task data."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
+from heapq import heapify, heappop, heappush
+from itertools import count
+from typing import NamedTuple
+
+from taskx.node.place import Place
+from taskx.tasks.bell import Bell
+from taskx.tasks.record import Stub, rank
+from taskx.tasks.timing import DEFAULT_TIMING
+from taskx.tasks.writes import Insert
+
+# The heap is tidied if more than half of it, and more than this many items, have left the buffer.
+_FEW_GONE = 64
+
+
+class Item(NamedTuple):
+    """A pending task in the buffer; sorts by priority (or what ageing makes of it), then age."""
+
+    rank: int  # the smallest comes first
+    created_at: int
+    order: int
+    id: str
+    type: str
+    fetched: bool
+
+
+class Slots(Place):
+    """The place of new tasks in the buffer: slots, which are reserved before the tasks are stored.
+
+    So an accepted task always fits. The tasks are stored with this node as their owner.
+
+    Args:
+        buffer: the buffer.
+        node: the id of its node.
+        writes: the writes that store the tasks.
+        short_of_workers: called if workers wait and none was woken for the tasks.
+    """
+
+    def __init__(
+        self,
+        buffer: Buffer,
+        node: str,
+        writes: Sequence[Insert],
+        short_of_workers: Callable[[], object],
+    ) -> None:
+        self.writes = writes
+        self._buffer, self._node, self._short_of_workers = buffer, node, short_of_workers
+        self._numbers = [next(buffer._numbers) for _ in writes]
+
+    def reserve(self, timeout: float | None = 0.0) -> bool:
+        """Reserve the slots; return False if there is no room in time, or the buffer is closed.
+
+        ``timeout`` is the most seconds to wait for room; 0: do not wait; None: wait for ever.
+        """
+        buffer, numbers = self._buffer, self._numbers
+        deadline = time.monotonic() + timeout if timeout else 0.0
+        while True:
+            with buffer._mutex:
+                if buffer.closed:
+                    return False
+                taken = len(buffer._submitted) + len(buffer.reserved)
+                if taken + len(numbers) <= buffer.maxsize:
+                    buffer.reserved.update(numbers)
+                    break
+                if timeout == 0.0:
+                    return False
+                ear = buffer.room.listen()
+            every = buffer._room_every
+            left = every if timeout is None else deadline - time.monotonic()
+            if left <= 0:
+                buffer.room.leave(ear)
+                return False
+            buffer.room.wait(ear, min(left, every))
+        for write in self.writes:
+            write.row["owner"] = self._node
+        return True
+
+    def fill(self) -> None:
+        """Put the tasks, which are stored now, into their slots."""
+        buffer = self._buffer
+        for write, number in zip(self.writes, self._numbers, strict=True):
+            row = write.row
+            since, priority = row["created_at"], row["priority"]
+            with buffer._mutex:
+                # After the clock was set back, a task that is stored later has an earlier time. It must not
+                # overtake.
+                if since >= buffer._latest:
+                    buffer._latest, buffer._set_back_to = since, math.inf
+                else:
+                    buffer._set_back_to = min(buffer._set_back_to, since)
+                    since = int(buffer._latest)
+                ageing = buffer.ageing
+                place = rank(priority, since, row["run_at"], ageing) if ageing else -priority
+                item = Item(place, since, number, row["id"], row["type"], False)
+                heappush(buffer._heap, item)  # first: one that is not in the heap would never run
+                buffer._submitted[item.id] = item
+                buffer.reserved.discard(number)
+        if not buffer._wake():
+            self._short_of_workers()
+
+    def release(self, error: BaseException | None) -> None:
+        """Give back the slots that no task has taken."""
+        self._buffer.release(self._numbers)
+
+
+class Buffer:
+    """A priority queue of ids with room for ``maxsize`` submitted tasks.
+
+    Tasks fetched from the repository have room of their own (``fetch_size``) and never make a submit
+    fail.
+
+    Each step can be done twice without harm, and interrupted between any two lines: slots and tasks
+    are known by name, not counted. A heap item that is no longer known is passed over.
+
+    Args:
+        maxsize: the number of submitted tasks that fit.
+        fetch_size: the number of fetched tasks that fit.
+        wake: called when a task was put in; returns False if workers wait and none was woken.
+        ageing: milliseconds of waiting that count as one step of priority; 0 for no ageing.
+        room_every: seconds between polls of a thread that waits for room: a signal may lose its wake-up.
+    """
+
+    def __init__(
+        self,
+        maxsize: int,
+        fetch_size: int,
+        wake: Callable[[], bool],
+        ageing: int = 0,
+        room_every: float = DEFAULT_TIMING.signals_every,
+    ) -> None:
+        self.maxsize = maxsize
+        self._room_every = room_every
+        self.ageing = ageing
+        self.fetch_size = fetch_size
+        self._wake = wake
+        #: The items that a worker has taken and is about to start or put back.
+        self.starting: list[Item] = []
+        # Reentrant: a finalizer that submits may run in any thread at any time, also inside this class.
+        self._mutex = threading.RLock()
+        self._heap: list[Item] = []
+        self._submitted: dict[str, Item] = {}
+        self._fetched: dict[str, Item] = {}
+        #: The numbers of reserved slots whose submits have not put in their task yet.
+        self.reserved: set[int] = set()
+        self.closed = False
+        #: Rung for threads that wait for room.
+        self.room = Bell()
+        self._numbers = count()
+        self._before = count(-1, -1)
+        # The time of the last submit, and the time to which the clock was set back since then (or inf).
+        self._latest, self._set_back_to = -math.inf, math.inf
+
+    # --- contents
+
+    def __len__(self) -> int:
+        return len(self._submitted) + len(self._fetched)
+
+    def __contains__(self, task_id: str) -> bool:
+        return task_id in self._submitted or task_id in self._fetched
+
+    @property
+    def submitted(self) -> int:
+        """The number of taken slots: submitted tasks, and tasks that are being stored."""
+        return len(self._submitted) + len(self.reserved)
+
+    @property
+    def fetched(self) -> int:
+        """The number of tasks in the buffer that were fetched from the repository, or put back."""
+        return len(self._fetched)
+
+    @property
+    def fetched_ids(self) -> list[str]:
+        """The ids of tasks that were fetched or put back, or that a worker is about to start."""
+        with self._mutex:  # else a task that is put back in between would be in neither of the two
+            return [*self._fetched, *(item.id for item in self.starting)]
+
+    @property
+    def entered(self) -> bool:
+        """True if the calling thread is inside a method of this buffer."""
+        return self._mutex._is_owned()  # type: ignore[attr-defined, no-any-return]
+
+    # --- for submitters
+
+    def release(self, slots: Collection[int]) -> None:
+        """Give back the reserved slots that no task has taken."""
+        self.reserved.difference_update(slots)
+        self.room.ring(len(slots))
+
+    def slot_before(self) -> int:
+        """Return a number that sorts before all others, for a task that was taken once already."""
+        return next(self._before)
+
+    def add(
+        self,
+        task_id: str,
+        type: str,
+        priority: int,
+        created_at: int,
+        run_at: int | None,
+        order: int,
+    ) -> None:
+        """Put in a task that was stored before, beside the slots."""
+        with self._mutex:
+            self._insert(task_id, type, priority, created_at, run_at, order)
+            self._wake()
+
+    def _insert(
+        self,
+        task_id: str,
+        type: str,
+        priority: int,
+        created_at: int,
+        run_at: int | None,
+        order: int,
+    ) -> None:
+        # A task that was spilled after the clock was set back has an earlier time. It must not overtake.
+        late = self._set_back_to <= created_at < self._latest
+        since = int(self._latest) if late else created_at
+        place = rank(priority, since, run_at, self.ageing) if self.ageing else -priority
+        self._add(Item(place, since, order, task_id, type, True))
+
+    def add_fetched(self, stubs: Iterable[Stub]) -> None:
+        """Put in tasks that the repository listed."""
+        with self._mutex:
+            for task_id, _, _, priority, created_at, _, type, run_at in stubs:
+                self._insert(task_id, type, priority, created_at, run_at, next(self._numbers))
+            self._wake()  # one worker: it takes some of them, and wakes the next one
+
+    def put_back(self, items: Iterable[Item]) -> None:
+        """Put back items that were taken, in their old place in the sort order."""
+        with self._mutex:
+            for item in items:
+                self._add(item._replace(fetched=True))
+            self._wake()
+
+    def discard(self, task_ids: Iterable[str]) -> None:
+        """Remove tasks that will not run, and free their slots."""
+        with self._mutex:
+            for task_id in task_ids:
+                self._fetched.pop(task_id, None)
+                if self._submitted.pop(task_id, None) is not None:
+                    self.room.ring()
+            self._tidy()
+
+    def sweep(self, gone: Callable[[str], bool]) -> list[Item]:
+        """Remove and return the tasks of each type for which ``gone`` returns True."""
+        with self._mutex:
+            inside = [*self._submitted.values(), *self._fetched.values()]
+        out = [item for item in inside if gone(item.type)]
+        self.discard([item.id for item in out])
+        return out
+
+    def _add(self, item: Item) -> None:
+        heappush(self._heap, item)  # first: an id that is known but not in the heap would never run
+        self._fetched[item.id] = item
+
+    def _tidy(self) -> None:
+        """Remove items that have left the buffer from the heap, once there are many."""
+        if len(self._heap) <= 2 * len(self) + _FEW_GONE:
+            return
+        while True:
+            heap = [*self._fetched.values(), *self._submitted.values()]
+            heapify(heap)
+            self._heap = heap
+            if len(heap) >= len(self):
+                return  # otherwise a finalizer submitted before the last assignment
+
+    # --- for the workers
+
+    def take(self, most: int) -> list[Item]:
+        """Take the next tasks, at most ``most``, to start them; none while another worker starts tasks.
+
+        The worker must call :meth:`started` when it has started them or put them back.
+        """
+        with self._mutex:
+            if self.starting or self.closed:
+                return []
+            items: list[Item] = []
+            while len(items) < most and self._heap:
+                item = heappop(self._heap)
+                inside = self._fetched if item.fetched else self._submitted
+                if inside.get(item.id) is not item:
+                    continue
+                del inside[item.id]
+                if self.room.listening and not item.fetched:
+                    self.room.ring()
+                items.append(item)
+            self.starting = items
+            return items
+
+    def started(self) -> None:
+        """Let another worker take tasks."""
+        with self._mutex:
+            self.starting = []
+            if len(self):
+                self._wake()
+
+    def has_next(self) -> bool:
+        """Return True if :meth:`take` would return a task, or if the buffer is closed."""
+        return self.closed or (not self.starting and len(self) > 0)
+
+    # --- for the housekeeper
+
+    def set_fetch_size(self, number: int) -> None:
+        """Set the number of fetched tasks that fit."""
+        self.fetch_size = number
+
+    def room_to_fetch(self) -> int:
+        """Return the number of further fetched tasks that fit; 0 if the buffer is closed."""
+        return 0 if self.closed else self.fetch_size - self.fetched
+
+    def close(self) -> None:
+        """Hand out nothing more, and wake the threads that wait for room."""
+        with self._mutex:
+            self.closed = True
+            self._submitted.clear()
+            self._fetched.clear()
+            self._heap.clear()
+        self.room.ring_all()

@@ -1,0 +1,206 @@
+"""Fetching: move free tasks from the repository into a node's buffer."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from itertools import islice
+
+from taskx.node.admission import Admission
+from taskx.node.ahead import Ahead
+from taskx.node.buffer import Buffer
+from taskx.node.moving import Services
+from taskx.node.starter import Runs, Starter
+from taskx.stores import queries
+from taskx.tasks import lifecycle
+from taskx.tasks.record import Stub
+
+
+class Fetcher:
+    """Keeps a node's buffer filled with stored tasks that may start.
+
+    Args:
+        services: the parts of the queue.
+        node: the id of the node.
+        ahead: knows the number of workers.
+        buffer: receives the tasks.
+        runs: the runs of the node.
+        starter: knows the suspects that wait for their turn.
+        admission: knows how many tasks of each limited type may start.
+    """
+
+    def __init__(
+        self,
+        services: Services,
+        node: str,
+        ahead: Ahead,
+        buffer: Buffer,
+        runs: Runs,
+        starter: Starter,
+        admission: Admission,
+    ) -> None:
+        self._services = services
+        self._node = node
+        self._ahead = ahead
+        self._buffer = buffer
+        self._runs = runs
+        self._starter = starter
+        self._admission = admission
+        self._refilling = threading.Lock()
+        #: The number of tasks fetched so far.
+        self.fetched = 0
+        #: True if no other node is known to be alive.
+        self.alone = False
+
+    def found_nodes(self, *, others: bool) -> None:
+        """Note if any other node may be alive."""
+        self.alone = not others
+
+    def takes(self, type: str) -> bool:
+        """Return True if the node may start tasks of this type now: the type is not paused."""
+        return type not in self._services.controls.paused
+
+    def serves(self, type: str) -> bool:
+        """Return True if the node gets tasks of this type to an executor."""
+        return self._services.registry.runs(type)
+
+    def has_room(self, type: str) -> bool:
+        """Return True if a task of this type might start now."""
+        limited = type in self._services.registry.limits
+        return self.takes(type) and (not limited or self._admission.open(type))
+
+    def follow_pauses(self) -> None:
+        """Fetch tasks of types that were resumed, and free the buffered tasks of paused types.
+
+        After a ``RepositoryError`` tasks stay in the buffer; workers pass over them in any case.
+        """
+        self._services.agenda.expect_more()
+        paused = self._services.controls.paused
+        swept = self._buffer.sweep(lambda type: type in paused)
+        self._starter.free([item.id for item in swept])
+
+    def unmarked(self) -> set[str]:
+        """Return the ids of pending tasks in memory that the repository may list as free, and some more."""
+        suspects = self._starter.suspects
+        return {*self._buffer.fetched_ids, *(item.id for item in list(suspects.waiting))}
+
+    def types(self) -> list[str]:
+        """Return the types that this node runs and that are not paused."""
+        return [type for type in self._services.registry.types if self.takes(type)]
+
+    def refill(self) -> bool:
+        """Fetch as many free tasks as fit into the buffer; return False if another thread is fetching."""
+        if not self._refilling.acquire(blocking=False):
+            return False
+        try:
+            room = self._buffer.room_to_fetch()
+            if room <= 0:
+                return True
+            self._services.agenda.begin_fetch()  # before the fetch: a spill from now on sets it again
+            try:
+                found = self._fetch(room)
+            except BaseException:  # an interrupt, too: no other thread knows that there is more
+                self._services.agenda.expect_more()
+                raise
+            if limits := self._services.registry.limits:
+                for stub in found:
+                    if stub.type in limits:
+                        self._admission.fetched(stub.type, stub.id)
+            self._buffer.add_fetched(found)
+            self.fetched += len(found)
+            self._services.agenda.leave_rest(some=len(found) == room)
+            if len(found) < room and self._services.registry.finds:
+                self._seek()
+            return True
+        finally:
+            self._refilling.release()
+
+    def _seek(self) -> None:
+        """Find the executors of waiting types that have none here; fetch again if one was found."""
+        services = self._services
+        if services.registry.seek(queries.every(services.repository, "ready_type")):
+            self._services.agenda.fetch_soon()
+
+    def refill_if_low(self) -> None:
+        """Fetch more tasks if few fetched ones are left.
+
+        A fetch also reads the tasks that the buffer has already, so few should be left. If there are other
+        nodes, it may have to wait for the file, so it begins earlier.
+        """
+        share = 0.25 if self.alone else 0.5
+        if (
+            self._services.agenda.more_stored
+            and self._buffer.fetched < self._buffer.fetch_size * share
+        ):
+            self.refill()
+
+    def _fetch(self, room: int) -> list[Stub]:
+        """Return at most ``room`` free tasks that this node does not hold yet.
+
+        If there are other nodes, mark the tasks as taken, so that two nodes do not try to start the same
+        ones. A node that is alone saves this write: the start is guarded in any case.
+        """
+        services = self._services
+        stubs = self._offered(room)
+        if self.alone:
+            return stubs
+        if not stubs:
+            return self._take_over()
+        taken = services.moves.commit([lifecycle.take(stub.id, self._node) for stub in stubs])
+        if not all(taken):
+            self._services.agenda.fetch_soon()  # other nodes took some: there may be further tasks
+        return [stub for stub, mine in zip(stubs, taken, strict=True) if mine]
+
+    def _offered(self, room: int, owner: str = "") -> list[Stub]:
+        """Return the first tasks, at most ``room``, that this node does not hold and may start.
+
+        They are free, or in the buffer of the node ``owner``.
+        """
+        repository, limits = self._services.repository, self._services.registry.limits
+        known, types, ageing = self.unmarked(), self.types(), self._buffer.ageing
+        free = [type for type in types if type not in limits] if limits else types
+        found = self._others(repository.ready(free, room + len(known), owner, ageing), known, room)
+        if len(free) == len(types):
+            return found
+        for type in types:
+            if type in limits:
+                most, waiting = self._admission.room(type, known)
+                if (most := min(most, room)) > 0:
+                    stubs = repository.ready([type], most + waiting, owner, ageing)
+                    some = self._others(stubs, known, most)
+                    found += some
+                    if not owner:
+                        self._admission.fetch_done(type, most, len(some))
+        found.sort(key=self._best_first)
+        return found[:room]
+
+    def _others(self, stubs: Sequence[Stub], known: set[str], most: int) -> list[Stub]:
+        """Return the first of these tasks, at most ``most``, that this node does not hold yet."""
+        others = (stub for stub in stubs if stub.id not in known and stub.id not in self._buffer)
+        return list(islice(others, most))
+
+    def _best_first(self, stub: Stub) -> tuple[int, int]:
+        return stub.rank(self._buffer.ageing), stub.created_at
+
+    def _take_over(self) -> list[Stub]:
+        """Take the next tasks out of other nodes' buffers, one for each idle worker.
+
+        Only a node with nothing in its own buffer does this. When the other nodes come to these tasks, they
+        find them started, or gone.
+        """
+        wanted = self._ahead.workers - len(self._runs.executing)
+        if wanted <= 0 or len(self._buffer):
+            return []
+        services = self._services
+        found = [
+            (stub, owner)
+            for owner in queries.owners(services.repository)
+            if owner != self._node
+            for stub in self._offered(wanted, owner)
+        ]
+        found.sort(key=lambda pair: self._best_first(pair[0]))
+        writes = [lifecycle.take(stub.id, self._node, owner) for stub, owner in found[:wanted]]
+        taken = services.moves.commit(writes) if writes else []
+        if any(taken):
+            self._services.agenda.expect_more()  # fetch again when these are done
+        return [stub for (stub, _), mine in zip(found[:wanted], taken, strict=True) if mine]

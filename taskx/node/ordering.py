@@ -1,0 +1,361 @@
+"""Tasks that wait for other tasks: for their parents, or for the turn of their concurrency key.
+
+A task that waits for parents is registered with one unfinished parent. When that parent ends, the task is
+registered with another unfinished parent. When no unfinished parent is left, the task is decided: it may
+start, or it ends. So the end of a task without dependents costs nothing. The end of a parent costs no more
+than the tasks that are registered with it.
+
+A task with a concurrency key waits until it gets the turn of its key. It keeps the turn until it has ended,
+even through retries. The repository ensures that two tasks never have the same turn. So several processes
+may give the turn to the next task at the same time.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from taskx.stores.base import Repository
+from taskx.tasks import lifecycle
+from taskx.tasks.bell import Agenda
+from taskx.tasks.clock import Clock
+from taskx.tasks.errors import ConfigurationError, RepositoryError, TaskNotFound, TaskxError
+from taskx.tasks.lifecycle import PENDING, UNFINISHED
+from taskx.tasks.log import GuardedLogger
+from taskx.tasks.model import Task
+from taskx.tasks.record import ids_from_text
+from taskx.tasks.writes import Insert, Update
+
+#: Commits moves of tasks, with the tasks as they were read, and applies the consequences.
+Commit = Callable[[Sequence[Update], Mapping[str, Task]], object]
+
+
+class _Scanner(ABC):
+    """Scans the store for waiting tasks that nothing moves on, a page at a time.
+
+    Each call continues where the last one stopped, also after a ``RepositoryError``.
+    """
+
+    def __init__(self) -> None:
+        # True if a full scan is due; True if one is under way; the last value that it has read.
+        self._all_due, self._under_way, self._after = True, False, ""
+
+    @abstractmethod
+    def _page(self, after: str) -> tuple[Sequence[str], str]:
+        """Return the stalled parents or keys of the next page, and its last value (empty: no more)."""
+
+    @abstractmethod
+    def _scan_page(self) -> bool:
+        """Scan the next page and process what is stalled; return False after the last page."""
+
+    @property
+    def waiting(self) -> bool:
+        """True if work is due that :meth:`process` has not finished."""
+        return self._all_due or self._under_way
+
+    def overdue(self) -> bool:
+        """Return True if anything is stalled."""
+        found, after = self._page("")
+        while after and not found:
+            found, after = self._page(after)
+        return bool(found)
+
+    def process(self, until: float = math.inf) -> bool:
+        """Do the work that is due; return True if more is left.
+
+        Args:
+            until: the time, on the monotonic clock, from which the rest is left to the next call: the work
+                may take long, if the end of one task ends the next one, as in a long chain.
+
+        Raises:
+            RepositoryError: the repository failed; the next call continues.
+        """
+        while self.waiting:
+            self._process_step()
+            if time.monotonic() >= until:
+                break
+        return self.waiting
+
+    def _process_step(self) -> None:
+        if not self._under_way:
+            self._under_way, self._after, self._all_due = True, "", False
+        self._under_way = self._scan_page()
+
+
+class Dependents(_Scanner):
+    """The tasks that wait for their parents; the housekeeper calls :meth:`process` for them."""
+
+    def __init__(
+        self,
+        repository: Repository,
+        commit: Commit,
+        agenda: Agenda,
+        clock: Clock,
+        log: GuardedLogger,
+        batch: int,
+        scan_batch: int,
+    ) -> None:
+        super().__init__()
+        self._batch, self._scan_batch = batch, scan_batch
+        self._repository = repository
+        self._commit = commit
+        self._agenda = agenda
+        self._clock = clock
+        self._log = log
+        #: True if a task may wait for another one. If False, nobody needs to report that tasks end.
+        self.any = False
+        #: Parents that have ended, and whose dependents were not processed yet.
+        self.ended: deque[str] = deque()
+        # Tasks whose parents may have ended.
+        self._due: deque[str] = deque()
+        self._lock = threading.Lock()
+        # Reentrant: a log handler or a callback of a handle that is called during the processing may cancel
+        # a task. Its thread must not wait for itself.
+        self._processing = threading.RLock()
+        self._additions = 0
+
+    # --- what happens
+
+    def waits(self, waiting: Mapping[str, str]) -> None:
+        """Note that tasks wait, each for one parent. They are due if it has ended in the meantime."""
+        with self._lock:
+            self.any = True
+            self._additions += 1
+        try:
+            statuses = self._repository.statuses([*set(waiting.values())])
+        except TaskxError as error:  # the tasks are stored: their submitter must not get an error
+            self._all_due = True
+            self._log.warning("tasks that wait for other tasks are checked later: %s", error)
+            return
+        due = [i for i, parent in waiting.items() if statuses.get(parent) not in UNFINISHED]
+        if due:
+            self._due.extend(due)
+            self._agenda.wake_from_long_sleep()
+
+    def parent_ended(self, task_id: str) -> None:
+        """Note that a task has ended that may have dependents; its write is committed."""
+        self.ended.append(task_id)
+        self._agenda.wake_from_long_sleep()
+
+    def ended_elsewhere(self) -> None:
+        """Make a full scan due: a process died, perhaps before it processed the dependents of its tasks."""
+        self._all_due = True
+
+    @property
+    def waiting(self) -> bool:
+        """True if processing is under way or due: tasks may be released by it."""
+        return self.told or super().waiting
+
+    @property
+    def told(self) -> bool:
+        """True if something was reported that is not processed yet."""
+        return bool(self.ended or self._due)
+
+    def overdue(self) -> bool:
+        """Return True if a task waits for a parent that has ended; that task is processed soon."""
+        if gone := super().overdue():
+            self._all_due = True
+            self._agenda.wake_from_long_sleep()
+        return gone
+
+    def _page(self, after: str) -> tuple[Sequence[str], str]:
+        """Return the parents of the next page that have ended, and the last parent of the page."""
+        awaited = self._repository.distinct("waiting_on", after, self._scan_batch)
+        statuses = self._repository.statuses(awaited)
+        gone = [parent for parent in awaited if statuses.get(parent) not in UNFINISHED]
+        return gone, awaited[-1] if awaited else ""
+
+    # --- processing
+
+    def process(self, until: float = math.inf) -> bool:
+        """Decide the tasks whose parents are known to have ended."""
+        # A thread that is already processing does this when it goes on.
+        if self._processing._is_owned():  # type: ignore[attr-defined]
+            return False
+        return super().process(until)
+
+    def _process_step(self) -> None:
+        with self._processing:
+            self._process_told() if self.told else super()._process_step()
+
+    def _process_told(self) -> None:
+        """Mark the dependents of ended parents as due, and decide a batch of the due tasks."""
+        if ended := _first(self.ended, self._scan_batch):
+            self._due.extend(self._waiting_for(ended))
+            _leave_out(self.ended, ended)
+        if due := _first(self._due, self._batch):
+            self._decide(due)
+            _leave_out(self._due, due)
+
+    def refresh(self) -> None:
+        """Read if any task waits, as other processes may have stored some; if so, ends are reported."""
+        additions = self._additions
+        some = bool(self._repository.distinct("waiting_on", "", 1))
+        with self._lock:
+            if additions == self._additions:
+                # Tasks that ended before this was known were not reported.
+                self._all_due = self._all_due or (some and not self.any)
+                self.any = some
+
+    def scan_some(self) -> None:
+        """Scan a page of the parents that tasks wait for; the next call continues there.
+
+        This finds parents whose end no event reported, because a process died at that moment or a record
+        was changed by hand. Work beyond one batch is left to :meth:`process`.
+        """
+        with self._processing:
+            self._scan_page()
+
+    def _scan_page(self) -> bool:
+        gone, after = self._page(self._after)
+        if gone:
+            self._due.extend(self._waiting_for(gone))
+        self._after = after
+        if gone:
+            self._process_told()
+        return bool(after)
+
+    def _waiting_for(self, parents: Sequence[str]) -> list[str]:
+        """Return the tasks that wait for one of these parents."""
+        return [child for (child,) in self._repository.find("waiting_on", parents, ("id",))]
+
+    # --- deciding
+
+    def _decide(self, task_ids: Sequence[str]) -> None:
+        """Move tasks on according to the statuses of their parents."""
+        found = self._repository.get_many(task_ids)
+        if children := {i: t for i, t in found.items() if t.status.value == PENDING}:
+            self._move(children)
+
+    def _move(self, children: Mapping[str, Task]) -> None:
+        parents = {parent: None for child in children.values() for parent in child.depends_on}
+        statuses = self._repository.statuses([*parents])
+        now = self._clock.now_ms()
+        moves = [lifecycle.parents_moved(child, statuses, now) for child in children.values()]
+        self._commit(moves, children)
+
+
+def _first(told: deque[str], most: int) -> list[str]:
+    # By index: an iterator fails if another thread adds to the deque in the meantime.
+    return [told[place] for place in range(min(most, len(told)))]
+
+
+def _leave_out(told: deque[str], done: Sequence[str]) -> None:
+    """Remove the first items after they are done; until then a drain must see them."""
+    for _ in done:
+        told.popleft()
+
+
+class Turns(_Scanner):
+    """Gives the turn of each concurrency key to the task that has waited longest for it."""
+
+    def __init__(
+        self,
+        repository: Repository,
+        commit: Callable[[Sequence[Update]], object],
+        log: GuardedLogger,
+        batch: int,
+    ) -> None:
+        super().__init__()
+        self._batch = batch
+        self._repository = repository
+        self._commit = commit
+        self._log = log
+
+    def next_turn(self, key: str) -> Sequence[Update]:
+        """Return writes that give the turn to the first waiting task, while another task ends.
+
+        They belong into the same transaction as the end of that other task.
+
+        The result is empty if the repository fails; :meth:`advance` gives the turn later.
+        """
+        try:
+            return self._next_turn(key)
+        except Exception:  # noqa: BLE001  (the outcome of the other task must be stored in any case)
+            return ()
+
+    def _next_turn(self, key: str) -> Sequence[Update]:
+        first = self._repository.find("line", [key], ("id",), 1)
+        return [write for (task_id,) in first for write in lifecycle.give_turn(task_id, key)]
+
+    def advance(self, keys: Iterable[str]) -> None:
+        """Give the turn of each key to its first waiting task, unless another task has the turn."""
+        wanted = list(dict.fromkeys(keys))
+        try:
+            for start in range(0, len(wanted), self._batch):
+                self._advance(wanted[start : start + self._batch])
+        except RepositoryError as error:
+            self._all_due = True
+            self._log.warning("turns of concurrency keys are given later: %s", error)
+
+    def _advance(self, keys: Sequence[str]) -> None:
+        if writes := [write for key in keys for write in self._next_turn(key)]:
+            self._commit(writes)
+
+    def scan_all_soon(self) -> None:
+        """Make a full scan due: a task whose key is not known here may have given up its turn."""
+        self._all_due = True
+
+    def scan_some(self) -> None:
+        """Scan a page of keys: a process may have died before it gave a free turn to the next task."""
+        self._scan_page()
+
+    def _scan_page(self) -> bool:
+        stalled, after = self._page(self._after)
+        self._advance(stalled)
+        self._after = after
+        return bool(after)
+
+    def _page(self, after: str) -> tuple[Sequence[str], str]:
+        """Return the keys of the next page for which tasks wait and no task has the turn."""
+        keys = self._repository.distinct("line", after, self._batch)
+        taken = {key for (key,) in self._repository.find("turn", keys, ("turn",))}
+        return [key for key in keys if key not in taken], keys[-1] if keys else ""
+
+
+def find_parents(repository: Repository, inserts: Sequence[Insert]) -> None:
+    """Register each new task with one of its unfinished parents, if it has any.
+
+    Raises:
+        TaskNotFound: a parent is neither stored nor among the new tasks.
+        ConfigurationError: the tasks depend on one another in a circle.
+    """
+    parents = {i.id: ids_from_text(i.row["depends_on"]) for i in inserts if "depends_on" in i.row}
+    new = {insert.id: lifecycle.PENDING for insert in inserts}
+    _refuse_circles(parents)
+    wanted = {parent for some in parents.values() for parent in some} - new.keys()
+    statuses = {**repository.statuses([*wanted]), **new}
+    for some in parents.values():
+        for parent in some:
+            if parent not in statuses:
+                raise TaskNotFound(parent)
+    for insert in inserts:
+        if insert.id not in parents:
+            continue
+        waiting_on = lifecycle.next_parent(parents[insert.id], statuses)
+        if waiting_on is not None:
+            lifecycle.wait_for(insert, waiting_on)
+
+
+def _refuse_circles(parents: Mapping[str, Sequence[str]]) -> None:
+    """Refuse circles among the new tasks; tasks that are already stored cannot depend on these."""
+    done: set[str] = set()
+    for first in parents:
+        path = {first: iter(parents[first])} if first not in done else {}
+        while path:
+            task_id, left = next(reversed(path.items()))
+            parent = next((p for p in left if p in parents and p not in done), None)
+            if parent is None:
+                done.add(task_id)
+                del path[task_id]
+            elif parent in path:
+                circle = [*path][[*path].index(parent) :]
+                raise ConfigurationError(
+                    f"tasks depend on one another in a circle: {' on '.join([*circle, parent])}"
+                )
+            else:
+                path[parent] = iter(parents[parent])

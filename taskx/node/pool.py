@@ -1,0 +1,673 @@
+"""The worker pool: a node's threads, which take tasks from the buffer and run them to their outcome."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Protocol
+
+import attrs
+
+from taskx.attempt.registry import Middleware
+from taskx.attempt.runner import Run, broken, lesser
+from taskx.node.admission import Admission
+from taskx.node.ahead import Ahead
+from taskx.node.buffer import Buffer, Item, Slots
+from taskx.node.fetcher import Fetcher
+from taskx.node.moving import Outcome, Services
+from taskx.node.place import Place
+from taskx.node.starter import Runs, Seat, Starter
+from taskx.node.stuck import Stuck
+from taskx.node.tuning import Tuning
+from taskx.stores import queries
+from taskx.stores.liveness.base import Node
+from taskx.stores.liveness.began import Began
+from taskx.tasks import lifecycle
+from taskx.tasks.bell import Bell
+from taskx.tasks.config import Config
+from taskx.tasks.errors import (
+    CancelReason,
+    RepositoryError,
+    RepositoryUnavailable,
+    SchemaMismatch,
+)
+from taskx.tasks.lifecycle import Ending
+from taskx.tasks.log import Complaint
+from taskx.tasks.model import MAX_NAME, Task
+from taskx.tasks.payload import clean_text
+from taskx.tasks.record import changed_task
+from taskx.tasks.writes import Insert, Update, Write
+
+
+def _fetch_size(workers: int, buffer_size: int) -> int:
+    return max(64, 4 * workers, min(buffer_size, 256))
+
+
+class Ends(Protocol):
+    """Is told why a node must end."""
+
+    def retired(self) -> None:
+        """The TaskX of the node is too old for the repository."""
+
+    def asked_to_stop(self) -> None:
+        """Another process asks the node to stop."""
+
+
+class WorkerPool:
+    """Runs tasks: threads that take ids from the buffer, start, execute and conclude them.
+
+    Args:
+        services: the parts of the queue.
+        node: the node's record in the repository.
+        config: the number of threads, the size of the buffer, and more.
+        ends: is told why the node must end.
+        fetcher: makes what fetches tasks, of the pool's parts.
+    """
+
+    def __init__(
+        self,
+        services: Services,
+        node: Node,
+        config: Config,
+        ends: Ends,
+        fetcher: Callable[..., Fetcher] = Fetcher,
+    ) -> None:
+        self.services = services
+        self.agenda = services.agenda
+        self.hooks = services.hooks
+        self.node = node
+        #: Every task in flight: see :class:`Runs`.
+        self.runs = Runs()
+        workers = config.worker_num
+        self.ahead = Ahead(workers, services.timing)
+        ageing = round((config.ageing or 0) * 1000)
+        fetch_size = _fetch_size(workers, config.buffer_size)
+        self.buffer = Buffer(
+            config.buffer_size, fetch_size, self.ahead.wake, ageing, services.timing.signals_every
+        )
+        self.stopping = False
+        #: The notes of the tasks that each thread began last, if the repository keeps them.
+        self.began: Began | None = None
+        #: Set when the workers may run tasks.
+        self.begun = threading.Event()
+        self.admission = Admission(
+            services.registry.limits,
+            services.repository,
+            node.id,
+            services.clock,
+            self.agenda.fetch_soon,
+            self.agenda.wake_from_long_sleep,
+            services.log,
+        )
+        self.starter = Starter(
+            services, node, self.buffer, self.runs, self.admission, self.ahead.at_work
+        )
+        self.fetcher = fetcher(
+            services, node.id, self.ahead, self.buffer, self.runs, self.starter, self.admission
+        )
+        self.discard = self.buffer.discard
+        self.strike = self.starter.strike
+        #: The node as it was recorded last.
+        self.recorded = node
+        #: Makes the pool follow pauses and overrides.
+        self.tuning = Tuning(self, workers)
+        # A repository of eight methods stores every new task as pending first.
+        self._stores_in_steps = bool(services.repository.shortcoming)
+        #: The error that ends this node, if its TaskX is too old for the repository.
+        self.outdated: SchemaMismatch | None = None
+        self._retiring = threading.Lock()  # held for good
+        self.ends = ends
+        self._complaint = Complaint(services.log)
+        self._counting = threading.Lock()
+        self._quiet = Bell()
+        self.stuck = Stuck(services, node.id, config.max_stuck, self._do_without, self._abandon)
+        #: The number of worker threads that have not ended.
+        self.workers_left = 0
+        self._at_work = self._named = 0
+        self._threaded = 0  # the number of workers that have threads; 0 until they are started
+        self.threads: list[threading.Thread] = []
+
+    # --- the node
+
+    def join(self) -> None:
+        """Join the repository as a node."""
+        self.recorded = self.described()
+        # In a worker process of a broker the housekeeper sends the heartbeats, which saves a thread.
+        self.services.repository.liveness.join(self.recorded, tended=self.node.serves_broker)
+
+    def joined(self) -> None:
+        """Note what the node began from now on, and stop its tasks if it loses its lease."""
+        liveness = self.services.repository.liveness
+        self.began = liveness.began(self.node.id)
+        liveness.watch(self.node.id, self.lose_lease)
+
+    def go(self) -> None:
+        """Let the workers run tasks; a second call does nothing."""
+        if not self.begun.is_set():
+            self.begun.set()
+            self.services.log.info(
+                "node %s started: %d workers, types %s",
+                self.node.name,
+                self.recorded.workers,
+                ", ".join(self.recorded.types) or "none",
+            )
+
+    def retire(self, why: SchemaMismatch) -> None:
+        """End the node, because its TaskX is too old for the repository's new schema."""
+        if self._retiring.acquire(blocking=False):
+            self.outdated = why
+            self.services.log.error(
+                "node %s takes no more tasks and hands back what it has: %s", self.node.name, why
+            )
+            self.ends.retired()
+
+    def forget_began(self) -> None:
+        """Close the notes of what the node began, however late this object is collected."""
+        self.began = None
+
+    # --- the threads
+
+    def start_workers(self) -> None:
+        """Start the worker threads; they wait until :attr:`begun` is set.
+
+        Raises:
+            RuntimeError: the system cannot start a thread.
+        """
+        with self._counting:
+            self._threaded = self.ahead.workers
+            threads = self._enlist(self._threaded)
+        self._start(threads)
+
+    def _enlist(self, count: int) -> list[threading.Thread]:
+        """Return new worker threads to start, which count from now on. The caller holds the lock."""
+        first = self._named + 1
+        self._named += count
+        threads = [self._worker(number) for number in range(first, first + count)]
+        self.threads += threads
+        self.workers_left += len(threads)
+        self._at_work += len(threads)
+        return threads
+
+    def _worker(self, number: int) -> threading.Thread:
+        name = f"taskx-worker-{number}"
+        worker = self.worker_name(name)
+        return threading.Thread(target=self._live, args=(worker,), name=name, daemon=True)
+
+    def _start(self, threads: list[threading.Thread]) -> None:
+        try:
+            for thread in threads:
+                thread.start()
+        except RuntimeError:
+            with self._counting:
+                for thread in threads:
+                    if thread.ident is None:
+                        self.threads.remove(thread)
+                        self.workers_left -= 1
+                        self._at_work -= 1
+            raise
+
+    def worker_name(self, thread: str) -> str:
+        """Return the name in records of a thread of this node: the node's name, then the thread's."""
+        return f"{self.node.name} {clean_text(thread, MAX_NAME)}"
+
+    def described(self) -> Node:
+        """Return the node with the types, limits and workers that it has now."""
+        registry = self.services.registry
+        return attrs.evolve(
+            self.node,
+            types=registry.types,
+            limits={**registry.limits},
+            own_limits=registry.own_limits,
+            workers=self.ahead.workers,
+        )
+
+    def record(self) -> None:
+        """Record the types, limits and workers of this node, if they have changed since the last record."""
+        described = self.described()
+        if described != self.recorded:
+            self.services.repository.liveness.record(described)
+            self.recorded = described
+
+    def set_workers(self, number: int) -> None:
+        """Set the number of workers: surplus ones end after their task, :meth:`add_workers` adds others."""
+        if number == self.ahead.workers:
+            return
+        with self._counting:
+            self.ahead.set_workers(number)
+            self._threaded = min(self._threaded, number)
+        self.buffer.set_fetch_size(_fetch_size(number, self.buffer.maxsize))
+        self.ahead.wake_all()
+        self.services.log.info("node %s: %d workers from now on", self.node.name, number)
+
+    def add_workers(self) -> None:
+        """Start the threads that are missing since the number of workers was raised.
+
+        The housekeeper calls it, because no signal handler interrupts its thread.
+        """
+        if not 0 < self._threaded < self.ahead.workers:
+            return
+        try:
+            with self._counting:
+                number, before = self.ahead.workers, self._threaded
+                self._threaded = number
+                # Some stuck threads may not have been replaced, and some surplus ones may still work.
+                missing = 0 if self.stopping else min(number - before, number - self._at_work)
+                threads = self._enlist(max(0, missing))
+            self._start(threads)
+        except RuntimeError as error:
+            self.services.log.error("cannot start more worker threads: %s", error)
+
+    # --- the workers
+
+    def _live(self, worker: str) -> None:
+        """Work until the stop: any error costs some time, and never the thread."""
+        self.begun.wait()
+        first, longest = self.services.timing.worker_pause, self.services.timing.longest_pause
+        pause, going = first, True
+        while going:
+            began = time.monotonic()
+            try:
+                self._work(worker)
+                going = False
+            except SchemaMismatch as error:
+                self.retire(error)
+                self._pause(longest)
+            except RepositoryError as error:
+                self._complaint.make("the repository fails, and the workers try again: %s", error)
+                if time.monotonic() - began > longest:  # it worked in the meantime
+                    pause = first
+                self._pause(pause)
+                pause = min(2 * pause, longest)
+            except BaseException:  # a defect of ours
+                self.services.log.exception("unexpected error in a worker thread; it continues")
+                self._pause(first)
+        try:
+            self.services.moves.flush(wait=False)
+        except RepositoryError as error:
+            self._complaint.make("outcomes could not be written yet: %s", error)
+        finally:  # in any case: a stop must not wait for a worker that is gone
+            self._tell_worker_ended()
+            with self._counting:
+                self.workers_left -= 1
+                self.threads.remove(threading.current_thread())  # its ident may be used again soon
+            self._quiet.ring_all()
+
+    def _tell_worker_ended(self) -> None:
+        for layer in self.services.registry.middleware:
+            if isinstance(layer, Middleware):
+                try:
+                    layer.worker_ended()
+                except BaseException:  # user code
+                    self.services.log.exception("middleware failed at the end of a worker")
+
+    def _pause(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not self.stopping and (left := deadline - time.monotonic()) > 0:
+            time.sleep(min(left, 0.1))
+
+    def _work(self, worker: str) -> None:
+        """Take, start and execute one task after another, until the stop."""
+        buffer, ahead = self.buffer, self.ahead
+        while not self.stopping:
+            if self.hooks.waiting:
+                self.hooks.let_catch_up()
+            if ahead.short and not ahead.runs and not self.services.watcher.watching:
+                ahead.let_gather(len(buffer))
+            run, items = ahead.take() if ahead.runs else None, None
+            if run is None and (items := buffer.take(ahead.portion)):
+                run = self.start(items, worker)
+                self._complaint.over()
+            if run is not None:
+                self.execute(run, worker)
+                del run  # a waiting worker must not keep the last task's values alive
+            elif not items:
+                if not self.services.moves.flush(wait=False):
+                    # Another thread is committing, perhaps without the last outcomes.
+                    self.agenda.wake_from_long_sleep()
+                if self.agenda.more_stored:
+                    self.fetcher.refill()
+                self._tell_quiet()
+                ahead.wait(self._has_next)
+            if self._at_work > ahead.workers and self._is_superfluous():
+                return
+
+    def _has_next(self) -> bool:
+        """Return True if there is a task for a worker, or a worker must end."""
+        return bool(self.ahead.runs) or self._at_work > self.ahead.workers or self.buffer.has_next()
+
+    def start(self, items: list[Item], worker: str) -> Run | None:
+        """Start tasks in one transaction, lay out all but the first, and return that for this worker."""
+        try:
+            self.ahead.begin(len(items))
+            # Before the start: if this fails, no task was started that no thread would run.
+            self.fetcher.refill_if_low()
+            runs = self.starter.start(items, worker)
+            if self.stopping:  # the stop could not see these runs yet, and did not tell them
+                self.starter.hand_back(runs)
+                return None
+            if len(runs) > 1:
+                self.ahead.lay_out(runs[1:])
+                self.agenda.wake_from_long_sleep()
+        except BaseException:  # an interrupt, too: no other thread holds these tasks
+            self.buffer.put_back(item for item in items if item.id not in self.runs)
+            raise
+        finally:
+            self.buffer.started()
+        return runs[0] if runs else None
+
+    @property
+    def idles(self) -> bool:
+        """True if a worker waits, and no other task might have to start first."""
+        return (
+            self.ahead.idles
+            and not self.agenda.more_stored
+            and not self._stores_in_steps
+            and self._nothing_waits()
+        )
+
+    def _nothing_waits(self) -> bool:
+        buffer, suspects = self.buffer, self.starter.suspects
+        return not (self.stopping or buffer.starting or len(buffer) or suspects.item)
+
+    def buffers(self, type: str) -> bool:
+        """Return True if a new task may go to a worker or into the buffer: no limit, no pause."""
+        services, paused = self.services, self.services.controls.paused
+        return (
+            type in services.registry.registered
+            and type not in services.registry.limits
+            and not (paused.everything or type in paused.types)
+        )
+
+    def reserve(self, write: Insert, tried: list[Place], *, fresh: bool) -> bool:
+        """Reserve the best place that is free for a new task: a worker that waits, or else a slot.
+
+        Args:
+            write: the write that stores the task.
+            tried: gets the places; the last one is reserved. After an error, which may come at any moment,
+                all of them must be released.
+            fresh: True if no other task can have the id.
+
+        Returns:
+            False if there is no room.
+        """
+        if fresh and self.ahead.waiting and self.idles:
+            tried.append(seat := Seat(self.starter, write, self._nothing_waits, self.ahead.serve))
+            if seat.reserve():
+                return True
+        tried.append(slots := self.slots([write]))
+        return slots.reserve()
+
+    def slots(self, writes: Sequence[Insert]) -> Slots:
+        """Return slots in the buffer for new tasks, which must be reserved."""
+        return Slots(self.buffer, self.node.id, writes, self.agenda.wake_from_long_sleep)
+
+    def execute(
+        self, run: Run, worker: str, conclude: Callable[[Run, Ending], None] | None = None
+    ) -> Ending:
+        """Run the executor, and pass its outcome to ``conclude``, or else leave it to the next commit.
+
+        Any error that escapes, even one from a defect of TaskX, fails only this attempt.
+        """
+        try:
+            run.state, self.ahead.at_work[run] = "executing", time.monotonic()
+            if self.runs.get(run.task.id) is not run:  # the audit believed that it was lost
+                run.state = "starting"  # no thread executes it, if the audit has put it back
+                self.ahead.at_work.pop(run, None)
+                return Ending(returned=False)
+            began, cell = self.began, 0
+            try:
+                self._tell_begins(run, worker)
+                if began is not None:
+                    cell = began.begin(run.task.id, run.task.starts)
+                ending = self.services.runner.run(run, worker)
+            except BaseException as error:  # noqa: BLE001  (see above)
+                ending = broken(error, worker)
+            finally:
+                if began is not None:
+                    began.end(cell)
+            if run.decided is not None and not run.decided.acquire(False):
+                self._come_back(run)
+                return ending
+            run.state = "concluding"  # first: from now on no audit believes that it is lost
+            self.ahead.ended(run, ending.duration)
+            (conclude or self._defer)(run, ending)
+        except BaseException:  # an interrupt: no thread executes it, as the audit then sees
+            run.state = "starting"
+            self.ahead.at_work.pop(run, None)
+            self.starter.strike(run, ran=True)
+            raise
+        return ending
+
+    def _tell_begins(self, run: Run, worker: str) -> None:
+        task, log = run.task, self.services.log
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("task %s (%s) begins, attempt %d", task.id, task.type, task.attempt)
+        if listeners := self.hooks.started:
+            self.hooks.tell(listeners, partial(changed_task, task, {}))
+        if task.timeout is not None:
+            run.overdue = self.stuck.watch(run, worker)
+
+    def _defer(self, run: Run, ending: Ending) -> None:
+        if run.context._completed:
+            self._conclude_again(run, ending)
+            return
+        ending, writes, more = self._outcome(run, ending)
+        writes = [*writes, *more] if more else writes
+        self.services.moves.later(writes, Outcome(run, ending, self))
+
+    def conclude(self, run: Run, ending: Ending) -> None:
+        """Commit an outcome now, and do what follows from it, on a thread that may be interrupted."""
+        if run.context._completed:
+            self._conclude_again(run, ending)
+            return
+        ending, writes, more = self._outcome(run, ending)
+        try:
+            self.services.moves.conclude([*writes, *more], Outcome(run, ending, self))
+        except RepositoryUnavailable as error:
+            self._defer(run, ending)
+            self.services.log.warning(
+                "task %s: its outcome could not be written yet (trying again): %s",
+                run.task.id,
+                error,
+            )
+
+    def _conclude_again(self, run: Run, ending: Ending) -> None:
+        """Do what follows from an outcome that a transaction of the run has stored."""
+        assert run.context._completed
+        stored, writes = run.context._completed[0]
+        if not ending.returned or ending.result is not None:
+            self.services.log.warning(
+                "task %s (%s) was completed by tx.complete(); %s is ignored",
+                *(run.task.id, run.task.type),
+                "the result that it returned"
+                if ending.returned
+                else f"what followed ({ending.error})",
+            )
+        outcome = Outcome(run, stored, self)
+        self.services.moves.follow(writes, {run.task.id: run.task}, outcome)
+        self.concluded(run, writes, None)
+
+    def _outcome(self, run: Run, ending: Ending) -> tuple[Ending, list[Update], Sequence[Update]]:
+        """Return the ending, its writes, and the writes that give the turn of its key to the next task."""
+        now = self.services.clock.now_ms()
+        try:
+            writes = lifecycle.conclude(run.task, ending, now)
+        except Exception as error:  # noqa: BLE001  (a defect of ours: it fails this attempt alone)
+            ending = broken(error, ending.worker)
+            writes = lifecycle.conclude(run.task, ending, now)
+        key = run.task.concurrency_key
+        return ending, writes, () if key is None else self.services.moves.turns.next_turn(key)
+
+    def rebuffer(self, task: Task) -> None:
+        """Put a task that became pending again, and that this node still owns, into the buffer."""
+        self.starter.rebuffer(task)
+
+    # --- threads that are stuck
+
+    def _do_without(self, run: Run, ident: int) -> None:
+        """Replace the thread of a stuck run, if it is a worker."""
+        self.ahead.at_work.pop(run, None)
+        try:
+            with self._counting:
+                if not any(thread.ident == ident for thread in self.threads):
+                    return  # the thread of a submitter, which ran the task itself
+                self._at_work -= 1
+                if self.stopping or not self.stuck.healthy:
+                    return
+                threads = self._enlist(1)
+            self._start(threads)
+        except RuntimeError as error:
+            self.services.log.error("cannot start a replacement worker thread: %s", error)
+
+    def _abandon(self, run: Run, ending: Ending) -> None:
+        """Write the outcome of an attempt whose thread runs on."""
+        self._defer(run, ending)
+        self.agenda.wake_from_long_sleep()
+
+    def _come_back(self, run: Run) -> None:
+        """Note that this thread, which was stuck, is free again."""
+        if threading.current_thread() in self.threads:
+            with self._counting:
+                self._at_work += 1
+        self.admission.over(run.task.id, ran=True)  # first: from then on its retry may be admitted
+        self.stuck.thread_ended(run)
+        self.agenda.wake_from_long_sleep()
+
+    def _is_superfluous(self) -> bool:
+        """Return True if this worker must end: one that was stuck came back, or fewer are wanted."""
+        with self._counting:
+            if self._at_work <= self.ahead.workers:
+                return False
+            self._at_work -= 1
+            return True
+
+    # --- outcomes
+
+    def refused(self, run: Run, ending: Ending, error: BaseException) -> bool:
+        """Store a lesser outcome in place of one that was refused; return False if none is left."""
+        if (left := lesser(ending, error)) is None:
+            return False
+        self._defer(run, left)
+        self.agenda.wake_from_long_sleep()
+        return True
+
+    def concluded(self, run: Run, held: Sequence[Write], error: BaseException | None) -> None:
+        """Note that a run is over, and which moves of its outcome took place."""
+        if not (held and held[0].id == run.task.id):
+            self._not_concluded(run.task, error)
+        if self._quiet.listening:
+            self._tell_quiet()
+
+    def _not_concluded(self, task: Task, error: BaseException | None) -> None:
+        if error is None:
+            self.services.log.warning(
+                "task %s (%s): its late outcome was dropped, because another run had taken over, or "
+                "because it was stored before and the repository's answer was lost",
+                *(task.id, task.type),
+            )
+        else:
+            self.services.log.error(
+                "task %s (%s): its outcome could not be stored, so it runs again: %s",
+                *(task.id, task.type, error),
+            )
+
+    # --- for the housekeeper
+
+    def hand_on(self) -> None:
+        """Wake a worker if tasks wait; hand back started tasks for which no worker is free."""
+        self.starter.suspects.call_next()
+        if not self.ahead.nudge(len(self.buffer)):
+            self.starter.drop(self.ahead.clear(self.services.timing.hand_back_after))
+        self.starter.undo()
+
+    @property
+    def needs_care(self) -> bool:
+        """True if a task may soon have to be handed on."""
+        return self.ahead.needs_care(len(self.buffer)) or bool(self.starter.unexecuted)
+
+    # --- quiet, and the end
+
+    def _tell_quiet(self) -> None:
+        if self._quiet.listening and not self.runs and not len(self.buffer):
+            self._quiet.ring_all()
+
+    def holds_nothing(self) -> bool:
+        """Return True if no task is in the buffer or with a worker, and no outcome waits."""
+        return not (
+            self.runs
+            or len(self.buffer)
+            or self.ahead.runs
+            or self.starter.suspects.waiting
+            or self.agenda.more_stored
+            or self.services.moves.unsettled
+            or self.services.moves.dependents.waiting
+        )
+
+    def wait_quiet(self, timeout: float) -> None:
+        """Wait until a task ends or a worker leaves, at most ``timeout`` seconds."""
+        self._quiet.wait(self._quiet.listen(), timeout)
+
+    def lose_lease(self) -> None:
+        """Stop the running tasks, because other nodes may believe that this node is dead.
+
+        They may have taken over its tasks, and its part of the shared limits.
+        """
+        self.fire_all(CancelReason.LEASE_LOST)
+        self.admission.forget()
+        if listeners := self.hooks.lease_lost:
+            self.hooks.tell(listeners, lambda: self.node.id)
+
+    def fire_all(self, reason: CancelReason) -> None:
+        """Fire the token of every run."""
+        for run in list(self.runs.values()):
+            run.token.fire(reason)
+
+    def fire(self, task_id: str) -> None:
+        """Fire the token of a task that was asked to cancel, if it runs here."""
+        if (run := self.runs.get(task_id)) is not None:
+            run.token.fire(CancelReason.CANCEL)
+
+    def fire_cancelled(self) -> None:
+        """Fire the tokens of the runs that were asked to cancel, perhaps by another process."""
+        for task_id in queries.asked_to_cancel(self.services.repository, list(self.runs)):
+            self.fire(task_id)
+
+    def tell_to_stop(self) -> None:
+        """Take no more tasks, and tell the running ones to stop, without waiting."""
+        self.stopping = True
+        self.buffer.close()
+        self.fire_all(CancelReason.STOP)
+
+    def begin_stop(self) -> None:
+        """Take no more tasks, and hand back those that were started ahead."""
+        self.stopping = True
+        self.begun.set()
+        ahead = self.ahead.clear()
+        self.buffer.close()
+        self.ahead.wake_all()
+        self.starter.suspects.close()
+        self.starter.hand_back(ahead)
+
+    def release_pending(self) -> None:
+        """Free the pending tasks that this node holds, so that any node can run them."""
+        found = self.services.repository.find("buffered_on", [self.node.id], ("id",))
+        self.starter.free([task_id for (task_id,) in found])
+
+
+class State(Protocol):
+    """How far a queue is, for the parts that take submits and changes."""
+
+    @property
+    def pool(self) -> WorkerPool | None:
+        """The worker pool; None until the queue is started."""
+
+    @property
+    def stopped(self) -> bool:
+        """True if the queue was stopped."""
+
+    @property
+    def closed(self) -> bool:
+        """True if the calling thread must not submit any more."""

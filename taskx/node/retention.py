@@ -1,0 +1,116 @@
+"""Retention: remove finished tasks when they are old enough, a few at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from taskx.node.moving import Services
+from taskx.stores.base import Repository
+from taskx.tasks import lifecycle
+from taskx.tasks.clock import to_ms, within_calendar
+from taskx.tasks.errors import ConfigurationError
+from taskx.tasks.model import TaskStatus, check_moment, check_status
+
+# Most dependents that are read at a time.
+_MOST_PAIRS = 1000
+# More seconds than the calendar has.
+_FOR_EVER = 1e12
+# Tasks that did not complete usually depend on tasks that did; the reverse is rare.
+_CHILDREN_FIRST = (TaskStatus.CANCELLED, TaskStatus.FAILED, TaskStatus.COMPLETED)
+
+
+def prune(
+    services: Services, status: TaskStatus, before: int, after: Any = None
+) -> tuple[int, Any]:
+    """Scan a batch of the tasks that ended in a status before a moment, and remove those that can go.
+
+    Args:
+        services: the parts of the queue.
+        status: the status of the tasks.
+        before: the moment, in milliseconds since the epoch.
+        after: the place to go on from, as the previous call returned it; None begins with the newest.
+
+    Returns:
+        The number of removed tasks, and the place to go on from; None if there are no more tasks.
+    """
+    repository, batch = services.repository, services.timing.batch
+    page = repository.ended(status.value, within_calendar(before), batch, after)
+    if not page:
+        return 0, None
+    kept = needed(repository, [task.stub.id for task in page])
+    stubs = lifecycle.prunable(page, kept, services.clock.now_ms())
+    removed = sum(services.moves.commit([lifecycle.prune(stub) for stub in stubs]) if stubs else ())
+    return removed, page[-1].place if len(page) == batch else None
+
+
+def needed(repository: Repository, task_ids: Sequence[str]) -> set[str]:
+    """Return the ids of these tasks on which another stored task depends."""
+    these, pairs = set(task_ids), ("parent", "id")
+    found = repository.find("parent", task_ids, pairs, _MOST_PAIRS)
+    if len(found) == _MOST_PAIRS:
+        # There are too many pairs. For each task, one child more than these tasks are is enough: at least
+        # one child is then another task.
+        found = [
+            pair
+            for task_id in task_ids
+            for pair in repository.find("parent", [task_id], pairs, len(these) + 1)
+        ]
+    return {parent for parent, child in found if child not in these}
+
+
+def prune_all(services: Services, before: datetime, status: TaskStatus | str | None) -> int:
+    """Remove all tasks that ended before a moment, of one status or of each; return how many.
+
+    It scans again until nothing is removed, because a removed task may be the only one that kept others.
+
+    Raises:
+        ConfigurationError: the moment is not an aware datetime, or tasks do not end in that status.
+    """
+    if before is None:
+        raise ConfigurationError("before must be a datetime, not None")
+    check_moment(before, "before")
+    wanted = None if status is None else check_status(status)
+    if wanted is not None and not wanted.finished:
+        raise ConfigurationError(f"only tasks that have ended can be pruned, got status {wanted}")
+    removed, some = 0, 1
+    while some:
+        some = 0
+        for kind in _CHILDREN_FIRST if wanted is None else (wanted,):
+            after, begun = None, False
+            while after is not None or not begun:
+                count, after = prune(services, kind, to_ms(before), after)
+                some, begun = some + count, True
+        removed += some
+    while services.repository.house.shrink():
+        continue
+    return removed
+
+
+class Retention:
+    """Removes ended tasks that are older than the retention period of their status, in seconds."""
+
+    def __init__(self, services: Services, periods: Mapping[TaskStatus, float]) -> None:
+        self._services = services
+        self._periods = periods
+        self._next = services.clock.monotonic()
+        # The place from which the current scan goes on, for each status that it has not finished.
+        self._left: dict[TaskStatus, Any] = {}
+
+    def tick(self) -> None:
+        """Remove a batch of each status, and give some space back, if it is time."""
+        if not self._periods or (now := self._services.clock.monotonic()) < self._next:
+            return
+        self._next = now + self._services.timing.retention_every
+        wall = self._services.clock.now_ms()
+        scans, self._left = self._left or dict.fromkeys(self._periods), {}
+        for status, after in scans.items():
+            before = wall - round(min(self._periods[status], _FOR_EVER) * 1000)
+            removed, after = prune(self._services, status, before, after)
+            if removed:
+                self._services.log.debug("removed %d old %s tasks", removed, status)
+            if after is not None:
+                self._left[status] = after
+        if self._services.repository.house.shrink() or self._left:
+            self._next = now

@@ -1,0 +1,273 @@
+"""Limits that all nodes on a repository share: kept in notes, changed by compare-and-set.
+
+The note ``limit/slots/<type>`` has the number of slots of each node. A node keeps its slots as long as it
+finds tasks for them, so that a busy type does not cost a write for each task. The other nodes take back
+the slots of a dead node. The note ``limit/rate/<type>`` has the mark of the type's token bucket, by the
+wall clock.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Generic, TypeVar
+
+from taskx.stores.base import Repository
+from taskx.tasks.clock import LAST, Clock
+from taskx.tasks.errors import RepositoryError
+from taskx.tasks.log import GuardedLogger, log
+from taskx.tasks.rate import FULL, Rate
+from taskx.tasks.writes import Note
+
+_SLOTS, _RATE = "limit/slots/", "limit/rate/"
+#: Most attempts at a change, if other nodes change the note at the same time.
+_TRIES = 50
+# Seconds by which the clocks of two hosts may differ, or one clock before and after it was set.
+_APART = 1.0
+
+T = TypeVar("T")
+
+
+class _Shared(ABC, Generic[T]):
+    """A limit that is kept in a note: its value as last read."""
+
+    def __init__(self, repository: Repository, name: str, log: GuardedLogger) -> None:
+        self._repository = repository
+        self._name = name
+        self._log = log
+        self._damaged = 0  # the last version that was logged as damaged
+        self._note: Note | None = None
+        self._stale = True  # other nodes may have changed it since
+
+    @abstractmethod
+    def _parse(self, text: str | None) -> T:
+        """Return the value of a note's text (None: there is no note); raise ``ValueError`` if damaged."""
+
+    @abstractmethod
+    def _store(self, value: T) -> None:
+        """Store the note's current value in memory."""
+
+    def forget(self) -> None:
+        """Read the note again before its next use, because other nodes may have changed it."""
+        self._stale = True
+
+    def _refresh(self) -> None:
+        if self._stale:
+            self._read()
+
+    def _read(self) -> None:
+        """Read the note; a damaged one counts as missing."""
+        self._stale = True  # until it was read
+        self._note = self._repository.notes(self._name).get(self._name)
+        flaw = None
+        try:
+            value = self._parse(self._note.text if self._note else None)
+        except (ValueError, RecursionError) as error:
+            flaw, value = str(error), self._parse(None)
+        self._store(value)
+        self._stale = False
+        if flaw is not None and self._note and self._damaged != self._note.version:
+            self._damaged = self._note.version
+            self._log.warning("note %s is damaged and is replaced: %s", self._name, flaw)
+
+    def _put(self, text: str | None, value: T) -> bool:
+        """Change the note, unless another node did since it was read; return True if it was changed."""
+        self._stale = True  # if the next call raises, it is not known what was stored
+        version = self._note.version if self._note else 0
+        done = self._repository.put_note(self._name, text, version)
+        if done and version and text is not None:
+            self._note = Note(text, version + 1)
+            self._store(value)
+            self._stale = False
+        else:  # the note is new or gone, or another node has changed it
+            self._read()
+        return done
+
+    def tend(self) -> None:
+        """Maintain this node's part of the limit."""
+
+    def leave(self) -> None:
+        """Give back this node's part of the limit, because the node ends."""
+
+
+class SharedSlots(_Shared[Mapping[str, int]]):
+    """The ``most`` slots of all nodes, of which this node has some."""
+
+    def __init__(
+        self,
+        repository: Repository,
+        node: str,
+        type: str,
+        most: int,
+        log: GuardedLogger = log,
+        taken: int = 0,
+    ) -> None:
+        super().__init__(repository, _SLOTS + type, log)
+        self._node = node
+        self._most = most
+        self._shares: Mapping[str, int] = {}
+        #: The number of slots that this node uses.
+        self.taken = taken
+        self._idle = False
+
+    def _parse(self, text: str | None) -> Mapping[str, int]:
+        return _shares_of(text)
+
+    def _store(self, value: Mapping[str, int]) -> None:
+        self._shares = value
+
+    def free(self) -> int:
+        """Return the number of slots that this node has free or could get, by the note as last read."""
+        self._refresh()
+        return max(0, self._most - self._others - self.taken)
+
+    @property
+    def _mine(self) -> int:
+        return self._shares.get(self._node, 0)
+
+    @property
+    def _others(self) -> int:
+        return sum(self._shares.values()) - self._mine
+
+    def take(self, count: int) -> int:
+        """Take ``count`` slots, or as many as are free; return how many.
+
+        The node's own slots come first, then those that no node has.
+        """
+        self._idle = False
+        for _ in range(_TRIES):
+            self._refresh()
+            wanted = self.taken + count - self._mine
+            unowned = self._most - sum(self._shares.values())
+            if wanted <= 0 or unowned <= 0 or self._set_mine(self._mine + min(wanted, unowned)):
+                break
+        usable = min(self._mine, self._most - self._others)  # fewer if the limit was lowered
+        got = max(0, min(count, usable - self.taken))
+        self.taken += got
+        return got
+
+    def give(self, count: int) -> None:
+        """Give back ``count`` slots; the node keeps them as long as there are tasks for them."""
+        self.taken -= count
+
+    def rest(self, wanted: int) -> None:
+        """Leave to other nodes all free slots but ``wanted``: this node has no tasks for more."""
+        for _ in range(_TRIES):
+            self._refresh()
+            kept = self.taken + wanted
+            if self._mine <= kept or self._set_mine(kept):
+                break
+
+    def tend(self) -> None:
+        """Give back slots that were idle for a while, record used ones, and free those of the dead."""
+        self._read()
+        if self._idle or self._mine + self._others > self._most:  # it was lowered
+            self.rest(0)
+        self._idle = self._mine > self.taken
+        if self._mine < self.taken:  # the note was damaged, or others thought it was dead
+            self._set_mine(self.taken)
+        if self._shares.keys() - {self._node}:
+            self._bury()
+
+    def _bury(self) -> None:
+        # The nodes are read after the note: a node joins before it can have slots in the note.
+        nodes = self._repository.nodes()
+        alive = {self._node, *(node.id for node in nodes if node.alive is not False)}
+        left = {node: share for node, share in self._shares.items() if node in alive}
+        if left != self._shares:
+            self._share_out(left)
+
+    def leave(self) -> None:
+        self.taken = 0
+        self.rest(0)
+
+    def _set_mine(self, count: int) -> bool:
+        return self._share_out({**self._shares, self._node: count})
+
+    def _share_out(self, shares: Mapping[str, int]) -> bool:
+        left = {node: share for node, share in shares.items() if share > 0}
+        return self._put(json.dumps(left) if left else None, left)
+
+
+def slots_by_node(repository: Repository, type: str) -> dict[str, int]:
+    """Return the slots of a type that each node has; none for a damaged note, which a node replaces."""
+    note = repository.notes(_SLOTS + type).get(_SLOTS + type)
+    with suppress(ValueError, RecursionError):
+        return _shares_of(note.text if note else None)
+    return {}
+
+
+def _shares_of(text: str | None) -> dict[str, int]:
+    shares = json.loads(text) if text else {}
+    if not isinstance(shares, dict) or not all(type(n) is int and n >= 0 for n in shares.values()):
+        raise ValueError("expected a JSON object with the number of slots of each node")
+    return shares
+
+
+class SharedBucket(_Shared[float]):
+    """The token bucket of all nodes.
+
+    The mark is a time by the wall clock of the node that wrote it. If it is ahead of the local clock by
+    more than a full bucket, the bucket counts as empty at the time when the mark was first seen, and fills
+    from then on. So the rate is kept even if the clocks differ.
+    """
+
+    def __init__(
+        self, repository: Repository, type: str, rate: Rate, clock: Clock, log: GuardedLogger = log
+    ) -> None:
+        super().__init__(repository, _RATE + type, log)
+        self._rate = rate
+        self._clock = clock
+        self._mark = FULL
+        self._seen = 0.0  # on the monotonic clock
+
+    def _parse(self, text: str | None) -> float:
+        mark = float(text) if text else FULL
+        if text and not abs(mark) <= LAST / 1000:
+            raise ValueError(f"expected a time in seconds, got {mark!r}")
+        return mark
+
+    def _store(self, value: float) -> None:
+        if value != self._mark:
+            self._mark, self._seen = value, self._clock.monotonic()
+
+    def _now(self) -> float:
+        """Return the current time, by a clock that the mark is not ahead of."""
+        now = self._clock.now_ms() / 1000
+        full = self._rate.burst * self._rate.interval
+        if self._mark > now + full + _APART:
+            return self._mark - full + self._clock.monotonic() - self._seen
+        return now
+
+    def tokens(self) -> int:
+        """Return the number of tokens, by the note as last read."""
+        self._refresh()
+        return self._rate.tokens(self._mark, self._now())
+
+    def take(self, count: int) -> int:
+        """Take ``count`` tokens, or as many as there are; return how many."""
+        for _ in range(_TRIES):
+            got = min(count, self.tokens())
+            if not got or self._set(self._rate.take(self._mark, self._now(), got)):
+                return got
+        return 0
+
+    def put_back(self, count: int) -> None:
+        """Put back ``count`` tokens; they are lost if other nodes interfere or the repository fails."""
+        with suppress(RepositoryError):  # the caller has more to undo
+            for _ in range(_TRIES):
+                self._refresh()
+                if self._mark == FULL or self._set(self._rate.put_back(self._mark, count)):
+                    break
+
+    def _set(self, mark: float) -> bool:
+        return self._put(repr(mark), mark)
+
+    def when(self, count: int) -> float:
+        """Return the time, on the monotonic clock, at which there will be ``count`` tokens.
+
+        It goes by the note as last read.
+        """
+        return self._clock.monotonic() + self._rate.when(self._mark, count) - self._now()

@@ -1,0 +1,479 @@
+"""Starting: make pending tasks running, hand back those without a free worker, and keep the runs."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+
+from taskx.attempt.context import Shared
+from taskx.attempt.runner import Run
+from taskx.node.admission import Admission
+from taskx.node.buffer import Buffer, Item
+from taskx.node.moving import Services
+from taskx.node.place import Place
+from taskx.node.progress import store_progress
+from taskx.stores.base import Locked
+from taskx.stores.liveness.base import Node
+from taskx.tasks import lifecycle
+from taskx.tasks.bell import Bell
+from taskx.tasks.clock import to_ms
+from taskx.tasks.errors import RepositoryError, TaskxError
+from taskx.tasks.log import Once
+from taskx.tasks.model import Task, TaskStatus
+from taskx.tasks.record import CUT, created_task, optional_ms
+from taskx.tasks.writes import Insert, Update
+
+
+class Runs(dict[str, Run]):
+    """Every run, by the id of its task, from before its start until its outcome is committed.
+
+    The ``state`` of a run says how far it is; the audit goes by that. Other structures hold:
+
+    - the pending tasks: the buffer has a heap, and slots, which are known by name so that their number is
+      right wherever a submit is interrupted;
+    - the order of the runs that were started ahead;
+    - abandoned attempts, after their outcome: their task may be in flight again, elsewhere.
+    """
+
+    @property
+    def executing(self) -> list[Run]:
+        """The runs whose executors are being called."""
+        return [run for run in list(self.values()) if run.state == "executing"]
+
+    def forget(self, run: Run) -> bool:
+        """Forget a run; return False if it was forgotten before."""
+        return self.get(run.task.id) is run and self.pop(run.task.id, None) is not None
+
+    def claim(self, run: Run) -> bool:
+        """Forget a run that no thread executes; return False if a thread has just begun to.
+
+        A thread that begins sets the state first, and then checks whether the run was forgotten.
+        """
+        if not self.forget(run):
+            return False
+        if run.state == "executing":
+            self[run.task.id] = run
+            return False
+        return True
+
+
+class Suspects:
+    """Suspects: the tasks on their last chance that run in this process. One runs at a time, and alone.
+
+    Neither it nor the others wait for more than ``alone_within`` seconds: they run beside each other when
+    the one that began first has run for so long. Only one thread of a node at a time starts stored tasks,
+    so only one at a time calls :meth:`admit`.
+
+    Args:
+        runs: the runs of the node.
+        at_work: the time at which each executing run began.
+        put_back: gets the suspects whose turn has come.
+        alone_within: the longest wait, in seconds.
+    """
+
+    def __init__(
+        self,
+        runs: Mapping[str, Run],
+        at_work: Mapping[Run, float],
+        put_back: Callable[[Sequence[Item]], None],
+        alone_within: float,
+    ) -> None:
+        self._runs = runs
+        self._alone_within = alone_within
+        self._at_work = at_work
+        self._put_back = put_back
+        #: The suspect that runs, or is about to.
+        self.item: Item | None = None
+        #: The suspects that wait until that one has ended.
+        self.waiting: list[Item] = []
+        self._alone_until = -math.inf
+        self._changed = Bell()
+        self._closed = False
+
+    def admit(self, item: Item) -> bool:
+        """Return True if this suspect may start now; otherwise it waits."""
+        if self.item is not None:
+            self.waiting.append(item)
+            return False
+        self.item = item
+        return True
+
+    def go_alone(self) -> None:
+        """Wait for the other runs, and hold up further ones, before the admitted suspect starts."""
+        now = time.monotonic()
+
+        def until() -> float:
+            runs = list(self._runs.values())
+            began = (min(self._at_work.get(run, now), now) for run in runs)
+            return self._alone_within + max(began, default=-math.inf)
+
+        self._wait(until)
+        self._alone_until = time.monotonic() + self._alone_within
+
+    def stand_aside(self) -> None:
+        """Wait while a suspect is to run alone, before any task starts."""
+        if self.item is not None:
+            self._wait(lambda: self._alone_until)
+
+    def ended(self, task_id: str) -> None:
+        """Note that a run is over or never began. If it was the suspect's, the next one has its turn."""
+        if self.item is not None and self.item.id == task_id:
+            self._alone_until = -math.inf
+            self.item = None
+            self.call_next()
+        if self._changed.listening:
+            self._tell()
+
+    def call_next(self) -> None:
+        """Give the turn to a suspect that waits although none runs."""
+        if self.waiting and self.item is None:
+            with suppress(IndexError):  # another thread called the last one in the meantime
+                self._put_back([self.waiting.pop(0)])
+
+    def close(self) -> None:
+        """Let no task wait any more, because the node stops."""
+        self._closed = True
+        self.waiting.clear()
+        self._tell()
+
+    def _tell(self) -> None:
+        """Wake the threads that wait."""
+        self._changed.ring_all()
+
+    def _wait(self, until: Callable[[], float]) -> None:
+        """Wait until a time, which comes nearer when runs end."""
+        while True:
+            ear = self._changed.listen()
+            left = until() - time.monotonic()
+            if self._closed or left <= 0:
+                self._changed.leave(ear)
+                return
+            self._changed.wait(ear, left)
+
+
+class Seat(Place):
+    """The place of a new task at a worker that waits: it is stored as started, and given to the worker.
+
+    Args:
+        starter: the starter of the node.
+        write: the write that stores the task as pending.
+        still_free: returns False if another task must start first.
+        serve: gives the run to a worker; returns False if each may have one already.
+    """
+
+    def __init__(
+        self,
+        starter: Starter,
+        write: Insert,
+        still_free: Callable[[], bool],
+        serve: Callable[[Run], bool],
+    ) -> None:
+        self.writes: Sequence[Insert] = (write,)
+        self._starter, self._still_free, self._serve = starter, still_free, serve
+        self._run: Run | None = None
+
+    def reserve(self) -> bool:
+        """Make the run of the task; return False if this node must not start it now."""
+        starter, services = self._starter, self._starter._services
+        (write,) = self.writes
+        task = created_task(write.row)
+        services.registry.registered[task.type].apply_defaults(task)
+        self._start = lifecycle.start(task, services.clock.now_ms(), starter._node, starter._name)
+        # The thread that runs a task starts it, if the task must not crash twice.
+        if self._start is None or task.max_crashes == 1:
+            return False
+        self.writes = (lifecycle.created_started(write, self._start),)
+        self._run = run = starter._make_run(task)
+        starter.runs[task.id] = run
+        # A task that must run alone waits for all visible runs. So this run is made visible before the
+        # check for such a task.
+        if not self._still_free():
+            self.release(None)
+            return False
+        return True
+
+    def fill(self) -> None:
+        """Give the run to a worker: the task is stored now."""
+        assert self._run is not None
+        assert self._start is not None
+        lifecycle.mark_started(self._run.task, self._start)
+        if not self._serve(self._run):
+            self._starter._services.agenda.wake_from_long_sleep()
+
+    def release(self, error: BaseException | None) -> None:
+        """Forget the run: the task was not stored, or ``error`` tells how that ended."""
+        if self._run is None:
+            return
+        if error is None:
+            self._starter.strike(self._run)
+            self._run = None
+        else:
+            self._starter.give_up([self._run], error)
+
+
+class Starter:
+    """Starts the tasks of a node, and keeps its runs.
+
+    Args:
+        services: the parts of the queue.
+        node: the node.
+        buffer: receives the tasks that cannot start now.
+        runs: the runs of the node.
+        admission: decides how many tasks of each limited type may start.
+        at_work: the time at which each executing run began.
+    """
+
+    def __init__(
+        self,
+        services: Services,
+        node: Node,
+        buffer: Buffer,
+        runs: Runs,
+        admission: Admission,
+        at_work: Mapping[Run, float],
+    ) -> None:
+        self._services = services
+        self._node = node.id
+        self._name = node.name
+        self._buffer = buffer
+        self._admission = admission
+        self.runs = runs
+        self.suspects = Suspects(runs, at_work, buffer.put_back, services.timing.alone_within)
+        #: Runs that may be stored and that no thread will execute: :meth:`undo` undoes their starts.
+        self.unexecuted: deque[Run] = deque(maxlen=services.timing.most_unexecuted)
+        self._shared = Shared(
+            services.runner.alarms,
+            services.log.logger,
+            services.keeper,
+            services.repository.get_many,
+            self._store_progress,
+            Once(partial(services.log.warning, CUT)),
+        )
+
+    def _store_progress(self, task_id: str) -> None:
+        """Store the progress of a run of this node, if it has reported some."""
+        if (run := self.runs.get(task_id)) is not None:
+            store_progress(self._services, [run])
+
+    def start(self, items: Sequence[Item], worker: str) -> list[Run]:
+        """Start as many of these tasks as possible, and return their runs.
+
+        The others must wait, were started by another node, are gone, or have expired and are cancelled.
+        ``worker`` is the thread that will run the first one. It is named in the record only of a single
+        task: alike starts share a statement.
+        """
+        by = worker if len(items) == 1 else self._name
+        services, runs = self._services, self.runs
+        starting: list[tuple[Run, Update]] = []
+        expired: list[Task] = []
+        admitted: Collection[str] = ()
+        try:
+            self.suspects.stand_aside()
+            found = services.repository.get_many([item.id for item in items])
+            if paused := services.controls.paused:
+                self._turn_away(found, [task for task in found.values() if task.type in paused])
+            if services.registry.limits:
+                admitted = self._admit(items, found)
+            tasks = self._startable(items, found)
+            now = services.clock.now_ms()
+            for task in tasks:
+                update = lifecycle.start(task, now, self._node, by)
+                if update is not None and task.id not in runs:
+                    run = self._make_run(task)
+                    starting.append((run, update))
+                    # Before the start is committed: a cancel after that finds the token.
+                    runs[task.id] = run
+                elif lifecycle.has_expired(task, now):
+                    expired.append(task)
+            if expired:
+                self._expire(expired, now)
+            writes = [update for _, update in starting]
+            results = services.moves.commit(writes) if writes else ()
+            for (run, update), started in zip(starting, results, strict=True):
+                if started:
+                    lifecycle.mark_started(run.task, update)
+                else:
+                    self.strike(run)
+        except BaseException as error:  # an interrupt, too: no other thread knows of these runs
+            self.give_up([run for run, _ in starting], error)
+            raise
+        finally:
+            suspect = self.suspects.item
+            if suspect is not None and suspect in items and suspect.id not in runs:
+                self.suspects.ended(suspect.id)
+            for task_id in admitted:
+                if task_id not in runs:
+                    self._admission.over(task_id, ran=False)
+        return [run for (run, _), started in zip(starting, results, strict=True) if started]
+
+    def _expire(self, tasks: Sequence[Task], now: int) -> None:
+        """Cancel tasks instead of starting them."""
+        writes = [write for task in tasks for write in lifecycle.expire(task, now)]
+        try:
+            self._services.moves.commit(writes, {task.id: task for task in tasks})
+        except RepositoryError as error:  # the others must not wait for these
+            self._services.log.warning("expired tasks are cancelled later: %s", error)
+
+    def _admit(self, items: Sequence[Item], found: dict[str, Task]) -> set[str]:
+        """Free the tasks with limits that must not start now; return the ids of the admitted ones."""
+        limits = self._services.registry.limits
+        waiting: dict[str, list[str]] = {}
+        for item in items:
+            task = found.get(item.id)
+            if task is not None and task.type in limits and task.id not in self.runs:
+                waiting.setdefault(task.type, []).append(task.id)
+        if not waiting:
+            return set()
+        admitted = self._admission.admit(waiting)
+        ids = {task_id for some in waiting.values() for task_id in some}
+        try:
+            self._turn_away(found, [found[task_id] for task_id in ids - admitted])
+        except BaseException:
+            for task_id in admitted:
+                self._admission.over(task_id, ran=False)
+            raise
+        return admitted
+
+    def _startable(self, items: Sequence[Item], found: dict[str, Task]) -> list[Task]:
+        """Return the tasks to start now, in order, and put the rest back into the buffer.
+
+        A suspect, or a task that must not crash twice, is started in a transaction of its own.
+        """
+        chosen: list[Task] = []
+        for position, item in enumerate(items):
+            task = found.get(item.id)
+            if task is None:
+                continue
+            # A process that only declared the type left some options to the executor.
+            self._services.registry.registered[task.type].apply_defaults(task)
+            suspect = task.crashes > 0 and self._is_suspect(task)
+            if not suspect and task.max_crashes != 1:
+                chosen.append(task)
+            elif chosen:
+                self._buffer.put_back([item])
+            elif not suspect or self.suspects.admit(item):  # else it waits for its turn
+                self._buffer.put_back(items[position + 1 :])
+                return self._alone(task) if suspect else [task]
+        return chosen
+
+    def _turn_away(self, found: dict[str, Task], tasks: Sequence[Task]) -> None:
+        """Remove tasks that must not start now, and free them."""
+        for task in tasks:
+            del found[task.id]
+        self.free([task.id for task in tasks if task.owner == self._node])
+
+    def free(self, task_ids: Sequence[str]) -> None:
+        """Take this node's name off pending tasks, so that any node can fetch them."""
+        for start in range(0, len(task_ids), self._services.timing.free_batch):
+            some = task_ids[start : start + self._services.timing.free_batch]
+            self._services.moves.commit([lifecycle.free(i, self._node) for i in some])
+
+    def _is_suspect(self, task: Task) -> bool:
+        """Return True if a task is on its last chance and could crash this process: no child runs it."""
+        registered = self._services.registry.registered
+        return lifecycle.last_chance(task) and registered[task.type].options.isolation is None
+
+    def _alone(self, task: Task) -> list[Task]:
+        """Wait until nothing else runs, and return a task on its last chance, read again.
+
+        A death that counts must be caused by the task itself. Empty if the task is gone.
+        """
+        services = self._services
+        services.log.warning(
+            "task %s (%s) runs alone, because its process died %d time(s) while it ran",
+            *(task.id, task.type, task.crashes),
+        )
+        services.moves.flush()  # a run is not over until its outcome is written
+        self.suspects.go_alone()
+        found = services.repository.get_many([task.id])
+        for again in found.values():
+            services.registry.registered[again.type].apply_defaults(again)
+        return list(found.values())
+
+    def _make_run(self, task: Task) -> Run:
+        executor = self._services.registry.registered[task.type]
+        return self._services.runner.make_run(task, executor, self._shared)
+
+    def strike(self, run: Run, ran: bool = False) -> None:
+        """Forget a run that was not executed, or is over; a second call does nothing."""
+        if self.runs.forget(run):
+            self._struck(run, ran=ran)
+
+    def claim(self, run: Run) -> bool:
+        """Forget a run that no thread executes; return False if a thread has just begun to."""
+        if claimed := self.runs.claim(run):
+            self._struck(run, ran=False)
+        return claimed
+
+    def _struck(self, run: Run, *, ran: bool) -> None:
+        # A stuck run counts as long as its thread runs.
+        if self._admission.admitted and run.state != "stuck":
+            self._admission.over(run.task.id, ran=ran)
+        self.suspects.ended(run.task.id)
+
+    def give_up(self, runs: Sequence[Run], error: BaseException) -> None:
+        """Forget runs after an error during their start, which may have been stored all the same."""
+        if isinstance(error, TaskxError) and not getattr(error, "in_doubt", False):
+            for run in runs:
+                self.strike(run)
+        else:
+            self.drop(runs)
+
+    def drop(self, runs: Iterable[Run]) -> None:
+        """Forget runs that no thread executes; the housekeeper undoes their starts."""
+        for run in runs:
+            self.unexecuted.append(run)  # first: an interrupt may come in between
+            self.claim(run)
+
+    def hand_back(self, runs: Iterable[Run]) -> None:
+        """Undo the start of tasks that no thread executes; after an error the housekeeper does so."""
+        self.drop(runs)
+        self.undo()
+
+    def undo(self) -> None:
+        """Undo the starts of unexecuted tasks: a task that was never executed was not interrupted.
+
+        A task whose start was not stored, or that a thread has begun to execute, is left alone.
+        """
+        if not self.unexecuted:
+            return
+        services, runs = self._services, list[Run]()
+        try:
+            with suppress(IndexError):
+                while True:
+                    runs.append(self.unexecuted.popleft())
+            with suppress(Locked):
+                services.moves.flush()  # a start that was interrupted may be stored only now
+            ids = [run.task.id for run in reversed(runs) if self._is_forgotten(run)]
+            found = services.repository.get_many(ids)
+            # The last one comes first, because each goes into the buffer before those put back.
+            tasks = {i: found[i] for i in ids if i in found and self._is_lost(found[i])}
+            now = services.clock.now_ms()
+            writes = [write for task in tasks.values() for write in lifecycle.hand_back(task, now)]
+            services.moves.commit(writes, tasks)
+        except BaseException:
+            self.unexecuted.extend(runs)
+            raise
+
+    def _is_forgotten(self, run: Run) -> bool:
+        """Return True if a run is forgotten, or now was, because no thread has begun to execute it."""
+        return self.claim(run) or self.runs.get(run.task.id) is not run
+
+    def _is_lost(self, task: Task) -> bool:
+        """Return True if a task that was just read runs on this node, and has no run here.
+
+        A run is here from before its start until its outcome is stored.
+        """
+        runs_here = task.status is TaskStatus.RUNNING and task.owner == self._node
+        return runs_here and task.id not in self.runs
+
+    def rebuffer(self, task: Task) -> None:
+        """Put a task that became pending again back into the buffer."""
+        assert task.created_at is not None  # it comes from the repository
+        run_at = optional_ms(task.run_at, "run_at")
+        created_at, slot = to_ms(task.created_at), self._buffer.slot_before()
+        self._buffer.add(task.id, task.type, task.priority, created_at, run_at, slot)

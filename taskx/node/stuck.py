@@ -1,0 +1,262 @@
+"""Stuck runs: attempts that are abandoned because they do not end after their time-out.
+
+A thread cannot be killed. An exception raised into it from outside does not reach blocking IO, and may
+leave the code that it does reach in disorder. So the attempt is ended without its thread: anything that
+the thread returns later is dropped, and the task starts nowhere until the thread, or the process, has
+ended.
+"""
+
+from __future__ import annotations
+
+import _thread
+import threading
+import traceback
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from types import FrameType
+from typing import Any
+
+from taskx.attempt import runner
+from taskx.attempt.alarms import Overdue
+from taskx.attempt.runner import Run
+from taskx.node.moving import Services
+from taskx.stores import queries
+from taskx.stores.base import Repository
+from taskx.stores.controls import Paused
+from taskx.stores.liveness.base import Node
+from taskx.tasks import lifecycle
+from taskx.tasks.errors import CancelReason
+from taskx.tasks.findings import Problem, counted, listed
+from taskx.tasks.lifecycle import PENDING, Ending
+from taskx.tasks.record import BY_THREAD
+from taskx.tasks.stacks import top_frames
+
+#: Most tasks with stuck threads, and most running ones, that are read.
+MOST = 10_000
+# Most tasks of a stuck type that are counted as waiting for a slot, on each node and outside of nodes.
+_MOST_READY = 1000
+
+
+class Stuck:
+    """Looks after the abandoned attempts of a node.
+
+    Args:
+        services: the parts of the queue.
+        node: the id of the node.
+        most: the number of stuck threads that are replaced.
+        do_without: called with a run and the ident of its thread, to go on without that thread.
+        conclude: writes the outcome of an attempt.
+    """
+
+    def __init__(
+        self,
+        services: Services,
+        node: str,
+        most: int,
+        do_without: Callable[[Run, int], None],
+        conclude: Callable[[Run, Ending], None],
+    ) -> None:
+        self._services = services
+        self._node = node
+        self._most = most
+        # Held for moments only, so that a thread which comes back finds its run in ``runs``.
+        self._abandoning = threading.Lock()
+        #: The runs whose threads run on. The event is set when the outcome was handed on to be written.
+        self.runs: dict[Run, threading.Event] = {}
+        #: The runs whose threads have ended since the last :meth:`lift`.
+        self.ended: list[Run] = []
+        self._any = False
+        self._do_without = do_without
+        self._conclude = conclude
+
+    @property
+    def healthy(self) -> bool:
+        """True if at most ``most`` threads are stuck, so that all of them were replaced."""
+        return len(self.runs) <= self._most
+
+    # --- in the thread of a run
+
+    def watch(self, run: Run, worker: str) -> Overdue:
+        """Prepare for a run that does not end after its deadline; call this in the thread of the run.
+
+        Return the grace period in seconds, and the function to call after it.
+        """
+        run.decided = _thread.allocate_lock()
+        options = run.executor.options
+        grace = options.patience + (self._services.timing.kill_within if options.isolation else 0.0)
+        return grace, partial(self._overdue, run, worker, threading.get_ident())
+
+    def thread_ended(self, run: Run) -> None:
+        """Note that the thread of an abandoned run has come back from its executor."""
+        with self._abandoning:
+            abandoned = self.runs[run]
+        abandoned.wait()  # after the next line the task may start again
+        self.ended.append(run)
+        del self.runs[run]
+        self._services.log.warning(
+            "task %s (%s) was stuck, and its thread has ended now; its late outcome is dropped",
+            run.task.id,
+            run.task.type,
+        )
+
+    # --- in threads of its own
+
+    def _overdue(self, run: Run, worker: str, ident: int) -> None:
+        abandon = partial(self._abandon, run, worker, ident)
+        try:  # it calls the user's retry policy, and the alarms must not wait for that
+            threading.Thread(target=abandon, name="taskx-stuck", daemon=True).start()
+        except RuntimeError:  # no thread can be started
+            abandon()
+
+    def _abandon(self, run: Run, worker: str, ident: int) -> None:
+        log = self._services.log
+        if run.token.reason is not CancelReason.TIMEOUT:
+            return
+        stack = stack_of(ident)
+        with self._abandoning:
+            if not (run.decided and run.decided.acquire(False)):
+                return  # it has ended in the meantime
+            self._any, run.state = True, "stuck"
+            abandoned = self.runs[run] = threading.Event()
+            self._do_without(run, ident)
+        try:  # outside the lock: it calls the user's retry policy, which may take some time
+            self._conclude(run, self._services.runner.abandon(run, worker, stack))
+        finally:
+            abandoned.set()
+        log.error(
+            "task %s (%s) is stuck: it timed out, and its thread still runs",
+            run.task.id,
+            run.task.type,
+        )
+        if not self.healthy:
+            log.error(
+                "%d threads are stuck, more than max_stuck=%d; this thread is not replaced",
+                len(self.runs),
+                self._most,
+            )
+
+    # --- for the housekeeper
+
+    def lift(self) -> None:
+        """Let tasks start again whose threads have ended; after a ``RepositoryError``, call it again."""
+        if not (ended := list(self.ended)):
+            return
+        self._services.moves.flush()  # their outcomes; if one cannot be written yet, the audit retries
+        self.lift_bars((run.task.id for run in ended), self._node)
+        for run in ended:
+            self.ended.remove(run)
+
+    def audit(self) -> None:
+        """Let tasks start again whose threads are no longer known, because :meth:`lift` was interrupted."""
+        if self._any:
+            found = self._services.repository.find("stuck_on", [self._node], ("id",))
+            self.lift_bars((task_id for (task_id,) in found), self._node)
+
+    def lift_bars(self, task_ids: Iterable[str], node: str) -> int:
+        """Let tasks start again that were stuck on a node; return how many."""
+        services = self._services
+        running = {run.task.id for run in list(self.runs)}
+        wanted = [task_id for task_id in dict.fromkeys(task_ids) if task_id not in running]
+        found = services.repository.get_many(wanted) if wanted else {}
+        tasks = {i: task for i, task in found.items() if task.stuck_on == node}
+        if tasks:
+            now = services.clock.now_ms()
+            writes = [w for task in tasks.values() for w in lifecycle.lift_bar(task, now)]
+            services.moves.commit(writes, tasks)
+        return len(tasks)
+
+
+def stuck_types(repository: Repository, nodes: Sequence[Node], paused: Paused) -> Iterator[Problem]:
+    """Yield a problem for each type of which nothing runs, and all waiting tasks wait for stuck threads.
+
+    A task waits for the thread of an earlier attempt of its own or, if its type has a limit of
+    concurrency, for the slot that such a thread keeps.
+
+    Args:
+        repository: the repository to read.
+        nodes: its nodes, without the dead ones.
+        paused: the pauses; the tasks of a paused type may wait.
+    """
+    names = {node.id: node.name for node in nodes}
+    fields = ("type", "stuck_on", "status", "held", "id")
+    found = repository.find("stuck_on", [*names], fields, MOST) if names else ()
+    if not found:
+        return
+    running = {kind for (kind,) in repository.find("running_on", [*names], ("type",), MOST)}
+    ready = {*queries.every(repository, "ready_type")}
+    rows: defaultdict[str, list[Any]] = defaultdict(list)
+    for kind, *row in found:
+        rows[kind].append(row)
+    for type in sorted(rows.keys() - running):
+        threads = Counter(node for node, *_ in rows[type])
+        if type in paused or (type in ready and not _slots_taken(type, threads, nodes)):
+            continue
+        barred = [i for _, status, held, i in rows[type] if (status, held) == (PENDING, BY_THREAD)]
+        waiting = len(barred)
+        if type in ready:
+            owners = ("", *queries.every(repository, "buffered_on"))
+            waiting += sum(repository.reads.count_ready(type, one, _MOST_READY) for one in owners)
+        if waiting:
+            stuck = threads.total()
+            words = (
+                f"{counted(waiting, 'task')} of type {type!r} cannot start, and none runs: all wait for "
+                f"{counted(stuck, 'stuck thread')} on {listed([names[node] for node in threads])}."
+            )
+            facts = {"type": type, "waiting": waiting, "threads": stuck}
+            facts["nodes"] = {node: names[node] for node in threads}
+            yield Problem("stuck_type", words, {**facts, "task_id": min(barred, default=None)})
+
+
+def _slots_taken(type: str, threads: Mapping[str, int], nodes: Sequence[Node]) -> bool:
+    """Return True if stuck threads keep all slots of a type, on each node that runs it."""
+    able = [node for node in nodes if node.lives and not node.stopping and type in node.types]
+    total = sum(threads.values())
+    for node in able:
+        limit = node.limits.get(type)
+        if limit is None or limit.max_concurrency is None:
+            return False
+        taken = total if limit.scope == "global" else threads.get(node.id, 0)
+        if taken < limit.max_concurrency:
+            return False
+    return bool(able)
+
+
+def stack_of(ident: int) -> str:
+    """Return the stack of a thread as text, from the executor on; empty if the thread has ended."""
+    frame = top_frames().get(ident)
+    if frame is None:
+        return ""
+    stack: list[Any] = traceback.extract_stack(frame)
+    ours = [n for n, entry in enumerate(stack) if entry.filename == runner.__file__]
+    return _shown(stack[ours[-1] + 1 if ours else 0 :])
+
+
+def stack_of_task(task_id: str, node: str) -> str:
+    """Return the stack of the thread that executes a task for a node; empty if none of this process does.
+
+    The thread is found by the frame that calls the executor, so that tasks need not note their threads.
+    """
+    for top in top_frames().values():
+        for run, frames in executed(top):
+            if (run.task.id, run.task.owner) == (task_id, node):
+                return _shown(traceback.StackSummary.extract(reversed(frames)))
+    return ""
+
+
+def executed(top: FrameType) -> Iterator[tuple[Run, list[tuple[FrameType, int]]]]:
+    """Yield the runs that a thread executes, one inside the other, the innermost first.
+
+    Each comes with the frames of the thread from its executor on, the innermost first.
+    """
+    call = runner.Runner.run.__code__
+    inner: list[tuple[FrameType, int]] = []
+    for frame, line in traceback.walk_stack(top):
+        run = frame.f_locals.get("run") if frame.f_code is call else None
+        if isinstance(run, Run):
+            yield run, [*inner]
+        inner.append((frame, line))
+
+
+def _shown(stack: list[Any]) -> str:
+    return "The thread is here (most recent call last):\n" + "".join(traceback.format_list(stack))

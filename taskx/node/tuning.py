@@ -1,0 +1,82 @@
+"""A node that follows its controls: pauses, overridden limits, and the number of its workers."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import suppress
+from typing import Protocol
+
+from taskx.node.admission import Admission
+from taskx.node.fetcher import Fetcher
+from taskx.node.moving import Services
+from taskx.node.starter import Runs
+from taskx.stores.controls import Overrides
+from taskx.stores.liveness.base import Node
+from taskx.tasks.errors import RepositoryError
+
+
+class _Pool(Protocol):
+    """The parts of a worker pool that follow the controls."""
+
+    services: Services
+    node: Node
+    runs: Runs
+    admission: Admission
+    fetcher: Fetcher
+
+    def set_workers(self, number: int) -> None: ...
+    def record(self) -> None: ...
+
+
+class Tuning:
+    """Makes a worker pool follow the controls of its repository.
+
+    Args:
+        pool: the worker pool.
+        configured: the number of workers that the program has configured.
+    """
+
+    def __init__(self, pool: _Pool, configured: int) -> None:
+        self._pool = pool
+        self._configured = configured
+        self._changing = threading.Lock()
+        self._followed = Overrides()  # the overrides that are in effect
+
+    def refresh(self) -> None:
+        """Read the controls again, and follow those that have changed.
+
+        After a ``RepositoryError`` tasks of paused types may be left in the buffer; workers pass over them.
+        """
+        controls = self._pool.services.controls
+        paused_changed = controls.refresh()
+        if paused_changed:  # first, because the next call does not notice it again
+            self._pool.fetcher.follow_pauses()
+        if controls.overrides is not self._followed:
+            self._follow_overrides()
+
+    def tend(self) -> None:
+        """Maintain the limits that all nodes share, and those that are overridden."""
+        self._pool.admission.tend()
+        if self._followed.types:  # a start may have been under way when they were set
+            self._count_unadmitted()
+
+    def _follow_overrides(self) -> None:
+        pool = self._pool
+        with self._changing:
+            overrides = self._pool.services.controls.overrides
+            pool.set_workers(overrides.workers_of(pool.node.id, self._configured))
+            self._pool.services.registry.override(overrides.types)
+            pool.admission.follow_limits()
+            self._count_unadmitted()
+            self._followed = overrides
+        self._pool.services.agenda.fetch_soon()
+        with suppress(RepositoryError):  # the housekeeper does both again
+            pool.admission.tend()  # tells other nodes of slots that are taken
+            pool.record()
+
+    def _count_unadmitted(self) -> None:
+        """Count the runs of limited types that began before their type was limited."""
+        pool, limits = self._pool, self._pool.services.registry.limits
+        for run in list(pool.runs.values()):
+            if run.task.type in limits and run.state != "stuck":
+                pool.admission.adopt(run.task.type, run.task.id, pool.runs)

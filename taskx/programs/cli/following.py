@@ -1,0 +1,309 @@
+"""The commands that follow tasks: wait, tail, watch."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError
+from concurrent.futures import TimeoutError as Late
+from contextlib import suppress
+from typing import Any
+
+import attrs
+import click
+
+from taskx.programs.cli.completion import complete_ids, complete_types
+from taskx.programs.cli.errors import FAILED, Failure, Usage
+from taskx.programs.cli.listing import as_record, id_argument
+from taskx.programs.cli.nodes import nodes
+from taskx.programs.cli.opening import Session, command
+from taskx.programs.cli.output import clean, to_json
+from taskx.programs.cli.scheduling import schedules
+from taskx.programs.cli.values import Duration
+from taskx.tasks.errors import RepositoryError, TaskNotFound
+from taskx.tasks.model import Task, TaskStatus
+from taskx.tasks.payload import clean_text
+from taskx.tasks.redact import redacted
+
+# Most running tasks of a type that are followed.
+_MOST = 100
+# Most characters of a progress message on a line; --json has all of them.
+_MOST_WORDS = 200
+
+interval_option = click.option(
+    "--interval", type=Duration(), default="2s", show_default=True, help="Time between two reads."
+)
+
+
+@command(
+    "wait",
+    """Wait until a task has ended; exit with its outcome.
+
+The exit code is 0 if it completed: its result is printed as JSON. It is 1 if the task failed, was
+cancelled, or has not ended within --timeout.""",
+    """
+taskx wait 019abc12-... && echo done
+taskx wait 019abc12-... --timeout 10m
+taskx wait $(taskx submit report) --json | jq .duration
+""",
+    id_argument,
+    click.option("--timeout", type=Duration(), help="Wait at most this long, such as 10m."),
+)
+def wait(session: Session, task_id: str, timeout: float | None) -> None:
+    """Wait for a task."""
+    session.queue.get_task_status(task_id)  # an unknown id is an error, not a long wait
+    handle = session.queue.handle(task_id)
+    try:
+        with suppress(CancelledError):
+            if sys.stderr.isatty() and not handle.done():
+                handle.follow(timeout)
+            else:
+                handle.exception(timeout)
+    except (Late, TimeoutError) as error:
+        raise Failure(str(error), FAILED) from None
+    except Exception:  # the task's own error, which is shown below; else one of the repository
+        if not handle.done():
+            raise
+    task = session.queue.get_task_status(task_id)
+    if session.json:
+        session.out.json(as_record(session, task))
+    elif task.status is TaskStatus.COMPLETED:
+        session.out.line(to_json(redacted(task.result, session.queue.config.redact)))
+    if task.status is not TaskStatus.COMPLETED:
+        words = f"task {task.id}: {task.status}"
+        raise Failure(f"{words}: {task.error.strip()}" if task.error else words, FAILED)
+
+
+# --- tail
+
+
+@attrs.define
+class _Seen:
+    """The part of a task that was printed."""
+
+    status: str = ""
+    progress: tuple[int, str] = (0, "")
+    log: str = ""
+
+
+class Tail:
+    """Yields what is new of tasks, as records with an ``event``: ``status``, ``log`` or ``progress``."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, _Seen] = {}
+
+    @property
+    def open(self) -> list[str]:
+        """The ids of the tasks that had not ended."""
+        return [
+            task_id for task_id, seen in self._seen.items() if not TaskStatus(seen.status).finished
+        ]
+
+    def news(self, task: Task) -> Iterator[dict[str, Any]]:
+        """Yield what is new of a task, and note it."""
+        seen = self._seen.setdefault(task.id, _Seen())
+        who = {"id": task.id, "type": task.type}
+        if task.status is TaskStatus.RUNNING and seen.status != task.status:
+            yield {
+                **who,
+                "event": "status",
+                "status": "running",
+                "error": "",
+                "attempt": task.attempt,
+            }
+        for line in _new_lines(seen.log, task.log):
+            yield {**who, "event": "log", "line": line}
+        progress = task.progress, task.message
+        if progress not in (seen.progress, (0, "")):
+            yield {**who, "event": "progress", "progress": task.progress, "message": task.message}
+        if task.status is not TaskStatus.RUNNING and seen.status != task.status:
+            yield {
+                **who,
+                "event": "status",
+                "status": task.status.value,
+                "error": task.error,
+                "attempt": task.attempt,
+            }
+        seen.status, seen.progress, seen.log = task.status.value, progress, task.log
+
+
+def _new_lines(before: str, now: str) -> list[str]:
+    """Return the lines of a log that were not in it before. The beginning may have been cut off."""
+    if now == before:
+        return []
+    if now.startswith(before):
+        return now[len(before) :].strip("\n").split("\n")
+    last = before.rstrip("\n").rpartition("\n")[2]
+    _, found, new = now.rpartition(f"{last}\n")
+    return (new if found else now).strip("\n").split("\n")
+
+
+@command(
+    "tail",
+    """Print the log and the progress of tasks as they come.
+
+Ends when the tasks with these IDs have ended; with --type, it follows all running tasks of the type until
+Ctrl-C. The log is that of executors with `capture_log`; an attempt's log is stored when it has
+ended.""",
+    """
+taskx tail 019abc12-...
+taskx tail --type email
+taskx tail 019abc12-... --no-follow --json
+""",
+    click.argument("task_ids", metavar="[ID]...", nargs=-1, shell_complete=complete_ids),
+    click.option(
+        "--type",
+        "type_",
+        help="Follow all running tasks of this type.",
+        shell_complete=complete_types,
+    ),
+    click.option(
+        "--follow/--no-follow", default=True, help="Wait for more, or print what is there."
+    ),
+    click.option(
+        "--interval",
+        type=Duration(),
+        default="0.5s",
+        show_default=True,
+        help="Time between two reads.",
+    ),
+)
+def tail(
+    session: Session, task_ids: Sequence[str], type_: str | None, follow: bool, interval: float
+) -> None:
+    """Follow tasks."""
+    if bool(task_ids) is (type_ is not None):
+        raise Usage("name the tasks by their ids, or by --type")
+    following = Tail()
+    several = len(task_ids) != 1
+    for task_id in task_ids:
+        session.queue.get_task_status(task_id)  # all must be there at the beginning
+    wanted = [*task_ids]
+    while True:
+        for task in _tasks(session, wanted, type_, following):
+            for event in following.news(task):
+                _print_event(session, event, several)
+        wanted = [task_id for task_id in task_ids if task_id in following.open]
+        if not follow or (task_ids and not wanted):
+            return
+        time.sleep(interval)
+
+
+def _tasks(
+    session: Session, task_ids: Sequence[str], type: str | None, following: Tail
+) -> Iterator[Task]:
+    for task_id in task_ids or following.open:
+        with suppress(TaskNotFound):  # deleted in the meantime
+            yield session.queue.get_task_status(task_id)
+    if type is not None:
+        running = session.queue.list_tasks(
+            type=type, status="running", limit=_MOST, at_most=1
+        ).tasks
+        yield from reversed(running)
+
+
+def _print_event(session: Session, event: dict[str, Any], several: bool) -> None:
+    if session.json:
+        session.out.json({"at": session.now(), **event})
+        return
+    who = f"{event['id']} " if several else ""
+    if event["event"] == "log":
+        words, style = event["line"], ""
+    elif event["event"] == "progress":
+        message = clean_text(event["message"], _MOST_WORDS)
+        words, style = f"{event['progress']}% {message}".rstrip(), "cyan"
+    else:
+        error = event["error"].strip()
+        words = event["status"] + (f": {error.splitlines()[0]}" if error else "")
+        style = "red" if event["status"] == "failed" else "bold"
+    session.out.line(clean(who + words), style)
+
+
+# --- watch
+
+#: The commands that can be repeated.
+WATCHABLE = (
+    "list",
+    "show",
+    "why",
+    "stats",
+    "check",
+    "failures",
+    "dead",
+    "flows",
+    "schedules",
+    "nodes",
+)
+
+# The actions of these commands that change something.
+_ACTIONS = {"nodes": {*nodes.commands}, "schedules": schedules.commands.keys() - {"show"}}
+
+
+@command(
+    "watch",
+    """Repeat another command.
+
+On a terminal, the screen is cleared before each time, until Ctrl-C. In a pipe the command runs once, or
+--times.""",
+    """
+taskx watch list status:running
+taskx watch --interval 10s stats
+""",
+    interval_option,
+    click.option("--times", type=click.IntRange(1), help="Repeat so often."),
+    click.argument(
+        "words", metavar="COMMAND [ARG]...", nargs=-1, type=click.UNPROCESSED, required=True
+    ),
+)
+def watch(session: Session, interval: float, times: int | None, words: Sequence[str]) -> None:
+    """Repeat a command."""
+    name, *args = words
+    if name not in WATCHABLE:
+        raise Usage(f"{name!r} cannot be repeated: use {', '.join(WATCHABLE)}")
+    action = next((word for word in args if not word.startswith("-")), None)
+    if name in _ACTIONS and action in _ACTIONS[name]:
+        raise Usage(f"`{name} {action}` changes something: it is not repeated")
+    live = session.out.live and not session.json
+    left = times or (0 if live else 1)  # 0: for ever
+    code = 0
+    while True:
+        if live:
+            session.out.console.clear()
+            session.out.line(
+                f"every {interval:g} s: taskx {clean(' '.join(words))}", "bright_black"
+            )
+        code = _run(name, args, session, patient=live)
+        left -= 1
+        if left == 0:
+            break
+        time.sleep(interval)
+    if code:
+        raise click.exceptions.Exit(code)
+
+
+watch.context_settings["ignore_unknown_options"] = True
+watch.context_settings["allow_interspersed_args"] = False
+
+
+def _run(name: str, args: Sequence[str], session: Session, patient: bool) -> int:
+    """Run a command in this process; return its exit code."""
+    parent = click.get_current_context().parent
+    assert parent is not None
+    group = parent.command
+    assert isinstance(group, click.Group)
+    found = group.get_command(parent, name)
+    assert found is not None
+    try:
+        with found.make_context(name, [*args], parent=parent) as ctx:
+            found.invoke(ctx)
+    except click.exceptions.Exit as ended:
+        return ended.exit_code
+    except RepositoryError as error:
+        if not patient:
+            raise
+        session.out.say(f"taskx: {error}")
+    return 0
+
+
+COMMANDS = (wait, tail, watch)

@@ -1,0 +1,169 @@
+"""The command that changes limits and workers live: tune."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from taskx.insight.query import suggestion
+from taskx.programs.cli.completion import complete_nodes, complete_types, types_of
+from taskx.programs.cli.errors import Usage
+from taskx.programs.cli.nodes import node_id
+from taskx.programs.cli.opening import Session, command
+from taskx.programs.cli.output import Column, Row, clean
+from taskx.programs.cli.values import Rate
+
+# The word that removes a limit.
+_NONE = "none"
+
+
+def _limit(name: str, text: str | None, number: bool) -> dict[str, Any]:
+    """Return the value of an option as an argument of ``Queue.tune``; nothing if it was not given."""
+    if text is None:
+        return {}
+    if text == _NONE:
+        return {name: None}
+    if not number:
+        return {name: text}
+    if not text.isdecimal():
+        raise Usage(f"--{name.replace('_', '-')} must be a whole number or `none`, not {text!r}")
+    return {name: int(text)}
+
+
+@command(
+    "tune",
+    """Show what was changed live, or change the limits of a type or the number of workers.
+
+A change is stored: all nodes follow within a second, and it lasts until --reset, even after restarts.
+`none` as a value means no limit. Without options, prints the changes that are in effect.""",
+    """
+taskx tune
+taskx tune email --max-concurrency 4 --rate 100/m
+taskx tune --workers 8
+taskx tune email --reset
+""",
+    click.argument("type_", metavar="[TYPE]", required=False, shell_complete=complete_types),
+    click.option("--max-concurrency", metavar="N", help="Most tasks of the type that run at once."),
+    click.option(
+        "--rate",
+        metavar="RATE",
+        type=Rate(_NONE),
+        help="Most tasks that start in a period, such as 100/m.",
+    ),
+    click.option(
+        "--burst", metavar="N", help="Most tasks that start at once after a quiet period."
+    ),
+    click.option(
+        "--scope",
+        "limit_scope",
+        type=click.Choice(["node", "global"]),
+        help="Who shares the limits.",
+    ),
+    click.option("--workers", type=click.IntRange(1), help="Workers of each node, or of --node."),
+    click.option(
+        "--node", help="Only this node, by its id or its name.", shell_complete=complete_nodes
+    ),
+    click.option(
+        "--reset", is_flag=True, help="Take the changes back: of the type, or of the workers."
+    ),
+)
+def tune(
+    session: Session,
+    type_: str | None,
+    max_concurrency: str | None,
+    rate: str | None,
+    burst: str | None,
+    limit_scope: str | None,
+    workers: int | None,
+    node: str | None,
+    reset: bool,
+) -> None:
+    """Change limits and workers."""
+    node = None if node is None else node_id(session, node)
+    limits: dict[str, Any] = {
+        **_limit("max_concurrency", max_concurrency, True),
+        **_limit("rate", rate, False),
+        **_limit("burst", burst, True),
+        **_limit("limit_scope", limit_scope, False),
+    }
+    if reset:
+        if limits or workers is not None:
+            raise Usage("--reset takes changes back: leave out the values")
+        _reset(session, type_, node)
+    elif limits:
+        _tune_type(session, type_, limits, workers)
+    elif workers is not None:
+        if type_ is not None:
+            raise Usage("--workers are those of nodes, not of a type: leave out the type")
+        session.queue.tune(workers=workers, node=node)
+        session.note("tune", node or "workers", {"workers": workers})
+    elif node is not None:
+        raise Usage("--node needs --workers or --reset")
+    _show(session, type_)
+
+
+def _tune_type(
+    session: Session, type: str | None, limits: dict[str, Any], workers: int | None
+) -> None:
+    if type is None:
+        raise Usage("the limits are those of a type: taskx tune TYPE --rate 100/m")
+    if workers is not None:
+        raise Usage("--workers are those of nodes: change them in a call of their own")
+    known = types_of(session.queue)
+    if type not in known:
+        session.out.say(f"no node and no task has type {type!r}{suggestion(type, known)}")
+    session.queue.declare(type)  # else the log would warn, too
+    session.queue.tune(type, **limits)
+    session.note("tune", type, limits)
+
+
+def _reset(session: Session, type: str | None, node: str | None) -> None:
+    if type is not None:
+        if node is not None:
+            raise Usage("--node has workers, not a type: leave out one of them")
+        session.queue.untune(type)
+        session.note("untune", type)
+    else:
+        session.queue.untune(workers=True, node=node)
+        session.note("untune", node or "workers")
+
+
+TUNE_COLUMNS = (
+    Column("WHAT", cut=True),
+    Column("OPTION"),
+    Column("NOW"),
+    Column("OWN"),
+)
+
+
+def _show(session: Session, type: str | None) -> None:
+    tuned = session.queue.tuned()
+    types = {name: each for name, each in tuned.types.items() if type in (None, name)}
+    if session.json:
+        record = tuned.to_dict()
+        session.out.json({**record, "types": {name: record["types"][name] for name in types}})
+        return
+    rows: list[Row] = []
+    for name, each in types.items():
+        own: Mapping[str, Any] = each.own or {}
+        for option, value in each.limits.items():
+            rows.append((name, option, _value(value), _value(own.get(option))))
+    if type is None:
+        if tuned.workers is not None:
+            rows.append(("all nodes", "workers", str(tuned.workers), ""))
+        rows += [
+            (f"node {node}", "workers", str(number), "") for node, number in tuned.nodes.items()
+        ]
+    if rows:
+        session.out.table(TUNE_COLUMNS, rows)
+    else:
+        session.out.say(f"nothing was changed live{'' if type is None else ' for ' + clean(type)}")
+
+
+def _value(value: Any) -> str:
+    return _NONE if value is None else str(value)
+
+
+COMMANDS: tuple[click.Command, ...] = (tune,)

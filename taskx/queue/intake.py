@@ -1,0 +1,539 @@
+"""The intake of tasks: check them, store them, and put them where a worker finds them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, NoReturn
+
+import attrs
+
+from taskx.attempt.executors import AnyExecutor, executor_of
+from taskx.attempt.runner import inside_executor
+from taskx.node.buffer import Item
+from taskx.node.moving import Services
+from taskx.node.ordering import find_parents
+from taskx.node.place import Place
+from taskx.node.pool import State, WorkerPool
+from taskx.queue.work import Work
+from taskx.tasks import lifecycle, payload, permission, unique
+from taskx.tasks.clock import Clock
+from taskx.tasks.config import Config
+from taskx.tasks.creation import new_record
+from taskx.tasks.errors import (
+    ConfigurationError,
+    DuplicateTask,
+    QueueFull,
+    QueueStopped,
+    RepositoryError,
+    RepositoryUnavailable,
+    SchemaMismatch,
+    TaskxError,
+)
+from taskx.tasks.log import GuardedLogger
+from taskx.tasks.model import Task
+from taskx.tasks.options import OnConflict, refuse_unknown
+from taskx.tasks.record import created_task
+from taskx.tasks.submission import given, with_options
+from taskx.tasks.tags import with_more
+from taskx.tasks.values import Values
+from taskx.tasks.writes import Insert
+
+# If a unique key is held but no holder is found, the holder is just being stored, or just releases the key.
+_TRIES = 100
+
+
+class Store(Place):
+    """The place of new tasks in the repository alone: any node may fetch them when they may start."""
+
+    def __init__(self, work: Work, state: State, writes: Sequence[Insert]) -> None:
+        self.writes = writes
+        self._work = work
+        self._state = state
+
+    def fill(self) -> None:
+        """Have tasks fetched soon, if one of these might start here now.
+
+        In a transaction of the caller they may start after the commit, from which that follows.
+        """
+        if self._work.inside or (pool := self._state.pool) is None:
+            return
+        types = {write.row["type"] for write in self.writes if not write.row["held"]}
+        if any(pool.fetcher.serves(type) and pool.fetcher.has_room(type) for type in types):
+            pool.agenda.fetch_soon()
+
+
+class Here(Place):
+    """The place of a new task in the thread that submits it, which runs the task."""
+
+    def __init__(self, pool: WorkerPool, write: Insert, log: GuardedLogger) -> None:
+        write.row["owner"] = pool.node.id
+        self.writes = (write,)
+        self._pool = pool
+        self._log = log
+
+    def fill(self) -> None:
+        """Run the task to its outcome.
+
+        Raises:
+            BaseException: the executor was interrupted by what is meant for the program.
+        """
+        pool, row = self._pool, self.writes[0].row
+        item = Item(-row["priority"], row["created_at"], 0, row["id"], row["type"], True)
+        try:
+            worker = pool.worker_name(threading.current_thread().name)
+            for run in pool.starter.start([item], worker):
+                if pool.stopping:
+                    pool.starter.hand_back([run])
+                    return
+                ending = pool.execute(run, worker, conclude=pool.conclude)
+                if ending.interrupt is not None:
+                    raise ending.interrupt
+        except RepositoryError as error:
+            # The task is accepted in any case: the audit finds a start that was not made, and the
+            # housekeeper writes an outcome that was not written.
+            self._log.warning(
+                "task %s could not run in the caller's thread, a worker runs it later: %s",
+                *(item.id, error),
+            )
+
+
+class Intake:
+    """Takes in the tasks that are submitted to a queue.
+
+    Args:
+        services: the shared parts of the queue.
+        state: tells if the queue is started, and if it was stopped.
+        config: the settings, for ``overflow`` and ``block_timeout``.
+        work: through what it reads and writes.
+    """
+
+    def __init__(self, services: Services, state: State, config: Config, work: Work) -> None:
+        self.work = work
+        self._inside = work.inside
+        self._services = services
+        self._state = state
+        self._hooks = services.hooks
+        self._overflow = config.overflow
+        self._block_timeout = config.block_timeout
+        self._lost = permission.in_child and not work.repository.shared
+
+    # --- one task
+
+    def accept(
+        self,
+        task: Task,
+        priority: int | None = None,
+        on_conflict: OnConflict = "reject",
+        *,
+        spill: bool = False,
+        created_at: int | None = None,
+    ) -> str:
+        """Store a task and arrange that it runs.
+
+        Args:
+            task: the task to store; it is not changed.
+            priority: overrides the priorities of the task and of the executor, even with 0.
+            on_conflict: the reaction if another task holds its unique key.
+            spill: leave the task in the repository if the buffer is full, whatever ``overflow`` says.
+            created_at: its ``created_at`` in milliseconds; None for now.
+
+        Returns:
+            the task's id, or the id of the existing task that ``on_conflict`` chose instead.
+
+        Raises:
+            TaskxError: its class tells the reason. Nothing was stored, unless ``in_doubt`` is True.
+        """
+        self.refuse_if_stopped()
+        if self._hooks.waiting:
+            self._hooks.let_catch_up()
+        insert = prepare(self._services, task, priority, created_at)
+        row = insert.row
+        task_id: str = row["id"]
+        if task.depends_on:
+            find_parents(self.work.repository, [insert])
+        # If the caller chose the id, another task may have it.
+        fresh = not task.id and task.unique_key is None
+        places: list[Place] = []
+        try:
+            for tried in range(_TRIES):
+                if tried:
+                    self._pause(tried)
+                try:
+                    place = self._reserve(insert, places, fresh=fresh, spill=spill)
+                    if self.work.moves.commit(place.writes)[0]:
+                        place.fill()
+                        return task_id
+                except QueueFull:  # the existing task that on_conflict chooses needs no room
+                    if task.unique_key is None or on_conflict == "reject":
+                        raise
+                    if (instead := self._resolve_conflict(insert, on_conflict)) is None:
+                        raise
+                    return instead
+                for place in places:
+                    place.release(None)
+                places.clear()
+                if fresh:  # the node may have lost its lease: then it must not start the task
+                    fresh = False
+                    continue
+                if (instead := self._resolve_conflict(insert, on_conflict)) is not None:
+                    return instead
+                row["owner"] = ""
+            raise _busy(row["unique_lock"])
+        except BaseException as error:
+            for place in places:
+                place.release(error)
+            self._refused(insert, error)
+            raise
+
+    def _resolve_conflict(self, insert: Insert, on_conflict: OnConflict) -> str | None:
+        """Return the id of the existing task to use instead of a new one; None if that can be stored now.
+
+        Raises:
+            DuplicateTask: another task has the id, or holds the unique key and ``on_conflict`` does not
+                resolve this.
+            RepositoryUnavailable: the holder of the key is just being stored.
+        """
+        key = insert.row.get("unique_lock")
+        repository, moves = self.work.repository, self.work.moves
+        if key is None or insert.id in repository.statuses([insert.id]):
+            raise DuplicateTask(insert.id)
+        for _ in range(_TRIES):
+            found = repository.find("unique_lock", [key], ("id",))
+            holders = repository.get_many([task_id for (task_id,) in found])
+            if (holder := next(iter(holders.values()), None)) is None:
+                return None
+            if (released := unique.release_key(holder, self._services.clock.now_ms())) is not None:
+                moves.commit([released])
+                return None
+            if on_conflict == "return":
+                return holder.id
+            writes = lifecycle.replace(holder, insert) if on_conflict == "replace" else []
+            if not writes:
+                raise DuplicateTask(holder.id, key)
+            if any(moves.commit(writes, {holder.id: holder})):
+                return holder.id
+        raise _busy(key)
+
+    def _reserve(self, insert: Insert, places: list[Place], *, fresh: bool, spill: bool) -> Place:
+        """Reserve a place for a new task; ``places`` gets it, and those that must be released with it.
+
+        Raises:
+            QueueFull: the buffer has no room.
+        """
+        pool, row = None if self._inside else self._state.pool, insert.row
+        if (
+            pool is None
+            or row["held"]
+            or not pool.buffers(row["type"])
+            or (self._overflow == "spill" and self._services.agenda.more_stored)
+        ):  # earlier tasks are spilled: so are later ones, to keep the order
+            places.append(Store(self.work, self._state, [insert]))
+        elif not pool.reserve(insert, places, fresh=fresh):
+            self._overflowed(pool, insert, places, spill=spill)
+        return places[-1]
+
+    def _overflowed(
+        self, pool: WorkerPool, insert: Insert, places: list[Place], *, spill: bool
+    ) -> None:
+        # The buffer is closed if an executor submits during the stop: other nodes run that task.
+        overflow = "spill" if spill or pool.buffer.closed else self._overflow
+        # A finalizer must not wait for the workers: its thread may hold a lock that they need.
+        inside = self.work.moves.entered or pool.buffer.entered
+        if overflow == "reject":
+            self._refuse(pool, 1)
+        elif overflow == "block" and not (inside or inside_executor()):
+            places.append(slots := pool.slots([insert]))
+            if not slots.reserve(self._block_timeout):
+                self._refuse(pool, 1)
+        elif overflow == "caller_runs" and not inside:
+            places.append(Here(pool, insert, self._services.log))
+        else:  # also for "block" inside an executor: it might wait for itself to become free
+            places.append(Store(self.work, self._state, [insert]))
+
+    def refuse_if_stopped(self) -> None:
+        """Raise an error if this queue must not accept tasks.
+
+        Raises:
+            QueueStopped: the queue was stopped.
+            ConfigurationError: no queue may be used here, or this thread is in a transaction of its own.
+            SchemaMismatch: another process has migrated the file of a running queue.
+        """
+        if permission.forbidden:
+            permission.refuse_if_forbidden()
+        if (transactions := self.work.repository.transactions).known:
+            transactions.refuse_write()
+        if self._lost:
+            raise ConfigurationError(
+                "in the child process of an executor a MemoryRepository is a separate one, which is lost "
+                "with the process: use a shared repository, such as SQLiteRepository; nothing was stored"
+            )
+        if (pool := self._state.pool) is not None and pool.outdated is not None:
+            raise SchemaMismatch(*pool.outdated.args)
+        if self._state.stopped and self._state.closed:
+            raise QueueStopped(
+                "the queue was stopped and accepts no more tasks: create a new queue; nothing was stored"
+            )
+
+    def put(self, insert: Insert) -> None:
+        """Store a prepared task without an owner; any node may fetch it. The buffer is not used.
+
+        Raises:
+            TaskxError: its class tells the reason. Nothing was stored, unless ``in_doubt`` is True.
+        """
+        self.refuse_if_stopped()
+        place = Store(self.work, self._state, [insert])
+        try:
+            if not self.work.moves.commit(place.writes)[0]:
+                raise DuplicateTask(insert.id)
+            place.fill()
+        except BaseException as error:
+            self._refused(insert, error)
+            raise
+
+    def _refuse(self, pool: WorkerPool, wanted: int) -> NoReturn:
+        self.refuse_if_stopped()
+        buffer = pool.buffer
+        raise QueueFull(
+            f"the buffer holds {buffer.submitted} of buffer_size={buffer.maxsize} tasks and has no "
+            f"room for {wanted} more (overflow={self._overflow!r}); nothing was stored. Try later, "
+            "raise buffer_size, or set overflow to 'block', 'spill' or 'caller_runs'"
+        )
+
+    def _refused(self, insert: Insert, error: BaseException) -> None:
+        """Tell hooks that a task was refused. After an interrupt, name the task that may be stored.
+
+        Raises:
+            TaskxError: an error in doubt, as the error of this task.
+        """
+        if isinstance(error, TaskxError):
+            own = _about(error, insert.id)
+            if listeners := self._hooks.refused:
+                self._hooks.tell(listeners, partial(created_task, insert.row), own)
+            if own is not error:
+                raise own from error.__cause__
+        elif not isinstance(error, Exception):  # submit the same id again to find out
+            error.task_id = insert.id  # type: ignore[attr-defined]
+
+    # --- many
+
+    def accept_many(self, tasks: Iterable[Task], *, spill: bool = False) -> list[str]:
+        """Store tasks in one transaction, all or none; return their ids in the same order.
+
+        Args:
+            tasks: the tasks to store; they are not changed.
+            spill: tasks that do not fit into the buffer stay in the repository, whatever ``overflow`` says.
+
+        Raises:
+            TaskxError: its class tells the reason. Nothing was stored, unless ``in_doubt`` is True.
+        """
+        self.refuse_if_stopped()
+        if self._hooks.waiting:
+            self._hooks.let_catch_up()
+        inserts = [prepare(self._services, task) for task in tasks]
+        if not inserts:
+            return []
+        if any("depends_on" in insert.row for insert in inserts):
+            find_parents(self.work.repository, inserts)
+        places: list[Place] = []
+        try:
+            self._reserve_many(inserts, places, refuse=self._overflow == "reject" and not spill)
+            self._store_whole(inserts)
+            for place in places:
+                place.fill()
+        except BaseException as error:
+            for place in places:
+                place.release(error)
+            if not isinstance(error, Exception):
+                # All tasks or none were stored: the first one is enough to find out.
+                error.task_id = inserts[0].id  # type: ignore[attr-defined]
+            raise
+        return [insert.id for insert in inserts]
+
+    def _reserve_many(
+        self, inserts: Sequence[Insert], places: list[Place], *, refuse: bool
+    ) -> None:
+        """Reserve slots for the first tasks that go into the buffer; the rest is refused or spilled."""
+        if self._inside or (pool := self._state.pool) is None:
+            return
+        buffer, due = pool.buffer, list[Insert]()
+        if not (self._overflow == "spill" and self._services.agenda.more_stored):
+            due = [i for i in inserts if not i.row["held"] and pool.buffers(i.row["type"])]
+        # Their numbers are drawn before the tasks are stored: after that, spilled ones may be fetched and
+        # must come later.
+        places.append(slots := pool.slots(due))
+        if not slots.reserve():
+            if refuse and not buffer.closed:
+                self._refuse(pool, len(due))
+            room = max(0, buffer.maxsize - buffer.submitted)
+            places[:] = [slots := pool.slots(due[:room])]
+            if not slots.reserve():
+                places.clear()
+        places.append(Store(self.work, self._state, [i for i in inserts if not i.row["owner"]]))
+
+    def _store_whole(self, inserts: Sequence[Insert]) -> None:
+        """Store all tasks or none."""
+        keyed = [insert for insert in inserts if "unique_key" in insert.row]
+        if keyed:
+            _refuse_twins(inserts)
+        for tried in range(_TRIES):
+            self._pause(tried)
+            try:
+                results = self.work.moves.commit(inserts, whole=True)
+            except TaskxError as error:
+                raise _about(error, inserts[0].id) from error.__cause__
+            refused = [insert for insert, held in zip(inserts, results, strict=True) if not held]
+            if not refused:
+                return
+            self._resolve_conflict(refused[0], "reject")  # raises, unless the key is free now
+        raise _busy(keyed[0].row["unique_lock"])  # a duplicate id has raised before
+
+    def _pause(self, tried: int) -> None:
+        """Wait a moment before the next try: the unique key is passed from task to task."""
+        if tried > 2:
+            time.sleep(self._services.timing.unique_every)
+
+
+def _busy(key: str) -> RepositoryUnavailable:
+    return RepositoryUnavailable(
+        f"the unique key {key!r} is held by a task that is just being stored; try again"
+    )
+
+
+def _refuse_twins(inserts: Sequence[Insert]) -> None:
+    """Raise ``DuplicateTask`` if two of the new tasks have the same id or the same unique key."""
+    ids: set[str] = set()
+    holders: dict[str, str] = {}
+    for insert in inserts:
+        if insert.id in ids:
+            raise DuplicateTask(insert.id)
+        ids.add(insert.id)
+        key = insert.row.get("unique_key")
+        if key is not None and holders.setdefault(key, insert.id) != insert.id:
+            raise DuplicateTask(holders[key], key)
+
+
+def _about(error: TaskxError, task_id: str) -> TaskxError:
+    """Return the error; if it is in doubt, a copy for this task, as a whole commit shares one error."""
+    if not isinstance(error, RepositoryError) or not error.in_doubt:
+        return error
+    own = type(error)(f"task {task_id}: {error}")
+    own.in_doubt, own.task_id = True, task_id
+    return own
+
+
+# --- from arguments to a task and its record
+
+
+def prepare(
+    services: Services,
+    task: Task,
+    priority: int | None = None,
+    created_at: int | None = None,
+    *,
+    stored: bool = True,
+) -> Insert:
+    """Make the record of a task; options that it does not set come from its executor.
+
+    A given ``priority`` overrides the executor's, even with 0. ``created_at`` is now by default. ``stored``
+    is False if the record is only a model.
+
+    Raises:
+        TaskxError: the task is not valid; the class tells the reason.
+    """
+    if not isinstance(task, Task):
+        raise ConfigurationError(
+            f"expected a Task, not {task!r:.80}; an executor makes one: executor.task(…)"
+        )
+    registry = services.registry
+    if registry.values:
+        task = encoded(task, registry.values)
+    now = services.clock.now_ms() if created_at is None else created_at
+    insert = new_record(task, now, registry.max_payload_size)
+    row = insert.row
+    if (executor := registry.registered.get(row["type"])) is None:
+        executor = registry.get(row["type"], used=stored)
+    if executor is not None:
+        if executor.check_params is not None:
+            executor.check_params(task.params)
+        for name, value in executor.defaults.items():
+            if row[name] is None:
+                row[name] = value
+        if priority is None and not row["priority"]:
+            row["priority"] = executor.options.priority or 0
+        if executor.options.tags:
+            row["tags"] = with_more(row.get("tags"), executor.options.tags)
+        if executor.expires is not None and "expires_at" not in row:
+            row["expires_at"] = lifecycle.expiry(row["created_at"], row["run_at"], executor.expires)
+    return insert
+
+
+def new_params(services: Services, type: str, params: Any) -> str:
+    """Return other params for a stored task as JSON text, checked as for a new task.
+
+    What only its executor knows is checked if that is registered here.
+
+    Raises:
+        PayloadError: they break the JSON rules, are too large, or do not fit the executor.
+    """
+    registry = services.registry
+    task = encoded(Task(type=type, params=params), registry.values)
+    text = payload.encode_params(task.params, registry.max_payload_size)
+    executor = registry.registered.get(type)
+    if executor is not None and executor.check_params is not None:
+        executor.check_params(task.params)
+    return text
+
+
+def encoded(task: Task, values: Mapping[str, Values]) -> Task:
+    """Return the task with params as JSON, if its executor is registered here and annotates some.
+
+    Raises:
+        PayloadError: a param does not fit its annotation.
+    """
+    known = values.get(task.type) if isinstance(task.type, str) else None
+    if known is None or not isinstance(task.params, Mapping):
+        return task
+    return attrs.evolve(task, params=known.encode_params(task.params))
+
+
+def task_of(
+    task: Task | str | AnyExecutor,
+    params: Any,
+    options: Mapping[str, Any],
+    known: Any,
+    what: str,
+    clock: Clock,
+    queue: object,
+) -> tuple[Task, Mapping[str, Any]]:
+    """Make the task from the arguments of a call, and return it with all options of the call.
+
+    Args:
+        task, params: as in ``Queue.submit``.
+        options: the options of the call; they win over those that an executor is bound with.
+        known: the ``TypedDict`` of the allowed options.
+        what: the name of the called method, for error messages.
+        clock: the clock that ``delay`` is counted by.
+        queue: the queue whose method was called.
+
+    Raises:
+        TypeError: the method has no such option, or both a task and params are given.
+        PayloadError: an executor requires params, and none are given.
+        ConfigurationError: the task is not one or is bound to another queue, an option is not valid, or
+            ``run_at`` and ``delay`` are both given.
+    """
+    if options:
+        refuse_unknown(options, known, what, "; params are given as a dict")
+    if isinstance(task, str):
+        task = Task(type=task, params={} if params is None else params)
+    elif not isinstance(task, Task):
+        executor, bound = executor_of(task, what, queue=queue)
+        refuse_unknown(bound, known, what, ": the executor is bound with it")
+        task, options = executor._task_with(params), {**bound, **given(options)}
+    elif params is not None:
+        raise TypeError(f"{what}() accepts no params with a Task: set task.params, or give a type")
+    if not options:
+        return task, options
+    return with_options(task, options, clock.now_ms()), options

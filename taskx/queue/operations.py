@@ -1,0 +1,162 @@
+"""Changes to stored tasks on request: cancel, delete and requeue, one task or all that are chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from taskx.queue.bulk import PLAIN, Bulk, Tally, Terms
+from taskx.queue.requeuing import Requeues
+from taskx.stores import queries
+from taskx.stores.selecting import Chosen, Page, Selection, Statuses
+from taskx.tasks import lifecycle
+from taskx.tasks.errors import (
+    ConfigurationError,
+    InvalidTransition,
+    RepositoryCorrupt,
+    TaskNotFound,
+)
+from taskx.tasks.model import Task, TaskStatus
+from taskx.tasks.writes import Delete, Update
+
+# Attempts to cancel a task that moves between the write and the read.
+_TRIES = 20
+
+
+class Operations(Requeues):
+    """Cancels, deletes and requeues stored tasks; the queue need not be started.
+
+    ``cancel_one``, ``delete_one`` and ``requeue_one`` raise an error if the task cannot be changed. The
+    others change the chosen tasks in batches, and skip those that cannot be changed.
+    """
+
+    # --- cancel
+
+    def cancel_one(self, task_id: str) -> bool:
+        """Cancel a task; return False if it is running and was asked to stop: see ``Queue.cancel_task``."""
+        for _ in range(_TRIES):
+            *cancelled, asked = self._commit(
+                lifecycle.cancel(task_id, self._services.clock.now_ms())
+            )
+            if any(cancelled):
+                return True
+            if asked:
+                return False
+            task = self._repository.get_by_id(task_id)
+            if task.status.finished:
+                raise InvalidTransition(f"task {task_id} is already {task.status}")
+            if queries.asked_to_cancel(self._repository, [task_id]):
+                if self._state.pool is not None and not self._inside:
+                    self._state.pool.fire(task_id)
+                return False
+            # else it moved between the write and the read: try again
+        raise RepositoryCorrupt(
+            f"task {task_id} cannot be cancelled: its stored record is damaged; delete it, or "
+            "repair it by hand"
+        )
+
+    def cancel(self, chosen: Chosen, terms: Terms = PLAIN) -> Bulk:
+        """Cancel the chosen pending tasks, and ask the running ones to stop."""
+        status = chosen.filter.status
+        if status is not None and status.finished:
+            raise ConfigurationError(
+                "only pending and running tasks can be cancelled: the filter must not have status "
+                f"{status}"
+            )
+        # A pending task may start before its page is read; a running one may be retried.
+        some: Statuses = (TaskStatus.PENDING, TaskStatus.RUNNING, TaskStatus.PENDING)
+        if chosen.ids is not None:
+            some = ()
+        elif status is not None:
+            some = (status,)
+        return self._change("cancel", chosen, some, terms, self._cancel_page)
+
+    def _cancel_page(self, page: Page, _: Selection, tally: Tally) -> None:
+        ids, tasks = page
+        new = [i for i in ids if i not in tasks or tasks[i].cancel_requested_at is None]
+        cancelled, asked = self._cancel_some(new, tasks)
+        changed = len(cancelled) + len(asked)
+        skipped = ["asked"] * (len(ids) - len(new)) + ["changed"] * (len(new) - changed)
+        tally.add(len(ids), tasks, changed=changed, asked=len(asked), skipped=skipped)
+
+    def _cancel_some(
+        self, task_ids: Sequence[str], tasks: Mapping[str, Task]
+    ) -> tuple[set[str], set[str]]:
+        """Cancel tasks; return the ids of those that will never run, and of those asked to stop."""
+        now = self._services.clock.now_ms()
+        writes = [write for task_id in task_ids for write in lifecycle.cancel(task_id, now)]
+        done = [
+            w for w, held in zip(writes, self._commit(writes, tasks or None), strict=True) if held
+        ]
+        cancelled = {write.id for write in done if "status" in write.changes}
+        asked = {write.id for write in done} - cancelled
+        left = [i for i in task_ids if i not in cancelled and i not in asked]
+        rest = self._repository.statuses(left) if left else {}
+        for task_id, status in rest.items():
+            # An unfinished task moved in the meantime, or was already asked to stop.
+            if status not in lifecycle.FINISHED:
+                try:
+                    (cancelled if self.cancel_one(task_id) else asked).add(task_id)
+                except RepositoryCorrupt as error:
+                    self._services.log.warning("%s", error)
+                except (InvalidTransition, TaskNotFound):
+                    continue
+        return cancelled, asked
+
+    # --- delete
+
+    def delete_one(self, task_id: str) -> None:
+        """Delete a task; raise if it runs: see ``Queue.delete``."""
+        if not self._commit([lifecycle.delete(task_id)])[0]:
+            raise lifecycle.not_deleted(self._repository.get_by_id(task_id))
+
+    def delete(self, chosen: Chosen, terms: Terms = PLAIN) -> Bulk:
+        """Delete the chosen tasks; of those that match, the ones stay that unfinished tasks need."""
+        if (status := chosen.filter.status) is TaskStatus.RUNNING:
+            raise ConfigurationError("running tasks cannot be deleted: cancel them first")
+        statuses = (status,) if chosen.ids is None else ()
+        return self._change("delete", chosen, statuses, terms, self._delete_page)
+
+    def _delete_page(self, page: Page, _: Selection, tally: Tally) -> None:
+        ids, tasks = page
+        reasons = {i: "running" for i, t in tasks.items() if t.status is TaskStatus.RUNNING}
+        reasons.update((i, "thread") for i, task in tasks.items() if task.stuck_on)
+        free = {i: task for i, task in tasks.items() if i not in reasons}
+        if free:
+            reasons.update(dict.fromkeys(self._needed(free), "needed"))
+        writes = [
+            lifecycle.discard(tasks[i]) if i in tasks else lifecycle.delete(i)
+            for i in ids
+            if i not in reasons
+        ]
+        results = self._commit(writes, {} if tasks else None) if writes else []
+        deleted = sum(results)
+        skipped = [*reasons.values(), *["changed"] * (len(results) - deleted)]
+        tally.add(len(ids), tasks, changed=deleted, skipped=skipped)
+
+    def _needed(self, tasks: Mapping[str, Task]) -> set[str]:
+        """Return the tasks on which unfinished tasks depend that are not deleted with them.
+
+        An executor may still ask for the results of its parents.
+        """
+        families = queries.families(self._repository, tasks)
+        others = [*{child for _, child in families}]
+        statuses = self._repository.statuses(others) if others else {}
+        needed = set[str]()
+        before = -1
+        while len(needed) > before:
+            before = len(needed)
+            needed |= {
+                parent
+                for parent, child in families
+                if statuses.get(child) in lifecycle.UNFINISHED
+                and (child not in tasks or child in needed)
+            }
+        return needed
+
+    def _commit(
+        self, writes: Sequence[Update | Delete], tasks: Mapping[str, Task] | None = None
+    ) -> Sequence[bool]:
+        self._repository.transactions.refuse_write()
+        results = self._moves.commit(writes, tasks)
+        self._moves.process_if_unattended()
+        return results

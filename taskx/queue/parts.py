@@ -1,0 +1,78 @@
+"""The parts of a queue that its methods use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+from taskx.attempt.registry import Registry
+from taskx.node.moving import Services
+from taskx.node.node import LocalNode
+from taskx.node.pool import WorkerPool
+from taskx.queue.joining import Joining
+from taskx.queue.operations import Operations
+from taskx.stores import queries
+from taskx.stores.base import Repository
+from taskx.tasks.clock import Clock
+from taskx.tasks.config import Config
+from taskx.tasks.errors import RepositoryError
+from taskx.tasks.log import GuardedLogger
+from taskx.tasks.timing import Timing
+
+
+class Parts:
+    """The attributes of a queue, which ``Queue`` sets.
+
+    Attributes:
+        config: the settings of the queue.
+        repository: stores the tasks.
+        clock: tells the time.
+    """
+
+    config: Config
+    repository: Repository
+    clock: Clock
+    _log: GuardedLogger
+    _timing: Timing
+    _registry: Registry
+    _services: Services
+    _operations: Operations
+    _joining: Joining
+    _node: LocalNode
+
+    @property
+    def _pool(self) -> WorkerPool | None:
+        return self._node.pool
+
+    @contextmanager
+    def _changing(self, connection: object = None) -> Iterator[Operations]:
+        """Return the operations for this thread: it may be in a transaction of its own."""
+        if connection is None:
+            connection = self.repository.transactions.current()
+        if connection is None:
+            self._joining.refuse()
+            yield self._operations
+            return
+        with self._joining.operations(connection) as operations:
+            yield operations
+
+    def _reading(self) -> AbstractContextManager[Repository]:
+        """Return the repository for a read of this thread: it may be in a transaction of its own."""
+        return self._joining.reading()
+
+    def _uncommitted(self, task_id: str) -> bool:
+        """Return True if a task cannot go on before this thread has committed its own transaction."""
+        return self.repository.transactions.changed(task_id)
+
+    def _refuse_wait(self) -> None:
+        """Raise ``ConfigurationError`` if no task goes on as long as this thread waits."""
+        self.repository.transactions.refuse_wait()
+
+    def _nobody_runs(self, type: str) -> bool:
+        """Return True if it is known that no running queue has an executor for the type."""
+        if self.repository.shortcoming:  # the queues of other processes are not known
+            return False
+        try:
+            return not queries.runs_somewhere(self.repository, type)
+        except RepositoryError:
+            return False

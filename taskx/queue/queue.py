@@ -1,0 +1,843 @@
+"""The queue: the object that a program uses. It wires the parts together and contains no rules."""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+
+import attrs
+
+from taskx.attempt.checkpoints import Keeper
+from taskx.attempt.executors import (
+    AnyExecutor,
+    BoundExecutor,
+    Executor,
+    ExecutorDecorator,
+    TaskExecutor,
+)
+from taskx.attempt.registry import Layer, Registry, check_middleware
+from taskx.node.engine import Engine, Threads
+from taskx.node.hooks import Hook, Hooks
+from taskx.node.moving import Moves, Services
+from taskx.node.node import LocalNode
+from taskx.node.schedules import Overlap, make_entry
+from taskx.node.watcher import Watcher
+from taskx.queue import foreground
+from taskx.queue.following import follow
+from taskx.queue.intake import Intake, task_of
+from taskx.queue.joining import Joining
+from taskx.queue.layers import layered
+from taskx.queue.operations import Operations
+from taskx.queue.questions import Questions
+from taskx.queue.schedule import Schedule, Schedules
+from taskx.queue.steering import Steering
+from taskx.queue.work import Work
+from taskx.stores.adapter import EightMethodAdapter
+from taskx.stores.base import Repository
+from taskx.stores.controls import Controls
+from taskx.stores.eight import TaskRepository
+from taskx.tasks.bell import Agenda
+from taskx.tasks.clock import SYSTEM_CLOCK, Clock, check_clock
+from taskx.tasks.config import Config
+from taskx.tasks.errors import ConfigurationError, RepositoryError
+from taskx.tasks.handles import TaskHandle
+from taskx.tasks.ids import new_id
+from taskx.tasks.log import GuardedLogger, check_logger
+from taskx.tasks.model import (
+    Task,
+    check_key,
+    check_name,
+)
+from taskx.tasks.options import (
+    ExecutorOptions,
+    MapOptions,
+    OnConflict,
+    ScheduleOptions,
+    SubmitOptions,
+    options_of,
+)
+from taskx.tasks.ticks import Every, Misfire
+from taskx.tasks.timing import DEFAULT_TIMING, Timing
+from taskx.tasks.values import Values
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # in typing from 3.11 on
+
+    from taskx.queue.flows import Flow, FlowHandle, Shape
+
+R = TypeVar("R")
+#: Returns the executor of a type, or None.
+FindExecutor = Callable[[str], TaskExecutor | Executor[Any, Any] | None]
+
+
+class Queue(Questions, Steering):
+    """A task queue on a repository.
+
+    A queue that is not started only stores the tasks that you submit; another process runs them. A
+    started queue also runs tasks: its own, and free tasks that other processes have stored.
+    ``with queue:`` starts and stops it.
+
+    Args:
+        repository: stores the tasks: one of TaskX's repositories, or any object with the eight
+            methods of :class:`TaskRepository`.
+        config: the settings of the queue.
+        logger: the logger to use; the one named ``taskx`` by default.
+        hooks: instances of :class:`Hook`; the queue tells them what happens to tasks.
+        middleware: instances of :class:`Middleware`, or functions with the same signature. They are
+            wrapped around every execution; the first one is the outermost.
+        find_executor: finds executors that nobody has registered. It is called once with each type that
+            the queue does not know: at a submit, and by a started queue for waiting tasks. It returns the
+            executor, or None if there is none here, or if it has registered one itself.
+        clock: the source of the time; for tests.
+        timing: the intervals of the queue's own work; for tests. By default they are the repository's.
+        engine: what runs the tasks of this queue once it is started; threads of this process by default.
+
+    Raises:
+        ConfigurationError: an argument is not valid.
+    """
+
+    def __init__(
+        self,
+        repository: TaskRepository,
+        config: Config | None = None,
+        logger: logging.Logger | None = None,
+        *,
+        hooks: Iterable[Hook] = (),
+        middleware: Iterable[Layer] = (),
+        find_executor: FindExecutor | None = None,
+        clock: Clock = SYSTEM_CLOCK,
+        engine: Engine | None = None,
+        timing: Timing | None = None,
+    ) -> None:
+        if config is not None and not isinstance(config, Config):
+            raise ConfigurationError(f"config must be a Config, not {type(config).__name__}")
+        self.config = config or Config()
+        self._log = GuardedLogger(check_logger(logger))
+        self.clock = check_clock(clock)
+        self.repository = (
+            repository
+            if isinstance(repository, Repository)
+            else EightMethodAdapter(repository, clock, timing or DEFAULT_TIMING)
+        )
+        self._timing = timing or self.repository.timing
+        self._hooks = tuple(hooks)
+        self._registry = Registry(
+            check_middleware(middleware),
+            self._require,
+            self.config.max_payload_size,
+            self._warn_of_first_use,
+            None if find_executor is None else self._found_by(find_executor),
+            self._timing,
+        )
+        # The JSON forms of params and results, by type. Handles decode results by them.
+        self._values: Mapping[str, Values] = self._registry.values
+        self._schedules = Schedules(self.handle)
+        if not isinstance(engine, Engine | None):
+            raise ConfigurationError(f"engine must be an Engine, not {type(engine).__name__}")
+        self._engine = Threads() if engine is None else engine
+        self._engine.bind(self)
+        self.repository.queues.add(self)
+        self._wire()
+        _queues.add(self)
+
+    def _wire(self) -> None:
+        """Make the parts. Those of a forked child are new; the engine makes what starts threads."""
+        engine, repository, log, timing = self._engine, self.repository, self._log, self._timing
+        registry, config, clock, agenda = self._registry, self.config, self.clock, Agenda()
+        most = registry.max_payload_size
+        threaded, signal = engine.threaded, engine.make_signal
+        hooks = Hooks(self._hooks, log, timing, threaded=threaded)
+        watcher = Watcher(repository, log, agenda, timing, signal, threaded=threaded)
+        moves = Moves(repository, agenda, hooks, watcher, clock, log, timing, config.redact)
+        runner = engine.make_runner(clock, timing, most)
+        keeper = Keeper(repository, moves.commit, most, registry.values, clock, timing)
+        own = (repository, moves, Controls(repository), agenda)
+        self._services = services = Services(
+            *own, registry, runner, keeper, watcher, hooks, clock, log, timing
+        )
+        work = Work(repository, moves)
+        self._node = node = LocalNode(services, engine, self)
+        self._intake = self._make_intake(work)
+        self._operations = Operations(services, node, work)
+        self._joining = Joining(services, node, config, work)
+        self._entrance = layered(self._intake, registry.middleware)
+        self._schedules.wire(services, self._intake, self._joining, node)
+
+    def _make_intake(self, work: Work) -> Intake:
+        return Intake(self._services, self._node, self.config, work)
+
+    def _require(self, what: str) -> None:
+        self.repository.require(what)
+
+    def _warn_of_first_use(self, type: str) -> None:
+        if self._nobody_runs(type):
+            self._log.warning(
+                "no running queue has an executor for type %r, and this queue has none; its tasks wait "
+                "until a queue that has one is started",
+                type,
+            )
+
+    def _found_by(self, find_executor: FindExecutor) -> Callable[[str], None]:
+        if not callable(find_executor):
+            raise ConfigurationError(f"find_executor must be a function, not {find_executor!r}")
+
+        def find(type: str) -> None:
+            try:
+                if (executor := find_executor(type)) is not None:
+                    self.register_executor(executor)
+            except Exception as error:  # noqa: BLE001  (user code; other types must still be found)
+                self._log.exception(
+                    "no executor was found for type %r, so its tasks wait for another process: %s",
+                    *(type, error),
+                )
+
+        return find
+
+    def __repr__(self) -> str:
+        return f"<Queue on {self.repository!r}, {self._node.name}>"
+
+    # --- executors
+
+    def executor(
+        self, type: str | None = None, **options: Unpack[ExecutorOptions]
+    ) -> ExecutorDecorator:
+        """Turn the decorated function into an executor and register it.
+
+        Args:
+            type: the type of the tasks that it runs; the function's name by default.
+            max_attempts: number of attempts that may raise before the task fails (default 1, or the
+                value that ``retry`` sets).
+            max_crashes: number of times that the process may die before the task fails (default 3).
+            timeout: seconds after which an attempt's token fires.
+            priority: tasks with a higher number run first (default 0).
+            retry: how often, when and after which errors another attempt follows (default: at once).
+            tags: short texts to filter by; each task has these besides those of its submit.
+            expires: seconds, or a ``timedelta``, from a task's ``run_at``, or from its submit, within
+                which it must start for the first time; otherwise it is cancelled (default: no limit).
+            capture_log: store what the executor logs in ``task.log``: True for level INFO and above,
+                or the name of a level, such as ``"WARNING"``.
+            isolation: ``"process"`` runs each attempt in its own child process, which imports the
+                function by its name.
+            grace: grace period: seconds that the executor has to end after its token fired (default
+                10). Then its child process is killed. An executor in a thread is abandoned, but only
+                after a time-out.
+            max_concurrency: most tasks of the type that run at the same time.
+            rate: most tasks that start in a period: ``"100/m"`` (units ``s``, ``m``, ``h``, ``d``),
+                or a tuple of a count and seconds.
+            burst: most tasks that may start at once after a quiet period (default: the count of
+                ``rate``).
+            limit_scope: ``"node"`` (default): each node has these limits for itself; ``"global"``:
+                all nodes share them.
+            replace: replace the type's executor if there is one, for notebook cells that run again.
+                Tasks that are running end with the old code. The isolation and the limits must be the
+                same.
+
+        Raises:
+            ConfigurationError: an option is not valid, the type is taken, the function cannot be
+                an executor, or a child process could not find it.
+        """
+        if callable(type):
+            raise ConfigurationError(
+                "@queue.executor needs parentheses: write @queue.executor() or @queue.executor('name')"
+            )
+        return ExecutorDecorator(type, options_of(options), self.register_executor)
+
+    def register_executor(
+        self, executor: TaskExecutor | Executor[Any, Any], **options: Unpack[ExecutorOptions]
+    ) -> None:
+        """Register an executor that was made elsewhere.
+
+        Args:
+            executor: an executor made by ``@executor(...)``, or an instance of a
+                :class:`TaskExecutor` subclass.
+            options: the options of :meth:`executor`; they override the executor's own.
+
+        Raises:
+            ConfigurationError: an option is not valid, the type is taken, or the object is not an
+                executor.
+        """
+        self._registry.register(executor, options_of(options))
+        if isinstance(executor, Executor):
+            executor._bind(self)
+        if self._pool is not None:
+            # The housekeeper records them later if this cannot be done now.
+            with suppress(RepositoryError, ConfigurationError):
+                self._joining.refuse()
+                self._pool.record()
+        self._services.agenda.fetch_soon()
+
+    def declare(self, *types: str) -> None:
+        """Accept tasks of types whose executors are registered only in another process."""
+        for type_ in [check_key(type_, "type") for type_ in types]:
+            self._registry.declare(type_)
+
+    # --- submitting
+
+    @overload
+    def submit(
+        self, task: Task, /, *, connection: object = None, **options: Unpack[SubmitOptions]
+    ) -> TaskHandle[Any]: ...
+    @overload
+    def submit(
+        self,
+        executor: Executor[..., R] | BoundExecutor[..., R],
+        params: dict[str, Any] | None = None,
+        /,
+        *,
+        connection: object = None,
+        **options: Unpack[SubmitOptions],
+    ) -> TaskHandle[R]: ...
+    @overload
+    def submit(
+        self,
+        type: str,
+        params: dict[str, Any] | None = None,
+        /,
+        *,
+        connection: object = None,
+        **options: Unpack[SubmitOptions],
+    ) -> TaskHandle[Any]: ...
+    def submit(
+        self,
+        task: Task | AnyExecutor | str,
+        params: dict[str, Any] | None = None,
+        /,
+        *,
+        connection: object = None,
+        **options: Any,
+    ) -> TaskHandle[Any]:
+        """Submit a task. When the call returns, the task is stored and will run.
+
+        Args:
+            task: a type, an executor, or a pending :class:`Task`, which is not changed.
+            params: the executor's params, a JSON object; not together with a ``Task``.
+            id: a unique id; a new UUIDv7 by default.
+            created_by: free text that you can filter by.
+            priority: tasks with a higher number run first, equal ones in the order of submission; 0
+                by default, or the executor's priority.
+            run_at: an aware datetime; the task does not start earlier.
+            delay: seconds from now; the task does not start earlier.
+            timeout: seconds after which an attempt's token fires.
+            max_attempts: number of attempts that may raise before the task fails.
+            max_crashes: number of times that the process may die before the task fails; with 1 the
+                task never runs again after a crash.
+            retry: how often, when and after which errors another attempt follows.
+            tags: at most 20 short texts that you can filter by: 1 to 64 characters each, without white
+                space. The task also has the tags of its executor.
+            unique_key: a text that at most one task can hold at a time.
+            unique_scope: how long the task holds the unique key: ``"pending"``: until it first starts;
+                ``"unfinished"`` (default): until it has ended; ``"ever"``: as long as its record is
+                stored; or a number of seconds from now.
+            on_conflict: the reaction if another task holds the unique key. ``"reject"`` (default)
+                raises ``DuplicateTask``. ``"return"`` returns the other task's handle. ``"replace"``
+                gives the other task the params and options of this one and returns its handle; the
+                other task must be pending and have the same type, parents and concurrency key.
+            depends_on: tasks, as ids or handles, that must complete before this one starts.
+            on_parent_failure: the reaction if all tasks in ``depends_on`` have ended and one did not
+                complete: ``"cancel"`` (default), ``"fail"`` or ``"run"`` this task.
+            concurrency_key: tasks with the same key run one at a time, in the order of submission,
+                across all processes.
+            expires: a task that has not started for the first time by then is cancelled: an aware
+                datetime, or seconds or a ``timedelta`` from its ``run_at``, or from now.
+            connection: your ``sqlite3.Connection``, or SQLAlchemy ``Session`` or ``Connection``, on the
+                file of the tasks; or your ``ClientSession`` of pymongo, in a transaction. The task is then
+                stored in your transaction: it starts after your commit, and never existed after a
+                rollback. It does not use the buffer, so ``overflow`` does not matter.
+
+        Raises:
+            UnknownTaskType: the type is neither registered nor declared.
+            PayloadError: params are not JSON, are too large, or do not fit the function.
+            DuplicateTask: another task has this id or holds the unique key.
+            QueueFull: the buffer is full.
+            QueueStopped: the queue was stopped.
+            TaskNotFound: a task in ``depends_on`` does not exist.
+            InvalidTransition: the task is not pending.
+            ConfigurationError: another argument is not valid.
+            RepositoryError: the task could not be stored. If the error's ``in_doubt`` is True, it may
+                have been stored: submit again with the error's ``task_id`` to find out.
+        """
+        return self._submit(task, params, connection, options)
+
+    def _submit(
+        self,
+        task: Task | AnyExecutor | str,
+        params: dict[str, Any] | None,
+        connection: object,
+        options: Mapping[str, Any],
+        created_at: int | None = None,
+    ) -> TaskHandle[Any]:
+        """Submit a task whose ``created_at`` the caller knows, in milliseconds; by default it is now."""
+        wanted, said = task_of(task, params, options, SubmitOptions, "submit", self.clock, self)
+        priority: int | None = said.get("priority")
+        on_conflict: OnConflict = said.get("on_conflict") or "reject"
+        if connection is None and self.repository.transactions.known:
+            connection = self.repository.transactions.current(submits=True)
+        if connection is None:
+            task_id = self._entrance.accept(wanted, priority, on_conflict, created_at=created_at)
+        else:
+            with self._joining.intake(connection, self._registry.middleware) as intake:
+                task_id = intake.accept(wanted, priority, on_conflict, created_at=created_at)
+        try:
+            return TaskHandle(task_id, self)
+        except BaseException as error:  # an interrupt
+            error.task_id = task_id  # type: ignore[attr-defined]
+            raise
+
+    def submit_many(
+        self, tasks: Iterable[Task], *, connection: object = None
+    ) -> list[TaskHandle[Any]]:
+        """Submit several tasks in one transaction, all or none.
+
+        If the buffer has no room for all of them, ``overflow="reject"`` refuses all; with every other
+        setting the rest waits in the repository.
+
+        Args:
+            tasks: the tasks, which are not changed.
+            connection: store them in your transaction on this connection: see :meth:`submit`.
+
+        Returns:
+            the handles of the tasks, in the same order.
+
+        Raises:
+            TaskxError: the same errors as :meth:`submit`. Nothing was stored, unless ``in_doubt`` is
+                True.
+        """
+        if connection is None and self.repository.transactions.known:
+            connection = self.repository.transactions.current(submits=True)
+        if connection is None:
+            return [TaskHandle(task_id, self) for task_id in self._entrance.accept_many(tasks)]
+        with self._joining.intake(connection, self._registry.middleware) as intake:
+            return [TaskHandle(task_id, self) for task_id in intake.accept_many(tasks)]
+
+    @overload
+    def map(
+        self,
+        executor: Executor[..., R] | BoundExecutor[..., R],
+        items: Iterable[Any],
+        key: Callable[[Any], str | int] | None = None,
+        *,
+        name: str = "",
+        window: int | None = None,
+        timeout: float | timedelta | None = None,
+        return_exceptions: Literal[False] = False,
+        ordered: bool = True,
+        retry_failed: bool = True,
+        progress: bool = False,
+        **options: Unpack[MapOptions],
+    ) -> Iterator[R]: ...
+    @overload
+    def map(
+        self,
+        executor: Executor[..., R] | BoundExecutor[..., R],
+        items: Iterable[Any],
+        key: Callable[[Any], str | int] | None = None,
+        *,
+        name: str = "",
+        window: int | None = None,
+        timeout: float | timedelta | None = None,
+        return_exceptions: bool,
+        ordered: bool = True,
+        retry_failed: bool = True,
+        progress: bool = False,
+        **options: Unpack[MapOptions],
+    ) -> Iterator[R | Exception]: ...
+    @overload
+    def map(
+        self,
+        executor: str,
+        items: Iterable[Any],
+        key: Callable[[Any], str | int] | None = None,
+        *,
+        name: str = "",
+        window: int | None = None,
+        timeout: float | timedelta | None = None,
+        return_exceptions: bool = False,
+        ordered: bool = True,
+        retry_failed: bool = True,
+        progress: bool = False,
+        **options: Unpack[MapOptions],
+    ) -> Iterator[Any]: ...
+    def map(
+        self,
+        executor: AnyExecutor | str,
+        items: Iterable[Any],
+        key: Callable[[Any], str | int] | None = None,
+        *,
+        name: str = "",
+        window: int | None = None,
+        timeout: float | timedelta | None = None,
+        return_exceptions: bool = False,
+        ordered: bool = True,
+        retry_failed: bool = True,
+        progress: bool = False,
+        **options: Any,
+    ) -> Iterator[Any]:
+        """Run an executor for each item and return an iterator over the results, in order.
+
+        The iterator submits nothing before you ask for the first result. Then it keeps a few tasks
+        ahead of the results. The id of each task consists of ``name`` and the item's key. So you can
+        run the same map again, for example after a crash: it returns the results of completed tasks,
+        waits for unfinished ones, and requeues tasks that failed or were cancelled.
+
+        Args:
+            executor: an executor, or the type of one.
+            items: the params of each task as a dict, or the value of the executor's first parameter.
+            key: a function that returns the key of an item: a text or a whole number; ``1`` and
+                ``"1"`` are the same key. By default the key is made from the params.
+            name: the name of the map; the type of the executor by default.
+            window: the number of tasks submitted ahead; four for each worker by default, or as many as
+                the buffer has room for. While the iterator waits for a result, it keeps this many tasks
+                unfinished, so that one long task does not stop the others.
+            timeout: seconds to wait for a result.
+            return_exceptions: return the exception of a failed item in its place, and go on.
+            ordered: return results in the order of the items; if False, as soon as they are available.
+            retry_failed: requeue a task that failed or was cancelled in an earlier run of the map; if
+                False, raise its error again.
+            progress: show on ``sys.stderr`` how many items are done: a bar in a terminal or a notebook
+                if the package rich is installed, else a line every five seconds.
+            options: options of new tasks: ``created_by``, ``priority``, ``max_attempts``,
+                ``max_crashes``, ``retry`` and ``tags``, as in :meth:`submit`.
+
+        Raises:
+            TaskFailed: from the iterator, in the place of an item whose task failed. The iterator
+                can go on: the next call returns the next item's result.
+            concurrent.futures.CancelledError: the same, if the task was cancelled.
+            TaskNotFound: the same, if the record was deleted before its result was read.
+            RepositoryCorrupt: the same, if the record is damaged.
+            PayloadError: the same, if the item is not JSON or does not fit the executor.
+            concurrent.futures.TimeoutError: from the iterator, if the result took too long. The next
+                call waits for the same item again.
+            ConfigurationError: an argument is not valid; from the iterator, if the key of an item is
+                not valid.
+            TaskxError: from the iterator, any error of :meth:`submit` except ``QueueFull``. The next
+                call tries the same item again.
+        """
+        from taskx.queue.mapping import Results, ahead
+
+        return Results(
+            executor=executor,
+            items=items,
+            key=key,
+            name=name,
+            window=ahead(self.config) if window is None else window,
+            timeout=timeout,
+            return_exceptions=return_exceptions,
+            ordered=ordered,
+            retry_failed=retry_failed,
+            progress=progress,
+            options=options,
+            owner=self,
+            intake=lambda: self._entrance,
+            clock=self.clock,
+        )
+
+    def submit_flow(
+        self, flow: Flow, *, tags: Sequence[str] = (), connection: object = None
+    ) -> FlowHandle:
+        """Submit a chain or group of tasks, all or none, and return one handle for all of them.
+
+        A flow can have any size: tasks that do not fit into the buffer wait in the repository.
+
+        Args:
+            flow: the flow, made by :func:`chain` or :func:`group`.
+            tags: short texts to filter by; each task has these besides its own.
+            connection: store them in your transaction on this connection: see :meth:`submit`.
+
+        Raises:
+            TaskxError: the errors of :meth:`submit_many` except ``QueueFull``. Nothing was stored,
+                unless ``in_doubt`` is True.
+        """
+        from taskx.queue.flows import FlowHandle, lay_out
+
+        flow_id = new_id()
+        tasks, shape = lay_out(flow, flow_id, tags)
+        if connection is None and self.repository.transactions.known:
+            connection = self.repository.transactions.current(submits=True)
+        if connection is None:
+            self._entrance.accept_many(tasks, spill=True)
+        else:
+            with self._joining.intake(connection, self._registry.middleware) as intake:
+                intake.accept_many(tasks, spill=True)
+        return FlowHandle(shape, self, flow_id)
+
+    def flow_handle(self, shape: Shape) -> FlowHandle:
+        """Return a handle for a flow that any process submitted before.
+
+        Args:
+            shape: the ``shape`` of the handle that :meth:`submit_flow` returned.
+
+        Raises:
+            ConfigurationError: the value is not such a shape.
+        """
+        from taskx.queue.flows import FlowHandle
+
+        return FlowHandle(shape, self)
+
+    # --- schedules
+
+    @overload
+    def schedule(
+        self,
+        name: str,
+        spec: str | Every,
+        task: Task,
+        /,
+        *,
+        tz: str | None = None,
+        misfire: Misfire = "one",
+        misfire_grace: float | timedelta | None = None,
+        overlap: Overlap = "allow",
+        **options: Unpack[ScheduleOptions],
+    ) -> Schedule: ...
+    @overload
+    def schedule(
+        self,
+        name: str,
+        spec: str | Every,
+        type: str | AnyExecutor,
+        params: dict[str, Any] | None = None,
+        /,
+        *,
+        tz: str | None = None,
+        misfire: Misfire = "one",
+        misfire_grace: float | timedelta | None = None,
+        overlap: Overlap = "allow",
+        **options: Unpack[ScheduleOptions],
+    ) -> Schedule: ...
+    def schedule(
+        self,
+        name: str,
+        spec: str | Every,
+        task: Task | AnyExecutor | str,
+        params: dict[str, Any] | None = None,
+        /,
+        *,
+        tz: str | None = None,
+        misfire: Misfire = "one",
+        misfire_grace: float | timedelta | None = None,
+        overlap: Overlap = "allow",
+        **options: Any,
+    ) -> Schedule:
+        """Declare a schedule; the started queues on the repository submit a task at each of its ticks.
+
+        A queue that is not started checks the schedule now, and stores it when it starts. A program that
+        does not start the queue calls :meth:`Schedule.store`.
+
+        Call this every time your program starts. If a schedule of this name is stored already, it is
+        updated: it stays paused if it was, and continues with its next tick unless ``spec`` or ``tz``
+        has changed.
+
+        Args:
+            name: a unique name in the repository, at most 200 characters. The ids of the schedule's
+                tasks begin with it.
+            spec: the times of the ticks: a cron expression of five fields, or ``every(seconds)``.
+            task: the type of its tasks, their executor, or a :class:`Task` without id as their model.
+            params: the executor's params; not together with a ``Task``.
+            tz: the time zone of a cron expression, such as ``"Europe/Berlin"``; UTC by default.
+            misfire: the handling of ticks that were missed because no queue was started: one task for
+                all of them (``"one"``), no task (``"skip"``), or one task for each (``"all"``) that is
+                at most ``misfire_grace`` seconds old.
+            misfire_grace: seconds that a tick may be late and still get a task. The default is 10 with
+                ``"skip"``, and unlimited with ``"one"``; ``"all"`` requires a value.
+            overlap: with ``"skip"``, a tick gets no task while the schedule's last task has not ended.
+            created_by: this field of its tasks; ``schedule:`` and the name by default.
+            priority, timeout, max_attempts, max_crashes, retry, tags, concurrency_key: options of its
+                tasks, as in :meth:`submit`.
+            expires: seconds, or a ``timedelta``, from a tick, or from when its task is made if that is
+                later; the task is cancelled if it has not started by then.
+
+        Raises:
+            ConfigurationError: an argument is not valid, a package is missing, or the repository cannot
+                store schedules.
+            UnknownTaskType: the type is neither registered nor declared.
+            PayloadError: params are not JSON, are too large, do not fit the function, or a codec
+                refuses them.
+            RepositoryError: the queue is started, and the schedule could not be stored.
+        """
+        entry = make_entry(name, spec, tz, misfire, misfire_grace, overlap)
+        wanted, said = task_of(task, params, options, ScheduleOptions, "schedule", self.clock, self)
+        return self._schedules.declare(entry, wanted, said.get("priority"), said.get("expires"))
+
+    def schedules(self) -> dict[str, Schedule]:
+        """Return all schedules by name: those in the repository, of all processes, and declared ones."""
+        return self._schedules.all()
+
+    # --- handles
+
+    def handle(self, task_id: str) -> TaskHandle[Any]:
+        """Return a handle for a task of any process, without checking that the task exists."""
+        return TaskHandle(check_name(task_id, "id"), self)
+
+    def watch(self, handle: TaskHandle[Any]) -> None:
+        """Resolve a handle when its task ends. Handles call this themselves."""
+        watcher = self._services.watcher
+        late = partial(watcher.watch_late, handle)
+        if self.repository.transactions.postpone(handle.id, id(handle), late):
+            return
+        watcher.watch(handle)
+        if self._pool is None:
+            watcher.warn_if_nobody_runs(handle.id)
+
+    # --- starting and stopping
+
+    def start(self) -> None:
+        """Start the workers; a second call does nothing.
+
+        The queue also takes over the tasks of processes that died, including those that were running.
+        If the call raises, nothing was started, and you can call it again.
+
+        Raises:
+            QueueStopped: the queue was stopped; create a new one.
+            RepositoryError: the repository cannot be used.
+            RuntimeError: the system cannot start more threads.
+            ConfigurationError: this thread is in a transaction of its own, for which it would wait.
+        """
+        self.repository.transactions.refuse_wait()
+        self._node.start()
+
+    def drain(self, timeout: float | timedelta | None = None) -> bool:
+        """Wait until no task is left to run; return False if ``timeout`` seconds passed before.
+
+        The call does not wait for tasks that may not start yet (``run_at``, ``delay``) or whose type is
+        paused. It does wait for tasks of this queue's other types that run in other processes.
+
+        Raises:
+            ConfigurationError: called inside an executor or a hook, or on a queue that is not
+                started, or this thread is in a transaction of its own.
+            QueueStopped: the queue was stopped.
+        """
+        self._joining.refuse()
+        return self._node.drain(timeout)
+
+    def follow(self, timeout: float | timedelta | None = None) -> bool:
+        """Show a person how many tasks wait, run and have ended, until nothing is left to run.
+
+        The display is a bar in a terminal or a notebook if the package rich is installed, else a line
+        on ``sys.stderr`` every five seconds. It counts the tasks of all processes on the repository.
+        A started queue follows until :meth:`drain` would return, another one until no task runs or may
+        start. Ctrl-C ends the display only.
+
+        Args:
+            timeout: seconds to wait at most; None waits for ever.
+
+        Returns:
+            False if ``timeout`` seconds have passed before.
+
+        Raises:
+            TaskxError: as :meth:`drain`, on a started queue.
+            RepositoryError: the repository cannot be read.
+        """
+        self._joining.refuse()
+        drain = self.drain if self._pool is not None else None
+        return follow(self.repository, drain, timeout, self._timing)
+
+    def stop(self, timeout: float | timedelta = 30.0, cancel: bool = False) -> list[str]:
+        """Stop the queue: accept and start no more tasks, and wait for the running ones.
+
+        Running tasks can go on for four fifths of ``timeout``; then their tokens fire with reason
+        STOP. With ``cancel`` the tokens fire at once. A task that ends because of this is pending
+        again, and no attempt is counted. A thread that still runs afterwards can end later, and its
+        outcome is stored. If the process ends first, its task counts as interrupted.
+
+        Until the last executor has returned, executors can submit. Other nodes run these tasks.
+
+        Args:
+            timeout: seconds after which the call returns in any case; it returns a second later if the
+                repository or a hook hangs.
+            cancel: tell running tasks to stop at once.
+
+        Returns:
+            the ids of the tasks that still run.
+        """
+        return self._node.stop(timeout, cancel=cancel)
+
+    def close(self) -> None:
+        """Stop the queue and close its repository.
+
+        Threads that wait for the result of an unfinished task get ``QueueStopped``.
+        """
+        self.stop()
+        self._services.watcher.close()
+        self.repository.close()
+
+    def __enter__(self) -> Queue:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        """Stop the queue, also after an error or ``SystemExit``: running tasks can go on for 24 seconds.
+
+        After Ctrl-C running tasks are told to stop at once.
+        """
+        self.stop(cancel=kind is not None and issubclass(kind, KeyboardInterrupt))
+
+    def _set_workers(self, number: int) -> None:
+        """Have the next start begin with another number of workers."""
+        self.config = attrs.evolve(self.config, worker_num=number)
+
+    # --- forks
+
+    def _renew_after_fork(self) -> None:
+        """Reset the queue in a forked child to "not started", without touching the parent's resources."""
+        self.repository.forks.renew_after_fork()
+        self.repository.transactions.renew()
+        self._services.watcher.renew_after_fork()
+        self._node.forget()
+        self._engine.renew_after_fork()
+        self._wire()
+
+
+def run(*queues: Queue, timeout: float | timedelta = 30.0) -> int:
+    """Start queues, run them until SIGTERM or SIGINT (Ctrl-C), and stop them.
+
+    After the first signal running tasks can go on, and the queues stop as :meth:`Queue.stop` describes.
+    After the second one all tokens fire, and the call returns a second later at most. A task that still
+    runs when the program ends is interrupted: it runs again, and no attempt is counted. The call also
+    returns if other threads have stopped all queues. Signals that the program ignores stay ignored. The
+    signal handlers are restored at the end.
+
+    Args:
+        queues: the queues, started or not.
+        timeout: seconds, or a timedelta, that running tasks have after the first signal, as in
+            :meth:`Queue.stop`.
+
+    Returns:
+        the exit code of the program, for ``sys.exit``: 0 if no task runs any more; 1 if tasks still run
+        after ``timeout``, or a newer TaskX has migrated the file; 143 after a second signal that was
+        SIGTERM, 130 after one that was SIGINT.
+
+    Raises:
+        ConfigurationError: not called in the main thread, or an argument is not valid.
+        TaskxError: the errors of :meth:`Queue.start`. The other queues were stopped.
+    """
+    for queue in queues:
+        if not isinstance(queue, Queue):
+            raise ConfigurationError(f"run() takes queues, not {type(queue).__name__}")
+    if not queues:
+        raise ConfigurationError("run() requires at least one queue")
+    return foreground.run([queue._node for queue in dict.fromkeys(queues)], timeout)
+
+
+def node_of(queue: Queue, workers: int | None = None) -> LocalNode:
+    """Return the node of a queue that a supervised process runs, with another number of workers."""
+    if workers is not None:
+        queue._set_workers(workers)
+    return queue._node
+
+
+_queues: weakref.WeakSet[Queue] = weakref.WeakSet()
+
+
+def _renew_all_after_fork() -> None:
+    for queue in list(_queues):
+        queue._renew_after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_all_after_fork)

@@ -1,0 +1,491 @@
+"""``Schedule``, the object that a program uses, and the set of all schedules in a repository."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from datetime import datetime, timedelta, timezone
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import attrs
+
+from taskx.node.moving import Services
+from taskx.node.pool import State
+from taskx.node.schedules import OF_TASK, PREFIX, Entry, Overlap, entry_of, tick_id
+from taskx.queue.intake import Intake, prepare
+from taskx.queue.joining import Joining
+from taskx.stores.base import Repository
+from taskx.tasks import lifecycle, payload
+from taskx.tasks.checks import check_int
+from taskx.tasks.clock import to_datetime, to_ms
+from taskx.tasks.errors import ConfigurationError, RepositoryCorrupt, ScheduleNotFound
+from taskx.tasks.handles import TaskHandle
+from taskx.tasks.ids import new_id
+from taskx.tasks.model import TASK_FIELDS, Task, TaskStatus, check_moment
+from taskx.tasks.options import lifetime
+from taskx.tasks.record import DEFAULTS, task_from_row
+from taskx.tasks.tags import labels_of, split
+from taskx.tasks.ticks import BATCH, Every, Misfire, between, latest, zone
+from taskx.tasks.writes import Note
+
+#: Most ticks of a span that is back-filled by one call.
+MOST_BACKFILLED = 100_000
+_TICK = re.compile(r"@(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{3})?)Z\Z")
+
+
+@attrs.frozen
+class Tick:
+    """A past tick of a schedule.
+
+    Attributes:
+        at: its time, in the schedule's time zone.
+        task_id: the id that its task has or would have.
+        status: the status of its task; None if no such task is stored. The tick may have got none, for
+            example during a pause, or the task may have been deleted.
+    """
+
+    at: datetime
+    task_id: str
+    status: TaskStatus | None
+
+
+class Schedule:
+    """A schedule, in the state in which this object last read or changed it.
+
+    ``queue.schedule(…)`` returns one, ``queue.schedules()`` lists all. Every method except :meth:`next`
+    and :meth:`last` raises :class:`ScheduleNotFound` after the schedule was removed. These methods store
+    a schedule first that waits for the start of its queue.
+
+    Attributes:
+        stored: False if it is only declared, and the start of its queue will store it.
+    """
+
+    def __init__(self, entry: Entry, schedules: Schedules, *, stored: bool = True) -> None:
+        self._entry = entry
+        self._schedules = schedules
+        self.stored = stored
+
+    def __repr__(self) -> str:
+        more = ("" if self.stored else ", not stored yet") + (", paused" if self.paused else "")
+        return f"<Schedule {self.name!r} ({self.spec}): {self.type!r}{more}>"
+
+    # --- reading
+
+    @property
+    def name(self) -> str:
+        """Its name, unique in the repository."""
+        return self._entry.name
+
+    @property
+    def spec(self) -> str | Every:
+        """Its cron expression or interval."""
+        return self._entry.spec
+
+    @property
+    def tz(self) -> str:
+        """The time zone of its cron expression."""
+        return self._entry.tz
+
+    @property
+    def type(self) -> str:
+        """The type of its tasks."""
+        type_: str = self._entry.task["type"]
+        return type_
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The params of its tasks."""
+        params: dict[str, Any] = payload.loads(self._entry.task["params"])
+        return params
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """The tags of its tasks."""
+        return split(labels_of(self._entry.task.get("tags")))[0]
+
+    @property
+    def task(self) -> Task:
+        """The model of its tasks, with their params and options: ``queue.schedule`` takes it."""
+        row = {**DEFAULTS, **lifecycle.create(task_id="", now=0, **self._entry.task).row}
+        model = task_from_row([row[name] for name in TASK_FIELDS])
+        return attrs.evolve(model, created_at=None, expires_at=None)
+
+    @property
+    def expires(self) -> float | None:
+        """Seconds from a tick after which its task is cancelled if it has not started; None for never."""
+        expires: int | None = self._entry.task.get("expires")
+        return None if expires is None else expires / 1000
+
+    @property
+    def misfire(self) -> Misfire:
+        """The handling of ticks that were missed because no queue was started."""
+        return self._entry.misfire
+
+    @property
+    def misfire_grace(self) -> float | None:
+        """Seconds that a tick may be late and still get a task; None if there is no limit."""
+        grace = self._entry.grace
+        return None if grace is None else grace / 1000
+
+    @property
+    def overlap(self) -> Overlap:
+        """The handling of a tick while the schedule's last task has not ended."""
+        return self._entry.overlap
+
+    @property
+    def paused(self) -> bool:
+        """True if it is paused."""
+        return self._entry.paused
+
+    @property
+    def next_tick(self) -> datetime | None:
+        """The next tick, in UTC; None while it is paused."""
+        return None if self.paused else _moment(self._entry.next)
+
+    @property
+    def last_tick(self) -> datetime | None:
+        """The last tick that got a task, in UTC."""
+        return _moment(self._entry.last)
+
+    def next(self, count: int = 1) -> list[datetime]:
+        """Return the next ``count`` ticks in its own time zone, even if it is paused.
+
+        Raises:
+            ConfigurationError: ``count`` is not a whole number of 1 or more, or the host does not know the
+                time zone.
+        """
+        now, coming = self._schedules.now(), self._entry.next
+        ticks = self._entry.ticks.after(now if coming is None else max(now, coming - 1))
+        local = zone(self.tz)
+        found = islice(ticks, check_int(count, "count", 1))
+        return [to_datetime(tick).astimezone(local) for tick in found]
+
+    def last(self, count: int = 1) -> list[Tick]:
+        """Return the last ``count`` ticks since the schedule was declared, the newest first.
+
+        They have the statuses of their tasks. The schedule itself is not read again.
+
+        Raises:
+            ConfigurationError: ``count`` is not a whole number of 1 or more, or the host does not know the
+                time zone.
+            RepositoryError: the repository cannot be read.
+        """
+        most, entry, local = check_int(count, "count", 1), self._entry, zone(self.tz)
+        ticks = latest(entry.ticks, entry.since + 1, self._schedules.now(), most)
+        ids = {tick: tick_id(self.name, tick) for tick in reversed(ticks)}
+        with self._schedules.reading() as repository:
+            known = repository.statuses([*ids.values()])
+        return [
+            Tick(
+                to_datetime(tick).astimezone(local),
+                task_id,
+                TaskStatus(known[task_id]) if task_id in known else None,
+            )
+            for tick, task_id in ids.items()
+        ]
+
+    # --- changing
+
+    def store(self) -> None:
+        """Store it now, if it was only declared: started queues of other processes then let it tick.
+
+        A program needs this only if it does not start the queue.
+        """
+        self._change(lambda entry, now: entry)
+        self._schedules.declared.pop(self.name, None)
+
+    def pause(self) -> None:
+        """Stop its ticks until :meth:`resume`, even after restarts and new declarations."""
+        self._change(lambda entry, now: attrs.evolve(entry, paused=True))
+
+    def resume(self) -> None:
+        """Let it tick again; the ticks during the pause get no tasks."""
+        self._change(lambda entry, now: entry.resumed(now) if entry.paused else entry)
+
+    def _change(self, change: Callable[[Entry, int], Entry]) -> None:
+        self._entry, self.stored = self._schedules.change(self.name, change), True
+
+    def remove(self) -> None:
+        """Delete the schedule; the tasks that it has made stay."""
+        with self._schedules.joined() as schedules:
+            while not schedules.put(self.name, None, schedules.note(self.name).version):
+                continue
+            schedules.declared.pop(self.name, None)
+
+    def trigger(self) -> TaskHandle[Any]:
+        """Submit one of its tasks now, in addition to the tasks of its ticks.
+
+        Raises:
+            QueueStopped: the queue was stopped.
+        """
+        with self._schedules.joined(submits=True) as schedules:
+            task = entry_of(schedules.note(self.name)).task
+            insert = lifecycle.create(task_id=new_id(), now=schedules.now(), **task)
+            schedules.intake.put(insert)
+        return schedules.handle(insert.id)
+
+    def backfill(self, start: datetime, end: datetime) -> list[TaskHandle[Any]]:
+        """Submit the task of each tick between two past times, both included.
+
+        A task that is stored already is not submitted again. The tasks may run at the same time, even if
+        ``overlap`` is ``"skip"``.
+
+        Returns:
+            the handles of all tasks of the span, in the order of the ticks.
+
+        Raises:
+            ConfigurationError: a time is naive, ``end`` is before ``start`` or in the future, or the span
+                has more than 100,000 ticks. Nothing was submitted.
+            QueueStopped: the queue was stopped.
+        """
+        handles: list[TaskHandle[Any]] = []
+        with self._schedules.joined(submits=True) as schedules:
+            schedules.intake.refuse_if_stopped()
+            entry, now = entry_of(schedules.note(self.name)), schedules.now()
+            ticks = list(islice(between(entry.ticks, *_span(start, end, now)), MOST_BACKFILLED + 1))
+            if len(ticks) > MOST_BACKFILLED:
+                raise ConfigurationError(
+                    f"schedule {self.name!r} has more than {MOST_BACKFILLED:,} ticks from {start} to "
+                    f"{end}; back-fill a shorter span, or several of them"
+                )
+            work = schedules.intake.work
+            for first in range(0, len(ticks), BATCH):
+                some = ticks[first : first + BATCH]
+                inserts = [entry.insert(tick, now) for tick in some]
+                work.moves.commit(inserts)
+                handles += [schedules.handle(insert.id) for insert in inserts]
+                work.after(schedules.services.agenda.fetch_soon)
+        return handles
+
+
+class Schedules:
+    """The schedules of a repository.
+
+    Args:
+        handle: makes a handle for a task.
+    """
+
+    def __init__(self, handle: Callable[[str], TaskHandle[Any]]) -> None:
+        self.handle = handle
+        #: The schedules that were declared before the start of the queue, by name.
+        self.declared: dict[str, Entry] = {}
+
+    def wire(self, services: Services, intake: Intake, joining: Joining, state: State) -> None:
+        """Set the services to use from now on; a forked child has its own."""
+        self.services = services
+        self.intake = intake
+        self._repository = intake.work.repository
+        self._joining = joining
+        self._state = state
+
+    @property
+    def _wait(self) -> bool:
+        """True if declared schedules wait for the start of the queue."""
+        return self._state.pool is None and not self._state.stopped
+
+    def reading(self) -> AbstractContextManager[Repository]:
+        """Return the repository for a read of this thread: it may be in a transaction of its own."""
+        return self._joining.reading()
+
+    @contextmanager
+    def joined(self, *, submits: bool = False) -> Iterator[Schedules]:
+        """Return the schedules for changes of this thread: it may be in a transaction of its own.
+
+        ``submits`` says that the changes are new tasks: see :meth:`Transactions.current`.
+
+        Raises:
+            ConfigurationError: the changes cannot take part in the transaction.
+        """
+        with self._joining.changing(submits=submits) as work:
+            if work is self.intake.work:
+                yield self
+                return
+            made = Schedules(self.handle)
+            made.declared = self.declared
+            made.wire(self.services, self._joining.intake_of(work), self._joining, self._state)
+            yield made
+
+    def now(self) -> int:
+        """Return the time, in milliseconds."""
+        return self.services.clock.now_ms()
+
+    def all(self) -> dict[str, Schedule]:
+        """Return all schedules that can be read or are declared, by name and in the order of names."""
+        with self.reading() as repository:
+            notes = repository.notes(PREFIX)
+        found = {}
+        for note_name, note in notes.items():
+            try:
+                entry = entry_of(note)
+            except RepositoryCorrupt as error:
+                self.services.log.warning("%s cannot be listed: %s", note_name, error)
+            else:
+                found[entry.name] = Schedule(entry, self)
+        for name, wanted in list(self.declared.items()) if self._wait else ():
+            stored = name in found
+            entry = self._merged(wanted, notes.get(PREFIX + name))
+            found[name] = Schedule(entry, self, stored=stored)
+        return {name: found[name] for name in sorted(found)}
+
+    def note(self, name: str) -> Note:
+        """Return the note of a schedule; raise ``ScheduleNotFound`` if it does not exist.
+
+        A schedule that waits for the start of the queue is stored first.
+        """
+        if self._wait and (wanted := self.declared.get(name)) is not None:
+            self.store(wanted)
+        note = self._repository.notes(PREFIX + name).get(PREFIX + name)
+        if note is None:
+            raise ScheduleNotFound(name)
+        return note
+
+    def declare(
+        self, entry: Entry, task: Task, priority: int | None, expires: float | timedelta | None
+    ) -> Schedule:
+        """Store a schedule, or update the stored one of the same name; wait for the start before.
+
+        Args:
+            entry: the wanted schedule, without its task.
+            task: the model of its tasks.
+            priority: overrides the priorities of the task and of the executor.
+            expires: the option of its tasks; None for that of the executor.
+        """
+        self._repository.require("schedules")
+        wanted = attrs.evolve(entry, task=self._template(entry.name, task, priority, expires))
+        if self._wait:
+            self.declared[entry.name] = wanted
+            if self._wait:  # else the start, meanwhile, may have missed it
+                return Schedule(self._merged(wanted, None), self, stored=False)
+        with self.joined() as schedules:
+            return Schedule(schedules.store(wanted), self)
+
+    def store_declared(self, stored: Mapping[str, Entry] | None = None) -> dict[str, Entry]:
+        """Store the schedules that were declared before the start, and return them.
+
+        Those in ``stored`` are left out, unless they were declared anew.
+        """
+        declared = dict(self.declared)
+        for name, wanted in declared.items():
+            if stored is None or stored.get(name) is not wanted:
+                self.store(wanted)
+        return declared
+
+    def store(self, wanted: Entry) -> Entry:
+        """Store a schedule, merged with the stored one of the same name; return the result."""
+        note_name = PREFIX + wanted.name
+        while True:
+            note = self._repository.notes(note_name).get(note_name)
+            new = self._merged(wanted, note)
+            unchanged = note is not None and new.to_text() == note.text
+            if unchanged or self.put(wanted.name, new, 0 if note is None else note.version):
+                return new
+
+    def _template(
+        self, name: str, task: Task, priority: int | None, expires: float | timedelta | None
+    ) -> dict[str, Any]:
+        if task.id or task.run_at is not None:
+            raise ConfigurationError(
+                "the task of a schedule must have no id and no run_at: leave them out"
+            )
+        if not task.created_by:
+            task = attrs.evolve(task, created_by=f"schedule:{name}")
+        if task.unique_key is not None or task.depends_on:
+            raise ConfigurationError(
+                "the tasks of a schedule must have no unique_key and no depends_on: leave them out"
+            )
+        if task.expires_at is not None and expires is None:
+            raise ConfigurationError(
+                "the task of a schedule must have no expires_at: give `expires` in seconds instead"
+            )
+        row = prepare(self.services, task, priority, stored=False).row
+        self._repository.codecs.columns(row)  # raises now instead of at every tick
+        template = {column: value for column, value in row.items() if column in OF_TASK}
+        executor = self.services.registry.registered.get(row["type"])
+        if expires is not None:
+            template["expires"] = lifetime(expires)
+        elif executor is not None and executor.expires is not None:
+            template["expires"] = executor.expires
+        return template
+
+    def _merged(self, wanted: Entry, note: Note | None) -> Entry:
+        now = self.now()
+        fresh = attrs.evolve(wanted, since=now)
+        if note is None:
+            return fresh.resumed(now)
+        try:
+            return fresh.declared_again(entry_of(note), now)
+        except RepositoryCorrupt as error:
+            self.services.log.warning(
+                "schedule %r is replaced by a new one: %s", wanted.name, error
+            )
+            return attrs.evolve(fresh.resumed(now), paused=_says_paused(note))
+
+    def change(self, name: str, change: Callable[[Entry, int], Entry]) -> Entry:
+        """Change the stored schedule; ``change`` gets the schedule and the time.
+
+        Raises:
+            ScheduleNotFound: no schedule has this name.
+        """
+        with self.joined() as schedules:
+            while True:
+                note = schedules.note(name)
+                old = entry_of(note)
+                new = change(old, self.now())
+                if new == old or schedules.put(name, new, note.version):
+                    return new
+
+    def put(self, name: str, entry: Entry | None, version: int) -> bool:
+        """Store a schedule, or delete it (None); return False if its note has another version now."""
+        text = None if entry is None else entry.to_text()
+        stored = self._repository.put_note(PREFIX + name, text, version)
+        if stored:
+            self.intake.work.after(partial(self.services.agenda.check_schedule_soon, name))
+        return stored
+
+
+def _span(start: datetime, end: datetime, now: int) -> tuple[int, int]:
+    for moment, what in ((start, "start"), (end, "end")):
+        if moment is None:
+            raise ConfigurationError(f"{what} must be a datetime, not None")
+        check_moment(moment, what)
+    first, last = to_ms(start), to_ms(end)
+    if not first <= last <= now:
+        raise ConfigurationError(
+            f"a back-fill must not end before its start, nor in the future: {start} to {end}"
+        )
+    return first, last
+
+
+def _says_paused(note: Note) -> bool:
+    """Return True if an unreadable schedule is paused; a newer version may have paused it."""
+    try:
+        data = payload.loads(note.text)
+    except ValueError:
+        return False
+    return isinstance(data, dict) and data.get("paused") is True
+
+
+def _moment(ms: int | None) -> datetime | None:
+    return None if ms is None else to_datetime(ms)
+
+
+def tick_of(task: Task) -> datetime | None:
+    """Return the tick of a schedule's task, in UTC, however late the task runs.
+
+    Returns:
+        the time of the tick; None if no tick made the task.
+
+    Raises:
+        ConfigurationError: the argument is not a :class:`Task`.
+    """
+    if not isinstance(task, Task):
+        raise ConfigurationError(f"tick_of requires a Task, not {type(task).__name__}")
+    found = _TICK.search(task.id)
+    try:
+        moment = datetime.fromisoformat(found[1]) if found else None
+    except ValueError:  # an id that only looks like the id of a tick
+        return None
+    return moment and moment.replace(tzinfo=timezone.utc)

@@ -1,4 +1,0 @@
-"""Schedules: their stored form, and the tasks of their ticks.
-
-``Queue`` and the housekeeper use this package.
-"""

@@ -1,5 +1,0 @@
-"""Stores of tasks: the interface, and the repositories that come with TaskX.
-
-A repository knows no rules: it applies guarded writes and answers a few queries. Queries that need several
-of these are in ``queries``.
-"""

@@ -1,0 +1,301 @@
+"""Controls: what people have set for the nodes of a repository. Each control is a note.
+
+There are pauses, overrides of limits and numbers of workers, and requests to single nodes. The names of the
+notes share a prefix, so that a node reads all of them at once. The prefix is as old as the pauses, which
+came first. The overridden limits of a type are kept as ``Queue.tune`` takes them: a mapping that has only
+the options that are overridden.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import attrs
+
+from taskx.stores.base import Repository
+from taskx.tasks.checks import check_int, in_seconds
+from taskx.tasks.errors import ConfigurationError
+from taskx.tasks.ids import new_id
+from taskx.tasks.model import check_key
+from taskx.tasks.options import LimitOptions, Options
+from taskx.tasks.rate import Limit, rate_as_given, rate_of
+from taskx.tasks.writes import Note
+
+_PAUSE = "pause"
+_OVERRIDES = "pause.overrides"
+#: The prefix of the names of requests.
+REQUEST = "pause.request/"
+#: The kinds of requests.
+STACKS, STOP = "stacks", "stop"
+#: The options of a type that can be overridden.
+LIMITS = ("max_concurrency", "rate", "burst", "limit_scope")
+#: Most workers of a node.
+MOST_WORKERS = 10_000
+
+
+@attrs.frozen
+class Paused:
+    """The paused types. It is false if nothing is paused; ``"type" in paused`` checks one type.
+
+    Attributes:
+        everything: True if the whole queue is paused.
+        types: the types that are paused individually.
+    """
+
+    everything: bool = False
+    types: frozenset[str] = frozenset()
+
+    def __contains__(self, type: str) -> bool:
+        return self.everything or type in self.types
+
+    def __bool__(self) -> bool:
+        return self.everything or bool(self.types)
+
+
+@attrs.frozen
+class Overrides:
+    """All overrides of a repository. It is false if there are none.
+
+    Attributes:
+        types: the overridden limits of each type.
+        workers: the number of workers of each node; None: the number that its program configured.
+        nodes: the number of workers of single nodes, by their ids.
+    """
+
+    types: Mapping[str, LimitOptions] = attrs.field(factory=dict, hash=False)
+    workers: int | None = None
+    nodes: Mapping[str, int] = attrs.field(factory=dict, hash=False)
+
+    def __bool__(self) -> bool:
+        return bool(self.types or self.nodes) or self.workers is not None
+
+    def workers_of(self, node: str, configured: int) -> int:
+        """Return the number of workers that a node shall have."""
+        return self.nodes.get(node, configured if self.workers is None else self.workers)
+
+    def with_type(self, type: str, limits: LimitOptions) -> Overrides:
+        """Return these overrides with other limits of a type; none if ``limits`` is empty."""
+        types = {**self.types, type: limits}
+        return attrs.evolve(self, types={name: some for name, some in types.items() if some})
+
+    def with_workers(self, workers: int | None, node: str | None = None) -> Overrides:
+        """Return these overrides with another number of workers, of all nodes or of one."""
+        if node is None:
+            return attrs.evolve(self, workers=workers)
+        nodes = {name: number for name, number in self.nodes.items() if name != node}
+        return attrs.evolve(self, nodes=nodes if workers is None else {**nodes, node: workers})
+
+    def to_text(self) -> str:
+        """Return them as JSON text."""
+        return json.dumps(attrs.asdict(self))
+
+
+class Request(NamedTuple):
+    """A request to a node.
+
+    Attributes:
+        node: the id of the node.
+        id: the id of the request.
+        what: the kind of the request.
+        note: its note.
+    """
+
+    node: str
+    id: str
+    what: str
+    note: Note
+
+    @property
+    def name(self) -> str:
+        """The name of its note."""
+        return f"{REQUEST}{self.node}/{self.id}"
+
+
+class Controls:
+    """Reads and changes the controls of a repository."""
+
+    def __init__(self, repository: Repository) -> None:
+        self._repository = repository
+        self._refreshing = threading.Lock()
+        self._text: str | None = None  # of the known overrides
+        #: The pauses as they were at the last refresh.
+        self.paused = Paused()
+        #: The overrides as they were at the last refresh.
+        self.overrides = Overrides()
+        #: The requests to all nodes as they were at the last refresh.
+        self.requests: Sequence[Request] = ()
+
+    def read_paused(self) -> Paused:
+        """Read the current pauses from the repository."""
+        return _paused(self._repository.notes(_PAUSE))
+
+    def read_overrides(self) -> Overrides:
+        """Read the current overrides from the repository."""
+        note = self._read_note(_OVERRIDES)
+        return Overrides() if note is None else from_text(note.text)
+
+    def refresh(self) -> bool:
+        """Read all controls again. Return True if the pauses changed."""
+        # Else a thread that read before a change might set its result after another one that read later.
+        with self._refreshing:
+            notes = self._repository.notes(_PAUSE)
+            text = notes[_OVERRIDES].text if _OVERRIDES in notes else None
+            if text != self._text:
+                self.overrides = Overrides() if text is None else from_text(text)
+                self._text = text
+            self.requests = _requests(notes)
+            before, self.paused = self.paused, _paused(notes)
+            return self.paused != before
+
+    # --- pauses
+
+    def pause(self, type: str | None) -> None:
+        """Pause a type, or with None everything.
+
+        Raises ``ConfigurationError`` if the repository cannot store pauses.
+        """
+        self._repository.put_note(_pause(type), "", 0)  # does nothing if it is already paused
+
+    def resume(self, type: str | None) -> None:
+        """Lift the pause of a type, or with None the pause of everything."""
+        name = _pause(type)
+        while note := self._read_note(name):
+            if self._repository.put_note(name, None, note.version):
+                break
+
+    # --- overrides
+
+    def override(self, change: Callable[[Overrides], Overrides]) -> None:
+        """Change the overrides.
+
+        Raises ``ConfigurationError`` if the repository cannot store overrides.
+        """
+        done = False
+        while not done:
+            note = self._read_note(_OVERRIDES)
+            wanted = change(Overrides() if note is None else from_text(note.text))
+            if note is None and not wanted:
+                return
+            text = wanted.to_text() if wanted else None
+            done = self._repository.put_note(_OVERRIDES, text, note.version if note else 0)
+
+    # --- requests
+
+    def request(self, node: str, what: str) -> Request:
+        """Ask a node for something."""
+        request = Request(node, new_id(), what, Note(what, 0))
+        self._repository.put_note(request.name, what, 0)
+        return request
+
+    def withdraw(self, request: Request) -> None:
+        """Take a request back, if the node has not taken it yet."""
+        if note := self._read_note(request.name):
+            self._repository.put_note(request.name, None, note.version)
+
+    def _read_note(self, name: str) -> Note | None:
+        return self._repository.notes(name).get(name)
+
+
+def _pause(type: str | None) -> str:
+    return _PAUSE if type is None else f"{_PAUSE}/{check_key(type, 'type')}"
+
+
+def _paused(notes: Mapping[str, Note]) -> Paused:
+    start = len(_PAUSE) + 1
+    types = frozenset(name[start:] for name in notes if name.startswith(_PAUSE + "/"))
+    return Paused(_PAUSE in notes, types)
+
+
+def _requests(notes: Mapping[str, Note]) -> list[Request]:
+    found = []
+    for name, note in notes.items():
+        if name.startswith(REQUEST):
+            node, _, request = name.removeprefix(REQUEST).partition("/")
+            found.append(Request(node, request, note.text, note))
+    return found
+
+
+# --- overrides
+
+
+def from_text(text: str) -> Overrides:
+    """Return the overrides of a note; leave out what is damaged, or of a newer version."""
+    try:
+        known = json.loads(text)
+        types = {type: _known_limits(limits) for type, limits in known["types"].items()}
+        workers = known["workers"]
+        return Overrides(
+            {type: limits for type, limits in types.items() if limits},
+            None if workers is None else check_workers(workers),
+            {node: check_workers(number) for node, number in known["nodes"].items()},
+        )
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        return Overrides()
+
+
+def check_workers(number: Any) -> int:
+    """Return a number of workers.
+
+    Raises:
+        ConfigurationError: it is not valid.
+    """
+    return check_int(number, "workers", 1, MOST_WORKERS)
+
+
+def check_limits(limits: Mapping[str, Any]) -> LimitOptions:
+    """Return overridden limits in the form in which they are stored.
+
+    Raises:
+        ConfigurationError: a value is not valid.
+    """
+    checked: Any = {name: limits[name] for name in LIMITS if name in limits}
+    Options(**checked)
+    if isinstance(rate := checked.get("rate"), (tuple, list)):
+        count, period = rate
+        seconds = in_seconds(period) if isinstance(period, timedelta) else float(period)
+        checked["rate"] = (count, seconds)
+    return checked  # type: ignore[no-any-return]
+
+
+def _known_limits(limits: Any) -> LimitOptions:
+    if isinstance(rate := limits.get("rate"), list):
+        limits = {**limits, "rate": tuple(rate)}
+    try:
+        return check_limits(limits)
+    except ConfigurationError:
+        return {}
+
+
+def overridden(own: Options, limits: LimitOptions) -> Limit | None:
+    """Return the limits of an executor with these options, of which ``limits`` are overridden.
+
+    Raises:
+        ConfigurationError: the executor's own limits do not fit together.
+    """
+    if (given := own.limit) is not None and not limits:
+        return given
+    wanted: dict[str, Any] = {name: getattr(own, name) for name in LIMITS}
+    wanted.update(limits)
+    most, rate = wanted["max_concurrency"], wanted["rate"]
+    if most is None and rate is None:
+        return None
+    burst = None if rate is None else wanted["burst"]
+    return Limit(most, rate_of(rate, burst), wanted["limit_scope"] or "node")
+
+
+def options_of_limit(limit: Limit | None) -> LimitOptions:
+    """Return limits as the options that set them; empty for no limits."""
+    if limit is None:
+        return {}
+    options: LimitOptions = {}
+    if limit.max_concurrency is not None:
+        options["max_concurrency"] = limit.max_concurrency
+    if limit.rate is not None:
+        options["rate"] = rate_as_given(limit.rate)
+        options["burst"] = limit.rate.burst
+    options["limit_scope"] = limit.scope
+    return options

@@ -1,0 +1,133 @@
+"""The differences between databases in the text of statements."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from taskx.tasks.lifecycle import PENDING
+from taskx.tasks.model import CONDITIONS
+from taskx.tasks.record import FREE, STUB
+
+#: A text that begins with a prefix comes before the prefix and this.
+LAST = "\U0010ffff"
+
+
+class Dialect:
+    """The SQL of one kind of database, as far as the statements of the store differ from others.
+
+    Args:
+        tasks: the name of the table of tasks.
+        parents: the name of the table with the pairs of a parent and a task.
+        tags: the name of the table of tags.
+        notes: the name of the table of notes.
+    """
+
+    #: The operator that compares two values, and finds NULL equal to NULL.
+    same = "IS NOT DISTINCT FROM"
+    #: The end of an ``INSERT`` that does nothing if a unique value is taken; empty if it fails then.
+    unless_taken = " ON CONFLICT DO NOTHING"
+    #: The beginning of an ``UPDATE`` that sets a unique value.
+    update_unique = "UPDATE"
+    #: The end of a ``SELECT`` that locks its rows.
+    locks = " FOR UPDATE"
+    #: The join of the table of tags with that of tasks, in this order.
+    join = "JOIN"
+    #: Compares a lower-case text with a part of the column ``error``. Only A to Z have lower case.
+    error_contains = "instr(lower(error), ?) > 0"
+    #: The condition of the index of stuck tasks.
+    stuck = "stuck_on > ''"
+    #: A value that comes after all priorities.
+    after_all: Any = 2**63 - 1
+    #: The conditions of a filter that the statements apply.
+    conditions = CONDITIONS - {"params"}
+    #: The types that a date may have in a place of a list.
+    dates: type | tuple[type, ...] = int
+
+    #: True if a query may follow an index by a recursion, one step for each value.
+    recursive = True
+    #: True if the tables know the defaults of their columns.
+    has_defaults = False
+    #: True if triggers keep the pairs and tags of tasks that are removed, and new tags of others.
+    has_triggers = False
+    #: True if writes of the same form are one statement with arrays.
+    has_arrays = False
+    #: True if a transaction can go on after an error only at a savepoint before it.
+    needs_savepoints = False
+    #: True if an ``UPDATE`` cannot pass over locked rows, and a ``SELECT`` before it must.
+    locks_first = False
+    #: True if lists of tasks in no order of an index are sorted by number and date alone.
+    sorts_numbers = False
+    #: The most types of tasks in one query, and the most writes in one statement without arrays.
+    most_types, most_together = 50, 1
+    #: Subqueries for the tasks of a status that name their indexes.
+    spans: Mapping[str | None, str] = {}
+
+    #: The expressions of the columns of a stub.
+    stub = ", ".join(STUB)
+
+    def __init__(self, tasks: str, parents: str, tags: str, notes: str) -> None:
+        self.tasks, self.parents, self.tags, self.notes = tasks, parents, tags, notes
+
+    def columns(self, names: Iterable[str]) -> str:
+        """Return columns as a query selects them."""
+        return ", ".join(names)
+
+    def named(self, task_ids: Sequence[str]) -> tuple[str, Sequence[Any]]:
+        """Return the condition for the rows of tasks with these ids, and its values."""
+        return "id = ?" if len(task_ids) == 1 else among("id", len(task_ids)), task_ids
+
+    def index(self, name: str) -> str:
+        """Return what follows the name of the table of tasks, so that a query uses an index."""
+        return ""
+
+    def of_status(self, status: str) -> str:
+        """Return the condition for the tasks of a status."""
+        if status == PENDING:
+            # The indexes of what may start and of what waits hold all pending tasks between them.
+            return f"status = '{PENDING}' AND (held = {FREE} OR held > {FREE})"
+        return f"status = '{status}'"
+
+
+class Postgres(Dialect):
+    """PostgreSQL."""
+
+    error_contains = "strpos(lower(error), ?) > 0"
+    has_arrays = needs_savepoints = True
+
+
+class MySQL(Dialect):
+    """MariaDB and MySQL."""
+
+    same = "<=>"
+    unless_taken = ""
+    recursive = False
+    locks_first = True
+
+
+class SQLite(Dialect):
+    """SQLite. Any value may be in any column."""
+
+    same = "IS"
+    update_unique = "UPDATE OR IGNORE"
+    locks = ""
+    join = "CROSS JOIN"
+    after_all = LAST  # a damaged number is a text, which comes after all numbers
+    most_types, most_together = 1, 32
+    # Casts, as one damaged record must not prevent the others from being sorted.
+    stub = (
+        "+id, +status, CAST(starts AS INTEGER), CAST(priority AS INTEGER), CAST(created_at AS INTEGER), "
+        "+cancel_requested_at, CAST(type AS TEXT), CAST(run_at AS INTEGER)"
+    )
+
+    def columns(self, names: Iterable[str]) -> str:
+        """Return columns as expressions, which have no declared type.
+
+        A connection of a caller may have ``PARSE_DECLTYPES``, and converters for the types of our columns.
+        """
+        return ", ".join(f"+{name}" for name in names)
+
+
+def among(name: str, count: int) -> str:
+    """Return the condition that a column has one of some values."""
+    return f"{name} = ?" if count == 1 else f"{name} IN ({', '.join('?' * count)})"

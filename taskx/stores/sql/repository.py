@@ -1,0 +1,273 @@
+"""A repository in SQL: the reads and the guarded writes, over any connections."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from itertools import compress
+from typing import Any
+
+import attrs
+
+from taskx.stores.base import Fields, Listed, Lookup, Reads, Repository, Rows, Timed, check_place
+from taskx.stores.liveness.base import PREFIX as NODES
+from taskx.stores.liveness.base import Liveness
+from taskx.stores.sql.dialects import LAST
+from taskx.stores.sql.groups import GroupWriter
+from taskx.stores.sql.link import Apart, Links
+from taskx.stores.sql.statements import EARLIER, SAME, Statements
+from taskx.stores.sql.writing import Refused, Writer
+from taskx.tasks.clock import SYSTEM_CLOCK, Clock
+from taskx.tasks.codec import Codec, Codecs
+from taskx.tasks.model import TASK_FIELDS, Task, TaskFilter
+from taskx.tasks.record import Ended, Stub, parents_from_text, task_from_row
+from taskx.tasks.tags import FLOW
+from taskx.tasks.timing import DEFAULT_TIMING, Timing
+from taskx.tasks.writes import Note, NoteChange, Write
+
+_MOST_VALUES = 500  # in one query
+_CREATED_AT = TASK_FIELDS.index("created_at")
+# SQLite sorts a damaged time, a text, above all numbers: it is never due.
+_ANY_NUMBER = 2**63 - 1
+
+
+class SQLReads(Reads):
+    """The reads with statements of their own."""
+
+    def __init__(self, repository: Repository, statements: Statements, links: Links) -> None:
+        super().__init__(repository)
+        self.statements = statements
+        self._rows = links.rows
+
+    def list_after(self, filter: TaskFilter, after: Any = None) -> tuple[Sequence[Task], Any]:
+        self._repository.refuse_unknown_conditions(filter)
+        sql, by = self.statements, self._rarest(filter)
+        if after is None:
+            rows = self._rows(*sql.list_tasks(filter, by=by))
+        else:
+            after = check_place(after, sql.dialect.dates, int)
+            rows = self._rows(*sql.list_tasks(filter, SAME, after, by))
+            if (left := filter.limit - len(rows)) > 0:
+                rest = attrs.evolve(filter, limit=left)
+                rows += self._rows(*sql.list_tasks(rest, EARLIER, after[:1], by))
+        tasks = [task_from_row(row, self._repository.codecs) for *row, _ in rows]
+        return tasks, (rows[-1][_CREATED_AT], rows[-1][-1]) if rows else after
+
+    def count_to(self, filter: TaskFilter, most: int | None) -> int:
+        self._repository.refuse_unknown_conditions(filter)
+        query = self.statements.count_tasks(filter, most, self._rarest(filter))
+        ((count,),) = self._rows(*query)
+        return int(count)
+
+    def count_by_status(self, filter: TaskFilter, most: int) -> dict[str, int]:
+        self._repository.refuse_unknown_conditions(filter)
+        query = self.statements.count_by_status(filter, most, self._rarest(filter))
+        return {status: int(count) for status, count in self._rows(*query)}
+
+    def _rarest(self, filter: TaskFilter) -> str:
+        """Return the label of the filter that the fewest tasks have; empty if another index is better."""
+        labels = filter.labels
+        if not labels or filter.id_prefix or filter.parent is not None:
+            return ""
+        counted = filter.status is not None and self.statements.dialect.spans
+        if len(labels) == 1 and not counted:
+            return labels[0]
+        [counts] = self._rows(*self.statements.fewest(filter))
+        rarest: int = counts.index(min(counts))
+        return (*labels, "")[rarest]
+
+    def flows(self, before: str, limit: int) -> Sequence[str]:
+        found = self.walk(self.statements.last_flow, (), FLOW + (before or LAST), limit)
+        return [label[len(FLOW) :] for label in found]
+
+    def walk(self, step: str, values: Sequence[Any], start: Any, limit: int) -> list[Any]:
+        """Return the values to which a query leads, step by step in an index."""
+        if self.statements.dialect.recursive:
+            walk = self.statements.walk(step)
+            return [value for (value,) in self._rows(walk, (*values, start, *values, limit))]
+        # MySQL's recursion would read all rows for each step, and ends after a thousand.
+        found: list[Any] = []
+        while len(found) < limit:
+            ((value,),) = self._rows(f"{step}?", (*values, start))
+            if value is None:
+                break
+            found.append(value)
+            start = value
+        return found
+
+    def count_ready(self, type: str, owner: str, at_most: int) -> int:
+        ((count,),) = self._rows(self.statements.count_ready, (owner, type, at_most))
+        return int(count)
+
+    def newest(self, status: str, limit: int, fields: Fields) -> Rows:
+        return self._rows(self.statements.newest(status, fields), (limit,))
+
+    def notes_named(self, names: Sequence[str]) -> dict[str, Note]:
+        found: dict[str, Note] = {}
+        for start in range(0, len(names), _MOST_VALUES):
+            some = names[start : start + _MOST_VALUES]
+            found.update(_notes(self._rows(self.statements.notes_named(len(some)), some)))
+        return found
+
+    def notes_after(self, prefix: str, after: str, limit: int) -> dict[str, Note]:
+        return _notes(self._rows(self.statements.notes_after, (after, prefix + LAST, limit)))
+
+
+class SQLRepository(Repository):
+    """A repository in tables.
+
+    Args:
+        statements: the statements in the dialect of the database.
+        links: gives the connections.
+    """
+
+    def __init__(
+        self,
+        statements: Statements,
+        links: Links,
+        clock: Clock = SYSTEM_CLOCK,
+        codec: Codec | Iterable[Codec] | Codecs | None = None,
+        timing: Timing = DEFAULT_TIMING,
+        liveness: Liveness[Any] | None = None,
+    ) -> None:
+        super().__init__(clock, codec, timing, liveness)
+        self.conditions = statements.dialect.conditions
+        self.statements = statements
+        self._links = links
+        self._rows = links.rows
+        self.reads = self._reads = SQLReads(self, statements, links)
+        self._walk = self._reads.walk
+        self._writer = (GroupWriter if statements.dialect.has_arrays else Writer)(statements)
+
+    def over(self, links: Links) -> SQLRepository:
+        """Return the repository over other links: as a transaction of a caller sees it."""
+        shared = self.clock, self.codecs, self.timing, self.liveness
+        return SQLRepository(self.statements, links, *shared)
+
+    @property
+    def entered(self) -> bool:
+        return self._links.entered
+
+    def version(self) -> object:
+        """Return a new value: nothing waits for others inside a transaction."""
+        return object()
+
+    def _durable(self, writes: Sequence[Write]) -> bool:
+        """Return True if one of the writes must survive a power cut, or the death of the server."""
+        return True in [write.durable for write in writes]
+
+    # --- writing
+
+    def apply(self, writes: Sequence[Write], *, all_or_nothing: bool = False) -> Sequence[bool]:
+        """Apply guarded writes in one transaction. After an error, nothing was applied."""
+        coded = self.codecs.coded(writes) if self.codecs.given else writes
+        sent, durable, writer = (writes, coded), self._durable(writes), self._writer
+        single = writer.dialect.has_arrays and len(coded) == 1 and writer.is_single(coded[0])
+        try:
+            try:
+                work = partial(writer.together, coded, all_or_nothing)
+                results = self._links.transaction(work, durable, sent, single=single)
+            except Apart:
+                work = partial(writer.each, coded, all_or_nothing)
+                results = self._links.transaction(work, durable, sent)
+        except Refused as refused:
+            return refused.results
+        self._links.tell_others(writes if False not in results else [*compress(writes, results)])
+        return results
+
+    def put_notes(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
+        # Notes about nodes need no sync: after a power cut all nodes are dead. A node whose schema is
+        # outdated may still change its own note, to say that it stops and leaves.
+        nodes = all(change.name.startswith(NODES) for change in changes)
+        on_record = nodes and all(change.version for change in changes)
+        return self._links.transaction(
+            lambda link: [self._writer.put_note(link, change) for change in changes],
+            not nodes,
+            ((), ()) if on_record else None,
+            single=len(changes) == 1,
+        )
+
+    # --- reading
+
+    def find(
+        self, column: Lookup, values: Sequence[str], fields: Fields, limit: int | None = None
+    ) -> Rows:
+        found: list[Any] = []
+        for start in range(0, len(values), _MOST_VALUES):
+            some = values[start : start + _MOST_VALUES]
+            sql, keys = self.statements.find(column, some, fields, limit is not None)
+            keys = keys if limit is None else [*keys, limit - len(found)]
+            found += self._links.few_rows(column, sql, keys)
+        return found
+
+    def distinct(self, column: Listed, after: str, limit: int) -> Sequence[str]:
+        if column != "ready_type":
+            return self._walk(self.statements.steps[column], (), after, limit)
+        if self.statements.dialect.recursive:
+            return [kind for (kind,) in self._rows(self.statements.ready_types, (after, limit))]
+        steps = self.statements.steps
+        owners = ["", *self._walk(steps["buffered_on"], (), "", _ANY_NUMBER)]
+        kinds = {kind for one in owners for kind in self._walk(steps[column], (one,), after, limit)}
+        return sorted(kinds)[:limit]
+
+    def list(self, filter: TaskFilter) -> Sequence[Task]:
+        return self.reads.list_after(filter)[0]
+
+    def count(self, filter: TaskFilter) -> int:
+        return self._reads.count_to(filter, None)
+
+    def ready(
+        self, types: Iterable[str], limit: int, owner: str = "", ageing: int = 0
+    ) -> Sequence[Stub]:
+        kinds = [*types]
+        if ageing:
+            return self._ready_by_age(kinds, limit, owner, ageing)
+        rows: list[Any] = []
+        for start in range(0, len(kinds), most := self.statements.dialect.most_types):
+            some = kinds[start : start + most]
+            values = [value for kind in some for value in (owner, kind, limit)]
+            rows += self._rows(self.statements.ready(len(some)), values)
+        if len(kinds) > 1:
+            rows.sort(key=lambda row: (-row[3], row[-1]))
+        return [_stub(row) for row in rows[:limit]]
+
+    def _ready_by_age(
+        self, kinds: Sequence[str], limit: int, owner: str, ageing: int
+    ) -> Sequence[Stub]:
+        sql = self.statements
+        levels = [
+            (owner, kind, priority, limit)
+            for kind in kinds
+            for priority in self._walk(
+                sql.lower_priority, (owner, kind), sql.dialect.after_all, _ANY_NUMBER
+            )
+        ]
+        rows = [row for level in levels for row in self._rows(sql.ready_at, level)]
+        rows.sort(key=lambda row: (_stub(row).rank(ageing), row[-1]))
+        return [_stub(row) for row in rows[:limit]]
+
+    def due(
+        self, before: int | None, limit: int, column: Timed = "run_at"
+    ) -> Sequence[tuple[str, int]]:
+        latest = _ANY_NUMBER if before is None else before
+        return self._rows(self.statements.due[column], (latest, limit))
+
+    def ended(self, status: str, before: int, limit: int, after: Any = None) -> Sequence[Ended]:
+        place = after or (before, 0)
+        rows = self._rows(self.statements.ended(status), (place[0], *place, before, limit))
+        return [
+            Ended(_stub(row), parents_from_text(parents), lock, scope, (created_at, seq))
+            for *row, parents, lock, scope, created_at, seq in rows
+        ]
+
+    def notes(self, prefix: str) -> dict[str, Note]:
+        return _notes(self._rows(self.statements.notes, (prefix, prefix + LAST)))
+
+
+def _notes(rows: Iterable[Sequence[Any]]) -> dict[str, Note]:
+    return {name: Note(text, int(version)) for name, text, version in rows}
+
+
+def _stub(row: Sequence[Any]) -> Stub:
+    task_id, status, starts, priority, created_at, asked_at, kind, run_at = row[:8]
+    return Stub(task_id, status, starts, priority, created_at, asked_at is not None, kind, run_at)

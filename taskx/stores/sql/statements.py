@@ -1,0 +1,445 @@
+"""The statements, built once for each dialect and each shape of a filter or of a write.
+
+They have ``?`` for their values. A partial index is used only if its own conditions are repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from taskx.stores.base import Listed, Lookup, Timed
+from taskx.stores.sql.dialects import Dialect, among
+from taskx.tasks.clock import to_ms
+from taskx.tasks.conditions import Scalar
+from taskx.tasks.lifecycle import PENDING, RUNNING
+from taskx.tasks.model import TASK_FIELDS, TaskFilter
+from taskx.tasks.record import COLUMNS, DEFAULTS, FOR_PARENTS, FOR_TURN, FREE, UNIQUE, UNTIL_DUE
+from taskx.tasks.tags import FLOW
+from taskx.tasks.writes import PRESENT
+
+#: A statement and its values.
+Query = tuple[str, Sequence[Any]]
+
+_READY = f"status = '{PENDING}' AND held = {FREE}"
+_RUNNING = f"status = '{RUNNING}'"
+_WAITING = f"waiting_on IS NOT NULL AND status = '{PENDING}' AND held = {FOR_PARENTS}"
+_IN_LINE = f"status = '{PENDING}' AND held = {FOR_TURN}"
+_OWNED = "owner <> '' AND "
+_NEWEST_FIRST = "ORDER BY created_at DESC, seq DESC"
+
+#: The conditions for the tasks that follow a place, which is a ``created_at`` and a ``seq``: first those of
+#: the same moment, then the earlier ones. They are two, as an index finds the tasks of each one at once.
+SAME, EARLIER = "created_at = ? AND seq < ?", "created_at < ?"
+# The conditions that the table of tags decides.
+_OF_TAGS = frozenset({"tag", "flow", "start_date", "end_date"})
+_LOWER = str.maketrans({n: n + 32 for n in range(ord("A"), ord("Z") + 1)})
+# Tasks of a label or a status that are counted to find the fewest.
+_MANY = 20_000
+
+
+class Statements:
+    """The statements in one dialect."""
+
+    def __init__(self, dialect: Dialect) -> None:
+        self.dialect = d = dialect
+        self.find_by = lru_cache(maxsize=256)(self._find_by)
+        self.ready = lru_cache(maxsize=64)(self._ready)
+        self.insert = lru_cache(maxsize=64)(self._insert)
+        self._shapes: dict[tuple[Any, ...], str] = {}
+        stuck = d.stuck
+        #: For each lookup column: the conditions of its rows, its own name, and the order.
+        self._lookups: dict[Lookup, tuple[str, str, str]] = {
+            "id": ("", "id", ""),
+            "unique_lock": ("", "unique_lock", ""),
+            "turn": ("", "turn", ""),
+            "waiting_on": (f"{_WAITING} AND ", "waiting_on", ""),
+            "parent": ("", "parent", ""),
+            "line": (f"{_IN_LINE} AND ", "concurrency_key", " ORDER BY seq"),
+            "running_on": (f"{_RUNNING} AND {_OWNED}", "owner", ""),
+            "buffered_on": (f"{_READY} AND {_OWNED}", "owner", ""),
+            "stuck_on": (f"{stuck} AND ", "stuck_on", ""),
+        }
+        #: For each column, the query for the value that comes after a given one, without that.
+        self.steps: dict[Listed, str] = {
+            "waiting_on": self._least("waiting_on", _WAITING, d.index("waiting")),
+            "line": self._least("concurrency_key", _IN_LINE),
+            "running_on": self._least("owner", _RUNNING),
+            "buffered_on": self._least("owner", _READY),
+            "stuck_on": self._least("stuck_on", stuck),
+            "ready_type": self._least("type", f"{_READY} AND owner = ?"),
+        }
+        #: The query for the last label of a flow before a given one, without that.
+        self.last_flow = f"SELECT max(tag) FROM {d.tags} WHERE tag > '{FLOW}' AND tag < "
+        of_type = f"FROM {d.tasks} WHERE {_READY} AND owner = ? AND type = ?"
+        #: The query for the greatest priority below a given one of ready tasks of an owner and a type.
+        self.lower_priority = f"SELECT max(priority) {of_type} AND priority < "
+        self._ready_of_type = f"SELECT {d.stub}, {d.columns(('seq',))} {of_type}"
+        self.ready_at = f"{self._ready_of_type} AND priority = ? ORDER BY seq LIMIT ?"
+        # The order is that of the index, so that it is used.
+        few = f"SELECT 1 {of_type} ORDER BY priority DESC, seq LIMIT ?"
+        self.count_ready = f"SELECT count(*) FROM ({few}) AS few"
+        due = f"status = '{PENDING}' AND held > {FREE} AND held = {UNTIL_DUE}"
+        expiring = f"expires_at IS NOT NULL AND status = '{PENDING}'"
+        self.due: dict[Timed, str] = {
+            "run_at": self._due("run_at", due),
+            "expires_at": self._due("expires_at", expiring),
+        }
+        self.ready_types = self._ready_types()
+        notes = f"SELECT {d.columns(('name', 'text', 'version'))} FROM {d.notes} WHERE "
+        self.notes = f"{notes}name >= ? AND name < ?"
+        self.notes_after = f"{notes}name > ? AND name < ? ORDER BY name LIMIT ?"
+        self._named_notes = notes
+        self.has_note = f"SELECT 1 FROM {d.notes} WHERE name = ?"
+        self.new_note = f"INSERT INTO {d.notes} (name, text, version) VALUES (?, ?, ?)"
+        self.new_note += d.unless_taken
+        this = "WHERE name = ? AND version = ?"
+        self.changed_note = f"UPDATE {d.notes} SET text = ?, version = version + 1 {this}"
+        self.gone_note = f"DELETE FROM {d.notes} {this}"
+        self.new_parent = f"INSERT INTO {d.parents} (parent, child) VALUES (?, ?){d.unless_taken}"
+        self.gone_parents = f"DELETE FROM {d.parents} WHERE child = ?"
+        self.gone_tags = f"DELETE FROM {d.tags} WHERE task = ?"
+        self.gone_task = f"DELETE FROM {d.tasks} WHERE seq = ?"
+        self._row = d.columns((*TASK_FIELDS, "seq"))
+        others = ", ".join(f"{d.tasks}.{name}" for name in COLUMNS if name != "created_at")
+        tag = f"{d.tags}.tag, {d.tags}.at AS created_at, {d.tags}.task AS seq FROM {d.tags}"
+        # The tasks of a tag, in the order of the table of tags; and what that table knows of them.
+        joined = f"{d.join} {d.tasks} ON {d.tasks}.seq = {d.tags}.task"
+        self._tagged = f"(SELECT {others}, {tag} {joined}) AS found"
+        self._tags = f"(SELECT {tag}) AS found"
+        self._has_tag = (
+            f"EXISTS (SELECT 1 FROM {d.tags} WHERE tag = ? AND at = created_at AND task = seq)"
+        )
+
+    # --- finding
+
+    def find(
+        self, column: Lookup, values: Sequence[str], fields: tuple[str, ...], limited: bool
+    ) -> Query:
+        """Select fields of the rows that have one of these values in a lookup column."""
+        if column == "id":
+            which, values = self.dialect.named(values)
+        else:
+            which = among(self._lookups[column][1], len(values))
+        return self.find_by(column, which, fields, limited), values
+
+    def _find_by(self, column: Lookup, which: str, fields: tuple[str, ...], limited: bool) -> str:
+        d = self.dialect
+        more, _, order = self._lookups[column]
+        table = d.tasks + (d.index("waiting") if column == "waiting_on" else "")
+        if column == "parent":
+            table = f"(SELECT parent, child AS id FROM {d.parents}) AS pairs"
+        limit = " LIMIT ?" if limited else ""
+        return f"SELECT {d.columns(fields)} FROM {table} WHERE {more}{which}{order}{limit}"
+
+    # --- one step in an index for each value
+
+    def _least(self, name: str, which: str, index: str = "") -> str:
+        return f"SELECT min({name}) FROM {self.dialect.tasks}{index} WHERE {which} AND {name} > "
+
+    @staticmethod
+    def walk(step: str) -> str:
+        """Take a step after a given value, and further ones, up to a limit."""
+        return f"WITH RECURSIVE {_each(f'{step}?', f'{step}steps.value')}"
+
+    def _ready_types(self) -> str:
+        """Select the types after a given one of tasks that may start.
+
+        The first column of the index is the owner, so this takes a step for each type of each owner.
+        """
+        tasks = self.dialect.tasks
+        least = (
+            f"SELECT min(kind) FROM (SELECT (SELECT min(type) FROM {tasks} WHERE {_READY} "
+            f"AND {tasks}.owner = owners.owner AND type > {{}}) AS kind FROM owners) AS kinds"
+        )
+        return (
+            f"WITH RECURSIVE owners (owner) AS (SELECT min(owner) FROM {tasks} WHERE {_READY} UNION "
+            f"ALL SELECT (SELECT min(owner) FROM {tasks} WHERE {_READY} AND owner > owners.owner) "
+            "FROM owners WHERE owners.owner IS NOT NULL), "
+            f"{_each(least.format('?'), least.format('steps.value'))}"
+        )
+
+    # --- what may start, what waits for a time, and what has ended
+
+    def _ready(self, types: int) -> str:
+        """Select the best tasks of each of several types, in one query."""
+        # The order names all columns after the type, so that the index is read in its order.
+        one = f"{self._ready_of_type} ORDER BY priority DESC, seq LIMIT ?"
+        if types == 1:
+            return one
+        return " UNION ALL ".join(f"SELECT * FROM ({one}) AS of_type_{n}" for n in range(types))
+
+    def _due(self, column: str, which: str) -> str:
+        d = self.dialect
+        return (
+            f"SELECT {d.columns(('id', column))} FROM {d.tasks} WHERE {which} AND {column} <= ? "
+            f"ORDER BY {column} LIMIT ?"
+        )
+
+    def ended(self, status: str) -> str:
+        """Select tasks of a status that ended before a moment, and follow a place.
+
+        The index of the status is by ``created_at``: a task was created before it ended. MySQL uses it only
+        for the first comparison with the place.
+        """
+        d = self.dialect
+        more = d.columns(("depends_on", "unique_lock", "unique_scope", "created_at", "seq"))
+        return (
+            f"SELECT {d.stub}, {more} FROM {d.tasks}{d.index(status)} WHERE status = '{status}' "
+            "AND created_at <= ? AND (created_at, seq) < (?, ?) AND completed_at < ? "
+            f"AND stuck_on = '' {_NEWEST_FIRST} LIMIT ?"
+        )
+
+    def newest(self, status: str, fields: tuple[str, ...]) -> str:
+        """Select fields of the newest tasks of a finished status."""
+        d = self.dialect
+        return (
+            f"SELECT {d.columns(fields)} FROM {d.tasks}{d.index(status)} WHERE status = '{status}' "
+            f"{_NEWEST_FIRST} LIMIT ?"
+        )
+
+    def notes_named(self, count: int) -> str:
+        """Select notes by their names."""
+        return f"{self._named_notes}{among('name', count)}"
+
+    # --- lists and counts
+
+    def list_tasks(
+        self, filter: TaskFilter, after: str = "", place: Sequence[Any] = (), by: str = ""
+    ) -> Query:
+        """Return the query for the tasks that match a filter, each with its ``seq``, and its values.
+
+        ``after`` is a further condition, and ``place`` has its values. ``by`` is the label whose tasks are
+        read; it is empty to use another index.
+        """
+        source, values = self._meeting(filter, after, place, by)
+        page = f"{source} {_NEWEST_FIRST} LIMIT ? OFFSET ?"
+        sorts = _by_id(filter) or (filter.status == PENDING and (not after or bool(filter.labels)))
+        if not by and sorts and self.dialect.sorts_numbers:
+            # Sorting many of them without the other columns takes half the time.
+            page = f"{self.dialect.tasks} WHERE seq IN (SELECT seq FROM {page}) {_NEWEST_FIRST}"
+        limit = int(filter.limit)  # MySQL's drivers write numbers of another class as texts
+        return f"SELECT {self._row} FROM {page}", [*values, limit, filter.offset]
+
+    def count_tasks(self, filter: TaskFilter, most: int | None = None, by: str = "") -> Query:
+        """Return the query for the number of tasks that match a filter, at most ``most``."""
+        source, values = self._meeting(filter, by=by, counts=True)
+        if most is None:
+            return f"SELECT count(*) FROM {source}", values
+        # With an order the index of the status is used. Otherwise the planner may read the table from its
+        # beginning, where the oldest tasks are, which have ended.
+        free = filter.status is None or by or self.dialect.spans
+        order = "" if free else f" {_NEWEST_FIRST}"
+        return f"SELECT count(*) FROM (SELECT 1 FROM {source}{order} LIMIT ?) AS few", [
+            *values,
+            most,
+        ]
+
+    def count_by_status(self, filter: TaskFilter, most: int, by: str = "") -> Query:
+        """Return the query for the number of tasks of each status among ``most`` that match a filter."""
+        source, values = self._meeting(filter, by=by)
+        some = f"SELECT status FROM {source} LIMIT ?"
+        status = self.dialect.columns(("status",))
+        return f"SELECT {status}, count(*) FROM ({some}) AS few GROUP BY status", [*values, most]
+
+    def fewest(self, filter: TaskFilter) -> Query:
+        """Return the query for how many tasks each label of a filter has, up to a bound.
+
+        If the index of its status can be named, their number is the last one.
+        """
+        sources = [f"{self.dialect.tags} WHERE tag = ?"] * len(filter.labels)
+        if filter.status is not None and self.dialect.spans:
+            sources.append(self.dialect.spans[filter.status.value])
+        counts = (
+            f"(SELECT count(*) FROM (SELECT 1 FROM {s} LIMIT {_MANY}) AS few)" for s in sources
+        )
+        return f"SELECT {', '.join(counts)}", filter.labels
+
+    def _meeting(
+        self,
+        filter: TaskFilter,
+        after: str = "",
+        place: Sequence[Any] = (),
+        by: str = "",
+        *,
+        counts: bool = False,
+    ) -> tuple[str, list[Any]]:
+        d = self.dialect
+        conditions = [after] if after else []
+        values = [*place]
+        status = None if filter.status is None else filter.status.value
+        if by:
+            source = self._tags if counts and filter.given <= _OF_TAGS else self._tagged
+            conditions.append("tag = ?")
+            values.append(by)
+        elif _by_id(filter):
+            source = d.tasks + d.index("id")
+        elif after and status == PENDING and not filter.labels:
+            # More than one page of them: better read all tasks in order once than sort these for each page.
+            source = d.tasks + d.index("created")
+        elif status in d.spans:
+            source, status = d.spans[status], None
+        else:
+            source = d.tasks
+        if status is not None:
+            conditions.append(d.of_status(status))
+        if filter.id_prefix:
+            conditions.append("id >= ? AND id < ?")
+            values += [filter.id_prefix, f"{filter.id_prefix}\U0010ffff"]
+        if filter.parent is not None:
+            conditions.append(f"id IN (SELECT child FROM {d.parents} WHERE parent = ?)")
+            values.append(filter.parent)
+        for label in filter.labels:
+            if label != by:
+                conditions.append(self._has_tag)
+                values.append(label)
+        for name in ("type", "created_by", "error_type"):
+            if (wanted := getattr(filter, name)) is not None:
+                conditions.append(f"{name} = ?")
+                values.append(wanted)
+        for sign, moment in (">=", filter.start_date), ("<=", filter.end_date):
+            if moment is not None:
+                conditions.append(f"created_at {sign} ?")
+                values.append(to_ms(moment))
+        if filter.error is not None:
+            conditions.append(d.error_contains)
+            values.append(filter.error.translate(_LOWER))
+        for path, value in filter.params or ():
+            condition, more = _has(value, path)
+            conditions.append(condition)
+            values += more
+        return source + (f" WHERE {' AND '.join(conditions)}" if conditions else ""), values
+
+    # --- writes
+
+    def _insert(self, given: tuple[str, ...]) -> str:
+        """Return an ``INSERT`` of these columns that does nothing if a unique value is taken."""
+        d = self.dialect
+        rest = () if d.has_defaults else [name for name in COLUMNS if name not in given]
+        values = (*("?" * len(given)), *(literal(DEFAULTS[name]) for name in rest))
+        columns = ", ".join((*given, *rest))
+        return f"INSERT INTO {d.tasks} ({columns}) VALUES ({', '.join(values)}){d.unless_taken}"
+
+    def update(
+        self,
+        task_ids: Sequence[str],
+        guard: Mapping[str, Any],
+        changes: Mapping[str, Any],
+        *,
+        passes: bool = False,
+    ) -> Query:
+        """Return an ``UPDATE`` of one or several tasks, and its values.
+
+        With ``passes`` it passes over rows that another transaction has locked, on PostgreSQL.
+        """
+        which, keys = self.dialect.named(task_ids)
+        shape = (which, *changes, None, *guard)
+        sql = self._shapes.get(shape)
+        if sql is None or passes or _has_special(guard):
+            where, wanted = self.conditions(guard)
+            sql = self._update(which + where, where, changes, passes)
+            if not (passes or _has_special(guard)):
+                self._shapes[shape] = sql
+            return sql, [*changes.values(), *keys, *wanted, *(wanted if passes else ())]
+        return sql, [*changes.values(), *keys, *guard.values()]
+
+    def _update(self, which: str, where: str, changes: Mapping[str, Any], passes: bool) -> str:
+        d = self.dialect
+        verb = d.update_unique if any(name in changes for name in UNIQUE) else "UPDATE"
+        settings = ", ".join(f"{name} = ?" for name in changes)
+        if passes:
+            found = f"SELECT seq FROM {d.tasks} WHERE {which} FOR NO KEY UPDATE SKIP LOCKED"
+            which = f"seq = ({found}){where}"
+        return f"{verb} {d.tasks} SET {settings} WHERE {which}"
+
+    def delete(self, task_id: str, guard: Mapping[str, Any]) -> Query:
+        """Return a ``DELETE`` and its values."""
+        return self._of_task(f"DELETE FROM {self.dialect.tasks}", task_id, guard)
+
+    def lock(self, task_id: str, guard: Mapping[str, Any]) -> Query:
+        """Return a ``SELECT`` that locks a task: its number, its id, its parents and its tags."""
+        d = self.dialect
+        sql, values = self._of_task(
+            f"SELECT seq, id, depends_on, tags FROM {d.tasks}", task_id, guard
+        )
+        return f"{sql}{d.locks}", values
+
+    def untag(self, task_id: str) -> Query:
+        """Return the statement that removes the tags of a task from their table."""
+        sql, values = self._of_task(f"SELECT seq FROM {self.dialect.tasks}", task_id, {})
+        return f"DELETE FROM {self.dialect.tags} WHERE task = ({sql})", values
+
+    def tags(self, pairs: Sequence[tuple[str, str]]) -> tuple[str, list[Sequence[Any]]]:
+        """Return the statement that stores a tag of a task, and its values for each tag and id."""
+        d = self.dialect
+        made = [
+            self._of_task(f"SELECT ?, created_at, seq FROM {d.tasks}", id_, {}) for _, id_ in pairs
+        ]
+        sql = f"INSERT INTO {d.tags} (tag, at, task) {made[0][0]}{d.unless_taken}"
+        return sql, [(tag, *values) for (tag, _), (_, values) in zip(pairs, made, strict=True)]
+
+    def _of_task(self, what: str, task_id: str, guard: Mapping[str, Any]) -> Query:
+        which, keys = self.dialect.named((task_id,))
+        where, values = self.conditions(guard)
+        return f"{what} WHERE {which}{where}", [*keys, *values]
+
+    def conditions(self, guard: Mapping[str, Any]) -> tuple[str, list[Any]]:
+        """Return a guard as SQL that follows another condition, and its values."""
+        text, values = "", []
+        for name, wanted in guard.items():
+            if wanted is PRESENT:
+                text += f" AND {name} IS NOT NULL"
+            elif isinstance(wanted, tuple):
+                some = [value for value in wanted if value is not None]
+                parts = [among(name, len(some))] if some else []
+                parts += [f"{name} IS NULL"] if len(some) < len(wanted) else []
+                text += f" AND ({' OR '.join(parts) or '1 = 0'})"
+                values += some
+            else:
+                text += f" AND {name} {self.dialect.same} ?"
+                values.append(wanted)
+        return text, values
+
+
+def _each(first: str, next_: str) -> str:
+    """Select values that each follow from the one before, until there are no more."""
+    return (
+        f"steps (value) AS ({first} UNION ALL SELECT ({next_}) FROM steps WHERE steps.value IS NOT "
+        "NULL) SELECT value FROM steps WHERE value IS NOT NULL LIMIT ?"
+    )
+
+
+def _by_id(filter: TaskFilter) -> bool:
+    """Return True if the index of ids finds the tasks."""
+    return bool(filter.id_prefix) or filter.parent is not None
+
+
+def _has(value: Scalar, path: Sequence[str]) -> tuple[str, list[Any]]:
+    """Return the condition that params have a value at a path, and its values.
+
+    Its functions are SQLite's: stores in other databases do not search in params.
+    """
+    place = "$" + "".join(f'."{key}"' for key in path)
+    if value is None or isinstance(value, bool):
+        name = {None: "null", True: "true", False: "false"}[value]
+        condition = f"json_type(params, ?) = '{name}'"
+        values: list[Any] = [place]
+    else:
+        kinds = "'text'" if isinstance(value, str) else "'integer', 'real'"
+        condition = f"json_extract(params, ?) = ? AND json_type(params, ?) IN ({kinds})"
+        values = [place, value, place]
+    # Damaged params match nothing; without the check, they would be an error.
+    return f"CASE WHEN json_valid(params) THEN {condition} END", values
+
+
+def _has_special(guard: Mapping[str, Any]) -> bool:
+    for value in guard.values():  # noqa: SIM110  (any() of a generator costs four times as much)
+        if value is PRESENT or value.__class__ is tuple:
+            return True
+    return False
+
+
+def literal(value: Any) -> str:
+    """Return the default of a column as SQL."""
+    return "NULL" if value is None else repr(value)  # defaults are numbers and short texts

@@ -1,0 +1,233 @@
+"""Guarded writes inside a transaction.
+
+Each write is one statement, whose guard is in its condition: the database changes a row only if it is as
+the guard wants it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from itertools import groupby
+from typing import Any
+
+from taskx.stores.base import new_version
+from taskx.stores.sql.link import Apart, Link, Taken
+from taskx.stores.sql.statements import Statements
+from taskx.tasks.record import UNIQUE
+from taskx.tasks.writes import CREATED, Delete, Insert, NoteChange, Update, Write
+
+# Changes of these columns may need more than a statement.
+_OTHER_STEPS = frozenset((*UNIQUE, "tags"))
+
+
+class Refused(Exception):
+    """Some guards did not hold, and all writes belong together. ``results`` tells which held."""
+
+    def __init__(self, results: Sequence[bool]) -> None:
+        super().__init__(results)
+        self.results = results
+
+
+class Writer:
+    """Applies guarded writes in one dialect."""
+
+    def __init__(self, statements: Statements) -> None:
+        self.statements = statements
+        self.dialect = statements.dialect
+        self._sql_of = statements.update
+        d = self.dialect
+        # An update is always one statement: triggers do the rest, and a conflict undoes nothing else.
+        self._plain = d.has_triggers and not (d.needs_savepoints or d.locks_first or d.has_arrays)
+
+    # --- several writes
+
+    def each(self, writes: Sequence[Write], whole: bool, link: Link) -> list[bool]:
+        """Apply writes one by one. Return for each True if its guard held.
+
+        Raises:
+            Refused: ``whole`` is True, and a guard did not hold.
+        """
+        results = [self.one(link, write) for write in writes]
+        if whole and False in results:
+            raise Refused(results)
+        return results
+
+    def together(self, writes: Sequence[Write], whole: bool, link: Link) -> list[bool]:
+        """Do what :meth:`each` does. Writes of the same form are one statement.
+
+        Raises:
+            Apart: call :meth:`each` in another transaction.
+        """
+        most = self.dialect.most_together
+        results: list[bool] = []
+        groups = groupby(writes, _form) if most > 1 and len(writes) > 1 else [(None, writes)]
+        for form, group in groups:
+            alike = [*group]
+            if form is None or len(alike) == 1:
+                results += [self.one(link, write) for write in alike]
+                continue
+            for start in range(0, len(alike), most):
+                some = alike[start : start + most]
+                held = self._all(link, some)
+                if 0 < held < len(some):
+                    raise Apart
+                results += [held > 0] * len(some)
+        if whole and False in results:
+            raise Refused(results)
+        return results
+
+    def _all(self, link: Link, alike: Sequence[Write]) -> int:
+        """Apply writes that are alike in one statement. Return how many held."""
+        first = alike[0]
+        if isinstance(first, Insert):
+            rows = [tuple(write.changes.values()) for write in alike]
+            return link.executemany(self.statements.insert(CREATED), rows).rowcount
+        ids = [write.id for write in alike]
+        return link.execute(*self.statements.update(ids, first.guard, first.changes)).rowcount
+
+    # --- one write
+
+    def one(self, link: Link, write: Write) -> bool:
+        """Apply one write. Return True if its guard held."""
+        if isinstance(write, Update):
+            if not (self._plain or (_OTHER_STEPS.isdisjoint(write.changes) and not write.skips)):
+                return self._update(link, write)
+            return link.execute(*self._sql_of((write.id,), write.guard, write.changes)).rowcount > 0
+        if isinstance(write, Delete):
+            return self._delete(link, write)
+        row = write.row
+        try:
+            held = link.execute(self.statements.insert(tuple(row)), (*row.values(),)).rowcount > 0
+        except Taken:
+            return False
+        if held and ("depends_on" in row or "tags" in row):
+            self.add_lists(link, [row])
+        return held
+
+    def is_single(self, write: Write) -> bool:
+        """Return True if a write is a single statement, and no savepoint is needed for it."""
+        if isinstance(write, Insert):
+            return not (write.row.get("depends_on") or write.row.get("tags"))
+        return not (isinstance(write, Delete) or "tags" in write.changes or _takes(write.changes))
+
+    def _update(self, link: Link, write: Update) -> bool:
+        d, changes = self.dialect, write.changes
+        if write.skips and d.locks_first and not self._lock(link, write):
+            return False
+        passes = write.skips and d.has_arrays
+        query = self.statements.update((write.id,), write.guard, changes, passes=passes)
+        execute = self._unless_taken if _takes(changes) else _execute
+        held = execute(link, *query)
+        if held and "tags" in changes and not d.has_triggers:
+            self.retag(link, write)
+        return held
+
+    def _unless_taken(self, link: Link, sql: str, values: Sequence[Any]) -> bool:
+        try:
+            with _savepoint(link) if self.dialect.needs_savepoints else nullcontext():
+                return link.execute(sql, values).rowcount > 0
+        except Taken:
+            return False
+
+    def _lock(self, link: Link, write: Update | Delete) -> Sequence[Any]:
+        """Lock the row of a write whose guard holds. Return nothing if it is locked and skipped."""
+        sql, values = self.statements.lock(write.id, write.guard)
+        return link.rows(link.passing(sql) if write.skips and self.dialect.locks else sql, values)
+
+    def _delete(self, link: Link, write: Delete) -> bool:
+        if self.dialect.has_triggers:
+            return link.execute(*self.statements.delete(write.id, write.guard)).rowcount > 0
+        gone = self._lock(link, write)
+        for seq, *_ in gone:
+            link.execute(self.statements.gone_task, (seq,))
+        self.remove_lists(link, gone)
+        return bool(gone)
+
+    # --- the tables of parents and tags
+
+    def add_lists(self, link: Link, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Store the pairs of parents and the tags of tasks."""
+        pairs, tags = [], []
+        for row in rows:
+            pairs += [(parent, row["id"]) for parent in _items(row.get("depends_on"))]
+            tags += [(tag, row["id"]) for tag in _items(row.get("tags"))]
+        if pairs:
+            link.executemany(self.statements.new_parent, pairs)
+        if tags:
+            link.executemany(*self.statements.tags(tags))
+
+    def retag(self, link: Link, write: Update) -> None:
+        """Replace the tags of a task by those of a write, which has changed its row."""
+        link.execute(*self.statements.untag(write.id))
+        self.add_lists(link, [{"id": write.id, "tags": write.changes["tags"]}])
+
+    def remove_lists(self, link: Link, gone: Iterable[tuple[Any, ...]]) -> None:
+        """Remove the pairs and the tags of removed tasks: rows of number, id, parents and tags."""
+        gone = list(gone)
+        parted = [(task_id,) for _, task_id, parents, _ in gone if parents is not None]
+        untagged = [(seq,) for seq, _, _, tags in gone if tags is not None]
+        if parted:
+            link.executemany(self.statements.gone_parents, parted)
+        if untagged:
+            link.executemany(self.statements.gone_tags, untagged)
+
+    # --- notes
+
+    def put_note(self, link: Link, change: NoteChange) -> bool:
+        """Store or remove a note. Return True if the stored one had the version."""
+        name, text, version = change
+        sql = self.statements
+        if text is None and not version:
+            return not link.rows(sql.has_note, (name,))
+        if text is None:
+            return link.execute(sql.gone_note, (name, version)).rowcount == 1
+        if version:
+            return link.execute(sql.changed_note, (text, name, version)).rowcount == 1
+        try:
+            return link.execute(sql.new_note, (name, text, new_version())).rowcount == 1
+        except Taken:
+            return False
+
+
+def _execute(link: Link, sql: str, values: Sequence[Any]) -> bool:
+    return link.execute(sql, values).rowcount > 0
+
+
+def _form(write: Write) -> Any:
+    """Return what neighbours have in common that are applied together; None if a write stays alone."""
+    if isinstance(write, Update):
+        # First the part that differs between two outcomes.
+        return None if "tags" in write.changes else (write.changes, write[1:])
+    # Ordinary inserts have only the columns that every creation sets, in their fixed order.
+    return CREATED if isinstance(write, Insert) and len(write.row) == len(CREATED) else None
+
+
+def _takes(changes: Mapping[str, Any]) -> bool:
+    """Return True if changes set a unique value."""
+    return any(changes.get(name) is not None for name in UNIQUE)
+
+
+@contextmanager
+def _savepoint(link: Link) -> Iterator[None]:
+    """Undo what is done inside, and nothing else, if it raises."""
+    link.execute("SAVEPOINT taskx")
+    try:
+        yield
+    except BaseException:
+        with suppress(Exception):  # the transaction is gone
+            link.execute("ROLLBACK TO SAVEPOINT taskx")
+            link.execute("RELEASE SAVEPOINT taskx")
+        raise
+    link.execute("RELEASE SAVEPOINT taskx")
+
+
+def _items(text: Any) -> list[str]:
+    """Return the different items of a list in a column; none of one that is empty or damaged."""
+    try:
+        found = json.loads(text) if text else []
+    except (ValueError, TypeError):
+        return []
+    items = found if isinstance(found, list) else []
+    return list(dict.fromkeys(item for item in items if isinstance(item, str)))

@@ -1,0 +1,1014 @@
+"""The life of a task: the only module that knows how a move changes a record.
+
+The table of the moves, with what follows from each one, is in :mod:`taskx.tasks.moves`.
+
+Every function returns guarded writes. If it returns several, they exclude one another: the write whose
+guard holds is the move that happened.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Protocol
+from zlib import crc32
+
+import attrs
+
+from taskx.tasks import payload, unique
+from taskx.tasks.clock import LAST, to_datetime, to_ms, to_text
+from taskx.tasks.errors import (
+    CancelReason,
+    ConfigurationError,
+    InvalidTransition,
+    RepositoryCorrupt,
+)
+from taskx.tasks.model import Attempt, Task, TaskStatus
+from taskx.tasks.moves import MOVES
+from taskx.tasks.options import CHECKS, FALLBACKS
+from taskx.tasks.record import (
+    BY_THREAD,
+    DEFAULTS,
+    FOR_PARENTS,
+    FOR_TURN,
+    FREE,
+    INTERNAL,
+    UNTIL_DUE,
+    Ended,
+    Stub,
+    attempts_to_text,
+    checkpoints_to_text,
+    created_task,
+    ids_to_text,
+    old_params_to_text,
+    optional_ms,
+    row_from_task,
+)
+from taskx.tasks.retry import MAX_WAIT
+from taskx.tasks.tags import labels_to_text
+from taskx.tasks.writes import CREATED, PRESENT, Delete, Insert, Update, Write
+
+#: Number of ended attempts that a record keeps; the oldest are dropped first.
+MAX_KEPT_ATTEMPTS = 50
+#: Number of characters of the old params that a record keeps in its log of attempts, as JSON text.
+MAX_OLD_PARAMS = 1024 * 1024
+#: Number of characters of captured log that a record keeps; the earliest lines are dropped first.
+MAX_LOG = 64 * 1024
+
+PENDING, RUNNING, COMPLETED, FAILED, CANCELLED = (status.value for status in TaskStatus)
+UNFINISHED = (PENDING, RUNNING)
+FINISHED = (COMPLETED, FAILED, CANCELLED)
+
+
+# The changes of status that a user may make by hand.
+_EDGES = frozenset(edge for move in MOVES if move.name != "orphan" for edge in move.edges)
+
+
+# Not frozen: one is made per task, and a frozen one would cost three times as much.
+@attrs.define(kw_only=True)
+class Ending:
+    """The end of an attempt, as the runner reports it."""
+
+    returned: bool  #: the executor returned a value that can be stored
+    result: str | None = None  #: that value as JSON text; None for None
+    error: str = ""  #: the exception it raised, as text
+    error_type: str = ""  #: the full class name of the exception; empty if there was none
+    traceback: str = ""  #: the exception's traceback, as text
+    permanent: bool = False  #: another attempt would be pointless
+    crashed: bool = False  #: the child process that ran it died
+    stuck: bool = False  #: the attempt is abandoned while its thread still runs
+    delay: float = 0.0  #: seconds to wait before the next attempt, if there is one
+    snooze: float | None = None  #: seconds after which the executor asked to run again
+    reason: CancelReason | None = None  #: why its token fired; None if it did not fire
+    duration: float = 0.0  #: how long it took, in seconds
+    worker: str = ""  #: the worker that ran it
+    progress: int | None = None  #: the last progress that it reported; None if it reported none
+    message: str = ""  #: the last message that it reported
+    log: str = ""  #: the lines that it logged, if they are captured
+    interrupt: BaseException | None = None  #: the Ctrl-C that ended it, in the main thread
+
+
+# --- creation, and before the start
+
+
+def create(*, task_id: str, now: int, **columns: Any) -> Insert:
+    """Store a new pending task: see :func:`created`."""
+    return created({**columns, "id": task_id, "created_at": now})
+
+
+def created(columns: Mapping[str, Any]) -> Insert:
+    """Store a new pending task.
+
+    ``columns`` has its id, type, params, and every column that differs from ``DEFAULTS``. The values are
+    those of rows (JSON text, milliseconds), but ``depends_on`` is a list, and ``expires`` may be given
+    instead of ``expires_at`` (see :func:`expiry`). The task first waits for its parents (see
+    :func:`wait_for`), then for its turn, then for its time.
+    """
+    row = {**_NEW, **columns}
+    if row["run_at"] is not None:
+        row["held"] = until_due(row["run_at"], row["created_at"])
+    if len(row) > len(_NEW):  # few tasks have more columns
+        if "unique_key" in row:
+            row["unique_lock"] = row["unique_key"]
+        if "concurrency_key" in row:
+            row["held"] = FOR_TURN
+        if "depends_on" in row:
+            row["depends_on"] = ids_to_text(row["depends_on"])
+        if "expires" in row:
+            row["expires_at"] = expiry(row["created_at"], row["run_at"], row.pop("expires"))
+    return Insert(row)
+
+
+_NEW: dict[str, Any] = {name: DEFAULTS.get(name) for name in CREATED}
+
+
+def until_due(run_at: int | None, now: int) -> int:
+    """Return the value of ``held`` for a pending task that can wait only for its time."""
+    return UNTIL_DUE if run_at is not None and run_at > now else FREE
+
+
+def expiry(created_at: int, run_at: int | None, expires: int) -> int:
+    """Return the ``expires_at`` of a new task: ``expires`` milliseconds after its time to start."""
+    return min(max(created_at, run_at or 0) + expires, LAST)
+
+
+def release(task_id: str) -> Update:
+    """Let a pending task start whose time has come."""
+    guard = {"status": PENDING, "held": UNTIL_DUE}
+    return Update(task_id, guard, {"held": FREE}, move="release", skips=True)
+
+
+def take(task_id: str, node: str, owner: str = "") -> Update:
+    """Note that ``node`` now has a pending task in its buffer, instead of ``owner`` (empty: of no node).
+
+    A task that is held back has no owner.
+    """
+    guard = {"status": PENDING, "held": FREE, "owner": owner}
+    return Update(task_id, guard, {"owner": node}, move="take", skips=True)
+
+
+def free(task_id: str, node: str) -> Update:
+    """Free a pending task: ``node`` no longer has it in its buffer, and any node can fetch it."""
+    return Update(task_id, {"status": PENDING, "owner": node}, {"owner": ""}, move="free")
+
+
+def cancel(task_id: str, now: int) -> list[Update]:
+    """Cancel a task: a pending one at once, a running one by a request (the last of the writes).
+
+    A pending task releases its unique key, whatever its scope.
+    """
+    runs, asked = {"status": RUNNING, "cancel_requested_at": None}, {"cancel_requested_at": now}
+    return [
+        *_cancel_pending(task_id, {}, {"completed_at": now}, durable=True, move="cancel"),
+        Update(task_id, runs, asked, durable=True, move="request cancel"),
+    ]
+
+
+def _cancel_pending(
+    task_id: str,
+    guard: Mapping[str, Any],
+    changes: Mapping[str, Any],
+    *,
+    durable: bool,
+    move: str,
+    skips: bool = False,
+) -> list[Update]:
+    gone = {"status": CANCELLED, "owner": "", "unique_lock": None, "waiting_on": None}
+    gone.update(expires_at=None, **changes)
+    # If a thread of an earlier attempt still runs, the task keeps its turn: see lift_bar. ``held`` is
+    # None in records that the original TaskX wrote.
+    free = {"status": PENDING, "held": (FREE, UNTIL_DUE, FOR_TURN, None), **guard}
+    barred = {"status": PENDING, "held": (FOR_PARENTS, BY_THREAD), **guard}
+    return [
+        Update(task_id, free, {**gone, "turn": None}, durable=durable, move=move, skips=skips),
+        Update(task_id, barred, gone, durable=durable, move=move, skips=skips),
+    ]
+
+
+def has_expired(task: Task, now: int) -> bool:
+    """Return True if a task is pending and has not started for the first time by its ``expires_at``."""
+    if task.expires_at is None or task.status is not TaskStatus.PENDING:
+        return False
+    return to_ms(task.expires_at) <= now
+
+
+def expire(task: Task, now: int) -> list[Update]:
+    """Cancel a pending task that has expired. The guard fails once it runs, or cannot expire any more."""
+    assert task.expires_at is not None
+    expires_at = to_ms(task.expires_at)
+    error = f"expired at {to_text(expires_at)} before its first start"
+    if task.earlier_attempts:  # those of the task that this one has replaced
+        error += " since it was replaced"
+    changes = {"completed_at": now, "error": error}
+    return _cancel_pending(
+        task.id, {"expires_at": expires_at}, changes, durable=False, move="expire", skips=True
+    )
+
+
+def replace(holder: Task, new: Insert) -> list[Update]:
+    """Replace params and options of the pending task that holds a unique key by those of a new task.
+
+    The holder keeps its age, and goes on waiting for its parents, its turn or a thread. Return no write if
+    the holder is not pending, or if its type, parents or concurrency key differ: these cannot be replaced.
+    """
+    wanted = created_task(new.row)
+    if holder.status is not TaskStatus.PENDING or _fixed(holder) != _fixed(wanted):
+        return []
+    # The checkpoints of earlier attempts belong to the old params. A node that has read the record to start
+    # it has the old params, too: it finds that ``starts`` has changed.
+    changes = {name: new.row[name] for name in _REPLACED}
+    changes.update(checkpoints=None, starts=holder.starts + 1)
+    if holder.expires_at is not None or "expires_at" in new.row:
+        changes["expires_at"] = new.row.get("expires_at")
+    if wanted.tags != holder.tags:
+        changes["tags"] = labels_to_text(wanted.tags, holder.flow)
+    # No owner: the task is fetched again and sorted by its new priority.
+    due = {**changes, "held": until_due(changes["run_at"], new.row["created_at"]), "owner": ""}
+    guard = {"status": PENDING, "unique_lock": holder.unique_key, "starts": holder.starts}
+    return _pending_changed(holder.id, guard, due, changes, "replace")
+
+
+def _pending_changed(
+    task_id: str, guard: dict[str, Any], due: dict[str, Any], waiting: dict[str, Any], move: str
+) -> list[Update]:
+    """Change a pending task: by ``due`` if it waits for nothing or for its time, else by ``waiting``."""
+    return [
+        Update(task_id, {**guard, "held": held}, changes, durable=True, move=move)
+        for held, changes in (
+            ((FREE, UNTIL_DUE), due),
+            ((FOR_PARENTS, BY_THREAD, FOR_TURN), waiting),
+        )
+    ]
+
+
+def _fixed(task: Task) -> tuple[object, ...]:
+    policy = task.on_parent_failure or "cancel"
+    return task.type, task.depends_on, policy, task.concurrency_key
+
+
+_REPLACED = ("params", "created_by", *CHECKS, "unique_scope")
+
+
+# --- waiting for its turn
+
+
+def give_turn(task_id: str, key: str) -> list[Update]:
+    """Give a pending task the turn of its concurrency key. It may start when its time has come, too.
+
+    The guard fails while another task of the key has the turn.
+    """
+    guard = {"status": PENDING, "held": FOR_TURN}
+    return [
+        Update(
+            task_id,
+            {**guard, "run_at": when},
+            {"held": held, "turn": key},
+            move="give turn",
+            skips=True,
+        )
+        for when, held in ((None, FREE), (PRESENT, UNTIL_DUE))
+    ]
+
+
+# --- waiting for parents
+
+
+def wait_for(insert: Insert, parent: str) -> None:
+    """Make a new task wait for the end of a parent first."""
+    insert.row.update(held=FOR_PARENTS, waiting_on=parent)
+
+
+def next_parent(parents: Sequence[str], statuses: Mapping[str, str]) -> str | None:
+    """Return the parent whose end a new task waits for; None if all parents have completed.
+
+    If all parents have ended but not all completed, return the last one. The task then waits until
+    :func:`parents_moved` decides about it.
+    """
+    unfinished = unfinished_parent(parents, statuses)
+    if unfinished is not None or _bad_parent(parents, statuses) is None:
+        return unfinished
+    return parents[-1]
+
+
+def unfinished_parent(parents: Sequence[str], statuses: Mapping[str, str]) -> str | None:
+    """Return a pseudo-random parent that has not ended; None if all have ended.
+
+    A random choice makes it rare that this parent ends before the others, in whatever order they end: with
+    ten thousand parents, a task chooses again about ten times. The choice depends only on the parents' ids,
+    so it is the same for all children and on all nodes.
+    """
+    left = [parent for parent in parents if statuses.get(parent) in UNFINISHED]
+    return max(left, key=lambda parent: crc32(parent.encode()), default=None)
+
+
+def _bad_parent(parents: Sequence[str], statuses: Mapping[str, str]) -> str | None:
+    return next((parent for parent in parents if statuses.get(parent) != COMPLETED), None)
+
+
+# The error of a task that ended because of a parent begins with this; a requeue recognises it by that.
+_ITS_PARENT = "its parent "
+
+
+def parents_moved(child: Task, statuses: Mapping[str, str], now: int) -> Update:
+    """Decide about a task that waits for its parents: it waits for another one, may go on, or ends.
+
+    A parent whose record is gone counts as one that did not complete. The guard fails if a parent was
+    requeued since ``statuses`` were read (see :func:`wait_again`), or if the task was replaced.
+    """
+    guard: dict[str, Any] = {"status": PENDING, "held": FOR_PARENTS, "starts": child.starts}
+    waiting_on = unfinished_parent(child.depends_on, statuses)
+    if waiting_on is not None:
+        return Update(child.id, guard, {"waiting_on": waiting_on}, move="parents moved", skips=True)
+    bad = _bad_parent(child.depends_on, statuses)
+    if bad is None or child.on_parent_failure == "run":
+        run_at = None if child.run_at is None else to_ms(child.run_at)
+        held = until_due(run_at, now) if child.concurrency_key is None else FOR_TURN
+        if child.stuck_on:
+            guard["stuck_on"], held = child.stuck_on, BY_THREAD
+        free = {"waiting_on": None, "held": held}
+        return Update(child.id, guard, free, move="parents moved", skips=True)
+    changes = {
+        "status": CANCELLED,
+        "completed_at": now,
+        "error": _because_of(bad, statuses.get(bad, "")),
+        "waiting_on": None,
+    }
+    if child.expires_at is not None:
+        changes["expires_at"] = None
+    if child.on_parent_failure == "fail":
+        changes.update(status=FAILED, dead_letter=1, **unique.freed_by_end(child))
+    else:
+        changes["unique_lock"] = None  # as for any task that is cancelled before it starts
+    return Update(child.id, guard, changes, move="orphan", skips=True)
+
+
+def wait_again(child: Task, parents: Mapping[str, Task], now: int) -> list[Update]:
+    """Let a task go on waiting for parents that are requeued in the same transaction.
+
+    Another process may be deciding about the task by the old statuses of these parents. If its decision is
+    not committed yet, the guard of that will fail, because ``starts`` is raised. If the task has ended by
+    it, the second write requeues the task.
+    """
+    theirs = [parents[parent] for parent in child.depends_on if parent in parents]
+    guard = {"status": PENDING, "held": FOR_PARENTS, "starts": child.starts}
+    waits = {"waiting_on": theirs[0].id, "starts": child.starts + 1}
+    ended = requeue(attrs.evolve(child, status=TaskStatus.CANCELLED), now, theirs[0].id)
+    errors = tuple(_because_of(parent.id, parent.status.value) for parent in theirs)
+    by_them = {**ended.guard, "status": REQUEUEABLE, "error": errors}
+    return [Update(child.id, guard, waits, move="parents moved"), ended._replace(guard=by_them)]
+
+
+def _because_of(parent: str, status: str) -> str:
+    return f"{_ITS_PARENT}{parent} {_WORDS.get(status, 'is gone')}"
+
+
+_WORDS = {FAILED: "failed", CANCELLED: "was cancelled"}
+
+
+def ended_with(child: Task, parents: Collection[str]) -> bool:
+    """Return True if a task failed or was cancelled because one of these parents did not complete."""
+    theirs = tuple(f"{_ITS_PARENT}{parent} " for parent in child.depends_on if parent in parents)
+    return child.status.value in (FAILED, CANCELLED) and child.error.startswith(theirs)
+
+
+# --- running
+
+
+def start(task: Task, now: int, node: str, worker: str = "") -> Update | None:
+    """Start a pending task on the node with the id ``node``.
+
+    Return None if the task is not pending, or has expired.
+
+    The guard on ``starts`` makes this a compare-and-set; the increased ``starts`` is the run's fence. If a
+    single crash is the task's end, the start is durable: a power cut must not undo it. ``worker`` is the
+    node's name, or the worker's if it is already known which one will run the task.
+    """
+    if task.status is not TaskStatus.PENDING:
+        return None
+    changes = {
+        "status": RUNNING,
+        "starts": task.starts + 1,
+        "started_at": now,
+        "owner": node,
+        "worker": worker,
+        "timeout": task.timeout,
+        "max_attempts": task.max_attempts,
+        "max_crashes": task.max_crashes,
+    }
+    if task.unique_key is not None:
+        changes.update(unique.freed_by_start(task))
+    if task.expires_at is not None and has_expired(task, now):
+        return None
+    guard = {"status": PENDING, "starts": task.starts, "held": FREE}
+    return Update(task.id, guard, changes, task.max_crashes == 1, "start", skips=True)
+
+
+def created_started(insert: Insert, start: Update) -> Insert:
+    """Store a new task as already started: creation and :func:`start` in one write instead of two."""
+    return Insert({**insert.row, **start.changes})
+
+
+def as_submitted(insert: Insert) -> dict[str, Any]:
+    """Return the row of a new task as submitted, without the start that was stored with it."""
+    if "status" not in insert.row:
+        return insert.row
+    return {**insert.row, "status": PENDING, "starts": 0, "started_at": None, "worker": ""}
+
+
+class _Counts(Protocol):
+    @property
+    def crashes(self) -> int: ...
+    @property
+    def max_crashes(self) -> int | None: ...
+
+
+def last_chance(task: _Counts) -> bool:
+    """Return True if the task has crashed before and one more crash would fail it."""
+    return 0 < task.crashes >= _crashes_allowed(task) - 1
+
+
+def mark_started(task: Task, update: Update) -> None:
+    """Change a task object as the written start has changed its record."""
+    task.status = TaskStatus.RUNNING
+    task.starts = update.changes["starts"]
+    task.started_at = to_datetime(update.changes["started_at"])
+    task.owner = update.changes["owner"]
+    task.worker = update.changes["worker"]
+
+
+def _fence(task: Task, **more: Any) -> dict[str, Any]:
+    return {"status": RUNNING, "starts": task.starts, **more}
+
+
+def hand_back(task: Task, now: int) -> list[Update]:
+    """Undo a start whose executor was never called; the task goes back into its node's buffer."""
+    worker = task.earlier_attempts[-1].worker if task.earlier_attempts else ""
+    changes = {"status": PENDING, "started_at": None, "worker": worker, "owner": task.owner}
+    ending = Ending(returned=False, worker=worker)
+    return _unless_cancelled(task, changes, ending, now, "hand back")
+
+
+def progress(task_id: str, starts: int | None, percent: int, message: str) -> Update:
+    """Store the progress of a run: the one with this ``starts``, or the current one if it is None.
+
+    A node stores the progress of its runs again and again, so it waits for no lock.
+    """
+    guard: dict[str, Any] = {"status": RUNNING}
+    if starts is not None:
+        guard["starts"] = starts
+    return Update(
+        task_id,
+        guard,
+        {"progress": percent, "message": message},
+        move="progress",
+        skips=starts is not None,
+    )
+
+
+def checkpoint(task: Task, checkpoints: str, *, durable: bool) -> Update:
+    """Store a run's checkpoints, given as JSON text, for later attempts."""
+    return Update(task.id, _fence(task), {"checkpoints": checkpoints}, durable, "checkpoint")
+
+
+def still_runs(task: Task) -> Update:
+    """Change nothing, if the run still has its task."""
+    return Update(task.id, _fence(task), {"starts": task.starts}, move="checkpoint")
+
+
+def conclude(task: Task, ending: Ending, now: int) -> list[Update]:
+    """End an attempt; the move depends on how the attempt ended and on why its token fired."""
+    if ending.returned:
+        return [_complete(task, ending, now)]
+    if ending.reason is CancelReason.CANCEL:
+        return [_cancelled(task, ending, now)]
+    if ending.reason in (CancelReason.STOP, CancelReason.LEASE_LOST):
+        return _interrupt(task, ending, now)
+    if ending.snooze is not None and ending.reason is None:
+        counted = {"snoozes": task.snoozes + 1, **_put_off(task, ending.snooze, now)}
+        return _again(task, ending, now, "snooze", "snoozed", counted)
+    if ending.crashed and ending.reason is None:
+        return _crash(task, ending, now, owner=task.owner)
+    counted = {"errors": task.errors + 1, **_error(ending)}
+    if ending.permanent or counted["errors"] >= (task.max_attempts or FALLBACKS["max_attempts"]):
+        changes = {**_end(task, ending, now, FAILED), **counted, "dead_letter": 1}
+        writes = [Update(task.id, _fence(task), changes, move="fail")]
+    else:
+        counted.update(_put_off(task, ending.delay, now))
+        writes = _again(task, ending, now, "retry", "retried", counted)
+    return [_barred(task, write) for write in writes] if ending.stuck else writes
+
+
+def _barred(task: Task, write: Update) -> Update:
+    """Change the write that ends an attempt whose thread still runs on the task's node.
+
+    Until that thread ends, the task does not start again. The task also keeps its turn, so that no other
+    task of its concurrency key starts.
+    """
+    changes = {**write.changes, "stuck_on": task.owner}
+    changes.pop("turn", None)
+    if changes["status"] == PENDING:
+        changes.update(held=BY_THREAD, owner="")
+    return write._replace(changes=changes)
+
+
+def _put_off(task: Task, seconds: float, now: int) -> dict[str, Any]:
+    """Let a task wait for some seconds without an owner; without a wait it stays with its node."""
+    wait = round(min(seconds, MAX_WAIT) * 1000)
+    if wait <= 0:
+        return {"owner": task.owner}
+    return {"held": UNTIL_DUE, "run_at": now + wait}
+
+
+def _end(task: Task, ending: Ending, now: int, status: str) -> dict[str, Any]:
+    changes: dict[str, Any] = {
+        "status": status,
+        "completed_at": now,
+        "duration": ending.duration,
+        "owner": "",
+        "worker": ending.worker,
+    }
+    if ending.progress is not None:
+        changes["progress"] = ending.progress
+        changes["message"] = ending.message
+    if ending.log:
+        changes["log"] = _logged(task, ending)
+    if task.unique_key is not None:
+        changes.update(unique.freed_by_end(task))
+    if task.concurrency_key is not None:
+        changes["turn"] = None
+    if task.expires_at is not None:
+        changes["expires_at"] = None
+    return changes
+
+
+_NO_ERROR = {"error": "", "error_type": "", "traceback": ""}
+
+
+def _error(ending: Ending) -> dict[str, str]:
+    return {name: getattr(ending, name) for name in _NO_ERROR}
+
+
+def _logged(task: Task, ending: Ending) -> str:
+    """Return the captured log: earlier attempts, a heading for this attempt, then its lines."""
+    lines = f"{task.log}--- attempt {task.attempt}, start {task.starts}\n{ending.log}"
+    return lines if len(lines) <= MAX_LOG else lines[-MAX_LOG:].partition("\n")[2]
+
+
+def _complete(task: Task, ending: Ending, now: int) -> Update:
+    changes = _end(task, ending, now, COMPLETED)
+    changes["result"] = ending.result
+    changes["progress"] = 100
+    if task.errors:
+        changes.update(_NO_ERROR)
+    return Update(task.id, _fence(task), changes, False, "complete")
+
+
+def _cancelled(task: Task, ending: Ending, now: int, **guard: Any) -> Update:
+    changes = _end(task, ending, now, CANCELLED)
+    return Update(task.id, _fence(task, **guard), changes, move="cancelled")
+
+
+def _interrupt(task: Task, ending: Ending, now: int) -> list[Update]:
+    counted = {"interruptions": task.interruptions + 1}
+    return _again(task, ending, now, "interrupt", "interrupted", counted)
+
+
+def _again(
+    task: Task, ending: Ending, now: int, move: str, outcome: str, more: Mapping[str, Any]
+) -> list[Update]:
+    """Make the task pending again, without an owner unless ``more`` names one; or cancel it."""
+    changes = {
+        "status": PENDING,
+        "started_at": None,
+        "progress": 0,
+        "message": "",
+        "owner": "",
+        "worker": ending.worker,
+        "earlier_attempts": _archive(task, now, outcome, ending),
+        **more,
+    }
+    if ending.log:
+        changes["log"] = _logged(task, ending)
+    if task.expires_at is not None:  # only the first start can be too late
+        changes["expires_at"] = None
+    return _unless_cancelled(task, changes, ending, now, move)
+
+
+def _unless_cancelled(
+    task: Task, changes: dict[str, Any], ending: Ending, now: int, move: str
+) -> list[Update]:
+    """Return the move, and an end as cancelled for the case that a cancel was requested."""
+    return [
+        Update(task.id, _fence(task, cancel_requested_at=None), changes, move=move),
+        _cancelled(task, ending, now, cancel_requested_at=PRESENT),
+    ]
+
+
+def _archive(task: Task, now: int, outcome: str, ending: Ending) -> str:
+    attempt = Attempt(
+        outcome=outcome,
+        started_at=task.started_at,
+        ended_at=to_datetime(now),
+        worker=ending.worker,
+        error=ending.error,
+        error_type=ending.error_type,
+        traceback=ending.traceback,
+    )
+    return attempts_to_text([*task.earlier_attempts, attempt][-MAX_KEPT_ATTEMPTS:])
+
+
+# --- after a crash
+
+
+def rescue(
+    tasks: list[Task],
+    now: int,
+    *,
+    stopping: bool,
+    isolated: Collection[str] = (),
+    executing: Collection[str] | None = None,
+) -> list[list[Update]]:
+    """Take back the tasks that ran on a node that died; return the alternative writes for each task.
+
+    - If the node was stopping, all tasks were interrupted.
+    - Otherwise, if a suspect (a task on its last chance) ran, it counts a crash and the other tasks were
+      interrupted. If no suspect ran, each task counts a crash.
+    - Tasks of ``isolated`` types ran in child processes and cannot kill the node. They are judged only if
+      no other task ran.
+    - Tasks whose ids are not in ``executing`` were not being executed by a thread, so they are not judged.
+      None means that this is not known.
+    - A task that allows only one crash never starts again, whichever task was the culprit.
+    """
+    ran = [task for task in tasks if executing is None or task.id in executing]
+    judged = [task for task in ran if task.type not in isolated] or ran
+    suspects = [task for task in judged if last_chance(task)]
+    culprits = [] if stopping else suspects or judged
+    return [_rescue(task, now, crashed=task in culprits) for task in tasks]
+
+
+def _rescue(task: Task, now: int, *, crashed: bool) -> list[Update]:
+    crashed = crashed or _crashes_allowed(task) == 1
+    error = "the process that ran it died" if crashed else "its process ended after it had started"
+    ending = Ending(returned=False, error=error, worker=task.worker or task.owner)
+    writes = _crash(task, ending, now, owner="") if crashed else _interrupt(task, ending, now)
+    return [
+        write._replace(guard={**write.guard, "owner": task.owner}, move="rescue")
+        for write in writes
+    ]
+
+
+def _crashes_allowed(task: _Counts) -> int:
+    return task.max_crashes or FALLBACKS["max_crashes"]
+
+
+def _crash(task: Task, ending: Ending, now: int, *, owner: str) -> list[Update]:
+    """Count a crash of the process that ran a task: pending again with this owner, or a dead letter."""
+    limit, crashes = _crashes_allowed(task), task.crashes + 1
+    if crashes >= limit:
+        changes = _end(task, ending, now, FAILED)
+        error = f"{ending.error} ({crashes} of max_crashes={limit})"
+        changes.update(_error(ending), error=error, dead_letter=1)
+        changes["earlier_attempts"] = _archive(task, now, "crashed", ending)
+        writes = _unless_cancelled(task, changes, ending, now, "crash")
+    else:
+        writes = _again(task, ending, now, "crash", "crashed", {"owner": owner})
+    return [
+        write._replace(changes={**write.changes, "crashes": crashes}, move="crash")
+        for write in writes
+    ]
+
+
+# --- after the end of an abandoned thread
+
+
+def lift_bar(task: Task, now: int) -> list[Update]:
+    """Let a task start again: the thread of its abandoned attempt has ended, or the node of that thread.
+
+    A task that also waits for parents or its turn goes on waiting and passes its turn on. A task that has
+    ended passes its turn on, too.
+    """
+    held = until_due(optional_ms(task.run_at, "run_at"), now)
+    barred = {"status": PENDING, "held": BY_THREAD}
+    over: dict[str, Any] = {}
+    lifted: list[tuple[dict[str, Any], dict[str, Any]]] = [(barred, {"held": held})]
+    if (key := task.concurrency_key) is not None:
+        over = {"turn": None}
+        lifted = [({**barred, "turn": key}, {"held": held})]
+        lifted.append(({**barred, "turn": None}, {"held": FOR_TURN}))
+    alternatives = [
+        *lifted,
+        ({"status": PENDING, "held": (FREE, UNTIL_DUE)}, {}),
+        ({"status": PENDING, "held": (FOR_PARENTS, FOR_TURN)}, over),
+        ({"status": RUNNING}, {}),
+        ({"status": FINISHED}, over),
+    ]
+    stuck, free = {"stuck_on": task.stuck_on}, {"stuck_on": ""}
+    return [
+        Update(task.id, {**stuck, **guard}, {**free, **changes}, move="lift bar")
+        for guard, changes in alternatives
+    ]
+
+
+# --- after the end
+
+
+def check_requeue(task: Task) -> None:
+    """Raise ``InvalidTransition`` for a task that neither failed nor was cancelled."""
+    if task.status.value not in REQUEUEABLE:
+        raise InvalidTransition(
+            f"task {task.id} is {task.status}; only failed or cancelled tasks can be requeued. "
+            f"{_INSTEAD[task.status.value]}"
+        )
+
+
+#: The statuses of the tasks that a requeue can run again.
+REQUEUEABLE = (FAILED, CANCELLED)
+_INSTEAD = {
+    PENDING: "It has yet to run; to change it, cancel it first",
+    RUNNING: "Cancel it first, and requeue it when it has ended",
+    COMPLETED: (
+        "Its result may be in use: to run it again, submit a new task with its type and params"
+    ),
+}
+
+
+def requeue(
+    task: Task,
+    now: int,
+    waiting_on: str | None = None,
+    *,
+    run_at: int | None = None,
+    correction: Mapping[str, Any] | None = None,
+) -> Update:
+    """Let a failed or cancelled task run again, with all counts of errors and crashes back at zero.
+
+    Its waiting time counts from ``now``. If ``waiting_on`` is a parent's id, the task waits for that parent
+    first. It does not start before ``run_at``, if that is given. ``correction`` has columns from
+    :func:`corrected`. Raises the same error as :func:`check_requeue`.
+    """
+    check_requeue(task)
+    changes = {name: DEFAULTS[name] for name in _AS_NEW}
+    changes["earlier_attempts"] = attempts_to_text(task.attempts[-MAX_KEPT_ATTEMPTS:])
+    changes.update(unique.taken_again(task), **(correction or {}))
+    guard: dict[str, Any] = {"status": task.status.value, "starts": task.starts}
+    if task.stuck_on:
+        guard["stuck_on"] = task.stuck_on
+        changes["held"] = BY_THREAD
+    elif task.concurrency_key is not None:
+        changes.update(held=FOR_TURN, turn=None)
+    if waiting_on is not None:
+        changes.update(held=FOR_PARENTS, waiting_on=waiting_on)
+    # A task that waits for something else gets no run_at: a host whose clock is behind might hold it back.
+    if changes["held"] == FREE:
+        changes["run_at"] = now
+    if run_at is not None:
+        changes["run_at"] = run_at
+        if changes["held"] == FREE:
+            changes["held"] = until_due(run_at, now)
+    return Update(task.id, guard, changes, durable=True, move="requeue")
+
+
+def corrected(task: Task, now: int, params: str | None, from_step: str | None) -> dict[str, Any]:
+    """Return the columns that a requeue changes so that the task runs otherwise than before.
+
+    What it changes is noted in the log of attempts, after the last attempt.
+
+    Args:
+        task: the task, as it was before the requeue.
+        now: the time of the requeue.
+        params: other params, as JSON text; None to keep those that the task has.
+        from_step: the step whose result is removed, with those of all steps that were stored after it, and
+            the cursor; None to keep them all.
+
+    Raises:
+        ConfigurationError: the task has stored no such step.
+        RepositoryCorrupt: the record is damaged, so that what it was before cannot be noted.
+    """
+    if task.damage:
+        raise RepositoryCorrupt(
+            f"task {task.id} can only be requeued as it is: {task.damage}; submit a new task instead"
+        )
+    note = Attempt(
+        outcome="requeued",
+        ended_at=to_datetime(now),
+        old_params=None if params is None else task.params,
+        from_step=from_step or "",
+    )
+    kept = _with_bounded_params([*task.attempts, note][-MAX_KEPT_ATTEMPTS:])
+    changes: dict[str, Any] = {"earlier_attempts": attempts_to_text(kept)}
+    if params is not None:
+        changes["params"] = params
+    if from_step is not None:
+        changes["checkpoints"] = _up_to_step(task, from_step)
+    return changes
+
+
+def _up_to_step(task: Task, name: str) -> str | None:
+    """Return the checkpoints that were stored before a step, without the cursor."""
+    steps: dict[str, Any] = (task.checkpoints or {}).get("steps", {})
+    if name not in steps:
+        raise ConfigurationError(f"task {task.id} has stored no step {name!a}: {_stored(steps)}")
+    before = itertools.takewhile(lambda step: step != name, steps)
+    texts = {step: payload.encode(steps[step], step, payload.NO_LIMIT) for step in before}
+    return checkpoints_to_text(texts, None) if texts else None
+
+
+def _stored(steps: Collection[str]) -> str:
+    if not steps:
+        return "it has stored none"
+    named = ", ".join(map(ascii, itertools.islice(steps, _MOST_NAMED)))
+    more = len(steps) - _MOST_NAMED
+    return f"it has stored {named}" + (f" and {more:,} more" if more > 0 else "")
+
+
+_MOST_NAMED = 20
+
+
+def _with_bounded_params(attempts: list[Attempt]) -> list[Attempt]:
+    """Remove old params beyond :data:`MAX_OLD_PARAMS`, the oldest first; those of the last entry stay."""
+    size, kept = 0, list[Attempt]()
+    for attempt in reversed(attempts):
+        if attempt.old_params is not None:
+            size += len(old_params_to_text(attempt.old_params))
+            if size > MAX_OLD_PARAMS and kept:
+                attempt = attrs.evolve(attempt, old_params=None)
+        kept.append(attempt)
+    return kept[::-1]
+
+
+# The columns that a requeue sets to the values of a new task.
+_AS_NEW = (
+    *("status", "result", "error", "error_type", "traceback", "progress", "message"),
+    *("started_at", "completed_at", "duration", "run_at", "cancel_requested_at", "dead_letter"),
+    *("expires_at", "errors", "crashes", "interruptions", "snoozes", "owner", "held"),
+)
+
+# Removing a record frees its turn and its id. So the record stays while a thread of the task runs.
+_NO_THREAD = {"stuck_on": ""}
+
+
+def delete(task_id: str) -> Delete:
+    """Remove the record of a task that is not running and has no thread that still runs."""
+    return Delete(task_id, {"status": (PENDING, *FINISHED), **_NO_THREAD}, move="delete")
+
+
+def not_deleted(task: Task) -> InvalidTransition:
+    """Return the error that explains why the guard of :func:`delete` failed."""
+    if task.stuck_on:
+        return InvalidTransition(
+            f"task {task.id} cannot be deleted: a thread of an ended attempt still runs on node "
+            f"{task.stuck_on}; delete it when that thread or its process has ended"
+        )
+    return InvalidTransition(f"task {task.id} is running; cancel it before deleting it")
+
+
+def prunable(page: Sequence[Ended], needed: Collection[str], now: int) -> list[Stub]:
+    """Return the tasks of a page whose records may be removed. All tasks of the page have ended.
+
+    A record stays as long as a task that depends on it has a record: that task may read its result, and
+    later so may the program that follows the flow. A record also stays while it holds a unique key for a
+    number of seconds. ``needed`` has the ids of tasks on which tasks outside of ``page`` depend.
+    """
+    kept = {
+        task.stub.id
+        for task in page
+        if unique.held_until(task.unique_lock, task.unique_scope, task.stub.created_at) > now
+    }
+    kept.update(needed)
+    before = -1
+    while len(kept) > before:
+        before = len(kept)
+        for task in page:  # children mostly come before their parents; then one pass is enough
+            if task.stub.id in kept:
+                kept.update(task.depends_on)
+    return [task.stub for task in page if task.stub.id not in kept]
+
+
+def prune(stub: Stub) -> Delete:
+    """Remove the record of a task that has ended, unless it was requeued since it was read."""
+    guard = {"status": stub.status, "starts": stub.starts, **_NO_THREAD}
+    return Delete(stub.id, guard, durable=False, move="prune", skips=True)
+
+
+def discard(task: Task) -> Delete:
+    """Remove the record of a task that does not run, unless it has moved since it was read."""
+    guard = {"status": task.status.value, "starts": task.starts, **_NO_THREAD}
+    return Delete(task.id, guard, move="discard" if task.status.finished else "delete")
+
+
+# --- news for other processes
+
+#: Kinds of news: a task without an owner may start; a running task must be cancelled; a task has ended.
+FREED, CANCEL_REQUESTED, ENDED = "f", "c", "e"
+
+
+def news(write: Write) -> str:
+    """Return the kind of news in a write, for other processes; empty if there is no news."""
+    changes = write.row if isinstance(write, Insert) else write.changes
+    if isinstance(write, Delete) or changes.get("status") in FINISHED:
+        return ENDED
+    if changes.get("cancel_requested_at") is not None:
+        return CANCEL_REQUESTED
+    freed = changes.get("owner") == "" or "held" in changes
+    return FREED if freed and not changes.get("owner") and changes.get("held", FREE) == FREE else ""
+
+
+# --- writes that are still allowed in a file with a newer schema
+
+
+def lets_go(write: Write) -> bool:
+    """Return True if a write only ends a run or gives a task back, and starts nothing."""
+    return isinstance(write, Update) and write.changes.get("status") != RUNNING
+
+
+# --- changes that a user makes to a record by hand
+
+#: Columns that ``update`` does not change: identity, fence, a request to cancel (it may be later than the
+#: caller's read), and the counts that only moves may change.
+_NOT_BY_HAND = frozenset(
+    (
+        *("id", "type", "status", "created_at", "starts", "owner", "cancel_requested_at"),
+        *("completed_at", "errors", "crashes", "interruptions", "snoozes", "earlier_attempts"),
+        *("unique_key", "unique_scope", "depends_on", "on_parent_failure", "concurrency_key"),
+        *("stuck_on", "checkpoints", "log", *INTERNAL),
+    )
+)
+
+
+def amend(stored: Task, wanted: Task, now: int) -> list[Update]:
+    """Replace a record by the task that a caller wants, if a move allows the change of status.
+
+    Raises:
+        InvalidTransition: no move leads from the stored status to the wanted one.
+        PayloadError: the wanted params or result break the JSON rules.
+    """
+    _check_edge(stored, wanted.status)
+    changes = {k: v for k, v in row_from_task(wanted).items() if k not in _NOT_BY_HAND}
+    # The caller could not read a damaged value, so cannot have changed it. Another node may be able to.
+    if stored.damage:
+        for name in ("params", "result"):
+            if getattr(wanted, name) == getattr(stored, name):
+                del changes[name]
+    if wanted.status is not stored.status:
+        changes.update(_status_change(stored, wanted.status, now))
+    if wanted.status is not TaskStatus.PENDING:  # only a pending task can expire
+        changes["expires_at"] = None
+    # Only a task that has ended has a ``completed_at``.
+    if wanted.status.finished and wanted.completed_at is not None:
+        changes["completed_at"] = to_ms(wanted.completed_at, "completed_at")
+    guard = {"status": stored.status.value, "starts": stored.starts}
+    if wanted.status is not TaskStatus.PENDING:
+        return [Update(stored.id, guard, changes, durable=True, move="by hand")]
+    if stored.status is TaskStatus.PENDING:
+        # A node that has read the old record to start it must not start it.
+        changes["starts"] = stored.starts + 1
+    # A requeued task may have to wait for its turn, whatever its time.
+    due = {**changes, "held": changes.get("held") or until_due(changes["run_at"], now)}
+    if stored.stuck_on:
+        due["held"] = BY_THREAD
+    if due["held"]:
+        due["owner"] = ""
+    return _pending_changed(stored.id, guard, due, changes, "by hand")
+
+
+def set_status(stored: Task, status: TaskStatus, message: str, now: int) -> Update:
+    """Move a record to a status by hand. Raises ``InvalidTransition`` if no move leads there."""
+    _check_edge(stored, status)
+    changes = _status_change(stored, status, now) if status is not stored.status else {}
+    changes["message"] = message
+    guard = {"status": stored.status.value, "starts": stored.starts}
+    return Update(stored.id, guard, changes, durable=True, move="by hand")
+
+
+def _check_edge(stored: Task, status: TaskStatus) -> None:
+    edge = (stored.status.value, status.value)
+    if edge[0] != edge[1] and edge not in _EDGES:
+        raise InvalidTransition(f"task {stored.id} is {edge[0]} and cannot become {edge[1]}")
+
+
+def _status_change(stored: Task, status: TaskStatus, now: int) -> dict[str, Any]:
+    if status is TaskStatus.RUNNING:
+        return {
+            "status": RUNNING,
+            "starts": stored.starts + 1,
+            "started_at": now,
+            "held": FREE,
+            "expires_at": None,
+            "waiting_on": None,
+            "turn": stored.concurrency_key,  # if another task has the turn, the guard fails
+            **unique.freed_by_start(stored),
+        }
+    if status is TaskStatus.PENDING:
+        if stored.status is TaskStatus.RUNNING:
+            return {"status": PENDING, "started_at": None, "owner": "", "expires_at": None}
+        return dict(requeue(stored, now).changes)
+    changes = {"status": status.value, "completed_at": now, "owner": "", "waiting_on": None}
+    changes["expires_at"] = None
+    if not stored.stuck_on:  # otherwise the task keeps its turn while its thread runs
+        changes["turn"] = None
+    changes.update(unique.freed_by_end(stored))
+    if stored.status is TaskStatus.PENDING:  # as in cancel()
+        changes["unique_lock"] = None
+    if status is TaskStatus.COMPLETED:
+        changes["progress"] = 100
+    return changes

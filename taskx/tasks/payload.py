@@ -1,0 +1,165 @@
+"""The JSON rules: the values that can be stored as params or result, the same in every repository.
+
+Allowed are ``None``, ``bool``, ``int`` within 64 bits, finite ``float``, ``str``, and lists, tuples
+(stored as lists) and dicts with ``str`` keys of these, at most :data:`MAX_DEPTH` levels deep. Other values
+need an annotation, by which :mod:`taskx.tasks.annotations` encodes them before.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from taskx.tasks.errors import PayloadError
+
+#: Largest depth of nesting; below the 100 levels of BSON, so that MongoDB can store the same values.
+MAX_DEPTH = 90
+#: Largest size of params or a result, in bytes of UTF-8 JSON, unless configured otherwise.
+DEFAULT_MAX_SIZE = 1024 * 1024
+#: A size limit for values that were checked before.
+NO_LIMIT = 1 << 30
+#: The key of the objects that codecs store. Other objects must not have it at their top level.
+CODEC_KEY = "taskx:codec"
+
+_INT_MIN, _INT_MAX = -(2**63), 2**63 - 1
+
+# The depth check ends every cycle, so the encoder need not search for cycles itself.
+_dumps = json.JSONEncoder(
+    ensure_ascii=False, allow_nan=False, separators=(",", ":"), check_circular=False
+).encode
+loads = json.JSONDecoder().decode
+
+
+def encode(value: Any, what: str, max_size: int = DEFAULT_MAX_SIZE) -> str:
+    """Return a value as JSON text of at most ``max_size`` bytes in UTF-8.
+
+    Raises:
+        PayloadError: the value breaks a rule. The error names the path of the invalid part, starting with
+            ``what``.
+    """
+    if flaw := _flaw(value, 1):
+        raise PayloadError((what + flaw[0])[:500], flaw[1])
+    if isinstance(value, dict) and CODEC_KEY in value:
+        raise PayloadError(f"{what}.{CODEC_KEY}", "is a reserved key; use another name")
+    text = _dumps(value)
+    if text.isascii() and len(text) <= max_size:
+        return text
+    try:
+        check_size(text, what, max_size)
+    except UnicodeEncodeError:
+        problem = "contains a lone surrogate, which is not valid Unicode"
+        raise PayloadError(_surrogate_path(value, what), problem) from None
+    return text
+
+
+def check_size(text: str, what: str, max_size: int) -> None:
+    """Raise ``PayloadError`` if JSON text is larger than ``max_size`` bytes in UTF-8."""
+    size = len(text) if text.isascii() else len(text.encode())
+    if size > max_size:
+        raise PayloadError(
+            what, f"{size:,} bytes as JSON, more than max_payload_size ({max_size:,})"
+        )
+
+
+def encode_params(params: Any, max_size: int = DEFAULT_MAX_SIZE) -> str:
+    """Return the JSON text of a task's params, a mapping with string keys. Raises as :func:`encode`."""
+    if type(params) is not dict:
+        if not isinstance(params, Mapping):
+            raise PayloadError("params", f"must be a dict, not {type(params).__name__}")
+        params = dict(params)
+    return "{}" if not params else encode(params, "params", max_size)
+
+
+def _flaw(value: Any, depth: int) -> tuple[str, str] | None:
+    """Return the path of the first invalid part, below ``value``, and its problem; None if all is valid."""
+    kind = type(value)
+    if kind is str or value is None or kind is bool:
+        return None
+    if kind is int:
+        return None if _INT_MIN <= value <= _INT_MAX else ("", "integer does not fit into 64 bits")
+    if kind is float:
+        return None if math.isfinite(value) else ("", f"{value} is not valid JSON")
+    if kind is dict or kind is list or kind is tuple:
+        if depth > MAX_DEPTH:
+            return "", f"is nested more than {MAX_DEPTH} levels deep, or contains itself"
+        return _flaw_in_dict(value, depth) if kind is dict else _flaw_in_list(value, depth)
+    if isinstance(value, (str, int, float, list, tuple, dict)):
+        # A subclass (an IntEnum, a defaultdict): check the plain value that would be encoded.
+        return _flaw(_plain(value), depth)
+    return "", _not_json(kind)
+
+
+def _not_json(kind: type[Any]) -> str:
+    from taskx.tasks.annotations import has_form, takes_more
+
+    name = kind.__name__
+    if not has_form(kind):
+        return f"{name} is not JSON"
+    if takes_more(kind):
+        return (
+            f"{name} is not JSON: its __init__ must take its own fields, and require nothing else"
+        )
+    return (
+        f"{name} is not JSON; to store one as a param or result, annotate that of the executor with "
+        f"{name} and register the executor with this queue"
+    )
+
+
+def _flaw_in_dict(value: dict[Any, Any], depth: int) -> tuple[str, str] | None:
+    for key, item in value.items():
+        if not isinstance(key, str):
+            return f"[{key!r}]", "a key must be a string"
+        if "\0" in key:
+            return f"[{key!r}]", "a key must not contain a NUL character"
+        kind = type(item)
+        if kind is str or item is None or (kind is int and _INT_MIN <= item <= _INT_MAX):
+            continue
+        if flaw := _flaw(item, depth + 1):
+            return f".{key}{flaw[0]}", flaw[1]
+    return None
+
+
+def _flaw_in_list(value: Any, depth: int) -> tuple[str, str] | None:
+    for index, item in enumerate(value):
+        if flaw := _flaw(item, depth + 1):
+            return f"[{index}]{flaw[0]}", flaw[1]
+    return None
+
+
+def _plain(value: Any) -> Any:
+    bases: tuple[type[Any], ...] = (str, int, float, list, tuple, dict)
+    return next(base(value) for base in bases if isinstance(value, base))
+
+
+def _surrogate_path(value: Any, path: str) -> str:
+    if isinstance(value, str):
+        return "" if is_encodable(value) else path
+    if isinstance(value, dict):
+        for key, item in value.items():
+            inner = f"{path}.{key}"
+            found = _surrogate_path(item, inner) if is_encodable(key) else f"{path}[{key!a}]"
+            if found:
+                return found
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            if found := _surrogate_path(item, f"{path}[{index}]"):
+                return found
+    return ""
+
+
+def is_encodable(text: str) -> bool:
+    """Return True if a text has no lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def clean_text(text: str, limit: int) -> str:
+    """Return free text that can be stored: cut to ``limit`` characters, with lone surrogates escaped."""
+    if len(text) > limit:
+        text = text[: limit - 1] + "…"
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()

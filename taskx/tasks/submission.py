@@ -1,0 +1,107 @@
+"""The options of a submit, checked and set on the task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from datetime import datetime, timedelta
+from typing import Any
+
+import attrs
+
+from taskx.tasks import lifecycle, unique
+from taskx.tasks.checks import check_number
+from taskx.tasks.clock import SYSTEM_CLOCK, to_datetime
+from taskx.tasks.creation import new_record
+from taskx.tasks.errors import ConfigurationError
+from taskx.tasks.model import Task, check_key
+from taskx.tasks.options import (
+    OnConflict,
+    SubmitOptions,
+    check_time,
+    lifetime,
+    one_of,
+    refuse_unknown,
+)
+from taskx.tasks.record import optional_ms
+from taskx.tasks.tags import check_tags
+
+_check_on_conflict = one_of(OnConflict)
+
+
+def given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that are not None."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def of_submit(options: Mapping[str, Any]) -> list[str]:
+    """Return the options that concern the moment of the submit, so that no :class:`Task` can hold them."""
+    timed = options.get("expires")
+    relative = timed is not None and not isinstance(timed, datetime)
+    found = [name for name in ("delay", "on_conflict") if name in options]
+    return [*found, "expires"] if relative else found
+
+
+def with_options(task: Task, options: Mapping[str, Any], now_ms: int) -> Task:
+    """Return the task with the options of ``submit`` that are not None.
+
+    Raises:
+        ConfigurationError: an option is not valid, or ``run_at`` and ``delay`` are both given.
+    """
+    chosen = {name: value for name, value in options.items() if value is not None}
+    if "id" in chosen:  # only Task.id may be empty: then an id is made
+        check_key(chosen["id"], "id")
+    parents = chosen.get("depends_on")
+    if isinstance(parents, Iterable) and not isinstance(parents, (str, bytes, Mapping)):
+        chosen["depends_on"] = [getattr(parent, "id", parent) for parent in parents]
+    if "tags" in chosen:
+        chosen["tags"] = check_tags(chosen["tags"])
+    _check_on_conflict(chosen.pop("on_conflict", "reject"), "on_conflict")
+    if "on_conflict" in options and task.unique_key is None and "unique_key" not in chosen:
+        raise ConfigurationError("on_conflict requires unique_key")
+    if "unique_scope" in chosen:
+        chosen["unique_scope"] = unique.scope_to_text(chosen["unique_scope"])
+    delay = chosen.pop("delay", None)
+    if delay is not None:
+        if "run_at" in chosen:
+            raise ConfigurationError("give run_at or delay, not both")
+        seconds = check_number(delay, "delay")
+        try:
+            chosen["run_at"] = to_datetime(now_ms) + timedelta(seconds=seconds)
+        except OverflowError:
+            raise ConfigurationError(
+                f"delay of {seconds:g} seconds is beyond the calendar: give a shorter one"
+            ) from None
+    expires = chosen.pop("expires", None)
+    if expires is not None:
+        chosen["expires_at"] = _expiry(expires, chosen.get("run_at", task.run_at), now_ms)
+    return attrs.evolve(task, **chosen) if chosen else task
+
+
+def _expiry(expires: Any, run_at: datetime | None, now_ms: int) -> datetime:
+    if isinstance(expires, datetime):
+        return expires
+    if run_at is not None:
+        check_time(run_at, "run_at")
+    return to_datetime(lifecycle.expiry(now_ms, optional_ms(run_at, "run_at"), lifetime(expires)))
+
+
+def bound_options(
+    type: str, before: Mapping[str, Any], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return options to submit tasks of a type with: those from before, and further ones that win.
+
+    Raises:
+        TypeError: ``submit`` has no such option.
+        ConfigurationError: an option is not valid.
+    """
+    refuse_unknown(options, SubmitOptions, "using", "; params are given to submit")
+    seconds = {k: v.total_seconds() for k, v in options.items() if isinstance(v, timedelta)}
+    bound = {**before, **given(options), **seconds}
+    now = SYSTEM_CLOCK.now_ms()
+    task = with_options(Task(type=type), bound, now)
+    new_record(task, now)  # checks the other options
+    if "depends_on" in bound:
+        bound["depends_on"] = tuple(task.depends_on)  # the caller may change its list
+    if "tags" in bound:
+        bound["tags"] = task.tags
+    return bound

@@ -1,0 +1,180 @@
+"""The cancellation token: it tells an executor to stop, even one that waits for blocking IO."""
+
+from __future__ import annotations
+
+import _thread
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+from taskx.tasks.checks import in_seconds
+from taskx.tasks.clock import SYSTEM_CLOCK, Clock
+from taskx.tasks.errors import CancelReason, ConfigurationError, TaskCancelled, on_main_thread
+from taskx.tasks.log import log
+from taskx.tasks.timing import DEFAULT_TIMING
+
+
+class CancelToken:
+    """A signal to stop. It fires once, for one reason, and stays fired.
+
+    The token is cooperative: firing never interrupts Python code. An executor checks the token
+    (``cancelled``, ``raise_if_cancelled()``), waits for it (``wait(seconds)``), passes ``remaining()`` as
+    the time-out of its calls, or has a callback close the object that it blocks on (``on_cancel``).
+
+    Args:
+        deadline: the time at which to fire with ``TIMEOUT``, in seconds of ``clock.monotonic()``; None for
+            never.
+        clock: the clock of the deadline.
+    """
+
+    __slots__ = ("_callbacks", "_children", "_clock", "_once", "_reason", "_waiters", "deadline")
+
+    def __init__(self, deadline: float | None = None, clock: Clock = SYSTEM_CLOCK) -> None:
+        self.deadline = deadline
+        self._clock = clock
+        self._reason: CancelReason | None = None
+        # Raw locks, here and in wait(): fire() may be called from a signal handler that interrupted a
+        # method of this object. The condition inside an Event would deadlock then.
+        self._once = _thread.allocate_lock()
+        self._waiters: list[_thread.LockType] = []
+        self._callbacks: list[Callable[[], object]] = []
+        self._children: list[CancelToken] = []
+
+    def __repr__(self) -> str:
+        return f"<CancelToken {self._reason or 'not fired'}>"
+
+    @property
+    def reason(self) -> CancelReason | None:
+        """The reason why the token fired; None if it has not fired."""
+        deadline = self.deadline
+        if self._reason is None and deadline is not None and self._clock.monotonic() >= deadline:
+            self.fire(CancelReason.TIMEOUT)
+        return self._reason
+
+    @property
+    def cancelled(self) -> bool:
+        """True if the token has fired."""
+        return self.reason is not None
+
+    def raise_if_cancelled(self) -> None:
+        """Raise ``TaskCancelled`` if the token has fired."""
+        if (reason := self.reason) is not None:
+            raise TaskCancelled(reason)
+
+    def remaining(self) -> float | None:
+        """Return the seconds until the deadline, always more than zero; None without a deadline.
+
+        Raises:
+            TaskCancelled: the deadline has passed, or the token has fired for another reason.
+        """
+        self.raise_if_cancelled()
+        if self.deadline is None:
+            return None
+        left = self.deadline - self._clock.monotonic()
+        if left <= 0:
+            self.fire(CancelReason.TIMEOUT)
+            self.raise_if_cancelled()
+        return left
+
+    def wait(self, timeout: float | timedelta | None = None) -> bool:
+        """Block until the token fires, at most ``timeout`` seconds. Return True if it has fired."""
+        limit = threading.TIMEOUT_MAX if timeout is None else max(0.0, in_seconds(timeout))
+        if self.deadline is not None:
+            limit = min(limit, max(0.0, self.deadline - self._clock.monotonic()))
+        waiter = _thread.allocate_lock()
+        waiter.acquire()
+        self._waiters.append(waiter)
+        try:
+            if self.reason is None:
+                _acquire(waiter, min(limit, threading.TIMEOUT_MAX))
+        finally:
+            if waiter in self._waiters:
+                self._waiters.remove(waiter)
+        return self.cancelled
+
+    def on_cancel(self, callback: Callable[[], object]) -> Callable[[], None]:
+        """Call ``callback()`` when the token fires, or at once if it has fired. Return its remover.
+
+        The callback runs in a thread of its own, so it may block. Its exceptions are logged. The remover is
+        a function; it takes the callback off the token.
+
+        Raises:
+            ConfigurationError: ``callback`` is not callable.
+        """
+        if not callable(callback):
+            raise ConfigurationError(f"callback must be a function, not {callback!r}")
+        self._callbacks.append(callback)
+        if self.reason is not None:
+            self._run_callbacks()
+
+        def remove() -> None:
+            if callback in self._callbacks:
+                self._callbacks.remove(callback)
+
+        return remove
+
+    def _child(self, seconds: float) -> CancelToken:
+        """Return a token that fires with this one, and with ``TIMEOUT`` after ``seconds`` at the latest."""
+        deadline = self._clock.monotonic() + seconds
+        if self.deadline is not None:
+            deadline = min(deadline, self.deadline)
+        child = type(self)(deadline, self._clock)
+        self._children.append(child)
+        if self.reason is not None:
+            child.fire(self.reason)
+        return child
+
+    def _disown(self, child: CancelToken) -> None:
+        """Forget a child that is no longer needed."""
+        self._children.remove(child)
+
+    def fire(self, reason: CancelReason) -> bool:
+        """Fire the token. Return False if it had already fired; it then keeps its first reason."""
+        if not self._once.acquire(False):
+            return False
+        self._reason = reason
+        for child in list(self._children):
+            child.fire(reason)
+        for waiter in list(self._waiters):
+            if waiter.locked():
+                waiter.release()
+        self._run_callbacks()
+        return True
+
+    def _run_callbacks(self) -> None:
+        due = []
+        # pop() is atomic: with two callers at the same time, each callback still runs once.
+        while self._callbacks:
+            try:
+                due.append(self._callbacks.pop())
+            except IndexError:
+                break
+        for callback in due:  # a thread for each, as each may block
+            try:
+                threading.Thread(
+                    target=_call, args=(callback,), name="taskx-cancel", daemon=True
+                ).start()
+            except RuntimeError:
+                _call(callback)  # no thread can be started while the interpreter shuts down
+
+
+def _acquire(waiter: _thread.LockType, seconds: float) -> None:
+    """Wait for a lock, at most so many seconds.
+
+    A signal that strikes just before the main thread blocks does not wake it, and its handler, which may
+    fire the token, runs only when the thread wakes.
+    """
+    if not on_main_thread():
+        waiter.acquire(timeout=seconds)
+        return
+    until, every = time.monotonic() + seconds, DEFAULT_TIMING.signals_every
+    while (left := until - time.monotonic()) > 0 and not waiter.acquire(timeout=min(left, every)):
+        continue
+
+
+def _call(callback: Callable[[], object]) -> None:
+    try:
+        callback()
+    except BaseException:  # noqa: BLE001  (no caller is left; the log is the only place to report it)
+        log.exception("a cancel callback raised: %r", callback)
