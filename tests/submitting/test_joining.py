@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sqlite3
 import threading
 import warnings
@@ -599,6 +600,26 @@ def test_a_process_that_dies_at_any_statement_leaves_order_and_tasks_or_neither(
     assert statements > 10
     assert connection.execute("SELECT count(*) FROM orders").fetchone() == (1,)
     assert [task.params for task in queue.iter_tasks()] == [{"order": 1}] * 3
+
+
+@pytest.mark.process
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_knows_no_transaction_of_its_parent_also_if_no_queue_was_there(
+    repository, connection
+):
+    """Its queue, which it makes later, would wait for a lock and a thread of the parent."""
+    transactions = repository.transactions
+    connection.execute("BEGIN IMMEDIATE")
+    with transactions.join(connection, lambda writes: None) as inside:
+        inside.create(Task(id="a", type="ship"))
+    assert transactions.units
+    with transactions._lock:  # as its watching thread may hold it at any moment
+        child = os.fork()
+    if not child:
+        free = transactions._lock.acquire(blocking=False)
+        os._exit(0 if free and not transactions.units and transactions._thread is None else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    connection.rollback()
 
 
 FORKS = """

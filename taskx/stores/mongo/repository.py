@@ -183,6 +183,7 @@ class MongoRepository(Tasks, Forks):
         self._connection.renew_after_fork()
         for part in (self._sequencer, self._sender, self._batches, self._changes):
             part.renew()
+        self.transactions.renew()  # there may be no queue yet that does so
 
 
 class ServerHouse(House):

@@ -18,6 +18,7 @@ import attrs
 
 from taskx.stores import queries
 from taskx.stores.base import Repository
+from taskx.stores.parts import Forks
 from taskx.stores.sql import Link, Links, Sent, SQLRepository
 from taskx.stores.sqlite.connections import FAILURES
 from taskx.stores.sqlite.links import Cursor, FileLinks, connect_to, fetch
@@ -416,7 +417,7 @@ class CallersLinks(Links):
         return fetch(self._connection, sql, values, self._cursor().execute)
 
 
-class FileTransactions(Transactions):
+class FileTransactions(Transactions, Forks):
     """The transactions of callers and executors on one file.
 
     It reads and writes over no connection: it was given them for one call each. It finds out by other means
@@ -440,6 +441,10 @@ class FileTransactions(Transactions):
         self._repository = repository
         self._outer = outer
         self._connect = connect
+
+    def renew_after_fork(self) -> None:
+        """Start again. A queue does so, too, but there may be none yet that uses the repository."""
+        self.renew()
 
     def renew(self) -> None:
         self._inherited.append(vars(self).get("_last"))

@@ -98,7 +98,7 @@ class SQLiteRepository(SQLRepository):
         super().__init__(statements(prefix), links, clock, codec, timing)
         self.file, self._file_links = file, links
         #: The transactions as this class uses them, also if others put something in their place.
-        self.transactions = self.callers = FileTransactions(self, links, connect)
+        self.transactions = self.callers = at_forks(FileTransactions(self, links, connect))
         self.news = self.house = self.forks = at_forks(links)
 
     def __repr__(self) -> str:

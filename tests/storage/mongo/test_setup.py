@@ -211,8 +211,10 @@ repository = MongoRepository(client[sys.argv[2]], run_folder=sys.argv[3])
 repository.liveness.join(Node(id="n", name="parent"))
 repository.create(Task(id="parent", type="t"))
 repository.version()
+repository.transactions._lock.acquire()  # as a thread that watches transactions may hold it
 child = os.fork()
 if child == 0:
+    assert not repository.transactions._lock.locked()
     repository.create(Task(id="child", type="t"))
     assert repository.count(TaskFilter()) == 2
     assert [node.alive for node in repository.liveness.nodes()] == [True]
@@ -221,6 +223,7 @@ if child == 0:
     repository.liveness.leave("c")
     repository.close()
     os._exit(0)
+repository.transactions._lock.release()
 assert os.waitpid(child, 0)[1] == 0
 repository.create(Task(id="after", type="t"))
 assert repository.count(TaskFilter()) == 3
