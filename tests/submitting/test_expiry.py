@@ -275,7 +275,7 @@ def test_a_task_that_has_started_never_expires(make_queue, clock, how):
 
     queue.start()
     handle = queue.submit("again", expires=60)
-    eventually(lambda: handle.task().status is TaskStatus.PENDING and ran)
+    eventually(lambda: ran and handle.task().status is TaskStatus.PENDING)
     clock.advance(100)
     whole_round(queue)
     assert (handle.task().status, handle.task().expires_at) == (TaskStatus.PENDING, None)
