@@ -206,10 +206,8 @@ class Ledger(ABC, Generic[OutcomeT]):
             doubtful = isinstance(error, MemoryError) or not isinstance(error, Exception)
             if entry is None and leads == [True] and doubtful:
                 entry = _Entry(writes, None)
-                self._sent = (
-                    *self._sent,
-                    entry,
-                )  # an earlier leader may have been interrupted, too
+                # An earlier leader may have been interrupted, too.
+                self._sent = (*self._sent, entry)
                 self._waiting.append(entry)
             if entry is not None:
                 entry.deserted, entry.turn = not entry.done, None
