@@ -171,10 +171,8 @@ class LocalNode:
 
     def _prepare(self) -> None:
         """Make the parts that run tasks, for a new id; nobody sees them yet."""
-        self._stopping, self._ending = (
-            threading.Lock(),
-            threading.Lock(),
-        )  # the first is held for good
+        self._stopping = threading.Lock()  # held for good from the stop on
+        self._ending = threading.Lock()
         self._left = threading.Event()
         self._on_record = False  # True also while it joins, when it may not be recorded yet
         config, about = self._queue.config, self._about()

@@ -232,9 +232,7 @@ class Requeues:
             some = {task.id: task for task in tasks[start : start + self._whole]}
             parents = list({parent: None for task in some.values() for parent in task.depends_on})
             statuses = self._repository.statuses(parents) if parents else {}
-            statuses.update(
-                (task_id, TaskStatus.PENDING) for task_id in some
-            )  # in this transaction
+            statuses.update(dict.fromkeys(some, TaskStatus.PENDING))  # in this transaction
             now = self._services.clock.now_ms()
             writes: list[Update] = []
             for task_id, task in some.items():
