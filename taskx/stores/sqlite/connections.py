@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sqlite3
 import threading
@@ -145,6 +146,7 @@ class Connections:
         # reader on its way. It is closed when nothing refers to it any more.
         self._idle: list[Connection] = []
         self._readers: weakref.WeakSet[Connection] = weakref.WeakSet()  # all of them
+        self._collected_at = 0.0  # the monotonic time at which lost readers were collected last
         # A finalizer may read while its thread opens a connection.
         self._opening = threading.RLock()
         self.compiling = Compiling()
@@ -229,9 +231,21 @@ class Connections:
                 )
             time.sleep(pause)
             pause = min(2 * pause, self._timing.longest_reader_pause)
+            if pause == self._timing.longest_reader_pause:
+                self._collect_lost()
             with suppress(IndexError):
                 return self._idle.pop()
         return opened
+
+    def _collect_lost(self) -> None:
+        """Have readers closed that an interrupt has lost. Do so at most once a second: it takes a while.
+
+        Before Python 3.11 a connection and its cache of statements refer to each other, so it ends when it
+        is collected.
+        """
+        if (now := time.monotonic()) - self._collected_at > 1.0:
+            self._collected_at = now
+            gc.collect()
 
     def _open_reader(self) -> Connection | None:
         """Open a reader. Return None if there are ``Timing.most_readers``."""
