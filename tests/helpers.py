@@ -141,7 +141,7 @@ def connections_of(repository: SQLiteRepository) -> Connections:
 
 
 def open_readers(repository: SQLiteRepository) -> list[Connection]:
-    return [one for one in list(connections_of(repository)._readers) if not one.closed]
+    return connections_of(repository).open_readers()
 
 
 @contextmanager

@@ -145,7 +145,8 @@ class Connections:
         # Readers that nobody uses; the one that was given back last is at the end. An interrupt may lose a
         # reader on its way. It is closed when nothing refers to it any more.
         self._idle: list[Connection] = []
-        self._readers: weakref.WeakSet[Connection] = weakref.WeakSet()  # all of them
+        # All of them. A WeakSet does not forget its members any more if an interrupt strikes in its iteration.
+        self._readers: list[weakref.ref[Connection]] = []
         self._collected_at = 0.0  # the monotonic time at which lost readers were collected last
         # A finalizer may read while its thread opens a connection.
         self._opening = threading.RLock()
@@ -250,9 +251,8 @@ class Connections:
     def _open_reader(self) -> Connection | None:
         """Open a reader. Return None if there are ``Timing.most_readers``."""
         with self._opening:
-            # A list holds only those that still exist.
-            readers = [one for one in list(self._readers) if not one.closed]
-            if len(readers) >= self._timing.most_readers:
+            self._readers = [weakref.ref(one) for one in self.open_readers()]
+            if len(self._readers) >= self._timing.most_readers:
                 return None
             connection = self._connect("rw")
             try:
@@ -260,8 +260,13 @@ class Connections:
             except BaseException:
                 connection.close()
                 raise
-            self._readers.add(connection)
+            self._readers.append(weakref.ref(connection))
             return connection
+
+    def open_readers(self) -> list[Connection]:
+        """Return the readers that are open, whether in use or not."""
+        readers = [reader() for reader in self._readers]
+        return [reader for reader in readers if reader is not None and not reader.closed]
 
     def discard_writer(self) -> None:
         """Close the writing connection. The next write opens a new one. The caller holds the write lock."""
@@ -302,7 +307,7 @@ class Connections:
         deadline = time.monotonic() + timeout
         while True:
             self._close_idle()
-            if all(one.closed for one in list(self._readers)) or time.monotonic() > deadline:
+            if not self.open_readers() or time.monotonic() > deadline:
                 return
             time.sleep(0.001)
 
@@ -317,8 +322,8 @@ class Connections:
 
     def renew_after_fork(self) -> None:
         """Start over, in a forked child, with connections of its own."""
-        self._abandoned += [*self._readers, *([self._writer] if self._writer else [])]
-        self._idle, self._readers = [], weakref.WeakSet()
+        self._abandoned += [*self.open_readers(), *([self._writer] if self._writer else [])]
+        self._idle, self._readers = [], []
         self._writer = None
         self._opening = threading.RLock()
 
