@@ -145,7 +145,7 @@ class Connections:
         # Readers that nobody uses; the one that was given back last is at the end. An interrupt may lose a
         # reader on its way. It is closed when nothing refers to it any more.
         self._idle: list[Connection] = []
-        # All of them. A WeakSet does not forget its members any more if an interrupt strikes in its iteration.
+        # All of them. After an interrupt in its iteration, a WeakSet would forget no member any more.
         self._readers: list[weakref.ref[Connection]] = []
         self._collected_at = 0.0  # the monotonic time at which lost readers were collected last
         # A finalizer may read while its thread opens a connection.
