@@ -98,7 +98,7 @@ def calls(path, *names):
 def test_each_write_of_the_core_names_a_move_that_has_a_row():
     named = {move.name for move in MOVES} | {"by hand"}
     found = set()
-    for path in (PACKAGE / "core").glob("*.py"):
+    for path in (PACKAGE / "tasks").glob("*.py"):
         for call in calls(path, "Update", "Delete"):
             given = [word.value for word in call.keywords if word.arg == "move"]
             most = 5 if call.func.id == "Update" else 4
@@ -106,7 +106,7 @@ def test_each_write_of_the_core_names_a_move_that_has_a_row():
             found.add(move.value if isinstance(move, ast.Constant) else "retry")
     assert found <= named
     for path in PACKAGE.rglob("*.py"):
-        if path.parent.name not in ("core", "testing"):
+        if path.parent.name not in ("tasks", "testing"):
             assert not [*calls(path, "Update", "Delete")], path
 
 
