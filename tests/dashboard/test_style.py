@@ -10,7 +10,7 @@ import pytest
 
 import taskx.programs.dashboard
 
-STATIC = Path(taskx.dashboard.__file__).parent / "static"
+STATIC = Path(taskx.programs.dashboard.__file__).parent / "static"
 CSS = (STATIC / "taskx.css").read_text()
 
 TEXTS = ("ink", "muted", "link", "ok", "bad", "warn", "run", "wait", "off")

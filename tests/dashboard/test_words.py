@@ -16,7 +16,7 @@ from taskx.programs.dashboard import words
 from taskx.programs.dashboard.chinese import CHINESE
 from taskx.programs.dashboard.display import Display
 
-FOLDER = Path(taskx.dashboard.__file__).parent
+FOLDER = Path(taskx.programs.dashboard.__file__).parent
 NOW = datetime(2026, 3, 1, 12, 0, tzinfo=timezone.utc)
 
 # A text in a template: _("…"). No text has a double quote.
