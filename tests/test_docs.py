@@ -565,6 +565,7 @@ IDLE = {
     "owners": "(SELECT min(owner)",
     "stuck_on": "(SELECT min(stuck_on)",
     "expires_at": "expires_at <= ",
+    "run_at": "run_at <= ",
     "nodes": "name >= 'node/'",
     "pauses": "name >= 'pause'",
     "schedules": "name > 'schedule/'",
