@@ -313,10 +313,9 @@ def _facts(task: Task, changes: Mapping[str, Any], outcome: Outcome | None) -> d
 
 @attrs.frozen(eq=False)
 class Services:
-    """What a call of a queue works with: its repository, the door for moves, and what belongs to them.
+    """The parts of a queue that its calls and its node share.
 
-    Inside a transaction of the caller there is another one: the same, with a repository, a door, controls
-    and an agenda that are part of the transaction.
+    In a transaction of the caller, a call takes its repository and its door for moves from its ``Work``.
     """
 
     repository: Repository

@@ -658,7 +658,7 @@ class WorkerPool:
 
 
 class State(Protocol):
-    """How far a queue is, for the parts that take submits and changes."""
+    """Tells how far a queue is: a part of the interface of its node."""
 
     @property
     def pool(self) -> WorkerPool | None:

@@ -94,7 +94,7 @@ class Joining:
 
 
 class _Consequences:
-    """What follows from the moves of a transaction, after its commit.
+    """Does what follows from the moves of a transaction, after its commit.
 
     Attributes:
         tasks: the tasks of the moves that were read.

@@ -1,4 +1,4 @@
-"""The unit of work of a call: through what it reads and writes."""
+"""Units of work: each call of a queue reads and writes through one."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ class Inside:
 
 @attrs.frozen(eq=False)
 class Work:
-    """What a call reads, and the door for its moves: the queue's, or one in a transaction of the caller.
+    """The unit of work of a call: the repository that it reads, and the door for its moves.
+
+    They are those of the queue, or belong to a transaction of the caller.
 
     Attributes:
         repository: the repository, as the transaction sees it.

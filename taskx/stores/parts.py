@@ -1,4 +1,4 @@
-"""What only some stores can do: the news of others' commits, a house of their own, and forks.
+"""Objects for that which only some stores can do: news of others' commits, a house, forks.
 
 A repository has one object of each, which does nothing unless its class puts another in its place.
 """

@@ -1,4 +1,4 @@
-"""What the statements need: a connection inside a transaction, and what gives such connections."""
+"""Links: connections inside a transaction, for the statements, and the objects that give them."""
 
 from __future__ import annotations
 
