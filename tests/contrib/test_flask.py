@@ -234,7 +234,7 @@ def test_the_first_request_starts_the_queue_and_later_ones_do_not(taskx, make_ap
     start = queue_of(app).start
     monkeypatch.setattr(queue_of(app), "start", lambda: (calls.append(1), start()))
     with app.app_context():
-        assert "not started" in repr(taskx.queue.queue)
+        assert "not started" in repr(taskx.queue)
     client = app.test_client()
     assert [client.get("/").status_code for _ in range(3)] == [200, 200, 200]
     assert calls == [1]
