@@ -529,7 +529,9 @@ class TestInterruptedReads:
         assert connections_of(repository).read(outer) == [("a",)]
 
     @needs_proc
-    def test_an_interrupted_opening_leaves_no_file_open(self, tmp_path):
+    def test_an_interrupted_opening_leaves_no_file_open(self, tmp_path, request):
+        gc.freeze()  # each collection below looks at this test's objects only, not at all that pytest keeps
+        request.addfinalizer(gc.unfreeze)
         struck = True
         for point in itertools.count(0, 13):
             new = SQLiteRepository(tmp_path / f"{point}.db")

@@ -114,7 +114,7 @@ class Connection(sqlite3.Connection):
     def __del__(self) -> None:
         # Python 3.13 would warn of an open connection, but a repository need not be closed.
         try:
-            self.close()
+            super().close()
         except sqlite3.ProgrammingError:  # it could not be opened
             return
 
