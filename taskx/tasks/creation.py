@@ -47,8 +47,9 @@ def new_record(task: Task, now: int, max_size: int = payload.DEFAULT_MAX_SIZE) -
     """
     if task.status is not TaskStatus.PENDING:
         raise InvalidTransition(f"a new task must be pending; this one is {task.status}")
+    fresh = task.id == ""
     columns = {
-        "id": new_id() if task.id == "" else check_key(task.id, "id"),
+        "id": new_id(now) if fresh else check_key(task.id, "id"),
         "type": check_key(task.type, "type"),
         "params": payload.encode_params(task.params, max_size),
         "created_by": check_name(task.created_by, "created_by") if task.created_by != "" else "",
@@ -66,7 +67,7 @@ def new_record(task: Task, now: int, max_size: int = payload.DEFAULT_MAX_SIZE) -
         columns["run_at"] = to_ms(task.run_at)
     if task.expires_at is not None:
         columns["expires_at"] = _expiry(task.expires_at, task.run_at)
-    return lifecycle.created(columns)
+    return lifecycle.created(columns, fresh=fresh)
 
 
 _options = attrgetter(*CHECKS)

@@ -96,13 +96,13 @@ def create(*, task_id: str, now: int, **columns: Any) -> Insert:
     return created({**columns, "id": task_id, "created_at": now})
 
 
-def created(columns: Mapping[str, Any]) -> Insert:
+def created(columns: Mapping[str, Any], *, fresh: bool = False) -> Insert:
     """Store a new pending task.
 
     ``columns`` has its id, type, params, and every column that differs from ``DEFAULTS``. The values are
     those of rows (JSON text, milliseconds), but ``depends_on`` is a list, and ``expires`` may be given
     instead of ``expires_at`` (see :func:`expiry`). The task first waits for its parents (see
-    :func:`wait_for`), then for its turn, then for its time.
+    :func:`wait_for`), then for its turn, then for its time. ``fresh`` is as in ``Insert``.
     """
     row = {**_NEW, **columns}
     if row["run_at"] is not None:
@@ -116,7 +116,7 @@ def created(columns: Mapping[str, Any]) -> Insert:
             row["depends_on"] = ids_to_text(row["depends_on"])
         if "expires" in row:
             row["expires_at"] = expiry(row["created_at"], row["run_at"], row.pop("expires"))
-    return Insert(row)
+    return Insert(row, fresh=fresh)
 
 
 _NEW: dict[str, Any] = {name: DEFAULTS.get(name) for name in CREATED}
@@ -405,7 +405,7 @@ def start(task: Task, now: int, node: str, worker: str = "") -> Update | None:
 
 def created_started(insert: Insert, start: Update) -> Insert:
     """Store a new task as already started: creation and :func:`start` in one write instead of two."""
-    return Insert({**insert.row, **start.changes})
+    return insert._replace(row={**insert.row, **start.changes})
 
 
 def as_submitted(insert: Insert) -> dict[str, Any]:

@@ -27,10 +27,13 @@ class Insert(NamedTuple):
     ``row`` has the columns of :data:`CREATED`, in that order, and then any other columns; a record that is
     stored as started has more of them. The remaining columns get their defaults. The row's ``owner`` may be
     changed until the insert is applied.
+
+    ``fresh`` is True if its id was made for it by ``ids.new_id``: no record has that id.
     """
 
     row: dict[str, Any]
     durable: bool = True
+    fresh: bool = False
 
     @property
     def id(self) -> str:

@@ -63,6 +63,22 @@ class Dialect:
     #: Subqueries for the tasks of a status that name their indexes.
     spans: Mapping[str | None, str] = {}
 
+    #: The newest tasks first; and the conditions for those that follow a place, which is a ``created_at`` and
+    #: a ``seq``, with the values of the place that they need. There are two, first for the tasks of the same
+    #: moment and then for the earlier ones, as an index finds those of each one at once.
+    newest_first = "ORDER BY created_at DESC, seq DESC"
+    following: Sequence[tuple[str, slice]] = (
+        ("created_at = ? AND seq < ?", slice(2)),
+        ("created_at < ?", slice(1)),
+    )
+    #: The condition of the tasks that follow a place, in one query; and which of the ``created_at`` and the
+    #: ``created_at`` and ``seq`` of the place it needs. MySQL uses an index only for the first comparison.
+    all_following = "created_at <= ? AND (created_at, seq) < (?, ?)", slice(3)
+    #: The columns of the table of tags besides the tag, and what they are in the table of tasks.
+    tag_columns: Mapping[str, str] = {"at": "created_at", "task": "seq"}
+    #: The column of tasks that the pairs of a parent and a task have for the task.
+    child = "id"
+
     #: The expressions of the columns of a stub.
     stub = ", ".join(STUB)
 
@@ -76,6 +92,22 @@ class Dialect:
     def named(self, task_ids: Sequence[str]) -> tuple[str, Sequence[Any]]:
         """Return the condition for the rows of tasks with these ids, and its values."""
         return "id = ?" if len(task_ids) == 1 else among("id", len(task_ids)), task_ids
+
+    def elsewhere(self, task_ids: Sequence[str]) -> tuple[str, Sequence[Any]] | None:
+        """Return what :meth:`named` does, for a place where few tasks are; None if there is none."""
+        return None
+
+    def prefixed(self, prefix: str) -> tuple[str, Sequence[Any]]:
+        """Return the condition for the tasks whose ids begin with a prefix, and its values."""
+        return "id >= ? AND id < ?", (prefix, prefix + LAST)
+
+    def created(self, sign: str, moment: int) -> tuple[str, Sequence[Any]]:
+        """Return the condition for the tasks created since (``>=``) or until a moment, and its values."""
+        return f"created_at {sign} ?", (moment,)
+
+    def place_at(self, moment: int) -> tuple[int, int]:
+        """Return a place of a list that the tasks created before a moment follow."""
+        return moment, 0
 
     def index(self, name: str) -> str:
         """Return what follows the name of the table of tasks, so that a query uses an index."""

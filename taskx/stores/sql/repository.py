@@ -15,7 +15,7 @@ from taskx.stores.liveness.base import Liveness
 from taskx.stores.sql.dialects import LAST
 from taskx.stores.sql.groups import GroupWriter
 from taskx.stores.sql.link import Apart, Links
-from taskx.stores.sql.statements import EARLIER, SAME, Statements
+from taskx.stores.sql.statements import Statements
 from taskx.stores.sql.writing import Refused, Writer
 from taskx.tasks.clock import SYSTEM_CLOCK, Clock
 from taskx.tasks.codec import Codec, Codecs
@@ -46,10 +46,12 @@ class SQLReads(Reads):
             rows = self._rows(*sql.list_tasks(filter, by=by))
         else:
             after = check_place(after, sql.dialect.dates, int)
-            rows = self._rows(*sql.list_tasks(filter, SAME, after, by))
-            if (left := filter.limit - len(rows)) > 0:
+            rows, rest = [], filter
+            for condition, place in sql.dialect.following:
+                rows += self._rows(*sql.list_tasks(rest, condition, after[place], by))
+                if (left := filter.limit - len(rows)) <= 0:
+                    break
                 rest = attrs.evolve(filter, limit=left)
-                rows += self._rows(*sql.list_tasks(rest, EARLIER, after[:1], by))
         tasks = [task_from_row(row, self._repository.codecs) for *row, _ in rows]
         return tasks, (rows[-1][_CREATED_AT], rows[-1][-1]) if rows else after
 
@@ -129,6 +131,7 @@ class SQLRepository(Repository):
         codec: Codec | Iterable[Codec] | Codecs | None = None,
         timing: Timing = DEFAULT_TIMING,
         liveness: Liveness[Any] | None = None,
+        writer: type[Writer] = Writer,
     ) -> None:
         super().__init__(clock, codec, timing, liveness)
         self.conditions = statements.dialect.conditions
@@ -137,11 +140,11 @@ class SQLRepository(Repository):
         self._rows = links.rows
         self.reads = self._reads = SQLReads(self, statements, links)
         self._walk = self._reads.walk
-        self._writer = (GroupWriter if statements.dialect.has_arrays else Writer)(statements)
+        self._writer = (GroupWriter if statements.dialect.has_arrays else writer)(statements)
 
     def over(self, links: Links) -> SQLRepository:
         """Return the repository over other links: as a transaction of a caller sees it."""
-        shared = self.clock, self.codecs, self.timing, self.liveness
+        shared = self.clock, self.codecs, self.timing, self.liveness, type(self._writer)
         return SQLRepository(self.statements, links, *shared)
 
     @property
@@ -197,8 +200,15 @@ class SQLRepository(Repository):
             some = values[start : start + _MOST_VALUES]
             sql, keys = self.statements.find(column, some, fields, limit is not None)
             keys = keys if limit is None else [*keys, limit - len(found)]
-            found += self._links.few_rows(column, sql, keys)
-        return found
+            rows = self._links.few_rows(column, sql, keys)
+            if column == "id" and len(rows) < len(some):
+                rows += self._elsewhere(some, fields)
+            found += rows
+        return found[:limit]
+
+    def _elsewhere(self, task_ids: Sequence[str], fields: Fields) -> list[Any]:
+        query = self.statements.find_elsewhere(task_ids, fields)
+        return [] if query is None else self._links.few_rows("id", *query)
 
     def distinct(self, column: Listed, after: str, limit: int) -> Sequence[str]:
         if column != "ready_type":
@@ -253,8 +263,10 @@ class SQLRepository(Repository):
         return self._rows(self.statements.due[column], (latest, limit))
 
     def ended(self, status: str, before: int, limit: int, after: Any = None) -> Sequence[Ended]:
-        place = after or (before, 0)
-        rows = self._rows(self.statements.ended(status), (place[0], *place, before, limit))
+        place = after or self.statements.dialect.place_at(before)
+        _, needed = self.statements.dialect.all_following
+        values = (place[0], *place)[needed]
+        rows = self._rows(self.statements.ended(status), (*values, before, limit))
         return [
             Ended(_stub(row), parents_from_text(parents), lock, scope, (created_at, seq))
             for *row, parents, lock, scope, created_at, seq in rows

@@ -27,13 +27,6 @@ _RUNNING = f"status = '{RUNNING}'"
 _WAITING = f"waiting_on IS NOT NULL AND status = '{PENDING}' AND held = {FOR_PARENTS}"
 _IN_LINE = f"status = '{PENDING}' AND held = {FOR_TURN}"
 _OWNED = "owner <> '' AND "
-_NEWEST_FIRST = "ORDER BY created_at DESC, seq DESC"
-
-#: The conditions for the tasks that follow a place, which is a ``created_at`` and a ``seq``: first those of
-#: the same moment, then the earlier ones. They are two, as an index finds the tasks of each one at once.
-SAME, EARLIER = "created_at = ? AND seq < ?", "created_at < ?"
-# The conditions that the table of tags decides.
-_OF_TAGS = frozenset({"tag", "flow", "start_date", "end_date"})
 _LOWER = str.maketrans({n: n + 32 for n in range(ord("A"), ord("Z") + 1)})
 # Tasks of a label or a status that are counted to find the fewest.
 _MANY = 20_000
@@ -102,15 +95,19 @@ class Statements:
         self.gone_tags = f"DELETE FROM {d.tags} WHERE task = ?"
         self.gone_task = f"DELETE FROM {d.tasks} WHERE seq = ?"
         self._row = d.columns((*TASK_FIELDS, "seq"))
-        others = ", ".join(f"{d.tasks}.{name}" for name in COLUMNS if name != "created_at")
-        tag = f"{d.tags}.tag, {d.tags}.at AS created_at, {d.tags}.task AS seq FROM {d.tags}"
+        known = d.tag_columns
+        others = ", ".join(f"{d.tasks}.{name}" for name in COLUMNS if name not in known.values())
+        own = (f"{d.tags}.{column} AS {name}" for column, name in known.items())
+        tag = f"{d.tags}.tag, {', '.join(own)} FROM {d.tags}"
         # The tasks of a tag, in the order of the table of tags; and what that table knows of them.
         joined = f"{d.join} {d.tasks} ON {d.tasks}.seq = {d.tags}.task"
         self._tagged = f"(SELECT {others}, {tag} {joined}) AS found"
         self._tags = f"(SELECT {tag}) AS found"
-        self._has_tag = (
-            f"EXISTS (SELECT 1 FROM {d.tags} WHERE tag = ? AND at = created_at AND task = seq)"
-        )
+        same = " AND ".join(f"{column} = {name}" for column, name in known.items())
+        self._has_tag = f"EXISTS (SELECT 1 FROM {d.tags} WHERE tag = ? AND {same})"
+        # The conditions of a filter that the table of tags decides.
+        dates = {"start_date", "end_date"} if "created_at" in known.values() else set()
+        self._of_tags = frozenset({"tag", "flow"} | dates)
 
     # --- finding
 
@@ -124,12 +121,22 @@ class Statements:
             which = among(self._lookups[column][1], len(values))
         return self.find_by(column, which, fields, limited), values
 
+    def find_elsewhere(self, task_ids: Sequence[str], fields: tuple[str, ...]) -> Query | None:
+        """Select fields of tasks by their ids where few tasks are; None if there is no such place."""
+        if (place := self.dialect.elsewhere(task_ids)) is None:
+            return None
+        which, values = place
+        return self.find_by("id", which, fields, False), values
+
     def _find_by(self, column: Lookup, which: str, fields: tuple[str, ...], limited: bool) -> str:
         d = self.dialect
         more, _, order = self._lookups[column]
         table = d.tasks + (d.index("waiting") if column == "waiting_on" else "")
         if column == "parent":
             table = f"(SELECT parent, child AS id FROM {d.parents}) AS pairs"
+            if d.child != "id":
+                joined = f"{d.join} {d.tasks} ON {d.tasks}.{d.child} = child"
+                table = f"(SELECT parent, id FROM {d.parents} {joined}) AS pairs"
         limit = " LIMIT ?" if limited else ""
         return f"SELECT {d.columns(fields)} FROM {table} WHERE {more}{which}{order}{limit}"
 
@@ -187,8 +194,7 @@ class Statements:
         more = d.columns(("depends_on", "unique_lock", "unique_scope", "created_at", "seq"))
         return (
             f"SELECT {d.stub}, {more} FROM {d.tasks}{d.index(status)} WHERE status = '{status}' "
-            "AND created_at <= ? AND (created_at, seq) < (?, ?) AND completed_at < ? "
-            f"AND stuck_on = '' {_NEWEST_FIRST} LIMIT ?"
+            f"AND {d.all_following[0]} AND completed_at < ? AND stuck_on = '' {d.newest_first} LIMIT ?"
         )
 
     def newest(self, status: str, fields: tuple[str, ...]) -> str:
@@ -196,7 +202,7 @@ class Statements:
         d = self.dialect
         return (
             f"SELECT {d.columns(fields)} FROM {d.tasks}{d.index(status)} WHERE status = '{status}' "
-            f"{_NEWEST_FIRST} LIMIT ?"
+            f"{d.newest_first} LIMIT ?"
         )
 
     def notes_named(self, count: int) -> str:
@@ -214,11 +220,12 @@ class Statements:
         read; it is empty to use another index.
         """
         source, values = self._meeting(filter, after, place, by)
-        page = f"{source} {_NEWEST_FIRST} LIMIT ? OFFSET ?"
+        order = self.dialect.newest_first
+        page = f"{source} {order} LIMIT ? OFFSET ?"
         sorts = _by_id(filter) or (filter.status == PENDING and (not after or bool(filter.labels)))
         if not by and sorts and self.dialect.sorts_numbers:
             # Sorting many of them without the other columns takes half the time.
-            page = f"{self.dialect.tasks} WHERE seq IN (SELECT seq FROM {page}) {_NEWEST_FIRST}"
+            page = f"{self.dialect.tasks} WHERE seq IN (SELECT seq FROM {page}) {order}"
         limit = int(filter.limit)  # MySQL's drivers write numbers of another class as texts
         return f"SELECT {self._row} FROM {page}", [*values, limit, filter.offset]
 
@@ -230,7 +237,7 @@ class Statements:
         # With an order the index of the status is used. Otherwise the planner may read the table from its
         # beginning, where the oldest tasks are, which have ended.
         free = filter.status is None or by or self.dialect.spans
-        order = "" if free else f" {_NEWEST_FIRST}"
+        order = "" if free else f" {self.dialect.newest_first}"
         return f"SELECT count(*) FROM (SELECT 1 FROM {source}{order} LIMIT ?) AS few", [
             *values,
             most,
@@ -270,7 +277,7 @@ class Statements:
         values = [*place]
         status = None if filter.status is None else filter.status.value
         if by:
-            source = self._tags if counts and filter.given <= _OF_TAGS else self._tagged
+            source = self._tags if counts and filter.given <= self._of_tags else self._tagged
             conditions.append("tag = ?")
             values.append(by)
         elif _by_id(filter):
@@ -285,10 +292,11 @@ class Statements:
         if status is not None:
             conditions.append(d.of_status(status))
         if filter.id_prefix:
-            conditions.append("id >= ? AND id < ?")
-            values += [filter.id_prefix, f"{filter.id_prefix}\U0010ffff"]
+            condition, more = d.prefixed(filter.id_prefix)
+            conditions.append(condition)
+            values += more
         if filter.parent is not None:
-            conditions.append(f"id IN (SELECT child FROM {d.parents} WHERE parent = ?)")
+            conditions.append(f"{d.child} IN (SELECT child FROM {d.parents} WHERE parent = ?)")
             values.append(filter.parent)
         for label in filter.labels:
             if label != by:
@@ -300,8 +308,9 @@ class Statements:
                 values.append(wanted)
         for sign, moment in (">=", filter.start_date), ("<=", filter.end_date):
             if moment is not None:
-                conditions.append(f"created_at {sign} ?")
-                values.append(to_ms(moment))
+                condition, more = d.created(sign, to_ms(moment))
+                conditions.append(condition)
+                values += more
         if filter.error is not None:
             conditions.append(d.error_contains)
             values.append(filter.error.translate(_LOWER))
@@ -328,12 +337,14 @@ class Statements:
         changes: Mapping[str, Any],
         *,
         passes: bool = False,
+        place: Query | None = None,
     ) -> Query:
         """Return an ``UPDATE`` of one or several tasks, and its values.
 
-        With ``passes`` it passes over rows that another transaction has locked, on PostgreSQL.
+        With ``passes`` it passes over rows that another transaction has locked, on PostgreSQL. ``place`` is
+        the condition for the tasks, and its values, if it is not that of their ids.
         """
-        which, keys = self.dialect.named(task_ids)
+        which, keys = place or self.dialect.named(task_ids)
         shape = (which, *changes, None, *guard)
         sql = self._shapes.get(shape)
         if sql is None or passes or _has_special(guard):
@@ -353,9 +364,11 @@ class Statements:
             which = f"seq = ({found}){where}"
         return f"{verb} {d.tasks} SET {settings} WHERE {which}"
 
-    def delete(self, task_id: str, guard: Mapping[str, Any]) -> Query:
-        """Return a ``DELETE`` and its values."""
-        return self._of_task(f"DELETE FROM {self.dialect.tasks}", task_id, guard)
+    def delete(
+        self, task_id: str, guard: Mapping[str, Any], place: Query | None = None
+    ) -> Query:
+        """Return a ``DELETE`` and its values; ``place`` is as in :meth:`update`."""
+        return self._of_task(f"DELETE FROM {self.dialect.tasks}", task_id, guard, place)
 
     def lock(self, task_id: str, guard: Mapping[str, Any]) -> Query:
         """Return a ``SELECT`` that locks a task: its number, its id, its parents and its tags."""
@@ -379,8 +392,10 @@ class Statements:
         sql = f"INSERT INTO {d.tags} (tag, at, task) {made[0][0]}{d.unless_taken}"
         return sql, [(tag, *values) for (tag, _), (_, values) in zip(pairs, made, strict=True)]
 
-    def _of_task(self, what: str, task_id: str, guard: Mapping[str, Any]) -> Query:
-        which, keys = self.dialect.named((task_id,))
+    def _of_task(
+        self, what: str, task_id: str, guard: Mapping[str, Any], place: Query | None = None
+    ) -> Query:
+        which, keys = place or self.dialect.named((task_id,))
         where, values = self.conditions(guard)
         return f"{what} WHERE {which}{where}", [*keys, *values]
 

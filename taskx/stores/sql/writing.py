@@ -62,7 +62,7 @@ class Writer:
         """
         most = self.dialect.most_together
         results: list[bool] = []
-        groups = groupby(writes, _form) if most > 1 and len(writes) > 1 else [(None, writes)]
+        groups = groupby(writes, self.form) if most > 1 and len(writes) > 1 else [(None, writes)]
         for form, group in groups:
             alike = [*group]
             if form is None or len(alike) == 1:
@@ -77,6 +77,15 @@ class Writer:
         if whole and False in results:
             raise Refused(results)
         return results
+
+    @staticmethod
+    def form(write: Write) -> Any:
+        """Return what neighbours have in common that are applied together; None if a write stays alone."""
+        if isinstance(write, Update):
+            # First the part that differs between two outcomes.
+            return None if "tags" in write.changes else (write.changes, write[1:])
+        # Ordinary inserts have only the columns that every creation sets, in their fixed order.
+        return CREATED if isinstance(write, Insert) and len(write.row) == len(CREATED) else None
 
     def _all(self, link: Link, alike: Sequence[Write]) -> int:
         """Apply writes that are alike in one statement. Return how many held."""
@@ -151,8 +160,8 @@ class Writer:
         """Store the pairs of parents and the tags of tasks."""
         pairs, tags = [], []
         for row in rows:
-            pairs += [(parent, row["id"]) for parent in _items(row.get("depends_on"))]
-            tags += [(tag, row["id"]) for tag in _items(row.get("tags"))]
+            pairs += [(parent, row["id"]) for parent in items(row.get("depends_on"))]
+            tags += [(tag, row["id"]) for tag in items(row.get("tags"))]
         if pairs:
             link.executemany(self.statements.new_parent, pairs)
         if tags:
@@ -195,15 +204,6 @@ def _execute(link: Link, sql: str, values: Sequence[Any]) -> bool:
     return link.execute(sql, values).rowcount > 0
 
 
-def _form(write: Write) -> Any:
-    """Return what neighbours have in common that are applied together; None if a write stays alone."""
-    if isinstance(write, Update):
-        # First the part that differs between two outcomes.
-        return None if "tags" in write.changes else (write.changes, write[1:])
-    # Ordinary inserts have only the columns that every creation sets, in their fixed order.
-    return CREATED if isinstance(write, Insert) and len(write.row) == len(CREATED) else None
-
-
 def _takes(changes: Mapping[str, Any]) -> bool:
     """Return True if changes set a unique value."""
     return any(changes.get(name) is not None for name in UNIQUE)
@@ -223,7 +223,7 @@ def _savepoint(link: Link) -> Iterator[None]:
     link.execute("RELEASE SAVEPOINT taskx")
 
 
-def _items(text: Any) -> list[str]:
+def items(text: Any) -> list[str]:
     """Return the different items of a list in a column; none of one that is empty or damaged."""
     try:
         found = json.loads(text) if text else []

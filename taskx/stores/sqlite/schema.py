@@ -4,32 +4,31 @@ from __future__ import annotations
 
 import re
 import sqlite3
+from itertools import chain
 
 from taskx.tasks.errors import ConfigurationError, SchemaMismatch
 
 #: ``PRAGMA application_id`` of our files: "TskX".
 APPLICATION_ID = 0x54736B58
 
-#: The allowed values of a status; and the same condition in a form that is faster. For ``IN``, SQLite
-#: builds a small tree at each write. New files have the second form. An old file keeps the first one, as
-#: changing it would mean copying the whole file.
-CHECK = "CHECK (status IN ('pending', 'running', 'completed', 'failed', 'cancelled'))"
-QUICK_CHECK = (
-    "CHECK (status = 'pending' OR status = 'running' OR status = 'completed' OR status = 'failed' "
-    "OR status = 'cancelled')"
-)
+# Damaged tags count as none.
+_EACH = "json_each(CASE WHEN json_valid({0}.tags) THEN {0}.tags ELSE '[]' END)"
+_UNTAG = f"""
+    DELETE FROM tagged WHERE task = OLD.seq AND tag IN (SELECT value FROM {_EACH.format("OLD")})
+"""
 
 # Indexes are partial, so that finished tasks do not make the indexes larger that are used to run tasks.
-# Every index ends with seq, the rowid, which keeps the order of submission.
-_VERSION_1 = (
-    f"""
+# Every index ends with seq, the key of the row, which keeps the order of submission: see ``ids``.
+_TABLES = (
+    """
     CREATE TABLE tasks (
         seq INTEGER PRIMARY KEY,
-        id TEXT NOT NULL UNIQUE,
+        id TEXT NOT NULL,
         type TEXT NOT NULL,
         status TEXT NOT NULL DEFAULT 'pending'
-            {CHECK},
-        params TEXT NOT NULL DEFAULT '{{}}',
+            CHECK (status = 'pending' OR status = 'running' OR status = 'completed' OR status = 'failed'
+            OR status = 'cancelled'),
+        params TEXT NOT NULL DEFAULT '{}',
         result TEXT,
         error TEXT NOT NULL DEFAULT '',
         progress INTEGER NOT NULL DEFAULT 0,
@@ -44,33 +43,39 @@ _VERSION_1 = (
         timeout REAL,
         max_attempts INTEGER,
         max_crashes INTEGER,
-        retry TEXT,
-        unique_key TEXT,
-        unique_scope TEXT,
-        depends_on TEXT,
-        on_parent_failure TEXT,
-        concurrency_key TEXT,
+        owner TEXT NOT NULL DEFAULT '',
+        held INTEGER NOT NULL DEFAULT 0,
+        starts INTEGER NOT NULL DEFAULT 0,
+        worker TEXT NOT NULL DEFAULT '',
+        stuck_on TEXT NOT NULL DEFAULT '',
         errors INTEGER NOT NULL DEFAULT 0,
         crashes INTEGER NOT NULL DEFAULT 0,
         interruptions INTEGER NOT NULL DEFAULT 0,
         snoozes INTEGER NOT NULL DEFAULT 0,
-        starts INTEGER NOT NULL DEFAULT 0,
         cancel_requested_at INTEGER,
         dead_letter INTEGER NOT NULL DEFAULT 0,
+        error_type TEXT NOT NULL DEFAULT '',
         traceback TEXT NOT NULL DEFAULT '',
-        owner TEXT NOT NULL DEFAULT '',
-        worker TEXT NOT NULL DEFAULT '',
         earlier_attempts TEXT NOT NULL DEFAULT '',
-        stuck_on TEXT NOT NULL DEFAULT '',
-        checkpoints TEXT,
         log TEXT NOT NULL DEFAULT '',
-        held INTEGER NOT NULL DEFAULT 0,
-        waiting_on TEXT,
+        retry TEXT,
+        unique_key TEXT,
+        unique_scope TEXT,
         unique_lock TEXT,
-        turn TEXT
+        depends_on TEXT,
+        on_parent_failure TEXT,
+        waiting_on TEXT,
+        concurrency_key TEXT,
+        turn TEXT,
+        checkpoints TEXT,
+        tags TEXT,
+        expires_at INTEGER,
+        cost TEXT,
+        version TEXT
     )
     """,
-    "CREATE INDEX tasks_created ON tasks (created_at)",
+    # The few rows whose keys are not in their ids. This term must be repeated, so that it is used.
+    "CREATE UNIQUE INDEX tasks_named ON tasks (id) WHERE seq & 1",
     """
     CREATE INDEX tasks_ready ON tasks (owner, type, priority DESC)
     WHERE status = 'pending' AND held = 0
@@ -82,23 +87,26 @@ _VERSION_1 = (
     "CREATE INDEX tasks_in_line ON tasks (concurrency_key) WHERE status = 'pending' AND held = 4",
     "CREATE INDEX tasks_stuck ON tasks (stuck_on) WHERE stuck_on <> ''",
     "CREATE INDEX tasks_running ON tasks (owner) WHERE status = 'running'",
+    # It has no condition on the status, so changes of the status do not touch it. The end of the first
+    # attempt clears the column.
+    "CREATE INDEX tasks_expiring ON tasks (expires_at) WHERE expires_at IS NOT NULL",
     # One for each status, so that the status need not be read: counting a million takes a quarter of the
     # time.
-    "CREATE INDEX tasks_completed ON tasks (created_at) WHERE status = 'completed'",
-    "CREATE INDEX tasks_failed ON tasks (created_at) WHERE status = 'failed'",
-    "CREATE INDEX tasks_cancelled ON tasks (created_at) WHERE status = 'cancelled'",
-    # The dependencies between tasks, found by the parent. Most tasks have no row here.
+    "CREATE INDEX tasks_completed ON tasks (seq) WHERE status = 'completed'",
+    "CREATE INDEX tasks_failed ON tasks (seq) WHERE status = 'failed'",
+    "CREATE INDEX tasks_cancelled ON tasks (seq) WHERE status = 'cancelled'",
+    # The id of a parent, and the key of a task that depends on it. Most tasks have no row here.
     """
     CREATE TABLE parents (
         parent TEXT NOT NULL,
-        child TEXT NOT NULL,
+        child INTEGER NOT NULL,
         PRIMARY KEY (parent, child)
     ) WITHOUT ROWID
     """,
     "CREATE INDEX parents_child ON parents (child)",
     """
     CREATE TRIGGER tasks_child_gone AFTER DELETE ON tasks WHEN OLD.depends_on IS NOT NULL
-    BEGIN DELETE FROM parents WHERE child = OLD.id; END
+    BEGIN DELETE FROM parents WHERE child = OLD.seq; END
     """,
     """
     CREATE TABLE notes (
@@ -107,62 +115,13 @@ _VERSION_1 = (
         version INTEGER NOT NULL
     ) WITHOUT ROWID
     """,
-    """
-    CREATE TABLE nodes (
-        id TEXT PRIMARY KEY,
-        name TEXT NOT NULL,
-        types TEXT NOT NULL,
-        file INTEGER NOT NULL,
-        lock INTEGER NOT NULL,
-        stopping INTEGER NOT NULL DEFAULT 0
-    ) WITHOUT ROWID
-    """,
-)
-
-# ``tags`` is a reserved column, which is neither read nor written yet: a JSON list of texts to filter by.
-# This version did not use ``expires_at`` either. Most rows will have NULL in both.
-_VERSION_2 = (
-    "ALTER TABLE tasks ADD COLUMN error_type TEXT NOT NULL DEFAULT ''",
-    "ALTER TABLE tasks ADD COLUMN tags TEXT",
-    "ALTER TABLE tasks ADD COLUMN expires_at INTEGER",
-    # From this version on a start writes the node's name. Before, this column named the worker of the
-    # attempt before.
-    """
-    UPDATE tasks SET worker = coalesce((SELECT name FROM nodes WHERE id = tasks.owner), owner)
-    WHERE status = 'running'
-    """,
-)
-
-# Nodes become notes, with the prefix ``node/`` in their names. The index of ``expires_at`` has no condition
-# on the status, so changes of the status do not touch it. The end of the first attempt clears the column.
-_VERSION_3 = (
-    """
-    INSERT INTO notes (name, text, version)
-    SELECT 'node/' || id, json_object(
-        'name', name, 'types', json(types),
-        'stopping', json(CASE stopping WHEN 0 THEN 'false' ELSE 'true' END),
-        'file', file, 'lock', lock
-    ), 1 FROM nodes
-    """,
-    "DROP TABLE nodes",
-    "CREATE INDEX tasks_expiring ON tasks (expires_at) WHERE expires_at IS NOT NULL",
-)
-
-# The tags of tasks and the labels of their flows, each with ``created_at`` and ``seq`` of the task. So the
-# tasks of a tag are one span of this table, in the order of lists. An untagged task has no row here.
-# Damaged tags count as none.
-_EACH = "json_each(CASE WHEN json_valid({0}.tags) THEN {0}.tags ELSE '[]' END)"
-_UNTAG = f"""
-    DELETE FROM tagged
-    WHERE at = OLD.created_at AND task = OLD.seq AND tag IN (SELECT value FROM {_EACH.format("OLD")})
-"""
-_VERSION_4 = (
+    # The tags of tasks and the labels of their flows, each with the key of the task. So the tasks of a tag
+    # are one span of this table, in the order of lists. An untagged task has no row here.
     """
     CREATE TABLE tagged (
         tag TEXT NOT NULL,
-        at INTEGER NOT NULL,
         task INTEGER NOT NULL,
-        PRIMARY KEY (tag, at, task)
+        PRIMARY KEY (tag, task)
     ) WITHOUT ROWID
     """,
     f"""
@@ -173,17 +132,19 @@ _VERSION_4 = (
     CREATE TRIGGER tasks_retagged AFTER UPDATE OF tags ON tasks WHEN NEW.tags IS NOT OLD.tags
     BEGIN
         {_UNTAG};
-        INSERT OR IGNORE INTO tagged
-        SELECT value, NEW.created_at, NEW.seq FROM {_EACH.format("NEW")};
+        INSERT OR IGNORE INTO tagged SELECT value, NEW.seq FROM {_EACH.format("NEW")};
     END
     """,
 )
 
+#: The version of the first schema in which the key of a row is its order in time. The tasks of files of
+#: earlier versions are copied by ``taskx migrate``.
+FIRST = 5
 #: The statements that lead from each schema version to the next. The first entry creates a new file. A
 #: released entry is never edited. A new entry only adds, and changes nothing in which tasks are stored: a
 #: process of the previous version still writes the outcomes of its tasks.
-MIGRATIONS: tuple[tuple[str, ...], ...] = (_VERSION_1, _VERSION_2, _VERSION_3, _VERSION_4)
-VERSION = len(MIGRATIONS)
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_TABLES,)
+VERSION = FIRST - 1 + len(MIGRATIONS)
 
 _HEADER = (
     "SELECT (SELECT application_id FROM pragma_application_id), "
@@ -253,9 +214,9 @@ class Schema:
             return False
         connection.execute("BEGIN IMMEDIATE")
         try:
-            for statements in MIGRATIONS[self.check(connection, path) :]:
-                for statement in statements:
-                    connection.execute(self.named(statement.replace(CHECK, QUICK_CHECK)))
+            done = max(self.check(connection, path) - FIRST + 1, 0)
+            for statement in chain.from_iterable(MIGRATIONS[done:]):
+                connection.execute(self.named(statement))
             connection.execute(f"CREATE TABLE {self.prefix}migrated (version)")
             connection.execute(f"DROP TABLE {self.prefix}migrated")
             self._set_version(connection)
@@ -331,6 +292,11 @@ def _known(version: int, path: str) -> int:
         raise SchemaMismatch(
             f"{path} has schema version {version}, but this TaskX knows only {VERSION}; "
             "the file was not changed. Upgrade taskx-queue"
+        )
+    if 0 < version < FIRST:
+        raise SchemaMismatch(
+            f"{path} has schema version {version}, which this TaskX can only copy; the file was not "
+            f"changed. Stop all programs that use it, run `taskx migrate {path} NEW`, and use the new file"
         )
     return version
 

@@ -1,0 +1,92 @@
+"""Guarded writes on rows that are found by their keys: see ``dialect``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import count
+from typing import Any
+
+from taskx.stores.sql.link import Apart, Link
+from taskx.stores.sql.statements import Query, Statements
+from taskx.stores.sql.writing import Writer, items
+from taskx.tasks.ids import key_of, new_key
+from taskx.tasks.writes import CREATED, Delete, Insert, Update, Write
+
+_ORDINARY = ("seq", *CREATED)
+
+
+class KeyedWriter(Writer):
+    """Applies guarded writes to rows whose number is the key in the id."""
+
+    def __init__(self, statements: Statements) -> None:
+        super().__init__(statements)
+        d = self.dialect
+        self._has_key = f"SELECT 1 FROM {d.tasks} WHERE seq = ?"
+        self._new_parent = f"INSERT INTO {d.parents} (parent, child) VALUES (?, ?){d.unless_taken}"
+        self._new_tag = f"INSERT INTO {d.tags} (tag, task) VALUES (?, ?){d.unless_taken}"
+
+    @staticmethod
+    def form(write: Write) -> Any:
+        # Tasks with chosen ids stay alone.
+        return None if isinstance(write, Insert) and not write.fresh else Writer.form(write)
+
+    def _all(self, link: Link, alike: Sequence[Write]) -> int:
+        if isinstance(alike[0], Insert):
+            rows = [(key_of(write.id), *write.changes.values()) for write in alike]
+            return link.executemany(self.statements.insert(_ORDINARY), rows).rowcount
+        if (held := super()._all(link, alike)) == 0:
+            raise Apart  # their rows may have other keys
+        return held
+
+    def one(self, link: Link, write: Write) -> bool:
+        if isinstance(write, Update):
+            query = self._sql_of((write.id,), write.guard, write.changes)
+        elif isinstance(write, Delete):
+            query = self.statements.delete(write.id, write.guard)
+        else:
+            return self._insert(link, write)
+        if link.execute(*query).rowcount > 0:
+            return True
+        # The guard does not hold, or the row has another key.
+        if (place := self.dialect.elsewhere((write.id,))) is None:
+            return False
+        return link.execute(*self._of_place(write, place)).rowcount > 0
+
+    def _of_place(self, write: Update | Delete, place: Query) -> Query:
+        if isinstance(write, Delete):
+            return self.statements.delete(write.id, write.guard, place)
+        return self.statements.update((), write.guard, write.changes, place=place)
+
+    # --- new rows
+
+    def _insert(self, link: Link, write: Insert) -> bool:
+        row = write.row
+        key = key_of(write.id) if write.fresh else None
+        if key is None or not self._put(link, key, row):
+            key = self._put_elsewhere(link, row)
+        if key is None:
+            return False
+        if "depends_on" in row:
+            pairs = [(parent, key) for parent in items(row["depends_on"])]
+            link.executemany(self._new_parent, pairs)
+        if "tags" in row:
+            link.executemany(self._new_tag, [(tag, key) for tag in items(row["tags"])])
+        return True
+
+    def _put(self, link: Link, key: int, row: Mapping[str, Any]) -> bool:
+        sql = self.statements.insert(("seq", *row))
+        return link.execute(sql, (key, *row.values())).rowcount > 0
+
+    def _put_elsewhere(self, link: Link, row: Mapping[str, Any]) -> int | None:
+        """Store a row whose key is not in its id. Return the key; None if a unique value is taken."""
+        query = self.statements.find("id", (row["id"],), ("id",), False)
+        other = self.statements.find_elsewhere((row["id"],), ("id",))
+        if link.rows(*query) or (other and link.rows(*other)):
+            return None
+        for later in count():  # also if the keys of a millisecond are all taken
+            key = new_key(row["created_at"] + later)
+            if self._put(link, key, row):
+                return key
+            if not link.rows(self._has_key, (key,)):
+                break
+        return None
