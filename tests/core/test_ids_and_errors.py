@@ -27,11 +27,52 @@ class TestIds:
         assert made == sorted(made)
         assert len(set(made)) == len(made)
 
-    def test_ids_keep_their_order_when_the_clock_goes_back(self, monkeypatch):
-        before = new_id()
-        real = ids.time.time_ns()
-        monkeypatch.setattr(ids.time, "time_ns", lambda: real - 3_600_000_000_000)
-        assert new_id() > before
+    def test_ids_keep_their_order_when_the_clock_goes_back_a_little(self):
+        now = 1_700_000_000_000
+        made = [new_id(now), new_id(now - 1), new_id(now - ids.KEPT_ORDER + 1), new_id(now)]
+        assert made == sorted(made)
+
+    def test_ids_sort_where_the_clock_says_when_it_goes_back_far(self):
+        now = 1_700_000_000_000
+        later, earlier = new_id(now), new_id(now - ids.KEPT_ORDER)
+        assert earlier < later
+        assert ids.made_at(earlier) == now - ids.KEPT_ORDER
+
+    def test_ids_keep_their_order_if_a_moment_has_more_than_its_counter_can_count(self):
+        made = [new_id(1_700_000_000_000) for _ in range(600_000)]
+        assert made == sorted(made)
+        assert len(set(made)) == len(made)
+
+    @pytest.mark.parametrize("now", [0, 1, 1_700_000_000_000, 7_258_118_400_000])
+    def test_the_key_in_an_id_begins_with_the_time_until_the_year_2200(self, now):
+        made = new_id(now)
+        key = ids.key_of(made)
+        assert ids.key_at(now) <= key < ids.key_at(now + 1)
+        assert key < 2**63
+        assert ids.made_at(made) == now
+
+    def test_keys_sort_as_their_ids(self):
+        made = [new_id(now) for now in (5, 5, 6, 70_000, 1_700_000_000_000) for _ in range(50)]
+        keys = [ids.key_of(one) for one in made]
+        assert keys == sorted(set(keys))
+
+    def test_a_key_for_a_chosen_id_is_in_no_id(self):
+        assert not any(ids.key_of(new_id(5)) & 1 for _ in range(100))
+        made = [ids.new_key(5) for _ in range(100)]
+        assert all(key & 1 for key in made)
+        assert all(ids.key_at(5) < key < ids.key_at(6) for key in made)
+        assert len(set(made)) == 100
+
+    @pytest.mark.parametrize("now", [-1, 2**43, 2**60])
+    def test_a_time_that_no_key_can_hold_has_the_nearest_key(self, now):
+        assert 0 <= ids.key_of(new_id(now)) < 2**63
+        assert 0 <= ids.new_key(now) < 2**63
+
+    @pytest.mark.parametrize(
+        "text", ["", "a", "x" * 36, "018cc251-f400-4851-a960-fbefa5d418a5", "\0" * 14 + "7" * 22]
+    )
+    def test_other_ids_have_no_key(self, text):
+        assert ids.key_of(text) is None
 
     def test_ids_are_unique_across_threads(self):
         made = [[] for _ in range(8)]

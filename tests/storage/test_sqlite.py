@@ -39,12 +39,12 @@ from taskx import (
 )
 from taskx.stores.liveness.base import Node
 from taskx.stores.queries import Changes, shown
-from taskx.stores.sql.statements import EARLIER, SAME
 from taskx.stores.sqlite import connections, schema, turnstile
 from taskx.stores.sqlite.dialect import statements as statements_of
 from taskx.stores.sqlite.file import DatabaseFile
 from taskx.stores.sqlite.turnstile import Turnstile
 from taskx.tasks import lifecycle
+from taskx.tasks.ids import new_id
 from taskx.tasks.lifecycle import FINISHED
 from taskx.tasks.record import STUB
 from taskx.tasks.timing import DEFAULT_TIMING
@@ -135,14 +135,6 @@ class TestOpening:
             "auto_vacuum": 2,
             "page_size": connections.PAGE_SIZE,
         }
-
-    def test_a_file_with_pages_of_another_size_keeps_them(self, repository, path):
-        """Files of earlier versions have pages of 4 KiB."""
-        shutil.copyfile(Path(__file__).parent / "versions" / "version-1.sqlite", path)
-        repository.create(task("new"))
-        with contextlib.closing(sqlite3.connect(path)) as other:
-            assert other.execute("PRAGMA page_size").fetchone() == (4096,)
-        assert repository.get_by_id("new").status is TaskStatus.PENDING
 
     def test_stored_tasks_are_there_after_reopening(self, repository):
         repository.create(task("a"))
@@ -359,6 +351,7 @@ def as_unprivileged(function, *args):
     return outcome
 
 
+MADE = "018cc251-f400-7851-a960-fbefa5d418a5"  # as ``new_id`` makes them
 MOMENT = datetime(2024, 1, 1, tzinfo=timezone.utc)
 
 
@@ -405,7 +398,6 @@ class TestStatements:
     @pytest.mark.parametrize(
         ("column", "index"),
         [
-            ("id", "sqlite_autoindex_tasks_1 (id=?)"),
             ("unique_lock", "tasks_unique (unique_lock=?)"),
             ("turn", "tasks_turn (turn=?)"),
             ("waiting_on", "tasks_waiting (waiting_on=?)"),
@@ -422,10 +414,31 @@ class TestStatements:
             assert search == f"SEARCH tasks USING INDEX {index}"
             assert not rest or (column, count) == ("line", 2)
 
+    @pytest.mark.parametrize("count", [1, 3])
+    def test_tasks_are_found_by_the_keys_in_their_ids(self, plan, count):
+        made = [new_id() for _ in range(count)]
+        first, *lists = plan(*statements.find("id", made, STUB, False))
+        assert first == "SEARCH tasks USING INTEGER PRIMARY KEY (rowid=?)"
+        assert not [step for step in lists if "tasks" in step]
+
+    @pytest.mark.parametrize("count", [1, 3])
+    def test_tasks_with_chosen_ids_are_found_in_a_small_index(self, plan, count):
+        named = "SEARCH tasks USING INDEX tasks_named (id=?)"
+        assert plan(*statements.find("id", ["x"] * count, STUB, False)) == [named]
+        assert plan(*statements.find_elsewhere([new_id()] * count, STUB)) == [named]
+        mixed = plan(*statements.find("id", ["x", *[new_id()] * count], STUB, False))
+        assert {step for step in mixed if "tasks" in step} == {
+            named,
+            "SEARCH tasks USING INTEGER PRIMARY KEY (rowid=?)",
+        }
+
     @pytest.mark.parametrize("count", [1, 2])
     def test_children_are_found_through_an_index(self, plan, count):
         query = statements.find("parent", ["x"] * count, ("parent", "id"), False)
-        assert plan(*query) == ["SEARCH parents USING PRIMARY KEY (parent=?)"]
+        assert plan(*query) == [
+            "SEARCH parents USING PRIMARY KEY (parent=?)",
+            "SEARCH tasks USING INTEGER PRIMARY KEY (rowid=?)",
+        ]
 
     @pytest.mark.parametrize(
         ("column", "index"),
@@ -456,25 +469,29 @@ class TestStatements:
         assert all("INDEX tasks_ready (" in step for step in steps if " tasks " in step)
 
     def test_ended_tasks_are_found_in_the_index_of_their_status(self, plan):
-        [step] = plan(statements.ended("failed"), (1, 1, 1, 1, 1))
+        [step] = plan(statements.ended("failed"), (1, 1, 1))
         assert "INDEX tasks_failed (" in step
 
     @pytest.mark.parametrize("status", [None, *TaskStatus])
-    def test_tasks_are_found_by_the_beginning_of_their_id_through_the_index_of_ids(
-        self, plan, status
+    @pytest.mark.parametrize("prefix", ["0", "01a2b3c4-d", "x"])
+    def test_tasks_are_found_by_the_beginning_of_their_id_among_keys_and_chosen_ids(
+        self, plan, status, prefix
     ):
-        wanted = TaskFilter(id_prefix="a", status=status)
-        index = "SEARCH tasks USING INDEX sqlite_autoindex_tasks_1 (id>? AND id<?)"
+        wanted = TaskFilter(id_prefix=prefix, status=status)
+        index = "SEARCH tasks USING INDEX tasks_named (id>? AND id<?)"
+        keys = "SEARCH tasks USING INTEGER PRIMARY KEY (rowid>? AND rowid<?)"
         for query in (
             statements.list_tasks(wanted),
-            statements.list_tasks(wanted, SAME, (1, 1)),
-            statements.list_tasks(wanted, EARLIER, (1,)),
+            statements.list_tasks(wanted, "seq < ?", (1,)),
             statements.count_tasks(wanted),
             statements.count_tasks(wanted, 5),
         ):
             steps = {s.replace("COVERING ", "") for s in plan(*query) if " tasks" in s}
             assert index in steps
-            assert steps <= {index, "SEARCH tasks USING INTEGER PRIMARY KEY (rowid=?)"}
+            assert (keys in steps) is (prefix != "x")
+            each = {f"SEARCH tasks USING INDEX tasks_{status} (seq=? AND rowid=?)"}
+            each.add("SEARCH tasks USING INTEGER PRIMARY KEY (rowid=?)")
+            assert steps <= {index, keys} | each
 
     @pytest.mark.parametrize(
         "condition", [{"error": "x"}, {"params": {"a": 1}}, {"error_type": "x"}]
@@ -490,10 +507,9 @@ class TestStatements:
                     steps = [step for step in plan(*query) if " tasks" in step]
                     assert all(f"USING INDEX tasks_{status}" in step for step in steps), steps
                     assert "USE TEMP B-TREE FOR ORDER BY" not in plan(*query)
-        [step] = plan(*statements.list_tasks(TaskFilter(**condition)))
-        assert step == "SCAN tasks USING INDEX tasks_created"
+        assert plan(*statements.list_tasks(TaskFilter(**condition))) == ["SCAN tasks"]
         [step] = plan(*statements.list_tasks(TaskFilter(start_date=MOMENT, **condition)))
-        assert step == "SEARCH tasks USING INDEX tasks_created (created_at>?)"
+        assert step == "SEARCH tasks USING INTEGER PRIMARY KEY (rowid>?)"
 
     def test_damaged_params_match_nothing_and_hide_nothing(self, repository, connect):
         for task_id in "abc":
@@ -514,17 +530,21 @@ class TestStatements:
         [step] = plan(statements.notes_named(2), ("schedule/a", "schedule/b"))
         assert step == "SEARCH notes USING PRIMARY KEY (name=?)"
 
-    def test_a_write_finds_its_task_through_the_index_of_ids(self, plan):
+    @pytest.mark.parametrize(
+        ("task_id", "index"),
+        [("a", "INDEX tasks_named (id=?)"), (MADE, "INTEGER PRIMARY KEY (rowid=?)")],
+    )
+    def test_a_write_finds_its_task_by_its_key_or_its_chosen_id(self, plan, task_id, index):
         writes = [
-            statements.update(("a",), {"status": "pending"}, {"message": ""}),
+            statements.update((task_id,), {"status": "pending"}, {"message": ""}),
             statements.update(
-                ("a",), {"status": ("pending", "x"), "run_at": PRESENT}, {"message": ""}
+                (task_id,), {"status": ("pending", "x"), "run_at": PRESENT}, {"message": ""}
             ),
-            statements.delete("a", {"status": ("pending",)}),
+            statements.delete(task_id, {"status": ("pending",)}),
         ]
         for sql, values in writes:
             [step] = plan(sql, values)
-            assert step.startswith("SEARCH tasks USING INDEX sqlite_autoindex_tasks_1 (id=?)")
+            assert step == f"SEARCH tasks USING {index}"
 
     @pytest.mark.parametrize("status", list(TaskStatus))
     @pytest.mark.parametrize("build", ["list_tasks", "count_tasks"])
@@ -544,42 +564,37 @@ class TestStatements:
 
     def test_a_list_of_all_tasks_needs_no_sorting(self, plan):
         steps = plan(*statements.list_tasks(TaskFilter()))
-        assert steps == ["SCAN tasks USING INDEX tasks_created"]
+        assert steps == ["SCAN tasks"]
 
     @pytest.mark.parametrize(
         "status", [None, *(status for status in TaskStatus if status != "running")]
     )
     def test_every_later_page_of_a_list_begins_at_its_place(self, plan, status):
-        index = f"INDEX tasks_{status if status and status.finished else 'created'}"
-        for after, place, found in [
-            (SAME, (5, 7), "(created_at=? AND rowid<?)"),
-            (EARLIER, (5,), "(created_at<?)"),
-        ]:
-            steps = plan(*statements.list_tasks(TaskFilter(status=status), after, place))
-            assert steps == [f"SEARCH tasks USING {index} {found}"]
+        [(after, needed)] = statements.dialect.following
+        place = (5, 7)[needed]
+        steps = plan(*statements.list_tasks(TaskFilter(status=status), after, place))
+        if status is not None and status.finished:
+            assert steps == [f"SEARCH tasks USING INDEX tasks_{status} (seq<?)"]
+        else:
+            assert steps == ["SEARCH tasks USING INTEGER PRIMARY KEY (rowid<?)"]
 
     @pytest.mark.parametrize("fields", [{}, {"status": "failed"}, {"type": "t", "flow": "f"}])
     def test_every_page_of_a_tag_begins_at_its_place(self, plan, fields):
         filter = TaskFilter(tag="a", **fields)
-        for after, place, found in [
-            ("", (), ""),
-            (SAME, (5, 7), " AND at=? AND task<?"),
-            (EARLIER, (5,), " AND at<?"),
-        ]:
+        for after, place, found in [("", (), ""), ("seq < ?", (7,), " AND task<?")]:
             steps = plan(*statements.list_tasks(filter, after, place, by="a"))
             assert steps[0] == f"SEARCH tagged USING PRIMARY KEY (tag=?{found})"
             assert steps[-1] == "SEARCH tasks USING INTEGER PRIMARY KEY (rowid=?)"
             assert not [step for step in steps if "TEMP" in step]
 
     def test_the_tasks_of_a_tag_are_counted_in_the_table_of_tags(self, plan):
-        now = datetime.now(timezone.utc)
-        filter = TaskFilter(tag=["a", "b"], start_date=now, end_date=now)
+        filter = TaskFilter(tag=["a", "b"])
         for sql, values in (
             statements.count_tasks(filter, by="a"),
             statements.count_tasks(filter, 5, "a"),
         ):
             steps = plan(sql, values)
-            assert "SEARCH tagged USING PRIMARY KEY (tag=? AND at>? AND at<?)" in steps
+            assert "SEARCH tagged USING PRIMARY KEY (tag=?)" in steps
             assert not [step for step in steps if "SEARCH tasks" in step or "SCAN tasks" in step]
 
     def test_each_flow_is_one_step_in_the_table_of_tags(self, plan):
@@ -629,7 +644,7 @@ class TestStatements:
             expected = {task_id for task_id, tags in tagged.items() if tag in tags}
             assert {t.id for t in repository.list(TaskFilter(tag=tag))} == expected
         stored = connect().execute(
-            "SELECT value, created_at, seq FROM tasks, json_each(tasks.tags) WHERE tags IS NOT NULL"
+            "SELECT value, seq FROM tasks, json_each(tasks.tags) WHERE tags IS NOT NULL"
         )
         table = connect().execute("SELECT * FROM tagged")
         assert sorted(table.fetchall()) == sorted(stored.fetchall())

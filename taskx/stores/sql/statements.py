@@ -364,9 +364,7 @@ class Statements:
             which = f"seq = ({found}){where}"
         return f"{verb} {d.tasks} SET {settings} WHERE {which}"
 
-    def delete(
-        self, task_id: str, guard: Mapping[str, Any], place: Query | None = None
-    ) -> Query:
+    def delete(self, task_id: str, guard: Mapping[str, Any], place: Query | None = None) -> Query:
         """Return a ``DELETE`` and its values; ``place`` is as in :meth:`update`."""
         return self._of_task(f"DELETE FROM {self.dialect.tasks}", task_id, guard, place)
 
