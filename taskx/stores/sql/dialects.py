@@ -63,8 +63,8 @@ class Dialect:
     #: Subqueries for the tasks of a status that name their indexes.
     spans: Mapping[str | None, str] = {}
 
-    #: The newest tasks first; and the conditions for those that follow a place, which is a ``created_at`` and
-    #: a ``seq``, with the values of the place that they need. There are two, first for the tasks of the same
+    #: The newest tasks first; and the conditions for those that follow a place, which is a ``created_at``
+    #: and a ``seq``, with the values of it that they need. There are two, first for the tasks of the same
     #: moment and then for the earlier ones, as an index finds those of each one at once.
     newest_first = "ORDER BY created_at DESC, seq DESC"
     following: Sequence[tuple[str, slice]] = (

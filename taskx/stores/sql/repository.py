@@ -165,10 +165,13 @@ class SQLRepository(Repository):
         """Apply guarded writes in one transaction. After an error, nothing was applied."""
         coded = self.codecs.coded(writes) if self.codecs.given else writes
         sent, durable, writer = (writes, coded), self._durable(writes), self._writer
-        single = writer.dialect.has_arrays and len(coded) == 1 and writer.is_single(coded[0])
+        single = len(coded) == 1 and writer.is_single(coded[0])
         try:
             try:
-                work = partial(writer.together, coded, all_or_nothing)
+                if single:
+                    work = partial(writer.alone, coded)
+                else:
+                    work = partial(writer.together, coded, all_or_nothing)
                 results = self._links.transaction(work, durable, sent, single=single)
             except Apart:
                 work = partial(writer.each, coded, all_or_nothing)

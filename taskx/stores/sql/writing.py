@@ -115,8 +115,18 @@ class Writer:
             self.add_lists(link, [row])
         return held
 
+    def alone(self, writes: Sequence[Write], link: Link) -> list[bool]:
+        """Apply the only write, for which :meth:`is_single` is true.
+
+        Raises:
+            Apart: call :meth:`each` in a transaction.
+        """
+        return [self.one(link, writes[0])]
+
     def is_single(self, write: Write) -> bool:
-        """Return True if a write is a single statement, and no savepoint is needed for it."""
+        """Return True if a write needs no transaction: it is a single statement, without a savepoint."""
+        if not self.dialect.has_arrays:
+            return False
         if isinstance(write, Insert):
             return not (write.row.get("depends_on") or write.row.get("tags"))
         return not (isinstance(write, Delete) or "tags" in write.changes or _takes(write.changes))

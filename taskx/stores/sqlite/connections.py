@@ -8,6 +8,7 @@ import sqlite3
 import threading
 import time
 import weakref
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import closing, suppress
 from functools import partial
@@ -62,6 +63,10 @@ def unwritable(folder: str) -> str:
     return f"SQLite keeps files beside it, also to read, and this user cannot write to {folder}"
 
 
+#: While this item is 1, a statement that must be compiled is refused.
+REFUSES = sqlite3.SQLITE_OK
+
+
 class Compiling:
     """A recorder that notes when the writing connection compiles a statement.
 
@@ -69,27 +74,27 @@ class Compiling:
     process has migrated is noticed, and other writes cost nothing more.
 
     Attributes:
-        authorizer: the callback that SQLite asks for permission when it compiles a statement. It permits
-            everything.
+        authorizer: the callback that SQLite asks for permission when it compiles a statement.
+        noted: what it was asked about. It permits everything, unless the item :data:`REFUSES` is 1.
     """
 
     def __init__(self) -> None:
-        self._noted: dict[str, int] = {}
-        # ``min`` returns its first argument, SQLITE_OK (0), as all arguments have the same key. Computing
-        # the key makes the note. No Python code runs here: an interrupt could strike in it, and SQLite
-        # would swallow that and report "not authorized".
+        self.noted: defaultdict[object, int] = defaultdict(int)
+        # ``min`` returns its first argument with the least key: SQLITE_OK (0), or SQLITE_DENY (1) while the
+        # key of 0 is 1. All other keys are 0, and looking them up makes the note. No Python code runs here:
+        # an interrupt could strike in it, and SQLite would swallow that and report "not authorized".
         self.authorizer = partial(
-            min, sqlite3.SQLITE_OK, key=partial(self._noted.setdefault, "seen")
+            min, sqlite3.SQLITE_OK, sqlite3.SQLITE_DENY, key=self.noted.__getitem__
         )
 
     @property
     def seen(self) -> bool:
         """True if a statement was compiled since the last call of :meth:`forget`."""
-        return bool(self._noted)
+        return len(self.noted) > 1
 
     def forget(self) -> None:
         """Clear the note, so that the next compiled statement is noticed."""
-        self._noted.clear()
+        self.noted.clear()
 
 
 class Connection(sqlite3.Connection):

@@ -15,7 +15,7 @@ from taskx.stores.base import Lookup, Reentered
 from taskx.stores.parts import Forks, House, Listener, News
 from taskx.stores.sql import Link, Links, Sent
 from taskx.stores.sqlite import schema
-from taskx.stores.sqlite.connections import FAILURES, Connection, Connections
+from taskx.stores.sqlite.connections import FAILURES, REFUSES, Connection, Connections
 from taskx.stores.sqlite.dialect import FREE_PAGES
 from taskx.stores.sqlite.file import DatabaseFile
 from taskx.stores.sqlite.turnstile import Turnstile, until_unlocked
@@ -110,6 +110,10 @@ class FileLinks(Links, News, House, Forks):
                 full = self.durability == "full" or (durable and self.durability == "accepted")
                 if connection.synchronous != (wanted := "FULL" if full else "NORMAL"):
                     self._set_synchronous(connection, wanted)
+                if single and not self.prefix and self._newer is None:
+                    if timeout - left < self._short_wait and (done := self._alone(work, cursor)):
+                        self._commits += 1
+                        return done[0]
                 if self.prefix:
                     self._begin_among_others(connection, left)
                 elif timeout - left < self._short_wait:
@@ -126,6 +130,23 @@ class FileLinks(Links, News, House, Forks):
                 raise
             finally:
                 self.turnstile.leave()
+
+    def _alone(self, work: Callable[[Link], T], link: Link) -> tuple[T] | None:
+        """Do work that is one statement, which commits itself.
+
+        Return its result; None if nothing was done, because SQLite has to compile the statement: another
+        process may have migrated the file.
+        """
+        noted = self.connections.compiling.noted
+        try:
+            noted[REFUSES] = 1
+            return (work(link),)
+        except sqlite3.DatabaseError as error:
+            if "not authorized" not in str(error):
+                raise
+            return None
+        finally:
+            noted[REFUSES] = 0  # not a call: an interrupt would come before it
 
     def _begin_within(self, cursor: Cursor, seconds: float) -> None:
         """Begin a transaction; SQLite waits at most so long for other programs."""

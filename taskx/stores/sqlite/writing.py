@@ -38,14 +38,29 @@ class KeyedWriter(Writer):
             raise Apart  # their rows may have other keys
         return held
 
-    def one(self, link: Link, write: Write) -> bool:
+    def is_single(self, write: Write) -> bool:
+        if not isinstance(write, Insert):
+            return True  # triggers do the rest
+        return write.fresh and "depends_on" not in write.row and "tags" not in write.row
+
+    def alone(self, writes: Sequence[Write], link: Link) -> list[bool]:
+        (write,) = writes
+        if link.execute(*self._query(write)).rowcount > 0:
+            return [True]
+        raise Apart  # there may be another row to look at
+
+    def _query(self, write: Write) -> Query:
+        if isinstance(write, Insert):
+            row = write.row
+            return self.statements.insert(("seq", *row)), (key_of(row["id"]), *row.values())
         if isinstance(write, Update):
-            query = self._sql_of((write.id,), write.guard, write.changes)
-        elif isinstance(write, Delete):
-            query = self.statements.delete(write.id, write.guard)
-        else:
+            return self._sql_of((write.id,), write.guard, write.changes)
+        return self.statements.delete(write.id, write.guard)
+
+    def one(self, link: Link, write: Write) -> bool:
+        if isinstance(write, Insert):
             return self._insert(link, write)
-        if link.execute(*query).rowcount > 0:
+        if link.execute(*self._query(write)).rowcount > 0:
             return True
         # The guard does not hold, or the row has another key.
         if (place := self.dialect.elsewhere((write.id,))) is None:
@@ -61,7 +76,7 @@ class KeyedWriter(Writer):
 
     def _insert(self, link: Link, write: Insert) -> bool:
         row = write.row
-        key = key_of(write.id) if write.fresh else None
+        key = key_of(row["id"]) if write.fresh else None
         if key is None or not self._put(link, key, row):
             key = self._put_elsewhere(link, row)
         if key is None:
