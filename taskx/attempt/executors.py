@@ -24,6 +24,7 @@ from typing import (
 
 from taskx.attempt.context import Context
 from taskx.tasks.checks import check_plain
+from taskx.tasks.creation import model_of
 from taskx.tasks.errors import ConfigurationError, PayloadError
 from taskx.tasks.model import Task, check_name
 from taskx.tasks.options import (
@@ -493,6 +494,8 @@ class Registered(NamedTuple):
     log_level: int | None  #: the lowest level of log lines that are kept; None keeps none
     values: Values | None  #: the JSON forms of params and result; None if no annotation has one
     expires: int | None  #: milliseconds in which its tasks must start; None for no limit
+    #: The row of a task without options; None if more than a row is needed to make one.
+    model: Mapping[str, Any] | None
 
     def apply_defaults(self, task: Task) -> None:
         """Set the options that neither the task nor its submit has set, before the task starts."""
@@ -521,6 +524,9 @@ def entry_of(executor: TaskExecutor | Executor[Any, Any], options: Options) -> R
     if values is not None:
         function = _coding(function, values)
     defaults = options.task_defaults
+    model = None
+    if values is None and options.expires is None and not options.tags:
+        model = model_of(type, priority=options.priority or 0, **defaults)
     return Registered(
         type=type,
         function=function,
@@ -532,6 +538,7 @@ def entry_of(executor: TaskExecutor | Executor[Any, Any], options: Options) -> R
         log_level=log_level(options.capture_log),
         values=values,
         expires=None if options.expires is None else lifetime(options.expires),
+        model=model,
     )
 
 

@@ -21,7 +21,7 @@ from taskx.queue.work import Work
 from taskx.tasks import lifecycle, payload, permission, unique
 from taskx.tasks.clock import Clock
 from taskx.tasks.config import Config
-from taskx.tasks.creation import new_record
+from taskx.tasks.creation import copy_of, new_record
 from taskx.tasks.errors import (
     ConfigurationError,
     DuplicateTask,
@@ -58,7 +58,7 @@ class Store(Place):
 
         In a transaction of the caller they may start after the commit, from which that follows.
         """
-        if self._work.inside or (pool := self._state.pool) is None:
+        if (pool := self._state.pool) is None or self._work.inside:
             return
         types = {write.row["type"] for write in self.writes if not write.row["held"]}
         if any(pool.fetcher.serves(type) and pool.fetcher.has_room(type) for type in types):
@@ -150,12 +150,36 @@ class Intake:
         if self._hooks.waiting:
             self._hooks.let_catch_up()
         insert = prepare(self._services, task, priority, created_at)
-        row = insert.row
-        task_id: str = row["id"]
         if task.depends_on:
             find_parents(self.work.repository, [insert])
+        return self._take_in(insert, on_conflict, spill=spill)
+
+    def accept_plain(self, type: str, params: Any) -> str | None:
+        """Do what :meth:`accept` does for a task that has only a type and params, in less time.
+
+        Return None, and do nothing, if its executor does not allow that.
+        """
+        registry = self._services.registry
+        executor = registry.registered.get(type)
+        if executor is None or executor.model is None:
+            return None
+        self.refuse_if_stopped()
+        if self._hooks.waiting:
+            self._hooks.let_catch_up()
+        if params is None:
+            params = {}
+        text = payload.encode_params(params, registry.max_payload_size)
+        if executor.check_params is not None:
+            executor.check_params(params)
+        insert = copy_of(executor.model, text, self._services.clock.now_ms())
+        return self._take_in(insert, "reject", spill=False)
+
+    def _take_in(self, insert: Insert, on_conflict: OnConflict, *, spill: bool) -> str:
+        row = insert.row
+        task_id: str = row["id"]
+        keyed = "unique_key" in row
         # If the caller chose the id, another task may have it.
-        fresh = not task.id and task.unique_key is None
+        fresh = insert.fresh and not keyed
         places: list[Place] = []
         try:
             for tried in range(_TRIES):
@@ -167,7 +191,7 @@ class Intake:
                         place.fill()
                         return task_id
                 except QueueFull:  # the existing task that on_conflict chooses needs no room
-                    if task.unique_key is None or on_conflict == "reject":
+                    if not keyed or on_conflict == "reject":
                         raise
                     if (instead := self._resolve_conflict(insert, on_conflict)) is None:
                         raise

@@ -38,6 +38,9 @@ class LayeredIntake:
         (task_id,) = self._inside(store, [task])
         return task_id
 
+    def accept_plain(self, type: str, params: Any) -> None:
+        """Return None: middleware is given tasks."""
+
     def accept_many(self, tasks: Iterable[Task], *, spill: bool = False) -> Sequence[str]:
         """Do the same as :meth:`Intake.accept_many`."""
         return self._inside(partial(self._intake.accept_many, spill=spill), [*tasks])

@@ -373,6 +373,11 @@ class Queue(Questions, Steering):
         created_at: int | None = None,
     ) -> TaskHandle[Any]:
         """Submit a task whose ``created_at`` the caller knows, in milliseconds; by default it is now."""
+        if task.__class__ is str and not options and connection is None and created_at is None:
+            if not self.repository.transactions.known:
+                plain = self._entrance.accept_plain(task, params)
+                if plain is not None:
+                    return self._handle_of(plain)
         wanted, said = task_of(task, params, options, SubmitOptions, "submit", self.clock, self)
         priority: int | None = said.get("priority")
         on_conflict: OnConflict = said.get("on_conflict") or "reject"
@@ -383,6 +388,9 @@ class Queue(Questions, Steering):
         else:
             with self._joining.intake(connection, self._registry.middleware) as intake:
                 task_id = intake.accept(wanted, priority, on_conflict, created_at=created_at)
+        return self._handle_of(task_id)
+
+    def _handle_of(self, task_id: str) -> TaskHandle[Any]:
         try:
             return TaskHandle(task_id, self)
         except BaseException as error:  # an interrupt

@@ -70,6 +70,18 @@ def new_record(task: Task, now: int, max_size: int = payload.DEFAULT_MAX_SIZE) -
     return lifecycle.created(columns, fresh=fresh)
 
 
+def model_of(type: str, **columns: Any) -> Mapping[str, Any]:
+    """Return the row of a new task with these columns, for :func:`copy_of`."""
+    return lifecycle.created(
+        {"id": "", "type": type, "created_by": "", "created_at": 0, **columns}
+    ).row
+
+
+def copy_of(model: Mapping[str, Any], params: str, now: int) -> Insert:
+    """Return the write that stores a new task that differs from a model in its params, as JSON text."""
+    return Insert({**model, "id": new_id(now), "params": params, "created_at": now}, fresh=True)
+
+
 _options = attrgetter(*CHECKS)
 _NOTHING = _options(Task())
 _links = attrgetter(

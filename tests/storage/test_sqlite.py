@@ -1052,16 +1052,15 @@ class TestDurability:
     def level_at_commit(self, repository, writes):
         """Return ``synchronous`` of the writing connection at the moment of the commit."""
         connection = connections_of(repository).writer()
-        levels = []
-
-        def trace(sql):
-            if sql == "COMMIT":
-                connection.set_trace_callback(None)
-                levels.append(connection.execute("PRAGMA synchronous").fetchone()[0])
-
-        connection.set_trace_callback(trace)
+        said = []
+        connection.set_trace_callback(said.append)
         repository.apply(writes)
-        return {1: "NORMAL", 2: "FULL"}[levels[0]]
+        connection.set_trace_callback(None)
+        settings = [n for n, sql in enumerate(said) if "synchronous" in sql]
+        commits = [n for n, sql in enumerate(said) if "COMMIT" in sql or "UPDATE" in sql]
+        assert max(settings, default=-1) < max(commits, default=0)
+        (level,) = connection.execute("PRAGMA synchronous").fetchone()
+        return {1: "NORMAL", 2: "FULL"}[level]
 
     @pytest.mark.process
     @pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace to see syncs")

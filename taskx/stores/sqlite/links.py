@@ -224,7 +224,7 @@ class FileLinks(Links, News, House, Forks):
 
     def tell_others(self, writes: Sequence[Write]) -> None:
         """Tell other processes of committed writes."""
-        self.wakeups.send(writes, to_own=self._several())
+        self.wakeups.send(writes, self._several)
 
     def translated(self, error: Exception) -> TaskxError:
         """Return TaskX's error for an error of SQLite."""

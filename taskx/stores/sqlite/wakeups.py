@@ -11,7 +11,7 @@ import os
 import select
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 
 from taskx.stores.parts import Listener
@@ -103,14 +103,14 @@ class Wakeups:
         self._remove_dead()
         return pipe
 
-    def send(self, writes: Sequence[Write], *, to_own: bool) -> None:
-        """Tell the listeners of committed writes."""
+    def send(self, writes: Sequence[Write], to_own: Callable[[], bool]) -> None:
+        """Tell the listeners of committed writes; ``to_own`` says if those of this process are told, too."""
         stale = (now := time.monotonic()) >= self._scan_at
         if not (stale or self._pipes):
             return
         news = {*map(lifecycle.news, writes)} - {""}
         if news and stale:  # just before sending, so that the newest listeners are included
-            self._pipes = [*self._others(to_own=to_own)]
+            self._pipes = [*self._others(to_own=to_own())]
             self._scan_at = now + self._every
         for path, wanted in self._pipes:
             if heard := news.intersection(wanted):
