@@ -362,6 +362,11 @@ class Queue(Questions, Steering):
             RepositoryError: the task could not be stored. If the error's ``in_doubt`` is True, it may
                 have been stored: submit again with the error's ``task_id`` to find out.
         """
+        plain = task.__class__ is str and not options and connection is None
+        if plain and not self.repository.transactions.known:
+            task_id = self._entrance.accept_plain(str(task), params)
+            if task_id is not None:
+                return self._handle_of(task_id)
         return self._submit(task, params, connection, options)
 
     def _submit(
@@ -373,11 +378,6 @@ class Queue(Questions, Steering):
         created_at: int | None = None,
     ) -> TaskHandle[Any]:
         """Submit a task whose ``created_at`` the caller knows, in milliseconds; by default it is now."""
-        if task.__class__ is str and not options and connection is None and created_at is None:
-            if not self.repository.transactions.known:
-                plain = self._entrance.accept_plain(task, params)
-                if plain is not None:
-                    return self._handle_of(plain)
         wanted, said = task_of(task, params, options, SubmitOptions, "submit", self.clock, self)
         priority: int | None = said.get("priority")
         on_conflict: OnConflict = said.get("on_conflict") or "reject"

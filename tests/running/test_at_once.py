@@ -13,6 +13,8 @@ from taskx.node.buffer import Item
 from taskx.stores.liveness.leases import Leases
 from taskx.tasks.writes import Insert
 
+SAME = "018cc251-f400-7851-a960-fbefa5d418a5"
+
 # A slow machine hands no started task back, except in the test of that.
 pytestmark = pytest.mark.usefixtures("calm")
 
@@ -109,7 +111,7 @@ def test_a_submit_that_fails_leaves_no_run(started):
 
 
 def test_a_submit_with_a_taken_id_leaves_no_run(started, monkeypatch):
-    monkeypatch.setattr("taskx.tasks.creation.new_id", lambda: "same")
+    monkeypatch.setattr("taskx.tasks.creation.new_id", lambda now: SAME)
     idle(started).submit("fine").result(PATIENCE)
     eventually(lambda: not pool_of(started).runs)
     with pytest.raises(DuplicateTask):

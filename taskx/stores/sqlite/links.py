@@ -95,6 +95,7 @@ class FileLinks(Links, News, House, Forks):
         """
         if self.write_lock._is_owned():  # type: ignore[attr-defined]
             raise Reentered
+        noted = self.connections.compiling.noted
         with self.write_lock:
             connection = self.connections.writer()
             if connection.in_transaction:  # signals interrupted the last transaction twice
@@ -110,13 +111,23 @@ class FileLinks(Links, News, House, Forks):
                 full = self.durability == "full" or (durable and self.durability == "accepted")
                 if connection.synchronous != (wanted := "FULL" if full else "NORMAL"):
                     self._set_synchronous(connection, wanted)
-                if single and not self.prefix and self._newer is None:
-                    if timeout - left < self._short_wait and (done := self._alone(work, cursor)):
+                soon = timeout - left < self._short_wait
+                if single and soon and not self.prefix and self._newer is None:
+                    # The statement commits itself, unless SQLite must compile it: then another process may
+                    # have migrated the file.
+                    try:
+                        noted[REFUSES] = 1
+                        result = work(cursor)
                         self._commits += 1
-                        return done[0]
+                        return result
+                    except sqlite3.DatabaseError as error:
+                        if "not authorized" not in str(error):
+                            raise
+                    finally:
+                        noted[REFUSES] = 0  # not a call, before which an interrupt could come
                 if self.prefix:
                     self._begin_among_others(connection, left)
-                elif timeout - left < self._short_wait:
+                elif soon:
                     cursor.execute("BEGIN IMMEDIATE")
                 else:
                     self._begin_within(cursor, left)
@@ -130,23 +141,6 @@ class FileLinks(Links, News, House, Forks):
                 raise
             finally:
                 self.turnstile.leave()
-
-    def _alone(self, work: Callable[[Link], T], link: Link) -> tuple[T] | None:
-        """Do work that is one statement, which commits itself.
-
-        Return its result; None if nothing was done, because SQLite has to compile the statement: another
-        process may have migrated the file.
-        """
-        noted = self.connections.compiling.noted
-        try:
-            noted[REFUSES] = 1
-            return (work(link),)
-        except sqlite3.DatabaseError as error:
-            if "not authorized" not in str(error):
-                raise
-            return None
-        finally:
-            noted[REFUSES] = 0  # not a call: an interrupt would come before it
 
     def _begin_within(self, cursor: Cursor, seconds: float) -> None:
         """Begin a transaction; SQLite waits at most so long for other programs."""

@@ -104,7 +104,7 @@ class Wakeups:
         return pipe
 
     def send(self, writes: Sequence[Write], to_own: Callable[[], bool]) -> None:
-        """Tell the listeners of committed writes; ``to_own`` says if those of this process are told, too."""
+        """Tell the listeners of committed writes; also those of this process if ``to_own`` says so."""
         stale = (now := time.monotonic()) >= self._scan_at
         if not (stale or self._pipes):
             return

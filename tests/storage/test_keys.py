@@ -1,0 +1,183 @@
+"""The keys of rows in SQLite: part of an id, or else made for it."""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+from datetime import datetime, timedelta, timezone
+
+import pytest
+
+from taskx import DuplicateTask, SQLiteRepository, Task, TaskFilter, TaskStatus
+from taskx.tasks import ids, lifecycle
+from taskx.tasks.clock import to_ms
+from taskx.tasks.ids import key_of, new_id
+from taskx.tasks.writes import Insert, Update
+
+NOW = datetime(2026, 1, 2, tzinfo=timezone.utc)
+MADE = new_id(to_ms(NOW))
+TWIN = MADE[:-6] + "abcdef"  # another id with the same key
+VERSION_7 = "01977f2a-1c00-7abc-8def-0123456789ab"  # made by a program
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "tasks.db"
+
+
+@pytest.fixture
+def repository(path):
+    with SQLiteRepository(path) as repository:
+        yield repository
+
+
+def fresh(task_id: str, **columns) -> Insert:
+    """Return the write of a task whose id was made for it, as far as the store knows."""
+    given = {"id": task_id, "type": "t", "created_by": "", "created_at": to_ms(NOW), **columns}
+    return lifecycle.created(given, fresh=True)
+
+
+def keys(path) -> dict[str, int]:
+    with closing(sqlite3.connect(path)) as connection:
+        return dict(connection.execute("SELECT id, seq FROM tasks"))
+
+
+def listed(repository, **filter) -> list[str]:
+    return [task.id for task in repository.list(TaskFilter(**filter))]
+
+
+def test_the_key_in_a_made_id_is_that_of_its_row(repository, path):
+    repository.apply([fresh(MADE)])
+    assert keys(path) == {MADE: key_of(MADE)}
+
+
+@pytest.mark.parametrize("chosen", ["a", VERSION_7, MADE])
+def test_a_chosen_id_has_an_odd_key_of_the_time_of_its_creation(repository, path, chosen):
+    repository.create(Task(id=chosen, type="t", created_at=NOW))
+    key = keys(path)[chosen]
+    assert key & 1
+    assert ids.key_at(to_ms(NOW)) < key < ids.key_at(to_ms(NOW) + 1)
+
+
+class TestTasksWithTheSameKey:
+    """Two processes can make ids with the same key at the same moment: all of both tasks works."""
+
+    @pytest.fixture
+    def twins(self, repository):
+        assert key_of(TWIN) == key_of(MADE) != None  # noqa: E711
+        assert repository.apply([fresh(MADE)]) == [True]
+        assert repository.apply([fresh(TWIN, tags='["x"]', depends_on=["p"])]) == [True]
+        return repository
+
+    def test_both_are_stored(self, twins, path):
+        stored = keys(path)
+        assert stored[MADE] == key_of(MADE)
+        assert stored[TWIN] & 1
+
+    def test_both_are_found(self, twins):
+        for wanted in ([MADE], [TWIN], [MADE, TWIN], [TWIN, "no such task", MADE]):
+            assert set(twins.get_many(wanted)) == {*wanted} - {"no such task"}
+        assert listed(twins, id_prefix=TWIN[:-1]) == [TWIN]
+        assert set(listed(twins, id_prefix=MADE[:20])) == {MADE, TWIN}
+        assert listed(twins, tag="x") == listed(twins, parent="p") == [TWIN]
+        assert twins.find("parent", ["p"], ("parent", "id")) == [("p", TWIN)]
+
+    def test_each_write_changes_its_own_task(self, twins):
+        one = Update(TWIN, {"status": "pending"}, {"message": "twin"})
+        assert twins.apply([one]) == [True]
+        both = [Update(task_id, {}, {"progress": 7}) for task_id in (MADE, TWIN)]
+        assert twins.apply(both) == [True, True]
+        found = twins.get_many([MADE, TWIN])
+        assert (found[MADE].message, found[TWIN].message) == ("", "twin")
+        assert {task.progress for task in found.values()} == {7}
+        refused = Update(TWIN, {"status": "running"}, {"message": "no"})
+        assert twins.apply([refused]) == twins.apply([refused, refused])[:1] == [False]
+
+    def test_each_delete_removes_its_own_task(self, twins, path):
+        twins.delete(MADE)
+        assert set(keys(path)) == {TWIN}
+        twins.delete(TWIN)
+        assert keys(path) == {}
+        with closing(sqlite3.connect(path)) as connection:
+            assert connection.execute("SELECT * FROM tagged, parents").fetchall() == []
+
+    def test_neither_can_be_stored_again(self, twins):
+        twins.delete(MADE)
+        with pytest.raises(DuplicateTask):
+            twins.create(Task(id=TWIN, type="t"))
+        assert list(twins.get_many([TWIN])) == [TWIN]
+
+    def test_many_tasks_are_stored_whole(self, repository):
+        made = [new_id(to_ms(NOW)) for _ in range(40)]
+        twin = made[20][:-6] + "abcdef"
+        writes = [fresh(task_id) for task_id in (*made, twin)]
+        assert all(repository.apply(writes, all_or_nothing=True))
+        assert len(repository.get_many([*made, twin])) == 41
+
+
+def test_a_stored_id_is_taken_wherever_its_row_is(repository):
+    repository.apply([fresh(MADE)])
+    repository.create(Task(id="a", type="t"))
+    repository.create(Task(id=VERSION_7, type="t"))
+    for taken in (MADE, "a", VERSION_7):
+        with pytest.raises(DuplicateTask):
+            repository.create(Task(id=taken, type="t"))
+    assert len(listed(repository)) == 3
+
+
+def test_a_task_is_stored_although_all_keys_of_its_moment_are_taken(repository, path, monkeypatch):
+    monkeypatch.setattr("taskx.stores.sqlite.writing.new_key", lambda moment: moment * 2 + 1)
+    for task_id in "abc":
+        repository.create(Task(id=task_id, type="t", created_at=NOW))
+    first = to_ms(NOW) * 2 + 1
+    assert keys(path) == {"a": first, "b": first + 2, "c": first + 4}
+
+
+class TestOrder:
+    def test_lists_have_the_newest_first_whether_ids_are_made_or_chosen(self, repository):
+        made = []
+        for number in range(20):
+            task_id = new_id(to_ms(NOW)) if number % 3 else str(number)
+            repository.apply([fresh(task_id)._replace(fresh=bool(number % 3))])
+            made.append(task_id)
+        assert listed(repository) == made[::-1]
+        assert [stub.id for stub in repository.ready(["t"], 99)] == made
+
+    def test_tasks_that_were_created_after_the_clock_was_set_back_come_where_it_says(
+        self, repository
+    ):
+        moments = [NOW, NOW + timedelta(hours=2), NOW + timedelta(hours=1)]
+        first, later, back = (
+            fresh(new_id(to_ms(moment)), created_at=to_ms(moment)) for moment in moments
+        )
+        for write in (first, later, back):
+            repository.apply([write])
+        assert listed(repository) == [later.id, back.id, first.id]
+        assert [s.id for s in repository.ready(["t"], 9)] == [first.id, back.id, later.id]
+
+    @pytest.mark.parametrize("early", [0, 1, ids.KEPT_ORDER - 1])
+    def test_dates_are_exact_if_the_clock_was_set_back_a_little(self, repository, early):
+        """The key in an id is then later than ``created_at``."""
+        new_id(to_ms(NOW))
+        created_at = NOW - timedelta(milliseconds=early)
+        write = fresh(new_id(to_ms(created_at)), created_at=to_ms(created_at))
+        repository.apply([write])
+        after = created_at + timedelta(milliseconds=1)
+        assert listed(repository, start_date=created_at, end_date=created_at) == [write.id]
+        assert listed(repository, start_date=after) == []
+        assert listed(repository, end_date=created_at - timedelta(milliseconds=1)) == []
+        for filter in ({"start_date": created_at}, {"end_date": created_at}):
+            assert repository.count(TaskFilter(**filter)) == 1
+
+    def test_ended_tasks_are_found_until_they_are_removed(self, repository):
+        for seconds in range(5):
+            moment = NOW + timedelta(seconds=seconds)
+            task_id = new_id(to_ms(moment))
+            repository.apply([fresh(task_id, created_at=to_ms(moment))])
+            repository.update_status(task_id, TaskStatus.CANCELLED)
+        later = 2**62
+        page = repository.ended("cancelled", later, 2)
+        rest = repository.ended("cancelled", later, 9, page[-1].place)
+        found = [ended.stub.id for ended in (*page, *rest)]
+        assert found == listed(repository)
+        assert len(found) == 5
