@@ -20,7 +20,7 @@ from taskx.programs.dashboard import ALL, Dashboard
 from taskx.programs.dashboard.screens import SCREENS
 from taskx.stores.sqlite.connections import Connections
 from taskx.stores.sqlite.file import DatabaseFile
-from taskx.tasks.ids import new_id
+from taskx.tasks.ids import key_of, new_id
 
 #: The longest time of a page, in milliseconds.
 GOAL = 100.0
@@ -35,14 +35,14 @@ _FRAMES = "".join(
 _TRACEBACK = f"Traceback (most recent call last):\n{_FRAMES}ValueError: no such order\n"
 
 _DONE = (
-    "INSERT INTO tasks (id, created_at, started_at, completed_at, type, params, status, result, progress,"
+    "INSERT INTO tasks (seq, id, created_at, started_at, completed_at, type, params, status, result, progress,"
     " duration, max_attempts, max_crashes, starts, created_by, worker, error, error_type, traceback,"
-    " dead_letter) VALUES (?, ?, ? + 5, ? + 20, ?, ?, ?, '1', 100, 0.015, 1, 3, 1, ?,"
+    " dead_letter) VALUES (?, ?, ?, ? + 5, ? + 20, ?, ?, ?, '1', 100, 0.015, 1, 3, 1, ?,"
     " 'host:1:aaaaaa taskx-worker-1', ?, ?, ?, ?)"
 )
 _WAITING = (
-    "INSERT INTO tasks (id, created_at, type, params, status, max_attempts, max_crashes)"
-    " VALUES (?, ?, ?, ?, 'pending', 1, 3)"
+    "INSERT INTO tasks (seq, id, created_at, type, params, status, max_attempts, max_crashes)"
+    " VALUES (?, ?, ?, ?, ?, 'pending', 1, 3)"
 )
 
 
@@ -130,15 +130,26 @@ def fill(path: Path, number: int, waiting: int) -> str:
             f"type-{n % _TYPES}",
             f'{{"order": {n}, "user": {{"id": {n % 1000}}}}}',
         )
-        task_id = new_id()
+        task_id = new_id(at)
         if n >= number - waiting:
-            writer.execute(_WAITING, (task_id, at, type, params))
+            writer.execute(_WAITING, (key_of(task_id), task_id, at, type, params))
             continue
         bad = n % 50 == 0
         failed = task_id if bad else failed
         error = ("no such order", "ValueError", _TRACEBACK, 1) if bad else ("", "", "", 0)
         status = "failed" if bad else "completed"
-        values = (task_id, at, at, at, type, params, status, f"user-{n % 100}", *error)
+        values = (
+            key_of(task_id),
+            task_id,
+            at,
+            at,
+            at,
+            type,
+            params,
+            status,
+            f"user-{n % 100}",
+            *error,
+        )
         writer.execute(_DONE, values)
     writer.execute("COMMIT")
     connections.close()

@@ -22,10 +22,10 @@ def created(task_id: str) -> Insert:
     return lifecycle.create(task_id=task_id, type="noop", params="{}", created_by="", now=now)
 
 
-def started_and_finished() -> tuple[Update, Update]:
-    """Return the writes of a task's start and of its outcome. The loop fills in the id."""
+def started_and_finished(task_id: str) -> tuple[Update, Update]:
+    """Return the writes of a task's start and of its outcome. The loop fills in other ids."""
     now = SYSTEM_CLOCK.now_ms()
-    task = Task(type="noop", params={}, id="?", max_attempts=1, max_crashes=3)
+    task = Task(type="noop", params={}, id=task_id, max_attempts=1, max_crashes=3)
     start = lifecycle.start(task, now, new_id())
     assert start is not None
     lifecycle.mark_started(task, start)

@@ -11,7 +11,7 @@ from benchmarks.loops import Loop, created, started_and_finished
 from taskx.stores.sqlite.connections import Connections
 from taskx.stores.sqlite.dialect import statements
 from taskx.stores.sqlite.file import DatabaseFile
-from taskx.tasks.ids import new_id
+from taskx.tasks.ids import key_of, new_id
 from taskx.tasks.model import TASK_FIELDS
 from taskx.tasks.writes import CREATED
 
@@ -22,20 +22,20 @@ class Statements:
     """The statements of one task's life, with their values for many ids."""
 
     def __init__(self, ids: Sequence[str]) -> None:
-        start, finish = started_and_finished()
+        start, finish = started_and_finished(ids[0])
         self.starting, self.starts = self._update(start, ids)
         self.finishing, self.finishes = self._update(finish, ids)
-        self.inserting = statements().insert(CREATED)
-        self.inserts = [tuple(created(id_).row.values()) for id_ in ids]
+        self.inserting = statements().insert(("seq", *CREATED))
+        self.inserts = [(key_of(id_), *created(id_).row.values()) for id_ in ids]
         self.selecting, _ = statements().find("id", ids[:1], TASK_FIELDS, False)
-        self.selects = [(id_,) for id_ in ids]
+        self.selects = [(key_of(id_), id_) for id_ in ids]
 
     @staticmethod
     def _update(update: Any, ids: Sequence[str]) -> tuple[str, Rows]:
         sql, values = statements().update((update.id,), update.guard, update.changes)
-        position = list(values).index(update.id)
-        before, after = tuple(values[:position]), tuple(values[position + 1 :])
-        return sql, [(*before, id_, *after) for id_ in ids]
+        position = list(values).index(update.id)  # the key is before the id
+        before, after = tuple(values[: position - 1]), tuple(values[position + 1 :])
+        return sql, [(*before, key_of(id_), id_, *after) for id_ in ids]
 
 
 class LeanStatements:

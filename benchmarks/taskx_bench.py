@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import resource
 import sqlite3
 import statistics
@@ -29,6 +28,7 @@ from benchmarks.harness import (
 )
 from benchmarks.stores import OnSQLite, Store
 from taskx import Config, Context, Queue, Task, TaskFilter, TaskStatus
+from taskx.tasks.ids import key_of, new_id
 
 FINISHED = ("finished-drain", "finished-get", "finished-list", "finished-count")
 DELAYED = ("delayed-drain", "delayed-late")
@@ -242,14 +242,14 @@ def _drain_with_others(plan: Plan, folder: str) -> float:
 
 
 _DONE = (
-    "INSERT INTO tasks (id, created_at, started_at, completed_at, type, params, status, result, progress,"
+    "INSERT INTO tasks (seq, id, created_at, started_at, completed_at, type, params, status, result, progress,"
     " duration, max_attempts, max_crashes, starts, worker)"
-    " VALUES (?, ?, ? + 1, ? + 1, 'noop', '{}', 'completed', '1', 100,"
+    " VALUES (?, ?, ?, ? + 1, ? + 1, 'noop', '{}', 'completed', '1', 100,"
     " 0.00001, 1, 3, 1, 'host:1:aaaaaa taskx-worker-1')"
 )
 _WAITING = (
-    "INSERT INTO tasks (id, created_at, run_at, type, params, status, max_attempts, max_crashes, held)"
-    " VALUES (?, ?, ? + 86400000, 'noop', '{}', 'pending', 1, 3, 1)"
+    "INSERT INTO tasks (seq, id, created_at, run_at, type, params, status, max_attempts, max_crashes, held)"
+    " VALUES (?, ?, ?, ? + 86400000, 'noop', '{}', 'pending', 1, 3, 1)"
 )
 
 
@@ -262,16 +262,13 @@ def _fill(queue: Queue, count: int, insert: str, times: int) -> list[str]:
     """Write records, as fast as SQLite can. Each has ``times`` columns with a time."""
     queue.list_tasks()  # creates the file
     now = time.time_ns() // 1_000_000 - count
-    ids = [_id_of(now + i) for i in range(count)]
+    ids = [new_id(now + i) for i in range(count)]
     path = queue.repository.path  # type: ignore[attr-defined]
     with closing(sqlite3.connect(path)) as connection, connection:
-        connection.executemany(insert, ((id_, *[now + i] * times) for i, id_ in enumerate(ids)))
+        connection.executemany(
+            insert, ((key_of(id_), id_, *[now + i] * times) for i, id_ in enumerate(ids))
+        )
     return ids
-
-
-def _id_of(ms: int) -> str:
-    """Return a UUIDv7 of a moment."""
-    return f"{ms >> 16:08x}-{ms & 0xFFFF:04x}-7000-8000-{random.getrandbits(48):012x}"
 
 
 def _timed(call: Callable[[], object]) -> float:

@@ -39,7 +39,7 @@ class MongoLoop(Loop):
         self._documents = [
             new_document(created(id_).row, number, number) for number, id_ in enumerate(self._ids)
         ]
-        start, finish = started_and_finished()
+        start, finish = started_and_finished("?")
         self._start, self._finish = _as_sent(start, 2 * count), _as_sent(finish, 3 * count)
 
     def close(self) -> None:
