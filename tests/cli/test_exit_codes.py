@@ -134,6 +134,7 @@ def test_an_earlier_file_is_not_migrated(tmp_path):
     said = call("list", "--repository", f"sqlite:///{path}")
     assert said.code == 5
     assert "has schema version 1" in said.err
+    assert f"run `taskx migrate {path} NEW`" in said.err
     assert path.read_bytes() == kept.read_bytes()
 
 

@@ -78,6 +78,8 @@ worker | app:queue | --max-memory | 1
 worker | app:queue | --max-age | 0s
 dashboard | --host | 0.0.0.0
 doctor | nope
+migrate | nope
+migrate | old.db | new.db | --prefix | 1
 """
 CALLS = [[word.strip() for word in line.split("|")] for line in WRONG.strip().splitlines()]
 

@@ -87,12 +87,23 @@ def test_a_text_file_fails(database):
     assert wrong(database) == {"file": "fail"}
 
 
-@pytest.mark.parametrize(("version", "level"), [(schema.VERSION - 1, "warn"), (99, "fail")])
-def test_another_schema_version_is_told(file, version, level):
+@pytest.mark.parametrize(
+    ("version", "words"),
+    [(schema.FIRST - 1, "run `taskx migrate "), (schema.VERSION + 1, "Upgrade taskx-queue")],
+)
+def test_a_schema_version_that_cannot_be_used_fails(file, version, words):
     with closing(sqlite3.connect(file)) as connection:
         connection.execute(f"PRAGMA user_version = {version}")
-    assert wrong(file) == {"schema": level}
-    assert str(version) in examined(file)["schema"].sentence
+    assert wrong(file) == {"schema": "fail"}
+    sentence = examined(file)["schema"].sentence
+    assert f"has schema version {version}" in sentence
+    assert words in sentence
+
+
+def test_a_schema_version_that_is_migrated_in_place_is_a_warning(file, monkeypatch):
+    monkeypatch.setattr(schema, "VERSION", schema.VERSION + 1)
+    assert wrong(file) == {"schema": "warn"}
+    assert f"and this TaskX uses {schema.VERSION}" in examined(file)["schema"].sentence
 
 
 def test_a_damaged_file_fails(file):

@@ -165,14 +165,16 @@ def test_tables_that_are_migrated_while_they_are_in_use_are_noticed(application,
         repository.create(Task(id="b", type="t"))
 
 
-def test_older_tables_are_migrated(application, repository):
-    for statement in schema.MIGRATIONS[0]:
-        application.execute(schema.PrefixedSchema("taskx_").named(statement))
-    application.execute("CREATE TABLE taskx_schema (version INTEGER)")
-    application.execute("INSERT INTO taskx_schema VALUES (1)")
-    repository.create(Task(id="a", type="t", tags=["new"]))
-    assert [task.id for task in repository.list(TaskFilter(tag="new"))] == ["a"]
-    assert application.execute("SELECT version FROM taskx_schema").fetchall() == [(schema.VERSION,)]
+def test_tables_of_the_version_before_are_migrated(application, repository, monkeypatch):
+    before = schema.VERSION
+    repository.create(Task(id="a", type="t"))
+    repository.close()
+    next_one = ("ALTER TABLE tasks ADD COLUMN mood TEXT NOT NULL DEFAULT 'fine'",)
+    monkeypatch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, next_one))
+    monkeypatch.setattr(schema, "VERSION", before + 1)
+    assert [task.id for task in repository.list(TaskFilter())] == ["a"]
+    assert application.execute("SELECT mood FROM taskx_tasks").fetchall() == [("fine",)]
+    assert application.execute("SELECT version FROM taskx_schema").fetchall() == [(before + 1,)]
 
 
 def test_the_examination_knows_the_prefix(tmp_path, application, repository):

@@ -17,6 +17,7 @@ from taskx.programs.cli import (
     flows,
     following,
     listing,
+    migrating,
     nodes,
     scheduling,
     submitting,
@@ -42,6 +43,7 @@ COMMANDS: tuple[click.Command, ...] = (
     *scheduling.COMMANDS,
     *worker.COMMANDS,
     *dashboard.COMMANDS,
+    *migrating.COMMANDS,
 )
 
 EXAMPLES = """\
@@ -54,8 +56,8 @@ EXAMPLES = """\
 HELP = """\
 See and steer the tasks of a TaskX repository.
 
-No command creates or migrates a file, except `worker`, which runs the tasks. Data goes to stdout, words go
-to stderr. `taskx COMMAND --help` begins with examples.
+No command creates a file, except `migrate`, and `worker`, which runs the tasks. Data goes to stdout, words
+go to stderr. `taskx COMMAND --help` begins with examples.
 """
 
 EPILOG = """\

@@ -134,6 +134,17 @@ class NodeLocks:
             for fd in locked.values():
                 os.close(fd)
 
+    def held(self) -> bool:
+        """Return True if a process holds a lock of the folder: that of a node, or another one."""
+        for name in self._named() if fcntl is not None else ():
+            try:
+                os.close(_locked(self._path(name)))
+            except BlockingIOError:
+                return True
+            except OSError:  # the file is gone, or another user's
+                continue
+        return False
+
     def _named(self) -> set[str]:
         """Return the names that have a lock file."""
         with suppress(OSError):  # no permission to read the folder

@@ -212,7 +212,7 @@ def _contents(path: str, tables: Schema, patience: float) -> Iterator[Check]:
     try:
         # A read-only connection would leave an empty log behind where there is none.
         mode = "ro" if _size(f"{path}-wal") or not os.access(path, os.W_OK) else "rw"
-        with closing(_connect(path, mode, patience)) as connection:
+        with closing(connect(path, mode, patience)) as connection:
             version = tables.check(connection, path)
             yield _schema(version)
             yield _integrity(connection, path, patience)
@@ -230,11 +230,16 @@ def _contents(path: str, tables: Schema, patience: float) -> Iterator[Check]:
         yield _write_lock(path, patience)
 
 
-def _connect(path: str, mode: str, patience: float) -> sqlite3.Connection:
-    from urllib.parse import quote
+def connect(path: str, mode: str, patience: float) -> sqlite3.Connection:
+    """Open a file in a mode of SQLite's URIs, such as ``rw``, which creates nothing."""
+    return sqlite3.connect(address(path, mode), uri=True, timeout=patience, isolation_level=None)
 
-    address = f"file://{quote(os.fsencode(path))}?mode={mode}"
-    return sqlite3.connect(address, uri=True, timeout=patience, isolation_level=None)
+
+def address(path: str, mode: str) -> str:
+    """Return the URI of a file that is opened in a mode."""
+    from urllib.parse import quote  # slow to load, and not needed to run tasks
+
+    return f"file://{quote(os.fsencode(path))}?mode={mode}"
 
 
 def _schema(version: int) -> Check:
@@ -277,7 +282,7 @@ def _write_lock(path: str, patience: float) -> Check:
     """Take SQLite's write lock once, and write nothing."""
     began = time.monotonic()
     try:
-        with closing(_connect(path, "rw", patience)) as connection:
+        with closing(connect(path, "rw", patience)) as connection:
             connection.execute("BEGIN IMMEDIATE")
             connection.execute("ROLLBACK")
     except sqlite3.Error as error:

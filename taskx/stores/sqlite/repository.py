@@ -91,7 +91,7 @@ class SQLiteRepository(SQLRepository):
             )
         self.connect = connect
         self.prefix = prefix
-        self.schema = schema.OWN if prefix == "" else schema.PrefixedSchema(prefix)
+        self.schema = schema.of(prefix)
         self.busy_timeout = seconds
         file = DatabaseFile(self.path, create, prefix)
         several = lambda: len(self.queues) > 1  # noqa: E731

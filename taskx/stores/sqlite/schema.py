@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sqlite3
 from itertools import chain
 
@@ -11,10 +12,10 @@ from taskx.tasks.errors import ConfigurationError, SchemaMismatch
 #: ``PRAGMA application_id`` of our files: "TskX".
 APPLICATION_ID = 0x54736B58
 
-# Damaged tags count as none.
-_EACH = "json_each(CASE WHEN json_valid({0}.tags) THEN {0}.tags ELSE '[]' END)"
+#: The tags of a row, one a row. Damaged tags count as none.
+EACH = "json_each(CASE WHEN json_valid({0}.tags) THEN {0}.tags ELSE '[]' END)"
 _UNTAG = f"""
-    DELETE FROM tagged WHERE task = OLD.seq AND tag IN (SELECT value FROM {_EACH.format("OLD")})
+    DELETE FROM tagged WHERE task = OLD.seq AND tag IN (SELECT value FROM {EACH.format("OLD")})
 """
 
 # Indexes are partial, so that finished tasks do not make the indexes larger that are used to run tasks.
@@ -132,7 +133,7 @@ _TABLES = (
     CREATE TRIGGER tasks_retagged AFTER UPDATE OF tags ON tasks WHEN NEW.tags IS NOT OLD.tags
     BEGIN
         {_UNTAG};
-        INSERT OR IGNORE INTO tagged SELECT value, NEW.seq FROM {_EACH.format("NEW")};
+        INSERT OR IGNORE INTO tagged SELECT value, NEW.seq FROM {EACH.format("NEW")};
     END
     """,
 )
@@ -171,22 +172,38 @@ class Schema:
         """Return a statement with the prefix before the names of all tables, indexes and triggers."""
         return _NAMES.sub(rf"\1{self.prefix}\2", sql)
 
-    def check(self, connection: Executes, path: str) -> int:
+    def check(self, connection: Executes, path: str, oldest: int = FIRST) -> int:
         """Return the schema version of a file, 0 if it has none yet.
 
         Raises:
-            SchemaMismatch: the file belongs to another program or to a newer TaskX.
+            SchemaMismatch: the file belongs to another program, to a newer TaskX, or to one with a schema
+                before ``oldest``.
         """
         # One statement, so that all values are of one moment: another process may be creating the file.
         application, version, objects = connection.execute(_HEADER).fetchone()
         if application == APPLICATION_ID:
-            return _known(int(version), path)
+            return self._known(int(version), path, oldest)
         if objects or application or version:
             raise SchemaMismatch(
                 f"{path} is the database of another program (application_id {application:#x}); "
                 "it was not changed. Use another file for TaskX, or a prefix for the tables in this one"
             )
         return 0
+
+    def _known(self, version: int, path: str, oldest: int) -> int:
+        if version > VERSION:
+            raise SchemaMismatch(
+                f"{path} has schema version {version}, but this TaskX knows only {VERSION}; "
+                "the file was not changed. Upgrade taskx-queue"
+            )
+        if 0 < version < oldest:
+            place = shlex.quote(path)
+            call = f"{place} {place} --prefix {self.prefix}" if self.prefix else f"{place} NEW"
+            raise SchemaMismatch(
+                f"{path} has schema version {version}, and this TaskX needs {VERSION}; the file was not "
+                f"changed. Stop all programs that use it, and run `taskx migrate {call}`"
+            )
+        return version
 
     def version(self, connection: Executes) -> int:
         """Return the schema version of a file that was checked before."""
@@ -214,18 +231,25 @@ class Schema:
             return False
         connection.execute("BEGIN IMMEDIATE")
         try:
-            done = max(self.check(connection, path) - FIRST + 1, 0)
-            for statement in chain.from_iterable(MIGRATIONS[done:]):
-                connection.execute(self.named(statement))
-            connection.execute(f"CREATE TABLE {self.prefix}migrated (version)")
-            connection.execute(f"DROP TABLE {self.prefix}migrated")
-            self._set_version(connection)
+            self.advance(connection, self.check(connection, path))
             connection.execute("COMMIT")
             return True
         except BaseException:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
             raise
+
+    def advance(self, connection: sqlite3.Connection, version: int) -> None:
+        """Bring the tables from a version, 0 if there are none, to :data:`VERSION`.
+
+        The caller has begun a transaction.
+        """
+        done = max(version - FIRST + 1, 0)
+        for statement in chain.from_iterable(MIGRATIONS[done:]):
+            connection.execute(self.named(statement))
+        connection.execute(f"CREATE TABLE {self.prefix}migrated (version)")
+        connection.execute(f"DROP TABLE {self.prefix}migrated")
+        self._set_version(connection)
 
     def _set_version(self, connection: sqlite3.Connection) -> None:
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
@@ -253,14 +277,14 @@ class PrefixedSchema(Schema):
             )
         self.prefix = prefix
 
-    def check(self, connection: Executes, path: str) -> int:
+    def check(self, connection: Executes, path: str, oldest: int = FIRST) -> int:
         version, others = connection.execute(
             f"SELECT (SELECT +name FROM sqlite_master WHERE name = '{self.prefix}schema' COLLATE NOCASE), "
             f"(SELECT +name FROM sqlite_master WHERE name = '{self.prefix}tasks' COLLATE NOCASE)"
         ).fetchone()
         if version is not None:
             self._refuse_other_case(version.removesuffix("schema"), path)
-            return _known(self.version(connection), path)
+            return self._known(self.version(connection), path, oldest)
         if others is not None:
             raise SchemaMismatch(
                 f"{path} has a table {others} that is not TaskX's; it was not changed. Use another prefix"
@@ -287,18 +311,9 @@ class PrefixedSchema(Schema):
         connection.execute(f"INSERT INTO {table} VALUES ({VERSION})")
 
 
-def _known(version: int, path: str) -> int:
-    if version > VERSION:
-        raise SchemaMismatch(
-            f"{path} has schema version {version}, but this TaskX knows only {VERSION}; "
-            "the file was not changed. Upgrade taskx-queue"
-        )
-    if 0 < version < FIRST:
-        raise SchemaMismatch(
-            f"{path} has schema version {version}, which this TaskX can only copy; the file was not "
-            f"changed. Stop all programs that use it, run `taskx migrate {path} NEW`, and use the new file"
-        )
-    return version
+def of(prefix: str) -> Schema:
+    """Return the schema of tables whose names begin with a prefix."""
+    return OWN if prefix == "" else PrefixedSchema(prefix)
 
 
 def older(version: int, path: str) -> SchemaMismatch:

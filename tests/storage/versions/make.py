@@ -111,6 +111,7 @@ def tasks_that_wait(path: str) -> None:
     queue.submit("hang", id="crashed")
     options = {"timeout": 5.0, "max_attempts": 4, "max_crashes": 2, "priority": -1}
     queue.submit("later", {"n": 1}, id="pending", created_by="user", **options)
+    queue.submit("later", {"n": 2})  # its id is made here
     queue.submit("later", id="delayed", delay=60, expires=timedelta(days=36_500))
     queue.submit("later", id="unique", unique_key="key", unique_scope="unfinished")
     queue.submit("later", id="turn", concurrency_key="line")
@@ -181,6 +182,12 @@ def wait_until(path: str, condition: str) -> None:
             time.sleep(0.01)  # blocks on purpose
 
 
+def reserved(path: str) -> None:
+    """Store something in the columns that nothing writes yet."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("UPDATE tasks SET cost = '{}', version = '1' WHERE id = 'completed'")
+
+
 # --- removing traces of the machine
 
 
@@ -213,6 +220,7 @@ def make(path: str) -> None:
         tasks_that_wait,
         tasks_that_end,
         crash,
+        reserved,
         neutral,
     )
     with tempfile.TemporaryDirectory() as folder:

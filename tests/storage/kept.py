@@ -1,0 +1,47 @@
+"""The kept files of all schema versions, each made by the code of its time, and what is in a file."""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent / "versions"
+
+
+def kept(version: int) -> Path:
+    """Return the kept file of a schema version."""
+    return FOLDER / f"version-{version}.sqlite"
+
+
+def ask(path: Path, sql: str) -> list[Any]:
+    """Return the rows of a query."""
+    with closing(sqlite3.connect(path)) as connection:
+        return connection.execute(sql).fetchall()
+
+
+def schema_of(path: Path) -> list[tuple[str, str, str]]:
+    """Return the schema of a file."""
+    return ask(path, "SELECT type, name, sql FROM sqlite_master ORDER BY type, name")
+
+
+def contents(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """Return every column of every row of every table."""
+    tables = [name for kind, name, _ in schema_of(path) if kind == "table"]
+    with closing(sqlite3.connect(path)) as connection:
+        connection.row_factory = sqlite3.Row
+        return {
+            table: sorted(map(dict, connection.execute(f"SELECT * FROM {table}")), key=_order)
+            for table in tables
+        }
+
+
+def _order(row: dict[str, Any]) -> list[str]:
+    return [repr(value) for value in row.values()]
+
+
+def version_of(path: Path) -> int:
+    """Return the schema version of a file."""
+    ((version,),) = ask(path, "PRAGMA user_version")
+    return version
