@@ -35,9 +35,9 @@ _FRAMES = "".join(
 _TRACEBACK = f"Traceback (most recent call last):\n{_FRAMES}ValueError: no such order\n"
 
 _DONE = (
-    "INSERT INTO tasks (seq, id, created_at, started_at, completed_at, type, params, status, result, progress,"
-    " duration, max_attempts, max_crashes, starts, created_by, worker, error, error_type, traceback,"
-    " dead_letter) VALUES (?, ?, ?, ? + 5, ? + 20, ?, ?, ?, '1', 100, 0.015, 1, 3, 1, ?,"
+    "INSERT INTO tasks (seq, id, created_at, started_at, completed_at, type, params, status, result,"
+    " progress, duration, max_attempts, max_crashes, starts, created_by, worker, error, error_type,"
+    " traceback, dead_letter) VALUES (?, ?, ?, ? + 5, ? + 20, ?, ?, ?, '1', 100, 0.015, 1, 3, 1, ?,"
     " 'host:1:aaaaaa taskx-worker-1', ?, ?, ?, ?)"
 )
 _WAITING = (

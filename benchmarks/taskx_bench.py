@@ -242,8 +242,8 @@ def _drain_with_others(plan: Plan, folder: str) -> float:
 
 
 _DONE = (
-    "INSERT INTO tasks (seq, id, created_at, started_at, completed_at, type, params, status, result, progress,"
-    " duration, max_attempts, max_crashes, starts, worker)"
+    "INSERT INTO tasks (seq, id, created_at, started_at, completed_at, type, params, status, result,"
+    " progress, duration, max_attempts, max_crashes, starts, worker)"
     " VALUES (?, ?, ?, ? + 1, ? + 1, 'noop', '{}', 'completed', '1', 100,"
     " 0.00001, 1, 3, 1, 'host:1:aaaaaa taskx-worker-1')"
 )

@@ -19,13 +19,14 @@ from taskx.stores.sql.statements import Statements
 from taskx.stores.sql.writing import Refused, Writer
 from taskx.tasks.clock import SYSTEM_CLOCK, Clock
 from taskx.tasks.codec import Codec, Codecs
-from taskx.tasks.model import TASK_FIELDS, Task, TaskFilter
+from taskx.tasks.model import TASK_FIELDS, Task, TaskFilter, TaskStatus
 from taskx.tasks.record import Ended, Stub, parents_from_text, task_from_row
 from taskx.tasks.tags import FLOW
 from taskx.tasks.timing import DEFAULT_TIMING, Timing
 from taskx.tasks.writes import Note, NoteChange, Write
 
 _MOST_VALUES = 500  # in one query
+_MANY_WAITING = 2000
 _CREATED_AT = TASK_FIELDS.index("created_at")
 # SQLite sorts a damaged time, a text, above all numbers: it is never due.
 _ANY_NUMBER = 2**63 - 1
@@ -43,7 +44,8 @@ class SQLReads(Reads):
         self._repository.refuse_unknown_conditions(filter)
         sql, by = self.statements, self._rarest(filter)
         if after is None:
-            rows = self._rows(*sql.list_tasks(filter, by=by))
+            in_order = filter.status is TaskStatus.PENDING and not by and self._many_wait()
+            rows = self._rows(*sql.list_tasks(filter, by=by, in_order=in_order))
         else:
             after = check_place(after, sql.dialect.dates, int)
             rows, rest = [], filter
@@ -65,6 +67,14 @@ class SQLReads(Reads):
         self._repository.refuse_unknown_conditions(filter)
         query = self.statements.count_by_status(filter, most, self._rarest(filter))
         return {status: int(count) for status, count in self._rows(*query)}
+
+    def _many_wait(self) -> bool:
+        """Return True if there are so many pending tasks that sorting them takes long."""
+        if not self.statements.dialect.spans:
+            return False
+        pending = TaskFilter(status=TaskStatus.PENDING)
+        ((count,),) = self._rows(*self.statements.count_tasks(pending, _MANY_WAITING))
+        return bool(count == _MANY_WAITING)
 
     def _rarest(self, filter: TaskFilter) -> str:
         """Return the label of the filter that the fewest tasks have; empty if another index is better."""

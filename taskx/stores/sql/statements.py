@@ -212,17 +212,27 @@ class Statements:
     # --- lists and counts
 
     def list_tasks(
-        self, filter: TaskFilter, after: str = "", place: Sequence[Any] = (), by: str = ""
+        self,
+        filter: TaskFilter,
+        after: str = "",
+        place: Sequence[Any] = (),
+        by: str = "",
+        *,
+        in_order: bool = False,
     ) -> Query:
         """Return the query for the tasks that match a filter, each with its ``seq``, and its values.
 
         ``after`` is a further condition, and ``place`` has its values. ``by`` is the label whose tasks are
-        read; it is empty to use another index.
+        read; it is empty to use another index. ``in_order`` says that so many tasks are pending that all
+        tasks are better read from the newest on than the pending ones sorted.
         """
-        source, values = self._meeting(filter, after, place, by)
+        in_order = in_order or bool(after)
+        source, values = self._meeting(filter, after, place, by, in_order=in_order)
         order = self.dialect.newest_first
         page = f"{source} {order} LIMIT ? OFFSET ?"
-        sorts = _by_id(filter) or (filter.status == PENDING and (not after or bool(filter.labels)))
+        sorts = _by_id(filter) or (
+            filter.status == PENDING and (not in_order or bool(filter.labels))
+        )
         if not by and sorts and self.dialect.sorts_numbers:
             # Sorting many of them without the other columns takes half the time.
             page = f"{self.dialect.tasks} WHERE seq IN (SELECT seq FROM {page}) {order}"
@@ -271,6 +281,7 @@ class Statements:
         by: str = "",
         *,
         counts: bool = False,
+        in_order: bool = False,
     ) -> tuple[str, list[Any]]:
         d = self.dialect
         conditions = [after] if after else []
@@ -282,8 +293,7 @@ class Statements:
             values.append(by)
         elif _by_id(filter):
             source = d.tasks + d.index("id")
-        elif after and status == PENDING and not filter.labels:
-            # More than one page of them: better read all tasks in order once than sort these for each page.
+        elif in_order and status == PENDING and not filter.labels:
             source = d.tasks + d.index("created")
         elif status in d.spans:
             source, status = d.spans[status], None
