@@ -361,7 +361,7 @@ class PoolLinks(Links, News, House, Forks):
     def tell_others(self, writes: Sequence[Write]) -> None:
         """Tell other processes of committed writes, if the database is an SQLite file."""
         if self.wakeups is not None:
-            self.wakeups.send(writes, to_own=self._several())
+            self.wakeups.send(writes, self._several)
 
     def enter_block(self, link: Link, enter: Callable[[], object]) -> None:
         """Enter a block of an executor. In an SQLite file it then holds the write lock.
