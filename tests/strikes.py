@@ -12,10 +12,13 @@ import gc
 import inspect
 import itertools
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from types import CodeType, FrameType
 from typing import Any
+
+import taskx
 
 
 class Strike(BaseException):
@@ -65,6 +68,17 @@ def every_strike(call: Callable[[int], Any], first: int = 0, step: int = 1) -> I
 
 # An exception in these modules may leave a lock of all threads locked: that of imports or of a log handler.
 _UNSAFE = ("<frozen importlib", logging.__file__)
+_OURS = os.path.dirname(taskx.__file__)
+
+
+def _imports(frame: FrameType) -> bool:
+    """Return True if code runs for an import: what reads the files of modules may leave one open."""
+    caller: FrameType | None = frame
+    while caller is not None:
+        if caller.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        caller = caller.f_back
+    return False
 
 
 class _Tracer:
@@ -76,7 +90,7 @@ class _Tracer:
         file = frame.f_code.co_filename
         if file == __file__:
             return None
-        if file.startswith(_UNSAFE):
+        if file.startswith(_UNSAFE) or (not file.startswith(_OURS) and _imports(frame)):
             return None
         if frame.f_code.co_name == "__del__":  # Python would print the exception and go on
             return None
