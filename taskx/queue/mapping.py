@@ -520,8 +520,10 @@ class Results(Iterator[Any]):
         """
         under_way, deadline = self._under_way, None
         room = self._window - len(under_way)
-        if under_way.ended() is None or (2 * room >= self._window and not self._slow):
-            self._fill(room)
+        place = under_way.ended()
+        if place is not None and (self._slow or 2 * room < self._window):
+            return place
+        self._fill(room)
         if not under_way:
             raise StopIteration
         while (place := under_way.ended()) is None:
