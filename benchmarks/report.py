@@ -42,6 +42,7 @@ FIGURES: dict[str, Figure] = {
     "drain": Figure("drain a backlog", "{:,.0f}/s", more=True, ratio=1.0),
     "left": Figure("drain a dead process's tasks", "{:,.0f}/s", more=True, ratio=1.0),
     "together": Figure("producer and workers", "{:,.0f}/s", more=True, ratio=0.8, ahead=True),
+    "map": Figure("map over items", "{:,.0f}/s", more=True, value=15_000, durability="process"),
     "begins-p50": Figure(
         "idle: submit to begin, p50", "{:,.0f} µs", value=250, durability="process"
     ),
@@ -153,12 +154,12 @@ Row = tuple[str, ...]
 
 
 def rows(measured: Mapping[Key, Measured]) -> list[Row]:
-    """Return the rows of the floor and of TaskX, by figure, with goals."""
+    """Return the rows by figure, with goals: the floor, TaskX, and peers that are in no other table."""
     return [
         _row(figure, m, measured)
         for name, figure in FIGURES.items()
         for (of, _, _), m in measured.items()
-        if of == name and m.values and not m.rival
+        if of == name and m.values and not (m.rival and name in SIDE_BY_SIDE)
     ]
 
 

@@ -145,6 +145,20 @@ def _together(plan: Plan, store: Store, folder: str) -> dict[str, float]:
     return {"together": watch.rate(count)}
 
 
+def _map(plan: Plan, store: Store, folder: str) -> dict[str, float]:
+    count = plan.count(store.durability)
+    with queue_on(store, folder) as queue:
+        same = queue.executor("same")(_same)
+        with queue, Stopwatch() as watch:
+            for _ in queue.map(same, range(count)):
+                pass
+    return {"map": watch.rate(count)}
+
+
+def _same(value: int) -> int:
+    return value
+
+
 def _sleepers(plan: Plan, store: Store, folder: str) -> dict[str, float]:
     with _sleeping(plan, store, folder) as queue, Stopwatch() as watch:
         for _ in range(plan.sleepers):
@@ -406,6 +420,7 @@ def throughput(plan: Plan, store: Store) -> list[Cell]:
         (_many, ("many",)),
         (_drain_buffer, ("drain",)),
         (_together, ("together",)),
+        (_map, ("map",)),
     )
 
 

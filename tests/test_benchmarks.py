@@ -173,6 +173,15 @@ def test_figures_on_mongo_are_measured():
     assert float(backlog) <= 1.5
 
 
+def test_a_map_is_measured_beside_those_of_other_libraries():
+    printed = benchmark("--rst", "--tasks", "40", "--only", "map")
+    found = {row[1]: row[3] for row in tables(printed)[-1]}
+    if "joblib NOT INSTALLED" in printed:
+        found["joblib"] = "0/s"
+    assert found.keys() == {"TaskX", "ThreadPoolExecutor", "joblib"}
+    assert all(re.fullmatch(r"[\d,]+/s", value) for value in found.values())
+
+
 def test_a_failed_peer_is_in_the_table(monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT)
     from benchmarks import report

@@ -76,7 +76,8 @@ KINDS = (
         samples=100,
         slow=True,
     ),
-    Kind("ThreadPoolExecutor", (), "memory", "threads", "Pool", does=_IN_ITS_PROCESS),
+    Kind("ThreadPoolExecutor", (), "memory", "threads", "Pool", does=(*_IN_ITS_PROCESS, "map")),
+    Kind("joblib", ("joblib",), "memory", "threads", "Joblib", does=("map",)),
     Kind("huey", ("huey",), "full", "threads", "Huey", most=2_000, samples=30),
     Kind(
         "huey fsync=False",
@@ -271,6 +272,7 @@ def _cells_of(kind: Kind, plan: Plan, url: str = "") -> list[Cell]:
     measures: dict[str, tuple[int, tuple[str, ...], bool]] = {
         "backlog": (count, ("submit", "drain"), kind.slow),
         "together": (count, ("together",), kind.slow),
+        "map": (count, ("map",), kind.slow),
         "latency": (samples, kind.told, few),
         "sleepers": (plan.sleepers, ("sleepers",), kind.slow),
         "elsewhere": (min(plan.messages, kind.samples), ELSEWHERE, True),

@@ -7,7 +7,7 @@ import random
 import select
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from benchmarks.children import PATIENCE, ChildFailed, talking
@@ -21,6 +21,10 @@ def noop() -> int:
 def nap() -> int:
     time.sleep(NAP)
     return 1
+
+
+def same(value: int) -> int:
+    return value
 
 
 def tell_time() -> float:
@@ -56,6 +60,10 @@ class Peer(ABC):
 
     def clock(self) -> tuple[float, float | None]:
         """Submit a task. Return when it began, and when its result was seen (None if it has none)."""
+        raise NotImplementedError
+
+    def map(self, count: int) -> Iterable[int]:
+        """Run a task that returns its number for each of ``count`` numbers; return the results in order."""
         raise NotImplementedError
 
     def warm_up(self) -> int:
@@ -162,6 +170,15 @@ def together(peer: Peer, count: int) -> dict[str, float]:
     return {"together": watch.rate(count)}
 
 
+def mapped(peer: Peer, count: int) -> dict[str, float]:
+    """Take the results of a map over ``count`` numbers, one after the other."""
+    peer.work()
+    with Stopwatch() as watch:
+        for _ in peer.map(count):
+            pass
+    return {"map": watch.rate(count)}
+
+
 def latency(peer: Peer, count: int) -> dict[str, float]:
     """Submit ``count`` tasks one by one, each after the previous one is done."""
     peer.work()
@@ -224,6 +241,7 @@ def worked_elsewhere(peer: Peer, *again: str) -> Iterator[None]:
 MEASURES: dict[str, Callable[[Peer, int], dict[str, float]]] = {
     "backlog": backlog,
     "together": together,
+    "map": mapped,
     "latency": latency,
     "sleepers": sleepers,
     "elsewhere": elsewhere,

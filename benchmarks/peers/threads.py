@@ -7,11 +7,12 @@ import signal
 import threading
 import time
 from abc import abstractmethod
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from benchmarks.harness import WORKERS
-from benchmarks.peers.base import Began, Peer, nap, noop, tell_time, until
+from benchmarks.peers.base import Began, Peer, nap, noop, same, tell_time, until
 
 _TASKS = {"noop": noop, "nap": nap}
 
@@ -34,12 +35,37 @@ class Pool(Peer):
     def wait(self, count: int) -> None:
         self._pool.shutdown(wait=True)
 
+    def map(self, count: int) -> Iterable[int]:
+        return self._pool.map(same, range(count))
+
     def clock(self) -> tuple[float, float | None]:
         return self._pool.submit(tell_time).result(), time.perf_counter()
 
     def close(self) -> None:
         self._go.set()
         self._pool.shutdown()
+
+
+class Joblib:
+    """joblib's ``Parallel`` with threads; nothing is stored. It has a map, and nothing else."""
+
+    def __init__(self, folder: str, workers: int = WORKERS) -> None:
+        from joblib import Parallel
+
+        self._parallel = Parallel(workers, backend="threading", return_as="generator")
+
+    def work(self) -> None:
+        """Do nothing: its map starts the threads."""
+
+    def map(self, count: int) -> Iterable[int]:
+        from joblib import delayed
+
+        task = delayed(same)
+        results: Iterable[int] = self._parallel(task(n) for n in range(count))
+        return results
+
+    def close(self) -> None:
+        """Do nothing: its map has ended the threads."""
 
 
 class Huey(Peer):

@@ -155,6 +155,11 @@ class Executor(Generic[P, R]):
         self._open = len(named) < len(own)
         self._known = frozenset(p.name for p in named)
         self._required = frozenset(p.name for p in named if p.default is p.empty)
+        #: The param that ``task(value)`` gives the value; None if such a call may fail.
+        self._only_param: str | None = None
+        if named and named[0].kind is named[0].POSITIONAL_OR_KEYWORD:
+            first = named[0].name
+            self._only_param = first if self._required <= {first} else None
         #: The JSON forms of params and result; None if no annotation has one.
         self._values: Values | None = values_of(function, own)
 

@@ -211,7 +211,10 @@ class Moves(Ledger[Outcome]):
             if row.words and log.isEnabledFor(row.level) and write.id in tasks:
                 self._log_move(row, tasks[write.id], write.changes, outcome)
             if row.ends and write.id in watched:
-                self._watcher.resolve(write.id)
+                if write.move == "complete" and write.id in tasks:
+                    self._watcher.complete(tasks[write.id], write.changes["result"])
+                else:
+                    self._watcher.resolve(write.id)
             if row.leaves and (pool := self._pool) is not None:
                 pool.discard([write.id])
             if row.fires and (pool := self._pool) is not None:

@@ -22,6 +22,7 @@ from taskx.tasks.errors import RepositoryError, on_main_thread
 from taskx.tasks.handles import TaskHandle
 from taskx.tasks.lifecycle import ENDED, FINISHED
 from taskx.tasks.log import Complaint, GuardedLogger
+from taskx.tasks.model import Task
 from taskx.tasks.timing import Timing
 
 # A process in which no queue is started spends at most a tenth of its time on polling.
@@ -73,19 +74,21 @@ class Watcher:
         """True if any task is watched that has not ended."""
         return bool(self._handles)
 
-    def watch(self, handle: TaskHandle[Any]) -> None:
-        """Resolve the handle as soon as its task has ended. May be called any number of times."""
-        new = handle._watched_by is not self
-        if new or handle._has_callbacks:
-            self._register(handle)
+    def watch(self, *handles: TaskHandle[Any]) -> None:
+        """Resolve handles as soon as their tasks have ended. May be called any number of times."""
+        new = [handle for handle in handles if handle._watched_by is not self]
+        for handle in handles:
+            if handle._watched_by is not self or handle._has_callbacks:
+                self._register(handle)
         try:
-            if new:
-                self._check([handle.id])
+            self._check([handle.id for handle in new])
+            for handle in new:
                 handle._note_watched(self)
         finally:
             self.ensure_polling()
         if self._closed:
-            handle._conclude_closed()
+            for handle in handles:
+                handle._conclude_closed()
 
     def watch_late(self, handle: TaskHandle[Any]) -> None:
         """Watch the handle of a task whose transaction has ended. Nobody hears of an error here."""
@@ -150,6 +153,12 @@ class Watcher:
             self._resolve([task_id])
         except RepositoryError as error:
             self._log.debug("the handles of task %s are resolved later: %s", task_id, error)
+
+    def complete(self, task: Task, result: str | None) -> None:
+        """Do the same for a task that has just completed in this process: its result need not be read."""
+        for handle in self._live(task.id):
+            handle._complete(task.type, result)
+            self._tell(handle)
 
     def tell(self) -> None:
         """Tell the listeners of handles whose end was found on the main thread."""

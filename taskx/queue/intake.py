@@ -343,11 +343,14 @@ class Intake:
 
     # --- many
 
-    def accept_many(self, tasks: Iterable[Task], *, spill: bool = False) -> list[str]:
+    def accept_many(
+        self, tasks: Iterable[Task], priority: int | None = None, *, spill: bool = False
+    ) -> list[str]:
         """Store tasks in one transaction, all or none; return their ids in the same order.
 
         Args:
             tasks: the tasks to store; they are not changed.
+            priority: overrides the priorities of the tasks and of their executors, even with 0.
             spill: tasks that do not fit into the buffer stay in the repository, whatever ``overflow`` says.
 
         Raises:
@@ -356,7 +359,7 @@ class Intake:
         self.refuse_if_stopped()
         if self._hooks.waiting:
             self._hooks.let_catch_up()
-        inserts = [prepare(self._services, task) for task in tasks]
+        inserts = [prepare(self._services, task, priority) for task in tasks]
         if not inserts:
             return []
         if any("depends_on" in insert.row for insert in inserts):

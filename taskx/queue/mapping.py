@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import _thread
 import json
 import math
+import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import TimeoutError
 from contextlib import suppress
 from typing import Any, Protocol
@@ -15,6 +17,7 @@ import attrs
 from taskx.attempt.executors import AnyExecutor, Executor, executor_of
 from taskx.queue.intake import Intake, encoded, task_of
 from taskx.queue.layers import LayeredIntake
+from taskx.stores.base import Repository
 from taskx.tasks import payload
 from taskx.tasks.bell import Signal
 from taskx.tasks.checks import check_int, check_number, optional_seconds
@@ -26,8 +29,8 @@ from taskx.tasks.errors import (
     DuplicateTask,
     InvalidTransition,
     PayloadError,
-    TaskNotFound,
     UnknownTaskType,
+    on_main_thread,
 )
 from taskx.tasks.handles import TaskHandle
 from taskx.tasks.model import Task, TaskStatus, check_name
@@ -36,52 +39,204 @@ from taskx.tasks.submission import given
 from taskx.tasks.timing import Timing
 from taskx.tasks.values import Values
 
-# Tasks submitted ahead for each worker if no window is given.
+# Tasks submitted ahead for each worker if no window is given: at first, ...
 _AHEAD_PER_WORKER = 4
+# ... and in all, while tasks end faster than results are taken.
+_MOST_AHEAD = 256
 # Results that may wait behind one that takes long, for each place in the window.
 _MOST_WAITING = 32
+# Tasks submitted in one transaction.
+_LUMP = 250
+# The seconds for which items are drawn while a result is ready.
+_HOLD = 0.05
 _NONE = object()
 
 
-def ahead(config: Config) -> int:
-    """Return the number of tasks to submit ahead if no window is given."""
+def ahead(config: Config) -> tuple[int, int]:
+    """Return the number of tasks to submit ahead if no window is given: at first, and at most."""
     workers = config.worker_num
-    return min(_AHEAD_PER_WORKER * workers, workers + config.buffer_size)
+    first = min(_AHEAD_PER_WORKER * workers, workers + config.buffer_size)
+    return first, max(first, _MOST_AHEAD)
+
+
+class _Workers(Protocol):
+    workers: int
+    short: bool
+
+
+class _Pool(Protocol):
+    @property
+    def ahead(self) -> _Workers: ...
 
 
 class _Owner(Protocol):
-    def get_task_status(self, task_id: str, /) -> Task: ...
+    @property
+    def repository(self) -> Repository: ...
     def requeue(self, task_id: str, /) -> None: ...
     def handle(self, task_id: str, /) -> TaskHandle[Any]: ...
+    def watch(self, *handles: TaskHandle[Any]) -> None: ...
+    @property
+    def _pool(self) -> _Pool | None: ...
     @property
     def _values(self) -> Mapping[str, Values]: ...
     @property
     def _timing(self) -> Timing: ...
 
 
+_canonical = json.JSONEncoder(allow_nan=False, sort_keys=True, separators=(",", ":")).encode
+
+
 def digest(params: dict[str, Any]) -> str:
     """Return a digest of params that does not depend on the order of their keys.
 
-    It is part of stored ids, so it must never change.
+    It is part of stored ids, so it must never change. The submit checks the rest of the JSON rules.
 
     Raises:
-        PayloadError: the params break the JSON rules.
+        PayloadError: the params are not JSON.
     """
     import hashlib  # slow to load, and not needed by a program without maps
 
-    value = payload.loads(payload.encode_params(params, payload.NO_LIMIT))
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    try:
+        text = _canonical(params)
+    except (TypeError, ValueError, RecursionError):
+        text = _canonical(payload.loads(payload.encode_params(params, payload.NO_LIMIT)))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-class _Place:
-    """An item that was read. Its outcome is the handle of its task, or the error of an item without one."""
+#: A handle, or the error of an item that cannot be a task.
+_Outcome = TaskHandle[Any] | Exception
 
-    __slots__ = ("item", "outcome")
+
+@attrs.frozen(kw_only=True, eq=False, repr=False)
+class _Submitter:
+    """Makes the tasks of items, and submits them: see the arguments of :class:`Results`."""
+
+    executor: AnyExecutor | str
+    key: Callable[[Any], str | int] | None
+    name: str
+    retry_failed: bool
+    options: Mapping[str, Any]
+    owner: _Owner
+    intake: Callable[[], Intake | LayeredIntake]
+    clock: Clock
+    #: The name of the only param that a plain item is; None if the executor must find out.
+    param: str | None = attrs.field(init=False)
+
+    @param.default
+    def _only_param(self) -> str | None:
+        executor = self.executor
+        return executor._only_param if isinstance(executor, Executor) else None
+
+    @property
+    def type(self) -> str:
+        return self.executor if isinstance(self.executor, str) else self.executor.type
+
+    @property
+    def few(self) -> float:
+        """The number of unfinished tasks below which a new one starts at once.
+
+        While tasks are short, one worker runs them all. If the queue is not started, nobody knows.
+        Middleware sees each task alone, on the thread of the map.
+        """
+        pool = self.owner._pool
+        if pool is None or not isinstance(self.intake(), Intake):
+            return math.inf
+        return 1 if pool.ahead.short else pool.ahead.workers
+
+    def task(self, item: Any) -> Task:
+        """Return the task of an item: a dict is its params, any other value is its first parameter.
+
+        Raises:
+            Exception: the item cannot be a task: it does not fit the executor, the key is not valid, or
+                what the user's ``key`` function has raised.
+        """
+        executor = self.executor
+        params = dict(item) if isinstance(item, Mapping) else None
+        if isinstance(executor, Executor):
+            if params is None and self.param is not None:
+                params = {self.param: item}
+            task = executor.task(item) if params is None else executor._task_with(params)
+        elif params is None:
+            raise PayloadError(
+                "params", "every item must be a dict if map gets only the name of a type"
+            )
+        else:
+            task = encoded(Task(type=self.type, params=params), self.owner._values)
+        key = digest(task.params) if self.key is None else self.key(item)
+        if type(key) is not int and (not isinstance(key, str) or not key):
+            raise ConfigurationError(f"key must return a text or a whole number, not {key!r}")
+        task.id = f"{self.name or self.type}:{key}"
+        task, _ = task_of(task, None, self.options, MapOptions, "map", self.clock, self.owner)
+        return task
+
+    def submit(
+        self, tasks: Sequence[Task], under_way: Callable[[], Mapping[str, TaskHandle[Any]]]
+    ) -> list[_Outcome]:
+        """Submit tasks with different ids in one transaction; return their handles, or their errors.
+
+        An earlier run of the map, another process or an equal item may have submitted some before.
+        ``under_way`` returns the handles of this map whose results were not taken yet.
+
+        Raises:
+            TaskxError: the same call can be made again.
+        """
+        found: dict[str, _Outcome] = {}
+        left = {task.id: task for task in tasks}
+        while left:
+            try:
+                self._accept([*left.values()])
+                found.update((task_id, self.owner.handle(task_id)) for task_id in left)
+                left = {}
+            except DuplicateTask:
+                here = under_way()
+                found.update((task_id, here[task_id]) for task_id in left if task_id in here)
+                stored = self.owner.repository.get_many([i for i in left if i not in found])
+                for task_id, task in stored.items():
+                    found[task_id] = self._known(left[task_id], task)
+                left = {task_id: task for task_id, task in left.items() if task_id not in found}
+            except (ConfigurationError, PayloadError, UnknownTaskType) as error:
+                if len(left) > 1:  # the others are submitted without the one that is not valid
+                    for task_id, task in left.items():
+                        [found[task_id]] = self.submit([task], under_way)
+                else:
+                    found.update(dict.fromkeys(left, error))
+                left = {}
+        return [found[task.id] for task in tasks]
+
+    def _accept(self, tasks: Sequence[Task]) -> None:
+        priority = self.options.get("priority")
+        intake = self.intake()
+        if isinstance(intake, Intake) and len(tasks) > 1:
+            intake.accept_many(tasks, priority, spill=True)
+            return
+        for task in tasks:
+            intake.accept(task, priority, spill=True)
+
+    def _known(self, task: Task, stored: Task) -> _Outcome:
+        """Return a handle for a stored task; return an error if it does not belong to this map."""
+        if stored.type != task.type:
+            return ConfigurationError(
+                f"task {task.id} has type {stored.type!r} and does not belong to this map: give the map "
+                "another name"
+            )
+        handle = self.owner.handle(task.id)
+        if stored.status is TaskStatus.COMPLETED or not self.retry_failed:
+            handle._conclude(stored)
+        elif stored.status.finished:
+            with suppress(InvalidTransition):  # another process has requeued it
+                self.owner.requeue(task.id)
+        return handle
+
+
+class _Place:
+    """An item that was drawn, then its task, and then its outcome: a handle, or the error of the item."""
+
+    __slots__ = ("item", "outcome", "task")
 
     def __init__(self, item: Any) -> None:
         self.item = item
-        self.outcome: TaskHandle[Any] | Exception | None = None
+        self.task: Task | None = None
+        self.outcome: _Outcome | None = None
 
     @property
     def ended(self) -> bool:
@@ -93,44 +248,120 @@ class _Place:
 class _Window:
     """The items whose results were not taken yet, in order.
 
+    Items that were drawn are submitted in lumps. The thread of the map may be drawing the next item for
+    long, so the thread that reports the end of a task submits them once few tasks are left.
+
     Args:
+        submitter: makes tasks and submits them.
         ordered: take results in the order of the items.
         every: seconds between polls of a thread that waits for a task.
     """
 
-    def __init__(self, *, ordered: bool, every: float) -> None:
+    def __init__(self, submitter: _Submitter, *, ordered: bool, every: float) -> None:
+        self.submitter = submitter
         self._ordered = ordered
         self._every = every
         self._places: deque[_Place] = deque()
+        # The places that may have no outcome yet: those that were added last, and others before them.
+        self._drawn: deque[_Place] = deque()
+        # Held by the thread that submits.
+        self._submitting = _thread.allocate_lock()
         # Other threads remove handles. So no code here iterates over it, only over a copy.
         self._unfinished: dict[TaskHandle[Any], None] = {}
         self._unwatched: deque[TaskHandle[Any]] = deque()
         self._bell: Signal | None = None
+        #: Submit what was drawn while fewer tasks than this are unfinished.
+        self.few = math.inf
+        #: Wake the thread of the map when only so many tasks are unfinished.
+        self.low = 0
 
     def __len__(self) -> int:
         return len(self._places)
 
     def _on_end(self, handle: TaskHandle[Any]) -> None:
         self._unfinished.pop(handle, None)
-        if self._bell is not None:
+        left = len(self._unfinished)
+        if self._drawn and left < self.few and not on_main_thread():
+            self._submit_for_others()
+        if self._bell is not None and (
+            left <= self.low or not self._ordered or self._first_has_ended()
+        ):
             self._bell.set()
+
+    def _first_has_ended(self) -> bool:
+        try:
+            return self._places[0].ended
+        except IndexError:
+            return False
 
     @property
     def unfinished(self) -> int:
         """The number of its tasks that have not ended, as far as is known."""
         return len(self._unfinished)
 
-    @property
-    def unstarted(self) -> _Place | None:
-        """The item that has no task yet: it is new, or its submit failed or was interrupted."""
-        last = self._places[-1] if self._places else None
-        return None if last is None or last.outcome is not None else last
+    # --- items that have no task yet
 
     def add(self, item: Any) -> None:
-        """Put an item at the end."""
-        self._places.append(_Place(item))
+        """Put an item at the end, and submit it if it can start at once, or if enough others wait."""
+        place = _Place(item)
+        self._drawn.append(place)
+        self._places.append(place)
+        self._prepare(place)
+        if len(self._unfinished) < self.few or len(self._drawn) >= _LUMP:
+            self.submit()
 
-    def start(self, place: _Place, outcome: TaskHandle[Any] | Exception) -> None:
+    def _prepare(self, place: _Place) -> None:
+        try:
+            place.task = self.submitter.task(place.item)
+        except Exception as error:  # noqa: BLE001  (``key`` is the user's function)
+            place.outcome = error
+        place.item = None
+
+    def submit(self) -> None:
+        """Submit the items that have no task yet: new ones, and those whose submit failed before.
+
+        Raises:
+            TaskxError: the next call submits them.
+        """
+        for place in [*self._drawn]:
+            if place.task is None and place.outcome is None:  # an interrupt has struck
+                self._prepare(place)
+        with self._submitting:
+            self._submit()
+
+    def _submit_for_others(self) -> None:
+        """Submit the items for the thread of the map, which meets the same error if that fails."""
+        with suppress(Exception):
+            while (
+                self._drawn
+                and len(self._unfinished) < self.few
+                and self._submitting.acquire(blocking=False)
+            ):
+                try:
+                    self._submit()
+                finally:
+                    self._submitting.release()
+
+    def _submit(self) -> None:
+        drawn = self._drawn
+        while True:
+            while drawn and drawn[0].outcome is not None:
+                drawn.popleft()
+            lump: dict[str, _Place] = {}
+            for place in [*drawn]:
+                if (task := place.task) is None or task.id in lump:
+                    break
+                if place.outcome is None:
+                    lump[task.id] = place
+            if not lump:
+                break
+            tasks = [place.task for place in lump.values() if place.task is not None]
+            outcomes = self.submitter.submit(tasks, self._by_id)
+            for place, outcome in zip(lump.values(), outcomes, strict=True):
+                self._start(place, outcome)
+        self._watch()
+
+    def _start(self, place: _Place, outcome: _Outcome) -> None:
         """Note the task of an item, or the error of the item."""
         if isinstance(outcome, TaskHandle) and not (
             outcome._has_ended or outcome in self._unfinished
@@ -139,15 +370,20 @@ class _Window:
             self._unwatched.append(outcome)
             outcome._listen(self._on_end)
         place.outcome = outcome  # at the end: a step that was interrupted is repeated
-        place.item = None
+        place.task = None
 
-    def handle(self, task_id: str) -> TaskHandle[Any] | None:
-        """Return the handle of a task whose result was not taken yet."""
-        for place in self._places:
-            outcome = place.outcome
-            if isinstance(outcome, TaskHandle) and outcome.id == task_id:
-                return outcome
-        return None
+    def _by_id(self) -> Mapping[str, TaskHandle[Any]]:
+        outcomes = [place.outcome for place in [*self._places]]
+        return {outcome.id: outcome for outcome in outcomes if isinstance(outcome, TaskHandle)}
+
+    def _watch(self) -> None:
+        """Have the ends of all its tasks reported from now on."""
+        if handles := [*self._unwatched]:
+            self.submitter.owner.watch(*handles)
+            for _ in handles:
+                self._unwatched.popleft()
+
+    # --- results
 
     def ended(self) -> _Place | None:
         """Return the first item that has ended and may be taken; None if there is none."""
@@ -159,14 +395,13 @@ class _Window:
         return None
 
     def bell(self) -> Signal:
-        """Return a signal that rings when a task ends.
+        """Return a signal that rings when a task ends for which the thread of the map waits.
 
         Raises:
             RepositoryError: the repository cannot be read.
         """
-        while self._unwatched:
-            self._unwatched[0].done()  # from now on its end is reported
-            self._unwatched.popleft()
+        with self._submitting:
+            self._watch()
         if self._bell is None:
             outcomes = [place.outcome for place in self._places]
             self._bell = next(o for o in outcomes if isinstance(o, TaskHandle))._signal()
@@ -196,7 +431,8 @@ class Results(Iterator[Any]):
     """The results of a map. Each ``next`` fills the window with new tasks.
 
     It is made of the arguments of ``Queue.map``, of the queue (``owner``) and its clock, and of ``intake``,
-    which returns the intake of the queue, or of the child in a forked child.
+    which returns the intake of the queue, or of the child in a forked child. The window may grow up to
+    ``widest``.
 
     Raises:
         TypeError: ``map`` has no such option.
@@ -208,6 +444,7 @@ class Results(Iterator[Any]):
     _key: Callable[[Any], str | int] | None
     _name: str
     _window: int
+    _widest: int
     _timeout: float | None = attrs.field(converter=optional_seconds)
     _return_exceptions: bool
     _ordered: bool
@@ -220,6 +457,8 @@ class Results(Iterator[Any]):
     _left: Iterator[Any] = attrs.field(init=False)
     _display: Display | None = attrs.field(init=False, default=None)
     _under_way: _Window = attrs.field(init=False)
+    # True if items come so slowly that none is drawn while a result is ready.
+    _slow: bool = attrs.field(init=False, default=False)
 
     def __attrs_post_init__(self) -> None:
         refuse_unknown(self._options, MapOptions, "map")
@@ -237,14 +476,20 @@ class Results(Iterator[Any]):
             check_number(self._timeout, "timeout")
         self._left = iter(self._items)
         timing = self._owner._timing
-        self._under_way = _Window(ordered=self._ordered, every=timing.handles_every)
+        submitter = _Submitter(
+            executor=self._executor,
+            key=self._key,
+            name=self._name,
+            retry_failed=self._retry_failed,
+            options=self._options,
+            owner=self._owner,
+            intake=self._intake,
+            clock=self._clock,
+        )
+        self._under_way = _Window(submitter, ordered=self._ordered, every=timing.handles_every)
         if self._progress:
             total = len(self._items) if isinstance(self._items, Sized) else None
-            self._display = Display(self._name or self._type, total, timing)
-
-    @property
-    def _type(self) -> str:
-        return self._executor if isinstance(self._executor, str) else self._executor.type
+            self._display = Display(self._name or submitter.type, total, timing)
 
     def __next__(self) -> Any:
         try:
@@ -270,101 +515,53 @@ class Results(Iterator[Any]):
     def _next_ended(self) -> _Place:
         """Wait for the next item that has ended.
 
-        A long task does not make the workers idle. While this waits for it, each task that ends is
-        replaced by a new one, until very many results wait behind the long task.
+        A long task does not make the workers idle. While this waits for it, tasks that end are
+        replaced by new ones, until very many results wait behind the long task.
         """
-        under_way, window = self._under_way, self._window
-
-        def has_room() -> bool:
-            return under_way.unfinished < window and len(under_way) < _MOST_WAITING * window
-
-        self._fill(lambda: len(under_way) < window)
+        under_way, deadline = self._under_way, None
+        room = self._window - len(under_way)
+        place = under_way.ended()
+        if place is not None and (self._slow or 2 * room < self._window):
+            return place
+        self._fill(room)
         if not under_way:
             raise StopIteration
-        deadline = None
         while (place := under_way.ended()) is None:
             bell = under_way.bell()
             if deadline is None:
                 deadline = math.inf if self._timeout is None else bell.now() + self._timeout
             elif bell.now() >= deadline:
                 raise TimeoutError(f"no result of the map within {self._timeout:g} s")
+            full = len(under_way) >= self._window
             under_way.wait(bell, max(0.0, deadline - bell.now()))
             self._show()
+            if full and 4 * under_way.unfinished < self._window < self._widest:
+                self._window = min(2 * self._window, self._widest)
             if under_way.ended() is None:
-                self._fill(has_room)
+                room = self._window - under_way.unfinished
+                self._fill(min(room, _MOST_WAITING * self._window - len(under_way)))
         return place
 
-    def _fill(self, has_room: Callable[[], bool]) -> None:
+    def _fill(self, room: int) -> None:
+        """Draw items and submit their tasks, up to ``room``, once that is worth a transaction."""
         under_way = self._under_way
-        while True:
-            if (place := under_way.unstarted) is not None:
-                under_way.start(place, self._started(place.item))
-            if not has_room() or (item := next(self._left, _NONE)) is _NONE:
-                return
-            under_way.add(item)
-
-    def _started(self, item: Any) -> TaskHandle[Any] | Exception:
-        """Submit the task of an item and return its handle; return the error if the item is not valid."""
-        try:
-            task = self._task(item)
-        except Exception as error:  # noqa: BLE001  (``key`` is the user's function)
-            return error
-        try:
-            return self._submit(task)
-        except (ConfigurationError, PayloadError, UnknownTaskType) as error:
-            return error
-
-    def _task(self, item: Any) -> Task:
-        """Return the task of an item: a dict is its params, any other value is its first parameter.
-
-        Raises:
-            PayloadError: the item does not fit the executor.
-            ConfigurationError: ``key`` returned neither a text nor a whole number.
-        """
-        params = dict(item) if isinstance(item, Mapping) else None
-        if isinstance(self._executor, Executor):
-            task = (
-                self._executor.task(item) if params is None else self._executor._task_with(params)
-            )
-        elif params is None:
-            raise PayloadError(
-                "params", "every item must be a dict if map gets only the name of a type"
-            )
-        else:
-            task = encoded(Task(type=self._type, params=params), self._owner._values)
-        key = digest(task.params) if self._key is None else self._key(item)
-        if type(key) is not int and (not isinstance(key, str) or not key):
-            raise ConfigurationError(f"key must return a text or a whole number, not {key!r}")
-        task.id = f"{self._name or self._type}:{key}"
-        return task
-
-    def _submit(self, task: Task) -> TaskHandle[Any]:
-        task, _ = task_of(task, None, self._options, MapOptions, "map", self._clock, self._owner)
-        while True:
+        under_way.few = few = under_way.submitter.few
+        under_way.submit()
+        worth = max(1, self._window // 4)
+        under_way.low = max(self._window - worth, int(min(few, self._window)) - 1)
+        if room < worth and under_way.unfinished >= few:
+            return
+        self._slow, until = False, time.monotonic() + _HOLD
+        for _ in range(room):
             try:
-                self._intake().accept(task, self._options.get("priority"), spill=True)
-                return self._owner.handle(task.id)
-            except DuplicateTask:
-                with suppress(TaskNotFound):  # it was deleted in the meantime, so the id is free
-                    return self._known(task)
-
-    def _known(self, task: Task) -> TaskHandle[Any]:
-        """Return a handle for the stored task with this id.
-
-        An earlier run of the map, another process or an equal item has submitted it.
-        """
-        if (under_way := self._under_way.handle(task.id)) is not None:
-            return under_way
-        stored = self._owner.get_task_status(task.id)
-        if stored.type != task.type:
-            raise ConfigurationError(
-                f"task {task.id} has type {stored.type!r} and does not belong to this map: give the map "
-                "another name"
-            )
-        handle = self._owner.handle(task.id)
-        if stored.status is TaskStatus.COMPLETED or not self._retry_failed:
-            handle._conclude(stored)
-        elif stored.status.finished:
-            with suppress(InvalidTransition):  # another process has requeued it
-                self._owner.requeue(task.id)
-        return handle
+                if (item := next(self._left, _NONE)) is _NONE:
+                    under_way.low = 0
+                    break
+            except Exception:
+                under_way.submit()
+                raise
+            under_way.add(item)
+            self._slow = time.monotonic() > until
+            if self._slow and under_way.ended() is not None:
+                break
+        under_way.submit()

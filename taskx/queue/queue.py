@@ -489,9 +489,12 @@ class Queue(Questions, Steering):
         """Run an executor for each item and return an iterator over the results, in order.
 
         The iterator submits nothing before you ask for the first result. Then it keeps a few tasks
-        ahead of the results. The id of each task consists of ``name`` and the item's key. So you can
-        run the same map again, for example after a crash: it returns the results of completed tasks,
-        waits for unfinished ones, and requeues tasks that failed or were cancelled.
+        ahead of the results. An item is submitted at once if a worker could run it now; more items are
+        drawn and submitted together while enough tasks are under way.
+
+        The id of each task consists of ``name`` and the item's key. So you can run the same map again,
+        for example after a crash: it returns the results of completed tasks, waits for unfinished ones,
+        and requeues tasks that failed or were cancelled.
 
         Args:
             executor: an executor, or the type of one.
@@ -499,9 +502,10 @@ class Queue(Questions, Steering):
             key: a function that returns the key of an item: a text or a whole number; ``1`` and
                 ``"1"`` are the same key. By default the key is made from the params.
             name: the name of the map; the type of the executor by default.
-            window: the number of tasks submitted ahead; four for each worker by default, or as many as
-                the buffer has room for. While the iterator waits for a result, it keeps this many tasks
-                unfinished, so that one long task does not stop the others.
+            window: the number of tasks submitted ahead. By default it is four for each worker, or as many
+                as the buffer has room for, and grows up to 256 while tasks end very quickly. While the
+                iterator waits for a result, it keeps this many tasks unfinished, so that one long task
+                does not stop the others.
             timeout: seconds to wait for a result.
             return_exceptions: return the exception of a failed item in its place, and go on.
             ordered: return results in the order of the items; if False, as soon as they are available.
@@ -528,12 +532,14 @@ class Queue(Questions, Steering):
         """
         from taskx.queue.mapping import Results, ahead
 
+        first, widest = ahead(self.config)
         return Results(
             executor=executor,
             items=items,
             key=key,
             name=name,
-            window=ahead(self.config) if window is None else window,
+            window=first if window is None else window,
+            widest=widest if window is None else 0,
             timeout=timeout,
             return_exceptions=return_exceptions,
             ordered=ordered,
@@ -682,15 +688,17 @@ class Queue(Questions, Steering):
         """Return a handle for a task of any process, without checking that the task exists."""
         return TaskHandle(check_name(task_id, "id"), self)
 
-    def watch(self, handle: TaskHandle[Any]) -> None:
-        """Resolve a handle when its task ends. Handles call this themselves."""
-        watcher = self._services.watcher
-        late = partial(watcher.watch_late, handle)
-        if self.repository.transactions.postpone(handle.id, id(handle), late):
-            return
-        watcher.watch(handle)
-        if self._pool is None:
-            watcher.warn_if_nobody_runs(handle.id)
+    def watch(self, *handles: TaskHandle[Any]) -> None:
+        """Resolve handles when their tasks end. Handles call this themselves."""
+        watcher, postpone = self._services.watcher, self.repository.transactions.postpone
+        now = [
+            handle
+            for handle in handles
+            if not postpone(handle.id, id(handle), partial(watcher.watch_late, handle))
+        ]
+        watcher.watch(*now)
+        if now and self._pool is None:
+            watcher.warn_if_nobody_runs(now[0].id)
 
     # --- starting and stopping
 

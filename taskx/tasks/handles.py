@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import attrs
 
+from taskx.tasks import payload
 from taskx.tasks.bell import Signal
 from taskx.tasks.checks import in_seconds, optional_seconds
 from taskx.tasks.display import Display
@@ -47,7 +48,7 @@ class _Owner(Protocol):
     def get_task_status(self, task_id: str, /) -> Task: ...
     def cancel_task(self, task_id: str, /) -> bool: ...
     def why(self, task_id: str, /) -> list[Reason]: ...
-    def watch(self, handle: TaskHandle[Any], /) -> None: ...
+    def watch(self, *handles: TaskHandle[Any]) -> None: ...
     def _uncommitted(self, task_id: str, /) -> bool: ...
     def _refuse_wait(self) -> None: ...
     @property
@@ -432,6 +433,11 @@ class TaskHandle(Future[R]):
         else:
             self._resolve(_CANCELLED._replace(reason=task.error))
         return True
+
+    def _complete(self, type: str, result: str | None) -> None:
+        """End the handle of a completed task of this type, with its result as JSON text."""
+        value = None if result is None else payload.loads(result)
+        self._resolve(_Outcome(FINISHED, value, None, type))
 
     def _conclude_closed(self) -> None:
         """End the handle with ``QueueStopped``: its queue was closed."""

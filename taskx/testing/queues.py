@@ -26,6 +26,7 @@ from taskx.stores.memory import MemoryRepository
 from taskx.tasks.checks import check_number
 from taskx.tasks.config import Config
 from taskx.tasks.errors import ConfigurationError, TaskFailed
+from taskx.tasks.handles import TaskHandle
 from taskx.tasks.model import Task, TaskStatus
 from taskx.tasks.options import OnConflict
 from taskx.tasks.writes import Insert
@@ -211,9 +212,9 @@ class ManualQueue(Queue):
         """Do the same as :meth:`drain`, and show nothing."""
         return self.drain(timeout)
 
-    def watch(self, handle: Any) -> None:
-        """Resolve a handle when its task ends."""
-        self._services.watcher.watch(handle)
+    def watch(self, *handles: TaskHandle[Any]) -> None:
+        """Resolve handles when their tasks end."""
+        self._services.watcher.watch(*handles)
 
     @property
     def _worker(self) -> str:
@@ -421,8 +422,10 @@ class _InlineIntake(Intake):
         self._after([task_id])
         return task_id
 
-    def accept_many(self, tasks: Iterable[Task], *, spill: bool = False) -> list[str]:
-        task_ids = super().accept_many(tasks, spill=spill)
+    def accept_many(
+        self, tasks: Iterable[Task], priority: int | None = None, **more: Any
+    ) -> list[str]:
+        task_ids = super().accept_many(tasks, priority, **more)
         self._after(task_ids)
         return task_ids
 

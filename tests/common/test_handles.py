@@ -153,6 +153,18 @@ def test_a_handle_resolves_after_the_outcome_is_committed(started):
     assert statuses == [TaskStatus.COMPLETED]
 
 
+def test_the_result_of_a_task_that_ran_here_is_not_read_back(started, gate):
+    started.executor("hold")(lambda: gate() or [1])
+    handle = started.submit("hold")
+    assert not handle.done()
+    gate.wait_for(1)
+    reads = []
+    started.repository.get_many = lambda task_ids: reads.append(task_ids) or {}
+    gate.open()
+    assert handle.result(PATIENCE) == [1]
+    assert [handle.id] not in reads
+
+
 def test_an_unused_handle_costs_nothing(started):
     handle = started.submit("echo", {"value": 1})
     assert vars(handle).keys() == {"id", "_owner"}
