@@ -227,7 +227,7 @@ class Timing:
     turn: float = 0.002
     #: Between tries of the next process for its turn, and between tries of those behind it for a place.
     turn_pause: float = 0.00025
-    place_pause: float = 0.001
+    place_pause: float = 0.0015
     #: Between tries to begin a transaction in an application's file: first, and at most.
     begin_pause: float = 0.0001
     longest_begin_pause: float = 0.001
