@@ -7,52 +7,14 @@ PYTEST_DONT_REWRITE: without this word, pytest warns if the program that runs it
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
-from taskx.attempt.context import Context
-from taskx.attempt.current import TaskLogFilter, current_context
-from taskx.attempt.executors import BoundExecutor, Executor, TaskExecutor, executor
-from taskx.attempt.registry import Middleware
-from taskx.attempt.transactions import Transaction
-from taskx.node.hooks import Hook
-from taskx.queue.bulk import Bulk
-from taskx.queue.queue import Queue, run
-from taskx.queue.schedule import Schedule, Tick, tick_of
-from taskx.stores.controls import Paused
-from taskx.stores.eight import TaskRepository
-from taskx.stores.memory import MemoryRepository
-from taskx.stores.sqlite import SQLiteRepository
-from taskx.stores.urls import open_repository
-from taskx.tasks.clock import Clock, SystemClock
-from taskx.tasks.codec import Codec, ZlibCodec
-from taskx.tasks.config import Config
-from taskx.tasks.errors import (
-    CancelReason,
-    ConfigurationError,
-    DuplicateTask,
-    InvalidTransition,
-    NodeNotFound,
-    PayloadError,
-    QueueFull,
-    QueueStopped,
-    RepositoryCorrupt,
-    RepositoryError,
-    RepositoryUnavailable,
-    ScheduleNotFound,
-    SchemaMismatch,
-    TaskCancelled,
-    TaskFailed,
-    TaskNotFound,
-    TaskxError,
-    UnknownTaskType,
-)
-from taskx.tasks.handles import TaskHandle
-from taskx.tasks.model import Attempt, Task, TaskCount, TaskFilter, TaskPage, TaskStatus
-from taskx.tasks.retry import Permanent, Retry, RetryPolicy, Snooze
-from taskx.tasks.ticks import every
-from taskx.tasks.token import CancelToken
-
+TYPE_CHECKING = False  # type checkers know the name; importing it from typing takes milliseconds
 if TYPE_CHECKING:
+    from taskx.attempt.context import Context
+    from taskx.attempt.current import TaskLogFilter, current_context
+    from taskx.attempt.executors import BoundExecutor, Executor, TaskExecutor, executor
+    from taskx.attempt.registry import Middleware
+    from taskx.attempt.transactions import Transaction
     from taskx.insight.changelog import Change
     from taskx.insight.diagnosis import Diagnosis
     from taskx.insight.failures import FailureGroup, Failures
@@ -61,11 +23,48 @@ if TYPE_CHECKING:
     from taskx.insight.nodes import NodeInfo, RunningTask
     from taskx.insight.places import Place
     from taskx.insight.stats import Percentiles, Stats, TypeStats
+    from taskx.node.hooks import Hook
     from taskx.node.threads import ThreadStack
+    from taskx.queue.bulk import Bulk
     from taskx.queue.flows import Flow, FlowHandle, FlowSummary, chain, group
+    from taskx.queue.queue import Queue, run
+    from taskx.queue.schedule import Schedule, Tick, tick_of
     from taskx.queue.tuning import Tuned, TunedType
+    from taskx.stores.controls import Paused
+    from taskx.stores.eight import TaskRepository
+    from taskx.stores.memory import MemoryRepository
     from taskx.stores.mongo import MongoRepository
+    from taskx.stores.sqlite import SQLiteRepository
+    from taskx.stores.urls import open_repository
+    from taskx.tasks.clock import Clock, SystemClock
+    from taskx.tasks.codec import Codec, ZlibCodec
+    from taskx.tasks.config import Config
+    from taskx.tasks.errors import (
+        CancelReason,
+        ConfigurationError,
+        DuplicateTask,
+        InvalidTransition,
+        NodeNotFound,
+        PayloadError,
+        QueueFull,
+        QueueStopped,
+        RepositoryCorrupt,
+        RepositoryError,
+        RepositoryUnavailable,
+        ScheduleNotFound,
+        SchemaMismatch,
+        TaskCancelled,
+        TaskFailed,
+        TaskNotFound,
+        TaskxError,
+        UnknownTaskType,
+    )
     from taskx.tasks.findings import Check, Problem, Reason
+    from taskx.tasks.handles import TaskHandle
+    from taskx.tasks.model import Attempt, Task, TaskCount, TaskFilter, TaskPage, TaskStatus
+    from taskx.tasks.retry import Permanent, Retry, RetryPolicy, Snooze
+    from taskx.tasks.ticks import every
+    from taskx.tasks.token import CancelToken
 
 __version__ = "0.2.0"
 
@@ -154,42 +153,60 @@ __all__ = [
     "tick_of",
 ]
 
-
-#: Names that many programs do not need, and the modules that have them. They are imported at first use.
-_LATER = {
-    "Change": "taskx.insight.changelog",
-    "Check": "taskx.tasks.findings",
-    "Diagnosis": "taskx.insight.diagnosis",
-    "FailureGroup": "taskx.insight.failures",
-    "Failures": "taskx.insight.failures",
-    "Flow": "taskx.queue.flows",
-    "FlowHandle": "taskx.queue.flows",
-    "FlowSummary": "taskx.queue.flows",
-    "Health": "taskx.insight.health",
-    "History": "taskx.insight.history",
-    "MongoRepository": "taskx.stores.mongo",
-    "NodeInfo": "taskx.insight.nodes",
-    "Percentiles": "taskx.insight.stats",
-    "Place": "taskx.insight.places",
-    "Problem": "taskx.tasks.findings",
-    "Reason": "taskx.tasks.findings",
-    "RunningTask": "taskx.insight.nodes",
-    "Stats": "taskx.insight.stats",
-    "ThreadStack": "taskx.node.threads",
-    "Tuned": "taskx.queue.tuning",
-    "TunedType": "taskx.queue.tuning",
-    "TypeHistory": "taskx.insight.history",
-    "TypeStats": "taskx.insight.stats",
-    "chain": "taskx.queue.flows",
-    "group": "taskx.queue.flows",
+#: The module of each public name, which is imported when the name is first used.
+_HOMES = {
+    "taskx.attempt.context": "Context",
+    "taskx.attempt.current": "TaskLogFilter current_context",
+    "taskx.attempt.executors": "BoundExecutor Executor TaskExecutor executor",
+    "taskx.attempt.registry": "Middleware",
+    "taskx.attempt.transactions": "Transaction",
+    "taskx.insight.changelog": "Change",
+    "taskx.insight.diagnosis": "Diagnosis",
+    "taskx.insight.failures": "FailureGroup Failures",
+    "taskx.insight.health": "Health",
+    "taskx.insight.history": "History TypeHistory",
+    "taskx.insight.nodes": "NodeInfo RunningTask",
+    "taskx.insight.places": "Place",
+    "taskx.insight.stats": "Percentiles Stats TypeStats",
+    "taskx.node.hooks": "Hook",
+    "taskx.node.threads": "ThreadStack",
+    "taskx.queue.bulk": "Bulk",
+    "taskx.queue.flows": "Flow FlowHandle FlowSummary chain group",
+    "taskx.queue.queue": "Queue run",
+    "taskx.queue.schedule": "Schedule Tick tick_of",
+    "taskx.queue.tuning": "Tuned TunedType",
+    "taskx.stores.controls": "Paused",
+    "taskx.stores.eight": "TaskRepository",
+    "taskx.stores.memory": "MemoryRepository",
+    "taskx.stores.mongo": "MongoRepository",
+    "taskx.stores.sqlite": "SQLiteRepository",
+    "taskx.stores.urls": "open_repository",
+    "taskx.tasks.clock": "Clock SystemClock",
+    "taskx.tasks.codec": "Codec ZlibCodec",
+    "taskx.tasks.config": "Config",
+    "taskx.tasks.errors": (
+        "CancelReason ConfigurationError DuplicateTask InvalidTransition NodeNotFound "
+        "PayloadError QueueFull QueueStopped RepositoryCorrupt RepositoryError "
+        "RepositoryUnavailable ScheduleNotFound SchemaMismatch TaskCancelled TaskFailed "
+        "TaskNotFound TaskxError UnknownTaskType"
+    ),
+    "taskx.tasks.findings": "Check Problem Reason",
+    "taskx.tasks.handles": "TaskHandle",
+    "taskx.tasks.model": "Attempt Task TaskCount TaskFilter TaskPage TaskStatus",
+    "taskx.tasks.retry": "Permanent Retry RetryPolicy Snooze",
+    "taskx.tasks.ticks": "every",
+    "taskx.tasks.token": "CancelToken",
 }
 
 
-def __getattr__(name: str) -> Any:
-    """Import a name that many programs do not need when it is first used."""
-    if name not in _LATER:
+if not TYPE_CHECKING:  # a type checker that knew of this function would believe any name
+
+    def __getattr__(name: str) -> object:
+        """Import a public name when it is first used: ``import taskx`` alone loads almost nothing."""
+        for home, names in _HOMES.items():
+            if name in names.split():
+                return globals().setdefault(name, getattr(import_module(home), name))
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_LATER[name]), name)
 
 
 def __dir__() -> list[str]:

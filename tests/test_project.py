@@ -10,6 +10,7 @@ import importlib.metadata
 import inspect
 import json
 import os
+import pickle
 import re
 import runpy
 import shutil
@@ -107,23 +108,36 @@ def test_the_names_for_authors_of_repositories_exist():
         repository.Missing  # noqa: B018
 
 
-@pytest.mark.process
-def test_importing_taskx_is_light():
-    """Importing loads no optional package, and nothing that few programs use: each module costs time.
-
-    It starts no thread and causes no warning.
-    """
-    program = (
-        "import json, sys, threading; before = {*sys.modules}; import taskx; "
+def loaded_by(program: str) -> set[str]:
+    """Return the modules that a program loads in a new process. It must not warn or start a thread."""
+    watched = (
+        f"import json, sys, threading; before = {{*sys.modules}}; {program}; "
         "print(json.dumps([sorted({*sys.modules} - before), threading.active_count()]))"
     )
     child = subprocess.run(
-        [sys.executable, "-I", "-W", "error", "-c", program],
+        [sys.executable, "-I", "-W", "error", "-c", watched],
         capture_output=True,
         text=True,
         check=True,
     )
     modules, threads = json.loads(child.stdout)
+    assert threads == 1
+    return {*modules}
+
+
+@pytest.mark.process
+def test_importing_taskx_loads_no_other_module():
+    """Each public name is imported when it is first used: a program need not wait for the others."""
+    modules = loaded_by("import taskx")
+    assert modules - {"importlib", "importlib._bootstrap", "importlib._bootstrap_external"} == {
+        "taskx"
+    }
+
+
+@pytest.mark.process
+def test_a_queue_loads_only_what_it_needs():
+    """It loads no optional package, and nothing that few programs use: each module costs time."""
+    modules = loaded_by("import taskx; taskx.Queue; taskx.SQLiteRepository; taskx.executor")
     unwanted = {"asyncio", "bson", "celery", "django", "dramatiq", "flask", "pymongo", "sqlalchemy"}
     unwanted |= {
         "prometheus_client",
@@ -134,8 +148,35 @@ def test_importing_taskx_is_light():
     unwanted |= {"dataclasses", "decimal", "email", "graphlib", "hashlib", "logging.config"}
     unwanted |= {"multiprocessing", "pathlib", "shutil", "socket", "subprocess", "tempfile"}
     unwanted |= {"urllib", "uuid"}
-    assert not unwanted.intersection(modules)
-    assert threads == 1
+    assert not unwanted & modules
+
+
+def test_type_checkers_see_each_public_name_where_it_is_imported_from():
+    tree = ast.parse((ROOT / "taskx" / "__init__.py").read_text())
+    checkers = {
+        (alias.name, node.module)
+        for block in tree.body
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    programs = {(name, home) for home, names in taskx._HOMES.items() for name in names.split()}
+    assert checkers == programs
+    assert sorted(name for name, _ in programs) == sorted(taskx.__all__)
+
+
+@pytest.mark.process
+def test_a_public_name_that_nobody_has_used_yet_is_listed_copied_and_unpickled():
+    loaded_by(
+        "import taskx; assert {*taskx.__all__} < {*dir(taskx)}; "
+        "everything = {}; exec('from taskx import *', everything); "
+        "assert everything.keys() >= {*taskx.__all__}; assert 'Queue' in vars(taskx)"
+    )
+    pickled = pickle.dumps(taskx.Task(id="a"))
+    loaded_by(f"import pickle; assert pickle.loads({pickled!r}).id == 'a'")
+    with pytest.raises(AttributeError, match="'taskx' has no attribute 'Missing'"):
+        taskx.Missing  # noqa: B018
 
 
 # Imports

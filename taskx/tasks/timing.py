@@ -223,14 +223,11 @@ class Timing:
     #: Between tries of a thread that waits for a connection: first, and at most.
     reader_pause: float = 0.001
     longest_reader_pause: float = 0.05
-    #: Between tries for the lock that writing processes take in turns: first, and at most. A small commit
-    #: takes about as long as the first.
-    turn_pause: float = 0.00005
-    longest_turn_pause: float = 0.001
-    #: The time for which a process takes turns after it has met another writing process.
-    crowded_for: float = 1.0
-    #: Between checks for other writing processes while none was met.
-    crowd_every: float = 0.01
+    #: The time for which a process may write before it queues again behind other writing processes.
+    turn: float = 0.002
+    #: Between tries of the next process for its turn, and between tries of those behind it for a place.
+    turn_pause: float = 0.00025
+    place_pause: float = 0.0015
     #: Between tries to begin a transaction in an application's file: first, and at most.
     begin_pause: float = 0.0001
     longest_begin_pause: float = 0.001

@@ -239,6 +239,23 @@ def test_a_file_may_be_named_by_its_path(url, tmp_path):
 
 
 @pytest.mark.process
+def test_the_version_is_told_before_anything_else_is_imported():
+    """So a script that asks for it need not wait, nor install the packages of the command line."""
+    child = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "taskx", "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    assert child.stdout == call("--version").out
+    imported = {line.rpartition("|")[2].strip() for line in child.stderr.splitlines()}
+    own = {name for name in imported if name.partition(".")[0] == "taskx"}
+    assert own == {"taskx", "taskx.programs", "taskx.programs.cli"}
+    assert not imported & {"attr", "click", "logging", "rich", "sqlite3"}
+
+
+@pytest.mark.process
 def test_the_command_works_without_its_packages_only_as_far_as_to_say_so(tmp_path):
     (tmp_path / "click.py").write_text("raise ModuleNotFoundError('no', name='click')")
     done = subprocess.run(

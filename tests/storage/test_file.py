@@ -449,7 +449,7 @@ class TestTurnstileFiles:
         assert opened_below(tmp_path) == []
 
     @needs_proc
-    def test_after_an_interrupt_the_next_turn_opens_both_lock_files(
+    def test_after_an_interrupt_the_next_turn_opens_all_lock_files(
         self, path, tmp_path, monkeypatch
     ):
         turn = Turnstile(DatabaseFile(str(path), create=True), DEFAULT_TIMING)
@@ -467,7 +467,7 @@ class TestTurnstileFiles:
         assert opened_below(tmp_path) == []
         turn.enter(3.0)
         turn.leave()
-        assert len(opened_below(tmp_path)) == 2
+        assert len(opened_below(tmp_path)) == len(turnstile.NAMES)
         turn.close()
 
     @needs_proc
@@ -557,7 +557,7 @@ class FakeTime:
 
 
 class TestBusyTimeout:
-    """The time-out is counted once for the turnstile's two locks and SQLite's own together."""
+    """The time-out is counted once for the turnstile's locks and SQLite's own together."""
 
     @pytest.fixture
     def clock(self, monkeypatch):
@@ -565,26 +565,10 @@ class TestBusyTimeout:
         monkeypatch.setattr(turnstile, "time", clock)
         return clock
 
-    @pytest.fixture
-    def turnstiles(self, path):
-        made = [Turnstile(DatabaseFile(str(path), create=True), DEFAULT_TIMING) for _ in range(2)]
-        yield made
-        for each in made:
-            each.close()
-
-    def test_both_locks_of_the_turnstile_share_the_time_out(self, turnstiles, clock):
-        ours, theirs = turnstiles
-        theirs.enter(0)
-        assert turnstile._try(theirs._fds[0])
-        began = clock.now
-        assert ours.enter(10.0) == 0.0
-        assert clock.now - began == pytest.approx(10.0, abs=0.1)
-        assert ours.enter(0.0) == 0.0
-
-    def test_sqlite_gets_the_rest_of_the_time_out(self, open_at, path, turnstiles, clock):
+    def test_sqlite_gets_the_rest_of_the_time_out(self, open_at, path, clock):
         repository = open_at(path, busy_timeout=60.0)
         repository.create(task("a"))
-        theirs = turnstiles[0]
+        theirs = Turnstile(DatabaseFile(str(path), create=True), DEFAULT_TIMING)
         theirs.enter(0)
         with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
@@ -598,7 +582,7 @@ class TestBusyTimeout:
             "PRAGMA busy_timeout = 0",
             "PRAGMA busy_timeout = 60000",
         ]
-        theirs.leave()
+        theirs.close()
         repository.create(task("c"))
         assert ids(repository) == ["a", "c"]
         [(timeout,)] = connections_of(repository).writer().execute("PRAGMA busy_timeout")
@@ -650,7 +634,7 @@ class TestLocksOfOtherUsers:
 
         try:
             assert as_unprivileged(enter) == "nothing was raised"
-            assert len(turn._fds) == 2
+            assert len(turn._fds) == len(turnstile.NAMES)
         finally:
             turn.close()
 
@@ -675,7 +659,9 @@ class TestOrphanedLockFiles:
         repository.liveness.join(Node(id="n1", name="one"))
         assert self.left(locks) == ["n1"]
         repository.liveness.leave("n1")
-        assert sorted(os.listdir(locks.folder)) == ["inner.lock", "outer.lock"]
+        assert sorted(os.listdir(locks.folder)) == sorted(
+            f"{name}.lock" for name in turnstile.NAMES
+        )
 
     def test_the_lock_files_of_recorded_nodes_stay(self, repository, locks):
         """The lock file of a dead node proves that it is dead."""

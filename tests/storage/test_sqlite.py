@@ -3,8 +3,6 @@
 import collections
 import contextlib
 import ctypes
-import itertools
-import json
 import os
 import random
 import shutil
@@ -15,7 +13,6 @@ import sys
 import tempfile
 import textwrap
 import threading
-import time
 from datetime import datetime, timedelta, timezone
 from functools import partial
 from operator import methodcaller
@@ -39,10 +36,8 @@ from taskx import (
 )
 from taskx.stores.liveness.base import Node
 from taskx.stores.queries import Changes, shown
-from taskx.stores.sqlite import connections, schema, turnstile
+from taskx.stores.sqlite import connections, schema
 from taskx.stores.sqlite.dialect import statements as statements_of
-from taskx.stores.sqlite.file import DatabaseFile
-from taskx.stores.sqlite.turnstile import Turnstile
 from taskx.tasks import lifecycle
 from taskx.tasks.ids import new_id
 from taskx.tasks.lifecycle import FINISHED
@@ -804,10 +799,6 @@ class TestLocks:
         assert not changed()
 
 
-def turnstile_of(path):
-    return Turnstile(DatabaseFile(str(path), create=True), DEFAULT_TIMING)
-
-
 two_readers = pytest.mark.timing(most_readers=2)
 
 
@@ -902,122 +893,6 @@ class TestReaders:
             ids(repository)
         assert len(open_readers(repository)) == 1
         assert ids(repository) == ["a"]
-
-
-class TestTurns:
-    """Processes that write without pause take turns."""
-
-    @pytest.mark.process
-    def test_each_process_waits_for_about_one_turn_of_the_other(self, path):
-        """The transactions are so long that the busy handler alone would starve a process for seconds."""
-        program = """
-            import json, sys, threading, time
-            from taskx import SQLiteRepository
-            from taskx.tasks.writes import Update
-            writes = [Update("a", {}, {"message": str(n)}) for n in range(5000)]
-            stood_still = []
-
-            def watch():
-                before = time.monotonic()
-                while True:
-                    time.sleep(0.01)  # blocks on purpose
-                    now = time.monotonic()
-                    if now > before + 0.1:
-                        stood_still.append((before, now))
-                    before = now
-
-            threading.Thread(target=watch, daemon=True).start()
-            with SQLiteRepository(sys.argv[1], "process") as repository:
-                repository.apply([])
-                print("ready", flush=True)
-                for line in sys.stdin:
-                    times = [time.monotonic()]
-                    while times[-1] < times[0] + 2:
-                        repository.apply(writes)
-                        times.append(time.monotonic())
-                    print(json.dumps([times, stood_still]), flush=True)
-        """
-        with SQLiteRepository(path) as repository:
-            repository.create(task("a"))
-        children = [start_program(program, path) for _ in range(2)]
-        assert [child.stdout.readline() for child in children] == ["ready\n"] * 2
-        turns: list[list[int]] = [[], []]  # commits of the other process during each wait
-        while max(map(len, turns)) < 20:
-            for child in children:
-                child.stdin.write("go\n")
-                child.stdin.flush()
-            told = [json.loads(child.stdout.readline()) for child in children]
-            times, stalls = zip(*told, strict=True)
-            began, ended = max(mine[0] for mine in times), min(mine[-1] for mine in times)
-            for one, other in ((0, 1), (1, 0)):
-                turns[one] += [
-                    sum(asked < time < done for time in times[other])
-                    for asked, done in itertools.pairwise(times[one])
-                    if began <= asked
-                    and done <= ended
-                    # A process that stands still on a busy machine misses its turns.
-                    and not any(
-                        asked < end and begin < done for begin, end in itertools.chain(*stalls)
-                    )
-                ]
-        for child in children:
-            finish(child)
-        assert min(map(len, turns)) > max(map(len, turns)) / 2
-        # Mostly one; with the busy handler alone the other process makes all of its commits first.
-        assert max(map(max, turns)) <= 10
-
-    def test_a_process_that_comes_to_a_busy_file_gets_its_turn(self, path):
-        """A busy writer checks for others, although it finds the inner lock free every time."""
-        ours, theirs = turnstile_of(path), turnstile_of(path)
-        with contextlib.closing(ours), contextlib.closing(theirs):
-            for each in (ours, theirs):
-                each.enter(0)
-                each.leave()
-            assert turnstile._try(theirs._fds[0])  # it has arrived, and waits for the inner lock
-            began = time.monotonic()
-            while not ours._crowded_until:
-                assert time.monotonic() < began + 5
-                ours.enter(0)
-                ours.leave()
-
-    @pytest.mark.parametrize(("crowded", "struck"), [(False, 1), (False, 2), (True, 1), (True, 2)])
-    def test_an_interrupt_while_waiting_blocks_no_other_process(
-        self, path, monkeypatch, crowded, struck
-    ):
-        """A process that is alone tries one lock. After it has met another one, it tries two."""
-        ours, theirs = turnstile_of(path), turnstile_of(path)
-        if crowded:
-            theirs.enter(0)
-            ours.enter(0)  # it finds the inner lock held, and lets SQLite decide
-            theirs.leave()
-        calls = []
-
-        def strike(fd):
-            calls.append(fd)
-            if len(calls) == struck:
-                raise KeyboardInterrupt
-            return real(fd)
-
-        real = turnstile._try
-        with contextlib.closing(ours), contextlib.closing(theirs):
-            with monkeypatch.context() as patched:
-                patched.setattr(turnstile, "_try", strike)
-                with pytest.raises(KeyboardInterrupt):
-                    ours.enter(0)
-                ours.leave()
-                assert len(calls) == struck
-            theirs.enter(0)
-            assert not real(ours._fds[1])
-            theirs.leave()
-            assert real(ours._fds[1])
-
-    def test_without_its_lock_files_the_turnstile_lets_all_pass(self, tmp_path):
-        """The turnstile is for fairness, not for safety."""
-        (tmp_path / "file").touch()
-        turnstile = turnstile_of(tmp_path / "file" / "tasks.db")
-        turnstile.enter(0)
-        turnstile.leave()
-        turnstile.close()
 
 
 class TestDurability:

@@ -36,6 +36,7 @@ from taskx import (
 from taskx.node.housekeeper import Housekeeper
 from taskx.node.node import LocalNode
 from taskx.node.pool import WorkerPool
+from taskx.stores.sqlite.turnstile import NAMES
 from taskx.testing import ManualClock
 
 
@@ -678,4 +679,4 @@ def test_starting_and_stopping_again_and_again_leaks_nothing(database, spawn):
     assert first.startswith("(1, ")
     assert child.read() == first
     assert child.ends() == ("", "")
-    assert sorted(os.listdir(f"{database}-nodes")) == ["inner.lock", "outer.lock"]
+    assert sorted(os.listdir(f"{database}-nodes")) == sorted(f"{name}.lock" for name in NAMES)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+import taskx
+
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line and exit; the console script ``taskx`` calls this.
@@ -16,6 +18,11 @@ def main(args: Sequence[str] | None = None) -> None:
     Args:
         args: the words after the name of the program; those of this process by default.
     """
+    if [*(sys.argv[1:] if args is None else args)] == ["--version"]:
+        sys.stdout.write(
+            f"taskx, version {taskx.__version__}\n"
+        )  # click says it so, but imports much
+        sys.exit()
     try:
         import click  # noqa: F401
         import rich  # noqa: F401

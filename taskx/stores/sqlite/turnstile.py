@@ -1,13 +1,17 @@
 """A queue of processes in front of SQLite's write lock.
 
 SQLite's own busy handler sleeps and tries again. So a process that writes without pause leaves others
-almost no chance. Two ``flock`` locks make the processes take turns. A process that wants to write holds the
-outer lock while it waits for the inner lock, and releases the outer one when it has the inner one. A
-process that has just written finds the outer lock held by a waiting process, and comes after it.
+almost no chance. Here the processes take turns of some milliseconds, in which one may write many times: to
+pass the file to another process costs as much as several small transactions.
 
-As long as no other process writes, a process takes the inner lock only, which costs two system calls a
-transaction. It still takes the outer lock now and then: otherwise a process that comes to a busy file would
-hardly ever find the inner lock free.
+A queue with two places leads to the turn. Each is a ``flock`` lock. A process takes ``queue``, then
+``outer``, then ``inner``, which is the turn; it gives up a place when it has the next one. So two processes
+wait in the order in which they came, and all behind them have the same chance. With one place only, a
+process that has just written would often be faster than one that has waited for long.
+
+During its turn, a process takes ``inner`` for each transaction, and nothing else. In between, the next
+process may take it, which ends the turn: one that has nothing more to write keeps nobody waiting. A process
+that is killed keeps no lock.
 """
 
 from __future__ import annotations
@@ -28,15 +32,15 @@ except ImportError:  # not a POSIX system: processes do not take turns
     fcntl = None  # type: ignore[assignment]
 
 
-#: The names of the turnstile's two lock files, which do not belong to a node.
-NAMES = ("outer", "inner")
+#: The names of the turnstile's lock files, which do not belong to a node.
+NAMES = ("queue", "outer", "inner")
 
 #: The open file descriptors of each turnstile, by the ``id`` of their list. A forked child closes them.
 _open: dict[int, list[int]] = {}
 
 
 class Turnstile:
-    """The two locks of one database file. One thread uses it at a time.
+    """The locks of one database file. One thread uses it at a time.
 
     If the lock files cannot be opened, every process passes: the locks are for fairness, not for safety.
     The files are closed at the latest when the turnstile is garbage collected. The database must be open
@@ -47,7 +51,7 @@ class Turnstile:
         self._file = file
         self._timing = timing
         self._fds: list[int] = []
-        self._crowded_until = self._check_at = 0.0
+        self._turn_until = 0.0
         #: Let the next process through. It is one call in C, which no signal handler can interrupt.
         self.leave: Callable[[], object] = dict
         weakref.finalize(self, _close, self._fds).atexit = False
@@ -59,30 +63,27 @@ class Turnstile:
         """
         if fcntl is None or not (self._fds or self._open_files()):
             return timeout
-        outer, inner = self._fds
+        queue, outer, inner = self._fds
         now = time.monotonic()
-        alone = self._crowded_until <= now < self._check_at
-        if alone:
+        if now < self._turn_until:
             try:
                 fcntl.flock(inner, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return timeout
             except OSError:
                 pass
-        met = alone
+        deadline = now + timeout
         try:
-            if not _try(outer):
-                met = True
-                _wait(outer, now + timeout, self._timing)
-            if not _try(inner):
-                met = True
-                _wait(inner, now + timeout, self._timing)
+            try:
+                _take(queue, deadline, self._timing.place_pause)
+                _take(outer, deadline, self._timing.place_pause)
+            finally:
+                fcntl.flock(queue, fcntl.LOCK_UN)
+            _take(inner, deadline, self._timing.turn_pause)
         finally:
             fcntl.flock(outer, fcntl.LOCK_UN)
-        self._check_at = now + self._timing.crowd_every
-        if not met:
-            return timeout
-        self._crowded_until = now + self._timing.crowded_for
-        return max(0.0, now + timeout - time.monotonic())
+        now = time.monotonic()
+        self._turn_until = now + self._timing.turn
+        return max(0.0, deadline - now)
 
     def renew_after_fork(self) -> None:
         """Start over in a forked child: it is the parent that holds a lock."""
@@ -100,8 +101,8 @@ class Turnstile:
             os.makedirs(folder, exist_ok=True)
             for name in NAMES:
                 self._fds.append(_open_file(os.path.join(folder, f"{name}.lock")))
-            self.leave = partial(fcntl.flock, self._fds[1], fcntl.LOCK_UN)
-        except BaseException as error:  # also an interrupt: one lock is useless without the other
+            self.leave = partial(fcntl.flock, self._fds[-1], fcntl.LOCK_UN)
+        except BaseException as error:  # also an interrupt: one lock is useless without the others
             self.close()
             if not isinstance(error, OSError):
                 raise
@@ -147,23 +148,17 @@ def _close(fds: list[int]) -> None:
             os.close(fds.pop())
 
 
-def _try(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
-def _wait(fd: int, deadline: float, timing: Timing) -> bool:
-    # A blocking flock has no time-out, and a stopped process may hold the lock.
-    pause = timing.turn_pause
-    while time.monotonic() < deadline:
+def _take(fd: int, deadline: float, pause: float) -> None:
+    # A blocking flock has no time-out, and a stopped process may hold the lock. All pauses are equal: if
+    # they grew, a process that has just come would have a better chance than one that has waited.
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError:
+            if time.monotonic() >= deadline:
+                return
         time.sleep(pause)
-        if _try(fd):
-            return True
-        pause = min(pause * 1.2, timing.longest_turn_pause)
-    return False
 
 
 def _close_in_child() -> None:
