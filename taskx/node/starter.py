@@ -24,7 +24,7 @@ from taskx.tasks.clock import to_ms
 from taskx.tasks.errors import RepositoryError, TaskxError
 from taskx.tasks.log import Once
 from taskx.tasks.model import Task, TaskStatus
-from taskx.tasks.record import CUT, created_task, optional_ms
+from taskx.tasks.record import CUT, created_task, is_plain, optional_ms, own_task
 from taskx.tasks.writes import Insert, Update
 
 
@@ -180,7 +180,7 @@ class Seat(Place):
         """Make the run of the task; return False if this node must not start it now."""
         starter, services = self._starter, self._starter._services
         (write,) = self.writes
-        task = created_task(write.row)
+        task = own_task(write.row) if is_plain(write.row) else created_task(write.row)
         services.registry.registered[task.type].apply_defaults(task)
         self._start = lifecycle.start(task, services.clock.now_ms(), starter._node, starter._name)
         # The thread that runs a task starts it, if the task must not crash twice.
@@ -273,15 +273,18 @@ class Starter:
         admitted: Collection[str] = ()
         try:
             self.suspects.stand_aside()
-            found = services.repository.get_many([item.id for item in items])
+            found = {item.id: own_task(item.row) for item in items if item.row is not None}
+            if len(found) < len(items):
+                unread = [item.id for item in items if item.row is None]
+                found.update(services.repository.get_many(unread))
             if paused := services.controls.paused:
                 self._turn_away(found, [task for task in found.values() if task.type in paused])
             if services.registry.limits:
                 admitted = self._admit(items, found)
             tasks = self._startable(items, found)
             now = services.clock.now_ms()
-            for task in tasks:
-                update = lifecycle.start(task, now, self._node, by)
+            updates = lifecycle.start_all(tasks, now, self._node, by)
+            for task, update in zip(tasks, updates, strict=True):
                 if update is not None and task.id not in runs:
                     run = self._make_run(task)
                     starting.append((run, update))
@@ -298,6 +301,15 @@ class Starter:
                     lifecycle.mark_started(run.task, update)
                 else:
                     self.strike(run)
+            if (
+                False in results
+            ):  # records that have changed since their rows were made are read then
+                lost = {
+                    update.id
+                    for (_, update), held in zip(starting, results, strict=True)
+                    if not held
+                }
+                self._buffer.put_back([item for item in items if item.row and item.id in lost])
         except BaseException as error:  # an interrupt, too: no other thread knows of these runs
             self.give_up([run for run, _ in starting], error)
             raise

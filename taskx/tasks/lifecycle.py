@@ -9,7 +9,8 @@ guard holds is the move that happened.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 from zlib import crc32
 
@@ -401,6 +402,32 @@ def start(task: Task, now: int, node: str, worker: str = "") -> Update | None:
         return None
     guard = {"status": PENDING, "starts": task.starts, "held": FREE}
     return Update(task.id, guard, changes, task.max_crashes == 1, "start", skips=True)
+
+
+def start_all(tasks: Sequence[Task], now: int, node: str, worker: str) -> list[Update | None]:
+    """Start several tasks, as :func:`start` does. Starts that are alike share their guard and changes."""
+    made: list[Update | None] = []
+    known: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+    for task in tasks:
+        if task.unique_key is not None or task.expires_at is not None:
+            made.append(start(task, now, node, worker))
+            continue
+        alike = (
+            *(task.status, task.starts, task.timeout),
+            *(task.max_attempts, task.max_crashes),
+        )
+        if (rest := known.get(alike)) is not None:
+            made.append(_update((task.id, *rest)))
+        elif (update := start(task, now, node, worker)) is not None:
+            known[alike] = update[1:]
+            made.append(update)
+        else:
+            made.append(None)
+    return made
+
+
+# Makes an update of the tuple of all its fields, at a third of the cost of a call of the class.
+_update: Callable[[tuple[Any, ...]], Update] = partial(tuple.__new__, Update)
 
 
 def created_started(insert: Insert, start: Update) -> Insert:
@@ -960,7 +987,7 @@ def amend(stored: Task, wanted: Task, now: int) -> list[Update]:
     if wanted.status is not TaskStatus.PENDING:
         return [Update(stored.id, guard, changes, durable=True, move="by hand")]
     if stored.status is TaskStatus.PENDING:
-        # A node that has read the old record to start it must not start it.
+        # A node that knows the old record must not start it by that.
         changes["starts"] = stored.starts + 1
     # A requeued task may have to wait for its turn, whatever its time.
     due = {**changes, "held": changes.get("held") or until_due(changes["run_at"], now)}
@@ -976,6 +1003,8 @@ def set_status(stored: Task, status: TaskStatus, message: str, now: int) -> Upda
     _check_edge(stored, status)
     changes = _status_change(stored, status, now) if status is not stored.status else {}
     changes["message"] = message
+    if status is stored.status is TaskStatus.PENDING:
+        changes["starts"] = stored.starts + 1  # as in amend()
     guard = {"status": stored.status.value, "starts": stored.starts}
     return Update(stored.id, guard, changes, durable=True, move="by hand")
 
