@@ -79,7 +79,7 @@ def inside_executor() -> bool:
 
 
 class Runner:
-    """Makes the runs of started tasks, calls their executors and returns their endings.
+    """Calls the executors of started tasks, and returns their endings.
 
     Args:
         clock: measures durations and deadlines.
@@ -90,6 +90,9 @@ class Runner:
         chance: draws the random part of the wait before a retry: a number from 0 to 1.
     """
 
+    #: Makes the token of a run, which gets no deadline yet.
+    make_token: Callable[[None, Clock], CancelToken] = CancelToken
+
     def __init__(
         self,
         clock: Clock,
@@ -99,14 +102,10 @@ class Runner:
         chance: Callable[[], float] = random.random,
     ) -> None:
         self.alarms = alarms
-        self._clock = clock
+        self.clock = self._clock = clock
         self._max_payload_size = max_payload_size
         self._process_ends = process_ends
         self._chance = chance
-
-    def make_run(self, task: Task, executor: Registered, shared: Shared) -> Run:
-        """Return a run of a task, which no thread has yet."""
-        return Run(task, executor, CancelToken(None, self._clock), shared)
 
     def run(self, run: Run, worker: str) -> Ending:
         """Call the executor and return its ending, whatever the executor does."""
@@ -118,8 +117,8 @@ class Runner:
             if task.timeout is not None:
                 token.deadline = started + task.timeout
                 self.alarms.add(token, run.overdue)
-            if token.reason is not None:  # cancelled or stopped before a worker was free
-                token.raise_if_cancelled()
+            if token._reason is not None or task.timeout is not None:
+                token.raise_if_cancelled()  # cancelled or stopped before a worker was free
             if task.damage:
                 raise RepositoryCorrupt(task.damage)
             given = (run.context,) if executor.takes_context else ()
@@ -128,7 +127,8 @@ class Runner:
             else:
                 with capturing(run.capture):
                     value = executor.function(*given, **task.params)
-            forks.end_in_child(before)
+            if forks.generation != before:
+                forks.end_in_child(before)
             text = (
                 None if value is None else payload.encode(value, "result", self._max_payload_size)
             )
@@ -208,7 +208,7 @@ class Runner:
         """Add the facts that every ending has."""
         ending.worker = worker
         ending.duration = max(0.0, self._clock.monotonic() - started)
-        if (told := run.context._latest_progress()) is not None:
+        if run.context._percent is not None and (told := run.context._latest_progress()):
             ending.progress, ending.message = told
         if run.capture is not None:
             ending.log = run.capture.text()

@@ -10,6 +10,7 @@ housekeeper find what was missed.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import compress
@@ -158,8 +159,22 @@ class Moves(Ledger[Outcome]):
         if error is not None and pool.refused(run, ending, error):
             return
         held = [*compress(writes, results)]
-        self._moved(held, {run.task.id: run.task}, outcome)
+        if len(held) == 1 and self._is_quiet(held[0]):
+            pool.strike(run, True)
+            if run.task.id in self._watcher.watched:
+                self._watcher.resolve(run.task.id)
+        else:
+            self._moved(held, {run.task.id: run.task}, outcome)
         pool.concluded(run, held, error)
+
+    def _is_quiet(self, write: Write) -> bool:
+        """Return True if a task has completed, and nobody but those who wait for it must hear of that."""
+        return (
+            write.move == "complete"
+            and not (self._hooks.moves or self.dependents.any or "turn" in write.changes)
+            and self._agenda.attended
+            and not self._log.isEnabledFor(logging.DEBUG)
+        )
 
     def _to_be_told(self, moved: Sequence[tuple[Write, Move]]) -> Mapping[str, Task]:
         """Read tasks known only by their ids, if hooks must be told that they have finished."""

@@ -112,6 +112,8 @@ class WorkerPool:
         self.strike = self.starter.strike
         #: The node as it was recorded last.
         self.recorded = node
+        # True if the log shows every task.
+        self._is_told = partial(services.log.isEnabledFor, logging.DEBUG)
         #: Makes the pool follow pauses and overrides.
         self.tuning = Tuning(self, workers)
         # A repository of eight methods stores every new task as pending first.
@@ -420,7 +422,8 @@ class WorkerPool:
                 return Ending(returned=False)
             began, cell = self.began, 0
             try:
-                self._tell_begins(run, worker)
+                if self.hooks.started or run.task.timeout is not None or self._is_told():
+                    self._tell_begins(run, worker)
                 if began is not None:
                     cell = began.begin(run.task.id, run.task.starts)
                 ending = self.services.runner.run(run, worker)
@@ -444,7 +447,7 @@ class WorkerPool:
 
     def _tell_begins(self, run: Run, worker: str) -> None:
         task, log = run.task, self.services.log
-        if log.isEnabledFor(logging.DEBUG):
+        if self._is_told():
             log.debug("task %s (%s) begins, attempt %d", task.id, task.type, task.attempt)
         if listeners := self.hooks.started:
             self.hooks.tell(listeners, partial(changed_task, task, {}))

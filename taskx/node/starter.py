@@ -94,6 +94,11 @@ class Suspects:
         self._changed = Bell()
         self._closed = False
 
+    @property
+    def concerned(self) -> bool:
+        """True if the end of a run matters."""
+        return self.item is not None or bool(self._changed.listening)
+
     def admit(self, item: Item) -> bool:
         """Return True if this suspect may start now; otherwise it waits."""
         if self.item is not None:
@@ -407,12 +412,15 @@ class Starter:
         return list(found.values())
 
     def _make_run(self, task: Task) -> Run:
-        executor = self._services.registry.registered[task.type]
-        return self._services.runner.make_run(task, executor, self._shared)
+        runner, executor = self._services.runner, self._services.registry.registered[task.type]
+        return Run(task, executor, runner.make_token(None, runner.clock), self._shared)
 
     def strike(self, run: Run, ran: bool = False) -> None:
         """Forget a run that was not executed, or is over; a second call does nothing."""
-        if self.runs.forget(run):
+        runs, task_id = self.runs, run.task.id
+        if runs.get(task_id) is not run or runs.pop(task_id, None) is None:  # as Runs.forget
+            return
+        if self._admission.admitted or self.suspects.concerned:
             self._struck(run, ran=ran)
 
     def claim(self, run: Run) -> bool:

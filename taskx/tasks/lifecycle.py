@@ -587,7 +587,8 @@ def _complete(task: Task, ending: Ending, now: int) -> Update:
     changes["progress"] = 100
     if task.errors:
         changes.update(_NO_ERROR)
-    return Update(task.id, _fence(task), changes, False, "complete")
+    fence = {"status": RUNNING, "starts": task.starts}
+    return _update((task.id, fence, changes, False, "complete", False))
 
 
 def _cancelled(task: Task, ending: Ending, now: int, **guard: Any) -> Update:
