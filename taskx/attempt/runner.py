@@ -7,8 +7,6 @@ import random
 from collections.abc import Callable
 from typing import Any, Literal
 
-import attrs
-
 from taskx.attempt.alarms import Alarms, Overdue
 from taskx.attempt.capture import Capture, CapturedLogger, capturing
 from taskx.attempt.context import Context, Shared, log_prefix
@@ -140,7 +138,10 @@ class Runner:
             current.context = outer
             if task.timeout is not None:
                 self.alarms.remove(token)
-        return self._completed(ending, run, worker, started)
+        ending.worker, ending.duration = worker, max(0.0, self._clock.monotonic() - started)
+        if run.capture is not None or run.context._percent is not None:
+            self._add_told(ending, run)
+        return ending
 
     def ending_of(self, error: BaseException, run: Run) -> Ending:
         """Return how a run ends whose executor has raised an error."""
@@ -181,7 +182,10 @@ class Runner:
             traceback=shortened(stack),
             **self._what_next(TimeoutError(), run),
         )
-        return self._completed(ending, run, worker, run.token.deadline - run.task.timeout)
+        ending.worker = worker
+        ending.duration = self._clock.monotonic() - run.token.deadline + run.task.timeout
+        self._add_told(ending, run)
+        return ending
 
     def _what_next(self, error: BaseException, run: Run) -> dict[str, Any]:
         """Return what the error, or else the retry policy, asks for, as fields of an ``Ending``."""
@@ -204,15 +208,12 @@ class Runner:
             log.exception("the retry policy failed; the task is retried in %g s", policy.base)
             return {"delay": policy.base}
 
-    def _completed(self, ending: Ending, run: Run, worker: str, started: float) -> Ending:
-        """Add the facts that every ending has."""
-        ending.worker = worker
-        ending.duration = max(0.0, self._clock.monotonic() - started)
-        if run.context._percent is not None and (told := run.context._latest_progress()):
+    def _add_told(self, ending: Ending, run: Run) -> None:
+        """Add the progress and the lines of the log that the executor has told."""
+        if (told := run.context._latest_progress()) is not None:
             ending.progress, ending.message = told
         if run.capture is not None:
             ending.log = run.capture.text()
-        return ending
 
 
 def broken(error: BaseException, worker: str) -> Ending:
@@ -240,9 +241,9 @@ def lesser(ending: Ending, error: BaseException) -> Ending | None:
     if ending.result is not None:
         text = f"the result could not be stored: {error_text(error)}"
         kind = error_type(error)
-        return attrs.evolve(ending, returned=False, result=None, error=text, error_type=kind)
+        return ending.changed(returned=False, result=None, error=text, error_type=kind)
     if ending.traceback or ending.log:
-        return attrs.evolve(ending, traceback="", log="")
+        return ending.changed(traceback="", log="")
     return None
 
 

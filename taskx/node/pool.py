@@ -46,6 +46,10 @@ def _fetch_size(workers: int, buffer_size: int) -> int:
     return max(64, 4 * workers, min(buffer_size, 256))
 
 
+# Makes an outcome of the tuple of its fields, at half the cost of a call of the class.
+_outcome: Callable[[tuple[Run, Ending, WorkerPool]], Outcome] = partial(tuple.__new__, Outcome)
+
+
 class Ends(Protocol):
     """Is told why a node must end."""
 
@@ -430,7 +434,7 @@ class WorkerPool:
             except BaseException as error:  # noqa: BLE001  (see above)
                 ending = broken(error, worker)
             finally:
-                if began is not None:
+                if began is not None and cell:
                     began.end(cell)
             if run.decided is not None and not run.decided.acquire(False):
                 self._come_back(run)
@@ -460,7 +464,7 @@ class WorkerPool:
             return
         ending, writes, more = self._outcome(run, ending)
         writes = [*writes, *more] if more else writes
-        self.services.moves.later(writes, Outcome(run, ending, self))
+        self.services.moves.later(writes, _outcome((run, ending, self)))
 
     def conclude(self, run: Run, ending: Ending) -> None:
         """Commit an outcome now, and do what follows from it, on a thread that may be interrupted."""
@@ -557,6 +561,12 @@ class WorkerPool:
         self._defer(run, left)
         self.agenda.wake_from_long_sleep()
         return True
+
+    def over(self, run: Run) -> None:
+        """Note that a run is over: its task has completed."""
+        self.starter.strike(run, ran=True)
+        if self._quiet.listening:
+            self._tell_quiet()
 
     def concluded(self, run: Run, held: Sequence[Write], error: BaseException | None) -> None:
         """Note that a run is over, and which moves of its outcome took place."""

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import compress
 
 from taskx.attempt.context import Shared
 from taskx.attempt.runner import Run
@@ -24,7 +25,7 @@ from taskx.tasks.clock import to_ms
 from taskx.tasks.errors import RepositoryError, TaskxError
 from taskx.tasks.log import Once
 from taskx.tasks.model import Task, TaskStatus
-from taskx.tasks.record import CUT, created_task, is_plain, optional_ms, own_task
+from taskx.tasks.record import CUT, created_task, is_plain, optional_ms, own_tasks
 from taskx.tasks.writes import Insert, Update
 
 
@@ -91,13 +92,9 @@ class Suspects:
         #: The suspects that wait until that one has ended.
         self.waiting: list[Item] = []
         self._alone_until = -math.inf
-        self._changed = Bell()
+        #: Rung when a run has ended.
+        self.changed = Bell()
         self._closed = False
-
-    @property
-    def concerned(self) -> bool:
-        """True if the end of a run matters."""
-        return self.item is not None or bool(self._changed.listening)
 
     def admit(self, item: Item) -> bool:
         """Return True if this suspect may start now; otherwise it waits."""
@@ -130,7 +127,7 @@ class Suspects:
             self._alone_until = -math.inf
             self.item = None
             self.call_next()
-        if self._changed.listening:
+        if self.changed.listening:
             self._tell()
 
     def call_next(self) -> None:
@@ -147,17 +144,17 @@ class Suspects:
 
     def _tell(self) -> None:
         """Wake the threads that wait."""
-        self._changed.ring_all()
+        self.changed.ring_all()
 
     def _wait(self, until: Callable[[], float]) -> None:
         """Wait until a time, which comes nearer when runs end."""
         while True:
-            ear = self._changed.listen()
+            ear = self.changed.listen()
             left = until() - time.monotonic()
             if self._closed or left <= 0:
-                self._changed.leave(ear)
+                self.changed.leave(ear)
                 return
-            self._changed.wait(ear, left)
+            self.changed.wait(ear, left)
 
 
 class Seat(Place):
@@ -185,7 +182,7 @@ class Seat(Place):
         """Make the run of the task; return False if this node must not start it now."""
         starter, services = self._starter, self._starter._services
         (write,) = self.writes
-        task = own_task(write.row) if is_plain(write.row) else created_task(write.row)
+        task = own_tasks([write.row])[write.id] if is_plain(write.row) else created_task(write.row)
         services.registry.registered[task.type].apply_defaults(task)
         self._start = lifecycle.start(task, services.clock.now_ms(), starter._node, starter._name)
         # The thread that runs a task starts it, if the task must not crash twice.
@@ -273,12 +270,13 @@ class Starter:
         """
         by = worker if len(items) == 1 else self._name
         services, runs = self._services, self.runs
+        runner, registered = services.runner, services.registry.registered
         starting: list[tuple[Run, Update]] = []
         expired: list[Task] = []
         admitted: Collection[str] = ()
         try:
             self.suspects.stand_aside()
-            found = {item.id: own_task(item.row) for item in items if item.row is not None}
+            found = own_tasks([item.row for item in items if item.row is not None])
             if len(found) < len(items):
                 unread = [item.id for item in items if item.row is None]
                 found.update(services.repository.get_many(unread))
@@ -291,7 +289,8 @@ class Starter:
             updates = lifecycle.start_all(tasks, now, self._node, by)
             for task, update in zip(tasks, updates, strict=True):
                 if update is not None and task.id not in runs:
-                    run = self._make_run(task)
+                    token = runner.make_token(None, runner.clock)
+                    run = Run(task, registered[task.type], token, self._shared)
                     starting.append((run, update))
                     # Before the start is committed: a cancel after that finds the token.
                     runs[task.id] = run
@@ -301,10 +300,10 @@ class Starter:
                 self._expire(expired, now)
             writes = [update for _, update in starting]
             results = services.moves.commit(writes) if writes else ()
-            for (run, update), started in zip(starting, results, strict=True):
-                if started:
-                    lifecycle.mark_started(run.task, update)
-                else:
+            held = compress([(run.task, update) for run, update in starting], results)
+            lifecycle.mark_all_started(held)
+            for (run, _), started in zip(starting, results, strict=True):
+                if not started:
                     self.strike(run)
             if (
                 False in results
@@ -361,12 +360,14 @@ class Starter:
         A suspect, or a task that must not crash twice, is started in a transaction of its own.
         """
         chosen: list[Task] = []
+        registered = self._services.registry.registered
         for position, item in enumerate(items):
             task = found.get(item.id)
             if task is None:
                 continue
             # A process that only declared the type left some options to the executor.
-            self._services.registry.registered[task.type].apply_defaults(task)
+            if task.timeout is None or task.max_attempts is None or task.max_crashes is None:
+                registered[task.type].apply_defaults(task)
             suspect = task.crashes > 0 and self._is_suspect(task)
             if not suspect and task.max_crashes != 1:
                 chosen.append(task)
@@ -420,7 +421,8 @@ class Starter:
         runs, task_id = self.runs, run.task.id
         if runs.get(task_id) is not run or runs.pop(task_id, None) is None:  # as Runs.forget
             return
-        if self._admission.admitted or self.suspects.concerned:
+        suspects = self.suspects
+        if self._admission.admitted or suspects.item is not None or suspects.changed.listening:
             self._struck(run, ran=ran)
 
     def claim(self, run: Run) -> bool:

@@ -9,8 +9,9 @@ guard holds is the move that happened.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
+from operator import attrgetter
 from typing import Any, Protocol
 from zlib import crc32
 
@@ -65,10 +66,8 @@ FINISHED = (COMPLETED, FAILED, CANCELLED)
 _EDGES = frozenset(edge for move in MOVES if move.name != "orphan" for edge in move.edges)
 
 
-# Not frozen: one is made per task, and a frozen one would cost three times as much.
-@attrs.define(kw_only=True)
 class Ending:
-    """The end of an attempt, as the runner reports it."""
+    """The end of an attempt, as the runner reports it: what is not given has its default."""
 
     returned: bool  #: the executor returned a value that can be stored
     result: str | None = None  #: that value as JSON text; None for None
@@ -87,6 +86,18 @@ class Ending:
     message: str = ""  #: the last message that it reported
     log: str = ""  #: the lines that it logged, if they are captured
     interrupt: BaseException | None = None  #: the Ctrl-C that ended it, in the main thread
+
+    # One is made for each task, and mostly with three of the facts.
+    def __init__(self, *, returned: bool, result: str | None = None, **facts: Any) -> None:
+        self.returned, self.result = returned, result
+        if facts:
+            if unknown := facts.keys() - self.__annotations__.keys():
+                raise TypeError(f"an Ending has no {', '.join(unknown)}")
+            self.__dict__.update(facts)
+
+    def changed(self, **facts: Any) -> Ending:
+        """Return a copy with other facts."""
+        return Ending(**{**self.__dict__, **facts})
 
 
 # --- creation, and before the start
@@ -456,11 +467,17 @@ def last_chance(task: _Counts) -> bool:
 
 def mark_started(task: Task, update: Update) -> None:
     """Change a task object as the written start has changed its record."""
-    task.status = TaskStatus.RUNNING
-    task.starts = update.changes["starts"]
-    task.started_at = to_datetime(update.changes["started_at"])
-    task.owner = update.changes["owner"]
-    task.worker = update.changes["worker"]
+    mark_all_started([(task, update)])
+
+
+def mark_all_started(started: Iterable[tuple[Task, Update]]) -> None:
+    """Change task objects as the written starts have changed their records."""
+    for task, (_, _, changes, *_) in started:
+        task.status = TaskStatus.RUNNING
+        task.starts = changes["starts"]
+        task.started_at = to_datetime(changes["started_at"])
+        task.owner = changes["owner"]
+        task.worker = changes["worker"]
 
 
 def _fence(task: Task, **more: Any) -> dict[str, Any]:
@@ -505,7 +522,21 @@ def still_runs(task: Task) -> Update:
 def conclude(task: Task, ending: Ending, now: int) -> list[Update]:
     """End an attempt; the move depends on how the attempt ended and on why its token fired."""
     if ending.returned:
-        return [_complete(task, ending, now)]
+        changes = {
+            "status": COMPLETED,
+            "completed_at": now,
+            "duration": ending.duration,
+            "owner": "",
+            "worker": ending.worker,
+            "result": ending.result,
+            "progress": 100,
+        }
+        if _needs_more(task) != _NO_MORE or ending.log or ending.message:
+            changes = {**_end(task, ending, now, COMPLETED), **changes}
+        if task.errors:
+            changes.update(_NO_ERROR)
+        fence = {"status": RUNNING, "starts": task.starts}
+        return [_update((task.id, fence, changes, False, "complete", False))]
     if ending.reason is CancelReason.CANCEL:
         return [_cancelled(task, ending, now)]
     if ending.reason in (CancelReason.STOP, CancelReason.LEASE_LOST):
@@ -523,6 +554,11 @@ def conclude(task: Task, ending: Ending, now: int) -> list[Update]:
         counted.update(_put_off(task, ending.delay, now))
         writes = _again(task, ending, now, "retry", "retried", counted)
     return [_barred(task, write) for write in writes] if ending.stuck else writes
+
+
+# Most tasks have none of these, whose columns change at the end.
+_needs_more = attrgetter("unique_key", "concurrency_key", "expires_at")
+_NO_MORE = (None, None, None)
 
 
 def _barred(task: Task, write: Update) -> Update:
@@ -579,16 +615,6 @@ def _logged(task: Task, ending: Ending) -> str:
     """Return the captured log: earlier attempts, a heading for this attempt, then its lines."""
     lines = f"{task.log}--- attempt {task.attempt}, start {task.starts}\n{ending.log}"
     return lines if len(lines) <= MAX_LOG else lines[-MAX_LOG:].partition("\n")[2]
-
-
-def _complete(task: Task, ending: Ending, now: int) -> Update:
-    changes = _end(task, ending, now, COMPLETED)
-    changes["result"] = ending.result
-    changes["progress"] = 100
-    if task.errors:
-        changes.update(_NO_ERROR)
-    fence = {"status": RUNNING, "starts": task.starts}
-    return _update((task.id, fence, changes, False, "complete", False))
 
 
 def _cancelled(task: Task, ending: Ending, now: int, **guard: Any) -> Update:

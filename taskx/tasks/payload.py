@@ -29,7 +29,10 @@ _INT_MIN, _INT_MAX = -(2**63), 2**63 - 1
 _dumps = json.JSONEncoder(
     ensure_ascii=False, allow_nan=False, separators=(",", ":"), check_circular=False
 ).encode
-loads = json.JSONDecoder().decode
+_decoder = json.JSONDecoder()
+loads = _decoder.decode
+#: Decodes JSON text that :func:`encode` made, without white space: returns the value and its end.
+scan = _decoder.scan_once  # type: ignore[attr-defined]
 
 
 def encode(value: Any, what: str, max_size: int = DEFAULT_MAX_SIZE) -> str:

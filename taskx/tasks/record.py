@@ -18,7 +18,7 @@ task's own fields and:
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from datetime import datetime
@@ -305,22 +305,25 @@ _CREATED = len(CREATED)
 _SMALL = 2000
 
 
-def own_task(row: Mapping[str, Any]) -> Task:
-    """Return the task that a plain row makes, as :func:`created_task` does, at a quarter of the cost."""
-    params, run_at = row["params"], row["run_at"]
-    return Task(
-        id=row["id"],
-        type=row["type"],
-        params={} if params == "{}" else payload.loads(params),
-        created_by=row["created_by"],
-        created_at=to_datetime(row["created_at"]),
-        priority=row["priority"],
-        run_at=None if run_at is None else to_datetime(run_at),
-        timeout=row["timeout"],
-        max_attempts=row["max_attempts"],
-        max_crashes=row["max_crashes"],
-        owner=row["owner"],
-    )
+def own_tasks(rows: Iterable[Mapping[str, Any]]) -> dict[str, Task]:
+    """Return the tasks that plain rows make, by id: as :func:`created_task`, at a quarter of the cost."""
+    found: dict[str, Task] = {}
+    for row in rows:
+        task_id, params, run_at = row["id"], row["params"], row["run_at"]
+        found[task_id] = Task(
+            id=task_id,
+            type=row["type"],
+            params={} if params == "{}" else payload.scan(params, 0)[0],
+            created_by=row["created_by"],
+            created_at=to_datetime(row["created_at"]),
+            priority=row["priority"],
+            run_at=None if run_at is None else to_datetime(run_at),
+            timeout=row["timeout"],
+            max_attempts=row["max_attempts"],
+            max_crashes=row["max_crashes"],
+            owner=row["owner"],
+        )
+    return found
 
 
 def changed_task(task: Task, changes: Mapping[str, Any]) -> Task:
