@@ -7,8 +7,6 @@ import random
 from collections.abc import Callable
 from typing import Any, Literal
 
-import attrs
-
 from taskx.attempt.alarms import Alarms, Overdue
 from taskx.attempt.capture import Capture, CapturedLogger, capturing
 from taskx.attempt.context import Context, Shared, log_prefix
@@ -79,7 +77,7 @@ def inside_executor() -> bool:
 
 
 class Runner:
-    """Makes the runs of started tasks, calls their executors and returns their endings.
+    """Calls the executors of started tasks, and returns their endings.
 
     Args:
         clock: measures durations and deadlines.
@@ -90,6 +88,9 @@ class Runner:
         chance: draws the random part of the wait before a retry: a number from 0 to 1.
     """
 
+    #: Makes the token of a run, which gets no deadline yet.
+    make_token: Callable[[None, Clock], CancelToken] = CancelToken
+
     def __init__(
         self,
         clock: Clock,
@@ -99,14 +100,10 @@ class Runner:
         chance: Callable[[], float] = random.random,
     ) -> None:
         self.alarms = alarms
-        self._clock = clock
+        self.clock = self._clock = clock
         self._max_payload_size = max_payload_size
         self._process_ends = process_ends
         self._chance = chance
-
-    def make_run(self, task: Task, executor: Registered, shared: Shared) -> Run:
-        """Return a run of a task, which no thread has yet."""
-        return Run(task, executor, CancelToken(None, self._clock), shared)
 
     def run(self, run: Run, worker: str) -> Ending:
         """Call the executor and return its ending, whatever the executor does."""
@@ -118,8 +115,8 @@ class Runner:
             if task.timeout is not None:
                 token.deadline = started + task.timeout
                 self.alarms.add(token, run.overdue)
-            if token.reason is not None:  # cancelled or stopped before a worker was free
-                token.raise_if_cancelled()
+            if token._reason is not None or task.timeout is not None:
+                token.raise_if_cancelled()  # cancelled or stopped before a worker was free
             if task.damage:
                 raise RepositoryCorrupt(task.damage)
             given = (run.context,) if executor.takes_context else ()
@@ -128,7 +125,8 @@ class Runner:
             else:
                 with capturing(run.capture):
                     value = executor.function(*given, **task.params)
-            forks.end_in_child(before)
+            if forks.generation != before:
+                forks.end_in_child(before)
             text = (
                 None if value is None else payload.encode(value, "result", self._max_payload_size)
             )
@@ -140,7 +138,10 @@ class Runner:
             current.context = outer
             if task.timeout is not None:
                 self.alarms.remove(token)
-        return self._completed(ending, run, worker, started)
+        ending.worker, ending.duration = worker, max(0.0, self._clock.monotonic() - started)
+        if run.capture is not None or run.context._percent is not None:
+            self._add_told(ending, run)
+        return ending
 
     def ending_of(self, error: BaseException, run: Run) -> Ending:
         """Return how a run ends whose executor has raised an error."""
@@ -181,7 +182,10 @@ class Runner:
             traceback=shortened(stack),
             **self._what_next(TimeoutError(), run),
         )
-        return self._completed(ending, run, worker, run.token.deadline - run.task.timeout)
+        ending.worker = worker
+        ending.duration = self._clock.monotonic() - run.token.deadline + run.task.timeout
+        self._add_told(ending, run)
+        return ending
 
     def _what_next(self, error: BaseException, run: Run) -> dict[str, Any]:
         """Return what the error, or else the retry policy, asks for, as fields of an ``Ending``."""
@@ -204,15 +208,12 @@ class Runner:
             log.exception("the retry policy failed; the task is retried in %g s", policy.base)
             return {"delay": policy.base}
 
-    def _completed(self, ending: Ending, run: Run, worker: str, started: float) -> Ending:
-        """Add the facts that every ending has."""
-        ending.worker = worker
-        ending.duration = max(0.0, self._clock.monotonic() - started)
+    def _add_told(self, ending: Ending, run: Run) -> None:
+        """Add the progress and the lines of the log that the executor has told."""
         if (told := run.context._latest_progress()) is not None:
             ending.progress, ending.message = told
         if run.capture is not None:
             ending.log = run.capture.text()
-        return ending
 
 
 def broken(error: BaseException, worker: str) -> Ending:
@@ -240,9 +241,9 @@ def lesser(ending: Ending, error: BaseException) -> Ending | None:
     if ending.result is not None:
         text = f"the result could not be stored: {error_text(error)}"
         kind = error_type(error)
-        return attrs.evolve(ending, returned=False, result=None, error=text, error_type=kind)
+        return ending.changed(returned=False, result=None, error=text, error_type=kind)
     if ending.traceback or ending.log:
-        return attrs.evolve(ending, traceback="", log="")
+        return ending.changed(traceback="", log="")
     return None
 
 

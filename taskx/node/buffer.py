@@ -1,18 +1,18 @@
-"""The bounded buffer between submitters and workers: ids, and no task data."""
+"""The bounded buffer between submitters and workers: ids, and the rows of small tasks of this process."""
 
 from __future__ import annotations
 
 import math
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from heapq import heapify, heappop, heappush
 from itertools import count
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from taskx.node.place import Place
 from taskx.tasks.bell import Bell
-from taskx.tasks.record import Stub, rank
+from taskx.tasks.record import Stub, is_plain, rank
 from taskx.tasks.timing import DEFAULT_TIMING
 from taskx.tasks.writes import Insert
 
@@ -29,6 +29,8 @@ class Item(NamedTuple):
     id: str
     type: str
     fetched: bool
+    #: The row of a task that was submitted here, so that its start need not read it; None if it must.
+    row: Mapping[str, Any] | None = None
 
 
 class Slots(Place):
@@ -41,6 +43,8 @@ class Slots(Place):
         node: the id of its node.
         writes: the writes that store the tasks.
         short_of_workers: called if workers wait and none was woken for the tasks.
+        fresh: True if no other task can have an id of these. Then small rows stay in memory: whatever
+            changes them in the repository raises ``starts``, by which a start is guarded.
     """
 
     def __init__(
@@ -49,8 +53,11 @@ class Slots(Place):
         node: str,
         writes: Sequence[Insert],
         short_of_workers: Callable[[], object],
+        *,
+        fresh: bool = False,
     ) -> None:
         self.writes = writes
+        self._fresh = fresh
         self._buffer, self._node, self._short_of_workers = buffer, node, short_of_workers
         self._numbers = [next(buffer._numbers) for _ in writes]
 
@@ -98,7 +105,8 @@ class Slots(Place):
                     since = int(buffer._latest)
                 ageing = buffer.ageing
                 place = rank(priority, since, row["run_at"], ageing) if ageing else -priority
-                item = Item(place, since, number, row["id"], row["type"], False)
+                kept = row if self._fresh and is_plain(row) else None
+                item = Item(place, since, number, row["id"], row["type"], False, kept)
                 heappush(buffer._heap, item)  # first: one that is not in the heap would never run
                 buffer._submitted[item.id] = item
                 buffer.reserved.discard(number)
@@ -111,7 +119,7 @@ class Slots(Place):
 
 
 class Buffer:
-    """A priority queue of ids with room for ``maxsize`` submitted tasks.
+    """A priority queue of tasks with room for ``maxsize`` submitted tasks.
 
     Tasks fetched from the repository have room of their own (``fetch_size``) and never make a submit
     fail.
@@ -237,7 +245,7 @@ class Buffer:
         """Put back items that were taken, in their old place in the sort order."""
         with self._mutex:
             for item in items:
-                self._add(item._replace(fetched=True))
+                self._add(item._replace(fetched=True, row=None))
             self._wake()
 
     def discard(self, task_ids: Iterable[str]) -> None:

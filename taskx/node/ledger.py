@@ -296,7 +296,10 @@ class Ledger(ABC, Generic[OutcomeT]):
                 raise
             for entry in entries:
                 known = entry.known
-                entry.results = [id(w) in known or next(results) for w in entry.writes]
+                if known:
+                    entry.results = [id(w) in known or next(results) for w in entry.writes]
+                else:
+                    entry.results = [next(results) for _ in entry.writes]
                 entry.done = True
             self._sent = ()
         except (Reentered, MemoryError):
@@ -392,22 +395,19 @@ class Ledger(ABC, Generic[OutcomeT]):
             except IndexError:  # another thread does the same
                 break
             try:
-                self._tell_one(entry)
-            except BaseException as error:  # noqa: BLE001  (the next entry must be told in any case)
-                if is_for_the_program(error):
-                    interrupt = error
+                if entry.told or entry.outcome is None:
+                    continue
+                entry.told = True
+                if (error := entry.error) is not None:
+                    self._log.error("the repository refused a write: %s", error, exc_info=error)
+                self._concluded(entry.outcome, entry.writes, entry.results, error)
+            except BaseException as failure:  # noqa: BLE001  (the next entry must be told in any case)
+                if is_for_the_program(failure):
+                    interrupt = failure
                 else:
                     self._log.exception("what follows from an outcome failed")
         if interrupt is not None:
             raise interrupt
-
-    def _tell_one(self, entry: _Entry[OutcomeT]) -> None:
-        if entry.told or entry.outcome is None:
-            return
-        entry.told = True
-        if entry.error is not None:
-            self._log.error("the repository refused a write: %s", entry.error, exc_info=entry.error)
-        self._concluded(entry.outcome, entry.writes, entry.results, entry.error)
 
 
 def _in_doubt(error: TaskxError) -> TaskxError:

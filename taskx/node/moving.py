@@ -10,6 +10,7 @@ housekeeper find what was missed.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import compress
@@ -52,6 +53,9 @@ class _Pool(Protocol):
 
     def strike(self, run: Run, ran: bool) -> object:
         """Forget a run that is over."""
+
+    def over(self, run: Run) -> None:
+        """Forget a run whose task has completed, from which nothing else follows."""
 
     def concluded(self, run: Run, held: Sequence[Write], error: BaseException | None) -> None:
         """Note that a run is over, and which moves of its outcome took place."""
@@ -106,6 +110,8 @@ class Moves(Ledger[Outcome]):
         self._watcher = watcher
         self._redact = redact
         self._pool: _Pool | None = None
+        # True if the log shows every task.
+        self._is_told = partial(log.isEnabledFor, logging.DEBUG)
         #: Logs the retries.
         self.retries = Digest(log, RETRIED, _RETRIES, clock.monotonic)
         self.turns = Turns(repository, self.commit, log, timing.batch)
@@ -158,6 +164,17 @@ class Moves(Ledger[Outcome]):
         if error is not None and pool.refused(run, ending, error):
             return
         held = [*compress(writes, results)]
+        if (
+            len(held) == 1
+            and held[0].move == "complete"
+            and "turn" not in held[0].changes
+            and not (self._hooks.moves or self.dependents.any or self._is_told())
+            and self._agenda.attended
+        ):  # most outcomes: nobody but those who wait for the task must hear of it
+            pool.over(run)
+            if run.task.id in self._watcher.watched:
+                self._watcher.resolve(run.task.id)
+            return
         self._moved(held, {run.task.id: run.task}, outcome)
         pool.concluded(run, held, error)
 

@@ -46,6 +46,10 @@ def _fetch_size(workers: int, buffer_size: int) -> int:
     return max(64, 4 * workers, min(buffer_size, 256))
 
 
+# Makes an outcome of the tuple of its fields, at half the cost of a call of the class.
+_outcome: Callable[[tuple[Run, Ending, WorkerPool]], Outcome] = partial(tuple.__new__, Outcome)
+
+
 class Ends(Protocol):
     """Is told why a node must end."""
 
@@ -112,6 +116,8 @@ class WorkerPool:
         self.strike = self.starter.strike
         #: The node as it was recorded last.
         self.recorded = node
+        # True if the log shows every task.
+        self._is_told = partial(services.log.isEnabledFor, logging.DEBUG)
         #: Makes the pool follow pauses and overrides.
         self.tuning = Tuning(self, workers)
         # A repository of eight methods stores every new task as pending first.
@@ -397,12 +403,13 @@ class WorkerPool:
             tried.append(seat := Seat(self.starter, write, self._nothing_waits, self.ahead.serve))
             if seat.reserve():
                 return True
-        tried.append(slots := self.slots([write]))
+        tried.append(slots := self.slots([write], fresh=fresh))
         return slots.reserve()
 
-    def slots(self, writes: Sequence[Insert]) -> Slots:
-        """Return slots in the buffer for new tasks, which must be reserved."""
-        return Slots(self.buffer, self.node.id, writes, self.agenda.wake_from_long_sleep)
+    def slots(self, writes: Sequence[Insert], *, fresh: bool = False) -> Slots:
+        """Return slots in the buffer for new tasks, which must be reserved; see :class:`Slots`."""
+        short = self.agenda.wake_from_long_sleep
+        return Slots(self.buffer, self.node.id, writes, short, fresh=fresh)
 
     def execute(
         self, run: Run, worker: str, conclude: Callable[[Run, Ending], None] | None = None
@@ -419,14 +426,15 @@ class WorkerPool:
                 return Ending(returned=False)
             began, cell = self.began, 0
             try:
-                self._tell_begins(run, worker)
+                if self.hooks.started or run.task.timeout is not None or self._is_told():
+                    self._tell_begins(run, worker)
                 if began is not None:
                     cell = began.begin(run.task.id, run.task.starts)
                 ending = self.services.runner.run(run, worker)
             except BaseException as error:  # noqa: BLE001  (see above)
                 ending = broken(error, worker)
             finally:
-                if began is not None:
+                if began is not None and cell:
                     began.end(cell)
             if run.decided is not None and not run.decided.acquire(False):
                 self._come_back(run)
@@ -443,7 +451,7 @@ class WorkerPool:
 
     def _tell_begins(self, run: Run, worker: str) -> None:
         task, log = run.task, self.services.log
-        if log.isEnabledFor(logging.DEBUG):
+        if self._is_told():
             log.debug("task %s (%s) begins, attempt %d", task.id, task.type, task.attempt)
         if listeners := self.hooks.started:
             self.hooks.tell(listeners, partial(changed_task, task, {}))
@@ -456,7 +464,7 @@ class WorkerPool:
             return
         ending, writes, more = self._outcome(run, ending)
         writes = [*writes, *more] if more else writes
-        self.services.moves.later(writes, Outcome(run, ending, self))
+        self.services.moves.later(writes, _outcome((run, ending, self)))
 
     def conclude(self, run: Run, ending: Ending) -> None:
         """Commit an outcome now, and do what follows from it, on a thread that may be interrupted."""
@@ -553,6 +561,12 @@ class WorkerPool:
         self._defer(run, left)
         self.agenda.wake_from_long_sleep()
         return True
+
+    def over(self, run: Run) -> None:
+        """Note that a run is over: its task has completed."""
+        self.starter.strike(run, ran=True)
+        if self._quiet.listening:
+            self._tell_quiet()
 
     def concluded(self, run: Run, held: Sequence[Write], error: BaseException | None) -> None:
         """Note that a run is over, and which moves of its outcome took place."""

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import compress
 
 from taskx.attempt.context import Shared
 from taskx.attempt.runner import Run
@@ -24,7 +25,7 @@ from taskx.tasks.clock import to_ms
 from taskx.tasks.errors import RepositoryError, TaskxError
 from taskx.tasks.log import Once
 from taskx.tasks.model import Task, TaskStatus
-from taskx.tasks.record import CUT, created_task, optional_ms
+from taskx.tasks.record import CUT, created_task, is_plain, optional_ms, own_tasks
 from taskx.tasks.writes import Insert, Update
 
 
@@ -91,7 +92,8 @@ class Suspects:
         #: The suspects that wait until that one has ended.
         self.waiting: list[Item] = []
         self._alone_until = -math.inf
-        self._changed = Bell()
+        #: Rung when a run has ended.
+        self.changed = Bell()
         self._closed = False
 
     def admit(self, item: Item) -> bool:
@@ -125,7 +127,7 @@ class Suspects:
             self._alone_until = -math.inf
             self.item = None
             self.call_next()
-        if self._changed.listening:
+        if self.changed.listening:
             self._tell()
 
     def call_next(self) -> None:
@@ -142,17 +144,17 @@ class Suspects:
 
     def _tell(self) -> None:
         """Wake the threads that wait."""
-        self._changed.ring_all()
+        self.changed.ring_all()
 
     def _wait(self, until: Callable[[], float]) -> None:
         """Wait until a time, which comes nearer when runs end."""
         while True:
-            ear = self._changed.listen()
+            ear = self.changed.listen()
             left = until() - time.monotonic()
             if self._closed or left <= 0:
-                self._changed.leave(ear)
+                self.changed.leave(ear)
                 return
-            self._changed.wait(ear, left)
+            self.changed.wait(ear, left)
 
 
 class Seat(Place):
@@ -180,7 +182,7 @@ class Seat(Place):
         """Make the run of the task; return False if this node must not start it now."""
         starter, services = self._starter, self._starter._services
         (write,) = self.writes
-        task = created_task(write.row)
+        task = own_tasks([write.row])[write.id] if is_plain(write.row) else created_task(write.row)
         services.registry.registered[task.type].apply_defaults(task)
         self._start = lifecycle.start(task, services.clock.now_ms(), starter._node, starter._name)
         # The thread that runs a task starts it, if the task must not crash twice.
@@ -268,22 +270,27 @@ class Starter:
         """
         by = worker if len(items) == 1 else self._name
         services, runs = self._services, self.runs
+        runner, registered = services.runner, services.registry.registered
         starting: list[tuple[Run, Update]] = []
         expired: list[Task] = []
         admitted: Collection[str] = ()
         try:
             self.suspects.stand_aside()
-            found = services.repository.get_many([item.id for item in items])
+            found = own_tasks([item.row for item in items if item.row is not None])
+            if len(found) < len(items):
+                unread = [item.id for item in items if item.row is None]
+                found.update(services.repository.get_many(unread))
             if paused := services.controls.paused:
                 self._turn_away(found, [task for task in found.values() if task.type in paused])
             if services.registry.limits:
                 admitted = self._admit(items, found)
             tasks = self._startable(items, found)
             now = services.clock.now_ms()
-            for task in tasks:
-                update = lifecycle.start(task, now, self._node, by)
+            updates = lifecycle.start_all(tasks, now, self._node, by)
+            for task, update in zip(tasks, updates, strict=True):
                 if update is not None and task.id not in runs:
-                    run = self._make_run(task)
+                    token = runner.make_token(None, runner.clock)
+                    run = Run(task, registered[task.type], token, self._shared)
                     starting.append((run, update))
                     # Before the start is committed: a cancel after that finds the token.
                     runs[task.id] = run
@@ -293,11 +300,20 @@ class Starter:
                 self._expire(expired, now)
             writes = [update for _, update in starting]
             results = services.moves.commit(writes) if writes else ()
-            for (run, update), started in zip(starting, results, strict=True):
-                if started:
-                    lifecycle.mark_started(run.task, update)
-                else:
+            held = compress([(run.task, update) for run, update in starting], results)
+            lifecycle.mark_all_started(held)
+            for (run, _), started in zip(starting, results, strict=True):
+                if not started:
                     self.strike(run)
+            if (
+                False in results
+            ):  # records that have changed since their rows were made are read then
+                lost = {
+                    update.id
+                    for (_, update), held in zip(starting, results, strict=True)
+                    if not held
+                }
+                self._buffer.put_back([item for item in items if item.row and item.id in lost])
         except BaseException as error:  # an interrupt, too: no other thread knows of these runs
             self.give_up([run for run, _ in starting], error)
             raise
@@ -344,12 +360,14 @@ class Starter:
         A suspect, or a task that must not crash twice, is started in a transaction of its own.
         """
         chosen: list[Task] = []
+        registered = self._services.registry.registered
         for position, item in enumerate(items):
             task = found.get(item.id)
             if task is None:
                 continue
             # A process that only declared the type left some options to the executor.
-            self._services.registry.registered[task.type].apply_defaults(task)
+            if task.timeout is None or task.max_attempts is None or task.max_crashes is None:
+                registered[task.type].apply_defaults(task)
             suspect = task.crashes > 0 and self._is_suspect(task)
             if not suspect and task.max_crashes != 1:
                 chosen.append(task)
@@ -395,12 +413,16 @@ class Starter:
         return list(found.values())
 
     def _make_run(self, task: Task) -> Run:
-        executor = self._services.registry.registered[task.type]
-        return self._services.runner.make_run(task, executor, self._shared)
+        runner, executor = self._services.runner, self._services.registry.registered[task.type]
+        return Run(task, executor, runner.make_token(None, runner.clock), self._shared)
 
     def strike(self, run: Run, ran: bool = False) -> None:
         """Forget a run that was not executed, or is over; a second call does nothing."""
-        if self.runs.forget(run):
+        runs, task_id = self.runs, run.task.id
+        if runs.get(task_id) is not run or runs.pop(task_id, None) is None:  # as Runs.forget
+            return
+        suspects = self.suspects
+        if self._admission.admitted or suspects.item is not None or suspects.changed.listening:
             self._struck(run, ran=ran)
 
     def claim(self, run: Run) -> bool:

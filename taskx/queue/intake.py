@@ -366,7 +366,9 @@ class Intake:
             find_parents(self.work.repository, inserts)
         places: list[Place] = []
         try:
-            self._reserve_many(inserts, places, refuse=self._overflow == "reject" and not spill)
+            refuse = self._overflow == "reject" and not spill
+            fresh = all(insert.fresh for insert in inserts)
+            self._reserve_many(inserts, places, refuse=refuse, fresh=fresh)
             self._store_whole(inserts)
             for place in places:
                 place.fill()
@@ -380,7 +382,7 @@ class Intake:
         return [insert.id for insert in inserts]
 
     def _reserve_many(
-        self, inserts: Sequence[Insert], places: list[Place], *, refuse: bool
+        self, inserts: Sequence[Insert], places: list[Place], *, refuse: bool, fresh: bool
     ) -> None:
         """Reserve slots for the first tasks that go into the buffer; the rest is refused or spilled."""
         if self._inside or (pool := self._state.pool) is None:
@@ -390,12 +392,12 @@ class Intake:
             due = [i for i in inserts if not i.row["held"] and pool.buffers(i.row["type"])]
         # Their numbers are drawn before the tasks are stored: after that, spilled ones may be fetched and
         # must come later.
-        places.append(slots := pool.slots(due))
+        places.append(slots := pool.slots(due, fresh=fresh))
         if not slots.reserve():
             if refuse and not buffer.closed:
                 self._refuse(pool, len(due))
             room = max(0, buffer.maxsize - buffer.submitted)
-            places[:] = [slots := pool.slots(due[:room])]
+            places[:] = [slots := pool.slots(due[:room], fresh=fresh)]
             if not slots.reserve():
                 places.clear()
         places.append(Store(self.work, self._state, [i for i in inserts if not i.row["owner"]]))

@@ -44,7 +44,10 @@ def _made_once() -> Callable[[Any], str]:
 
 
 _dumps = _made_once()
-loads = json.JSONDecoder().decode
+_decoder = json.JSONDecoder()
+loads = _decoder.decode
+#: Decodes JSON text that :func:`encode` made, without white space: returns the value and its end.
+scan = _decoder.scan_once  # type: ignore[attr-defined]
 
 
 def encode(value: Any, what: str, max_size: int = DEFAULT_MAX_SIZE) -> str:

@@ -18,7 +18,7 @@ task's own fields and:
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from datetime import datetime
@@ -34,6 +34,7 @@ from taskx.tasks.model import TASK_FIELDS, TIME_FIELDS, Attempt, Task, TaskStatu
 from taskx.tasks.payload import CODEC_KEY, clean_text
 from taskx.tasks.retry import RetryPolicy
 from taskx.tasks.tags import labels_from_text, labels_of, labels_to_text, split
+from taskx.tasks.writes import CREATED
 
 #: The values of ``held``. FREE: the task may start. UNTIL_DUE: it waits for its ``run_at``. FOR_PARENTS:
 #: its parents have not ended. BY_THREAD: a thread of an earlier attempt still runs. FOR_TURN: other tasks
@@ -292,6 +293,37 @@ def created_task(row: Mapping[str, Any]) -> Task:
     """Return the task that a row of ``lifecycle.create`` makes."""
     whole = {**DEFAULTS, **row}
     return task_from_row([whole[name] for name in TASK_FIELDS])
+
+
+def is_plain(row: Mapping[str, Any]) -> bool:
+    """Return True if a row of ``lifecycle.create`` is small, and has only columns of every new task."""
+    return len(row) == _CREATED and row["retry"] is None and len(row["params"]) <= _SMALL
+
+
+_CREATED = len(CREATED)
+# Characters of params.
+_SMALL = 2000
+
+
+def own_tasks(rows: Iterable[Mapping[str, Any]]) -> dict[str, Task]:
+    """Return the tasks that plain rows make, by id: as :func:`created_task`, at a quarter of the cost."""
+    found: dict[str, Task] = {}
+    for row in rows:
+        task_id, params, run_at = row["id"], row["params"], row["run_at"]
+        found[task_id] = Task(
+            id=task_id,
+            type=row["type"],
+            params={} if params == "{}" else payload.scan(params, 0)[0],
+            created_by=row["created_by"],
+            created_at=to_datetime(row["created_at"]),
+            priority=row["priority"],
+            run_at=None if run_at is None else to_datetime(run_at),
+            timeout=row["timeout"],
+            max_attempts=row["max_attempts"],
+            max_crashes=row["max_crashes"],
+            owner=row["owner"],
+        )
+    return found
 
 
 def changed_task(task: Task, changes: Mapping[str, Any]) -> Task:

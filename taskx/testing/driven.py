@@ -14,8 +14,6 @@ from datetime import timedelta
 import attrs
 
 from taskx.attempt.alarms import Alarms, Overdue
-from taskx.attempt.context import Shared
-from taskx.attempt.executors import Registered
 from taskx.attempt.runner import Run, Runner
 from taskx.node.engine import Engine
 from taskx.node.housekeeper import Duty, Housekeeper
@@ -28,7 +26,7 @@ from taskx.tasks.clock import Clock
 from taskx.tasks.config import Config
 from taskx.tasks.errors import CancelReason
 from taskx.tasks.lifecycle import Ending
-from taskx.tasks.model import Task, TaskStatus
+from taskx.tasks.model import TaskStatus
 from taskx.tasks.timing import Timing
 from taskx.tasks.token import CancelToken
 from taskx.testing.clock import ManualClock
@@ -116,13 +114,12 @@ class DrivenAlarms(Alarms):
 class DrivenRunner(Runner):
     """A runner that keeps the errors of executors. A retry waits the back-off without a random part."""
 
+    make_token = DrivenToken
+
     def __init__(self, clock: Clock, timing: Timing, max_payload_size: int) -> None:
         super().__init__(clock, DrivenAlarms(clock, timing), max_payload_size, chance=_half)
         #: The error of each executor, or of its result, until it is taken from here.
         self.raised: dict[Run, BaseException] = {}
-
-    def make_run(self, task: Task, executor: Registered, shared: Shared) -> Run:
-        return Run(task, executor, DrivenToken(None, self._clock), shared)
 
     def ending_of(self, error: BaseException, run: Run) -> Ending:
         """Return how a run ends whose executor has raised an error."""

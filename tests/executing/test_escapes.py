@@ -352,8 +352,8 @@ class TestCodecs:
         return echo
 
     def test_a_record_that_makes_the_codec_panic_fails_only_its_task(self, echo, make_queue):
-        # submit_many, because its tasks are read back from the repository.
-        [bad] = echo._choose_queue().submit_many([Task(type="echo", params={"v": "poison"})])
+        # A task with a chosen id is read back from the repository before it starts.
+        bad = echo._choose_queue().submit("echo", {"v": "poison"}, id="bad")
         assert [echo.submit(n).result(PATIENCE) for n in range(5)] == list(range(5))
         with pytest.raises(TaskFailed, match="codec 'flaky' cannot read it: Panic"):
             bad.result(PATIENCE)

@@ -23,8 +23,9 @@ import pytest
 from helpers import PATIENCE, eventually, pool_of, services_of, whole_round
 
 import taskx
-from taskx import Config, Queue, SQLiteRepository, TaskHandle, TaskStatus
+from taskx import Config, Queue, SQLiteRepository, Task, TaskHandle, TaskStatus
 from taskx.tasks.bell import Bell
+from taskx.tasks.timing import Timing
 
 ROOT = Path(__file__).parents[2]
 OURS = str(Path(taskx.__file__).parent)
@@ -44,9 +45,11 @@ class Page:
         rows = re.findall(r"^   (\w[\w ]+?) {2,}(\d+) +(\d+)$", section, re.MULTILINE)
         #: The most hops and files of each way.
         self.ways = {name: (int(hops), int(files)) for name, hops, files in rows}
-        calls = re.findall(r"^   a submit, (\w[\w ]+?) {2,}(\d+)$", section, re.MULTILINE)
+        calls = re.findall(r"^   a (submit|run), (\w[\w ]+?) {2,}(\d+)$", section, re.MULTILINE)
         #: The most calls of our own functions in a submit.
-        self.calls = {name: int(number) for name, number in calls}
+        self.calls = {name: int(number) for what, name, number in calls if what == "submit"}
+        #: The most calls in a run, from the start of the task to its outcome.
+        [self.run] = [int(number) for what, _, number in calls if what == "run"]
         #: The steps in words: the caller, the called function, its file.
         self.steps = re.findall(r"``([\w.]+)`` → ``([\w.]+)`` \(``([\w/.]+)``\)", section)
 
@@ -273,6 +276,46 @@ def test_a_submit_makes_no_more_calls_than_the_design_page_says(road, page, tmp_
     assert calls.keys() == page.calls.keys()
     for state, number in calls.items():
         assert 20 < number <= page.calls[state], state
+
+
+def test_a_run_in_a_batch_makes_no_more_calls_than_the_design_page_says(page, tmp_path):
+    """Counted in all threads of the node but those that look for other work."""
+    calls, counts, number = [0], threading.Event(), 320
+
+    def profile(frame: FrameType, event: str, called: Any) -> None:
+        if event == "call" and counts.is_set() and _is_ours(frame.f_code):
+            calls[0] += 1
+
+    # All tasks count as short, and nothing is done beside them.
+    seldom = dict.fromkeys(("poll_every", "audit_every", "recover_every"), PATIENCE)
+    timing = Timing(short_task=PATIENCE, hand_back_after=PATIENCE, **seldom)
+    repository = SQLiteRepository(tmp_path / "tasks.db", durability="process", timing=timing)
+    queue = Queue(repository, Config(worker_num=1), timing=timing)
+    gate, inside = threading.Event(), threading.Event()
+
+    @queue.executor("hold")
+    def hold() -> None:
+        inside.set()
+        assert gate.wait(PATIENCE)
+
+    queue.executor("fine")(lambda n: None)
+    threading.setprofile(profile)
+    try:
+        queue.start()
+    finally:
+        threading.setprofile(None)
+    with repository:
+        queue.submit("hold")
+        assert inside.wait(PATIENCE)
+        ahead = pool_of(queue).ahead
+        ahead._lately, ahead.short = 0, True
+        queue.submit_many([Task(type="fine", params={"n": n}) for n in range(number)])
+        counts.set()
+        gate.set()
+        assert queue.drain(PATIENCE)
+        counts.clear()
+        queue.close()
+    assert 10 < calls[0] / number <= page.run
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="functions have no qualified names")

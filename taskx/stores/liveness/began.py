@@ -26,6 +26,8 @@ class Began:
     def __init__(self, data: mmap.mmap | bytes) -> None:
         self._cells = memoryview(data).cast("I")
         self._free = list(range(CELLS - 1, 0, -1))  # a stack: the cell freed last is taken first
+        #: Frees a cell: its thread has returned, and another thread may use it.
+        self.end = self._free.append
 
     @classmethod
     def make(cls, path: str) -> Began | None:
@@ -58,7 +60,7 @@ class Began:
         return found if found is not None and found._cells[0] == _boot() else None
 
     def begin(self, task_id: str, starts: int) -> int:
-        """Note that a thread begins a task; return its cell, to be freed with :meth:`end`."""
+        """Note that a thread begins a task; return its cell, to be freed with :attr:`end`; 0 for none."""
         try:
             cell = self._free.pop()
         except IndexError:
@@ -66,11 +68,6 @@ class Began:
             return 0
         self._cells[cell] = crc32(task_id.encode(), starts)
         return cell
-
-    def end(self, cell: int) -> None:
-        """Free a cell: its thread has returned, and another thread may use it."""
-        if cell:
-            self._free.append(cell)
 
     def __contains__(self, start: tuple[str, int]) -> bool:
         task_id, starts = start

@@ -357,10 +357,10 @@ class Statements:
         which, keys = place or self.dialect.named(task_ids)
         shape = (which, *changes, None, *guard)
         sql = self._shapes.get(shape)
-        if sql is None or passes or _has_special(guard):
+        if sql is None or passes or has_special(guard):
             where, wanted = self.conditions(guard)
             sql = self._update(which + where, where, changes, passes)
-            if not (passes or _has_special(guard)):
+            if not (passes or has_special(guard)):
                 self._shapes[shape] = sql
             return sql, [*changes.values(), *keys, *wanted, *(wanted if passes else ())]
         return sql, [*changes.values(), *keys, *guard.values()]
@@ -456,7 +456,8 @@ def _has(value: Scalar, path: Sequence[str]) -> tuple[str, list[Any]]:
     return f"CASE WHEN json_valid(params) THEN {condition} END", values
 
 
-def _has_special(guard: Mapping[str, Any]) -> bool:
+def has_special(guard: Mapping[str, Any]) -> bool:
+    """Return True if the SQL of a guard depends on its values."""
     for value in guard.values():  # noqa: SIM110  (any() of a generator costs four times as much)
         if value is PRESENT or value.__class__ is tuple:
             return True

@@ -9,12 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from itertools import groupby
 from typing import Any
 
 from taskx.stores.base import new_version
 from taskx.stores.sql.link import Apart, Link, Taken
-from taskx.stores.sql.statements import Statements
+from taskx.stores.sql.statements import Statements, has_special
 from taskx.tasks.record import UNIQUE
 from taskx.tasks.writes import CREATED, Delete, Insert, NoteChange, Update, Write
 
@@ -55,46 +54,78 @@ class Writer:
         return results
 
     def together(self, writes: Sequence[Write], whole: bool, link: Link) -> list[bool]:
-        """Do what :meth:`each` does. Writes of the same form are one statement.
+        """Do what :meth:`each` does. Neighbours that are alike are one call of the database.
 
         Raises:
             Apart: call :meth:`each` in another transaction.
         """
         most = self.dialect.most_together
+        if most == 1:
+            return self.each(writes, whole, link)
         results: list[bool] = []
-        groups = groupby(writes, self.form) if most > 1 and len(writes) > 1 else [(None, writes)]
-        for form, group in groups:
-            alike = [*group]
-            if form is None or len(alike) == 1:
-                results += [self.one(link, write) for write in alike]
+        while (first := len(results)) < len(writes):
+            alike = self._alike(writes, first, most)
+            if len(alike) == 1:
+                results.append(self.one(link, alike[0]))
                 continue
-            for start in range(0, len(alike), most):
-                some = alike[start : start + most]
-                held = self._all(link, some)
-                if 0 < held < len(some):
-                    raise Apart
-                results += [held > 0] * len(some)
+            held = self._all(link, alike)
+            if 0 < held < len(alike):
+                raise Apart
+            results += [held > 0] * len(alike)
         if whole and False in results:
             raise Refused(results)
         return results
 
-    @staticmethod
-    def form(write: Write) -> Any:
-        """Return what neighbours have in common that are applied together; None if a write stays alone."""
-        if isinstance(write, Update):
-            # First the part that differs between two outcomes.
-            return None if "tags" in write.changes else (write.changes, write[1:])
-        # Ordinary inserts have only the columns that every creation sets, in their fixed order.
-        return CREATED if isinstance(write, Insert) and len(write.row) == len(CREATED) else None
-
-    def _all(self, link: Link, alike: Sequence[Write]) -> int:
-        """Apply writes that are alike in one statement. Return how many held."""
-        first = alike[0]
+    def _all(self, link: Link, alike: Sequence[Any]) -> int:
+        """Apply writes that are alike in one call. Return how many held."""
+        first, second, *_ = alike
         if isinstance(first, Insert):
-            rows = [tuple(write.changes.values()) for write in alike]
+            rows = [tuple(write.row.values()) for write in alike]
             return link.executemany(self.statements.insert(CREATED), rows).rowcount
-        ids = [write.id for write in alike]
-        return link.execute(*self.statements.update(ids, first.guard, first.changes)).rowcount
+        if first[1:] == second[1:]:
+            ids = [write.id for write in alike]
+            return link.execute(*self.statements.update(ids, first.guard, first.changes)).rowcount
+        places = [self.dialect.named((write.id,)) for write in alike]
+        if any(which != places[0][0] for which, _ in places):
+            raise Apart
+        sql, _ = self.statements.update((), first.guard, first.changes, place=places[0])
+        rows = [
+            (*write.changes.values(), *keys, *write.guard.values())
+            for write, (_, keys) in zip(alike, places, strict=True)
+        ]
+        return link.executemany(sql, rows).rowcount
+
+    @staticmethod
+    def _ordinary(write: Write) -> bool:
+        """Return True if a write is an insert with the columns only that every creation sets, in order."""
+        return isinstance(write, Insert) and len(write.row) == len(CREATED)
+
+    def _alike(self, writes: Sequence[Write], first: int, most: int) -> Sequence[Write]:
+        """Return a write and the next ones, at most ``most`` in all, that one call applies.
+
+        These are ordinary inserts, equal changes (starts), or changes of the same columns (outcomes).
+        """
+        head, end, last = writes[first], first + 1, min(first + most, len(writes))
+        if isinstance(head, Insert):
+            while end < last and self._ordinary(head) and self._ordinary(writes[end]):
+                end += 1
+        elif isinstance(head, Update) and "tags" not in head.changes and end < last:
+            same = head[1:]
+            if writes[end][1:] == same:
+                while end < last and writes[end][1:] == same:
+                    end += 1
+            elif not has_special(head.guard):
+                # The types, too: they tell that no other guard is special.
+                shape = [*head.changes, *head.guard, *map(type, head.guard.values())]
+                while end < last:
+                    write = writes[end]
+                    if not isinstance(write, Update):
+                        break
+                    guard = write.guard
+                    if [*write.changes, *guard, *map(type, guard.values())] != shape:
+                        break
+                    end += 1
+        return writes[first:end]
 
     # --- one write
 

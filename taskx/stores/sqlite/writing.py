@@ -26,11 +26,11 @@ class KeyedWriter(Writer):
         self._new_tag = f"INSERT INTO {d.tags} (tag, task) VALUES (?, ?){d.unless_taken}"
 
     @staticmethod
-    def form(write: Write) -> Any:
+    def _ordinary(write: Write) -> bool:
         # Tasks with chosen ids stay alone.
-        return None if isinstance(write, Insert) and not write.fresh else Writer.form(write)
+        return isinstance(write, Insert) and write.fresh and len(write.row) == len(CREATED)
 
-    def _all(self, link: Link, alike: Sequence[Write]) -> int:
+    def _all(self, link: Link, alike: Sequence[Any]) -> int:
         if isinstance(alike[0], Insert):
             rows = [(key_of(write.id), *write.changes.values()) for write in alike]
             return link.executemany(self.statements.insert(_ORDINARY), rows).rowcount

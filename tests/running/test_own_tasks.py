@@ -1,0 +1,196 @@
+"""Tasks that this process has submitted start without being read, and run in batches."""
+
+from __future__ import annotations
+
+import pytest
+from helpers import PATIENCE, pool_of
+
+from taskx import SQLiteRepository, Task, TaskStatus
+from taskx.tasks import lifecycle
+from taskx.tasks.writes import Update
+
+# A slow machine hands no started task back.
+pytestmark = pytest.mark.usefixtures("calm")
+
+#: Makes all tasks count as short.
+short_tasks = pytest.mark.timing(short_task=PATIENCE)
+
+
+@pytest.fixture
+def queue(busy):
+    return busy()
+
+
+@pytest.fixture
+def read(queue, monkeypatch):
+    """The ids of the tasks that were read as a whole."""
+    ids, get_many = [], queue.repository.get_many
+    monkeypatch.setattr(
+        queue.repository, "get_many", lambda some: ids.extend(some) or get_many(some)
+    )
+    return ids
+
+
+def note(n):
+    return Task(type="note", params={"n": n})
+
+
+@pytest.mark.every_store
+def test_the_tasks_in_the_buffer_are_not_read(queue, read, gate):
+    one = queue.submit("note", {"n": 0})
+    many = queue.submit_many([note(n) for n in range(1, 4)])
+    gate.open()
+    assert queue.drain(PATIENCE)
+    assert queue.ran == [0, 1, 2, 3]
+    assert not {one.id, *(handle.id for handle in many)}.intersection(read)
+
+
+def test_their_executors_get_the_record_as_it_was_stored(queue, gate):
+    seen = []
+    queue.executor("look")(lambda ctx, **params: seen.append(ctx.task))
+    options = {"priority": 3, "timeout": 60, "max_attempts": 2, "created_by": "me"}
+    handle = queue.submit("look", {"text": "ä", "list": [1, None]}, **options)
+    gate.open()
+    assert queue.drain(PATIENCE)
+    [task], stored = seen, handle.task()
+    stored.status, stored.completed_at, stored.duration = task.status, None, 0.0
+    assert stored.progress == 100
+    stored.progress, stored.owner, stored.worker = 0, task.owner, task.worker
+    assert task == stored
+
+
+def test_a_task_with_a_chosen_id_is_read(queue, read, gate):
+    """Another process may have deleted it, and stored another one with its id."""
+    one = queue.submit("note", {"n": 1}, id="mine")
+    many = queue.submit_many([note(2), Task(type="note", params={"n": 3}, id="yours")])
+    gate.open()
+    assert queue.drain(PATIENCE)
+    assert {one.id, *(handle.id for handle in many)} <= set(read)
+
+
+def test_a_task_with_much_data_is_read(queue, read, gate):
+    """The buffer keeps no large params in memory."""
+    handle = queue.submit("note", {"n": "x" * 3000})
+    gate.open()
+    assert queue.drain(PATIENCE)
+    assert handle.id in read
+
+
+@pytest.mark.every_store
+def test_a_task_that_another_process_has_changed_starts_as_it_is_now(queue, gate):
+    handle = queue.submit("note", {"n": 1})
+    wanted = handle.task()
+    wanted.params = {"n": 2}
+    now = queue.repository.clock.now_ms()
+    assert any(queue.repository.apply(lifecycle.amend(handle.task(), wanted, now)))
+    gate.open()
+    assert queue.drain(PATIENCE)
+    assert queue.ran == [2]
+
+
+def test_a_message_that_was_set_by_hand_is_not_lost(queue, gate):
+    seen = []
+    queue.executor("look")(lambda ctx: seen.append(ctx.task.message))
+    handle = queue.submit("look")
+    queue.repository.update_status(handle.id, TaskStatus.PENDING, "soon")
+    gate.open()
+    assert queue.drain(PATIENCE)
+    assert seen == ["soon"]
+
+
+def test_a_task_that_another_process_has_taken_does_not_run_here(queue, gate):
+    handle = queue.submit("note", {"n": 1})
+    started = lifecycle.start(handle.task(), queue.repository.clock.now_ms(), "another node")
+    assert queue.repository.apply([started]) == [True]
+    last = queue.submit("note", {"n": 2})
+    gate.open()
+    last.result(PATIENCE)
+    assert queue.ran == [2]
+    assert handle.task().owner == "another node"
+
+
+@short_tasks
+def test_a_batch_of_short_tasks_takes_two_transactions(queue, gate):
+    ahead = pool_of(queue).ahead
+    ahead._lately, ahead.short = 0, True
+    queue.submit_many([note(n) for n in range(32)])
+    queue.repository.batches.clear()
+    gate.open()
+    assert queue.drain(PATIENCE)
+    moves = [[write.move for write in batch] for batch in queue.repository.batches]
+    assert moves == [["complete", *["start"] * 32], ["complete"] * 32]
+
+
+class Link:
+    """A link that counts its calls, each of which changes all its rows but ``lost``."""
+
+    def __init__(self, lost=0):
+        self.calls, self.rowcount, self._lost = [], 0, lost
+
+    def execute(self, sql, values):
+        return self._called("execute", 32)
+
+    def executemany(self, sql, rows):
+        return self._called("executemany", len(rows))
+
+    def _called(self, name, count):
+        self.calls.append(name)
+        self.rowcount = count - self._lost
+        return self
+
+
+@pytest.fixture
+def running(tmp_path):
+    """A repository, and 32 tasks that run."""
+    with SQLiteRepository(tmp_path / "tasks.db") as repository:
+        inserts = [
+            lifecycle.create(task_id=f"t{n}", now=n, type="t", params="{}", created_by="")
+            for n in range(32)
+        ]
+        repository.apply(inserts)
+        tasks = [*repository.get_many([insert.id for insert in inserts]).values()]
+        starts = lifecycle.start_all(tasks, 50, "node", "worker")
+        assert repository.apply(starts) == [True] * 32
+        lifecycle.mark_all_started(zip(tasks, starts, strict=True))
+        yield repository, starts, tasks
+
+
+def outcomes(tasks):
+    return [
+        lifecycle.conclude(
+            task, lifecycle.Ending(returned=True, result=f"{n}", duration=n / 100), 60 + n
+        )[0]
+        for n, task in enumerate(tasks)
+    ]
+
+
+def test_the_starts_and_the_outcomes_of_a_batch_are_one_call_of_the_database_each(running):
+    repository, starts, tasks = running
+    link = Link()
+    together = repository._writer.together
+    assert together([*starts, *outcomes(tasks)], False, link) == [True] * 64
+    assert link.calls == ["execute", "executemany"]
+
+
+def test_an_outcome_that_comes_too_late_leaves_the_others_of_its_batch_alone(running):
+    repository, _, tasks = running
+    tasks[7].starts += 1  # the run has lost its fence
+    held = repository.apply(outcomes(tasks))
+    assert held == [n != 7 for n in range(32)]
+    found = repository.get_many([task.id for task in tasks])
+    assert [task.result for task in found.values()] == [n if n != 7 else None for n in range(32)]
+
+
+def test_starts_that_are_alike_share_what_they_change(running):
+    _, starts, _ = running
+    assert len({id(start.changes) for start in starts}) == 1
+    assert len({start.id for start in starts}) == 32
+    assert all(isinstance(start, Update) for start in starts)
+
+
+def test_starts_that_differ_share_nothing(running):
+    _, _, tasks = running
+    for n, task in enumerate(tasks):
+        task.status, task.starts = TaskStatus.PENDING, n
+    alone = [lifecycle.start(task, 70, "node", "worker") for task in tasks]
+    assert lifecycle.start_all(tasks, 70, "node", "worker") == alone
