@@ -15,7 +15,7 @@ from taskx.tasks.ids import key_of, new_id
 from taskx.tasks.writes import Insert, Update
 
 NOW = datetime(2026, 1, 2, tzinfo=timezone.utc)
-MADE = new_id(to_ms(NOW))
+MADE = "019b7c01-0400-7abc-a02d-0123456789ab"  # as ``new_id`` makes them at NOW
 TWIN = MADE[:-6] + "abcdef"  # another id with the same key
 VERSION_7 = "01977f2a-1c00-7abc-8def-0123456789ab"  # made by a program
 
