@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from functools import lru_cache
 
 #: Milliseconds by which the key in an id may be later than the time of its creation: if the clock is set
 #: back a little, ids keep their order.
@@ -55,6 +56,7 @@ def _start(moment: int) -> None:
     _moment = moment  # last: after an interrupt before this, the moment begins again
 
 
+@lru_cache(maxsize=10_000)  # a task's key is needed about five times, in most cases soon after another
 def key_of(id: str) -> int | None:
     """Return the key in an id of :func:`new_id`; None if the id has none.
 
