@@ -34,7 +34,18 @@ class KeyedWriter(Writer):
         if isinstance(alike[0], Insert):
             rows = [(key_of(write.id), *write.changes.values()) for write in alike]
             return link.executemany(self.statements.insert(_ORDINARY), rows).rowcount
-        if (held := super()._all(link, alike)) == 0:
+        keys = [key_of(write.id) for write in alike]
+        first = alike[0]
+        if None in keys or first[1:] == alike[1][1:]:
+            held = super()._all(link, alike)
+        else:
+            sql, _ = self._sql_of((first.id,), first.guard, first.changes)
+            rows = [
+                (*write.changes.values(), key, write.id, *write.guard.values())
+                for key, write in zip(keys, alike, strict=True)
+            ]
+            held = link.executemany(sql, rows).rowcount
+        if held == 0:
             raise Apart  # their rows may have other keys
         return held
 
