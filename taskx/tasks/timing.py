@@ -5,7 +5,8 @@ from __future__ import annotations
 import attrs
 
 
-@attrs.frozen(kw_only=True)
+# attrs takes milliseconds to make methods of so many fields: those that nobody needs are left out.
+@attrs.frozen(kw_only=True, eq=False, repr=False)
 class Timing:
     """The intervals, the longest waits and the batch sizes of the parts of TaskX.
 
