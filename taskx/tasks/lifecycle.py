@@ -91,7 +91,7 @@ class Ending:
     def __init__(self, *, returned: bool, result: str | None = None, **facts: Any) -> None:
         self.returned, self.result = returned, result
         if facts:
-            if unknown := facts.keys() - self.__annotations__.keys():
+            if unknown := facts.keys() - Ending.__annotations__.keys():
                 raise TypeError(f"an Ending has no {', '.join(unknown)}")
             self.__dict__.update(facts)
 
@@ -531,7 +531,7 @@ def conclude(task: Task, ending: Ending, now: int) -> list[Update]:
             "result": ending.result,
             "progress": 100,
         }
-        if _needs_more(task) != _NO_MORE or ending.log or ending.message:
+        if _needs_more(task) != _NO_MORE or ending.log or ending.progress is not None:
             changes = {**_end(task, ending, now, COMPLETED), **changes}
         if task.errors:
             changes.update(_NO_ERROR)

@@ -576,7 +576,7 @@ class TestStuck:
     @pytest.mark.parametrize("delay", [0.0, 5.0])
     def test_a_retry_waits_for_the_abandoned_thread(self, delay):
         task = make("running", max_attempts=2)
-        ending = attrs.evolve(self.ABANDONED, delay=delay)
+        ending = self.ABANDONED.changed(delay=delay)
         row = row_after(task, *lifecycle.conclude(task, ending, LATER))
         assert (row["status"], row["held"], row["stuck_on"]) == ("pending", BY_THREAD, "node")
         assert (row["owner"], row["errors"]) == ("", 1)

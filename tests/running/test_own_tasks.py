@@ -194,3 +194,15 @@ def test_starts_that_differ_share_nothing(running):
         task.status, task.starts = TaskStatus.PENDING, n
     alone = [lifecycle.start(task, 70, "node", "worker") for task in tasks]
     assert lifecycle.start_all(tasks, 70, "node", "worker") == alone
+
+
+def test_progress_without_a_message_removes_the_one_before(running):
+    _, _, (task, *_) = running
+    ending = lifecycle.Ending(returned=True, progress=50)
+    [write] = lifecycle.conclude(task, ending, 60)
+    assert (write.changes["progress"], write.changes["message"]) == (100, "")
+
+
+def test_an_ending_has_no_unknown_fact():
+    with pytest.raises(TypeError, match="an Ending has no wroker"):
+        lifecycle.Ending(returned=True, wroker="w")
