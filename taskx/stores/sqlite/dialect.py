@@ -18,6 +18,10 @@ FREE_PAGES = (
     "(SELECT page_count FROM pragma_page_count)"
 )
 
+# What a creation may set besides the columns of every creation, and numbers that may be missing.
+_RARE = ("retry", "unique_key", "depends_on", "concurrency_key", "tags", "expires_at", "checkpoints")
+_NUMBERS = ("run_at", "timeout", "max_attempts", "max_crashes")
+
 
 class OwnSQLite(SQLite):
     """The SQL of the tables that ``schema`` makes, whose names begin with a prefix.
@@ -36,6 +40,16 @@ class OwnSQLite(SQLite):
     all_following = "seq < ?", slice(2, 3)
     tag_columns: Mapping[str, str] = {"task": "seq"}
     child = "seq"
+    # A change of a pending task raises ``starts``.
+    as_created = " AND ".join(
+        (
+            f"starts = 0 AND status = '{PENDING}'",
+            *(f"{name} IS NULL" for name in _RARE),
+            *(f"typeof({name}) = 'text'" for name in ("type", "params", "created_by", "owner")),
+            "typeof(created_at) = 'integer' AND typeof(priority) = 'integer'",
+            *(f"typeof({name}) IN ('integer', 'real', 'null')" for name in _NUMBERS),
+        )
+    )
 
     def __init__(self, prefix: str) -> None:
         super().__init__(*(f"{prefix}{name}" for name in ("tasks", "parents", "tagged", "notes")))
