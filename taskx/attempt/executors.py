@@ -7,7 +7,7 @@ import inspect
 import itertools
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from functools import update_wrapper
 from types import MappingProxyType
 from typing import (
@@ -502,9 +502,11 @@ class Registered(NamedTuple):
     #: The row of a task without options; None if more than a row is needed to make one.
     model: Mapping[str, Any] | None
 
-    def apply_defaults(self, task: Task) -> None:
-        """Set the options that neither the task nor its submit has set, before the task starts."""
-        timeout, max_attempts, max_crashes = self.at_start
+
+def apply_defaults(tasks: Iterable[Task], registered: Mapping[str, Registered]) -> None:
+    """Set the options that neither a task nor its submit has set, before the task starts."""
+    for task in tasks:
+        timeout, max_attempts, max_crashes = registered[task.type].at_start
         if task.timeout is None:
             task.timeout = timeout
         if task.max_attempts is None:

@@ -47,7 +47,7 @@ def _fetch_size(workers: int, buffer_size: int) -> int:
 
 
 # Makes an outcome of the tuple of its fields, at half the cost of a call of the class.
-_outcome: Callable[[tuple[Run, Ending, WorkerPool]], Outcome] = partial(tuple.__new__, Outcome)
+_make_outcome: Callable[[tuple[Run, Ending, WorkerPool]], Outcome] = partial(tuple.__new__, Outcome)
 
 
 class Ends(Protocol):
@@ -441,7 +441,12 @@ class WorkerPool:
                 return ending
             run.state = "concluding"  # first: from now on no audit believes that it is lost
             self.ahead.ended(run, ending.duration)
-            (conclude or self._defer)(run, ending)
+            if conclude is not None:
+                conclude(run, ending)
+            elif run.context._completed:
+                self._conclude_again(run, ending)
+            else:
+                self.services.moves.later(*self._outcome(run, ending))
         except BaseException:  # an interrupt: no thread executes it, as the audit then sees
             run.state = "starting"
             self.ahead.at_work.pop(run, None)
@@ -462,20 +467,18 @@ class WorkerPool:
         if run.context._completed:
             self._conclude_again(run, ending)
             return
-        ending, writes, more = self._outcome(run, ending)
-        writes = [*writes, *more] if more else writes
-        self.services.moves.later(writes, _outcome((run, ending, self)))
+        self.services.moves.later(*self._outcome(run, ending))
 
     def conclude(self, run: Run, ending: Ending) -> None:
         """Commit an outcome now, and do what follows from it, on a thread that may be interrupted."""
         if run.context._completed:
             self._conclude_again(run, ending)
             return
-        ending, writes, more = self._outcome(run, ending)
+        writes, outcome = self._outcome(run, ending)
         try:
-            self.services.moves.conclude([*writes, *more], Outcome(run, ending, self))
+            self.services.moves.conclude(writes, outcome)
         except RepositoryUnavailable as error:
-            self._defer(run, ending)
+            self._defer(run, outcome.ending)
             self.services.log.warning(
                 "task %s: its outcome could not be written yet (trying again): %s",
                 run.task.id,
@@ -498,16 +501,17 @@ class WorkerPool:
         self.services.moves.follow(writes, {run.task.id: run.task}, outcome)
         self.concluded(run, writes, None)
 
-    def _outcome(self, run: Run, ending: Ending) -> tuple[Ending, list[Update], Sequence[Update]]:
-        """Return the ending, its writes, and the writes that give the turn of its key to the next task."""
+    def _outcome(self, run: Run, ending: Ending) -> tuple[list[Update], Outcome]:
+        """Return the writes of an ending, those that pass its turn on among them, and the outcome."""
         now = self.services.clock.now_ms()
         try:
             writes = lifecycle.conclude(run.task, ending, now)
         except Exception as error:  # noqa: BLE001  (a defect of ours: it fails this attempt alone)
             ending = broken(error, ending.worker)
             writes = lifecycle.conclude(run.task, ending, now)
-        key = run.task.concurrency_key
-        return ending, writes, () if key is None else self.services.moves.turns.next_turn(key)
+        if (key := run.task.concurrency_key) is not None:
+            writes = [*writes, *self.services.moves.turns.next_turn(key)]
+        return writes, _make_outcome((run, ending, self))
 
     def rebuffer(self, task: Task) -> None:
         """Put a task that became pending again, and that this node still owns, into the buffer."""

@@ -11,6 +11,7 @@ from functools import partial
 from itertools import compress
 
 from taskx.attempt.context import Shared
+from taskx.attempt.executors import apply_defaults
 from taskx.attempt.runner import Run
 from taskx.node.admission import Admission
 from taskx.node.buffer import Buffer, Item
@@ -183,7 +184,7 @@ class Seat(Place):
         starter, services = self._starter, self._starter._services
         (write,) = self.writes
         task = own_tasks([write.row])[write.id] if is_plain(write.row) else created_task(write.row)
-        services.registry.registered[task.type].apply_defaults(task)
+        apply_defaults([task], services.registry.registered)
         self._start = lifecycle.start(task, services.clock.now_ms(), starter._node, starter._name)
         # The thread that runs a task starts it, if the task must not crash twice.
         if self._start is None or task.max_crashes == 1:
@@ -360,14 +361,12 @@ class Starter:
         A suspect, or a task that must not crash twice, is started in a transaction of its own.
         """
         chosen: list[Task] = []
-        registered = self._services.registry.registered
+        # A process that only declared a type left some options to the executor.
+        apply_defaults(found.values(), self._services.registry.registered)
         for position, item in enumerate(items):
             task = found.get(item.id)
             if task is None:
                 continue
-            # A process that only declared the type left some options to the executor.
-            if task.timeout is None or task.max_attempts is None or task.max_crashes is None:
-                registered[task.type].apply_defaults(task)
             suspect = task.crashes > 0 and self._is_suspect(task)
             if not suspect and task.max_crashes != 1:
                 chosen.append(task)
@@ -408,8 +407,7 @@ class Starter:
         services.moves.flush()  # a run is not over until its outcome is written
         self.suspects.go_alone()
         found = services.repository.get_many([task.id])
-        for again in found.values():
-            services.registry.registered[again.type].apply_defaults(again)
+        apply_defaults(found.values(), services.registry.registered)
         return list(found.values())
 
     def _make_run(self, task: Task) -> Run:

@@ -45,9 +45,17 @@ def _made_once() -> Callable[[Any], str]:
 
 _dumps = _made_once()
 _decoder = json.JSONDecoder()
-loads = _decoder.decode
 #: Decodes JSON text that :func:`encode` made, without white space: returns the value and its end.
 scan = _decoder.scan_once  # type: ignore[attr-defined]
+
+
+def loads(text: str) -> Any:
+    """Return the value of JSON text. Raises ``ValueError`` if it is not JSON, ``TypeError`` if not text."""
+    try:
+        value, end = scan(text, 0)
+        return value if end == len(text) else _decoder.decode(text)
+    except StopIteration:  # white space comes first, or there is no value
+        return _decoder.decode(text)
 
 
 def encode(value: Any, what: str, max_size: int = DEFAULT_MAX_SIZE) -> str:
