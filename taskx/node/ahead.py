@@ -13,8 +13,16 @@ from queue import SimpleQueue
 from taskx.attempt.runner import Run
 from taskx.tasks.timing import Timing
 
-# Tasks are short while at most ``_MOST_LONG`` of the last sixteen were long. ``_ALL_LONG``: all were.
-_ALL_LONG, _MOST_LONG = 0xFFFF, 2
+# Whether tasks are short, a running mean of their durations tells. The last one has this weight in it, and
+# counts for at most so many times ``Timing.short_task``: one slow task changes nothing.
+_WEIGHT, _MOST_COUNTED = 1 / 16, 20
+# Tasks count as long from this mean on, again in times ``Timing.short_task``.
+_LONG = 2
+# Tasks with a lower mean than this may only look long, because workers wait for the interpreter. So one worker
+# runs them alone as a trial: after 64 tasks, and after ever more if they were long in it.
+_DOUBTFUL, _FIRST_TRIAL, _LONGEST_TRIAL = 10, 64, 8192
+# Longer than any short task, so that the mean is a number.
+_HOUR = 3600.0
 
 _put = SimpleQueue.put
 
@@ -25,7 +33,8 @@ class Ahead:
     def __init__(self, workers: int, timing: Timing) -> None:
         self.workers = workers
         # Read here, as each task uses them.
-        self._short_task, self._tied_up_after = timing.short_task, timing.tied_up_after
+        self._short_task = min(timing.short_task, _HOUR)
+        self._tied_up_after = timing.tied_up_after
         self._most, self._most_served = timing.most_ahead, timing.most_served
         self._gather = timing.gather
         #: Started runs that any free worker may take, in order; each is in the state ``ahead``.
@@ -40,7 +49,9 @@ class Ahead:
         self.waiting: deque[SimpleQueue[Run | None]] = deque()
         #: True if tasks have lately been so short that waking a thread costs more than a task.
         self.short = False
-        self._lately = _ALL_LONG  # the first tasks count as long
+        self._mean = _LONG * self._short_task  # the first tasks count as long
+        # The number of attempts from which a trial is due, and that between the next two.
+        self._try_at = self._patience = _FIRST_TRIAL
         self._last_batch = 0
         self._lingering = threading.Lock()
         #: The number of attempts that have ended.
@@ -56,15 +67,27 @@ class Ahead:
     def ended(self, run: Run, duration: float) -> None:
         """Note that a worker is free again after a task of ``duration`` seconds."""
         self.at_work.pop(run, None)
-        self.attempts = next(self._counter)
-        # One bit for each of the last tasks, so that a single slow task changes nothing.
-        self._lately = (self._lately << 1 | (duration >= self._short_task)) & _ALL_LONG
-        self.short = self._lately.bit_count() <= _MOST_LONG
+        self.attempts = attempts = next(self._counter)
+        short = self._short_task
+        self._mean += (min(duration, _MOST_COUNTED * short) - self._mean) * _WEIGHT
+        if not self.short:
+            doubtful = attempts >= self._try_at and self._mean < _DOUBTFUL * short
+            if doubtful or self._mean < short:
+                self.short, self._mean = True, short
+        elif self._mean > _LONG * short:
+            self.short, self._try_at = False, attempts + self._patience
+            self._patience = min(2 * self._patience, _LONGEST_TRIAL)
+        elif attempts > self._try_at + 2 * self._patience:  # they have been short for long
+            self._patience = _FIRST_TRIAL
 
     @property
     def portion(self) -> int:
-        """The number of tasks to start at once: one for each of a few waiting workers; many if short."""
-        return self._most if self.short else 1 + min(len(self.waiting), self._most_served)
+        """The number of tasks to start at once: one for each of some waiting workers; many if short."""
+        if self.short:
+            return self._most
+        # Many workers, one after another, wait longer for a start than for each other.
+        served = max(self._most_served, self.workers // 8)
+        return min(1 + min(len(self.waiting), served), self._most)
 
     def let_gather(self, waiting: int) -> None:
         """Let a few short tasks gather while they arrive in quick succession.

@@ -164,6 +164,52 @@ def test_the_end_of_a_task_wakes_no_worker(make_queue, gate, monkeypatch):
     assert [run.task.id for run in woken] == [handle.id for handle in handles]
 
 
+# Short tasks wake nobody
+
+
+def end(ahead, number, seconds):
+    """Let tasks of some length end; return how often they were short, and then no more."""
+    before, turns = ahead.short, 0
+    for _ in range(number):
+        ahead.ended(Started(), seconds)
+        turns += before and not ahead.short
+        before = ahead.short
+    return turns
+
+
+def test_a_slow_task_among_short_ones_wakes_nobody():
+    ahead = Ahead(4, DEFAULT_TIMING)
+    end(ahead, 50, 0.00003)
+    assert ahead.short
+    end(ahead, 1, 60.0)
+    assert ahead.short
+    end(ahead, 2, 60.0)
+    assert not ahead.short
+
+
+def test_tasks_that_only_look_long_are_tried_by_one_worker():
+    """Those that release the interpreter wait for it, if several workers run them."""
+    ahead = Ahead(8, DEFAULT_TIMING)
+    end(ahead, 63, 0.001)
+    assert not ahead.short
+    end(ahead, 1, 0.001)
+    assert ahead.short
+    end(ahead, 1000, 0.00003)
+    assert ahead.short
+
+
+def test_tasks_that_are_long_in_the_trial_are_tried_more_and_more_seldom():
+    ahead = Ahead(8, DEFAULT_TIMING)
+    assert end(ahead, 1000, 0.001) == 4
+    assert end(ahead, 10_000, 0.001) == 4
+
+
+def test_long_tasks_are_not_tried():
+    ahead = Ahead(8, DEFAULT_TIMING)
+    assert end(ahead, 1000, 0.01) == 0
+    assert not ahead.short
+
+
 # A fetch only for the last free places
 
 
