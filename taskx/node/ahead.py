@@ -18,7 +18,7 @@ from taskx.tasks.timing import Timing
 _WEIGHT, _MOST_COUNTED = 1 / 16, 20
 # Tasks count as long from this mean on, again in times ``Timing.short_task``.
 _LONG = 2
-# Tasks with a lower mean than this may only look long, because workers wait for the interpreter. So one worker
+# Tasks with a lower mean than this may only look long, because workers wait for the interpreter. One worker
 # runs them alone as a trial: after 64 tasks, and after ever more if they were long in it.
 _DOUBTFUL, _FIRST_TRIAL, _LONGEST_TRIAL = 10, 64, 8192
 # Longer than any short task, so that the mean is a number.

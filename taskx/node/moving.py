@@ -211,7 +211,9 @@ class Moves(Ledger[Outcome]):
             if row.words and log.isEnabledFor(row.level) and write.id in tasks:
                 self._log_move(row, tasks[write.id], write.changes, outcome)
             if row.ends and write.id in watched:
-                self._watcher.resolve(write.id)
+                known = outcome is not None and write.id == outcome.run.task.id
+                ended = changed_task(tasks[write.id], write.changes) if known else None
+                self._watcher.resolve(write.id, ended)
             if row.leaves and (pool := self._pool) is not None:
                 pool.discard([write.id])
             if row.fires and (pool := self._pool) is not None:

@@ -22,6 +22,7 @@ from taskx.tasks.errors import RepositoryError, on_main_thread
 from taskx.tasks.handles import TaskHandle
 from taskx.tasks.lifecycle import ENDED, FINISHED
 from taskx.tasks.log import Complaint, GuardedLogger
+from taskx.tasks.model import Task
 from taskx.tasks.timing import Timing
 
 # A process in which no queue is started spends at most a tenth of its time on polling.
@@ -29,6 +30,10 @@ _REST = 9
 # The most ended tasks that are read at once: a record may be large.
 _MOST_READ = 50
 _DEAF = "the watcher gets no wake-ups from other processes; it polls instead"
+
+
+def _nowhere(task_id: str) -> bool:
+    return False
 
 
 class Watcher:
@@ -73,14 +78,18 @@ class Watcher:
         """True if any task is watched that has not ended."""
         return bool(self._handles)
 
-    def watch(self, handle: TaskHandle[Any]) -> None:
-        """Resolve the handle as soon as its task has ended. May be called any number of times."""
+    def watch(self, handle: TaskHandle[Any], runs: Callable[[str], bool] = _nowhere) -> None:
+        """Resolve the handle as soon as its task has ended. May be called any number of times.
+
+        ``runs`` returns True if the task runs here: its end will be told, so nothing is read.
+        """
         new = handle._watched_by is not self
         if new or handle._has_callbacks:
             self._register(handle)
         try:
             if new:
-                self._check([handle.id])
+                if not runs(handle.id):  # after it was registered: its end may come at any moment
+                    self._check([handle.id])
                 handle._note_watched(self)
         finally:
             self.ensure_polling()
@@ -141,13 +150,17 @@ class Watcher:
 
     # --- checking
 
-    def resolve(self, task_id: str) -> None:
+    def resolve(self, task_id: str, task: Task | None = None) -> None:
         """Resolve the handles of a task that has just ended, and tell their listeners.
 
-        The task's ending is committed, so a failed read does no harm: the handles are checked again soon.
+        ``task`` is the ended task, if it is known. Its end is committed, so a failed read does no harm: the
+        handles are checked again soon.
         """
         try:
-            self._resolve([task_id])
+            if task is None:
+                self._resolve([task_id])
+            else:
+                self._conclude(task_id, task)
         except RepositoryError as error:
             self._log.debug("the handles of task %s are resolved later: %s", task_id, error)
 
@@ -175,10 +188,13 @@ class Watcher:
             some = task_ids[start : start + _MOST_READ]
             found = self._repository.get_many(some)
             for task_id in some:
-                for handle in self._live(task_id):
-                    handle._conclude(found.get(task_id))
-                    if handle._has_ended:
-                        self._tell(handle)
+                self._conclude(task_id, found.get(task_id))
+
+    def _conclude(self, task_id: str, task: Task | None) -> None:
+        for handle in self._live(task_id):
+            handle._conclude(task)
+            if handle._has_ended:
+                self._tell(handle)
 
     def _tell(self, handle: TaskHandle[Any]) -> None:
         """Tell the listeners of a handle that has ended, or leave that to another thread.

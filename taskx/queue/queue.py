@@ -680,8 +680,10 @@ class Queue(Questions, Steering):
         late = partial(watcher.watch_late, handle)
         if self.repository.transactions.postpone(handle.id, id(handle), late):
             return
-        watcher.watch(handle)
-        if self._pool is None:
+        if (pool := self._pool) is not None:
+            watcher.watch(handle, pool.runs.running)
+        else:
+            watcher.watch(handle)
             watcher.warn_if_nobody_runs(handle.id)
 
     # --- starting and stopping

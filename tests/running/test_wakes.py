@@ -8,7 +8,7 @@ import pytest
 from helpers import PATIENCE, Waiting, eventually, joined_node, no_batches, pool_of, run_in_thread
 from strikes import every_strike
 
-from taskx import Task
+from taskx import RetryPolicy, Task, TaskFailed
 from taskx.node.ahead import Ahead
 from taskx.node.buffer import Buffer
 from taskx.tasks.timing import DEFAULT_TIMING
@@ -161,7 +161,49 @@ def test_the_end_of_a_task_wakes_no_worker(make_queue, gate, monkeypatch):
     for handle in handles:
         handle.result(PATIENCE)
     eventually(lambda: len(pool.ahead.waiting) == 8)
-    assert [run.task.id for run in woken] == [handle.id for handle in handles]
+    assert sorted(run.task.id for run in woken) == sorted(handle.id for handle in handles)
+
+
+# The thread that waits for a result reads nothing
+
+
+def test_who_waits_for_a_task_that_runs_here_reads_no_record(make_queue, gate, monkeypatch):
+    """The worker knows the record when it has stored the outcome."""
+    queue, read = make_queue(worker_num=1), []
+    queue.executor("t")(lambda: gate() or {"n": [1, None]})
+    queue.start()
+    handle = queue.submit("t")
+    gate.wait_for(1)
+    for name in ("get_many", "statuses"):
+        ask = getattr(queue.repository, name)
+        monkeypatch.setattr(
+            queue.repository, name, lambda ids, ask=ask: read.extend(ids) or ask(ids)
+        )
+    assert not handle.done()
+    gate.open()
+    assert handle.result(PATIENCE) == {"n": [1, None]}
+    assert handle.id not in read
+
+
+@pytest.mark.every_store
+def test_a_failure_that_was_not_read_looks_like_one_that_was(make_queue, gate):
+    queue = make_queue(worker_num=1)
+
+    @queue.executor("t", max_attempts=2, retry=RetryPolicy(base=0.0))
+    def t():
+        gate()
+        raise ValueError("no")
+
+    queue.start()
+    handle = queue.submit("t")
+    gate.wait_for(1)
+    assert not handle.done()
+    gate.open()
+    known = handle.exception(PATIENCE)
+    again = queue.handle(handle.id).exception(PATIENCE)
+    assert isinstance(known, TaskFailed)
+    assert vars(known) == vars(again) != {}
+    assert str(known) == str(again)
 
 
 # Short tasks wake nobody
