@@ -1,21 +1,30 @@
-"""Starting ahead: start several short tasks at a time, and lay them out for any free worker."""
+"""Starting ahead: how many tasks to start at a time, and which worker gets each of them."""
 
 from __future__ import annotations
 
-import _thread
 import itertools
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from queue import SimpleQueue
 
 from taskx.attempt.runner import Run
-from taskx.tasks.bell import Bell
 from taskx.tasks.timing import Timing
 
-# Tasks are short while at most ``_MOST_LONG`` of the last sixteen were long. ``_ALL_LONG``: all were.
-_ALL_LONG, _MOST_LONG = 0xFFFF, 2
+# Whether tasks are short, a running mean of their durations tells. The last one has this weight in it, and
+# counts for at most so many times ``Timing.short_task``: one slow task changes nothing.
+_WEIGHT, _MOST_COUNTED = 1 / 16, 20
+# Tasks count as long from this mean on, again in times ``Timing.short_task``.
+_LONG = 2
+# Tasks with a lower mean than this may only look long, because workers wait for the interpreter. One worker
+# runs them alone as a trial: after 64 tasks, and after ever more if they were long in it.
+_DOUBTFUL, _FIRST_TRIAL, _LONGEST_TRIAL = 10, 64, 8192
+# Longer than any short task, so that the mean is a number.
+_HOUR = 3600.0
+
+_put = SimpleQueue.put
 
 
 class Ahead:
@@ -24,22 +33,25 @@ class Ahead:
     def __init__(self, workers: int, timing: Timing) -> None:
         self.workers = workers
         # Read here, as each task uses them.
-        self._short_task, self._tied_up_after = timing.short_task, timing.tied_up_after
+        self._short_task = min(timing.short_task, _HOUR)
+        self._tied_up_after = timing.tied_up_after
         self._most, self._most_served = timing.most_ahead, timing.most_served
         self._gather = timing.gather
-        #: Started runs that no worker has taken yet, in order; each is in the state ``ahead``.
+        #: Started runs that any free worker may take, in order; each is in the state ``ahead``.
         self.runs: deque[Run] = deque()
         #: The time at which each executing run began. Kept apart from the states of all runs, because
         #: each submit counts them.
         self.at_work: dict[Run, float] = {}
         # The time at which a run was last laid out or taken; True if one was taken since the last nudge.
         self._since, self._taken = 0.0, False
-        #: The workers that wait for a task.
-        self.waiting: set[_thread.LockType] = set()
-        self._work = Bell()
+        #: The hands of the workers that wait. The one that came last is called first, so few threads stay
+        #: warm. Whoever calls it puts something into its hand: a started run, or None to have it look.
+        self.waiting: deque[SimpleQueue[Run | None]] = deque()
         #: True if tasks have lately been so short that waking a thread costs more than a task.
         self.short = False
-        self._lately = _ALL_LONG  # the first tasks count as long
+        self._mean = _LONG * self._short_task  # the first tasks count as long
+        # The number of attempts from which a trial is due, and that between the next two.
+        self._try_at = self._patience = _FIRST_TRIAL
         self._last_batch = 0
         self._lingering = threading.Lock()
         #: The number of attempts that have ended.
@@ -55,15 +67,27 @@ class Ahead:
     def ended(self, run: Run, duration: float) -> None:
         """Note that a worker is free again after a task of ``duration`` seconds."""
         self.at_work.pop(run, None)
-        self.attempts = next(self._counter)
-        # One bit for each of the last tasks, so that a single slow task changes nothing.
-        self._lately = (self._lately << 1 | (duration >= self._short_task)) & _ALL_LONG
-        self.short = self._lately.bit_count() <= _MOST_LONG
+        self.attempts = attempts = next(self._counter)
+        short = self._short_task
+        self._mean += (min(duration, _MOST_COUNTED * short) - self._mean) * _WEIGHT
+        if not self.short:
+            doubtful = attempts >= self._try_at and self._mean < _DOUBTFUL * short
+            if doubtful or self._mean < short:
+                self.short, self._mean = True, short
+        elif self._mean > _LONG * short:
+            self.short, self._try_at = False, attempts + self._patience
+            self._patience = min(2 * self._patience, _LONGEST_TRIAL)
+        elif attempts > self._try_at + 2 * self._patience:  # they have been short for long
+            self._patience = _FIRST_TRIAL
 
     @property
     def portion(self) -> int:
-        """The number of tasks to start at once: one for each of a few waiting workers; many if short."""
-        return self._most if self.short else 1 + min(len(self.waiting), self._most_served)
+        """The number of tasks to start at once: one for each of some waiting workers; many if short."""
+        if self.short:
+            return self._most
+        # Many workers, one after another, wait longer for a start than for each other.
+        served = max(self._most_served, self.workers // 8)
+        return min(1 + min(len(self.waiting), served), self._most)
 
     def let_gather(self, waiting: int) -> None:
         """Let a few short tasks gather while they arrive in quick succession.
@@ -87,14 +111,23 @@ class Ahead:
 
     # --- started tasks
 
-    def lay_out(self, runs: Sequence[Run]) -> None:
-        """Offer started tasks to any free worker."""
-        self._since = time.monotonic()
+    def lay_out(self, runs: Sequence[Run]) -> bool:
+        """Give each started task to a worker that waits, or else offer it to any that becomes free.
+
+        Return False if some are only offered.
+        """
         for run in runs:
-            run.state = "ahead"
-            self.runs.append(run)
-        if not self.short:
-            self._work.ring(len(runs))
+            if self.short:
+                self._offer(run)
+            else:
+                self.serve(run)
+        if self.runs and not self.short:
+            self.serve()  # a worker may have begun to wait before the last one was there
+        return not self.runs
+
+    def _offer(self, run: Run) -> None:
+        run.state, self._since = "ahead", time.monotonic()
+        self.runs.append(run)
 
     @property
     def idles(self) -> bool:
@@ -102,16 +135,19 @@ class Ahead:
         more = len(self.waiting) > len(self.runs)
         return more and not (self.short and self._leaves_to_others())
 
-    def serve(self, run: Run) -> bool:
-        """Give a started task to a waiting worker.
+    def serve(self, run: Run | None = None) -> bool:
+        """Wake the worker that began to wait last, and give it a started task, or have it look for one.
 
-        Return False if each of them may have a task already.
+        Return False if none waits: the task is only offered. The worker leaves the line and gets the task
+        in one step, because an interrupt that came in between would lose it.
         """
-        run.state = "ahead"
-        self._since = time.monotonic()
-        self.runs.append(run)
-        self._work.ring()
-        return len(self.runs) <= len(self.waiting)
+        try:
+            next(map(_put, iter(self.waiting.pop, None), (run,)))
+        except IndexError:
+            if run is not None:
+                self._offer(run)
+            return False
+        return True
 
     def take(self) -> Run | None:
         """Take the next task that was started ahead; return None if none is left."""
@@ -122,7 +158,7 @@ class Ahead:
         run.state = "starting"
         self._taken, self._since = True, time.monotonic()
         if self.runs and self.waiting and not self._leaves_to_others():
-            self._work.ring()
+            self.serve()
         return run
 
     def clear(self, older_than: float = 0.0) -> list[Run]:
@@ -136,18 +172,18 @@ class Ahead:
 
     # --- workers that wait
 
-    def wait(self, ready: Callable[[], object]) -> None:
-        """Wait until ``ready`` returns a true value: there is something for this worker."""
-        while True:
-            ear = self._work.listen()
-            self.waiting.add(ear)  # before the check: a task that arrives later wakes this worker
-            try:
-                if ready():
-                    self._work.leave(ear)
-                    return
-                self._work.wait(ear)
-            finally:
-                self.waiting.discard(ear)
+    def wait(self, ready: Callable[[], object]) -> Run | None:
+        """Wait until this worker is called, unless ``ready`` returns a true value.
+
+        Return the task that it was given; None if it must look for one.
+        """
+        hand: SimpleQueue[Run | None] = SimpleQueue()
+        self.waiting.append(hand)  # before the check: for a task that arrives later it is called
+        if ready():
+            with suppress(ValueError):  # it was just called
+                self.waiting.remove(hand)
+                return None
+        return hand.get()
 
     def wake(self) -> bool:
         """Wake a waiting worker, unless tasks are short and another worker is busy with them.
@@ -159,7 +195,7 @@ class Ahead:
             return True
         if self._leaves_to_others():
             return False
-        self._work.ring()
+        self.serve()
         return True
 
     def _leaves_to_others(self) -> bool:
@@ -175,15 +211,18 @@ class Ahead:
 
     def wake_all(self) -> None:
         """Wake every waiting worker."""
-        self._work.ring_all()
+        for _ in range(len(self.waiting)):
+            self.serve()
 
     def nudge(self, waiting: int) -> bool:
         """Wake workers if no task was taken since the last call.
 
-        ``waiting`` is the number of tasks in the buffer. Return False if no worker waits.
+        ``waiting`` is the number of tasks in the buffer: the worker that takes some calls the next one.
+        Return False if no worker waits.
         """
-        if self.waiting and not self._taken:
-            self._work.ring(waiting + len(self.runs))
+        if not self._taken:
+            for _ in range(len(self.runs) + bool(waiting)):
+                self.serve()
         self._taken = False
         return bool(self.waiting)
 

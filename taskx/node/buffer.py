@@ -110,7 +110,7 @@ class Slots(Place):
                 heappush(buffer._heap, item)  # first: one that is not in the heap would never run
                 buffer._submitted[item.id] = item
                 buffer.reserved.discard(number)
-        if self.writes and not buffer._wake():
+        if self.writes and not buffer._call():
             self._short_of_workers()
 
     def release(self, error: BaseException | None) -> None:
@@ -217,7 +217,7 @@ class Buffer:
         """Put in a task that was stored before, beside the slots."""
         with self._mutex:
             self._insert(task_id, type, priority, created_at, run_at, order)
-            self._wake()
+            self._call()
 
     def _insert(
         self,
@@ -239,14 +239,14 @@ class Buffer:
         with self._mutex:
             for task_id, _, _, priority, created_at, _, type, run_at in stubs:
                 self._insert(task_id, type, priority, created_at, run_at, next(self._numbers))
-            self._wake()  # one worker: it takes some of them, and wakes the next one
+            self._call()  # one worker: it takes some of them, and calls the next one
 
     def put_back(self, items: Iterable[Item]) -> None:
         """Put back items that were taken, in their old place in the sort order."""
         with self._mutex:
             for item in items:
                 self._add(item._replace(fetched=True, row=None))
-            self._wake()
+            self._call()
 
     def discard(self, task_ids: Iterable[str]) -> None:
         """Remove tasks that will not run, and free their slots."""
@@ -264,6 +264,10 @@ class Buffer:
         out = [item for item in inside if gone(item.type)]
         self.discard([item.id for item in out])
         return out
+
+    def _call(self) -> bool:
+        """Wake a worker, unless one is just starting tasks, which calls the next one itself."""
+        return bool(self.starting) or self._wake()
 
     def _add(self, item: Item) -> None:
         heappush(self._heap, item)  # first: an id that is known but not in the heap would never run
@@ -304,11 +308,9 @@ class Buffer:
             return items
 
     def started(self) -> None:
-        """Let another worker take tasks."""
+        """Let a worker take tasks again; the caller wakes one if some are left."""
         with self._mutex:
             self.starting = []
-            if len(self):
-                self._wake()
 
     def has_next(self) -> bool:
         """Return True if :meth:`take` would return a task, or if the buffer is closed."""

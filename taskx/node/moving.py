@@ -173,7 +173,7 @@ class Moves(Ledger[Outcome]):
         ):  # most outcomes: nobody but those who wait for the task must hear of it
             pool.over(run)
             if run.task.id in self._watcher.watched:
-                self._watcher.resolve(run.task.id)
+                self._watcher.complete(run.task, held[0].changes["result"])
             return
         self._moved(held, {run.task.id: run.task}, outcome)
         pool.concluded(run, held, error)

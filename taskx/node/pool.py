@@ -322,30 +322,46 @@ class WorkerPool:
                 self.hooks.let_catch_up()
             if ahead.short and not ahead.runs and not self.services.watcher.watching:
                 ahead.let_gather(len(buffer))
-            run, items = ahead.take() if ahead.runs else None, None
-            if run is None and (items := buffer.take(ahead.portion)):
-                run = self.start(items, worker)
-                self._complaint.over()
+            run = ahead.take() if ahead.runs else None
+            if run is None:
+                if items := buffer.take(ahead.portion):
+                    run = self.start(items, worker)
+                    self._complaint.over()
+                else:
+                    self._finish()
+                    run = ahead.wait(self._has_next)
+                    if run is not None and self.stopping:
+                        self.starter.hand_back([run])
+                        return
             if run is not None:
                 self.execute(run, worker)
-                del run  # a waiting worker must not keep the last task's values alive
-            elif not items:
-                if not self.services.moves.flush(wait=False):
-                    # Another thread is committing, perhaps without the last outcomes.
-                    self.agenda.wake_from_long_sleep()
-                if self.agenda.more_stored:
-                    self.fetcher.refill()
-                self._tell_quiet()
-                ahead.wait(self._has_next)
+            del run  # a waiting worker must not keep the last task's values alive
             if self._at_work > ahead.workers and self._is_superfluous():
                 return
+
+    def _finish(self) -> None:
+        """Do what is left to do before this worker waits."""
+        if len(self.buffer):  # another worker starts tasks, and writes the outcomes with them
+            self.agenda.wake_from_long_sleep()
+        else:
+            if not self.services.moves.flush(wait=False):
+                # Another thread is committing, perhaps without the last outcomes.
+                self.agenda.wake_from_long_sleep()
+            if self.agenda.more_stored:
+                self.fetcher.refill()
+            self._tell_quiet()
 
     def _has_next(self) -> bool:
         """Return True if there is a task for a worker, or a worker must end."""
         return bool(self.ahead.runs) or self._at_work > self.ahead.workers or self.buffer.has_next()
 
     def start(self, items: list[Item], worker: str) -> Run | None:
-        """Start tasks in one transaction, lay out all but the first, and return that for this worker."""
+        """Start tasks in one transaction, and lay out all but the first, which this worker gets.
+
+        It gets none if it is of more use here: more tasks wait, and so do more workers than it has tasks
+        for. To call one of them only to start tasks, too, would cost a switch of threads.
+        """
+        own = 1
         try:
             self.ahead.begin(len(items))
             # Before the start: if this fails, no task was started that no thread would run.
@@ -354,15 +370,18 @@ class WorkerPool:
             if self.stopping:  # the stop could not see these runs yet, and did not tell them
                 self.starter.hand_back(runs)
                 return None
-            if len(runs) > 1:
-                self.ahead.lay_out(runs[1:])
+            if len(self.buffer) and len(self.ahead.waiting) >= len(runs) and not self.ahead.short:
+                own = 0
+            if len(runs) > own and not self.ahead.lay_out(runs[own:]):
                 self.agenda.wake_from_long_sleep()
         except BaseException:  # an interrupt, too: no other thread holds these tasks
             self.buffer.put_back(item for item in items if item.id not in self.runs)
             raise
         finally:
             self.buffer.started()
-        return runs[0] if runs else None
+            if own and len(self.buffer) and not self.ahead.wake():
+                self.agenda.wake_from_long_sleep()
+        return runs[0] if own and runs else None
 
     @property
     def idles(self) -> bool:

@@ -46,6 +46,11 @@ class Runs(dict[str, Run]):
         """The runs whose executors are being called."""
         return [run for run in list(self.values()) if run.state == "executing"]
 
+    def running(self, task_id: str) -> bool:
+        """Return True if the start of a task is committed, and its outcome is not."""
+        run = self.get(task_id)
+        return run is not None and run.task.status is TaskStatus.RUNNING
+
     def forget(self, run: Run) -> bool:
         """Forget a run; return False if it was forgotten before."""
         return self.get(run.task.id) is run and self.pop(run.task.id, None) is not None

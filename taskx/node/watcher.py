@@ -32,6 +32,10 @@ _MOST_READ = 50
 _DEAF = "the watcher gets no wake-ups from other processes; it polls instead"
 
 
+def _nowhere(task_id: str) -> bool:
+    return False
+
+
 class Watcher:
     """Resolves the handles in use, when their tasks have ended.
 
@@ -74,14 +78,18 @@ class Watcher:
         """True if any task is watched that has not ended."""
         return bool(self._handles)
 
-    def watch(self, *handles: TaskHandle[Any]) -> None:
-        """Resolve handles as soon as their tasks have ended. May be called any number of times."""
+    def watch(self, *handles: TaskHandle[Any], runs: Callable[[str], bool] = _nowhere) -> None:
+        """Resolve handles as soon as their tasks have ended. May be called any number of times.
+
+        ``runs`` returns True if a task runs here: its end will be told, so nothing is read.
+        """
         new = [handle for handle in handles if handle._watched_by is not self]
         for handle in handles:
             if handle._watched_by is not self or handle._has_callbacks:
                 self._register(handle)
         try:
-            self._check([handle.id for handle in new])
+            # After they were registered: an end may come at any moment.
+            self._check([handle.id for handle in new if not runs(handle.id)])
             for handle in new:
                 handle._note_watched(self)
         finally:
@@ -147,7 +155,7 @@ class Watcher:
     def resolve(self, task_id: str) -> None:
         """Resolve the handles of a task that has just ended, and tell their listeners.
 
-        The task's ending is committed, so a failed read does no harm: the handles are checked again soon.
+        Its end is committed, so a failed read does no harm: the handles are checked again soon.
         """
         try:
             self._resolve([task_id])
@@ -184,10 +192,13 @@ class Watcher:
             some = task_ids[start : start + _MOST_READ]
             found = self._repository.get_many(some)
             for task_id in some:
-                for handle in self._live(task_id):
-                    handle._conclude(found.get(task_id))
-                    if handle._has_ended:
-                        self._tell(handle)
+                self._conclude(task_id, found.get(task_id))
+
+    def _conclude(self, task_id: str, task: Task | None) -> None:
+        for handle in self._live(task_id):
+            handle._conclude(task)
+            if handle._has_ended:
+                self._tell(handle)
 
     def _tell(self, handle: TaskHandle[Any]) -> None:
         """Tell the listeners of a handle that has ended, or leave that to another thread.

@@ -696,8 +696,10 @@ class Queue(Questions, Steering):
             for handle in handles
             if not postpone(handle.id, id(handle), partial(watcher.watch_late, handle))
         ]
-        watcher.watch(*now)
-        if now and self._pool is None:
+        if (pool := self._pool) is not None:
+            watcher.watch(*now, runs=pool.runs.running)
+        elif now:
+            watcher.watch(*now)
             watcher.warn_if_nobody_runs(now[0].id)
 
     # --- starting and stopping

@@ -228,7 +228,7 @@ class Everybody:
     def __contains__(self, task_id):
         return True
 
-    def resolve(self, task_id):
+    def resolve(self, task_id, task=None):
         self._ears.hear("handles")
 
 

@@ -24,7 +24,7 @@ from helpers import PATIENCE, eventually, pool_of, services_of, whole_round
 
 import taskx
 from taskx import Config, Queue, SQLiteRepository, Task, TaskHandle, TaskStatus
-from taskx.tasks.bell import Bell
+from taskx.node.ahead import Ahead
 from taskx.tasks.timing import Timing
 
 ROOT = Path(__file__).parents[2]
@@ -136,10 +136,14 @@ class Road:
             self.way.add(_stack(frame.f_back if event == "call" else frame))
 
     def _count(self) -> int:
-        """Count the tasks that wait for the worker, and an outcome that was left to a commit."""
+        """Count the tasks that wait for the worker, and an outcome that was left to a commit.
+
+        The submitter sees that the worker is called; the worker's next event is its exit from there.
+        """
         pool = pool_of(self.queue)
         self._deferred |= self._ran and bool(services_of(self.queue).moves.unsettled)
-        return len(pool.buffer) + len(pool.ahead.runs) + self._deferred
+        called = threading.get_ident() != self.worker.ident and not pool.ahead.waiting
+        return len(pool.buffer) + len(pool.ahead.runs) + called + self._deferred
 
     def submit(self) -> TaskHandle[Any]:
         return self.queue.submit("fine", {"n": 1})
@@ -154,7 +158,7 @@ class Road:
         return pool_of(self.queue).holds_nothing() and not services_of(self.queue).moves.unsettled
 
     def _sleeps(self) -> bool:
-        return sys._current_frames()[self.worker.ident].f_code is Bell.wait.__code__
+        return sys._current_frames()[self.worker.ident].f_code is Ahead.wait.__code__
 
     @contextmanager
     def _recording(self, *threads: int | None) -> Iterator[None]:

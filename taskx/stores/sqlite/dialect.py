@@ -19,7 +19,15 @@ FREE_PAGES = (
 )
 
 # What a creation may set besides the columns of every creation, and numbers that may be missing.
-_RARE = ("retry", "unique_key", "depends_on", "concurrency_key", "tags", "expires_at", "checkpoints")
+_RARE = (
+    "retry",
+    "unique_key",
+    "depends_on",
+    "concurrency_key",
+    "tags",
+    "expires_at",
+    "checkpoints",
+)
 _NUMBERS = ("run_at", "timeout", "max_attempts", "max_crashes")
 
 
