@@ -56,9 +56,8 @@ def _start(moment: int) -> None:
     _moment = moment  # last: after an interrupt before this, the moment begins again
 
 
-@lru_cache(
-    maxsize=10_000
-)  # a task's key is needed about five times, in most cases soon after another
+# A key is needed about five times, in most cases soon after another.
+@lru_cache(maxsize=1000)
 def key_of(id: str) -> int | None:
     """Return the key in an id of :func:`new_id`; None if the id has none.
 

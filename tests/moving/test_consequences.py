@@ -115,6 +115,7 @@ TOLD = {
     "dependents.parent_ended": {"node/moving.py"},
     "dependents.waits": {"node/moving.py"},
     "watcher.resolve": {"node/moving.py"},
+    "watcher.complete": {"node/moving.py"},
     "hooks.tell": {
         "node/moving.py",
         "node/pool.py",
@@ -228,7 +229,10 @@ class Everybody:
     def __contains__(self, task_id):
         return True
 
-    def resolve(self, task_id, task=None):
+    def resolve(self, task_id):
+        self._ears.hear("handles")
+
+    def complete(self, task, result):
         self._ears.hear("handles")
 
 

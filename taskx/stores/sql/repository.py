@@ -115,7 +115,7 @@ class SQLReads(Reads):
         rows = self._links.few_rows("id", *sql.find_as_created(task_ids))
         try:
             found = own_tasks([dict(zip(CREATED, row, strict=True)) for row in rows])
-        except (ValueError, StopIteration, OverflowError):  # damaged params, or a time out of range
+        except (ValueError, StopIteration, OverflowError):
             found = {}
         if len(found) < len(task_ids):
             found |= repository.get_many([task_id for task_id in task_ids if task_id not in found])
