@@ -121,7 +121,7 @@ def test_three_functions_take_in_new_tasks():
         and node.func.attr == "fill"
     }
     assert fillers == {
-        f"queue/intake.py: {function}" for function in ("accept", "accept_many", "put")
+        f"queue/intake.py: {function}" for function in ("_take_in", "accept_many", "put")
     }
 
 

@@ -89,7 +89,8 @@ def test_a_struck_import_keeps_no_lock_of_python(tmp_path, monkeypatch):
         sys.modules.pop("struck_module", None)
         importlib.import_module("struck_module")
 
-    assert any("struck_module" in str(strike) for strike in every_strike(work))
+    struck = sum(1 for _ in every_strike(work))
+    assert struck > 2
     other = threading.Thread(target=importlib.import_module, args=("later_module",), daemon=True)
     other.start()
     other.join(PATIENCE)

@@ -170,8 +170,7 @@ class Ledger(ABC, Generic[OutcomeT]):
         self._concluded(outcome, writes, results, refused)
 
     def _commit(self, writes: Sequence[Write]) -> Sequence[bool]:
-        # A leader may wait for a lock of the repository that this thread holds.
-        if self._leading._is_owned() or self._repository.entered:  # type: ignore[attr-defined]
+        if self._leading._is_owned():  # type: ignore[attr-defined]
             raise Reentered
         leads: list[bool] = []
         entry: _Entry[OutcomeT] | None = None
@@ -182,6 +181,9 @@ class Ledger(ABC, Generic[OutcomeT]):
                 if leads == [True] and not self._waiting:
                     with self._repository.house.without_waiting():
                         return self._target.apply(writes)
+                # A leader may wait for a lock of the repository that this thread holds.
+                if self._repository.entered:
+                    raise Reentered
                 entry = _Entry(writes, None)
                 self._waiting.append(entry)
                 while not entry.done:

@@ -366,7 +366,11 @@ class Queue(Questions, Steering):
         if plain and not self.repository.transactions.known:
             task_id = self._entrance.accept_plain(str(task), params)
             if task_id is not None:
-                return self._handle_of(task_id)
+                try:
+                    return TaskHandle(task_id, self)
+                except BaseException as error:  # an interrupt
+                    error.task_id = task_id  # type: ignore[attr-defined]
+                    raise
         return self._submit(task, params, connection, options)
 
     def _submit(
@@ -388,9 +392,6 @@ class Queue(Questions, Steering):
         else:
             with self._joining.intake(connection, self._registry.middleware) as intake:
                 task_id = intake.accept(wanted, priority, on_conflict, created_at=created_at)
-        return self._handle_of(task_id)
-
-    def _handle_of(self, task_id: str) -> TaskHandle[Any]:
         try:
             return TaskHandle(task_id, self)
         except BaseException as error:  # an interrupt

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from taskx.tasks.errors import PayloadError
@@ -31,19 +31,21 @@ _encoder = json.JSONEncoder(
 )
 
 
-def _made_once() -> Callable[[Any], str]:
-    """Return ``_encoder.encode``, without making the same C object again for each value.
+def _made_once() -> Callable[[Any, bool], Iterable[str]]:
+    """Return ``_encoder.iterencode``, without making the same C object again for each value.
 
-    That is half of the time for a small value. Interpreters without the C object have their own ``encode``.
+    That is half of the time for a small value. An interpreter may have no such object.
     """
     if (make := getattr(json.encoder, "c_make_encoder", None)) is None:
-        return _encoder.encode
+        return _encoder.iterencode
     strings = json.encoder.encode_basestring
-    chunks = make(None, _encoder.default, strings, None, ":", ",", False, False, False)
-    return lambda value: "".join(chunks(value, 0))
+    made: Callable[[Any, bool], Iterable[str]] = make(
+        None, _encoder.default, strings, None, ":", ",", False, False, False
+    )
+    return made
 
 
-_dumps = _made_once()
+_chunks = _made_once()
 _decoder = json.JSONDecoder()
 #: Decodes JSON text that :func:`encode` made, without white space: returns the value and its end.
 scan = _decoder.scan_once  # type: ignore[attr-defined]
@@ -69,7 +71,7 @@ def encode(value: Any, what: str, max_size: int = DEFAULT_MAX_SIZE) -> str:
         raise PayloadError((what + flaw[0])[:500], flaw[1])
     if isinstance(value, dict) and CODEC_KEY in value:
         raise PayloadError(f"{what}.{CODEC_KEY}", "is a reserved key; use another name")
-    text = _dumps(value)
+    text = "".join(_chunks(value, False))
     if text.isascii() and len(text) <= max_size:
         return text
     try:

@@ -422,6 +422,12 @@ class _InlineIntake(Intake):
         self._after([task_id])
         return task_id
 
+    def accept_plain(self, type: str, params: Any) -> str | None:
+        task_id = super().accept_plain(type, params)
+        if task_id is not None:
+            self._after([task_id])
+        return task_id
+
     def accept_many(
         self, tasks: Iterable[Task], priority: int | None = None, **more: Any
     ) -> list[str]:

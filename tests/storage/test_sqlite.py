@@ -970,10 +970,10 @@ class TestDurability:
         repository.create(task("a"))
         real = connections_of(repository).writer()
         interrupting = Interrupting(real, "after", "PRAGMA synchronous")
-        connections_of(repository)._writer = interrupting
+        connections_of(repository).current = interrupting
         with pytest.raises(KeyboardInterrupt):
             repository.apply([self.FLEETING])
-        connections_of(repository)._writer = real
+        connections_of(repository).current = real
         assert self.level_at_commit(repository, [self.DURABLE]) == "FULL"
 
 
@@ -1033,10 +1033,10 @@ class TestInterrupts:
         repository.create(task("a"))
         writes = [insert("b"), lifecycle.start(repository.get_by_id("a"), 5, "node")]
         real = connections_of(repository).writer()
-        connections_of(repository)._writer = Interrupting(real, when, statement)
+        connections_of(repository).current = Interrupting(real, when, statement)
         with pytest.raises(KeyboardInterrupt):
             repository.apply(writes)
-        connections_of(repository)._writer = real
+        connections_of(repository).current = real
         assert list(shown(repository, writes)) == [stored, stored]
         assert ids(repository) == (["a", "b"] if stored else ["a"])
         assert list(repository.apply(writes)) == [not stored, not stored]

@@ -113,6 +113,7 @@ class SQLReads(Reads):
         if not sql.dialect.as_created or repository.codecs.given:
             return repository.get_many(task_ids)
         rows = self._links.few_rows("id", *sql.find_as_created(task_ids))
+        rows = [row for row in rows if bytes not in map(type, row)]  # text that is not UTF-8
         try:
             found = own_tasks([dict(zip(CREATED, row, strict=True)) for row in rows])
         except (ValueError, StopIteration, OverflowError):

@@ -146,7 +146,8 @@ class Connections:
         self.migrates = True  # if False, a file of an older version is refused
         #: True once the file was checked, and created if it was missing, until :meth:`close`.
         self.opened = False
-        self._writer: Connection | None = None
+        #: The writing connection; None before the first write and after :meth:`close`.
+        self.current: Connection | None = None
         # Readers that nobody uses; the one that was given back last is at the end. An interrupt may lose a
         # reader on its way. It is closed when nothing refers to it any more.
         self._idle: list[Connection] = []
@@ -188,8 +189,8 @@ class Connections:
         return RepositoryError(f"{path}: {text}")
 
     def writer(self) -> Connection:
-        """Return the writing connection. The caller holds the write lock."""
-        return self._writer or self._open_file()
+        """Return :attr:`current`, or open the file. The caller holds the write lock."""
+        return self.current or self._open_file()
 
     def read(self, work: Callable[..., T], *arguments: object) -> T:
         """Return ``work(connection, *arguments)``, called with a reader, and translate SQLite's errors.
@@ -280,10 +281,10 @@ class Connections:
 
     def _close_writer(self) -> None:
         try:
-            if self._writer is not None:
-                self._writer.close()
+            if self.current is not None:
+                self.current.close()
         finally:
-            self._writer = None
+            self.current = None
 
     def close(self) -> None:
         """Close all connections that are not in use."""
@@ -327,9 +328,9 @@ class Connections:
 
     def renew_after_fork(self) -> None:
         """Start over, in a forked child, with connections of its own."""
-        self._abandoned += [*self.open_readers(), *([self._writer] if self._writer else [])]
+        self._abandoned += [*self.open_readers(), *([self.current] if self.current else [])]
         self._idle, self._readers = [], []
-        self._writer = None
+        self.current = None
         self._opening = threading.RLock()
 
     # --- opening
@@ -377,7 +378,7 @@ class Connections:
             if isinstance(error, sqlite3.Error):
                 raise self.translated(error) from error
             raise
-        self._writer, self.opened = connection, True
+        self.current, self.opened = connection, True
         return connection
 
     def _check_before_touching(self) -> None:

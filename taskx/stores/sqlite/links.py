@@ -97,7 +97,7 @@ class FileLinks(Links, News, House, Forks):
             raise Reentered
         noted = self.connections.compiling.noted
         with self.write_lock:
-            connection = self.connections.writer()
+            connection = self.connections.current or self.connections.writer()
             if connection.in_transaction:  # signals interrupted the last transaction twice
                 self._roll_back(connection)
                 connection = self.connections.writer()  # a new one if the rollback failed

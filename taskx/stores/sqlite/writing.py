@@ -56,14 +56,17 @@ class KeyedWriter(Writer):
 
     def alone(self, writes: Sequence[Write], link: Link) -> list[bool]:
         (write,) = writes
-        if link.execute(*self._query(write)).rowcount > 0:
+        if isinstance(write, Insert):
+            row = write.row
+            values = (key_of(row["id"]), *row.values())
+            changed = link.execute(self.statements.insert(("seq", *row)), values).rowcount
+        else:
+            changed = link.execute(*self._query(write)).rowcount
+        if changed > 0:
             return [True]
         raise Apart  # there may be another row to look at
 
-    def _query(self, write: Write) -> Query:
-        if isinstance(write, Insert):
-            row = write.row
-            return self.statements.insert(("seq", *row)), (key_of(row["id"]), *row.values())
+    def _query(self, write: Update | Delete) -> Query:
         if isinstance(write, Update):
             return self._sql_of((write.id,), write.guard, write.changes)
         return self.statements.delete(write.id, write.guard)
