@@ -285,7 +285,7 @@ class Starter:
             found = own_tasks([item.row for item in items if item.row is not None])
             if len(found) < len(items):
                 unread = [item.id for item in items if item.row is None]
-                found.update(services.repository.reads.to_start(unread))
+                found.update(services.repository.get_many(unread))
             if paused := services.controls.paused:
                 self._turn_away(found, [task for task in found.values() if task.type in paused])
             if services.registry.limits:

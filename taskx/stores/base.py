@@ -473,13 +473,6 @@ class Reads:
     def __init__(self, repository: Repository) -> None:
         self._repository = repository
 
-    def to_start(self, task_ids: Sequence[str]) -> dict[str, Task]:
-        """Do the same as :meth:`Repository.get_many` for pending tasks that are about to start.
-
-        Most of them are as they were created. Override it if the store can read those with less work.
-        """
-        return self._repository.get_many(task_ids)
-
     def count_ready(self, type: str, owner: str, at_most: int) -> int:
         """Return the number of tasks that :meth:`Repository.ready` would return, at most ``at_most``.
 

@@ -79,10 +79,6 @@ class Dialect:
     #: The column of tasks that the pairs of a parent and a task have for the task.
     child = "id"
 
-    #: The condition for a pending task that only has what every creation sets, undamaged; empty if there is
-    #: none.
-    as_created = ""
-
     #: The expressions of the columns of a stub.
     stub = ", ".join(STUB)
 

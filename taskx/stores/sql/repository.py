@@ -20,10 +20,10 @@ from taskx.stores.sql.writing import Refused, Writer
 from taskx.tasks.clock import SYSTEM_CLOCK, Clock
 from taskx.tasks.codec import Codec, Codecs
 from taskx.tasks.model import TASK_FIELDS, Task, TaskFilter, TaskStatus
-from taskx.tasks.record import Ended, Stub, own_tasks, parents_from_text, task_from_row
+from taskx.tasks.record import Ended, Stub, parents_from_text, task_from_row
 from taskx.tasks.tags import FLOW
 from taskx.tasks.timing import DEFAULT_TIMING, Timing
-from taskx.tasks.writes import CREATED, Note, NoteChange, Write
+from taskx.tasks.writes import Note, NoteChange, Write
 
 _MOST_VALUES = 500  # in one query
 _MANY_WAITING = 2000
@@ -38,7 +38,6 @@ class SQLReads(Reads):
     def __init__(self, repository: Repository, statements: Statements, links: Links) -> None:
         super().__init__(repository)
         self.statements = statements
-        self._links = links
         self._rows = links.rows
 
     def list_after(self, filter: TaskFilter, after: Any = None) -> tuple[Sequence[Task], Any]:
@@ -106,20 +105,6 @@ class SQLReads(Reads):
                 break
             found.append(value)
             start = value
-        return found
-
-    def to_start(self, task_ids: Sequence[str]) -> dict[str, Task]:
-        repository, sql = self._repository, self.statements
-        if not sql.dialect.as_created or repository.codecs.given:
-            return repository.get_many(task_ids)
-        rows = self._links.few_rows("id", *sql.find_as_created(task_ids))
-        rows = [row for row in rows if bytes not in map(type, row)]  # text that is not UTF-8
-        try:
-            found = own_tasks([dict(zip(CREATED, row, strict=True)) for row in rows])
-        except (ValueError, StopIteration, OverflowError):
-            found = {}
-        if len(found) < len(task_ids):
-            found |= repository.get_many([task_id for task_id in task_ids if task_id not in found])
         return found
 
     def count_ready(self, type: str, owner: str, at_most: int) -> int:

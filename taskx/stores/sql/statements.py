@@ -17,7 +17,7 @@ from taskx.tasks.lifecycle import PENDING, RUNNING
 from taskx.tasks.model import TASK_FIELDS, TaskFilter
 from taskx.tasks.record import COLUMNS, DEFAULTS, FOR_PARENTS, FOR_TURN, FREE, UNIQUE, UNTIL_DUE
 from taskx.tasks.tags import FLOW
-from taskx.tasks.writes import CREATED, PRESENT
+from taskx.tasks.writes import PRESENT
 
 #: A statement and its values.
 Query = tuple[str, Sequence[Any]]
@@ -120,13 +120,6 @@ class Statements:
         else:
             which = among(self._lookups[column][1], len(values))
         return self.find_by(column, which, fields, limited), values
-
-    def find_as_created(self, task_ids: Sequence[str]) -> Query:
-        """Select the columns of every creation of those tasks that have nothing else."""
-        d = self.dialect
-        which, keys = d.named(task_ids)
-        sql = f"SELECT {d.columns(CREATED)} FROM {d.tasks} WHERE {which} AND {d.as_created}"
-        return sql, keys
 
     def find_elsewhere(self, task_ids: Sequence[str], fields: tuple[str, ...]) -> Query | None:
         """Select fields of tasks by their ids where few tasks are; None if there is no such place."""

@@ -8,20 +8,15 @@ from typing import Any
 
 from taskx.stores.sql import SQLite, Statements
 from taskx.stores.sql.dialects import LAST, among
-from taskx.stores.sql.statements import literal
 from taskx.tasks.ids import KEPT_ORDER, key_at, key_of
 from taskx.tasks.lifecycle import FINISHED, PENDING, RUNNING
 from taskx.tasks.model import CONDITIONS
-from taskx.tasks.record import COLUMNS, DEFAULTS, FREE
-from taskx.tasks.writes import CREATED
+from taskx.tasks.record import FREE
 
 FREE_PAGES = (
     "SELECT (SELECT freelist_count FROM pragma_freelist_count), "
     "(SELECT page_count FROM pragma_page_count)"
 )
-
-# Numbers that may be missing.
-_NUMBERS = ("run_at", "timeout", "max_attempts", "max_crashes")
 
 
 class OwnSQLite(SQLite):
@@ -41,15 +36,6 @@ class OwnSQLite(SQLite):
     all_following = "seq < ?", slice(2, 3)
     tag_columns: Mapping[str, str] = {"task": "seq"}
     child = "seq"
-    as_created = " AND ".join(
-        (
-            *(f"{name} IS {literal(DEFAULTS[name])}" for name in COLUMNS if name not in CREATED),
-            "retry IS NULL",
-            *(f"typeof({name}) = 'text'" for name in ("type", "params", "created_by", "owner")),
-            "typeof(created_at) = 'integer' AND typeof(priority) = 'integer'",
-            *(f"typeof({name}) IN ('integer', 'real', 'null')" for name in _NUMBERS),
-        )
-    )
 
     def __init__(self, prefix: str) -> None:
         super().__init__(*(f"{prefix}{name}" for name in ("tasks", "parents", "tagged", "notes")))
