@@ -11,6 +11,7 @@ from taskx.attempt.context import Context
 from taskx.attempt.executors import Executor, Registered, TaskExecutor, entry_of
 from taskx.stores.controls import overridden
 from taskx.tasks.checks import check_plain
+from taskx.tasks.creation import model_of
 from taskx.tasks.errors import ConfigurationError, UnknownTaskType
 from taskx.tasks.model import Task
 from taskx.tasks.options import LimitOptions, Options
@@ -81,6 +82,9 @@ class Registry:
         self.max_payload_size = max_payload_size
         #: The entry of each type that the queue runs.
         self.registered: dict[str, Registered] = {}
+        #: The row of a task without options of each type, for ``creation.copy_of``; a type of which more is
+        #: needed to make one has none.
+        self.models: dict[str, Mapping[str, Any]] = {}
         #: The JSON forms of params and results of the types whose executors annotate some.
         self.values: dict[str, Values] = {}
         #: The limits of the types that have one.
@@ -154,7 +158,10 @@ class Registry:
             self.values[entry.type] = entry.values
         else:
             self.values.pop(entry.type, None)
+        self.models.pop(entry.type, None)
         self.registered[entry.type] = entry._replace(function=function, takes_context=takes_context)
+        if entry.model is not None:
+            self.models[entry.type] = entry.model
 
     def override(self, overrides: Mapping[str, LimitOptions]) -> None:
         """Override the limits of some types; they replace all earlier overrides."""
@@ -201,6 +208,7 @@ class Registry:
             if used:
                 self._used.add(type)
                 self._first_use(type)
+                self.models[type] = model_of(type)
         return entry
 
     def knows(self, type: str) -> bool:

@@ -160,8 +160,7 @@ class Intake:
         Return None, and do nothing, if its executor does not allow that.
         """
         registry = self._services.registry
-        executor = registry.registered.get(type)
-        if executor is None or executor.model is None:
+        if (model := registry.models.get(type)) is None:
             return None
         self.refuse_if_stopped()
         if self._hooks.waiting:
@@ -169,9 +168,10 @@ class Intake:
         if params is None:
             params = {}
         text = payload.encode_params(params, registry.max_payload_size)
-        if executor.check_params is not None:
+        executor = registry.registered.get(type)
+        if executor is not None and executor.check_params is not None:
             executor.check_params(params)
-        insert = copy_of(executor.model, text, self._services.clock.now_ms())
+        insert = copy_of(model, text, self._services.clock.now_ms())
         return self._take_in(insert, "reject", spill=False)
 
     def _take_in(self, insert: Insert, on_conflict: OnConflict, *, spill: bool) -> str:
