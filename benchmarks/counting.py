@@ -6,6 +6,7 @@ import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 READS = ("SELECT",)
@@ -19,9 +20,15 @@ class Seen:
     def __init__(self) -> None:
         self._log: list[tuple[int, str]] = []
 
-    def note(self, sql: str) -> None:
-        """Record a statement. SQLite calls this before each one, on the thread that runs it."""
-        self._log.append((threading.get_ident(), sql.split(None, 1)[0].upper()))
+    def note(self, connection: sqlite3.Connection, sql: str) -> None:
+        """Record a statement. SQLite calls this before each one, on the thread that runs it.
+
+        A write in no transaction commits itself, so it counts as a commit, too.
+        """
+        thread, verb = threading.get_ident(), sql.split(None, 1)[0].upper()
+        self._log.append((thread, verb))
+        if verb in WRITES and not connection.in_transaction:
+            self._log.append((thread, COMMITS[0]))
 
     def clear(self) -> None:
         """Forget all statements."""
@@ -40,7 +47,7 @@ def watching() -> Iterator[Seen]:
 
     def connect_and_watch(*args: Any, **kwargs: Any) -> sqlite3.Connection:
         connection: sqlite3.Connection = connect(*args, **kwargs)
-        connection.set_trace_callback(seen.note)
+        connection.set_trace_callback(partial(seen.note, connection))
         return connection
 
     sqlite3.connect = connect_and_watch  # type: ignore[assignment]
