@@ -331,19 +331,24 @@ class _Window:
 
     def _submit_for_others(self) -> None:
         """Submit the items for the thread of the map, which meets the same error if that fails."""
+        more = True
         with suppress(Exception):
             while (
-                self._drawn
+                more
+                and self._drawn
                 and len(self._unfinished) < self.few
                 and self._submitting.acquire(blocking=False)
             ):
                 try:
-                    self._submit()
+                    # False if an interrupt has struck before the first one had its task: the thread of the
+                    # map makes it.
+                    more = self._submit()
                 finally:
                     self._submitting.release()
 
-    def _submit(self) -> None:
-        drawn = self._drawn
+    def _submit(self) -> bool:
+        """Submit the first items, as far as they have tasks. Return True if there was one."""
+        drawn, some = self._drawn, False
         while True:
             while drawn and drawn[0].outcome is not None:
                 drawn.popleft()
@@ -359,7 +364,9 @@ class _Window:
             outcomes = self.submitter.submit(tasks, self._by_id)
             for place, outcome in zip(lump.values(), outcomes, strict=True):
                 self._start(place, outcome)
+            some = True
         self._watch()
+        return some
 
     def _start(self, place: _Place, outcome: _Outcome) -> None:
         """Note the task of an item, or the error of the item."""

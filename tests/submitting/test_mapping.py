@@ -141,6 +141,30 @@ class TestResults:
         assert running.drain(PATIENCE)
         assert set(square.asked) <= {0, 1, 2, 3, 4}
 
+    def test_an_item_whose_task_an_interrupt_has_prevented_keeps_no_worker_busy(
+        self, make_queue, gate
+    ):
+        """The thread of the map makes that task later, if it goes on."""
+        queue = make_queue(worker_num=1)
+        hold = queue.executor("hold")(lambda n: gate() or n)
+        fine = queue.executor("fine")(lambda: "fine")
+        queue.start()
+        struck = []
+
+        def key(n):
+            if n == 2 and not struck:
+                struck.append(n)
+                gate.wait_for(1)
+                raise KeyboardInterrupt
+            return n
+
+        results = queue.map(hold, [1, 2], key=key, window=2)
+        with pytest.raises(KeyboardInterrupt):
+            next(results)
+        gate.open()
+        assert queue.submit(fine, {}).result(PATIENCE) == "fine"
+        assert list(results) == [1, 2]
+
     def test_the_default_window_has_work_for_every_worker(self, make_queue, gate):
         queue = make_queue(worker_num=4, buffer_size=1)
         hold = queue.executor("hold")(lambda n: gate() or n)
