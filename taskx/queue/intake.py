@@ -152,7 +152,11 @@ class Intake:
         insert = prepare(self._services, task, priority, created_at)
         if task.depends_on:
             find_parents(self.work.repository, [insert])
-        return self._take_in(insert, on_conflict, spill=spill)
+        try:
+            return self._take_in(insert, on_conflict, spill=spill)
+        except BaseException as error:
+            self._refused(insert, error)
+            raise
 
     def accept_plain(self, type: str, params: Any) -> str | None:
         """Do what :meth:`accept` does for a task that has only a type and params, in less time.
@@ -172,7 +176,11 @@ class Intake:
         if executor is not None and executor.check_params is not None:
             executor.check_params(params)
         insert = copy_of(model, text, self._services.clock.now_ms())
-        return self._take_in(insert, "reject", spill=False)
+        try:
+            return self._take_in(insert, "reject", spill=False)
+        except BaseException as error:
+            self._refused(insert, error)
+            raise
 
     def _take_in(self, insert: Insert, on_conflict: OnConflict, *, spill: bool) -> str:
         row = insert.row
@@ -209,7 +217,6 @@ class Intake:
         except BaseException as error:
             for place in places:
                 place.release(error)
-            self._refused(insert, error)
             raise
 
     def _resolve_conflict(self, insert: Insert, on_conflict: OnConflict) -> str | None:

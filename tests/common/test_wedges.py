@@ -60,24 +60,24 @@ def in_the_id(queue, monkeypatch, finalize):
         return urandom(size)
 
     monkeypatch.setattr(ids_module.os, "urandom", drawn)
-    monkeypatch.setattr(ids_module, "_last", 0)  # else it draws only in the next millisecond
+    monkeypatch.setattr(ids_module, "_moment", -1)  # else it draws only in the next millisecond
 
 
 def in_the_repository(queue, monkeypatch, finalize):
-    queue.repository.get_many = within_lock(queue.repository, once(finalize))
+    queue.repository.apply = within_lock(queue.repository, once(finalize))
 
 
 def within_lock(repository, finalizer):
-    get_many = repository.get_many
+    apply = repository.apply
     on_file = isinstance(repository, SQLiteRepository)
     lock = repository._file_links.write_lock if on_file else repository._lock
 
-    def read(task_ids):
+    def write(*args, **kwargs):
         with lock:
             finalizer()
-        return get_many(task_ids)
+        return apply(*args, **kwargs)
 
-    return read
+    return write
 
 
 WRITES = [in_the_ledger, after_the_commit, in_the_repository]

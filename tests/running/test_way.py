@@ -312,7 +312,7 @@ def test_a_run_in_a_batch_makes_no_more_calls_than_the_design_page_says(page, tm
         queue.submit("hold")
         assert inside.wait(PATIENCE)
         ahead = pool_of(queue).ahead
-        ahead._lately, ahead.short = 0, True
+        ahead._mean, ahead.short = 0.0, True
         queue.submit_many([Task(type="fine", params={"n": n}) for n in range(number)])
         counts.set()
         gate.set()
