@@ -535,8 +535,7 @@ def conclude(task: Task, ending: Ending, now: int) -> list[Update]:
             changes = {**_end(task, ending, now, COMPLETED), **changes}
         if task.errors:
             changes.update(_NO_ERROR)
-        fence = {"status": RUNNING, "starts": task.starts}
-        return [_update((task.id, fence, changes, False, "complete", False))]
+        return [_update((task.id, _fence(task), changes, False, "complete", False))]
     if ending.reason is CancelReason.CANCEL:
         return [_cancelled(task, ending, now)]
     if ending.reason in (CancelReason.STOP, CancelReason.LEASE_LOST):

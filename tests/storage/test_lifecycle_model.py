@@ -434,6 +434,8 @@ class Life(RuleBasedStateMachine):
         self.store.update_status(task_id, status, "by hand")
         if not same:
             self.moved_by_hand(record, status.value)
+        elif status is TaskStatus.PENDING:  # a start of the record as it was must fail
+            record.starts += 1
         record.message = "by hand"
 
     def moved_by_hand(self, record, status):
