@@ -33,7 +33,7 @@ Progress = Callable[[int, int], object]
 
 @attrs.frozen
 class Copied:
-    """What was copied.
+    """The result of a copy.
 
     Attributes:
         tasks: the number of tasks.
