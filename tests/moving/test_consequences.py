@@ -313,6 +313,11 @@ class Life:
         eventually(lambda: self.repository.statuses([task_id]).get(task_id) == status)
         return task_id
 
+    def starts_elsewhere(self, task_id, *more):
+        """Start a task on a node that is dead. Return False if its rescue came before the other writes."""
+        start = lifecycle.start(self.repository.get_by_id(task_id), 1, "a dead node")
+        return all(self.ears.elsewhere([start, *more]))
+
     def ends(self):
         for own in (True, False):
             eventually(lambda: pool_of(self.queue).idles)  # one without a key is started at once
@@ -362,11 +367,10 @@ class Life:
         self.until(FAILED, self.submit("died", max_crashes=1))
         self.until(CANCELLED, self.submit("died", id="unheard"))
         for status, options in ((PENDING, {}), (FAILED, {"max_crashes": 1}), (CANCELLED, {})):
-            task = self.repository.get_by_id(self.submit("remote", **options))
-            self.ears.elsewhere([lifecycle.start(task, 1, "a dead node")])
-            if status == CANCELLED:
-                self.ears.elsewhere(lifecycle.cancel(task.id, 1)[-1:])
-            self.until(status, task.id)
+            task_id = self.submit("remote", **options)
+            cancel = lifecycle.cancel(task_id, 1)[-1:] if status == CANCELLED else []
+            eventually(lambda task_id=task_id, more=cancel: self.starts_elsewhere(task_id, *more))
+            self.until(status, task_id)
         for own in (True, False):
             stuck = self.submit("hangs", own)
             self.gate.wait_for()
