@@ -108,7 +108,7 @@ class Housekeeper:
             # Before the first write; but outcomes are written in any case.
             Duty("schema", self._check_schema),
             # Before all that reads the tasks of this node.
-            Duty("outcomes", _unless_locked(moves.flush), due=_when(lambda: moves.unsettled, soon)),
+            Duty("outcomes", _unless_locked(moves.flush_late), due=_when(lambda: moves.unsettled, soon)),
             Duty("handles", lambda until: services.watcher.tell()),
             # After the outcomes of these tasks.
             Duty("stuck threads", _unless_locked(pool.stuck.lift)),

@@ -96,6 +96,7 @@ class Ledger(ABC, Generic[OutcomeT]):
         self._sent: Sequence[_Entry[OutcomeT]] = ()
         self._untold: deque[_Entry[OutcomeT]] = deque()
         self._put_off = False  # True once an entry was put off
+        self._first: _Entry[OutcomeT] | None = None  # the one that waited first at a late flush
 
     @abstractmethod
     def follow(self, writes: Iterable[Write], tasks: Mapping[str, Task] | None) -> None:
@@ -238,6 +239,15 @@ class Ledger(ABC, Generic[OutcomeT]):
     def later(self, writes: Sequence[Write], outcome: OutcomeT) -> None:
         """Queue the moves of an outcome. They are committed together with the next commit or flush."""
         self._waiting.append(_Entry(writes, outcome))
+
+    def flush_late(self) -> bool:
+        """Commit the queued outcomes, if the first of them was queued at the last call already.
+
+        Until then, a worker that starts tasks may commit them with the starts. Two threads that write at
+        once would give way to each other at each row.
+        """
+        first, self._first = self._first, next(iter(self._waiting), None)
+        return self.flush() if self._untold or (first is not None and first is self._first) else True
 
     def flush(self, *, wait: bool = True, patient: bool = False) -> bool:
         """Commit the queued outcomes. Without ``wait``, return False if another thread is committing.
