@@ -29,7 +29,8 @@ class Item(NamedTuple):
     id: str
     type: str
     fetched: bool
-    #: The row of a task that was submitted here, so that its start need not read it; None if it must.
+    #: The row of a small task, so that its start need not read it; None if it must. Whatever changes it in
+    #: the repository raises ``starts``, by which a start is guarded.
     row: Mapping[str, Any] | None = None
 
 
@@ -227,18 +228,19 @@ class Buffer:
         created_at: int,
         run_at: int | None,
         order: int,
+        row: Mapping[str, Any] | None = None,
     ) -> None:
         # A task that was spilled after the clock was set back has an earlier time. It must not overtake.
         late = self._set_back_to <= created_at < self._latest
         since = int(self._latest) if late else created_at
         place = rank(priority, since, run_at, self.ageing) if self.ageing else -priority
-        self._add(Item(place, since, order, task_id, type, True))
+        self._add(Item(place, since, order, task_id, type, True, row))
 
     def add_fetched(self, stubs: Iterable[Stub]) -> None:
         """Put in tasks that the repository listed."""
         with self._mutex:
-            for task_id, _, _, priority, created_at, _, type, run_at in stubs:
-                self._insert(task_id, type, priority, created_at, run_at, next(self._numbers))
+            for task_id, _, _, priority, created_at, _, type, run_at, row in stubs:
+                self._insert(task_id, type, priority, created_at, run_at, next(self._numbers), row)
             self._call()  # one worker: it takes some of them, and calls the next one
 
     def put_back(self, items: Iterable[Item]) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from itertools import islice
+from collections.abc import Iterable, Sequence
+from itertools import compress, islice
 
 from taskx.node.admission import Admission
 from taskx.node.ahead import Ahead
@@ -127,7 +127,7 @@ class Fetcher:
         A fetch also reads the tasks that the buffer has already, so few should be left. If there are other
         nodes, it may have to wait for the file, so it begins earlier.
         """
-        share = 0.25 if self.alone else 0.5
+        share = 0.125 if self.alone else 0.5
         if (
             self._services.agenda.more_stored
             and self._buffer.fetched < self._buffer.fetch_size * share
@@ -149,7 +149,15 @@ class Fetcher:
         taken = services.moves.commit([lifecycle.take(stub.id, self._node) for stub in stubs])
         if not all(taken):
             self._services.agenda.fetch_soon()  # other nodes took some: there may be further tasks
-        return [stub for stub, mine in zip(stubs, taken, strict=True) if mine]
+        return self._taken(stubs, taken)
+
+    def _taken(self, stubs: Iterable[Stub], taken: Sequence[bool]) -> list[Stub]:
+        """Return the tasks that are in this node's buffer now."""
+        found = list(compress(stubs, taken))
+        for stub in found:
+            if stub.row is not None:
+                stub.row["owner"] = self._node
+        return found
 
     def _offered(self, room: int, owner: str = "") -> list[Stub]:
         """Return the first tasks, at most ``room``, that this node does not hold and may start.
@@ -159,7 +167,12 @@ class Fetcher:
         repository, limits = self._services.repository, self._services.registry.limits
         known, types, ageing = self.unmarked(), self.types(), self._buffer.ageing
         free = [type for type in types if type not in limits] if limits else types
-        found = self._others(repository.ready(free, room + len(known), owner, ageing), known, room)
+        # The tasks that it holds are marked, and so are not listed, unless it was alone a short time ago.
+        most = room + (len(known) if self.alone else 0)
+        found = self._others(stubs := repository.ready(free, most, owner, ageing), known, room)
+        if len(found) < room and len(stubs) == most == room:
+            stubs = repository.ready(free, room + len(known), owner, ageing)
+            found = self._others(stubs, known, room)
         if len(free) == len(types):
             return found
         for type in types:
@@ -203,4 +216,4 @@ class Fetcher:
         taken = services.moves.commit(writes) if writes else []
         if any(taken):
             self._services.agenda.expect_more()  # fetch again when these are done
-        return [stub for (stub, _), mine in zip(found[:wanted], taken, strict=True) if mine]
+        return self._taken([stub for stub, _ in found], taken)

@@ -108,7 +108,12 @@ class Housekeeper:
             # Before the first write; but outcomes are written in any case.
             Duty("schema", self._check_schema),
             # Before all that reads the tasks of this node.
-            Duty("outcomes", _unless_locked(moves.flush_late), due=_when(lambda: moves.unsettled, soon)),
+            Duty(
+                "outcomes",
+                # Those of short tasks are left to the next start, which comes soon.
+                _unless_locked(lambda: moves.flush(late=pool.ahead.short)),
+                due=_when(lambda: moves.unsettled, soon),
+            ),
             Duty("handles", lambda until: services.watcher.tell()),
             # After the outcomes of these tasks.
             Duty("stuck threads", _unless_locked(pool.stuck.lift)),

@@ -25,8 +25,9 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
-from itertools import compress
+from itertools import compress, islice
 from typing import Generic, TypeVar
 
 from taskx.stores import queries
@@ -240,24 +241,24 @@ class Ledger(ABC, Generic[OutcomeT]):
         """Queue the moves of an outcome. They are committed together with the next commit or flush."""
         self._waiting.append(_Entry(writes, outcome))
 
-    def flush_late(self) -> bool:
-        """Commit the queued outcomes, if the first of them was queued at the last call already.
-
-        Until then, a worker that starts tasks may commit them with the starts. Two threads that write at
-        once would give way to each other at each row.
-        """
-        first, self._first = self._first, next(iter(self._waiting), None)
-        return self.flush() if self._untold or (first is not None and first is self._first) else True
-
-    def flush(self, *, wait: bool = True, patient: bool = False) -> bool:
+    def flush(self, *, wait: bool = True, patient: bool = False, late: bool = False) -> bool:
         """Commit the queued outcomes. Without ``wait``, return False if another thread is committing.
 
-        With ``patient``, writes that another transaction has locked are tried again for some time.
+        With ``patient``, writes that another transaction has locked are tried again for some time. With
+        ``late``, nothing is committed unless the first outcome was the first at the last such call, too.
+        Until then, a worker that starts tasks may commit it with the starts: two threads that write at once
+        give way to each other at each row.
 
         Raises:
             RepositoryUnavailable: the writes stay in the queue. It is :class:`Locked` if only some of them
                 do, and these are put off. Without ``wait`` it is not raised for those.
         """
+        if late:
+            last, self._first = self._first, None
+            with suppress(IndexError):  # nothing waits
+                self._first = self._waiting[0]
+            if not self._untold and (last is None or last is not self._first):
+                return True
         work = partial(self._flush, wait=wait)
         return patiently(work, self._timing) if patient else work()
 
@@ -307,11 +308,10 @@ class Ledger(ABC, Generic[OutcomeT]):
                 self._sent = ()
                 raise
             for entry in entries:
-                known = entry.known
-                if known:
+                if known := entry.known:
                     entry.results = [id(w) in known or next(results) for w in entry.writes]
                 else:
-                    entry.results = [next(results) for _ in entry.writes]
+                    entry.results = [*islice(results, len(entry.writes))]
                 entry.done = True
             self._sent = ()
         except (Reentered, MemoryError):

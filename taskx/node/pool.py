@@ -43,7 +43,7 @@ from taskx.tasks.writes import Insert, Update, Write
 
 
 def _fetch_size(workers: int, buffer_size: int) -> int:
-    return max(64, 4 * workers, min(buffer_size, 256))
+    return max(256, 4 * workers)
 
 
 # Makes an outcome of the tuple of its fields, at half the cost of a call of the class.

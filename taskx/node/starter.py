@@ -26,7 +26,7 @@ from taskx.tasks.clock import to_ms
 from taskx.tasks.errors import RepositoryError, TaskxError
 from taskx.tasks.log import Once
 from taskx.tasks.model import Task, TaskStatus
-from taskx.tasks.record import CUT, created_task, is_plain, optional_ms, own_tasks
+from taskx.tasks.record import CUT, created_task, is_plain, optional_ms, plain_tasks
 from taskx.tasks.writes import Insert, Update
 
 
@@ -188,7 +188,8 @@ class Seat(Place):
         """Make the run of the task; return False if this node must not start it now."""
         starter, services = self._starter, self._starter._services
         (write,) = self.writes
-        task = own_tasks([write.row])[write.id] if is_plain(write.row) else created_task(write.row)
+        found = plain_tasks([write.row]) if is_plain(write.row) else {}
+        task = found.get(write.id) or created_task(write.row)
         apply_defaults([task], services.registry.registered)
         self._start = lifecycle.start(task, services.clock.now_ms(), starter._node, starter._name)
         # The thread that runs a task starts it, if the task must not crash twice.
@@ -282,9 +283,9 @@ class Starter:
         admitted: Collection[str] = ()
         try:
             self.suspects.stand_aside()
-            found = own_tasks([item.row for item in items if item.row is not None])
+            found = plain_tasks([item.row for item in items if item.row is not None])
             if len(found) < len(items):
-                unread = [item.id for item in items if item.row is None]
+                unread = [item.id for item in items if item.id not in found]
                 found.update(services.repository.get_many(unread))
             if paused := services.controls.paused:
                 self._turn_away(found, [task for task in found.values() if task.type in paused])

@@ -953,10 +953,14 @@ def discard(task: Task) -> Delete:
 
 #: Kinds of news: a task without an owner may start; a running task must be cancelled; a task has ended.
 FREED, CANCEL_REQUESTED, ENDED = "f", "c", "e"
+# Those of the most frequent moves.
+_OFTEN = {"start": "", "complete": ENDED}
 
 
 def news(write: Write) -> str:
     """Return the kind of news in a write, for other processes; empty if there is no news."""
+    if (kind := _OFTEN.get(write.move)) is not None:
+        return kind
     changes = write.row if isinstance(write, Insert) else write.changes
     if isinstance(write, Delete) or changes.get("status") in FINISHED:
         return ENDED

@@ -13,6 +13,7 @@ import attrs
 from taskx.stores.base import Listed, Lookup, Repository
 from taskx.tasks.codec import CODED
 from taskx.tasks.errors import ConfigurationError
+from taskx.tasks.ids import new_id
 from taskx.tasks.model import TASK_FIELDS, TaskFilter, TaskStatus
 from taskx.tasks.record import (
     BY_THREAD,
@@ -24,6 +25,7 @@ from taskx.tasks.record import (
     UNTIL_DUE,
     Stub,
     ids_to_text,
+    plain_tasks,
     policy_to_text,
     task_from_row,
 )
@@ -426,6 +428,16 @@ class PrimitivesContract(Contract):
         [stub] = repository.ready(["t"], 10)
         assert stub == Stub("a", "pending", 3, 0, self.NOW, True, "t", None)
         assert isinstance(stub, Stub)
+
+    def test_the_row_of_a_stub_makes_the_task_that_is_stored(self, repository: Repository) -> None:
+        self.skip_if(not self.keeps_every_field, "keeps no priority")
+        self.add(repository, ["chosen"])
+        task_id = new_id(self.NOW)
+        self.add(repository, [task_id], params='{"n":1}', created_by="me", priority=1)
+        one, other = repository.ready(["t"], 10)
+        assert (one.id, other.id, other.row) == (task_id, "chosen", None)
+        if one.row is not None:  # it saves a read
+            assert plain_tasks([one.row]) == repository.get_many([task_id])
 
     # --- due and ended
 

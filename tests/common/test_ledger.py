@@ -120,6 +120,19 @@ def test_deferred_writes_join_the_next_commit(ledger, repository):
     assert len(repository.batches) == 1
 
 
+def test_a_late_flush_leaves_an_outcome_to_the_next_start_once(ledger, repository):
+    """The first call sees that it waits, and the next one stores it, if no other write did in between."""
+    ledger.later([insert("a")], Told())
+    assert ledger.flush(late=True)
+    assert repository.get_many(["a"]) == {}
+    ledger.commit([insert("b")])
+    ledger.later([insert("c")], Told())
+    assert ledger.flush(late=True)
+    assert set(repository.get_many("abc")) == {"a", "b"}
+    assert ledger.flush(late=True)
+    assert set(repository.get_many("abc")) == {"a", "b", "c"}
+
+
 def test_flush_can_return_instead_of_waiting_for_the_leader(ledger, repository):
     hold = Hold(repository)
     leader = run_in_thread(lambda: ledger.commit([insert("a")]))

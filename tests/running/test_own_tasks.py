@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
-from helpers import PATIENCE, pool_of
+import sqlite3
 
-from taskx import SQLiteRepository, Task, TaskStatus
+import pytest
+from helpers import PATIENCE, eventually, pool_of
+
+from taskx import RetryPolicy, SQLiteRepository, Task, TaskStatus
 from taskx.tasks import lifecycle
 from taskx.tasks.writes import Update
 
@@ -74,6 +76,81 @@ def test_a_task_with_much_data_is_read(queue, read, gate):
     gate.open()
     assert queue.drain(PATIENCE)
     assert handle.id in read
+
+
+@pytest.fixture
+def fetching(tmp_path, make_queue, gate):
+    """Return a queue that fetches each task from a file, and its tasks that are read as a whole."""
+    repository = SQLiteRepository(tmp_path / "fetched.db")
+    queue = make_queue(repository, worker_num=1)
+    read, get_many = [], repository.get_many
+    repository.get_many = lambda some: read.extend(some) or get_many(some)
+    queue.read, queue.ran = read, []
+    queue.executor("hold")(lambda: gate())
+    queue.executor("note")(lambda n: queue.ran.append(n))
+    yield queue
+    repository.close()
+
+
+def fetched(queue, gate, *tasks):
+    """Store tasks, and have them fetched while the worker is busy. Return their handles."""
+    queue.submit("hold", priority=1)
+    handles = [queue.submit_many([task])[0] for task in tasks]
+    queue.start()
+    gate.wait_for()
+    eventually(lambda: pool_of(queue).buffer.fetched == len(tasks))
+    return handles
+
+
+def test_small_tasks_that_are_fetched_are_read_once(fetching, gate):
+    """The fetch reads them, so their start need not."""
+    handles = fetched(fetching, gate, note(1), note(2))
+    gate.open()
+    assert fetching.drain(PATIENCE)
+    assert fetching.ran == [1, 2]
+    assert not {handle.id for handle in handles}.intersection(fetching.read)
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        Task(type="note", params={"n": 1}, id="chosen"),
+        Task(type="note", params={"n": "x" * 3000}),
+        Task(type="note", params={"n": 1}, tags=["a"]),
+        Task(type="note", params={"n": 1}, concurrency_key="a"),
+        Task(type="note", params={"n": 1}, retry=RetryPolicy(base=1)),
+    ],
+    ids=["chosen", "large", "tagged", "keyed", "retried"],
+)
+def test_other_tasks_are_read_before_their_start(fetching, gate, task):
+    [handle] = fetched(fetching, gate, task)
+    gate.open()
+    assert fetching.drain(PATIENCE)
+    assert fetching.ran == [task.params["n"]]
+    assert handle.id in fetching.read
+
+
+def test_a_fetched_task_that_was_changed_since_starts_as_it_is_now(fetching, gate):
+    [handle] = fetched(fetching, gate, note(1))
+    wanted = handle.task()
+    wanted.params = {"n": 2}
+    now = fetching.repository.clock.now_ms()
+    assert any(fetching.repository.apply(lifecycle.amend(handle.task(), wanted, now)))
+    gate.open()
+    assert fetching.drain(PATIENCE)
+    assert fetching.ran == [2]
+
+
+@pytest.mark.parametrize("damage", ["params = '[1]'", "params = '{'", "created_by = x'00ff'"])
+def test_a_damaged_task_that_is_fetched_fails_with_its_damage(fetching, gate, damage):
+    [handle] = fetching.submit_many([note(1)])
+    with sqlite3.connect(fetching.repository.path) as file:
+        file.execute(f"UPDATE tasks SET {damage} WHERE type = 'note'")
+    file.close()
+    fetching.start()
+    assert fetching.drain(PATIENCE)
+    assert fetching.ran == []
+    assert "damaged" in handle.task().error
 
 
 @pytest.mark.every_store

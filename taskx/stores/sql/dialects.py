@@ -82,6 +82,10 @@ class Dialect:
     #: The expressions of the columns of a stub.
     stub = ", ".join(STUB)
 
+    #: The expressions of the further columns of a stub's row, the first of which is NULL if there is none.
+    #: Empty if each task must be read before its start, because another one may have its id by then.
+    plain: Sequence[str] = ()
+
     def __init__(self, tasks: str, parents: str, tags: str, notes: str) -> None:
         self.tasks, self.parents, self.tags, self.notes = tasks, parents, tags, notes
 

@@ -20,7 +20,7 @@ from taskx.stores.sql.writing import Refused, Writer
 from taskx.tasks.clock import SYSTEM_CLOCK, Clock
 from taskx.tasks.codec import Codec, Codecs
 from taskx.tasks.model import TASK_FIELDS, Task, TaskFilter, TaskStatus
-from taskx.tasks.record import Ended, Stub, parents_from_text, task_from_row
+from taskx.tasks.record import STUB, Ended, Stub, parents_from_text, task_from_row
 from taskx.tasks.tags import FLOW
 from taskx.tasks.timing import DEFAULT_TIMING, Timing
 from taskx.tasks.writes import Note, NoteChange, Write
@@ -252,7 +252,7 @@ class SQLRepository(Repository):
             rows += self._rows(self.statements.ready(len(some)), values)
         if len(kinds) > 1:
             rows.sort(key=lambda row: (-row[3], row[-1]))
-        return [_stub(row) for row in rows[:limit]]
+        return [_plain_stub(row, owner) for row in rows[:limit]]
 
     def _ready_by_age(
         self, kinds: Sequence[str], limit: int, owner: str, ageing: int
@@ -267,7 +267,7 @@ class SQLRepository(Repository):
         ]
         rows = [row for level in levels for row in self._rows(sql.ready_at, level)]
         rows.sort(key=lambda row: (_stub(row).rank(ageing), row[-1]))
-        return [_stub(row) for row in rows[:limit]]
+        return [_plain_stub(row, owner) for row in rows[:limit]]
 
     def due(
         self, before: int | None, limit: int, column: Timed = "run_at"
@@ -296,3 +296,29 @@ def _notes(rows: Iterable[Sequence[Any]]) -> dict[str, Note]:
 def _stub(row: Sequence[Any]) -> Stub:
     task_id, status, starts, priority, created_at, asked_at, kind, run_at = row[:8]
     return Stub(task_id, status, starts, priority, created_at, asked_at is not None, kind, run_at)
+
+
+def _plain_stub(columns: Sequence[Any], owner: str) -> Stub:
+    if len(columns) == len(STUB) + 1:
+        return _stub(columns)
+    (
+        task_id, status, starts, priority, created_at, asked_at, kind, run_at,
+        params, created_by, timeout, max_attempts, max_crashes, _,
+    ) = columns  # fmt: skip
+    row = {
+        "id": task_id,
+        "type": kind,
+        "params": params,
+        "created_by": created_by,
+        "created_at": created_at,
+        "priority": priority,
+        "run_at": run_at,
+        "timeout": timeout,
+        "max_attempts": max_attempts,
+        "max_crashes": max_crashes,
+        "owner": owner,
+    }
+    asked = asked_at is not None
+    return Stub(
+        task_id, status, starts, priority, created_at, asked, kind, run_at, row if params else None
+    )

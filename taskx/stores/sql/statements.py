@@ -68,7 +68,9 @@ class Statements:
         of_type = f"FROM {d.tasks} WHERE {_READY} AND owner = ? AND type = ?"
         #: The query for the greatest priority below a given one of ready tasks of an owner and a type.
         self.lower_priority = f"SELECT max(priority) {of_type} AND priority < "
-        self._ready_of_type = f"SELECT {d.stub}, {d.columns(('seq',))} {of_type}"
+        self._ready_of_type = (
+            f"SELECT {', '.join((d.stub, *d.plain, d.columns(('seq',))))} {of_type}"
+        )
         self.ready_at = f"{self._ready_of_type} AND priority = ? ORDER BY seq LIMIT ?"
         # The order is that of the index, so that it is used.
         few = f"SELECT 1 {of_type} ORDER BY priority DESC, seq LIMIT ?"

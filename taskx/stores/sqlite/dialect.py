@@ -11,7 +11,7 @@ from taskx.stores.sql.dialects import LAST, among
 from taskx.tasks.ids import KEPT_ORDER, key_at, key_of
 from taskx.tasks.lifecycle import FINISHED, PENDING, RUNNING
 from taskx.tasks.model import CONDITIONS
-from taskx.tasks.record import FREE
+from taskx.tasks.record import FREE, PLAIN, RARE, SMALL
 
 FREE_PAGES = (
     "SELECT (SELECT freelist_count FROM pragma_freelist_count), "
@@ -36,6 +36,13 @@ class OwnSQLite(SQLite):
     all_following = "seq < ?", slice(2, 3)
     tag_columns: Mapping[str, str] = {"task": "seq"}
     child = "seq"
+    #: A row whose id has its key in it was not stored under a chosen id, which may be used again.
+    plain: Sequence[str] = (
+        "CASE WHEN "
+        + " AND ".join(["NOT seq & 1", "starts = 0", *(f"{name} IS NULL" for name in RARE)])
+        + f" AND length(params) <= {SMALL} THEN params END",
+        *(f"+{name}" for name in PLAIN[1:]),
+    )
 
     def __init__(self, prefix: str) -> None:
         super().__init__(*(f"{prefix}{name}" for name in ("tasks", "parents", "tagged", "notes")))
