@@ -173,6 +173,25 @@ def whole_round(queue: Queue) -> None:
     del housekeeper.tick
 
 
+@contextmanager
+def no_rounds(queue: Queue) -> Iterator[None]:
+    """Hold the queue's housekeeper between two rounds."""
+    housekeeper, held, over = housekeeper_of(queue), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        held.set()
+        over.wait(PATIENCE)
+
+    housekeeper.tick = hold
+    services_of(queue).agenda.wake()
+    try:
+        assert held.wait(PATIENCE)
+        yield
+    finally:
+        over.set()
+        del housekeeper.tick
+
+
 class Spy:
     """A mix-in for repositories: it records the applied writes, and can be made unavailable.
 

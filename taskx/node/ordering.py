@@ -191,6 +191,14 @@ class Dependents(_Scanner):
             self._decide(due)
             _leave_out(self._due, due)
 
+    def process_some(self) -> None:
+        """Process some of what was reported, unless another thread is processing: it goes on with this."""
+        if self.told and self._processing.acquire(blocking=False):
+            try:
+                self._process_told()
+            finally:
+                self._processing.release()
+
     def refresh(self) -> None:
         """Read if any task waits, as other processes may have stored some; if so, ends are reported."""
         additions = self._additions

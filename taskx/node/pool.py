@@ -347,6 +347,8 @@ class WorkerPool:
             if not self.services.moves.flush(wait=False):
                 # Another thread is committing, perhaps without the last outcomes.
                 self.agenda.wake_from_long_sleep()
+            if self.services.moves.dependents.told:  # this worker may run a child next
+                self.services.moves.dependents.process_some()
             if self.agenda.more_stored:
                 self.fetcher.refill()
             self._tell_quiet()

@@ -15,6 +15,7 @@ from helpers import (
     frequent_checks,
     housekeeper_of,
     ids,
+    no_rounds,
     node_of,
     pool_of,
     run_in_thread,
@@ -125,6 +126,28 @@ class TestReleased:
         assert last.result(PATIENCE)[0] == 9
         assert started.ran == list(range(1, 10))
         assert first.done()
+
+    @pytest.mark.every_store
+    def test_a_child_starts_without_a_round_of_the_housekeeper(self, started, gate):
+        """The worker that ends a parent starts its child next: a link of a chain costs no nap."""
+        last = started.submit("hold")
+        for n in range(1, 10):
+            last = started.submit("fine", {"n": n}, depends_on=[last])
+        gate.wait_for(1)
+        with no_rounds(started):
+            gate.open()
+            assert last.result(PATIENCE)[0] == 9
+
+    def test_no_worker_waits_while_another_thread_decides_children(self, started, gate):
+        parent = started.submit("hold")
+        children = [started.submit("fine", depends_on=[parent]) for _ in range(5)]
+        gate.wait_for(1)
+        dependents = services_of(started).moves.dependents
+        with no_rounds(started), dependents._processing:
+            gate.open()
+            parent.result(PATIENCE)
+            started.submit("fine").result(PATIENCE)
+        assert [child.result(PATIENCE) for child in children] == [[0, 0]] * 5
 
     def test_a_child_does_not_wait_for_completed_parents(self, started):
         parent = started.submit("fine", {"n": 1})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from helpers import PATIENCE, eventually, frequent_checks
+from helpers import PATIENCE, eventually, frequent_checks, no_rounds
 from storage.repositories import TinyRepository
 
 from taskx import (
@@ -67,6 +67,18 @@ def test_tasks_stored_before_the_start_run_one_at_a_time_in_order(track):
     track.queue.start()
     assert track.queue.drain(PATIENCE)
     assert track.took_turns(range(5))
+
+
+def test_a_turn_passes_on_without_a_round_of_the_housekeeper(make_queue, gate):
+    queue = make_queue(worker_num=2)
+    queue.executor("hold")(lambda: gate())
+    queue.start()
+    handles = [queue.submit("hold", concurrency_key="k") for _ in range(5)]
+    gate.wait_for(1)
+    with no_rounds(queue):
+        gate.open()
+        for handle in handles:
+            handle.result(PATIENCE)
 
 
 def test_other_keys_and_tasks_without_one_do_not_wait(make_queue, gate):
