@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from taskx.node.threads import ThreadStack
     from taskx.queue.bulk import Bulk
     from taskx.queue.flows import Flow, FlowHandle, FlowSummary, chain, group
+    from taskx.queue.mapping import MapOutcome, MapResults
     from taskx.queue.queue import Queue, run
     from taskx.queue.schedule import Schedule, Tick, tick_of
     from taskx.queue.tuning import Tuned, TunedType
@@ -93,6 +94,8 @@ __all__ = [
     "History",
     "Hook",
     "InvalidTransition",
+    "MapOutcome",
+    "MapResults",
     "MemoryRepository",
     "Middleware",
     "MongoRepository",
@@ -172,6 +175,7 @@ _HOMES = {
     "taskx.node.threads": "ThreadStack",
     "taskx.queue.bulk": "Bulk",
     "taskx.queue.flows": "Flow FlowHandle FlowSummary chain group",
+    "taskx.queue.mapping": "MapOutcome MapResults",
     "taskx.queue.queue": "Queue run",
     "taskx.queue.schedule": "Schedule Tick tick_of",
     "taskx.queue.tuning": "Tuned TunedType",

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import TimeoutError
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar, get_type_hints
 
 import attrs
 
@@ -35,6 +35,7 @@ from taskx.tasks.errors import (
 from taskx.tasks.handles import TaskHandle
 from taskx.tasks.model import Task, TaskStatus, check_name
 from taskx.tasks.options import MapOptions, refuse_unknown
+from taskx.tasks.payload import clean_text
 from taskx.tasks.submission import given
 from taskx.tasks.timing import Timing
 from taskx.tasks.values import Values
@@ -50,6 +51,10 @@ _LUMP = 250
 # The seconds for which items are drawn while a result is ready.
 _HOLD = 0.05
 _NONE = object()
+# Parameters with one of these annotations take no tuple.
+_SCALARS = (str, int, float, bool, bytes)
+
+R = TypeVar("R")
 
 
 def ahead(config: Config) -> tuple[int, int]:
@@ -103,6 +108,16 @@ def digest(params: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
+class MapOutcome(NamedTuple):
+    """What became of an item of a map."""
+
+    item: Any
+    #: The result of its task; None if there is an error.
+    result: Any
+    #: The error; None if the task has completed.
+    error: Exception | None
+
+
 #: A handle, or the error of an item that cannot be a task.
 _Outcome = TaskHandle[Any] | Exception
 
@@ -114,18 +129,34 @@ class _Submitter:
     executor: AnyExecutor | str
     key: Callable[[Any], str | int] | None
     name: str
+    star: bool
     retry_failed: bool
     options: Mapping[str, Any]
     owner: _Owner
     intake: Callable[[], Intake | LayeredIntake]
     clock: Clock
+    #: The ids of tasks that had completed before; each is removed when its item is noted.
+    stored: set[str] = attrs.field(init=False, factory=set)
     #: The name of the only param that a plain item is; None if the executor must find out.
     param: str | None = attrs.field(init=False)
+    #: The name and the annotation of the first parameter, if that takes no tuple; else None.
+    scalar: tuple[str, str] | None = attrs.field(init=False)
 
     @param.default
     def _only_param(self) -> str | None:
         executor = self.executor
         return executor._only_param if isinstance(executor, Executor) else None
+
+    @scalar.default
+    def _first_scalar(self) -> tuple[str, str] | None:
+        if not isinstance(self.executor, Executor):
+            return None
+        first = next(iter(self.executor._signature.parameters), "")
+        hints: Mapping[str, Any] = {}
+        with suppress(Exception):  # an annotation that does not exist when the program runs
+            hints = get_type_hints(self.executor.function)
+        kind = hints.get(first)
+        return (first, kind.__name__) if kind in _SCALARS else None
 
     @property
     def type(self) -> str:
@@ -146,6 +177,8 @@ class _Submitter:
     def task(self, item: Any) -> Task:
         """Return the task of an item: a dict is its params, any other value is its first parameter.
 
+        With ``star``, the values of the item are the parameters.
+
         Raises:
             Exception: the item cannot be a task: it does not fit the executor, the key is not valid, or
                 what the user's ``key`` function has raised.
@@ -153,9 +186,18 @@ class _Submitter:
         executor = self.executor
         params = dict(item) if isinstance(item, Mapping) else None
         if isinstance(executor, Executor):
-            if params is None and self.param is not None:
-                params = {self.param: item}
-            task = executor.task(item) if params is None else executor._task_with(params)
+            if params is None and type(item) is tuple and self.scalar and not self.star:
+                name, kind = self.scalar
+                raise TypeError(
+                    f"the item {clean_text(repr(item), 100)} is a tuple, but {name} takes {kind}: write "
+                    "map(…, star=True) to pass its values as arguments"
+                )
+            if params is None and self.star:
+                task = executor.task(*item)
+            elif params is None and self.param is not None:
+                task = executor._task_with({self.param: item})
+            else:
+                task = executor.task(item) if params is None else executor._task_with(params)
         elif params is None:
             raise PayloadError(
                 "params", "every item must be a dict if map gets only the name of a type"
@@ -222,6 +264,8 @@ class _Submitter:
         handle = self.owner.handle(task.id)
         if stored.status is TaskStatus.COMPLETED or not self.retry_failed:
             handle._conclude(stored)
+            if stored.status is TaskStatus.COMPLETED:
+                self.stored.add(task.id)
         elif stored.status.finished:
             with suppress(InvalidTransition):  # another process has requeued it
                 self.owner.requeue(task.id)
@@ -231,12 +275,14 @@ class _Submitter:
 class _Place:
     """An item that was drawn, then its task, and then its outcome: a handle, or the error of the item."""
 
-    __slots__ = ("item", "outcome", "task")
+    __slots__ = ("item", "outcome", "stored", "task")
 
     def __init__(self, item: Any) -> None:
         self.item = item
         self.task: Task | None = None
         self.outcome: _Outcome | None = None
+        #: True if its task had completed before this map.
+        self.stored = False
 
     @property
     def ended(self) -> bool:
@@ -315,7 +361,6 @@ class _Window:
             place.task = self.submitter.task(place.item)
         except Exception as error:  # noqa: BLE001  (``key`` is the user's function)
             place.outcome = error
-        place.item = None
 
     def submit(self) -> None:
         """Submit the items that have no task yet: new ones, and those whose submit failed before.
@@ -376,6 +421,9 @@ class _Window:
             self._unfinished[outcome] = None
             self._unwatched.append(outcome)
             outcome._listen(self._on_end)
+        if place.task is not None and place.task.id in (stored := self.submitter.stored):
+            place.stored = True
+            stored.discard(place.task.id)
         place.outcome = outcome  # at the end: a step that was interrupted is repeated
         place.task = None
 
@@ -434,22 +482,18 @@ class _Window:
 
 
 @attrs.define(kw_only=True, eq=False, repr=False)
-class Results(Iterator[Any]):
-    """The results of a map. Each ``next`` fills the window with new tasks.
+class MapResults(Iterator[R], Generic[R]):
+    """The results of a map, an iterator. ``Queue.map`` makes it."""
 
-    It is made of the arguments of ``Queue.map``, of the queue (``owner``) and its clock, and of ``intake``,
-    which returns the intake of the queue, or of the child in a forked child. The window may grow up to
-    ``widest``.
-
-    Raises:
-        TypeError: ``map`` has no such option.
-        ConfigurationError: a value is not valid.
-    """
+    # Each ``next`` fills the window with new tasks. It is made of the arguments of ``Queue.map``, of the
+    # queue (``owner``) and its clock, and of ``intake``, which returns the intake of the queue, or of the
+    # child in a forked child. The window may grow up to ``widest``.
 
     _executor: AnyExecutor | str
     _items: Iterable[Any]
     _key: Callable[[Any], str | int] | None
     _name: str
+    _star: bool
     _window: int
     _widest: int
     _timeout: float | None = attrs.field(converter=optional_seconds)
@@ -475,6 +519,10 @@ class Results(Iterator[Any]):
             )
             refuse_unknown(bound, MapOptions, "map", ": the executor is bound with it")
             self._options = {**bound, **given(self._options)}
+        if self._star and not isinstance(self._executor, Executor):
+            raise ConfigurationError(
+                "map(star=True) takes an executor that is a function: give it in place of its type"
+            )
         if self._key is not None and not callable(self._key):
             raise ConfigurationError(f"key must be a function of an item, not {self._key!r}")
         check_name(self._name, "name")
@@ -487,6 +535,7 @@ class Results(Iterator[Any]):
             executor=self._executor,
             key=self._key,
             name=self._name,
+            star=self._star,
             retry_failed=self._retry_failed,
             options=self._options,
             owner=self._owner,
@@ -498,18 +547,37 @@ class Results(Iterator[Any]):
             total = len(self._items) if isinstance(self._items, Sized) else None
             self._display = Display(self._name or submitter.type, total, timing)
 
-    def __next__(self) -> Any:
+    def outcomes(self) -> Iterator[MapOutcome]:
+        """Return an iterator over what became of each item: the item, and its result or its error.
+
+        An error is not raised. ``pandas.DataFrame(queue.map(…).outcomes())`` is a table of all items.
+
+        Raises:
+            TaskxError: from the iterator, what concerns no single item, as for ``Queue.map``.
+        """
+        while True:
+            try:
+                yield self._take(raises=False)
+            except StopIteration:
+                return
+
+    def __next__(self) -> R:
+        outcome = self._take(raises=not self._return_exceptions)
+        return outcome.result if outcome.error is None else outcome.error  # type: ignore[return-value]
+
+    def _take(self, *, raises: bool) -> MapOutcome:
+        """Return the outcome of the next item that has ended; raise its error if ``raises``."""
         try:
             place = self._next_ended()
             try:
                 result = self._under_way.take(place)
             except Exception as error:
                 self._show(failed=1)
-                if not self._return_exceptions:
+                if raises:
                     raise
-                return error
-            self._show(done=1)
-            return result
+                return MapOutcome(place.item, None, error)
+            self._show(done=1, stored=place.stored)
+            return MapOutcome(place.item, result, None)
         except BaseException:  # also at the end: the display must not stay below an error message
             if self._display is not None:
                 self._display.close()

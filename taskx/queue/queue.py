@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing from 3.11 on
 
     from taskx.queue.flows import Flow, FlowHandle, Shape
+    from taskx.queue.mapping import MapResults
 
 R = TypeVar("R")
 #: Returns the executor of a type, or None.
@@ -432,6 +433,7 @@ class Queue(Questions, Steering):
         key: Callable[[Any], str | int] | None = None,
         *,
         name: str = "",
+        star: bool = False,
         window: int | None = None,
         timeout: float | timedelta | None = None,
         return_exceptions: Literal[False] = False,
@@ -439,7 +441,7 @@ class Queue(Questions, Steering):
         retry_failed: bool = True,
         progress: bool = False,
         **options: Unpack[MapOptions],
-    ) -> Iterator[R]: ...
+    ) -> MapResults[R]: ...
     @overload
     def map(
         self,
@@ -448,6 +450,7 @@ class Queue(Questions, Steering):
         key: Callable[[Any], str | int] | None = None,
         *,
         name: str = "",
+        star: bool = False,
         window: int | None = None,
         timeout: float | timedelta | None = None,
         return_exceptions: bool,
@@ -455,7 +458,7 @@ class Queue(Questions, Steering):
         retry_failed: bool = True,
         progress: bool = False,
         **options: Unpack[MapOptions],
-    ) -> Iterator[R | Exception]: ...
+    ) -> MapResults[R | Exception]: ...
     @overload
     def map(
         self,
@@ -464,6 +467,7 @@ class Queue(Questions, Steering):
         key: Callable[[Any], str | int] | None = None,
         *,
         name: str = "",
+        star: bool = False,
         window: int | None = None,
         timeout: float | timedelta | None = None,
         return_exceptions: bool = False,
@@ -471,7 +475,7 @@ class Queue(Questions, Steering):
         retry_failed: bool = True,
         progress: bool = False,
         **options: Unpack[MapOptions],
-    ) -> Iterator[Any]: ...
+    ) -> MapResults[Any]: ...
     def map(
         self,
         executor: AnyExecutor | str,
@@ -479,6 +483,7 @@ class Queue(Questions, Steering):
         key: Callable[[Any], str | int] | None = None,
         *,
         name: str = "",
+        star: bool = False,
         window: int | None = None,
         timeout: float | timedelta | None = None,
         return_exceptions: bool = False,
@@ -486,8 +491,10 @@ class Queue(Questions, Steering):
         retry_failed: bool = True,
         progress: bool = False,
         **options: Any,
-    ) -> Iterator[Any]:
+    ) -> MapResults[Any]:
         """Run an executor for each item and return an iterator over the results, in order.
+
+        Its method ``outcomes()`` gives each item with its result or its error.
 
         The iterator submits nothing before you ask for the first result. Then it keeps a few tasks
         ahead of the results. An item is submitted at once if a worker could run it now; more items are
@@ -503,6 +510,7 @@ class Queue(Questions, Steering):
             key: a function that returns the key of an item: a text or a whole number; ``1`` and
                 ``"1"`` are the same key. By default the key is made from the params.
             name: the name of the map; the type of the executor by default.
+            star: each item is a sequence of arguments, as for ``itertools.starmap``.
             window: the number of tasks submitted ahead. By default it is four for each worker, or as many
                 as the buffer has room for, and grows up to 256 while tasks end very quickly. While the
                 iterator waits for a result, it keeps this many tasks unfinished, so that one long task
@@ -531,14 +539,15 @@ class Queue(Questions, Steering):
             TaskxError: from the iterator, any error of :meth:`submit` except ``QueueFull``. The next
                 call tries the same item again.
         """
-        from taskx.queue.mapping import Results, ahead
+        from taskx.queue.mapping import MapResults, ahead
 
         first, widest = ahead(self.config)
-        return Results(
+        return MapResults(
             executor=executor,
             items=items,
             key=key,
             name=name,
+            star=star,
             window=first if window is None else window,
             widest=widest if window is None else 0,
             timeout=timeout,

@@ -56,14 +56,20 @@ class Display:
     ) -> None:
         self._timing = timing
         self._title, self._total = title, total
-        self._done = self._failed = 0
+        self._done = self._failed = self._stored = 0
         self._screen: _Screen | None = None
         self._close: Callable[[], object] | None = None
 
-    def add(self, done: int = 0, failed: int = 0) -> None:
-        """Count more things as done, or as failed. The last one ends the display."""
+    def add(self, done: int = 0, failed: int = 0, *, stored: int = 0) -> None:
+        """Count more things as done, or as failed. The last one ends the display.
+
+        ``stored`` is the number of those done that were done before.
+        """
         self._failed += failed
-        self.update(self._done + done + failed, f"{self._failed} failed" if self._failed else "")
+        self._stored += stored
+        counts = {"stored": self._stored, "failed": self._failed}
+        words = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+        self.update(self._done + done + failed, words)
         if self._done == self._total:  # the caller may not come back: ``zip(names, map)`` does not
             self.close()
 
@@ -98,8 +104,8 @@ class _Lines:
         self._next, self._unsaid = time.monotonic() + self._every, ""
 
     def draw(self, done: int, total: int | None, words: str) -> None:
-        share = f" of {total} ({done / total:.0%})" if total else ""
-        self._unsaid = f"{self._title}: {done}{share}" + (f", {words}" if words else "")
+        share = f" of {total:,} ({done / total:.0%})" if total else ""
+        self._unsaid = f"{self._title}: {done:,}{share}" + (f", {words}" if words else "")
         if time.monotonic() >= self._next:
             self._next = time.monotonic() + self._every
             self._write()

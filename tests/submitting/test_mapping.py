@@ -30,7 +30,7 @@ from taskx import (
     executor,
 )
 from taskx.queue import mapping
-from taskx.queue.mapping import digest
+from taskx.queue.mapping import MapOutcome, digest
 from taskx.tasks.writes import Insert
 
 # Tests count the starts of tasks, so a slow machine must hand no started task back.
@@ -338,6 +338,67 @@ class TestFullBuffer:
         assert sorted(queue.ran) == list(range(10))
 
 
+class TestItems:
+    def test_outcomes_give_each_item_with_its_result_or_its_error(self, running, square):
+        square.failing = {1}
+        outcomes = [*running.map(square.executor, [0, 1, {"n": 2}, "x", 2]).outcomes()]
+        assert [outcome.item for outcome in outcomes] == [0, 1, {"n": 2}, "x", 2]
+        assert [outcome.result for outcome in outcomes] == [0, None, 4, None, 4]
+        failed, misfit = outcomes[1].error, outcomes[3].error
+        assert isinstance(failed, TaskFailed)
+        assert isinstance(misfit, TaskFailed)
+        assert not any(outcome.error for outcome in outcomes if outcome.result is not None)
+
+    def test_outcomes_as_they_come_name_their_items(self, running, square):
+        results = running.map(square.executor, range(20), ordered=False)
+        assert sorted(results.outcomes()) == [(n, n * n, None) for n in range(20)]
+
+    def test_outcomes_go_on_where_the_results_have_stopped(self, running, square):
+        results = running.map(square.executor, [1, 2, 3])
+        assert next(results) == 1
+        assert [outcome.result for outcome in results.outcomes()] == [4, 9]
+
+    def test_outcomes_are_the_rows_of_a_table(self, running, square):
+        """pandas takes the names of the columns from them."""
+        assert MapOutcome._fields == ("item", "result", "error")
+        [outcome] = running.map(square.executor, [3]).outcomes()
+        assert outcome == (3, 9, None)
+
+    def test_a_stop_is_no_outcome(self, running, square):
+        outcomes = running.map(square.executor, [1, 2], window=1).outcomes()
+        next(outcomes)
+        running.stop()
+        with pytest.raises(QueueStopped):
+            next(outcomes)
+
+    def test_with_star_the_values_of_an_item_are_the_arguments(self, running, square):
+        items = [(2,), (3, 1), [4, 2], {"n": 5}]
+        assert list(running.map(square.executor, items, star=True)) == [4, 10, 18, 25]
+
+    def test_with_star_an_item_that_does_not_fit_fails_alone(self, running, square):
+        items = [(1, 2, 3), 4, (2,)]
+        results = list(running.map(square.executor, items, star=True, return_exceptions=True))
+        assert [type(result) for result in results] == [PayloadError, TypeError, int]
+
+    def test_star_needs_a_function(self, running):
+        with pytest.raises(ConfigurationError, match="give it in place of its type"):
+            running.map("square", [(1,)], star=True)
+
+    def test_a_tuple_for_a_number_is_refused(self, running, square):
+        """Somebody has expected ``starmap``."""
+        with pytest.raises(TypeError) as caught:
+            next(running.map(square.executor, [(2, 1)]))
+        assert str(caught.value) == (
+            "the item (2, 1) is a tuple, but n takes int: write map(…, star=True) to pass its values as "
+            "arguments"
+        )
+
+    def test_a_tuple_is_the_first_parameter_if_that_may_be_one(self, queue):
+        plain = queue.executor("plain")(lambda pair: pair)
+        queue.start()
+        assert list(queue.map(plain, [(1, 2)])) == [[1, 2]]
+
+
 class TestAsResultsCome:
     """Results with ``ordered=False``."""
 
@@ -413,6 +474,21 @@ class TestProgress:
             next(results)
         assert capsys.readouterr().err == "square: 2 of 3 (67%), 1 failed\n"
         assert next(results) == 4
+
+    def test_progress_says_how_many_results_were_stored(self, running, square, capsys):
+        """A failed item runs again, so it is no stored one. Nor is an item that is equal to another."""
+        square.failing = {1}
+        first = [0, 1, 2]
+        for items in (first, [*first, 2, 3, 3]):
+            list(running.map(square.executor, items, progress=True, return_exceptions=True))
+        assert capsys.readouterr().err.splitlines() == [
+            "square: 3 of 3 (100%), 1 failed",
+            "square: 6 of 6 (100%), 2 stored, 1 failed",
+        ]
+
+    def test_progress_of_many_items_has_commas(self, running, square, capsys):
+        list(running.map(square.executor, range(1234), progress=True))
+        assert capsys.readouterr().err.splitlines()[-1] == "square: 1,234 of 1,234 (100%)"
 
     def test_progress_ends_with_the_last_result(self, running, square, capsys):
         """``zip`` with the map second never asks it for its end."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from decimal import Decimal
@@ -15,6 +15,7 @@ from taskx import (
     Config,
     Context,
     Hook,
+    MapResults,
     MemoryRepository,
     Middleware,
     Queue,
@@ -119,7 +120,7 @@ def submitting_with_data(connection: sqlite3.Connection) -> None:
 def submitting_objects(order: Order) -> None:
     assert_type(postponed.submit(order).result(), tuple[Order, UUID])
     assert_type(postponed.submit(order, timedelta(1)).follow(), tuple[Order, UUID])
-    assert_type(queue.map(postponed, [{"order": order}]), Iterator[tuple[Order, UUID]])
+    assert_type(queue.map(postponed, [{"order": order}]), MapResults[tuple[Order, UUID]])
     postponed.submit({"day": "2026-01-01"})  # type: ignore[arg-type]
     postponed.submit(order, by=60)  # type: ignore[arg-type]
 
@@ -158,7 +159,7 @@ def binding() -> None:
     add.on("queue")  # type: ignore[arg-type]
     assert_type(queue.submit(fetch, {"url": "x"}, priority=5), TaskHandle[dict[str, int]])
     assert_type(queue.submit(add.using(delay=5)).result(), int)
-    assert_type(queue.map(add.using(priority=5), [1]), Iterator[int])
+    assert_type(queue.map(add.using(priority=5), [1]), MapResults[int])
     assert_type(queue.schedule("a", every(5), add.using(priority=5), {"a": 1}), Schedule)
     queue.submit(fetch, url="x")  # type: ignore[call-overload]
 
@@ -195,11 +196,13 @@ def by_name() -> None:
 
 
 def mapping() -> None:
-    assert_type(queue.map(add, [1, 2]), Iterator[int])
+    assert_type(queue.map(add, [1, 2]), MapResults[int])
+    for outcome in queue.map(add, [(1, 2)], star=True).outcomes():
+        assert_type(outcome.error, Exception | None)
     assert_type(next(queue.map(fetch, ["a"], key=str, window=5)), dict[str, int])
     for result in queue.map(add, [1], return_exceptions=True):
         assert_type(result, int | Exception)
-    assert_type(queue.map("fetch", [{"url": "x"}]), Iterator[Any])
+    assert_type(queue.map("fetch", [{"url": "x"}]), MapResults[Any])
     queue.map(add, [1], priority=1, delay=5)  # type: ignore[call-overload]
     queue.map(add, 1)  # type: ignore[call-overload]
 
