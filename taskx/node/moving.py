@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import attrs
 
 from taskx.attempt.checkpoints import Keeper
+from taskx.attempt.failures import error_type
 from taskx.attempt.registry import Registry
 from taskx.attempt.runner import Run, Runner
 from taskx.node.hooks import Hooks
@@ -34,9 +35,10 @@ from taskx.tasks.errors import RepositoryError
 from taskx.tasks.lifecycle import Ending
 from taskx.tasks.log import Digest, GuardedLogger
 from taskx.tasks.model import Task
-from taskx.tasks.moves import MOVES, PARAMS, RETRIED, Move
+from taskx.tasks.moves import MOVES, PARAMS, RETRIED, TRACEBACK, Move
 from taskx.tasks.record import FOR_TURN, FREE, UNTIL_DUE, changed_task, created_task
 from taskx.tasks.redact import show
+from taskx.tasks.retry import Permanent
 from taskx.tasks.timing import Timing
 from taskx.tasks.writes import Insert, Write
 
@@ -242,13 +244,17 @@ class Moves(Ledger[Outcome]):
     def _log_move(
         self, row: Move, task: Task, changes: Mapping[str, Any], outcome: Outcome | None
     ) -> None:
-        facts = _facts(task, changes, outcome)
-        if PARAMS in row.words:
+        facts, words, level = _facts(task, changes, outcome), row.words, row.level
+        if PARAMS in words:
             facts["params"] = show(task.params, self._redact)
+        if row.name == "fail" and any(task.id in some for some in self._watcher.reported):
+            words, level = words.removesuffix(TRACEBACK), logging.INFO
+        elif outcome is not None and outcome.ending.error_type == _PERMANENT:  # it was decided
+            words = words.removesuffix(TRACEBACK)
         if row.digest:
             self.retries.add(task.type, facts)
         else:
-            self._log.log(row.level, row.words, facts)
+            self._log.log(level, words, facts)
 
     def _tell_hooks(
         self, row: Move, task: Task, changes: Mapping[str, Any], outcome: Outcome | None
@@ -313,6 +319,7 @@ class Moves(Ledger[Outcome]):
 
 
 _UNCHANGED = object()
+_PERMANENT = error_type(Permanent(""))
 
 
 def _facts(task: Task, changes: Mapping[str, Any], outcome: Outcome | None) -> dict[str, Any]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from itertools import compress
 
 from taskx.node.pool import WorkerPool
 from taskx.stores import queries
 from taskx.stores.liveness.base import Node
 from taskx.tasks import lifecycle
 from taskx.tasks.errors import RepositoryUnavailable
+from taskx.tasks.findings import counted, listed
 from taskx.tasks.model import Task
 from taskx.tasks.writes import Update
 
@@ -121,4 +123,14 @@ class Recovery:
         )
         # One transaction: after half a rescue, the other tasks would be told a wrong number of neighbours.
         writes = [write for alternatives in rescues for write in alternatives]
-        self._pool.services.moves.commit(writes, {task.id: task for task in tasks})
+        known = {task.id: task for task in tasks}
+        results = self._pool.services.moves.commit(writes, known)
+        again = [
+            w.id for w in compress(writes, results) if w.changes["status"] == lifecycle.PENDING
+        ]
+        if again:
+            self._pool.services.log.warning(
+                "node %s died while it ran %s, which %s again: %s",
+                *(node.name, counted(len(again), "task"), "runs" if len(again) == 1 else "run"),
+                listed(again),
+            )

@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -64,6 +64,8 @@ class Watcher:
         self._lock = threading.RLock()  # reentrant: a finalizer may use a handle
         #: The ids of the watched tasks.
         self.watched = self._handles.keys()
+        #: The tasks of maps that tell of failures themselves: objects that contain their ids.
+        self.reported: weakref.WeakSet[Container[str]] = weakref.WeakSet()
         # Handles that have ended, and whose listeners are not told yet.
         self._ended: deque[TaskHandle[Any]] = deque()
         self._thread: threading.Thread | None = None

@@ -15,6 +15,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar, get_type_hints
 import attrs
 
 from taskx.attempt.executors import AnyExecutor, Executor, executor_of
+from taskx.node.moving import Services
 from taskx.queue.intake import Intake, encoded, task_of
 from taskx.queue.layers import LayeredIntake
 from taskx.stores.base import Repository
@@ -29,9 +30,11 @@ from taskx.tasks.errors import (
     DuplicateTask,
     InvalidTransition,
     PayloadError,
+    TaskFailed,
     UnknownTaskType,
     on_main_thread,
 )
+from taskx.tasks.findings import counted, listed
 from taskx.tasks.handles import TaskHandle
 from taskx.tasks.model import Task, TaskStatus, check_name
 from taskx.tasks.options import MapOptions, refuse_unknown
@@ -51,6 +54,8 @@ _LUMP = 250
 # The seconds for which items are drawn while a result is ready.
 _HOLD = 0.05
 _NONE = object()
+# Characters of an error by which failures are counted.
+_MOST_WORDS = 80
 # Parameters with one of these annotations take no tuple.
 _SCALARS = (str, int, float, bool, bytes)
 
@@ -86,6 +91,8 @@ class _Owner(Protocol):
     def _values(self) -> Mapping[str, Values]: ...
     @property
     def _timing(self) -> Timing: ...
+    @property
+    def _services(self) -> Services: ...
 
 
 _canonical = json.JSONEncoder(allow_nan=False, sort_keys=True, separators=(",", ":")).encode
@@ -320,6 +327,15 @@ class _Window:
         self.few = math.inf
         #: Wake the thread of the map when only so many tasks are unfinished.
         self.low = 0
+        # The tasks that were submitted here and whose results were not taken yet.
+        self._ids: set[str] = set()
+
+    def __contains__(self, task_id: object) -> bool:
+        return task_id in self._ids
+
+    def report_failures(self) -> None:
+        """From now on the map tells of the failures of its tasks, and the log of the queue does not."""
+        self.submitter.owner._services.watcher.reported.add(self)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -406,6 +422,7 @@ class _Window:
             if not lump:
                 break
             tasks = [place.task for place in lump.values() if place.task is not None]
+            self._ids.update(lump)
             outcomes = self.submitter.submit(tasks, self._by_id)
             for place, outcome in zip(lump.values(), outcomes, strict=True):
                 self._start(place, outcome)
@@ -477,6 +494,7 @@ class _Window:
         self._places.remove(place)
         if not isinstance(outcome, TaskHandle):
             raise outcome or AssertionError("the item has not ended")
+        self._ids.discard(outcome.id)
         self._unfinished.pop(outcome, None)
         return outcome.result(0)
 
@@ -508,6 +526,8 @@ class MapResults(Iterator[R], Generic[R]):
     _left: Iterator[Any] = attrs.field(init=False)
     _display: Display | None = attrs.field(init=False, default=None)
     _under_way: _Window = attrs.field(init=False)
+    # The number of errors of each type that were not raised, and their text.
+    _failures: dict[str, tuple[int, str]] = attrs.field(init=False, factory=dict)
     # True if items come so slowly that none is drawn while a result is ready.
     _slow: bool = attrs.field(init=False, default=False)
 
@@ -543,6 +563,8 @@ class MapResults(Iterator[R], Generic[R]):
             clock=self._clock,
         )
         self._under_way = _Window(submitter, ordered=self._ordered, every=timing.handles_every)
+        if self._return_exceptions:
+            self._under_way.report_failures()
         if self._progress:
             total = len(self._items) if isinstance(self._items, Sized) else None
             self._display = Display(self._name or submitter.type, total, timing)
@@ -555,6 +577,7 @@ class MapResults(Iterator[R], Generic[R]):
         Raises:
             TaskxError: from the iterator, what concerns no single item, as for ``Queue.map``.
         """
+        self._under_way.report_failures()
         while True:
             try:
                 yield self._take(raises=False)
@@ -575,13 +598,37 @@ class MapResults(Iterator[R], Generic[R]):
                 self._show(failed=1)
                 if raises:
                     raise
+                self._count(error)
                 return MapOutcome(place.item, None, error)
             self._show(done=1, stored=place.stored)
             return MapOutcome(place.item, result, None)
         except BaseException:  # also at the end: the display must not stay below an error message
             if self._display is not None:
                 self._display.close()
+            self._tell_failures()
             raise
+
+    def _tell_failures(self) -> None:
+        """Log how many items failed, and why, since the last such line."""
+        failures, self._failures = self._failures, {}
+        if failures:
+            kinds = sorted(failures.items(), key=lambda pair: pair[1][0], reverse=True)
+            told = [f"{count:,} {kind}{text and f': {text}'}" for kind, (count, text) in kinds]
+            self._owner._services.log.warning(
+                "map %s: %s failed: %s",
+                self._under_way.submitter.name or self._under_way.submitter.type,
+                counted(sum(count for count, _ in failures.values()), "item"),
+                listed(told),
+            )
+
+    def _count(self, error: Exception) -> None:
+        """Count an error by its type, with its text if all of that type have the same one."""
+        kind, text = type(error).__name__, str(error)
+        if isinstance(error, TaskFailed):
+            kind, _, text = error.error.partition(": ")
+        text = clean_text(text.partition("\n")[0], _MOST_WORDS)
+        count, other = self._failures.get(kind, (0, text))
+        self._failures[kind] = (count + 1, text if text == other else "")
 
     def _show(self, **counts: int) -> None:
         if self._display is not None:

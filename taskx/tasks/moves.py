@@ -58,7 +58,9 @@ class Move(NamedTuple):
 PARAMS = " (params=%(params)s)"
 _ENDED = "task %(id)s (%(type)s) %(status)s"
 _BECAUSE = "task %(id)s (%(type)s) is %(status)s: %(error)s"
-_HAS_FAILED = f"task %(id)s (%(type)s) failed: %(error)s{PARAMS}\n%(traceback)s"
+#: The part that shows where an error was raised.
+TRACEBACK = "\n%(traceback)s"
+_HAS_FAILED = f"task %(id)s (%(type)s) failed: %(error)s{PARAMS}{TRACEBACK}"
 #: The log message of a retry.
 RETRIED = f"task %(id)s (%(type)s) is retried %(when)s after attempt %(attempt)d: %(error)s{PARAMS}"
 _SNOOZED = "task %(id)s (%(type)s) asked to run again in %(snooze)g s"
@@ -111,7 +113,8 @@ MOVES = (
     Move("crash", _RUN, _PENDING, "rescued", may_start=True, level=_WARNING, words=_CRASHED),
     Move("crash", _RUN, _FAILED, "rescued", ends=True, level=_ERROR, words=_HAS_FAILED),
     Move("crash", _RUN, _CANCELLED, "rescued", ends=True, words=_ENDED),
-    Move("rescue", _RUN, _PENDING, "rescued", may_start=True, level=_WARNING, words=_RESCUED),
+    # The recovery logs how many tasks of a node run again.
+    Move("rescue", _RUN, _PENDING, "rescued", may_start=True, words=_RESCUED),
     Move("rescue", _RUN, _FAILED, "rescued", ends=True, level=_ERROR, words=_LOST),
     Move("rescue", _RUN, _CANCELLED, "rescued", ends=True, level=_WARNING, words=_NOT_RESCUED),
     Move("cancel", _PEND, _CANCELLED, ends=True, leaves=True),

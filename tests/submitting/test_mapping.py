@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import gc
+import logging
 import threading
 from collections import Counter
 from concurrent.futures import CancelledError
@@ -18,6 +19,7 @@ from taskx import (
     MemoryRepository,
     Middleware,
     PayloadError,
+    Permanent,
     QueueStopped,
     RepositoryUnavailable,
     RetryPolicy,
@@ -363,6 +365,44 @@ class TestItems:
         assert MapOutcome._fields == ("item", "result", "error")
         [outcome] = running.map(square.executor, [3]).outcomes()
         assert outcome == (3, 9, None)
+
+    def test_the_log_has_one_line_for_all_failures_that_the_map_returns(
+        self, running, square, caplog
+    ):
+        """Each of them is logged at INFO, without its traceback."""
+        caplog.set_level(logging.INFO, "taskx")
+        square.failing = {1, 2, 3}
+        items = [0, 1, 2, 3, {"m": 1}]
+        assert len(list(running.map(square.executor, items, return_exceptions=True))) == 5
+        failures = [record for record in caplog.records if "fail" in record.getMessage()]
+        assert [record.levelno for record in failures] == [logging.INFO] * 3 + [logging.WARNING]
+        assert "Traceback" not in caplog.text
+        assert failures[-1].getMessage() == (
+            "map square: 4 items failed: 3 ValueError, 1 PayloadError: "
+            "params: 'square' requires n and does not take 'm'; it takes n, plus"
+        )
+
+    def test_an_error_that_all_failures_share_is_in_that_line(self, running, square, caplog):
+        bad = running.executor("bad", max_attempts=1)(lambda n: 1 / 0)
+        list(running.map(bad, range(3), name="of zeros").outcomes())
+        [line] = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+        assert line == "map of zeros: 3 items failed: 3 ZeroDivisionError: division by zero"
+
+    def test_failures_that_the_map_raises_are_logged_one_by_one(self, running, square, caplog):
+        square.failing = {1}
+        with pytest.raises(TaskFailed):
+            list(running.map(square.executor, [1]))
+        assert "Traceback" in caplog.text
+
+    def test_a_permanent_failure_is_logged_without_its_traceback(self, queue, caplog):
+        @queue.executor("gone")
+        def gone():
+            raise Permanent("404")
+
+        queue.start()
+        assert queue.submit("gone").exception(PATIENCE).error == "Permanent: 404"
+        [line] = [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR]
+        assert line.endswith("(gone) failed: Permanent: 404 (params={})")
 
     def test_a_stop_is_no_outcome(self, running, square):
         outcomes = running.map(square.executor, [1, 2], window=1).outcomes()

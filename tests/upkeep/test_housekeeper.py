@@ -392,8 +392,11 @@ def test_the_log_says_what_happens_to_a_task_whose_process_died(
     start = Update("victim", {}, ran)
     dead([insert, start, *(lifecycle.cancel("victim", 2000) if cancelled else ())])
     queue_recovery(make_queue()).recover()
-    [message] = [r.getMessage() for r in caplog.records if "which died" in r.getMessage()]
-    assert message == f"task victim was running on host:1:dead, which died: {consequence}"
+    [message] = [r.getMessage() for r in caplog.records if "died" in r.getMessage()]
+    if consequence == "it runs again":
+        assert message == "node host:1:dead died while it ran 1 task, which runs again: victim"
+    else:
+        assert message == f"task victim was running on host:1:dead, which died: {consequence}"
 
 
 # Turns and parents
