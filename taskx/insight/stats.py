@@ -20,9 +20,10 @@ from taskx.stores import queries
 from taskx.stores.base import Lookup, Repository
 from taskx.tasks.checks import check_int, check_number
 from taskx.tasks.clock import to_datetime
-from taskx.tasks.findings import Answer
+from taskx.tasks.findings import Answer, duration
 from taskx.tasks.lifecycle import COMPLETED, FAILED, PENDING
 from taskx.tasks.record import BY_THREAD
+from taskx.tasks.tables import html_table
 
 # Approximate number of waiting tasks that are read to find the oldest of each type.
 _OLDEST = 1000
@@ -84,7 +85,7 @@ class TypeStats:
     run_time: Percentiles | None = None
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, repr=False)
 class Stats(Answer):
     """The answer of :meth:`Queue.stats`.
 
@@ -102,6 +103,25 @@ class Stats(Answer):
     period: float
     since: datetime | None
     complete: bool
+
+    def __repr__(self) -> str:
+        told = [
+            f"{name}: " + (", ".join(f"{v} {k}" for k, v in counts.items() if v) or "nothing")
+            for name, counts in self._counts().items()
+        ]
+        return f"Stats({'; '.join(told)})"
+
+    def _repr_html_(self) -> str:
+        rows = [(name, *counts.values()) for name, counts in self._counts().items()]
+        caption = f"The last {duration(round(self.period))}"
+        return html_table(("type", *_COUNTS), rows, caption)
+
+    def _counts(self) -> dict[str, dict[str, Any]]:
+        return {t: {name: getattr(of, name) for name in _COUNTS} for t, of in self.types.items()}
+
+
+#: What a line and a table say of each type.
+_COUNTS = ("waiting", "delayed", "blocked", "running", "stuck", "completed", "failed")
 
 
 def stats(

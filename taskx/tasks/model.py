@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from enum import Enum
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from taskx.tasks.conditions import Condition, as_conditions, contains, meets
 from taskx.tasks.errors import ConfigurationError
 from taskx.tasks.payload import is_encodable
 from taskx.tasks.retry import RetryPolicy
+from taskx.tasks.tables import html_table, line
 from taskx.tasks.tags import FLOW, as_tags, check_flow
 
 #: Longest id, type and created_by, in characters: all three are keys of indexes.
@@ -109,7 +110,7 @@ def _task_status(value: Any) -> TaskStatus:
 
 
 # Converters run when a task is made, not when it is changed: that hook would slow down every attribute.
-@attrs.define(kw_only=True, on_setattr=attrs.setters.NO_OP)
+@attrs.define(kw_only=True, repr=False, on_setattr=attrs.setters.NO_OP)
 class Task:
     """A task as the repository stores it.
 
@@ -205,15 +206,31 @@ class Task:
     starts: int = 0
     cancel_requested_at: datetime | None = None
     dead_letter: bool = False
-    error_type: str = attrs.field(default="", repr=False)
-    traceback: str = attrs.field(default="", repr=False)
-    owner: str = attrs.field(default="", repr=False)
-    worker: str = attrs.field(default="", repr=False)
-    earlier_attempts: list[Attempt] = attrs.field(factory=list, repr=False)
-    stuck_on: str = attrs.field(default="", repr=False)
-    checkpoints: dict[str, Any] | None = attrs.field(default=None, repr=False)
-    log: str = attrs.field(default="", repr=False)
-    damage: str = attrs.field(default="", repr=False, eq=False)
+    error_type: str = ""
+    traceback: str = ""
+    owner: str = ""
+    worker: str = ""
+    earlier_attempts: list[Attempt] = attrs.field(factory=list)
+    stuck_on: str = ""
+    checkpoints: dict[str, Any] | None = None
+    log: str = ""
+    damage: str = attrs.field(default="", eq=False)
+
+    def __repr__(self) -> str:
+        return line("Task", self._told(_IN_LINE))
+
+    def _repr_html_(self) -> str:
+        return html_table(("field", "value"), self._told(TASK_FIELDS).items(), "Task")
+
+    def _told(self, names: Iterable[str]) -> dict[str, Any]:
+        """Return the status, and the fields that differ from those of a new task."""
+        told = {}
+        for name in names:
+            value, new = getattr(self, name), _NEW[name]
+            # An array is no value of a stored task, and is neither equal to another value nor not.
+            if name == "status" or type(value) is not type(new) or value != new:
+                told[name] = value
+        return told
 
     @property
     def attempt(self) -> int:
@@ -292,6 +309,9 @@ class Task:
 TASK_FIELDS: tuple[str, ...] = tuple(
     field.name for field in attrs.fields(Task) if field.name not in ("flow", "damage")
 )
+# The fields in a line about a task: those that are short, and that users set or look for.
+_IN_LINE = (*TASK_FIELDS[: TASK_FIELDS.index("error_type")], "flow")
+_NEW = {name: getattr(Task(), name) for name in (*TASK_FIELDS, "flow")}
 TIME_FIELDS = (
     *("created_at", "started_at", "completed_at"),
     *("run_at", "expires_at", "cancel_requested_at"),
@@ -500,6 +520,11 @@ class TaskPage(_Page):
 
     def __repr__(self) -> str:
         return f"TaskPage(total={self.total}, more={self.more}, tasks={self.tasks!r})"
+
+    def _repr_html_(self) -> str:
+        heads = ("id", "type", "status", "params", "created_at", "error")
+        rows = ([getattr(task, name) for name in heads] for task in self.tasks)
+        return html_table(heads, rows, f"{len(self.tasks):,} of {self.total:,} tasks")
 
 
 class TaskCount(int):

@@ -120,11 +120,17 @@ def _flaw(value: Any, depth: int) -> tuple[str, str] | None:
 
 
 def _not_json(kind: type[Any]) -> str:
+    from pathlib import PurePath
+
     from taskx.tasks.annotations import has_form, takes_more
 
     name = kind.__name__
+    if kind.__module__ == "numpy":
+        return f"{name} is not JSON; write value.item() for a scalar, value.tolist() for an array"
     if not has_form(kind):
         return f"{name} is not JSON"
+    if issubclass(kind, PurePath):  # each system has its own class
+        name = "Path"
     if takes_more(kind):
         return (
             f"{name} is not JSON: its __init__ must take its own fields, and require nothing else"
