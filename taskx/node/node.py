@@ -148,10 +148,10 @@ class LocalNode:
         self._on_stop_request = on_stop_request or self._on_stop_request
         with self._starting:
             if self.stopped:
+                new = f"queue = Queue({self._services.repository!r})"
                 raise QueueStopped(
-                    "a stopped queue cannot be started again: write "
-                    f"queue = Queue({self._services.repository!r}), and register its executors with that. To go on "
-                    "with one queue, write queue.start() in place of with queue"
+                    f"a stopped queue cannot be started again: write {new}, and register its executors "
+                    "with that. To go on with one queue, write queue.start() in place of with queue"
                 )
             if self.pool is not None:
                 self.pool.go()  # an interrupt may have stopped start() before this step
