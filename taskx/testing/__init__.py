@@ -1,4 +1,4 @@
-"""A test kit: queues that a test drives, a clock that it moves, and the contracts of repositories.
+"""A test kit: queues that a test drives, a clock that it moves, deaths, and the contracts of repositories.
 
 ``RepositoryContract`` is the contract of the eight methods, ``PrimitivesContract`` that of the primitives
 below them. These two need pytest; the rest, and TaskX itself, do not. The tests of applications use this

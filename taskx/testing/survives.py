@@ -315,7 +315,7 @@ def _place(frame: FrameType | None) -> str:
 
 def _line(code: CodeType, number: int) -> str:
     source = linecache.getline(code.co_filename, number).strip()
-    return f"\n  {code.co_filename}:{number}, in {code.co_name}: {source}"
+    return f"\n  {code.co_filename}:{number}, in {code.co_name}{source and f': {source}'}"
 
 
 def _read(name: str) -> Any:
