@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
+from concurrent.futures import TimeoutError as FutureTimeout
 from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
@@ -551,7 +552,7 @@ def test_a_task_that_fails_without_a_death(queue):
 def test_a_task_that_does_not_end_without_a_death(queue):
     queue.executor("waits")(lambda: None)
     queue.declare("elsewhere")
-    with pytest.raises(TimeoutError, match="nothing is due that could end it"):
+    with pytest.raises(FutureTimeout, match="nothing is due that could end it"):
         survives(chain(Task(type="elsewhere"), Task(type="waits")), queue=queue)
 
 
