@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import linecache
+import os
 import sqlite3
 import sys
 import sysconfig
@@ -16,14 +17,14 @@ from collections.abc import (
     MutableSet,
     Sequence,
 )
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from copy import deepcopy
 from functools import partial
 from itertools import count
 from numbers import Real
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import Any, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import attrs
 
@@ -44,8 +45,10 @@ from taskx.testing.clock import ManualClock
 from taskx.testing.execution import _register
 from taskx.testing.queues import ManualQueue, _replaced
 
+R = TypeVar("R")
+
 # Files with these paths are not the user's.
-_OTHERS = (str(Path(__file__).parent.parent), sysconfig.get_path("stdlib"))
+_OTHERS = (f"{Path(__file__).parent.parent}{os.sep}", f"{sysconfig.get_path('stdlib')}{os.sep}")
 # The most characters of a value in a message.
 _SHOWN = 300
 # The most runs of tasks in one life of a node.
@@ -106,6 +109,7 @@ def survives(
         AssertionError: it does not survive a death. The message has the commit, the step, the line in your
             code, and the difference. Or it does not do the same in each run.
         ConfigurationError: an argument is not valid, or an effect is not as it was before the first run.
+        PayloadError: the params do not fit the executor.
         TaskFailed: it fails without a death.
         TimeoutError: it does not end without a death.
     """
@@ -214,26 +218,23 @@ def _result(node: ManualQueue, handle: FlowHandle) -> Any:
     """Run a flow, and then what it has submitted. Return its result or its error."""
     try:
         result = handle.result()
+        node.run_all()
     except Exception as error:  # noqa: BLE001  (it is compared)
-        result = error
-    node.run_all()
+        return error
     return result
 
 
 def _compare(whole: _Seen, run: _Seen, title: str, twice: Collection[str] = ()) -> None:
     """Raise an ``AssertionError`` if the result or an effect is not as in the run without a death."""
     __tracebackhide__ = True
-    pairs = [("result", whole.result, run.result)]
+    results = ("result", whole.result, run.result)
+    found = [results] if whole.result != run.result else []
     for name in {**whole.effects, **run.effects}:
-        pair = whole.effects.get(name), run.effects.get(name)
-        if not (name in twice and _is_repeated(*pair)):
-            pairs.append((f"effect {name!r}", *pair))
-    lines = [
-        f"  {what}: expected {_shown(expected)}, found {_shown(found)}"
-        for what, expected, found in pairs
-        if expected != found
-    ]
-    if lines:
+        before, now = whole.effects.get(name), run.effects.get(name)
+        if before != now and not (name in twice and _is_repeated(before, now)):
+            found.append((f"effect {name!r}", before, now))
+    if found:
+        lines = [f"  {what}: expected {_shown(a)}, found {_shown(b)}" for what, a, b in found]
         raise AssertionError("\n".join([title, *lines]))
 
 
@@ -282,23 +283,21 @@ class _Life:
         if self.death is not None:
             raise _Death
 
-    def before(self, describe: Callable[[], tuple[str, str]]) -> None:
-        """Begin a commit. ``describe()`` returns its moves, and the place if no executor has called."""
+    def commit(self, do: Callable[[], R], describe: Callable[[], tuple[str, str]]) -> R:
+        """Make a commit. ``describe()`` returns its moves, and the place if no executor makes it."""
         self.check()
         self.commits += self.counts
-        if not self._after:
-            self._end_here(describe)
+        ends = self.counts and self.commits == self._at
+        if ends and not self._after:
+            self._end(*describe())
+        done = do()
+        if ends:
+            self._end(*describe())
+        return done
 
-    def after(self, describe: Callable[[], tuple[str, str]]) -> None:
-        """Note that a commit took place."""
-        if self._after:
-            self._end_here(describe)
-
-    def _end_here(self, describe: Callable[[], tuple[str, str]]) -> None:
-        if self.counts and self.commits == self._at:
-            what, place = describe()
-            self.left, self.death = self._world.values(), what + (_place(sys._getframe(2)) or place)
-            raise _Death
+    def _end(self, what: str, place: str) -> NoReturn:
+        self.left, self.death = self._world.values(), what + (_place(sys._getframe()) or place)
+        raise _Death
 
 
 def _place(frame: FrameType | None) -> str:
@@ -345,29 +344,25 @@ class _Mortal(Repository):
         return self._inner.entered
 
     def apply(self, writes: Sequence[Write], *, all_or_nothing: bool = False) -> Sequence[bool]:
-        describe = partial(self._describe, writes)
-        self._life.before(describe)
-        held = self._inner.apply(writes, all_or_nothing=all_or_nothing)
-        self._life.after(describe)
-        return held
+        do = partial(self._inner.apply, writes, all_or_nothing=all_or_nothing)
+        return self._life.commit(do, lambda: self._describe(writes))
 
     def put_notes(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
-        names = "the note " + ", ".join(change.name for change in changes)
-        self._life.before(lambda: (names, ""))
-        held = self._inner.put_notes(changes)
-        self._life.after(lambda: (names, ""))
-        return held
+        names = ", ".join(change.name for change in changes)
+        return self._life.commit(
+            lambda: self._inner.put_notes(changes), lambda: (f"note {names}", "")
+        )
 
     def _describe(self, writes: Sequence[Write]) -> tuple[str, str]:
         """Return the moves that writes make, and the last step and the executor of the first task."""
         tasks = self._inner.get_many([*{write.id: None for write in writes}])
-        types = {task.id: task.type for task in tasks.values()}
-        types |= {write.id: write.row["type"] for write in writes if isinstance(write, Insert)}
+        types = {write.id: write.row["type"] for write in writes if isinstance(write, Insert)}
+        types |= {task.id: task.type for task in tasks.values()}
         moves = [f"{write.move} of {types.get(write.id, write.id)!r}" for write in writes]
-        first = tasks.get(writes[0].id)
-        steps = [*((first and first.checkpoints) or {}).get("steps", {})]
+        first = writes[0].id
+        steps = [*(tasks[first].checkpoints or {}).get("steps", ())] if first in tasks else []
         place = f", after step {steps[-1]!r}" if steps else ""
-        entry = self._executors.get(types.get(writes[0].id, ""))
+        entry = self._executors.get(types.get(first, ""))
         executor = getattr(entry and entry.check_params, "__self__", None)
         if (code := getattr(getattr(executor, "function", None), "__code__", None)) is not None:
             place += _line(code, code.co_firstlineno)
@@ -388,10 +383,9 @@ class _Transactions:
     def begin(self) -> Iterator[Any]:
         """Begin a transaction for an executor: see :meth:`Transactions.begin`."""
         self._life.check()
-        with self._inner.begin() as connection:
-            yield connection
-            self._life.before(lambda: ("ctx.transaction()", ""))
-        self._life.after(lambda: ("ctx.transaction()", ""))
+        with ExitStack() as stack:
+            yield stack.enter_context(self._inner.begin())
+            self._life.commit(stack.close, lambda: ("ctx.transaction()", ""))
 
 
 # --- the world

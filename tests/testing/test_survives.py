@@ -39,7 +39,7 @@ from taskx.attempt.checkpoints import Checkpoints
 from taskx.attempt.transactions import Transaction
 from taskx.node.recovery import Recovery
 from taskx.tasks import lifecycle, payload
-from taskx.testing import survives
+from taskx.testing import manual, survives
 
 survival = importlib.import_module("taskx.testing.survives")
 
@@ -203,6 +203,13 @@ def test_the_queues_own_repository_is_not_touched(queue, order, effects):
     assert queue.list_tasks()[1] == 0
     order.submit(customer=8)
     assert queue.list_tasks()[1] == 1
+
+
+def test_in_the_block_of_a_manual_queue(queue, order, effects):
+    with manual(queue) as q:
+        handle = order.submit(customer=8)
+        survives(order, {"customer": 7}, effects=effects, twice=["sent"])
+        assert q.run_next().id == handle.id
 
 
 def test_no_real_time_passes(queue):
