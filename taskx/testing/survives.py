@@ -17,7 +17,7 @@ from collections.abc import (
     MutableSet,
     Sequence,
 )
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from copy import deepcopy
 from functools import partial
 from itertools import count
@@ -31,6 +31,7 @@ import attrs
 from taskx.attempt.checkpoints import Checkpoints
 from taskx.attempt.executors import AnyExecutor, BoundExecutor, Executor, TaskExecutor
 from taskx.attempt.runner import Runner
+from taskx.node.admission import until_token
 from taskx.queue.flows import Flow, FlowHandle, Shape, chain
 from taskx.queue.queue import Queue
 from taskx.stores.base import Repository
@@ -179,6 +180,12 @@ class _Node(ManualQueue):
                 f"there are more than {_MOST} runs: does a task run again and again?"
             )
         return ran
+
+    def _until_next(self) -> float:
+        # No event of this node tells of a token that a dead node has taken.
+        gates, clock = self._driven.pool.admission._gates.values(), self.clock
+        tokens = [until_token(gate.bucket, clock) for gate in gates if gate.bucket is not None]
+        return min([super()._until_next(), *(seconds for seconds in tokens if seconds)])
 
 
 @attrs.frozen
@@ -378,6 +385,11 @@ class _Transactions:
     def __getattr__(self, name: str) -> Any:
         self._life.check()
         return getattr(self._inner, name)
+
+    def join(self, connection: object, then: object) -> AbstractContextManager[Any]:
+        """Take part in a transaction. A thread would tell of its commit at any time: polling finds it."""
+        self._life.check()
+        return self._inner.join(connection, None)
 
     @contextmanager
     def begin(self) -> Iterator[Any]:

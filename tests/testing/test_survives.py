@@ -166,6 +166,25 @@ def test_a_flow(queue):
     assert "effect 'merged'" in failing(flow, queue=queue, effects=lambda: {"merged": merged})[-1]
 
 
+@pytest.mark.parametrize("stored", ["in memory", "in a file"])
+def test_limits_of_all_nodes_and_turns(queue, tmp_path, stored):
+    """A dead node may have taken a slot, a turn, or the last token of a minute."""
+    noted = {}
+    options = {"max_concurrency": 1, "rate": "1/m", "limit_scope": "global"}
+
+    @queue.executor(**options)
+    def part(ctx, n: int) -> int:
+        return ctx.step("note", noted.setdefault, n, "noted") and n
+
+    parts = [part.task(n=n) for n in range(3)]
+    for task in parts:
+        task.concurrency_key = "one at a time"
+    file = SQLiteRepository(tmp_path / "tasks.db", durability="process")
+    repository = None if stored == "in memory" else file
+    survives(group(*parts), queue=queue, effects=lambda: {"noted": noted}, repository=repository)
+    file.close()
+
+
 def test_a_single_task(order, queue, effects):
     task = order.task(customer=7)
     survives(task, queue=queue, effects=effects, twice=["sent"])
@@ -277,6 +296,21 @@ def test_a_transaction_with_a_step(queue, shop, repository):
             tx.connection.execute("UPDATE orders SET book = upper(book)")
 
     survives(buy, {"book": "Emma"}, effects=rows(shop), repository=repository)
+
+
+def test_a_transaction_that_submits_a_task(queue, shop, repository, sent):
+    """It is stored with the rows, so it needs no key of its own."""
+    queue.executor("mail")(lambda to: sent.append(to))
+
+    @queue.executor()
+    def buy(ctx, book: str) -> None:
+        with ctx.transaction() as tx:
+            tx.connection.execute("INSERT INTO orders VALUES (?)", (book,))
+            queue.submit("mail", {"to": book}, connection=tx.connection)
+            tx.complete()
+
+    effects = lambda: {"sent": sent, **rows(shop)()}  # noqa: E731
+    survives(buy, {"book": "Emma"}, effects=effects, twice=["sent"], repository=repository)
 
 
 def test_a_transaction_that_says_nothing_of_the_task_is_found(queue, shop, repository):
