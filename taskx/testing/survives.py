@@ -451,7 +451,7 @@ class _World:
     def put_back(self, values: Mapping[str, Any]) -> None:
         """Give the lists, dicts and sets among the effects the content of these values."""
         for name, value in self._effects().items():
-            before: Any = deepcopy(values.get(name))
+            before: Any = deepcopy(values.get(name, ()))
             if isinstance(value, (MutableSequence, MutableMapping, MutableSet)):
                 value.clear()
             if isinstance(value, MutableSequence):
@@ -459,7 +459,7 @@ class _World:
             elif isinstance(value, MutableMapping):
                 value.update(before)
             elif isinstance(value, MutableSet):
-                value |= before
+                value |= set(before)
 
     def close(self) -> None:
         """Put everything back for the last time."""
