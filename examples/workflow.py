@@ -1,8 +1,9 @@
 """The nightly report of a small shop, as a workflow of several tasks with retries.
 
 Three branches deliver their sales over HTTP, from a server that sometimes fails. The sales are fetched in
-parallel and merged. Then a chart is drawn, and the report is sent exactly once. If the program is killed at
-any moment and run again, it goes on from there. Run it: ``python examples/workflow.py [FILE]``
+parallel and merged. Then a chart is drawn, and the report is sent. If the program is killed at any moment
+and run again, it goes on from there. Only a death right after the report was sent can send it a second
+time. Run it: ``python examples/workflow.py [FILE]``
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A test kit: queues that a test drives, a clock that it moves, and the contracts of repositories.
+"""A test kit: queues that a test drives, a clock that it moves, deaths, and the contracts of repositories.
 
 ``RepositoryContract`` is the contract of the eight methods, ``PrimitivesContract`` that of the primitives
 below them. These two need pytest; the rest, and TaskX itself, do not. The tests of applications use this
@@ -11,6 +11,7 @@ from taskx.testing.execution import Outcome, run_executor
 from taskx.testing.faults import Fault, Faults, InjectedFault, fail_at, kill_at
 from taskx.testing.primitives import PrimitivesContract
 from taskx.testing.queues import InlineQueue, ManualQueue, inline, manual
+from taskx.testing.survives import survives
 
 __all__ = [
     "Fault",
@@ -27,4 +28,5 @@ __all__ = [
     "kill_at",
     "manual",
     "run_executor",
+    "survives",
 ]
