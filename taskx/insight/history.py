@@ -10,14 +10,14 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from datetime import datetime, timedelta
+from datetime import datetime
 
 import attrs
 
 from taskx.node.moving import Services
 from taskx.stores import queries
 from taskx.stores.base import Repository
-from taskx.tasks.checks import check_int, check_number
+from taskx.tasks.checks import Duration, check_int, check_number
 from taskx.tasks.clock import to_datetime
 from taskx.tasks.errors import ConfigurationError
 from taskx.tasks.findings import Answer
@@ -86,7 +86,7 @@ class History(Answer):
 def history(
     repository: Repository,
     services: Services,
-    period: float | timedelta,
+    period: Duration,
     intervals: int,
     at_most: int,
 ) -> History:

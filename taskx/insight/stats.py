@@ -10,7 +10,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any, Literal
 
 import attrs
@@ -18,7 +18,7 @@ import attrs
 from taskx.node.moving import Services
 from taskx.stores import queries
 from taskx.stores.base import Lookup, Repository
-from taskx.tasks.checks import check_int, check_number
+from taskx.tasks.checks import Duration, check_int, check_number
 from taskx.tasks.clock import to_datetime
 from taskx.tasks.findings import Answer, duration
 from taskx.tasks.lifecycle import COMPLETED, FAILED, PENDING
@@ -127,7 +127,7 @@ _COUNTS = ("waiting", "delayed", "blocked", "running", "stuck", "completed", "fa
 def stats(
     repository: Repository,
     services: Services,
-    period: float | timedelta,
+    period: Duration,
     at_most: int,
     waiting_at_most: int,
 ) -> Stats:

@@ -11,7 +11,6 @@ import time
 import weakref
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from datetime import timedelta
 from importlib import import_module
 from typing import Protocol
 
@@ -23,7 +22,7 @@ from taskx.node.pool import WorkerPool
 from taskx.node.schedules import Entry
 from taskx.stores.liveness.base import About, Node
 from taskx.tasks import permission
-from taskx.tasks.checks import check_number
+from taskx.tasks.checks import Duration, check_number
 from taskx.tasks.config import Config
 from taskx.tasks.errors import (
     CancelReason,
@@ -252,7 +251,7 @@ class LocalNode:
 
     # --- running
 
-    def drain(self, timeout: float | timedelta | None) -> bool:
+    def drain(self, timeout: Duration | None) -> bool:
         """Do the work of :meth:`Queue.drain`.
 
         Raises:
@@ -309,7 +308,7 @@ class LocalNode:
 
     # --- stopping
 
-    def stop(self, timeout: float | timedelta, *, cancel: bool) -> list[str]:
+    def stop(self, timeout: Duration, *, cancel: bool) -> list[str]:
         """Take no more tasks, wait for workers and hooks; return the ids of tasks that still run."""
         seconds = min(check_number(timeout, "timeout"), _LONGEST_STOP)
         deadline = time.monotonic() + seconds

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from taskx.node import requests
@@ -12,6 +12,7 @@ from taskx.queue.bulk import Bulk, OnProgress, Terms
 from taskx.queue.parts import Parts
 from taskx.stores.controls import Controls
 from taskx.stores.selecting import Chosen, dead, deliberate, given
+from taskx.tasks.checks import Duration
 from taskx.tasks.model import TaskFilter, TaskStatus, check_name
 from taskx.tasks.options import FilterOptions, LimitOptions, filter_of
 
@@ -117,7 +118,7 @@ class Steering(Parts):
         self,
         filter: TaskFilter | None = None,
         *,
-        rate: str | tuple[int, float | timedelta] | None = None,
+        rate: str | tuple[int, Duration] | None = None,
         dry_run: bool = False,
         at_most: int | None = None,
         on_progress: OnProgress | None = None,
@@ -154,7 +155,7 @@ class Steering(Parts):
         self,
         group: FailureGroup,
         *,
-        rate: str | tuple[int, float | timedelta] | None = None,
+        rate: str | tuple[int, Duration] | None = None,
         dry_run: bool = False,
         on_progress: OnProgress | None = None,
     ) -> Bulk:

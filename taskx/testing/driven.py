@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Collection, Mapping
-from datetime import timedelta
 
 import attrs
 
@@ -21,7 +20,7 @@ from taskx.node.moving import Services
 from taskx.node.pool import Ends, WorkerPool
 from taskx.stores.liveness.base import About, Node
 from taskx.tasks.bell import Signal
-from taskx.tasks.checks import in_seconds
+from taskx.tasks.checks import Duration, in_seconds
 from taskx.tasks.clock import Clock
 from taskx.tasks.config import Config
 from taskx.tasks.errors import CancelReason
@@ -62,7 +61,7 @@ class DrivenToken(CancelToken):
             self._clock.advance(0.001)
         return super().reason
 
-    def wait(self, timeout: float | timedelta | None = None) -> bool:
+    def wait(self, timeout: Duration | None = None) -> bool:
         """Let time pass until the token fires, at most ``timeout`` seconds; return True if it has fired."""
         clock = self._clock
         assert isinstance(clock, ManualClock)

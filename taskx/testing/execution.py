@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
 
 import attrs
@@ -14,7 +13,7 @@ from taskx.attempt.context import Context, log_prefix
 from taskx.attempt.executors import BoundExecutor, Executor, TaskExecutor, make_executor
 from taskx.attempt.runner import Run
 from taskx.tasks import payload
-from taskx.tasks.checks import check_int, optional_seconds
+from taskx.tasks.checks import Duration, check_int, optional_seconds
 from taskx.tasks.model import Task, TaskStatus
 from taskx.tasks.options import Options, ScheduleOptions, refuse_unknown
 from taskx.tasks.values import Values
@@ -128,7 +127,7 @@ def run_executor(
     executor: Executor[..., R] | BoundExecutor[..., R],
     params: Mapping[str, Any] | None = None,
     *,
-    cancel_after: float | timedelta | None = None,
+    cancel_after: Duration | None = None,
     attempt: int = 1,
     steps: Mapping[str, Any] | None = None,
     cursor: Any = None,
@@ -141,7 +140,7 @@ def run_executor(
     executor: TaskExecutor,
     params: Mapping[str, Any] | None = None,
     *,
-    cancel_after: float | timedelta | None = None,
+    cancel_after: Duration | None = None,
     attempt: int = 1,
     steps: Mapping[str, Any] | None = None,
     cursor: Any = None,
@@ -154,7 +153,7 @@ def run_executor(
     executor: Callable[..., R],
     params: Mapping[str, Any] | None = None,
     *,
-    cancel_after: float | timedelta | None = None,
+    cancel_after: Duration | None = None,
     attempt: int = 1,
     steps: Mapping[str, Any] | None = None,
     cursor: Any = None,
@@ -166,7 +165,7 @@ def run_executor(
     executor: Executor[..., Any] | BoundExecutor[..., Any] | TaskExecutor | Callable[..., Any],
     params: Mapping[str, Any] | None = None,
     *,
-    cancel_after: float | timedelta | None = None,
+    cancel_after: Duration | None = None,
     attempt: int = 1,
     steps: Mapping[str, Any] | None = None,
     cursor: Any = None,

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from taskx.insight.query import duration_of, moment_of
+from taskx.insight.query import moment_of
+from taskx.tasks.checks import duration_of
 from taskx.tasks.errors import ConfigurationError
 from taskx.tasks.rate import rate_of
 
