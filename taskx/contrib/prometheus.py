@@ -10,6 +10,7 @@ from typing import Any
 
 from taskx import ConfigurationError, Hook, Queue, RepositoryError, Task, TaskStatus, TaskxError
 from taskx.tasks import permission
+from taskx.tasks.lifecycle import ANSWER
 
 try:
     from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, Metric
@@ -116,6 +117,8 @@ class PrometheusHook(Hook):
         self._refresh()
 
     def finished(self, task: Task) -> None:
+        if task.type == ANSWER:
+            return
         outcome = task.status.value
         self._finished.labels(task.type, outcome).inc()
         if task.status is TaskStatus.FAILED:
@@ -296,7 +299,8 @@ class StoreCollector(Collector):
         for type in ("", *paused.types) if paused.everything else paused.types:
             found["paused"].add_metric([type], 1)
         pending = queue.count_tasks(status=TaskStatus.PENDING)
-        found["tasks_pending"].add_metric([], pending)
+        found["tasks_pending"].add_metric([], max(0, pending - stats.answers))
+        found["answers_pending"].add_metric([], stats.answers)
         nodes = sum(node.lives for node in queue.repository.nodes())
         found["nodes"].add_metric([], nodes)
         self._read_health(found, stats.types)
@@ -326,6 +330,7 @@ _FAMILIES: Mapping[str, Callable[[], Any]] = {
         (CounterMetricFamily, "repository_errors", "Scrapes for which it was not read."),
         (GaugeMetricFamily, "tasks", "Unfinished tasks by type and state.", "type", "state"),
         (GaugeMetricFamily, "tasks_pending", "Pending tasks, delayed ones included."),
+        (GaugeMetricFamily, "answers_pending", "Answers that somebody has yet to give."),
         (
             GaugeMetricFamily,
             "oldest_pending_age_seconds",

@@ -35,7 +35,8 @@ _REQUEUEABLE = (TaskStatus.FAILED, TaskStatus.CANCELLED)
 
 
 def _waits(task: Task, parents: Mapping[str, Task]) -> bool:
-    return task.status is TaskStatus.PENDING and not parents.keys().isdisjoint(task.depends_on)
+    pending = task.status is TaskStatus.PENDING and not lifecycle.is_parked(task)
+    return pending and not parents.keys().isdisjoint(task.depends_on)
 
 
 class Requeues:
@@ -68,6 +69,8 @@ class Requeues:
             now = self._services.clock.now_ms()
             correction = lifecycle.corrected(task, now, text, from_step)
         family = self._family({task_id: task}, Given(self._repository, (), ()))
+        if from_step is not None:  # first: the task may start at once
+            self._moves.commit(lifecycle.forgotten_answers(task, from_step))
         if task_id not in self._requeue_family(family, {}, {task_id: correction}):
             self._repository.refuse_if_key_held(task)
             raise InvalidTransition(
