@@ -185,7 +185,7 @@ class Checkpoints:
             moment = until if stored is None else stored
             left = moment - now()
             if left >= SHORT * 1000:
-                raise Parked(Park(None, moment), (name, moment) if stored is None else None)
+                raise Parked(Park(None, moment), name, moment if stored is None else None)
             token.wait(max(0, left) / 1000)
             token.raise_if_cancelled()
 
@@ -222,9 +222,9 @@ class Checkpoints:
         """
         with self._lock:
             self._parked, park = parked, parked.park
-            if parked.step is not None:
-                name, until = parked.step
-                steps = {**self._steps, name: self._encode(unfinished(until), name)}
+            if parked.until is not None:
+                text = self._encode(unfinished(parked.until), parked.step)
+                steps = {**self._steps, parked.step: text}
                 self.stored = checkpoints_to_text(steps, self._cursor)
                 park = park._replace(checkpoints=self.stored)
             return park

@@ -150,7 +150,8 @@ class _RemoteCancelled(Remote, TaskCancelled):
 class _RemoteParked(Remote, Parked):
     def __init__(self, told: Mapping[str, Any]) -> None:
         Remote.__init__(self, told)
-        self.park, self.step = Park(*told["value"]), None
+        *park, self.step = told["value"]
+        self.park, self.until = Park(*park), None
 
 
 _KINDS: dict[str, type[Remote]] = {
@@ -171,7 +172,7 @@ def told_error(error: BaseException, *, skip: int, main: str) -> dict[str, Any]:
     kind = ""
     value: Any = None
     if is_a(error, Parked):
-        kind, value = "parked", [*error.park]  # type: ignore[attr-defined]
+        kind, value = "parked", [*error.park, error.step]  # type: ignore[attr-defined]
     elif is_a(error, Permanent):
         kind = "permanent"
     elif is_a(error, Retry):

@@ -39,13 +39,16 @@ class Parked(BaseException):
 
     Attributes:
         park: what the task waits for.
-        step: a step that is stored as unfinished with the park, and the moment until which it waits.
+        step: the name of the step that waits.
+        until: the moment until which the step waits, in milliseconds, to be stored with the park; None if
+            there is none, or if it is stored already.
     """
 
-    def __init__(self, park: Park, step: tuple[str, int] | None = None) -> None:
+    def __init__(self, park: Park, step: str, until: int | None = None) -> None:
         super().__init__(park)
         self.park = park
         self.step = step
+        self.until = until
 
     def __str__(self) -> str:
         if self.park.on is None:
@@ -184,9 +187,9 @@ class Waits:
             elif found.status.finished:
                 return outcome_of(found)
             else:
-                raise Parked(Park(answer_id, None))
+                raise Parked(Park(answer_id, None), name)
             if self._patiently(token, lambda write=write: self._commit([write]))[0]:  # type: ignore[misc]
-                raise Parked(Park(answer_id, None))
+                raise Parked(Park(answer_id, None), name)
             # Somebody has just finished it, or made it: look again.
 
     def wait(
@@ -202,7 +205,7 @@ class Waits:
             found = self._look(awaited, token)
             if found is not None and found.status.finished:
                 return outcome_of(found)
-            now, step = self.now_ms(), None
+            now = self.now_ms()
             if until is not None and now >= until:
                 return failed("timeout", f"task {awaited} had not ended in time")
             if found is None and not awaited.startswith(EVENT):
@@ -212,10 +215,8 @@ class Waits:
                 insert = lifecycle.opened(event, task.id)._replace(durable=False)
                 if not self._patiently(token, lambda insert=insert: self._commit([insert]))[0]:  # type: ignore[misc]
                     continue
-            if until is None and timeout is not None:
-                until = moment_after(now, timeout)
-                step = awaited, until
-            raise Parked(Park(awaited, until), step)
+            new = moment_after(now, timeout) if until is None and timeout is not None else None
+            raise Parked(Park(awaited, until if new is None else new), awaited, new)
 
     def poll(
         self,
@@ -231,10 +232,9 @@ class Waits:
 
         ``note`` stores the moment until which the step waits, without a park.
         """
-        step = None
+        new = None
         if until is None and timeout is not None:
-            until = moment_after(self.now_ms(), timeout)
-            step = name, until
+            until = new = moment_after(self.now_ms(), timeout)
         while (value := look()) is None:
             now = self.now_ms()
             if until is not None and now >= until:
@@ -243,10 +243,10 @@ class Waits:
             if until is not None:
                 following = min(following, until)
             if following - now >= SHORT * 1000:
-                raise Parked(Park(None, following), step)
-            if step is not None:
-                note(step[1])
-                step = None
+                raise Parked(Park(None, following), name, new)
+            if new is not None:
+                note(new)
+                new = None
             token.wait((following - now) / 1000)
             token.raise_if_cancelled()
         return value
@@ -269,7 +269,7 @@ def told(call: Callable[[], Any]) -> dict[str, Any]:
     try:
         return {"value": call()}
     except Parked as parked:
-        return {"parked": [parked.park.on, parked.park.until], "step": parked.step}
+        return {"parked": [*parked.park], "step": [parked.step, parked.until]}
     except TaskNotFound as gone:
         return {"gone": gone.task_id}
     except ConfigurationError as error:
@@ -279,8 +279,7 @@ def told(call: Callable[[], Any]) -> dict[str, Any]:
 def heard(said: Mapping[str, Any]) -> Any:
     """Return or raise in the child process what :func:`told` has told."""
     if "parked" in said:
-        step = said["step"]
-        raise Parked(Park(*said["parked"]), None if step is None else (step[0], step[1]))
+        raise Parked(Park(*said["parked"]), *said["step"])
     if "gone" in said:
         raise TaskNotFound(said["gone"])
     if "refused" in said:

@@ -185,18 +185,18 @@ class _Inquiry:
     def _waits_for(self, task: Task, awaited: str) -> Reason:
         """Return what a task waits for in the middle of an attempt."""
         found = self._repository.get_many([awaited]).get(awaited)
-        until = task.expires_at
-        facts = {"id": awaited, "type": "", "status": "gone", "since": task.started_at}
+        since, until = task.started_at, task.expires_at
+        facts: dict[str, Any] = {"id": awaited, "type": "", "status": "gone", "since": since}
         if found is None or found.status.finished:
             words = f"What it waits for, {awaited}, has ended: {_SHORTLY}."
             return Reason("waiting", words, {**facts, "until": until})
         facts.update(type=found.type, status=found.status.value)
         what = f"the end of task {awaited} ({found.type}, {found.status})"
         if found.type == ANSWER:
-            facts["since"], until = found.created_at, until or found.expires_at
+            since, until = found.created_at, until or found.expires_at
             what = f"the answer {awaited}"
-        words = f"It waits for {what}{_between(facts['since'], until)}, without a thread."
-        return Reason("waiting", words, {**facts, "until": until})
+        words = f"It waits for {what}{_between(since, until)}, without a thread."
+        return Reason("waiting", words, {**facts, "since": since, "until": until})
 
     def _turn(self, task: Task) -> Reason:
         key = str(task.concurrency_key)
@@ -416,10 +416,15 @@ class _Inquiry:
 
 
 def _unanswered(answer: Task) -> Reason:
-    facts = {"id": answer.id, "type": ANSWER, "status": answer.status.value}
-    facts |= {"since": answer.created_at, "until": answer.expires_at}
-    since = _between(answer.created_at, answer.expires_at)
-    words = f"It waits for somebody to call queue.finish({answer.id!r}, …){since}."
+    since, until = answer.created_at, answer.expires_at
+    facts = {
+        "id": answer.id,
+        "type": ANSWER,
+        "status": answer.status.value,
+        "since": since,
+        "until": until,
+    }
+    words = f"It waits for somebody to call queue.finish({answer.id!r}, …){_between(since, until)}."
     return Reason("waiting", words, facts)
 
 

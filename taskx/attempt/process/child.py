@@ -108,8 +108,8 @@ class _Work:
             message: list[Any] = ["returned", self._call()]
         except BaseException as raised:  # noqa: BLE001  (told to the parent)
             reason, error = self._token.reason, raised
-            if self._context._parked is not None:
-                error = Parked(self._context._sealed())
+            if (parked := self._context._parked) is not None:
+                error = Parked(self._context._sealed(), parked.step)
             told = told_error(error, skip=2, main=self._request["main"])
             message = ["raised", told, reason and reason.value]
         if (progress := self._context._latest_progress()) is not None:
