@@ -69,13 +69,20 @@ class Requeues:
             now = self._services.clock.now_ms()
             correction = lifecycle.corrected(task, now, text, from_step)
         family = self._family({task_id: task}, Given(self._repository, (), ()))
-        if from_step is not None:  # first: the task may start at once
-            self._moves.commit(lifecycle.forgotten_answers(task, from_step))
+        if from_step is not None:
+            self._forget_answers(task, from_step)
         if task_id not in self._requeue_family(family, {}, {task_id: correction}):
             self._repository.refuse_if_key_held(task)
             raise InvalidTransition(
                 f"task {task_id} was changed while it was being requeued; try again"
             )
+
+    def _forget_answers(self, task: Task, from_step: str) -> None:
+        """Remove the answers to what the task asks again, before it starts."""
+        gone = {write.id: write for write in lifecycle.forgotten_answers(task, from_step)}
+        found = self._repository.find("id", [*gone], ("id", "type")) if gone else ()
+        if writes := [gone[i] for i, type in found if type == lifecycle.ANSWER]:
+            self._moves.commit(writes)
 
     def requeue(self, chosen: Chosen, terms: Terms = PLAIN, *, rate: Any = None) -> Bulk:
         """Requeue the chosen tasks: the failed and cancelled ones with these ids, or those that match."""
