@@ -298,8 +298,14 @@ class Context:
                 f"{what} cannot be used inside ctx.timeout(), which ends with this run: give it a timeout"
             )
 
-    def _waited(self, name: str, call: Callable[[int | None], Any], what: str) -> Any:
-        return outcome(self._parking(lambda kept: kept.wait_step(name, self._token, call, what)))
+    def _waited(
+        self, name: str, call: Callable[[int | None], Any], what: str, *, durable: bool = False
+    ) -> Any:
+        """Return the outcome of a step that waits; not durable if the record of a task has it, too."""
+        token = self._token
+        return outcome(
+            self._parking(lambda kept: kept.wait_step(name, token, call, what, durable=durable))
+        )
 
     def _parking(self, wait: Callable[[Checkpoints], Any]) -> Any:
         """Wait, and note if the run has parked."""
@@ -512,7 +518,7 @@ class Context:
 
             return waits.poll(name, look, pause, seconds, until, self._token, note)
 
-        return self._waited(name, call, "ctx.poll()")  # type: ignore[no-any-return]
+        return self._waited(name, call, "ctx.poll()", durable=True)  # type: ignore[no-any-return]
 
     def on_cancel(self, callback: Callable[[], object]) -> Callable[[], None]:
         """Call ``callback()`` on its own thread when the token fires.

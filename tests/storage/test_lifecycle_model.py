@@ -215,7 +215,7 @@ class Life(RuleBasedStateMachine):
             record.held = False
 
     def wake(self, draw):
-        """Let a task go on that awaits another one, which has ended or is gone, or that waits for its time."""
+        """Let a task go on that awaits another one, which has ended, or that waits for its time."""
         task_id = draw(ids)
         record = self.model.get(task_id)
         if record is None:
