@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from taskx.attempt.executors import BoundExecutor, Executor, TaskExecutor, executor
     from taskx.attempt.registry import Middleware
     from taskx.attempt.transactions import Transaction
-    from taskx.attempt.waiting import Parked
+    from taskx.attempt.waiting import NotDone, Parked, Uncertain
     from taskx.insight.changelog import Change
     from taskx.insight.diagnosis import Diagnosis
     from taskx.insight.failures import FailureGroup, Failures
@@ -99,6 +99,7 @@ __all__ = [
     "MongoRepository",
     "NodeInfo",
     "NodeNotFound",
+    "NotDone",
     "Parked",
     "Paused",
     "PayloadError",
@@ -143,6 +144,7 @@ __all__ = [
     "TunedType",
     "TypeHistory",
     "TypeStats",
+    "Uncertain",
     "UnknownTaskType",
     "ZlibCodec",
     "answer",
@@ -163,7 +165,7 @@ _HOMES = {
     "taskx.attempt.executors": "BoundExecutor Executor TaskExecutor executor",
     "taskx.attempt.registry": "Middleware",
     "taskx.attempt.transactions": "Transaction",
-    "taskx.attempt.waiting": "Parked",
+    "taskx.attempt.waiting": "NotDone Parked Uncertain",
     "taskx.insight.changelog": "Change",
     "taskx.insight.diagnosis": "Diagnosis",
     "taskx.insight.failures": "FailureGroup Failures",

@@ -8,7 +8,17 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NoReturn
 
 from taskx.attempt.transactions import Completed, Transaction, opened
-from taskx.attempt.waiting import SHORT, Parked, Waits, unfinished, waits_until
+from taskx.attempt.waiting import (
+    AGAIN,
+    SHORT,
+    Parked,
+    Uncertain,
+    Waits,
+    begun,
+    is_begun,
+    unfinished,
+    waits_until,
+)
 from taskx.stores.base import Repository
 from taskx.tasks import forks, lifecycle, payload
 from taskx.tasks.clock import Clock
@@ -162,20 +172,68 @@ class Checkpoints:
         ``call`` gets the moment until which the step waits, in milliseconds; None if no run has stored one.
         ``what`` is the name of the method that the executor has called.
         """
-        if self._transaction is not None:
-            raise ConfigurationError(
-                f"{what} cannot be used inside ctx.transaction(): the transaction would have to wait, too"
-            )
+        self._refuse_inside(what)
         self._begin(name, token)
         if name not in self._steps or self._until(name) is not None:
             self._make(name, token, lambda: call(self._until(name)), durable=durable)
         return payload.loads(self._steps[name])
 
+    def _refuse_inside(self, what: str) -> None:
+        if self._transaction is not None:
+            raise ConfigurationError(
+                f"{what} cannot be used inside ctx.transaction(): the transaction would have to wait, too"
+            )
+
+    def once(
+        self, name: str, token: CancelToken, call: Callable[[], Any], unknown: Callable[[], Any]
+    ) -> Any:
+        """Return the result of a step that is never called twice by itself: see :meth:`Context.once`.
+
+        ``unknown`` returns how a call has ended of which that is unknown, or ``AGAIN``.
+        """
+        self._refuse_inside("ctx.once()")
+        self._begin(name, token)
+        if name not in self._steps or self._begun(name):
+            self._make(name, token, lambda: self._call_once(name, token, call, unknown))
+        return payload.loads(self._steps[name])
+
+    def _call_once(
+        self, name: str, token: CancelToken, call: Callable[[], Any], unknown: Callable[[], Any]
+    ) -> Any:
+        if self._begun(name):
+            result = unknown()
+        else:
+            self._put(name, begun(), token, durable=True)
+            result = AGAIN
+        while result is AGAIN:
+            try:
+                return call()
+            except Uncertain:
+                result = unknown()
+            except Exception:
+                if not token.cancelled:  # else it was cut short, and perhaps done
+                    self._put(name, None, token, durable=False)
+                raise
+        return result
+
+    def _begun(self, name: str) -> bool:
+        return name in self._steps and is_begun(payload.loads(self._steps[name]))
+
     def note(self, name: str, until: int, token: CancelToken) -> None:
         """Store the moment until which a step waits."""
+        self._put(name, unfinished(until), token, durable=False)
+
+    def _put(
+        self, name: str, value: dict[str, Any] | None, token: CancelToken, *, durable: bool
+    ) -> None:
+        """Store what is known of a step that is not done; None: nothing."""
         with self._lock:
-            steps = {**self._steps, name: self._encode(unfinished(until), name)}
-            self._store(steps, self._cursor, durable=False, token=token)
+            steps = {**self._steps}
+            if value is not None:
+                steps[name] = self._encode(value, name)
+            else:
+                steps.pop(name, None)
+            self._store(steps, self._cursor, durable=durable, token=token)
             self._steps = steps
 
     def sleep(self, name: str, token: CancelToken, until: int, now: Callable[[], int]) -> None:

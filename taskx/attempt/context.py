@@ -9,12 +9,22 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequenc
 from contextlib import contextmanager, suppress
 from copy import copy
 from datetime import datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 from taskx.attempt.capture import CapturedLogger
 from taskx.attempt.checkpoints import Checkpoints, Keeper
 from taskx.attempt.transactions import Completed, Transaction
-from taskx.attempt.waiting import Parked, moment_after, outcome, seconds_of
+from taskx.attempt.waiting import (
+    AGAIN,
+    NotDone,
+    Parked,
+    Uncertain,
+    answer_of,
+    moment_after,
+    outcome,
+    seconds_of,
+)
 from taskx.tasks import payload
 from taskx.tasks.checks import check_number
 from taskx.tasks.clock import to_ms
@@ -279,15 +289,72 @@ class Context:
 
         return self._waited(task_id, call, "ctx.wait()")
 
+    def once(self, name: str, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call ``fn`` once for the task, as :meth:`step`, but never again without being told to.
+
+        That it begins is stored before the call. If its outcome is then unknown, because the process died,
+        the token fired before ``fn`` returned, or ``fn`` raised ``Uncertain``, the task asks a person as in
+        :meth:`ask`: somebody finishes the answer ``<id of this task>/<name>`` by the result of ``fn``, or
+        by ``queue.finish(id, again=True)``. Any other ``Exception`` of ``fn`` means that it was not done: a
+        later attempt calls it again.
+
+        Raises:
+            TaskFailed: somebody has finished the answer with an error.
+            PayloadError: the result is not JSON, or is too large.
+            ConfigurationError: as :meth:`ask`.
+            RepositoryError: the repository failed.
+        """
+        return self._once(name, lambda: fn(*args, **kwargs), None)  # type: ignore[no-any-return]
+
+    def once_or(
+        self,
+        name: str,
+        fn: Callable[P, T],
+        find: Callable[P, T],
+        /,
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
+        """Do what :meth:`once` does, but call ``find`` with the same arguments before a person is asked.
+
+        ``find`` returns the result of ``fn``; it raises ``NotDone`` if ``fn`` shall be called again, and
+        ``Uncertain`` if a person shall be asked.
+        """
+        found = partial(find, *args, **kwargs)
+        return self._once(name, lambda: fn(*args, **kwargs), found)  # type: ignore[no-any-return]
+
+    def _once(self, name: str, call: Callable[[], Any], find: Callable[[], Any] | None) -> Any:
+        self._refuse_wait("ctx.once()")
+        waits, token = self._shared.keeper.waits, self._token
+
+        def unknown() -> Any:
+            if find is not None:
+                try:
+                    return find()
+                except NotDone:
+                    return AGAIN
+                except Uncertain:
+                    pass
+            return waits.settle(self._task, name, token)
+
+        return outcome(self._parking(lambda kept: kept.once(name, token, call, unknown)))
+
+    def key(self, name: str) -> str:
+        """Return a text that is the same in each attempt of this task, for an idempotency key of others."""
+        return answer_of(self._task.id, name)
+
     def _look(self, what: str, *facts: Any) -> Any:
         """Do for a child process what one of the methods of ``Waits`` does."""
         waits = self._shared.keeper.waits
+        if what == "forget":
+            (name,) = facts
+            return bool(waits.forget(self._task, name, self._token))
         if what == "wait":
             awaited, seconds, until = facts
             return waits.wait(self._task, awaited, seconds, until, self._token)
-        name, question, timeout, tags = facts
+        name, question, timeout, tags, param = facts
         question = payload.loads(question)
-        return waits.ask(self._task, name, question, timeout, tags, self._token)
+        return waits.ask(self._task, name, question, timeout, tags, self._token, param)
 
     def _refuse_wait(self, what: str) -> None:
         """Raise an error if the task cannot wait here, or waits already."""

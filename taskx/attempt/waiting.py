@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError
+from enum import Enum
 from typing import Any, TypeVar
 
 from taskx.stores.base import Repository
@@ -32,6 +33,27 @@ T = TypeVar("T")
 KEY = "taskx:wait"
 #: A wait that is shorter holds the thread: to park and to start again costs more. In seconds.
 SHORT = 1.0
+
+
+class _Again(Enum):
+    AGAIN = "again"
+
+
+#: What is known of a call whose outcome was unknown: it shall be made again.
+AGAIN = _Again.AGAIN
+_AGAIN = {KEY: {"again": True}}
+#: The answer that says so, as JSON text.
+AGAIN_TEXT = payload.encode(_AGAIN, "result")
+#: The name of the param of an answer that tells about such a call.
+ONCE = "once"
+
+
+class Uncertain(Exception):
+    """Raised by the function of :meth:`Context.once`: nobody knows if it has done what it shall do once."""
+
+
+class NotDone(Exception):
+    """Raised by the second function of :meth:`Context.once_or`: it was not done, and may be done now."""
 
 
 class Parked(BaseException):
@@ -68,6 +90,16 @@ def waits_until(value: Any) -> int | None:
     """Return the moment until which a step waits; None if it is done."""
     until = value[KEY].get("until") if _is_ours(value) else None
     return until if isinstance(until, int) else None
+
+
+def begun() -> dict[str, Any]:
+    """Return the value of a step whose function was perhaps called, and must not be called twice."""
+    return {KEY: {"begun": True}}
+
+
+def is_begun(value: Any) -> bool:
+    """Return True if a step has begun, and it is unknown how its function ended."""
+    return _is_ours(value) and "begun" in value[KEY]
 
 
 def awake(checkpoints: Mapping[str, Any] | None, until: int, now: int) -> str | None:
@@ -163,13 +195,17 @@ class Waits:
         timeout: float | None,
         tags: Sequence[str],
         token: CancelToken,
+        what: str = "question",
     ) -> Any:
-        """Wait until somebody finishes the answer of this name: see :meth:`Context.ask`."""
+        """Wait until somebody finishes the answer of this name: see :meth:`Context.ask`.
+
+        ``what`` is the name of the param in which the answer has the question.
+        """
         answer_id = answer_of(task.id, name)
         asked = Task(
             id=answer_id,
             type=ANSWER,
-            params={"question": question},
+            params={what: question},
             created_by=task.created_by,
             tags=tags,
             timeout=timeout,
@@ -191,6 +227,19 @@ class Waits:
             if self._patiently(token, lambda write=write: self._commit([write]))[0]:  # type: ignore[misc]
                 raise Parked(Park(answer_id, None), name)
             # Somebody has just finished it, or made it: look again.
+
+    def settle(self, task: Task, name: str, token: CancelToken) -> Any:
+        """Wait until somebody says how a call has ended that must not be made twice; or ``AGAIN``."""
+        told = self.ask(task, name, name, None, (), token, ONCE)
+        if told != _AGAIN:
+            return told
+        self.forget(task, name, token)  # first, and durable: it is told once
+        return AGAIN
+
+    def forget(self, task: Task, name: str, token: CancelToken) -> object:
+        """Remove an answer that was given."""
+        gone = lifecycle.forget_answer(answer_of(task.id, name))
+        return self._patiently(token, lambda: self._commit([gone]))
 
     def wait(
         self, task: Task, awaited: str, timeout: float | None, until: int | None, token: CancelToken

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from taskx.attempt.waiting import awake
+from taskx.attempt.waiting import ONCE, awake
 from taskx.queue.bulk import PLAIN, Bulk, Tally, Terms
 from taskx.queue.requeuing import Requeues
 from taskx.stores import queries
@@ -107,12 +107,18 @@ class Operations(Requeues):
 
     # --- answers, and tasks that sleep
 
-    def finish_one(self, answer_id: str, result: str | None, error: str, by: str) -> bool:
+    def finish_one(
+        self, answer_id: str, result: str | None, error: str, by: str, *, again: bool
+    ) -> bool:
         """End an answer; return False if it has ended: see ``Queue.finish``."""
         self._repository.require("answers")
         for _ in range(_TRIES):
             now = self._services.clock.now_ms()
             answer, waiting_on = self._answer(answer_id)
+            if again and (answer is None or ONCE not in answer.params):
+                raise InvalidTransition(
+                    f"{answer_id} is not about a call that can be made again: give a result or an error"
+                )
             if answer is None:
                 new = new_record(Task(id=answer_id, type=lifecycle.ANSWER), now)
                 finish = lifecycle.finish(Task(id=answer_id), now, result, error, by)

@@ -1052,8 +1052,12 @@ def forgotten_answers(task: Task, from_step: str) -> list[Delete]:
     """Remove the answers to what a task asks again when it is requeued from a step."""
     steps: dict[str, Any] = (task.checkpoints or {}).get("steps", {})
     again = itertools.dropwhile(lambda step: step != from_step, steps)
-    guard = {"type": ANSWER, "status": FINISHED}
-    return [Delete(f"{task.id}/{name}", guard, move="discard") for name in again]
+    return [forget_answer(f"{task.id}/{name}") for name in again]
+
+
+def forget_answer(answer_id: str) -> Delete:
+    """Remove an answer that has ended."""
+    return Delete(answer_id, {"type": ANSWER, "status": FINISHED}, move="discard")
 
 
 def _up_to_step(task: Task, name: str) -> str | None:

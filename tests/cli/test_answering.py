@@ -5,8 +5,9 @@ from __future__ import annotations
 from datetime import timedelta
 
 import pytest
+from helpers import PATIENCE, eventually
 
-from taskx import answer
+from taskx import Uncertain, answer
 
 
 @pytest.fixture
@@ -52,6 +53,21 @@ def test_a_call_that_is_wrong(taskx, budget, words):
     assert said.code == 2
     assert "'\"yes\"'" in said.err
     assert budget.task().status == "pending"
+
+
+def test_a_call_that_is_made_again(queue, taskx):
+    @queue.executor("order")
+    def order(ctx):
+        return ctx.once("pay", pay) if not ctx.task.starts > 1 else ctx.once("pay", str)
+
+    def pay():
+        raise Uncertain
+
+    with queue:
+        handle = queue.submit("order")
+        eventually(lambda: queue.list_tasks(type="answer", status="pending").tasks)
+        assert taskx("finish", f"{handle.id}/pay", "--again").code == 0
+        assert handle.result(PATIENCE) == ""
 
 
 def test_an_unknown_answer(taskx):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from datetime import timedelta
 
+from taskx import Uncertain
+
 
 def ask(ctx, swallow: bool = False):
     ctx.step("draft", str, "draft")
@@ -40,3 +42,15 @@ def nap(ctx):
 
 def look(ctx):
     return ctx.poll("look", lambda: ctx.cursor, every=timedelta(days=1))
+
+
+def pay(ctx, log: str):
+    def call():
+        with open(log, "a") as file:
+            file.write(".")
+        with open(log) as file:
+            if len(file.read()) < 3:
+                raise Uncertain
+        return "receipt"
+
+    return [ctx.once("pay", call), ctx.key("pay")]

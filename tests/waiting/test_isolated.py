@@ -16,7 +16,8 @@ pytestmark = pytest.mark.process
 @pytest.fixture
 def queue(make_queue):
     queue = make_queue(worker_num=1)
-    for function in (isolated.ask, isolated.refused, isolated.late, isolated.nap, isolated.look):
+    for name in ("ask", "refused", "late", "nap", "look", "pay"):
+        function = getattr(isolated, name)
         queue.executor(isolation="process")(function)
     queue.start()
     return queue
@@ -79,3 +80,13 @@ def test_polls(queue):
     assert queue.wake(handle.id)
     eventually(lambda: handle.task().starts == 2)
     waits_for(queue, handle.id)
+
+
+def test_does_something_once(queue, tmp_path):
+    log = tmp_path / "log"
+    handle = queue.submit("pay", {"log": str(log)})
+    for calls in (1, 2):
+        eventually(lambda dots="." * calls: log.exists() and log.read_text() == dots)
+        waits_for(queue, handle.id, f"{handle.id}/pay")
+        queue.finish(f"{handle.id}/pay", again=True)
+    assert handle.result(PATIENCE) == ["receipt", f"{handle.id}/pay"]

@@ -226,9 +226,13 @@ class _Waits(Waits):
         timeout: float | None,
         tags: Sequence[str],
         token: CancelToken,
+        what: str = "question",
     ) -> Any:
         text = payload.encode(question, "question", payload.NO_LIMIT)
-        return self._heard(token, "ask", name, text, timeout, [*tags])
+        return self._heard(token, "ask", name, text, timeout, [*tags], what)
+
+    def forget(self, task: Task, name: str, token: CancelToken) -> object:
+        return self._heard(token, "forget", name)
 
     def wait(
         self, task: Task, awaited: str, timeout: float | None, until: int | None, token: CancelToken

@@ -83,18 +83,24 @@ An answer may be given before a task asks. Only the first one counts.""",
     """
 taskx finish 019abc12-.../approval '"yes"'
 taskx finish 019abc12-.../approval --error 'refused by Eva'
+taskx finish 019abc12-.../pay --again
 taskx finish event/shipped:42 '{"by": "ship"}'
 """,
     click.argument("task_id", metavar="ID", shell_complete=complete_ids),
     click.argument("value", metavar="[JSON]", required=False),
     click.option("--error", metavar="TEXT", default="", help="The answer has failed."),
+    click.option(
+        "--again",
+        is_flag=True,
+        help="What the task does once, with an unknown outcome, shall be done again.",
+    ),
 )
-def finish(session: Session, task_id: str, value: str | None, error: str) -> None:
+def finish(session: Session, task_id: str, value: str | None, error: str, again: bool) -> None:
     """Give an answer."""
-    if (value is None) is not bool(error):
-        raise Usage("give the answer as JSON, such as '\"yes\"', or --error TEXT")
+    if (value is not None) + bool(error) + again != 1:
+        raise Usage("give the answer as JSON, such as '\"yes\"', or --error TEXT, or --again")
     result = None if value is None else json_value(value, "the answer")
-    if not session.queue.finish(task_id, result, error=error, by=session.user):
+    if not session.queue.finish(task_id, result, error=error, again=again, by=session.user):
         raise Failure(f"the answer {task_id} was given before, or has ended", CONFLICT)
     if session.json:
         session.out.json({"id": task_id, "outcome": "finished"})
