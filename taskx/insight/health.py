@@ -21,7 +21,7 @@ from taskx.tasks.checks import Duration, check_int, check_number
 from taskx.tasks.clock import to_datetime, to_ms
 from taskx.tasks.errors import ConfigurationError, RepositoryCorrupt, RepositoryError
 from taskx.tasks.findings import Answer, Problem, counted, duration, listed, moment
-from taskx.tasks.lifecycle import FAILED
+from taskx.tasks.lifecycle import ANSWER, FAILED
 from taskx.tasks.model import check_key
 
 # Most names in the facts of a problem.
@@ -264,7 +264,11 @@ class _Check:
         most, period = self._wanted.failed
         limit = max(self._timing.most_explained, 2 * most)
         newest = self._repository.reads.newest(FAILED, limit, ("type", "completed_at"))
-        late = [type for type, at in newest if isinstance(at, int) and at >= self.now - period]
+        late = [
+            type
+            for type, at in newest
+            if isinstance(at, int) and at >= self.now - period and type != ANSWER
+        ]
         if len(late) <= most:
             return
         by_type = Counter(late)

@@ -14,6 +14,8 @@ from contextlib import suppress
 from importlib import import_module
 from typing import Protocol
 
+import attrs
+
 from taskx.attempt.runner import inside_executor
 from taskx.node.engine import Engine
 from taskx.node.housekeeper import Housekeeper
@@ -32,6 +34,7 @@ from taskx.tasks.errors import (
     SchemaMismatch,
 )
 from taskx.tasks.ids import new_id
+from taskx.tasks.lifecycle import ANSWER
 from taskx.tasks.log import GuardedLogger
 from taskx.tasks.model import TaskFilter, TaskStatus
 from taskx.tasks.timing import Timing
@@ -421,7 +424,10 @@ class LocalNode:
 
     def _tell_left_pending(self) -> None:
         with suppress(RepositoryError):  # other steps log it
-            pending = self._services.repository.count(TaskFilter(status=TaskStatus.PENDING))
+            count, filter = self._services.repository.count, TaskFilter(status=TaskStatus.PENDING)
+            pending = count(filter)
+            if pending:  # people give answers whether a queue runs or not
+                pending -= count(attrs.evolve(filter, type=ANSWER))
             if pending:
                 self.log.warning("stopped with %d task(s) left pending", pending)
 

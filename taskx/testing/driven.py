@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 
 import attrs
@@ -119,11 +120,16 @@ class DrivenRunner(Runner):
         super().__init__(clock, DrivenAlarms(clock, timing), max_payload_size, chance=_half)
         #: The error of each executor, or of its result, until it is taken from here.
         self.raised: dict[Run, BaseException] = {}
+        #: How often each task has begun to wait in the middle of an attempt, by id.
+        self.parks: Counter[str] = Counter()
 
     def ending_of(self, error: BaseException, run: Run) -> Ending:
         """Return how a run ends whose executor has raised an error."""
         self.raised[run] = error
-        return super().ending_of(error, run)
+        ending = super().ending_of(error, run)
+        if ending.parked is not None:
+            self.parks[run.task.id] += 1
+        return ending
 
 
 class DrivenPool(WorkerPool):

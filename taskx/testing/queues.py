@@ -217,6 +217,11 @@ class ManualQueue(Queue):
         self._services.watcher.watch(*handles)
 
     @property
+    def parks(self) -> Mapping[str, int]:
+        """How often each task has begun to wait in the middle of an attempt, by id; 0 for others."""
+        return self._driven.runner.parks
+
+    @property
     def _worker(self) -> str:
         return self._driven.pool.worker_name(threading.current_thread().name)
 

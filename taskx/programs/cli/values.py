@@ -115,6 +115,20 @@ def unless_off(value: Any) -> Any:
     return None if value == OFF else value
 
 
+def json_value(text: str, what: str) -> Any:
+    """Return a JSON value.
+
+    Raises:
+        ConfigurationError: the text is not JSON.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigurationError(
+            f"{what} is not JSON ({error}): write a text as '\"yes\"'"
+        ) from None
+
+
 def json_object(text: str, what: str) -> dict[str, Any]:
     """Return a JSON object.
 
