@@ -196,9 +196,9 @@ class Living(Liveness[Node]):
         self._own.pop(node, None)
 
     def nodes(self) -> Sequence[Node]:
-        dead = self._world.dead - self._own.keys()  # a node believes that it lives
-        known = self._world.known.values()
-        return [attrs.evolve(node, alive=False) if node.id in dead else node for node in known]
+        known = self._world.known
+        dead = [i for i in known if i in self._world.dead and i not in self._own]  # not itself
+        return [*{**known, **{i: attrs.evolve(known[i], alive=False) for i in dead}}.values()]
 
     def watch(self, node: str, lost: Callable[[], object]) -> None:
         self._lost = lost
@@ -406,6 +406,11 @@ class SimulatedNode:
         self.asks = list(program(self.queue) or ())
         self.queue._node.start()
         self.up = True
+
+    @property
+    def work(self) -> int:
+        """The number of tasks that may begin here, or be executed."""
+        return len(self.runs) + len(self.pool.buffer) + len(self.pool.ahead.runs)
 
     def start(self, most: int) -> list[Run]:
         """Start up to so many tasks, or take up one that was started ahead; return what begins."""

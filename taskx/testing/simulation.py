@@ -361,10 +361,15 @@ class Simulation:
 
     def _work(self) -> None:
         """Have each node do what it has to do now."""
-        for place in range(len(self._places)):
-            for verb in ("round", "start", "start", "execute", "execute", "finish"):
-                if not self.problem:
-                    self._take((verb, place, 0, {}), [])
+        for place, node in enumerate(self._places):
+            if node is not None:
+                self._take(("round", place, 0, {}), [])
+                before = 0
+                while node.work and node.work != before and not self.problem:
+                    before = node.work
+                    self._take(("start", place, 0, {}), [])
+                    self._take(("execute", place, 0, {}), [])
+                self._take(("finish", place, 0, {}), [])
 
     def _come_to_an_end(self) -> None:
         """Let no more fail, run what is left, stop all nodes, and check what is stored."""
@@ -375,7 +380,7 @@ class Simulation:
             self._take(("boot", 0, 0, {}), [])
         for node in filter(None, self._places):
             node.clock._offset = self._clock._offset
-        self._settle(pausing=True)
+        self._settle()
         nodes = [node for node in self._places if node is not None]
         left = [text for node in nodes for text in _left_over(node)]
         for place in range(len(self._places)):
@@ -389,7 +394,7 @@ class Simulation:
             except AssertionError as error:
                 self.broken(f"the check of the program failed: {error}")
 
-    def _settle(self, *, pausing: bool) -> None:
+    def _settle(self) -> None:
         """Work until all tasks have ended, and the audits have found nothing more."""
         pause, quiet = 0.1, 0
         for look in range(_MOST_LOOKS):
@@ -398,14 +403,21 @@ class Simulation:
             if self.problem or quiet > 2:
                 return
             if look == 2:
-                for schedule in next(filter(None, self._places)).queue.schedules():
-                    schedule.pause()
+                self._let_end(next(filter(None, self._places)).queue)
             left = len(self._promises.unfinished())
             quiet = quiet + 1 if look > 2 and not left else 0
             pause = 2.5 if quiet else 0.1 if left != before else min(2 * pause, 1000.0)
             self.pass_time(pause)
         tasks = ", ".join(self._promises.unfinished()[:5])
         self.broken(f"these tasks never end: {tasks}")
+
+
+    def _let_end(self, queue: Queue) -> None:
+        """Pause what never ends, and let run what the program has paused."""
+        for schedule in queue.schedules().values():
+            schedule.pause()
+        for type in (None, *sorted(queue._services.controls.read_paused().types)):
+            queue.resume(type)
 
 
 def _left_over(node: SimulatedNode) -> list[str]:
