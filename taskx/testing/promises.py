@@ -48,6 +48,8 @@ class Promises:
         self._lines: defaultdict[str, list[str]] = defaultdict(list)
         self._requeued: set[str] = set()
         self._ticks: dict[tuple[str, int], str] = {}
+        # The tasks of the schedules whose tasks must not overlap.
+        self._in_turn: dict[str, list[str]] = {}
         # The executions that go on: the run, and its node. Those of a node that counted as dead are left out.
         self.open: dict[Run, SimulatedNode] = {}
         self._started_at: defaultdict[object, list[int]] = defaultdict(list)
@@ -87,6 +89,11 @@ class Promises:
             tick = (row["created_by"], row["run_at"])
             self._require(tick not in self._ticks, f"the tick {tick} got two tasks")
             self._ticks[tick] = task_id
+            for other in self._in_turn.get(tick[0].removeprefix("schedule:"), ()):
+                over = other not in self.rows or self.rows[other]["status"] in FINISHED
+                self._require(over, f"the tasks {other} and {task_id} of a schedule overlap")
+            if tick[0].removeprefix("schedule:") in self._in_turn:
+                self._in_turn[tick[0].removeprefix("schedule:")].append(task_id)
         self.rows[task_id] = row
         self._check_row(row)
         if row["status"] == RUNNING:
@@ -122,12 +129,13 @@ class Promises:
         self._require(after["owner"] == node.id, f"{node.id} started {task} for {after['owner']}")
         lives = node.id in self._known and node.id not in self._dead
         self._require(lives, f"{node.id} counts as dead, and started {task}")
-        if before["max_crashes"] == 1 and before["crashes"] and before["id"] not in self._requeued:
-            self._broken(f"{task} must not start again after a crash")
+        crashes, most = before["crashes"], after["max_crashes"] or 3
+        self._require(crashes < most, f"{task} started after {crashes} crashes of {most}")
         if self.clocks_right:
             due = before["run_at"] is None or before["run_at"] <= now
             self._require(due, f"{task} started before its time")
-            fresh = before["expires_at"] is None or now < before["expires_at"]
+            # A start may be decided in time, and stored later.
+            fresh = before["expires_at"] is None or after["started_at"] < before["expires_at"]
             self._require(fresh, f"{task} started after it had expired")
         self._check_key(task, before, after)
         self._check_parents(task, before)
@@ -143,7 +151,9 @@ class Promises:
                 break
             row = self.rows.get(other)
             waits = row is not None and row["status"] == PENDING and not row["starts"]
-            if row is not None and waits and row["depends_on"] is None:
+            if other in self._requeued or row is None:
+                continue
+            if waits and row["depends_on"] is None:
                 self._broken(f"{task} overtook task {other} of the key {key!r}")
 
     def _check_parents(self, task: str, before: Row) -> None:
@@ -171,6 +181,8 @@ class Promises:
             if not name.startswith(PREFIX) or text is None:
                 continue
             entry = json.loads(text)
+            if entry["overlap"] == "skip":
+                self._in_turn.setdefault(entry["name"], [])
             last = entry["last"]
             if last is not None and entry["making"] != last:
                 made = tick_id(entry["name"], last)
@@ -208,7 +220,7 @@ class Promises:
             times = self._started_at[type, None if shared else node.number]
             times.append(now)
             burst, interval = limit.rate.burst, limit.rate.interval * _SECOND
-            for number, earlier in enumerate(reversed(times), 1):
+            for number, earlier in enumerate(reversed(times)):  # less one: a token may be put back late
                 if number > burst + (now - earlier) / interval + 0.01:
                     self._broken(f"{number} tasks of type {type} in {(now - earlier) / _SECOND} s")
 
@@ -244,6 +256,8 @@ class Promises:
             self._require(freed, f"{task} has ended, and holds its unique key")
             if row["depends_on"] is not None and not row["starts"]:
                 self._check_orphan(task, row)
+        for node_id in self._known:
+            self._broken(f"node {node_id} is recorded for ever")
         for name in notes:
             self._require(not name.startswith("limit/slots/"), f"the note {name} is left over")
 

@@ -69,6 +69,8 @@ class _Seeded:
         self._chance = chance = Random(seed)
         self._nodes = nodes
         self._left = chance.randint(15, 60)
+        # Few kinds of requests in each run, again and again: so they meet.
+        self._wanted = [chance.random() for _ in range(chance.randint(2, 8))]
 
         def some(fault: Fault, *weights: float) -> float:
             return chance.choice(weights) if fault in faults else 0.0
@@ -100,7 +102,7 @@ class _Seeded:
         (verb,) = chance.choices(self._verbs, self._weights)
         number: float = 0
         if verb == "ask":
-            number = chance.randrange(asks) if asks else 0
+            number = int(chance.choice(self._wanted) * asks)
         elif verb in ("execute", "start"):
             number = chance.randrange(2)
         elif verb == "pass":
@@ -169,7 +171,6 @@ class Simulation:
         self._booted = 0
         self._frames: list[_Frame] = []
         self._calm = False
-        self._asked: set[int] = set()
         self._asks = 0
         #: What was chosen, as a script, and what happened, if it is traced.
         self.script: list[Step] = []
@@ -255,8 +256,7 @@ class Simulation:
         node.pool._finish()
 
     def _do_ask(self, node: SimulatedNode, number: float) -> None:
-        if int(number) < len(node.asks) and number not in self._asked:
-            self._asked.add(int(number))
+        if int(number) < len(node.asks):
             node.asks[int(number)]()
 
     def _do_stop(self, node: SimulatedNode, number: float) -> None:
@@ -320,7 +320,7 @@ class Simulation:
     def applied(self, door: Door, writes: Sequence[Write]) -> None:
         """Check writes that took place."""
         if self.trace is not None:
-            self.trace += [f"{w.move} {w.id} {sorted(w.changes.items(), key=str)}" for w in writes]
+            self.trace += [f"{door.node.number}: {w.move} {w.id} {sorted(w.changes.items(), key=str)}" for w in writes]
         assert door.node is not None
         self._promises.applied(door.node, writes, self._began + self.now // 1_000_000)
 

@@ -1,0 +1,292 @@
+"""Bugs of policy, for the simulator to find: old defects, moves with a weak guard, forgotten consequences."""
+
+from contextlib import suppress
+
+from taskx.node import schedules, shared_limits
+from taskx.node.admission import Admission, OwnSlots
+from taskx.node.audit import Audit
+from taskx.node.due import Release
+from taskx.node.ordering import Dependents, Turns
+from taskx.node.pool import WorkerPool
+from taskx.node.recovery import Recovery
+from taskx.node.shared_limits import SharedBucket, SharedSlots
+from taskx.node.starter import Starter
+from taskx.node.ticker import Ticker
+from taskx.queue.intake import Intake
+from taskx.tasks import ids, lifecycle, unique
+from taskx.tasks.errors import CancelReason, RepositoryUnavailable
+
+PLANTED = {}
+
+
+def plant(text):
+    def add(function):
+        PLANTED[function.__name__] = (text, function)
+        return function
+
+    return add
+
+
+def nothing(*args, **options):
+    return None
+
+
+def without(guard, *columns):
+    return {name: value for name, value in guard.items() if name not in columns}
+
+
+def around(patch, owner, name, change):
+    """Replace a function by one that changes what it returns."""
+    inner = getattr(owner, name)
+    patch(owner, name, lambda *args, **options: change(inner(*args, **options)))
+
+
+@plant("A start does not check that the task is still pending.")
+def unguarded_start(patch):
+    around(
+        patch, lifecycle, "start_all", lambda made: [u and u._replace(guard={}) for u in made]
+    )
+
+
+@plant("A start does not check the number of starts.")
+def start_without_starts(patch):
+    def weak(made):
+        return [u and u._replace(guard=without(u.guard, "starts")) for u in made]
+
+    around(patch, lifecycle, "start_all", weak)
+
+
+@plant("A start does not check that nothing holds the task back.")
+def start_of_held(patch):
+    def weak(made):
+        return [u and u._replace(guard=without(u.guard, "held")) for u in made]
+
+    around(patch, lifecycle, "start_all", weak)
+
+
+@plant("The fence of an outcome does not compare the starts.")
+def weak_fence(patch):
+    around(patch, lifecycle, "_fence", lambda guard: without(guard, "starts"))
+
+
+@plant("A retry does not notice that a cancel was requested.")
+def retry_despite_cancel(patch):
+    def weak(writes):
+        return [writes[0]._replace(guard=without(writes[0].guard, "cancel_requested_at"))]
+
+    around(patch, lifecycle, "_unless_cancelled", weak)
+
+
+@plant("A task waits only for one of its parents.")
+def one_parent_is_enough(patch):
+    inner = lifecycle.parents_moved
+
+    def hasty(child, statuses, now):
+        done = {parent: "completed" for parent in child.depends_on}
+        return inner(child, done if "completed" in statuses.values() else statuses, now)
+
+    patch(lifecycle, "parents_moved", hasty)
+
+
+@plant("A task whose parent has failed already may start.")
+def failed_parent_at_submit(patch):
+    patch(lifecycle, "next_parent", lifecycle.unfinished_parent)
+
+
+@plant("Nobody looks for the dependents of a task whose node died after its end.")
+def dependents_of_the_dead(patch):
+    patch(Dependents, "ended_elsewhere", nothing)
+    patch(Dependents, "scan_some", nothing)
+
+
+@plant("Nobody looks for a turn that a node did not pass on before its death.")
+def turns_of_the_dead(patch):
+    patch(Turns, "scan_all_soon", nothing)
+    patch(Turns, "scan_some", nothing)
+
+
+@plant("The task that came last gets the turn of a key.")
+def last_come_first_served(patch):
+    def last(self, key):
+        line = self._repository.find("line", [key], ("id",))
+        return [w for (task_id,) in line[-1:] for w in lifecycle.give_turn(task_id, key)]
+
+    patch(Turns, "_next_turn", last)
+
+
+@plant("A task that has failed keeps its turn.")
+def failure_keeps_turn(patch):
+    inner = lifecycle._end
+
+    def end(task, ending, now, status):
+        made = inner(task, ending, now, status)
+        return without(made, "turn") if status == "failed" else made
+
+    patch(lifecycle, "_end", end)
+
+
+@plant("A pending task that is cancelled keeps its turn.")
+def cancel_keeps_turn(patch):
+    def keep(writes):
+        return [write._replace(changes=without(write.changes, "turn")) for write in writes]
+
+    around(patch, lifecycle, "_cancel_pending", keep)
+
+
+def overwrite(self, text, value):
+    """Change a note whatever others have stored meanwhile."""
+    self._stale = True
+    note = self._repository.notes(self._name).get(self._name)
+    self._repository.put_note(self._name, text, note.version if note else 0)
+    self._read()
+    return True
+
+
+@plant("The slots of a shared limit are changed without a comparison.")
+def slots_without_compare(patch):
+    patch(SharedSlots, "_put", overwrite)
+
+
+@plant("The tokens of a shared rate are changed without a comparison.")
+def tokens_without_compare(patch):
+    patch(SharedBucket, "_put", overwrite)
+
+
+@plant("The slots of dead nodes are never freed.")
+def slots_of_the_dead(patch):
+    patch(SharedSlots, "_bury", nothing)
+
+
+@plant("The slots of live nodes are freed, too.")
+def slots_of_the_living(patch):
+    def bury(self):
+        self._share_out({self._node: self._mine})
+
+    patch(SharedSlots, "_bury", bury)
+
+
+@plant("A node that lost its lease remembers its slots.")
+def slots_after_lost_lease(patch):
+    patch(WorkerPool, "lose_lease", lambda self: self.fire_all(CancelReason.LEASE_LOST))
+
+
+@plant("A slot that was taken for a start which failed is not given back.")
+def slot_leaks(patch):
+    inner = Admission.over
+    patch(Admission, "over", lambda self, i, *, ran: inner(self, i, ran=ran) if ran else None)
+
+
+@plant("A node that stops keeps its slots.")
+def slots_after_stop(patch):
+    patch(Admission, "end", nothing)
+
+
+@plant("The slots of a node are not counted.")
+def endless_slots(patch):
+    patch(OwnSlots, "take", lambda self, count: count)
+
+
+@plant("The id of the task of a tick is random.")
+def random_tick(patch):
+    patch(schedules, "tick_id", lambda name, tick: ids.new_id())
+
+
+@plant("A schedule is moved on before the task of its tick is stored.")
+def tick_before_task(patch):
+    def run(self, due):
+        plans = self._without_overlap(self._plans(due, self._now()))
+        self._put(plans)
+        now = self._services.clock.now_ms()
+        inserts = [p.entry.insert(tick, now) for p in plans for tick in p.run]
+        return bool(inserts) and any(self._services.moves.commit(inserts))
+
+    patch(Ticker, "_run", run)
+
+
+@plant("A tick gets its task while that of an earlier tick goes on.")
+def overlapping_ticks(patch):
+    patch(Ticker, "_may_run", lambda self, plan, statuses: True)
+
+
+@plant("A start whose answer was lost counts as failed.")
+def start_in_doubt(patch):
+    def give_up(self, runs, error):
+        for run in runs:
+            self.strike(run)
+
+    patch(Starter, "give_up", give_up)
+    patch(Audit, "_interrupt", nothing)
+
+
+@plant("The tasks in the buffer of a dead node are not freed.")
+def buffers_of_the_dead(patch):
+    patch(Recovery, "go_on", lambda self, until=0: 0)
+
+
+@plant("A task may crash once more than its limit says.")
+def one_more_crash(patch):
+    around(patch, lifecycle, "_crashes_allowed", lambda most: most + 1)
+
+
+@plant("A start does not look whether the task has expired.")
+def late_start(patch):
+    patch(lifecycle, "has_expired", lambda task, now: False)
+
+
+@plant("A requeued task does not take its unique key again.")
+def key_not_taken_again(patch):
+    patch(unique, "taken_again", lambda task: {})
+
+
+@plant("Every start frees the unique key.")
+def key_freed_by_start(patch):
+    patch(unique, "freed_by_start", lambda task: {"unique_lock": None})
+
+
+@plant("A task that is replaced is not marked as changed.")
+def replaced_unnoticed(patch):
+    inner = lifecycle.replace
+
+    def replace(holder, new):
+        return [
+            write._replace(changes={**write.changes, "starts": holder.starts})
+            for write in inner(holder, new)
+        ]
+
+    patch(lifecycle, "replace", replace)
+
+
+@plant("Delayed tasks are released five seconds early.")
+def early_release(patch):
+    inner = Release._release_some
+    patch(Release, "_release_some", lambda self, now: inner(self, now + 5000))
+    patch(Release, "earliest", lambda self: (at := _earliest(self)) and at - 5000)
+
+
+_earliest = Release.earliest
+
+
+@plant("A task that should fail with its parent is cancelled.")
+def cancelled_with_parent(patch):
+    def cancel(write):
+        changes = write.changes
+        return write._replace(
+            changes={**changes, "status": "cancelled"} if changes.get("dead_letter") else changes
+        )
+
+    around(patch, lifecycle, "parents_moved", cancel)
+
+
+@plant("A submit returns although the repository has failed.")
+def accepted_not_stored(patch):
+    inner = Intake._take_in
+
+    def take_in(self, insert, *args, **options):
+        with suppress(RepositoryUnavailable):
+            return inner(self, insert, *args, **options)
+        return insert.id
+
+    patch(Intake, "_take_in", take_in)
+
+
+__all__ = ["PLANTED", "shared_limits"]
