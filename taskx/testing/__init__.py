@@ -11,8 +11,10 @@ from taskx.testing.execution import Outcome, run_executor
 from taskx.testing.faults import Fault, Faults, InjectedFault, fail_at, kill_at
 from taskx.testing.primitives import PrimitivesContract
 from taskx.testing.queues import InlineQueue, ManualQueue, inline, manual
+from taskx.testing.simulation import BrokenPromise, replay, simulate
 
 __all__ = [
+    "BrokenPromise",
     "Fault",
     "Faults",
     "InjectedFault",
@@ -26,5 +28,7 @@ __all__ = [
     "inline",
     "kill_at",
     "manual",
+    "replay",
     "run_executor",
+    "simulate",
 ]

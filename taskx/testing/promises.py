@@ -50,7 +50,7 @@ class Promises:
         self._ticks: dict[tuple[str, int], str] = {}
         # The tasks of the schedules whose tasks must not overlap.
         self._in_turn: dict[str, list[str]] = {}
-        # The executions that go on: the run, and its node. Those of a node that counted as dead are left out.
+        # The executions that go on, without those of nodes that counted as dead: the run, and its node.
         self.open: dict[Run, SimulatedNode] = {}
         self._started_at: defaultdict[object, list[int]] = defaultdict(list)
         #: False while a clock is wrong: nobody can promise a time then.
@@ -99,9 +99,7 @@ class Promises:
         if row["status"] == RUNNING:
             self._starts(node, {**row, "status": PENDING, "starts": 0}, row, now)
 
-    def _moved(
-        self, node: SimulatedNode, move: str, before: Row, after: Row, now: int
-    ) -> None:
+    def _moved(self, node: SimulatedNode, move: str, before: Row, after: Row, now: int) -> None:
         old, new, task = before["status"], after["status"], f"task {before['id']}"
         if new == RUNNING and after["starts"] != before["starts"]:
             self._starts(node, before, after, now)
@@ -220,7 +218,9 @@ class Promises:
             times = self._started_at[type, None if shared else node.number]
             times.append(now)
             burst, interval = limit.rate.burst, limit.rate.interval * _SECOND
-            for number, earlier in enumerate(reversed(times)):  # less one: a token may be put back late
+            for number, earlier in enumerate(
+                reversed(times)
+            ):  # less one: a token may be put back late
                 if number > burst + (now - earlier) / interval + 0.01:
                     self._broken(f"{number} tasks of type {type} in {(now - earlier) / _SECOND} s")
 
@@ -242,7 +242,7 @@ class Promises:
     # --- the end
 
     def ended(self, notes: Iterable[str], left: Iterable[str]) -> None:
-        """Check what is stored after all nodes have done their work and stopped; ``left`` says what is not."""
+        """Check what is stored after all nodes have stopped; ``left`` says what they still held."""
         for text in left:
             self._broken(text)
         for task_id, row in self.rows.items():
@@ -273,5 +273,3 @@ class Promises:
     def unfinished(self) -> list[str]:
         """Return the ids of the tasks that have not ended."""
         return [task_id for task_id, row in self.rows.items() if row["status"] not in FINISHED]
-
-

@@ -89,7 +89,7 @@ def _passing(name: str) -> Callable[..., Any]:
 
 
 class Door(Repository):
-    """The repository, as one node sees it: others go on before each call, calls fail, and dead nodes get none.
+    """The repository, as one node sees it: others go on before each call, which may fail.
 
     Args:
         store: the repository.
@@ -103,7 +103,7 @@ class Door(Repository):
     def __init__(self, store: MemoryRepository, world: World, clock: Clock) -> None:
         super().__init__(clock)
         self._store, self._world = store, world
-        self._liveness = Living(self, world)
+        self._liveness = self.living = Living(self, world)
         self.reads = _Reads(self, store, world)
         self.node: SimulatedNode | None = None
         # The writes that took place although their caller got an error.
@@ -344,7 +344,7 @@ class _Queue(Queue):
     def _wire(self) -> None:
         super()._wire()
         self._node.forget()
-        # As if no step were on the main thread, where exceptions may strike, and none needed another thread.
+        # As if no step were on the main thread, where exceptions may strike, and none hung.
         moves = self._services.moves
         moves._finish = moves._tell  # type: ignore[method-assign]
         self._node._by = lambda deadline, step: step()  # type: ignore[method-assign]
@@ -504,7 +504,7 @@ def virtual(world: Callable[[], World]) -> Iterator[Callable[[], None]]:
     try:
         for module in timed:
             module.time = clock  # type: ignore[attr-defined]
-        ids.os = base.os = system  # type: ignore[attr-defined]
+        ids.os = base.os = system  # type: ignore[attr-defined, assignment]
         yield begin
     finally:
         for module in timed:

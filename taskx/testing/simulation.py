@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import pprint
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from random import Random
 from typing import Any, Literal, get_args
 
@@ -23,7 +24,6 @@ from taskx.tasks.errors import (
     QueueStopped,
     RepositoryError,
     RepositoryUnavailable,
-    TaskxError,
 )
 from taskx.tasks.writes import NoteChange, Write
 from taskx.testing.clock import ManualClock
@@ -45,6 +45,8 @@ _PAUSES = (0.001, 0.05, 0.2, 0.6, 2.1, 5.0, 31.0, 120.0)
 _SHIFTS = (-90.0, -2.0, 2.0, 90.0)
 # Steps in steps, and looks until all has ended.
 _DEEPEST, _MOST_LOOKS = 2, 400
+# Runs that shrink a failure.
+_MOST_TRIES = 400
 # What a request may meet: others were faster, or a fault.
 _EXPECTED = (RepositoryError, QueueStopped)
 
@@ -142,8 +144,7 @@ class Simulation:
         chooser: chooses the steps.
         nodes: the number of nodes.
         config: the config of the queues.
-        begin: makes ids begin again.
-        traced: note each write, to compare runs.
+        log: the logger of the queues.
     """
 
     def __init__(
@@ -153,8 +154,6 @@ class Simulation:
         nodes: int,
         config: Config | None,
         log: logging.Logger,
-        *,
-        traced: bool,
     ) -> None:
         self._outside = program() if isinstance(program, type) else None
         self._program: Program = self._outside or program
@@ -172,9 +171,9 @@ class Simulation:
         self._frames: list[_Frame] = []
         self._calm = False
         self._asks = 0
-        #: What was chosen, as a script, and what happened, if it is traced.
+        #: What was chosen, as a script, and what happened.
         self.script: list[Step] = []
-        self.trace: list[str] | None = [] if traced else None
+        self.trace: list[str] = []
         #: The promise that was broken first; empty if none was.
         self.problem = ""
 
@@ -266,7 +265,7 @@ class Simulation:
 
     def _do_late(self, node: SimulatedNode, number: float) -> None:
         self._promises.forget(node)
-        node.door.liveness.lose(node.id)
+        node.door.living.lose(node.id)
 
     def _do_clock(self, node: SimulatedNode, number: float) -> None:
         self._promises.clocks_right = False
@@ -319,9 +318,9 @@ class Simulation:
 
     def applied(self, door: Door, writes: Sequence[Write]) -> None:
         """Check writes that took place."""
-        if self.trace is not None:
-            self.trace += [f"{door.node.number}: {w.move} {w.id} {sorted(w.changes.items(), key=str)}" for w in writes]
         assert door.node is not None
+        for write in writes:
+            self.trace.append(f"{door.node.number} {write.move} {write.id} {write.changes}")
         self._promises.applied(door.node, writes, self._began + self.now // 1_000_000)
 
     def noted(self, door: Door, changes: Sequence[NoteChange]) -> None:
@@ -354,8 +353,7 @@ class Simulation:
             raise Killed
 
     def _note(self, *what: object) -> None:
-        if self.trace is not None:
-            self.trace.append(str(what))
+        self.trace.append(str(what))
 
     # --- the end
 
@@ -364,11 +362,10 @@ class Simulation:
         for place, node in enumerate(self._places):
             if node is not None:
                 self._take(("round", place, 0, {}), [])
-                before = 0
-                while node.work and node.work != before and not self.problem:
-                    before = node.work
-                    self._take(("start", place, 0, {}), [])
-                    self._take(("execute", place, 0, {}), [])
+                for _ in range(2 * node.work):
+                    if node.work and not self.problem:
+                        self._take(("start", place, 0, {}), [])
+                        self._take(("execute", place, 0, {}), [])
                 self._take(("finish", place, 0, {}), [])
 
     def _come_to_an_end(self) -> None:
@@ -411,7 +408,6 @@ class Simulation:
         tasks = ", ".join(self._promises.unfinished()[:5])
         self.broken(f"these tasks never end: {tasks}")
 
-
     def _let_end(self, queue: Queue) -> None:
         """Pause what never ends, and let run what the program has paused."""
         for schedule in queue.schedules().values():
@@ -445,17 +441,136 @@ def simulate(
     nodes: int = 3,
     faults: Sequence[Fault] = FAULTS,
     config: Config | None = None,
-) -> int:
-    """..."""
-    done = 0
+) -> str:
+    """Simulate several nodes that run a program, once for each seed, and check the promises of TaskX.
+
+    All nodes run in this thread, on one repository in memory. The seed chooses which one does its next
+    step, when time passes, and what fails. The same seed leads to the same run, in every process.
+
+    Args:
+        program: is called with the queue of each node before its start: it registers executors and
+            schedules. It returns functions without arguments, such as submits. They are called at any
+            time, any number of times, on any node. A class is made anew for each seed, and the object is
+            called; if it has a method ``check``, that gets all tasks at the end.
+        seeds: the seeds.
+        nodes: the number of nodes.
+        faults: what may go wrong: a node dies (``"kill"``) or is stopped (``"stop"``), a call of the
+            repository fails before or after its work (``"error"``), a node counts as dead although it
+            lives (``"late"``), the clock of a node is wrong (``"clock"``).
+        config: the config of the queues.
+
+    Returns:
+        a digest of everything that happened. It is the same in every process.
+
+    Raises:
+        BrokenPromise: a seed broke a promise. The text has the shortest program found that shows it.
+        ConfigurationError: an argument is not valid.
+    """
+    check_int(nodes, "nodes", 1)
+    if unknown := sorted({*faults} - {*FAULTS}):
+        raise ConfigurationError(f"no fault {unknown[0]!r}; known are: {', '.join(FAULTS)}")
+    digest = hashlib.sha256()
+    with _runs(program, nodes, config) as run:
+        for seed in seeds:
+            made = run(_Seeded(seed, nodes, faults))
+            if made.problem:
+                script = _shrunk(made, run)
+                raise BrokenPromise(_told(made.problem, seed, script, program, nodes))
+            digest.update("\n".join(made.trace).encode())
+    return digest.hexdigest()
+
+
+def replay(
+    program: Any, steps: Sequence[Step], *, nodes: int = 3, config: Config | None = None
+) -> None:
+    """Repeat the steps that :func:`simulate` has printed, with the same arguments.
+
+    Raises:
+        BrokenPromise: a promise was broken again.
+    """
+    with _runs(program, nodes, config) as run:
+        if problem := run(_Scripted(steps)).problem:
+            raise BrokenPromise(problem)
+
+
+@contextmanager
+def _runs(
+    program: Any, nodes: int, config: Config | None
+) -> Iterator[Callable[[_Seeded | _Scripted], Simulation]]:
+    """Give the block a function that makes a run, which is over when the function returns."""
     world: list[Simulation] = []
     log = logging.getLogger("taskx.simulated")
-    log.setLevel(100)
+    log.setLevel(logging.CRITICAL + 1)  # faults are not news
     with virtual(lambda: world[0]) as begin:
-        for seed in seeds:
+
+        def run(chooser: _Seeded | _Scripted) -> Simulation:
             begin()
-            world[:] = [Simulation(program, _Seeded(seed, nodes, faults), nodes, config, log, traced=False)]
-            if world[0].run():
-                raise BrokenPromise(f"seed {seed}: {world[0].problem}")
-            done += 1
-    return done
+            made = Simulation(program, chooser, nodes, config, log)
+            world[:] = [made]
+            made.run()
+            return made
+
+        yield run
+
+
+# --- a failure
+
+
+def _shrunk(made: Simulation, run: Callable[[_Seeded | _Scripted], Simulation]) -> Sequence[Step]:
+    """Leave out steps, and what comes in between, as long as a promise of the same kind is broken.
+
+    This is delta debugging. Hypothesis cannot begin with a failure that it has not found itself.
+    """
+    kind, script, tries = _kind(made.problem), made.script, _MOST_TRIES
+
+    def fails(steps: Sequence[Step]) -> bool:
+        nonlocal tries
+        tries -= 1
+        return tries > 0 and _kind(run(_Scripted(steps)).problem) == kind
+
+    if not fails(script):
+        raise BrokenPromise(f"the same steps did not lead to this again: {made.problem}")
+    size = len(script) // 2
+    while size and tries > 0:
+        for place in range(len(script) - size, -1, -size):
+            shorter = [*script[:place], *script[place + size :]]
+            if fails(shorter):
+                script = shorter
+        size //= 2
+    for place in reversed(range(len(script))):
+        for call in [*script[place][3]]:
+            verb, node, number, between = script[place]
+            fewer = {at: what for at, what in between.items() if at != call}
+            quieter = [*script]
+            quieter[place] = (verb, node, number, fewer)
+            if fails(quieter):
+                script = quieter
+    return script
+
+
+def _kind(problem: str) -> str:
+    """Return a problem without what differs from run to run: ids, times and numbers."""
+    return re.sub(r"[0-9a-f]+", "", re.sub(r"[0-9a-f]{8}-[0-9a-f-]{27}", "", problem))
+
+
+def _short(step: Step) -> Step:
+    """Return a step as it is printed, without what is not needed."""
+    verb, place, number, between = step
+    inside = {
+        call: [*map(_short, what)] if isinstance(what, list) else what
+        for call, what in between.items()
+    }
+    if inside:
+        return (verb, place, number, inside)
+    return (verb, place, number) if number else (verb, place)
+
+
+def _told(problem: str, seed: int, script: Sequence[Step], program: Any, nodes: int) -> str:
+    """Return the text for a failure: what was broken, and a program that breaks it again."""
+    name = getattr(program, "__qualname__", type(program).__qualname__)
+    steps = pprint.pformat([_short(step) for step in script], width=88, compact=False)
+    return (
+        f"seed {seed}: {problem}\n\n"
+        f"from taskx.testing import replay\n\nsteps = {steps}\n"
+        f"replay({name}, steps, nodes={nodes})\n"
+    )

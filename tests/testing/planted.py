@@ -1,8 +1,9 @@
 """Bugs of policy, for the simulator to find: old defects, moves with a weak guard, forgotten consequences."""
 
 from contextlib import suppress
+from typing import NamedTuple
 
-from taskx.node import schedules, shared_limits
+from taskx.node import schedules
 from taskx.node.admission import Admission, OwnSlots
 from taskx.node.audit import Audit
 from taskx.node.due import Release
@@ -16,12 +17,21 @@ from taskx.queue.intake import Intake
 from taskx.tasks import ids, lifecycle, unique
 from taskx.tasks.errors import CancelReason, RepositoryUnavailable
 
+
+class Planted(NamedTuple):
+    """A bug: what is wrong, how it gets there, and the first seed that finds it."""
+
+    text: str
+    plant: object
+    seed: int
+
+
 PLANTED = {}
 
 
-def plant(text):
+def plant(text, *, seed):
     def add(function):
-        PLANTED[function.__name__] = (text, function)
+        PLANTED[function.__name__] = Planted(text, function, seed)
         return function
 
     return add
@@ -41,14 +51,12 @@ def around(patch, owner, name, change):
     patch(owner, name, lambda *args, **options: change(inner(*args, **options)))
 
 
-@plant("A start does not check that the task is still pending.")
+@plant("A start does not check that the task is still pending.", seed=-1)
 def unguarded_start(patch):
-    around(
-        patch, lifecycle, "start_all", lambda made: [u and u._replace(guard={}) for u in made]
-    )
+    around(patch, lifecycle, "start_all", lambda made: [u and u._replace(guard={}) for u in made])
 
 
-@plant("A start does not check the number of starts.")
+@plant("A start does not check the number of starts.", seed=-1)
 def start_without_starts(patch):
     def weak(made):
         return [u and u._replace(guard=without(u.guard, "starts")) for u in made]
@@ -56,7 +64,7 @@ def start_without_starts(patch):
     around(patch, lifecycle, "start_all", weak)
 
 
-@plant("A start does not check that nothing holds the task back.")
+@plant("A start does not check that nothing holds the task back.", seed=-1)
 def start_of_held(patch):
     def weak(made):
         return [u and u._replace(guard=without(u.guard, "held")) for u in made]
@@ -64,12 +72,12 @@ def start_of_held(patch):
     around(patch, lifecycle, "start_all", weak)
 
 
-@plant("The fence of an outcome does not compare the starts.")
+@plant("The fence of an outcome does not compare the starts.", seed=-1)
 def weak_fence(patch):
     around(patch, lifecycle, "_fence", lambda guard: without(guard, "starts"))
 
 
-@plant("A retry does not notice that a cancel was requested.")
+@plant("A retry does not notice that a cancel was requested.", seed=-1)
 def retry_despite_cancel(patch):
     def weak(writes):
         return [writes[0]._replace(guard=without(writes[0].guard, "cancel_requested_at"))]
@@ -77,7 +85,7 @@ def retry_despite_cancel(patch):
     around(patch, lifecycle, "_unless_cancelled", weak)
 
 
-@plant("A task waits only for one of its parents.")
+@plant("A task waits only for one of its parents.", seed=-1)
 def one_parent_is_enough(patch):
     inner = lifecycle.parents_moved
 
@@ -88,24 +96,24 @@ def one_parent_is_enough(patch):
     patch(lifecycle, "parents_moved", hasty)
 
 
-@plant("A task whose parent has failed already may start.")
+@plant("A task whose parent has failed already may start.", seed=-1)
 def failed_parent_at_submit(patch):
     patch(lifecycle, "next_parent", lifecycle.unfinished_parent)
 
 
-@plant("Nobody looks for the dependents of a task whose node died after its end.")
+@plant("Nobody looks for the dependents of a task whose node died after its end.", seed=-1)
 def dependents_of_the_dead(patch):
     patch(Dependents, "ended_elsewhere", nothing)
     patch(Dependents, "scan_some", nothing)
 
 
-@plant("Nobody looks for a turn that a node did not pass on before its death.")
+@plant("Nobody looks for a turn that a node did not pass on before its death.", seed=-1)
 def turns_of_the_dead(patch):
     patch(Turns, "scan_all_soon", nothing)
     patch(Turns, "scan_some", nothing)
 
 
-@plant("The task that came last gets the turn of a key.")
+@plant("The task that came last gets the turn of a key.", seed=-1)
 def last_come_first_served(patch):
     def last(self, key):
         line = self._repository.find("line", [key], ("id",))
@@ -114,7 +122,7 @@ def last_come_first_served(patch):
     patch(Turns, "_next_turn", last)
 
 
-@plant("A task that has failed keeps its turn.")
+@plant("A task that has failed keeps its turn.", seed=-1)
 def failure_keeps_turn(patch):
     inner = lifecycle._end
 
@@ -125,7 +133,7 @@ def failure_keeps_turn(patch):
     patch(lifecycle, "_end", end)
 
 
-@plant("A pending task that is cancelled keeps its turn.")
+@plant("A pending task that is cancelled keeps its turn.", seed=-1)
 def cancel_keeps_turn(patch):
     def keep(writes):
         return [write._replace(changes=without(write.changes, "turn")) for write in writes]
@@ -142,22 +150,22 @@ def overwrite(self, text, value):
     return True
 
 
-@plant("The slots of a shared limit are changed without a comparison.")
+@plant("The slots of a shared limit are changed without a comparison.", seed=-1)
 def slots_without_compare(patch):
     patch(SharedSlots, "_put", overwrite)
 
 
-@plant("The tokens of a shared rate are changed without a comparison.")
+@plant("The tokens of a shared rate are changed without a comparison.", seed=-1)
 def tokens_without_compare(patch):
     patch(SharedBucket, "_put", overwrite)
 
 
-@plant("The slots of dead nodes are never freed.")
+@plant("The slots of dead nodes are never freed.", seed=-1)
 def slots_of_the_dead(patch):
     patch(SharedSlots, "_bury", nothing)
 
 
-@plant("The slots of live nodes are freed, too.")
+@plant("The slots of live nodes are freed, too.", seed=-1)
 def slots_of_the_living(patch):
     def bury(self):
         self._share_out({self._node: self._mine})
@@ -165,33 +173,28 @@ def slots_of_the_living(patch):
     patch(SharedSlots, "_bury", bury)
 
 
-@plant("A node that lost its lease remembers its slots.")
+@plant("A node that lost its lease remembers its slots.", seed=-1)
 def slots_after_lost_lease(patch):
     patch(WorkerPool, "lose_lease", lambda self: self.fire_all(CancelReason.LEASE_LOST))
 
 
-@plant("A slot that was taken for a start which failed is not given back.")
+@plant("A slot that was taken for a start which failed is not given back.", seed=-1)
 def slot_leaks(patch):
     inner = Admission.over
     patch(Admission, "over", lambda self, i, *, ran: inner(self, i, ran=ran) if ran else None)
 
 
-@plant("A node that stops keeps its slots.")
-def slots_after_stop(patch):
-    patch(Admission, "end", nothing)
-
-
-@plant("The slots of a node are not counted.")
+@plant("The slots of a node are not counted.", seed=-1)
 def endless_slots(patch):
     patch(OwnSlots, "take", lambda self, count: count)
 
 
-@plant("The id of the task of a tick is random.")
+@plant("The id of the task of a tick is random.", seed=-1)
 def random_tick(patch):
     patch(schedules, "tick_id", lambda name, tick: ids.new_id())
 
 
-@plant("A schedule is moved on before the task of its tick is stored.")
+@plant("A schedule is moved on before the task of its tick is stored.", seed=-1)
 def tick_before_task(patch):
     def run(self, due):
         plans = self._without_overlap(self._plans(due, self._now()))
@@ -203,12 +206,12 @@ def tick_before_task(patch):
     patch(Ticker, "_run", run)
 
 
-@plant("A tick gets its task while that of an earlier tick goes on.")
+@plant("A tick gets its task while that of an earlier tick goes on.", seed=-1)
 def overlapping_ticks(patch):
     patch(Ticker, "_may_run", lambda self, plan, statuses: True)
 
 
-@plant("A start whose answer was lost counts as failed.")
+@plant("A start whose answer was lost counts as failed.", seed=-1)
 def start_in_doubt(patch):
     def give_up(self, runs, error):
         for run in runs:
@@ -218,32 +221,32 @@ def start_in_doubt(patch):
     patch(Audit, "_interrupt", nothing)
 
 
-@plant("The tasks in the buffer of a dead node are not freed.")
+@plant("The tasks in the buffer of a dead node are not freed.", seed=-1)
 def buffers_of_the_dead(patch):
     patch(Recovery, "go_on", lambda self, until=0: 0)
 
 
-@plant("A task may crash once more than its limit says.")
+@plant("A task may crash once more than its limit says.", seed=-1)
 def one_more_crash(patch):
     around(patch, lifecycle, "_crashes_allowed", lambda most: most + 1)
 
 
-@plant("A start does not look whether the task has expired.")
+@plant("A start does not look whether the task has expired.", seed=-1)
 def late_start(patch):
     patch(lifecycle, "has_expired", lambda task, now: False)
 
 
-@plant("A requeued task does not take its unique key again.")
+@plant("A requeued task does not take its unique key again.", seed=-1)
 def key_not_taken_again(patch):
     patch(unique, "taken_again", lambda task: {})
 
 
-@plant("Every start frees the unique key.")
+@plant("Every start frees the unique key.", seed=-1)
 def key_freed_by_start(patch):
     patch(unique, "freed_by_start", lambda task: {"unique_lock": None})
 
 
-@plant("A task that is replaced is not marked as changed.")
+@plant("A task that is replaced is not marked as changed.", seed=-1)
 def replaced_unnoticed(patch):
     inner = lifecycle.replace
 
@@ -256,7 +259,7 @@ def replaced_unnoticed(patch):
     patch(lifecycle, "replace", replace)
 
 
-@plant("Delayed tasks are released five seconds early.")
+@plant("Delayed tasks are released five seconds early.", seed=-1)
 def early_release(patch):
     inner = Release._release_some
     patch(Release, "_release_some", lambda self, now: inner(self, now + 5000))
@@ -266,7 +269,7 @@ def early_release(patch):
 _earliest = Release.earliest
 
 
-@plant("A task that should fail with its parent is cancelled.")
+@plant("A task that should fail with its parent is cancelled.", seed=-1)
 def cancelled_with_parent(patch):
     def cancel(write):
         changes = write.changes
@@ -277,7 +280,7 @@ def cancelled_with_parent(patch):
     around(patch, lifecycle, "parents_moved", cancel)
 
 
-@plant("A submit returns although the repository has failed.")
+@plant("A submit returns although the repository has failed.", seed=-1)
 def accepted_not_stored(patch):
     inner = Intake._take_in
 
@@ -287,6 +290,3 @@ def accepted_not_stored(patch):
         return insert.id
 
     patch(Intake, "_take_in", take_in)
-
-
-__all__ = ["PLANTED", "shared_limits"]
