@@ -91,6 +91,7 @@ class Promises:
             self._ticks[tick] = task_id
             for other in self._in_turn.get(tick[0].removeprefix("schedule:"), ()):
                 over = other not in self.rows or self.rows[other]["status"] in FINISHED
+                over = over or other in self._requeued
                 self._require(over, f"the tasks {other} and {task_id} of a schedule overlap")
             if tick[0].removeprefix("schedule:") in self._in_turn:
                 self._in_turn[tick[0].removeprefix("schedule:")].append(task_id)

@@ -46,7 +46,7 @@ _SHIFTS = (-90.0, -2.0, 2.0, 90.0)
 # Steps in steps, and looks until all has ended.
 _DEEPEST, _MOST_LOOKS = 2, 400
 # Runs that shrink a failure.
-_MOST_TRIES = 400
+_MOST_TRIES = 1000
 # What a request may meet: others were faster, or a fault.
 _EXPECTED = (RepositoryError, QueueStopped)
 
@@ -70,6 +70,7 @@ class _Seeded:
     def __init__(self, seed: int, nodes: int, faults: Sequence[Fault]) -> None:
         self._chance = chance = Random(seed)
         self._nodes = nodes
+        self._boots: list[Step] = [("boot", place, 0, {}) for place in reversed(range(nodes))]
         self._left = chance.randint(15, 60)
         # Few kinds of requests in each run, again and again: so they meet.
         self._wanted = [chance.random() for _ in range(chance.randint(2, 8))]
@@ -96,6 +97,8 @@ class _Seeded:
 
     def next(self, asks: int) -> Step | None:
         """Return the next step; None at the end. ``asks`` is the number of requests."""
+        if self._boots:
+            return self._boots.pop()
         self._left -= 1
         return None if self._left < 0 else self._step(asks)
 
@@ -180,8 +183,6 @@ class Simulation:
     def run(self) -> str:
         """Run to the end; return the promise that was broken, empty if none was."""
         try:
-            for place in range(len(self._places)):
-                self._take(("boot", place, 0, {}), self.script)
             while not self.problem and (step := self._chooser.next(self._asks)) is not None:
                 self._take(step, self.script)
             if not self.problem:
@@ -530,22 +531,36 @@ def _shrunk(made: Simulation, run: Callable[[_Seeded | _Scripted], Simulation]) 
 
     if not fails(script):
         raise BrokenPromise(f"the same steps did not lead to this again: {made.problem}")
-    size = len(script) // 2
-    while size and tries > 0:
-        for place in range(len(script) - size, -1, -size):
-            shorter = [*script[:place], *script[place + size :]]
-            if fails(shorter):
-                script = shorter
-        size //= 2
-    for place in reversed(range(len(script))):
-        for call in [*script[place][3]]:
-            verb, node, number, between = script[place]
-            fewer = {at: what for at, what in between.items() if at != call}
-            quieter = [*script]
-            quieter[place] = (verb, node, number, fewer)
-            if fails(quieter):
-                script = quieter
+    before = -1
+    while len(str(script)) != before and tries > 0:
+        before, size = len(str(script)), max(1, len(script) // 2)
+        while size and tries > 0:
+            for place in range(len(script) - size, -1, -size):
+                shorter = [*script[:place], *script[place + size :]]
+                if fails(shorter):
+                    script = shorter
+            size //= 2
+        for place, step in enumerate(script):
+            for calm in _calmer(step):
+                if fails(calmed := [*script[:place], calm, *script[place + 1 :]]):
+                    script = calmed
+                    break
     return script
+
+
+def _calmer(step: Step) -> Iterator[Step]:
+    """Yield the step with less that comes in between: nothing, then one thing less."""
+    verb, place, number, between = step
+    if between:
+        yield (verb, place, number, {})
+    for call, what in between.items():
+        less = {at: other for at, other in between.items() if at != call}
+        yield (verb, place, number, less)
+        for at in range(len(what) if isinstance(what, list) else 0):
+            fewer = [*what[:at], *what[at + 1 :]]
+            yield (verb, place, number, {**less, call: fewer})
+            for calm in _calmer(what[at]):
+                yield (verb, place, number, {**less, call: [*what[:at], calm, *what[at + 1 :]]})
 
 
 def _kind(problem: str) -> str:

@@ -1,4 +1,4 @@
-"""Bugs of policy, for the simulator to find: old defects, moves with a weak guard, forgotten consequences."""
+"""Bugs of policy for the simulator: old defects, moves with a weak guard, forgotten consequences."""
 
 from contextlib import suppress
 from typing import NamedTuple
@@ -90,7 +90,7 @@ def one_parent_is_enough(patch):
     inner = lifecycle.parents_moved
 
     def hasty(child, statuses, now):
-        done = {parent: "completed" for parent in child.depends_on}
+        done = dict.fromkeys(child.depends_on, "completed")
         return inner(child, done if "completed" in statuses.values() else statuses, now)
 
     patch(lifecycle, "parents_moved", hasty)
@@ -290,3 +290,22 @@ def accepted_not_stored(patch):
         return insert.id
 
     patch(Intake, "_take_in", take_in)
+
+
+@plant(
+    "A rescue takes what another node has rescued, and a third one runs, in the meantime.", seed=-1
+)
+def rescue_from_the_living(patch):
+    def take_back(self, node):
+        services = self._pool.services
+        find = services.repository.find
+        running = [task_id for (task_id,) in find("running_on", [node.id], ("id",))]
+        tasks = list(services.repository.get_many(running).values())
+        if not services.repository.liveness.is_dead(node.id):
+            return 0
+        if tasks:
+            self._rescue(node, tasks)
+        self._left[node.id] = 0
+        return len(running)
+
+    patch(Recovery, "_take_back", take_back)

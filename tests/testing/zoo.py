@@ -24,7 +24,10 @@ from taskx import (
     executor,
     group,
 )
-from taskx.testing import BrokenPromise, simulate
+from taskx.testing import simulate
+from taskx.testing.simulation import FAULTS, _runs, _Seeded
+
+from .planted import PLANTED
 
 #: The seeds that each call of the simulator gets here.
 CHUNK = 200
@@ -210,15 +213,11 @@ class Zoo:
 
 def find(name, seeds):
     """Return the first of these seeds that finds a planted bug, and what it says; None if none does."""
-    from tests.testing.planted import PLANTED
-
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, _runs(Zoo, 3, None) as run:
         PLANTED[name].plant(patch.setattr)
         for seed in seeds:
-            try:
-                simulate(Zoo, seeds=[seed])
-            except BrokenPromise as broken:
-                return seed, str(broken)
+            if problem := run(_Seeded(seed, 3, FAULTS)).problem:
+                return seed, problem
     return None
 
 
@@ -260,18 +259,12 @@ def run_these(first, count):
         print(chunk, simulate(Zoo, seeds=seeds), flush=True)
 
 
-def run_planted():
-    from tests.testing.planted import PLANTED
-
+def run_planted(names):
     missed = 0
-    for name in PLANTED:
+    for name in names or PLANTED:
         found = find(name, range(MOST))
         missed += found is None
-        print(
-            name,
-            *("-- not found" if found is None else (found[0], found[1].splitlines()[0])),
-            flush=True,
-        )
+        print(name, *(found or ("was not found",)), flush=True)
     return missed
 
 
@@ -279,10 +272,10 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, default=1000)
     parser.add_argument("--from", type=int, dest="first")
-    parser.add_argument("--planted", action="store_true")
+    parser.add_argument("--planted", nargs="*")
     options = parser.parse_args()
-    if options.planted:
-        return run_planted()
+    if options.planted is not None:
+        return run_planted(options.planted)
     if options.first is not None:
         return run_these(options.first, options.seeds)
     return run_new(options.seeds)
