@@ -53,12 +53,16 @@ class Promises:
         # The executions that go on, without those of nodes that counted as dead: the run, and its node.
         self.open: dict[Run, SimulatedNode] = {}
         self._started_at: defaultdict[object, list[int]] = defaultdict(list)
-        #: False while a clock is wrong: nobody can promise a time then.
-        self.clocks_right = True
+        # False once a clock was wrong: nobody can promise a time then.
+        self._clocks_right = True
 
     def _require(self, holds: object, text: str) -> None:
         if not holds:
             self._broken(text)
+
+    def a_clock_is_wrong(self) -> None:
+        """Check no times from now on."""
+        self._clocks_right = False
 
     # --- writes
 
@@ -130,7 +134,7 @@ class Promises:
         self._require(lives, f"{node.id} counts as dead, and started {task}")
         crashes, most = before["crashes"], after["max_crashes"] or 3
         self._require(crashes < most, f"{task} started after {crashes} crashes of {most}")
-        if self.clocks_right:
+        if self._clocks_right:
             due = before["run_at"] is None or before["run_at"] <= now
             self._require(due, f"{task} started before its time")
             # A start may be decided in time, and stored later.
@@ -215,7 +219,7 @@ class Promises:
         mine = [r for r, n in self.open.items() if r.task.type == type and (shared or n is node)]
         if limit.max_concurrency is not None and len(mine) > limit.max_concurrency:
             self._broken(f"{len(mine)} tasks of type {type} run, of {limit.max_concurrency}")
-        if limit.rate is not None and self.clocks_right:
+        if limit.rate is not None and self._clocks_right:
             times = self._started_at[type, None if shared else node.number]
             times.append(now)
             burst, interval = limit.rate.burst, limit.rate.interval * _SECOND

@@ -77,6 +77,12 @@ class World(Protocol):
         """Note that a promise is broken."""
 
 
+def _replace(owner: object, **attributes: object) -> None:
+    """Replace attributes of a part, or of a module, that the engine has made."""
+    for name, value in attributes.items():
+        setattr(owner, name, value)
+
+
 # --- the repository, as a node sees it
 
 
@@ -257,6 +263,10 @@ class SimulatedClock(ManualClock):
         """Set the wall clock wrong by so many seconds."""
         self._offset += round(seconds * 1_000_000_000)
 
+    def set_right(self, clock: ManualClock) -> None:
+        """Show the time of another clock."""
+        self._offset = clock._offset
+
 
 class _Housekeeper(Housekeeper):
     def start(self) -> None:
@@ -288,7 +298,7 @@ class _Engine(Driven):
     def make_pool(self, services: Services, node: Node, config: Config, ends: Ends) -> WorkerPool:
         config = attrs.evolve(config, worker_num=WORKERS, buffer_size=ROOM, overflow="reject")
         self._node.pool = pool = DrivenPool(services, node, config, ends)
-        pool.starter.suspects.changed = _Bell(self._node)
+        _replace(pool.starter.suspects, changed=_Bell(self._node))
         return pool
 
     def make_housekeeper(
@@ -346,8 +356,8 @@ class _Queue(Queue):
         self._node.forget()
         # As if no step were on the main thread, where exceptions may strike, and none hung.
         moves = self._services.moves
-        moves._finish = moves._tell  # type: ignore[method-assign]
-        self._node._by = lambda deadline, step: step()  # type: ignore[method-assign]
+        _replace(moves, _finish=moves._tell)
+        _replace(self._node, _by=lambda deadline, step: step())
 
     def _make_intake(self, work: Work) -> Intake:
         made = _Intake(self._services, self._node, self.config, work)
@@ -406,6 +416,10 @@ class SimulatedNode:
         self.asks = list(program(self.queue) or ())
         self.queue._node.start()
         self.up = True
+
+    def die(self) -> None:
+        """Use the repository no more."""
+        self.alive = False
 
     @property
     def work(self) -> int:
@@ -483,7 +497,7 @@ def virtual(world: Callable[[], World]) -> Iterator[Callable[[], None]]:
     def begin() -> None:
         nonlocal numbers
         numbers = count(1)
-        ids._moment, ids._counted = -1, 0
+        _replace(ids, _moment=-1, _counted=0)
         ids.key_of.cache_clear()
 
     def seconds() -> float:
@@ -503,11 +517,13 @@ def virtual(world: Callable[[], World]) -> Iterator[Callable[[], None]]:
     timed = [module for module in ours if vars(module).get("time") is real]
     try:
         for module in timed:
-            module.time = clock  # type: ignore[attr-defined]
-        ids.os = base.os = system  # type: ignore[attr-defined, assignment]
+            _replace(module, time=clock)
+        for module in (ids, base):
+            _replace(module, os=system)
         yield begin
     finally:
         for module in timed:
-            module.time = real  # type: ignore[attr-defined]
-        ids.os = base.os = os  # type: ignore[attr-defined]
+            _replace(module, time=real)
+        for module in (ids, base):
+            _replace(module, os=os)
         ids._renew()

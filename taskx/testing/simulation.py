@@ -269,7 +269,7 @@ class Simulation:
         node.door.living.lose(node.id)
 
     def _do_clock(self, node: SimulatedNode, number: float) -> None:
-        self._promises.clocks_right = False
+        self._promises.a_clock_is_wrong()
         node.clock.shift(number)
 
     def _kill(self, node: SimulatedNode) -> None:
@@ -279,7 +279,7 @@ class Simulation:
         self._forget(node)
 
     def _forget(self, node: SimulatedNode) -> None:
-        node.alive = False
+        node.die()
         self._promises.forget(node)
         if node in self._places:
             self._places[self._places.index(node)] = None
@@ -377,7 +377,7 @@ class Simulation:
             self._take(("kill", 0, 0, {}), [])
             self._take(("boot", 0, 0, {}), [])
         for node in filter(None, self._places):
-            node.clock._offset = self._clock._offset
+            node.clock.set_right(self._clock)
         self._settle()
         nodes = [node for node in self._places if node is not None]
         left = [text for node in nodes for text in _left_over(node)]
