@@ -43,8 +43,8 @@ Program = Callable[[Queue], Iterable[Callable[[], object]] | None]
 _SECOND = 1_000_000_000
 _PAUSES = (0.001, 0.05, 0.2, 0.6, 2.1, 5.0, 31.0, 120.0)
 _SHIFTS = (-90.0, -2.0, 2.0, 90.0)
-# Steps in steps, and looks until all has ended.
-_DEEPEST, _MOST_LOOKS = 2, 400
+# Steps in steps; looks until all has ended, and looks in a row that see no task end.
+_DEEPEST, _MOST_LOOKS, _MOST_IN_VAIN = 2, 1000, 30
 # Runs that shrink a failure.
 _MOST_TRIES = 1000
 # What a request may meet: others were faster, or a fault.
@@ -394,8 +394,10 @@ class Simulation:
 
     def _settle(self) -> None:
         """Work until all tasks have ended, and the audits have found nothing more."""
-        pause, quiet = 0.1, 0
+        pause, quiet, vain = 0.1, 0, 0
         for look in range(_MOST_LOOKS):
+            if vain > _MOST_IN_VAIN:
+                break
             before = len(self._promises.unfinished())
             self._work()
             if self.problem or quiet > 2:
@@ -404,7 +406,8 @@ class Simulation:
                 self._let_end(next(filter(None, self._places)).queue)
             left = len(self._promises.unfinished())
             quiet = quiet + 1 if look > 2 and not left else 0
-            pause = 2.5 if quiet else 0.1 if left != before else min(2 * pause, 1000.0)
+            vain = vain + 1 if left == before else 0
+            pause = 2.5 if quiet else min(0.1 * 2**vain, 1000.0)
             self.pass_time(pause)
         tasks = ", ".join(self._promises.unfinished()[:5])
         self.broken(f"these tasks never end: {tasks}")

@@ -51,12 +51,12 @@ def around(patch, owner, name, change):
     patch(owner, name, lambda *args, **options: change(inner(*args, **options)))
 
 
-@plant("A start does not check that the task is still pending.", seed=-1)
+@plant("A start does not check that the task is still pending.", seed=6)
 def unguarded_start(patch):
     around(patch, lifecycle, "start_all", lambda made: [u and u._replace(guard={}) for u in made])
 
 
-@plant("A start does not check the number of starts.", seed=-1)
+@plant("A start does not check the number of starts.", seed=485)
 def start_without_starts(patch):
     def weak(made):
         return [u and u._replace(guard=without(u.guard, "starts")) for u in made]
@@ -64,7 +64,7 @@ def start_without_starts(patch):
     around(patch, lifecycle, "start_all", weak)
 
 
-@plant("A start does not check that nothing holds the task back.", seed=-1)
+@plant("A start does not check that nothing holds the task back.", seed=27)
 def start_of_held(patch):
     def weak(made):
         return [u and u._replace(guard=without(u.guard, "held")) for u in made]
@@ -72,12 +72,12 @@ def start_of_held(patch):
     around(patch, lifecycle, "start_all", weak)
 
 
-@plant("The fence of an outcome does not compare the starts.", seed=-1)
+@plant("The fence of an outcome does not compare the starts.", seed=193)
 def weak_fence(patch):
     around(patch, lifecycle, "_fence", lambda guard: without(guard, "starts"))
 
 
-@plant("A retry does not notice that a cancel was requested.", seed=-1)
+@plant("A retry does not notice that a cancel was requested.", seed=421)
 def retry_despite_cancel(patch):
     def weak(writes):
         return [writes[0]._replace(guard=without(writes[0].guard, "cancel_requested_at"))]
@@ -85,7 +85,7 @@ def retry_despite_cancel(patch):
     around(patch, lifecycle, "_unless_cancelled", weak)
 
 
-@plant("A task waits only for one of its parents.", seed=-1)
+@plant("A task waits only for one of its parents.", seed=5)
 def one_parent_is_enough(patch):
     inner = lifecycle.parents_moved
 
@@ -96,12 +96,12 @@ def one_parent_is_enough(patch):
     patch(lifecycle, "parents_moved", hasty)
 
 
-@plant("A task whose parent has failed already may start.", seed=-1)
+@plant("A task whose parent has failed already may start.", seed=459)
 def failed_parent_at_submit(patch):
     patch(lifecycle, "next_parent", lifecycle.unfinished_parent)
 
 
-@plant("Nobody looks for the dependents of a task whose node died after its end.", seed=-1)
+@plant("Nobody looks for the dependents of a task whose node died after its end.", seed=241)
 def dependents_of_the_dead(patch):
     patch(Dependents, "ended_elsewhere", nothing)
     patch(Dependents, "scan_some", nothing)
@@ -113,7 +113,7 @@ def turns_of_the_dead(patch):
     patch(Turns, "scan_some", nothing)
 
 
-@plant("The task that came last gets the turn of a key.", seed=-1)
+@plant("The task that came last gets the turn of a key.", seed=15)
 def last_come_first_served(patch):
     def last(self, key):
         line = self._repository.find("line", [key], ("id",))
@@ -122,7 +122,7 @@ def last_come_first_served(patch):
     patch(Turns, "_next_turn", last)
 
 
-@plant("A task that has failed keeps its turn.", seed=-1)
+@plant("A task that has failed keeps its turn.", seed=68)
 def failure_keeps_turn(patch):
     inner = lifecycle._end
 
@@ -133,7 +133,7 @@ def failure_keeps_turn(patch):
     patch(lifecycle, "_end", end)
 
 
-@plant("A pending task that is cancelled keeps its turn.", seed=-1)
+@plant("A pending task that is cancelled keeps its turn.", seed=11)
 def cancel_keeps_turn(patch):
     def keep(writes):
         return [write._replace(changes=without(write.changes, "turn")) for write in writes]
@@ -150,22 +150,22 @@ def overwrite(self, text, value):
     return True
 
 
-@plant("The slots of a shared limit are changed without a comparison.", seed=-1)
+@plant("The slots of a shared limit are changed without a comparison.", seed=1)
 def slots_without_compare(patch):
     patch(SharedSlots, "_put", overwrite)
 
 
-@plant("The tokens of a shared rate are changed without a comparison.", seed=-1)
+@plant("The tokens of a shared rate are changed without a comparison.", seed=593)
 def tokens_without_compare(patch):
     patch(SharedBucket, "_put", overwrite)
 
 
-@plant("The slots of dead nodes are never freed.", seed=-1)
+@plant("The slots of dead nodes are never freed.", seed=7)
 def slots_of_the_dead(patch):
     patch(SharedSlots, "_bury", nothing)
 
 
-@plant("The slots of live nodes are freed, too.", seed=-1)
+@plant("The slots of live nodes are freed, too.", seed=60)
 def slots_of_the_living(patch):
     def bury(self):
         self._share_out({self._node: self._mine})
@@ -178,23 +178,23 @@ def slots_after_lost_lease(patch):
     patch(WorkerPool, "lose_lease", lambda self: self.fire_all(CancelReason.LEASE_LOST))
 
 
-@plant("A slot that was taken for a start which failed is not given back.", seed=-1)
+@plant("A slot that was taken for a start which failed is not given back.", seed=9)
 def slot_leaks(patch):
     inner = Admission.over
     patch(Admission, "over", lambda self, i, *, ran: inner(self, i, ran=ran) if ran else None)
 
 
-@plant("The slots of a node are not counted.", seed=-1)
+@plant("The slots of a node are not counted.", seed=145)
 def endless_slots(patch):
     patch(OwnSlots, "take", lambda self, count: count)
 
 
-@plant("The id of the task of a tick is random.", seed=-1)
+@plant("The id of the task of a tick is random.", seed=0)
 def random_tick(patch):
     patch(schedules, "tick_id", lambda name, tick: ids.new_id())
 
 
-@plant("A schedule is moved on before the task of its tick is stored.", seed=-1)
+@plant("A schedule is moved on before the task of its tick is stored.", seed=0)
 def tick_before_task(patch):
     def run(self, due):
         plans = self._without_overlap(self._plans(due, self._now()))
@@ -206,12 +206,12 @@ def tick_before_task(patch):
     patch(Ticker, "_run", run)
 
 
-@plant("A tick gets its task while that of an earlier tick goes on.", seed=-1)
+@plant("A tick gets its task while that of an earlier tick goes on.", seed=3)
 def overlapping_ticks(patch):
     patch(Ticker, "_may_run", lambda self, plan, statuses: True)
 
 
-@plant("A start whose answer was lost counts as failed.", seed=-1)
+@plant("A start whose answer was lost counts as failed.", seed=115)
 def start_in_doubt(patch):
     def give_up(self, runs, error):
         for run in runs:
@@ -221,27 +221,27 @@ def start_in_doubt(patch):
     patch(Audit, "_interrupt", nothing)
 
 
-@plant("The tasks in the buffer of a dead node are not freed.", seed=-1)
+@plant("The tasks in the buffer of a dead node are not freed.", seed=0)
 def buffers_of_the_dead(patch):
     patch(Recovery, "go_on", lambda self, until=0: 0)
 
 
-@plant("A task may crash once more than its limit says.", seed=-1)
+@plant("A task may crash once more than its limit says.", seed=7)
 def one_more_crash(patch):
     around(patch, lifecycle, "_crashes_allowed", lambda most: most + 1)
 
 
-@plant("A start does not look whether the task has expired.", seed=-1)
+@plant("A start does not look whether the task has expired.", seed=19)
 def late_start(patch):
     patch(lifecycle, "has_expired", lambda task, now: False)
 
 
-@plant("A requeued task does not take its unique key again.", seed=-1)
+@plant("A requeued task does not take its unique key again.", seed=34)
 def key_not_taken_again(patch):
     patch(unique, "taken_again", lambda task: {})
 
 
-@plant("Every start frees the unique key.", seed=-1)
+@plant("Every start frees the unique key.", seed=3)
 def key_freed_by_start(patch):
     patch(unique, "freed_by_start", lambda task: {"unique_lock": None})
 
@@ -259,7 +259,7 @@ def replaced_unnoticed(patch):
     patch(lifecycle, "replace", replace)
 
 
-@plant("Delayed tasks are released five seconds early.", seed=-1)
+@plant("Delayed tasks are released five seconds early.", seed=12)
 def early_release(patch):
     inner = Release._release_some
     patch(Release, "_release_some", lambda self, now: inner(self, now + 5000))
@@ -269,7 +269,7 @@ def early_release(patch):
 _earliest = Release.earliest
 
 
-@plant("A task that should fail with its parent is cancelled.", seed=-1)
+@plant("A task that should fail with its parent is cancelled.", seed=1)
 def cancelled_with_parent(patch):
     def cancel(write):
         changes = write.changes
@@ -280,7 +280,7 @@ def cancelled_with_parent(patch):
     around(patch, lifecycle, "parents_moved", cancel)
 
 
-@plant("A submit returns although the repository has failed.", seed=-1)
+@plant("A submit returns although the repository has failed.", seed=26)
 def accepted_not_stored(patch):
     inner = Intake._take_in
 
@@ -293,7 +293,7 @@ def accepted_not_stored(patch):
 
 
 @plant(
-    "A rescue takes what another node has rescued, and a third one runs, in the meantime.", seed=-1
+    "A rescue takes what another node has rescued, and a third one runs, in the meantime.", seed=825
 )
 def rescue_from_the_living(patch):
     def take_back(self, node):
