@@ -160,7 +160,7 @@ class Promises:
                 self._broken(f"{task} overtook task {other} of the key {key!r}")
 
     def _check_parents(self, task: str, before: Row) -> None:
-        if before["depends_on"] is None:
+        if before["depends_on"] is None or before["id"] in self._requeued:
             return
         for parent in ids_from_text(before["depends_on"]):
             status = self.rows[parent]["status"] if parent in self.rows else "gone"

@@ -8,14 +8,13 @@ from taskx.node.admission import Admission, OwnSlots
 from taskx.node.audit import Audit
 from taskx.node.due import Release
 from taskx.node.ordering import Dependents, Turns
-from taskx.node.pool import WorkerPool
 from taskx.node.recovery import Recovery
 from taskx.node.shared_limits import SharedBucket, SharedSlots
 from taskx.node.starter import Starter
 from taskx.node.ticker import Ticker
 from taskx.queue.intake import Intake
 from taskx.tasks import ids, lifecycle, unique
-from taskx.tasks.errors import CancelReason, RepositoryUnavailable
+from taskx.tasks.errors import RepositoryUnavailable
 
 
 class Planted(NamedTuple):
@@ -107,7 +106,7 @@ def dependents_of_the_dead(patch):
     patch(Dependents, "scan_some", nothing)
 
 
-@plant("Nobody looks for a turn that a node did not pass on before its death.", seed=-1)
+@plant("Nobody looks for a turn that a node did not pass on before its death.", seed=3331)
 def turns_of_the_dead(patch):
     patch(Turns, "scan_all_soon", nothing)
     patch(Turns, "scan_some", nothing)
@@ -171,11 +170,6 @@ def slots_of_the_living(patch):
         self._share_out({self._node: self._mine})
 
     patch(SharedSlots, "_bury", bury)
-
-
-@plant("A node that lost its lease remembers its slots.", seed=-1)
-def slots_after_lost_lease(patch):
-    patch(WorkerPool, "lose_lease", lambda self: self.fire_all(CancelReason.LEASE_LOST))
 
 
 @plant("A slot that was taken for a start which failed is not given back.", seed=9)
@@ -246,19 +240,6 @@ def key_freed_by_start(patch):
     patch(unique, "freed_by_start", lambda task: {"unique_lock": None})
 
 
-@plant("A task that is replaced is not marked as changed.", seed=-1)
-def replaced_unnoticed(patch):
-    inner = lifecycle.replace
-
-    def replace(holder, new):
-        return [
-            write._replace(changes={**write.changes, "starts": holder.starts})
-            for write in inner(holder, new)
-        ]
-
-    patch(lifecycle, "replace", replace)
-
-
 @plant("Delayed tasks are released five seconds early.", seed=12)
 def early_release(patch):
     inner = Release._release_some
@@ -309,3 +290,9 @@ def rescue_from_the_living(patch):
         return len(running)
 
     patch(Recovery, "_take_back", take_back)
+
+
+@plant("A task that was put off is released at the time that it had before.", seed=4625)
+def release_of_replaced(patch):
+    inner = lifecycle.release
+    patch(lifecycle, "release", lambda task_id, run_at: inner(task_id))
