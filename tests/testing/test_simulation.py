@@ -26,6 +26,10 @@ def test_all_promises_hold_for_fixed_seeds(chunk):
     simulate(Zoo, seeds=range(40 * chunk, 40 * chunk + 40))
 
 
+def test_seeds_that_once_failed_hold():
+    simulate(Zoo, seeds=[825, 4625, 1_002_069, 2_008_776])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("chunk", range(10))
 def test_all_promises_hold_for_more_seeds(chunk):
