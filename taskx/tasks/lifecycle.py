@@ -166,9 +166,12 @@ def expiry(created_at: int, run_at: int | None, expires: int) -> int:
     return min(max(created_at, run_at or 0) + expires, LAST)
 
 
-def release(task_id: str) -> Update:
-    """Let a pending task start whose time has come."""
-    guard = {"status": PENDING, "held": UNTIL_DUE}
+def release(task_id: str, run_at: Any = PRESENT) -> Update:
+    """Let a pending task start whose time has come.
+
+    ``run_at`` is that time, as it was read: a task that was put off meanwhile goes on waiting.
+    """
+    guard = {"status": PENDING, "held": UNTIL_DUE, "run_at": run_at}
     return Update(task_id, guard, {"held": FREE}, move="release", skips=True)
 
 
