@@ -439,9 +439,9 @@ def pause(session: Session, types: Sequence[str], everything: bool, yes: bool) -
     """Pause types."""
     wanted = _wanted_types(types, everything)
     known = types_of(session.queue)
-    if unknown := [type for type in types if type not in known]:
-        for type in unknown:
-            session.out.say(f"no node and no task has type {type!r}{suggestion(type, known)}")
+    if unknown := [name for name in types if name not in known]:
+        for name in unknown:
+            session.out.say(f"no node and no task has type {name!r}{suggestion(name, known)}")
         confirm(session, f"Pause {', '.join(unknown)}?", yes, "give --yes to do it")
     for type in wanted:
         session.queue.declare(*([] if type is None else [type]))  # else the log would warn, too

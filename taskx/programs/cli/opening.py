@@ -18,6 +18,7 @@ import click
 from taskx.insight.query import renamed, suggestion
 from taskx.programs.cli.errors import Failure, Usage, code_of
 from taskx.programs.cli.output import Output
+from taskx.programs.cli.values import ParamType
 from taskx.programs.worker.loading import load_queue
 from taskx.queue.queue import Queue
 from taskx.stores.base import Repository
@@ -192,7 +193,7 @@ def command(
     return decorate
 
 
-class TaskId(click.ParamType):
+class TaskId(ParamType):
     """The id of a stored task, or the beginning of one: a command gets the whole id."""
 
     name = "id"
