@@ -355,7 +355,7 @@ class CallersLinks(Links):
             raise RepositoryError(
                 f"the tables of TaskX in {path} do not exist yet or are of an older version, and cannot be "
                 "made in your transaction; nothing was stored. Start the queue, or list some tasks, before "
-                "it begins"
+                "it begins; a test can use taskx.testing.inline(queue)"
             )
         outer.open()
 
