@@ -220,4 +220,4 @@ if not TYPE_CHECKING:  # a type checker that knew of this function would believe
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__} - {"TYPE_CHECKING", "_HOMES", "import_module"})

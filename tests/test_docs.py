@@ -27,6 +27,7 @@ from helpers import eventually, joined_node, pool_of
 import taskx
 import taskx.queue
 from taskx.node import due, housekeeper, ticker
+from taskx.repository import COLUMNS, Repository
 from taskx.stores.sqlite.connections import Connections
 from taskx.tasks import options
 from taskx.tasks.moves import MOVES
@@ -297,6 +298,19 @@ def test_each_package_and_module_has_a_docstring():
         said = ast.get_docstring(ast.parse(file.read_text())) or ""
         paragraphs = 2 if file.name == "__init__.py" and file.parent.name != "taskx" else 1
         assert len(said.split("\n\n")) >= paragraphs, file
+
+
+def test_the_page_on_primitives_names_each_of_them():
+    page = (ROOT / "docs" / "primitives.rst").read_text("utf-8")
+    table = page.partition("Primitive  ")[2].partition("What only some stores can do")[0]
+    assert [name for name in Repository.__abstractmethods__ if f"``{name}(" not in table] == []
+
+
+def test_the_reference_for_authors_has_every_column_of_a_row():
+    page = (ROOT / "docs" / "reference" / "authors.rst").read_text("utf-8")
+    table = page.partition("Columns of a row")[2].partition("Constants, types")[0]
+    named = re.findall(r"``(\w+)``", "\n".join(line[:44] for line in table.splitlines()))
+    assert sorted(set(named) - {"COLUMNS"}) == sorted(COLUMNS)
 
 
 def test_the_page_of_errors_names_every_error():

@@ -7,13 +7,16 @@ imported at their first use.
 from __future__ import annotations
 
 import os
+import sqlite3
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing, suppress
 from contextvars import Context as Variables
 from difflib import get_close_matches
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar, overload
+from urllib.parse import quote
 
 import attrs
 
@@ -53,6 +56,7 @@ if TYPE_CHECKING:
     import logging
 
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+    from flask_sqlalchemy import SQLAlchemy
     from typing_extensions import Unpack  # in typing from 3.11 on
 
     from taskx.attempt.executors import ExecutorDecorator
@@ -106,6 +110,9 @@ class Taskx:
 
     Args:
         app: an app, if there is only one and it exists already.
+        db: the ``SQLAlchemy`` object of Flask-SQLAlchemy. The tasks are then in tables ``taskx_…`` of its
+            SQLite file, in place of ``TASKX_REPOSITORY``, and the file gets a write-ahead log. Call
+            ``db.init_app(app)`` first.
         hooks: hooks of the queues, as of :class:`Queue`.
         middleware: middleware of the queues, called inside the context of the app.
         codec: the codec or codecs of the repositories, as of ``open_repository``.
@@ -116,11 +123,13 @@ class Taskx:
         self,
         app: Flask | None = None,
         *,
+        db: SQLAlchemy | None = None,
         hooks: Iterable[Hook] = (),
         middleware: Iterable[Middleware | Layer] = (),
         codec: Codec | Iterable[Codec] | None = None,
         logger: logging.Logger | None = None,
     ) -> None:
+        self._db = db
         self._hooks = tuple(hooks)
         self._middleware = tuple(middleware)
         self._codec = codec
@@ -137,17 +146,17 @@ class Taskx:
     def init_app(self, app: Flask) -> None:
         """Give an app its queue, the commands ``flask taskx``, and the dashboard if it has a URL.
 
-        Opens no file and starts nothing.
+        Starts nothing and opens no file, but for that of ``db`` if it exists.
 
         Raises:
-            ConfigurationError: a config key is missing, unknown or not valid, a schedule is not valid, or
-                the app has a queue already.
+            ConfigurationError: a config key is missing, unknown or not valid, a schedule is not valid, the
+                app has a queue already, or its database cannot have tasks.
         """
         if NAME in app.extensions:
             raise ConfigurationError(
                 f"app {app.name!r} has a Taskx already: call init_app() once for each app"
             )
-        settings = _settings_of(app)
+        settings = _settings_of(app, self._db)
         queue = Queue(
             open_repository(settings.repository, codec=self._codec),
             settings.config,
@@ -353,6 +362,14 @@ class AppState:
                 raise
             self._app.logger.error("the task queue cannot be started yet: %s", error)
 
+    def answered(self) -> None:
+        """Under test, run what the request has submitted and committed, if submits run tasks there."""
+        if self._app.testing:
+            from taskx.testing import InlineQueue
+
+            if isinstance(self.queue, InlineQueue):
+                self.queue.drain()
+
 
 class _Entrance:
     """The WSGI app of an app with TaskX: requests start the queue, and find the dashboard."""
@@ -369,7 +386,9 @@ class _Entrance:
         self._state.answer()
         path: str = environ.get("PATH_INFO", "")
         if self._url is None or not f"{path}/".startswith(f"{self._url}/"):
-            return self._inner(environ, start_response)
+            answer = self._inner(environ, start_response)
+            self._state.answered()
+            return answer
         granted = self._granted(environ)
         mounted = {
             **environ,  # the check may have set REMOTE_USER
@@ -506,7 +525,7 @@ class _Settings:
     config: Config
 
 
-def _settings_of(app: Flask) -> _Settings:
+def _settings_of(app: Flask, db: SQLAlchemy | None) -> _Settings:
     """Return the settings in the config of an app.
 
     Raises:
@@ -520,6 +539,12 @@ def _settings_of(app: Flask) -> _Settings:
             close = get_close_matches(key.removeprefix(_PREFIX), names, n=1)
             hint = f"; did you mean {names[close[0]]!r}?" if close else f"; use {', '.join(KEYS)}"
             raise ConfigurationError(f"there is no setting {key!r}{hint}")
+    if db is not None:
+        if given.get(_REPOSITORY) is not None:
+            raise ConfigurationError(
+                f"with Taskx(db=db) the tasks are in the database of the app: remove {_REPOSITORY}, or db="
+            )
+        given[_REPOSITORY] = _repository_in(app, db)
     if not isinstance(given.get(_REPOSITORY), str):
         raise ConfigurationError(
             f"app.config[{_REPOSITORY!r}] must be a URL, such as 'sqlite:///tasks.db', not "
@@ -529,6 +554,40 @@ def _settings_of(app: Flask) -> _Settings:
     if not isinstance(embedded, bool):
         raise ConfigurationError(f"{_EMBEDDED} must be true or false, not {embedded!r}")
     return _Settings(given[_REPOSITORY], embedded, _path(given.get(_DASHBOARD)), _config_of(given))
+
+
+def _repository_in(app: Flask, db: SQLAlchemy) -> str:
+    """Return the URL of the tables of TaskX in the database of an app. See to its write-ahead log.
+
+    Raises:
+        ConfigurationError: it is no SQLite file, or not known yet.
+    """
+    if "sqlalchemy" not in app.extensions:
+        raise ConfigurationError("call db.init_app(app) before taskx.init_app(app)")
+    from sqlalchemy import event
+
+    with app.app_context():
+        engine = db.engine
+    file = engine.url.database or ":memory:"
+    if app.testing and file == ":memory:":  # a queue for tests takes its connection all the same
+        return "memory://"
+    if engine.dialect.name != "sqlite" or file == ":memory:" or file.startswith("file:"):
+        raise ConfigurationError(
+            "Taskx(db=db) requires an SQLite file, such as SQLALCHEMY_DATABASE_URI = "
+            f"'sqlite:///shop.db', not {engine.url.render_as_string(hide_password=True)!r}; for tasks "
+            f"elsewhere, set {_REPOSITORY} in place of db="
+        )
+    if os.path.exists(file):
+        with closing(sqlite3.connect(file)) as connection:
+            _use_log(connection)
+    event.listen(engine, "connect", _use_log)  # the file may not exist yet
+    return f"sqlite:///{quote(file)}?prefix=taskx_"
+
+
+def _use_log(connection: Any, _: object = None) -> None:
+    """Give a file that is open a write-ahead log. The file keeps it."""
+    with suppress(sqlite3.Error):  # the queue says later what it misses
+        connection.execute("PRAGMA journal_mode = WAL")
 
 
 def _path(url: Any) -> str | None:

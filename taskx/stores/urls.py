@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 from taskx.stores.base import Repository
+from taskx.stores.eight import TaskRepository
 from taskx.stores.memory import MemoryRepository
 from taskx.stores.sqlite import SQLiteRepository
 from taskx.tasks.codec import Codec
 from taskx.tasks.errors import ConfigurationError
 
+# The entry points of packages that open repositories. Their names are schemes of URLs.
+_GROUP = "taskx.repositories"
 _BOOLEANS = {"true": True, "false": False}
 
 
@@ -23,6 +26,8 @@ def open_repository(url: str, codec: Codec | Iterable[Codec] | None = None) -> R
       ``?durability=full&create=false&prefix=taskx_``, which are arguments of :class:`SQLiteRepository`.
     - ``memory://`` keeps tasks in this process's memory.
     - ``mongodb://host/database?collection=tasks``, or ``mongodb+srv://…``, is a MongoDB collection.
+    - Any other scheme is that of an installed package, which names it in its entry points
+      ``taskx.repositories``: a function that is called with the URL and ``codec=``.
 
     Args:
         url: the URL of the repository.
@@ -30,7 +35,8 @@ def open_repository(url: str, codec: Codec | Iterable[Codec] | None = None) -> R
             read.
 
     Raises:
-        ConfigurationError: the URL has none of these forms, or has an option that is not valid.
+        ConfigurationError: the URL has none of these forms, or has an option that is not valid, or the
+            package that opens it cannot be imported.
     """
     from urllib.parse import parse_qsl, unquote, urlsplit  # slow to load, and seldom needed
 
@@ -50,10 +56,39 @@ def open_repository(url: str, codec: Codec | Iterable[Codec] | None = None) -> R
         from taskx.stores.mongo import MongoRepository
 
         return MongoRepository.from_url(url, codec=codec)
-    raise ConfigurationError(
+    if parts.scheme not in ("", "sqlite", "memory"):
+        return _of_package(parts.scheme, url, codec)
+    raise _unknown(url)
+
+
+def _unknown(url: str, more: str = "") -> ConfigurationError:
+    return ConfigurationError(
         f"{_shown(url)!r} is not the URL of a repository; use sqlite:///relative.db, "
-        "sqlite:////absolute.db, mongodb://host/database or memory://"
+        f"sqlite:////absolute.db, mongodb://host/database or memory://{more}"
     )
+
+
+def _of_package(scheme: str, url: str, codec: Codec | Iterable[Codec] | None) -> Repository:
+    """Return the repository that an installed package opens for a scheme."""
+    from importlib.metadata import entry_points  # slow to load, and seldom needed
+
+    found = [*entry_points(group=_GROUP, name=scheme)]
+    if not found:
+        raise _unknown(
+            url, f", or install the package for {scheme}://, with an entry point {_GROUP}"
+        )
+    try:
+        function = found[0].load()
+    except (ImportError, AttributeError) as error:
+        raise ConfigurationError(
+            f"{_shown(url)!r}: {found[0].value} cannot be imported: {error}"
+        ) from error
+    opened = function(url, codec=codec)
+    if not isinstance(opened, TaskRepository):
+        raise ConfigurationError(
+            f"{_shown(url)!r}: {found[0].value} must return a TaskRepository, not {opened!r:.80}"
+        )
+    return cast("Repository", opened)  # one of eight methods gets the rest from its queue
 
 
 def _options(query: list[tuple[str, str]], url: str) -> dict[str, Any]:

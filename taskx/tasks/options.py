@@ -7,7 +7,7 @@ record stores in a column, :class:`Options` those of an executor.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from datetime import datetime, timedelta
 from typing import Any, Literal, Protocol, TypedDict, get_args
 
@@ -130,10 +130,15 @@ class FilterOptions(TypedDict, total=False):
 
 def refuse_unknown(given: Mapping[str, Any], known: Any, what: str, hint: str = "") -> None:
     """Raise ``TypeError`` for options that the ``TypedDict`` does not have."""
-    if unknown := sorted(given.keys() - known.__optional_keys__):
+    refuse_others(given, known.__optional_keys__, what, hint)
+
+
+def refuse_others(given: Mapping[str, Any], known: Set[str], what: str, hint: str = "") -> None:
+    """Raise ``TypeError`` for options that have other names. The message names similar ones."""
+    if unknown := sorted(given.keys() - known):
         from difflib import get_close_matches  # slow to load
 
-        close = [get_close_matches(key, known.__optional_keys__, n=1) for key in unknown]
+        close = [get_close_matches(key, known, n=1) for key in unknown]
         meant = ", ".join(repr(names[0]) for names in close if names)
         meant = f" (did you mean {meant}?)" if meant else ""
         raise TypeError(f"{what}() has no option {', '.join(unknown)}{meant}{hint}")

@@ -7,8 +7,9 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import TimeoutError
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime
+from functools import partial
 from typing import Any, TypeVar, cast
 
 from taskx.attempt.executors import BoundExecutor, Executor
@@ -22,7 +23,6 @@ from taskx.queue.work import Work
 from taskx.stores.adapter import EightMethodAdapter
 from taskx.stores.base import Repository
 from taskx.stores.eight import TaskRepository
-from taskx.stores.memory import MemoryRepository
 from taskx.tasks.checks import Duration, check_number
 from taskx.tasks.config import Config
 from taskx.tasks.errors import ConfigurationError, TaskFailed
@@ -39,6 +39,7 @@ from taskx.testing.driven import (
     is_for_the_test,
     wait_for_threads,
 )
+from taskx.testing.joined import DrivenRepository
 from taskx.testing.submissions import Submissions
 
 #: A type of tasks: its name, or an executor.
@@ -58,7 +59,7 @@ class ManualQueue(Queue):
     The buffer has room for every task, whatever the config says.
 
     Args:
-        repository: stores the tasks; a new ``MemoryRepository`` by default.
+        repository: stores the tasks; by default they are in memory.
         config: the settings of the queue.
         logger: the logger to use; the one named ``taskx`` by default.
         hooks: as of :class:`Queue`; they are told in the thread in which something happens.
@@ -86,7 +87,7 @@ class ManualQueue(Queue):
         self.clock = _checked(clock)
         self._submissions = Submissions(self.clock)
         super().__init__(
-            MemoryRepository(self.clock) if repository is None else repository,
+            DrivenRepository(self.clock) if repository is None else repository,
             config,
             logger,
             hooks=(self._submissions, *hooks),
@@ -214,7 +215,14 @@ class ManualQueue(Queue):
 
     def watch(self, *handles: TaskHandle[Any]) -> None:
         """Resolve handles when their tasks end."""
-        self._services.watcher.watch(*handles)
+        watcher, postpone = self._services.watcher, self.repository.transactions.postpone
+        watcher.watch(
+            *(
+                handle
+                for handle in handles
+                if not postpone(handle.id, id(handle), partial(watcher.watch_late, handle))
+            )
+        )
 
     @property
     def parks(self) -> Mapping[str, int]:
@@ -452,7 +460,8 @@ class InlineQueue(ManualQueue):
     executor raises is on the record and raised by ``handle.result()``, not by ``submit``.
 
     A task with a delay, or one that asked to run later (``Snooze``), stays pending until :meth:`advance`. A
-    wait for it moves the clock to its time. All else is as in :class:`ManualQueue`.
+    wait for it moves the clock to its time. A task that was submitted with ``connection=`` runs after the
+    commit: at the next call of the queue. All else is as in :class:`ManualQueue`.
     """
 
     _runs_when_waiting = True
@@ -513,6 +522,16 @@ class InlineQueue(ManualQueue):
         super().resume(type)
         self._finish()
 
+    def _reading(self) -> AbstractContextManager[Repository]:
+        self._finish_committed()
+        return super()._reading()
+
+    def _finish_committed(self) -> None:
+        """Run what callers have committed since the last call: nobody tells of a commit."""
+        repository = self.repository
+        if isinstance(repository, DrivenRepository) and repository.joined.settle():
+            self._finish()
+
 
 Q = TypeVar("Q", bound=ManualQueue)
 
@@ -536,7 +555,7 @@ def manual(
 
     Args:
         queue: the queue. One that is started goes on running its own tasks in its own threads.
-        repository: stores the tasks; a new ``MemoryRepository`` by default.
+        repository: stores the tasks; by default they are in memory.
         clock: the clock; a new one by default.
 
     Raises:
@@ -559,6 +578,7 @@ def inline(
     """
     with _replaced(queue, InlineQueue, repository, clock) as made:
         yield made
+        made._finish_committed()
 
 
 @contextmanager
@@ -569,9 +589,7 @@ def _replaced(
         raise ConfigurationError(f"expected a Queue, got {type(queue).__name__}")
     made = _checked(clock)
     if repository is None:
-        own = MemoryRepository(made)
-        own.codecs = queue.repository.codecs
-        repository = own
+        repository = DrivenRepository(made, queue.repository.codecs)
     before_class, before = type(queue), dict(vars(queue))
     driven = cast("Q", queue)
     try:

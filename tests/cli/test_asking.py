@@ -55,6 +55,25 @@ def test_stats_have_a_row_for_each_type(ended, outside, taskx):
     assert sms[:5] == ["sms", "1", "1", "-", "-"]
 
 
+def test_stats_can_be_of_some_types_and_of_a_time(ended, outside, taskx):
+    outside.declare("sms")
+    outside.submit("sms")
+    said = taskx("stats", "email", "--since", "2h")
+    assert [line.split()[0] for line in said.lines] == ["TYPE", "email"]
+    assert [row["type"] for row in taskx("stats", "sms", "--json").rows] == ["sms"]
+    unknown = taskx("stats", "emial")
+    assert (unknown.code, unknown.out) == (0, "")
+    assert unknown.err == "no task that was read has type 'emial'; did you mean 'email'?\n"
+
+
+def test_stats_say_which_tasks_they_are_of_if_there_are_more(ended, outside, taskx, monkeypatch):
+    stats = outside.stats
+    monkeypatch.setattr(outside, "stats", lambda **given: stats(at_most=1, **given))
+    said = taskx("stats")
+    assert "the numbers are at least so high" in said.err
+    assert "WAIT and RUN are of tasks submitted after" in said.err
+
+
 def test_the_json_of_stats_is_a_type_a_line(ended, outside, taskx):
     [row] = taskx("stats", "--json", "--period", "1d").rows
     expected = outside.stats(period=86400).to_dict()

@@ -110,12 +110,20 @@ def test_all_types_are_paused_and_resumed(queue, taskx):
     assert not queue.paused
 
 
-def test_an_unknown_type_is_paused_with_a_suggestion(queue, taskx):
+def test_a_type_that_nobody_knows_is_paused_only_if_a_person_says_yes(queue, taskx, monkeypatch):
     queue.declare("email")
     queue.submit("email")
-    said = taskx("pause", "emial")
-    assert said.code == 0
-    assert said.err == "no node and no task has type 'emial'; did you mean 'email'?\n"
+    said = taskx("pause", "email", "emial")
+    assert (said.code, said.out) == (2, "")
+    assert "no node and no task has type 'emial'; did you mean 'email'?\n" in said.err
+    assert "Pause emial? Nobody can be asked here: give --yes to do it" in said.err
+    assert not queue.paused
+    monkeypatch.setattr("taskx.programs.cli.changing._can_ask", lambda: True)
+    assert taskx("pause", "emial", input="n\n").code == 1
+    assert not queue.paused
+    assert taskx("pause", "emial", input="y\n").code == 0
+    assert taskx("pause", "emails", "--yes").out == "emails paused\n"
+    assert {*queue.paused.types} == {"emial", "emails"}
 
 
 @pytest.mark.parametrize("words", [[], ["email", "--all"]])
@@ -245,7 +253,7 @@ def test_each_change_is_noted_with_who_made_it(tasks, outside, taskx, monkeypatc
     taskx("cancel", "nope")
     taskx("cancel", "--where", "type:email", "--dry-run")
     taskx("delete", "--where", "type:email", "--yes")
-    taskx("pause", "sms")
+    taskx("pause", "sms", "--yes")
     taskx("resume", "--all")
     noted = outside.changes()
     assert [(change.action, change.target) for change in reversed(noted)] == [

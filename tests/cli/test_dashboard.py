@@ -26,7 +26,7 @@ def served(monkeypatch):
 def test_the_dashboard_is_served_with_its_options(served, outside, taskx):
     said = taskx("dashboard", "--port", "9000", "--read-only", "--allow", "read", "--title", "Shop")
     assert said.code == 0
-    assert said.out == "the dashboard is at http://127.0.0.1:9000/; Ctrl-C ends it\n"
+    assert said.out == "Ctrl-C ends the dashboard at http://127.0.0.1:9000/\n"
     assert served == [
         {
             "queue": outside,

@@ -45,11 +45,12 @@ def test_the_terms_of_the_page_are_valid():
 
 
 @each_command
-def test_the_help_of_a_command_begins_with_examples(command):
+def test_the_help_of_a_command_says_what_it_does_and_then_has_examples(command):
     said = call(command.name, "--help")
     assert said.code == 0
-    assert said.lines[2].strip().startswith("$ taskx ")
     assert command.get_short_help_str(200)
+    assert not said.lines[2].strip().startswith("$ taskx ")
+    assert said.out.index("\n  $ taskx ") < said.out.index("Options:")
     assert "--repository" in said.out or command.name == "worker"
 
 
@@ -83,6 +84,8 @@ def test_the_help_of_the_group_names_all_commands():
     said = call("--help")
     assert [name for name in NAMES if f"\n  {name} " not in said.out] == []
     assert "Exit codes:" in said.out
+    assert "\nMore:\n" not in said.out, "each command is in a section"
+    assert said.out.index("See and steer") < said.out.index("$ taskx") < said.out.index("Look at")
 
 
 def test_what_can_be_watched_exists():

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import sqlite3
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,11 @@ from taskx import (
     ConfigurationError,
     Queue,
     QueueFull,
+    RepositoryError,
     RepositoryUnavailable,
     TaskExecutor,
+    TaskFilter,
+    TaskNotFound,
     TaskStatus,
     current_context,
     every,
@@ -492,6 +497,119 @@ def test_a_task_is_stored_with_the_rows_of_the_session_or_not_at_all(taskx, make
         queue.stop()
         db.session.remove()
         db.engine.dispose()
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Return a function that makes an app whose database has its tasks, and what it has."""
+    flask_sqlalchemy = pytest.importorskip("flask_sqlalchemy")
+    made: list[Any] = []
+
+    def make(uri: str = f"sqlite:///{tmp_path / '50%.db'}", **config: Any) -> Any:
+        db = flask_sqlalchemy.SQLAlchemy()
+        taskx = Taskx(db=db)
+
+        class Order(db.Model):
+            id = db.Column(db.Integer, primary_key=True)
+            book = db.Column(db.String)
+
+        @taskx.executor("confirm")
+        def confirm(order: int) -> str:
+            return f"{db.session.get(Order, order).book} is confirmed"
+
+        app = Flask("shop")
+        app.config.update(SQLALCHEMY_DATABASE_URI=uri, TASKX_WORKERS=1, **config)
+        db.init_app(app)
+        taskx.init_app(app)
+
+        @app.post("/orders/<book>/<end>")
+        def add(book: str, end: str) -> str:
+            order = Order(book=book)
+            db.session.add(order)
+            db.session.flush()
+            handle = taskx.submit(confirm, {"order": order.id}, connection=db.session)
+            getattr(db.session, end)()
+            return handle.id
+
+        made.append((app, db))
+        return app, db, taskx
+
+    yield make
+    for app, db in made:
+        queue_of(app).stop(cancel=True)
+        queue_of(app).close()
+        with app.app_context():
+            db.session.remove()
+            db.engine.dispose()
+
+
+def test_the_tasks_are_in_the_database_of_the_app(shop):
+    """One argument does the path, the prefix and the write-ahead log."""
+    app, db, _ = shop()
+    with app.app_context():
+        db.create_all()
+    ids = [app.test_client().post(f"/orders/{book}/commit").text for book in ("Emma", "Ulysses")]
+    results = [queue_of(app).handle(task_id).result(timeout=60) for task_id in ids]
+    assert results == ["Emma is confirmed", "Ulysses is confirmed"]
+
+
+def test_a_file_that_is_there_already_gets_a_log(shop, tmp_path):
+    file = tmp_path / "old.db"
+    with closing(sqlite3.connect(file)) as connection:
+        connection.execute("CREATE TABLE old (id)")
+    app, _, taskx = shop(f"sqlite:///{file}")
+    taskx.start(app)
+    assert queue_of(app).list_tasks().total == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "complaint"),
+    [
+        ({"uri": "sqlite://"}, "requires an SQLite file, such as .*, not 'sqlite://'"),
+        ({"TASKX_REPOSITORY": "memory://"}, "remove TASKX_REPOSITORY, or db="),
+    ],
+)
+def test_a_database_that_cannot_have_tasks_is_refused(shop, config, complaint):
+    with pytest.raises(ConfigurationError, match=complaint):
+        shop(**config)
+
+
+def test_the_database_must_know_the_app_first():
+    flask_sqlalchemy = pytest.importorskip("flask_sqlalchemy")
+    app = Flask("shop")
+    app.config["SQLALCHEMY_DATABASE_URI"] = "sqlite:///shop.db"
+    with pytest.raises(ConfigurationError, match=r"call db.init_app\(app\) before"):
+        Taskx(app, db=flask_sqlalchemy.SQLAlchemy())
+
+
+@pytest.mark.parametrize("memory", [True, False])
+def test_under_test_a_view_that_commits_has_its_task_run(shop, tmp_path, memory):
+    """Nothing is called in between, and a database in memory is enough."""
+    uri = "sqlite://" if memory else f"sqlite:///{tmp_path / 'shop.db'}"
+    app, db, _ = shop(uri, TESTING=True)
+    with app.app_context():
+        db.create_all()
+        with testing.inline(queue_of(app)) as queue:
+            kept = app.test_client().post("/orders/Emma/commit").text
+            lost = app.test_client().post("/orders/Lost/rollback").text
+            ran = [task.id for task in queue.repository.list(TaskFilter())]
+            assert ran == [kept]
+            assert queue.get_task_status(kept).result == "Emma is confirmed"
+            with pytest.raises(TaskNotFound):
+                queue.get_task_status(lost)
+
+
+def test_a_view_that_needs_a_log_says_so(taskx, make_app, tmp_path):
+    """Its error names the cause, not that the queue could not start because of it."""
+    file = tmp_path / "shop.db"
+    app = make_app(TASKX_REPOSITORY=f"sqlite:///{file}?prefix=taskx_")
+    taskx.executor("one")(lambda: 1)
+    with closing(sqlite3.connect(file)) as connection, app.app_context():
+        connection.execute("CREATE TABLE orders (id)")
+        app.test_client().get("/")
+        connection.execute("INSERT INTO orders VALUES (1)")
+        with pytest.raises(RepositoryError, match=r"requires WAL.*PRAGMA journal_mode = WAL once"):
+            taskx.submit("one", connection=connection)
 
 
 # --- flask taskx

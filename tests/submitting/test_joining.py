@@ -495,7 +495,7 @@ class TestWakeUps:
     ):
         told = threading.Event()
         monkeypatch.setattr(repository._file_links, "tell_others", lambda writes: told.set())
-        monkeypatch.setattr(joining, "_in_transaction", lambda connection: True)
+        monkeypatch.setattr(joining, "in_transaction", lambda connection: True)
         order(connection)
         queue.submit("echo", connection=connection)
         connection.commit()

@@ -19,7 +19,15 @@ from taskx.contrib.django.places import Place, place_of
 from taskx.contrib.django.queues import get_queue
 from taskx.contrib.django.results import TaskxResult, params_of, result_of
 from taskx.contrib.django.running import announcing
-from taskx.contrib.django.tasks import TaskxTask, dated, run_at, submit_options, task_of
+from taskx.contrib.django.tasks import (
+    TaskxTask,
+    check_arguments,
+    check_type_options,
+    dated,
+    run_at,
+    submit_options,
+    task_of,
+)
 from taskx.tasks.clock import SYSTEM_CLOCK, to_datetime, to_ms
 from taskx.tasks.ids import new_id
 from taskx.tasks.model import check_name
@@ -60,6 +68,7 @@ class TaskxBackend(BaseTaskBackend):
         """
         super().validate_task(dated(task))
         submit_options(task)
+        check_type_options(task)
 
     def enqueue(self, task: Task, args: Sequence[Any], kwargs: Mapping[str, Any]) -> TaskxResult:
         """Store a task, and return its result, which is not there yet.
@@ -69,13 +78,14 @@ class TaskxBackend(BaseTaskBackend):
 
         Raises:
             InvalidTask: the task is not valid with the settings of now.
-            TypeError: an argument is not JSON.
+            TypeError: an argument is not JSON, or the function does not take it, or requires another one.
             DuplicateTask: another task holds its ``unique_key``.
             ConfigurationError: the option ``on_commit`` is ``"refuse"``, and a transaction is open on
                 another database.
             TaskxError: the other errors of ``Queue.submit``.
         """
         self.validate_task(task)
+        check_arguments(task, args, kwargs)
         now, moment = SYSTEM_CLOCK.now_ms(), run_at(task)
         record = taskx.Task(
             id=new_id(),

@@ -25,16 +25,16 @@ BACKEND = "TASKX_DJANGO_BACKEND"
 QUEUES = "TASKX_DJANGO_QUEUES"
 
 _HELP = f"""\
-  $ taskx worker
-  $ taskx worker --processes 4 --threads 8
-  $ taskx worker --queue emails --queue reports
-  $ taskx worker --max-memory 500M --health-port 8080
-
 Run the tasks of the site in several processes, until SIGTERM or Ctrl-C.
 
 Each process sets Django up, and imports the modules `tasks` of all apps.
 
-{worker.SIGNALS}"""
+{worker.SIGNALS}
+
+  $ taskx worker
+  $ taskx worker --processes 4 --threads 8
+  $ taskx worker --queue emails --queue reports
+  $ taskx worker --max-memory 500M --health-port 8080"""
 
 
 class _Worker(worker.Program):

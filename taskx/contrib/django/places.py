@@ -74,14 +74,14 @@ class Place:
         A type with a queue name that this queue does not run is only declared.
         """
         from taskx.contrib.django.running import executor_of
-        from taskx.contrib.django.tasks import type_of
+        from taskx.contrib.django.tasks import executor_options, type_of
 
         type = type_of(task)
         if type not in self._types:
             with _lock:
                 if type not in self._types:
                     if self.runs(task.queue_name):
-                        self.queue.register_executor(executor_of(task))
+                        self.queue.register_executor(executor_of(task), **executor_options(task))
                     else:
                         self.queue.declare(type)
                     self._types.add(type)

@@ -35,9 +35,12 @@ _CANCELLED, _FAILED = "taskx.TaskCancelled", "taskx.TaskFailed"
 _ERRORS = frozenset({"failed", "retried", "crashed"})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class TaskxResult(TaskResult):
     """A result of Django with the handle of TaskX."""
+
+    def __repr__(self) -> str:
+        return f"<TaskxResult {self.id} of {self.task.module_path}, {self.status}>"
 
     @property
     def taskx(self) -> TaskHandle[Any]:

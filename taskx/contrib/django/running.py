@@ -10,11 +10,21 @@ from collections.abc import Callable, Iterator, Sequence
 from inspect import iscoroutinefunction
 from typing import Any
 
+import django
 from asgiref.sync import async_to_sync
 from django.apps import apps
 
 import taskx
-from taskx import CancelReason, Context, Executor, Hook, TaskCancelled, TaskFailed, TaskStatus
+from taskx import (
+    CancelReason,
+    Context,
+    Executor,
+    Hook,
+    TaskCancelled,
+    TaskExecutor,
+    TaskFailed,
+    TaskStatus,
+)
 from taskx.attempt.current import current
 from taskx.contrib.django.compat import (
     Task,
@@ -26,7 +36,13 @@ from taskx.contrib.django.compat import (
 )
 from taskx.contrib.django.results import TaskxContext, arguments, result_of
 from taskx.contrib.django.surroundings import surroundings
-from taskx.contrib.django.tasks import executor_options, task_of, type_of
+from taskx.contrib.django.tasks import (
+    changed,
+    imported,
+    queue_name_of,
+    task_of,
+    type_of,
+)
 
 # Most exceptions that are kept for the signal task_finished. Those of lost runs stay until then.
 _MOST_RAISED = 1000
@@ -40,8 +56,24 @@ _PATIENCE = 5.0
 _raised: OrderedDict[tuple[str, int], BaseException] = OrderedDict()
 
 
-def executor_of(task: Task) -> Executor[..., Any]:
+class InChild(TaskExecutor):
+    """The executor of tasks of Django with ``isolation="process"``. A child process makes one, too."""
+
+    def __init__(self, type: str = "any") -> None:
+        self.type = type
+
+    def execute(self, ctx: Context, task: taskx.Task) -> Any:
+        """Run the task of Django at the path in the task's type."""
+        if not apps.ready:
+            django.setup()
+        found = imported(task.type.partition("@")[0])
+        return _run(changed(found, queue_name=queue_name_of(task.type)), ctx, task.params)
+
+
+def executor_of(task: Task) -> Executor[..., Any] | TaskExecutor:
     """Return the executor of a task of Django."""
+    if getattr(task, "isolation", None) is not None:
+        return InChild(type_of(task))
 
     def run(ctx: Context, /, **params: Any) -> Any:
         try:
@@ -52,7 +84,7 @@ def executor_of(task: Task) -> Executor[..., Any]:
                 _raised.popitem(last=False)
             raise
 
-    made: Executor[..., Any] = taskx.executor(type_of(task), **executor_options(task))(run)
+    made: Executor[..., Any] = taskx.executor(type_of(task))(run)
     return made
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
@@ -13,9 +14,16 @@ from django.utils.module_loading import import_string
 
 from taskx import ConfigurationError, RetryPolicy, executor
 from taskx.contrib.django.compat import InvalidTask, Task
+from taskx.tasks.options import Options, refuse_others
 
 if TYPE_CHECKING:
-    from taskx.tasks.options import ExecutorOptions, OnConflict, SubmitOptions, UniqueScope
+    from taskx.tasks.options import (
+        ExecutorOptions,
+        Isolation,
+        OnConflict,
+        SubmitOptions,
+        UniqueScope,
+    )
     from taskx.tasks.retry import Backoff
 
 T = TypeVar("T", bound=Task)
@@ -25,10 +33,17 @@ _DEFAULT_QUEUE = "default"
 # The options that Queue.submit takes under the same name.
 _PASSED = (
     *("max_attempts", "timeout", "unique_key", "unique_scope", "on_conflict"),
-    *("concurrency_key", "tags", "depends_on"),
+    *("concurrency_key", "tags", "depends_on", "expires"),
 )
+# The options that only an executor takes: they hold for all tasks of the type.
+_OF_TYPE = ("rate", "max_concurrency", "isolation", "capture_log")
 # The options that an executor takes, too: schedules and the command line get them from there.
-_OF_EXECUTOR = ("max_attempts", "timeout", "tags")
+_OF_EXECUTOR = ("max_attempts", "timeout", "tags", "expires", *_OF_TYPE)
+# The names that Celery has for what tasks of Django do otherwise.
+_CELERY = {
+    "delay": "enqueue(…)",
+    "apply_async": "enqueue(…), with its options as using(…).enqueue(…)",
+}
 
 
 @executor("task")
@@ -52,6 +67,9 @@ class TaskxTask(Task):
         timeout: seconds, or a ``timedelta``, after which an attempt's token fires.
         unique_key, unique_scope, on_conflict, concurrency_key, depends_on: as in ``Queue.submit``.
         tags: short texts to filter by.
+        expires: a task that has not started by then is cancelled: as in ``Queue.submit``.
+        rate, max_concurrency, isolation, capture_log: as in ``Queue.executor``. They hold for all tasks of
+            the type, so ``using`` does not take them.
     """
 
     max_attempts: int | None = field(default=None, compare=False)
@@ -63,6 +81,17 @@ class TaskxTask(Task):
     concurrency_key: str | None = field(default=None, compare=False)
     tags: Sequence[str] | None = field(default=None, compare=False)
     depends_on: Sequence[Any] | None = field(default=None, compare=False)
+    expires: float | timedelta | datetime | None = field(default=None, compare=False)
+    rate: str | tuple[int, float | timedelta] | None = field(default=None, compare=False)
+    max_concurrency: int | None = field(default=None, compare=False)
+    isolation: Isolation | None = field(default=None, compare=False)
+    capture_log: bool | int | str | None = field(default=None, compare=False)
+
+    if not TYPE_CHECKING:  # a type checker finds out by itself
+
+        def __getattr__(self, name: str) -> Any:
+            hint = f": write {self.name}.{_CELERY[name]}" if name in _CELERY else ""
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}{hint}")
 
     def using(self, **changes: Any) -> TaskxTask:
         """Return a copy with other options: those of Django's tasks, and those of this class.
@@ -71,13 +100,19 @@ class TaskxTask(Task):
             TypeError: there is no such option.
             InvalidTask: the value of an option is not valid.
         """
-        known = {field.name for field in fields(self)} - {"func", "takes_context"}
-        if unknown := changes.keys() - known:
-            raise TypeError(f"using() has no option {', '.join(sorted(unknown))}")
+        if misplaced := sorted(changes.keys() & {*_OF_TYPE}):
+            raise TypeError(
+                f"using() has no option {', '.join(misplaced)}: give it to @task(…), for all its tasks"
+            )
+        refuse_others(changes, _option_names(self) - {"takes_context", *_OF_TYPE}, "using")
         return replace(self, **{name: v for name, v in changes.items() if v is not None})
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _loaded, (type(self), self.module_path, _values(self))
+
+
+def _option_names(kind: Any) -> Set[str]:
+    return {field.name for field in fields(kind)} - {"func"}
 
 
 def _values(task: Any) -> dict[str, Any]:
@@ -112,6 +147,7 @@ def task(function: Callable[..., Any] | None = None, **options: Any) -> Any:
         raise TypeError(
             "run_after cannot be given to the decorator: use task.using(run_after=…).enqueue(…)"
         )
+    refuse_others(options, _option_names(TaskxTask), "task")
     given = {
         "priority": 0,
         "queue_name": _DEFAULT_QUEUE,
@@ -211,9 +247,47 @@ def submit_options(task: Task) -> SubmitOptions:
         raise InvalidTask(str(error)) from error
 
 
+def check_type_options(task: Task) -> None:
+    """Check the options that only an executor takes.
+
+    Raises:
+        InvalidTask: an option is not valid.
+    """
+    if given := {
+        name: value for name in _OF_TYPE if (value := getattr(task, name, None)) is not None
+    }:
+        try:
+            Options(**given)
+        except ConfigurationError as error:
+            raise InvalidTask(str(error)) from error
+
+
+def check_arguments(task: Task, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Check that the function of a task takes these arguments.
+
+    Raises:
+        TypeError: it does not.
+    """
+    try:
+        # A decorator between @task and the function may give it arguments of its own.
+        signature = inspect.signature(task.func, follow_wrapped=False)
+    except ValueError:  # a function written in C may not tell
+        return
+    parameters = list(signature.parameters.values())
+    if task.takes_context and parameters and parameters[0].kind is not parameters[0].VAR_POSITIONAL:
+        signature = signature.replace(parameters=parameters[1:])
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"{task.module_path}{signature}: {error}; nothing was stored") from None
+
+
 def executor_options(task: Task) -> ExecutorOptions:
     """Return the options of the executor of a task."""
-    return cast("ExecutorOptions", _given(task, _OF_EXECUTOR))
+    given = _given(task, _OF_EXECUTOR)
+    if isinstance(given.get("expires"), datetime):  # of one task, not of a type
+        del given["expires"]
+    return cast("ExecutorOptions", given)
 
 
 def run_at(task: Task) -> datetime | None:

@@ -49,18 +49,27 @@ COMMANDS: tuple[click.Command, ...] = (
 )
 
 EXAMPLES = """\
-  $ taskx list status:failed --repository sqlite:///tasks.db
-  $ taskx why 019abc12-...
-  $ taskx top --app shop.tasks:queue
 
+  $ taskx list status:failed --repository sqlite:///tasks.db
+  $ taskx why 019abc12
+  $ taskx top --app shop.tasks:queue
 """
 
 HELP = """\
 See and steer the tasks of a TaskX repository.
 
 No command creates a file, except `migrate`, and `worker`, which runs the tasks. Data goes to stdout, words
-go to stderr. `taskx COMMAND --help` begins with examples.
+go to stderr. `taskx COMMAND --help` has examples. The beginning of an id is enough if no other begins so.
 """
+
+#: The sections of the list of commands.
+SECTIONS = {
+    "Look at tasks": "list show why dead failures flows answers wait tail",
+    "Look at the whole": "stats top nodes stacks check doctor changes watch",
+    "Change tasks": "submit cancel requeue delete prune finish",
+    "Change what runs": "pause resume tune schedules",
+    "Run and serve": "worker dashboard migrate",
+}
 
 EPILOG = """\
 Exit codes: 0 ok, 1 unhealthy or failed, 2 wrong call, 3 not found, 4 conflict, 5 repository away,
@@ -121,6 +130,21 @@ class Group(click.Group):
         """Return the names of the commands in their own order."""
         return [*self.commands]
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands in sections."""
+        width = max(map(len, self.commands))
+        known = {name for names in SECTIONS.values() for name in names.split()}
+        of_program = " ".join(name for name in self.commands if name not in known)
+        for title, names in {**SECTIONS, "More": of_program}.items():
+            rows = [
+                (name.ljust(width), self.commands[name].get_short_help_str(formatter.width))
+                for name in names.split()
+                if name in self.commands
+            ]
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
+
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the text of the help as it is."""
         formatter.write(f"\n{as_typed(ctx, self.help or '')}")
@@ -156,7 +180,7 @@ def make_group(
         queue=queue,
         target=target,
         where=where,
-        help=HELP if queue is not None else EXAMPLES + HELP,
+        help=HELP if queue is not None else HELP + EXAMPLES,
         epilog=EPILOG,
         params=[*where(), *how_options()],
         context_settings={"help_option_names": ["-h", "--help"]},

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from taskx.insight.failures import FailureGroup
+from taskx.insight.query import suggestion
 from taskx.insight.stats import Percentiles, TypeStats
 from taskx.programs.cli.completion import complete_types
 from taskx.programs.cli.errors import AWAY, FAILED
@@ -51,38 +52,52 @@ def why(session: Session, task_id: str) -> None:
     "stats",
     """Show the numbers of each type: waiting, running, ended, how long they waited and ran.
 
-COMPLETED and FAILED are of the last hour, or of --period. WAIT is the time from when a task could start
-until it did, RUN the time of its last attempt: half of the tasks took at most the first figure, 95 of 100
-the second. STUCK is the number of threads that run on after the time-out of their tasks.""",
+COMPLETED and FAILED are of the last hour, or of --since. They are counted among the newest tasks; a line
+below the table says if there are more. Name types to see only those. WAIT is the time from when a task
+could start until it did, RUN the time of its last attempt: half of the tasks took at most the first figure,
+95 of 100 the second. STUCK is the number of threads that run on after the time-out of their tasks.""",
     """
 taskx stats
-taskx stats --period 1d
+taskx stats email --since 2h
 taskx stats --json | jq 'select(.failed > 0)'
 """,
+    click.argument("types", metavar="[TYPE]...", nargs=-1, shell_complete=complete_types),
     click.option(
+        "--since",
         "--period",
+        "period",
         type=Duration(),
         default="1h",
         show_default=True,
-        help="Count ended tasks of this time.",
+        help="Count tasks that ended within this time, such as 2h.",
     ),
 )
-def stats(session: Session, period: float) -> None:
+def stats(session: Session, types: Sequence[str], period: float) -> None:
     """Show statistics."""
     found = session.queue.stats(period=period)
+    for name in types:
+        if name not in found.types:
+            session.out.say(
+                f"no task that was read has type {name!r}{suggestion(name, found.types)}"
+            )
+    shown = {name: of for name, of in found.types.items() if not types or name in types}
     if session.json:
         record = found.to_dict()
-        types = record.pop("types")
-        for name, numbers in types.items():
-            session.out.json({"type": name, **numbers, **record})
+        numbers = record.pop("types")
+        for name in shown:
+            session.out.json({"type": name, **numbers[name], **record})
         return
-    if found.types:
-        rows = [stats_row(name, each) for name, each in found.types.items()]
-        session.out.table(STATS_COLUMNS, rows)
-    else:
+    if shown:
+        session.out.table(STATS_COLUMNS, [stats_row(name, each) for name, each in shown.items()])
+    elif not types:
         session.out.say("no type has a task or an executor")
     if not found.complete:
         session.out.say("there are more tasks than were read: the numbers are at least so high")
+        if found.since is not None and (found.checked_at - found.since).total_seconds() < period:
+            session.out.say(
+                f"COMPLETED, FAILED, ERRORS, WAIT and RUN are of tasks submitted after "
+                f"{moment(found.since)}: older ones that ended since were not read"
+            )
 
 
 STATS_COLUMNS = (

@@ -15,7 +15,7 @@ from taskx.programs.cli.asking import key_of
 from taskx.programs.cli.completion import complete_filter, complete_ids, complete_types, types_of
 from taskx.programs.cli.errors import AWAY, FAILED, Failure, Usage, code_of
 from taskx.programs.cli.listing import FILTER_HELP, filter_of
-from taskx.programs.cli.opening import Session, command
+from taskx.programs.cli.opening import Session, TaskId, command
 from taskx.programs.cli.output import age, clean, moment
 from taskx.programs.cli.values import Duration, Rate, json_object
 from taskx.queue.bulk import Bulk
@@ -27,7 +27,9 @@ _COUNTED = 100_000
 
 ASKS = "A change of all that match says how many there are, and asks first."
 
-ids_argument = click.argument("task_ids", metavar="[ID]...", nargs=-1, shell_complete=complete_ids)
+ids_argument = click.argument(
+    "task_ids", metavar="[ID]...", nargs=-1, type=TaskId(), shell_complete=complete_ids
+)
 where_option = click.option(
     "--where",
     "-w",
@@ -45,8 +47,11 @@ dry_run_option = click.option(
 bulk_options = (where_option, limit_option, yes_option, dry_run_option)
 
 
-def confirm(session: Session, question: str, yes: bool) -> None:
-    """Ask a person before a change of many tasks.
+_COUNTS = "give --yes to do it, or --dry-run to only count"
+
+
+def confirm(session: Session, question: str, yes: bool, otherwise: str = _COUNTS) -> None:
+    """Ask a person before a change. ``otherwise`` says what to do where nobody can be asked.
 
     Raises:
         Usage: nobody can be asked, and ``--yes`` was not given.
@@ -55,9 +60,7 @@ def confirm(session: Session, question: str, yes: bool) -> None:
     if yes:
         return
     if not _can_ask():
-        raise Usage(
-            f"{question} Nobody can be asked here: give --yes to do it, or --dry-run to only count"
-        )
+        raise Usage(f"{question} Nobody can be asked here: {otherwise}")
     if not click.confirm(clean(question), err=True):
         raise Failure("nothing was changed", FAILED)
 
@@ -423,21 +426,24 @@ def _wanted_types(types: Sequence[str], everything: bool) -> list[str | None]:
     "pause",
     """Pause types: none of their tasks starts, in any process, until `taskx resume`.
 
-Running tasks go on.""",
+Running tasks go on. For a type that no node and no task has, it asks first.""",
     """
 taskx pause email
 taskx pause --all
 """,
     types_argument,
     click.option("--all", "everything", is_flag=True, help="Pause all types."),
+    yes_option,
 )
-def pause(session: Session, types: Sequence[str], everything: bool) -> None:
+def pause(session: Session, types: Sequence[str], everything: bool, yes: bool) -> None:
     """Pause types."""
     wanted = _wanted_types(types, everything)
     known = types_of(session.queue)
+    if unknown := [name for name in types if name not in known]:
+        for name in unknown:
+            session.out.say(f"no node and no task has type {name!r}{suggestion(name, known)}")
+        confirm(session, f"Pause {', '.join(unknown)}?", yes, "give --yes to do it")
     for type in wanted:
-        if type is not None and type not in known:
-            session.out.say(f"no node and no task has type {type!r}{suggestion(type, known)}")
         session.queue.declare(*([] if type is None else [type]))  # else the log would warn, too
         session.queue.pause(type)
         session.note("pause", type or "all types")

@@ -110,7 +110,7 @@ def _ready(session: Session, url: str) -> None:
     if session.json:
         session.out.json({"url": url})
     else:
-        session.out.line(f"the dashboard is at {url}; Ctrl-C ends it")
+        session.out.line(f"Ctrl-C ends the dashboard at {url}")
     sys.stdout.flush()
 
 

@@ -17,7 +17,7 @@ from taskx.programs.cli.completion import complete_ids, complete_types
 from taskx.programs.cli.errors import FAILED, Failure, Usage
 from taskx.programs.cli.listing import as_record, id_argument
 from taskx.programs.cli.nodes import nodes
-from taskx.programs.cli.opening import Session, command
+from taskx.programs.cli.opening import Session, TaskId, command
 from taskx.programs.cli.output import clean, to_json
 from taskx.programs.cli.scheduling import schedules
 from taskx.programs.cli.values import Duration
@@ -151,7 +151,9 @@ taskx tail 019abc12-...
 taskx tail --type email
 taskx tail 019abc12-... --no-follow --json
 """,
-    click.argument("task_ids", metavar="[ID]...", nargs=-1, shell_complete=complete_ids),
+    click.argument(
+        "task_ids", metavar="[ID]...", nargs=-1, type=TaskId(), shell_complete=complete_ids
+    ),
     click.option(
         "--type",
         "type_",

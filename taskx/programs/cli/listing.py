@@ -13,7 +13,7 @@ import click
 from taskx.insight.query import parse_query, suggestion
 from taskx.programs.cli.completion import complete_filter, complete_ids, types_of
 from taskx.programs.cli.errors import Usage
-from taskx.programs.cli.opening import Session, command
+from taskx.programs.cli.opening import Session, TaskId, command
 from taskx.programs.cli.output import COLOURS, Cell, Column, Row, age, clean, moment, one_line
 from taskx.tasks.model import Attempt, Task, TaskFilter, TaskStatus
 from taskx.tasks.redact import redacted
@@ -31,16 +31,17 @@ type, status, tag, by, error, error_type, id (its beginning), params.PATH, paren
 and until. Quote values with spaces: 'error:"timed out"'."""
 
 filter_argument = click.argument("filter", nargs=-1, shell_complete=complete_filter)
-id_argument = click.argument("task_id", metavar="ID", shell_complete=complete_ids)
+id_argument = click.argument("task_id", metavar="ID", type=TaskId(), shell_complete=complete_ids)
 
 limit_option = click.option(
     "--limit",
+    "-n",
     type=click.IntRange(0),
     default=_LIMIT,
     show_default=True,
     help="Most tasks to list.",
 )
-all_option = click.option("--all", "everything", is_flag=True, help="List all that match.")
+all_option = click.option("--all", "-a", "everything", is_flag=True, help="List all that match.")
 
 
 def filter_of(session: Session, words: Sequence[str]) -> TaskFilter:
@@ -131,7 +132,7 @@ def _say_none(session: Session, wanted: TaskFilter) -> None:
     """
 taskx list
 taskx list type:email status:failed newer:1d
-taskx list 'error:"timed out"' params.user.id:7 --limit 20
+taskx list 'error:"timed out"' params.user.id:7 -n 20
 taskx list status:failed --all --json | jq -r .id
 """,
     filter_argument,

@@ -106,15 +106,15 @@ def running_rows(nodes: Sequence[NodeInfo], now: datetime) -> list[Row]:
     subcommand_metavar="[stop NODE]",
     short_help="The started queues of all processes, and what they run; stop one.",
     help="""\
-  $ taskx nodes
-  $ taskx nodes --json | jq '.running[].id'
-  $ taskx nodes stop 01a21a47-2287-77ea-8c32-aa356e5e03af
-
 List the nodes: the started queues of all processes, and what they run. Or stop one of them.
 
 A dead node is listed until another one has taken over its tasks. If a heartbeat is older than two leases,
 the state is its age: the node may be dead, or the clocks of the hosts differ. STUCK is the number of
-threads that run on after the time-out of their tasks.""",
+threads that run on after the time-out of their tasks.
+
+  $ taskx nodes
+  $ taskx nodes --json | jq '.running[].id'
+  $ taskx nodes stop 01a21a47-2287-77ea-8c32-aa356e5e03af""",
 )
 @click.pass_context
 def nodes(ctx: click.Context) -> None:

@@ -18,6 +18,7 @@ import click
 from taskx.insight.query import renamed, suggestion
 from taskx.programs.cli.errors import Failure, Usage, code_of
 from taskx.programs.cli.output import Output
+from taskx.programs.cli.values import ParamType
 from taskx.programs.worker.loading import load_queue
 from taskx.queue.queue import Queue
 from taskx.stores.base import Repository
@@ -31,6 +32,8 @@ VARIABLE = "TASKX_REPOSITORY"
 
 _GIVEN = "taskx.given"
 _SESSION = "taskx.session"
+# Most ids that a message names.
+_MOST_IDS = 5
 
 #: A queue, or a function that returns one.
 QueueSource = Queue | Callable[[], Queue]
@@ -121,13 +124,13 @@ class Command(click.Command):
         return as_typed(context, super().get_short_help_str(limit))
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the help: examples as they are, then paragraphs that fit the terminal."""
-        examples, _, words = as_typed(ctx, self.help or "").partition("\n\n")
-        formatter.write(f"\n{examples}\n")
+        """Write the help: paragraphs that fit the terminal, then examples as they are."""
+        words, _, examples = as_typed(ctx, self.help or "").rpartition("\n\n")
         for paragraph in words.split("\n\n"):
             formatter.write_paragraph()
             with formatter.indentation():
                 formatter.write_text(" ".join(paragraph.split()))
+        formatter.write(f"\n{examples}\n")
 
 
 def as_typed(at: click.Context | None, text: str) -> str:
@@ -169,7 +172,14 @@ def command(
 
     def decorate(function: Callable[..., Any]) -> Command:
         def run(*args: Any, **kwargs: Any) -> Any:
-            return function(session_of(click.get_current_context()), *args, **kwargs)
+            ctx = click.get_current_context()
+            session = session_of(ctx)
+            for param in ctx.command.params:
+                if isinstance(param.type, TaskId) and param.name:
+                    given = kwargs[param.name]
+                    each = [session.id_of(one) for one in ([given] if param.nargs == 1 else given)]
+                    kwargs[param.name] = each[0] if param.nargs == 1 else tuple(each)
+            return function(session, *args, **kwargs)
 
         wrapped: Any = update_wrapper(run, function)
         for decorator in reversed(params):
@@ -177,10 +187,16 @@ def command(
         lines = "\n".join(f"  $ {line}" for line in examples.strip().splitlines())
         first = words.strip().partition("\n")[0]
         return click.command(
-            name, cls=Command, help=f"{lines}\n\n{words.strip()}", short_help=first
+            name, cls=Command, help=f"{words.strip()}\n\n{lines}", short_help=first
         )(wrapped)
 
     return decorate
+
+
+class TaskId(ParamType):
+    """The id of a stored task, or the beginning of one: a command gets the whole id."""
+
+    name = "id"
 
 
 class Session:
@@ -200,6 +216,27 @@ class Session:
     def queue(self) -> Queue:
         """The queue, which is never started here."""
         return self._ctx.find_root().with_resource(opened(self._ctx))
+
+    def id_of(self, text: str) -> str:
+        """Return the id of the task with this id, or beginning of an id; else the text itself.
+
+        Raises:
+            Usage: several ids begin with it.
+        """
+        try:
+            if not text or self.queue.repository.statuses([text]):
+                return text
+            found = self.queue.list_tasks(id_prefix=text, limit=_MOST_IDS, at_most=_MOST_IDS)
+        except (
+            RepositoryError,
+            ConfigurationError,
+        ):  # the command meets the same error, and tells it
+            return text
+        if len(found.tasks) > 1:
+            more = " and others" if int(found.total) >= _MOST_IDS else ""
+            listed = ", ".join(f"{task.id} ({task.type}, {task.status})" for task in found.tasks)
+            raise Usage(f"several ids begin with {text!r}: {listed}{more}; give more of the id")
+        return found.tasks[0].id if found.tasks else text
 
     def note(self, action: str, target: str, detail: Any = None) -> None:
         """Note a change in the log of changes, if the repository has one. The change is made already."""

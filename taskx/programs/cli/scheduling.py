@@ -28,11 +28,11 @@ name_argument = click.argument("name", shell_complete=complete_schedules)
     subcommand_metavar="[ACTION NAME]",
     short_help="List the schedules; show, pause, resume, trigger, back-fill or remove one.",
     help="""\
+List the schedules, or do something with one of them.
+
   $ taskx schedules
   $ taskx schedules show nightly
-  $ taskx schedules trigger nightly
-
-List the schedules, or do something with one of them.""",
+  $ taskx schedules trigger nightly""",
 )
 @click.pass_context
 def schedules(ctx: click.Context) -> None:

@@ -15,16 +15,16 @@ from taskx.tasks.errors import ConfigurationError
 from taskx.tasks.rate import rate_of
 
 if TYPE_CHECKING:
-    _Kind = click.ParamType[Any]
+    ParamType = click.ParamType[Any]
 else:
-    _Kind = click.ParamType  # not generic before click 8.3
+    ParamType = click.ParamType  # not generic before click 8.3
 
 #: The word that turns a threshold off.
 OFF = "off"
 _SIZES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
-class Duration(_Kind):
+class Duration(ParamType):
     """A duration such as ``90s``, ``15m`` or ``1d``, as seconds."""
 
     name = "duration"
@@ -45,7 +45,7 @@ class Duration(_Kind):
         return seconds
 
 
-class Rate(_Kind):
+class Rate(ParamType):
     """A rate such as ``100/m``, as text.
 
     Args:
@@ -70,7 +70,7 @@ class Rate(_Kind):
         return str(value)
 
 
-class Moment(_Kind):
+class Moment(ParamType):
     """A time: ISO text in UTC, or a duration before now."""
 
     name = "time"
@@ -85,7 +85,7 @@ class Moment(_Kind):
             self.fail(str(error), param, ctx)
 
 
-class Size(_Kind):
+class Size(ParamType):
     """A number of bytes such as ``500M`` or ``2G``."""
 
     name = "size"
@@ -98,10 +98,10 @@ class Size(_Kind):
         return int(found[1]) * _SIZES[found[2]]
 
 
-class OrOff(_Kind):
+class OrOff(ParamType):
     """A value of another kind, or ``off`` as None."""
 
-    def __init__(self, kind: _Kind) -> None:
+    def __init__(self, kind: ParamType) -> None:
         self._kind = kind
         self.name = f"{kind.name}|off"
 

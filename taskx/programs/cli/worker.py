@@ -22,24 +22,22 @@ SIGHUP replaces the processes one by one, with the newest code. A process that d
 """
 
 _HELP = f"""\
-  $ taskx worker shop.tasks:queue
-  $ taskx worker shop.tasks:make_queue --processes 4 --threads 8
-  $ taskx worker shop.tasks:queue --max-memory 500M --health-port 8080
-
 Run the tasks of a queue in several processes, until SIGTERM or Ctrl-C.
 
 QUEUE is module:name: a Queue, or a function without arguments that returns one.
 
-{SIGNALS}"""
+{SIGNALS}
+  $ taskx worker shop.tasks:queue
+  $ taskx worker shop.tasks:make_queue --processes 4 --threads 8
+  $ taskx worker shop.tasks:queue --max-memory 500M --health-port 8080"""
 
 _HELP_OF_PROGRAM = f"""\
-  $ taskx worker
-  $ taskx worker --processes 4 --threads 8
-  $ taskx worker --max-memory 500M --health-port 8080
-
 Run the tasks of the app in several processes, until SIGTERM or Ctrl-C.
 
-{SIGNALS}"""
+{SIGNALS}
+  $ taskx worker
+  $ taskx worker --processes 4 --threads 8
+  $ taskx worker --max-memory 500M --health-port 8080"""
 
 
 class Program(Command):

@@ -124,6 +124,16 @@ class Connection(sqlite3.Connection):
             return
 
 
+def require_log(executes: schema.Executes, path: str) -> None:
+    """Raise an error if the application's file has no write-ahead log, which is for it to decide."""
+    ((mode,),) = executes.execute("PRAGMA journal_mode").fetchall()
+    if mode != "wal":
+        raise RepositoryError(
+            f"{path} has journal_mode={mode}, and TaskX requires WAL; it was not changed. The application "
+            "must run PRAGMA journal_mode = WAL once: the file keeps it"
+        )
+
+
 class Connections:
     """The connections of one process to one file: one that writes, and a pool of readers.
 
@@ -405,7 +415,7 @@ class Connections:
                 elif version < schema.VERSION and not self.migrates:
                     raise schema.older(version, self.file.path)
                 if self.schema.prefix:
-                    self._require_log(connection)
+                    require_log(connection, self.file.path)
                 else:
                     if version == 0:
                         connection.execute(f"PRAGMA page_size = {PAGE_SIZE}")
@@ -439,15 +449,6 @@ class Connections:
             # This opens the log, which closing the other one would remove.
             self.schema.check(fresh, self.file.path)
             return fresh
-
-    def _require_log(self, connection: sqlite3.Connection) -> None:
-        """Raise an error if the application's file has no write-ahead log, which is for it to decide."""
-        ((mode,),) = connection.execute("PRAGMA journal_mode").fetchall()
-        if mode != "wal":
-            raise RepositoryError(
-                f"{self.file.path} has journal_mode={mode}, and TaskX requires WAL; it was not changed. "
-                "The application must run PRAGMA journal_mode = WAL once: the file keeps it"
-            )
 
     def _refuse_empty_file(self) -> None:
         if not self.file.create:

@@ -20,7 +20,7 @@ from taskx.stores import queries
 from taskx.stores.base import Repository
 from taskx.stores.parts import Forks
 from taskx.stores.sql import Link, Links, Sent, SQLRepository
-from taskx.stores.sqlite.connections import FAILURES
+from taskx.stores.sqlite.connections import FAILURES, require_log
 from taskx.stores.sqlite.links import Cursor, FileLinks, connect_to, fetch
 from taskx.stores.sqlite.schema import VERSION
 from taskx.stores.transactions import Active, Stored, Then, Transactions, Unit
@@ -121,7 +121,7 @@ def own_transaction(outer: FileLinks, connect: Connect | None) -> Iterator[sqlit
 def _close(connection: sqlite3.Connection) -> None:
     """Close a connection. A cursor that is still in use would keep the transaction of a closed one open."""
     try:
-        if _in_transaction(connection):
+        if in_transaction(connection):
             with suppress(sqlite3.Error):
                 connection.execute("ROLLBACK")
     finally:
@@ -194,7 +194,7 @@ class _Held:
 
     @property
     def in_transaction(self) -> bool:
-        return self.connection is not None and _in_transaction(self.connection)
+        return self.connection is not None and in_transaction(self.connection)
 
     def let_go(self) -> bool:
         """Let go of the connection if its owner has closed or dropped it.
@@ -244,6 +244,32 @@ class _Given(Unit):
         return not self.ended and super().may_be_open()
 
 
+def begin(connection: sqlite3.Connection) -> bool:
+    """Begin a transaction if a connection is in none. Return True if it was in none.
+
+    Raises:
+        ConfigurationError: the connection commits each statement at once.
+    """
+    if connection.in_transaction:
+        return False
+    automatic = getattr(connection, "autocommit", _LEGACY)
+    if automatic is True or (automatic == _LEGACY and connection.isolation_level is None):
+        raise ConfigurationError(
+            "connection is in autocommit mode and in no transaction: execute BEGIN IMMEDIATE "
+            "first, or call inside transaction.atomic() of Django; nothing was stored"
+        )
+    sqlite3.Connection.cursor(connection, Cursor).execute("BEGIN IMMEDIATE")
+    return True
+
+
+def in_transaction(connection: sqlite3.Connection) -> bool:
+    """Return True if a connection is open and in a transaction."""
+    try:
+        return connection.in_transaction
+    except sqlite3.ProgrammingError:  # it was closed
+        return False
+
+
 # Each savepoint has its own name: one that an interrupt has left behind must not be rolled back to.
 _savepoints = itertools.count()
 
@@ -282,7 +308,7 @@ class CallersLinks(Links):
                 if counting:
                     self._execute("PRAGMA count_changes = 0")
                 enter(connection.in_transaction)
-                began = self._begin()
+                began = begin(connection)
                 self._execute(f"SAVEPOINT {savepoint}")
             yield  # what the block itself raises is not translated
             with self._translating():
@@ -325,30 +351,13 @@ class CallersLinks(Links):
         if version == VERSION:
             return
         if self._connection.in_transaction:
+            require_log(self._cursor(), path)  # else no queue could make the tables
             raise RepositoryError(
                 f"the tables of TaskX in {path} do not exist yet or are of an older version, and cannot be "
                 "made in your transaction; nothing was stored. Start the queue, or list some tasks, before "
-                "it begins"
+                "it begins; a test can use taskx.testing.inline(queue)"
             )
         outer.open()
-
-    def _begin(self) -> bool:
-        """Begin a transaction if the connection is in none. Return True if it did.
-
-        Raises:
-            ConfigurationError: the connection commits each statement at once.
-        """
-        connection = self._connection
-        if connection.in_transaction:
-            return False
-        automatic = getattr(connection, "autocommit", _LEGACY)
-        if automatic is True or (automatic == _LEGACY and connection.isolation_level is None):
-            raise ConfigurationError(
-                "connection is in autocommit mode and in no transaction: execute BEGIN IMMEDIATE "
-                "first, or call inside transaction.atomic() of Django; nothing was stored"
-            )
-        self._execute("BEGIN IMMEDIATE")
-        return True
 
     def _execute(self, sql: str) -> None:
         """Execute a statement that has no rows."""
@@ -599,13 +608,6 @@ class FileTransactions(Transactions, Forks):
             return [*compress(writes, queries.shown(self._repository, writes))]
         except TaskxError:  # polling finds the tasks
             return ()
-
-
-def _in_transaction(connection: sqlite3.Connection) -> bool:
-    try:
-        return connection.in_transaction
-    except sqlite3.ProgrammingError:  # it was closed
-        return False
 
 
 def _is_closed(connection: sqlite3.Connection) -> bool:

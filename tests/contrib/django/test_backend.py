@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import logging
+import os
 import pickle
 import sys
 import threading
@@ -440,6 +442,10 @@ def no_context(text: str) -> None: ...
         (lambda: tasks.add.using(timeout=-1), "timeout"),
         (lambda: tasks.add.using(tags=["with space"]), "tag"),
         (lambda: tasks.add.using(on_conflict="return"), "on_conflict requires unique_key"),
+        (lambda: tasks.add.using(expires=-1), "expires"),
+        (lambda: taskx_task(tasks.add.func, rate="often"), "rate"),
+        (lambda: taskx_task(tasks.add.func, isolation="thread"), "isolation"),
+        (lambda: taskx_task(tasks.add.func, max_concurrency=0), "max_concurrency"),
     ],
 )
 def test_a_task_that_is_not_valid_is_refused_when_it_is_made(stored, make, text):
@@ -450,8 +456,14 @@ def test_a_task_that_is_not_valid_is_refused_when_it_is_made(stored, make, text)
 def test_an_option_that_does_not_exist_is_refused(stored):
     with pytest.raises(TypeError, match="using\\(\\) has no option colour"):
         tasks.add.using(colour="red")
-    with pytest.raises(TypeError, match="colour"):
+    with pytest.raises(TypeError, match=r"task\(\) has no option colour"):
         taskx_task(no_context, colour="red")
+    with pytest.raises(TypeError, match=r"max_atempts \(did you mean 'max_attempts'\?\)"):
+        taskx_task(no_context, max_atempts=3)
+    with pytest.raises(TypeError, match=r"uniqe_key \(did you mean 'unique_key'\?\)"):
+        tasks.add.using(uniqe_key="one")
+    with pytest.raises(TypeError, match=r"using\(\) has no option rate: give it to @task"):
+        tasks.add.using(rate="5/s")
     with pytest.raises(TypeError, match="run_after cannot be given to the decorator"):
         taskx_task(no_context, run_after=timedelta(1))
 
@@ -568,6 +580,60 @@ def test_options_of_the_decorator_hold_for_tasks_that_others_submit(backend):
     handle = backend.queue.submit("shop.tasks.fail_twice", {"key": "by name"})
     assert handle.result(PATIENCE) == "by name"
     assert backend.get_result(handle.id).kwargs == {"key": "by name"}
+
+
+def test_options_of_a_type_are_those_of_its_executor(stored):
+    result = tasks.limited.enqueue()
+    options = get_queue()._registry.registered["shop.tasks.limited"].options
+    assert (options.rate, options.max_concurrency, options.capture_log) == ("5/h", 2, "WARNING")
+    for record in (result.taskx.task(), get_queue().submit("shop.tasks.limited").task()):
+        assert timedelta(hours=1) <= record.expires_at - record.created_at < timedelta(hours=2)
+    until = datetime.now(timezone.utc).replace(microsecond=0) + timedelta(days=1)
+    assert tasks.add.using(expires=until).enqueue(1).taskx.task().expires_at == until
+
+
+@pytest.mark.process
+def test_a_task_in_a_child_process_has_the_site(backend, monkeypatch):
+    monkeypatch.setenv("DJANGO_SETTINGS_MODULE", "project.settings")
+    result = ended(tasks.apart.enqueue(number=3))
+    assert result.status == SUCCESSFUL, result.errors
+    child, task_id, number, zone = result.return_value
+    assert (child != os.getpid(), task_id, number, zone) == (True, result.id, 3, "UTC")
+    assert result.taskx.task().message == "in a child"
+
+
+@pytest.mark.parametrize(
+    ("enqueue", "text"),
+    [
+        (lambda: tasks.add.enqueue(), "shop.tasks.add.*missing a required argument: 'a'"),
+        (lambda: tasks.add.enqueue(1, c=2), "unexpected keyword argument 'c'"),
+        (lambda: tasks.add.enqueue(1, 2, 3), "too many positional arguments"),
+        (lambda: tasks.attempt.enqueue(), "missing a required argument: 'text'"),
+        (lambda: asyncio.run(tasks.add.aenqueue()), "missing a required argument: 'a'"),
+    ],
+)
+def test_arguments_that_the_function_does_not_take_are_refused_at_once(stored, enqueue, text):
+    with pytest.raises(TypeError, match=f"{text}.*nothing was stored"):
+        enqueue()
+    assert get_queue().count_tasks() == 0
+
+
+def test_a_decorator_may_give_a_function_more_arguments(stored):
+    wrapped = taskx_task(functools.wraps(tasks.add.func)(lambda *args: args))
+    assert wrapped.enqueue().status == READY
+
+
+def test_the_names_of_celery_lead_to_those_of_django():
+    with pytest.raises(AttributeError, match=r"no attribute 'delay': write add.enqueue\(…\)"):
+        _ = tasks.add.delay
+    with pytest.raises(AttributeError, match=r"add.enqueue\(…\), with its options as using"):
+        _ = tasks.add.apply_async
+    assert not hasattr(tasks.add, "anything")
+
+
+def test_a_result_is_one_short_line(stored):
+    result = tasks.add.enqueue(1)
+    assert repr(result) == f"<TaskxResult {result.id} of shop.tasks.add, READY>"
 
 
 def test_a_unique_key_refuses_a_second_task_or_returns_the_first(stored, told):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from typing import Any
 
@@ -141,3 +142,13 @@ def join_group(context: Any, name: str, *, fails: int = 0) -> str:
         add.enqueue(1)
         tx.complete(f"{name} is done")
     return "too late"
+
+
+@task(isolation="process", takes_context=True)
+def apart(context: Any, number: int) -> list[Any]:
+    context.taskx.progress(50, "in a child")
+    return [os.getpid(), context.task_result.id, number, str(timezone.now().tzinfo)]
+
+
+@task(rate="5/h", max_concurrency=2, expires=3600, capture_log="WARNING")
+def limited() -> None: ...
