@@ -73,8 +73,9 @@ def _task_or_flow(step: Step, kind: str) -> Task | Flow:
 def chain(*steps: Step) -> Flow:
     """Return a flow whose steps run one after the other.
 
-    A step finds the tasks of the step before it in ``ctx.parents``. An executor that requires no params can
-    stand for its task.
+    A step finds the tasks of the step before it in ``ctx.parents``. An executor with a parameter
+    ``previous`` that has a default gets their result, unless its params have one: a list if they are
+    several. An executor that requires no params can stand for its task.
 
     Raises:
         PayloadError: a step is an executor that requires params: write ``executor.task(…)``.

@@ -131,7 +131,9 @@ class Requeues:
         self, stagger: Stagger | None, page: Page, selection: Selection, tally: Tally
     ) -> None:
         """Requeue a page, in parts if too many tasks would be requeued with it at once."""
-        parts = [page[1]]
+        if asked := {i: task for i, task in page[1].items() if lifecycle.was_asked(task)}:
+            tally.add(len(asked), asked, changed=0, skipped=["answer"] * len(asked))
+        parts = [{i: task for i, task in page[1].items() if i not in asked}]
         while parts:
             tasks = parts.pop()
             family = self._family(tasks, selection)

@@ -23,11 +23,10 @@
     Permanent                             raised by an executor: the task failed, do not try again
     Snooze                                raised by an executor: too early, run the task later
     TaskCancelled (BaseException)         raised by a token inside an executor
-    Parked (BaseException)                raised inside an executor when its task waits without a thread
 
-``TaskCancelled`` and ``Parked`` are outside the tree on purpose: ``except Exception`` in user code must not
-catch them. ``Retry``, ``Permanent`` and ``Snooze`` are in :mod:`taskx.tasks.retry`, ``Parked`` is in
-:mod:`taskx.attempt.waiting`.
+``TaskCancelled`` is outside the tree on purpose: ``except Exception`` in user code must not
+catch a cancellation. So is ``Parked``, by which a task waits without a thread: see
+:mod:`taskx.attempt.waiting`. ``Retry``, ``Permanent`` and ``Snooze`` are in :mod:`taskx.tasks.retry`.
 """
 
 from __future__ import annotations

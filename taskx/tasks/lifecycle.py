@@ -955,7 +955,7 @@ def lift_bar(task: Task, now: int) -> list[Update]:
 
 def check_requeue(task: Task) -> None:
     """Raise ``InvalidTransition`` for a task that cannot be requeued."""
-    if task.type == ANSWER and "/" in task.id and not task.depends_on:
+    if was_asked(task):
         raise InvalidTransition(
             f"{task.id} is an answer that a task has asked for: requeue that task, with from_step to "
             "ask again"
@@ -976,6 +976,11 @@ _INSTEAD = {
         "Its result may be in use: to run it again, submit a new task with its type and params"
     ),
 }
+
+
+def was_asked(task: Task) -> bool:
+    """Return True for an answer that a task has asked for, which that task asks for again."""
+    return task.type == ANSWER and "/" in task.id and not task.depends_on
 
 
 def requeue(

@@ -54,3 +54,7 @@ def pay(ctx, log: str):
         return "receipt"
 
     return [ctx.once("pay", call), ctx.key("pay")]
+
+
+def double(previous=1):
+    return previous * 2

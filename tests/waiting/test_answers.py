@@ -768,6 +768,29 @@ class TestDeclared:
         assert handle.result(PATIENCE) == 90
 
 
+class TestMany:
+    def test_a_bulk_requeue_leaves_out_what_tasks_have_asked_for(self, asking):
+        asking.start()
+        handle = asking.submit("ask", {"names": ["one"]})
+        waits(asking, handle.id)
+        asking.finish(f"{handle.id}/one", error="no")
+        eventually(lambda: handle.task().status == "failed")
+        declared = asking.submit(answer("budget"))
+        asking.finish(declared.id, error="no")
+        done = asking.requeue_all(status="failed")
+        assert (done.changed, done.skipped) == (2, {"answer": 1})
+        assert asking.finish(declared.id, "yes")
+
+    def test_a_bulk_cancel_takes_waiting_tasks_and_their_answers(self, asking):
+        asking.start()
+        handles = [asking.submit("ask", {"names": ["one"]}) for _ in range(3)]
+        for handle in handles:
+            waits(asking, handle.id)
+        asking.cancel_all(type="ask")
+        eventually(lambda: asking.count_tasks(status="pending") == 0)
+        assert asking.count_tasks(type="answer", status="cancelled") == 3
+
+
 class TestShown:
     def test_answers_are_counted_apart_from_work(self, asking):
         asking.start()
@@ -782,6 +805,7 @@ class TestShown:
         assert asking.health(oldest_due=None)
         eventually(lambda: handle.task().status == "failed")
         assert asking.health(failed=(1, 60))
+        assert [*asking.history().types] == ["ask"]
 
     def test_a_stop_does_not_count_them_as_left_pending(self, make_queue, caplog):
         queue = make_queue()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from helpers import PATIENCE, eventually, pool_of
 
-from taskx import TaskFailed
+from taskx import Task, TaskFailed, chain
 from taskx.tasks import lifecycle
 
 from . import isolated
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.process
 @pytest.fixture
 def queue(make_queue):
     queue = make_queue(worker_num=1)
-    for name in ("ask", "refused", "late", "nap", "look", "pay"):
+    for name in ("ask", "refused", "late", "nap", "look", "pay", "double"):
         function = getattr(isolated, name)
         queue.executor(isolation="process")(function)
     queue.start()
@@ -90,3 +90,8 @@ def test_does_something_once(queue, tmp_path):
         waits_for(queue, handle.id, f"{handle.id}/pay")
         queue.finish(f"{handle.id}/pay", again=True)
     assert handle.result(PATIENCE) == ["receipt", f"{handle.id}/pay"]
+
+
+def test_gets_the_result_of_the_step_before(queue):
+    flow = queue.submit_flow(chain(*(Task(type="double") for _ in range(3))))
+    assert flow.result(PATIENCE) == 8
