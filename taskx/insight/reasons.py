@@ -110,6 +110,8 @@ class _Inquiry:
             limits = [
                 *Limits(self._repository, self._services, self._pool, busy).reasons(task.type, able)
             ]
+            if lifecycle.is_parked(task):  # it goes on with its attempt, which takes no token
+                limits = [reason for reason in limits if reason.kind != "token"]
             limits += self._alone(task, able, busy, first)
             yield from limits
             yield from self._broker(able)

@@ -128,12 +128,13 @@ class Task:
         message: the latest progress message.
         created_by: free text, for filters.
         created_at: the time at which it was accepted.
-        started_at: the start of the current or last attempt.
+        started_at: the start of the current or last attempt; if that has waited without a thread, the time
+            at which it went on.
         completed_at: the time at which it was completed, failed or cancelled.
-        duration: seconds that the last attempt took, by the monotonic clock.
+        duration: seconds that the last attempt took, by the monotonic clock, without such waits.
         priority: tasks with a higher priority run first; equal ones run in the order of submission.
-        run_at: the task does not start before this time; None for at once. After a requeue, the time of
-            the requeue.
+        run_at: the task does not start before this time; None for at once. After a requeue, or a wait in
+            the middle of an attempt, the time from which on it could start.
         timeout: seconds after which an attempt's token fires; None for never.
         max_attempts: number of attempts that may raise before the task fails; None for the executor's.
         max_crashes: number of times its process may die before the task fails; None for the executor's.
@@ -147,7 +148,8 @@ class Task:
         concurrency_key: tasks with the same key run one at a time, in the order of submission; None for
             no key.
         expires_at: if the task has not started for the first time by then, it is cancelled; None for
-            never, and after its first attempt.
+            never, and after its first attempt. While it waits in the middle of an attempt: the end of the
+            wait.
         tags: short texts that you can filter by.
         flow: the id of the flow that it is part of; empty if it is part of none. ``submit_flow`` sets it.
         errors: number of attempts that raised.

@@ -305,6 +305,8 @@ class TestNoAttemptAndNoStart:
         assert lifecycle.is_parked(first.task())
         assert second.task().starts == 0  # there is no token for an hour
         queue.finish(f"{first.id}/one", 1)
+        assert "token" in {reason.kind for reason in queue.why(second.id)}
+        assert "token" not in {reason.kind for reason in queue.why(first.id)}
         assert [task.id for task in queue.run_all()] == [first.id]
         queue.advance(3601)
         assert lifecycle.is_parked(second.task())
