@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
-from datetime import datetime, timedelta
+from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
@@ -26,7 +26,7 @@ from taskx.attempt.waiting import (
     seconds_of,
 )
 from taskx.tasks import payload
-from taskx.tasks.checks import check_number
+from taskx.tasks.checks import Duration, check_number
 from taskx.tasks.clock import to_ms
 from taskx.tasks.errors import (
     CancelReason,
@@ -228,7 +228,7 @@ class Context:
         name: str,
         question: Any = None,
         *,
-        timeout: float | timedelta | None = None,
+        timeout: Duration | None = None,
         tags: Sequence[str] = (),
     ) -> Any:
         """Ask somebody, and return the answer: the task waits for it without a thread.
@@ -263,7 +263,7 @@ class Context:
 
         return self._waited(name, call, "ctx.ask()")
 
-    def wait(self, task_id: str, *, timeout: float | timedelta | None = None) -> Any:
+    def wait(self, task_id: str, *, timeout: Duration | None = None) -> Any:
         """Wait without a thread until another task has ended, and return its result.
 
         The id may be that of an answer that belongs to no task: it begins with ``event/``. Such an answer
@@ -511,7 +511,7 @@ class Context:
 
     def sleep(
         self,
-        seconds: float | timedelta | None = None,
+        seconds: Duration | None = None,
         *,
         until: datetime | None = None,
         step: str | None = None,
@@ -554,8 +554,8 @@ class Context:
         name: str,
         look: Callable[[], T | None],
         *,
-        every: float | timedelta,
-        timeout: float | timedelta | None = None,
+        every: Duration,
+        timeout: Duration | None = None,
     ) -> T:
         """Call ``look()`` until it returns something other than None, and return that.
 
@@ -599,7 +599,7 @@ class Context:
         return self._token.on_cancel(callback)
 
     @contextmanager
-    def timeout(self, seconds: float | timedelta) -> Iterator[CancelToken]:
+    def timeout(self, seconds: Duration) -> Iterator[CancelToken]:
         """Set an earlier deadline for a part of the task: ``with ctx.timeout(5) as token: …``.
 
         Inside the block, ``ctx.token`` and everything built on it respect this deadline, too.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence, Set
 from concurrent import futures
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any, Literal, Protocol, Union
 
 import attrs
@@ -13,7 +13,7 @@ import attrs
 from taskx.attempt.executors import AnyExecutor, executor_of
 from taskx.stores import queries
 from taskx.stores.base import Repository
-from taskx.tasks.checks import check_int, check_number, in_seconds, optional_seconds
+from taskx.tasks.checks import Duration, check_int, check_number, in_seconds, optional_seconds
 from taskx.tasks.creation import check_parents
 from taskx.tasks.errors import ConfigurationError, TaskNotFound
 from taskx.tasks.handles import TaskHandle
@@ -100,7 +100,7 @@ def answer(
     name: str,
     question: Any = None,
     *,
-    timeout: float | timedelta | None = None,
+    timeout: Duration | None = None,
     tags: Sequence[str] = (),
     id: str = "",
 ) -> Task:
@@ -237,7 +237,7 @@ class FlowHandle:
         statuses = self._statuses()
         return 100 * sum(status not in _UNFINISHED for status in statuses) / len(statuses)
 
-    def wait(self, timeout: float | timedelta | None = None) -> bool:
+    def wait(self, timeout: Duration | None = None) -> bool:
         """Wait until all its tasks have ended; return False if ``timeout`` seconds passed before."""
         deadline = None if timeout is None else time.monotonic() + in_seconds(timeout)
         for handle in reversed(self.handles):  # later tasks end last: then the others are done
@@ -246,7 +246,7 @@ class FlowHandle:
                 return False
         return True
 
-    def result(self, timeout: float | timedelta | None = None) -> Any:
+    def result(self, timeout: Duration | None = None) -> Any:
         """Wait for all its tasks, and return the result of the flow.
 
         The result of a chain is the result of its last step. The result of a group is a list of the

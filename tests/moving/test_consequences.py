@@ -229,7 +229,7 @@ class Everybody:
 
     def __init__(self, ears):
         self._ears = ears
-        self.watched = self
+        self.watched, self.reported = self, ()
 
     def __contains__(self, task_id):
         return True
