@@ -96,7 +96,7 @@ def test_a_field_that_tasks_do_not_have_is_refused(queue):
 @pytest.mark.parametrize("wrong", [-1, float("nan"), "60"])
 @pytest.mark.parametrize("name", ["within", "delay"])
 def test_a_time_that_no_task_can_have_is_refused(queue, name, wrong):
-    with pytest.raises(ConfigurationError, match="must be|no unit"):
+    with pytest.raises(ConfigurationError, match=r"must be|no unit"):
         queue.assert_not_submitted(**{name: wrong})
 
 
