@@ -12,6 +12,9 @@ PROCESSES ?= 5
 ON ?=
 # The hours of a soak:  make soak HOURS=2
 HOURS ?=
+# The number of seeds of a simulation; or any value to search the planted bugs:  make simulate PLANTED=1
+SEEDS ?= 1000
+PLANTED ?=
 
 MAKEFLAGS += --no-print-directory
 # Keep bytecode. Otherwise each program that a test starts would compile the whole package again.
@@ -28,7 +31,7 @@ INSTALL = echo "Installing $(1) into $(VENV)" && \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517 --no-compile \
 		--editable "$(1)" && touch $@
 
-.PHONY: help packages demo quick test soak lint format typecheck layers docs bench build ci ci-all clean
+.PHONY: help packages demo quick test soak simulate lint format typecheck layers docs bench build ci ci-all clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -48,6 +51,9 @@ test: $(VENV)/installed-test ## run all tests
 soak: $(VENV)/installed-test ## kill processes a thousand times, or for HOURS, and check that no task is lost
 	@$(BIN)/python -m tests.campaign.$(if $(HOURS),soak --hours $(HOURS),campaign --kills 1000 $(if \
 		$(filter mongo,$(ON)),--mongo)) $(ARGS)
+
+simulate: $(VENV)/installed-test ## simulate new SEEDS, each in two processes, or search the PLANTED bugs
+	@$(BIN)/python -m tests.testing.zoo $(if $(PLANTED),--planted,--seeds $(SEEDS)) $(ARGS)
 
 lint: $(VENV)/installed-dev ## check style and formatting
 	@$(BIN)/ruff check .

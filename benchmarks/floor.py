@@ -13,6 +13,7 @@ from benchmarks.harness import (
     FLOOR,
     LATENCIES,
     LEAN,
+    RECORD,
     Cell,
     Plan,
     Stopwatch,
@@ -78,6 +79,10 @@ _THROUGHPUT = {
 }
 
 
+# What is kept of a task that has ended, if it is no record.
+_KEEPS = {LEAN: "status, result"}
+
+
 def cells(plan: Plan) -> list[Cell]:
     """Return all cells of the floor on SQLite."""
     floors = (
@@ -100,7 +105,7 @@ def cells_on(plan: Plan, store: Store) -> list[Cell]:
 def cell(plan: Plan, store: Store, figure: str, who: str = FLOOR) -> Cell:
     """Return one cell of throughput."""
     run = partial(_THROUGHPUT[figure], plan, store)
-    return Cell(who, store.durability, run, (figure,))
+    return Cell(who, store.durability, run, (figure,), keeps=_KEEPS.get(who, RECORD))
 
 
 def _left_cell(plan: Plan, store: Store) -> Cell:
@@ -108,4 +113,5 @@ def _left_cell(plan: Plan, store: Store) -> Cell:
 
 
 def _latencies(plan: Plan, store: Store, who: str = FLOOR) -> Cell:
-    return Cell(who, store.durability, partial(_one_at_a_time, plan, store), LATENCIES)
+    run = partial(_one_at_a_time, plan, store)
+    return Cell(who, store.durability, run, LATENCIES, keeps=_KEEPS.get(who, RECORD))

@@ -17,6 +17,8 @@ DURABILITIES = ("accepted", "full", "process")
 WORKERS = 4
 SLEEPERS, NAP = 32, 0.01
 FLOOR, LEAN, TASKX = "floor", "lean floor", "TaskX"
+#: What is kept of a task that has ended: a record with its status and times, and its result.
+RECORD = "record, result"
 #: Seconds between two tasks of a queue that counts as idle.
 IDLE = 0.004
 #: Longest pause, in seconds, between two tasks that one process submits and another one starts.
@@ -96,6 +98,7 @@ class Cell:
         rival: True for a peer: its best value counts, and it may fail.
         once: True if it is measured only in the first round.
         lacks: missing packages, without which it cannot run; empty for none.
+        keeps: what is kept of a task that has ended.
     """
 
     who: str
@@ -105,6 +108,7 @@ class Cell:
     rival: bool = False
     once: bool = False
     lacks: str = ""
+    keeps: str = RECORD
 
     def matches(self, words: Sequence[str]) -> bool:
         """Return True if a figure's name begins with one of the words, or ``who`` contains one."""
@@ -124,6 +128,7 @@ class Measured:
     durability: str
     rival: bool
     lacks: str = ""
+    keeps: str = RECORD
     values: list[float] = field(default_factory=list)
 
     def value(self, *, more_is_better: bool) -> float:
@@ -140,7 +145,7 @@ def measure(cells: Sequence[Cell], rounds: int, *, progress: bool) -> dict[Key, 
     """Run every cell once per round, in random order, so that drift affects all cells equally."""
     measured = {
         (figure, cell.who, cell.durability): Measured(
-            figure, cell.who, cell.durability, cell.rival, cell.lacks
+            figure, cell.who, cell.durability, cell.rival, cell.lacks, cell.keeps
         )
         for cell in cells
         for figure in cell.figures

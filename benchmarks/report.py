@@ -37,23 +37,23 @@ class Figure:
 
 
 FIGURES: dict[str, Figure] = {
-    "submit": Figure("submit one by one", "{:,.0f}/s", more=True, ratio=0.6),
+    "submit": Figure("submit one by one", "{:,.0f}/s", more=True, ratio=0.6, ahead=True),
     "many": Figure("submit_many", "{:,.0f}/s", more=True, ratio=0.4, value=100_000),
-    "drain": Figure("drain a backlog", "{:,.0f}/s", more=True, ratio=1.0),
+    "drain": Figure("drain a backlog", "{:,.0f}/s", more=True, ratio=1.0, ahead=True),
     "left": Figure("drain a dead process's tasks", "{:,.0f}/s", more=True, ratio=1.0),
     "together": Figure("producer and workers", "{:,.0f}/s", more=True, ratio=0.8, ahead=True),
     "map": Figure("map over items", "{:,.0f}/s", more=True, value=15_000, durability="process"),
     "begins-p50": Figure(
-        "idle: submit to begin, p50", "{:,.0f} µs", value=250, durability="process"
+        "idle: submit to begin, p50", "{:,.0f} µs", value=250, durability="process", ahead=True
     ),
     "begins-p99": Figure(
         "idle: submit to begin, p99", "{:,.0f} µs", value=2_000, durability="process"
     ),
     "result-p50": Figure(
-        "idle: submit to result, p50", "{:,.0f} µs", value=500, durability="process"
+        "idle: submit to result, p50", "{:,.0f} µs", value=500, durability="process", ahead=True
     ),
     "result-p99": Figure("idle: submit to result, p99", "{:,.0f} µs"),
-    "sleepers": Figure("10 ms sleeps on 32 threads", "{:.2f} × ideal", value=1.15),
+    "sleepers": Figure("10 ms sleeps on 32 threads", "{:.2f} × ideal", value=1.15, ahead=True),
     "sleepers-many": Figure("10 ms sleeps, by submit_many", "{:.2f} × ideal", value=1.15),
     "both-alone": Figure("one process drains a file", "{:,.0f}/s", more=True),
     "both-together": Figure("two processes drain one file", "{:,.0f}/s", more=True),
@@ -146,6 +146,7 @@ SIDE_BY_SIDE = {
 HEADER_SIDE_BY_SIDE = (
     "who",
     "durability",
+    "keeps",
     *(f"{title}{_unit(FIGURES[name])}" for name, title in SIDE_BY_SIDE.items()),
 )
 _NO_FIGURE = "–"
@@ -166,29 +167,48 @@ def rows(measured: Mapping[Key, Measured]) -> list[Row]:
 def side_by_side(measured: Mapping[Key, Measured]) -> list[Row]:
     """Return the table of the peers, which also has rows for the floors and TaskX.
 
-    Peers that are not installed or fail have a row, too. Without any peer, there are no rows.
+    A figure of a queue that stores tasks has its rank in the column. Peers that are not installed or fail
+    have a row, too. Without any peer, there are no rows.
     """
     if not any(m.rival for m in measured.values()):
         return []
-    whose = dict.fromkeys(
-        (who, durability)
+    whose = {
+        (who, durability): m.keeps
         for (name, who, durability), m in measured.items()
         if name in SIDE_BY_SIDE and (m.rival or m.values)
-    )
+    }
+    ranked = {name: _ranked(name, measured) for name in SIDE_BY_SIDE}
     return [
-        (who, durability, *(_side(measured.get((name, who, durability))) for name in SIDE_BY_SIDE))
-        for who, durability in whose
+        (*row, keeps, *(_side(measured.get((name, *row)), ranked[name]) for name in SIDE_BY_SIDE))
+        for row, keeps in whose.items()
     ]
 
 
-def _side(m: Measured | None) -> str:
+def _ranked(name: str, measured: Mapping[Key, Measured]) -> list[float]:
+    """Return the values of a figure of all queues that store tasks, the best first."""
+    more = FIGURES[name].more
+    values = [
+        m.value(more_is_better=more)
+        for (of, _, _), m in measured.items()
+        if of == name and m.values and _stores(m)
+    ]
+    return sorted(values, reverse=more)
+
+
+def _stores(m: Measured) -> bool:
+    """Return True if tasks are stored: by TaskX or a rival, not by a floor."""
+    return m.durability != "memory" and (m.rival or m.who.startswith(TASKX))
+
+
+def _side(m: Measured | None, ranked: Sequence[float]) -> str:
     if m is None:
         return _NO_FIGURE
     if not m.values:
         return MISSING if m.lacks else FAILED
     figure = FIGURES[m.figure]
-    text = figure.form.format(m.value(more_is_better=figure.more))
-    return text.removesuffix(_unit(figure))
+    value = m.value(more_is_better=figure.more)
+    text = figure.form.format(value).removesuffix(_unit(figure))
+    return f"{text} ({ranked.index(value) + 1})" if _stores(m) else text
 
 
 def complaints(measured: Mapping[Key, Measured]) -> list[str]:
@@ -254,16 +274,12 @@ def _ahead_of_rivals(
     rivals = [
         (other.value(more_is_better=figure.more), other.who)
         for (of, _, _), other in measured.items()
-        if of == m.figure
-        and other.rival
-        and other.durability != "memory"
-        and not other.who.startswith(TASKX)
-        and other.values
+        if of == m.figure and other.values and _stores(other) and not other.who.startswith(TASKX)
     ]
     if not rivals:
         return []
-    best, who = max(rivals)
-    return [(f"ahead of {who}", value > best)]
+    best, who = max(rivals) if figure.more else min(rivals)
+    return [(f"ahead of {who}", value > best if figure.more else value < best)]
 
 
 def _growth(
@@ -327,7 +343,7 @@ def _widths(table: Sequence[Row]) -> list[int]:
 def _lines(table: Sequence[Row]) -> list[str]:
     """Return a line for each row, with numbers aligned to the right."""
     widths = _widths(table)
-    right = range(2, len(widths)) if table[0] == HEADER_SIDE_BY_SIDE else (3, 4)
+    right = range(3, len(widths)) if table[0] == HEADER_SIDE_BY_SIDE else (3, 4)
     return [
         "  ".join(
             cell.rjust(width) if column in right else cell.ljust(width)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from taskx.attempt.executors import BoundExecutor, Executor, TaskExecutor, executor
     from taskx.attempt.registry import Middleware
     from taskx.attempt.transactions import Transaction
+    from taskx.attempt.waiting import NotDone, Parked, Uncertain
     from taskx.insight.changelog import Change
     from taskx.insight.diagnosis import Diagnosis
     from taskx.insight.failures import FailureGroup, Failures
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from taskx.node.hooks import Hook
     from taskx.node.threads import ThreadStack
     from taskx.queue.bulk import Bulk
-    from taskx.queue.flows import Flow, FlowHandle, FlowSummary, chain, group
+    from taskx.queue.flows import Flow, FlowHandle, FlowSummary, answer, chain, group
     from taskx.queue.mapping import MapOutcome, MapResults
     from taskx.queue.queue import Queue, run
     from taskx.queue.schedule import Schedule, Tick, tick_of
@@ -101,6 +102,8 @@ __all__ = [
     "MongoRepository",
     "NodeInfo",
     "NodeNotFound",
+    "NotDone",
+    "Parked",
     "Paused",
     "PayloadError",
     "Percentiles",
@@ -144,8 +147,10 @@ __all__ = [
     "TunedType",
     "TypeHistory",
     "TypeStats",
+    "Uncertain",
     "UnknownTaskType",
     "ZlibCodec",
+    "answer",
     "chain",
     "current_context",
     "every",
@@ -163,6 +168,7 @@ _HOMES = {
     "taskx.attempt.executors": "BoundExecutor Executor TaskExecutor executor",
     "taskx.attempt.registry": "Middleware",
     "taskx.attempt.transactions": "Transaction",
+    "taskx.attempt.waiting": "NotDone Parked Uncertain",
     "taskx.insight.changelog": "Change",
     "taskx.insight.diagnosis": "Diagnosis",
     "taskx.insight.failures": "FailureGroup Failures",
@@ -174,7 +180,7 @@ _HOMES = {
     "taskx.node.hooks": "Hook",
     "taskx.node.threads": "ThreadStack",
     "taskx.queue.bulk": "Bulk",
-    "taskx.queue.flows": "Flow FlowHandle FlowSummary chain group",
+    "taskx.queue.flows": "Flow FlowHandle FlowSummary answer chain group",
     "taskx.queue.mapping": "MapOutcome MapResults",
     "taskx.queue.queue": "Queue run",
     "taskx.queue.schedule": "Schedule Tick tick_of",

@@ -40,6 +40,7 @@ PEERS = {
 SIDE_BY_SIDE = [
     "who",
     "durability",
+    "keeps",
     "submit/s",
     "drain/s",
     "both/s",
@@ -114,14 +115,15 @@ def test_each_peer_is_measured_or_named_as_missing(who):
     [table] = [rows for header, *rows in with_headers(printed) if header == SIDE_BY_SIDE]
     [row] = [row for row in table if row[0] == who]
     assert row[1] == PEERS[who]
-    submit, drain, both, *others = row[2:]
+    submit, drain, both, *others = row[3:]
     if submit == "NOT INSTALLED":
         assert re.search(
             rf"^NOT MEASURED: .*\b{re.escape(who)} \(.* NOT INSTALLED\)", printed, re.M
         )
     else:
-        assert all(re.fullmatch(r"[\d,]+", rate) for rate in (submit, drain, both))
-        assert all(re.fullmatch(r"[\d,.]+|–", figure) for figure in others)
+        rank = "" if PEERS[who] == "memory" else r" \(\d+\)"
+        assert all(re.fullmatch(rf"[\d,]+{rank}", rate) for rate in (submit, drain, both))
+        assert all(re.fullmatch(rf"[\d,.]+{rank}|–", figure) for figure in others)
 
 
 def test_the_documented_table_has_taskx_both_floors_and_all_peers():
@@ -194,9 +196,40 @@ def test_a_failed_peer_is_in_the_table(monkeypatch, capsys):
     [row] = report.side_by_side(found)
     assert dict(zip(report.HEADER_SIDE_BY_SIDE, row, strict=True)) == dict.fromkeys(
         report.HEADER_SIDE_BY_SIDE, "–"
-    ) | {"who": "Rival", "durability": "full", "drain/s": "FAILED"}
+    ) | {"who": "Rival", "durability": "full", "keeps": "record, result", "drain/s": "FAILED"}
     assert report.complaints(found) == ["Rival (FAILED)"]
     assert "its server would not start" in capsys.readouterr().err
+
+
+def test_a_figure_has_its_rank_among_the_queues_that_store_tasks(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks import report
+    from benchmarks.harness import Measured
+
+    values = {
+        ("floor", "process", False): (9, 1),
+        ("TaskX", "process", False): (5, 3),
+        ("Rival", "full", True): (7, 4),
+        ("Threads", "memory", True): (8, 2),
+    }
+    measured = {
+        (figure, who, durability): Measured(figure, who, durability, rival, values=[value])
+        for (who, durability, rival), both in values.items()
+        for figure, value in zip(("submit", "begins-p50"), both, strict=True)
+    }
+    found = {
+        who: (submit, begins)
+        for who, _, _, submit, _, _, begins, *_ in report.side_by_side(measured)
+    }
+    assert found == {
+        "floor": ("9", "1"),
+        "TaskX": ("5 (2)", "3 (1)"),
+        "Rival": ("7 (1)", "4 (2)"),
+        "Threads": ("8", "2"),
+    }
+    goals = {row[0]: row[-2:] for row in report.rows(measured) if row[1] == "TaskX"}
+    assert goals["submit one by one"] == ("≥ 0.6 × floor, ahead of Rival", "SHORT")
+    assert goals["idle: submit to begin, p50"] == ("≤ 250 µs, ahead of Rival", "yes")
 
 
 @needs_git

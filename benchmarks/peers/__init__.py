@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import Any
 
 from benchmarks import children
-from benchmarks.harness import ELSEWHERE, LATENCIES, Cell, Plan
+from benchmarks.harness import ELSEWHERE, LATENCIES, RECORD, Cell, Plan
 from benchmarks.peers.base import Peer
 from benchmarks.peers.services import redis_version
 
@@ -40,6 +40,7 @@ class Kind:
         samples: the largest number of tasks whose latency is measured.
         told: the latencies that can be measured.
         does: the names in :data:`benchmarks.peers.base.MEASURES` that it can do.
+        keeps: what it keeps of a task that has ended.
         slow: True if its setup is so slow that it is measured only once.
     """
 
@@ -53,6 +54,7 @@ class Kind:
     samples: int = 1_000_000
     told: tuple[str, ...] = LATENCIES
     does: tuple[str, ...] = _ALL
+    keeps: str = RECORD
     slow: bool = False
 
     def make(self, folder: str, workers: int) -> Peer:
@@ -76,9 +78,17 @@ KINDS = (
         samples=100,
         slow=True,
     ),
-    Kind("ThreadPoolExecutor", (), "memory", "threads", "Pool", does=(*_IN_ITS_PROCESS, "map")),
-    Kind("joblib", ("joblib",), "memory", "threads", "Joblib", does=("map",)),
-    Kind("huey", ("huey",), "full", "threads", "Huey", most=2_000, samples=30),
+    Kind(
+        "ThreadPoolExecutor",
+        (),
+        "memory",
+        "threads",
+        "Pool",
+        does=(*_IN_ITS_PROCESS, "map"),
+        keeps="nothing",
+    ),
+    Kind("joblib", ("joblib",), "memory", "threads", "Joblib", does=("map",), keeps="nothing"),
+    Kind("huey", ("huey",), "full", "threads", "Huey", most=2_000, samples=30, keeps="result"),
     Kind(
         "huey fsync=False",
         ("huey",),
@@ -88,8 +98,18 @@ KINDS = (
         options=(("fsync", False),),
         most=8_000,
         samples=30,
+        keeps="result",
     ),
-    Kind("litequeue", ("litequeue",), "process", "threads", "LiteQueue", most=2_000, told=_BEGINS),
+    Kind(
+        "litequeue",
+        ("litequeue",),
+        "process",
+        "threads",
+        "LiteQueue",
+        most=2_000,
+        told=_BEGINS,
+        keeps="record",
+    ),
     Kind(
         "persist-queue",
         ("persist-queue",),
@@ -99,6 +119,7 @@ KINDS = (
         most=2_000,
         told=_BEGINS,
         does=_IN_ITS_PROCESS,
+        keeps="status",
     ),
     Kind(
         "honker",
@@ -109,6 +130,7 @@ KINDS = (
         most=1_500,
         samples=200,
         slow=True,
+        keeps="result",
     ),
     Kind(
         "honker in batches",
@@ -118,6 +140,7 @@ KINDS = (
         "HonkerInBatches",
         most=8_000,
         told=_BEGINS,
+        keeps="nothing",
     ),
     Kind(
         "flexiq",
@@ -202,6 +225,7 @@ KINDS = (
         samples=200,
         told=_BEGINS,
         slow=True,
+        keeps="nothing",
     ),
     Kind(
         "Celery",
@@ -286,6 +310,7 @@ def _cells_of(kind: Kind, plan: Plan, url: str = "") -> list[Cell]:
             rival=True,
             once=once,
             lacks=lacks,
+            keeps=kind.keeps,
         )
         for what in kind.does
         for number, figures, once in [measures[what]]

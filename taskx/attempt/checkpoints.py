@@ -8,17 +8,28 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NoReturn
 
 from taskx.attempt.transactions import Completed, Transaction, opened
+from taskx.attempt.waiting import (
+    AGAIN,
+    SHORT,
+    Parked,
+    Uncertain,
+    Waits,
+    begun,
+    is_begun,
+    unfinished,
+    waits_until,
+)
 from taskx.stores.base import Repository
 from taskx.tasks import forks, lifecycle, payload
 from taskx.tasks.clock import Clock
 from taskx.tasks.errors import CancelReason, ConfigurationError, RepositoryUnavailable
-from taskx.tasks.lifecycle import Ending
+from taskx.tasks.lifecycle import Ending, Park
 from taskx.tasks.model import Task, check_name
 from taskx.tasks.record import checkpoints_to_text
 from taskx.tasks.timing import Timing
 from taskx.tasks.token import CancelToken
 from taskx.tasks.values import Values
-from taskx.tasks.writes import Update
+from taskx.tasks.writes import Write
 
 
 class Keeper:
@@ -27,7 +38,7 @@ class Keeper:
     def __init__(
         self,
         repository: Repository,
-        commit: Callable[[Sequence[Update]], Sequence[bool]],
+        commit: Callable[[Sequence[Write]], Sequence[bool]],
         max_payload_size: int,
         values: Mapping[str, Values],
         clock: Clock,
@@ -39,6 +50,8 @@ class Keeper:
         self._values = values
         self._clock = clock
         self._retry_every = timing.retry_every
+        #: What these runs wait for.
+        self.waits = Waits(repository, commit, clock, max_payload_size, timing.retry_every)
         #: Held while a run creates its ``Checkpoints``: several of its threads may be the first to ask.
         self.lock = threading.Lock()
         #: The process that these runs belong to: see :mod:`taskx.tasks.forks`.
@@ -63,7 +76,7 @@ class Keeper:
             ConfigurationError: see :meth:`refuse_own_transaction`.
             RepositoryError: the checkpoints cannot be stored.
         """
-        write = lifecycle.checkpoint(task, text, durable=durable)
+        write: Write = lifecycle.checkpoint(task, text, durable=durable)
         self.refuse_own_transaction()
         while True:
             try:
@@ -124,6 +137,8 @@ class Checkpoints:
         self._transaction: Transaction | None = None
         self._taken: set[str] = set()
         self._completed = False
+        # Why nothing more can be stored: the run ends, and its task waits.
+        self._parked: Parked | None = None
         #: The text that this run stored last.
         self.stored: str | None = None
         stored = task.checkpoints or {}
@@ -138,21 +153,139 @@ class Checkpoints:
 
     def step(self, name: str, token: CancelToken, call: Callable[[], Any]) -> Any:
         """Return the result of the call in this attempt or an earlier one: see :meth:`Context.step`."""
+        self._begin(name, token)
+        if name not in self._steps:
+            self._make(name, token, call)
+        return payload.loads(self._steps[name])
+
+    def wait_step(
+        self,
+        name: str,
+        token: CancelToken,
+        call: Callable[[int | None], Any],
+        what: str,
+        *,
+        durable: bool = True,
+    ) -> Any:
+        """Return the result of a step that waits: ``call`` returns it, or raises :class:`Parked`.
+
+        ``call`` gets the moment until which the step waits, in milliseconds; None if no run has stored one.
+        ``what`` is the name of the method that the executor has called.
+        """
+        self._refuse_inside(what)
+        self._begin(name, token)
+        if name not in self._steps or self._until(name) is not None:
+            self._make(name, token, lambda: call(self._until(name)), durable=durable)
+        return payload.loads(self._steps[name])
+
+    def _refuse_inside(self, what: str) -> None:
+        if self._transaction is not None:
+            raise ConfigurationError(
+                f"{what} cannot be used inside ctx.transaction(): the transaction would have to wait, too"
+            )
+
+    def once(
+        self, name: str, token: CancelToken, call: Callable[[], Any], unknown: Callable[[], Any]
+    ) -> Any:
+        """Return the result of a step that is never called twice by itself: see :meth:`Context.once`.
+
+        ``unknown`` returns how a call has ended of which that is unknown, or ``AGAIN``.
+        """
+        self._refuse_inside("ctx.once()")
+        self._begin(name, token)
+        if name not in self._steps or self._begun(name):
+            self._make(name, token, lambda: self._call_once(name, token, call, unknown))
+        return payload.loads(self._steps[name])
+
+    def _call_once(
+        self, name: str, token: CancelToken, call: Callable[[], Any], unknown: Callable[[], Any]
+    ) -> Any:
+        if self._begun(name):
+            result = unknown()
+        else:
+            self._put(name, begun(), token, durable=True)
+            result = AGAIN
+        while result is AGAIN:
+            try:
+                return call()
+            except Uncertain:
+                result = unknown()
+            except Exception:
+                if not token.cancelled:  # else it was cut short, and perhaps done
+                    self._put(name, None, token, durable=False)
+                raise
+        return result
+
+    def _begun(self, name: str) -> bool:
+        return name in self._steps and is_begun(payload.loads(self._steps[name]))
+
+    def note(self, name: str, until: int, token: CancelToken) -> None:
+        """Store the moment until which a step waits."""
+        self._put(name, unfinished(until), token, durable=False)
+
+    def _put(
+        self, name: str, value: dict[str, Any] | None, token: CancelToken, *, durable: bool
+    ) -> None:
+        """Store what is known of a step that is not done; None: nothing."""
+        with self._lock:
+            steps = {**self._steps}
+            if value is not None:
+                steps[name] = self._encode(value, name)
+            else:
+                steps.pop(name, None)
+            self._store(steps, self._cursor, durable=durable, token=token)
+            self._steps = steps
+
+    def sleep(self, name: str, token: CancelToken, until: int, now: Callable[[], int]) -> None:
+        """Sleep until a moment, or until that of an earlier run: see :meth:`Context.sleep`."""
+
+        def call(stored: int | None) -> None:
+            moment = until if stored is None else stored
+            left = moment - now()
+            if left >= SHORT * 1000:
+                raise Parked(Park(None, moment), name, moment if stored is None else None)
+            token.wait(max(0, left) / 1000)
+            token.raise_if_cancelled()
+
+        # Not durable: if a power cut takes the end of the sleep, its moment is stored, and has passed.
+        self.wait_step(name, token, call, "ctx.sleep() with a step", durable=False)
+
+    def _until(self, name: str) -> int | None:
+        return waits_until(payload.loads(self._steps[name])) if name in self._steps else None
+
+    def _begin(self, name: str, token: CancelToken) -> None:
         token.raise_if_cancelled()
         self._refuse_own_transaction()
         self._take(name)
-        if name not in self._steps:
-            self._refuse_if_completed()
-            try:
-                text = self._encode(call(), f"step {name!r}")
-                with self._lock:
-                    steps = {**self._steps, name: text}
-                    self._store(steps, self._cursor, durable=True, token=token)
-                    self._steps = steps
-            except BaseException:  # after any error the executor may try again
-                self._taken.discard(name)
-                raise
-        return payload.loads(self._steps[name])
+
+    def _make(
+        self, name: str, token: CancelToken, call: Callable[[], Any], *, durable: bool = True
+    ) -> None:
+        """Call a step, and store its result."""
+        self._refuse_if_completed()
+        try:
+            text = self._encode(call(), f"step {name!r}")
+            with self._lock:
+                steps = {**self._steps, name: text}
+                self._store(steps, self._cursor, durable=durable, token=token)
+                self._steps = steps
+        except BaseException:  # after any error the executor may try again
+            self._taken.discard(name)
+            raise
+
+    def seal(self, parked: Parked) -> Park:
+        """Store nothing more, because the run ends and its task waits; return what the task waits for.
+
+        An unfinished step is stored with that.
+        """
+        with self._lock:
+            self._parked, park = parked, parked.park
+            if parked.until is not None:
+                text = self._encode(unfinished(parked.until), parked.step)
+                steps = {**self._steps, parked.step: text}
+                self.stored = checkpoints_to_text(steps, self._cursor)
+                park = park._replace(checkpoints=self.stored)
+            return park
 
     def _take(self, name: str) -> None:
         if not check_name(name, "the name of a step"):
@@ -191,6 +324,8 @@ class Checkpoints:
                 "the parent process, where the task runs"
             )
         self._refuse_if_completed()
+        if self._parked is not None:
+            raise self._parked
         whole = checkpoints_to_text(steps, cursor)
         payload.check_size(whole, "checkpoints", self._keeper.max_payload_size)
         if self._transaction is not None:

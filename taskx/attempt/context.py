@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
-from datetime import timedelta
+from datetime import datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 from taskx.attempt.capture import CapturedLogger
 from taskx.attempt.checkpoints import Checkpoints, Keeper
 from taskx.attempt.transactions import Completed, Transaction
+from taskx.attempt.waiting import (
+    AGAIN,
+    NotDone,
+    Parked,
+    Uncertain,
+    answer_of,
+    moment_after,
+    outcome,
+    seconds_of,
+)
+from taskx.tasks import payload
 from taskx.tasks.checks import check_number
 from taskx.tasks.clock import to_ms
 from taskx.tasks.errors import (
@@ -22,8 +35,8 @@ from taskx.tasks.errors import (
     RepositoryError,
     TaskNotFound,
 )
-from taskx.tasks.lifecycle import Ending
-from taskx.tasks.model import Task, TaskStatus
+from taskx.tasks.lifecycle import Ending, Park
+from taskx.tasks.model import Task, TaskStatus, check_moment
 from taskx.tasks.record import MAX_MESSAGE, check_progress
 from taskx.tasks.token import CancelToken
 
@@ -77,7 +90,7 @@ class Context:
         *("_copy", "_shared", "_task", "_token"),
         *("_message", "_percent", "_missed", "_quiet", "_storing", "_unwritten"),
         *("_checkpoints", "_run_token", "_stored"),
-        "_completed",
+        *("_completed", "_parked"),
     )
 
     def __init__(self, task: Task, token: CancelToken, shared: Shared) -> None:
@@ -95,6 +108,8 @@ class Context:
         self._stored: str | None = None  # the checkpoints that were stored last
         #: The completion of the task, if a transaction of the run has stored one.
         self._completed: list[Completed] = []
+        #: Raised by a call that has parked the run; None if none has.
+        self._parked: Parked | None = None
 
     @property
     def task(self) -> Task:
@@ -205,6 +220,176 @@ class Context:
             RepositoryError: the result could not be stored.
         """
         return self._kept().step(name, self._token, lambda: fn(*args, **kwargs))  # type: ignore[no-any-return]
+
+    # --- waiting without a thread
+
+    def ask(
+        self,
+        name: str,
+        question: Any = None,
+        *,
+        timeout: float | timedelta | None = None,
+        tags: Sequence[str] = (),
+    ) -> Any:
+        """Ask somebody, and return the answer: the task waits for it without a thread.
+
+        The answer is a task of type ``answer``, with the id ``<id of this task>/<name>``, that somebody
+        ends by :meth:`Queue.finish`, perhaps before this call. Otherwise this call ends the run: it raises
+        an exception that is no ``Exception``, which the executor must let through. After the answer the
+        attempt goes on with a new call of the executor, which skips its steps. The answer is the result of
+        the step ``name``.
+
+        Args:
+            name: the name of the answer, unique among the steps of the task.
+            question: a JSON value that is shown to those who answer.
+            timeout: seconds, or a ``timedelta``, from the first call in the life of the task, whatever
+                crashes follow.
+            tags: short texts to filter answers by.
+
+        Raises:
+            TimeoutError: nobody has answered in time; it is raised in later attempts, too.
+            TaskFailed: somebody has finished the answer with an error.
+            concurrent.futures.CancelledError: the answer was cancelled.
+            ConfigurationError: the name was already used in this attempt, or is not valid; this is inside
+                ``ctx.transaction()`` or ``ctx.timeout()``; or the repository has only eight methods.
+            PayloadError: the question is not JSON or too large.
+            RepositoryError: the repository failed.
+        """
+        self._refuse_wait("ctx.ask()")
+        seconds, waits = seconds_of(timeout, "timeout"), self._shared.keeper.waits
+
+        def call(_: int | None) -> Any:
+            return waits.ask(self._task, name, question, seconds, tags, self._token)
+
+        return self._waited(name, call, "ctx.ask()")
+
+    def wait(self, task_id: str, *, timeout: float | timedelta | None = None) -> Any:
+        """Wait without a thread until another task has ended, and return its result.
+
+        The id may be that of an answer that belongs to no task: it begins with ``event/``. Such an answer
+        need not exist yet. All else is as for :meth:`ask`; the result is that of the step ``task_id``.
+
+        Args:
+            task_id: the id of the task.
+            timeout: seconds, or a ``timedelta``, from the first call in the life of this task.
+
+        Raises:
+            TimeoutError: the task has not ended in time.
+            TaskFailed: the task failed.
+            concurrent.futures.CancelledError: the task was cancelled.
+            TaskNotFound: no task has this id.
+            ConfigurationError: as :meth:`ask`.
+            RepositoryError: the repository failed.
+        """
+        self._refuse_wait("ctx.wait()")
+        seconds, waits = seconds_of(timeout, "timeout"), self._shared.keeper.waits
+
+        def call(until: int | None) -> Any:
+            return waits.wait(self._task, task_id, seconds, until, self._token)
+
+        return self._waited(task_id, call, "ctx.wait()")
+
+    def once(self, name: str, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call ``fn`` once for the task, as :meth:`step`, but never again without being told to.
+
+        That it begins is stored before the call. If its outcome is then unknown, because the process died,
+        the token fired before ``fn`` returned, or ``fn`` raised ``Uncertain``, the task asks a person as in
+        :meth:`ask`: somebody finishes the answer ``<id of this task>/<name>`` by the result of ``fn``, or
+        by ``queue.finish(id, again=True)``. Any other ``Exception`` of ``fn`` means that it was not done: a
+        later attempt calls it again.
+
+        Raises:
+            TaskFailed: somebody has finished the answer with an error.
+            PayloadError: the result is not JSON, or is too large.
+            ConfigurationError: as :meth:`ask`.
+            RepositoryError: the repository failed.
+        """
+        return self._once(name, lambda: fn(*args, **kwargs), None)  # type: ignore[no-any-return]
+
+    def once_or(
+        self,
+        name: str,
+        fn: Callable[P, T],
+        find: Callable[P, T],
+        /,
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
+        """Do what :meth:`once` does, but call ``find`` with the same arguments before a person is asked.
+
+        ``find`` returns the result of ``fn``; it raises ``NotDone`` if ``fn`` shall be called again, and
+        ``Uncertain`` if a person shall be asked.
+        """
+        found = partial(find, *args, **kwargs)
+        return self._once(name, lambda: fn(*args, **kwargs), found)  # type: ignore[no-any-return]
+
+    def _once(self, name: str, call: Callable[[], Any], find: Callable[[], Any] | None) -> Any:
+        self._refuse_wait("ctx.once()")
+        waits, token = self._shared.keeper.waits, self._token
+
+        def unknown() -> Any:
+            if find is not None:
+                try:
+                    return find()
+                except NotDone:
+                    return AGAIN
+                except Uncertain:
+                    pass
+            return waits.settle(self._task, name, token)
+
+        return outcome(self._parking(lambda kept: kept.once(name, token, call, unknown)))
+
+    def key(self, name: str) -> str:
+        """Return a text that is the same in each attempt of this task, for an idempotency key of others."""
+        return answer_of(self._task.id, name)
+
+    def _look(self, what: str, *facts: Any) -> Any:
+        """Do for a child process what one of the methods of ``Waits`` does."""
+        waits = self._shared.keeper.waits
+        if what == "forget":
+            (name,) = facts
+            return bool(waits.forget(self._task, name, self._token))
+        if what == "wait":
+            awaited, seconds, until = facts
+            return waits.wait(self._task, awaited, seconds, until, self._token)
+        name, question, timeout, tags, param = facts
+        question = payload.loads(question)
+        return waits.ask(self._task, name, question, timeout, tags, self._token, param)
+
+    def _refuse_wait(self, what: str) -> None:
+        """Raise an error if the task cannot wait here, or waits already."""
+        if self._parked is not None:
+            raise self._parked
+        if self._token is not self._run_token:
+            raise ConfigurationError(
+                f"{what} cannot be used inside ctx.timeout(), which ends with this run: give it a timeout"
+            )
+
+    def _waited(
+        self, name: str, call: Callable[[int | None], Any], what: str, *, durable: bool = False
+    ) -> Any:
+        """Return the outcome of a step that waits; not durable if the record of a task has it, too."""
+        token = self._token
+        return outcome(
+            self._parking(lambda kept: kept.wait_step(name, token, call, what, durable=durable))
+        )
+
+    def _parking(self, wait: Callable[[Checkpoints], Any]) -> Any:
+        """Wait, and note if the run has parked."""
+        try:
+            return wait(self._kept())
+        except Parked as parked:
+            self._note_parked(parked)
+            raise
+
+    def _note_parked(self, parked: Parked) -> None:
+        """Note that the run has parked: so it does, whatever the executor does now."""
+        self._parked = self._parked or parked
+
+    def _sealed(self) -> Park:
+        """Return what the run that has parked waits for; from now on its checkpoints stay as they are."""
+        assert self._parked is not None
+        return self._kept().seal(self._parked)
 
     @property
     def cursor(self) -> Any:
@@ -324,14 +509,83 @@ class Context:
         """
         return self._token.remaining()
 
-    def sleep(self, seconds: float | timedelta) -> None:
+    def sleep(
+        self,
+        seconds: float | timedelta | None = None,
+        *,
+        until: datetime | None = None,
+        step: str | None = None,
+    ) -> None:
         """Sleep for some seconds (or a ``timedelta``), or until the token fires.
+
+        With ``step``, the sleep is durable, and holds no thread if it takes a second or longer: the attempt
+        ends here as in :meth:`ask`, and goes on at that moment, which crashes and restarts do not change.
+        :meth:`Queue.wake` ends it before.
+
+        Args:
+            seconds: the time to sleep.
+            until: an aware datetime, instead of ``seconds``; only with ``step``.
+            step: the name of the sleep, unique among the steps of the task.
 
         Raises:
             TaskCancelled: the token has fired.
+            ConfigurationError: as :meth:`ask`; or both or none of ``seconds`` and ``until`` were given.
+            RepositoryError: the repository failed.
         """
-        self._token.wait(seconds)
-        self._token.raise_if_cancelled()
+        if (seconds is None) == (until is None) or (until is not None and step is None):
+            raise ConfigurationError(
+                "ctx.sleep() requires seconds, or until together with step: the name of the sleep"
+            )
+        if step is None:
+            self._token.wait(seconds)
+            self._token.raise_if_cancelled()
+            return
+        self._refuse_wait("ctx.sleep() with a step")
+        now = self._shared.keeper.waits.now_ms
+        if until is not None:
+            check_moment(until, "until")
+            moment = to_ms(until)
+        else:
+            moment = moment_after(now(), max(0.0, check_number(seconds, "seconds", -math.inf)))
+        self._parking(lambda kept: kept.sleep(step, self._token, moment, now))
+
+    def poll(
+        self,
+        name: str,
+        look: Callable[[], T | None],
+        *,
+        every: float | timedelta,
+        timeout: float | timedelta | None = None,
+    ) -> T:
+        """Call ``look()`` until it returns something other than None, and return that.
+
+        The task waits in between; a wait of a second or longer holds no thread, as in :meth:`sleep`. The
+        value is the result of the step ``name``.
+
+        Args:
+            name: the name of the step, unique within the task.
+            look: a function that returns a JSON value, or None.
+            every: seconds, or a ``timedelta``, between two calls.
+            timeout: seconds, or a ``timedelta``, from the first call in the life of the task.
+
+        Raises:
+            TimeoutError: it has returned nothing in time.
+            TaskCancelled: the token has fired.
+            ConfigurationError: as :meth:`ask`.
+            PayloadError: the value is not JSON, or is too large.
+            RepositoryError: the repository failed.
+        """
+        self._refuse_wait("ctx.poll()")
+        pause, seconds = check_number(every, "every", 0.001), seconds_of(timeout, "timeout")
+        waits, kept = self._shared.keeper.waits, self._kept()
+
+        def call(until: int | None) -> Any:
+            def note(moment: int) -> None:
+                kept.note(name, moment, self._token)
+
+            return waits.poll(name, look, pause, seconds, until, self._token, note)
+
+        return self._waited(name, call, "ctx.poll()", durable=True)  # type: ignore[no-any-return]
 
     def on_cancel(self, callback: Callable[[], object]) -> Callable[[], None]:
         """Call ``callback()`` on its own thread when the token fires.

@@ -66,6 +66,10 @@ class TaskExecutor(ABC):
         """
 
 
+#: The name of a parameter that gets the result of the step before, in a flow.
+PREVIOUS = "previous"
+
+
 class _Queue(Protocol):
     @property
     def stopped(self) -> bool: ...
@@ -530,6 +534,8 @@ def entry_of(executor: TaskExecutor | Executor[Any, Any], options: Options) -> R
         values = values_of(executor.execute)
     if values is not None:
         function = _coding(function, values)
+    if isinstance(executor, Executor) and PREVIOUS in executor._signature.parameters:
+        function, takes_context = _passing(function, takes_context=takes_context), True
     defaults = options.task_defaults
     model = None
     if values is None and options.expires is None and not options.tags:
@@ -554,6 +560,18 @@ def _coding(function: Callable[..., Any], values: Values) -> Callable[..., Any]:
 
     def call(*context: Context, **params: Any) -> Any:
         return values.encode_result(function(*context, **values.decode_params(params)))
+
+    return call
+
+
+def _passing(function: Callable[..., Any], *, takes_context: bool) -> Callable[..., Any]:
+    """Return a function that gets the result of the step before it in a flow, unless it is given one."""
+
+    def call(ctx: Context, /, **params: Any) -> Any:
+        if PREVIOUS not in params and ctx.task.flow and ctx.task.depends_on:
+            results = [parent.result for parent in ctx.parents]
+            params[PREVIOUS] = results[0] if len(results) == 1 else results
+        return function(*((ctx,) if takes_context else ()), **params)
 
     return call
 

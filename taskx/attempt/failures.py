@@ -11,8 +11,10 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from taskx.attempt.waiting import Parked
 from taskx.tasks.checks import check_number
 from taskx.tasks.errors import CancelReason, TaskCancelled
+from taskx.tasks.lifecycle import Park
 from taskx.tasks.model import MAX_NAME
 from taskx.tasks.payload import clean_text
 from taskx.tasks.retry import Permanent, Retry, Snooze, full_name, names_of
@@ -145,7 +147,15 @@ class _RemoteCancelled(Remote, TaskCancelled):
             self.reason = CancelReason(told["value"])
 
 
+class _RemoteParked(Remote, Parked):
+    def __init__(self, told: Mapping[str, Any]) -> None:
+        Remote.__init__(self, told)
+        *park, self.step = told["value"]
+        self.park, self.until = Park(*park), None
+
+
 _KINDS: dict[str, type[Remote]] = {
+    "parked": _RemoteParked,
     "permanent": _RemotePermanent,
     "retry": _RemoteRetry,
     "snooze": _RemoteSnooze,
@@ -160,8 +170,10 @@ def told_error(error: BaseException, *, skip: int, main: str) -> dict[str, Any]:
     in this process, empty if it was not imported.
     """
     kind = ""
-    value: float | str | None = None
-    if is_a(error, Permanent):
+    value: Any = None
+    if is_a(error, Parked):
+        kind, value = "parked", [*error.park, error.step]  # type: ignore[attr-defined]
+    elif is_a(error, Permanent):
         kind = "permanent"
     elif is_a(error, Retry):
         kind, value = "retry", seconds_asked(error, "delay")

@@ -13,6 +13,7 @@ from taskx.stores.controls import overridden
 from taskx.tasks.checks import check_plain
 from taskx.tasks.creation import model_of
 from taskx.tasks.errors import ConfigurationError, UnknownTaskType
+from taskx.tasks.lifecycle import ANSWER
 from taskx.tasks.model import Task
 from taskx.tasks.options import LimitOptions, Options
 from taskx.tasks.payload import DEFAULT_MAX_SIZE
@@ -137,6 +138,7 @@ class Registry:
         executor, or if a child process could not import it.
         """
         entry = entry_of(executor, options)
+        _refuse_answers(entry.type)
         if (before := self.registered.get(entry.type)) is not None:
             _check_replaced(before, entry)
         if entry.log_level is not None:
@@ -187,6 +189,7 @@ class Registry:
 
     def declare(self, type: str) -> None:
         """Accept tasks of a type whose executor runs in another process."""
+        _refuse_answers(type)
         self._declared.add(type)
 
     def get(self, type: str, *, used: bool = True) -> Registered | None:
@@ -224,6 +227,13 @@ class Registry:
     def known(self) -> str:
         """The types that are registered or declared, as text."""
         return ", ".join(sorted(self.accepted)) or "none"
+
+
+def _refuse_answers(type: str) -> None:
+    if type == ANSWER:
+        raise ConfigurationError(
+            f"the type {ANSWER!r} is that of answers, which people give: choose another name"
+        )
 
 
 def _check_replaced(before: Registered, entry: Registered) -> None:

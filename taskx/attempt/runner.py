@@ -24,6 +24,7 @@ from taskx.attempt.failures import (
     shortened,
     traceback_text,
 )
+from taskx.attempt.waiting import Parked
 from taskx.tasks import forks, payload
 from taskx.tasks.clock import Clock
 from taskx.tasks.errors import (
@@ -51,12 +52,17 @@ State = Literal["starting", "ahead", "executing", "concluding", "stuck"]
 class Run:
     """One attempt at a started task, with the token that tells it to stop."""
 
-    __slots__ = ("capture", "context", "decided", "executor", "overdue", "state", "task", "token")
+    __slots__ = (
+        *("capture", "context", "decided", "executor", "overdue", "resumes", "state", "task"),
+        "token",
+    )
 
     def __init__(
         self, task: Task, executor: Registered, token: CancelToken, shared: Shared
     ) -> None:
         self.task = task
+        #: True if it goes on with an attempt that has waited in between: then this is no new start.
+        self.resumes = task.started_at is not None
         self.executor = executor
         self.token = token
         #: Only with a time-out: the call to make if the run does not end then, and the lock that a thread
@@ -127,6 +133,8 @@ class Runner:
                     value = executor.function(*given, **task.params)
             if forks.generation != before:
                 forks.end_in_child(before)
+            if run.context._parked is not None:  # the executor has caught the exception
+                raise run.context._parked
             text = (
                 None if value is None else payload.encode(value, "result", self._max_payload_size)
             )
@@ -158,6 +166,12 @@ class Runner:
         # After a time-out any error counts as the time-out: for example, a closed connection raises its own
         # error. A Snooze does not prevent a time-out.
         cause = TimeoutError() if timed_out and not is_a(error, Permanent, Retry) else error
+        if (parked := run.context._parked) is not None and not timed_out:
+            if error is not parked:
+                log = GuardedLogger(run.context.logger)
+                log.warning("it waits, so what followed is ignored: %s", error_text(error))
+            park = run.context._sealed()
+            return Ending(returned=False, reason=reason, parked=park, interrupt=interrupt)
         return Ending(
             returned=False,
             reason=reason,
@@ -251,7 +265,7 @@ def _timed_out(error: BaseException, task: Task) -> str:
     text = f"timed out after {task.timeout:g} s"
     if is_a(error, ChildKilled):
         return f"{text}; {error}"
-    if is_a(error, TaskCancelled):
+    if is_a(error, TaskCancelled, Parked):
         return text
     return payload.clean_text(f"{text}: {error_text(error)}", MAX_ERROR)
 

@@ -14,6 +14,7 @@ from taskx import (
     ConfigurationError,
     Context,
     Middleware,
+    Parked,
     Retry,
     Snooze,
     Task,
@@ -104,7 +105,7 @@ class Tracing(Middleware):
         ) as span:
             try:
                 yield span
-            except (Retry, Snooze, TaskCancelled) as asked:
+            except (Parked, Retry, Snooze, TaskCancelled) as asked:
                 span.add_event(type(asked).__name__.lower(), {"message": str(asked)})
                 raise
             except BaseException as error:

@@ -116,6 +116,8 @@ class PrometheusHook(Hook):
         self._refresh()
 
     def finished(self, task: Task) -> None:
+        if task.type == "answer":  # it is no work
+            return
         outcome = task.status.value
         self._finished.labels(task.type, outcome).inc()
         if task.status is TaskStatus.FAILED:
@@ -296,7 +298,8 @@ class StoreCollector(Collector):
         for type in ("", *paused.types) if paused.everything else paused.types:
             found["paused"].add_metric([type], 1)
         pending = queue.count_tasks(status=TaskStatus.PENDING)
-        found["tasks_pending"].add_metric([], pending)
+        found["tasks_pending"].add_metric([], max(0, pending - stats.answers))
+        found["answers_pending"].add_metric([], stats.answers)
         nodes = sum(node.lives for node in queue.repository.nodes())
         found["nodes"].add_metric([], nodes)
         self._read_health(found, stats.types)
@@ -326,6 +329,7 @@ _FAMILIES: Mapping[str, Callable[[], Any]] = {
         (CounterMetricFamily, "repository_errors", "Scrapes for which it was not read."),
         (GaugeMetricFamily, "tasks", "Unfinished tasks by type and state.", "type", "state"),
         (GaugeMetricFamily, "tasks_pending", "Pending tasks, delayed ones included."),
+        (GaugeMetricFamily, "answers_pending", "Answers that somebody has yet to give."),
         (
             GaugeMetricFamily,
             "oldest_pending_age_seconds",

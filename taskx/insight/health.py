@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 
 import attrs
@@ -17,11 +17,11 @@ from taskx.node.stuck import MOST as MOST_STUCK
 from taskx.node.stuck import stuck_types
 from taskx.stores import queries
 from taskx.stores.liveness.base import Node
-from taskx.tasks.checks import check_int, check_number
+from taskx.tasks.checks import Duration, check_int, check_number
 from taskx.tasks.clock import to_datetime, to_ms
 from taskx.tasks.errors import ConfigurationError, RepositoryCorrupt, RepositoryError
 from taskx.tasks.findings import Answer, Problem, counted, duration, listed, moment
-from taskx.tasks.lifecycle import FAILED
+from taskx.tasks.lifecycle import ANSWER, FAILED
 from taskx.tasks.model import check_key
 
 # Most names in the facts of a problem.
@@ -81,12 +81,12 @@ class Thresholds:
 
 def thresholds(
     *,
-    oldest_due: float | timedelta | None,
-    failed: tuple[int, float | timedelta] | None,
+    oldest_due: Duration | None,
+    failed: tuple[int, Duration] | None,
     nodes: int | Mapping[str, int],
     stuck: int,
     file_size: int | None,
-    schedule_overdue: float | timedelta | None,
+    schedule_overdue: Duration | None,
 ) -> Thresholds:
     """Return the arguments of ``Queue.health`` as thresholds.
 
@@ -113,11 +113,11 @@ def thresholds(
     )
 
 
-def _ms(value: float | timedelta, what: str) -> int:
+def _ms(value: Duration, what: str) -> int:
     return round(check_number(value, what) * 1000)
 
 
-def _optional_ms(value: float | timedelta | None, what: str) -> int | None:
+def _optional_ms(value: Duration | None, what: str) -> int | None:
     return None if value is None else _ms(value, what)
 
 
@@ -264,7 +264,11 @@ class _Check:
         most, period = self._wanted.failed
         limit = max(self._timing.most_explained, 2 * most)
         newest = self._repository.reads.newest(FAILED, limit, ("type", "completed_at"))
-        late = [type for type, at in newest if isinstance(at, int) and at >= self.now - period]
+        late = [
+            type
+            for type, at in newest
+            if isinstance(at, int) and at >= self.now - period and type != ANSWER
+        ]
         if len(late) <= most:
             return
         by_type = Counter(late)

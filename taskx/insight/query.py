@@ -18,6 +18,7 @@ from datetime import datetime, timezone
 from itertools import chain
 from typing import Any, NamedTuple
 
+from taskx.tasks.checks import duration_of
 from taskx.tasks.clock import SYSTEM_CLOCK, Clock
 from taskx.tasks.conditions import Scalar
 from taskx.tasks.errors import ConfigurationError
@@ -47,9 +48,6 @@ _NAMES = {"by": "created_by", "id": "id_prefix", "since": "start_date", "until":
 _FIELD_OF = {long: short for short, long in _NAMES.items()}
 _PARAMS, _TAG = "params", "tag"
 
-_UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
-_DURATION = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|[smhdw]))+")
-_AMOUNT = re.compile(r"(\d+(?:\.\d+)?)(ms|[smhdw])")
 _PIECE = re.compile(r'(?P<space>\s+)|(?P<quoted>"(?:[^"\\]|\\.)*")|(?P<plain>[^\s"]+)', re.DOTALL)
 
 
@@ -138,21 +136,6 @@ def as_python(filter: TaskFilter) -> str:
         elif value is not None:
             fields[name] = value.value if isinstance(value, TaskStatus) else value
     return f"queue.list_tasks({', '.join(f'{name}={value!r}' for name, value in fields.items())})"
-
-
-def duration_of(text: str) -> float:
-    """Return the seconds of a duration such as ``90s``, ``15m``, ``1h30m``, ``2d`` or ``45``.
-
-    Raises:
-        ConfigurationError: the text is not a duration.
-    """
-    if re.fullmatch(r"\d+(\.\d+)?", text):
-        return float(text)
-    if not _DURATION.fullmatch(text):
-        raise ConfigurationError(
-            f"{_shown(text)} is not a duration: write a number and a unit, such as 90s, 15m, 2h, 1d or 1w"
-        )
-    return sum(float(number) * _UNITS[unit] for number, unit in _AMOUNT.findall(text))
 
 
 def moment_of(text: str) -> datetime:

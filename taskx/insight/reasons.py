@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from taskx.insight.limits import Busy, Limits
@@ -17,7 +18,7 @@ from taskx.tasks import lifecycle
 from taskx.tasks.clock import to_datetime, to_ms
 from taskx.tasks.errors import RepositoryError, TaskNotFound
 from taskx.tasks.findings import Reason, counted, duration, first_line, listed, moment
-from taskx.tasks.lifecycle import COMPLETED, UNFINISHED
+from taskx.tasks.lifecycle import ANSWER, COMPLETED, UNFINISHED
 from taskx.tasks.model import TASK_FIELDS, Task, TaskStatus
 from taskx.tasks.record import (
     BY_THREAD,
@@ -75,15 +76,15 @@ class _Inquiry:
 
     def about(self, task_id: str) -> Iterator[Reason]:
         """Yield all reasons, the decisive one first."""
-        found = self._repository.find("id", [task_id], (*TASK_FIELDS, "held"))
+        found = self._repository.find("id", [task_id], (*TASK_FIELDS, "held", "waiting_on"))
         if not found:
             raise TaskNotFound(task_id)
-        *row, held = found[0]
+        *row, held, waiting_on = found[0]
         task = task_from_row(row, self._repository.codecs)
         if not task.status.finished or task.stuck_on:
             self._nodes = {node.id: node for node in self._repository.nodes()}
         if task.status is TaskStatus.PENDING:
-            yield from self._pending(task, held or FREE)
+            yield from self._pending(task, held or FREE, waiting_on)
         elif task.status is TaskStatus.RUNNING:
             yield from self._running(task)
         else:
@@ -93,11 +94,14 @@ class _Inquiry:
 
     # --- pending
 
-    def _pending(self, task: Task, held: int) -> Iterator[Reason]:
+    def _pending(self, task: Task, held: int, waiting_on: str | None) -> Iterator[Reason]:
+        if task.type == ANSWER:
+            yield from self._held(task, held, waiting_on)
+            return
         paused = Controls(self._repository).read_paused()
         able = [node for node in self._nodes.values() if _takes(node, task.type)]
         stopped = [*self._no_node(task, able), *_pauses(task, paused)]
-        yield from self._held(task, held)
+        yield from self._held(task, held, waiting_on)
         yield from stopped
         if held == UNTIL_DUE and not self._is_early(task):
             yield self._due(task)
@@ -113,14 +117,19 @@ class _Inquiry:
             if not (stopped or limits):
                 yield self._worker(task, able, busy)
 
-    def _held(self, task: Task, held: int) -> Iterator[Reason]:
+    def _held(self, task: Task, held: int, waiting_on: str | None) -> Iterator[Reason]:
         """Yield why the task may not start yet, first the reason for which it is held now."""
-        if lifecycle.has_expired(task, self._now):
+        parked = lifecycle.is_parked(task)
+        if lifecycle.has_expired(task, self._now) and not parked:
             assert task.expires_at is not None
             words = f"It had not started by {moment(task.expires_at)}: a started queue cancels it."
             yield Reason("expired", words, {"expires_at": task.expires_at})
         if held == BY_THREAD:
             yield self._stuck(task)
+        elif held == FOR_PARENTS and task.type == ANSWER and waiting_on not in task.depends_on:
+            yield _unanswered(task)
+        elif held == FOR_PARENTS and parked and waiting_on is not None:
+            yield self._waits_for(task, waiting_on)
         elif held == FOR_PARENTS:
             yield self._parents(task)
         elif held == FOR_TURN:
@@ -173,9 +182,26 @@ class _Inquiry:
         number = f"at least {number}" if facts["more"] else number
         return Reason("parents", f"It waits for {number}: {names}.", facts)
 
+    def _waits_for(self, task: Task, awaited: str) -> Reason:
+        """Return what a task waits for in the middle of an attempt."""
+        found = self._repository.get_many([awaited]).get(awaited)
+        since, until = task.started_at, task.expires_at
+        facts: dict[str, Any] = {"id": awaited, "type": "", "status": "gone", "since": since}
+        if found is None or found.status.finished:
+            words = f"What it waits for, {awaited}, has ended: {_SHORTLY}."
+            return Reason("waiting", words, {**facts, "until": until})
+        facts.update(type=found.type, status=found.status.value)
+        what = f"the end of task {awaited} ({found.type}, {found.status})"
+        if found.type == ANSWER:
+            since, until = found.created_at, until or found.expires_at
+            what = f"the answer {awaited}"
+        words = f"It waits for {what}{_between(since, until)}, without a thread."
+        return Reason("waiting", words, {**facts, "since": since, "until": until})
+
     def _turn(self, task: Task) -> Reason:
         key = str(task.concurrency_key)
-        holders = self._repository.find("turn", [key], ("id", "status", "type"))
+        fields = ("id", "status", "type", "started_at", "waiting_on")
+        holders = self._repository.find("turn", [key], fields)
         waiting = [i for (i,) in self._repository.find("line", [key], ("id",), self._most + 1)]
         place = waiting.index(task.id) + 1 if task.id in waiting[: self._most] else None
         facts: dict[str, Any] = {"key": key, "holder": None, "status": None, "type": None}
@@ -184,9 +210,13 @@ class _Inquiry:
         words = f"It waits for the turn of concurrency key {key!r}, {where}"
         if not holders:
             return Reason("turn", f"{words}; no task has the turn: {_SHORTLY}.", facts)
-        facts["holder"], facts["status"], facts["type"] = holders[0]
-        who = "task {} ({}, {})".format(*holders[0])
-        return Reason("turn", f"{words}; {who} has the turn.", facts)
+        *who, started_at, awaited = holders[0]
+        facts["holder"], facts["status"], facts["type"] = who
+        words += "; task {} ({}, {}) has the turn".format(*who)
+        if awaited is not None and started_at is not None:
+            facts["waiting_on"] = awaited
+            words += f", and keeps it while it waits for {awaited}"
+        return Reason("turn", f"{words}.", facts)
 
     def _no_node(self, task: Task, able: Sequence[Node]) -> Iterator[Reason]:
         if able:
@@ -383,6 +413,25 @@ class _Inquiry:
         """Return the name of a node; its id if it is no longer recorded."""
         known = self._nodes.get(node)
         return node if known is None else known.name
+
+
+def _unanswered(answer: Task) -> Reason:
+    since, until = answer.created_at, answer.expires_at
+    facts = {
+        "id": answer.id,
+        "type": ANSWER,
+        "status": answer.status.value,
+        "since": since,
+        "until": until,
+    }
+    words = f"It waits for somebody to call queue.finish({answer.id!r}, …){_between(since, until)}."
+    return Reason("waiting", words, facts)
+
+
+def _between(since: datetime | None, until: datetime | None) -> str:
+    """Return since when and until when something waits, in words."""
+    words = "" if since is None else f" since {moment(since)}"
+    return words if until is None else f"{words}, until {moment(until)}"
 
 
 def _pauses(task: Task, paused: Paused) -> Iterator[Reason]:

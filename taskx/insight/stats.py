@@ -10,7 +10,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any, Literal
 
 import attrs
@@ -18,10 +18,10 @@ import attrs
 from taskx.node.moving import Services
 from taskx.stores import queries
 from taskx.stores.base import Lookup, Repository
-from taskx.tasks.checks import check_int, check_number
+from taskx.tasks.checks import Duration, check_int, check_number
 from taskx.tasks.clock import to_datetime
 from taskx.tasks.findings import Answer, duration
-from taskx.tasks.lifecycle import COMPLETED, FAILED, PENDING
+from taskx.tasks.lifecycle import ANSWER, COMPLETED, FAILED, PENDING
 from taskx.tasks.record import BY_THREAD
 from taskx.tasks.tables import html_table
 
@@ -57,8 +57,8 @@ class TypeStats:
     Attributes:
         waiting: pending tasks that may start now.
         delayed: pending tasks whose ``run_at`` has not come, such as retries that wait.
-        blocked: pending tasks that wait for their parents, for their turn of a concurrency key, or for a
-            thread of an earlier attempt.
+        blocked: pending tasks that wait for other tasks, for an answer, for their turn of a concurrency
+            key, or for a thread of an earlier attempt.
         running: running tasks.
         stuck: threads that run on after the time-out of an attempt. A task may have been retried or
             cancelled since, or have failed.
@@ -90,7 +90,9 @@ class Stats(Answer):
     """The answer of :meth:`Queue.stats`.
 
     Attributes:
-        types: the types that have an executor in this queue or a task that was read, sorted by name.
+        types: the types that have an executor in this queue or a task that was read, sorted by name;
+            without that of answers.
+        answers: pending answers, which people give; they are no work that waits.
         checked_at: the time of the answer.
         period: the seconds before it in which tasks are counted as completed or failed.
         since: all ended tasks that were submitted after this time were read; None if all were read.
@@ -99,6 +101,7 @@ class Stats(Answer):
     """
 
     types: Mapping[str, TypeStats]
+    answers: int
     checked_at: datetime
     period: float
     since: datetime | None
@@ -127,7 +130,7 @@ _COUNTS = ("waiting", "delayed", "blocked", "running", "stuck", "completed", "fa
 def stats(
     repository: Repository,
     services: Services,
-    period: float | timedelta,
+    period: Duration,
     at_most: int,
     waiting_at_most: int,
 ) -> Stats:
@@ -159,8 +162,10 @@ class _Reading:
         self._count("running", "running_on", [*queries.every(self._repository, "running_on")])
         start = self._now - round(period * 1000)
         since = self._count_ended(start) if period else self._now
+        answers = self._found.pop(ANSWER, _Found()).numbers["blocked"]
         return Stats(
             types={type: self._found[type].stats(self._now) for type in sorted(self._found)},
+            answers=answers,
             checked_at=to_datetime(self._now),
             period=period,
             since=None if since is None else to_datetime(since),

@@ -107,6 +107,10 @@ class _Gate:
         #: The time of the next fetch, on the monotonic clock; None: not before a run ends.
         self.fetch_at: float | None = None
 
+    def admit_resumed(self, count: int) -> int:
+        """Admit tasks that go on with an attempt: that takes no token."""
+        return count if self.slots is None else self.slots.take(count)
+
     def admit(self, count: int) -> int:
         got = count if self.slots is None else self.slots.take(count)
         if self.bucket is None:
@@ -179,6 +183,8 @@ class Admission:
         self._left: list[SharedSlots] = []
         #: The gate that admitted each task that has not ended.
         self.admitted: dict[str, _Gate] = {}
+        # Those of them that took no token.
+        self._resumed: set[str] = set()
 
     def _gate(self, type: str) -> _Gate:
         gate = self._gates.get(type)
@@ -299,11 +305,20 @@ class Admission:
 
     # --- at the start, and at the end
 
-    def admit(self, waiting: Mapping[str, Sequence[str]]) -> set[str]:
+    def slots_free(self, type: str) -> bool:
+        """Return True if a task of the type that goes on with an attempt may start now."""
+        with self._lock:
+            slots = self._gate(type).slots
+            return slots is None or slots.free() > 0
+
+    def admit(
+        self, waiting: Mapping[str, Sequence[str]], resumed: Collection[str] = ()
+    ) -> set[str]:
         """Admit tasks that are about to start, as far as the limits allow.
 
         Args:
             waiting: the ids of the tasks of each type, in order.
+            resumed: those that go on with an attempt, and take no token.
 
         Returns:
             The ids of the admitted tasks. :meth:`over` must be called for each when it ends.
@@ -317,16 +332,22 @@ class Admission:
                 for type, task_ids in waiting.items():
                     gate = self._gate(type)
                     gate.fetched.difference_update(task_ids)
-                    got = gate.admit(len(task_ids))
-                    for task_id in task_ids[:got]:
+                    known = [task_id for task_id in task_ids if task_id in resumed]
+                    for task_id in known[: gate.admit_resumed(len(known))]:
+                        self._resumed.add(task_id)
                         self.admitted[task_id] = gate
                         admitted.add(task_id)
-                    gate.more |= got < len(task_ids)
+                    new = [task_id for task_id in task_ids if task_id not in resumed]
+                    for task_id in new[: gate.admit(len(new))]:
+                        self.admitted[task_id] = gate
+                        admitted.add(task_id)
+                    gate.more |= not admitted.issuperset(task_ids)
                     gate.plan_fetch(len(gate.fetched))
                     self._tell_scheduled(gate)
             except BaseException:  # an interrupt, too: the caller calls over() for none of them
                 for task_id in admitted:
-                    self.admitted.pop(task_id).leave(ran=False)
+                    self.admitted.pop(task_id).leave(ran=task_id in self._resumed)
+                self._resumed -= admitted
                 raise
         return admitted
 
@@ -335,7 +356,8 @@ class Admission:
         with self._lock:
             gate = self.admitted.pop(task_id, None)
             if gate is not None:
-                gate.leave(ran=ran)
+                gate.leave(ran=ran or task_id in self._resumed)
+                self._resumed.discard(task_id)
         if gate is not None:
             self._freed()
 

@@ -61,10 +61,10 @@ class Release:
         on. The others find them released, and come back a little later, as they do if another transaction
         has locked all of them.
         """
-        ids = [task_id for task_id, _ in self._repository.due(now, self._batch)]
-        if ids:
-            released = sum(self._moves.commit([lifecycle.release(task_id) for task_id in ids]))
-            if not released or (len(ids) == self._batch and 2 * released < self._batch):
+        due = self._repository.due(now, self._batch)
+        if due:
+            released = sum(self._moves.commit([lifecycle.release(*one) for one in due]))
+            if not released or (len(due) == self._batch and 2 * released < self._batch):
                 self._again_at = time.monotonic() + self._poll_every
 
     @property

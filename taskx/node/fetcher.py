@@ -15,6 +15,9 @@ from taskx.stores import queries
 from taskx.tasks import lifecycle
 from taskx.tasks.record import Stub
 
+# Most tasks of a type without tokens among which those are sought that go on with an attempt.
+_FEW_RESUMED = 16
+
 
 class Fetcher:
     """Keeps a node's buffer filled with stored tasks that may start.
@@ -178,6 +181,8 @@ class Fetcher:
         for type in types:
             if type in limits:
                 most, waiting = self._admission.room(type, known)
+                if not most and limits[type].rate is not None and self._admission.slots_free(type):
+                    found += self._resumed(type, known, room, owner)
                 if (most := min(most, room)) > 0:
                     stubs = repository.ready([type], most + waiting, owner, ageing)
                     some = self._others(stubs, known, most)
@@ -186,6 +191,16 @@ class Fetcher:
                         self._admission.fetch_done(type, most, len(some))
         found.sort(key=self._best_first)
         return found[:room]
+
+    def _resumed(self, type: str, known: set[str], room: int, owner: str) -> list[Stub]:
+        """Return tasks of a type without tokens that go on with an attempt, among the first of the type."""
+        some = min(room, _FEW_RESUMED) + len(known)
+        stubs = self._services.repository.ready([type], some, owner, self._buffer.ageing)
+        others = self._others(stubs, known, room)
+        ids = [stub.id for stub in others]
+        rows = self._services.repository.find("id", ids, ("id", "started_at")) if ids else ()
+        waited = {task_id for task_id, started_at in rows if started_at is not None}
+        return [stub for stub in others if stub.id in waited]
 
     def _others(self, stubs: Sequence[Stub], known: set[str], most: int) -> list[Stub]:
         """Return the first of these tasks, at most ``most``, that this node does not hold yet."""

@@ -195,6 +195,8 @@ class Moves(Ledger[Outcome]):
     def _created(self, inserts: Sequence[Insert]) -> None:
         if listeners := self._hooks.submitted:
             for insert in inserts:
+                if insert.row["type"] == lifecycle.ANSWER:  # no work was submitted
+                    continue
                 self._hooks.tell(listeners, partial(_submitted_task, insert))
         if held := [insert for insert in inserts if insert.row["held"]]:
             self._may_start(held, {})
@@ -216,7 +218,9 @@ class Moves(Ledger[Outcome]):
             for write, row in moved:
                 if self._hooks.moves and write.id in tasks:
                     self._tell_hooks(row, tasks[write.id], write.changes, outcome)
-                if row.ends and (self.dependents.any or not self._agenda.attended):
+                # Another process may have stored the task that waits for an answer.
+                told = self.dependents.any or not self._agenda.attended or write.move == "finish"
+                if row.ends and told:
                     self.dependents.parent_ended(write.id)
                 if "turn" in write.changes or write.move == "delete":
                     turns = True

@@ -11,9 +11,10 @@ import time
 import weakref
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from datetime import timedelta
 from importlib import import_module
 from typing import Protocol
+
+import attrs
 
 from taskx.attempt.runner import inside_executor
 from taskx.node.engine import Engine
@@ -23,7 +24,7 @@ from taskx.node.pool import WorkerPool
 from taskx.node.schedules import Entry
 from taskx.stores.liveness.base import About, Node
 from taskx.tasks import permission
-from taskx.tasks.checks import check_number
+from taskx.tasks.checks import Duration, check_number
 from taskx.tasks.config import Config
 from taskx.tasks.errors import (
     CancelReason,
@@ -33,6 +34,7 @@ from taskx.tasks.errors import (
     SchemaMismatch,
 )
 from taskx.tasks.ids import new_id
+from taskx.tasks.lifecycle import ANSWER
 from taskx.tasks.log import GuardedLogger
 from taskx.tasks.model import TaskFilter, TaskStatus
 from taskx.tasks.timing import Timing
@@ -252,7 +254,7 @@ class LocalNode:
 
     # --- running
 
-    def drain(self, timeout: float | timedelta | None) -> bool:
+    def drain(self, timeout: Duration | None) -> bool:
         """Do the work of :meth:`Queue.drain`.
 
         Raises:
@@ -309,7 +311,7 @@ class LocalNode:
 
     # --- stopping
 
-    def stop(self, timeout: float | timedelta, *, cancel: bool) -> list[str]:
+    def stop(self, timeout: Duration, *, cancel: bool) -> list[str]:
         """Take no more tasks, wait for workers and hooks; return the ids of tasks that still run."""
         seconds = min(check_number(timeout, "timeout"), _LONGEST_STOP)
         deadline = time.monotonic() + seconds
@@ -422,7 +424,10 @@ class LocalNode:
 
     def _tell_left_pending(self) -> None:
         with suppress(RepositoryError):  # other steps log it
-            pending = self._services.repository.count(TaskFilter(status=TaskStatus.PENDING))
+            count, filter = self._services.repository.count, TaskFilter(status=TaskStatus.PENDING)
+            pending = count(filter)
+            if pending:  # people give answers whether a queue runs or not
+                pending -= count(attrs.evolve(filter, type=ANSWER))
             if pending:
                 self.log.warning("stopped with %d task(s) left pending", pending)
 

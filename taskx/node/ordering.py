@@ -5,6 +5,9 @@ registered with another unfinished parent. When no unfinished parent is left, th
 start, or it ends. So the end of a task without dependents costs nothing. The end of a parent costs no more
 than the tasks that are registered with it.
 
+Parked tasks and open answers are registered in the same way: a parked task with the task that it waits
+for, and an answer with a task that waits for it.
+
 A task with a concurrency key waits until it gets the turn of its key. It keeps the turn until it has ended,
 even through retries. The repository ensures that two tasks never have the same turn. So several processes
 may give the turn to the next task at the same time.
@@ -24,14 +27,14 @@ from taskx.tasks import lifecycle
 from taskx.tasks.bell import Agenda
 from taskx.tasks.clock import Clock
 from taskx.tasks.errors import ConfigurationError, RepositoryError, TaskNotFound, TaskxError
-from taskx.tasks.lifecycle import PENDING, UNFINISHED
+from taskx.tasks.lifecycle import ANSWER, PENDING, UNFINISHED
 from taskx.tasks.log import GuardedLogger
 from taskx.tasks.model import Task
 from taskx.tasks.record import ids_from_text
-from taskx.tasks.writes import Insert, Update
+from taskx.tasks.writes import Delete, Insert, Update
 
 #: Commits moves of tasks, with the tasks as they were read, and applies the consequences.
-Commit = Callable[[Sequence[Update], Mapping[str, Task]], object]
+Commit = Callable[[Sequence[Update | Delete], Mapping[str, Task]], object]
 
 
 class _Scanner(ABC):
@@ -241,10 +244,31 @@ class Dependents(_Scanner):
 
     def _move(self, children: Mapping[str, Task]) -> None:
         parents = {parent: None for child in children.values() for parent in child.depends_on}
+        on, waiters = self._waits(children)
+        parents.update(dict.fromkeys(parent for parent in on.values() if parent is not None))
         statuses = self._repository.statuses([*parents])
-        now = self._clock.now_ms()
-        moves = [lifecycle.parents_moved(child, statuses, now) for child in children.values()]
-        self._commit(moves, children)
+        now, moves = self._clock.now_ms(), list[Update | Delete]()
+        for child in children.values():
+            awaited, some = on.get(child.id), waiters.get(child.id, ())
+            if lifecycle.is_parked(child) or (child.id in on and awaited not in child.depends_on):
+                moves += lifecycle.moved_on(child, awaited, statuses, some, now)
+            else:
+                moves.append(lifecycle.parents_moved(child, statuses, now))
+        if moves:
+            self._commit(moves, children)
+
+    def _waits(
+        self, children: Mapping[str, Task]
+    ) -> tuple[Mapping[str, str | None], Mapping[str, list[str]]]:
+        """Return what parked tasks and answers wait for, by id, and the tasks that wait for each answer."""
+        answers = [i for i, child in children.items() if child.type == ANSWER]
+        parked = [i for i, child in children.items() if lifecycle.is_parked(child)]
+        if not (answers or parked):
+            return {}, {}
+        find, waiters = self._repository.find, dict[str, list[str]]()
+        for answer, waiter in find("waiting_on", answers, ("waiting_on", "id")) if answers else ():
+            waiters.setdefault(answer, []).append(waiter)
+        return dict(find("id", [*answers, *parked], ("id", "waiting_on"))), waiters
 
 
 def _first(told: deque[str], most: int) -> list[str]:

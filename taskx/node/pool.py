@@ -478,8 +478,9 @@ class WorkerPool:
     def _tell_begins(self, run: Run, worker: str) -> None:
         task, log = run.task, self.services.log
         if self._is_told():
-            log.debug("task %s (%s) begins, attempt %d", task.id, task.type, task.attempt)
-        if listeners := self.hooks.started:
+            what = "goes on with" if run.resumes else "begins,"
+            log.debug("task %s (%s) %s attempt %d", task.id, task.type, what, task.attempt)
+        if (listeners := self.hooks.started) and not run.resumes:
             self.hooks.tell(listeners, partial(changed_task, task, {}))
         if task.timeout is not None:
             run.overdue = self.stuck.watch(run, worker)

@@ -95,7 +95,9 @@ class Recovery:
         find = self._pool.services.repository.find
         running = [task_id for (task_id,) in find("running_on", [node.id], ("id",))]
         barred = [task_id for (task_id,) in find("stuck_on", [node.id], ("id",))]
-        tasks = list(self._pool.services.repository.get_many(running).values())
+        found = self._pool.services.repository.get_many(running).values()
+        # Another node may have rescued some since, and a third one may run them.
+        tasks = [task for task in found if task.owner == node.id]
         if not self._pool.services.repository.liveness.is_dead(node.id):
             return 0  # it came back, and may be running the tasks that were read
         try:

@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 import time
 from contextlib import suppress
-from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from taskx.node.moving import Services
 from taskx.node.pool import WorkerPool
 from taskx.stores import queries
 from taskx.stores.controls import REQUEST, STACKS, STOP, Request
-from taskx.tasks.checks import check_number
+from taskx.tasks.checks import Duration, check_number
 from taskx.tasks.errors import ConfigurationError, NodeNotFound, RepositoryError
 from taskx.tasks.ids import made_at
 from taskx.tasks.model import check_key
@@ -63,7 +62,7 @@ def stop_node(services: Services, node: str) -> None:
     _ask(services, node, STOP)
 
 
-def stacks(services: Services, node: str | None, timeout: float | timedelta) -> list[ThreadStack]:
+def stacks(services: Services, node: str | None, timeout: Duration) -> list[ThreadStack]:
     """Do the work of :meth:`Queue.stacks`."""
     from taskx.node.threads import from_json, stacks_here
 

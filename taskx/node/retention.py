@@ -15,6 +15,8 @@ from taskx.tasks.model import TaskStatus, check_moment, check_status
 
 # Most dependents that are read at a time.
 _MOST_PAIRS = 1000
+# Milliseconds for which an answer stays that belongs to no task: a task that it has woken reads it later.
+_KEPT = 24 * 3600 * 1000
 # More seconds than the calendar has.
 _FOR_EVER = 1e12
 # Tasks that did not complete usually depend on tasks that did; the reverse is rare.
@@ -40,9 +42,27 @@ def prune(
     if not page:
         return 0, None
     kept = needed(repository, [task.stub.id for task in page])
+    if answers := [task.stub.id for task in page if task.stub.type == lifecycle.ANSWER]:
+        kept |= still_asked(services, answers)
     stubs = lifecycle.prunable(page, kept, services.clock.now_ms())
     removed = sum(services.moves.commit([lifecycle.prune(stub) for stub in stubs]) if stubs else ())
     return removed, page[-1].place if len(page) == batch else None
+
+
+def still_asked(services: Services, answers: Sequence[str]) -> set[str]:
+    """Return the answers for which an unfinished task may ask, and those to no task that are young."""
+    repository, now = services.repository, services.clock.now_ms()
+    askers = {answer: lifecycle.askers(answer) for answer in answers}
+    statuses = repository.statuses([*{one for some in askers.values() for one in some}])
+    kept = {
+        answer
+        for answer, some in askers.items()
+        if any(statuses.get(one) in lifecycle.UNFINISHED for one in some)
+    }
+    events = [answer for answer in answers if answer.startswith(lifecycle.EVENT)]
+    found = repository.find("id", events, ("id", "completed_at")) if events else ()
+    kept.update(event for event, ended_at in found if (ended_at or 0) > now - _KEPT)
+    return kept
 
 
 def needed(repository: Repository, task_ids: Sequence[str]) -> set[str]:

@@ -351,7 +351,8 @@ class Starter:
                 waiting.setdefault(task.type, []).append(task.id)
         if not waiting:
             return set()
-        admitted = self._admission.admit(waiting)
+        resumed = {task.id for task in found.values() if lifecycle.is_parked(task)}
+        admitted = self._admission.admit(waiting, resumed)
         ids = {task_id for some in waiting.values() for task_id in some}
         try:
             self._turn_away(found, [found[task_id] for task_id in ids - admitted])
@@ -479,7 +480,12 @@ class Starter:
             # The last one comes first, because each goes into the buffer before those put back.
             tasks = {i: found[i] for i in ids if i in found and self._is_lost(found[i])}
             now = services.clock.now_ms()
-            writes = [write for task in tasks.values() for write in lifecycle.hand_back(task, now)]
+            resumed = {run.task.id: run.resumes for run in runs}
+            writes = [
+                write
+                for task in tasks.values()
+                for write in lifecycle.hand_back(task, now, resumed=resumed[task.id])
+            ]
             services.moves.commit(writes, tasks)
         except BaseException:
             self.unexecuted.extend(runs)

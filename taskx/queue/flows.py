@@ -13,11 +13,12 @@ import attrs
 from taskx.attempt.executors import AnyExecutor, executor_of
 from taskx.stores import queries
 from taskx.stores.base import Repository
-from taskx.tasks.checks import check_int, in_seconds, optional_seconds
+from taskx.tasks.checks import check_int, check_number, in_seconds, optional_seconds
 from taskx.tasks.creation import check_parents
 from taskx.tasks.errors import ConfigurationError, TaskNotFound
 from taskx.tasks.handles import TaskHandle
 from taskx.tasks.ids import new_id
+from taskx.tasks.lifecycle import ANSWER
 from taskx.tasks.model import Task, TaskFilter, TaskStatus, check_key
 from taskx.tasks.tags import check_flow, check_tags
 
@@ -72,8 +73,9 @@ def _task_or_flow(step: Step, kind: str) -> Task | Flow:
 def chain(*steps: Step) -> Flow:
     """Return a flow whose steps run one after the other.
 
-    A step finds the tasks of the step before it in ``ctx.parents``. An executor that requires no params can
-    stand for its task.
+    A step finds the tasks of the step before it in ``ctx.parents``. An executor with a parameter
+    ``previous`` that has a default gets their result, unless its params have one: a list if they are
+    several. An executor that requires no params can stand for its task.
 
     Raises:
         PayloadError: a step is an executor that requires params: write ``executor.task(…)``.
@@ -92,6 +94,34 @@ def group(*steps: Step) -> Flow:
         ConfigurationError: there is no step, or one is not a task, an executor or a flow.
     """
     return Flow("group", steps)
+
+
+def answer(
+    name: str,
+    question: Any = None,
+    *,
+    timeout: float | timedelta | None = None,
+    tags: Sequence[str] = (),
+    id: str = "",
+) -> Task:
+    """Return a task that somebody ends by ``queue.finish(id, result)``: no executor runs it.
+
+    It is a step of a flow like any other: ``chain(draft.task(n=1), answer("legal"), publish.task(n=1))``.
+
+    Args:
+        name: what the answer is about, for those who give it.
+        question: a JSON value that is shown to them.
+        timeout: seconds, or a ``timedelta``, from when all tasks that it depends on have completed; after
+            that it is cancelled.
+        tags: short texts to filter answers by.
+        id: a unique id; a new one by default.
+
+    Raises:
+        ConfigurationError: an argument is not valid.
+    """
+    params = {"name": check_key(name, "the name of an answer"), "question": question}
+    seconds = None if timeout is None else check_number(timeout, "timeout")
+    return Task(id=id, type=ANSWER, params=params, timeout=seconds, tags=check_tags(tags))
 
 
 def _steps(shape: Shape) -> tuple[str, list[Shape]]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from datetime import timedelta
 
 from taskx.stores import queries
 from taskx.stores.base import Repository
-from taskx.tasks.checks import in_seconds
+from taskx.tasks.checks import Duration, in_seconds
 from taskx.tasks.display import Display
 from taskx.tasks.model import TaskFilter, TaskStatus
 from taskx.tasks.timing import Timing
@@ -21,7 +20,7 @@ _SHARE = 20
 def follow(
     repository: Repository,
     drain: Callable[[float], bool] | None,
-    timeout: float | timedelta | None,
+    timeout: Duration | None,
     timing: Timing,
 ) -> bool:
     """Do the work of :meth:`Queue.follow`; ``drain`` is that of a started queue."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from functools import partial
 from types import FrameType, TracebackType
 from typing import Any
 
 from taskx.node.node import LocalNode, stop_all
 from taskx.tasks.bell import Signal
-from taskx.tasks.checks import check_number
+from taskx.tasks.checks import Duration, check_number
 from taskx.tasks.errors import ConfigurationError, on_main_thread
 from taskx.tasks.timing import DEFAULT_TIMING, Timing
 
@@ -97,9 +96,7 @@ class Signals:
             self._woken.wait(self._every)
 
 
-def run(
-    nodes: Sequence[LocalNode], timeout: float | timedelta, signals: Signals | None = None
-) -> int:
+def run(nodes: Sequence[LocalNode], timeout: Duration, signals: Signals | None = None) -> int:
     """Do the work of :func:`taskx.run` with the nodes of its queues."""
     seconds = check_number(timeout, "timeout")
     if not on_main_thread():

@@ -486,6 +486,11 @@ def prepare(
     registry = services.registry
     if registry.values:
         task = encoded(task, registry.values)
+    if task.type == lifecycle.ANSWER:
+        services.repository.require("answers")
+        return lifecycle.opened(
+            new_record(task, services.clock.now_ms(), registry.max_payload_size)
+        )
     now = services.clock.now_ms() if created_at is None else created_at
     insert = new_record(task, now, registry.max_payload_size)
     row = insert.row

@@ -21,7 +21,7 @@ from taskx.queue.layers import LayeredIntake
 from taskx.stores.base import Repository
 from taskx.tasks import payload
 from taskx.tasks.bell import Signal
-from taskx.tasks.checks import check_int, check_number, optional_seconds
+from taskx.tasks.checks import as_seconds, check_int, check_number
 from taskx.tasks.clock import Clock
 from taskx.tasks.config import Config
 from taskx.tasks.display import Display
@@ -514,7 +514,7 @@ class MapResults(Iterator[R], Generic[R]):
     _star: bool
     _window: int
     _widest: int
-    _timeout: float | None = attrs.field(converter=optional_seconds)
+    _timeout: float | None = attrs.field(converter=as_seconds)
     _return_exceptions: bool
     _ordered: bool
     _retry_failed: bool

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from taskx.attempt.waiting import ONCE, awake
 from taskx.queue.bulk import PLAIN, Bulk, Tally, Terms
 from taskx.queue.requeuing import Requeues
 from taskx.stores import queries
 from taskx.stores.selecting import Chosen, Page, Selection, Statuses
 from taskx.tasks import lifecycle
+from taskx.tasks.clock import to_ms
+from taskx.tasks.creation import new_record
 from taskx.tasks.errors import (
     ConfigurationError,
     InvalidTransition,
@@ -16,7 +19,7 @@ from taskx.tasks.errors import (
     TaskNotFound,
 )
 from taskx.tasks.model import Task, TaskStatus
-from taskx.tasks.writes import Delete, Update
+from taskx.tasks.writes import Write
 
 # Attempts to cancel a task that moves between the write and the read.
 _TRIES = 20
@@ -102,6 +105,77 @@ class Operations(Requeues):
                     continue
         return cancelled, asked
 
+    # --- answers, and tasks that sleep
+
+    def finish_one(
+        self, answer_id: str, result: str | None, error: str, by: str, *, again: bool
+    ) -> bool:
+        """End an answer; return False if it has ended: see ``Queue.finish``."""
+        self._repository.require("answers")
+        for _ in range(_TRIES):
+            now = self._services.clock.now_ms()
+            answer, waiting_on = self._answer(answer_id)
+            if again and (answer is None or ONCE not in answer.params):
+                raise InvalidTransition(
+                    f"{answer_id} is not about a call that can be made again: give a result or an error"
+                )
+            if answer is None:
+                new = new_record(Task(id=answer_id, type=lifecycle.ANSWER), now)
+                finish = lifecycle.finish(Task(id=answer_id), now, result, error, by)
+                write: Write = lifecycle.created_finished(new, finish)
+            elif answer.type != lifecycle.ANSWER:
+                raise InvalidTransition(
+                    f"task {answer_id} is no answer, but a task of type {answer.type!r}, which an executor "
+                    "runs: nobody can finish it by hand"
+                )
+            elif answer.status.finished:
+                return False
+            elif waiting_on in answer.depends_on:
+                raise InvalidTransition(
+                    f"the answer {answer_id} cannot be given yet: it waits for {waiting_on} first"
+                )
+            else:
+                write = lifecycle.finish(answer, now, result, error, by)
+            if self._commit([write], {} if answer is None else {answer_id: answer})[0]:
+                return True
+        raise RepositoryCorrupt(f"the answer {answer_id} cannot be finished: its record is damaged")
+
+    def _answer(self, answer_id: str) -> tuple[Task | None, str | None]:
+        """Return an answer and what it waits for. None if it may be stored: nobody has asked for it yet.
+
+        Raises:
+            TaskNotFound: it does not exist, and no unfinished task can ask for it.
+            InvalidTransition: the task that could ask for it has ended.
+        """
+        if (answer := self._repository.get_many([answer_id]).get(answer_id)) is not None:
+            fields = ("waiting_on",)
+            found = self._repository.find("id", [answer_id], fields)
+            return answer, next((on for (on,) in found), None)
+        if not answer_id.startswith(lifecycle.EVENT):
+            askers = lifecycle.askers(answer_id)
+            statuses = self._repository.statuses(askers)
+            asker = next((one for one in askers if one in statuses), None)
+            if asker is None:
+                raise TaskNotFound(answer_id)
+            if statuses[asker] in lifecycle.FINISHED:
+                raise InvalidTransition(
+                    f"nobody can ask for the answer {answer_id}: task {asker} is {statuses[asker]}"
+                )
+        return None, None
+
+    def wake_one(self, task_id: str) -> bool:
+        """Let a task start now that waits for its time: see ``Queue.wake``."""
+        task = self._repository.get_by_id(task_id)
+        if task.status is not TaskStatus.PENDING or task.run_at is None:
+            return False
+        now, checkpoints = self._services.clock.now_ms(), None
+        if lifecycle.is_parked(task):
+            if task.damage:
+                raise RepositoryCorrupt(f"task {task_id} cannot be woken: {task.damage}")
+            checkpoints = awake(task.checkpoints, to_ms(task.run_at), now)
+        write = lifecycle.wake_early(task, now, checkpoints)
+        return self._commit([write], {task_id: task})[0]
+
     # --- delete
 
     def delete_one(self, task_id: str) -> None:
@@ -154,7 +228,7 @@ class Operations(Requeues):
         return needed
 
     def _commit(
-        self, writes: Sequence[Update | Delete], tasks: Mapping[str, Task] | None = None
+        self, writes: Sequence[Write], tasks: Mapping[str, Task] | None = None
     ) -> Sequence[bool]:
         self._repository.transactions.refuse_write()
         results = self._moves.commit(writes, tasks)

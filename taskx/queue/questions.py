@@ -6,7 +6,7 @@ Many programs only submit and run tasks, so modules that only these methods need
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from taskx.node import requests
@@ -14,6 +14,7 @@ from taskx.queue.parts import Parts
 from taskx.stores import queries
 from taskx.stores.controls import Controls, Paused
 from taskx.stores.selecting import dead
+from taskx.tasks.checks import Duration
 from taskx.tasks.model import (
     Task,
     TaskCount,
@@ -228,12 +229,12 @@ class Questions(Parts):
     def health(
         self,
         *,
-        oldest_due: float | timedelta | None = 300.0,
-        failed: tuple[int, float | timedelta] | None = None,
+        oldest_due: Duration | None = 300.0,
+        failed: tuple[int, Duration] | None = None,
         nodes: int | Mapping[str, int] = 1,
         stuck: int | None = None,
         file_size: int | None = None,
-        schedule_overdue: float | timedelta | None = 60.0,
+        schedule_overdue: Duration | None = 60.0,
     ) -> Health:
         """Check the repository and this queue, and return what is wrong.
 
@@ -278,7 +279,7 @@ class Questions(Parts):
     def stats(
         self,
         *,
-        period: float | timedelta = 3600.0,
+        period: Duration = 3600.0,
         at_most: int = 5_000,
         waiting_at_most: int = 100_000,
     ) -> Stats:
@@ -308,7 +309,7 @@ class Questions(Parts):
     def history(
         self,
         *,
-        period: float | timedelta = 3600.0,
+        period: Duration = 3600.0,
         intervals: int = 60,
         at_most: int = 5_000,
     ) -> History:
@@ -367,9 +368,7 @@ class Questions(Parts):
 
         return nodes(self._services, self._pool)
 
-    def stacks(
-        self, node_id: str | None = None, *, timeout: float | timedelta = 5.0
-    ) -> list[ThreadStack]:
+    def stacks(self, node_id: str | None = None, *, timeout: Duration = 5.0) -> list[ThreadStack]:
         """Return what the threads of a process do, with their stacks.
 
         The threads that run tasks come first. At most 200 threads are returned, and at most some 4,000

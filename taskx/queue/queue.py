@@ -7,7 +7,6 @@ import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
@@ -43,6 +42,7 @@ from taskx.stores.base import Repository
 from taskx.stores.controls import Controls
 from taskx.stores.eight import TaskRepository
 from taskx.tasks.bell import Agenda
+from taskx.tasks.checks import Duration
 from taskx.tasks.clock import SYSTEM_CLOCK, Clock, check_clock
 from taskx.tasks.config import Config
 from taskx.tasks.errors import ConfigurationError, RepositoryError
@@ -435,7 +435,7 @@ class Queue(Questions, Steering):
         name: str = "",
         star: bool = False,
         window: int | None = None,
-        timeout: float | timedelta | None = None,
+        timeout: Duration | None = None,
         return_exceptions: Literal[False] = False,
         ordered: bool = True,
         retry_failed: bool = True,
@@ -452,7 +452,7 @@ class Queue(Questions, Steering):
         name: str = "",
         star: bool = False,
         window: int | None = None,
-        timeout: float | timedelta | None = None,
+        timeout: Duration | None = None,
         return_exceptions: bool,
         ordered: bool = True,
         retry_failed: bool = True,
@@ -469,7 +469,7 @@ class Queue(Questions, Steering):
         name: str = "",
         star: bool = False,
         window: int | None = None,
-        timeout: float | timedelta | None = None,
+        timeout: Duration | None = None,
         return_exceptions: bool = False,
         ordered: bool = True,
         retry_failed: bool = True,
@@ -485,7 +485,7 @@ class Queue(Questions, Steering):
         name: str = "",
         star: bool = False,
         window: int | None = None,
-        timeout: float | timedelta | None = None,
+        timeout: Duration | None = None,
         return_exceptions: bool = False,
         ordered: bool = True,
         retry_failed: bool = True,
@@ -615,7 +615,7 @@ class Queue(Questions, Steering):
         *,
         tz: str | None = None,
         misfire: Misfire = "one",
-        misfire_grace: float | timedelta | None = None,
+        misfire_grace: Duration | None = None,
         overlap: Overlap = "allow",
         **options: Unpack[ScheduleOptions],
     ) -> Schedule: ...
@@ -630,7 +630,7 @@ class Queue(Questions, Steering):
         *,
         tz: str | None = None,
         misfire: Misfire = "one",
-        misfire_grace: float | timedelta | None = None,
+        misfire_grace: Duration | None = None,
         overlap: Overlap = "allow",
         **options: Unpack[ScheduleOptions],
     ) -> Schedule: ...
@@ -644,7 +644,7 @@ class Queue(Questions, Steering):
         *,
         tz: str | None = None,
         misfire: Misfire = "one",
-        misfire_grace: float | timedelta | None = None,
+        misfire_grace: Duration | None = None,
         overlap: Overlap = "allow",
         **options: Any,
     ) -> Schedule:
@@ -729,7 +729,7 @@ class Queue(Questions, Steering):
         self.repository.transactions.refuse_wait()
         self._node.start()
 
-    def drain(self, timeout: float | timedelta | None = None) -> bool:
+    def drain(self, timeout: Duration | None = None) -> bool:
         """Wait until no task is left to run; return False if ``timeout`` seconds passed before.
 
         The call does not wait for tasks that may not start yet (``run_at``, ``delay``) or whose type is
@@ -743,7 +743,7 @@ class Queue(Questions, Steering):
         self._joining.refuse()
         return self._node.drain(timeout)
 
-    def follow(self, timeout: float | timedelta | None = None) -> bool:
+    def follow(self, timeout: Duration | None = None) -> bool:
         """Show a person how many tasks wait, run and have ended, until nothing is left to run.
 
         The display is a bar in a terminal or a notebook if the package rich is installed, else a line
@@ -765,7 +765,7 @@ class Queue(Questions, Steering):
         drain = self.drain if self._pool is not None else None
         return follow(self.repository, drain, timeout, self._timing)
 
-    def stop(self, timeout: float | timedelta = 30.0, cancel: bool = False) -> list[str]:
+    def stop(self, timeout: Duration = 30.0, cancel: bool = False) -> list[str]:
         """Stop the queue: accept and start no more tasks, and wait for the running ones.
 
         Running tasks can go on for four fifths of ``timeout``; then their tokens fire with reason
@@ -821,7 +821,7 @@ class Queue(Questions, Steering):
         self._wire()
 
 
-def run(*queues: Queue, timeout: float | timedelta = 30.0) -> int:
+def run(*queues: Queue, timeout: Duration = 30.0) -> int:
     """Start queues, run them until SIGTERM or SIGINT (Ctrl-C), and stop them.
 
     After the first signal running tasks can go on, and the queues stop as :meth:`Queue.stop` describes.

@@ -35,7 +35,8 @@ _REQUEUEABLE = (TaskStatus.FAILED, TaskStatus.CANCELLED)
 
 
 def _waits(task: Task, parents: Mapping[str, Task]) -> bool:
-    return task.status is TaskStatus.PENDING and not parents.keys().isdisjoint(task.depends_on)
+    pending = task.status is TaskStatus.PENDING and not lifecycle.is_parked(task)
+    return pending and not parents.keys().isdisjoint(task.depends_on)
 
 
 class Requeues:
@@ -68,11 +69,20 @@ class Requeues:
             now = self._services.clock.now_ms()
             correction = lifecycle.corrected(task, now, text, from_step)
         family = self._family({task_id: task}, Given(self._repository, (), ()))
+        if from_step is not None:
+            self._forget_answers(task, from_step)
         if task_id not in self._requeue_family(family, {}, {task_id: correction}):
             self._repository.refuse_if_key_held(task)
             raise InvalidTransition(
                 f"task {task_id} was changed while it was being requeued; try again"
             )
+
+    def _forget_answers(self, task: Task, from_step: str) -> None:
+        """Remove the answers to what the task asks again, before it starts."""
+        gone = {write.id: write for write in lifecycle.forgotten_answers(task, from_step)}
+        found = self._repository.find("id", [*gone], ("id", "type")) if gone else ()
+        if writes := [gone[i] for i, type in found if type == lifecycle.ANSWER]:
+            self._moves.commit(writes)
 
     def requeue(self, chosen: Chosen, terms: Terms = PLAIN, *, rate: Any = None) -> Bulk:
         """Requeue the chosen tasks: the failed and cancelled ones with these ids, or those that match."""
@@ -121,7 +131,9 @@ class Requeues:
         self, stagger: Stagger | None, page: Page, selection: Selection, tally: Tally
     ) -> None:
         """Requeue a page, in parts if too many tasks would be requeued with it at once."""
-        parts = [page[1]]
+        if asked := {i: task for i, task in page[1].items() if lifecycle.was_asked(task)}:
+            tally.add(len(asked), asked, changed=0, skipped=["answer"] * len(asked))
+        parts = [{i: task for i, task in page[1].items() if i not in asked}]
         while parts:
             tasks = parts.pop()
             family = self._family(tasks, selection)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -19,7 +19,7 @@ from taskx.queue.intake import Intake, prepare
 from taskx.queue.joining import Joining
 from taskx.stores.base import Repository
 from taskx.tasks import lifecycle, payload
-from taskx.tasks.checks import check_int
+from taskx.tasks.checks import Duration, check_int
 from taskx.tasks.clock import to_datetime, to_ms
 from taskx.tasks.errors import ConfigurationError, RepositoryCorrupt, ScheduleNotFound
 from taskx.tasks.handles import TaskHandle
@@ -343,7 +343,7 @@ class Schedules:
         return note
 
     def declare(
-        self, entry: Entry, task: Task, priority: int | None, expires: float | timedelta | None
+        self, entry: Entry, task: Task, priority: int | None, expires: Duration | None
     ) -> Schedule:
         """Store a schedule, or update the stored one of the same name; wait for the start before.
 
@@ -384,7 +384,7 @@ class Schedules:
                 return new
 
     def _template(
-        self, name: str, task: Task, priority: int | None, expires: float | timedelta | None
+        self, name: str, task: Task, priority: int | None, expires: Duration | None
     ) -> dict[str, Any]:
         if task.id or task.run_at is not None:
             raise ConfigurationError(

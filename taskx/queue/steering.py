@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from taskx.attempt.waiting import AGAIN_TEXT
 from taskx.node import requests
 from taskx.node.retention import prune_all
 from taskx.queue.bulk import Bulk, OnProgress, Terms
 from taskx.queue.parts import Parts
 from taskx.stores.controls import Controls
 from taskx.stores.selecting import Chosen, dead, deliberate, given
-from taskx.tasks.model import TaskFilter, TaskStatus, check_name
+from taskx.tasks import payload
+from taskx.tasks.checks import Duration
+from taskx.tasks.creation import MAX_TEXT
+from taskx.tasks.errors import ConfigurationError
+from taskx.tasks.model import TaskFilter, TaskStatus, check_key, check_name, check_part
 from taskx.tasks.options import FilterOptions, LimitOptions, filter_of
 
 if TYPE_CHECKING:
@@ -47,6 +52,65 @@ class Steering(Parts):
         """
         with self._changing(connection) as operations:
             return operations.cancel_one(check_name(task_id, "id"))
+
+    def finish(
+        self,
+        task_id: str,
+        result: Any = None,
+        *,
+        error: str = "",
+        again: bool = False,
+        by: str = "",
+    ) -> bool:
+        """End an answer, for which a task may wait: see :meth:`Context.ask`.
+
+        Nobody needs to have asked for it: the id must begin with the id of an unfinished task and ``/``, or
+        with ``event/``.
+
+        Args:
+            task_id: the id of the answer.
+            result: a JSON value.
+            error: a text, instead of a result: the answer has failed.
+            again: True, instead of a result: what :meth:`Context.once` asks about shall be done again.
+            by: who has given it, for the record and the log of changes.
+
+        Returns:
+            True for the first call; False if the answer has ended, also by its time-out.
+
+        Raises:
+            TaskNotFound: there is no such answer, and no task that could ask for it.
+            InvalidTransition: the task is no answer, or the answer waits for other tasks, or the task that
+                could ask for it has ended; or with ``again``, it is not about a call.
+            PayloadError: the result is not JSON, or is too large.
+            ConfigurationError: another argument is not valid, or the repository has only eight methods.
+            RepositoryError: the repository failed.
+        """
+        check_key(task_id, "id")
+        if (result is not None) + bool(error) + again > 1:
+            raise ConfigurationError("an answer has a result or an error: give only one of them")
+        text = AGAIN_TEXT if again else None
+        if result is not None:
+            text = payload.encode(result, "result", self._registry.max_payload_size)
+        words = payload.clean_text(error, MAX_TEXT) if isinstance(error, str) else error
+        check_part(words, "error")
+        with self._changing() as operations:
+            done = operations.finish_one(task_id, text, words, check_name(by, "by"), again=again)
+        if done and by:
+            self.note_change(by, "finish", task_id)
+        return done
+
+    def wake(self, task_id: str) -> bool:
+        """Let a task start now that waits for a time: a sleep, a retry or a delay ends.
+
+        Returns:
+            False if the task does not wait for a time.
+
+        Raises:
+            TaskNotFound: no task has this id.
+            RepositoryCorrupt: the record is damaged.
+        """
+        with self._changing() as operations:
+            return operations.wake_one(check_name(task_id, "id"))
 
     def cancel_many(self, task_ids: Iterable[str]) -> int:
         """Cancel the given tasks in a few transactions; tasks that have ended stay unchanged.
@@ -117,7 +181,7 @@ class Steering(Parts):
         self,
         filter: TaskFilter | None = None,
         *,
-        rate: str | tuple[int, float | timedelta] | None = None,
+        rate: str | tuple[int, Duration] | None = None,
         dry_run: bool = False,
         at_most: int | None = None,
         on_progress: OnProgress | None = None,
@@ -154,7 +218,7 @@ class Steering(Parts):
         self,
         group: FailureGroup,
         *,
-        rate: str | tuple[int, float | timedelta] | None = None,
+        rate: str | tuple[int, Duration] | None = None,
         dry_run: bool = False,
         on_progress: OnProgress | None = None,
     ) -> Bulk:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -12,28 +13,74 @@ import attrs
 
 from taskx.tasks.errors import ConfigurationError
 
+#: A length of time: a number of seconds, a ``timedelta``, or a text such as ``"90s"`` or ``"1h30m"``.
+Duration = float | timedelta | str
 
-def in_seconds(value: float | timedelta) -> float:
-    """Return a ``timedelta`` as seconds, and any other value unchanged."""
+_UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+_TEXT = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|[smhdw]))+")
+_AMOUNT = re.compile(r"(\d+(?:\.\d+)?)(ms|[smhdw])")
+
+
+def duration_of(text: str) -> float:
+    """Return the seconds of a duration such as ``90s``, ``15m``, ``1h30m``, ``2d`` or ``45``.
+
+    Raises:
+        ConfigurationError: the text is not a duration.
+    """
+    if re.fullmatch(r"\d+(\.\d+)?", text):
+        return float(text)
+    if not _TEXT.fullmatch(text):
+        shown = repr(text if len(text) <= 80 else f"{text[:79]}…")
+        raise ConfigurationError(
+            f"{shown} is not a duration: write a number and a unit, such as 90s, 15m, 2h, 1d or 1w"
+        )
+    return sum(float(number) * _UNITS[unit] for number, unit in _AMOUNT.findall(text))
+
+
+def in_seconds(value: Duration) -> float:
+    """Return a ``timedelta`` or a text as seconds, and any other value unchanged.
+
+    Raises ConfigurationError if a text is not a number with a unit.
+    """
+    if isinstance(value, str):
+        if value[-1:].isdigit():
+            raise ConfigurationError(
+                f"{value!r} has no unit: write the number, or a text such as '90s'"
+            )
+        return duration_of(value)
     return value.total_seconds() if isinstance(value, timedelta) else value
 
 
-def optional_seconds(value: float | timedelta | None) -> float | None:
+def optional_seconds(value: Duration | None) -> float | None:
     """Return the same as :func:`in_seconds`; None for None."""
     return None if value is None else in_seconds(value)
 
 
-def check_number(value: Any, what: str, minimum: float = 0.0) -> float:
-    """Return seconds, given as a number or a ``timedelta``, as a float.
+def as_seconds(value: Any) -> Any:
+    """Return the same as :func:`in_seconds`; None, and a text that is refused later, unchanged.
 
-    Raises ConfigurationError if the value is neither, is not finite, or is below ``minimum``.
+    It converts a field whose validator calls :func:`check_number`, which names the field.
+    """
+    try:
+        return in_seconds(value)
+    except ConfigurationError:
+        return value
+
+
+def check_number(value: Any, what: str, minimum: float = 0.0) -> float:
+    """Return seconds, given as a :data:`Duration`, as a float.
+
+    Raises ConfigurationError if the value is none, is not finite, or is below ``minimum``.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        if not isinstance(value, timedelta):
+        if not isinstance(value, (timedelta, str)):
             raise ConfigurationError(
-                f"{what} must be a number of seconds or a timedelta, not {value!r}"
+                f"{what} must be a number of seconds, a timedelta or a text such as '90s', not {value!r}"
             )
-        value = value.total_seconds()
+        try:
+            value = in_seconds(value)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{what}: {error}") from None
     try:
         number = float(value)
     except OverflowError:

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import attrs
 from attrs.validators import optional
 
-from taskx.tasks.checks import by, check_int, check_number, optional_seconds
+from taskx.tasks.checks import as_seconds, by, check_int, check_number
 from taskx.tasks.errors import ConfigurationError
 from taskx.tasks.model import TaskStatus, check_status
 from taskx.tasks.payload import DEFAULT_MAX_SIZE
@@ -40,7 +40,7 @@ def _periods(given: Mapping[TaskStatus | str, timedelta | float]) -> dict[TaskSt
 
 @attrs.frozen
 class Config:
-    """The settings of a queue. Seconds can be given as a number or a ``timedelta``.
+    """The settings of a queue. Seconds can be given as a number, a ``timedelta`` or a text.
 
     Attributes:
         worker_num: the number of worker threads.
@@ -69,7 +69,7 @@ class Config:
     buffer_size: int = attrs.field(default=100, validator=by(check_int, 1, 10_000_000))
     overflow: Overflow = attrs.field(default="reject", validator=_known_overflow)
     block_timeout: float | None = attrs.field(
-        default=None, converter=optional_seconds, validator=optional(by(check_number))
+        default=None, converter=as_seconds, validator=optional(by(check_number))
     )
     max_payload_size: int = attrs.field(
         default=DEFAULT_MAX_SIZE, validator=by(check_int, 2, 1 << 30)
@@ -77,6 +77,6 @@ class Config:
     retention: Mapping[TaskStatus, float] = attrs.field(factory=dict, converter=_periods)
     max_stuck: int = attrs.field(default=10, validator=by(check_int, 0, 10_000))
     ageing: float | None = attrs.field(
-        default=None, converter=optional_seconds, validator=optional(by(check_number, 0.001))
+        default=None, converter=as_seconds, validator=optional(by(check_number, 0.001))
     )
     redact: tuple[str, ...] = attrs.field(default=SECRETS, converter=check_redact)

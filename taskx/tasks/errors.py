@@ -25,7 +25,8 @@
     TaskCancelled (BaseException)         raised by a token inside an executor
 
 ``TaskCancelled`` is outside the tree on purpose: ``except Exception`` in user code must not
-catch a cancellation. ``Retry``, ``Permanent`` and ``Snooze`` are in :mod:`taskx.tasks.retry`.
+catch a cancellation. So is ``Parked``, by which a task waits without a thread: see
+:mod:`taskx.attempt.waiting`. ``Retry``, ``Permanent`` and ``Snooze`` are in :mod:`taskx.tasks.retry`.
 """
 
 from __future__ import annotations

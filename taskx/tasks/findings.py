@@ -12,6 +12,7 @@ ReasonKind = Literal[
     "expired",
     "stuck",
     "parents",
+    "waiting",
     "turn",
     "due",
     "no_node",

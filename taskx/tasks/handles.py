@@ -16,14 +16,13 @@ from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import CancelledError, Future, TimeoutError
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED, PENDING
 from contextlib import suppress
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import attrs
 
 from taskx.tasks import payload
 from taskx.tasks.bell import Signal
-from taskx.tasks.checks import in_seconds, optional_seconds
+from taskx.tasks.checks import Duration, in_seconds, optional_seconds
 from taskx.tasks.display import Display
 from taskx.tasks.errors import (
     ConfigurationError,
@@ -163,7 +162,7 @@ class TaskHandle(Future[R]):
         """
         return self.done() and self._state == CANCELLED_AND_NOTIFIED
 
-    def result(self, timeout: float | timedelta | None = None) -> R:
+    def result(self, timeout: Duration | None = None) -> R:
         """Wait until the task has ended, and return its executor's result.
 
         Args:
@@ -191,7 +190,7 @@ class TaskHandle(Future[R]):
         finally:
             del self, outcome  # else the exception's traceback would keep them alive
 
-    def exception(self, timeout: float | timedelta | None = None) -> BaseException | None:
+    def exception(self, timeout: Duration | None = None) -> BaseException | None:
         """Wait until the task has ended. Return the exception that :meth:`result` raises, None if none.
 
         Raises:
@@ -221,7 +220,7 @@ class TaskHandle(Future[R]):
             value = self.__dict__["_decoded"]
         return value
 
-    def follow(self, timeout: float | timedelta | None = None) -> R:
+    def follow(self, timeout: Duration | None = None) -> R:
         """Show the task's progress to a person until the task has ended, and return its result.
 
         The display is a bar in a terminal or a notebook if the package rich is installed, else a line
@@ -316,7 +315,7 @@ class TaskHandle(Future[R]):
                 raise
             self._tell_if_ended(callback)
 
-    def _wait(self, timeout: float | timedelta | None) -> _Outcome:
+    def _wait(self, timeout: Duration | None) -> _Outcome:
         if self._outcome is None:
             self._owner.watch(self)
         if self._outcome is None:

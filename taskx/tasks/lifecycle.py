@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from operator import attrgetter
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 from zlib import crc32
 
 import attrs
@@ -62,8 +62,29 @@ UNFINISHED = (PENDING, RUNNING)
 FINISHED = (COMPLETED, FAILED, CANCELLED)
 
 
+#: The type of answers: no executor runs them; somebody finishes them.
+ANSWER = "answer"
+#: The ids of answers that belong to no task begin with this.
+EVENT = "event/"
+
 # The changes of status that a user may make by hand.
-_EDGES = frozenset(edge for move in MOVES if move.name != "orphan" for edge in move.edges)
+_EDGES = frozenset(
+    edge for move in MOVES if move.name not in ("orphan", "finish") for edge in move.edges
+)
+
+
+class Park(NamedTuple):
+    """What a running task waits for from now on, without a thread.
+
+    Attributes:
+        on: the task whose end it waits for; None if it waits for a time.
+        until: the moment, in milliseconds, at which it goes on in any case; None if there is none.
+        checkpoints: its checkpoints from now on, as JSON text; None if they are as they were stored last.
+    """
+
+    on: str | None
+    until: int | None
+    checkpoints: str | None = None
 
 
 class Ending:
@@ -79,6 +100,7 @@ class Ending:
     stuck: bool = False  #: the attempt is abandoned while its thread still runs
     delay: float = 0.0  #: seconds to wait before the next attempt, if there is one
     snooze: float | None = None  #: seconds after which the executor asked to run again
+    parked: Park | None = None  #: what the attempt waits for before it goes on
     reason: CancelReason | None = None  #: why its token fired; None if it did not fire
     duration: float = 0.0  #: how long it took, in seconds
     worker: str = ""  #: the worker that ran it
@@ -144,9 +166,12 @@ def expiry(created_at: int, run_at: int | None, expires: int) -> int:
     return min(max(created_at, run_at or 0) + expires, LAST)
 
 
-def release(task_id: str) -> Update:
-    """Let a pending task start whose time has come."""
-    guard = {"status": PENDING, "held": UNTIL_DUE}
+def release(task_id: str, run_at: Any = PRESENT) -> Update:
+    """Let a pending task start whose time has come.
+
+    ``run_at`` is that time, as it was read: a task that was put off meanwhile goes on waiting.
+    """
+    guard = {"status": PENDING, "held": UNTIL_DUE, "run_at": run_at}
     return Update(task_id, guard, {"held": FREE}, move="release", skips=True)
 
 
@@ -190,9 +215,11 @@ def _cancel_pending(
     # If a thread of an earlier attempt still runs, the task keeps its turn: see lift_bar. ``held`` is
     # None in records that the original TaskX wrote.
     free = {"status": PENDING, "held": (FREE, UNTIL_DUE, FOR_TURN, None), **guard}
-    barred = {"status": PENDING, "held": (FOR_PARENTS, BY_THREAD), **guard}
+    parked = {"status": PENDING, "held": FOR_PARENTS, "started_at": PRESENT, **guard}
+    barred = {"status": PENDING, "held": (FOR_PARENTS, BY_THREAD), "started_at": None, **guard}
     return [
         Update(task_id, free, {**gone, "turn": None}, durable=durable, move=move, skips=skips),
+        Update(task_id, parked, {**gone, "turn": None}, durable=durable, move=move, skips=skips),
         Update(task_id, barred, gone, durable=durable, move=move, skips=skips),
     ]
 
@@ -205,10 +232,16 @@ def has_expired(task: Task, now: int) -> bool:
 
 
 def expire(task: Task, now: int) -> list[Update]:
-    """Cancel a pending task that has expired. The guard fails once it runs, or cannot expire any more."""
+    """Cancel a pending task that has expired; a parked one goes on, as it has waited long enough.
+
+    The guard fails once it runs, or cannot expire any more.
+    """
     assert task.expires_at is not None
     expires_at = to_ms(task.expires_at)
-    error = f"expired at {to_text(expires_at)} before its first start"
+    if is_parked(task):
+        return [wake(task, now, expires_at=expires_at)]
+    before = "an answer" if task.type == ANSWER else "its first start"
+    error = f"{EXPIRED} {to_text(expires_at)} before {before}"
     if task.earlier_attempts:  # those of the task that this one has replaced
         error += " since it was replaced"
     changes = {"completed_at": now, "error": error}
@@ -217,14 +250,21 @@ def expire(task: Task, now: int) -> list[Update]:
     )
 
 
+#: The error of a task that has expired begins with this.
+EXPIRED = "expired at"
+
+
 def replace(holder: Task, new: Insert) -> list[Update]:
     """Replace params and options of the pending task that holds a unique key by those of a new task.
 
     The holder keeps its age, and goes on waiting for its parents, its turn or a thread. Return no write if
-    the holder is not pending, or if its type, parents or concurrency key differ: these cannot be replaced.
+    the holder is not pending, if it waits in the middle of an attempt, or if its type, parents or
+    concurrency key differ: these cannot be replaced.
     """
     wanted = created_task(new.row)
-    if holder.status is not TaskStatus.PENDING or _fixed(holder) != _fixed(wanted):
+    if holder.status is not TaskStatus.PENDING or is_parked(holder):
+        return []
+    if _fixed(holder) != _fixed(wanted):
         return []
     # The checkpoints of earlier attempts belong to the old params. A node that has read the record to start
     # it has the old params, too: it finds that ``starts`` has changed.
@@ -288,6 +328,8 @@ def give_turn(task_id: str, key: str) -> list[Update]:
 def wait_for(insert: Insert, parent: str) -> None:
     """Make a new task wait for the end of a parent first."""
     insert.row.update(held=FOR_PARENTS, waiting_on=parent)
+    if insert.row["type"] == ANSWER:  # its time counts from when it can be given
+        insert.row.pop("expires_at", None)
 
 
 def next_parent(parents: Sequence[str], statuses: Mapping[str, str]) -> str | None:
@@ -337,7 +379,9 @@ def parents_moved(child: Task, statuses: Mapping[str, str], now: int) -> Update:
         held = until_due(run_at, now) if child.concurrency_key is None else FOR_TURN
         if child.stuck_on:
             guard["stuck_on"], held = child.stuck_on, BY_THREAD
-        free = {"waiting_on": None, "held": held}
+        free: dict[str, Any] = {"waiting_on": None, "held": held}
+        if child.type == ANSWER:
+            free = _opened(child.id, child.timeout, now)
         return Update(child.id, guard, free, move="parents moved", skips=True)
     changes = {
         "status": CANCELLED,
@@ -381,6 +425,119 @@ def ended_with(child: Task, parents: Collection[str]) -> bool:
     """Return True if a task failed or was cancelled because one of these parents did not complete."""
     theirs = tuple(f"{_ITS_PARENT}{parent} " for parent in child.depends_on if parent in parents)
     return child.status.value in (FAILED, CANCELLED) and child.error.startswith(theirs)
+
+
+# --- waiting for a person, for another task or for a time, in the middle of an attempt
+
+
+def is_parked(task: Task) -> bool:
+    """Return True if a pending task waits in the middle of an attempt, or has just waited."""
+    return task.status is TaskStatus.PENDING and task.started_at is not None
+
+
+def opened(insert: Insert, waits_for: str | None = None) -> Insert:
+    """Make a new answer wait until somebody finishes it, or until the task that waits for it has ended.
+
+    Without such a task, it waits for its own end, so that nothing moves it on.
+    """
+    row = insert.row
+    row.update(_opened(waits_for or insert.id, row["timeout"], row["created_at"]))
+    return insert
+
+
+def _opened(waiting_on: str, timeout: float | None, now: int) -> dict[str, Any]:
+    changes: dict[str, Any] = {"held": FOR_PARENTS, "waiting_on": waiting_on}
+    if timeout is not None:
+        changes["expires_at"] = expiry(now, None, max(1, round(min(timeout, MAX_WAIT) * 1000)))
+    return changes
+
+
+def finish(answer: Task, now: int, result: str | None, error: str, by: str) -> Update:
+    """End an answer, by its result as JSON text or by an error. The guard fails if it has ended."""
+    changes: dict[str, Any] = {"status": COMPLETED, "result": result, "progress": 100}
+    if error:
+        changes = {"status": FAILED, "error": error, "dead_letter": 1}
+    changes.update(completed_at=now, worker=by, held=FREE, waiting_on=None, expires_at=None)
+    guard = {"status": PENDING, "starts": answer.starts}
+    return Update(answer.id, guard, changes, durable=True, move="finish")
+
+
+def askers(answer_id: str) -> list[str]:
+    """Return the ids of the tasks that could ask for an answer with this id, the longest first."""
+    parts = answer_id.split("/")
+    return ["/".join(parts[:count]) for count in range(len(parts) - 1, 0, -1)]
+
+
+def created_finished(insert: Insert, finish: Update) -> Insert:
+    """Store a new answer as already finished, because nobody has asked for it yet."""
+    return insert._replace(row={**insert.row, **finish.changes})
+
+
+def moved_on(
+    task: Task, on: str | None, statuses: Mapping[str, str], waiters: Sequence[str], now: int
+) -> list[Update | Delete]:
+    """Decide about a parked task, or about an open answer, when what it waits for may have ended.
+
+    A parked task goes on. An answer ends with the last task that waits for it: one that belongs to no task
+    leaves no record, so that it may be finished later.
+
+    Args:
+        task: the parked task, or the answer.
+        on: the task that it waits for: of an answer, one that waits for the answer.
+        statuses: the statuses of tasks.
+        waiters: the tasks that wait for the answer.
+        now: the time.
+    """
+    if on is None or statuses.get(on) in UNFINISHED:
+        return []
+    if is_parked(task):
+        return [wake(task, now, held=FOR_PARENTS, waiting_on=on)]
+    guard = {"status": PENDING, "starts": task.starts, "waiting_on": on}
+    if others := [waiter for waiter in waiters if waiter not in (on, task.id)]:
+        return [Update(task.id, guard, {"waiting_on": others[0]}, move="wake", skips=True)]
+    if task.id.startswith(EVENT):
+        return [Delete(task.id, guard, durable=False, move="delete", skips=True)]
+    error = f"{_WAITED}{on} {_ENDS.get(statuses.get(on, ''), 'is gone')}"
+    changes = {"status": CANCELLED, "completed_at": now, "error": error}
+    changes.update(waiting_on=None, expires_at=None)
+    return [Update(task.id, guard, changes, move="cancel", skips=True)]
+
+
+# The error of an answer that ended with the task that waited for it begins with this.
+_WAITED = "its task "
+_ENDS = {COMPLETED: "has completed", FAILED: "failed", CANCELLED: "was cancelled"}
+
+
+def ended_unasked(answer: Task) -> bool:
+    """Return True if an answer was cancelled because the task that waited for it had ended."""
+    return answer.status.value == CANCELLED and answer.error.startswith(_WAITED)
+
+
+def asked_again(answer: Task, asker: str, now: int) -> Update:
+    """Open an answer again that was cancelled with the task that waited for it, and that was requeued."""
+    guard = {"status": CANCELLED, "starts": answer.starts, "error": answer.error}
+    changes = {name: DEFAULTS[name] for name in _AS_NEW}
+    changes.update(_opened(asker, answer.timeout, now))
+    return Update(answer.id, guard, changes, move="requeue")
+
+
+def wake(task: Task, now: int, **guard: Any) -> Update:
+    """Let a task start that waits for a time, or for the end of another task, in the middle of an attempt.
+
+    Its waiting time counts from now.
+    """
+    wanted = {"status": PENDING, "starts": task.starts, **guard}
+    changes = {"held": FREE, "waiting_on": None, "expires_at": None, "run_at": now}
+    return Update(task.id, wanted, changes, move="wake", skips=True)
+
+
+def wake_early(task: Task, now: int, checkpoints: str | None) -> Update:
+    """Let a pending task start now that waits for its time; ``checkpoints`` are new ones, or None."""
+    write = wake(task, now, held=UNTIL_DUE)
+    changes: dict[str, Any] = {"held": FREE, "run_at": now}
+    if checkpoints is not None:
+        changes["checkpoints"] = checkpoints
+    return write._replace(changes=changes, durable=True, skips=False)
 
 
 # --- running
@@ -484,10 +641,15 @@ def _fence(task: Task, **more: Any) -> dict[str, Any]:
     return {"status": RUNNING, "starts": task.starts, **more}
 
 
-def hand_back(task: Task, now: int) -> list[Update]:
-    """Undo a start whose executor was never called; the task goes back into its node's buffer."""
+def hand_back(task: Task, now: int, *, resumed: bool = False) -> list[Update]:
+    """Undo a start whose executor was never called; the task goes back into its node's buffer.
+
+    ``resumed`` says that it was to go on in the middle of an attempt.
+    """
     worker = task.earlier_attempts[-1].worker if task.earlier_attempts else ""
     changes = {"status": PENDING, "started_at": None, "worker": worker, "owner": task.owner}
+    if resumed:
+        del changes["started_at"]
     ending = Ending(returned=False, worker=worker)
     return _unless_cancelled(task, changes, ending, now, "hand back")
 
@@ -525,7 +687,7 @@ def conclude(task: Task, ending: Ending, now: int) -> list[Update]:
         changes = {
             "status": COMPLETED,
             "completed_at": now,
-            "duration": ending.duration,
+            "duration": ending.duration + task.duration,
             "owner": "",
             "worker": ending.worker,
             "result": ending.result,
@@ -538,6 +700,8 @@ def conclude(task: Task, ending: Ending, now: int) -> list[Update]:
         return [_update((task.id, _fence(task), changes, False, "complete", False))]
     if ending.reason is CancelReason.CANCEL:
         return [_cancelled(task, ending, now)]
+    if ending.parked is not None and ending.reason is not CancelReason.TIMEOUT:
+        return _park(task, ending, ending.parked, now)
     if ending.reason in (CancelReason.STOP, CancelReason.LEASE_LOST):
         return _interrupt(task, ending, now)
     if ending.snooze is not None and ending.reason is None:
@@ -585,7 +749,7 @@ def _end(task: Task, ending: Ending, now: int, status: str) -> dict[str, Any]:
     changes: dict[str, Any] = {
         "status": status,
         "completed_at": now,
-        "duration": ending.duration,
+        "duration": ending.duration + task.duration,
         "owner": "",
         "worker": ending.worker,
     }
@@ -626,6 +790,28 @@ def _interrupt(task: Task, ending: Ending, now: int) -> list[Update]:
     return _again(task, ending, now, "interrupt", "interrupted", counted)
 
 
+def _park(task: Task, ending: Ending, park: Park, now: int) -> list[Update]:
+    """Make the task wait in the middle of the attempt. The log of attempts and all counts stay."""
+    changes = {
+        "status": PENDING,
+        "owner": "",
+        "worker": ending.worker,
+        "duration": ending.duration + task.duration,
+        "held": FOR_PARENTS,
+        "waiting_on": park.on,
+        "expires_at": park.until,
+    }
+    if park.on is None:
+        changes.update(held=UNTIL_DUE, run_at=park.until, expires_at=None)
+    if park.checkpoints is not None:
+        changes["checkpoints"] = park.checkpoints
+    if ending.progress is not None:
+        changes.update(progress=ending.progress, message=ending.message)
+    if ending.log:
+        changes["log"] = _logged(task, ending)
+    return _unless_cancelled(task, changes, ending, now, "park")
+
+
 def _again(
     task: Task, ending: Ending, now: int, move: str, outcome: str, more: Mapping[str, Any]
 ) -> list[Update]:
@@ -644,6 +830,8 @@ def _again(
         changes["log"] = _logged(task, ending)
     if task.expires_at is not None:  # only the first start can be too late
         changes["expires_at"] = None
+    if task.duration:  # of an attempt that has waited in between
+        changes["duration"] = 0.0
     return _unless_cancelled(task, changes, ending, now, move)
 
 
@@ -766,7 +954,12 @@ def lift_bar(task: Task, now: int) -> list[Update]:
 
 
 def check_requeue(task: Task) -> None:
-    """Raise ``InvalidTransition`` for a task that neither failed nor was cancelled."""
+    """Raise ``InvalidTransition`` for a task that cannot be requeued."""
+    if was_asked(task):
+        raise InvalidTransition(
+            f"{task.id} is an answer that a task has asked for: requeue that task, with from_step to "
+            "ask again"
+        )
     if task.status.value not in REQUEUEABLE:
         raise InvalidTransition(
             f"task {task.id} is {task.status}; only failed or cancelled tasks can be requeued. "
@@ -783,6 +976,11 @@ _INSTEAD = {
         "Its result may be in use: to run it again, submit a new task with its type and params"
     ),
 }
+
+
+def was_asked(task: Task) -> bool:
+    """Return True for an answer that a task has asked for, which that task asks for again."""
+    return task.type == ANSWER and "/" in task.id and not task.depends_on
 
 
 def requeue(
@@ -811,6 +1009,8 @@ def requeue(
         changes.update(held=FOR_TURN, turn=None)
     if waiting_on is not None:
         changes.update(held=FOR_PARENTS, waiting_on=waiting_on)
+    elif task.type == ANSWER:
+        changes.update(_opened(task.id, task.timeout, now))
     # A task that waits for something else gets no run_at: a host whose clock is behind might hold it back.
     if changes["held"] == FREE:
         changes["run_at"] = now
@@ -854,6 +1054,18 @@ def corrected(task: Task, now: int, params: str | None, from_step: str | None) -
     if from_step is not None:
         changes["checkpoints"] = _up_to_step(task, from_step)
     return changes
+
+
+def forgotten_answers(task: Task, from_step: str) -> list[Delete]:
+    """Remove the answers to what a task asks again when it is requeued from a step."""
+    steps: dict[str, Any] = (task.checkpoints or {}).get("steps", {})
+    again = itertools.dropwhile(lambda step: step != from_step, steps)
+    return [forget_answer(f"{task.id}/{name}") for name in again]
+
+
+def forget_answer(answer_id: str) -> Delete:
+    """Remove an answer that has ended."""
+    return Delete(answer_id, {"type": ANSWER, "status": FINISHED}, move="discard")
 
 
 def _up_to_step(task: Task, name: str) -> str | None:
@@ -1001,6 +1213,10 @@ def amend(stored: Task, wanted: Task, now: int) -> list[Update]:
     """
     _check_edge(stored, wanted.status)
     changes = {k: v for k, v in row_from_task(wanted).items() if k not in _NOT_BY_HAND}
+    if (
+        wanted.status is TaskStatus.PENDING
+    ):  # it tells that a task waits in the middle of an attempt
+        del changes["started_at"]
     # The caller could not read a damaged value, so cannot have changed it. Another node may be able to.
     if stored.damage:
         for name in ("params", "result"):

@@ -255,7 +255,7 @@ class Task:
 
     def _latest_attempt(self) -> Attempt:
         return Attempt(
-            outcome="" if self.status is TaskStatus.RUNNING else self.status.value,
+            outcome=self.status.value if self.status.finished else "",
             started_at=self.started_at,
             ended_at=self.completed_at,
             worker=self.worker,

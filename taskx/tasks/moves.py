@@ -67,6 +67,7 @@ _SNOOZED = "task %(id)s (%(type)s) asked to run again in %(snooze)g s"
 _INTERRUPTED = "task %(id)s (%(type)s) was interrupted and is pending again"
 _CRASHED = f"task %(id)s (%(type)s) crashed, it runs again: %(error)s{PARAMS}"
 _DIED = "task %(id)s was running on %(node)s, which died: "
+_PARKED = "task %(id)s (%(type)s) waits without a thread"
 _RESCUED, _LOST = f"{_DIED}it runs again", f"{_DIED}it has failed and is a dead letter{PARAMS}"
 _NOT_RESCUED = f"{_DIED}it is cancelled, as requested"
 
@@ -106,6 +107,8 @@ MOVES = (
         level=_INFO,
         words=_SNOOZED,
     ),
+    # No hook is told: the attempt goes on later.
+    Move("park", _RUN, _PENDING, may_start=True, words=_PARKED),
     Move(
         "interrupt", _RUN, _PENDING, "interrupted", may_start=True, level=_INFO, words=_INTERRUPTED
     ),
@@ -124,6 +127,9 @@ MOVES = (
     Move("orphan", _PEND, _FAILED, ends=True, level=_WARNING, words=_BECAUSE),
     Move("cancelled", _RUN, _CANCELLED, ends=True, words=_ENDED),
     Move("parents moved", (), None, may_start=True),
+    Move("wake", (), None, may_start=True),
+    Move("finish", _PEND, _COMPLETED, ends=True, leaves=True, words=_ENDED),
+    Move("finish", _PEND, _FAILED, ends=True, leaves=True, words=_BECAUSE),
     Move("give turn", (), None, may_start=True),
     Move("release", (), None, may_start=True),
     Move("lift bar", (), None, may_start=True),

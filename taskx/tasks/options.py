@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol, TypedDict, get_args
 
 import attrs
 
-from taskx.tasks.checks import check_int, check_number, optional_seconds
+from taskx.tasks.checks import Duration, as_seconds, check_int, check_number
 from taskx.tasks.clock import LAST, Clock, to_datetime, to_ms, within_calendar
 from taskx.tasks.conditions import ParamsFilter
 from taskx.tasks.errors import ConfigurationError
@@ -55,7 +55,7 @@ class CommonOptions(TypedDict, total=False):
 class RunOptions(CommonOptions, total=False):
     """The options of submits and executors."""
 
-    timeout: float | timedelta | None
+    timeout: Duration | None
 
 
 class MapOptions(CommonOptions, total=False):
@@ -71,16 +71,16 @@ class _KeyOptions(MapOptions, RunOptions, total=False):
 class ScheduleOptions(_KeyOptions, total=False):
     """The options of ``submit`` that a schedule can give to its tasks: see ``Queue.schedule``."""
 
-    expires: float | timedelta | None
+    expires: Duration | None
 
 
 class SubmitOptions(_KeyOptions, total=False):
     """The options of ``submit``: see ``Queue.submit``."""
 
-    expires: float | timedelta | datetime | None
+    expires: Duration | datetime | None
     id: str | None
     run_at: datetime | None
-    delay: float | timedelta | None
+    delay: Duration | None
     unique_key: str | None
     unique_scope: UniqueScope | None
     on_conflict: OnConflict | None
@@ -92,7 +92,7 @@ class LimitOptions(TypedDict, total=False):
     """The limits of a type, as options of its executor and of ``Queue.tune``."""
 
     max_concurrency: int | None
-    rate: str | tuple[int, float | timedelta] | None
+    rate: str | tuple[int, Duration] | None
     burst: int | None
     limit_scope: LimitScope | None
 
@@ -100,10 +100,10 @@ class LimitOptions(TypedDict, total=False):
 class ExecutorOptions(RunOptions, LimitOptions, total=False):
     """The options of an executor: see ``Queue.executor``."""
 
-    expires: float | timedelta | None
+    expires: Duration | None
     capture_log: bool | int | str | None
     isolation: Isolation | None
-    grace: float | timedelta | None
+    grace: Duration | None
     replace: bool | None
 
 
@@ -115,8 +115,8 @@ class FilterOptions(TypedDict, total=False):
     created_by: str | None
     start_date: datetime | None
     end_date: datetime | None
-    older: float | timedelta | None
-    newer: float | timedelta | None
+    older: Duration | None
+    newer: Duration | None
     error: str | None
     error_type: str | None
     id_prefix: str | None
@@ -262,16 +262,16 @@ class Options:
 
     max_attempts: int | None = None
     max_crashes: int | None = None
-    timeout: float | None = attrs.field(default=None, converter=optional_seconds)
+    timeout: float | None = attrs.field(default=None, converter=as_seconds)
     priority: int | None = None
     retry: RetryPolicy | None = None
     tags: Sequence[str] | None = attrs.field(default=None, converter=_tags)
-    expires: float | None = attrs.field(default=None, converter=optional_seconds)
+    expires: float | None = attrs.field(default=None, converter=as_seconds)
     capture_log: bool | int | str | None = None
     isolation: Isolation | None = None
-    grace: float | None = attrs.field(default=None, converter=optional_seconds)
+    grace: float | None = attrs.field(default=None, converter=as_seconds)
     max_concurrency: int | None = None
-    rate: str | tuple[int, float | timedelta] | None = None
+    rate: str | tuple[int, Duration] | None = None
     burst: int | None = None
     limit_scope: LimitScope | None = None
     replace: bool | None = None

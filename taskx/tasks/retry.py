@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeGuard, overload
 
 import attrs
 
-from taskx.tasks.checks import by, check_int, check_number, in_seconds
+from taskx.tasks.checks import Duration, as_seconds, by, check_int, check_number
 from taskx.tasks.errors import ConfigurationError
 
 #: The back-off: a named curve, or a function of the number of the attempt that raised (from 1), to seconds.
@@ -122,10 +122,10 @@ class RetryPolicy:
     max_attempts: int = attrs.field(default=3, validator=by(check_int, 1))
     backoff: Backoff = attrs.field(default="exponential", validator=_backoff, kw_only=True)
     base: float = attrs.field(
-        default=1.0, converter=in_seconds, validator=by(check_number), kw_only=True
+        default=1.0, converter=as_seconds, validator=by(check_number), kw_only=True
     )
     max_delay: float = attrs.field(
-        default=3600.0, converter=in_seconds, validator=by(check_number), kw_only=True
+        default=3600.0, converter=as_seconds, validator=by(check_number), kw_only=True
     )
     jitter: float = attrs.field(default=0.1, validator=_fraction, kw_only=True)
     retry_on: tuple[str, ...] = attrs.field(default=(), converter=_names, kw_only=True)
@@ -220,7 +220,7 @@ class Retry(Exception):
     """
 
     @overload
-    def __init__(self, reason: str = "", *, delay: float | timedelta | None = None) -> None: ...
+    def __init__(self, reason: str = "", *, delay: Duration | None = None) -> None: ...
     @overload
     def __init__(self, delay: float | timedelta, reason: str = "") -> None: ...
     def __init__(self, *given: Any, reason: Any = "", delay: Any = None) -> None:
@@ -251,7 +251,7 @@ class Snooze(Exception):
         ConfigurationError: ``seconds`` is not a number of seconds.
     """
 
-    def __init__(self, seconds: float | timedelta) -> None:
+    def __init__(self, seconds: Duration) -> None:
         super().__init__(seconds)
         self.seconds = check_number(seconds, "seconds of Snooze")
 

@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 
 from taskx.tasks import lifecycle, unique
-from taskx.tasks.checks import check_number
+from taskx.tasks.checks import check_number, in_seconds
 from taskx.tasks.clock import SYSTEM_CLOCK, to_datetime
 from taskx.tasks.creation import new_record
 from taskx.tasks.errors import ConfigurationError
@@ -85,6 +85,10 @@ def _expiry(expires: Any, run_at: datetime | None, now_ms: int) -> datetime:
     return to_datetime(lifecycle.expiry(now_ms, optional_ms(run_at, "run_at"), lifetime(expires)))
 
 
+# The options that are a length of time, and may be a text.
+_LENGTHS = ("delay", "expires", "timeout")
+
+
 def bound_options(
     type: str, before: Mapping[str, Any], options: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -95,7 +99,11 @@ def bound_options(
         ConfigurationError: an option is not valid.
     """
     refuse_unknown(options, SubmitOptions, "using", "; params are given to submit")
-    seconds = {k: v.total_seconds() for k, v in options.items() if isinstance(v, timedelta)}
+    seconds = {
+        name: in_seconds(value)
+        for name, value in options.items()
+        if isinstance(value, timedelta) or (isinstance(value, str) and name in _LENGTHS)
+    }
     bound = {**before, **given(options), **seconds}
     now = SYSTEM_CLOCK.now_ms()
     task = with_options(Task(type=type), bound, now)

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import attrs
 
-from taskx.tasks.checks import check_number, in_seconds
+from taskx.tasks.checks import Duration, as_seconds, check_number
 from taskx.tasks.clock import LAST, to_datetime
 from taskx.tasks.errors import ConfigurationError
 from taskx.tasks.findings import counted
@@ -33,6 +33,16 @@ BATCH = 100
 _EPOCH = datetime(1970, 1, 1)  # noqa: DTZ001
 _DAY, _MILLISECOND = timedelta(days=1), timedelta(milliseconds=1)
 _EVERY_HOUR = set(range(24))
+# The names of cron(8) for expressions.
+_NAMES = {
+    "@hourly": "0 * * * *",
+    "@daily": "0 0 * * *",
+    "@midnight": "0 0 * * *",
+    "@weekly": "0 0 * * 0",
+    "@monthly": "0 0 1 * *",
+    "@yearly": "0 0 1 1 *",
+    "@annually": "0 0 1 1 *",
+}
 # The calendar begins in the year 1; from here on a day less is still in it. In milliseconds.
 _FIRST = (datetime(1, 1, 3) - _EPOCH) // _MILLISECOND  # noqa: DTZ001
 
@@ -48,21 +58,30 @@ def _interval(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
 class Every:
     """An interval between ticks."""
 
-    seconds: float = attrs.field(converter=in_seconds, validator=_interval)
+    seconds: float = attrs.field(converter=as_seconds, validator=_interval)
 
     def __str__(self) -> str:
         return f"every {self.seconds:g} s"
 
 
-def every(seconds: float | timedelta) -> Every:
-    """Return an interval, in seconds or as a ``timedelta``, of at least 0.1 seconds.
+def every(
+    seconds: Duration = 0.0, *, minutes: float = 0.0, hours: float = 0.0, days: float = 0.0
+) -> Every:
+    """Return an interval of at least 0.1 seconds: ``every(30)``, ``every("1h30m")``, ``every(minutes=5)``.
 
     It is counted from the schedule's declaration.
 
+    Args:
+        seconds: a number of seconds, a ``timedelta``, or a text.
+        minutes, hours, days: numbers that are added.
+
     Raises:
-        ConfigurationError: ``seconds`` is not such a number.
+        ConfigurationError: an argument is not such a number, or the sum is too short or too long.
     """
-    return Every(seconds)
+    more = {"minutes": minutes, "hours": hours, "days": days}
+    units = (60, 3600, 86400)
+    added = [unit * check_number(more[name], name) for unit, name in zip(units, more, strict=True)]
+    return Every(check_number(seconds, "seconds") + sum(added) if any(added) else seconds)
 
 
 class Ticks(Protocol):
@@ -189,6 +208,10 @@ def check_spec(spec: Any) -> str | Every:
             f"a schedule takes a cron expression such as '0 3 * * *' or every(seconds), not {spec!r}"
         )
     expression = " ".join(spec.split())
+    if expression.startswith("@"):
+        if (known := _NAMES.get(expression.lower())) is None:
+            raise ConfigurationError(f"{spec!r} is none of {', '.join(_NAMES)}")
+        return known
     if (fields := len(expression.split())) != 5:
         raise ConfigurationError(
             f"cron expression {spec!r} has {counted(fields, 'field')}, but it must have five: minute, "

@@ -6,9 +6,8 @@ import _thread
 import threading
 import time
 from collections.abc import Callable
-from datetime import timedelta
 
-from taskx.tasks.checks import in_seconds
+from taskx.tasks.checks import Duration, in_seconds
 from taskx.tasks.clock import SYSTEM_CLOCK, Clock
 from taskx.tasks.errors import CancelReason, ConfigurationError, TaskCancelled, on_main_thread
 from taskx.tasks.log import log
@@ -77,7 +76,7 @@ class CancelToken:
             self.raise_if_cancelled()
         return left
 
-    def wait(self, timeout: float | timedelta | None = None) -> bool:
+    def wait(self, timeout: Duration | None = None) -> bool:
         """Block until the token fires, at most ``timeout`` seconds. Return True if it has fired."""
         limit = threading.TIMEOUT_MAX if timeout is None else max(0.0, in_seconds(timeout))
         if self.deadline is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from taskx.tasks.checks import check_number
+from taskx.tasks.checks import check_number, duration_of
 from taskx.tasks.clock import to_ms
 from taskx.tasks.errors import ConfigurationError
 from taskx.tasks.model import Task
@@ -24,11 +24,11 @@ def scope_to_text(scope: object) -> str:
         return str(scope)
     if isinstance(scope, str):
         try:
-            scope = float(scope)
-        except ValueError:
+            scope = float(scope) if scope[-1:].isdigit() else duration_of(scope)
+        except (ValueError, ConfigurationError):
             known = ", ".join(map(repr, _NAMED))
             raise ConfigurationError(
-                f"unique_scope must be {known} or a number of seconds, not {scope!r}"
+                f"unique_scope must be {known}, a number of seconds or a text such as '1d', not {scope!r}"
             ) from None
     return repr(check_number(scope, "unique_scope"))
 

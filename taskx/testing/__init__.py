@@ -11,9 +11,11 @@ from taskx.testing.execution import Outcome, run_executor
 from taskx.testing.faults import Fault, Faults, InjectedFault, fail_at, kill_at
 from taskx.testing.primitives import PrimitivesContract
 from taskx.testing.queues import InlineQueue, ManualQueue, inline, manual
+from taskx.testing.simulation import BrokenPromise, replay, simulate
 from taskx.testing.survives import survives
 
 __all__ = [
+    "BrokenPromise",
     "Fault",
     "Faults",
     "InjectedFault",
@@ -27,6 +29,8 @@ __all__ = [
     "inline",
     "kill_at",
     "manual",
+    "replay",
     "run_executor",
+    "simulate",
     "survives",
 ]

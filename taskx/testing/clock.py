@@ -5,10 +5,10 @@ from __future__ import annotations
 import heapq
 import threading
 from collections.abc import Callable
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from itertools import count
 
-from taskx.tasks.checks import check_number, in_seconds
+from taskx.tasks.checks import Duration, check_number, in_seconds
 from taskx.tasks.clock import to_datetime, to_ms
 
 _SECOND, _MILLISECOND = 1_000_000_000, 1_000_000
@@ -53,7 +53,7 @@ class ManualClock:
         """Return the monotonic clock, in seconds."""
         return self._monotonic / _SECOND
 
-    def advance(self, seconds: float | timedelta) -> None:
+    def advance(self, seconds: Duration) -> None:
         """Move both clocks forward, and make the calls of :meth:`call_later` that come due, in order.
 
         Raises:
@@ -73,9 +73,7 @@ class ManualClock:
                 return
             due[2]()
 
-    def call_later(
-        self, seconds: float | timedelta, call: Callable[[], object]
-    ) -> Callable[[], None]:
+    def call_later(self, seconds: Duration, call: Callable[[], object]) -> Callable[[], None]:
         """Have ``call()`` called by the :meth:`advance` that brings the clock ``seconds`` further.
 
         For what happens while an executor runs: ``clock.call_later(5, handle.cancel)``.

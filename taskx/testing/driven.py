@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from datetime import timedelta
 
 import attrs
 
@@ -21,7 +21,7 @@ from taskx.node.moving import Services
 from taskx.node.pool import Ends, WorkerPool
 from taskx.stores.liveness.base import About, Node
 from taskx.tasks.bell import Signal
-from taskx.tasks.checks import in_seconds
+from taskx.tasks.checks import Duration, in_seconds
 from taskx.tasks.clock import Clock
 from taskx.tasks.config import Config
 from taskx.tasks.errors import CancelReason
@@ -62,7 +62,7 @@ class DrivenToken(CancelToken):
             self._clock.advance(0.001)
         return super().reason
 
-    def wait(self, timeout: float | timedelta | None = None) -> bool:
+    def wait(self, timeout: Duration | None = None) -> bool:
         """Let time pass until the token fires, at most ``timeout`` seconds; return True if it has fired."""
         clock = self._clock
         assert isinstance(clock, ManualClock)
@@ -120,11 +120,16 @@ class DrivenRunner(Runner):
         super().__init__(clock, DrivenAlarms(clock, timing), max_payload_size, chance=_half)
         #: The error of each executor, or of its result, until it is taken from here.
         self.raised: dict[Run, BaseException] = {}
+        #: How often each task has begun to wait in the middle of an attempt, by id.
+        self.parks: Counter[str] = Counter()
 
     def ending_of(self, error: BaseException, run: Run) -> Ending:
         """Return how a run ends whose executor has raised an error."""
         self.raised[run] = error
-        return super().ending_of(error, run)
+        ending = super().ending_of(error, run)
+        if ending.parked is not None:
+            self.parks[run.task.id] += 1
+        return ending
 
 
 class DrivenPool(WorkerPool):

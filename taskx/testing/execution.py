@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
 
 import attrs
@@ -13,8 +12,9 @@ from taskx.attempt.capture import Capture, CapturedLogger
 from taskx.attempt.context import Context, log_prefix
 from taskx.attempt.executors import BoundExecutor, Executor, TaskExecutor, make_executor
 from taskx.attempt.runner import Run
+from taskx.attempt.waiting import Parked
 from taskx.tasks import payload
-from taskx.tasks.checks import check_int, optional_seconds
+from taskx.tasks.checks import Duration, check_int, optional_seconds
 from taskx.tasks.model import Task, TaskStatus
 from taskx.tasks.options import Options, ScheduleOptions, refuse_unknown
 from taskx.tasks.values import Values
@@ -42,6 +42,8 @@ class Outcome(Generic[R]):
         progress: the progress that it told, each as a percentage and a message.
         steps: the results of ``ctx.step`` by the names of the steps, those of earlier attempts included.
         called: the names of the steps whose function was called in this attempt, in order.
+        parked: the name of the answer, sleep or other step in which it waits now, without an error; empty
+            if it does not.
         cursor: the last value of ``ctx.cursor``.
         log: what it logged by ``ctx.logger`` and, as far as their levels let it through, by other loggers:
             each record as level and message, such as ``"INFO 3 rows"``.
@@ -53,6 +55,7 @@ class Outcome(Generic[R]):
     progress: list[tuple[int, str]] = attrs.field(factory=list)
     steps: dict[str, Any] = attrs.field(factory=dict)
     called: list[str] = attrs.field(factory=list)
+    parked: str = ""
     cursor: Any = None
     log: list[str] = attrs.field(factory=list)
     records: list[logging.LogRecord] = attrs.field(factory=list, repr=False)
@@ -128,7 +131,7 @@ def run_executor(
     executor: Executor[..., R] | BoundExecutor[..., R],
     params: Mapping[str, Any] | None = None,
     *,
-    cancel_after: float | timedelta | None = None,
+    cancel_after: Duration | None = None,
     attempt: int = 1,
     steps: Mapping[str, Any] | None = None,
     cursor: Any = None,
@@ -141,7 +144,7 @@ def run_executor(
     executor: TaskExecutor,
     params: Mapping[str, Any] | None = None,
     *,
-    cancel_after: float | timedelta | None = None,
+    cancel_after: Duration | None = None,
     attempt: int = 1,
     steps: Mapping[str, Any] | None = None,
     cursor: Any = None,
@@ -154,7 +157,7 @@ def run_executor(
     executor: Callable[..., R],
     params: Mapping[str, Any] | None = None,
     *,
-    cancel_after: float | timedelta | None = None,
+    cancel_after: Duration | None = None,
     attempt: int = 1,
     steps: Mapping[str, Any] | None = None,
     cursor: Any = None,
@@ -166,7 +169,7 @@ def run_executor(
     executor: Executor[..., Any] | BoundExecutor[..., Any] | TaskExecutor | Callable[..., Any],
     params: Mapping[str, Any] | None = None,
     *,
-    cancel_after: float | timedelta | None = None,
+    cancel_after: Duration | None = None,
     attempt: int = 1,
     steps: Mapping[str, Any] | None = None,
     cursor: Any = None,
@@ -188,7 +191,7 @@ def run_executor(
             called. A loop that only asks its token is cancelled, too: after the first thousand looks in a
             row, each look lets a millisecond pass.
         attempt: the number of the attempt.
-        steps: the results of the steps that earlier attempts have stored, by name.
+        steps: the results of the steps that earlier attempts have stored, by name, and of answers.
         cursor: the cursor that an earlier attempt has stored.
         parents: the results of the tasks that ``ctx.parents`` returns.
         clock: the clock; a new one by default.
@@ -226,6 +229,8 @@ def run_executor(
     elif seconds is not None:
         queue.clock.call_later(seconds, lambda: queue.cancel_task(task_id))
     outcome.error = queue._execute(run)
+    if isinstance(outcome.error, Parked):
+        outcome.parked, outcome.error = outcome.error.step, None
     outcome.task = queue.get_task_status(task_id)
     return outcome
 

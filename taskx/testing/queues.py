@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import TimeoutError
 from contextlib import AbstractContextManager, contextmanager
-from datetime import datetime, timedelta
+from datetime import datetime
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -23,7 +23,7 @@ from taskx.queue.work import Work
 from taskx.stores.adapter import EightMethodAdapter
 from taskx.stores.base import Repository
 from taskx.stores.eight import TaskRepository
-from taskx.tasks.checks import check_number
+from taskx.tasks.checks import Duration, check_number
 from taskx.tasks.config import Config
 from taskx.tasks.errors import ConfigurationError, TaskFailed
 from taskx.tasks.handles import TaskHandle
@@ -175,7 +175,7 @@ class ManualQueue(Queue):
                 )
         return _checked_runs(ran, check=check)
 
-    def advance(self, seconds: float | timedelta, *, check: bool = False) -> list[Task]:
+    def advance(self, seconds: Duration, *, check: bool = False) -> list[Task]:
         """Let time pass, and run what is due, each task and tick at its moment.
 
         Tasks that may start already run first. There is one thread: while an executor lets time pass, no
@@ -198,7 +198,7 @@ class ManualQueue(Queue):
             ran += self.run_all()
         return _checked_runs(ran, check=check)
 
-    def drain(self, timeout: float | timedelta | None = None) -> bool:
+    def drain(self, timeout: Duration | None = None) -> bool:
         """Run every task that may start now; return True.
 
         Raises:
@@ -209,7 +209,7 @@ class ManualQueue(Queue):
         self.run_all()
         return True
 
-    def follow(self, timeout: float | timedelta | None = None) -> bool:
+    def follow(self, timeout: Duration | None = None) -> bool:
         """Do the same as :meth:`drain`, and show nothing."""
         return self.drain(timeout)
 
@@ -223,6 +223,11 @@ class ManualQueue(Queue):
                 if not postpone(handle.id, id(handle), partial(watcher.watch_late, handle))
             )
         )
+
+    @property
+    def parks(self) -> Mapping[str, int]:
+        """How often each task has begun to wait in the middle of an attempt, by id; 0 for others."""
+        return self._driven.runner.parks
 
     @property
     def _worker(self) -> str:
@@ -318,8 +323,8 @@ class ManualQueue(Queue):
         type: Kind | None = None,
         *,
         params: Mapping[str, Any] | None = None,
-        within: float | timedelta | None = None,
-        delay: float | timedelta | None = None,
+        within: Duration | None = None,
+        delay: Duration | None = None,
         **fields: Any,
     ) -> list[Task]:
         """Return the tasks that were submitted, in order and as they were then, deleted ones included.
@@ -342,8 +347,8 @@ class ManualQueue(Queue):
         type: Kind | None = None,
         *,
         params: Mapping[str, Any] | None = None,
-        within: float | timedelta | None = None,
-        delay: float | timedelta | None = None,
+        within: Duration | None = None,
+        delay: Duration | None = None,
         times: int | None = None,
         **fields: Any,
     ) -> Task:
@@ -370,8 +375,8 @@ class ManualQueue(Queue):
         type: Kind | None = None,
         *,
         params: Mapping[str, Any] | None = None,
-        within: float | timedelta | None = None,
-        delay: float | timedelta | None = None,
+        within: Duration | None = None,
+        delay: Duration | None = None,
         **fields: Any,
     ) -> None:
         """Assert that no such task was submitted; without arguments, none at all.

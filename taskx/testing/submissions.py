@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
 from typing import Any
 
 from taskx.node.hooks import Hook
-from taskx.tasks.checks import check_number, in_seconds
+from taskx.tasks.checks import Duration, check_number, in_seconds
 from taskx.tasks.clock import to_ms
 from taskx.tasks.errors import ConfigurationError, PayloadError
 from taskx.tasks.model import TASK_FIELDS, Task
@@ -34,8 +33,8 @@ class Submissions(Hook):
         self,
         type: str | None,
         params: Mapping[str, Any] | None,
-        within: float | timedelta | None,
-        delay: float | timedelta | None,
+        within: Duration | None,
+        delay: Duration | None,
         fields: Mapping[str, Any],
         values: Mapping[str, Values],
     ) -> list[Task]:
@@ -78,8 +77,8 @@ def described(task: Task) -> str:
 def wanted(
     type: str | None,
     params: Mapping[str, Any] | None,
-    within: float | timedelta | None,
-    delay: float | timedelta | None,
+    within: Duration | None,
+    delay: Duration | None,
     fields: Mapping[str, Any],
 ) -> str:
     """Return conditions, as text for a message."""

@@ -99,11 +99,11 @@ def test_an_outcome_survives_a_memory_error(queue, monkeypatch, after):
             inner(writes, **options)
         raise MemoryError
 
-    queue.executor("answer")(lambda: 42)
+    queue.executor("deep")(lambda: 42)
     queue.start()
     monkeypatch.setattr(queue.repository, "apply", queue.repository.apply)
     wrap(queue.repository, "apply", around)
-    handle = queue.submit("answer", id="a")
+    handle = queue.submit("deep", id="a")
     assert handle.result(LONGEST) == 42
     assert failed
     assert handle.task().starts == 1

@@ -13,6 +13,11 @@ from .conftest import call
 
 #: Calls that are wrong. The words of each stand between bars; an empty one is an empty argument.
 WRONG = """
+answers | status:failed
+finish | one
+finish | one | 1
+finish | one/x | yes
+finish | nobody/x | 1
 list | --limit | 99999999999999999999999
 list | type=email
 list | created_by=ann

@@ -178,6 +178,20 @@ def test_a_snooze_and_a_cancel_are_events_and_no_errors(make, named):
     assert {span.status.status_code for span in (later, cancelled)} == {StatusCode.UNSET}
 
 
+def test_a_wait_without_a_thread_is_an_event_and_no_error(make, named):
+    queue = make()
+    queue.executor("ask")(lambda ctx: ctx.ask("one"))
+    queue.start()
+    handle = queue.submit("ask")
+    eventually(lambda: queue.list_tasks(type="answer").tasks)
+    queue.finish(f"{handle.id}/one", 1)
+    handle.result(PATIENCE)
+    eventually(lambda: len(named("process ask")) == 2)
+    waited, ended = named("process ask")
+    assert [event.name for event in waited.events] == ["parked"]
+    assert {span.status.status_code for span in (waited, ended)} == {StatusCode.UNSET}
+
+
 def test_a_failed_attempt_has_its_exception(make, named):
     queue = make()
 

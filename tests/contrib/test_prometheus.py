@@ -549,6 +549,7 @@ def test_the_librarys_parser_reads_the_metrics(text):
         "taskx_tasks_running": "gauge",
         "taskx_tasks_buffered": "gauge",
         "taskx_tasks_pending": "gauge",
+        "taskx_answers_pending": "gauge",
         "taskx_oldest_pending_age_seconds": "gauge",
         "taskx_nodes": "gauge",
         "taskx_workers": "gauge",

@@ -1,4 +1,4 @@
-"""A time can be given as seconds or as a ``timedelta``."""
+"""A time can be given as seconds, as a ``timedelta`` or as a text."""
 
 from __future__ import annotations
 
@@ -35,10 +35,19 @@ MINUTE, SECOND = timedelta(minutes=1), timedelta(seconds=1)
 def test_a_number_of_seconds_is_checked_as_before():
     assert check_number(5, "delay") == 5
     assert check_number(timedelta(milliseconds=1500), "delay") == 1.5
-    for wrong in ("5", None, True):
+    assert check_number("1h30m", "delay") == 5400
+    for wrong in (None, True, [1]):
         with pytest.raises(
-            ConfigurationError, match="delay must be a number of seconds or a timedelta"
+            ConfigurationError,
+            match="delay must be a number of seconds, a timedelta or a text such as '90s'",
         ):
+            check_number(wrong, "delay")
+    for wrong, words in (
+        ("5", "'5' has no unit"),
+        ("soon", "'soon' is not a duration"),
+        ("", "''"),
+    ):
+        with pytest.raises(ConfigurationError, match=f"delay: {words}"):
             check_number(wrong, "delay")
     with pytest.raises(ConfigurationError, match="delay must be a finite number of at least 0"):
         check_number(-SECOND, "delay")
@@ -51,6 +60,14 @@ def test_a_number_of_seconds_is_checked_as_before():
         (lambda: Config(block_timeout=SECOND, ageing=MINUTE), Config(block_timeout=1, ageing=60)),
         (lambda: Config(retention={"failed": MINUTE}), Config(retention={"failed": 60})),
         (lambda: every(MINUTE), every(60)),
+        (lambda: every("1h30m"), every(5400)),
+        (lambda: every(minutes=5), every(300)),
+        (lambda: every(30, minutes=1, hours=0.5, days=1), every(88290)),
+        (lambda: Config(retention={"failed": "2d"}), Config(retention={"failed": 172800})),
+        (lambda: Options(timeout="90s", grace="500ms"), Options(timeout=90, grace=0.5)),
+        (lambda: Options(rate=(5, "1m")).limit.rate, Rate(5, 60.0, 5)),
+        (lambda: Retry(delay="1w").delay, 604800),
+        (lambda: Snooze("2m").seconds, 120),
         (lambda: Options(timeout=MINUTE, grace=SECOND), Options(timeout=60, grace=1)),
         (lambda: Options(rate=(5, MINUTE)).limit.rate, Rate(5, 60.0, 5)),
         (lambda: Retry(delay=MINUTE).delay, 60),
@@ -70,6 +87,9 @@ def test_a_timedelta_is_the_same_as_its_seconds(as_timedelta, as_seconds):
         lambda: Config(block_timeout="1"),
         lambda: Config(ageing=timedelta(0)),
         lambda: every(timedelta(milliseconds=1)),
+        lambda: every(),
+        lambda: every(minutes="5"),
+        lambda: every("5 minutes"),
         lambda: Options(timeout=timedelta(0)),
         lambda: Options(rate=(5, timedelta(0))),
         lambda: Snooze(-SECOND),
@@ -94,10 +114,28 @@ def test_submit_takes_timedeltas(make_queue, clock):
     assert queue.submit(model).task().timeout == 60
 
 
-def test_a_bound_time_becomes_seconds(queue):
-    ping = queue.executor("ping")(lambda: 1).using(timeout=MINUTE)
+def test_submit_takes_texts(make_queue, clock):
+    queue = make_queue(clock=clock)
+    queue.executor("x")(lambda: 1)
+    options = {"delay": "3d", "timeout": "1m", "expires": "1d", "unique_scope": "1h"}
+    task = queue.submit("x", unique_key="k", **options).task()
+    assert task.run_at - task.created_at == timedelta(days=3)
+    assert task.expires_at - task.run_at == timedelta(days=1)
+    assert (task.timeout, task.unique_scope) == (60.0, "3600.0")
+    with pytest.raises(ConfigurationError, match="a text such as '1d', not 'unfinishd'"):
+        queue.submit("x", unique_key="k", unique_scope="unfinishd")
+
+
+@pytest.mark.parametrize("timeout", [MINUTE, "1m", 60])
+def test_a_bound_time_becomes_seconds(queue, timeout):
+    ping = queue.executor("ping")(lambda: 1).using(timeout=timeout)
     assert ping.options == {"timeout": 60}
     assert ping.task().timeout == 60
+
+
+def test_a_bound_expiry_may_be_a_text(queue):
+    ping = queue.executor("ping")(lambda: 1).using(expires="1d", delay="1h")
+    assert ping.options == {"expires": 86400, "delay": 3600}
 
 
 @pytest.mark.every_store

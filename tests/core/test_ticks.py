@@ -242,9 +242,9 @@ def test_an_interval_needs_no_zone():
     assert str(every(90)) == "every 90 s"
 
 
-@pytest.mark.parametrize("seconds", [0, -1, 0.05, 1e10, float("nan"), "5", None, True])
+@pytest.mark.parametrize("seconds", [0, -1, 0.05, 1e10, float("nan"), "5", "soon", None, True])
 def test_an_interval_must_be_a_number_of_seconds(seconds):
-    with pytest.raises(ConfigurationError, match=r"seconds|finite"):
+    with pytest.raises(ConfigurationError, match=r"seconds|finite|duration|unit"):
         every(seconds)
 
 
@@ -260,7 +260,8 @@ def test_an_interval_must_be_a_number_of_seconds(seconds):
         ("*/0 * * * *", "Bad minute"),
         ("0 0 31 4 *", "Bad day-of-month|never matches"),
         ("0 0 * * MON#9", "Bad day-of-week"),
-        ("@daily", "has 1 field, but it must have five"),
+        ("@reboot", "'@reboot' is none of @hourly, @daily, "),
+        ("daily", "has 1 field, but it must have five"),
         ("0 0 3 * * *", "has 6 fields, but it must have five"),
         ("", "has 0 fields"),
         (30, r"or every\(seconds\), not 30"),
@@ -270,6 +271,20 @@ def test_an_interval_must_be_a_number_of_seconds(seconds):
 def test_a_spec_that_cannot_tick_is_refused(spec, complaint):
     with pytest.raises(ConfigurationError, match=complaint):
         check_spec(spec)
+
+
+@pytest.mark.parametrize(
+    ("name", "moment"),
+    [
+        ("@hourly", "2026-01-01T01:00"),
+        ("@Daily", "2026-01-02T00:00"),
+        ("@yearly", "2027-01-01T00:00"),
+    ],
+)
+def test_a_name_stands_for_an_expression(name, moment):
+    ticks = ticks_of(check_spec(name), "UTC", 0)
+    start = to_ms(datetime(2026, 1, 1, tzinfo=timezone.utc), "")
+    assert to_datetime(next(ticks.after(start))) == datetime.fromisoformat(f"{moment}:00+00:00")
 
 
 def test_extra_spaces_in_an_expression_do_not_matter():

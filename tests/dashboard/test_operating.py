@@ -10,6 +10,7 @@ from helpers import eventually
 
 from taskx import Task, chain, group
 from taskx.programs.dashboard.layout import MOST_BOXES
+from taskx.programs.dashboard.screens import system
 
 HOSTILE = """<script>alert('"&')</script>"""
 
@@ -233,6 +234,12 @@ class TestSystem:
         assert HOSTILE not in page.text
         for path in queue.repository.house.file_sizes():
             assert path in words
+
+    def test_the_tasks_of_a_status_are_counted_up_to_a_limit(self, look, queue, monkeypatch):
+        monkeypatch.setattr(system, "MOST_COUNTED", 2)
+        for _ in range(3):
+            queue.submit("limited").result(60)
+        assert "more than 2 completed" in text_of(look(queue).get("/system"))
 
     def test_details_of_changes_are_for_those_who_may_see_params(self, look, queue):
         queue.note_change("ann", "cancel", "x", "the detail")

@@ -158,9 +158,16 @@ def test_the_list_leaves_out_the_tag_of_the_trace_and_the_page_of_the_task_has_i
 def test_a_total_is_counted_up_to_a_limit(browser, queue, monkeypatch):
     monkeypatch.setattr(tasks, "MOST_COUNTED", 3)
     monkeypatch.setattr(tasks, "ROWS", 2)
-    for _ in range(5):
+    for _ in range(3):
         queue.submit("report")
-    assert "3+ tasks" in browser.get("/tasks").text
+    assert ">3 tasks<" in browser.get("/tasks").text
+    assert "all 3 that match" in browser.get("/tasks").text
+    queue.submit("report")
+    text = browser.get("/tasks").text
+    assert ">more than 3 tasks<" in text
+    assert "all that match" in text
+    chinese = browser.get("/tasks", headers={"Accept-Language": "zh-CN"})
+    assert ">超过 3 个任务<" in chinese.text
 
 
 def test_a_filter_line_chooses_tasks_and_is_shown_in_other_forms(browser, queue):

@@ -469,7 +469,7 @@ def test_each_attempt_gets_its_own_copy_of_the_task(started):
 
 def test_type_checkers_know_all_options():
     seen = {name: hint.__forward_arg__ for name, hint in ExecutorOptions.__annotations__.items()}
-    # A timedelta that is given is kept as seconds.
+    # A timedelta or a text that is given is kept as seconds.
     for name in ("timeout", "grace", "expires"):
-        seen[name] = seen[name].replace("float | timedelta", "float")
+        seen[name] = seen[name].replace("Duration", "float")
     assert seen == {field.name: field.type for field in attrs.fields(Options)}

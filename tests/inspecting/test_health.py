@@ -493,7 +493,7 @@ def test_a_repository_without_a_file_has_no_size(queue):
     ("wrong", "words"),
     [
         ({"oldest_due": -1}, "oldest_due must be"),
-        ({"oldest_due": "5"}, "oldest_due must be"),
+        ({"oldest_due": "5"}, "oldest_due: '5' has no unit"),
         ({"failed": 5}, r"failed must be a pair \(count, seconds\)"),
         ({"failed": (1, -1)}, "the time of failed must be"),
         ({"failed": (0.5, 60)}, "the count of failed must be"),

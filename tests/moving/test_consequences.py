@@ -7,6 +7,7 @@ import itertools
 import logging
 import threading
 from collections import defaultdict
+from contextlib import suppress
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 from helpers import PATIENCE, eventually, frequent_checks, pool_of, services_of, those_with
 
 import taskx
-from taskx import Hook, Retry, Snooze
+from taskx import Hook, Retry, Snooze, TaskFailed
 from taskx.attempt.failures import ChildDied
 from taskx.node.buffer import Buffer
 from taskx.node.hooks import Hooks
@@ -45,6 +46,7 @@ HEARD = {
     ("fail", FAILED): {"hook stuck"} | ENDED | OVER,  # "hook stuck" if the thread runs on
     ("retry", PENDING): {"hook stuck", "hook retried", "buffer", "due"} | OVER,
     ("snooze", PENDING): {"hook snoozed", "due"} | OVER,
+    ("park", PENDING): {"waiting", "due"} | OVER,
     ("interrupt", PENDING): {"hook interrupted", "more"} | OVER,
     ("hand back", PENDING): {"buffer"},
     ("cancelled", CANCELLED): ENDED | OVER,
@@ -60,6 +62,9 @@ HEARD = {
     ("orphan", CANCELLED): {"log"} | ENDED - {"turns"},
     ("orphan", FAILED): {"log"} | ENDED - {"turns"},
     ("parents moved", None): {"waiting", "turns", "more"},
+    ("wake", None): {"more"},
+    ("finish", COMPLETED): {"out of the buffer", "log"} | ENDED - {"turns"},
+    ("finish", FAILED): {"out of the buffer", "log"} | ENDED - {"turns"},
     ("give turn", None): {"more", "due"},
     ("release", None): {"more"},
     ("lift bar", None): {"more", "turns"},
@@ -280,6 +285,7 @@ class Life:
             "wrong": {},
             "again": {"max_attempts": 3},
             "nap": {},
+            "asks": {},
             "died": {},
             "heeds": {},
             "tells": {},
@@ -296,6 +302,7 @@ class Life:
         for part in (
             self.ends,
             self.waits,
+            self.parks,
             self.cancels,
             self.dies,
             self.hands,
@@ -347,6 +354,15 @@ class Life:
             child = self.submit("remote", depends_on=[parent], on_parent_failure=policy)
             self.queue.cancel_task(parent)
             self.until(status, child)
+
+    def parks(self):
+        for own in (True, False):
+            asking = self.submit("asks", own)
+            for answer, given in (("first", {"result": 1}), ("second", {"error": "no"})):
+                self.until(PENDING, f"{asking}/{answer}")
+                self.queue.finish(f"{asking}/{answer}", **given)
+            eventually(lambda it=asking: self.queue.wake(it))  # from its sleep
+            self.until(COMPLETED, asking)
 
     def cancels(self):
         running = self.submit("heeds")
@@ -441,6 +457,12 @@ class Life:
         self.tries[ctx.task.id] += 1
         if self.tries[ctx.task.id] == 1:
             raise Snooze(0.01)
+
+    def _asks(self, ctx):
+        ctx.ask("first")
+        with suppress(TaskFailed):
+            ctx.ask("second")
+        ctx.sleep(timedelta(days=1), step="sleep")
 
     def _died(self, ctx):
         self.tries[ctx.task.id] += 1

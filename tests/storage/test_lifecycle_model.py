@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
-from helpers import earliest_due, held_on
+from helpers import earliest_due, held_on, those_with
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -57,6 +57,7 @@ class Record:
     max_crashes: int
     order: int
     held: bool
+    awaits: bool = False  # another task, in the middle of an attempt
     status: str = "pending"
     owner: str = ""
     starts: int = 0
@@ -84,6 +85,7 @@ class Record:
             self.progress, self.message = told
 
     def back(self, owner, outcome):
+        self.awaits = False
         self.status, self.owner, self.started = "pending", owner, False
         self.progress, self.message = 0, ""
         self.log.append(outcome)
@@ -93,6 +95,7 @@ class Record:
         if self.started and not self.died:
             self.log.append(self.status)
         self.status, self.owner, self.held, self.run_at = "pending", "", False, now
+        self.awaits = False
         self.errors = self.crashes = self.interruptions = self.snoozes = self.progress = 0
         self.message = self.error = ""
         self.result = None
@@ -104,7 +107,7 @@ nodes = st.sampled_from(NODES)
 percents = st.integers(0, 100)
 endings = st.sampled_from(
     [
-        *("returned", "raised", "permanent", "snoozed", "died"),
+        *("returned", "raised", "permanent", "snoozed", "died", "sleeps", "awaits"),
         *("timeout", "cancel", "stop", "lease lost"),
     ]
 )
@@ -125,6 +128,7 @@ class Life(RuleBasedStateMachine):
         self.model: dict[str, Record] = {}
         self.seen = {}  # tasks as they were last read, which may be outdated
         self.runs = []  # runs that were started, which may have ended
+        self.resumed = set()  # those that went on with an attempt, as ids and fences
         self.created = 0
 
     def teardown(self):
@@ -153,7 +157,7 @@ class Life(RuleBasedStateMachine):
 
         There is one rule for all moves, as Hypothesis leaves out many rules of a machine in each run.
         """
-        moves = [self.wait, self.release, self.take, self.free, self.read, self.cancel]
+        moves = [self.wait, self.release, self.take, self.free, self.read, self.cancel, self.wake]
         moves += [self.requeue, self.set_status, self.die, self.die]
         moves += [self.create, self.create if len(self.model) < len(IDS) else self.delete]
         moves += [self.start] * 4 if self.startable() else []
@@ -205,9 +209,31 @@ class Life(RuleBasedStateMachine):
         task_id = draw(ids)
         record = self.model.get(task_id)
         holds = record is not None and record.status == "pending" and record.held
+        holds = holds and not record.awaits
         assert self.apply(lifecycle.release(task_id)) == [holds]
         if holds:
             record.held = False
+
+    def wake(self, draw):
+        """Let a task go on that awaits another one, which has ended, or that waits for its time."""
+        task_id = draw(ids)
+        record = self.model.get(task_id)
+        if record is None:
+            return
+        task, now = self.store.get_by_id(task_id), self.clock.now_ms()
+        awaits = record.status == "pending" and record.held and record.awaits
+        sleeps = record.status == "pending" and record.held and not record.awaits
+        ended = draw(st.booleans())
+        statuses = {} if ended else {"another": "running"}
+        if lifecycle.is_parked(task):
+            writes = lifecycle.moved_on(task, "another", statuses, (), now)
+            assert self.apply(*writes) == [awaits] * ended
+            if awaits and ended:
+                record.held = record.awaits = False
+                record.run_at = now
+        assert self.apply(lifecycle.wake_early(task, now, None)) == [sleeps]
+        if sleeps:
+            record.held, record.run_at = False, now
 
     def take(self, draw):
         task_id, node, owner = draw(ids), draw(nodes), draw(st.sampled_from(["", "", "n1", "n2"]))
@@ -265,8 +291,10 @@ class Life(RuleBasedStateMachine):
         if holds:
             lifecycle.mark_started(task, write)
             self.runs.append(task)
-            record.status, record.owner, record.started = "running", node, True
             record.starts += 1
+            if record.started:
+                self.resumed.add((task_id, record.starts))
+            record.status, record.owner, record.started = "running", node, True
 
     def progress(self, draw):
         percent = draw(percents)
@@ -291,6 +319,7 @@ class Life(RuleBasedStateMachine):
             crashed=how == "died",
             delay=wait,
             snooze=wait if how == "snoozed" else None,
+            parked=self.park(how, wait),
             reason=CancelReason(how) if fired else None,
             progress=told,
             message="" if told is None else "told",
@@ -301,8 +330,20 @@ class Life(RuleBasedStateMachine):
         if record:
             self.ended(record, how, None if told is None else (told, "told"), wait)
 
+    def park(self, how, wait):
+        if how == "awaits":
+            return lifecycle.Park("another", None)
+        return lifecycle.Park(None, self.clock.now_ms() + wait * 1000) if how == "sleeps" else None
+
     def ended(self, record, how, told, wait):
-        if how == "returned":
+        if how in ("awaits", "sleeps") and not record.cancel_requested:
+            record.status, record.owner, record.held = "pending", "", True
+            record.awaits = how == "awaits"
+            if told is not None:
+                record.progress, record.message = told
+            if how == "sleeps":
+                record.run_at = self.clock.now_ms() + wait * 1000
+        elif how == "returned":
             record.end("completed", told)
             record.progress, record.result, record.error = 100, {"n": 1}, ""
         elif how == "cancel":
@@ -315,6 +356,8 @@ class Life(RuleBasedStateMachine):
                 record.interruptions += 1
         elif how == "died":
             self.crashed(record, record.owner, told)
+        elif how in ("awaits", "sleeps"):
+            record.end("cancelled", told)
         elif how != "snoozed" and (how == "permanent" or record.errors + 1 == record.max_attempts):
             record.end("failed", told)
             record.errors += 1
@@ -338,12 +381,13 @@ class Life(RuleBasedStateMachine):
     def hand_back(self, draw):
         run = self.some_run(draw)
         record = self.alive(run)
-        held = self.apply(*lifecycle.hand_back(run, self.clock.now_ms()))
+        resumed = (run.id, run.starts) in self.resumed
+        held = self.apply(*lifecycle.hand_back(run, self.clock.now_ms(), resumed=resumed))
         assert held.count(True) == (record is not None)
         if record and record.cancel_requested:
             record.end("cancelled")
         elif record:
-            record.status, record.started = "pending", False
+            record.status, record.started = "pending", resumed
 
     def die(self, draw):
         """Let a node die, and rescue the tasks that it held."""
@@ -392,7 +436,8 @@ class Life(RuleBasedStateMachine):
         pending = record is not None and record.status == "pending"
         asked = record is not None and record.status == "running" and not record.cancel_requested
         held = self.apply(*lifecycle.cancel(task_id, self.clock.now_ms()))
-        assert held == [pending, False, asked]  # no task has a stuck thread or parents
+        awaits = pending and record.held and record.awaits
+        assert held == [pending and not awaits, awaits, False, asked]  # no task has a stuck thread
         if pending:
             record.end("cancelled")
         elif asked:
@@ -441,6 +486,7 @@ class Life(RuleBasedStateMachine):
     def moved_by_hand(self, record, status):
         if status == "running":
             record.status, record.started, record.held = "running", True, False
+            record.awaits = False
             record.starts += 1
         elif status == "pending" and record.status == "running":
             record.status, record.owner, record.started = "pending", "", False
@@ -456,7 +502,8 @@ class Life(RuleBasedStateMachine):
     def records_match_the_model(self):
         found = self.store.get_many(IDS)
         assert {i: self.as_record(found[i]) for i in found} == {
-            i: replace(record, held=False, died=False) for i, record in self.model.items()
+            i: replace(record, held=False, awaits=False, died=False)
+            for i, record in self.model.items()
         }
         for task in found.values():
             assert task.damage == ""
@@ -500,7 +547,9 @@ class Life(RuleBasedStateMachine):
         ready = self.store.get_many([i for i, r in pending.items() if not r.held]).values()
         since = [to_ms(max(task.created_at, task.run_at or task.created_at)) for task in ready]
         assert oldest_ready(self.store) == min(since, default=None)
-        held = sorted((r.run_at, i) for i, r in pending.items() if r.held)
+        held = sorted((r.run_at, i) for i, r in pending.items() if r.held and not r.awaits)
+        awaiting = {i for i, r in pending.items() if r.awaits}
+        assert {*those_with(self.store, "waiting_on", "another")} == awaiting
         assert earliest_due(self.store) == (held[0][0] if held else None)
         assert sorted(dict(self.store.due(now, 9))) == sorted(
             i for run_at, i in held if run_at <= now

@@ -15,6 +15,7 @@ import textwrap
 import threading
 from datetime import datetime, timedelta, timezone
 from functools import partial
+from itertools import product
 from operator import methodcaller
 from pathlib import Path
 
@@ -35,7 +36,8 @@ from taskx import (
     open_repository,
 )
 from taskx.stores.liveness.base import Node
-from taskx.stores.queries import Changes, shown
+from taskx.stores.queries import Changes, pages, shown
+from taskx.stores.sql.statements import ANYWHERE
 from taskx.stores.sqlite import connections, schema
 from taskx.stores.sqlite.dialect import statements as statements_of
 from taskx.tasks import lifecycle
@@ -71,8 +73,8 @@ def connect(path):
         yield connect
 
 
-def task(task_id, **fields):
-    return Task(id=task_id, type="t", **fields)
+def task(task_id, type="t", **fields):
+    return Task(id=task_id, type=type, **fields)
 
 
 def insert(task_id, params="{}"):
@@ -567,7 +569,8 @@ class TestStatements:
     def test_every_later_page_of_a_list_begins_at_its_place(self, plan, status):
         [(after, needed)] = statements.dialect.following
         place = (5, 7)[needed]
-        steps = plan(*statements.list_tasks(TaskFilter(status=status), after, place))
+        filter = TaskFilter(status=status)
+        steps = plan(*statements.list_tasks(filter, after, place, in_order=True))
         if status is not None and status.finished:
             assert steps == [f"SEARCH tasks USING INDEX tasks_{status} (seq<?)"]
         else:
@@ -577,7 +580,7 @@ class TestStatements:
     def test_every_page_of_a_tag_begins_at_its_place(self, plan, fields):
         filter = TaskFilter(tag="a", **fields)
         for after, place, found in [("", (), ""), ("seq < ?", (7,), " AND task<?")]:
-            steps = plan(*statements.list_tasks(filter, after, place, by="a"))
+            steps = plan(*statements.list_tasks(filter, after, place, by=("tag", "a")))
             assert steps[0] == f"SEARCH tagged USING PRIMARY KEY (tag=?{found})"
             assert steps[-1] == "SEARCH tasks USING INTEGER PRIMARY KEY (rowid=?)"
             assert not [step for step in steps if "TEMP" in step]
@@ -585,8 +588,8 @@ class TestStatements:
     def test_the_tasks_of_a_tag_are_counted_in_the_table_of_tags(self, plan):
         filter = TaskFilter(tag=["a", "b"])
         for sql, values in (
-            statements.count_tasks(filter, by="a"),
-            statements.count_tasks(filter, 5, "a"),
+            statements.count_tasks(filter, by=("tag", "a")),
+            statements.count_tasks(filter, 5, ("tag", "a")),
         ):
             steps = plan(sql, values)
             assert "SEARCH tagged USING PRIMARY KEY (tag=?)" in steps
@@ -605,7 +608,7 @@ class TestStatements:
             repository.create(task(str(n), tags=["a"] if n < 6 else ["a", "b"]))
         repository.update_status("1", TaskStatus.CANCELLED)
         repository.update_status("8", TaskStatus.CANCELLED)
-        for fields, by in [
+        for fields, label in [
             ({"tag": "a"}, "a"),
             ({"tag": ["a", "b"]}, "b"),
             ({"tag": ["a", "none"]}, "none"),
@@ -615,7 +618,85 @@ class TestStatements:
             ({"tag": "a", "id_prefix": "8"}, ""),
             ({"tag": "a", "parent": "8"}, ""),
         ]:
+            by = ("tag", label) if label else ANYWHERE
             assert repository.reads._rarest(TaskFilter(**fields)) == by, fields
+
+    def test_the_creator_the_label_or_the_status_with_the_fewest_tasks_is_read(self, repository):
+        for n in range(6):
+            repository.create(task(str(n), created_by="ann" if n < 4 else "bob", tags=["a"]))
+        repository.update_status("0", TaskStatus.CANCELLED)
+        for fields, by in [
+            ({"created_by": "ann"}, ("created_by", "ann")),
+            ({"created_by": "ann", "tag": "a"}, ("created_by", "ann")),
+            ({"created_by": "ann", "tag": "none"}, ("tag", "none")),
+            ({"created_by": "ann", "status": "pending"}, ("created_by", "ann")),
+            ({"created_by": "ann", "status": "cancelled"}, ANYWHERE),
+            ({"created_by": "ann", "status": "pending", "type": "none"}, ANYWHERE),
+            ({"created_by": ""}, ANYWHERE),
+            ({"created_by": "ann", "id_prefix": "8"}, ANYWHERE),
+        ]:
+            assert repository.reads._rarest(TaskFilter(**fields)) == by, fields
+
+    @pytest.mark.parametrize("fields", [{}, {"status": "pending"}, {"type": "t", "error": "x"}])
+    def test_every_page_of_a_creator_begins_at_its_place(self, plan, fields):
+        filter = TaskFilter(created_by="ann", **fields)
+        for after, place, found in [("", (), ""), ("seq < ?", (7,), " AND rowid<?")]:
+            steps = plan(*statements.list_tasks(filter, after, place, ("created_by", "ann")))
+            assert steps == [f"SEARCH tasks USING INDEX tasks_created_by (created_by=?{found})"]
+
+    def test_the_tasks_of_a_creator_are_counted_in_their_index(self, plan):
+        query = statements.count_tasks(TaskFilter(created_by="ann"), by=("created_by", "ann"))
+        [step] = plan(*query)
+        assert step == "SEARCH tasks USING COVERING INDEX tasks_created_by (created_by=?)"
+
+    @pytest.mark.parametrize("after", [("", ()), ("seq < ?", (7,))])
+    def test_pending_tasks_of_a_type_are_found_at_once(self, plan, after):
+        """So a type that few tasks have, or none, costs nothing for the others that wait."""
+        wanted = TaskFilter(status="pending", type="t")
+        for query in (
+            statements.list_tasks(wanted, *after),
+            statements.count_tasks(wanted),
+            statements.count_tasks(wanted, 5),
+        ):
+            steps = [step for step in plan(*query) if "tasks_ready" in step]
+            assert any("tasks_ready (owner=? AND type=?" in step for step in steps), steps
+            assert not [step for step in steps if step.startswith("SCAN")]
+
+    def test_the_tasks_of_a_type_are_found_at_once_if_few_are_not_pending(self, plan):
+        for query in (
+            statements.list_tasks(TaskFilter(type="t"), by=("type", "t")),
+            statements.count_tasks(TaskFilter(type="t"), by=("type", "t")),
+        ):
+            steps = plan(*query)
+            assert any("tasks_ready (owner=? AND type=?" in step for step in steps), steps
+            assert "SCAN tasks" not in steps
+
+    @pytest.mark.parametrize("most", [1, 3, 100])
+    def test_every_way_to_a_list_leads_to_the_same_tasks(self, repository, monkeypatch, most):
+        """Which index is read depends on how many tasks it has."""
+        monkeypatch.setattr("taskx.stores.sql.repository.FEW", most)
+        monkeypatch.setattr("taskx.stores.sql.statements.FEW", most)
+        monkeypatch.setattr("taskx.stores.sql.statements._MANY", most)
+        chance, later = random.Random(1), datetime(9000, 1, 1, tzinfo=timezone.utc)
+        some = lambda *values: chance.choice(values)  # noqa: E731
+        for n in range(60):
+            fields = {"created_by": some("", "ann", "bob"), "tags": some([], ["a"], ["a", "b"])}
+            repository.create(task(str(n), type=some("t", "u"), run_at=some(None, later), **fields))
+            for status in some("", "", ("cancelled",), ("running",), ("running", "completed")):
+                repository.update_status(str(n), TaskStatus(status))
+        every = repository.list(TaskFilter(limit=100))
+        for type_, creator, tag, status in product(
+            (None, "t", "none"),
+            (None, "", "ann", "none"),
+            (None, "a", ["a", "b"]),
+            (None, "pending", "running", "completed", "failed"),
+        ):
+            given = {"type": type_, "created_by": creator, "tag": tag, "status": status}
+            wanted = TaskFilter(limit=4, **{k: v for k, v in given.items() if v is not None})
+            expected = [one.id for one in every if wanted.matches(one)]
+            assert [one.id for page in pages(repository, wanted) for one in page] == expected, given
+            assert repository.count(wanted) == len(expected), given
+            assert repository.reads.count_to(wanted, 3) == min(3, len(expected)), given
 
     def test_the_table_of_tags_has_the_tags_of_all_tasks_and_no_others(self, repository, connect):
         """Whatever happens to the tasks: a random, but always the same history."""

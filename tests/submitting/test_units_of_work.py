@@ -102,6 +102,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for status in (TaskStatus.COMPLETED, TaskStatus.FAILED):
             queue.repository.update_status(status.value, TaskStatus.RUNNING)
             queue.repository.update_status(status.value, status)
+        queue.submit("echo", id="delayed", delay=3600)
         queue.submit_flow(chain(Task(type="echo", id="first"), Task(type="echo", id="second")))
         queue.schedule("hourly", every(3600), "echo").store()
         queue.pause("echo")
@@ -289,6 +290,8 @@ CALLS: dict[str, Call] = {
     "queue.delete_many": lambda s: s.queue.delete_many(["completed"]),
     "queue.delete_all": lambda s: s.queue.delete_all(type="echo"),
     "queue.discard_dead_letters": lambda s: s.queue.discard_dead_letters(),
+    "queue.finish": lambda s: s.queue.finish("event/x", 1),
+    "queue.wake": lambda s: s.queue.wake("delayed"),
     "queue.prune": lambda s: s.queue.prune(AN_HOUR[1]),
     "queue.pause": lambda s: s.queue.pause(),
     "queue.resume": lambda s: s.queue.resume("echo"),

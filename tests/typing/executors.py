@@ -46,6 +46,11 @@ def fetch(ctx: Context, url: str, retries: int = 3) -> dict[str, int]:
     assert_type(ctx.remaining(), float | None)
     assert_type(ctx.step("size", len, url), int)
     ctx.step("size", len, 5)  # type: ignore[arg-type]
+    assert_type(ctx.once("pay", len, url), int)
+    ctx.once("pay", len, 5)  # type: ignore[arg-type]
+    assert_type(ctx.poll("look", lambda: url or None, every=60), str)
+    assert_type(ctx.key("pay"), str)
+    ctx.sleep(60, step="nap")
     ctx.cursor = {"page": 5}
     return {url: retries}
 

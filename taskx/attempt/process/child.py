@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import Any, NoReturn
 
@@ -24,6 +24,7 @@ from taskx.attempt.executors import Executor, Registered, entry_of, make_executo
 from taskx.attempt.failures import told_error
 from taskx.attempt.process.channel import Channel
 from taskx.attempt.process.processes import end_family
+from taskx.attempt.waiting import Parked, Waits, heard
 from taskx.tasks import forks, payload, permission
 from taskx.tasks.clock import SYSTEM_CLOCK
 from taskx.tasks.errors import (
@@ -105,8 +106,10 @@ class _Work:
         threading.Thread(target=self._listen, name="taskx-parent", daemon=True).start()
         try:
             message: list[Any] = ["returned", self._call()]
-        except BaseException as error:  # noqa: BLE001  (told to the parent)
-            reason = self._token.reason
+        except BaseException as raised:  # noqa: BLE001  (told to the parent)
+            reason, error = self._token.reason, raised
+            if (parked := self._context._parked) is not None:
+                error = Parked(self._context._sealed(), parked.step)
             told = told_error(error, skip=2, main=self._request["main"])
             message = ["raised", told, reason and reason.value]
         if (progress := self._context._latest_progress()) is not None:
@@ -144,6 +147,8 @@ class _Work:
             forks.end_in_child(before, error)
             raise
         forks.end_in_child(before)
+        if self._context._parked is not None:  # the executor has caught the exception
+            raise self._context._parked
         if value is None:
             return None
         return payload.encode(value, "result", request["max_payload_size"])
@@ -162,6 +167,7 @@ class _Parent(Keeper):
         self._channel = channel
         self._refused = refused  # the reason why checkpoints cannot be stored, or empty
         self._asking = threading.Lock()
+        self.waits = _Waits(self._ask)
         #: The parent's answers.
         self.answers: SimpleQueue[list[Any]] = SimpleQueue()
 
@@ -201,6 +207,44 @@ class _Parent(Keeper):
         if not kept:
             token.raise_if_cancelled()
         return kept
+
+
+class _Waits(Waits):
+    """What the run of a child process waits for: the parent looks, and makes answers."""
+
+    def __init__(self, ask: Callable[..., Any]) -> None:
+        self._ask = ask
+
+    def now_ms(self) -> int:
+        return SYSTEM_CLOCK.now_ms()
+
+    def ask(
+        self,
+        task: Task,
+        name: str,
+        question: Any,
+        timeout: float | None,
+        tags: Sequence[str],
+        token: CancelToken,
+        what: str = "question",
+    ) -> Any:
+        text = payload.encode(question, "question", payload.NO_LIMIT)
+        return self._heard(token, "ask", name, text, timeout, [*tags], what)
+
+    def forget(self, task: Task, name: str, token: CancelToken) -> object:
+        return self._heard(token, "forget", name)
+
+    def wait(
+        self, task: Task, awaited: str, timeout: float | None, until: int | None, token: CancelToken
+    ) -> Any:
+        return self._heard(token, "wait", awaited, timeout, until)
+
+    def _heard(self, token: CancelToken, *question: Any) -> Any:
+        said = self._ask(*question)
+        if said is None:  # the token of the parent has fired
+            token.wait()
+        token.raise_if_cancelled()
+        return heard(said)
 
 
 def _find(type: str, module: str, name: str, main: str) -> Registered:

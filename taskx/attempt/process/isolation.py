@@ -21,6 +21,7 @@ from taskx.attempt.failures import MAX_TRACEBACK, ChildDied, ChildKilled, heard_
 from taskx.attempt.process.channel import Channel
 from taskx.attempt.process.interpreter import start_python
 from taskx.attempt.process.processes import kill_family
+from taskx.attempt.waiting import Parked, told
 from taskx.tasks import payload
 from taskx.tasks.errors import (
     CancelReason,
@@ -284,6 +285,8 @@ class _Attendance:
             self._child.channel.say("answer", *self._keep(*facts))
         elif what == "parents":
             self._child.channel.say("answer", *self._parents())
+        elif what in ("ask", "forget", "wait"):
+            self._child.channel.say("answer", *self._wait(what, *facts))
 
     def _keep(self, text: str, durable: bool) -> tuple[bool, str, str]:
         """Store checkpoints. Return True if the run still has its task; then the problem and its path."""
@@ -295,6 +298,17 @@ class _Attendance:
             return False, error.problem, error.path
         except RepositoryError as error:
             return False, str(error), ""
+
+    def _wait(self, what: str, *facts: Any) -> tuple[Any, str, str]:
+        """Return how an answer or a task has ended, or that the child's task waits; then the problem."""
+        try:
+            return told(lambda: self._ctx._look(what, *facts)), "", ""
+        except TaskCancelled:
+            return None, "", ""  # the child is told to stop, too
+        except PayloadError as error:
+            return None, error.problem, error.path
+        except RepositoryError as error:
+            return None, str(error), ""
 
     def _parents(self) -> tuple[list[dict[str, Any]] | str, str, str]:
         """Return the task's parents, or the id of a deleted parent; then the problem and its path."""
@@ -308,7 +322,10 @@ class _Attendance:
     def _raised(self, told: Mapping[str, Any], fired: str | None) -> BaseException:
         if fired is not None:  # by the child's clock, which may be a little ahead
             self._token.fire(CancelReason(fired))
-        return heard_error(told)
+        error = heard_error(told)
+        if isinstance(error, Parked):  # a layer of middleware may catch it
+            self._ctx._note_parked(error)
+        return error
 
 
 def _log_levels(log: logging.Logger) -> dict[str, int]:

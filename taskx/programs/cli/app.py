@@ -10,6 +10,7 @@ import click
 import taskx
 from taskx.insight.query import suggestion
 from taskx.programs.cli import (
+    answering,
     asking,
     changes,
     changing,
@@ -36,6 +37,7 @@ COMMANDS: tuple[click.Command, ...] = (
     *top.COMMANDS,
     *following.COMMANDS,
     *submitting.COMMANDS,
+    *answering.COMMANDS,
     *changing.COMMANDS,
     *changes.COMMANDS,
     *nodes.COMMANDS,

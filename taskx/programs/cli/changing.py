@@ -175,6 +175,7 @@ _SKIPPED = {
     "thread": "a thread of it still runs",
     "needed": "an unfinished task depends on it",
     "asked": "was asked to stop before",
+    "answer": "a task has asked for this answer: requeue that one",
 }
 
 

@@ -241,7 +241,12 @@ class Session:
     def note(self, action: str, target: str, detail: Any = None) -> None:
         """Note a change in the log of changes, if the repository has one. The change is made already."""
         with suppress(RepositoryError, ConfigurationError, PayloadError):
-            self.queue.note_change(_user(), action, target, detail)
+            self.queue.note_change(self.user, action, target, detail)
+
+    @property
+    def user(self) -> str:
+        """The person at the terminal: ``user@host``."""
+        return _user()
 
     def now(self) -> datetime:
         """Return the time of the repository's clock."""

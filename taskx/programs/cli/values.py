@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from taskx.insight.query import duration_of, moment_of
+from taskx.insight.query import moment_of
+from taskx.tasks.checks import duration_of
 from taskx.tasks.errors import ConfigurationError
 from taskx.tasks.rate import rate_of
 
@@ -112,6 +113,20 @@ class OrOff(ParamType):
 def unless_off(value: Any) -> Any:
     """Return None for ``off``, and any other value unchanged."""
     return None if value == OFF else value
+
+
+def json_value(text: str, what: str) -> Any:
+    """Return a JSON value.
+
+    Raises:
+        ConfigurationError: the text is not JSON.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigurationError(
+            f"{what} is not JSON ({error}): write a text as '\"yes\"'"
+        ) from None
 
 
 def json_object(text: str, what: str) -> dict[str, Any]:

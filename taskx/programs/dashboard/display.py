@@ -86,6 +86,11 @@ class Display:
             return "–"
         return str(words.number(value)) if isinstance(value, int) else f"{value:,.2f}"
 
+    def total(self, value: int, *, exact: bool) -> str:
+        """Return a number of tasks; if the count has ended there, say that there are more."""
+        shown = self.number(int(value))
+        return shown if exact else self.say("more than {number}", number=shown)
+
     def waiting(self, value: int) -> str:
         """Return the number of a type's waiting tasks, which are counted up to a limit."""
         return f"{self.number(value)}{'+' if value >= MOST_WAITING else ''}"
@@ -168,8 +173,8 @@ def _days(weekday: str, say: Callable[..., str]) -> str:
 
 def _filter(name: str) -> Callable[..., Any]:
     @pass_context
-    def shown(context: Context, value: Any) -> Any:
-        return getattr(context["request"].display, name)(value)
+    def shown(context: Context, value: Any, **options: Any) -> Any:
+        return getattr(context["request"].display, name)(value, **options)
 
     return shown
 
@@ -183,6 +188,7 @@ FILTERS = {
         "ago",
         "seconds",
         "number",
+        "total",
         "waiting",
         "percent",
         "size",

@@ -6,7 +6,6 @@ import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from datetime import timedelta
 from functools import partial
 from typing import Any, cast
 from urllib.parse import parse_qsl, urlencode, urlsplit
@@ -33,7 +32,7 @@ from taskx.stores.mongo.sender import Sender
 from taskx.stores.mongo.tasks import Tasks
 from taskx.stores.parts import Forks, House, at_forks
 from taskx.stores.transactions import Stored, Then, Transactions, Unit
-from taskx.tasks.checks import check_number
+from taskx.tasks.checks import Duration, check_number
 from taskx.tasks.clock import SYSTEM_CLOCK, Clock
 from taskx.tasks.codec import Codec
 from taskx.tasks.errors import ConfigurationError, TaskxError
@@ -75,9 +74,9 @@ class MongoRepository(Tasks, Forks):
         database: Database[Any],
         collection: str = "tasks",
         *,
-        lease_timeout: float | timedelta = 30.0,
-        timeout: float | timedelta = 10.0,
-        poll_interval: float | timedelta = 1.0,
+        lease_timeout: Duration = 30.0,
+        timeout: Duration = 10.0,
+        poll_interval: Duration = 1.0,
         adopt_foreign: bool = False,
         write_concern: WriteConcern | None = None,
         run_folder: str | os.PathLike[str] | None = None,

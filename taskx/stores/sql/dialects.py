@@ -60,8 +60,10 @@ class Dialect:
     sorts_numbers = False
     #: The most types of tasks in one query, and the most writes in one statement without arrays.
     most_types, most_together = 50, 1
-    #: Subqueries for the tasks of a status that name their indexes.
-    spans: Mapping[str | None, str] = {}
+    #: True if :meth:`span` returns the tasks of a status.
+    has_spans = False
+    #: The columns that have an index of the rows in which they are not empty, in the order of lists.
+    in_order: tuple[str, ...] = ()
 
     #: The newest tasks first; and the conditions for those that follow a place, which is a ``created_at``
     #: and a ``seq``, with the values of it that they need. There are two, first for the tasks of the same
@@ -116,6 +118,13 @@ class Dialect:
     def index(self, name: str) -> str:
         """Return what follows the name of the table of tasks, so that a query uses an index."""
         return ""
+
+    def span(self, status: str, columns: str = "*", *, typed: bool = False) -> str:
+        """Return a subquery for columns of the tasks of a status that names their indexes.
+
+        ``typed`` says that the query looks for the tasks of one type.
+        """
+        raise NotImplementedError
 
     def of_status(self, status: str) -> str:
         """Return the condition for the tasks of a status."""

@@ -15,7 +15,7 @@ from taskx.stores.liveness.base import Liveness
 from taskx.stores.sql.dialects import LAST
 from taskx.stores.sql.groups import GroupWriter
 from taskx.stores.sql.link import Apart, Links
-from taskx.stores.sql.statements import Statements
+from taskx.stores.sql.statements import ANYWHERE, FEW, By, Statements
 from taskx.stores.sql.writing import Refused, Writer
 from taskx.tasks.clock import SYSTEM_CLOCK, Clock
 from taskx.tasks.codec import Codec, Codecs
@@ -26,7 +26,6 @@ from taskx.tasks.timing import DEFAULT_TIMING, Timing
 from taskx.tasks.writes import Note, NoteChange, Write
 
 _MOST_VALUES = 500  # in one query
-_MANY_WAITING = 2000
 _CREATED_AT = TASK_FIELDS.index("created_at")
 # SQLite sorts a damaged time, a text, above all numbers: it is never due.
 _ANY_NUMBER = 2**63 - 1
@@ -43,14 +42,16 @@ class SQLReads(Reads):
     def list_after(self, filter: TaskFilter, after: Any = None) -> tuple[Sequence[Task], Any]:
         self._repository.refuse_unknown_conditions(filter)
         sql, by = self.statements, self._rarest(filter)
+        waits = filter.status is TaskStatus.PENDING and by is ANYWHERE
+        in_order = waits and self._many_wait(filter.type)
         if after is None:
-            in_order = filter.status is TaskStatus.PENDING and not by and self._many_wait()
             rows = self._rows(*sql.list_tasks(filter, by=by, in_order=in_order))
         else:
             after = check_place(after, sql.dialect.dates, int)
             rows, rest = [], filter
             for condition, place in sql.dialect.following:
-                rows += self._rows(*sql.list_tasks(rest, condition, after[place], by))
+                values = after[place]
+                rows += self._rows(*sql.list_tasks(rest, condition, values, by, in_order=in_order))
                 if (left := filter.limit - len(rows)) <= 0:
                     break
                 rest = attrs.evolve(filter, limit=left)
@@ -68,25 +69,34 @@ class SQLReads(Reads):
         query = self.statements.count_by_status(filter, most, self._rarest(filter))
         return {status: int(count) for status, count in self._rows(*query)}
 
-    def _many_wait(self) -> bool:
-        """Return True if there are so many pending tasks that sorting them takes long."""
-        if not self.statements.dialect.spans:
+    def _many_wait(self, type: str | None) -> bool:
+        """Return True if there are so many pending tasks, of a type, that sorting them takes long."""
+        if not self.statements.dialect.has_spans:
             return False
-        pending = TaskFilter(status=TaskStatus.PENDING)
-        ((count,),) = self._rows(*self.statements.count_tasks(pending, _MANY_WAITING))
-        return bool(count == _MANY_WAITING)
+        pending = TaskFilter(status=TaskStatus.PENDING, type=type)
+        return self.count_to(pending, FEW) == FEW
 
-    def _rarest(self, filter: TaskFilter) -> str:
-        """Return the label of the filter that the fewest tasks have; empty if another index is better."""
-        labels = filter.labels
-        if not labels or filter.id_prefix or filter.parent is not None:
-            return ""
-        counted = filter.status is not None and self.statements.dialect.spans
-        if len(labels) == 1 and not counted:
-            return labels[0]
-        [counts] = self._rows(*self.statements.fewest(filter))
+    def _rarest(self, filter: TaskFilter) -> By:
+        """Return the condition of the filter that the fewest tasks meet; ANYWHERE: use another index."""
+        if filter.id_prefix or filter.parent is not None:
+            return ANYWHERE
+        some = self.statements.indexed(filter)
+        if not some:
+            return self._few_of_type(filter)
+        counted = filter.status is not None and self.statements.dialect.has_spans
+        if len(some) == 1 and not counted:
+            return some[0]
+        [counts] = self._rows(*self.statements.fewest(filter, some))
         rarest: int = counts.index(min(counts))
-        return (*labels, "")[rarest]
+        return (*some, ANYWHERE)[rarest]
+
+    def _few_of_type(self, filter: TaskFilter) -> By:
+        """Return the type of a filter if its tasks need not be looked for among many others."""
+        sql = self.statements
+        if filter.type is None or filter.status is not None or not sql.dialect.has_spans:
+            return ANYWHERE
+        [counts] = self._rows(*sql.of_type(filter.type))
+        return ("type", filter.type) if max(counts) < FEW else ANYWHERE
 
     def flows(self, before: str, limit: int) -> Sequence[str]:
         found = self.walk(self.statements.last_flow, (), FLOW + (before or LAST), limit)

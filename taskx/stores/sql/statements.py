@@ -5,7 +5,7 @@ They have ``?`` for their values. A partial index is used only if its own condit
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -14,13 +14,17 @@ from taskx.stores.sql.dialects import Dialect, among
 from taskx.tasks.clock import to_ms
 from taskx.tasks.conditions import Scalar
 from taskx.tasks.lifecycle import PENDING, RUNNING
-from taskx.tasks.model import TASK_FIELDS, TaskFilter
+from taskx.tasks.model import TASK_FIELDS, TaskFilter, TaskStatus
 from taskx.tasks.record import COLUMNS, DEFAULTS, FOR_PARENTS, FOR_TURN, FREE, UNIQUE, UNTIL_DUE
 from taskx.tasks.tags import FLOW
 from taskx.tasks.writes import PRESENT
 
 #: A statement and its values.
 Query = tuple[str, Sequence[Any]]
+#: A column, or ``tag``, and the value by which an index finds tasks; ANYWHERE for another index. The tasks
+#: that a type finds must be sorted, the others are in the order of lists.
+By = tuple[str, str]
+ANYWHERE: By = ("", "")
 
 _READY = f"status = '{PENDING}' AND held = {FREE}"
 _RUNNING = f"status = '{RUNNING}'"
@@ -28,8 +32,10 @@ _WAITING = f"waiting_on IS NOT NULL AND status = '{PENDING}' AND held = {FOR_PAR
 _IN_LINE = f"status = '{PENDING}' AND held = {FOR_TURN}"
 _OWNED = "owner <> '' AND "
 _LOWER = str.maketrans({n: n + 32 for n in range(ord("A"), ord("Z") + 1)})
-# Tasks of a label or a status that are counted to find the fewest.
+# Tasks that meet a condition which are counted to find the fewest.
 _MANY = 20_000
+#: Tasks up to which sorting takes no time.
+FEW = 5_000
 
 
 class Statements:
@@ -218,69 +224,88 @@ class Statements:
         filter: TaskFilter,
         after: str = "",
         place: Sequence[Any] = (),
-        by: str = "",
+        by: By = ANYWHERE,
         *,
         in_order: bool = False,
     ) -> Query:
         """Return the query for the tasks that match a filter, each with its ``seq``, and its values.
 
-        ``after`` is a further condition, and ``place`` has its values. ``by`` is the label whose tasks are
-        read; it is empty to use another index. ``in_order`` says that so many tasks are pending that all
-        tasks are better read from the newest on than the pending ones sorted.
+        ``after`` is a further condition, and ``place`` has its values. ``by`` names the tasks that are
+        read, or ANYWHERE to use another index. ``in_order`` says that so many tasks are pending that
+        all tasks are better read from the newest on than the pending ones sorted.
         """
-        in_order = in_order or bool(after)
+        in_order = in_order or (bool(after) and not self.dialect.has_spans)
         source, values = self._meeting(filter, after, place, by, in_order=in_order)
         order = self.dialect.newest_first
         page = f"{source} {order} LIMIT ? OFFSET ?"
-        sorts = _by_id(filter) or (
-            filter.status == PENDING and (not in_order or bool(filter.labels))
-        )
-        if not by and sorts and self.dialect.sorts_numbers:
+        pending = filter.status == PENDING and (not in_order or bool(filter.labels))
+        sorts = by[0] == "type" or (by is ANYWHERE and (pending or _by_id(filter)))
+        if sorts and self.dialect.sorts_numbers:
             # Sorting many of them without the other columns takes half the time.
             page = f"{self.dialect.tasks} WHERE seq IN (SELECT seq FROM {page}) {order}"
         limit = int(filter.limit)  # MySQL's drivers write numbers of another class as texts
         return f"SELECT {self._row} FROM {page}", [*values, limit, filter.offset]
 
-    def count_tasks(self, filter: TaskFilter, most: int | None = None, by: str = "") -> Query:
+    def count_tasks(self, filter: TaskFilter, most: int | None = None, by: By = ANYWHERE) -> Query:
         """Return the query for the number of tasks that match a filter, at most ``most``."""
         source, values = self._meeting(filter, by=by, counts=True)
         if most is None:
             return f"SELECT count(*) FROM {source}", values
         # With an order the index of the status is used. Otherwise the planner may read the table from its
         # beginning, where the oldest tasks are, which have ended.
-        free = filter.status is None or by or self.dialect.spans
+        free = filter.status is None or by is not ANYWHERE or self.dialect.has_spans
         order = "" if free else f" {self.dialect.newest_first}"
         return f"SELECT count(*) FROM (SELECT 1 FROM {source}{order} LIMIT ?) AS few", [
             *values,
             most,
         ]
 
-    def count_by_status(self, filter: TaskFilter, most: int, by: str = "") -> Query:
+    def count_by_status(self, filter: TaskFilter, most: int, by: By = ANYWHERE) -> Query:
         """Return the query for the number of tasks of each status among ``most`` that match a filter."""
         source, values = self._meeting(filter, by=by)
         some = f"SELECT status FROM {source} LIMIT ?"
         status = self.dialect.columns(("status",))
         return f"SELECT {status}, count(*) FROM ({some}) AS few GROUP BY status", [*values, most]
 
-    def fewest(self, filter: TaskFilter) -> Query:
-        """Return the query for how many tasks each label of a filter has, up to a bound.
+    def indexed(self, filter: TaskFilter) -> list[By]:
+        """Return the conditions of a filter whose tasks an index has in the order of lists."""
+        tags = [("tag", label) for label in filter.labels]
+        others = [(name, getattr(filter, name) or "") for name in self.dialect.in_order]
+        return tags + [(name, value) for name, value in others if value]
+
+    def fewest(self, filter: TaskFilter, some: Sequence[By]) -> Query:
+        """Return the query for how many tasks meet each of some conditions of a filter, up to a bound.
 
         If the index of its status can be named, their number is the last one.
         """
-        sources = [f"{self.dialect.tags} WHERE tag = ?"] * len(filter.labels)
-        if filter.status is not None and self.dialect.spans:
-            sources.append(self.dialect.spans[filter.status.value])
-        counts = (
-            f"(SELECT count(*) FROM (SELECT 1 FROM {s} LIMIT {_MANY}) AS few)" for s in sources
-        )
-        return f"SELECT {', '.join(counts)}", filter.labels
+        sources, values = [self._by(name) for name, _ in some], [value for _, value in some]
+        if filter.status is not None and self.dialect.has_spans:
+            source, more = self._meeting(TaskFilter(status=filter.status, type=filter.type))
+            sources.append(source)
+            values += more
+        return _up_to(_MANY, sources), values
+
+    def of_type(self, type: str) -> Query:
+        """Return the query for how many tasks of a type are pending, and how many tasks are not pending.
+
+        Both are counted up to a bound.
+        """
+        pending, values = self._meeting(TaskFilter(status=TaskStatus(PENDING), type=type))
+        others = (f"SELECT * FROM {self.dialect.span(s)}" for s in TaskStatus if s != PENDING)
+        return _up_to(FEW, [pending, f"({' UNION ALL '.join(others)})"]), values
+
+    def _by(self, name: str) -> str:
+        d = self.dialect
+        if name == "tag":
+            return f"{d.tags} WHERE tag = ?"
+        return f"{d.tasks}{d.index(name)} WHERE {name} <> '' AND {name} = ?"
 
     def _meeting(
         self,
         filter: TaskFilter,
         after: str = "",
         place: Sequence[Any] = (),
-        by: str = "",
+        by: By = ANYWHERE,
         *,
         counts: bool = False,
         in_order: bool = False,
@@ -289,16 +314,25 @@ class Statements:
         conditions = [after] if after else []
         values = [*place]
         status = None if filter.status is None else filter.status.value
-        if by:
+        name, wanted = by
+        if name == "tag":
             source = self._tags if counts and filter.given <= self._of_tags else self._tagged
             conditions.append("tag = ?")
-            values.append(by)
+            values.append(wanted)
+        elif name == "type":
+            each = (f"SELECT * FROM {d.span(status, typed=True)}" for status in TaskStatus)
+            source = f"({' UNION ALL '.join(each)})"
+        elif name:
+            source = d.tasks + d.index(name)
+            conditions.append(f"{name} <> ''")
         elif _by_id(filter):
             source = d.tasks + d.index("id")
         elif in_order and status == PENDING and not filter.labels:
             source = d.tasks + d.index("created")
-        elif status in d.spans:
-            source, status = d.spans[status], None
+        elif status is not None and d.has_spans:
+            few = counts and filter.given <= {"status", "type"}
+            columns = "seq, type" if few else "*"  # so few that the index alone is read
+            source, status = d.span(status, columns, typed=filter.type is not None), None
         else:
             source = d.tasks
         if status is not None:
@@ -311,13 +345,13 @@ class Statements:
             conditions.append(f"{d.child} IN (SELECT child FROM {d.parents} WHERE parent = ?)")
             values.append(filter.parent)
         for label in filter.labels:
-            if label != by:
+            if by != ("tag", label):
                 conditions.append(self._has_tag)
                 values.append(label)
         for name in ("type", "created_by", "error_type"):
-            if (wanted := getattr(filter, name)) is not None:
+            if (text := getattr(filter, name)) is not None:
                 conditions.append(f"{name} = ?")
-                values.append(wanted)
+                values.append(text)
         for sign, moment in (">=", filter.start_date), ("<=", filter.end_date):
             if moment is not None:
                 condition, more = d.created(sign, to_ms(moment))
@@ -433,6 +467,12 @@ def _each(first: str, next_: str) -> str:
         f"steps (value) AS ({first} UNION ALL SELECT ({next_}) FROM steps WHERE steps.value IS NOT "
         "NULL) SELECT value FROM steps WHERE value IS NOT NULL LIMIT ?"
     )
+
+
+def _up_to(most: int, sources: Iterable[str]) -> str:
+    """Select how many rows some sources have, each counted up to a bound."""
+    counts = (f"(SELECT count(*) FROM (SELECT 1 FROM {s} LIMIT {most}) AS few)" for s in sources)
+    return f"SELECT {', '.join(counts)}"
 
 
 def _by_id(filter: TaskFilter) -> bool:

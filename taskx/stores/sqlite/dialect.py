@@ -9,7 +9,7 @@ from typing import Any
 from taskx.stores.sql import SQLite, Statements
 from taskx.stores.sql.dialects import LAST, among
 from taskx.tasks.ids import KEPT_ORDER, key_at, key_of
-from taskx.tasks.lifecycle import FINISHED, PENDING, RUNNING
+from taskx.tasks.lifecycle import PENDING
 from taskx.tasks.model import CONDITIONS
 from taskx.tasks.record import FREE, PLAIN, RARE, SMALL
 
@@ -17,6 +17,8 @@ FREE_PAGES = (
     "SELECT (SELECT freelist_count FROM pragma_freelist_count), "
     "(SELECT page_count FROM pragma_page_count)"
 )
+
+_READY = f"status = '{PENDING}' AND held = {FREE}"
 
 
 class OwnSQLite(SQLite):
@@ -30,7 +32,8 @@ class OwnSQLite(SQLite):
     conditions = CONDITIONS
     dates = (int, float, str)  # a damaged date is a text
     stuck = "stuck_on <> ''"
-    has_defaults = has_triggers = sorts_numbers = True
+    has_defaults = has_triggers = sorts_numbers = has_spans = True
+    in_order = ("created_by",)
     newest_first = "ORDER BY seq DESC"
     following = (("seq < ?", slice(1, 2)),)
     all_following = "seq < ?", slice(2, 3)
@@ -46,18 +49,28 @@ class OwnSQLite(SQLite):
 
     def __init__(self, prefix: str) -> None:
         super().__init__(*(f"{prefix}{name}" for name in ("tasks", "parents", "tagged", "notes")))
-        # Listing or counting the few unfinished tasks costs nothing for the many finished ones.
-        self.spans = {
-            PENDING: self._span(("ready", f"held = {FREE}"), ("held", f"held > {FREE}")),
-            RUNNING: self._span(("running", ""), status=RUNNING),
-            **{status: self._span((status, ""), status=status) for status in FINISHED},
-        }
+        # The owners of the tasks that may start, one step in the index for each.
+        ready = f"FROM {self.tasks}{self.index('ready')} WHERE {_READY}"
+        self._owners = (
+            f"(WITH RECURSIVE owners (owner) AS (SELECT min(owner) {ready} UNION ALL SELECT (SELECT "
+            f"min(owner) {ready} AND owner > owners.owner) FROM owners WHERE owners.owner IS NOT NULL) "
+            "SELECT owner FROM owners)"
+        )
 
-    def _span(self, *parts: tuple[str, str], status: str = PENDING) -> str:
+    # Listing or counting the few unfinished tasks costs nothing for the many finished ones.
+    def span(self, status: str, columns: str = "*", *, typed: bool = False) -> str:
+        """Return a subquery for columns of the tasks of a status that names their indexes.
+
+        The index of what may start begins with the owner. If a type is wanted, all owners are named, so
+        that its tasks are found at once.
+        """
+        parts = {status: f"status = '{status}'"}
+        if status == PENDING:
+            owners = f" AND owner IN {self._owners}" if typed else ""
+            parts = {"ready": _READY + owners, "held": f"status = '{PENDING}' AND held > {FREE}"}
         texts = (
-            f"SELECT * FROM {self.tasks}{self.index(name)} WHERE status = '{status}'"
-            + (f" AND {held}" if held else "")
-            for name, held in parts
+            f"SELECT {columns} FROM {self.tasks}{self.index(name)} WHERE {which}"
+            for name, which in parts.items()
         )
         return f"({' UNION ALL '.join(texts)})"
 

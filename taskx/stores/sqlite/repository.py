@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Callable, Iterable
-from datetime import timedelta
 from typing import get_args
 
 from taskx.stores.liveness.locks import KernelLocks
@@ -17,7 +16,7 @@ from taskx.stores.sqlite.file import DatabaseFile
 from taskx.stores.sqlite.joining import FileTransactions
 from taskx.stores.sqlite.links import Durability, FileLinks
 from taskx.stores.sqlite.writing import KeyedWriter
-from taskx.tasks.checks import check_number
+from taskx.tasks.checks import Duration, check_number
 from taskx.tasks.clock import SYSTEM_CLOCK, Clock
 from taskx.tasks.codec import Codec
 from taskx.tasks.errors import (
@@ -64,7 +63,7 @@ class SQLiteRepository(SQLRepository):
         durability: Durability = "accepted",
         *,
         prefix: str = "",
-        busy_timeout: float | timedelta = 10.0,
+        busy_timeout: Duration = 10.0,
         create: bool = True,
         clock: Clock = SYSTEM_CLOCK,
         codec: Codec | Iterable[Codec] | None = None,

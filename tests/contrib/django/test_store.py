@@ -621,10 +621,10 @@ def test_the_sizes_of_an_sqlite_file_are_told(repository):
 def test_async_code_can_await_a_handle(repository):
     """Django refuses reads on a thread that runs an event loop, so another thread reads."""
     queue = Queue(repository)
-    queue.executor("answer")(lambda: 42)
+    queue.executor("question")(lambda: 42)
 
     async def awaited():
-        handle = await asyncio.to_thread(queue.submit, "answer")
+        handle = await asyncio.to_thread(queue.submit, "question")
         return await asyncio.wait_for(handle, PATIENCE)
 
     with queue:

@@ -71,7 +71,7 @@ def show(request: Request) -> Page:
             **values,
             "page": page,
             "since": since or page.searched_since,
-            "exact": page.exact and since is None,
+            "capped": not page.exact and page.total >= MOST_COUNTED,
             "suggestions": [*_suggestions(request, line, page)],
             "newer": _newer(request, line, after),
             "older": _older(request, line, page, after),

@@ -1,0 +1,280 @@
+"""The promises of TaskX, checked at each write and each execution of a simulation.
+
+The checks know the promises and not the code: they keep a picture of the records of their own, made of the
+writes that took place.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from taskx.attempt.runner import Run
+from taskx.node.schedules import PREFIX, tick_id
+from taskx.tasks.lifecycle import COMPLETED, FINISHED, PENDING, RUNNING
+from taskx.tasks.record import DEFAULTS, FREE, ids_from_text
+from taskx.tasks.writes import Delete, Insert, NoteChange, Write
+from taskx.testing.simulated import SimulatedNode
+
+Row = dict[str, Any]
+
+#: The moves by which a node ends or gives back a run of its own.
+_OWN = frozenset(
+    ("complete", "fail", "retry", "snooze", "interrupt", "hand back", "crash", "cancelled")
+)
+_BY_HAND = frozenset(("by hand", "requeue"))
+_SECOND = 1_000_000_000
+
+
+class Promises:
+    """What must be true at each moment of a simulation, and at its end.
+
+    Args:
+        broken: is told of a promise that is broken, in a sentence.
+        dead: the ids of the nodes that count as dead.
+    """
+
+    def __init__(
+        self, broken: Callable[[str], None], known: Mapping[str, object], dead: set[str]
+    ) -> None:
+        self._broken, self._known, self._dead = broken, known, dead
+        #: The records, and those that were removed.
+        self.rows: dict[str, Row] = {}
+        self._gone: set[str] = set()
+        self._order: dict[str, int] = {}
+        # The tasks of each concurrency key, in the order of their submission.
+        self._lines: defaultdict[str, list[str]] = defaultdict(list)
+        self._requeued: set[str] = set()
+        self._ticks: dict[tuple[str, int], str] = {}
+        # The tasks of the schedules whose tasks must not overlap.
+        self._in_turn: dict[str, list[str]] = {}
+        # The executions that go on, without those of nodes that counted as dead: the run, and its node.
+        self.open: dict[Run, SimulatedNode] = {}
+        self._started_at: defaultdict[object, list[int]] = defaultdict(list)
+        # False once a clock was wrong: nobody can promise a time then.
+        self._clocks_right = True
+
+    def _require(self, holds: object, text: str) -> None:
+        if not holds:
+            self._broken(text)
+
+    def a_clock_is_wrong(self) -> None:
+        """Check no times from now on."""
+        self._clocks_right = False
+
+    # --- writes
+
+    def applied(self, node: SimulatedNode, writes: Sequence[Write], now: int) -> None:
+        """Check writes that took place."""
+        for write in writes:
+            if isinstance(write, Insert):
+                self._created(node, write, now)
+            elif isinstance(write, Delete):
+                row = self.rows.pop(write.id)
+                self._gone.add(write.id)
+                self._require(row["status"] != RUNNING, f"task {write.id} was removed as it ran")
+            else:
+                before = self.rows[write.id]
+                after = {**before, **write.changes}
+                self._moved(node, write.move, before, after, now)
+                self.rows[write.id] = after
+                self._check_row(after)
+
+    def _created(self, node: SimulatedNode, write: Insert, now: int) -> None:
+        row = {**DEFAULTS, **write.row}
+        task_id = write.id
+        self._require(task_id not in self.rows, f"task {task_id} was stored twice")
+        self._order[task_id] = len(self._order)
+        if row["concurrency_key"] is not None:
+            self._lines[row["concurrency_key"]].append(task_id)
+        if row["created_by"].startswith("schedule:"):
+            tick = (row["created_by"], row["run_at"])
+            self._require(tick not in self._ticks, f"the tick {tick} got two tasks")
+            self._ticks[tick] = task_id
+            for other in self._in_turn.get(tick[0].removeprefix("schedule:"), ()):
+                over = other not in self.rows or self.rows[other]["status"] in FINISHED
+                over = over or other in self._requeued
+                self._require(over, f"the tasks {other} and {task_id} of a schedule overlap")
+            if tick[0].removeprefix("schedule:") in self._in_turn:
+                self._in_turn[tick[0].removeprefix("schedule:")].append(task_id)
+        self.rows[task_id] = row
+        self._check_row(row)
+        if row["status"] == RUNNING:
+            self._starts(node, {**row, "status": PENDING, "starts": 0}, row, now)
+
+    def _moved(self, node: SimulatedNode, move: str, before: Row, after: Row, now: int) -> None:
+        old, new, task = before["status"], after["status"], f"task {before['id']}"
+        if new == RUNNING and after["starts"] != before["starts"]:
+            self._starts(node, before, after, now)
+        elif old == RUNNING and new != RUNNING:
+            owner = before["owner"]
+            if move in _OWN:
+                self._require(owner == node.id, f"{task} runs on {owner}; {node.id} did: {move}")
+            elif move == "rescue":
+                gone = owner in self._dead or owner not in self._known
+                self._require(gone, f"{task} was rescued from {owner}, which lives")
+            if new == PENDING and before["cancel_requested_at"] is not None:
+                self._broken(f"{task} was asked to cancel, and is pending again by: {move}")
+        elif old in FINISHED and new != old:
+            again = move in _BY_HAND or move == "parents moved"
+            self._require(again, f"{task} had ended as {old}, and is {new} by: {move}")
+            self._requeued.add(before["id"])
+        self._require(after["starts"] >= before["starts"], f"the starts of {task} fell")
+
+    def _starts(self, node: SimulatedNode, before: Row, after: Row, now: int) -> None:
+        task = f"task {before['id']} ({before['type']})"
+        self._require(before["status"] == PENDING, f"{task} started while {before['status']}")
+        self._require(before["held"] == FREE, f"{task} started while it was held back")
+        fence = after["starts"] == before["starts"] + 1
+        self._require(fence, f"{task} started with {after['starts']} after {before['starts']}")
+        self._require(after["owner"] == node.id, f"{node.id} started {task} for {after['owner']}")
+        lives = node.id in self._known and node.id not in self._dead
+        self._require(lives, f"{node.id} counts as dead, and started {task}")
+        crashes, most = before["crashes"], after["max_crashes"] or 3
+        self._require(crashes < most, f"{task} started after {crashes} crashes of {most}")
+        if self._clocks_right:
+            due = before["run_at"] is None or before["run_at"] <= now
+            self._require(due, f"{task} started before its time")
+            # A start may be decided in time, and stored later.
+            fresh = before["expires_at"] is None or after["started_at"] < before["expires_at"]
+            self._require(fresh, f"{task} started after it had expired")
+        self._check_key(task, before, after)
+        self._check_parents(task, before)
+
+    def _check_key(self, task: str, before: Row, after: Row) -> None:
+        if (key := before["concurrency_key"]) is None:
+            return
+        self._require(after["turn"] == key, f"{task} started without the turn of {key!r}")
+        if before["starts"] or before["id"] in self._requeued:
+            return
+        for other in self._lines[key]:
+            if other == before["id"]:
+                break
+            row = self.rows.get(other)
+            waits = row is not None and row["status"] == PENDING and not row["starts"]
+            if other in self._requeued or row is None:
+                continue
+            if waits and row["depends_on"] is None:
+                self._broken(f"{task} overtook task {other} of the key {key!r}")
+
+    def _check_parents(self, task: str, before: Row) -> None:
+        if before["depends_on"] is None or before["id"] in self._requeued:
+            return
+        for parent in ids_from_text(before["depends_on"]):
+            status = self.rows[parent]["status"] if parent in self.rows else "gone"
+            if parent in self._requeued:
+                continue
+            fine = status == COMPLETED or (
+                before["on_parent_failure"] == "run" and status not in (PENDING, RUNNING)
+            )
+            self._require(fine, f"{task} started although its parent {parent} is {status}")
+
+    def _check_row(self, row: Row) -> None:
+        if row["unique_key"] is not None and row["unique_scope"] == "unfinished":
+            holds = row["unique_lock"] == row["unique_key"] or row["status"] in FINISHED
+            self._require(holds, f"task {row['id']} has not ended, and holds no unique key")
+        if row["status"] == PENDING and row["owner"] and row["held"] != FREE:
+            self._broken(f"task {row['id']} is held back, and has an owner")
+
+    def noted(self, changes: Sequence[NoteChange]) -> None:
+        """Check changes of notes: a schedule that has ticked has stored the task of the tick."""
+        for name, text, _ in changes:
+            if not name.startswith(PREFIX) or text is None:
+                continue
+            entry = json.loads(text)
+            if entry["overlap"] == "skip":
+                self._in_turn.setdefault(entry["name"], [])
+            last = entry["last"]
+            if last is not None and entry["making"] != last:
+                made = tick_id(entry["name"], last)
+                there = made in self.rows or made in self._gone
+                self._require(there, f"schedule {entry['name']} moved on without task {made}")
+
+    def accepted(self, task_ids: Iterable[str]) -> None:
+        """Check that tasks are stored whose submit has returned."""
+        for task_id in task_ids:
+            there = task_id in self.rows or task_id in self._gone
+            self._require(there, f"task {task_id} was accepted, and is not stored")
+
+    # --- executions
+
+    def begins(self, node: SimulatedNode, run: Run, now: int) -> None:
+        """Check the begin of an execution."""
+        task, type = run.task, run.task.type
+        self.open[run] = node
+        for other, where in self.open.items():
+            if other is run:
+                continue
+            if other.task.id == task.id:
+                self._broken(f"task {task.id} runs twice at once: on {where.id} and {node.id}")
+            key = task.concurrency_key
+            if key is not None and other.task.concurrency_key == key:
+                self._broken(f"tasks {other.task.id} and {task.id} of key {key!r} run at once")
+        limit = node.queue._registry.limits.get(type)
+        if limit is None:
+            return
+        shared = limit.scope == "global"
+        mine = [r for r, n in self.open.items() if r.task.type == type and (shared or n is node)]
+        if limit.max_concurrency is not None and len(mine) > limit.max_concurrency:
+            self._broken(f"{len(mine)} tasks of type {type} run, of {limit.max_concurrency}")
+        if limit.rate is not None and self._clocks_right:
+            times = self._started_at[type, None if shared else node.number]
+            times.append(now)
+            burst, interval = limit.rate.burst, limit.rate.interval * _SECOND
+            for number, earlier in enumerate(
+                reversed(times)
+            ):  # less one: a token may be put back late
+                if number > burst + (now - earlier) / interval + 0.01:
+                    self._broken(f"{number} tasks of type {type} in {(now - earlier) / _SECOND} s")
+
+    def executes(self, node: SimulatedNode, run: Run) -> None:
+        """Check the execution itself: the node still has the task, with the params of its record."""
+        if self.open.pop(run, None) is None:
+            return
+        row = self.rows.get(run.task.id)
+        fence = None if row is None else (row["status"], row["owner"], row["starts"])
+        wanted = (RUNNING, node.id, run.task.starts)
+        self._require(fence == wanted, f"{wanted} executes task {run.task.id}, which is {fence}")
+        if row is not None and json.loads(row["params"]) != run.task.params:
+            self._broken(f"task {run.task.id} is executed with the params of before")
+
+    def forget(self, node: SimulatedNode) -> None:
+        """Forget the executions of a node that counts as dead: they may go on beside others."""
+        self.open = {run: where for run, where in self.open.items() if where is not node}
+
+    # --- the end
+
+    def ended(self, notes: Iterable[str], left: Iterable[str]) -> None:
+        """Check what is stored after all nodes have stopped; ``left`` says what they still held."""
+        for text in left:
+            self._broken(text)
+        for task_id, row in self.rows.items():
+            task = f"task {task_id} ({row['type']})"
+            self._require(row["status"] in FINISHED, f"{task} is {row['status']} for ever")
+            for column in ("owner", "waiting_on", "stuck_on"):
+                self._require(not row[column], f"{task} has ended with {column}={row[column]!r}")
+            self._require(row["turn"] is None, f"{task} has ended, and keeps its turn")
+            scope = row["unique_scope"]
+            freed = row["unique_lock"] is None or scope not in ("pending", "unfinished")
+            self._require(freed, f"{task} has ended, and holds its unique key")
+            if row["depends_on"] is not None and not row["starts"]:
+                self._check_orphan(task, row)
+        for node_id in self._known:
+            self._broken(f"node {node_id} is recorded for ever")
+        for name in notes:
+            self._require(not name.startswith("limit/slots/"), f"the note {name} is left over")
+
+    def _check_orphan(self, task: str, row: Row) -> None:
+        parents = ids_from_text(row["depends_on"])
+        bad = [p for p in parents if p not in self.rows or self.rows[p]["status"] != COMPLETED]
+        by_parent = row["error"].startswith("its parent ")
+        self._require(not by_parent or bad or self._requeued, f"{task}: {row['error']} is not true")
+        if by_parent:
+            wanted = "failed" if row["on_parent_failure"] == "fail" else "cancelled"
+            self._require(row["status"] == wanted, f"{task} is {row['status']}, not {wanted}")
+
+    def unfinished(self) -> list[str]:
+        """Return the ids of the tasks that have not ended."""
+        return [task_id for task_id, row in self.rows.items() if row["status"] not in FINISHED]

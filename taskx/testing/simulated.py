@@ -1,0 +1,529 @@
+"""The nodes of a simulation: queues without threads, whose time, ids and repository belong to a world."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import count
+from types import ModuleType
+from typing import Any, Protocol
+
+import attrs
+
+from taskx.attempt.current import current
+from taskx.attempt.runner import Run, Runner
+from taskx.node.housekeeper import Housekeeper
+from taskx.node.moving import Services
+from taskx.node.pool import Ends, WorkerPool
+from taskx.queue.intake import Intake
+from taskx.queue.queue import Queue
+from taskx.queue.work import Work
+from taskx.stores import base
+from taskx.stores.base import Repository
+from taskx.stores.liveness.base import About, Applies, Liveness, Node
+from taskx.stores.memory import MemoryReads, MemoryRepository
+from taskx.tasks import ids
+from taskx.tasks.bell import Bell
+from taskx.tasks.clock import Clock
+from taskx.tasks.config import Config
+from taskx.tasks.errors import RepositoryUnavailable
+from taskx.tasks.lifecycle import Ending
+from taskx.tasks.model import CONDITIONS, Task, TaskStatus
+from taskx.tasks.options import OnConflict
+from taskx.tasks.timing import Timing
+from taskx.tasks.writes import Delete, Insert, NoteChange, Write
+from taskx.testing.clock import ManualClock
+from taskx.testing.driven import ROOM, Driven, DrivenPool, DrivenRunner, DrivenSignal
+
+#: The number of tasks that a node runs at the same time.
+WORKERS = 2
+
+
+class Killed(BaseException):
+    """A node is dead: this unwinds what it was just doing."""
+
+
+class World(Protocol):
+    """What the nodes of a simulation need of it."""
+
+    #: The recorded nodes, by id, and the ids of those that count as dead.
+    known: dict[str, Node]
+    dead: set[str]
+    now: int
+
+    def enter(self, door: Door) -> str | None:
+        """Let others go on before a node uses the repository; return the fault that strikes it then."""
+
+    def applied(self, door: Door, writes: Sequence[Write]) -> None:
+        """Note writes of a node that took place."""
+
+    def noted(self, door: Door, changes: Sequence[NoteChange]) -> None:
+        """Note changes of notes by a node that took place."""
+
+    def accepted(self, task_ids: Iterable[str]) -> None:
+        """Note that a submit of these tasks has returned."""
+
+    def pass_time(self, seconds: float) -> None:
+        """Let time pass."""
+
+    def others_go_on(self, node: SimulatedNode, seconds: float) -> None:
+        """Let the others go on, and time pass, while a thread of a node waits."""
+
+    def broken(self, text: str) -> None:
+        """Note that a promise is broken."""
+
+
+def _replace(owner: object, **attributes: object) -> None:
+    """Replace attributes of a part, or of a module, that the engine has made."""
+    for name, value in attributes.items():
+        setattr(owner, name, value)
+
+
+# --- the repository, as a node sees it
+
+
+def _passing(name: str) -> Callable[..., Any]:
+    def call(self: Any, *args: Any, **options: Any) -> Any:
+        self._world.enter(self)
+        return getattr(self._store, name)(*args, **options)
+
+    return call
+
+
+class Door(Repository):
+    """The repository, as one node sees it: others go on before each call, which may fail.
+
+    Args:
+        store: the repository.
+        world: the simulation.
+        clock: the clock of the node.
+    """
+
+    shared = False
+    conditions = CONDITIONS
+
+    def __init__(self, store: MemoryRepository, world: World, clock: Clock) -> None:
+        super().__init__(clock)
+        self._store, self._world = store, world
+        self._liveness = self.living = Living(self, world)
+        self.reads = _Reads(self, store, world)
+        self.node: SimulatedNode | None = None
+        # The writes that took place although their caller got an error.
+        self._in_doubt: dict[int, Write] = {}
+
+    def apply(self, writes: Sequence[Write], *, all_or_nothing: bool = False) -> Sequence[bool]:
+        fault = self._world.enter(self)
+        doubtful = self._in_doubt
+        known = [doubtful.get(id(write)) is write for write in writes] if doubtful else ()
+        new = [w for w, old in zip(writes, known, strict=True) if not old] if known else writes
+        held = self._store.apply(new, all_or_nothing=all_or_nothing)
+        done = [write for write, took_place in zip(new, held, strict=True) if took_place]
+        if not all_or_nothing or len(done) == len(new):
+            self._world.applied(self, done)
+        if fault is not None:
+            doubtful.update((id(write), write) for write in done)
+            raise _lost(fault)
+        results = iter(held)
+        return [old or next(results) for old in known] if known else held
+
+    def put_notes(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
+        fault = self._world.enter(self)
+        held = self._store.put_notes(changes)
+        self._world.noted(self, [one for one, done in zip(changes, held, strict=True) if done])
+        if fault is not None:
+            raise _lost(fault)
+        return held
+
+    find = _passing("find")
+    distinct = _passing("distinct")
+    ready = _passing("ready")
+    due = _passing("due")
+    ended = _passing("ended")
+    notes = _passing("notes")
+    list = _passing("list")
+    count = _passing("count")
+
+    def version(self) -> object:
+        return object()
+
+
+class _Reads(MemoryReads):
+    def __init__(self, door: Door, store: MemoryRepository, world: World) -> None:
+        super().__init__(store)
+        self._door, self._world = door, world
+
+    def notes_named(self, names: Sequence[str]) -> Any:
+        self._world.enter(self._door)
+        return super().notes_named(names)
+
+    def notes_after(self, prefix: str, after: str, limit: int) -> Any:
+        self._world.enter(self._door)
+        return super().notes_after(prefix, after, limit)
+
+
+def _lost(text: str) -> RepositoryUnavailable:
+    error = RepositoryUnavailable(text)
+    error.in_doubt = True
+    return error
+
+
+class Living(Liveness[Node]):
+    """Who is alive, as leases tell it: a node may count as dead while it lives, and come back."""
+
+    def __init__(self, door: Door, world: World) -> None:
+        super().__init__(door)
+        self._world = world
+        self._lost: Callable[[], object] = lambda: None
+
+    def join(self, node: Node, *, tended: bool = False) -> None:
+        self.record(node)
+
+    def record(self, node: Node) -> None:
+        self._own[node.id] = self._world.known[node.id] = attrs.evolve(node, alive=True)
+
+    def tend(self, node: str) -> None:
+        """Come back, if others believed that this node is dead, and have taken its tasks."""
+        if node not in self._own or not self.is_dead(node):
+            return
+        self._lost()  # as each heartbeat tells
+        if node not in self._world.known:
+            self._world.known[node] = self._own[node]
+            self._world.dead.discard(node)
+
+    def mark_stopping(self, node: str) -> None:
+        self._world.known[node] = attrs.evolve(self._own[node], stopping=True)
+
+    def leave(self, node: str) -> None:
+        self._world.known.pop(node, None)
+        self._own.pop(node, None)
+
+    def nodes(self) -> Sequence[Node]:
+        known = self._world.known
+        dead = [i for i in known if i in self._world.dead and i not in self._own]  # not itself
+        return [*{**known, **{i: attrs.evolve(known[i], alive=False) for i in dead}}.values()]
+
+    def watch(self, node: str, lost: Callable[[], object]) -> None:
+        self._lost = lost
+
+    def is_dead(self, node: str) -> bool:
+        return node in self._world.dead or node not in self._world.known
+
+    def lose(self, node: str) -> None:
+        """Have a node of this door count as dead from now on, although it lives."""
+        self._world.dead.add(node)
+        self._lost()
+
+    @property
+    def applies(self) -> Applies:
+        return self
+
+    def apply(self, writes: Sequence[Write]) -> Sequence[bool]:
+        """Apply writes, except those by which a node that counts as dead would take or start a task."""
+        refused = [self._begins(write) for write in writes]
+        if True not in refused:
+            return self._store.apply(writes)
+        allowed = [write for write, no in zip(writes, refused, strict=True) if not no]
+        held = iter(self._store.apply(allowed) if allowed else ())
+        return [False if no else next(held) for no in refused]
+
+    def _begins(self, write: Write) -> bool:
+        owner = write.changes.get("owner")
+        if not owner or isinstance(write, Delete) or owner not in self._own:
+            return False
+        if isinstance(write, Insert):
+            begins = write.row.get("status") == "running"
+        else:
+            begins = write.guard.get("status") == "pending"
+        return begins and self.is_dead(owner)
+
+
+# --- the engine of a node
+
+
+class SimulatedClock(ManualClock):
+    """The clock of a node. Time that it lets pass, passes for all."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__()
+        self._world = world
+        self._monotonic += world.now
+
+    def advance(self, seconds: Any) -> None:
+        self._world.pass_time(seconds)
+
+    def move(self, seconds: float) -> None:
+        """Let time pass for this node alone."""
+        super().advance(seconds)
+
+    def shift(self, seconds: float) -> None:
+        """Set the wall clock wrong by so many seconds."""
+        self._offset += round(seconds * 1_000_000_000)
+
+    def set_right(self, clock: ManualClock) -> None:
+        """Show the time of another clock."""
+        self._offset = clock._offset
+
+
+class _Housekeeper(Housekeeper):
+    def start(self) -> None:
+        """Start no thread: the rounds are steps of the simulation."""
+        self._services.agenda.attend()
+
+
+class _Bell(Bell):
+    """A bell for which no thread waits: the others go on in the meantime."""
+
+    def __init__(self, node: SimulatedNode) -> None:
+        super().__init__()
+        self._node = node
+
+    def wait(self, ear: Any, timeout: float | None = None) -> None:
+        self.leave(ear)
+        self._node.world.others_go_on(self._node, 1.0 if timeout is None else timeout)
+
+
+class _Engine(Driven):
+    def __init__(self, node: SimulatedNode) -> None:
+        super().__init__(lambda: DrivenSignal(node.clock, node.wait_until, virtual=True))
+        self._node = node
+
+    def describe(self, about: About) -> About:
+        facts = attrs.evolve(about, host="simulated", pid=self._node.number, started_at=0)
+        return attrs.evolve(facts, worker_num=WORKERS, buffer_size=ROOM)
+
+    def make_pool(self, services: Services, node: Node, config: Config, ends: Ends) -> WorkerPool:
+        config = attrs.evolve(config, worker_num=WORKERS, buffer_size=ROOM, overflow="reject")
+        self._node.pool = pool = DrivenPool(services, node, config, ends)
+        _replace(pool.starter.suspects, changed=_Bell(self._node))
+        return pool
+
+    def make_housekeeper(
+        self, pool: WorkerPool, retention: Mapping[TaskStatus, float]
+    ) -> Housekeeper:
+        self._node.housekeeper = keeper = _Housekeeper(pool, retention, lambda: 0.5)
+        return keeper
+
+    def make_runner(self, clock: Clock, timing: Timing, max_payload_size: int) -> Runner:
+        return _Runner(clock, timing, max_payload_size)
+
+
+class _Runner(DrivenRunner):
+    def ending_of(self, error: BaseException, run: Run) -> Ending:
+        return Runner.ending_of(self, error, run)
+
+
+class _Intake(Intake):
+    """An intake that tells the world what it has accepted."""
+
+    world: World
+
+    def accept(
+        self,
+        task: Task,
+        priority: int | None = None,
+        on_conflict: OnConflict = "reject",
+        **more: Any,
+    ) -> str:
+        task_id = super().accept(task, priority, on_conflict, **more)
+        self.world.accepted([task_id])
+        return task_id
+
+    def accept_plain(self, type: str, params: Any) -> str | None:
+        task_id = super().accept_plain(type, params)
+        self.world.accepted([] if task_id is None else [task_id])
+        return task_id
+
+    def accept_many(
+        self, tasks: Iterable[Task], priority: int | None = None, **more: Any
+    ) -> list[str]:
+        task_ids = super().accept_many(tasks, priority, **more)
+        self.world.accepted(task_ids)
+        return task_ids
+
+
+class _Queue(Queue):
+    def __init__(self, node: SimulatedNode, config: Config | None, log: logging.Logger) -> None:
+        self._simulated = node
+        engine = _Engine(node)
+        super().__init__(node.door, config, log, clock=node.clock, engine=engine)
+
+    def _wire(self) -> None:
+        super()._wire()
+        self._node.forget()
+        # As if no step were on the main thread, where exceptions may strike, and none hung.
+        moves = self._services.moves
+        _replace(moves, _finish=moves._tell)
+        _replace(self._node, _by=lambda deadline, step: step())
+
+    def _make_intake(self, work: Work) -> Intake:
+        made = _Intake(self._services, self._node, self.config, work)
+        made.world = self._simulated.world
+        return made
+
+
+class SimulatedNode:
+    """A node of a simulation: a queue that is started, and what it is just doing.
+
+    Args:
+        world: the simulation.
+        store: the repository of all nodes.
+        number: how many nodes there were before.
+        config: the config of the queue.
+        log: the logger of the queue.
+
+    Attributes:
+        runs: the runs that were started and are not executed yet: their executors are at work.
+        asks: what the program may be asked for on this node.
+        late: True if it counted as dead once: others may have its tasks.
+    """
+
+    pool: DrivenPool
+    housekeeper: _Housekeeper
+
+    def __init__(
+        self,
+        world: World,
+        store: MemoryRepository,
+        number: int,
+        config: Config | None,
+        log: logging.Logger,
+    ) -> None:
+        self.world, self.number = world, number
+        self.clock = SimulatedClock(world)
+        self.door = Door(store, world, self.clock)
+        self.door.node = self
+        self.queue = _Queue(self, config, log)
+        self.runs: list[Run] = []
+        self.asks: list[Callable[[], object]] = []
+        self.alive, self.up = True, False
+
+    @property
+    def id(self) -> str:
+        """The id of the node."""
+        return self.pool.node.id
+
+    @property
+    def moves(self) -> Any:
+        """The door for the moves of the node."""
+        return self.queue._services.moves
+
+    def boot(self, program: Callable[[Queue], Iterable[Callable[[], object]] | None]) -> None:
+        """Declare what the program declares, and start."""
+        self.asks = list(program(self.queue) or ())
+        self.queue._node.start()
+        self.up = True
+
+    def die(self) -> None:
+        """Use the repository no more."""
+        self.alive = False
+
+    @property
+    def work(self) -> int:
+        """The number of tasks that may begin here, or be executed."""
+        return len(self.runs) + len(self.pool.buffer) + len(self.pool.ahead.runs)
+
+    def start(self, most: int) -> list[Run]:
+        """Start up to so many tasks, or take up one that was started ahead; return what begins."""
+        if len(self.runs) >= WORKERS or self.pool.stopping:
+            return []
+        run = self.pool.ahead.take() if self.pool.ahead.runs else None
+        if run is None:
+            items = self.pool.buffer.take(most)
+            run = self.pool.start(items, self._worker) if items else None
+        if run is None:
+            return []
+        run.state, self.pool.ahead.at_work[run] = "executing", time.monotonic()
+        self.runs.append(run)
+        return [run]
+
+    def execute(self, number: int) -> Run | None:
+        """Execute one of the runs that have begun, to its outcome; return it."""
+        if not self.runs:
+            return None
+        run = self.runs.pop(number % len(self.runs))
+        self.pool.execute(run, self._worker)
+        return run
+
+    @property
+    def _worker(self) -> str:
+        return self.pool.worker_name("worker")
+
+    def wait_until(self, done: Callable[[], bool], seconds: float) -> bool:
+        """Let the others go on until a condition holds; return False after ``seconds``."""
+        end = self.clock.monotonic() + min(seconds, 3600.0)
+        while not done():
+            if self.clock.monotonic() >= end:
+                return False
+            self.world.others_go_on(self, 0.5)
+        return True
+
+
+@contextmanager
+def outside() -> Iterator[None]:
+    """Leave the executor, if this thread is inside one, for the length of a block."""
+    context, current.context = current.context, None
+    try:
+        yield
+    finally:
+        current.context = context
+
+
+# --- time and chance
+
+
+class _Instead:
+    """A module of which some functions are replaced."""
+
+    def __init__(self, module: ModuleType, **functions: Callable[..., Any]) -> None:
+        self._module = module
+        self.__dict__.update(functions)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+@contextmanager
+def virtual(world: Callable[[], World]) -> Iterator[Callable[[], None]]:
+    """Let the code of TaskX see the time of a world, and draw no random numbers, in this process.
+
+    The block gets a function that makes the ids begin again, for the next world.
+    """
+    numbers = count()
+
+    def begin() -> None:
+        nonlocal numbers
+        numbers = count(1)
+        _replace(ids, _moment=-1, _counted=0)
+        ids.key_of.cache_clear()
+
+    def seconds() -> float:
+        return world().now / 1_000_000_000
+
+    real = time
+    clock = _Instead(
+        real,
+        monotonic=seconds,
+        time=lambda: 1_704_067_200 + seconds(),
+        time_ns=lambda: round(1_704_067_200_000_000_000 + 1_000_000_000 * seconds()),
+        thread_time=seconds,
+        sleep=lambda some: world().pass_time(some),
+    )
+    system = _Instead(os, urandom=lambda length: next(numbers).to_bytes(length, "big"))
+    ours = [m for name, m in sys.modules.items() if name.startswith("taskx.") and m is not None]
+    timed = [module for module in ours if vars(module).get("time") is real]
+    try:
+        for module in timed:
+            _replace(module, time=clock)
+        for module in (ids, base):
+            _replace(module, os=system)
+        yield begin
+    finally:
+        for module in timed:
+            _replace(module, time=real)
+        for module in (ids, base):
+            _replace(module, os=os)
+        ids._renew()

@@ -1,0 +1,298 @@
+"""Bugs of policy for the simulator: old defects, moves with a weak guard, forgotten consequences."""
+
+from contextlib import suppress
+from typing import NamedTuple
+
+from taskx.node import schedules
+from taskx.node.admission import Admission, OwnSlots
+from taskx.node.audit import Audit
+from taskx.node.due import Release
+from taskx.node.ordering import Dependents, Turns
+from taskx.node.recovery import Recovery
+from taskx.node.shared_limits import SharedBucket, SharedSlots
+from taskx.node.starter import Starter
+from taskx.node.ticker import Ticker
+from taskx.queue.intake import Intake
+from taskx.tasks import ids, lifecycle, unique
+from taskx.tasks.errors import RepositoryUnavailable
+
+
+class Planted(NamedTuple):
+    """A bug: what is wrong, how it gets there, and the first seed that finds it."""
+
+    text: str
+    plant: object
+    seed: int
+
+
+PLANTED = {}
+
+
+def plant(text, *, seed):
+    def add(function):
+        PLANTED[function.__name__] = Planted(text, function, seed)
+        return function
+
+    return add
+
+
+def nothing(*args, **options):
+    return None
+
+
+def without(guard, *columns):
+    return {name: value for name, value in guard.items() if name not in columns}
+
+
+def around(patch, owner, name, change):
+    """Replace a function by one that changes what it returns."""
+    inner = getattr(owner, name)
+    patch(owner, name, lambda *args, **options: change(inner(*args, **options)))
+
+
+@plant("A start does not check that the task is still pending.", seed=6)
+def unguarded_start(patch):
+    around(patch, lifecycle, "start_all", lambda made: [u and u._replace(guard={}) for u in made])
+
+
+@plant("A start does not check the number of starts.", seed=485)
+def start_without_starts(patch):
+    def weak(made):
+        return [u and u._replace(guard=without(u.guard, "starts")) for u in made]
+
+    around(patch, lifecycle, "start_all", weak)
+
+
+@plant("A start does not check that nothing holds the task back.", seed=27)
+def start_of_held(patch):
+    def weak(made):
+        return [u and u._replace(guard=without(u.guard, "held")) for u in made]
+
+    around(patch, lifecycle, "start_all", weak)
+
+
+@plant("The fence of an outcome does not compare the starts.", seed=193)
+def weak_fence(patch):
+    around(patch, lifecycle, "_fence", lambda guard: without(guard, "starts"))
+
+
+@plant("A retry does not notice that a cancel was requested.", seed=421)
+def retry_despite_cancel(patch):
+    def weak(writes):
+        return [writes[0]._replace(guard=without(writes[0].guard, "cancel_requested_at"))]
+
+    around(patch, lifecycle, "_unless_cancelled", weak)
+
+
+@plant("A task waits only for one of its parents.", seed=5)
+def one_parent_is_enough(patch):
+    inner = lifecycle.parents_moved
+
+    def hasty(child, statuses, now):
+        done = dict.fromkeys(child.depends_on, "completed")
+        return inner(child, done if "completed" in statuses.values() else statuses, now)
+
+    patch(lifecycle, "parents_moved", hasty)
+
+
+@plant("A task whose parent has failed already may start.", seed=459)
+def failed_parent_at_submit(patch):
+    patch(lifecycle, "next_parent", lifecycle.unfinished_parent)
+
+
+@plant("Nobody looks for the dependents of a task whose node died after its end.", seed=241)
+def dependents_of_the_dead(patch):
+    patch(Dependents, "ended_elsewhere", nothing)
+    patch(Dependents, "scan_some", nothing)
+
+
+@plant("Nobody looks for a turn that a node did not pass on before its death.", seed=3331)
+def turns_of_the_dead(patch):
+    patch(Turns, "scan_all_soon", nothing)
+    patch(Turns, "scan_some", nothing)
+
+
+@plant("The task that came last gets the turn of a key.", seed=15)
+def last_come_first_served(patch):
+    def last(self, key):
+        line = self._repository.find("line", [key], ("id",))
+        return [w for (task_id,) in line[-1:] for w in lifecycle.give_turn(task_id, key)]
+
+    patch(Turns, "_next_turn", last)
+
+
+@plant("A task that has failed keeps its turn.", seed=68)
+def failure_keeps_turn(patch):
+    inner = lifecycle._end
+
+    def end(task, ending, now, status):
+        made = inner(task, ending, now, status)
+        return without(made, "turn") if status == "failed" else made
+
+    patch(lifecycle, "_end", end)
+
+
+@plant("A pending task that is cancelled keeps its turn.", seed=11)
+def cancel_keeps_turn(patch):
+    def keep(writes):
+        return [write._replace(changes=without(write.changes, "turn")) for write in writes]
+
+    around(patch, lifecycle, "_cancel_pending", keep)
+
+
+def overwrite(self, text, value):
+    """Change a note whatever others have stored meanwhile."""
+    self._stale = True
+    note = self._repository.notes(self._name).get(self._name)
+    self._repository.put_note(self._name, text, note.version if note else 0)
+    self._read()
+    return True
+
+
+@plant("The slots of a shared limit are changed without a comparison.", seed=1)
+def slots_without_compare(patch):
+    patch(SharedSlots, "_put", overwrite)
+
+
+@plant("The tokens of a shared rate are changed without a comparison.", seed=593)
+def tokens_without_compare(patch):
+    patch(SharedBucket, "_put", overwrite)
+
+
+@plant("The slots of dead nodes are never freed.", seed=7)
+def slots_of_the_dead(patch):
+    patch(SharedSlots, "_bury", nothing)
+
+
+@plant("The slots of live nodes are freed, too.", seed=60)
+def slots_of_the_living(patch):
+    def bury(self):
+        self._share_out({self._node: self._mine})
+
+    patch(SharedSlots, "_bury", bury)
+
+
+@plant("A slot that was taken for a start which failed is not given back.", seed=9)
+def slot_leaks(patch):
+    inner = Admission.over
+    patch(Admission, "over", lambda self, i, *, ran: inner(self, i, ran=ran) if ran else None)
+
+
+@plant("The slots of a node are not counted.", seed=145)
+def endless_slots(patch):
+    patch(OwnSlots, "take", lambda self, count: count)
+
+
+@plant("The id of the task of a tick is random.", seed=0)
+def random_tick(patch):
+    patch(schedules, "tick_id", lambda name, tick: ids.new_id())
+
+
+@plant("A schedule is moved on before the task of its tick is stored.", seed=0)
+def tick_before_task(patch):
+    def run(self, due):
+        plans = self._without_overlap(self._plans(due, self._now()))
+        self._put(plans)
+        now = self._services.clock.now_ms()
+        inserts = [p.entry.insert(tick, now) for p in plans for tick in p.run]
+        return bool(inserts) and any(self._services.moves.commit(inserts))
+
+    patch(Ticker, "_run", run)
+
+
+@plant("A tick gets its task while that of an earlier tick goes on.", seed=3)
+def overlapping_ticks(patch):
+    patch(Ticker, "_may_run", lambda self, plan, statuses: True)
+
+
+@plant("A start whose answer was lost counts as failed.", seed=115)
+def start_in_doubt(patch):
+    def give_up(self, runs, error):
+        for run in runs:
+            self.strike(run)
+
+    patch(Starter, "give_up", give_up)
+    patch(Audit, "_interrupt", nothing)
+
+
+@plant("The tasks in the buffer of a dead node are not freed.", seed=0)
+def buffers_of_the_dead(patch):
+    patch(Recovery, "go_on", lambda self, until=0: 0)
+
+
+@plant("A task may crash once more than its limit says.", seed=7)
+def one_more_crash(patch):
+    around(patch, lifecycle, "_crashes_allowed", lambda most: most + 1)
+
+
+@plant("A start does not look whether the task has expired.", seed=19)
+def late_start(patch):
+    patch(lifecycle, "has_expired", lambda task, now: False)
+
+
+@plant("A requeued task does not take its unique key again.", seed=34)
+def key_not_taken_again(patch):
+    patch(unique, "taken_again", lambda task: {})
+
+
+@plant("Every start frees the unique key.", seed=3)
+def key_freed_by_start(patch):
+    patch(unique, "freed_by_start", lambda task: {"unique_lock": None})
+
+
+@plant("Delayed tasks are released five seconds early.", seed=12)
+def early_release(patch):
+    inner = Release._release_some
+    patch(Release, "_release_some", lambda self, now: inner(self, now + 5000))
+    patch(Release, "earliest", lambda self: (at := _earliest(self)) and at - 5000)
+
+
+_earliest = Release.earliest
+
+
+@plant("A task that should fail with its parent is cancelled.", seed=1)
+def cancelled_with_parent(patch):
+    def cancel(write):
+        changes = write.changes
+        return write._replace(
+            changes={**changes, "status": "cancelled"} if changes.get("dead_letter") else changes
+        )
+
+    around(patch, lifecycle, "parents_moved", cancel)
+
+
+@plant("A submit returns although the repository has failed.", seed=26)
+def accepted_not_stored(patch):
+    inner = Intake._take_in
+
+    def take_in(self, insert, *args, **options):
+        with suppress(RepositoryUnavailable):
+            return inner(self, insert, *args, **options)
+        return insert.id
+
+    patch(Intake, "_take_in", take_in)
+
+
+@plant(
+    "A rescue takes what another node has rescued, and a third one runs, in the meantime.", seed=825
+)
+def rescue_from_the_living(patch):
+    def take_back(self, node):
+        services = self._pool.services
+        find = services.repository.find
+        running = [task_id for (task_id,) in find("running_on", [node.id], ("id",))]
+        tasks = list(services.repository.get_many(running).values())
+        if not services.repository.liveness.is_dead(node.id):
+            return 0
+        if tasks:
+            self._rescue(node, tasks)
+        self._left[node.id] = 0
+        return len(running)
+
+    patch(Recovery, "_take_back", take_back)
+
+
+@plant("A task that was put off is released at the time that it had before.", seed=4625)
+def release_of_replaced(patch):
+    inner = lifecycle.release
+    patch(lifecycle, "release", lambda task_id, run_at: inner(task_id))
