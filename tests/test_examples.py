@@ -370,7 +370,7 @@ def test_fetch_continues_after_a_kill(site, tmp_path):
     pages = [fetched(site, path) for path in paths if path != "/gone"]
     assert ran.stdout.splitlines() == [*pages, "6 URLs, 1 failed"]
     *earlier, last, error = ran.stderr.splitlines()
-    assert last == "fetch: 6 of 6 (100%), 1 failed"
+    assert last == "fetch: 6 of 6 (100%), 4 stored, 1 failed"
     assert error == f"{site.url('/gone')}: Permanent: 404 Not Found"
     # A line is written every five seconds: on a slow machine there are some before the last one.
     assert all(re.fullmatch(r"fetch: [0-5] of 6 \(\d+%\)(, 1 failed)?", line) for line in earlier)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from taskx import TaskStatus
+from taskx import Task, TaskStatus
 
 
 @pytest.fixture
@@ -46,6 +46,20 @@ def test_a_beginning_of_several_ids_changes_nothing(two, taskx):
 def test_an_id_is_itself_even_if_another_begins_with_it(two, taskx):
     two.submit("email", id="0199")
     assert taskx("cancel", "0199").lines == ["0199 cancelled"]
+
+
+def test_what_a_task_waits_for_does_not_make_its_id_unclear(two, taskx):
+    for name in ("0199aa-one/approval", "0199aa-one/wake"):
+        two.submit("email", id=name)
+    assert taskx("cancel", "0199aa").lines == ["0199aa-one cancelled"]
+    assert taskx("cancel", "0199aa-one/a").lines == ["0199aa-one/approval cancelled"]
+
+
+def test_a_message_names_a_few_of_many(two, taskx):
+    two.submit_many([Task(type="email", id=f"0199b{n:03}") for n in range(60)])
+    said = taskx("cancel", "0199b")
+    assert (said.code, said.err.count("(email, pending)")) == (2, 5)
+    assert "and others; give more of the id" in said.err
 
 
 def test_an_unknown_id_is_not_found(two, taskx):

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 from django.conf import settings
@@ -268,18 +269,26 @@ def check_arguments(task: Task, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     Raises:
         TypeError: it does not.
     """
-    try:
-        # A decorator between @task and the function may give it arguments of its own.
-        signature = inspect.signature(task.func, follow_wrapped=False)
-    except ValueError:  # a function written in C may not tell
+    if (signature := _signature_of(task.func, task.takes_context)) is None:
         return
-    parameters = list(signature.parameters.values())
-    if task.takes_context and parameters and parameters[0].kind is not parameters[0].VAR_POSITIONAL:
-        signature = signature.replace(parameters=parameters[1:])
     try:
         signature.bind(*args, **kwargs)
     except TypeError as error:
         raise TypeError(f"{task.module_path}{signature}: {error}; nothing was stored") from None
+
+
+@lru_cache(maxsize=1024)
+def _signature_of(function: Callable[..., Any], takes_context: bool) -> inspect.Signature | None:
+    """Return the arguments that a task has; None if its function, perhaps written in C, does not tell."""
+    try:
+        # A decorator between @task and the function may give it arguments of its own.
+        signature = inspect.signature(function, follow_wrapped=False)
+    except ValueError:
+        return None
+    parameters = list(signature.parameters.values())
+    if takes_context and parameters and parameters[0].kind is not parameters[0].VAR_POSITIONAL:
+        return signature.replace(parameters=parameters[1:])
+    return signature
 
 
 def executor_options(task: Task) -> ExecutorOptions:

@@ -32,8 +32,8 @@ VARIABLE = "TASKX_REPOSITORY"
 
 _GIVEN = "taskx.given"
 _SESSION = "taskx.session"
-# Most ids that a message names.
-_MOST_IDS = 5
+# Most ids with the same beginning that are read, and most that a message names.
+_MOST_IDS, _SHOWN_IDS = 50, 5
 
 #: A queue, or a function that returns one.
 QueueSource = Queue | Callable[[], Queue]
@@ -226,17 +226,22 @@ class Session:
         try:
             if not text or self.queue.repository.statuses([text]):
                 return text
-            found = self.queue.list_tasks(id_prefix=text, limit=_MOST_IDS, at_most=_MOST_IDS)
+            found = self.queue.list_tasks(id_prefix=text, limit=_MOST_IDS, at_most=_MOST_IDS + 1)
         except (
             RepositoryError,
             ConfigurationError,
         ):  # the command meets the same error, and tells it
             return text
-        if len(found.tasks) > 1:
-            more = " and others" if int(found.total) >= _MOST_IDS else ""
-            listed = ", ".join(f"{task.id} ({task.type}, {task.status})" for task in found.tasks)
-            raise Usage(f"several ids begin with {text!r}: {listed}{more}; give more of the id")
-        return found.tasks[0].id if found.tasks else text
+        tasks = {task.id: task for task in found.tasks}
+        # The ids of what a task waits for begin with its own.
+        own = [id for id in tasks if not any(id.startswith(f"{other}/") for other in tasks)]
+        if len(own) > 1 or int(found.total) > len(tasks):
+            shown = [f"{id} ({tasks[id].type}, {tasks[id].status})" for id in own[:_SHOWN_IDS]]
+            more = " and others" if len(own) > len(shown) or int(found.total) > len(tasks) else ""
+            raise Usage(
+                f"several ids begin with {text!r}: {', '.join(shown)}{more}; give more of the id"
+            )
+        return own[0] if own else text
 
     def note(self, action: str, target: str, detail: Any = None) -> None:
         """Note a change in the log of changes, if the repository has one. The change is made already."""
