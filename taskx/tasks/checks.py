@@ -56,13 +56,13 @@ def optional_seconds(value: Duration | None) -> float | None:
     return None if value is None else in_seconds(value)
 
 
-def as_seconds(value: Any) -> Any:
+def as_seconds(value: Duration | None) -> Any:
     """Return the same as :func:`in_seconds`; None, and a text that is refused later, unchanged.
 
     It converts a field whose validator calls :func:`check_number`, which names the field.
     """
     try:
-        return in_seconds(value)
+        return optional_seconds(value)
     except ConfigurationError:
         return value
 

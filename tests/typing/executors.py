@@ -141,7 +141,7 @@ def flowing() -> None:
     for moment in (5.0, timedelta(hours=1), datetime(2030, 1, 1)):
         queue.submit("add", {"a": 1}, expires=moment)
     queue.schedule("hourly", every(3600), "add", {"a": 1}, expires=timedelta(hours=1))
-    queue.submit("add", expires="soon")  # type: ignore[call-overload]
+    queue.submit("add", expires=b"soon")  # type: ignore[call-overload]
     queue.schedule("once", every(5), "add", expires=datetime(2030, 1, 1))  # type: ignore[call-overload]
     taskx.executor("add", expires=datetime(2030, 1, 1))  # type: ignore[arg-type]
     queue.submit("add", unique_key="k", on_conflict="ignore")  # type: ignore[call-overload]
@@ -160,7 +160,7 @@ def binding() -> None:
     add.using(prioritty=5)  # type: ignore[call-arg]
     add.using(priority="high")  # type: ignore[arg-type]
     add.using(delay=timedelta(minutes=1), timeout=5, unique_key="k", unique_scope=timedelta(1))
-    add.using(delay="1 minute")  # type: ignore[arg-type]
+    add.using(delay=b"1 minute")  # type: ignore[arg-type]
     add.on("queue")  # type: ignore[arg-type]
     assert_type(queue.submit(fetch, {"url": "x"}, priority=5), TaskHandle[dict[str, int]])
     assert_type(queue.submit(add.using(delay=5)).result(), int)
@@ -251,9 +251,9 @@ def registering() -> None:
     queue.register_executor(later, timeout=timedelta(1), rate=(5, timedelta(minutes=1)))
     Config(overflow="drop")  # type: ignore[arg-type]
     assert_type(Config(block_timeout=timedelta(seconds=5), ageing=60).block_timeout, float | None)
-    Config(ageing="60")  # type: ignore[arg-type]
+    Config(ageing=[60])  # type: ignore[arg-type]
     assert_type(taskx.RetryPolicy(5, base=timedelta(seconds=1), max_delay=60).base, float)
-    taskx.RetryPolicy(base=None)  # type: ignore[arg-type]
+    taskx.RetryPolicy(base=[1])  # type: ignore[arg-type]
 
 
 def reading() -> None:
