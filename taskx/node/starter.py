@@ -327,7 +327,7 @@ class Starter:
             suspect = self.suspects.item
             if suspect is not None and suspect in items and suspect.id not in runs:
                 self.suspects.ended(suspect.id)
-            for task_id in admitted:
+            for task_id in sorted(admitted):  # in an order that a simulation can repeat
                 if task_id not in runs:
                     self._admission.over(task_id, ran=False)
         return [run for (run, _), started in zip(starting, results, strict=True) if started]
@@ -351,9 +351,9 @@ class Starter:
         if not waiting:
             return set()
         admitted = self._admission.admit(waiting)
-        ids = {task_id for some in waiting.values() for task_id in some}
+        ids = [task_id for some in waiting.values() for task_id in some]
         try:
-            self._turn_away(found, [found[task_id] for task_id in ids - admitted])
+            self._turn_away(found, [found[i] for i in ids if i not in admitted])
         except BaseException:
             for task_id in admitted:
                 self._admission.over(task_id, ran=False)
