@@ -41,7 +41,7 @@ class Audit:
         ]
         stubs = {(stub.id, stub.status, stub.starts): stub for stub in map(stub_from_values, found)}
         lost = self._lost(stubs.values())
-        for key in lost & self._suspicious:
+        for key in sorted(lost & self._suspicious):
             stub = stubs[key]
             if stub.status == PENDING:
                 pool.buffer.add_fetched([stub])
@@ -67,13 +67,15 @@ class Audit:
     def _audit_runs(self, stubs: Collection[tuple[str, str, int]]) -> None:
         """Forget runs in memory that are over, and hand back runs that no thread executes."""
         pool = self._pool
-        strays = {run for run in list(pool.runs.values()) if self._is_stray(run, stubs)}
-        for run in strays & self._strays:
+        strays = [run for run in list(pool.runs.values()) if self._is_stray(run, stubs)]
+        for run in strays:
+            if run not in self._strays:
+                continue
             if _key(run) in stubs:
                 pool.starter.drop([run])
             else:
                 pool.starter.strike(run)
-        self._strays = strays - self._strays
+        self._strays = {*strays} - self._strays
         pool.starter.undo()
 
     def _is_stray(self, run: Run, stubs: Collection[tuple[str, str, int]]) -> bool:

@@ -328,7 +328,7 @@ class Starter:
             suspect = self.suspects.item
             if suspect is not None and suspect in items and suspect.id not in runs:
                 self.suspects.ended(suspect.id)
-            for task_id in admitted:
+            for task_id in sorted(admitted):  # in an order that a simulation can repeat
                 if task_id not in runs:
                     self._admission.over(task_id, ran=False)
         return [run for (run, _), started in zip(starting, results, strict=True) if started]
@@ -353,9 +353,9 @@ class Starter:
             return set()
         resumed = {task.id for task in found.values() if lifecycle.is_parked(task)}
         admitted = self._admission.admit(waiting, resumed)
-        ids = {task_id for some in waiting.values() for task_id in some}
+        ids = [task_id for some in waiting.values() for task_id in some]
         try:
-            self._turn_away(found, [found[task_id] for task_id in ids - admitted])
+            self._turn_away(found, [found[i] for i in ids if i not in admitted])
         except BaseException:
             for task_id in admitted:
                 self._admission.over(task_id, ran=False)

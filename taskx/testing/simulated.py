@@ -198,8 +198,8 @@ class Living(Liveness[Node]):
         self._world.known[node] = attrs.evolve(self._own[node], stopping=True)
 
     def leave(self, node: str) -> None:
-        self._world.known.pop(node, None)
-        self._own.pop(node, None)
+        if self._own.pop(node, None) is not None or node in self._world.dead:  # else it is back
+            self._world.known.pop(node, None)
 
     def nodes(self) -> Sequence[Node]:
         known = self._world.known
@@ -357,7 +357,7 @@ class _Queue(Queue):
         # As if no step were on the main thread, where exceptions may strike, and none hung.
         moves = self._services.moves
         _replace(moves, _finish=moves._tell)
-        _replace(self._node, _by=lambda deadline, step: step())
+        _replace(self._node, _by=lambda deadline, step: step(), _end_later=lambda: None)
 
     def _make_intake(self, work: Work) -> Intake:
         made = _Intake(self._services, self._node, self.config, work)

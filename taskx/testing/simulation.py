@@ -261,8 +261,10 @@ class Simulation:
 
     def _do_stop(self, node: SimulatedNode, number: float) -> None:
         if not node.runs:
-            node.queue._node.stop(0.0, cancel=False)
-            self._forget(node)
+            if node.queue._node.stop(0.0, cancel=False):
+                self._kill(node)  # the process ends before the last outcomes are written
+            else:
+                self._forget(node)
 
     def _do_late(self, node: SimulatedNode, number: float) -> None:
         self._promises.forget(node)
