@@ -373,7 +373,10 @@ def test_fetch_continues_after_a_kill(site, tmp_path):
     assert last == "fetch: 6 of 6 (100%), 4 stored, 1 failed"
     assert error == f"{site.url('/gone')}: Permanent: 404 Not Found"
     # A line is written every five seconds: on a slow machine there are some before the last one.
-    assert all(re.fullmatch(r"fetch: [0-5] of 6 \(\d+%\)(, 1 failed)?", line) for line in earlier)
+    assert all(
+        re.fullmatch(r"fetch: [0-5] of 6 \(\d+%\)(, \d stored)?(, 1 failed)?", line)
+        for line in earlier
+    )
     assert site.asked - before == {"/held": 1}
 
     command.append("--again")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from datetime import timedelta
 from typing import Any
 
 from taskx import ConfigurationError, Queue
-from taskx.tasks.checks import Duration
 
 
 def lifespan(
-    queue: Queue, timeout: Duration = 30.0
+    queue: Queue, timeout: float | timedelta | str = 30.0
 ) -> Callable[[Any], AbstractAsyncContextManager[dict[str, Queue]]]:
     """Return the ``lifespan`` of an app: it starts the queue at the beginning, and stops it at the end.
 

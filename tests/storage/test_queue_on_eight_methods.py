@@ -420,7 +420,7 @@ class TestApply:
         adapter = EightMethodAdapter(repository)
         adapter.apply(self.writes("a"))
         repository.calls.clear()
-        assert adapter.apply(lifecycle.cancel("a", 5)) == [True, False, False]
+        assert adapter.apply(lifecycle.cancel("a", 5)) == [True, False, False, False]
         assert repository.calls["get_by_id"] == 1
 
     def test_a_start_fails_if_the_record_was_just_removed(self):

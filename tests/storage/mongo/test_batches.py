@@ -68,7 +68,7 @@ class TestASubmitterThatDied:
         assert set().union(*seen(store).values()) == set()
         assert owners(store) == []
         assert not unfinished(store, ["t"])
-        assert list(store.apply(lifecycle.cancel("b0", 1))) == [False, False, False]
+        assert not any(store.apply(lifecycle.cancel("b0", 1)))
         assert mock.tasks.count_documents({}) == 5
 
     def test_a_death_after_the_commit_leaves_all_tasks_visible(

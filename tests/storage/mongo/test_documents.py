@@ -288,8 +288,11 @@ class TestTheirs:
         assert with_go.count(TaskFilter(created_by="user123")) == 2
 
     def test_tasks_of_go_can_be_cancelled_and_deleted(self, with_go, database):
-        assert with_go.apply(lifecycle.cancel("go-pending", NOW)) == [True, False, False]
-        assert with_go.apply(lifecycle.cancel("go-running", NOW)) == [False, False, True]
+        pending, running = (
+            lifecycle.cancel(f"go-{status}", NOW) for status in ("pending", "running")
+        )
+        assert with_go.apply(pending) == [True, False, False, False]
+        assert with_go.apply(running) == [False, False, False, True]
         assert decode_as_go(database.tasks.find_one({"_id": "go-pending"}))["status"] == "cancelled"
         with_go.delete("go-pending")
         with_go.delete("go-failed")
