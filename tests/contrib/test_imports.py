@@ -12,7 +12,7 @@ import taskx.contrib
 FOLDER = Path(taskx.contrib.__file__).parent
 ALLOWED = {
     *("taskx", "taskx.tasks.permission", "taskx.programs.cli.app", "taskx.node.broker"),
-    *("taskx.programs.dashboard", "taskx.programs.dashboard.bodies"),
+    *("taskx.programs.dashboard", "taskx.programs.dashboard.bodies", "taskx.testing"),
 }
 
 
