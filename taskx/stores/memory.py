@@ -88,6 +88,9 @@ class MemoryRepository(Repository, Forks):
         self.reads = self._reads = MemoryReads(self)
         self.forks = self
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
     # --- writing
 
     @property
