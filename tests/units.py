@@ -9,7 +9,7 @@ import threading
 from contextlib import suppress
 
 import pytest
-from helpers import eventually, run_in_thread, services_of
+from helpers import eventually, pool_of, run_in_thread, services_of
 
 from taskx import (
     ConfigurationError,
@@ -99,6 +99,7 @@ class CallersTransactions:
         queue.executor("parent")(lambda: gate())
         with queue:
             parent = queue.submit("parent")
+            gate.wait_for()  # if it started now, a transaction on SQLite that has read could not write
             with begin() as within:
                 child = queue.submit("echo", {"n": 5}, depends_on=[parent], **within)
             gate.open()
@@ -190,6 +191,17 @@ class CallersTransactions:
                         call()
                 assert queue.handle(ended.id).result(timeout=LONG) == 2
             assert handle.result(timeout=LONG) == 3
+
+
+    def test_a_task_that_has_just_ended_needs_no_wait(self, queue, begin, monkeypatch):
+        """Its outcome is stored, and the thread that stored it has not told anybody yet."""
+        with queue:
+            ended = queue.submit("echo", {"n": 2})
+            assert ended.result(timeout=LONG) == 2
+            monkeypatch.setattr(pool_of(queue).runs, "running", lambda task_id: True)
+            with begin() as within:
+                queue.submit("elsewhere", {"n": 3}, **within)
+                assert queue.handle(ended.id).result(timeout=LONG) == 2
 
 
 class ExecutorsTransactions:

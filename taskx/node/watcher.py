@@ -91,7 +91,7 @@ class Watcher:
                 self._register(handle)
         try:
             # After they were registered: an end may come at any moment.
-            self._check([handle.id for handle in new if not runs(handle.id)])
+            self.check([handle.id for handle in new if not runs(handle.id)])
             for handle in new:
                 handle._note_watched(self)
         finally:
@@ -181,9 +181,10 @@ class Watcher:
 
     def check_all(self) -> None:
         """Check all watched tasks, and resolve the handles of those that have ended."""
-        self._check([task_id for task_id in list(self._handles) if self._live(task_id)])
+        self.check([task_id for task_id in list(self._handles) if self._live(task_id)])
 
-    def _check(self, task_ids: Sequence[str]) -> None:
+    def check(self, task_ids: Sequence[str]) -> None:
+        """Check some tasks, and resolve the handles of those that have ended."""
         if task_ids:
             statuses = self._repository.statuses(task_ids)  # not the records, which may be large
             self._resolve([i for i in task_ids if i not in statuses or statuses[i] in FINISHED])

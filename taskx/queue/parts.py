@@ -68,6 +68,10 @@ class Parts:
         """Raise ``ConfigurationError`` if no task goes on as long as this thread waits."""
         self.repository.transactions.refuse_wait()
 
+    def _check(self, task_id: str) -> None:
+        """Resolve the handles of a task if it has ended."""
+        self._services.watcher.check([task_id])
+
     def _nobody_runs(self, type: str) -> bool:
         """Return True if it is known that no running queue has an executor for the type."""
         if self.repository.shortcoming:  # the queues of other processes are not known

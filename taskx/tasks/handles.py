@@ -50,6 +50,7 @@ class _Owner(Protocol):
     def watch(self, *handles: TaskHandle[Any]) -> None: ...
     def _uncommitted(self, task_id: str, /) -> bool: ...
     def _refuse_wait(self) -> None: ...
+    def _check(self, task_id: str, /) -> None: ...
     @property
     def _values(self) -> Mapping[str, Values]: ...
     @property
@@ -334,7 +335,12 @@ class TaskHandle(Future[R]):
         Its own transaction may have written the task, or hold the lock that the task's end needs.
         """
         self._refuse_uncommitted()
-        self._owner._refuse_wait()
+        try:
+            self._owner._refuse_wait()
+        except ConfigurationError:
+            self._owner._check(self.id)  # it may have ended, and nobody was told yet
+            if self._outcome is None:
+                raise
 
     def _refuse_uncommitted(self) -> None:
         if self._owner._uncommitted(self.id):

@@ -55,7 +55,9 @@ def test_a_second_start_does_nothing(queue):
         started = sorted(name for name in names if name not in OF_THE_REPOSITORY)
         assert started == ["taskx-housekeeper", "taskx-worker-1", "taskx-worker-2"]
         assert queue.submit("fine").result(PATIENCE) == "fine"
-    with pytest.raises(QueueStopped, match="a stopped queue cannot be started again: write queue = Queue"):
+    with pytest.raises(
+        QueueStopped, match="a stopped queue cannot be started again: write queue = Queue"
+    ):
         queue.start()
 
 
