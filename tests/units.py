@@ -192,7 +192,6 @@ class CallersTransactions:
                 assert queue.handle(ended.id).result(timeout=LONG) == 2
             assert handle.result(timeout=LONG) == 3
 
-
     def test_a_task_that_has_just_ended_needs_no_wait(self, queue, begin, monkeypatch):
         """Its outcome is stored, and the thread that stored it has not told anybody yet."""
         with queue:
