@@ -344,8 +344,12 @@ class Simulation:
                 node.clock.move(seconds)
 
     def others_go_on(self, node: SimulatedNode, seconds: float) -> None:
-        """Let all nodes do their work once, and time pass, while a thread of one of them waits."""
-        frames, self._frames = self._frames, []
+        """Let all nodes do their work once, and time pass, while a thread of one of them waits.
+
+        Another node that is in the middle of a step does nothing, because its thread may hold a lock.
+        """
+        frames = self._frames
+        self._frames = [frame for frame in frames if frame.node is not node]
         try:
             with outside():
                 self._work()
