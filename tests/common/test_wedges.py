@@ -7,7 +7,7 @@ from queue import SimpleQueue
 from types import SimpleNamespace
 
 import pytest
-from helpers import PATIENCE, Waiting, eventually, pool_of, run_in_thread
+from helpers import PATIENCE, Waiting, eventually, pool_of, run_in_thread, services_of
 
 from taskx import Hook, QueueFull, QueueStopped, SQLiteRepository, Task, TaskStatus
 from taskx.node import buffer as buffer_module
@@ -56,7 +56,10 @@ def in_the_id(queue, monkeypatch, finalize):
     urandom, finalizer = ids_module.os.urandom, once(finalize)
 
     def drawn(size):
-        finalizer()
+        if not services_of(
+            queue
+        ).moves.entered:  # another thread may draw an id in the middle of a write
+            finalizer()
         return urandom(size)
 
     monkeypatch.setattr(ids_module.os, "urandom", drawn)
