@@ -210,7 +210,7 @@ class Checkpoints:
                 return call()
             except Uncertain:
                 result = unknown()
-            except Exception:
+            except Exception:  # an ordinary error says that it was not done
                 if not token.cancelled:  # else it was cut short, and perhaps done
                     self._put(name, None, token, durable=False)
                 raise

@@ -157,7 +157,7 @@ def moment_after(now: int, seconds: float) -> int:
 
 
 class Waits:
-    """What a queue's runs wait for.
+    """The waits of a queue's runs.
 
     Each method returns the value of a step, or raises :class:`Parked`.
 

@@ -42,7 +42,7 @@ from taskx.tasks.record import changed_task
 from taskx.tasks.writes import Insert, Update, Write
 
 
-def _fetch_size(workers: int, buffer_size: int) -> int:
+def _fetch_size(workers: int) -> int:
     return max(256, 4 * workers)
 
 
@@ -88,7 +88,7 @@ class WorkerPool:
         workers = config.worker_num
         self.ahead = Ahead(workers, services.timing)
         ageing = round((config.ageing or 0) * 1000)
-        fetch_size = _fetch_size(workers, config.buffer_size)
+        fetch_size = _fetch_size(workers)
         self.buffer = Buffer(
             config.buffer_size, fetch_size, self.ahead.wake, ageing, services.timing.signals_every
         )
@@ -244,7 +244,7 @@ class WorkerPool:
         with self._counting:
             self.ahead.set_workers(number)
             self._threaded = min(self._threaded, number)
-        self.buffer.set_fetch_size(_fetch_size(number, self.buffer.maxsize))
+        self.buffer.set_fetch_size(_fetch_size(number))
         self.ahead.wake_all()
         self.services.log.info("node %s: %d workers from now on", self.node.name, number)
 

@@ -116,7 +116,7 @@ def digest(params: dict[str, Any]) -> str:
 
 
 class MapOutcome(NamedTuple):
-    """What became of an item of a map."""
+    """An item of a map, with its result or its error."""
 
     item: Any
     #: The result of its task; None if there is an error.

@@ -74,7 +74,7 @@ _EDGES = frozenset(
 
 
 class Park(NamedTuple):
-    """What a running task waits for from now on, without a thread.
+    """The end of a run whose task goes on later: it waits without a thread.
 
     Attributes:
         on: the task whose end it waits for; None if it waits for a time.

@@ -1,4 +1,4 @@
-"""How records look in a console and in a notebook."""
+"""Lines and tables: records in a console and in a notebook."""
 
 from __future__ import annotations
 

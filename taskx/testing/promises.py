@@ -29,7 +29,7 @@ _SECOND = 1_000_000_000
 
 
 class Promises:
-    """What must be true at each moment of a simulation, and at its end.
+    """The checks of a simulation, at each moment and at its end.
 
     Args:
         broken: is told of a promise that is broken, in a sentence.

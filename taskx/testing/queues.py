@@ -226,7 +226,7 @@ class ManualQueue(Queue):
 
     @property
     def parks(self) -> Mapping[str, int]:
-        """How often each task has begun to wait in the middle of an attempt, by id; 0 for others."""
+        """The number of waits that each task has begun in the middle of an attempt, by id; 0 for others."""
         return self._driven.runner.parks
 
     @property

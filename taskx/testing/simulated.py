@@ -48,7 +48,7 @@ class Killed(BaseException):
 
 
 class World(Protocol):
-    """What the nodes of a simulation need of it."""
+    """A simulation, as its nodes use it."""
 
     #: The recorded nodes, by id, and the ids of those that count as dead.
     known: dict[str, Node]
@@ -172,7 +172,7 @@ def _lost(text: str) -> RepositoryUnavailable:
 
 
 class Living(Liveness[Node]):
-    """Who is alive, as leases tell it: a node may count as dead while it lives, and come back."""
+    """Liveness as by leases: a node may count as dead while it lives, and come back."""
 
     def __init__(self, door: Door, world: World) -> None:
         super().__init__(door)

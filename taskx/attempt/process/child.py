@@ -210,7 +210,7 @@ class _Parent(Keeper):
 
 
 class _Waits(Waits):
-    """What the run of a child process waits for: the parent looks, and makes answers."""
+    """The waits of a run in a child process: the parent looks, and makes answers."""
 
     def __init__(self, ask: Callable[..., Any]) -> None:
         self._ask = ask
