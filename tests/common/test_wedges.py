@@ -94,9 +94,14 @@ def test_a_finalizer_can_submit_outside_of_writes(make_queue, place, overflow, m
     queue.executor("fine")(lambda: "fine")
     queue.start()
     place(queue, monkeypatch, lambda: queue.submit("fine", id="late"))
-    # An idle worker gets the first task at once; the others go through the buffer and are read.
-    run_in_thread(lambda: (queue.submit("fine"), queue.submit_many([Task(type="fine")] * 3)))()
-    eventually(lambda: "late" in queue.repository.statuses(["late"]))
+
+    def stored():
+        # An idle worker gets the first task at once; the others go through the buffer and are read.
+        # Again, if another thread was in a write at each draw of an id.
+        run_in_thread(lambda: (queue.submit("fine"), queue.submit_many([Task(type="fine")] * 3)))()
+        return "late" in queue.repository.statuses(["late"])
+
+    eventually(stored)
     assert run_in_thread(lambda: queue.drain(PATIENCE))()
     assert queue.get_task_status("late").status is TaskStatus.COMPLETED
 
