@@ -108,7 +108,7 @@ class _Inquiry:
         if held == FREE:
             busy, first = self._busy(), self._first(task, _competing(task, able, paused))
             limits = [
-                *Limits(self._repository, self._services, self._pool, busy).reasons(task.type, able)
+                *Limits(self._repository, self._services, self._pool, busy).reasons(task, able)
             ]
             if lifecycle.is_parked(task):  # it goes on with its attempt, which takes no token
                 limits = [reason for reason in limits if reason.kind != "token"]
@@ -465,7 +465,7 @@ def _competing(task: Task, able: Sequence[Node], paused: Paused) -> list[str]:
         type: None
         for node in able
         for type in node.types
-        if type not in node.limits and type not in paused
+        if type not in node.limited and type not in paused
     }
     return [*{**types, task.type: None}]
 

@@ -99,6 +99,7 @@ class WorkerPool:
         self.begun = threading.Event()
         self.admission = Admission(
             services.registry.limits,
+            services.registry.limited,
             services.repository,
             node.id,
             services.clock,
@@ -226,7 +227,9 @@ class WorkerPool:
             self.node,
             types=registry.types,
             limits={**registry.limits},
+            limited={**registry.limited},
             own_limits=registry.own_limits,
+            declared={**registry.declared_limits},
             workers=self.ahead.workers,
         )
 
@@ -404,7 +407,7 @@ class WorkerPool:
         services, paused = self.services, self.services.controls.paused
         return (
             type in services.registry.registered
-            and type not in services.registry.limits
+            and type not in services.registry.limited
             and not (paused.everything or type in paused.types)
         )
 

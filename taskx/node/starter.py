@@ -13,7 +13,7 @@ from itertools import compress
 from taskx.attempt.context import Shared
 from taskx.attempt.executors import apply_defaults
 from taskx.attempt.runner import Run
-from taskx.node.admission import Admission
+from taskx.node.admission import Admission, Asking, Names
 from taskx.node.buffer import Buffer, Item
 from taskx.node.moving import Services
 from taskx.node.place import Place
@@ -26,6 +26,7 @@ from taskx.tasks.clock import to_ms
 from taskx.tasks.errors import RepositoryError, TaskxError
 from taskx.tasks.log import Once
 from taskx.tasks.model import Task, TaskStatus
+from taskx.tasks.rate import NOTHING
 from taskx.tasks.record import CUT, created_task, is_plain, optional_ms, plain_tasks
 from taskx.tasks.writes import Insert, Update
 
@@ -289,7 +290,7 @@ class Starter:
                 found.update(services.repository.get_many(unread))
             if paused := services.controls.paused:
                 self._turn_away(found, [task for task in found.values() if task.type in paused])
-            if services.registry.limits:
+            if services.registry.limited:
                 admitted = self._admit(items, found)
             tasks = self._startable(items, found)
             now = services.clock.now_ms()
@@ -343,17 +344,17 @@ class Starter:
 
     def _admit(self, items: Sequence[Item], found: dict[str, Task]) -> set[str]:
         """Free the tasks with limits that must not start now; return the ids of the admitted ones."""
-        limits = self._services.registry.limits
-        waiting: dict[str, list[str]] = {}
+        limited = self._services.registry.limited
+        waiting: dict[Names, list[Asking]] = {}
         for item in items:
             task = found.get(item.id)
-            if task is not None and task.type in limits and task.id not in self.runs:
-                waiting.setdefault(task.type, []).append(task.id)
+            if task is not None and task.type in limited and task.id not in self.runs:
+                asking = Asking(task.id, task.cost or NOTHING, lifecycle.is_parked(task))
+                waiting.setdefault(limited[task.type], []).append(asking)
         if not waiting:
             return set()
-        resumed = {task.id for task in found.values() if lifecycle.is_parked(task)}
-        admitted = self._admission.admit(waiting, resumed)
-        ids = [task_id for some in waiting.values() for task_id in some]
+        admitted = self._admission.admit(waiting)
+        ids = [asking.id for some in waiting.values() for asking in some]
         try:
             self._turn_away(found, [found[i] for i in ids if i not in admitted])
         except BaseException:
@@ -439,7 +440,7 @@ class Starter:
     def _struck(self, run: Run, *, ran: bool) -> None:
         # A stuck run counts as long as its thread runs.
         if self._admission.admitted and run.state != "stuck":
-            self._admission.over(run.task.id, ran=ran)
+            self._admission.over(run.task.id, ran=ran, spent=run.context._spent_in_truth())
         self.suspects.ended(run.task.id)
 
     def give_up(self, runs: Sequence[Run], error: BaseException) -> None:

@@ -39,7 +39,7 @@ from taskx.queue.steering import Steering
 from taskx.queue.work import Work
 from taskx.stores.adapter import EightMethodAdapter
 from taskx.stores.base import Repository
-from taskx.stores.controls import Controls
+from taskx.stores.controls import Controls, check_named, from_named
 from taskx.stores.eight import TaskRepository
 from taskx.tasks.bell import Agenda
 from taskx.tasks.checks import Duration
@@ -57,9 +57,11 @@ from taskx.tasks.model import (
 from taskx.tasks.options import (
     ExecutorOptions,
     MapOptions,
+    NamedOptions,
     OnConflict,
     ScheduleOptions,
     SubmitOptions,
+    check_limit_name,
     options_of,
 )
 from taskx.tasks.ticks import Every, Misfire
@@ -235,6 +237,7 @@ class Queue(Questions, Steering):
                 ``rate``).
             limit_scope: ``"node"`` (default): each node has these limits for itself; ``"global"``:
                 all nodes share them.
+            limit: the name of a limit that it shares with other types, or a list: see :meth:`limit`.
             replace: replace the type's executor if there is one, for notebook cells that run again.
                 Tasks that are running end with the old code. The isolation and the limits must be the
                 same.
@@ -272,6 +275,35 @@ class Queue(Questions, Steering):
                 self._joining.refuse()
                 self._pool.record()
         self._services.agenda.fetch_soon()
+
+    def limit(self, name: str, /, **options: Unpack[NamedOptions]) -> None:
+        """Declare a limit that types share, or one for keys. It holds for all nodes together.
+
+        The executors of types name it: ``@queue.executor(limit="openai")``. If its name has a colon, it
+        holds for tasks with such a key: see the page about limits.
+
+        Nothing is stored before the queue starts. If programs declare different values, those of the one
+        that started last hold. :meth:`tune` changes them while queues run, until :meth:`untune`.
+
+        Args:
+            name: the name of the limit. It must not begin with ``type/``.
+            concurrency: most tasks that run at the same time.
+            rate: most tasks that start in a period, as for :meth:`executor`; or most of a unit that the
+                ``cost`` of tasks has: ``"90000 tokens/m"``; or a list of these.
+            burst: what may be taken at once after a quiet period; a list for a list of rates. By default it
+                is the count of each rate.
+
+        Raises:
+            ConfigurationError: an argument is not valid, or the repository has only the eight methods.
+            RepositoryError: the queue is started, and the repository failed.
+        """
+        wanted = check_named(from_named(options))
+        self._require("limits with a name")
+        self._registry.limit(check_limit_name(name, "the name of a limit"), wanted)
+        if (pool := self._pool) is not None:
+            self._joining.refuse()
+            pool.tuning.declare()
+            pool.record()
 
     def declare(self, *types: str) -> None:
         """Accept tasks of types whose executors are registered only in another process."""
@@ -344,6 +376,8 @@ class Queue(Questions, Steering):
                 complete: ``"cancel"`` (default), ``"fail"`` or ``"run"`` this task.
             concurrency_key: tasks with the same key run one at a time, in the order of submission,
                 across all processes.
+            cost: what its start takes from limits with such units: ``{"tokens": 1200}``. See
+                :meth:`Context.spent`.
             expires: a task that has not started for the first time by then is cancelled: an aware
                 datetime, or seconds or a ``timedelta`` from its ``run_at``, or from now.
             connection: your ``sqlite3.Connection``, or SQLAlchemy ``Session`` or ``Connection``, on the

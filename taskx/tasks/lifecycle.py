@@ -272,6 +272,8 @@ def replace(holder: Task, new: Insert) -> list[Update]:
     changes.update(checkpoints=None, starts=holder.starts + 1)
     if holder.expires_at is not None or "expires_at" in new.row:
         changes["expires_at"] = new.row.get("expires_at")
+    if wanted.cost != holder.cost:
+        changes["cost"] = new.row.get("cost")
     if wanted.tags != holder.tags:
         changes["tags"] = labels_to_text(wanted.tags, holder.flow)
     # No owner: the task is fetched again and sorted by its new priority.
@@ -1199,7 +1201,7 @@ _NOT_BY_HAND = frozenset(
         *("id", "type", "status", "created_at", "starts", "owner", "cancel_requested_at"),
         *("completed_at", "errors", "crashes", "interruptions", "snoozes", "earlier_attempts"),
         *("unique_key", "unique_scope", "depends_on", "on_parent_failure", "concurrency_key"),
-        *("stuck_on", "checkpoints", "log", *INTERNAL),
+        *("stuck_on", "checkpoints", "log", "cost", *INTERNAL),
     )
 )
 

@@ -14,6 +14,7 @@ from typing import Any
 from taskx.attempt.runner import Run
 from taskx.node.schedules import PREFIX, tick_id
 from taskx.tasks.lifecycle import COMPLETED, FINISHED, PENDING, RUNNING
+from taskx.tasks.rate import NOTHING, Cost, Limit
 from taskx.tasks.record import DEFAULTS, FREE, ids_from_text
 from taskx.tasks.writes import Delete, Insert, NoteChange, Write
 from taskx.testing.simulated import SimulatedNode
@@ -212,22 +213,27 @@ class Promises:
             key = task.concurrency_key
             if key is not None and other.task.concurrency_key == key:
                 self._broken(f"tasks {other.task.id} and {task.id} of key {key!r} run at once")
-        limit = node.queue._registry.limits.get(type)
-        if limit is None:
-            return
+        for name in node.queue._registry.limited.get(type, ()):
+            if (limit := node.queue._registry.limits.get(name)) is not None:
+                self._within(name, limit, node, now, task.cost or NOTHING)
+
+    def _within(self, name: str, limit: Limit, node: SimulatedNode, now: int, cost: Cost) -> None:
+        """Check that a limit holds while another task begins."""
         shared = limit.scope == "global"
-        mine = [r for r, n in self.open.items() if r.task.type == type and (shared or n is node)]
-        if limit.max_concurrency is not None and len(mine) > limit.max_concurrency:
-            self._broken(f"{len(mine)} tasks of type {type} run, of {limit.max_concurrency}")
-        if limit.rate is not None and self._clocks_right:
-            times = self._started_at[type, None if shared else node.number]
-            times.append(now)
-            burst, interval = limit.rate.burst, limit.rate.interval * _SECOND
+        most, limited = limit.max_concurrency, node.queue._registry.limited
+        open_here = [r for r, n in self.open.items() if shared or n is node]
+        mine = [run for run in open_here if name in limited.get(run.task.type, ())]
+        if most is not None and len(mine) > most:
+            self._broken(f"{len(mine)} tasks of limit {name} run, of {most}")
+        for rate in limit.rates if self._clocks_right else ():
+            times = self._started_at[name, rate.unit, None if shared else node.number]
+            times.extend([now] * rate.need(cost))
+            burst, interval = rate.burst, rate.interval * _SECOND
             for number, earlier in enumerate(
                 reversed(times)
             ):  # less one: a token may be put back late
                 if number > burst + (now - earlier) / interval + 0.01:
-                    self._broken(f"{number} tasks of type {type} in {(now - earlier) / _SECOND} s")
+                    self._broken(f"{number} of limit {name} in {(now - earlier) / _SECOND} s")
 
     def executes(self, node: SimulatedNode, run: Run) -> None:
         """Check the execution itself: the node still has the task, with the params of its record."""

@@ -183,8 +183,8 @@ class _Node(ManualQueue):
 
     def _until_next(self) -> float:
         # No event of this node tells of a token that a dead node has taken.
-        gates, clock = self._driven.pool.admission._gates.values(), self.clock
-        tokens = [until_token(gate.bucket, clock) for gate in gates if gate.bucket is not None]
+        gates = self._driven.pool.admission._gates.values()
+        tokens = [until_token(gate.bucket, gate.cost) for gate in gates if gate.bucket is not None]
         return min([super()._until_next(), *(seconds for seconds in tokens if seconds)])
 
 
