@@ -17,7 +17,7 @@ from taskx.tasks.lifecycle import ANSWER
 from taskx.tasks.model import Task
 from taskx.tasks.options import LimitOptions, Options
 from taskx.tasks.payload import DEFAULT_MAX_SIZE
-from taskx.tasks.rate import OF_TYPE, Cost, Limit
+from taskx.tasks.rate import OF_TYPE, Cost, Limit, is_key
 from taskx.tasks.timing import DEFAULT_TIMING, Timing
 from taskx.tasks.values import Values
 
@@ -92,6 +92,8 @@ class Registry:
         self.limits: dict[str, Limit] = {}
         #: The names of the limits of each type that has some.
         self.limited: dict[str, tuple[str, ...]] = {}
+        #: True if a limit of keys has a rate.
+        self.rates_keys = False
         #: The limits with a name that the program declares.
         self.declared: dict[str, LimitOptions] = {}
         self._stored: Declared = {}  # those that the repository knows
@@ -194,6 +196,9 @@ class Registry:
                 self.limits[name] = limit
             else:
                 self.limits.pop(name, None)
+        self.rates_keys = any(
+            limit.rates and is_key(name) for name, limit in list(self.limits.items())
+        )
 
     def _limit(self, type: str, own: Options) -> None:
         name, names = OF_TYPE + type, own.limit or ()
@@ -222,16 +227,32 @@ class Registry:
         found = {name: named_limit(options, {}) for name, options in self.declared.items()}
         return {name: limit for name, limit in found.items() if limit is not None}
 
-    def refuse_cost(self, type: str, cost: Cost) -> None:
-        """Raise ``ConfigurationError`` if a cost is above the burst of a limit of the type."""
+    def limit_of_key(self, key: str) -> Limit | None:
+        """Return the limit of a key: that with its name, or else with its longest beginning."""
+        if (exact := self.limits.get(key)) is not None:
+            return exact
+        end = len(key)
+        while (end := key.rfind(":", 0, end)) >= 0:
+            if (limit := self.limits.get(key[: end + 1])) is not None:
+                return limit
+        return None
+
+    def refuse_cost(self, type: str, key: str | None, cost: Cost) -> None:
+        """Raise ``ConfigurationError`` if a cost is above the burst of a limit of the type or the key."""
+        keyed = None if key is None or ":" not in key else self.limit_of_key(key)
+        if keyed is not None:
+            self._refuse_cost(f"of key {key!r}", keyed, cost)
         for name in self.limited.get(type, ()):
-            units = self.limits[name].rates.units if name in self.limits else {}
-            for unit, most in units.items():
-                if cost.get(unit, 0) > most:
-                    raise ConfigurationError(
-                        f"the cost of {cost[unit]} {unit} is above the burst of limit {name!r}, {most}: "
-                        "such a task would never start; divide it, or raise the burst"
-                    )
+            if (limit := self.limits.get(name)) is not None:
+                self._refuse_cost(repr(name), limit, cost)
+
+    def _refuse_cost(self, name: str, limit: Limit, cost: Cost) -> None:
+        for unit, most in limit.rates.units.items():
+            if cost.get(unit, 0) > most:
+                raise ConfigurationError(
+                    f"the cost of {cost[unit]} {unit} is above the burst of limit {name}, {most}: such a "
+                    "task would never start; divide it, or raise the burst"
+                )
 
     def declare(self, type: str) -> None:
         """Accept tasks of a type whose executor runs in another process."""

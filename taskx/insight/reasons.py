@@ -20,6 +20,7 @@ from taskx.tasks.errors import RepositoryError, TaskNotFound
 from taskx.tasks.findings import Reason, counted, duration, first_line, listed, moment
 from taskx.tasks.lifecycle import ANSWER, COMPLETED, UNFINISHED
 from taskx.tasks.model import TASK_FIELDS, Task, TaskStatus
+from taskx.tasks.rate import MOST_TURNS
 from taskx.tasks.record import (
     BY_THREAD,
     FOR_PARENTS,
@@ -203,7 +204,9 @@ class _Inquiry:
     def _turn(self, task: Task) -> Reason:
         key = str(task.concurrency_key)
         fields = ("id", "status", "type", "started_at", "waiting_on")
-        holders = self._repository.find("turn", [key], fields)
+        limit = self._services.registry.limit_of_key(key)
+        turns = [key] if limit is None else lifecycle.turns_of(key, MOST_TURNS)
+        holders = self._repository.find("turn", turns, fields)
         waiting = [i for (i,) in self._repository.find("line", [key], ("id",), self._most + 1)]
         place = waiting.index(task.id) + 1 if task.id in waiting[: self._most] else None
         facts: dict[str, Any] = {"key": key, "holder": None, "status": None, "type": None}
@@ -214,6 +217,10 @@ class _Inquiry:
             return Reason("turn", f"{words}; no task has the turn: {_SHORTLY}.", facts)
         *who, started_at, awaited = holders[0]
         facts["holder"], facts["status"], facts["type"] = who
+        if len(holders) > 1:
+            facts["holders"] = [holder for holder, *_ in holders]
+            words += f"; {listed(facts['holders'])} have its {len(holders)} turns"
+            return Reason("turn", f"{words}.", facts)
         words += "; task {} ({}, {}) has the turn".format(*who)
         if awaited is not None and started_at is not None:
             facts["waiting_on"] = awaited

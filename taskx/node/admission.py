@@ -18,7 +18,7 @@ from taskx.stores.base import Repository
 from taskx.tasks.clock import Clock
 from taskx.tasks.errors import RepositoryError
 from taskx.tasks.log import GuardedLogger, log
-from taskx.tasks.rate import ENDLESS, FULL, NO_RATES, NOTHING, Cost, Limit, Rates
+from taskx.tasks.rate import ENDLESS, FULL, NO_RATES, NOTHING, Cost, Limit, Rates, is_key
 
 NO_LIMIT = Limit(None, NO_RATES, "node")
 #: The names of the limits of a type.
@@ -206,6 +206,7 @@ class Admission:
         freed: called when a task of a limited type may start that could not before.
         scheduled: called when :meth:`next_fetch` may be sooner than before.
         log: the logger.
+        limit_of_key: returns the limit of a key.
     """
 
     def __init__(
@@ -218,8 +219,10 @@ class Admission:
         freed: Callable[[], None],
         scheduled: Callable[[], None],
         log: GuardedLogger = log,
+        limit_of_key: Callable[[str], Limit | None] = lambda key: None,
     ) -> None:
         self._limits = limits
+        self._limit_of_key = limit_of_key
         self._limited = limited
         self._repository = repository
         self._node = node
@@ -241,6 +244,18 @@ class Admission:
             self._set_limit(gate, self._limits.get(name, NO_LIMIT))
             self._gates[name] = gate
         return gate
+
+    def _rate_of(self, key: str) -> _Gate:
+        """Return a gate for the rate of a key, which has turns for slots. It is not kept: keys are many."""
+        gate = _Gate(key, self._clock)
+        limit = self._limit_of_key(key) or NO_LIMIT
+        gate.bucket = self._bucket(key, limit, None)
+        return gate
+
+    def until_rate(self, key: str, cost: Cost, number: int) -> float:
+        """Return the seconds until the rate of a key may let a number of tasks start."""
+        bucket = self._rate_of(key).bucket
+        return 0.0 if bucket is None else bucket.until(cost, number)
 
     def _of(self, type: str) -> list[_Gate]:
         return [self._gate(name) for name in self._limited.get(type, ())]
@@ -408,12 +423,16 @@ class Admission:
             refusing: set[_Gate] = set()
             try:
                 for names, tasks in waiting.items():
-                    gates = [self._gate(name) for name in names]
+                    gates = [
+                        self._rate_of(name) if is_key(name) else self._gate(name) for name in names
+                    ]
                     for gate in gates:
                         gate.fetched.difference_update(task.id for task in tasks)
                     closed = not refusing.isdisjoint(gates)  # others come first
                     got = 0 if closed else self._pass(gates, tasks, admitted, refusing)
                     for gate in gates:
+                        if gate.name not in self._gates:
+                            continue
                         gate.more |= got < len(tasks)
                         gate.plan_fetch(len(gate.fetched))
                         self._tell_scheduled(gate)

@@ -106,6 +106,7 @@ class WorkerPool:
             self.agenda.fetch_soon,
             self.agenda.wake_from_long_sleep,
             services.log,
+            services.registry.limit_of_key,
         )
         self.starter = Starter(
             services, node, self.buffer, self.runs, self.admission, self.ahead.at_work
@@ -535,7 +536,7 @@ class WorkerPool:
             ending = broken(error, ending.worker)
             writes = lifecycle.conclude(run.task, ending, now)
         if (key := run.task.concurrency_key) is not None:
-            writes = [*writes, *self.services.moves.turns.next_turn(key)]
+            writes = [*writes, *self.services.moves.turns.next_turn(key, run.task.id)]
         return writes, _make_outcome((run, ending, self))
 
     def rebuffer(self, task: Task) -> None:

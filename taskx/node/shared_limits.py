@@ -21,7 +21,9 @@ from taskx.tasks.log import GuardedLogger, log
 from taskx.tasks.rate import FULL, NOTHING, Cost, Rates
 from taskx.tasks.writes import Note
 
-_SLOTS, _RATE = "limit/slots/", "limit/rate/"
+_SLOTS = "limit/slots/"
+#: What the names of the notes of rates begin with; the name of the limit, or the key, follows.
+RATE = "limit/rate/"
 #: Most attempts at a change, if other nodes change the note at the same time.
 _TRIES = 50
 # Seconds by which the clocks of two hosts may differ, or one clock before and after it was set.
@@ -227,7 +229,7 @@ class SharedBucket(_Shared[_Marks]):
         clock: Clock,
         log: GuardedLogger = log,
     ) -> None:
-        super().__init__(repository, _RATE + limit, log)
+        super().__init__(repository, RATE + limit, log)
         self._rates = rates
         self._clock = clock
         self._known = _Marks(FULL, [FULL] * len(rates))
@@ -299,6 +301,14 @@ class SharedBucket(_Shared[_Marks]):
     def until(self, cost: Cost = NOTHING, count: int = 1) -> float:
         """Return the seconds until tasks of this cost may start, by the note as last read."""
         return self._rates.until(self._marks, self._now(), cost, count)
+
+
+def is_full(note: Note, clock: Clock) -> bool:
+    """Return True if the buckets of a note are full: without the note they are, too."""
+    with suppress(ValueError, TypeError, RecursionError):
+        times = json.loads(note.text)
+        return isinstance(times, list) and max(times) <= clock.now_ms() / 1000 - _APART
+    return False
 
 
 def _is_time(time: Any) -> bool:

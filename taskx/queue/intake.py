@@ -497,7 +497,7 @@ def prepare(
     if (executor := registry.registered.get(row["type"])) is None:
         executor = registry.get(row["type"], used=stored)
     if task.cost:
-        registry.refuse_cost(row["type"], task.cost)
+        registry.refuse_cost(row["type"], task.concurrency_key, task.cost)
     if executor is not None:
         if executor.check_params is not None:
             executor.check_params(task.params)

@@ -64,6 +64,7 @@ from taskx.tasks.options import (
     check_limit_name,
     options_of,
 )
+from taskx.tasks.rate import Limit
 from taskx.tasks.ticks import Every, Misfire
 from taskx.tasks.timing import DEFAULT_TIMING, Timing
 from taskx.tasks.values import Values
@@ -157,7 +158,8 @@ class Queue(Questions, Steering):
         threaded, signal = engine.threaded, engine.make_signal
         hooks = Hooks(self._hooks, log, timing, threaded=threaded)
         watcher = Watcher(repository, log, agenda, timing, signal, threaded=threaded)
-        moves = Moves(repository, agenda, hooks, watcher, clock, log, timing, config.redact)
+        about = (log, timing, config.redact, self._limit_of_key)
+        moves = Moves(repository, agenda, hooks, watcher, clock, *about)
         runner = engine.make_runner(clock, timing, most)
         keeper = Keeper(repository, moves.commit, most, registry.values, clock, timing)
         own = (repository, moves, Controls(repository), agenda)
@@ -171,6 +173,16 @@ class Queue(Questions, Steering):
         self._joining = Joining(services, node, config, work)
         self._entrance = layered(self._intake, registry.middleware)
         self._schedules.wire(services, self._intake, self._joining, node)
+
+    def _limit_of_key(self, key: str) -> Limit | None:
+        """Return the limit of a key. A queue that is not started asks the repository what holds now."""
+        if ":" not in key:
+            return None
+        if self._node.pool is None and not self.repository.shortcoming:
+            controls = self._services.controls
+            controls.refresh()
+            self._registry.follow(controls.overrides, controls.declared)
+        return self._registry.limit_of_key(key)
 
     def _make_intake(self, work: Work) -> Intake:
         return Intake(self._services, self._node, self.config, work)
@@ -705,7 +717,7 @@ class Queue(Questions, Steering):
                 ``"skip"``, and unlimited with ``"one"``; ``"all"`` requires a value.
             overlap: with ``"skip"``, a tick gets no task while the schedule's last task has not ended.
             created_by: this field of its tasks; ``schedule:`` and the name by default.
-            priority, timeout, max_attempts, max_crashes, retry, tags, concurrency_key: options of its
+            priority, timeout, max_attempts, max_crashes, retry, tags, concurrency_key, cost: options of its
                 tasks, as in :meth:`submit`.
             expires: seconds, or a ``timedelta``, from a tick, or from when its task is made if that is
                 later; the task is cancelled if it has not started by then.

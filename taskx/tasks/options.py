@@ -66,6 +66,7 @@ class MapOptions(CommonOptions, total=False):
 
 class _KeyOptions(MapOptions, RunOptions, total=False):
     concurrency_key: str | None
+    key: str | None
     cost: Cost | None
 
 

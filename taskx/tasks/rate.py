@@ -116,10 +116,9 @@ class Rates(tuple[Rate, ...]):
         for started, cost in enumerate(costs):
             if not self.room(marks, now, cost):
                 return started, marks
-            shares = [rate.share(cost) for rate in self]
             marks = [
-                rate.take(mark, now, share) if share else mark
-                for rate, mark, share in zip(self, marks, shares, strict=True)
+                rate.take(mark, now, share) if (share := rate.share(cost)) else mark
+                for rate, mark in zip(self, marks, strict=True)
             ]
         return len(costs), marks
 
@@ -161,6 +160,8 @@ class Rates(tuple[Rate, ...]):
 
 
 NO_RATES = Rates()
+#: The most turns of a key: how many of its tasks a limit may let run at once.
+MOST_TURNS = 100
 
 
 class Limit(NamedTuple):
@@ -169,6 +170,11 @@ class Limit(NamedTuple):
     max_concurrency: int | None  #: number of tasks that may run at once; None for no limit
     rates: Rates  #: rates of starts; empty for no limit
     scope: LimitScope  #: whether each node has the limit for itself, or all nodes share it
+
+
+def is_key(name: str) -> bool:
+    """Return True if the limit with a name is for a key, or for all keys that begin so."""
+    return ":" in name and not name.startswith(OF_TYPE)
 
 
 def limit_to_json(limit: Limit) -> list[Any]:

@@ -53,6 +53,10 @@ def with_options(task: Task, options: Mapping[str, Any], now_ms: int) -> Task:
     parents = chosen.get("depends_on")
     if isinstance(parents, Iterable) and not isinstance(parents, (str, bytes, Mapping)):
         chosen["depends_on"] = [getattr(parent, "id", parent) for parent in parents]
+    if (key := chosen.pop("key", None)) is not None:
+        if "concurrency_key" in chosen:
+            raise ConfigurationError("give key or concurrency_key, its old name, not both")
+        chosen["concurrency_key"] = check_key(key, "key")
     if "tags" in chosen:
         chosen["tags"] = check_tags(chosen["tags"])
     _check_on_conflict(chosen.pop("on_conflict", "reject"), "on_conflict")

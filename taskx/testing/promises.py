@@ -13,7 +13,7 @@ from typing import Any
 
 from taskx.attempt.runner import Run
 from taskx.node.schedules import PREFIX, tick_id
-from taskx.tasks.lifecycle import COMPLETED, FINISHED, PENDING, RUNNING
+from taskx.tasks.lifecycle import COMPLETED, FINISHED, PENDING, RUNNING, key_of
 from taskx.tasks.rate import NOTHING, Cost, Limit
 from taskx.tasks.record import DEFAULTS, FREE, ids_from_text
 from taskx.tasks.writes import Delete, Insert, NoteChange, Write
@@ -147,7 +147,9 @@ class Promises:
     def _check_key(self, task: str, before: Row, after: Row) -> None:
         if (key := before["concurrency_key"]) is None:
             return
-        self._require(after["turn"] == key, f"{task} started without the turn of {key!r}")
+        self._require(
+            key_of(after["turn"] or "") == key, f"{task} started without the turn of {key!r}"
+        )
         if before["starts"] or before["id"] in self._requeued:
             return
         for other in self._lines[key]:
@@ -212,7 +214,10 @@ class Promises:
                 self._broken(f"task {task.id} runs twice at once: on {where.id} and {node.id}")
             key = task.concurrency_key
             if key is not None and other.task.concurrency_key == key:
-                self._broken(f"tasks {other.task.id} and {task.id} of key {key!r} run at once")
+                alone = node.queue._registry.limit_of_key(key) is None
+                self._require(
+                    not alone, f"tasks {other.task.id} and {task.id} of key {key!r} run at once"
+                )
         for name in node.queue._registry.limited.get(type, ()):
             if (limit := node.queue._registry.limits.get(name)) is not None:
                 self._within(name, limit, node, now, task.cost or NOTHING)

@@ -114,7 +114,7 @@ def turns_of_the_dead(patch):
 
 @plant("The task that came last gets the turn of a key.", seed=15)
 def last_come_first_served(patch):
-    def last(self, key):
+    def last(self, key, leaver=""):
         line = self._repository.find("line", [key], ("id",))
         return [w for (task_id,) in line[-1:] for w in lifecycle.give_turn(task_id, key)]
 
@@ -175,7 +175,7 @@ def slots_of_the_living(patch):
 @plant("A slot that was taken for a start which failed is not given back.", seed=9)
 def slot_leaks(patch):
     inner = Admission.over
-    patch(Admission, "over", lambda self, i, *, ran: inner(self, i, ran=ran) if ran else None)
+    patch(Admission, "over", lambda self, i, *, ran, **more: inner(self, i, ran=ran) if ran else None)
 
 
 @plant("The slots of a node are not counted.", seed=145)
