@@ -309,9 +309,10 @@ class Queue(Questions, Steering):
             ConfigurationError: an argument is not valid, or the repository has only the eight methods.
             RepositoryError: the queue is started, and the repository failed.
         """
-        wanted = check_named(from_named(options))
+        checked = check_limit_name(name, "the name of a limit")
+        wanted = check_named(from_named(checked, options))
         self._require("limits with a name")
-        self._registry.limit(check_limit_name(name, "the name of a limit"), wanted)
+        self._registry.limit(checked, wanted)
         if (pool := self._pool) is not None:
             self._joining.refuse()
             pool.tuning.declare()

@@ -81,7 +81,7 @@ def tune(
     if names:
         if not limits:
             raise ConfigurationError(f"tune() requires a limit: one of {', '.join(names)}")
-        wanted = check_limits(limits if limit is None else from_named(limits))
+        wanted = check_limits(limits if limit is None else from_named(limit, limits))
         merged = lambda known: known.with_limit(  # noqa: E731
             type, limit, {**known.options_of(type, limit), **wanted}
         )
@@ -119,7 +119,7 @@ def untune(
     if not options:
         services.controls.override(lambda known: _cleaned(services, known.with_workers(None, node)))
         return
-    stored = names if limit is None else {*from_named(dict.fromkeys(names))}
+    stored = names if limit is None else {*from_named(limit, dict.fromkeys(names))}
 
     def without(known: Overrides) -> Overrides:
         left: Any = {

@@ -22,7 +22,15 @@ from taskx.tasks.errors import ConfigurationError
 from taskx.tasks.ids import new_id
 from taskx.tasks.model import check_key
 from taskx.tasks.options import LimitOptions, NamedOptions, Options, refuse_unknown
-from taskx.tasks.rate import NO_RATES, Limit, bursts_as_given, rates_as_given, rates_of
+from taskx.tasks.rate import (
+    MOST_TURNS,
+    NO_RATES,
+    Limit,
+    bursts_as_given,
+    is_key,
+    rates_as_given,
+    rates_of,
+)
 from taskx.tasks.writes import Note
 
 _PAUSE = "pause"
@@ -346,13 +354,17 @@ def named_options(options: LimitOptions) -> NamedOptions:
     return named  # type: ignore[no-any-return]
 
 
-def from_named(options: Mapping[str, Any]) -> dict[str, Any]:
+def from_named(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that :meth:`Queue.limit` takes by the names of those that are stored.
 
     Raises:
         TypeError: there is no such option.
+        ConfigurationError: a key would have too many turns.
     """
     refuse_unknown(options, NamedOptions, "limit")
+    most = options.get("concurrency")
+    if is_key(name) and type(most) is int and most > MOST_TURNS:
+        raise ConfigurationError(f"concurrency of a key must be at most {MOST_TURNS}, not {most}")
     return {"max_concurrency" if name == "concurrency" else name: n for name, n in options.items()}
 
 
