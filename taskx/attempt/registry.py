@@ -229,6 +229,8 @@ class Registry:
 
     def limit_of_key(self, key: str) -> Limit | None:
         """Return the limit of a key: that with its name, or else with its longest beginning."""
+        if not is_key(key):
+            return None
         if (exact := self.limits.get(key)) is not None:
             return exact
         end = len(key)
@@ -239,7 +241,7 @@ class Registry:
 
     def refuse_cost(self, type: str, key: str | None, cost: Cost) -> None:
         """Raise ``ConfigurationError`` if a cost is above the burst of a limit of the type or the key."""
-        keyed = None if key is None or ":" not in key else self.limit_of_key(key)
+        keyed = None if key is None else self.limit_of_key(key)
         if keyed is not None:
             self._refuse_cost(f"of key {key!r}", keyed, cost)
         for name in self.limited.get(type, ()):

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import attrs
 
-from taskx.node.admission import NO_LIMIT, until_token
+from taskx.node.admission import NO_LIMIT
 from taskx.node.moving import Services
 from taskx.node.pool import WorkerPool
-from taskx.node.shared_limits import SharedBucket, slots_by_node
+from taskx.node.shared_limits import SharedBucket, slots_by_node, until_token
 from taskx.stores.base import Repository
 from taskx.stores.controls import Controls, named_limit, named_options
 from taskx.stores.liveness.base import Node

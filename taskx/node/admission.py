@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from taskx.node.shared_limits import SharedBucket, SharedSlots
+from taskx.node.shared_limits import Bucket, SharedBucket, SharedSlots, until_token
 from taskx.stores.base import Repository
 from taskx.tasks.clock import Clock
 from taskx.tasks.errors import RepositoryError
@@ -103,12 +103,6 @@ class OwnBucket:
 
 
 _Slots = OwnSlots | SharedSlots
-_Bucket = OwnBucket | SharedBucket
-
-
-def until_token(bucket: _Bucket, cost: Cost = NOTHING) -> float:
-    """Return the seconds until a task may start; 0 if one may now."""
-    return 0.0 if bucket.room(cost) else max(0.0, bucket.until(cost))
 
 
 class _Gate:
@@ -119,7 +113,7 @@ class _Gate:
         #: The limit that ``slots`` and ``bucket`` keep.
         self.limit = NO_LIMIT
         self.slots: _Slots | None = None
-        self.bucket: _Bucket | None = None
+        self.bucket: Bucket | None = None
         self._clock = clock
         #: Tasks that were fetched and have not started. A task that left the buffer in another way stays
         #: here until the next fetch.
@@ -255,7 +249,7 @@ class Admission:
     def until_rate(self, key: str, cost: Cost, number: int) -> float:
         """Return the seconds until the rate of a key may let a number of tasks start."""
         bucket = self._rate_of(key).bucket
-        return 0.0 if bucket is None else bucket.until(cost, number)
+        return 0.0 if bucket is None else until_token(bucket, cost, number)
 
     def _of(self, type: str) -> list[_Gate]:
         return [self._gate(name) for name in self._limited.get(type, ())]
@@ -274,7 +268,7 @@ class Admission:
             return SharedSlots(self._repository, self._node, name, most, log=self._log, taken=taken)
         return OwnSlots(most, taken)
 
-    def _bucket(self, name: str, limit: Limit, before: _Bucket | None) -> _Bucket | None:
+    def _bucket(self, name: str, limit: Limit, before: Bucket | None) -> Bucket | None:
         if not limit.rates:
             return None
         if limit.scope == "global":

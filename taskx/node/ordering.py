@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
-from taskx.node.shared_limits import RATE, SharedBucket, is_full
+from taskx.node.shared_limits import RATE, SharedBucket, is_full, until_token
 from taskx.stores.base import Repository
 from taskx.tasks import lifecycle
 from taskx.tasks.bell import Agenda
@@ -357,7 +357,7 @@ class Turns(_Scanner):
         self._rates_used = True
         bucket = SharedBucket(self._repository, key, limit.rates, self._clock, self._log)
         asked = [NOTHING if cost is None else cost_from_text(cost) for cost in costs]
-        return [max(0.0, bucket.until(cost, number)) for number, cost in enumerate(asked, 1)]
+        return [until_token(bucket, cost, number) for number, cost in enumerate(asked, 1)]
 
     def advance(self, keys: Iterable[str]) -> None:
         """Give the free turns of each key to its first waiting tasks."""

@@ -12,7 +12,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from taskx.stores.base import Repository
 from taskx.tasks.clock import LAST, Clock
@@ -301,6 +301,21 @@ class SharedBucket(_Shared[_Marks]):
     def until(self, cost: Cost = NOTHING, count: int = 1) -> float:
         """Return the seconds until tasks of this cost may start, by the note as last read."""
         return self._rates.until(self._marks, self._now(), cost, count)
+
+
+class Bucket(Protocol):
+    """The token buckets for the rates of one limit, of one node or of all."""
+
+    def room(self, cost: Cost = NOTHING) -> int: ...
+    def take(self, costs: Sequence[Cost]) -> int: ...
+    def put_back(self, cost: Cost = NOTHING) -> None: ...
+    def correct(self, unit: str, more: int) -> None: ...
+    def until(self, cost: Cost = NOTHING, count: int = 1) -> float: ...
+
+
+def until_token(bucket: Bucket, cost: Cost = NOTHING, number: int = 1) -> float:
+    """Return the seconds until a number of tasks may start; 0 if they may now."""
+    return 0.0 if bucket.room(cost) >= number else max(0.0, bucket.until(cost, number))
 
 
 def is_full(note: Note, clock: Clock) -> bool:

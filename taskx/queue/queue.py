@@ -64,7 +64,7 @@ from taskx.tasks.options import (
     check_limit_name,
     options_of,
 )
-from taskx.tasks.rate import Limit
+from taskx.tasks.rate import Limit, is_key
 from taskx.tasks.ticks import Every, Misfire
 from taskx.tasks.timing import DEFAULT_TIMING, Timing
 from taskx.tasks.values import Values
@@ -176,7 +176,7 @@ class Queue(Questions, Steering):
 
     def _limit_of_key(self, key: str) -> Limit | None:
         """Return the limit of a key. A queue that is not started asks the repository what holds now."""
-        if ":" not in key:
+        if not is_key(key):
             return None
         if self._node.pool is None and not self.repository.shortcoming:
             controls = self._services.controls
@@ -387,8 +387,9 @@ class Queue(Questions, Steering):
             depends_on: tasks, as ids or handles, that must complete before this one starts.
             on_parent_failure: the reaction if all tasks in ``depends_on`` have ended and one did not
                 complete: ``"cancel"`` (default), ``"fail"`` or ``"run"`` this task.
-            concurrency_key: tasks with the same key run one at a time, in the order of submission,
-                across all processes.
+            key: tasks with the same key run one at a time, or as many as its limit allows, in the
+                order of submission, across all processes: see :meth:`limit`.
+            concurrency_key: the old name of ``key``.
             cost: what its start takes from limits with such units: ``{"tokens": 1200}``. See
                 :meth:`Context.spent`.
             expires: a task that has not started for the first time by then is cancelled: an aware
@@ -718,8 +719,8 @@ class Queue(Questions, Steering):
                 ``"skip"``, and unlimited with ``"one"``; ``"all"`` requires a value.
             overlap: with ``"skip"``, a tick gets no task while the schedule's last task has not ended.
             created_by: this field of its tasks; ``schedule:`` and the name by default.
-            priority, timeout, max_attempts, max_crashes, retry, tags, concurrency_key, cost: options of its
-                tasks, as in :meth:`submit`.
+            priority, timeout, max_attempts, max_crashes, retry, tags, key, concurrency_key, cost: options of
+                its tasks, as in :meth:`submit`.
             expires: seconds, or a ``timedelta``, from a tick, or from when its task is made if that is
                 later; the task is cancelled if it has not started by then.
 

@@ -31,7 +31,7 @@ import attrs
 from taskx.attempt.checkpoints import Checkpoints
 from taskx.attempt.executors import AnyExecutor, BoundExecutor, Executor, TaskExecutor
 from taskx.attempt.runner import Runner
-from taskx.node.admission import until_token
+from taskx.node.shared_limits import until_token
 from taskx.queue.flows import Flow, FlowHandle, Shape, chain
 from taskx.queue.queue import Queue
 from taskx.stores.base import Repository

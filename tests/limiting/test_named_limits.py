@@ -241,6 +241,7 @@ def test_a_run_corrects_its_cost_in_either_direction(clock, actual, left):
         assert tokens(queue) == (left,)
 
 
+@pytest.mark.process
 def test_a_child_process_corrects_its_cost(make_queue):
     queue = make_queue()
     queue.limit("api", rate="100 tokens/h")
