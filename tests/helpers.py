@@ -361,6 +361,12 @@ frequent_checks = pytest.mark.timing(
 )
 
 
+#: Makes the housekeeper look only for what it is told of. It takes no part while nothing happens.
+undisturbed = pytest.mark.timing(
+    **dict.fromkeys(("poll_every", "recover_every", "audit_every"), 3600.0)
+)
+
+
 @pytest.fixture
 def calm() -> Iterator[threading.Event]:
     """Hand back started tasks only while the event is set; so a slow machine starts no task twice."""
@@ -559,6 +565,23 @@ def workers(request: pytest.FixtureRequest, spawn: Any, tmp_path: Path) -> Itera
     make = {"sqlite": on_sqlite, "mongo": on_mongo}[request.param]
     with make(spawn, tmp_path) as made:
         yield made
+
+
+def suspend(child: Child, database: Path) -> None:
+    """Stop a process at a moment at which it does not hold the write lock of a file."""
+    with closing(sqlite3.connect(database, timeout=0, isolation_level=None)) as connection:
+
+        def stopped() -> bool:
+            child.signal(signal.SIGSTOP)
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError:
+                child.signal(signal.SIGCONT)
+                return False
+            connection.execute("ROLLBACK")
+            return True
+
+        eventually(stopped)
 
 
 def is_intact(database: Path) -> bool:
