@@ -10,7 +10,7 @@ import time
 from collections import Counter
 
 import pytest
-from helpers import PATIENCE, SOON, eventually, is_intact, run_in_thread
+from helpers import PATIENCE, SOON, eventually, is_intact, run_in_thread, suspend
 
 from taskx import Config, Queue, SQLiteRepository, TaskFilter, TaskStatus
 
@@ -122,7 +122,7 @@ wait_for_ever()
     assert sorted([child.read(), child.read(), child.read()]) == ["hanging", "hanging", "submitted"]
     child.kill()
     runner.start()
-    assert runner.drain(60)
+    assert runner.drain(PATIENCE)
     tasks, total = runner.list_tasks()
     assert total == 302
     assert sorted(runner.ran) == sorted([*range(300), 0, 1])
@@ -152,13 +152,14 @@ def fall(ctx, n):
 queue.submit_many([Task(type="fall", params={"n": n}) for n in range(500)])
 queue.start()
 wait_for_ever()
-"""
+""",
+        short_task=60.0,  # every task is short, however slow the machine is
     )
     assert child.process.wait(PATIENCE) == -signal.SIGKILL
     runner.executor("fall")(lambda n: runner.ran.append(n))
     executed = logged(database)
     runner.start()
-    assert runner.drain(60)
+    assert runner.drain(PATIENCE)
     tasks = runner.repository.list(TaskFilter(limit=1000))
     assert {task.status for task in tasks} == {TaskStatus.COMPLETED}
     crashed = [task for task in tasks if task.crashes]
@@ -179,7 +180,7 @@ def test_no_task_is_lost_if_processes_are_killed_again_and_again(run, runner, da
         child = run("queue.start(); wait_for_ever()")
         assert child.process.wait(PATIENCE) == -signal.SIGKILL
     runner.start()
-    assert runner.drain(60)
+    assert runner.drain(PATIENCE)
     ran = logged(database)
     assert sum(ran.values()) >= 3 * 300
     for n in runner.ran:
@@ -323,7 +324,7 @@ wait_for_ever()
 """
     )
     assert child.read() == "listening"
-    child.signal(signal.SIGSTOP)
+    suspend(child, database)
     runner.start()
     handle = runner.handle("x")
     threading.Event().wait(1.5)  # three times the interval of checks for dead nodes
@@ -381,7 +382,7 @@ queue.submit_many(queue_task for queue_task in [work.task(n) for n in range(20)]
 sys.stdin.readline()
 """,
         # One of the two ends by itself, as soon as the machine lets it.
-        exit_within=20.0 if task == "listen" else 1.0,
+        exit_within=60.0 if task == "listen" else 3.0,
     )
     word = {"listen": "listening", "hang": "hanging"}[task]
     assert [child.read(), child.read()] == [word] * 2
@@ -393,7 +394,7 @@ sys.stdin.readline()
     # It prints only the warnings of stop: about executors that did not end, and tasks left pending.
     lines = err.splitlines()
     assert all(line.startswith("stopped with ") for line in lines), err
-    assert len(lines) == (2 if task == "hang" else 1)
+    assert 1 <= len(lines) <= (2 if task == "hang" else 1)
     assert child.process.returncode == 0
     runner.start()
     assert runner.drain(PATIENCE)
@@ -404,7 +405,7 @@ sys.stdin.readline()
 
 
 def test_a_script_that_forgets_to_stop_an_idle_queue_prints_nothing(run):
-    child = run("queue.start(); queue.submit('work', {'n': 1}).result(20)")
+    child = run("queue.start(); queue.submit('work', {'n': 1}).result(60)")
     began = time.monotonic()
     assert child.ends() == ("", "")
     assert time.monotonic() - began < SOON
@@ -463,18 +464,18 @@ warnings.simplefilter("ignore", DeprecationWarning)  # 3.12 warns of a fork with
 
 queue.start()
 queue.submit("listen", id="parents")
-work.submit(0).result(20)
+work.submit(0).result(60)
 pid = os.fork()
 if pid == 0:
     status = 1
     try:
         handle = work.submit(1)                      # stored, for any node
-        assert handle.result(20) is None             # by the parent, as this queue is not started
+        assert handle.result(60) is None             # by the parent, as this queue is not started
         assert "not started" in repr(queue)
         assert queue.get_task_status("parents").status == "running"
         queue.start()                                # and a node of its own
         with queue:
-            work.submit(2).result(20)
+            work.submit(2).result(60)
         status = 0
     except BaseException:
         import traceback
@@ -482,11 +483,11 @@ if pid == 0:
     finally:
         os._exit(status)
 assert os.waitpid(pid, 0)[1] == 0
-work.submit(3).result(20)
+work.submit(3).result(60)
 task = queue.get_task_status("parents")
 assert (task.status, task.crashes, task.starts) == ("running", 0, 1), task
 queue.cancel_task("parents")
-queue.drain(20)
+queue.drain(60)
 queue.stop()
 print(queue.get_task_status("parents").status, flush=True)
 """
@@ -495,8 +496,7 @@ print(queue.get_task_status("parents").status, flush=True)
 def test_a_process_can_fork_after_the_start(run, database):
     child = run(FORK)
     assert child.read() == "listening"
-    out, err = child.ends(60)
-    assert (out, err) == ("cancelled\n", "")
+    assert child.ends() == ("cancelled\n", "")
     ran = logged(database)
     assert {n: ran[f"ran {n}"] for n in range(4)} == dict.fromkeys(range(4), 1)
     assert is_intact(database)
@@ -515,7 +515,7 @@ for _ in range(3):
     if pid == 0:
         sys.exit(0)  # with its exit handlers
     assert os.waitpid(pid, 0)[1] == 0
-    work.submit(1).result(20)
+    work.submit(1).result(60)
 task = queue.get_task_status("x")
 say(f"{task.status} {task.interruptions}")
 queue.cancel_task("x")
@@ -535,7 +535,7 @@ warnings.simplefilter("ignore", DeprecationWarning)
 
 def submit(start):
     for n in range(start, start + 20):
-        work.submit(n).result(20)
+        work.submit(n).result(60)
 
 if __name__ == "__main__":
     with queue:
@@ -544,7 +544,7 @@ if __name__ == "__main__":
         for one in children:
             one.start()
         for one in children:
-            one.join(30)
+            one.join(100)
         print([one.exitcode for one in children], queue.list_tasks()[1], flush=True)
 """
     )
@@ -573,7 +573,7 @@ with queue:
     for child in children:
         child.tell()
     for child in children:
-        assert child.ends(90) == ("", "")
+        assert child.ends() == ("", "")
     assert logged(database) == Counter(f"ran {n}" for n in range(1000))
     assert {(len(t.attempts), t.crashes) for t in runner.list_tasks()[0]} == {(1, 0)}
 
