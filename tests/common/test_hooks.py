@@ -512,7 +512,7 @@ class TestHangingHook:
         assert blocks.hangs.wait(PATIENCE)
         eventually(lambda: len(services_of(queue).hooks.waiting) == 6)
         assert queue.submit("t").result(PATIENCE) is None
-        assert DEFAULT_TIMING.hold_within in held
+        eventually(lambda: DEFAULT_TIMING.hold_within in held)
 
 
 class TestInsideHooks:
@@ -648,7 +648,7 @@ queue.submit("t", id="child" if pid == 0 else "parent")
 if pid:
     os.waitpid(pid, 0)
 else:
-    queue._node.wait_for_hooks(20)
+    queue._node.wait_for_hooks(100)
     os._exit(0)
 """
         said, errors = spawn(FORKS + program, database).ends()

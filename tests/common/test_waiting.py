@@ -147,8 +147,7 @@ def test_a_dropped_handle_is_freed(queue):
     gone = weakref.ref(handle)
     task_id = handle.id
     del handle
-    gc.collect()
-    assert gone() is None
+    eventually(lambda: (gc.collect(), gone() is None)[1])  # the watcher may just be looking at it
     eventually(lambda: "taskx-watch" not in {thread.name for thread in threading.enumerate()})
     assert not queue.handle(task_id).done()
 
@@ -180,8 +179,8 @@ def test_a_handle_that_timed_out_is_freed(queue):
     with pytest.raises(TimeoutError):
         queue.submit("t").result(0)
     gc.collect()
-    services_of(queue).watcher.check_all()
-    assert not services_of(queue).watcher.watching
+    watcher = services_of(queue).watcher
+    eventually(lambda: (watcher.check_all(), not watcher.watching)[1])  # its thread may hold it
 
 
 def test_a_handle_with_a_callback_is_kept_until_the_call(queue, held, gate):
