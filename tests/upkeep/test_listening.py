@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from concurrent.futures import CancelledError
 from types import SimpleNamespace
@@ -16,13 +17,14 @@ from taskx import (
     RepositoryUnavailable,
     SQLiteRepository,
     TaskFailed,
+    TaskFilter,
     TaskStatus,
 )
 from taskx.node import listening
 from taskx.node.node import LocalNode
 from taskx.stores.parts import Listener
 from taskx.stores.sqlite.links import FileLinks
-from taskx.tasks import bell
+from taskx.tasks import bell, ids
 from taskx.tasks.bell import Rest
 from taskx.tasks.lifecycle import CANCEL_REQUESTED, FREED
 from taskx.tasks.timing import DEFAULT_TIMING, Timing
@@ -433,6 +435,32 @@ def test_two_processes_wake_each_other(spawn, elsewhere, database):
     with pytest.raises(CancelledError):
         handle.result(PATIENCE)
     assert child.ends() == ("", "")
+
+
+@pytest.mark.process
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_fork_while_another_thread_makes_an_id_does_not_hang(repository):
+    """The child starts over, also its wake-ups, without the locks of its parent's threads."""
+    repository.count(TaskFilter())
+    held, over = threading.Event(), threading.Event()
+
+    def hold():
+        with ids._lock:
+            held.set()
+            assert over.wait(2 * PATIENCE)
+
+    holding = run_in_thread(hold)
+    assert held.wait(PATIENCE)
+    if not (child := os.fork()):
+        os._exit(0 if ids.new_id() else 1)
+    try:
+        assert eventually(lambda: os.waitpid(child, os.WNOHANG)[0] and "ended")
+    except BaseException:
+        os.kill(child, signal.SIGKILL)
+        raise
+    finally:
+        over.set()
+        holding()
 
 
 @pytest.mark.process
