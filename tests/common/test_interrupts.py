@@ -91,8 +91,11 @@ STRIKES = {
 
 
 @auditing
-@pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)
-@pytest.mark.parametrize("kind", STRIKES)
+@pytest.mark.parametrize(
+    ("repository", "kind"),
+    [*(("memory", kind) for kind in STRIKES), ("sqlite", "plain")],
+    indirect=["repository"],
+)
 def test_an_interrupted_submit_leaves_nothing_behind(make_queue, kind):
     queue = make_queue(worker_num=2, **STRIKES[kind])
     queue.executor("fine")(lambda: "fine")

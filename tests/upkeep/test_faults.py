@@ -106,9 +106,7 @@ def patient(database):
 @pytest.mark.usefixtures("calm")  # they count the starts of tasks
 class TestLocked:
     @pytest.mark.slow
-    def test_tasks_wait_while_the_file_is_locked(
-        self, patient, make_queue, locker, gate
-    ):
+    def test_tasks_wait_while_the_file_is_locked(self, patient, make_queue, locker, gate):
         """No submit is refused, and running tasks end normally."""
         queue = make_queue(patient, worker_num=2)
         queue.executor("hold")(lambda n: (gate(), n)[1])

@@ -12,7 +12,6 @@ from helpers import PATIENCE, eventually, housekeeper_of, ids, node_of, pool_of
 
 from taskx import Queue, RepositoryUnavailable, SQLiteRepository, Task, TaskNotFound, every
 
-
 # Tests count the starts of tasks, so a slow machine must hand no started task back.
 pytestmark = pytest.mark.usefixtures("calm")
 
