@@ -578,6 +578,7 @@ def test_hooks_get_a_delayed_task_as_it_was_submitted(hooked, told):
 FORKS = """
 import os, sys
 from taskx import Hook, Queue, SQLiteRepository
+from taskx.tasks.timing import Timing
 
 def say(*words):
     sys.stdout.write(" ".join(map(str, words)) + "\\n")  # one write, so that threads do not mix
@@ -588,7 +589,8 @@ class Says(Hook):
         say(os.getpid() == parent, "submitted", task.id)
 
 parent = os.getpid()
-queue = Queue(SQLiteRepository(sys.argv[1]), hooks=[Says()])
+timing = Timing(exit_within=60.0)  # for the events that are left
+queue = Queue(SQLiteRepository(sys.argv[1]), hooks=[Says()], timing=timing)
 queue.executor("t")(lambda: None)
 """
 

@@ -1,4 +1,4 @@
-"""Recovery: real processes on one SQLite file that die, are suspended, fork, or forget to stop."""
+"""Recovery: real processes on one SQLite file that die, fork, or forget to stop."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 from collections import Counter
 
 import pytest
-from helpers import PATIENCE, SOON, eventually, is_intact, run_in_thread, suspend
+from helpers import PATIENCE, SOON, eventually, is_intact, run_in_thread
 
 from taskx import Config, Queue, SQLiteRepository, TaskFilter, TaskStatus
 
@@ -190,19 +190,6 @@ def test_no_task_is_lost_if_processes_are_killed_again_and_again(run, runner, da
     assert is_intact(database)
 
 
-def test_a_started_queue_rescues_a_task_within_seconds(run, runner):
-    child = run("queue.start(); queue.submit('hang', id='x'); wait_for_ever()")
-    assert child.read() == "hanging"
-    runner.start()
-    handle = runner.handle("x")
-    assert not handle.done()
-    child.kill()
-    began = time.monotonic()
-    handle.result(PATIENCE)
-    assert time.monotonic() - began < SOON
-    assert handle.task().crashes == 1
-
-
 def test_a_task_with_max_crashes_1_never_runs_again_after_a_crash(run, runner, caplog):
     child = run(
         "queue.start(); queue.submit('hang', {'n': 7}, id='x', max_crashes=1); wait_for_ever()"
@@ -313,28 +300,6 @@ def test_tasks_run_one_at_a_time_only_on_their_last_chance(
     assert {(t.status, t.crashes) for t in queue.list_tasks()[0]} == {("completed", deaths)}
     told = [r.getMessage() for r in caplog.records if " runs alone, because " in r.getMessage()]
     assert len(told) == (2 if together == 1 else 0)
-
-
-def test_a_suspended_process_is_not_dead(run, runner, database):
-    child = run(
-        """
-queue.start()
-queue.submit("listen", {"n": 5}, id="x")
-wait_for_ever()
-"""
-    )
-    assert child.read() == "listening"
-    suspend(child, database)
-    runner.start()
-    handle = runner.handle("x")
-    threading.Event().wait(1.5)  # three times the interval of checks for dead nodes
-    task = handle.task()
-    assert (task.status, task.starts, task.crashes) == (TaskStatus.RUNNING, 1, 0)
-    child.signal(signal.SIGCONT)
-    handle.cancel()
-    assert eventually(handle.cancelled)
-    assert runner.ran == []
-    assert logged(database)["begun 5"] == 1
 
 
 def test_a_process_that_ends_while_it_stops_interrupts_its_task(run, runner):
