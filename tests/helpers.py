@@ -555,8 +555,10 @@ def spawn() -> Iterator[Callable[..., Child]]:
         if child.process.poll() is None:
             child.process.kill()
         child.ends()
-        child.process.stdout.close()  # type: ignore[union-attr]
-        child.process.stderr.close()  # type: ignore[union-attr]
+        # A process that it has forked may hang, and keep the pipes open: a close would wait for the reader.
+        if not any(reader.is_alive() for reader in child._readers):
+            child.process.stdout.close()  # type: ignore[union-attr]
+            child.process.stderr.close()  # type: ignore[union-attr]
 
 
 @pytest.fixture(params=["sqlite", "mongo"])
