@@ -212,17 +212,6 @@ def test_deleting_a_task_wakes_the_threads_that_wait_for_it(started):
         waiting()
 
 
-def test_result_can_be_called_again_after_a_repository_error(queue):
-    queue.executor("echo")(lambda value: value)
-    handle = queue.submit("echo", {"value": 1})
-    queue.repository.down = True
-    with pytest.raises(Exception, match="down"):
-        handle.result(PATIENCE)
-    queue.repository.down = False
-    queue.start()
-    assert handle.result(PATIENCE) == 1
-
-
 @pytest.mark.every_store
 @frequent_checks
 def test_result_can_be_called_again_on_a_queue_that_is_not_started(queue, make_queue):

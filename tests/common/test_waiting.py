@@ -254,16 +254,6 @@ def test_wait_accepts_handles_and_other_futures_together(queue, held, gate):
         assert wait([handle, future], PATIENCE).done == {handle, future}
 
 
-def test_wait_returns_at_the_first_exception(queue, held):
-    queue.executor("fail")(lambda: 1 / 0)
-    failing = queue.submit("fail")
-    both = [queue.handle(held), failing]
-    done, _ = wait(both, PATIENCE, return_when=concurrent.futures.FIRST_EXCEPTION)
-    assert done == {failing}
-    done, _ = wait(both, PATIENCE, return_when=concurrent.futures.FIRST_EXCEPTION)
-    assert done == {failing}
-
-
 # Failures of the watcher
 
 

@@ -140,17 +140,13 @@ class TestScope:
         queue.submit("bad", **KEY, delay=3600)
 
     @pytest.mark.parametrize("by_hand", [True, False])
-    def test_a_pending_task_that_is_cancelled_frees_its_unique_key(self, quiet, by_hand):
-        first = quiet.submit("fine", **KEY, unique_scope="ever")
+    @pytest.mark.parametrize("scope", ["pending", "unfinished", "ever", 3600])
+    def test_a_cancelled_pending_task_releases_its_key_in_any_scope(self, quiet, scope, by_hand):
+        first = quiet.submit("fine", **KEY, unique_scope=scope)
         if by_hand:
             quiet.repository.update_status(first.id, TaskStatus.CANCELLED)
         else:
             first.cancel()
-        quiet.submit("fine", **KEY)
-
-    @pytest.mark.parametrize("scope", ["pending", "unfinished", "ever", 3600])
-    def test_a_cancelled_pending_task_releases_its_key_in_any_scope(self, quiet, scope):
-        quiet.submit("fine", **KEY, unique_scope=scope).cancel()
         quiet.submit("fine", **KEY, unique_scope=scope)
 
     @pytest.mark.parametrize(
@@ -463,16 +459,6 @@ class TestRequeue:
         other.cancel()
         quiet.repository.update_status(task.id, TaskStatus.PENDING)
         assert key_holders(quiet.repository, ["report"]) == {"report": task.id}
-
-    def test_requeuing_dead_letters_skips_those_whose_key_is_held(self, queue):
-        queue.executor("bad")(lambda: 1 / 0)
-        queue.start()
-        failed = [queue.submit("bad", unique_key=key) for key in "abc"]
-        for handle in failed:
-            assert handle.exception(PATIENCE)
-        queue.executor("fine")(lambda: None)
-        queue.submit("fine", unique_key="b", delay=3600)
-        assert queue.requeue_dead_letters() == 2
 
 
 def test_a_repository_of_eight_methods_refuses_a_unique_key():

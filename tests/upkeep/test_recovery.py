@@ -210,22 +210,6 @@ def test_a_task_with_max_crashes_1_never_runs_again_after_a_crash(run, runner, c
     assert error.endswith(", which died: it has failed and is a dead letter (params={'n': 7})")
 
 
-def test_a_third_crash_makes_a_task_a_dead_letter(run, runner, database):
-    submitter = Queue(runner.repository)
-    submitter.declare("die")
-    handle = submitter.submit("die", id="killer")
-    for _ in range(3):
-        child = run("queue.start(); wait_for_ever()")
-        assert child.read() == "dying"
-        child.tell()
-        child.process.wait(PATIENCE)
-    runner.start()
-    assert runner.drain(PATIENCE)
-    task = handle.task()
-    assert (task.status, task.crashes, task.dead_letter) == (TaskStatus.FAILED, 3, True)
-    assert logged(database)["dying"] == 3
-
-
 def test_tasks_next_to_a_crashing_one_are_spared(run, runner):
     """Both run together until they are on their last chance; from then on, each runs alone."""
     submitter = Queue(runner.repository)
@@ -489,31 +473,6 @@ queue.stop()
     )
     words = {child.read(), child.read()}
     assert words == {"listening", "running 0"}
-    assert child.ends()[1] == ""
-
-
-def test_children_of_multiprocessing_can_submit_to_the_same_file(run):
-    child = run(
-        """
-import multiprocessing, warnings
-warnings.simplefilter("ignore", DeprecationWarning)
-
-def submit(start):
-    for n in range(start, start + 20):
-        work.submit(n).result(60)
-
-if __name__ == "__main__":
-    with queue:
-        context = multiprocessing.get_context("fork")
-        children = [context.Process(target=submit, args=(start,)) for start in (0, 100)]
-        for one in children:
-            one.start()
-        for one in children:
-            one.join(100)
-        print([one.exitcode for one in children], queue.list_tasks()[1], flush=True)
-"""
-    )
-    assert child.read() == "[0, 0] 40"
     assert child.ends()[1] == ""
 
 
