@@ -19,11 +19,16 @@ from taskx import Queue, SQLiteRepository, TaskStatus
 
 PROGRAM = """
 import json, os, sys
+from functools import partial
+from taskx.programs.worker import supervisor
 from taskx.programs.worker.settings import Settings
-from taskx.programs.worker.supervisor import supervise
+from taskx.tasks.timing import Timing
 
+# A process on a slow machine must not look like one that hangs.
+slow = Timing(end_within=60, report_within=60, probe_within=60)
+supervisor.Supervisor = partial(supervisor.Supervisor, timing=slow)
 os.chdir(sys.argv[1])
-sys.exit(supervise(Settings(**json.loads(sys.argv[2]))))
+sys.exit(supervisor.supervise(Settings(**json.loads(sys.argv[2]))))
 """
 
 # An executor notes its process and waits until the test creates a file.
