@@ -1,0 +1,21 @@
+"""Add the column for the version of the executor that ran a task last."""
+
+from __future__ import annotations
+
+from django.db import migrations
+
+import taskx.contrib.django.fields
+
+
+class Migration(migrations.Migration):
+    dependencies = [("taskx", "0002_tune")]
+
+    operations = [
+        migrations.AddField(
+            model_name="taskrow",
+            name="version",
+            field=taskx.contrib.django.fields.NameField(
+                max_length=255, null=True, verbose_name="version of the executor"
+            ),
+        ),
+    ]
