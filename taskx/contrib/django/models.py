@@ -235,6 +235,7 @@ class Task(TaskRow):
         verbose_name = "task"
         verbose_name_plural = "tasks"
         default_permissions = ("change", "delete", "view")
+        permissions = (("answer_task", "Can give answers that tasks wait for"),)
 
 
 class DeadLetterManager(models.Manager["DeadLetter"]):

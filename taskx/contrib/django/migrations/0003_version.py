@@ -1,4 +1,4 @@
-"""Add the column for the version of the executor that ran a task last."""
+"""Add the column for the version of the executor, and the permission to give answers."""
 
 from __future__ import annotations
 
@@ -17,5 +17,14 @@ class Migration(migrations.Migration):
             field=taskx.contrib.django.fields.NameField(
                 max_length=255, null=True, verbose_name="version of the executor"
             ),
+        ),
+        migrations.AlterModelOptions(
+            name="task",
+            options={
+                "default_permissions": ("change", "delete", "view"),
+                "permissions": (("answer_task", "Can give answers that tasks wait for"),),
+                "verbose_name": "task",
+                "verbose_name_plural": "tasks",
+            },
         ),
     ]
