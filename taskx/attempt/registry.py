@@ -143,6 +143,8 @@ class Registry:
             _check_replaced(before, entry)
         if entry.log_level is not None:
             self._require("logs (capture_log)")
+        if entry.options.version is not None:
+            self._require("versions of executors (version)")
         if entry.options.limit_scope == "global":
             self._require('limits of all nodes (limit_scope="global")')
         function, takes_context = entry.function, entry.takes_context

@@ -235,6 +235,8 @@ class Queue(Questions, Steering):
                 ``rate``).
             limit_scope: ``"node"`` (default): each node has these limits for itself; ``"global"``:
                 all nodes share them.
+            version: the version of the code, a number or a text; the record of a task has that of the
+                executor that ran it last. A map of the same name runs items of other versions again.
             replace: replace the type's executor if there is one, for notebook cells that run again.
                 Tasks that are running end with the old code. The isolation and the limits must be the
                 same.
