@@ -214,6 +214,17 @@ class Checkpoints:
             self._taken.discard(name)
             raise
 
+    def fork(self, name: str, token: CancelToken, call: Callable[[], Sequence[str]]) -> list[str]:
+        """Return the ids of the tasks that ``call`` submits: see :meth:`Context.fork`."""
+        self._refuse_inside("ctx.fork()")
+        self._begin(name, token)
+        self._refuse_if_completed()
+        try:
+            return [*call()]
+        except BaseException:
+            self._taken.discard(name)
+            raise
+
     def _refuse_inside(self, what: str) -> None:
         if self._transaction is not None:
             raise ConfigurationError(

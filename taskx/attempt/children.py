@@ -12,7 +12,7 @@ from typing import Any
 import attrs
 
 from taskx.attempt.waiting import Parked, Waits, error_in, failed, outcome_of
-from taskx.stores import lists
+from taskx.stores import lists, queries
 from taskx.stores.base import Repository
 from taskx.tasks import children, lifecycle
 from taskx.tasks.clock import Clock
@@ -23,6 +23,9 @@ from taskx.tasks.model import Task, TaskStatus
 from taskx.tasks.tags import without_trace
 from taskx.tasks.token import CancelToken
 from taskx.tasks.writes import Insert, Write
+
+# Attempts to change tasks that move between the read and the write.
+_TRIES = 20
 
 #: Stores tasks of at least this priority and the record of their list, all or none.
 Submit = Callable[[Sequence[Task], int, Insert], object]
@@ -118,8 +121,39 @@ class Children:
     def fork(
         self, parent: Task, name: str, tasks: Sequence[Task], token: CancelToken
     ) -> Sequence[str]:
-        """Submit the children of a list, unless that was done; return their ids."""
-        return self._listed(parent, name, tasks, None, token, again=True).depends_on
+        """Submit the children of a list, and let the dependents of their parent wait for them, too.
+
+        Returns:
+            the ids of the children.
+        """
+        ids = self._listed(parent, name, tasks, None, token, again=True).depends_on
+        for _ in range(_TRIES):
+            late = self._patiently(token, lambda: self._late_dependents(parent, ids))
+            if not late:
+                break
+            if len(late) * len(ids) > children.MOST_PAIRS:
+                raise ConfigurationError(
+                    f"{len(late)} tasks would depend on {len(ids)} more tasks, in more than "
+                    f"{children.MOST_PAIRS:,} pairs: let only one task depend on this one"
+                )
+            writes = [lifecycle.wait_for_more(task, ids) for task in late]
+            self._patiently(token, lambda writes=writes: self._commit(writes))  # type: ignore[misc]
+        return ids
+
+    def _late_dependents(self, parent: Task, ids: Sequence[str]) -> list[Task]:
+        """Return the tasks that wait for a parent, and not yet for these children of it."""
+        pairs = queries.families(self._repository, [parent.id])
+        found, wanted = list[Task](), set(ids)
+        for start in range(0, len(pairs), self._batch):
+            some = [child for _, child in pairs[start : start + self._batch]]
+            found += self._repository.get_many(some).values()
+        return [
+            task
+            for task in found
+            if task.status is TaskStatus.PENDING
+            and not lifecycle.is_parked(task)
+            and not wanted.issubset(task.depends_on)
+        ]
 
     # --- submitting
 

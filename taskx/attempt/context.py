@@ -406,6 +406,25 @@ class Context:
             value if error is None else error for value, error in zip(told, errors, strict=True)
         ]
 
+    def fork(self, name: str, tasks: Iterable[Task]) -> list[str]:
+        """Submit tasks for which all tasks wait, too, that depend on this one; return their ids.
+
+        The dependents that are stored by now, such as the next steps of a chain, find the tasks in
+        ``ctx.parents``, after the parents that they had. This task does not wait for the tasks. Otherwise
+        they are children as those of :meth:`run_all`, with the same ids.
+
+        Raises:
+            ConfigurationError: as :meth:`run_all`; or there would be more than a million pairs of a
+                dependent and a child.
+            TaskxError: as :meth:`run_all`.
+        """
+        self._refuse_wait("ctx.fork()")
+        given, token = check_tasks(tasks, None, "ctx.fork()"), self._token
+        if not given:
+            return []
+        children, task = self._shared.keeper.children, self._task
+        return self._kept().fork(name, token, lambda: children.fork(task, name, given, token))
+
     def key(self, name: str) -> str:
         """Return a text that is the same in each attempt of this task, for an idempotency key of others."""
         return answer_of(self._task.id, name)

@@ -27,6 +27,8 @@ from taskx.tasks.model import Task, check_key
 MAX_DEPTH = 100
 #: Longest name of a list of children, in characters.
 MAX_LIST_NAME = 80
+#: Most pairs of a dependent of a task and a child of it that :meth:`Context.fork` makes.
+MOST_PAIRS = 1_000_000
 # Longest beginning of an id that has the parent's id in it. Answers to a child have longer ids.
 _LONGEST = 120
 _ALL = "/all"

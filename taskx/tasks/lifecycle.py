@@ -402,6 +402,18 @@ def parents_moved(child: Task, statuses: Mapping[str, str], now: int) -> Update:
     return Update(child.id, guard, changes, move="orphan", skips=True)
 
 
+def wait_for_more(child: Task, parents: Sequence[str]) -> Update:
+    """Let a task that waits for its parents depend on further tasks.
+
+    One of its parents runs, so nobody decides about it until that ends. Somebody may have read it for a
+    decision after that: the guard of this will fail, because ``starts`` is raised.
+    """
+    every = [*dict.fromkeys((*child.depends_on, *parents))]
+    changes = {"depends_on": ids_to_text(every), "starts": child.starts + 1}
+    guard = {"status": PENDING, "held": FOR_PARENTS, "starts": child.starts}
+    return Update(child.id, guard, changes, durable=True, move="parents moved")
+
+
 def wait_again(child: Task, parents: Mapping[str, Task], now: int) -> list[Update]:
     """Let a task go on waiting for parents that are requeued in the same transaction.
 

@@ -19,6 +19,7 @@ from taskx import (
     Task,
     TaskFailed,
     TaskStatus,
+    chain,
 )
 from taskx.node.retention import prune_all
 from taskx.tasks import children, lifecycle
@@ -612,3 +613,125 @@ def test_ids():
         assert len(child) <= 127
     assert children.list_id("p", "pages") == "p/pages/all"
     assert children.list_of("p/approval") == children.list_of("7") == children.list_of("p/7") == ""
+
+
+class TestForks:
+    @pytest.fixture
+    def queue(self):
+        return self.forking(ManualQueue())
+
+    def forking(self, queue):
+        queue.executor("leaf")(leaf)
+
+        @queue.executor("fork")
+        def fork(ctx, numbers: list[int]):
+            return ctx.fork("leaves", [of_leaf(n) for n in numbers])
+
+        @queue.executor("after")
+        def after(ctx):
+            return [parent.result for parent in ctx.parents]
+
+        return queue
+
+    @pytest.mark.every_store
+    def test_the_dependents_of_a_task_wait_for_what_it_submits(self, repository):
+        clock = ManualClock()
+        repository.clock = clock
+        queue = self.forking(ManualQueue(repository, clock=clock))
+        flow = queue.submit_flow(
+            chain(Task(type="fork", params={"numbers": [1, 2]}), Task(type="after"))
+        )
+        queue.run_all()
+        forked, (first, last) = flow.ids[0], flow.handles
+        children = ids(first, 2)
+        assert first.result() == children
+        assert last.result() == [children, 10, 20]
+        assert [*last.task().depends_on] == [forked, *children]
+        assert queue.parks[forked] == 0
+        assert {task.id for task in queue.list_tasks(parent=children[1]).tasks} == {
+            last.id,
+            f"{forked}/leaves/all",
+        }
+
+    def test_they_end_with_it_if_a_child_does_not_complete(self, queue):
+        flow = queue.submit_flow(
+            chain(Task(type="fork", params={"numbers": [-1]}), Task(type="after"))
+        )
+        queue.run_all()
+        assert status(queue, flow.ids[0]) == COMPLETED
+        last = queue.get_task_status(flow.ids[1])
+        assert (last.status, last.error) == (CANCELLED, f"its parent {flow.ids[0]}/leaves/0 failed")
+
+    def test_a_second_attempt_submits_nothing_twice(self, queue):
+        @queue.executor("again", max_attempts=2)
+        def again(ctx):
+            ctx.fork("leaves", [of_leaf(1)])
+            if ctx.task.errors == 0:
+                raise ValueError("once")
+
+        flow = queue.submit_flow(chain(Task(type="again"), Task(type="after")))
+        queue.run_all()
+        assert flow.result() == [None, 10]
+        assert queue.count_tasks(type="leaf") == 1
+
+    def test_a_process_that_dies_before_the_dependents_wait(self, queue, monkeypatch):
+        """The children are stored; that the dependents wait for them is stored by the next attempt."""
+        waits, dies = lifecycle.wait_for_more, [True]
+
+        def wait_for_more(*args):
+            if dies:
+                dies.clear()
+                raise ValueError("it dies")
+            return waits(*args)
+
+        monkeypatch.setattr(lifecycle, "wait_for_more", wait_for_more)
+        first = Task(type="fork", params={"numbers": [1]}, max_attempts=2)
+        flow = queue.submit_flow(chain(first, Task(type="after")))
+        queue.run_all()
+        assert flow.result() == [[f"{flow.ids[0]}/leaves/0"], 10]
+
+    def test_a_decision_about_a_dependent_that_was_read_before_does_not_count(self, queue):
+        flow = queue.submit_flow(
+            chain(Task(type="fork", params={"numbers": [1000]}), Task(type="after"))
+        )
+        read = queue.get_task_status(flow.ids[1])
+        queue.run_next()
+        moved = lifecycle.parents_moved(read, {flow.ids[0]: "completed"}, 1)
+        assert not queue.repository.apply([moved])[0]
+        queue.advance(3)
+        assert status(queue, flow.ids[1]) == PENDING
+
+    def test_a_cancel_cancels_them(self, queue):
+        @queue.executor("long")
+        def long(ctx):
+            ctx.fork("leaves", [of_leaf(1)])
+            ctx.ask("it")
+
+        handle = queue.submit("long")
+        queue.run_next()
+        queue.cancel_task(handle.id)
+        queue.run_all()
+        assert status(queue, f"{handle.id}/leaves/0") == CANCELLED
+
+    def test_of_no_tasks(self, queue):
+        handle = queue.submit("fork", {"numbers": []})
+        queue.run_all()
+        assert handle.result() == []
+
+    def test_too_many_pairs(self, queue, monkeypatch):
+        monkeypatch.setattr(children, "MOST_PAIRS", 3)
+        first = queue.submit("fork", {"numbers": [1, 2]})
+        for _ in range(2):
+            queue.submit("after", depends_on=[first.id])
+        queue.run_all()
+        assert "2 tasks would depend on 2 more tasks" in first.task().error
+
+    def test_inside_ctx_timeout(self, queue):
+        @queue.executor("inside")
+        def inside(ctx):
+            with ctx.timeout(5):
+                ctx.fork("leaves", [of_leaf(1)])
+
+        handle = queue.submit("inside")
+        queue.run_all()
+        assert "ctx.fork() cannot be used inside ctx.timeout()" in handle.task().error
