@@ -262,7 +262,10 @@ class Admission:
             gate.fetched = {i for i in gate.fetched if i in held and i not in self.admitted}
             waiting = len(gate.fetched)
             room = max(0, gate.room() - waiting)
-            gate.more |= not room
+            if not room:
+                gate.more = True
+                gate.plan_fetch(waiting)  # another node may have taken the last token
+                self._tell_scheduled(gate)
             return room, waiting
 
     def fetch_done(self, type: str, asked: int, found: int) -> None:
