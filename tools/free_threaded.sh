@@ -19,6 +19,9 @@ cd "$build"
 $apt update
 $apt source --only-source python3.13
 cd python3.13-*
-./configure --quiet --disable-gil --disable-test-modules --prefix="$folder"
+# Debian's search path of an environment lacks the t of lib/python3.13t.
+sed -i 's/"python%d.%d" % sys.version_info\[:2\]/f"python{ver[0]}.{ver[1]}{abi_thread}"/' Lib/site.py
+./configure --quiet --disable-gil --disable-test-modules --without-ensurepip \
+    --prefix="$folder"
 nice make --silent -j"$(nproc)"
 make --silent install
