@@ -101,13 +101,15 @@ class Registry:
     @property
     def types(self) -> tuple[str, ...]:
         """The types that the queue runs."""
-        return tuple(self.registered)
+        return (*self.registered,)
 
     @property
     def isolated(self) -> frozenset[str]:
         """The types that the queue runs in child processes."""
         return frozenset(
-            type for type, entry in self.registered.items() if entry.options.isolation is not None
+            type
+            for type, entry in list(self.registered.items())
+            if entry.options.isolation is not None
         )
 
     @property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -48,6 +47,7 @@ from taskx.tasks.config import Config
 from taskx.tasks.errors import ConfigurationError, RepositoryError
 from taskx.tasks.handles import TaskHandle
 from taskx.tasks.ids import new_id
+from taskx.tasks.in_use import InUse
 from taskx.tasks.log import GuardedLogger, check_logger
 from taskx.tasks.model import (
     Task,
@@ -880,11 +880,11 @@ def node_of(queue: Queue, workers: int | None = None) -> LocalNode:
     return queue._node
 
 
-_queues: weakref.WeakSet[Queue] = weakref.WeakSet()
+_queues = InUse[Queue]()
 
 
 def _renew_all_after_fork() -> None:
-    for queue in list(_queues):
+    for queue in _queues:
         queue._renew_after_fork()
 
 
