@@ -89,9 +89,9 @@ class OwnBucket:
         got, self._marks = self._rates.take(self._marks, self._now(), costs)
         return got
 
-    def put_back(self, cost: Cost = NOTHING) -> None:
-        """Put back the tokens of a start that were taken and not used."""
-        self._marks = self._rates.put_back(self._marks, cost)
+    def put_back(self, cost: Cost, taken_at: float) -> None:
+        """Put back the tokens of a start that were taken and not used: see :meth:`Rates.put_back`."""
+        self._marks = self._rates.put_back(self._marks, cost, self._clock.monotonic() - taken_at)
 
     def correct(self, unit: str, more: int) -> None:
         """Take more tokens of a unit, or put back some if ``more`` is negative."""
@@ -154,10 +154,11 @@ class _Gate:
         if self.slots is not None and count:
             self.slots.give(count)
 
-    def leave(self, cost: Cost, *, ran: bool) -> None:
+    def leave(self, cost: Cost, unused: float | None) -> None:
+        """Note that a task has ended; ``unused`` is when it took tokens that it did not use."""
         self._give(1)
-        if self.bucket is not None and not ran:
-            self.bucket.put_back(cost)
+        if self.bucket is not None and unused is not None:
+            self.bucket.put_back(cost, unused)
 
     @property
     def _least(self) -> Cost:
@@ -185,7 +186,12 @@ class _Admitted(NamedTuple):
 
     gates: Sequence[_Gate]
     cost: Cost
-    took: bool  #: it took tokens
+    took_at: float | None  #: when it took tokens, on the monotonic clock; None if it only goes on
+
+    def leave(self, *, ran: bool) -> None:
+        """Pass the gates again, on the way out. If it did not run, its tokens are put back."""
+        for gate in self.gates:
+            gate.leave(self.cost, None if ran else self.took_at)
 
 
 class Admission:
@@ -301,8 +307,8 @@ class Admission:
             if known is not None and not {*gates} - {*known.gates}:
                 return
             whole = [*dict.fromkeys([*(known.gates if known else ()), *gates])]
-            cost, took = (known.cost, known.took) if known else (NOTHING, False)
-            self.admitted[task_id] = _Admitted(whole, cost, took)
+            before = known or _Admitted((), NOTHING, None)
+            self.admitted[task_id] = before._replace(gates=whole)
             if task_id not in runs:  # it has ended since; over() may have been called already
                 del self.admitted[task_id]
             for gate in whole:
@@ -326,7 +332,10 @@ class Admission:
                 gate.fetched = {i for i in gate.fetched if i in held and i not in self.admitted}
                 waiting = len(gate.fetched)
                 room = max(0, gate.room() - waiting)
-                gate.more |= not room
+                if not room:
+                    gate.more = True
+                    gate.plan_fetch(waiting)  # another node may have taken the last token
+                    self._tell_scheduled(gate)
                 least, most_waiting = min(least, room), max(most_waiting, waiting)
             return least, most_waiting
 
@@ -415,6 +424,7 @@ class Admission:
         admitted: set[str] = set()
         with self._lock:
             refusing: set[_Gate] = set()
+            now = self._clock.monotonic()  # before a token is taken
             try:
                 for names, tasks in waiting.items():
                     gates = [
@@ -423,7 +433,7 @@ class Admission:
                     for gate in gates:
                         gate.fetched.difference_update(task.id for task in tasks)
                     closed = not refusing.isdisjoint(gates)  # others come first
-                    got = 0 if closed else self._pass(gates, tasks, admitted, refusing)
+                    got = 0 if closed else self._pass(gates, tasks, now, admitted, refusing)
                     for gate in gates:
                         if gate.name not in self._gates:
                             continue
@@ -433,7 +443,7 @@ class Admission:
             except BaseException:  # an interrupt, too: the caller calls over() for none of them
                 for task_id in admitted:
                     if (one := self.admitted.pop(task_id, None)) is not None:
-                        self._leave(one, ran=False)
+                        one.leave(ran=False)
                 raise
         return admitted
 
@@ -441,6 +451,7 @@ class Admission:
         self,
         gates: Sequence[_Gate],
         tasks: Sequence[Asking],
+        now: float,
         admitted: set[str],
         refusing: set[_Gate],
     ) -> int:
@@ -455,19 +466,15 @@ class Admission:
                 got = here
             for task in tasks[:got]:
                 admitted.add(task.id)
-                self.admitted[task.id] = _Admitted(gates, task.cost, not task.resumed)
+                self.admitted[task.id] = _Admitted(gates, task.cost, None if task.resumed else now)
         except BaseException:
             got = sum(task.id in self.admitted for task in tasks)
             raise
         finally:
             for gate, here in passed:
                 for task in tasks[got:here]:
-                    gate.leave(task.cost, ran=task.resumed)
+                    gate.leave(task.cost, None if task.resumed else now)
         return got
-
-    def _leave(self, one: _Admitted, *, ran: bool) -> None:
-        for gate in one.gates:
-            gate.leave(one.cost, ran=ran or not one.took)
 
     def over(self, task_id: str, *, ran: bool, spent: Cost = NOTHING) -> None:
         """Note that an admitted task has ended. If it did not run, its tokens are put back.
@@ -477,9 +484,9 @@ class Admission:
         with self._lock:
             one = self.admitted.pop(task_id, None)
             if one is not None:
-                self._leave(one, ran=ran)
+                one.leave(ran=ran)
                 for unit, number in spent.items():
-                    more = number - (one.cost.get(unit, 0) if one.took else 0)
+                    more = number - (0 if one.took_at is None else one.cost.get(unit, 0))
                     for gate in one.gates:
                         if gate.bucket is not None and more:
                             gate.bucket.correct(unit, more)

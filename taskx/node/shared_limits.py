@@ -277,10 +277,18 @@ class SharedBucket(_Shared[_Marks]):
                 return got
         return 0
 
-    def put_back(self, cost: Cost = NOTHING) -> None:
-        """Put back the tokens of a start; they are lost if others interfere or the repository fails."""
+    def put_back(self, cost: Cost, taken_at: float) -> None:
+        """Put back the tokens of a start; they are lost if others interfere or the repository fails.
+
+        See :meth:`Rates.put_back`.
+        """
+
+        def change() -> Sequence[float]:  # the note is read before the look at the clock
+            age = self._clock.monotonic() - taken_at
+            return self._rates.put_back(self._marks, cost, age)
+
         with suppress(RepositoryError):  # the caller has more to undo
-            self._change(lambda: self._rates.put_back(self._marks, cost))
+            self._change(change)
 
     def correct(self, unit: str, more: int) -> None:
         """Take more tokens of a unit, or put back some if ``more`` is negative; as :meth:`put_back`."""
@@ -308,7 +316,7 @@ class Bucket(Protocol):
 
     def room(self, cost: Cost = NOTHING) -> int: ...
     def take(self, costs: Sequence[Cost]) -> int: ...
-    def put_back(self, cost: Cost = NOTHING) -> None: ...
+    def put_back(self, cost: Cost, taken_at: float) -> None: ...
     def correct(self, unit: str, more: int) -> None: ...
     def until(self, cost: Cost = NOTHING, count: int = 1) -> float: ...
 

@@ -171,6 +171,7 @@ class Task:
         stuck_on: the id of the node on which a thread of an ended attempt still runs; empty if none does.
         checkpoints: the values that its executor stored for later attempts; None for none.
         log: the captured log of its executor, if capturing is on.
+        version: the version of the executor that ran it last, as text; None if the executor had none.
         cost: what its start takes from the rates with units: ``{"tokens": 1200}``; None for nothing.
         damage: describes the part of the stored record that could not be read; empty if all is well.
             Never stored.
@@ -218,6 +219,7 @@ class Task:
     stuck_on: str = ""
     checkpoints: dict[str, Any] | None = None
     log: str = ""
+    version: str | None = None
     cost: Cost | None = None
     damage: str = attrs.field(default="", eq=False)
 

@@ -122,10 +122,17 @@ class Rates(tuple[Rate, ...]):
             ]
         return len(costs), marks
 
-    def put_back(self, marks: Sequence[float], cost: Cost) -> list[float]:
-        """Return the marks after the tokens of a start are put back."""
-        pairs = zip(self, marks, strict=True)
-        return [rate.put_back(mark, rate.share(cost)) for rate, mark in pairs]
+    def put_back(self, marks: Sequence[float], cost: Cost, age: float) -> list[float]:
+        """Return the marks after unused tokens of a start are put back that were taken ``age`` seconds ago.
+
+        If time has brought as many since, the bucket may have been full meanwhile. These would be too many
+        then, and are left out.
+        """
+        shares = [(rate, mark, rate.share(cost)) for rate, mark in zip(self, marks, strict=True)]
+        return [
+            rate.put_back(mark, share) if age <= share * rate.interval else mark
+            for rate, mark, share in shares
+        ]
 
     def correct(self, marks: Sequence[float], now: float, unit: str, more: int) -> list[float]:
         """Return the marks after ``more`` tokens of a unit are taken, or put back if it is negative."""

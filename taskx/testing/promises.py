@@ -14,7 +14,8 @@ from typing import Any
 from taskx.attempt.runner import Run
 from taskx.node.schedules import PREFIX, tick_id
 from taskx.tasks.lifecycle import COMPLETED, FINISHED, PENDING, RUNNING, key_of
-from taskx.tasks.rate import NOTHING, Cost, Limit
+from taskx.tasks.model import Task
+from taskx.tasks.rate import NOTHING, Limit, Rate
 from taskx.tasks.record import DEFAULTS, FREE, ids_from_text
 from taskx.tasks.writes import Delete, Insert, NoteChange, Write
 from taskx.testing.simulated import SimulatedNode
@@ -53,7 +54,9 @@ class Promises:
         self._in_turn: dict[str, list[str]] = {}
         # The executions that go on, without those of nodes that counted as dead: the run, and its node.
         self.open: dict[Run, SimulatedNode] = {}
-        self._started_at: defaultdict[object, list[int]] = defaultdict(list)
+        # When the begun runs of each rate were decided and began; and when each start was decided.
+        self._begun: defaultdict[object, list[tuple[int, int]]] = defaultdict(list)
+        self._decided: dict[tuple[str, int], int] = {}
         # False once a clock was wrong: nobody can promise a time then.
         self._clocks_right = True
 
@@ -67,8 +70,8 @@ class Promises:
 
     # --- writes
 
-    def applied(self, node: SimulatedNode, writes: Sequence[Write], now: int) -> None:
-        """Check writes that took place."""
+    def applied(self, node: SimulatedNode, writes: Sequence[Write], now: int, decided: int) -> None:
+        """Check writes that took place; they were decided after the nanosecond ``decided``."""
         for write in writes:
             if isinstance(write, Insert):
                 self._created(node, write, now)
@@ -82,6 +85,8 @@ class Promises:
                 self._moved(node, write.move, before, after, now)
                 self.rows[write.id] = after
                 self._check_row(after)
+            if (row := self.rows.get(write.id, {})).get("status") == RUNNING:
+                self._decided.setdefault((write.id, row["starts"]), decided)
 
     def _created(self, node: SimulatedNode, write: Insert, now: int) -> None:
         row = {**DEFAULTS, **write.row}
@@ -220,9 +225,9 @@ class Promises:
                 )
         for name in node.queue._registry.limited.get(type, ()):
             if (limit := node.queue._registry.limits.get(name)) is not None:
-                self._within(name, limit, node, now, task.cost or NOTHING)
+                self._within(name, limit, node, now, task)
 
-    def _within(self, name: str, limit: Limit, node: SimulatedNode, now: int, cost: Cost) -> None:
+    def _within(self, name: str, limit: Limit, node: SimulatedNode, now: int, task: Task) -> None:
         """Check that a limit holds while another task begins."""
         shared = limit.scope == "global"
         most, limited = limit.max_concurrency, node.queue._registry.limited
@@ -231,14 +236,18 @@ class Promises:
         if most is not None and len(mine) > most:
             self._broken(f"{len(mine)} tasks of limit {name} run, of {most}")
         for rate in limit.rates if self._clocks_right else ():
-            times = self._started_at[name, rate.unit, None if shared else node.number]
-            times.extend([now] * rate.need(cost))
-            burst, interval = rate.burst, rate.interval * _SECOND
-            for number, earlier in enumerate(
-                reversed(times)
-            ):  # less one: a token may be put back late
-                if number > burst + (now - earlier) / interval + 0.01:
-                    self._broken(f"{number} of limit {name} in {(now - earlier) / _SECOND} s")
+            begun = self._begun[name, rate.unit, None if shared else node.number]
+            begun.extend(
+                [(self._decided[task.id, task.starts], now)] * rate.need(task.cost or NOTHING)
+            )
+            self._check_rate(name, rate, begun)
+
+    def _check_rate(self, name: str, rate: Rate, begun: Sequence[tuple[int, int]]) -> None:
+        """Check the periods that end now: a run takes its token between its decision and its begin."""
+        now = begun[-1][1] if begun else 0
+        for number, since in enumerate(sorted((one for one, _ in begun), reverse=True), 1):
+            if number > rate.burst + (now - since) / _SECOND / rate.interval + 0.01:
+                self._broken(f"{number} of limit {name} in {(now - since) / _SECOND} s")
 
     def executes(self, node: SimulatedNode, run: Run) -> None:
         """Check the execution itself: the node still has the task, with the params of its record."""

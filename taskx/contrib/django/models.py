@@ -105,6 +105,7 @@ class TaskRow(Row):
     stuck_on = _name("node of a stuck thread")
     checkpoints = _optional_text("checkpoints")
     log = _text("log")
+    version = _key("version of the executor")
     cost = _optional_text("cost")
     held = _number("reason of waiting")
     waiting_on = _key("waits for the task")
@@ -235,6 +236,7 @@ class Task(TaskRow):
         verbose_name = "task"
         verbose_name_plural = "tasks"
         default_permissions = ("change", "delete", "view")
+        permissions = (("answer_task", "Can give answers that tasks wait for"),)
 
 
 class DeadLetterManager(models.Manager["DeadLetter"]):

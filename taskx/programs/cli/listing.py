@@ -210,6 +210,7 @@ def _facts(task: Task) -> Iterator[tuple[str, str]]:
     )
     yield "key", task.concurrency_key or ""
     yield "cost", ", ".join(f"{number:,} {unit}" for unit, number in (task.cost or {}).items())
+    yield "version", task.version or ""
     yield "parents", ", ".join(task.depends_on)
     yield "flow", task.flow
     yield "tags", " ".join(task.tags)

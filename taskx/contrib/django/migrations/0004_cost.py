@@ -8,7 +8,7 @@ import taskx.contrib.django.fields
 
 
 class Migration(migrations.Migration):
-    dependencies = [("taskx", "0002_tune")]
+    dependencies = [("taskx", "0003_version")]
 
     operations = [
         migrations.AddField(
