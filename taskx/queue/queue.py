@@ -41,7 +41,7 @@ from taskx.stores.base import Repository
 from taskx.stores.controls import Controls, check_named, from_named
 from taskx.stores.eight import TaskRepository
 from taskx.tasks.bell import Agenda
-from taskx.tasks.checks import Duration
+from taskx.tasks.checks import Duration, check_number
 from taskx.tasks.clock import SYSTEM_CLOCK, Clock, check_clock
 from taskx.tasks.config import Config
 from taskx.tasks.errors import ConfigurationError, RepositoryError
@@ -405,6 +405,10 @@ class Queue(Questions, Steering):
                 raises ``DuplicateTask``. ``"return"`` returns the other task's handle. ``"replace"``
                 gives the other task the params and options of this one and returns its handle; the
                 other task must be pending and have the same type, parents and concurrency key.
+            debounce: seconds after the last submit with this unique key at which the task runs, with
+                the params of that one: it replaces the pending task.
+            at_most: with ``debounce``: seconds after the first of these submits at which it runs in
+                any case.
             depends_on: tasks, as ids or handles, that must complete before this one starts.
             on_parent_failure: the reaction if all tasks in ``depends_on`` have ended and one did not
                 complete: ``"cancel"`` (default), ``"fail"`` or ``"run"`` this task.
@@ -455,13 +459,18 @@ class Queue(Questions, Steering):
         wanted, said = task_of(task, params, options, SubmitOptions, "submit", self.clock, self)
         priority: int | None = said.get("priority")
         on_conflict: OnConflict = said.get("on_conflict") or "reject"
+        more: dict[str, Any] = {"created_at": created_at}
+        if said.get("debounce") is not None:
+            on_conflict = "replace"
+            if (most := said.get("at_most")) is not None:
+                more["at_most"] = check_number(most, "at_most")
         if connection is None and self.repository.transactions.known:
             connection = self.repository.transactions.current(submits=True)
         if connection is None:
-            task_id = self._entrance.accept(wanted, priority, on_conflict, created_at=created_at)
+            task_id = self._entrance.accept(wanted, priority, on_conflict, **more)
         else:
             with self._joining.intake(connection, self._registry.middleware) as intake:
-                task_id = intake.accept(wanted, priority, on_conflict, created_at=created_at)
+                task_id = intake.accept(wanted, priority, on_conflict, **more)
         try:
             return TaskHandle(task_id, self)
         except BaseException as error:  # an interrupt

@@ -265,12 +265,13 @@ def expire(task: Task, now: int) -> list[Update]:
 EXPIRED = "expired at"
 
 
-def replace(holder: Task, new: Insert) -> list[Update]:
+def replace(holder: Task, new: Insert, at_most: float | None = None) -> list[Update]:
     """Replace params and options of the pending task that holds a unique key by those of a new task.
 
     The holder keeps its age, and goes on waiting for its parents, its turn or a thread. Return no write if
     the holder is not pending, if it waits in the middle of an attempt, or if its type, parents or
-    concurrency key differ: these cannot be replaced.
+    concurrency key differ: these cannot be replaced. It waits for the new ``run_at``, but not longer than
+    ``at_most`` seconds since it was created.
     """
     wanted = created_task(new.row)
     if holder.status is not TaskStatus.PENDING or is_parked(holder):
@@ -280,6 +281,9 @@ def replace(holder: Task, new: Insert) -> list[Update]:
     # The checkpoints of earlier attempts belong to the old params. A node that has read the record to start
     # it has the old params, too: it finds that ``starts`` has changed.
     changes = {name: new.row[name] for name in _REPLACED}
+    if at_most is not None and holder.created_at is not None:
+        latest = to_ms(holder.created_at) + round(at_most * 1000)
+        changes["run_at"] = min(changes["run_at"] or latest, latest)
     changes.update(checkpoints=None, starts=holder.starts + 1)
     if holder.expires_at is not None or "expires_at" in new.row:
         changes["expires_at"] = new.row.get("expires_at")

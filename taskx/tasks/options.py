@@ -93,6 +93,8 @@ class SubmitOptions(_KeyOptions, total=False):
     unique_key: str | None
     unique_scope: UniqueScope | None
     on_conflict: OnConflict | None
+    debounce: Duration | None
+    at_most: Duration | None
     depends_on: Sequence[str | _HasId] | None
     on_parent_failure: OnParentFailure | None
 
