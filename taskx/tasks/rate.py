@@ -211,7 +211,7 @@ def rates_of(given: Any, burst: Any) -> Rates:
         bursts = [None] * len(givens)
     if not givens or len(bursts) != len(givens):
         raise ConfigurationError(
-            f"burst must be a list with a number or None for each rate of {given!r:.80}, not {burst!r:.80}"
+            f"burst must have a number for each rate: there are {len(givens)}, and it is {burst!r:.80}"
         )
     rates = (rate_of(*pair) for pair in zip(givens, bursts, strict=True))
     return Rates(rate for rate in rates if rate is not None)

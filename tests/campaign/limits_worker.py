@@ -5,31 +5,30 @@ from __future__ import annotations
 import fcntl
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 
 from taskx import Config, Queue, SQLiteRepository
 
-#: More places than any limit has: a task takes the first that is free, and counts those that are not.
+#: More places than any limit has: a task takes the first that is free.
 PLACES = 12
 
 
 def witness(folder: Path, name: str) -> tuple[int, int]:
-    """Take a place until the process closes it or dies; return it, and how many are taken with it."""
-    taken, mine = 1, -1
+    """Take a place until it is closed or the process dies; return it, and its number from 1.
+
+    The kernel frees the places of the dead. If no more than N run at once, no number is above N.
+    """
     for number in range(PLACES):
         place = os.open(folder / f"{name}.{number}", os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            taken += 1
             os.close(place)
-            continue
-        if mine < 0:
-            mine = place
         else:
-            os.close(place)
-    return mine, taken
+            return place, number + 1
+    raise AssertionError(f"more than {PLACES} run at once: {name}")
 
 
 def declare(queue: Queue) -> None:
@@ -54,7 +53,7 @@ def main(file: str, folder: Path) -> None:
         at = task.started_at.timestamp()
         for name, _, taken in places:
             os.write(log, f"{name} {taken} {at} {time.time()}\n".encode())
-        time.sleep(seconds)
+        threading.Event().wait(seconds)
         for _, place, _ in places:
             os.close(place)
 
@@ -62,7 +61,7 @@ def main(file: str, folder: Path) -> None:
     queue.executor("shared", max_crashes=1000, limit="api")(work)
     queue.start()
     print("started", flush=True)
-    time.sleep(3600)
+    threading.Event().wait()
 
 
 if __name__ == "__main__":

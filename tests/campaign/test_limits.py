@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -45,10 +46,10 @@ def run(folder: Path, *, seconds: float, processes: int, keys: int, each: int, s
         arguments, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.DEVNULL
     )
     running, kills, turns = [start() for _ in range(processes)], 0, [(0.0, 5)]
-    begun, changed = time.monotonic(), time.monotonic()
+    begun, changed, pause = time.monotonic(), time.monotonic(), threading.Event()
     try:
         while time.monotonic() < begun + seconds:
-            time.sleep(1)
+            pause.wait(1)
             victim = chance.randrange(processes)
             running[victim].kill()
             running[victim].wait()
@@ -59,7 +60,7 @@ def run(folder: Path, *, seconds: float, processes: int, keys: int, each: int, s
                 queue.tune(limit="v:", concurrency=number)
         end = time.monotonic() + 10 * PATIENCE
         while queue.count_tasks(status="completed") < keys * each and time.monotonic() < end:
-            time.sleep(0.2)
+            pause.wait(0.2)
     finally:
         for process in running:
             process.kill()
@@ -99,7 +100,7 @@ def check(starts, turns):
 
 @pytest.mark.process
 def test_no_limit_is_exceeded_while_processes_are_killed(tmp_path):
-    """The small version; ``python -m campaign.test_limits SECONDS`` in ``tests`` is the large one."""
+    """The small version; ``python -m campaign.test_limits 60 200 40`` in ``tests`` is a large one."""
     starts, turns, kills = run(tmp_path, seconds=3, processes=2, keys=14, each=6)
     check(starts, turns)
     assert kills >= 2
@@ -110,8 +111,7 @@ if __name__ == "__main__":
 
     with tempfile.TemporaryDirectory() as made:
         began = time.monotonic()
-        found = run(
-            Path(made), seconds=float(sys.argv[1]), processes=4, keys=200, each=int(sys.argv[2])
-        )
+        keys, each = map(int, sys.argv[2:])
+        found = run(Path(made), seconds=float(sys.argv[1]), processes=4, keys=keys, each=each)
         print(check(*found[:2]), f"{found[2]} kills, {sum(map(len, found[0].values()))} starts,")
         print(f"{len(found[1]) - 1} changes of N, {time.monotonic() - began:.0f} s")

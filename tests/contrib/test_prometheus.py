@@ -491,6 +491,7 @@ def text(make, registry, value, clock):
     """The text of a scrape in which all metrics have values."""
     queue = make(worker_num=1, buffer_size=3)
     begun, go_on = threading.Event(), threading.Event()
+    queue.limit("api", concurrency=2, rate="5/s")
     queue.executor("deaf", timeout=60)(lambda: begun.set() or go_on.wait(PATIENCE))
     registry.register(StoreCollector(queue))
     queue.executor("bad", max_attempts=2)(lambda: 1 / 0)

@@ -437,9 +437,9 @@ def test_the_state_of_a_limit_is_found_again_by_the_next_program(clock):
         ("api", {}, "requires concurrency or rate"),
         ("api", {"concurrency": 0}, "max_concurrency"),
         ("api", {"rate": "fast"}, "rate must be text like"),
-        ("api", {"rate": []}, "burst must be a list"),
-        ("api", {"rate": ["1/s", "2/m"], "burst": 3}, "burst must be a list"),
-        ("api", {"rate": "1/s", "burst": [3, 4]}, "burst must be a list"),
+        ("api", {"rate": []}, "burst must have a number for each rate"),
+        ("api", {"rate": ["1/s", "2/m"], "burst": 3}, "burst must have a number for each rate"),
+        ("api", {"rate": "1/s", "burst": [3, 4]}, "burst must have a number for each rate"),
         ("api", {"burst": 3}, "requires"),
     ],
 )
