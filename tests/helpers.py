@@ -589,6 +589,20 @@ def suspend(child: Child, database: Path) -> None:
         eventually(stopped)
 
 
+@pytest.fixture
+def threads_begun(monkeypatch: pytest.MonkeyPatch) -> list[threading.Thread]:
+    """The threads that the thread of the test starts. What other threads do meanwhile does not count."""
+    me, begun, start = threading.current_thread(), list[threading.Thread](), threading.Thread.start
+
+    def noted(thread: threading.Thread) -> None:
+        if threading.current_thread() is me:
+            begun.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", noted)
+    return begun
+
+
 def is_intact(database: Path) -> bool:
     """Return True if SQLite finds no error in a file."""
     with closing(sqlite3.connect(database)) as connection:
