@@ -29,7 +29,7 @@ from taskx import (
     TaskFilter,
     TaskStatus,
 )
-from taskx.node.admission import Admission
+from taskx.node.admission import Admission, OwnBucket
 from taskx.node.audit import Audit
 from taskx.node.shared_limits import SharedBucket, SharedSlots
 from taskx.stores.liveness.base import Node
@@ -500,15 +500,20 @@ def test_in_any_interval_all_nodes_take_at_most_burst_plus_rate_times_time(skew)
             SharedBucket(repository, "t", rate, Skewed(clock, apart)) for apart in (-skew, 0, skew)
         ]
         taken: list[tuple[float, int]] = []
+        unused = []
         for _ in range(300):
             clock.advance(chance.choice([0, 0, 0.1, 1]))
             bucket = chance.choice(buckets)
             if chance.random() < 0.7:
                 bucket.forget()
+            at = bucket._clock.monotonic()
             got = bucket.take(chance.randrange(1, 4))
             if got and chance.random() < 0.1:
-                bucket.put_back(1)
+                unused.append((bucket, at))
                 got -= 1
+            if unused and chance.random() < 0.3:
+                bucket, at = unused.pop(chance.randrange(len(unused)))
+                bucket.put_back(1, at)
             taken.append((clock.monotonic(), got))
         grace = rate.burst * 2 if skew else 0
         for first in range(0, len(taken), 7):
@@ -519,6 +524,29 @@ def test_in_any_interval_all_nodes_take_at_most_burst_plus_rate_times_time(skew)
                 assert total <= allowed + grace
         whole = (taken[-1][0] - taken[0][0]) / rate.interval
         assert sum(got for _, got in taken) >= whole / 3  # and they make progress
+
+
+@pytest.mark.parametrize("kind", ["own", "shared"])
+def test_a_token_that_is_put_back_late_is_none_that_time_has_brought_already(clock, kind):
+    rate = Rate(1, 10.0, 2)
+    bucket = OwnBucket(rate, clock) if kind == "own" else SharedBucket(Quarrel(), "t", rate, clock)
+    at = clock.monotonic()
+    assert bucket.take(1) == 1
+    clock.advance(20)  # the bucket is full again
+    assert bucket.take(1) == 1
+    bucket.put_back(1, at)
+    assert bucket.take(2) == 1
+
+
+@pytest.mark.parametrize("kind", ["own", "shared"])
+def test_a_token_that_is_put_back_soon_can_be_taken_again(clock, kind):
+    rate = Rate(1, 10.0, 2)
+    bucket = OwnBucket(rate, clock) if kind == "own" else SharedBucket(Quarrel(), "t", rate, clock)
+    at = clock.monotonic()
+    assert bucket.take(2) == 2
+    clock.advance(9)
+    bucket.put_back(1, at)
+    assert bucket.take(2) == 1
 
 
 def test_a_clock_set_back_a_year_does_not_stop_the_rate(clock):
