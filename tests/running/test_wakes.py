@@ -286,4 +286,4 @@ def test_a_backlog_is_read_in_few_fetches(make_queue, monkeypatch):
     monkeypatch.setattr(queue.repository, "version", lambda: 0)
     queue.start()
     assert queue.drain(PATIENCE)
-    assert sum(asked) < 2 * 600
+    assert sum(asked) < 4 * 600
