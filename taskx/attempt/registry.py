@@ -13,7 +13,7 @@ from taskx.stores.controls import overridden
 from taskx.tasks.checks import check_plain
 from taskx.tasks.creation import model_of
 from taskx.tasks.errors import ConfigurationError, UnknownTaskType
-from taskx.tasks.lifecycle import ANSWER
+from taskx.tasks.lifecycle import ANSWER, NO_WORK
 from taskx.tasks.model import Task
 from taskx.tasks.options import LimitOptions, Options
 from taskx.tasks.payload import DEFAULT_MAX_SIZE
@@ -145,6 +145,8 @@ class Registry:
             _check_replaced(before, entry)
         if entry.log_level is not None:
             self._require("logs (capture_log)")
+        if entry.options.version is not None:
+            self._require("versions of executors (version)")
         if entry.options.limit_scope == "global":
             self._require('limits of all nodes (limit_scope="global")')
         function, takes_context = entry.function, entry.takes_context
@@ -232,10 +234,9 @@ class Registry:
 
 
 def _refuse_answers(type: str) -> None:
-    if type == ANSWER:
-        raise ConfigurationError(
-            f"the type {ANSWER!r} is that of answers, which people give: choose another name"
-        )
+    if type in NO_WORK:
+        what = "answers, which people give" if type == ANSWER else "lists of children"
+        raise ConfigurationError(f"the type {type!r} is that of {what}: choose another name")
 
 
 def _check_replaced(before: Registered, entry: Registered) -> None:

@@ -34,7 +34,7 @@ from taskx.tasks.errors import (
 )
 from taskx.tasks.ids import new_id
 from taskx.tasks.in_use import InUse
-from taskx.tasks.lifecycle import ANSWER
+from taskx.tasks.lifecycle import NO_WORK
 from taskx.tasks.log import GuardedLogger
 from taskx.tasks.model import TaskFilter, TaskStatus
 from taskx.tasks.timing import Timing
@@ -427,7 +427,7 @@ class LocalNode:
             count, filter = self._services.repository.count, TaskFilter(status=TaskStatus.PENDING)
             pending = count(filter)
             if pending:  # people give answers whether a queue runs or not
-                pending -= count(attrs.evolve(filter, type=ANSWER))
+                pending -= sum(count(attrs.evolve(filter, type=type)) for type in NO_WORK)
             if pending:
                 self.log.warning("stopped with %d task(s) left pending", pending)
 

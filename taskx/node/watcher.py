@@ -21,7 +21,7 @@ from taskx.tasks.bell import Agenda, Rest, Signal
 from taskx.tasks.errors import RepositoryError, on_main_thread
 from taskx.tasks.handles import TaskHandle
 from taskx.tasks.in_use import InUse
-from taskx.tasks.lifecycle import ANSWER, ENDED, FINISHED
+from taskx.tasks.lifecycle import ENDED, FINISHED, NO_WORK
 from taskx.tasks.log import Complaint, GuardedLogger
 from taskx.tasks.model import Task
 from taskx.tasks.timing import Timing
@@ -114,7 +114,7 @@ class Watcher:
             return
         self._warned = True
         task = self._repository.get_many([task_id]).get(task_id)
-        if task is None or task.status.finished or task.type == ANSWER:
+        if task is None or task.status.finished or task.type in NO_WORK:
             return
         if not runs_somewhere(self._repository, task.type):
             self._log.warning(

@@ -18,7 +18,7 @@ from taskx.node.moving import Services
 from taskx.queue.intake import Intake, encoded, task_of
 from taskx.queue.layers import LayeredIntake
 from taskx.stores.base import Repository
-from taskx.tasks import payload
+from taskx.tasks import lifecycle, payload
 from taskx.tasks.bell import Signal
 from taskx.tasks.checks import as_seconds, check_int, check_number
 from taskx.tasks.clock import Clock
@@ -143,6 +143,8 @@ class _Submitter:
     clock: Clock
     #: The ids of tasks that had completed before; each is removed when its item is noted.
     stored: set[str] = attrs.field(init=False, factory=set)
+    #: The versions of the executor of which the log has said that their items run again.
+    replaced: set[str | None] = attrs.field(init=False, factory=set)
     #: The name of the only param that a plain item is; None if the executor must find out.
     param: str | None = attrs.field(init=False)
     #: The name and the annotation of the first parameter, if that takes no tuple; else None.
@@ -239,8 +241,11 @@ class _Submitter:
                 here = under_way()
                 found.update((task_id, here[task_id]) for task_id in left if task_id in here)
                 stored = self.owner.repository.get_many([i for i in left if i not in found])
-                for task_id, task in stored.items():
-                    found[task_id] = self._known(left[task_id], task)
+                outdated = [task for task in stored.values() if self._is_outdated(task)]
+                self._discard(outdated)  # and so they are submitted again
+                for task in stored.values():
+                    if task not in outdated:
+                        found[task.id] = self._known(left[task.id], task)
                 left = {task_id: task for task_id, task in left.items() if task_id not in found}
             except (ConfigurationError, PayloadError, UnknownTaskType) as error:
                 if len(left) > 1:  # the others are submitted without the one that is not valid
@@ -259,6 +264,32 @@ class _Submitter:
             return
         for task in tasks:
             intake.accept(task, priority, spill=True)
+
+    @property
+    def version(self) -> str | None:
+        """The version of the executor; None if it has none, or is in another process."""
+        known = self.owner._services.registry.registered.get(self.type)
+        return None if known is None else known.options.version
+
+    def _is_outdated(self, stored: Task) -> bool:
+        """Return True if a task of this map has ended with another version of the executor."""
+        version = self.version
+        ran = stored.type == self.type and stored.status.finished and stored.starts > 0
+        return ran and version is not None and stored.version != version
+
+    def _discard(self, tasks: Sequence[Task]) -> None:
+        """Remove tasks that have ended, unless they have moved since they were read."""
+        if not tasks:
+            return
+        services, version = self.owner._services, self.version
+        services.repository.transactions.refuse_write()
+        for old in {task.version for task in tasks} - self.replaced:
+            self.replaced.add(old)
+            services.log.warning(
+                "map %s: items that %s of the executor has run are run again by version %s",
+                *(self.name or self.type, f"version {old}" if old else "no version", version),
+            )
+        services.moves.commit([lifecycle.discard(task) for task in tasks])
 
     def _known(self, task: Task, stored: Task) -> _Outcome:
         """Return a handle for a stored task; return an error if it does not belong to this map."""

@@ -88,7 +88,9 @@ class Wakeups:
         for pipe in self._made:
             pipe.drop()
         self._made = InUse()
-        self._own = new_id()  # the prefix of the names of this process's pipes
+        # The prefix of the names of this process's pipes. No new id: at the fork, another thread of the
+        # parent may have been making one, and the child would wait for its lock.
+        self._own = os.urandom(8).hex()
         self._scan_at = 0.0
         self._pipes: Sequence[tuple[str, str]] = ()  # others' pipes, and what they listen for
 
