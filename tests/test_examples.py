@@ -370,7 +370,8 @@ def test_fetch_continues_after_a_kill(site, tmp_path):
     pages = [fetched(site, path) for path in paths if path != "/gone"]
     assert ran.stdout.splitlines() == [*pages, "6 URLs, 1 failed"]
     *earlier, last, error = ran.stderr.splitlines()
-    assert last == "fetch: 6 of 6 (100%), 4 stored, 1 failed"
+    # The page that was held runs again at once, and may end before the map looks at it.
+    assert last in [f"fetch: 6 of 6 (100%), {stored} stored, 1 failed" for stored in (4, 5)]
     assert error == f"{site.url('/gone')}: Permanent: 404 Not Found"
     # A line is written every five seconds: on a slow machine there are some before the last one.
     assert all(

@@ -6,7 +6,6 @@ import _thread
 import json
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import TimeoutError
 from contextlib import suppress
@@ -345,14 +344,15 @@ class _Window:
         self.submitter = submitter
         self._ordered = ordered
         self._every = every
-        self._places: deque[_Place] = deque()
+        # Lists, of which a copy is one step: another thread may change them.
+        self._places: list[_Place] = []
         # The places that may have no outcome yet: those that were added last, and others before them.
-        self._drawn: deque[_Place] = deque()
+        self._drawn: list[_Place] = []
         # Held by the thread that submits.
         self._submitting = _thread.allocate_lock()
         # Other threads remove handles. So no code here iterates over it, only over a copy.
         self._unfinished: dict[TaskHandle[Any], None] = {}
-        self._unwatched: deque[TaskHandle[Any]] = deque()
+        self._unwatched: list[TaskHandle[Any]] = []
         self._bell: Signal | None = None
         #: Submit what was drawn while fewer tasks than this are unfinished.
         self.few = math.inf
@@ -443,7 +443,7 @@ class _Window:
         drawn, some = self._drawn, False
         while True:
             while drawn and drawn[0].outcome is not None:
-                drawn.popleft()
+                del drawn[0]
             lump: dict[str, _Place] = {}
             for place in [*drawn]:
                 if (task := place.task) is None or task.id in lump:
@@ -483,8 +483,7 @@ class _Window:
         """Have the ends of all its tasks reported from now on."""
         if handles := [*self._unwatched]:
             self.submitter.owner.watch(*handles)
-            for _ in handles:
-                self._unwatched.popleft()
+            del self._unwatched[: len(handles)]
 
     # --- results
 

@@ -317,9 +317,13 @@ class PrimitivesContract(Contract):
         self.add(repository, "r", depends_on=ids_to_text(["p", "q"]))
         self.add(repository, "s", depends_on=ids_to_text(["r", "q"]))
         self.assert_found(repository, "parent", {"p": "r", "q": "rs", "r": "s"})
+        self.change(
+            repository, "s", depends_on=ids_to_text(["r", "q", "p"])
+        )  # it gets more of them
+        self.assert_found(repository, "parent", {"p": "rs", "q": "rs", "r": "s"})
         self.end(repository, "s")
         self.apply(repository, Delete("r", {}))
-        self.assert_found(repository, "parent", {"q": "s", "r": "s"})
+        self.assert_found(repository, "parent", {"p": "s", "q": "s", "r": "s"})
         self.apply(repository, Delete("s", {}))
         self.assert_found(repository, "parent", {})
 

@@ -263,7 +263,7 @@ def test_a_started_queue_wakes_in_time(make_queue):
 
     queue.executor("fine")(lambda: "fine")
     queue.start()
-    began = time.time()
+    began = queue.clock.now_ms() / 1000
     handle = queue.submit("nap")
     eventually(lambda: lifecycle.is_parked(handle.task()) and not pool_of(queue).runs)
     assert queue.submit("fine").result(PATIENCE) == "fine"  # with one worker
