@@ -311,7 +311,9 @@ class PrimitivesContract(Contract):
         self.add(repository, "r", depends_on=ids_to_text(["p", "q"]))
         self.add(repository, "s", depends_on=ids_to_text(["r", "q"]))
         self.assert_found(repository, "parent", {"p": "r", "q": "rs", "r": "s"})
-        self.change(repository, "s", depends_on=ids_to_text(["r", "q", "p"]))  # it gets more of them
+        self.change(
+            repository, "s", depends_on=ids_to_text(["r", "q", "p"])
+        )  # it gets more of them
         self.assert_found(repository, "parent", {"p": "rs", "q": "rs", "r": "s"})
         self.end(repository, "s")
         self.apply(repository, Delete("r", {}))
