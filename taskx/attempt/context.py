@@ -96,7 +96,7 @@ class Context:
 
     __slots__ = (
         *("_copy", "_shared", "_task", "_token"),
-        *("_message", "_percent", "_missed", "_quiet", "_storing", "_unwritten"),
+        *("_missed", "_quiet", "_storing", "_told", "_unwritten"),
         *("_checkpoints", "_run_token", "_stored"),
         *("_completed", "_parked"),
     )
@@ -106,8 +106,7 @@ class Context:
         self._shared = shared
         self._copy: Task | None = None  # made on first use: most executors never ask for it
         self._token = self._run_token = token
-        self._percent: float | None = None
-        self._message = ""
+        self._told: tuple[float, str] | None = None  # the last progress that was reported
         self._unwritten = False
         self._missed = self._quiet = self._storing = (
             False  # see ``transaction`` and ``_new_progress``
@@ -172,8 +171,7 @@ class Context:
             percent, _ = check_progress(percent, message)
         if len(message) > MAX_MESSAGE:
             self._message_was_cut()
-        self._percent = percent
-        self._message = message
+        self._told = percent, message
         self._unwritten = True
 
     def _message_was_cut(self) -> None:
@@ -182,9 +180,7 @@ class Context:
 
     def _latest_progress(self) -> tuple[int, str] | None:
         """Return the last progress reported, as it is stored; None if there was no report."""
-        if self._percent is None:
-            return None
-        return check_progress(self._percent, self._message)
+        return None if (told := self._told) is None else check_progress(*told)
 
     def _new_progress(self) -> tuple[int, str] | None:
         """Return the last progress to store it, if it was reported after the previous call; else None.

@@ -101,13 +101,15 @@ class Registry:
     @property
     def types(self) -> tuple[str, ...]:
         """The types that the queue runs."""
-        return tuple(self.registered)
+        return (*self.registered,)
 
     @property
     def isolated(self) -> frozenset[str]:
         """The types that the queue runs in child processes."""
         return frozenset(
-            type for type, entry in self.registered.items() if entry.options.isolation is not None
+            type
+            for type, entry in list(self.registered.items())
+            if entry.options.isolation is not None
         )
 
     @property
@@ -143,6 +145,8 @@ class Registry:
             _check_replaced(before, entry)
         if entry.log_level is not None:
             self._require("logs (capture_log)")
+        if entry.options.version is not None:
+            self._require("versions of executors (version)")
         if entry.options.limit_scope == "global":
             self._require('limits of all nodes (limit_scope="global")')
         function, takes_context = entry.function, entry.takes_context

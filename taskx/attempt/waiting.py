@@ -93,6 +93,12 @@ def waits_until(value: Any) -> int | None:
     return until if isinstance(until, int) else None
 
 
+def step_until(checkpoints: Mapping[str, Any] | None, until: int | None) -> str:
+    """Return the name of the step that waits until a moment; empty if there is none."""
+    steps: Mapping[str, Any] = (checkpoints or {}).get("steps", {})
+    return next((n for n, v in steps.items() if until and waits_until(v) == until), "")
+
+
 def begun() -> dict[str, Any]:
     """Return the value of a step whose function was perhaps called, and must not be called twice."""
     return {KEY: {"begun": True}}

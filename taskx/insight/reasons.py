@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+from taskx.attempt.waiting import step_until
 from taskx.insight.limits import Busy, Limits
 from taskx.insight.nodes import silence
 from taskx.node.moving import Services
@@ -18,7 +19,7 @@ from taskx.tasks import children, lifecycle
 from taskx.tasks.clock import to_datetime, to_ms
 from taskx.tasks.errors import RepositoryError, TaskNotFound
 from taskx.tasks.findings import Reason, counted, duration, first_line, listed, moment
-from taskx.tasks.lifecycle import ANSWER, CHILDREN, COMPLETED, NO_WORK, UNFINISHED
+from taskx.tasks.lifecycle import ANSWER, CHILDREN, COMPLETED, NO_WORK, PENDING, UNFINISHED
 from taskx.tasks.model import TASK_FIELDS, Task, TaskStatus
 from taskx.tasks.record import (
     BY_THREAD,
@@ -152,6 +153,12 @@ class _Inquiry:
         facts = {"run_at": task.run_at, "seconds": max(0.0, left), "attempt": task.attempt}
         if left <= 0:
             return Reason("due", f"It was due at {moment(task.run_at)}: {_SHORTLY}.", facts)
+        if lifecycle.is_parked(task):
+            step = step_until(task.checkpoints, to_ms(task.run_at))
+            facts.update(since=task.started_at, until=task.run_at, step=step)
+            words = f"It sleeps in step {step!r}" if step else "It sleeps"
+            words += _between(task.started_at, task.run_at)
+            return Reason("due", f"{words}, for another {duration(left)}, without a thread.", facts)
         what = f"attempt {task.attempt}" if task.errors else "it"
         words = f"{_capital(what)} is due at {moment(task.run_at)}, in {duration(left)}."
         return Reason("due", words, facts)
@@ -231,7 +238,7 @@ class _Inquiry:
 
     def _turn(self, task: Task) -> Reason:
         key = str(task.concurrency_key)
-        fields = ("id", "status", "type", "started_at", "waiting_on")
+        fields = ("id", "status", "type", "started_at", "waiting_on", "run_at")
         holders = self._repository.find("turn", [key], fields)
         waiting = [i for (i,) in self._repository.find("line", [key], ("id",), self._most + 1)]
         place = waiting.index(task.id) + 1 if task.id in waiting[: self._most] else None
@@ -241,12 +248,20 @@ class _Inquiry:
         words = f"It waits for the turn of concurrency key {key!r}, {where}"
         if not holders:
             return Reason("turn", f"{words}; no task has the turn: {_SHORTLY}.", facts)
-        *who, started_at, awaited = holders[0]
+        *who, started_at, awaited, run_at = holders[0]
         facts["holder"], facts["status"], facts["type"] = who
         words += "; task {} ({}, {}) has the turn".format(*who)
         if awaited is not None and started_at is not None:
             facts["waiting_on"] = awaited
             words += f", and keeps it while it waits for {awaited}"
+        elif (
+            who[1] == PENDING
+            and started_at is not None
+            and run_at is not None
+            and run_at > self._now
+        ):
+            facts["until"] = to_datetime(run_at)
+            words += f", and keeps it while it sleeps until {moment(facts['until'])}"
         return Reason("turn", f"{words}.", facts)
 
     def _no_node(self, task: Task, able: Sequence[Node]) -> Iterator[Reason]:

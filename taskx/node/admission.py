@@ -72,9 +72,10 @@ class OwnBucket:
         self._mark = self._rate.take(self._mark, now, got)
         return got
 
-    def put_back(self, count: int) -> None:
-        """Put back ``count`` tokens that were taken and not used."""
-        self._mark = self._rate.put_back(self._mark, count)
+    def put_back(self, count: int, taken_at: float) -> None:
+        """Put back ``count`` tokens that were taken and not used: see :meth:`Rate.may_put_back`."""
+        if self._rate.may_put_back(taken_at, self._clock.monotonic()):
+            self._mark = self._rate.put_back(self._mark, count)
 
     def when(self, count: int) -> float:
         """Return the time, on the monotonic clock, at which there will be ``count`` tokens."""
@@ -127,10 +128,11 @@ class _Gate:
         if self.slots is not None and count:
             self.slots.give(count)
 
-    def leave(self, *, ran: bool) -> None:
+    def leave(self, unused: float | None) -> None:
+        """Note that a task has ended; ``unused`` is when it took a token that it did not use."""
         self._give(1)
-        if self.bucket is not None and not ran:
-            self.bucket.put_back(1)
+        if self.bucket is not None and unused is not None:
+            self.bucket.put_back(1, unused)
 
     def room(self) -> int:
         slots = _ENDLESS if self.slots is None else self.slots.free()
@@ -183,8 +185,8 @@ class Admission:
         self._left: list[SharedSlots] = []
         #: The gate that admitted each task that has not ended.
         self.admitted: dict[str, _Gate] = {}
-        # Those of them that took no token.
-        self._resumed: set[str] = set()
+        # When those of them took a token that did not only go on, on the monotonic clock.
+        self._tokens: dict[str, float] = {}
 
     def _gate(self, type: str) -> _Gate:
         gate = self._gates.get(type)
@@ -260,7 +262,10 @@ class Admission:
             gate.fetched = {i for i in gate.fetched if i in held and i not in self.admitted}
             waiting = len(gate.fetched)
             room = max(0, gate.room() - waiting)
-            gate.more |= not room
+            if not room:
+                gate.more = True
+                gate.plan_fetch(waiting)  # another node may have taken the last token
+                self._tell_scheduled(gate)
             return room, waiting
 
     def fetch_done(self, type: str, asked: int, found: int) -> None:
@@ -328,17 +333,19 @@ class Admission:
         """
         admitted: set[str] = set()
         with self._lock:
+            now = self._clock.monotonic()  # before a token is taken
             try:
                 for type, task_ids in waiting.items():
                     gate = self._gate(type)
                     gate.fetched.difference_update(task_ids)
                     known = [task_id for task_id in task_ids if task_id in resumed]
                     for task_id in known[: gate.admit_resumed(len(known))]:
-                        self._resumed.add(task_id)
                         self.admitted[task_id] = gate
                         admitted.add(task_id)
                     new = [task_id for task_id in task_ids if task_id not in resumed]
                     for task_id in new[: gate.admit(len(new))]:
+                        if gate.bucket is not None:
+                            self._tokens[task_id] = now
                         self.admitted[task_id] = gate
                         admitted.add(task_id)
                     gate.more |= not admitted.issuperset(task_ids)
@@ -346,8 +353,7 @@ class Admission:
                     self._tell_scheduled(gate)
             except BaseException:  # an interrupt, too: the caller calls over() for none of them
                 for task_id in admitted:
-                    self.admitted.pop(task_id).leave(ran=task_id in self._resumed)
-                self._resumed -= admitted
+                    self.admitted.pop(task_id).leave(self._tokens.pop(task_id, None))
                 raise
         return admitted
 
@@ -356,8 +362,8 @@ class Admission:
         with self._lock:
             gate = self.admitted.pop(task_id, None)
             if gate is not None:
-                gate.leave(ran=ran or task_id in self._resumed)
-                self._resumed.discard(task_id)
+                taken_at = self._tokens.pop(task_id, None)
+                gate.leave(None if ran else taken_at)
         if gate is not None:
             self._freed()
 

@@ -254,12 +254,16 @@ class SharedBucket(_Shared[float]):
                 return got
         return 0
 
-    def put_back(self, count: int) -> None:
-        """Put back ``count`` tokens; they are lost if other nodes interfere or the repository fails."""
+    def put_back(self, count: int, taken_at: float) -> None:
+        """Put back ``count`` tokens; they are lost if other nodes interfere or the repository fails.
+
+        See :meth:`Rate.may_put_back`.
+        """
         with suppress(RepositoryError):  # the caller has more to undo
             for _ in range(_TRIES):
-                self._refresh()
-                if self._mark == FULL or self._set(self._rate.put_back(self._mark, count)):
+                self._refresh()  # before the look at the clock: a later take changes the note
+                late = not self._rate.may_put_back(taken_at, self._clock.monotonic())
+                if late or self._mark == FULL or self._set(self._rate.put_back(self._mark, count)):
                     break
 
     def _set(self, mark: float) -> bool:

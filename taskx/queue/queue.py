@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -48,6 +47,7 @@ from taskx.tasks.config import Config
 from taskx.tasks.errors import ConfigurationError, RepositoryError
 from taskx.tasks.handles import TaskHandle
 from taskx.tasks.ids import new_id
+from taskx.tasks.in_use import InUse
 from taskx.tasks.log import GuardedLogger, check_logger
 from taskx.tasks.model import (
     Task,
@@ -254,6 +254,8 @@ class Queue(Questions, Steering):
                 ``rate``).
             limit_scope: ``"node"`` (default): each node has these limits for itself; ``"global"``:
                 all nodes share them.
+            version: the version of the code, a number or a text; the record of a task has that of the
+                executor that ran it last. A map of the same name runs items of other versions again.
             replace: replace the type's executor if there is one, for notebook cells that run again.
                 Tasks that are running end with the old code. The isolation and the limits must be the
                 same.
@@ -878,11 +880,11 @@ def node_of(queue: Queue, workers: int | None = None) -> LocalNode:
     return queue._node
 
 
-_queues: weakref.WeakSet[Queue] = weakref.WeakSet()
+_queues = InUse[Queue]()
 
 
 def _renew_all_after_fork() -> None:
-    for queue in list(_queues):
+    for queue in _queues:
         queue._renew_after_fork()
 
 

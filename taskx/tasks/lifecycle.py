@@ -604,6 +604,8 @@ def start(task: Task, now: int, node: str, worker: str = "") -> Update | None:
         "max_attempts": task.max_attempts,
         "max_crashes": task.max_crashes,
     }
+    if task.version is not None or task.starts:  # an earlier start may have stored another version
+        changes["version"] = task.version
     if task.unique_key is not None:
         changes.update(unique.freed_by_start(task))
     if task.expires_at is not None and has_expired(task, now):
@@ -622,7 +624,7 @@ def start_all(tasks: Sequence[Task], now: int, node: str, worker: str) -> list[U
             continue
         alike = (
             *(task.status, task.starts, task.timeout),
-            *(task.max_attempts, task.max_crashes),
+            *(task.max_attempts, task.max_crashes, task.version),
         )
         if (rest := known.get(alike)) is not None:
             made.append(_update((task.id, *rest)))
@@ -1244,7 +1246,7 @@ _NOT_BY_HAND = frozenset(
         *("id", "type", "status", "created_at", "starts", "owner", "cancel_requested_at"),
         *("completed_at", "errors", "crashes", "interruptions", "snoozes", "earlier_attempts"),
         *("unique_key", "unique_scope", "depends_on", "on_parent_failure", "concurrency_key"),
-        *("stuck_on", "checkpoints", "log", *INTERNAL),
+        *("stuck_on", "checkpoints", "log", "version", *INTERNAL),
     )
 )
 

@@ -52,6 +52,13 @@ class Rate:
         """Return the mark after ``count`` tokens are taken; they must be available."""
         return max(mark, now) + count * self.interval
 
+    def may_put_back(self, taken_at: float, now: float) -> bool:
+        """Return True if an unused token that was taken at this time may be put back.
+
+        Later, the bucket may have been full meanwhile. A token more would be one too many then.
+        """
+        return now <= taken_at + self.interval
+
     def put_back(self, mark: float, count: int) -> float:
         """Return the mark after ``count`` unused tokens are put back."""
         return mark - count * self.interval

@@ -170,7 +170,13 @@ class PrimitivesContract(Contract):
         changed |= {"error": "broke", "error_type": "OSError", "traceback": "Traceback …"}
         changed |= {"started_at": self.NOW + 2, "cancel_requested_at": self.NOW + 3}
         changed |= {"errors": 1, "crashes": 2, "interruptions": 3, "snoozes": 4, "starts": 5}
-        changed |= {"dead_letter": 1, "worker": "host:1", "log": "ä\nö\n", "held": FREE}
+        changed |= {
+            "dead_letter": 1,
+            "worker": "host:1",
+            "log": "ä\nö\n",
+            "held": FREE,
+            "version": "2",
+        }
         changed["earlier_attempts"] = '[["failed",1,2,"w","e","t","T"]]'
         changed["checkpoints"] = '{"steps":{"a.$b":[1,null,{"":2.5}]},"cursor":"ä"}'
         if not repository.shortcoming:

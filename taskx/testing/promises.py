@@ -14,6 +14,7 @@ from typing import Any
 from taskx.attempt.runner import Run
 from taskx.node.schedules import PREFIX, tick_id
 from taskx.tasks.lifecycle import COMPLETED, FINISHED, PENDING, RUNNING
+from taskx.tasks.rate import Rate
 from taskx.tasks.record import DEFAULTS, FREE, ids_from_text
 from taskx.tasks.writes import Delete, Insert, NoteChange, Write
 from taskx.testing.simulated import SimulatedNode
@@ -52,7 +53,9 @@ class Promises:
         self._in_turn: dict[str, list[str]] = {}
         # The executions that go on, without those of nodes that counted as dead: the run, and its node.
         self.open: dict[Run, SimulatedNode] = {}
-        self._started_at: defaultdict[object, list[int]] = defaultdict(list)
+        # When the begun runs of each rate were decided and began; and when each start was decided.
+        self._begun: defaultdict[object, list[tuple[int, int]]] = defaultdict(list)
+        self._decided: dict[tuple[str, int], int] = {}
         # False once a clock was wrong: nobody can promise a time then.
         self._clocks_right = True
 
@@ -66,8 +69,8 @@ class Promises:
 
     # --- writes
 
-    def applied(self, node: SimulatedNode, writes: Sequence[Write], now: int) -> None:
-        """Check writes that took place."""
+    def applied(self, node: SimulatedNode, writes: Sequence[Write], now: int, decided: int) -> None:
+        """Check writes that took place; they were decided after the nanosecond ``decided``."""
         for write in writes:
             if isinstance(write, Insert):
                 self._created(node, write, now)
@@ -81,6 +84,8 @@ class Promises:
                 self._moved(node, write.move, before, after, now)
                 self.rows[write.id] = after
                 self._check_row(after)
+            if (row := self.rows.get(write.id, {})).get("status") == RUNNING:
+                self._decided.setdefault((write.id, row["starts"]), decided)
 
     def _created(self, node: SimulatedNode, write: Insert, now: int) -> None:
         row = {**DEFAULTS, **write.row}
@@ -220,14 +225,16 @@ class Promises:
         if limit.max_concurrency is not None and len(mine) > limit.max_concurrency:
             self._broken(f"{len(mine)} tasks of type {type} run, of {limit.max_concurrency}")
         if limit.rate is not None and self._clocks_right:
-            times = self._started_at[type, None if shared else node.number]
-            times.append(now)
-            burst, interval = limit.rate.burst, limit.rate.interval * _SECOND
-            for number, earlier in enumerate(
-                reversed(times)
-            ):  # less one: a token may be put back late
-                if number > burst + (now - earlier) / interval + 0.01:
-                    self._broken(f"{number} tasks of type {type} in {(now - earlier) / _SECOND} s")
+            begun = self._begun[type, None if shared else node.number]
+            begun.append((self._decided[task.id, task.starts], now))
+            self._check_rate(type, limit.rate, begun)
+
+    def _check_rate(self, type: str, rate: Rate, begun: Sequence[tuple[int, int]]) -> None:
+        """Check the periods that end now: a run takes its token between its decision and its begin."""
+        now = begun[-1][1]
+        for number, since in enumerate(sorted((one for one, _ in begun), reverse=True), 1):
+            if number > rate.burst + (now - since) / _SECOND / rate.interval + 0.01:
+                self._broken(f"{number} tasks of type {type} in {(now - since) / _SECOND} s")
 
     def executes(self, node: SimulatedNode, run: Run) -> None:
         """Check the execution itself: the node still has the task, with the params of its record."""

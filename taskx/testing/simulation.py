@@ -57,10 +57,11 @@ class BrokenPromise(AssertionError):
 
 @attrs.define(eq=False)
 class _Frame:
-    """A step that is under way: its node, its calls of the repository so far, and what came in between."""
+    """A step that is under way: its node, what comes in between, its begin, its calls of the repository."""
 
     node: SimulatedNode
     between: dict[int, Any]
+    began: int
     calls: int = 0
 
 
@@ -219,7 +220,7 @@ class Simulation:
         elif not node.up or any(frame.node is node for frame in self._frames):
             return  # its thread is in the middle of another step
         self._note(verb, place, number)
-        self._frames.append(_Frame(node, between))
+        self._frames.append(_Frame(node, between, self.now))
         try:
             with outside():
                 getattr(self, f"_do_{verb}")(node, number)
@@ -324,7 +325,8 @@ class Simulation:
         assert door.node is not None
         for write in writes:
             self.trace.append(f"{door.node.number} {write.move} {write.id} {write.changes}")
-        self._promises.applied(door.node, writes, self._began + self.now // 1_000_000)
+        began = next((f.began for f in self._frames[::-1] if f.node is door.node), self.now)
+        self._promises.applied(door.node, writes, self._began + self.now // 1_000_000, began)
 
     def noted(self, door: Door, changes: Sequence[NoteChange]) -> None:
         """Check changes of notes that took place."""

@@ -17,7 +17,7 @@ from collections.abc import (
     MutableSet,
     Sequence,
 )
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from copy import deepcopy
 from functools import partial
 from itertools import count
@@ -31,7 +31,7 @@ import attrs
 from taskx.attempt.checkpoints import Checkpoints
 from taskx.attempt.executors import AnyExecutor, BoundExecutor, Executor, TaskExecutor
 from taskx.attempt.runner import Runner
-from taskx.node.admission import until_token
+from taskx.attempt.waiting import NotDone
 from taskx.queue.flows import Flow, FlowHandle, Shape, chain
 from taskx.queue.queue import Queue
 from taskx.stores.base import Repository
@@ -39,7 +39,8 @@ from taskx.stores.liveness.base import InProcess
 from taskx.stores.memory import MemoryRepository
 from taskx.stores.sqlite import SQLiteRepository
 from taskx.stores.transactions import Transactions
-from taskx.tasks.errors import ConfigurationError, is_interrupt
+from taskx.tasks.errors import ConfigurationError, InvalidTransition, is_interrupt
+from taskx.tasks.lifecycle import ANSWER
 from taskx.tasks.model import Task, TaskFilter
 from taskx.tasks.writes import Insert, NoteChange, Write
 from taskx.testing.clock import ManualClock
@@ -66,6 +67,7 @@ def survives(
     *,
     effects: Callable[[], Mapping[str, Any]] | None = None,
     twice: Collection[str] = (),
+    answers: Mapping[str, Any] | None = None,
     queue: Queue | None = None,
     repository: SQLiteRepository | None = None,
     reset: Callable[[], object] | None = None,
@@ -97,6 +99,9 @@ def survives(
             what it is asked for, or rows of the database.
         twice: the names of the effects that may happen again after a death, once: numbers may double, and
             a list may have each item twice as often, in any order.
+        answers: what people answer when they are asked, by the name of the answer, or its id: a JSON value,
+            an exception for an error, or a function that looks at the effects and returns or raises it.
+            With ``NotDone``, what :meth:`Context.once` asks about is done again.
         queue: the queue of the executors of a task or a flow; by default that of the executor. Its own
             repository is not touched.
         repository: stores the tasks, for executors with ``ctx.transaction()``; by default they are in
@@ -118,7 +123,7 @@ def survives(
     if repository is not None and not isinstance(repository, SQLiteRepository):
         raise ConfigurationError(f"repository must be an SQLiteRepository, not {repository!r:.80}")
     queue, flow = _laid_out(tested, params, queue)
-    with closing(_World(effects, reset, repository)) as world:
+    with closing(_World(effects, reset, repository, answers)) as world:
         if unknown := sorted({*twice} - world.before.keys()):
             raise ConfigurationError(f"twice: no effect is named {', '.join(unknown)}")
         whole, again = _run(queue, flow, world), _run(queue, flow, world)
@@ -167,13 +172,15 @@ def _named(step: Any, numbers: Iterator[int]) -> Any:
 
 
 class _Node(ManualQueue):
-    """A queue that runs tasks while its caller waits for some."""
+    """A queue that runs tasks while its caller waits for some, and whose people answer at once."""
 
     _runs_when_waiting = True
     _runs = 0
+    _answers: Mapping[str, Any]
 
     def run_next(self) -> Task | None:
-        ran = super().run_next()
+        while (ran := super().run_next()) is None and self._answer():
+            """Run what waits for the answer."""
         self._runs += ran is not None
         if self._runs > _MOST:
             raise AssertionError(
@@ -181,11 +188,26 @@ class _Node(ManualQueue):
             )
         return ran
 
-    def _until_next(self) -> float:
-        # No event of this node tells of a token that a dead node has taken.
-        gates, clock = self._driven.pool.admission._gates.values(), self.clock
-        tokens = [until_token(gate.bucket, clock) for gate in gates if gate.bucket is not None]
-        return min([super()._until_next(), *(seconds for seconds in tokens if seconds)])
+    def _answer(self) -> bool:
+        """Give an answer that somebody waits for; return False if there is none to give."""
+        for answer in list(self.iter_tasks(type=ANSWER, status="pending")):
+            for name, value in self._answers.items():
+                known = (answer.id, answer.params.get("name"))  # a step of a flow has a name
+                if name in known or answer.id.endswith(f"/{name}"):
+                    with suppress(InvalidTransition):  # it waits for other tasks first
+                        return self._tell(answer.id, value)
+        return False
+
+    def _tell(self, answer_id: str, value: Any) -> bool:
+        try:
+            told = value() if callable(value) else value
+        except Exception as raised:  # noqa: BLE001  (it is the answer)
+            told = raised
+        if isinstance(told, NotDone):
+            return self.finish(answer_id, again=True)
+        if isinstance(told, Exception):
+            return self.finish(answer_id, error=str(told) or type(told).__name__)
+        return self.finish(answer_id, told)
 
 
 @attrs.frozen
@@ -204,7 +226,7 @@ def _run(queue: Queue, flow: Flow, world: _World, at: int = 0, *, after: bool = 
     shape: Shape = ""
     result: Any = None
     try:
-        with _replaced(queue, _Node, _Mortal(store, life, queue), clock) as node:
+        with _replaced(queue, world.nodes, _Mortal(store, life, queue), clock) as node:
             handle = node.submit_flow(flow)
             shape = handle.shape
             life.counts = True
@@ -216,7 +238,7 @@ def _run(queue: Queue, flow: Flow, world: _World, at: int = 0, *, after: bool = 
     if life.death is not None:
         world.put_back(life.left)
         clock = ManualClock(clock.now())
-        with _replaced(queue, _Node, _Mortal(store, _Life(world), queue), clock) as node:
+        with _replaced(queue, world.nodes, _Mortal(store, _Life(world), queue), clock) as node:
             result = _result(node, node.flow_handle(shape))
     return _Seen(result, world.values(), life.commits, life.death)
 
@@ -408,6 +430,7 @@ class _World:
 
     Attributes:
         before: the effects before the first run.
+        nodes: the class of the nodes, with the answers of people.
     """
 
     def __init__(
@@ -415,7 +438,9 @@ class _World:
         effects: Callable[[], Mapping[str, Any]] | None,
         reset: Callable[[], object] | None,
         repository: SQLiteRepository | None,
+        answers: Mapping[str, Any] | None,
     ) -> None:
+        self.nodes = cast("type[_Node]", type("_Node", (_Node,), {"_answers": answers or {}}))
         self._effects, self._reset, self._repository = effects or dict, reset or dict, repository
         self._reset()
         self.before = self.values()

@@ -15,6 +15,7 @@ from taskx.node.ticker import Ticker
 from taskx.queue.intake import Intake
 from taskx.tasks import ids, lifecycle, unique
 from taskx.tasks.errors import RepositoryUnavailable
+from taskx.tasks.rate import Rate
 
 
 class Planted(NamedTuple):
@@ -296,3 +297,8 @@ def rescue_from_the_living(patch):
 def release_of_replaced(patch):
     inner = lifecycle.release
     patch(lifecycle, "release", lambda task_id, run_at: inner(task_id))
+
+
+@plant("A token that was not used is put back however late.", seed=4846)
+def late_token(patch):
+    patch(Rate, "may_put_back", lambda self, taken_at, now: True)
