@@ -38,17 +38,28 @@ def sleep(ctx):
     return "awake"
 """
 
+TREE = """
+from taskx import Task
+
+@queue.executor("tree", max_crashes=1000)
+def tree(ctx, depth, fan):
+    if not depth:
+        return ctx.step("leaf", lambda: note("leaf", ctx.task.id) or 1)
+    below = [Task(type="tree", params={"depth": depth - 1, "fan": fan}) for _ in range(fan)]
+    return sum(ctx.run_all("below", below))
+"""
+
 
 @contextmanager
-def killing(workers, seed: int) -> Iterator[Callable[[], None]]:
+def killing(workers, seed: int, executors: str = EXECUTORS) -> Iterator[Callable[[], None]]:
     """Run two processes; a call of what this returns kills one of them, and starts another."""
     chance = random.Random(seed)
-    children = workers.start(EXECUTORS, 2)
+    children = workers.start(executors, 2)
 
     def kill() -> None:
         place = chance.randrange(2)
         children[place].kill()
-        children[place] = workers.spawn(EXECUTORS)
+        children[place] = workers.spawn(executors)
 
     yield kill
 
@@ -126,3 +137,26 @@ def test_no_sleep_ends_early_and_all_end(workers):
         assert [handle.result(PATIENCE) for handle in handles] == ["awake"] * 40
     tasks = [handle.task() for handle in handles]
     assert {task.attempt for task in tasks} == {1}
+
+
+@pytest.mark.process
+def test_a_tree_of_tasks_is_complete(workers):
+    """Depth 6 and fan 4, on one process with two workers that is killed again and again, took 3 minutes."""
+    queue, depth, fan = Queue(workers.repository), 3, 3
+    queue.declare("tree")
+    pause = threading.Event()
+    with killing(workers, 1, TREE) as kill:
+        handle = queue.submit("tree", {"depth": depth, "fan": fan})
+        for n in range(6):
+            pause.wait(EVERY)  # blocks on purpose
+            kill()
+            eventually(lambda n=n: handle.done() or queue.count_tasks(status="completed") >= n)
+        assert handle.result(PATIENCE) == fan**depth
+        eventually(lambda: queue.count_tasks(status="pending") == 0)
+    tasks = [*queue.iter_tasks(type="tree")]
+    assert len(tasks) == sum(fan**n for n in range(depth + 1))
+    assert {task.status for task in tasks} == {"completed"}
+    assert {task.attempt for task in tasks} == {1}
+    assert {task_id for _, task_id in workers.log()} == {
+        task.id for task in tasks if not task.params["depth"]
+    }
