@@ -73,9 +73,8 @@ class OwnBucket:
         return got
 
     def put_back(self, count: int, taken_at: float) -> None:
-        """Put back ``count`` tokens that were taken and not used: see :meth:`Rate.may_put_back`."""
-        if self._rate.may_put_back(taken_at, self._clock.monotonic()):
-            self._mark = self._rate.put_back(self._mark, count)
+        """Put back ``count`` tokens that were taken at this time and not used."""
+        self._mark = self._rate.put_back(self._mark, count, self._clock.monotonic() - taken_at)
 
     def when(self, count: int) -> float:
         """Return the time, on the monotonic clock, at which there will be ``count`` tokens."""

@@ -255,15 +255,12 @@ class SharedBucket(_Shared[float]):
         return 0
 
     def put_back(self, count: int, taken_at: float) -> None:
-        """Put back ``count`` tokens; they are lost if other nodes interfere or the repository fails.
-
-        See :meth:`Rate.may_put_back`.
-        """
+        """Put back ``count`` tokens; they are lost if other nodes interfere or the repository fails."""
         with suppress(RepositoryError):  # the caller has more to undo
             for _ in range(_TRIES):
                 self._refresh()  # before the look at the clock: a later take changes the note
-                late = not self._rate.may_put_back(taken_at, self._clock.monotonic())
-                if late or self._mark == FULL or self._set(self._rate.put_back(self._mark, count)):
+                mark = self._rate.put_back(self._mark, count, self._clock.monotonic() - taken_at)
+                if mark == self._mark or self._set(mark):  # FULL is always as full as it was
                     break
 
     def _set(self, mark: float) -> bool:

@@ -52,16 +52,12 @@ class Rate:
         """Return the mark after ``count`` tokens are taken; they must be available."""
         return max(mark, now) + count * self.interval
 
-    def may_put_back(self, taken_at: float, now: float) -> bool:
-        """Return True if an unused token that was taken at this time may be put back.
+    def put_back(self, mark: float, count: int, after: float) -> float:
+        """Return the mark after ``count`` tokens are put back that were taken ``after`` seconds ago.
 
-        Later, the bucket may have been full meanwhile. A token more would be one too many then.
+        The part that time has brought meanwhile is not put back: a full bucket would have lost it.
         """
-        return now <= taken_at + self.interval
-
-    def put_back(self, mark: float, count: int) -> float:
-        """Return the mark after ``count`` unused tokens are put back."""
-        return mark - count * self.interval
+        return mark - count * max(0.0, self.interval - after)
 
     def mark_of(self, tokens: int, now: float) -> float:
         """Return the mark of a bucket that has ``tokens`` tokens now (at most ``burst``)."""

@@ -551,8 +551,23 @@ def test_a_token_that_is_put_back_soon_can_be_taken_again(clock, kind):
     bucket = OwnBucket(rate, clock) if kind == "own" else SharedBucket(Quarrel(), "t", rate, clock)
     at = clock.monotonic()
     assert bucket.take(2) == 2
-    clock.advance(9)
     bucket.put_back(1, at)
+    assert bucket.take(2) == 1
+
+
+@pytest.mark.parametrize("kind", ["own", "shared"])
+def test_of_a_token_that_is_put_back_a_part_may_have_come_with_time(clock, kind):
+    rate = Rate(1, 10.0, 2)
+    bucket = OwnBucket(rate, clock) if kind == "own" else SharedBucket(Quarrel(), "t", rate, clock)
+    at = clock.monotonic()
+    assert bucket.take(1) == 1
+    clock.advance(4)
+    assert bucket.take(1) == 1
+    bucket.put_back(1, at)
+    assert bucket.take(2) == 1
+    clock.advance(6)
+    assert bucket.take(2) == 0
+    clock.advance(4)
     assert bucket.take(2) == 1
 
 
