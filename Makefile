@@ -12,6 +12,8 @@ PROCESSES ?= 5
 ON ?=
 # The hours of a soak:  make soak HOURS=2
 HOURS ?=
+# The folder of a Python without the interpreter's lock. make clean leaves it alone: to build it takes minutes.
+FREE_THREADED ?= $(HOME)/.cache/taskx/python3.13t
 # The number of seeds of a simulation; or any value to search the planted bugs:  make simulate PLANTED=1
 SEEDS ?= 1000
 PLANTED ?=
@@ -31,10 +33,10 @@ INSTALL = echo "Installing $(1) into $(VENV)" && \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517 --no-compile \
 		--editable "$(1)" && touch $@
 
-.PHONY: help packages demo quick test soak simulate lint format typecheck layers docs bench build ci ci-all clean
+.PHONY: help packages demo quick test test-free-threaded soak simulate lint format typecheck layers docs bench build ci ci-all clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 packages: $(VENV)/installed-all ## install the packages of all targets but bench, in one go
 
@@ -47,6 +49,10 @@ quick: $(VENV)/installed-test ## run the quick tests, in a few minutes
 
 test: $(VENV)/installed-test ## run all tests
 	@$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist worksteal $(ARGS)
+
+test-free-threaded: $(FREE_THREADED)/bin/python3.13t ## run the quick tests without the interpreter's lock
+	@$(MAKE) quick PYTHON=$< VENV=.venv-3.13t \
+		INSTALL='$$(BIN)/python tools/install_wheels.py && touch $$@'
 
 soak: $(VENV)/installed-test ## kill processes a thousand times, or for HOURS, and check that no task is lost
 	@$(BIN)/python -m tests.campaign.$(if $(HOURS),soak --hours $(HOURS),campaign --kills 1000 $(if \
@@ -94,6 +100,9 @@ ci-all: ## run the same before a release, with all tests on every Python
 clean: ## remove all files that make has created
 	rm -rf .venv .venv-* build dist *.egg-info
 	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+
+$(FREE_THREADED)/bin/python3.13t:
+	@tools/free_threaded.sh $(FREE_THREADED)
 
 $(MADE):
 	@command -v "$(PYTHON)" > /dev/null || { echo "$(PYTHON) was not found: install Python" \

@@ -1,5 +1,6 @@
 """Settings, plugins and fixtures of the whole test suite."""
 
+import importlib.util
 import itertools
 import os
 import shutil
@@ -14,6 +15,9 @@ import mongo_server as servers
 import postgres_server as postgres
 import pytest
 from hypothesis import settings
+
+# Playwright switches the interpreter's lock on, so an environment without that lock has no Playwright.
+collect_ignore = [] if importlib.util.find_spec("playwright") else ["dashboard/browser"]
 
 # Each run uses the same examples and has no deadlines. --hypothesis-profile=random uses other examples.
 settings.register_profile("random", deadline=None)

@@ -361,6 +361,12 @@ frequent_checks = pytest.mark.timing(
 )
 
 
+#: Makes the housekeeper look only for what it is told of. It takes no part while nothing happens.
+undisturbed = pytest.mark.timing(
+    **dict.fromkeys(("poll_every", "recover_every", "audit_every"), 3600.0)
+)
+
+
 @pytest.fixture
 def calm() -> Iterator[threading.Event]:
     """Hand back started tasks only while the event is set; so a slow machine starts no task twice."""
@@ -549,8 +555,10 @@ def spawn() -> Iterator[Callable[..., Child]]:
         if child.process.poll() is None:
             child.process.kill()
         child.ends()
-        child.process.stdout.close()  # type: ignore[union-attr]
-        child.process.stderr.close()  # type: ignore[union-attr]
+        # A process that it has forked may hang, and keep the pipes open: a close would wait for the reader.
+        if not any(reader.is_alive() for reader in child._readers):
+            child.process.stdout.close()  # type: ignore[union-attr]
+            child.process.stderr.close()  # type: ignore[union-attr]
 
 
 @pytest.fixture(params=["sqlite", "mongo"])
@@ -559,6 +567,37 @@ def workers(request: pytest.FixtureRequest, spawn: Any, tmp_path: Path) -> Itera
     make = {"sqlite": on_sqlite, "mongo": on_mongo}[request.param]
     with make(spawn, tmp_path) as made:
         yield made
+
+
+def suspend(child: Child, database: Path) -> None:
+    """Stop a process at a moment at which it does not hold the write lock of a file."""
+    with closing(sqlite3.connect(database, timeout=0, isolation_level=None)) as connection:
+
+        def stopped() -> bool:
+            child.signal(signal.SIGSTOP)
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError:
+                child.signal(signal.SIGCONT)
+                return False
+            connection.execute("ROLLBACK")
+            return True
+
+        eventually(stopped)
+
+
+@pytest.fixture
+def threads_begun(monkeypatch: pytest.MonkeyPatch) -> list[threading.Thread]:
+    """The threads that the thread of the test starts. What other threads do meanwhile does not count."""
+    me, begun, start = threading.current_thread(), list[threading.Thread](), threading.Thread.start
+
+    def noted(thread: threading.Thread) -> None:
+        if threading.current_thread() is me:
+            begun.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", noted)
+    return begun
 
 
 def is_intact(database: Path) -> bool:

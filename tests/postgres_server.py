@@ -17,11 +17,13 @@ import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import psycopg
 from mongo_server import PATIENCE, free_port
 from server_folders import RUN, new_folder
+
+if TYPE_CHECKING:
+    import psycopg
 
 _PREFIX = "taskx-postgres-"
 _RUN = [sys.executable, "-I", "-c", RUN, str(int(signal.SIGQUIT))]
@@ -84,6 +86,8 @@ class Server:
         return self
 
     def _wait_until_up(self) -> None:
+        import psycopg  # not every Python has a wheel of it
+
         assert self._process is not None
         deadline = time.monotonic() + PATIENCE
         while True:
@@ -99,6 +103,8 @@ class Server:
 
     def connect(self, database: str = "postgres") -> psycopg.Connection[Any]:
         """Return a connection in autocommit mode."""
+        import psycopg  # as above
+
         return psycopg.connect(
             host="127.0.0.1", port=self.port, user="postgres", dbname=database, autocommit=True
         )

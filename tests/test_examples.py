@@ -370,7 +370,8 @@ def test_fetch_continues_after_a_kill(site, tmp_path):
     pages = [fetched(site, path) for path in paths if path != "/gone"]
     assert ran.stdout.splitlines() == [*pages, "6 URLs, 1 failed"]
     *earlier, last, error = ran.stderr.splitlines()
-    assert last == "fetch: 6 of 6 (100%), 4 stored, 1 failed"
+    # The page that was held runs again at once, and may end before the map looks at it.
+    assert last in [f"fetch: 6 of 6 (100%), {stored} stored, 1 failed" for stored in (4, 5)]
     assert error == f"{site.url('/gone')}: Permanent: 404 Not Found"
     # A line is written every five seconds: on a slow machine there are some before the last one.
     assert all(
@@ -676,6 +677,102 @@ def submitter(database: Path, type: str) -> Iterator[Queue]:
         queue = Queue(repository)
         queue.declare(type)
         yield queue
+
+
+# approval.py
+
+
+@pytest.fixture
+def refunds(tmp_path) -> Iterator[Any]:
+    """The app of the example, and its queue, with time that a test moves."""
+    pytest.importorskip("flask")
+    spec = importlib.util.spec_from_file_location("approval", EXAMPLES / "approval.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    app = module.create_app(TESTING=True, TASKX_REPOSITORY=f"sqlite:///{tmp_path}/refunds.db")
+    with testing.manual(app.extensions["taskx"].queue) as queue:
+        yield SimpleNamespace(client=app.test_client(), queue=queue)
+
+
+def ask_for_a_refund(refunds: Any, order: int = 7) -> str:
+    """Send the form; return the id of the task, which waits."""
+    sent = refunds.client.post("/refunds", data={"order": order, "euros": 90})
+    assert (sent.status_code, sent.location) == (303, "/")
+    refunds.queue.run_all()
+    task_id: str = refunds.queue.list_tasks(type="refund").tasks[0].id
+    return task_id
+
+
+def say(refunds: Any, task_id: str, answer: str) -> str:
+    """Press a button; return the page that shows what became of it."""
+    sent = refunds.client.post(f"/refunds/{task_id}", data={"answer": answer})
+    assert (sent.status_code, sent.location) == (303, "/")
+    refunds.queue.run_all()
+    text: str = refunds.client.get("/").text
+    return text
+
+
+def test_a_refund_waits_for_a_yes_and_is_paid_once(refunds, caplog):
+    caplog.set_level("INFO", "bank")
+    task_id = ask_for_a_refund(refunds)
+    assert ask_for_a_refund(refunds) == task_id  # the same order once more
+    assert "We are sorry about order 7, and pay 90 euros back." in refunds.client.get("/").text
+    assert "paid 90 euros" in say(refunds, task_id, "yes")
+    assert "paid 90 euros" in say(refunds, task_id, "no")  # too late
+    assert len([r for r in caplog.records if r.name == "bank"]) == 1
+
+
+def test_a_refund_is_refused_by_a_no(refunds):
+    assert "refused" in say(refunds, ask_for_a_refund(refunds), "no")
+
+
+def test_a_refund_that_nobody_answers_ends_after_three_days(refunds):
+    ask_for_a_refund(refunds)
+    refunds.queue.advance(3 * 86400 + 1)
+    assert "nobody has answered in three days" in refunds.client.get("/").text
+
+
+def test_forms_of_other_sites_and_wrong_numbers_are_refused(refunds):
+    foreign = {"Sec-Fetch-Site": "cross-site"}
+    form = {"order": 7, "euros": 90}
+    assert refunds.client.post("/refunds", data=form, headers=foreign).status_code == 403
+    assert refunds.client.post("/refunds", data={"order": "x"}).status_code == 400
+    assert refunds.client.post("/refunds/nobody", data={"answer": "yes"}).status_code == 404
+
+
+def test_a_refund_still_waits_after_its_server_was_killed(tmp_path):
+    pytest.importorskip("flask")
+    repository = f"sqlite:///{tmp_path}/refunds.db"
+    environment = {**os.environ, "FLASK_TASKX_REPOSITORY": repository}
+    command = [sys.executable, "-m", "flask", "--app", str(EXAMPLES / "approval.py"), "run"]
+
+    def serve(port: int) -> Any:
+        return program(*command, "--port", str(port), env=environment, stderr=subprocess.DEVNULL)
+
+    def fetch(port: int, path: str, **form: Any) -> str:
+        data = urlencode(form).encode() if form else None
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", data, PATIENCE) as answer:
+            text: str = answer.read().decode()
+        return text
+
+    def page(port: int) -> str:
+        with suppress(OSError):
+            return fetch(port, "/")
+        return ""
+
+    first = free_port()
+    with serve(first):
+        eventually(lambda: page(first))
+        fetch(first, "/refunds", order=7, euros=90)
+        eventually(lambda: "We are sorry about order 7" in page(first))
+    second = free_port()
+    with serve(second):
+        eventually(lambda: "We are sorry about order 7" in page(second))
+        (task_id,) = re.findall(r'action="/refunds/([^"]+)"', page(second))
+        fetch(second, f"/refunds/{task_id}", answer="yes")
+        eventually(lambda: "paid 90 euros" in page(second))
 
 
 def flask_command(*args: str, **variables: str) -> tuple[list[str], dict[str, str]]:

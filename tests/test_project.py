@@ -214,7 +214,7 @@ def test_make_alone_lists_the_targets():
     listed = run_make()
     assert listed.returncode == 0
     targets = "packages demo quick test lint typecheck layers bench build ci ci-all clean"
-    for target in targets.split():
+    for target in [*targets.split(), "test-free-threaded"]:
         assert re.search(rf"^make {target} +\w", listed.stdout, re.M), target
 
 
@@ -385,7 +385,10 @@ def run_ci(tmp_path: Path, pythons: str, *args: str) -> tuple[str, list[str]]:
         path.parent.mkdir(parents=True)
     for path in [
         *found,
-        *(programs / name for name in ("chromium", "git", "promtool", "python3", "strace")),
+        *(
+            programs / name
+            for name in ("apt-get", "chromium", "git", "promtool", "python3", "strace")
+        ),
     ]:
         path.symlink_to("/bin/true")
     (programs / "make").write_text(f'#!/bin/sh\necho "$@" >> {log}\n')
@@ -410,6 +413,7 @@ def test_ci_runs_all_tests_on_the_newest_python_and_parts_of_them_on_the_others(
     assert [line[:10] for line in between] == ["quick 3.11", "quick 3.12"]
     assert all("tests/executing" in line for line in between)
     assert not re.search(r"PYTHON \S+ IS MISSING", said)
+    assert said.count("NO TEST RAN WITHOUT THE INTERPRETER'S LOCK") == 2  # at once, and at the end
     assert re.search(r"^ +\d+ s  in all$", said, re.M)
 
 
@@ -443,8 +447,9 @@ def test_ci_tests_each_version_of_django(tmp_path):
 
 @pytest.mark.process
 def test_ci_with_all_runs_all_tests_on_every_python(tmp_path):
-    _said, told = run_ci(tmp_path, "3.10 3.11 3.12 3.13", "--all")
-    assert told == ["test 3.10", "test 3.11", "test 3.12", "test 3.13"]
+    said, told = run_ci(tmp_path, "3.10 3.11 3.12 3.13", "--all")
+    assert "NO TEST RAN" not in said
+    assert told == ["test 3.10", "test 3.11", "test 3.12", "test 3.13", "test-free-threaded"]
 
 
 @pytest.mark.process

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import mariadb_server
-import psycopg
 import pymysql
 import pytest
 from helpers import ROOT, eventually
@@ -21,6 +20,7 @@ pytestmark = pytest.mark.process
 
 @pytest.mark.postgres
 def test_a_killed_postgresql_starts_again_with_all_that_was_committed():
+    psycopg = pytest.importorskip("psycopg")
     with private() as server:
         name = server.new_database()
         connection = server.connect(name)

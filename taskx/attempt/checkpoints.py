@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NoReturn
 
+from taskx.attempt.children import Children, Submit
 from taskx.attempt.transactions import Completed, Transaction, opened
 from taskx.attempt.waiting import (
     AGAIN,
@@ -16,6 +17,8 @@ from taskx.attempt.waiting import (
     Waits,
     begun,
     is_begun,
+    some_taken,
+    taken_of,
     unfinished,
     waits_until,
 )
@@ -43,6 +46,7 @@ class Keeper:
         values: Mapping[str, Values],
         clock: Clock,
         timing: Timing,
+        submit: Submit,
     ) -> None:
         self._repository = repository
         self._commit = commit
@@ -52,6 +56,8 @@ class Keeper:
         self._retry_every = timing.retry_every
         #: What these runs wait for.
         self.waits = Waits(repository, commit, clock, max_payload_size, timing.retry_every)
+        #: The tasks that they submit, and whose ends their tasks wait for.
+        self.children = Children(repository, commit, submit, clock, self.waits)
         #: Held while a run creates its ``Checkpoints``: several of its threads may be the first to ask.
         self.lock = threading.Lock()
         #: The process that these runs belong to: see :mod:`taskx.tasks.forks`.
@@ -177,6 +183,47 @@ class Checkpoints:
         if name not in self._steps or self._until(name) is not None:
             self._make(name, token, lambda: call(self._until(name)), durable=durable)
         return payload.loads(self._steps[name])
+
+    def children(
+        self,
+        name: str,
+        token: CancelToken,
+        wait: Callable[[list[int] | None], list[int] | None],
+        outcomes: Callable[[list[int] | None], list[Any]],
+        what: str,
+    ) -> tuple[list[Any], bool]:
+        """Return how the children of a list have ended, and True if as many as are needed have completed.
+
+        ``wait`` returns the numbers of those that are enough, or raises :class:`Parked`. They are stored:
+        others may complete later. ``outcomes`` returns the values. In a test of a single attempt the values
+        are those of a step.
+        """
+        self._refuse_inside(what)
+        self._begin(name, token)
+        self._refuse_if_completed()
+        try:
+            stored = payload.loads(self._steps[name]) if name in self._steps else None
+            if isinstance(stored, list):
+                return stored, True
+            before = taken_of(stored)
+            taken = wait(before)
+            if taken is not None and before is None:
+                self._put(name, some_taken(taken), token, durable=False)
+            return outcomes(taken), taken is not None
+        except BaseException:  # after any error the executor may try again
+            self._taken.discard(name)
+            raise
+
+    def fork(self, name: str, token: CancelToken, call: Callable[[], Sequence[str]]) -> list[str]:
+        """Return the ids of the tasks that ``call`` submits: see :meth:`Context.fork`."""
+        self._refuse_inside("ctx.fork()")
+        self._begin(name, token)
+        self._refuse_if_completed()
+        try:
+            return [*call()]
+        except BaseException:
+            self._taken.discard(name)
+            raise
 
     def _refuse_inside(self, what: str) -> None:
         if self._transaction is not None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
 from datetime import datetime
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 from taskx.attempt.capture import CapturedLogger
 from taskx.attempt.checkpoints import Checkpoints, Keeper
+from taskx.attempt.children import check_tasks
 from taskx.attempt.transactions import Completed, Transaction
 from taskx.attempt.waiting import (
     AGAIN,
@@ -21,6 +22,7 @@ from taskx.attempt.waiting import (
     Parked,
     Uncertain,
     answer_of,
+    error_in,
     moment_after,
     outcome,
     seconds_of,
@@ -33,10 +35,12 @@ from taskx.tasks.errors import (
     ConfigurationError,
     RepositoryCorrupt,
     RepositoryError,
+    TaskFailed,
     TaskNotFound,
 )
 from taskx.tasks.lifecycle import Ending, Park
 from taskx.tasks.model import Task, TaskStatus, check_moment
+from taskx.tasks.options import one_of
 from taskx.tasks.record import MAX_MESSAGE, check_progress
 from taskx.tasks.token import CancelToken
 
@@ -45,6 +49,10 @@ if TYPE_CHECKING:
 
 # Seconds between two looks if progress is still being stored.
 _MOMENT = 0.001
+
+#: What :meth:`Context.run_all` does with the errors of children.
+OnChildFailure = Literal["raise", "return"]
+_check_on_failure = one_of(OnChildFailure)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -88,7 +96,7 @@ class Context:
 
     __slots__ = (
         *("_copy", "_shared", "_task", "_token"),
-        *("_message", "_percent", "_missed", "_quiet", "_storing", "_unwritten"),
+        *("_missed", "_quiet", "_storing", "_told", "_unwritten"),
         *("_checkpoints", "_run_token", "_stored"),
         *("_completed", "_parked"),
     )
@@ -98,8 +106,7 @@ class Context:
         self._shared = shared
         self._copy: Task | None = None  # made on first use: most executors never ask for it
         self._token = self._run_token = token
-        self._percent: float | None = None
-        self._message = ""
+        self._told: tuple[float, str] | None = None  # the last progress that was reported
         self._unwritten = False
         self._missed = self._quiet = self._storing = (
             False  # see ``transaction`` and ``_new_progress``
@@ -164,8 +171,7 @@ class Context:
             percent, _ = check_progress(percent, message)
         if len(message) > MAX_MESSAGE:
             self._message_was_cut()
-        self._percent = percent
-        self._message = message
+        self._told = percent, message
         self._unwritten = True
 
     def _message_was_cut(self) -> None:
@@ -174,9 +180,7 @@ class Context:
 
     def _latest_progress(self) -> tuple[int, str] | None:
         """Return the last progress reported, as it is stored; None if there was no report."""
-        if self._percent is None:
-            return None
-        return check_progress(self._percent, self._message)
+        return None if (told := self._told) is None else check_progress(*told)
 
     def _new_progress(self) -> tuple[int, str] | None:
         """Return the last progress to store it, if it was reported after the previous call; else None.
@@ -339,13 +343,102 @@ class Context:
 
         return outcome(self._parking(lambda kept: kept.once(name, token, call, unknown)))
 
+    # --- children
+
+    def run_all(
+        self,
+        name: str,
+        tasks: Iterable[Task],
+        *,
+        on_failure: OnChildFailure = "raise",
+        needed: int | None = None,
+    ) -> list[Any]:
+        """Submit tasks, and return their results in order: the task waits for them without a thread.
+
+        They are submitted in one transaction, with the ids ``<id of this task>/<name>/<number>``, and
+        otherwise this call is like :meth:`ask`: the attempt goes on with a new call of the executor. It
+        must call this with the same tasks. The children have the flow, the tags and the ``created_by`` of
+        this task, too, and at least its priority. They are cancelled if it is cancelled, and run again, if
+        they did not complete, if it is requeued.
+
+        Args:
+            name: the name of the list, unique among the steps of the task, of at most 80 characters.
+            tasks: new tasks without ids, such as ``executor.task(n=1)``.
+            on_failure: ``"raise"``: when all have ended, raise the first error in the order of the tasks,
+                that of a failed task before that of a cancelled one; ``"return"``: an exception stands in
+                the place of each result that is missing.
+            needed: go on when so many have completed, and cancel the rest, in whose places exceptions
+                stand; or when so many cannot complete any more.
+
+        Raises:
+            TaskFailed: a task failed.
+            concurrent.futures.CancelledError: a task was cancelled.
+            TaskNotFound: a task was deleted.
+            ConfigurationError: as :meth:`ask`; or an earlier call had other tasks; or tasks have children
+                within children at more than 100 levels.
+            TaskxError: the tasks were refused, as by :meth:`Queue.submit_many`.
+        """
+        self._refuse_wait("ctx.run_all()")
+        _check_on_failure(on_failure, "on_failure")
+        given, token = check_tasks(tasks, needed, "ctx.run_all()"), self._token
+        if not given:
+            return []
+        children, task = self._shared.keeper.children, self._task
+
+        def wait(taken: list[int] | None) -> list[int] | None:
+            return children.wait(task, name, given, needed, taken, token)
+
+        def outcomes(taken: list[int] | None) -> list[Any]:
+            return children.outcomes(task, name, needed is not None, taken, token)
+
+        told, enough = self._parking(
+            lambda kept: kept.children(name, token, wait, outcomes, "ctx.run_all()")
+        )
+        errors = [error_in(value) for value in told]
+        missing = [error for error in errors if error is not None]
+        if missing and on_failure == "raise" and not enough:
+            raise next((error for error in missing if isinstance(error, TaskFailed)), missing[0])
+        return [
+            value if error is None else error for value, error in zip(told, errors, strict=True)
+        ]
+
+    def fork(self, name: str, tasks: Iterable[Task]) -> list[str]:
+        """Submit tasks for which all tasks wait, too, that depend on this one; return their ids.
+
+        The dependents that are stored by now, such as the next steps of a chain, find the tasks in
+        ``ctx.parents``, after the parents that they had. This task does not wait for the tasks. Otherwise
+        they are children as those of :meth:`run_all`, with the same ids.
+
+        Raises:
+            ConfigurationError: as :meth:`run_all`; or there would be more than a million pairs of a
+                dependent and a child.
+            TaskxError: as :meth:`run_all`.
+        """
+        self._refuse_wait("ctx.fork()")
+        given, token = check_tasks(tasks, None, "ctx.fork()"), self._token
+        if not given:
+            return []
+        children, task = self._shared.keeper.children, self._task
+        return self._kept().fork(name, token, lambda: children.fork(task, name, given, token))
+
     def key(self, name: str) -> str:
         """Return a text that is the same in each attempt of this task, for an idempotency key of others."""
         return answer_of(self._task.id, name)
 
     def _look(self, what: str, *facts: Any) -> Any:
-        """Do for a child process what one of the methods of ``Waits`` does."""
-        waits = self._shared.keeper.waits
+        """Do for a child process what a method of ``Waits`` or ``Children`` does."""
+        waits, children = self._shared.keeper.waits, self._shared.keeper.children
+        if what == "children":
+            name, told, needed, taken = facts
+            tasks = [Task.from_dict(one) for one in told]
+            return children.wait(self._task, name, tasks, needed, taken, self._token)
+        if what == "outcomes":
+            name, some, taken = facts
+            return children.outcomes(self._task, name, some, taken, self._token)
+        if what == "fork":
+            name, told = facts
+            tasks = [Task.from_dict(one) for one in told]
+            return children.fork(self._task, name, tasks, self._token)
         if what == "forget":
             (name,) = facts
             return bool(waits.forget(self._task, name, self._token))

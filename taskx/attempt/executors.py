@@ -499,7 +499,8 @@ class Registered(NamedTuple):
     check_params: Callable[[Mapping[str, Any]], None] | None
     options: Options
     defaults: Mapping[str, Any]  #: the options stored with a task that does not set them itself
-    at_start: tuple[Any, ...]  #: the options set at the start: as ``FALLBACKS``, in that order
+    #: The options set at the start: as ``FALLBACKS``, in that order, and then the version.
+    at_start: tuple[Any, ...]
     log_level: int | None  #: the lowest level of log lines that are kept; None keeps none
     values: Values | None  #: the JSON forms of params and result; None if no annotation has one
     expires: int | None  #: milliseconds in which its tasks must start; None for no limit
@@ -508,9 +509,9 @@ class Registered(NamedTuple):
 
 
 def apply_defaults(tasks: Iterable[Task], registered: Mapping[str, Registered]) -> None:
-    """Set the options that neither a task nor its submit has set, before the task starts."""
+    """Set the options that neither a task nor its submit has set, and the version, before the start."""
     for task in tasks:
-        timeout, max_attempts, max_crashes = registered[task.type].at_start
+        timeout, max_attempts, max_crashes, task.version = registered[task.type].at_start
         if task.timeout is None:
             task.timeout = timeout
         if task.max_attempts is None:
@@ -547,7 +548,7 @@ def entry_of(executor: TaskExecutor | Executor[Any, Any], options: Options) -> R
         check_params=check,
         options=options,
         defaults=defaults,
-        at_start=tuple({**FALLBACKS, **defaults}.values()),
+        at_start=(*{**FALLBACKS, **defaults}.values(), options.version),
         log_level=log_level(options.capture_log),
         values=values,
         expires=None if options.expires is None else lifetime(options.expires),

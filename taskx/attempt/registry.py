@@ -13,7 +13,7 @@ from taskx.stores.controls import overridden
 from taskx.tasks.checks import check_plain
 from taskx.tasks.creation import model_of
 from taskx.tasks.errors import ConfigurationError, UnknownTaskType
-from taskx.tasks.lifecycle import ANSWER
+from taskx.tasks.lifecycle import ANSWER, NO_WORK
 from taskx.tasks.model import Task
 from taskx.tasks.options import LimitOptions, Options
 from taskx.tasks.payload import DEFAULT_MAX_SIZE
@@ -101,13 +101,15 @@ class Registry:
     @property
     def types(self) -> tuple[str, ...]:
         """The types that the queue runs."""
-        return tuple(self.registered)
+        return (*self.registered,)
 
     @property
     def isolated(self) -> frozenset[str]:
         """The types that the queue runs in child processes."""
         return frozenset(
-            type for type, entry in self.registered.items() if entry.options.isolation is not None
+            type
+            for type, entry in list(self.registered.items())
+            if entry.options.isolation is not None
         )
 
     @property
@@ -143,6 +145,8 @@ class Registry:
             _check_replaced(before, entry)
         if entry.log_level is not None:
             self._require("logs (capture_log)")
+        if entry.options.version is not None:
+            self._require("versions of executors (version)")
         if entry.options.limit_scope == "global":
             self._require('limits of all nodes (limit_scope="global")')
         function, takes_context = entry.function, entry.takes_context
@@ -230,10 +234,9 @@ class Registry:
 
 
 def _refuse_answers(type: str) -> None:
-    if type == ANSWER:
-        raise ConfigurationError(
-            f"the type {ANSWER!r} is that of answers, which people give: choose another name"
-        )
+    if type in NO_WORK:
+        what = "answers, which people give" if type == ANSWER else "lists of children"
+        raise ConfigurationError(f"the type {type!r} is that of {what}: choose another name")
 
 
 def _check_replaced(before: Registered, entry: Registered) -> None:

@@ -147,7 +147,7 @@ class Runner:
             if task.timeout is not None:
                 self.alarms.remove(token)
         ending.worker, ending.duration = worker, max(0.0, self._clock.monotonic() - started)
-        if run.capture is not None or run.context._percent is not None:
+        if run.capture is not None or run.context._told is not None:
             self._add_told(ending, run)
         return ending
 

@@ -92,9 +92,26 @@ def waits_until(value: Any) -> int | None:
     return until if isinstance(until, int) else None
 
 
+def step_until(checkpoints: Mapping[str, Any] | None, until: int | None) -> str:
+    """Return the name of the step that waits until a moment; empty if there is none."""
+    steps: Mapping[str, Any] = (checkpoints or {}).get("steps", {})
+    return next((n for n, v in steps.items() if until and waits_until(v) == until), "")
+
+
 def begun() -> dict[str, Any]:
     """Return the value of a step whose function was perhaps called, and must not be called twice."""
     return {KEY: {"begun": True}}
+
+
+def some_taken(numbers: Sequence[int]) -> dict[str, Any]:
+    """Return the value of the step that says which children of a list were enough."""
+    return {KEY: {"taken": [*numbers]}}
+
+
+def taken_of(value: Any) -> list[int] | None:
+    """Return the numbers of the children that were enough; None if another step has this value."""
+    taken = value[KEY].get("taken") if _is_ours(value) else None
+    return taken if isinstance(taken, list) else None
 
 
 def is_begun(value: Any) -> bool:
@@ -122,13 +139,21 @@ def failed(kind: str, *facts: Any) -> dict[str, Any]:
 
 def outcome(value: Any) -> Any:
     """Return the value of a step, or raise the error that it has raised."""
-    if not _is_ours(value):
-        return value
+    if (error := error_in(value)) is not None:
+        raise error
+    return value
+
+
+def error_in(value: Any) -> Exception | None:
+    """Return the error that a step has raised, by its value; None if it has returned that."""
+    if not _is_ours(value) or "error" not in value[KEY]:
+        return None
     kind, *facts = value[KEY]["error"]
-    raise _ERRORS[kind](*facts)
+    return _ERRORS[kind](*facts)
 
 
 _ERRORS: Mapping[str, Callable[..., Exception]] = {
+    "gone": TaskNotFound,
     "timeout": TimeoutError,
     "cancelled": CancelledError,
     "failed": TaskFailed,
@@ -144,7 +169,7 @@ def outcome_of(task: Task) -> Any:
     if task.status is TaskStatus.COMPLETED:
         return task.result
     if task.status is TaskStatus.FAILED:
-        return failed("failed", task.id, task.error, task.attempt, "", task.error_type)
+        return failed("failed", task.id, task.error, max(1, task.errors), "", task.error_type)
     if task.type == ANSWER and task.error.startswith(lifecycle.EXPIRED):
         return failed("timeout", f"no answer to {task.id}: it {task.error}")
     why = f": {task.error}" if task.error else ""
@@ -224,7 +249,7 @@ class Waits:
                 return outcome_of(found)
             else:
                 raise Parked(Park(answer_id, None), name)
-            if self._patiently(token, lambda write=write: self._commit([write]))[0]:  # type: ignore[misc]
+            if self.patiently(token, lambda write=write: self._commit([write]))[0]:  # type: ignore[misc]
                 raise Parked(Park(answer_id, None), name)
             # Somebody has just finished it, or made it: look again.
 
@@ -239,7 +264,7 @@ class Waits:
     def forget(self, task: Task, name: str, token: CancelToken) -> object:
         """Remove an answer that was given."""
         gone = lifecycle.forget_answer(answer_of(task.id, name))
-        return self._patiently(token, lambda: self._commit([gone]))
+        return self.patiently(token, lambda: self._commit([gone]))
 
     def wait(
         self, task: Task, awaited: str, timeout: float | None, until: int | None, token: CancelToken
@@ -262,7 +287,7 @@ class Waits:
             if found is None:
                 event = new_record(Task(id=awaited, type=ANSWER), now)
                 insert = lifecycle.opened(event, task.id)._replace(durable=False)
-                if not self._patiently(token, lambda insert=insert: self._commit([insert]))[0]:  # type: ignore[misc]
+                if not self.patiently(token, lambda insert=insert: self._commit([insert]))[0]:  # type: ignore[misc]
                     continue
             new = moment_after(now, timeout) if until is None and timeout is not None else None
             raise Parked(Park(awaited, until if new is None else new), awaited, new)
@@ -301,9 +326,9 @@ class Waits:
         return value
 
     def _look(self, task_id: str, token: CancelToken) -> Task | None:
-        return self._patiently(token, lambda: self._repository.get_many([task_id])).get(task_id)
+        return self.patiently(token, lambda: self._repository.get_many([task_id])).get(task_id)
 
-    def _patiently(self, token: CancelToken, call: Callable[[], T]) -> T:
+    def patiently(self, token: CancelToken, call: Callable[[], T]) -> T:
         """Make a call that may be repeated; while the repository is unavailable, wait and try again."""
         while True:
             try:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 import attrs
 
 from taskx.insight.nodes import silence
+from taskx.insight.parked import places
 from taskx.node.moving import Services
 from taskx.stores.base import Repository
 from taskx.stores.liveness.base import Node
@@ -25,6 +27,8 @@ _TOLERANCE = 2000
 _YOUNGEST = 1_700_000_000_000
 # Most tasks of dead nodes that are counted.
 _MOST = 1000
+# Most places at which tasks wait that are told.
+_PLACES = 50
 
 
 @attrs.frozen
@@ -66,6 +70,10 @@ def diagnose(services: Services) -> Diagnosis:
     if readable and not any(check.level == "fail" for check in checks):
         for examine in (_nodes, _clock):
             checks.extend(_asked(examine, repository, now))
+        versions = {
+            type: entry.options.version for type, entry in services.registry.registered.items()
+        }
+        checks.extend(_asked(partial(_parked, versions), repository, now))
     return Diagnosis(tuple(checks), to_datetime(now))
 
 
@@ -147,6 +155,30 @@ def _held(repository: Repository, dead: list[Node]) -> int:
             for column in ("running_on", "buffered_on")
         )
     return 0
+
+
+def _parked(
+    versions: Mapping[str, str | None], repository: Repository, now: int
+) -> Iterator[Check]:
+    """Tell where tasks wait in the middle of an attempt: another version of the code goes on there."""
+    if repository.shortcoming:
+        return
+    for place, count in places(repository).most_common(_PLACES):
+        type, version, step = place
+        by = f"version {version}" if version is not None else "no version"
+        words = (
+            f"{counted(count, 'task')} of type {type!r}, {by}, {'waits' if count == 1 else 'wait'} "
+            f"without a thread in {step or 'an unknown step'}."
+        )
+        facts = {**place._asdict(), "tasks": count}
+        if type in versions and (here := versions[type]) != version:
+            advice = (
+                f"Here the executor has {'no version' if here is None else f'version {here}'}: it goes on "
+                "with the steps that they have stored, by their names."
+            )
+            yield warn("waiting tasks", words, advice, **facts, here=here)
+        else:
+            yield ok("waiting tasks", words, **facts)
 
 
 def _clock(repository: Repository, now: int) -> Iterator[Check]:

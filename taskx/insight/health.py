@@ -21,7 +21,7 @@ from taskx.tasks.checks import Duration, check_int, check_number
 from taskx.tasks.clock import to_datetime, to_ms
 from taskx.tasks.errors import ConfigurationError, RepositoryCorrupt, RepositoryError
 from taskx.tasks.findings import Answer, Problem, counted, duration, listed, moment
-from taskx.tasks.lifecycle import ANSWER, FAILED
+from taskx.tasks.lifecycle import FAILED, NO_WORK
 from taskx.tasks.model import check_key
 
 # Most names in the facts of a problem.
@@ -267,7 +267,7 @@ class _Check:
         late = [
             type
             for type, at in newest
-            if isinstance(at, int) and at >= self.now - period and type != ANSWER
+            if isinstance(at, int) and at >= self.now - period and type not in NO_WORK
         ]
         if len(late) <= most:
             return

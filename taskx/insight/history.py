@@ -21,7 +21,7 @@ from taskx.tasks.checks import Duration, check_int, check_number
 from taskx.tasks.clock import to_datetime
 from taskx.tasks.errors import ConfigurationError
 from taskx.tasks.findings import Answer
-from taskx.tasks.lifecycle import ANSWER, COMPLETED, FAILED
+from taskx.tasks.lifecycle import COMPLETED, FAILED, NO_WORK
 
 #: The upper limits of the groups of run times, in seconds; longer run times are in a last group.
 BOUNDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)
@@ -108,7 +108,7 @@ def history(
         times += () if since is None else (since,)
         for type, _, started_at, ended_at, duration in rows:
             with suppress(TypeError):  # a damaged record
-                if start < ended_at <= end and type != ANSWER:
+                if start < ended_at <= end and type not in NO_WORK:
                     place = (ended_at - start - 1) * number // span
                     found[str(type)].add(status, place, started_at, duration)
     types = {type: found[type].history() for type in sorted(found)}

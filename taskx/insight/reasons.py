@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+from taskx.attempt.waiting import step_until
 from taskx.insight.limits import Busy, Limits
 from taskx.insight.nodes import silence
 from taskx.node.moving import Services
@@ -14,11 +15,11 @@ from taskx.node.stuck import stack_of_task
 from taskx.stores.base import Repository
 from taskx.stores.controls import Controls, Paused
 from taskx.stores.liveness.base import Node
-from taskx.tasks import lifecycle
+from taskx.tasks import children, lifecycle
 from taskx.tasks.clock import to_datetime, to_ms
 from taskx.tasks.errors import RepositoryError, TaskNotFound
 from taskx.tasks.findings import Reason, counted, duration, first_line, listed, moment
-from taskx.tasks.lifecycle import ANSWER, COMPLETED, UNFINISHED
+from taskx.tasks.lifecycle import ANSWER, CHILDREN, COMPLETED, NO_WORK, PENDING, UNFINISHED
 from taskx.tasks.model import TASK_FIELDS, Task, TaskStatus
 from taskx.tasks.record import (
     BY_THREAD,
@@ -95,7 +96,7 @@ class _Inquiry:
     # --- pending
 
     def _pending(self, task: Task, held: int, waiting_on: str | None) -> Iterator[Reason]:
-        if task.type == ANSWER:
+        if task.type in NO_WORK:
             yield from self._held(task, held, waiting_on)
             return
         paused = Controls(self._repository).read_paused()
@@ -130,6 +131,8 @@ class _Inquiry:
             yield self._stuck(task)
         elif held == FOR_PARENTS and task.type == ANSWER and waiting_on not in task.depends_on:
             yield _unanswered(task)
+        elif held == FOR_PARENTS and task.type == CHILDREN:
+            yield _stands_for(task, str(waiting_on))
         elif held == FOR_PARENTS and parked and waiting_on is not None:
             yield self._waits_for(task, waiting_on)
         elif held == FOR_PARENTS:
@@ -150,6 +153,12 @@ class _Inquiry:
         facts = {"run_at": task.run_at, "seconds": max(0.0, left), "attempt": task.attempt}
         if left <= 0:
             return Reason("due", f"It was due at {moment(task.run_at)}: {_SHORTLY}.", facts)
+        if lifecycle.is_parked(task):
+            step = step_until(task.checkpoints, to_ms(task.run_at))
+            facts.update(since=task.started_at, until=task.run_at, step=step)
+            words = f"It sleeps in step {step!r}" if step else "It sleeps"
+            words += _between(task.started_at, task.run_at)
+            return Reason("due", f"{words}, for another {duration(left)}, without a thread.", facts)
         what = f"attempt {task.attempt}" if task.errors else "it"
         words = f"{_capital(what)} is due at {moment(task.run_at)}, in {duration(left)}."
         return Reason("due", words, facts)
@@ -186,7 +195,12 @@ class _Inquiry:
 
     def _waits_for(self, task: Task, awaited: str) -> Reason:
         """Return what a task waits for in the middle of an attempt."""
-        found = self._repository.get_many([awaited]).get(awaited)
+        list_id = awaited if children.may_be_list(awaited) else children.list_of(awaited)
+        records = self._repository.get_many([awaited, *([list_id] if list_id else [])])
+        if children.is_of(theirs := records.get(list_id), task.id):
+            assert theirs is not None
+            return self._waits_for_children(task, theirs)
+        found = records.get(awaited)
         since, until = task.started_at, task.expires_at
         facts: dict[str, Any] = {"id": awaited, "type": "", "status": "gone", "since": since}
         if found is None or found.status.finished:
@@ -200,9 +214,31 @@ class _Inquiry:
         words = f"It waits for {what}{_between(since, until)}, without a thread."
         return Reason("waiting", words, {**facts, "since": since, "until": until})
 
+    def _waits_for_children(self, task: Task, theirs: Task) -> Reason:
+        of, needed = len(theirs.depends_on), theirs.params.get("needed")
+        statuses = self._repository.statuses(theirs.depends_on)
+        left = [child for child in theirs.depends_on if statuses.get(child) in UNFINISHED]
+        facts = {
+            "id": theirs.id,
+            "type": CHILDREN,
+            "status": theirs.status.value,
+            "since": theirs.created_at,
+            "until": None,
+            "unfinished": len(left),
+            "of": of,
+            "needed": needed,
+        }
+        name = children.name_in(theirs.id)
+        words = f"It waits for {len(left)} of {of} children ({name})"
+        if needed is not None:
+            words += f", until {needed} have completed"
+        words += f"{_between(theirs.created_at, None)}, without a thread"
+        some = listed([f"{child} ({statuses[child]})" for child in left])
+        return Reason("waiting", f"{words}: {some}." if left else f"{words}: {_SHORTLY}.", facts)
+
     def _turn(self, task: Task) -> Reason:
         key = str(task.concurrency_key)
-        fields = ("id", "status", "type", "started_at", "waiting_on")
+        fields = ("id", "status", "type", "started_at", "waiting_on", "run_at")
         holders = self._repository.find("turn", [key], fields)
         waiting = [i for (i,) in self._repository.find("line", [key], ("id",), self._most + 1)]
         place = waiting.index(task.id) + 1 if task.id in waiting[: self._most] else None
@@ -212,12 +248,20 @@ class _Inquiry:
         words = f"It waits for the turn of concurrency key {key!r}, {where}"
         if not holders:
             return Reason("turn", f"{words}; no task has the turn: {_SHORTLY}.", facts)
-        *who, started_at, awaited = holders[0]
+        *who, started_at, awaited, run_at = holders[0]
         facts["holder"], facts["status"], facts["type"] = who
         words += "; task {} ({}, {}) has the turn".format(*who)
         if awaited is not None and started_at is not None:
             facts["waiting_on"] = awaited
             words += f", and keeps it while it waits for {awaited}"
+        elif (
+            who[1] == PENDING
+            and started_at is not None
+            and run_at is not None
+            and run_at > self._now
+        ):
+            facts["until"] = to_datetime(run_at)
+            words += f", and keeps it while it sleeps until {moment(facts['until'])}"
         return Reason("turn", f"{words}.", facts)
 
     def _no_node(self, task: Task, able: Sequence[Node]) -> Iterator[Reason]:
@@ -427,6 +471,18 @@ def _unanswered(answer: Task) -> Reason:
         "until": until,
     }
     words = f"It waits for somebody to call queue.finish({answer.id!r}, …){_between(since, until)}."
+    return Reason("waiting", words, facts)
+
+
+def _stands_for(theirs: Task, parent: str) -> Reason:
+    facts = {
+        "id": parent,
+        "type": CHILDREN,
+        "status": theirs.status.value,
+        "since": theirs.created_at,
+        "until": None,
+    }
+    words = f"It stands for the children of task {parent}, and ends with that."
     return Reason("waiting", words, facts)
 
 

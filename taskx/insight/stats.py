@@ -21,7 +21,7 @@ from taskx.stores.base import Lookup, Repository
 from taskx.tasks.checks import Duration, check_int, check_number
 from taskx.tasks.clock import to_datetime
 from taskx.tasks.findings import Answer, duration
-from taskx.tasks.lifecycle import ANSWER, COMPLETED, FAILED, PENDING
+from taskx.tasks.lifecycle import ANSWER, CHILDREN, COMPLETED, FAILED, PENDING
 from taskx.tasks.record import BY_THREAD
 from taskx.tasks.tables import html_table
 
@@ -163,6 +163,7 @@ class _Reading:
         start = self._now - round(period * 1000)
         since = self._count_ended(start) if period else self._now
         answers = self._found.pop(ANSWER, _Found()).numbers["blocked"]
+        self._found.pop(CHILDREN, None)
         return Stats(
             types={type: self._found[type].stats(self._now) for type in sorted(self._found)},
             answers=answers,

@@ -86,7 +86,7 @@ class Audit:
         if _key(run) not in stubs:
             return True
         # If the thread that laid it out, or took it, was interrupted, the run is in no structure.
-        return run.state != "concluding" and run not in list(self._pool.ahead.runs)
+        return run.state != "concluding" and run not in self._pool.ahead.runs
 
     def _interrupt(self, task_id: str) -> None:
         task = self._pool.services.repository.get_many([task_id]).get(task_id)

@@ -92,7 +92,7 @@ class Ledger(ABC, Generic[OutcomeT]):
         # A lock that knows its owner, so that a thread that already holds it does not wait for itself.
         self._leading = threading.RLock()
         # Only the leader removes entries, and only when their outcome is known.
-        self._waiting: deque[_Entry[OutcomeT]] = deque()
+        self._waiting: list[_Entry[OutcomeT]] = []
         # The entries sent to the repository, until the outcome of all of them is known.
         self._sent: Sequence[_Entry[OutcomeT]] = ()
         self._untold: deque[_Entry[OutcomeT]] = deque()

@@ -195,7 +195,7 @@ class Moves(Ledger[Outcome]):
     def _created(self, inserts: Sequence[Insert]) -> None:
         if listeners := self._hooks.submitted:
             for insert in inserts:
-                if insert.row["type"] == lifecycle.ANSWER:  # no work was submitted
+                if insert.row["type"] in lifecycle.NO_WORK:  # no work was submitted
                     continue
                 self._hooks.tell(listeners, partial(_submitted_task, insert))
         if held := [insert for insert in inserts if insert.row["held"]]:

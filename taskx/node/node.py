@@ -8,7 +8,6 @@ import os
 import sys
 import threading
 import time
-import weakref
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from importlib import import_module
@@ -34,7 +33,8 @@ from taskx.tasks.errors import (
     SchemaMismatch,
 )
 from taskx.tasks.ids import new_id
-from taskx.tasks.lifecycle import ANSWER
+from taskx.tasks.in_use import InUse
+from taskx.tasks.lifecycle import NO_WORK
 from taskx.tasks.log import GuardedLogger
 from taskx.tasks.model import TaskFilter, TaskStatus
 from taskx.tasks.timing import Timing
@@ -306,8 +306,8 @@ class LocalNode:
     def still_running(self) -> list[str]:
         """Return the ids of the tasks that still run, or whose outcome is not written yet."""
         pool = self._pool
-        others = [*list(pool.starter.unexecuted), *list(pool.stuck.runs)]
-        return list(dict.fromkeys([*pool.runs, *(run.task.id for run in others)]))
+        others = [*pool.starter.unexecuted, *pool.stuck.runs]
+        return list(dict.fromkeys([*pool.runs.ids, *(run.task.id for run in others)]))
 
     # --- stopping
 
@@ -427,7 +427,7 @@ class LocalNode:
             count, filter = self._services.repository.count, TaskFilter(status=TaskStatus.PENDING)
             pending = count(filter)
             if pending:  # people give answers whether a queue runs or not
-                pending -= count(attrs.evolve(filter, type=ANSWER))
+                pending -= sum(count(attrs.evolve(filter, type=type)) for type in NO_WORK)
             if pending:
                 self.log.warning("stopped with %d task(s) left pending", pending)
 
@@ -488,7 +488,7 @@ def _in_thread(call: Callable[[], object]) -> None:
         threading.Thread(target=call, name="taskx-stop", daemon=True).start()
 
 
-_nodes: weakref.WeakSet[LocalNode] = weakref.WeakSet()
+_nodes = InUse[LocalNode]()
 
 
 def stop_all(nodes: Collection[LocalNode], timeout: float) -> None:
@@ -502,9 +502,9 @@ def stop_all(nodes: Collection[LocalNode], timeout: float) -> None:
 
 def stop_forgotten() -> None:
     """Stop the queues that were not stopped, when the interpreter exits."""
-    timeout = max((node.timing.exit_within for node in list(_nodes)), default=0.0)
+    timeout = max((node.timing.exit_within for node in _nodes), default=0.0)
     deadline = time.monotonic() + timeout
-    running = {node for node in list(_nodes) if node.name == "started"}
+    running = {node for node in _nodes if node.name == "started"}
     stop_all(running, timeout)
     for node in {*_nodes} - running:
         node.wait_for_hooks(max(0.0, deadline - time.monotonic()))

@@ -5,8 +5,9 @@ registered with another unfinished parent. When no unfinished parent is left, th
 start, or it ends. So the end of a task without dependents costs nothing. The end of a parent costs no more
 than the tasks that are registered with it.
 
-Parked tasks and open answers are registered in the same way: a parked task with the task that it waits
-for, and an answer with a task that waits for it.
+Parked tasks, open answers and lists of children are registered in the same way: a parked task with the task
+that it waits for, an answer with a task that waits for it, and a list of children with their parent. A
+parent that needs only some of its children is registered with their list, and hears of each end.
 
 A task with a concurrency key waits until it gets the turn of its key. It keeps the turn until it has ended,
 even through retries. The repository ensures that two tasks never have the same turn. So several processes
@@ -22,19 +23,20 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from taskx.stores import lists
 from taskx.stores.base import Repository
-from taskx.tasks import lifecycle
+from taskx.tasks import children, lifecycle
 from taskx.tasks.bell import Agenda
 from taskx.tasks.clock import Clock
 from taskx.tasks.errors import ConfigurationError, RepositoryError, TaskNotFound, TaskxError
-from taskx.tasks.lifecycle import ANSWER, PENDING, UNFINISHED
+from taskx.tasks.lifecycle import ANSWER, CANCELLED, CHILDREN, NO_WORK, PENDING, UNFINISHED
 from taskx.tasks.log import GuardedLogger
 from taskx.tasks.model import Task
-from taskx.tasks.record import ids_from_text
+from taskx.tasks.record import FOR_PARENTS, ids_from_text
 from taskx.tasks.writes import Delete, Insert, Update
 
 #: Commits moves of tasks, with the tasks as they were read, and applies the consequences.
-Commit = Callable[[Sequence[Update | Delete], Mapping[str, Task]], object]
+Commit = Callable[[Sequence[Update | Delete], Mapping[str, Task] | None], Sequence[bool]]
 
 
 class _Scanner(ABC):
@@ -134,7 +136,11 @@ class Dependents(_Scanner):
             self._all_due = True
             self._log.warning("tasks that wait for other tasks are checked later: %s", error)
             return
-        due = [i for i, parent in waiting.items() if statuses.get(parent) not in UNFINISHED]
+        due = [
+            task_id
+            for task_id, parent in waiting.items()
+            if statuses.get(parent) not in UNFINISHED or children.may_be_list(parent)
+        ]
         if due:
             self._due.extend(due)
             self._agenda.wake_from_long_sleep()
@@ -170,6 +176,8 @@ class Dependents(_Scanner):
         awaited = self._repository.distinct("waiting_on", after, self._scan_batch)
         statuses = self._repository.statuses(awaited)
         gone = [parent for parent in awaited if statuses.get(parent) not in UNFINISHED]
+        some = [parent for parent in awaited if children.may_be_list(parent)]
+        gone += lists.done(self._repository, set(some).difference(gone))
         return gone, awaited[-1] if awaited else ""
 
     # --- processing
@@ -231,44 +239,100 @@ class Dependents(_Scanner):
         return bool(after)
 
     def _waiting_for(self, parents: Sequence[str]) -> list[str]:
-        """Return the tasks that wait for one of these parents."""
-        return [child for (child,) in self._repository.find("waiting_on", parents, ("id",))]
+        """Return the tasks that wait for one of these parents, or for some of a list that it is in."""
+        listed = {children.list_of(parent): None for parent in parents}
+        awaited = [*dict.fromkeys((*parents, *filter(None, listed)))]
+        return [child for (child,) in self._repository.find("waiting_on", awaited, ("id",))]
 
     # --- deciding
 
     def _decide(self, task_ids: Sequence[str]) -> None:
         """Move tasks on according to the statuses of their parents."""
         found = self._repository.get_many(task_ids)
-        if children := {i: t for i, t in found.items() if t.status.value == PENDING}:
-            self._move(children)
+        if waiting := {i: t for i, t in found.items() if t.status.value == PENDING}:
+            self._move(waiting)
 
-    def _move(self, children: Mapping[str, Task]) -> None:
-        parents = {parent: None for child in children.values() for parent in child.depends_on}
-        on, waiters = self._waits(children)
+    def _move(self, waiting: Mapping[str, Task]) -> None:
+        parents = {
+            parent: None
+            for task in waiting.values()
+            if task.type != CHILDREN
+            for parent in task.depends_on
+        }
+        on, waiters = self._waits(waiting)
         parents.update(dict.fromkeys(parent for parent in on.values() if parent is not None))
         statuses = self._repository.statuses([*parents])
+        following = self._following(waiting, on, statuses)
         now, moves = self._clock.now_ms(), list[Update | Delete]()
-        for child in children.values():
-            awaited, some = on.get(child.id), waiters.get(child.id, ())
-            if lifecycle.is_parked(child) or (child.id in on and awaited not in child.depends_on):
-                moves += lifecycle.moved_on(child, awaited, statuses, some, now)
+        for task in waiting.values():
+            awaited, some = on.get(task.id), waiters.get(task.id, ())
+            if task.type == CHILDREN:
+                moves += self._with_parent(task, awaited, statuses, now)
+            elif awaited is not None and (other := following.get(task.id)) is not None:
+                if other != awaited:
+                    moves.append(lifecycle.waits_for_next(task, awaited, other))
+            elif task.id in following:
+                moves.append(lifecycle.wake(task, now, held=FOR_PARENTS, waiting_on=awaited))
+            elif lifecycle.is_parked(task) or (task.id in on and awaited not in task.depends_on):
+                moves += lifecycle.moved_on(task, awaited, statuses, some, now)
             else:
-                moves.append(lifecycle.parents_moved(child, statuses, now))
+                moves.append(lifecycle.parents_moved(task, statuses, now))
         if moves:
-            self._commit(moves, children)
+            self._commit(moves, waiting)
 
     def _waits(
-        self, children: Mapping[str, Task]
+        self, waiting: Mapping[str, Task]
     ) -> tuple[Mapping[str, str | None], Mapping[str, list[str]]]:
-        """Return what parked tasks and answers wait for, by id, and the tasks that wait for each answer."""
-        answers = [i for i, child in children.items() if child.type == ANSWER]
-        parked = [i for i, child in children.items() if lifecycle.is_parked(child)]
-        if not (answers or parked):
+        """Return what parked tasks, answers and lists wait for, by id, and who waits for each answer."""
+        answers = [i for i, task in waiting.items() if task.type == ANSWER]
+        others = [i for i, t in waiting.items() if t.type == CHILDREN or lifecycle.is_parked(t)]
+        if not (answers or others):
             return {}, {}
         find, waiters = self._repository.find, dict[str, list[str]]()
         for answer, waiter in find("waiting_on", answers, ("waiting_on", "id")) if answers else ():
             waiters.setdefault(answer, []).append(waiter)
-        return dict(find("id", [*answers, *parked], ("id", "waiting_on"))), waiters
+        return dict(find("id", [*answers, *others], ("id", "waiting_on"))), waiters
+
+    # --- children
+
+    def _following(
+        self,
+        waiting: Mapping[str, Task],
+        on: Mapping[str, str | None],
+        statuses: Mapping[str, str],
+    ) -> dict[str, str | None]:
+        """Return what each parent of children waits for from now on, by id; None if it may go on."""
+        listed: dict[str, str] = {}
+        for task_id, awaited in on.items():
+            if awaited is None or waiting[task_id].type in NO_WORK:
+                continue
+            ended = statuses.get(awaited) not in UNFINISHED
+            if children.may_be_list(awaited):
+                listed[task_id] = awaited
+            elif ended and (one := children.list_of(awaited)):
+                listed[task_id] = one
+        if not listed:
+            return {}
+        found = self._repository.get_many([*{*listed.values()}])
+        theirs = {
+            task_id: found[one]
+            for task_id, one in listed.items()
+            if children.is_of(found.get(one), task_id)
+        }
+        every = {child for one in theirs.values() for child in one.depends_on}
+        known = self._repository.statuses([*every])
+        return {task_id: children.awaited(one, known) for task_id, one in theirs.items()}
+
+    def _with_parent(
+        self, listed: Task, parent: str | None, statuses: Mapping[str, str], now: int
+    ) -> list[Update | Delete]:
+        """End a list of children if their parent has ended; if that was cancelled, cancel them first."""
+        status = statuses.get(str(parent), "")
+        if parent is None or status in UNFINISHED:
+            return []
+        if status == CANCELLED:
+            lists.cancel(self._repository, lambda writes: self._commit(writes, None), listed, now)
+        return [lifecycle.listed_ended(listed, parent, status, now)]
 
 
 def _first(told: deque[str], most: int) -> list[str]:

@@ -672,7 +672,7 @@ class WorkerPool:
 
     def fire_cancelled(self) -> None:
         """Fire the tokens of the runs that were asked to cancel, perhaps by another process."""
-        for task_id in queries.asked_to_cancel(self.services.repository, list(self.runs)):
+        for task_id in queries.asked_to_cancel(self.services.repository, self.runs.ids):
             self.fire(task_id)
 
     def tell_to_stop(self) -> None:

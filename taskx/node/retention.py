@@ -44,6 +44,8 @@ def prune(
     kept = needed(repository, [task.stub.id for task in page])
     if answers := [task.stub.id for task in page if task.stub.type == lifecycle.ANSWER]:
         kept |= still_asked(services, answers)
+    if listed := [task.stub.id for task in page if task.stub.type == lifecycle.CHILDREN]:
+        kept |= _of_parents(repository, listed)
     stubs = lifecycle.prunable(page, kept, services.clock.now_ms())
     removed = sum(services.moves.commit([lifecycle.prune(stub) for stub in stubs]) if stubs else ())
     return removed, page[-1].place if len(page) == batch else None
@@ -63,6 +65,13 @@ def still_asked(services: Services, answers: Sequence[str]) -> set[str]:
     found = repository.find("id", events, ("id", "completed_at")) if events else ()
     kept.update(event for event, ended_at in found if (ended_at or 0) > now - _KEPT)
     return kept
+
+
+def _of_parents(repository: Repository, lists: Sequence[str]) -> set[str]:
+    """Return the lists of children whose parent has a record: it may be requeued."""
+    parents = {i: one.params.get("parent") for i, one in repository.get_many(lists).items()}
+    known = repository.statuses([*{str(parent) for parent in parents.values()}])
+    return {one for one, parent in parents.items() if parent in known}
 
 
 def needed(repository: Repository, task_ids: Sequence[str]) -> set[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -40,6 +39,11 @@ class Runs(dict[str, Run]):
     - the order of the runs that were started ahead;
     - abandoned attempts, after their outcome: their task may be in flight again, elsewhere.
     """
+
+    @property
+    def ids(self) -> list[str]:
+        """The ids of their tasks."""
+        return list(self.keys())  # in one step, as ``list(self)`` of a subclass is not
 
     @property
     def executing(self) -> list[Run]:
@@ -253,7 +257,7 @@ class Starter:
         self.runs = runs
         self.suspects = Suspects(runs, at_work, buffer.put_back, services.timing.alone_within)
         #: Runs that may be stored and that no thread will execute: :meth:`undo` undoes their starts.
-        self.unexecuted: deque[Run] = deque(maxlen=services.timing.most_unexecuted)
+        self.unexecuted: list[Run] = []
         self._shared = Shared(
             services.runner.alarms,
             services.log.logger,
@@ -455,6 +459,7 @@ class Starter:
         for run in runs:
             self.unexecuted.append(run)  # first: an interrupt may come in between
             self.claim(run)
+        del self.unexecuted[: -self._services.timing.most_unexecuted]
 
     def hand_back(self, runs: Iterable[Run]) -> None:
         """Undo the start of tasks that no thread executes; after an error the housekeeper does so."""
@@ -472,7 +477,7 @@ class Starter:
         try:
             with suppress(IndexError):
                 while True:
-                    runs.append(self.unexecuted.popleft())
+                    runs.append(self.unexecuted.pop(0))
             with suppress(Locked):
                 services.moves.flush()  # a start that was interrupted may be stored only now
             ids = [run.task.id for run in reversed(runs) if self._is_forgotten(run)]

@@ -112,12 +112,13 @@ class Ticker:
         # The due time of each schedule, a random number, and the name of its note. Outdated entries are
         # skipped.
         self._next: list[tuple[int, float, str]] = []
+        #: The next tick of all schedules, in milliseconds; None if there is none. A drain asks for it on a
+        #: thread of its own, which must not look at a heap that changes.
+        self.next: int | None = None
 
-    @property
-    def next(self) -> int | None:
-        """The next tick of all schedules, in milliseconds; None if there is none."""
-        first = self._next[:1]  # in one step: a drain asks, on a thread of its own
-        return first[0][0] if first else None
+    def _note_next(self) -> None:
+        """Note the next tick, after the heap has changed."""
+        self.next = self._next[0][0] if self._next else None
 
     def was_there(self) -> None:
         """Note that this node was running since the last round, so that no tick in between was missed."""
@@ -217,6 +218,7 @@ class Ticker:
                 (due, lot, name) for due, lot, name in self._next if self._is_due(name, due)
             ]
             heapq.heapify(self._next)
+            self._note_next()
         if self._refresh_at:  # else another refresh was requested
             pause = max(self._services.timing.schedules_every, _REFRESH_FACTOR * self._refresh_took)
             pause = min(pause, self._services.timing.longest_schedules_every)
@@ -268,6 +270,7 @@ class Ticker:
             read.due = due
             if due is not None:
                 heapq.heappush(self._next, (due, self._chance(), read.name))
+                self._note_next()
 
     def _due_names(self) -> list[str]:
         """Return the schedules whose tick has come, by what is known in memory; at most a batch."""
@@ -277,6 +280,7 @@ class Ticker:
         ):
             self._making = True  # before the pop: a drain must wait for this tick
             due, _, name = heapq.heappop(self._next)
+            self._note_next()
             if self._is_due(name, due):
                 self._read[name].due = None
                 names[name] = None

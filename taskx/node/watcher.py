@@ -20,7 +20,8 @@ from taskx.stores.queries import Changes, runs_somewhere
 from taskx.tasks.bell import Agenda, Rest, Signal
 from taskx.tasks.errors import RepositoryError, on_main_thread
 from taskx.tasks.handles import TaskHandle
-from taskx.tasks.lifecycle import ANSWER, ENDED, FINISHED
+from taskx.tasks.in_use import InUse
+from taskx.tasks.lifecycle import ENDED, FINISHED, NO_WORK
 from taskx.tasks.log import Complaint, GuardedLogger
 from taskx.tasks.model import Task
 from taskx.tasks.timing import Timing
@@ -65,7 +66,7 @@ class Watcher:
         #: The ids of the watched tasks.
         self.watched = self._handles.keys()
         #: The tasks of maps that tell of failures themselves: objects that contain their ids.
-        self.reported: weakref.WeakSet[Container[str]] = weakref.WeakSet()
+        self.reported = InUse[Container[str]]()
         # Handles that have ended, and whose listeners are not told yet.
         self._ended: deque[TaskHandle[Any]] = deque()
         self._thread: threading.Thread | None = None
@@ -113,7 +114,7 @@ class Watcher:
             return
         self._warned = True
         task = self._repository.get_many([task_id]).get(task_id)
-        if task is None or task.status.finished or task.type == ANSWER:
+        if task is None or task.status.finished or task.type in NO_WORK:
             return
         if not runs_somewhere(self._repository, task.type):
             self._log.warning(
@@ -285,12 +286,13 @@ class Watcher:
 
     def _listen(self) -> Listener | None:
         """Listen for tasks that end in other processes, if the repository supports it."""
-        if self._listener is None and not self._closed:
-            try:
-                self._listener = self._repository.news.listen(ENDED)
-            except Exception:  # noqa: BLE001  (a defect of a repository)
-                self._log.exception(_DEAF)
-        return self._listener
+        with self._lock:  # the thread before this one may be about to listen
+            if self._listener is None and not self._closed:
+                try:
+                    self._listener = self._repository.news.listen(ENDED)
+                except Exception:  # noqa: BLE001  (a defect of a repository)
+                    self._log.exception(_DEAF)
+            return self._listener
 
     def _listen_no_more(self) -> None:
         listener, self._listener = self._listener, None

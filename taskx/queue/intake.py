@@ -351,7 +351,12 @@ class Intake:
     # --- many
 
     def accept_many(
-        self, tasks: Iterable[Task], priority: int | None = None, *, spill: bool = False
+        self,
+        tasks: Iterable[Task],
+        priority: int | None = None,
+        *,
+        spill: bool = False,
+        also: Sequence[Insert] = (),
     ) -> list[str]:
         """Store tasks in one transaction, all or none; return their ids in the same order.
 
@@ -359,6 +364,7 @@ class Intake:
             tasks: the tasks to store; they are not changed.
             priority: overrides the priorities of the tasks and of their executors, even with 0.
             spill: tasks that do not fit into the buffer stay in the repository, whatever ``overflow`` says.
+            also: records that are no work, to be stored in that transaction.
 
         Raises:
             TaskxError: its class tells the reason. Nothing was stored, unless ``in_doubt`` is True.
@@ -376,7 +382,7 @@ class Intake:
             refuse = self._overflow == "reject" and not spill
             fresh = all(insert.fresh for insert in inserts)
             self._reserve_many(inserts, places, refuse=refuse, fresh=fresh)
-            self._store_whole(inserts)
+            self._store_whole([*inserts, *also])
             for place in places:
                 place.fill()
         except BaseException as error:
@@ -486,8 +492,10 @@ def prepare(
     registry = services.registry
     if registry.values:
         task = encoded(task, registry.values)
-    if task.type == lifecycle.ANSWER:
+    if task.type in lifecycle.NO_WORK:
         services.repository.require("answers")
+        if task.type == lifecycle.CHILDREN:
+            raise ConfigurationError("only ctx.run_all() and ctx.fork() make lists of children")
         return lifecycle.opened(
             new_record(task, services.clock.now_ms(), registry.max_payload_size)
         )

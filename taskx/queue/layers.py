@@ -10,6 +10,7 @@ from taskx.attempt.registry import Layer, Middleware
 from taskx.queue.intake import Intake
 from taskx.tasks.model import Task
 from taskx.tasks.options import OnConflict
+from taskx.tasks.writes import Insert
 
 #: Store tasks, and return their ids.
 Store = Callable[[Sequence[Task]], Sequence[str]]
@@ -41,9 +42,11 @@ class LayeredIntake:
     def accept_plain(self, type: str, params: Any) -> None:
         """Return None: middleware is given tasks."""
 
-    def accept_many(self, tasks: Iterable[Task], *, spill: bool = False) -> Sequence[str]:
+    def accept_many(
+        self, tasks: Iterable[Task], *, spill: bool = False, also: Sequence[Insert] = ()
+    ) -> Sequence[str]:
         """Do the same as :meth:`Intake.accept_many`."""
-        return self._inside(partial(self._intake.accept_many, spill=spill), [*tasks])
+        return self._inside(partial(self._intake.accept_many, spill=spill, also=also), [*tasks])
 
     def _inside(self, store: Store, tasks: Sequence[Task]) -> Sequence[str]:
         for layer in reversed(self._layers):

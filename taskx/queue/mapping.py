@@ -6,7 +6,6 @@ import _thread
 import json
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import TimeoutError
 from contextlib import suppress
@@ -19,7 +18,7 @@ from taskx.node.moving import Services
 from taskx.queue.intake import Intake, encoded, task_of
 from taskx.queue.layers import LayeredIntake
 from taskx.stores.base import Repository
-from taskx.tasks import payload
+from taskx.tasks import lifecycle, payload
 from taskx.tasks.bell import Signal
 from taskx.tasks.checks import as_seconds, check_int, check_number
 from taskx.tasks.clock import Clock
@@ -144,6 +143,8 @@ class _Submitter:
     clock: Clock
     #: The ids of tasks that had completed before; each is removed when its item is noted.
     stored: set[str] = attrs.field(init=False, factory=set)
+    #: The versions of the executor of which the log has said that their items run again.
+    replaced: set[str | None] = attrs.field(init=False, factory=set)
     #: The name of the only param that a plain item is; None if the executor must find out.
     param: str | None = attrs.field(init=False)
     #: The name and the annotation of the first parameter, if that takes no tuple; else None.
@@ -240,8 +241,11 @@ class _Submitter:
                 here = under_way()
                 found.update((task_id, here[task_id]) for task_id in left if task_id in here)
                 stored = self.owner.repository.get_many([i for i in left if i not in found])
-                for task_id, task in stored.items():
-                    found[task_id] = self._known(left[task_id], task)
+                outdated = [task for task in stored.values() if self._is_outdated(task)]
+                self._discard(outdated)  # and so they are submitted again
+                for task in stored.values():
+                    if task not in outdated:
+                        found[task.id] = self._known(left[task.id], task)
                 left = {task_id: task for task_id, task in left.items() if task_id not in found}
             except (ConfigurationError, PayloadError, UnknownTaskType) as error:
                 if len(left) > 1:  # the others are submitted without the one that is not valid
@@ -260,6 +264,32 @@ class _Submitter:
             return
         for task in tasks:
             intake.accept(task, priority, spill=True)
+
+    @property
+    def version(self) -> str | None:
+        """The version of the executor; None if it has none, or is in another process."""
+        known = self.owner._services.registry.registered.get(self.type)
+        return None if known is None else known.options.version
+
+    def _is_outdated(self, stored: Task) -> bool:
+        """Return True if a task of this map has ended with another version of the executor."""
+        version = self.version
+        ran = stored.type == self.type and stored.status.finished and stored.starts > 0
+        return ran and version is not None and stored.version != version
+
+    def _discard(self, tasks: Sequence[Task]) -> None:
+        """Remove tasks that have ended, unless they have moved since they were read."""
+        if not tasks:
+            return
+        services, version = self.owner._services, self.version
+        services.repository.transactions.refuse_write()
+        for old in {task.version for task in tasks} - self.replaced:
+            self.replaced.add(old)
+            services.log.warning(
+                "map %s: items that %s of the executor has run are run again by version %s",
+                *(self.name or self.type, f"version {old}" if old else "no version", version),
+            )
+        services.moves.commit([lifecycle.discard(task) for task in tasks])
 
     def _known(self, task: Task, stored: Task) -> _Outcome:
         """Return a handle for a stored task; return an error if it does not belong to this map."""
@@ -314,14 +344,15 @@ class _Window:
         self.submitter = submitter
         self._ordered = ordered
         self._every = every
-        self._places: deque[_Place] = deque()
+        # Lists, of which a copy is one step: another thread may change them.
+        self._places: list[_Place] = []
         # The places that may have no outcome yet: those that were added last, and others before them.
-        self._drawn: deque[_Place] = deque()
+        self._drawn: list[_Place] = []
         # Held by the thread that submits.
         self._submitting = _thread.allocate_lock()
         # Other threads remove handles. So no code here iterates over it, only over a copy.
         self._unfinished: dict[TaskHandle[Any], None] = {}
-        self._unwatched: deque[TaskHandle[Any]] = deque()
+        self._unwatched: list[TaskHandle[Any]] = []
         self._bell: Signal | None = None
         #: Submit what was drawn while fewer tasks than this are unfinished.
         self.few = math.inf
@@ -412,7 +443,7 @@ class _Window:
         drawn, some = self._drawn, False
         while True:
             while drawn and drawn[0].outcome is not None:
-                drawn.popleft()
+                del drawn[0]
             lump: dict[str, _Place] = {}
             for place in [*drawn]:
                 if (task := place.task) is None or task.id in lump:
@@ -452,8 +483,7 @@ class _Window:
         """Have the ends of all its tasks reported from now on."""
         if handles := [*self._unwatched]:
             self.submitter.owner.watch(*handles)
-            for _ in handles:
-                self._unwatched.popleft()
+            del self._unwatched[: len(handles)]
 
     # --- results
 

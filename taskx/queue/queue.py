@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -48,6 +47,7 @@ from taskx.tasks.config import Config
 from taskx.tasks.errors import ConfigurationError, RepositoryError
 from taskx.tasks.handles import TaskHandle
 from taskx.tasks.ids import new_id
+from taskx.tasks.in_use import InUse
 from taskx.tasks.log import GuardedLogger, check_logger
 from taskx.tasks.model import (
     Task,
@@ -65,6 +65,7 @@ from taskx.tasks.options import (
 from taskx.tasks.ticks import Every, Misfire
 from taskx.tasks.timing import DEFAULT_TIMING, Timing
 from taskx.tasks.values import Values
+from taskx.tasks.writes import Insert
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing from 3.11 on
@@ -157,7 +158,15 @@ class Queue(Questions, Steering):
         watcher = Watcher(repository, log, agenda, timing, signal, threaded=threaded)
         moves = Moves(repository, agenda, hooks, watcher, clock, log, timing, config.redact)
         runner = engine.make_runner(clock, timing, most)
-        keeper = Keeper(repository, moves.commit, most, registry.values, clock, timing)
+        keeper = Keeper(
+            repository,
+            moves.commit,
+            most,
+            registry.values,
+            clock,
+            timing,
+            self._submit_children,
+        )
         own = (repository, moves, Controls(repository), agenda)
         self._services = services = Services(
             *own, registry, runner, keeper, watcher, hooks, clock, log, timing
@@ -169,6 +178,16 @@ class Queue(Questions, Steering):
         self._joining = Joining(services, node, config, work)
         self._entrance = layered(self._intake, registry.middleware)
         self._schedules.wire(services, self._intake, self._joining, node)
+
+    def _submit_children(self, tasks: Sequence[Task], priority: int, listed: Insert) -> None:
+        """Store the children of a task and the record of their list, with at least this priority."""
+        known, made = self._registry.registered, list[Task]()
+        for task in tasks:
+            own = task.priority
+            if not own and (executor := known.get(task.type)) is not None:
+                own = executor.options.priority or 0
+            made.append(task if own >= priority else attrs.evolve(task, priority=priority))
+        self._entrance.accept_many(made, spill=True, also=[listed])
 
     def _make_intake(self, work: Work) -> Intake:
         return Intake(self._services, self._node, self.config, work)
@@ -235,6 +254,8 @@ class Queue(Questions, Steering):
                 ``rate``).
             limit_scope: ``"node"`` (default): each node has these limits for itself; ``"global"``:
                 all nodes share them.
+            version: the version of the code, a number or a text; the record of a task has that of the
+                executor that ran it last. A map of the same name runs items of other versions again.
             replace: replace the type's executor if there is one, for notebook cells that run again.
                 Tasks that are running end with the old code. The isolation and the limits must be the
                 same.
@@ -859,11 +880,11 @@ def node_of(queue: Queue, workers: int | None = None) -> LocalNode:
     return queue._node
 
 
-_queues: weakref.WeakSet[Queue] = weakref.WeakSet()
+_queues = InUse[Queue]()
 
 
 def _renew_all_after_fork() -> None:
-    for queue in list(_queues):
+    for queue in _queues:
         queue._renew_after_fork()
 
 

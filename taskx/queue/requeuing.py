@@ -35,7 +35,9 @@ _REQUEUEABLE = (TaskStatus.FAILED, TaskStatus.CANCELLED)
 
 
 def _waits(task: Task, parents: Mapping[str, Task]) -> bool:
-    pending = task.status is TaskStatus.PENDING and not lifecycle.is_parked(task)
+    # A list of children waits for its parent.
+    others = lifecycle.is_parked(task) or task.type == lifecycle.CHILDREN
+    pending = task.status is TaskStatus.PENDING and not others
     return pending and not parents.keys().isdisjoint(task.depends_on)
 
 

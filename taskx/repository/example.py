@@ -356,6 +356,8 @@ def _apply_one(connection: sqlite3.Connection, write: Write) -> bool:
         )
     except sqlite3.IntegrityError:  # another row has the value of a unique column
         return False
+    if "depends_on" in write.changes:
+        _add_parents(connection, write.id, write.changes["depends_on"])
     return True
 
 
@@ -365,9 +367,13 @@ def _insert(connection: sqlite3.Connection, row: Mapping[str, Any]) -> bool:
         connection.execute(sql, tuple(row.values()))
     except sqlite3.IntegrityError:  # the id or a unique value is taken
         return False
-    pairs = [(parent, row["id"]) for parent in parents_from_text(row["depends_on"])]
-    connection.executemany("INSERT OR IGNORE INTO parents VALUES (?, ?)", pairs)
+    _add_parents(connection, row["id"], row["depends_on"])
     return True
+
+
+def _add_parents(connection: sqlite3.Connection, task_id: str, parents: str | None) -> None:
+    pairs = [(parent, task_id) for parent in parents_from_text(parents)]
+    connection.executemany("INSERT OR IGNORE INTO parents VALUES (?, ?)", pairs)
 
 
 def _put_note(connection: sqlite3.Connection, change: NoteChange) -> bool:

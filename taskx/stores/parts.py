@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 import threading
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, TypeVar
+
+from taskx.tasks.in_use import InUse
 
 if TYPE_CHECKING:
     from taskx.tasks.findings import Check
@@ -136,7 +137,7 @@ class Forks:
 
 
 F = TypeVar("F", bound=Forks)
-_told: weakref.WeakSet[Forks] = weakref.WeakSet()
+_told = InUse[Forks]()
 _one_fork = threading.Lock()
 _prepared: list[Forks] = []
 
@@ -149,7 +150,7 @@ def at_forks(forks: F) -> F:
 
 def _before_fork() -> None:
     _one_fork.acquire()
-    for forks in list(_told):
+    for forks in _told:
         forks.before_fork()
         _prepared.append(forks)
 
@@ -164,7 +165,7 @@ def _renew_all_after_fork() -> None:
     global _one_fork
     _one_fork = threading.Lock()
     _prepared.clear()
-    for forks in list(_told):
+    for forks in _told:
         forks.renew_after_fork()
 
 

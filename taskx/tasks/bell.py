@@ -15,6 +15,8 @@ from taskx.tasks.timing import Timing
 # one check.
 _TIMES = 50
 
+_release = _thread.LockType.release
+
 
 class Bell:
     """Wakes threads that wait: a ``Condition`` without its own lock.
@@ -53,15 +55,11 @@ class Bell:
         """Wake up to ``most`` of the threads that listen, first the threads that have listened longest."""
         while most > 0 and self.listening:
             try:
-                ear = self.listening[0]
+                # In one step: no other thread rings it, too, and no exception strikes in between.
+                next(map(_release, iter(self.listening.popleft, None)))
             except IndexError:  # the thread has left
                 return
-            try:
-                ear.release()
-                most -= 1
-            except RuntimeError:  # another thread wakes it, or an exception struck below
-                pass
-            self.leave(ear)
+            most -= 1
 
     def ring_all(self) -> None:
         """Wake all threads that listen."""

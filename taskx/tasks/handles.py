@@ -18,8 +18,6 @@ from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED, PENDING
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
-import attrs
-
 from taskx.tasks import payload
 from taskx.tasks.bell import Signal
 from taskx.tasks.checks import Duration, in_seconds, optional_seconds
@@ -528,12 +526,15 @@ class _Waiters:
             self._handle._listen(_Waiter(waiter))
 
     def remove(self, waiter: Any) -> None:
-        self._handle._unlisten(_Waiter(waiter))
+        for listener in list(self._handle._listeners):
+            if isinstance(listener, _Waiter) and listener.waiter is waiter:
+                self._handle._unlisten(listener)
 
 
-@attrs.frozen(repr=False)
 class _Waiter:
-    waiter: Any
+    # Without ``__eq__``, as each listener: Python code could run in the middle of ``list.remove``.
+    def __init__(self, waiter: Any) -> None:
+        self.waiter = waiter
 
     def __call__(self, handle: TaskHandle[Any]) -> None:
         if handle._state_now == CANCELLED_AND_NOTIFIED:

@@ -64,6 +64,10 @@ FINISHED = (COMPLETED, FAILED, CANCELLED)
 
 #: The type of answers: no executor runs them; somebody finishes them.
 ANSWER = "answer"
+#: The type of the records that stand for a list of children: see :mod:`taskx.tasks.children`.
+CHILDREN = "children"
+#: The types of the tasks that are no work.
+NO_WORK = frozenset({ANSWER, CHILDREN})
 #: The ids of answers that belong to no task begin with this.
 EVENT = "event/"
 
@@ -398,6 +402,18 @@ def parents_moved(child: Task, statuses: Mapping[str, str], now: int) -> Update:
     return Update(child.id, guard, changes, move="orphan", skips=True)
 
 
+def wait_for_more(child: Task, parents: Sequence[str]) -> Update:
+    """Let a task that waits for its parents depend on further tasks.
+
+    One of its parents runs, so nobody decides about it until that ends. Somebody may have read it for a
+    decision after that: the guard of this will fail, because ``starts`` is raised.
+    """
+    every = [*dict.fromkeys((*child.depends_on, *parents))]
+    changes = {"depends_on": ids_to_text(every), "starts": child.starts + 1}
+    guard = {"status": PENDING, "held": FOR_PARENTS, "starts": child.starts}
+    return Update(child.id, guard, changes, durable=True, move="parents moved")
+
+
 def wait_again(child: Task, parents: Mapping[str, Task], now: int) -> list[Update]:
     """Let a task go on waiting for parents that are requeued in the same transaction.
 
@@ -521,6 +537,30 @@ def asked_again(answer: Task, asker: str, now: int) -> Update:
     return Update(answer.id, guard, changes, move="requeue")
 
 
+def listed_ended(listed: Task, parent: str, status: str, now: int) -> Update:
+    """End the record of a list of children with their parent, which has this status."""
+    guard = {"status": PENDING, "starts": listed.starts, "waiting_on": parent}
+    changes = {"status": COMPLETED, "completed_at": now, "held": FREE, "waiting_on": None}
+    if status == CANCELLED:
+        changes.update(status=CANCELLED, error=f"{_WAITED}{parent} {_ENDS[CANCELLED]}")
+    move = "cancel" if status == CANCELLED else "finish"
+    return Update(listed.id, guard, changes, move=move, skips=True)
+
+
+def listed_again(listed: Task, parent: str) -> Update:
+    """Open the record of a list of children again: its parent had ended, and was requeued."""
+    guard = {"status": FINISHED, "starts": listed.starts}
+    changes = {name: DEFAULTS[name] for name in _AS_NEW}
+    changes.update(held=FOR_PARENTS, waiting_on=parent)
+    return Update(listed.id, guard, changes, move="requeue")
+
+
+def waits_for_next(task: Task, on: str, following: str) -> Update:
+    """Let a parked task wait for another one instead of this one."""
+    guard = {"status": PENDING, "starts": task.starts, "held": FOR_PARENTS, "waiting_on": on}
+    return Update(task.id, guard, {"waiting_on": following}, move="parents moved", skips=True)
+
+
 def wake(task: Task, now: int, **guard: Any) -> Update:
     """Let a task start that waits for a time, or for the end of another task, in the middle of an attempt.
 
@@ -564,6 +604,8 @@ def start(task: Task, now: int, node: str, worker: str = "") -> Update | None:
         "max_attempts": task.max_attempts,
         "max_crashes": task.max_crashes,
     }
+    if task.version is not None or task.starts:  # an earlier start may have stored another version
+        changes["version"] = task.version
     if task.unique_key is not None:
         changes.update(unique.freed_by_start(task))
     if task.expires_at is not None and has_expired(task, now):
@@ -582,7 +624,7 @@ def start_all(tasks: Sequence[Task], now: int, node: str, worker: str) -> list[U
             continue
         alike = (
             *(task.status, task.starts, task.timeout),
-            *(task.max_attempts, task.max_crashes),
+            *(task.max_attempts, task.max_crashes, task.version),
         )
         if (rest := known.get(alike)) is not None:
             made.append(_update((task.id, *rest)))
@@ -956,10 +998,10 @@ def lift_bar(task: Task, now: int) -> list[Update]:
 def check_requeue(task: Task) -> None:
     """Raise ``InvalidTransition`` for a task that cannot be requeued."""
     if was_asked(task):
-        raise InvalidTransition(
-            f"{task.id} is an answer that a task has asked for: requeue that task, with from_step to "
-            "ask again"
-        )
+        what, how = "an answer that a task has asked for", ", with from_step to ask again"
+        if task.type == CHILDREN:
+            what, how = "the list of a task's children", ""
+        raise InvalidTransition(f"{task.id} is {what}: requeue that task{how}")
     if task.status.value not in REQUEUEABLE:
         raise InvalidTransition(
             f"task {task.id} is {task.status}; only failed or cancelled tasks can be requeued. "
@@ -979,7 +1021,12 @@ _INSTEAD = {
 
 
 def was_asked(task: Task) -> bool:
-    """Return True for an answer that a task has asked for, which that task asks for again."""
+    """Return True for an answer that a task has asked for, and for a list of its children.
+
+    That task asks for it again.
+    """
+    if task.type == CHILDREN:
+        return True
     return task.type == ANSWER and "/" in task.id and not task.depends_on
 
 
@@ -1199,7 +1246,7 @@ _NOT_BY_HAND = frozenset(
         *("id", "type", "status", "created_at", "starts", "owner", "cancel_requested_at"),
         *("completed_at", "errors", "crashes", "interruptions", "snoozes", "earlier_attempts"),
         *("unique_key", "unique_scope", "depends_on", "on_parent_failure", "concurrency_key"),
-        *("stuck_on", "checkpoints", "log", *INTERNAL),
+        *("stuck_on", "checkpoints", "log", "version", *INTERNAL),
     )
 )
 

@@ -170,6 +170,7 @@ class Task:
         stuck_on: the id of the node on which a thread of an ended attempt still runs; empty if none does.
         checkpoints: the values that its executor stored for later attempts; None for none.
         log: the captured log of its executor, if capturing is on.
+        version: the version of the executor that ran it last, as text; None if the executor had none.
         damage: describes the part of the stored record that could not be read; empty if all is well.
             Never stored.
     """
@@ -216,6 +217,7 @@ class Task:
     stuck_on: str = ""
     checkpoints: dict[str, Any] | None = None
     log: str = ""
+    version: str | None = None
     damage: str = attrs.field(default="", eq=False)
 
     def __repr__(self) -> str:

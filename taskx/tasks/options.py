@@ -17,7 +17,7 @@ from taskx.tasks.checks import Duration, as_seconds, check_int, check_number
 from taskx.tasks.clock import LAST, Clock, to_datetime, to_ms, within_calendar
 from taskx.tasks.conditions import ParamsFilter
 from taskx.tasks.errors import ConfigurationError
-from taskx.tasks.model import TaskFilter, TaskStatus, check_filter, check_moment
+from taskx.tasks.model import TaskFilter, TaskStatus, check_filter, check_moment, check_name
 from taskx.tasks.rate import Limit, LimitScope, rate_of
 from taskx.tasks.retry import RetryPolicy
 from taskx.tasks.tags import check_tags
@@ -104,6 +104,7 @@ class ExecutorOptions(RunOptions, LimitOptions, total=False):
     capture_log: bool | int | str | None
     isolation: Isolation | None
     grace: Duration | None
+    version: int | str | None
     replace: bool | None
 
 
@@ -218,6 +219,14 @@ def _tags(value: Any) -> tuple[str, ...] | None:
     return None if value is None else check_tags(value) or None
 
 
+def _version(value: Any) -> str | None:
+    if value is None or (type(value) is str and value != ""):
+        return None if value is None else check_name(value, "version")
+    if type(value) is not int:
+        raise ConfigurationError(f"version must be a whole number or a text, not {value!r}")
+    return str(value)
+
+
 def one_of(literal: Any) -> Callable[[Any, str], None]:
     """Return a check that accepts only the values of a ``Literal``."""
     known = get_args(literal)
@@ -274,6 +283,7 @@ class Options:
     rate: str | tuple[int, Duration] | None = None
     burst: int | None = None
     limit_scope: LimitScope | None = None
+    version: str | None = attrs.field(default=None, converter=_version)
     replace: bool | None = None
 
     def __attrs_post_init__(self) -> None:

@@ -150,7 +150,7 @@ _AS_CREATED = (
     "pending", None, "", 0, "", None, None, 0, None,
     None, None, None, None, None, None, None,
     0, 0, 0, 0, 0, None, 0,
-    "", "", "", "", "", None, "",
+    "", "", "", "", "", None, "", None,
 )  # fmt: skip
 
 
@@ -161,7 +161,7 @@ def task_from_row(row: Sequence[Any], codecs: Codecs = NO_CODECS) -> Task:
         started_at, completed_at, duration, priority, run_at, timeout, max_attempts, max_crashes,
         retry, unique_key, unique_scope, depends_on, on_parent_failure, concurrency_key, expires_at,
         tags, errors, crashes, interruptions, snoozes, starts, cancel_requested_at, dead_letter,
-        error_type, traceback, owner, worker, earlier, stuck_on, checkpoints, log,
+        error_type, traceback, owner, worker, earlier, stuck_on, checkpoints, log, version,
     ) = row  # fmt: skip
     try:
         params = payload.loads(params) if params != "{}" else {}
@@ -169,7 +169,7 @@ def task_from_row(row: Sequence[Any], codecs: Codecs = NO_CODECS) -> Task:
             status, result, error, progress, message, started_at, completed_at, duration, retry,
             unique_key, unique_scope, depends_on, on_parent_failure, concurrency_key, expires_at, tags,
             errors, crashes, interruptions, snoozes, starts, cancel_requested_at, dead_letter,
-            error_type, traceback, worker, earlier, stuck_on, checkpoints, log,
+            error_type, traceback, worker, earlier, stuck_on, checkpoints, log, version,
         )  # fmt: skip
         if rest == _AS_CREATED and type(params) is dict and CODEC_KEY not in params:
             "".join((id_, type_, created_by, owner))
@@ -251,6 +251,8 @@ def task_from_row(row: Sequence[Any], codecs: Codecs = NO_CODECS) -> Task:
             task.tags, task.flow = split(labels_from_text(tags))
         if stuck_on or log:
             task.stuck_on, task.log = stuck_on, log
+        if version is not None:
+            task.version = _text(version)
         if checkpoints is not None:
             stored = _object_from_text(checkpoints)
             task.checkpoints = codecs.value(stored) if CODEC_KEY in stored else stored

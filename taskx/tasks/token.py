@@ -6,6 +6,7 @@ import _thread
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from taskx.tasks.checks import Duration, in_seconds
 from taskx.tasks.clock import SYSTEM_CLOCK, Clock
@@ -108,7 +109,7 @@ class CancelToken:
             self._run_callbacks()
 
         def remove() -> None:
-            if callback in self._callbacks:
+            with suppress(ValueError):  # it has been called, or was removed before
                 self._callbacks.remove(callback)
 
         return remove

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
 
 import attrs
@@ -82,13 +82,16 @@ class Outcome(Generic[R]):
 class _RecordingContext(Context):
     """A context that keeps what the executor tells."""
 
-    __slots__ = ("_outcome",)
+    __slots__ = ("_declare", "_outcome")
 
-    def __init__(self, run: Run, capture: Capture, outcome: Outcome[Any]) -> None:
+    def __init__(
+        self, run: Run, capture: Capture, outcome: Outcome[Any], declare: Callable[..., object]
+    ) -> None:
         shared = run.context._shared
         logger = CapturedLogger(shared.log, capture)
         super().__init__(run.task, run.token, shared._replace(log=logger))
         self._outcome = outcome
+        self._declare = declare
 
     def progress(self, percent: float, message: str = "") -> None:
         super().progress(percent, message)
@@ -103,6 +106,11 @@ class _RecordingContext(Context):
         result = super().step(name, called)
         self._outcome.steps[name] = result
         return result
+
+    def run_all(self, name: str, tasks: Iterable[Task], **how: Any) -> list[Any]:
+        made = [*tasks]  # their executors are no part of this
+        self._declare(*(task.type for task in made if isinstance(task, Task)))
+        return super().run_all(name, made, **how)
 
     @property
     def cursor(self) -> Any:
@@ -191,7 +199,8 @@ def run_executor(
             called. A loop that only asks its token is cancelled, too: after the first thousand looks in a
             row, each look lets a millisecond pass.
         attempt: the number of the attempt.
-        steps: the results of the steps that earlier attempts have stored, by name, and of answers.
+        steps: the results of the steps that earlier attempts have stored, by name, of answers, and of lists
+            of children.
         cursor: the cursor that an earlier attempt has stored.
         parents: the results of the tasks that ``ctx.parents`` returns.
         clock: the clock; a new one by default.
@@ -222,7 +231,7 @@ def run_executor(
         run.task, steps=dict(steps or {}), cursor=cursor, values=run.executor.values
     )
     run.capture = _Records(log_prefix(task_id, type_), outcome)
-    run.context = _RecordingContext(run, run.capture, outcome)
+    run.context = _RecordingContext(run, run.capture, outcome, queue.declare)
     seconds = optional_seconds(cancel_after)
     if seconds == 0:
         queue.cancel_task(task_id)

@@ -249,7 +249,7 @@ def _run_child(point: str, passing: int, program: Callable[[], object]) -> NoRet
 
 def _die_at(point: str, passing: int) -> None:
     """Kill this process when a task of any queue passes a point for that time."""
-    lock, armed, left = threading.Lock(), set[int](), passing
+    lock, armed, left = threading.Lock(), list[object](), passing
 
     def strike() -> None:
         nonlocal left
@@ -259,9 +259,9 @@ def _die_at(point: str, passing: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def arm(queue: Queue) -> None:
-        place = id(queue._services if point == "in the executor" else queue.repository)
-        if place not in armed:  # queues may share a repository
-            armed.add(place)
+        place = queue._services if point == "in the executor" else queue.repository
+        if not any(place is known for known in armed):  # queues may share a repository
+            armed.append(place)
             _install(queue, point, strike)
 
     def wire(inner: Callable[[Queue], None], queue: Queue) -> None:

@@ -170,7 +170,13 @@ class PrimitivesContract(Contract):
         changed |= {"error": "broke", "error_type": "OSError", "traceback": "Traceback …"}
         changed |= {"started_at": self.NOW + 2, "cancel_requested_at": self.NOW + 3}
         changed |= {"errors": 1, "crashes": 2, "interruptions": 3, "snoozes": 4, "starts": 5}
-        changed |= {"dead_letter": 1, "worker": "host:1", "log": "ä\nö\n", "held": FREE}
+        changed |= {
+            "dead_letter": 1,
+            "worker": "host:1",
+            "log": "ä\nö\n",
+            "held": FREE,
+            "version": "2",
+        }
         changed["earlier_attempts"] = '[["failed",1,2,"w","e","t","T"]]'
         changed["checkpoints"] = '{"steps":{"a.$b":[1,null,{"":2.5}]},"cursor":"ä"}'
         if not repository.shortcoming:
@@ -311,9 +317,13 @@ class PrimitivesContract(Contract):
         self.add(repository, "r", depends_on=ids_to_text(["p", "q"]))
         self.add(repository, "s", depends_on=ids_to_text(["r", "q"]))
         self.assert_found(repository, "parent", {"p": "r", "q": "rs", "r": "s"})
+        self.change(
+            repository, "s", depends_on=ids_to_text(["r", "q", "p"])
+        )  # it gets more of them
+        self.assert_found(repository, "parent", {"p": "rs", "q": "rs", "r": "s"})
         self.end(repository, "s")
         self.apply(repository, Delete("r", {}))
-        self.assert_found(repository, "parent", {"q": "s", "r": "s"})
+        self.assert_found(repository, "parent", {"p": "s", "q": "s", "r": "s"})
         self.apply(repository, Delete("s", {}))
         self.assert_found(repository, "parent", {})
 

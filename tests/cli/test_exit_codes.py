@@ -8,6 +8,8 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -32,16 +34,16 @@ def url(tmp_path):
     return f"sqlite:///{tmp_path}/tasks.db"
 
 
-def program(*args: str, **settings) -> subprocess.Popen[str]:
-    """Start ``python -m taskx``."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "taskx", *args],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        **settings,
-    )
+@contextmanager
+def program(*args: str) -> Iterator[subprocess.Popen[str]]:
+    """Run ``python -m taskx`` during a block."""
+    command = [sys.executable, "-m", "taskx", *args]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, cwd=ROOT, **pipes) as started:
+        try:
+            yield started
+        finally:
+            started.kill()
 
 
 def test_0_is_ok(url):

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 
 import pytest
 from helpers import PATIENCE, ROOT, eventually
@@ -91,12 +92,16 @@ def test_the_command_runs_tasks_until_it_is_told_to_stop(tmp_path):
     )
     command = [sys.executable, "-m", "taskx", "worker", "app:queue", "--threads", "1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
-    ) as process:
-        with SQLiteRepository(tmp_path / "tasks.db") as repository:
-            eventually(lambda: repository.nodes())
-            eventually(lambda: repository.get_by_id("x").result == "fine")
+    with ExitStack() as stack:
+        process = stack.enter_context(
+            subprocess.Popen(
+                command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+            )
+        )
+        stack.callback(process.kill)
+        repository = stack.enter_context(SQLiteRepository(tmp_path / "tasks.db"))
+        eventually(repository.nodes)
+        eventually(lambda: repository.get_by_id("x").result == "fine")
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0

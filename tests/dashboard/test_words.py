@@ -46,11 +46,12 @@ def texts_in_python():
 def texts_in_tables():
     """Yield the texts that are chosen while the dashboard runs."""
     from taskx.programs.dashboard import charts, display
-    from taskx.programs.dashboard.screens import failures, task, tasks, types
+    from taskx.programs.dashboard.screens import answers, failures, task, tasks, types
 
     yield from ((text, "display") for text in (*display._DAYS, *(u[1] for u in display._UNITS)))
     yield from ((status, "charts") for status in charts.STATUSES)
     yield from ((state, "task") for state in task.STATES)
+    yield from ((text, "answers") for _, text in answers.KINDS)
     yield from ((text, "types") for text in types._LIMITS.values())
     yield from ((text, "failures") for _, text, _ in failures.PERIODS)
     yield from ((label, "tasks") for _, label, _ in tasks.BUTTONS)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import CancelledError
 
 import pytest
-from helpers import PATIENCE, eventually
+from helpers import PATIENCE
 from kinds import NO_RABBITMQ
 
 from engines.conftest import Ground, with_workers
@@ -54,7 +54,7 @@ def fill(site: Ground, word: str) -> list:
 
 def look_again(site: Ground) -> None:
     """Wait until the node with threads has read what is stored now. It reads after it has answered."""
-    [node] = [node.id for node in site.queue.nodes() if node.workers]
+    [node] = [node.id for node in site.queue.nodes() if node.workers and node.alive]
     for _ in range(2):
         site.queue.stacks(node, timeout=PATIENCE)
 
@@ -142,7 +142,6 @@ def test_a_running_task_is_cancelled_and_a_pending_one_never_starts(site, word):
     running.cancel()
     with pytest.raises(CancelledError):
         running.result(PATIENCE)
-    assert running.task().duration < 10
     gates = fill(site, word + "x")
     pending = site.note(word + "-pending")
     assert pending.cancel()
@@ -165,21 +164,18 @@ def test_a_type_that_no_worker_knows_stays_pending_and_why_says_so(site):
 
 
 def test_a_killed_worker_loses_no_task(site, word):
-    """This test is the last one: it kills the workers that all tests share."""
     held = [site.hold(f"{word}-held{number}") for number in range(2)]
     for number in range(2):
         site.begun(f"{word}-held{number}")
     others = [site.note(f"{word}-other{number}") for number in range(10)]
-    site.crew.kill(site.crew.processes[0])
+    site.crew.kill(site.crew.processes[-1])
     for _, free in held:
         free()
     site.crew.start()
     for handle in [*(handle for handle, _ in held), *others]:
         handle.result(PATIENCE)
-    tasks = [handle.task() for handle, _ in held]
-    assert [task.starts for task in tasks] == [2, 2]
+    assert [handle.task().crashes for handle, _ in held] == [1, 1]
     assert sorted(site.began(f"{word}-other")) == sorted(f"{word}-other{n}" for n in range(10))
-    eventually(lambda: sum(node.alive is True for node in site.queue.nodes()) >= 1)
 
 
 def _task(type: str, **params: object):

@@ -127,7 +127,7 @@ def listen(ctx, path="", inner=False, linger=0):
         return "inner"
     except TaskCancelled as error:
         if path:
-            note(path, f"{error.reason} {ctx.token.reason} {called.wait(20)}")
+            note(path, f"{error.reason} {ctx.token.reason} {called.wait(100)}")
         threading.Event().wait(linger)
         raise
 
@@ -142,7 +142,8 @@ def ignore(ctx, path=""):
     ctx.progress(1, f"{os.getpid()} {program.pid}")
     if path:
         note(path, os.getpid())
-    time.sleep(0.3)  # blocks on purpose: the progress is reported in this time
+    while ctx._unwritten:  # until the progress is reported
+        time.sleep(0.01)  # blocks on purpose
     re.match(r"(a+)+$", "a" * 64 + "b")
 
 
@@ -240,7 +241,7 @@ def fork(how):
     """Return the exit status of a forked child that returns from here."""
     if pid := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    signal.alarm(10)  # in case the child does not end
+    signal.alarm(100)  # in case the child does not end
     if how == "raise":
         raise ValueError("in the child")
     return "of the child"

@@ -20,7 +20,7 @@ def fork():
     "Fork; return the exit status of the child, or None in the child, which an alarm kills if it hangs."
     if pid := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    signal.alarm(10)
+    signal.alarm(100)
     return None
 
 def come_back(how):

@@ -8,9 +8,11 @@ import pytest
 
 import taskx
 from taskx import Check, Diagnosis, Queue, RepositoryUnavailable, SQLiteRepository
+from taskx.insight import diagnosis, parked
 from taskx.stores.liveness.base import About, Node
 from taskx.tasks.clock import to_datetime
 from taskx.tasks.findings import fail, ok, warn
+from taskx.testing import ManualQueue
 
 
 def named(queue, name):
@@ -131,3 +133,80 @@ def test_a_file_that_does_not_exist_is_told_and_not_created(database):
     assert not found.ok
     assert f"There is no file {database}." in str(found)
     assert not database.exists()
+
+
+class TestWaitingTasks:
+    """Where tasks wait without a thread, by type, version of the executor and step."""
+
+    @pytest.fixture
+    def waiting(self, healthy):
+        """A queue with tasks that wait in three steps."""
+        queue = ManualQueue(healthy)
+
+        @queue.executor(version=1)
+        def refund(ctx, sleep: bool = False):
+            if sleep:
+                ctx.sleep(timedelta(days=1), step="grace")
+            return ctx.ask("approval")
+
+        @queue.executor()
+        def ship(ctx):
+            return ctx.wait("event/paid")
+
+        for _ in range(2):
+            queue.submit("refund", {})
+        queue.submit("refund", {"sleep": True})
+        queue.submit("ship")
+        queue.run_all()
+        return queue
+
+    def told(self, queue):
+        return [check for check in queue.diagnose().checks if check.name == "waiting tasks"]
+
+    @pytest.mark.every_store
+    def test_they_are_listed_by_type_version_and_step(self, waiting):
+        found = self.told(waiting)
+        assert [check.level for check in found] == ["ok"] * 3
+        assert str(found[0]) == (
+            "2 tasks of type 'refund', version 1, wait without a thread in approval."
+        )
+        assert found[0].facts == {
+            "type": "refund",
+            "version": "1",
+            "step": "approval",
+            "tasks": 2,
+        }
+        assert {str(check) for check in found[1:]} == {
+            "1 task of type 'refund', version 1, waits without a thread in grace.",
+            "1 task of type 'ship', no version, waits without a thread in event/paid.",
+        }
+
+    def test_another_version_of_the_executor_is_a_warning(self, waiting):
+        waiting.executor("refund", version=2, replace=True)(lambda ctx: None)
+        first = self.told(waiting)[0]
+        assert first.level == "warn"
+        assert first.advice.startswith("Here the executor has version 2: it goes on with the steps")
+        assert waiting.diagnose().ok
+
+    def test_tasks_that_wait_for_parents_or_were_not_started_are_left_out(self, healthy):
+        queue = ManualQueue(healthy)
+        queue.declare("a")
+        parent = queue.submit("a")
+        queue.submit("a", depends_on=[parent])
+        queue.submit("a", delay=60)
+        assert self.told(queue) == []
+
+    def test_most_places_are_told_of_the_most_tasks(self, healthy, monkeypatch):
+        monkeypatch.setattr(diagnosis, "_PLACES", 1)
+        queue = ManualQueue(healthy)
+        queue.executor("ask")(lambda ctx, name: ctx.ask(name))
+        for name in ("one", "two", "two"):
+            queue.submit("ask", {"name": name})
+        queue.run_all()
+        (only,) = self.told(queue)
+        assert only.facts["step"] == "two"
+
+    def test_only_so_many_tasks_are_looked_at(self, waiting, monkeypatch):
+        monkeypatch.setattr(parked, "_MOST", 1)
+        monkeypatch.setattr(parked, "_LUMP", 1)
+        assert sum(check.facts["tasks"] for check in self.told(waiting)) <= 2

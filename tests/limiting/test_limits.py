@@ -18,8 +18,19 @@ from helpers import (
 )
 from storage.repositories import TinyRepository
 
-from taskx import Config, ConfigurationError, Queue, Retry, Task, TaskStatus, executor
+from taskx import (
+    Config,
+    ConfigurationError,
+    MemoryRepository,
+    Queue,
+    Retry,
+    Snooze,
+    Task,
+    TaskStatus,
+    executor,
+)
 from taskx.node.admission import Admission
+from taskx.tasks.rate import Limit, rate_of
 
 
 class Crowd:
@@ -40,6 +51,23 @@ class Crowd:
             self.now -= 1
 
 
+@pytest.fixture
+def admits(clock):
+    """Return a function that makes the admission of a type ``t``, and the list of the fetches it plans.
+
+    No node uses it: the fetch and the starts are those that a test plays.
+    """
+
+    def make(rate=None, burst=None, max_concurrency=None):
+        planned = []
+        limits = {"t": Limit(max_concurrency, rate_of(rate, burst), "node")}
+        plan = lambda: planned.append(made.next_fetch())  # noqa: E731
+        made = Admission(limits, MemoryRepository(), "node", clock, lambda: None, plan)
+        return made, planned
+
+    return make
+
+
 def linger():
     """Give other threads time to come in at the same time, if they may."""
     time.sleep(0.0005)  # blocks on purpose
@@ -56,9 +84,12 @@ def test_a_token_that_comes_while_the_buffer_is_full_is_used_later(make_queue, c
     assert handles[0].result(PATIENCE) is None
     pool = pool_of(queue)
     eventually(pool.admission.next_fetch)
-    monkeypatch.setattr(pool.buffer, "room_to_fetch", lambda: 0)
-    pool.agenda.expect_more()
-    clock.advance(2)
+    with (
+        pool.fetcher._refilling
+    ):  # no fetch has begun before the buffer is full, and looks after that
+        monkeypatch.setattr(pool.buffer, "room_to_fetch", lambda: 0)
+        pool.agenda.expect_more()
+        clock.advance(2)
     pool.agenda.wake_from_long_sleep()
     eventually(lambda: pool.admission.next_fetch() is None)
     monkeypatch.undo()
@@ -233,7 +264,8 @@ def test_an_idle_node_leaves_tasks_beyond_its_limit_to_the_busy_one(
     gate.wait_for(1)
     helper.executor("other")(lambda: None)
     helper.submit("other").result(PATIENCE)  # its worker has tried once more to find tasks
-    assert len(repository.ready(["note"], 20, node_of(queue).record.id)) == 9
+    # For a moment the helper may have had one more: it was fetched just before the first one was counted.
+    eventually(lambda: len(repository.ready(["note"], 20, node_of(queue).record.id)) == 9)
 
 
 @frequent_checks
@@ -270,8 +302,6 @@ def test_however_a_task_ends_the_next_one_starts(make_queue, clock, how):
         elif how == "retries later":
             raise Retry(delay=60)
         elif how == "snoozes":
-            from taskx import Snooze
-
             raise Snooze(60)
         else:
             raise SystemExit("broken")
@@ -282,8 +312,8 @@ def test_however_a_task_ends_the_next_one_starts(make_queue, clock, how):
         eventually(lambda: queue.running == 1)
         first.cancel()
     second.result(PATIENCE)
-    clock.advance(61)
-    eventually(lambda: first.task().status.finished)
+    # In rare cases the second one comes first: then the first one may have to wait from a later time on.
+    eventually(lambda: clock.advance(61) or first.task().status.finished)
     assert queue.drain(PATIENCE)
     assert crowd.most == 1
 
@@ -303,6 +333,7 @@ def test_a_fetched_task_that_never_starts_frees_its_slot(busy, gate, remove):
     assert ran == [1]
 
 
+@pytest.mark.timing(audit_every=3600)  # an audit would find a running task without a thread
 def test_a_task_that_another_node_started_frees_its_slot(busy, gate, repository):
     """It was fetched here, and turns out to be gone."""
     queue = busy()
@@ -338,19 +369,13 @@ def test_a_failing_repository_leaves_no_slot_taken(make_queue, repository):
     assert (crowd.total, crowd.most, len(failed)) == (5, 1, 3)
 
 
-def test_a_task_that_is_handed_back_frees_its_slot(make_queue):
+def test_a_task_that_is_handed_back_frees_its_slot(admits):
     """For example, a task that was started ahead and found no free worker."""
-    queue = make_queue(worker_num=1)
-    queue.executor("t", max_concurrency=1)(lambda: None)
-    queue.executor("other")(lambda: None)
-    queue.submit("t", id="x")
-    queue.start()
-    assert queue.drain(PATIENCE)
-    pool = pool_of(queue)
-    assert pool.admission.admit({"t": ["y"]}) == {"y"}
-    assert not pool.fetcher.has_room("t")
-    pool.admission.over("y", ran=False)
-    assert pool.fetcher.has_room("t")
+    admission, _ = admits(max_concurrency=1)
+    assert admission.admit({"t": ["x", "y"]}) == {"x"}
+    assert not admission.open("t")
+    admission.over("x", ran=False)
+    assert admission.open("t")
 
 
 def test_no_task_of_a_paused_limited_type_starts_before_it_is_resumed(make_queue):
@@ -491,7 +516,7 @@ def test_each_token_starts_a_task_even_if_none_ends(make_queue, gate):
     gate.wait_for(5)
 
 
-@pytest.mark.timing(poll_every=60.0)
+@pytest.mark.timing(poll_every=600.0)
 def test_a_slot_freed_during_a_housekeeping_round_is_noticed(make_queue, monkeypatch):
     """The housekeeper does not go to sleep for long after that round."""
     queue = make_queue()
@@ -512,10 +537,9 @@ def test_a_slot_freed_during_a_housekeeping_round_is_noticed(make_queue, monkeyp
     eventually(lambda: not pool.agenda.more_stored)
 
 
-def test_a_token_that_came_during_a_fetch_is_used_at_once(rated, clock):
+def test_a_token_that_came_during_a_fetch_is_used_at_once(admits, clock):
     """It may come while tasks are fetched, or while a task that waits for a token is started."""
-    admission, told = pool_of(rated(rate="60/m", burst=2)).admission, []
-    admission._scheduled = lambda: told.append(admission.next_fetch())
+    admission, told = admits("60/m", 2)
     assert admission.admit({"t": ["w", "x"]}) == {"w", "x"}
     clock.advance(1)
     assert admission.is_time()
@@ -535,20 +559,18 @@ def test_a_token_that_came_during_a_fetch_is_used_at_once(rated, clock):
     assert told[3:] == [clock.monotonic()]
 
 
-def test_no_fetch_is_planned_when_no_more_tasks_are_stored(rated, clock):
+def test_no_fetch_is_planned_when_no_more_tasks_are_stored(admits):
     """At least not at every start: a submit of more tasks reports them."""
-    admission, told = pool_of(rated(rate="60/m", burst=9)).admission, []
-    admission._scheduled = lambda: told.append(admission.next_fetch())
+    admission, told = admits("60/m", 9)
     assert admission.room("t", ()) == (9, 0)
     admission.fetch_done("t", 9, 5)
     assert admission.admit({"t": ["x"]}) == {"x"}
     assert (told, admission.next_fetch()) == ([], None)
 
 
-def test_the_housekeeper_is_told_when_a_task_waits_for_a_token(rated, clock):
+def test_the_housekeeper_is_told_when_a_task_waits_for_a_token(admits, clock):
     """The start that takes the last token tells it, and a fetch after which there may be more tasks."""
-    admission, told = pool_of(rated(rate="60/m", burst=2)).admission, []
-    admission._scheduled = lambda: told.append(admission.next_fetch())
+    admission, told = admits("60/m", 2)
     assert admission.admit({"t": ["x", "y"]}) == {"x", "y"}
     assert told == [clock.monotonic() + 1]
     clock.advance(1)
@@ -561,9 +583,8 @@ def test_the_housekeeper_is_told_when_a_task_waits_for_a_token(rated, clock):
     assert told[1:] == [clock.monotonic() + 1]
 
 
-def test_a_task_that_never_ran_gives_its_token_back(rated, clock):
-    queue = rated(rate="1/h")
-    admission = pool_of(queue).admission
+def test_a_task_that_never_ran_gives_its_token_back(admits):
+    admission, _ = admits("1/h")
     assert admission.admit({"t": ["x", "y"]}) == {"x"}
     assert admission.admit({"t": ["y"]}) == set()
     admission.over("x", ran=False)
@@ -573,12 +594,9 @@ def test_a_task_that_never_ran_gives_its_token_back(rated, clock):
     assert admission.admit({"t": ["z"]}) == set()
 
 
-def test_a_slot_without_a_token_is_given_back(make_queue, clock):
+def test_a_slot_without_a_token_is_given_back(admits, clock):
     """Two tasks are about to start, and one of them gets no token."""
-    queue = make_queue(clock=clock)
-    queue.executor("t", rate="1/h", max_concurrency=2)(lambda: None)
-    queue.start()
-    admission = pool_of(queue).admission
+    admission, _ = admits("1/h", max_concurrency=2)
     assert admission.admit({"t": ["x", "y"]}) == {"x"}
     clock.advance(3600)
     assert admission.admit({"t": ["y"]}) == {"y"}

@@ -249,6 +249,7 @@ def test_a_global_rate_survives_a_restart(make_queue, clock):
             clock.advance(3600)
 
 
+@pytest.mark.timing(recover_every=3600)  # each look for idle slots may give some back
 def test_a_busy_type_writes_no_note_for_each_task(make_queue, repository, monkeypatch):
     """Its node keeps its slots from task to task."""
     puts, put = [], repository.put_note
@@ -285,22 +286,15 @@ def test_a_node_notices_at_its_next_poll_what_another_one_gave_back(limit):
         assert handle.result(PATIENCE) == "done"
 
 
-def test_a_node_that_lost_its_lease_reads_the_note_before_it_starts_more(monkeypatch):
+def test_a_node_that_lost_its_lease_reads_the_note_before_it_starts_more(idle_engine, repository):
     """Other nodes may have taken its slots."""
-    monkeypatch.setattr(MemoryRepository, "version", lambda self: 0)
-    with Queue(MemoryRepository(), timing=Timing(recover_every=3600)) as queue:
-        queue.executor("t", limit_scope="global", max_concurrency=1)(lambda: None)
-        pool, repository = pool_of(queue), queue.repository
-        assert pool.admission.admit({"t": ["x"]}) == {"x"}
-        pool.admission.over("x", ran=True)
-        eventually(lambda: shares(repository) == {})
-        assert pool.admission.admit({"t": ["x"]}) == {"x"}
-        pool.admission._freed = lambda: None  # it keeps its slot
-        pool.admission.over("x", ran=True)
-        [(name, note)] = repository.notes("limit/slots/").items()
-        assert repository.put_note(name, '{"another": 1}', note.version)
-        pool.lose_lease()
-        assert pool.admission.admit({"t": ["y"]}) == set()
+    admission = idle_engine.admission
+    assert admission.admit({"t": ["x"]}) == {"x"}
+    admission.over("x", ran=True)  # it keeps its slot
+    [(name, note)] = repository.notes("limit/slots/").items()
+    assert repository.put_note(name, '{"another": 1}', note.version)
+    idle_engine.lose_lease()
+    assert admission.admit({"t": ["y"]}) == set()
 
 
 # Slots and buckets by themselves
@@ -450,8 +444,7 @@ def test_a_slot_is_given_back_if_the_rate_cannot_be_read(make_queue, repository)
     queue = make_queue()
     both = {"max_concurrency": 1, "rate": "9/s", "limit_scope": "global"}
     queue.executor("t", **both)(lambda: None)
-    queue.start()
-    admission, put = pool_of(queue).admission, repository.put_note
+    admission, put = joined_node(queue).pool.admission, repository.put_note
 
     def fail(name, *note):
         if "rate" in name:
@@ -637,10 +630,10 @@ def test_the_slots_of_a_killed_process_are_free_for_others(workers):
     assert not never.wait(2 * DEFAULT_TIMING.recover_every)  # blocks on purpose: two checks
     assert repository.count(TaskFilter(status="completed")) == 0
     child.kill()
+    for n in range(3):  # else they might take all slots again
+        queue.cancel_task(str(n))
     eventually(lambda: repository.count(TaskFilter(status="completed")) == 6)
     assert at_once(workers.log(), dead={child.process.pid}) <= 3
-    for n in range(3):
-        queue.cancel_task(str(n))
     other.tell()
     other.ends()
 

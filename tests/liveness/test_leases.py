@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from datetime import timedelta
 
 import pytest
@@ -468,7 +467,7 @@ class TestBeingJudged:
         ours.leases.beat("n", own)
         assert store.notes(PREFIX) == {}
 
-    @pytest.mark.parametrize("store", ["memory", "mongomock"], indirect=True)
+    @pytest.mark.parametrize("store", ["memory"], indirect=True)
     def test_in_random_outages_a_node_hears_of_its_lost_lease_first(
         self, store, tmp_path, monkeypatch
     ):
@@ -522,7 +521,7 @@ class TestBeating:
         left, start = [1], threading.Thread.start
 
         def refuse_first(thread):
-            if left:
+            if left and thread.name == "taskx-beat":  # others, such as the driver's, may start
                 left.clear()
                 raise RuntimeError("can't start new thread")
             start(thread)
@@ -538,15 +537,22 @@ class TestBeating:
         assert beaten.wait(PATIENCE)
         made.leases.leave("second")
 
-    def test_a_node_hears_of_its_lost_lease_while_a_heartbeat_hangs(self, store, tmp_path):
+    def test_a_node_hears_of_its_lost_lease_while_a_heartbeat_hangs(self, store, tmp_path, clock):
         """A network that loses all packets can hold it longer than its time-out."""
         connection, told, mended = Broken(store), threading.Event(), threading.Event()
-        leases = Leases(connection, 0.5, HostLocks(str(tmp_path)), time.monotonic)
+        hangs = threading.Event()
+
+        def put_notes(changes):
+            hangs.set()
+            return mended.wait(PATIENCE) and store.put_notes(changes)
+
+        leases = Leases(connection, 0.5, HostLocks(str(tmp_path)), clock.monotonic)
         leases.join(Node(id="n", name="ours"))
         leases.watch("n", told.set)
-        connection.put_notes = lambda changes: mended.wait(PATIENCE) and store.put_notes(changes)
+        connection.put_notes = put_notes
+        assert hangs.wait(PATIENCE)
+        clock.advance(0.5)
         assert told.wait(PATIENCE)
-        assert not mended.is_set()
         assert leases.lost("n")
         mended.set()
         del connection.put_notes
@@ -603,22 +609,20 @@ class TestOnOneHost:
         child.wait(PATIENCE)
         assert locks.alive("n", host, inode) is False
 
-    @pytest.mark.parametrize("what", ["folder", "machine", "file", "nothing", "no lock"])
-    def test_a_node_on_another_host_or_without_its_file_is_unknown(self, process, tmp_path, what):
+    def test_a_node_on_another_host_or_without_its_file_is_unknown(self, process, tmp_path):
         """Also in another container with the same host name."""
         child, host, inode = process
         child.kill()
         child.wait(PATIENCE)
-        folder = tmp_path / ("elsewhere" if what == "folder" else "run")
-        if what == "machine":
-            host = "another-boot " + " ".join(host.split()[1:])
-        elif what == "file":
-            inode += 1
-        elif what == "nothing":
-            (tmp_path / "run" / "nodes" / "n.lock").unlink()
-        elif what == "no lock":
-            host, inode = "", 0
-        assert HostLocks(str(folder)).alive("n", host, inode) is None
+        locks = HostLocks(str(tmp_path / "run"))
+        another_boot = "another-boot " + " ".join(host.split()[1:])
+        assert locks.alive("n", host, inode) is False
+        assert HostLocks(str(tmp_path / "elsewhere")).alive("n", host, inode) is None
+        assert locks.alive("n", another_boot, inode) is None
+        assert locks.alive("n", host, inode + 1) is None
+        assert locks.alive("n", "", 0) is None
+        (tmp_path / "run" / "nodes" / "n.lock").unlink()
+        assert locks.alive("n", host, inode) is None
 
     def test_observers_on_the_same_host_see_a_death_at_once(self, process, store, tmp_path):
         child, host, inode = process

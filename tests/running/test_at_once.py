@@ -6,22 +6,35 @@ import threading
 import time
 
 import pytest
-from helpers import PATIENCE, Waiting, eventually, pool_of, services_of
+from helpers import (
+    PATIENCE,
+    Waiting,
+    eventually,
+    pool_of,
+    services_of,
+    undisturbed,
+    whole_round,
+)
 
 from taskx import DuplicateTask, Hook, RepositoryUnavailable, TaskStatus
 from taskx.node.buffer import Item
 from taskx.stores.liveness.leases import Leases
+from taskx.tasks.timing import DEFAULT_TIMING
 from taskx.tasks.writes import Insert
+
+#: Makes the housekeeper look for changes as usual, as after an interrupt nobody tells it of them.
+polling = pytest.mark.timing(poll_every=DEFAULT_TIMING.poll_every)
 
 SAME = "018cc251-f400-7851-a960-fbefa5d418a5"
 
 # A slow machine hands no started task back, except in the test of that.
-pytestmark = pytest.mark.usefixtures("calm")
+pytestmark = [pytest.mark.usefixtures("calm"), undisturbed]
 
 
 def idle(queue):
-    """Wait until all workers of a queue wait; return the queue."""
+    """Wait until all workers of a queue wait, and its housekeeper, too; return the queue."""
     pool = pool_of(queue)
+    whole_round(queue)  # the first one checks everything
     eventually(lambda: len(pool.ahead.waiting) == pool.ahead.workers)
     eventually(lambda: not services_of(queue).agenda.more_stored)
     queue.repository.batches.clear()
@@ -193,7 +206,7 @@ def test_a_node_that_lost_its_lease_starts_nothing(started, monkeypatch):
     assert started.get_task_status(handle.id).status is TaskStatus.PENDING
 
 
-@pytest.mark.timing(audit_every=3600)
+@polling
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_task_whose_submit_was_interrupted_counts_no_interruption(started, when):
     """The interrupt strikes around the commit. The housekeeper undoes the start."""
@@ -216,7 +229,7 @@ def test_a_task_whose_submit_was_interrupted_counts_no_interruption(started, whe
     assert (task.interruptions, task.crashes, len(task.attempts)) == (0, 0, 1)
 
 
-@pytest.mark.timing(audit_every=3600)
+@polling
 def test_a_submit_that_is_interrupted_before_it_hands_its_task_over_counts_no_interruption(started):
     pool = pool_of(idle(started))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 
 import pytest
-from helpers import PATIENCE, eventually, pool_of
+from helpers import PATIENCE, eventually, no_rounds, pool_of
 
 from taskx import RetryPolicy, SQLiteRepository, Task, TaskStatus
 from taskx.tasks import lifecycle
@@ -193,8 +193,9 @@ def test_a_batch_of_short_tasks_starts_in_one_transaction(queue, gate):
     ahead._mean, ahead.short = 0.0, True
     queue.submit_many([note(n) for n in range(32)])
     queue.repository.batches.clear()
-    gate.open()
-    assert queue.drain(PATIENCE)
+    with no_rounds(queue):  # the housekeeper commits an outcome that has waited for two rounds
+        gate.open()
+        assert queue.drain(PATIENCE)
     moves = [[write.move for write in batch] for batch in queue.repository.batches]
     assert moves[0] == ["complete", *["start"] * 32]
     assert [move for batch in moves[1:] for move in batch] == ["complete"] * 32

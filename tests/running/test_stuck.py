@@ -92,6 +92,21 @@ def hang(clock, gate):
     return hang
 
 
+def time_outs_checked(queue):
+    """Wait until the thread for time-outs has looked at the clock, at all tasks, from now on."""
+    alarms, looked = services_of(queue).runner.alarms, threading.Event()
+    ring = alarms.ring
+
+    def watched():
+        nearest = ring()
+        looked.set()
+        return nearest
+
+    alarms.ring = watched
+    assert looked.wait(PATIENCE)
+    del alarms.ring
+
+
 def fails(handle):
     with pytest.raises(TaskFailed) as failed:
         handle.result(PATIENCE)
@@ -111,10 +126,10 @@ class TestAbandoned:
         handle = queue.submit("hang")
         gate.wait_for()
         clock.advance(TIMEOUT)
-        services_of(queue).runner.alarms.ring()
+        time_outs_checked(queue)
         assert queue.tokens[0].reason == "timeout"
         clock.advance(GRACE - 0.1)
-        services_of(queue).runner.alarms.ring()
+        time_outs_checked(queue)
         assert handle.task().status is TaskStatus.RUNNING
         clock.advance(0.1)
         assert fails(handle).error == "timed out after 60 s; its thread still runs"
@@ -169,7 +184,7 @@ class TestAbandoned:
         handle = queue.submit("hang")
         gate.wait_for()
         clock.advance(TIMEOUT)
-        services_of(queue).runner.alarms.ring()
+        time_outs_checked(queue)
         gate.open()
         assert handle.result(PATIENCE) == "run 1"
         clock.advance(GRACE)
@@ -183,7 +198,7 @@ class TestAbandoned:
         gate.wait_for()
         assert handle.cancel() is False
         clock.advance(TIMEOUT + GRACE)
-        services_of(queue).runner.alarms.ring()
+        time_outs_checked(queue)
         eventually(lambda: not any(t.name == "taskx-stuck" for t in threading.enumerate()))
         assert handle.task().status is TaskStatus.RUNNING
         gate.open()
@@ -229,7 +244,7 @@ class TestAbandoned:
         gate.wait_for()
         clock.advance(TIMEOUT + GRACE)
         fails(queue.handle("x"))
-        assert (len(pool_of(queue).threads), queue.running) == (1, 1)
+        eventually(lambda: (len(pool_of(queue).threads), queue.running) == (1, 1))
         hold.set()
         assert waits.result(PATIENCE)
         assert at_work(queue) == 1
@@ -602,7 +617,8 @@ class TestReplaced:
         for name in "abc":
             hang(queue, name)
             assert queue.submit("fine").result(PATIENCE) == "fine"
-        assert (at_work(queue), queue.healthy, queue.running) == (4, True, 0)
+        eventually(lambda: queue.running == 0)
+        assert (at_work(queue), queue.healthy) == (4, True)
         gate.open()
         eventually(lambda: at_work(queue) == 1)
         assert len(pool_of(queue).threads) == 1  # a later thread may get the ident of an ended one

@@ -313,7 +313,8 @@ def test_a_broker_that_cannot_be_reached_is_told_before_there_is_a_task(shop, ca
     [problem] = eventually(lambda: [p for p in asked.health().problems if p.kind == "broker"])
     [node] = asked.nodes()
     assert node.broker_error == "OSError: the broker is away" == problem.facts["error"]
-    assert "tasks are stored, and start when it can: OSError: the broker is away" in caplog.text
+    told = "tasks are stored, and start when it can: OSError: the broker is away"
+    eventually(lambda: told in caplog.text)
     [check] = [check for check in asked.diagnose().checks if check.name == "broker"]
     assert (check.level, "broker of bus: OSError" in str(check)) == ("fail", True)
     [handle] = submit(shop, 1)

@@ -5,7 +5,18 @@ from __future__ import annotations
 import threading
 
 import pytest
-from helpers import PATIENCE, Waiting, eventually, joined_node, no_batches, pool_of, run_in_thread
+from helpers import (
+    PATIENCE,
+    Waiting,
+    eventually,
+    joined_node,
+    no_batches,
+    no_rounds,
+    pool_of,
+    run_in_thread,
+    undisturbed,
+    whole_round,
+)
 from strikes import every_strike
 
 from taskx import RetryPolicy, Task, TaskFailed
@@ -99,11 +110,13 @@ def test_an_interrupted_submit_loses_no_worker():
     line.ended[0]()
 
 
+@undisturbed
 def test_submits_one_after_another_wake_one_thread(make_queue):
     queue, ran = make_queue(worker_num=8), []
     queue.executor("note")(lambda: ran.append(threading.current_thread().name))
     queue.start()
     pool = pool_of(queue)
+    whole_round(queue)  # the first one checks everything
     for _ in range(20):
         eventually(lambda: len(pool.ahead.waiting) == 8 and pool.holds_nothing())
         queue.submit("note").result(PATIENCE)
@@ -139,6 +152,7 @@ def test_the_worker_that_starts_tasks_goes_on_while_others_wait_for_them(node):
     assert {run.task.id for run in [last, *got]} == set("abcde")
 
 
+@undisturbed
 def test_the_end_of_a_task_wakes_no_worker(make_queue, gate, monkeypatch):
     """The others have nothing to do, whatever the commit of its outcome has brought."""
     queue, woken = make_queue(worker_num=8), []
@@ -153,6 +167,7 @@ def test_the_end_of_a_task_wakes_no_worker(make_queue, gate, monkeypatch):
     monkeypatch.setattr(Ahead, "wait", counted)
     queue.start()
     pool = pool_of(queue)
+    whole_round(queue)  # the first one checks everything
     eventually(lambda: len(pool.ahead.waiting) == 8 and pool.holds_nothing())
     woken.clear()
     handles = [queue.submit("hold") for _ in range(3)]
@@ -167,6 +182,7 @@ def test_the_end_of_a_task_wakes_no_worker(make_queue, gate, monkeypatch):
 # The thread that waits for a result reads nothing
 
 
+@pytest.mark.timing(handles_every=10 * PATIENCE)
 def test_who_waits_for_a_task_that_runs_here_reads_no_record(make_queue, gate, monkeypatch):
     """The worker knows the record when it has stored the outcome."""
     queue, read = make_queue(worker_num=1), []
@@ -180,8 +196,9 @@ def test_who_waits_for_a_task_that_runs_here_reads_no_record(make_queue, gate, m
             queue.repository, name, lambda ids, ask=ask: read.extend(ids) or ask(ids)
         )
     assert not handle.done()
-    gate.open()
-    assert handle.result(PATIENCE) == {"n": [1, None]}
+    with no_rounds(queue):  # the housekeeper reads what has changed, and nobody was told of yet
+        gate.open()
+        assert handle.result(PATIENCE) == {"n": [1, None]}
     assert handle.id not in read
 
 
@@ -273,6 +290,7 @@ def test_a_worker_without_a_task_fetches_nothing_while_the_buffer_has_some(node,
 
 
 @no_batches
+@undisturbed
 def test_a_backlog_is_read_in_few_fetches(make_queue, monkeypatch):
     """Each fetch reads the tasks that the buffer has already, too."""
     queue = make_queue(worker_num=8)

@@ -80,6 +80,12 @@ def run(spawn, place):
 TICK = timedelta(seconds=0.4)
 
 
+def let_tick(queue):
+    """Wait for two further ticks."""
+    begun = queue.schedules()["beat"].next_tick
+    eventually(lambda: queue.schedules()["beat"].next_tick > begun + 2 * TICK)
+
+
 def test_every_tick_gets_one_task_even_if_processes_die(run, repository, make_queue, place):
     """Four processes declare the same schedule; two are killed and one of them starts again."""
     queue = make_queue()
@@ -88,13 +94,11 @@ def test_every_tick_gets_one_task_even_if_processes_die(run, repository, make_qu
     for child in children:
         assert child.read() == "runs"
     for victim in children[:2]:
-        begun = queue.schedules()["beat"].next_tick
-        eventually(lambda begun=begun: queue.schedules()["beat"].next_tick > begun + 4 * TICK)
+        let_tick(queue)
         victim.kill()
     children = [*children[2:], run("run()")]
     assert children[-1].read() == "runs"
-    begun = queue.schedules()["beat"].next_tick
-    eventually(lambda: queue.schedules()["beat"].next_tick > begun + 4 * TICK)
+    let_tick(queue)
     queue.schedules()["beat"].pause()
     while left := queue.count_tasks(status="pending"):  # a slow machine has a backlog of ticks
         eventually(lambda left=left: queue.count_tasks(status="pending") < left)
@@ -107,7 +111,7 @@ def test_every_tick_gets_one_task_even_if_processes_die(run, repository, make_qu
 
     tasks, total = queue.list_tasks(TaskFilter(limit=10_000))
     found = sorted(tick_of(task) for task in tasks)
-    assert total == len(found) > 12
+    assert total == len(found) > 6
     assert found == [found[0] + n * TICK for n in range(total)]
     assert queue.schedules()["beat"].last_tick in found
     with open(place[-1]) as log:

@@ -31,8 +31,10 @@ HOLD = """
     import sys, threading
     from taskx import Config, Queue
     from taskx.repository.example import ExampleRepository
+    from taskx.tasks.timing import Timing
 
-    queue = Queue(ExampleRepository(sys.argv[1]), Config(worker_num=1))
+    timing = Timing(hand_back_after=3600.0)  # as ``calm``
+    queue = Queue(ExampleRepository(sys.argv[1]), Config(worker_num=1), timing=timing)
 
     @queue.executor("work")
     def work(n):

@@ -5,6 +5,7 @@ import threading
 from contextlib import closing
 
 import pytest
+from helpers import PATIENCE
 
 from taskx import (
     Config,
@@ -67,7 +68,7 @@ def test_a_queue_runs_on_tables_with_a_prefix(application, repository):
     queue.executor("double")(lambda n: n * 2)
     with queue:
         handles = queue.submit_many([Task(type="double", params={"n": n}) for n in range(20)])
-        assert [handle.result(timeout=30) for handle in handles] == [n * 2 for n in range(20)]
+        assert [handle.result(PATIENCE) for handle in handles] == [n * 2 for n in range(20)]
     assert application.execute("SELECT count(*) FROM taskx_tasks").fetchone() == (20,)
 
 
@@ -91,7 +92,7 @@ def test_an_application_that_writes_without_pause_does_not_keep_tasks_waiting(
         with queue:
             handles = [queue.submit("t") for _ in range(300)]
             for handle in handles:
-                handle.result(timeout=60)
+                handle.result(PATIENCE)
     finally:
         done.set()
         thread.join()
@@ -241,7 +242,7 @@ def test_all_features_work_with_any_prefix(tmp_path, application, prefix):
         application.execute("COMMIT")
         queue.cancel_task(gone.id)
         with queue:
-            assert [each.result(timeout=60) for each in (parent, child, joined)] == [1, 2, 6]
+            assert [each.result(PATIENCE) for each in (parent, child, joined)] == [1, 2, 6]
         assert queue.count_tasks(tag="all") == 4
         queue.delete(gone.id)
         assert queue.count_tasks(tag="gone") == 0

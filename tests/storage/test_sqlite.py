@@ -1286,6 +1286,7 @@ def test_a_forked_childs_commits_survive_the_parents_close(repository, path):
 @pytest.mark.process
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.timing(fork_within=PATIENCE)
 def test_a_fork_waits_for_writers_and_readers(repository):
     """If a child was forked in the middle of either, it would find the file locked for ever."""
     repository.create(task("a"))

@@ -64,7 +64,7 @@ def test_a_committed_cancel_or_delete_does_not_raise(started, repository, how):
     assert not handle.done()  # watched from now on
 
     def away(writes):
-        repository.down = any(write.id == handle.id for write in writes)
+        repository.down |= any(write.id == handle.id for write in writes)
 
     repository.after = away
     getattr(started, how)([handle.id] if how == "cancel_many" else handle.id)
@@ -204,17 +204,11 @@ def test_a_cancel_from_another_queue_reaches_a_running_task(started, make_queue)
     started.executor("listen")(lambda ctx: ctx.sleep(PATIENCE))
     handle = started.submit("listen")
     eventually(handle.running)
-    other = make_queue()
-    if type(started.repository).__name__ == "SpySQLite":
-        from helpers import SpySQLite
-
-        other = make_queue(SpySQLite(started.repository.path))
     began = time.monotonic()
-    assert other.cancel_task(handle.id) is False
+    assert make_queue().cancel_task(handle.id) is False
     with pytest.raises(CancelledError):
         handle.result(PATIENCE)
-    assert time.monotonic() - began < SOON  # the executor would sleep for a minute
-    other.repository.close()
+    assert time.monotonic() - began < SOON  # the executor would sleep for two minutes
 
 
 def test_a_race_of_cancel_and_end_has_one_outcome(make_queue):
@@ -325,41 +319,42 @@ def test_a_return_after_the_deadline_completes_the_task(past_its_deadline):
     assert past_its_deadline(lambda ctx: ctx.token.wait()).result(PATIENCE) is True
 
 
-def test_a_timeout_counts_from_the_start_of_the_attempt(busy, gate):
-    queue = busy()
-    queue.executor("tell")(lambda ctx: ctx.remaining())
-    handle = queue.submit("tell", timeout=100)
-    gate.open()
-    assert 90 < handle.result(PATIENCE) <= 100
+def test_remaining_returns_the_seconds_until_the_deadline(busy, gate, clock):
+    """A time-out counts from the start of the attempt."""
+    queue = busy(clock=clock)
 
-
-def test_remaining_returns_the_seconds_until_the_deadline(started):
-    @started.executor("tell")
+    @queue.executor("tell")
     def tell(ctx):
-        if ctx.task.timeout is None:
-            return ctx.remaining()
-        before = ctx.remaining()
-        assert 0 < ctx.remaining() <= before <= ctx.task.timeout
-        ctx.token.wait()
-        return ctx.remaining()
+        told = [ctx.remaining()]
+        if ctx.task.timeout is not None:
+            clock.advance(99)
+            told.append(ctx.remaining())
+            clock.advance(1)
+            with pytest.raises(TaskCancelled):
+                ctx.remaining()
+        return told
 
-    assert started.submit("tell").result(PATIENCE) is None
-    with pytest.raises(TaskFailed, match="timed out"):
-        started.submit("tell", timeout=0.05).result(PATIENCE)
+    handles = [queue.submit("tell", timeout=timeout) for timeout in (100, None)]
+    clock.advance(50)
+    gate.open()
+    assert [handle.result(PATIENCE) for handle in handles] == [[100, 1], [None]]
 
 
-def test_ctx_timeout_sets_a_narrower_deadline(started):
-    @started.executor("parts")
+def test_ctx_timeout_sets_a_narrower_deadline(make_queue, clock):
+    queue = make_queue(clock=clock)
+
+    @queue.executor("parts")
     def parts(ctx):
         outer = ctx.token
 
         def part():
-            with ctx.timeout(0.02) as inner:
+            with ctx.timeout(20) as inner:
                 assert ctx.token is inner
-                assert 0 < inner.remaining() == pytest.approx(ctx.remaining(), abs=0.02)
+                assert inner.remaining() == ctx.remaining() == 20
+                clock.advance(20)
                 ctx.sleep(PATIENCE)
 
-        with pytest.raises(TimeoutError, match=r"0\.02 s") as caught:
+        with pytest.raises(TimeoutError, match="20 s") as caught:
             part()
         assert isinstance(caught.value.__cause__, TaskCancelled)
         assert ctx.token is outer
@@ -373,7 +368,8 @@ def test_ctx_timeout_sets_a_narrower_deadline(started):
             pass
         return "goes on"
 
-    assert started.submit("parts").result(PATIENCE) == "goes on"
+    queue.start()
+    assert queue.submit("parts").result(PATIENCE) == "goes on"
 
 
 def test_ctx_timeouts_can_be_nested(started):
@@ -420,29 +416,21 @@ def test_a_cancel_interrupts_a_ctx_timeout(started):
 
 
 def test_callbacks_run_in_a_separate_thread(started):
-    where = {}
-    called = threading.Event()
+    listens, called, threads = threading.Event(), threading.Event(), []
 
     @started.executor("listen")
     def listen(ctx):
-        where["executor"] = threading.current_thread()
-
-        def callback():
-            where["callback"] = threading.current_thread()
-            called.set()
-
-        ctx.on_cancel(callback)
+        ctx.on_cancel(lambda: (threads.append(threading.current_thread()), called.set()))
+        listens.set()
         assert called.wait(PATIENCE)
         ctx.token.raise_if_cancelled()
 
     handle = started.submit("listen")
-    eventually(lambda: "executor" in where)
+    assert listens.wait(PATIENCE)
     started.cancel_task(handle.id)
     assert called.wait(PATIENCE)
-    pool = pool_of(started)
-    assert where["callback"] is not threading.current_thread()
-    assert where["callback"] not in pool.threads
-    assert where["callback"].name != "taskx-housekeeper"
+    assert threads[0] not in (threading.current_thread(), *pool_of(started).threads)
+    assert threads[0].name != "taskx-housekeeper"
 
 
 def test_a_hanging_callback_blocks_nothing_else(started, gate):
@@ -508,16 +496,16 @@ def progress_writes(queue: Queue) -> list[Update]:
     ]
 
 
-def test_a_million_progress_calls_are_a_few_writes(started):
+def test_very_many_progress_calls_are_a_few_writes(started):
     @started.executor("count")
     def count(ctx):
-        for n in range(1_000_000):
-            ctx.progress(n // 10_000, "counting")
+        for n in range(100_000):
+            ctx.progress(n // 1_000, "counting")
         raise ValueError
 
     began = time.monotonic()
     handle = started.submit("count")
-    assert handle.exception(60)
+    assert handle.exception(PATIENCE)
     rounds = (time.monotonic() - began) / (
         0.9 * DEFAULT_TIMING.progress_every
     )  # the housekeeper may be early
@@ -651,9 +639,9 @@ def test_progress_of_a_run_that_was_taken_over_is_ignored(queue, gate):
         if ctx.task.starts == 1:
             gate()
             ctx.progress(90, "from the first")
-            assert tried.wait(PATIENCE)
+            assert seen.wait(PATIENCE)  # after its end, the audit would hand the other one back
 
-    tried = threading.Event()
+    tried, seen = threading.Event(), threading.Event()
 
     def watch(writes):
         if any(not isinstance(w, Insert) and w.changes.get("progress") == 90 for w in writes):
@@ -668,4 +656,5 @@ def test_progress_of_a_run_that_was_taken_over_is_ignored(queue, gate):
     gate.open()
     assert tried.wait(PATIENCE)
     task = handle.task()
+    seen.set()
     assert (task.starts, task.progress, task.message) == (2, 10, "from the second")

@@ -82,15 +82,6 @@ def test_an_executor_submits_during_the_stop(stopping, make_queue, way, overflow
             other.handle(task.id).result(PATIENCE)
 
 
-def test_another_node_runs_what_was_submitted_during_the_stop(stopping, make_queue):
-    queue = stopping(lambda queue: queue.submit("later", {"n": 7}, id="next"))
-    assert queue.get_task_status("next").owner == ""
-    other = make_queue()
-    other.executor("later")(lambda n: n)
-    with other:
-        assert other.handle("next").result(PATIENCE) == 7
-
-
 def test_the_stop_counts_what_was_submitted_meanwhile(stopping, caplog):
     stopping(lambda queue: queue.submit_many([Task(type="later"), Task(type="later")]))
     assert "stopped with 2 task(s) left pending" in caplog.text

@@ -520,12 +520,9 @@ def test_twenty_threads_write_their_tables_while_four_workers_run(make_queue, pa
                     connection.rollback()
 
     with queue:
-        threads = [threading.Thread(target=sell, args=(number,)) for number in range(20)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(LONG)
-        assert queue.drain(timeout=LONG)
+        for result in [run_in_thread(partial(sell, number)) for number in range(20)]:
+            result()
+        assert queue.drain(timeout=2 * LONG)
     with closing(sqlite3.connect(path)) as connection:
         orders = {row for (row,) in connection.execute("SELECT id FROM orders")}
     shipped = {
@@ -659,13 +656,18 @@ def test_a_forked_child_waits_for_a_lock_although_its_parent_made_others_hurry(
     assert float(spawn(FORKS, path).read()) >= 0.5
 
 
+# It does not poll: the next poll would come when the test has failed long ago.
 WORKER = """
-import sys
+import sys, threading
 from taskx import Config, Queue, SQLiteRepository
+from taskx.tasks.timing import Timing
 
-queue = Queue(SQLiteRepository(sys.argv[1], prefix="taskx_"), Config(worker_num=1))
+timing = Timing(poll_every=3600.0, recover_every=3600.0, audit_every=3600.0)
+queue = Queue(SQLiteRepository(sys.argv[1], prefix="taskx_"), Config(worker_num=1), timing=timing)
 queue.executor("remote")(lambda: None)
 queue.start()
+while not queue._node._housekeeper._listening._listener:
+    threading.Event().wait(0.001)
 print("started", flush=True)
 sys.stdin.readline()
 queue.stop()
@@ -676,12 +678,7 @@ def test_a_commit_wakes_the_workers_of_another_process(spawn, path, queue, conne
     child = spawn(WORKER, path)
     assert child.read() == "started"
     queue.declare("remote")
-    waits = []
     for _ in range(10):
         handle = queue.submit("remote", connection=connection)
-        committed = queue.clock.now_ms()
         connection.commit()
-        handle.result(timeout=LONG)
-        started = queue.get_task_status(handle.id).started_at
-        waits.append(started.timestamp() * 1000 - committed)
-    assert sorted(waits)[5] < 500, waits
+        assert handle.result(timeout=LONG) is None

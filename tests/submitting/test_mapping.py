@@ -136,12 +136,15 @@ class TestResults:
         gate.open()
         assert first.result(PATIENCE) == 0
 
-    def test_an_abandoned_map_submits_no_more_tasks(self, running, square):
-        results = running.map(square.executor, range(100), window=5)
-        next(results)
+    def test_an_abandoned_map_submits_no_more_tasks(self, queue, gate):
+        hold = queue.executor("hold")(lambda n: gate() if n else n)
+        queue.start()
+        results = queue.map(hold, range(100), window=5)
+        assert next(results) == 0
         del results
-        assert running.drain(PATIENCE)
-        assert set(square.asked) <= {0, 1, 2, 3, 4}
+        gate.open()
+        assert queue.drain(PATIENCE)
+        assert len(ids(queue)) == 5
 
     def test_an_item_whose_task_an_interrupt_has_prevented_keeps_no_worker_busy(
         self, make_queue, gate
@@ -221,7 +224,7 @@ class TestLumps:
         eventually(lambda: sum(reads) >= 1000)
         gate.open()
         assert [first.result(PATIENCE), *results] == list(range(1000))
-        assert len(reads) <= 10
+        assert sum(number > 1 for number in reads) <= 10  # other threads look at single tasks
 
     def test_the_first_item_runs_while_the_second_one_is_drawn(self, stored, gate):
         def items():
@@ -374,10 +377,12 @@ class TestItems:
         square.failing = {1, 2, 3}
         items = [0, 1, 2, 3, {"m": 1}]
         assert len(list(running.map(square.executor, items, return_exceptions=True))) == 5
+        running.stop()  # until then a worker may be about to log
         failures = [record for record in caplog.records if "fail" in record.getMessage()]
-        assert [record.levelno for record in failures] == [logging.INFO] * 3 + [logging.WARNING]
+        assert sorted(r.levelno for r in failures) == [logging.INFO] * 3 + [logging.WARNING]
         assert "Traceback" not in caplog.text
-        assert failures[-1].getMessage() == (
+        [told] = [r.getMessage() for r in failures if r.levelno == logging.WARNING]
+        assert told == (
             "map square: 4 items failed: 3 ValueError, 1 PayloadError: "
             "params: 'square' requires n and does not take 'm'; it takes n, plus"
         )
@@ -385,6 +390,7 @@ class TestItems:
     def test_an_error_that_all_failures_share_is_in_that_line(self, running, square, caplog):
         bad = running.executor("bad", max_attempts=1)(lambda n: 1 / 0)
         list(running.map(bad, range(3), name="of zeros").outcomes())
+        running.stop()
         [line] = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
         assert line == "map of zeros: 3 items failed: 3 ZeroDivisionError: division by zero"
 
@@ -392,7 +398,7 @@ class TestItems:
         square.failing = {1}
         with pytest.raises(TaskFailed):
             list(running.map(square.executor, [1]))
-        assert "Traceback" in caplog.text
+        eventually(lambda: "Traceback" in caplog.text)
 
     def test_a_permanent_failure_is_logged_without_its_traceback(self, queue, caplog):
         @queue.executor("gone")
@@ -401,6 +407,7 @@ class TestItems:
 
         queue.start()
         assert queue.submit("gone").exception(PATIENCE).error == "Permanent: 404"
+        queue.stop()  # until then a worker may be about to log
         [line] = [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR]
         assert line.endswith("(gone) failed: Permanent: 404 (params={})")
 
@@ -493,6 +500,7 @@ class TestALongTask:
         first.result(PATIENCE)
 
 
+@pytest.mark.timing(line_every=10 * PATIENCE)
 class TestProgress:
     def test_progress_shows_how_many_items_are_done_and_failed(self, running, square, capsys):
         square.failing = {1}

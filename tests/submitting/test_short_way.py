@@ -5,11 +5,9 @@ from __future__ import annotations
 import pytest
 
 from taskx import (
-    Hook,
     MemoryRepository,
     PayloadError,
     Queue,
-    QueueStopped,
     RetryPolicy,
     Task,
     TaskFilter,
@@ -66,22 +64,3 @@ def test_both_ways_refuse_the_same_params_in_the_same_words(queue, params):
         errors.append(str(caught.value))
     assert errors[0] == errors[1]
     assert queue.repository.count(TaskFilter()) == 0
-
-
-def test_a_stopped_queue_refuses_the_short_way_too(queue):
-    queue.stop()
-    with pytest.raises(QueueStopped):
-        queue.submit("none")
-
-
-def test_hooks_hear_of_a_task_that_came_the_short_way():
-    heard = []
-
-    class Listener(Hook):
-        def submitted(self, task):
-            heard.append(task.params)
-
-    with Queue(MemoryRepository(), hooks=[Listener()]) as queue:
-        queue.executor("none")(lambda **params: params)
-        queue.submit("none", {"a": 1})
-    assert heard == [{"a": 1}]

@@ -398,8 +398,8 @@ def asked(url):
 
 
 def test_the_health_port_answers_with_200_or_503_and_the_report():
-    state = [GOOD_REPORT, time.monotonic()]
-    port = HealthPort("127.0.0.1", 0, lambda: tuple(state))
+    state = [GOOD_REPORT, 0]  # the report, and its age in seconds
+    port = HealthPort("127.0.0.1", 0, lambda: (state[0], time.monotonic() - state[1]))
     try:
         assert asked(f"{port.url}/health") == (200, GOOD_REPORT)
         assert asked(f"{port.url}/ready?verbose") == (200, GOOD_REPORT)
@@ -407,7 +407,7 @@ def test_the_health_port_answers_with_200_or_503_and_the_report():
         state[0] = BAD_REPORT
         assert asked(f"{port.url}/health") == (503, BAD_REPORT)
         assert asked(f"{port.url}/ready")[0] == asked(f"{port.url}/live")[0] == 200
-        state[:] = GOOD_REPORT, time.monotonic() - 60
+        state[:] = GOOD_REPORT, 60
         status, report = asked(f"{port.url}/health")
         assert (status, report["ok"], report["error"]) == (503, False, "the supervisor hangs")
     finally:

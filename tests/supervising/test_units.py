@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -79,7 +80,9 @@ def test_the_container_runs_tasks_and_is_healthy(tmp_path):
     database = tmp_path / "tasks.db"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TASKX_DB": str(database)}
     command = [sys.executable, "-m", "taskx", *words]
-    with subprocess.Popen(command, cwd=tmp_path, env=environment) as process:
+    with ExitStack() as stack:
+        process = stack.enter_context(subprocess.Popen(command, cwd=tmp_path, env=environment))
+        stack.callback(process.kill)
         eventually(health.exists)
         check = re.search(r"CMD (test .*)$", DOCKERFILE, re.MULTILINE)[1]
         probe = check.replace("/tmp/taskx-health", str(health))

@@ -62,14 +62,13 @@ def test_nothing_runs_until_the_test_says_so(queue, ran):
     assert [handle.result() for handle in handles] == [None] * 3
 
 
-def test_no_thread_is_started(queue, ran):
-    before = set(threading.enumerate())
+def test_no_thread_is_started(queue, ran, threads_begun):
     seen = []
     queue.executor("where", timeout=60)(lambda: seen.append(threading.current_thread()))
     queue.submit("where")
     queue.run_all()
     assert seen == [threading.current_thread()]
-    assert set(threading.enumerate()) <= before
+    assert threads_begun == []
 
 
 def test_priority_and_order_are_those_of_a_started_queue(queue, ran):
@@ -389,8 +388,7 @@ def test_pauses_hold(queue, ran):
     assert len(queue.run_all()) == 1
 
 
-def test_a_tuned_rate_holds_and_starts_no_thread(queue, ran):
-    before = threading.active_count()
+def test_a_tuned_rate_holds_and_starts_no_thread(queue, ran, threads_begun):
     queue.tune("note", rate="1/m")
     queue.tune(workers=4)
     for _ in range(3):
@@ -400,7 +398,7 @@ def test_a_tuned_rate_holds_and_starts_no_thread(queue, ran):
     assert len(queue.run_all()) == 1
     queue.untune("note")
     assert len(queue.run_all()) == 1
-    assert threading.active_count() == before
+    assert threads_begun == []
 
 
 def test_a_failed_task_is_requeued(queue):

@@ -170,7 +170,6 @@ def test_a_project_uses_the_fixtures_without_any_import(project, more):
 
 
 @pytest.mark.process
-@pytest.mark.process
 def test_pytest_lists_the_fixtures_and_the_marker(project):
     fixtures = project.pytest("--fixtures")
     assert "taskx_queue" in fixtures
@@ -231,29 +230,28 @@ def test_names_of_the_kit_are_not_collected_as_tests(project):
 
 @pytest.mark.process
 @pytest.mark.parametrize(
-    ("ini", "mark", "message"),
+    ("ini", "marks"),
     [
-        ("taskx_mode = eager", "", "must be 'manual' or 'inline', not 'eager'"),
-        ("taskx_queue = app.queue", "", "must name a module and a queue in it"),
-        ("", "mode='never'", "must be 'manual' or 'inline', not 'never'"),
-        ("", "clock=1", "takes mode=... and queue=... only"),
-        ("", "'inline'", "takes mode=... and queue=... only"),
+        ("taskx_mode = eager", {"": "must be 'manual' or 'inline', not 'eager'"}),
+        ("taskx_queue = app.queue", {"": "must name a module and a queue in it"}),
+        (
+            "",
+            {
+                "mode='never'": "must be 'manual' or 'inline', not 'never'",
+                "clock=1": "takes mode=... and queue=... only",
+                "'inline'": "takes mode=... and queue=... only",
+            },
+        ),
     ],
 )
-def test_a_mistake_in_the_settings_is_explained(project, ini, mark, message):
+def test_a_mistake_in_the_settings_is_explained(project, ini, marks):
     project.write("pytest.ini", f"[pytest]\n{ini}\n")
-    project.write(
-        "test_app.py",
-        f"""
-        import pytest
-
-        @pytest.mark.taskx({mark})
-        def test_it(taskx_queue): pass
-        """,
-    )
-    said = project.pytest()
-    assert message in said
-    assert "1 error" in said
+    test = "@pytest.mark.taskx({})\ndef test_{}(taskx_queue): pass\n"
+    tests = [test.format(mark, number) for number, mark in enumerate(marks)]
+    project.write("test_app.py", "\n".join(["import pytest", *tests]))
+    _, *said = re.split(r"^_+ ERROR at setup of ", project.pytest(), flags=re.MULTILINE)
+    assert len(said) == len(marks)
+    assert all(map(str.__contains__, said, marks.values()))
 
 
 @pytest.mark.process

@@ -12,6 +12,9 @@ from helpers import PATIENCE, eventually, housekeeper_of, ids, node_of, pool_of
 
 from taskx import Queue, RepositoryUnavailable, SQLiteRepository, Task, TaskNotFound, every
 
+# Tests count the starts of tasks, so a slow machine must hand no started task back.
+pytestmark = pytest.mark.usefixtures("calm")
+
 
 @pytest.fixture
 def repository(database):
@@ -146,7 +149,7 @@ def test_a_lost_file_is_logged_less_and_less_often_without_traceback(
         del rounds[:]
         eventually(lambda: len(rounds) > 100)
     told = [r for r in caplog.records if "the housekeeper tries again" in r.message]
-    assert 1 <= len(told) <= 8  # the 1st, 2nd, 4th … 64th
+    assert 1 <= len(told) <= len(rounds).bit_length() + 1  # the 1st, 2nd, 4th …
     assert all(words in record.message for record in told)
     assert all(record.exc_info is None for record in caplog.records)
     assert {record.levelname for record in told} == {"WARNING"}

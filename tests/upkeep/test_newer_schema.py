@@ -61,7 +61,7 @@ except SchemaMismatch as error:
     say(f"refused: {error}")
 say(f"healthy: {queue.healthy}")
 go_on.set()
-queue.handle("first").result(20)
+queue.handle("first").result(100)
 say("ended")
 queue.close()
 """

@@ -147,8 +147,8 @@ ELSEWHERE = """
 
 @pytest.fixture
 def lease(request):
-    """The length of a lease."""
-    return getattr(request, "param", 3.0)
+    """The length of a lease. A process that a busy machine stops for some seconds does not lose it."""
+    return getattr(request, "param", 8.0)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 
 import pytest
-from helpers import PATIENCE, SOON, eventually, held_on, is_intact
+from helpers import PATIENCE, SOON, eventually, held_on, is_intact, suspend
 
 from taskx import Queue, SQLiteRepository, TaskFilter, TaskStatus
 from taskx.tasks.timing import DEFAULT_TIMING
@@ -108,13 +108,13 @@ WORK = [f"work {n}" for n in range(40)]
 # Dead, and not dead
 
 
-def test_tasks_of_a_dead_process_are_found_by_its_lock(run, make_survivor, clock):
+def test_tasks_of_a_dead_process_are_found_by_its_lock(run, make_survivor, clock, database):
     """Running, buffered and spilled tasks run soon after the kill, although the clock stands still."""
     child = run("fill(); say('filled'); wait_for_ever()")
     assert sorted(child.read() for _ in range(3)) == ["filled", "listening", "listening"]
     survivor = make_survivor(clock=clock)
     assert survivor.repository.count(TaskFilter()) == 42
-    child.signal(signal.SIGSTOP)  # it must take no more: the survivor gets the spilled tasks
+    suspend(child, database)  # it must take no more: the survivor gets the spilled tasks
     survivor.start()
     eventually(lambda: len(survivor.ran) >= 30)
     threading.Event().wait(1.2)  # blocks on purpose: two checks for dead nodes
@@ -167,7 +167,7 @@ wait_for_ever()
     survivor = make_survivor(clock=clock)
     survivor.executor("finish")(lambda: "by another")
     assert child.read() == "running"
-    child.signal(signal.SIGSTOP)
+    suspend(child, database)
     survivor.start()
     for _ in range(3):
         clock.advance(365 * 24 * 3600)
@@ -302,7 +302,7 @@ sys.stdin.readline()
     locker = spawn(
         """
         import sqlite3, sys
-        connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+        connection = sqlite3.connect(sys.argv[1], isolation_level=None, timeout=60)
         connection.execute("BEGIN IMMEDIATE")
         print("locked", flush=True)
         sys.stdin.readline()
@@ -311,8 +311,7 @@ sys.stdin.readline()
     )
     assert locker.read() == "locked"
     child.tell()
-    child.process.wait(45)
-    assert child.process.returncode == 0
+    assert child.process.wait(PATIENCE) == 0
     locker.kill()
     with SQLiteRepository(database) as repository:
         queue = Queue(repository)
@@ -336,12 +335,12 @@ say("ready")
 try:
     wait_for_ever()
 finally:
-    queue.stop(timeout={timeout})
+    queue.stop({stop})
 """
 
 
 def test_sigterm_hands_back_and_exits_with_zero(run, repository):
-    child = run(HANDLER.format(kind="listen", timeout=10))  # a fifth of it is for handing back
+    child = run(HANDLER.format(kind="listen", stop="60, cancel=True"))
     assert {child.read(), child.read()} == {"listening", "ready"}
     child.signal(signal.SIGTERM)
     _, err = child.ends()
@@ -354,7 +353,7 @@ def test_sigterm_hands_back_and_exits_with_zero(run, repository):
 
 def test_a_second_sigterm_ends_a_stop_that_waits(run, repository):
     """It ends at once. The task counts as interrupted, because its node was stopping."""
-    child = run(HANDLER.format(kind="hang", timeout=60))
+    child = run(HANDLER.format(kind="hang", stop="60"))
     assert {child.read(), child.read()} == {"hanging", "ready"}
     child.signal(signal.SIGTERM)
     eventually(lambda: [node.stopping for node in repository.liveness.nodes()] == [True])
@@ -388,7 +387,7 @@ def submit_all_the_time(start):
         handle = work.submit(n=n)
         n += 1
         if n % 50 == 0:
-            handle.result(25)  # so that the child's task never waits behind thousands
+            handle.result(100)  # so that the child's task never waits behind thousands
     note("submitted", n - start)
 
 queue.start()
@@ -399,11 +398,11 @@ failed = []
 for number in range(25):
     pid = os.fork()
     if pid == 0:
-        signal.alarm(30)  # kills a child that hangs, so that the test finds it
+        signal.alarm(110)  # kills a child that hangs, so that the test finds it
         status = 1
         try:
             handle = work.submit(n=number)
-            handle.result(25)
+            handle.result(100)
             status = 0
         finally:
             os._exit(status)
@@ -415,8 +414,7 @@ for thread in threads:
 print(failed, queue.drain(60), queue.stop(), flush=True)
 """
     )
-    child.process.wait(100)
-    out, err = child.ends()
+    out, err = child.ends(3 * PATIENCE)
     assert out == "[] True []\n", err
     ran = logged(database)
     submitted = sum(int(line.split()[1]) * times for line, times in ran.items() if "sub" in line)
@@ -438,7 +436,7 @@ def in_child(n):
     sys.exit(7)
 
 def exit_code(process):
-    process.join(25)
+    process.join(100)
     while process.exitcode is None:  # a start in another thread may have got the answer
         threading.Event().wait(0.001)
     return process.exitcode
@@ -460,7 +458,7 @@ def forks(ctx):
 with queue:
     handles = [queue.submit("forks") for _ in range(3)]
     print([handle.result(60) for handle in handles], flush=True)
-    print({(h.task().starts, h.task().crashes) for h in handles}, queue.drain(30), flush=True)
+    print({(h.task().starts, h.task().crashes) for h in handles}, queue.drain(60), flush=True)
 """
     )
     assert child.read() == str([[9, 7, 9]] * 3)

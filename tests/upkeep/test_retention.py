@@ -7,7 +7,7 @@ from contextlib import closing
 from datetime import datetime, timedelta, timezone
 
 import pytest
-from helpers import PATIENCE, connections_of, eventually, housekeeper_of, ids, whole_round
+from helpers import PATIENCE, connections_of, eventually, ids, whole_round
 
 from taskx import (
     Config,
@@ -44,9 +44,9 @@ def fill(make_queue, clock):
 
 
 def later(queue, clock, seconds):
-    """Let time pass, and run a round of the housekeeper."""
+    """Let time pass, and wait for a round of the housekeeper."""
     clock.advance(seconds)
-    housekeeper_of(queue).tick()
+    whole_round(queue)
 
 
 class TestRetention:

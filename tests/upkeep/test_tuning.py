@@ -268,8 +268,8 @@ class TestWorkers:
         queue.tune(workers=2)
         assert running.now == 4
         running.end(2)
-        eventually(lambda: pool.workers_left == 2)
-        assert len(pool.threads) == running.now == 2
+        eventually(lambda: pool.workers_left == len(pool.threads) == 2)
+        assert running.now == 2
         queue.untune(workers=True)
         running.end(1)
         eventually(lambda: pool.workers_left == 1)

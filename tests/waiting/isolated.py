@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from taskx import Uncertain
+from taskx import Task, Uncertain
 
 
 def ask(ctx, swallow: bool = False):
@@ -58,3 +58,12 @@ def pay(ctx, log: str):
 
 def double(previous=1):
     return previous * 2
+
+
+def family(ctx, numbers: list[int], needed: int | None = None):
+    tasks = [Task(type="double", params={"previous": n}) for n in numbers]
+    return [*map(str, ctx.run_all("two", tasks, needed=needed, on_failure="return"))]
+
+
+def misfit(ctx):
+    ctx.run_all("two", [Task(type="nothing")])

@@ -41,9 +41,9 @@ def ask(ctx, never):
 @queue.executor("sleep", max_crashes=1000)
 def sleep(ctx, seconds, times):
     for n in range(times):
-        began = ctx.step(f"began {n}", lambda: [time.time(), ctx.task.crashes])
+        began = ctx.step(f"began {n}", lambda: [int(time.time() * 1000), ctx.task.crashes])
         ctx.sleep(seconds, step=f"sleep {n}")
-        late = time.time() - began[0] - seconds
+        late = (time.time() * 1000 - began[0]) / 1000 - seconds  # as a sleep counts
         assert late >= 0, "it woke early"
         note(ctx.task.id, n, late, ctx.task.crashes - began[1], time.time())
     return "awake"

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.process
 @pytest.fixture
 def queue(make_queue):
     queue = make_queue(worker_num=1)
-    for name in ("ask", "refused", "late", "nap", "look", "pay", "double"):
+    for name in ("ask", "refused", "late", "nap", "look", "pay", "double", "family", "misfit"):
         function = getattr(isolated, name)
         queue.executor(isolation="process")(function)
     queue.start()
@@ -95,3 +95,23 @@ def test_does_something_once(queue, tmp_path):
 def test_gets_the_result_of_the_step_before(queue):
     flow = queue.submit_flow(chain(*(Task(type="double") for _ in range(3))))
     assert flow.result(PATIENCE) == 8
+
+
+def test_has_children(queue):
+    handle = queue.submit("family", {"numbers": [1, 2]})
+    assert handle.result(PATIENCE) == ["2", "4"]
+    assert handle.task().starts == 2
+
+
+def test_needs_some_of_its_children(queue):
+    queue.pause("double")
+    handle = queue.submit("family", {"numbers": [1, 2], "needed": 1})
+    waits_for(queue, handle.id, f"{handle.id}/two/all")
+    queue.cancel_task(f"{handle.id}/two/0")
+    queue.resume("double")
+    assert handle.result(PATIENCE) == [f"task {handle.id}/two/0 was cancelled", "4"]
+
+
+def test_has_children_that_are_refused(queue):
+    with pytest.raises(TaskFailed, match="no executor is registered for type 'nothing'"):
+        queue.submit("misfit").result(PATIENCE)

@@ -10,6 +10,7 @@ from helpers import PATIENCE, eventually, pool_of
 
 from taskx import ConfigurationError, TaskFailed, TaskNotFound
 from taskx.tasks import lifecycle
+from taskx.tasks.findings import moment
 from taskx.testing import ManualClock, ManualQueue
 
 DAY = timedelta(days=1)
@@ -262,7 +263,7 @@ def test_a_started_queue_wakes_in_time(make_queue):
 
     queue.executor("fine")(lambda: "fine")
     queue.start()
-    began = time.time()
+    began = queue.clock.now_ms() / 1000
     handle = queue.submit("nap")
     eventually(lambda: lifecycle.is_parked(handle.task()) and not pool_of(queue).runs)
     assert queue.submit("fine").result(PATIENCE) == "fine"  # with one worker
@@ -276,3 +277,27 @@ def test_a_sleep_keeps_the_turn_of_its_key(manual):
     assert (first.task().status, second.task().starts) == ("completed", 1)
     manual.advance(14 * DAY)
     assert second.result() == "mail"
+
+
+class TestWhy:
+    def test_it_says_since_when_until_when_and_in_which_step(self, manual):
+        handle = manual.submit("trial")
+        manual.run_all()
+        (reason,) = [reason for reason in handle.why() if reason.kind == "due"]
+        task = handle.task()
+        assert (reason.facts["since"], reason.facts["until"]) == (task.started_at, task.run_at)
+        assert reason.facts["step"] == "grace"
+        assert str(reason) == (
+            f"It sleeps in step 'grace' since {moment(task.started_at)}, until {moment(task.run_at)}, "
+            "for another 14 days, without a thread."
+        )
+
+    def test_the_next_task_of_the_key_says_until_when_the_first_one_sleeps(self, manual):
+        first = manual.submit("trial", concurrency_key="eva")
+        manual.run_all()
+        second = manual.submit("trial", concurrency_key="eva")
+        manual.run_all()
+        until = first.task().run_at
+        (reason,) = [reason for reason in second.why() if reason.kind == "turn"]
+        assert reason.facts["until"] == until
+        assert str(reason).endswith(f"and keeps it while it sleeps until {moment(until)}.")

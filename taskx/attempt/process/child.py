@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from taskx.attempt.alarms import Alarms
 from taskx.attempt.checkpoints import Keeper
+from taskx.attempt.children import Children
 from taskx.attempt.context import Context, Shared
 from taskx.attempt.current import current
 from taskx.attempt.executors import Executor, Registered, entry_of, make_executor
@@ -167,7 +168,8 @@ class _Parent(Keeper):
         self._channel = channel
         self._refused = refused  # the reason why checkpoints cannot be stored, or empty
         self._asking = threading.Lock()
-        self.waits = _Waits(self._ask)
+        self.waits = waits = _Waits(self._ask)
+        self.children = _Children(waits.heard)
         #: The parent's answers.
         self.answers: SimpleQueue[list[Any]] = SimpleQueue()
 
@@ -229,22 +231,55 @@ class _Waits(Waits):
         what: str = "question",
     ) -> Any:
         text = payload.encode(question, "question", payload.NO_LIMIT)
-        return self._heard(token, "ask", name, text, timeout, [*tags], what)
+        return self.heard(token, "ask", name, text, timeout, [*tags], what)
 
     def forget(self, task: Task, name: str, token: CancelToken) -> object:
-        return self._heard(token, "forget", name)
+        return self.heard(token, "forget", name)
 
     def wait(
         self, task: Task, awaited: str, timeout: float | None, until: int | None, token: CancelToken
     ) -> Any:
-        return self._heard(token, "wait", awaited, timeout, until)
+        return self.heard(token, "wait", awaited, timeout, until)
 
-    def _heard(self, token: CancelToken, *question: Any) -> Any:
+    def heard(self, token: CancelToken, *question: Any) -> Any:
+        """Return or raise what the parent has told."""
         said = self._ask(*question)
         if said is None:  # the token of the parent has fired
             token.wait()
         token.raise_if_cancelled()
         return heard(said)
+
+
+class _Children(Children):
+    """The children of a run in a child process: the parent submits them, and reads their results."""
+
+    def __init__(self, heard: Callable[..., Any]) -> None:
+        self._heard = heard
+
+    def wait(
+        self,
+        parent: Task,
+        name: str,
+        tasks: Sequence[Task],
+        needed: int | None,
+        taken: list[int] | None,
+        token: CancelToken,
+    ) -> Any:
+        return self._heard(token, "children", name, _told(tasks), needed, taken)
+
+    def outcomes(
+        self, parent: Task, name: str, some: bool, taken: Sequence[int] | None, token: CancelToken
+    ) -> Any:
+        return self._heard(token, "outcomes", name, some, taken)
+
+    def fork(self, parent: Task, name: str, tasks: Sequence[Task], token: CancelToken) -> Any:
+        return self._heard(token, "fork", name, _told(tasks))
+
+
+def _told(tasks: Sequence[Task]) -> list[dict[str, Any]]:
+    for task in tasks:
+        payload.encode_params(task.params, payload.NO_LIMIT)  # raises if they are not JSON
+    return [task.to_dict() for task in tasks]
 
 
 def _find(type: str, module: str, name: str, main: str) -> Registered:

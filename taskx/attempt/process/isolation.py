@@ -285,7 +285,7 @@ class _Attendance:
             self._child.channel.say("answer", *self._keep(*facts))
         elif what == "parents":
             self._child.channel.say("answer", *self._parents())
-        elif what in ("ask", "forget", "wait"):
+        elif what in ("ask", "forget", "wait", "children", "outcomes", "fork"):
             self._child.channel.say("answer", *self._wait(what, *facts))
 
     def _keep(self, text: str, durable: bool) -> tuple[bool, str, str]:

@@ -105,6 +105,7 @@ class TaskRow(Row):
     stuck_on = _name("node of a stuck thread")
     checkpoints = _optional_text("checkpoints")
     log = _text("log")
+    version = _key("version of the executor")
     held = _number("reason of waiting")
     waiting_on = _key("waits for the task")
     unique_lock = _key("unique key held", 500)
@@ -234,6 +235,7 @@ class Task(TaskRow):
         verbose_name = "task"
         verbose_name_plural = "tasks"
         default_permissions = ("change", "delete", "view")
+        permissions = (("answer_task", "Can give answers that tasks wait for"),)
 
 
 class DeadLetterManager(models.Manager["DeadLetter"]):

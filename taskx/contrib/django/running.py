@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from inspect import iscoroutinefunction
 from typing import Any
@@ -53,7 +52,7 @@ announcing: dict[str, tuple[int, threading.Event]] = {}
 _PATIENCE = 5.0
 # The exceptions of attempts whose outcome is not told yet, by the ids of their tasks and their ``starts``:
 # hooks may hear of an attempt after the next one has raised.
-_raised: OrderedDict[tuple[str, int], BaseException] = OrderedDict()
+_raised: dict[tuple[str, int], BaseException] = {}
 
 
 class InChild(TaskExecutor):
@@ -80,8 +79,8 @@ def executor_of(task: Task) -> Executor[..., Any] | TaskExecutor:
             return _run(task, ctx, params)
         except BaseException as error:
             _raised[ctx.task.id, ctx.task.starts] = error
-            if len(_raised) > _MOST_RAISED:
-                _raised.popitem(last=False)
+            for oldest in list(_raised)[:-_MOST_RAISED]:
+                _raised.pop(oldest, None)
             raise
 
     made: Executor[..., Any] = taskx.executor(type_of(task))(run)

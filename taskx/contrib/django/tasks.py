@@ -37,7 +37,7 @@ _PASSED = (
     *("concurrency_key", "tags", "depends_on", "expires"),
 )
 # The options that only an executor takes: they hold for all tasks of the type.
-_OF_TYPE = ("rate", "max_concurrency", "isolation", "capture_log")
+_OF_TYPE = ("rate", "max_concurrency", "isolation", "capture_log", "version")
 # The options that an executor takes, too: schedules and the command line get them from there.
 _OF_EXECUTOR = ("max_attempts", "timeout", "tags", "expires", *_OF_TYPE)
 # The names that Celery has for what tasks of Django do otherwise.
@@ -69,8 +69,8 @@ class TaskxTask(Task):
         unique_key, unique_scope, on_conflict, concurrency_key, depends_on: as in ``Queue.submit``.
         tags: short texts to filter by.
         expires: a task that has not started by then is cancelled: as in ``Queue.submit``.
-        rate, max_concurrency, isolation, capture_log: as in ``Queue.executor``. They hold for all tasks of
-            the type, so ``using`` does not take them.
+        rate, max_concurrency, isolation, capture_log, version: as in ``Queue.executor``. They hold for all
+            tasks of the type, so ``using`` does not take them.
     """
 
     max_attempts: int | None = field(default=None, compare=False)
@@ -87,6 +87,7 @@ class TaskxTask(Task):
     max_concurrency: int | None = field(default=None, compare=False)
     isolation: Isolation | None = field(default=None, compare=False)
     capture_log: bool | int | str | None = field(default=None, compare=False)
+    version: int | str | None = field(default=None, compare=False)
 
     if not TYPE_CHECKING:  # a type checker finds out by itself
 

@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 
 _VIEW = frozenset({"read", "see_params"})
 #: The permissions of the dashboard that each permission of Django gives. As in the admin, a user who may
-#: change tasks may view them.
+#: change tasks, or answer, may view them.
 PERMISSIONS: Mapping[str, frozenset[str]] = {
     "taskx.view_task": _VIEW,
     "taskx.change_task": _VIEW | {"cancel", "requeue", "edit", "pause", "tune"},
+    "taskx.answer_task": _VIEW | {"answer"},
     "taskx.delete_task": frozenset({"delete"}),
     "taskx.change_schedule": frozenset({"schedules"}),
 }
@@ -41,8 +42,8 @@ def permissions_of(request: HttpRequest) -> frozenset[str]:
     """Return what a request's user may do in the dashboard: nothing unless ``is_staff`` is set.
 
     ``view_task`` gives ``read`` and ``see_params``; ``change_task`` gives these, ``cancel``, ``requeue``,
-    ``edit``, ``pause`` and ``tune``; ``delete_task`` gives ``delete``; ``change_schedule`` gives
-    ``schedules``.
+    ``edit``, ``pause`` and ``tune``; ``answer_task`` gives the first two and ``answer``; ``delete_task``
+    gives ``delete``; ``change_schedule`` gives ``schedules``.
     """
     user = request.user
     if not user.is_staff:

@@ -325,7 +325,7 @@ _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 @command(
     "doctor",
-    """Examine versions, file, permissions, disk, locks, dead nodes and clock.
+    """Examine versions, file, permissions, disk, locks, dead nodes, clock, and where tasks wait.
 
 Prints a line for each check, with what to do. A warning says what can do harm; a failure keeps tasks from
 running, and the exit code is 1. Nothing is changed. `taskx check` examines the tasks themselves.""",

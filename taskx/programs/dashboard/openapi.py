@@ -36,6 +36,7 @@ _TASK: dict[str, Any] = {
     "dead_letter": {"type": "boolean"},
     "earlier_attempts": {"type": "array", "items": {"type": "object"}},
     "checkpoints": {"type": ["object", "null"]},
+    "version": {"type": ["string", "null"]},
     **dict.fromkeys(TIME_FIELDS, _TIME),
 }
 

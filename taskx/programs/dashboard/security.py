@@ -29,6 +29,7 @@ PERMISSIONS: Mapping[str, str] = {
     "requeue": "run tasks again",
     "delete": "delete tasks",
     "edit": "run tasks again with other params",
+    "answer": "give answers that tasks wait for",
     "pause": "pause and resume types",
     "tune": "change limits and workers, stop nodes",
     "schedules": "pause, resume, trigger and remove schedules",

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import threading
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,6 +14,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import attrs
 
 from taskx.stores.liveness.began import Began
+from taskx.tasks.in_use import InUse
 from taskx.tasks.rate import Limit, LimitScope, Rate
 from taskx.tasks.writes import Note, NoteChange, Write
 
@@ -354,11 +354,11 @@ def _limit_of(most: int | None, rate: Sequence[Any] | None, scope: LimitScope) -
 _ABOUT = tuple(field.name for field in attrs.fields(About))
 
 
-_all: weakref.WeakSet[Recorded[Any]] = weakref.WeakSet()
+_all = InUse[Recorded[Any]]()
 
 
 def _renew_all_after_fork() -> None:
-    for one in list(_all):
+    for one in _all:
         one.renew()
 
 

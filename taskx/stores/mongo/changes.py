@@ -38,7 +38,7 @@ class Changes:
         self._connection = connection
         self._poll_interval = poll_interval
         self.own = own
-        self._rings = 0
+        self._rung = object()  # another one after each change
         self.renew()
 
     def renew(self) -> None:
@@ -50,10 +50,10 @@ class Changes:
         now = self.monotonic()
         watch = self._ensure_watch(now)
         live = watch is not None and now - watch.heard < self.timing.stream_broken_after
-        return self._rings, None if live else now // max(self._poll_interval, _LEAST_INTERVAL)
+        return self._rung, None if live else now // max(self._poll_interval, _LEAST_INTERVAL)
 
     def ring(self) -> None:
-        self._rings += 1
+        self._rung = object()
 
     def _ensure_watch(self, now: float) -> _Watch | None:
         if not self._can_watch:

@@ -152,8 +152,8 @@ class GroupWriter(Writer):
         )
         held = {task_id for (task_id,) in link.rows(sql, [*ids, *source.values])}
         for write in writes:
-            if "tags" in write.changes and write.id in held:
-                self.retag(link, write)
+            if write.id in held:
+                self.relist(link, write)
         return held
 
     def _unlocked(

@@ -17,8 +17,10 @@ from taskx.stores.sql.statements import Statements, has_special
 from taskx.tasks.record import UNIQUE
 from taskx.tasks.writes import CREATED, Delete, Insert, NoteChange, Update, Write
 
+# Lists, whose items are in tables of their own.
+_LISTS = frozenset(("tags", "depends_on"))
 # Changes of these columns may need more than a statement.
-_OTHER_STEPS = frozenset((*UNIQUE, "tags"))
+_OTHER_STEPS = _LISTS.union(UNIQUE)
 
 
 class Refused(Exception):
@@ -109,7 +111,7 @@ class Writer:
         if isinstance(head, Insert):
             while end < last and self._ordinary(head) and self._ordinary(writes[end]):
                 end += 1
-        elif isinstance(head, Update) and "tags" not in head.changes and end < last:
+        elif isinstance(head, Update) and _LISTS.isdisjoint(head.changes) and end < last:
             same = head[1:]
             if writes[end][1:] == same:
                 while end < last and writes[end][1:] == same:
@@ -160,7 +162,9 @@ class Writer:
             return False
         if isinstance(write, Insert):
             return not (write.row.get("depends_on") or write.row.get("tags"))
-        return not (isinstance(write, Delete) or "tags" in write.changes or _takes(write.changes))
+        if isinstance(write, Delete) or _takes(write.changes):
+            return False
+        return _LISTS.isdisjoint(write.changes)
 
     def _update(self, link: Link, write: Update) -> bool:
         d, changes = self.dialect, write.changes
@@ -170,8 +174,8 @@ class Writer:
         query = self.statements.update((write.id,), write.guard, changes, passes=passes)
         execute = self._unless_taken if _takes(changes) else _execute
         held = execute(link, *query)
-        if held and "tags" in changes and not d.has_triggers:
-            self.retag(link, write)
+        if held and not d.has_triggers:
+            self.relist(link, write)
         return held
 
     def _unless_taken(self, link: Link, sql: str, values: Sequence[Any]) -> bool:
@@ -208,10 +212,15 @@ class Writer:
         if tags:
             link.executemany(*self.statements.tags(tags))
 
-    def retag(self, link: Link, write: Update) -> None:
-        """Replace the tags of a task by those of a write, which has changed its row."""
-        link.execute(*self.statements.untag(write.id))
-        self.add_lists(link, [{"id": write.id, "tags": write.changes["tags"]}])
+    def relist(self, link: Link, write: Update) -> None:
+        """Replace the tags and parents of a task by those of a write, which has changed its row."""
+        if "tags" in write.changes:
+            link.execute(*self.statements.untag(write.id))
+        if "depends_on" in write.changes:
+            link.execute(self.statements.gone_parents, (write.id,))
+        lists = {name: write.changes[name] for name in _LISTS if name in write.changes}
+        if lists:
+            self.add_lists(link, [{"id": write.id, **lists}])
 
     def remove_lists(self, link: Link, gone: Iterable[tuple[Any, ...]]) -> None:
         """Remove the pairs and the tags of removed tasks: rows of number, id, parents and tags."""

@@ -18,6 +18,7 @@ from taskx.stores.parts import Listener
 from taskx.stores.sqlite.file import DatabaseFile
 from taskx.tasks import lifecycle
 from taskx.tasks.ids import new_id
+from taskx.tasks.in_use import InUse
 from taskx.tasks.timing import Timing
 from taskx.tasks.writes import Write
 
@@ -79,15 +80,17 @@ class Wakeups:
     def __init__(self, file: DatabaseFile, timing: Timing) -> None:
         self._file = file
         self._every = timing.listeners_every
-        self._made: weakref.WeakSet[Pipe] = weakref.WeakSet()
+        self._made = InUse[Pipe]()
         self.renew_after_fork()
 
     def renew_after_fork(self) -> None:
         """Start over, in a forked child, without the parent's pipes."""
-        for pipe in list(self._made):
+        for pipe in self._made:
             pipe.drop()
-        self._made = weakref.WeakSet()
-        self._own = new_id()  # the prefix of the names of this process's pipes
+        self._made = InUse()
+        # The prefix of the names of this process's pipes. No new id: at the fork, another thread of the
+        # parent may have been making one, and the child would wait for its lock.
+        self._own = os.urandom(8).hex()
         self._scan_at = 0.0
         self._pipes: Sequence[tuple[str, str]] = ()  # others' pipes, and what they listen for
 

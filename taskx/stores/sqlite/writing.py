@@ -51,7 +51,7 @@ class KeyedWriter(Writer):
 
     def is_single(self, write: Write) -> bool:
         if not isinstance(write, Insert):
-            return True  # triggers do the rest
+            return "depends_on" not in write.changes  # triggers do the rest
         return write.fresh and "depends_on" not in write.row and "tags" not in write.row
 
     def alone(self, writes: Sequence[Write], link: Link) -> list[bool]:
@@ -74,6 +74,12 @@ class KeyedWriter(Writer):
     def one(self, link: Link, write: Write) -> bool:
         if isinstance(write, Insert):
             return self._insert(link, write)
+        held = self._change(link, write)
+        if held and "depends_on" in write.changes:
+            self._add_parents(link, write)
+        return held
+
+    def _change(self, link: Link, write: Update | Delete) -> bool:
         if link.execute(*self._query(write)).rowcount > 0:
             return True
         # The guard does not hold, or the row has another key.
@@ -85,6 +91,14 @@ class KeyedWriter(Writer):
         if isinstance(write, Delete):
             return self.statements.delete(write.id, write.guard, place)
         return self.statements.update((), write.guard, write.changes, place=place)
+
+    def _add_parents(self, link: Link, write: Update | Delete) -> None:
+        """Store the pairs of a task whose parents have become more."""
+        d, ids = self.dialect, (write.id,)
+        for place, keys in filter(None, (d.named(ids), d.elsewhere(ids))):
+            pair = f"SELECT ?, seq FROM {d.tasks} WHERE {place}"
+            sql = f"INSERT INTO {d.parents} (parent, child) {pair}{d.unless_taken}"
+            link.executemany(sql, [(p, *keys) for p in items(write.changes["depends_on"])])
 
     # --- new rows
 

@@ -43,8 +43,9 @@ def backend() -> Iterator[InlineBackend]:
 
 
 @pytest.mark.parametrize("task", [tasks.add, tasks.add_async], ids=["def", "async def"])
-def test_a_task_has_ended_when_enqueue_returns_and_no_thread_was_started(backend, task):
-    before = {*threading.enumerate()}
+def test_a_task_has_ended_when_enqueue_returns_and_no_thread_was_started(
+    backend, task, threads_begun
+):
     result = task.enqueue(1, b=2)
     assert (result.status, result.return_value, result.attempts) == (SUCCESSFUL, 3, 1)
     assert result.enqueued_at <= result.started_at <= result.finished_at
@@ -52,7 +53,7 @@ def test_a_task_has_ended_when_enqueue_returns_and_no_thread_was_started(backend
     assert asyncio.run(task.aenqueue(1, b=2)).return_value == 3
     result.refresh()
     assert result.return_value == 3
-    assert not [t for t in {*threading.enumerate()} - before if t.name.startswith("taskx")]
+    assert not [thread for thread in threads_begun if thread.name.startswith("taskx")]
 
 
 def test_errors_are_on_the_result_and_ctrl_c_reaches_the_test(backend):

@@ -143,7 +143,7 @@ def test_tasks_of_a_killed_process_run_again_in_another_one(site):
     site.start(1)
     eventually(ended(site.repository, 41))
     task = hung.task()
-    assert (task.crashes, task.starts, task.result) == (1, 2, "after a crash")
+    assert (task.crashes, task.result) == (1, "after a crash")
     assert {handle.task().result for handle in handles} == {*range(40)}
 
 
@@ -202,7 +202,8 @@ def accepted(queue, n):
 def test_an_outcome_that_the_server_did_not_take_waits_for_it(spawn, tmp_path, gate, server):
     """A task ends while the server is down, and is not run again."""
     alias = on_server(spawn, tmp_path, server, f"down {tmp_path}").repository.using
-    repository = DjangoRepository(alias, "full", run_folder=tmp_path)
+    # The lease is longer than any restart of the server.
+    repository = DjangoRepository(alias, "full", run_folder=tmp_path, lease_timeout=10 * PATIENCE)
     queue = Queue(repository)
     ran = []
 

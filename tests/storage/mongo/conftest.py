@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,9 @@ import mongomock
 import pymongo
 import pytest
 from mongo_proxy import Proxy
-from mongo_server import new_database
+from mongo_server import PATIENCE, new_database
 
-from taskx import MongoRepository
+from taskx import MongoRepository, RepositoryUnavailable
 from taskx.stores.queries import Changes
 from taskx.tasks import lifecycle
 
@@ -42,7 +43,8 @@ def make(tmp_path: Path) -> Iterator[Callable[..., MongoRepository]]:
     made: list[MongoRepository] = []
 
     def make(database: Any, **options: Any) -> MongoRepository:
-        made.append(MongoRepository(database, **{"run_folder": tmp_path / "run", **options}))
+        given = {"run_folder": tmp_path / "run", "timeout": PATIENCE, **options}
+        made.append(MongoRepository(database, **given))
         made[-1].changed = Changes(made[-1])  # for tests
         return made[-1]
 
@@ -80,6 +82,28 @@ def through(proxy: Proxy, database: Any, make: Any) -> Iterator[Callable[..., Mo
     yield through
     for client in clients:
         client.close()
+
+
+def sent_in_vain(
+    proxy: Proxy, direction: str, words: tuple[bytes, ...], write: Callable[[], object]
+) -> RepositoryUnavailable:
+    """Swallow a direction from a request with one of these words on; return the error of that write.
+
+    On a slow machine the time-out may pass before it is sent, and then the error is not in doubt.
+    """
+    sent = threading.Event()
+
+    def judge(way: str, piece: bytes) -> bool:
+        if way == "ask" and any(word in piece for word in words):
+            sent.set()
+        return not (sent.is_set() and way == direction)
+
+    proxy.judge = judge
+    while True:
+        with pytest.raises(RepositoryUnavailable) as caught:
+            write()
+        if sent.is_set():
+            return caught.value
 
 
 class CommandCount(pymongo.monitoring.CommandListener):

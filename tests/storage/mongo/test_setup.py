@@ -11,7 +11,7 @@ from datetime import timedelta
 
 import pymongo
 import pytest
-from helpers import eventually
+from helpers import PATIENCE, eventually
 from mongo_server import free_port
 from pymongo.write_concern import WriteConcern
 
@@ -240,7 +240,7 @@ def run_program(program, *args):
         [sys.executable, "-c", program, *args],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
 
@@ -347,5 +347,5 @@ def test_hosts_with_wrong_clocks_agree_on_the_order(mock, make, monkeypatch):
 
 
 def test_the_server_tells_its_time(repository):
-    told = repository._sequencer._server_ms(20.0)
+    told = repository._sequencer._server_ms(PATIENCE)
     assert abs(told - time.time() * 1000) < 600_000

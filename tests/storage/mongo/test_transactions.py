@@ -132,6 +132,8 @@ class TestConflicts:
                     ctx.progress(n + 1, "inside")
                     ctx.sleep(0.02)
                     ctx.cursor = n
+                if n == 0:
+                    eventually(lambda: stored)
             eventually(lambda: repository.get_by_id(ctx.task.id).progress == 30)
 
         assert run(work, max_attempts=1).status is TaskStatus.COMPLETED

@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from contextlib import suppress
+from functools import partial
 
 import pymongo
 import pytest
-from helpers import SOON, eventually, held_on
+from helpers import PATIENCE, SOON, eventually, held_on
 from mongo_proxy import swallowing
 from mongo_server import REAL, free_port
 
@@ -25,7 +26,7 @@ from taskx.stores.queries import shown
 from taskx.tasks import lifecycle, payload
 from taskx.tasks.writes import Update
 
-from .conftest import CommandCount, insert, run
+from .conftest import CommandCount, insert, run, sent_in_vain
 
 NOW = 1_700_000_000_000
 FINE = lifecycle.Ending(returned=True, result="1")
@@ -324,7 +325,7 @@ class TestAnswersThatAreLost:
     def test_the_caller_gets_the_outcome_of_a_lost_answer(
         self, prepared, through, proxy, what, times
     ):
-        repository = through(timeout=20.0)
+        repository = through()
         writes = WRITES[what](repository)
         left = self.losing(proxy, times)
         assert list(repository.apply(writes)) == HELD.get(what, [True] * len(writes))
@@ -333,30 +334,11 @@ class TestAnswersThatAreLost:
     def test_a_write_whose_guard_still_holds_is_not_applied_twice(
         self, prepared, through, proxy, database
     ):
-        repository = through(timeout=20.0)
+        repository = through()
         self.losing(proxy, 2)
         assert list(repository.apply([Update("r", {}, {"message": "said"})])) == [True]
         marks = database.tasks.find_one({"_id": "r"})["taskx"]["w"]
         assert len(marks) == len(set(marks)) == 3
-
-    def fails_when_it_was_sent(self, proxy, write):
-        """Drop all answers, and return the error of a write that was sent.
-
-        On a slow machine the time-out may pass before it is sent, and then the error is not in doubt.
-        """
-        sent = threading.Event()
-
-        def judge(direction, piece):
-            if direction == "ask" and any(command in piece for command in COMMANDS):
-                sent.set()
-            return direction == "ask"
-
-        proxy.judge = judge
-        while True:
-            with pytest.raises(RepositoryUnavailable) as caught:
-                write()
-            if sent.is_set():
-                return caught.value
 
     @pytest.mark.parametrize("what", WRITES)
     def test_an_error_with_unknown_outcome_is_in_doubt(self, prepared, through, proxy, what):
@@ -367,7 +349,8 @@ class TestAnswersThatAreLost:
         writes = WRITES[what](repository)
         repository._connection.timeout = 0.3
         began = time.monotonic()
-        assert self.fails_when_it_was_sent(proxy, lambda: repository.apply(writes)).in_doubt
+        error = sent_in_vain(proxy, "answer", COMMANDS, lambda: repository.apply(writes))
+        assert error.in_doubt
         assert time.monotonic() - began < SOON
         proxy.heal()
         expected = HELD.get(what, [True] * len(writes))
@@ -393,8 +376,8 @@ class TestAnswersThatAreLost:
         lost = through()
         assert len(lost.notes("a")) == bool(version)
         lost._connection.timeout = 0.3
-        error = self.fails_when_it_was_sent(proxy, lambda: lost.put_note("a", text, version))
-        assert error.in_doubt
+        store = partial(lost.put_note, "a", text, version)
+        assert sent_in_vain(proxy, "answer", COMMANDS, store).in_doubt
         proxy.heal()
         found = {name: note.text for name, note in repository.notes("a").items()}
         assert found == ({} if text is None else {"a": text})
@@ -414,19 +397,19 @@ class TestAnswersThatAreLost:
         assert time.monotonic() - began < SOON
 
     def test_requests_that_never_arrive_are_sent_again(self, prepared, through, proxy):
-        repository = through(timeout=20.0)
+        repository = through()
         proxy.judge = swallowing("ask", b"insert\0", seen := threading.Event())
         outcome = []
         thread = threading.Thread(target=lambda: outcome.extend(repository.apply([insert("new")])))
         thread.start()
-        assert seen.wait(20)
+        assert seen.wait(PATIENCE)
         proxy.heal()
-        thread.join(30)
+        thread.join(PATIENCE)
         assert outcome == [True]
         assert repository.count(TaskFilter()) == 5
 
     def test_a_slow_network_changes_nothing(self, prepared, through, proxy):
-        repository = through(timeout=20.0)
+        repository = through()
         pause = threading.Event()
         proxy.judge = lambda direction, piece: not pause.wait(0.05)
         assert list(repository.apply(WRITES["all of them"](repository))) == HELD["all of them"]

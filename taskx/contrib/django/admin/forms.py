@@ -9,6 +9,7 @@ from typing import Any
 import attrs
 from django import forms
 
+from taskx.attempt.waiting import ONCE
 from taskx.contrib.django.models import Schedule
 from taskx.node.schedules import OVERLAPS
 from taskx.queue.queue import Queue
@@ -92,6 +93,51 @@ class RequeueForm(forms.Form):
     def _changes(self, params: Any) -> bool:
         changed: bool = params != self._task.params
         return changed
+
+
+class AnswerForm(forms.Form):
+    """The form that gives an answer for which a task waits.
+
+    Args:
+        queue: the queue of the answer.
+        task: the answer.
+        by: the name of the user.
+    """
+
+    value = forms.CharField(
+        label="Answer", required=False, strip=False, widget=forms.Textarea({"rows": 4, "cols": 80})
+    )
+
+    def __init__(self, queue: Queue, task: Task, by: str, *args: Any, **options: Any) -> None:
+        self._queue, self._task, self._by = queue, task, by
+        super().__init__(*args, **options)
+        kinds = [("text", "a text"), ("json", "JSON"), ("error", "an error")]
+        if ONCE in task.params:  # a call with an unknown outcome
+            kinds.append(("again", "it was not done: do it again"))
+        self.fields["kind"] = forms.ChoiceField(label="It is", choices=kinds)
+
+    def clean(self) -> None:
+        """Give the answer. What the queue refuses is an error of the form."""
+        if self.errors:
+            return
+        try:
+            if not self._queue.finish(self._task.id, by=self._by, **self._given()):
+                self.add_error(None, "The answer was given before, or has ended.")
+        except TaskxError as error:
+            self.add_error(None, str(error))
+
+    def _given(self) -> dict[str, Any]:
+        kind, text = self.cleaned_data["kind"], self.cleaned_data["value"].replace("\r\n", "\n")
+        if kind == "again":
+            return {"again": True}
+        if not text.strip():
+            raise forms.ValidationError({"value": "The answer is empty."})
+        if kind == "error":
+            return {"error": text}
+        try:
+            return {"result": json.loads(text) if kind == "json" else text}
+        except (ValueError, RecursionError) as error:
+            raise forms.ValidationError({"value": f"The answer is not JSON: {error}."}) from None
 
 
 class ScheduleForm(forms.ModelForm):

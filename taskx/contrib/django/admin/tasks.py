@@ -26,7 +26,7 @@ from taskx.contrib.django.admin.finding import (
     Type,
     search,
 )
-from taskx.contrib.django.admin.forms import RequeueForm
+from taskx.contrib.django.admin.forms import AnswerForm, RequeueForm
 from taskx.contrib.django.admin.pages import QueueAdmin, note, queue_of_site
 from taskx.contrib.django.admin.values import (
     NOTHING,
@@ -39,7 +39,8 @@ from taskx.contrib.django.admin.values import (
 from taskx.queue.queue import Queue
 from taskx.tasks.clock import to_datetime
 from taskx.tasks.errors import TaskNotFound
-from taskx.tasks.model import TaskStatus
+from taskx.tasks.lifecycle import ANSWER
+from taskx.tasks.model import Task, TaskStatus
 from taskx.tasks.redact import redacted
 
 
@@ -60,7 +61,7 @@ class TaskAdmin(QueueAdmin):
         "text in the error or the params."
     )
     change_form_template = "admin/taskx/task/change_form.html"
-    actions: tuple[str, ...] = ("cancel", "requeue", "requeue_edited")
+    actions: tuple[str, ...] = ("answer", "cancel", "requeue", "requeue_edited")
     fieldsets = (
         (None, {"fields": ("task_id", "task_type", "task_status", "why", "task_progress")}),
         ("Input and result", {"fields": ("task_params", "task_result", "task_checkpoints")}),
@@ -121,8 +122,8 @@ class TaskAdmin(QueueAdmin):
         return False
 
     def has_view_permission(self, request: Any, obj: Any = None) -> bool:
-        """Return True if the user may view tasks, or change them."""
-        return self.may(request, "view") or self.may(request, "change")
+        """Return True if the user may view tasks, change them, or answer."""
+        return any(self.may(request, action) for action in ("view", "change", "answer"))
 
     def has_change_permission(self, request: Any, obj: Any = None) -> bool:
         """Return False: tasks are changed by actions only."""
@@ -198,6 +199,7 @@ class TaskAdmin(QueueAdmin):
         may = self.has_steer_permission(request)
         context.update(
             title=f"Task {task.id}",
+            may_answer=_is_open(task) and self.may(request, "answer"),
             may_cancel=may and not task.status.finished,
             may_requeue=may and task.status.value in ("failed", "cancelled"),
             dashboard=_dashboard(task.id),
@@ -205,7 +207,7 @@ class TaskAdmin(QueueAdmin):
         return super().render_change_form(request, context, *args, **options)
 
     def own_urls(self) -> list[Any]:
-        """Return the URLs of the pages that cancel and requeue a task."""
+        """Return the URLs of the pages that cancel, requeue and answer."""
         name = f"{self.opts.app_label}_{self.opts.model_name}"
         return [
             path(
@@ -213,7 +215,11 @@ class TaskAdmin(QueueAdmin):
                 self.admin_site.admin_view(view),
                 name=f"{name}_{action}",
             )
-            for action, view in (("cancel", self.cancel_view), ("requeue", self.requeue_view))
+            for action, view in (
+                ("cancel", self.cancel_view),
+                ("requeue", self.requeue_view),
+                ("answer", self.answer_view),
+            )
         ]
 
     def cancel_view(self, request: Any, object_id: str) -> Any:
@@ -224,7 +230,7 @@ class TaskAdmin(QueueAdmin):
         if request.method == "POST":
             self.act(request, "cancel", [row.task_id], lambda queue: _cancelled(queue, row.task_id))
             return redirect(self._page("change", row.pk))
-        return self._ask(request, row, f"Cancel task {row.task_id}?", None)
+        return self._ask(request, row, f"Cancel task {row.task_id}?", None, "Cancel the task")
 
     def requeue_view(self, request: Any, object_id: str) -> Any:
         """Show the form to run a task again, or run it again."""
@@ -237,7 +243,23 @@ class TaskAdmin(QueueAdmin):
             self.message_user(request, "The task runs again.", messages.SUCCESS)
             note(request, row.queue, "requeue", [row.task_id])
             return redirect(self._page("change", row.pk))
-        return self._ask(request, row, f"Run task {row.task_id} again", form)
+        return self._ask(request, row, f"Run task {row.task_id} again", form, "Run again")
+
+    def answer_view(self, request: Any, object_id: str) -> Any:
+        """Show the form to give an answer, or give it."""
+        if not self.may(request, "answer"):
+            raise PermissionDenied
+        row = self.get_object(request, unquote(object_id))
+        if row is None or not _is_open(row.read):
+            return self._get_obj_does_not_exist_redirect(request, self.opts, object_id)
+        sent = request.POST if request.method == "POST" else None
+        form = AnswerForm(row.queue, row.read, request.user.get_username(), sent)
+        if sent is not None and form.is_valid():
+            self.message_user(request, "The answer was given.", messages.SUCCESS)
+            return redirect(self._page("change", row.pk))
+        return self._ask(
+            request, row, f"Answer {row.task_id}", form, "Answer", shown=self.task_params(row)
+        )
 
     def _row_to_steer(self, request: Any, object_id: str) -> Any:
         if not self.has_steer_permission(request):
@@ -249,19 +271,37 @@ class TaskAdmin(QueueAdmin):
         url: str = reverse(view, args=args)
         return url
 
-    def _ask(self, request: Any, row: Any, title: str, form: Any) -> Any:
+    def _ask(
+        self, request: Any, row: Any, title: str, form: Any, button: str, shown: Any = None
+    ) -> Any:
         context = {
             **self.admin_site.each_context(request),
             "title": title,
             "opts": self.opts,
             "original": row,
             "form": form,
+            "button": button,
+            "shown": shown,
             "back": self._page("change", row.pk),
         }
         request.current_app = self.admin_site.name
         return TemplateResponse(request, "admin/taskx/task/ask.html", context)
 
     # --- actions
+
+    @admin.action(description="Give the selected answer", permissions=["answer"])
+    def answer(self, request: Any, rows: Any) -> Any:
+        """Go to the page that gives an answer for which a task waits."""
+        found = [*rows.values_list("pk", "type", "status")[:2]]
+        if [rest for _, *rest in found] != [[ANSWER, TaskStatus.PENDING.value]]:
+            text = "Select one pending task of the type answer."
+            self.message_user(request, text, messages.ERROR)
+            return None
+        return redirect(self._page("answer", found[0][0]))
+
+    def has_answer_permission(self, request: Any) -> bool:
+        """Return True if the user may give answers."""
+        return self.may(request, "answer")
 
     @admin.action(description="Cancel selected tasks", permissions=["steer"])
     def cancel(self, request: Any, rows: Any) -> None:
@@ -358,6 +398,10 @@ _LISTED = (
     *("seq", "task_id", "type", "status", "created_at", "completed_at"),
     *("progress", "error_type", "created_by", "stuck_on"),
 )
+
+
+def _is_open(task: Task) -> bool:
+    return task.type == ANSWER and task.status is TaskStatus.PENDING
 
 
 def _cancelled(queue: Queue, task_id: str) -> str:

@@ -5,6 +5,7 @@ Each module has the pages and the actions of one screen, and names them in its `
 
 from taskx.programs.dashboard.pages import Screen
 from taskx.programs.dashboard.screens import (
+    answers,
     failures,
     flows,
     nodes,
@@ -22,6 +23,7 @@ SCREENS: tuple[Screen, ...] = (
     tasks.SCREEN,
     task.SCREEN,
     failures.SCREEN,
+    answers.SCREEN,
     flows.SCREEN,
     schedules.SCREEN,
     types.SCREEN,

@@ -8,13 +8,18 @@ from contextlib import suppress
 from datetime import datetime
 from typing import Any, NamedTuple
 
+from taskx.attempt.waiting import is_begun, outcome, waits_until
 from taskx.programs.dashboard import private
 from taskx.programs.dashboard.asking import question
 from taskx.programs.dashboard.pages import Action, Done, Page, Screen
 from taskx.programs.dashboard.request import Request
+from taskx.programs.dashboard.screens.answers import KINDS, Row, rows_of
 from taskx.programs.dashboard.trees import Trees
 from taskx.queue.queue import Queue
+from taskx.tasks.clock import to_datetime
 from taskx.tasks.errors import ConfigurationError, TaskNotFound
+from taskx.tasks.findings import Reason
+from taskx.tasks.lifecycle import ANSWER
 from taskx.tasks.model import Task, TaskStatus
 from taskx.tasks.redact import unhidden
 
@@ -51,6 +56,9 @@ def show(request: Request) -> Page:
             "trees": Trees(request.say),
             "steps": [*_steps(task, request.now)],
             "reasons": reasons,
+            "waits": next((reason.facts for reason in reasons if "since" in reason.facts), None),
+            "answer": _answer(request, task, reasons),
+            "kinds": KINDS,
             "stacks": [reason.facts["stack"] for reason in reasons if reason.facts.get("stack")],
             "attempts": [*reversed(seen.attempts)],
             "log": "\n".join(lines[-LOG_LINES:]),
@@ -59,11 +67,38 @@ def show(request: Request) -> Page:
             "children": queue.list_tasks(parent=task.id, limit=_RELATIVES, at_most=_RELATIVES + 1),
             "earlier": _earlier(queue, task),
             "actions": _actions(request, task),
-            "steps_stored": (seen.checkpoints or {}).get("steps") or {},
+            "steps_stored": {
+                name: _told(request, value)
+                for name, value in ((seen.checkpoints or {}).get("steps") or {}).items()
+            },
             "cursor": (seen.checkpoints or {}).get("cursor"),
             "params_text": _as_text(seen.params) if _editable(request, task) else None,
         },
     )
+
+
+def _told(request: Request, value: Any) -> Any:
+    """Return the value of a step; words for one that is not done, or that has raised."""
+    if (until := waits_until(value)) is not None:
+        return request.say("waits until {time}", time=request.display.clock(to_datetime(until)))
+    if is_begun(value):
+        return request.say("has begun, and nobody knows how it has ended")
+    try:
+        return outcome(value)
+    except Exception as error:  # noqa: BLE001  (the error that the step has raised)
+        return f"{type(error).__name__}: {error}"
+
+
+def _answer(request: Request, task: Task, reasons: Sequence[Reason]) -> Row | None:
+    """Return the open answer that a page can give: the task itself, or what it waits for."""
+    asked = task
+    if task.type != ANSWER:
+        ids = [r.facts["id"] for r in reasons if r.facts.get("type") == ANSWER]
+        found = request.queue.repository.get_many(ids)
+        asked = next(iter(found.values()), task)
+    if asked.type != ANSWER or asked.status is not TaskStatus.PENDING:
+        return None
+    return next(rows_of(request, [asked]))
 
 
 def _steps(task: Task, now: datetime) -> Iterator[_Step]:

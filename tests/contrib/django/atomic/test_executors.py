@@ -63,6 +63,7 @@ def test_tasks_that_are_submitted_in_it_belong_to_it(run, queue):
     assert found == {"of attempt 2"}
 
 
+@pytest.mark.timing(audit_every=float("inf"))  # an audit would interrupt the run that is not here
 @pytest.mark.parametrize("completes", [True, False])
 def test_a_run_that_has_lost_its_task_stores_nothing(queue, using, add, names, completes):
     ended, outcomes = threading.Event(), []

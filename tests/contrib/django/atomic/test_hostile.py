@@ -77,7 +77,7 @@ EXECUTE = f"""{PROGRAM}
 completes = sys.argv[3] == "True"
 
 def child(fatal):
-    queue = Queue(DjangoRepository("site", lease_timeout=0.5), Config(worker_num=1))
+    queue = Queue(DjangoRepository("site"), Config(worker_num=1))
 
     @queue.executor("t", max_crashes=100)
     def work(ctx):
@@ -226,7 +226,9 @@ class TestKilledServer:
         call_command("migrate", "taskx", database="restarting", verbosity=0)
         run("CREATE TABLE effects (name TEXT)")
         connections.close_all()
-        with DjangoRepository("restarting", timeout=2, run_folder=tmp_path / "run") as made:
+        # The lease is longer than any restart of the server.
+        options = {"timeout": 2, "run_folder": tmp_path / "run", "lease_timeout": 20 * LONG}
+        with DjangoRepository("restarting", **options) as made:
             yield made
         connections.close_all()
         del connections["restarting"], connections.settings["restarting"]
