@@ -26,6 +26,7 @@ from taskx import Config, InvalidTransition, Queue, Task
 
 EXECUTORS = """
 import time
+from taskx import Task
 
 @queue.executor("ask", max_crashes=1000)
 def ask(ctx, never):
@@ -47,6 +48,13 @@ def sleep(ctx, seconds, times):
         assert late >= 0, "it woke early"
         note(ctx.task.id, n, late, ctx.task.crashes - began[1], time.time())
     return "awake"
+
+@queue.executor("tree", max_crashes=1000)
+def tree(ctx, depth, fan):
+    if not depth:
+        return ctx.step("leaf", lambda: note("leaf", ctx.task.id) or 1)
+    below = [Task(type="tree", params={"depth": depth - 1, "fan": fan}) for _ in range(fan)]
+    return sum(ctx.run_all("below", below))
 
 @queue.executor("quick")
 def quick(ctx):

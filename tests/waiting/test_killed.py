@@ -6,9 +6,11 @@ import subprocess
 import sys
 
 import pytest
-from helpers import PATIENCE, ROOT
+from helpers import PATIENCE, ROOT, eventually
 
-from .killing import check_answers, check_sleeps
+from taskx import Queue
+
+from .killing import Killing, check_answers, check_sleeps
 
 
 @pytest.mark.process
@@ -22,6 +24,23 @@ def test_no_sleep_ends_early_and_all_end(workers):
     kills, calm, struck = check_sleeps(workers, 40, every=0.3, seconds=1.1, times=2, pause=0.01)
     assert kills >= 1
     assert len(calm) + len(struck) == 2 * 40
+
+
+@pytest.mark.process
+def test_a_tree_of_tasks_is_complete(workers):
+    """Depth 6 and fan 4, on one process with two workers that is killed again and again, took 3 minutes."""
+    queue, depth, fan = Queue(workers.repository), 3, 3
+    queue.declare("tree")
+    with Killing(workers).often(0.3):
+        handle = queue.submit("tree", {"depth": depth, "fan": fan})
+        assert handle.result(PATIENCE) == fan**depth
+        eventually(lambda: queue.count_tasks(status="pending") == 0)
+    tasks = [*queue.iter_tasks(type="tree")]
+    assert len(tasks) == sum(fan**n for n in range(depth + 1))
+    assert {task.status for task in tasks} == {"completed"}
+    assert {task.attempt for task in tasks} == {1}
+    leaves = {task.id for task in tasks if not task.params["depth"]}
+    assert {task_id for _, task_id in workers.log()} == leaves
 
 
 @pytest.mark.process
