@@ -119,6 +119,7 @@ class TestResults:
             results = running.map(square.executor, range(200), name="big", ordered=ordered)
             for _ in range(190):
                 next(results)
+            gc.collect()
             # Not isinstance(), which asks dead proxies of other tests for their class.
             handles = [thing for thing in gc.get_objects() if type(thing) is TaskHandle]
             assert sum(handle.id.startswith("big:") for handle in handles) < 50
