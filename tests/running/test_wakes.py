@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
+from queue import SimpleQueue
 
 import pytest
 from helpers import (
@@ -76,6 +78,24 @@ def test_each_started_task_goes_to_one_worker(line):
     assert line.got == {2: runs[0], 1: runs[1]}
     assert len(line.ahead.waiting) == 1
     assert line.ahead.take() is None  # no other worker can take what these two were woken for
+
+
+class Joined(deque):
+    """The hands of workers that wait. Another one comes when their number has just been read."""
+
+    def __len__(self):
+        number = super().__len__()
+        self.append(SimpleQueue())
+        return number
+
+
+def test_all_that_wait_are_woken_even_if_others_come_meanwhile(line):
+    """Else a stop, which has closed the buffer before, would wait for a worker that nobody wakes."""
+    line.ahead.waiting = Joined(line.ahead.waiting)
+    line.ahead.wake_all()
+    for name in range(3):
+        line.ended[name]()
+    assert line.got == {0: None, 1: None, 2: None}
 
 
 def test_the_worker_that_came_last_is_served_first(line):
