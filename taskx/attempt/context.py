@@ -609,6 +609,10 @@ class Context:
         self._stored = text
         return True
 
+    def _file(self, text: str) -> str:
+        """Store steps that were made in a child process in a note: see :meth:`Keeper.file`."""
+        return self._shared.keeper.file(self._task, text, self._run_token)
+
     def remaining(self) -> float | None:
         """Return the seconds until the deadline, always above zero; None if there is no deadline.
 

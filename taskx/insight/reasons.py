@@ -155,7 +155,8 @@ class _Inquiry:
         if left <= 0:
             return Reason("due", f"It was due at {moment(task.run_at)}: {_SHORTLY}.", facts)
         if lifecycle.is_parked(task):
-            step = step_until(task.checkpoints, to_ms(task.run_at))
+            whole = self._repository.get_many([task.id]).get(task.id, task)  # with all its steps
+            step = step_until(whole.checkpoints, to_ms(task.run_at))
             facts.update(since=task.started_at, until=task.run_at, step=step)
             words = f"It sleeps in step {step!r}" if step else "It sleeps"
             words += _between(task.started_at, task.run_at)

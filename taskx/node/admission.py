@@ -90,7 +90,7 @@ class OwnBucket:
         return got
 
     def put_back(self, cost: Cost, taken_at: float) -> None:
-        """Put back the tokens of a start that were taken and not used: see :meth:`Rates.put_back`."""
+        """Put back the tokens of a start that were taken at this time and not used."""
         self._marks = self._rates.put_back(self._marks, cost, self._clock.monotonic() - taken_at)
 
     def correct(self, unit: str, more: int) -> None:

@@ -210,9 +210,11 @@ class Ahead:
         return sum(began < limit for began in list(self.at_work.values()))
 
     def wake_all(self) -> None:
-        """Wake every waiting worker."""
-        for _ in range(len(self.waiting)):
-            self.serve()
+        """Wake every worker that waits by now."""
+        with suppress(IndexError):
+            for _ in range(len(self.waiting)):
+                # The one that has waited longest: those that come meanwhile look for themselves.
+                next(map(_put, iter(self.waiting.popleft, None), (None,)))
 
     def nudge(self, waiting: int) -> bool:
         """Wake workers if no task was taken since the last call.

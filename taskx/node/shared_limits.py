@@ -278,10 +278,7 @@ class SharedBucket(_Shared[_Marks]):
         return 0
 
     def put_back(self, cost: Cost, taken_at: float) -> None:
-        """Put back the tokens of a start; they are lost if others interfere or the repository fails.
-
-        See :meth:`Rates.put_back`.
-        """
+        """Put back the tokens of a start; they are lost if others interfere or the repository fails."""
 
         def change() -> Sequence[float]:  # the note is read before the look at the clock
             age = self._clock.monotonic() - taken_at

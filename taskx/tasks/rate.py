@@ -79,9 +79,12 @@ class Rate:
         """Return the mark after ``count`` tokens are taken; they must be available."""
         return max(mark, now) + count * self.interval
 
-    def put_back(self, mark: float, count: int) -> float:
-        """Return the mark after ``count`` unused tokens are put back."""
-        return mark - count * self.interval
+    def put_back(self, mark: float, count: int, age: float = 0.0) -> float:
+        """Return the mark after ``count`` tokens are put back that were taken ``age`` seconds ago.
+
+        What time has brought meanwhile is not put back: a full bucket would have lost it.
+        """
+        return mark - max(0.0, count * self.interval - age)
 
     def mark_of(self, tokens: int, now: float) -> float:
         """Return the mark of a bucket that has ``tokens`` tokens now (at most ``burst``)."""
@@ -123,16 +126,9 @@ class Rates(tuple[Rate, ...]):
         return len(costs), marks
 
     def put_back(self, marks: Sequence[float], cost: Cost, age: float) -> list[float]:
-        """Return the marks after unused tokens of a start are put back that were taken ``age`` seconds ago.
-
-        If time has brought as many since, the bucket may have been full meanwhile. These would be too many
-        then, and are left out.
-        """
-        shares = [(rate, mark, rate.share(cost)) for rate, mark in zip(self, marks, strict=True)]
-        return [
-            rate.put_back(mark, share) if age <= share * rate.interval else mark
-            for rate, mark, share in shares
-        ]
+        """Return the marks after the tokens of a start are put back that were taken ``age`` seconds ago."""
+        pairs = zip(self, marks, strict=True)
+        return [rate.put_back(mark, rate.share(cost), age) for rate, mark in pairs]
 
     def correct(self, marks: Sequence[float], now: float, unit: str, more: int) -> list[float]:
         """Return the marks after ``more`` tokens of a unit are taken, or put back if it is negative."""

@@ -30,6 +30,7 @@ from taskx.tasks import payload
 from taskx.tasks.clock import to_datetime, to_ms
 from taskx.tasks.codec import NO_CODECS, Codecs, Unreadable
 from taskx.tasks.errors import ConfigurationError, PayloadError
+from taskx.tasks.ids import new_id
 from taskx.tasks.model import TASK_FIELDS, TIME_FIELDS, Attempt, Task, TaskStatus
 from taskx.tasks.payload import CODEC_KEY, clean_text
 from taskx.tasks.rate import Cost, check_cost
@@ -327,7 +328,7 @@ def row_from_task(task: Task) -> dict[str, Any]:
     row["retry"] = policy_to_text(task.retry)
     row["depends_on"] = ids_to_text(task.depends_on)
     row["tags"] = labels_to_text(task.tags, task.flow)
-    noted = task.checkpoints
+    noted = undivided(task.checkpoints) if task.checkpoints else None
     row["checkpoints"] = payload.encode(noted, "checkpoints") if noted else None
     row["cost"] = None if task.cost is None else cost_to_text(task.cost)
     row["earlier_attempts"] = attempts_to_text(task.earlier_attempts)
@@ -509,13 +510,63 @@ def ids_from_text(text: str) -> list[str]:
     return [_text(task_id) for task_id in ids]
 
 
-def checkpoints_to_text(steps: Mapping[str, str], cursor: str | None) -> str:
-    """Return checkpoints as JSON text; the results of the steps and the cursor are JSON text already."""
+def checkpoints_to_text(
+    steps: Mapping[str, str], cursor: str | None, parts: Mapping[str, int] | None = None
+) -> str:
+    """Return checkpoints as JSON text; the results of the steps and the cursor are JSON text already.
+
+    Many steps are stored in parts, each of which is a note: ``parts`` has the number of steps in each, by
+    its name. The record has the other steps, which follow those.
+    """
     named = ",".join(f"{payload.encode(name, 'name')}:{text}" for name, text in steps.items())
-    parts = [f'"steps":{{{named}}}'] if steps else []
+    fields = [f'"steps":{{{named}}}'] if steps else []
     if cursor is not None:
-        parts.append(f'"cursor":{cursor}')
-    return f"{{{','.join(parts)}}}"
+        fields.append(f'"cursor":{cursor}')
+    if parts:
+        fields.append(f'"{PARTS}":{payload.encode(parts, PARTS)}')
+    return f"{{{','.join(fields)}}}"
+
+
+#: The key of the names of the parts in checkpoints.
+PARTS = "parts"
+#: The names of the notes with steps begin with this.
+PART = "steps/"
+
+
+def part_name(task_id: str) -> str:
+    """Return the name of a new note with steps of a task."""
+    return f"{PART}{task_id}/{new_id()}"
+
+
+def task_of_part(name: str) -> str:
+    """Return the id of the task to which the steps in a note belong."""
+    return name.removeprefix(PART).rpartition("/")[0]
+
+
+def parts_of(checkpoints: Mapping[str, Any] | None) -> dict[str, int]:
+    """Return the names of the notes with the first steps of a task, with the number of steps in each."""
+    parts = checkpoints.get(PARTS) if checkpoints else None
+    return parts if isinstance(parts, dict) else {}
+
+
+def add_parts(task: Task, notes: Mapping[str, str], codecs: Codecs) -> None:
+    """Add the steps that are in notes to the checkpoints of a task; ``notes`` has their texts, by name."""
+    assert task.checkpoints is not None
+    steps: dict[str, Any] = {}
+    try:
+        for name in parts_of(task.checkpoints):
+            part = _object_from_text(notes[name])
+            steps.update((codecs.value(part) if CODEC_KEY in part else part)["steps"])
+    except (KeyError, ValueError, TypeError, RecursionError) as problem:
+        task.damage = task.damage or f"the stored record is damaged: {problem} in its steps"
+        return
+    steps.update(task.checkpoints.get("steps", {}))
+    task.checkpoints = {**task.checkpoints, "steps": steps}
+
+
+def undivided(checkpoints: Mapping[str, Any]) -> dict[str, Any]:
+    """Return checkpoints, as they were read, to be stored without parts."""
+    return {name: value for name, value in checkpoints.items() if name != PARTS}
 
 
 def attempts_to_text(attempts: Sequence[Attempt]) -> str:

@@ -553,8 +553,25 @@ def test_a_token_that_is_put_back_soon_can_be_taken_again(clock, kind):
     )
     at = clock.monotonic()
     assert bucket.take([NOTHING] * 2) == 2
-    clock.advance(9)
     bucket.put_back(NOTHING, at)
+    assert bucket.take([NOTHING] * 2) == 1
+
+
+@pytest.mark.parametrize("kind", ["own", "shared"])
+def test_of_a_token_that_is_put_back_a_part_may_have_come_with_time(clock, kind):
+    rate = Rates([Rate(1, 10.0, 2)])
+    bucket = (
+        OwnBucket(rate, clock) if kind == "own" else SharedBucket(Quarrel(), "type/t", rate, clock)
+    )
+    at = clock.monotonic()
+    assert bucket.take([NOTHING]) == 1
+    clock.advance(4)
+    assert bucket.take([NOTHING]) == 1
+    bucket.put_back(NOTHING, at)
+    assert bucket.take([NOTHING] * 2) == 1
+    clock.advance(6)
+    assert bucket.take([NOTHING] * 2) == 0
+    clock.advance(4)
     assert bucket.take([NOTHING] * 2) == 1
 
 

@@ -101,7 +101,6 @@ def test_priorities_do_not_change_the_order_within_a_key(track):
     assert track.took_turns(range(5))
 
 
-@pytest.mark.every_store
 def test_tasks_that_wait_for_their_turn_take_no_room_in_the_buffer(busy):
     queue = busy(buffer_size=2)
     for n in range(10):
@@ -385,7 +384,6 @@ def test_a_drain_ends_after_the_last_task_of_a_key(track, make_queue):
     assert track.took_turns(range(30))
 
 
-@pytest.mark.every_store
 def test_a_task_without_a_key_costs_no_query(queue, repository, monkeypatch):
     """No query when the task is submitted, and none when it ends."""
     asked, find = [], repository.find

@@ -3,6 +3,10 @@
 from contextlib import suppress
 from typing import NamedTuple
 
+import attrs
+
+from taskx.attempt import waiting
+from taskx.attempt.checkpoints import Checkpoints
 from taskx.node import schedules
 from taskx.node.admission import Admission, OwnSlots
 from taskx.node.audit import Audit
@@ -13,25 +17,27 @@ from taskx.node.shared_limits import SharedBucket, SharedSlots
 from taskx.node.starter import Starter
 from taskx.node.ticker import Ticker
 from taskx.queue.intake import Intake
+from taskx.queue.operations import Operations
 from taskx.tasks import ids, lifecycle, unique
 from taskx.tasks.errors import RepositoryUnavailable
 from taskx.tasks.rate import Rate
 
 
 class Planted(NamedTuple):
-    """A bug: what is wrong, how it gets there, and the first seed that finds it."""
+    """A bug: what is wrong, how it gets there, the first seed that finds it, and with which program."""
 
     text: str
     plant: object
     seed: int
+    program: str
 
 
 PLANTED = {}
 
 
-def plant(text, *, seed):
+def plant(text, *, seed, program="zoo"):
     def add(function):
-        PLANTED[function.__name__] = Planted(text, function, seed)
+        PLANTED[function.__name__] = Planted(text, function, seed, program)
         return function
 
     return add
@@ -176,7 +182,9 @@ def slots_of_the_living(patch):
 @plant("A slot that was taken for a start which failed is not given back.", seed=9)
 def slot_leaks(patch):
     inner = Admission.over
-    patch(Admission, "over", lambda self, i, *, ran, **more: inner(self, i, ran=ran) if ran else None)
+    patch(
+        Admission, "over", lambda self, i, *, ran, **more: inner(self, i, ran=ran) if ran else None
+    )
 
 
 @plant("The slots of a node are not counted.", seed=145)
@@ -301,4 +309,92 @@ def release_of_replaced(patch):
 
 @plant("A token that was not used is put back however late.", seed=4846)
 def late_token(patch):
-    patch(Rate, "may_put_back", lambda self, taken_at, now: True)
+    patch(Rate, "put_back", lambda self, mark, count, after: mark - count * self.interval)
+
+
+@plant("An answer that comes before anybody asks is lost.", seed=0, program="patient")
+def early_answer_lost(patch):
+    patch(lifecycle, "created_finished", lambda insert, finish: lifecycle.opened(insert))
+
+
+@plant("Somebody else may answer again.", seed=5, program="patient")
+def second_answer_counts(patch):
+    inner = Operations._answer
+
+    def unfinished(self, answer_id):
+        found, on = inner(self, answer_id)
+        return found and attrs.evolve(found, status="pending"), on
+
+    patch(Operations, "_answer", unfinished)
+    around(patch, lifecycle, "finish", lambda write: write._replace(guard={}))
+
+
+@plant("The moment until which a task sleeps is not stored.", seed=1, program="patient")
+def sleep_forgotten(patch):
+    inner = Checkpoints.seal
+    patch(Checkpoints, "seal", lambda self, parked: inner(self, parked)._replace(checkpoints=None))
+
+
+@plant("A wait counts as an interruption.", seed=0, program="patient")
+def wait_is_interruption(patch):
+    def count(writes):
+        changes = {**writes[0].changes, "interruptions": 1}
+        return [writes[0]._replace(changes=changes), *writes[1:]]
+
+    around(patch, lifecycle, "_park", count)
+
+
+@plant("A task that begins to wait gives its turn away.", seed=9, program="patient")
+def wait_without_turn(patch):
+    def give_away(writes):
+        changes = {**writes[0].changes, "turn": None}
+        return [writes[0]._replace(changes=changes), *writes[1:]]
+
+    around(patch, lifecycle, "_park", give_away)
+
+
+@plant("To go on after a wait takes a slot, and gives none back.", seed=17, program="patient")
+def wait_keeps_slot(patch):
+    inner = Admission.over
+
+    def over(self, task_id, *, ran):
+        if not (ran and self._repository.find("id", [task_id], ("waiting_on",))[0][0]):
+            inner(self, task_id, ran=ran)
+
+    patch(Admission, "over", over)
+
+
+@plant("Nobody ends the open answers of a task that has ended.", seed=1, program="patient")
+def open_answers_left(patch):
+    inner = lifecycle.moved_on
+
+    def leave(task, *args):
+        return [] if task.type == lifecycle.ANSWER else inner(task, *args)
+
+    patch(lifecycle, "moved_on", leave)
+
+
+@plant("An answer wakes nobody who begins to wait at that moment.", seed=252, program="patient")
+def answer_between(patch):
+    patch(Dependents, "waits", lambda self, waiting: setattr(self, "any", True))
+    patch(Dependents, "scan_some", nothing)
+    patch(Dependents, "ended_elsewhere", nothing)
+
+
+@plant("A call that must not happen twice is not noted before.", seed=3, program="patient")
+def once_not_noted(patch):
+    inner = Checkpoints._put
+
+    def put(self, name, value, token, *, durable):
+        if value != waiting.begun():
+            inner(self, name, value, token, durable=durable)
+
+    patch(Checkpoints, "_put", put)
+
+
+@plant("A task that is cancelled in its wait goes on.", seed=17, program="patient")
+def cancelled_goes_on(patch):
+    def weak(writes):
+        return [writes[0]._replace(guard=without(writes[0].guard, "cancel_requested_at"))]
+
+    around(patch, lifecycle, "_park", weak)

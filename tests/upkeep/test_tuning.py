@@ -113,7 +113,7 @@ class TestLimits:
         gate.wait_for(1)
         running.end(100)
         assert queue.drain(PATIENCE)
-        assert not pool_of(queue).admission.admitted
+        eventually(lambda: not pool_of(queue).admission.admitted)
 
     def test_an_untuned_type_has_the_limit_of_its_executor_again(self, make_queue, gate, running):
         queue = start(make_queue, running, max_concurrency=1)

@@ -206,6 +206,13 @@ class _Parent(Keeper):
             "connection to the repository"
         )
 
+    def file(self, task: Task, text: str, token: CancelToken) -> str:
+        name = self._ask("file", text)
+        if name is None:
+            token.wait()  # the token of the parent has fired
+            token.raise_if_cancelled()
+        return str(name)
+
     def store(self, task: Task, text: str, *, durable: bool, token: CancelToken) -> bool:
         kept = bool(self._ask("checkpoints", text, durable))
         if not kept:
