@@ -7,6 +7,7 @@ import attrs
 
 from taskx.attempt import waiting
 from taskx.attempt.checkpoints import Checkpoints
+from taskx.attempt.children import Children
 from taskx.node import schedules
 from taskx.node.admission import Admission, OwnSlots
 from taskx.node.audit import Audit
@@ -18,7 +19,7 @@ from taskx.node.starter import Starter
 from taskx.node.ticker import Ticker
 from taskx.queue.intake import Intake
 from taskx.queue.operations import Operations
-from taskx.tasks import ids, lifecycle, unique
+from taskx.tasks import children, ids, lifecycle, unique
 from taskx.tasks.errors import RepositoryUnavailable
 from taskx.tasks.rate import Rate
 
@@ -396,3 +397,18 @@ def cancelled_goes_on(patch):
         return [writes[0]._replace(guard=without(writes[0].guard, "cancel_requested_at"))]
 
     around(patch, lifecycle, "_park", weak)
+
+
+@plant("A task with children goes on when one of them has ended.", seed=3, program="family")
+def one_child_is_enough(patch):
+    patch(children, "awaited", lambda listed, statuses: _first_unfinished(listed, statuses))
+
+
+def _first_unfinished(listed, statuses):
+    unfinished = [one for one in listed.depends_on if statuses.get(one) in ("pending", "running")]
+    return unfinished[0] if len(unfinished) == len(listed.depends_on) else None
+
+
+@plant("A fork does not change what depends on it.", seed=10, program="family")
+def fork_without_dependents(patch):
+    patch(Children, "_late_dependents", lambda self, parent, ids: [])
