@@ -300,7 +300,8 @@ class Buffer:
             while len(items) < most and self._heap:
                 item = heappop(self._heap)
                 inside = self._fetched if item.fetched else self._submitted
-                if inside.get(item.id) is not item:
+                # Not ``get``: without the interpreter's lock, it waits at each object of another thread.
+                if item.id not in inside or inside[item.id] is not item:
                     continue
                 del inside[item.id]
                 if self.room.listening and not item.fetched:

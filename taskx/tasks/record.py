@@ -29,10 +29,11 @@ import attrs
 from taskx.tasks import payload
 from taskx.tasks.clock import to_datetime, to_ms
 from taskx.tasks.codec import NO_CODECS, Codecs, Unreadable
-from taskx.tasks.errors import PayloadError
+from taskx.tasks.errors import ConfigurationError, PayloadError
 from taskx.tasks.ids import new_id
 from taskx.tasks.model import TASK_FIELDS, TIME_FIELDS, Attempt, Task, TaskStatus
 from taskx.tasks.payload import CODEC_KEY, clean_text
+from taskx.tasks.rate import Cost, check_cost
 from taskx.tasks.retry import RetryPolicy
 from taskx.tasks.tags import labels_from_text, labels_of, labels_to_text, split
 from taskx.tasks.writes import CREATED
@@ -122,7 +123,7 @@ STUB = (
 PLAIN = ("params", "created_by", "timeout", "max_attempts", "max_crashes")
 RARE = (
     *("retry", "unique_key", "depends_on", "concurrency_key", "expires_at", "tags", "checkpoints"),
-    "cancel_requested_at",
+    *("cancel_requested_at", "cost"),
 )
 #: The most characters of the params of such a task.
 SMALL = 2000
@@ -151,7 +152,7 @@ _AS_CREATED = (
     "pending", None, "", 0, "", None, None, 0, None,
     None, None, None, None, None, None, None,
     0, 0, 0, 0, 0, None, 0,
-    "", "", "", "", "", None, "", None,
+    "", "", "", "", "", None, "", None, None,
 )  # fmt: skip
 
 
@@ -162,7 +163,7 @@ def task_from_row(row: Sequence[Any], codecs: Codecs = NO_CODECS) -> Task:
         started_at, completed_at, duration, priority, run_at, timeout, max_attempts, max_crashes,
         retry, unique_key, unique_scope, depends_on, on_parent_failure, concurrency_key, expires_at,
         tags, errors, crashes, interruptions, snoozes, starts, cancel_requested_at, dead_letter,
-        error_type, traceback, owner, worker, earlier, stuck_on, checkpoints, log, version,
+        error_type, traceback, owner, worker, earlier, stuck_on, checkpoints, log, version, cost,
     ) = row  # fmt: skip
     try:
         params = payload.loads(params) if params != "{}" else {}
@@ -170,7 +171,7 @@ def task_from_row(row: Sequence[Any], codecs: Codecs = NO_CODECS) -> Task:
             status, result, error, progress, message, started_at, completed_at, duration, retry,
             unique_key, unique_scope, depends_on, on_parent_failure, concurrency_key, expires_at, tags,
             errors, crashes, interruptions, snoozes, starts, cancel_requested_at, dead_letter,
-            error_type, traceback, worker, earlier, stuck_on, checkpoints, log, version,
+            error_type, traceback, worker, earlier, stuck_on, checkpoints, log, version, cost,
         )  # fmt: skip
         if rest == _AS_CREATED and type(params) is dict and CODEC_KEY not in params:
             "".join((id_, type_, created_by, owner))
@@ -248,6 +249,8 @@ def task_from_row(row: Sequence[Any], codecs: Codecs = NO_CODECS) -> Task:
             task.concurrency_key = _text(concurrency_key)
         if expires_at is not None:
             task.expires_at = to_datetime(expires_at)
+        if cost is not None:
+            task.cost = cost_from_text(cost)
         if tags is not None:
             task.tags, task.flow = split(labels_from_text(tags))
         if stuck_on or log:
@@ -282,7 +285,7 @@ def _damaged_task(row: Sequence[Any], problem: Exception) -> Task:
     """Return the readable part of a damaged row: no params, no result, no value of a wrong type."""
     stored = dict(zip(TASK_FIELDS, row, strict=True))
     sound = {**stored, "params": "{}", "result": None, "retry": None, "earlier_attempts": ""}
-    sound.update(dict.fromkeys((*_KEYS, "depends_on", "tags", "checkpoints")))
+    sound.update(dict.fromkeys((*_KEYS, "depends_on", "tags", "checkpoints", "cost")))
     sound.update(
         (name, DEFAULTS[name]) for name in _NUMBERS if type(stored[name]) not in (int, float)
     )
@@ -327,6 +330,7 @@ def row_from_task(task: Task) -> dict[str, Any]:
     row["tags"] = labels_to_text(task.tags, task.flow)
     noted = undivided(task.checkpoints) if task.checkpoints else None
     row["checkpoints"] = payload.encode(noted, "checkpoints") if noted else None
+    row["cost"] = None if task.cost is None else cost_to_text(task.cost)
     row["earlier_attempts"] = attempts_to_text(task.earlier_attempts)
     row["dead_letter"] = int(task.dead_letter)
     for name in TIME_FIELDS:
@@ -462,6 +466,19 @@ def _object_from_text(text: str) -> dict[str, Any]:
     if type(data) is not dict:
         raise ValueError(f"{text!r:.50} is not a JSON object")
     return data
+
+
+def cost_to_text(cost: Cost) -> str:
+    """Return a cost as JSON text."""
+    return json.dumps(cost, separators=(",", ":"))
+
+
+def cost_from_text(text: str) -> Cost:
+    """Return the cost of a text from :func:`cost_to_text`. Raises ``ValueError`` for any other text."""
+    try:
+        return check_cost(payload.loads(text)) or {}
+    except ConfigurationError as error:
+        raise ValueError(str(error)) from None
 
 
 def _text(value: Any) -> str:
@@ -628,6 +645,7 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "retry": _policy_from_text,
     "depends_on": ids_from_text,
     "checkpoints": _object_from_text,
+    "cost": cost_from_text,
     "dead_letter": bool,
     "earlier_attempts": lambda text: _attempts_from_text(text) if text else [],
     **dict.fromkeys(TIME_FIELDS, to_datetime),

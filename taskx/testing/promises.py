@@ -13,8 +13,9 @@ from typing import Any
 
 from taskx.attempt.runner import Run
 from taskx.node.schedules import PREFIX, tick_id
-from taskx.tasks.lifecycle import ANSWER, CHILDREN, COMPLETED, FINISHED, PENDING, RUNNING
-from taskx.tasks.rate import Rate
+from taskx.tasks.lifecycle import ANSWER, CHILDREN, COMPLETED, FINISHED, PENDING, RUNNING, key_of
+from taskx.tasks.model import Task
+from taskx.tasks.rate import NOTHING, Limit, Rate
 from taskx.tasks.record import DEFAULTS, FREE, ids_from_text
 from taskx.tasks.writes import Delete, Insert, NoteChange, Write
 from taskx.testing.simulated import SimulatedNode
@@ -183,7 +184,9 @@ class Promises:
     def _check_key(self, task: str, before: Row, after: Row) -> None:
         if (key := before["concurrency_key"]) is None:
             return
-        self._require(after["turn"] == key, f"{task} started without the turn of {key!r}")
+        self._require(
+            key_of(after["turn"] or "") == key, f"{task} started without the turn of {key!r}"
+        )
         if before["starts"] or before["id"] in self._requeued:
             return
         for other in self._lines[key]:
@@ -258,27 +261,45 @@ class Promises:
                 self._broken(f"task {task.id} runs twice at once: on {where.id} and {node.id}")
             key = task.concurrency_key
             if key is not None and other.task.concurrency_key == key:
-                self._broken(f"tasks {other.task.id} and {task.id} of key {key!r} run at once")
-        limit = node.queue._registry.limits.get(type)
-        if limit is None:
-            return
-        shared = limit.scope == "global"
-        mine = [r for r, n in self.open.items() if r.task.type == type and (shared or n is node)]
-        if limit.max_concurrency is not None and len(mine) > limit.max_concurrency:
-            self._broken(f"{len(mine)} tasks of type {type} run, of {limit.max_concurrency}")
+                alone = node.queue._registry.limit_of_key(key) is None
+                self._require(
+                    not alone, f"tasks {other.task.id} and {task.id} of key {key!r} run at once"
+                )
         # One that has waited goes on without a token.
         decided = self._decided.pop((task.id, task.starts), None)
-        if limit.rate is not None and self._clocks_right and decided is not None:
-            begun = self._begun[type, None if shared else node.number]
-            begun.append((decided, now))
-            self._check_rate(type, limit.rate, begun)
+        for name in node.queue._registry.limited.get(type, ()):
+            if (limit := node.queue._registry.limits.get(name)) is not None:
+                self._within(name, limit, node, (decided, now), task)
 
-    def _check_rate(self, type: str, rate: Rate, begun: Sequence[tuple[int, int]]) -> None:
+    def _within(
+        self,
+        name: str,
+        limit: Limit,
+        node: SimulatedNode,
+        when: tuple[int | None, int],
+        task: Task,
+    ) -> None:
+        """Check that a limit holds while another task begins; ``when`` it took its token, and begins."""
+        decided, now = when
+        shared = limit.scope == "global"
+        most, limited = limit.max_concurrency, node.queue._registry.limited
+        open_here = [r for r, n in self.open.items() if shared or n is node]
+        mine = [run for run in open_here if name in limited.get(run.task.type, ())]
+        if most is not None and len(mine) > most:
+            self._broken(f"{len(mine)} tasks of limit {name} run, of {most}")
+        if decided is None or not self._clocks_right:
+            return
+        for rate in limit.rates:
+            begun = self._begun[name, rate.unit, None if shared else node.number]
+            begun.extend([(decided, now)] * rate.need(task.cost or NOTHING))
+            self._check_rate(name, rate, begun)
+
+    def _check_rate(self, name: str, rate: Rate, begun: Sequence[tuple[int, int]]) -> None:
         """Check the periods that end now: a run takes its token between its decision and its begin."""
-        now = begun[-1][1]
+        now = begun[-1][1] if begun else 0
         for number, since in enumerate(sorted((one for one, _ in begun), reverse=True), 1):
             if number > rate.burst + (now - since) / _SECOND / rate.interval + 0.01:
-                self._broken(f"{number} tasks of type {type} in {(now - since) / _SECOND} s")
+                self._broken(f"{number} of limit {name} in {(now - since) / _SECOND} s")
 
     def executes(self, node: SimulatedNode, run: Run) -> None:
         """Check the execution itself: the node still has the task, with the params of its record."""

@@ -381,7 +381,9 @@ class Life:
     def dies(self):
         self.until(COMPLETED, self.submit("died", id="once"))
         self.until(FAILED, self.submit("died", max_crashes=1))
-        self.until(CANCELLED, self.submit("died", id="unheard"))
+        unheard = (f"unheard {n}" for n in itertools.count())
+        while ("crash", CANCELLED) not in map(key, [*self.ears.applied.values()]):
+            self.until(CANCELLED, self.submit("died", id=next(unheard)))
         for status, options in ((PENDING, {}), (FAILED, {"max_crashes": 1}), (CANCELLED, {})):
             task_id = self.submit("remote", **options)
             cancel = lifecycle.cancel(task_id, 1)[-1:] if status == CANCELLED else []
@@ -466,7 +468,9 @@ class Life:
 
     def _died(self, ctx):
         self.tries[ctx.task.id] += 1
-        if ctx.task.id == "unheard":  # another process requests the cancel
+        if ctx.task.id.startswith(
+            "unheard"
+        ):  # another process requests the cancel, in rare cases heard
             self.ears.elsewhere(lifecycle.cancel(ctx.task.id, 1)[-1:])
         if ctx.task.id != "once" or self.tries[ctx.task.id] == 1:
             raise ChildDied("killed", "")

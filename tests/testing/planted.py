@@ -122,7 +122,7 @@ def turns_of_the_dead(patch):
 
 @plant("The task that came last gets the turn of a key.", seed=15)
 def last_come_first_served(patch):
-    def last(self, key):
+    def last(self, key, leaver=""):
         line = self._repository.find("line", [key], ("id",))
         return [w for (task_id,) in line[-1:] for w in lifecycle.give_turn(task_id, key)]
 
@@ -183,7 +183,9 @@ def slots_of_the_living(patch):
 @plant("A slot that was taken for a start which failed is not given back.", seed=9)
 def slot_leaks(patch):
     inner = Admission.over
-    patch(Admission, "over", lambda self, i, *, ran: inner(self, i, ran=ran) if ran else None)
+    patch(
+        Admission, "over", lambda self, i, *, ran, **more: inner(self, i, ran=ran) if ran else None
+    )
 
 
 @plant("The slots of a node are not counted.", seed=145)
@@ -308,7 +310,7 @@ def release_of_replaced(patch):
 
 @plant("A token that was not used is put back however late.", seed=4846)
 def late_token(patch):
-    patch(Rate, "put_back", lambda self, mark, count, after: mark - count * self.interval)
+    patch(Rate, "put_back", lambda self, mark, count, age=0.0: mark - count * self.interval)
 
 
 @plant("An answer that comes before anybody asks is lost.", seed=0, program="patient")
@@ -356,9 +358,9 @@ def wait_without_turn(patch):
 def wait_keeps_slot(patch):
     inner = Admission.over
 
-    def over(self, task_id, *, ran):
+    def over(self, task_id, *, ran, **more):
         if not (ran and self._repository.find("id", [task_id], ("waiting_on",))[0][0]):
-            inner(self, task_id, ran=ran)
+            inner(self, task_id, ran=ran, **more)
 
     patch(Admission, "over", over)
 

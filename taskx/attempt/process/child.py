@@ -115,6 +115,8 @@ class _Work:
             message = ["raised", told, reason and reason.value]
         if (progress := self._context._latest_progress()) is not None:
             self._channel.say("progress", *progress)
+        if spent := self._context._spent_in_truth():
+            self._channel.say("spent", spent)
         self._channel.say(*message)
 
     def heed(self, messages: list[list[Any]]) -> None:

@@ -277,6 +277,8 @@ class _Attendance:
     def _note(self, what: str, *facts: Any) -> None:
         if what == "progress":
             self._ctx.progress(*facts)
+        elif what == "spent":
+            self._ctx.spent(**facts[0])
         elif what == "cut":
             self._ctx._message_was_cut()
         elif what == "log":
