@@ -157,7 +157,7 @@ def overwrite(self, text, value):
     return True
 
 
-@plant("The slots of a shared limit are changed without a comparison.", seed=1)
+@plant("The slots of a shared limit are changed without a comparison.", seed=30)
 def slots_without_compare(patch):
     patch(SharedSlots, "_put", overwrite)
 
@@ -180,7 +180,7 @@ def slots_of_the_living(patch):
     patch(SharedSlots, "_bury", bury)
 
 
-@plant("A slot that was taken for a start which failed is not given back.", seed=9)
+@plant("A slot that was taken for a start which failed is not given back.", seed=3)
 def slot_leaks(patch):
     inner = Admission.over
     patch(
@@ -308,7 +308,7 @@ def release_of_replaced(patch):
     patch(lifecycle, "release", lambda task_id, run_at: inner(task_id))
 
 
-@plant("A token that was not used is put back however late.", seed=4846)
+@plant("A token that was not used is put back however late.", seed=544, program="rated")
 def late_token(patch):
     patch(Rate, "put_back", lambda self, mark, count, age=0.0: mark - count * self.interval)
 
@@ -375,7 +375,7 @@ def open_answers_left(patch):
     patch(lifecycle, "moved_on", leave)
 
 
-@plant("An answer wakes nobody who begins to wait at that moment.", seed=252, program="patient")
+@plant("An answer wakes nobody who begins to wait at that moment.", seed=106, program="patient")
 def answer_between(patch):
     patch(Dependents, "waits", lambda self, waiting: setattr(self, "any", True))
     patch(Dependents, "scan_some", nothing)
@@ -393,7 +393,7 @@ def once_not_noted(patch):
     patch(Checkpoints, "_put", put)
 
 
-@plant("A task that is cancelled in its wait goes on.", seed=17, program="patient")
+@plant("A task that is cancelled in its wait goes on.", seed=21, program="patient")
 def cancelled_goes_on(patch):
     def weak(writes):
         return [writes[0]._replace(guard=without(writes[0].guard, "cancel_requested_at"))]

@@ -487,7 +487,20 @@ class Family(Patient):
                 assert task.type != "race" or len(got) > n, f"race {n} has got {got}"
 
 
-PROGRAMS = {"zoo": Zoo, "patient": Patient, "family": Family}
+class Rated(Zoo):
+    """Tasks with a rate that all nodes share."""
+
+    def __call__(self, queue):
+        queue.register_executor(rated)
+        queue.register_executor(ask_at_a_rate)
+        cancel = self.change(queue.cancel_task, "pending", "running")
+        submits = [
+            lambda type=one.type: queue.submit(type, {"n": 0}) for one in (rated, ask_at_a_rate)
+        ]
+        return [*submits, submits[0], cancel]
+
+
+PROGRAMS = {"zoo": Zoo, "patient": Patient, "family": Family, "rated": Rated}
 
 
 def find(name, seeds):
