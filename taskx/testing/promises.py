@@ -13,7 +13,7 @@ from typing import Any
 
 from taskx.attempt.runner import Run
 from taskx.node.schedules import PREFIX, tick_id
-from taskx.tasks.lifecycle import ANSWER, COMPLETED, FINISHED, PENDING, RUNNING, key_of
+from taskx.tasks.lifecycle import ANSWER, CHILDREN, COMPLETED, FINISHED, PENDING, RUNNING, key_of
 from taskx.tasks.model import Task
 from taskx.tasks.rate import NOTHING, Limit, Rate
 from taskx.tasks.record import DEFAULTS, FREE, ids_from_text
@@ -149,7 +149,10 @@ class Promises:
         """Check that a wait ends when it should, and that its time-out counts from its begin."""
         awaited, until = before["waiting_on"], before["expires_at"]
         if _parked(before) and awaited and not after["waiting_on"] and after["status"] == PENDING:
-            over = self.rows.get(awaited, {}).get("status") not in (PENDING, RUNNING)
+            # If some children of a list are enough, the end of each counts.
+            row = self.rows.get(awaited, {})
+            some = ids_from_text(row["depends_on"]) if row.get("type") == CHILDREN else ()
+            over = any(self._has_ended(one) for one in (awaited, *some))
             in_time = self._clocks_right and (until is None or until > now)
             self._require(over or not in_time, f"{task} went on before the end of {awaited}")
         key, until = (after["id"], after["waiting_on"] or ""), after["expires_at"]
@@ -234,6 +237,9 @@ class Promises:
         for task_id in task_ids:
             there = task_id in self.rows or task_id in self._gone
             self._require(there, f"task {task_id} was accepted, and is not stored")
+
+    def _has_ended(self, task_id: str) -> bool:
+        return self.rows.get(task_id, {}).get("status") not in (PENDING, RUNNING)
 
     def answered(self, task_id: str) -> None:
         """Check that an answer is stored which somebody was told to have given, and is the only one."""

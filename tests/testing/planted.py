@@ -7,6 +7,7 @@ import attrs
 
 from taskx.attempt import waiting
 from taskx.attempt.checkpoints import Checkpoints
+from taskx.attempt.children import Children
 from taskx.node import schedules
 from taskx.node.admission import Admission, OwnSlots
 from taskx.node.audit import Audit
@@ -18,7 +19,7 @@ from taskx.node.starter import Starter
 from taskx.node.ticker import Ticker
 from taskx.queue.intake import Intake
 from taskx.queue.operations import Operations
-from taskx.tasks import ids, lifecycle, unique
+from taskx.tasks import children, ids, lifecycle, unique
 from taskx.tasks.errors import RepositoryUnavailable
 from taskx.tasks.rate import Rate
 
@@ -156,7 +157,7 @@ def overwrite(self, text, value):
     return True
 
 
-@plant("The slots of a shared limit are changed without a comparison.", seed=1)
+@plant("The slots of a shared limit are changed without a comparison.", seed=30)
 def slots_without_compare(patch):
     patch(SharedSlots, "_put", overwrite)
 
@@ -179,7 +180,7 @@ def slots_of_the_living(patch):
     patch(SharedSlots, "_bury", bury)
 
 
-@plant("A slot that was taken for a start which failed is not given back.", seed=9)
+@plant("A slot that was taken for a start which failed is not given back.", seed=3)
 def slot_leaks(patch):
     inner = Admission.over
     patch(
@@ -307,9 +308,9 @@ def release_of_replaced(patch):
     patch(lifecycle, "release", lambda task_id, run_at: inner(task_id))
 
 
-@plant("A token that was not used is put back however late.", seed=4846)
+@plant("A token that was not used is put back however late.", seed=544, program="rated")
 def late_token(patch):
-    patch(Rate, "put_back", lambda self, mark, count, after: mark - count * self.interval)
+    patch(Rate, "put_back", lambda self, mark, count, age=0.0: mark - count * self.interval)
 
 
 @plant("An answer that comes before anybody asks is lost.", seed=0, program="patient")
@@ -357,9 +358,9 @@ def wait_without_turn(patch):
 def wait_keeps_slot(patch):
     inner = Admission.over
 
-    def over(self, task_id, *, ran):
+    def over(self, task_id, *, ran, **more):
         if not (ran and self._repository.find("id", [task_id], ("waiting_on",))[0][0]):
-            inner(self, task_id, ran=ran)
+            inner(self, task_id, ran=ran, **more)
 
     patch(Admission, "over", over)
 
@@ -374,7 +375,7 @@ def open_answers_left(patch):
     patch(lifecycle, "moved_on", leave)
 
 
-@plant("An answer wakes nobody who begins to wait at that moment.", seed=252, program="patient")
+@plant("An answer wakes nobody who begins to wait at that moment.", seed=106, program="patient")
 def answer_between(patch):
     patch(Dependents, "waits", lambda self, waiting: setattr(self, "any", True))
     patch(Dependents, "scan_some", nothing)
@@ -392,9 +393,24 @@ def once_not_noted(patch):
     patch(Checkpoints, "_put", put)
 
 
-@plant("A task that is cancelled in its wait goes on.", seed=17, program="patient")
+@plant("A task that is cancelled in its wait goes on.", seed=21, program="patient")
 def cancelled_goes_on(patch):
     def weak(writes):
         return [writes[0]._replace(guard=without(writes[0].guard, "cancel_requested_at"))]
 
     around(patch, lifecycle, "_park", weak)
+
+
+@plant("A task with children goes on when one of them has ended.", seed=3, program="family")
+def one_child_is_enough(patch):
+    patch(children, "awaited", lambda listed, statuses: _first_unfinished(listed, statuses))
+
+
+def _first_unfinished(listed, statuses):
+    unfinished = [one for one in listed.depends_on if statuses.get(one) in ("pending", "running")]
+    return unfinished[0] if len(unfinished) == len(listed.depends_on) else None
+
+
+@plant("A fork does not change what depends on it.", seed=10, program="family")
+def fork_without_dependents(patch):
+    patch(Children, "_late_dependents", lambda self, parent, ids: [])

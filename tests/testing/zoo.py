@@ -20,6 +20,7 @@ from taskx import (
     InvalidTransition,
     RetryPolicy,
     Snooze,
+    Task,
     TaskNotFound,
     Uncertain,
     answer,
@@ -413,7 +414,93 @@ class Patient(Zoo):
         assert got == "nobody" or got in tried, f"{got} was never given"
 
 
-PROGRAMS = {"zoo": Zoo, "patient": Patient}
+@executor("parts", max_attempts=2)
+def parts(ctx, n: int) -> list:
+    first = ctx.run_all("first", [plain.task(0), flaky.task(1), one.task(2)])
+    return [*first, *ctx.run_all("then", [plain.task(m) for m in range(3, 3 + n)])]
+
+
+@executor("mixed")
+def mixed(ctx, n: int) -> list:
+    tasks = [plain.task(0), flaky.task(9), ask.task(0)]
+    told = ctx.run_all("mixed", tasks, on_failure="return")
+    return ["failed" if isinstance(one, Exception) else one for one in told]
+
+
+@executor("race")
+def race(ctx, n: int) -> list:
+    told = ctx.run_all("race", [ask.task(0), plain.task(1), plain.task(2)], needed=1 + n)
+    return [one for one in told if not isinstance(one, Exception)]
+
+
+@executor("tree")
+def tree(ctx, n: int) -> int:
+    return sum(ctx.run_all("below", [Task(type="tree", params={"n": n - 1})] * 2)) if n else 1
+
+
+@executor("fork")
+def fork(ctx, n: int) -> list:
+    return ctx.fork("more", [flaky.task(1), plain.task(2)])
+
+
+class Family(Patient):
+    """Tasks that have children."""
+
+    def __call__(self, queue):
+        for one_of_them in (plain, one, flaky, ask, parts, mixed, race, tree, fork):
+            queue.register_executor(one_of_them)
+
+        @queue.executor("after")
+        def after(ctx, n: int) -> list:
+            return [parent.result for parent in ctx.parents[1:]]
+
+        def submit(type, n, **options):
+            return lambda: queue.submit(type, {"n": n}, **options)
+
+        change = self.change
+        return [
+            submit("parts", 0),
+            submit("parts", 2),
+            submit("parts", 1, concurrency_key="k"),
+            submit("mixed", 0),
+            submit("race", 0),
+            submit("race", 1),
+            submit("tree", 2),
+            submit("tree", 1),
+            lambda: queue.submit_flow(chain(fork.task(0), Task(type="after", params={"n": 0}))),
+            submit("plain", 0, concurrency_key="k"),
+            *self.answers(queue)[1:3],
+            change(queue.cancel_task, "running", "pending"),
+            change(queue.cancel_task, "pending"),
+            change(queue.requeue, "failed", "cancelled"),
+        ]
+
+    def check(self, tasks):
+        super().check(tasks)
+        for task in tasks:
+            assert "was not needed" not in task.error or task.type == "race", task.error
+            if task.status == "completed":
+                n, got = task.params.get("n"), task.result
+                wanted = {"parts": [*range(3 + (n or 0))], "tree": 2 ** (n or 0), "after": [1, 2]}
+                assert got == wanted.get(task.type, got), f"{task.type} {n} has got {got}"
+                assert task.type != "mixed" or got[:2] == [0, "failed"], f"mixed has got {got}"
+                assert task.type != "race" or len(got) > n, f"race {n} has got {got}"
+
+
+class Rated(Zoo):
+    """Tasks with a rate that all nodes share."""
+
+    def __call__(self, queue):
+        queue.register_executor(rated)
+        queue.register_executor(ask_at_a_rate)
+        cancel = self.change(queue.cancel_task, "pending", "running")
+        submits = [
+            lambda type=one.type: queue.submit(type, {"n": 0}) for one in (rated, ask_at_a_rate)
+        ]
+        return [*submits, submits[0], cancel]
+
+
+PROGRAMS = {"zoo": Zoo, "patient": Patient, "family": Family, "rated": Rated}
 
 
 def find(name, seeds):
