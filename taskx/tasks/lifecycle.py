@@ -195,9 +195,11 @@ def free(task_id: str, node: str) -> Update:
 
 
 def put_off(task: Task, until: int) -> Update:
-    """Let a pending task wait for a time: the rate of its key lets it start no sooner."""
+    """Put off the turn of a pending task: the rate of its key lets it start no sooner."""
     guard = {"status": PENDING, "held": FREE, "starts": task.starts}
-    return Update(task.id, guard, {"held": UNTIL_DUE, "run_at": until, "owner": ""}, move="put off")
+    return Update(
+        task.id, guard, {"held": UNTIL_DUE, "run_at": until, "owner": ""}, move="give turn"
+    )
 
 
 def cancel(task_id: str, now: int) -> list[Update]:
