@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from taskx.insight.failures import FailureGroup, Failures
     from taskx.insight.health import Health
     from taskx.insight.history import History, TypeHistory
+    from taskx.insight.limits import LimitInfo
     from taskx.insight.nodes import NodeInfo, RunningTask
     from taskx.insight.places import Place
     from taskx.insight.stats import Percentiles, Stats, TypeStats
@@ -95,6 +96,7 @@ __all__ = [
     "History",
     "Hook",
     "InvalidTransition",
+    "LimitInfo",
     "MapOutcome",
     "MapResults",
     "MemoryRepository",
@@ -174,6 +176,7 @@ _HOMES = {
     "taskx.insight.failures": "FailureGroup Failures",
     "taskx.insight.health": "Health",
     "taskx.insight.history": "History TypeHistory",
+    "taskx.insight.limits": "LimitInfo",
     "taskx.insight.nodes": "NodeInfo RunningTask",
     "taskx.insight.places": "Place",
     "taskx.insight.stats": "Percentiles Stats TypeStats",

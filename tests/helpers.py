@@ -369,7 +369,10 @@ undisturbed = pytest.mark.timing(
 
 @pytest.fixture
 def calm() -> Iterator[threading.Event]:
-    """Hand back started tasks only while the event is set; so a slow machine starts no task twice."""
+    """Hand back started tasks only while the event is set; so a slow machine starts no task twice.
+
+    Not for tests that submit while a queue stops: it hands back what was started meanwhile.
+    """
     clear, calm = Ahead.clear, threading.Event()
 
     def clear_in_the_calm(ahead: Ahead, older_than: float = 0.0) -> list[Run]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 #: Decides about each piece of traffic, by its direction ("ask" or "answer") and bytes. True passes it on.
@@ -99,12 +99,11 @@ def _reset(end: socket.socket) -> None:
     end.close()
 
 
-def swallowing(direction: str, word: bytes, event: threading.Event | None = None) -> Judge:
-    """Return a judge that swallows all traffic of a direction after a request with this word."""
-    seen = event or threading.Event()
+def swallowing(direction: str, words: Sequence[bytes], seen: threading.Event) -> Judge:
+    """Return a judge that swallows all traffic of a direction after a request with one of these words."""
 
     def judge(way: str, piece: bytes) -> bool:
-        if way == "ask" and word in piece:
+        if way == "ask" and any(word in piece for word in words):
             seen.set()
         return not (seen.is_set() and way == direction)
 

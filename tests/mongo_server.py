@@ -44,10 +44,14 @@ OPTIONS = {"set": ["--sync-on-commit"], "standalone": ["--sync-on-commit", "--st
 _FIRST_PORT = 15_000 + 2_500 * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 6)
 
 
+_given: set[int] = set()  # a client of a server that is gone may still try to reach it
+
+
 def free_port() -> int:
     """Return a free port outside the system's own range, so that it stays free while a server is down."""
     while True:
-        port = random.randrange(_FIRST_PORT, _FIRST_PORT + 2_500)
+        port = random.choice([*{*range(_FIRST_PORT, _FIRST_PORT + 2_500)} - _given])
+        _given.add(port)
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port

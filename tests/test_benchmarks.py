@@ -7,11 +7,10 @@ import re
 import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
+from helpers import eventually
 
 import taskx
 
@@ -340,21 +339,12 @@ def test_an_interrupted_run_leaves_no_process(number, tmp_path):
     program = [sys.executable, "-m", "benchmarks", "--no-peers", "--only", "elsewhere"]
     env = {**os.environ, "TMPDIR": str(tmp_path)}  # a killed run leaves its files
     with subprocess.Popen(program, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True) as run:
-        children = wait_for(lambda: children_of(run.pid))
+        children = eventually(lambda: children_of(run.pid))
         run.send_signal(number)
         _, said = run.communicate()
     assert run.returncode != 0
     assert "interrupted" in said or number == signal.SIGKILL
-    wait_for(lambda: not any(map(runs, children)))
-
-
-def wait_for(condition):
-    """Return the condition's result when it is true."""
-    deadline = time.monotonic() + 60
-    while not (found := condition()):
-        assert time.monotonic() < deadline
-        threading.Event().wait(0.01)  # blocks on purpose
-    return found
+    eventually(lambda: not any(map(runs, children)))
 
 
 def test_update_writes_the_tables_into_the_document(tmp_path):

@@ -12,30 +12,20 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
 import pytest
-from mongo_server import PATIENCE, free_port
+from helpers import PATIENCE, eventually
+from mongo_server import free_port
 
 from taskx import SQLiteRepository, TaskFilter
 
 pytestmark = pytest.mark.process
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-
-
-def eventually(condition: Callable[[], Any]) -> Any:
-    """Call ``condition`` until its result is true, and return it. Fail if it takes too long."""
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        if found := condition():
-            return found
-        time.sleep(0.02)  # blocks on purpose
-    raise AssertionError("the condition never held")
 
 
 class Site:

@@ -6,25 +6,31 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from mongo_server import new_database, shared
 
 from taskx import MongoRepository, SQLiteRepository
 from taskx.stores.base import Repository
 
-# The program's arguments are the repository's URL or path, and the path of the log without ".log".
+# The program's arguments are the repository's URL or path, the path of the log without ".log", and the
+# number of threads.
 _BEGIN = """
 import os, sys
-import pymongo
 from taskx import Config, MongoRepository, Queue, SQLiteRepository
 
-url, path = sys.argv[1:3]
+url, path, threads = sys.argv[1:4]
 if url.startswith("mongodb"):
+    import pymongo
     database = pymongo.MongoClient(url)[path.rsplit("/", 1)[1]]
     repository = MongoRepository(database, poll_interval=0.05, timeout=60)
+elif url.startswith("postgresql"):
+    sys.path.append(os.path.join(sys.path[0] or os.getcwd(), "tests"))
+    import workers
+    repository = workers.on_django(url)
 else:
     repository = SQLiteRepository(url)
-queue = Queue(repository, Config(worker_num=4))
+queue = Queue(repository, Config(worker_num=int(threads)))
 
 def note(*words):
     line = " ".join(map(str, words)) + "\\n"
@@ -41,16 +47,21 @@ sys.stdin.readline()
 
 
 class Workers:
-    """Worker programs with four threads each, on a repository that the test can use, too."""
+    """Worker programs, on a repository that the test can use, too.
+
+    Attributes:
+        threads: the number of worker threads of each program.
+    """
 
     def __init__(self, spawn: Callable[..., Any], url: str, path: str, repository: Repository):
         self.repository = repository
+        self.threads = 4
         self._spawn, self._where = spawn, (url, path)
         self._log = Path(path + ".log")
 
     def spawn(self, executors: str) -> Any:
         """Start one program with these executors. Their code can use ``queue`` and ``note``."""
-        return self._spawn(_BEGIN + executors + _RUN, *self._where)
+        return self._spawn(_BEGIN + executors + _RUN, *self._where, self.threads)
 
     def start(self, executors: str, count: int = 1) -> list[Any]:
         """Start ``count`` programs. Return them when all their queues have started."""
@@ -80,3 +91,32 @@ def on_mongo(spawn: Callable[..., Any], folder: Path) -> Iterator[Workers]:
     with MongoRepository(database, poll_interval=0.05, timeout=60) as repository:
         yield Workers(spawn, url, str(folder / database.name), repository)
     database.client.drop_database(database.name)
+
+
+def on_django(url: str) -> Repository:
+    """Return a repository of Django's on a PostgreSQL database."""
+    import django_project
+
+    django_project.set_up()
+    from taskx.contrib.django.repository import DjangoRepository
+
+    parts = urlsplit(url)
+    assert parts.port is not None
+    django_project.add_postgres("workers", parts.port, parts.path[1:])
+    return DjangoRepository("workers")
+
+
+@contextmanager
+def on_postgres(spawn: Callable[..., Any], folder: Path) -> Iterator[Workers]:
+    """Make the tables in a new database, through Django."""
+    import django_project
+    import postgres_server
+
+    server = postgres_server.shared()
+    name = server.new_database()
+    url = server.url(name)
+    repository = on_django(url)
+    django_project.migrate("workers")
+    yield Workers(spawn, url, str(folder / name), repository)
+    repository.close()
+    server.drop_database(name)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from itertools import islice
 from typing import Any, NoReturn
 
 from taskx.attempt.children import Children, Submit
 from taskx.attempt.transactions import Completed, Transaction, opened
 from taskx.attempt.waiting import (
     AGAIN,
+    KEY,
     SHORT,
     Parked,
     Uncertain,
@@ -28,7 +30,7 @@ from taskx.tasks.clock import Clock
 from taskx.tasks.errors import CancelReason, ConfigurationError, RepositoryUnavailable
 from taskx.tasks.lifecycle import Ending, Park
 from taskx.tasks.model import Task, check_name
-from taskx.tasks.record import checkpoints_to_text
+from taskx.tasks.record import checkpoints_to_text, part_name, parts_of
 from taskx.tasks.timing import Timing
 from taskx.tasks.token import CancelToken
 from taskx.tasks.values import Values
@@ -91,6 +93,22 @@ class Keeper:
                 token.wait(self._retry_every)
                 token.raise_if_cancelled()
 
+    def file(self, task: Task, text: str, token: CancelToken) -> str:
+        """Store steps of a run, as checkpoints of their own, in a note; return its name.
+
+        Nobody reads it before the name is stored with the other steps.
+        """
+        self.refuse_own_transaction()
+        coded = self._repository.codecs.columns({"checkpoints": text})["checkpoints"]
+        name = part_name(task.id)
+
+        def put() -> str:
+            if not self._repository.put_note(name, coded, 0):  # after an error that was in doubt
+                assert self._repository.reads.notes_named([name])
+            return name
+
+        return self.waits.patiently(token, put)
+
     def transaction(
         self,
         kept: Checkpoints,
@@ -127,6 +145,22 @@ class Keeper:
         )
 
 
+# Characters of the steps in a record from which on they are put into a note.
+_MOST_IN_RECORD = 16 * 1024
+
+
+def _size(steps: Mapping[str, str]) -> int:
+    return sum(map(len, steps)) + sum(map(len, steps.values()))
+
+
+def _is_open(text: str) -> bool:
+    """Return True if a step is not done."""
+    if KEY not in text:
+        return False
+    value = payload.loads(text)
+    return waits_until(value) is not None or is_begun(value)
+
+
 class Checkpoints:
     """The checkpoints of one run. Several threads of the run may store some.
 
@@ -149,10 +183,17 @@ class Checkpoints:
         self.stored: str | None = None
         stored = task.checkpoints or {}
         # Kept as texts, because the executor may change the values that it gets.
-        self._steps = {
+        steps = {
             name: payload.encode(value, name, payload.NO_LIMIT)
             for name, value in stored.get("steps", {}).items()
         }
+        # The notes that have the first steps, with the number of steps in each; and these steps.
+        self._parts = parts_of(stored)
+        first = sum(self._parts.values())
+        self._filed = dict(islice(steps.items(), first))
+        self._filed_size = _size(self._filed)
+        # The steps that are stored in the record.
+        self._steps = dict(islice(steps.items(), first, None))
         self._cursor: str | None = None
         if "cursor" in stored:
             self._cursor = payload.encode(stored["cursor"], "cursor", payload.NO_LIMIT)
@@ -160,9 +201,14 @@ class Checkpoints:
     def step(self, name: str, token: CancelToken, call: Callable[[], Any]) -> Any:
         """Return the result of the call in this attempt or an earlier one: see :meth:`Context.step`."""
         self._begin(name, token)
-        if name not in self._steps:
+        if name not in self._steps and name not in self._filed:
             self._make(name, token, call)
-        return payload.loads(self._steps[name])
+        return self._value(name)
+
+    def _value(self, name: str) -> Any:
+        """Return the result of a step; None if there is none."""
+        text = self._filed.get(name) or self._steps.get(name)
+        return None if text is None else payload.loads(text)
 
     def wait_step(
         self,
@@ -180,9 +226,9 @@ class Checkpoints:
         """
         self._refuse_inside(what)
         self._begin(name, token)
-        if name not in self._steps or self._until(name) is not None:
+        if name not in self._filed and (name not in self._steps or self._until(name) is not None):
             self._make(name, token, lambda: call(self._until(name)), durable=durable)
-        return payload.loads(self._steps[name])
+        return self._value(name)
 
     def children(
         self,
@@ -202,7 +248,7 @@ class Checkpoints:
         self._begin(name, token)
         self._refuse_if_completed()
         try:
-            stored = payload.loads(self._steps[name]) if name in self._steps else None
+            stored = self._value(name)
             if isinstance(stored, list):
                 return stored, True
             before = taken_of(stored)
@@ -240,9 +286,9 @@ class Checkpoints:
         """
         self._refuse_inside("ctx.once()")
         self._begin(name, token)
-        if name not in self._steps or self._begun(name):
+        if name not in self._filed and (name not in self._steps or self._begun(name)):
             self._make(name, token, lambda: self._call_once(name, token, call, unknown))
-        return payload.loads(self._steps[name])
+        return self._value(name)
 
     def _call_once(
         self, name: str, token: CancelToken, call: Callable[[], Any], unknown: Callable[[], Any]
@@ -264,7 +310,7 @@ class Checkpoints:
         return result
 
     def _begun(self, name: str) -> bool:
-        return name in self._steps and is_begun(payload.loads(self._steps[name]))
+        return is_begun(self._value(name))
 
     def note(self, name: str, until: int, token: CancelToken) -> None:
         """Store the moment until which a step waits."""
@@ -275,6 +321,7 @@ class Checkpoints:
     ) -> None:
         """Store what is known of a step that is not done; None: nothing."""
         with self._lock:
+            self._file(token)
             steps = {**self._steps}
             if value is not None:
                 steps[name] = self._encode(value, name)
@@ -298,7 +345,7 @@ class Checkpoints:
         self.wait_step(name, token, call, "ctx.sleep() with a step", durable=False)
 
     def _until(self, name: str) -> int | None:
-        return waits_until(payload.loads(self._steps[name])) if name in self._steps else None
+        return waits_until(self._value(name))
 
     def _begin(self, name: str, token: CancelToken) -> None:
         token.raise_if_cancelled()
@@ -313,12 +360,29 @@ class Checkpoints:
         try:
             text = self._encode(call(), f"step {name!r}")
             with self._lock:
+                self._file(token)
                 steps = {**self._steps, name: text}
                 self._store(steps, self._cursor, durable=durable, token=token)
                 self._steps = steps
         except BaseException:  # after any error the executor may try again
             self._taken.discard(name)
             raise
+
+    def _file(self, token: CancelToken) -> None:
+        """Put the steps of the record into a note, if they are many: each further step rewrites the record.
+
+        The next write names the note. Steps that are not done stay in the record.
+        """
+        if self._transaction is not None or _size(self._steps) <= _MOST_IN_RECORD:
+            return
+        self._refuse_to_store()
+        done = {name: text for name, text in self._steps.items() if not _is_open(text)}
+        if done:
+            part = self._keeper.file(self.task, checkpoints_to_text(done, None), token)
+            self._parts = {**self._parts, part: len(done)}
+            self._filed.update(done)
+            self._filed_size += _size(done)
+            self._steps = {n: text for n, text in self._steps.items() if n not in done}
 
     def seal(self, parked: Parked) -> Park:
         """Store nothing more, because the run ends and its task waits; return what the task waits for.
@@ -330,7 +394,7 @@ class Checkpoints:
             if parked.until is not None:
                 text = self._encode(unfinished(parked.until), parked.step)
                 steps = {**self._steps, parked.step: text}
-                self.stored = checkpoints_to_text(steps, self._cursor)
+                self.stored = checkpoints_to_text(steps, self._cursor, self._parts)
                 park = park._replace(checkpoints=self.stored)
             return park
 
@@ -362,9 +426,8 @@ class Checkpoints:
     def _encode(self, value: Any, what: str) -> str:
         return payload.encode(value, what, self._keeper.max_payload_size)
 
-    def _store(
-        self, steps: dict[str, str], cursor: str | None, *, durable: bool, token: CancelToken
-    ) -> None:
+    def _refuse_to_store(self) -> None:
+        """Raise an error if nothing more can be stored."""
         if forks.generation != self._keeper.process:
             raise ConfigurationError(
                 "a forked child process cannot store checkpoints; call ctx.step and set ctx.cursor in "
@@ -373,8 +436,15 @@ class Checkpoints:
         self._refuse_if_completed()
         if self._parked is not None:
             raise self._parked
-        whole = checkpoints_to_text(steps, cursor)
-        payload.check_size(whole, "checkpoints", self._keeper.max_payload_size)
+
+    def _store(
+        self, steps: dict[str, str], cursor: str | None, *, durable: bool, token: CancelToken
+    ) -> None:
+        self._refuse_to_store()
+        whole = checkpoints_to_text(steps, cursor, self._parts)
+        payload.check_size(
+            whole, "checkpoints", self._keeper.max_payload_size, besides=self._filed_size
+        )
         if self._transaction is not None:
             self._transaction._keep(whole)
             return
@@ -416,7 +486,7 @@ class Checkpoints:
             with self._lock:
                 self.refuse_transaction()
                 before = self._steps, self._cursor, set(self._taken)
-                transaction._before = checkpoints_to_text(*before[:2])
+                transaction._before = checkpoints_to_text(*before[:2], self._parts)
                 self._transaction = transaction
             yield
         finally:  # without a call, so that no interrupt comes in between

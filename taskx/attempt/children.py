@@ -76,6 +76,12 @@ class Children:
         Raises:
             Parked: the task waits.
         """
+        key = parent.concurrency_key
+        if key is not None and any(task.concurrency_key == key for task in tasks):
+            raise ConfigurationError(
+                f"children with the concurrency key {key!r} of their parent would wait for it, as it keeps "
+                "the turn: give one of them another key"
+            )
         listed = self._listed(parent, name, tasks, needed, token, again=taken is None)
         if taken is not None:
             return taken

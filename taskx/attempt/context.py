@@ -41,6 +41,7 @@ from taskx.tasks.errors import (
 from taskx.tasks.lifecycle import Ending, Park
 from taskx.tasks.model import Task, TaskStatus, check_moment
 from taskx.tasks.options import one_of
+from taskx.tasks.rate import NOTHING, Cost, check_cost
 from taskx.tasks.record import MAX_MESSAGE, check_progress
 from taskx.tasks.token import CancelToken
 
@@ -98,7 +99,7 @@ class Context:
         *("_copy", "_shared", "_task", "_token"),
         *("_missed", "_quiet", "_storing", "_told", "_unwritten"),
         *("_checkpoints", "_run_token", "_stored"),
-        *("_completed", "_parked"),
+        *("_completed", "_parked", "_spent"),
     )
 
     def __init__(self, task: Task, token: CancelToken, shared: Shared) -> None:
@@ -173,6 +174,22 @@ class Context:
             self._message_was_cut()
         self._told = percent, message
         self._unwritten = True
+
+    def spent(self, **units: int) -> None:
+        """Say what this run has taken of the units of its cost, which was only an estimate.
+
+        ``ctx.spent(tokens=1840)`` corrects the rates of its limits, up or down, when the run ends. The last
+        value of a unit counts.
+
+        Raises:
+            ConfigurationError: a value is not a whole number of at least 0.
+        """
+        self._spent = {**self._spent_in_truth(), **(check_cost(units) or {})}
+
+    def _spent_in_truth(self) -> Cost:
+        """Return what the run has said to have taken; empty if it has said nothing."""
+        told: Cost = getattr(self, "_spent", NOTHING)  # few runs say it
+        return told
 
     def _message_was_cut(self) -> None:
         """Let the log say that progress messages of this task's type are cut."""
@@ -591,6 +608,10 @@ class Context:
             return False
         self._stored = text
         return True
+
+    def _file(self, text: str) -> str:
+        """Store steps that were made in a child process in a note: see :meth:`Keeper.file`."""
+        return self._shared.keeper.file(self._task, text, self._run_token)
 
     def remaining(self) -> float | None:
         """Return the seconds until the deadline, always above zero; None if there is no deadline.

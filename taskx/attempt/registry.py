@@ -9,7 +9,7 @@ from typing import Any
 
 from taskx.attempt.context import Context
 from taskx.attempt.executors import Executor, Registered, TaskExecutor, entry_of
-from taskx.stores.controls import overridden
+from taskx.stores.controls import Declared, Overrides, named_limit, overridden
 from taskx.tasks.checks import check_plain
 from taskx.tasks.creation import model_of
 from taskx.tasks.errors import ConfigurationError, UnknownTaskType
@@ -17,7 +17,7 @@ from taskx.tasks.lifecycle import ANSWER, NO_WORK
 from taskx.tasks.model import Task
 from taskx.tasks.options import LimitOptions, Options
 from taskx.tasks.payload import DEFAULT_MAX_SIZE
-from taskx.tasks.rate import Limit
+from taskx.tasks.rate import OF_TYPE, Cost, Limit, is_key
 from taskx.tasks.timing import DEFAULT_TIMING, Timing
 from taskx.tasks.values import Values
 
@@ -88,9 +88,16 @@ class Registry:
         self.models: dict[str, Mapping[str, Any]] = {}
         #: The JSON forms of params and results of the types whose executors annotate some.
         self.values: dict[str, Values] = {}
-        #: The limits of the types that have one.
+        #: The limits that are in effect, by name.
         self.limits: dict[str, Limit] = {}
-        self._overrides: Mapping[str, LimitOptions] = {}
+        #: The names of the limits of each type that has some.
+        self.limited: dict[str, tuple[str, ...]] = {}
+        #: True if a limit of keys has a rate.
+        self.rates_keys = False
+        #: The limits with a name that the program declares.
+        self.declared: dict[str, LimitOptions] = {}
+        self._stored: Declared = {}  # those that the repository knows
+        self._overrides = Overrides()
         self._declared: set[str] = set()
         self._used: set[str] = set()  # the declared types that tasks were submitted of
         self._first_use = first_use
@@ -149,6 +156,8 @@ class Registry:
             self._require("versions of executors (version)")
         if entry.options.limit_scope == "global":
             self._require('limits of all nodes (limit_scope="global")')
+        if entry.options.limit is not None:
+            self._require("limits with a name")
         function, takes_context = entry.function, entry.takes_context
         if entry.options.isolation is not None:
             # Imported here, because most programs do not start child processes.
@@ -169,27 +178,87 @@ class Registry:
         if entry.model is not None:
             self.models[entry.type] = entry.model
 
-    def override(self, overrides: Mapping[str, LimitOptions]) -> None:
-        """Override the limits of some types; they replace all earlier overrides."""
-        self._overrides = overrides
+    def follow(self, overrides: Overrides, declared: Declared) -> None:
+        """Follow the overrides and the declared limits of the repository, instead of earlier ones."""
+        self._overrides, self._stored = overrides, declared
+        self._name_limits()
         for type, entry in list(self.registered.items()):
             self._limit(type, entry.options)
 
+    def limit(self, name: str, options: LimitOptions) -> None:
+        """Declare a limit with a name."""
+        self.declared[name] = options
+        self._name_limits()
+
+    def _name_limits(self) -> None:
+        own, by_hand = {**self.declared, **self._stored}, self._overrides.limits
+        for name in {*own, *by_hand, *self.limits}:
+            if name.startswith(OF_TYPE):
+                continue
+            limit = named_limit(own.get(name, {}), by_hand.get(name, {}))
+            if limit is not None:
+                self.limits[name] = limit
+            else:
+                self.limits.pop(name, None)
+        self.rates_keys = any(
+            limit.rates and is_key(name) for name, limit in list(self.limits.items())
+        )
+
     def _limit(self, type: str, own: Options) -> None:
-        limit = overridden(own, self._overrides.get(type, {}))
+        name, names = OF_TYPE + type, own.limit or ()
+        limit = overridden(own, self._overrides.types.get(type, {}))
         if limit is not None:
-            self.limits[type] = limit
+            self.limits[name], names = limit, (name, *names)
         else:
-            self.limits.pop(type, None)
+            self.limits.pop(name, None)
+        if names:
+            self.limited[type] = names
+        else:
+            self.limited.pop(type, None)
 
     @property
     def own_limits(self) -> dict[str, Limit | None]:
         """The limits of the executors whose limits are overridden."""
         return {
-            type: self.registered[type].options.limit
-            for type in self._overrides
+            type: self.registered[type].options.own_limit
+            for type in self._overrides.types
             if type in self.registered
         }
+
+    @property
+    def declared_limits(self) -> dict[str, Limit]:
+        """The limits with a name as the program declares them."""
+        found = {name: named_limit(options, {}) for name, options in self.declared.items()}
+        return {name: limit for name, limit in found.items() if limit is not None}
+
+    def limit_of_key(self, key: str) -> Limit | None:
+        """Return the limit of a key: that with its name, or else with its longest beginning."""
+        if not is_key(key):
+            return None
+        if (exact := self.limits.get(key)) is not None:
+            return exact
+        end = len(key)
+        while (end := key.rfind(":", 0, end)) >= 0:
+            if (limit := self.limits.get(key[: end + 1])) is not None:
+                return limit
+        return None
+
+    def refuse_cost(self, type: str, key: str | None, cost: Cost) -> None:
+        """Raise ``ConfigurationError`` if a cost is above the burst of a limit of the type or the key."""
+        keyed = None if key is None else self.limit_of_key(key)
+        if keyed is not None:
+            self._refuse_cost(f"of key {key!r}", keyed, cost)
+        for name in self.limited.get(type, ()):
+            if (limit := self.limits.get(name)) is not None:
+                self._refuse_cost(repr(name), limit, cost)
+
+    def _refuse_cost(self, name: str, limit: Limit, cost: Cost) -> None:
+        for unit, most in limit.rates.units.items():
+            if cost.get(unit, 0) > most:
+                raise ConfigurationError(
+                    f"the cost of {cost[unit]} {unit} is above the burst of limit {name}, {most}: such a "
+                    "task would never start; divide it, or raise the burst"
+                )
 
     def declare(self, type: str) -> None:
         """Accept tasks of a type whose executor runs in another process."""
@@ -248,11 +317,13 @@ def _check_replaced(before: Registered, entry: Registered) -> None:
         )
     # Tasks that run now are counted by them.
     if before.options.isolation != entry.options.isolation or (
-        before.options.limit != entry.options.limit
+        before.options.own_limit != entry.options.own_limit
+        or before.options.limit != entry.options.limit
     ):
         raise ConfigurationError(
             f"the new executor of type {entry.type!r} must have the isolation and the limits of the "
-            "replaced one (max_concurrency, rate, burst, limit_scope); to change them, make a new queue"
+            "replaced one (max_concurrency, rate, burst, limit_scope, limit); to change them, make a new "
+            "queue"
         )
 
 

@@ -24,6 +24,7 @@ from taskx.tasks.errors import (
 )
 from taskx.tasks.lifecycle import ANSWER, EVENT, Park
 from taskx.tasks.model import MAX_NAME, Task, TaskStatus, check_key
+from taskx.tasks.record import undivided
 from taskx.tasks.token import CancelToken
 from taskx.tasks.writes import Write
 
@@ -128,7 +129,7 @@ def awake(checkpoints: Mapping[str, Any] | None, until: int, now: int) -> str | 
     if not any(waits_until(value) == until for value in steps.values()):
         return None
     done = {k: unfinished(now) if waits_until(v) == until else v for k, v in steps.items()}
-    changed = {**(checkpoints or {}), "steps": done}
+    changed = {**undivided(checkpoints or {}), "steps": done}
     return payload.encode(changed, "checkpoints", payload.NO_LIMIT)
 
 

@@ -300,6 +300,12 @@ class StoreCollector(Collector):
         pending = queue.count_tasks(status=TaskStatus.PENDING)
         found["tasks_pending"].add_metric([], max(0, pending - stats.answers))
         found["answers_pending"].add_metric([], stats.answers)
+        for limit in () if queue.repository.shortcoming else queue.limits():
+            if limit.concurrency is not None:
+                found["limit_slots"].add_metric([limit.name], limit.concurrency)
+                found["limit_slots_taken"].add_metric([limit.name], limit.taken)
+            for rate, free in zip(limit.rates, limit.free, strict=False):
+                found["limit_free"].add_metric([limit.name, rate], free)
         nodes = sum(node.lives for node in queue.repository.nodes())
         found["nodes"].add_metric([], nodes)
         self._read_health(found, stats.types)
@@ -338,6 +344,9 @@ _FAMILIES: Mapping[str, Callable[[], Any]] = {
         ),
         (GaugeMetricFamily, "dead_letters", "Failed tasks."),
         (GaugeMetricFamily, "paused", "1 for each paused type; the type is empty for all.", "type"),
+        (GaugeMetricFamily, "limit_slots", "Most tasks of a named limit at once.", "limit"),
+        (GaugeMetricFamily, "limit_slots_taken", "Slots of it that nodes keep.", "limit"),
+        (GaugeMetricFamily, "limit_free", "What may start now by a rate of it.", "limit", "rate"),
         (GaugeMetricFamily, "nodes", "Started queues that are alive."),
         (GaugeMetricFamily, "threads_stuck", "Threads of timed-out tasks that run on."),
         (

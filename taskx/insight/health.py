@@ -23,6 +23,7 @@ from taskx.tasks.errors import ConfigurationError, RepositoryCorrupt, Repository
 from taskx.tasks.findings import Answer, Problem, counted, duration, listed, moment
 from taskx.tasks.lifecycle import FAILED, NO_WORK
 from taskx.tasks.model import check_key
+from taskx.tasks.rate import Limit
 
 # Most names in the facts of a problem.
 _NAMED = 100
@@ -170,6 +171,29 @@ def _brokers(nodes: Sequence[Node]) -> Iterator[Problem]:
             yield Problem("broker", words, facts)
 
 
+def _limits(nodes: Sequence[Node]) -> Iterator[Problem]:
+    """Yield a problem for each limit that programs declare differently, or that none declares."""
+    said: dict[str, dict[Limit, list[str]]] = {}
+    for node in nodes:
+        for name, limit in node.declared.items():
+            said.setdefault(name, {}).setdefault(limit, []).append(node.name)
+    for name, values in said.items():
+        if len(values) > 1:
+            names = [names[0] for names in values.values()]
+            words = (
+                f"Limit {name!r} is declared with different values, for example by nodes {listed(names)}: "
+                "the one that started last holds."
+            )
+            yield Problem("limit", words, {"limit": name, "nodes": [*values.values()]})
+    for node in nodes:
+        for type, limits in node.limited.items():
+            for name in limits:
+                if name not in node.limits and name not in said:
+                    said[name] = {}  # told once
+                    words = f"Type {type!r} names the limit {name!r}, which no program declares."
+                    yield Problem("limit", words, {"limit": name, "type": type})
+
+
 class _Check:
     """One check of a repository by thresholds."""
 
@@ -191,6 +215,7 @@ class _Check:
         yield from self._silent([node for node in nodes if node.silent])
         yield from self._nodes(nodes, due)
         yield from _brokers([node for node in nodes if node.lives])
+        yield from _limits([node for node in nodes if node.lives])
         yield from self._stuck_elsewhere(nodes)
         yield from stuck_types(self._repository, nodes, paused)
         yield from self._oldest_due(due, everything=paused.everything)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from taskx.node.admission import until_token
+import attrs
+
+from taskx.node.admission import NO_LIMIT
 from taskx.node.moving import Services
 from taskx.node.pool import WorkerPool
-from taskx.node.shared_limits import SharedBucket, slots_by_node
+from taskx.node.shared_limits import SharedBucket, slots_by_node, until_token
 from taskx.stores.base import Repository
+from taskx.stores.controls import Controls, named_limit, named_options
 from taskx.stores.liveness.base import Node
 from taskx.tasks.clock import to_datetime
 from taskx.tasks.findings import Reason, counted, duration, listed
-from taskx.tasks.rate import Limit
+from taskx.tasks.model import Task
+from taskx.tasks.options import NamedOptions
+from taskx.tasks.rate import NOTHING, OF_TYPE, Cost, Limit
 
 # Most tasks that are named as the holders of slots.
 _NAMED = 1000
@@ -52,20 +57,24 @@ class Limits:
         self._pool = pool
         self._busy = busy
 
-    def reasons(self, type: str, able: Sequence[Node]) -> Iterator[Reason]:
-        """Yield the limits for which none of these nodes can start a task of a type."""
-        if not all(type in node.limits for node in able):
-            return
+    def reasons(self, task: Task, able: Sequence[Node]) -> Iterator[Reason]:
+        """Yield the limits for which none of these nodes can start a task."""
+        names = dict.fromkeys(name for node in able for name in node.limited.get(task.type, ()))
+        for name in names:
+            if all(name in node.limits_of(task.type) for node in able):
+                yield from self._of(name, task.cost or NOTHING, able)
+
+    def _of(self, name: str, cost: Cost, able: Sequence[Node]) -> Iterator[Reason]:
         holders: dict[str, None] = {}
         full: dict[str, int] = {}
         waits: dict[str, float | None] = {}
-        groups = _grouped(type, able)
+        groups = _grouped(name, able)
         for limit, nodes in groups:
-            slots = self._slots(type, limit, nodes[0])
+            slots = self._slots(name, limit, nodes[0])
             is_full = limit.max_concurrency is not None and (
-                max(len(slots), sum(self._shares(type, limit).values())) >= limit.max_concurrency
+                max(len(slots), sum(self._shares(name, limit).values())) >= limit.max_concurrency
             )
-            wait = self._until_token(type, limit, nodes[0])
+            wait = self._until_token(name, limit, nodes[0], cost)
             if not is_full and wait == 0:
                 return
             if is_full:
@@ -73,51 +82,60 @@ class Limits:
                 full[nodes[0].id] = len(slots)
             if wait != 0:
                 waits[nodes[0].name] = wait
-        limit = groups[-1][0] if groups else Limit(None, None, "node")
+        limit = groups[-1][0] if groups else NO_LIMIT
         names = {node.id: node.name for node in able}
         if full:
-            shares = self._shares(type, limit) or full
+            shares = self._shares(name, limit) or full
             by_name = {names.get(node, node): count for node, count in shares.items()}
-            yield _slot(type, limit, [*holders][:_NAMED], by_name)
+            yield _slot(name, limit, [*holders][:_NAMED], by_name)
         if waits:
-            yield _token(type, limit, waits, self._services.clock.now_ms())
+            yield _token(name, limit, cost, waits, self._services.clock.now_ms())
 
-    def _slots(self, type: str, limit: Limit, node: Node) -> list[str]:
+    def _slots(self, name: str, limit: Limit, node: Node) -> list[str]:
         """Return the tasks that hold the slots which a node needs."""
         everywhere = limit.scope == "global"
-        return [b.id for b in self._busy if b.type == type and (everywhere or b.node == node.id)]
+        types = {type for type, names in node.limited.items() if name in names}
+        return [b.id for b in self._busy if b.type in types and (everywhere or b.node == node.id)]
 
-    def _shares(self, type: str, limit: Limit) -> Mapping[str, int]:
+    def _shares(self, name: str, limit: Limit) -> Mapping[str, int]:
         """Return the slots that each node keeps of those that all nodes share."""
         if limit.scope == "node" or limit.max_concurrency is None:
             return {}
-        return slots_by_node(self._repository, type)
+        return slots_by_node(self._repository, name)
 
-    def _until_token(self, type: str, limit: Limit, node: Node) -> float | None:
+    def _until_token(self, name: str, limit: Limit, node: Node, cost: Cost) -> float | None:
         """Return the seconds until a token comes on a node; None if only that node knows."""
-        if limit.rate is None:
+        if not limit.rates:
             return 0.0
         services, pool = self._services, self._pool
         if limit.scope == "global":
-            bucket = SharedBucket(self._repository, type, limit.rate, services.clock, services.log)
-            return until_token(bucket, services.clock)
+            bucket = SharedBucket(self._repository, name, limit.rates, services.clock, services.log)
+            return until_token(bucket, cost)
         if pool is not None and node.id == pool.node.id:
-            return pool.admission.until_token(type)
+            return pool.admission.until_token(name, cost)
         return None
 
 
-def _grouped(type: str, able: Sequence[Node]) -> list[tuple[Limit, list[Node]]]:
+def _grouped(name: str, able: Sequence[Node]) -> list[tuple[Limit, list[Node]]]:
     """Return the nodes in groups that share one limit, each with this limit."""
     groups: dict[tuple[Limit, str], list[Node]] = {}
     for node in able:
-        limit = node.limits[type]
+        limit = node.limits[name]
         groups.setdefault((limit, "" if limit.scope == "global" else node.id), []).append(node)
     return [(limit, nodes) for (limit, _), nodes in groups.items()]
 
 
-def _slot(type: str, limit: Limit, holders: Sequence[str], nodes: Mapping[str, int]) -> Reason:
+def _shown(name: str) -> str:
+    """Return the words for a limit."""
+    if name.startswith(OF_TYPE):
+        return f"type {name.removeprefix(OF_TYPE)!r}"
+    return f"limit {name!r}"
+
+
+def _slot(name: str, limit: Limit, holders: Sequence[str], nodes: Mapping[str, int]) -> Reason:
     most = limit.max_concurrency or 0
     facts = {
+        "limit": name,
         "max_concurrency": most,
         "scope": limit.scope,
         "holders": holders,
@@ -132,28 +150,96 @@ def _slot(type: str, limit: Limit, holders: Sequence[str], nodes: Mapping[str, i
     else:
         who = f"kept by {'node' if len(nodes) == 1 else 'nodes'} {listed([*nodes])}"
     slots = "The only slot" if most == 1 else f"All {counted(most, 'slot')}"
-    words = f"{slots} of type {type!r} {where} {'is' if most == 1 else 'are'} {who}."
+    words = f"{slots} of {_shown(name)} {where} {'is' if most == 1 else 'are'} {who}."
     return Reason("slot", words, facts)
 
 
-def _token(type: str, limit: Limit, waits: Mapping[str, float | None], now: int) -> Reason:
-    rate = limit.rate
-    assert rate is not None
+def _token(
+    name: str, limit: Limit, cost: Cost, waits: Mapping[str, float | None], now: int
+) -> Reason:
     wait = min((seconds for seconds in waits.values() if seconds is not None), default=None)
+    asked = [rate for rate in limit.rates if rate.share(cost)] or limit.rates
     facts = {
-        "count": rate.count,
-        "period": rate.seconds,
-        "burst": rate.burst,
+        "limit": name,
+        "count": asked[0].count,
+        "period": asked[0].seconds,
+        "burst": asked[0].burst,
         "scope": limit.scope,
         "next_at": None if wait is None else to_datetime(now + round(wait * 1000)),
         "seconds": wait,
     }
-    starts = f"{rate.count} in {duration(rate.seconds)}"
+    each = [
+        f"{rate.count} {rate.unit}".rstrip() + f" in {duration(rate.seconds)}" for rate in asked
+    ]
+    rates = f"{'its rate is' if len(each) == 1 else 'its rates are'} {listed(each)}"
     if wait is None:
         words = (
-            f"It may wait for a token of type {type!r} (its rate is {starts} on each node): only node "
+            f"It may wait for a token of {_shown(name)} ({rates} on each node): only node "
             f"{listed([*waits])} knows when the next one comes."
         )
+    elif cost and any(rate.unit for rate in asked):
+        needs = listed([f"{number} {unit}" for unit, number in cost.items()])
+        words = f"It needs {needs} of {_shown(name)}, which come in {duration(wait)} ({rates})."
     else:
-        words = f"The next token of type {type!r} comes in {duration(wait)} (its rate is {starts})."
+        words = f"The next token of {_shown(name)} comes in {duration(wait)} ({rates})."
     return Reason("token", words, facts)
+
+
+@attrs.frozen(kw_only=True)
+class LimitInfo:
+    """A limit with a name, as it is in effect: see :meth:`Queue.limits`.
+
+    Attributes:
+        name: its name; one that ends in a colon holds for each key that begins so.
+        concurrency: most tasks that run at the same time; None for no limit.
+        rates: its rates, as texts such as ``"500/m"`` or ``"90000 tokens/m"``.
+        bursts: the burst of each rate.
+        taken: the slots that nodes keep, most of them for running tasks.
+        free: what is left of each rate now; empty for the limit of keys.
+        types: the types of tasks on live nodes that have this limit.
+        tuned: the options that :meth:`Queue.tune` overrides.
+    """
+
+    name: str
+    concurrency: int | None
+    rates: tuple[str, ...]
+    bursts: tuple[int, ...]
+    taken: int
+    free: tuple[int, ...]
+    types: tuple[str, ...]
+    tuned: NamedOptions = attrs.field(hash=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as a dict of JSON values."""
+        return attrs.asdict(self)
+
+
+def limits_of(repository: Repository, services: Services) -> list[LimitInfo]:
+    """Return the limits with names: see ``Queue.limits``."""
+    controls = Controls(repository)
+    by_hand, own = controls.read_overrides().limits, services.registry.declared
+    declared = {**own, **controls.read_declared()}
+    types: dict[str, dict[str, None]] = {}
+    for node in repository.nodes():
+        for type, names in node.limited.items() if node.lives else ():
+            for name in names:
+                types.setdefault(name, {})[type] = None
+    found = []
+    for name in sorted({*declared, *by_hand}):
+        options = by_hand.get(name, {})
+        limit = named_limit(declared.get(name, {}), options) or NO_LIMIT
+        bucket = SharedBucket(repository, name, limit.rates, services.clock, services.log)
+        keyed = ":" in name
+        found.append(
+            LimitInfo(
+                name=name,
+                concurrency=limit.max_concurrency,
+                rates=tuple(str(rate) for rate in limit.rates),
+                bursts=tuple(rate.burst for rate in limit.rates),
+                taken=0 if keyed else sum(slots_by_node(repository, name).values()),
+                free=() if keyed else bucket.tokens(),
+                types=tuple(sorted(types.get(name, ()))),
+                tuned=named_options(options),
+            )
+        )
+    return found

@@ -16,6 +16,7 @@ from taskx.stores.liveness.base import Node
 from taskx.tasks.clock import to_datetime
 from taskx.tasks.findings import Answer, duration
 from taskx.tasks.options import LimitOptions
+from taskx.tasks.rate import OF_TYPE
 
 #: Most running tasks that are read for all nodes, and most buffered ones that are counted for a node.
 MOST_RUNNING, MOST_BUFFERED = 10_000, 1_000
@@ -185,7 +186,11 @@ def _info(
         last_beat=_moment(node.beat_at),
         lease=None if node.beat_at is None else services.repository.lease_timeout,
         types=node.types,
-        limits={type: options_of_limit(limit) for type, limit in node.limits.items()},
+        limits={
+            name.removeprefix(OF_TYPE): options_of_limit(limit)
+            for name, limit in node.limits.items()
+            if name.startswith(OF_TYPE)
+        },
         own_limits={type: options_of_limit(limit) for type, limit in node.own_limits.items()},
         workers=node.workers,
         worker_num=about.worker_num,

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from taskx.attempt.waiting import step_until
 from taskx.stores.base import Repository
+from taskx.tasks import children
 from taskx.tasks.clock import to_ms
 
 # Most tasks that wait for tasks, and most that wait for a time, that are looked at.
@@ -22,7 +23,7 @@ class Place(NamedTuple):
     type: str
     #: The version of the executor that ran them last; None if it had none.
     version: str | None
-    #: The name of the step, or the id of what they wait for; empty if it is not known.
+    #: The name of the step or of the children, or the id of what they wait for; empty if it is not known.
     step: str
 
 
@@ -41,8 +42,16 @@ def _waiting(repository: Repository) -> Iterator[Place]:
         ):
             left -= 1
             if started_at is not None:
-                yield Place(type, version, on.removeprefix(f"{task_id}/"))
+                yield Place(type, version, _step(task_id, on))
         after = values[-1]
+
+
+def _step(task_id: str, on: str) -> str:
+    """Return the name of the step that waits for a task."""
+    own = on.startswith((f"{task_id}/", f"{children.digest_of(task_id)}/"))
+    if own and (listed := on if children.may_be_list(on) else children.list_of(on)):
+        return children.name_in(listed)
+    return on.removeprefix(f"{task_id}/")
 
 
 def _sleeping(repository: Repository) -> Iterator[Place]:

@@ -21,6 +21,7 @@ from taskx.tasks.errors import RepositoryError, TaskNotFound
 from taskx.tasks.findings import Reason, counted, duration, first_line, listed, moment
 from taskx.tasks.lifecycle import ANSWER, CHILDREN, COMPLETED, NO_WORK, PENDING, UNFINISHED
 from taskx.tasks.model import TASK_FIELDS, Task, TaskStatus
+from taskx.tasks.rate import MOST_TURNS
 from taskx.tasks.record import (
     BY_THREAD,
     FOR_PARENTS,
@@ -109,7 +110,7 @@ class _Inquiry:
         if held == FREE:
             busy, first = self._busy(), self._first(task, _competing(task, able, paused))
             limits = [
-                *Limits(self._repository, self._services, self._pool, busy).reasons(task.type, able)
+                *Limits(self._repository, self._services, self._pool, busy).reasons(task, able)
             ]
             if lifecycle.is_parked(task):  # it goes on with its attempt, which takes no token
                 limits = [reason for reason in limits if reason.kind != "token"]
@@ -154,7 +155,8 @@ class _Inquiry:
         if left <= 0:
             return Reason("due", f"It was due at {moment(task.run_at)}: {_SHORTLY}.", facts)
         if lifecycle.is_parked(task):
-            step = step_until(task.checkpoints, to_ms(task.run_at))
+            whole = self._repository.get_many([task.id]).get(task.id, task)  # with all its steps
+            step = step_until(whole.checkpoints, to_ms(task.run_at))
             facts.update(since=task.started_at, until=task.run_at, step=step)
             words = f"It sleeps in step {step!r}" if step else "It sleeps"
             words += _between(task.started_at, task.run_at)
@@ -239,7 +241,9 @@ class _Inquiry:
     def _turn(self, task: Task) -> Reason:
         key = str(task.concurrency_key)
         fields = ("id", "status", "type", "started_at", "waiting_on", "run_at")
-        holders = self._repository.find("turn", [key], fields)
+        limit = self._services.registry.limit_of_key(key)
+        turns = [key] if limit is None else lifecycle.turns_of(key, MOST_TURNS)
+        holders = self._repository.find("turn", turns, fields)
         waiting = [i for (i,) in self._repository.find("line", [key], ("id",), self._most + 1)]
         place = waiting.index(task.id) + 1 if task.id in waiting[: self._most] else None
         facts: dict[str, Any] = {"key": key, "holder": None, "status": None, "type": None}
@@ -250,6 +254,10 @@ class _Inquiry:
             return Reason("turn", f"{words}; no task has the turn: {_SHORTLY}.", facts)
         *who, started_at, awaited, run_at = holders[0]
         facts["holder"], facts["status"], facts["type"] = who
+        if len(holders) > 1:
+            facts["holders"] = [holder for holder, *_ in holders]
+            words += f"; {listed(facts['holders'])} have its {len(holders)} turns"
+            return Reason("turn", f"{words}.", facts)
         words += "; task {} ({}, {}) has the turn".format(*who)
         if awaited is not None and started_at is not None:
             facts["waiting_on"] = awaited
@@ -521,7 +529,7 @@ def _competing(task: Task, able: Sequence[Node], paused: Paused) -> list[str]:
         type: None
         for node in able
         for type in node.types
-        if type not in node.limits and type not in paused
+        if type not in node.limited and type not in paused
     }
     return [*{**types, task.type: None}]
 

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterable, Sequence
 from itertools import compress, islice
 
-from taskx.node.admission import Admission
+from taskx.node.admission import Admission, Names
 from taskx.node.ahead import Ahead
 from taskx.node.buffer import Buffer
 from taskx.node.moving import Services
@@ -69,7 +69,7 @@ class Fetcher:
 
     def has_room(self, type: str) -> bool:
         """Return True if a task of this type might start now."""
-        limited = type in self._services.registry.limits
+        limited = type in self._services.registry.limited
         return self.takes(type) and (not limited or self._admission.open(type))
 
     def follow_pauses(self) -> None:
@@ -105,9 +105,9 @@ class Fetcher:
             except BaseException:  # an interrupt, too: no other thread knows that there is more
                 self._services.agenda.expect_more()
                 raise
-            if limits := self._services.registry.limits:
+            if limited := self._services.registry.limited:
                 for stub in found:
-                    if stub.type in limits:
+                    if stub.type in limited:
                         self._admission.fetched(stub.type, stub.id)
             self._buffer.add_fetched(found)
             self.fetched += len(found)
@@ -167,35 +167,61 @@ class Fetcher:
 
         They are free, or in the buffer of the node ``owner``.
         """
-        repository, limits = self._services.repository, self._services.registry.limits
+        repository, limited = self._services.repository, self._services.registry.limited
         known, types, ageing = self.unmarked(), self.types(), self._buffer.ageing
-        free = [type for type in types if type not in limits] if limits else types
+        free = [type for type in types if type not in limited] if limited else types
         # The tasks that it holds are marked, and so are not listed, unless it was alone a short time ago.
         most = room + (len(known) if self.alone else 0)
         found = self._others(stubs := repository.ready(free, most, owner, ageing), known, room)
         if len(found) < room and len(stubs) == most == room:
             stubs = repository.ready(free, room + len(known), owner, ageing)
             found = self._others(stubs, known, room)
-        if len(free) == len(types):
-            return found
-        for type in types:
-            if type in limits:
-                most, waiting = self._admission.room(type, known)
-                if not most and limits[type].rate is not None and self._admission.slots_free(type):
-                    found += self._resumed(type, known, room, owner)
-                if (most := min(most, room)) > 0:
-                    stubs = repository.ready([type], most + waiting, owner, ageing)
-                    some = self._others(stubs, known, most)
-                    found += some
-                    if not owner:
-                        self._admission.fetch_done(type, most, len(some))
-        found.sort(key=self._best_first)
+        if len(free) < len(types):
+            found += self._offered_limited(types, known, room, owner)
+            found.sort(key=self._best_first)
         return found[:room]
 
-    def _resumed(self, type: str, known: set[str], room: int, owner: str) -> list[Stub]:
-        """Return tasks of a type without tokens that go on with an attempt, among the first of the type."""
+    def _offered_limited(
+        self, types: Sequence[str], known: set[str], room: int, owner: str
+    ) -> list[Stub]:
+        """Return such tasks of limited types, as many as their limits have room for."""
+        limited, admission = self._services.registry.limited, self._admission
+        sharing: dict[Names, list[str]] = {}
+        for type in types:
+            if type in limited:
+                sharing.setdefault(limited[type], []).append(type)
+        chosen: list[Stub] = []
+        some: list[tuple[Stub, Names]] = []
+        asked: dict[Names, int] = {}
+        for names, alike in sharing.items():
+            most, waiting = admission.room(names, known)
+            if not most and admission.only_tokens_lack(names):
+                chosen += self._resumed(alike, known, room, owner)
+            if (most := min(most, room)) > 0:
+                ageing = self._buffer.ageing
+                stubs = self._services.repository.ready(alike, most + waiting, owner, ageing)
+                asked[names] = most
+                some += [(stub, names) for stub in self._others(stubs, known, most)]
+        found = dict.fromkeys(asked, 0)
+        if len(asked) > 1:
+            some.sort(key=lambda pair: self._best_first(pair[0]))
+            fitting = admission.fitting([names for _, names in some])
+            for (_, names), fits in zip(some, fitting, strict=True):
+                if not fits:
+                    asked[names] = 0  # there is more than fits
+            some = [*compress(some, fitting)]
+        for _, names in some:
+            found[names] += 1
+        if not owner:
+            admission.fetch_done(
+                {names: most or found[names] for names, most in asked.items()}, found
+            )
+        return chosen + [stub for stub, _ in some]
+
+    def _resumed(self, types: Sequence[str], known: set[str], room: int, owner: str) -> list[Stub]:
+        """Return tasks of types without tokens that go on with an attempt, among the first of the types."""
         some = min(room, _FEW_RESUMED) + len(known)
-        stubs = self._services.repository.ready([type], some, owner, self._buffer.ageing)
+        stubs = self._services.repository.ready(types, some, owner, self._buffer.ageing)
         others = self._others(stubs, known, room)
         ids = [stub.id for stub in others]
         rows = self._services.repository.find("id", ids, ("id", "started_at")) if ids else ()

@@ -11,7 +11,7 @@ housekeeper find what was missed.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import compress
 from typing import Any, NamedTuple, Protocol
@@ -36,6 +36,7 @@ from taskx.tasks.lifecycle import Ending
 from taskx.tasks.log import Digest, GuardedLogger
 from taskx.tasks.model import Task
 from taskx.tasks.moves import MOVES, PARAMS, RETRIED, TRACEBACK, Move
+from taskx.tasks.rate import Limit
 from taskx.tasks.record import FOR_TURN, FREE, UNTIL_DUE, changed_task, created_task
 from taskx.tasks.redact import show
 from taskx.tasks.retry import Permanent
@@ -106,6 +107,7 @@ class Moves(Ledger[Outcome]):
         log: GuardedLogger,
         timing: Timing,
         redact: tuple[str, ...],
+        limit_of: Callable[[str], Limit | None],
     ) -> None:
         super().__init__(repository, log, agenda, timing)
         self._hooks = hooks
@@ -116,7 +118,7 @@ class Moves(Ledger[Outcome]):
         self._is_told = partial(log.isEnabledFor, logging.DEBUG)
         #: Logs the retries.
         self.retries = Digest(log, RETRIED, _RETRIES, clock.monotonic)
-        self.turns = Turns(repository, self.commit, log, timing.batch)
+        self.turns = Turns(repository, self.commit, limit_of, clock, log, timing.batch)
         self.dependents = Dependents(
             repository, self.commit, agenda, clock, log, timing.batch, timing.scan_batch
         )
@@ -285,7 +287,9 @@ class Moves(Ledger[Outcome]):
                 self.turns.scan_all_soon()  # only the id of the task is known
             else:
                 given.add(turn)
-        self.turns.advance(key for key in keys if key is not None and key not in given)
+        self.turns.advance(
+            key for key in keys if key is not None and (key not in given or self.turns.shares(key))
+        )
 
     def _may_start(self, writes: Sequence[Write], tasks: Mapping[str, Task]) -> None:
         """Arrange that pending tasks start as soon as the reason for holding them has passed."""

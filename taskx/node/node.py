@@ -218,6 +218,7 @@ class LocalNode:
         try:
             repository.house.prepare()
             pool.tuning.refresh()  # first: the record tells the limits and workers
+            pool.tuning.declare()
             pool.join()
         except RepositoryError:
             self._on_record = False

@@ -9,9 +9,10 @@ Parked tasks, open answers and lists of children are registered in the same way:
 that it waits for, an answer with a task that waits for it, and a list of children with their parent. A
 parent that needs only some of its children is registered with their list, and hears of each end.
 
-A task with a concurrency key waits until it gets the turn of its key. It keeps the turn until it has ended,
-even through retries. The repository ensures that two tasks never have the same turn. So several processes
-may give the turn to the next task at the same time.
+A task with a concurrency key waits until it gets a turn of its key. It keeps the turn until it has ended,
+even through retries. A key has one turn, or as many as its limit says: each has a name, and the repository
+ensures that two tasks never have the same one. So several processes may give a turn to the next task at the
+same time.
 """
 
 from __future__ import annotations
@@ -22,7 +23,11 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from itertools import zip_longest
+from typing import Any
 
+from taskx.node.shared_limits import RATE, SharedBucket, is_full, until_token
 from taskx.stores import lists
 from taskx.stores.base import Repository
 from taskx.tasks import children, lifecycle
@@ -32,7 +37,8 @@ from taskx.tasks.errors import ConfigurationError, RepositoryError, TaskNotFound
 from taskx.tasks.lifecycle import ANSWER, CANCELLED, CHILDREN, NO_WORK, PENDING, UNFINISHED
 from taskx.tasks.log import GuardedLogger
 from taskx.tasks.model import Task
-from taskx.tasks.record import FOR_PARENTS, ids_from_text
+from taskx.tasks.rate import MOST_TURNS, NOTHING, Cost, Limit
+from taskx.tasks.record import FOR_PARENTS, cost_from_text, ids_from_text
 from taskx.tasks.writes import Delete, Insert, Update
 
 #: Commits moves of tasks, with the tasks as they were read, and applies the consequences.
@@ -347,12 +353,23 @@ def _leave_out(told: deque[str], done: Sequence[str]) -> None:
 
 
 class Turns(_Scanner):
-    """Gives the turn of each concurrency key to the task that has waited longest for it."""
+    """Gives the turns of each key to the tasks that have waited longest for them.
+
+    Args:
+        repository: stores the tasks, and the rates of keys.
+        commit: commits moves.
+        limit_of: returns the limit of a key; None if it has one turn, and no rate.
+        clock: the clock of the rates.
+        log: the logger.
+        batch: the number of keys that are read at once.
+    """
 
     def __init__(
         self,
         repository: Repository,
         commit: Callable[[Sequence[Update]], object],
+        limit_of: Callable[[str], Limit | None],
+        clock: Clock,
         log: GuardedLogger,
         batch: int,
     ) -> None:
@@ -360,26 +377,56 @@ class Turns(_Scanner):
         self._batch = batch
         self._repository = repository
         self._commit = commit
+        self._limit_of = limit_of
+        self._clock = clock
         self._log = log
+        self._rates_used = False  # True if this process has used the rate of a key
+        self._rated = RATE  # the last rate that was looked at
 
-    def next_turn(self, key: str) -> Sequence[Update]:
-        """Return writes that give the turn to the first waiting task, while another task ends.
+    def next_turn(self, key: str, leaver: str) -> Sequence[Update]:
+        """Return writes that give the free turns to the first waiting tasks, while ``leaver`` ends.
 
-        They belong into the same transaction as the end of that other task.
+        They belong into the same transaction as the end of that task.
 
-        The result is empty if the repository fails; :meth:`advance` gives the turn later.
+        The result is empty if the repository fails; :meth:`advance` gives the turns later.
         """
         try:
-            return self._next_turn(key)
+            return self._next_turn(key, leaver)
         except Exception:  # noqa: BLE001  (the outcome of the other task must be stored in any case)
             return ()
 
-    def _next_turn(self, key: str) -> Sequence[Update]:
-        first = self._repository.find("line", [key], ("id",), 1)
-        return [write for (task_id,) in first for write in lifecycle.give_turn(task_id, key)]
+    def _next_turn(self, key: str, leaver: str = "") -> Sequence[Update]:
+        limit = self._limit_of(key)
+        if limit is None:  # the guard of the write tells if the only turn is free
+            first = self._repository.find("line", [key], ("id",), 1)
+            return [write for (task_id,) in first for write in lifecycle.give_turn(task_id, key)]
+        every = lifecycle.turns_of(key, MOST_TURNS)  # the limit may have been lowered
+        holders = self._repository.find("turn", every, ("turn", "id"))
+        taken = {turn for turn, task_id in holders if task_id != leaver}
+        number = lifecycle.turns_at_once(limit)
+        free = [turn for turn in every[:number] if turn not in taken]
+        free = free[: max(0, number - len(taken))]
+        fields = ("id", "run_at", "cost")
+        first = self._repository.find("line", [key], fields, len(free)) if free else ()
+        waits = self._waits(key, limit, [cost for *_, cost in first]) if limit.rates else ()
+        writes: list[Update] = []
+        for turn, (task_id, run_at, _), wait in zip_longest(free[: len(first)], first, waits):
+            due = self._clock.now_ms() + math.ceil(1000 * wait) if wait else None
+            writes += lifecycle.give_turn(task_id, turn, due, run_at)
+        return writes
+
+    def _waits(self, key: str, limit: Limit, costs: Sequence[Any]) -> list[float]:
+        """Return for each of some tasks of a key when its rate may let it start, in seconds from now.
+
+        The start decides. So this need not know what other tasks take.
+        """
+        self._rates_used = True
+        bucket = SharedBucket(self._repository, key, limit.rates, self._clock, self._log)
+        asked = [_cost_of(cost) for cost in costs]
+        return [until_token(bucket, cost, number) for number, cost in enumerate(asked, 1)]
 
     def advance(self, keys: Iterable[str]) -> None:
-        """Give the turn of each key to its first waiting task, unless another task has the turn."""
+        """Give the free turns of each key to its first waiting tasks."""
         wanted = list(dict.fromkeys(keys))
         try:
             for start in range(0, len(wanted), self._batch):
@@ -389,8 +436,15 @@ class Turns(_Scanner):
             self._log.warning("turns of concurrency keys are given later: %s", error)
 
     def _advance(self, keys: Sequence[str]) -> None:
-        if writes := [write for key in keys for write in self._next_turn(key)]:
+        writes: list[Update] = []
+        for key in keys:
+            writes += self._next_turn(key)
+        if writes:
             self._commit(writes)
+
+    def shares(self, key: str) -> bool:
+        """Return True if several tasks of a key may have a turn, or wait for its rate."""
+        return self._limit_of(key) is not None
 
     def scan_all_soon(self) -> None:
         """Make a full scan due: a task whose key is not known here may have given up its turn."""
@@ -399,6 +453,18 @@ class Turns(_Scanner):
     def scan_some(self) -> None:
         """Scan a page of keys: a process may have died before it gave a free turn to the next task."""
         self._scan_page()
+        self._forget_full()
+
+    def _forget_full(self) -> None:
+        """Remove the rates of keys that are full again, a page at a time: there may be many keys."""
+        if not self._rates_used:
+            return
+        found = self._repository.reads.notes_after(RATE, self._rated, self._batch)
+        self._rated = max(found, default=RATE)
+        for name, note in found.items():
+            limit = self._limit_of(name.removeprefix(RATE))
+            if limit is not None and is_full(note, self._clock):
+                self._repository.put_note(name, None, note.version)
 
     def _scan_page(self) -> bool:
         stalled, after = self._page(self._after)
@@ -407,10 +473,24 @@ class Turns(_Scanner):
         return bool(after)
 
     def _page(self, after: str) -> tuple[Sequence[str], str]:
-        """Return the keys of the next page for which tasks wait and no task has the turn."""
+        """Return the keys of the next page for which tasks wait and a turn is free."""
         keys = self._repository.distinct("line", after, self._batch)
-        taken = {key for (key,) in self._repository.find("turn", keys, ("turn",))}
-        return [key for key in keys if key not in taken], keys[-1] if keys else ""
+        free = {turn: key for key in keys for turn in self._turns(key)}
+        for (turn,) in self._repository.find("turn", [*free], ("turn",)):
+            free.pop(turn, None)
+        return [*dict.fromkeys(free.values())], keys[-1] if keys else ""
+
+    def _turns(self, key: str) -> Sequence[str]:
+        limit = self._limit_of(key)
+        return [key] if limit is None else lifecycle.turns_of(key, lifecycle.turns_at_once(limit))
+
+
+def _cost_of(text: Any) -> Cost:
+    """Return the cost in a column; that of a damaged one is none, as at the start."""
+    if text is not None:
+        with suppress(ValueError, TypeError, RecursionError):
+            return cost_from_text(text)
+    return NOTHING
 
 
 def find_parents(repository: Repository, inserts: Sequence[Insert]) -> None:

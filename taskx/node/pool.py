@@ -99,12 +99,14 @@ class WorkerPool:
         self.begun = threading.Event()
         self.admission = Admission(
             services.registry.limits,
+            services.registry.limited,
             services.repository,
             node.id,
             services.clock,
             self.agenda.fetch_soon,
             self.agenda.wake_from_long_sleep,
             services.log,
+            services.registry.limit_of_key,
         )
         self.starter = Starter(
             services, node, self.buffer, self.runs, self.admission, self.ahead.at_work
@@ -226,7 +228,9 @@ class WorkerPool:
             self.node,
             types=registry.types,
             limits={**registry.limits},
+            limited={**registry.limited},
             own_limits=registry.own_limits,
+            declared={**registry.declared_limits},
             workers=self.ahead.workers,
         )
 
@@ -404,7 +408,7 @@ class WorkerPool:
         services, paused = self.services, self.services.controls.paused
         return (
             type in services.registry.registered
-            and type not in services.registry.limits
+            and type not in services.registry.limited
             and not (paused.everything or type in paused.types)
         )
 
@@ -532,7 +536,7 @@ class WorkerPool:
             ending = broken(error, ending.worker)
             writes = lifecycle.conclude(run.task, ending, now)
         if (key := run.task.concurrency_key) is not None:
-            writes = [*writes, *self.services.moves.turns.next_turn(key)]
+            writes = [*writes, *self.services.moves.turns.next_turn(key, run.task.id)]
         return writes, _make_outcome((run, ending, self))
 
     def rebuffer(self, task: Task) -> None:

@@ -12,6 +12,8 @@ from taskx.tasks import lifecycle
 from taskx.tasks.clock import to_ms, within_calendar
 from taskx.tasks.errors import ConfigurationError
 from taskx.tasks.model import TaskStatus, check_moment, check_status
+from taskx.tasks.record import PART, task_of_part
+from taskx.tasks.writes import NoteChange
 
 # Most dependents that are read at a time.
 _MOST_PAIRS = 1000
@@ -89,6 +91,25 @@ def needed(repository: Repository, task_ids: Sequence[str]) -> set[str]:
     return {parent for parent, child in found if child not in these}
 
 
+def forget_steps(services: Services, after: str = "") -> tuple[int, str]:
+    """Remove the notes of a page that have steps of tasks without a record.
+
+    Returns:
+        how many were removed, and the name to go on from; empty if there are no more.
+    """
+    repository, batch = services.repository, services.timing.scan_batch
+    if repository.shortcoming or not (
+        page := repository.reads.notes_after(PART, after or PART, batch)
+    ):
+        return 0, ""
+    owners = {name: task_of_part(name) for name in page}
+    known = repository.statuses([*{*owners.values()}])
+    gone = [name for name, task_id in owners.items() if task_id not in known]
+    if gone:
+        repository.put_notes([NoteChange(name, None, page[name].version) for name in gone])
+    return len(gone), max(page) if len(page) == batch else ""
+
+
 def prune_all(services: Services, before: datetime, status: TaskStatus | str | None) -> int:
     """Remove all tasks that ended before a moment, of one status or of each; return how many.
 
@@ -112,6 +133,9 @@ def prune_all(services: Services, before: datetime, status: TaskStatus | str | N
                 count, after = prune(services, kind, to_ms(before), after)
                 some, begun = some + count, True
         removed += some
+    _, name = forget_steps(services)
+    while name:
+        _, name = forget_steps(services, name)
     while services.repository.house.shrink():
         continue
     return removed
@@ -126,10 +150,15 @@ class Retention:
         self._next = services.clock.monotonic()
         # The place from which the current scan goes on, for each status that it has not finished.
         self._left: dict[TaskStatus, Any] = {}
+        self._steps = ""  # the same, for the notes with steps
 
     def tick(self) -> None:
         """Remove a batch of each status, and give some space back, if it is time."""
-        if not self._periods or (now := self._services.clock.monotonic()) < self._next:
+        if (now := self._services.clock.monotonic()) < self._next:
+            return
+        _, self._steps = forget_steps(self._services, self._steps)
+        if not self._periods:
+            self._next = now if self._steps else now + self._services.timing.retention_every
             return
         self._next = now + self._services.timing.retention_every
         wall = self._services.clock.now_ms()

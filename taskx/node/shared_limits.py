@@ -1,27 +1,29 @@
 """Limits that all nodes on a repository share: kept in notes, changed by compare-and-set.
 
-The note ``limit/slots/<type>`` has the number of slots of each node. A node keeps its slots as long as it
+The note ``limit/slots/<name>`` has the number of slots of each node. A node keeps its slots as long as it
 finds tasks for them, so that a busy type does not cost a write for each task. The other nodes take back
-the slots of a dead node. The note ``limit/rate/<type>`` has the mark of the type's token bucket, by the
-wall clock.
+the slots of a dead node. The note ``limit/rate/<name>`` has the marks of the limit's rates, by the wall
+clock.
 """
 
 from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Generic, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from taskx.stores.base import Repository
 from taskx.tasks.clock import LAST, Clock
 from taskx.tasks.errors import RepositoryError
 from taskx.tasks.log import GuardedLogger, log
-from taskx.tasks.rate import FULL, Rate
+from taskx.tasks.rate import FULL, NOTHING, Cost, Rates
 from taskx.tasks.writes import Note
 
-_SLOTS, _RATE = "limit/slots/", "limit/rate/"
+_SLOTS = "limit/slots/"
+#: What the names of the notes of rates begin with; the name of the limit, or the key, follows.
+RATE = "limit/rate/"
 #: Most attempts at a change, if other nodes change the note at the same time.
 _TRIES = 50
 # Seconds by which the clocks of two hosts may differ, or one clock before and after it was set.
@@ -99,12 +101,12 @@ class SharedSlots(_Shared[Mapping[str, int]]):
         self,
         repository: Repository,
         node: str,
-        type: str,
+        limit: str,
         most: int,
         log: GuardedLogger = log,
         taken: int = 0,
     ) -> None:
-        super().__init__(repository, _SLOTS + type, log)
+        super().__init__(repository, _SLOTS + limit, log)
         self._node = node
         self._most = most
         self._shares: Mapping[str, int] = {}
@@ -191,9 +193,9 @@ class SharedSlots(_Shared[Mapping[str, int]]):
         return self._put(json.dumps(left) if left else None, left)
 
 
-def slots_by_node(repository: Repository, type: str) -> dict[str, int]:
-    """Return the slots of a type that each node has; none for a damaged note, which a node replaces."""
-    note = repository.notes(_SLOTS + type).get(_SLOTS + type)
+def slots_by_node(repository: Repository, limit: str) -> dict[str, int]:
+    """Return the slots of a limit that each node has; none for a damaged note, which a node replaces."""
+    note = repository.notes(_SLOTS + limit).get(_SLOTS + limit)
     with suppress(ValueError, RecursionError):
         return _shares_of(note.text if note else None)
     return {}
@@ -206,72 +208,128 @@ def _shares_of(text: str | None) -> dict[str, int]:
     return shares
 
 
-class SharedBucket(_Shared[float]):
-    """The token bucket of all nodes.
+class _Marks(NamedTuple):
+    at: float  #: when they were written, by the clock of the writer
+    marks: Sequence[float]
 
-    The mark is a time by the wall clock of the node that wrote it. If it is ahead of the local clock by
-    more than a full bucket, the bucket counts as empty at the time when the mark was first seen, and fills
-    from then on. So the rate is kept even if the clocks differ.
+
+class SharedBucket(_Shared[_Marks]):
+    """The token buckets of all nodes for the rates of one limit.
+
+    The marks are times by the wall clock of the node that wrote them. If that is ahead of the local clock,
+    time goes on from the moment at which they were first seen. So the rate is kept even if the clocks
+    differ.
     """
 
     def __init__(
-        self, repository: Repository, type: str, rate: Rate, clock: Clock, log: GuardedLogger = log
+        self,
+        repository: Repository,
+        limit: str,
+        rates: Rates,
+        clock: Clock,
+        log: GuardedLogger = log,
     ) -> None:
-        super().__init__(repository, _RATE + type, log)
-        self._rate = rate
+        super().__init__(repository, RATE + limit, log)
+        self._rates = rates
         self._clock = clock
-        self._mark = FULL
+        self._known = _Marks(FULL, [FULL] * len(rates))
         self._seen = 0.0  # on the monotonic clock
 
-    def _parse(self, text: str | None) -> float:
-        mark = float(text) if text else FULL
-        if text and not abs(mark) <= LAST / 1000:
-            raise ValueError(f"expected a time in seconds, got {mark!r}")
-        return mark
+    @property
+    def _marks(self) -> Sequence[float]:
+        return self._known.marks
 
-    def _store(self, value: float) -> None:
-        if value != self._mark:
-            self._mark, self._seen = value, self._clock.monotonic()
+    def _parse(self, text: str | None) -> _Marks:
+        times = json.loads(text) if text else [FULL]
+        if not isinstance(times, list) or not times or not all(map(_is_time, times)):
+            raise ValueError("expected a JSON list with times in seconds")
+        at, *marks = times
+        number = len(self._rates)  # it may have been another one, before a change of the limit
+        return _Marks(at, [*marks, *[FULL] * number][:number])
+
+    def _store(self, value: _Marks) -> None:
+        if value.at != self._known.at:
+            self._seen = self._clock.monotonic()
+        self._known = value
 
     def _now(self) -> float:
-        """Return the current time, by a clock that the mark is not ahead of."""
-        now = self._clock.now_ms() / 1000
-        full = self._rate.burst * self._rate.interval
-        if self._mark > now + full + _APART:
-            return self._mark - full + self._clock.monotonic() - self._seen
-        return now
+        """Return the current time, by a clock that is not behind that of the last writer."""
+        now, at = self._clock.now_ms() / 1000, self._known.at
+        return at + self._clock.monotonic() - self._seen if at > now + _APART else now
 
-    def tokens(self) -> int:
-        """Return the number of tokens, by the note as last read."""
+    def tokens(self) -> tuple[int, ...]:
+        """Return the number of tokens of each rate."""
         self._refresh()
-        return self._rate.tokens(self._mark, self._now())
+        now = self._now()
+        return tuple(r.tokens(mark, now) for r, mark in zip(self._rates, self._marks, strict=True))
 
-    def take(self, count: int) -> int:
-        """Take ``count`` tokens, or as many as there are; return how many."""
+    def room(self, cost: Cost = NOTHING) -> int:
+        """Return how many tasks of this cost may start, by the note as last read."""
+        self._refresh()
+        return self._rates.room(self._marks, self._now(), cost)
+
+    def take(self, costs: Sequence[Cost]) -> int:
+        """Take the tokens of the first of these tasks, of as many as may start; return how many."""
         for _ in range(_TRIES):
-            got = min(count, self.tokens())
-            if not got or self._set(self._rate.take(self._mark, self._now(), got)):
+            self._refresh()
+            got, marks = self._rates.take(self._marks, self._now(), costs)
+            if not got or self._set(marks):
                 return got
         return 0
 
-    def put_back(self, count: int, taken_at: float) -> None:
-        """Put back ``count`` tokens; they are lost if other nodes interfere or the repository fails.
+    def put_back(self, cost: Cost, taken_at: float) -> None:
+        """Put back the tokens of a start; they are lost if others interfere or the repository fails."""
 
-        See :meth:`Rate.may_put_back`.
-        """
+        def change() -> Sequence[float]:  # the note is read before the look at the clock
+            age = self._clock.monotonic() - taken_at
+            return self._rates.put_back(self._marks, cost, age)
+
         with suppress(RepositoryError):  # the caller has more to undo
-            for _ in range(_TRIES):
-                self._refresh()  # before the look at the clock: a later take changes the note
-                late = not self._rate.may_put_back(taken_at, self._clock.monotonic())
-                if late or self._mark == FULL or self._set(self._rate.put_back(self._mark, count)):
-                    break
+            self._change(change)
 
-    def _set(self, mark: float) -> bool:
-        return self._put(repr(mark), mark)
+    def correct(self, unit: str, more: int) -> None:
+        """Take more tokens of a unit, or put back some if ``more`` is negative; as :meth:`put_back`."""
+        with suppress(RepositoryError):
+            self._change(lambda: self._rates.correct(self._marks, self._now(), unit, more))
 
-    def when(self, count: int) -> float:
-        """Return the time, on the monotonic clock, at which there will be ``count`` tokens.
+    def _change(self, change: Callable[[], Sequence[float]]) -> None:
+        for _ in range(_TRIES):
+            self._refresh()
+            marks = change()
+            if list(marks) == list(self._marks) or self._set(marks):
+                break
 
-        It goes by the note as last read.
-        """
-        return self._clock.monotonic() + self._rate.when(self._mark, count) - self._now()
+    def _set(self, marks: Sequence[float]) -> bool:
+        value = _Marks(self._now(), list(marks))
+        return self._put(json.dumps([value.at, *value.marks]), value)
+
+    def until(self, cost: Cost = NOTHING, count: int = 1) -> float:
+        """Return the seconds until tasks of this cost may start, by the note as last read."""
+        return self._rates.until(self._marks, self._now(), cost, count)
+
+
+class Bucket(Protocol):
+    """The token buckets for the rates of one limit, of one node or of all."""
+
+    def room(self, cost: Cost = NOTHING) -> int: ...
+    def take(self, costs: Sequence[Cost]) -> int: ...
+    def put_back(self, cost: Cost, taken_at: float) -> None: ...
+    def correct(self, unit: str, more: int) -> None: ...
+    def until(self, cost: Cost = NOTHING, count: int = 1) -> float: ...
+
+
+def until_token(bucket: Bucket, cost: Cost = NOTHING, number: int = 1) -> float:
+    """Return the seconds until a number of tasks may start; 0 if they may now."""
+    return 0.0 if bucket.room(cost) >= number else max(0.0, bucket.until(cost, number))
+
+
+def is_full(note: Note, clock: Clock) -> bool:
+    """Return True if the buckets of a note are full: without the note they are, too."""
+    with suppress(ValueError, TypeError, RecursionError):
+        times = json.loads(note.text)
+        return isinstance(times, list) and max(times) <= clock.now_ms() / 1000 - _APART
+    return False
+
+
+def _is_time(time: Any) -> bool:
+    return type(time) in (int, float) and (time == FULL or abs(time) <= LAST / 1000)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -12,7 +13,7 @@ from itertools import compress
 from taskx.attempt.context import Shared
 from taskx.attempt.executors import apply_defaults
 from taskx.attempt.runner import Run
-from taskx.node.admission import Admission
+from taskx.node.admission import Admission, Asking, Names
 from taskx.node.buffer import Buffer, Item
 from taskx.node.moving import Services
 from taskx.node.place import Place
@@ -25,6 +26,7 @@ from taskx.tasks.clock import to_ms
 from taskx.tasks.errors import RepositoryError, TaskxError
 from taskx.tasks.log import Once
 from taskx.tasks.model import Task, TaskStatus
+from taskx.tasks.rate import NOTHING
 from taskx.tasks.record import CUT, created_task, is_plain, optional_ms, plain_tasks
 from taskx.tasks.writes import Insert, Update
 
@@ -293,7 +295,7 @@ class Starter:
                 found.update(services.repository.get_many(unread))
             if paused := services.controls.paused:
                 self._turn_away(found, [task for task in found.values() if task.type in paused])
-            if services.registry.limits:
+            if services.registry.limited or services.registry.rates_keys:
                 admitted = self._admit(items, found)
             tasks = self._startable(items, found)
             now = services.clock.now_ms()
@@ -347,24 +349,51 @@ class Starter:
 
     def _admit(self, items: Sequence[Item], found: dict[str, Task]) -> set[str]:
         """Free the tasks with limits that must not start now; return the ids of the admitted ones."""
-        limits = self._services.registry.limits
-        waiting: dict[str, list[str]] = {}
+        waiting: dict[Names, list[Asking]] = {}
+        rated: list[Task] = []
         for item in items:
             task = found.get(item.id)
-            if task is not None and task.type in limits and task.id not in self.runs:
-                waiting.setdefault(task.type, []).append(task.id)
+            if task is None or task.id in self.runs:
+                continue
+            names = self._services.registry.limited.get(task.type, ())
+            if self._has_rate(task.concurrency_key):
+                names = (*names, str(task.concurrency_key))
+                rated.append(task)
+            if names:
+                asking = Asking(task.id, task.cost or NOTHING, lifecycle.is_parked(task))
+                waiting.setdefault(names, []).append(asking)
         if not waiting:
             return set()
-        resumed = {task.id for task in found.values() if lifecycle.is_parked(task)}
-        admitted = self._admission.admit(waiting, resumed)
-        ids = [task_id for some in waiting.values() for task_id in some]
+        admitted = self._admission.admit(waiting)
+        ids = [asking.id for some in waiting.values() for asking in some]
         try:
+            self._put_off([task for task in rated if task.id not in admitted])
             self._turn_away(found, [found[i] for i in ids if i not in admitted])
         except BaseException:
             for task_id in admitted:
                 self._admission.over(task_id, ran=False)
             raise
         return admitted
+
+    def _has_rate(self, key: str | None) -> bool:
+        """Return True if a key has a limit with a rate."""
+        registry = self._services.registry
+        if key is None or not registry.rates_keys:
+            return False
+        limit = registry.limit_of_key(key)
+        return limit is not None and bool(limit.rates)
+
+    def _put_off(self, tasks: Sequence[Task]) -> None:
+        """Let tasks wait for the rates of their keys: they are fetched no more before that."""
+        now, before = self._services.clock.now_ms(), Counter[str]()
+        writes: list[Update] = []
+        for task in tasks:
+            before[key := str(task.concurrency_key)] += 1
+            wait = self._admission.until_rate(key, task.cost or NOTHING, before[key])
+            if wait > 0:  # else another limit has refused it
+                writes.append(lifecycle.put_off(task, now + math.ceil(1000 * wait)))
+        if writes:
+            self._services.moves.commit(writes)
 
     def _startable(self, items: Sequence[Item], found: dict[str, Task]) -> list[Task]:
         """Return the tasks to start now, in order, and put the rest back into the buffer.
@@ -443,7 +472,7 @@ class Starter:
     def _struck(self, run: Run, *, ran: bool) -> None:
         # A stuck run counts as long as its thread runs.
         if self._admission.admitted and run.state != "stuck":
-            self._admission.over(run.task.id, ran=ran)
+            self._admission.over(run.task.id, ran=ran, spent=run.context._spent_in_truth())
         self.suspects.ended(run.task.id)
 
     def give_up(self, runs: Sequence[Run], error: BaseException) -> None:

@@ -29,6 +29,7 @@ from taskx.tasks import lifecycle
 from taskx.tasks.errors import CancelReason
 from taskx.tasks.findings import Problem, counted, listed
 from taskx.tasks.lifecycle import PENDING, Ending
+from taskx.tasks.rate import OF_TYPE
 from taskx.tasks.record import BY_THREAD
 from taskx.tasks.stacks import top_frames
 
@@ -213,7 +214,7 @@ def _slots_taken(type: str, threads: Mapping[str, int], nodes: Sequence[Node]) -
     able = [node for node in nodes if node.lives and not node.stopping and type in node.types]
     total = sum(threads.values())
     for node in able:
-        limit = node.limits.get(type)
+        limit = node.limits.get(OF_TYPE + type)
         if limit is None or limit.max_concurrency is None:
             return False
         taken = total if limit.scope == "global" else threads.get(node.id, 0)

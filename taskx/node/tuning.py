@@ -10,9 +10,11 @@ from taskx.node.admission import Admission
 from taskx.node.fetcher import Fetcher
 from taskx.node.moving import Services
 from taskx.node.starter import Runs
-from taskx.stores.controls import Overrides
+from taskx.stores.controls import Declared, Overrides
 from taskx.stores.liveness.base import Node
 from taskx.tasks.errors import RepositoryError
+
+_NOTHING: tuple[Overrides, Declared] = (Overrides(), {})
 
 
 class _Pool(Protocol):
@@ -40,7 +42,8 @@ class Tuning:
         self._pool = pool
         self._configured = configured
         self._changing = threading.Lock()
-        self._followed = Overrides()  # the overrides that are in effect
+        # The overrides and the declared limits that are in effect.
+        self._followed = _NOTHING
 
     def refresh(self) -> None:
         """Read the controls again, and follow those that have changed.
@@ -51,24 +54,35 @@ class Tuning:
         paused_changed = controls.refresh()
         if paused_changed:  # first, because the next call does not notice it again
             self._pool.fetcher.follow_pauses()
-        if controls.overrides is not self._followed:
+        overrides, declared = self._followed
+        if controls.overrides is not overrides or controls.declared is not declared:
             self._follow_overrides()
+
+    def declare(self) -> None:
+        """Store the limits that the program declares: those of the latest start hold for all nodes."""
+        services = self._pool.services
+        declared, controls = services.registry.declared, services.controls
+        if declared or controls.declared:
+            others = [node.declared for node in services.repository.nodes() if node.lives]
+            controls.declare(declared, {name for some in others for name in some})
+            self.refresh()
 
     def tend(self) -> None:
         """Maintain the limits that all nodes share, and those that are overridden."""
         self._pool.admission.tend()
-        if self._followed.types:  # a start may have been under way when they were set
+        if self._followed != _NOTHING:  # a start may have been under way when they were set
             self._count_unadmitted()
 
     def _follow_overrides(self) -> None:
         pool = self._pool
         with self._changing:
-            overrides = self._pool.services.controls.overrides
+            controls = self._pool.services.controls
+            overrides, declared = controls.overrides, controls.declared
             pool.set_workers(overrides.workers_of(pool.node.id, self._configured))
-            self._pool.services.registry.override(overrides.types)
+            self._pool.services.registry.follow(overrides, declared)
             pool.admission.follow_limits()
             self._count_unadmitted()
-            self._followed = overrides
+            self._followed = (overrides, declared)
         self._pool.services.agenda.fetch_soon()
         with suppress(RepositoryError):  # the housekeeper does both again
             pool.admission.tend()  # tells other nodes of slots that are taken
@@ -76,7 +90,7 @@ class Tuning:
 
     def _count_unadmitted(self) -> None:
         """Count the runs of limited types that began before their type was limited."""
-        pool, limits = self._pool, self._pool.services.registry.limits
+        pool, limited = self._pool, self._pool.services.registry.limited
         for run in list(pool.runs.values()):
-            if run.task.type in limits and run.state != "stuck":
+            if run.task.type in limited and run.state != "stuck":
                 pool.admission.adopt(run.task.type, run.task.id, pool.runs)

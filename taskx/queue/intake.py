@@ -130,6 +130,7 @@ class Intake:
         *,
         spill: bool = False,
         created_at: int | None = None,
+        at_most: float | None = None,
     ) -> str:
         """Store a task and arrange that it runs.
 
@@ -139,6 +140,7 @@ class Intake:
             on_conflict: the reaction if another task holds its unique key.
             spill: leave the task in the repository if the buffer is full, whatever ``overflow`` says.
             created_at: its ``created_at`` in milliseconds; None for now.
+            at_most: seconds after the creation of a task that it replaces, at which that runs in any case.
 
         Returns:
             the task's id, or the id of the existing task that ``on_conflict`` chose instead.
@@ -153,7 +155,7 @@ class Intake:
         if task.depends_on:
             find_parents(self.work.repository, [insert])
         try:
-            return self._take_in(insert, on_conflict, spill=spill)
+            return self._take_in(insert, on_conflict, spill=spill, at_most=at_most)
         except BaseException as error:
             self._refused(insert, error)
             raise
@@ -182,7 +184,9 @@ class Intake:
             self._refused(insert, error)
             raise
 
-    def _take_in(self, insert: Insert, on_conflict: OnConflict, *, spill: bool) -> str:
+    def _take_in(
+        self, insert: Insert, on_conflict: OnConflict, *, spill: bool, at_most: float | None = None
+    ) -> str:
         row = insert.row
         task_id: str = row["id"]
         keyed = "unique_key" in row
@@ -201,7 +205,7 @@ class Intake:
                 except QueueFull:  # the existing task that on_conflict chooses needs no room
                     if not keyed or on_conflict == "reject":
                         raise
-                    if (instead := self._resolve_conflict(insert, on_conflict)) is None:
+                    if (instead := self._resolve_conflict(insert, on_conflict, at_most)) is None:
                         raise
                     return instead
                 for place in places:
@@ -210,7 +214,7 @@ class Intake:
                 if fresh:  # the node may have lost its lease: then it must not start the task
                     fresh = False
                     continue
-                if (instead := self._resolve_conflict(insert, on_conflict)) is not None:
+                if (instead := self._resolve_conflict(insert, on_conflict, at_most)) is not None:
                     return instead
                 row["owner"] = ""
             raise _busy(row["unique_lock"])
@@ -219,7 +223,9 @@ class Intake:
                 place.release(error)
             raise
 
-    def _resolve_conflict(self, insert: Insert, on_conflict: OnConflict) -> str | None:
+    def _resolve_conflict(
+        self, insert: Insert, on_conflict: OnConflict, at_most: float | None = None
+    ) -> str | None:
         """Return the id of the existing task to use instead of a new one; None if that can be stored now.
 
         Raises:
@@ -241,7 +247,8 @@ class Intake:
                 return None
             if on_conflict == "return":
                 return holder.id
-            writes = lifecycle.replace(holder, insert) if on_conflict == "replace" else []
+            replaces = on_conflict == "replace"
+            writes = lifecycle.replace(holder, insert, at_most) if replaces else []
             if not writes:
                 raise DuplicateTask(holder.id, key)
             if any(moves.commit(writes, {holder.id: holder})):
@@ -504,6 +511,8 @@ def prepare(
     row = insert.row
     if (executor := registry.registered.get(row["type"])) is None:
         executor = registry.get(row["type"], used=stored)
+    if task.cost:
+        registry.refuse_cost(row["type"], task.concurrency_key, task.cost)
     if executor is not None:
         if executor.check_params is not None:
             executor.check_params(task.params)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from taskx.insight.failures import Failures
     from taskx.insight.health import Health
     from taskx.insight.history import History
+    from taskx.insight.limits import LimitInfo
     from taskx.insight.nodes import NodeInfo
     from taskx.insight.stats import Stats
     from taskx.node.threads import ThreadStack
@@ -412,6 +413,19 @@ class Questions(Parts):
         """
         with self._reading() as repository:
             return Controls(repository).read_paused()
+
+    def limits(self) -> list[LimitInfo]:
+        """Return the limits with names, as they are in effect.
+
+        Raises:
+            ConfigurationError: the repository has only the eight methods.
+            RepositoryError: the repository failed.
+        """
+        from taskx.insight.limits import limits_of
+
+        with self._reading() as repository:
+            repository.require("limits with a name")
+            return limits_of(repository, self._services)
 
     def tuned(self) -> Tuned:
         """Return the stored overrides, and the values that they override.

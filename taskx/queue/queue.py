@@ -38,10 +38,10 @@ from taskx.queue.steering import Steering
 from taskx.queue.work import Work
 from taskx.stores.adapter import EightMethodAdapter
 from taskx.stores.base import Repository
-from taskx.stores.controls import Controls
+from taskx.stores.controls import Controls, check_named, from_named
 from taskx.stores.eight import TaskRepository
 from taskx.tasks.bell import Agenda
-from taskx.tasks.checks import Duration
+from taskx.tasks.checks import Duration, check_number
 from taskx.tasks.clock import SYSTEM_CLOCK, Clock, check_clock
 from taskx.tasks.config import Config
 from taskx.tasks.errors import ConfigurationError, RepositoryError
@@ -57,11 +57,14 @@ from taskx.tasks.model import (
 from taskx.tasks.options import (
     ExecutorOptions,
     MapOptions,
+    NamedOptions,
     OnConflict,
     ScheduleOptions,
     SubmitOptions,
+    check_limit_name,
     options_of,
 )
+from taskx.tasks.rate import Limit, is_key
 from taskx.tasks.ticks import Every, Misfire
 from taskx.tasks.timing import DEFAULT_TIMING, Timing
 from taskx.tasks.values import Values
@@ -156,7 +159,8 @@ class Queue(Questions, Steering):
         threaded, signal = engine.threaded, engine.make_signal
         hooks = Hooks(self._hooks, log, timing, threaded=threaded)
         watcher = Watcher(repository, log, agenda, timing, signal, threaded=threaded)
-        moves = Moves(repository, agenda, hooks, watcher, clock, log, timing, config.redact)
+        about = (log, timing, config.redact, self._limit_of_key)
+        moves = Moves(repository, agenda, hooks, watcher, clock, *about)
         runner = engine.make_runner(clock, timing, most)
         keeper = Keeper(
             repository,
@@ -178,6 +182,16 @@ class Queue(Questions, Steering):
         self._joining = Joining(services, node, config, work)
         self._entrance = layered(self._intake, registry.middleware)
         self._schedules.wire(services, self._intake, self._joining, node)
+
+    def _limit_of_key(self, key: str) -> Limit | None:
+        """Return the limit of a key. A queue that is not started asks the repository what holds now."""
+        if not is_key(key):
+            return None
+        if self._node.pool is None and not self.repository.shortcoming:
+            controls = self._services.controls
+            controls.refresh()
+            self._registry.follow(controls.overrides, controls.declared)
+        return self._registry.limit_of_key(key)
 
     def _submit_children(self, tasks: Sequence[Task], priority: int, listed: Insert) -> None:
         """Store the children of a task and the record of their list, with at least this priority."""
@@ -254,6 +268,7 @@ class Queue(Questions, Steering):
                 ``rate``).
             limit_scope: ``"node"`` (default): each node has these limits for itself; ``"global"``:
                 all nodes share them.
+            limit: the name of a limit that it shares with other types, or a list: see :meth:`limit`.
             version: the version of the code, a number or a text; the record of a task has that of the
                 executor that ran it last. A map of the same name runs items of other versions again.
             replace: replace the type's executor if there is one, for notebook cells that run again.
@@ -293,6 +308,36 @@ class Queue(Questions, Steering):
                 self._joining.refuse()
                 self._pool.record()
         self._services.agenda.fetch_soon()
+
+    def limit(self, name: str, /, **options: Unpack[NamedOptions]) -> None:
+        """Declare a limit that types share, or one for keys. It holds for all nodes together.
+
+        The executors of types name it: ``@queue.executor(limit="openai")``. If its name has a colon, it
+        holds for tasks with such a key: see the page about limits.
+
+        Nothing is stored before the queue starts. If programs declare different values, those of the one
+        that started last hold. :meth:`tune` changes them while queues run, until :meth:`untune`.
+
+        Args:
+            name: the name of the limit. It must not begin with ``type/``.
+            concurrency: most tasks that run at the same time.
+            rate: most tasks that start in a period, as for :meth:`executor`; or most of a unit that the
+                ``cost`` of tasks has: ``"90000 tokens/m"``; or a list of these.
+            burst: what may be taken at once after a quiet period; a list for a list of rates. By default it
+                is the count of each rate.
+
+        Raises:
+            ConfigurationError: an argument is not valid, or the repository has only the eight methods.
+            RepositoryError: the queue is started, and the repository failed.
+        """
+        checked = check_limit_name(name, "the name of a limit")
+        wanted = check_named(from_named(checked, options))
+        self._require("limits with a name")
+        self._registry.limit(checked, wanted)
+        if (pool := self._pool) is not None:
+            self._joining.refuse()
+            pool.tuning.declare()
+            pool.record()
 
     def declare(self, *types: str) -> None:
         """Accept tasks of types whose executors are registered only in another process."""
@@ -360,11 +405,18 @@ class Queue(Questions, Steering):
                 raises ``DuplicateTask``. ``"return"`` returns the other task's handle. ``"replace"``
                 gives the other task the params and options of this one and returns its handle; the
                 other task must be pending and have the same type, parents and concurrency key.
+            debounce: seconds after the last submit with this unique key at which the task runs, with
+                the params of that one: it replaces the pending task.
+            at_most: with ``debounce``: seconds after the first of these submits at which it runs in
+                any case.
             depends_on: tasks, as ids or handles, that must complete before this one starts.
             on_parent_failure: the reaction if all tasks in ``depends_on`` have ended and one did not
                 complete: ``"cancel"`` (default), ``"fail"`` or ``"run"`` this task.
-            concurrency_key: tasks with the same key run one at a time, in the order of submission,
-                across all processes.
+            key: tasks with the same key run one at a time, or as many as its limit allows, in the
+                order of submission, across all processes: see :meth:`limit`.
+            concurrency_key: the old name of ``key``.
+            cost: what its start takes from limits with such units: ``{"tokens": 1200}``. See
+                :meth:`Context.spent`.
             expires: a task that has not started for the first time by then is cancelled: an aware
                 datetime, or seconds or a ``timedelta`` from its ``run_at``, or from now.
             connection: your ``sqlite3.Connection``, or SQLAlchemy ``Session`` or ``Connection``, on the
@@ -407,13 +459,18 @@ class Queue(Questions, Steering):
         wanted, said = task_of(task, params, options, SubmitOptions, "submit", self.clock, self)
         priority: int | None = said.get("priority")
         on_conflict: OnConflict = said.get("on_conflict") or "reject"
+        more: dict[str, Any] = {"created_at": created_at}
+        if said.get("debounce") is not None:
+            on_conflict = "replace"
+            if (most := said.get("at_most")) is not None:
+                more["at_most"] = check_number(most, "at_most")
         if connection is None and self.repository.transactions.known:
             connection = self.repository.transactions.current(submits=True)
         if connection is None:
-            task_id = self._entrance.accept(wanted, priority, on_conflict, created_at=created_at)
+            task_id = self._entrance.accept(wanted, priority, on_conflict, **more)
         else:
             with self._joining.intake(connection, self._registry.middleware) as intake:
-                task_id = intake.accept(wanted, priority, on_conflict, created_at=created_at)
+                task_id = intake.accept(wanted, priority, on_conflict, **more)
         try:
             return TaskHandle(task_id, self)
         except BaseException as error:  # an interrupt
@@ -692,8 +749,8 @@ class Queue(Questions, Steering):
                 ``"skip"``, and unlimited with ``"one"``; ``"all"`` requires a value.
             overlap: with ``"skip"``, a tick gets no task while the schedule's last task has not ended.
             created_by: this field of its tasks; ``schedule:`` and the name by default.
-            priority, timeout, max_attempts, max_crashes, retry, tags, concurrency_key: options of its
-                tasks, as in :meth:`submit`.
+            priority, timeout, max_attempts, max_crashes, retry, tags, key, concurrency_key, cost:
+                options of its tasks, as in :meth:`submit`.
             expires: seconds, or a ``timedelta``, from a tick, or from when its task is made if that is
                 later; the task is cancelled if it has not started by then.
 

@@ -123,6 +123,8 @@ class Requeues:
         allowed = rate_of(rate, None)
         if allowed is None:
             return None
+        if allowed.unit:
+            raise ConfigurationError(f"the rate of a requeue counts tasks, not {allowed.unit}")
         return Stagger(self._repository, self._services.clock, allowed, what)
 
     def _refuse_if_stopped(self) -> None:

@@ -18,7 +18,7 @@ from taskx.tasks.checks import Duration
 from taskx.tasks.creation import MAX_TEXT
 from taskx.tasks.errors import ConfigurationError
 from taskx.tasks.model import TaskFilter, TaskStatus, check_key, check_name, check_part
-from taskx.tasks.options import FilterOptions, LimitOptions, filter_of
+from taskx.tasks.options import FilterOptions, TuneOptions, filter_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing from 3.11 on
@@ -434,11 +434,12 @@ class Steering(Parts):
         self,
         type: str | None = None,
         *,
+        limit: str | None = None,
         workers: int | None = None,
         node: str | None = None,
-        **limits: Unpack[LimitOptions],
+        **limits: Unpack[TuneOptions],
     ) -> None:
-        """Override the limits of a type, or the number of workers, in all processes.
+        """Override the limits of a type, a limit with a name, or the number of workers, in all processes.
 
         The overrides are stored: they last until :meth:`untune`, even after restarts. In this process they
         are in effect when the call returns, in other processes within a second. Overrides that were set
@@ -451,6 +452,8 @@ class Steering(Parts):
 
         Args:
             type: the type whose limits to override.
+            limit: the name of the limit to override, of which ``concurrency``, ``rate`` and ``burst`` are
+                given as for :meth:`Queue.limit`; not together with a type.
             workers: the number of workers of each node; not together with a type.
             node: the id of a node: only this one gets ``workers``, whatever the others have.
             max_concurrency: most tasks of the type that run at the same time; None for no limit.
@@ -458,6 +461,7 @@ class Steering(Parts):
                 limit.
             burst: most tasks that may start at once after a quiet period; None for the count of ``rate``.
             limit_scope: ``"node"`` or ``"global"``; None for ``"node"``.
+            concurrency: most tasks that run at the same time under the limit with this name.
 
         Raises:
             ConfigurationError: an argument is not valid, the repository has only the eight methods, or this
@@ -468,7 +472,7 @@ class Steering(Parts):
         from taskx.queue.tuning import tune
 
         self._joining.refuse()
-        tune(self._services, type, limits, workers, node)
+        tune(self._services, type, limit, limits, workers, node)
         self._check_controls()
         self._warn_if_misspelt(type, "tuned")
 
@@ -476,6 +480,7 @@ class Steering(Parts):
         self,
         type: str | None = None,
         *,
+        limit: str | None = None,
         only: Collection[str] | None = None,
         workers: bool = False,
         node: str | None = None,
@@ -484,6 +489,7 @@ class Steering(Parts):
 
         Args:
             type: the type whose limits are no longer overridden.
+            limit: the name of the limit that is no longer overridden.
             only: the names of the limits, such as ``["rate"]``, if not all of the type's.
             workers: True: the number of workers is no longer overridden; not together with a type.
             node: with ``workers``, the id of a node: only the number of this node is removed.
@@ -496,7 +502,7 @@ class Steering(Parts):
         from taskx.queue.tuning import untune
 
         self._joining.refuse()
-        untune(self._services, type, only, workers, node)
+        untune(self._services, type, limit, only, workers, node)
         self._check_controls()
 
     def stop_node(self, node_id: str) -> None:

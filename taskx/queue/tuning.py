@@ -17,11 +17,13 @@ from taskx.stores.controls import (
     Overrides,
     check_limits,
     check_workers,
+    from_named,
+    named_options,
     options_of_limit,
 )
 from taskx.tasks.errors import ConfigurationError, NodeNotFound
 from taskx.tasks.model import check_key
-from taskx.tasks.options import LimitOptions
+from taskx.tasks.options import LimitOptions, NamedOptions, check_limit_name
 
 
 @attrs.frozen(kw_only=True)
@@ -44,6 +46,7 @@ class Tuned:
 
     Attributes:
         types: the types whose limits are overridden.
+        limits: the overridden options of each limit with a name, as :meth:`Queue.tune` takes them.
         workers: the number of workers of each node; None if the nodes have the numbers of their programs.
         nodes: the number of workers of single nodes, by their ids.
     """
@@ -51,9 +54,10 @@ class Tuned:
     types: Mapping[str, TunedType] = attrs.field(factory=dict, hash=False)
     workers: int | None = None
     nodes: Mapping[str, int] = attrs.field(factory=dict, hash=False)
+    limits: Mapping[str, NamedOptions] = attrs.field(factory=dict, hash=False)
 
     def __bool__(self) -> bool:
-        return bool(self.types or self.nodes) or self.workers is not None
+        return bool(self.types or self.nodes or self.limits) or self.workers is not None
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as a dict of JSON values."""
@@ -63,20 +67,24 @@ class Tuned:
 def tune(
     services: Services,
     type: str | None,
+    limit: str | None,
     limits: Mapping[str, Any],
     workers: int | None,
     node: str | None,
 ) -> None:
     """Do the work of :meth:`Queue.tune`, in the repository."""
     services.repository.require("overrides")
-    if unknown := limits.keys() - {*LIMITS}:
+    _refuse_mixed(type, limit, "tune", workers=workers is not None, node=node)
+    names = _options_of(type, limit)
+    if unknown := limits.keys() - {*LIMITS, *names}:
         raise TypeError(f"tune() has no option {', '.join(sorted(unknown))}")
-    _refuse_mixed(type, "tune", workers=workers is not None, node=node)
-    if type is not None:
+    if names:
         if not limits:
-            raise ConfigurationError(f"tune() requires a limit: one of {', '.join(LIMITS)}")
-        name, wanted = check_key(type, "type"), check_limits(limits)
-        merged = lambda known: known.with_type(name, {**known.types.get(name, {}), **wanted})  # noqa: E731
+            raise ConfigurationError(f"tune() requires a limit: one of {', '.join(names)}")
+        wanted = check_limits(limits if limit is None else from_named(limit, limits))
+        merged = lambda known: known.with_limit(  # noqa: E731
+            type, limit, {**known.options_of(type, limit), **wanted}
+        )
         services.controls.override(merged)
         return
     if limits:
@@ -92,34 +100,47 @@ def tune(
 def untune(
     services: Services,
     type: str | None,
+    limit: str | None,
     only: Collection[str] | None,
     workers: bool,
     node: str | None,
 ) -> None:
     """Do the work of :meth:`Queue.untune`, in the repository."""
     services.repository.require("overrides")
-    _refuse_mixed(type, "untune", workers=workers, node=node)
-    if type is None and only is not None:
+    _refuse_mixed(type, limit, "untune", workers=workers, node=node)
+    options = _options_of(type, limit)
+    if not options and only is not None:
         raise ConfigurationError("only names limits of a type: name the type, too")
-    names = {*LIMITS} if only is None else {only} if isinstance(only, str) else {*only}
-    if unknown := names - {*LIMITS}:
+    names = {*options} if only is None else {only} if isinstance(only, str) else {*only}
+    if unknown := names - {*options}:
         raise ConfigurationError(
-            f"only must name limits ({', '.join(LIMITS)}), not {', '.join(map(repr, unknown))}"
+            f"only must name limits ({', '.join(options)}), not {', '.join(map(repr, unknown))}"
         )
-    if type is None:
+    if not options:
         services.controls.override(lambda known: _cleaned(services, known.with_workers(None, node)))
         return
-    name = check_key(type, "type")
+    stored = names if limit is None else {*from_named(limit, dict.fromkeys(names))}
 
     def without(known: Overrides) -> Overrides:
         left: Any = {
             option: value
-            for option, value in known.types.get(name, {}).items()
-            if option not in names
+            for option, value in known.options_of(type, limit).items()
+            if option not in stored
         }
-        return known.with_type(name, left)
+        return known.with_limit(type, limit, left)
 
     services.controls.override(without)
+
+
+def _options_of(type: str | None, limit: str | None) -> tuple[str, ...]:
+    """Return the options that a type, or a limit with a name, has; none for workers."""
+    if type is not None:
+        check_key(type, "type")
+        return LIMITS
+    if limit is None:
+        return ()
+    check_limit_name(limit, "limit")
+    return tuple(NamedOptions.__annotations__)
 
 
 def _refuse_unfit(services: Services, node: str) -> None:
@@ -134,12 +155,16 @@ def _refuse_unfit(services: Services, node: str) -> None:
         )
 
 
-def _refuse_mixed(type: str | None, what: str, *, workers: bool, node: str | None) -> None:
-    if type is not None and (workers or node is not None):
+def _refuse_mixed(
+    type: str | None, limit: str | None, what: str, *, workers: bool, node: str | None
+) -> None:
+    given = (type is not None) + (limit is not None)
+    if given > 1 or (given and (workers or node is not None)):
         raise ConfigurationError(
-            f"{what}() changes the limits of a type or the workers of nodes: make two calls"
+            f"{what}() changes the limits of a type, a limit with a name, or the workers of nodes: make a "
+            "call for each"
         )
-    if type is None and not workers:
+    if not given and not workers:
         raise ConfigurationError(f"{what}() requires a type, or workers")
     if node is not None:
         check_key(node, "node")
@@ -163,7 +188,7 @@ def tuned(repository: Repository, registry: Registry) -> Tuned:
         for node in repository.nodes():
             own.update(node.own_limits)
     for type, entry in list(registry.registered.items()):
-        own[type] = entry.options.limit
+        own[type] = entry.options.own_limit
     return Tuned(
         types={
             type: TunedType(limits=limits, own=options_of_limit(own[type]) if type in own else None)
@@ -171,4 +196,5 @@ def tuned(repository: Repository, registry: Registry) -> Tuned:
         },
         workers=overrides.workers,
         nodes=overrides.nodes,
+        limits={name: named_options(options) for name, options in sorted(overrides.limits.items())},
     )

@@ -37,9 +37,11 @@ from taskx.tasks.record import (
     MAX_MESSAGE,
     Ended,
     Stub,
+    add_parts,
     check_progress,
     known_status,
     parents_from_text,
+    parts_of,
     task_from_row,
 )
 from taskx.tasks.timing import DEFAULT_TIMING, Timing
@@ -305,7 +307,19 @@ class Repository(TaskRepository):
     def get_many(self, task_ids: Sequence[str]) -> dict[str, Task]:
         """Return the tasks with these ids that exist, by id."""
         found = self.find("id", task_ids, TASK_FIELDS)
-        return {row[0]: task_from_row(row, self.codecs) for row in found}
+        tasks = {row[0]: task_from_row(row, self.codecs) for row in found}
+        if divided := [task for task in tasks.values() if task.checkpoints]:
+            self._add_parts(divided)
+        return tasks
+
+    def _add_parts(self, tasks: Sequence[Task]) -> None:
+        """Add the steps to tasks that are stored in notes."""
+        if names := [name for task in tasks for name in parts_of(task.checkpoints)]:
+            notes = self.reads.notes_named(names)
+            texts = {name: note.text for name, note in notes.items()}
+            for task in tasks:
+                if parts_of(task.checkpoints):
+                    add_parts(task, texts, self.codecs)
 
     def statuses(self, task_ids: Sequence[str]) -> dict[str, str]:
         """Return the status of each of these tasks that exists, by id."""

@@ -1,16 +1,16 @@
 """Controls: what people have set for the nodes of a repository. Each control is a note.
 
-There are pauses, overrides of limits and numbers of workers, and requests to single nodes. The names of the
-notes share a prefix, so that a node reads all of them at once. The prefix is as old as the pauses, which
-came first. The overridden limits of a type are kept as ``Queue.tune`` takes them: a mapping that has only
-the options that are overridden.
+There are pauses, the declared limits, overrides of limits and numbers of workers, and requests to single
+nodes. The names of the notes share a prefix, so that a node reads all of them at once. The prefix is as old
+as the pauses, which came first. The overridden limits of a type are kept as ``Queue.tune`` takes them: a
+mapping that has only the options that are overridden. Those with a name are kept in the same form.
 """
 
 from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -21,18 +21,29 @@ from taskx.tasks.checks import check_int, in_seconds
 from taskx.tasks.errors import ConfigurationError
 from taskx.tasks.ids import new_id
 from taskx.tasks.model import check_key
-from taskx.tasks.options import LimitOptions, Options
-from taskx.tasks.rate import Limit, rate_as_given, rate_of
+from taskx.tasks.options import LimitOptions, NamedOptions, Options, refuse_unknown
+from taskx.tasks.rate import (
+    MOST_TURNS,
+    NO_RATES,
+    Limit,
+    bursts_as_given,
+    is_key,
+    rates_as_given,
+    rates_of,
+)
 from taskx.tasks.writes import Note
 
 _PAUSE = "pause"
 _OVERRIDES = "pause.overrides"
+_DECLARED = "pause.limits"
 #: The prefix of the names of requests.
 REQUEST = "pause.request/"
 #: The kinds of requests.
 STACKS, STOP = "stacks", "stop"
 #: The options of a type that can be overridden.
 LIMITS = ("max_concurrency", "rate", "burst", "limit_scope")
+#: Limits with a name, each as its options.
+Declared = Mapping[str, LimitOptions]
 #: Most workers of a node.
 MOST_WORKERS = 10_000
 
@@ -64,23 +75,32 @@ class Overrides:
         types: the overridden limits of each type.
         workers: the number of workers of each node; None: the number that its program configured.
         nodes: the number of workers of single nodes, by their ids.
+        limits: the overridden options of each limit with a name.
     """
 
     types: Mapping[str, LimitOptions] = attrs.field(factory=dict, hash=False)
     workers: int | None = None
     nodes: Mapping[str, int] = attrs.field(factory=dict, hash=False)
+    limits: Declared = attrs.field(factory=dict, hash=False)
 
     def __bool__(self) -> bool:
-        return bool(self.types or self.nodes) or self.workers is not None
+        return bool(self.types or self.nodes or self.limits) or self.workers is not None
 
     def workers_of(self, node: str, configured: int) -> int:
         """Return the number of workers that a node shall have."""
         return self.nodes.get(node, configured if self.workers is None else self.workers)
 
-    def with_type(self, type: str, limits: LimitOptions) -> Overrides:
-        """Return these overrides with other limits of a type; none if ``limits`` is empty."""
-        types = {**self.types, type: limits}
-        return attrs.evolve(self, types={name: some for name, some in types.items() if some})
+    def options_of(self, type: str | None, limit: str | None) -> LimitOptions:
+        """Return the overridden options of a type, or else of the limit with a name."""
+        options = self.types.get(type) if type is not None else self.limits.get(limit or "")
+        return options or {}
+
+    def with_limit(self, type: str | None, limit: str | None, options: LimitOptions) -> Overrides:
+        """Return these overrides with other ones of a type, or else of a limit; none if they are empty."""
+        known = self.limits if type is None else self.types
+        changed = {**known, type or limit or "": options}
+        left = {name: some for name, some in changed.items() if some}
+        return attrs.evolve(self, limits=left) if type is None else attrs.evolve(self, types=left)
 
     def with_workers(self, workers: int | None, node: str | None = None) -> Overrides:
         """Return these overrides with another number of workers, of all nodes or of one."""
@@ -121,11 +141,14 @@ class Controls:
     def __init__(self, repository: Repository) -> None:
         self._repository = repository
         self._refreshing = threading.Lock()
-        self._text: str | None = None  # of the known overrides
+        # The texts of the known overrides and of the declared limits.
+        self._text: tuple[str | None, str | None] = (None, None)
         #: The pauses as they were at the last refresh.
         self.paused = Paused()
         #: The overrides as they were at the last refresh.
         self.overrides = Overrides()
+        #: The limits that programs have declared, as they were at the last refresh.
+        self.declared: Declared = {}
         #: The requests to all nodes as they were at the last refresh.
         self.requests: Sequence[Request] = ()
 
@@ -143,10 +166,13 @@ class Controls:
         # Else a thread that read before a change might set its result after another one that read later.
         with self._refreshing:
             notes = self._repository.notes(_PAUSE)
-            text = notes[_OVERRIDES].text if _OVERRIDES in notes else None
-            if text != self._text:
-                self.overrides = Overrides() if text is None else from_text(text)
-                self._text = text
+            known, declared = (
+                notes[name].text if name in notes else None for name in (_OVERRIDES, _DECLARED)
+            )
+            if (known, declared) != self._text:
+                self.overrides = Overrides() if known is None else from_text(known)
+                self.declared = declared_from_text(declared)
+                self._text = (known, declared)
             self.requests = _requests(notes)
             before, self.paused = self.paused, _paused(notes)
             return self.paused != before
@@ -182,6 +208,24 @@ class Controls:
                 return
             text = wanted.to_text() if wanted else None
             done = self._repository.put_note(_OVERRIDES, text, note.version if note else 0)
+
+    def read_declared(self) -> Declared:
+        """Read the declared limits from the repository."""
+        note = self._read_note(_DECLARED)
+        return declared_from_text(None if note is None else note.text)
+
+    def declare(self, limits: Declared, others: Collection[str]) -> None:
+        """Store the limits that a program declares, and forget those that neither it nor others declare."""
+        done = False
+        while not done:
+            note = self._read_note(_DECLARED)
+            known = declared_from_text(None if note is None else note.text)
+            left = {name: options for name, options in known.items() if name in others}
+            wanted = {**left, **limits}
+            if wanted == known:
+                return
+            text = json.dumps(wanted) if wanted else None
+            done = self._repository.put_note(_DECLARED, text, note.version if note else 0)
 
     # --- requests
 
@@ -226,15 +270,23 @@ def from_text(text: str) -> Overrides:
     """Return the overrides of a note; leave out what is damaged, or of a newer version."""
     try:
         known = json.loads(text)
-        types = {type: _known_limits(limits) for type, limits in known["types"].items()}
         workers = known["workers"]
         return Overrides(
-            {type: limits for type, limits in types.items() if limits},
+            _known_options(known["types"]),
             None if workers is None else check_workers(workers),
             {node: check_workers(number) for node, number in known["nodes"].items()},
+            _known_options(known.get("limits", {})),
         )
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return Overrides()
+
+
+def declared_from_text(text: str | None) -> Declared:
+    """Return the declared limits of a note; leave out what is damaged."""
+    try:
+        return _known_options(json.loads(text)) if text else {}
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return {}
 
 
 def check_workers(number: Any) -> int:
@@ -254,20 +306,69 @@ def check_limits(limits: Mapping[str, Any]) -> LimitOptions:
     """
     checked: Any = {name: limits[name] for name in LIMITS if name in limits}
     Options(**checked)
-    if isinstance(rate := checked.get("rate"), (tuple, list)):
-        count, period = rate
-        seconds = in_seconds(period) if isinstance(period, timedelta) else float(period)
-        checked["rate"] = (count, seconds)
+    if isinstance(rate := checked.get("rate"), list):
+        checked["rate"] = [_in_seconds(one) for one in rate]
+    elif isinstance(rate, tuple):
+        checked["rate"] = _in_seconds(rate)
     return checked  # type: ignore[no-any-return]
 
 
+def _in_seconds(rate: Any) -> Any:
+    if not isinstance(rate, tuple):
+        return rate
+    count, period = rate
+    return count, float(in_seconds(period)) if isinstance(period, timedelta) else float(period)
+
+
+def _known_options(known: Any) -> Declared:
+    found = {name: _known_limits(limits) for name, limits in known.items()}
+    return {name: limits for name, limits in found.items() if limits}
+
+
 def _known_limits(limits: Any) -> LimitOptions:
-    if isinstance(rate := limits.get("rate"), list):
-        limits = {**limits, "rate": tuple(rate)}
+    if isinstance(rate := limits.get("rate"), list):  # JSON has lists only
+        pairs = [tuple(one) if isinstance(one, list) else one for one in rate]
+        plain = bool(rate) and isinstance(rate[0], (int, float))
+        limits = {**limits, "rate": tuple(rate) if plain else pairs}
     try:
         return check_limits(limits)
     except ConfigurationError:
         return {}
+
+
+def check_named(options: Mapping[str, Any]) -> LimitOptions:
+    """Return the options of a limit with a name as they are stored: those that are not None.
+
+    Raises:
+        ConfigurationError: an option is not valid, or there is neither a concurrency nor a rate.
+    """
+    checked = check_limits({name: value for name, value in options.items() if value is not None})
+    if Options(**checked).own_limit is None:
+        raise ConfigurationError("a limit requires concurrency or rate")
+    return checked
+
+
+def named_options(options: LimitOptions) -> NamedOptions:
+    """Return the options of a limit with a name as :meth:`Queue.limit` takes them."""
+    named: Any = {_OF_NAMED.get(name, name): value for name, value in options.items()}
+    return named  # type: ignore[no-any-return]
+
+
+def from_named(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that :meth:`Queue.limit` takes by the names of those that are stored.
+
+    Raises:
+        TypeError: there is no such option.
+        ConfigurationError: a key would have too many turns.
+    """
+    refuse_unknown(options, NamedOptions, "limit")
+    most = options.get("concurrency")
+    if is_key(name) and type(most) is int and most > MOST_TURNS:
+        raise ConfigurationError(f"concurrency of a key must be at most {MOST_TURNS}, not {most}")
+    return {"max_concurrency" if name == "concurrency" else name: n for name, n in options.items()}
+
+
+_OF_NAMED = {"max_concurrency": "concurrency"}
 
 
 def overridden(own: Options, limits: LimitOptions) -> Limit | None:
@@ -276,15 +377,26 @@ def overridden(own: Options, limits: LimitOptions) -> Limit | None:
     Raises:
         ConfigurationError: the executor's own limits do not fit together.
     """
-    if (given := own.limit) is not None and not limits:
-        return given
-    wanted: dict[str, Any] = {name: getattr(own, name) for name in LIMITS}
-    wanted.update(limits)
+    given = own.own_limit
+    return given if not limits else _limit({name: getattr(own, name) for name in LIMITS}, limits)
+
+
+def named_limit(own: LimitOptions, limits: LimitOptions) -> Limit | None:
+    """Return the limit with a name that has these options, of which ``limits`` are overridden."""
+    limit = _limit(own, limits)
+    return None if limit is None else limit._replace(scope="global")
+
+
+def _limit(own: Mapping[str, Any], limits: LimitOptions) -> Limit | None:
+    wanted: dict[str, Any] = {**dict.fromkeys(LIMITS), **own, **limits}
     most, rate = wanted["max_concurrency"], wanted["rate"]
     if most is None and rate is None:
         return None
-    burst = None if rate is None else wanted["burst"]
-    return Limit(most, rate_of(rate, burst), wanted["limit_scope"] or "node")
+    try:
+        rates = NO_RATES if rate is None else rates_of(rate, wanted["burst"])
+    except ConfigurationError:  # the burst is that of other rates
+        rates = rates_of(rate, None)
+    return Limit(most, rates, wanted["limit_scope"] or "node")
 
 
 def options_of_limit(limit: Limit | None) -> LimitOptions:
@@ -294,8 +406,8 @@ def options_of_limit(limit: Limit | None) -> LimitOptions:
     options: LimitOptions = {}
     if limit.max_concurrency is not None:
         options["max_concurrency"] = limit.max_concurrency
-    if limit.rate is not None:
-        options["rate"] = rate_as_given(limit.rate)
-        options["burst"] = limit.rate.burst
+    if limit.rates:
+        options["rate"] = rates_as_given(limit.rates)
+        options["burst"] = bursts_as_given(limit.rates)
     options["limit_scope"] = limit.scope
     return options

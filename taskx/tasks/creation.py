@@ -28,7 +28,8 @@ from taskx.tasks.model import (
     check_status,
 )
 from taskx.tasks.options import CHECKS, OnParentFailure, check_time, checked, one_of
-from taskx.tasks.record import MAX_WORKER, check_progress, policy_to_text
+from taskx.tasks.rate import check_cost
+from taskx.tasks.record import MAX_WORKER, check_progress, cost_to_text, policy_to_text
 from taskx.tasks.tags import check_flow, check_tags, labels_to_text
 from taskx.tasks.writes import Insert
 
@@ -86,7 +87,7 @@ _options = attrgetter(*CHECKS)
 _NOTHING = _options(Task())
 _links = attrgetter(
     *("unique_key", "unique_scope", "depends_on", "on_parent_failure", "tags", "flow"),
-    "concurrency_key",
+    *("concurrency_key", "cost"),
 )
 _ALONE = _links(Task())
 
@@ -102,7 +103,7 @@ def _expiry(expires_at: datetime, run_at: datetime | None) -> int:
 
 
 def _between_tasks(task: Task) -> dict[str, Any]:
-    """Return the columns that concern other tasks."""
+    """Return the columns that concern other tasks, and the cost."""
     said: dict[str, Any] = {}
     if task.unique_key is not None:
         said["unique_key"] = check_key(task.unique_key, "unique_key")
@@ -117,6 +118,8 @@ def _between_tasks(task: Task) -> dict[str, Any]:
         said["tags"] = labels_to_text(check_tags(task.tags), _checked_flow(task))
     if task.concurrency_key is not None:
         said["concurrency_key"] = check_key(task.concurrency_key, "concurrency_key")
+    if task.cost is not None and (cost := check_cost(task.cost)) is not None:
+        said["cost"] = cost_to_text(cost)
     return said
 
 

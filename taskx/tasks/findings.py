@@ -40,6 +40,7 @@ ProblemKind = Literal[
     "silent_node",
     "nodes",
     "broker",
+    "limit",
     "stuck_type",
     "oldest_due",
     "failed",

@@ -28,6 +28,7 @@ from taskx.tasks.errors import (
 from taskx.tasks.model import Attempt, Task, TaskStatus
 from taskx.tasks.moves import MOVES
 from taskx.tasks.options import CHECKS, FALLBACKS
+from taskx.tasks.rate import MOST_TURNS, Limit
 from taskx.tasks.record import (
     BY_THREAD,
     DEFAULTS,
@@ -193,6 +194,12 @@ def free(task_id: str, node: str) -> Update:
     return Update(task_id, {"status": PENDING, "owner": node}, {"owner": ""}, move="free")
 
 
+def put_off(task: Task, until: int) -> Update:
+    """Let a pending task wait for a time: the rate of its key lets it start no sooner."""
+    guard = {"status": PENDING, "held": FREE, "starts": task.starts}
+    return Update(task.id, guard, {"held": UNTIL_DUE, "run_at": until, "owner": ""}, move="put off")
+
+
 def cancel(task_id: str, now: int) -> list[Update]:
     """Cancel a task: a pending one at once, a running one by a request (the last of the writes).
 
@@ -258,12 +265,13 @@ def expire(task: Task, now: int) -> list[Update]:
 EXPIRED = "expired at"
 
 
-def replace(holder: Task, new: Insert) -> list[Update]:
+def replace(holder: Task, new: Insert, at_most: float | None = None) -> list[Update]:
     """Replace params and options of the pending task that holds a unique key by those of a new task.
 
     The holder keeps its age, and goes on waiting for its parents, its turn or a thread. Return no write if
     the holder is not pending, if it waits in the middle of an attempt, or if its type, parents or
-    concurrency key differ: these cannot be replaced.
+    concurrency key differ: these cannot be replaced. It waits for the new ``run_at``, but not longer than
+    ``at_most`` seconds since it was created.
     """
     wanted = created_task(new.row)
     if holder.status is not TaskStatus.PENDING or is_parked(holder):
@@ -273,9 +281,14 @@ def replace(holder: Task, new: Insert) -> list[Update]:
     # The checkpoints of earlier attempts belong to the old params. A node that has read the record to start
     # it has the old params, too: it finds that ``starts`` has changed.
     changes = {name: new.row[name] for name in _REPLACED}
+    if at_most is not None and holder.created_at is not None:
+        latest = to_ms(holder.created_at) + round(at_most * 1000)
+        changes["run_at"] = min(changes["run_at"] or latest, latest)
     changes.update(checkpoints=None, starts=holder.starts + 1)
     if holder.expires_at is not None or "expires_at" in new.row:
         changes["expires_at"] = new.row.get("expires_at")
+    if wanted.cost != holder.cost:
+        changes["cost"] = new.row.get("cost")
     if wanted.tags != holder.tags:
         changes["tags"] = labels_to_text(wanted.tags, holder.flow)
     # No owner: the task is fetched again and sorted by its new priority.
@@ -308,21 +321,47 @@ _REPLACED = ("params", "created_by", *CHECKS, "unique_scope")
 # --- waiting for its turn
 
 
-def give_turn(task_id: str, key: str) -> list[Update]:
-    """Give a pending task the turn of its concurrency key. It may start when its time has come, too.
+def turns_of(key: str, number: int) -> list[str]:
+    """Return the names of the first turns of a key, as the column ``turn`` has them."""
+    return [key, *(f"{key}{_NUMBER}{n}" for n in range(1, number))]
 
-    The guard fails while another task of the key has the turn.
+
+def key_of(turn: str) -> str:
+    """Return the key of a turn."""
+    return turn.partition(_NUMBER)[0]
+
+
+_NUMBER = "\x1f"
+
+
+def turns_at_once(limit: Limit) -> int:
+    """Return the number of turns that a limit gives to each of its keys."""
+    return min(limit.max_concurrency or 1, MOST_TURNS)
+
+
+def give_turn(
+    task_id: str, turn: str, due: int | None = None, run_at: int | None = None
+) -> list[Update]:
+    """Give a pending task a turn of its key. It may start when its time has come, too.
+
+    ``due`` is the time at which a rate lets it start, if it has one, and ``run_at`` its own time, as it was
+    read. The guard fails while another task has the turn.
     """
-    guard = {"status": PENDING, "held": FOR_TURN}
+    ways: Sequence[tuple[Any, dict[str, Any]]] = (
+        (None, {"held": FREE}),
+        (PRESENT, {"held": UNTIL_DUE}),
+    )
+    if due is not None:
+        ways = ((run_at, {"held": UNTIL_DUE, "run_at": max(due, run_at or 0)}),)
     return [
         Update(
             task_id,
-            {**guard, "run_at": when},
-            {"held": held, "turn": key},
+            {"status": PENDING, "held": FOR_TURN, "run_at": when},
+            {**changes, "turn": turn},
             move="give turn",
             skips=True,
         )
-        for when, held in ((None, FREE), (PRESENT, UNTIL_DUE))
+        for when, changes in ways
     ]
 
 
@@ -974,9 +1013,9 @@ def lift_bar(task: Task, now: int) -> list[Update]:
     barred = {"status": PENDING, "held": BY_THREAD}
     over: dict[str, Any] = {}
     lifted: list[tuple[dict[str, Any], dict[str, Any]]] = [(barred, {"held": held})]
-    if (key := task.concurrency_key) is not None:
+    if task.concurrency_key is not None:
         over = {"turn": None}
-        lifted = [({**barred, "turn": key}, {"held": held})]
+        lifted = [({**barred, "turn": PRESENT}, {"held": held})]
         lifted.append(({**barred, "turn": None}, {"held": FOR_TURN}))
     alternatives = [
         *lifted,
@@ -1246,7 +1285,7 @@ _NOT_BY_HAND = frozenset(
         *("id", "type", "status", "created_at", "starts", "owner", "cancel_requested_at"),
         *("completed_at", "errors", "crashes", "interruptions", "snoozes", "earlier_attempts"),
         *("unique_key", "unique_scope", "depends_on", "on_parent_failure", "concurrency_key"),
-        *("stuck_on", "checkpoints", "log", "version", *INTERNAL),
+        *("stuck_on", "checkpoints", "log", "version", "cost", *INTERNAL),
     )
 )
 

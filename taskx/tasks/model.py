@@ -16,6 +16,7 @@ from taskx.tasks.clock import to_datetime, to_ms
 from taskx.tasks.conditions import Condition, as_conditions, contains, meets
 from taskx.tasks.errors import ConfigurationError
 from taskx.tasks.payload import is_encodable
+from taskx.tasks.rate import Cost
 from taskx.tasks.retry import RetryPolicy
 from taskx.tasks.tables import html_table, line
 from taskx.tasks.tags import FLOW, as_tags, check_flow
@@ -145,8 +146,8 @@ class Task:
         depends_on: the ids of its parents; it may start when all of them have completed.
         on_parent_failure: what happens to it if a parent does not complete: ``"cancel"`` (also None),
             ``"fail"`` or ``"run"``.
-        concurrency_key: tasks with the same key run one at a time, in the order of submission; None for
-            no key.
+        concurrency_key: tasks with the same key run one at a time, or as many as its limit allows, in the
+            order of submission; None for no key.
         expires_at: if the task has not started for the first time by then, it is cancelled; None for
             never, and after its first attempt. While it waits in the middle of an attempt: the end of the
             wait.
@@ -171,6 +172,7 @@ class Task:
         checkpoints: the values that its executor stored for later attempts; None for none.
         log: the captured log of its executor, if capturing is on.
         version: the version of the executor that ran it last, as text; None if the executor had none.
+        cost: what its start takes from the rates with units: ``{"tokens": 1200}``; None for nothing.
         damage: describes the part of the stored record that could not be read; empty if all is well.
             Never stored.
     """
@@ -218,6 +220,7 @@ class Task:
     checkpoints: dict[str, Any] | None = None
     log: str = ""
     version: str | None = None
+    cost: Cost | None = None
     damage: str = attrs.field(default="", eq=False)
 
     def __repr__(self) -> str:

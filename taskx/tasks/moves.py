@@ -139,6 +139,7 @@ MOVES = (
     # A node takes tasks that it can start, and frees the others.
     Move("take", (), None),
     Move("free", (), None),
+    Move("put off", (), None, may_start=True),
     Move("release key", (), None),
     Move("delete", (), None, ends=True, leaves=True),
     # These tasks had ended, and no other task needs them.

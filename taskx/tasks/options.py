@@ -17,8 +17,15 @@ from taskx.tasks.checks import Duration, as_seconds, check_int, check_number
 from taskx.tasks.clock import LAST, Clock, to_datetime, to_ms, within_calendar
 from taskx.tasks.conditions import ParamsFilter
 from taskx.tasks.errors import ConfigurationError
-from taskx.tasks.model import TaskFilter, TaskStatus, check_filter, check_moment, check_name
-from taskx.tasks.rate import Limit, LimitScope, rate_of
+from taskx.tasks.model import (
+    TaskFilter,
+    TaskStatus,
+    check_filter,
+    check_key,
+    check_moment,
+    check_name,
+)
+from taskx.tasks.rate import OF_TYPE, Cost, Limit, LimitScope, rates_of
 from taskx.tasks.retry import RetryPolicy
 from taskx.tasks.tags import check_tags
 
@@ -66,6 +73,8 @@ class MapOptions(CommonOptions, total=False):
 
 class _KeyOptions(MapOptions, RunOptions, total=False):
     concurrency_key: str | None
+    key: str | None
+    cost: Cost | None
 
 
 class ScheduleOptions(_KeyOptions, total=False):
@@ -84,22 +93,43 @@ class SubmitOptions(_KeyOptions, total=False):
     unique_key: str | None
     unique_scope: UniqueScope | None
     on_conflict: OnConflict | None
+    debounce: Duration | None
+    at_most: Duration | None
     depends_on: Sequence[str | _HasId] | None
     on_parent_failure: OnParentFailure | None
+
+
+#: One rate: ``"100/m"``, ``"90000 tokens/m"``, or a count and a period.
+OneRate = str | tuple[int, Duration]
+
+
+class NamedOptions(TypedDict, total=False):
+    """The options of a limit with a name: see ``Queue.limit``."""
+
+    concurrency: int | None
+    rate: OneRate | list[OneRate] | None
+    burst: int | list[int | None] | None
 
 
 class LimitOptions(TypedDict, total=False):
     """The limits of a type, as options of its executor and of ``Queue.tune``."""
 
     max_concurrency: int | None
-    rate: str | tuple[int, Duration] | None
-    burst: int | None
+    rate: OneRate | list[OneRate] | None
+    burst: int | list[int | None] | None
     limit_scope: LimitScope | None
+
+
+class TuneOptions(LimitOptions, total=False):
+    """The limits that ``Queue.tune`` overrides: those of a type, or of a limit with a name."""
+
+    concurrency: int | None
 
 
 class ExecutorOptions(RunOptions, LimitOptions, total=False):
     """The options of an executor: see ``Queue.executor``."""
 
+    limit: str | Sequence[str] | None
     expires: Duration | None
     capture_log: bool | int | str | None
     isolation: Isolation | None
@@ -248,6 +278,32 @@ CHECKS: Mapping[str, Check] = {
     "max_crashes": _count,
     "retry": _policy,
 }
+
+
+def check_limit_name(value: Any, what: str) -> str:
+    """Return the name of a limit. Raises ``ConfigurationError`` if it is not valid."""
+    name = check_key(value, what)
+    if name.startswith(OF_TYPE):
+        raise ConfigurationError(
+            f"{what} must not begin with {OF_TYPE!r}: the limits of a type have such names"
+        )
+    return name
+
+
+def _limits(value: Any) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    names = [value] if isinstance(value, str) else value
+    if isinstance(names, Mapping) or not isinstance(names, Sequence | Set):
+        raise ConfigurationError(f"limit must be the name of a limit, or a list, not {value!r:.80}")
+    found = tuple(dict.fromkeys(check_limit_name(name, "limit") for name in names))
+    if keyed := [name for name in found if ":" in name]:
+        raise ConfigurationError(
+            f"limit must not be {keyed[0]!r}: a limit whose name has a colon holds for keys"
+        )
+    return found or None
+
+
 #: The options that are fixed when a task starts: the task's own value, else the executor's, else this one.
 FALLBACKS: Mapping[str, Any] = {"timeout": None, "max_attempts": 1, "max_crashes": 3}
 
@@ -280,15 +336,16 @@ class Options:
     isolation: Isolation | None = None
     grace: float | None = attrs.field(default=None, converter=as_seconds)
     max_concurrency: int | None = None
-    rate: str | tuple[int, Duration] | None = None
-    burst: int | None = None
+    rate: OneRate | list[OneRate] | None = None
+    burst: int | list[int | None] | None = None
     limit_scope: LimitScope | None = None
+    limit: tuple[str, ...] | None = attrs.field(default=None, converter=_limits)
     version: str | None = attrs.field(default=None, converter=_version)
     replace: bool | None = None
 
     def __attrs_post_init__(self) -> None:
         checked(self, _OF_EXECUTOR)
-        rate_of(self.rate, self.burst)
+        rates_of(self.rate, self.burst)
 
     @property
     def task_defaults(self) -> dict[str, Any]:
@@ -299,7 +356,7 @@ class Options:
         return {name: value for name, value in said.items() if value is not None}
 
     @property
-    def limit(self) -> Limit | None:
+    def own_limit(self) -> Limit | None:
         """The limits for tasks that run at once and for starts per time; None for no limits.
 
         Raises:
@@ -313,8 +370,8 @@ class Options:
             return None
         if self.burst is not None and self.rate is None:
             raise ConfigurationError("burst requires rate")
-        rate = rate_of(self.rate, self.burst)
-        return Limit(self.max_concurrency, rate, self.limit_scope or "node")
+        rates = rates_of(self.rate, self.burst)
+        return Limit(self.max_concurrency, rates, self.limit_scope or "node")
 
     @property
     def patience(self) -> float:

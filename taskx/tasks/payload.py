@@ -82,9 +82,12 @@ def encode(value: Any, what: str, max_size: int = DEFAULT_MAX_SIZE) -> str:
     return text
 
 
-def check_size(text: str, what: str, max_size: int) -> None:
-    """Raise ``PayloadError`` if JSON text is larger than ``max_size`` bytes in UTF-8."""
-    size = len(text) if text.isascii() else len(text.encode())
+def check_size(text: str, what: str, max_size: int, besides: int = 0) -> None:
+    """Raise ``PayloadError`` if JSON text is larger than ``max_size`` bytes in UTF-8.
+
+    ``besides`` is the size of what is stored besides.
+    """
+    size = besides + (len(text) if text.isascii() else len(text.encode()))
     if size > max_size:
         raise PayloadError(
             what, f"{size:,} bytes as JSON, more than max_payload_size ({max_size:,})"
@@ -108,7 +111,7 @@ def _flaw(value: Any, depth: int) -> tuple[str, str] | None:
     if kind is int:
         return None if _INT_MIN <= value <= _INT_MAX else ("", "integer does not fit into 64 bits")
     if kind is float:
-        return None if math.isfinite(value) else ("", f"{value} is not valid JSON")
+        return None if math.isfinite(value) else ("", f"{value} is not valid JSON: use None")
     if kind is dict or kind is list or kind is tuple:
         if depth > MAX_DEPTH:
             return "", f"is nested more than {MAX_DEPTH} levels deep, or contains itself"

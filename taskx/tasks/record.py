@@ -29,9 +29,11 @@ import attrs
 from taskx.tasks import payload
 from taskx.tasks.clock import to_datetime, to_ms
 from taskx.tasks.codec import NO_CODECS, Codecs, Unreadable
-from taskx.tasks.errors import PayloadError
+from taskx.tasks.errors import ConfigurationError, PayloadError
+from taskx.tasks.ids import new_id
 from taskx.tasks.model import TASK_FIELDS, TIME_FIELDS, Attempt, Task, TaskStatus
 from taskx.tasks.payload import CODEC_KEY, clean_text
+from taskx.tasks.rate import Cost, check_cost
 from taskx.tasks.retry import RetryPolicy
 from taskx.tasks.tags import labels_from_text, labels_of, labels_to_text, split
 from taskx.tasks.writes import CREATED
@@ -121,7 +123,7 @@ STUB = (
 PLAIN = ("params", "created_by", "timeout", "max_attempts", "max_crashes")
 RARE = (
     *("retry", "unique_key", "depends_on", "concurrency_key", "expires_at", "tags", "checkpoints"),
-    "cancel_requested_at",
+    *("cancel_requested_at", "cost"),
 )
 #: The most characters of the params of such a task.
 SMALL = 2000
@@ -150,7 +152,7 @@ _AS_CREATED = (
     "pending", None, "", 0, "", None, None, 0, None,
     None, None, None, None, None, None, None,
     0, 0, 0, 0, 0, None, 0,
-    "", "", "", "", "", None, "", None,
+    "", "", "", "", "", None, "", None, None,
 )  # fmt: skip
 
 
@@ -161,7 +163,7 @@ def task_from_row(row: Sequence[Any], codecs: Codecs = NO_CODECS) -> Task:
         started_at, completed_at, duration, priority, run_at, timeout, max_attempts, max_crashes,
         retry, unique_key, unique_scope, depends_on, on_parent_failure, concurrency_key, expires_at,
         tags, errors, crashes, interruptions, snoozes, starts, cancel_requested_at, dead_letter,
-        error_type, traceback, owner, worker, earlier, stuck_on, checkpoints, log, version,
+        error_type, traceback, owner, worker, earlier, stuck_on, checkpoints, log, version, cost,
     ) = row  # fmt: skip
     try:
         params = payload.loads(params) if params != "{}" else {}
@@ -169,7 +171,7 @@ def task_from_row(row: Sequence[Any], codecs: Codecs = NO_CODECS) -> Task:
             status, result, error, progress, message, started_at, completed_at, duration, retry,
             unique_key, unique_scope, depends_on, on_parent_failure, concurrency_key, expires_at, tags,
             errors, crashes, interruptions, snoozes, starts, cancel_requested_at, dead_letter,
-            error_type, traceback, worker, earlier, stuck_on, checkpoints, log, version,
+            error_type, traceback, worker, earlier, stuck_on, checkpoints, log, version, cost,
         )  # fmt: skip
         if rest == _AS_CREATED and type(params) is dict and CODEC_KEY not in params:
             "".join((id_, type_, created_by, owner))
@@ -247,6 +249,8 @@ def task_from_row(row: Sequence[Any], codecs: Codecs = NO_CODECS) -> Task:
             task.concurrency_key = _text(concurrency_key)
         if expires_at is not None:
             task.expires_at = to_datetime(expires_at)
+        if cost is not None:
+            task.cost = cost_from_text(cost)
         if tags is not None:
             task.tags, task.flow = split(labels_from_text(tags))
         if stuck_on or log:
@@ -281,7 +285,7 @@ def _damaged_task(row: Sequence[Any], problem: Exception) -> Task:
     """Return the readable part of a damaged row: no params, no result, no value of a wrong type."""
     stored = dict(zip(TASK_FIELDS, row, strict=True))
     sound = {**stored, "params": "{}", "result": None, "retry": None, "earlier_attempts": ""}
-    sound.update(dict.fromkeys((*_KEYS, "depends_on", "tags", "checkpoints")))
+    sound.update(dict.fromkeys((*_KEYS, "depends_on", "tags", "checkpoints", "cost")))
     sound.update(
         (name, DEFAULTS[name]) for name in _NUMBERS if type(stored[name]) not in (int, float)
     )
@@ -324,8 +328,9 @@ def row_from_task(task: Task) -> dict[str, Any]:
     row["retry"] = policy_to_text(task.retry)
     row["depends_on"] = ids_to_text(task.depends_on)
     row["tags"] = labels_to_text(task.tags, task.flow)
-    noted = task.checkpoints
+    noted = undivided(task.checkpoints) if task.checkpoints else None
     row["checkpoints"] = payload.encode(noted, "checkpoints") if noted else None
+    row["cost"] = None if task.cost is None else cost_to_text(task.cost)
     row["earlier_attempts"] = attempts_to_text(task.earlier_attempts)
     row["dead_letter"] = int(task.dead_letter)
     for name in TIME_FIELDS:
@@ -463,6 +468,19 @@ def _object_from_text(text: str) -> dict[str, Any]:
     return data
 
 
+def cost_to_text(cost: Cost) -> str:
+    """Return a cost as JSON text."""
+    return json.dumps(cost, separators=(",", ":"))
+
+
+def cost_from_text(text: str) -> Cost:
+    """Return the cost of a text from :func:`cost_to_text`. Raises ``ValueError`` for any other text."""
+    try:
+        return check_cost(payload.loads(text)) or {}
+    except ConfigurationError as error:
+        raise ValueError(str(error)) from None
+
+
 def _text(value: Any) -> str:
     if type(value) is not str:
         raise ValueError(f"{value!r:.50} is not text")
@@ -492,13 +510,63 @@ def ids_from_text(text: str) -> list[str]:
     return [_text(task_id) for task_id in ids]
 
 
-def checkpoints_to_text(steps: Mapping[str, str], cursor: str | None) -> str:
-    """Return checkpoints as JSON text; the results of the steps and the cursor are JSON text already."""
+def checkpoints_to_text(
+    steps: Mapping[str, str], cursor: str | None, parts: Mapping[str, int] | None = None
+) -> str:
+    """Return checkpoints as JSON text; the results of the steps and the cursor are JSON text already.
+
+    Many steps are stored in parts, each of which is a note: ``parts`` has the number of steps in each, by
+    its name. The record has the other steps, which follow those.
+    """
     named = ",".join(f"{payload.encode(name, 'name')}:{text}" for name, text in steps.items())
-    parts = [f'"steps":{{{named}}}'] if steps else []
+    fields = [f'"steps":{{{named}}}'] if steps else []
     if cursor is not None:
-        parts.append(f'"cursor":{cursor}')
-    return f"{{{','.join(parts)}}}"
+        fields.append(f'"cursor":{cursor}')
+    if parts:
+        fields.append(f'"{PARTS}":{payload.encode(parts, PARTS)}')
+    return f"{{{','.join(fields)}}}"
+
+
+#: The key of the names of the parts in checkpoints.
+PARTS = "parts"
+#: The names of the notes with steps begin with this.
+PART = "steps/"
+
+
+def part_name(task_id: str) -> str:
+    """Return the name of a new note with steps of a task."""
+    return f"{PART}{task_id}/{new_id()}"
+
+
+def task_of_part(name: str) -> str:
+    """Return the id of the task to which the steps in a note belong."""
+    return name.removeprefix(PART).rpartition("/")[0]
+
+
+def parts_of(checkpoints: Mapping[str, Any] | None) -> dict[str, int]:
+    """Return the names of the notes with the first steps of a task, with the number of steps in each."""
+    parts = checkpoints.get(PARTS) if checkpoints else None
+    return parts if isinstance(parts, dict) else {}
+
+
+def add_parts(task: Task, notes: Mapping[str, str], codecs: Codecs) -> None:
+    """Add the steps that are in notes to the checkpoints of a task; ``notes`` has their texts, by name."""
+    assert task.checkpoints is not None
+    steps: dict[str, Any] = {}
+    try:
+        for name in parts_of(task.checkpoints):
+            part = _object_from_text(notes[name])
+            steps.update((codecs.value(part) if CODEC_KEY in part else part)["steps"])
+    except (KeyError, ValueError, TypeError, RecursionError) as problem:
+        task.damage = task.damage or f"the stored record is damaged: {problem} in its steps"
+        return
+    steps.update(task.checkpoints.get("steps", {}))
+    task.checkpoints = {**task.checkpoints, "steps": steps}
+
+
+def undivided(checkpoints: Mapping[str, Any]) -> dict[str, Any]:
+    """Return checkpoints, as they were read, to be stored without parts."""
+    return {name: value for name, value in checkpoints.items() if name != PARTS}
 
 
 def attempts_to_text(attempts: Sequence[Attempt]) -> str:
@@ -577,6 +645,7 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "retry": _policy_from_text,
     "depends_on": ids_from_text,
     "checkpoints": _object_from_text,
+    "cost": cost_from_text,
     "dead_letter": bool,
     "earlier_attempts": lambda text: _attempts_from_text(text) if text else [],
     **dict.fromkeys(TIME_FIELDS, to_datetime),

@@ -37,8 +37,11 @@ def of_submit(options: Mapping[str, Any]) -> list[str]:
     """Return the options that concern the moment of the submit, so that no :class:`Task` can hold them."""
     timed = options.get("expires")
     relative = timed is not None and not isinstance(timed, datetime)
-    found = [name for name in ("delay", "on_conflict") if name in options]
+    found = [name for name in _OF_MOMENT if name in options]
     return [*found, "expires"] if relative else found
+
+
+_OF_MOMENT = ("delay", "on_conflict", "debounce", "at_most")
 
 
 def with_options(task: Task, options: Mapping[str, Any], now_ms: int) -> Task:
@@ -53,11 +56,19 @@ def with_options(task: Task, options: Mapping[str, Any], now_ms: int) -> Task:
     parents = chosen.get("depends_on")
     if isinstance(parents, Iterable) and not isinstance(parents, (str, bytes, Mapping)):
         chosen["depends_on"] = [getattr(parent, "id", parent) for parent in parents]
+    if (key := chosen.pop("key", None)) is not None:
+        if "concurrency_key" in chosen:
+            raise ConfigurationError("give key or concurrency_key, its old name, not both")
+        chosen["concurrency_key"] = check_key(key, "key")
     if "tags" in chosen:
         chosen["tags"] = check_tags(chosen["tags"])
-    _check_on_conflict(chosen.pop("on_conflict", "reject"), "on_conflict")
+    on_conflict = chosen.pop("on_conflict", "reject")
+    _check_on_conflict(on_conflict, "on_conflict")
+    if "debounce" in chosen and "on_conflict" in options and on_conflict != "replace":
+        raise ConfigurationError("debounce replaces the task that waits: leave out on_conflict")
     if "on_conflict" in options and task.unique_key is None and "unique_key" not in chosen:
         raise ConfigurationError("on_conflict requires unique_key")
+    _debounce(task, chosen)
     if "unique_scope" in chosen:
         chosen["unique_scope"] = unique.scope_to_text(chosen["unique_scope"])
     delay = chosen.pop("delay", None)
@@ -77,6 +88,27 @@ def with_options(task: Task, options: Mapping[str, Any], now_ms: int) -> Task:
     return attrs.evolve(task, **chosen) if chosen else task
 
 
+def _debounce(task: Task, chosen: dict[str, Any]) -> None:
+    """Replace ``debounce`` by the options that it stands for; ``at_most`` concerns only the submit.
+
+    Raises:
+        ConfigurationError: an option is not valid, or there is another one that says the same.
+    """
+    wait, most = chosen.pop("debounce", None), chosen.pop("at_most", None)
+    if wait is None:
+        if most is not None:
+            raise ConfigurationError("at_most requires debounce")
+        return
+    if task.unique_key is None and "unique_key" not in chosen:
+        raise ConfigurationError("debounce requires unique_key")
+    if other := [name for name in ("delay", "run_at", "unique_scope") if name in chosen]:
+        raise ConfigurationError(f"debounce sets {other[0]}: leave it out")
+    seconds = check_number(wait, "debounce")
+    if most is not None and check_number(most, "at_most") < seconds:
+        raise ConfigurationError(f"at_most must be {seconds:g} s or more, as debounce is: {most!r}")
+    chosen.update(delay=seconds, unique_scope=unique.PENDING)
+
+
 def _expiry(expires: Any, run_at: datetime | None, now_ms: int) -> datetime:
     if isinstance(expires, datetime):
         return expires
@@ -86,7 +118,7 @@ def _expiry(expires: Any, run_at: datetime | None, now_ms: int) -> datetime:
 
 
 # The options that are a length of time, and may be a text.
-_LENGTHS = ("delay", "expires", "timeout")
+_LENGTHS = ("delay", "debounce", "at_most", "expires", "timeout")
 
 
 def bound_options(

@@ -13,8 +13,9 @@ from typing import Any
 
 from taskx.attempt.runner import Run
 from taskx.node.schedules import PREFIX, tick_id
-from taskx.tasks.lifecycle import COMPLETED, FINISHED, PENDING, RUNNING
-from taskx.tasks.rate import Rate
+from taskx.tasks.lifecycle import ANSWER, CHILDREN, COMPLETED, FINISHED, PENDING, RUNNING, key_of
+from taskx.tasks.model import Task
+from taskx.tasks.rate import NOTHING, Limit, Rate
 from taskx.tasks.record import DEFAULTS, FREE, ids_from_text
 from taskx.tasks.writes import Delete, Insert, NoteChange, Write
 from taskx.testing.simulated import SimulatedNode
@@ -23,8 +24,10 @@ Row = dict[str, Any]
 
 #: The moves by which a node ends or gives back a run of its own.
 _OWN = frozenset(
-    ("complete", "fail", "retry", "snooze", "interrupt", "hand back", "crash", "cancelled")
+    ("complete", "fail", "retry", "snooze", "interrupt", "hand back", "crash", "cancelled", "park")
 )
+#: What stays as it is when a task begins to wait in the middle of an attempt.
+_KEPT = ("turn", "errors", "crashes", "interruptions", "snoozes", "earlier_attempts", "started_at")
 _BY_HAND = frozenset(("by hand", "requeue"))
 _SECOND = 1_000_000_000
 
@@ -51,6 +54,9 @@ class Promises:
         self._ticks: dict[tuple[str, int], str] = {}
         # The tasks of the schedules whose tasks must not overlap.
         self._in_turn: dict[str, list[str]] = {}
+        # The answers that somebody has given; and the first time-out of each wait for a task.
+        self._answered: set[str] = set()
+        self._until: dict[tuple[str, str], int] = {}
         # The executions that go on, without those of nodes that counted as dead: the run, and its node.
         self.open: dict[Run, SimulatedNode] = {}
         # When the begun runs of each rate were decided and began; and when each start was decided.
@@ -74,9 +80,11 @@ class Promises:
         for write in writes:
             if isinstance(write, Insert):
                 self._created(node, write, now)
+                self._decided[write.id, 1] = decided
             elif isinstance(write, Delete):
                 row = self.rows.pop(write.id)
                 self._gone.add(write.id)
+                self._answered.discard(write.id)
                 self._require(row["status"] != RUNNING, f"task {write.id} was removed as it ran")
             else:
                 before = self.rows[write.id]
@@ -84,8 +92,8 @@ class Promises:
                 self._moved(node, write.move, before, after, now)
                 self.rows[write.id] = after
                 self._check_row(after)
-            if (row := self.rows.get(write.id, {})).get("status") == RUNNING:
-                self._decided.setdefault((write.id, row["starts"]), decided)
+                if after["starts"] != before["starts"] and not _parked(before):
+                    self._decided[write.id, after["starts"]] = decided
 
     def _created(self, node: SimulatedNode, write: Insert, now: int) -> None:
         row = {**DEFAULTS, **write.row}
@@ -107,7 +115,8 @@ class Promises:
         self.rows[task_id] = row
         self._check_row(row)
         if row["status"] == RUNNING:
-            self._starts(node, {**row, "status": PENDING, "starts": 0}, row, now)
+            before = {**row, "status": PENDING, "starts": 0, "started_at": None}
+            self._starts(node, before, row, now)
 
     def _moved(self, node: SimulatedNode, move: str, before: Row, after: Row, now: int) -> None:
         old, new, task = before["status"], after["status"], f"task {before['id']}"
@@ -126,7 +135,31 @@ class Promises:
             again = move in _BY_HAND or move == "parents moved"
             self._require(again, f"{task} had ended as {old}, and is {new} by: {move}")
             self._requeued.add(before["id"])
+            self._answered.discard(before["id"])
+        self._require(move != "finish" or old == PENDING, f"{task} was {old}, and was answered")
         self._require(after["starts"] >= before["starts"], f"the starts of {task} fell")
+        if move == "park":
+            changed = [name for name in _KEPT if after[name] != before[name]]
+            self._require(not changed, f"{task} waits, and has another {', '.join(changed)}")
+        elif new in (PENDING, RUNNING) and _parked(before):
+            self._require(after["turn"] == before["turn"], f"{task} waited, and lost its turn")
+        self._check_wait(task, before, after, now)
+
+    def _check_wait(self, task: str, before: Row, after: Row, now: int) -> None:
+        """Check that a wait ends when it should, and that its time-out counts from its begin."""
+        awaited, until = before["waiting_on"], before["expires_at"]
+        if _parked(before) and awaited and not after["waiting_on"] and after["status"] == PENDING:
+            # If some children of a list are enough, the end of each counts.
+            row = self.rows.get(awaited, {})
+            some = ids_from_text(row["depends_on"]) if row.get("type") == CHILDREN else ()
+            over = any(self._has_ended(one) for one in (awaited, *some))
+            in_time = self._clocks_right and (until is None or until > now)
+            self._require(over or not in_time, f"{task} went on before the end of {awaited}")
+        key, until = (after["id"], after["waiting_on"] or ""), after["expires_at"]
+        waits = _parked(after) or after["type"] == ANSWER
+        if waits and key[1] and until is not None and after["id"] not in self._requeued:
+            first = self._until.setdefault(key, until)
+            self._require(until == first, f"{task} waits for {key[1]} until {until}, not {first}")
 
     def _starts(self, node: SimulatedNode, before: Row, after: Row, now: int) -> None:
         task = f"task {before['id']} ({before['type']})"
@@ -151,7 +184,9 @@ class Promises:
     def _check_key(self, task: str, before: Row, after: Row) -> None:
         if (key := before["concurrency_key"]) is None:
             return
-        self._require(after["turn"] == key, f"{task} started without the turn of {key!r}")
+        self._require(
+            key_of(after["turn"] or "") == key, f"{task} started without the turn of {key!r}"
+        )
         if before["starts"] or before["id"] in self._requeued:
             return
         for other in self._lines[key]:
@@ -203,6 +238,16 @@ class Promises:
             there = task_id in self.rows or task_id in self._gone
             self._require(there, f"task {task_id} was accepted, and is not stored")
 
+    def _has_ended(self, task_id: str) -> bool:
+        return self.rows.get(task_id, {}).get("status") not in (PENDING, RUNNING)
+
+    def answered(self, task_id: str) -> None:
+        """Check that an answer is stored which somebody was told to have given, and is the only one."""
+        ended = task_id in self._gone or self.rows.get(task_id, {}).get("status") in FINISHED
+        self._require(ended, f"the answer {task_id} was given, and is not stored")
+        self._require(task_id not in self._answered, f"the answer {task_id} was given twice")
+        self._answered.add(task_id)
+
     # --- executions
 
     def begins(self, node: SimulatedNode, run: Run, now: int) -> None:
@@ -216,25 +261,45 @@ class Promises:
                 self._broken(f"task {task.id} runs twice at once: on {where.id} and {node.id}")
             key = task.concurrency_key
             if key is not None and other.task.concurrency_key == key:
-                self._broken(f"tasks {other.task.id} and {task.id} of key {key!r} run at once")
-        limit = node.queue._registry.limits.get(type)
-        if limit is None:
-            return
-        shared = limit.scope == "global"
-        mine = [r for r, n in self.open.items() if r.task.type == type and (shared or n is node)]
-        if limit.max_concurrency is not None and len(mine) > limit.max_concurrency:
-            self._broken(f"{len(mine)} tasks of type {type} run, of {limit.max_concurrency}")
-        if limit.rate is not None and self._clocks_right:
-            begun = self._begun[type, None if shared else node.number]
-            begun.append((self._decided[task.id, task.starts], now))
-            self._check_rate(type, limit.rate, begun)
+                alone = node.queue._registry.limit_of_key(key) is None
+                self._require(
+                    not alone, f"tasks {other.task.id} and {task.id} of key {key!r} run at once"
+                )
+        # One that has waited goes on without a token.
+        decided = self._decided.pop((task.id, task.starts), None)
+        for name in node.queue._registry.limited.get(type, ()):
+            if (limit := node.queue._registry.limits.get(name)) is not None:
+                self._within(name, limit, node, (decided, now), task)
 
-    def _check_rate(self, type: str, rate: Rate, begun: Sequence[tuple[int, int]]) -> None:
+    def _within(
+        self,
+        name: str,
+        limit: Limit,
+        node: SimulatedNode,
+        when: tuple[int | None, int],
+        task: Task,
+    ) -> None:
+        """Check that a limit holds while another task begins; ``when`` it took its token, and begins."""
+        decided, now = when
+        shared = limit.scope == "global"
+        most, limited = limit.max_concurrency, node.queue._registry.limited
+        open_here = [r for r, n in self.open.items() if shared or n is node]
+        mine = [run for run in open_here if name in limited.get(run.task.type, ())]
+        if most is not None and len(mine) > most:
+            self._broken(f"{len(mine)} tasks of limit {name} run, of {most}")
+        if decided is None or not self._clocks_right:
+            return
+        for rate in limit.rates:
+            begun = self._begun[name, rate.unit, None if shared else node.number]
+            begun.extend([(decided, now)] * rate.need(task.cost or NOTHING))
+            self._check_rate(name, rate, begun)
+
+    def _check_rate(self, name: str, rate: Rate, begun: Sequence[tuple[int, int]]) -> None:
         """Check the periods that end now: a run takes its token between its decision and its begin."""
-        now = begun[-1][1]
+        now = begun[-1][1] if begun else 0
         for number, since in enumerate(sorted((one for one, _ in begun), reverse=True), 1):
             if number > rate.burst + (now - since) / _SECOND / rate.interval + 0.01:
-                self._broken(f"{number} tasks of type {type} in {(now - since) / _SECOND} s")
+                self._broken(f"{number} of limit {name} in {(now - since) / _SECOND} s")
 
     def executes(self, node: SimulatedNode, run: Run) -> None:
         """Check the execution itself: the node still has the task, with the params of its record."""
@@ -285,3 +350,21 @@ class Promises:
     def unfinished(self) -> list[str]:
         """Return the ids of the tasks that have not ended."""
         return [task_id for task_id, row in self.rows.items() if row["status"] not in FINISHED]
+
+    def unanswered(self) -> list[str]:
+        """Return the ids of the answers without a time-out that tasks wait for."""
+        rows, waiting = self.rows, {row["waiting_on"] for row in self.rows.values()}
+        pending = (i for i in self.unfinished() if rows[i]["type"] == ANSWER and i in waiting)
+        return [i for i in pending if rows[i]["expires_at"] is None]
+
+    def next_moment(self, now: int) -> float:
+        """Return the seconds until a task is due, or a wait is over; 0 if there is none."""
+        moments = (
+            self.rows[i][name] for i in self.unfinished() for name in ("run_at", "expires_at")
+        )
+        return min((at - now for at in moments if at is not None and at > now), default=0) / 1000
+
+
+def _parked(row: Row) -> bool:
+    """Return True if a pending task waits in the middle of an attempt, or goes on with it."""
+    return row["status"] == PENDING and row["started_at"] is not None

@@ -67,6 +67,9 @@ class World(Protocol):
     def accepted(self, task_ids: Iterable[str]) -> None:
         """Note that a submit of these tasks has returned."""
 
+    def answered(self, task_id: str) -> None:
+        """Note that somebody was told to have given this answer."""
+
     def pass_time(self, seconds: float) -> None:
         """Let time pass."""
 
@@ -363,6 +366,12 @@ class _Queue(Queue):
         made = _Intake(self._services, self._node, self.config, work)
         made.world = self._simulated.world
         return made
+
+    def finish(self, task_id: str, result: Any = None, **more: Any) -> bool:
+        done = super().finish(task_id, result, **more)
+        if done:
+            self._simulated.world.answered(task_id)
+        return done
 
 
 class SimulatedNode:

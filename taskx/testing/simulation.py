@@ -7,7 +7,7 @@ import logging
 import pprint
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from random import Random
 from typing import Any, Literal, get_args
 
@@ -21,6 +21,7 @@ from taskx.tasks.config import Config
 from taskx.tasks.errors import (
     CancelReason,
     ConfigurationError,
+    InvalidTransition,
     QueueStopped,
     RepositoryError,
     RepositoryUnavailable,
@@ -337,6 +338,10 @@ class Simulation:
         """Check that tasks are stored whose submit has returned."""
         self._promises.accepted(task_ids)
 
+    def answered(self, task_id: str) -> None:
+        """Check an answer of which somebody was told that it counts."""
+        self._promises.answered(task_id)
+
     def pass_time(self, seconds: float) -> None:
         """Let time pass, for all nodes that live."""
         self.now += round(seconds * _SECOND)
@@ -416,9 +421,21 @@ class Simulation:
             quiet = quiet + 1 if look > 2 and not left else 0
             vain = vain + 1 if left == before else 0
             pause = 2.5 if quiet else min(0.1 * 2**vain, 1000.0)
+            if vain > 1:
+                coming = self._promises.next_moment(self._began + self.now // 1_000_000)
+                pause = max(pause, min(coming, 1000.0))
+                if not coming:
+                    self._give_answers()
             self.pass_time(pause)
         tasks = ", ".join(self._promises.unfinished()[:5])
         self.broken(f"these tasks never end: {tasks}")
+
+    def _give_answers(self) -> None:
+        """Say that nobody will answer any more what has no time-out."""
+        queue = next(filter(None, self._places)).queue
+        for answer_id in self._promises.unanswered():
+            with suppress(InvalidTransition):  # it waits for other tasks first
+                queue.finish(answer_id, error="nobody answers any more")
 
     def _let_end(self, queue: Queue) -> None:
         """Pause what never ends, and let run what the program has paused."""

@@ -19,6 +19,9 @@ from .campaign import LONGEST, Campaign, Child, until
 NAME = "campaign"
 #: The ways to disturb a connection.
 DISTURBANCES = ("reset", "cut", "delay", "swallow asks", "swallow answers")
+#: A short lease. A process may stand still for almost three seconds: it still sends a heartbeat in time, or
+#: ends its tasks in time.
+LEASE: dict[str, Any] = {"lease": 6.0, "margin": 0.5}
 #: The query for the notes of nodes.
 NODES = {"_id": {"$regex": "^node/[^/]*$"}}
 _never = threading.Event()
@@ -67,7 +70,7 @@ class MongoCampaign(Campaign):
         retries = "true" if options.pop("retries", True) else "false"
         query = f"directConnection=true&retryWrites={retries}"
         url = f"mongodb://127.0.0.1:{proxy.port}/{self._name}?{query}"
-        child = super().spawn(**{"database": url, "host": str(host), **options})
+        child = super().spawn(**{"database": url, "host": str(host), **LEASE, **options})
         self.proxies[child.who] = proxy
         return child
 

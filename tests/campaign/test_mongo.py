@@ -108,10 +108,6 @@ def test_a_kill_at_each_point_breaks_no_promise(campaign):
 
 # Tests of the proof
 
-#: A short lease. A process may stand still for almost three seconds: it still sends a heartbeat in time, or
-#: ends its tasks in time.
-LEASE: dict[str, Any] = {"lease": 6.0, "margin": 0.5}
-
 
 def store(campaign: MongoCampaign, kind: str, **params: Any) -> None:
     """Store a task for any process."""
@@ -140,9 +136,9 @@ def close_while_it_runs(campaign: MongoCampaign, **options: Any) -> None:
 def cut_off_for_long(campaign: MongoCampaign, **options: Any) -> None:
     """Cut off a host for longer than a lease: its task is taken over, so it must have ended before."""
     store(campaign, "patient", seconds=60.0)
-    first = campaign.spawn(role="serve", host="there", **LEASE, **options)
+    first = campaign.spawn(role="serve", host="there", **options)
     campaign.wait_for("begin", who=first.who)
-    second = campaign.spawn(role="serve", **LEASE)
+    second = campaign.spawn(role="serve")
     campaign.wait_for("started", who=second.who)
     campaign.proxies[first.who].cut(refuse=True)
     campaign.wait_for("begin", who=second.who)
@@ -151,9 +147,9 @@ def cut_off_for_long(campaign: MongoCampaign, **options: Any) -> None:
 def neighbours_elsewhere(campaign: MongoCampaign, **options: Any) -> None:
     """Run two living hosts for more than a lease: neither may take over the other's running task."""
     store(campaign, "stubborn", seconds=60.0)
-    first = campaign.spawn(role="serve", host="there", **LEASE)
+    first = campaign.spawn(role="serve", host="there")
     campaign.wait_for("begin", who=first.who)
-    second = campaign.spawn(role="serve", **LEASE, **options)
+    second = campaign.spawn(role="serve", **options)
     campaign.wait_for("started", who=second.who)
     enough = campaign.beats() + 2 * (DEFAULT_TIMING.lease_beats + 2)  # heartbeats of both nodes
     until(

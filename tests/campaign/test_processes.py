@@ -29,7 +29,7 @@ def queue(campaign: Campaign) -> Iterator[Queue]:
 
 
 #: A second or less is promised, and the rest is for a slow machine; executors sleep for a minute.
-SOON = 30.0
+SOON = 50.0
 
 
 def seconds_between(campaign: Campaign, told: str, what: str, **like: object) -> float:

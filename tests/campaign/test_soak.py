@@ -150,13 +150,9 @@ def test_a_short_soak_loses_nothing_and_tells_what_it_saw(tmp_path):
     assert (memory > 10.0, threads > 4, files > 5) == (True, True, True)
 
 
-@pytest.mark.process
-@pytest.mark.campaign
 def test_a_soak_names_tasks_that_were_lost(tmp_path):
-    soak = Soak(tmp_path, Plan(processes=1, patience=1.0))
+    soak = Soak(tmp_path, Plan())
     SideLog(tmp_path / "side.log", "p0").tell("accepted", "nowhere", kind="quick")
-    try:
-        assert [*soak.run(lambda: "p0" in soak.audit.at_work)]
-    finally:
-        soak.end()
+    soak.end()
+    soak._judge()
     assert soak.audit.violations == ["quick nowhere was lost"]

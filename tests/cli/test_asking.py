@@ -7,7 +7,7 @@ import json
 import pytest
 from helpers import PATIENCE
 
-from taskx import TaskFailed
+from taskx import TaskFailed, answer
 
 
 @pytest.fixture
@@ -53,6 +53,11 @@ def test_stats_have_a_row_for_each_type(ended, outside, taskx):
     assert email[:5] == ["email", "-", "-", "-", "-"]
     assert email[5:8] == ["1", "2", "66.7%"]
     assert sms[:5] == ["sms", "1", "1", "-", "-"]
+
+
+def test_stats_say_how_many_answers_are_to_be_given(outside, taskx):
+    outside.submit_flow(answer("legal"))
+    assert "1 answer to give: taskx answers lists them" in taskx("stats").err
 
 
 def test_stats_can_be_of_some_types_and_of_a_time(ended, outside, taskx):

@@ -69,6 +69,11 @@ resume |
 changes | --limit | 0
 nodes | stop | nope
 stacks | nope
+limits | nope
+tune | --limit | api | --rate | 5/m | --rate | 6/m | --burst | 1
+tune | --limit | tenant: | --concurrency | 101
+tune | --limit | type/email | --rate | 5/m
+tune | --limit | api | --workers | 2
 tune | email | --rate | 5
 tune | email | --rate | 0/m
 tune | email | --rate | 5/m | --burst | 0

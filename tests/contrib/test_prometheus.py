@@ -491,6 +491,7 @@ def text(make, registry, value, clock):
     """The text of a scrape in which all metrics have values."""
     queue = make(worker_num=1, buffer_size=3)
     begun, go_on = threading.Event(), threading.Event()
+    queue.limit("api", concurrency=2, rate="5/s")
     queue.executor("deaf", timeout=60)(lambda: begun.set() or go_on.wait(PATIENCE))
     registry.register(StoreCollector(queue))
     queue.executor("bad", max_attempts=2)(lambda: 1 / 0)
@@ -550,6 +551,9 @@ def test_the_librarys_parser_reads_the_metrics(text):
         "taskx_tasks_pending": "gauge",
         "taskx_answers_pending": "gauge",
         "taskx_oldest_pending_age_seconds": "gauge",
+        "taskx_limit_slots": "gauge",
+        "taskx_limit_slots_taken": "gauge",
+        "taskx_limit_free": "gauge",
         "taskx_nodes": "gauge",
         "taskx_workers": "gauge",
         "taskx_buffer_size": "gauge",

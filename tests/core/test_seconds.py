@@ -25,7 +25,7 @@ from taskx import (
 )
 from taskx.tasks.checks import check_number
 from taskx.tasks.options import Options
-from taskx.tasks.rate import Rate
+from taskx.tasks.rate import Rate, Rates
 from taskx.tasks.token import CancelToken
 from taskx.testing import ManualQueue, run_executor
 
@@ -65,11 +65,11 @@ def test_a_number_of_seconds_is_checked_as_before():
         (lambda: every(30, minutes=1, hours=0.5, days=1), every(88290)),
         (lambda: Config(retention={"failed": "2d"}), Config(retention={"failed": 172800})),
         (lambda: Options(timeout="90s", grace="500ms"), Options(timeout=90, grace=0.5)),
-        (lambda: Options(rate=(5, "1m")).limit.rate, Rate(5, 60.0, 5)),
+        (lambda: Options(rate=(5, "1m")).own_limit.rates, Rates([Rate(5, 60.0, 5)])),
         (lambda: Retry(delay="1w").delay, 604800),
         (lambda: Snooze("2m").seconds, 120),
         (lambda: Options(timeout=MINUTE, grace=SECOND), Options(timeout=60, grace=1)),
-        (lambda: Options(rate=(5, MINUTE)).limit.rate, Rate(5, 60.0, 5)),
+        (lambda: Options(rate=(5, MINUTE)).own_limit.rates, Rates([Rate(5, 60.0, 5)])),
         (lambda: Retry(delay=MINUTE).delay, 60),
         (lambda: Snooze(MINUTE).seconds, 60),
         (lambda: RetryPolicy(backoff=lambda attempt: attempt * MINUTE, jitter=0).delay(2, 0), 120),

@@ -9,7 +9,7 @@ from html import unescape
 
 import pytest
 
-from taskx import Config, Uncertain, answer, chain
+from taskx import Config, Task, Uncertain, answer, chain
 from taskx.programs.dashboard import ALL
 from taskx.testing import ManualQueue
 
@@ -282,3 +282,15 @@ class TestThePageOfATask:
         words = text_of(look(queue).get(f"/task?id={handle.id}"))
         assert re.search(r"approval TimeoutError: no answer to \S+/approval", words)
         assert "charge has begun, and nobody knows how it has ended" in words
+
+    def test_a_task_that_waits_for_children_leads_to_them(self, look, queue):
+        @queue.executor("crawl")
+        def crawl(ctx):
+            return ctx.run_all("pages", [Task(type="page")] * 3)
+
+        queue.declare("page")
+        handle = queue.submit("crawl")
+        queue.run_all()
+        words = text_of(look(queue).get(f"/task?id={handle.id}"))
+        assert "children (pages)" in words
+        assert re.search(r"Waits for \S+/pages/all Since \d{4}-.* Until it ends", words)

@@ -305,3 +305,11 @@ def leaves(ctx, how, dies=False):
 def tomorrow(day: date) -> date:
     """Return the day after an object that it got."""
     return day + timedelta(days=1)
+
+
+def many_steps(ctx, text: str, count: int):
+    for n in range(count):
+        ctx.step(f"step {n}", lambda: text)
+    if ctx.task.errors == 0:
+        raise ValueError("once")
+    return len(ctx.task.checkpoints["steps"])

@@ -433,8 +433,8 @@ def deep():
     ("make", "text"),
     [
         (lambda: {"when": object()}, "PayloadError: result.when: object is not JSON"),
-        (lambda: [1, float("inf")], "PayloadError: result[1]: inf is not valid JSON"),
-        (lambda: {"x": float("nan")}, "PayloadError: result.x: nan is not valid JSON"),
+        (lambda: [1, float("inf")], "PayloadError: result[1]: inf is not valid JSON: use None"),
+        (lambda: {"x": float("nan")}, "PayloadError: result.x: nan is not valid JSON: use None"),
         (lambda: {1, 2}, "PayloadError: result: set is not JSON"),
         (lambda: b"x", "PayloadError: result: bytes is not JSON"),
         (lambda: "\udfff", "PayloadError: result: contains a lone surrogate"),

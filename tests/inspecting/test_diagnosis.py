@@ -7,7 +7,7 @@ from datetime import datetime, timedelta, timezone
 import pytest
 
 import taskx
-from taskx import Check, Diagnosis, Queue, RepositoryUnavailable, SQLiteRepository
+from taskx import Check, Diagnosis, Queue, RepositoryUnavailable, SQLiteRepository, Task
 from taskx.insight import diagnosis, parked
 from taskx.stores.liveness.base import About, Node
 from taskx.tasks.clock import to_datetime
@@ -180,6 +180,17 @@ class TestWaitingTasks:
             "1 task of type 'refund', version 1, waits without a thread in grace.",
             "1 task of type 'ship', no version, waits without a thread in event/paid.",
         }
+
+    @pytest.mark.parametrize("name", ["pages", "p" * 80])
+    def test_tasks_that_wait_for_children_wait_in_their_list(self, healthy, name):
+        queue = ManualQueue(healthy)
+        queue.declare("page")
+        queue.executor("crawl")(lambda ctx: ctx.run_all(name, [Task(type="page")] * 3))
+        for number in range(2):
+            queue.submit("crawl", id=f"crawl {number} {'x' * len(name)}")
+        queue.run_all()
+        (only,) = self.told(queue)
+        assert (only.facts["step"], only.facts["tasks"]) == (name, 2)
 
     def test_another_version_of_the_executor_is_a_warning(self, waiting):
         waiting.executor("refund", version=2, replace=True)(lambda ctx: None)

@@ -15,7 +15,7 @@ from taskx import ConfigurationError, Reason, TaskNotFound, TaskStatus
 from taskx.stores.liveness.base import Node
 from taskx.tasks import lifecycle
 from taskx.tasks.findings import ReasonKind, duration
-from taskx.tasks.rate import Limit
+from taskx.tasks.rate import NO_RATES, Limit
 from taskx.tasks.writes import NoteChange, Update
 
 
@@ -291,6 +291,7 @@ def test_a_task_waits_for_a_slot(make_queue, gate, asker, scope):
     for one in (queue, asker):
         reason = only(one, waits, "slot")
         assert reason.facts == {
+            "limit": "type/hold",
             "max_concurrency": 1,
             "scope": scope,
             "holders": [holder.id],
@@ -321,10 +322,16 @@ def test_the_slots_of_all_nodes_are_one_reason(make_queue, gate, asker, scope):
 
 
 def test_slots_that_a_node_keeps_without_a_task_are_a_reason(queue, monkeypatch):
-    limits = {"hold": Limit(2, None, "global")}
-    node = Node(id="n", name="keeper", types=("hold",), limits=limits, alive=True)
+    node = Node(
+        id="n",
+        name="keeper",
+        types=("hold",),
+        limits={"type/hold": Limit(2, NO_RATES, "global")},
+        limited={"hold": ("type/hold",)},
+        alive=True,
+    )
     monkeypatch.setattr(queue.repository.liveness, "nodes", lambda: [node])
-    note = NoteChange("limit/slots/hold", '{"n": 2}', 0)
+    note = NoteChange("limit/slots/type/hold", '{"n": 2}', 0)
     assert queue.repository.put_notes([note]) == [True]
     queue.declare("hold")
     reason = only(queue, queue.submit("hold"), "slot")
@@ -343,6 +350,7 @@ def test_a_task_waits_for_a_token(make_queue, asker, scope):
     assert 42_000 < reason.facts["seconds"] <= 43_200
     assert reason.facts["next_at"] > datetime.now(timezone.utc) + timedelta(hours=11)
     assert {**reason.facts, "next_at": 0, "seconds": 0} == {
+        "limit": "type/call",
         "count": 2,
         "period": 86400.0,
         "burst": 1,
@@ -384,7 +392,7 @@ def test_slots_of_a_damaged_note_do_not_count(make_queue, gate):
     queue.submit("hold")
     gate.wait_for(1)
     waits = queue.submit("hold")
-    name = "limit/slots/hold"
+    name = "limit/slots/type/hold"
     version = queue.repository.notes(name)[name].version
     queue.repository.put_notes([NoteChange(name, "no JSON", version)])
     assert kinds(ask(queue, waits)) == ["worker"]

@@ -29,8 +29,11 @@ from taskx import (
     TaskStatus,
     executor,
 )
-from taskx.node.admission import Admission
-from taskx.tasks.rate import Limit, rate_of
+from taskx.node.admission import Admission, Asking
+from taskx.tasks.rate import Limit, rates_of
+
+#: The limits of the type "t".
+OF_T = ("type/t",)
 
 
 class Crowd:
@@ -60,9 +63,9 @@ def admits(clock):
 
     def make(rate=None, burst=None, max_concurrency=None):
         planned = []
-        limits = {"t": Limit(max_concurrency, rate_of(rate, burst), "node")}
+        limits = {"type/t": Limit(max_concurrency, rates_of(rate, burst), "node")}
         plan = lambda: planned.append(made.next_fetch())  # noqa: E731
-        made = Admission(limits, MemoryRepository(), "node", clock, lambda: None, plan)
+        made = Admission(limits, {"t": OF_T}, MemoryRepository(), "node", clock, lambda: None, plan)
         return made, planned
 
     return make
@@ -372,7 +375,7 @@ def test_a_failing_repository_leaves_no_slot_taken(make_queue, repository):
 def test_a_task_that_is_handed_back_frees_its_slot(admits):
     """For example, a task that was started ahead and found no free worker."""
     admission, _ = admits(max_concurrency=1)
-    assert admission.admit({"t": ["x", "y"]}) == {"x"}
+    assert admission.admit({OF_T: [Asking("x"), Asking("y")]}) == {"x"}
     assert not admission.open("t")
     admission.over("x", ran=False)
     assert admission.open("t")
@@ -540,70 +543,70 @@ def test_a_slot_freed_during_a_housekeeping_round_is_noticed(make_queue, monkeyp
 def test_a_token_that_came_during_a_fetch_is_used_at_once(admits, clock):
     """It may come while tasks are fetched, or while a task that waits for a token is started."""
     admission, told = admits("60/m", 2)
-    assert admission.admit({"t": ["w", "x"]}) == {"w", "x"}
+    assert admission.admit({OF_T: [Asking("w"), Asking("x")]}) == {"w", "x"}
     clock.advance(1)
     assert admission.is_time()
-    assert admission.room("t", ()) == (1, 0)
+    assert admission.room(OF_T, ()) == (1, 0)
     clock.advance(1)
-    admission.fetch_done("t", 1, 1)
+    admission.fetch_done({OF_T: 1}, {OF_T: 1})
     assert told[1:] == [clock.monotonic()]
     assert admission.is_time()
     admission.fetched("t", "y")
     admission.fetched("t", "z")
-    assert admission.room("t", ("y", "z")) == (0, 2)
+    assert admission.room(OF_T, ("y", "z")) == (0, 2)
     clock.advance(1)  # no more than two tokens
-    assert admission.admit({"t": ["y"]}) == {"y"}
+    assert admission.admit({OF_T: [Asking("y")]}) == {"y"}
     assert told[2:] == [clock.monotonic() + 1]
     clock.advance(1)
-    assert admission.admit({"t": ["z"]}) == {"z"}
+    assert admission.admit({OF_T: [Asking("z")]}) == {"z"}
     assert told[3:] == [clock.monotonic()]
 
 
 def test_no_fetch_is_planned_when_no_more_tasks_are_stored(admits):
     """At least not at every start: a submit of more tasks reports them."""
     admission, told = admits("60/m", 9)
-    assert admission.room("t", ()) == (9, 0)
-    admission.fetch_done("t", 9, 5)
-    assert admission.admit({"t": ["x"]}) == {"x"}
+    assert admission.room(OF_T, ()) == (9, 0)
+    admission.fetch_done({OF_T: 9}, {OF_T: 5})
+    assert admission.admit({OF_T: [Asking("x")]}) == {"x"}
     assert (told, admission.next_fetch()) == ([], None)
 
 
 def test_the_housekeeper_is_told_when_a_task_waits_for_a_token(admits, clock):
     """The start that takes the last token tells it, and a fetch after which there may be more tasks."""
     admission, told = admits("60/m", 2)
-    assert admission.admit({"t": ["x", "y"]}) == {"x", "y"}
+    assert admission.admit({OF_T: [Asking("x"), Asking("y")]}) == {"x", "y"}
     assert told == [clock.monotonic() + 1]
     clock.advance(1)
     assert admission.is_time()
     assert (admission.is_time(), admission.next_fetch()) == (False, None)
-    assert admission.room("t", ()) == (1, 0)
-    admission.fetch_done("t", 1, 0)  # nothing waits for it
+    assert admission.room(OF_T, ()) == (1, 0)
+    admission.fetch_done({OF_T: 1}, {OF_T: 0})  # nothing waits for it
     assert (len(told), admission.next_fetch()) == (1, None)
-    admission.fetch_done("t", 1, 1)
+    admission.fetch_done({OF_T: 1}, {OF_T: 1})
     assert told[1:] == [clock.monotonic() + 1]
 
 
 def test_a_task_that_never_ran_gives_its_token_back(admits):
     admission, _ = admits("1/h")
-    assert admission.admit({"t": ["x", "y"]}) == {"x"}
-    assert admission.admit({"t": ["y"]}) == set()
+    assert admission.admit({OF_T: [Asking("x"), Asking("y")]}) == {"x"}
+    assert admission.admit({OF_T: [Asking("y")]}) == set()
     admission.over("x", ran=False)
     admission.over("x", ran=False)  # told twice, it counts once
-    assert admission.admit({"t": ["y"]}) == {"y"}
+    assert admission.admit({OF_T: [Asking("y")]}) == {"y"}
     admission.over("y", ran=True)
-    assert admission.admit({"t": ["z"]}) == set()
+    assert admission.admit({OF_T: [Asking("z")]}) == set()
 
 
 def test_a_slot_without_a_token_is_given_back(admits, clock):
     """Two tasks are about to start, and one of them gets no token."""
     admission, _ = admits("1/h", max_concurrency=2)
-    assert admission.admit({"t": ["x", "y"]}) == {"x"}
+    assert admission.admit({OF_T: [Asking("x"), Asking("y")]}) == {"x"}
     clock.advance(3600)
-    assert admission.admit({"t": ["y"]}) == {"y"}
+    assert admission.admit({OF_T: [Asking("y")]}) == {"y"}
     clock.advance(3600)
-    assert admission.admit({"t": ["z"]}) == set()
+    assert admission.admit({OF_T: [Asking("z")]}) == set()
     admission.over("x", ran=True)
-    assert admission.admit({"t": ["z"]}) == {"z"}
+    assert admission.admit({OF_T: [Asking("z")]}) == {"z"}
 
 
 def test_tasks_that_cannot_start_are_not_fetched(busy, gate):
@@ -658,7 +661,7 @@ def test_a_type_without_a_limit_pays_nothing(started, monkeypatch):
     started.executor("limited", max_concurrency=1)(lambda: None)
     for type in ("fine", "limited") * 5:
         started.submit(type).result(PATIENCE)
-    assert set(asked) == {"limited"}
+    assert {*asked} <= {"limited", "type/limited", ("type/limited",)}
 
 
 # Options
@@ -690,8 +693,8 @@ def test_options_at_registration_override_those_of_the_executor(queue):
         pass
 
     queue.register_executor(t, max_concurrency=2, burst=7, limit_scope="global")
-    limit = queue._registry.limits["t"]
-    assert (limit.max_concurrency, limit.rate.burst, limit.scope) == (2, 7, "global")
+    limit = queue._registry.limits["type/t"]
+    assert (limit.max_concurrency, limit.rates[0].burst, limit.scope) == (2, 7, "global")
 
 
 def test_a_repository_of_eight_methods_keeps_limits_of_a_node():

@@ -29,12 +29,12 @@ from taskx import (
     TaskFilter,
     TaskStatus,
 )
-from taskx.node.admission import Admission, OwnBucket
+from taskx.node.admission import Admission, Asking, OwnBucket
 from taskx.node.audit import Audit
 from taskx.node.shared_limits import SharedBucket, SharedSlots
 from taskx.stores.liveness.base import Node
 from taskx.tasks import lifecycle
-from taskx.tasks.rate import Rate
+from taskx.tasks.rate import NOTHING, Rate, Rates
 from taskx.tasks.timing import DEFAULT_TIMING, Timing
 from taskx.testing import ManualClock
 
@@ -51,10 +51,13 @@ def nodes(make_queue, count, crowd, worker_num=4, **options):
     return queues
 
 
+OF_T = ("type/t",)
+
+
 def shares(repository, type="t"):
     from taskx.node.shared_limits import _shares_of
 
-    note = repository.notes("limit/slots/").get(f"limit/slots/{type}")
+    note = repository.notes("limit/slots/").get(f"limit/slots/type/{type}")
     return _shares_of(note.text if note else None)
 
 
@@ -138,7 +141,7 @@ def test_a_node_that_loses_the_last_task_to_another_one_gives_back_its_slot(
     submitter = make_queue()
     submitter.declare("t")
     task_id = submitter.submit("t").id
-    assert idle_engine.admission.admit({"t": ["before"]}) == {"before"}
+    assert idle_engine.admission.admit({OF_T: [Asking("before")]}) == {"before"}
     idle_engine.admission.over("before", ran=True)
 
     def another_takes_it():
@@ -207,7 +210,7 @@ def test_idle_slots_are_given_back(make_queue, repository, gate):
     queue.submit("hold")
     queue.start()
     gate.wait_for(1)
-    assert pool_of(queue).admission.admit({"t": ["x"]}) == {"x"}
+    assert pool_of(queue).admission.admit({OF_T: [Asking("x")]}) == {"x"}
     assert shares(repository) == {node_of(queue).record.id: 1}
     pool_of(queue).admission.over("x", ran=True)
     crowd = Crowd()
@@ -271,13 +274,14 @@ def test_a_node_notices_at_its_next_poll_what_another_one_gave_back(limit):
         whole_round(queue)  # the first round finds dead nodes, and "another" is no node
         first = Admission(
             queue._registry.limits,
+            queue._registry.limited,
             queue.repository,
             "another",
             SystemClock(),
             freed=lambda: None,
             scheduled=lambda: None,
         )
-        assert first.admit({"t": ["x"]}) == {"x"}
+        assert first.admit({OF_T: [Asking("x")]}) == {"x"}
         handle = queue.submit("t")
         eventually(lambda: not pool_of(queue).agenda.more_stored)
         assert handle.task().status is TaskStatus.PENDING
@@ -289,12 +293,12 @@ def test_a_node_notices_at_its_next_poll_what_another_one_gave_back(limit):
 def test_a_node_that_lost_its_lease_reads_the_note_before_it_starts_more(idle_engine, repository):
     """Other nodes may have taken its slots."""
     admission = idle_engine.admission
-    assert admission.admit({"t": ["x"]}) == {"x"}
+    assert admission.admit({OF_T: [Asking("x")]}) == {"x"}
     admission.over("x", ran=True)  # it keeps its slot
     [(name, note)] = repository.notes("limit/slots/").items()
     assert repository.put_note(name, '{"another": 1}', note.version)
     idle_engine.lose_lease()
-    assert admission.admit({"t": ["y"]}) == set()
+    assert admission.admit({OF_T: [Asking("y")]}) == set()
 
 
 # Slots and buckets by themselves
@@ -324,7 +328,7 @@ def test_all_nodes_together_never_take_more_slots_than_exist():
     for seed in range(40):
         chance, repository = random.Random(seed), Quarrel()
         most = chance.randrange(1, 5)
-        slots = {n: SharedSlots(repository, n, "t", most) for n in "abc"}
+        slots = {n: SharedSlots(repository, n, "type/t", most) for n in "abc"}
         taken = dict.fromkeys("abc", 0)
         full = 0
         for _ in range(200):
@@ -356,7 +360,7 @@ def test_an_interrupted_node_takes_no_slot_from_another_one(what, args):
     for point in itertools.count():
         repository = Quarrel()
         repository.chance.random = lambda: 1.0  # no conflicts
-        mine, others, dead = (SharedSlots(repository, node, "t", 3) for node in "abc")
+        mine, others, dead = (SharedSlots(repository, node, "type/t", 3) for node in "abc")
         mine.take(1)
         mine.give(1)
         mine.tend()  # slots that are idle from now on are given back at the next tend()
@@ -371,16 +375,16 @@ def test_an_interrupted_node_takes_no_slot_from_another_one(what, args):
             break
 
 
-@pytest.mark.parametrize(("what", "args"), [("tokens", ()), ("take", (1,))])
+@pytest.mark.parametrize(("what", "args"), [("tokens", ()), ("take", ([NOTHING],))])
 def test_an_interrupted_node_takes_no_token_twice(clock, what, args):
     for point in itertools.count():
-        repository, rate = MemoryRepository(), Rate(4, 3600.0, 4)
-        mine, others = (SharedBucket(repository, "t", rate, clock) for _ in range(2))
-        assert mine.take(2) == 2
-        assert others.take(1) == 1
+        repository, rate = MemoryRepository(), Rates([Rate(4, 3600.0, 4)])
+        mine, others = (SharedBucket(repository, "type/t", rate, clock) for _ in range(2))
+        assert mine.take([NOTHING] * 2) == 2
+        assert others.take([NOTHING] * 1) == 1
         mine.forget()
         struck = strike_at(point, partial(getattr(mine, what), *args))
-        assert mine.take(4) <= 1, struck
+        assert mine.take([NOTHING] * 4) <= 1, struck
         if struck is None:
             break
 
@@ -388,7 +392,7 @@ def test_an_interrupted_node_takes_no_token_twice(clock, what, args):
 def test_slots_unused_between_two_rounds_are_given_back():
     """This covers a node without fetches, which would otherwise show that no task needs the slot."""
     repository = Quarrel()
-    slots = SharedSlots(repository, "a", "t", 3)
+    slots = SharedSlots(repository, "a", "type/t", 3)
     slots.take(2)
     slots.give(1)
     slots.tend()
@@ -403,7 +407,7 @@ def test_slots_unused_between_two_rounds_are_given_back():
 
 def test_the_slots_of_a_dead_node_are_free(clock):
     repository = Quarrel()
-    first, second = (SharedSlots(repository, name, "t", 3) for name in "ab")
+    first, second = (SharedSlots(repository, name, "type/t", 3) for name in "ab")
     assert first.take(2) == 2
     assert second.take(3) == 1
     repository.dead.add("a")
@@ -418,7 +422,7 @@ def test_a_node_that_may_be_alive_keeps_its_slots():
         Node(id="a", name="a", alive=None),
         Node(id="b", name="b", alive=True),
     ]
-    first, second = (SharedSlots(repository, name, "t", 3) for name in "ab")
+    first, second = (SharedSlots(repository, name, "type/t", 3) for name in "ab")
     first.take(3)
     for _ in range(20):  # even if no other change comes in between
         second.tend()
@@ -429,7 +433,7 @@ def test_a_node_that_may_be_alive_keeps_its_slots():
 def test_a_node_wrongly_declared_dead_reads_the_note_again():
     """Another node removed its slots from the note. So it reads the note before it takes a slot again."""
     repository = Quarrel()
-    first, second = (SharedSlots(repository, name, "t", 2) for name in "ab")
+    first, second = (SharedSlots(repository, name, "type/t", 2) for name in "ab")
     assert first.take(1) == 1
     repository.dead.add("a")
     second.take(1)
@@ -453,14 +457,14 @@ def test_a_slot_is_given_back_if_the_rate_cannot_be_read(make_queue, repository)
 
     repository.put_note = fail
     with pytest.raises(RepositoryUnavailable):
-        admission.admit({"t": ["x"]})
+        admission.admit({OF_T: [Asking("x")]})
     repository.put_note = put
-    assert admission.admit({"t": ["x"]}) == {"x"}
+    assert admission.admit({OF_T: [Asking("x")]}) == {"x"}
 
 
 def test_a_change_in_doubt_is_read_back():
     repository = Quarrel()
-    slots = SharedSlots(repository, "a", "t", 3)
+    slots = SharedSlots(repository, "a", "type/t", 3)
     slots.take(1)
     put = repository.put_note
 
@@ -497,7 +501,8 @@ def test_in_any_interval_all_nodes_take_at_most_burst_plus_rate_times_time(skew)
         chance, repository, clock = random.Random(seed), Quarrel(), ManualClock()
         rate = Rate(chance.randrange(1, 5), chance.choice([1.0, 7.0]), chance.randrange(1, 6))
         buckets = [
-            SharedBucket(repository, "t", rate, Skewed(clock, apart)) for apart in (-skew, 0, skew)
+            SharedBucket(repository, "type/t", Rates([rate]), Skewed(clock, apart))
+            for apart in (-skew, 0, skew)
         ]
         taken: list[tuple[float, int]] = []
         unused = []
@@ -507,13 +512,13 @@ def test_in_any_interval_all_nodes_take_at_most_burst_plus_rate_times_time(skew)
             if chance.random() < 0.7:
                 bucket.forget()
             at = bucket._clock.monotonic()
-            got = bucket.take(chance.randrange(1, 4))
+            got = bucket.take([NOTHING] * chance.randrange(1, 4))
             if got and chance.random() < 0.1:
                 unused.append((bucket, at))
                 got -= 1
             if unused and chance.random() < 0.3:
                 bucket, at = unused.pop(chance.randrange(len(unused)))
-                bucket.put_back(1, at)
+                bucket.put_back(NOTHING, at)
             taken.append((clock.monotonic(), got))
         grace = rate.burst * 2 if skew else 0
         for first in range(0, len(taken), 7):
@@ -528,38 +533,59 @@ def test_in_any_interval_all_nodes_take_at_most_burst_plus_rate_times_time(skew)
 
 @pytest.mark.parametrize("kind", ["own", "shared"])
 def test_a_token_that_is_put_back_late_is_none_that_time_has_brought_already(clock, kind):
-    rate = Rate(1, 10.0, 2)
-    bucket = OwnBucket(rate, clock) if kind == "own" else SharedBucket(Quarrel(), "t", rate, clock)
+    rate = Rates([Rate(1, 10.0, 2)])
+    bucket = (
+        OwnBucket(rate, clock) if kind == "own" else SharedBucket(Quarrel(), "type/t", rate, clock)
+    )
     at = clock.monotonic()
-    assert bucket.take(1) == 1
+    assert bucket.take([NOTHING] * 1) == 1
     clock.advance(20)  # the bucket is full again
-    assert bucket.take(1) == 1
-    bucket.put_back(1, at)
-    assert bucket.take(2) == 1
+    assert bucket.take([NOTHING] * 1) == 1
+    bucket.put_back(NOTHING, at)
+    assert bucket.take([NOTHING] * 2) == 1
 
 
 @pytest.mark.parametrize("kind", ["own", "shared"])
 def test_a_token_that_is_put_back_soon_can_be_taken_again(clock, kind):
-    rate = Rate(1, 10.0, 2)
-    bucket = OwnBucket(rate, clock) if kind == "own" else SharedBucket(Quarrel(), "t", rate, clock)
+    rate = Rates([Rate(1, 10.0, 2)])
+    bucket = (
+        OwnBucket(rate, clock) if kind == "own" else SharedBucket(Quarrel(), "type/t", rate, clock)
+    )
     at = clock.monotonic()
-    assert bucket.take(2) == 2
-    clock.advance(9)
-    bucket.put_back(1, at)
-    assert bucket.take(2) == 1
+    assert bucket.take([NOTHING] * 2) == 2
+    bucket.put_back(NOTHING, at)
+    assert bucket.take([NOTHING] * 2) == 1
+
+
+@pytest.mark.parametrize("kind", ["own", "shared"])
+def test_of_a_token_that_is_put_back_a_part_may_have_come_with_time(clock, kind):
+    rate = Rates([Rate(1, 10.0, 2)])
+    bucket = (
+        OwnBucket(rate, clock) if kind == "own" else SharedBucket(Quarrel(), "type/t", rate, clock)
+    )
+    at = clock.monotonic()
+    assert bucket.take([NOTHING]) == 1
+    clock.advance(4)
+    assert bucket.take([NOTHING]) == 1
+    bucket.put_back(NOTHING, at)
+    assert bucket.take([NOTHING] * 2) == 1
+    clock.advance(6)
+    assert bucket.take([NOTHING] * 2) == 0
+    clock.advance(4)
+    assert bucket.take([NOTHING] * 2) == 1
 
 
 def test_a_clock_set_back_a_year_does_not_stop_the_rate(clock):
-    repository, rate = Quarrel(), Rate(1, 10.0, 2)
-    bucket = SharedBucket(repository, "t", rate, clock)
-    assert bucket.take(5) == 2
+    repository, rate = Quarrel(), Rates([Rate(1, 10.0, 2)])
+    bucket = SharedBucket(repository, "type/t", rate, clock)
+    assert bucket.take([NOTHING] * 5) == 2
     clock.set_wall(clock.now().replace(year=2023))
     for _ in range(5):
         bucket.forget()
-        assert bucket.take(5) == 0
+        assert bucket.take([NOTHING] * 5) == 0
         clock.advance(10)
-        assert bucket.tokens() == 1
-        assert bucket.take(5) == 1
+        assert bucket.tokens() == (1,)
+        assert bucket.take([NOTHING] * 5) == 1
 
 
 # Several processes
@@ -637,15 +663,28 @@ NO_SHARES = [
     "[" * 100_000,
     "",
 ]
-NO_MARKS = ["{", "soon", "nan", "inf", "-inf", "1e300", "-1e300", "9" * 5000, ""]
+NO_MARKS = [
+    "[]",
+    "{",
+    "soon",
+    "nan",
+    "1e9",
+    "[NaN]",
+    "[1e300]",
+    "[-1e300]",
+    '["x"]',
+    "[true]",
+    "9" * 5000,
+    "",
+]
 
 
 @pytest.mark.every_store
 @pytest.mark.parametrize(
     ("name", "texts", "limit"),
     [
-        ("limit/slots/t", NO_SHARES, {"max_concurrency": 2}),
-        ("limit/rate/t", NO_MARKS, {"rate": "2/h"}),
+        ("limit/slots/type/t", NO_SHARES, {"max_concurrency": 2}),
+        ("limit/rate/type/t", NO_MARKS, {"rate": "2/h"}),
     ],
     ids=["slots", "rate"],
 )
@@ -680,7 +719,7 @@ def test_running_tasks_are_counted_again_after_the_note_was_damaged(make_queue, 
     for _ in range(2):
         first.submit("t")
     gate.wait_for(2)
-    name = "limit/slots/t"
+    name = "limit/slots/type/t"
     running = sum(shares(repository).values())
     assert running == 2
     eventually(lambda: damage(repository, name, "{"))
@@ -705,10 +744,10 @@ def damage(repository, name, text):
 
 def test_slots_in_use_are_recorded_again_if_others_removed_them():
     repository = MemoryRepository()
-    slots = SharedSlots(repository, "a", "t", 2)
+    slots = SharedSlots(repository, "a", "type/t", 2)
     assert slots.take(2) == 2
-    version = repository.notes("limit/slots/t")["limit/slots/t"].version
-    assert repository.put_note("limit/slots/t", None, version)
+    version = repository.notes("limit/slots/type/t")["limit/slots/type/t"].version
+    assert repository.put_note("limit/slots/type/t", None, version)
     slots.tend()
     assert shares(repository) == {"a": 2}
-    assert SharedSlots(repository, "b", "t", 2).take(1) == 0
+    assert SharedSlots(repository, "b", "type/t", 2).take(1) == 0

@@ -7,7 +7,7 @@ import pytest
 from storage.repositories import MAKERS
 
 from taskx.stores.liveness.base import About, Node
-from taskx.tasks.rate import Limit, Rate
+from taskx.tasks.rate import NO_RATES, Limit, Rate, Rates
 from taskx.testing import ManualClock
 
 KINDS = [*MAKERS]
@@ -38,8 +38,10 @@ def test_the_types_of_a_node_are_recorded(liveness):
         id="n1",
         name="one",
         types=("t", "u"),
-        limits={"t": Limit(2, Rate(3, 60.0, 1), "global")},
-        own_limits={"t": None, "u": Limit(1, None, "node")},
+        limits={"type/t": Limit(2, Rates([Rate(3, 60.0, 1, "tokens")]), "global")},
+        limited={"t": ("type/t", "named")},
+        declared={"named": Limit(1, NO_RATES, "global")},
+        own_limits={"t": None, "u": Limit(1, NO_RATES, "node")},
         workers=7,
     )
     liveness.record(changed)

@@ -328,7 +328,6 @@ class TestRequeue:
         eventually(lambda: child.task().status is TaskStatus.COMPLETED)
         assert started.ran == [1, 0]
 
-    @pytest.mark.every_store
     def test_a_requeue_does_not_touch_children_that_a_user_cancelled(self, started, gate):
         parent = started.submit("hold")
         child = started.submit("fine", depends_on=[parent])

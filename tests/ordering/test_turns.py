@@ -101,7 +101,6 @@ def test_priorities_do_not_change_the_order_within_a_key(track):
     assert track.took_turns(range(5))
 
 
-@pytest.mark.every_store
 def test_tasks_that_wait_for_their_turn_take_no_room_in_the_buffer(busy):
     queue = busy(buffer_size=2)
     for n in range(10):
@@ -385,7 +384,6 @@ def test_a_drain_ends_after_the_last_task_of_a_key(track, make_queue):
     assert track.took_turns(range(30))
 
 
-@pytest.mark.every_store
 def test_a_task_without_a_key_costs_no_query(queue, repository, monkeypatch):
     """No query when the task is submitted, and none when it ends."""
     asked, find = [], repository.find
@@ -508,7 +506,7 @@ def test_turns_go_on_if_a_process_died_before_it_gave_the_turn(workers):
     for n in range(3):  # before the child starts, as a submit would give the free turn
         queue.submit("work", {"key": "k", "n": n}, concurrency_key="k", id=str(n))
     dies = """
-queue._services.moves.turns.next_turn = lambda key: ()
+queue._services.moves.turns.next_turn = lambda key, leaver: ()
 queue._services.moves.turns.advance = lambda keys: os._exit(9)
 """
     child = workers.spawn(WORK + dies)

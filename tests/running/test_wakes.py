@@ -210,13 +210,13 @@ def test_who_waits_for_a_task_that_runs_here_reads_no_record(make_queue, gate, m
     queue.start()
     handle = queue.submit("t")
     gate.wait_for(1)
-    for name in ("get_many", "statuses"):
-        ask = getattr(queue.repository, name)
-        monkeypatch.setattr(
-            queue.repository, name, lambda ids, ask=ask: read.extend(ids) or ask(ids)
-        )
-    assert not handle.done()
     with no_rounds(queue):  # the housekeeper reads what has changed, and nobody was told of yet
+        for name in ("get_many", "statuses"):
+            ask = getattr(queue.repository, name)
+            monkeypatch.setattr(
+                queue.repository, name, lambda ids, ask=ask: read.extend(ids) or ask(ids)
+            )
+        assert not handle.done()
         gate.open()
         assert handle.result(PATIENCE) == {"n": [1, None]}
     assert handle.id not in read

@@ -80,7 +80,7 @@ def test_an_application_that_writes_without_pause_does_not_keep_tasks_waiting(
     queue.executor("t")(lambda: None)
 
     def write():
-        with closing(sqlite3.connect(tmp_path / "app.db", timeout=60)) as own:
+        with closing(sqlite3.connect(tmp_path / "app.db", timeout=PATIENCE)) as own:
             while not done.is_set():
                 own.execute("INSERT INTO tasks (notes) VALUES ('x')")
                 own.commit()

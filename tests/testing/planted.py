@@ -3,6 +3,11 @@
 from contextlib import suppress
 from typing import NamedTuple
 
+import attrs
+
+from taskx.attempt import waiting
+from taskx.attempt.checkpoints import Checkpoints
+from taskx.attempt.children import Children
 from taskx.node import schedules
 from taskx.node.admission import Admission, OwnSlots
 from taskx.node.audit import Audit
@@ -13,25 +18,27 @@ from taskx.node.shared_limits import SharedBucket, SharedSlots
 from taskx.node.starter import Starter
 from taskx.node.ticker import Ticker
 from taskx.queue.intake import Intake
-from taskx.tasks import ids, lifecycle, unique
+from taskx.queue.operations import Operations
+from taskx.tasks import children, ids, lifecycle, unique
 from taskx.tasks.errors import RepositoryUnavailable
 from taskx.tasks.rate import Rate
 
 
 class Planted(NamedTuple):
-    """A bug: what is wrong, how it gets there, and the first seed that finds it."""
+    """A bug: what is wrong, how it gets there, the first seed that finds it, and with which program."""
 
     text: str
     plant: object
     seed: int
+    program: str
 
 
 PLANTED = {}
 
 
-def plant(text, *, seed):
+def plant(text, *, seed, program="zoo"):
     def add(function):
-        PLANTED[function.__name__] = Planted(text, function, seed)
+        PLANTED[function.__name__] = Planted(text, function, seed, program)
         return function
 
     return add
@@ -115,7 +122,7 @@ def turns_of_the_dead(patch):
 
 @plant("The task that came last gets the turn of a key.", seed=15)
 def last_come_first_served(patch):
-    def last(self, key):
+    def last(self, key, leaver=""):
         line = self._repository.find("line", [key], ("id",))
         return [w for (task_id,) in line[-1:] for w in lifecycle.give_turn(task_id, key)]
 
@@ -150,7 +157,7 @@ def overwrite(self, text, value):
     return True
 
 
-@plant("The slots of a shared limit are changed without a comparison.", seed=1)
+@plant("The slots of a shared limit are changed without a comparison.", seed=30)
 def slots_without_compare(patch):
     patch(SharedSlots, "_put", overwrite)
 
@@ -173,10 +180,12 @@ def slots_of_the_living(patch):
     patch(SharedSlots, "_bury", bury)
 
 
-@plant("A slot that was taken for a start which failed is not given back.", seed=9)
+@plant("A slot that was taken for a start which failed is not given back.", seed=3)
 def slot_leaks(patch):
     inner = Admission.over
-    patch(Admission, "over", lambda self, i, *, ran: inner(self, i, ran=ran) if ran else None)
+    patch(
+        Admission, "over", lambda self, i, *, ran, **more: inner(self, i, ran=ran) if ran else None
+    )
 
 
 @plant("The slots of a node are not counted.", seed=145)
@@ -299,6 +308,109 @@ def release_of_replaced(patch):
     patch(lifecycle, "release", lambda task_id, run_at: inner(task_id))
 
 
-@plant("A token that was not used is put back however late.", seed=4846)
+@plant("A token that was not used is put back however late.", seed=544, program="rated")
 def late_token(patch):
-    patch(Rate, "may_put_back", lambda self, taken_at, now: True)
+    patch(Rate, "put_back", lambda self, mark, count, age=0.0: mark - count * self.interval)
+
+
+@plant("An answer that comes before anybody asks is lost.", seed=0, program="patient")
+def early_answer_lost(patch):
+    patch(lifecycle, "created_finished", lambda insert, finish: lifecycle.opened(insert))
+
+
+@plant("Somebody else may answer again.", seed=5, program="patient")
+def second_answer_counts(patch):
+    inner = Operations._answer
+
+    def unfinished(self, answer_id):
+        found, on = inner(self, answer_id)
+        return found and attrs.evolve(found, status="pending"), on
+
+    patch(Operations, "_answer", unfinished)
+    around(patch, lifecycle, "finish", lambda write: write._replace(guard={}))
+
+
+@plant("The moment until which a task sleeps is not stored.", seed=1, program="patient")
+def sleep_forgotten(patch):
+    inner = Checkpoints.seal
+    patch(Checkpoints, "seal", lambda self, parked: inner(self, parked)._replace(checkpoints=None))
+
+
+@plant("A wait counts as an interruption.", seed=0, program="patient")
+def wait_is_interruption(patch):
+    def count(writes):
+        changes = {**writes[0].changes, "interruptions": 1}
+        return [writes[0]._replace(changes=changes), *writes[1:]]
+
+    around(patch, lifecycle, "_park", count)
+
+
+@plant("A task that begins to wait gives its turn away.", seed=9, program="patient")
+def wait_without_turn(patch):
+    def give_away(writes):
+        changes = {**writes[0].changes, "turn": None}
+        return [writes[0]._replace(changes=changes), *writes[1:]]
+
+    around(patch, lifecycle, "_park", give_away)
+
+
+@plant("To go on after a wait takes a slot, and gives none back.", seed=17, program="patient")
+def wait_keeps_slot(patch):
+    inner = Admission.over
+
+    def over(self, task_id, *, ran, **more):
+        if not (ran and self._repository.find("id", [task_id], ("waiting_on",))[0][0]):
+            inner(self, task_id, ran=ran, **more)
+
+    patch(Admission, "over", over)
+
+
+@plant("Nobody ends the open answers of a task that has ended.", seed=1, program="patient")
+def open_answers_left(patch):
+    inner = lifecycle.moved_on
+
+    def leave(task, *args):
+        return [] if task.type == lifecycle.ANSWER else inner(task, *args)
+
+    patch(lifecycle, "moved_on", leave)
+
+
+@plant("An answer wakes nobody who begins to wait at that moment.", seed=106, program="patient")
+def answer_between(patch):
+    patch(Dependents, "waits", lambda self, waiting: setattr(self, "any", True))
+    patch(Dependents, "scan_some", nothing)
+    patch(Dependents, "ended_elsewhere", nothing)
+
+
+@plant("A call that must not happen twice is not noted before.", seed=3, program="patient")
+def once_not_noted(patch):
+    inner = Checkpoints._put
+
+    def put(self, name, value, token, *, durable):
+        if value != waiting.begun():
+            inner(self, name, value, token, durable=durable)
+
+    patch(Checkpoints, "_put", put)
+
+
+@plant("A task that is cancelled in its wait goes on.", seed=21, program="patient")
+def cancelled_goes_on(patch):
+    def weak(writes):
+        return [writes[0]._replace(guard=without(writes[0].guard, "cancel_requested_at"))]
+
+    around(patch, lifecycle, "_park", weak)
+
+
+@plant("A task with children goes on when one of them has ended.", seed=3, program="family")
+def one_child_is_enough(patch):
+    patch(children, "awaited", lambda listed, statuses: _first_unfinished(listed, statuses))
+
+
+def _first_unfinished(listed, statuses):
+    unfinished = [one for one in listed.depends_on if statuses.get(one) in ("pending", "running")]
+    return unfinished[0] if len(unfinished) == len(listed.depends_on) else None
+
+
+@plant("A fork does not change what depends on it.", seed=10, program="family")
+def fork_without_dependents(patch):
+    patch(Children, "_late_dependents", lambda self, parent, ids: [])

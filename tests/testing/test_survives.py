@@ -788,6 +788,41 @@ def test_a_poll(queue, sent):
     survives(fetch, effects=lambda: {"sent": sent}, twice=["sent"])
 
 
+def test_children(queue, sent, effects):
+    @queue.executor()
+    def part(ctx, n: int) -> int:
+        ctx.step("note", sent.append, n)
+        return n
+
+    @queue.executor()
+    def whole(ctx) -> int:
+        return sum(ctx.run_all("parts", [part.task(n=n) for n in range(3)]))
+
+    @queue.executor()
+    def fork(ctx) -> None:
+        ctx.fork("more", [part.task(n=5)])
+
+    @queue.executor()
+    def after(ctx) -> list:
+        return [parent.result for parent in ctx.parents]
+
+    options = {"effects": effects, "twice": ["sent"]}
+    # A start, a list, a park, a wake, a start, an end; and of each child: a start, a step, an end.
+    assert survives(whole, **options) >= 2 * (6 + 3 * 3)
+    survives(chain(fork, after), queue=queue, **options)
+
+
+def test_steps_that_leave_the_record_for_notes(queue, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("taskx.attempt.checkpoints"), "_MOST_IN_RECORD", 30)
+    done = set()
+
+    @queue.executor()
+    def many(ctx) -> int:
+        return sum(ctx.step(f"step {n}", lambda n=n: done.add(n) or n) for n in range(12))
+
+    assert survives(many, effects=lambda: {"done": done}) >= 2 * 12
+
+
 class Bank:
     """A bank without idempotency keys: somebody must look whether it was paid."""
 

@@ -1,4 +1,4 @@
-"""A program for the simulator that uses what the promises are about, and the search for planted bugs.
+"""Programs for the simulator that use what the promises are about, and the search for planted bugs.
 
 python -m tests.testing.zoo --seeds 1000         draws new seeds, and runs each in two processes
 python -m tests.testing.zoo --planted            finds the planted bugs
@@ -9,7 +9,9 @@ import os
 import secrets
 import subprocess
 import sys
+from collections import Counter
 from contextlib import suppress
+from itertools import cycle
 
 import pytest
 
@@ -18,7 +20,10 @@ from taskx import (
     InvalidTransition,
     RetryPolicy,
     Snooze,
+    Task,
     TaskNotFound,
+    Uncertain,
+    answer,
     chain,
     every,
     executor,
@@ -189,17 +194,18 @@ class Zoo:
 
         return [good, bad, children(1), children(9), orphan("cancel"), orphan("fail")]
 
+    def change(self, how, *statuses):
+        def ask():
+            for status in statuses:
+                for task in how.__self__.iter_tasks(status=status):
+                    with suppress(TaskNotFound, InvalidTransition, DuplicateTask):
+                        how(task.id)
+                        return
+
+        return ask
+
     def changes(self, queue):
-        def change(how, *statuses):
-            def ask():
-                for status in statuses:
-                    for task in queue.iter_tasks(status=status):
-                        with suppress(TaskNotFound, InvalidTransition, DuplicateTask):
-                            how(task.id)
-                            return
-
-            return ask
-
+        change = self.change
         return [
             change(queue.cancel_task, "running", "pending"),
             change(queue.cancel_task, "pending"),
@@ -211,9 +217,296 @@ class Zoo:
         ]
 
 
+def told(ctx, name, timeout=None):
+    try:
+        return ctx.ask(name, timeout=timeout)
+    except TimeoutError:
+        return "nobody"
+
+
+@executor("ask", max_attempts=3)
+def ask(ctx, n: int) -> list:
+    got = [told(ctx, "a", 600)]
+    if ctx.task.errors < n:
+        raise ValueError("after an answer")
+    return [*got, told(ctx, "b", 40)]
+
+
+@executor("ask at a rate", rate=(2, 10.0), burst=2, limit_scope="global")
+def ask_at_a_rate(ctx, n: int) -> list:
+    return [told(ctx, "a", 60), told(ctx, "b")]
+
+
+@executor("ask alone", max_concurrency=1, limit_scope="global")
+def ask_alone(ctx, n: int) -> list:
+    return [told(ctx, "a", 200), told(ctx, "b", 3)]
+
+
+@executor("sleep")
+def sleep(ctx, n: int) -> int:
+    ctx.sleep(20, step="long")
+    ctx.step("awake", lambda: n)
+    ctx.sleep(4, step="short")
+    return n
+
+
+@executor("poll")
+def poll(ctx, n: int) -> str:
+    try:
+        return ctx.poll(
+            "look", lambda: "found" if ctx.task.starts > n else None, every=3, timeout=9
+        )
+    except TimeoutError:
+        return "nobody"
+
+
+@executor("follow")
+def follow(ctx, n: int, awaited: str) -> list:
+    try:
+        first = ctx.wait("event/" + "12"[n % 2], timeout=40)
+    except TimeoutError:
+        first = "nobody"
+    return [first, ctx.wait(awaited)] if awaited else [first]
+
+
+class Patient(Zoo):
+    """Everything that waits: for people, other tasks and times."""
+
+    def __init__(self):
+        super().__init__()
+        # The answers that counted; all that were tried, and perhaps counted; payments, and second ones.
+        self.first, self.tried, self.paid, self.again = {}, {}, Counter(), Counter()
+
+    def __call__(self, queue):
+        for one_of_them in (plain, one, ask, ask_at_a_rate, ask_alone, sleep, poll, follow):
+            queue.register_executor(one_of_them)
+
+        @queue.executor("pay", max_crashes=20)
+        def pay(ctx, n: int) -> str:
+            def call():
+                self.paid[ctx.task.id] += 1
+                if n and ctx.task.starts == 1:
+                    raise Uncertain("perhaps")
+                return "paid"
+
+            return ctx.once("pay", call)
+
+        answers = cycle(self.answers(queue))
+
+        def and_answer(ask):
+            def both():
+                ask()
+                next(answers)()
+
+            return both
+
+        return [and_answer(ask) for ask in (*self.submits(queue), *self.changes(queue))]
+
+    def submits(self, queue):
+        def submit(type, n=0, **options):
+            return lambda: queue.submit(type, {"n": n}, **options)
+
+        def follow_last(n):
+            def ask():
+                last = next((task.id for task in queue.iter_tasks(type="ask")), "")
+                queue.submit("follow", {"n": n, "awaited": last})
+
+            return ask
+
+        return [
+            submit("ask"),
+            submit("ask", 1),
+            submit("ask", 2, concurrency_key="k"),
+            submit("ask", concurrency_key="k"),
+            submit("plain", concurrency_key="k"),
+            submit("ask at a rate"),
+            submit("ask alone"),
+            submit("one"),
+            submit("sleep"),
+            submit("sleep", concurrency_key="k"),
+            submit("poll", 2),
+            submit("poll", 9),
+            submit("pay"),
+            submit("pay", 1),
+            follow_last(0),
+            follow_last(1),
+            lambda: queue.submit_flow(
+                chain(plain.task(1), answer("legal", timeout=30), plain.task(2))
+            ),
+        ]
+
+    def answers(self, queue):
+        def tell(answer_id):
+            """Give an answer, which counts once; after an error nobody knows if it does."""
+            self.numbers += 1
+            value = self.numbers
+            self.tried.setdefault(answer_id, set()).add(value)
+            with suppress(TaskNotFound, InvalidTransition):
+                if queue.finish(answer_id, value):
+                    self.first[answer_id] = value
+
+        def give(name, type, times=1):
+            """Answer a task that has perhaps not asked yet."""
+
+            def ask():
+                for status in ("running", "pending"):
+                    for task in queue.iter_tasks(type=type, status=status):
+                        for _ in range(times):
+                            tell(f"{task.id}/{name}")
+                        return
+
+            return ask
+
+        def ask_and_answer(name, times=1):
+            def ask():
+                task_id = queue.submit("ask", {"n": 0})
+                for _ in range(times):
+                    tell(f"{task_id}/{name}")
+
+            return ask
+
+        def give_open():
+            """Give an answer that somebody waits for."""
+            for task in queue.iter_tasks(type="answer", status="pending"):
+                if "once" not in task.params:
+                    tell(task.id)
+                    return
+
+        def look(told, *, again=0):
+            """Say how a call has ended that must not happen twice, or that it shall be made again."""
+
+            def ask():
+                for task in queue.iter_tasks(type="answer", status="pending"):
+                    if "once" in task.params:
+                        self.again[task.id.rpartition("/")[0]] += again
+                        with suppress(TaskNotFound, InvalidTransition):
+                            queue.finish(task.id, **told)
+                        return
+
+            return ask
+
+        return [
+            ask_and_answer("b", 2),
+            give("a", "ask"),
+            give_open,
+            give("b", "ask at a rate"),
+            look({"again": True}, again=1),
+            give("a", "ask alone"),
+            lambda: tell("event/1"),
+            give("b", "ask", 2),
+            look({"result": "told"}),
+        ]
+
+    def changes(self, queue):
+        return [*super().changes(queue)[:4], self.change(queue.wake, "pending")]
+
+    def check(self, tasks):
+        for task in tasks:
+            if task.type.startswith("ask") and task.status == "completed":
+                for name, got in zip("ab", task.result, strict=True):
+                    self.check_answer(f"{task.id}/{name}", got)
+            count, most = self.paid[task.id], 1 + self.again[task.id]
+            assert count <= most, f"paid {count} times instead of {most}"
+
+    def check_answer(self, answer_id, got):
+        first, tried = self.first.get(answer_id, got), self.tried.get(answer_id, ())
+        assert got == first, f"{got} was taken instead of {first}"
+        assert got == "nobody" or got in tried, f"{got} was never given"
+
+
+@executor("parts", max_attempts=2)
+def parts(ctx, n: int) -> list:
+    first = ctx.run_all("first", [plain.task(0), flaky.task(1), one.task(2)])
+    return [*first, *ctx.run_all("then", [plain.task(m) for m in range(3, 3 + n)])]
+
+
+@executor("mixed")
+def mixed(ctx, n: int) -> list:
+    tasks = [plain.task(0), flaky.task(9), ask.task(0)]
+    told = ctx.run_all("mixed", tasks, on_failure="return")
+    return ["failed" if isinstance(one, Exception) else one for one in told]
+
+
+@executor("race")
+def race(ctx, n: int) -> list:
+    told = ctx.run_all("race", [ask.task(0), plain.task(1), plain.task(2)], needed=1 + n)
+    return [one for one in told if not isinstance(one, Exception)]
+
+
+@executor("tree")
+def tree(ctx, n: int) -> int:
+    return sum(ctx.run_all("below", [Task(type="tree", params={"n": n - 1})] * 2)) if n else 1
+
+
+@executor("fork")
+def fork(ctx, n: int) -> list:
+    return ctx.fork("more", [flaky.task(1), plain.task(2)])
+
+
+class Family(Patient):
+    """Tasks that have children."""
+
+    def __call__(self, queue):
+        for one_of_them in (plain, one, flaky, ask, parts, mixed, race, tree, fork):
+            queue.register_executor(one_of_them)
+
+        @queue.executor("after")
+        def after(ctx, n: int) -> list:
+            return [parent.result for parent in ctx.parents[1:]]
+
+        def submit(type, n, **options):
+            return lambda: queue.submit(type, {"n": n}, **options)
+
+        change = self.change
+        return [
+            submit("parts", 0),
+            submit("parts", 2),
+            submit("parts", 1, concurrency_key="k"),
+            submit("mixed", 0),
+            submit("race", 0),
+            submit("race", 1),
+            submit("tree", 2),
+            submit("tree", 1),
+            lambda: queue.submit_flow(chain(fork.task(0), Task(type="after", params={"n": 0}))),
+            submit("plain", 0, concurrency_key="k"),
+            *self.answers(queue)[1:3],
+            change(queue.cancel_task, "running", "pending"),
+            change(queue.cancel_task, "pending"),
+            change(queue.requeue, "failed", "cancelled"),
+        ]
+
+    def check(self, tasks):
+        super().check(tasks)
+        for task in tasks:
+            assert "was not needed" not in task.error or task.type == "race", task.error
+            if task.status == "completed":
+                n, got = task.params.get("n"), task.result
+                wanted = {"parts": [*range(3 + (n or 0))], "tree": 2 ** (n or 0), "after": [1, 2]}
+                assert got == wanted.get(task.type, got), f"{task.type} {n} has got {got}"
+                assert task.type != "mixed" or got[:2] == [0, "failed"], f"mixed has got {got}"
+                assert task.type != "race" or len(got) > n, f"race {n} has got {got}"
+
+
+class Rated(Zoo):
+    """Tasks with a rate that all nodes share."""
+
+    def __call__(self, queue):
+        queue.register_executor(rated)
+        queue.register_executor(ask_at_a_rate)
+        cancel = self.change(queue.cancel_task, "pending", "running")
+        submits = [
+            lambda type=one.type: queue.submit(type, {"n": 0}) for one in (rated, ask_at_a_rate)
+        ]
+        return [*submits, submits[0], cancel]
+
+
+PROGRAMS = {"zoo": Zoo, "patient": Patient, "family": Family, "rated": Rated}
+
+
 def find(name, seeds):
     """Return the first of these seeds that finds a planted bug, and what it says; None if none does."""
-    with pytest.MonkeyPatch.context() as patch, _runs(Zoo, 3, None) as run:
+    program = PROGRAMS[PLANTED[name].program]
+    with pytest.MonkeyPatch.context() as patch, _runs(program, 3, None) as run:
         PLANTED[name].plant(patch.setattr)
         for seed in seeds:
             if problem := run(_Seeded(seed, 3, FAULTS)).problem:
@@ -256,7 +549,8 @@ def run_new(count):
 def run_these(first, count):
     for chunk in range(first, first + count, CHUNK):
         seeds = range(chunk, min(chunk + CHUNK, first + count))
-        print(chunk, simulate(Zoo, seeds=seeds), flush=True)
+        program = [*PROGRAMS.values()][chunk // CHUNK % len(PROGRAMS)]
+        print(chunk, simulate(program, seeds=seeds), flush=True)
 
 
 def run_planted(names):

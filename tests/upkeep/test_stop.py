@@ -38,10 +38,6 @@ from taskx import (
 from taskx.node.node import LocalNode
 from taskx.testing import ManualClock
 
-# Tests count the starts of tasks, so a slow machine must hand no started task back.
-pytestmark = pytest.mark.usefixtures("calm")
-
-
 # Start
 
 
@@ -331,6 +327,7 @@ def test_a_task_is_interrupted_whatever_its_executor_raises(started, error):
     assert (task.status, task.errors, task.interruptions) == (TaskStatus.PENDING, 0, 1)
 
 
+@pytest.mark.usefixtures("calm")
 def test_an_interrupted_task_runs_again_on_another_queue(started, make_queue):
     handle = listening(started)
     started.stop(PATIENCE, cancel=True)

@@ -11,12 +11,12 @@ from helpers import PATIENCE, eventually, housekeeper_of, pool_of, services_of, 
 from storage.repositories import TinyRepository
 
 from taskx import ConfigurationError, NodeNotFound, Queue, Tuned, TunedType
-from taskx.node.admission import Admission
+from taskx.node.admission import Admission, Asking
 from taskx.node.shared_limits import slots_by_node
 from taskx.node.tuning import Tuning
 from taskx.repository.example import ExampleRepository
 from taskx.stores.controls import Overrides, from_text
-from taskx.tasks.rate import Limit, Rate
+from taskx.tasks.rate import NO_RATES, Limit, Rate, Rates
 
 NOTE = "pause.overrides"
 
@@ -154,7 +154,7 @@ class TestLimits:
             first.submit("t")
         gate.wait_for(4)  # two on each node
         first.tune("t", limit_scope="global")
-        eventually(lambda: sum(slots_by_node(repository, "t").values()) == 4)
+        eventually(lambda: sum(slots_by_node(repository, "type/t").values()) == 4)
         for queue in (first, second):
             pool_of(queue).admission.forget()  # as the next poll does
         running.end(2)
@@ -177,7 +177,7 @@ class TestLimits:
             queues[0].submit("t")
         gate.wait_for(8)
         queues[0].tune("t", max_concurrency=3)
-        eventually(lambda: pool_of(queues[1]).recorded.limits["t"].max_concurrency == 3)
+        eventually(lambda: pool_of(queues[1]).recorded.limits["type/t"].max_concurrency == 3)
         for queue in queues:
             pool_of(queue).admission.forget()  # as the next poll does
         running.end(5)
@@ -196,9 +196,9 @@ class TestLimits:
         queue = start(make_queue, running, max_concurrency=2, limit_scope="global")
         queue.submit("t")
         gate.wait_for(1)
-        assert repository.notes("limit/slots/t")
+        assert repository.notes("limit/slots/type/t")
         queue.tune("t", max_concurrency=None)
-        eventually(lambda: not repository.notes("limit/slots/t"))
+        eventually(lambda: not repository.notes("limit/slots/type/t"))
         running.end(1)
         assert queue.drain(PATIENCE)
 
@@ -209,7 +209,7 @@ class TestLimits:
         for _ in range(4):
             other.submit("t")
         gate.wait_for(3)
-        eventually(lambda: pool_of(other).recorded.limits["t"].max_concurrency == 3)
+        eventually(lambda: pool_of(other).recorded.limits["type/t"].max_concurrency == 3)
         waits = next(t for t in other.list_tasks(status="pending")[0])
         [reason] = program.why(waits.id)
         assert (reason.kind, reason.facts["max_concurrency"]) == ("slot", 3)
@@ -218,7 +218,7 @@ class TestLimits:
         assert node.own_limits == {"t": {"max_concurrency": 1, "limit_scope": "node"}}
         assert program.tuned().types["t"].own == node.own_limits["t"]
         program.untune("t")
-        eventually(lambda: pool_of(other).recorded.limits["t"].max_concurrency == 1)
+        eventually(lambda: pool_of(other).recorded.limits["type/t"].max_concurrency == 1)
         running.end(4)
         assert other.drain(PATIENCE)
 
@@ -362,7 +362,7 @@ def test_overrides_add_up_and_are_shown_beside_the_own_values(queue, repository)
     queue.untune("never tuned")
     assert queue.tuned() == Tuned()
     assert repository.notes("pause") == {}
-    assert queue.tuned().to_dict() == {"types": {}, "workers": None, "nodes": {}}
+    assert queue.tuned().to_dict() == {"types": {}, "workers": None, "nodes": {}, "limits": {}}
 
 
 def test_tuning_succeeds_while_others_tune(queue, repository, monkeypatch):
@@ -420,7 +420,7 @@ def test_overrides_of_a_newer_version_are_left_out():
         ({"type": "t", "rate": "fast"}, "rate must be text like"),
         ({"type": "t", "burst": 0}, "burst must be a whole number"),
         ({"type": "t", "limit_scope": "host"}, "limit_scope must be"),
-        ({"type": "t", "workers": 3}, "make two calls"),
+        ({"type": "t", "workers": 3}, "make a call for each"),
         ({"workers": 0}, "workers must be a whole number from 1"),
         ({"workers": 3, "rate": "1/s"}, "must be of a type"),
         ({"rate": "1/s"}, "requires a type"),
@@ -443,7 +443,7 @@ def test_tune_refuses_unknown_limits(queue):
     ("given", "words"),
     [
         ({}, "requires a type, or workers"),
-        ({"type": "t", "workers": True}, "make two calls"),
+        ({"type": "t", "workers": True}, "make a call for each"),
         ({"type": "t", "only": ["workers"]}, "only must name limits"),
         ({"workers": True, "only": ["rate"]}, "name the type, too"),
         ({"node": "n"}, "requires a type, or workers"),
@@ -480,37 +480,40 @@ def test_repositories_of_eight_methods_refuse_and_those_of_primitives_tune(tmp_p
 # The parts
 
 
+OF_T = ("type/t",)
+
+
 class Gates(Admission):
     def __init__(self, clock):
         self.limits = {}
-        super().__init__(self.limits, None, "n", clock, lambda: None, lambda: None)
+        super().__init__(self.limits, {"t": OF_T}, None, "n", clock, lambda: None, lambda: None)
 
 
 def test_a_bucket_keeps_its_tokens_when_the_rate_changes(clock):
     admission = Gates(clock)
-    admission.limits["t"] = Limit(None, Rate(10, 60.0, 10), "node")
+    admission.limits["type/t"] = Limit(None, Rates([Rate(10, 60.0, 10)]), "node")
     ids = [str(n) for n in range(10)]
-    assert len(admission.admit({"t": ids[:4]})) == 4
-    admission.limits["t"] = Limit(None, Rate(20, 60.0, 8), "node")
+    assert len(admission.admit({OF_T: [Asking(one) for one in ids[:4]]})) == 4
+    admission.limits["type/t"] = Limit(None, Rates([Rate(20, 60.0, 8)]), "node")
     admission.follow_limits()
-    assert admission.room("t", ()) == (6, 0)
-    admission.limits["t"] = Limit(None, Rate(20, 60.0, 5), "node")
+    assert admission.room(OF_T, ()) == (6, 0)
+    admission.limits["type/t"] = Limit(None, Rates([Rate(20, 60.0, 5)]), "node")
     admission.follow_limits()
-    assert admission.room("t", ()) == (5, 0)
+    assert admission.room(OF_T, ()) == (5, 0)
     clock.advance(300)
-    assert admission.room("t", ()) == (5, 0)
+    assert admission.room(OF_T, ()) == (5, 0)
 
 
 def test_a_run_that_ended_before_it_was_counted_holds_no_slot(clock):
     admission = Gates(clock)
-    admission.limits["t"] = Limit(1, None, "node")
+    admission.limits["type/t"] = Limit(1, NO_RATES, "node")
     admission.adopt("t", "ended", {})
-    assert admission.room("t", ()) == (1, 0)
+    assert admission.room(OF_T, ()) == (1, 0)
     admission.adopt("t", "runs", {"runs": 1})
     admission.adopt("t", "runs", {"runs": 1})
-    assert admission.room("t", ()) == (0, 0)
+    assert admission.room(OF_T, ()) == (0, 0)
     admission.over("runs", ran=True)
-    assert admission.room("t", ()) == (1, 0)
+    assert admission.room(OF_T, ()) == (1, 0)
 
 
 def test_a_queue_that_tunes_nothing_parses_nothing(started, monkeypatch):

@@ -67,3 +67,7 @@ def family(ctx, numbers: list[int], needed: int | None = None):
 
 def misfit(ctx):
     ctx.run_all("two", [Task(type="nothing")])
+
+
+def split(ctx):
+    return ctx.fork("two", [Task(type="double", params={"previous": 1})])

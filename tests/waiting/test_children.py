@@ -572,6 +572,11 @@ class TestRefused:
         assert error.startswith("ConfigurationError")
         assert "cannot store" in error
 
+    def test_the_concurrency_key_of_the_parent(self):
+        child = Task(type="leaf", params={"n": 1}, concurrency_key="k")
+        error = self.error(lambda ctx: ctx.run_all("leaves", [child]), concurrency_key="k")
+        assert "would wait for it, as it keeps the turn" in error
+
     def test_an_id_that_another_task_has(self):
         queue = parent_of(ManualQueue())
         queue.submit("leaf", {"n": 1}, id="p/leaves/0")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from strikes import every_strike, strike_at
 
-from taskx import MemoryRepository, Queue
+from taskx import MemoryRepository, Queue, Task
 from taskx.testing import ManualClock, ManualQueue
 
 #: Every so many points are struck.
@@ -79,3 +79,41 @@ def test_of_the_thread_that_asks(repository, clock):
     ended = [repository.get_many([h.id]).get(h.id) for h in handles]
     assert {task.result for task in ended if task is not None} == {"given"}
     assert {task.status.value for task in ended if task is not None} == {"completed"}
+
+
+def having_children(repository, clock):
+    queue = ManualQueue(repository, clock=clock)
+    queue.executor("leaf", max_attempts=1000)(lambda n: n)
+
+    @queue.executor("top", max_attempts=1000)
+    def top(ctx):
+        for n in range(3):
+            ctx.step(f"step {n}", lambda: 9000 * "x")
+        return ctx.run_all("leaves", [Task(type="leaf", params={"n": n}) for n in range(3)])
+
+    return queue
+
+
+def test_of_the_thread_that_has_children(repository, clock):
+    """No child is lost, or there twice, and no step is lost that was stored."""
+    handles = []
+
+    def run(point):
+        queue = having_children(repository, clock)
+        handles.append(queue.submit("top"))
+        try:
+            queue.run_all()
+        finally:
+            queue.stop()
+
+    for _ in every_strike(run, first=400, step=2503):
+        pass
+    queue = having_children(repository, clock)
+    for _ in range(4):
+        queue.advance(5)
+    stored = repository.get_many([handle.id for handle in handles])
+    assert len(stored) > 5
+    assert {task.status.value for task in stored.values()} == {"completed"}
+    assert all(task.result == [0, 1, 2] for task in stored.values())
+    assert queue.count_tasks(type="leaf") == 3 * len(stored)
+    assert queue.count_tasks(type="children", status="completed") == len(stored)

@@ -16,7 +16,18 @@ pytestmark = pytest.mark.process
 @pytest.fixture
 def queue(make_queue):
     queue = make_queue(worker_num=1)
-    for name in ("ask", "refused", "late", "nap", "look", "pay", "double", "family", "misfit"):
+    for name in (
+        "ask",
+        "refused",
+        "late",
+        "nap",
+        "look",
+        "pay",
+        "double",
+        "family",
+        "misfit",
+        "split",
+    ):
         function = getattr(isolated, name)
         queue.executor(isolation="process")(function)
     queue.start()
@@ -115,3 +126,13 @@ def test_needs_some_of_its_children(queue):
 def test_has_children_that_are_refused(queue):
     with pytest.raises(TaskFailed, match="no executor is registered for type 'nothing'"):
         queue.submit("misfit").result(PATIENCE)
+
+
+def test_forks(queue):
+    flow = queue.submit_flow(
+        chain(Task(type="split"), Task(type="double", on_parent_failure="run"))
+    )
+    forked = f"{flow.ids[0]}/two/0"
+    assert queue.handle(flow.ids[0]).result(PATIENCE) == [forked]
+    assert queue.handle(forked).result(PATIENCE) == 2
+    assert flow.result(PATIENCE) == [[forked], 2] * 2

@@ -115,6 +115,8 @@ class _Work:
             message = ["raised", told, reason and reason.value]
         if (progress := self._context._latest_progress()) is not None:
             self._channel.say("progress", *progress)
+        if spent := self._context._spent_in_truth():
+            self._channel.say("spent", spent)
         self._channel.say(*message)
 
     def heed(self, messages: list[list[Any]]) -> None:
@@ -203,6 +205,13 @@ class _Parent(Keeper):
             "ctx.transaction() is not available with isolation='process': the child process has no "
             "connection to the repository"
         )
+
+    def file(self, task: Task, text: str, token: CancelToken) -> str:
+        name = self._ask("file", text)
+        if name is None:
+            token.wait()  # the token of the parent has fired
+            token.raise_if_cancelled()
+        return str(name)
 
     def store(self, task: Task, text: str, *, durable: bool, token: CancelToken) -> bool:
         kept = bool(self._ask("checkpoints", text, durable))

@@ -277,12 +277,16 @@ class _Attendance:
     def _note(self, what: str, *facts: Any) -> None:
         if what == "progress":
             self._ctx.progress(*facts)
+        elif what == "spent":
+            self._ctx.spent(**facts[0])
         elif what == "cut":
             self._ctx._message_was_cut()
         elif what == "log":
             _log(self._ctx.logger.logger, *facts)
         elif what == "checkpoints":
             self._child.channel.say("answer", *self._keep(*facts))
+        elif what == "file":
+            self._child.channel.say("answer", *self._file(*facts))
         elif what == "parents":
             self._child.channel.say("answer", *self._parents())
         elif what in ("ask", "forget", "wait", "children", "outcomes", "fork"):
@@ -298,6 +302,17 @@ class _Attendance:
             return False, error.problem, error.path
         except RepositoryError as error:
             return False, str(error), ""
+
+    def _file(self, text: str) -> tuple[str | None, str, str]:
+        """Store steps of the child in a note. Return its name; then the problem and its path."""
+        try:
+            return self._ctx._file(text), "", ""
+        except TaskCancelled:
+            return None, "", ""  # the child is told to stop, too
+        except PayloadError as error:
+            return None, error.problem, error.path
+        except RepositoryError as error:
+            return None, str(error), ""
 
     def _wait(self, what: str, *facts: Any) -> tuple[Any, str, str]:
         """Return how an answer or a task has ended, or that the child's task waits; then the problem."""

@@ -106,6 +106,7 @@ class TaskRow(Row):
     checkpoints = _optional_text("checkpoints")
     log = _text("log")
     version = _key("version of the executor")
+    cost = _optional_text("cost")
     held = _number("reason of waiting")
     waiting_on = _key("waits for the task")
     unique_lock = _key("unique key held", 500)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         SubmitOptions,
         UniqueScope,
     )
+    from taskx.tasks.rate import Cost
     from taskx.tasks.retry import Backoff
 
 T = TypeVar("T", bound=Task)
@@ -34,10 +35,10 @@ _DEFAULT_QUEUE = "default"
 # The options that Queue.submit takes under the same name.
 _PASSED = (
     *("max_attempts", "timeout", "unique_key", "unique_scope", "on_conflict"),
-    *("concurrency_key", "tags", "depends_on", "expires"),
+    *("concurrency_key", "cost", "tags", "depends_on", "expires"),
 )
 # The options that only an executor takes: they hold for all tasks of the type.
-_OF_TYPE = ("rate", "max_concurrency", "isolation", "capture_log", "version")
+_OF_TYPE = ("rate", "max_concurrency", "limit", "isolation", "capture_log", "version")
 # The options that an executor takes, too: schedules and the command line get them from there.
 _OF_EXECUTOR = ("max_attempts", "timeout", "tags", "expires", *_OF_TYPE)
 # The names that Celery has for what tasks of Django do otherwise.
@@ -66,11 +67,11 @@ class TaskxTask(Task):
             ``"linear"``, ``"fixed"``, a function of the number of the attempt that raised, or a
             ``RetryPolicy``.
         timeout: seconds, or a ``timedelta``, after which an attempt's token fires.
-        unique_key, unique_scope, on_conflict, concurrency_key, depends_on: as in ``Queue.submit``.
+        unique_key, unique_scope, on_conflict, concurrency_key, cost, depends_on: as in ``Queue.submit``.
         tags: short texts to filter by.
         expires: a task that has not started by then is cancelled: as in ``Queue.submit``.
-        rate, max_concurrency, isolation, capture_log, version: as in ``Queue.executor``. They hold for all
-            tasks of the type, so ``using`` does not take them.
+        rate, max_concurrency, limit, isolation, capture_log, version: as in ``Queue.executor``. They
+            hold for all tasks of the type, so ``using`` does not take them.
     """
 
     max_attempts: int | None = field(default=None, compare=False)
@@ -80,11 +81,13 @@ class TaskxTask(Task):
     unique_scope: UniqueScope | None = field(default=None, compare=False)
     on_conflict: OnConflict | None = field(default=None, compare=False)
     concurrency_key: str | None = field(default=None, compare=False)
+    cost: Cost | None = field(default=None, compare=False)
     tags: Sequence[str] | None = field(default=None, compare=False)
     depends_on: Sequence[Any] | None = field(default=None, compare=False)
     expires: float | timedelta | datetime | None = field(default=None, compare=False)
     rate: str | tuple[int, float | timedelta] | None = field(default=None, compare=False)
     max_concurrency: int | None = field(default=None, compare=False)
+    limit: str | Sequence[str] | None = field(default=None, compare=False)
     isolation: Isolation | None = field(default=None, compare=False)
     capture_log: bool | int | str | None = field(default=None, compare=False)
     version: int | str | None = field(default=None, compare=False)

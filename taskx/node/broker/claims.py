@@ -18,6 +18,7 @@ from taskx.node.buffer import Item
 from taskx.node.pool import WorkerPool
 from taskx.tasks import lifecycle
 from taskx.tasks.lifecycle import PENDING
+from taskx.tasks.rate import OF_TYPE
 from taskx.tasks.record import FREE, STUB, Stub, stub_from_values
 
 #: Most tasks of each sender that a claim reads at a time, and most times that it reads them. If other
@@ -109,7 +110,7 @@ class Claims:
         if (named := self._named(ticket)) is None or not named[1]:
             return
         registry = self._pool.services.registry
-        limit = registry.limits.get(ticket.type)
+        limit = registry.limits.get(OF_TYPE + ticket.type)
         # Another node may have room under its limit. Tickets that a rate holds up are too many for this.
         own = limit is not None and limit.scope == "node" and limit.max_concurrency is not None
         if registry.runs(ticket.type) and not own:

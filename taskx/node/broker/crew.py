@@ -28,21 +28,21 @@ class Crew:
 
     def capacity(self, type: str) -> int:
         """Return the number of tasks of a type that all workers together run at a time."""
-        total, most = 0, math.inf
+        total, most = 0.0, math.inf
         for node in self.workers:
             if type not in node.types:
                 continue
-            limit = node.limits.get(type)
-            slots = None if limit is None else limit.max_concurrency
-            if limit is None or slots is None:
-                total += node.workers
-            elif limit.scope == "global":
-                total, most = total + node.workers, slots
-            else:
-                total += min(node.workers, slots)
+            here: float = node.workers
+            for limit in node.limits_of(type).values():
+                slots = math.inf if limit.max_concurrency is None else limit.max_concurrency
+                if limit.scope == "global":
+                    most = min(most, slots)
+                else:
+                    here = min(here, slots)
+            total += here
         return int(min(total, most))
 
     def limited(self, type: str) -> bool:
         """Return True if a worker may run fewer tasks of a type than it has threads."""
-        limits = (node.limits.get(type) for node in self.workers)
-        return any(limit is not None and limit.max_concurrency is not None for limit in limits)
+        limits = (limit for node in self.workers for limit in node.limits_of(type).values())
+        return any(limit.max_concurrency is not None for limit in limits)

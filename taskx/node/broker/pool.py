@@ -150,7 +150,7 @@ class TicketPool(WorkerPool):
         described = attrs.evolve(super().described(), broker_error=self.dispatcher.error)
         if not self.node.only_sends:
             return described
-        return attrs.evolve(described, types=(), limits={}, own_limits={}, workers=0)
+        return attrs.evolve(described, types=(), limits={}, limited={}, own_limits={}, workers=0)
 
     def rebuffer(self, task: Task) -> None:
         """Have a task freed that became pending again, and that this node still owns."""

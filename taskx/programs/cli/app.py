@@ -65,7 +65,7 @@ go to stderr. `taskx COMMAND --help` has examples. The beginning of an id is eno
 #: The sections of the list of commands.
 SECTIONS = {
     "Look at tasks": "list show why dead failures flows answers wait tail",
-    "Look at the whole": "stats top nodes stacks check doctor changes watch",
+    "Look at the whole": "stats top nodes limits stacks check doctor changes watch",
     "Change tasks": "submit cancel requeue delete prune finish",
     "Change what runs": "pause resume tune schedules",
     "Run and serve": "worker dashboard migrate",

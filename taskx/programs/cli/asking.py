@@ -19,6 +19,7 @@ from taskx.programs.cli.opening import Session, command
 from taskx.programs.cli.output import Cell, Column, Row, age, clean, moment, one_line
 from taskx.programs.cli.values import Duration, OrOff, Size, unless_off
 from taskx.tasks.errors import ConfigurationError
+from taskx.tasks.findings import counted
 
 # Letters of the key of a group of failures.
 _KEY = 8
@@ -91,6 +92,8 @@ def stats(session: Session, types: Sequence[str], period: float) -> None:
         session.out.table(STATS_COLUMNS, [stats_row(name, each) for name, each in shown.items()])
     elif not types:
         session.out.say("no type has a task or an executor")
+    if found.answers and not types:
+        session.out.say(f"{counted(found.answers, 'answer')} to give: taskx answers lists them")
     if not found.complete:
         session.out.say("there are more tasks than were read: the numbers are at least so high")
         if found.since is not None and (found.checked_at - found.since).total_seconds() < period:

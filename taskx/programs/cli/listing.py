@@ -209,6 +209,7 @@ def _facts(task: Task) -> Iterator[tuple[str, str]]:
         "" if task.unique_key is None else f"{task.unique_key} ({task.unique_scope})",
     )
     yield "key", task.concurrency_key or ""
+    yield "cost", ", ".join(f"{number:,} {unit}" for unit, number in (task.cost or {}).items())
     yield "version", task.version or ""
     yield "parents", ", ".join(task.depends_on)
     yield "flow", task.flow

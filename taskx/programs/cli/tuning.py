@@ -1,12 +1,13 @@
-"""The command that changes limits and workers live: tune."""
+"""The commands about limits: limits, and tune, which changes limits and workers live."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
 
+from taskx.insight.limits import LimitInfo
 from taskx.insight.query import suggestion
 from taskx.programs.cli.completion import complete_nodes, complete_types, types_of
 from taskx.programs.cli.errors import Usage
@@ -32,15 +33,22 @@ def _limit(name: str, text: str | None, number: bool) -> dict[str, Any]:
     return {name: int(text)}
 
 
+def _some(name: str, texts: Sequence[str], number: bool) -> dict[str, Any]:
+    """Return the values of an option that may be given several times."""
+    values = [_limit(name, text, number)[name] for text in texts]
+    return {} if not values else {name: values[0] if len(values) == 1 else values}
+
+
 @command(
     "tune",
-    """Show what was changed live, or change the limits of a type or the number of workers.
+    """Show what was changed live, or change the limits of a type, a named limit or the number of workers.
 
 A change is stored: all nodes follow within a second, and it lasts until --reset, even after restarts.
 `none` as a value means no limit. Without options, prints the changes that are in effect.""",
     """
 taskx tune
 taskx tune email --max-concurrency 4 --rate 100/m
+taskx tune --limit openai --concurrency 10 --rate 500/m --rate "90000 tokens/m"
 taskx tune --workers 8
 taskx tune email --reset
 """,
@@ -48,12 +56,22 @@ taskx tune email --reset
     click.option("--max-concurrency", metavar="N", help="Most tasks of the type that run at once."),
     click.option(
         "--rate",
+        "rates",
         metavar="RATE",
         type=Rate(_NONE),
-        help="Most tasks that start in a period, such as 100/m.",
+        multiple=True,
+        help="Most tasks that start in a period, such as 100/m. May be given several times.",
     ),
     click.option(
-        "--burst", metavar="N", help="Most tasks that start at once after a quiet period."
+        "--burst",
+        "bursts",
+        metavar="N",
+        multiple=True,
+        help="Most tasks that start at once after a quiet period; one for each rate.",
+    ),
+    click.option("--limit", metavar="NAME", help="The named limit to change."),
+    click.option(
+        "--concurrency", metavar="N", help="Most tasks of the named limit that run at once."
     ),
     click.option(
         "--scope",
@@ -73,8 +91,10 @@ def tune(
     session: Session,
     type_: str | None,
     max_concurrency: str | None,
-    rate: str | None,
-    burst: str | None,
+    rates: Sequence[str],
+    bursts: Sequence[str],
+    limit: str | None,
+    concurrency: str | None,
     limit_scope: str | None,
     workers: int | None,
     node: str | None,
@@ -84,14 +104,20 @@ def tune(
     node = None if node is None else node_id(session, node)
     limits: dict[str, Any] = {
         **_limit("max_concurrency", max_concurrency, True),
-        **_limit("rate", rate, False),
-        **_limit("burst", burst, True),
+        **_limit("concurrency", concurrency, True),
+        **_some("rate", rates, False),
+        **_some("burst", bursts, True),
         **_limit("limit_scope", limit_scope, False),
     }
+    if limit is not None and (type_ is not None or node is not None or workers is not None):
+        raise Usage("--limit has limits only: leave out the type, --workers and --node")
     if reset:
         if limits or workers is not None:
             raise Usage("--reset takes changes back: leave out the values")
-        _reset(session, type_, node)
+        _reset(session, type_, limit, node)
+    elif limit is not None and limits:
+        session.queue.tune(limit=limit, **limits)
+        session.note("tune", f"limit {limit}", limits)
     elif limits:
         _tune_type(session, type_, limits, workers)
     elif workers is not None:
@@ -101,7 +127,7 @@ def tune(
         session.note("tune", node or "workers", {"workers": workers})
     elif node is not None:
         raise Usage("--node needs --workers or --reset")
-    _show(session, type_)
+    _show(session, type_, limit)
 
 
 def _tune_type(
@@ -119,8 +145,11 @@ def _tune_type(
     session.note("tune", type, limits)
 
 
-def _reset(session: Session, type: str | None, node: str | None) -> None:
-    if type is not None:
+def _reset(session: Session, type: str | None, limit: str | None, node: str | None) -> None:
+    if limit is not None:
+        session.queue.untune(limit=limit)
+        session.note("untune", f"limit {limit}")
+    elif type is not None:
         if node is not None:
             raise Usage("--node has workers, not a type: leave out one of them")
         session.queue.untune(type)
@@ -138,19 +167,27 @@ TUNE_COLUMNS = (
 )
 
 
-def _show(session: Session, type: str | None) -> None:
+def _show(session: Session, type: str | None, limit: str | None) -> None:
     tuned = session.queue.tuned()
-    types = {name: each for name, each in tuned.types.items() if type in (None, name)}
+    types = {
+        name: each for name, each in tuned.types.items() if limit is None and type in (None, name)
+    }
+    named = {
+        name: each for name, each in tuned.limits.items() if type is None and limit in (None, name)
+    }
     if session.json:
         record = tuned.to_dict()
-        session.out.json({**record, "types": {name: record["types"][name] for name in types}})
+        record["types"] = {name: record["types"][name] for name in types}
+        session.out.json({**record, "limits": named})
         return
     rows: list[Row] = []
     for name, each in types.items():
         own: Mapping[str, Any] = each.own or {}
         for option, value in each.limits.items():
             rows.append((name, option, _value(value), _value(own.get(option))))
-    if type is None:
+    for name, options in named.items():
+        rows += [(f"limit {name}", option, _value(value), "") for option, value in options.items()]
+    if type is None and limit is None:
         if tuned.workers is not None:
             rows.append(("all nodes", "workers", str(tuned.workers), ""))
         rows += [
@@ -159,11 +196,52 @@ def _show(session: Session, type: str | None) -> None:
     if rows:
         session.out.table(TUNE_COLUMNS, rows)
     else:
-        session.out.say(f"nothing was changed live{'' if type is None else ' for ' + clean(type)}")
+        of = type or limit
+        session.out.say(f"nothing was changed live{'' if of is None else ' for ' + clean(of)}")
 
 
 def _value(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_value, value))
     return _NONE if value is None else str(value)
 
 
-COMMANDS: tuple[click.Command, ...] = (tune,)
+LIMIT_COLUMNS = (
+    Column("LIMIT", cut=True),
+    Column("RUNNING", right=True),
+    Column("RATE"),
+    Column("FREE"),
+    Column("TYPES", cut=True),
+    Column("CHANGED"),
+)
+
+
+def limit_row(limit: LimitInfo) -> Row:
+    """Return the cells of a limit for :data:`LIMIT_COLUMNS`."""
+    most = "" if limit.concurrency is None else f"{limit.taken} of {limit.concurrency}"
+    rates, free = ", ".join(limit.rates), ", ".join(map(str, limit.free))
+    return limit.name, most, rates, free, " ".join(limit.types), ", ".join(limit.tuned)
+
+
+@command(
+    "limits",
+    """List the limits with names, and what is left of them.
+
+FREE is what may start now by each rate. CHANGED names what `taskx tune --limit` has changed.""",
+    """
+taskx limits
+taskx limits --json | jq .taken
+""",
+)
+def limits(session: Session) -> None:
+    """List limits."""
+    found = session.queue.limits()
+    if session.json:
+        session.out.json_lines(limit.to_dict() for limit in found)
+    elif found:
+        session.out.table(LIMIT_COLUMNS, [limit_row(limit) for limit in found])
+    else:
+        session.out.say("no program has declared a limit with a name")
+
+
+COMMANDS: tuple[click.Command, ...] = (limits, tune)

@@ -65,7 +65,9 @@ class Rate(ParamType):
         except ConfigurationError:
             words = "".join(f" or `{word}`" for word in self._words)
             self.fail(
-                f"{value!r} is not a rate: write it as 100/m (s, m, h or d){words}", param, ctx
+                f"{value!r} is not a rate: write it as 100/m or '900 tokens/m' (s, m, h or d){words}",
+                param,
+                ctx,
             )
         return str(value)
 

@@ -304,6 +304,8 @@ CHINESE: Mapping[str, str] = {
     "Most at once": "最大并发数",
     "Rate of starts": "启动速率",
     "Burst": "突发上限",
+    "Free": "剩余",
+    "Cost": "成本",
     "Scope": "范围",
     "each node": "每个节点",
     "all nodes together": "所有节点合计",

@@ -32,6 +32,7 @@ _TASK: dict[str, Any] = {
     "tags": {"type": "array", "items": _TEXT},
     "on_parent_failure": {"type": ["string", "null"]},
     "concurrency_key": {"type": ["string", "null"]},
+    "cost": {"type": ["object", "null"]},
     **dict.fromkeys(("errors", "crashes", "interruptions", "snoozes", "starts"), _COUNT),
     "dead_letter": {"type": "boolean"},
     "earlier_attempts": {"type": "array", "items": {"type": "object"}},

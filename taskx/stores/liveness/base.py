@@ -15,7 +15,7 @@ import attrs
 
 from taskx.stores.liveness.began import Began
 from taskx.tasks.in_use import InUse
-from taskx.tasks.rate import Limit, LimitScope, Rate
+from taskx.tasks.rate import Limit, limit_from_json, limit_to_json
 from taskx.tasks.writes import Note, NoteChange, Write
 
 #: The prefix of the names of the notes about nodes.
@@ -55,7 +55,9 @@ class Node:
         id: unique for every start.
         name: a name for people: host, process and start.
         types: the task types that it runs.
-        limits: the limits of its types that have one.
+        limits: the limits that it knows, by name.
+        limited: the names of the limits of each of its types that has some.
+        declared: the limits with a name, as its program declares them.
         own_limits: the limits that its program set for the types whose limits are overridden; None for
             none.
         workers: the number of workers that it shall have now.
@@ -72,6 +74,8 @@ class Node:
     name: str
     types: tuple[str, ...] = ()
     limits: Mapping[str, Limit] = attrs.field(factory=dict, hash=False)
+    limited: Mapping[str, Sequence[str]] = attrs.field(factory=dict, hash=False)
+    declared: Mapping[str, Limit] = attrs.field(factory=dict, hash=False)
     own_limits: Mapping[str, Limit | None] = attrs.field(factory=dict, hash=False)
     workers: int = 0
     about: About = About()
@@ -80,6 +84,11 @@ class Node:
     beat_at: int | None = None
     late: bool = False
     broker_error: str = ""
+
+    def limits_of(self, type: str) -> dict[str, Limit]:
+        """Return the limits of a type, by name."""
+        names = self.limited.get(type, ())
+        return {name: self.limits[name] for name in names if name in self.limits}
 
     @property
     def silent(self) -> bool:
@@ -317,8 +326,10 @@ def described(
         id=name.removeprefix(PREFIX),
         name=facts["name"],
         types=tuple(facts["types"]),
-        limits={type: _limit_of(*values) for type, values in facts.get("limits", {}).items()},
-        own_limits={type: values and _limit_of(*values) for type, values in own_limits.items()},
+        limits=_limits_of(facts, "limits"),
+        limited={type: tuple(names) for type, names in facts.get("limited", {}).items()},
+        declared=_limits_of(facts, "declared"),
+        own_limits={type: value and limit_from_json(value) for type, value in own_limits.items()},
         workers=facts.get("workers", 0),
         about=About(**{name: about[name] for name in _ABOUT if name in about}),
         stopping=facts["stopping"],
@@ -333,22 +344,19 @@ def _changing_facts(node: Node) -> dict[str, Any]:
     """Return the facts about a node that may change while it runs, as JSON values."""
     return {
         "types": list(node.types),
-        "limits": {type: _limit_to_json(limit) for type, limit in node.limits.items()},
+        "limits": {name: limit_to_json(limit) for name, limit in node.limits.items()},
+        "limited": {type: list(names) for type, names in node.limited.items()},
+        "declared": {name: limit_to_json(limit) for name, limit in node.declared.items()},
         "own_limits": {
-            type: limit and _limit_to_json(limit) for type, limit in node.own_limits.items()
+            type: limit and limit_to_json(limit) for type, limit in node.own_limits.items()
         },
         "workers": node.workers,
         "broker_error": node.broker_error,
     }
 
 
-def _limit_to_json(limit: Limit) -> list[Any]:
-    rate = None if limit.rate is None else attrs.astuple(limit.rate)
-    return [limit.max_concurrency, rate, limit.scope]
-
-
-def _limit_of(most: int | None, rate: Sequence[Any] | None, scope: LimitScope) -> Limit:
-    return Limit(most, None if rate is None else Rate(*rate), scope)
+def _limits_of(facts: Mapping[str, Any], what: str) -> dict[str, Limit]:
+    return {name: limit_from_json(value) for name, value in facts.get(what, {}).items()}
 
 
 _ABOUT = tuple(field.name for field in attrs.fields(About))

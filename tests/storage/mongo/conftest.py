@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import mongomock
 import pymongo
 import pytest
-from mongo_proxy import Proxy
+from mongo_proxy import Proxy, swallowing
 from mongo_server import PATIENCE, new_database
 
 from taskx import MongoRepository, RepositoryUnavailable
@@ -85,20 +85,13 @@ def through(proxy: Proxy, database: Any, make: Any) -> Iterator[Callable[..., Mo
 
 
 def sent_in_vain(
-    proxy: Proxy, direction: str, words: tuple[bytes, ...], write: Callable[[], object]
+    proxy: Proxy, direction: str, words: Sequence[bytes], write: Callable[[], object]
 ) -> RepositoryUnavailable:
     """Swallow a direction from a request with one of these words on; return the error of that write.
 
     On a slow machine the time-out may pass before it is sent, and then the error is not in doubt.
     """
-    sent = threading.Event()
-
-    def judge(way: str, piece: bytes) -> bool:
-        if way == "ask" and any(word in piece for word in words):
-            sent.set()
-        return not (sent.is_set() and way == direction)
-
-    proxy.judge = judge
+    proxy.judge = swallowing(direction, words, sent := threading.Event())
     while True:
         with pytest.raises(RepositoryUnavailable) as caught:
             write()

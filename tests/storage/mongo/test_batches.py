@@ -244,7 +244,7 @@ class TestOnAServer:
         repository._connection.timeout = 1.0
         writes = [insert(task_id) for task_id in IDS]
         store = partial(repository.apply, writes, all_or_nothing=True)
-        assert sent_in_vain(proxy, "answer", (b"committed",), store).in_doubt
+        assert sent_in_vain(proxy, "answer", [b"committed"], store).in_doubt
 
     def test_a_reader_beside_many_batches_reveals_none_too_soon(self, make, database):
         """And nothing of the batches is left over."""
@@ -381,7 +381,7 @@ class TestInATransaction:
         repository._connection.timeout = 1.0
         writes = [insert(task_id) for task_id in IDS]
         store = partial(repository.apply, writes, all_or_nothing=True)
-        assert sent_in_vain(proxy, "answer", (b"commitTransaction\0",), store).in_doubt
+        assert sent_in_vain(proxy, "answer", [b"commitTransaction\0"], store).in_doubt
         proxy.heal()
         repository._connection.timeout = PATIENCE
         assert list(store()) == [True] * 5
@@ -394,7 +394,7 @@ class TestInATransaction:
         repository._connection.timeout = 1.0
         writes = [insert(task_id) for task_id in IDS]
         store = partial(repository.apply, writes, all_or_nothing=True)
-        assert sent_in_vain(proxy, "ask", (b"commitTransaction\0",), store).in_doubt
+        assert sent_in_vain(proxy, "ask", [b"commitTransaction\0"], store).in_doubt
         other = make(database)
         assert list(other.apply([insert("c0"), insert("c1")], all_or_nothing=True)) == [True, True]
         assert other.apply([insert("d0"), *lifecycle.cancel("c0", 1)])

@@ -398,7 +398,7 @@ class TestAnswersThatAreLost:
 
     def test_requests_that_never_arrive_are_sent_again(self, prepared, through, proxy):
         repository = through()
-        proxy.judge = swallowing("ask", b"insert\0", seen := threading.Event())
+        proxy.judge = swallowing("ask", [b"insert\0"], seen := threading.Event())
         outcome = []
         thread = threading.Thread(target=lambda: outcome.extend(repository.apply([insert("new")])))
         thread.start()

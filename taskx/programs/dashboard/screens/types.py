@@ -67,6 +67,8 @@ def _rate(given: Any) -> str:
     """Return a rate in the form in which it is entered."""
     if given is None or isinstance(given, str):
         return given or ""
+    if isinstance(given, list):
+        return ", ".join(map(_rate, given))
     count, seconds = given
     unit = {1: "s", 60: "m", 3600: "h", 86400: "d"}.get(seconds)
     return f"{count}/{unit}" if unit else f"{count}/{seconds:g}"
@@ -103,6 +105,7 @@ def show(request: Request) -> Page:
         "wanted": wanted,
         "following": names[ROWS - 1] if len(names) > ROWS else "",
         "everything": request.queue.paused.everything,
+        "limits": [] if request.queue.repository.shortcoming else request.queue.limits(),
     }
     return Page("types.html", values)
 
