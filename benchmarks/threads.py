@@ -21,7 +21,7 @@ ROUNDS = 5
 #: Items of a map, and turns of the loop that each of them is.
 ITEMS, TURNS = 100, 100_000
 #: Tasks of the other measurements.
-TASKS = 3000
+TASKS = 2000
 
 
 def measured() -> dict[str, float]:
