@@ -23,6 +23,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from itertools import zip_longest
 from typing import Any
 
@@ -36,7 +37,7 @@ from taskx.tasks.errors import ConfigurationError, RepositoryError, TaskNotFound
 from taskx.tasks.lifecycle import ANSWER, CANCELLED, CHILDREN, NO_WORK, PENDING, UNFINISHED
 from taskx.tasks.log import GuardedLogger
 from taskx.tasks.model import Task
-from taskx.tasks.rate import MOST_TURNS, NOTHING, Limit
+from taskx.tasks.rate import MOST_TURNS, NOTHING, Cost, Limit
 from taskx.tasks.record import FOR_PARENTS, cost_from_text, ids_from_text
 from taskx.tasks.writes import Delete, Insert, Update
 
@@ -403,7 +404,8 @@ class Turns(_Scanner):
         holders = self._repository.find("turn", every, ("turn", "id"))
         taken = {turn for turn, task_id in holders if task_id != leaver}
         number = lifecycle.turns_at_once(limit)
-        free = [turn for turn in every[:number] if turn not in taken][: number - len(taken)]
+        free = [turn for turn in every[:number] if turn not in taken]
+        free = free[: max(0, number - len(taken))]
         fields = ("id", "run_at", "cost")
         first = self._repository.find("line", [key], fields, len(free)) if free else ()
         waits = self._waits(key, limit, [cost for *_, cost in first]) if limit.rates else ()
@@ -420,7 +422,7 @@ class Turns(_Scanner):
         """
         self._rates_used = True
         bucket = SharedBucket(self._repository, key, limit.rates, self._clock, self._log)
-        asked = [NOTHING if cost is None else cost_from_text(cost) for cost in costs]
+        asked = [_cost_of(cost) for cost in costs]
         return [until_token(bucket, cost, number) for number, cost in enumerate(asked, 1)]
 
     def advance(self, keys: Iterable[str]) -> None:
@@ -481,6 +483,14 @@ class Turns(_Scanner):
     def _turns(self, key: str) -> Sequence[str]:
         limit = self._limit_of(key)
         return [key] if limit is None else lifecycle.turns_of(key, lifecycle.turns_at_once(limit))
+
+
+def _cost_of(text: Any) -> Cost:
+    """Return the cost in a column; that of a damaged one is none, as at the start."""
+    if text is not None:
+        with suppress(ValueError, TypeError, RecursionError):
+            return cost_from_text(text)
+    return NOTHING
 
 
 def find_parents(repository: Repository, inserts: Sequence[Insert]) -> None:

@@ -14,6 +14,7 @@ from taskx import ConfigurationError, MemoryRepository
 from taskx.node.ordering import Turns
 from taskx.tasks import lifecycle
 from taskx.tasks.rate import MOST_TURNS
+from taskx.tasks.writes import Update
 from taskx.testing import ManualClock, ManualQueue
 
 from .test_limits import Crowd
@@ -137,6 +138,38 @@ def test_a_lowered_number_of_turns_strands_nothing_and_holds_when_tasks_end(make
     assert queue.drain(PATIENCE)
     assert [handle.done() for handle in handles] == [True] * 12
     assert taken() == 0
+
+
+def test_no_turn_is_given_while_higher_ones_are_held(queue):
+    """The tasks that had the first turns have ended, and the number was lowered."""
+    queue.limit("k:", concurrency=5)
+    queue.declare("t")
+    ids = [queue.submit("t", key="k:a").id for _ in range(8)]
+    queue.limit("k:", concurrency=2)
+    holders = lambda: {  # noqa: E731
+        task_id
+        for (task_id,) in queue.repository.find(
+            "turn", lifecycle.turns_of("k:a", MOST_TURNS), ("id",)
+        )
+    }
+    for task_id in ids[:2]:
+        queue.cancel_task(task_id)
+    assert holders() == {*ids[2:5]}
+    queue.cancel_task(ids[2])
+    assert holders() == {*ids[3:5]}
+    queue.cancel_task(ids[3])
+    assert holders() == {*ids[4:6]}
+
+
+def test_a_damaged_cost_holds_no_turn_back(queue):
+    queue.limit("k:", rate="1 units/s")
+    queue.declare("t")
+    first = queue.submit("t", key="k:a", cost={"units": 1})
+    second = queue.submit("t", key="k:a", cost={"units": 1})
+    damage = Update(second.id, {}, {"cost": "{"}, move="by hand")
+    assert queue.repository.apply([damage]) == [True]
+    first.cancel()
+    assert queue.repository.find("id", [second.id], ("turn",)) == [("k:a",)]
 
 
 def test_a_raised_number_is_used_soon(make_queue, gate):

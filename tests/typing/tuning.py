@@ -32,7 +32,7 @@ def tune() -> None:
     queue.tune("mail", max_concurrency="3")  # type: ignore[arg-type]
     queue.tune("mail", max_workers=3)  # type: ignore[call-arg]
     queue.tune("mail", limit_scope="host")  # type: ignore[arg-type]
-    queue.tune("mail", 3)  # type: ignore[call-arg]
+    queue.tune("mail", "3")  # type: ignore[call-arg]
     queue.untune(workers=3)  # type: ignore[arg-type]
 
 
