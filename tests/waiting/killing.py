@@ -1,5 +1,7 @@
 """Processes that are killed while their tasks wait, and what must hold in spite of that.
 
+With PYTHONPATH=tests:
+
 python -m tests.waiting.killing ask sqlite       500 tasks that ask three times each; or mongo, postgres
 python -m tests.waiting.killing sleep sqlite     1,000 tasks that sleep three times each
 python -m tests.waiting.killing answer sqlite    the time from an answer to the executor, without kills
