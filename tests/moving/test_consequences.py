@@ -42,7 +42,7 @@ HEARD = {
     ("start", RUNNING): set(),
     ("progress", None): {"hook progressed"},
     ("checkpoint", None): set(),
-    ("complete", COMPLETED): {"more"} | ENDED | OVER,  # "more" of a limit that the task has used
+    ("complete", COMPLETED): ENDED | OVER,
     ("fail", FAILED): {"hook stuck"} | ENDED | OVER,  # "hook stuck" if the thread runs on
     ("retry", PENDING): {"hook stuck", "hook retried", "buffer", "due"} | OVER,
     ("snooze", PENDING): {"hook snoozed", "due"} | OVER,
@@ -67,7 +67,6 @@ HEARD = {
     ("finish", FAILED): {"out of the buffer", "log"} | ENDED - {"turns"},
     ("give turn", None): {"more", "due"},
     ("release", None): {"more"},
-    ("put off", None): {"due"},
     ("lift bar", None): {"more", "turns"},
     ("requeue", PENDING): {"hook requeued", "more", "turns"},
     ("replace", None): {"out of the buffer", "more"},
@@ -303,7 +302,6 @@ class Life:
         for part in (
             self.ends,
             self.waits,
-            self.comes_late,
             self.parks,
             self.cancels,
             self.dies,
@@ -356,19 +354,6 @@ class Life:
             child = self.submit("remote", depends_on=[parent], on_parent_failure=policy)
             self.queue.cancel_task(parent)
             self.until(status, child)
-
-    def comes_late(self):
-        """Two tasks get turns before the rate of their key lets only one of them start."""
-        self.queue.limit("slow:", concurrency=2)
-        self.queue.pause("fine")
-        ids = [self.submit("fine", False, concurrency_key="slow:1") for _ in range(2)]
-        turns = lifecycle.turns_of("slow:1", 2)
-        eventually(lambda: len(those_with(self.repository, "turn", *turns)) == 2)
-        self.queue.limit("slow:", concurrency=2, rate="1/h")
-        self.queue.resume("fine")
-        eventually(lambda: ("put off", None) in map(key, [*self.ears.applied.values()]))
-        statuses = self.repository.statuses(ids)
-        self.queue.cancel_task(next(task_id for task_id in ids if statuses[task_id] == PENDING))
 
     def parks(self):
         for own in (True, False):
