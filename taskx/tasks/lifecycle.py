@@ -426,6 +426,7 @@ def parents_moved(child: Task, statuses: Mapping[str, str], now: int) -> Update:
             guard["stuck_on"], held = child.stuck_on, BY_THREAD
         free: dict[str, Any] = {"waiting_on": None, "held": held}
         if child.type == ANSWER:
+            guard["expires_at"] = None  # else its time-out has begun on another node
             free = _opened(child.id, child.timeout, now)
         return Update(child.id, guard, free, move="parents moved", skips=True)
     changes = {

@@ -111,7 +111,7 @@ def _flaw(value: Any, depth: int) -> tuple[str, str] | None:
     if kind is int:
         return None if _INT_MIN <= value <= _INT_MAX else ("", "integer does not fit into 64 bits")
     if kind is float:
-        return None if math.isfinite(value) else ("", f"{value} is not valid JSON: use None")
+        return None if math.isfinite(value) else ("", f"{value} is not valid JSON: leave it out")
     if kind is dict or kind is list or kind is tuple:
         if depth > MAX_DEPTH:
             return "", f"is nested more than {MAX_DEPTH} levels deep, or contains itself"

@@ -42,7 +42,7 @@ def tasks(outside):
 
 
 def test_commands_and_options_are_completed(complete):
-    assert complete("li") == ["list"]
+    assert complete("li") == ["list", "limits"]
     assert "--limit" in complete("list", "--li")
 
 

@@ -140,7 +140,7 @@ class TestAsInAThread:
     @pytest.mark.parametrize(
         ("kind", "error"),
         [
-            ("nan", "PayloadError: result: nan is not valid JSON: use None"),
+            ("nan", "PayloadError: result: nan is not valid JSON: leave it out"),
             ("set", "PayloadError: result: set is not JSON"),
             ("large", "PayloadError: result: 3,002 bytes as JSON, more than max_payload_size (99)"),
         ],

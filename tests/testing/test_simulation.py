@@ -53,6 +53,22 @@ def test_a_token_that_time_has_brought_in_part_is_put_back_in_part():
     )
 
 
+def test_the_time_out_of_an_answer_in_a_flow_begins_once():
+    """A run that a seed has found: two nodes see the end of the task before it, one of them much later."""
+    replay(
+        PROGRAMS["patient"],
+        [
+            *[("boot", node) for node in range(3)],
+            ("ask", 2, 16),
+            ("round", 1),
+            ("start", 1, 1),
+            ("pass", 1, 2.1),
+            ("execute", 1),
+            ("round", 1, 0, {8: [("round", 0), ("pass", 2, 120.0)]}),
+        ],
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize("chunk", range(5))
