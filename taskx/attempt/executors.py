@@ -96,7 +96,7 @@ class Queues:
 
     def add(self, queue: _Queue) -> None:
         """Add a queue."""
-        for key, known in [*self._known.items()]:
+        for key, known in self._known.copy().items():
             if known() in (None, queue):
                 self._known.pop(key, None)
         self._known[next(self._numbers)] = weakref.ref(queue)

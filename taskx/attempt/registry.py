@@ -115,7 +115,7 @@ class Registry:
         """The types that the queue runs in child processes."""
         return frozenset(
             type
-            for type, entry in list(self.registered.items())
+            for type, entry in self.registered.copy().items()
             if entry.options.isolation is not None
         )
 
@@ -182,7 +182,7 @@ class Registry:
         """Follow the overrides and the declared limits of the repository, instead of earlier ones."""
         self._overrides, self._stored = overrides, declared
         self._name_limits()
-        for type, entry in list(self.registered.items()):
+        for type, entry in self.registered.copy().items():
             self._limit(type, entry.options)
 
     def limit(self, name: str, options: LimitOptions) -> None:
@@ -201,7 +201,7 @@ class Registry:
             else:
                 self.limits.pop(name, None)
         self.rates_keys = any(
-            limit.rates and is_key(name) for name, limit in list(self.limits.items())
+            limit.rates and is_key(name) for name, limit in self.limits.copy().items()
         )
 
     def _limit(self, type: str, own: Options) -> None:

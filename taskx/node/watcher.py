@@ -145,7 +145,7 @@ class Watcher:
         """Return the handles of a task that are in use, and forget the others."""
         with self._lock:
             refs = self._handles.get(task_id, {})
-            found = {key: ref() for key, ref in list(refs.items())}
+            found = {key: ref() for key, ref in refs.copy().items()}
             for key, handle in found.items():
                 if handle is None:
                     del refs[key]

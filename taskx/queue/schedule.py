@@ -324,7 +324,7 @@ class Schedules:
                 self.services.log.warning("%s cannot be listed: %s", note_name, error)
             else:
                 found[entry.name] = Schedule(entry, self)
-        for name, wanted in list(self.declared.items()) if self._wait else ():
+        for name, wanted in self.declared.copy().items() if self._wait else ():
             stored = name in found
             entry = self._merged(wanted, notes.get(PREFIX + name))
             found[name] = Schedule(entry, self, stored=stored)

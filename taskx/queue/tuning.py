@@ -187,7 +187,7 @@ def tuned(repository: Repository, registry: Registry) -> Tuned:
     if overrides.types:
         for node in repository.nodes():
             own.update(node.own_limits)
-    for type, entry in list(registry.registered.items()):
+    for type, entry in registry.registered.copy().items():
         own[type] = entry.options.own_limit
     return Tuned(
         types={

@@ -134,10 +134,11 @@ def test_one_of_many_threads_that_fire_a_token_calls_each_callback():
 
     def fire(number):
         remove = token.on_cancel(lambda: called.append(number))
-        token.fire(taskx.CancelReason.CANCEL)
+        fired = token.fire(taskx.CancelReason.CANCEL)
         remove()
-        with pytest.raises(TaskCancelled):
-            token.raise_if_cancelled()
+        if fired:  # another thread may be about to store the reason
+            with pytest.raises(TaskCancelled):
+                token.raise_if_cancelled()
 
     at_once(fire)
     assert len({*called}) == len(called)

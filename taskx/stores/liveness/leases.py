@@ -207,7 +207,7 @@ class Leases(Recorded[_Leased]):
     def _run(self) -> None:
         while True:
             with self._changed:
-                nodes = {node: own for node, own in [*self._own.items()] if not own.tended}
+                nodes = {node: own for node, own in self._own.copy().items() if not own.tended}
                 if not nodes:
                     self._thread = None
                     return

@@ -594,7 +594,7 @@ class FileTransactions(Transactions, Forks):
         if True in go_on:
             # A connection and its cache of statements refer to each other, so it ends when it is collected.
             gc.collect()
-        for thread, last in list(self._last.items()):
+        for thread, last in self._last.copy().items():
             if last.connection is None:
                 self._last.pop(thread, None)
 
