@@ -483,7 +483,9 @@ class Family(Patient):
                 n, got = task.params.get("n"), task.result
                 wanted = {"parts": [*range(3 + (n or 0))], "tree": 2 ** (n or 0), "after": [1, 2]}
                 assert got == wanted.get(task.type, got), f"{task.type} {n} has got {got}"
-                assert task.type != "mixed" or got[:2] == [0, "failed"], f"mixed has got {got}"
+                if task.type == "mixed":  # the first child may have been cancelled
+                    assert got[0] in (0, "failed"), f"mixed has got {got}"
+                    assert got[1] == "failed", f"mixed has got {got}"
                 assert task.type != "race" or len(got) > n, f"race {n} has got {got}"
 
 
