@@ -182,8 +182,9 @@ class Dependents(_Scanner):
         awaited = self._repository.distinct("waiting_on", after, self._scan_batch)
         statuses = self._repository.statuses(awaited)
         gone = [parent for parent in awaited if statuses.get(parent) not in UNFINISHED]
-        some = [parent for parent in awaited if children.may_be_list(parent)]
-        gone += lists.done(self._repository, set(some).difference(gone))
+        ended = set(gone)
+        some = [parent for parent in awaited if children.may_be_list(parent) and parent not in ended]
+        gone += lists.done(self._repository, some)
         return gone, awaited[-1] if awaited else ""
 
     # --- processing
