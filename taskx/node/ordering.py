@@ -183,7 +183,9 @@ class Dependents(_Scanner):
         statuses = self._repository.statuses(awaited)
         gone = [parent for parent in awaited if statuses.get(parent) not in UNFINISHED]
         ended = set(gone)
-        some = [parent for parent in awaited if children.may_be_list(parent) and parent not in ended]
+        some = [
+            parent for parent in awaited if children.may_be_list(parent) and parent not in ended
+        ]
         gone += lists.done(self._repository, some)
         return gone, awaited[-1] if awaited else ""
 
