@@ -14,7 +14,7 @@ import weakref
 from datetime import timedelta
 
 import pytest
-from helpers import PATIENCE, eventually, frequent_checks, node_of
+from helpers import PATIENCE, eventually, frequent_checks, node_of, settle_references
 
 from taskx import (
     ConfigurationError,
@@ -560,7 +560,12 @@ def test_an_idle_worker_keeps_no_object_of_its_last_task_alive(started, fails):
         for handle in handles:
             handle.exception(PATIENCE)
         del handle, handles
-        eventually(lambda: not any(ref() for ref in made))
+
+        def gone():
+            settle_references()
+            return not any(ref() for ref in made)
+
+        eventually(gone)
     finally:
         gc.enable()
     assert len(made) == 4

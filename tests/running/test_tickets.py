@@ -142,7 +142,7 @@ def test_a_ticket_starts_the_task_that_it_names_among_equal_ones(shop):
     worker = shop.workers(2, note(shop), serve=False)
     submit(shop, 1, 2, 3)
     shop.edge.start()
-    tickets = the_tickets(shop, 3)
+    tickets = sorted(the_tickets(shop, 3))
     for ticket in reversed(tickets):
         worker.run(*ticket)
     assert shop.ran == [3, 2, 1]

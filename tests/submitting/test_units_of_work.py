@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from helpers import PATIENCE, eventually, run_in_thread
+from helpers import PATIENCE, eventually, run_in_thread, settle_references
 from kinds import NO_MANUAL_COMMITS
 from sqlalchemy.orm import Session
 
@@ -602,6 +602,7 @@ def test_a_connection_that_was_dropped_in_the_middle_frees_the_file_at_once(scen
 
     for thread in (lambda call: call(), lambda call: scene.other.submit(call).result()):
         thread(careless)
+        settle_references()
         scene.queue.submit("echo")
         with pytest.raises(TaskNotFound):
             scene.queue.get_task_status("gone")

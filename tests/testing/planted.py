@@ -284,7 +284,8 @@ def accepted_not_stored(patch):
 
 
 @plant(
-    "A rescue takes what another node has rescued, and a third one runs, in the meantime.", seed=5968
+    "A rescue takes what another node has rescued, and a third one runs, in the meantime.",
+    seed=5968,
 )
 def rescue_from_the_living(patch):
     def take_back(self, node):

@@ -184,6 +184,7 @@ def test_a_missing_sqlite_file_is_not_created_and_the_error_says_what_to_run(tmp
 
 
 def test_an_error_of_the_server_is_one_line():
+    pytest.importorskip("psycopg")
     django_project.add_database(
         "away", ENGINE="django.db.backends.postgresql", HOST="127.0.0.1", PORT="1", OPTIONS={}
     )
