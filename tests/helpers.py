@@ -70,7 +70,7 @@ def eventually(condition: Callable[[], Any], timeout: float = PATIENCE) -> Any:
 
 
 def settle_references() -> None:
-    """Let go of objects whose last reference another thread has dropped: a Python without a lock is late."""
+    """Let go of objects whose last reference another thread dropped: a Python without a lock is late."""
     if not getattr(sys, "_is_gil_enabled", lambda: True)():
         gc.collect()
 

@@ -481,7 +481,9 @@ class Family(Patient):
             assert "was not needed" not in task.error or task.type == "race", task.error
             if task.status == "completed":
                 n, got = task.params.get("n"), task.result
-                wanted = {"parts": [*range(3 + (n or 0))], "tree": 2 ** (n or 0), "after": [1, 2]}
+                wanted = {"parts": [*range(3 + (n or 0))], "tree": 2 ** (n or 0)}
+                if task.type == "after":  # it may be requeued alone, when the fork was cancelled
+                    assert got in ([1, 2], []), f"after has got {got}"
                 assert got == wanted.get(task.type, got), f"{task.type} {n} has got {got}"
                 if task.type == "mixed":  # the first child may have been cancelled
                     assert got[0] in (0, "failed"), f"mixed has got {got}"
