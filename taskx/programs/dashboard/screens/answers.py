@@ -46,7 +46,7 @@ class Row:
 
     @property
     def question(self) -> Any:
-        """What was asked; None if nothing was, or if the user may not see it."""
+        """Return the question; None if there is none, or if the user may not see it."""
         return None if self.once else self.task.params.get("question")
 
     @property
