@@ -7,6 +7,7 @@ other ones each time. This module counts the points and raises the exception at 
 
 from __future__ import annotations
 
+import _weakrefset
 import dis
 import gc
 import inspect
@@ -14,6 +15,8 @@ import itertools
 import logging
 import os
 import sys
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from types import CodeType, FrameType
 from typing import Any
@@ -68,6 +71,8 @@ def every_strike(call: Callable[[int], Any], first: int = 0, step: int = 1) -> I
 
 # An exception in these modules may leave a lock of all threads locked: that of imports or of a log handler.
 _UNSAFE = ("<frozen importlib", logging.__file__)
+# The callbacks of weak references.
+_WEAK = (weakref.__file__, _weakrefset.__file__)
 _OURS = os.path.dirname(taskx.__file__)
 
 
@@ -76,6 +81,19 @@ def _imports(frame: FrameType) -> bool:
     caller: FrameType | None = frame
     while caller is not None:
         if caller.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        caller = caller.f_back
+    return False
+
+
+def _starts_a_thread(frame: FrameType) -> bool:
+    """Return True if code runs for ``Thread.start``: an exception may leave that thread hanging.
+
+    It takes the lock of an event that the new thread sets first.
+    """
+    caller: FrameType | None = frame
+    while caller is not None and caller.f_code.co_filename == threading.__file__:
+        if caller.f_code.co_name == "start":
             return True
         caller = caller.f_back
     return False
@@ -92,7 +110,11 @@ class _Tracer:
             return None
         if file.startswith(_UNSAFE) or (not file.startswith(_OURS) and _imports(frame)):
             return None
-        if frame.f_code.co_name == "__del__":  # Python would print the exception and go on
+        if file == threading.__file__ and _starts_a_thread(frame):
+            return None
+        name = frame.f_code.co_name
+        # Python would print the exception and go on.
+        if name == "__del__" or (name.endswith("remove") and file in _WEAK):
             return None
         # A generator may be entered only to be closed.
         if not frame.f_code.co_flags & inspect.CO_GENERATOR:

@@ -104,3 +104,18 @@ def test_a_struck_log_line_keeps_no_lock_of_its_handler(caplog):
         other.start()
         other.join(PATIENCE)
         assert not other.is_alive()
+
+
+def test_a_struck_start_of_a_thread_leaves_no_thread_that_never_runs():
+    """An exception in ``Thread.start`` keeps the lock of the event that the new thread sets first."""
+    made = []
+
+    def work(point):
+        made.append(threading.Thread(target=len, args=("a",), daemon=True))
+        made[-1].start()
+
+    assert list(every_strike(work))
+    for thread in made:
+        if thread.ident is not None:
+            thread.join(PATIENCE)
+            assert not thread.is_alive()

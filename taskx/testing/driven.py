@@ -142,6 +142,14 @@ class DrivenPool(WorkerPool):
         """Have tasks run, without a line in the log."""
         self.begun.set()
 
+    def begin_stop(self) -> None:
+        """Take no more tasks, and hand back those that an interrupt has kept from being executed.
+
+        No thread is about to execute them, and no housekeeper would find them later.
+        """
+        super().begin_stop()
+        self.starter.hand_back([run for run in list(self.runs.values()) if run.state == "starting"])
+
 
 class DrivenHousekeeper(Housekeeper):
     """A housekeeper without a thread that does all its duties in each round."""

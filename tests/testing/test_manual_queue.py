@@ -11,6 +11,7 @@ from datetime import timedelta
 
 import pytest
 from helpers import run_in_thread
+from strikes import every_strike
 
 from taskx import (
     Config,
@@ -575,3 +576,20 @@ def test_a_map_whose_tasks_nobody_runs_says_so(queue, ordered):
         next(results)
     queue.run_all()
     assert list(results) == [1, 4]
+
+
+def test_a_stop_ends_after_an_interrupt_at_any_point():
+    """A task that had been started, and that nothing executes, is handed back."""
+
+    def run(point):
+        queue = ManualQueue()
+        queue.executor("work", max_attempts=1000)(lambda: None)
+        queue.submit("work")
+        try:
+            queue.run_all()
+        finally:
+            left.extend(queue.stop())
+
+    left = []
+    assert len(list(every_strike(run, first=1000, step=131))) > 20
+    assert left == []
