@@ -94,6 +94,8 @@ class Registry:
         self.limited: dict[str, tuple[str, ...]] = {}
         #: True if a limit of keys has a rate.
         self.rates_keys = False
+        #: The limits of keys by which these share the workers, by name.
+        self.shares: Mapping[str, Limit] = {}
         #: The limits with a name that the program declares.
         self.declared: dict[str, LimitOptions] = {}
         self._stored: Declared = {}  # those that the repository knows
@@ -200,9 +202,9 @@ class Registry:
                 self.limits[name] = limit
             else:
                 self.limits.pop(name, None)
-        self.rates_keys = any(
-            limit.rates and is_key(name) for name, limit in self.limits.copy().items()
-        )
+        of_keys = {name: limit for name, limit in self.limits.copy().items() if is_key(name)}
+        self.rates_keys = any(limit.rates for limit in of_keys.values())
+        self.shares = {name: limit for name, limit in of_keys.items() if limit.share is not None}
 
     def _limit(self, type: str, own: Options) -> None:
         name, names = OF_TYPE + type, own.limit or ()

@@ -198,6 +198,7 @@ class LimitInfo:
         free: what is left of each rate now; empty for the limit of keys.
         types: the types of tasks on live nodes that have this limit.
         tuned: the options that :meth:`Queue.tune` overrides.
+        share: the weight with which each of its keys shares the workers; None if they do not share them.
     """
 
     name: str
@@ -208,6 +209,7 @@ class LimitInfo:
     free: tuple[int, ...]
     types: tuple[str, ...]
     tuned: NamedOptions = attrs.field(hash=False)
+    share: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as a dict of JSON values."""
@@ -240,6 +242,7 @@ def limits_of(repository: Repository, services: Services) -> list[LimitInfo]:
                 free=() if keyed else bucket.tokens(),
                 types=tuple(sorted(types.get(name, ()))),
                 tuned=named_options(options),
+                share=limit.share,
             )
         )
     return found

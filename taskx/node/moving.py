@@ -25,6 +25,7 @@ from taskx.attempt.runner import Run, Runner
 from taskx.node.hooks import Hooks
 from taskx.node.ledger import Ledger
 from taskx.node.ordering import Dependents, Turns
+from taskx.node.shares import Crew, Shares
 from taskx.node.watcher import Watcher
 from taskx.stores.base import Repository
 from taskx.stores.controls import Controls
@@ -44,7 +45,7 @@ from taskx.tasks.timing import Timing
 from taskx.tasks.writes import Insert, Write
 
 
-class _Pool(Protocol):
+class _Pool(Crew, Protocol):
     """The methods of a pool that moves of tasks, and the outcomes of its attempts, need."""
 
     def discard(self, task_ids: Iterable[str]) -> None: ...
@@ -108,6 +109,7 @@ class Moves(Ledger[Outcome]):
         timing: Timing,
         redact: tuple[str, ...],
         limit_of: Callable[[str], Limit | None],
+        shares: Callable[[], Mapping[str, Limit]],
     ) -> None:
         super().__init__(repository, log, agenda, timing)
         self._hooks = hooks
@@ -118,7 +120,8 @@ class Moves(Ledger[Outcome]):
         self._is_told = partial(log.isEnabledFor, logging.DEBUG)
         #: Logs the retries.
         self.retries = Digest(log, RETRIED, _RETRIES, clock.monotonic)
-        self.turns = Turns(repository, self.commit, limit_of, clock, log, timing.batch)
+        shared = Shares(repository, shares, limit_of, lambda: self._pool, clock)
+        self.turns = Turns(repository, self.commit, limit_of, shared, clock, log, timing.batch)
         self.dependents = Dependents(
             repository, self.commit, agenda, clock, log, timing.batch, timing.scan_batch
         )
@@ -288,7 +291,7 @@ class Moves(Ledger[Outcome]):
             else:
                 given.add(turn)
         self.turns.advance(
-            key for key in keys if key is not None and (key not in given or self.turns.shares(key))
+            key for key in keys if key is not None and (key not in given or self.turns.several(key))
         )
 
     def _may_start(self, writes: Sequence[Write], tasks: Mapping[str, Task]) -> None:

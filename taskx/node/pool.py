@@ -234,6 +234,15 @@ class WorkerPool:
             workers=self.ahead.workers,
         )
 
+    @property
+    def workers(self) -> int:
+        """The number of workers that it shall have."""
+        return self.ahead.workers
+
+    def may_start(self, type: str) -> bool:
+        """Return True if a task of this type might start here now."""
+        return self.services.registry.runs(type) and self.fetcher.has_room(type)
+
     def record(self) -> None:
         """Record the types, limits and workers of this node, if they have changed since the last record."""
         described = self.described()

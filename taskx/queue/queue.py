@@ -159,7 +159,7 @@ class Queue(Questions, Steering):
         threaded, signal = engine.threaded, engine.make_signal
         hooks = Hooks(self._hooks, log, timing, threaded=threaded)
         watcher = Watcher(repository, log, agenda, timing, signal, threaded=threaded)
-        about = (log, timing, config.redact, self._limit_of_key)
+        about = (log, timing, config.redact, self._limit_of_key, lambda: registry.shares)
         moves = Moves(repository, agenda, hooks, watcher, clock, *about)
         runner = engine.make_runner(clock, timing, most)
         keeper = Keeper(
@@ -325,6 +325,8 @@ class Queue(Questions, Steering):
                 ``cost`` of tasks has: ``"90000 tokens/m"``; or a list of these.
             burst: what may be taken at once after a quiet period; a list for a list of rates. By default it
                 is the count of each rate.
+            share: True, for keys: the workers are divided between the keys that have tasks. A number is the
+                weight of each of these keys; True is 1.
 
         Raises:
             ConfigurationError: an argument is not valid, or the repository has only the eight methods.

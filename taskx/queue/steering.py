@@ -452,8 +452,8 @@ class Steering(Parts):
 
         Args:
             type: the type whose limits to override.
-            limit: the name of the limit to override, of which ``concurrency``, ``rate`` and ``burst`` are
-                given as for :meth:`Queue.limit`; not together with a type.
+            limit: the name of the limit to override, of which ``concurrency``, ``rate``, ``burst`` and
+                ``share`` are given as for :meth:`Queue.limit`; not together with a type.
             workers: the number of workers of each node; not together with a type.
             node: the id of a node: only this one gets ``workers``, whatever the others have.
             max_concurrency: most tasks of the type that run at the same time; None for no limit.
@@ -462,6 +462,7 @@ class Steering(Parts):
             burst: most tasks that may start at once after a quiet period; None for the count of ``rate``.
             limit_scope: ``"node"`` or ``"global"``; None for ``"node"``.
             concurrency: most tasks that run at the same time under the limit with this name.
+            share: the weight with which each key of this limit shares the workers; None for no shares.
 
         Raises:
             ConfigurationError: an argument is not valid, the repository has only the eight methods, or this

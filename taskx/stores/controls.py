@@ -27,6 +27,7 @@ from taskx.tasks.rate import (
     NO_RATES,
     Limit,
     bursts_as_given,
+    check_share,
     is_key,
     rates_as_given,
     rates_of,
@@ -310,6 +311,8 @@ def check_limits(limits: Mapping[str, Any]) -> LimitOptions:
         checked["rate"] = [_in_seconds(one) for one in rate]
     elif isinstance(rate, tuple):
         checked["rate"] = _in_seconds(rate)
+    if "share" in limits:
+        checked["share"] = check_share(limits["share"])
     return checked  # type: ignore[no-any-return]
 
 
@@ -340,12 +343,15 @@ def check_named(options: Mapping[str, Any]) -> LimitOptions:
     """Return the options of a limit with a name as they are stored: those that are not None.
 
     Raises:
-        ConfigurationError: an option is not valid, or there is neither a concurrency nor a rate.
+        ConfigurationError: an option is not valid, or there is neither a concurrency, nor a rate, nor a
+            share.
     """
-    checked = check_limits({name: value for name, value in options.items() if value is not None})
-    if Options(**checked).own_limit is None:
-        raise ConfigurationError("a limit requires concurrency or rate")
-    return checked
+    checked: Any = check_limits(options)
+    given = {name: value for name, value in checked.items() if value is not None}
+    of_type = {name: value for name, value in given.items() if name != "share"}
+    if Options(**of_type).own_limit is None and "share" not in given:
+        raise ConfigurationError("a limit requires concurrency or rate, or share for keys")
+    return given  # type: ignore[return-value]
 
 
 def named_options(options: LimitOptions) -> NamedOptions:
@@ -359,12 +365,17 @@ def from_named(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
         TypeError: there is no such option.
-        ConfigurationError: a key would have too many turns.
+        ConfigurationError: a key would have too many turns, or no key could have the share.
     """
     refuse_unknown(options, NamedOptions, "limit")
     most = options.get("concurrency")
     if is_key(name) and type(most) is int and most > MOST_TURNS:
         raise ConfigurationError(f"concurrency of a key must be at most {MOST_TURNS}, not {most}")
+    if options.get("share") and not is_key(name):
+        raise ConfigurationError(
+            f"share divides the workers between keys, and {name!r} is no limit of keys: its name must have "
+            "a colon"
+        )
     return {"max_concurrency" if name == "concurrency" else name: n for name, n in options.items()}
 
 
@@ -389,14 +400,14 @@ def named_limit(own: LimitOptions, limits: LimitOptions) -> Limit | None:
 
 def _limit(own: Mapping[str, Any], limits: LimitOptions) -> Limit | None:
     wanted: dict[str, Any] = {**dict.fromkeys(LIMITS), **own, **limits}
-    most, rate = wanted["max_concurrency"], wanted["rate"]
-    if most is None and rate is None:
+    most, rate, share = wanted["max_concurrency"], wanted["rate"], wanted.get("share")
+    if most is None and rate is None and share is None:
         return None
     try:
         rates = NO_RATES if rate is None else rates_of(rate, wanted["burst"])
     except ConfigurationError:  # the burst is that of other rates
         rates = rates_of(rate, None)
-    return Limit(most, rates, wanted["limit_scope"] or "node")
+    return Limit(most, rates, wanted["limit_scope"] or "node", share)
 
 
 def options_of_limit(limit: Limit | None) -> LimitOptions:

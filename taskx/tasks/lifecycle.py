@@ -1268,7 +1268,9 @@ def news(write: Write) -> str:
     if changes.get("cancel_requested_at") is not None:
         return CANCEL_REQUESTED
     freed = changes.get("owner") == "" or "held" in changes
-    return FREED if freed and not changes.get("owner") and changes.get("held", FREE) == FREE else ""
+    held = changes.get("held", FREE)
+    # The nodes give turns to keys that share the workers.
+    return FREED if freed and not changes.get("owner") and held in (FREE, FOR_TURN) else ""
 
 
 # --- writes that are still allowed in a file with a newer schema

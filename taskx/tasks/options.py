@@ -109,6 +109,7 @@ class NamedOptions(TypedDict, total=False):
     concurrency: int | None
     rate: OneRate | list[OneRate] | None
     burst: int | list[int | None] | None
+    share: bool | int | None
 
 
 class LimitOptions(TypedDict, total=False):
@@ -124,6 +125,7 @@ class TuneOptions(LimitOptions, total=False):
     """The limits that ``Queue.tune`` overrides: those of a type, or of a limit with a name."""
 
     concurrency: int | None
+    share: bool | int | None
 
 
 class ExecutorOptions(RunOptions, LimitOptions, total=False):

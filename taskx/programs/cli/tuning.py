@@ -74,6 +74,11 @@ taskx tune email --reset
         "--concurrency", metavar="N", help="Most tasks of the named limit that run at once."
     ),
     click.option(
+        "--share",
+        metavar="N",
+        help="The weight with which keys of the named limit share the workers.",
+    ),
+    click.option(
         "--scope",
         "limit_scope",
         type=click.Choice(["node", "global"]),
@@ -95,6 +100,7 @@ def tune(
     bursts: Sequence[str],
     limit: str | None,
     concurrency: str | None,
+    share: str | None,
     limit_scope: str | None,
     workers: int | None,
     node: str | None,
@@ -105,6 +111,7 @@ def tune(
     limits: dict[str, Any] = {
         **_limit("max_concurrency", max_concurrency, True),
         **_limit("concurrency", concurrency, True),
+        **_limit("share", share, True),
         **_some("rate", rates, False),
         **_some("burst", bursts, True),
         **_limit("limit_scope", limit_scope, False),
@@ -211,6 +218,7 @@ LIMIT_COLUMNS = (
     Column("RUNNING", right=True),
     Column("RATE"),
     Column("FREE"),
+    Column("SHARE", right=True),
     Column("TYPES", cut=True),
     Column("CHANGED"),
 )
@@ -220,14 +228,16 @@ def limit_row(limit: LimitInfo) -> Row:
     """Return the cells of a limit for :data:`LIMIT_COLUMNS`."""
     most = "" if limit.concurrency is None else f"{limit.taken} of {limit.concurrency}"
     rates, free = ", ".join(limit.rates), ", ".join(map(str, limit.free))
-    return limit.name, most, rates, free, " ".join(limit.types), ", ".join(limit.tuned)
+    share = "" if limit.share is None else str(limit.share)
+    return limit.name, most, rates, free, share, " ".join(limit.types), ", ".join(limit.tuned)
 
 
 @command(
     "limits",
     """List the limits with names, and what is left of them.
 
-FREE is what may start now by each rate. CHANGED names what `taskx tune --limit` has changed.""",
+FREE is what may start now by each rate. SHARE is the weight with which keys share the workers. CHANGED
+names what `taskx tune --limit` has changed.""",
     """
 taskx limits
 taskx limits --json | jq .taken

@@ -305,6 +305,7 @@ CHINESE: Mapping[str, str] = {
     "Rate of starts": "启动速率",
     "Burst": "突发上限",
     "Free": "剩余",
+    "Share": "份额",
     "Cost": "成本",
     "Scope": "范围",
     "each node": "每个节点",
