@@ -22,7 +22,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import zip_longest
 from typing import Any
@@ -433,42 +433,67 @@ class Turns(_Scanner):
             RepositoryError: the repository failed.
         """
         if writes := self._share_out():
-            self._commit(writes)
+            self._commit_turns(writes)
         return bool(writes)
+
+    def _commit_turns(self, writes: Sequence[Update]) -> None:
+        try:
+            self._commit(writes)
+        finally:
+            self._shares.settle(writes)
 
     def _share_out(self, leaver: str = "") -> Sequence[Update]:
         writes: list[Update] = []
         with self._shares.lock:
-            turns = self._shares.begin(leaver)
+            turns, known = self._shares.begin(leaver), set[str]()
             while turns is not None and (one := turns.next()) is not None:
-                given, starts = self._turn_of(one.key, one.limit, leaver)
+                given, starts = self._turn_of(one.key, one.limit, leaver, known)
                 writes += given
                 if given:
-                    turns.give(one, given[0], starts=starts)
+                    known.update(write.id for write in given)
+                    turns.give(one, given[-1], starts=starts)
                 else:
                     turns.pass_over(one)
         return writes
 
-    def _turn_of(self, key: str, limit: Limit, leaver: str) -> tuple[Sequence[Update], bool]:
-        """Return writes that give a turn of a key to its first task, and True if it may start at once."""
-        given, most = self._shares.mine, lifecycle.turns_of(key, MOST_TURNS)
-        holders = self._repository.find("turn", most, ("turn", "id"))
-        taken = {turn for turn, task_id in holders if task_id != leaver}
-        taken.update(given[i].turn for i in given if lifecycle.key_of(given[i].turn) == key)
-        number = min(limit.max_concurrency or MOST_TURNS, MOST_TURNS)
+    def _turn_of(
+        self, key: str, limit: Limit, leaver: str, known: Collection[str]
+    ) -> tuple[Sequence[Update], bool]:
+        """Return writes that give a turn of a key to its first task, and True if it may start at once.
+
+        The last write does so. The others repeat what other threads are about to commit for this key, but
+        for the tasks that are known: if those threads fail, no task is overtaken.
+        """
         fields = ("id", "type", "run_at", "cost")
-        first = self._repository.find("line", [key], fields, 1 + len(taken))
-        left = ((task_id, *rest) for task_id, *rest in first if task_id not in given)
-        if len(taken) >= number or (found := next(left, None)) is None:
-            return (), False
-        task_id, type, run_at, cost = found
-        if not self._shares.may_start(type):
-            return (), False
-        turn = next(turn for turn in most if turn not in taken)
-        [wait] = self._waits(key, limit, [cost]) if limit.rates else [0.0]
-        now = self._clock.now_ms()
-        due = now + math.ceil(1000 * wait) if wait else None
-        return lifecycle.give_turn(task_id, turn, due, run_at), max(due or 0, run_at or 0) <= now
+        writes, now, given = list[Update](), self._clock.now_ms(), self._shares.mine
+        for task_id, type, run_at, cost in self._repository.find(
+            "line", [key], fields, 1 + len(given)
+        ):
+            if task_id in given:
+                repeated = () if task_id in known else (given[task_id].turn,)
+                writes += [w for turn in repeated for w in lifecycle.give_turn(task_id, turn)]
+                continue
+            turn = self._free_turn(key, limit, leaver) if self._shares.may_start(type) else None
+            if turn is None:
+                break
+            [wait] = self._waits(key, limit, [cost]) if limit.rates else [0.0]
+            due = now + math.ceil(1000 * wait) if wait else None
+            writes += lifecycle.give_turn(task_id, turn, due, run_at)
+            return writes, max(due or 0, run_at or 0) <= now
+        return (), False
+
+    def _free_turn(self, key: str, limit: Limit, leaver: str) -> str | None:
+        """Return a turn of a key that no task has, or is about to get."""
+        every, given = lifecycle.turns_of(key, MOST_TURNS), self._shares.mine
+        found = self._repository.find("turn", every, ("turn", "id"))
+        taken: dict[str, str] = dict(found)
+        taken.update((g.turn, i) for i, g in given.items() if lifecycle.key_of(g.turn) == key)
+        number = limit.max_concurrency or MOST_TURNS
+        if sum(task_id != leaver for task_id in taken.values()) >= number:
+            return None
+        free = (turn for turn in every[:number] if turn not in taken)
+        # The turn of the leaver comes last: it may be retried, and keep that.
+        return next(free, next((t for t, task_id in taken.items() if task_id == leaver), None))
 
     def _waits(self, key: str, limit: Limit, costs: Sequence[Any]) -> list[float]:
         """Return for each of some tasks of a key when its rate may let it start, in seconds from now.
@@ -498,7 +523,7 @@ class Turns(_Scanner):
         if sharing:
             writes += self._share_out()
         if writes:
-            self._commit(writes)
+            self._commit_turns(writes)
 
     def several(self, key: str) -> bool:
         """Return True if several tasks of a key may have a turn, or wait for its rate."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple, Protocol
 
 from taskx.attempt.runner import Run
@@ -29,9 +29,12 @@ from taskx.tasks.writes import Update
 
 #: Most keys that are compared, and most turns that are looked up to compare them.
 _MOST_KEYS, _MOST_NAMES = 200, 256
+# How often further keys are looked at, if those before can have no turn.
+_MOST_LOOKS = 4
 #: Most keys whose turns are remembered.
 _MOST_KNOWN = 10_000
-#: Seconds for which a turn counts as given while its write is not seen, and for which nodes are not read.
+# Seconds for which the number of all workers is not read again, and after which an interrupt has cut the
+# commit of a turn short.
 _SOON = 1.0
 
 
@@ -57,6 +60,7 @@ class _Given(NamedTuple):
     """A turn that was given to a task."""
 
     turn: str
+    leaver: str  #: the task whose outcome gives it; empty if a write of its own does
     at: float  #: on the monotonic clock
 
 
@@ -74,17 +78,25 @@ class Round:
 
     Args:
         shares: what is known of earlier rounds.
+        leaver: the task that ends; empty if none does.
         room: the number of turns.
-        candidates: the keys for which tasks wait, in the order of the round.
+        workers: the number of workers of all nodes.
     """
 
-    def __init__(self, shares: Shares, room: int, candidates: Sequence[_Candidate]) -> None:
-        self._shares = shares
-        self._room = room
-        self._left = [*candidates]
+    def __init__(self, shares: Shares, leaver: str, room: int, workers: int) -> None:
+        self._shares, self._leaver = shares, leaver
+        self._room, self._workers = room, workers
+        self._left: list[_Candidate] = []
+        self._seen: set[str] = set()
+        self._looks = _MOST_LOOKS
 
     def next(self) -> _Candidate | None:
         """Return the key that gets the next turn; None if none is left to give."""
+        if self._room > 0 and not self._left and self._looks:
+            self._looks -= 1
+            found = self._shares.candidates(self._workers, self._leaver)
+            self._left = [one for one in found if one.key not in self._seen]
+            self._seen.update(one.key for one in found)
         if self._room <= 0 or not self._left:
             return None
         return min(self._left, key=lambda one: (one.held >= one.part, self._shares.place(one.key)))
@@ -92,10 +104,12 @@ class Round:
     def pass_over(self, one: _Candidate) -> None:
         """Note that a key can have no turn now."""
         self._left.remove(one)
+        if not self._left:
+            self._shares.cursor = one.key  # those after it come next
 
     def give(self, one: _Candidate, write: Update, *, starts: bool) -> None:
         """Note that a key gets a turn by this write. A task that waits for a time then takes no worker."""
-        self._shares.given(one.key, one.weight, write)
+        self._shares.given(one.key, one.weight, write, self._leaver)
         one.held += 1
         if starts:
             self._room -= 1
@@ -136,7 +150,8 @@ class Shares:
         # How far each key has moved on, and the place where a new one begins.
         self._places: dict[str, float] = {}
         self._now = 0.0
-        self._cursor = ""  # the key that got the last turn of its round
+        #: The key that got the last turn of its round.
+        self.cursor = ""
         self._workers, self._counted = 0, -math.inf
 
     def has(self, key: str) -> bool:
@@ -152,11 +167,7 @@ class Shares:
         if room > 0:
             self._forget_started(crew)
             room -= len(self.mine)
-        if room <= 0:
-            return None
-        workers = self._number_of_workers(crew)
-        waiting = self._waiting(workers)
-        return Round(self, room, self._candidates(waiting, workers)) if waiting else None
+        return Round(self, leaver, room, self._number_of_workers(crew)) if room > 0 else None
 
     def may_start(self, type: str) -> bool:
         """Return True if a task of this type might start on this node now."""
@@ -181,7 +192,7 @@ class Shares:
     def _forget_started(self, crew: Crew) -> None:
         """Forget the given turns whose tasks have started, or wait for something else."""
         unknown = [task_id for task_id in self.mine if task_id not in crew.runs]
-        fields, now = ("id", "status", "held", "type", "crashes"), self._clock.monotonic()
+        fields = ("id", "status", "held", "type", "crashes")
         found = self._repository.find("id", unknown, fields) if unknown else ()
         kept = {
             task_id
@@ -189,10 +200,23 @@ class Shares:
             if status == PENDING
             and (
                 (held == FREE and not crashes and crew.may_start(type))
-                or (held == FOR_TURN and now < self.mine[task_id].at + _SOON)
+                or (held == FOR_TURN and self._is_coming(self.mine[task_id], crew))
             )
         }
         self.mine = {task_id: given for task_id, given in self.mine.items() if task_id in kept}
+
+    def _is_coming(self, given: _Given, crew: Crew) -> bool:
+        """Return True if the write that gives a turn may not be committed yet."""
+        if given.leaver:
+            return given.leaver in crew.runs
+        return self._clock.monotonic() < given.at + _SOON
+
+    def settle(self, writes: Iterable[Update]) -> None:
+        """Note that the commit of these writes is over. Those that did not hold have given no turn."""
+        with self.lock:
+            for write in writes:
+                if (given := self.mine.get(write.id)) is not None and not given.leaver:
+                    self.mine[write.id] = given._replace(at=-math.inf)
 
     # --- all nodes
 
@@ -206,8 +230,10 @@ class Shares:
 
     # --- the keys for which tasks wait
 
-    def _candidates(self, waiting: Mapping[str, Limit], workers: int) -> list[_Candidate]:
-        """Return the keys with the turns that they have, and their parts of all workers."""
+    def candidates(self, workers: int, leaver: str) -> list[_Candidate]:
+        """Return the next keys, with their turns but for the leaver's, and their parts of all workers."""
+        if not (waiting := self._waiting(workers)):
+            return []
         total = sum(limit.share or 1 for limit in waiting.values())
         names, some = list[str](), _MOST_NAMES // len(waiting)
         parts = {
@@ -216,17 +242,17 @@ class Shares:
         }
         for key, part in parts.items():
             names += lifecycle.turns_of(key, min(workers, MOST_TURNS, max(part, some)))
-        found = self._repository.find("turn", names, ("turn",))
-        held = Counter(lifecycle.key_of(turn) for (turn,) in found)
+        found = self._repository.find("turn", names, ("turn", "id"))
+        held = Counter(lifecycle.key_of(turn) for turn, task_id in found if task_id != leaver)
         return [_Candidate(key, limit, held[key], parts[key]) for key, limit in waiting.items()]
 
     def _waiting(self, workers: int) -> dict[str, Limit]:
         """Return keys for which tasks wait, with their limits: those after the last one that had a turn."""
         most = min(2 * workers + 8, _MOST_KEYS)
         names = _outermost(self._limits())
-        later = [name for name in names if name > self._cursor or self._cursor.startswith(name)]
+        later = [name for name in names if name > self.cursor or self.cursor.startswith(name)]
         found: dict[str, Limit] = {}
-        for name, after in [*((n, self._cursor) for n in later), *((n, "") for n in names)]:
+        for name, after in [*((n, self.cursor) for n in later), *((n, "") for n in names)]:
             for key in self._keys(name, after):
                 limit = self._limit_of(key)
                 if limit is not None and limit.share is not None:
@@ -251,12 +277,12 @@ class Shares:
         """Return how far a key has moved on; one that has not waited lately is beside the others."""
         return max(self._places.get(key, self._now), self._now - 1)
 
-    def given(self, key: str, weight: int, write: Update) -> None:
+    def given(self, key: str, weight: int, write: Update, leaver: str) -> None:
         """Note that a key gets a turn by this write."""
-        self.mine[write.id] = _Given(write.changes["turn"], self._clock.monotonic())
+        self.mine[write.id] = _Given(write.changes["turn"], leaver, self._clock.monotonic())
         place = self.place(key)
         if place >= self._now:  # else it catches up, out of the order of the round
-            self._cursor = key
+            self.cursor = key
         self._now = max(self._now, place)
         self._places[key] = place + 1 / weight
         if len(self._places) > _MOST_KNOWN:
