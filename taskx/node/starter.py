@@ -27,7 +27,14 @@ from taskx.tasks.errors import RepositoryError, TaskxError
 from taskx.tasks.log import Once
 from taskx.tasks.model import Task, TaskStatus
 from taskx.tasks.rate import NOTHING
-from taskx.tasks.record import CUT, created_task, is_plain, optional_ms, plain_tasks
+from taskx.tasks.record import (
+    CUT,
+    UNTIL_DUE,
+    created_task,
+    is_plain,
+    optional_ms,
+    plain_tasks,
+)
 from taskx.tasks.writes import Insert, Update
 
 
@@ -337,6 +344,8 @@ class Starter:
             for task_id in sorted(admitted):  # in an order that a simulation can repeat
                 if task_id not in runs:
                     self._admission.over(task_id, ran=False)
+        if admitted and False in results:
+            self._hasten([run.task for run, _ in starting if run.task.id not in runs])
         return [run for (run, _), started in zip(starting, results, strict=True) if started]
 
     def _expire(self, tasks: Sequence[Task], now: int) -> None:
@@ -394,6 +403,25 @@ class Starter:
                 writes.append(lifecycle.put_off(task, now + math.ceil(1000 * wait)))
         if writes:
             self._services.moves.commit(writes)
+
+    def _hasten(self, tasks: Sequence[Task]) -> None:
+        """Let tasks start soon that another node has put off because this one had taken their tokens.
+
+        Both had such a task: the other one is put off, and this one's start fails.
+        """
+        rated = {task.id: task for task in tasks if self._has_rate(task.concurrency_key)}
+        with suppress(RepositoryError):  # they start later
+            fields = ("id", "held", "run_at")
+            found = self._services.repository.find("id", [*rated], fields) if rated else ()
+            writes = []
+            for task_id, held, run_at in found:
+                key, cost = str(rated[task_id].concurrency_key), rated[task_id].cost or NOTHING
+                wait = self._admission.until_rate(key, cost, 1)
+                due = self._services.clock.now_ms() + math.ceil(1000 * wait)
+                if held == UNTIL_DUE and run_at > due:
+                    writes.append(lifecycle.hasten(rated[task_id], run_at, due))
+            if writes:
+                self._services.moves.commit(writes)
 
     def _startable(self, items: Sequence[Item], found: dict[str, Task]) -> list[Task]:
         """Return the tasks to start now, in order, and put the rest back into the buffer.

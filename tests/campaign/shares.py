@@ -1,8 +1,8 @@
 """How keys share the workers, and what a backlog of one key costs the others: run by hand, on SQLite.
 
-In ``tests``: ``python -m campaign.shares parts 0.05``, with the seconds of a task; or ``alone``, ``weights``,
-``rates``, ``million``. The virtual workers of ``limiting/test_shares.py`` show the same exactly. This shows
-it of processes, and prints what the machine did beside it.
+In ``tests``: ``python -m campaign.shares parts 0.05``, with the seconds of a task; or ``alone``,
+``weights``, ``rates``, ``million``. The virtual workers of ``limiting/test_shares.py`` show the same
+exactly. This shows it of processes, and prints what the machine did beside it.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from typing import Any
 
 from taskx import Config, Queue, SQLiteRepository, Task
 
+#: Seconds in which a key may start one to four tasks.
+PERIOD = 4.0
 #: The limits of each measurement.
 LIMITS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "parts": {"k:": {"share": True}},
     "alone": {"k:": {"share": True}},
     "weights": {"k:": {"share": True}, "k:a": {"share": 3}},
-    "rates": {f"k{n}:": {"concurrency": n % 5 + 1, "rate": f"{n % 4 + 1}/s"} for n in range(20)},
+    "rates": {f"k{n}:": {"concurrency": n % 5 + 1, "rate": (n % 4 + 1, PERIOD)} for n in range(20)},
     "million": {"k:": {"concurrency": 2}},
 }
 #: The most tasks in one transaction.
@@ -150,7 +152,7 @@ def parts(seconds: float) -> None:
             fair_time=f"{fair:.2f} s",
             first_key_done_in=f"{times[0] / fair:.2f} of it",
             last_in=f"{times[-1] / fair:.2f}",
-            last_by_the_tasks_that_ran=f"{times[-1] / (times[-1] / possible) / fair:.2f}",
+            of_which_eight_workers_need=f"{possible / fair:.2f}",
         )
 
 
@@ -194,12 +196,13 @@ def rates(seconds: float) -> None:
         for key in keys:
             place.submit(key, 120, seconds)
         place.start()
-        _pause(5)
+        _pause(10)
         began = time.time()
-        _pause(15)
+        _pause(40)
         ended, found = time.time(), place.runs
+        allowed = lambda n: (n % 4 + 1) * (ended - began) / PERIOD  # noqa: E731
         got = sorted(
-            sum(began <= at < ended for at, _ in found[key]) / (ended - began) / (n % 20 % 4 + 1)
+            sum(began <= at < ended for at, _ in found[key]) / allowed(n % 20)
             for n, key in enumerate(keys)
         )
         tell(
