@@ -250,6 +250,9 @@ class _Inquiry:
         facts["place"] = place
         where = f"number {place} in its queue" if place else f"behind more than {self._most} tasks"
         words = f"It waits for the turn of concurrency key {key!r}, {where}"
+        if limit is not None and limit.share is not None:
+            facts["share"] = limit.share
+            words += f"; the workers are divided between such keys (its weight is {limit.share})"
         if not holders:
             return Reason("turn", f"{words}; no task has the turn: {_SHORTLY}.", facts)
         *who, started_at, awaited, run_at = holders[0]

@@ -29,6 +29,8 @@ from taskx.tasks.writes import Update
 
 #: Most keys that are compared, and most turns that are looked up to compare them.
 _MOST_KEYS, _MOST_NAMES = 200, 256
+# A text after all keys.
+_LAST = "\U0010ffff"
 # How often further keys are looked at, if those before can have no turn.
 _MOST_LOOKS = 4
 #: Most keys whose turns are remembered.
@@ -252,8 +254,10 @@ class Shares:
         names = _outermost(self._limits())
         later = [name for name in names if name > self.cursor or self.cursor.startswith(name)]
         found: dict[str, Limit] = {}
-        for name, after in [*((n, self.cursor) for n in later), *((n, "") for n in names)]:
-            for key in self._keys(name, after):
+        spans = [(name, self.cursor, _LAST) for name in later]
+        spans += [(name, "", self.cursor) for name in names if name <= self.cursor]
+        for span in spans:
+            for key in self._keys(*span):
                 limit = self._limit_of(key)
                 if limit is not None and limit.share is not None:
                     found[key] = limit
@@ -261,12 +265,12 @@ class Shares:
                     return found
         return found
 
-    def _keys(self, name: str, after: str) -> Iterator[str]:
-        """Yield the keys in line that begin with a name, and that come after ``after``."""
+    def _keys(self, name: str, after: str, until: str) -> Iterator[str]:
+        """Yield the keys in line that begin with a name, from the first after ``after`` on."""
         after = max(after, _just_before(name))
-        while keys := self._repository.distinct("line", after, _MOST_KEYS):
+        while after < until and (keys := self._repository.distinct("line", after, _MOST_KEYS)):
             for key in keys:
-                if not key.startswith(name):
+                if key > until or not key.startswith(name):
                     return
                 yield key
             after = keys[-1]
