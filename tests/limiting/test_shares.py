@@ -183,6 +183,25 @@ def test_a_newcomer_waits_for_the_first_end_of_a_task_only():
     assert len(plant.done["k:new"]) == 3
 
 
+def test_all_keys_with_a_share_divide_the_workers_whatever_is_between_them():
+    limits = {"m:": {"concurrency": 1}, "m:n:": {"share": 2}, "k:own": {"concurrency": 1}}
+    plant = Plant(4, **limits, **{"z:one": {"share": 1}})
+    others = ["j", "k9", "k9\uffff", "k:own", "l:", "m:m", "m:o", "z:on", "z:onf", "\U0010ffff"]
+    keys = ["k:", "k:a", "k:\U0010ffff", "m:n:", "m:n:a", "z:one"]
+    for key in (*others, *keys):
+        plant.store(key, 30)
+    shared, turns = Counter(), plant.sites[0].moves.turns
+    names = [turn for key in keys for turn in lifecycle.turns_of(key, 10)]
+    for _ in range(20):
+        assert turns.share_out()
+        found = plant.repository.find("turn", names, ("turn", "id"))
+        shared.update(lifecycle.key_of(turn) for turn, _ in found)
+        assert len(found) == 4
+        plant.repository.apply([w for _, task_id in found for w in lifecycle.cancel(task_id, 0)])
+    fair = {key: 20 if key.startswith("m:") else 10 for key in keys}
+    assert dict(shared) == pytest.approx(fair, abs=1)
+
+
 def test_a_key_that_has_rested_gets_no_more_than_its_part():
     plant = Plant(1)
     plant.submit("k:a", 200)
