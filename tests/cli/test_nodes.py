@@ -86,6 +86,18 @@ def test_no_node_is_started(taskx):
     assert (said.code, said.out, said.err) == (0, "", "no node is started\n")
 
 
+def test_shares_of_keys_are_shown_and_changed(queue, outside, taskx):
+    queue.limit("tenant:", share=True)
+    with queue:
+        head, row = taskx("limits").lines
+        assert head.split() == ["LIMIT", "RUNNING", "RATE", "FREE", "SHARE", "TYPES", "CHANGED"]
+        assert row.split() == ["tenant:", "1"]
+        assert taskx("tune", "--limit", "tenant:", "--share", "3").code == 0
+        assert taskx("limits", "--json").rows[0]["share"] == 3
+        assert taskx("limits").lines[1].split() == ["tenant:", "3", "share"]
+    assert outside.tuned().limits == {"tenant:": {"share": 3}}
+
+
 def test_the_limits_of_a_type_are_changed_and_reset(started, outside, taskx):
     said = taskx("tune", "email", "--max-concurrency", "4", "--rate", "100/m", "--burst", "none")
     assert said.code == 0

@@ -60,6 +60,10 @@ class TestTypes:
         assert re.search(r" hold 0 0 0 1 – – 0 0 – – 1 Pause", words)
         assert re.search(r" limited 0 0 0 0 / 2 30/m – 1 0 0% ", words)
 
+    def test_the_page_of_types_shows_the_shares_of_keys(self, look, queue):
+        queue.limit("tenant:", share=3)
+        assert "tenant: – – – 3 –" in text_of(look(queue).get("/types"))
+
     def test_a_type_has_charts_and_its_limits(self, look, queue):
         queue.submit("limited").result(60)
         page = look(queue).get("/types/one?type=limited")

@@ -318,7 +318,9 @@ def test_no_turn_is_given_before_there_are_workers(queue):
     queue.declare("t")
     ids = [queue.submit("t", key="k:a").id for _ in range(3)]
     assert queue.repository.find("id", ids, ("turn",)) == [(None,)] * 3
-    assert "no task has the turn" in str(queue.why(ids[0])[0])
+    reason = queue.why(ids[0])[0]
+    assert reason.facts["share"] == 1
+    assert "the workers are divided between such keys (its weight is 1)" in str(reason)
 
 
 def test_shares_are_changed_while_queues_run(make_queue, gate):
