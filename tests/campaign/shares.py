@@ -198,7 +198,7 @@ def rates(seconds: float) -> None:
         place.start()
         _pause(10)
         began = time.time()
-        _pause(40)
+        _pause(60)
         ended, found = time.time(), place.runs
         allowed = lambda n: (n % 4 + 1) * (ended - began) / PERIOD  # noqa: E731
         got = sorted(
