@@ -26,6 +26,10 @@ queue = Queue(MemoryRepository())
 def tune() -> None:
     queue.tune("mail", max_concurrency=3, rate="100/m", burst=5, limit_scope="global")
     queue.tune("mail", max_concurrency=None, rate=(5, timedelta(minutes=2)))
+    queue.limit("tenant:", share=True, concurrency=3)
+    queue.limit("tenant:acme", share=3)
+    queue.limit("tenant:acme", share="3")  # type: ignore[arg-type]
+    queue.tune(limit="tenant:", share=None)
     queue.tune(workers=8, node="id")
     queue.untune("mail", only=["rate"])
     queue.untune(workers=True)
