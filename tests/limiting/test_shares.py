@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from helpers import PATIENCE, eventually
+from strikes import every_strike
 
 from taskx import ConfigurationError, MemoryRepository, Queue
 from taskx.stores.liveness.base import Node
@@ -17,6 +18,10 @@ from taskx.tasks.lifecycle import Ending
 from taskx.testing import ManualClock, ManualQueue
 
 pytestmark = pytest.mark.timing(audit_every=0.05, recover_every=0.05)
+
+
+#: Every how many points a strike comes; each one was struck by hand.
+STEP = 17
 
 
 class Site:
@@ -371,6 +376,19 @@ def test_a_turn_whose_write_was_lost_is_given_again():
     assert not turns.share_out()  # it may be committed yet
     site.runs.clear()  # the outcome is committed without it
     assert turns.share_out()
+
+
+def test_an_interrupted_submit_holds_up_nobody():
+    clock, ran = ManualClock(), []
+    queue = ManualQueue(clock=clock)
+    queue.limit("k:", share=True)
+    queue.executor("t")(lambda ctx: ran.append(ctx.task.id))
+    with queue:
+        for _ in every_strike(lambda n: queue.submit("t", key=f"k:{n % 3}"), step=STEP):
+            queue.submit("t", key="k:next")
+            queue.advance(3)
+            assert queue.count_tasks(status="pending") == 0
+    assert len({*ran}) == len(ran) == queue.count_tasks(status="completed") > 20
 
 
 # --- the option
