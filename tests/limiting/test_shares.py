@@ -385,6 +385,7 @@ def test_an_interrupted_submit_holds_up_nobody():
     queue.executor("t")(lambda ctx: ran.append(ctx.task.id))
     with queue:
         for _ in every_strike(lambda n: queue.submit("t", key=f"k:{n % 3}"), step=STEP):
+            assert not queue._services.moves.turns._shares.lock._is_owned()
             queue.submit("t", key="k:next")
             queue.advance(3)
             assert queue.count_tasks(status="pending") == 0
