@@ -9,7 +9,9 @@ python -m tests.waiting.killing answer sqlite    the time from an answer to the 
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import sys
 import tempfile
 import threading
@@ -74,34 +76,34 @@ class Killing:
     """
 
     def __init__(self, workers: Workers) -> None:
-        self._workers = workers
+        self._nursery = workers.nursery(EXECUTORS)
         self.kills = 0
         self.ups: list[tuple[float, int]] = []
-        self._children = [workers.spawn(EXECUTORS) for _ in range(2)]
-        for child in self._children:
-            self._await(child)
+        self._pids: list[int] = []
+        for _ in range(2):
+            self._start()
 
-    def _await(self, child: Any) -> None:
-        assert child.read() == "started"
+    def _start(self) -> None:
+        self._pids.append(self._nursery.start())
         self.ups.append((time.time(), 1))
 
     def kill(self) -> None:
         """Kill the process that has run for longer, and start another one; wait until it runs."""
-        child = self._children.pop(0)
-        child.kill()
+        os.kill(self._pids.pop(0), signal.SIGKILL)
         self.ups.append((time.time(), -1))
         self.kills += 1
-        self._children.append(self._workers.spawn(EXECUTORS))
-        self._await(self._children[-1])
+        self._start()
 
     @contextmanager
     def often(self, every: float) -> Iterator[None]:
-        """Kill again and again in a thread, at most once in so many seconds."""
+        """Kill once in so many seconds in a thread, or as soon as the last replacement runs."""
         over, errors = threading.Event(), list[BaseException]()
 
         def run() -> None:
+            due = time.monotonic() + every
             try:
-                while not over.wait(every):
+                while not over.wait(max(0.0, due - time.monotonic())):
+                    due = time.monotonic() + every
                     self.kill()
             except BaseException as error:
                 errors.append(error)
