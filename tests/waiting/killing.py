@@ -21,7 +21,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from helpers import PATIENCE, Child, eventually
 from workers import Workers, on_mongo, on_postgres, on_sqlite
