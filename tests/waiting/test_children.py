@@ -117,7 +117,7 @@ class TestResults:
             return {name: number / count for name, number in cost.items()}
 
         few, many = costs(50), costs(400)
-        assert all(many[name] <= few[name] for name in many), (few, many)
+        assert all(many[name] < 1.5 * few[name] for name in many), (few, many)
         assert many["writes"] < 3.1  # it is stored, started and ended
 
     def test_of_no_tasks(self, queue):
