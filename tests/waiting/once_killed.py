@@ -3,14 +3,15 @@
 A process that is killed leaves the files as they are. So the task runs once, and before each bytecode the
 files are compared with those before. A task goes on from each state that they have had.
 
-python -m tests.waiting.once_killed
+python -m tests.waiting.once_killed            or only before each line: … once_killed lines
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -48,14 +49,19 @@ def paid(folder: Path) -> int:
 class States:
     """The states that the files of a folder have had, each in a folder of its own.
 
+    Args:
+        folder: the folder.
+        copies: the folder of the copies.
+        only_lines: look only before each line.
+
     Attributes:
         copies: the folders, in order.
         moments: the number of moments at which the process may have died.
         lines: the number of lines among them.
     """
 
-    def __init__(self, folder: Path, copies: Path) -> None:
-        self._folder, self._under = folder, copies
+    def __init__(self, folder: Path, copies: Path, *, only_lines: bool) -> None:
+        self._folder, self._under, self._opcodes = folder, copies, not only_lines
         self._last: dict[str, bytes] = {}
         self.copies: list[Path] = []
         self.moments = self.lines = 0
@@ -64,18 +70,15 @@ class States:
         """Look before each bytecode from here on, also of the functions that are running."""
         frame: FrameType | None = sys._getframe(1)
         while frame is not None:
-            frame.f_trace_opcodes, frame.f_trace, frame = True, self._trace, frame.f_back
+            frame.f_trace_opcodes, frame.f_trace = self._opcodes, self._trace
+            frame = frame.f_back
         sys.settrace(self._trace)
 
     def _trace(self, frame: FrameType, event: str, _: Any) -> Any:
-        frame.f_trace_opcodes = True
+        frame.f_trace_opcodes = self._opcodes
         self.lines += event == "line"
         self.moments += 1
-        files = [path for path in self._folder.rglob("*") if path.is_file()]
-        # The index of the log is made again by whoever opens the file first.
-        now = {
-            f"{p.relative_to(self._folder)}": p.read_bytes() for p in files if p.suffix != ".db-shm"
-        }
+        now = dict(self._read())
         if now != self._last:
             self._last = now
             self.copies.append(copy := self._under / str(len(self.copies)))
@@ -83,6 +86,14 @@ class States:
                 (copy / name).parent.mkdir(parents=True, exist_ok=True)
                 (copy / name).write_bytes(content)
         return self._trace
+
+    def _read(self) -> Iterator[tuple[str, bytes]]:
+        for folder, _, names in os.walk(self._folder):
+            for name in names:
+                if not name.endswith("-shm"):  # it is made again by whoever opens the tasks first
+                    path = os.path.join(folder, name)
+                    with open(path, "rb", buffering=0) as file:
+                        yield os.path.relpath(path, self._folder), file.read()
 
 
 def go_on(folder: Path) -> bool:
@@ -108,7 +119,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="taskx-once-", dir="/dev/shm") as name:
         folder = Path(name, "of the task")
         folder.mkdir()
-        states = States(folder, Path(name, "copies"))
+        states = States(folder, Path(name, "copies"), only_lines="lines" in sys.argv)
         queue = make_queue(folder, states.watch)
         queue.submit("order")
         queue.run_all()

@@ -44,7 +44,7 @@ def test_a_tree_of_tasks_is_complete(workers):
 
 
 @pytest.mark.process
-def test_a_call_that_must_not_happen_twice_survives_a_death_at_any_bytecode():
-    command = [sys.executable, "-m", "tests.waiting.once_killed"]
+def test_a_call_that_must_not_happen_twice_survives_a_death_at_any_line():
+    command = [sys.executable, "-m", "tests.waiting.once_killed", "lines"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=2 * PATIENCE)
     assert "never paid twice" in done.stdout, done.stderr
