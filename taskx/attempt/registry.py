@@ -252,7 +252,7 @@ class Registry:
     def fill_of(self, name: str) -> float | None:
         """Return the seconds in which the rates of a limit fill up; None if the limit is not known."""
         limit = self.limits.get(name) or self.limit_of_key(name)
-        return None if limit is None else limit.rates.fill
+        return None if limit is None else limit.rates.seconds
 
     def limit_of_key(self, key: str) -> Limit | None:
         """Return the limit of a key: that with its name, or else with its longest beginning."""

@@ -168,12 +168,12 @@ class Runner:
 
     def _watch(self, run: Run, now: float) -> None:
         """Fire the token of a run at its time-out, and when it gives no sign of life."""
-        run.began = now
+        token, run.began = run.token, now
         if run.task.timeout is not None:
-            run.token.deadline = now + run.task.timeout
+            token.deadline = now + run.task.timeout
         if run.pulse is not None:
             run.pulse.beat()
-        self.alarms.add(run.token, run.overdue, run.pulse)
+        self.alarms.add(token, run.overdue, run.pulse)
 
     def ending_of(self, error: BaseException, run: Run) -> Ending:
         """Return how a run ends whose executor has raised an error."""

@@ -158,7 +158,7 @@ class Rates(tuple[Rate, ...]):
         return [max(mark, until + rate.burst * rate.interval) for rate, mark in pairs]
 
     @property
-    def fill(self) -> float:
+    def seconds(self) -> float:
         """The seconds in which all buckets are filled."""
         return max((rate.burst * rate.interval for rate in self), default=0.0)
 

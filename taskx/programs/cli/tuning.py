@@ -233,9 +233,9 @@ def limit_row(limit: LimitInfo) -> Row:
     "limits",
     """List the limits with names, and what is left of them.
 
-FREE is what may start now by each rate. CHANGED names what `taskx tune --limit` has changed. HELD says until
-when nothing starts, because an API has refused a task or by `taskx hold`; limits of types and keys are listed
-only then.""",
+FREE is what may start now by each rate. CHANGED names what `taskx tune --limit` has changed. HELD says
+until when nothing starts, by `taskx hold` or because an API has refused a task. Limits of types and keys
+are listed only then.""",
     """
 taskx limits
 taskx limits --json | jq .taken
@@ -259,8 +259,8 @@ _name = click.argument("name", metavar="LIMIT")
     "hold",
     """Hold a limit: nothing starts under it for some time, in any process.
 
-LIMIT is the name of a limit, `type/TYPE` for a type, or a key. Running tasks go on. A hold is never shortened:
-`taskx release` ends it.""",
+LIMIT is the name of a limit, `type/TYPE` for a type, or a key. Running tasks go on. A hold is never
+shortened: `taskx release` ends it.""",
     """
 taskx hold openai 10m
 taskx hold type/email 1h
