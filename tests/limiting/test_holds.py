@@ -84,9 +84,7 @@ def test_after_a_hold_work_goes_on_at_the_rate_without_a_burst(clock):
         pass_time(queue, clock, 22)
         starts = api.since(0)
         assert starts[0] == 20.1
-        assert all(
-            after - before >= 0.099 for before, after in itertools.pairwise(starts)
-        )
+        assert all(after - before >= 0.099 for before, after in itertools.pairwise(starts))
 
 
 def test_a_burst_would_be_seen(clock, monkeypatch):
@@ -181,9 +179,7 @@ def test_after_the_hold_of_a_key_its_rate_holds_without_a_burst(clock):
         starts = api.since(0)
         assert len(starts) == 6
         assert starts[0] >= 20.5
-        assert all(
-            after - before >= 0.499 for before, after in itertools.pairwise(starts)
-        )
+        assert all(after - before >= 0.499 for before, after in itertools.pairwise(starts))
 
 
 @pytest.mark.parametrize("key", [None, "plain"])
