@@ -26,7 +26,8 @@ class Rule(NamedTuple):
 class Api:
     """An API that all processes call: a file with the times of its last calls, under a lock of the kernel.
 
-    It allows so many calls in any period, and says to the others when there will be room for one.
+    It allows so many calls in any period, and says to the others when there will be room for one. At the
+    first call, another program has just used it up.
     """
 
     def __init__(self, folder: Path, rule: Rule) -> None:
@@ -43,20 +44,19 @@ class Api:
         """Call it; return None, or the headers of a refusal."""
         with self._locked() as file:
             now, (calls, period) = time.time(), self._rule
-            known = json.loads(file.read_text()) if file.exists() else []
+            known = json.loads(file.read_text()) if file.exists() else [now] * calls
             times = [at for at in known if at > now - period]
             refused = len(times) >= calls
             wait = times[0] + period - now if refused else 0.0
-            if not refused:
-                file.write_text(json.dumps([*times, now]))
+            file.write_text(json.dumps(times if refused else [*times, now]))
             os.write(self._log, f"{now} {int(refused)} {wait}\n".encode())
         return {"Retry-After": f"{wait:.3f}"} if refused else None
 
 
-def main(file: str, folder: Path, rate: float, rule: Rule) -> None:
+def main(file: str, folder: Path, burst: int, rule: Rule) -> None:
     """Run tasks until somebody kills this process."""
     queue = Queue(SQLiteRepository(file), Config(worker_num=8))
-    queue.limit("api", rate=(round(rate * rule.calls), rule.period))
+    queue.limit("api", rate=(rule.calls - burst, rule.period), burst=burst)
     api = Api(folder, rule)
 
     @queue.executor("call", limit="api")
@@ -70,4 +70,5 @@ def main(file: str, folder: Path, rate: float, rule: Rule) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), float(sys.argv[3]), Rule(int(sys.argv[4]), float(sys.argv[5])))
+    rule = Rule(int(sys.argv[4]), float(sys.argv[5]))
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), rule)
