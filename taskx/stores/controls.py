@@ -268,7 +268,9 @@ class Controls:
         return until
 
     def held(self, now: int) -> tuple[str, ...]:
-        """Return the limits that are held now, by what was last read."""
+        """Return the limits that are held now, and forget the holds of which nothing is left."""
+        if any(hold.full <= now for hold in self.holds.values()):
+            self.holds = {name: hold for name, hold in self.holds.items() if hold.full > now}
         return tuple(name for name, hold in self.holds.items() if hold.until > now)
 
     def hold(self, holds: Mapping[str, Hold], now: int) -> list[str]:

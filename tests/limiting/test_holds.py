@@ -513,3 +513,16 @@ def test_health_names_long_holds_only(queue):
     [problem] = queue.health(nodes=0).problems
     assert problem.kind == "hold"
     assert "limit 'api' is held until" in str(problem)
+
+
+def test_a_hold_of_which_nothing_is_left_costs_nothing(clock):
+    api = Api(clock, Snooze(20, limit=True))
+    with manual(clock, api, rate="1/s", burst=10) as queue:
+        queue.submit("call")
+        queue.run_all()
+        clock.advance(29)
+        queue.run_all()
+        assert services_of(queue).controls.holds
+        clock.advance(2)
+        queue.run_all()
+        assert not services_of(queue).controls.holds
