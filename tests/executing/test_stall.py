@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 
@@ -234,6 +235,35 @@ def test_a_thread_that_gives_signs_goes_on(make_queue):
     queue.start()
     assert queue.submit("crawl").result(PATIENCE) == "done"
     assert alive.is_set()
+
+
+def test_a_silent_coroutine_is_cancelled(make_queue):
+    queue = make_queue()
+
+    @queue.executor("crawl", stall=0.1)
+    async def crawl():
+        await asyncio.sleep(10 * PATIENCE)
+
+    queue.start()
+    error = queue.submit("crawl").exception(PATIENCE)
+    assert error.error == "timed out: no sign of life for 0.1 s"
+
+
+def test_the_end_of_a_step_of_a_coroutine_is_a_sign_of_life(make_queue):
+    queue = make_queue()
+
+    @queue.executor("crawl", stall=10 * PATIENCE)
+    async def crawl(ctx):
+        pulse, beats = pool_of(queue).runs[ctx.task.id].pulse, []
+
+        async def page():
+            beats.append(pulse.due)
+
+        await ctx.astep("one", page)
+        return pulse.due > beats[0]
+
+    queue.start()
+    assert queue.submit("crawl").result(PATIENCE) is True
 
 
 @pytest.mark.process
