@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection
 from contextlib import suppress
 from typing import Protocol
 
@@ -61,10 +60,10 @@ class Tuning:
         held = controls.held(self._pool.services.clock.now_ms()) if controls.holds else ()
         types = [name for name in {*held} ^ {*self._held} if name.startswith(OF_TYPE)]
         if types or controls.overrides is not overrides or controls.declared is not declared:
-            self._follow_overrides(held)
+            self._follow_overrides()
         elif held != self._held:
+            self._held = held
             self._pool.services.agenda.fetch_soon()  # a hold may have ended early
-        self._held = held
 
     def declare(self) -> None:
         """Store the limits that the program declares: those of the latest start hold for all nodes."""
@@ -83,16 +82,17 @@ class Tuning:
         ):  # a start may have been under way when they were set
             self._count_unadmitted()
 
-    def _follow_overrides(self, held: Collection[str]) -> None:
+    def _follow_overrides(self) -> None:
         pool = self._pool
         with self._changing:
             controls = self._pool.services.controls
             overrides, declared = controls.overrides, controls.declared
+            held = controls.held(pool.services.clock.now_ms())
             pool.set_workers(overrides.workers_of(pool.node.id, self._configured))
             pool.services.registry.follow(overrides, declared, held)
             pool.admission.follow_limits()
             self._count_unadmitted()
-            self._followed = (overrides, declared)
+            self._followed, self._held = (overrides, declared), held
         self._pool.services.agenda.fetch_soon()
         with suppress(RepositoryError):  # the housekeeper does both again
             pool.admission.tend()  # tells other nodes of slots that are taken

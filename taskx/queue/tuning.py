@@ -29,6 +29,7 @@ from taskx.tasks.clock import to_ms
 from taskx.tasks.errors import ConfigurationError, NodeNotFound
 from taskx.tasks.model import check_key
 from taskx.tasks.options import LimitOptions, NamedOptions, check_limit_name, check_time
+from taskx.tasks.rate import OF_TYPE, is_key
 from taskx.tasks.retry import MAX_WAIT
 
 
@@ -152,6 +153,10 @@ def hold(services: Services, name: str, until: datetime | Duration) -> None:
     else:
         end = now + math.ceil(1000 * min(check_number(until, "until"), MAX_WAIT))
     fill = services.registry.fill_of(name)
+    if fill is None and not (name.startswith(OF_TYPE) or is_key(name)):
+        known = {*services.controls.read_declared(), *services.controls.read_overrides().limits}
+        if name not in known:
+            services.log.warning("no program declares limit %r, which is held now", name)
     full = end + math.ceil(1000 * (_DAY if fill is None else fill))
     services.controls.hold({name: Hold(end, full)}, now)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import threading
 from pathlib import Path
 
 from taskx import Context, executor
@@ -11,9 +11,9 @@ from taskx import Context, executor
 @executor("crawl", isolation="process", capture_log=True)
 def crawl(ctx: Context, sign: str, end: str) -> str:
     """Give signs of life until there is a file with this name, or sleep for an hour."""
+    never, number = threading.Event(), 0
     if sign == "none":
-        time.sleep(3600)
-    number = 0
+        never.wait(3600)
     while not Path(end).exists():
         number += 1
         if sign == "progress":
@@ -24,5 +24,5 @@ def crawl(ctx: Context, sign: str, end: str) -> str:
             ctx.logger.info("page")
         else:
             ctx.alive()
-        time.sleep(0.01)
+        never.wait(0.01)
     return "done"

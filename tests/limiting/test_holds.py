@@ -428,6 +428,15 @@ def test_the_tasks_of_a_released_key_start_within_ten_seconds(clock):
         assert all(handle.done() for handle in handles)
 
 
+def test_a_misspelt_name_is_pointed_out(clock, caplog):
+    with manual(clock, Api(clock, None, at=0), rate="2/s") as queue:
+        for name in ("api", "type/call", "tenant:a"):
+            queue.hold(name, 5)
+        assert "no program declares" not in caplog.text
+        queue.hold("apii", 5)
+    assert "no program declares limit 'apii', which is held now" in caplog.text
+
+
 @pytest.mark.parametrize("until", [-1, "soon", None, float("inf"), float("nan")])
 def test_wrong_times_hold_nothing(queue, until):
     with pytest.raises(ConfigurationError, match="until"):
