@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from taskx.tasks.findings import Check, Problem, Reason
     from taskx.tasks.handles import TaskHandle
     from taskx.tasks.model import Attempt, Task, TaskCount, TaskFilter, TaskPage, TaskStatus
+    from taskx.tasks.refusals import retry_after
     from taskx.tasks.retry import Permanent, Retry, RetryPolicy, Snooze
     from taskx.tasks.ticks import every
     from taskx.tasks.token import CancelToken
@@ -159,6 +160,7 @@ __all__ = [
     "executor",
     "group",
     "open_repository",
+    "retry_after",
     "run",
     "tick_of",
 ]
@@ -206,6 +208,7 @@ _HOMES = {
     "taskx.tasks.findings": "Check Problem Reason",
     "taskx.tasks.handles": "TaskHandle",
     "taskx.tasks.model": "Attempt Task TaskCount TaskFilter TaskPage TaskStatus",
+    "taskx.tasks.refusals": "retry_after",
     "taskx.tasks.retry": "Permanent Retry RetryPolicy Snooze",
     "taskx.tasks.ticks": "every",
     "taskx.tasks.token": "CancelToken",

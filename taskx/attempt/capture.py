@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -30,10 +30,11 @@ class Capture:
     """The last lines of a run with at least a given level, at most :data:`MAX_LOG` characters.
 
     ``prefix`` is the beginning of each line of ``ctx.logger``; it is left out here, as the record of the
-    task says the same.
+    task says the same. ``beat`` is called for each line that is kept.
     """
 
-    def __init__(self, level: int, prefix: str) -> None:
+    def __init__(self, level: int, prefix: str, beat: Callable[[], object] = int) -> None:
+        self._beat = beat
         self.level = level
         self._prefix = prefix
         self._lines: deque[str] = deque()
@@ -44,6 +45,7 @@ class Capture:
         """Keep a log record, unless its level is too low. Never raises an exception."""
         if record.levelno < self.level:
             return
+        self._beat()
         try:
             text = _formatter.format(record).replace(f": {self._prefix}", ": ", 1)
             line = payload.clean_text(text, MAX_LINE) + "\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from taskx.tasks.lifecycle import ANSWER, NO_WORK
 from taskx.tasks.model import Task
 from taskx.tasks.options import LimitOptions, Options
 from taskx.tasks.payload import DEFAULT_MAX_SIZE
-from taskx.tasks.rate import OF_TYPE, Cost, Limit, is_key
+from taskx.tasks.rate import NO_LIMIT, OF_TYPE, Cost, Limit, is_key
 from taskx.tasks.timing import DEFAULT_TIMING, Timing
 from taskx.tasks.values import Values
 
@@ -100,6 +100,7 @@ class Registry:
         self.declared: dict[str, LimitOptions] = {}
         self._stored: Declared = {}  # those that the repository knows
         self._overrides = Overrides()
+        self._held: Collection[str] = ()  # names of limits
         self._declared: set[str] = set()
         self._used: set[str] = set()  # the declared types that tasks were submitted of
         self._first_use = first_use
@@ -180,9 +181,12 @@ class Registry:
         if entry.model is not None:
             self.models[entry.type] = entry.model
 
-    def follow(self, overrides: Overrides, declared: Declared) -> None:
-        """Follow the overrides and the declared limits of the repository, instead of earlier ones."""
-        self._overrides, self._stored = overrides, declared
+    def follow(self, overrides: Overrides, declared: Declared, held: Collection[str] = ()) -> None:
+        """Follow the overrides and the declared limits of the repository, instead of earlier ones.
+
+        ``held`` are the limits that are held: a type without limits may be among them.
+        """
+        self._overrides, self._stored, self._held = overrides, declared, held
         self._name_limits()
         for type, entry in self.registered.copy().items():
             self._limit(type, entry.options)
@@ -209,6 +213,8 @@ class Registry:
     def _limit(self, type: str, own: Options) -> None:
         name, names = OF_TYPE + type, own.limit or ()
         limit = overridden(own, self._overrides.types.get(type, {}))
+        if limit is None and name in self._held:
+            limit = NO_LIMIT
         if limit is not None:
             self.limits[name], names = limit, (name, *names)
         else:
@@ -232,6 +238,23 @@ class Registry:
         """The limits with a name as the program declares them."""
         found = {name: named_limit(options, {}) for name, options in self.declared.items()}
         return {name: limit for name, limit in found.items() if limit is not None}
+
+    def names_to_hold(self, task: Task, asked: bool | str) -> Sequence[str]:
+        """Return the limits that a ``Snooze`` of a task asks to hold.
+
+        A key without a colon has one turn, which the task keeps: nothing is to be held.
+        """
+        if asked == "key":
+            key = task.concurrency_key
+            return [key] if key is not None and is_key(key) else ()
+        if isinstance(asked, str):
+            return [asked]
+        return self.limited.get(task.type, (OF_TYPE + task.type,))
+
+    def fill_of(self, name: str) -> float | None:
+        """Return the seconds in which the rates of a limit fill up; None if the limit is not known."""
+        limit = self.limits.get(name) or self.limit_of_key(name)
+        return None if limit is None else limit.rates.seconds
 
     def limit_of_key(self, key: str) -> Limit | None:
         """Return the limit of a key: that with its name, or else with its longest beginning."""

@@ -8,9 +8,9 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
-from taskx.attempt.alarms import Alarms, Overdue
+from taskx.attempt.alarms import Alarms, Overdue, Pulse
 from taskx.attempt.capture import Capture, CapturedLogger, capturing
-from taskx.attempt.context import Context, Shared, log_prefix
+from taskx.attempt.context import Context, Shared, Watched, log_prefix
 from taskx.attempt.current import awaited, current
 from taskx.attempt.executors import Registered
 from taskx.attempt.failures import (
@@ -20,6 +20,7 @@ from taskx.attempt.failures import (
     Remote,
     error_text,
     error_type,
+    hold_asked,
     is_a,
     seconds_asked,
     shortened,
@@ -59,7 +60,7 @@ class Run:
 
     __slots__ = (
         *("capture", "context", "decided", "executor", "overdue", "resumes", "state", "task"),
-        "token",
+        *("began", "pulse", "token"),
     )
 
     def __init__(
@@ -75,11 +76,25 @@ class Run:
         self.overdue: Overdue | None = None
         self.decided: _thread.LockType | None = None
         self.state: State = "starting"
+        #: The time at which it was called, on the clock of the runner; only with a time-out.
+        self.began: float
+        self.pulse: Pulse | None = None
+        if (stall := executor.options.stall) is not None:
+            self.pulse = Pulse(stall, token._clock)
         self.capture: Capture | None = None
         if executor.log_level is not None:
-            self.capture = Capture(executor.log_level, log_prefix(task.id, task.type))
+            prefix = log_prefix(task.id, task.type)
+            self.capture = Capture(executor.log_level, prefix, self.beat)
             shared = shared._replace(log=CapturedLogger(shared.log, self.capture))
-        self.context = Context(task, self.token, shared)
+        if stall is None:
+            self.context = Context(task, self.token, shared)
+        else:
+            self.context = Watched(task, self.token, shared, self.beat)
+
+    @property
+    def beat(self) -> Callable[[], object]:
+        """The function to call at each sign of life."""
+        return int if self.pulse is None else self.pulse.beat
 
     @property
     def what_goes_on(self) -> str:
@@ -141,12 +156,12 @@ class Runner:
         task, token, executor = run.task, run.token, run.executor
         started = self._clock.monotonic()
         before = forks.generation
+        timed = task.timeout is not None or run.pulse is not None
         outer, current.context = current.context, run.context
         try:
-            if task.timeout is not None:
-                token.deadline = started + task.timeout
-                self.alarms.add(token, run.overdue)
-            if token._reason is not None or task.timeout is not None:
+            if timed:
+                self._watch(run, started)
+            if token._reason is not None or timed:
                 token.raise_if_cancelled()  # cancelled or stopped before a worker was free
             if task.damage:
                 raise RepositoryCorrupt(task.damage)
@@ -169,12 +184,21 @@ class Runner:
             ending = self.ending_of(error, run)
         finally:
             current.context = outer
-            if task.timeout is not None:
+            if timed:
                 self.alarms.remove(token)
         ending.worker, ending.duration = worker, max(0.0, self._clock.monotonic() - started)
         if run.capture is not None or run.context._told is not None:
             self._add_told(ending, run)
         return ending
+
+    def _watch(self, run: Run, now: float) -> None:
+        """Fire the token of a run at its time-out, and when it gives no sign of life."""
+        token, run.began = run.token, now
+        if run.task.timeout is not None:
+            token.deadline = now + run.task.timeout
+        if run.pulse is not None:
+            run.pulse.beat()
+        self.alarms.add(token, run.overdue, run.pulse)
 
     def ending_of(self, error: BaseException, run: Run) -> Ending:
         """Return how a run ends whose executor has raised an error."""
@@ -197,39 +221,39 @@ class Runner:
                 log.warning("it waits, so what followed is ignored: %s", error_text(error))
             park = run.context._sealed()
             return Ending(returned=False, reason=reason, parked=park, interrupt=interrupt)
-        return Ending(
-            returned=False,
-            reason=reason,
-            error=_timed_out(error, run.task) if timed_out else error_text(error),
-            error_type=error_type(cause),
-            traceback=traceback_text(error, skip=1),
-            crashed=crashed,
-            interrupt=interrupt,
+        facts = {
+            "error": _timed_out(error, run) if timed_out else error_text(error),
+            "error_type": error_type(cause),
+            "traceback": traceback_text(error, skip=1),
+            "hold": hold_asked(error),
             **self._what_next(cause, run),
-        )
+        }
+        return Ending(returned=False, reason=reason, crashed=crashed, interrupt=interrupt, **facts)
 
     def abandon(self, run: Run, worker: str, stack: str) -> Ending:
         """Return the ending of a run whose thread goes on after its time-out; ``stack`` is where it is."""
-        assert run.task.timeout is not None
-        assert run.token.deadline is not None
         ending = Ending(
             returned=False,
             stuck=True,
             reason=CancelReason.TIMEOUT,
-            error=f"timed out after {run.task.timeout:g} s; its {run.what_goes_on} still runs",
+            error=f"{_of_timeout(run)}; its {run.what_goes_on} still runs",
             error_type=error_type(TimeoutError()),
             traceback=shortened(stack),
             **self._what_next(TimeoutError(), run),
         )
         ending.worker = worker
-        ending.duration = self._clock.monotonic() - run.token.deadline + run.task.timeout
+        ending.duration = self._clock.monotonic() - run.began
         self._add_told(ending, run)
         return ending
 
     def _what_next(self, error: BaseException, run: Run) -> dict[str, Any]:
         """Return what the error, or else the retry policy, asks for, as fields of an ``Ending``."""
         if is_a(error, Snooze) and (seconds := seconds_asked(error, "seconds")) is not None:
-            return {"snooze": seconds}
+            most, before = run.executor.options.max_snoozes, run.task.snoozes
+            if most is None or before < most:
+                return {"snooze": seconds}
+            words = f"{error_text(error)}: it has snoozed {before} times, and max_snoozes is {most}"
+            return {"permanent": True, "error": words}
         if is_a(error, Permanent) or run.task.damage:
             return {"permanent": True}
         asked = is_a(error, Retry)
@@ -286,13 +310,20 @@ def lesser(ending: Ending, error: BaseException) -> Ending | None:
     return None
 
 
-def _timed_out(error: BaseException, task: Task) -> str:
-    text = f"timed out after {task.timeout:g} s"
+def _timed_out(error: BaseException, run: Run) -> str:
+    text = _of_timeout(run)
     if is_a(error, ChildKilled):
         return f"{text}; {error}"
     if is_a(error, TaskCancelled, Parked):
         return text
     return payload.clean_text(f"{text}: {error_text(error)}", MAX_ERROR)
+
+
+def _of_timeout(run: Run) -> str:
+    pulse = run.pulse
+    if pulse is not None and pulse.silent:
+        return f"timed out: no sign of life for {pulse.stall:g} s"
+    return f"timed out after {run.task.timeout:g} s"
 
 
 def _worth_another(error: BaseException, policy: RetryPolicy) -> bool:

@@ -107,18 +107,21 @@ class _Inquiry:
         yield from stopped
         if held == UNTIL_DUE and not self._is_early(task):
             yield self._due(task)
+        if held in (FREE, UNTIL_DUE):
+            busy = self._busy()
+            known = Limits(self._repository, self._services, self._pool, busy)
+            holds = [*known.holds(task, able)]
+            yield from holds
         if held == FREE:
-            busy, first = self._busy(), self._first(task, _competing(task, able, paused))
-            limits = [
-                *Limits(self._repository, self._services, self._pool, busy).reasons(task, able)
-            ]
+            first = self._first(task, _competing(task, able, paused))
+            limits = [*known.reasons(task, able)] if not holds else []
             if lifecycle.is_parked(task):  # it goes on with its attempt, which takes no token
                 limits = [reason for reason in limits if reason.kind != "token"]
             limits += self._alone(task, able, busy, first)
             yield from limits
             yield from self._broker(able)
             yield from _ahead(task, first, self._most)
-            if not (stopped or limits):
+            if not (stopped or limits or holds):
                 yield self._worker(task, able, busy)
 
     def _held(self, task: Task, held: int, waiting_on: str | None) -> Iterator[Reason]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from taskx.node.starter import Runs, Seat, Starter
 from taskx.node.stuck import Stuck
 from taskx.node.tuning import Tuning
 from taskx.stores import queries
+from taskx.stores.controls import Hold
 from taskx.stores.liveness.base import Node
 from taskx.stores.liveness.began import Began
 from taskx.tasks import lifecycle
@@ -30,6 +32,7 @@ from taskx.tasks.bell import Bell
 from taskx.tasks.config import Config
 from taskx.tasks.errors import (
     CancelReason,
+    ConfigurationError,
     RepositoryError,
     RepositoryUnavailable,
     SchemaMismatch,
@@ -107,6 +110,7 @@ class WorkerPool:
             self.agenda.wake_from_long_sleep,
             services.log,
             services.registry.limit_of_key,
+            services.controls.held_until,
         )
         self.starter = Starter(
             services, node, self.buffer, self.runs, self.admission, self.ahead.at_work
@@ -129,6 +133,7 @@ class WorkerPool:
         self._retiring = threading.Lock()  # held for good
         self.ends = ends
         self._complaint = Complaint(services.log)
+        self._max_hold = config.max_hold
         self._counting = threading.Lock()
         self._quiet = Bell()
         self.stuck = Stuck(services, node.id, config.max_stuck, self._do_without, self._abandon)
@@ -460,7 +465,8 @@ class WorkerPool:
                 return Ending(returned=False)
             began, cell = self.began, 0
             try:
-                if self.hooks.started or run.task.timeout is not None or self._is_told():
+                timed = run.task.timeout is not None or run.pulse is not None
+                if timed or self.hooks.started or self._is_told():
                     self._tell_begins(run, worker)
                 if began is not None:
                     cell = began.begin(run.task.id, run.task.starts)
@@ -496,7 +502,7 @@ class WorkerPool:
             log.debug("task %s (%s) %s attempt %d", task.id, task.type, what, task.attempt)
         if (listeners := self.hooks.started) and not run.resumes:
             self.hooks.tell(listeners, partial(changed_task, task, {}))
-        if task.timeout is not None:
+        if task.timeout is not None or run.pulse is not None:
             run.overdue = self.stuck.watch(run, worker)
 
     def _defer(self, run: Run, ending: Ending) -> None:
@@ -540,6 +546,8 @@ class WorkerPool:
     def _outcome(self, run: Run, ending: Ending) -> tuple[list[Update], Outcome]:
         """Return the writes of an ending, those that pass its turn on among them, and the outcome."""
         now = self.services.clock.now_ms()
+        if ending.hold is not None:
+            self._hold(run.task, *ending.hold, now)
         try:
             writes = lifecycle.conclude(run.task, ending, now)
         except Exception as error:  # noqa: BLE001  (a defect of ours: it fails this attempt alone)
@@ -548,6 +556,31 @@ class WorkerPool:
         if (key := run.task.concurrency_key) is not None:
             writes = [*writes, *self.services.moves.turns.next_turn(key, run.task.id)]
         return writes, _make_outcome((run, ending, self))
+
+    def _hold(self, task: Task, seconds: float, asked: bool | str, now: int) -> None:
+        """Hold the limits that a task was refused by; it runs again later in any case."""
+        services, log = self.services, self.services.log
+        until = now + math.ceil(1000 * min(seconds, self._max_hold))
+        holds = {}
+        for name in services.registry.names_to_hold(task, asked):
+            fill = services.registry.fill_of(name) or 0.0
+            holds[name] = Hold(until, until + math.ceil(1000 * fill), task.id)
+        try:
+            services.repository.require("holds of limits")
+            held = services.controls.hold(holds, now) if holds else ()
+            if held:
+                self.tuning.refresh()
+        except (RepositoryError, ConfigurationError) as error:
+            log.warning("task %s (%s): nothing is held: %s", task.id, task.type, error)
+            return
+        capped = seconds > self._max_hold
+        for name in held:
+            log.log(
+                logging.WARNING if capped else logging.INFO,
+                "limit %s is held for %g s by task %s (%s)%s",
+                *(name, min(seconds, self._max_hold), task.id, task.type),
+                f", which asked for {seconds:g} s" if capped else "",
+            )
 
     def rebuffer(self, task: Task) -> None:
         """Put a task that became pending again, and that this node still owns, into the buffer."""

@@ -26,7 +26,7 @@ from taskx.tasks.clock import to_ms
 from taskx.tasks.errors import RepositoryError, TaskxError
 from taskx.tasks.log import Once
 from taskx.tasks.model import Task, TaskStatus
-from taskx.tasks.rate import NOTHING
+from taskx.tasks.rate import NOTHING, is_key
 from taskx.tasks.record import (
     CUT,
     UNTIL_DUE,
@@ -303,7 +303,8 @@ class Starter:
                 found.update(services.repository.get_many(unread))
             if paused := services.controls.paused:
                 self._turn_away(found, [task for task in found.values() if task.type in paused])
-            if services.registry.limited or services.registry.rates_keys:
+            registry = services.registry
+            if registry.limited or registry.rates_keys or services.controls.holds:
                 admitted = self._admit(items, found)
             tasks = self._startable(items, found)
             now = services.clock.now_ms()
@@ -366,7 +367,7 @@ class Starter:
             if task is None or task.id in self.runs:
                 continue
             names = self._services.registry.limited.get(task.type, ())
-            if self._has_rate(task.concurrency_key):
+            if self._may_refuse(task.concurrency_key):
                 names = (*names, str(task.concurrency_key))
                 rated.append(task)
             if names:
@@ -385,16 +386,16 @@ class Starter:
             raise
         return admitted
 
-    def _has_rate(self, key: str | None) -> bool:
-        """Return True if a key has a limit with a rate."""
-        registry = self._services.registry
-        if key is None or not registry.rates_keys:
+    def _may_refuse(self, key: str | None) -> bool:
+        """Return True if a key has a limit with a rate, or is held."""
+        registry, held = self._services.registry, self._services.controls.held_until
+        if key is None or not is_key(key):
             return False
-        limit = registry.limit_of_key(key)
-        return limit is not None and bool(limit.rates)
+        limit = registry.limit_of_key(key) if registry.rates_keys else None
+        return (limit is not None and bool(limit.rates)) or held(key) > 0
 
     def _put_off(self, tasks: Sequence[Task]) -> None:
-        """Let tasks wait for the rates of their keys: they are fetched no more before that."""
+        """Let tasks wait for the rates or holds of their keys: they are fetched no more before that."""
         now, before = self._services.clock.now_ms(), Counter[str]()
         writes: list[Update] = []
         for task in tasks:
@@ -410,7 +411,7 @@ class Starter:
 
         Both had such a task: the other one is put off, and this one's start fails.
         """
-        rated = {task.id: task for task in tasks if self._has_rate(task.concurrency_key)}
+        rated = {task.id: task for task in tasks if self._may_refuse(task.concurrency_key)}
         with suppress(RepositoryError):  # they start later
             fields = ("id", "held", "run_at")
             found = self._services.repository.find("id", [*rated], fields) if rated else ()

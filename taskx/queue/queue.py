@@ -261,6 +261,10 @@ class Queue(Questions, Steering):
             grace: grace period: seconds that the executor has to end after its token fired (default
                 10). Then its child process is killed. An executor in a thread is abandoned, but only
                 after a time-out.
+            stall: seconds after which an attempt times out that gives no sign of life: no progress, no
+                step, no captured log line, and no call of ``ctx.alive()``.
+            max_snoozes: number of times that a task may raise ``Snooze`` before it fails (default: no
+                limit).
             max_concurrency: most tasks of the type that run at the same time.
             rate: most tasks that start in a period: ``"100/m"`` (units ``s``, ``m``, ``h``, ``d``),
                 or a tuple of a count and seconds.

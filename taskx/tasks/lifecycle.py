@@ -105,6 +105,8 @@ class Ending:
     stuck: bool = False  #: the attempt is abandoned while its thread still runs
     delay: float = 0.0  #: seconds to wait before the next attempt, if there is one
     snooze: float | None = None  #: seconds after which the executor asked to run again
+    #: The limits to hold for some seconds: all of the type, that of the key, or the one with a name.
+    hold: tuple[float, bool | str] | None = None
     parked: Park | None = None  #: what the attempt waits for before it goes on
     reason: CancelReason | None = None  #: why its token fired; None if it did not fire
     duration: float = 0.0  #: how long it took, in seconds

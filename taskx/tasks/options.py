@@ -136,6 +136,8 @@ class ExecutorOptions(RunOptions, LimitOptions, total=False):
     capture_log: bool | int | str | None
     isolation: Isolation | None
     grace: Duration | None
+    stall: Duration | None
+    max_snoozes: int | None
     version: int | str | None
     replace: bool | None
 
@@ -185,6 +187,10 @@ Check = Callable[[Any, str], Any]
 
 def _count(value: Any, what: str) -> int:
     return check_int(value, what, 1)
+
+
+def _snoozes(value: Any, what: str) -> int:
+    return check_int(value, what, 0)
 
 
 def _priority(value: Any, what: str) -> Any:
@@ -337,6 +343,8 @@ class Options:
     capture_log: bool | int | str | None = None
     isolation: Isolation | None = None
     grace: float | None = attrs.field(default=None, converter=as_seconds)
+    stall: float | None = attrs.field(default=None, converter=as_seconds)
+    max_snoozes: int | None = None
     max_concurrency: int | None = None
     rate: OneRate | list[OneRate] | None = None
     burst: int | list[int | None] | None = None
@@ -392,6 +400,8 @@ _OF_EXECUTOR: Mapping[str, Check] = {
     "capture_log": log_level,
     "isolation": one_of(Isolation),
     "grace": check_number,
+    "stall": _timeout,
+    "max_snoozes": _snoozes,
     "max_concurrency": _count,
     "limit_scope": one_of(LimitScope),
     "replace": _flag,

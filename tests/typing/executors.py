@@ -259,10 +259,23 @@ def coding() -> None:
     MemoryRepository(codec=Reversed)  # type: ignore[arg-type]
 
 
+def refused(ctx: taskx.Context, response: object) -> None:
+    ctx.alive()
+    assert_type(taskx.retry_after(response), float)
+    assert_type(taskx.retry_after({"Retry-After": "5"}, default=timedelta(minutes=1)), float)
+    assert_type(taskx.Snooze(5, limit=True).limit, bool | str)
+    taskx.Snooze("5s", limit="key")
+    taskx.Snooze(5, limit=["api"])  # type: ignore[arg-type]
+    taskx.Snooze(5, True)  # type: ignore[call-arg]
+    assert_type(Config(max_hold=60).max_hold, float)
+
+
 def registering() -> None:
     queue.register_executor(Sync(), max_attempts=2, isolation="process", grace=1.5)
     queue.register_executor(later, isolation="thread")  # type: ignore[arg-type]
-    queue.register_executor(later, replace=True)
+    queue.register_executor(later, replace=True, stall=60, max_snoozes=9)
+    queue.register_executor(later, stall="1m", limit=["api"])
+    queue.register_executor(later, max_snoozes="9")  # type: ignore[arg-type]
     queue.register_executor(Sync)  # type: ignore[arg-type]
     queue.register_executor(lambda: None)  # type: ignore[arg-type]
     Incomplete()  # type: ignore[abstract]

@@ -38,7 +38,10 @@ _PASSED = (
     *("concurrency_key", "cost", "tags", "depends_on", "expires"),
 )
 # The options that only an executor takes: they hold for all tasks of the type.
-_OF_TYPE = ("rate", "max_concurrency", "limit", "isolation", "capture_log", "version")
+_OF_TYPE = (
+    *("rate", "max_concurrency", "limit", "isolation", "capture_log", "version"),
+    *("stall", "max_snoozes"),
+)
 # The options that an executor takes, too: schedules and the command line get them from there.
 _OF_EXECUTOR = ("max_attempts", "timeout", "tags", "expires", *_OF_TYPE)
 # The names that Celery has for what tasks of Django do otherwise.
@@ -70,8 +73,8 @@ class TaskxTask(Task):
         unique_key, unique_scope, on_conflict, concurrency_key, cost, depends_on: as in ``Queue.submit``.
         tags: short texts to filter by.
         expires: a task that has not started by then is cancelled: as in ``Queue.submit``.
-        rate, max_concurrency, limit, isolation, capture_log, version: as in ``Queue.executor``. They
-            hold for all tasks of the type, so ``using`` does not take them.
+        rate, max_concurrency, limit, isolation, capture_log, version, stall, max_snoozes: as in
+            ``Queue.executor``. They hold for all tasks of the type, so ``using`` does not take them.
     """
 
     max_attempts: int | None = field(default=None, compare=False)
@@ -91,6 +94,8 @@ class TaskxTask(Task):
     isolation: Isolation | None = field(default=None, compare=False)
     capture_log: bool | int | str | None = field(default=None, compare=False)
     version: int | str | None = field(default=None, compare=False)
+    stall: float | timedelta | None = field(default=None, compare=False)
+    max_snoozes: int | None = field(default=None, compare=False)
 
     if not TYPE_CHECKING:  # a type checker finds out by itself
 

@@ -587,6 +587,7 @@ def test_options_of_a_type_are_those_of_its_executor(stored):
     result = tasks.limited.enqueue()
     options = get_queue()._registry.registered["shop.tasks.limited"].options
     assert (options.rate, options.max_concurrency, options.capture_log) == ("5/h", 2, "WARNING")
+    assert (options.stall, options.max_snoozes) == (90, 9)
     for record in (result.taskx.task(), get_queue().submit("shop.tasks.limited").task()):
         assert timedelta(hours=1) <= record.expires_at - record.created_at < timedelta(hours=2)
     until = datetime.now(timezone.utc).replace(microsecond=0) + timedelta(days=1)

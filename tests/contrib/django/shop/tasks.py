@@ -150,5 +150,12 @@ def apart(context: Any, number: int) -> list[Any]:
     return [os.getpid(), context.task_result.id, number, str(timezone.now().tzinfo)]
 
 
-@task(rate="5/h", max_concurrency=2, expires=3600, capture_log="WARNING")
+@task(
+    rate="5/h",
+    max_concurrency=2,
+    expires=3600,
+    capture_log="WARNING",
+    stall="90s",
+    max_snoozes=9,
+)
 def limited() -> None: ...
