@@ -473,8 +473,9 @@ class Turns(_Scanner):
                 repeated = () if task_id in known else (given[task_id].turn,)
                 writes += [w for turn in repeated for w in lifecycle.give_turn(task_id, turn)]
                 continue
-            turn = self._free_turn(key, limit, leaver) if self._shares.may_start(type) else None
-            if turn is None:
+            if not self._shares.may_start(type, key):
+                break
+            if (turn := self._free_turn(key, limit, leaver)) is None:
                 break
             [wait] = self._waits(key, limit, [cost]) if limit.rates else [0.0]
             due = now + math.ceil(1000 * wait) if wait else None

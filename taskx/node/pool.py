@@ -244,9 +244,11 @@ class WorkerPool:
         """The number of workers that it shall have."""
         return self.ahead.workers
 
-    def may_start(self, type: str) -> bool:
-        """Return True if a task of this type might start here now."""
-        return self.services.registry.runs(type) and self.fetcher.has_room(type)
+    def may_start(self, type: str, key: str) -> bool:
+        """Return True if a task of this type and key might start here now."""
+        services = self.services
+        held = services.controls.held_until(key) > services.clock.now_ms()
+        return not held and services.registry.runs(type) and self.fetcher.has_room(type)
 
     def record(self) -> None:
         """Record the types, limits and workers of this node, if they have changed since the last record."""

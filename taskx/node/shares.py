@@ -54,8 +54,8 @@ class Crew(Protocol):
     def workers(self) -> int:
         """The number of its workers."""
 
-    def may_start(self, type: str) -> bool:
-        """Return True if a task of this type might start there now."""
+    def may_start(self, type: str, key: str) -> bool:
+        """Return True if a task of this type and key might start there now."""
 
 
 class _Given(NamedTuple):
@@ -171,10 +171,10 @@ class Shares:
             room -= len(self.mine)
         return Round(self, leaver, room, self._number_of_workers(crew)) if room > 0 else None
 
-    def may_start(self, type: str) -> bool:
-        """Return True if a task of this type might start on this node now."""
+    def may_start(self, type: str, key: str) -> bool:
+        """Return True if a task of this type and key might start on this node now."""
         crew = self._crew()
-        return crew is not None and crew.may_start(type)
+        return crew is not None and crew.may_start(type, key)
 
     # --- this node
 
@@ -201,11 +201,14 @@ class Shares:
             for task_id, status, held, type, crashes in found
             if status == PENDING
             and (
-                (held == FREE and not crashes and crew.may_start(type))
+                (held == FREE and not crashes and self._is_ready(task_id, type, crew))
                 or (held == FOR_TURN and self._is_coming(self.mine[task_id], crew))
             )
         }
         self.mine = {task_id: given for task_id, given in self.mine.items() if task_id in kept}
+
+    def _is_ready(self, task_id: str, type: str, crew: Crew) -> bool:
+        return crew.may_start(type, lifecycle.key_of(self.mine[task_id].turn))
 
     def _is_coming(self, given: _Given, crew: Crew) -> bool:
         """Return True if the write that gives a turn may not be committed yet."""

@@ -38,7 +38,7 @@ class Site:
         self.moves = self.queue._services.moves
         self.moves.serve(self)
 
-    def may_start(self, type):
+    def may_start(self, type, key):
         return type not in self.closed
 
     def discard(self, task_ids):
@@ -376,6 +376,22 @@ def test_a_turn_whose_write_was_lost_is_given_again():
     assert not turns.share_out()  # it may be committed yet
     site.runs.clear()  # the outcome is committed without it
     assert turns.share_out()
+
+
+def test_a_key_that_is_held_gets_no_turns():
+    clock, ran = ManualClock(), Counter()
+    queue = ManualQueue(clock=clock)
+    queue.limit("k:", share=True)
+    queue.executor("t")(lambda ctx: ran.update([ctx.task.concurrency_key]))
+    with queue:
+        queue.hold("k:a", 60)
+        for n in range(6):
+            queue.submit("t", key="k:a" if n % 2 else "k:b")
+        queue.run_all()
+        assert ran == {"k:b": 3}
+        assert not queue.repository.find("turn", lifecycle.turns_of("k:a", 9), ("id",))
+        queue.advance(65)
+    assert ran == {"k:a": 3, "k:b": 3}
 
 
 def test_an_interrupted_submit_holds_up_nobody():
