@@ -135,6 +135,8 @@ class DrivenRunner(Runner):
 class DrivenPool(WorkerPool):
     """A pool without threads: the caller of the queue runs the tasks."""
 
+    waits_for_more = False
+
     def start_workers(self) -> None:
         """Start no thread."""
 
