@@ -87,16 +87,15 @@ class Call:
         runner: the runner that makes the call.
     """
 
-    __slots__ = ("decided", "executor", "overdue", "runs", "token")
+    __slots__ = ("decided", "executor", "runs", "token")
 
     def __init__(self, runs: Sequence[Run], runner: Runner) -> None:
         self.runs = runs
         self.executor = runs[0].executor
         #: Fires when those of all runs have fired.
         self.token = runner.make_token(None, runner.clock)
-        #: As of :class:`Run`.
-        self.overdue: Overdue | None = None
-        self.decided: _thread.LockType | None = None
+        #: The lock that a thread takes to decide the endings of the runs.
+        self.decided = _thread.allocate_lock()
 
 
 def runs_of(call: Run | Call) -> Sequence[Run]:
@@ -178,22 +177,26 @@ class Runner:
             self._add_told(ending, run)
         return ending
 
-    def run_call(self, call: Call, worker: str) -> list[Ending]:
-        """Call the executor for many runs and return the ending of each, whatever the executor does."""
-        started, runs, token = self._clock.monotonic(), call.runs, call.token
+    def run_call(self, call: Call, worker: str, overdue: Overdue | None = None) -> list[Ending]:
+        """Call the executor for many runs and return the ending of each, whatever the executor does.
+
+        ``overdue`` is the call to make if the executor does not end after the time-out of all runs.
+        """
+        started, runs = self._clock.monotonic(), call.runs
         timed = [run for run in runs if run.task.timeout is not None]
         try:
             for run in timed:
-                run.token.deadline = started + (run.task.timeout or 0.0)
-                self.alarms.add(run.token)
-            token._fire_after([run.token for run in runs])
-            if token.deadline is not None:
-                self.alarms.add(token, call.overdue)
+                token = run.token
+                token.deadline = started + (run.task.timeout or 0.0)
+                self.alarms.add(token)
+            call.token._fire_after([run.token for run in runs])
+            if call.token.deadline is not None:
+                self.alarms.add(call.token, overdue)
             endings = self._ask(call)
         finally:
             for run in timed:
                 self.alarms.remove(run.token)
-            self.alarms.remove(token)
+            self.alarms.remove(call.token)
         duration = max(0.0, self._clock.monotonic() - started)
         for run, ending in zip(runs, endings, strict=True):
             ending.worker, ending.duration = worker, duration
@@ -258,14 +261,10 @@ class Runner:
                 "the call for %d tasks failed, so each of them runs again in a call of its own: %s\n%s",
                 *(len(runs), error_text(error), traceback_text(error, skip=1)),
             )
-        why = f"{TOGETHER}{len(runs) - 1} other tasks: {error_text(error)}"
-        why, kind = payload.clean_text(why, MAX_ERROR), error_type(error)
         return [
             self.ending_of(error, run)
             if stay
-            else Ending(
-                returned=False, apart=True, reason=run.token.reason, error=why, error_type=kind
-            )
+            else set_apart(error, run.token.reason, len(runs) - 1)
             for run, stay in zip(runs, stays, strict=True)
         ]
 
@@ -358,6 +357,14 @@ class Runner:
             ending.progress, ending.message = told
         if run.capture is not None:
             ending.log = run.capture.text()
+
+
+def set_apart(error: BaseException, reason: CancelReason | None, others: int) -> Ending:
+    """Return the ending of an attempt whose call, with ``others``, raised an error: it runs again alone."""
+    why = payload.clean_text(f"{TOGETHER}{others} other tasks: {error_text(error)}", MAX_ERROR)
+    return Ending(
+        returned=False, apart=True, reason=reason, error=why, error_type=error_type(error)
+    )
 
 
 def broken(error: BaseException, worker: str) -> Ending:

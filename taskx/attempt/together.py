@@ -21,9 +21,7 @@ Together = Callable[["BatchContext", list[Any]], Any]
 
 
 class BatchTask:
-    """One of the tasks of a call: an item of ``ctx.each``.
-
-    """
+    """One of the tasks of a call: an item of ``ctx.each``."""
 
     __slots__ = ("_context",)
 

@@ -12,7 +12,7 @@ from typing import Protocol
 import attrs
 
 from taskx.attempt.registry import Middleware
-from taskx.attempt.runner import Call, Run, broken, lesser, runs_of
+from taskx.attempt.runner import Call, Run, broken, lesser, runs_of, set_apart
 from taskx.node.admission import Admission
 from taskx.node.ahead import Ahead
 from taskx.node.buffer import Batches, Buffer, Item, Slots
@@ -33,6 +33,7 @@ from taskx.tasks.errors import (
     RepositoryError,
     RepositoryUnavailable,
     SchemaMismatch,
+    is_interrupt,
 )
 from taskx.tasks.lifecycle import Ending
 from taskx.tasks.log import Complaint
@@ -504,15 +505,14 @@ class WorkerPool:
             alone = [run for run in left if run.task.damage or run.token.cancelled]
             if len(left) - len(alone) == 1:
                 alone = left
-            left = [
-                run for run in left if run not in alone
-            ]  # first: as the next line does this, too
+            left = [run for run in left if run not in alone]
             endings = [self.execute(run, worker, conclude) for run in alone]
-            call.runs = left = [run for run in left if self._begins(run)]
+            left = [run for run in left if self._begins(run)]
             if not left:
                 return endings
+            call = Call(left, self.services.runner)
             mine = self._call(call, worker)
-            if call.decided is not None and not call.decided.acquire(False):
+            if not call.decided.acquire(False):
                 left = []
                 self._come_back(call)
                 return endings + mine
@@ -546,11 +546,14 @@ class WorkerPool:
                 self._tell_begins(run)
                 if began is not None:
                     cells.append(began.begin(run.task.id, run.task.starts))
-            if all(run.task.timeout is not None for run in call.runs):
-                call.overdue = self.stuck.watch(call, worker)
-            return self.services.runner.run_call(call, worker)
+            timed = all(run.task.timeout is not None for run in call.runs)
+            overdue = self.stuck.watch_call(call, worker) if timed else None
+            return self.services.runner.run_call(call, worker, overdue)
         except BaseException as error:  # noqa: BLE001  (as for a single run)
-            return [broken(error, worker) for _ in call.runs]
+            others = len(call.runs) - 1
+            if is_interrupt(error) or not others:
+                return [broken(error, worker) for _ in call.runs]
+            return [set_apart(error, None, others).changed(worker=worker) for _ in call.runs]
         finally:
             for cell in cells:
                 if began is not None and cell:

@@ -82,12 +82,16 @@ class Stuck:
 
     # --- in the thread of a run
 
-    def watch(self, call: Run | Call, worker: str) -> Overdue:
-        """Prepare for a call that does not end after its deadline; call this in the thread of the call.
+    def watch(self, run: Run, worker: str) -> Overdue:
+        """Prepare for a run that does not end after its deadline; call this in the thread of the run.
 
         Return the grace period in seconds, and the function to call after it.
         """
-        call.decided = _thread.allocate_lock()
+        run.decided = _thread.allocate_lock()
+        return self.watch_call(run, worker)
+
+    def watch_call(self, call: Run | Call, worker: str) -> Overdue:
+        """Do the same for a call for many runs, which has its lock."""
         options = call.executor.options
         grace = options.patience + (self._services.timing.kill_within if options.isolation else 0.0)
         return grace, partial(self._overdue, call, worker, threading.get_ident())

@@ -245,10 +245,15 @@ class ManualQueue(Queue):
             pool = self._driven.pool
             while True:
                 self._driven.housekeeper.do_round()
-                items = pool.buffer.take(1)
-                if not items:
-                    return None
-                if (run := pool.start(items, self._worker)) is not None:
+                try:
+                    items = pool.buffer.take(1)
+                    if not items:
+                        return None
+                    run = pool.start(items, self._worker)
+                except BaseException:  # an interrupt: no other thread would let tasks be taken again
+                    pool.buffer.started()
+                    raise
+                if run is not None:
                     # Here: another thread that waits for it must see that it is taken.
                     here = threading.get_ident()
                     self._busy[here] = self._busy.get(here, 0) + 1

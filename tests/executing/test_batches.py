@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from dataclasses import dataclass
 from datetime import date, timedelta
 
 import pytest
 from helpers import PATIENCE, SOON, eventually, pool_of
+from strikes import strike_at
 
 from taskx import (
     BatchContext,
@@ -602,3 +604,32 @@ def test_a_single_attempt_is_a_call_for_one_task(manual):
 
     outcome = run_executor(add, {"n": 1})
     assert (outcome.result, outcome.progress) == (2, [(30, "")])
+
+
+# --- interrupts
+
+
+def test_an_interrupt_at_any_point_loses_no_task_of_a_call():
+    """What the interrupt has left, the next calls of the test run; a task runs again at most once."""
+    strikes = 0
+    for point in itertools.count(0, 61):
+        queue, began = ManualQueue(), []
+        queue.executor("start")(lambda: None)
+        queue.submit("start")
+        queue.run_all()
+
+        @queue.executor("add", batch=3, max_attempts=2)  # an interrupt may look like an error
+        def add(tasks, began=began):
+            began.extend(task["n"] for task in tasks)
+            return [task["n"] for task in tasks]
+
+        handles = queue.submit_many([Task(type="add", params={"n": n}) for n in range(3)])
+        if strike_at(point, queue.run_all) is None:
+            break
+        strikes += 1
+        queue.advance(60)
+        left = [handle.task() for handle in handles]
+        assert [task.status.value for task in left] == ["completed"] * 3, (point, left)
+        assert all(began.count(n) in (1, 2) for n in range(3)), (point, began)
+        assert queue.stop(0.0) == []
+    assert strikes > 20
