@@ -39,7 +39,7 @@ class TaskLogFilter(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Set the attributes that the record lacks, and let every record through."""
-        known = ("", "") if (context := current.context) is None else context.known_as
+        known = ("", "") if (context := current.context) is None else context._known_as
         for name, value in zip(("task_id", "task_type"), known, strict=True):
             record.__dict__.setdefault(name, value)
         return True

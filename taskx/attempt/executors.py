@@ -642,7 +642,7 @@ def entry_of(executor: TaskExecutor | Executor[Any, Any], options: Options) -> R
     else:
         type, function, takes_context = _type_of(executor), _classic(executor), True
         values = values_of(executor.execute)
-    _check_batch(type, options, batches=isinstance(executor, BatchExecutor))
+    check_batch(type, options, batches=isinstance(executor, BatchExecutor))
     if isinstance(executor, BatchExecutor):
         together = executor._together
         function, takes_context = alone(together, values), True
@@ -674,7 +674,7 @@ def entry_of(executor: TaskExecutor | Executor[Any, Any], options: Options) -> R
     )
 
 
-def _check_batch(type: str, options: Options, *, batches: bool) -> None:
+def check_batch(type: str, options: Options, *, batches: bool) -> None:
     """Raise ``ConfigurationError`` if an executor cannot have its options for calls with many tasks."""
     if options.wait is not None and options.batch is None:
         raise ConfigurationError(f"executor {type!r}: wait requires batch")

@@ -76,7 +76,7 @@ class BatchContext(Context):
         return [BatchTask(context) for context in self._contexts]
 
     @property
-    def known_as(self) -> tuple[str, str]:
+    def _known_as(self) -> tuple[str, str]:
         """The id of the task or the number of tasks, and their type, for log lines."""
         task, number = self._task, len(self._contexts)
         return (task.id if number == 1 else f"{number} tasks", task.type)

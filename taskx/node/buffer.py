@@ -48,7 +48,7 @@ class Lot:
     """The tasks of one type that wait in the buffer to be started together, for one call."""
 
     def __init__(self) -> None:
-        #: By id. An item leaves in one step, so an interrupt loses none.
+        #: By id. One that is no longer known is passed over, as in the heap.
         self.items: dict[str, Item] = {}
         self._in_order = True
 
@@ -430,12 +430,15 @@ class Buffer:
         if self._heap and self._heap[0] < first:
             return []
         most, _ = self.batches.get(first.type, _SINGLE)
-        items = [*islice(lot.items.values(), most)]
-        for item in items:
+        items: list[Item] = []
+        for item in [*islice(lot.items.values(), most)]:
+            inside = self._fetched if item.fetched else self._submitted
+            if inside.get(item.id) is item:
+                del inside[item.id]  # first: one that is known but in no lot would never run
+                items.append(item)
+                if self.room.listening and not item.fetched:
+                    self.room.ring()
             lot.items.pop(item.id, None)
-            self._fetched.pop(item.id, None)
-            if self._submitted.pop(item.id, None) is not None and self.room.listening:
-                self.room.ring()
         return items
 
     # --- for the housekeeper
