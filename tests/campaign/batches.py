@@ -24,6 +24,8 @@ from taskx import Config, Queue, SQLiteRepository, Task, TaskStatus
 from .campaign import LONGEST, until
 
 _BATCH = 100
+# A child imports this module under the same name as its parent.
+_BASE = Path(__file__).parents[1 + __package__.count(".")]
 #: What becomes of a task.
 FINE, POISON, KILLER = "fine", "poison", "killer"
 
@@ -68,8 +70,9 @@ def run(folder: Path, number: int, poison: int, killers: int, seed: int) -> dict
         deaths += len(dead)
         for child in dead:
             children.remove(child)
+            assert child.returncode == -signal.SIGKILL, f"a process ended: {child.returncode}"
         while len(children) < 2:
-            children.append(subprocess.Popen(program))
+            children.append(subprocess.Popen(program, cwd=_BASE))
         return not queue.count_tasks(status="pending") and not queue.count_tasks(status="running")
 
     try:

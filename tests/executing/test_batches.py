@@ -15,6 +15,7 @@ from taskx import (
     BatchContext,
     CancelReason,
     ConfigurationError,
+    Hook,
     Middleware,
     PayloadError,
     Permanent,
@@ -208,6 +209,41 @@ def test_other_tasks_run_while_a_call_waits_for_more_even_on_the_only_worker(mak
         assert waiting.task().status is TaskStatus.PENDING
         assert waiting.cancel()
         assert waiting.task().status is TaskStatus.CANCELLED
+
+
+def test_why_says_that_a_task_may_wait_for_more_tasks(make_queue):
+    queue = make_queue(worker_num=1)
+    queue.executor("add", batch=3, wait=PATIENCE)(lambda tasks: tasks)
+    with queue:
+        (handle,) = submitted(queue, 1)
+        (reason,) = queue.why(handle.id)
+        assert reason.sentence.endswith(", or up to 120 s for more tasks to share its call.")
+        assert reason.facts["wait"] == PATIENCE
+        handle.cancel()
+
+
+def test_tasks_with_a_key_have_their_turns_and_share_calls_with_others(manual, calls):
+    submitted(manual, 1, 2, key="a")
+    submitted(manual, 3)
+    manual.run_all()
+    assert sorted(map(sorted, calls)) == [[1, 3], [2]]
+
+
+def test_hooks_hear_of_each_task():
+    heard = []
+
+    class Heard(Hook):
+        def started(self, task):
+            heard.append(("started", task.params["n"]))
+
+        def finished(self, task):
+            heard.append((task.status.value, task.params["n"]))
+
+    queue = ManualQueue(hooks=[Heard()])
+    queue.executor("add", batch=3)(lambda tasks: [1, ValueError()])
+    submitted(queue, 1, 2)
+    queue.run_all()
+    assert heard == [("started", 1), ("started", 2), ("completed", 1), ("failed", 2)]
 
 
 def test_tasks_of_a_backlog_share_calls(make_queue):
