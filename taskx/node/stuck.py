@@ -77,8 +77,9 @@ class Stuck:
         return self._threads() <= self._most
 
     def _threads(self) -> int:
-        """Return the number of stuck threads: the runs of a call share theirs, and their event."""
-        return len({*self.runs.copy().values()})
+        """Return the number of stuck threads: a coroutine has none, and the runs of a call share theirs."""
+        runs = self.runs.copy().items()
+        return len({event for run, event in runs if run.context._awaited is None})
 
     # --- in the thread of a run
 
@@ -104,9 +105,8 @@ class Stuck:
         self.ended.append(run)
         del self.runs[run]
         self._services.log.warning(
-            "task %s (%s) was stuck, and its thread has ended now; its late outcome is dropped",
-            run.task.id,
-            run.task.type,
+            "task %s (%s) was stuck, and its %s has ended now; its late outcome is dropped",
+            *(run.task.id, run.task.type, run.what_goes_on),
         )
 
     # --- in threads of its own
@@ -122,7 +122,9 @@ class Stuck:
         log = self._services.log
         if call.token.reason is not CancelReason.TIMEOUT:
             return
-        stack, runs = stack_of(ident), runs_of(call)
+        runs = runs_of(call)
+        awaited = runs[0].context._awaited
+        stack = stack_of(ident) if awaited is None else awaited.stack()
         with self._abandoning:
             if not (call.decided and call.decided.acquire(False)):
                 return  # it has ended in the meantime
@@ -138,9 +140,8 @@ class Stuck:
             abandoned.set()
         for run in runs:
             log.error(
-                "task %s (%s) is stuck: it timed out, and its thread still runs",
-                run.task.id,
-                run.task.type,
+                "task %s (%s) is stuck: it timed out, and its %s still runs",
+                *(run.task.id, run.task.type, run.what_goes_on),
             )
         if not self.healthy:
             log.error(

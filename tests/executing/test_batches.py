@@ -591,6 +591,14 @@ def test_the_function_must_take_one_list(manual):
     manual.executor("add", batch=5)(lambda ctx, tasks, client=None: tasks)
 
 
+def test_a_coroutine_cannot_have_a_batch(manual):
+    async def work(tasks):
+        return tasks
+
+    with pytest.raises(ConfigurationError, match="with batch"):
+        manual.executor("add", batch=5)(work)
+
+
 def test_a_class_cannot_have_a_batch(manual):
     class Classic(TaskExecutor):
         type = "classic"
