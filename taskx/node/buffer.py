@@ -404,9 +404,10 @@ class Buffer:
         return not self.ready and 1 not in sizes
 
     def until_lot(self) -> float | None:
-        """Return the seconds until the next lot can be taken; None if none waits."""
+        """Return the seconds until the next lot that waits can be taken; None if none waits."""
+        now = time.monotonic()
         every = [self._due(type, lot) for type, lot in self.lots.copy().items()]
-        return min((due - time.monotonic() for due in every if due is not None), default=None)
+        return min((due - now for due in every if due is not None and due > now), default=None)
 
     def _enter_lot(self, item: Item) -> Item:
         """Put an item into the lot of its type."""

@@ -343,8 +343,8 @@ class WorkerPool:
                     if run is not None and self.stopping:
                         self.starter.hand_back([run])
                         return
-            if buffer.lots and run is not None:  # another worker watches the lots
-                ahead.wake()
+            if buffer.lots and run is not None and buffer.until_lot() is not None:
+                ahead.wake()  # another worker watches the lots
             if isinstance(run, Call):
                 self.execute_call(run, worker)
             elif run is not None:
