@@ -446,7 +446,7 @@ class AsyncExecutor(Executor[P, R]):
         return self.function(*args, **kwargs)  # type: ignore[return-value]
 
 
-class BatchExecutor(Executor[[T], R]):
+class BatchExecutor(Executor[[T], R], Generic[T, R]):
     """An executor whose function takes a list of the params of tasks, and returns a list of results.
 
     ``submit`` and ``task`` take the params of one task.
