@@ -250,7 +250,7 @@ class ManualQueue(Queue):
                     if not items:
                         return None
                     run = pool.start(items, self._worker)
-                except BaseException:  # an interrupt: no other thread would let tasks be taken again
+                except BaseException:  # an interrupt: nobody else would let tasks be taken again
                     pool.buffer.started()
                     raise
                 if run is not None:
