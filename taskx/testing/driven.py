@@ -144,7 +144,8 @@ class DrivenPool(WorkerPool):
 
     def go(self) -> None:
         """Have tasks run, without a line in the log."""
-        self.begun.set()
+        if not self.begun.is_set():  # an interrupt inside of ``set`` leaves its lock locked
+            self.begun.set()
 
     def begin_stop(self) -> None:
         """Take no more tasks, and hand back those that an interrupt has kept from being executed.
