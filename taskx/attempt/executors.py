@@ -430,7 +430,15 @@ class ContextExecutor(Executor[P, R]):
     _takes_context = True
 
     def __call__(self, ctx: Context, *args: P.args, **kwargs: P.kwargs) -> R:
-        return self.function(ctx, *args, **kwargs)
+        try:
+            return self.function(ctx, *args, **kwargs)
+        except AttributeError as error:
+            if ctx is not None or error.obj is not None or not hasattr(Context, error.name or ""):
+                raise
+            raise ConfigurationError(
+                f"executor {self.type!r} uses ctx.{error.name}, and was called with None as its ctx: in a "
+                "test, run_executor of taskx.testing gives it one"
+            ) from error
 
 
 class AsyncExecutor(Executor[P, R]):

@@ -186,6 +186,27 @@ def positional(a, /):
     pass
 
 
+def test_a_call_without_a_context_says_where_to_get_one():
+    @taskx.executor("invoice")
+    def invoice(ctx, number):
+        return ctx.step("send", lambda: number) if number else ctx is None
+
+    assert invoice(None, 0)  # it does not need one
+    with pytest.raises(ConfigurationError, match=r"'invoice' uses ctx.step.* run_executor"):
+        invoice(None, 1)
+
+
+def test_an_error_of_the_function_itself_stays_as_it_is():
+    @taskx.executor("broken")
+    def broken(ctx, values):
+        return values.step
+
+    with pytest.raises(AttributeError):
+        broken("a context", None)
+    with pytest.raises(AttributeError, match="'int' object"):
+        broken(None, 1)
+
+
 def ctx_second(a, ctx):
     pass
 
