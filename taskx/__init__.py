@@ -12,8 +12,15 @@ TYPE_CHECKING = False  # type checkers know the name; importing it from typing t
 if TYPE_CHECKING:
     from taskx.attempt.context import Context
     from taskx.attempt.current import TaskLogFilter, current_context
-    from taskx.attempt.executors import BoundExecutor, Executor, TaskExecutor, executor
+    from taskx.attempt.executors import (
+        BatchExecutor,
+        BoundExecutor,
+        Executor,
+        TaskExecutor,
+        executor,
+    )
     from taskx.attempt.registry import Middleware
+    from taskx.attempt.together import BatchContext, BatchTask
     from taskx.attempt.transactions import Transaction
     from taskx.attempt.waiting import NotDone, Parked, Uncertain
     from taskx.insight.changelog import Change
@@ -74,6 +81,9 @@ __version__ = "0.2.0"
 
 __all__ = [
     "Attempt",
+    "BatchContext",
+    "BatchExecutor",
+    "BatchTask",
     "BoundExecutor",
     "Bulk",
     "CancelReason",
@@ -169,8 +179,9 @@ __all__ = [
 _HOMES = {
     "taskx.attempt.context": "Context",
     "taskx.attempt.current": "TaskLogFilter current_context",
-    "taskx.attempt.executors": "BoundExecutor Executor TaskExecutor executor",
+    "taskx.attempt.executors": "BatchExecutor BoundExecutor Executor TaskExecutor executor",
     "taskx.attempt.registry": "Middleware",
+    "taskx.attempt.together": "BatchContext BatchTask",
     "taskx.attempt.transactions": "Transaction",
     "taskx.attempt.waiting": "NotDone Parked Uncertain",
     "taskx.insight.changelog": "Change",

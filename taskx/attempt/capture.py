@@ -24,6 +24,7 @@ MAX_LINE = MAX_LOG // 8
 _formatter = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
 _formatter.converter = time.gmtime
 _formatter.default_time_format, _formatter.default_msec_format = "%Y-%m-%dT%H:%M:%S", "%s.%03dZ"
+_TIME = len("2026-01-01T00:00:00.000Z")
 
 
 class Capture:
@@ -54,8 +55,19 @@ class Capture:
         with self._lock:
             self._lines.append(line)
             self._size += len(line)
-            while self._size > MAX_LOG and len(self._lines) > 1:
-                self._size -= len(self._lines.popleft())
+            self._shorten()
+
+    def add_all(self, other: Capture) -> None:
+        """Keep the lines of another capture, too."""
+        with self._lock, other._lock:
+            both = [*self._lines, *other._lines]
+            both.sort(key=lambda line: line[:_TIME])
+            self._lines, self._size = deque(both), self._size + other._size
+            self._shorten()
+
+    def _shorten(self) -> None:
+        while self._size > MAX_LOG and len(self._lines) > 1:
+            self._size -= len(self._lines.popleft())
 
     def text(self) -> str:
         """Return the lines that were kept so far."""
@@ -74,6 +86,10 @@ class CapturedLogger(logging.Logger):
         super().__init__(logger.name)
         self._logger = logger
         self.capture = capture
+
+    def captured_by(self, capture: Capture) -> CapturedLogger:
+        """Return a logger that passes lines on to the same logger, and keeps them elsewhere."""
+        return CapturedLogger(self._logger, capture)
 
     def isEnabledFor(self, level: int) -> bool:  # noqa: N802  (logging's name)
         return level >= self.capture.level or self._logger.isEnabledFor(level)

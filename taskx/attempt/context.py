@@ -166,9 +166,14 @@ class Context:
         return self._token
 
     @property
+    def _known_as(self) -> tuple[str, str]:
+        """The id and the type of the task, for log lines."""
+        return self._task.id, self._task.type
+
+    @property
     def logger(self) -> TaskLogger:
         """A logger that writes the task's id and type into each line."""
-        extra = {"task_id": self._task.id, "task_type": self._task.type}
+        extra = dict(zip(("task_id", "task_type"), self._known_as, strict=True))
         return TaskLogger(self._shared.log, extra)
 
     def progress(self, percent: float, message: str = "") -> None:

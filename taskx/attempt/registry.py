@@ -9,6 +9,7 @@ from typing import Any
 
 from taskx.attempt.context import Context
 from taskx.attempt.executors import Executor, Registered, TaskExecutor, entry_of
+from taskx.attempt.together import alone, layered
 from taskx.stores.controls import Declared, Overrides, named_limit, overridden
 from taskx.tasks.checks import check_plain
 from taskx.tasks.creation import model_of
@@ -88,6 +89,8 @@ class Registry:
         self.models: dict[str, Mapping[str, Any]] = {}
         #: The JSON forms of params and results of the types whose executors annotate some.
         self.values: dict[str, Values] = {}
+        #: The most tasks of a call, and the seconds that it waits for more, of the types with ``batch``.
+        self.batches: dict[str, tuple[int, float]] = {}
         #: The limits that are in effect, by name.
         self.limits: dict[str, Limit] = {}
         #: The names of the limits of each type that has some.
@@ -168,7 +171,13 @@ class Registry:
 
             function = Isolated(executor, entry, self.max_payload_size, self._timing)
             takes_context = True
-        if self.middleware:
+        if (together := entry.together) is not None:
+            if self.middleware:
+                together = layered(together, self.middleware)
+                function = alone(together, entry.values)
+            self.batches[entry.type] = (entry.options.batch or 1, entry.options.wait or 0.0)
+            entry = entry._replace(together=together)
+        elif self.middleware:
             function = _wrapped(function, self.middleware, takes_context=takes_context)
             takes_context = True
         self._limit(entry.type, entry.options)  # as soon as the type is registered, tasks may start

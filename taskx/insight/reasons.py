@@ -401,9 +401,13 @@ class _Inquiry:
         what = "its ticket waits" if task.owner and able[0].about.engine else "waits"
         words = (
             f"It may start, and {what} for a free worker on {listed([*nodes.values()])}, where "
-            f"{counted(running, 'task')} {'runs' if running == 1 else 'run'}."
+            f"{counted(running, 'task')} {'runs' if running == 1 else 'run'}"
         )
-        return Reason("worker", words, facts)
+        _, wait = self._services.registry.batches.get(task.type, (1, 0.0))
+        if wait and not lifecycle.runs_apart(task):
+            words += f", or up to {wait:g} s for more tasks to share its call"
+            facts["wait"] = wait
+        return Reason("worker", f"{words}.", facts)
 
     # --- running and ended
 

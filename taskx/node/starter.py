@@ -206,7 +206,7 @@ class Seat(Place):
         apply_defaults([task], services.registry.registered)
         self._start = lifecycle.start(task, services.clock.now_ms(), starter._node, starter._name)
         # The thread that runs a task starts it, if the task must not crash twice.
-        if self._start is None or task.max_crashes == 1:
+        if self._start is None or task.max_crashes == 1 or task.type in services.registry.batches:
             return False
         self.writes = (lifecycle.created_started(write, self._start),)
         self._run = run = starter._make_run(task)
@@ -436,6 +436,9 @@ class Starter:
         for position, item in enumerate(items):
             task = found.get(item.id)
             if task is None:
+                continue
+            if item.entered and lifecycle.runs_apart(task):
+                self._buffer.put_back([item._replace(entered=0.0, apart=True)])
                 continue
             suspect = task.crashes > 0 and self._is_suspect(task)
             if not suspect and task.max_crashes != 1:

@@ -14,10 +14,12 @@ import attrs
 from taskx.attempt.checkpoints import Keeper
 from taskx.attempt.executors import (
     AnyExecutor,
+    BatchDecorator,
     BoundExecutor,
     Executor,
     ExecutorDecorator,
     TaskExecutor,
+    decorator_of,
 )
 from taskx.attempt.registry import Layer, Registry, check_middleware
 from taskx.node.engine import Engine, Threads
@@ -59,6 +61,7 @@ from taskx.tasks.options import (
     MapOptions,
     NamedOptions,
     OnConflict,
+    PlainOptions,
     ScheduleOptions,
     SubmitOptions,
     check_limit_name,
@@ -238,9 +241,20 @@ class Queue(Questions, Steering):
 
     # --- executors
 
+    @overload
     def executor(
-        self, type: str | None = None, **options: Unpack[ExecutorOptions]
-    ) -> ExecutorDecorator:
+        self,
+        type: str | None = None,
+        *,
+        batch: int,
+        wait: Duration | None = None,
+        **options: Unpack[PlainOptions],
+    ) -> BatchDecorator: ...
+    @overload
+    def executor(
+        self, type: str | None = None, **options: Unpack[PlainOptions]
+    ) -> ExecutorDecorator: ...
+    def executor(self, type: str | None = None, **options: Any) -> ExecutorDecorator:
         """Turn the decorated function into an executor and register it.
 
         Args:
@@ -278,6 +292,10 @@ class Queue(Questions, Steering):
             replace: replace the type's executor if there is one, for notebook cells that run again.
                 Tasks that are running end with the old code. The isolation and the limits must be the
                 same.
+            batch: most tasks of one call, at most 1,000. The function takes a list with the params of each
+                of them, and returns a list with a result, or an exception, for each in order.
+            wait: the longest time for which the tasks of a call wait for more of them, while there are
+                fewer than ``batch`` (default 0).
 
         Raises:
             ConfigurationError: an option is not valid, the type is taken, the function cannot be
@@ -287,7 +305,7 @@ class Queue(Questions, Steering):
             raise ConfigurationError(
                 "@queue.executor needs parentheses: write @queue.executor() or @queue.executor('name')"
             )
-        return ExecutorDecorator(type, options_of(options), self.register_executor)
+        return decorator_of(type, options_of(options), self.register_executor)
 
     def register_executor(
         self, executor: TaskExecutor | Executor[Any, Any], **options: Unpack[ExecutorOptions]

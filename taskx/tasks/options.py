@@ -30,6 +30,8 @@ from taskx.tasks.retry import RetryPolicy
 from taskx.tasks.tags import check_tags
 
 MAX_PRIORITY = 1_000_000
+#: Most tasks of one call of an executor.
+MAX_BATCH = 1000
 #: Default grace period, in seconds: the time for an executor to end after its token has fired.
 DEFAULT_GRACE = 10.0
 #: The place where an executor runs, if not in the worker's thread.
@@ -128,8 +130,8 @@ class TuneOptions(LimitOptions, total=False):
     share: bool | int | None
 
 
-class ExecutorOptions(RunOptions, LimitOptions, total=False):
-    """The options of an executor: see ``Queue.executor``."""
+class PlainOptions(RunOptions, LimitOptions, total=False):
+    """The options of an executor of one task at a time."""
 
     limit: str | Sequence[str] | None
     expires: Duration | None
@@ -140,6 +142,13 @@ class ExecutorOptions(RunOptions, LimitOptions, total=False):
     max_snoozes: int | None
     version: int | str | None
     replace: bool | None
+
+
+class ExecutorOptions(PlainOptions, total=False):
+    """The options of an executor: see ``Queue.executor``."""
+
+    batch: int | None
+    wait: Duration | None
 
 
 class FilterOptions(TypedDict, total=False):
@@ -191,6 +200,10 @@ def _count(value: Any, what: str) -> int:
 
 def _snoozes(value: Any, what: str) -> int:
     return check_int(value, what, 0)
+
+
+def _batch(value: Any, what: str) -> int:
+    return check_int(value, what, 1, MAX_BATCH)
 
 
 def _priority(value: Any, what: str) -> Any:
@@ -352,6 +365,8 @@ class Options:
     limit: tuple[str, ...] | None = attrs.field(default=None, converter=_limits)
     version: str | None = attrs.field(default=None, converter=_version)
     replace: bool | None = None
+    batch: int | None = None
+    wait: float | None = attrs.field(default=None, converter=as_seconds)
 
     def __attrs_post_init__(self) -> None:
         checked(self, _OF_EXECUTOR)
@@ -405,6 +420,8 @@ _OF_EXECUTOR: Mapping[str, Check] = {
     "max_concurrency": _count,
     "limit_scope": one_of(LimitScope),
     "replace": _flag,
+    "batch": _batch,
+    "wait": check_number,
 }
 
 

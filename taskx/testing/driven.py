@@ -152,12 +152,15 @@ class DrivenRunner(Runner):
 class DrivenPool(WorkerPool):
     """A pool without threads: the caller of the queue runs the tasks."""
 
+    waits_for_more = False
+
     def start_workers(self) -> None:
         """Start no thread."""
 
     def go(self) -> None:
         """Have tasks run, without a line in the log."""
-        self.begun.set()
+        if not self.begun.is_set():  # an interrupt inside of ``set`` leaves its lock locked
+            self.begun.set()
 
     def begin_stop(self) -> None:
         """Take no more tasks, and hand back those that an interrupt has kept from being executed.

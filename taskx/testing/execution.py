@@ -240,7 +240,7 @@ def run_executor(
     ).id
     _amend(queue, task_id, attempt, steps, cursor)
     run = queue._start_next()
-    assert run is not None  # it may start: nothing holds it back
+    assert isinstance(run, Run)  # it may start: nothing holds it back
     outcome: Outcome[Any] = Outcome(
         run.task, steps=dict(steps or {}), cursor=cursor, values=run.executor.values
     )

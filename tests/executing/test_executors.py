@@ -490,7 +490,7 @@ def test_each_attempt_gets_its_own_copy_of_the_task(started):
 def test_type_checkers_know_all_options():
     seen = {name: hint.__forward_arg__ for name, hint in ExecutorOptions.__annotations__.items()}
     # A timedelta or a text that is given is kept as seconds.
-    for name in ("timeout", "grace", "stall", "expires"):
+    for name in ("timeout", "grace", "stall", "expires", "wait"):
         seen[name] = seen[name].replace("Duration", "float")
     # The name of one limit is kept as a tuple, and the number of a version as a text.
     seen.update(limit="tuple[str, ...] | None", version="str | None")

@@ -14,6 +14,7 @@ from django.utils import timezone
 from django.utils.module_loading import import_string
 
 from taskx import ConfigurationError, RetryPolicy, executor
+from taskx.attempt.executors import check_batch
 from taskx.contrib.django.compat import InvalidTask, Task
 from taskx.tasks.options import Options, refuse_others
 
@@ -41,6 +42,7 @@ _PASSED = (
 _OF_TYPE = (
     *("rate", "max_concurrency", "limit", "isolation", "capture_log", "version"),
     *("stall", "max_snoozes"),
+    *("batch", "wait"),
 )
 # The options that an executor takes, too: schedules and the command line get them from there.
 _OF_EXECUTOR = ("max_attempts", "timeout", "tags", "expires", *_OF_TYPE)
@@ -75,6 +77,8 @@ class TaskxTask(Task):
         expires: a task that has not started by then is cancelled: as in ``Queue.submit``.
         rate, max_concurrency, limit, isolation, capture_log, version, stall, max_snoozes: as in
             ``Queue.executor``. They hold for all tasks of the type, so ``using`` does not take them.
+        batch, wait: as these. The function takes a list, with the argument of each of many tasks, and
+            ``enqueue`` takes one argument.
     """
 
     max_attempts: int | None = field(default=None, compare=False)
@@ -96,6 +100,8 @@ class TaskxTask(Task):
     version: int | str | None = field(default=None, compare=False)
     stall: float | timedelta | None = field(default=None, compare=False)
     max_snoozes: int | None = field(default=None, compare=False)
+    batch: int | None = field(default=None, compare=False)
+    wait: float | timedelta | str | None = field(default=None, compare=False)
 
     if not TYPE_CHECKING:  # a type checker finds out by itself
 
@@ -267,7 +273,7 @@ def check_type_options(task: Task) -> None:
         name: value for name in _OF_TYPE if (value := getattr(task, name, None)) is not None
     }:
         try:
-            Options(**given)
+            check_batch(type_of(task), Options(**given), batches=True)
         except ConfigurationError as error:
             raise InvalidTask(str(error)) from error
 
@@ -278,6 +284,11 @@ def check_arguments(task: Task, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     Raises:
         TypeError: it does not.
     """
+    if getattr(task, "batch", None) is not None and (len(args) != 1 or kwargs):
+        raise TypeError(
+            f"{task.module_path} has batch=…: enqueue takes one argument, an item of the list that its "
+            "function gets; nothing was stored"
+        )
     if (signature := _signature_of(task.func, task.takes_context)) is None:
         return
     try:
