@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 from taskx.tasks import payload
 from taskx.tasks.lifecycle import MAX_LOG
@@ -82,6 +83,10 @@ class CapturedLogger(logging.Logger):
             self._logger.handle(record)
 
 
+#: What keeps the log lines of a coroutine.
+in_coroutine: ContextVar[Capture | None] = ContextVar("in_coroutine", default=None)
+
+
 class _Router(logging.Handler):
     """A handler that gives each log record to the run whose executor works in this thread."""
 
@@ -115,6 +120,8 @@ class _Router(logging.Handler):
     def handle(self, record: logging.LogRecord) -> bool:
         """Handle a record without the handler's lock, so that threads do not wait for one another."""
         capture = getattr(self._thread, "capture", None)
+        if capture is None:
+            capture = in_coroutine.get()
         if capture is not None and not hasattr(record, "taskx_kept"):
             capture.add(record)
         if (last := logging.lastResort) and record.levelno >= last.level and self._alone(record):

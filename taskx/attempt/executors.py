@@ -7,8 +7,8 @@ import inspect
 import itertools
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Set
-from functools import update_wrapper
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Set
+from functools import partial, update_wrapper
 from types import MappingProxyType
 from typing import (
     TYPE_CHECKING,
@@ -23,7 +23,8 @@ from typing import (
 )
 
 from taskx.attempt.context import Context
-from taskx.tasks.checks import check_plain
+from taskx.attempt.current import awaited, current_context
+from taskx.tasks.checks import check_plain, is_async
 from taskx.tasks.creation import model_of
 from taskx.tasks.errors import ConfigurationError, PayloadError
 from taskx.tasks.model import Task, check_name
@@ -427,6 +428,19 @@ class ContextExecutor(Executor[P, R]):
         return self.function(ctx, *args, **kwargs)
 
 
+class AsyncExecutor(Executor[P, R]):
+    """An executor made from a coroutine function. A call returns a coroutine."""
+
+    def __init__(
+        self, type: str, function: Callable[..., Any], options: Options, *, takes_context: bool
+    ) -> None:
+        self._takes_context = takes_context
+        super().__init__(type, function, options)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Coroutine[Any, Any, R]:
+        return self.function(*args, **kwargs)  # type: ignore[return-value]
+
+
 def _is_context(parameter: inspect.Parameter) -> bool:
     annotation = parameter.annotation
     if isinstance(annotation, str):
@@ -436,17 +450,19 @@ def _is_context(parameter: inspect.Parameter) -> bool:
 
 def make_executor(
     function: Callable[..., Any], type: str | None, options: Options
-) -> PlainExecutor[Any, Any] | ContextExecutor[Any, Any]:
-    """Return an executor for a function; its first parameter decides between the two kinds."""
+) -> PlainExecutor[Any, Any] | ContextExecutor[Any, Any] | AsyncExecutor[Any, Any]:
+    """Return an executor for a function; what it is, and its first parameter, decide between the kinds."""
     name = check_name(getattr(function, "__name__", "") if type is None else type, "type")
     if not name:
         raise ConfigurationError(f"{function!r} requires a type: executor('name')")
     if not callable(function):
         raise ConfigurationError(f"executor {name!r} must be a function, not {function!r}")
-    check_plain(function, f"executor {name!r}")
+    check_plain(function, f"executor {name!r}", or_async=True)
     first = next(iter(inspect.signature(function).parameters.values()), None)
-    kind = PlainExecutor if first is None or not _is_context(first) else ContextExecutor
-    return kind(name, function, options)
+    takes_context = first is not None and _is_context(first)
+    if is_async(function):
+        return AsyncExecutor(name, function, options, takes_context=takes_context)
+    return (ContextExecutor if takes_context else PlainExecutor)(name, function, options)
 
 
 class ExecutorDecorator:
@@ -462,6 +478,14 @@ class ExecutorDecorator:
         self._options = options
         self._register = register
 
+    @overload
+    def __call__(  # type: ignore[overload-overlap]
+        self, function: Callable[Concatenate[Context, P], Coroutine[Any, Any, R]]
+    ) -> AsyncExecutor[P, R]: ...
+    @overload
+    def __call__(  # type: ignore[overload-overlap]
+        self, function: Callable[P, Coroutine[Any, Any, R]]
+    ) -> AsyncExecutor[P, R]: ...
     @overload
     def __call__(self, function: Callable[Concatenate[Context, P], R]) -> ContextExecutor[P, R]: ...
     @overload
@@ -528,7 +552,8 @@ def entry_of(executor: TaskExecutor | Executor[Any, Any], options: Options) -> R
     check: Callable[[Mapping[str, Any]], None] | None = None
     if isinstance(executor, Executor):
         options, check = executor.options.overridden(options), executor._check_params
-        type, function, takes_context = executor.type, executor.function, executor._takes_context
+        type, takes_context = executor.type, executor._takes_context
+        function = _sync(executor.function)
         values = executor._values
     else:
         type, function, takes_context = _type_of(executor), _classic(executor), True
@@ -554,6 +579,19 @@ def entry_of(executor: TaskExecutor | Executor[Any, Any], options: Options) -> R
         expires=None if options.expires is None else lifetime(options.expires),
         model=model,
     )
+
+
+def _sync(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that waits for a coroutine function; any other function as it is."""
+    if not is_async(function):
+        return function
+
+    def call(*args: Any, **params: Any) -> Any:
+        context = current_context()
+        assert context is not None  # a run calls it
+        return context._wait_for(function(*args, **params), partial(awaited.set, context))
+
+    return call
 
 
 def _coding(function: Callable[..., Any], values: Values) -> Callable[..., Any]:
@@ -588,14 +626,16 @@ def _type_of(executor: Any) -> str:
             f"{executor!r} is not an executor; expected an instance of TaskExecutor with type and "
             "execute(ctx, task), or a function decorated with @executor(…)"
         )
-    check_plain(executor.execute, f"executor {type_!r}")
+    check_plain(executor.execute, f"executor {type_!r}", or_async=True)
     return check_name(type_, "type")
 
 
 def _classic(executor: TaskExecutor) -> Callable[..., Any]:
+    call = _sync(executor.execute)
+
     def execute(ctx: Context, /, **_: Any) -> Any:
         task = ctx.task
-        returned = executor.execute(ctx, task)
+        returned = call(ctx, task)
         return task.result if returned is None else returned
 
     return execute

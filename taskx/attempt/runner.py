@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import _thread
 import random
+import threading
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from taskx.attempt.alarms import Alarms, Overdue
 from taskx.attempt.capture import Capture, CapturedLogger, capturing
 from taskx.attempt.context import Context, Shared, log_prefix
-from taskx.attempt.current import current
+from taskx.attempt.current import awaited, current
 from taskx.attempt.executors import Registered
 from taskx.attempt.failures import (
     MAX_ERROR,
@@ -38,7 +39,11 @@ from taskx.tasks.lifecycle import Ending
 from taskx.tasks.log import GuardedLogger
 from taskx.tasks.model import Task
 from taskx.tasks.retry import Permanent, Retry, RetryPolicy, Snooze
+from taskx.tasks.timing import DEFAULT_TIMING, Timing
 from taskx.tasks.token import CancelToken
+
+if TYPE_CHECKING:
+    from taskx.attempt.coroutines import Loop
 
 #: The state of a run:
 #: "starting": no worker has it yet, or a worker has just taken it;
@@ -76,10 +81,15 @@ class Run:
             shared = shared._replace(log=CapturedLogger(shared.log, self.capture))
         self.context = Context(task, self.token, shared)
 
+    @property
+    def what_goes_on(self) -> str:
+        """What goes on if the run is stuck: its thread, or its coroutine, whose thread is free."""
+        return "thread" if self.context._awaited is None else "coroutine"
+
 
 def inside_executor() -> bool:
     """Return True if the calling thread is inside an executor."""
-    return current.context is not None
+    return current.context is not None or awaited.get() is not None
 
 
 class Runner:
@@ -92,6 +102,7 @@ class Runner:
         process_ends: returns True if a signal ends this process: its handler raised an exception in the
             main thread.
         chance: draws the random part of the wait before a retry: a number from 0 to 1.
+        timing: the times of the event loop.
     """
 
     #: Makes the token of a run, which gets no deadline yet.
@@ -104,12 +115,26 @@ class Runner:
         max_payload_size: int,
         process_ends: Callable[[], bool] = lambda: False,
         chance: Callable[[], float] = random.random,
+        timing: Timing = DEFAULT_TIMING,
     ) -> None:
         self.alarms = alarms
         self.clock = self._clock = clock
         self._max_payload_size = max_payload_size
         self._process_ends = process_ends
         self._chance = chance
+        self._timing = timing
+        self._making = threading.Lock()
+        #: The event loop of executors that are coroutines; None before the first one.
+        self.loop: Loop | None = None
+
+    def own_loop(self) -> Loop:
+        """Return the event loop, which is made at the first call."""
+        from taskx.attempt.coroutines import Loop  # here: most programs need no asyncio
+
+        with self._making:
+            if self.loop is None:
+                self.loop = Loop(self._timing)
+            return self.loop
 
     def run(self, run: Run, worker: str) -> Ending:
         """Call the executor and return its ending, whatever the executor does."""
@@ -191,7 +216,7 @@ class Runner:
             returned=False,
             stuck=True,
             reason=CancelReason.TIMEOUT,
-            error=f"timed out after {run.task.timeout:g} s; its thread still runs",
+            error=f"timed out after {run.task.timeout:g} s; its {run.what_goes_on} still runs",
             error_type=error_type(TimeoutError()),
             traceback=shortened(stack),
             **self._what_next(TimeoutError(), run),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
@@ -24,6 +24,9 @@ from taskx.tasks.findings import Answer, Problem, counted, duration, listed, mom
 from taskx.tasks.lifecycle import FAILED, NO_WORK
 from taskx.tasks.model import check_key
 from taskx.tasks.rate import Limit
+
+if TYPE_CHECKING:
+    from taskx.attempt.coroutines import Blocked
 
 # Most names in the facts of a problem.
 _NAMED = 100
@@ -136,6 +139,9 @@ def own_problems(services: Services, pool: WorkerPool | None, stuck: int) -> Ite
         yield _away(error)
     if pool is not None and (number := len(pool.stuck.runs)) > stuck:
         yield _stuck(pool.node.id, pool.node.name, number, stuck)
+    loop = services.runner.loop
+    if pool is not None and loop is not None and (blocked := loop.blocked()) is not None:
+        yield _blocked_loop(pool.node.id, pool.node.name, blocked)
 
 
 def check(services: Services, pool: WorkerPool | None, wanted: Thresholds) -> Health:
@@ -161,6 +167,14 @@ def _stuck(node: str, name: str, number: int, most: int) -> Problem:
         f"On node {name}, {counted(number, 'thread')} of timed-out tasks run on, more than {most}."
     )
     return Problem("stuck", words, {"node": node, "name": name, "threads": number, "most": most})
+
+
+def _blocked_loop(node: str, name: str, blocked: Blocked) -> Problem:
+    by = f"task {blocked.by}" if blocked.by else "a coroutine"
+    seconds = duration(round(blocked.seconds))
+    words = f"On node {name}, {by} blocks the event loop for {seconds}: no other coroutine goes on."
+    facts = {"node": node, "name": name, "seconds": blocked.seconds, "stack": blocked.stack}
+    return Problem("blocked_loop", words, {**facts, "task_id": blocked.task_id or None})
 
 
 def _brokers(nodes: Sequence[Node]) -> Iterator[Problem]:

@@ -165,11 +165,19 @@ class _Inquiry:
         words = f"{_capital(what)} is due at {moment(task.run_at)}, in {duration(left)}."
         return Reason("due", words, facts)
 
+    def _stack(self, task_id: str, node: str) -> str:
+        """Return where an executor is, if it works in this process."""
+        if (pool := self._pool) is not None and pool.node.id == node:
+            for run in (*pool.runs.copy().values(), *pool.stuck.runs.copy()):
+                if run.task.id == task_id and (awaited := run.context._awaited) is not None:
+                    return awaited.stack()
+        return stack_of_task(task_id, node)
+
     def _stuck(self, task: Task) -> Reason:
         facts = {
             "node": task.stuck_on,
             "name": self._name(task.stuck_on),
-            "stack": stack_of_task(task.id, task.stuck_on),
+            "stack": self._stack(task.id, task.stuck_on),
         }
         words = (
             f"A thread of an earlier attempt is stuck on node {facts['name']}: until the thread or its "
@@ -427,7 +435,7 @@ class _Inquiry:
             "progress": task.progress,
             "message": task.message,
             "state": "" if run is None else run.state,
-            "stack": stack_of_task(task.id, task.owner),
+            "stack": self._stack(task.id, task.owner),
         }
         words = f"It has been running for {duration(seconds)} on {task.worker or 'a node'}"
         words += f", in attempt {task.attempt}"

@@ -120,6 +120,7 @@ class Housekeeper:
             Duty("stuck threads", _unless_locked(pool.stuck.lift)),
             # Before the fetch: a task that waits comes first.
             Duty("starts", _unless_locked(pool.hand_on), due=_when(lambda: pool.needs_care, soon)),
+            Duty("coroutines", self._look_at_loop, due=_when(self._has_coroutines, 0.5)),
             Duty("workers", lambda until: pool.add_workers()),
             Duty("progress", self._write_progress, timing.progress_every),
             # All that lets tasks start comes before the fetch.
@@ -341,6 +342,14 @@ class Housekeeper:
         self._services.agenda.check_due()
         self._ticker.refresh_soon()
         self._services.watcher.check_all()
+
+    def _has_coroutines(self) -> bool:
+        loop = self._services.runner.loop
+        return loop is not None and bool(loop.running)
+
+    def _look_at_loop(self, until: float) -> None:
+        if (loop := self._services.runner.loop) is not None:
+            loop.look()
 
     def _find_stuck_types(self) -> list[Problem]:
         services = self._services

@@ -462,6 +462,8 @@ class LocalNode:
             if self._left.is_set():
                 return
             self._housekeeper.stop()
+            if (loop := services.runner.loop) is not None:
+                loop.close()
             self._write_outcomes()
             try:
                 with suppress(RepositoryError):  # the next queue to start checks all waiting tasks

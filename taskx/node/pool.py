@@ -462,7 +462,8 @@ class WorkerPool:
                 if began is not None and cell:
                     began.end(cell)
             if run.decided is not None and not run.decided.acquire(False):
-                self._come_back(run)
+                if run.context._awaited is None:  # else its coroutine tells when it comes back
+                    self._come_back(run)
                 return ending
             run.state = "concluding"  # first: from now on no audit believes that it is lost
             self.ahead.ended(run, ending.duration)
@@ -546,8 +547,11 @@ class WorkerPool:
     # --- threads that are stuck
 
     def _do_without(self, run: Run, ident: int) -> None:
-        """Replace the thread of a stuck run, if it is a worker."""
+        """Replace the thread of a stuck run, if it is a worker. That of a coroutine goes on itself."""
         self.ahead.at_work.pop(run, None)
+        if (awaited := run.context._awaited) is not None:
+            awaited.leave(partial(self._come_back, run))
+            return
         try:
             with self._counting:
                 if not any(thread.ident == ident for thread in self.threads):

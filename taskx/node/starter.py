@@ -267,6 +267,7 @@ class Starter:
             services.keeper,
             services.repository.get_many,
             self._store_progress,
+            services.runner.own_loop,
             Once(partial(services.log.warning, CUT)),
         )
 

@@ -74,7 +74,8 @@ class Stuck:
     @property
     def healthy(self) -> bool:
         """True if at most ``most`` threads are stuck, so that all of them were replaced."""
-        return len(self.runs) <= self._most
+        runs = list(self.runs) if len(self.runs) > self._most else []
+        return sum(run.context._awaited is None for run in runs) <= self._most
 
     # --- in the thread of a run
 
@@ -96,9 +97,8 @@ class Stuck:
         self.ended.append(run)
         del self.runs[run]
         self._services.log.warning(
-            "task %s (%s) was stuck, and its thread has ended now; its late outcome is dropped",
-            run.task.id,
-            run.task.type,
+            "task %s (%s) was stuck, and its %s has ended now; its late outcome is dropped",
+            *(run.task.id, run.task.type, run.what_goes_on),
         )
 
     # --- in threads of its own
@@ -114,7 +114,8 @@ class Stuck:
         log = self._services.log
         if run.token.reason is not CancelReason.TIMEOUT:
             return
-        stack = stack_of(ident)
+        awaited = run.context._awaited
+        stack = stack_of(ident) if awaited is None else awaited.stack()
         with self._abandoning:
             if not (run.decided and run.decided.acquire(False)):
                 return  # it has ended in the meantime
@@ -126,9 +127,8 @@ class Stuck:
         finally:
             abandoned.set()
         log.error(
-            "task %s (%s) is stuck: it timed out, and its thread still runs",
-            run.task.id,
-            run.task.type,
+            "task %s (%s) is stuck: it timed out, and its %s still runs",
+            *(run.task.id, run.task.type, run.what_goes_on),
         )
         if not self.healthy:
             log.error(

@@ -156,6 +156,8 @@ class Timing:
 
     #: Between polls of a thread that waits until the node is quiet.
     quiet_every: float = 0.1
+    #: The time for which a coroutine may keep the others from going on, without a warning.
+    loop_blocked_after: float = 1.0
     #: The time that a thread of the node may take to end.
     join_thread_within: float = 5.0
     #: The time that a stop may take beyond its time-out, if the repository or a hook hangs.

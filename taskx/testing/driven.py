@@ -117,7 +117,9 @@ class DrivenRunner(Runner):
     make_token = DrivenToken
 
     def __init__(self, clock: Clock, timing: Timing, max_payload_size: int) -> None:
-        super().__init__(clock, DrivenAlarms(clock, timing), max_payload_size, chance=_half)
+        super().__init__(
+            clock, DrivenAlarms(clock, timing), max_payload_size, chance=_half, timing=timing
+        )
         #: The error of each executor, or of its result, until it is taken from here.
         self.raised: dict[Run, BaseException] = {}
         #: How often each task has begun to wait in the middle of an attempt, by id.

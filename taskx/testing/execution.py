@@ -14,7 +14,7 @@ from taskx.attempt.executors import BoundExecutor, Executor, TaskExecutor, make_
 from taskx.attempt.runner import Run
 from taskx.attempt.waiting import Parked
 from taskx.tasks import payload
-from taskx.tasks.checks import Duration, check_int, optional_seconds
+from taskx.tasks.checks import Duration, check_int, is_async, optional_seconds
 from taskx.tasks.model import Task, TaskStatus
 from taskx.tasks.options import Options, ScheduleOptions, refuse_unknown
 from taskx.tasks.values import Values
@@ -104,6 +104,20 @@ class _RecordingContext(Context):
             return fn(*args, **kwargs)
 
         result = super().step(name, called)
+        self._outcome.steps[name] = result
+        return result
+
+    async def astep(
+        self, name: str, fn: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs
+    ) -> Any:
+        def plain() -> Any:
+            self._outcome.called.append(name)
+            return fn(*args, **kwargs)
+
+        async def in_coroutine() -> Any:
+            return await plain()
+
+        result = await super().astep(name, in_coroutine if is_async(fn) else plain)
         self._outcome.steps[name] = result
         return result
 

@@ -60,6 +60,24 @@ def add(a: int, b: int = 2) -> int:
     return a + b
 
 
+@queue.executor()
+async def awaited(ctx: Context, a: int) -> str:
+    assert_type(await ctx.astep("one", len, "x"), Any)
+    return str(a)
+
+
+@queue.executor()
+async def soon(a: int) -> str:
+    return str(a)
+
+
+async def call_coroutines() -> None:
+    assert_type(awaited.submit(1), TaskHandle[str])
+    assert_type(soon.submit(a=1).result(), str)
+    soon.submit("1")  # type: ignore[arg-type]
+    assert_type(await soon(1), str)
+
+
 @queue.executor(max_attempts=3)
 def again(status: int, wait: timedelta) -> None:
     if status == 429:

@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from taskx.attempt.alarms import Alarms
 from taskx.attempt.checkpoints import Keeper
@@ -40,6 +40,9 @@ from taskx.tasks.model import Task
 from taskx.tasks.options import Options
 from taskx.tasks.timing import DEFAULT_TIMING
 from taskx.tasks.token import CancelToken
+
+if TYPE_CHECKING:
+    from taskx.attempt.coroutines import Loop
 
 _PR_SET_PDEATHSIG = 1
 
@@ -84,6 +87,12 @@ def _die_with(parent: int) -> None:
         end_family()
 
 
+def _own_loop() -> Loop:
+    from taskx.attempt.coroutines import Loop  # at first use
+
+    return Loop()
+
+
 class _Work:
     """The one task that a child runs, as its request says."""
 
@@ -97,9 +106,8 @@ class _Work:
         log = logging.getLogger(request["logger"])
         # The parent knows for which types the log has said it.
         cut = Once(lambda type: channel.say("cut"))
-        shared = Shared(
-            Alarms(SYSTEM_CLOCK, DEFAULT_TIMING), log, self._parent, self._parent.fetch, cut=cut
-        )
+        alarms, parent = Alarms(SYSTEM_CLOCK, DEFAULT_TIMING), self._parent
+        shared = Shared(alarms, log, parent, parent.fetch, None, _own_loop, cut)
         self._context = Context(Task.from_dict(request["task"]), self._token, shared)
 
     def do(self) -> None:
