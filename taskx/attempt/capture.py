@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -24,16 +24,18 @@ MAX_LINE = MAX_LOG // 8
 _formatter = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
 _formatter.converter = time.gmtime
 _formatter.default_time_format, _formatter.default_msec_format = "%Y-%m-%dT%H:%M:%S", "%s.%03dZ"
+_TIME = len("2026-01-01T00:00:00.000Z")
 
 
 class Capture:
     """The last lines of a run with at least a given level, at most :data:`MAX_LOG` characters.
 
     ``prefix`` is the beginning of each line of ``ctx.logger``; it is left out here, as the record of the
-    task says the same.
+    task says the same. ``beat`` is called for each line that is kept.
     """
 
-    def __init__(self, level: int, prefix: str) -> None:
+    def __init__(self, level: int, prefix: str, beat: Callable[[], object] = int) -> None:
+        self._beat = beat
         self.level = level
         self._prefix = prefix
         self._lines: deque[str] = deque()
@@ -44,6 +46,7 @@ class Capture:
         """Keep a log record, unless its level is too low. Never raises an exception."""
         if record.levelno < self.level:
             return
+        self._beat()
         try:
             text = _formatter.format(record).replace(f": {self._prefix}", ": ", 1)
             line = payload.clean_text(text, MAX_LINE) + "\n"
@@ -52,8 +55,19 @@ class Capture:
         with self._lock:
             self._lines.append(line)
             self._size += len(line)
-            while self._size > MAX_LOG and len(self._lines) > 1:
-                self._size -= len(self._lines.popleft())
+            self._shorten()
+
+    def add_all(self, other: Capture) -> None:
+        """Keep the lines of another capture, too."""
+        with self._lock, other._lock:
+            both = [*self._lines, *other._lines]
+            both.sort(key=lambda line: line[:_TIME])
+            self._lines, self._size = deque(both), self._size + other._size
+            self._shorten()
+
+    def _shorten(self) -> None:
+        while self._size > MAX_LOG and len(self._lines) > 1:
+            self._size -= len(self._lines.popleft())
 
     def text(self) -> str:
         """Return the lines that were kept so far."""
@@ -72,6 +86,10 @@ class CapturedLogger(logging.Logger):
         super().__init__(logger.name)
         self._logger = logger
         self.capture = capture
+
+    def captured_by(self, capture: Capture) -> CapturedLogger:
+        """Return a logger that passes lines on to the same logger, and keeps them elsewhere."""
+        return CapturedLogger(self._logger, capture)
 
     def isEnabledFor(self, level: int) -> bool:  # noqa: N802  (logging's name)
         return level >= self.capture.level or self._logger.isEnabledFor(level)

@@ -27,7 +27,12 @@ from taskx.attempt.waiting import (
 from taskx.stores.base import Repository
 from taskx.tasks import forks, lifecycle, payload
 from taskx.tasks.clock import Clock
-from taskx.tasks.errors import CancelReason, ConfigurationError, RepositoryUnavailable
+from taskx.tasks.errors import (
+    CancelReason,
+    ConfigurationError,
+    RepositoryError,
+    RepositoryUnavailable,
+)
 from taskx.tasks.lifecycle import Ending, Park
 from taskx.tasks.model import Task, check_name
 from taskx.tasks.record import checkpoints_to_text, part_name, parts_of
@@ -103,8 +108,14 @@ class Keeper:
         name = part_name(task.id)
 
         def put() -> str:
-            if not self._repository.put_note(name, coded, 0):  # after an error that was in doubt
-                assert self._repository.reads.notes_named([name])
+            # It may be there already, after an error that was in doubt.
+            if not (
+                self._repository.put_note(name, coded, 0)
+                or self._repository.reads.notes_named([name])
+            ):
+                raise RepositoryError(
+                    f"steps of task {task.id} are not stored: their note {name} was removed meanwhile"
+                )
             return name
 
         return self.waits.patiently(token, put)

@@ -167,9 +167,14 @@ class Context:
         return self._token
 
     @property
+    def _known_as(self) -> tuple[str, str]:
+        """The id and the type of the task, for log lines."""
+        return self._task.id, self._task.type
+
+    @property
     def logger(self) -> TaskLogger:
         """A logger that writes the task's id and type into each line."""
-        extra = {"task_id": self._task.id, "task_type": self._task.type}
+        extra = dict(zip(("task_id", "task_type"), self._known_as, strict=True))
         return TaskLogger(self._shared.log, extra)
 
     def progress(self, percent: float, message: str = "") -> None:
@@ -188,6 +193,12 @@ class Context:
             self._message_was_cut()
         self._told = percent, message
         self._unwritten = True
+
+    def alive(self) -> None:
+        """Say that the run goes on, although it has no progress to report: see the option ``stall``.
+
+        Without that option, this does nothing.
+        """
 
     def spent(self, **units: int) -> None:
         """Say what this run has taken of the units of its cost, which was only an estimate.
@@ -818,3 +829,46 @@ class Context:
                 remove()
         finally:
             waker.close()
+
+
+class Watched(Context):
+    """The context of a run that times out if it gives no sign of life: ``beat`` is called at each one."""
+
+    __slots__ = ("_beat",)
+
+    def __init__(
+        self, task: Task, token: CancelToken, shared: Shared, beat: Callable[[], object]
+    ) -> None:
+        super().__init__(task, token, shared)
+        self._beat = beat
+
+    def alive(self) -> None:
+        self._beat()
+
+    def progress(self, percent: float, message: str = "") -> None:
+        self._beat()
+        super().progress(percent, message)
+
+    def step(self, name: str, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return super().step(name, fn, *args, **kwargs)
+        finally:
+            self._beat()
+
+    async def astep(
+        self, name: str, fn: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs
+    ) -> Any:
+        try:
+            return await super().astep(name, fn, *args, **kwargs)
+        finally:
+            self._beat()
+
+    def _parking(self, wait: Callable[[Checkpoints], Any]) -> Any:
+        try:
+            return super()._parking(wait)
+        finally:
+            self._beat()
+
+    def _kept(self) -> Checkpoints:
+        self._beat()
+        return super()._kept()

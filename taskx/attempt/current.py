@@ -44,8 +44,7 @@ class TaskLogFilter(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Set the attributes that the record lacks, and let every record through."""
-        task = None if (context := current_context()) is None else context.task
-        known = ("", "") if task is None else (task.id, task.type)
+        known = ("", "") if (context := current_context()) is None else context._known_as
         for name, value in zip(("task_id", "task_type"), known, strict=True):
             record.__dict__.setdefault(name, value)
         return True

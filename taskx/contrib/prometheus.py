@@ -10,6 +10,7 @@ from typing import Any
 
 from taskx import ConfigurationError, Hook, Queue, RepositoryError, Task, TaskStatus, TaskxError
 from taskx.tasks import permission
+from taskx.tasks.clock import to_ms
 
 try:
     from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, Metric
@@ -308,6 +309,9 @@ class StoreCollector(Collector):
                 found["limit_slots_taken"].add_metric([limit.name], limit.taken)
             for rate, free in zip(limit.rates, limit.free, strict=False):
                 found["limit_free"].add_metric([limit.name, rate], free)
+            if limit.held_until is not None:
+                left = (to_ms(limit.held_until) - queue.clock.now_ms()) / 1000
+                found["limit_held_seconds"].add_metric([limit.name], max(0.0, left))
         nodes = sum(node.lives for node in queue.repository.nodes())
         found["nodes"].add_metric([], nodes)
         self._read_health(found, stats.types)
@@ -356,6 +360,7 @@ _FAMILIES: Mapping[str, Callable[[], Any]] = {
         (GaugeMetricFamily, "limit_slots", "Most tasks of a named limit at once.", "limit"),
         (GaugeMetricFamily, "limit_slots_taken", "Slots of it that nodes keep.", "limit"),
         (GaugeMetricFamily, "limit_free", "What may start now by a rate of it.", "limit", "rate"),
+        (GaugeMetricFamily, "limit_held_seconds", "Until its hold ends, if it is held.", "limit"),
         (GaugeMetricFamily, "nodes", "Started queues that are alive."),
         (GaugeMetricFamily, "threads_stuck", "Threads of timed-out tasks that run on."),
         (

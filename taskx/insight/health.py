@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from taskx.insight.limits import held_words
 from taskx.insight.nodes import age_of_beat, silence
 from taskx.node.moving import Services
 from taskx.node.pool import WorkerPool
@@ -16,6 +17,7 @@ from taskx.node.schedules import PREFIX, Entry, entry_of
 from taskx.node.stuck import MOST as MOST_STUCK
 from taskx.node.stuck import stuck_types
 from taskx.stores import queries
+from taskx.stores.controls import Controls
 from taskx.stores.liveness.base import Node
 from taskx.tasks.checks import Duration, check_int, check_number
 from taskx.tasks.clock import to_datetime, to_ms
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
 # Most names in the facts of a problem.
 _NAMED = 100
+# A hold that lasts longer than these seconds is a problem, and so are more snoozes of a task.
+_LONG_HOLD, _MANY_SNOOZES = 60.0, 1000
 
 
 @attrs.frozen
@@ -230,6 +234,8 @@ class _Check:
         yield from self._nodes(nodes, due)
         yield from _brokers([node for node in nodes if node.lives])
         yield from _limits([node for node in nodes if node.lives])
+        yield from self._holds()
+        yield from self._snoozing()
         yield from self._stuck_elsewhere(nodes)
         yield from stuck_types(self._repository, nodes, paused)
         yield from self._oldest_due(due, everything=paused.everything)
@@ -270,6 +276,31 @@ class _Check:
                     f"{type!r}; at least {least} must."
                 )
                 yield Problem("nodes", words, {"type": type, "nodes": len(able), "least": least})
+
+    def _holds(self) -> Iterator[Problem]:
+        """Yield a problem for each limit that is held for more than a minute."""
+        controls = Controls(self._repository)
+        controls.refresh()
+        for name, hold in controls.holds.items():
+            if (seconds := (hold.until - self.now) / 1000) > _LONG_HOLD:
+                facts = {"limit": name, "until": to_datetime(hold.until), "seconds": seconds}
+                words = f"Nothing starts for {duration(seconds)}: {held_words(name, hold)}."
+                yield Problem("hold", words, {**facts, "by": hold.by})
+
+    def _snoozing(self) -> Iterator[Problem]:
+        """Yield a problem for each of the next due tasks that asks to run later again and again."""
+        if self._repository.shortcoming:
+            return
+        ids = [task_id for task_id, _ in self._repository.due(None, self._timing.most_explained)]
+        found = self._repository.find("id", ids, ("id", "type", "snoozes")) if ids else ()
+        for task_id, type, snoozes in found:
+            if (snoozes or 0) > _MANY_SNOOZES:
+                words = (
+                    f"Task {task_id} of type {type!r} has asked {snoozes} times to run later: "
+                    "max_snoozes would end this."
+                )
+                facts = {"task_id": task_id, "type": type, "snoozes": snoozes}
+                yield Problem("snoozes", words, facts)
 
     def _stuck_elsewhere(self, nodes: Sequence[Node]) -> Iterator[Problem]:
         own = None if self._pool is None else self._pool.node.id

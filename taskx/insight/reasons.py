@@ -107,18 +107,21 @@ class _Inquiry:
         yield from stopped
         if held == UNTIL_DUE and not self._is_early(task):
             yield self._due(task)
+        if held in (FREE, UNTIL_DUE):
+            busy = self._busy()
+            known = Limits(self._repository, self._services, self._pool, busy)
+            holds = [*known.holds(task, able)]
+            yield from holds
         if held == FREE:
-            busy, first = self._busy(), self._first(task, _competing(task, able, paused))
-            limits = [
-                *Limits(self._repository, self._services, self._pool, busy).reasons(task, able)
-            ]
+            first = self._first(task, _competing(task, able, paused))
+            limits = [*known.reasons(task, able)] if not holds else []
             if lifecycle.is_parked(task):  # it goes on with its attempt, which takes no token
                 limits = [reason for reason in limits if reason.kind != "token"]
             limits += self._alone(task, able, busy, first)
             yield from limits
             yield from self._broker(able)
             yield from _ahead(task, first, self._most)
-            if not (stopped or limits):
+            if not (stopped or limits or holds):
                 yield self._worker(task, able, busy)
 
     def _held(self, task: Task, held: int, waiting_on: str | None) -> Iterator[Reason]:
@@ -395,9 +398,13 @@ class _Inquiry:
         what = "its ticket waits" if task.owner and able[0].about.engine else "waits"
         words = (
             f"It may start, and {what} for a free worker on {listed([*nodes.values()])}, where "
-            f"{counted(running, 'task')} {'runs' if running == 1 else 'run'}."
+            f"{counted(running, 'task')} {'runs' if running == 1 else 'run'}"
         )
-        return Reason("worker", words, facts)
+        _, wait = self._services.registry.batches.get(task.type, (1, 0.0))
+        if wait and not lifecycle.runs_apart(task):
+            words += f", or up to {wait:g} s for more tasks to share its call"
+            facts["wait"] = wait
+        return Reason("worker", f"{words}.", facts)
 
     # --- running and ended
 

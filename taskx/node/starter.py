@@ -26,7 +26,7 @@ from taskx.tasks.clock import to_ms
 from taskx.tasks.errors import RepositoryError, TaskxError
 from taskx.tasks.log import Once
 from taskx.tasks.model import Task, TaskStatus
-from taskx.tasks.rate import NOTHING
+from taskx.tasks.rate import NOTHING, is_key
 from taskx.tasks.record import CUT, created_task, is_plain, optional_ms, plain_tasks
 from taskx.tasks.writes import Insert, Update
 
@@ -199,7 +199,7 @@ class Seat(Place):
         apply_defaults([task], services.registry.registered)
         self._start = lifecycle.start(task, services.clock.now_ms(), starter._node, starter._name)
         # The thread that runs a task starts it, if the task must not crash twice.
-        if self._start is None or task.max_crashes == 1:
+        if self._start is None or task.max_crashes == 1 or task.type in services.registry.batches:
             return False
         self.writes = (lifecycle.created_started(write, self._start),)
         self._run = run = starter._make_run(task)
@@ -297,7 +297,8 @@ class Starter:
                 found.update(services.repository.get_many(unread))
             if paused := services.controls.paused:
                 self._turn_away(found, [task for task in found.values() if task.type in paused])
-            if services.registry.limited or services.registry.rates_keys:
+            registry = services.registry
+            if registry.limited or registry.rates_keys or services.controls.holds:
                 admitted = self._admit(items, found)
             tasks = self._startable(items, found)
             now = services.clock.now_ms()
@@ -359,7 +360,7 @@ class Starter:
             if task is None or task.id in self.runs:
                 continue
             names = self._services.registry.limited.get(task.type, ())
-            if self._has_rate(task.concurrency_key):
+            if self._may_refuse(task.concurrency_key):
                 names = (*names, str(task.concurrency_key))
                 rated.append(task)
             if names:
@@ -378,16 +379,16 @@ class Starter:
             raise
         return admitted
 
-    def _has_rate(self, key: str | None) -> bool:
-        """Return True if a key has a limit with a rate."""
-        registry = self._services.registry
-        if key is None or not registry.rates_keys:
+    def _may_refuse(self, key: str | None) -> bool:
+        """Return True if a key has a limit with a rate, or is held."""
+        registry, held = self._services.registry, self._services.controls.held_until
+        if key is None or not is_key(key):
             return False
-        limit = registry.limit_of_key(key)
-        return limit is not None and bool(limit.rates)
+        limit = registry.limit_of_key(key) if registry.rates_keys else None
+        return (limit is not None and bool(limit.rates)) or held(key) > 0
 
     def _put_off(self, tasks: Sequence[Task]) -> None:
-        """Let tasks wait for the rates of their keys: they are fetched no more before that."""
+        """Let tasks wait for the rates or holds of their keys: they are fetched no more before that."""
         now, before = self._services.clock.now_ms(), Counter[str]()
         writes: list[Update] = []
         for task in tasks:
@@ -409,6 +410,9 @@ class Starter:
         for position, item in enumerate(items):
             task = found.get(item.id)
             if task is None:
+                continue
+            if item.entered and lifecycle.runs_apart(task):
+                self._buffer.put_back([item._replace(entered=0.0, apart=True)])
                 continue
             suspect = task.crashes > 0 and self._is_suspect(task)
             if not suspect and task.max_crashes != 1:

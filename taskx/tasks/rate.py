@@ -152,6 +152,16 @@ class Rates(tuple[Rate, ...]):
         ]
         return max(waits, default=-math.inf)
 
+    def held(self, marks: Sequence[float], until: float) -> Sequence[float]:
+        """Return the marks as they count if nothing could be taken until a moment: no burst follows it."""
+        pairs = zip(self, marks, strict=True)
+        return [max(mark, until + rate.burst * rate.interval) for rate, mark in pairs]
+
+    @property
+    def seconds(self) -> float:
+        """The seconds in which all buckets are filled."""
+        return max((rate.burst * rate.interval for rate in self), default=0.0)
+
     @property
     def units(self) -> dict[str, int]:
         """The units in which tasks have a cost here, each with the largest cost that fits."""
@@ -173,6 +183,9 @@ class Limit(NamedTuple):
     max_concurrency: int | None  #: number of tasks that may run at once; None for no limit
     rates: Rates  #: rates of starts; empty for no limit
     scope: LimitScope  #: whether each node has the limit for itself, or all nodes share it
+
+
+NO_LIMIT = Limit(None, NO_RATES, "node")
 
 
 def is_key(name: str) -> bool:

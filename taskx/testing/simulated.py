@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import attrs
 
 from taskx.attempt.current import current
-from taskx.attempt.runner import Run, Runner
+from taskx.attempt.runner import Call, Run, Runner, runs_of
 from taskx.node.counts import Stored
 from taskx.node.housekeeper import Housekeeper
 from taskx.node.moving import Services
@@ -410,7 +410,7 @@ class SimulatedNode:
         self.door = Door(store, world, self.clock)
         self.door.node = self
         self.queue = _Queue(self, config, log)
-        self.runs: list[Run] = []
+        self.runs: list[Run | Call] = []
         self.asks: list[Callable[[], object]] = []
         self.alive, self.up = True, False
 
@@ -443,23 +443,25 @@ class SimulatedNode:
         """Start up to so many tasks, or take up one that was started ahead; return what begins."""
         if len(self.runs) >= WORKERS or self.pool.stopping:
             return []
-        run = self.pool.ahead.take() if self.pool.ahead.runs else None
-        if run is None:
+        call: Run | Call | None = self.pool.ahead.take() if self.pool.ahead.runs else None
+        if call is None:
             items = self.pool.buffer.take(most)
-            run = self.pool.start(items, self._worker) if items else None
-        if run is None:
+            call = self.pool.start(items, self._worker) if items else None
+        if call is None:
             return []
-        run.state, self.pool.ahead.at_work[run] = "executing", time.monotonic()
-        self.runs.append(run)
-        return [run]
+        for run in runs_of(call):
+            run.state, self.pool.ahead.at_work[run] = "executing", time.monotonic()
+        self.runs.append(call)
+        return [*runs_of(call)]
 
-    def execute(self, number: int) -> Run | None:
-        """Execute one of the runs that have begun, to its outcome; return it."""
-        if not self.runs:
-            return None
-        run = self.runs.pop(number % len(self.runs))
-        self.pool.execute(run, self._worker)
-        return run
+    def execute(self, number: int) -> None:
+        """Execute one of the calls that have begun, to the outcomes of its runs."""
+        if self.runs:
+            call = self.runs.pop(number % len(self.runs))
+            if isinstance(call, Run):
+                self.pool.execute(call, self._worker)
+            else:
+                self.pool.execute_call(call, self._worker)
 
     @property
     def _worker(self) -> str:

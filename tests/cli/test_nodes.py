@@ -111,6 +111,23 @@ def test_the_limits_of_a_type_are_changed_and_reset(started, outside, taskx):
     assert [change.action for change in outside.changes()] == ["untune", "tune"]
 
 
+def test_a_limit_is_held_and_released(queue, outside, taskx):
+    queue.limit("api", concurrency=2, rate="5/s")
+    with queue:
+        assert " HELD" in taskx("limits").lines[0]
+        said = taskx("hold", "api", "10m")
+        assert said.out.startswith("api is held until 20")
+        [limit] = taskx("limits", "--json").rows
+        assert limit["held_by"] == ""
+        assert f"until {limit['held_until'][:10]} " in taskx("limits").lines[1]
+        assert taskx("limits").lines[1].endswith(" by hand")
+        assert taskx("hold", "api", "5s", "--json").rows == [limit]  # a hold is never shortened
+        assert taskx("release", "api").out == "api is released\n"
+        assert taskx("release", "api").out == "api was not held\n"
+        assert taskx("release", "api", "--json").rows == [{"limit": "api", "was_held": False}]
+    assert [change.action for change in outside.changes()] == ["release", "hold", "hold"]
+
+
 def test_the_number_of_workers_is_changed_and_reset(started, outside, taskx):
     [node] = outside.nodes()
     assert taskx("tune", "--workers", "8").lines[1].split() == ["all", "nodes", "workers", "8"]

@@ -70,6 +70,13 @@ class TestTypes:
         assert "Rate of starts 30/m – 30/m" in words
         assert "Burst 4 – 4" in words
 
+    def test_a_limit_that_is_held_is_shown(self, look, queue):
+        queue.limit("api", concurrency=2)
+        browser = look(queue)
+        assert "held until" not in text_of(browser.get("/types"))
+        queue.hold("api", 3600)
+        assert re.search(r" api held until [-\d:TZ ]+ 0 / 2 ", text_of(browser.get("/types")))
+
     def test_an_unknown_type_has_a_page(self, look, queue):
         page = look(queue).get("/types/one", query_string={"type": HOSTILE + "?"})
         assert "No live node has an executor for this type." in text_of(page)

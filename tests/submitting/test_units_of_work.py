@@ -297,6 +297,8 @@ CALLS: dict[str, Call] = {
     "queue.resume": lambda s: s.queue.resume("echo"),
     "queue.tune": lambda s: s.queue.tune("echo", max_concurrency=1),
     "queue.untune": lambda s: s.queue.untune("echo"),
+    "queue.hold": lambda s: s.queue.hold("type/echo", 1),
+    "queue.release": lambda s: s.queue.release("type/echo"),
     "queue.note_change": lambda s: s.queue.note_change("ann", "look", "tasks"),
     "queue.stop_node": lambda s: s.queue.stop_node("gone"),
     "schedule.store": lambda s: s.queue.schedule("daily", every(86400), "echo").store(),

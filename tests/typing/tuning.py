@@ -36,6 +36,17 @@ def tune() -> None:
     queue.untune(workers=3)  # type: ignore[arg-type]
 
 
+def holds() -> None:
+    queue.hold("api", 600)
+    queue.hold("type/mail", timedelta(minutes=5))
+    queue.hold("tenant:acme", datetime.now().astimezone())
+    assert_type(queue.release("api"), bool)
+    assert_type(queue.limits()[0].held_until, datetime | None)
+    queue.hold("api")  # type: ignore[call-arg]
+    queue.hold("api", None)  # type: ignore[arg-type]
+    queue.release(["api"])  # type: ignore[arg-type]
+
+
 def tuned() -> None:
     known = queue.tuned()
     assert_type(known, Tuned)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from taskx.attempt.alarms import Alarms
 from taskx.attempt.checkpoints import Keeper
 from taskx.attempt.children import Children
-from taskx.attempt.context import Context, Shared
+from taskx.attempt.context import Context, Shared, Watched
 from taskx.attempt.current import current
 from taskx.attempt.executors import Executor, Registered, entry_of, make_executor
 from taskx.attempt.failures import told_error
@@ -108,7 +108,12 @@ class _Work:
         cut = Once(lambda type: channel.say("cut"))
         alarms, parent = Alarms(SYSTEM_CLOCK, DEFAULT_TIMING), self._parent
         shared = Shared(alarms, log, parent, parent.fetch, None, _own_loop, cut)
-        self._context = Context(Task.from_dict(request["task"]), self._token, shared)
+        self._beats = False  # True if there was a sign of life that the parent does not know of
+        given = Task.from_dict(request["task"]), self._token, shared
+        self._context = Watched(*given, self._beat) if request["stalls"] else Context(*given)
+
+    def _beat(self) -> None:
+        self._beats = True
 
     def do(self) -> None:
         """Run the task, and tell the parent how it ended."""
@@ -141,6 +146,9 @@ class _Work:
             self.heed(messages)
             if (told := self._context._new_progress()) is not None:
                 self._channel.say("progress", *told)
+            elif self._beats:
+                self._channel.say("alive")
+            self._beats = False
         end_family()
 
     def _call(self) -> str | None:

@@ -280,6 +280,7 @@ CHINESE: Mapping[str, str] = {
     "Types that are not paused by name run again.": "未单独暂停的类型已恢复运行。",
     "Type {type} is paused.": "类型 {type} 已暂停。",
     "Type {type} runs again.": "类型 {type} 已恢复运行。",
+    "held until {time}": "暂停至 {time}",
     "Type {type} has new limits.": "类型 {type} 的限制已更新。",
     "Type {type} has its own limits again.": "类型 {type} 已恢复自身的限制。",
     "Pause all": "全部暂停",
