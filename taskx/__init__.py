@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from taskx.attempt.transactions import Transaction
     from taskx.attempt.waiting import NotDone, Parked, Uncertain
     from taskx.insight.changelog import Change
+    from taskx.insight.counted import KeyUsage, Usage
     from taskx.insight.diagnosis import Diagnosis
     from taskx.insight.failures import FailureGroup, Failures
     from taskx.insight.health import Health
@@ -107,6 +108,7 @@ __all__ = [
     "History",
     "Hook",
     "InvalidTransition",
+    "KeyUsage",
     "LimitInfo",
     "MapOutcome",
     "MapResults",
@@ -162,6 +164,7 @@ __all__ = [
     "TypeStats",
     "Uncertain",
     "UnknownTaskType",
+    "Usage",
     "ZlibCodec",
     "answer",
     "chain",
@@ -185,6 +188,7 @@ _HOMES = {
     "taskx.attempt.transactions": "Transaction",
     "taskx.attempt.waiting": "NotDone Parked Uncertain",
     "taskx.insight.changelog": "Change",
+    "taskx.insight.counted": "KeyUsage Usage",
     "taskx.insight.diagnosis": "Diagnosis",
     "taskx.insight.failures": "FailureGroup Failures",
     "taskx.insight.health": "Health",

@@ -125,6 +125,7 @@ class Context:
         )
         self._checkpoints: Checkpoints | None = None
         self._stored: str | None = None  # the checkpoints that were stored last
+        self._spent: Cost = NOTHING
         #: The completion of the task, if a transaction of the run has stored one.
         self._completed: list[Completed] = []
         #: Raised by a call that has parked the run; None if none has.
@@ -212,8 +213,7 @@ class Context:
 
     def _spent_in_truth(self) -> Cost:
         """Return what the run has said to have taken; empty if it has said nothing."""
-        told: Cost = getattr(self, "_spent", NOTHING)  # few runs say it
-        return told
+        return self._spent
 
     def _message_was_cut(self) -> None:
         """Let the log say that progress messages of this task's type are cut."""

@@ -282,7 +282,7 @@ class StoreCollector(Collector):
 
     def _read(self, found: Mapping[str, Any]) -> None:
         queue, paused = self._queue, self._queue.paused
-        stats = queue.stats(period=0, at_most=self._at_most)
+        stats = queue.stats(at_most=self._at_most)
         for type, of in stats.types.items():
             ready = ["paused", "ready"] if type in paused else ["ready", "paused"]
             numbers = zip(ready, (of.waiting, 0), strict=True)
@@ -293,6 +293,8 @@ class StoreCollector(Collector):
                 ("running", of.running),
             ):
                 found["tasks"].add_metric([type, state], number)
+            for outcome in ("completed", "failed", "cancelled", "retried"):
+                found["tasks_last_hour"].add_metric([type, outcome], getattr(of, outcome))
             found["oldest_pending_age_seconds"].add_metric([type], of.oldest_due or 0.0)
         dead = queue.count_tasks(status=TaskStatus.FAILED, at_most=self._at_most)
         found["dead_letters"].add_metric([], dead)
@@ -338,6 +340,13 @@ _FAMILIES: Mapping[str, Callable[[], Any]] = {
         (GaugeMetricFamily, "repository_up", "1 if the repository was read, else 0."),
         (CounterMetricFamily, "repository_errors", "Scrapes for which it was not read."),
         (GaugeMetricFamily, "tasks", "Unfinished tasks by type and state.", "type", "state"),
+        (
+            GaugeMetricFamily,
+            "tasks_last_hour",
+            "Tasks that ended in the last hour, and attempts that were retried.",
+            "type",
+            "outcome",
+        ),
         (GaugeMetricFamily, "tasks_pending", "Pending tasks, delayed ones included."),
         (GaugeMetricFamily, "answers_pending", "Answers that somebody has yet to give."),
         (

@@ -471,6 +471,8 @@ class LocalNode:
                     moves.dependents.process()
                     moves.turns.process()
                     pool.stuck.lift()
+                with suppress(RepositoryError):  # the counts of the last seconds are lost
+                    moves.counts.store()
                 with suppress(RepositoryError):  # other nodes free the slots of dead nodes
                     pool.admission.end()
                 with suppress(RepositoryError):  # and take back their tasks

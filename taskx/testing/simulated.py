@@ -16,6 +16,7 @@ import attrs
 
 from taskx.attempt.current import current
 from taskx.attempt.runner import Call, Run, Runner, runs_of
+from taskx.node.counts import Stored
 from taskx.node.housekeeper import Housekeeper
 from taskx.node.moving import Services
 from taskx.node.pool import Ends, WorkerPool
@@ -360,6 +361,9 @@ class _Queue(Queue):
         # As if no step were on the main thread, where exceptions may strike, and none hung.
         moves = self._services.moves
         _replace(moves, _finish=moves._tell)
+        # Nothing depends on what is counted: no step of a world is spent on it.
+        store = self._simulated.door._store
+        _replace(moves.counts, _repository=store, notes=Stored(store))
         _replace(self._node, _by=lambda deadline, step: step(), _end_later=lambda: None)
 
     def _make_intake(self, work: Work) -> Intake:

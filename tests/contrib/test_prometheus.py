@@ -563,6 +563,7 @@ def test_the_librarys_parser_reads_the_metrics(text):
         "taskx_healthy": "gauge",
         "taskx_repository_up": "gauge",
         "taskx_tasks": "gauge",
+        "taskx_tasks_last_hour": "gauge",
         "taskx_dead_letters": "gauge",
         "taskx_paused": "gauge",
         "taskx_threads_stuck": "gauge",

@@ -329,6 +329,7 @@ CALLS: dict[str, Call] = {
     "queue.flows": lambda s: s.queue.flows(),
     "queue.stats": lambda s: s.queue.stats(),
     "queue.history": lambda s: s.queue.history(),
+    "queue.usage": lambda s: s.queue.usage("k:"),
     "queue.nodes": lambda s: s.queue.nodes(),
     "queue.changes": lambda s: s.queue.changes(),
     "queue.paused": lambda s: s.queue.paused,

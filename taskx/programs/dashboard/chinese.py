@@ -38,7 +38,7 @@ CHINESE: Mapping[str, str] = {
     "Sunday": "周日",
     # charts
     "{completed} completed, {failed} failed": "完成 {completed} 个，失败 {failed} 个",
-    "Tasks that were submitted before {time} are not counted.": "{time} 之前提交的任务未计入。",
+    "Tasks are counted since {time}.": "自 {time} 起计数。",
     "time (UTC)": "时间（UTC）",
     "intervals of {time}": "每格 {time}",
     "now": "现在",
@@ -85,8 +85,8 @@ CHINESE: Mapping[str, str] = {
     "failed in the last hour": "最近一小时失败",
     "the oldest due task waits": "最早到期任务的等待时间",
     "start latency of the slowest type, p50 / p95": "最慢类型的启动延迟，p50 / p95",
-    "There are more tasks than were read: the numbers of the last hour are at least so high.": (
-        "任务多于读取的数量：最近一小时的数字至少有这么多。"
+    "Not all was read, or counting began at {time}: the numbers are at least so high.": (
+        "未读取全部任务，或自 {time} 才开始计数：数字至少有这么多。"
     ),
     "Completed and failed": "完成与失败",
     "The last hour": "最近一小时",
