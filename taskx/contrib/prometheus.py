@@ -10,7 +10,6 @@ from typing import Any
 
 from taskx import ConfigurationError, Hook, Queue, RepositoryError, Task, TaskStatus, TaskxError
 from taskx.tasks import permission
-from taskx.tasks.clock import to_ms
 
 try:
     from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, Metric
@@ -310,7 +309,7 @@ class StoreCollector(Collector):
             for rate, free in zip(limit.rates, limit.free, strict=False):
                 found["limit_free"].add_metric([limit.name, rate], free)
             if limit.held_until is not None:
-                left = (to_ms(limit.held_until) - queue.clock.now_ms()) / 1000
+                left = limit.held_until.timestamp() - queue.clock.now_ms() / 1000
                 found["limit_held_seconds"].add_metric([limit.name], max(0.0, left))
         nodes = sum(node.lives for node in queue.repository.nodes())
         found["nodes"].add_metric([], nodes)

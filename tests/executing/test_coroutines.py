@@ -651,15 +651,20 @@ class TestInTests:
 
 def test_a_coroutine_holds_a_worker_and_a_loop_serves_many(make_queue):
     queue = make_queue(worker_num=200, buffer_size=400)
-    together = asyncio.Barrier(150)
+    number, waiting = 150, []
 
     @queue.executor()
     async def one():
-        await together.wait()
+        mine = asyncio.get_running_loop().create_future()
+        waiting.append(mine)
+        if len(waiting) == number:
+            for future in waiting:
+                future.set_result(None)
+        await mine
         return threading.current_thread().name
 
     queue.start()
-    handles = queue.submit_many([one.task() for _ in range(150)])
+    handles = queue.submit_many([one.task() for _ in range(number)])
     assert {handle.result(PATIENCE) for handle in handles} == {"taskx-loop"}
 
 
