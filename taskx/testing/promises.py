@@ -15,7 +15,7 @@ from taskx.attempt.runner import Run
 from taskx.node.schedules import PREFIX, tick_id
 from taskx.tasks.lifecycle import ANSWER, CHILDREN, COMPLETED, FINISHED, PENDING, RUNNING, key_of
 from taskx.tasks.model import Task
-from taskx.tasks.rate import NOTHING, Limit, Rate
+from taskx.tasks.rate import Limit, Rate
 from taskx.tasks.record import DEFAULTS, FREE, ids_from_text
 from taskx.tasks.writes import Delete, Insert, NoteChange, Write
 from taskx.testing.simulated import SimulatedNode
@@ -193,10 +193,10 @@ class Promises:
             if other == before["id"]:
                 break
             row = self.rows.get(other)
-            waits = row is not None and row["status"] == PENDING and not row["starts"]
             if other in self._requeued or row is None:
                 continue
-            if waits and row["depends_on"] is None:
+            waits = row["status"] == PENDING and not row["starts"]
+            if waits and row["turn"] is None and row["depends_on"] is None:
                 self._broken(f"{task} overtook task {other} of the key {key!r}")
 
     def _check_parents(self, task: str, before: Row) -> None:
@@ -259,39 +259,51 @@ class Promises:
                 continue
             if other.task.id == task.id:
                 self._broken(f"task {task.id} runs twice at once: on {where.id} and {node.id}")
-            key = task.concurrency_key
-            if key is not None and other.task.concurrency_key == key:
-                alone = node.queue._registry.limit_of_key(key) is None
-                self._require(
-                    not alone, f"tasks {other.task.id} and {task.id} of key {key!r} run at once"
-                )
         # One that has waited goes on without a token.
-        decided = self._decided.pop((task.id, task.starts), None)
+        when = (self._decided.pop((task.id, task.starts), None), now)
         for name in node.queue._registry.limited.get(type, ()):
             if (limit := node.queue._registry.limits.get(name)) is not None:
-                self._within(name, limit, node, (decided, now), task)
+                limited = node.queue._registry.limited
+                shared = limit.scope == "global"
+                mine = [
+                    other
+                    for other, where in self.open.items()
+                    if (shared or where is node) and name in limited.get(other.task.type, ())
+                ]
+                most = len(mine) if limit.max_concurrency is None else limit.max_concurrency
+                self._require(
+                    len(mine) <= most, f"{len(mine)} tasks of limit {name} run, of {most}"
+                )
+                self._rates_hold(name, limit, None if shared else node.number, when, task)
+        if (key := task.concurrency_key) is not None:
+            self._key_holds(key, node.queue._registry.limit_of_key(key), when, task)
 
-    def _within(
+    def _key_holds(
+        self, key: str, limit: Limit | None, when: tuple[int | None, int], task: Task
+    ) -> None:
+        """Check that a key lets another task begin: it has one turn, or those of its limit, and a rate."""
+        most = 1 if limit is None else limit.max_concurrency or 1
+        mine = [run.task.id for run in self.open if run.task.concurrency_key == key]
+        self._require(len(mine) <= most, f"{', '.join(mine)} of the key {key!r} run at once")
+        if limit is not None:
+            self._rates_hold(key, limit, None, when, task)
+
+    def _rates_hold(
         self,
         name: str,
         limit: Limit,
-        node: SimulatedNode,
+        of_node: int | None,
         when: tuple[int | None, int],
         task: Task,
     ) -> None:
-        """Check that a limit holds while another task begins; ``when`` it took its token, and begins."""
+        """Check that rates hold while another task begins; ``when`` it took its token, and begins."""
         decided, now = when
-        shared = limit.scope == "global"
-        most, limited = limit.max_concurrency, node.queue._registry.limited
-        open_here = [r for r, n in self.open.items() if shared or n is node]
-        mine = [run for run in open_here if name in limited.get(run.task.type, ())]
-        if most is not None and len(mine) > most:
-            self._broken(f"{len(mine)} tasks of limit {name} run, of {most}")
         if decided is None or not self._clocks_right:
             return
         for rate in limit.rates:
-            begun = self._begun[name, rate.unit, None if shared else node.number]
-            begun.extend([(decided, now)] * rate.need(task.cost or NOTHING))
+            begun = self._begun[name, rate.unit, of_node]
+            taken = (task.cost or {}).get(rate.unit, 0) if rate.unit else 1
+            begun.extend([(decided, now)] * min(taken, rate.burst))
             self._check_rate(name, rate, begun)
 
     def _check_rate(self, name: str, rate: Rate, begun: Sequence[tuple[int, int]]) -> None:

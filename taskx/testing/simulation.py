@@ -19,7 +19,6 @@ from taskx.stores.memory import MemoryRepository
 from taskx.tasks.checks import check_int
 from taskx.tasks.config import Config
 from taskx.tasks.errors import (
-    CancelReason,
     ConfigurationError,
     InvalidTransition,
     QueueStopped,
@@ -246,7 +245,7 @@ class Simulation:
 
     def _do_start(self, node: SimulatedNode, number: float) -> None:
         for run in node.start(1 + int(number)):
-            if run.token._reason is not CancelReason.LEASE_LOST:  # else it is not executed
+            if run.token._reason is None:  # else its executor is not called
                 self._promises.begins(node, run, self.now)
 
     def _do_execute(self, node: SimulatedNode, number: float) -> None:

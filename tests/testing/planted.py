@@ -415,3 +415,31 @@ def _first_unfinished(listed, statuses):
 @plant("A fork does not change what depends on it.", seed=10, program="family")
 def fork_without_dependents(patch):
     patch(Children, "_late_dependents", lambda self, parent, ids: [])
+
+
+@plant("A key has a turn more than its limit says.", seed=-1, program="keyed")
+def one_more_turn(patch):
+    around(patch, lifecycle, "turns_at_once", lambda number: number + 1)
+
+
+@plant("A start takes no token of the rate of its key.", seed=-1, program="keyed")
+def key_without_rate(patch):
+    patch(Starter, "_has_rate", lambda self, key: False)
+
+
+@plant("Each node counts the rate of a key for itself.", seed=-1, program="keyed")
+def key_rate_of_node(patch):
+    inner = Admission._bucket
+
+    def own(self, name, limit, before):
+        limit = limit._replace(scope="node")
+        return self.__dict__.setdefault("own", {}).setdefault(
+            name, inner(self, name, limit, before)
+        )
+
+    patch(Admission, "_bucket", own)
+
+
+@plant("A start takes one token of a rate, whatever it costs.", seed=-1, program="keyed")
+def cost_not_taken(patch):
+    patch(Rate, "share", lambda self, cost: 1 if cost or not self.unit else 0)

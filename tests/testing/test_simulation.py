@@ -69,6 +69,22 @@ def test_the_time_out_of_an_answer_in_a_flow_begins_once():
     )
 
 
+def test_a_task_that_was_cancelled_before_its_begin_is_not_executed():
+    """A run that a seed has found: a node starts a child ahead, hears of its cancel, and then seems dead."""
+    replay(
+        PROGRAMS["family"],
+        [
+            ("boot", 0),
+            ("boot", 2, 0, {7: [("ask", 0, 1)]}),
+            ("round", 0, 0, {15: [("start", 2)]}),
+            ("execute", 2),
+            ("start", 2, 1, {4: [("pass", 1, 31.0)]}),
+            ("ask", 2, 12),
+            ("late", 2),
+        ],
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize("chunk", range(5))
