@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from taskx.attempt.runner import Run
 from taskx.node.schedules import PREFIX, tick_id
+from taskx.stores.liveness.base import PREFIX as NODE
 from taskx.tasks.lifecycle import ANSWER, CHILDREN, COMPLETED, FINISHED, PENDING, RUNNING, key_of
 from taskx.tasks.model import Task
 from taskx.tasks.rate import Limit, Rate
@@ -37,13 +38,14 @@ class Promises:
 
     Args:
         broken: is told of a promise that is broken, in a sentence.
-        dead: the ids of the nodes that count as dead.
+        is_silent: returns True if a node may count as dead.
     """
 
-    def __init__(
-        self, broken: Callable[[str], None], known: Mapping[str, object], dead: set[str]
-    ) -> None:
-        self._broken, self._known, self._dead = broken, known, dead
+    def __init__(self, broken: Callable[[str], None], is_silent: Callable[[str], bool]) -> None:
+        self._broken, self._is_silent = broken, is_silent
+        #: The ids of the nodes that count as dead, and of all that are recorded.
+        self.dead: set[str] = set()
+        self._recorded: set[str] = set()
         #: The records, and those that were removed.
         self.rows: dict[str, Row] = {}
         self._gone: set[str] = set()
@@ -75,8 +77,23 @@ class Promises:
 
     # --- writes
 
-    def applied(self, node: SimulatedNode, writes: Sequence[Write], now: int, decided: int) -> None:
-        """Check writes that took place; they were decided after the nanosecond ``decided``."""
+    def applied(
+        self,
+        node: SimulatedNode,
+        writes: Sequence[Write],
+        now: int,
+        decided: int,
+        *,
+        was_dead: bool,
+    ) -> None:
+        """Check writes that took place.
+
+        They were decided after the nanosecond ``decided``. The node counted as dead then if ``was_dead``.
+        """
+        if was_dead:
+            for write in writes:
+                begins = write.changes.get("status") == RUNNING
+                self._require(not begins, f"{node.id} counts as dead, and started task {write.id}")
         for write in writes:
             if isinstance(write, Insert):
                 self._created(node, write, now)
@@ -127,7 +144,7 @@ class Promises:
             if move in _OWN:
                 self._require(owner == node.id, f"{task} runs on {owner}; {node.id} did: {move}")
             elif move == "rescue":
-                gone = owner in self._dead or owner not in self._known
+                gone = owner in self.dead or owner not in self._recorded
                 self._require(gone, f"{task} was rescued from {owner}, which lives")
             if new == PENDING and before["cancel_requested_at"] is not None:
                 self._broken(f"{task} was asked to cancel, and is pending again by: {move}")
@@ -168,8 +185,6 @@ class Promises:
         fence = after["starts"] == before["starts"] + 1
         self._require(fence, f"{task} started with {after['starts']} after {before['starts']}")
         self._require(after["owner"] == node.id, f"{node.id} started {task} for {after['owner']}")
-        lives = node.id in self._known and node.id not in self._dead
-        self._require(lives, f"{node.id} counts as dead, and started {task}")
         crashes, most = before["crashes"], after["max_crashes"] or 3
         self._require(crashes < most, f"{task} started after {crashes} crashes of {most}")
         if self._clocks_right:
@@ -221,6 +236,8 @@ class Promises:
     def noted(self, changes: Sequence[NoteChange]) -> None:
         """Check changes of notes: a schedule that has ticked has stored the task of the tick."""
         for name, text, _ in changes:
+            if name.startswith(NODE) and name.count("/") == 1:
+                self._node_noted(name.removeprefix(NODE), text)
             if not name.startswith(PREFIX) or text is None:
                 continue
             entry = json.loads(text)
@@ -231,6 +248,17 @@ class Promises:
                 made = tick_id(entry["name"], last)
                 there = made in self.rows or made in self._gone
                 self._require(there, f"schedule {entry['name']} moved on without task {made}")
+
+    def _node_noted(self, node_id: str, text: str | None) -> None:
+        """Check the record of a node: one that lives never counts as dead."""
+        self._recorded.discard(node_id)
+        self.dead.discard(node_id)
+        if text is None:
+            return
+        self._recorded.add(node_id)
+        if json.loads(text).get("dead"):
+            self.dead.add(node_id)
+            self._require(self._is_silent(node_id), f"node {node_id} lives, and counts as dead")
 
     def accepted(self, task_ids: Iterable[str]) -> None:
         """Check that tasks are stored whose submit has returned."""
@@ -345,10 +373,11 @@ class Promises:
             self._require(freed, f"{task} has ended, and holds its unique key")
             if row["depends_on"] is not None and not row["starts"]:
                 self._check_orphan(task, row)
-        for node_id in self._known:
+        for node_id in self._recorded:
             self._broken(f"node {node_id} is recorded for ever")
         for name in notes:
-            self._require(not name.startswith("limit/slots/"), f"the note {name} is left over")
+            left_over = name.startswith(("limit/slots/", NODE))
+            self._require(not left_over, f"the note {name} is left over")
 
     def _check_orphan(self, task: str, row: Row) -> None:
         parents = ids_from_text(row["depends_on"])

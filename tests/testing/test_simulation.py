@@ -70,7 +70,7 @@ def test_the_time_out_of_an_answer_in_a_flow_begins_once():
 
 
 def test_a_task_that_was_cancelled_before_its_begin_is_not_executed():
-    """A run that a seed has found: a node starts a child ahead, hears of its cancel, and then seems dead."""
+    """A run that a seed has found: a node starts a child ahead, hears of its cancel, then seems dead."""
     replay(
         PROGRAMS["family"],
         [
@@ -81,6 +81,33 @@ def test_a_task_that_was_cancelled_before_its_begin_is_not_executed():
             ("start", 2, 1, {4: [("pass", 1, 31.0)]}),
             ("ask", 2, 12),
             ("late", 2),
+        ],
+    )
+
+
+def test_a_task_that_runs_here_already_does_not_start_without_a_token():
+    """A run that a seed has found: a node loses a task, gets it again, and its old run ends meanwhile."""
+    replay(
+        PROGRAMS["rated"],
+        [
+            ("boot", 1),
+            ("boot", 0),
+            ("ask", 0, 2),
+            ("round", 0, 0, {13: [("ask", 1, 2)]}),
+            ("pass", 2, 120.0),
+            ("ask", 0),
+            ("start", 0, 1, {3: [("round", 1)]}),
+            ("round", 0, 0, {21: [("late", 0)]}),
+            ("round", 1, 0, {13: [("pass", 2, 0.6)], 25: [("pass", 2, 0.001)]}),
+            (
+                "round",
+                1,
+                0,
+                {10: [("execute", 0)], 14: [("round", 0)], 16: [("boot", 2), ("late", 1)]},
+            ),
+            ("start", 0, 1),
+            ("round", 0, 0, {3: [("late", 0), ("round", 2, 0, {28: "fails"})]}),
+            ("round", 2, 0, {11: [("pass", 2, 2.1)]}),
         ],
     )
 
