@@ -8,13 +8,22 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from taskx.attempt.runner import Run
 from taskx.node.schedules import PREFIX, tick_id
 from taskx.stores.liveness.base import PREFIX as NODE
-from taskx.tasks.lifecycle import ANSWER, CHILDREN, COMPLETED, FINISHED, PENDING, RUNNING, key_of
+from taskx.tasks.lifecycle import (
+    ANSWER,
+    CANCELLED,
+    CHILDREN,
+    COMPLETED,
+    FINISHED,
+    PENDING,
+    RUNNING,
+    key_of,
+)
 from taskx.tasks.model import Task
 from taskx.tasks.rate import Limit, Rate
 from taskx.tasks.record import DEFAULTS, FREE, ids_from_text
@@ -64,6 +73,8 @@ class Promises:
         # When the begun runs of each rate were decided and began; and when each start was decided.
         self._begun: defaultdict[object, list[tuple[int, int]]] = defaultdict(list)
         self._decided: dict[tuple[str, int], int] = {}
+        #: The numbers of starts so far: of attempts, and of those that only went on.
+        self.starts = (0, 0)
         # False once a clock was wrong: nobody can promise a time then.
         self._clocks_right = True
 
@@ -161,6 +172,44 @@ class Promises:
         elif new in (PENDING, RUNNING) and _parked(before):
             self._require(after["turn"] == before["turn"], f"{task} waited, and lost its turn")
         self._check_wait(task, before, after, now)
+        if before["type"] == CHILDREN:
+            self._check_list(before, after)
+        elif new == COMPLETED != old:
+            self._check_needed(task, before)
+
+    def _check_list(self, before: Row, after: Row) -> None:
+        """Check that children are cancelled with their parent, and run again with it.
+
+        A list that somebody cancels by hand says nothing about its children.
+        """
+        by_parent = after["status"] == CANCELLED and after["error"] != before["error"]
+        again = before["status"] in FINISHED and after["status"] == PENDING
+        for child in ids_from_text(before["depends_on"]):
+            if by_parent:
+                stopped = self._is_stopped(child)
+                self._require(stopped, f"task {child} goes on though its parent was cancelled")
+            elif again and child not in self._requeued:
+                lost = self._status(child) in ("failed", "cancelled")
+                self._require(not lost, f"task {child} does not run again with its parent")
+
+    def _check_needed(self, task: str, before: Row) -> None:
+        """Check that those children are cancelled of which a task that has completed needed only some."""
+        for row in self.rows.values():
+            if row["type"] != CHILDREN or row["waiting_on"] != before["id"]:
+                continue
+            if json.loads(row["params"])["needed"] is not None:
+                for child in ids_from_text(row["depends_on"]):
+                    stopped = self._is_stopped(child)
+                    self._require(stopped, f"{task} needs task {child} no more, which goes on")
+
+    def _status(self, task_id: str) -> str:
+        return self.rows[task_id]["status"] if task_id in self.rows else "gone"
+
+    def _is_stopped(self, task_id: str) -> bool:
+        """Return True if a task has ended, was asked to, or runs again because somebody wants it."""
+        if task_id in self._requeued or (row := self.rows.get(task_id)) is None:
+            return True
+        return row["status"] in FINISHED or row["cancel_requested_at"] is not None
 
     def _check_wait(self, task: str, before: Row, after: Row, now: int) -> None:
         """Check that a wait ends when it should, and that its time-out counts from its begin."""
@@ -180,6 +229,8 @@ class Promises:
 
     def _starts(self, node: SimulatedNode, before: Row, after: Row, now: int) -> None:
         task = f"task {before['id']} ({before['type']})"
+        new, resumed = self.starts
+        self.starts = (new, resumed + 1) if _parked(before) else (new + 1, resumed)
         self._require(before["status"] == PENDING, f"{task} started while {before['status']}")
         self._require(before["held"] == FREE, f"{task} started while it was held back")
         fence = after["starts"] == before["starts"] + 1
@@ -218,7 +269,7 @@ class Promises:
         if before["depends_on"] is None or before["id"] in self._requeued:
             return
         for parent in ids_from_text(before["depends_on"]):
-            status = self.rows[parent]["status"] if parent in self.rows else "gone"
+            status = self._status(parent)
             if parent in self._requeued:
                 continue
             fine = status == COMPLETED or (
@@ -333,6 +384,18 @@ class Promises:
             taken = (task.cost or {}).get(rate.unit, 0) if rate.unit else 1
             begun.extend([(decided, now)] * min(taken, rate.burst))
             self._check_rate(name, rate, begun)
+
+    def went_on(
+        self, starts: tuple[int, int], rates: Mapping[str, str], after: Mapping[str, str], now: int
+    ) -> None:
+        """Check that tasks which only went on took no tokens, by the notes of rates before and after."""
+        if self.starts[0] != starts[0] or self.starts[1] == starts[1] or not self._clocks_right:
+            return
+        for name, text in after.items():
+            before = json.loads(rates.get(name, "[0]"))[1:] or [0.0]
+            for mark, old in zip(json.loads(text)[1:], before, strict=False):
+                taken = mark > max(old, now / 1000)  # a full bucket is full from now on
+                self._require(not taken, f"a task that only went on took a token of {name}")
 
     def _check_rate(self, name: str, rate: Rate, begun: Sequence[tuple[int, int]]) -> None:
         """Check the periods that end now: a run takes its token between its decision and its begin."""

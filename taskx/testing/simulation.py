@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 import attrs
 
+from taskx.node.shared_limits import RATE
 from taskx.queue.queue import Queue
 from taskx.stores.liveness.base import PREFIX
 from taskx.stores.memory import MemoryRepository
@@ -245,9 +246,16 @@ class Simulation:
         node.housekeeper.tick()
 
     def _do_start(self, node: SimulatedNode, number: float) -> None:
+        starts, rates, began = self._promises.starts, self._rates(), self.now
         for run in node.start(1 + int(number)):
             if run.token._reason is None:  # else its executor is not called
                 self._promises.begins(node, run, self.now)
+        if self.now == began and not self._frames[-1].between:
+            now = self._began + self.now // 1_000_000
+            self._promises.went_on(starts, rates, self._rates(), now)
+
+    def _rates(self) -> dict[str, str]:
+        return {name: note.text for name, note in self._store.notes(RATE).items()}
 
     def _do_execute(self, node: SimulatedNode, number: float) -> None:
         if node.runs:

@@ -8,8 +8,9 @@ import attrs
 from taskx.attempt import waiting
 from taskx.attempt.checkpoints import Checkpoints
 from taskx.attempt.children import Children
-from taskx.node import schedules
-from taskx.node.admission import Admission, OwnSlots
+from taskx.attempt.waiting import Waits
+from taskx.node import schedules, starter
+from taskx.node.admission import Admission, Asking, OwnSlots
 from taskx.node.audit import Audit
 from taskx.node.due import Release
 from taskx.node.ordering import Dependents, Turns
@@ -19,6 +20,7 @@ from taskx.node.starter import Starter
 from taskx.node.ticker import Ticker
 from taskx.queue.intake import Intake
 from taskx.queue.operations import Operations
+from taskx.stores import lists
 from taskx.tasks import children, ids, lifecycle, unique
 from taskx.tasks.errors import RepositoryUnavailable
 from taskx.tasks.rate import Rate
@@ -303,7 +305,11 @@ def rescue_from_the_living(patch):
     patch(Recovery, "_take_back", take_back)
 
 
-@plant("A task that was put off is released at the time that it had before.", seed=-1)
+@plant(
+    "A task that was put off is released at the time that it had before.",
+    seed=-1,
+    program="delayed",
+)
 def release_of_replaced(patch):
     inner = lifecycle.release
     patch(lifecycle, "release", lambda task_id, run_at: inner(task_id))
@@ -443,3 +449,47 @@ def key_rate_of_node(patch):
 @plant("A start takes one token of a rate, whatever it costs.", seed=-1, program="keyed")
 def cost_not_taken(patch):
     patch(Rate, "share", lambda self, cost: 1 if cost or not self.unit else 0)
+
+
+@plant("The children of a task that is cancelled go on.", seed=-1, program="family")
+def children_of_cancelled(patch):
+    inner = lists.cancel
+
+    def cancel(repository, commit, listed, now):
+        if repository.get_by_id(listed.params["parent"]).status.value != "cancelled":
+            inner(repository, commit, listed, now)
+
+    patch(lists, "cancel", cancel)
+
+
+@plant("Children that are not needed any more go on.", seed=-1, program="family")
+def children_not_needed(patch):
+    inner = Children.outcomes
+    patch(
+        Children,
+        "outcomes",
+        lambda self, parent, name, some, *more: inner(self, parent, name, False, *more),
+    )
+
+
+@plant("Children do not run again with their parent.", seed=-1, program="family")
+def children_not_again(patch):
+    def reopen(self, listed, parent):
+        self._commit([lifecycle.listed_again(listed, parent.id)])
+
+    patch(Children, "_reopen", reopen)
+
+
+@plant("To go on after a wait takes a token.", seed=-1, program="rated")
+def token_to_go_on(patch):
+    patch(starter, "Asking", lambda task_id, cost, resumed: Asking(task_id, cost, False))
+
+
+@plant("The time-out of a wait counts anew after each interruption.", seed=-1, program="patient")
+def time_out_anew(patch):
+    inner = Waits.wait
+
+    def wait(self, task, awaited, timeout, until, token):
+        return inner(self, task, awaited, timeout, None, token)
+
+    patch(Waits, "wait", wait)

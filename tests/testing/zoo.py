@@ -541,7 +541,29 @@ class Keyed(Patient):
         ]
 
 
-PROGRAMS = {"zoo": Zoo, "patient": Patient, "family": Family, "rated": Rated, "keyed": Keyed}
+class Delayed(Zoo):
+    """Tasks that are put off before their time has come."""
+
+    def __call__(self, queue):
+        queue.register_executor(plain)
+        queue.register_executor(nap)
+        return [
+            self.unique(queue, "replace", delay=0.3),
+            self.unique(queue, "replace", delay=20),
+            lambda: queue.submit("nap", {"n": 1}, delay=2),
+            self.change(queue.cancel_task, "pending"),
+            self.change(queue.requeue, "cancelled"),
+        ]
+
+
+PROGRAMS = {
+    "zoo": Zoo,
+    "patient": Patient,
+    "family": Family,
+    "rated": Rated,
+    "keyed": Keyed,
+    "delayed": Delayed,
+}
 
 
 def find(name, seeds):
