@@ -21,6 +21,7 @@ from taskx.node.ticker import Ticker
 from taskx.queue.intake import Intake
 from taskx.queue.operations import Operations
 from taskx.stores import lists
+from taskx.stores.liveness.leases import Leases
 from taskx.tasks import children, ids, lifecycle, unique
 from taskx.tasks.errors import RepositoryUnavailable
 from taskx.tasks.rate import Rate
@@ -493,3 +494,8 @@ def time_out_anew(patch):
         return inner(self, task, awaited, timeout, None, token)
 
     patch(Waits, "wait", wait)
+
+
+@plant("A node that is alone and seems dead does not come back.", seed=-1)
+def alone_and_dead(patch):
+    patch(Leases, "come_back", nothing)

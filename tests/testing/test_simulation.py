@@ -113,6 +113,11 @@ def test_a_task_that_runs_here_already_does_not_start_without_a_token():
     )
 
 
+def test_a_node_that_seems_dead_comes_back_even_if_nobody_else_lives():
+    """Another node has found that its lease is over, and has died before it took back the tasks."""
+    replay(Zoo, [("boot", 0), ("boot", 1), ("late", 1), ("kill", 0), ("ask", 1)])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize("chunk", range(5))
