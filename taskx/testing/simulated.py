@@ -207,18 +207,14 @@ class _Host(HostLocks):
 
 
 class Living(Leases):
-    """The leases of a node, without threads: heartbeats are sent while time passes, and in rounds.
-
-    Attributes:
-        stalled: True while no heartbeat arrives.
-    """
+    """The leases of a node, without threads: heartbeats are sent while time passes, and in rounds."""
 
     def __init__(self, door: Door, world: World) -> None:
         super().__init__(
             door, LEASE, _Host(world), door.clock.monotonic, door.clock.now_ms, door.timing
         )
         self._door, self._world = door, world
-        self.stalled = self._beats = False
+        self._stalled = self._beats = False
 
     def join(self, node: Node, *, tended: bool = False) -> None:
         super().join(node, tended=True)
@@ -226,7 +222,7 @@ class Living(Leases):
     def tend(self, node: str) -> None:
         own = self._own.get(node)
         # A thread sends them: one after the other, and none while another thread makes the note.
-        if self.stalled or self._beats or own is None or own.making.locked():
+        if self._stalled or self._beats or own is None or own.making.locked():
             return
         self._beats = True
         try:
@@ -237,11 +233,21 @@ class Living(Leases):
     def go_on(self) -> None:
         """Do what threads do while time passes: send heartbeats, and watch the lease."""
         for node, own in [*self._own.items()]:
-            if not (self.stalled or self._beats):
-                own.acknowledged = own.next_beat = self._monotonic()
+            if not (self._stalled or self._beats):
+                now = self._monotonic()
+                _replace(own, acknowledged=now, next_beat=now)
                 self.tend(node)
             if not own.told:
                 self._watch_over(node, own)
+
+    @contextmanager
+    def stalled(self) -> Iterator[None]:
+        """Let no heartbeat arrive, for the length of a block."""
+        self._stalled = True
+        try:
+            yield
+        finally:
+            self._stalled = False
 
     def watch(self, node: str, lost: Callable[[], object]) -> None:
         def tell() -> None:

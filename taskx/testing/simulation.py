@@ -278,16 +278,17 @@ class Simulation:
     def _do_late(self, node: SimulatedNode, number: float) -> None:
         living, frames = node.door.living, self._frames
         others = [one for one in self._places if one is not None and one is not node and one.up]
-        living.stalled, self._frames = True, []
+        self._frames = []  # no fault strikes those who look
         try:
-            for _ in range(_LONG_STALL):
-                self.pass_time(living.interval)
-                for other in others:
-                    other.door.living.nodes()
-                if self.is_dead(node):
-                    break
+            with living.stalled():
+                for _ in range(_LONG_STALL):
+                    self.pass_time(living.interval)
+                    for other in others:
+                        other.door.living.nodes()
+                    if self.is_dead(node):
+                        break
         finally:
-            living.stalled, self._frames = False, frames
+            self._frames = frames
 
     def _do_clock(self, node: SimulatedNode, number: float) -> None:
         self._promises.a_clock_is_wrong()
