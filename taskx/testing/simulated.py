@@ -545,14 +545,16 @@ def virtual(world: Callable[[], World], quiet: logging.Logger) -> Iterator[Calla
         sleep=lambda some: world().pass_time(some),
     )
     system = _Instead(os, urandom=lambda length: next(numbers).to_bytes(length, "big"))
+    # A version grows with each change of a note, and none may be that of a later note.
+    apart = _Instead(os, urandom=lambda length: (next(numbers) << 24).to_bytes(length, "big"))
     ours = [m for name, m in sys.modules.items() if name.startswith("taskx.") and m is not None]
     loud = vars(leases)["log"]
     timed = [module for module in ours if vars(module).get("time") is real]
     try:
         for module in timed:
             _replace(module, time=clock)
-        for module in (ids, base):
-            _replace(module, os=system)
+        _replace(ids, os=system)
+        _replace(base, os=apart)
         _replace(leases, log=quiet)
         yield begin
     finally:
