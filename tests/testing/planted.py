@@ -106,18 +106,26 @@ def one_parent_is_enough(patch):
     patch(lifecycle, "parents_moved", hasty)
 
 
-@plant("A task whose parent has failed already may start.", seed=459)
+@plant("A task whose parent has failed already may start.", seed=551)
 def failed_parent_at_submit(patch):
     patch(lifecycle, "next_parent", lifecycle.unfinished_parent)
 
 
-@plant("Nobody looks for the dependents of a task whose node died after its end.", seed=367)
+@plant(
+    "Nobody looks for the dependents of a task whose node died after its end.",
+    seed=449,
+    program="patient",
+)
 def dependents_of_the_dead(patch):
     patch(Dependents, "ended_elsewhere", nothing)
     patch(Dependents, "scan_some", nothing)
 
 
-@plant("Nobody looks for a turn that a node did not pass on before its death.", seed=3331)
+@plant(
+    "Nobody looks for a turn that a node did not pass on before its death.",
+    seed=25,
+    program="keyed",
+)
 def turns_of_the_dead(patch):
     patch(Turns, "scan_all_soon", nothing)
     patch(Turns, "scan_some", nothing)
