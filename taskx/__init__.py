@@ -12,11 +12,19 @@ TYPE_CHECKING = False  # type checkers know the name; importing it from typing t
 if TYPE_CHECKING:
     from taskx.attempt.context import Context
     from taskx.attempt.current import TaskLogFilter, current_context
-    from taskx.attempt.executors import BoundExecutor, Executor, TaskExecutor, executor
+    from taskx.attempt.executors import (
+        BatchExecutor,
+        BoundExecutor,
+        Executor,
+        TaskExecutor,
+        executor,
+    )
     from taskx.attempt.registry import Middleware
+    from taskx.attempt.together import BatchContext, BatchTask
     from taskx.attempt.transactions import Transaction
     from taskx.attempt.waiting import NotDone, Parked, Uncertain
     from taskx.insight.changelog import Change
+    from taskx.insight.counted import KeyUsage, Usage
     from taskx.insight.diagnosis import Diagnosis
     from taskx.insight.failures import FailureGroup, Failures
     from taskx.insight.health import Health
@@ -65,6 +73,7 @@ if TYPE_CHECKING:
     from taskx.tasks.findings import Check, Problem, Reason
     from taskx.tasks.handles import TaskHandle
     from taskx.tasks.model import Attempt, Task, TaskCount, TaskFilter, TaskPage, TaskStatus
+    from taskx.tasks.refusals import retry_after
     from taskx.tasks.retry import Permanent, Retry, RetryPolicy, Snooze
     from taskx.tasks.ticks import every
     from taskx.tasks.token import CancelToken
@@ -73,6 +82,9 @@ __version__ = "0.2.0"
 
 __all__ = [
     "Attempt",
+    "BatchContext",
+    "BatchExecutor",
+    "BatchTask",
     "BoundExecutor",
     "Bulk",
     "CancelReason",
@@ -96,6 +108,7 @@ __all__ = [
     "History",
     "Hook",
     "InvalidTransition",
+    "KeyUsage",
     "LimitInfo",
     "MapOutcome",
     "MapResults",
@@ -151,6 +164,7 @@ __all__ = [
     "TypeStats",
     "Uncertain",
     "UnknownTaskType",
+    "Usage",
     "ZlibCodec",
     "answer",
     "chain",
@@ -159,6 +173,7 @@ __all__ = [
     "executor",
     "group",
     "open_repository",
+    "retry_after",
     "run",
     "tick_of",
 ]
@@ -167,11 +182,13 @@ __all__ = [
 _HOMES = {
     "taskx.attempt.context": "Context",
     "taskx.attempt.current": "TaskLogFilter current_context",
-    "taskx.attempt.executors": "BoundExecutor Executor TaskExecutor executor",
+    "taskx.attempt.executors": "BatchExecutor BoundExecutor Executor TaskExecutor executor",
     "taskx.attempt.registry": "Middleware",
+    "taskx.attempt.together": "BatchContext BatchTask",
     "taskx.attempt.transactions": "Transaction",
     "taskx.attempt.waiting": "NotDone Parked Uncertain",
     "taskx.insight.changelog": "Change",
+    "taskx.insight.counted": "KeyUsage Usage",
     "taskx.insight.diagnosis": "Diagnosis",
     "taskx.insight.failures": "FailureGroup Failures",
     "taskx.insight.health": "Health",
@@ -206,6 +223,7 @@ _HOMES = {
     "taskx.tasks.findings": "Check Problem Reason",
     "taskx.tasks.handles": "TaskHandle",
     "taskx.tasks.model": "Attempt Task TaskCount TaskFilter TaskPage TaskStatus",
+    "taskx.tasks.refusals": "retry_after",
     "taskx.tasks.retry": "Permanent Retry RetryPolicy Snooze",
     "taskx.tasks.ticks": "every",
     "taskx.tasks.token": "CancelToken",

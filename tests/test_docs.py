@@ -324,6 +324,7 @@ def test_the_page_of_errors_names_every_error():
 def test_the_table_of_settings_has_the_defaults_of_the_code():
     rows = {row[0]: row[1] for row in table(ROOT / "docs" / "queue.rst", "Config")}
     shown = {"None": None, "1 MiB": 1 << 20, '"reject"': "reject", "some words": SECRETS}
+    shown["3600"] = 3600.0
     defaults = attrs.asdict(taskx.Config())
     assert {name: shown.get(rows[name]) or rows[name] for name in defaults} == {
         name: str(value) if type(value) is int and value < 1000 else (value or "None")

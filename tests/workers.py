@@ -45,6 +45,49 @@ print("started", flush=True)
 sys.stdin.readline()
 """
 
+# It forks processes that run the program of its last argument, and that end when it ends.
+_NURSERY = """
+import os, signal, sys, threading
+from taskx import Config, Queue, SQLiteRepository
+
+program = sys.argv.pop()
+if sys.argv[1].startswith("mongodb"):
+    import pymongo
+    from taskx import MongoRepository
+elif sys.argv[1].startswith("postgresql"):
+    sys.path.append(os.path.join(sys.path[0] or os.getcwd(), "tests"))
+    import django_project, workers
+    django_project.set_up()
+    import taskx.contrib.django.repository
+
+end, held = os.pipe()
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
+for _ in sys.stdin:
+    if not os.fork():
+        os.close(held)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        threading.Thread(target=lambda: (os.read(end, 1), os._exit(0)), daemon=True).start()
+        exec(program, {"__name__": "__main__"})
+"""
+_BORN = """
+queue.start()
+print(os.getpid(), flush=True)
+import threading
+threading.Event().wait()
+"""
+
+
+class Nursery:
+    """Starts worker programs that have imported everything, so that each is replaced in no time."""
+
+    def __init__(self, child: Any) -> None:
+        self._child = child
+
+    def start(self) -> int:
+        """Start one program. Return the id of its process when its queue has started."""
+        self._child.tell()
+        return int(self._child.read())
+
 
 class Workers:
     """Worker programs, on a repository that the test can use, too.
@@ -62,6 +105,11 @@ class Workers:
     def spawn(self, executors: str) -> Any:
         """Start one program with these executors. Their code can use ``queue`` and ``note``."""
         return self._spawn(_BEGIN + executors + _RUN, *self._where, self.threads)
+
+    def nursery(self, executors: str) -> Nursery:
+        """Return what starts programs with these executors, as often as is wanted."""
+        program = _BEGIN + executors + _BORN
+        return Nursery(self._spawn(_NURSERY, *self._where, self.threads, program))
 
     def start(self, executors: str, count: int = 1) -> list[Any]:
         """Start ``count`` programs. Return them when all their queues have started."""

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from math import inf
+from operator import itemgetter
 
 from taskx.tasks.clock import Clock
 from taskx.tasks.errors import CancelReason
@@ -20,6 +21,33 @@ from taskx.tasks.token import CancelToken
 
 #: The seconds after a token's deadline, and the function to call if the token is still in use then.
 Overdue = tuple[float, Callable[[], object]]
+#: What is to be done for a token, and when, the earliest first.
+Steps = list[tuple[float, Callable[[], object]]]
+
+
+class Pulse:
+    """The signs of life of a run that times out after ``stall`` seconds without one.
+
+    A sign only notes the time. The alarm looks at it when the run would time out, and moves on.
+    """
+
+    __slots__ = ("_last", "_now", "silent", "stall")
+
+    def __init__(self, stall: float, clock: Clock) -> None:
+        self.stall = stall
+        self._now = clock.monotonic
+        self._last = -inf
+        #: True if the token has fired for want of a sign.
+        self.silent = False
+
+    def beat(self) -> None:
+        """Note a sign of life."""
+        self._last = self._now()
+
+    @property
+    def due(self) -> float:
+        """The time at which the run times out without a further sign."""
+        return self._last + self.stall
 
 
 class Alarms:
@@ -30,20 +58,58 @@ class Alarms:
         self._every = timing.alarms_every
         self._lock = threading.Lock()
         #: The time and the action of each step that a token still needs, the earliest first.
-        self._steps: dict[CancelToken, list[tuple[float, Callable[[], object]]]] = {}
+        self._steps: dict[CancelToken, Steps] = {}
         self._running = False
 
-    def add(self, token: CancelToken, overdue: Overdue | None = None) -> None:
-        """Fire ``token`` at its deadline; call ``overdue`` if the token is still in use some time later."""
+    def add(
+        self, token: CancelToken, overdue: Overdue | None = None, pulse: Pulse | None = None
+    ) -> None:
+        """Fire ``token`` at its deadline; call ``overdue`` if the token is still in use some time later.
+
+        With a ``pulse`` it fires, too, when there was no sign of life, even without a deadline.
+        """
         deadline = -inf if token.deadline is None else token.deadline
-        steps: list[tuple[float, Callable[[], object]]]
-        steps = [(deadline, partial(token.fire, CancelReason.TIMEOUT))]
-        if overdue is not None:
-            seconds, call = overdue
-            steps.append((deadline + seconds, call))
+        steps: Steps = []
+        if token.deadline is not None or pulse is None:
+            steps = [(deadline, partial(token.fire, CancelReason.TIMEOUT))]
+            if overdue is not None:
+                seconds, call = overdue
+                steps.append((deadline + seconds, call))
         with self._lock:
             self._steps[token] = steps
+        if pulse is not None:
+            self._expect(steps, token, pulse, overdue)
         self.go_on()
+
+    def _expect(
+        self,
+        steps: Steps,
+        token: CancelToken,
+        pulse: Pulse,
+        overdue: Overdue | None,
+    ) -> None:
+        """Look at a pulse when the token would fire without a further sign of life."""
+        steps.append((pulse.due, partial(self._listen, steps, token, pulse, overdue)))
+        steps.sort(key=itemgetter(0))
+
+    def _listen(
+        self,
+        steps: Steps,
+        token: CancelToken,
+        pulse: Pulse,
+        overdue: Overdue | None,
+    ) -> None:
+        """Fire the token if there was no sign of life, and from then on wait only for ``overdue``."""
+        now = self._clock.monotonic()
+        if token.reason is not None:
+            return
+        if pulse.due > now:
+            self._expect(steps, token, pulse, overdue)
+            return
+        pulse.silent = True  # first: the thread of the run goes on at once
+        pulse.silent = token.fire(CancelReason.TIMEOUT)
+        if pulse.silent:
+            steps[:] = [] if overdue is None else [(now + overdue[0], overdue[1])]
 
     def go_on(self) -> None:
         """Start the thread if there is something to do and the thread does not run.

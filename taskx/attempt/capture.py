@@ -11,8 +11,9 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 from taskx.tasks import payload
 from taskx.tasks.lifecycle import MAX_LOG
@@ -23,16 +24,18 @@ MAX_LINE = MAX_LOG // 8
 _formatter = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
 _formatter.converter = time.gmtime
 _formatter.default_time_format, _formatter.default_msec_format = "%Y-%m-%dT%H:%M:%S", "%s.%03dZ"
+_TIME = len("2026-01-01T00:00:00.000Z")
 
 
 class Capture:
     """The last lines of a run with at least a given level, at most :data:`MAX_LOG` characters.
 
     ``prefix`` is the beginning of each line of ``ctx.logger``; it is left out here, as the record of the
-    task says the same.
+    task says the same. ``beat`` is called for each line that is kept.
     """
 
-    def __init__(self, level: int, prefix: str) -> None:
+    def __init__(self, level: int, prefix: str, beat: Callable[[], object] = int) -> None:
+        self._beat = beat
         self.level = level
         self._prefix = prefix
         self._lines: deque[str] = deque()
@@ -43,6 +46,7 @@ class Capture:
         """Keep a log record, unless its level is too low. Never raises an exception."""
         if record.levelno < self.level:
             return
+        self._beat()
         try:
             text = _formatter.format(record).replace(f": {self._prefix}", ": ", 1)
             line = payload.clean_text(text, MAX_LINE) + "\n"
@@ -51,8 +55,19 @@ class Capture:
         with self._lock:
             self._lines.append(line)
             self._size += len(line)
-            while self._size > MAX_LOG and len(self._lines) > 1:
-                self._size -= len(self._lines.popleft())
+            self._shorten()
+
+    def add_all(self, other: Capture) -> None:
+        """Keep the lines of another capture, too."""
+        with self._lock, other._lock:
+            both = [*self._lines, *other._lines]
+            both.sort(key=lambda line: line[:_TIME])
+            self._lines, self._size = deque(both), self._size + other._size
+            self._shorten()
+
+    def _shorten(self) -> None:
+        while self._size > MAX_LOG and len(self._lines) > 1:
+            self._size -= len(self._lines.popleft())
 
     def text(self) -> str:
         """Return the lines that were kept so far."""
@@ -72,6 +87,10 @@ class CapturedLogger(logging.Logger):
         self._logger = logger
         self.capture = capture
 
+    def captured_by(self, capture: Capture) -> CapturedLogger:
+        """Return a logger that passes lines on to the same logger, and keeps them elsewhere."""
+        return CapturedLogger(self._logger, capture)
+
     def isEnabledFor(self, level: int) -> bool:  # noqa: N802  (logging's name)
         return level >= self.capture.level or self._logger.isEnabledFor(level)
 
@@ -80,6 +99,10 @@ class CapturedLogger(logging.Logger):
         record.taskx_kept = True
         if self._logger.isEnabledFor(record.levelno):
             self._logger.handle(record)
+
+
+#: What keeps the log lines of a coroutine.
+in_coroutine: ContextVar[Capture | None] = ContextVar("in_coroutine", default=None)
 
 
 class _Router(logging.Handler):
@@ -115,6 +138,8 @@ class _Router(logging.Handler):
     def handle(self, record: logging.LogRecord) -> bool:
         """Handle a record without the handler's lock, so that threads do not wait for one another."""
         capture = getattr(self._thread, "capture", None)
+        if capture is None:
+            capture = in_coroutine.get()
         if capture is not None and not hasattr(record, "taskx_kept"):
             capture.add(record)
         if (last := logging.lastResort) and record.levelno >= last.level and self._alone(record):

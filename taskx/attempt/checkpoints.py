@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
 from typing import Any, NoReturn
@@ -27,7 +27,12 @@ from taskx.attempt.waiting import (
 from taskx.stores.base import Repository
 from taskx.tasks import forks, lifecycle, payload
 from taskx.tasks.clock import Clock
-from taskx.tasks.errors import CancelReason, ConfigurationError, RepositoryUnavailable
+from taskx.tasks.errors import (
+    CancelReason,
+    ConfigurationError,
+    RepositoryError,
+    RepositoryUnavailable,
+)
 from taskx.tasks.lifecycle import Ending, Park
 from taskx.tasks.model import Task, check_name
 from taskx.tasks.record import checkpoints_to_text, part_name, parts_of
@@ -103,8 +108,14 @@ class Keeper:
         name = part_name(task.id)
 
         def put() -> str:
-            if not self._repository.put_note(name, coded, 0):  # after an error that was in doubt
-                assert self._repository.reads.notes_named([name])
+            # It may be there already, after an error that was in doubt.
+            if not (
+                self._repository.put_note(name, coded, 0)
+                or self._repository.reads.notes_named([name])
+            ):
+                raise RepositoryError(
+                    f"steps of task {task.id} are not stored: their note {name} was removed meanwhile"
+                )
             return name
 
         return self.waits.patiently(token, put)
@@ -203,6 +214,24 @@ class Checkpoints:
         self._begin(name, token)
         if name not in self._steps and name not in self._filed:
             self._make(name, token, call)
+        return self._value(name)
+
+    async def astep(
+        self,
+        name: str,
+        token: CancelToken,
+        call: Callable[[], Awaitable[Any]],
+        aside: Callable[..., Awaitable[object]],
+    ) -> Any:
+        """Do what :meth:`step` does in a coroutine; ``aside`` calls a function in another thread."""
+        self._begin(name, token)
+        if name not in self._steps and name not in self._filed:
+            self._refuse_if_completed()
+            try:
+                await aside(self._keep, name, token, await call())
+            except BaseException:  # as in _make
+                self._taken.discard(name)
+                raise
         return self._value(name)
 
     def _value(self, name: str) -> Any:
@@ -358,15 +387,19 @@ class Checkpoints:
         """Call a step, and store its result."""
         self._refuse_if_completed()
         try:
-            text = self._encode(call(), f"step {name!r}")
-            with self._lock:
-                self._file(token)
-                steps = {**self._steps, name: text}
-                self._store(steps, self._cursor, durable=durable, token=token)
-                self._steps = steps
+            self._keep(name, token, call(), durable=durable)
         except BaseException:  # after any error the executor may try again
             self._taken.discard(name)
             raise
+
+    def _keep(self, name: str, token: CancelToken, value: Any, *, durable: bool = True) -> None:
+        """Store the result of a step."""
+        text = self._encode(value, f"step {name!r}")
+        with self._lock:
+            self._file(token)
+            steps = {**self._steps, name: text}
+            self._store(steps, self._cursor, durable=durable, token=token)
+            self._steps = steps
 
     def _file(self, token: CancelToken) -> None:
         """Put the steps of the record into a note, if they are many: each further step rewrites the record.

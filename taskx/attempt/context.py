@@ -5,14 +5,22 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import (
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
 from contextlib import contextmanager, suppress
 from copy import copy
 from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, ParamSpec, TypeVar
 
-from taskx.attempt.capture import CapturedLogger
+from taskx.attempt.capture import CapturedLogger, in_coroutine
 from taskx.attempt.checkpoints import Checkpoints, Keeper
 from taskx.attempt.children import check_tasks
 from taskx.attempt.transactions import Completed, Transaction
@@ -28,7 +36,7 @@ from taskx.attempt.waiting import (
     seconds_of,
 )
 from taskx.tasks import payload
-from taskx.tasks.checks import Duration, check_number
+from taskx.tasks.checks import Duration, check_number, is_async
 from taskx.tasks.clock import to_ms
 from taskx.tasks.errors import (
     CancelReason,
@@ -47,6 +55,7 @@ from taskx.tasks.token import CancelToken
 
 if TYPE_CHECKING:
     from taskx.attempt.alarms import Alarms
+    from taskx.attempt.coroutines import Awaited, Loop
 
 # Seconds between two looks if progress is still being stored.
 _MOMENT = 0.001
@@ -84,6 +93,8 @@ class Shared(NamedTuple):
     fetch: Callable[[Sequence[str]], Mapping[str, Task]]  #: reads tasks, by their ids
     #: Stores the progress of a run, by its task's id; None in a child process.
     store_progress: Callable[[str], object] | None = None
+    #: Returns the loop of coroutines; None in a test that calls none.
+    loop: Callable[[], Loop] | None = None
     #: Is told the type of a task whose progress message was cut.
     cut: Callable[[str], object] = lambda type: None
 
@@ -99,7 +110,7 @@ class Context:
         *("_copy", "_shared", "_task", "_token"),
         *("_missed", "_quiet", "_storing", "_told", "_unwritten"),
         *("_checkpoints", "_run_token", "_stored"),
-        *("_completed", "_parked", "_spent"),
+        *("_awaited", "_completed", "_parked", "_spent"),
     )
 
     def __init__(self, task: Task, token: CancelToken, shared: Shared) -> None:
@@ -114,10 +125,13 @@ class Context:
         )
         self._checkpoints: Checkpoints | None = None
         self._stored: str | None = None  # the checkpoints that were stored last
+        self._spent: Cost = NOTHING
         #: The completion of the task, if a transaction of the run has stored one.
         self._completed: list[Completed] = []
         #: Raised by a call that has parked the run; None if none has.
         self._parked: Parked | None = None
+        #: The coroutine of the run, if its executor is one.
+        self._awaited: Awaited | None = None
 
     @property
     def task(self) -> Task:
@@ -153,9 +167,14 @@ class Context:
         return self._token
 
     @property
+    def _known_as(self) -> tuple[str, str]:
+        """The id and the type of the task, for log lines."""
+        return self._task.id, self._task.type
+
+    @property
     def logger(self) -> TaskLogger:
         """A logger that writes the task's id and type into each line."""
-        extra = {"task_id": self._task.id, "task_type": self._task.type}
+        extra = dict(zip(("task_id", "task_type"), self._known_as, strict=True))
         return TaskLogger(self._shared.log, extra)
 
     def progress(self, percent: float, message: str = "") -> None:
@@ -175,6 +194,12 @@ class Context:
         self._told = percent, message
         self._unwritten = True
 
+    def alive(self) -> None:
+        """Say that the run goes on, although it has no progress to report: see the option ``stall``.
+
+        Without that option, this does nothing.
+        """
+
     def spent(self, **units: int) -> None:
         """Say what this run has taken of the units of its cost, which was only an estimate.
 
@@ -188,8 +213,7 @@ class Context:
 
     def _spent_in_truth(self) -> Cost:
         """Return what the run has said to have taken; empty if it has said nothing."""
-        told: Cost = getattr(self, "_spent", NOTHING)  # few runs say it
-        return told
+        return self._spent
 
     def _message_was_cut(self) -> None:
         """Let the log say that progress messages of this task's type are cut."""
@@ -241,6 +265,36 @@ class Context:
             RepositoryError: the result could not be stored.
         """
         return self._kept().step(name, self._token, lambda: fn(*args, **kwargs))  # type: ignore[no-any-return]
+
+    def _wait_for(self, coroutine: Coroutine[Any, Any, T], enter_run: Callable[[], object]) -> T:
+        """Run the coroutine of the executor on the queue's loop, and return its result.
+
+        ``enter_run`` makes the run the current one for the coroutine.
+        """
+
+        def enter(begun: Awaited) -> None:
+            self._awaited = begun
+            enter_run()
+            if isinstance(self._shared.log, CapturedLogger):
+                in_coroutine.set(self._shared.log.capture)
+
+        assert self._shared.loop is not None
+        return self._shared.loop().run(coroutine, self._task, self._token, enter)  # type: ignore[no-any-return]
+
+    async def astep(
+        self, name: str, fn: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs
+    ) -> Any:
+        """Do what :meth:`step` does, in a coroutine: the others go on while the result is stored.
+
+        ``fn`` is a coroutine function, or a function, which is called in another thread.
+
+        Raises:
+            TaskxError: any error that :meth:`step` raises.
+        """
+        from asyncio import to_thread  # here: most programs need no coroutines
+
+        call = partial(fn if is_async(fn) else partial(to_thread, fn), *args, **kwargs)
+        return await self._kept().astep(name, self._token, call, to_thread)
 
     # --- waiting without a thread
 
@@ -725,13 +779,17 @@ class Context:
         """
         outer = self._token
         limit = check_number(seconds, "timeout")
-        inner = outer._child(limit)
+        inner, coroutine = outer._child(limit), self._awaited
         self._shared.alarms.add(inner)
         self._token = inner
+        if coroutine is not None:
+            inner.on_cancel(lambda: coroutine.cancel(lambda: self._token is inner))
         try:
             yield inner
         except BaseException as error:
             if inner.reason is CancelReason.TIMEOUT and not outer.cancelled:
+                if coroutine is not None:
+                    coroutine.uncancel(error)
                 raise TimeoutError(f"not done within {limit:g} s") from error
             raise
         finally:
@@ -771,3 +829,46 @@ class Context:
                 remove()
         finally:
             waker.close()
+
+
+class Watched(Context):
+    """The context of a run that times out if it gives no sign of life: ``beat`` is called at each one."""
+
+    __slots__ = ("_beat",)
+
+    def __init__(
+        self, task: Task, token: CancelToken, shared: Shared, beat: Callable[[], object]
+    ) -> None:
+        super().__init__(task, token, shared)
+        self._beat = beat
+
+    def alive(self) -> None:
+        self._beat()
+
+    def progress(self, percent: float, message: str = "") -> None:
+        self._beat()
+        super().progress(percent, message)
+
+    def step(self, name: str, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return super().step(name, fn, *args, **kwargs)
+        finally:
+            self._beat()
+
+    async def astep(
+        self, name: str, fn: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs
+    ) -> Any:
+        try:
+            return await super().astep(name, fn, *args, **kwargs)
+        finally:
+            self._beat()
+
+    def _parking(self, wait: Callable[[Checkpoints], Any]) -> Any:
+        try:
+            return super()._parking(wait)
+        finally:
+            self._beat()
+
+    def _kept(self) -> Checkpoints:
+        self._beat()
+        return super()._kept()

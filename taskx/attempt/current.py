@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,6 +19,9 @@ class _Current(threading.local):
 #: Holds the context of each thread. A forked child is outside of the executor that has forked.
 current = _Current()
 
+#: The context of the executor that a coroutine, or what it has called in another thread, belongs to.
+awaited: ContextVar[Context | None] = ContextVar("awaited", default=None)
+
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=lambda: setattr(current, "context", None))
 
@@ -25,9 +29,10 @@ if hasattr(os, "register_at_fork"):
 def current_context() -> Context | None:
     """Return the context of the executor that the calling thread is inside, None outside of one.
 
-    A thread that an executor has started itself is outside.
+    A coroutine is inside of its executor, and so is what it calls by ``asyncio.to_thread``. A thread that
+    an executor has started itself is outside.
     """
-    return current.context
+    return current.context or awaited.get()
 
 
 class TaskLogFilter(logging.Filter):
@@ -39,8 +44,7 @@ class TaskLogFilter(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Set the attributes that the record lacks, and let every record through."""
-        task = None if (context := current.context) is None else context.task
-        known = ("", "") if task is None else (task.id, task.type)
+        known = ("", "") if (context := current_context()) is None else context._known_as
         for name, value in zip(("task_id", "task_type"), known, strict=True):
             record.__dict__.setdefault(name, value)
         return True

@@ -7,8 +7,8 @@ import inspect
 import itertools
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Set
-from functools import update_wrapper
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence, Set
+from functools import partial, update_wrapper
 from types import MappingProxyType
 from typing import (
     TYPE_CHECKING,
@@ -23,21 +23,23 @@ from typing import (
 )
 
 from taskx.attempt.context import Context
-from taskx.tasks.checks import check_plain
+from taskx.attempt.current import awaited, current_context
+from taskx.attempt.together import BatchContext, Together, alone
+from taskx.tasks.checks import Duration, check_plain, is_async
 from taskx.tasks.creation import model_of
 from taskx.tasks.errors import ConfigurationError, PayloadError
 from taskx.tasks.model import Task, check_name
 from taskx.tasks.options import (
     FALLBACKS,
-    ExecutorOptions,
     Options,
+    PlainOptions,
     SubmitOptions,
     lifetime,
     log_level,
     options_of,
 )
 from taskx.tasks.submission import bound_options, of_submit, with_options
-from taskx.tasks.values import Values, values_of
+from taskx.tasks.values import ItemValues, Values, values_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing from 3.11 on
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 
 class TaskExecutor(ABC):
@@ -165,7 +168,10 @@ class Executor(Generic[P, R]):
             first = named[0].name
             self._only_param = first if self._required <= {first} else None
         #: The JSON forms of params and result; None if no annotation has one.
-        self._values: Values | None = values_of(function, own)
+        self._values: Values | None = self._values_of(own)
+
+    def _values_of(self, own: Sequence[inspect.Parameter]) -> Values | None:
+        return values_of(self.function, own)
 
     def _check_kinds(self, parameters: list[inspect.Parameter]) -> None:
         for parameter in parameters:
@@ -424,29 +430,118 @@ class ContextExecutor(Executor[P, R]):
     _takes_context = True
 
     def __call__(self, ctx: Context, *args: P.args, **kwargs: P.kwargs) -> R:
-        return self.function(ctx, *args, **kwargs)
+        try:
+            return self.function(ctx, *args, **kwargs)
+        except AttributeError as error:
+            if ctx is not None or error.obj is not None or not hasattr(Context, error.name or ""):
+                raise
+            raise ConfigurationError(
+                f"executor {self.type!r} uses ctx.{error.name}, and was called with None as its ctx: in a "
+                "test, run_executor of taskx.testing gives it one"
+            ) from error
+
+
+class AsyncExecutor(Executor[P, R]):
+    """An executor made from a coroutine function. A call returns a coroutine."""
+
+    def __init__(
+        self, type: str, function: Callable[..., Any], options: Options, *, takes_context: bool
+    ) -> None:
+        self._takes_context = takes_context
+        super().__init__(type, function, options)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Coroutine[Any, Any, R]:
+        return self.function(*args, **kwargs)  # type: ignore[return-value]
+
+
+class BatchExecutor(Executor[[T], R], Generic[T, R]):
+    """An executor whose function takes a list of the params of tasks, and returns a list of results.
+
+    ``submit`` and ``task`` take the params of one task.
+    """
+
+    def __init__(self, type: str, function: Callable[..., Any], options: Options) -> None:
+        own = [*inspect.signature(function).parameters.values()]
+        self._takes_context = bool(own) and _is_context(own[0])
+        super().__init__(type, function, options)
+        taken = [*self._signature.parameters.values()]
+        needed = [p for p in taken if p.default is p.empty]
+        if not taken or needed not in ([], taken[:1]) or taken[0].kind is not _BY_PLACE:
+            raise ConfigurationError(
+                f"executor {type!r} has batch=…, so its function must take one list, with the params of "
+                "each task, after ctx if that is its first parameter"
+            )
+        # The params are those of the items.
+        self._only_param, self._required = None, frozenset()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+    def _values_of(self, own: Sequence[inspect.Parameter]) -> Values | None:
+        return values_of(self.function, own[:1], ItemValues) if own else None
+
+    def task(self, params: T, /) -> Task:
+        """Return a new task with these params as JSON, to change and submit.
+
+        Raises:
+            PayloadError: the params are no object, or do not fit their annotation.
+        """
+        return self._task_with(params)
+
+    def _task_with(self, params: Any = None) -> Task:
+        if params is None:
+            raise PayloadError(
+                "params", f"{self.type!r} requires the params of the task, an object"
+            )
+        if self._values is not None:
+            params = self._values.encode_params(params)
+        if not isinstance(params, Mapping):
+            raise PayloadError(
+                "params",
+                f"the params of a task of {self.type!r} must be an object, not {params!r:.80}",
+            )
+        return Task(type=self.type, params=dict(params))
+
+    def _check_params(self, params: Mapping[str, Any]) -> None:
+        if self._values is not None:
+            self._values.decode_params(params)
+
+    def _together(self, ctx: BatchContext, params: list[Any]) -> Any:
+        """Call the function with the params of tasks."""
+        if (values := self._values) is not None:
+            params = [values.decode_params(one) for one in params]
+        return self.function(*((ctx,) if self._takes_context else ()), params)
+
+
+_BY_PLACE = inspect.Parameter.POSITIONAL_OR_KEYWORD
+_CONTEXTS = {"Context": Context, "BatchContext": BatchContext}
 
 
 def _is_context(parameter: inspect.Parameter) -> bool:
     annotation = parameter.annotation
     if isinstance(annotation, str):
-        annotation = Context if annotation.rpartition(".")[2] == "Context" else None
-    return parameter.name == "ctx" or annotation is Context
+        annotation = _CONTEXTS.get(annotation.rpartition(".")[2])
+    return parameter.name == "ctx" or annotation is Context or annotation is BatchContext
 
 
 def make_executor(
     function: Callable[..., Any], type: str | None, options: Options
-) -> PlainExecutor[Any, Any] | ContextExecutor[Any, Any]:
-    """Return an executor for a function; its first parameter decides between the two kinds."""
+) -> Executor[Any, Any]:
+    """Return an executor for a function; its first parameter, or ``batch``, decides between the kinds."""
     name = check_name(getattr(function, "__name__", "") if type is None else type, "type")
     if not name:
         raise ConfigurationError(f"{function!r} requires a type: executor('name')")
     if not callable(function):
         raise ConfigurationError(f"executor {name!r} must be a function, not {function!r}")
-    check_plain(function, f"executor {name!r}")
+    if options.batch is not None:
+        check_plain(function, f"executor {name!r} with batch=…")
+        return BatchExecutor(name, function, options)
+    check_plain(function, f"executor {name!r}", or_async=True)
     first = next(iter(inspect.signature(function).parameters.values()), None)
-    kind = PlainExecutor if first is None or not _is_context(first) else ContextExecutor
-    return kind(name, function, options)
+    takes_context = first is not None and _is_context(first)
+    if is_async(function):
+        return AsyncExecutor(name, function, options, takes_context=takes_context)
+    return (ContextExecutor if takes_context else PlainExecutor)(name, function, options)
 
 
 class ExecutorDecorator:
@@ -463,6 +558,14 @@ class ExecutorDecorator:
         self._register = register
 
     @overload
+    def __call__(  # type: ignore[overload-overlap]
+        self, function: Callable[Concatenate[Context, P], Coroutine[Any, Any, R]]
+    ) -> AsyncExecutor[P, R]: ...
+    @overload
+    def __call__(  # type: ignore[overload-overlap]
+        self, function: Callable[P, Coroutine[Any, Any, R]]
+    ) -> AsyncExecutor[P, R]: ...
+    @overload
     def __call__(self, function: Callable[Concatenate[Context, P], R]) -> ContextExecutor[P, R]: ...
     @overload
     def __call__(self, function: Callable[P, R]) -> PlainExecutor[P, R]: ...
@@ -473,7 +576,43 @@ class ExecutorDecorator:
         return made
 
 
-def executor(type: str | None = None, **options: Unpack[ExecutorOptions]) -> ExecutorDecorator:
+class BatchDecorator(ExecutorDecorator):
+    """The decorator that ``executor(…, batch=…)`` returns."""
+
+    @overload  # type: ignore[override]
+    def __call__(
+        self, function: Callable[[BatchContext, list[T]], Sequence[R | Exception]]
+    ) -> BatchExecutor[T, R]: ...
+    @overload
+    def __call__(
+        self, function: Callable[[list[T]], Sequence[R | Exception]]
+    ) -> BatchExecutor[T, R]: ...
+    def __call__(self, function: Callable[..., Any]) -> Any:
+        """Make the executor and, if a queue made this decorator, register it there."""
+        return super().__call__(function)
+
+
+def decorator_of(
+    type: str | None,
+    options: Options,
+    register: Callable[[Executor[Any, Any]], object] = lambda made: None,
+) -> ExecutorDecorator:
+    """Return the decorator that makes an executor with these options."""
+    kind = ExecutorDecorator if options.batch is None else BatchDecorator
+    return kind(type, options, register)
+
+
+@overload
+def executor(
+    type: str | None = None,
+    *,
+    batch: int,
+    wait: Duration | None = None,
+    **options: Unpack[PlainOptions],
+) -> BatchDecorator: ...
+@overload
+def executor(type: str | None = None, **options: Unpack[PlainOptions]) -> ExecutorDecorator: ...
+def executor(type: str | None = None, **options: Any) -> ExecutorDecorator:
     """Make an executor from the decorated function, to register with a queue later.
 
     Args:
@@ -485,7 +624,7 @@ def executor(type: str | None = None, **options: Unpack[ExecutorOptions]) -> Exe
     """
     if callable(type):
         raise ConfigurationError("write @executor() or @executor('name'), with parentheses")
-    return ExecutorDecorator(type, options_of(options))
+    return decorator_of(type, options_of(options))
 
 
 class Registered(NamedTuple):
@@ -506,6 +645,8 @@ class Registered(NamedTuple):
     expires: int | None  #: milliseconds in which its tasks must start; None for no limit
     #: The row of a task without options; None if more than a row is needed to make one.
     model: Mapping[str, Any] | None
+    #: Calls the executor for many tasks; None if it takes one at a time.
+    together: Together | None = None
 
 
 def apply_defaults(tasks: Iterable[Task], registered: Mapping[str, Registered]) -> None:
@@ -526,16 +667,26 @@ def entry_of(executor: TaskExecutor | Executor[Any, Any], options: Options) -> R
     Raises ``ConfigurationError`` if the executor or an option is not valid.
     """
     check: Callable[[Mapping[str, Any]], None] | None = None
+    together: Together | None = None
     if isinstance(executor, Executor):
         options, check = executor.options.overridden(options), executor._check_params
-        type, function, takes_context = executor.type, executor.function, executor._takes_context
+        type, takes_context = executor.type, executor._takes_context
+        function = _sync(executor.function)
         values = executor._values
     else:
         type, function, takes_context = _type_of(executor), _classic(executor), True
         values = values_of(executor.execute)
-    if values is not None:
+    check_batch(type, options, batches=isinstance(executor, BatchExecutor))
+    if isinstance(executor, BatchExecutor):
+        together = executor._together
+        function, takes_context = alone(together, values), True
+    elif values is not None:
         function = _coding(function, values)
-    if isinstance(executor, Executor) and PREVIOUS in executor._signature.parameters:
+    if (
+        not together
+        and isinstance(executor, Executor)
+        and PREVIOUS in executor._signature.parameters
+    ):
         function, takes_context = _passing(function, takes_context=takes_context), True
     defaults = options.task_defaults
     model = None
@@ -553,7 +704,40 @@ def entry_of(executor: TaskExecutor | Executor[Any, Any], options: Options) -> R
         values=values,
         expires=None if options.expires is None else lifetime(options.expires),
         model=model,
+        together=together,
     )
+
+
+def check_batch(type: str, options: Options, *, batches: bool) -> None:
+    """Raise ``ConfigurationError`` if an executor cannot have its options for calls with many tasks."""
+    if options.wait is not None and options.batch is None:
+        raise ConfigurationError(f"executor {type!r}: wait requires batch")
+    if options.batch is None:
+        return
+    wrong = ""
+    if not batches:
+        wrong = "requires a function that was decorated with it: @queue.executor(…, batch=…)"
+    elif options.isolation is not None:
+        wrong = 'cannot be combined with isolation="process": a child process runs one task'
+    elif options.stall is not None:
+        wrong = "cannot be combined with stall: a call for many tasks gives no sign of life"
+    elif options.max_crashes == 1:
+        wrong = "cannot be combined with max_crashes=1: such a task runs in a call of its own"
+    if wrong:
+        raise ConfigurationError(f"executor {type!r}: batch {wrong}")
+
+
+def _sync(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that waits for a coroutine function; any other function as it is."""
+    if not is_async(function):
+        return function
+
+    def call(*args: Any, **params: Any) -> Any:
+        context = current_context()
+        assert context is not None  # a run calls it
+        return context._wait_for(function(*args, **params), partial(awaited.set, context))
+
+    return call
 
 
 def _coding(function: Callable[..., Any], values: Values) -> Callable[..., Any]:
@@ -588,14 +772,16 @@ def _type_of(executor: Any) -> str:
             f"{executor!r} is not an executor; expected an instance of TaskExecutor with type and "
             "execute(ctx, task), or a function decorated with @executor(…)"
         )
-    check_plain(executor.execute, f"executor {type_!r}")
+    check_plain(executor.execute, f"executor {type_!r}", or_async=True)
     return check_name(type_, "type")
 
 
 def _classic(executor: TaskExecutor) -> Callable[..., Any]:
+    call = _sync(executor.execute)
+
     def execute(ctx: Context, /, **_: Any) -> Any:
         task = ctx.task
-        returned = executor.execute(ctx, task)
+        returned = call(ctx, task)
         return task.result if returned is None else returned
 
     return execute

@@ -43,6 +43,17 @@ def seconds_asked(error: BaseException, attribute: str) -> float | None:
         return None
 
 
+def hold_asked(error: BaseException) -> tuple[float, bool | str] | None:
+    """Return for how long an error asks to hold limits, and which; None if it is no such ``Snooze``."""
+    if not is_a(error, Snooze) or (seconds := seconds_asked(error, "seconds")) is None:
+        return None
+    try:
+        limit = error.limit  # type: ignore[attr-defined]
+    except BaseException:  # noqa: BLE001  (user code)
+        return None
+    return (seconds, limit) if type(limit) in (bool, str) and limit else None
+
+
 def _reason_told(error: BaseException) -> str | None:
     """Return the reason why a token fired; None if the ``TaskCancelled`` was not raised by a token."""
     try:
@@ -137,7 +148,7 @@ class _RemoteRetry(RemoteError, Retry):
 class _RemoteSnooze(RemoteError, Snooze):
     def __init__(self, told: Mapping[str, Any]) -> None:
         RemoteError.__init__(self, told)
-        self.seconds = told["value"]
+        self.seconds, self.limit = told["value"]
 
 
 class _RemoteCancelled(Remote, TaskCancelled):
@@ -178,8 +189,8 @@ def told_error(error: BaseException, *, skip: int, main: str) -> dict[str, Any]:
     elif is_a(error, Retry):
         kind, value = "retry", seconds_asked(error, "delay")
     elif is_a(error, Snooze):
-        if (value := seconds_asked(error, "seconds")) is not None:
-            kind = "snooze"
+        if (seconds := seconds_asked(error, "seconds")) is not None:
+            kind, value = "snooze", hold_asked(error) or (seconds, False)
     elif is_a(error, TaskCancelled):
         kind, value = "cancelled", _reason_told(error)
     return {

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from taskx.attempt.context import Context
 from taskx.attempt.executors import Executor, Registered, TaskExecutor, entry_of
+from taskx.attempt.together import alone, layered
 from taskx.stores.controls import Declared, Overrides, named_limit, overridden
 from taskx.tasks.checks import check_plain
 from taskx.tasks.creation import model_of
@@ -17,7 +18,7 @@ from taskx.tasks.lifecycle import ANSWER, NO_WORK
 from taskx.tasks.model import Task
 from taskx.tasks.options import LimitOptions, Options
 from taskx.tasks.payload import DEFAULT_MAX_SIZE
-from taskx.tasks.rate import OF_TYPE, Cost, Limit, is_key
+from taskx.tasks.rate import NO_LIMIT, OF_TYPE, Cost, Limit, is_key
 from taskx.tasks.timing import DEFAULT_TIMING, Timing
 from taskx.tasks.values import Values
 
@@ -88,16 +89,21 @@ class Registry:
         self.models: dict[str, Mapping[str, Any]] = {}
         #: The JSON forms of params and results of the types whose executors annotate some.
         self.values: dict[str, Values] = {}
+        #: The most tasks of a call, and the seconds that it waits for more, of the types with ``batch``.
+        self.batches: dict[str, tuple[int, float]] = {}
         #: The limits that are in effect, by name.
         self.limits: dict[str, Limit] = {}
         #: The names of the limits of each type that has some.
         self.limited: dict[str, tuple[str, ...]] = {}
         #: True if a limit of keys has a rate.
         self.rates_keys = False
+        #: The limits of keys by which these share the workers, by name.
+        self.shares: Mapping[str, Limit] = {}
         #: The limits with a name that the program declares.
         self.declared: dict[str, LimitOptions] = {}
         self._stored: Declared = {}  # those that the repository knows
         self._overrides = Overrides()
+        self._held: Collection[str] = ()  # names of limits
         self._declared: set[str] = set()
         self._used: set[str] = set()  # the declared types that tasks were submitted of
         self._first_use = first_use
@@ -165,7 +171,13 @@ class Registry:
 
             function = Isolated(executor, entry, self.max_payload_size, self._timing)
             takes_context = True
-        if self.middleware:
+        if (together := entry.together) is not None:
+            if self.middleware:
+                together = layered(together, self.middleware)
+                function = alone(together, entry.values)
+            self.batches[entry.type] = (entry.options.batch or 1, entry.options.wait or 0.0)
+            entry = entry._replace(together=together)
+        elif self.middleware:
             function = _wrapped(function, self.middleware, takes_context=takes_context)
             takes_context = True
         self._limit(entry.type, entry.options)  # as soon as the type is registered, tasks may start
@@ -178,9 +190,12 @@ class Registry:
         if entry.model is not None:
             self.models[entry.type] = entry.model
 
-    def follow(self, overrides: Overrides, declared: Declared) -> None:
-        """Follow the overrides and the declared limits of the repository, instead of earlier ones."""
-        self._overrides, self._stored = overrides, declared
+    def follow(self, overrides: Overrides, declared: Declared, held: Collection[str] = ()) -> None:
+        """Follow the overrides and the declared limits of the repository, instead of earlier ones.
+
+        ``held`` are the limits that are held: a type without limits may be among them.
+        """
+        self._overrides, self._stored, self._held = overrides, declared, held
         self._name_limits()
         for type, entry in self.registered.copy().items():
             self._limit(type, entry.options)
@@ -200,13 +215,15 @@ class Registry:
                 self.limits[name] = limit
             else:
                 self.limits.pop(name, None)
-        self.rates_keys = any(
-            limit.rates and is_key(name) for name, limit in self.limits.copy().items()
-        )
+        of_keys = {name: limit for name, limit in self.limits.copy().items() if is_key(name)}
+        self.rates_keys = any(limit.rates for limit in of_keys.values())
+        self.shares = {name: limit for name, limit in of_keys.items() if limit.share is not None}
 
     def _limit(self, type: str, own: Options) -> None:
         name, names = OF_TYPE + type, own.limit or ()
         limit = overridden(own, self._overrides.types.get(type, {}))
+        if limit is None and name in self._held:
+            limit = NO_LIMIT
         if limit is not None:
             self.limits[name], names = limit, (name, *names)
         else:
@@ -230,6 +247,23 @@ class Registry:
         """The limits with a name as the program declares them."""
         found = {name: named_limit(options, {}) for name, options in self.declared.items()}
         return {name: limit for name, limit in found.items() if limit is not None}
+
+    def names_to_hold(self, task: Task, asked: bool | str) -> Sequence[str]:
+        """Return the limits that a ``Snooze`` of a task asks to hold.
+
+        A key without a colon has one turn, which the task keeps: nothing is to be held.
+        """
+        if asked == "key":
+            key = task.concurrency_key
+            return [key] if key is not None and is_key(key) else ()
+        if isinstance(asked, str):
+            return [asked]
+        return self.limited.get(task.type, (OF_TYPE + task.type,))
+
+    def fill_of(self, name: str) -> float | None:
+        """Return the seconds in which the rates of a limit fill up; None if the limit is not known."""
+        limit = self.limits.get(name) or self.limit_of_key(name)
+        return None if limit is None else limit.rates.seconds
 
     def limit_of_key(self, key: str) -> Limit | None:
         """Return the limit of a key: that with its name, or else with its longest beginning."""

@@ -59,9 +59,10 @@ if TYPE_CHECKING:
     from flask_sqlalchemy import SQLAlchemy
     from typing_extensions import Unpack  # in typing from 3.11 on
 
-    from taskx.attempt.executors import ExecutorDecorator
+    from taskx.attempt.executors import BatchDecorator, ExecutorDecorator
     from taskx.attempt.registry import Layer
-    from taskx.tasks.options import ExecutorOptions, SubmitOptions
+    from taskx.tasks.checks import Duration
+    from taskx.tasks.options import ExecutorOptions, PlainOptions, SubmitOptions
     from taskx.tasks.ticks import Every
 
 R = TypeVar("R")
@@ -179,9 +180,20 @@ class Taskx:
 
     # --- before the app exists
 
+    @overload
     def executor(
-        self, type: str | None = None, **options: Unpack[ExecutorOptions]
-    ) -> ExecutorDecorator:
+        self,
+        type: str | None = None,
+        *,
+        batch: int,
+        wait: Duration | None = None,
+        **options: Unpack[PlainOptions],
+    ) -> BatchDecorator: ...
+    @overload
+    def executor(
+        self, type: str | None = None, **options: Unpack[PlainOptions]
+    ) -> ExecutorDecorator: ...
+    def executor(self, type: str | None = None, **options: Any) -> ExecutorDecorator:
         """Turn the decorated function into an executor of all apps, also of those made later.
 
         Its ``submit`` submits to the queue of the current app. The arguments are those of

@@ -10,6 +10,7 @@ from typing import Any
 
 from taskx import ConfigurationError, Hook, Queue, RepositoryError, Task, TaskStatus, TaskxError
 from taskx.tasks import permission
+from taskx.tasks.clock import to_ms
 
 try:
     from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, Metric
@@ -281,7 +282,7 @@ class StoreCollector(Collector):
 
     def _read(self, found: Mapping[str, Any]) -> None:
         queue, paused = self._queue, self._queue.paused
-        stats = queue.stats(period=0, at_most=self._at_most)
+        stats = queue.stats(at_most=self._at_most)
         for type, of in stats.types.items():
             ready = ["paused", "ready"] if type in paused else ["ready", "paused"]
             numbers = zip(ready, (of.waiting, 0), strict=True)
@@ -292,6 +293,8 @@ class StoreCollector(Collector):
                 ("running", of.running),
             ):
                 found["tasks"].add_metric([type, state], number)
+            for outcome in ("completed", "failed", "cancelled", "retried"):
+                found["tasks_last_hour"].add_metric([type, outcome], getattr(of, outcome))
             found["oldest_pending_age_seconds"].add_metric([type], of.oldest_due or 0.0)
         dead = queue.count_tasks(status=TaskStatus.FAILED, at_most=self._at_most)
         found["dead_letters"].add_metric([], dead)
@@ -306,6 +309,9 @@ class StoreCollector(Collector):
                 found["limit_slots_taken"].add_metric([limit.name], limit.taken)
             for rate, free in zip(limit.rates, limit.free, strict=False):
                 found["limit_free"].add_metric([limit.name, rate], free)
+            if limit.held_until is not None:
+                left = (to_ms(limit.held_until) - queue.clock.now_ms()) / 1000
+                found["limit_held_seconds"].add_metric([limit.name], max(0.0, left))
         nodes = sum(node.lives for node in queue.repository.nodes())
         found["nodes"].add_metric([], nodes)
         self._read_health(found, stats.types)
@@ -334,6 +340,13 @@ _FAMILIES: Mapping[str, Callable[[], Any]] = {
         (GaugeMetricFamily, "repository_up", "1 if the repository was read, else 0."),
         (CounterMetricFamily, "repository_errors", "Scrapes for which it was not read."),
         (GaugeMetricFamily, "tasks", "Unfinished tasks by type and state.", "type", "state"),
+        (
+            GaugeMetricFamily,
+            "tasks_last_hour",
+            "Tasks that ended in the last hour, and attempts that were retried.",
+            "type",
+            "outcome",
+        ),
         (GaugeMetricFamily, "tasks_pending", "Pending tasks, delayed ones included."),
         (GaugeMetricFamily, "answers_pending", "Answers that somebody has yet to give."),
         (
@@ -347,6 +360,7 @@ _FAMILIES: Mapping[str, Callable[[], Any]] = {
         (GaugeMetricFamily, "limit_slots", "Most tasks of a named limit at once.", "limit"),
         (GaugeMetricFamily, "limit_slots_taken", "Slots of it that nodes keep.", "limit"),
         (GaugeMetricFamily, "limit_free", "What may start now by a rate of it.", "limit", "rate"),
+        (GaugeMetricFamily, "limit_held_seconds", "Until its hold ends, if it is held.", "limit"),
         (GaugeMetricFamily, "nodes", "Started queues that are alive."),
         (GaugeMetricFamily, "threads_stuck", "Threads of timed-out tasks that run on."),
         (

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from taskx.insight.limits import held_words
 from taskx.insight.nodes import age_of_beat, silence
 from taskx.node.moving import Services
 from taskx.node.pool import WorkerPool
@@ -16,6 +17,7 @@ from taskx.node.schedules import PREFIX, Entry, entry_of
 from taskx.node.stuck import MOST as MOST_STUCK
 from taskx.node.stuck import stuck_types
 from taskx.stores import queries
+from taskx.stores.controls import Controls
 from taskx.stores.liveness.base import Node
 from taskx.tasks.checks import Duration, check_int, check_number
 from taskx.tasks.clock import to_datetime, to_ms
@@ -25,8 +27,13 @@ from taskx.tasks.lifecycle import FAILED, NO_WORK
 from taskx.tasks.model import check_key
 from taskx.tasks.rate import Limit
 
+if TYPE_CHECKING:
+    from taskx.attempt.coroutines import Blocked
+
 # Most names in the facts of a problem.
 _NAMED = 100
+# A hold that lasts longer than these seconds is a problem, and so are more snoozes of a task.
+_LONG_HOLD, _MANY_SNOOZES = 60.0, 1000
 
 
 @attrs.frozen
@@ -136,6 +143,9 @@ def own_problems(services: Services, pool: WorkerPool | None, stuck: int) -> Ite
         yield _away(error)
     if pool is not None and (number := len(pool.stuck.runs)) > stuck:
         yield _stuck(pool.node.id, pool.node.name, number, stuck)
+    loop = services.runner.loop
+    if pool is not None and loop is not None and (blocked := loop.blocked()) is not None:
+        yield _blocked_loop(pool.node.id, pool.node.name, blocked)
 
 
 def check(services: Services, pool: WorkerPool | None, wanted: Thresholds) -> Health:
@@ -161,6 +171,14 @@ def _stuck(node: str, name: str, number: int, most: int) -> Problem:
         f"On node {name}, {counted(number, 'thread')} of timed-out tasks run on, more than {most}."
     )
     return Problem("stuck", words, {"node": node, "name": name, "threads": number, "most": most})
+
+
+def _blocked_loop(node: str, name: str, blocked: Blocked) -> Problem:
+    by = f"task {blocked.by}" if blocked.by else "a coroutine"
+    seconds = duration(round(blocked.seconds))
+    words = f"On node {name}, {by} blocks the event loop for {seconds}: no other coroutine goes on."
+    facts = {"node": node, "name": name, "seconds": blocked.seconds, "stack": blocked.stack}
+    return Problem("blocked_loop", words, {**facts, "task_id": blocked.task_id or None})
 
 
 def _brokers(nodes: Sequence[Node]) -> Iterator[Problem]:
@@ -216,6 +234,8 @@ class _Check:
         yield from self._nodes(nodes, due)
         yield from _brokers([node for node in nodes if node.lives])
         yield from _limits([node for node in nodes if node.lives])
+        yield from self._holds()
+        yield from self._snoozing()
         yield from self._stuck_elsewhere(nodes)
         yield from stuck_types(self._repository, nodes, paused)
         yield from self._oldest_due(due, everything=paused.everything)
@@ -256,6 +276,31 @@ class _Check:
                     f"{type!r}; at least {least} must."
                 )
                 yield Problem("nodes", words, {"type": type, "nodes": len(able), "least": least})
+
+    def _holds(self) -> Iterator[Problem]:
+        """Yield a problem for each limit that is held for more than a minute."""
+        controls = Controls(self._repository)
+        controls.refresh()
+        for name, hold in controls.holds.items():
+            if (seconds := (hold.until - self.now) / 1000) > _LONG_HOLD:
+                facts = {"limit": name, "until": to_datetime(hold.until), "seconds": seconds}
+                words = f"Nothing starts for {duration(seconds)}: {held_words(name, hold)}."
+                yield Problem("hold", words, {**facts, "by": hold.by})
+
+    def _snoozing(self) -> Iterator[Problem]:
+        """Yield a problem for each of the next due tasks that asks to run later again and again."""
+        if self._repository.shortcoming:
+            return
+        ids = [task_id for task_id, _ in self._repository.due(None, self._timing.most_explained)]
+        found = self._repository.find("id", ids, ("id", "type", "snoozes")) if ids else ()
+        for task_id, type, snoozes in found:
+            if (snoozes or 0) > _MANY_SNOOZES:
+                words = (
+                    f"Task {task_id} of type {type!r} has asked {snoozes} times to run later: "
+                    "max_snoozes would end this."
+                )
+                facts = {"task_id": task_id, "type": type, "snoozes": snoozes}
+                yield Problem("snoozes", words, facts)
 
     def _stuck_elsewhere(self, nodes: Sequence[Node]) -> Iterator[Problem]:
         own = None if self._pool is None else self._pool.node.id

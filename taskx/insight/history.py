@@ -1,34 +1,27 @@
-"""Ended tasks over time, and how long they ran: the answer of ``Queue.history``.
-
-As in ``stats``, the ended tasks that are counted are those that were submitted last, by one bounded read
-of each status.
-"""
+"""Ended tasks over time, and how long they ran: the answer of ``Queue.history``, as nodes counted it."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from datetime import datetime
 
 import attrs
 
+from taskx.insight.counted import counted, grain_at
+from taskx.node import counts
 from taskx.node.moving import Services
-from taskx.stores import queries
 from taskx.stores.base import Repository
 from taskx.tasks.checks import Duration, check_int, check_number
 from taskx.tasks.clock import to_datetime
 from taskx.tasks.errors import ConfigurationError
-from taskx.tasks.findings import Answer
-from taskx.tasks.lifecycle import COMPLETED, FAILED, NO_WORK
+from taskx.tasks.findings import Answer, duration
 
 #: The upper limits of the groups of run times, in seconds; longer run times are in a last group.
 BOUNDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)
 #: Most intervals of an answer.
 MOST_INTERVALS = 1000
-
-_FIELDS = ("type", "created_at", "started_at", "completed_at", "duration")
 
 
 @attrs.frozen(kw_only=True)
@@ -53,13 +46,14 @@ class History(Answer):
 
     Attributes:
         start: the begin of the first interval.
-        interval: the length of each interval, in seconds. The last one ends when the answer was made.
+        interval: the length of each interval, in seconds. The last one is not over: it ends with the
+            present minute.
         completed: the number of tasks of all types that completed in each interval, oldest first.
         failed: the number of tasks of all types that failed in each interval.
         types: the same by type, sorted by name, of the types that have an ended task in the period.
         bounds: the upper limits of the groups of run times, in seconds.
-        since: all ended tasks that were submitted after this time were read; None if all were read.
-        complete: True if every task that was submitted in the period is counted.
+        since: ``start``, or the time at which counting began, if that is later.
+        complete: True if counting had begun before ``start``.
     """
 
     start: datetime
@@ -68,7 +62,7 @@ class History(Answer):
     failed: tuple[int, ...]
     types: Mapping[str, TypeHistory]
     bounds: tuple[float, ...] = BOUNDS
-    since: datetime | None
+    since: datetime
     complete: bool
 
     def of(self, type: str) -> History:
@@ -84,43 +78,38 @@ class History(Answer):
 
 
 def history(
-    repository: Repository,
-    services: Services,
-    period: Duration,
-    intervals: int,
-    at_most: int,
+    repository: Repository, services: Services, period: Duration, intervals: int
 ) -> History:
     """Count the tasks that ended in each interval of a period: see ``Queue.history``."""
-    most, number = check_int(at_most, "at_most", 1), check_int(intervals, "intervals", 1)
+    number = check_int(intervals, "intervals", 1)
     if number > MOST_INTERVALS:
         raise ConfigurationError(f"intervals must be at most {MOST_INTERVALS}, not {number}")
     span = round(check_number(period, "period") * 1000)
-    if span < number:
+    grain = grain_at(counts.TYPES, span)
+    if span < number * grain:
         raise ConfigurationError(
-            f"an interval must be a millisecond or longer: period {period!r} has {number} intervals"
+            f"an interval must be {duration(grain // 1000)} or longer in a period of "
+            f"{duration(span // 1000)}: it is divided into {number}"
         )
-    end = services.clock.now_ms()
-    start = end - span
+    end = (services.clock.now_ms() // grain + 1) * grain
+    start = (end - span) // grain * grain
+    read = counted(repository, services, counts.TYPES, start)
     found: defaultdict[str, _Found] = defaultdict(lambda: _Found(number))
-    times: list[int] = []
-    for status in (COMPLETED, FAILED):
-        rows, since = queries.newest(repository, status, most, _FIELDS)
-        times += () if since is None else (since,)
-        for type, _, started_at, ended_at, duration in rows:
-            with suppress(TypeError):  # a damaged record
-                if start < ended_at <= end and type not in NO_WORK:
-                    place = (ended_at - start - 1) * number // span
-                    found[str(type)].add(status, place, started_at, duration)
-    types = {type: found[type].history() for type in sorted(found)}
-    since = max(times, default=None)
+    for moment, cells in read.parts:
+        place = min(
+            number - 1, (moment - start) * number // (end - start)
+        )  # the clock was set back
+        for type, cell in cells.items():
+            found[type].add(cell, place)
+    types = {type: found[type].history() for type in sorted(found) if found[type].some}
     return History(
         start=to_datetime(start),
-        interval=span / number / 1000,
+        interval=(end - start) / number / 1000,
         completed=_sums([of.completed for of in types.values()], number),
         failed=_sums([of.failed for of in types.values()], number),
         types=types,
-        since=None if since is None else to_datetime(since),
-        complete=since is None or since <= start,
+        since=to_datetime(max(start, read.since)),
+        complete=read.complete,
     )
 
 
@@ -128,26 +117,31 @@ class _Found:
     """The ended tasks of one type that were found so far."""
 
     def __init__(self, intervals: int) -> None:
-        self._numbers = {COMPLETED: [0] * intervals, FAILED: [0] * intervals}
+        self._completed, self._failed = [0] * intervals, [0] * intervals
         self._run_times = [0] * (len(BOUNDS) + 1)
 
-    def add(self, status: str, place: int, started_at: int | None, duration: float) -> None:
-        """Add a task.
+    def add(self, cell: counts.Cell, place: int) -> None:
+        """Add what was counted in an interval."""
+        self._completed[place] += cell.get("completed", 0)
+        self._failed[place] += cell.get("failed", 0)
+        for group, times in cell.get("runs", {}).items():
+            self._run_times[_GROUPS[int(group)]] += times
 
-        Raises:
-            TypeError: the duration is damaged; the task was not added.
-        """
-        group = bisect_left(BOUNDS, duration)
-        self._numbers[status][place] += 1
-        if started_at is not None:  # else it failed because of its parent
-            self._run_times[group] += 1
+    @property
+    def some(self) -> bool:
+        """True if a task ended."""
+        return any(self._completed) or any(self._failed)
 
     def history(self) -> TypeHistory:
         return TypeHistory(
-            completed=(*self._numbers[COMPLETED],),
-            failed=(*self._numbers[FAILED],),
+            completed=(*self._completed,),
+            failed=(*self._failed,),
             run_times=(*self._run_times,),
         )
+
+
+# The group of each of the smaller groups in which run times are counted.
+_GROUPS = (*(bisect_left(BOUNDS, bound) for bound in counts.BOUNDS), len(BOUNDS))
 
 
 def _sums(rows: Sequence[Sequence[int]], length: int) -> tuple[int, ...]:

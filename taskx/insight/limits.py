@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from typing import Any, NamedTuple
 
 import attrs
 
-from taskx.node.admission import NO_LIMIT
 from taskx.node.moving import Services
 from taskx.node.pool import WorkerPool
 from taskx.node.shared_limits import SharedBucket, slots_by_node, until_token
 from taskx.stores.base import Repository
-from taskx.stores.controls import Controls, named_limit, named_options
+from taskx.stores.controls import Controls, Hold, named_limit, named_options
 from taskx.stores.liveness.base import Node
-from taskx.tasks.clock import to_datetime
-from taskx.tasks.findings import Reason, counted, duration, listed
+from taskx.tasks.clock import to_datetime, to_ms, to_text
+from taskx.tasks.findings import Reason, counted, duration, listed, moment
 from taskx.tasks.model import Task
 from taskx.tasks.options import NamedOptions
-from taskx.tasks.rate import NOTHING, OF_TYPE, Cost, Limit
+from taskx.tasks.rate import NO_LIMIT, NOTHING, OF_TYPE, Cost, Limit, is_key
 
 # Most tasks that are named as the holders of slots.
 _NAMED = 1000
@@ -56,6 +56,24 @@ class Limits:
         self._services = services
         self._pool = pool
         self._busy = busy
+        self._controls = Controls(repository)
+        self._controls.refresh()
+
+    def holds(self, task: Task, able: Sequence[Node]) -> Iterator[Reason]:
+        """Yield the holds of the limits of a task."""
+        names = [
+            OF_TYPE + task.type,
+            *(name for node in able for name in node.limited.get(task.type, ())),
+        ]
+        holds = self._controls.holds
+        if (key := task.concurrency_key) is not None and is_key(key):
+            names += [
+                name for name in holds if name == key or (name[-1:] == ":" and key.startswith(name))
+            ]
+        for name in dict.fromkeys(names):
+            if (hold := holds.get(name)) is not None and hold.until > self._services.clock.now_ms():
+                facts = {"limit": name, "until": to_datetime(hold.until), "by": hold.by}
+                yield Reason("hold", f"{_capital(held_words(name, hold))}.", facts)
 
     def reasons(self, task: Task, able: Sequence[Node]) -> Iterator[Reason]:
         """Yield the limits for which none of these nodes can start a task."""
@@ -109,8 +127,8 @@ class Limits:
             return 0.0
         services, pool = self._services, self._pool
         if limit.scope == "global":
-            bucket = SharedBucket(self._repository, name, limit.rates, services.clock, services.log)
-            return until_token(bucket, cost)
+            given = limit.rates, services.clock, services.log, self._controls.held_until
+            return until_token(SharedBucket(self._repository, name, *given), cost)
         if pool is not None and node.id == pool.node.id:
             return pool.admission.until_token(name, cost)
         return None
@@ -130,6 +148,16 @@ def _shown(name: str) -> str:
     if name.startswith(OF_TYPE):
         return f"type {name.removeprefix(OF_TYPE)!r}"
     return f"limit {name!r}"
+
+
+def held_words(name: str, hold: Hold) -> str:
+    """Return until when a limit is held, and by whom."""
+    who = f"task {hold.by}" if hold.by else "hand"
+    return f"{_shown(name)} is held until {moment(to_datetime(hold.until))} by {who}"
+
+
+def _capital(words: str) -> str:
+    return words[:1].upper() + words[1:]
 
 
 def _slot(name: str, limit: Limit, holders: Sequence[str], nodes: Mapping[str, int]) -> Reason:
@@ -198,6 +226,10 @@ class LimitInfo:
         free: what is left of each rate now; empty for the limit of keys.
         types: the types of tasks on live nodes that have this limit.
         tuned: the options that :meth:`Queue.tune` overrides.
+        share: the weight with which each of its keys shares the workers; None if they do not share them.
+        held_until: the end of its hold; None if it is not held. Limits of types, and keys, are listed only
+            while they are held.
+        held_by: the id of the task that was refused; empty if it is held by hand, or not at all.
     """
 
     name: str
@@ -208,28 +240,37 @@ class LimitInfo:
     free: tuple[int, ...]
     types: tuple[str, ...]
     tuned: NamedOptions = attrs.field(hash=False)
+    share: int | None = None
+    held_until: datetime | None = None
+    held_by: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as a dict of JSON values."""
-        return attrs.asdict(self)
+        until = None if self.held_until is None else to_text(to_ms(self.held_until))
+        return {**attrs.asdict(self), "held_until": until}
 
 
 def limits_of(repository: Repository, services: Services) -> list[LimitInfo]:
     """Return the limits with names: see ``Queue.limits``."""
     controls = Controls(repository)
-    by_hand, own = controls.read_overrides().limits, services.registry.declared
-    declared = {**own, **controls.read_declared()}
+    controls.refresh()
+    by_hand, own = controls.overrides.limits, services.registry.declared
+    declared, now = {**own, **controls.declared}, services.clock.now_ms()
+    holds = {name: hold for name, hold in controls.holds.items() if hold.until > now}
     types: dict[str, dict[str, None]] = {}
+    of_types: dict[str, Limit] = {}
     for node in repository.nodes():
+        of_types.update(node.limits if node.lives else {})
         for type, names in node.limited.items() if node.lives else ():
             for name in names:
                 types.setdefault(name, {})[type] = None
     found = []
-    for name in sorted({*declared, *by_hand}):
-        options = by_hand.get(name, {})
-        limit = named_limit(declared.get(name, {}), options) or NO_LIMIT
-        bucket = SharedBucket(repository, name, limit.rates, services.clock, services.log)
-        keyed = ":" in name
+    for name in sorted({*declared, *by_hand, *holds}):
+        options, hold = by_hand.get(name, {}), holds.get(name)
+        limit = named_limit(declared.get(name, {}), options) or of_types.get(name, NO_LIMIT)
+        given = limit.rates, services.clock, services.log, controls.held_until
+        bucket, own_of_node = SharedBucket(repository, name, *given), limit.scope == "node"
+        keyed = is_key(name) or own_of_node
         found.append(
             LimitInfo(
                 name=name,
@@ -240,6 +281,9 @@ def limits_of(repository: Repository, services: Services) -> list[LimitInfo]:
                 free=() if keyed else bucket.tokens(),
                 types=tuple(sorted(types.get(name, ()))),
                 tuned=named_options(options),
+                share=limit.share,
+                held_until=None if hold is None else to_datetime(hold.until),
+                held_by="" if hold is None else hold.by,
             )
         )
     return found

@@ -107,18 +107,21 @@ class _Inquiry:
         yield from stopped
         if held == UNTIL_DUE and not self._is_early(task):
             yield self._due(task)
+        if held in (FREE, UNTIL_DUE):
+            busy = self._busy()
+            known = Limits(self._repository, self._services, self._pool, busy)
+            holds = [*known.holds(task, able)]
+            yield from holds
         if held == FREE:
-            busy, first = self._busy(), self._first(task, _competing(task, able, paused))
-            limits = [
-                *Limits(self._repository, self._services, self._pool, busy).reasons(task, able)
-            ]
+            first = self._first(task, _competing(task, able, paused))
+            limits = [*known.reasons(task, able)] if not holds else []
             if lifecycle.is_parked(task):  # it goes on with its attempt, which takes no token
                 limits = [reason for reason in limits if reason.kind != "token"]
             limits += self._alone(task, able, busy, first)
             yield from limits
             yield from self._broker(able)
             yield from _ahead(task, first, self._most)
-            if not (stopped or limits):
+            if not (stopped or limits or holds):
                 yield self._worker(task, able, busy)
 
     def _held(self, task: Task, held: int, waiting_on: str | None) -> Iterator[Reason]:
@@ -165,11 +168,19 @@ class _Inquiry:
         words = f"{_capital(what)} is due at {moment(task.run_at)}, in {duration(left)}."
         return Reason("due", words, facts)
 
+    def _stack(self, task_id: str, node: str) -> str:
+        """Return where an executor is, if it works in this process."""
+        if (pool := self._pool) is not None and pool.node.id == node:
+            for run in (*pool.runs.copy().values(), *pool.stuck.runs.copy()):
+                if run.task.id == task_id and (awaited := run.context._awaited) is not None:
+                    return awaited.stack()
+        return stack_of_task(task_id, node)
+
     def _stuck(self, task: Task) -> Reason:
         facts = {
             "node": task.stuck_on,
             "name": self._name(task.stuck_on),
-            "stack": stack_of_task(task.id, task.stuck_on),
+            "stack": self._stack(task.id, task.stuck_on),
         }
         words = (
             f"A thread of an earlier attempt is stuck on node {facts['name']}: until the thread or its "
@@ -250,6 +261,9 @@ class _Inquiry:
         facts["place"] = place
         where = f"number {place} in its queue" if place else f"behind more than {self._most} tasks"
         words = f"It waits for the turn of concurrency key {key!r}, {where}"
+        if limit is not None and limit.share is not None:
+            facts["share"] = limit.share
+            words += f"; the workers are divided between such keys (its weight is {limit.share})"
         if not holders:
             return Reason("turn", f"{words}; no task has the turn: {_SHORTLY}.", facts)
         *who, started_at, awaited, run_at = holders[0]
@@ -387,9 +401,13 @@ class _Inquiry:
         what = "its ticket waits" if task.owner and able[0].about.engine else "waits"
         words = (
             f"It may start, and {what} for a free worker on {listed([*nodes.values()])}, where "
-            f"{counted(running, 'task')} {'runs' if running == 1 else 'run'}."
+            f"{counted(running, 'task')} {'runs' if running == 1 else 'run'}"
         )
-        return Reason("worker", words, facts)
+        _, wait = self._services.registry.batches.get(task.type, (1, 0.0))
+        if wait and not lifecycle.runs_apart(task):
+            words += f", or up to {wait:g} s for more tasks to share its call"
+            facts["wait"] = wait
+        return Reason("worker", f"{words}.", facts)
 
     # --- running and ended
 
@@ -427,7 +445,7 @@ class _Inquiry:
             "progress": task.progress,
             "message": task.message,
             "state": "" if run is None else run.state,
-            "stack": stack_of_task(task.id, task.owner),
+            "stack": self._stack(task.id, task.owner),
         }
         words = f"It has been running for {duration(seconds)} on {task.worker or 'a node'}"
         words += f", in attempt {task.attempt}"

@@ -1,27 +1,26 @@
 """Statistics of the stored tasks, by type: the answer of ``Queue.stats``.
 
-There is no index of tasks by their end, and no counter that every task would pay for. So the ended tasks
-that are counted are those that were submitted last. All reads are bounded.
+What waits and runs is read from the tasks, by bounded reads. What began and ended was counted by the nodes.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, Literal
 
 import attrs
 
+from taskx.insight.counted import Counted, beginning, counted, numbers_of, percentile
+from taskx.node.counts import TYPES, Cell
 from taskx.node.moving import Services
 from taskx.stores import queries
 from taskx.stores.base import Lookup, Repository
-from taskx.tasks.checks import Duration, check_int, check_number
+from taskx.tasks.checks import Duration, check_int
 from taskx.tasks.clock import to_datetime
 from taskx.tasks.findings import Answer, duration
-from taskx.tasks.lifecycle import ANSWER, CHILDREN, COMPLETED, FAILED, PENDING
+from taskx.tasks.lifecycle import ANSWER, CHILDREN, PENDING
 from taskx.tasks.record import BY_THREAD
 from taskx.tasks.tables import html_table
 
@@ -31,15 +30,10 @@ _OLDEST = 1000
 # The columns by which tasks are found that wait for their parents or their turn.
 _BLOCKED: tuple[Literal["waiting_on", "line"], ...] = ("waiting_on", "line")
 
-_FIELDS = (
-    *("type", "status", "created_at", "run_at", "started_at", "completed_at", "duration"),
-    *("errors", "crashes", "interruptions", "snoozes"),
-)
-
 
 @attrs.frozen
 class Percentiles:
-    """Two percentiles of durations, in seconds.
+    """Two percentiles of durations, in seconds, at most a fifth too long or too short.
 
     Attributes:
         p50: half of the durations are at most this long.
@@ -63,13 +57,19 @@ class TypeStats:
         stuck: threads that run on after the time-out of an attempt. A task may have been retried or
             cancelled since, or have failed.
         oldest_due: seconds for which the oldest waiting task could have started; None if none waits.
-        completed: tasks that completed in the period.
-        failed: tasks that failed in the period.
-        error_share: the share of failed tasks, 0 to 1, in those of them that were submitted after ``since``
-            of :class:`Stats`; None if there are none.
-        start_latency: how long these tasks waited from when they could start until they did; of those that
-            ended with their first attempt. None if there are none.
-        run_time: how long the last attempts of these tasks took; None if there are none.
+        started: attempts that began in the period.
+        completed: tasks that completed in it.
+        failed: tasks that failed in it.
+        retried: attempts that failed in it and were followed by another.
+        cancelled: tasks that were cancelled in it.
+        seconds: how long the attempts took that ended in it.
+        cost: what these have taken of each unit of their cost: as ``ctx.spent`` said, or else ``cost``.
+        error_share: the share of failed tasks, 0 to 1, in those that completed or failed; None if there are
+            none.
+        start_latency: how long tasks waited from when they could start until they did; of the first
+            attempts that began in the period. None if there are none.
+        run_time: how long the last attempts of the tasks took that completed or failed; None if there are
+            none.
     """
 
     waiting: int = 0
@@ -78,8 +78,13 @@ class TypeStats:
     running: int = 0
     stuck: int = 0
     oldest_due: float | None = None
+    started: int = 0
     completed: int = 0
     failed: int = 0
+    retried: int = 0
+    cancelled: int = 0
+    seconds: float = 0.0
+    cost: Mapping[str, int] = attrs.field(factory=dict)
     error_share: float | None = None
     start_latency: Percentiles | None = None
     run_time: Percentiles | None = None
@@ -90,21 +95,23 @@ class Stats(Answer):
     """The answer of :meth:`Queue.stats`.
 
     Attributes:
-        types: the types that have an executor in this queue or a task that was read, sorted by name;
-            without that of answers.
+        types: the types that have an executor in this queue, a task that was read or one that was counted,
+            sorted by name; without that of answers.
         answers: pending answers, which people give; they are no work that waits.
         checked_at: the time of the answer.
-        period: the seconds before it in which tasks are counted as completed or failed.
-        since: all ended tasks that were submitted after this time were read; None if all were read.
-        complete: True if every task that was submitted in the period is counted. False if there are more
-            tasks than were read: then all numbers are at least so high.
+        period: the seconds before it for which tasks that began or ended are counted.
+        since: the beginning of the first minute that is counted: of ten if it is more than 3 hours ago, of
+            an hour after a day, of a day after two months. It is the time at which counting began, if that
+            is later.
+        complete: True if counting had begun before ``since``, and all that waits and runs was read.
+            Otherwise all numbers are at least so high.
     """
 
     types: Mapping[str, TypeStats]
     answers: int
     checked_at: datetime
     period: float
-    since: datetime | None
+    since: datetime
     complete: bool
 
     def __repr__(self) -> str:
@@ -131,46 +138,54 @@ def stats(
     repository: Repository,
     services: Services,
     period: Duration,
+    since: datetime | None,
     at_most: int,
     waiting_at_most: int,
 ) -> Stats:
     """Count what waits, runs and has ended, by type: see ``Queue.stats``."""
-    seconds = check_number(period, "period")
+    now = services.clock.now_ms()
+    start = beginning(period, since, now)
     most = check_int(at_most, "at_most", 1), check_int(waiting_at_most, "waiting_at_most", 1)
-    return _Reading(repository, services, *most).stats(seconds)
+    ended = counted(repository, services, TYPES, start) if start < now else Counted(now, True, ())
+    return _Reading(repository, services, now, *most).stats(start, ended)
 
 
 class _Reading:
     """The reads for one answer."""
 
     def __init__(
-        self, repository: Repository, services: Services, at_most: int, waiting_at_most: int
+        self,
+        repository: Repository,
+        services: Services,
+        now: int,
+        at_most: int,
+        waiting_at_most: int,
     ) -> None:
         self._repository = repository
         self._at_most = at_most
         self._waiting_at_most = waiting_at_most
         self._capped = False
-        self._now = services.clock.now_ms()
+        self._now = now
         self._found: defaultdict[str, _Found] = defaultdict(_Found)
         for type in services.registry.types:
             self._found[type]
 
-    def stats(self, period: float) -> Stats:
+    def stats(self, start: int, ended: Counted) -> Stats:
         self._count_waiting()
         self._count_delayed()
         self._count_blocked()
         self._count("running", "running_on", [*queries.every(self._repository, "running_on")])
-        start = self._now - round(period * 1000)
-        since = self._count_ended(start) if period else self._now
+        for type, cell in ended.sums().items():
+            self._found[type].cell = cell
         answers = self._found.pop(ANSWER, _Found()).numbers["blocked"]
         self._found.pop(CHILDREN, None)
         return Stats(
             types={type: self._found[type].stats(self._now) for type in sorted(self._found)},
             answers=answers,
             checked_at=to_datetime(self._now),
-            period=period,
-            since=None if since is None else to_datetime(since),
-            complete=not self._capped and (since is None or since <= start),
+            period=(self._now - start) / 1000,
+            since=to_datetime(ended.since),
+            complete=not self._capped and ended.complete,
         )
 
     def _count_waiting(self) -> None:
@@ -216,65 +231,34 @@ class _Reading:
         self._capped |= len(rows) >= self._at_most
         return rows
 
-    def _count_ended(self, start: int) -> int | None:
-        """Count the tasks that ended since ``start``; return since when all submitted ones are counted."""
-        pages = [
-            queries.newest(self._repository, status, self._at_most, _FIELDS)
-            for status in (COMPLETED, FAILED)
-        ]
-        since = max((since for _, since in pages if since is not None), default=None)
-        for row in (row for rows, _ in pages for row in rows):
-            with suppress(TypeError):  # a damaged record
-                self._found[str(row[0])].add(row, start, since)
-        return since
-
 
 class _Found:
-    """The tasks of one type that were found so far."""
+    """The tasks of one type that were found so far, and what was counted."""
 
     def __init__(self) -> None:
         self.numbers: Counter[str] = Counter()
-        self._shares: Counter[str] = Counter()
+        self.cell: Cell = {}
         self._waits_since: int | None = None
-        self._latencies: list[float] = []
-        self._run_times: list[float] = []
 
     def waits_since(self, moment: int) -> None:
         """Note that a task could have started since then."""
         known = self._waits_since
         self._waits_since = moment if known is None else min(known, moment)
 
-    def add(self, row: Sequence[Any], start: int, since: int | None) -> None:
-        """Add a task if it ended after ``start``; to the shares only if it was submitted after ``since``.
-
-        Raises:
-            TypeError: a value is damaged; the task was not added.
-        """
-        _, status, created_at, run_at, started_at, completed_at, duration, *trials = row
-        if completed_at is None or completed_at < start:
-            return
-        waited = None if started_at is None else started_at - max(created_at, run_at or 0)
-        trial, run_time = sum(trials), duration + 0.0
-        self._shares[status] += since is None or created_at >= since
-        self.numbers[status] += 1
-        if waited is not None:  # else it failed because of its parent
-            self._run_times.append(run_time)
-            if trial <= (status == FAILED):
-                self._latencies.append(max(0, waited) / 1000)
-
     def stats(self, now: int) -> TypeStats:
-        since, ended = self._waits_since, self._shares.total()
+        since, cell = self._waits_since, self.cell
+        failed = cell.get("failed", 0)
+        ended = failed + cell.get("completed", 0)
         return TypeStats(
-            **self.numbers,
+            **{**self.numbers, **numbers_of(cell)},
             oldest_due=None if since is None else max(0, now - since) / 1000,
-            error_share=self._shares[FAILED] / ended if ended else None,
-            start_latency=_percentiles(self._latencies),
-            run_time=_percentiles(self._run_times),
+            error_share=failed / ended if ended else None,
+            start_latency=_percentiles(cell.get("waits", {})),
+            run_time=_percentiles(cell.get("runs", {})),
         )
 
 
-def _percentiles(values: Iterable[float]) -> Percentiles | None:
-    if not (ordered := sorted(values)):
+def _percentiles(groups: Mapping[str, int]) -> Percentiles | None:
+    if not groups:
         return None
-    p50, p95 = (ordered[math.ceil(len(ordered) * share) - 1] for share in (0.5, 0.95))
-    return Percentiles(p50, p95)
+    return Percentiles(percentile(groups, 0.5), percentile(groups, 0.95))

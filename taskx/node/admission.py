@@ -11,18 +11,27 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
-from taskx.node.shared_limits import Bucket, SharedBucket, SharedSlots, until_token
+from taskx.node.shared_limits import (
+    Bucket,
+    Held,
+    SharedBucket,
+    SharedSlots,
+    never_held,
+    until_token,
+)
 from taskx.stores.base import Repository
 from taskx.tasks.clock import Clock
 from taskx.tasks.errors import RepositoryError
 from taskx.tasks.log import GuardedLogger, log
-from taskx.tasks.rate import ENDLESS, FULL, NO_RATES, NOTHING, Cost, Limit, Rates, is_key
+from taskx.tasks.rate import ENDLESS, FULL, NO_LIMIT, NOTHING, Cost, Limit, Rates, is_key
 
-NO_LIMIT = Limit(None, NO_RATES, "node")
 #: The names of the limits of a type.
 Names = tuple[str, ...]
+# Most seconds for which a task is put off because its key is held.
+_LOOK_AGAIN = 10.0
 
 
 class Asking(NamedTuple):
@@ -66,9 +75,16 @@ class OwnBucket:
     many tokens as those.
     """
 
-    def __init__(self, rates: Rates, clock: Clock, before: OwnBucket | None = None) -> None:
+    def __init__(
+        self,
+        rates: Rates,
+        clock: Clock,
+        before: OwnBucket | None = None,
+        held: Callable[[], int] = lambda: 0,
+    ) -> None:
         self._rates = rates
         self._clock = clock
+        self._held = held
         marks = [FULL] * len(rates)
         if before is not None:
             now = clock.monotonic()
@@ -77,16 +93,24 @@ class OwnBucket:
             marks[: len(kept)] = kept
         self._marks: Sequence[float] = marks
 
+    def _counting(self) -> Sequence[float]:
+        """Return the marks as they count after a hold."""
+        if not (until := self._held()):
+            return self._marks
+        return self._rates.held(self._marks, self._now() + (until - self._clock.now_ms()) / 1000)
+
     def _now(self) -> float:
         return self._clock.monotonic()
 
     def room(self, cost: Cost = NOTHING) -> int:
         """Return how many tasks of this cost may start."""
-        return self._rates.room(self._marks, self._now(), cost)
+        return self._rates.room(self._counting(), self._now(), cost)
 
     def take(self, costs: Sequence[Cost]) -> int:
         """Take the tokens of the first of these tasks, of as many as may start; return how many."""
-        got, self._marks = self._rates.take(self._marks, self._now(), costs)
+        got, marks = self._rates.take(self._counting(), self._now(), costs)
+        if got:
+            self._marks = marks
         return got
 
     def put_back(self, cost: Cost, taken_at: float) -> None:
@@ -99,7 +123,7 @@ class OwnBucket:
 
     def until(self, cost: Cost = NOTHING, count: int = 1) -> float:
         """Return the seconds until tasks of this cost may start."""
-        return self._rates.until(self._marks, self._now(), cost, count)
+        return self._rates.until(self._counting(), self._now(), cost, count)
 
 
 _Slots = OwnSlots | SharedSlots
@@ -108,8 +132,9 @@ _Slots = OwnSlots | SharedSlots
 class _Gate:
     """One limit, and the fetched tasks that it will admit."""
 
-    def __init__(self, name: str, clock: Clock) -> None:
+    def __init__(self, name: str, clock: Clock, held: Held) -> None:
         self.name = name
+        self._held = held
         #: The limit that ``slots`` and ``bucket`` keep.
         self.limit = NO_LIMIT
         self.slots: _Slots | None = None
@@ -127,8 +152,15 @@ class _Gate:
         # True if the last task with tokens to take was refused. It comes first, however cheap others are.
         self._refused = False
 
+    def held_for(self) -> float:
+        """Return the seconds for which the limit is held; 0 if it is not."""
+        until = self._held(self.name)
+        return max(0.0, (until - self._clock.now_ms()) / 1000) if until else 0.0
+
     def admit(self, tasks: Sequence[Asking]) -> int:
         """Take slots and tokens for the first of these tasks, for as many as may start; return how many."""
+        if self.held_for():
+            return 0
         got = len(tasks) if self.slots is None else self.slots.take(len(tasks))
         if self.bucket is None:
             return got
@@ -166,6 +198,8 @@ class _Gate:
         return self.cost if self._refused else dict.fromkeys(self.cost, 1)
 
     def room(self) -> int:
+        if self.held_for():
+            return 0
         slots = ENDLESS if self.slots is None else self.slots.free()
         if self.bucket is None:
             return slots
@@ -173,10 +207,13 @@ class _Gate:
 
     def plan_fetch(self, waiting: int) -> None:
         """Fetch more tasks when there is a token more than tasks that wait: that may be now."""
-        if self.bucket is None:
+        wait = self.held_for()
+        if self.bucket is None and not wait:
             return
         now = self._clock.monotonic()
-        self.fetch_at = max(0.0, now + self.bucket.until(self._least, waiting + 1))
+        if self.bucket is not None:
+            wait = max(wait, self.bucket.until(self._least, waiting + 1))
+        self.fetch_at = max(0.0, now + wait)
         if self.fetch_at <= now and not (self.more and self.room() > waiting):
             self.fetch_at = None
 
@@ -220,9 +257,11 @@ class Admission:
         scheduled: Callable[[], None],
         log: GuardedLogger = log,
         limit_of_key: Callable[[str], Limit | None] = lambda key: None,
+        held: Held = never_held,
     ) -> None:
         self._limits = limits
         self._limit_of_key = limit_of_key
+        self._held = held
         self._limited = limited
         self._repository = repository
         self._node = node
@@ -240,22 +279,27 @@ class Admission:
     def _gate(self, name: str) -> _Gate:
         gate = self._gates.get(name)
         if gate is None:
-            gate = _Gate(name, self._clock)
+            gate = _Gate(name, self._clock, self._held)
             self._set_limit(gate, self._limits.get(name, NO_LIMIT))
             self._gates[name] = gate
         return gate
 
     def _rate_of(self, key: str) -> _Gate:
         """Return a gate for the rate of a key, which has turns for slots. It is not kept: keys are many."""
-        gate = _Gate(key, self._clock)
+        gate = _Gate(key, self._clock, self._held)
         limit = self._limit_of_key(key) or NO_LIMIT
         gate.bucket = self._bucket(key, limit, None)
         return gate
 
     def until_rate(self, key: str, cost: Cost, number: int) -> float:
-        """Return the seconds until the rate of a key may let a number of tasks start."""
-        bucket = self._rate_of(key).bucket
-        return 0.0 if bucket is None else until_token(bucket, cost, number)
+        """Return the seconds until the rate of a key may let a number of tasks start.
+
+        A hold may end early, by hand: then it is at most the time after which to look again.
+        """
+        gate = self._rate_of(key)
+        if wait := gate.held_for():
+            return min(wait, _LOOK_AGAIN)
+        return 0.0 if gate.bucket is None else until_token(gate.bucket, cost, number)
 
     def _of(self, type: str) -> list[_Gate]:
         return [self._gate(name) for name in self._limited.get(type, ())]
@@ -278,9 +322,11 @@ class Admission:
         if not limit.rates:
             return None
         if limit.scope == "global":
-            return SharedBucket(self._repository, name, limit.rates, self._clock, self._log)
+            return SharedBucket(
+                self._repository, name, limit.rates, self._clock, self._log, self._held
+            )
         own = before if isinstance(before, OwnBucket) else None
-        return OwnBucket(limit.rates, self._clock, own)
+        return OwnBucket(limit.rates, self._clock, own, partial(self._held, name))
 
     # --- limits that change while tasks run
 
@@ -407,6 +453,8 @@ class Admission:
         with self._lock:
             gates = [self._gate(name) for name in names]
             slots = [gate.slots for gate in gates if gate.slots is not None]
+            if any(gate.held_for() for gate in gates):
+                return False
             return any(gate.bucket for gate in gates) and all(some.free() > 0 for some in slots)
 
     def admit(self, waiting: Mapping[Names, Sequence[Asking]]) -> set[str]:

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
 from taskx.attempt.runner import Run
 from taskx.tasks.timing import Timing
@@ -172,15 +172,21 @@ class Ahead:
 
     # --- workers that wait
 
-    def wait(self, ready: Callable[[], object]) -> Run | None:
+    def wait(self, ready: Callable[[], object], timeout: float | None = None) -> Run | None:
         """Wait until this worker is called, unless ``ready`` returns a true value.
 
-        Return the task that it was given; None if it must look for one.
+        Return the task that it was given; None if it must look for one, or ``timeout`` seconds have passed.
         """
         hand: SimpleQueue[Run | None] = SimpleQueue()
         self.waiting.append(hand)  # before the check: for a task that arrives later it is called
         if ready():
             with suppress(ValueError):  # it was just called
+                self.waiting.remove(hand)
+                return None
+        elif timeout is not None:
+            with suppress(Empty):
+                return hand.get(timeout=max(0.0, timeout))
+            with suppress(ValueError):
                 self.waiting.remove(hand)
                 return None
         return hand.get()

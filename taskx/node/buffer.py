@@ -7,7 +7,8 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from heapq import heapify, heappop, heappush
-from itertools import count
+from itertools import count, islice
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from taskx.node.place import Place
@@ -32,6 +33,37 @@ class Item(NamedTuple):
     #: The row of a small task, so that its start need not read it; None if it must. Whatever changes it in
     #: the repository raises ``starts``, by which a start is guarded.
     row: Mapping[str, Any] | None = None
+    #: The time at which it entered its lot; 0 if it is in none.
+    entered: float = 0.0
+    #: True if it belongs to no lot, although its type has one: it runs in a call of its own.
+    apart: bool = False
+
+
+#: The most tasks of each type that one call takes, and the seconds that a call waits for more.
+Batches = Mapping[str, tuple[int, float]]
+_SINGLE = (1, 0.0)
+
+
+class Lot:
+    """The tasks of one type that wait in the buffer to be started together, for one call."""
+
+    def __init__(self) -> None:
+        #: By id. One that is no longer known is passed over, as in the heap.
+        self.items: dict[str, Item] = {}
+        self._in_order = True
+
+    def add(self, item: Item) -> None:
+        """Put in an item."""
+        if self._in_order and self.items:
+            self._in_order = next(reversed(self.items.values()), item) <= item
+        self.items[item.id] = item
+
+    def first(self) -> Item | None:
+        """Return the item that comes first; None if there is none."""
+        if not self._in_order:
+            self._in_order = True  # first: whatever is added in between says if it is
+            self.items = dict(sorted(self.items.items(), key=lambda pair: pair[1]))
+        return next(iter(self.items.values()), None)
 
 
 class Slots(Place):
@@ -108,7 +140,10 @@ class Slots(Place):
                 place = rank(priority, since, row["run_at"], ageing) if ageing else -priority
                 kept = row if self._fresh and is_plain(row) else None
                 item = Item(place, since, number, row["id"], row["type"], False, kept)
-                heappush(buffer._heap, item)  # first: one that is not in the heap would never run
+                if buffer.batches and item.type in buffer.batches:
+                    item = buffer._enter_lot(item)
+                else:
+                    heappush(buffer._heap, item)  # first: one that is not in the heap never runs
                 buffer._submitted[item.id] = item
                 buffer.reserved.discard(number)
         if self.writes and not buffer._call():
@@ -134,6 +169,8 @@ class Buffer:
         wake: called when a task was put in; returns False if workers wait and none was woken.
         ageing: milliseconds of waiting that count as one step of priority; 0 for no ageing.
         room_every: seconds between polls of a thread that waits for room: a signal may lose its wake-up.
+        batches: the types whose tasks wait in lots.
+        waits: False if no lot waits for more tasks.
     """
 
     def __init__(
@@ -143,8 +180,14 @@ class Buffer:
         wake: Callable[[], bool],
         ageing: int = 0,
         room_every: float = DEFAULT_TIMING.signals_every,
+        batches: Batches = MappingProxyType({}),
+        *,
+        waits: bool = True,
     ) -> None:
         self.maxsize = maxsize
+        self.batches = batches
+        self._waits = waits
+        self.lots: dict[str, Lot] = {}
         self._room_every = room_every
         self.ageing = ageing
         self.fetch_size = fetch_size
@@ -257,6 +300,8 @@ class Buffer:
                 self._fetched.pop(task_id, None)
                 if self._submitted.pop(task_id, None) is not None:
                     self.room.ring()
+                for lot in self.lots.values():
+                    lot.items.pop(task_id, None)
             self._tidy()
 
     def sweep(self, gone: Callable[[str], bool]) -> list[Item]:
@@ -269,21 +314,25 @@ class Buffer:
 
     def _call(self) -> bool:
         """Wake a worker, unless one is just starting tasks, which calls the next one itself."""
-        return bool(self.starting) or self._wake()
+        return bool(self.starting) or bool(self.lots and self._watched()) or self._wake()
 
     def _add(self, item: Item) -> None:
-        heappush(self._heap, item)  # first: an id that is known but not in the heap would never run
+        if item.type in self.batches and not item.apart:
+            item = self._enter_lot(item)
+        else:
+            heappush(self._heap, item)  # first: an id that is known but not in the heap never runs
         self._fetched[item.id] = item
 
     def _tidy(self) -> None:
         """Remove items that have left the buffer from the heap, once there are many."""
-        if len(self._heap) <= 2 * len(self) + _FEW_GONE:
+        if len(self._heap) <= 2 * len(self) + _FEW_GONE:  # those in lots are counted, too
             return
         while True:
-            heap = [*self._fetched.values(), *self._submitted.values()]
+            every = [*self._fetched.values(), *self._submitted.values()]
+            heap = [item for item in every if not item.entered]
             heapify(heap)
             self._heap = heap
-            if len(heap) >= len(self):
+            if len(every) >= len(self):
                 return  # otherwise a finalizer submitted before the last assignment
 
     # --- for the workers
@@ -296,7 +345,10 @@ class Buffer:
         with self._mutex:
             if self.starting or self.closed:
                 return []
-            items: list[Item] = []
+            items = self._take_lot() if self.lots else []
+            if items:
+                self.starting = items
+                return items
             while len(items) < most and self._heap:
                 item = heappop(self._heap)
                 inside = self._fetched if item.fetched else self._submitted
@@ -317,7 +369,78 @@ class Buffer:
 
     def has_next(self) -> bool:
         """Return True if :meth:`take` would return a task, or if the buffer is closed."""
-        return self.closed or (not self.starting and len(self) > 0)
+        return self.closed or (not self.starting and self.ready > 0)
+
+    # --- lots
+
+    @property
+    def ready(self) -> int:
+        """The number of tasks in the buffer, without those of lots that wait for more."""
+        number = len(self._submitted) + len(self._fetched)
+        return number - self._waiting() if self.lots else number
+
+    def _waiting(self) -> int:
+        now = time.monotonic()
+        return sum(
+            len(lot.items)
+            for type, lot in self.lots.copy().items()
+            if (due := self._due(type, lot)) is not None and due > now
+        )
+
+    def _due(self, type: str, lot: Lot) -> float | None:
+        """Return the time at which a lot can be taken; None if it is empty."""
+        with self._mutex:
+            first = lot.first()
+            if first is None:
+                return None
+            most, wait = self.batches.get(type, _SINGLE)
+            full = not self._waits or len(lot.items) >= most
+            return -math.inf if full else first.entered + wait
+
+    def _watched(self) -> bool:
+        """Return True if all tasks are in lots that wait, and a worker was told of each lot before."""
+        with self._mutex:
+            sizes = [len(lot.items) for lot in self.lots.values()]
+        return not self.ready and 1 not in sizes
+
+    def until_lot(self) -> float | None:
+        """Return the seconds until the next lot that waits can be taken; None if none waits."""
+        now = time.monotonic()
+        every = [self._due(type, lot) for type, lot in self.lots.copy().items()]
+        return min((due - now for due in every if due is not None and due > now), default=None)
+
+    def _enter_lot(self, item: Item) -> Item:
+        """Put an item into the lot of its type."""
+        lot = self.lots.get(item.type) or self.lots.setdefault(item.type, Lot())
+        lot.add(item := item._replace(entered=time.monotonic()))
+        return item
+
+    def _take_lot(self) -> list[Item]:
+        """Take the next lot; none if no lot can be taken, or another task comes first."""
+        now = time.monotonic()
+        due = [
+            (first, lot)
+            for type, lot in self.lots.items()
+            if (at := self._due(type, lot)) is not None
+            and at <= now
+            and (first := lot.first()) is not None
+        ]
+        if not due:
+            return []
+        first, lot = min(due, key=lambda pair: pair[0])
+        if self._heap and self._heap[0] < first:
+            return []
+        most, _ = self.batches.get(first.type, _SINGLE)
+        items: list[Item] = []
+        for item in [*islice(lot.items.values(), most)]:
+            inside = self._fetched if item.fetched else self._submitted
+            if inside.get(item.id) is item:
+                del inside[item.id]  # first: one that is known but in no lot would never run
+                items.append(item)
+                if self.room.listening and not item.fetched:
+                    self.room.ring()
+            lot.items.pop(item.id, None)
+        return items
 
     # --- for the housekeeper
 
@@ -336,4 +459,5 @@ class Buffer:
             self._submitted.clear()
             self._fetched.clear()
             self._heap.clear()
+            self.lots.clear()
         self.room.ring_all()

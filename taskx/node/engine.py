@@ -51,7 +51,7 @@ class Engine:
 
     def make_runner(self, clock: Clock, timing: Timing, max_payload_size: int) -> Runner:
         """Return what calls executors."""
-        return Runner(clock, Alarms(clock, timing), max_payload_size)
+        return Runner(clock, Alarms(clock, timing), max_payload_size, timing=timing)
 
     def make_signal(self) -> Signal:
         """Return what a thread waits with for the end of a task."""

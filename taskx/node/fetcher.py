@@ -99,6 +99,7 @@ class Fetcher:
             room = self._buffer.room_to_fetch()
             if room <= 0:
                 return True
+            self._services.moves.turns.share_out()  # before the fetch, which finds what they free
             self._services.agenda.begin_fetch()  # before the fetch: a spill from now on sets it again
             try:
                 found = self._fetch(room)

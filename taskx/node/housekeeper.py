@@ -89,6 +89,7 @@ class Housekeeper:
         self.duties = self._duties()
         self._dues = [duty.due for duty in self.duties if duty.due is not None]
         self._complaint = Complaint(services.log)
+        self._store_at = clock.monotonic() + services.timing.count_every
         # What the last rounds have found, and since when the present round goes on, on the monotonic clock.
         self._failure = ""
         self._stuck_types: list[Problem] = []
@@ -119,6 +120,7 @@ class Housekeeper:
             Duty("stuck threads", _unless_locked(pool.stuck.lift)),
             # Before the fetch: a task that waits comes first.
             Duty("starts", _unless_locked(pool.hand_on), due=_when(lambda: pool.needs_care, soon)),
+            Duty("coroutines", self._look_at_loop, due=_when(self._has_coroutines, 0.5)),
             Duty("workers", lambda until: pool.add_workers()),
             Duty("progress", self._write_progress, timing.progress_every),
             # All that lets tasks start comes before the fetch.
@@ -135,6 +137,7 @@ class Housekeeper:
             Duty("news", self._take_in_news, timing.poll_every),
             Duty("fetch", self._fetch, due=self._until_token),
             Duty("ticks", self._tick, due=self._until_tick),
+            Duty("counts", _unless_locked(self._store_counts), timing.gather_every),
             # What no event has reported; it may wait for all that an event did report.
             Duty("audit", self._run_audits, timing.audit_every),
             Duty("retention", lambda until: self._retention.tick()),
@@ -252,6 +255,14 @@ class Housekeeper:
         except SchemaMismatch as error:  # go on: outcomes must be written in any case
             self._pool.retire(error)
 
+    def _store_counts(self) -> None:
+        counts, timing = self._services.moves.counts, self._services.timing
+        now = self._services.clock.monotonic()
+        counts.gather()
+        if now >= self._store_at or counts.fresh >= timing.most_uncounted:
+            self._store_at = now + timing.count_every
+            counts.store()
+
     def _write_progress(self, until: float) -> None:
         store_progress(self._services, list(self._pool.runs.values()))
 
@@ -331,6 +342,14 @@ class Housekeeper:
         self._services.agenda.check_due()
         self._ticker.refresh_soon()
         self._services.watcher.check_all()
+
+    def _has_coroutines(self) -> bool:
+        loop = self._services.runner.loop
+        return loop is not None and bool(loop.running)
+
+    def _look_at_loop(self, until: float) -> None:
+        if (loop := self._services.runner.loop) is not None:
+            loop.look()
 
     def _find_stuck_types(self) -> list[Problem]:
         services = self._services

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import compress
 from typing import Any, NamedTuple, Protocol
@@ -22,9 +23,11 @@ from taskx.attempt.checkpoints import Keeper
 from taskx.attempt.failures import error_type
 from taskx.attempt.registry import Registry
 from taskx.attempt.runner import Run, Runner
+from taskx.node.counts import Counts, counted_as
 from taskx.node.hooks import Hooks
 from taskx.node.ledger import Ledger
 from taskx.node.ordering import Dependents, Turns
+from taskx.node.shares import Crew, Shares
 from taskx.node.watcher import Watcher
 from taskx.stores.base import Repository
 from taskx.stores.controls import Controls
@@ -44,7 +47,7 @@ from taskx.tasks.timing import Timing
 from taskx.tasks.writes import Insert, Write
 
 
-class _Pool(Protocol):
+class _Pool(Crew, Protocol):
     """The methods of a pool that moves of tasks, and the outcomes of its attempts, need."""
 
     def discard(self, task_ids: Iterable[str]) -> None: ...
@@ -108,6 +111,7 @@ class Moves(Ledger[Outcome]):
         timing: Timing,
         redact: tuple[str, ...],
         limit_of: Callable[[str], Limit | None],
+        shares: Callable[[], Mapping[str, Limit]],
     ) -> None:
         super().__init__(repository, log, agenda, timing)
         self._hooks = hooks
@@ -118,7 +122,10 @@ class Moves(Ledger[Outcome]):
         self._is_told = partial(log.isEnabledFor, logging.DEBUG)
         #: Logs the retries.
         self.retries = Digest(log, RETRIED, _RETRIES, clock.monotonic)
-        self.turns = Turns(repository, self.commit, limit_of, clock, log, timing.batch)
+        #: Counts what tasks do.
+        self.counts = Counts(repository, clock, limit_of)
+        shared = Shares(repository, shares, limit_of, lambda: self._pool, clock)
+        self.turns = Turns(repository, self.commit, limit_of, shared, clock, log, timing.batch)
         self.dependents = Dependents(
             repository, self.commit, agenda, clock, log, timing.batch, timing.scan_batch
         )
@@ -175,6 +182,17 @@ class Moves(Ledger[Outcome]):
             and not (self._hooks.moves or self.dependents.any or self._is_told())
             and self._agenda.attended
         ):  # most outcomes: nobody but those who wait for the task must hear of it
+            task, counts = run.task, self.counts
+            times = counts.run_times.get(task.type)
+            if (
+                times is None
+                or held[0].changes["completed_at"] >= counts.until
+                or task.cost
+                or run.context._spent
+            ):
+                counts.completed(run, ending)
+            else:
+                times.append(ending.duration)
             pool.over(run)
             if run.task.id in self._watcher.watched:
                 self._watcher.complete(run.task, held[0].changes["result"])
@@ -217,6 +235,7 @@ class Moves(Ledger[Outcome]):
             tasks = self._to_be_told(moved)
         turns = False
         try:
+            self._count(moved, tasks, outcome)
             for write, row in moved:
                 if self._hooks.moves and write.id in tasks:
                     self._tell_hooks(row, tasks[write.id], write.changes, outcome)
@@ -246,6 +265,31 @@ class Moves(Ledger[Outcome]):
                 pool.fire(write.id)
         if freed := [write for write, row in moved if row.may_start]:
             self._may_start(freed, tasks)
+
+    def _count(
+        self,
+        moved: Sequence[tuple[Write, Move]],
+        tasks: Mapping[str, Task],
+        outcome: Outcome | None,
+    ) -> None:
+        """Count what tasks did."""
+        own, counts, unread = outcome and outcome.run.task.id, self.counts, dict[str, str]()
+        for write, row in moved:
+            what = counted_as(row.name, row.target)
+            if (task := tasks.get(write.id)) is None:
+                if what is not None:
+                    unread[write.id] = what
+            elif outcome is not None and write.id == own:
+                counts.ended(what, task.type, task.concurrency_key, outcome.run, outcome.ending)
+            elif what is not None:
+                counts.ended(what, task.type, task.concurrency_key)
+            elif row.name == "hand back":
+                counts.handed_back(task)
+        if unread:
+            try:
+                counts.ended_unread(unread)
+            except RepositoryError as error:
+                self._log.warning("%d ended task(s) are not counted: %s", len(unread), error)
 
     def _log_move(
         self, row: Move, task: Task, changes: Mapping[str, Any], outcome: Outcome | None
@@ -288,7 +332,7 @@ class Moves(Ledger[Outcome]):
             else:
                 given.add(turn)
         self.turns.advance(
-            key for key in keys if key is not None and (key not in given or self.turns.shares(key))
+            key for key in keys if key is not None and (key not in given or self.turns.several(key))
         )
 
     def _may_start(self, writes: Sequence[Write], tasks: Mapping[str, Task]) -> None:
@@ -317,6 +361,9 @@ class Moves(Ledger[Outcome]):
 
     def process_if_unattended(self) -> None:
         """Process dependents and turns now if no housekeeper is running that would do it soon."""
+        if self._pool is None and self.counts.some:  # no node of this queue stores them
+            with suppress(RepositoryError):  # the next call does
+                self.counts.store()
         if self._agenda.attended:
             return
         try:

@@ -178,7 +178,7 @@ class LocalNode:
     def _prepare(self) -> None:
         """Make the parts that run tasks, for a new id; nobody sees them yet."""
         self._stopping = threading.Lock()  # held for good from the stop on
-        self._ending = threading.Lock()
+        self._ending = threading.RLock()
         self._left = threading.Event()
         self._on_record = False  # True also while it joins, when it may not be recorded yet
         config, about = self._queue.config, self._about()
@@ -411,7 +411,8 @@ class LocalNode:
         deadline = time.monotonic() + timeout
         self._wait_for_workers(deadline)
         still = self.still_running()
-        if not (still or inside_executor()):
+        # A hook that is told of the end may ask for it; in a driven queue it is told within the end.
+        if not (still or inside_executor() or self._ending._is_owned()):  # type: ignore[attr-defined]
             self._left.wait(max(0.0, deadline - time.monotonic()))
         return still
 
@@ -462,12 +463,16 @@ class LocalNode:
             if self._left.is_set():
                 return
             self._housekeeper.stop()
+            if (loop := services.runner.loop) is not None:
+                loop.close()
             self._write_outcomes()
             try:
                 with suppress(RepositoryError):  # the next queue to start checks all waiting tasks
                     moves.dependents.process()
                     moves.turns.process()
                     pool.stuck.lift()
+                with suppress(RepositoryError):  # the counts of the last seconds are lost
+                    moves.counts.store()
                 with suppress(RepositoryError):  # other nodes free the slots of dead nodes
                     pool.admission.end()
                 with suppress(RepositoryError):  # and take back their tasks
@@ -478,10 +483,12 @@ class LocalNode:
             pool.forget_began()
             moves.retries.tell(after=0)
             self.log.info("node %s stopped", pool.node.name)
-            self._left.set()
             self._ended = True
-            if (hooks := services.hooks).queue_stopped:
-                hooks.tell(hooks.queue_stopped, lambda: self._queue)
+            try:
+                if (hooks := services.hooks).queue_stopped:
+                    hooks.tell(hooks.queue_stopped, lambda: self._queue)
+            finally:  # after it was told: a second call of stop() waits for this, and then for the hooks
+                self._left.set()
 
 
 def _in_thread(call: Callable[[], object]) -> None:

@@ -22,12 +22,13 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import zip_longest
 from typing import Any
 
 from taskx.node.shared_limits import RATE, SharedBucket, is_full, until_token
+from taskx.node.shares import Shares
 from taskx.stores import lists
 from taskx.stores.base import Repository
 from taskx.tasks import children, lifecycle
@@ -362,6 +363,7 @@ class Turns(_Scanner):
         repository: stores the tasks, and the rates of keys.
         commit: commits moves.
         limit_of: returns the limit of a key; None if it has one turn, and no rate.
+        shares: chooses the keys that get a turn, of those that share the workers.
         clock: the clock of the rates.
         log: the logger.
         batch: the number of keys that are read at once.
@@ -372,12 +374,14 @@ class Turns(_Scanner):
         repository: Repository,
         commit: Callable[[Sequence[Update]], object],
         limit_of: Callable[[str], Limit | None],
+        shares: Shares,
         clock: Clock,
         log: GuardedLogger,
         batch: int,
     ) -> None:
         super().__init__()
         self._batch = batch
+        self._shares = shares
         self._repository = repository
         self._commit = commit
         self._limit_of = limit_of
@@ -403,6 +407,8 @@ class Turns(_Scanner):
         if limit is None:  # the guard of the write tells if the only turn is free
             first = self._repository.find("line", [key], ("id",), 1)
             return [write for (task_id,) in first for write in lifecycle.give_turn(task_id, key)]
+        if limit.share is not None:
+            return self._share_out(leaver)
         every = lifecycle.turns_of(key, MOST_TURNS)  # the limit may have been lowered
         holders = self._repository.find("turn", every, ("turn", "id"))
         taken = {turn for turn, task_id in holders if task_id != leaver}
@@ -417,6 +423,78 @@ class Turns(_Scanner):
             due = self._clock.now_ms() + math.ceil(1000 * wait) if wait else None
             writes += lifecycle.give_turn(task_id, turn, due, run_at)
         return writes
+
+    # --- keys that share the workers
+
+    def share_out(self) -> bool:
+        """Give turns to keys that share the workers, for the free ones of this node; return True if any.
+
+        Raises:
+            RepositoryError: the repository failed.
+        """
+        if writes := self._share_out():
+            self._commit_turns(writes)
+        return bool(writes)
+
+    def _commit_turns(self, writes: Sequence[Update]) -> None:
+        try:
+            self._commit(writes)
+        finally:
+            self._shares.settle(writes)
+
+    def _share_out(self, leaver: str = "") -> Sequence[Update]:
+        writes: list[Update] = []
+        with self._shares.lock:
+            turns, known = self._shares.begin(leaver), set[str]()
+            while turns is not None and (one := turns.next()) is not None:
+                given, starts = self._turn_of(one.key, one.limit, leaver, known)
+                writes += given
+                if given:
+                    known.update(write.id for write in given)
+                    turns.give(one, given[-1], starts=starts)
+                else:
+                    turns.pass_over(one)
+        return writes
+
+    def _turn_of(
+        self, key: str, limit: Limit, leaver: str, known: Collection[str]
+    ) -> tuple[Sequence[Update], bool]:
+        """Return writes that give a turn of a key to its first task, and True if it may start at once.
+
+        The last write does so. The others repeat what other threads are about to commit for this key, but
+        for the tasks that are known: if those threads fail, no task is overtaken.
+        """
+        fields = ("id", "type", "run_at", "cost")
+        writes, now, given = list[Update](), self._clock.now_ms(), self._shares.mine
+        for task_id, type, run_at, cost in self._repository.find(
+            "line", [key], fields, 1 + len(given)
+        ):
+            if task_id in given:
+                repeated = () if task_id in known else (given[task_id].turn,)
+                writes += [w for turn in repeated for w in lifecycle.give_turn(task_id, turn)]
+                continue
+            if not self._shares.may_start(type, key):
+                break
+            if (turn := self._free_turn(key, limit, leaver)) is None:
+                break
+            [wait] = self._waits(key, limit, [cost]) if limit.rates else [0.0]
+            due = now + math.ceil(1000 * wait) if wait else None
+            writes += lifecycle.give_turn(task_id, turn, due, run_at)
+            return writes, max(due or 0, run_at or 0) <= now
+        return (), False
+
+    def _free_turn(self, key: str, limit: Limit, leaver: str) -> str | None:
+        """Return a turn of a key that no task has, or is about to get."""
+        every, given = lifecycle.turns_of(key, MOST_TURNS), self._shares.mine
+        found = self._repository.find("turn", every, ("turn", "id"))
+        taken: dict[str, str] = dict(found)
+        taken.update((g.turn, i) for i, g in given.items() if lifecycle.key_of(g.turn) == key)
+        number = limit.max_concurrency or MOST_TURNS
+        if sum(task_id != leaver for task_id in taken.values()) >= number:
+            return None
+        free = (turn for turn in every[:number] if turn not in taken)
+        # The turn of the leaver comes last: it may be retried, and keep that.
+        return next(free, next((t for t, task_id in taken.items() if task_id == leaver), None))
 
     def _waits(self, key: str, limit: Limit, costs: Sequence[Any]) -> list[float]:
         """Return for each of some tasks of a key when its rate may let it start, in seconds from now.
@@ -440,12 +518,15 @@ class Turns(_Scanner):
 
     def _advance(self, keys: Sequence[str]) -> None:
         writes: list[Update] = []
+        sharing = {key for key in keys if self._shares.has(key)}
         for key in keys:
-            writes += self._next_turn(key)
+            writes += () if key in sharing else self._next_turn(key)
+        if sharing:
+            writes += self._share_out()
         if writes:
-            self._commit(writes)
+            self._commit_turns(writes)
 
-    def shares(self, key: str) -> bool:
+    def several(self, key: str) -> bool:
         """Return True if several tasks of a key may have a turn, or wait for its rate."""
         return self._limit_of(key) is not None
 
@@ -469,7 +550,12 @@ class Turns(_Scanner):
             if limit is not None and is_full(note, self._clock):
                 self._repository.put_note(name, None, note.version)
 
+    def overdue(self) -> bool:
+        """Return True if a turn is free for which a task waits."""
+        return self.share_out() or super().overdue()
+
     def _scan_page(self) -> bool:
+        self.share_out()
         stalled, after = self._page(self._after)
         self._advance(stalled)
         self._after = after
@@ -485,7 +571,10 @@ class Turns(_Scanner):
 
     def _turns(self, key: str) -> Sequence[str]:
         limit = self._limit_of(key)
-        return [key] if limit is None else lifecycle.turns_of(key, lifecycle.turns_at_once(limit))
+        if limit is None:
+            return [key]
+        shares = limit.share is not None  # other keys may come first
+        return () if shares else lifecycle.turns_of(key, lifecycle.turns_at_once(limit))
 
 
 def _cost_of(text: Any) -> Cost:

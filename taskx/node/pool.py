@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -12,10 +13,10 @@ from typing import Protocol
 import attrs
 
 from taskx.attempt.registry import Middleware
-from taskx.attempt.runner import Run, broken, lesser
+from taskx.attempt.runner import Call, Run, broken, lesser, runs_of, set_apart
 from taskx.node.admission import Admission
 from taskx.node.ahead import Ahead
-from taskx.node.buffer import Buffer, Item, Slots
+from taskx.node.buffer import Batches, Buffer, Item, Slots
 from taskx.node.fetcher import Fetcher
 from taskx.node.moving import Outcome, Services
 from taskx.node.place import Place
@@ -23,6 +24,7 @@ from taskx.node.starter import Runs, Seat, Starter
 from taskx.node.stuck import Stuck
 from taskx.node.tuning import Tuning
 from taskx.stores import queries
+from taskx.stores.controls import Hold
 from taskx.stores.liveness.base import Node
 from taskx.stores.liveness.began import Began
 from taskx.tasks import lifecycle
@@ -30,9 +32,11 @@ from taskx.tasks.bell import Bell
 from taskx.tasks.config import Config
 from taskx.tasks.errors import (
     CancelReason,
+    ConfigurationError,
     RepositoryError,
     RepositoryUnavailable,
     SchemaMismatch,
+    is_interrupt,
 )
 from taskx.tasks.lifecycle import Ending
 from taskx.tasks.log import Complaint
@@ -42,8 +46,8 @@ from taskx.tasks.record import changed_task
 from taskx.tasks.writes import Insert, Update, Write
 
 
-def _fetch_size(workers: int) -> int:
-    return max(256, 4 * workers)
+def _fetch_size(workers: int, batches: Batches) -> int:
+    return max(256, 4 * workers, *(2 * most for most, _ in batches.values()))
 
 
 # Makes an outcome of the tuple of its fields, at half the cost of a call of the class.
@@ -71,6 +75,9 @@ class WorkerPool:
         fetcher: makes what fetches tasks, of the pool's parts.
     """
 
+    #: True if a call for many tasks waits for more of them.
+    waits_for_more = True
+
     def __init__(
         self,
         services: Services,
@@ -88,9 +95,11 @@ class WorkerPool:
         workers = config.worker_num
         self.ahead = Ahead(workers, services.timing)
         ageing = round((config.ageing or 0) * 1000)
-        fetch_size = _fetch_size(workers)
+        fetch_size = _fetch_size(workers, services.registry.batches)
         self.buffer = Buffer(
-            config.buffer_size, fetch_size, self.ahead.wake, ageing, services.timing.signals_every
+            *(config.buffer_size, fetch_size, self.ahead.wake, ageing),
+            *(services.timing.signals_every, services.registry.batches),
+            waits=self.waits_for_more,
         )
         self.stopping = False
         #: The notes of the tasks that each thread began last, if the repository keeps them.
@@ -107,6 +116,7 @@ class WorkerPool:
             self.agenda.wake_from_long_sleep,
             services.log,
             services.registry.limit_of_key,
+            services.controls.held_until,
         )
         self.starter = Starter(
             services, node, self.buffer, self.runs, self.admission, self.ahead.at_work
@@ -129,6 +139,7 @@ class WorkerPool:
         self._retiring = threading.Lock()  # held for good
         self.ends = ends
         self._complaint = Complaint(services.log)
+        self._max_hold = config.max_hold
         self._counting = threading.Lock()
         self._quiet = Bell()
         self.stuck = Stuck(services, node.id, config.max_stuck, self._do_without, self._abandon)
@@ -234,6 +245,17 @@ class WorkerPool:
             workers=self.ahead.workers,
         )
 
+    @property
+    def workers(self) -> int:
+        """The number of workers that it shall have."""
+        return self.ahead.workers
+
+    def may_start(self, type: str, key: str) -> bool:
+        """Return True if a task of this type and key might start here now."""
+        services = self.services
+        held = services.controls.held_until(key) > services.clock.now_ms()
+        return not held and services.registry.runs(type) and self.fetcher.has_room(type)
+
     def record(self) -> None:
         """Record the types, limits and workers of this node, if they have changed since the last record."""
         described = self.described()
@@ -248,7 +270,7 @@ class WorkerPool:
         with self._counting:
             self.ahead.set_workers(number)
             self._threaded = min(self._threaded, number)
-        self.buffer.set_fetch_size(_fetch_size(number))
+        self.buffer.set_fetch_size(_fetch_size(number, self.services.registry.batches))
         self.ahead.wake_all()
         self.services.log.info("node %s: %d workers from now on", self.node.name, number)
 
@@ -326,18 +348,22 @@ class WorkerPool:
                 self.hooks.let_catch_up()
             if ahead.short and not ahead.runs and not self.services.watcher.watching:
                 ahead.let_gather(len(buffer))
-            run = ahead.take() if ahead.runs else None
+            run: Run | Call | None = ahead.take() if ahead.runs else None
             if run is None:
                 if items := buffer.take(ahead.portion):
                     run = self.start(items, worker)
                     self._complaint.over()
                 else:
                     self._finish()
-                    run = ahead.wait(self._has_next)
+                    run = ahead.wait(self._has_next, buffer.until_lot() if buffer.lots else None)
                     if run is not None and self.stopping:
                         self.starter.hand_back([run])
                         return
-            if run is not None:
+            if buffer.lots and run is not None and buffer.until_lot() is not None:
+                ahead.wake()  # another worker watches the lots
+            if isinstance(run, Call):
+                self.execute_call(run, worker)
+            elif run is not None:
                 self.execute(run, worker)
             del run  # a waiting worker must not keep the last task's values alive
             if self._at_work > ahead.workers and self._is_superfluous():
@@ -345,7 +371,7 @@ class WorkerPool:
 
     def _finish(self) -> None:
         """Do what is left to do before this worker waits."""
-        if len(self.buffer):  # another worker starts tasks, and writes the outcomes with them
+        if self.buffer.ready:  # another worker starts tasks, and writes the outcomes with them
             self.agenda.wake_from_long_sleep()
         else:
             if not self.services.moves.flush(wait=False):
@@ -361,8 +387,10 @@ class WorkerPool:
         """Return True if there is a task for a worker, or a worker must end."""
         return bool(self.ahead.runs) or self._at_work > self.ahead.workers or self.buffer.has_next()
 
-    def start(self, items: list[Item], worker: str) -> Run | None:
+    def start(self, items: list[Item], worker: str) -> Run | Call | None:
         """Start tasks in one transaction, and lay out all but the first, which this worker gets.
+
+        Tasks that are to share a call are one :class:`Call`, which it gets.
 
         It gets none if it is of more use here: more tasks wait, and so do more workers than it has tasks
         for. To call one of them only to start tasks, too, would cost a switch of threads.
@@ -376,7 +404,9 @@ class WorkerPool:
             if self.stopping:  # the stop could not see these runs yet, and did not tell them
                 self.starter.hand_back(runs)
                 return None
-            if len(self.buffer) and len(self.ahead.waiting) >= len(runs) and not self.ahead.short:
+            if len(runs) > 1 and runs[0].executor.together is not None and items[0].entered:
+                return Call(runs, self.services.runner)
+            if self.buffer.ready and len(self.ahead.waiting) >= len(runs) and not self.ahead.short:
                 own = 0
             if len(runs) > own and not self.ahead.lay_out(runs[own:]):
                 self.agenda.wake_from_long_sleep()
@@ -385,7 +415,7 @@ class WorkerPool:
             raise
         finally:
             self.buffer.started()
-            if own and len(self.buffer) and not self.ahead.wake():
+            if own and self.buffer.ready and not self.ahead.wake():
                 self.agenda.wake_from_long_sleep()
         return runs[0] if own and runs else None
 
@@ -401,7 +431,7 @@ class WorkerPool:
 
     def _nothing_waits(self) -> bool:
         buffer, suspects = self.buffer, self.starter.suspects
-        return not (self.stopping or buffer.starting or len(buffer) or suspects.item)
+        return not (self.stopping or buffer.starting or buffer.ready or suspects.item)
 
     def buffers(self, type: str) -> bool:
         """Return True if a new task may go to a worker or into the buffer: no limit, no pause."""
@@ -451,8 +481,10 @@ class WorkerPool:
                 return Ending(returned=False)
             began, cell = self.began, 0
             try:
-                if self.hooks.started or run.task.timeout is not None or self._is_told():
-                    self._tell_begins(run, worker)
+                if self.hooks.started or self._is_told():
+                    self._tell_begins(run)
+                if run.task.timeout is not None or run.pulse is not None:
+                    run.overdue = self.stuck.watch(run, worker)
                 if began is not None:
                     cell = began.begin(run.task.id, run.task.starts)
                 ending = self.services.runner.run(run, worker)
@@ -462,7 +494,8 @@ class WorkerPool:
                 if began is not None and cell:
                     began.end(cell)
             if run.decided is not None and not run.decided.acquire(False):
-                self._come_back(run)
+                if run.context._awaited is None:  # else its coroutine tells when it comes back
+                    self._come_back(run)
                 return ending
             run.state = "concluding"  # first: from now on no audit believes that it is lost
             self.ahead.ended(run, ending.duration)
@@ -479,15 +512,77 @@ class WorkerPool:
             raise
         return ending
 
-    def _tell_begins(self, run: Run, worker: str) -> None:
+    def execute_call(
+        self, call: Call, worker: str, conclude: Callable[[Run, Ending], None] | None = None
+    ) -> list[Ending]:
+        """Run the executor for many runs at once: see :meth:`execute`."""
+        conclude, left = conclude or self._defer, [*call.runs]
+        try:
+            # Those that were cancelled before a worker was free, or are damaged, are no part of the call.
+            alone = [run for run in left if run.task.damage or run.token.cancelled]
+            if len(left) - len(alone) == 1:
+                alone = left
+            left = [run for run in left if run not in alone]
+            endings = [self.execute(run, worker, conclude) for run in alone]
+            left = [run for run in left if self._begins(run)]
+            if not left:
+                return endings
+            call = Call(left, self.services.runner)
+            mine = self._call(call, worker)
+            if not call.decided.acquire(False):
+                left = []
+                self._come_back(call)
+                return endings + mine
+            for run in call.runs:
+                run.state = "concluding"  # first: as above
+            for run, ending in zip(call.runs, mine, strict=True):
+                self.ahead.ended(run, ending.duration)
+                conclude(run, ending)
+                left = left[1:]
+        except BaseException:  # an interrupt: no thread executes them, as the audit then sees
+            for run in left:
+                run.state = "starting"
+                self.ahead.at_work.pop(run, None)
+                self.starter.strike(run, ran=True)
+            raise
+        return endings + mine
+
+    def _begins(self, run: Run) -> bool:
+        """Note that a thread executes a run of a call; return False if the run was forgotten."""
+        run.state, self.ahead.at_work[run] = "executing", time.monotonic()
+        if self.runs.get(run.task.id) is run:
+            return True
+        run.state = "starting"
+        self.ahead.at_work.pop(run, None)
+        return False
+
+    def _call(self, call: Call, worker: str) -> list[Ending]:
+        began, cells = self.began, list[int]()
+        try:
+            for run in call.runs:
+                self._tell_begins(run)
+                if began is not None:
+                    cells.append(began.begin(run.task.id, run.task.starts))
+            timed = all(run.task.timeout is not None for run in call.runs)
+            overdue = self.stuck.watch_call(call, worker) if timed else None
+            return self.services.runner.run_call(call, worker, overdue)
+        except BaseException as error:  # noqa: BLE001  (as for a single run)
+            others = len(call.runs) - 1
+            if is_interrupt(error) or not others:
+                return [broken(error, worker) for _ in call.runs]
+            return [set_apart(error, None, others).changed(worker=worker) for _ in call.runs]
+        finally:
+            for cell in cells:
+                if began is not None and cell:
+                    began.end(cell)
+
+    def _tell_begins(self, run: Run) -> None:
         task, log = run.task, self.services.log
         if self._is_told():
             what = "goes on with" if run.resumes else "begins,"
             log.debug("task %s (%s) %s attempt %d", task.id, task.type, what, task.attempt)
         if (listeners := self.hooks.started) and not run.resumes:
             self.hooks.tell(listeners, partial(changed_task, task, {}))
-        if task.timeout is not None:
-            run.overdue = self.stuck.watch(run, worker)
 
     def _defer(self, run: Run, ending: Ending) -> None:
         if run.context._completed:
@@ -530,6 +625,8 @@ class WorkerPool:
     def _outcome(self, run: Run, ending: Ending) -> tuple[list[Update], Outcome]:
         """Return the writes of an ending, those that pass its turn on among them, and the outcome."""
         now = self.services.clock.now_ms()
+        if ending.hold is not None:
+            self._hold(run.task, *ending.hold, now)
         try:
             writes = lifecycle.conclude(run.task, ending, now)
         except Exception as error:  # noqa: BLE001  (a defect of ours: it fails this attempt alone)
@@ -539,15 +636,44 @@ class WorkerPool:
             writes = [*writes, *self.services.moves.turns.next_turn(key, run.task.id)]
         return writes, _make_outcome((run, ending, self))
 
+    def _hold(self, task: Task, seconds: float, asked: bool | str, now: int) -> None:
+        """Hold the limits that a task was refused by; it runs again later in any case."""
+        services, log = self.services, self.services.log
+        until = now + math.ceil(1000 * min(seconds, self._max_hold))
+        holds = {}
+        for name in services.registry.names_to_hold(task, asked):
+            fill = services.registry.fill_of(name) or 0.0
+            holds[name] = Hold(until, until + math.ceil(1000 * fill), task.id)
+        try:
+            services.repository.require("holds of limits")
+            held = services.controls.hold(holds, now) if holds else ()
+            if held:
+                self.tuning.refresh()
+        except (RepositoryError, ConfigurationError) as error:
+            log.warning("task %s (%s): nothing is held: %s", task.id, task.type, error)
+            return
+        capped = seconds > self._max_hold
+        for name in held:
+            log.log(
+                logging.WARNING if capped else logging.INFO,
+                "limit %s is held for %g s by task %s (%s)%s",
+                *(name, min(seconds, self._max_hold), task.id, task.type),
+                f", which asked for {seconds:g} s" if capped else "",
+            )
+
     def rebuffer(self, task: Task) -> None:
         """Put a task that became pending again, and that this node still owns, into the buffer."""
         self.starter.rebuffer(task)
 
     # --- threads that are stuck
 
-    def _do_without(self, run: Run, ident: int) -> None:
-        """Replace the thread of a stuck run, if it is a worker."""
-        self.ahead.at_work.pop(run, None)
+    def _do_without(self, runs: Sequence[Run], ident: int) -> None:
+        """Replace the thread of stuck runs, if it is a worker. That of a coroutine goes on itself."""
+        for run in runs:
+            self.ahead.at_work.pop(run, None)
+        if (awaited := runs[0].context._awaited) is not None:
+            awaited.leave(partial(self._come_back, runs[0]))
+            return
         try:
             with self._counting:
                 if not any(thread.ident == ident for thread in self.threads):
@@ -565,13 +691,16 @@ class WorkerPool:
         self._defer(run, ending)
         self.agenda.wake_from_long_sleep()
 
-    def _come_back(self, run: Run) -> None:
+    def _come_back(self, call: Run | Call) -> None:
         """Note that this thread, which was stuck, is free again."""
         if threading.current_thread() in self.threads:
             with self._counting:
                 self._at_work += 1
-        self.admission.over(run.task.id, ran=True)  # first: from then on its retry may be admitted
-        self.stuck.thread_ended(run)
+        for run in runs_of(call):
+            self.admission.over(
+                run.task.id, ran=True
+            )  # first: from then on its retry may be admitted
+            self.stuck.thread_ended(run)
         self.agenda.wake_from_long_sleep()
 
     def _is_superfluous(self) -> bool:
@@ -623,14 +752,14 @@ class WorkerPool:
     def hand_on(self) -> None:
         """Wake a worker if tasks wait; hand back started tasks for which no worker is free."""
         self.starter.suspects.call_next()
-        if not self.ahead.nudge(len(self.buffer)):
+        if not self.ahead.nudge(self.buffer.ready):
             self.starter.drop(self.ahead.clear(self.services.timing.hand_back_after))
         self.starter.undo()
 
     @property
     def needs_care(self) -> bool:
         """True if a task may soon have to be handed on."""
-        return self.ahead.needs_care(len(self.buffer)) or bool(self.starter.unexecuted)
+        return self.ahead.needs_care(self.buffer.ready) or bool(self.starter.unexecuted)
 
     # --- quiet, and the end
 

@@ -1,4 +1,4 @@
-"""Retention: remove finished tasks when they are old enough, a few at a time."""
+"""Retention: remove finished tasks when they are old enough, a few at a time, and add up counts."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+from taskx.node.counts import Rollup
 from taskx.node.moving import Services
 from taskx.stores.base import Repository
 from taskx.tasks import lifecycle
@@ -142,7 +143,10 @@ def prune_all(services: Services, before: datetime, status: TaskStatus | str | N
 
 
 class Retention:
-    """Removes ended tasks that are older than the retention period of their status, in seconds."""
+    """Removes ended tasks that are older than the retention period of their status, in seconds.
+
+    It also adds up what was counted, whether or not there is such a period.
+    """
 
     def __init__(self, services: Services, periods: Mapping[TaskStatus, float]) -> None:
         self._services = services
@@ -151,14 +155,17 @@ class Retention:
         # The place from which the current scan goes on, for each status that it has not finished.
         self._left: dict[TaskStatus, Any] = {}
         self._steps = ""  # the same, for the notes with steps
+        timing, counts = services.timing, services.moves.counts
+        self._rollup = Rollup(counts.notes, services.clock, timing.scan_batch)
 
     def tick(self) -> None:
         """Remove a batch of each status, and give some space back, if it is time."""
         if (now := self._services.clock.monotonic()) < self._next:
             return
         _, self._steps = forget_steps(self._services, self._steps)
+        more = self._rollup.step() or bool(self._steps)
         if not self._periods:
-            self._next = now if self._steps else now + self._services.timing.retention_every
+            self._next = now if more else now + self._services.timing.retention_every
             return
         self._next = now + self._services.timing.retention_every
         wall = self._services.clock.now_ms()
@@ -170,5 +177,5 @@ class Retention:
                 self._services.log.debug("removed %d old %s tasks", removed, status)
             if after is not None:
                 self._left[status] = after
-        if self._services.repository.house.shrink() or self._left:
+        if self._services.repository.house.shrink() or self._left or more:
             self._next = now

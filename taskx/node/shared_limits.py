@@ -30,6 +30,13 @@ _TRIES = 50
 _APART = 1.0
 
 T = TypeVar("T")
+#: Returns the time until which the limit with a name is or was held, in milliseconds; 0 if it was not.
+Held = Callable[[str], int]
+
+
+def never_held(name: str) -> int:
+    """Return 0: no limit is held."""
+    return 0
 
 
 class _Shared(ABC, Generic[T]):
@@ -228,16 +235,23 @@ class SharedBucket(_Shared[_Marks]):
         rates: Rates,
         clock: Clock,
         log: GuardedLogger = log,
+        held: Held = never_held,
     ) -> None:
         super().__init__(repository, RATE + limit, log)
         self._rates = rates
         self._clock = clock
+        self._limit, self._held = limit, held
         self._known = _Marks(FULL, [FULL] * len(rates))
         self._seen = 0.0  # on the monotonic clock
 
     @property
     def _marks(self) -> Sequence[float]:
         return self._known.marks
+
+    def _counting(self) -> Sequence[float]:
+        """Return the marks as they count after a hold."""
+        until = self._held(self._limit)
+        return self._rates.held(self._marks, until / 1000) if until else self._marks
 
     def _parse(self, text: str | None) -> _Marks:
         times = json.loads(text) if text else [FULL]
@@ -261,18 +275,19 @@ class SharedBucket(_Shared[_Marks]):
         """Return the number of tokens of each rate."""
         self._refresh()
         now = self._now()
-        return tuple(r.tokens(mark, now) for r, mark in zip(self._rates, self._marks, strict=True))
+        pairs = zip(self._rates, self._counting(), strict=True)
+        return tuple(rate.tokens(mark, now) for rate, mark in pairs)
 
     def room(self, cost: Cost = NOTHING) -> int:
         """Return how many tasks of this cost may start, by the note as last read."""
         self._refresh()
-        return self._rates.room(self._marks, self._now(), cost)
+        return self._rates.room(self._counting(), self._now(), cost)
 
     def take(self, costs: Sequence[Cost]) -> int:
         """Take the tokens of the first of these tasks, of as many as may start; return how many."""
         for _ in range(_TRIES):
             self._refresh()
-            got, marks = self._rates.take(self._marks, self._now(), costs)
+            got, marks = self._rates.take(self._counting(), self._now(), costs)
             if not got or self._set(marks):
                 return got
         return 0
@@ -305,7 +320,7 @@ class SharedBucket(_Shared[_Marks]):
 
     def until(self, cost: Cost = NOTHING, count: int = 1) -> float:
         """Return the seconds until tasks of this cost may start, by the note as last read."""
-        return self._rates.until(self._marks, self._now(), cost, count)
+        return self._rates.until(self._counting(), self._now(), cost, count)
 
 
 class Bucket(Protocol):

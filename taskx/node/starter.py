@@ -26,8 +26,15 @@ from taskx.tasks.clock import to_ms
 from taskx.tasks.errors import RepositoryError, TaskxError
 from taskx.tasks.log import Once
 from taskx.tasks.model import Task, TaskStatus
-from taskx.tasks.rate import NOTHING
-from taskx.tasks.record import CUT, created_task, is_plain, optional_ms, plain_tasks
+from taskx.tasks.rate import NOTHING, is_key
+from taskx.tasks.record import (
+    CUT,
+    UNTIL_DUE,
+    created_task,
+    is_plain,
+    optional_ms,
+    plain_tasks,
+)
 from taskx.tasks.writes import Insert, Update
 
 
@@ -199,7 +206,7 @@ class Seat(Place):
         apply_defaults([task], services.registry.registered)
         self._start = lifecycle.start(task, services.clock.now_ms(), starter._node, starter._name)
         # The thread that runs a task starts it, if the task must not crash twice.
-        if self._start is None or task.max_crashes == 1:
+        if self._start is None or task.max_crashes == 1 or task.type in services.registry.batches:
             return False
         self.writes = (lifecycle.created_started(write, self._start),)
         self._run = run = starter._make_run(task)
@@ -216,6 +223,7 @@ class Seat(Place):
         assert self._run is not None
         assert self._start is not None
         lifecycle.mark_started(self._run.task, self._start)
+        self._starter._services.moves.counts.started([self._run])
         if not self._serve(self._run):
             self._starter._services.agenda.wake_from_long_sleep()
 
@@ -266,6 +274,7 @@ class Starter:
             services.keeper,
             services.repository.get_many,
             self._store_progress,
+            services.runner.own_loop,
             Once(partial(services.log.warning, CUT)),
         )
 
@@ -295,7 +304,8 @@ class Starter:
                 found.update(services.repository.get_many(unread))
             if paused := services.controls.paused:
                 self._turn_away(found, [task for task in found.values() if task.type in paused])
-            if services.registry.limited or services.registry.rates_keys:
+            registry = services.registry
+            if registry.limited or registry.rates_keys or services.controls.holds:
                 admitted = self._admit(items, found)
             tasks = self._startable(items, found)
             now = services.clock.now_ms()
@@ -318,6 +328,7 @@ class Starter:
             for (run, _), started in zip(starting, results, strict=True):
                 if not started:
                     self.strike(run)
+            services.moves.counts.started(compress([run for run, _ in starting], results))
             if (
                 False in results
             ):  # records that have changed since their rows were made are read then
@@ -337,6 +348,8 @@ class Starter:
             for task_id in sorted(admitted):  # in an order that a simulation can repeat
                 if task_id not in runs:
                     self._admission.over(task_id, ran=False)
+        if admitted and False in results:
+            self._hasten([run.task for run, _ in starting if run.task.id not in runs])
         return [run for (run, _), started in zip(starting, results, strict=True) if started]
 
     def _expire(self, tasks: Sequence[Task], now: int) -> None:
@@ -359,7 +372,7 @@ class Starter:
                 del found[task.id]
                 continue
             names = self._services.registry.limited.get(task.type, ())
-            if self._has_rate(task.concurrency_key):
+            if self._may_refuse(task.concurrency_key):
                 names = (*names, str(task.concurrency_key))
                 rated.append(task)
             if names:
@@ -378,16 +391,16 @@ class Starter:
             raise
         return admitted
 
-    def _has_rate(self, key: str | None) -> bool:
-        """Return True if a key has a limit with a rate."""
-        registry = self._services.registry
-        if key is None or not registry.rates_keys:
+    def _may_refuse(self, key: str | None) -> bool:
+        """Return True if a key has a limit with a rate, or is held."""
+        registry, held = self._services.registry, self._services.controls.held_until
+        if key is None or not is_key(key):
             return False
-        limit = registry.limit_of_key(key)
-        return limit is not None and bool(limit.rates)
+        limit = registry.limit_of_key(key) if registry.rates_keys else None
+        return (limit is not None and bool(limit.rates)) or held(key) > 0
 
     def _put_off(self, tasks: Sequence[Task]) -> None:
-        """Let tasks wait for the rates of their keys: they are fetched no more before that."""
+        """Let tasks wait for the rates or holds of their keys: they are fetched no more before that."""
         now, before = self._services.clock.now_ms(), Counter[str]()
         writes: list[Update] = []
         for task in tasks:
@@ -397,6 +410,25 @@ class Starter:
                 writes.append(lifecycle.put_off(task, now + math.ceil(1000 * wait)))
         if writes:
             self._services.moves.commit(writes)
+
+    def _hasten(self, tasks: Sequence[Task]) -> None:
+        """Let tasks start soon that another node has put off because this one had taken their tokens.
+
+        Both had such a task: the other one is put off, and this one's start fails.
+        """
+        rated = {task.id: task for task in tasks if self._may_refuse(task.concurrency_key)}
+        with suppress(RepositoryError):  # they start later
+            fields = ("id", "held", "run_at")
+            found = self._services.repository.find("id", [*rated], fields) if rated else ()
+            writes = []
+            for task_id, held, run_at in found:
+                key, cost = str(rated[task_id].concurrency_key), rated[task_id].cost or NOTHING
+                wait = self._admission.until_rate(key, cost, 1)
+                due = self._services.clock.now_ms() + math.ceil(1000 * wait)
+                if held == UNTIL_DUE and run_at > due:
+                    writes.append(lifecycle.hasten(rated[task_id], run_at, due))
+            if writes:
+                self._services.moves.commit(writes)
 
     def _startable(self, items: Sequence[Item], found: dict[str, Task]) -> list[Task]:
         """Return the tasks to start now, in order, and put the rest back into the buffer.
@@ -409,6 +441,9 @@ class Starter:
         for position, item in enumerate(items):
             task = found.get(item.id)
             if task is None:
+                continue
+            if item.entered and lifecycle.runs_apart(task):
+                self._buffer.put_back([item._replace(entered=0.0, apart=True)])
                 continue
             suspect = task.crashes > 0 and self._is_suspect(task)
             if not suspect and task.max_crashes != 1:

@@ -19,7 +19,7 @@ from typing import Any
 
 from taskx.attempt import runner
 from taskx.attempt.alarms import Overdue
-from taskx.attempt.runner import Run
+from taskx.attempt.runner import Call, Run, runs_of
 from taskx.node.moving import Services
 from taskx.stores import queries
 from taskx.stores.base import Repository
@@ -46,7 +46,7 @@ class Stuck:
         services: the parts of the queue.
         node: the id of the node.
         most: the number of stuck threads that are replaced.
-        do_without: called with a run and the ident of its thread, to go on without that thread.
+        do_without: called with the runs of a call and the ident of its thread, to go on without it.
         conclude: writes the outcome of an attempt.
     """
 
@@ -55,7 +55,7 @@ class Stuck:
         services: Services,
         node: str,
         most: int,
-        do_without: Callable[[Run, int], None],
+        do_without: Callable[[Sequence[Run], int], None],
         conclude: Callable[[Run, Ending], None],
     ) -> None:
         self._services = services
@@ -74,7 +74,12 @@ class Stuck:
     @property
     def healthy(self) -> bool:
         """True if at most ``most`` threads are stuck, so that all of them were replaced."""
-        return len(self.runs) <= self._most
+        return self._threads() <= self._most
+
+    def _threads(self) -> int:
+        """Return the number of stuck threads: a coroutine has none, and the runs of a call share theirs."""
+        runs = self.runs.copy().items()
+        return len({event for run, event in runs if run.context._awaited is None})
 
     # --- in the thread of a run
 
@@ -84,9 +89,13 @@ class Stuck:
         Return the grace period in seconds, and the function to call after it.
         """
         run.decided = _thread.allocate_lock()
-        options = run.executor.options
+        return self.watch_call(run, worker)
+
+    def watch_call(self, call: Run | Call, worker: str) -> Overdue:
+        """Do the same for a call for many runs, which has its lock."""
+        options = call.executor.options
         grace = options.patience + (self._services.timing.kill_within if options.isolation else 0.0)
-        return grace, partial(self._overdue, run, worker, threading.get_ident())
+        return grace, partial(self._overdue, call, worker, threading.get_ident())
 
     def thread_ended(self, run: Run) -> None:
         """Note that the thread of an abandoned run has come back from its executor."""
@@ -96,44 +105,48 @@ class Stuck:
         self.ended.append(run)
         del self.runs[run]
         self._services.log.warning(
-            "task %s (%s) was stuck, and its thread has ended now; its late outcome is dropped",
-            run.task.id,
-            run.task.type,
+            "task %s (%s) was stuck, and its %s has ended now; its late outcome is dropped",
+            *(run.task.id, run.task.type, run.what_goes_on),
         )
 
     # --- in threads of its own
 
-    def _overdue(self, run: Run, worker: str, ident: int) -> None:
-        abandon = partial(self._abandon, run, worker, ident)
+    def _overdue(self, call: Run | Call, worker: str, ident: int) -> None:
+        abandon = partial(self._abandon, call, worker, ident)
         try:  # it calls the user's retry policy, and the alarms must not wait for that
             threading.Thread(target=abandon, name="taskx-stuck", daemon=True).start()
         except RuntimeError:  # no thread can be started
             abandon()
 
-    def _abandon(self, run: Run, worker: str, ident: int) -> None:
+    def _abandon(self, call: Run | Call, worker: str, ident: int) -> None:
         log = self._services.log
-        if run.token.reason is not CancelReason.TIMEOUT:
+        if call.token.reason is not CancelReason.TIMEOUT:
             return
-        stack = stack_of(ident)
+        runs = runs_of(call)
+        awaited = runs[0].context._awaited
+        stack = stack_of(ident) if awaited is None else awaited.stack()
         with self._abandoning:
-            if not (run.decided and run.decided.acquire(False)):
+            if not (call.decided and call.decided.acquire(False)):
                 return  # it has ended in the meantime
-            self._any, run.state = True, "stuck"
-            abandoned = self.runs[run] = threading.Event()
-            self._do_without(run, ident)
+            self._any, abandoned = True, threading.Event()
+            for run in runs:
+                run.state, self.runs[run] = "stuck", abandoned
+            self._do_without(runs, ident)
         try:  # outside the lock: it calls the user's retry policy, which may take some time
-            self._conclude(run, self._services.runner.abandon(run, worker, stack))
+            for run in runs:
+                abandon = self._services.runner.abandon
+                self._conclude(run, abandon(run, worker, stack, len(runs) - 1))
         finally:
             abandoned.set()
-        log.error(
-            "task %s (%s) is stuck: it timed out, and its thread still runs",
-            run.task.id,
-            run.task.type,
-        )
+        for run in runs:
+            log.error(
+                "task %s (%s) is stuck: it timed out, and its %s still runs",
+                *(run.task.id, run.task.type, run.what_goes_on),
+            )
         if not self.healthy:
             log.error(
                 "%d threads are stuck, more than max_stuck=%d; this thread is not replaced",
-                len(self.runs),
+                self._threads(),
                 self._most,
             )
 
@@ -250,11 +263,12 @@ def executed(top: FrameType) -> Iterator[tuple[Run, list[tuple[FrameType, int]]]
 
     Each comes with the frames of the thread from its executor on, the innermost first.
     """
-    call = runner.Runner.run.__code__
+    names = {runner.Runner.run.__code__: "run", runner.Runner._ask.__code__: "call"}
     inner: list[tuple[FrameType, int]] = []
     for frame, line in traceback.walk_stack(top):
-        run = frame.f_locals.get("run") if frame.f_code is call else None
-        if isinstance(run, Run):
+        name = names.get(frame.f_code)
+        call = None if name is None else frame.f_locals.get(name)
+        for run in runs_of(call) if isinstance(call, Run | Call) else ():
             yield run, [*inner]
         inner.append((frame, line))
 

@@ -45,7 +45,8 @@ def stacks_here() -> list[ThreadStack]:
     for ident, top in top_frames().items():
         name = names.get(ident) or f"thread {ident}"
         for run, frames in executed(top):
-            task, stack = run.task, _text(frames)
+            task, awaited = run.task, run.context._awaited
+            stack = _text(frames) if awaited is None else awaited.stack()
             one = ThreadStack(
                 thread=name, task_id=task.id, type=task.type, since=task.started_at, stack=stack
             )

@@ -1,4 +1,4 @@
-"""A node that follows its controls: pauses, overridden limits, and the number of its workers."""
+"""A node that follows its controls: pauses, overridden or held limits, and the number of its workers."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from taskx.node.starter import Runs
 from taskx.stores.controls import Declared, Overrides
 from taskx.stores.liveness.base import Node
 from taskx.tasks.errors import RepositoryError
+from taskx.tasks.rate import OF_TYPE
 
 _NOTHING: tuple[Overrides, Declared] = (Overrides(), {})
 
@@ -42,8 +43,9 @@ class Tuning:
         self._pool = pool
         self._configured = configured
         self._changing = threading.Lock()
-        # The overrides and the declared limits that are in effect.
+        # The overrides and the declared limits that are in effect, and the limits that are held.
         self._followed = _NOTHING
+        self._held: tuple[str, ...] = ()
 
     def refresh(self) -> None:
         """Read the controls again, and follow those that have changed.
@@ -55,8 +57,13 @@ class Tuning:
         if paused_changed:  # first, because the next call does not notice it again
             self._pool.fetcher.follow_pauses()
         overrides, declared = self._followed
-        if controls.overrides is not overrides or controls.declared is not declared:
+        held = controls.held(self._pool.services.clock.now_ms()) if controls.holds else ()
+        types = [name for name in {*held} ^ {*self._held} if name.startswith(OF_TYPE)]
+        if types or controls.overrides is not overrides or controls.declared is not declared:
             self._follow_overrides()
+        elif held != self._held:
+            self._held = held
+            self._pool.services.agenda.fetch_soon()  # a hold may have ended early
 
     def declare(self) -> None:
         """Store the limits that the program declares: those of the latest start hold for all nodes."""
@@ -70,7 +77,9 @@ class Tuning:
     def tend(self) -> None:
         """Maintain the limits that all nodes share, and those that are overridden."""
         self._pool.admission.tend()
-        if self._followed != _NOTHING:  # a start may have been under way when they were set
+        if (
+            self._held or self._followed != _NOTHING
+        ):  # a start may have been under way when they were set
             self._count_unadmitted()
 
     def _follow_overrides(self) -> None:
@@ -78,11 +87,12 @@ class Tuning:
         with self._changing:
             controls = self._pool.services.controls
             overrides, declared = controls.overrides, controls.declared
+            held = controls.held(pool.services.clock.now_ms())
             pool.set_workers(overrides.workers_of(pool.node.id, self._configured))
-            self._pool.services.registry.follow(overrides, declared)
+            pool.services.registry.follow(overrides, declared, held)
             pool.admission.follow_limits()
             self._count_unadmitted()
-            self._followed = (overrides, declared)
+            self._followed, self._held = (overrides, declared), held
         self._pool.services.agenda.fetch_soon()
         with suppress(RepositoryError):  # the housekeeper does both again
             pool.admission.tend()  # tells other nodes of slots that are taken

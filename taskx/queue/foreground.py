@@ -110,9 +110,9 @@ def run(nodes: Sequence[LocalNode], timeout: Duration, signals: Signals | None =
             starts.extend(signals.call(partial(node.start, signals.note_request)) for node in nodes)
             return _run(nodes, starts, seconds, signals)
         except BaseException:
-            called = zip(nodes, starts, strict=False)
-            started = [node for node, start in called if start.error is None]
-            stop_all(started, nodes[0].timing.exit_within)
+            # The last start may be under way, and not be noted yet.
+            refused = {node for node, start in zip(nodes, starts, strict=False) if start.error}
+            stop_all([node for node in nodes if node not in refused], nodes[0].timing.exit_within)
             raise
 
 

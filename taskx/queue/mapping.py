@@ -6,6 +6,7 @@ import _thread
 import json
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import TimeoutError
 from contextlib import suppress
@@ -52,6 +53,8 @@ _MOST_WAITING = 32
 _LUMP = 250
 # The seconds for which items are drawn while a result is ready.
 _HOLD = 0.05
+# Tasks whose results were taken and whose ends may not be logged yet: those of a few commits.
+_LOGGED_LATE = 1000
 _NONE = object()
 # Characters of an error by which failures are counted.
 _MOST_WORDS = 80
@@ -358,8 +361,10 @@ class _Window:
         self.few = math.inf
         #: Wake the thread of the map when only so many tasks are unfinished.
         self.low = 0
-        # The tasks that were submitted here and whose results were not taken yet.
+        # The tasks that were submitted here and whose results were not taken yet, or just now: of the end
+        # of a task this thread may hear before the log of the queue does.
         self._ids: set[str] = set()
+        self._taken: deque[str] = deque()
 
     def __contains__(self, task_id: object) -> bool:
         return task_id in self._ids
@@ -524,7 +529,9 @@ class _Window:
         self._places.remove(place)
         if not isinstance(outcome, TaskHandle):
             raise outcome or AssertionError("the item has not ended")
-        self._ids.discard(outcome.id)
+        self._taken.append(outcome.id)
+        if len(self._taken) > _LOGGED_LATE:
+            self._ids.discard(self._taken.popleft())
         self._unfinished.pop(outcome, None)
         return outcome.result(0)
 

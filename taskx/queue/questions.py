@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing from 3.11 on
 
     from taskx.insight.changelog import Change
+    from taskx.insight.counted import Usage
     from taskx.insight.diagnosis import Diagnosis
     from taskx.insight.failures import Failures
     from taskx.insight.health import Health
@@ -281,21 +282,22 @@ class Questions(Parts):
         self,
         *,
         period: Duration = 3600.0,
+        since: datetime | None = None,
         at_most: int = 5_000,
         waiting_at_most: int = 100_000,
     ) -> Stats:
         """Return how many tasks of each type wait, run and have ended, and how long that took.
 
         The numbers are of all processes. A task that moves between two reads may be counted twice, or not
-        at all. The tasks that ended in the period are counted among those that were submitted last: the
-        answer's ``since`` and ``complete`` say if these are all. The cost depends on ``at_most``, and
-        hardly on the number of tasks. The queue need not be started.
+        at all. What began and ended was counted by the nodes when it did, by minutes. Another process
+        stores its counts every five seconds, or after 100 tasks, and when it stops; the last ones of a
+        process that is killed are lost. The cost hardly depends on the number of tasks. The queue need not
+        be started.
 
         Args:
-            period: the seconds before now in which tasks are counted as completed or failed; with 0 no
-                ended tasks are read.
-            at_most: most completed and most failed tasks to read, and most delayed, blocked and running
-                ones.
+            period: the seconds before now in which tasks are counted that began or ended; with 0 none are.
+            since: an aware datetime from which they are counted, instead of a period.
+            at_most: most delayed, blocked and running tasks to read.
             waiting_at_most: the largest number of waiting tasks that is counted for each type and node.
 
         Raises:
@@ -305,25 +307,24 @@ class Questions(Parts):
         from taskx.insight.stats import stats
 
         with self._reading() as repository:
-            return stats(repository, self._services, period, at_most, waiting_at_most)
+            return stats(repository, self._services, period, since, at_most, waiting_at_most)
 
     def history(
         self,
         *,
         period: Duration = 3600.0,
         intervals: int = 60,
-        at_most: int = 5_000,
     ) -> History:
         """Return how many tasks completed and failed in each interval of a period, and their run times.
 
-        The numbers are of all processes, for charts. As in :meth:`stats`, the tasks are counted among those
-        that were submitted last: the answer's ``since`` and ``complete`` say if these are all. The cost
-        depends on ``at_most``, and hardly on the number of tasks. The queue need not be started.
+        The numbers are of all processes, for charts, as exact as those of :meth:`stats`. The cost depends
+        on the period and the types, and not on the number of tasks. The queue need not be started.
 
         Args:
-            period: the seconds before now that are divided into intervals.
-            intervals: the number of equal intervals, 1 to 1,000.
-            at_most: most completed and most failed tasks to read.
+            period: the seconds that are divided into intervals; they end with the present minute.
+            intervals: the number of equal intervals, 1 to 1,000. Each must be a minute or longer: ten
+                minutes in a period of more than 3 hours, an hour in one of more than 26 hours, a day in one
+                of more than 62 days.
 
         Raises:
             ConfigurationError: an argument is not valid.
@@ -332,7 +333,30 @@ class Questions(Parts):
         from taskx.insight.history import history
 
         with self._reading() as repository:
-            return history(repository, self._services, period, intervals, at_most)
+            return history(repository, self._services, period, intervals)
+
+    def usage(
+        self, name: str, *, period: Duration = 86_400.0, since: datetime | None = None
+    ) -> Usage:
+        """Return what the tasks of concurrency keys did, how long that took, and their cost.
+
+        ``queue.usage("tenant:", since=monday)`` is for bills and quotas. Only keys with a declared limit
+        are counted: see :meth:`limit`. The numbers are of all processes, as exact as those of
+        :meth:`stats`. Of each day the 1,000 largest keys are counted apart.
+
+        Args:
+            name: a key; or the beginning of keys, which ends in ``":"``.
+            period: the seconds before now that are counted: whole hours, and days (UTC) after two days.
+            since: an aware datetime from which to count, instead of a period.
+
+        Raises:
+            ConfigurationError: an argument is not valid.
+            RepositoryError: the repository cannot be read.
+        """
+        from taskx.insight.counted import usage
+
+        with self._reading() as repository:
+            return usage(repository, self._services, name, period, since)
 
     def failures(
         self, *, type: str | None = None, since: datetime | None = None, at_most: int = 1_000

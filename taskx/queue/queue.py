@@ -14,10 +14,12 @@ import attrs
 from taskx.attempt.checkpoints import Keeper
 from taskx.attempt.executors import (
     AnyExecutor,
+    BatchDecorator,
     BoundExecutor,
     Executor,
     ExecutorDecorator,
     TaskExecutor,
+    decorator_of,
 )
 from taskx.attempt.registry import Layer, Registry, check_middleware
 from taskx.node.engine import Engine, Threads
@@ -59,6 +61,7 @@ from taskx.tasks.options import (
     MapOptions,
     NamedOptions,
     OnConflict,
+    PlainOptions,
     ScheduleOptions,
     SubmitOptions,
     check_limit_name,
@@ -159,7 +162,7 @@ class Queue(Questions, Steering):
         threaded, signal = engine.threaded, engine.make_signal
         hooks = Hooks(self._hooks, log, timing, threaded=threaded)
         watcher = Watcher(repository, log, agenda, timing, signal, threaded=threaded)
-        about = (log, timing, config.redact, self._limit_of_key)
+        about = (log, timing, config.redact, self._limit_of_key, lambda: registry.shares)
         moves = Moves(repository, agenda, hooks, watcher, clock, *about)
         runner = engine.make_runner(clock, timing, most)
         keeper = Keeper(
@@ -238,9 +241,20 @@ class Queue(Questions, Steering):
 
     # --- executors
 
+    @overload
     def executor(
-        self, type: str | None = None, **options: Unpack[ExecutorOptions]
-    ) -> ExecutorDecorator:
+        self,
+        type: str | None = None,
+        *,
+        batch: int,
+        wait: Duration | None = None,
+        **options: Unpack[PlainOptions],
+    ) -> BatchDecorator: ...
+    @overload
+    def executor(
+        self, type: str | None = None, **options: Unpack[PlainOptions]
+    ) -> ExecutorDecorator: ...
+    def executor(self, type: str | None = None, **options: Any) -> ExecutorDecorator:
         """Turn the decorated function into an executor and register it.
 
         Args:
@@ -261,6 +275,10 @@ class Queue(Questions, Steering):
             grace: grace period: seconds that the executor has to end after its token fired (default
                 10). Then its child process is killed. An executor in a thread is abandoned, but only
                 after a time-out.
+            stall: seconds after which an attempt times out that gives no sign of life: no progress, no
+                step, no captured log line, and no call of ``ctx.alive()``.
+            max_snoozes: number of times that a task may raise ``Snooze`` before it fails (default: no
+                limit).
             max_concurrency: most tasks of the type that run at the same time.
             rate: most tasks that start in a period: ``"100/m"`` (units ``s``, ``m``, ``h``, ``d``),
                 or a tuple of a count and seconds.
@@ -274,6 +292,10 @@ class Queue(Questions, Steering):
             replace: replace the type's executor if there is one, for notebook cells that run again.
                 Tasks that are running end with the old code. The isolation and the limits must be the
                 same.
+            batch: most tasks of one call, at most 1,000. The function takes a list with the params of each
+                of them, and returns a list with a result, or an exception, for each in order.
+            wait: the longest time for which the tasks of a call wait for more of them, while there are
+                fewer than ``batch`` (default 0).
 
         Raises:
             ConfigurationError: an option is not valid, the type is taken, the function cannot be
@@ -283,7 +305,7 @@ class Queue(Questions, Steering):
             raise ConfigurationError(
                 "@queue.executor needs parentheses: write @queue.executor() or @queue.executor('name')"
             )
-        return ExecutorDecorator(type, options_of(options), self.register_executor)
+        return decorator_of(type, options_of(options), self.register_executor)
 
     def register_executor(
         self, executor: TaskExecutor | Executor[Any, Any], **options: Unpack[ExecutorOptions]
@@ -325,6 +347,8 @@ class Queue(Questions, Steering):
                 ``cost`` of tasks has: ``"90000 tokens/m"``; or a list of these.
             burst: what may be taken at once after a quiet period; a list for a list of rates. By default it
                 is the count of each rate.
+            share: True, for keys: the workers are divided between the keys that have tasks. A number is the
+                weight of each of these keys; True is 1.
 
         Raises:
             ConfigurationError: an argument is not valid, or the repository has only the eight methods.

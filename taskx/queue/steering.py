@@ -452,8 +452,8 @@ class Steering(Parts):
 
         Args:
             type: the type whose limits to override.
-            limit: the name of the limit to override, of which ``concurrency``, ``rate`` and ``burst`` are
-                given as for :meth:`Queue.limit`; not together with a type.
+            limit: the name of the limit to override, of which ``concurrency``, ``rate``, ``burst`` and
+                ``share`` are given as for :meth:`Queue.limit`; not together with a type.
             workers: the number of workers of each node; not together with a type.
             node: the id of a node: only this one gets ``workers``, whatever the others have.
             max_concurrency: most tasks of the type that run at the same time; None for no limit.
@@ -462,6 +462,7 @@ class Steering(Parts):
             burst: most tasks that may start at once after a quiet period; None for the count of ``rate``.
             limit_scope: ``"node"`` or ``"global"``; None for ``"node"``.
             concurrency: most tasks that run at the same time under the limit with this name.
+            share: the weight with which each key of this limit shares the workers; None for no shares.
 
         Raises:
             ConfigurationError: an argument is not valid, the repository has only the eight methods, or this
@@ -504,6 +505,48 @@ class Steering(Parts):
         self._joining.refuse()
         untune(self._services, type, limit, only, workers, node)
         self._check_controls()
+
+    def hold(self, name: str, until: datetime | Duration) -> None:
+        """Let nothing start under a limit until then, in all processes; running tasks go on.
+
+        A hold begins at once in this process, in other processes within a second. When it ends, tasks start
+        at the limit's rate, without a burst. ``Snooze(…, limit=True)`` holds limits from an executor.
+
+        Args:
+            name: the name of a limit; ``type/`` and a type for all tasks of the type; or a key that has a
+                colon, or the beginning of keys that ends in one.
+            until: an aware datetime, or seconds (or a ``timedelta``) from now. A limit that is held longer
+                stays held: :meth:`release` it first.
+
+        Raises:
+            ConfigurationError: an argument is not valid, the repository has only the eight methods, or this
+                thread is in a transaction of its own.
+            RepositoryError: the repository failed.
+        """
+        from taskx.queue.tuning import hold
+
+        self._joining.refuse()
+        hold(self._services, name, until)
+        self._check_controls()
+
+    def release(self, name: str) -> bool:
+        """End the :meth:`hold` of a limit: its tasks start at its rate from now on, without a burst.
+
+        The tasks of a key that was held may take ten seconds to notice it.
+
+        Returns:
+            False if the limit was not held.
+
+        Raises:
+            ConfigurationError: as for :meth:`hold`.
+            RepositoryError: the repository failed.
+        """
+        from taskx.queue.tuning import release
+
+        self._joining.refuse()
+        was_held = release(self._services, name)
+        self._check_controls()
+        return was_held
 
     def stop_node(self, node_id: str) -> None:
         """Ask a node to stop, in this or another process, and return at once.

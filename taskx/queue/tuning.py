@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
+from datetime import datetime
 from typing import Any
 
 import attrs
@@ -14,6 +16,7 @@ from taskx.stores.base import Repository
 from taskx.stores.controls import (
     LIMITS,
     Controls,
+    Hold,
     Overrides,
     check_limits,
     check_workers,
@@ -21,9 +24,13 @@ from taskx.stores.controls import (
     named_options,
     options_of_limit,
 )
+from taskx.tasks.checks import Duration, check_number
+from taskx.tasks.clock import to_ms
 from taskx.tasks.errors import ConfigurationError, NodeNotFound
 from taskx.tasks.model import check_key
-from taskx.tasks.options import LimitOptions, NamedOptions, check_limit_name
+from taskx.tasks.options import LimitOptions, NamedOptions, check_limit_name, check_time
+from taskx.tasks.rate import OF_TYPE, is_key
+from taskx.tasks.retry import MAX_WAIT
 
 
 @attrs.frozen(kw_only=True)
@@ -130,6 +137,36 @@ def untune(
         return known.with_limit(type, limit, left)
 
     services.controls.override(without)
+
+
+# The time for which a hold is remembered whose limit this process does not know.
+_DAY = 86_400.0
+
+
+def hold(services: Services, name: str, until: datetime | Duration) -> None:
+    """Do the work of :meth:`Queue.hold`, in the repository."""
+    services.repository.require("holds of limits")
+    check_key(name, "the name of a limit")
+    now = services.clock.now_ms()
+    if isinstance(until, datetime):
+        end = to_ms(check_time(until, "until"))
+    else:
+        end = now + math.ceil(1000 * min(check_number(until, "until"), MAX_WAIT))
+    fill = services.registry.fill_of(name)
+    if fill is None and not (name.startswith(OF_TYPE) or is_key(name)):
+        known = {*services.controls.read_declared(), *services.controls.read_overrides().limits}
+        if name not in known:
+            services.log.warning("no program declares limit %r, which is held now", name)
+    full = end + math.ceil(1000 * (_DAY if fill is None else fill))
+    services.controls.hold({name: Hold(end, full)}, now)
+
+
+def release(services: Services, name: str) -> bool:
+    """Do the work of :meth:`Queue.release`, in the repository."""
+    services.repository.require("holds of limits")
+    return services.controls.release(
+        check_key(name, "the name of a limit"), services.clock.now_ms()
+    )
 
 
 def _options_of(type: str | None, limit: str | None) -> tuple[str, ...]:

@@ -1,9 +1,10 @@
 """Controls: what people have set for the nodes of a repository. Each control is a note.
 
-There are pauses, the declared limits, overrides of limits and numbers of workers, and requests to single
-nodes. The names of the notes share a prefix, so that a node reads all of them at once. The prefix is as old
-as the pauses, which came first. The overridden limits of a type are kept as ``Queue.tune`` takes them: a
-mapping that has only the options that are overridden. Those with a name are kept in the same form.
+There are pauses, the declared limits, overrides of limits and numbers of workers, limits that are held, and
+requests to single nodes. The names of the notes share a prefix, so that a node reads all of them at once.
+The prefix is as old as the pauses, which came first. The overridden limits of a type are kept as
+``Queue.tune`` takes them: a mapping that has only the options that are overridden. Those with a name are
+kept in the same form.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import attrs
 
 from taskx.stores.base import Repository
 from taskx.tasks.checks import check_int, in_seconds
+from taskx.tasks.clock import LAST
 from taskx.tasks.errors import ConfigurationError
 from taskx.tasks.ids import new_id
 from taskx.tasks.model import check_key
@@ -27,6 +29,7 @@ from taskx.tasks.rate import (
     NO_RATES,
     Limit,
     bursts_as_given,
+    check_share,
     is_key,
     rates_as_given,
     rates_of,
@@ -36,6 +39,7 @@ from taskx.tasks.writes import Note
 _PAUSE = "pause"
 _OVERRIDES = "pause.overrides"
 _DECLARED = "pause.limits"
+_HOLDS = "pause.holds"
 #: The prefix of the names of requests.
 REQUEST = "pause.request/"
 #: The kinds of requests.
@@ -114,6 +118,20 @@ class Overrides:
         return json.dumps(attrs.asdict(self))
 
 
+class Hold(NamedTuple):
+    """A limit lets nothing start until a moment; then its rates count as if all tokens were just taken.
+
+    Attributes:
+        until: that moment, in milliseconds.
+        full: the moment at which its rates are full again, and nothing is left of the hold.
+        by: the id of the task that was refused; empty if it is held by hand.
+    """
+
+    until: int
+    full: int
+    by: str = ""
+
+
 class Request(NamedTuple):
     """A request to a node.
 
@@ -141,14 +159,16 @@ class Controls:
     def __init__(self, repository: Repository) -> None:
         self._repository = repository
         self._refreshing = threading.Lock()
-        # The texts of the known overrides and of the declared limits.
-        self._text: tuple[str | None, str | None] = (None, None)
+        # The texts of the known overrides, of the declared limits and of the holds.
+        self._text: tuple[str | None, ...] = (None, None, None)
         #: The pauses as they were at the last refresh.
         self.paused = Paused()
         #: The overrides as they were at the last refresh.
         self.overrides = Overrides()
         #: The limits that programs have declared, as they were at the last refresh.
         self.declared: Declared = {}
+        #: The limits that are held, or were a short time ago, as they were at the last refresh.
+        self.holds: Mapping[str, Hold] = {}
         #: The requests to all nodes as they were at the last refresh.
         self.requests: Sequence[Request] = ()
 
@@ -166,13 +186,17 @@ class Controls:
         # Else a thread that read before a change might set its result after another one that read later.
         with self._refreshing:
             notes = self._repository.notes(_PAUSE)
-            known, declared = (
-                notes[name].text if name in notes else None for name in (_OVERRIDES, _DECLARED)
+            text = tuple(
+                notes[name].text if name in notes else None
+                for name in (_OVERRIDES, _DECLARED, _HOLDS)
             )
-            if (known, declared) != self._text:
+            known, declared, holds = text
+            if (known, declared) != self._text[:2]:
                 self.overrides = Overrides() if known is None else from_text(known)
                 self.declared = declared_from_text(declared)
-                self._text = (known, declared)
+            if holds != self._text[2]:
+                self.holds = holds_from_text(holds)
+            self._text = text
             self.requests = _requests(notes)
             before, self.paused = self.paused, _paused(notes)
             return self.paused != before
@@ -226,6 +250,66 @@ class Controls:
                 return
             text = json.dumps(wanted) if wanted else None
             done = self._repository.put_note(_DECLARED, text, note.version if note else 0)
+
+    # --- holds
+
+    def held_until(self, name: str) -> int:
+        """Return the time until which a limit is or was held, in milliseconds; 0 if nothing is left of it.
+
+        A key is held, too, if the limit of a beginning is.
+        """
+        if not self.holds:
+            return 0
+        found = self.holds.get(name)
+        until = 0 if found is None else found.until
+        if is_key(name):
+            for start, hold in self.holds.items():
+                if start.endswith(":") and name.startswith(start):
+                    until = max(until, hold.until)
+        return until
+
+    def held(self, now: int) -> tuple[str, ...]:
+        """Return the limits that are held now, and forget the holds of which nothing is left."""
+        if any(hold.full <= now for hold in self.holds.values()):
+            self.holds = {name: hold for name, hold in self.holds.items() if hold.full > now}
+        return tuple(name for name, hold in self.holds.items() if hold.until > now)
+
+    def hold(self, holds: Mapping[str, Hold], now: int) -> list[str]:
+        """Hold limits, each one at least as long as before; return those that are held longer now."""
+        return self._hold(
+            lambda known: {
+                name: hold
+                for name, hold in holds.items()
+                if name not in known or known[name].until < hold.until
+            },
+            now,
+        )
+
+    def release(self, name: str, now: int) -> bool:
+        """Let a held limit go on now, without a burst; return False if it is not held."""
+
+        def released(known: Mapping[str, Hold]) -> dict[str, Hold]:
+            hold = known.get(name)
+            if hold is None or hold.until <= now:
+                return {}
+            return {name: hold._replace(until=now, full=now + hold.full - hold.until)}
+
+        return bool(self._hold(released, now))
+
+    def _hold(
+        self, change: Callable[[Mapping[str, Hold]], Mapping[str, Hold]], now: int
+    ) -> list[str]:
+        """Change holds, and leave out those of which nothing is left; return the changed ones."""
+        while True:
+            note = self._read_note(_HOLDS)
+            known = holds_from_text(None if note is None else note.text)
+            changed = change(known)
+            if not changed:
+                return []
+            left = {name: hold for name, hold in known.items() if hold.full > now}
+            text = json.dumps({**left, **changed})
+            if self._repository.put_note(_HOLDS, text, note.version if note else 0):
+                return [*changed]
 
     # --- requests
 
@@ -289,6 +373,18 @@ def declared_from_text(text: str | None) -> Declared:
         return {}
 
 
+def holds_from_text(text: str | None) -> dict[str, Hold]:
+    """Return the holds of a note; leave out what is damaged."""
+    found = {}
+    try:
+        for name, (until, full, by) in json.loads(text or "{}").items():
+            if type(until) is type(full) is int and 0 <= until <= LAST and type(by) is str:
+                found[name] = Hold(until, full, by)
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return {}
+    return found
+
+
 def check_workers(number: Any) -> int:
     """Return a number of workers.
 
@@ -310,6 +406,8 @@ def check_limits(limits: Mapping[str, Any]) -> LimitOptions:
         checked["rate"] = [_in_seconds(one) for one in rate]
     elif isinstance(rate, tuple):
         checked["rate"] = _in_seconds(rate)
+    if "share" in limits:
+        checked["share"] = check_share(limits["share"])
     return checked  # type: ignore[no-any-return]
 
 
@@ -340,12 +438,15 @@ def check_named(options: Mapping[str, Any]) -> LimitOptions:
     """Return the options of a limit with a name as they are stored: those that are not None.
 
     Raises:
-        ConfigurationError: an option is not valid, or there is neither a concurrency nor a rate.
+        ConfigurationError: an option is not valid, or there is neither a concurrency, nor a rate, nor a
+            share.
     """
-    checked = check_limits({name: value for name, value in options.items() if value is not None})
-    if Options(**checked).own_limit is None:
-        raise ConfigurationError("a limit requires concurrency or rate")
-    return checked
+    checked: Any = check_limits(options)
+    given = {name: value for name, value in checked.items() if value is not None}
+    of_type = {name: value for name, value in given.items() if name != "share"}
+    if Options(**of_type).own_limit is None and "share" not in given:
+        raise ConfigurationError("a limit requires concurrency or rate, or share for keys")
+    return given  # type: ignore[return-value]
 
 
 def named_options(options: LimitOptions) -> NamedOptions:
@@ -359,12 +460,17 @@ def from_named(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
         TypeError: there is no such option.
-        ConfigurationError: a key would have too many turns.
+        ConfigurationError: a key would have too many turns, or no key could have the share.
     """
     refuse_unknown(options, NamedOptions, "limit")
     most = options.get("concurrency")
     if is_key(name) and type(most) is int and most > MOST_TURNS:
         raise ConfigurationError(f"concurrency of a key must be at most {MOST_TURNS}, not {most}")
+    if options.get("share") and not is_key(name):
+        raise ConfigurationError(
+            f"share divides the workers between keys, and {name!r} is no limit of keys: its name must have "
+            "a colon"
+        )
     return {"max_concurrency" if name == "concurrency" else name: n for name, n in options.items()}
 
 
@@ -389,14 +495,14 @@ def named_limit(own: LimitOptions, limits: LimitOptions) -> Limit | None:
 
 def _limit(own: Mapping[str, Any], limits: LimitOptions) -> Limit | None:
     wanted: dict[str, Any] = {**dict.fromkeys(LIMITS), **own, **limits}
-    most, rate = wanted["max_concurrency"], wanted["rate"]
-    if most is None and rate is None:
+    most, rate, share = wanted["max_concurrency"], wanted["rate"], wanted.get("share")
+    if most is None and rate is None and share is None:
         return None
     try:
         rates = NO_RATES if rate is None else rates_of(rate, wanted["burst"])
     except ConfigurationError:  # the burst is that of other rates
         rates = rates_of(rate, None)
-    return Limit(most, rates, wanted["limit_scope"] or "node")
+    return Limit(most, rates, wanted["limit_scope"] or "node", share)
 
 
 def options_of_limit(limit: Limit | None) -> LimitOptions:

@@ -20,7 +20,9 @@ from contextlib import suppress
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from enum import Enum
+from functools import reduce
 from itertools import repeat
+from operator import or_
 from pathlib import PurePath
 from types import SimpleNamespace, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -394,3 +396,19 @@ class Reader:
             for name, annotation in inspect.get_annotations(base).items():
                 found[name] = (annotation, names, dict(vars(base)))
         return {name: self.read(*found[name]) if name in found else None for name in wanted}
+
+
+class ItemReader(Reader):
+    """Makes the forms of the items of lists, one of which may be an exception in place of a result."""
+
+    def read_item(self, annotation: Any, names: dict[str, Any]) -> Form | None:
+        """Return the form of an item of the list that an annotation says; None if it has none."""
+        form = self.read(annotation, names)
+        return form.item if isinstance(form, _List) else form if self.failed else None
+
+    def _form(self, annotation: Any) -> Form | None:
+        if get_origin(annotation) in (Union, UnionType):
+            args = get_args(annotation)
+            some = [a for a in args if not (isinstance(a, type) and issubclass(a, BaseException))]
+            annotation = reduce(or_, some) if some else None
+        return super()._form(annotation)

@@ -112,11 +112,27 @@ def by(check: Callable[..., object], *limits: float) -> Any:
     return validate
 
 
-def check_plain(function: Any, what: str) -> None:
-    """Raise ConfigurationError if calling the function would not run its body: async or a generator."""
-    calls = (function, getattr(function, "__call__", None))  # noqa: B004  (an object's __call__ may be async)
-    if any(inspect.iscoroutinefunction(c) or inspect.isasyncgenfunction(c) for c in calls):
+def is_async(function: Any) -> bool:
+    """Return True if calling an object makes a coroutine."""
+    return any(map(inspect.iscoroutinefunction, _calls(function)))
+
+
+def _calls(function: Any) -> tuple[Any, Any]:
+    return function, getattr(function, "__call__", None)  # noqa: B004  (an object's __call__ may be async)
+
+
+def check_plain(function: Any, what: str, *, or_async: bool = False) -> None:
+    """Raise ConfigurationError if calling the function would not run its body: async or a generator.
+
+    ``or_async`` takes coroutine functions, too.
+    """
+    calls = _calls(function)
+    if not or_async and is_async(function):
         raise ConfigurationError(f"{what} is async; it must be a plain function")
+    if any(map(inspect.isasyncgenfunction, calls)):
+        raise ConfigurationError(
+            f"{what} is an asynchronous generator; return a list, or report with ctx.progress()"
+        )
     if any(map(inspect.isgeneratorfunction, calls)):
         raise ConfigurationError(
             f"{what} is a generator, so its body would not run; it must be a plain function"

@@ -60,6 +60,7 @@ class Config:
         redact: the words whose values are hidden where params are shown, such as in the log: the value of
             each key that contains one of them, in any case, with or without ``-`` and ``_``. ``("*",)``
             hides all values, ``()`` hides none.
+        max_hold: the most seconds for which ``Snooze(…, limit=…)`` holds a limit.
 
     Raises:
         ConfigurationError: a value is not valid.
@@ -80,3 +81,4 @@ class Config:
         default=None, converter=as_seconds, validator=optional(by(check_number, 0.001))
     )
     redact: tuple[str, ...] = attrs.field(default=SECRETS, converter=check_redact)
+    max_hold: float = attrs.field(default=3600.0, converter=as_seconds, validator=by(check_number))

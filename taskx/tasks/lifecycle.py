@@ -101,10 +101,13 @@ class Ending:
     error_type: str = ""  #: the full class name of the exception; empty if there was none
     traceback: str = ""  #: the exception's traceback, as text
     permanent: bool = False  #: another attempt would be pointless
+    apart: bool = False  #: a call with other tasks failed: it runs again, without them
     crashed: bool = False  #: the child process that ran it died
     stuck: bool = False  #: the attempt is abandoned while its thread still runs
     delay: float = 0.0  #: seconds to wait before the next attempt, if there is one
     snooze: float | None = None  #: seconds after which the executor asked to run again
+    #: The limits to hold for some seconds: all of the type, that of the key, or the one with a name.
+    hold: tuple[float, bool | str] | None = None
     parked: Park | None = None  #: what the attempt waits for before it goes on
     reason: CancelReason | None = None  #: why its token fired; None if it did not fire
     duration: float = 0.0  #: how long it took, in seconds
@@ -200,6 +203,12 @@ def put_off(task: Task, until: int) -> Update:
     return Update(
         task.id, guard, {"held": UNTIL_DUE, "run_at": until, "owner": ""}, move="give turn"
     )
+
+
+def hasten(task: Task, put_off_to: int, due: int) -> Update:
+    """Let a pending task that was put off start sooner: the tokens that it lacked were put back."""
+    guard = {"status": PENDING, "held": UNTIL_DUE, "run_at": put_off_to, "starts": task.starts}
+    return Update(task.id, guard, {"held": UNTIL_DUE, "run_at": due}, move="give turn", skips=True)
 
 
 def cancel(task_id: str, now: int) -> list[Update]:
@@ -794,7 +803,9 @@ def conclude(task: Task, ending: Ending, now: int) -> list[Update]:
     if ending.crashed and ending.reason is None:
         return _crash(task, ending, now, owner=task.owner)
     counted = {"errors": task.errors + 1, **_error(ending)}
-    if ending.permanent or counted["errors"] >= (task.max_attempts or FALLBACKS["max_attempts"]):
+    if ending.apart:
+        writes = _interrupt(task, ending, now, owner=task.owner)
+    elif ending.permanent or counted["errors"] >= (task.max_attempts or FALLBACKS["max_attempts"]):
         changes = {**_end(task, ending, now, FAILED), **counted, "dead_letter": 1}
         writes = [Update(task.id, _fence(task), changes, move="fail")]
     else:
@@ -869,8 +880,20 @@ def _cancelled(task: Task, ending: Ending, now: int, **guard: Any) -> Update:
     return Update(task.id, _fence(task, **guard), changes, move="cancelled")
 
 
-def _interrupt(task: Task, ending: Ending, now: int) -> list[Update]:
-    counted = {"interruptions": task.interruptions + 1}
+#: The error of an attempt in a call with other tasks that failed as a whole begins with this.
+TOGETHER = "in a call with "
+
+
+def runs_apart(task: Task) -> bool:
+    """Return True if a task may have been the reason why a call failed, or a process died."""
+    if task.errors or task.crashes:
+        return True
+    last = task.earlier_attempts[-1] if task.earlier_attempts else None
+    return last is not None and last.outcome == "interrupted" and last.error.startswith(TOGETHER)
+
+
+def _interrupt(task: Task, ending: Ending, now: int, *, owner: str = "") -> list[Update]:
+    counted = {"interruptions": task.interruptions + 1, "owner": owner}
     return _again(task, ending, now, "interrupt", "interrupted", counted)
 
 
@@ -1268,7 +1291,9 @@ def news(write: Write) -> str:
     if changes.get("cancel_requested_at") is not None:
         return CANCEL_REQUESTED
     freed = changes.get("owner") == "" or "held" in changes
-    return FREED if freed and not changes.get("owner") and changes.get("held", FREE) == FREE else ""
+    held = changes.get("held", FREE)
+    # The nodes give turns to keys that share the workers.
+    return FREED if freed and not changes.get("owner") and held in (FREE, FOR_TURN) else ""
 
 
 # --- writes that are still allowed in a file with a newer schema

@@ -30,6 +30,8 @@ from taskx.tasks.retry import RetryPolicy
 from taskx.tasks.tags import check_tags
 
 MAX_PRIORITY = 1_000_000
+#: Most tasks of one call of an executor.
+MAX_BATCH = 1000
 #: Default grace period, in seconds: the time for an executor to end after its token has fired.
 DEFAULT_GRACE = 10.0
 #: The place where an executor runs, if not in the worker's thread.
@@ -109,6 +111,7 @@ class NamedOptions(TypedDict, total=False):
     concurrency: int | None
     rate: OneRate | list[OneRate] | None
     burst: int | list[int | None] | None
+    share: bool | int | None
 
 
 class LimitOptions(TypedDict, total=False):
@@ -124,18 +127,28 @@ class TuneOptions(LimitOptions, total=False):
     """The limits that ``Queue.tune`` overrides: those of a type, or of a limit with a name."""
 
     concurrency: int | None
+    share: bool | int | None
 
 
-class ExecutorOptions(RunOptions, LimitOptions, total=False):
-    """The options of an executor: see ``Queue.executor``."""
+class PlainOptions(RunOptions, LimitOptions, total=False):
+    """The options of an executor of one task at a time."""
 
     limit: str | Sequence[str] | None
     expires: Duration | None
     capture_log: bool | int | str | None
     isolation: Isolation | None
     grace: Duration | None
+    stall: Duration | None
+    max_snoozes: int | None
     version: int | str | None
     replace: bool | None
+
+
+class ExecutorOptions(PlainOptions, total=False):
+    """The options of an executor: see ``Queue.executor``."""
+
+    batch: int | None
+    wait: Duration | None
 
 
 class FilterOptions(TypedDict, total=False):
@@ -183,6 +196,14 @@ Check = Callable[[Any, str], Any]
 
 def _count(value: Any, what: str) -> int:
     return check_int(value, what, 1)
+
+
+def _snoozes(value: Any, what: str) -> int:
+    return check_int(value, what, 0)
+
+
+def _batch(value: Any, what: str) -> int:
+    return check_int(value, what, 1, MAX_BATCH)
 
 
 def _priority(value: Any, what: str) -> Any:
@@ -335,6 +356,8 @@ class Options:
     capture_log: bool | int | str | None = None
     isolation: Isolation | None = None
     grace: float | None = attrs.field(default=None, converter=as_seconds)
+    stall: float | None = attrs.field(default=None, converter=as_seconds)
+    max_snoozes: int | None = None
     max_concurrency: int | None = None
     rate: OneRate | list[OneRate] | None = None
     burst: int | list[int | None] | None = None
@@ -342,6 +365,8 @@ class Options:
     limit: tuple[str, ...] | None = attrs.field(default=None, converter=_limits)
     version: str | None = attrs.field(default=None, converter=_version)
     replace: bool | None = None
+    batch: int | None = None
+    wait: float | None = attrs.field(default=None, converter=as_seconds)
 
     def __attrs_post_init__(self) -> None:
         checked(self, _OF_EXECUTOR)
@@ -390,9 +415,13 @@ _OF_EXECUTOR: Mapping[str, Check] = {
     "capture_log": log_level,
     "isolation": one_of(Isolation),
     "grace": check_number,
+    "stall": _timeout,
+    "max_snoozes": _snoozes,
     "max_concurrency": _count,
     "limit_scope": one_of(LimitScope),
     "replace": _flag,
+    "batch": _batch,
+    "wait": check_number,
 }
 
 

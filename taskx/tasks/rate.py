@@ -152,6 +152,16 @@ class Rates(tuple[Rate, ...]):
         ]
         return max(waits, default=-math.inf)
 
+    def held(self, marks: Sequence[float], until: float) -> Sequence[float]:
+        """Return the marks as they count if nothing could be taken until a moment: no burst follows it."""
+        pairs = zip(self, marks, strict=True)
+        return [max(mark, until + rate.burst * rate.interval) for rate, mark in pairs]
+
+    @property
+    def seconds(self) -> float:
+        """The seconds in which all buckets are filled."""
+        return max((rate.burst * rate.interval for rate in self), default=0.0)
+
     @property
     def units(self) -> dict[str, int]:
         """The units in which tasks have a cost here, each with the largest cost that fits."""
@@ -165,6 +175,8 @@ class Rates(tuple[Rate, ...]):
 NO_RATES = Rates()
 #: The most turns of a key: how many of its tasks a limit may let run at once.
 MOST_TURNS = 100
+#: The largest weight of a share.
+MOST_SHARE = 1000
 
 
 class Limit(NamedTuple):
@@ -173,6 +185,10 @@ class Limit(NamedTuple):
     max_concurrency: int | None  #: number of tasks that may run at once; None for no limit
     rates: Rates  #: rates of starts; empty for no limit
     scope: LimitScope  #: whether each node has the limit for itself, or all nodes share it
+    share: int | None = None  #: the weight of each key that shares the workers; None if none does
+
+
+NO_LIMIT = Limit(None, NO_RATES, "node")
 
 
 def is_key(name: str) -> bool:
@@ -181,14 +197,27 @@ def is_key(name: str) -> bool:
 
 
 def limit_to_json(limit: Limit) -> list[Any]:
-    """Return a limit as a JSON value."""
-    return [limit.max_concurrency, [attrs.astuple(rate) for rate in limit.rates], limit.scope]
+    """Return a limit as a JSON value. Only one with a share has a fourth item, as older versions expect."""
+    rates = [attrs.astuple(rate) for rate in limit.rates]
+    share = () if limit.share is None else (limit.share,)
+    return [limit.max_concurrency, rates, limit.scope, *share]
 
 
 def limit_from_json(value: Sequence[Any]) -> Limit:
     """Return the limit of a value from :func:`limit_to_json`."""
-    most, rates, scope = value
-    return Limit(most, Rates(Rate(*rate) for rate in rates), scope)
+    most, rates, scope, *share = value
+    return Limit(most, Rates(Rate(*rate) for rate in rates), scope, *share)
+
+
+def check_share(value: Any) -> int | None:
+    """Return the weight of a share: 1 for True; None for False and None.
+
+    Raises:
+        ConfigurationError: it is not a number from 1 to :data:`MOST_SHARE`.
+    """
+    if value is None or isinstance(value, bool):
+        return 1 if value else None
+    return check_int(value, "share", 1, MOST_SHARE)
 
 
 def rates_of(given: Any, burst: Any) -> Rates:

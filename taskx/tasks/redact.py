@@ -32,7 +32,7 @@ def show(params: Any, redact: tuple[str, ...] = SECRETS, limit: int = SHORT) -> 
     Args:
         params: the values; at any depth.
         redact: hide each value whose key contains one of these words, in any case, with or without
-            ``-`` and ``_``; ``("*",)`` hides the value of every key.
+            ``-`` and ``_``; ``("*",)`` hides the value of every key, and values without a key.
         limit: the length of the text; what is longer ends in ``…``.
     """
     text, secret = "", _pattern(redact)
@@ -44,8 +44,9 @@ def show(params: Any, redact: tuple[str, ...] = SECRETS, limit: int = SHORT) -> 
 
 
 def redacted(value: Any, redact: tuple[str, ...] = SECRETS) -> Any:
-    """Return a copy of a JSON value in which the values of secret keys are ``***``, at any depth."""
+    """Return a copy of a JSON value in which what :func:`show` hides is ``***``, at any depth."""
     secret = _pattern(redact)
+    bare = _hides_all(secret)
 
     def copy(part: Any) -> Any:
         if isinstance(part, dict):
@@ -53,7 +54,9 @@ def redacted(value: Any, redact: tuple[str, ...] = SECRETS) -> Any:
                 key: "***" if secret.search(_plain(_name(key))) else copy(item)
                 for key, item in part.items()
             }
-        return [copy(item) for item in part] if isinstance(part, (list, tuple)) else part
+        if isinstance(part, (list, tuple)):
+            return [copy(item) for item in part]
+        return "***" if bare and part is not None else part
 
     return copy(value)
 
@@ -83,7 +86,7 @@ def unhidden(edited: Any, stored: Any, depth: int = 1) -> Any:
 
 
 def is_secret(key: str, redact: tuple[str, ...] = SECRETS) -> bool:
-    """Return True if the value of a key must be hidden."""
+    """Return True if the value of a key must be hidden; of the key ``""``, if that of each key must be."""
     return _pattern(redact).search(_plain(key)) is not None
 
 
@@ -112,6 +115,10 @@ def _pattern(redact: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile("|".join(map(_plain, redact)) or r"(?!)")
 
 
+def _hides_all(secret: re.Pattern[str]) -> bool:
+    return secret.search("") is not None
+
+
 def _name(key: Any) -> str:
     kind = type(key)
     if kind is str:
@@ -122,7 +129,9 @@ def _name(key: Any) -> str:
 def _parts(value: Any, secret: re.Pattern[str], limit: int) -> Iterator[str]:
     """Yield the text in parts, none of them much longer than ``limit``. Never calls code of the value."""
     kind = type(value)
-    if kind is str:
+    if value is not None and kind not in (dict, list, tuple) and _hides_all(secret):
+        yield HIDDEN  # it has no key
+    elif kind is str:
         yield repr(value[: limit + 1])
     elif value is None or kind in (bool, int, float):
         yield repr(value)

@@ -242,18 +242,28 @@ class Permanent(Exception):
 class Snooze(Exception):
     """Raised by an executor: it is too early. The task runs again later, and no attempt is used up.
 
+    With ``limit`` other tasks wait, too: ``raise Snooze(retry_after(response), limit=True)`` holds the
+    limits of the task's type until then, in all processes, because an API has refused a call.
+
     An instance of a derived class whose ``__init__`` does not call this one is an ordinary error.
 
     Args:
         seconds: the time to wait, in seconds or as a ``timedelta``.
+        limit: True for all limits of the task's type, ``"key"`` for the task's key, or the name of a limit.
+            It is held for ``Config.max_hold`` seconds at most.
 
     Raises:
-        ConfigurationError: ``seconds`` is not a number of seconds.
+        ConfigurationError: ``seconds`` is not a number of seconds, or ``limit`` is no name.
     """
 
-    def __init__(self, seconds: Duration) -> None:
+    def __init__(self, seconds: Duration, *, limit: bool | str = False) -> None:
         super().__init__(seconds)
         self.seconds = check_number(seconds, "seconds of Snooze")
+        if not isinstance(limit, bool | str) or limit == "":
+            raise ConfigurationError(
+                f"limit of Snooze must be True, 'key' or the name of a limit, not {limit!r:.80}"
+            )
+        self.limit = limit
 
     def __str__(self) -> str:
         if not hasattr(self, "seconds"):  # a subclass whose __init__ does not call this one

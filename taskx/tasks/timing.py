@@ -65,7 +65,12 @@ class Timing:
     scan_batch: int = 1000
     #: Tasks that one audit compares: the running ones, and the next ones in the buffer.
     most_audited: int = 5000
-    #: Between scans for tasks whose retention period is over.
+    #: Between two times at which what was counted is added up, ...
+    gather_every: float = 1.0
+    #: ... and between two commits that store it, or after so many tasks.
+    count_every: float = 5.0
+    most_uncounted: int = 100
+    #: Between scans for tasks whose retention period is over, and for counts that can be added up.
     retention_every: float = 60.0
 
     # --- schedules
@@ -151,6 +156,8 @@ class Timing:
 
     #: Between polls of a thread that waits until the node is quiet.
     quiet_every: float = 0.1
+    #: The time for which a coroutine may keep the others from going on, without a warning.
+    loop_blocked_after: float = 1.0
     #: The time that a thread of the node may take to end.
     join_thread_within: float = 5.0
     #: The time that a stop may take beyond its time-out, if the repository or a hook hangs.

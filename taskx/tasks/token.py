@@ -5,14 +5,21 @@ from __future__ import annotations
 import _thread
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import Protocol
 
 from taskx.tasks.checks import Duration, in_seconds
 from taskx.tasks.clock import SYSTEM_CLOCK, Clock
 from taskx.tasks.errors import CancelReason, ConfigurationError, TaskCancelled, on_main_thread
 from taskx.tasks.log import log
 from taskx.tasks.timing import DEFAULT_TIMING
+
+
+class _Child(Protocol):
+    """What fires together with a token."""
+
+    def fire(self, reason: CancelReason) -> object: ...
 
 
 class CancelToken:
@@ -39,7 +46,7 @@ class CancelToken:
         self._once = _thread.allocate_lock()
         self._waiters: list[_thread.LockType] = []
         self._callbacks: list[Callable[[], object]] = []
-        self._children: list[CancelToken] = []
+        self._children: list[_Child] = []
 
     def __repr__(self) -> str:
         return f"<CancelToken {self._reason or 'not fired'}>"
@@ -125,6 +132,17 @@ class CancelToken:
             child.fire(self.reason)
         return child
 
+    def _fire_after(self, tokens: Sequence[CancelToken]) -> None:
+        """Fire this token once all of these have fired, at the latest with the last of their deadlines."""
+        deadlines = [token.deadline for token in tokens if token.deadline is not None]
+        if len(deadlines) == len(tokens):
+            self.deadline = max(deadlines)
+        last = _Last(self, tokens)
+        for token in tokens:
+            token._children.append(last)
+        if any(token._reason is not None for token in tokens):
+            last.fire(CancelReason.CANCEL)
+
     def _disown(self, child: CancelToken) -> None:
         """Forget a child that is no longer needed."""
         self._children.remove(child)
@@ -157,6 +175,21 @@ class CancelToken:
                 ).start()
             except RuntimeError:
                 _call(callback)  # no thread can be started while the interpreter shuts down
+
+
+class _Last:
+    """A child of several tokens, which fires another token together with the last of them."""
+
+    def __init__(self, token: CancelToken, tokens: Sequence[CancelToken]) -> None:
+        self._token, self._tokens = token, tokens
+
+    def fire(self, reason: CancelReason) -> object:
+        reasons = {token._reason for token in self._tokens}
+        if None in reasons:
+            return False
+        # After a time-out the call has its grace period, and then it is abandoned.
+        timed_out = CancelReason.TIMEOUT in reasons
+        return self._token.fire(CancelReason.TIMEOUT if timed_out else reason)
 
 
 def _acquire(waiter: _thread.LockType, seconds: float) -> None:

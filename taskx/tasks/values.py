@@ -77,6 +77,30 @@ class Values:
             self._late = False
 
 
+class ItemValues(Values):
+    """The forms of an executor that takes a list of the params of tasks, and returns a list of results.
+
+    The params of a task have the form of an item of the first list as a whole.
+    """
+
+    def _read(self) -> None:
+        from taskx.tasks.annotations import ItemReader
+
+        reader, names = ItemReader(), _names(self._function)
+        (parameter,) = self._parameters
+        self._item = reader.read_item(parameter.annotation, names)
+        self._result = reader.read_item(_returned(self._function), names)
+        self._late = reader.failed
+
+    def __bool__(self) -> bool:
+        return bool(self._item or self._result)
+
+    def _coded_params(self, params: Any, *, back: bool) -> Any:
+        self._read_again()
+        form = self._item
+        return params if form is None else guarded("params", lambda: form.coded(params, back))
+
+
 def _names(function: Callable[..., Any]) -> dict[str, Any]:
     """Return the global names of the code of a function, a partial, or a callable object."""
     code: Any = inspect.unwrap(function)
@@ -95,10 +119,12 @@ def _returned(function: Callable[..., Any]) -> Any:
 
 
 def values_of(
-    function: Callable[..., Any], parameters: Sequence[inspect.Parameter] = ()
+    function: Callable[..., Any],
+    parameters: Sequence[inspect.Parameter] = (),
+    kind: type[Values] = Values,
 ) -> Values | None:
     """Return the forms of a function's params and result; None if no annotation has a form."""
     annotations = [*(parameter.annotation for parameter in parameters), _returned(function)]
     if all(annotation is inspect.Parameter.empty for annotation in annotations):
         return None
-    return Values(function, parameters) or None
+    return kind(function, parameters) or None

@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import attrs
 
-from taskx.attempt.alarms import Alarms, Overdue
+from taskx.attempt.alarms import Alarms, Overdue, Pulse, Steps
 from taskx.attempt.runner import Run, Runner
 from taskx.node.engine import Engine
 from taskx.node.housekeeper import Duty, Housekeeper
@@ -89,12 +89,27 @@ class DrivenAlarms(Alarms):
         super().__init__(clock, timing)
         self._planned: dict[CancelToken, list[Callable[[], None]]] = {}
 
-    def add(self, token: CancelToken, overdue: Overdue | None = None) -> None:
-        super().add(token, overdue)
-        if token.deadline is not None and isinstance(self._clock, ManualClock):
+    def add(
+        self, token: CancelToken, overdue: Overdue | None = None, pulse: Pulse | None = None
+    ) -> None:
+        super().add(token, overdue, pulse)
+        if token.deadline is not None:
             left = max(0.0, token.deadline - self._clock.monotonic())
-            moments = [left] if overdue is None else [left, left + overdue[0]]
-            self._planned[token] = [self._clock.call_later(s, self.ring) for s in moments]
+            self._plan(token, [left] if overdue is None else [left, left + overdue[0]])
+
+    def _plan(self, token: CancelToken, moments: Iterable[float]) -> None:
+        """Have the clock call in some seconds."""
+        if isinstance(self._clock, ManualClock):
+            calls = [self._clock.call_later(seconds, self.ring) for seconds in moments]
+            self._planned.setdefault(token, []).extend(calls)
+
+    def _expect(
+        self, steps: Steps, token: CancelToken, pulse: Pulse, overdue: Overdue | None
+    ) -> None:
+        super()._expect(steps, token, pulse, overdue)
+        left = max(0.0, pulse.due - self._clock.monotonic()) + SHORTEST_STEP
+        late = () if overdue is None else (left + overdue[0] + SHORTEST_STEP,)
+        self._plan(token, (left, *late))
 
     def go_on(self) -> None:
         """Start no thread: the clock calls :meth:`ring`."""
@@ -117,7 +132,9 @@ class DrivenRunner(Runner):
     make_token = DrivenToken
 
     def __init__(self, clock: Clock, timing: Timing, max_payload_size: int) -> None:
-        super().__init__(clock, DrivenAlarms(clock, timing), max_payload_size, chance=_half)
+        super().__init__(
+            clock, DrivenAlarms(clock, timing), max_payload_size, chance=_half, timing=timing
+        )
         #: The error of each executor, or of its result, until it is taken from here.
         self.raised: dict[Run, BaseException] = {}
         #: How often each task has begun to wait in the middle of an attempt, by id.
@@ -135,12 +152,15 @@ class DrivenRunner(Runner):
 class DrivenPool(WorkerPool):
     """A pool without threads: the caller of the queue runs the tasks."""
 
+    waits_for_more = False
+
     def start_workers(self) -> None:
         """Start no thread."""
 
     def go(self) -> None:
         """Have tasks run, without a line in the log."""
-        self.begun.set()
+        if not self.begun.is_set():  # an interrupt inside of ``set`` leaves its lock locked
+            self.begun.set()
 
     def begin_stop(self) -> None:
         """Take no more tasks, and hand back those that an interrupt has kept from being executed.

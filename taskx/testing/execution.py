@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
 import attrs
 
 from taskx.attempt.capture import Capture, CapturedLogger
-from taskx.attempt.context import Context, log_prefix
+from taskx.attempt.context import Context, Watched, log_prefix
 from taskx.attempt.executors import BoundExecutor, Executor, TaskExecutor, make_executor
 from taskx.attempt.runner import Run
 from taskx.attempt.waiting import Parked
 from taskx.tasks import payload
-from taskx.tasks.checks import Duration, check_int, optional_seconds
+from taskx.tasks.checks import Duration, check_int, is_async, optional_seconds
 from taskx.tasks.model import Task, TaskStatus
 from taskx.tasks.options import Options, ScheduleOptions, refuse_unknown
 from taskx.tasks.values import Values
@@ -79,7 +79,7 @@ class Outcome(Generic[R]):
         return result if self._values is None else self._values.decode_result(result)
 
 
-class _RecordingContext(Context):
+class _RecordingContext(Watched):
     """A context that keeps what the executor tells."""
 
     __slots__ = ("_declare", "_outcome")
@@ -89,7 +89,7 @@ class _RecordingContext(Context):
     ) -> None:
         shared = run.context._shared
         logger = CapturedLogger(shared.log, capture)
-        super().__init__(run.task, run.token, shared._replace(log=logger))
+        super().__init__(run.task, run.token, shared._replace(log=logger), run.beat)
         self._outcome = outcome
         self._declare = declare
 
@@ -104,6 +104,20 @@ class _RecordingContext(Context):
             return fn(*args, **kwargs)
 
         result = super().step(name, called)
+        self._outcome.steps[name] = result
+        return result
+
+    async def astep(
+        self, name: str, fn: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs
+    ) -> Any:
+        def plain() -> Any:
+            self._outcome.called.append(name)
+            return fn(*args, **kwargs)
+
+        async def in_coroutine() -> Any:
+            return await plain()
+
+        result = await super().astep(name, in_coroutine if is_async(fn) else plain)
         self._outcome.steps[name] = result
         return result
 
@@ -123,8 +137,8 @@ class _RecordingContext(Context):
 
 
 class _Records(Capture):
-    def __init__(self, prefix: str, outcome: Outcome[Any]) -> None:
-        super().__init__(logging.DEBUG, prefix)
+    def __init__(self, run: Run, prefix: str, outcome: Outcome[Any]) -> None:
+        super().__init__(logging.DEBUG, prefix, run.beat)
         self._start, self._outcome = prefix, outcome
 
     def add(self, record: logging.LogRecord) -> None:
@@ -226,11 +240,11 @@ def run_executor(
     ).id
     _amend(queue, task_id, attempt, steps, cursor)
     run = queue._start_next()
-    assert run is not None  # it may start: nothing holds it back
+    assert isinstance(run, Run)  # it may start: nothing holds it back
     outcome: Outcome[Any] = Outcome(
         run.task, steps=dict(steps or {}), cursor=cursor, values=run.executor.values
     )
-    run.capture = _Records(log_prefix(task_id, type_), outcome)
+    run.capture = _Records(run, log_prefix(task_id, type_), outcome)
     run.context = _RecordingContext(run, run.capture, outcome, queue.declare)
     seconds = optional_seconds(cancel_after)
     if seconds == 0:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 
 from taskx.attempt.executors import BoundExecutor, Executor
 from taskx.attempt.registry import Layer
-from taskx.attempt.runner import Run, inside_executor
+from taskx.attempt.runner import Call, Run, inside_executor, runs_of
 from taskx.node.hooks import Hook
 from taskx.queue.intake import Intake
 from taskx.queue.operations import Operations
@@ -130,6 +130,7 @@ class ManualQueue(Queue):
     def run_next(self) -> Task | None:
         """Run the best task that may start now, to its outcome.
 
+        Other tasks run with it if its executor takes many, and they may start now: none waits for more.
         What the executor raises is on the record, not raised here. But ``pytest.fail()`` and
         ``pytest.skip()`` reach the test.
 
@@ -142,11 +143,16 @@ class ManualQueue(Queue):
                 next call does.
             KeyboardInterrupt: the executor was interrupted.
         """
-        run = self._start_next()
-        if run is None:
-            return None
-        self._execute(run)
-        return self.repository.get_many([run.task.id]).get(run.task.id, run.task)
+        return next(iter(self._run_next()), None)
+
+    def _run_next(self) -> list[Task]:
+        """Run the next call of an executor, mostly for a single task; return the records of its tasks."""
+        call = self._start_next()
+        if call is None:
+            return []
+        self._execute(call)
+        tasks = {run.task.id: run.task for run in runs_of(call)}
+        return [*{**tasks, **self.repository.get_many([*tasks])}.values()]
 
     def run_all(self, most: int = 10_000, *, check: bool = False) -> list[Task]:
         """Run every task that may start now, and those that may start because of that.
@@ -166,12 +172,12 @@ class ManualQueue(Queue):
             TaskxError: as :meth:`run_next`.
         """
         ran: list[Task] = []
-        while (task := self.run_next()) is not None:
-            ran.append(task)
+        while some := self._run_next():
+            ran += some
             if len(ran) > most:
                 raise AssertionError(
                     f"run_all() has run {most} tasks and there are more; the last one is "
-                    f"{submissions.described(task)}: does a task submit itself?"
+                    f"{submissions.described(ran[-1])}: does a task submit itself?"
                 )
         return _checked_runs(ran, check=check)
 
@@ -233,40 +239,51 @@ class ManualQueue(Queue):
     def _worker(self) -> str:
         return self._driven.pool.worker_name(threading.current_thread().name)
 
-    def _start_next(self) -> Run | None:
+    def _start_next(self) -> Run | Call | None:
         with self._choosing:
             self._node.start()
             pool = self._driven.pool
             while True:
                 self._driven.housekeeper.do_round()
-                items = pool.buffer.take(1)
-                if not items:
-                    return None
-                if (run := pool.start(items, self._worker)) is not None:
+                try:
+                    items = pool.buffer.take(1)
+                    if not items:
+                        return None
+                    run = pool.start(items, self._worker)
+                except BaseException:  # an interrupt: nobody else would let tasks be taken again
+                    pool.buffer.started()
+                    raise
+                if run is not None:
                     # Here: another thread that waits for it must see that it is taken.
                     here = threading.get_ident()
                     self._busy[here] = self._busy.get(here, 0) + 1
                     return run
 
-    def _execute(self, run: Run) -> BaseException | None:
-        """Run a task to its outcome; return the error of its executor, or of its result."""
+    def _execute(self, call: Run | Call) -> BaseException | None:
+        """Run the tasks of a call to their outcomes; return the first error of an executor, or a result."""
         pool, here = self._driven.pool, threading.get_ident()
         before = threading.enumerate()
         try:
-            ending = pool.execute(run, self._worker, conclude=pool.conclude)
+            if isinstance(call, Run):
+                endings = [pool.execute(call, self._worker, conclude=pool.conclude)]
+            else:
+                endings = pool.execute_call(call, self._worker, conclude=pool.conclude)
         finally:
-            raised = self._driven.runner.raised.pop(run, None)
+            errors = [self._driven.runner.raised.pop(run, None) for run in runs_of(call)]
             self._busy[here] -= 1
             if not self._busy[here]:
                 del self._busy[here]
         if pool.stuck.ended:  # how it ended waits to be written
             self._driven.housekeeper.do_round()
         wait_for_threads(before, ("taskx-callbacks", "taskx-cancel"))
-        if ending.interrupt is not None:
-            raise ending.interrupt
-        if raised is not None and is_for_the_test(raised):
-            raise raised
-        return raised
+        for ending in endings:
+            if ending.interrupt is not None:
+                raise ending.interrupt
+        raised = [error for error in errors if error is not None]
+        for error in raised:
+            if is_for_the_test(error):
+                raise error
+        return raised[0] if raised else None
 
     # --- time
 

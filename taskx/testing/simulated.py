@@ -16,7 +16,8 @@ from typing import Any, Protocol
 import attrs
 
 from taskx.attempt.current import current
-from taskx.attempt.runner import Run, Runner
+from taskx.attempt.runner import Call, Run, Runner, runs_of
+from taskx.node.counts import Stored
 from taskx.node.housekeeper import Housekeeper
 from taskx.node.moving import Services
 from taskx.node.pool import Ends, WorkerPool
@@ -382,6 +383,9 @@ class _Queue(Queue):
         # As if no step were on the main thread, where exceptions may strike, and none hung.
         moves = self._services.moves
         _replace(moves, _finish=moves._tell)
+        # Nothing depends on what is counted: no step of a world is spent on it.
+        store = self._simulated.door._store
+        _replace(moves.counts, _repository=store, notes=Stored(store))
         _replace(self._node, _by=lambda deadline, step: step(), _end_later=lambda: None)
 
     def _make_intake(self, work: Work) -> Intake:
@@ -428,7 +432,7 @@ class SimulatedNode:
         self.door = Door(store, world, self.clock)
         self.door.node = self
         self.queue = _Queue(self, config, log)
-        self.runs: list[Run] = []
+        self.runs: list[Run | Call] = []
         self.asks: list[Callable[[], object]] = []
         self.alive, self.up = True, False
 
@@ -461,23 +465,25 @@ class SimulatedNode:
         """Start up to so many tasks, or take up one that was started ahead; return what begins."""
         if len(self.runs) >= WORKERS or self.pool.stopping:
             return []
-        run = self.pool.ahead.take() if self.pool.ahead.runs else None
-        if run is None:
+        call: Run | Call | None = self.pool.ahead.take() if self.pool.ahead.runs else None
+        if call is None:
             items = self.pool.buffer.take(most)
-            run = self.pool.start(items, self._worker) if items else None
-        if run is None:
+            call = self.pool.start(items, self._worker) if items else None
+        if call is None:
             return []
-        run.state, self.pool.ahead.at_work[run] = "executing", time.monotonic()
-        self.runs.append(run)
-        return [run]
+        for run in runs_of(call):
+            run.state, self.pool.ahead.at_work[run] = "executing", time.monotonic()
+        self.runs.append(call)
+        return [*runs_of(call)]
 
-    def execute(self, number: int) -> Run | None:
-        """Execute one of the runs that have begun, to its outcome; return it."""
-        if not self.runs:
-            return None
-        run = self.runs.pop(number % len(self.runs))
-        self.pool.execute(run, self._worker)
-        return run
+    def execute(self, number: int) -> None:
+        """Execute one of the calls that have begun, to the outcomes of its runs."""
+        if self.runs:
+            call = self.runs.pop(number % len(self.runs))
+            if isinstance(call, Run):
+                self.pool.execute(call, self._worker)
+            else:
+                self.pool.execute_call(call, self._worker)
 
     @property
     def _worker(self) -> str:

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 import attrs
 
+from taskx.attempt.runner import runs_of
 from taskx.node.shared_limits import RATE
 from taskx.queue.queue import Queue
 from taskx.stores.liveness.base import PREFIX
@@ -259,7 +260,8 @@ class Simulation:
 
     def _do_execute(self, node: SimulatedNode, number: float) -> None:
         if node.runs:
-            self._promises.executes(node, node.runs[int(number) % len(node.runs)])
+            for run in runs_of(node.runs[int(number) % len(node.runs)]):
+                self._promises.executes(node, run)
             node.execute(int(number))
 
     def _do_finish(self, node: SimulatedNode, number: float) -> None:

@@ -37,6 +37,7 @@ def declare(queue: Queue) -> None:
         queue.limit(f"n{number}:", concurrency=number)
     queue.limit("v:", concurrency=5)
     queue.limit("r:", concurrency=3, rate=["20/s", "400 units/s"], burst=[3, 60])
+    queue.limit("s:", share=True, concurrency=4)
     queue.limit("api", concurrency=3)
 
 

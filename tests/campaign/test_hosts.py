@@ -156,11 +156,11 @@ def one_is_cut_off(campaign: Hosts, **broken: str) -> tuple[Child, Host]:
     mixed = [{"kind": kind, "count": 6} for kind in ("brief", "raiser", "patient", "parent")]
     waiting = {"kind": "waiting", "params": campaign.hold()}
     ahead, host = campaign.serve(ahead=5.0, tasks=[waiting], **broken)
+    campaign.wait_for("begin", kind="waiting", who=ahead.who)  # before others can take the task
     campaign.serve(ahead=-7.0, tasks=mixed)
     campaign.serve(slow=True, tasks=mixed)
     for child in campaign.children:
         campaign.wait_for("started", who=child.who)
-    campaign.wait_for("begin", kind="waiting", who=ahead.who)
     host.cut()
     ahead.tell()  # it submits a task, which has to wait
     campaign.wait_for("begin", kind="waiting", starts=2)

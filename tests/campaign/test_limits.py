@@ -32,7 +32,7 @@ def run(folder: Path, *, seconds: float, processes: int, keys: int, each: int, s
     queue.declare("plain", "shared")
     for n in range(each):
         for number in range(keys):
-            name = ("n1:", "n2:", "n3:", "n4:", "n5:", "v:", "r:")[number % 7]
+            name = ("n1:", "n2:", "n3:", "n4:", "n5:", "v:", "r:", "s:")[number % 8]
             cost = {"units": 1 + n % 50} if name == "r:" else None
             queue.submit(
                 "plain" if number % 3 else "shared",
@@ -82,6 +82,7 @@ def check(starts, turns):
     for number in range(1, 6):
         assert most[f"n{number}"] <= number
     assert most["api"] <= 3
+    assert most["s"] <= 4
     assert most["r"] <= 3
     for name, some in starts.items():
         if name.startswith("v:"):
@@ -101,7 +102,7 @@ def check(starts, turns):
 @pytest.mark.process
 def test_no_limit_is_exceeded_while_processes_are_killed(tmp_path):
     """The small version; ``python -m campaign.test_limits 60 200 40`` in ``tests`` is a large one."""
-    starts, turns, kills = run(tmp_path, seconds=3, processes=2, keys=14, each=6)
+    starts, turns, kills = run(tmp_path, seconds=3, processes=2, keys=16, each=6)
     check(starts, turns)
     assert kills >= 2
 

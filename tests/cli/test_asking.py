@@ -68,15 +68,18 @@ def test_stats_can_be_of_some_types_and_of_a_time(ended, outside, taskx):
     assert [row["type"] for row in taskx("stats", "sms", "--json").rows] == ["sms"]
     unknown = taskx("stats", "emial")
     assert (unknown.code, unknown.out) == (0, "")
-    assert unknown.err == "no task that was read has type 'emial'; did you mean 'email'?\n"
+    words = "no task that was read or counted has type 'emial'; did you mean 'email'?\n"
+    assert unknown.err == words
 
 
-def test_stats_say_which_tasks_they_are_of_if_there_are_more(ended, outside, taskx, monkeypatch):
+def test_stats_say_if_they_are_not_complete(ended, outside, taskx, monkeypatch):
     stats = outside.stats
+    outside.declare("sms")
+    outside.submit("sms", delay=60)
     monkeypatch.setattr(outside, "stats", lambda **given: stats(at_most=1, **given))
     said = taskx("stats")
     assert "the numbers are at least so high" in said.err
-    assert "WAIT and RUN are of tasks submitted after" in said.err
+    assert "not all was read, or counting began at" in said.err
 
 
 def test_the_json_of_stats_is_a_type_a_line(ended, outside, taskx):

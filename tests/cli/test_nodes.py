@@ -86,6 +86,20 @@ def test_no_node_is_started(taskx):
     assert (said.code, said.out, said.err) == (0, "", "no node is started\n")
 
 
+def test_shares_of_keys_are_shown_and_changed(queue, outside, taskx):
+    queue.limit("tenant:", share=True)
+    with queue:
+        head, row = taskx("limits").lines
+        assert head.split() == [
+            *("LIMIT", "RUNNING", "RATE", "FREE", "SHARE", "TYPES", "CHANGED", "HELD")
+        ]
+        assert row.split() == ["tenant:", "1"]
+        assert taskx("tune", "--limit", "tenant:", "--share", "3").code == 0
+        assert taskx("limits", "--json").rows[0]["share"] == 3
+        assert taskx("limits").lines[1].split() == ["tenant:", "3", "share"]
+    assert outside.tuned().limits == {"tenant:": {"share": 3}}
+
+
 def test_the_limits_of_a_type_are_changed_and_reset(started, outside, taskx):
     said = taskx("tune", "email", "--max-concurrency", "4", "--rate", "100/m", "--burst", "none")
     assert said.code == 0
@@ -109,6 +123,23 @@ def test_the_limits_of_a_type_are_changed_and_reset(started, outside, taskx):
     assert taskx("tune", "email", "--reset").err == "nothing was changed live for email\n"
     assert not outside.tuned()
     assert [change.action for change in outside.changes()] == ["untune", "tune"]
+
+
+def test_a_limit_is_held_and_released(queue, outside, taskx):
+    queue.limit("api", concurrency=2, rate="5/s")
+    with queue:
+        assert " HELD" in taskx("limits").lines[0]
+        said = taskx("hold", "api", "10m")
+        assert said.out.startswith("api is held until 20")
+        [limit] = taskx("limits", "--json").rows
+        assert limit["held_by"] == ""
+        assert f"until {limit['held_until'][:10]} " in taskx("limits").lines[1]
+        assert taskx("limits").lines[1].endswith(" by hand")
+        assert taskx("hold", "api", "5s", "--json").rows == [limit]  # a hold is never shortened
+        assert taskx("release", "api").out == "api is released\n"
+        assert taskx("release", "api").out == "api was not held\n"
+        assert taskx("release", "api", "--json").rows == [{"limit": "api", "was_held": False}]
+    assert [change.action for change in outside.changes()] == ["release", "hold", "hold"]
 
 
 def test_the_number_of_workers_is_changed_and_reset(started, outside, taskx):

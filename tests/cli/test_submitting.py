@@ -63,6 +63,22 @@ def test_a_task_can_wait(known, taskx):
     assert [*task.depends_on] == [task_id]
 
 
+def test_a_task_has_a_key_and_a_cost(known, taskx):
+    words = ("--key", "tenant:acme", "--cost", "tokens=1200", "--cost", "images=2")
+    [task_id] = taskx("submit", "email", *words).lines
+    task = known.get_task_status(task_id)
+    assert (task.concurrency_key, task.cost) == ("tenant:acme", {"tokens": 1200, "images": 2})
+    [other] = taskx("submit", "email", "--concurrency-key", "old").lines  # the old name
+    assert known.get_task_status(other).concurrency_key == "old"
+
+
+@pytest.mark.parametrize("cost", ["1200", "tokens", "tokens=many", "tokens=-1", "tokens="])
+def test_a_cost_has_a_unit_and_a_number(known, taskx, cost):
+    said = taskx("submit", "email", "--cost", cost)
+    assert said.code == 2
+    assert "--cost must be UNIT=N, such as tokens=1200" in said.err
+
+
 def test_a_misspelt_type_is_pointed_out(known, taskx):
     said = taskx("submit", "emial")
     assert said.code == 0

@@ -80,6 +80,9 @@ tune | email | --rate | 5/m | --burst | 0
 tune | email | --max-concurrency | 0
 tune | --workers | 99999999999
 tune | --rate | 5/m
+hold | api | soon
+hold | api | 0s
+release |
 schedules | show | nope
 schedules | backfill | nightly | --from | 2026-01-02 | --to | 2026-01-01
 schedules | backfill | nightly | --from | 0001-01-01

@@ -516,6 +516,7 @@ def text(make, registry, value, clock):
     again.cancel()
     queue.requeue(again.id)
     queue.pause("other")
+    queue.hold("api", 86_400)
     queue.submit("deaf")
     assert begun.wait(PATIENCE)
     clock.advance(100)
@@ -554,6 +555,7 @@ def test_the_librarys_parser_reads_the_metrics(text):
         "taskx_limit_slots": "gauge",
         "taskx_limit_slots_taken": "gauge",
         "taskx_limit_free": "gauge",
+        "taskx_limit_held_seconds": "gauge",
         "taskx_nodes": "gauge",
         "taskx_workers": "gauge",
         "taskx_buffer_size": "gauge",
@@ -561,6 +563,7 @@ def test_the_librarys_parser_reads_the_metrics(text):
         "taskx_healthy": "gauge",
         "taskx_repository_up": "gauge",
         "taskx_tasks": "gauge",
+        "taskx_tasks_last_hour": "gauge",
         "taskx_dead_letters": "gauge",
         "taskx_paused": "gauge",
         "taskx_threads_stuck": "gauge",

@@ -85,6 +85,14 @@ def test_a_text_that_is_cut_before_its_quote_has_the_usual_quotes():
     assert show({"it is Ann's": 1}, limit=6) == "{'it …"
 
 
+def test_a_value_without_a_key_is_hidden_if_everything_is():
+    values = ["refund eva@example.org", 7, None, {"a": 1}]
+    assert show(values, ("*",)) == "['***', '***', None, {'a': '***'}]"
+    assert redacted(values, ("*",)) == ["***", "***", None, {"a": "***"}]
+    assert [show(value, ("*",)) for value in values] == ["'***'", "'***'", "None", "{'a': '***'}"]
+    assert show(values[0], SECRETS) == "'refund eva@example.org'"
+
+
 @given(st.dictionaries(st.text(string.ascii_letters), st.text(min_size=20)))
 def test_nothing_is_shown_if_everything_is_hidden(params):
     shown = show(params, ("*",), 10**9)

@@ -60,6 +60,10 @@ class TestTypes:
         assert re.search(r" hold 0 0 0 1 – – 0 0 – – 1 Pause", words)
         assert re.search(r" limited 0 0 0 0 / 2 30/m – 1 0 0% ", words)
 
+    def test_the_page_of_types_shows_the_shares_of_keys(self, look, queue):
+        queue.limit("tenant:", share=3)
+        assert "tenant: – – – 3 –" in text_of(look(queue).get("/types"))
+
     def test_a_type_has_charts_and_its_limits(self, look, queue):
         queue.submit("limited").result(60)
         page = look(queue).get("/types/one?type=limited")
@@ -69,6 +73,13 @@ class TestTypes:
         assert "Most at once 2 – 2" in words
         assert "Rate of starts 30/m – 30/m" in words
         assert "Burst 4 – 4" in words
+
+    def test_a_limit_that_is_held_is_shown(self, look, queue):
+        queue.limit("api", concurrency=2)
+        browser = look(queue)
+        assert "held until" not in text_of(browser.get("/types"))
+        queue.hold("api", 3600)
+        assert re.search(r" api held until [-\d:TZ ]+ 0 / 2 ", text_of(browser.get("/types")))
 
     def test_an_unknown_type_has_a_page(self, look, queue):
         page = look(queue).get("/types/one", query_string={"type": HOSTILE + "?"})

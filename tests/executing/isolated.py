@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import logging
 import os
@@ -23,6 +24,7 @@ from taskx import (
     Task,
     TaskCancelled,
     TaskExecutor,
+    current_context,
     executor,
 )
 
@@ -313,3 +315,13 @@ def many_steps(ctx, text: str, count: int):
     if ctx.task.errors == 0:
         raise ValueError("once")
     return len(ctx.task.checkpoints["steps"])
+
+
+@executor(isolation="process")
+async def awaiting(ctx, a):
+    """Return a value, and whether the context is the current one; wait for a cancel if it is negative."""
+    await asyncio.sleep(0)
+    if a < 0:
+        ctx.progress(50)
+        await asyncio.sleep(3600)
+    return [a + 1, current_context() is ctx]

@@ -170,10 +170,6 @@ def test_bound_methods_and_partials_can_be_executors(started):
     assert run(started, "partial", a=1) == 2
 
 
-async def coroutine():
-    pass
-
-
 async def stream():
     yield 1
 
@@ -190,6 +186,27 @@ def positional(a, /):
     pass
 
 
+def test_a_call_without_a_context_says_where_to_get_one():
+    @taskx.executor("invoice")
+    def invoice(ctx, number):
+        return ctx.step("send", lambda: number) if number else ctx is None
+
+    assert invoice(None, 0)  # it does not need one
+    with pytest.raises(ConfigurationError, match=r"'invoice' uses ctx.step.* run_executor"):
+        invoice(None, 1)
+
+
+def test_an_error_of_the_function_itself_stays_as_it_is():
+    @taskx.executor("broken")
+    def broken(ctx, values):
+        return values.step
+
+    with pytest.raises(AttributeError):
+        broken("a context", None)
+    with pytest.raises(AttributeError, match="'int' object"):
+        broken(None, 1)
+
+
 def ctx_second(a, ctx):
     pass
 
@@ -198,7 +215,7 @@ def ctx_keyword(a, *, ctx):
     pass
 
 
-REFUSED = [coroutine, stream, generator, spread, positional, ctx_second, ctx_keyword, "text", None]
+REFUSED = [stream, generator, spread, positional, ctx_second, ctx_keyword, "text", None]
 
 
 @pytest.mark.parametrize("function", REFUSED)
@@ -370,14 +387,14 @@ def test_a_class_with_type_and_execute_works_as_an_executor(started):
 
 
 def test_an_object_that_is_not_an_executor_is_refused(queue):
-    class Async(TaskExecutor):
-        type = "async"
+    class Stream(TaskExecutor):
+        type = "stream"
 
         async def execute(self, ctx, task):
-            pass
+            yield 1
 
-    with pytest.raises(ConfigurationError, match="executor 'async' is async"):
-        queue.register_executor(Async())
+    with pytest.raises(ConfigurationError, match="executor 'stream' is an asynchronous generator"):
+        queue.register_executor(Stream())
 
     class Nameless(TaskExecutor):
         def execute(self, ctx, task):
@@ -473,7 +490,7 @@ def test_each_attempt_gets_its_own_copy_of_the_task(started):
 def test_type_checkers_know_all_options():
     seen = {name: hint.__forward_arg__ for name, hint in ExecutorOptions.__annotations__.items()}
     # A timedelta or a text that is given is kept as seconds.
-    for name in ("timeout", "grace", "expires"):
+    for name in ("timeout", "grace", "stall", "expires", "wait"):
         seen[name] = seen[name].replace("Duration", "float")
     # The name of one limit is kept as a tuple, and the number of a version as a text.
     seen.update(limit="tuple[str, ...] | None", version="str | None")

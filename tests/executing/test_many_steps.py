@@ -7,7 +7,14 @@ from datetime import timedelta
 import pytest
 from helpers import PATIENCE, services_of
 
-from taskx import MemoryRepository, PayloadError, TaskStatus, Uncertain, ZlibCodec
+from taskx import (
+    MemoryRepository,
+    PayloadError,
+    RepositoryUnavailable,
+    TaskStatus,
+    Uncertain,
+    ZlibCodec,
+)
 from taskx.node.retention import forget_steps, prune_all
 from taskx.tasks.record import PART
 from taskx.testing import ManualClock, ManualQueue
@@ -155,6 +162,36 @@ def test_an_attempt_that_dies_before_it_names_a_note(monkeypatch):
     assert len(handle.task().checkpoints["steps"]) == 60
     assert len(called) == 61  # the step whose result was not stored
     assert len(parts(queue)) == 1 + len(handle.task().checkpoints["parts"])
+
+
+def test_a_note_that_was_stored_in_doubt_is_used(monkeypatch):
+    queue = ManualQueue()
+    many(queue)
+    put, in_doubt = queue.repository.put_note, [True]
+
+    def put_note(*args):
+        done = put(*args)
+        if in_doubt:
+            in_doubt.clear()
+            raise RepositoryUnavailable("the answer was lost")
+        return done
+
+    monkeypatch.setattr(queue.repository, "put_note", put_note)
+    handle = queue.submit("many", {"fails": False})
+    queue.run_all()
+    assert handle.task().attempt == 1
+    assert len(parts(queue)) == len(handle.task().checkpoints["parts"])
+
+
+def test_a_note_that_is_gone_before_it_is_named_is_an_error_in_words(monkeypatch):
+    queue = ManualQueue()
+    many(queue)
+    monkeypatch.setattr(queue.repository, "put_note", lambda *args: False)
+    handle = queue.submit("many", max_attempts=1)
+    queue.run_all()
+    task = handle.task()
+    assert task.error_type == "taskx.tasks.errors.RepositoryError"
+    assert f"steps of task {task.id} are not stored" in task.error
 
 
 def test_they_are_as_large_as_the_config_allows():

@@ -229,7 +229,7 @@ class Stream(Middleware):
         (coroutine, "is async"),
         (partial(coroutine), "is async"),
         (Async(), "is async"),
-        (Stream(), "is async"),
+        (Stream(), "is an asynchronous generator"),
         (generator, "is a generator"),
     ],
 )

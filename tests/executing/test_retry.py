@@ -312,6 +312,41 @@ class TestSnooze:
         outcomes = [attempt.outcome for attempt in handle.task().attempts]
         assert outcomes == ["snoozed", "snoozed", "failed"]
 
+    @pytest.mark.parametrize("most", [0, 2])
+    def test_a_task_that_snoozes_too_often_fails(self, make_queue, most):
+        queue = make_queue()
+
+        @queue.executor("sleepy", max_snoozes=most, max_attempts=9)
+        def sleepy():
+            raise Snooze(0)
+
+        queue.start()
+        handle = queue.submit("sleepy")
+        words = f"again in 0 s: it has snoozed {most} times, and max_snoozes is {most}"
+        with pytest.raises(TaskFailed, match=words):
+            handle.result(PATIENCE)
+        task = handle.task()
+        assert (task.snoozes, task.errors, task.dead_letter) == (most, 1, True)
+
+    def test_a_requeued_task_may_snooze_again(self, make_queue):
+        queue = make_queue()
+
+        @queue.executor("sleepy", max_snoozes=1)
+        def sleepy(ctx):
+            if not (ctx.task.snoozes and len(ctx.task.earlier_attempts) > 2):
+                raise Snooze(0)
+
+        queue.start()
+        handle = queue.submit("sleepy")
+        assert handle.exception(PATIENCE) is not None
+        queue.requeue(handle.id)
+        assert queue.handle(handle.id).result(PATIENCE) is None
+
+    @pytest.mark.parametrize("most", [-1, "9", True, 1.5])
+    def test_wrong_numbers_of_snoozes_are_refused(self, queue, most):
+        with pytest.raises(ConfigurationError, match="max_snoozes"):
+            queue.executor("sleepy", max_snoozes=most)
+
     def test_a_snooze_after_a_cancel_is_a_cancel(self, queue, gate):
         @queue.executor("sleepy")
         def sleepy(ctx):

@@ -26,7 +26,7 @@ from taskx import (
 from taskx.stores.sqlite import schema
 from taskx.tasks import lifecycle
 from taskx.tasks.findings import ProblemKind
-from taskx.tasks.writes import NoteChange
+from taskx.tasks.writes import NoteChange, Update
 
 
 def problems(queue, **thresholds):
@@ -255,6 +255,19 @@ def test_a_failed_task_whose_thread_runs_on_is_a_failure(make_queue, gate, clock
 
 
 # Stuck threads
+
+
+def test_a_task_that_snoozes_again_and_again_is_a_problem(queue):
+    """Only the tasks that are due next are looked at, and a task that snoozes is soon among them."""
+    queue.declare("t")
+    for snoozes in (1000, 1001):
+        queue.submit("t", id=f"task {snoozes}", delay=3600)
+        queue.repository.apply([Update(f"task {snoozes}", {}, {"snoozes": snoozes})])
+    [problem] = queue.health(nodes=0).problems
+    assert problem.kind == "snoozes"
+    assert str(problem) == (
+        "Task task 1001 of type 't' has asked 1001 times to run later: max_snoozes would end this."
+    )
 
 
 def test_stuck_threads_are_a_problem_for_every_queue_that_asks(make_queue, gate, clock):

@@ -98,9 +98,9 @@ def test_the_statistics_and_failures_of_one_process(queue, gate):
     gate.open()
     for handle in (first, second):
         eventually(lambda handle=handle: handle.task().status.finished)
-    found = queue.stats(at_most=2)
-    assert (found.types["hold"].failed, found.types["hold"].error_share) == (2, 1.0)
-    assert not found.complete
+    found = eventually(lambda: (f := queue.stats()).types["hold"].failed == 2 and f)
+    assert (found.types["hold"].error_share, found.complete) == (1.0, True)
+    assert sum(queue.history().failed) == 2
     [group] = queue.failures()
     assert (group.error_type, group.place.function) == ("ValueError", "hold")
     assert {*group.task_ids} == {first.id, second.id}

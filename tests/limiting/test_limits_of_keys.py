@@ -294,6 +294,29 @@ def test_a_task_that_the_rate_of_its_key_puts_off_is_not_ready(clock):
         assert next(iter(queue.why(ids[1]))).kind == "due"
 
 
+def test_a_task_that_another_node_puts_off_for_the_token_of_this_one_starts_soon(
+    clock, monkeypatch
+):
+    """Both have it: this one takes the token, and the other one, which finds none, puts the task off."""
+    queue, times = rated(clock, rate="1/h")
+    repository, others = queue.repository, []
+    inner = repository.apply
+
+    def apply(writes, **options):
+        if writes and writes[0].move == "start" and not others:
+            task = repository.get_by_id(writes[0].id)
+            others.extend(inner([lifecycle.put_off(task, clock.now_ms() + 3_600_000)]))
+        return inner(writes, **options)
+
+    monkeypatch.setattr(repository, "apply", apply)
+    with queue:
+        queue.submit("t", key="k:a")
+        queue.run_all()
+        queue.advance(1)
+    assert others == [True]
+    assert times in ([0], [1])
+
+
 def test_a_rate_of_a_key_survives_a_restart(clock):
     repository = MemoryRepository(clock=clock)
     for ran in (1, 0):

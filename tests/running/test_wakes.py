@@ -179,8 +179,8 @@ def test_the_end_of_a_task_wakes_no_worker(make_queue, gate, monkeypatch):
     Waiting(queue, gate)
     wait = Ahead.wait
 
-    def counted(ahead, ready):
-        run = wait(ahead, ready)
+    def counted(ahead, ready, timeout=None):
+        run = wait(ahead, ready, timeout)
         woken.append(run)
         return run
 

@@ -415,6 +415,29 @@ class TestItems:
         [line] = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
         assert line == "map of keys: 3 items failed: 3 KeyError"
 
+    def test_a_failure_that_the_map_has_returned_before_it_is_logged(
+        self, running, square, caplog, monkeypatch
+    ):
+        """Another thread may read of the end of a task before the one that stored it has logged it."""
+        caplog.set_level(logging.INFO, "taskx")
+        square.failing = {1}
+        moves, returned, logged = services_of(running).moves, threading.Event(), threading.Event()
+        log_move = moves._log_move
+
+        def log_late(row, task, *facts):
+            if row.name == "fail":
+                services_of(running).watcher.check([task.id])
+                assert returned.wait(PATIENCE)
+            log_move(row, task, *facts)
+            logged.set()
+
+        monkeypatch.setattr(moves, "_log_move", log_late)
+        results = running.map(square.executor, [1], return_exceptions=True)
+        assert isinstance(next(results), TaskFailed)
+        returned.set()
+        assert logged.wait(PATIENCE)
+        assert "Traceback" not in caplog.text
+
     def test_failures_that_the_map_raises_are_logged_one_by_one(self, running, square, caplog):
         square.failing = {1}
         with pytest.raises(TaskFailed):

@@ -4,11 +4,12 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from taskx import ConfigurationError, Queue
+from taskx import ConfigurationError, InvalidTransition, Queue, Task
 from taskx.node.shared_limits import SharedSlots
 from taskx.tasks import ids
 from taskx.testing import BrokenPromise, replay, simulate
@@ -25,6 +26,27 @@ FEW = 300
 @pytest.mark.parametrize("chunk", range(2))
 def test_all_promises_hold_for_fixed_seeds(chunk, program):
     simulate(PROGRAMS[program], seeds=range(25 * chunk, 25 * chunk + 25))
+
+
+def test_all_promises_hold_for_calls_for_many_tasks():
+    def program(queue):
+        @queue.executor("many", batch=4, max_attempts=2)
+        def many(tasks):
+            if any(task["n"] == 4 for task in tasks):
+                raise ValueError("poison")
+            return [task["n"] for task in tasks]
+
+        def some():
+            queue.submit_many([Task(type="many", params={"n": n}) for n in range(6)])
+
+        def cancel():
+            for task in queue.list_tasks(status="pending")[0][:2]:
+                with suppress(InvalidTransition):  # another node was faster
+                    queue.cancel_task(task.id)
+
+        return [some, some, lambda: queue.submit("many", {"n": 9}, key="k"), cancel]
+
+    simulate(program, seeds=range(8))
 
 
 def test_seeds_that_once_failed_hold():

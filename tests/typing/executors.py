@@ -60,6 +60,24 @@ def add(a: int, b: int = 2) -> int:
     return a + b
 
 
+@queue.executor()
+async def awaited(ctx: Context, a: int) -> str:
+    assert_type(await ctx.astep("one", len, "x"), Any)
+    return str(a)
+
+
+@queue.executor()
+async def soon(a: int) -> str:
+    return str(a)
+
+
+async def call_coroutines() -> None:
+    assert_type(awaited.submit(1), TaskHandle[str])
+    assert_type(soon.submit(a=1).result(), str)
+    soon.submit("1")  # type: ignore[arg-type]
+    assert_type(await soon(1), str)
+
+
 @queue.executor(max_attempts=3)
 def again(status: int, wait: timedelta) -> None:
     if status == 429:
@@ -76,6 +94,28 @@ def again(status: int, wait: timedelta) -> None:
 @taskx.executor("later", priority=3)
 def later(ctx: Context, *, name: str) -> str:
     return name
+
+
+@queue.executor("embed", batch=100, wait=0.2)
+def embed(texts: list[dict[str, str]]) -> list[int | Exception]:
+    return [len(text["text"]) if text else ValueError("no text") for text in texts]
+
+
+@taskx.executor(batch=10)
+def watched(ctx: taskx.BatchContext, orders: list[Order]) -> list[date]:
+    ctx.each[0].token.raise_if_cancelled()
+    return [order.day for order in orders]
+
+
+def batches() -> None:
+    assert_type(embed.submit({"text": "a"}), TaskHandle[int])
+    assert_type(embed.task({"text": "a"}), Task)
+    assert_type(watched.submit(Order(date(2030, 1, 1), {})), TaskHandle[date])
+    assert_type(watched, taskx.BatchExecutor[Order, date])
+    embed.submit(text="a")  # type: ignore[call-arg]
+    watched.submit([1])  # type: ignore[arg-type]
+    queue.executor("add", batch="many")  # type: ignore[call-overload]
+    queue.executor("add", wait=3)  # type: ignore[call-overload]
 
 
 @dataclass
@@ -143,7 +183,7 @@ def flowing() -> None:
     queue.schedule("hourly", every(3600), "add", {"a": 1}, expires=timedelta(hours=1))
     queue.submit("add", expires=b"soon")  # type: ignore[call-overload]
     queue.schedule("once", every(5), "add", expires=datetime(2030, 1, 1))  # type: ignore[call-overload]
-    taskx.executor("add", expires=datetime(2030, 1, 1))  # type: ignore[arg-type]
+    taskx.executor("add", expires=datetime(2030, 1, 1))  # type: ignore[call-overload]
     queue.submit("add", unique_key="k", on_conflict="ignore")  # type: ignore[call-overload]
     taskx.chain(add, later.using(priority=5)).then(add)
     taskx.chain("add")  # type: ignore[arg-type]
@@ -241,10 +281,23 @@ def coding() -> None:
     MemoryRepository(codec=Reversed)  # type: ignore[arg-type]
 
 
+def refused(ctx: taskx.Context, response: object) -> None:
+    ctx.alive()
+    assert_type(taskx.retry_after(response), float)
+    assert_type(taskx.retry_after({"Retry-After": "5"}, default=timedelta(minutes=1)), float)
+    assert_type(taskx.Snooze(5, limit=True).limit, bool | str)
+    taskx.Snooze("5s", limit="key")
+    taskx.Snooze(5, limit=["api"])  # type: ignore[arg-type]
+    taskx.Snooze(5, True)  # type: ignore[call-arg]
+    assert_type(Config(max_hold=60).max_hold, float)
+
+
 def registering() -> None:
     queue.register_executor(Sync(), max_attempts=2, isolation="process", grace=1.5)
     queue.register_executor(later, isolation="thread")  # type: ignore[arg-type]
-    queue.register_executor(later, replace=True)
+    queue.register_executor(later, replace=True, stall=60, max_snoozes=9)
+    queue.register_executor(later, stall="1m", limit=["api"])
+    queue.register_executor(later, max_snoozes="9")  # type: ignore[arg-type]
     queue.register_executor(Sync)  # type: ignore[arg-type]
     queue.register_executor(lambda: None)  # type: ignore[arg-type]
     Incomplete()  # type: ignore[abstract]

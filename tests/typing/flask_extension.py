@@ -56,7 +56,7 @@ def use(app: Flask) -> None:
     report.on(taskx).submit(month="2024-05")
 
 
-@taskx.executor("other", max_attemps=2)  # type: ignore[call-arg]
+@taskx.executor("other", max_attemps=2)  # type: ignore[call-overload, untyped-decorator]
 def other() -> None: ...
 
 

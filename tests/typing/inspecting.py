@@ -14,6 +14,7 @@ from taskx import (
     Failures,
     Health,
     History,
+    KeyUsage,
     MemoryRepository,
     Percentiles,
     Place,
@@ -23,6 +24,7 @@ from taskx import (
     Stats,
     TypeHistory,
     TypeStats,
+    Usage,
 )
 
 if TYPE_CHECKING:
@@ -84,7 +86,7 @@ def count() -> None:
     assert_type(stats.to_dict(), dict[str, Any])
     queue.stats(3600)  # type: ignore[call-arg]
     queue.stats(at_most="all")  # type: ignore[arg-type]
-    history = queue.history(period=timedelta(days=1), intervals=24, at_most=100)
+    history = queue.history(period=timedelta(days=1), intervals=24)
     assert_type(history, History)
     assert_type(history.completed, tuple[int, ...])
     assert_type(history.types, Mapping[str, TypeHistory])
@@ -92,6 +94,10 @@ def count() -> None:
     assert_type(history.bounds, tuple[float, ...])
     assert_type(history.to_dict(), dict[str, Any])
     queue.history(intervals=1.5)  # type: ignore[arg-type]
+    usage = queue.usage("tenant:", since=datetime.now(timezone.utc))
+    assert_type(usage, Usage)
+    assert_type(usage.keys, Mapping[str, KeyUsage])
+    assert_type(usage.rest.cost, Mapping[str, int])
 
 
 def explain() -> None:

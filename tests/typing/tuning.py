@@ -26,6 +26,10 @@ queue = Queue(MemoryRepository())
 def tune() -> None:
     queue.tune("mail", max_concurrency=3, rate="100/m", burst=5, limit_scope="global")
     queue.tune("mail", max_concurrency=None, rate=(5, timedelta(minutes=2)))
+    queue.limit("tenant:", share=True, concurrency=3)
+    queue.limit("tenant:acme", share=3)
+    queue.limit("tenant:acme", share="3")  # type: ignore[arg-type]
+    queue.tune(limit="tenant:", share=None)
     queue.tune(workers=8, node="id")
     queue.untune("mail", only=["rate"])
     queue.untune(workers=True)
@@ -34,6 +38,17 @@ def tune() -> None:
     queue.tune("mail", limit_scope="host")  # type: ignore[arg-type]
     queue.tune("mail", "3")  # type: ignore[call-arg]
     queue.untune(workers=3)  # type: ignore[arg-type]
+
+
+def holds() -> None:
+    queue.hold("api", 600)
+    queue.hold("type/mail", timedelta(minutes=5))
+    queue.hold("tenant:acme", datetime.now().astimezone())
+    assert_type(queue.release("api"), bool)
+    assert_type(queue.limits()[0].held_until, datetime | None)
+    queue.hold("api")  # type: ignore[call-arg]
+    queue.hold("api", None)  # type: ignore[arg-type]
+    queue.release(["api"])  # type: ignore[arg-type]
 
 
 def tuned() -> None:

@@ -163,10 +163,12 @@ def test_a_queue_polls_if_the_repository_fails_to_listen(
     queue = make_queue()
     queue.executor("t")(lambda: "fine")
     elsewhere.declare("t")
+    # The handle is watched before a queue is there that could end the task.
+    result = run_in_thread(elsewhere.submit("t").result)
+    eventually(lambda: "gets no wake-ups" in caplog.text)
     with queue:
         eventually(lambda: "this node only polls" in caplog.text)
-        assert elsewhere.submit("t").result(PATIENCE) == "fine"
-    assert "gets no wake-ups" in caplog.text
+        assert result() == "fine"
 
 
 def test_a_queue_polls_if_its_listener_fails(make_queue, elsewhere, monkeypatch, caplog):

@@ -36,7 +36,7 @@ from taskx import (
     every,
 )
 from taskx.node.node import LocalNode
-from taskx.testing import ManualClock
+from taskx.testing import ManualClock, ManualQueue
 
 # Start
 
@@ -556,6 +556,50 @@ def test_a_stop_after_an_interrupted_one_ends_the_node(make_queue, gate, monkeyp
     assert queue.stop(PATIENCE) == []
     assert handle.result(PATIENCE) is None
     assert (queue.repository.liveness.nodes(), told) == ([], [queue])
+
+
+class Stopped(Hook):
+    """Calls a function, and then itself fails."""
+
+    def __init__(self, call):
+        self.call = call
+
+    def queue_stopped(self, queue):
+        self.call(queue)
+        raise ValueError("the hook fails")
+
+
+def test_a_second_stop_returns_after_the_hooks_were_told(make_queue, monkeypatch):
+    told, telling, go_on = [], threading.Event(), threading.Event()
+    queue = make_queue(hooks=[Stopped(told.append)])
+    queue.start()
+    hooks, tell = services_of(queue).hooks, services_of(queue).hooks.tell
+
+    def tell_late(*event):
+        telling.set()
+        assert go_on.wait(PATIENCE)
+        tell(*event)
+
+    monkeypatch.setattr(hooks, "tell", tell_late)
+    first = run_in_thread(lambda: queue.stop(PATIENCE))
+    assert telling.wait(PATIENCE)
+    assert not node_of(queue)._left.is_set()  # what a second call waits for
+    second = run_in_thread(lambda: queue.stop(PATIENCE))
+    go_on.set()
+    assert second() == []
+    assert told == [queue]
+    assert first() == []
+
+
+def test_a_hook_that_is_told_of_the_stop_may_stop_the_queue(make_queue):
+    for queue in (make_queue(hooks=[hook := Stopped(None)]), ManualQueue(hooks=[hook])):
+        still = []
+        hook.call = lambda queue, still=still: still.append(queue.stop(10 * PATIENCE))
+        queue.start()
+        began = time.monotonic()
+        assert queue.stop(PATIENCE) == []
+        assert still == [[]]
+        assert time.monotonic() - began < PATIENCE
 
 
 def test_two_stops_end_a_node_only_once(started):

@@ -9,7 +9,9 @@ python -m tests.waiting.killing answer sqlite    the time from an answer to the 
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import sys
 import tempfile
 import threading
@@ -19,7 +21,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from helpers import PATIENCE, Child, eventually
 from workers import Workers, on_mongo, on_postgres, on_sqlite
@@ -74,34 +75,34 @@ class Killing:
     """
 
     def __init__(self, workers: Workers) -> None:
-        self._workers = workers
+        self._nursery = workers.nursery(EXECUTORS)
         self.kills = 0
         self.ups: list[tuple[float, int]] = []
-        self._children = [workers.spawn(EXECUTORS) for _ in range(2)]
-        for child in self._children:
-            self._await(child)
+        self._pids: list[int] = []
+        for _ in range(2):
+            self._start()
 
-    def _await(self, child: Any) -> None:
-        assert child.read() == "started"
+    def _start(self) -> None:
+        self._pids.append(self._nursery.start())
         self.ups.append((time.time(), 1))
 
     def kill(self) -> None:
         """Kill the process that has run for longer, and start another one; wait until it runs."""
-        child = self._children.pop(0)
-        child.kill()
+        os.kill(self._pids.pop(0), signal.SIGKILL)
         self.ups.append((time.time(), -1))
         self.kills += 1
-        self._children.append(self._workers.spawn(EXECUTORS))
-        self._await(self._children[-1])
+        self._start()
 
     @contextmanager
     def often(self, every: float) -> Iterator[None]:
-        """Kill again and again in a thread, at most once in so many seconds."""
+        """Kill once in so many seconds in a thread, or as soon as the last replacement runs."""
         over, errors = threading.Event(), list[BaseException]()
 
         def run() -> None:
+            due = time.monotonic() + every
             try:
-                while not over.wait(every):
+                while not over.wait(max(0.0, due - time.monotonic())):
+                    due = time.monotonic() + every
                     self.kill()
             except BaseException as error:
                 errors.append(error)
@@ -160,13 +161,13 @@ class Answers:
         return ["nobody" if i in self.never else self.first[i] for i in ids]
 
 
-def check_answers(workers: Workers, count: int, every: float, pause: float) -> int:
+def check_answers(workers: Workers, count: int, every: float, pause: float, seed: int = 1) -> int:
     """Have tasks ask three times each while processes are killed; return the number of kills."""
     queue, between = Queue(workers.repository), threading.Event()
     queue.declare("ask")
     killing = Killing(workers)
     with killing.often(every):
-        answers = Answers(queue, count, seed=1)
+        answers = Answers(queue, count, seed)
         for answer_id in answers.late:
             between.wait(pause)  # blocks on purpose
             answers.give(answer_id)
@@ -246,8 +247,9 @@ def measure(workers: Workers, count: int) -> None:
 STORES = {"sqlite": on_sqlite, "mongo": on_mongo, "postgres": on_postgres}
 
 
-def main() -> None:
-    what, store = sys.argv[1:3]
+@contextmanager
+def opened(store: str, threads: int) -> Iterator[Workers]:
+    """Yield worker programs on a new, empty store."""
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         children: list[Child] = []
@@ -256,22 +258,40 @@ def main() -> None:
             children.append(Child(*args))  # type: ignore[arg-type]
             return children[-1]
 
-        stack.callback(lambda: [child.process.kill() for child in children])
         workers = stack.enter_context(STORES[store](spawn, Path(folder)))
-        workers.threads = 1 if what == "ask" else 4
-        began = time.time()
-        if what == "ask":
-            print(check_answers(workers, 500, 0.3, 0.02), "kills, all answers as given")
-        elif what == "answer":
-            measure(workers, 100)
-        else:
-            kills, *lists = check_sleeps(workers, 1000, 1.0, 5.0, 3, 0.005)
-            for name, some in zip(("calm", "struck"), lists, strict=True):
-                within = bisect_right(some, 0.3 if name == "calm" else 1.3)
-                at = [some[int(len(some) * part)] for part in (0.5, 0.9, 0.99)] if some else []
-                print(name, len(some), "within the bound", within, "p50, p90, p99", at, some[-1:])
-            print(kills, "kills")
-        print(f"{time.time() - began:.0f} s")
+        stack.callback(lambda: [child.kill() for child in children])
+        workers.threads = threads
+        yield workers
+
+
+def ask(store: str) -> None:
+    # The small server of the tests looks at all documents for most queries: ten lots are much quicker.
+    lots = 10 if store == "mongo" else 1
+    for seed in range(1, lots + 1):
+        with opened(store, 1) as workers:
+            kills = check_answers(workers, 500 // lots, 0.3, 0.02, seed)
+            print(f"{500 // lots} tasks, {kills} kills, all answers as given", flush=True)
+
+
+def sleep(store: str) -> None:
+    with opened(store, 4) as workers:
+        kills, *lists = check_sleeps(workers, 1000, 1.0, 5.0, 3, 0.005)
+    for name, some in zip(("calm", "struck"), lists, strict=True):
+        within = bisect_right(some, 0.3 if name == "calm" else 1.3)
+        at = [some[int(len(some) * part)] for part in (0.5, 0.9, 0.99)] if some else []
+        print(name, len(some), "within the bound", within, "p50, p90, p99", at, some[-1:])
+    print(kills, "kills")
+
+
+def answer(store: str) -> None:
+    with opened(store, 4) as workers:
+        measure(workers, 100)
+
+
+def main() -> None:
+    began = time.time()
+    {"ask": ask, "sleep": sleep, "answer": answer}[sys.argv[1]](sys.argv[2])
+    print(f"{time.time() - began:.0f} s")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
-"""A call that must not happen twice, in processes that die at each line of Python in turn.
+"""A call that must not happen twice, whose process dies between any two bytecodes of Python.
 
-python -m tests.waiting.once_killed [STEP]         each line, or each STEP-th
+A process that is killed leaves the files as they are. So the task runs once, and before each bytecode the
+files are compared with those before. A task goes on from each state that they have had.
+
+python -m tests.waiting.once_killed            or only before each line: … once_killed lines
 """
 
-import logging
+from __future__ import annotations
+
 import os
-import shutil
-import signal
 import sys
 import tempfile
-from collections.abc import Callable
-from itertools import count
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -45,40 +46,58 @@ def paid(folder: Path) -> int:
     return file.read_text().count("paid") if file.exists() else 0
 
 
-def run(folder: Path, at: int) -> int:
-    """Run the task in a child process that dies at a line; return how many lines it ran if it did not."""
-    child = os.fork()
-    if child:
-        _, status = os.waitpid(child, 0)
-        assert os.WIFEXITED(status) or os.WTERMSIG(status) == signal.SIGKILL
-        return 0 if os.WIFSIGNALED(status) else int((folder / "lines").read_text())
-    lines = 0
+class States:
+    """The states that the files of a folder have had, each in a folder of its own.
 
-    def trace(frame: FrameType, event: str, _: Any) -> Any:
-        nonlocal lines
-        if event == "line":
-            lines += 1
-            if lines == at:
-                os.kill(os.getpid(), signal.SIGKILL)
-        return trace
+    Args:
+        folder: the folder.
+        copies: the folder of the copies.
+        only_lines: look only before each line.
 
-    def begin() -> None:
-        """Count the lines from here on, also those of the functions that are running."""
-        frame: FrameType | None = sys._getframe()
+    Attributes:
+        copies: the folders, in order.
+        moments: the number of moments at which the process may have died.
+        lines: the number of lines among them.
+    """
+
+    def __init__(self, folder: Path, copies: Path, *, only_lines: bool) -> None:
+        self._folder, self._under, self._opcodes = folder, copies, not only_lines
+        self._last: dict[str, bytes] = {}
+        self.copies: list[Path] = []
+        self.moments = self.lines = 0
+
+    def watch(self) -> None:
+        """Look before each bytecode from here on, also of the functions that are running."""
+        frame: FrameType | None = sys._getframe(1)
         while frame is not None:
-            frame.f_trace, frame = trace, frame.f_back
-        sys.settrace(trace)
+            frame.f_trace_opcodes, frame.f_trace = self._opcodes, self._trace
+            frame = frame.f_back
+        sys.settrace(self._trace)
 
-    try:
-        make_queue(folder, begin).run_all()
-        sys.settrace(None)
-        (folder / "lines").write_text(str(lines))
-    finally:
-        os._exit(0)
+    def _trace(self, frame: FrameType, event: str, _: Any) -> Any:
+        frame.f_trace_opcodes = self._opcodes
+        self.lines += event == "line"
+        self.moments += 1
+        now = dict(self._read())
+        if now != self._last:
+            self._last = now
+            self.copies.append(copy := self._under / str(len(self.copies)))
+            for name, content in now.items():
+                (copy / name).parent.mkdir(parents=True, exist_ok=True)
+                (copy / name).write_bytes(content)
+        return self._trace
+
+    def _read(self) -> Iterator[tuple[str, bytes]]:
+        for folder, _, names in os.walk(self._folder):
+            for name in names:
+                if not name.endswith("-shm"):  # it is made again by whoever opens the tasks first
+                    path = os.path.join(folder, name)
+                    with open(path, "rb", buffering=0) as file:
+                        yield os.path.relpath(path, self._folder), file.read()
 
 
-def finish(folder: Path) -> bool:
-    """Run the task to its end in this process; return True if somebody had to say how the call ended."""
+def go_on(folder: Path) -> bool:
+    """Run the task to its end; return True if somebody had to say how the call ended."""
     queue = make_queue(folder)
     queue.run_all()
     [task] = queue.iter_tasks(type="order")
@@ -97,21 +116,20 @@ def finish(folder: Path) -> bool:
 
 
 def main() -> None:
-    logging.getLogger("taskx").setLevel(logging.ERROR)  # deaths are not news
-    step, asked = int(sys.argv[1]) if len(sys.argv) > 1 else 1, 0
-    for at in count(1, step):
-        folder = Path(tempfile.mkdtemp(prefix="taskx-once-", dir="/dev/shm"))
-        try:
-            queue = make_queue(folder)
-            queue.submit("order")
-            queue.repository.close()
-            lines = run(folder, at)
-            asked += finish(folder)
-        finally:
-            shutil.rmtree(folder)
-        if lines:
-            print(f"{lines} lines, {at // step} deaths, asked {asked} times, never paid twice")
-            return
+    with tempfile.TemporaryDirectory(prefix="taskx-once-", dir="/dev/shm") as name:
+        folder = Path(name, "of the task")
+        folder.mkdir()
+        states = States(folder, Path(name, "copies"), only_lines="lines" in sys.argv)
+        queue = make_queue(folder, states.watch)
+        queue.submit("order")
+        queue.run_all()
+        sys.settrace(None)
+        queue.repository.close()
+        asked = sum(map(go_on, states.copies))
+        print(
+            f"{states.lines} lines, {states.moments} moments, {len(states.copies)} states, asked {asked} "
+            "times, never paid twice"
+        )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+from collections import Counter
 from contextlib import closing
 from datetime import datetime, timedelta, timezone
 
@@ -14,6 +15,7 @@ from storage.repositories import TinyRepository
 from taskx import (
     ConfigurationError,
     InvalidTransition,
+    MemoryRepository,
     Middleware,
     SQLiteRepository,
     Task,
@@ -90,6 +92,33 @@ class TestResults:
         queue.run_all()
         assert handle.result() == [10 * n for n in numbers]
         assert queue.parks[handle.id] == 1  # it is started once more, not once for each child
+
+    def test_a_child_costs_the_same_however_many_there_are(self, monkeypatch):
+        """MongoDB gets a command for each of these calls: 0.99 for a child of 3,000."""
+
+        def costs(count):
+            repository, cost = MemoryRepository(), Counter()
+            queue = parent_of(ManualQueue(repository))
+            find, apply = repository.find, repository.apply
+
+            def count_ids(column, values, *others):
+                cost.update({"reads": 1, "ids": len(values)})
+                return find(column, values, *others)
+
+            def count_writes(writes, **options):
+                cost.update({"commits": 1, "writes": len(writes)})
+                return apply(writes, **options)
+
+            monkeypatch.setattr(repository, "find", count_ids)
+            monkeypatch.setattr(repository, "apply", count_writes)
+            handle = queue.submit("top", {"numbers": [*range(count)]}, id="parent")
+            queue.run_all()
+            assert len(handle.result()) == count
+            return {name: number / count for name, number in cost.items()}
+
+        few, many = costs(50), costs(400)
+        assert all(many[name] < 1.5 * few[name] for name in many), (few, many)
+        assert many["writes"] < 3.1  # it is stored, started and ended
 
     def test_of_no_tasks(self, queue):
         handle = queue.submit("top", {"numbers": []})

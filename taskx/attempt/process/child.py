@@ -14,12 +14,12 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from taskx.attempt.alarms import Alarms
 from taskx.attempt.checkpoints import Keeper
 from taskx.attempt.children import Children
-from taskx.attempt.context import Context, Shared
+from taskx.attempt.context import Context, Shared, Watched
 from taskx.attempt.current import current
 from taskx.attempt.executors import Executor, Registered, entry_of, make_executor
 from taskx.attempt.failures import told_error
@@ -40,6 +40,9 @@ from taskx.tasks.model import Task
 from taskx.tasks.options import Options
 from taskx.tasks.timing import DEFAULT_TIMING
 from taskx.tasks.token import CancelToken
+
+if TYPE_CHECKING:
+    from taskx.attempt.coroutines import Loop
 
 _PR_SET_PDEATHSIG = 1
 
@@ -84,6 +87,12 @@ def _die_with(parent: int) -> None:
         end_family()
 
 
+def _own_loop() -> Loop:
+    from taskx.attempt.coroutines import Loop  # at first use
+
+    return Loop()
+
+
 class _Work:
     """The one task that a child runs, as its request says."""
 
@@ -97,10 +106,14 @@ class _Work:
         log = logging.getLogger(request["logger"])
         # The parent knows for which types the log has said it.
         cut = Once(lambda type: channel.say("cut"))
-        shared = Shared(
-            Alarms(SYSTEM_CLOCK, DEFAULT_TIMING), log, self._parent, self._parent.fetch, cut=cut
-        )
-        self._context = Context(Task.from_dict(request["task"]), self._token, shared)
+        alarms, parent = Alarms(SYSTEM_CLOCK, DEFAULT_TIMING), self._parent
+        shared = Shared(alarms, log, parent, parent.fetch, None, _own_loop, cut)
+        self._beats = False  # True if there was a sign of life that the parent does not know of
+        given = Task.from_dict(request["task"]), self._token, shared
+        self._context = Watched(*given, self._beat) if request["stalls"] else Context(*given)
+
+    def _beat(self) -> None:
+        self._beats = True
 
     def do(self) -> None:
         """Run the task, and tell the parent how it ended."""
@@ -133,6 +146,9 @@ class _Work:
             self.heed(messages)
             if (told := self._context._new_progress()) is not None:
                 self._channel.say("progress", *told)
+            elif self._beats:
+                self._channel.say("alive")
+            self._beats = False
         end_family()
 
     def _call(self) -> str | None:

@@ -104,6 +104,7 @@ class Isolated:
         # Celery finds the program in a folder that it takes out of sys.path after the import.
         self._path = list(sys.path)
         self._grace = entry.options.patience
+        self._stalls = entry.options.stall is not None
         self._values = entry.values
         self._max_payload_size = max_payload_size
         self._timing = timing
@@ -126,6 +127,7 @@ class Isolated:
             "params": None if task["params"] == params else params,
             "max_payload_size": self._max_payload_size,
             "left": ctx.remaining(),
+            "stalls": self._stalls,
             "asked_at": time.monotonic(),
             "no_checkpoints": ctx._checkpoints_refused(),
             "parent": os.getpid(),
@@ -275,6 +277,8 @@ class _Attendance:
             raise ChildKilled(reason, self._grace)
 
     def _note(self, what: str, *facts: Any) -> None:
+        if what != "log":  # a captured line is a sign of life, too, but not each one
+            self._ctx.alive()
         if what == "progress":
             self._ctx.progress(*facts)
         elif what == "spent":

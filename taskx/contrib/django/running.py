@@ -15,6 +15,7 @@ from django.apps import apps
 
 import taskx
 from taskx import (
+    BatchContext,
     CancelReason,
     Context,
     Executor,
@@ -25,6 +26,7 @@ from taskx import (
     TaskStatus,
 )
 from taskx.attempt.current import current
+from taskx.attempt.together import results_of
 from taskx.contrib.django.compat import (
     Task,
     TaskResultStatus,
@@ -33,7 +35,7 @@ from taskx.contrib.django.compat import (
     task_finished,
     task_started,
 )
-from taskx.contrib.django.results import TaskxContext, arguments, result_of
+from taskx.contrib.django.results import TaskxContext, TaskxResult, arguments, result_of
 from taskx.contrib.django.surroundings import surroundings
 from taskx.contrib.django.tasks import (
     changed,
@@ -78,27 +80,79 @@ def executor_of(task: Task) -> Executor[..., Any] | TaskExecutor:
         try:
             return _run(task, ctx, params)
         except BaseException as error:
-            _raised[ctx.task.id, ctx.task.starts] = error
-            for oldest in list(_raised)[:-_MOST_RAISED]:
-                _raised.pop(oldest, None)
+            _keep(ctx.task, error)
             raise
 
+    def run_many(ctx: BatchContext, tasks: list[dict[str, Any]]) -> list[Any]:
+        records = [one.task for one in ctx.each]
+        try:
+            results = _run_many(task, ctx, records, tasks)
+        except BaseException as error:
+            for record in records:
+                _keep(record, error)
+            raise
+        for record, result in zip(records, results, strict=False):
+            if isinstance(result, BaseException):
+                _keep(record, result)
+        return results
+
+    if (batch := getattr(task, "batch", None)) is not None:
+        return taskx.executor(type_of(task), batch=batch)(run_many)
     made: Executor[..., Any] = taskx.executor(type_of(task))(run)
     return made
 
 
+def _keep(record: taskx.Task, error: BaseException) -> None:
+    """Keep the exception of an attempt until its outcome is told."""
+    _raised[record.id, record.starts] = error
+    for oldest in list(_raised)[:-_MOST_RAISED]:
+        _raised.pop(oldest, None)
+
+
 def _run(task: Task, ctx: Context, params: dict[str, Any]) -> Any:
     """Call the function of a task, and return its value as JSON."""
-    _wait_until_announced(ctx.task.id)
-    result = result_of(ctx.task, task, task.backend)
-    task_started.send(sender=_sender(task.backend), task_result=result)
+    result = _begin(task, ctx.task)
     args, kwargs = arguments(params)
-    given: Sequence[Any] = args
+    return normalize_json(_call(task, ctx, result, args, kwargs))
+
+
+def _run_many(
+    task: Task, ctx: BatchContext, records: Sequence[taskx.Task], params: list[dict[str, Any]]
+) -> list[Any]:
+    """Call the function of a task with the arguments of many tasks; return their values as JSON."""
+    results = [_begin(task, record) for record in records]
+    given = [args[0] if args else kwargs for args, kwargs in map(arguments, params)]
+    values = results_of(_call(task, ctx, results[0], [given], {}), len(params))
+    return [_json(value) for value in values]
+
+
+def _json(value: Any) -> Any:
+    """Return the value of a task as JSON, or the exception of a task."""
+    if isinstance(value, BaseException):
+        return value
+    try:
+        return normalize_json(value)
+    except Exception as error:  # noqa: BLE001  (it affects no other task)
+        return error
+
+
+def _begin(task: Task, record: taskx.Task) -> TaskxResult:
+    """Tell that a task has begun, and return its result, which is not there yet."""
+    _wait_until_announced(record.id)
+    result = result_of(record, task, task.backend)
+    task_started.send(sender=_sender(task.backend), task_result=result)
+    return result
+
+
+def _call(
+    task: Task, ctx: Context, result: TaskxResult, args: Sequence[Any], kwargs: dict[str, Any]
+) -> Any:
+    """Call the function of a task, and return its value."""
     if task.takes_context:
-        given = (TaskxContext(task_result=result, taskx=ctx), *args)
+        args = (TaskxContext(task_result=result, taskx=ctx), *args)
     if iscoroutinefunction(task.func):
-        return normalize_json(async_to_sync(_awaited)(ctx, task.func, given, kwargs))
-    return normalize_json(task.func(*given, **kwargs))
+        return async_to_sync(_awaited)(ctx, task.func, args, kwargs)
+    return task.func(*args, **kwargs)
 
 
 def _wait_until_announced(task_id: str) -> None:

@@ -14,6 +14,7 @@ from django.utils import timezone
 from django.utils.module_loading import import_string
 
 from taskx import ConfigurationError, RetryPolicy, executor
+from taskx.attempt.executors import check_batch
 from taskx.contrib.django.compat import InvalidTask, Task
 from taskx.tasks.options import Options, refuse_others
 
@@ -38,7 +39,11 @@ _PASSED = (
     *("concurrency_key", "cost", "tags", "depends_on", "expires"),
 )
 # The options that only an executor takes: they hold for all tasks of the type.
-_OF_TYPE = ("rate", "max_concurrency", "limit", "isolation", "capture_log", "version")
+_OF_TYPE = (
+    *("rate", "max_concurrency", "limit", "isolation", "capture_log", "version"),
+    *("stall", "max_snoozes"),
+    *("batch", "wait"),
+)
 # The options that an executor takes, too: schedules and the command line get them from there.
 _OF_EXECUTOR = ("max_attempts", "timeout", "tags", "expires", *_OF_TYPE)
 # The names that Celery has for what tasks of Django do otherwise.
@@ -70,8 +75,10 @@ class TaskxTask(Task):
         unique_key, unique_scope, on_conflict, concurrency_key, cost, depends_on: as in ``Queue.submit``.
         tags: short texts to filter by.
         expires: a task that has not started by then is cancelled: as in ``Queue.submit``.
-        rate, max_concurrency, limit, isolation, capture_log, version: as in ``Queue.executor``. They
-            hold for all tasks of the type, so ``using`` does not take them.
+        rate, max_concurrency, limit, isolation, capture_log, version, stall, max_snoozes: as in
+            ``Queue.executor``. They hold for all tasks of the type, so ``using`` does not take them.
+        batch, wait: as these. The function takes a list, with the argument of each of many tasks, and
+            ``enqueue`` takes one argument.
     """
 
     max_attempts: int | None = field(default=None, compare=False)
@@ -91,6 +98,10 @@ class TaskxTask(Task):
     isolation: Isolation | None = field(default=None, compare=False)
     capture_log: bool | int | str | None = field(default=None, compare=False)
     version: int | str | None = field(default=None, compare=False)
+    stall: float | timedelta | None = field(default=None, compare=False)
+    max_snoozes: int | None = field(default=None, compare=False)
+    batch: int | None = field(default=None, compare=False)
+    wait: float | timedelta | str | None = field(default=None, compare=False)
 
     if not TYPE_CHECKING:  # a type checker finds out by itself
 
@@ -262,7 +273,7 @@ def check_type_options(task: Task) -> None:
         name: value for name in _OF_TYPE if (value := getattr(task, name, None)) is not None
     }:
         try:
-            Options(**given)
+            check_batch(type_of(task), Options(**given), batches=True)
         except ConfigurationError as error:
             raise InvalidTask(str(error)) from error
 
@@ -273,6 +284,11 @@ def check_arguments(task: Task, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     Raises:
         TypeError: it does not.
     """
+    if getattr(task, "batch", None) is not None and (len(args) != 1 or kwargs):
+        raise TypeError(
+            f"{task.module_path} has batch=…: enqueue takes one argument, an item of the list that its "
+            "function gets; nothing was stored"
+        )
     if (signature := _signature_of(task.func, task.takes_context)) is None:
         return
     try:

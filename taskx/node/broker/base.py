@@ -128,7 +128,9 @@ class BrokerEngine(Engine, ABC):
         return attrs.evolve(about, engine=self.name, worker_num=self.workers, buffer_size=0)
 
     def make_runner(self, clock: Clock, timing: Timing, max_payload_size: int) -> Runner:
-        return Runner(clock, Alarms(clock, timing), max_payload_size, self.process_ends)
+        return Runner(
+            clock, Alarms(clock, timing), max_payload_size, self.process_ends, timing=timing
+        )
 
     def make_pool(self, services: Services, node: Node, config: Config, ends: Ends) -> WorkerPool:
         """Return a pool that sends tickets and, in a worker process, runs tasks for them."""

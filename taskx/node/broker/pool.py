@@ -44,6 +44,7 @@ class TicketFetcher(Fetcher):
 
     def refill(self) -> bool:
         """Have tickets sent soon."""
+        self._services.moves.turns.share_out()
         self._services.agenda.begin_fetch()
         try:
             self._free_unused()

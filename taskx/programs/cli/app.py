@@ -67,7 +67,7 @@ SECTIONS = {
     "Look at tasks": "list show why dead failures flows answers wait tail",
     "Look at the whole": "stats top nodes limits stacks check doctor changes watch",
     "Change tasks": "submit cancel requeue delete prune finish",
-    "Change what runs": "pause resume tune schedules",
+    "Change what runs": "pause resume tune hold release schedules",
     "Run and serve": "worker dashboard migrate",
 }
 

@@ -53,10 +53,11 @@ def why(session: Session, task_id: str) -> None:
     "stats",
     """Show the numbers of each type: waiting, running, ended, how long they waited and ran.
 
-COMPLETED and FAILED are of the last hour, or of --since. They are counted among the newest tasks; a line
-below the table says if there are more. Name types to see only those. WAIT is the time from when a task
-could start until it did, RUN the time of its last attempt: half of the tasks took at most the first figure,
-95 of 100 the second. STUCK is the number of threads that run on after the time-out of their tasks.""",
+COMPLETED and FAILED are of the last hour, or of --since, as all processes have counted them; a line
+below the table says if counting began later. Name types to see only those. WAIT is the time from when a
+task could start until it did, RUN the time of its last attempt: half of the tasks took at most the first
+figure, 95 of 100 the second. STUCK is the number of threads that run on after the time-out of their
+tasks.""",
     """
 taskx stats
 taskx stats email --since 2h
@@ -79,7 +80,7 @@ def stats(session: Session, types: Sequence[str], period: float) -> None:
     for name in types:
         if name not in found.types:
             session.out.say(
-                f"no task that was read has type {name!r}{suggestion(name, found.types)}"
+                f"no task that was read or counted has type {name!r}{suggestion(name, found.types)}"
             )
     shown = {name: of for name, of in found.types.items() if not types or name in types}
     if session.json:
@@ -95,12 +96,10 @@ def stats(session: Session, types: Sequence[str], period: float) -> None:
     if found.answers and not types:
         session.out.say(f"{counted(found.answers, 'answer')} to give: taskx answers lists them")
     if not found.complete:
-        session.out.say("there are more tasks than were read: the numbers are at least so high")
-        if found.since is not None and (found.checked_at - found.since).total_seconds() < period:
-            session.out.say(
-                f"COMPLETED, FAILED, ERRORS, WAIT and RUN are of tasks submitted after "
-                f"{moment(found.since)}: older ones that ended since were not read"
-            )
+        session.out.say(
+            f"not all was read, or counting began at {moment(found.since)}: the numbers are at least "
+            "so high"
+        )
 
 
 STATS_COLUMNS = (

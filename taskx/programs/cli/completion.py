@@ -52,9 +52,9 @@ def _ids(queue: Queue, incomplete: str) -> Iterable[CompletionItem]:
 
 
 def types_of(queue: Queue) -> list[str]:
-    """Return the types that are known: those of nodes, and of tasks that were read."""
+    """Return the types that are known: those of nodes, and of tasks that were read or counted."""
     nodes = [type for node in queue.repository.nodes() for type in node.types]
-    return sorted({*nodes, *queue.stats(at_most=1000).types})
+    return sorted({*nodes, *queue.stats(period="1w", at_most=1000).types})
 
 
 def _types(queue: Queue, incomplete: str) -> Iterable[CompletionItem]:

@@ -59,7 +59,19 @@ jq -c '.[]' users.json | taskx submit welcome -
     click.option("--timeout", type=Duration(positive=True), help="Longest time of an attempt."),
     click.option("--max-attempts", type=click.IntRange(1), help="Attempts that may raise."),
     click.option("--unique-key", help="A text that one task at a time can hold."),
-    click.option("--concurrency-key", help="Tasks with the same key run one at a time."),
+    click.option(
+        "--key",
+        "--concurrency-key",
+        "concurrency_key",
+        help="Tasks with the same key run one at a time, or as the limit of the key says.",
+    ),
+    click.option(
+        "--cost",
+        "costs",
+        metavar="UNIT=N",
+        multiple=True,
+        help="What it takes of rates with this unit, such as tokens=1200; may be given several times.",
+    ),
     click.option(
         "--depends-on",
         metavar="ID",
@@ -77,6 +89,7 @@ def submit(
     run_at: datetime | None,
     expires: float | None,
     task_id: str | None,
+    costs: Sequence[str],
     **options: Any,
 ) -> None:
     """Submit tasks."""
@@ -90,6 +103,8 @@ def submit(
     given = {name: value for name, value in options.items() if value not in (None, ())}
     if expires is not None:
         given["expires_at"] = session.after(expires, due)
+    if costs:
+        given["cost"] = dict(map(_cost, costs))
     model = {**given, "type": type_, "run_at": due, "id": task_id or ""}
     _know(session, type_)
     wanted = (Task(**model, params=params) for params in _all_params(json_params, pairs))
@@ -128,6 +143,13 @@ def _know(session: Session, type: str) -> None:
     known = types_of(session.queue)
     if type not in known and (hint := suggestion(type, known)):
         session.out.say(f"no node and no task has type {type!r}{hint}")
+
+
+def _cost(text: str) -> tuple[str, int]:
+    unit, equals, number = text.partition("=")
+    if not equals or not number.isdecimal():
+        raise Usage(f"--cost must be UNIT=N, such as tokens=1200, not {text!r}")
+    return unit, int(number)
 
 
 def _all_params(texts: Sequence[str], pairs: Sequence[str]) -> Iterator[dict[str, Any]]:

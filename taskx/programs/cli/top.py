@@ -85,6 +85,8 @@ class View:
         failed = sum(each.failed for each in types.values())
         waiting = sum(each.waiting for each in types.values())
         running = sum(each.running for each in types.values())
+        # Whole minutes are counted.
+        seconds = max(1.0, (self.stats.checked_at - self.stats.since).total_seconds())
         yield [
             Cell(f"{moment(self.at)}  "),
             Cell(one_line(repr(session.queue.repository)), "bright_black"),
@@ -92,9 +94,9 @@ class View:
         yield [
             Cell(f"{waiting} waiting  "),
             Cell(f"{running} running  ", "cyan"),
-            Cell(f"{ended / self.period:.3g}/s completed  ", "green"),
-            Cell(f"{failed / self.period:.3g}/s failed", "red" if failed else ""),
-            Cell(f"  (last {age(self.period)})"),
+            Cell(f"{ended / seconds:.3g}/s completed  ", "green"),
+            Cell(f"{failed / seconds:.3g}/s failed", "red" if failed else ""),
+            Cell(f"  (last {age(seconds)})"),
         ]
         if self.paused:
             names = "all types" if self.paused.everything else ", ".join(sorted(self.paused.types))

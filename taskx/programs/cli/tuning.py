@@ -14,7 +14,8 @@ from taskx.programs.cli.errors import Usage
 from taskx.programs.cli.nodes import node_id
 from taskx.programs.cli.opening import Session, command
 from taskx.programs.cli.output import Column, Row, clean
-from taskx.programs.cli.values import Rate
+from taskx.programs.cli.values import Duration, Rate
+from taskx.tasks.findings import moment
 
 # The word that removes a limit.
 _NONE = "none"
@@ -74,6 +75,11 @@ taskx tune email --reset
         "--concurrency", metavar="N", help="Most tasks of the named limit that run at once."
     ),
     click.option(
+        "--share",
+        metavar="N",
+        help="The weight with which keys of the named limit share the workers.",
+    ),
+    click.option(
         "--scope",
         "limit_scope",
         type=click.Choice(["node", "global"]),
@@ -95,6 +101,7 @@ def tune(
     bursts: Sequence[str],
     limit: str | None,
     concurrency: str | None,
+    share: str | None,
     limit_scope: str | None,
     workers: int | None,
     node: str | None,
@@ -105,6 +112,7 @@ def tune(
     limits: dict[str, Any] = {
         **_limit("max_concurrency", max_concurrency, True),
         **_limit("concurrency", concurrency, True),
+        **_limit("share", share, True),
         **_some("rate", rates, False),
         **_some("burst", bursts, True),
         **_limit("limit_scope", limit_scope, False),
@@ -211,8 +219,10 @@ LIMIT_COLUMNS = (
     Column("RUNNING", right=True),
     Column("RATE"),
     Column("FREE"),
+    Column("SHARE", right=True),
     Column("TYPES", cut=True),
     Column("CHANGED"),
+    Column("HELD", cut=True),
 )
 
 
@@ -220,14 +230,22 @@ def limit_row(limit: LimitInfo) -> Row:
     """Return the cells of a limit for :data:`LIMIT_COLUMNS`."""
     most = "" if limit.concurrency is None else f"{limit.taken} of {limit.concurrency}"
     rates, free = ", ".join(limit.rates), ", ".join(map(str, limit.free))
-    return limit.name, most, rates, free, " ".join(limit.types), ", ".join(limit.tuned)
+    share = "" if limit.share is None else str(limit.share)
+    held = ""
+    if limit.held_until is not None:
+        by = f"task {limit.held_by}" if limit.held_by else "hand"
+        held = f"until {moment(limit.held_until)} by {by}"
+    types, changed = " ".join(limit.types), ", ".join(limit.tuned)
+    return limit.name, most, rates, free, share, types, changed, held
 
 
 @command(
     "limits",
     """List the limits with names, and what is left of them.
 
-FREE is what may start now by each rate. CHANGED names what `taskx tune --limit` has changed.""",
+FREE is what may start now by each rate. SHARE is the weight with which keys share the workers. CHANGED
+names what `taskx tune --limit` has changed. HELD says until when nothing starts, by `taskx hold` or because
+an API has refused a task. Limits of types and keys are listed only then.""",
     """
 taskx limits
 taskx limits --json | jq .taken
@@ -244,4 +262,51 @@ def limits(session: Session) -> None:
         session.out.say("no program has declared a limit with a name")
 
 
-COMMANDS: tuple[click.Command, ...] = (limits, tune)
+_name = click.argument("name", metavar="LIMIT")
+
+
+@command(
+    "hold",
+    """Hold a limit: nothing starts under it for some time, in any process.
+
+LIMIT is the name of a limit, `type/TYPE` for a type, or a key. Running tasks go on. A hold is never
+shortened: `taskx release` ends it.""",
+    """
+taskx hold openai 10m
+taskx hold type/email 1h
+taskx hold tenant:acme 30s
+""",
+    _name,
+    click.argument("time", type=Duration(positive=True)),
+)
+def hold(session: Session, name: str, time: float) -> None:
+    """Hold a limit."""
+    session.queue.hold(name, time)
+    session.note("hold", f"limit {name}", {"seconds": time})
+    [held] = [limit for limit in session.queue.limits() if limit.name == name]
+    if session.json:
+        session.out.json(held.to_dict())
+    elif held.held_until is not None:
+        session.out.line(f"{clean(name)} is held until {moment(held.held_until)}")
+
+
+@command(
+    "release",
+    """End the hold of a limit: its tasks start again, at its rate.""",
+    """
+taskx release openai
+""",
+    _name,
+)
+def release(session: Session, name: str) -> None:
+    """End the hold of a limit."""
+    was_held = session.queue.release(name)
+    if was_held:
+        session.note("release", f"limit {name}")
+    if session.json:
+        session.out.json({"limit": name, "was_held": was_held})
+    else:
+        session.out.line(f"{clean(name)} {'is released' if was_held else 'was not held'}")
+
+
+COMMANDS: tuple[click.Command, ...] = (limits, tune, hold, release)

@@ -44,11 +44,8 @@ class Charts:
         ]
         number = {"completed": sum(history.completed), "failed": sum(history.failed)}
         text = say("{completed} completed, {failed} failed", **number)
-        if not history.complete and history.since is not None:
-            text += ". " + say(
-                "Tasks that were submitted before {time} are not counted.",
-                time=clock(history.since),
-            )
+        if not history.complete:
+            text += ". " + say("Tasks are counted since {time}.", time=clock(history.since))
         shown = self.display.seconds(history.interval)
         return self._bars(
             columns,
@@ -193,7 +190,7 @@ def _bar(place: int, column: _Column, names: Sequence[str], most: int) -> Markup
 
 def _hollow(history: History) -> int:
     """Return the number of intervals, from the first on, that may miss tasks."""
-    if history.complete or history.since is None:
+    if history.complete:
         return 0
     covered = (history.since - history.start).total_seconds() / history.interval
     return min(len(history.completed), max(0, -int(-covered // 1)))

@@ -38,7 +38,7 @@ CHINESE: Mapping[str, str] = {
     "Sunday": "周日",
     # charts
     "{completed} completed, {failed} failed": "完成 {completed} 个，失败 {failed} 个",
-    "Tasks that were submitted before {time} are not counted.": "{time} 之前提交的任务未计入。",
+    "Tasks are counted since {time}.": "自 {time} 起计数。",
     "time (UTC)": "时间（UTC）",
     "intervals of {time}": "每格 {time}",
     "now": "现在",
@@ -85,8 +85,8 @@ CHINESE: Mapping[str, str] = {
     "failed in the last hour": "最近一小时失败",
     "the oldest due task waits": "最早到期任务的等待时间",
     "start latency of the slowest type, p50 / p95": "最慢类型的启动延迟，p50 / p95",
-    "There are more tasks than were read: the numbers of the last hour are at least so high.": (
-        "任务多于读取的数量：最近一小时的数字至少有这么多。"
+    "Not all was read, or counting began at {time}: the numbers are at least so high.": (
+        "未读取全部任务，或自 {time} 才开始计数：数字至少有这么多。"
     ),
     "Completed and failed": "完成与失败",
     "The last hour": "最近一小时",
@@ -280,6 +280,7 @@ CHINESE: Mapping[str, str] = {
     "Types that are not paused by name run again.": "未单独暂停的类型已恢复运行。",
     "Type {type} is paused.": "类型 {type} 已暂停。",
     "Type {type} runs again.": "类型 {type} 已恢复运行。",
+    "held until {time}": "暂停至 {time}",
     "Type {type} has new limits.": "类型 {type} 的限制已更新。",
     "Type {type} has its own limits again.": "类型 {type} 已恢复自身的限制。",
     "Pause all": "全部暂停",
@@ -305,6 +306,7 @@ CHINESE: Mapping[str, str] = {
     "Rate of starts": "启动速率",
     "Burst": "突发上限",
     "Free": "剩余",
+    "Share": "份额",
     "Cost": "成本",
     "Scope": "范围",
     "each node": "每个节点",

@@ -19,7 +19,7 @@ _DEEPEST = 100
 
 
 def redacted(value: Any, words: tuple[str, ...], depth: int = 0) -> Any:
-    """Return JSON values without those whose key contains one of the words."""
+    """Return JSON values without those whose key contains one of the words, or that have none if all do."""
     if depth > _DEEPEST:
         return "…"
     if isinstance(value, dict):
@@ -29,7 +29,7 @@ def redacted(value: Any, words: tuple[str, ...], depth: int = 0) -> Any:
         }
     if isinstance(value, (list, tuple)):
         return [redacted(item, words, depth + 1) for item in value]
-    return value
+    return HIDDEN if value is not None and is_secret("", words) else value
 
 
 def visible(request: Request, task: Task) -> Task:

@@ -587,10 +587,44 @@ def test_options_of_a_type_are_those_of_its_executor(stored):
     result = tasks.limited.enqueue()
     options = get_queue()._registry.registered["shop.tasks.limited"].options
     assert (options.rate, options.max_concurrency, options.capture_log) == ("5/h", 2, "WARNING")
+    assert (options.stall, options.max_snoozes) == (90, 9)
     for record in (result.taskx.task(), get_queue().submit("shop.tasks.limited").task()):
         assert timedelta(hours=1) <= record.expires_at - record.created_at < timedelta(hours=2)
     until = datetime.now(timezone.utc).replace(microsecond=0) + timedelta(days=1)
     assert tasks.add.using(expires=until).enqueue(1).taskx.task().expires_at == until
+
+
+def test_one_call_gets_the_arguments_of_many_tasks(backend, told):
+    results = [tasks.lengths.enqueue(text) for text in ("a", "", "abc")]
+    first, second, third = (ended(result) for result in results)
+    assert tasks.notes == [["a", "", "abc"]]
+    assert [first.return_value, third.return_value] == [1, 3]
+    assert second.status == FAILED
+    assert second.errors[0].exception_class is ValueError
+    for result, end in ((first, SUCCESSFUL), (second, FAILED), (third, SUCCESSFUL)):
+        eventually(lambda result=result: len(told.of(result)) == 3)
+        assert told.of(result)[1:] == [("started", RUNNING), ("finished", end)]
+
+
+def test_a_call_for_many_has_the_context_of_all_and_a_value_that_is_not_json_fails_its_task(
+    backend,
+):
+    result = ended(tasks.together.enqueue("odd"))
+    assert result.status == FAILED
+    assert tasks.notes == [(1, result.id)]
+
+
+@pytest.mark.parametrize("call", [lambda task: task.enqueue(), lambda task: task.enqueue("a", "b")])
+def test_a_task_with_a_batch_takes_one_argument(stored, call):
+    with pytest.raises(TypeError, match="takes one argument, an item of the list"):
+        call(tasks.lengths)
+
+
+def test_a_batch_that_cannot_be_is_refused_when_the_task_is_made(stored):
+    with pytest.raises(InvalidTask, match="isolation"):
+        taskx_task(batch=5, isolation="process")(tasks.add.func)
+    with pytest.raises(InvalidTask, match="wait requires batch"):
+        taskx_task(wait=5)(tasks.add.func)
 
 
 @pytest.mark.process

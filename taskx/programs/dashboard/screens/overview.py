@@ -9,15 +9,13 @@ from taskx.programs.dashboard.display import MOST_WAITING
 from taskx.programs.dashboard.pages import Page, Screen
 from taskx.programs.dashboard.request import Request
 
-#: Most completed and most failed tasks that each of the three statistics reads.
-READ = 2_000
 _HOUR, _DAY = 3600.0, 86400.0
 
 
 def show(request: Request) -> Page:
     """Show what is wrong, the numbers of tasks, throughput and failures, and the types."""
     queue = request.queue
-    stats = queue.stats(period=_HOUR, at_most=READ, waiting_at_most=MOST_WAITING)
+    stats = queue.stats(period=_HOUR, waiting_at_most=MOST_WAITING)
     return Page(
         "overview.html",
         {
@@ -25,8 +23,8 @@ def show(request: Request) -> Page:
             "stats": stats,
             "total": _totals(stats),
             "more_wait": any(one.waiting >= MOST_WAITING for one in stats.types.values()),
-            "hour": queue.history(period=_HOUR, intervals=60, at_most=READ),
-            "day": queue.history(period=_DAY, intervals=48, at_most=READ),
+            "hour": queue.history(period=_HOUR, intervals=60),
+            "day": queue.history(period=_DAY, intervals=48),
             "paused": queue.paused,
         },
     )

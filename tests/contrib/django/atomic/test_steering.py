@@ -146,6 +146,8 @@ class TestRefused:
     CALLS = (
         ("tune", lambda queue: queue.tune("elsewhere", max_concurrency=1)),
         ("untune", lambda queue: queue.untune("elsewhere")),
+        ("hold", lambda queue: queue.hold("elsewhere", 1)),
+        ("release", lambda queue: queue.release("elsewhere")),
         ("prune", lambda queue: queue.prune(datetime.now(timezone.utc))),
         ("drain", lambda queue: queue.drain(timeout=LONG)),
         ("follow", lambda queue: queue.follow(timeout=LONG)),

@@ -150,5 +150,24 @@ def apart(context: Any, number: int) -> list[Any]:
     return [os.getpid(), context.task_result.id, number, str(timezone.now().tzinfo)]
 
 
-@task(rate="5/h", max_concurrency=2, expires=3600, capture_log="WARNING")
+@task(
+    rate="5/h",
+    max_concurrency=2,
+    expires=3600,
+    capture_log="WARNING",
+    stall="90s",
+    max_snoozes=9,
+)
 def limited() -> None: ...
+
+
+@task(batch=3, wait=60)
+def lengths(texts: list[str]) -> list[Any]:
+    notes.append(texts)
+    return [len(text) if text else ValueError("empty") for text in texts]
+
+
+@task(batch=5, takes_context=True)
+def together(context: Any, texts: list[str]) -> list[Any]:
+    notes.append((len(context.taskx.each), str(context.task_result.id)))
+    return [object() if text == "odd" else text for text in texts]

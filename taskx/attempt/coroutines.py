@@ -1,0 +1,332 @@
+"""Coroutines: an event loop in a thread of its own runs the executors that are ``async def``.
+
+The thread of a worker waits for its coroutine. So time-outs, the last chance, kept logs and the fence are
+those of other executors.
+"""
+
+from __future__ import annotations
+
+import _thread
+import asyncio
+import contextvars
+import sys
+import threading
+import time
+import traceback
+import weakref
+from collections.abc import Callable, Coroutine, Iterable
+from contextlib import suppress
+from types import FrameType
+from typing import Any, NamedTuple
+
+from taskx.tasks import forks
+from taskx.tasks.errors import TaskCancelled
+from taskx.tasks.log import log
+from taskx.tasks.model import Task
+from taskx.tasks.stacks import top_frames
+from taskx.tasks.timing import DEFAULT_TIMING, Timing
+from taskx.tasks.token import CancelToken
+
+
+class Awaited:
+    """A coroutine that a worker's thread waits for."""
+
+    def __init__(
+        self,
+        coroutine: Coroutine[Any, Any, Any],
+        task: Task,
+        token: CancelToken,
+        loop: asyncio.AbstractEventLoop,
+        running: dict[Awaited, None],
+    ) -> None:
+        #: The id of the task that it belongs to; the id and the type.
+        self.task_id, self.name = task.id, f"{task.id} ({task.type})"
+        self._token = token
+        self._loop = loop
+        self._coroutine = coroutine
+        # Held until the coroutine has ended, or the thread need not wait any more.
+        self._waiting = _thread.allocate_lock()
+        self._waiting.acquire()
+        self._once = _thread.allocate_lock()
+        self._process = forks.generation
+        #: The task of asyncio; None before the loop has made it.
+        self.task: asyncio.Task[None] | None = None
+        self._value: Any = None
+        self._error: BaseException | None = None
+        self._on_end: Callable[[], object] | None = None
+        self._ended = False
+        self._running = running
+        running[self] = None
+
+    # --- on the loop
+
+    def begin(self) -> None:
+        """Make the task of asyncio."""
+        self.task = self._loop.create_task(self._run(), name=f"taskx {self.name}")
+        self.task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        if task.cancelled():  # before its first step
+            self._coroutine.close()
+            self._error = asyncio.CancelledError()
+        self._end()
+
+    async def _run(self) -> None:
+        """Await the coroutine.
+
+        Its error is kept here: asyncio itself would end the loop at a ``SystemExit``, and could not tell a
+        ``CancelledError`` of the coroutine from its own.
+        """
+        try:
+            self._value = await self._coroutine
+        except GeneratorExit:  # the loop is gone
+            raise
+        except BaseException as error:  # noqa: BLE001  (raised in the worker's thread)
+            self._error = error
+        if forks.generation != self._process:
+            forks.end_in_child(self._process, self._error)
+
+    def _end(self) -> None:
+        """Let the thread go on, because the coroutine has ended."""
+        self._running.pop(self, None)
+        self._ended = True
+        self._release()
+        if self._once.acquire(False) or self._on_end is None:
+            return
+        # It waits for the outcome to be handed on, and the loop must not.
+        threading.Thread(target=self._on_end, name="taskx-stuck", daemon=True).start()
+
+    def _release(self) -> None:
+        with suppress(RuntimeError):  # it was released before
+            self._waiting.release()
+
+    # --- in other threads
+
+    def wait(self) -> Any:
+        """Wait for the end, and return the result.
+
+        Raises:
+            TaskCancelled: the token has fired, and the coroutine has let the ``CancelledError`` through.
+            BaseException: any other exception of the coroutine.
+        """
+        self._waiting.acquire()
+        error, self._error = self._error, None  # else it would keep itself alive
+        if error is None:
+            return self._value
+        trace = error.__traceback__
+        if trace is not None:  # without the frame of this class
+            trace = trace.tb_next
+        reason = self._token.reason
+        try:
+            if reason is not None and isinstance(error, asyncio.CancelledError):
+                raise TaskCancelled(reason).with_traceback(trace) from None
+            raise error.with_traceback(trace)
+        finally:
+            del error, trace
+
+    def cancel(self, only_if: Callable[[], bool] = lambda: True) -> None:
+        """Cancel the coroutine, if a condition holds when its loop comes to that."""
+
+        def on_loop() -> None:
+            if self.task is None:  # the thread was interrupted before it had the loop begin
+                self._coroutine.close()
+                self._end()
+            elif only_if():
+                self.task.cancel()
+
+        with suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(on_loop)
+
+    def uncancel(self, error: BaseException) -> None:
+        """Say that a cancel was meant for a part of the coroutine only, which it has ended by ``error``."""
+        is_cancel = isinstance(error, asyncio.CancelledError)
+        if is_cancel and self.task is not None and sys.version_info >= (3, 11):
+            self.task.uncancel()
+
+    def leave(self, on_end: Callable[[], object]) -> None:
+        """Let the thread go on although the coroutine does not end; call ``on_end()`` when it has ended."""
+        self._on_end = on_end
+        if self._once.acquire(False):
+            self._release()
+        else:
+            threading.Thread(target=on_end, name="taskx-stuck", daemon=True).start()
+
+    def stack(self) -> str:
+        """Return where the coroutine is, as text; empty if it has ended."""
+        frames: list[tuple[FrameType, int]] = []
+        waits_for: Any = self._coroutine
+        while (frame := getattr(waits_for, "cr_frame", None)) is not None:
+            frames.append((frame, frame.f_lineno))
+            waits_for = waits_for.cr_await
+        return _shown(traceback.StackSummary.extract(frames))
+
+
+class Blocked(NamedTuple):
+    """A call that keeps all coroutines of a queue from going on.
+
+    Attributes:
+        seconds: for how long it has done so.
+        task_id: the id of the task; empty if none is known.
+        by: the id and the type of the task whose coroutine makes it; empty if no task is known.
+        stack: where the thread of the loop is, as text.
+    """
+
+    seconds: float
+    task_id: str
+    by: str
+    stack: str
+
+
+class Loop:
+    """The event loop of a queue. Its thread is started for the first coroutine, and ends with the node."""
+
+    def __init__(self, timing: Timing = DEFAULT_TIMING) -> None:
+        self._timing = timing
+        self._lock = threading.Lock()
+        self._process = forks.generation
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        #: The coroutines that have not ended.
+        self.running: dict[Awaited, None] = {}
+        # The time at which the loop was asked for a sign of life; None after it has given one.
+        self._asked: float | None = None
+        self._told = False
+
+    def run(
+        self,
+        coroutine: Coroutine[Any, Any, Any],
+        task: Task,
+        token: CancelToken,
+        enter: Callable[[Awaited], object],
+    ) -> Any:
+        """Run the coroutine of a task, and return its result; the calling thread waits.
+
+        ``enter`` is called in the context of variables that the coroutine gets.
+
+        Raises the exceptions of :meth:`Awaited.wait`.
+        """
+        try:
+            loop = self._started()
+            awaited = Awaited(coroutine, task, token, loop, self.running)
+        except BaseException:
+            coroutine.close()
+            raise
+        try:
+            variables = contextvars.copy_context()
+            variables.run(enter, awaited)
+            loop.call_soon_threadsafe(awaited.begin, context=variables)
+            remove = token.on_cancel(awaited.cancel)
+            try:
+                return awaited.wait()
+            finally:
+                remove()
+        except BaseException:
+            if awaited in self.running:  # this thread was interrupted
+                awaited.cancel()
+                awaited.wait()
+            raise
+
+    def _started(self) -> asyncio.AbstractEventLoop:
+        with self._lock:
+            if self._process != forks.generation:  # its thread is one of the parent of this process
+                self._process, self._loop, self._asked = forks.generation, None, None
+                self.running.clear()
+            if self._loop is None:
+                loop = asyncio.new_event_loop()
+                thread = threading.Thread(
+                    target=_serve, args=(loop,), name="taskx-loop", daemon=True
+                )
+                try:
+                    thread.start()
+                except BaseException:
+                    loop.close()
+                    raise
+                # A queue of a test may be dropped without a stop.
+                weakref.finalize(self, _stop, loop)
+                self._loop, self._thread = loop, thread
+            return self._loop
+
+    def close(self) -> None:
+        """End the loop and its thread: cancel what still runs, and close the asynchronous generators."""
+        with self._lock:
+            loop, thread, self._loop, self._thread = self._loop, self._thread, None, None
+        if loop is None or thread is None or self._process != forks.generation:
+            return
+        _stop(loop)
+        if thread is not threading.current_thread():
+            thread.join(self._timing.join_thread_within)
+
+    # --- for the housekeeper
+
+    def look(self) -> None:
+        """Ask the loop for a sign of life, and log what keeps it from giving one."""
+        loop = self._loop
+        if loop is None or self._asked is None:
+            if loop is not None and self.running:
+                self._told, self._asked = False, time.monotonic()
+                with suppress(RuntimeError):
+                    loop.call_soon_threadsafe(self._answer)
+            return
+        if not self._told and (blocked := self.blocked()) is not None:
+            self._told = True
+            log.warning(
+                "%s blocks the event loop for %.1f s: no other coroutine goes on. Use await, or "
+                "asyncio.to_thread for a call that blocks.\n%s",
+                f"task {blocked.by}" if blocked.by else "a coroutine",
+                blocked.seconds,
+                blocked.stack,
+            )
+
+    def _answer(self) -> None:
+        self._asked = None
+
+    def blocked(self) -> Blocked | None:
+        """Return what blocks the loop; None if nothing has done so for long."""
+        asked, loop, thread = self._asked, self._loop, self._thread
+        if asked is None or loop is None or thread is None:
+            return None
+        seconds = time.monotonic() - asked
+        if seconds < self._timing.loop_blocked_after:
+            return None
+        task = asyncio.current_task(loop)
+        found = [a for a in self.running.copy() if a.task is not None and a.task is task]
+        frame = top_frames().get(thread.ident or 0)
+        stack = [] if frame is None else traceback.extract_stack(frame)
+        ours = [n for n, entry in enumerate(stack) if entry.filename == __file__]
+        task_id, by = (found[0].task_id, found[0].name) if found else ("", "")
+        return Blocked(seconds, task_id, by, _shown(stack[ours[-1] + 1 if ours else 0 :]))
+
+
+def _shown(stack: Iterable[traceback.FrameSummary]) -> str:
+    lines = traceback.format_list([*stack])
+    return "The coroutine is here (most recent call last):\n" + "".join(lines) if lines else ""
+
+
+def _serve(loop: asyncio.AbstractEventLoop) -> None:
+    """Run a loop until it is closed."""
+    asyncio.set_event_loop(loop)
+    while not loop.is_closed():
+        try:
+            loop.run_forever()
+            loop.close()
+        except BaseException:  # noqa: BLE001  (asyncio lets SystemExit of any task through)
+            log.exception(
+                "a coroutine that no executor waits for has ended the event loop: it goes on"
+            )
+
+
+def _stop(loop: asyncio.AbstractEventLoop) -> None:
+    """Have a loop end, if it has not."""
+    with suppress(RuntimeError):  # it is closed
+        loop.call_soon_threadsafe(lambda: loop.create_task(_close(loop)))
+
+
+async def _close(loop: asyncio.AbstractEventLoop) -> None:
+    me = asyncio.current_task()
+    left = [task for task in asyncio.all_tasks() if task is not me]
+    for task in left:
+        task.cancel()
+    if left:
+        await asyncio.wait(left, timeout=1.0)
+    await loop.shutdown_asyncgens()
+    loop.stop()
