@@ -442,7 +442,7 @@ def one_more_turn(patch):
 
 @plant("A start takes no token of the rate of its key.", seed=3, program="keyed")
 def key_without_rate(patch):
-    patch(Starter, "_has_rate", lambda self, key: False)
+    patch(Starter, "_may_refuse", lambda self, key, *more: False)
 
 
 @plant("Each node counts the rate of a key for itself.", seed=3, program="keyed")
