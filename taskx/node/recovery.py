@@ -7,6 +7,8 @@ import time
 from collections.abc import Sequence
 from itertools import compress
 
+import attrs
+
 from taskx.node.pool import WorkerPool
 from taskx.stores import queries
 from taskx.stores.liveness.base import Node
@@ -44,7 +46,12 @@ class Recovery:
         owners = queries.owners(repository)
         nodes = {node.id: node for node in repository.nodes()}
         alive = {node.id for node in nodes.values() if node.alive is not False}
-        self._pool.fetcher.found_nodes(others=bool(alive - {self._pool.node.id}))
+        own = self._pool.node.id
+        others = alive - {own}
+        self._pool.fetcher.found_nodes(others=bool(others))
+        if own in nodes and not others and repository.liveness.seems_dead(own):
+            # The node that recorded this may have died before it took back the tasks.
+            nodes[own] = attrs.evolve(nodes[own], alive=False)
         recovered = 0
         known = dict.fromkeys((*owners, *nodes))
         self._held.intersection_update(known)
@@ -79,7 +86,11 @@ class Recovery:
                     return freed
             self._pool.services.moves.dependents.ended_elsewhere()
             self._pool.services.moves.turns.scan_all_soon()
-            if node != self._pool.node.id:  # this node's own record is gone; it makes another one
+            if (
+                node == self._pool.node.id
+            ):  # it makes another record, if its own is gone or says dead
+                self._pool.services.repository.liveness.come_back(node)
+            else:
                 self._pool.services.repository.liveness.leave(node)
             del self._left[node]
         return freed

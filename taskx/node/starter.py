@@ -366,7 +366,10 @@ class Starter:
         rated: list[Task] = []
         for item in items:
             task = found.get(item.id)
-            if task is None or task.id in self.runs:
+            if task is None:
+                continue
+            if task.id in self.runs:  # if that run ends meanwhile, it would start without a token
+                del found[task.id]
                 continue
             names = self._services.registry.limited.get(task.type, ())
             if self._may_refuse(task.concurrency_key):

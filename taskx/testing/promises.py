@@ -13,9 +13,19 @@ from typing import Any
 
 from taskx.attempt.runner import Run
 from taskx.node.schedules import PREFIX, tick_id
-from taskx.tasks.lifecycle import ANSWER, CHILDREN, COMPLETED, FINISHED, PENDING, RUNNING, key_of
+from taskx.stores.liveness.base import PREFIX as NODE
+from taskx.tasks.lifecycle import (
+    ANSWER,
+    CANCELLED,
+    CHILDREN,
+    COMPLETED,
+    FINISHED,
+    PENDING,
+    RUNNING,
+    key_of,
+)
 from taskx.tasks.model import Task
-from taskx.tasks.rate import NOTHING, Limit, Rate
+from taskx.tasks.rate import Limit, Rate
 from taskx.tasks.record import DEFAULTS, FREE, ids_from_text
 from taskx.tasks.writes import Delete, Insert, NoteChange, Write
 from taskx.testing.simulated import SimulatedNode
@@ -37,13 +47,14 @@ class Promises:
 
     Args:
         broken: is told of a promise that is broken, in a sentence.
-        dead: the ids of the nodes that count as dead.
+        is_silent: returns True if a node may count as dead.
     """
 
-    def __init__(
-        self, broken: Callable[[str], None], known: Mapping[str, object], dead: set[str]
-    ) -> None:
-        self._broken, self._known, self._dead = broken, known, dead
+    def __init__(self, broken: Callable[[str], None], is_silent: Callable[[str], bool]) -> None:
+        self._broken, self._is_silent = broken, is_silent
+        #: The ids of the nodes that count as dead, and of all that are recorded.
+        self.dead: set[str] = set()
+        self._recorded: set[str] = set()
         #: The records, and those that were removed.
         self.rows: dict[str, Row] = {}
         self._gone: set[str] = set()
@@ -62,6 +73,8 @@ class Promises:
         # When the begun runs of each rate were decided and began; and when each start was decided.
         self._begun: defaultdict[object, list[tuple[int, int]]] = defaultdict(list)
         self._decided: dict[tuple[str, int], int] = {}
+        #: The numbers of starts so far: of attempts, and of those that only went on.
+        self.starts = (0, 0)
         # False once a clock was wrong: nobody can promise a time then.
         self._clocks_right = True
 
@@ -75,8 +88,23 @@ class Promises:
 
     # --- writes
 
-    def applied(self, node: SimulatedNode, writes: Sequence[Write], now: int, decided: int) -> None:
-        """Check writes that took place; they were decided after the nanosecond ``decided``."""
+    def applied(
+        self,
+        node: SimulatedNode,
+        writes: Sequence[Write],
+        now: int,
+        decided: int,
+        *,
+        was_dead: bool,
+    ) -> None:
+        """Check writes that took place.
+
+        They were decided after the nanosecond ``decided``. The node counted as dead then if ``was_dead``.
+        """
+        if was_dead:
+            for write in writes:
+                begins = write.changes.get("status") == RUNNING
+                self._require(not begins, f"{node.id} counts as dead, and started task {write.id}")
         for write in writes:
             if isinstance(write, Insert):
                 self._created(node, write, now)
@@ -127,7 +155,7 @@ class Promises:
             if move in _OWN:
                 self._require(owner == node.id, f"{task} runs on {owner}; {node.id} did: {move}")
             elif move == "rescue":
-                gone = owner in self._dead or owner not in self._known
+                gone = owner in self.dead or owner not in self._recorded
                 self._require(gone, f"{task} was rescued from {owner}, which lives")
             if new == PENDING and before["cancel_requested_at"] is not None:
                 self._broken(f"{task} was asked to cancel, and is pending again by: {move}")
@@ -144,6 +172,44 @@ class Promises:
         elif new in (PENDING, RUNNING) and _parked(before):
             self._require(after["turn"] == before["turn"], f"{task} waited, and lost its turn")
         self._check_wait(task, before, after, now)
+        if before["type"] == CHILDREN:
+            self._check_list(before, after)
+        elif new == COMPLETED != old:
+            self._check_needed(task, before)
+
+    def _check_list(self, before: Row, after: Row) -> None:
+        """Check that children are cancelled with their parent, and run again with it.
+
+        A list that somebody cancels by hand says nothing about its children.
+        """
+        by_parent = after["status"] == CANCELLED and after["error"] != before["error"]
+        again = before["status"] in FINISHED and after["status"] == PENDING
+        for child in ids_from_text(before["depends_on"]):
+            if by_parent:
+                stopped = self._is_stopped(child)
+                self._require(stopped, f"task {child} goes on though its parent was cancelled")
+            elif again and child not in self._requeued:
+                lost = self._status(child) in ("failed", "cancelled")
+                self._require(not lost, f"task {child} does not run again with its parent")
+
+    def _check_needed(self, task: str, before: Row) -> None:
+        """Check that those children are cancelled of which a task that has completed needed only some."""
+        for row in self.rows.values():
+            if row["type"] != CHILDREN or row["waiting_on"] != before["id"]:
+                continue
+            if json.loads(row["params"])["needed"] is not None:
+                for child in ids_from_text(row["depends_on"]):
+                    stopped = self._is_stopped(child)
+                    self._require(stopped, f"{task} needs task {child} no more, which goes on")
+
+    def _status(self, task_id: str) -> str:
+        return self.rows[task_id]["status"] if task_id in self.rows else "gone"
+
+    def _is_stopped(self, task_id: str) -> bool:
+        """Return True if a task has ended, was asked to, or runs again because somebody wants it."""
+        if task_id in self._requeued or (row := self.rows.get(task_id)) is None:
+            return True
+        return row["status"] in FINISHED or row["cancel_requested_at"] is not None
 
     def _check_wait(self, task: str, before: Row, after: Row, now: int) -> None:
         """Check that a wait ends when it should, and that its time-out counts from its begin."""
@@ -163,13 +229,13 @@ class Promises:
 
     def _starts(self, node: SimulatedNode, before: Row, after: Row, now: int) -> None:
         task = f"task {before['id']} ({before['type']})"
+        new, resumed = self.starts
+        self.starts = (new, resumed + 1) if _parked(before) else (new + 1, resumed)
         self._require(before["status"] == PENDING, f"{task} started while {before['status']}")
         self._require(before["held"] == FREE, f"{task} started while it was held back")
         fence = after["starts"] == before["starts"] + 1
         self._require(fence, f"{task} started with {after['starts']} after {before['starts']}")
         self._require(after["owner"] == node.id, f"{node.id} started {task} for {after['owner']}")
-        lives = node.id in self._known and node.id not in self._dead
-        self._require(lives, f"{node.id} counts as dead, and started {task}")
         crashes, most = before["crashes"], after["max_crashes"] or 3
         self._require(crashes < most, f"{task} started after {crashes} crashes of {most}")
         if self._clocks_right:
@@ -193,17 +259,17 @@ class Promises:
             if other == before["id"]:
                 break
             row = self.rows.get(other)
-            waits = row is not None and row["status"] == PENDING and not row["starts"]
             if other in self._requeued or row is None:
                 continue
-            if waits and row["depends_on"] is None:
+            waits = row["status"] == PENDING and not row["starts"]
+            if waits and row["turn"] is None and row["depends_on"] is None:
                 self._broken(f"{task} overtook task {other} of the key {key!r}")
 
     def _check_parents(self, task: str, before: Row) -> None:
         if before["depends_on"] is None or before["id"] in self._requeued:
             return
         for parent in ids_from_text(before["depends_on"]):
-            status = self.rows[parent]["status"] if parent in self.rows else "gone"
+            status = self._status(parent)
             if parent in self._requeued:
                 continue
             fine = status == COMPLETED or (
@@ -221,6 +287,8 @@ class Promises:
     def noted(self, changes: Sequence[NoteChange]) -> None:
         """Check changes of notes: a schedule that has ticked has stored the task of the tick."""
         for name, text, _ in changes:
+            if name.startswith(NODE) and name.count("/") == 1:
+                self._node_noted(name.removeprefix(NODE), text)
             if not name.startswith(PREFIX) or text is None:
                 continue
             entry = json.loads(text)
@@ -231,6 +299,17 @@ class Promises:
                 made = tick_id(entry["name"], last)
                 there = made in self.rows or made in self._gone
                 self._require(there, f"schedule {entry['name']} moved on without task {made}")
+
+    def _node_noted(self, node_id: str, text: str | None) -> None:
+        """Check the record of a node: one that lives never counts as dead."""
+        self._recorded.discard(node_id)
+        self.dead.discard(node_id)
+        if text is None:
+            return
+        self._recorded.add(node_id)
+        if json.loads(text).get("dead"):
+            self.dead.add(node_id)
+            self._require(self._is_silent(node_id), f"node {node_id} lives, and counts as dead")
 
     def accepted(self, task_ids: Iterable[str]) -> None:
         """Check that tasks are stored whose submit has returned."""
@@ -259,40 +338,64 @@ class Promises:
                 continue
             if other.task.id == task.id:
                 self._broken(f"task {task.id} runs twice at once: on {where.id} and {node.id}")
-            key = task.concurrency_key
-            if key is not None and other.task.concurrency_key == key:
-                alone = node.queue._registry.limit_of_key(key) is None
-                self._require(
-                    not alone, f"tasks {other.task.id} and {task.id} of key {key!r} run at once"
-                )
         # One that has waited goes on without a token.
-        decided = self._decided.pop((task.id, task.starts), None)
+        when = (self._decided.pop((task.id, task.starts), None), now)
         for name in node.queue._registry.limited.get(type, ()):
             if (limit := node.queue._registry.limits.get(name)) is not None:
-                self._within(name, limit, node, (decided, now), task)
+                limited = node.queue._registry.limited
+                shared = limit.scope == "global"
+                mine = [
+                    other
+                    for other, where in self.open.items()
+                    if (shared or where is node) and name in limited.get(other.task.type, ())
+                ]
+                most = len(mine) if limit.max_concurrency is None else limit.max_concurrency
+                self._require(
+                    len(mine) <= most, f"{len(mine)} tasks of limit {name} run, of {most}"
+                )
+                self._rates_hold(name, limit, None if shared else node.number, when, task)
+        if (key := task.concurrency_key) is not None:
+            self._key_holds(key, node.queue._registry.limit_of_key(key), when, task)
 
-    def _within(
+    def _key_holds(
+        self, key: str, limit: Limit | None, when: tuple[int | None, int], task: Task
+    ) -> None:
+        """Check that a key lets another task begin: it has one turn, or those of its limit, and a rate."""
+        most = 1 if limit is None else limit.max_concurrency or 1
+        mine = [run.task.id for run in self.open if run.task.concurrency_key == key]
+        self._require(len(mine) <= most, f"{', '.join(mine)} of the key {key!r} run at once")
+        if limit is not None:
+            self._rates_hold(key, limit, None, when, task)
+
+    def _rates_hold(
         self,
         name: str,
         limit: Limit,
-        node: SimulatedNode,
+        of_node: int | None,
         when: tuple[int | None, int],
         task: Task,
     ) -> None:
-        """Check that a limit holds while another task begins; ``when`` it took its token, and begins."""
+        """Check that rates hold while another task begins; ``when`` it took its token, and begins."""
         decided, now = when
-        shared = limit.scope == "global"
-        most, limited = limit.max_concurrency, node.queue._registry.limited
-        open_here = [r for r, n in self.open.items() if shared or n is node]
-        mine = [run for run in open_here if name in limited.get(run.task.type, ())]
-        if most is not None and len(mine) > most:
-            self._broken(f"{len(mine)} tasks of limit {name} run, of {most}")
         if decided is None or not self._clocks_right:
             return
         for rate in limit.rates:
-            begun = self._begun[name, rate.unit, None if shared else node.number]
-            begun.extend([(decided, now)] * rate.need(task.cost or NOTHING))
+            begun = self._begun[name, rate.unit, of_node]
+            taken = (task.cost or {}).get(rate.unit, 0) if rate.unit else 1
+            begun.extend([(decided, now)] * min(taken, rate.burst))
             self._check_rate(name, rate, begun)
+
+    def went_on(
+        self, starts: tuple[int, int], rates: Mapping[str, str], after: Mapping[str, str], now: int
+    ) -> None:
+        """Check that tasks which only went on took no tokens, by the notes of rates before and after."""
+        if self.starts[0] != starts[0] or self.starts[1] == starts[1] or not self._clocks_right:
+            return
+        for name, text in after.items():
+            before = json.loads(rates.get(name, "[0]"))[1:] or [0.0]
+            for mark, old in zip(json.loads(text)[1:], before, strict=False):
+                taken = mark > max(old, now / 1000)  # a full bucket is full from now on
+                self._require(not taken, f"a task that only went on took a token of {name}")
 
     def _check_rate(self, name: str, rate: Rate, begun: Sequence[tuple[int, int]]) -> None:
         """Check the periods that end now: a run takes its token between its decision and its begin."""
@@ -333,10 +436,11 @@ class Promises:
             self._require(freed, f"{task} has ended, and holds its unique key")
             if row["depends_on"] is not None and not row["starts"]:
                 self._check_orphan(task, row)
-        for node_id in self._known:
+        for node_id in self._recorded:
             self._broken(f"node {node_id} is recorded for ever")
         for name in notes:
-            self._require(not name.startswith("limit/slots/"), f"the note {name} is left over")
+            left_over = name.startswith(("limit/slots/", NODE))
+            self._require(not left_over, f"the note {name} is left over")
 
     def _check_orphan(self, task: str, row: Row) -> None:
         parents = ids_from_text(row["depends_on"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 import time
@@ -25,7 +26,10 @@ from taskx.queue.queue import Queue
 from taskx.queue.work import Work
 from taskx.stores import base
 from taskx.stores.base import Repository
-from taskx.stores.liveness.base import About, Applies, Liveness, Node
+from taskx.stores.liveness import leases
+from taskx.stores.liveness.base import About, Node
+from taskx.stores.liveness.leases import Leases
+from taskx.stores.liveness.locks import HostLocks
 from taskx.stores.memory import MemoryReads, MemoryRepository
 from taskx.tasks import ids
 from taskx.tasks.bell import Bell
@@ -36,12 +40,14 @@ from taskx.tasks.lifecycle import Ending
 from taskx.tasks.model import CONDITIONS, Task, TaskStatus
 from taskx.tasks.options import OnConflict
 from taskx.tasks.timing import Timing
-from taskx.tasks.writes import Delete, Insert, NoteChange, Write
+from taskx.tasks.writes import NoteChange, Write
 from taskx.testing.clock import ManualClock
 from taskx.testing.driven import ROOM, Driven, DrivenPool, DrivenRunner, DrivenSignal
 
 #: The number of tasks that a node runs at the same time.
 WORKERS = 2
+#: The length of a lease in seconds.
+LEASE = 5.0
 
 
 class Killed(BaseException):
@@ -51,16 +57,18 @@ class Killed(BaseException):
 class World(Protocol):
     """A simulation, as its nodes use it."""
 
-    #: The recorded nodes, by id, and the ids of those that count as dead.
-    known: dict[str, Node]
-    dead: set[str]
+    #: The ids of the nodes that were killed.
+    killed: set[str]
     now: int
 
     def enter(self, door: Door) -> str | None:
         """Let others go on before a node uses the repository; return the fault that strikes it then."""
 
-    def applied(self, door: Door, writes: Sequence[Write]) -> None:
-        """Note writes of a node that took place."""
+    def is_dead(self, node: SimulatedNode) -> bool:
+        """Return True if a node counts as dead for the others."""
+
+    def applied(self, door: Door, writes: Sequence[Write], *, was_dead: bool) -> None:
+        """Note writes that took place; ``was_dead`` if the node counted as dead before the call."""
 
     def noted(self, door: Door, changes: Sequence[NoteChange]) -> None:
         """Note changes of notes by a node that took place."""
@@ -70,6 +78,9 @@ class World(Protocol):
 
     def answered(self, task_id: str) -> None:
         """Note that somebody was told to have given this answer."""
+
+    def lost(self, node: SimulatedNode) -> None:
+        """Note that a node has lost its lease, and knows it."""
 
     def pass_time(self, seconds: float) -> None:
         """Let time pass."""
@@ -120,6 +131,7 @@ class Door(Repository):
         self._in_doubt: dict[int, Write] = {}
 
     def apply(self, writes: Sequence[Write], *, all_or_nothing: bool = False) -> Sequence[bool]:
+        was_dead = self.node is not None and self._world.is_dead(self.node)
         fault = self._world.enter(self)
         doubtful = self._in_doubt
         known = [doubtful.get(id(write)) is write for write in writes] if doubtful else ()
@@ -127,7 +139,7 @@ class Door(Repository):
         held = self._store.apply(new, all_or_nothing=all_or_nothing)
         done = [write for write, took_place in zip(new, held, strict=True) if took_place]
         if not all_or_nothing or len(done) == len(new):
-            self._world.applied(self, done)
+            self._world.applied(self, done, was_dead=was_dead)
         if fault is not None:
             doubtful.update((id(write), write) for write in done)
             raise _lost(fault)
@@ -175,74 +187,84 @@ def _lost(text: str) -> RepositoryUnavailable:
     return error
 
 
-class Living(Liveness[Node]):
-    """Liveness as by leases: a node may count as dead while it lives, and come back."""
+class _Host(HostLocks):
+    """The locks of a host, of which only a death is seen; else leases tell who lives."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(None)
+        self._world = world
+
+    def hold(self, node: str) -> tuple[str, int]:
+        return "simulated", 1
+
+    def alive(self, node: str, host: str, inode: int) -> bool | None:
+        return False if node in self._world.killed else None
+
+    def began(self, node: str) -> None:
+        return None
+
+    def release(self, node: str) -> None:
+        """Do nothing: there is no file."""
+
+
+class Living(Leases):
+    """The leases of a node, without threads: heartbeats are sent while time passes, and in rounds."""
 
     def __init__(self, door: Door, world: World) -> None:
-        super().__init__(door)
-        self._world = world
-        self._lost: Callable[[], object] = lambda: None
+        super().__init__(
+            door, LEASE, _Host(world), door.clock.monotonic, door.clock.now_ms, door.timing
+        )
+        self._door, self._world = door, world
+        self._stalled = self._beats = False
 
     def join(self, node: Node, *, tended: bool = False) -> None:
-        self.record(node)
-
-    def record(self, node: Node) -> None:
-        self._own[node.id] = self._world.known[node.id] = attrs.evolve(node, alive=True)
+        super().join(node, tended=True)
 
     def tend(self, node: str) -> None:
-        """Come back, if others believed that this node is dead, and have taken its tasks."""
-        if node not in self._own or not self.is_dead(node):
+        own = self._own.get(node)
+        # A thread sends them: one after the other, and none while another thread makes the note.
+        if self._stalled or self._beats or own is None or own.making.locked():
             return
-        self._lost()  # as each heartbeat tells
-        if node not in self._world.known:
-            self._world.known[node] = self._own[node]
-            self._world.dead.discard(node)
+        self._beats = True
+        try:
+            super().tend(node)
+        finally:
+            self._beats = False
 
-    def mark_stopping(self, node: str) -> None:
-        self._world.known[node] = attrs.evolve(self._own[node], stopping=True)
+    def go_on(self) -> None:
+        """Do what threads do while time passes: send heartbeats, and watch the lease."""
+        for node, own in [*self._own.items()]:
+            if not (self._stalled or self._beats):
+                now = self._monotonic()
+                _replace(own, acknowledged=now, next_beat=now)
+                self.tend(node)
+            if not own.told:
+                self._watch_over(node, own)
 
-    def leave(self, node: str) -> None:
-        if self._own.pop(node, None) is not None or node in self._world.dead:  # else it is back
-            self._world.known.pop(node, None)
-
-    def nodes(self) -> Sequence[Node]:
-        known = self._world.known
-        dead = [i for i in known if i in self._world.dead and i not in self._own]  # not itself
-        return [*{**known, **{i: attrs.evolve(known[i], alive=False) for i in dead}}.values()]
+    @contextmanager
+    def stalled(self) -> Iterator[None]:
+        """Let no heartbeat arrive, for the length of a block."""
+        self._stalled = True
+        try:
+            yield
+        finally:
+            self._stalled = False
 
     def watch(self, node: str, lost: Callable[[], object]) -> None:
-        self._lost = lost
+        def tell() -> None:
+            assert self._door.node is not None
+            self._world.lost(self._door.node)
+            lost()
 
-    def is_dead(self, node: str) -> bool:
-        return node in self._world.dead or node not in self._world.known
+        super().watch(node, tell)
 
-    def lose(self, node: str) -> None:
-        """Have a node of this door count as dead from now on, although it lives."""
-        self._world.dead.add(node)
-        self._lost()
+    def silent_for(self, node: str) -> float:
+        """Return the seconds since the last heartbeat of a node; endless if it sends none any more."""
+        own = self._own.get(node)
+        return math.inf if own is None else self._monotonic() - own.acknowledged
 
-    @property
-    def applies(self) -> Applies:
-        return self
-
-    def apply(self, writes: Sequence[Write]) -> Sequence[bool]:
-        """Apply writes, except those by which a node that counts as dead would take or start a task."""
-        refused = [self._begins(write) for write in writes]
-        if True not in refused:
-            return self._store.apply(writes)
-        allowed = [write for write, no in zip(writes, refused, strict=True) if not no]
-        held = iter(self._store.apply(allowed) if allowed else ())
-        return [False if no else next(held) for no in refused]
-
-    def _begins(self, write: Write) -> bool:
-        owner = write.changes.get("owner")
-        if not owner or isinstance(write, Delete) or owner not in self._own:
-            return False
-        if isinstance(write, Insert):
-            begins = write.row.get("status") == "running"
-        else:
-            begins = write.guard.get("status") == "pending"
-        return begins and self.is_dead(owner)
+    def _start_watch(self) -> None:
+        """Start no thread: see :meth:`go_on`."""
 
 
 # --- the engine of a node
@@ -502,10 +524,11 @@ class _Instead:
 
 
 @contextmanager
-def virtual(world: Callable[[], World]) -> Iterator[Callable[[], None]]:
+def virtual(world: Callable[[], World], quiet: logging.Logger) -> Iterator[Callable[[], None]]:
     """Let the code of TaskX see the time of a world, and draw no random numbers, in this process.
 
-    The block gets a function that makes the ids begin again, for the next world.
+    ``quiet`` is the logger of leases in the meantime. The block gets a function that makes the ids begin
+    again, for the next world.
     """
     numbers = count()
 
@@ -528,17 +551,22 @@ def virtual(world: Callable[[], World]) -> Iterator[Callable[[], None]]:
         sleep=lambda some: world().pass_time(some),
     )
     system = _Instead(os, urandom=lambda length: next(numbers).to_bytes(length, "big"))
+    # A version grows with each change of a note, and none may be that of a later note.
+    apart = _Instead(os, urandom=lambda length: (next(numbers) << 24).to_bytes(length, "big"))
     ours = [m for name, m in sys.modules.items() if name.startswith("taskx.") and m is not None]
+    loud = vars(leases)["log"]
     timed = [module for module in ours if vars(module).get("time") is real]
     try:
         for module in timed:
             _replace(module, time=clock)
-        for module in (ids, base):
-            _replace(module, os=system)
+        _replace(ids, os=system)
+        _replace(base, os=apart)
+        _replace(leases, log=quiet)
         yield begin
     finally:
         for module in timed:
             _replace(module, time=real)
         for module in (ids, base):
             _replace(module, os=os)
+        _replace(leases, log=loud)
         ids._renew()

@@ -14,13 +14,13 @@ from typing import Any, Literal, get_args
 import attrs
 
 from taskx.attempt.runner import runs_of
+from taskx.node.shared_limits import RATE
 from taskx.queue.queue import Queue
-from taskx.stores.liveness.base import Node
+from taskx.stores.liveness.base import PREFIX
 from taskx.stores.memory import MemoryRepository
 from taskx.tasks.checks import check_int
 from taskx.tasks.config import Config
 from taskx.tasks.errors import (
-    CancelReason,
     ConfigurationError,
     InvalidTransition,
     QueueStopped,
@@ -30,7 +30,7 @@ from taskx.tasks.errors import (
 from taskx.tasks.writes import NoteChange, Write
 from taskx.testing.clock import ManualClock
 from taskx.testing.promises import Promises
-from taskx.testing.simulated import Door, Killed, SimulatedNode, outside, virtual
+from taskx.testing.simulated import LEASE, Door, Killed, SimulatedNode, outside, virtual
 
 #: What may go wrong: a node dies, or stops; a call of the repository fails, before or after its work; a
 #: node counts as dead although it lives; the clock of a node is wrong.
@@ -45,6 +45,8 @@ Program = Callable[[Queue], Iterable[Callable[[], object]] | None]
 _SECOND = 1_000_000_000
 _PAUSES = (0.001, 0.05, 0.2, 0.6, 2.1, 5.0, 31.0, 120.0)
 _SHIFTS = (-90.0, -2.0, 2.0, 90.0)
+# Heartbeats that are left out until a node counts as dead, if another one is there.
+_LONG_STALL = 20
 # Steps in steps; looks until all has ended, and looks in a row that see no task end.
 _DEEPEST, _MOST_LOOKS, _MOST_IN_VAIN = 2, 1000, 30
 # Runs that shrink a failure.
@@ -169,9 +171,8 @@ class Simulation:
         self._clock = ManualClock()
         self._began = self._clock.now_ms()
         self._store = MemoryRepository(self._clock)
-        self.known: dict[str, Node] = {}
-        self.dead: set[str] = set()
-        self._promises = Promises(self.broken, self.known, self.dead)
+        self.killed: set[str] = set()
+        self._promises = Promises(self.broken, self._is_silent)
         self._places: list[SimulatedNode | None] = [None] * nodes
         self._booted = 0
         self._frames: list[_Frame] = []
@@ -219,7 +220,7 @@ class Simulation:
         elif verb == "kill":
             self._kill(node)
             return
-        elif not node.up or any(frame.node is node for frame in self._frames):
+        elif not node.up or (verb != "late" and self._is_busy(node)):
             return  # its thread is in the middle of another step
         self._note(verb, place, number)
         self._frames.append(_Frame(node, between, self.now))
@@ -246,9 +247,16 @@ class Simulation:
         node.housekeeper.tick()
 
     def _do_start(self, node: SimulatedNode, number: float) -> None:
+        starts, rates, began = self._promises.starts, self._rates(), self.now
         for run in node.start(1 + int(number)):
-            if run.token._reason is not CancelReason.LEASE_LOST:  # else it is not executed
+            if run.token._reason is None:  # else its executor is not called
                 self._promises.begins(node, run, self.now)
+        if self.now == began and not self._frames[-1].between:
+            now = self._began + self.now // 1_000_000
+            self._promises.went_on(starts, rates, self._rates(), now)
+
+    def _rates(self) -> dict[str, str]:
+        return {name: note.text for name, note in self._store.notes(RATE).items()}
 
     def _do_execute(self, node: SimulatedNode, number: float) -> None:
         if node.runs:
@@ -265,14 +273,24 @@ class Simulation:
 
     def _do_stop(self, node: SimulatedNode, number: float) -> None:
         if not node.runs:
-            if node.queue._node.stop(0.0, cancel=False):
-                self._kill(node)  # the process ends before the last outcomes are written
-            else:
-                self._forget(node)
+            # The process ends, perhaps before the last outcomes are written, or with its node recorded.
+            node.queue._node.stop(0.0, cancel=False)
+            self._kill(node)
 
     def _do_late(self, node: SimulatedNode, number: float) -> None:
-        self._promises.forget(node)
-        node.door.living.lose(node.id)
+        living, frames = node.door.living, self._frames
+        others = [one for one in self._places if one is not None and one is not node and one.up]
+        self._frames = []  # no fault strikes those who look
+        try:
+            with living.stalled():
+                for _ in range(_LONG_STALL):
+                    self.pass_time(living.interval)
+                    for other in others:
+                        other.door.living.nodes()
+                    if self.is_dead(node):
+                        break
+        finally:
+            self._frames = frames
 
     def _do_clock(self, node: SimulatedNode, number: float) -> None:
         self._promises.a_clock_is_wrong()
@@ -281,7 +299,7 @@ class Simulation:
     def _kill(self, node: SimulatedNode) -> None:
         self._note("kill", node.number)
         if node.up or hasattr(node, "pool"):
-            self.dead.add(node.id)
+            self.killed.add(node.id)
         self._forget(node)
 
     def _forget(self, node: SimulatedNode) -> None:
@@ -289,6 +307,9 @@ class Simulation:
         self._promises.forget(node)
         if node in self._places:
             self._places[self._places.index(node)] = None
+
+    def _is_busy(self, node: SimulatedNode) -> bool:
+        return any(frame.node is node for frame in self._frames)
 
     # --- what nodes need
 
@@ -323,17 +344,33 @@ class Simulation:
             raise Killed
         return None
 
-    def applied(self, door: Door, writes: Sequence[Write]) -> None:
-        """Check writes that took place."""
+    def is_dead(self, node: SimulatedNode) -> bool:
+        """Return True if a node counts as dead for the others."""
+        return hasattr(node, "pool") and node.id in self._promises.dead
+
+    def _is_silent(self, node_id: str) -> bool:
+        """Return True if a node may count as dead: it was killed, or no heartbeat came for a lease."""
+        if node_id in self.killed:
+            return True
+        node = next((one for one in self._places if one is not None and one.id == node_id), None)
+        return node is None or node.door.living.silent_for(node_id) >= LEASE
+
+    def lost(self, node: SimulatedNode) -> None:
+        """Note that a node has lost its lease: its executions may go on beside others."""
+        self._promises.forget(node)
+
+    def applied(self, door: Door, writes: Sequence[Write], *, was_dead: bool) -> None:
+        """Check writes that took place; ``was_dead`` if the node counted as dead before the call."""
         assert door.node is not None
         for write in writes:
             self.trace.append(f"{door.node.number} {write.move} {write.id} {write.changes}")
         began = next((f.began for f in self._frames[::-1] if f.node is door.node), self.now)
-        self._promises.applied(door.node, writes, self._began + self.now // 1_000_000, began)
+        now = self._began + self.now // 1_000_000
+        self._promises.applied(door.node, writes, now, began, was_dead=was_dead)
 
     def noted(self, door: Door, changes: Sequence[NoteChange]) -> None:
         """Check changes of notes that took place."""
-        self._note(*changes)
+        self._note(*(one[::2] if one.name.startswith(PREFIX) else one for one in changes))
         self._promises.noted(changes)
 
     def accepted(self, task_ids: Iterable[str]) -> None:
@@ -351,6 +388,13 @@ class Simulation:
         for node in self._places:
             if node is not None:
                 node.clock.move(seconds)
+        frames, self._frames = self._frames, []  # no fault strikes the threads of leases
+        try:
+            for node in self._places:
+                if node is not None:
+                    node.door.living.go_on()
+        finally:
+            self._frames = frames
 
     def others_go_on(self, node: SimulatedNode, seconds: float) -> None:
         """Let all nodes do their work once, and time pass, while a thread of one of them waits.
@@ -387,9 +431,7 @@ class Simulation:
     def _come_to_an_end(self) -> None:
         """Let no more fail, run what is left, stop all nodes, and check what is stored."""
         self._calm = True
-        if not any(node is not None and node.id not in self.dead for node in self._places):
-            # A node that counts as dead comes back when another one has taken its tasks.
-            self._take(("kill", 0, 0, {}), [])
+        if not any(self._places):
             self._take(("boot", 0, 0, {}), [])
         for node in filter(None, self._places):
             node.clock.set_right(self._clock)
@@ -532,7 +574,7 @@ def _runs(
     world: list[Simulation] = []
     log = logging.getLogger("taskx.simulated")
     log.setLevel(logging.CRITICAL + 1)  # faults are not news
-    with virtual(lambda: world[0]) as begin:
+    with virtual(lambda: world[0], log) as begin:
 
         def run(chooser: _Seeded | _Scripted) -> Simulation:
             begin()

@@ -8,8 +8,9 @@ import attrs
 from taskx.attempt import waiting
 from taskx.attempt.checkpoints import Checkpoints
 from taskx.attempt.children import Children
-from taskx.node import schedules
-from taskx.node.admission import Admission, OwnSlots
+from taskx.attempt.waiting import Waits
+from taskx.node import schedules, starter
+from taskx.node.admission import Admission, Asking, OwnSlots
 from taskx.node.audit import Audit
 from taskx.node.due import Release
 from taskx.node.ordering import Dependents, Turns
@@ -19,13 +20,18 @@ from taskx.node.starter import Starter
 from taskx.node.ticker import Ticker
 from taskx.queue.intake import Intake
 from taskx.queue.operations import Operations
+from taskx.stores import lists
+from taskx.stores.liveness.leases import Leases
 from taskx.tasks import children, ids, lifecycle, unique
 from taskx.tasks.errors import RepositoryUnavailable
 from taskx.tasks.rate import Rate
 
 
 class Planted(NamedTuple):
-    """A bug: what is wrong, how it gets there, the first seed that finds it, and with which program."""
+    """A bug: what is wrong, how it gets there, the first seed that finds it, and with which program.
+
+    The seed is -1 if none is known that finds it.
+    """
 
     text: str
     plant: object
@@ -58,12 +64,12 @@ def around(patch, owner, name, change):
     patch(owner, name, lambda *args, **options: change(inner(*args, **options)))
 
 
-@plant("A start does not check that the task is still pending.", seed=6)
+@plant("A start does not check that the task is still pending.", seed=11)
 def unguarded_start(patch):
     around(patch, lifecycle, "start_all", lambda made: [u and u._replace(guard={}) for u in made])
 
 
-@plant("A start does not check the number of starts.", seed=485)
+@plant("A start does not check the number of starts.", seed=693)
 def start_without_starts(patch):
     def weak(made):
         return [u and u._replace(guard=without(u.guard, "starts")) for u in made]
@@ -71,7 +77,7 @@ def start_without_starts(patch):
     around(patch, lifecycle, "start_all", weak)
 
 
-@plant("A start does not check that nothing holds the task back.", seed=27)
+@plant("A start does not check that nothing holds the task back.", seed=11)
 def start_of_held(patch):
     def weak(made):
         return [u and u._replace(guard=without(u.guard, "held")) for u in made]
@@ -79,12 +85,12 @@ def start_of_held(patch):
     around(patch, lifecycle, "start_all", weak)
 
 
-@plant("The fence of an outcome does not compare the starts.", seed=193)
+@plant("The fence of an outcome does not compare the starts.", seed=110)
 def weak_fence(patch):
     around(patch, lifecycle, "_fence", lambda guard: without(guard, "starts"))
 
 
-@plant("A retry does not notice that a cancel was requested.", seed=421)
+@plant("A retry does not notice that a cancel was requested.", seed=203)
 def retry_despite_cancel(patch):
     def weak(writes):
         return [writes[0]._replace(guard=without(writes[0].guard, "cancel_requested_at"))]
@@ -92,7 +98,7 @@ def retry_despite_cancel(patch):
     around(patch, lifecycle, "_unless_cancelled", weak)
 
 
-@plant("A task waits only for one of its parents.", seed=5)
+@plant("A task waits only for one of its parents.", seed=1)
 def one_parent_is_enough(patch):
     inner = lifecycle.parents_moved
 
@@ -103,24 +109,32 @@ def one_parent_is_enough(patch):
     patch(lifecycle, "parents_moved", hasty)
 
 
-@plant("A task whose parent has failed already may start.", seed=459)
+@plant("A task whose parent has failed already may start.", seed=551)
 def failed_parent_at_submit(patch):
     patch(lifecycle, "next_parent", lifecycle.unfinished_parent)
 
 
-@plant("Nobody looks for the dependents of a task whose node died after its end.", seed=367)
+@plant(
+    "Nobody looks for the dependents of a task whose node died after its end.",
+    seed=449,
+    program="patient",
+)
 def dependents_of_the_dead(patch):
     patch(Dependents, "ended_elsewhere", nothing)
     patch(Dependents, "scan_some", nothing)
 
 
-@plant("Nobody looks for a turn that a node did not pass on before its death.", seed=3331)
+@plant(
+    "Nobody looks for a turn that a node did not pass on before its death.",
+    seed=25,
+    program="keyed",
+)
 def turns_of_the_dead(patch):
     patch(Turns, "scan_all_soon", nothing)
     patch(Turns, "scan_some", nothing)
 
 
-@plant("The task that came last gets the turn of a key.", seed=15)
+@plant("The task that came last gets the turn of a key.", seed=30)
 def last_come_first_served(patch):
     def last(self, key, leaver=""):
         line = self._repository.find("line", [key], ("id",))
@@ -129,7 +143,7 @@ def last_come_first_served(patch):
     patch(Turns, "_next_turn", last)
 
 
-@plant("A task that has failed keeps its turn.", seed=68)
+@plant("A task that has failed keeps its turn.", seed=44)
 def failure_keeps_turn(patch):
     inner = lifecycle._end
 
@@ -140,7 +154,7 @@ def failure_keeps_turn(patch):
     patch(lifecycle, "_end", end)
 
 
-@plant("A pending task that is cancelled keeps its turn.", seed=11)
+@plant("A pending task that is cancelled keeps its turn.", seed=80)
 def cancel_keeps_turn(patch):
     def keep(writes):
         return [write._replace(changes=without(write.changes, "turn")) for write in writes]
@@ -157,22 +171,22 @@ def overwrite(self, text, value):
     return True
 
 
-@plant("The slots of a shared limit are changed without a comparison.", seed=30)
+@plant("The slots of a shared limit are changed without a comparison.", seed=189)
 def slots_without_compare(patch):
     patch(SharedSlots, "_put", overwrite)
 
 
-@plant("The tokens of a shared rate are changed without a comparison.", seed=593)
+@plant("The tokens of a shared rate are changed without a comparison.", seed=29)
 def tokens_without_compare(patch):
     patch(SharedBucket, "_put", overwrite)
 
 
-@plant("The slots of dead nodes are never freed.", seed=7)
+@plant("The slots of dead nodes are never freed.", seed=30)
 def slots_of_the_dead(patch):
     patch(SharedSlots, "_bury", nothing)
 
 
-@plant("The slots of live nodes are freed, too.", seed=60)
+@plant("The slots of live nodes are freed, too.", seed=30)
 def slots_of_the_living(patch):
     def bury(self):
         self._share_out({self._node: self._mine})
@@ -180,7 +194,7 @@ def slots_of_the_living(patch):
     patch(SharedSlots, "_bury", bury)
 
 
-@plant("A slot that was taken for a start which failed is not given back.", seed=3)
+@plant("A slot that was taken for a start which failed is not given back.", seed=1)
 def slot_leaks(patch):
     inner = Admission.over
     patch(
@@ -188,7 +202,7 @@ def slot_leaks(patch):
     )
 
 
-@plant("The slots of a node are not counted.", seed=145)
+@plant("The slots of a node are not counted.", seed=18)
 def endless_slots(patch):
     patch(OwnSlots, "take", lambda self, count: count)
 
@@ -215,7 +229,7 @@ def overlapping_ticks(patch):
     patch(Ticker, "_may_run", lambda self, plan, statuses: True)
 
 
-@plant("A start whose answer was lost counts as failed.", seed=115)
+@plant("A start whose answer was lost counts as failed.", seed=147)
 def start_in_doubt(patch):
     def give_up(self, runs, error):
         for run in runs:
@@ -230,12 +244,12 @@ def buffers_of_the_dead(patch):
     patch(Recovery, "go_on", lambda self, until=0: 0)
 
 
-@plant("A task may crash once more than its limit says.", seed=7)
+@plant("A task may crash once more than its limit says.", seed=51)
 def one_more_crash(patch):
     around(patch, lifecycle, "_crashes_allowed", lambda most: most + 1)
 
 
-@plant("A start does not look whether the task has expired.", seed=19)
+@plant("A start does not look whether the task has expired.", seed=3)
 def late_start(patch):
     patch(lifecycle, "has_expired", lambda task, now: False)
 
@@ -245,12 +259,12 @@ def key_not_taken_again(patch):
     patch(unique, "taken_again", lambda task: {})
 
 
-@plant("Every start frees the unique key.", seed=3)
+@plant("Every start frees the unique key.", seed=11)
 def key_freed_by_start(patch):
     patch(unique, "freed_by_start", lambda task: {"unique_lock": None})
 
 
-@plant("Delayed tasks are released five seconds early.", seed=12)
+@plant("Delayed tasks are released five seconds early.", seed=9)
 def early_release(patch):
     inner = Release._release_some
     patch(Release, "_release_some", lambda self, now: inner(self, now + 5000))
@@ -271,7 +285,7 @@ def cancelled_with_parent(patch):
     around(patch, lifecycle, "parents_moved", cancel)
 
 
-@plant("A submit returns although the repository has failed.", seed=26)
+@plant("A submit returns although the repository has failed.", seed=5)
 def accepted_not_stored(patch):
     inner = Intake._take_in
 
@@ -285,7 +299,7 @@ def accepted_not_stored(patch):
 
 @plant(
     "A rescue takes what another node has rescued, and a third one runs, in the meantime.",
-    seed=5968,
+    seed=-1,
 )
 def rescue_from_the_living(patch):
     def take_back(self, node):
@@ -303,13 +317,17 @@ def rescue_from_the_living(patch):
     patch(Recovery, "_take_back", take_back)
 
 
-@plant("A task that was put off is released at the time that it had before.", seed=-1)
+@plant(
+    "A task that was put off is released at the time that it had before.",
+    seed=2075,
+    program="delayed",
+)
 def release_of_replaced(patch):
     inner = lifecycle.release
     patch(lifecycle, "release", lambda task_id, run_at: inner(task_id))
 
 
-@plant("A token that was not used is put back however late.", seed=544, program="rated")
+@plant("A token that was not used is put back however late.", seed=-1, program="rated")
 def late_token(patch):
     patch(Rate, "put_back", lambda self, mark, count, age=0.0: mark - count * self.interval)
 
@@ -346,7 +364,7 @@ def wait_is_interruption(patch):
     around(patch, lifecycle, "_park", count)
 
 
-@plant("A task that begins to wait gives its turn away.", seed=9, program="patient")
+@plant("A task that begins to wait gives its turn away.", seed=6, program="patient")
 def wait_without_turn(patch):
     def give_away(writes):
         changes = {**writes[0].changes, "turn": None}
@@ -355,7 +373,7 @@ def wait_without_turn(patch):
     around(patch, lifecycle, "_park", give_away)
 
 
-@plant("To go on after a wait takes a slot, and gives none back.", seed=17, program="patient")
+@plant("To go on after a wait takes a slot, and gives none back.", seed=30, program="patient")
 def wait_keeps_slot(patch):
     inner = Admission.over
 
@@ -376,7 +394,7 @@ def open_answers_left(patch):
     patch(lifecycle, "moved_on", leave)
 
 
-@plant("An answer wakes nobody who begins to wait at that moment.", seed=106, program="patient")
+@plant("An answer wakes nobody who begins to wait at that moment.", seed=237, program="patient")
 def answer_between(patch):
     patch(Dependents, "waits", lambda self, waiting: setattr(self, "any", True))
     patch(Dependents, "scan_some", nothing)
@@ -394,7 +412,7 @@ def once_not_noted(patch):
     patch(Checkpoints, "_put", put)
 
 
-@plant("A task that is cancelled in its wait goes on.", seed=21, program="patient")
+@plant("A task that is cancelled in its wait goes on.", seed=328, program="patient")
 def cancelled_goes_on(patch):
     def weak(writes):
         return [writes[0]._replace(guard=without(writes[0].guard, "cancel_requested_at"))]
@@ -402,7 +420,7 @@ def cancelled_goes_on(patch):
     around(patch, lifecycle, "_park", weak)
 
 
-@plant("A task with children goes on when one of them has ended.", seed=3, program="family")
+@plant("A task with children goes on when one of them has ended.", seed=2, program="family")
 def one_child_is_enough(patch):
     patch(children, "awaited", lambda listed, statuses: _first_unfinished(listed, statuses))
 
@@ -415,3 +433,80 @@ def _first_unfinished(listed, statuses):
 @plant("A fork does not change what depends on it.", seed=10, program="family")
 def fork_without_dependents(patch):
     patch(Children, "_late_dependents", lambda self, parent, ids: [])
+
+
+@plant("A key has a turn more than its limit says.", seed=39, program="keyed")
+def one_more_turn(patch):
+    around(patch, lifecycle, "turns_at_once", lambda number: number + 1)
+
+
+@plant("A start takes no token of the rate of its key.", seed=3, program="keyed")
+def key_without_rate(patch):
+    patch(Starter, "_may_refuse", lambda self, key, *more: False)
+
+
+@plant("Each node counts the rate of a key for itself.", seed=3, program="keyed")
+def key_rate_of_node(patch):
+    inner = Admission._bucket
+
+    def own(self, name, limit, before):
+        limit = limit._replace(scope="node")
+        return self.__dict__.setdefault("own", {}).setdefault(
+            name, inner(self, name, limit, before)
+        )
+
+    patch(Admission, "_bucket", own)
+
+
+@plant("A start takes one token of a rate, whatever it costs.", seed=3, program="keyed")
+def cost_not_taken(patch):
+    patch(Rate, "share", lambda self, cost: 1 if cost or not self.unit else 0)
+
+
+@plant("The children of a task that is cancelled go on.", seed=29, program="family")
+def children_of_cancelled(patch):
+    inner = lists.cancel
+
+    def cancel(repository, commit, listed, now):
+        if repository.get_by_id(listed.params["parent"]).status.value != "cancelled":
+            inner(repository, commit, listed, now)
+
+    patch(lists, "cancel", cancel)
+
+
+@plant("Children that are not needed any more go on.", seed=0, program="family")
+def children_not_needed(patch):
+    inner = Children.outcomes
+    patch(
+        Children,
+        "outcomes",
+        lambda self, parent, name, some, *more: inner(self, parent, name, False, *more),
+    )
+
+
+@plant("Children do not run again with their parent.", seed=20, program="family")
+def children_not_again(patch):
+    def reopen(self, listed, parent):
+        self._commit([lifecycle.listed_again(listed, parent.id)])
+
+    patch(Children, "_reopen", reopen)
+
+
+@plant("To go on after a wait takes a token.", seed=7, program="rated")
+def token_to_go_on(patch):
+    patch(starter, "Asking", lambda task_id, cost, resumed: Asking(task_id, cost, False))
+
+
+@plant("The time-out of a wait counts anew after each interruption.", seed=1, program="patient")
+def time_out_anew(patch):
+    inner = Waits.wait
+
+    def wait(self, task, awaited, timeout, until, token):
+        return inner(self, task, awaited, timeout, None, token)
+
+    patch(Waits, "wait", wait)
+
+
+@plant("A node that is alone and seems dead does not come back.", seed=303)
+def alone_and_dead(patch):
+    patch(Leases, "come_back", nothing)

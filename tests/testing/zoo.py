@@ -508,7 +508,62 @@ class Rated(Zoo):
         return [*submits, submits[0], cancel]
 
 
-PROGRAMS = {"zoo": Zoo, "patient": Patient, "family": Family, "rated": Rated}
+class Keyed(Patient):
+    """Keys that have several turns, and rates."""
+
+    def __call__(self, queue):
+        for one_of_them in (plain, flaky, later, ask):
+            queue.register_executor(one_of_them)
+        queue.limit("tenant:", concurrency=2, rate=(2, 10.0), burst=2)
+        queue.limit("tenant:big", concurrency=3)
+        queue.limit("cost:", concurrency=2, rate="6 tokens/m")
+
+        def submit(type, n, key, **options):
+            return lambda: queue.submit(type, {"n": n}, key=key, **options)
+
+        change = self.change
+        return [
+            submit("plain", 0, "tenant:a"),
+            submit("flaky", 1, "tenant:a"),
+            submit("ask", 1, "tenant:a"),
+            submit("later", 1, "tenant:a", delay=1),
+            submit("plain", 0, "tenant:b"),
+            submit("plain", 0, "tenant:big"),
+            submit("flaky", 9, "tenant:big"),
+            submit("ask", 0, "tenant:big"),
+            submit("plain", 0, "cost:c", cost={"tokens": 2}),
+            submit("flaky", 1, "cost:c", cost={"tokens": 3}),
+            submit("plain", 0, "cost:c", cost={"tokens": 6}, expires=5),
+            *self.answers(queue)[1:3],
+            change(queue.cancel_task, "running", "pending"),
+            change(queue.cancel_task, "pending"),
+            change(queue.requeue, "failed", "cancelled"),
+        ]
+
+
+class Delayed(Zoo):
+    """Tasks that are put off before their time has come."""
+
+    def __call__(self, queue):
+        queue.register_executor(plain)
+        queue.register_executor(nap)
+        return [
+            self.unique(queue, "replace", delay=0.3),
+            self.unique(queue, "replace", delay=20),
+            lambda: queue.submit("nap", {"n": 1}, delay=2),
+            self.change(queue.cancel_task, "pending"),
+            self.change(queue.requeue, "cancelled"),
+        ]
+
+
+PROGRAMS = {
+    "zoo": Zoo,
+    "patient": Patient,
+    "family": Family,
+    "rated": Rated,
+    "keyed": Keyed,
+    "delayed": Delayed,
+}
 
 
 def find(name, seeds):

@@ -195,6 +195,13 @@ class Liveness(ABC, Generic[OwnT]):
         """Return True if a node that was found dead is still dead; to be called after reading its tasks."""
         return True
 
+    def seems_dead(self, node: str) -> bool:
+        """Return True if a node of this process is recorded as dead: so its tasks must be taken back."""
+        return False
+
+    def come_back(self, node: str) -> None:
+        """Have a node of this process that seems dead recorded anew, after its tasks were taken back."""
+
     def began(self, node: str) -> Began | None:
         """Return the tasks that a node's threads began last: to note more, or to read those of a dead node.
 

@@ -168,6 +168,15 @@ class Leases(Recorded[_Leased]):
                 self._changed.notify_all()
             self._locks.release(node)
 
+    def seems_dead(self, node: str) -> bool:
+        return (own := self._own.get(node)) is not None and own.dead
+
+    def come_back(self, node: str) -> None:
+        """Remove the record, if it says so still: the next heartbeat writes another one."""
+        note = self._store.notes(PREFIX + node).get(PREFIX + node)
+        if note is not None and says_dead(note):
+            self._put(PREFIX + node, None, note.version)
+
     def began(self, node: str) -> Began | None:
         return self._locks.began(node)
 
