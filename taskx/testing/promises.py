@@ -7,6 +7,7 @@ writes that took place.
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -361,7 +362,9 @@ class Promises:
         self, key: str, limit: Limit | None, when: tuple[int | None, int], task: Task
     ) -> None:
         """Check that a key lets another task begin: it has one turn, or those of its limit, and a rate."""
-        most = 1 if limit is None else limit.max_concurrency or 1
+        shared = limit is not None and limit.share is not None
+        turns = None if limit is None else limit.max_concurrency
+        most = turns or (math.inf if shared else 1)
         mine = [run.task.id for run in self.open if run.task.concurrency_key == key]
         self._require(len(mine) <= most, f"{', '.join(mine)} of the key {key!r} run at once")
         if limit is not None:
