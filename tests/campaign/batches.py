@@ -73,10 +73,13 @@ def run(folder: Path, number: int, poison: int, killers: int, seed: int) -> dict
             assert child.returncode == -signal.SIGKILL, f"a process ended: {child.returncode}"
         while len(children) < 2:
             children.append(subprocess.Popen(program, cwd=_BASE))
-        return not queue.count_tasks(status="pending") and not queue.count_tasks(status="running")
+        # Not "none is pending or running": one may become the other between the two counts.
+        return sum(queue.count_tasks(status=end) for end in ("completed", "failed")) == number
 
     try:
         until(over, "all tasks have ended", 10 * LONGEST)
+        # One may have died after it was looked at, and its last task been ended by the other one.
+        deaths += sum(child.poll() is not None for child in children)
     finally:
         for child in children:
             child.kill()

@@ -99,7 +99,7 @@ def densest(times: list[float], period: float) -> int:
 @pytest.mark.process
 def test_all_processes_heed_a_refusal(tmp_path):
     """The small version; ``python -m campaign.test_holds 3000 4 100 2 4`` in ``tests`` is a large one."""
-    found = run(tmp_path, tasks=120, processes=2, rule=Rule(20, 0.5), burst=3)
+    found = run(tmp_path, tasks=60, processes=2, rule=Rule(20, 0.5), burst=3)
     assert found.refused
     assert found.snoozes == found.refused
     assert found.most <= 20

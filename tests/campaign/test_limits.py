@@ -48,7 +48,7 @@ def run(folder: Path, *, seconds: float, processes: int, keys: int, each: int, s
     running, kills, turns = [start() for _ in range(processes)], 0, [(0.0, 5)]
     begun, changed, pause = time.monotonic(), time.monotonic(), threading.Event()
     try:
-        while time.monotonic() < begun + seconds:
+        while kills < 2 or time.monotonic() < begun + seconds:
             pause.wait(1)
             victim = chance.randrange(processes)
             running[victim].kill()
@@ -73,7 +73,7 @@ def run(folder: Path, *, seconds: float, processes: int, keys: int, each: int, s
     return starts, turns, kills
 
 
-def check(starts, turns):
+def check(starts, turns, late=LATE):
     """Check that no limit was exceeded, and return the most at once by limit."""
     most = defaultdict(int)
     for name, some in starts.items():
@@ -88,7 +88,7 @@ def check(starts, turns):
         if name.startswith("v:"):
             for at, _, taken in some:
                 known = [n for since, n in turns if since <= at]
-                recent = [n for since, n in turns if at - LATE <= since <= at]
+                recent = [n for since, n in turns if at - late <= since <= at]
                 assert taken <= max([known[-1], *recent, known[-1 - len(recent)]]), (name, at)
         if name.startswith("r:"):
             times = sorted(at for at, *_ in some)
@@ -103,7 +103,7 @@ def check(starts, turns):
 def test_no_limit_is_exceeded_while_processes_are_killed(tmp_path):
     """The small version; ``python -m campaign.test_limits 60 200 40`` in ``tests`` is a large one."""
     starts, turns, kills = run(tmp_path, seconds=3, processes=2, keys=16, each=6)
-    check(starts, turns)
+    check(starts, turns, late=PATIENCE)  # a loaded machine may stop a process
     assert kills >= 2
 
 

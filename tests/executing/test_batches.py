@@ -181,7 +181,7 @@ def test_a_more_urgent_task_comes_first_and_tasks_of_other_types_are_not_in_the_
 def test_a_call_waits_for_more_tasks_and_at_most_so_long(make_queue):
     queue, sizes = make_queue(worker_num=2), []
 
-    @queue.executor("add", batch=3, wait=SOON)
+    @queue.executor("add", batch=3, wait=10 * PATIENCE)
     def add(tasks):
         sizes.append(len(tasks))
         return [task["n"] for task in tasks]
@@ -249,16 +249,16 @@ def test_hooks_hear_of_each_task():
 def test_tasks_of_a_backlog_share_calls(make_queue):
     queue, sizes = make_queue(worker_num=2), []
 
-    @queue.executor("add", batch=100, wait=0.05)
+    @queue.executor("add", batch=100, wait=SOON)
     def add(tasks):
         sizes.append(len(tasks))
         return [task["n"] for task in tasks]
 
-    handles = queue.submit_many(Task(type="add", params={"n": n}) for n in range(450))
+    handles = queue.submit_many(Task(type="add", params={"n": n}) for n in range(400))
     with queue:
-        assert [handle.result(PATIENCE) for handle in handles] == [*range(450)]
-    assert sum(sizes) == 450
-    assert sizes.count(100) >= 2
+        assert [handle.result(PATIENCE) for handle in handles] == [*range(400)]
+    assert sum(sizes) == 400
+    assert sizes.count(100) >= 3
 
 
 def test_a_call_has_at_most_as_many_tasks_as_a_limit_lets_start(make_queue):

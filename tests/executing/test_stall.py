@@ -192,35 +192,37 @@ def test_wrong_values_are_refused(queue, stall):
 # --- with threads and processes
 
 
-def test_a_silent_thread_is_told(make_queue):
-    queue = make_queue()
-    told = []
+def test_a_silent_thread_is_told(make_queue, clock):
+    queue, told, begun = make_queue(clock=clock), [], threading.Event()
 
-    @queue.executor("crawl", stall=0.1)
+    @queue.executor("crawl", stall=5)
     def crawl(ctx):
+        begun.set()
         ctx.token.wait(PATIENCE)
         told.append(ctx.token.reason)
         ctx.token.raise_if_cancelled()
 
     queue.start()
-    error = queue.submit("crawl").exception(PATIENCE)
-    assert str(error.error) == "timed out: no sign of life for 0.1 s"
+    handle = queue.submit("crawl")
+    assert begun.wait(PATIENCE)
+    clock.advance(5)
+    assert handle.exception(PATIENCE).error == "timed out: no sign of life for 5 s"
     assert told == [CancelReason.TIMEOUT]
 
 
-def test_a_silent_thread_that_goes_on_is_stuck(make_queue):
-    queue, go_on = make_queue(), threading.Event()
-    queue.executor("crawl", stall=0.05, grace=0.05)(lambda: go_on.wait(PATIENCE))
+def test_a_silent_thread_that_goes_on_is_stuck(make_queue, clock, gate):
+    queue = make_queue(clock=clock)
+    queue.executor("crawl", stall=5, grace=2)(gate)
     queue.start()
     handle = queue.submit("crawl")
-    try:
-        error = handle.exception(PATIENCE)
-        assert error.error == "timed out: no sign of life for 0.05 s; its thread still runs"
-        task = handle.task()
-        assert task.stuck_on
-        assert task.duration >= 0.1
-    finally:
-        go_on.set()
+    gate.wait_for(1)
+    clock.advance(5)
+    eventually(lambda: pool_of(queue).runs[handle.id].token.reason)  # the grace period begins
+    clock.advance(2)
+    error = handle.exception(PATIENCE)
+    assert error.error == "timed out: no sign of life for 5 s; its thread still runs"
+    assert handle.task().stuck_on
+    assert handle.task().duration == 7
 
 
 def test_a_thread_that_gives_signs_goes_on(make_queue):
@@ -237,16 +239,19 @@ def test_a_thread_that_gives_signs_goes_on(make_queue):
     assert alive.is_set()
 
 
-def test_a_silent_coroutine_is_cancelled(make_queue):
-    queue = make_queue()
+def test_a_silent_coroutine_is_cancelled(make_queue, clock):
+    queue, begun = make_queue(clock=clock), threading.Event()
 
-    @queue.executor("crawl", stall=0.1)
+    @queue.executor("crawl", stall=5)
     async def crawl():
+        begun.set()
         await asyncio.sleep(10 * PATIENCE)
 
     queue.start()
-    error = queue.submit("crawl").exception(PATIENCE)
-    assert error.error == "timed out: no sign of life for 0.1 s"
+    handle = queue.submit("crawl")
+    assert begun.wait(PATIENCE)
+    clock.advance(5)
+    assert handle.exception(PATIENCE).error == "timed out: no sign of life for 5 s"
 
 
 def test_the_end_of_a_step_of_a_coroutine_is_a_sign_of_life(make_queue):

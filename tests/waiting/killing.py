@@ -168,6 +168,7 @@ def check_answers(workers: Workers, count: int, every: float, pause: float, seed
     killing = Killing(workers)
     with killing.often(every):
         answers = Answers(queue, count, seed)
+        eventually(lambda: killing.kills)  # else all may have ended before the first one
         for answer_id in answers.late:
             between.wait(pause)  # blocks on purpose
             answers.give(answer_id)
@@ -199,6 +200,7 @@ def check_sleeps(
         for _ in range(count):
             handles.append(queue.submit("sleep", {"seconds": seconds, "times": times}))
             between.wait(pause)  # blocks on purpose
+        eventually(lambda: killing.kills)
         assert {handle.result(10 * PATIENCE) for handle in handles} == {"awake"}
     assert {handle.task().attempt for handle in handles} == {1}
     calm, struck = list[float](), list[float]()
