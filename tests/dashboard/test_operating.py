@@ -48,11 +48,17 @@ def queue(make_queue, gate):
     return queue
 
 
+def run(queue):
+    """Run a task of the type with limits; return when it is counted."""
+    queue.submit("limited").result(60)
+    eventually(lambda: queue.stats().types["limited"].completed)
+
+
 class TestTypes:
     def test_types_have_their_numbers_and_limits(self, look, queue, gate):
         queue.submit("hold")
         gate.wait_for(1)
-        queue.submit("limited").result(60)
+        run(queue)
         page = look(queue).get("/types")
         assert HOSTILE not in page.text
         words = text_of(page)
@@ -65,7 +71,7 @@ class TestTypes:
         assert "tenant: – – – 3 –" in text_of(look(queue).get("/types"))
 
     def test_a_type_has_charts_and_its_limits(self, look, queue):
-        queue.submit("limited").result(60)
+        run(queue)
         page = look(queue).get("/types/one?type=limited")
         words = text_of(page)
         assert "1 completed, 0 failed" in words

@@ -144,7 +144,7 @@ def test_statistics_and_failures_are_read_by_primitives(make_queue, tmp_path):
         queue.submit("breaks")
         queue.start()
         assert eventually(queue.failures)
-        found = queue.stats()
+        found = eventually(lambda: (f := queue.stats()).types["breaks"].failed and f)
         rare, broken = found.types["rare"], found.types["breaks"]
         assert (rare.waiting, rare.delayed, broken.failed, found.complete) == (1, 1, 1, True)
         assert broken.run_time is not None

@@ -286,7 +286,7 @@ class TestNoAttemptAndNoStart:
         assert (task.starts, task.attempt, len(task.attempts)) == (3, 1, 1)
         assert (task.errors, task.crashes, task.interruptions, task.snoozes) == (0, 0, 0, 0)
         assert told == ["submitted", "started", *["finished answer"] * 2, "finished ask"]
-        [stats] = queue.stats().types.values()
+        [stats] = eventually(lambda: [of for of in queue.stats().types.values() if of.completed])
         assert (stats.completed, stats.start_latency is not None) == (1, True)
 
     def test_a_resume_takes_no_token_of_a_rate_and_a_slot(self):
@@ -798,7 +798,7 @@ class TestShown:
         assert asking.health(oldest_due=None)
         eventually(lambda: handle.task().status == "failed")
         assert asking.health(failed=(1, 60))
-        assert [*asking.history().types] == ["ask"]
+        assert [*eventually(lambda: asking.history().types)] == ["ask"]
 
     def test_a_stop_does_not_count_them_as_left_pending(self, make_queue, caplog):
         queue = make_queue()
