@@ -103,10 +103,10 @@ class Hosts(Campaign):
         """Wait until all tasks have ended."""
 
         def ended() -> bool:
-            counts = (repository.count(TaskFilter(status=status)) for status in unfinished)
-            return not sum(counts)
+            # The ended ones first: a retry goes from running to pending between two counts of these.
+            counts = [repository.count(TaskFilter(status=s)) for s in TaskStatus if s.finished]
+            return sum(counts) == repository.count(TaskFilter())
 
-        unfinished = (TaskStatus.PENDING, TaskStatus.RUNNING)
         with self.open() as repository:
             until(ended, "all tasks end")
 
