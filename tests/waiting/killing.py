@@ -95,15 +95,20 @@ class Killing:
 
     @contextmanager
     def often(self, every: float) -> Iterator[None]:
-        """Kill once in so many seconds in a thread, or as soon as the last replacement runs."""
+        """Kill once in so many seconds in a thread, on a slow machine less often.
+
+        A process lives for several times as long as it takes to start, or nothing would ever end.
+        """
         over, errors = threading.Event(), list[BaseException]()
 
         def run() -> None:
-            due = time.monotonic() + every
+            due, took = time.monotonic() + every, 0.0
             try:
-                while not over.wait(max(0.0, due - time.monotonic())):
-                    due = time.monotonic() + every
+                while not over.wait(max(2 * took, due - time.monotonic())):
+                    began = time.monotonic()
+                    due = began + every
                     self.kill()
+                    took = time.monotonic() - began
             except BaseException as error:
                 errors.append(error)
                 raise

@@ -16,14 +16,15 @@ from .killing import Killing, check_answers, check_sleeps
 @pytest.mark.process
 def test_no_answer_is_lost_and_none_is_taken_twice(workers):
     workers.threads = 1
-    assert check_answers(workers, count=25, every=0.3, pause=0.02) >= 1
+    assert check_answers(workers, count=15, every=0.3, pause=0.02) >= 1
 
 
 @pytest.mark.process
 def test_no_sleep_ends_early_and_all_end(workers):
-    kills, calm, struck = check_sleeps(workers, 40, every=0.3, seconds=1.1, times=2, pause=0.01)
+    # A sleep of less than a second is not stored: no process lives for so long.
+    kills, calm, struck = check_sleeps(workers, 20, every=0.3, seconds=1.1, times=2, pause=0.01)
     assert kills >= 1
-    assert len(calm) + len(struck) == 2 * 40
+    assert len(calm) + len(struck) == 2 * 20
 
 
 @pytest.mark.process
