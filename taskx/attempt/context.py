@@ -590,13 +590,18 @@ class Context:
 
         Raises:
             ConfigurationError: the repository shares no database with your data; a transaction of this run
-                is open; the task was completed; or this is a child process.
+                is open; the task was completed; this is a child process; or the thread of the event loop.
             TaskCancelled: the token had fired before the block; or this run has lost its task to another
                 run, and nothing was stored.
             RepositoryError: the transaction could not be committed, and nothing was stored.
         """
         if self._completed:
             raise ConfigurationError("this run has completed its task in a transaction")
+        if self._awaited is not None and self._awaited.is_here():
+            raise ConfigurationError(
+                "a transaction belongs to its thread, which all coroutines share: open it in a function, "
+                "and call that by await asyncio.to_thread(…)"
+            )
         kept, open_transaction = self._kept(), self._shared.keeper.transaction
         kept.refuse_transaction()  # before it waits for progress that waits for this thread's transaction
         with (
