@@ -10,6 +10,7 @@ Each limit has a gate, which all its types share. A task passes all gates of its
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -590,11 +591,20 @@ class Admission:
         """Maintain the shared limits; after a ``RepositoryError``, the next call does the rest."""
         if self._gates:
             with self._lock:
+                self._recount()
                 while self._left:
                     self._left[-1].leave()
                     self._left.pop()
                 for part in self._shared():
                     part.tend()
+
+    def _recount(self) -> None:
+        """Count the used slots anew: an interrupt may have come between a slot and its task."""
+        used = Counter(gate for one in [*self.admitted.values()] for gate in one.gates)
+        for gate in self._gates.values():
+            if gate.slots is not None and gate.slots.taken != used[gate]:
+                gate.slots.taken = used[gate]
+                self._freed()
 
     def end(self) -> None:
         """Give back the node's part of the shared limits, because the node ends."""

@@ -244,14 +244,15 @@ class ManualQueue(Queue):
             self._node.start()
             pool = self._driven.pool
             while True:
-                self._driven.housekeeper.do_round()
                 try:
+                    self._driven.housekeeper.do_round()
                     items = pool.buffer.take(1)
                     if not items:
                         return None
                     run = pool.start(items, self._worker)
                 except BaseException:  # an interrupt: nobody else would let tasks be taken again
                     pool.buffer.started()
+                    pool.fetcher.let_refill()
                     raise
                 if run is not None:
                     # Here: another thread that waits for it must see that it is taken.

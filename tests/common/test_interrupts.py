@@ -150,7 +150,7 @@ def test_an_interrupted_cancel_leaves_nothing_behind(make_queue, gate):
     queue.executor("fine")(lambda: "fine")
     queue.start()
     Waiting(queue, gate).fill(1)
-    queue.submit_many([Task(type="fine", id=f"x{n}") for n in range(500)])
+    queue.submit_many([Task(type="fine", id=f"x{n}") for n in range(580)])
     agenda, moves = queue._services.agenda, queue._services.moves
     # Else each cancel also completes the work of the one before, and is struck during that work.
     recovered = lambda: not moves.unsettled or agenda.wake()  # noqa: E731
