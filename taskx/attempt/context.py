@@ -266,10 +266,13 @@ class Context:
         """
         return self._kept().step(name, self._token, lambda: fn(*args, **kwargs))  # type: ignore[no-any-return]
 
-    def _wait_for(self, coroutine: Coroutine[Any, Any, T], enter_run: Callable[[], object]) -> T:
+    def _wait_for(
+        self, coroutine: Coroutine[Any, Any, T], enter_run: Callable[[], object], *, inside: bool
+    ) -> T:
         """Run the coroutine of the executor on the queue's loop, and return its result.
 
-        ``enter_run`` makes the run the current one for the coroutine.
+        ``enter_run`` makes the run the current one for the coroutine. ``inside`` says if another coroutine
+        has called the executor.
         """
 
         def enter(begun: Awaited) -> None:
@@ -279,7 +282,8 @@ class Context:
                 in_coroutine.set(self._shared.log.capture)
 
         assert self._shared.loop is not None
-        return self._shared.loop().run(coroutine, self._task, self._token, enter)  # type: ignore[no-any-return]
+        given = coroutine, self._task, self._token, enter
+        return self._shared.loop().run(*given, inside=inside)  # type: ignore[no-any-return]
 
     async def astep(
         self, name: str, fn: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs

@@ -19,7 +19,6 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any, NamedTuple
 
-from taskx.attempt import current
 from taskx.tasks import forks
 from taskx.tasks.errors import TaskCancelled
 from taskx.tasks.log import log
@@ -209,14 +208,17 @@ class Loop:
         task: Task,
         token: CancelToken,
         enter: Callable[[Awaited], object],
+        *,
+        inside: bool = False,
     ) -> Any:
         """Run the coroutine of a task, and return its result; the calling thread waits.
 
-        ``enter`` is called in the context of variables that the coroutine gets.
+        ``enter`` is called in the context of variables that the coroutine gets. If the caller is ``inside``
+        of another coroutine, whose loop may wait for this call, it runs on a loop of its own.
 
         Raises the exceptions of :meth:`Awaited.wait`.
         """
-        if current.awaited.get() is not None:  # its loop may be this one, and wait for this call
+        if inside:
             inner = Loop(self._timing)
             try:
                 return inner._run(coroutine, task, token, enter)

@@ -10,7 +10,6 @@ Each limit has a gate, which all its types share. A task passes all gates of its
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -362,6 +361,15 @@ class Admission:
                 if gate.slots is not None:
                     gate.slots.taken = self._taken(gate)
 
+    def keep_only(self, task_ids: Container[str]) -> None:
+        """Forget all admitted tasks but these, after an interrupt of a thread that let tasks start or end."""
+        with self._lock:
+            for task_id in [task_id for task_id in self.admitted if task_id not in task_ids]:
+                del self.admitted[task_id]
+            for gate in self._gates.values():
+                if gate.slots is not None:
+                    gate.slots.taken = self._taken(gate)
+
     def _taken(self, gate: _Gate) -> int:
         return sum(gate in one.gates for one in self.admitted.values())
 
@@ -591,20 +599,11 @@ class Admission:
         """Maintain the shared limits; after a ``RepositoryError``, the next call does the rest."""
         if self._gates:
             with self._lock:
-                self._recount()
                 while self._left:
                     self._left[-1].leave()
                     self._left.pop()
                 for part in self._shared():
                     part.tend()
-
-    def _recount(self) -> None:
-        """Count the used slots anew: an interrupt may have come between a slot and its task."""
-        used = Counter(gate for one in [*self.admitted.values()] for gate in one.gates)
-        for gate in self._gates.values():
-            if gate.slots is not None and gate.slots.taken != used[gate]:
-                gate.slots.taken = used[gate]
-                self._freed()
 
     def end(self) -> None:
         """Give back the node's part of the shared limits, because the node ends."""

@@ -21,7 +21,6 @@ class Audit:
         self._suspicious: set[tuple[str, str, int]] = set()
         self._strays: set[Run] = set()
         self._reserved: set[int] = set()
-        self._admitted: dict[str, object] = {}
 
     def check(self) -> None:
         """Repair what an interrupt at the wrong moment left behind, if two audits in a row see it.
@@ -31,7 +30,6 @@ class Audit:
         - A run that no thread executes is handed back.
         - A run in memory that is over according to the repository is forgotten.
         - A reserved slot of the buffer that no task took is released.
-        - A task that limits have let through, and that did not start, is in their way no more.
 
         Of a large buffer, only the tasks that come next are compared.
         """
@@ -51,7 +49,6 @@ class Audit:
                 self._interrupt(stub.id)
         self._suspicious = lost - self._suspicious
         self._audit_runs(stubs)
-        self._audit_admitted()
         reserved = pool.buffer.reserved
         stale, self._reserved = self._reserved & reserved, set(reserved)
         pool.buffer.release(stale)
@@ -80,18 +77,6 @@ class Audit:
                 pool.starter.strike(run)
         self._strays = {*strays} - self._strays
         pool.starter.undo()
-
-    def _audit_admitted(self) -> None:
-        """Let the slots go of tasks that were admitted and that nothing is about to start."""
-        pool = self._pool
-        admitted = pool.admission.admitted.copy()  # first: what has ended since is there no more
-        runs = [*pool.stuck.runs.copy(), *list(pool.starter.unexecuted)]
-        known = {*(item.id for item in [*pool.buffer.starting]), *(run.task.id for run in runs)}
-        strays = {i: one for i, one in admitted.items() if i not in known and i not in pool.runs}
-        for task_id, one in strays.items():
-            if self._admitted.get(task_id) == one:
-                pool.admission.over(task_id, ran=False)
-        self._admitted = strays
 
     def _is_stray(self, run: Run, stubs: Collection[tuple[str, str, int]]) -> bool:
         if run.task.status is not TaskStatus.RUNNING:

@@ -355,7 +355,7 @@ class Buffer:
                 while len(items) < most and self._heap:
                     item = heappop(self._heap)
                     inside = self._fetched if item.fetched else self._submitted
-                    # Not ``get``: without the interpreter's lock, it waits at each object of another thread.
+                    # Not ``get``: without the interpreter's lock, it waits for each other thread's object.
                     if item.id not in inside or inside[item.id] is not item:
                         continue
                     del inside[item.id]
