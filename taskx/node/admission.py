@@ -362,7 +362,7 @@ class Admission:
                     gate.slots.taken = self._taken(gate)
 
     def keep_only(self, task_ids: Container[str]) -> None:
-        """Forget all admitted tasks but these, after an interrupt of a thread that let tasks start or end."""
+        """Forget all admitted tasks but these, after an interrupt of a start or an end."""
         with self._lock:
             for task_id in [task_id for task_id in self.admitted if task_id not in task_ids]:
                 del self.admitted[task_id]

@@ -260,7 +260,7 @@ class ManualQueue(Queue):
                     return run
 
     def _let_go(self) -> None:
-        """Let tasks be fetched, taken and admitted again: an interrupt may have kept what was to do that."""
+        """Let tasks be fetched, taken and admitted again, after an interrupt."""
         pool = self._driven.pool
         with self._choosing:
             pool.buffer.started()
