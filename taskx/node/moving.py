@@ -359,9 +359,12 @@ class Moves(Ledger[Outcome]):
         if keys:
             self.turns.advance(keys)
 
-    def process_if_unattended(self) -> None:
-        """Process dependents and turns now if no housekeeper is running that would do it soon."""
-        if self._pool is None and self.counts.some:  # no node of this queue stores them
+    def process_if_unattended(self, *, counts: bool = True) -> None:
+        """Process dependents and turns now if no housekeeper is running that would do it soon.
+
+        ``counts`` says that what was counted is stored, too.
+        """
+        if counts and self._pool is None and self.counts.some:
             with suppress(RepositoryError):  # the next call does
                 self.counts.store()
         if self._agenda.attended:

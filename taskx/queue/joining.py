@@ -112,7 +112,8 @@ class _Consequences:
         try:
             services.moves.follow(writes, self._known(writes))
             services.agenda.fetch_soon()
-            services.moves.process_if_unattended()
+            # What was counted is left to another call: the end of the caller's block waits for no turn.
+            services.moves.process_if_unattended(counts=False)
             for call in self.calls:
                 call()
         except Exception:  # the tasks are stored, and polling finds them

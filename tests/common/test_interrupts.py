@@ -146,11 +146,11 @@ def test_an_interrupted_task_that_its_submitter_runs_runs_again(make_queue, gate
 @auditing
 @pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)
 def test_an_interrupted_cancel_leaves_nothing_behind(make_queue, gate):
-    queue = make_queue(worker_num=1, buffer_size=600)
+    queue = make_queue(worker_num=1, buffer_size=1100)
     queue.executor("fine")(lambda: "fine")
     queue.start()
     Waiting(queue, gate).fill(1)
-    queue.submit_many([Task(type="fine", id=f"x{n}") for n in range(580)])
+    queue.submit_many([Task(type="fine", id=f"x{n}") for n in range(1000)])
     agenda, moves = queue._services.agenda, queue._services.moves
     # Else each cancel also completes the work of the one before, and is struck during that work.
     recovered = lambda: not moves.unsettled or agenda.wake()  # noqa: E731

@@ -85,6 +85,13 @@ def test_a_task_that_no_node_holds_is_news(listen, theirs):
     assert listener.wait(PATIENCE) == FREED
 
 
+def test_a_task_that_waits_for_its_turn_is_news(listen, theirs):
+    """Other nodes may have workers for it."""
+    listener = listen()
+    theirs.apply([created(concurrency_key="k")])
+    assert listener.wait(PATIENCE) == FREED
+
+
 def test_a_request_to_cancel_is_news(theirs, listen):
     started(theirs)
     listener = listen()
@@ -119,9 +126,6 @@ def test_several_kinds_of_news_arrive_together(theirs, listen):
     [
         pytest.param(lambda task: owned(created("b")), id="a task that its node holds"),
         pytest.param(lambda task: created("b", run_at=NOW + 10**9), id="a delayed task"),
-        pytest.param(
-            lambda task: created("b", concurrency_key="k"), id="a task that waits for its turn"
-        ),
         pytest.param(lambda task: lifecycle.take("waiting", "node"), id="a task that is taken"),
         pytest.param(lambda task: lifecycle.progress("a", task.starts, 5, ""), id="progress"),
         pytest.param(lambda task: lifecycle.checkpoint(task, "{}", durable=False), id="checkpoint"),
