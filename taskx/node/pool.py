@@ -522,10 +522,8 @@ class WorkerPool:
             alone = [run for run in left if run.task.damage or run.token.cancelled]
             if len(left) - len(alone) == 1:
                 alone = left
-            endings = []
-            for run in alone:
-                endings.append(self.execute(run, worker, conclude))
-                left = [other for other in left if other is not run]
+            left = [run for run in left if run not in alone]
+            endings = [self.execute(run, worker, conclude) for run in alone]
             left = [run for run in left if self._begins(run)]
             if not left:
                 return endings
