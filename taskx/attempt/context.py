@@ -266,10 +266,13 @@ class Context:
         """
         return self._kept().step(name, self._token, lambda: fn(*args, **kwargs))  # type: ignore[no-any-return]
 
-    def _wait_for(self, coroutine: Coroutine[Any, Any, T], enter_run: Callable[[], object]) -> T:
+    def _wait_for(
+        self, coroutine: Coroutine[Any, Any, T], enter_run: Callable[[], object], *, inside: bool
+    ) -> T:
         """Run the coroutine of the executor on the queue's loop, and return its result.
 
-        ``enter_run`` makes the run the current one for the coroutine.
+        ``enter_run`` makes the run the current one for the coroutine. ``inside`` says if another coroutine
+        has called the executor.
         """
 
         def enter(begun: Awaited) -> None:
@@ -279,7 +282,8 @@ class Context:
                 in_coroutine.set(self._shared.log.capture)
 
         assert self._shared.loop is not None
-        return self._shared.loop().run(coroutine, self._task, self._token, enter)  # type: ignore[no-any-return]
+        given = coroutine, self._task, self._token, enter
+        return self._shared.loop().run(*given, inside=inside)  # type: ignore[no-any-return]
 
     async def astep(
         self, name: str, fn: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs
@@ -590,13 +594,18 @@ class Context:
 
         Raises:
             ConfigurationError: the repository shares no database with your data; a transaction of this run
-                is open; the task was completed; or this is a child process.
+                is open; the task was completed; this is a child process; or the thread of the event loop.
             TaskCancelled: the token had fired before the block; or this run has lost its task to another
                 run, and nothing was stored.
             RepositoryError: the transaction could not be committed, and nothing was stored.
         """
         if self._completed:
             raise ConfigurationError("this run has completed its task in a transaction")
+        if self._awaited is not None and self._awaited.is_here():
+            raise ConfigurationError(
+                "a transaction belongs to its thread, which all coroutines share: open it in a function, "
+                "and call that by await asyncio.to_thread(…)"
+            )
         kept, open_transaction = self._kept(), self._shared.keeper.transaction
         kept.refuse_transaction()  # before it waits for progress that waits for this thread's transaction
         with (

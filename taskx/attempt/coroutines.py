@@ -137,11 +137,21 @@ class Awaited:
         with suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(on_loop)
 
+    def cancel_and_wait(self) -> None:
+        """Cancel the coroutine, and wait for its end, however it ends."""
+        self.cancel()
+        self._waiting.acquire()
+        self._error = None
+
     def uncancel(self, error: BaseException) -> None:
         """Say that a cancel was meant for a part of the coroutine only, which it has ended by ``error``."""
         is_cancel = isinstance(error, asyncio.CancelledError)
         if is_cancel and self.task is not None and sys.version_info >= (3, 11):
             self.task.uncancel()
+
+    def is_here(self) -> bool:
+        """Return True if the calling thread is that of the loop."""
+        return asyncio._get_running_loop() is self._loop
 
     def leave(self, on_end: Callable[[], object]) -> None:
         """Let the thread go on although the coroutine does not end; call ``on_end()`` when it has ended."""
@@ -198,13 +208,31 @@ class Loop:
         task: Task,
         token: CancelToken,
         enter: Callable[[Awaited], object],
+        *,
+        inside: bool = False,
     ) -> Any:
         """Run the coroutine of a task, and return its result; the calling thread waits.
 
-        ``enter`` is called in the context of variables that the coroutine gets.
+        ``enter`` is called in the context of variables that the coroutine gets. If the caller is ``inside``
+        of another coroutine, whose loop may wait for this call, it runs on a loop of its own.
 
         Raises the exceptions of :meth:`Awaited.wait`.
         """
+        if inside:
+            inner = Loop(self._timing)
+            try:
+                return inner._run(coroutine, task, token, enter)
+            finally:
+                inner.close()
+        return self._run(coroutine, task, token, enter)
+
+    def _run(
+        self,
+        coroutine: Coroutine[Any, Any, Any],
+        task: Task,
+        token: CancelToken,
+        enter: Callable[[Awaited], object],
+    ) -> Any:
         try:
             loop = self._started()
             awaited = Awaited(coroutine, task, token, loop, self.running)
@@ -222,8 +250,7 @@ class Loop:
                 remove()
         except BaseException:
             if awaited in self.running:  # this thread was interrupted
-                awaited.cancel()
-                awaited.wait()
+                awaited.cancel_and_wait()
             raise
 
     def _started(self) -> asyncio.AbstractEventLoop:

@@ -733,9 +733,10 @@ def _sync(function: Callable[..., Any]) -> Callable[..., Any]:
         return function
 
     def call(*args: Any, **params: Any) -> Any:
-        context = current_context()
+        context, inside = current_context(), awaited.get() is not None
         assert context is not None  # a run calls it
-        return context._wait_for(function(*args, **params), partial(awaited.set, context))
+        enter = partial(awaited.set, context)
+        return context._wait_for(function(*args, **params), enter, inside=inside)
 
     return call
 

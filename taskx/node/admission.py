@@ -361,6 +361,15 @@ class Admission:
                 if gate.slots is not None:
                     gate.slots.taken = self._taken(gate)
 
+    def keep_only(self, task_ids: Container[str]) -> None:
+        """Forget all admitted tasks but these, after an interrupt of a start or an end."""
+        with self._lock:
+            for task_id in [task_id for task_id in self.admitted if task_id not in task_ids]:
+                del self.admitted[task_id]
+            for gate in self._gates.values():
+                if gate.slots is not None:
+                    gate.slots.taken = self._taken(gate)
+
     def _taken(self, gate: _Gate) -> int:
         return sum(gate in one.gates for one in self.admitted.values())
 

@@ -325,8 +325,10 @@ class Buffer:
 
     def _tidy(self) -> None:
         """Remove items that have left the buffer from the heap, once there are many."""
-        if len(self._heap) <= 2 * len(self) + _FEW_GONE:  # those in lots are counted, too
-            return
+        if len(self._heap) > 2 * len(self) + _FEW_GONE:  # those in lots are counted, too
+            self._renew_heap()
+
+    def _renew_heap(self) -> None:
         while True:
             every = [*self._fetched.values(), *self._submitted.values()]
             heap = [item for item in every if not item.entered]
@@ -349,17 +351,21 @@ class Buffer:
             if items:
                 self.starting = items
                 return items
-            while len(items) < most and self._heap:
-                item = heappop(self._heap)
-                inside = self._fetched if item.fetched else self._submitted
-                # Not ``get``: without the interpreter's lock, it waits at each object of another thread.
-                if item.id not in inside or inside[item.id] is not item:
-                    continue
-                del inside[item.id]
-                if self.room.listening and not item.fetched:
-                    self.room.ring()
-                items.append(item)
-            self.starting = items
+            try:
+                while len(items) < most and self._heap:
+                    item = heappop(self._heap)
+                    inside = self._fetched if item.fetched else self._submitted
+                    # Not ``get``: without the interpreter's lock, it waits for each other thread's object.
+                    if item.id not in inside or inside[item.id] is not item:
+                        continue
+                    del inside[item.id]
+                    if self.room.listening and not item.fetched:
+                        self.room.ring()
+                    items.append(item)
+                self.starting = items
+            except BaseException:  # an interrupt: a known item may be in no heap any more
+                self._renew_heap()
+                raise
             return items
 
     def started(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from itertools import compress, islice
 
 from taskx.node.admission import Admission, Names
@@ -117,6 +118,11 @@ class Fetcher:
                 self._seek()
             return True
         finally:
+            self._refilling.release()
+
+    def let_refill(self) -> None:
+        """Let :meth:`refill` fetch again, after an interrupt of the only thread that calls it."""
+        with suppress(RuntimeError):  # it was not cut short
             self._refilling.release()
 
     def _seek(self) -> None:

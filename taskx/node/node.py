@@ -15,6 +15,7 @@ from typing import Protocol
 
 import attrs
 
+from taskx.attempt.current import awaited
 from taskx.attempt.runner import inside_executor
 from taskx.node.engine import Engine
 from taskx.node.housekeeper import Housekeeper
@@ -436,7 +437,7 @@ class LocalNode:
     def _wait_for_workers(self, deadline: float) -> None:
         # A stop that an executor asks for cannot wait for that executor.
         pool = self._pool
-        here = 1 if threading.current_thread() in pool.threads else 0
+        here = threading.current_thread() in pool.threads or awaited.get() is not None
         while (left := deadline - time.monotonic()) > 0:
             # A submitter's thread may run a task, too.
             others = pool.runs or pool.stuck.runs

@@ -9,7 +9,7 @@ from taskx.queue.bulk import PLAIN, Bulk, Tally, Terms
 from taskx.queue.requeuing import Requeues
 from taskx.stores import queries
 from taskx.stores.selecting import Chosen, Page, Selection, Statuses
-from taskx.tasks import lifecycle
+from taskx.tasks import children, lifecycle
 from taskx.tasks.clock import to_ms
 from taskx.tasks.creation import new_record
 from taskx.tasks.errors import (
@@ -36,6 +36,10 @@ class Operations(Requeues):
 
     def cancel_one(self, task_id: str) -> bool:
         """Cancel a task; return False if it is running and was asked to stop: see ``Queue.cancel_task``."""
+        if self._lists([task_id]):
+            raise InvalidTransition(
+                f"{task_id} is the list of a task's children: cancel that task, which cancels them, too"
+            )
         for _ in range(_TRIES):
             *cancelled, asked = self._commit(
                 lifecycle.cancel(task_id, self._services.clock.now_ms())
@@ -75,11 +79,22 @@ class Operations(Requeues):
 
     def _cancel_page(self, page: Page, _: Selection, tally: Tally) -> None:
         ids, tasks = page
+        lists = self._lists(ids)
+        ids = [i for i in ids if i not in lists]
         new = [i for i in ids if i not in tasks or tasks[i].cancel_requested_at is None]
         cancelled, asked = self._cancel_some(new, tasks)
         changed = len(cancelled) + len(asked)
         skipped = ["asked"] * (len(ids) - len(new)) + ["changed"] * (len(new) - changed)
         tally.add(len(ids), tasks, changed=changed, asked=len(asked), skipped=skipped)
+
+    def _lists(self, task_ids: Sequence[str]) -> set[str]:
+        """Return those of these ids that are of lists of children, which end with their parents.
+
+        A parent that has just been cancelled could not find its children after the end of their list.
+        """
+        some = [task_id for task_id in task_ids if children.may_be_list(task_id)]
+        found = self._repository.find("id", some, ("id", "type")) if some else ()
+        return {task_id for task_id, type in found if type == lifecycle.CHILDREN}
 
     def _cancel_some(
         self, task_ids: Sequence[str], tasks: Mapping[str, Task]

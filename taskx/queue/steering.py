@@ -47,7 +47,7 @@ class Steering(Parts):
 
         Raises:
             TaskNotFound: no task has this id.
-            InvalidTransition: the task has ended.
+            InvalidTransition: the task has ended, or is the list of another one's children.
             RepositoryCorrupt: the record is so damaged that it cannot be cancelled.
         """
         with self._changing(connection) as operations:

@@ -244,20 +244,29 @@ class ManualQueue(Queue):
             self._node.start()
             pool = self._driven.pool
             while True:
-                self._driven.housekeeper.do_round()
                 try:
+                    self._driven.housekeeper.do_round()
                     items = pool.buffer.take(1)
                     if not items:
                         return None
                     run = pool.start(items, self._worker)
-                except BaseException:  # an interrupt: nobody else would let tasks be taken again
-                    pool.buffer.started()
+                except BaseException:
+                    self._let_go()
                     raise
                 if run is not None:
                     # Here: another thread that waits for it must see that it is taken.
                     here = threading.get_ident()
                     self._busy[here] = self._busy.get(here, 0) + 1
                     return run
+
+    def _let_go(self) -> None:
+        """Let tasks be fetched, taken and admitted again, after an interrupt."""
+        pool = self._driven.pool
+        with self._choosing:
+            pool.buffer.started()
+            pool.fetcher.let_refill()
+            runs = [*pool.runs.values(), *pool.stuck.runs.copy(), *pool.starter.unexecuted]
+            pool.admission.keep_only({run.task.id for run in runs})
 
     def _execute(self, call: Run | Call) -> BaseException | None:
         """Run the tasks of a call to their outcomes; return the first error of an executor, or a result."""
@@ -268,6 +277,9 @@ class ManualQueue(Queue):
                 endings = [pool.execute(call, self._worker, conclude=pool.conclude)]
             else:
                 endings = pool.execute_call(call, self._worker, conclude=pool.conclude)
+        except BaseException:
+            self._let_go()
+            raise
         finally:
             errors = [self._driven.runner.raised.pop(run, None) for run in runs_of(call)]
             self._busy[here] -= 1

@@ -9,10 +9,12 @@ import logging
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 from concurrent.futures import wait
+from contextlib import closing
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -36,7 +38,7 @@ from taskx import (
     TaskStatus,
     current_context,
 )
-from taskx.testing import ManualClock, ManualQueue, inline, run_executor, survives
+from taskx.testing import InlineQueue, ManualClock, ManualQueue, inline, run_executor, survives
 
 from . import isolated
 
@@ -701,3 +703,107 @@ def test_a_task_of_a_coroutine_can_be_submitted_by_its_type(queue):
 
     queue.start()
     assert queue.submit(Task(type="work", params={"n": 3})).result(PATIENCE) == 3
+
+
+class TestOneThatWaitsForAnother:
+    """A thread of the loop that runs a task itself must not wait for the loop."""
+
+    @pytest.mark.parametrize("kind", [ManualQueue, InlineQueue])
+    @pytest.mark.parametrize("how", ["await", "result", "thread"])
+    def test_in_a_test_queue(self, kind, how):
+        queue = kind()
+
+        @queue.executor()
+        async def count(left):
+            if not left:
+                return 0
+            handle = count.submit(left - 1)
+            if how == "await":
+                return 1 + await handle
+            if how == "result":
+                return 1 + handle.result(PATIENCE)
+            return 1 + await asyncio.to_thread(handle.result, PATIENCE)
+
+        handle = count.submit(3)
+        if kind is ManualQueue:
+            queue.run_all()
+        assert handle.result(0) == 3
+
+    def test_if_the_buffer_is_full_and_the_caller_runs_the_task(self, make_queue):
+        queue = make_queue(worker_num=1, buffer_size=1, overflow="caller_runs")
+
+        @queue.executor()
+        async def one():
+            return 1
+
+        @queue.executor()
+        async def many():
+            return [one.submit().id for _ in range(3)]
+
+        queue.start()
+        ids = many.submit().result(PATIENCE)
+        assert [queue.handle(one_id).result(PATIENCE) for one_id in ids] == [1, 1, 1]
+
+
+def test_a_stop_inside_of_one_does_not_wait_for_it(queue):
+    @queue.executor()
+    async def stop(ctx):
+        return queue.stop(timeout=AGES) == [ctx.task.id]
+
+    queue.start()
+    assert stop.submit().result(PATIENCE)
+
+
+def test_a_transaction_is_for_a_thread_and_so_refused_on_the_loop(make_queue, database):
+    """Else the writes of all other coroutines would be refused, or part of it."""
+    with closing(sqlite3.connect(database)) as connection:
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("CREATE TABLE books (name TEXT)")
+    with SQLiteRepository(database, prefix="taskx_") as repository:
+        queue = make_queue(repository)
+
+        @queue.executor()
+        async def write(ctx):
+            def commit():
+                with ctx.transaction() as tx:
+                    tx.connection.execute("INSERT INTO books VALUES ('Emma')")
+                    tx.complete("done")
+
+            with pytest.raises(ConfigurationError, match="to_thread"):
+                commit()
+            await asyncio.to_thread(commit)
+
+        queue.start()
+        assert write.submit().result(PATIENCE) == "done"
+        queue.stop()
+    with closing(sqlite3.connect(database)) as connection:
+        assert connection.execute("SELECT name FROM books").fetchall() == [("Emma",)]
+
+
+@pytest.mark.process
+def test_an_interrupt_while_a_thread_waits_ends_the_program_and_not_the_task():
+    """``Ctrl-C`` in a program that runs a task on its main thread."""
+    program = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert program.stdout.split() == ["pending", "0", "1"], program.stderr
+
+
+INTERRUPTED = """
+import asyncio, os, signal
+from taskx.testing import ManualQueue
+
+queue = ManualQueue()
+
+@queue.executor()
+async def work():
+    os.kill(os.getpid(), signal.SIGINT)
+    await asyncio.sleep(3600)
+
+handle = work.submit()
+try:
+    queue.run_all()
+except KeyboardInterrupt:
+    task = handle.task()
+    print(task.status, task.errors, task.interruptions)
+"""

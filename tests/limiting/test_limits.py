@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 
@@ -17,6 +18,7 @@ from helpers import (
     whole_round,
 )
 from storage.repositories import TinyRepository
+from strikes import strike_at
 
 from taskx import (
     Config,
@@ -31,6 +33,7 @@ from taskx import (
 )
 from taskx.node.admission import Admission, Asking
 from taskx.tasks.rate import Limit, rates_of
+from taskx.testing import ManualQueue
 
 #: The limits of the type "t".
 OF_T = ("type/t",)
@@ -714,3 +717,23 @@ def test_a_repository_of_eight_methods_refuses_global_limits(options):
     with pytest.raises(ConfigurationError, match="limit_scope"):
         queue.executor("t", limit_scope="global", **options)(lambda: None)
     queue.executor("t", **options)(lambda: None)
+
+
+# Interrupts
+
+
+def test_an_interrupted_admission_is_forgotten():
+    """So the next task of a test may start, although the limit lets a single one start."""
+    for point in itertools.count():
+        queue = ManualQueue()
+        queue.executor("t", max_concurrency=1)(lambda: None)
+        queue.submit("t")
+        queue.run_all()
+        admission = pool_of(queue).admission
+        ask = lambda: admission.admit({OF_T: [Asking("x")]})  # noqa: B023, E731  (called at once)
+        if strike_at(point, ask) is None:
+            break
+        admission.keep_only(())
+        assert not admission.admitted
+        assert admission.open("t")
+    assert point > 10

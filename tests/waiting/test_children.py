@@ -371,6 +371,17 @@ class TestTheEndOfTheParent:
         assert status(queue, f"{handle.id}/leaves/1") in (CANCELLED, COMPLETED)
         assert status(queue, f"{handle.id}/leaves/all") == CANCELLED
 
+    def test_the_list_itself_is_not_cancelled(self, queue):
+        """Else its children would go on if it ended between the end of their parent and theirs."""
+        handle = queue.submit("top", {"numbers": [1, 2]})
+        queue.run_next()
+        queue.repository.apply(lifecycle.cancel(handle.id, queue.clock.now_ms()))
+        with pytest.raises(InvalidTransition, match="the list of a task's children: cancel that"):
+            queue.cancel_task(f"{handle.id}/leaves/all")
+        assert queue.cancel_all(type=lifecycle.CHILDREN).changed == 0
+        queue.advance(3)
+        assert {status(queue, f"{handle.id}/leaves/{n}") for n in (0, 1)} == {CANCELLED}
+
     def test_a_failure_leaves_them(self, queue):
         @queue.executor("fails")
         def fails(ctx):
