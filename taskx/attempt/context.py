@@ -697,7 +697,7 @@ class Context:
 
         With ``step``, the sleep is durable, and holds no thread if it takes a second or longer: the attempt
         ends here as in :meth:`ask`, and goes on at that moment, which crashes and restarts do not change.
-        :meth:`Queue.wake` ends it before.
+        :meth:`Queue.wake` ends it before. A shorter sleep begins anew after a crash.
 
         Args:
             seconds: the time to sleep.
