@@ -296,7 +296,7 @@ class Checkpoints:
         self._refuse_if_completed()
         try:
             return [*call()]
-        except BaseException:
+        except BaseException:  # after any error the executor may try again
             self._taken.discard(name)
             raise
 

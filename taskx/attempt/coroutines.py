@@ -236,7 +236,9 @@ class Loop:
         try:
             loop = self._started()
             awaited = Awaited(coroutine, task, token, loop, self.running)
-        except BaseException:
+        except (
+            BaseException
+        ):  # an interrupt, too: else Python warns of a coroutine that nobody awaits
             coroutine.close()
             raise
         try:
@@ -248,8 +250,10 @@ class Loop:
                 return awaited.wait()
             finally:
                 remove()
-        except BaseException:
-            if awaited in self.running:  # this thread was interrupted
+        except (
+            BaseException
+        ):  # of the coroutine; or, as long as that runs, an interrupt of this thread
+            if awaited in self.running:
                 awaited.cancel_and_wait()
             raise
 
@@ -265,7 +269,7 @@ class Loop:
                 )
                 try:
                     thread.start()
-                except BaseException:
+                except BaseException:  # no thread can be started, or an interrupt
                     loop.close()
                     raise
                 # A queue of a test may be dropped without a stop.

@@ -100,7 +100,7 @@ class Run:
 
     @property
     def what_goes_on(self) -> str:
-        """What goes on if the run is stuck: its thread, or its coroutine, whose thread is free."""
+        """The part that goes on if the run is stuck: its thread, or its coroutine (its thread is free)."""
         return "thread" if self.context._awaited is None else "coroutine"
 
 

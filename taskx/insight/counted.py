@@ -36,7 +36,7 @@ _PAGE = 1000
 
 @attrs.frozen
 class Counted:
-    """What was counted since a time.
+    """The counts since a time.
 
     Attributes:
         since: the beginning of the first minutes, hour or day that were read, or the time at which counting
@@ -134,7 +134,7 @@ def percentile(groups: Mapping[str, int], share: float) -> float:
 
 @attrs.frozen(kw_only=True)
 class KeyUsage:
-    """What the tasks of a concurrency key did: see :meth:`Queue.usage`.
+    """The counts of the tasks of a concurrency key: see :meth:`Queue.usage`.
 
     Attributes:
         started: the number of attempts that began.

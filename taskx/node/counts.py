@@ -202,7 +202,7 @@ def counted_as(move: str, status: str | None) -> str | None:
 
 
 class Counts:
-    """What this process has counted and not stored yet.
+    """The counts of this process that are not stored yet.
 
     A plain task costs two appends: of how long it waited and how long it ran. They are added up by
     :meth:`gather`.

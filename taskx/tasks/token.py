@@ -17,7 +17,7 @@ from taskx.tasks.timing import DEFAULT_TIMING
 
 
 class _Child(Protocol):
-    """What fires together with a token."""
+    """The parts that fire together with a token."""
 
     def fire(self, reason: CancelReason) -> object: ...
 
