@@ -236,9 +236,7 @@ class Loop:
         try:
             loop = self._started()
             awaited = Awaited(coroutine, task, token, loop, self.running)
-        except (
-            BaseException
-        ):  # an interrupt, too: else Python warns of a coroutine that nobody awaits
+        except BaseException:  # else Python warns of a coroutine that nobody awaits
             coroutine.close()
             raise
         try:
@@ -250,9 +248,7 @@ class Loop:
                 return awaited.wait()
             finally:
                 remove()
-        except (
-            BaseException
-        ):  # of the coroutine; or, as long as that runs, an interrupt of this thread
+        except BaseException:  # of the coroutine, or an interrupt while it runs
             if awaited in self.running:
                 awaited.cancel_and_wait()
             raise
