@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, ParamSpec, TypeVar
 from taskx.attempt.capture import CapturedLogger, in_coroutine
 from taskx.attempt.checkpoints import Checkpoints, Keeper
 from taskx.attempt.children import check_tasks
+from taskx.attempt.current import awaited
 from taskx.attempt.transactions import Completed, Transaction
 from taskx.attempt.waiting import (
     AGAIN,
@@ -267,22 +268,24 @@ class Context:
         return self._kept().step(name, self._token, lambda: fn(*args, **kwargs))  # type: ignore[no-any-return]
 
     def _wait_for(
-        self, coroutine: Coroutine[Any, Any, T], enter_run: Callable[[], object], *, inside: bool
+        self,
+        coroutine: Coroutine[Any, Any, T],
+        enter: Callable[[Awaited], object] = lambda begun: None,
     ) -> T:
         """Run the coroutine of the executor on the queue's loop, and return its result.
 
-        ``enter_run`` makes the run the current one for the coroutine. ``inside`` says if another coroutine
-        has called the executor.
+        ``enter`` is called in the context of variables that the coroutine gets.
         """
 
-        def enter(begun: Awaited) -> None:
+        def begin(begun: Awaited) -> None:
             self._awaited = begun
-            enter_run()
+            awaited.set(self)
             if isinstance(self._shared.log, CapturedLogger):
                 in_coroutine.set(self._shared.log.capture)
+            enter(begun)
 
         assert self._shared.loop is not None
-        given = coroutine, self._task, self._token, enter
+        given, inside = (coroutine, self._task, self._token, begin), awaited.get() is not None
         return self._shared.loop().run(*given, inside=inside)  # type: ignore[no-any-return]
 
     async def astep(
@@ -518,8 +521,8 @@ class Context:
             (name,) = facts
             return bool(waits.forget(self._task, name, self._token))
         if what == "wait":
-            awaited, seconds, until = facts
-            return waits.wait(self._task, awaited, seconds, until, self._token)
+            wanted, seconds, until = facts
+            return waits.wait(self._task, wanted, seconds, until, self._token)
         name, question, timeout, tags, param = facts
         question = payload.loads(question)
         return waits.ask(self._task, name, question, timeout, tags, self._token, param)

@@ -8,7 +8,7 @@ import itertools
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence, Set
-from functools import partial, update_wrapper
+from functools import update_wrapper
 from types import MappingProxyType
 from typing import (
     TYPE_CHECKING,
@@ -23,7 +23,7 @@ from typing import (
 )
 
 from taskx.attempt.context import Context
-from taskx.attempt.current import awaited, current_context
+from taskx.attempt.current import current_context
 from taskx.attempt.together import BatchContext, Together, alone
 from taskx.tasks.checks import Duration, check_plain, is_async
 from taskx.tasks.creation import model_of
@@ -733,10 +733,9 @@ def _sync(function: Callable[..., Any]) -> Callable[..., Any]:
         return function
 
     def call(*args: Any, **params: Any) -> Any:
-        context, inside = current_context(), awaited.get() is not None
+        context = current_context()
         assert context is not None  # a run calls it
-        enter = partial(awaited.set, context)
-        return context._wait_for(function(*args, **params), enter, inside=inside)
+        return context._wait_for(function(*args, **params))
 
     return call
 
