@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, ParamSpec, TypeVar
 from taskx.attempt.capture import CapturedLogger, in_coroutine
 from taskx.attempt.checkpoints import Checkpoints, Keeper
 from taskx.attempt.children import check_tasks
-from taskx.attempt.current import awaited
 from taskx.attempt.transactions import Completed, Transaction
 from taskx.attempt.waiting import (
     AGAIN,
@@ -270,22 +269,24 @@ class Context:
     def _wait_for(
         self,
         coroutine: Coroutine[Any, Any, T],
-        enter: Callable[[Awaited], object] = lambda begun: None,
+        enter: Callable[[Awaited], object],
+        *,
+        inside: bool,
     ) -> T:
         """Run the coroutine of the executor on the queue's loop, and return its result.
 
-        ``enter`` is called in the context of variables that the coroutine gets.
+        ``enter`` is called in the context of variables that the coroutine gets. ``inside`` says if another
+        coroutine has called the executor.
         """
 
         def begin(begun: Awaited) -> None:
             self._awaited = begun
-            awaited.set(self)
             if isinstance(self._shared.log, CapturedLogger):
                 in_coroutine.set(self._shared.log.capture)
             enter(begun)
 
         assert self._shared.loop is not None
-        given, inside = (coroutine, self._task, self._token, begin), awaited.get() is not None
+        given = coroutine, self._task, self._token, begin
         return self._shared.loop().run(*given, inside=inside)  # type: ignore[no-any-return]
 
     async def astep(
@@ -521,8 +522,8 @@ class Context:
             (name,) = facts
             return bool(waits.forget(self._task, name, self._token))
         if what == "wait":
-            wanted, seconds, until = facts
-            return waits.wait(self._task, wanted, seconds, until, self._token)
+            awaited, seconds, until = facts
+            return waits.wait(self._task, awaited, seconds, until, self._token)
         name, question, timeout, tags, param = facts
         question = payload.loads(question)
         return waits.ask(self._task, name, question, timeout, tags, self._token, param)

@@ -33,7 +33,7 @@ from taskx.tasks.token import CancelToken
 T = TypeVar("T")
 
 
-class WaitingThread(Executor):
+class Waiter(Executor):
     """A thread that waits for the end of a coroutine, and makes the calls that are submitted to it."""
 
     def __init__(self) -> None:
@@ -111,7 +111,7 @@ class Awaited:
         self._loop = loop
         self._coroutine = coroutine
         #: The thread that waits for it.
-        self.thread = WaitingThread()
+        self.thread = Waiter()
         self._process = forks.generation
         #: The task of asyncio; None before the loop has made it.
         self.task: asyncio.Task[None] | None = None

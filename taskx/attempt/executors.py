@@ -23,7 +23,7 @@ from typing import (
 )
 
 from taskx.attempt.context import Context
-from taskx.attempt.current import current_context
+from taskx.attempt.current import awaited, current_context
 from taskx.attempt.together import BatchContext, Together, alone
 from taskx.tasks.checks import Duration, check_plain, is_async
 from taskx.tasks.creation import model_of
@@ -44,6 +44,7 @@ from taskx.tasks.values import ItemValues, Values, values_of
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing from 3.11 on
 
+    from taskx.attempt.coroutines import Awaited
     from taskx.tasks.handles import TaskHandle
 
 P = ParamSpec("P")
@@ -733,11 +734,26 @@ def _sync(function: Callable[..., Any]) -> Callable[..., Any]:
         return function
 
     def call(*args: Any, **params: Any) -> Any:
-        context = current_context()
-        assert context is not None  # a run calls it
-        return context._wait_for(function(*args, **params))
+        return wait_for(function(*args, **params))
 
     return call
+
+
+def wait_for(
+    coroutine: Coroutine[Any, Any, T], enter: Callable[[Awaited], object] = lambda begun: None
+) -> T:
+    """Run a coroutine for the executor that calls this, on the queue's loop, and return its result.
+
+    ``enter`` is called in the context of variables that the coroutine gets.
+    """
+    context, inside = current_context(), awaited.get() is not None
+    assert context is not None  # a run calls the executor
+
+    def begin(begun: Awaited) -> None:
+        awaited.set(context)
+        enter(begun)
+
+    return context._wait_for(coroutine, begin, inside=inside)
 
 
 def _coding(function: Callable[..., Any], values: Values) -> Callable[..., Any]:

@@ -18,6 +18,7 @@ from contextlib import closing
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+import httpx
 import pytest
 from helpers import PATIENCE, eventually, no_rounds, services_of
 from strikes import every_strike
@@ -38,7 +39,7 @@ from taskx import (
     TaskStatus,
     current_context,
 )
-from taskx.attempt.coroutines import WaitingThread
+from taskx.attempt.coroutines import Waiter
 from taskx.testing import InlineQueue, ManualClock, ManualQueue, inline, run_executor, survives
 
 from . import isolated
@@ -217,6 +218,32 @@ class TestCancel:
         with pytest.raises(TaskFailed, match="CancelledError"):
             give_up.submit().result(PATIENCE)
 
+    def test_a_request_ends_with_it_and_so_does_its_connection(self, queue):
+        ended = threading.Event()
+
+        async def answer_never(reader, writer):
+            queue.started.set()
+            while await reader.read(1000):
+                pass
+            writer.close()
+            ended.set()
+
+        @queue.executor()
+        async def fetch():
+            server = await asyncio.start_server(answer_never, "127.0.0.1")
+            host, port = server.sockets[0].getsockname()
+            async with server, httpx.AsyncClient(trust_env=False, timeout=None) as client:
+                await client.get(f"http://{host}:{port}/")
+
+        queue.started = threading.Event()
+        queue.start()
+        handle = fetch.submit()
+        assert queue.started.wait(PATIENCE)
+        handle.cancel()
+        assert wait([handle], PATIENCE).done
+        assert handle.task().status is TaskStatus.CANCELLED
+        assert ended.wait(PATIENCE)
+
     def test_a_part_may_have_a_time_out_of_its_own(self, queue, clock):
         inside = threading.Event()
 
@@ -342,7 +369,7 @@ def test_a_thread_that_does_more_than_wait_is_stuck_itself(make_queue, clock, ga
 
 
 def test_a_thread_that_has_left_its_coroutine_makes_no_calls_for_it():
-    thread = WaitingThread()
+    thread = Waiter()
     waiting = thread.submit(int)
     assert thread.let_go(early=True)
     thread.wait()

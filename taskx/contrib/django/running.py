@@ -25,6 +25,7 @@ from taskx import (
     TaskFailed,
     TaskStatus,
 )
+from taskx.attempt.executors import wait_for
 from taskx.attempt.together import results_of
 from taskx.contrib.django.compat import (
     Task,
@@ -153,7 +154,7 @@ def _call(
     if task.takes_context:
         args = (TaskxContext(task_result=result, taskx=ctx), *args)
     if iscoroutinefunction(task.func):
-        return _awaited(ctx, task.func(*args, **kwargs))
+        return _awaited(task.func(*args, **kwargs))
     return task.func(*args, **kwargs)
 
 
@@ -162,7 +163,7 @@ def _wait_until_announced(task_id: str) -> None:
         told[1].wait(_PATIENCE)
 
 
-def _awaited(ctx: Context, coroutine: Coroutine[Any, Any, Any]) -> Any:
+def _awaited(coroutine: Coroutine[Any, Any, Any]) -> Any:
     """Run a coroutine on the queue's loop. The ORM is called in this thread, which waits for the result."""
 
     def enter(begun: Awaited) -> None:
@@ -172,12 +173,12 @@ def _awaited(ctx: Context, coroutine: Coroutine[Any, Any, Any]) -> Any:
         SyncToAsync.thread_sensitive_context.set(mine)
         SyncToAsync.context_to_thread_executor[mine] = begun.thread
 
-    of_thread = SyncToAsync.threadlocal
-    outer = getattr(of_thread, "main_event_loop", None)
+    of_thread = vars(SyncToAsync.threadlocal)
+    outer = of_thread.get("main_event_loop")
     try:
-        return ctx._wait_for(coroutine, enter)
+        return wait_for(coroutine, enter)
     finally:  # calls of the ORM have set it: ``async_to_sync`` of the next task would use it
-        of_thread.main_event_loop = outer
+        of_thread["main_event_loop"] = outer
 
 
 def _sender(alias: str) -> Any:
