@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 from taskx.stores.base import Repository
@@ -26,6 +26,7 @@ def open_repository(url: str, codec: Codec | Iterable[Codec] | None = None) -> R
       ``?durability=full&create=false&prefix=taskx_``, which are arguments of :class:`SQLiteRepository`.
     - ``memory://`` keeps tasks in this process's memory.
     - ``mongodb://host/database?collection=tasks``, or ``mongodb+srv://…``, is a MongoDB collection.
+    - ``postgresql://user@host/database?prefix=taskx_`` is a PostgreSQL database.
     - Any other scheme is that of an installed package, which names it in its entry points
       ``taskx.repositories``: a function that is called with the URL and ``codec=``.
 
@@ -56,6 +57,10 @@ def open_repository(url: str, codec: Codec | Iterable[Codec] | None = None) -> R
         from taskx.stores.mongo import MongoRepository
 
         return MongoRepository.from_url(url, codec=codec)
+    if parts.scheme in ("postgresql", "postgres"):
+        from taskx.stores.postgres import PostgresRepository
+
+        return PostgresRepository.from_url(url, codec=codec)
     if parts.scheme not in ("", "sqlite", "memory"):
         return _of_package(parts.scheme, url, codec)
     raise _unknown(url)
@@ -64,7 +69,7 @@ def open_repository(url: str, codec: Codec | Iterable[Codec] | None = None) -> R
 def _unknown(url: str, more: str = "") -> ConfigurationError:
     return ConfigurationError(
         f"{_shown(url)!r} is not the URL of a repository; use sqlite:///relative.db, "
-        f"sqlite:////absolute.db, mongodb://host/database or memory://{more}"
+        f"sqlite:////absolute.db, postgresql://host/database, mongodb://host/database or memory://{more}"
     )
 
 
@@ -105,6 +110,49 @@ def _options(query: list[tuple[str, str]], url: str) -> dict[str, Any]:
             )
         options["create"] = _BOOLEANS[options["create"]]
     return options
+
+
+def split(url: str, known: Mapping[str, Callable[[str], Any]]) -> tuple[str, dict[str, Any]]:
+    """Split a URL into the URL for a driver and the options of a repository.
+
+    Args:
+        url: the URL.
+        known: for each option of the repository, what makes its value of a text.
+
+    Raises:
+        ConfigurationError: the URL names no database, or an option is not valid.
+    """
+    from urllib.parse import parse_qsl, urlencode, urlsplit  # as above
+
+    parts = urlsplit(url)
+    if len(parts.path) < 2:
+        raise ConfigurationError(f"the {parts.scheme} URL names no database: write …/database?…")
+    given = parse_qsl(parts.query, keep_blank_values=True)
+    ours = {name: _value(name, text, known[name]) for name, text in given if name in known}
+    kept = [(name, text) for name, text in given if name not in known]
+    return parts._replace(query=urlencode(kept)).geturl(), ours
+
+
+def _value(name: str, text: str, make: Callable[[str], Any]) -> Any:
+    try:
+        return make(text)
+    except (ValueError, KeyError):
+        raise ConfigurationError(
+            f"{text!r} is no value of `{name}`, which must be {_WORDS[make]}"
+        ) from None
+
+
+def truth_of(text: str) -> bool:
+    """Return the value of ``true`` or ``false``."""
+    return _BOOLEANS[text]
+
+
+def seconds_of(text: str) -> float:
+    """Return a number of seconds."""
+    return float(text)
+
+
+_WORDS = {truth_of: "true or false", seconds_of: "a number of seconds", str: "a text"}
 
 
 def _shown(url: str) -> str:

@@ -26,7 +26,7 @@ from django.db.utils import (
 
 from taskx.contrib.django.link import Link, code, is_failure, is_locked, may_be_repeated
 from taskx.stores.base import Locked
-from taskx.stores.sql import Dialect, MySQL, Postgres, SQLite, Statements, pool
+from taskx.stores.sql import Dialect, MySQL, Postgres, SQLite, Statements, pool, postgres
 from taskx.stores.sql.pool import LOCK_TIMEOUT
 from taskx.stores.sqlite.file import DatabaseFile
 from taskx.tasks.errors import (
@@ -42,34 +42,18 @@ from taskx.tasks.timing import DEFAULT_TIMING, Timing
 #: The prefix of TaskX's tables, and of the folder of its lock files next to an SQLite file.
 PREFIX = "taskx_"
 
-_NO_TABLE = frozenset({"42P01", "1146"})
-
-
-def _limits_of_postgres(timeout: float) -> dict[str, int]:
-    """Return options by which a connection fails if its network loses all packets for ``timeout`` seconds.
-
-    The time-outs of statements are the server's. Without these options the driver would wait for 15 minutes
-    or more.
-    """
-    seconds = max(2, round(timeout))
-    return {
-        "connect_timeout": seconds,
-        "tcp_user_timeout": round(1000 * timeout),
-        "keepalives_idle": seconds,
-        "keepalives_interval": max(1, seconds // 3),
-        "keepalives_count": 3,
-    }
+_NO_TABLE = frozenset({postgres.NO_TABLE, "1146"})
 
 
 def _limits_of_mysql(timeout: float) -> dict[str, int]:
-    """Return the same for MySQL's drivers, which would wait for an answer without end."""
+    """Return what ``postgres.limits`` does for MySQL's drivers, which would wait without end."""
     seconds = max(2, round(timeout))
     # The server itself ends a statement that takes too long, and says so, before the answer is late.
     return {"connect_timeout": seconds, "read_timeout": seconds + 1, "write_timeout": seconds}
 
 
 _DIALECTS = {"sqlite": SQLite, "postgresql": Postgres, "mysql": MySQL}
-_LIMITS = {"postgresql": _limits_of_postgres, "mysql": _limits_of_mysql}
+_LIMITS = {"postgresql": postgres.limits, "mysql": _limits_of_mysql}
 
 
 @lru_cache
@@ -124,11 +108,7 @@ class Connections(pool.Connections[Link]):
             return
         milliseconds = max(1, round(seconds * 1000))
         if link.vendor == "postgresql":
-            # The second one releases the locks of a connection that was cut amid a transaction.
-            names = ("statement_timeout", "idle_in_transaction_session_timeout")
-            limits = [f"SET {name} = {milliseconds}" for name in names]
-            limits.append(f"SET lock_timeout = {min(milliseconds, link.lock_timeout)}")
-            link.execute("; ".join(limits))
+            postgres.set_timeouts(link, seconds, link.lock_timeout)
         elif link.vendor == "sqlite":
             link.rows(f"PRAGMA busy_timeout = {milliseconds}")
         elif link.vendor == "mysql":

@@ -29,7 +29,8 @@ from taskx.stores.base import Reentered, Repository
 from taskx.stores.liveness.base import Liveness
 from taskx.stores.liveness.locks import KernelLocks
 from taskx.stores.parts import Listener, at_forks
-from taskx.stores.sql.pool import LOCK_TIMEOUT, PooledRepository, PoolLinks
+from taskx.stores.sql import postgres
+from taskx.stores.sql.pool import PooledRepository, PoolLinks
 from taskx.stores.sqlite import turnstile
 from taskx.stores.sqlite.wakeups import Wakeups
 from taskx.stores.transactions import Then, Transactions
@@ -181,10 +182,7 @@ class DjangoLinks(PoolLinks[Link]):
         elif self.vendor == "sqlite":
             link.execute("BEGIN IMMEDIATE")
         elif self.vendor == "postgresql":
-            wanted = "" if durable else "; SET LOCAL synchronous_commit = off"
-            if link.pooled:
-                wanted += f"; SET LOCAL lock_timeout = {LOCK_TIMEOUT}"
-            link.execute(f"BEGIN{wanted}")
+            postgres.begin(link, durable, self.connections.timeout)
         else:
             link.execute("START TRANSACTION")
 
@@ -192,11 +190,7 @@ class DjangoLinks(PoolLinks[Link]):
         return self.vendor == "postgresql" and not link.pooled
 
     def _set_durable(self, link: Link, durable: bool) -> None:
-        if link.durable is not durable:
-            link.durable = None  # unknown if an interrupt comes after the next line
-            to = "DEFAULT" if durable else "off"
-            link.execute(f"SET synchronous_commit = {to}")
-            link.durable = durable
+        postgres.set_durable(link, durable)
 
     def _is_undone(self, link: Link, error: BaseException) -> bool:
         if self.vendor != "sqlite":
@@ -239,8 +233,7 @@ class DjangoLinks(PoolLinks[Link]):
     def seen_commits(self) -> tuple[object, object]:
         """Return what was seen of others' commits, and of our own."""
         if self.vendor == "postgresql":
-            # Each transaction that writes is in this list as long as others do not see what it wrote.
-            ((snapshot,),) = self.rows("SELECT txid_current_snapshot()::text")
+            ((snapshot,),) = self.rows(postgres.SNAPSHOT)
             return snapshot, 0
         if self.vendor != "sqlite":
             return int(time.monotonic() * 2), 0
@@ -323,7 +316,7 @@ class BlockTransactions(BesideBlocks):
             return
         own = joining.own_connection(self._links.alias, connection)
         block = joining.BlockLinks(self._links, Link(own))
-        with block.begun(), block.savepoint("taskx"):
+        with block.begun(), block.savepoint():
             yield self._outer.over(block)
         if block.wrote and then is not None and own.in_atomic_block:
             applied = block.applied
