@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, cast
 
 from taskx.stores.base import Repository
@@ -45,7 +45,10 @@ def open_repository(url: str, codec: Codec | Iterable[Codec] | None = None) -> R
         raise ConfigurationError(
             f"url must be a str, such as 'sqlite:///tasks.db', not {type(url).__name__}"
         )
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:  # of an address in brackets
+        raise _unknown(url) from error
     if parts.scheme == "memory" and url.rstrip("/") in ("memory:", "memory://"):
         return MemoryRepository(codec=codec)
     # Else "sqlite:tasks.db" would name another file than it seems to.
@@ -110,49 +113,6 @@ def _options(query: list[tuple[str, str]], url: str) -> dict[str, Any]:
             )
         options["create"] = _BOOLEANS[options["create"]]
     return options
-
-
-def split(url: str, known: Mapping[str, Callable[[str], Any]]) -> tuple[str, dict[str, Any]]:
-    """Split a URL into the URL for a driver and the options of a repository.
-
-    Args:
-        url: the URL.
-        known: for each option of the repository, what makes its value of a text.
-
-    Raises:
-        ConfigurationError: the URL names no database, or an option is not valid.
-    """
-    from urllib.parse import parse_qsl, urlencode, urlsplit  # as above
-
-    parts = urlsplit(url)
-    if len(parts.path) < 2:
-        raise ConfigurationError(f"the {parts.scheme} URL names no database: write …/database?…")
-    given = parse_qsl(parts.query, keep_blank_values=True)
-    ours = {name: _value(name, text, known[name]) for name, text in given if name in known}
-    kept = [(name, text) for name, text in given if name not in known]
-    return parts._replace(query=urlencode(kept)).geturl(), ours
-
-
-def _value(name: str, text: str, make: Callable[[str], Any]) -> Any:
-    try:
-        return make(text)
-    except (ValueError, KeyError):
-        raise ConfigurationError(
-            f"{text!r} is no value of `{name}`, which must be {_WORDS[make]}"
-        ) from None
-
-
-def truth_of(text: str) -> bool:
-    """Return the value of ``true`` or ``false``."""
-    return _BOOLEANS[text]
-
-
-def seconds_of(text: str) -> float:
-    """Return a number of seconds."""
-    return float(text)
-
-
-_WORDS = {truth_of: "true or false", seconds_of: "a number of seconds", str: "a text"}
 
 
 def _shown(url: str) -> str:

@@ -29,9 +29,9 @@ from taskx.stores.mongo.joining import (
 )
 from taskx.stores.mongo.sender import Sender
 from taskx.stores.mongo.tasks import Tasks
+from taskx.stores.options import seconds_of, split, truth_of
 from taskx.stores.parts import Forks, House, at_forks
 from taskx.stores.transactions import Stored, Then, Transactions, Unit
-from taskx.stores.urls import seconds_of, split, truth_of
 from taskx.tasks.checks import Duration, check_number
 from taskx.tasks.clock import SYSTEM_CLOCK, Clock
 from taskx.tasks.codec import Codec

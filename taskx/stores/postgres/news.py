@@ -90,10 +90,12 @@ class Channel:
         self._thread: threading.Thread | None = None
         self._asked = 0.0
         self._closed = False
-        self._read, self._write = os.pipe()
-        for end in (self._read, self._write):
+        self._read, self._write = ends = os.pipe()
+        for end in ends:
             os.set_blocking(end, False)
-            weakref.finalize(self, os.close, end).atexit = False
+        # Closed with the last reference only: another file may get their numbers at once.
+        self._close_fd = weakref.finalize(self, _close, *ends)
+        self._close_fd.atexit = False
 
     def listen(self, wanted: str) -> Listener:
         """Return a listener for some kinds of news."""
@@ -174,7 +176,9 @@ class Channel:
                     send_at = time.monotonic() + self._timing.news_every
                     continue
                 rest = send_at - now if self._unsent else self._timing.longest_stream_pause
-                select.select([driver.fileno(), self._read], [], [], max(0.0, min(rest, until - now)))
+                select.select(
+                    [driver.fileno(), self._read], [], [], max(0.0, min(rest, until - now))
+                )
                 with suppress(BlockingIOError):
                     os.read(self._read, 4096)
                 driver.pgconn.consume_input()
@@ -205,3 +209,8 @@ class Channel:
             self.rung = object()
         for ear in list(self._ears):
             ear.hear(ear.wanted if news is None else news)
+
+
+def _close(*ends: int) -> None:
+    for end in ends:
+        os.close(end)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from taskx.stores.liveness.base import PREFIX as NODES
+from taskx.stores.options import seconds_of, split, truth_of
 from taskx.stores.parts import Listener, at_forks
 from taskx.stores.postgres.joining import DriverTransactions
 from taskx.stores.postgres.link import Connections, Link
@@ -15,7 +16,6 @@ from taskx.stores.postgres.news import NOTED, Channel
 from taskx.stores.postgres.schema import Schema
 from taskx.stores.sql import postgres
 from taskx.stores.sql.pool import PooledRepository, PoolLinks
-from taskx.stores.urls import seconds_of, split, truth_of
 from taskx.tasks import lifecycle
 from taskx.tasks.checks import Duration, check_number
 from taskx.tasks.clock import SYSTEM_CLOCK, Clock
