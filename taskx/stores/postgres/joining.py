@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import compress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 import psycopg
@@ -15,14 +15,12 @@ from psycopg.pq import TransactionStatus
 
 from taskx.stores import queries
 from taskx.stores.postgres.link import OPEN, Connections, Link, is_failure
+from taskx.stores.postgres.links import PostgresLinks
 from taskx.stores.sql import SQLRepository, postgres
 from taskx.stores.sql.callers import CallersLinks, driver_connection
 from taskx.stores.transactions import Active, Stored, Then, Transactions, Unit
 from taskx.tasks.errors import ConfigurationError, TaskxError
 from taskx.tasks.writes import Write
-
-if TYPE_CHECKING:
-    from taskx.stores.postgres.repository import PostgresLinks
 
 _NUMBER = "SELECT txid_current()"
 _STATUS = "SELECT txid_status(?)"

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from taskx.stores.liveness.base import PREFIX as NODES
 from taskx.stores.options import seconds_of, split, truth_of
-from taskx.stores.parts import Listener, at_forks
+from taskx.stores.parts import at_forks
 from taskx.stores.postgres.joining import DriverTransactions
-from taskx.stores.postgres.link import Connections, Link
-from taskx.stores.postgres.news import NOTED, Channel
+from taskx.stores.postgres.links import PostgresLinks
+from taskx.stores.postgres.news import NOTED
 from taskx.stores.postgres.schema import Schema
-from taskx.stores.sql import postgres
-from taskx.stores.sql.pool import PooledRepository, PoolLinks
-from taskx.tasks import lifecycle
+from taskx.stores.sql.pool import PooledRepository
 from taskx.tasks.checks import Duration, check_number
 from taskx.tasks.clock import SYSTEM_CLOCK, Clock
 from taskx.tasks.codec import Codec
 from taskx.tasks.errors import ConfigurationError
-from taskx.tasks.findings import Check
 from taskx.tasks.timing import DEFAULT_TIMING, Timing
-from taskx.tasks.writes import NoteChange, Write
+from taskx.tasks.writes import NoteChange
 
 Durability = Literal["accepted", "full"]
 
@@ -131,116 +127,6 @@ class PostgresRepository(PooledRepository):
     def close(self) -> None:
         self.transactions.close()  # its thread would open the connections again
         self._server.close()
-
-
-class PostgresLinks(PoolLinks[Link]):
-    """The repository's own connections to its database.
-
-    Args:
-        url: a URL or a connection string of libpq.
-        schema: the tables.
-        timeout: seconds that a statement may take.
-        listen: False if a pooler is in between.
-        several: tells if several queues of this process must hear of each other's commits.
-        timing: the intervals of its work.
-    """
-
-    connections: Connections
-
-    def __init__(
-        self,
-        url: str,
-        schema: Schema,
-        timeout: float,
-        listen: bool,
-        several: Callable[[], bool],
-        timing: Timing,
-    ) -> None:
-        made = Connections(url, timeout, timing, pooled=not listen, ready=self._make_ready)
-        super().__init__(made, timing)
-        self.schema = schema
-        self._create = True
-        self._place: list[Any] = []
-        self._seen: tuple[float, object] = (float("-inf"), None)
-        name = f"{schema.prefix}news"
-        self.channel = Channel(made, name, several, timing) if listen else None
-
-    def _make_ready(self, link: Link) -> None:
-        self.schema.migrate(link, self.timing.answer_within, create=self._create)
-
-    def _commits_itself(self, link: Link) -> bool:
-        return not link.pooled
-
-    def _begin(self, link: Link, durable: bool) -> None:
-        postgres.begin(link, durable, self.connections.timeout)
-
-    def _set_durable(self, link: Link, durable: bool) -> None:
-        postgres.set_durable(link, durable)
-
-    def _is_undone(self, link: Link, error: BaseException) -> bool:
-        if getattr(error, "sqlstate", None) == postgres.READ_ONLY:
-            self.connections.drop_writer()  # another host may take writes by now
-            return True
-        return super()._is_undone(link, error)
-
-    def place(self, sql: str, table: str) -> list[Any]:
-        """Return what a query tells of the database and a table in it."""
-        self._place = self._place or self.rows(sql, (table,))
-        return self._place
-
-    # --- news
-
-    def tell_others(self, writes: Sequence[Write]) -> None:
-        if self.channel is not None:
-            self.channel.send({*map(lifecycle.news, writes)} - {""})
-
-    def tell(self, news: str) -> None:
-        """Tell other processes of news of some kinds."""
-        if self.channel is not None:
-            self.channel.send(news)
-
-    def seen_commits(self) -> object:
-        """Return what was seen of others' commits."""
-        if self.channel is None:
-            return self.revision()
-        self.channel.ask()
-        read_at, seen = self._seen
-        now = time.monotonic()
-        if not self.channel.hears or now - read_at >= self.timing.read_commits_every:
-            seen = self.revision()
-            self._seen = now, seen
-        return self.channel.rung, seen
-
-    def revision(self) -> object:
-        ((snapshot,),) = self.rows(postgres.SNAPSHOT)
-        return snapshot
-
-    def listen(self, news: str) -> Listener | None:
-        return None if self.channel is None else self.channel.listen(news)
-
-    # --- the house, and forks
-
-    def prepare(self) -> None:
-        """Make the tables, or check that those of a Django project have all columns."""
-        self.connections.read(self._make_ready)
-
-    def only_existing(self) -> None:
-        self._create = False
-
-    def examine(self) -> Iterator[Check]:
-        from taskx.stores.postgres.examination import examine  # not needed to run tasks
-
-        return examine(self.connections, self.schema, self.timing)
-
-    def close(self) -> None:
-        if self.channel is not None:
-            self.channel.close()
-        super().close()
-
-    def renew_after_fork(self) -> None:
-        super().renew_after_fork()
-        if self.channel is not None:
-            self.channel.renew()
 
 
 _OPTIONS: Mapping[str, Callable[[str], Any]] = {
