@@ -95,9 +95,15 @@ class Schema:
         self.prefix = prefix
         names = [f"{prefix}{name}" for name in ("task", "parent", "tag", "note")]
         self.statements = Statements(Postgres(*names))
-        self._find = f"SELECT to_regclass('{names[0]}'), obj_description(to_regclass('{names[0]}'))"
+        # A query of the catalogs: what this session knows of them by heart may be of the time before
+        # another process made the tables, for which this one has just waited.
+        self._find = (
+            "SELECT c.oid::bigint, obj_description(c.oid, 'pg_class') FROM pg_class c "
+            f"JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.relname = '{names[0]}' "
+            "AND n.nspname = ANY (current_schemas(false)) "
+            "ORDER BY array_position(current_schemas(false), n.nspname) LIMIT 1"
+        )
         self._key = f"SELECT pg_advisory_xact_lock(hashtext('{_MARK}{prefix}'))"
-        self._look = f"SELECT {', '.join(COLUMNS)}, seq FROM {names[0]} WHERE false"
         self._mark = f"COMMENT ON TABLE {names[0]} IS '{_MARK}{VERSION}'"
 
     def version(self, link: Link) -> int | None:
@@ -106,11 +112,12 @@ class Schema:
         Raises:
             SchemaMismatch: they belong to another program, or to a newer TaskX.
         """
-        ((table, mark),) = link.rows(self._find)
-        if table is None:
+        found = link.rows(self._find)
+        if not found:
             return 0
+        [(table, mark)] = found
         if not (mark or "").startswith(_MARK):
-            self._check_columns(link)
+            self._check_columns(link, table)
             return None
         version = int(mark.removeprefix(_MARK))
         if version > VERSION:
@@ -120,10 +127,10 @@ class Schema:
             )
         return version
 
-    def _check_columns(self, link: Link) -> None:
+    def _check_columns(self, link: Link, table: int) -> None:
         """Raise ``SchemaMismatch`` if tables that TaskX did not make lack columns."""
-        sql = "SELECT attname FROM pg_attribute WHERE attrelid = to_regclass(?) AND attnum > 0"
-        found = {name for (name,) in link.rows(sql, (f"{self.prefix}task",))}
+        sql = "SELECT attname FROM pg_attribute WHERE attrelid = ? AND attnum > 0"
+        found = {name for (name,) in link.rows(sql, (table,))}
         if missing := sorted({"seq", *COLUMNS} - found):
             raise SchemaMismatch(
                 f"the table {self.prefix}task, which TaskX did not make, has no {', '.join(missing)}"
