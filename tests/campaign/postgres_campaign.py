@@ -64,7 +64,7 @@ class PostgresCampaign(ServerCampaign):
 def on_own_server(folder: Path, seed: int) -> Iterator[PostgresCampaign]:
     """Give a campaign with its own server."""
     with private() as server:
-        made = PostgresCampaign(folder, server, "postgres", seed)
+        made = PostgresCampaign(folder, server, server.new_database(), seed)
         try:
             yield made
         finally:
