@@ -6,11 +6,14 @@ for that transaction nor be part of it.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
@@ -24,6 +27,7 @@ from django.db.utils import (
     load_backend,
 )
 
+from taskx.attempt.current import awaited
 from taskx.contrib.django.link import Link, code, is_failure, is_locked, may_be_repeated
 from taskx.stores.base import Locked
 from taskx.stores.sql import Dialect, MySQL, Postgres, SQLite, Statements, pool, postgres
@@ -41,6 +45,8 @@ from taskx.tasks.timing import DEFAULT_TIMING, Timing
 
 #: The prefix of TaskX's tables, and of the folder of its lock files next to an SQLite file.
 PREFIX = "taskx_"
+
+T = TypeVar("T")
 
 _NO_TABLE = frozenset({postgres.NO_TABLE, "1146"})
 
@@ -69,6 +75,24 @@ def file_of(settings: dict[str, Any]) -> DatabaseFile | None:
     if ":memory:" in name or "mode=memory" in name:
         return None
     return DatabaseFile(name.removeprefix("file:").partition("?")[0], create=False, prefix=PREFIX)
+
+
+@contextmanager
+def _on_loop() -> Iterator[None]:
+    """Let coroutines of executors use a connection.
+
+    Django refuses that on the thread of a loop, because other coroutines could use the connection in the
+    middle. Here none can: there is no ``await`` in the block.
+    """
+    loop = None if awaited.get() is None else asyncio._get_running_loop()
+    if loop is None:
+        yield
+        return
+    asyncio._set_running_loop(None)
+    try:
+        yield
+    finally:
+        asyncio._set_running_loop(loop)
 
 
 class Connections(pool.Connections[Link]):
@@ -102,6 +126,15 @@ class Connections(pool.Connections[Link]):
             ) from None
         except ImproperlyConfigured as error:
             raise ConfigurationError(str(error)) from error
+
+    @_on_loop()
+    def read(self, work: Callable[[Link], T]) -> T:
+        return super().read(work)
+
+    @contextmanager
+    def _opened_writer(self) -> Iterator[Link]:
+        with _on_loop(), super()._opened_writer() as link:
+            yield link
 
     def _set_timeout(self, link: Link, seconds: float) -> None:
         if link.pooled:
