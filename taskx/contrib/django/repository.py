@@ -262,6 +262,9 @@ class DjangoLinks(PoolLinks[Link]):
 
         return examine(self, self.connections, self.timing)
 
+    def held_back(self) -> float:
+        return float(self.rows(postgres.OLDEST)[0][0]) if self.vendor == "postgresql" else 0.0
+
     def ensure_there(self) -> None:
         """Raise an error if the SQLite file was moved, deleted or replaced since it was opened."""
         if self._file is not None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from taskx.stores.sql import Link
+from taskx.stores.sql.postgres import OLDEST
 from taskx.tasks.errors import RepositoryError
 from taskx.tasks.findings import Check, fail, ok, warn
 
@@ -21,11 +22,6 @@ _SETTINGS = (
     "current_setting('synchronous_commit'), current_setting('full_page_writes'), "
     "(SELECT reset_val FROM pg_settings WHERE name = 'idle_in_transaction_session_timeout'), "
     "pg_is_in_recovery()"
-)
-_OLDEST = (
-    "SELECT coalesce(max(extract(epoch FROM clock_timestamp() - xact_start)), 0)::float8 "
-    "FROM pg_stat_activity WHERE (backend_xmin IS NOT NULL OR backend_xid IS NOT NULL) "
-    "AND pid <> pg_backend_pid() AND datname = current_database()"
 )
 # The dead rows that make the search for the next task slow, and the seconds of a long transaction.
 _MANY_DEAD, _LONG = 50_000, 600.0
@@ -72,7 +68,7 @@ def settings(link: Link, table: str) -> Iterator[Check]:
         )
     else:
         yield ok("idle transactions", "The server ends transactions that are idle for long.")
-    yield oldest(link)
+    yield _oldest(link)
     for dead, live in link.rows(_DEAD, (table,)):
         if dead > max(_MANY_DEAD, live):
             yield warn(
@@ -103,9 +99,9 @@ def _durability(fsync: str, commit: str, pages: str) -> Check:
     )
 
 
-def oldest(link: Link) -> Check:
+def _oldest(link: Link) -> Check:
     """Return what is known of the oldest transaction, which keeps dead rows from being removed."""
-    ((seconds,),) = link.rows(_OLDEST)
+    ((seconds,),) = link.rows(OLDEST)
     if seconds > _LONG:
         return warn(
             "oldest transaction",
@@ -115,9 +111,3 @@ def oldest(link: Link) -> Check:
             seconds=seconds,
         )
     return ok("oldest transaction", "No transaction has been open for long.", seconds=seconds)
-
-
-def age_of_oldest(link: Any) -> float:
-    """Return the seconds for which the oldest transaction has been open."""
-    ((seconds,),) = link.rows(_OLDEST)
-    return float(seconds)

@@ -109,6 +109,10 @@ class PostgresLinks(PoolLinks[Link]):
         """Make the tables, or check that those of a Django project have all columns."""
         self.connections.read(self._make_ready)
 
+    def held_back(self) -> float:
+        ((seconds,),) = self.rows(postgres.OLDEST)
+        return float(seconds)
+
     def only_existing(self) -> None:
         self._create = False
 

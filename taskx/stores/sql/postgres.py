@@ -10,6 +10,12 @@ from taskx.stores.sql.pool import LOCK_TIMEOUT, PooledLink
 
 #: The transactions in progress. Each one that writes is in it as long as others do not see what it wrote.
 SNAPSHOT = "SELECT txid_current_snapshot()::text"
+#: The seconds since the begin of the oldest transaction, which keeps rows that were removed since then.
+OLDEST = (
+    "SELECT coalesce(max(extract(epoch FROM clock_timestamp() - xact_start)), 0)::float8 "
+    "FROM pg_stat_activity WHERE (backend_xmin IS NOT NULL OR backend_xid IS NOT NULL) "
+    "AND pid <> pg_backend_pid() AND datname = current_database()"
+)
 #: Codes of errors: a transaction that another one made impossible may be sent again; a lock was kept; the
 #: table is missing; an error before has ended the transaction; the server takes no writes.
 AGAIN, LOCKED = frozenset({"40001", "40P01"}), "55P03"

@@ -17,6 +17,7 @@ from taskx import (
     SchemaMismatch,
     open_repository,
 )
+from taskx.insight import health
 from taskx.stores.postgres import schema
 from taskx.tasks.clock import SYSTEM_CLOCK
 from taskx.tasks.writes import Update
@@ -162,6 +163,14 @@ def test_options_of_a_url_are_checked():
     ):
         with pytest.raises(ConfigurationError, match=reason):
             open_repository(f"postgresql://h/d?{query}")
+
+
+def test_a_transaction_that_stays_open_is_a_problem(queue, url, monkeypatch):
+    monkeypatch.setattr(health, "_LONG_TRANSACTION", 0.0)
+    with psycopg.connect(url) as idle:
+        idle.execute("SELECT txid_current()")
+        kinds = [problem.kind for problem in queue.health(nodes=0).problems]
+    assert kinds == ["open_transaction"]
 
 
 # --- tables
