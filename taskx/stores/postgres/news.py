@@ -18,7 +18,7 @@ import psycopg
 
 from taskx.stores.parts import Listener
 from taskx.stores.postgres.link import Connections
-from taskx.tasks.errors import TaskxError
+from taskx.tasks.in_use import InUse
 from taskx.tasks.timing import Timing
 
 #: A kind of news that only changes :attr:`Channel.rung`: a note has changed.
@@ -30,7 +30,7 @@ class Ear(Listener):
 
     def __init__(self, wanted: str) -> None:
         self.wanted = wanted
-        self._heard: set[str] = set()
+        self._heard: dict[str, bool] = {}
         self._closed = False
         self._bell = threading.Lock()
         self._bell.acquire()
@@ -38,14 +38,13 @@ class Ear(Listener):
     def hear(self, news: Iterable[str]) -> None:
         """Wake the thread that waits, if it wants to hear this."""
         if heard := {*news}.intersection(self.wanted):
-            self._heard |= heard
+            self._heard.update(dict.fromkeys(heard, True))
             self._ring()
 
     def wait(self, timeout: float | None = None) -> str:
         if not self._closed:
             self._bell.acquire(timeout=-1 if timeout is None else timeout)
-        heard, self._heard = self._heard, set()
-        return "".join(heard)
+        return "".join(kind for kind in self.wanted if self._heard.pop(kind, False))
 
     def close(self) -> None:
         self._closed = True
@@ -84,8 +83,8 @@ class Channel:
         self.rung: object = object()
         self.hears = False
         self._own = os.urandom(8).hex()
-        self._ears: weakref.WeakSet[Ear] = weakref.WeakSet()
-        self._unsent: set[str] = set()
+        self._ears = InUse[Ear]()
+        self._unsent: dict[str, bool] = {}  # changed by single steps, as several threads do
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._asked = 0.0
@@ -106,17 +105,22 @@ class Channel:
 
     def send(self, news: Iterable[str]) -> None:
         """Tell the other processes, soon, and the listeners of this one if several queues share it."""
-        if new := {*news} - self._unsent:
-            self._unsent |= new
+        if new := [kind for kind in news if kind not in self._unsent]:
+            self._unsent.update(dict.fromkeys(new, True))
             if self._several():
                 self._tell(new)
+        if new or not self._is_alive:
             self._ensure_thread()
 
     def ask(self) -> None:
         """Keep the thread at work, as somebody looks at :attr:`rung`."""
         self._asked = time.monotonic()
-        if self._thread is None:
+        if not self._is_alive:
             self._ensure_thread()
+
+    @property
+    def _is_alive(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
 
     def close(self) -> None:
         """End the thread, after it has sent what there is. A later call starts it again."""
@@ -131,12 +135,16 @@ class Channel:
 
     def _ensure_thread(self) -> None:
         self._asked, self._closed = time.monotonic(), False
-        with self._lock:
-            if self._thread is None or not self._thread.is_alive():
-                thread = threading.Thread(target=self._run, name="taskx-news", daemon=True)
-                with suppress(RuntimeError):  # no thread can be started: others poll
-                    thread.start()
-                    self._thread = thread
+        # A signal handler may come here in the middle of the same call, so nobody waits for the lock.
+        if self._lock.acquire(blocking=False):
+            try:
+                if not self._is_alive:
+                    thread = threading.Thread(target=self._run, name="taskx-news", daemon=True)
+                    with suppress(RuntimeError):  # no thread can be started: others poll
+                        thread.start()
+                        self._thread = thread
+            finally:
+                self._lock.release()
         self._wake()
 
     # --- the thread
@@ -147,17 +155,17 @@ class Channel:
             try:
                 self._follow()
                 pause = self._timing.stream_pause
-            except (psycopg.Error, TaskxError, OSError):  # polling finds the tasks
-                self.hears = False
+            except (psycopg.Error, OSError):  # polling finds the tasks
                 if self._closed:
-                    break
+                    return
                 self._sleep(pause)
                 pause = min(2 * pause, self._timing.longest_stream_pause)
-        self.hears = False
+            finally:
+                self.hears = False
 
     def _is_over(self) -> bool:
         idle = time.monotonic() - self._asked > self._timing.close_stream_after
-        return not self._unsent and (self._closed or (idle and not self._ears))
+        return not self._unsent and (self._closed or (idle and not [*self._ears]))
 
     def _follow(self) -> None:
         """Hear and send over one connection, until it is old."""
@@ -170,8 +178,8 @@ class Channel:
             send_at = 0.0
             while (now := time.monotonic()) < until and not self._is_over():
                 if self._unsent and (now >= send_at or self._closed):
-                    news, self._unsent = self._unsent, set()
-                    payload = f"{self._own}:{''.join(sorted(news))}"
+                    news = [kind for kind in list(self._unsent) if self._unsent.pop(kind, False)]
+                    payload = f"{self._own}:{''.join(news)}"
                     driver.execute("SELECT pg_notify(%s, %s)", (self._name, payload))
                     send_at = time.monotonic() + self._timing.news_every
                     continue
@@ -184,7 +192,6 @@ class Channel:
                 driver.pgconn.consume_input()
                 while (notice := driver.pgconn.notifies()) is not None:
                     self._take(notice.extra.decode())
-        self.hears = False
 
     def _sleep(self, seconds: float) -> None:
         """Wait until a close, or for some seconds."""

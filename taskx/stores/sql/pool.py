@@ -6,7 +6,7 @@ import itertools
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -465,9 +465,13 @@ class PooledRepository(SQLRepository):
 
     def _apply_new(self, writes: Sequence[Write], whole: bool) -> Sequence[bool]:
         """Apply the writes except those in doubt that the records show."""
-        known = self._took_place(writes)
-        if not known:
+        doubtful = self._pool.doubtful
+        again: dict[int, Write] = {}
+        if doubtful:
+            again = {n: doubtful[id(w)][1] for n, w in enumerate(writes) if id(w) in doubtful}
+        if not again:
             return super().apply(writes, all_or_nothing=whole)
+        known = self._shown(again)
         self._pool.tell_others([writes[number] for number in known])
         results = [True] * len(writes)
         if new := [number for number in range(len(results)) if number not in known]:
@@ -475,19 +479,18 @@ class PooledRepository(SQLRepository):
             told = super().apply(given, all_or_nothing=whole)
             for number, held in zip(new, told, strict=True):
                 results[number] = held
+        # The first copy of a write may have been committed late, while the second one waited for it.
+        for number in self._shown({n: write for n, write in again.items() if not results[n]}):
+            results[number] = True
         return results
 
-    def _took_place(self, writes: Sequence[Write]) -> set[int]:
-        """Return the places of the writes in doubt that the records show."""
-        doubtful = self._pool.doubtful
-        again = [n for n, write in enumerate(writes) if id(write) in doubtful] if doubtful else []
-        if not again:
+    def _shown(self, sent: Mapping[int, Write]) -> set[int]:
+        """Return the numbers of the writes, as they were sent, that the records show."""
+        if not sent:
             return set()
+        ids = list({write.id for write in sent.values()})
         stored = {
-            row[0]: dict(zip(COLUMNS, row, strict=True))
-            for row in self.find("id", list({writes[n].id for n in again}), COLUMNS)
+            row[0]: dict(zip(COLUMNS, row, strict=True)) for row in self.find("id", ids, COLUMNS)
         }
         same = lambda name, value, sent: value == sent  # noqa: E731
-        return {
-            n for n in again if shows(stored.get(writes[n].id), doubtful[id(writes[n])][1], same)
-        }
+        return {n for n, write in sent.items() if shows(stored.get(write.id), write, same)}
