@@ -56,7 +56,7 @@ test-free-threaded: $(FREE_THREADED)/bin/python3.13t ## run the quick tests with
 
 soak: $(VENV)/installed-test ## kill processes a thousand times, or for HOURS, and check that no task is lost
 	@$(BIN)/python -m tests.campaign.$(if $(HOURS),soak --hours $(HOURS),campaign --kills 1000 $(if \
-		$(filter mongo,$(ON)),--mongo)) $(ARGS)
+		$(filter mongo postgres,$(ON)),--$(ON))) $(ARGS)
 
 simulate: $(VENV)/installed-test ## simulate new SEEDS, each in two processes, or search the PLANTED bugs
 	@$(BIN)/python -m tests.testing.zoo $(if $(PLANTED),--planted,--seeds $(SEEDS)) $(ARGS)

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from taskx.stores.eight import TaskRepository
     from taskx.stores.memory import MemoryRepository
     from taskx.stores.mongo import MongoRepository
+    from taskx.stores.postgres import PostgresRepository
     from taskx.stores.sqlite import SQLiteRepository
     from taskx.stores.urls import open_repository
     from taskx.tasks.clock import Clock, SystemClock
@@ -126,6 +127,7 @@ __all__ = [
     "Percentiles",
     "Permanent",
     "Place",
+    "PostgresRepository",
     "Problem",
     "Queue",
     "QueueFull",
@@ -211,6 +213,7 @@ _HOMES = {
     "taskx.stores.eight": "TaskRepository",
     "taskx.stores.memory": "MemoryRepository",
     "taskx.stores.mongo": "MongoRepository",
+    "taskx.stores.postgres": "PostgresRepository",
     "taskx.stores.sqlite": "SQLiteRepository",
     "taskx.stores.urls": "open_repository",
     "taskx.tasks.clock": "Clock SystemClock",

@@ -25,9 +25,9 @@ class Transaction:
     """A transaction of an executor: see :meth:`Context.transaction`.
 
     Attributes:
-        connection: the ``sqlite3.Connection`` to the repository's file, or a ``ClientSession`` of pymongo.
-            It is in a transaction, for the thread and the block that opened it, and cannot commit or roll
-            back.
+        connection: the ``sqlite3.Connection`` to the repository's file, a ``psycopg.Connection``, or a
+            ``ClientSession`` of pymongo. It is in a transaction, for the thread and the block that opened
+            it, and cannot commit or roll back.
     """
 
     def __init__(self, encode: Callable[[Any], str | None]) -> None:

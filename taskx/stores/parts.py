@@ -96,6 +96,10 @@ class House:
         """Return the bytes that each of the store's files takes, by path; empty if it has no file."""
         return {}
 
+    def held_back(self) -> float:
+        """Return the seconds for which a transaction has kept removed rows from being cleaned up."""
+        return 0.0
+
     def within(self, seconds: float) -> AbstractContextManager[object]:
         """Limit the operations inside to ``seconds``: they raise ``RepositoryUnavailable`` after that.
 
