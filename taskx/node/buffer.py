@@ -286,6 +286,11 @@ class Buffer:
                 self._insert(task_id, type, priority, created_at, run_at, next(self._numbers), row)
             self._call()  # one worker: it takes some of them, and calls the next one
 
+    def holds(self, task_id: str) -> bool:
+        """Return True if a task is in the buffer, or a worker is about to start it."""
+        with self._mutex:  # else a task that is taken in between would be in neither of the two
+            return task_id in self or any(item.id == task_id for item in self.starting)
+
     def put_back(self, items: Iterable[Item]) -> None:
         """Put back items that were taken, in their old place in the sort order."""
         with self._mutex:

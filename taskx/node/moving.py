@@ -351,7 +351,10 @@ class Moves(Ledger[Outcome]):
             elif held == UNTIL_DUE:
                 self._agenda.check_due_soon()
             elif held == FREE and changes.get("owner") and (pool := self._pool) is not None:
-                pool.rebuffer(tasks[write.id])
+                if write.id in tasks:
+                    pool.rebuffer(tasks[write.id])
+                else:
+                    self.turns.take_in([write])
             elif held == FREE:
                 self._agenda.fetch_soon()
         if waiting:

@@ -42,7 +42,7 @@ from taskx.tasks.lifecycle import Ending
 from taskx.tasks.log import Complaint
 from taskx.tasks.model import MAX_NAME, Task
 from taskx.tasks.payload import clean_text
-from taskx.tasks.record import changed_task
+from taskx.tasks.record import Stub, changed_task
 from taskx.tasks.writes import Insert, Update, Write
 
 
@@ -255,6 +255,20 @@ class WorkerPool:
         services = self.services
         held = services.controls.held_until(key) > services.clock.now_ms()
         return not held and services.registry.runs(type) and self.fetcher.has_room(type)
+
+    @property
+    def taker(self) -> str:
+        """The node that takes tasks as they get their turns; empty if they must be fetched."""
+        return self.node.id
+
+    def holds(self, task_id: str) -> bool:
+        """Return True if a pending task is in the buffer of this node."""
+        return self.buffer.holds(task_id)
+
+    def take_in(self, stub: Stub) -> None:
+        """Put a task that this node took with its turn into the buffer, unless it is there or has begun."""
+        if stub.id not in self.runs and not self.buffer.holds(stub.id):
+            self.buffer.add_fetched([stub])
 
     def record(self) -> None:
         """Record the types, limits and workers of this node, if they have changed since the last record."""
@@ -503,8 +517,8 @@ class WorkerPool:
                 self._hold([run], [ending])
             if conclude is not None:
                 conclude(run, ending)
-            elif run.context._completed:
-                self._conclude_again(run, ending)
+            elif run.context._completed or run.task.concurrency_key is not None:
+                self._defer(run, ending)
             else:
                 self.services.moves.later(*self._outcome(run, ending))
         except BaseException:  # an interrupt: no thread executes it, as the audit then sees
@@ -591,7 +605,10 @@ class WorkerPool:
         if run.context._completed:
             self._conclude_again(run, ending)
             return
-        self.services.moves.later(*self._outcome(run, ending))
+        writes, outcome = self._outcome(run, ending)
+        self.services.moves.later(writes, outcome)
+        if len(writes) > 1:  # so a worker starts the next task of the key in the same commit
+            self.services.moves.turns.take_in(writes)
 
     def conclude(self, run: Run, ending: Ending) -> None:
         """Commit an outcome now, and do what follows from it, on a thread that may be interrupted."""

@@ -338,6 +338,7 @@ class Starter:
                     if not held
                 }
                 self._buffer.put_back([item for item in items if item.row and item.id in lost])
+                services.agenda.expect_more()  # another node may have started them: there are others
         except BaseException as error:  # an interrupt, too: no other thread knows of these runs
             self.give_up([run for run, _ in starting], error)
             raise

@@ -352,12 +352,13 @@ def turns_at_once(limit: Limit) -> int:
 
 
 def give_turn(
-    task_id: str, turn: str, due: int | None = None, run_at: int | None = None
+    task_id: str, turn: str, due: int | None = None, run_at: int | None = None, node: str = ""
 ) -> list[Update]:
     """Give a pending task a turn of its key. It may start when its time has come, too.
 
     ``due`` is the time at which a rate lets it start, if it has one, and ``run_at`` its own time, as it was
-    read. The guard fails while another task has the turn.
+    read. ``node`` has the task in its buffer from then on: its time has come. The guard fails while another
+    task has the turn.
     """
     ways: Sequence[tuple[Any, dict[str, Any]]] = (
         (None, {"held": FREE}),
@@ -365,6 +366,8 @@ def give_turn(
     )
     if due is not None:
         ways = ((run_at, {"held": UNTIL_DUE, "run_at": max(due, run_at or 0)}),)
+    elif node:
+        ways = ((run_at, {"held": FREE, "owner": node}),)
     return [
         Update(
             task_id,
