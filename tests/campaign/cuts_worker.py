@@ -29,7 +29,7 @@ Tell = Callable[..., None]
 PREFIX = "taskx_"
 #: Pages in the log before it is copied into the file: few, so that it is done and begun again often.
 _CHECKPOINT_EVERY = 60
-_PATIENCE = 120.0
+_PATIENCE = 500.0
 
 
 def in_application(path: str) -> bool:
@@ -237,7 +237,7 @@ def make_application(path: str) -> None:
 
 
 def plant(move: str) -> None:
-    """Break TaskX: do not sync writes of this move; "" for none."""
+    """Break TaskX: do not sync writes of these moves, with commas in between; "" for none."""
     if move == "complete":
         # The last statement before the transaction begins, so that it overrules TaskX's own.
         begin = FileLinks.begin_on
@@ -256,7 +256,7 @@ def plant(move: str) -> None:
         moves = (
             {write.move for write in sent[0] if write.durable} if sent and sent[0] else {"notes"}
         )
-        return real(self, work, durable and not moves <= {move}, sent, **more)
+        return real(self, work, durable and not moves <= {*move.split(',')}, sent, **more)
 
     def never(self: FileLinks, work: Any, durable: bool, *more: Any, **named: Any) -> Any:
         return real(self, work, False, *more, **named)

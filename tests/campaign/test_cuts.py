@@ -110,6 +110,27 @@ def test_a_missing_sync_is_found(recording, tmp_path, what):
     assert any("was accepted, and is gone" in sentence for sentence in found.broken)
 
 
+def test_a_new_file_can_be_opened_after_each_cut(tmp_path):
+    """Before it has a write-ahead log, what is written last must not undo what it does not know."""
+    root = tmp_path / "root"
+    root.mkdir()
+    program = """if True:
+        import sys
+        from taskx import SQLiteRepository, Task
+        with SQLiteRepository(sys.argv[1]) as repository:
+            repository.create(Task(id="a", type="plain"))
+        with open(sys.argv[2], "w") as told:
+            told.write('["accepted", "a"]')
+    """
+    told, trace = tmp_path / "told", tmp_path / "trace"
+    disk.record([sys.executable, "-c", program, root / "tasks.db", told], trace, {})
+    made = Recording("tasks.db", "accepted", str(root), disk.read(trace, root, told))
+    rng = random.Random(1)
+    found = judge(cuts(made, 20, rng), "tasks.db", tmp_path, 0, rng)
+    assert found.broken == []
+    assert found.tried > 50
+
+
 def test_a_copy_of_an_early_file_survives(tmp_path):
     """The old file may be deleted as soon as the copy is told."""
     root = tmp_path / "root"
