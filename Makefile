@@ -33,7 +33,7 @@ INSTALL = echo "Installing $(1) into $(VENV)" && \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517 --no-compile \
 		--editable "$(1)" && touch $@
 
-.PHONY: help packages demo quick test test-free-threaded soak simulate lint format typecheck layers docs bench build ci ci-all clean
+.PHONY: help packages demo quick test test-free-threaded soak cuts simulate lint format typecheck layers docs bench build ci ci-all clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -57,6 +57,9 @@ test-free-threaded: $(FREE_THREADED)/bin/python3.13t ## run the quick tests with
 soak: $(VENV)/installed-test ## kill processes a thousand times, or for HOURS, and check that no task is lost
 	@$(BIN)/python -m tests.campaign.$(if $(HOURS),soak --hours $(HOURS),campaign --kills 1000 $(if \
 		$(filter mongo postgres,$(ON)),--$(ON))) $(ARGS)
+
+cuts: $(VENV)/installed-test ## cut the power at each write of SQLite, and check what is left
+	@$(BIN)/python -m tests.campaign.cuts $(ARGS)
 
 simulate: $(VENV)/installed-test ## simulate new SEEDS, each in two processes, or search the PLANTED bugs
 	@$(BIN)/python -m tests.testing.zoo $(if $(PLANTED),--planted,--seeds $(SEEDS)) $(ARGS)

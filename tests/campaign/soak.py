@@ -2,8 +2,9 @@
 
     python -m tests.campaign.soak --hours 2
 
-Each minute it prints a line with what was done, and with the memory, threads and open files of a process
-that is never killed. At the end it lets the processes finish, and prints the broken promises.
+The processes submit so many tasks that they take half of the processors' time. Each minute a line tells
+what was done, with the memory, threads and open files of a process that is never killed. At the end the
+processes finish, and the broken promises are printed.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import random
 import shutil
 import signal
+import sqlite3
 import statistics
 import subprocess
 import sys
@@ -20,14 +22,15 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from pathlib import Path
 
 import attrs
 
-from taskx import SQLiteRepository, TaskFilter, TaskStatus
+from taskx import Queue, SQLiteRepository, TaskFilter, TaskStatus
 
 from .sidelog import SideLog
-from .soak_audit import Audit
+from .soak_audit import FILE, PREFIX, Audit
 
 _FOLDER = Path(__file__).parent
 _ROOT = _FOLDER.parent.parent
@@ -49,15 +52,17 @@ class Plan:
         kill_every: the time between two kills. Every fifth one is a SIGTERM.
         row_every: the time between two lines of the table.
         processes: how many processes run at once.
-        rate: how many times a second each process submits.
+        rate: how many times a second each process submits; 0: such that all take ``share``.
+        share: the part of the processors' time that all processes take together.
         patience: how long the processes have to finish the last tasks.
     """
 
     kill_every: float = 30.0
     row_every: float = 60.0
     processes: int = 4
-    rate: float = 5.0
-    patience: float = 180.0
+    rate: float = 0.0
+    share: float = 0.5
+    patience: float = 600.0
 
 
 class Soak:
@@ -72,6 +77,14 @@ class Soak:
         self.audit = Audit(folder / "side.log")
         self._number = 0
         self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self.orders = 0  # that were paid, and are removed since
+        with closing(sqlite3.connect(folder / FILE)) as connection:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("CREATE TABLE IF NOT EXISTS orders (task TEXT NOT NULL)")
+            connection.execute("CREATE TABLE IF NOT EXISTS payments (task TEXT NOT NULL)")
+
+    def _repository(self) -> SQLiteRepository:
+        return SQLiteRepository(self.folder / FILE, prefix=PREFIX, busy_timeout=60.0)
 
     def run(self, enough: Callable[[], bool]) -> Iterable[tuple[str, ...]]:
         """Run the soak until ``enough`` returns True, and yield the lines of the table."""
@@ -103,7 +116,7 @@ class Soak:
             child.stdin.close()
         for name, child in self._children.items():
             try:
-                child.wait(60.0)
+                child.wait(self.plan.patience)
             except subprocess.TimeoutExpired:
                 child.kill()
                 child.wait()
@@ -114,11 +127,12 @@ class Soak:
     def _spawn(self) -> None:
         name = f"p{self._number}"
         self._number += 1
+        share = self.plan.share * (os.cpu_count() or 1) / self.plan.processes
         with (self.folder / f"{name}.log").open("wb") as output:
             self._children[name] = subprocess.Popen(
                 [
                     *(sys.executable, "-m", f"{__package__}.soak_worker"),
-                    *(str(self.folder), name, str(self.plan.rate)),
+                    *(str(self.folder), name, str(self.plan.rate), str(share)),
                 ],
                 env={**os.environ, "PYTHONPATH": os.pathsep.join((str(_BASE), str(_ROOT)))},
                 stdin=subprocess.PIPE,
@@ -154,20 +168,44 @@ class Soak:
             self._spawn()
 
     def _finish(self) -> None:
-        """Wait until nothing is unfinished."""
+        """Answer what the killed processes have not, and wait until nothing is unfinished."""
         deadline = time.monotonic() + self.plan.patience
-        while time.monotonic() < deadline:
-            self.audit.follow()
-            if not self.audit.unfinished:
-                return
-            _never.wait(0.2)
+        with self._repository() as repository:
+            queue = Queue(repository)
+            while time.monotonic() < deadline:
+                for task in queue.iter_tasks(type="answer", status="pending"):
+                    queue.finish(task.id, "yes")
+                self.audit.follow()
+                if not self.audit.unfinished:
+                    return
+                _never.wait(0.2)
+
+    def _settle(self) -> None:
+        """Compare orders and payments: each order is paid once. Remove those that are."""
+        pairs = (
+            "SELECT task FROM orders JOIN (SELECT task, count(*) AS n FROM payments GROUP BY task) "
+            "USING (task) WHERE n = 1"
+        )
+        with closing(sqlite3.connect(self.folder / FILE, timeout=60.0)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            paid = connection.execute(pairs).fetchall()
+            for table in ("payments", "orders"):
+                connection.executemany(f"DELETE FROM {table} WHERE task = ?", paid)
+            connection.commit()
+            self.orders += len(paid)
+            for (task,) in connection.execute("SELECT DISTINCT task FROM payments"):
+                self.audit.violations.append(f"{task} was paid twice, or was never ordered")
 
     def _judge(self) -> None:
         lost = list(self.audit.unfinished.items())
         self.audit.violations += [f"{kind or 'task'} {id} was lost" for id, kind in lost[:20]]
         if len(lost) > 20:
             self.audit.violations.append(f"{len(lost) - 20} more tasks were lost")
-        with SQLiteRepository(self.folder / "tasks.db") as repository:
+        self._settle()
+        with closing(sqlite3.connect(self.folder / FILE)) as connection:
+            for (task,) in connection.execute("SELECT task FROM orders"):
+                self.audit.violations.append(f"{task} was ordered and not paid")
+        with self._repository() as repository:
             failed = repository.list(TaskFilter(status=TaskStatus.FAILED, limit=20))
             nodes = repository.liveness.nodes()
         self.audit.violations += [f"{task.type} {task.id} failed: {task.error}" for task in failed]
@@ -175,10 +213,11 @@ class Soak:
 
     def _row(self, seconds: float) -> tuple[str, ...]:
         self.audit.follow()
+        self._settle()
         waits = self.audit.take_waits()
         p95 = statistics.quantiles(waits, n=20)[-1] / 1e6 if len(waits) > 1 else 0.0
         memory, threads, files = watched(next(iter(self._children.values())).pid)
-        size = sum(path.stat().st_size for path in self.folder.glob("tasks.db*"))
+        size = sum(path.stat().st_size for path in self.folder.glob(f"{FILE}*") if path.is_file())
         return (
             f"{seconds / 60:.0f}",
             str(self.audit.counts["end"]),
@@ -212,7 +251,9 @@ def main() -> int:
     )
     parser.add_argument("--hours", type=float, default=1.0)
     parser.add_argument("--processes", type=int, default=4)
-    parser.add_argument("--rate", type=float, default=5.0, help="submits a second, per process")
+    parser.add_argument(
+        "--rate", type=float, default=0.0, help="submits a second, per process; else half the load"
+    )
     parser.add_argument("--folder", type=Path, default=None, help="keep all files in this folder")
     args = parser.parse_args()
     folder = args.folder or Path(tempfile.mkdtemp(prefix="taskx-soak-"))
@@ -229,7 +270,7 @@ def main() -> int:
     counts, violations = soak.audit.counts, soak.audit.violations
     print(
         f"{counts['accepted']} tasks accepted, {counts['begin']} runs, {counts['cancelled']} cancelled, "
-        f"{counts['tick']} ticks, {soak.kills} kills, {len(violations)} violations"
+        f"{counts['tick']} ticks, {soak.orders} orders, {soak.kills} kills, {len(violations)} violations"
     )
     for violation in violations[:50]:
         print(f"VIOLATION {violation}")

@@ -15,6 +15,8 @@ _REMEMBERED = 100_000
 _FINAL = ("returned", "cancel")
 #: The most tasks of the type "limited" that may run at once.
 LIMIT = 2
+#: The application's file, and what the names of TaskX's tables begin with in it.
+FILE, PREFIX = "app.db", "taskx_"
 
 
 class Run(NamedTuple):

@@ -428,6 +428,20 @@ class TestConnect:
             with pytest.raises(sqlite3.ProgrammingError):
                 connection.execute("SELECT 1")
 
+    @pytest.mark.parametrize(("durability", "level"), [("accepted", 2), ("process", 1)])
+    def test_its_commits_are_synced_as_the_repository_says(self, run, path, durability, level):
+        def connect():
+            connection = sqlite3.connect(path, timeout=LONG)
+            connection.execute("PRAGMA synchronous = OFF")
+            return connection
+
+        def work(ctx):
+            with ctx.transaction() as tx:
+                tx.complete(tx.connection.execute("PRAGMA synchronous").fetchone()[0])
+
+        with SQLiteRepository(path, durability, prefix="taskx_", connect=connect) as repository:
+            assert run(work, Queue(repository, Config(worker_num=1))).result == level
+
     @pytest.mark.parametrize(
         ("connect", "problem"),
         [

@@ -52,7 +52,7 @@ def test_a_damaged_file_or_one_of_another_boot_is_not_read(path, monkeypatch):
     began = Began.make(path)
     began.begin("a", 1)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_boot", lambda: 7)
+        patch.setattr(module, "boot", lambda: 7)
         assert Began.read(path) is None
     with open(path, "r+b") as file:
         file.truncate(100)

@@ -8,6 +8,7 @@ import pytest
 from storage.test_sqlite import PATIENCE, start_program
 
 from taskx import RepositoryUnavailable, SQLiteRepository
+from taskx.stores.liveness import locks as locks_module
 from taskx.stores.liveness.base import Node
 from taskx.stores.liveness.locks import NodeLocks
 
@@ -152,6 +153,24 @@ def test_without_a_lock_file_the_liveness_is_unknown(locks):
     os.unlink(locks._path("n1"))
     assert locks.alive("n1", inode) is None
     assert locks.alive("never was", 1) is None
+
+
+def test_a_node_whose_lock_file_a_power_cut_took_is_dead(repository, locks, monkeypatch):
+    """The record was synced, and the entry of the lock file in its folder was not."""
+    repository.liveness.join(Node(id="n1", name="one"))
+    os.unlink(locks._path("n1"))
+    assert alive(repository) == {"n1": None}
+    monkeypatch.setattr(locks_module, "boot", lambda: 7)
+    assert alive(repository) == {"n1": False}
+    repository.liveness.leave("n1")
+
+
+def test_a_node_that_holds_its_lock_lives_whatever_the_boot(repository, monkeypatch):
+    """Some containers have a number of their own."""
+    repository.liveness.join(Node(id="n1", name="one"))
+    monkeypatch.setattr(locks_module, "boot", lambda: 7)
+    assert alive(repository) == {"n1": True}
+    repository.liveness.leave("n1")
 
 
 def test_with_another_lock_file_the_liveness_is_unknown(locks):

@@ -35,10 +35,14 @@ class Turns:
 
     @staticmethod
     def set_durable(link: Link, durable: bool) -> None:
-        """Choose if the next commits survive a power cut. Without a write-ahead log, all of them do."""
-        if link.keeps_log and link.durable is not durable:
+        """Choose if the next commits survive a power cut.
+
+        Without a write-ahead log, the removal of the journal is the commit, which only EXTRA syncs.
+        """
+        if link.durable is not durable:
             link.durable = None  # unknown if an interrupt comes after the next line
-            link.rows(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            levels = ("NORMAL", "FULL") if link.keeps_log else ("FULL", "EXTRA")
+            link.rows(f"PRAGMA synchronous = {levels[durable]}")
             link.durable = durable
 
     def leave(self) -> None:

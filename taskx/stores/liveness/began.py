@@ -45,7 +45,7 @@ class Began:
             return None
         finally:
             os.close(fd)
-        made._cells[0] = _boot()
+        made._cells[0] = boot()
         return made
 
     @classmethod
@@ -57,7 +57,7 @@ class Began:
         except OSError:
             return None
         found = cls(data) if len(data) == _SIZE else None
-        return found if found is not None and found._cells[0] == _boot() else None
+        return found if found is not None and found._cells[0] == boot() else None
 
     def begin(self, task_id: str, starts: int) -> int:
         """Note that a thread begins a task; return its cell, to be freed with :attr:`end`; 0 for none."""
@@ -75,7 +75,7 @@ class Began:
 
 
 @lru_cache(maxsize=1)
-def _boot() -> int:
+def boot() -> int:
     """Return a number for this boot of the machine, never 0; always 1 if the system does not tell.
 
     Cells of an earlier boot are not used: after a power cut a file may lack tasks that were noted.

@@ -17,7 +17,7 @@ from contextlib import suppress
 from typing import Any
 
 from taskx.stores.liveness.base import PREFIX, Node, Own, Recorded, Store, described
-from taskx.stores.liveness.began import Began
+from taskx.stores.liveness.began import Began, boot
 from taskx.tasks.errors import RepositoryError, RepositoryUnavailable
 from taskx.tasks.timing import DEFAULT_TIMING
 
@@ -253,7 +253,8 @@ class KernelLocks(Recorded[Own]):
     def join(self, node: Node, *, tended: bool = False) -> None:
         self._on_record()
         _, file = self._place()
-        own = Own(node, {"file": file, "lock": self._locks.hold(node.id, file)})
+        lock = self._locks.hold(node.id, file)
+        own = Own(node, {"file": file, "lock": lock, "boot": boot()})
         try:
             self._write(node.id, own)
             self._own[node.id] = own
@@ -276,9 +277,10 @@ class KernelLocks(Recorded[Own]):
         return self._locks.began(node)
 
     def nodes(self) -> Sequence[Node]:
-        """Return all recorded nodes. In a copy of a database file, the nodes of the original are dead.
+        """Return all recorded nodes. Those of an earlier boot are dead.
 
-        But a node that holds its lock in this folder lives: the copy has replaced the original.
+        In a copy of a database file, those of the original are dead, too. But a node that holds its lock in
+        this folder lives: the copy has replaced the original.
         """
         nodes = []
         for name, note in sorted(self._store.notes(PREFIX).items()):
@@ -292,7 +294,11 @@ class KernelLocks(Recorded[Own]):
 
     def _alive(self, name: str, facts: dict[str, Any]) -> bool | None:
         alive = self._locks.alive(name.removeprefix(PREFIX), facts["lock"])
-        return False if alive is None and facts["file"] != self._place()[1] else alive
+        if alive is not None:
+            return alive
+        # A power cut may have kept the record, and not the lock file, which is never synced.
+        here = facts["file"] == self._place()[1] and facts.get("boot", boot()) == boot()
+        return None if here else False
 
     def _on_record(self) -> set[str]:
         return {name.removeprefix(PREFIX) for name in self._store.notes(PREFIX)}

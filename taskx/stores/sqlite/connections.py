@@ -402,7 +402,7 @@ class Connections:
             with closing(self._connect("ro" if _size(f"{path}-wal") else "rw")) as connection:
                 self.schema.check(connection, path)
 
-    def _prepare(self, connection: sqlite3.Connection) -> bool:
+    def _prepare(self, connection: Connection) -> bool:
         """Migrate the file. Return True if the connection has changed the schema."""
         # The switch to WAL fails with "locked" at once if another process is switching at the same time:
         # SQLite does not call the busy handler then.
@@ -418,6 +418,9 @@ class Connections:
                     require_log(connection, self.file.path)
                 else:
                     if version == 0:
+                        # Before there is a log, a power cut may damage the file otherwise.
+                        connection.execute("PRAGMA synchronous = FULL")
+                        connection.synchronous = "FULL"
                         connection.execute(f"PRAGMA page_size = {PAGE_SIZE}")
                         connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
                     connection.execute("PRAGMA journal_mode = WAL").fetchone()

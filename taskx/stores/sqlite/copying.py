@@ -121,6 +121,8 @@ class _Copy:
         with closing(connect(path, "rwc", PATIENCE)) as connection:
             try:
                 connection.execute("PRAGMA locking_mode = EXCLUSIVE").fetchall()
+                # The old file may be deleted next: no power cut must undo the copy then.
+                connection.execute("PRAGMA synchronous = EXTRA")
                 if not self._same:
                     connection.execute("ATTACH ? AS old", (address(self._source.path, "rw"),))
                     if not self._tables.check(connection, path) and not self._tables.prefix:

@@ -59,8 +59,8 @@ def own_transaction(outer: FileLinks, connect: Connect | None) -> Iterator[sqlit
             raise ConfigurationError("connect() must return a connection that is in no transaction")
         connection.set_authorizer(guard.authorize)
         with _translating(outer):
-            if outer.durability == "process":
-                connection.execute("PRAGMA synchronous = NORMAL")
+            level = "NORMAL" if outer.durability == "process" else "FULL"
+            connection.execute(f"PRAGMA synchronous = {level}")  # whatever connect() has set
             outer.begin_on(connection)
         guard.locked = True
         yield connection

@@ -604,6 +604,21 @@ def test_the_examination_warns_of_a_file_without_a_log(repository, tmp_path):
     assert "journal_mode=delete" in check.sentence
 
 
+@on_sqlite
+@pytest.mark.parametrize(
+    ("mode", "levels"), [("WAL", ["FULL", "NORMAL"]), ("DELETE", ["EXTRA", "FULL"])]
+)
+def test_a_power_cut_undoes_nothing_that_a_caller_was_told(
+    repository, tmp_path, sent, mode, levels
+):
+    """Without a write-ahead log a commit removes a file, and only EXTRA syncs that."""
+    with closing(sqlite3.connect(tmp_path / "site.db")) as connection:
+        connection.execute(f"PRAGMA journal_mode = {mode}")
+    add(repository, "a")
+    repository.apply([start("a")])
+    assert [sql.split(" = ")[1] for sql in sent if "synchronous" in sql] == levels
+
+
 def test_notes_of_nodes_and_others_are_stored_together(repository):
     changes = [NoteChange("node/a", "x", 0), NoteChange("schedule/b", "y", 0)]
     assert list(repository.put_notes(changes)) == [True, True]
