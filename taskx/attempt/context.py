@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, ParamSpec, TypeVar
 from taskx.attempt.capture import CapturedLogger, in_coroutine
 from taskx.attempt.checkpoints import Checkpoints, Keeper
 from taskx.attempt.children import check_tasks
+from taskx.attempt.emitted import Emitted
 from taskx.attempt.transactions import Completed, Transaction
 from taskx.attempt.waiting import (
     AGAIN,
@@ -111,6 +112,7 @@ class Context:
     _unwritten = False
     _missed = _quiet = _storing = False  # see ``transaction`` and ``_new_progress``
     _checkpoints: Checkpoints | None = None
+    _emitted: Emitted | None = None
     _stored: str | None = None  # the checkpoints that were stored last
     _spent: Cost = NOTHING
     #: Raised by a call that has parked the run; None if none has.
@@ -203,6 +205,51 @@ class Context:
         """
         self._spent = {**self._spent_in_truth(), **(check_cost(units) or {})}
 
+    def emit(self, value: Any) -> None:
+        """Show a part of the result to those who read :meth:`TaskHandle.stream`, while the run goes on.
+
+        This keeps the value in memory; it is stored about every 0.1 seconds, at the end, and before the
+        result of a step. What a step has emitted, by the thread or the coroutine that runs its function,
+        stays when a later call of the executor skips the step. All else is emitted anew.
+
+        Args:
+            value: a JSON value of at most 64 KB.
+
+        Raises:
+            PayloadError: the value is not JSON, or is too large; or this run has emitted more than 16 times
+                ``max_payload_size``.
+            TaskCancelled: the token has fired.
+            ConfigurationError: this is inside ``ctx.transaction()``; the repository has only eight methods;
+                or this is a forked child process.
+            RepositoryError: what an earlier run has emitted could not be removed.
+        """
+        self._token.raise_if_cancelled()
+        if (kept := self._checkpoints) is not None:
+            kept.refuse_emit()
+        elif self._parked is not None:
+            raise self._parked
+        self._shared.keeper.refuse_fork()
+        self._stream().add(value, self._task.starts)
+
+    def _stream(self) -> Emitted:
+        """Return what this run emits."""
+        keeper = self._shared.keeper
+        keeper.check()
+        with keeper.lock:
+            if self._emitted is None:
+                forget = partial(keeper.forget_earlier, self._task, self._run_token)
+                self._emitted = Emitted(keeper.max_payload_size, forget)
+            return self._emitted
+
+    def _save_emitted(self) -> None:
+        """Store what this run has emitted. Raises as :meth:`Keeper.save`."""
+        if self._emitted is not None:
+            self._shared.keeper.save(self._task, self._emitted, self._run_token)
+
+    def _take_emitted(self, notes: Sequence[tuple[int, str]]) -> None:
+        """Add what this run has emitted in a child process: notes with the numbers of their last chunks."""
+        self._stream().take_in(dict(notes))
+
     def _spent_in_truth(self) -> Cost:
         """Return what the run has said to have taken; empty if it has said nothing."""
         return self._spent
@@ -259,22 +306,26 @@ class Context:
         return self._kept().step(name, self._token, lambda: fn(*args, **kwargs))  # type: ignore[no-any-return]
 
     def _wait_for(
-        self, coroutine: Coroutine[Any, Any, T], enter_run: Callable[[], object], *, inside: bool
+        self,
+        coroutine: Coroutine[Any, Any, T],
+        enter: Callable[[Awaited], object],
+        *,
+        inside: bool,
     ) -> T:
         """Run the coroutine of the executor on the queue's loop, and return its result.
 
-        ``enter_run`` makes the run the current one for the coroutine. ``inside`` says if another coroutine
-        has called the executor.
+        ``enter`` is called in the context of variables that the coroutine gets. ``inside`` says if another
+        coroutine has called the executor.
         """
 
-        def enter(begun: Awaited) -> None:
+        def begin(begun: Awaited) -> None:
             self._awaited = begun
-            enter_run()
             if isinstance(self._shared.log, CapturedLogger):
                 in_coroutine.set(self._shared.log.capture)
+            enter(begun)
 
         assert self._shared.loop is not None
-        given = coroutine, self._task, self._token, enter
+        given = coroutine, self._task, self._token, begin
         return self._shared.loop().run(*given, inside=inside)  # type: ignore[no-any-return]
 
     async def astep(
@@ -600,6 +651,7 @@ class Context:
             )
         kept, open_transaction = self._kept(), self._shared.keeper.transaction
         kept.refuse_transaction()  # before it waits for progress that waits for this thread's transaction
+        self._save_emitted()  # the transaction may complete the task
         with (
             self._without_progress(),
             open_transaction(kept, self._token, self._ending, self._completed) as tx,
@@ -644,9 +696,10 @@ class Context:
         return changes if self._stored is None else {**changes, "checkpoints": self._stored}
 
     def _kept(self) -> Checkpoints:
-        with self._shared.keeper.lock:
+        keeper, emitted = self._shared.keeper, self._stream()
+        with keeper.lock:
             if self._checkpoints is None:
-                self._checkpoints = Checkpoints(self._task, self._run_token, self._shared.keeper)
+                self._checkpoints = Checkpoints(self._task, self._run_token, keeper, emitted)
             return self._checkpoints
 
     def _checkpoints_refused(self) -> str:
@@ -659,6 +712,7 @@ class Context:
 
     def _keep_checkpoints(self, text: str, *, durable: bool) -> bool:
         """Store the checkpoints that were made in a child process: see :meth:`Keeper.store`."""
+        self._save_emitted()
         if not self._shared.keeper.store(self._task, text, durable=durable, token=self._run_token):
             return False
         self._stored = text
@@ -847,6 +901,10 @@ class Watched(Context):
     def progress(self, percent: float, message: str = "") -> None:
         self._beat()
         super().progress(percent, message)
+
+    def emit(self, value: Any) -> None:
+        self._beat()
+        super().emit(value)
 
     def step(self, name: str, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         try:
