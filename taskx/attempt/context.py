@@ -107,33 +107,25 @@ class Context:
         logger: logs with the task's id and type.
     """
 
-    __slots__ = (
-        *("_copy", "_shared", "_task", "_token"),
-        *("_missed", "_quiet", "_storing", "_told", "_unwritten"),
-        *("_checkpoints", "_run_token", "_stored"),
-        *("_awaited", "_completed", "_emitted", "_parked", "_spent"),
-    )
+    _copy: Task | None = None  # made on first use: most executors never ask for it
+    _told: tuple[float, str] | None = None  # the last progress that was reported
+    _unwritten = False
+    _missed = _quiet = _storing = False  # see ``transaction`` and ``_new_progress``
+    _checkpoints: Checkpoints | None = None
+    _emitted: Emitted | None = None
+    _stored: str | None = None  # the checkpoints that were stored last
+    _spent: Cost = NOTHING
+    #: Raised by a call that has parked the run; None if none has.
+    _parked: Parked | None = None
+    #: The coroutine of the run, if its executor is one.
+    _awaited: Awaited | None = None
 
     def __init__(self, task: Task, token: CancelToken, shared: Shared) -> None:
         self._task = task
         self._shared = shared
-        self._copy: Task | None = None  # made on first use: most executors never ask for it
         self._token = self._run_token = token
-        self._told: tuple[float, str] | None = None  # the last progress that was reported
-        self._unwritten = False
-        self._missed = self._quiet = self._storing = (
-            False  # see ``transaction`` and ``_new_progress``
-        )
-        self._checkpoints: Checkpoints | None = None
-        self._emitted: Emitted | None = None
-        self._stored: str | None = None  # the checkpoints that were stored last
-        self._spent: Cost = NOTHING
         #: The completion of the task, if a transaction of the run has stored one.
         self._completed: list[Completed] = []
-        #: Raised by a call that has parked the run; None if none has.
-        self._parked: Parked | None = None
-        #: The coroutine of the run, if its executor is one.
-        self._awaited: Awaited | None = None
 
     @property
     def task(self) -> Task:
@@ -896,8 +888,6 @@ class Context:
 
 class Watched(Context):
     """The context of a run that times out if it gives no sign of life: ``beat`` is called at each one."""
-
-    __slots__ = ("_beat",)
 
     def __init__(
         self, task: Task, token: CancelToken, shared: Shared, beat: Callable[[], object]

@@ -61,10 +61,15 @@ State = Literal["starting", "ahead", "executing", "concluding", "stuck"]
 class Run:
     """One attempt at a started task, with the token that tells it to stop."""
 
-    __slots__ = (
-        *("capture", "context", "decided", "executor", "overdue", "resumes", "state", "task"),
-        *("began", "pulse", "token"),
-    )
+    state: State = "starting"
+    #: Only with a time-out: the call to make if the run does not end then, and the lock that a thread
+    #: takes to decide the ending of the run.
+    overdue: Overdue | None = None
+    decided: _thread.LockType | None = None
+    #: The time at which it was called, on the clock of the runner; only with a time-out.
+    began: float
+    pulse: Pulse | None = None
+    capture: Capture | None = None
 
     def __init__(
         self, task: Task, executor: Registered, token: CancelToken, shared: Shared
@@ -74,17 +79,8 @@ class Run:
         self.resumes = task.started_at is not None
         self.executor = executor
         self.token = token
-        #: Only with a time-out: the call to make if the run does not end then, and the lock that a thread
-        #: takes to decide the ending of the run.
-        self.overdue: Overdue | None = None
-        self.decided: _thread.LockType | None = None
-        self.state: State = "starting"
-        #: The time at which it was called, on the clock of the runner; only with a time-out.
-        self.began: float
-        self.pulse: Pulse | None = None
         if (stall := executor.options.stall) is not None:
             self.pulse = Pulse(stall, token._clock)
-        self.capture: Capture | None = None
         if executor.log_level is not None:
             prefix = log_prefix(task.id, task.type)
             self.capture = Capture(executor.log_level, prefix, self.beat)

@@ -43,15 +43,14 @@ from taskx.tasks.log import Complaint
 from taskx.tasks.model import MAX_NAME, Task
 from taskx.tasks.payload import clean_text
 from taskx.tasks.record import Stub, changed_task
-from taskx.tasks.writes import Insert, Update, Write
+from taskx.tasks.writes import Insert, Update, Write, maker
 
 
 def _fetch_size(workers: int, batches: Batches) -> int:
     return max(256, 4 * workers, *(2 * most for most, _ in batches.values()))
 
 
-# Makes an outcome of the tuple of its fields, at half the cost of a call of the class.
-_make_outcome: Callable[[tuple[Run, Ending, WorkerPool]], Outcome] = partial(tuple.__new__, Outcome)
+_make_outcome = maker(Outcome)
 
 
 class Ends(Protocol):
@@ -128,8 +127,6 @@ class WorkerPool:
         self.strike = self.starter.strike
         #: The node as it was recorded last.
         self.recorded = node
-        # True if the log shows every task.
-        self._is_told = partial(services.log.isEnabledFor, logging.DEBUG)
         #: Makes the pool follow pauses and overrides.
         self.tuning = Tuning(self, workers)
         # A repository of eight methods stores every new task as pending first.
@@ -141,7 +138,8 @@ class WorkerPool:
         self._complaint = Complaint(services.log)
         self._max_hold = config.max_hold
         self._counting = threading.Lock()
-        self._quiet = Bell()
+        #: Rung when nothing is left to run.
+        self.quiet = Bell()
         self.stuck = Stuck(services, node.id, config.max_stuck, self._do_without, self._abandon)
         #: The number of worker threads that have not ended.
         self.workers_left = 0
@@ -339,7 +337,7 @@ class WorkerPool:
             with self._counting:
                 self.workers_left -= 1
                 self.threads.remove(threading.current_thread())  # its ident may be used again soon
-            self._quiet.ring_all()
+            self.quiet.ring_all()
 
     def _tell_worker_ended(self) -> None:
         for layer in self.services.registry.middleware:
@@ -395,7 +393,7 @@ class WorkerPool:
                 self.services.moves.dependents.process_some()
             if self.agenda.more_stored:
                 self.fetcher.refill()
-            self._tell_quiet()
+            self.tell_quiet()
 
     def _has_next(self) -> bool:
         """Return True if there is a task for a worker, or a worker must end."""
@@ -495,7 +493,7 @@ class WorkerPool:
                 return Ending(returned=False)
             began, cell = self.began, 0
             try:
-                if self.hooks.started or self._is_told():
+                if self.hooks.started or self.services.moves.is_told:
                     self._tell_begins(run)
                 if run.task.timeout is not None or run.pulse is not None:
                     run.overdue = self.stuck.watch(run, worker)
@@ -595,7 +593,7 @@ class WorkerPool:
 
     def _tell_begins(self, run: Run) -> None:
         task, log = run.task, self.services.log
-        if self._is_told():
+        if self.services.moves.is_told:
             what = "goes on with" if run.resumes else "begins,"
             log.debug("task %s (%s) %s attempt %d", task.id, task.type, what, task.attempt)
         if (listeners := self.hooks.started) and not run.resumes:
@@ -750,18 +748,12 @@ class WorkerPool:
         self.agenda.wake_from_long_sleep()
         return True
 
-    def over(self, run: Run) -> None:
-        """Note that a run is over: its task has completed."""
-        self.starter.strike(run, ran=True)
-        if self._quiet.listening:
-            self._tell_quiet()
-
     def concluded(self, run: Run, held: Sequence[Write], error: BaseException | None) -> None:
         """Note that a run is over, and which moves of its outcome took place."""
         if not (held and held[0].id == run.task.id):
             self._not_concluded(run.task, error)
-        if self._quiet.listening:
-            self._tell_quiet()
+        if self.quiet.listening:
+            self.tell_quiet()
 
     def _not_concluded(self, task: Task, error: BaseException | None) -> None:
         if error is None:
@@ -792,9 +784,10 @@ class WorkerPool:
 
     # --- quiet, and the end
 
-    def _tell_quiet(self) -> None:
-        if self._quiet.listening and not self.runs and not len(self.buffer):
-            self._quiet.ring_all()
+    def tell_quiet(self) -> None:
+        """Wake the threads that wait until nothing is left to run, if that is so."""
+        if self.quiet.listening and not self.runs and not len(self.buffer):
+            self.quiet.ring_all()
 
     def holds_nothing(self) -> bool:
         """Return True if no task is in the buffer or with a worker, and no outcome waits."""
@@ -810,7 +803,7 @@ class WorkerPool:
 
     def wait_quiet(self, timeout: float) -> None:
         """Wait until a task ends or a worker leaves, at most ``timeout`` seconds."""
-        self._quiet.wait(self._quiet.listen(), timeout)
+        self.quiet.wait(self.quiet.listen(), timeout)
 
     def lose_lease(self) -> None:
         """Stop the running tasks, because other nodes may believe that this node is dead.

@@ -105,7 +105,7 @@ class House:
 
         Override it if the store can hang. This version sets no limit.
         """
-        return nullcontext()
+        return _NOTHING
 
     def without_waiting(self) -> AbstractContextManager[object]:
         """Have ``apply`` raise :class:`Locked` to this thread soon, for a ``with`` block.
@@ -113,7 +113,7 @@ class House:
         Without it ``apply`` waits for locks of other transactions. This version is for stores in which
         nobody else locks single records.
         """
-        return nullcontext()
+        return _NOTHING
 
     def shrink(self) -> bool:
         """Give a little unused space back to the disk. Return True if there is more to give back."""
@@ -141,6 +141,7 @@ class Forks:
 
 
 F = TypeVar("F", bound=Forks)
+_NOTHING = nullcontext()
 _told = InUse[Forks]()
 _one_fork = threading.Lock()
 _prepared: list[Forks] = []

@@ -9,8 +9,7 @@ guard holds is the move that happened.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple, Protocol
 from zlib import crc32
@@ -50,7 +49,7 @@ from taskx.tasks.record import (
 )
 from taskx.tasks.retry import MAX_WAIT
 from taskx.tasks.tags import labels_to_text
-from taskx.tasks.writes import CREATED, PRESENT, Delete, Insert, Update, Write
+from taskx.tasks.writes import CREATED, PRESENT, Delete, Insert, Update, Write, maker
 
 #: Number of ended attempts that a record keeps; the oldest are dropped first.
 MAX_KEPT_ATTEMPTS = 50
@@ -691,8 +690,7 @@ def start_all(tasks: Sequence[Task], now: int, node: str, worker: str) -> list[U
     return made
 
 
-# Makes an update of the tuple of all its fields, at a third of the cost of a call of the class.
-_update: Callable[[tuple[Any, ...]], Update] = partial(tuple.__new__, Update)
+_update = maker(Update)
 
 
 def created_started(insert: Insert, start: Update) -> Insert:
@@ -794,7 +792,8 @@ def conclude(task: Task, ending: Ending, now: int) -> list[Update]:
             changes = {**_end(task, ending, now, COMPLETED), **changes}
         if task.errors:
             changes.update(_NO_ERROR)
-        return [_update((task.id, _fence(task), changes, False, "complete", False))]
+        fence = {"status": RUNNING, "starts": task.starts}
+        return [_update((task.id, fence, changes, False, "complete", False))]
     if ending.reason is CancelReason.CANCEL:
         return [_cancelled(task, ending, now)]
     if ending.parked is not None and ending.reason is not CancelReason.TIMEOUT:

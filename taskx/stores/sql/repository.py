@@ -24,7 +24,7 @@ from taskx.tasks.record import STUB, Ended, Stub, parents_from_text, task_from_r
 from taskx.tasks.streams import STREAM
 from taskx.tasks.tags import FLOW
 from taskx.tasks.timing import DEFAULT_TIMING, Timing
-from taskx.tasks.writes import Note, NoteChange, Write
+from taskx.tasks.writes import Note, NoteChange, Write, maker
 
 _MOST_VALUES = 500  # in one query
 _CREATED_AT = TASK_FIELDS.index("created_at")
@@ -330,7 +330,8 @@ def _plain_stub(columns: Sequence[Any], owner: str) -> Stub:
         "max_crashes": max_crashes,
         "owner": owner,
     }
-    asked = asked_at is not None
-    return Stub(
-        task_id, status, starts, priority, created_at, asked, kind, run_at, row if params else None
-    )
+    stub = task_id, status, starts, priority, created_at, asked_at is not None, kind, run_at
+    return _make_stub((*stub, row if params else None))
+
+
+_make_stub = maker(Stub)
