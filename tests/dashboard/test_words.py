@@ -19,6 +19,9 @@ from taskx.programs.dashboard.display import Display
 FOLDER = Path(taskx.programs.dashboard.__file__).parent
 NOW = datetime(2026, 3, 1, 12, 0, tzinfo=timezone.utc)
 
+# The places of the texts in the arguments of functions.
+TEXTS = {"say": [0], "_say": [0], "_": [0], "_count": [0], "_linked": [2], "_with_button": [3]}
+
 # A text in a template: _("…"). No text has a double quote.
 IN_TEMPLATE = re.compile(r"""\b_\(\s*(?:"([^"]*)"|'([^']*)')""")
 
@@ -35,7 +38,8 @@ def texts_in_python():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
                 name = getattr(node.func, "attr", getattr(node.func, "id", ""))
-                wanted = node.args[:1] if name in ("say", "_") else []
+                # A text, or the label of a link or button, is one of the first arguments.
+                wanted = [node.args[at] for at in TEXTS.get(name, ()) if at < len(node.args)]
                 wanted += [k.value for k in node.keywords if k.arg == "label"]
                 for value in wanted:
                     for part in ast.walk(value):
@@ -45,8 +49,9 @@ def texts_in_python():
 
 def texts_in_tables():
     """Yield the texts that are chosen while the dashboard runs."""
+    from taskx.insight.query import FIELDS
     from taskx.programs.dashboard import charts, display
-    from taskx.programs.dashboard.screens import answers, failures, task, tasks, types
+    from taskx.programs.dashboard.screens import answers, failures, overview, task, tasks, types
 
     yield from ((text, "display") for text in (*display._DAYS, *(u[1] for u in display._UNITS)))
     yield from ((status, "charts") for status in charts.STATUSES)
@@ -54,6 +59,9 @@ def texts_in_tables():
     yield from ((text, "answers") for _, text in answers.KINDS)
     yield from ((text, "types") for text in types._LIMITS.values())
     yield from ((text, "failures") for _, text, _ in failures.PERIODS)
+    yield from ((text, "overview") for _, text, *_ in overview.PERIODS)
+    yield from ((text, "tasks") for _, text in tasks.RANGES)
+    yield from ((meaning, "tasks") for meaning in FIELDS.values())
     yield from ((label, "tasks") for _, label, _ in tasks.BUTTONS)
     yield from (
         (text, "tasks") for change in tasks.CHANGES for text in (change.question, change.done)
