@@ -90,7 +90,8 @@ def test_both_forms_have_the_same_values():
         forms = english.split("|")
         assert fields(chinese) == set().union(*map(fields, forms)), english
         assert "|" not in chinese, english
-        assert not re.search(r"[a-z]{2,} [a-z]{2,}", chinese), f"{english!r} is not translated"
+        words = chinese.replace("taskx worker", "")
+        assert not re.search(r"[a-z]{2,} [a-z]{2,}", words), f"{english!r} is not translated"
 
 
 def test_the_language_is_the_chosen_one_or_the_first_that_the_browser_accepts():
@@ -119,7 +120,9 @@ def test_a_text_is_translated_with_its_values():
     [
         (None, "–"),
         (0, "0 ms"),
+        (0.00003, "<0.1 ms"),
         (0.0004, "0.4 ms"),
+        (0.00196, "2 ms"),
         (0.0123, "12 ms"),
         (1, "1 s"),
         (1.26, "1.3 s"),
@@ -142,6 +145,7 @@ def test_times_are_shown_in_utc_and_by_their_distance():
     assert str(show.ago(at)) == (
         '<time datetime="2026-03-01T11:30:00+00:00" title="2026-03-01 11:30:00 UTC">30 min ago</time>'
     )
+    assert ">30 min<" in show.age(at)
     assert ">in 2 h<" in show.ago(NOW + timedelta(hours=2))
     assert (show.moment(None), show.ago(None)) == ("–", "–")
     assert (show.clock(at), show.clock(at - timedelta(days=1))) == ("11:30", "02-28 11:30")

@@ -291,6 +291,7 @@ CHINESE: Mapping[str, str] = {
     "Facts": "详情",
     "Due": "到期",
     "Ended": "结束",
+    "Waits until": "等待至",
     **SCREENS,
     **FINDINGS,
 }

@@ -10,9 +10,8 @@ FINDINGS: Mapping[str, str] = {
     "Cancel them": ("全部取消"),
     "Show the limits": ("查看限制"),
     "Show the schedules": ("查看定时计划"),
-    "No node runs {type}: {count} task waits. Start a worker that has its executor, or "
-    "cancel it.|No node runs {type}: {count} tasks wait. Start a worker that has its "
-    "executor, or cancel them.": (
+    "No node runs {type}: {count} task waits. Start a worker that has it, or cancel it.|"
+    "No node runs {type}: {count} tasks wait. Start a worker that has it, or cancel them.": (
         "没有节点执行 {type}：{count} 个任务在等待。请启动可执行它的节点，或取消这些任务。"
     ),
     "No worker runs: {count} task waits. Start one: taskx worker module:queue.|No worker "
@@ -35,9 +34,8 @@ FINDINGS: Mapping[str, str] = {
     ),
     "Programs declare limit {limit} with different values: that of the last one holds. "
     "Deploy one value.": ("各程序对限制 {limit} 的声明不一致，以最后启动者为准。请统一声明。"),
-    "{count} thread on {name} runs on after its time-out. See what it does, then restart "
-    "the node.|{count} threads on {name} run on after their time-out. See what they do, "
-    "then restart the node.": (
+    "{count} thread on {name} runs on after its time-out. Look at it, then restart the node.|"
+    "{count} threads on {name} run on after their time-out. Look at them, then restart the node.": (
         "{name} 上有 {count} 个线程超时后仍在运行。请查看线程，然后重启节点。"
     ),
     "{type} stands still: {count} task waits for stuck threads on {nodes}. Restart the "

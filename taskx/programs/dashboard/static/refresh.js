@@ -60,7 +60,8 @@
     try {
       const answer = await fetch(url, {headers, cache: "no-store"});
       const text = await answer.text(), fresh = new DOMParser().parseFromString(text, "text/html").querySelector("#main");
-      if (answer.status >= 500 || (answer.status !== 304 && !fresh)) throw answer;
+      if (answer.status >= 500 || answer.status === 429) throw answer;
+      if (answer.status !== 304 && !fresh || answer.status === 401) return location.reload();  // to the login
       away = false;
       wait = PERIOD;
       // What was begun since the request is not lost.
