@@ -413,8 +413,8 @@ def test_a_page_that_is_paused_goes_on_by_itself_or_by_its_button(site, page, li
     expect(box).not_to_be_checked()
     expect(page.locator("tbody tr")).to_have_count(2)
     expect(page.locator("#state")).to_have_text("live")
-    page.goto("/types/one?type=quiet")
     page.clock.install()
+    page.goto("/types/one?type=quiet")
     page.get_by_label("Burst").focus()
     page.keyboard.press("Shift")
     expect(page.locator("#state")).to_have_text("paused: something is entered")
@@ -422,7 +422,8 @@ def test_a_page_that_is_paused_goes_on_by_itself_or_by_its_button(site, page, li
     expect(page.locator("#state")).to_have_text("live")
 
 
-def test_a_page_says_that_the_server_is_away_and_goes_on_when_it_is_back(page):
+def test_a_page_says_that_the_server_is_away_and_goes_on_when_it_is_back(visit):
+    page = visit(fails=False)
     page.goto("/tasks")
     page.route("**/tasks*", lambda route: route.fulfill(status=503, body="away"))
     expect(page.locator("#state")).to_have_text("disconnected")

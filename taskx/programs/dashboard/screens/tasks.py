@@ -30,7 +30,7 @@ MOST_COUNTED = 10_000
 #: Conditions without an index: only the newest tasks are searched for them, unless the user asks for all.
 UNINDEXED = frozenset({"created_by", "error", "error_type", "id_prefix", "params"})
 #: The number of tasks that are searched.
-MOST_SEARCHED = 50_000
+MOST_SEARCHED = 40_000
 # Statuses that few tasks have, and that are found by an index.
 _FEW = frozenset({TaskStatus.RUNNING, TaskStatus.FAILED, TaskStatus.CANCELLED})
 #: The largest number that a tab shows.
