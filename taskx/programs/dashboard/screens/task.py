@@ -22,7 +22,7 @@ from taskx.tasks.clock import to_datetime
 from taskx.tasks.errors import ConfigurationError
 from taskx.tasks.findings import Reason
 from taskx.tasks.lifecycle import ANSWER
-from taskx.tasks.model import Task, TaskStatus
+from taskx.tasks.model import MAX_NAME, Task, TaskStatus
 from taskx.tasks.redact import unhidden
 
 #: Lines of the log that a page shows: the last ones.
@@ -46,7 +46,6 @@ def show(request: Request) -> Page:
     lines = seen.log.splitlines()
     reasons = queue.why(task_id)
     found = queue.repository.get_many([*task.depends_on][:_RELATIVES])
-    mine = queue.list_tasks(id_prefix=f"{task.id}/", limit=_DRAWN, at_most=1).tasks
     steps = (seen.checkpoints or {}).get("steps") or {}
     children = queue.list_tasks(parent=task.id, limit=_RELATIVES, at_most=_RELATIVES + 1)
     parents, earlier = [*found.values()], _earlier(queue, task)
@@ -55,7 +54,7 @@ def show(request: Request) -> Page:
         {
             "task": seen,
             "trees": Trees(request.say),
-            "timeline": timeline(request, seen, mine),
+            "timeline": timeline(request, seen, _own(queue, task)),
             "reasons": [_said(request, reason) for reason in reasons],
             "answer": _answer(request, task, reasons),
             "kinds": KINDS,
@@ -111,6 +110,13 @@ def _answer(request: Request, task: Task, reasons: Sequence[Reason]) -> Row | No
     if asked.type != ANSWER or asked.status is not TaskStatus.PENDING:
         return None
     return next(rows_of(request, [asked]))
+
+
+def _own(queue: Queue, task: Task) -> Sequence[Task]:
+    """Return the answers that a task asks for, and its children: their ids begin with its id."""
+    if len(task.id) >= MAX_NAME:  # no id is longer
+        return ()
+    return queue.list_tasks(id_prefix=f"{task.id}/", limit=_DRAWN, at_most=1).tasks
 
 
 def _earlier(queue: Queue, task: Task) -> list[Task]:
