@@ -451,8 +451,8 @@ class AsyncExecutor(Executor[P, R]):
         self._takes_context = takes_context
         super().__init__(type, function, options)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Coroutine[Any, Any, R]:
-        return self.function(*args, **kwargs)  # type: ignore[return-value]
+    async def __call__(self, *args: Any, **kwargs: Any) -> R:
+        return await self.function(*args, **kwargs)  # type: ignore[misc, no-any-return]
 
 
 class BatchExecutor(Executor[[T], R], Generic[T, R]):
