@@ -119,6 +119,27 @@ def test_a_cursor(queue):
     assert survives(crawl, {"until": 3}, effects=lambda: {"pages": pages}) == 2 * 5
 
 
+def test_what_it_emits(queue):
+    """A commit of a start, of the chunks of the step, of the step, of the last chunk, and of the outcome."""
+    shown = []
+
+    @queue.executor()
+    def speak(ctx) -> str:
+        ctx.emit("begin")
+        ctx.step("say", lambda: [ctx.emit(n) for n in range(3)])
+        ctx.emit("end")
+        return "done"
+
+    @queue.executor("read")
+    def read(ctx) -> None:
+        of = ctx.parents[0].id
+        stream = Reader(ctx._shared.keeper._repository, ctx.parents[0])
+        shown.append([chunk.value for chunk in stream.read()])
+
+    steps = chain(speak.task(), Task(type="read"))
+    survives(steps, effects=lambda: {"shown": shown}, twice=["shown"])
+
+
 def test_a_snooze_and_a_task_that_it_submits(queue, sent):
     mail = queue.executor("mail")(lambda to: sent.append(to))
 
