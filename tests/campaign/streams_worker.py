@@ -20,10 +20,13 @@ def produce(file: str, workers: str) -> None:
 
     @queue.executor("speak", max_crashes=100)
     def speak(ctx: object, chunks: int, pause: float) -> int:
+        rest = max(1, round(0.01 / pause))  # a short pause is one after several chunks
+
         def some(first: int) -> int:
             for n in range(first, min(first + STEP, chunks)):
                 ctx.emit([ctx.task.starts, n])  # type: ignore[attr-defined]
-                threading.Event().wait(pause)
+                if n % rest == 0:
+                    threading.Event().wait(pause * rest)
             return first
 
         for number, first in enumerate(range(0, chunks, STEP)):

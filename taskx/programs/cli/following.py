@@ -159,8 +159,7 @@ def _new_lines(before: str, now: str) -> list[str]:
     """Print what tasks emit, their progress and their log as they come.
 
 Ends when the tasks with these IDs have ended; with --type, it follows all running tasks of the type until
-Ctrl-C. The log is that of executors with `capture_log`; an attempt's log is stored when it has
-ended.""",
+Ctrl-C. The log is that of executors with `capture_log`; its lines come a second later or so.""",
     """
 taskx tail 019abc12-...
 taskx tail --type email
