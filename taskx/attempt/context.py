@@ -320,22 +320,26 @@ class Context:
         return self._kept().step(name, self._token, lambda: fn(*args, **kwargs))  # type: ignore[no-any-return]
 
     def _wait_for(
-        self, coroutine: Coroutine[Any, Any, T], enter_run: Callable[[], object], *, inside: bool
+        self,
+        coroutine: Coroutine[Any, Any, T],
+        enter: Callable[[Awaited], object],
+        *,
+        inside: bool,
     ) -> T:
         """Run the coroutine of the executor on the queue's loop, and return its result.
 
-        ``enter_run`` makes the run the current one for the coroutine. ``inside`` says if another coroutine
-        has called the executor.
+        ``enter`` is called in the context of variables that the coroutine gets. ``inside`` says if another
+        coroutine has called the executor.
         """
 
-        def enter(begun: Awaited) -> None:
+        def begin(begun: Awaited) -> None:
             self._awaited = begun
-            enter_run()
             if isinstance(self._shared.log, CapturedLogger):
                 in_coroutine.set(self._shared.log.capture)
+            enter(begun)
 
         assert self._shared.loop is not None
-        given = coroutine, self._task, self._token, enter
+        given = coroutine, self._task, self._token, begin
         return self._shared.loop().run(*given, inside=inside)  # type: ignore[no-any-return]
 
     async def astep(

@@ -8,7 +8,7 @@ import itertools
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence, Set
-from functools import partial, update_wrapper
+from functools import update_wrapper
 from types import MappingProxyType
 from typing import (
     TYPE_CHECKING,
@@ -44,6 +44,7 @@ from taskx.tasks.values import ItemValues, Values, values_of
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing from 3.11 on
 
+    from taskx.attempt.coroutines import Awaited
     from taskx.tasks.handles import TaskHandle
 
 P = ParamSpec("P")
@@ -733,12 +734,26 @@ def _sync(function: Callable[..., Any]) -> Callable[..., Any]:
         return function
 
     def call(*args: Any, **params: Any) -> Any:
-        context, inside = current_context(), awaited.get() is not None
-        assert context is not None  # a run calls it
-        enter = partial(awaited.set, context)
-        return context._wait_for(function(*args, **params), enter, inside=inside)
+        return wait_for(function(*args, **params))
 
     return call
+
+
+def wait_for(
+    coroutine: Coroutine[Any, Any, T], enter: Callable[[Awaited], object] = lambda begun: None
+) -> T:
+    """Run a coroutine for the executor that calls this, on the queue's loop, and return its result.
+
+    ``enter`` is called in the context of variables that the coroutine gets.
+    """
+    context, inside = current_context(), awaited.get() is not None
+    assert context is not None  # a run calls the executor
+
+    def begin(begun: Awaited) -> None:
+        awaited.set(context)
+        enter(begun)
+
+    return context._wait_for(coroutine, begin, inside=inside)
 
 
 def _coding(function: Callable[..., Any], values: Values) -> Callable[..., Any]:

@@ -47,7 +47,7 @@ from taskx.tasks.timing import DEFAULT_TIMING, Timing
 from taskx.tasks.token import CancelToken
 
 if TYPE_CHECKING:
-    from taskx.attempt.coroutines import Loop
+    from taskx.attempt.coroutines import Awaited, Loop
 
 #: The state of a run:
 #: "starting": no worker has it yet, or a worker has just taken it;
@@ -100,9 +100,15 @@ class Run:
         return int if self.pulse is None else self.pulse.beat
 
     @property
+    def coroutine(self) -> Awaited | None:
+        """The coroutine of the run, if that alone goes on: its thread just waits for it, or has left it."""
+        awaited = self.context._awaited
+        return awaited if awaited is not None and awaited.thread.waits else None
+
+    @property
     def what_goes_on(self) -> str:
         """The part that goes on if the run is stuck: its thread, or its coroutine (its thread is free)."""
-        return "thread" if self.context._awaited is None else "coroutine"
+        return "thread" if self.coroutine is None else "coroutine"
 
 
 class Call:

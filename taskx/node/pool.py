@@ -494,11 +494,13 @@ class WorkerPool:
                 if began is not None and cell:
                     began.end(cell)
             if run.decided is not None and not run.decided.acquire(False):
-                if run.context._awaited is None:  # else its coroutine tells when it comes back
+                if run.coroutine is None:  # else that tells when it comes back
                     self._come_back(run)
                 return ending
             run.state = "concluding"  # first: from now on no audit believes that it is lost
             self.ahead.ended(run, ending.duration)
+            if ending.hold is not None:
+                self._hold([run], [ending])
             if conclude is not None:
                 conclude(run, ending)
             elif run.context._completed:
@@ -535,6 +537,7 @@ class WorkerPool:
                 return endings + mine
             for run in call.runs:
                 run.state = "concluding"  # first: as above
+            self._hold(call.runs, mine)
             for run, ending in zip(call.runs, mine, strict=True):
                 self.ahead.ended(run, ending.duration)
                 conclude(run, ending)
@@ -625,8 +628,6 @@ class WorkerPool:
     def _outcome(self, run: Run, ending: Ending) -> tuple[list[Update], Outcome]:
         """Return the writes of an ending, those that pass its turn on among them, and the outcome."""
         now = self.services.clock.now_ms()
-        if ending.hold is not None:
-            self._hold(run.task, *ending.hold, now)
         try:
             writes = lifecycle.conclude(run.task, ending, now)
         except Exception as error:  # noqa: BLE001  (a defect of ours: it fails this attempt alone)
@@ -636,24 +637,35 @@ class WorkerPool:
             writes = [*writes, *self.services.moves.turns.next_turn(key, run.task.id)]
         return writes, _make_outcome((run, ending, self))
 
-    def _hold(self, task: Task, seconds: float, asked: bool | str, now: int) -> None:
-        """Hold the limits that a task was refused by; it runs again later in any case."""
-        services, log = self.services, self.services.log
-        until = now + math.ceil(1000 * min(seconds, self._max_hold))
+    def _hold(self, runs: Sequence[Run], endings: Sequence[Ending]) -> None:
+        """Hold the limits that the tasks of a call were refused by; they run again later in any case."""
+        services, log, now = self.services, self.services.log, self.services.clock.now_ms()
+        wanted: dict[str, tuple[float, Task]] = {}
+        for run, ending in zip(runs, endings, strict=True):
+            if ending.hold is None or run.context._completed:
+                continue
+            seconds, asked = ending.hold
+            for name in services.registry.names_to_hold(run.task, asked):
+                if name not in wanted or wanted[name][0] < seconds:
+                    wanted[name] = seconds, run.task
         holds = {}
-        for name in services.registry.names_to_hold(task, asked):
+        for name, (seconds, task) in wanted.items():
+            until = now + math.ceil(1000 * min(seconds, self._max_hold))
             fill = services.registry.fill_of(name) or 0.0
             holds[name] = Hold(until, until + math.ceil(1000 * fill), task.id)
+        if not holds:
+            return
         try:
             services.repository.require("holds of limits")
-            held = services.controls.hold(holds, now) if holds else ()
+            held = services.controls.hold(holds, now)
             if held:
                 self.tuning.refresh()
         except (RepositoryError, ConfigurationError) as error:
             log.warning("task %s (%s): nothing is held: %s", task.id, task.type, error)
             return
-        capped = seconds > self._max_hold
         for name in held:
+            seconds, task = wanted[name]
+            capped = seconds > self._max_hold
             log.log(
                 logging.WARNING if capped else logging.INFO,
                 "limit %s is held for %g s by task %s (%s)%s",
@@ -671,8 +683,8 @@ class WorkerPool:
         """Replace the thread of stuck runs, if it is a worker. That of a coroutine goes on itself."""
         for run in runs:
             self.ahead.at_work.pop(run, None)
-        if (awaited := runs[0].context._awaited) is not None:
-            awaited.leave(partial(self._come_back, runs[0]))
+        coroutine = runs[0].coroutine
+        if coroutine is not None and coroutine.leave(partial(self._come_back, runs[0])):
             return
         try:
             with self._counting:

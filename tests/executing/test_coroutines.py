@@ -18,6 +18,7 @@ from contextlib import closing
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+import httpx
 import pytest
 from helpers import PATIENCE, eventually, no_rounds, services_of
 from strikes import every_strike
@@ -38,6 +39,7 @@ from taskx import (
     TaskStatus,
     current_context,
 )
+from taskx.attempt.coroutines import Waiter
 from taskx.testing import InlineQueue, ManualClock, ManualQueue, inline, run_executor, survives
 
 from . import isolated
@@ -216,6 +218,32 @@ class TestCancel:
         with pytest.raises(TaskFailed, match="CancelledError"):
             give_up.submit().result(PATIENCE)
 
+    def test_a_request_ends_with_it_and_so_does_its_connection(self, queue):
+        ended = threading.Event()
+
+        async def answer_never(reader, writer):
+            queue.started.set()
+            while await reader.read(1000):
+                pass
+            writer.close()
+            ended.set()
+
+        @queue.executor()
+        async def fetch():
+            server = await asyncio.start_server(answer_never, "127.0.0.1")
+            host, port = server.sockets[0].getsockname()
+            async with server, httpx.AsyncClient(trust_env=False, timeout=None) as client:
+                await client.get(f"http://{host}:{port}/")
+
+        queue.started = threading.Event()
+        queue.start()
+        handle = fetch.submit()
+        assert queue.started.wait(PATIENCE)
+        handle.cancel()
+        assert wait([handle], PATIENCE).done
+        assert handle.task().status is TaskStatus.CANCELLED
+        assert ended.wait(PATIENCE)
+
     def test_a_part_may_have_a_time_out_of_its_own(self, queue, clock):
         inside = threading.Event()
 
@@ -309,6 +337,46 @@ class TestOneThatDoesNotHeedItsTimeOut:
         task = stuck.get_task_status(stuck.handle.id)
         assert "its coroutine still runs" in task.error
         assert "gate.wait" in str(stuck.why(stuck.handle.id))
+
+
+@pytest.mark.parametrize("where", ["middleware", "call"])
+def test_a_thread_that_does_more_than_wait_is_stuck_itself(make_queue, clock, gate, where):
+    """It is in middleware after the coroutine has ended, or in a call that the coroutine asked it for."""
+
+    def hang(ctx, task, call_next):
+        found = call_next()
+        if task.type == "work" and where == "middleware":
+            gate()
+        return found
+
+    queue = make_queue(worker_num=1, clock=clock, middleware=[hang])
+
+    @queue.executor("work", timeout=5, grace=5, max_attempts=1)
+    async def work(ctx):
+        if where == "call":
+            await asyncio.get_running_loop().run_in_executor(ctx._awaited.thread, gate)
+
+    queue.executor("other")(lambda: 1)
+    queue.start()
+    handle = work.submit()
+    gate.wait_for()
+    clock.advance(10)
+    assert queue.submit("other").result(PATIENCE) == 1  # another thread runs it
+    assert eventually(lambda: handle.task().stuck_on)
+    assert "its thread still runs" in handle.task().error
+    gate.open()
+    assert eventually(lambda: not handle.task().stuck_on)
+
+
+def test_a_thread_that_has_left_its_coroutine_makes_no_calls_for_it():
+    thread = Waiter()
+    waiting = thread.submit(int)
+    assert thread.let_go(early=True)
+    thread.wait()
+    assert waiting.cancelled()
+    with pytest.raises(RuntimeError, match="does not wait"):
+        thread.submit(int)
+    assert not thread.let_go()
 
 
 class TestSteps:
@@ -457,6 +525,20 @@ class TestTheLoop:
         thread.join(PATIENCE)
         assert not thread.is_alive()
         assert closed == ["background", "generator"]
+
+    def test_a_coroutine_that_ends_it_fails_and_the_next_one_has_another(self, queue):
+        @queue.executor()
+        async def end(at_once):
+            loop = asyncio.get_running_loop()
+            if at_once:
+                loop.call_soon(loop.stop)
+                await asyncio.sleep(AGES)
+
+        queue.start()
+        with pytest.raises(TaskFailed, match="CancelledError"):
+            end.submit(at_once=True).result(PATIENCE)
+        assert end.submit(at_once=False).result(PATIENCE) is None
+        gc.collect()  # asyncio complains of the task now, and not in another test
 
     def test_an_exit_in_a_coroutine_fails_that_attempt_alone(self, queue):
         @queue.executor(max_attempts=1)

@@ -6,6 +6,7 @@ for that transaction nor be part of it.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 import time
@@ -27,6 +28,7 @@ from django.db.utils import (
     load_backend,
 )
 
+from taskx.attempt.current import awaited
 from taskx.contrib.django.link import Link, code, is_failure, is_locked, numbers
 from taskx.stores.base import Locked, Reentered
 from taskx.stores.sql import Dialect, MySQL, Postgres, SQLite, Statements
@@ -95,6 +97,24 @@ def file_of(settings: dict[str, Any]) -> DatabaseFile | None:
     return DatabaseFile(name.removeprefix("file:").partition("?")[0], create=False, prefix=PREFIX)
 
 
+@contextmanager
+def _on_loop() -> Iterator[None]:
+    """Let coroutines of executors use a connection.
+
+    Django refuses that on the thread of a loop, because other coroutines could use the connection in the
+    middle. Here none can: there is no ``await`` in the block.
+    """
+    loop = None if awaited.get() is None else asyncio._get_running_loop()
+    if loop is None:
+        yield
+        return
+    asyncio._set_running_loop(None)
+    try:
+        yield
+    finally:
+        asyncio._set_running_loop(loop)
+
+
 class Connections:
     """One connection that writes, and others that read, each used by one thread at a time.
 
@@ -141,6 +161,7 @@ class Connections:
 
     # --- using
 
+    @_on_loop()
     def read(self, work: Callable[[Link], T]) -> T:
         """Call ``work`` with a connection for reading, and raise its errors as TaskX's.
 
@@ -193,7 +214,7 @@ class Connections:
         """Give the connection for writing to this thread, which must not have it already."""
         if self.entered:
             raise Reentered
-        with self.lock, self._opened_writer() as link:
+        with self.lock, _on_loop(), self._opened_writer() as link:
             yield link
 
     @contextmanager
@@ -266,7 +287,7 @@ class Connections:
         if self.entered or not self.lock.acquire(timeout=patience):
             return None
         try:
-            with self._opened_writer() as link:
+            with _on_loop(), self._opened_writer() as link:
                 return work(link)
         finally:
             self.lock.release()
