@@ -89,7 +89,7 @@ def costs(folder: Path, *, streams: int, chunks: int, pause: float) -> float:
     try:
         eventually(lambda: len(queue.repository.notes(STREAM)) >= streams)
         begun = time.monotonic()
-        while queue.count_tasks(status="completed").count < streams // 2:
+        while queue.count_tasks(status="completed") < streams // 2:
             mark = queue.repository.version()
             if mark not in seen:
                 seen.add(mark)
