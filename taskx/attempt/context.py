@@ -270,12 +270,18 @@ class Context:
         """
         if not self._unwritten:
             return None
-        self._storing = True  # before the next line: the other order could overlook a transaction
-        if self._quiet:
-            self._storing, self._missed = False, True
+        if not self._may_write():
+            self._missed = True
             return None
         self._unwritten = False  # before reading: a report from now on sets it again
         return self._latest_progress()
+
+    def _may_write(self) -> bool:
+        """Return True if the record may be changed now; after that, call :meth:`_progress_written`."""
+        self._storing = True  # before the next line: the other order could overlook a transaction
+        if self._quiet:
+            self._storing = False
+        return self._storing
 
     def _progress_written(self, *, stored: bool) -> None:
         """Note that the progress was stored, or else make :meth:`_new_progress` return it again."""

@@ -13,26 +13,36 @@ from taskx.tasks.record import changed_task
 
 
 def store_progress(services: Services, runs: Sequence[Run]) -> None:
-    """Store the progress of those runs that have reported some since the last time.
+    """Store what runs have told since the last time: their progress, and the log that is kept of them.
 
     Raises:
         RepositoryError: it could not be stored; the next call tries again.
     """
-    tasks, writes = {}, []
-    stored = False
+    tasks, writes, logs = {}, [], []
+    now, stored = services.clock.monotonic(), False
     try:
         for run in runs:
-            if (new := run.context._new_progress()) is not None:
+            context, capture = run.context, run.capture
+            if (new := context._new_progress()) is not None:
                 tasks[run.task.id] = run.task
                 if services.hooks.progressed:  # they see the checkpoints that it has stored, too
-                    tasks[run.task.id] = changed_task(run.task, run.context._shown({}))
+                    tasks[run.task.id] = changed_task(run.task, context._shown({}))
                 writes.append(lifecycle.progress(run.task.id, run.task.starts, *new))
+            if (
+                capture is not None
+                and context._may_write()
+                and (lines := capture.new(now)) is not None
+            ):
+                logs.append(capture)
+                writes.append(lifecycle.log_so_far(run.task, lines))
         if writes:
             services.moves.commit(writes, tasks)
             stored = True
     finally:
         for run in runs:
             run.context._progress_written(stored=stored)
+        for capture in () if stored else logs:
+            capture.not_stored()
 
 
 def store_emitted(services: Services, runs: Sequence[Run]) -> None:

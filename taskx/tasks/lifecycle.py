@@ -766,6 +766,12 @@ def progress(task_id: str, starts: int | None, percent: int, message: str) -> Up
     )
 
 
+def log_so_far(task: Task, lines: str) -> Update:
+    """Store the lines that a run has logged by now. Its end stores them again, with those that follow."""
+    changes = {"log": _logged(task, lines)}
+    return Update(task.id, _fence(task), changes, move="checkpoint", skips=True)
+
+
 def checkpoint(task: Task, checkpoints: str, *, durable: bool) -> Update:
     """Store a run's checkpoints, given as JSON text, for later attempts."""
     return Update(task.id, _fence(task), {"checkpoints": checkpoints}, durable, "checkpoint")
@@ -855,7 +861,7 @@ def _end(task: Task, ending: Ending, now: int, status: str) -> dict[str, Any]:
         changes["progress"] = ending.progress
         changes["message"] = ending.message
     if ending.log:
-        changes["log"] = _logged(task, ending)
+        changes["log"] = _logged(task, ending.log)
     if task.unique_key is not None:
         changes.update(unique.freed_by_end(task))
     if task.concurrency_key is not None:
@@ -872,9 +878,9 @@ def _error(ending: Ending) -> dict[str, str]:
     return {name: getattr(ending, name) for name in _NO_ERROR}
 
 
-def _logged(task: Task, ending: Ending) -> str:
+def _logged(task: Task, new: str) -> str:
     """Return the captured log: earlier attempts, a heading for this attempt, then its lines."""
-    lines = f"{task.log}--- attempt {task.attempt}, start {task.starts}\n{ending.log}"
+    lines = f"{task.log}--- attempt {task.attempt}, start {task.starts}\n{new}"
     return lines if len(lines) <= MAX_LOG else lines[-MAX_LOG:].partition("\n")[2]
 
 
@@ -918,7 +924,7 @@ def _park(task: Task, ending: Ending, park: Park, now: int) -> list[Update]:
     if ending.progress is not None:
         changes.update(progress=ending.progress, message=ending.message)
     if ending.log:
-        changes["log"] = _logged(task, ending)
+        changes["log"] = _logged(task, ending.log)
     return _unless_cancelled(task, changes, ending, now, "park")
 
 
@@ -937,7 +943,7 @@ def _again(
         **more,
     }
     if ending.log:
-        changes["log"] = _logged(task, ending)
+        changes["log"] = _logged(task, ending.log)
     if task.expires_at is not None:  # only the first start can be too late
         changes["expires_at"] = None
     if task.duration:  # of an attempt that has waited in between

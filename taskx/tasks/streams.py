@@ -10,14 +10,17 @@ run: those of a step that this run has skipped.
 from __future__ import annotations
 
 import re
+import threading
+import time
 from collections import deque
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 from taskx.tasks import payload
 from taskx.tasks.clock import to_ms
 from taskx.tasks.codec import Codecs
-from taskx.tasks.errors import ConfigurationError, RepositoryCorrupt
+from taskx.tasks.errors import ConfigurationError, QueueFull, RepositoryCorrupt
 from taskx.tasks.payload import CODEC_KEY
 from taskx.tasks.record import EMITTED
 
@@ -208,9 +211,140 @@ class Stream(Generic[R_co]):
                 await asyncio.sleep(self._every)
         return self._ready.popleft()
 
+    def events(self) -> Events:
+        """Return what the task emits from now on as server-sent events, for at most 30 seconds.
+
+        Browsers then go on by themselves, after the position that they send as ``Last-Event-ID``. The data
+        of an event is a JSON object with ``value`` and ``restart``. The last event is called ``end``, and
+        has the ``status`` of the task.
+
+        Raises:
+            QueueFull: this process sends as many such streams as it may.
+        """
+        return Events(self)
+
+    def _status(self) -> str:
+        """Return how the task has ended."""
+        if self._handle.cancelled():
+            return "cancelled"
+        return "completed" if self._handle.exception(0) is None else "failed"
+
     def _look(self) -> bool:
         """Read what is stored by now. Return False if there is nothing, and the task goes on."""
         ended = self._handle.done()  # before the read: all was stored before the end of the task
         self._ready.extend(self._source.read())
         self._over = ended and not self._ready
         return self._over or bool(self._ready)
+
+
+# --- server-sent events
+
+#: Seconds after which the events end, so that no thread of a server is taken for long.
+EVENTS_WITHIN = 30.0
+#: Most events that a process sends at the same time.
+MOST_EVENTS = 16
+# Seconds after which something is sent, to notice that the reader is gone.
+_SIGN_EVERY = 5.0
+# Bytes at the beginning of events: milliseconds after which a browser goes on.
+_BEGIN = b"retry: 1000\n\n"
+
+
+class Events:
+    """The chunks of a task as server-sent events, in bytes: an iterator, for a web server.
+
+    Args:
+        stream: the chunks.
+        within: seconds after which they end.
+        shown: changes the value of a chunk before it is sent.
+    """
+
+    #: The headers of the response.
+    headers = MappingProxyType(
+        {
+            "Content-Type": "text/event-stream; charset=utf-8",
+            "Cache-Control": "no-store",
+            "X-Accel-Buffering": "no",
+        }
+    )
+    # Those that are sent, each with the time at which it ends: a server may forget to close one.
+    _sent: ClassVar[dict[Events, float]] = {}
+    _taking: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(
+        self,
+        stream: Stream[Any],
+        within: float = EVENTS_WITHIN,
+        shown: Callable[[Any], Any] = lambda value: value,
+    ) -> None:
+        self._stream, self._shown = stream, shown
+        now = time.monotonic()
+        self._signed, self._until = now, now + within
+        self._begun = self._ended = False
+        with self._taking:
+            for one in [one for one, until in self._sent.items() if until + _SIGN_EVERY < now]:
+                del self._sent[one]
+            if len(self._sent) >= MOST_EVENTS:
+                raise QueueFull(
+                    f"this process sends {MOST_EVENTS} streams, as many as it may: try again later"
+                )
+            self._sent[self] = self._until
+
+    def close(self) -> None:
+        """Send nothing more."""
+        self._ended = True
+        with self._taking:
+            self._sent.pop(self, None)
+
+    def __iter__(self) -> Iterator[bytes]:
+        try:
+            while not self._ended:
+                if (some := self._next()) is not None:
+                    yield some
+                else:
+                    self._stream._handle._sleep(self._pause())
+        finally:
+            self.close()
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        import asyncio
+
+        try:
+            while not self._ended:
+                if (some := await asyncio.to_thread(self._next)) is not None:
+                    yield some
+                else:
+                    await asyncio.sleep(self._pause())
+        finally:
+            self.close()
+
+    def _pause(self) -> float:
+        return max(0.0, min(self._stream._every, self._until - time.monotonic()))
+
+    def _next(self) -> bytes | None:
+        """Return what to send now, perhaps nothing; None: wait a moment."""
+        stream, now = self._stream, time.monotonic()
+        if not self._begun:
+            self._begun = True
+            return _BEGIN
+        stream._look()
+        ready = [*stream._ready]
+        stream._ready.clear()
+        if ready:
+            self._signed = now
+            return b"".join(self._event(chunk) for chunk in ready)
+        if stream._over:
+            self._ended = True
+            return f'event: end\ndata: {{"status":"{stream._status()}"}}\n\n'.encode()
+        if now >= self._until:
+            self._ended = True
+            return b""
+        if now >= self._signed + _SIGN_EVERY:
+            self._signed = now
+            return b":\n\n"
+        return None
+
+    def _event(self, chunk: Chunk) -> bytes:
+        told = {"value": self._shown(chunk.value), "restart": chunk.restart}
+        # JSON has no newlines, except between its tokens, where none is written.
+        data = payload.encode(told, "chunk", payload.NO_LIMIT)
+        return f"id: {chunk.position}\ndata: {data}\n\n".encode()

@@ -29,6 +29,8 @@ from taskx.tasks.lifecycle import Ending
 from taskx.tasks.streams import STREAM
 from taskx.testing import ManualClock, ManualQueue
 
+from . import isolated
+
 
 @pytest.fixture
 def queue(repository):
@@ -368,3 +370,15 @@ def test_the_chunks_of_many_tasks_are_one_commit(tmp_path, monkeypatch):
         assert [handle.result(PATIENCE) for handle in handles] == [None] * 5
     assert sum(puts) == 5
     assert len(puts) < 5
+
+
+@pytest.mark.process
+def test_a_child_process_emits_through_its_parent(tmp_path):
+    queue = Queue(SQLiteRepository(tmp_path / "q.db"))
+    queue.register_executor(isolated.speak)
+    with queue:
+        handle = queue.submit("speak")
+        handle.result(PATIENCE)
+    chunks = [*handle.stream()]
+    assert [chunk.value for chunk in chunks] == ["begin", "one", "two", "end"]
+    assert chunks[0].position == "2-1"

@@ -172,6 +172,7 @@ CHINESE: Mapping[str, str] = {
     "Run again with these params": "用这些参数重新运行",
     "Result": "结果",
     "Log": "日志",
+    "Output": "输出",
     "The last lines; {count} line before them is not shown.|The last lines; {count} "
     "lines before them are not shown.": ("仅显示最后几行；之前的 {count} 行未显示。"),
     "Traceback": "回溯",
