@@ -75,6 +75,7 @@ if TYPE_CHECKING:
     from taskx.tasks.model import Attempt, Task, TaskCount, TaskFilter, TaskPage, TaskStatus
     from taskx.tasks.refusals import retry_after
     from taskx.tasks.retry import Permanent, Retry, RetryPolicy, Snooze
+    from taskx.tasks.streams import Chunk
     from taskx.tasks.ticks import every
     from taskx.tasks.token import CancelToken
 
@@ -91,6 +92,7 @@ __all__ = [
     "CancelToken",
     "Change",
     "Check",
+    "Chunk",
     "Clock",
     "Codec",
     "Config",
@@ -225,6 +227,7 @@ _HOMES = {
     "taskx.tasks.model": "Attempt Task TaskCount TaskFilter TaskPage TaskStatus",
     "taskx.tasks.refusals": "retry_after",
     "taskx.tasks.retry": "Permanent Retry RetryPolicy Snooze",
+    "taskx.tasks.streams": "Chunk",
     "taskx.tasks.ticks": "every",
     "taskx.tasks.token": "CancelToken",
 }

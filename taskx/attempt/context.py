@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, ParamSpec, TypeVar
 from taskx.attempt.capture import CapturedLogger, in_coroutine
 from taskx.attempt.checkpoints import Checkpoints, Keeper
 from taskx.attempt.children import check_tasks
+from taskx.attempt.emitted import Emitted
 from taskx.attempt.transactions import Completed, Transaction
 from taskx.attempt.waiting import (
     AGAIN,
@@ -110,7 +111,7 @@ class Context:
         *("_copy", "_shared", "_task", "_token"),
         *("_missed", "_quiet", "_storing", "_told", "_unwritten"),
         *("_checkpoints", "_run_token", "_stored"),
-        *("_awaited", "_completed", "_parked", "_spent"),
+        *("_awaited", "_completed", "_emitted", "_parked", "_spent"),
     )
 
     def __init__(self, task: Task, token: CancelToken, shared: Shared) -> None:
@@ -124,6 +125,7 @@ class Context:
             False  # see ``transaction`` and ``_new_progress``
         )
         self._checkpoints: Checkpoints | None = None
+        self._emitted: Emitted | None = None
         self._stored: str | None = None  # the checkpoints that were stored last
         self._spent: Cost = NOTHING
         #: The completion of the task, if a transaction of the run has stored one.
@@ -210,6 +212,51 @@ class Context:
             ConfigurationError: a value is not a whole number of at least 0.
         """
         self._spent = {**self._spent_in_truth(), **(check_cost(units) or {})}
+
+    def emit(self, value: Any) -> None:
+        """Show a part of the result to those who read :meth:`TaskHandle.stream`, while the run goes on.
+
+        This keeps the value in memory; it is stored about every 0.1 seconds, at the end, and before the
+        result of a step. What a step has emitted, by the thread or the coroutine that runs its function,
+        stays when a later call of the executor skips the step. All else is emitted anew.
+
+        Args:
+            value: a JSON value of at most 64 KB.
+
+        Raises:
+            PayloadError: the value is not JSON, or is too large; or this run has emitted more than 16 times
+                ``max_payload_size``.
+            TaskCancelled: the token has fired.
+            ConfigurationError: this is inside ``ctx.transaction()``; the repository has only eight methods;
+                or this is a forked child process.
+            RepositoryError: what an earlier run has emitted could not be removed.
+        """
+        self._token.raise_if_cancelled()
+        if (kept := self._checkpoints) is not None:
+            kept.refuse_emit()
+        elif self._parked is not None:
+            raise self._parked
+        self._shared.keeper.refuse_fork()
+        self._stream().add(value, self._task.starts)
+
+    def _stream(self) -> Emitted:
+        """Return what this run emits."""
+        keeper = self._shared.keeper
+        keeper.check()
+        with keeper.lock:
+            if self._emitted is None:
+                forget = partial(keeper.forget_earlier, self._task, self._run_token)
+                self._emitted = Emitted(keeper.max_payload_size, forget)
+            return self._emitted
+
+    def _save_emitted(self) -> None:
+        """Store what this run has emitted. Raises as :meth:`Keeper.save`."""
+        if self._emitted is not None:
+            self._shared.keeper.save(self._task, self._emitted, self._run_token)
+
+    def _take_emitted(self, notes: Sequence[tuple[int, str]]) -> None:
+        """Add what this run has emitted in a child process: notes with the numbers of their last chunks."""
+        self._stream().take_in(dict(notes))
 
     def _spent_in_truth(self) -> Cost:
         """Return what the run has said to have taken; empty if it has said nothing."""
@@ -612,6 +659,7 @@ class Context:
             )
         kept, open_transaction = self._kept(), self._shared.keeper.transaction
         kept.refuse_transaction()  # before it waits for progress that waits for this thread's transaction
+        self._save_emitted()  # the transaction may complete the task
         with (
             self._without_progress(),
             open_transaction(kept, self._token, self._ending, self._completed) as tx,
@@ -656,9 +704,10 @@ class Context:
         return changes if self._stored is None else {**changes, "checkpoints": self._stored}
 
     def _kept(self) -> Checkpoints:
-        with self._shared.keeper.lock:
+        keeper, emitted = self._shared.keeper, self._stream()
+        with keeper.lock:
             if self._checkpoints is None:
-                self._checkpoints = Checkpoints(self._task, self._run_token, self._shared.keeper)
+                self._checkpoints = Checkpoints(self._task, self._run_token, keeper, emitted)
             return self._checkpoints
 
     def _checkpoints_refused(self) -> str:
@@ -671,6 +720,7 @@ class Context:
 
     def _keep_checkpoints(self, text: str, *, durable: bool) -> bool:
         """Store the checkpoints that were made in a child process: see :meth:`Keeper.store`."""
+        self._save_emitted()
         if not self._shared.keeper.store(self._task, text, durable=durable, token=self._run_token):
             return False
         self._stored = text
@@ -861,6 +911,10 @@ class Watched(Context):
     def progress(self, percent: float, message: str = "") -> None:
         self._beat()
         super().progress(percent, message)
+
+    def emit(self, value: Any) -> None:
+        self._beat()
+        super().emit(value)
 
     def step(self, name: str, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         try:

@@ -6,7 +6,7 @@ import _thread
 import random
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 from taskx.attempt.alarms import Alarms, Overdue, Pulse
@@ -35,6 +35,7 @@ from taskx.tasks.errors import (
     CancelReason,
     RepositoryCorrupt,
     TaskCancelled,
+    TaskxError,
     is_interrupt,
     on_main_thread,
 )
@@ -207,12 +208,17 @@ class Runner:
                 forks.end_in_child(before)
             if run.context._parked is not None:  # the executor has caught the exception
                 raise run.context._parked
+            if run.context._emitted is not None:
+                run.context._save_emitted()
             text = (
                 None if value is None else payload.encode(value, "result", self._max_payload_size)
             )
             ending = Ending(returned=True, result=text)
         except BaseException as error:  # noqa: BLE001  (an error must affect no other task)
             forks.end_in_child(before, error)
+            if run.context._emitted is not None:
+                with suppress(TaskxError):  # the error of the executor counts
+                    run.context._save_emitted()
             ending = self.ending_of(error, run)
         finally:
             current.context = outer
@@ -285,6 +291,9 @@ class Runner:
             for run in runs:
                 if run.capture is not None and capture is not None:
                     run.capture.add_all(capture)
+                if run.context._emitted is not None:
+                    with suppress(TaskxError):
+                        run.context._save_emitted()
         return [
             self._ending_of_result(result, run) for run, result in zip(runs, results, strict=True)
         ]

@@ -1,12 +1,14 @@
-"""The storing of the progress that runs report."""
+"""The storing of the progress that runs report, and of what they emit."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 from taskx.attempt.runner import Run
 from taskx.node.moving import Services
 from taskx.tasks import lifecycle
+from taskx.tasks.errors import PayloadError
 from taskx.tasks.record import changed_task
 
 
@@ -31,3 +33,22 @@ def store_progress(services: Services, runs: Sequence[Run]) -> None:
     finally:
         for run in runs:
             run.context._progress_written(stored=stored)
+
+
+def store_emitted(services: Services, runs: Sequence[Run]) -> None:
+    """Store what runs have emitted since the last time, all of it at once.
+
+    Raises:
+        RepositoryError: it could not be stored; the next call tries again.
+    """
+    saved, changes = [], []
+    for run in runs:
+        if (emitted := run.context._emitted) is not None:
+            with suppress(PayloadError):  # of the codec: the end of the run tells it
+                texts, notes = run.context._shared.keeper.notes_of(run.task, emitted)
+                saved.append((emitted, texts))
+                changes += notes
+    if changes:
+        services.repository.put_notes(changes)
+        for emitted, texts in saved:
+            emitted.saved(texts)

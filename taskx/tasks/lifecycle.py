@@ -32,6 +32,7 @@ from taskx.tasks.rate import MOST_TURNS, Limit
 from taskx.tasks.record import (
     BY_THREAD,
     DEFAULTS,
+    EMITTED,
     FOR_PARENTS,
     FOR_TURN,
     FREE,
@@ -1187,7 +1188,9 @@ def _up_to_step(task: Task, name: str) -> str | None:
         raise ConfigurationError(f"task {task.id} has stored no step {name!a}: {_stored(steps)}")
     before = itertools.takewhile(lambda step: step != name, steps)
     texts = {step: payload.encode(steps[step], step, payload.NO_LIMIT) for step in before}
-    return checkpoints_to_text(texts, None) if texts else None
+    emitted: dict[str, Any] = (task.checkpoints or {}).get(EMITTED, {})
+    kept = {step: emitted[step] for step in texts if step in emitted}
+    return checkpoints_to_text(texts, None, emitted=kept) if texts else None
 
 
 def _stored(steps: Collection[str]) -> str:
