@@ -16,7 +16,9 @@ DOCUMENTS = [(tenant, name) for tenant in ("acme", "bolt", "cord") for name in (
 queue = Queue(SQLiteRepository("agent.db"), Config(worker_num=50))
 queue.limit("model", concurrency=8, rate=["600/m", "9000 tokens/m"])  # of all tenants together
 queue.limit("tenant:", share=True)  # no tenant waits for all documents of another one
-client = httpx.AsyncClient(base_url=os.environ.get("AGENT_URL", "http://127.0.0.1:8765"))
+client = httpx.AsyncClient(
+    base_url=os.environ.get("AGENT_URL", "http://127.0.0.1:8765"), timeout=None
+)
 
 
 @queue.executor(limit="model", timeout="1m", retry=RetryPolicy(5))
