@@ -6,19 +6,19 @@ python agent.py
 taskx --repository sqlite:///agent.db answers      # then: finish ID/approval '"yes"', or tail ID
 """
 
-from __future__ import annotations
-
 import os
 
 import httpx
 
 from taskx import Config, Context, Queue, RetryPolicy, Snooze, SQLiteRepository, retry_after
 
-TENANTS = {"acme": ["lease", "loan"], "bolt": ["offer", "order"], "cord": ["patent", "permit"]}
+DOCUMENTS = [(tenant, name) for tenant in ("acme", "bolt", "cord") for name in ("lease", "offer")]
 queue = Queue(SQLiteRepository("agent.db"), Config(worker_num=50))
 queue.limit("model", concurrency=8, rate=["600/m", "9000 tokens/m"])  # of all tenants together
 queue.limit("tenant:", share=True)  # no tenant waits for all documents of another one
-client = httpx.AsyncClient(base_url=os.environ.get("AGENT_URL", "http://127.0.0.1:8765"))
+client = httpx.AsyncClient(
+    base_url=os.environ.get("AGENT_URL", "http://127.0.0.1:8765"), timeout=None
+)
 
 
 @queue.executor(limit="model", timeout="1m", retry=RetryPolicy(5))
@@ -27,8 +27,10 @@ async def think(ctx: Context, prompt: str) -> str:
     async with client.stream("POST", "/think", content=prompt) as answer:
         if answer.status_code == 429:
             raise Snooze(retry_after(answer), limit=True)  # nobody asks until then
-        answer.raise_for_status()
-        words = [word async for word in answer.aiter_lines() if not ctx.emit(word)]
+        words = []
+        async for word in answer.raise_for_status().aiter_lines():
+            ctx.emit(word)
+            words.append(word)
     ctx.spent(tokens=len(words))
     return " ".join(words)
 
@@ -43,9 +45,9 @@ async def ask(method: str, path: str, text: str = "") -> str:
 async def review(ctx: Context, tenant: str, document: str) -> str:
     """Review a document. After each wait it is called anew; what is done is not done again."""
     model = think.using(key=f"tenant:{tenant}", cost={"tokens": 40})
-    [topics] = ctx.run_all("topics", [model.task(f"topics of the {document}")])
+    [topics] = ctx.run_all("topics", [model.task(f"topics of {tenant}'s {document}")])
     facts = ctx.run_all("tools", [ask.task("GET", f"/tools/{topic}") for topic in topics.split()])
-    [letter] = ctx.run_all("letter", [model.task(f"letter about the {document}: {facts}")])
+    [letter] = ctx.run_all("letter", [model.task(f"letter about {tenant}'s {document}: {facts}")])
     if ctx.ask("approval", letter, timeout="30d") != "yes":
         return "refused"
     await ctx.astep("send", ask, "POST", f"/mails/{ctx.key('send')}", letter)
@@ -57,6 +59,5 @@ async def review(ctx: Context, tenant: str, document: str) -> str:
 if __name__ == "__main__":
     once = {"unique_scope": "ever", "on_conflict": "return"}
     with queue:
-        every = [(tenant, name) for tenant, names in TENANTS.items() for name in names]
-        handles = [review.using(unique_key=f"{one}", **once).submit(*one) for one in every]
+        handles = [review.using(unique_key=f"{one}", **once).submit(*one) for one in DOCUMENTS]
         print(*(handle.result() for handle in handles), sep="\n")

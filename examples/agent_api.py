@@ -29,11 +29,9 @@ class Api(BaseHTTPRequestHandler):
         if len(prompts) % 5 == 0:
             self._answer(429, retry_after="0.2")
             return
-        topic = text.partition(":")[0].split()[-1]
+        whose, document = text.partition(":")[0].split()[-2:]
         self._answer(200)
-        for word in (
-            ["prices", "dates"] if text.startswith("topics") else f"The {topic} is fine".split()
-        ):
+        for word in [whose, document, "is", "fine"] if "letter" in text else ["prices", "dates"]:
             time.sleep(0.05)
             self.wfile.write(f"{word}\n".encode())
 

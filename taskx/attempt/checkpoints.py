@@ -15,7 +15,6 @@ from taskx.attempt.transactions import Completed, Transaction, opened
 from taskx.attempt.waiting import (
     AGAIN,
     KEY,
-    SHORT,
     Parked,
     Uncertain,
     Waits,
@@ -451,13 +450,18 @@ class Checkpoints:
             self._store(steps, self._cursor, self._emitted, durable=durable, token=token)
             self._steps = steps
 
-    def sleep(self, name: str, token: CancelToken, until: int, now: Callable[[], int]) -> None:
-        """Sleep until a moment, or until that of an earlier run: see :meth:`Context.sleep`."""
+    def sleep(
+        self, name: str, token: CancelToken, until: int, now: Callable[[], int], short: float
+    ) -> None:
+        """Sleep until a moment, or until that of an earlier run: see :meth:`Context.sleep`.
+
+        A sleep of ``short`` seconds or longer holds no thread.
+        """
 
         def call(stored: int | None) -> None:
             moment = until if stored is None else stored
             left = moment - now()
-            if left >= SHORT * 1000:
+            if left >= short * 1000:
                 raise Parked(Park(None, moment), name, moment if stored is None else None)
             token.wait(max(0, left) / 1000)
             token.raise_if_cancelled()

@@ -27,6 +27,7 @@ from taskx.attempt.emitted import Emitted
 from taskx.attempt.transactions import Completed, Transaction
 from taskx.attempt.waiting import (
     AGAIN,
+    SHORT,
     NotDone,
     Parked,
     Uncertain,
@@ -573,6 +574,16 @@ class Context:
         question = payload.loads(question)
         return waits.ask(self._task, name, question, timeout, tags, self._token, param)
 
+    @property
+    def _on_loop(self) -> bool:
+        """True in the thread of the event loop, which must not wait."""
+        return self._awaited is not None and self._awaited.is_here()
+
+    @property
+    def _short(self) -> float:
+        """The seconds of a wait from which on the task waits without a thread."""
+        return 0.001 if self._on_loop else SHORT
+
     def _refuse_wait(self, what: str) -> None:
         """Raise an error if the task cannot wait here, or waits already."""
         if self._parked is not None:
@@ -650,7 +661,7 @@ class Context:
         """
         if self._completed:
             raise ConfigurationError("this run has completed its task in a transaction")
-        if self._awaited is not None and self._awaited.is_here():
+        if self._on_loop:
             raise ConfigurationError(
                 "a transaction belongs to its thread, which all coroutines share: open it in a function, "
                 "and call that by await asyncio.to_thread(…)"
@@ -749,7 +760,8 @@ class Context:
 
         With ``step``, the sleep is durable, and holds no thread if it takes a second or longer: the attempt
         ends here as in :meth:`ask`, and goes on at that moment, which crashes and restarts do not change.
-        :meth:`Queue.wake` ends it before. A shorter sleep begins anew after a crash.
+        :meth:`Queue.wake` ends it before. A shorter sleep begins anew after a crash. In a coroutine each
+        sleep with ``step`` is one without a thread, and others are refused: use ``asyncio.sleep``.
 
         Args:
             seconds: the time to sleep.
@@ -766,6 +778,11 @@ class Context:
                 "ctx.sleep() requires seconds, or until together with step: the name of the sleep"
             )
         if step is None:
+            if self._on_loop:
+                raise ConfigurationError(
+                    "ctx.sleep() without a step keeps all coroutines from going on: write await "
+                    "asyncio.sleep(…), which a cancel ends, too"
+                )
             self._token.wait(seconds)
             self._token.raise_if_cancelled()
             return
@@ -776,7 +793,8 @@ class Context:
             moment = to_ms(until)
         else:
             moment = moment_after(now(), max(0.0, check_number(seconds, "seconds", -math.inf)))
-        self._parking(lambda kept: kept.sleep(step, self._token, moment, now))
+        short = self._short
+        self._parking(lambda kept: kept.sleep(step, self._token, moment, now, short))
 
     def poll(
         self,
@@ -806,13 +824,13 @@ class Context:
         """
         self._refuse_wait("ctx.poll()")
         pause, seconds = check_number(every, "every", 0.001), seconds_of(timeout, "timeout")
-        waits, kept = self._shared.keeper.waits, self._kept()
+        waits, kept, short = self._shared.keeper.waits, self._kept(), self._short
 
         def call(until: int | None) -> Any:
             def note(moment: int) -> None:
                 kept.note(name, moment, self._token)
 
-            return waits.poll(name, look, pause, seconds, until, self._token, note)
+            return waits.poll(name, look, pause, seconds, until, short, self._token, note)
 
         return self._waited(name, call, "ctx.poll()", durable=True)  # type: ignore[no-any-return]
 

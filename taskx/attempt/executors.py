@@ -7,7 +7,16 @@ import inspect
 import itertools
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence, Set
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterable,
+    Mapping,
+    Sequence,
+    Set,
+)
+from contextlib import aclosing
 from functools import update_wrapper
 from types import MappingProxyType
 from typing import (
@@ -25,7 +34,7 @@ from typing import (
 from taskx.attempt.context import Context
 from taskx.attempt.current import awaited, current_context
 from taskx.attempt.together import BatchContext, Together, alone
-from taskx.tasks.checks import Duration, check_plain, is_async
+from taskx.tasks.checks import Duration, check_plain, is_async, is_async_generator
 from taskx.tasks.creation import model_of
 from taskx.tasks.errors import ConfigurationError, PayloadError
 from taskx.tasks.model import Task, check_name
@@ -455,6 +464,16 @@ class AsyncExecutor(Executor[P, R]):
         return await self.function(*args, **kwargs)  # type: ignore[misc, no-any-return]
 
 
+class EmittingExecutor(AsyncExecutor[P, None]):
+    """An executor made from an asynchronous generator function: its tasks emit what it yields.
+
+    A call returns the generator.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:  # type: ignore[override]
+        return self.function(*args, **kwargs)  # type: ignore[return-value]
+
+
 class BatchExecutor(Executor[[T], R], Generic[T, R]):
     """An executor whose function takes a list of the params of tasks, and returns a list of results.
 
@@ -540,6 +559,8 @@ def make_executor(
     check_plain(function, f"executor {name!r}", or_async=True)
     first = next(iter(inspect.signature(function).parameters.values()), None)
     takes_context = first is not None and _is_context(first)
+    if is_async_generator(function):
+        return EmittingExecutor(name, function, options, takes_context=takes_context)
     if is_async(function):
         return AsyncExecutor(name, function, options, takes_context=takes_context)
     return (ContextExecutor if takes_context else PlainExecutor)(name, function, options)
@@ -558,6 +579,14 @@ class ExecutorDecorator:
         self._options = options
         self._register = register
 
+    @overload
+    def __call__(  # type: ignore[overload-overlap]
+        self, function: Callable[Concatenate[Context, P], AsyncIterator[Any]]
+    ) -> EmittingExecutor[P]: ...
+    @overload
+    def __call__(  # type: ignore[overload-overlap]
+        self, function: Callable[P, AsyncIterator[Any]]
+    ) -> EmittingExecutor[P]: ...
     @overload
     def __call__(  # type: ignore[overload-overlap]
         self, function: Callable[Concatenate[Context, P], Coroutine[Any, Any, R]]
@@ -729,7 +758,12 @@ def check_batch(type: str, options: Options, *, batches: bool) -> None:
 
 
 def _sync(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that waits for a coroutine function; any other function as it is."""
+    """Return a function that waits for a coroutine function; any other function as it is.
+
+    What an asynchronous generator yields is emitted.
+    """
+    if is_async_generator(function):
+        function = _emitting(function)
     if not is_async(function):
         return function
 
@@ -737,6 +771,19 @@ def _sync(function: Callable[..., Any]) -> Callable[..., Any]:
         return wait_for(function(*args, **params))
 
     return call
+
+
+def _emitting(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a coroutine function that emits what an asynchronous generator function yields."""
+
+    async def emit(*args: Any, **params: Any) -> None:
+        context = current_context()
+        assert context is not None  # a run calls it
+        async with aclosing(function(*args, **params)) as pieces:
+            async for piece in pieces:
+                context.emit(piece)
+
+    return emit
 
 
 def wait_for(

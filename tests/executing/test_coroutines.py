@@ -13,6 +13,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from collections.abc import AsyncIterator
 from concurrent.futures import wait
 from contextlib import closing
 from contextvars import ContextVar
@@ -136,12 +137,67 @@ def test_an_error_fails_the_attempt_with_the_traceback_of_the_coroutine(queue):
     assert "in fail" in task.traceback
 
 
-def test_an_asynchronous_generator_is_refused(queue):
-    with pytest.raises(ConfigurationError, match="asynchronous generator"):
+class TestAnAsynchronousGenerator:
+    """What it yields is emitted; its result is None."""
 
+    def test_emits_what_it_yields(self, queue):
         @queue.executor()
-        async def numbers():
-            yield 1
+        async def count(ctx, most: int) -> AsyncIterator[int]:
+            for n in range(most):
+                yield n
+                await asyncio.sleep(0)
+
+        queue.start()
+        handle = count.submit(3)
+        assert [chunk.value for chunk in handle.stream()] == [0, 1, 2]
+        assert handle.result(PATIENCE) is None
+
+        async def called():
+            return [n async for n in count(None, 2)]
+
+        assert asyncio.run(called()) == [0, 1]
+
+    def test_may_be_the_method_of_a_class(self, queue):
+        class Two(TaskExecutor):
+            type = "two"
+
+            async def execute(self, ctx, task):
+                yield task.params["a"]
+                yield 2
+
+        queue.register_executor(Two())
+        queue.start()
+        handle = queue.submit("two", {"a": 1})
+        assert [chunk.value for chunk in handle.stream()] == [1, 2]
+
+    def test_is_closed_when_it_is_cancelled(self, queue):
+        begun, closed = threading.Event(), threading.Event()
+
+        @queue.executor(max_attempts=1)
+        async def hang():
+            try:
+                yield "begun"
+                begun.set()
+                await asyncio.sleep(AGES)
+            finally:
+                closed.set()
+
+        queue.start()
+        handle = hang.submit()
+        assert begun.wait(PATIENCE)
+        handle.cancel()
+        assert wait([handle], PATIENCE).done
+        assert closed.is_set()
+        assert handle.task().status is TaskStatus.CANCELLED
+
+    def test_emits_no_value_that_is_not_json(self, queue):
+        @queue.executor(max_attempts=1)
+        async def wrong():
+            yield object()
+
+        queue.start()
+        with pytest.raises(TaskFailed, match="JSON"):
+            wrong.submit().result(PATIENCE)
 
 
 @pytest.mark.process
@@ -457,13 +513,39 @@ class TestWaiting:
         @queue.executor()
         async def nap(ctx):
             ctx.sleep(86_400, step="night")
+            ctx.sleep(0.5, step="snooze")  # a thread that waits would be that of all coroutines
             return "morning"
 
         handle = nap.submit()
         queue.run_all()
         assert queue.get_task_status(handle.id).status is TaskStatus.PENDING
         queue.advance(86_400)
+        assert queue.get_task_status(handle.id).status is TaskStatus.PENDING
+        queue.advance(0.5)
         assert handle.result() == "morning"
+
+    def test_a_coroutine_polls_without_a_thread(self):
+        queue, found = ManualQueue(clock=ManualClock()), [1, None, None]
+
+        @queue.executor()
+        async def look(ctx):
+            return ctx.poll("look", found.pop, every=0.1)
+
+        handle = look.submit()
+        queue.run_all()
+        assert queue.get_task_status(handle.id).status is TaskStatus.PENDING
+        queue.advance(0.1)
+        queue.advance(0.1)
+        assert handle.result() == 1
+
+    def test_a_sleep_that_is_no_step_is_refused(self, queue):
+        @queue.executor(max_attempts=1)
+        async def block(ctx):
+            ctx.sleep(AGES)
+
+        queue.start()
+        with pytest.raises(TaskFailed, match=r"write await asyncio.sleep"):
+            block.submit().result(PATIENCE)
 
 
 class TestTheLoop:
