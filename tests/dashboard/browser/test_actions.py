@@ -422,15 +422,6 @@ def test_a_page_that_is_paused_goes_on_by_itself_or_by_its_button(site, page, li
     expect(page.locator("#state")).to_have_text("live")
 
 
-def test_a_page_says_that_the_server_is_away_and_goes_on_when_it_is_back(visit):
-    page = visit(fails=False)
-    page.goto("/tasks")
-    page.route("**/tasks*", lambda route: route.fulfill(status=503, body="away"))
-    expect(page.locator("#state")).to_have_text("disconnected")
-    page.unroute("**/tasks*")
-    expect(page.locator("#state")).to_have_text("live")
-
-
 def test_the_attempts_of_a_task_have_their_numbers_and_a_line_each(site, page):
     type = f"thrice {uuid4()}"
 
