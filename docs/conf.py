@@ -126,7 +126,9 @@ def _anchor_options(app: Sphinx, doctree: nodes.document, name: str) -> None:
             if anchor not in doctree.ids:
                 doctree.ids[anchor] = literal
                 literal["ids"].append(anchor)
-                link = nodes.reference("", "", refuri=f"#{anchor}", internal=True, classes=["option"])
+                link = nodes.reference(
+                    "", "", refuri=f"#{anchor}", internal=True, classes=["option"]
+                )
                 literal.replace_self(link)
                 link += literal
 

@@ -256,7 +256,7 @@ def plant(move: str) -> None:
         moves = (
             {write.move for write in sent[0] if write.durable} if sent and sent[0] else {"notes"}
         )
-        return real(self, work, durable and not moves <= {*move.split(',')}, sent, **more)
+        return real(self, work, durable and not moves <= {*move.split(",")}, sent, **more)
 
     def never(self: FileLinks, work: Any, durable: bool, *more: Any, **named: Any) -> Any:
         return real(self, work, False, *more, **named)
