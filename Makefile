@@ -56,7 +56,7 @@ test-free-threaded: $(FREE_THREADED)/bin/python3.13t ## run the quick tests with
 
 soak: $(VENV)/installed-test ## kill processes a thousand times, or for HOURS, and check that no task is lost
 	@$(BIN)/python -m tests.campaign.$(if $(HOURS),soak --hours $(HOURS),campaign --kills 1000 $(if \
-		$(filter mongo,$(ON)),--mongo)) $(ARGS)
+		$(filter mongo postgres,$(ON)),--$(ON))) $(ARGS)
 
 cuts: $(VENV)/installed-test ## cut the power at each write of SQLite, and check what is left
 	@$(BIN)/python -m tests.campaign.cuts $(ARGS)

@@ -11,13 +11,7 @@ _LINK = re.compile(r"`([^`<]+?)\s+<(?!https?://)[^>]+>`__?")
 
 def long_description():
     """Return the README for a package index, which has no other files: their links become plain text."""
-    return _LINK.sub(_text, Path("README.rst").read_text(encoding="utf-8"))
-
-
-def _text(link):
-    """Return the text of a link. At the beginning of a line it may be a cell of a table: keep its width."""
-    at_beginning = link.start() == 0 or link.string[link.start() - 1] == "\n"
-    return link[1].ljust(len(link[0])) if at_beginning else link[1]
+    return _LINK.sub(r"\1", Path("README.rst").read_text(encoding="utf-8"))
 
 
 setup(long_description=long_description(), long_description_content_type="text/x-rst")

@@ -1,6 +1,7 @@
 """``python -m benchmarks.dashboard``: the time of each page of the dashboard on a large file.
 
-A page is asked for by a client in the same process, so the time is that of the app. A page may take 100 ms.
+A page is asked for by a client in the same process, so the time is that of the app: processor time, which
+other programs disturb less. A page may take 50 ms.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from taskx.stores.sqlite.file import DatabaseFile
 from taskx.tasks.ids import key_of, new_id
 
 #: The longest time of a page, in milliseconds.
-GOAL = 100.0
+GOAL = 50.0
 #: Requests of each page. The first one reads the pages of the file and does not count.
 REQUESTS = 15
 
@@ -96,9 +97,9 @@ def pages(failed: str) -> Iterator[tuple[str, Mapping[str, str]]]:
 
 def timed(client: Client, path: str, query: Mapping[str, str]) -> float:
     """Return the milliseconds of one request."""
-    began = time.perf_counter()
+    began = time.process_time()
     answer = client.get(path, query_string=dict(query))
-    spent = 1000 * (time.perf_counter() - began)
+    spent = 1000 * (time.process_time() - began)
     assert answer.status_code == 200, (path, query, answer.status)
     return spent
 

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from taskx.stores.eight import TaskRepository
     from taskx.stores.memory import MemoryRepository
     from taskx.stores.mongo import MongoRepository
+    from taskx.stores.postgres import PostgresRepository
     from taskx.stores.sqlite import SQLiteRepository
     from taskx.stores.urls import open_repository
     from taskx.tasks.clock import Clock, SystemClock
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
     from taskx.tasks.model import Attempt, Task, TaskCount, TaskFilter, TaskPage, TaskStatus
     from taskx.tasks.refusals import retry_after
     from taskx.tasks.retry import Permanent, Retry, RetryPolicy, Snooze
+    from taskx.tasks.streams import Chunk
     from taskx.tasks.ticks import every
     from taskx.tasks.token import CancelToken
 
@@ -91,6 +93,7 @@ __all__ = [
     "CancelToken",
     "Change",
     "Check",
+    "Chunk",
     "Clock",
     "Codec",
     "Config",
@@ -124,6 +127,7 @@ __all__ = [
     "Percentiles",
     "Permanent",
     "Place",
+    "PostgresRepository",
     "Problem",
     "Queue",
     "QueueFull",
@@ -209,6 +213,7 @@ _HOMES = {
     "taskx.stores.eight": "TaskRepository",
     "taskx.stores.memory": "MemoryRepository",
     "taskx.stores.mongo": "MongoRepository",
+    "taskx.stores.postgres": "PostgresRepository",
     "taskx.stores.sqlite": "SQLiteRepository",
     "taskx.stores.urls": "open_repository",
     "taskx.tasks.clock": "Clock SystemClock",
@@ -225,6 +230,7 @@ _HOMES = {
     "taskx.tasks.model": "Attempt Task TaskCount TaskFilter TaskPage TaskStatus",
     "taskx.tasks.refusals": "retry_after",
     "taskx.tasks.retry": "Permanent Retry RetryPolicy Snooze",
+    "taskx.tasks.streams": "Chunk",
     "taskx.tasks.ticks": "every",
     "taskx.tasks.token": "CancelToken",
 }

@@ -9,6 +9,7 @@ import json
 import os
 import pty
 import re
+import runpy
 import shutil
 import signal
 import socket
@@ -676,6 +677,59 @@ def submitter(database: Path, type: str) -> Iterator[Queue]:
         queue = Queue(repository)
         queue.declare(type)
         yield queue
+
+
+# agent.py
+
+
+def test_an_agent_is_killed_twice_and_goes_on(tmp_path):
+    """Nothing is lost, what is done is not done again, and the wait of days goes on."""
+    api = runpy.run_path(str(EXAMPLES / "agent_api.py"))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), api["Api"])
+    url = f"http://127.0.0.1:{server.server_address[1]}"
+    environment = {**os.environ, "AGENT_URL": url, "AGENT_DAYS": "0.5s"}
+
+    def agent() -> Any:
+        command = [*STRICT, EXAMPLES / "agent.py"]
+        return program(*command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE)
+
+    with server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with agent() as first:
+            eventually(lambda: len(api["prompts"]) > 2)
+            first.kill()
+        with agent() as second, SQLiteRepository(tmp_path / "agent.db") as repository:
+            queue = Queue(repository)
+
+            def asked() -> list[Task]:
+                return queue.list_tasks(type="answer", status="pending").tasks
+
+            eventually(lambda: len(asked()) == 6)
+            second.kill()
+            second.wait()
+            thought = Counter(api["prompts"])
+            assert set(thought) == {
+                task.params["prompt"] for task in queue.iter_tasks(type="think")
+            }
+            for task in asked():
+                letter = task.params["question"]
+                queue.finish(task.id, "no" if "loan" in letter else "yes", by="ann")
+            with agent() as last:
+                out, _ = last.communicate(timeout=PATIENCE)
+            assert last.returncode == 0
+            names = ["lease", "offer", "order", "patent", "permit"]
+            letters = [f"The {name} is fine" for name in names]
+            assert sorted(out.splitlines()) == [*letters, "refused"]
+            assert sorted(api["mails"].values()) == sorted(
+                [*letters, *(f"Again: {x}" for x in letters)]
+            )
+            assert Counter(api["prompts"]) == thought  # no answer of the model was asked for again
+            assert {task.errors for task in queue.iter_tasks()} == {0}
+            words = [
+                chunk.value for chunk in queue.handle(f"{task.id.split('/')[0]}/letter/0").stream()
+            ]
+            assert words == letter.split()
+        server.shutdown()
 
 
 # approval.py

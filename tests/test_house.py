@@ -150,7 +150,7 @@ OPEN = {
         "_formatter",
         "weakref.finalize(self, _close, self._fds)",
     ),
-    *("driver", "cursor", "self._link.django", "self._close_fd"),
+    *("driver", "cursor", "self._own", "self._close_fd"),
     *("self.instance", "self.fields['name']", "member.handle.process"),
     # Variables of a thread.
     *("current", "last", "self._local", "self._limit", "self._last"),

@@ -86,6 +86,7 @@ def main() -> None:
         browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
         for name, (path, options) in PICTURES.items():
             page = browser.new_page(**{"viewport": _SIZE, **options})
+            page.set_default_timeout(300_000)  # for a busy machine
             page.goto(f"http://127.0.0.1:{server.server_port}{path.format_map(values)}")
             picture = FOLDER / f"dashboard-{name}.png"
             page.screenshot(path=picture)

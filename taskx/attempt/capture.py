@@ -7,6 +7,7 @@ a record belongs to. The handler is installed only while an executor with a kept
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
@@ -20,6 +21,9 @@ from taskx.tasks.lifecycle import MAX_LOG
 
 #: The longest line that is kept, in characters.
 MAX_LINE = MAX_LOG // 8
+
+# Most characters that are stored in each second while a run goes on.
+_EACH_SECOND = MAX_LOG // 4
 
 _formatter = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
 _formatter.converter = time.gmtime
@@ -40,6 +44,8 @@ class Capture:
         self._prefix = prefix
         self._lines: deque[str] = deque()
         self._size = 0
+        # True if there are lines that ``new`` has not returned, and the time from which on it does.
+        self._fresh, self._due = False, math.inf
         self._lock = threading.Lock()
 
     def add(self, record: logging.LogRecord) -> None:
@@ -55,6 +61,7 @@ class Capture:
         with self._lock:
             self._lines.append(line)
             self._size += len(line)
+            self._fresh = True
             self._shorten()
 
     def add_all(self, other: Capture) -> None:
@@ -68,6 +75,26 @@ class Capture:
     def _shorten(self) -> None:
         while self._size > MAX_LOG and len(self._lines) > 1:
             self._size -= len(self._lines.popleft())
+
+    def new(self, now: float) -> str | None:
+        """Return the lines to store while the run goes on; None if it is not time, or all are stored.
+
+        It is time a second after this has first seen a new line; for a long log, which is stored whole, up
+        to four seconds.
+        """
+        with self._lock:
+            if not self._fresh:
+                return None
+            if self._due == math.inf:
+                self._due = now + max(1.0, self._size / _EACH_SECOND)
+            if now < self._due:
+                return None
+            self._fresh, self._due = False, math.inf
+            return "".join(self._lines)
+
+    def not_stored(self) -> None:
+        """Note that what ``new`` returned last was not stored."""
+        self._fresh = True
 
     def text(self) -> str:
         """Return the lines that were kept so far."""

@@ -5,15 +5,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from itertools import islice
 from typing import Any, NoReturn
 
 from taskx.attempt.children import Children, Submit
+from taskx.attempt.emitted import Emitted, in_step
 from taskx.attempt.transactions import Completed, Transaction, opened
 from taskx.attempt.waiting import (
     AGAIN,
     KEY,
-    SHORT,
     Parked,
     Uncertain,
     Waits,
@@ -36,10 +37,11 @@ from taskx.tasks.errors import (
 from taskx.tasks.lifecycle import Ending, Park
 from taskx.tasks.model import Task, check_name
 from taskx.tasks.record import checkpoints_to_text, part_name, parts_of
+from taskx.tasks.streams import Piece, Place, last_in, note_name, pieces_in, stream_of
 from taskx.tasks.timing import Timing
 from taskx.tasks.token import CancelToken
 from taskx.tasks.values import Values
-from taskx.tasks.writes import Write
+from taskx.tasks.writes import NoteChange, Write
 
 
 class Keeper:
@@ -73,6 +75,14 @@ class Keeper:
     def check(self) -> None:
         """Raise ``ConfigurationError`` if the repository cannot store checkpoints."""
         self._repository.require("checkpoints")
+
+    def refuse_fork(self) -> None:
+        """Raise ``ConfigurationError`` in a forked child process."""
+        if forks.generation != self.process:
+            raise ConfigurationError(
+                "a forked child process cannot store checkpoints; call ctx.step and ctx.emit, and set "
+                "ctx.cursor, in the parent process, where the task runs"
+            )
 
     def refuse_own_transaction(self) -> None:
         """Raise ``ConfigurationError`` if this thread's own transaction keeps others from storing."""
@@ -120,6 +130,61 @@ class Keeper:
 
         return self.waits.patiently(token, put)
 
+    def notes_of(self, task: Task, emitted: Emitted) -> tuple[dict[int, str], list[NoteChange]]:
+        """Return what a run has emitted and is not stored: texts by numbers, and the notes to store.
+
+        Raises:
+            PayloadError: the codec failed.
+        """
+        texts = emitted.unsaved()
+        stream, code = stream_of(task), self._repository.codecs.columns
+        return texts, [
+            NoteChange(
+                note_name(stream, Place(task.starts, number)),
+                code({"checkpoints": text})["checkpoints"],
+                0,
+            )
+            for number, text in texts.items()
+        ]
+
+    def save(self, task: Task, emitted: Emitted, token: CancelToken) -> None:
+        """Store what a run has emitted; the readers of its task find it by the name of the run.
+
+        Raises:
+            TaskCancelled: the token fired before the repository was back.
+            PayloadError: the codec failed.
+            RepositoryError: it cannot be stored.
+        """
+        texts, changes = self.notes_of(task, emitted)
+        if changes:
+            self.refuse_own_transaction()
+            self.waits.patiently(token, lambda: self._repository.put_notes(changes))
+            emitted.saved(texts)
+
+    def forget_earlier(self, task: Task, token: CancelToken) -> None:
+        """Remove what earlier runs of a task have emitted, except what its completed steps have."""
+        if task.starts < 2:
+            return
+        pieces = [piece for some in pieces_in(task.checkpoints).values() for piece in some]
+        stream, reads = stream_of(task), self._repository.reads
+        after = note_name(stream, Place(0, 0))
+        self.refuse_own_transaction()
+        last = Place(0, 0)
+        while True:
+            page = self.waits.patiently(token, partial(reads.notes_after, stream, after, _PAGE))
+            gone = []
+            for after in page:
+                before, last = last, last_in(after)
+                if last.start >= task.starts:
+                    break
+                first = before.number + 1 if before.start == last.start else 1
+                if not any(piece.overlaps(last.start, first, last.number) for piece in pieces):
+                    gone.append(NoteChange(after, None, page[after].version))
+            if gone:
+                self.waits.patiently(token, partial(self._repository.put_notes, gone))
+            if len(page) < _PAGE or last.start >= task.starts:
+                return
+
     def transaction(
         self,
         kept: Checkpoints,
@@ -156,6 +221,9 @@ class Keeper:
         )
 
 
+# Notes of earlier runs that are read at a time.
+_PAGE = 16
+
 # Characters of the steps in a record from which on they are put into a note.
 _MOST_IN_RECORD = 16 * 1024
 
@@ -179,7 +247,7 @@ class Checkpoints:
     the task.
     """
 
-    def __init__(self, task: Task, token: CancelToken, keeper: Keeper) -> None:
+    def __init__(self, task: Task, token: CancelToken, keeper: Keeper, emitted: Emitted) -> None:
         keeper.check()
         self.task = task
         self._token = token
@@ -205,6 +273,11 @@ class Checkpoints:
         self._filed_size = _size(self._filed)
         # The steps that are stored in the record.
         self._steps = dict(islice(steps.items(), first, None))
+        # What this run emits; where the chunks are that steps have emitted, and those of earlier runs that
+        # this run has not skipped yet.
+        self._stream = emitted
+        self._emitted = pieces_in(stored)
+        self._earlier = self._emitted.copy()
         self._cursor: str | None = None
         if "cursor" in stored:
             self._cursor = payload.encode(stored["cursor"], "cursor", payload.NO_LIMIT)
@@ -212,9 +285,21 @@ class Checkpoints:
     def step(self, name: str, token: CancelToken, call: Callable[[], Any]) -> Any:
         """Return the result of the call in this attempt or an earlier one: see :meth:`Context.step`."""
         self._begin(name, token)
-        if name not in self._steps and name not in self._filed:
+        if self._is_new(name):
             self._make(name, token, call)
         return self._value(name)
+
+    def _is_new(self, name: str) -> bool:
+        """Return True if a step has no result yet. Else what it has emitted becomes part of this run."""
+        if name not in self._steps and name not in self._filed:
+            return True
+        self._repeat(name)
+        return False
+
+    def _repeat(self, name: str) -> None:
+        """Emit what a step has emitted in an earlier run."""
+        if pieces := self._earlier.pop(name, None):
+            self._stream.repeat(pieces)
 
     async def astep(
         self,
@@ -225,10 +310,12 @@ class Checkpoints:
     ) -> Any:
         """Do what :meth:`step` does in a coroutine; ``aside`` calls a function in another thread."""
         self._begin(name, token)
-        if name not in self._steps and name not in self._filed:
+        if self._is_new(name):
             self._refuse_if_completed()
             try:
-                await aside(self._keep, name, token, await call())
+                with in_step(self._stream) as pieces:
+                    value = await call()
+                await aside(self._keep, name, token, value, pieces)
             except BaseException:  # as in _make
                 self._taken.discard(name)
                 raise
@@ -257,6 +344,8 @@ class Checkpoints:
         self._begin(name, token)
         if name not in self._filed and (name not in self._steps or self._until(name) is not None):
             self._make(name, token, lambda: call(self._until(name)), durable=durable)
+        else:
+            self._repeat(name)
         return self._value(name)
 
     def children(
@@ -317,6 +406,8 @@ class Checkpoints:
         self._begin(name, token)
         if name not in self._filed and (name not in self._steps or self._begun(name)):
             self._make(name, token, lambda: self._call_once(name, token, call, unknown))
+        else:
+            self._repeat(name)
         return self._value(name)
 
     def _call_once(
@@ -356,16 +447,21 @@ class Checkpoints:
                 steps[name] = self._encode(value, name)
             else:
                 steps.pop(name, None)
-            self._store(steps, self._cursor, durable=durable, token=token)
+            self._store(steps, self._cursor, self._emitted, durable=durable, token=token)
             self._steps = steps
 
-    def sleep(self, name: str, token: CancelToken, until: int, now: Callable[[], int]) -> None:
-        """Sleep until a moment, or until that of an earlier run: see :meth:`Context.sleep`."""
+    def sleep(
+        self, name: str, token: CancelToken, until: int, now: Callable[[], int], short: float
+    ) -> None:
+        """Sleep until a moment, or until that of an earlier run: see :meth:`Context.sleep`.
+
+        A sleep of ``short`` seconds or longer holds no thread.
+        """
 
         def call(stored: int | None) -> None:
             moment = until if stored is None else stored
             left = moment - now()
-            if left >= SHORT * 1000:
+            if left >= short * 1000:
                 raise Parked(Park(None, moment), name, moment if stored is None else None)
             token.wait(max(0, left) / 1000)
             token.raise_if_cancelled()
@@ -387,19 +483,32 @@ class Checkpoints:
         """Call a step, and store its result."""
         self._refuse_if_completed()
         try:
-            self._keep(name, token, call(), durable=durable)
+            with in_step(self._stream) as pieces:
+                value = call()
+            self._keep(name, token, value, pieces, durable=durable)
         except BaseException:  # after any error the executor may try again
             self._taken.discard(name)
             raise
 
-    def _keep(self, name: str, token: CancelToken, value: Any, *, durable: bool = True) -> None:
-        """Store the result of a step."""
+    def _keep(
+        self,
+        name: str,
+        token: CancelToken,
+        value: Any,
+        pieces: Sequence[Piece],
+        *,
+        durable: bool = True,
+    ) -> None:
+        """Store the result of a step, and where the chunks are that it has emitted."""
         text = self._encode(value, f"step {name!r}")
+        if pieces and self._transaction is None:  # first: later runs read what the step names
+            self._keeper.save(self.task, self._stream, token)
         with self._lock:
             self._file(token)
             steps = {**self._steps, name: text}
-            self._store(steps, self._cursor, durable=durable, token=token)
-            self._steps = steps
+            emitted = {**self._emitted, name: [*pieces]} if pieces else self._emitted
+            self._store(steps, self._cursor, emitted, durable=durable, token=token)
+            self._steps, self._emitted = steps, emitted
 
     def _file(self, token: CancelToken) -> None:
         """Put the steps of the record into a note, if they are many: each further step rewrites the record.
@@ -427,7 +536,7 @@ class Checkpoints:
             if parked.until is not None:
                 text = self._encode(unfinished(parked.until), parked.step)
                 steps = {**self._steps, parked.step: text}
-                self.stored = checkpoints_to_text(steps, self._cursor, self._parts)
+                self.stored = checkpoints_to_text(steps, self._cursor, self._parts, self._emitted)
                 park = park._replace(checkpoints=self.stored)
             return park
 
@@ -452,7 +561,7 @@ class Checkpoints:
         text = None if value is None else self._encode(value, "cursor")
         self._refuse_own_transaction()
         with self._lock:
-            self._store(self._steps, text, durable=False, token=token)
+            self._store(self._steps, text, self._emitted, durable=False, token=token)
             self._cursor = text
         token.raise_if_cancelled()
 
@@ -461,20 +570,22 @@ class Checkpoints:
 
     def _refuse_to_store(self) -> None:
         """Raise an error if nothing more can be stored."""
-        if forks.generation != self._keeper.process:
-            raise ConfigurationError(
-                "a forked child process cannot store checkpoints; call ctx.step and set ctx.cursor in "
-                "the parent process, where the task runs"
-            )
+        self._keeper.refuse_fork()
         self._refuse_if_completed()
         if self._parked is not None:
             raise self._parked
 
     def _store(
-        self, steps: dict[str, str], cursor: str | None, *, durable: bool, token: CancelToken
+        self,
+        steps: dict[str, str],
+        cursor: str | None,
+        emitted: Mapping[str, Sequence[Piece]],
+        *,
+        durable: bool,
+        token: CancelToken,
     ) -> None:
         self._refuse_to_store()
-        whole = checkpoints_to_text(steps, cursor, self._parts)
+        whole = checkpoints_to_text(steps, cursor, self._parts, emitted)
         payload.check_size(
             whole, "checkpoints", self._keeper.max_payload_size, besides=self._filed_size
         )
@@ -496,6 +607,17 @@ class Checkpoints:
             raise ConfigurationError("ctx.transaction() cannot be used inside ctx.transaction()")
         self._keeper.refuse_own_transaction()
 
+    def refuse_emit(self) -> None:
+        """Raise an error if nothing can be emitted, because the task has ended or waits for its end."""
+        self._refuse_if_completed()
+        if self._parked is not None:
+            raise self._parked
+        if (transaction := self._transaction) is not None and transaction._is_here():
+            raise ConfigurationError(
+                "ctx.emit() cannot be used inside ctx.transaction(), of which it would be no part: emit "
+                "before the block, or after it"
+            )
+
     def _refuse_own_transaction(self) -> None:
         """Raise ``ConfigurationError`` if this thread is in a transaction that is not the run's.
 
@@ -507,8 +629,8 @@ class Checkpoints:
     def _refuse_if_completed(self) -> None:
         if self._completed:
             raise ConfigurationError(
-                "tx.complete() has completed the task: call ctx.step and set ctx.cursor before that, and "
-                "return from the executor after it"
+                "tx.complete() has completed the task: call ctx.step and ctx.emit, and set ctx.cursor, "
+                "before that, and return from the executor after it"
             )
 
     @contextmanager
@@ -518,14 +640,14 @@ class Checkpoints:
         try:
             with self._lock:
                 self.refuse_transaction()
-                before = self._steps, self._cursor, set(self._taken)
-                transaction._before = checkpoints_to_text(*before[:2], self._parts)
+                before = self._steps, self._cursor, set(self._taken), self._emitted
+                transaction._before = checkpoints_to_text(*before[:2], self._parts, self._emitted)
                 self._transaction = transaction
             yield
         finally:  # without a call, so that no interrupt comes in between
             if before is not None:
                 if not transaction._committed:
-                    self._steps, self._cursor, self._taken = before
+                    self._steps, self._cursor, self._taken, self._emitted = before
                 else:
                     self._completed = transaction._completes
                     if transaction._checkpoints is not None:

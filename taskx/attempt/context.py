@@ -23,9 +23,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, ParamSpec, TypeVar
 from taskx.attempt.capture import CapturedLogger, in_coroutine
 from taskx.attempt.checkpoints import Checkpoints, Keeper
 from taskx.attempt.children import check_tasks
+from taskx.attempt.emitted import Emitted
 from taskx.attempt.transactions import Completed, Transaction
 from taskx.attempt.waiting import (
     AGAIN,
+    SHORT,
     NotDone,
     Parked,
     Uncertain,
@@ -106,32 +108,25 @@ class Context:
         logger: logs with the task's id and type.
     """
 
-    __slots__ = (
-        *("_copy", "_shared", "_task", "_token"),
-        *("_missed", "_quiet", "_storing", "_told", "_unwritten"),
-        *("_checkpoints", "_run_token", "_stored"),
-        *("_awaited", "_completed", "_parked", "_spent"),
-    )
+    _copy: Task | None = None  # made on first use: most executors never ask for it
+    _told: tuple[float, str] | None = None  # the last progress that was reported
+    _unwritten = False
+    _missed = _quiet = _storing = False  # see ``transaction`` and ``_new_progress``
+    _checkpoints: Checkpoints | None = None
+    _emitted: Emitted | None = None
+    _stored: str | None = None  # the checkpoints that were stored last
+    _spent: Cost = NOTHING
+    #: Raised by a call that has parked the run; None if none has.
+    _parked: Parked | None = None
+    #: The coroutine of the run, if its executor is one.
+    _awaited: Awaited | None = None
 
     def __init__(self, task: Task, token: CancelToken, shared: Shared) -> None:
         self._task = task
         self._shared = shared
-        self._copy: Task | None = None  # made on first use: most executors never ask for it
         self._token = self._run_token = token
-        self._told: tuple[float, str] | None = None  # the last progress that was reported
-        self._unwritten = False
-        self._missed = self._quiet = self._storing = (
-            False  # see ``transaction`` and ``_new_progress``
-        )
-        self._checkpoints: Checkpoints | None = None
-        self._stored: str | None = None  # the checkpoints that were stored last
-        self._spent: Cost = NOTHING
         #: The completion of the task, if a transaction of the run has stored one.
         self._completed: list[Completed] = []
-        #: Raised by a call that has parked the run; None if none has.
-        self._parked: Parked | None = None
-        #: The coroutine of the run, if its executor is one.
-        self._awaited: Awaited | None = None
 
     @property
     def task(self) -> Task:
@@ -211,6 +206,51 @@ class Context:
         """
         self._spent = {**self._spent_in_truth(), **(check_cost(units) or {})}
 
+    def emit(self, value: Any) -> None:
+        """Show a part of the result to those who read :meth:`TaskHandle.stream`, while the run goes on.
+
+        This keeps the value in memory; it is stored about every 0.1 seconds, at the end, and before the
+        result of a step. What a step has emitted, by the thread or the coroutine that runs its function,
+        stays when a later call of the executor skips the step. All else is emitted anew.
+
+        Args:
+            value: a JSON value of at most 64 KB.
+
+        Raises:
+            PayloadError: the value is not JSON, or is too large; or this run has emitted more than 16 times
+                ``max_payload_size``.
+            TaskCancelled: the token has fired.
+            ConfigurationError: this is inside ``ctx.transaction()``; the repository has only eight methods;
+                or this is a forked child process.
+            RepositoryError: what an earlier run has emitted could not be removed.
+        """
+        self._token.raise_if_cancelled()
+        if (kept := self._checkpoints) is not None:
+            kept.refuse_emit()
+        elif self._parked is not None:
+            raise self._parked
+        self._shared.keeper.refuse_fork()
+        self._stream().add(value, self._task.starts)
+
+    def _stream(self) -> Emitted:
+        """Return what this run emits."""
+        keeper = self._shared.keeper
+        keeper.check()
+        with keeper.lock:
+            if self._emitted is None:
+                forget = partial(keeper.forget_earlier, self._task, self._run_token)
+                self._emitted = Emitted(keeper.max_payload_size, forget)
+            return self._emitted
+
+    def _save_emitted(self) -> None:
+        """Store what this run has emitted. Raises as :meth:`Keeper.save`."""
+        if self._emitted is not None:
+            self._shared.keeper.save(self._task, self._emitted, self._run_token)
+
+    def _take_emitted(self, notes: Sequence[tuple[int, str]]) -> None:
+        """Add what this run has emitted in a child process: notes with the numbers of their last chunks."""
+        self._stream().take_in(dict(notes))
+
     def _spent_in_truth(self) -> Cost:
         """Return what the run has said to have taken; empty if it has said nothing."""
         return self._spent
@@ -231,12 +271,18 @@ class Context:
         """
         if not self._unwritten:
             return None
-        self._storing = True  # before the next line: the other order could overlook a transaction
-        if self._quiet:
-            self._storing, self._missed = False, True
+        if not self._may_write():
+            self._missed = True
             return None
         self._unwritten = False  # before reading: a report from now on sets it again
         return self._latest_progress()
+
+    def _may_write(self) -> bool:
+        """Return True if the record may be changed now; after that, call :meth:`_progress_written`."""
+        self._storing = True  # before the next line: the other order could overlook a transaction
+        if self._quiet:
+            self._storing = False
+        return self._storing
 
     def _progress_written(self, *, stored: bool) -> None:
         """Note that the progress was stored, or else make :meth:`_new_progress` return it again."""
@@ -267,22 +313,26 @@ class Context:
         return self._kept().step(name, self._token, lambda: fn(*args, **kwargs))  # type: ignore[no-any-return]
 
     def _wait_for(
-        self, coroutine: Coroutine[Any, Any, T], enter_run: Callable[[], object], *, inside: bool
+        self,
+        coroutine: Coroutine[Any, Any, T],
+        enter: Callable[[Awaited], object],
+        *,
+        inside: bool,
     ) -> T:
         """Run the coroutine of the executor on the queue's loop, and return its result.
 
-        ``enter_run`` makes the run the current one for the coroutine. ``inside`` says if another coroutine
-        has called the executor.
+        ``enter`` is called in the context of variables that the coroutine gets. ``inside`` says if another
+        coroutine has called the executor.
         """
 
-        def enter(begun: Awaited) -> None:
+        def begin(begun: Awaited) -> None:
             self._awaited = begun
-            enter_run()
             if isinstance(self._shared.log, CapturedLogger):
                 in_coroutine.set(self._shared.log.capture)
+            enter(begun)
 
         assert self._shared.loop is not None
-        given = coroutine, self._task, self._token, enter
+        given = coroutine, self._task, self._token, begin
         return self._shared.loop().run(*given, inside=inside)  # type: ignore[no-any-return]
 
     async def astep(
@@ -524,6 +574,16 @@ class Context:
         question = payload.loads(question)
         return waits.ask(self._task, name, question, timeout, tags, self._token, param)
 
+    @property
+    def _on_loop(self) -> bool:
+        """True in the thread of the event loop, which must not wait."""
+        return self._awaited is not None and self._awaited.is_here()
+
+    @property
+    def _short(self) -> float:
+        """The seconds of a wait from which on the task waits without a thread."""
+        return 0.001 if self._on_loop else SHORT
+
     def _refuse_wait(self, what: str) -> None:
         """Raise an error if the task cannot wait here, or waits already."""
         if self._parked is not None:
@@ -601,13 +661,14 @@ class Context:
         """
         if self._completed:
             raise ConfigurationError("this run has completed its task in a transaction")
-        if self._awaited is not None and self._awaited.is_here():
+        if self._on_loop:
             raise ConfigurationError(
                 "a transaction belongs to its thread, which all coroutines share: open it in a function, "
                 "and call that by await asyncio.to_thread(…)"
             )
         kept, open_transaction = self._kept(), self._shared.keeper.transaction
         kept.refuse_transaction()  # before it waits for progress that waits for this thread's transaction
+        self._save_emitted()  # the transaction may complete the task
         with (
             self._without_progress(),
             open_transaction(kept, self._token, self._ending, self._completed) as tx,
@@ -652,9 +713,10 @@ class Context:
         return changes if self._stored is None else {**changes, "checkpoints": self._stored}
 
     def _kept(self) -> Checkpoints:
-        with self._shared.keeper.lock:
+        keeper, emitted = self._shared.keeper, self._stream()
+        with keeper.lock:
             if self._checkpoints is None:
-                self._checkpoints = Checkpoints(self._task, self._run_token, self._shared.keeper)
+                self._checkpoints = Checkpoints(self._task, self._run_token, keeper, emitted)
             return self._checkpoints
 
     def _checkpoints_refused(self) -> str:
@@ -667,6 +729,7 @@ class Context:
 
     def _keep_checkpoints(self, text: str, *, durable: bool) -> bool:
         """Store the checkpoints that were made in a child process: see :meth:`Keeper.store`."""
+        self._save_emitted()
         if not self._shared.keeper.store(self._task, text, durable=durable, token=self._run_token):
             return False
         self._stored = text
@@ -697,7 +760,8 @@ class Context:
 
         With ``step``, the sleep is durable, and holds no thread if it takes a second or longer: the attempt
         ends here as in :meth:`ask`, and goes on at that moment, which crashes and restarts do not change.
-        :meth:`Queue.wake` ends it before. A shorter sleep begins anew after a crash.
+        :meth:`Queue.wake` ends it before. A shorter sleep begins anew after a crash. In a coroutine each
+        sleep with ``step`` is one without a thread, and others are refused: use ``asyncio.sleep``.
 
         Args:
             seconds: the time to sleep.
@@ -714,6 +778,11 @@ class Context:
                 "ctx.sleep() requires seconds, or until together with step: the name of the sleep"
             )
         if step is None:
+            if self._on_loop:
+                raise ConfigurationError(
+                    "ctx.sleep() without a step keeps all coroutines from going on: write await "
+                    "asyncio.sleep(…), which a cancel ends, too"
+                )
             self._token.wait(seconds)
             self._token.raise_if_cancelled()
             return
@@ -724,7 +793,8 @@ class Context:
             moment = to_ms(until)
         else:
             moment = moment_after(now(), max(0.0, check_number(seconds, "seconds", -math.inf)))
-        self._parking(lambda kept: kept.sleep(step, self._token, moment, now))
+        short = self._short
+        self._parking(lambda kept: kept.sleep(step, self._token, moment, now, short))
 
     def poll(
         self,
@@ -754,13 +824,13 @@ class Context:
         """
         self._refuse_wait("ctx.poll()")
         pause, seconds = check_number(every, "every", 0.001), seconds_of(timeout, "timeout")
-        waits, kept = self._shared.keeper.waits, self._kept()
+        waits, kept, short = self._shared.keeper.waits, self._kept(), self._short
 
         def call(until: int | None) -> Any:
             def note(moment: int) -> None:
                 kept.note(name, moment, self._token)
 
-            return waits.poll(name, look, pause, seconds, until, self._token, note)
+            return waits.poll(name, look, pause, seconds, until, short, self._token, note)
 
         return self._waited(name, call, "ctx.poll()", durable=True)  # type: ignore[no-any-return]
 
@@ -843,8 +913,6 @@ class Context:
 class Watched(Context):
     """The context of a run that times out if it gives no sign of life: ``beat`` is called at each one."""
 
-    __slots__ = ("_beat",)
-
     def __init__(
         self, task: Task, token: CancelToken, shared: Shared, beat: Callable[[], object]
     ) -> None:
@@ -857,6 +925,10 @@ class Watched(Context):
     def progress(self, percent: float, message: str = "") -> None:
         self._beat()
         super().progress(percent, message)
+
+    def emit(self, value: Any) -> None:
+        self._beat()
+        super().emit(value)
 
     def step(self, name: str, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         try:

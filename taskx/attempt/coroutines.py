@@ -15,9 +15,12 @@ import time
 import traceback
 import weakref
 from collections.abc import Callable, Coroutine, Iterable
-from contextlib import suppress
+from concurrent.futures import Executor, Future
+from contextlib import closing, suppress
+from functools import partial
+from queue import SimpleQueue
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from taskx.tasks import forks
 from taskx.tasks.errors import TaskCancelled
@@ -26,6 +29,69 @@ from taskx.tasks.model import Task
 from taskx.tasks.stacks import top_frames
 from taskx.tasks.timing import DEFAULT_TIMING, Timing
 from taskx.tasks.token import CancelToken
+
+T = TypeVar("T")
+
+
+class Waiter(Executor):
+    """A thread that waits for the end of a coroutine, and makes the calls that are submitted to it."""
+
+    def __init__(self) -> None:
+        self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
+        # Held for moments only: to begin a call, or to let the thread go on.
+        self._deciding = _thread.allocate_lock()
+        self._busy = self._free = False
+        #: True if it has gone on before the coroutine ended.
+        self.left = False
+
+    @property
+    def waits(self) -> bool:
+        """True if the coroutine alone goes on: the thread only waits for it, or has left it."""
+        return self.left or not (self._busy or self._free)
+
+    def wait(self) -> None:
+        """Wait in this thread, until :meth:`let_go`."""
+        while not (self._free and self._calls.empty()):
+            if (call := self._calls.get()) is not None:
+                self._make(*call)
+                del call  # it keeps values of the coroutine alive
+
+    def _make(self, future: Future[T], call: Callable[[], T]) -> None:
+        with self._deciding:
+            self._busy = not self._free
+        try:
+            if not self._busy:
+                future.cancel()
+            elif future.set_running_or_notify_cancel():
+                future.set_result(call())
+        except BaseException as error:  # noqa: BLE001  (raised where the future is awaited)
+            future.set_exception(error)
+        finally:
+            self._busy = False
+
+    def let_go(self, *, early: bool = False) -> bool:
+        """Let the thread go on, ``early`` only if it just waits; return False if it does not."""
+        with self._deciding:
+            if self._free or (early and self._busy):
+                return False
+            self._free, self.left = True, early
+        self._calls.put(None)
+        return True
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        """Have the thread call a function; return the future of its result.
+
+        Raises:
+            RuntimeError: the thread does not wait any more.
+        """
+        future = Future[T]()
+        with self._deciding:
+            if self._free:
+                raise RuntimeError(
+                    "the thread of the task does not wait for its coroutine any more"
+                )
+            self._calls.put((future, partial(fn, *args, **kwargs)))
+        return future
 
 
 class Awaited:
@@ -44,17 +110,14 @@ class Awaited:
         self._token = token
         self._loop = loop
         self._coroutine = coroutine
-        # Held until the coroutine has ended, or the thread need not wait any more.
-        self._waiting = _thread.allocate_lock()
-        self._waiting.acquire()
-        self._once = _thread.allocate_lock()
+        #: The thread that waits for it.
+        self.thread = Waiter()
         self._process = forks.generation
         #: The task of asyncio; None before the loop has made it.
         self.task: asyncio.Task[None] | None = None
         self._value: Any = None
         self._error: BaseException | None = None
-        self._on_end: Callable[[], object] | None = None
-        self._ended = False
+        self._on_end: Callable[[], object] = int
         self._running = running
         running[self] = None
 
@@ -87,18 +150,14 @@ class Awaited:
             forks.end_in_child(self._process, self._error)
 
     def _end(self) -> None:
-        """Let the thread go on, because the coroutine has ended."""
-        self._running.pop(self, None)
-        self._ended = True
-        self._release()
-        if self._once.acquire(False) or self._on_end is None:
+        """Let the thread go on, because the coroutine has ended; a second call does nothing."""
+        try:
+            del self._running[self]
+        except KeyError:
             return
-        # It waits for the outcome to be handed on, and the loop must not.
-        threading.Thread(target=self._on_end, name="taskx-stuck", daemon=True).start()
-
-    def _release(self) -> None:
-        with suppress(RuntimeError):  # it was released before
-            self._waiting.release()
+        if not self.thread.let_go():  # it has left
+            # The call waits for the outcome to be handed on, and the loop must not.
+            threading.Thread(target=self._on_end, name="taskx-stuck", daemon=True).start()
 
     # --- in other threads
 
@@ -109,7 +168,7 @@ class Awaited:
             TaskCancelled: the token has fired, and the coroutine has let the ``CancelledError`` through.
             BaseException: any other exception of the coroutine.
         """
-        self._waiting.acquire()
+        self.thread.wait()
         error, self._error = self._error, None  # else it would keep itself alive
         if error is None:
             return self._value
@@ -134,13 +193,16 @@ class Awaited:
             elif only_if():
                 self.task.cancel()
 
-        with suppress(RuntimeError):  # the loop is closed
+        try:
             self._loop.call_soon_threadsafe(on_loop)
+        except RuntimeError:  # the loop is closed, so the coroutine does not go on
+            self._error = self._error or asyncio.CancelledError()
+            self._end()
 
     def cancel_and_wait(self) -> None:
         """Cancel the coroutine, and wait for its end, however it ends."""
         self.cancel()
-        self._waiting.acquire()
+        self.thread.wait()
         self._error = None
 
     def uncancel(self, error: BaseException) -> None:
@@ -153,13 +215,15 @@ class Awaited:
         """Return True if the calling thread is that of the loop."""
         return asyncio._get_running_loop() is self._loop
 
-    def leave(self, on_end: Callable[[], object]) -> None:
-        """Let the thread go on although the coroutine does not end; call ``on_end()`` when it has ended."""
+    def leave(self, on_end: Callable[[], object]) -> bool:
+        """Let the thread go on although the coroutine does not end; call ``on_end()`` when it has ended.
+
+        Returns:
+            False, and nothing is done, if the thread does not just wait: it makes a call for the coroutine,
+            or the coroutine has ended.
+        """
         self._on_end = on_end
-        if self._once.acquire(False):
-            self._release()
-        else:
-            threading.Thread(target=on_end, name="taskx-stuck", daemon=True).start()
+        return self.thread.let_go(early=True)
 
     def stack(self) -> str:
         """Return where the coroutine is, as text; empty if it has ended."""
@@ -219,20 +283,8 @@ class Loop:
         Raises the exceptions of :meth:`Awaited.wait`.
         """
         if inside:
-            inner = Loop(self._timing)
-            try:
-                return inner._run(coroutine, task, token, enter)
-            finally:
-                inner.close()
-        return self._run(coroutine, task, token, enter)
-
-    def _run(
-        self,
-        coroutine: Coroutine[Any, Any, Any],
-        task: Task,
-        token: CancelToken,
-        enter: Callable[[Awaited], object],
-    ) -> Any:
+            with closing(Loop(self._timing)) as inner:
+                return inner.run(coroutine, task, token, enter)
         try:
             loop = self._started()
             awaited = Awaited(coroutine, task, token, loop, self.running)
@@ -258,10 +310,10 @@ class Loop:
             if self._process != forks.generation:  # its thread is one of the parent of this process
                 self._process, self._loop, self._asked = forks.generation, None, None
                 self.running.clear()
-            if self._loop is None:
+            if self._loop is None or self._loop.is_closed():  # a coroutine may have stopped it
                 loop = asyncio.new_event_loop()
                 thread = threading.Thread(
-                    target=_serve, args=(loop,), name="taskx-loop", daemon=True
+                    target=_serve, args=(loop, self.running), name="taskx-loop", daemon=True
                 )
                 try:
                     thread.start()
@@ -329,8 +381,8 @@ def _shown(stack: Iterable[traceback.FrameSummary]) -> str:
     return "The coroutine is here (most recent call last):\n" + "".join(lines) if lines else ""
 
 
-def _serve(loop: asyncio.AbstractEventLoop) -> None:
-    """Run a loop until it is closed."""
+def _serve(loop: asyncio.AbstractEventLoop, running: dict[Awaited, None]) -> None:
+    """Run a loop until it is closed; then let the threads go on whose coroutines have not ended."""
     asyncio.set_event_loop(loop)
     while not loop.is_closed():
         try:
@@ -340,6 +392,8 @@ def _serve(loop: asyncio.AbstractEventLoop) -> None:
             log.exception(
                 "a coroutine that no executor waits for has ended the event loop: it goes on"
             )
+    for awaited in running.copy():
+        awaited.cancel()
 
 
 def _stop(loop: asyncio.AbstractEventLoop) -> None:

@@ -7,8 +7,17 @@ import inspect
 import itertools
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence, Set
-from functools import partial, update_wrapper
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterable,
+    Mapping,
+    Sequence,
+    Set,
+)
+from contextlib import aclosing
+from functools import update_wrapper
 from types import MappingProxyType
 from typing import (
     TYPE_CHECKING,
@@ -25,7 +34,7 @@ from typing import (
 from taskx.attempt.context import Context
 from taskx.attempt.current import awaited, current_context
 from taskx.attempt.together import BatchContext, Together, alone
-from taskx.tasks.checks import Duration, check_plain, is_async
+from taskx.tasks.checks import Duration, check_plain, is_async, is_async_generator
 from taskx.tasks.creation import model_of
 from taskx.tasks.errors import ConfigurationError, PayloadError
 from taskx.tasks.model import Task, check_name
@@ -44,6 +53,7 @@ from taskx.tasks.values import ItemValues, Values, values_of
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing from 3.11 on
 
+    from taskx.attempt.coroutines import Awaited
     from taskx.tasks.handles import TaskHandle
 
 P = ParamSpec("P")
@@ -450,7 +460,17 @@ class AsyncExecutor(Executor[P, R]):
         self._takes_context = takes_context
         super().__init__(type, function, options)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Coroutine[Any, Any, R]:
+    async def __call__(self, *args: Any, **kwargs: Any) -> R:
+        return await self.function(*args, **kwargs)  # type: ignore[misc, no-any-return]
+
+
+class EmittingExecutor(AsyncExecutor[P, None]):
+    """An executor made from an asynchronous generator function: its tasks emit what it yields.
+
+    A call returns the generator.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:  # type: ignore[override]
         return self.function(*args, **kwargs)  # type: ignore[return-value]
 
 
@@ -539,6 +559,8 @@ def make_executor(
     check_plain(function, f"executor {name!r}", or_async=True)
     first = next(iter(inspect.signature(function).parameters.values()), None)
     takes_context = first is not None and _is_context(first)
+    if is_async_generator(function):
+        return EmittingExecutor(name, function, options, takes_context=takes_context)
     if is_async(function):
         return AsyncExecutor(name, function, options, takes_context=takes_context)
     return (ContextExecutor if takes_context else PlainExecutor)(name, function, options)
@@ -557,6 +579,14 @@ class ExecutorDecorator:
         self._options = options
         self._register = register
 
+    @overload
+    def __call__(  # type: ignore[overload-overlap]
+        self, function: Callable[Concatenate[Context, P], AsyncIterator[Any]]
+    ) -> EmittingExecutor[P]: ...
+    @overload
+    def __call__(  # type: ignore[overload-overlap]
+        self, function: Callable[P, AsyncIterator[Any]]
+    ) -> EmittingExecutor[P]: ...
     @overload
     def __call__(  # type: ignore[overload-overlap]
         self, function: Callable[Concatenate[Context, P], Coroutine[Any, Any, R]]
@@ -728,17 +758,49 @@ def check_batch(type: str, options: Options, *, batches: bool) -> None:
 
 
 def _sync(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that waits for a coroutine function; any other function as it is."""
+    """Return a function that waits for a coroutine function; any other function as it is.
+
+    What an asynchronous generator yields is emitted.
+    """
+    if is_async_generator(function):
+        function = _emitting(function)
     if not is_async(function):
         return function
 
     def call(*args: Any, **params: Any) -> Any:
-        context, inside = current_context(), awaited.get() is not None
-        assert context is not None  # a run calls it
-        enter = partial(awaited.set, context)
-        return context._wait_for(function(*args, **params), enter, inside=inside)
+        return wait_for(function(*args, **params))
 
     return call
+
+
+def _emitting(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a coroutine function that emits what an asynchronous generator function yields."""
+
+    async def emit(*args: Any, **params: Any) -> None:
+        context = current_context()
+        assert context is not None  # a run calls it
+        async with aclosing(function(*args, **params)) as pieces:
+            async for piece in pieces:
+                context.emit(piece)
+
+    return emit
+
+
+def wait_for(
+    coroutine: Coroutine[Any, Any, T], enter: Callable[[Awaited], object] = lambda begun: None
+) -> T:
+    """Run a coroutine for the executor that calls this, on the queue's loop, and return its result.
+
+    ``enter`` is called in the context of variables that the coroutine gets.
+    """
+    context, inside = current_context(), awaited.get() is not None
+    assert context is not None  # a run calls the executor
+
+    def begin(begun: Awaited) -> None:
+        awaited.set(context)
+        enter(begun)
+
+    return context._wait_for(coroutine, begin, inside=inside)
 
 
 def _coding(function: Callable[..., Any], values: Values) -> Callable[..., Any]:

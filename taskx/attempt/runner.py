@@ -6,7 +6,7 @@ import _thread
 import random
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 from taskx.attempt.alarms import Alarms, Overdue, Pulse
@@ -35,6 +35,7 @@ from taskx.tasks.errors import (
     CancelReason,
     RepositoryCorrupt,
     TaskCancelled,
+    TaskxError,
     is_interrupt,
     on_main_thread,
 )
@@ -46,7 +47,7 @@ from taskx.tasks.timing import DEFAULT_TIMING, Timing
 from taskx.tasks.token import CancelToken
 
 if TYPE_CHECKING:
-    from taskx.attempt.coroutines import Loop
+    from taskx.attempt.coroutines import Awaited, Loop
 
 #: The state of a run:
 #: "starting": no worker has it yet, or a worker has just taken it;
@@ -60,10 +61,15 @@ State = Literal["starting", "ahead", "executing", "concluding", "stuck"]
 class Run:
     """One attempt at a started task, with the token that tells it to stop."""
 
-    __slots__ = (
-        *("capture", "context", "decided", "executor", "overdue", "resumes", "state", "task"),
-        *("began", "pulse", "token"),
-    )
+    state: State = "starting"
+    #: Only with a time-out: the call to make if the run does not end then, and the lock that a thread
+    #: takes to decide the ending of the run.
+    overdue: Overdue | None = None
+    decided: _thread.LockType | None = None
+    #: The time at which it was called, on the clock of the runner; only with a time-out.
+    began: float
+    pulse: Pulse | None = None
+    capture: Capture | None = None
 
     def __init__(
         self, task: Task, executor: Registered, token: CancelToken, shared: Shared
@@ -73,17 +79,8 @@ class Run:
         self.resumes = task.started_at is not None
         self.executor = executor
         self.token = token
-        #: Only with a time-out: the call to make if the run does not end then, and the lock that a thread
-        #: takes to decide the ending of the run.
-        self.overdue: Overdue | None = None
-        self.decided: _thread.LockType | None = None
-        self.state: State = "starting"
-        #: The time at which it was called, on the clock of the runner; only with a time-out.
-        self.began: float
-        self.pulse: Pulse | None = None
         if (stall := executor.options.stall) is not None:
             self.pulse = Pulse(stall, token._clock)
-        self.capture: Capture | None = None
         if executor.log_level is not None:
             prefix = log_prefix(task.id, task.type)
             self.capture = Capture(executor.log_level, prefix, self.beat)
@@ -99,9 +96,15 @@ class Run:
         return int if self.pulse is None else self.pulse.beat
 
     @property
+    def coroutine(self) -> Awaited | None:
+        """The coroutine of the run, if that alone goes on: its thread just waits for it, or has left it."""
+        awaited = self.context._awaited
+        return awaited if awaited is not None and awaited.thread.waits else None
+
+    @property
     def what_goes_on(self) -> str:
         """The part that goes on if the run is stuck: its thread, or its coroutine (its thread is free)."""
-        return "thread" if self.context._awaited is None else "coroutine"
+        return "thread" if self.coroutine is None else "coroutine"
 
 
 class Call:
@@ -201,12 +204,17 @@ class Runner:
                 forks.end_in_child(before)
             if run.context._parked is not None:  # the executor has caught the exception
                 raise run.context._parked
+            if run.context._emitted is not None:
+                run.context._save_emitted()
             text = (
                 None if value is None else payload.encode(value, "result", self._max_payload_size)
             )
             ending = Ending(returned=True, result=text)
         except BaseException as error:  # noqa: BLE001  (an error must affect no other task)
             forks.end_in_child(before, error)
+            if run.context._emitted is not None:
+                with suppress(TaskxError):  # the error of the executor counts
+                    run.context._save_emitted()
             ending = self.ending_of(error, run)
         finally:
             current.context = outer
@@ -279,6 +287,9 @@ class Runner:
             for run in runs:
                 if run.capture is not None and capture is not None:
                     run.capture.add_all(capture)
+                if run.context._emitted is not None:
+                    with suppress(TaskxError):
+                        run.context._save_emitted()
         return [
             self._ending_of_result(result, run) for run, result in zip(runs, results, strict=True)
         ]

@@ -52,6 +52,10 @@ class BatchTask:
         """Report the progress of this task alone: see :meth:`Context.progress`."""
         self._context.progress(percent, message)
 
+    def emit(self, value: Any) -> None:
+        """Show a part of the result of this task alone: see :meth:`Context.emit`."""
+        self._context.emit(value)
+
     def spent(self, **units: int) -> None:
         """Say what this task has taken of the units of its cost: see :meth:`Context.spent`."""
         self._context.spent(**units)
@@ -63,8 +67,6 @@ class BatchContext(Context):
     Its token fires when those of all its tasks have fired: all are cancelled, the time-out of the last one
     has passed, or the queue stops. What belongs to a single task, such as steps, is refused.
     """
-
-    __slots__ = ("_contexts",)
 
     def __init__(self, contexts: Sequence[Context], token: CancelToken, shared: Shared) -> None:
         super().__init__(contexts[0]._task, token, shared)
@@ -95,6 +97,10 @@ class BatchContext(Context):
     def parents(self) -> list[Task]:
         """Refused: use ``ctx.each``."""
         self._refuse("ctx.parents", "each task of ctx.each has its own")
+
+    def emit(self, value: Any) -> None:
+        """Refused: use ``ctx.each``."""
+        self._refuse("ctx.emit()", "each task of ctx.each has its own")
 
     def spent(self, **units: int) -> None:
         """Refused: use ``ctx.each``."""

@@ -25,9 +25,9 @@ class Transaction:
     """A transaction of an executor: see :meth:`Context.transaction`.
 
     Attributes:
-        connection: the ``sqlite3.Connection`` to the repository's file, or a ``ClientSession`` of pymongo.
-            It is in a transaction, for the thread and the block that opened it, and cannot commit or roll
-            back.
+        connection: the ``sqlite3.Connection`` to the repository's file, a ``psycopg.Connection``, or a
+            ``ClientSession`` of pymongo. It is in a transaction, for the thread and the block that opened
+            it, and cannot commit or roll back.
     """
 
     def __init__(self, encode: Callable[[Any], str | None]) -> None:
@@ -63,13 +63,17 @@ class Transaction:
             raise ConfigurationError("complete() was already called in this transaction")
         self._result, self._completes = self._encode(result), True
 
+    def _is_here(self) -> bool:
+        """Return True if the calling thread has opened the transaction."""
+        return threading.get_ident() == self._thread
+
     def _keep(self, checkpoints: str) -> None:
         """Store checkpoints at the end of the block.
 
         Raises:
             ConfigurationError: another thread has opened the transaction.
         """
-        if threading.get_ident() != self._thread:
+        if not self._is_here():
             raise ConfigurationError(
                 "another thread of this run is inside ctx.transaction(): store checkpoints after that block"
             )

@@ -300,12 +300,14 @@ class Waits:
         every: float,
         timeout: float | None,
         until: int | None,
+        short: float,
         token: CancelToken,
         note: Callable[[int], object],
     ) -> Any:
         """Wait until a call returns something, or until a moment: see :meth:`Context.poll`.
 
-        ``note`` stores the moment until which the step waits, without a park.
+        A wait of ``short`` seconds or longer holds no thread. ``note`` stores the moment until which the
+        step waits, without a park.
         """
         new = None
         if until is None and timeout is not None:
@@ -317,7 +319,7 @@ class Waits:
             following = moment_after(now, every)
             if until is not None:
                 following = min(following, until)
-            if following - now >= SHORT * 1000:
+            if following - now >= short * 1000:
                 raise Parked(Park(None, following), name, new)
             if new is not None:
                 note(new)

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 _NAMED = 100
 # A hold that lasts longer than these seconds is a problem, and so are more snoozes of a task.
 _LONG_HOLD, _MANY_SNOOZES = 60.0, 1000
+# Seconds for which a transaction may keep a database from cleaning up.
+_LONG_TRANSACTION = 600.0
 
 
 @attrs.frozen
@@ -242,6 +244,7 @@ class _Check:
         yield from self._failed()
         yield from self._schedules()
         yield from self._file_size()
+        yield from self._held_back()
 
     def _silent(self, nodes: Sequence[Node]) -> Iterator[Problem]:
         if not (nodes and self._wanted.nodes):
@@ -403,6 +406,15 @@ class _Check:
         if (size := sum(sizes.values())) > most:
             words = f"The file has {size:,} bytes, more than {most:,}."
             yield Problem("file_size", words, {"bytes": size, "most": most})
+
+    def _held_back(self) -> Iterator[Problem]:
+        """Yield a problem for a transaction that is open for more than ten minutes."""
+        if (seconds := self._repository.house.held_back()) > _LONG_TRANSACTION:
+            words = (
+                f"A transaction in the database has been open for {duration(seconds)}. Until it ends, no "
+                "removed row is cleaned up, and it gets slower to find a task."
+            )
+            yield Problem("open_transaction", words, {"seconds": seconds})
 
 
 def _moment(ms: int) -> str:

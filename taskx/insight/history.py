@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 
 import attrs
 
 from taskx.insight.counted import counted, grain_at
+from taskx.insight.stats import Percentiles, percentiles
 from taskx.node import counts
 from taskx.node.moving import Services
 from taskx.stores.base import Repository
@@ -33,11 +34,14 @@ class TypeHistory:
         failed: the number of tasks that failed in each interval.
         run_times: the number of these tasks in each group of run times, of their last attempts. Group ``i``
             has run times up to ``bounds[i]`` seconds, the last group all longer ones.
+        start_latency: how long the tasks waited whose first attempts began in each interval; None where
+            none began.
     """
 
     completed: tuple[int, ...]
     failed: tuple[int, ...]
     run_times: tuple[int, ...]
+    start_latency: tuple[Percentiles | None, ...] = ()
 
 
 @attrs.frozen(kw_only=True)
@@ -50,6 +54,8 @@ class History(Answer):
             present minute.
         completed: the number of tasks of all types that completed in each interval, oldest first.
         failed: the number of tasks of all types that failed in each interval.
+        start_latency: how long tasks of all types waited until their first attempts began in each interval;
+            None where none began.
         types: the same by type, sorted by name, of the types that have an ended task in the period.
         bounds: the upper limits of the groups of run times, in seconds.
         since: ``start``, or the time at which counting began, if that is later.
@@ -60,6 +66,7 @@ class History(Answer):
     interval: float
     completed: tuple[int, ...]
     failed: tuple[int, ...]
+    start_latency: tuple[Percentiles | None, ...] = ()
     types: Mapping[str, TypeHistory]
     bounds: tuple[float, ...] = BOUNDS
     since: datetime
@@ -73,6 +80,7 @@ class History(Answer):
             self,
             completed=nothing if found is None else found.completed,
             failed=nothing if found is None else found.failed,
+            start_latency=() if found is None else found.start_latency,
             types={} if found is None else {type: found},
         )
 
@@ -95,18 +103,21 @@ def history(
     start = (end - span) // grain * grain
     read = counted(repository, services, counts.TYPES, start)
     found: defaultdict[str, _Found] = defaultdict(lambda: _Found(number))
+    waits: list[Counter[str]] = [Counter() for _ in range(number)]
     for moment, cells in read.parts:
         place = min(
             number - 1, (moment - start) * number // (end - start)
         )  # the clock was set back
         for type, cell in cells.items():
             found[type].add(cell, place)
+            waits[place].update(cell.get("waits", {}))
     types = {type: found[type].history() for type in sorted(found) if found[type].some}
     return History(
         start=to_datetime(start),
         interval=(end - start) / number / 1000,
         completed=_sums([of.completed for of in types.values()], number),
         failed=_sums([of.failed for of in types.values()], number),
+        start_latency=(*map(percentiles, waits),),
         types=types,
         since=to_datetime(max(start, read.since)),
         complete=read.complete,
@@ -119,6 +130,7 @@ class _Found:
     def __init__(self, intervals: int) -> None:
         self._completed, self._failed = [0] * intervals, [0] * intervals
         self._run_times = [0] * (len(BOUNDS) + 1)
+        self._waits: list[Counter[str]] = [Counter() for _ in range(intervals)]
 
     def add(self, cell: counts.Cell, place: int) -> None:
         """Add what was counted in an interval."""
@@ -126,6 +138,7 @@ class _Found:
         self._failed[place] += cell.get("failed", 0)
         for group, times in cell.get("runs", {}).items():
             self._run_times[_GROUPS[int(group)]] += times
+        self._waits[place].update(cell.get("waits", {}))
 
     @property
     def some(self) -> bool:
@@ -137,6 +150,7 @@ class _Found:
             completed=(*self._completed,),
             failed=(*self._failed,),
             run_times=(*self._run_times,),
+            start_latency=(*map(percentiles, self._waits),),
         )
 
 

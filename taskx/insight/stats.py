@@ -253,12 +253,13 @@ class _Found:
             **{**self.numbers, **numbers_of(cell)},
             oldest_due=None if since is None else max(0, now - since) / 1000,
             error_share=failed / ended if ended else None,
-            start_latency=_percentiles(cell.get("waits", {})),
-            run_time=_percentiles(cell.get("runs", {})),
+            start_latency=percentiles(cell.get("waits", {})),
+            run_time=percentiles(cell.get("runs", {})),
         )
 
 
-def _percentiles(groups: Mapping[str, int]) -> Percentiles | None:
+def percentiles(groups: Mapping[str, int]) -> Percentiles | None:
+    """Return the percentiles of times that were counted by group; None if there are none."""
     if not groups:
         return None
     return Percentiles(percentile(groups, 0.5), percentile(groups, 0.95))

@@ -116,18 +116,20 @@ class Ahead:
 
         Return False if some are only offered.
         """
+        if self.short:
+            self._offer(runs)
+            return not self.runs
         for run in runs:
-            if self.short:
-                self._offer(run)
-            else:
-                self.serve(run)
-        if self.runs and not self.short:
+            self.serve(run)
+        if self.runs:
             self.serve()  # a worker may have begun to wait before the last one was there
         return not self.runs
 
-    def _offer(self, run: Run) -> None:
-        run.state, self._since = "ahead", time.monotonic()
-        self.runs.append(run)
+    def _offer(self, runs: Sequence[Run]) -> None:
+        self._since = time.monotonic()
+        for run in runs:
+            run.state = "ahead"
+            self.runs.append(run)
 
     @property
     def idles(self) -> bool:
@@ -145,7 +147,7 @@ class Ahead:
             next(map(_put, iter(self.waiting.pop, None), (run,)))
         except IndexError:
             if run is not None:
-                self._offer(run)
+                self._offer((run,))
             return False
         return True
 

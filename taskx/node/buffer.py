@@ -15,7 +15,7 @@ from taskx.node.place import Place
 from taskx.tasks.bell import Bell
 from taskx.tasks.record import Stub, is_plain, rank
 from taskx.tasks.timing import DEFAULT_TIMING
-from taskx.tasks.writes import Insert
+from taskx.tasks.writes import Insert, maker
 
 # The heap is tidied if more than half of it, and more than this many items, have left the buffer.
 _FEW_GONE = 64
@@ -39,6 +39,7 @@ class Item(NamedTuple):
     apart: bool = False
 
 
+_make_item = maker(Item)
 #: The most tasks of each type that one call takes, and the seconds that a call waits for more.
 Batches = Mapping[str, tuple[int, float]]
 _SINGLE = (1, 0.0)
@@ -139,7 +140,8 @@ class Slots(Place):
                 ageing = buffer.ageing
                 place = rank(priority, since, row["run_at"], ageing) if ageing else -priority
                 kept = row if self._fresh and is_plain(row) else None
-                item = Item(place, since, number, row["id"], row["type"], False, kept)
+                what = row["id"], row["type"], False, kept, 0.0, False
+                item = _make_item((place, since, number, *what))
                 if buffer.batches and item.type in buffer.batches:
                     item = buffer._enter_lot(item)
                 else:
@@ -218,6 +220,12 @@ class Buffer:
         return task_id in self._submitted or task_id in self._fetched
 
     @property
+    def ids(self) -> set[str]:
+        """The ids of the tasks in the buffer."""
+        with self._mutex:
+            return {*self._submitted, *self._fetched}
+
+    @property
     def submitted(self) -> int:
         """The number of taken slots: submitted tasks, and tasks that are being stored."""
         return len(self._submitted) + len(self.reserved)
@@ -260,10 +268,9 @@ class Buffer:
     ) -> None:
         """Put in a task that was stored before, beside the slots."""
         with self._mutex:
-            self._insert(task_id, type, priority, created_at, run_at, order)
-            self._call()
+            self._enter([self._item(task_id, type, priority, created_at, run_at, order)])
 
-    def _insert(
+    def _item(
         self,
         task_id: str,
         type: str,
@@ -272,26 +279,42 @@ class Buffer:
         run_at: int | None,
         order: int,
         row: Mapping[str, Any] | None = None,
-    ) -> None:
+    ) -> Item:
         # A task that was spilled after the clock was set back has an earlier time. It must not overtake.
         late = self._set_back_to <= created_at < self._latest
         since = int(self._latest) if late else created_at
         place = rank(priority, since, run_at, self.ageing) if self.ageing else -priority
-        self._add(Item(place, since, order, task_id, type, True, row))
+        return _make_item((place, since, order, task_id, type, True, row, 0.0, False))
 
     def add_fetched(self, stubs: Iterable[Stub]) -> None:
         """Put in tasks that the repository listed."""
+        item, numbers = self._item, self._numbers
         with self._mutex:
-            for task_id, _, _, priority, created_at, _, type, run_at, row in stubs:
-                self._insert(task_id, type, priority, created_at, run_at, next(self._numbers), row)
-            self._call()  # one worker: it takes some of them, and calls the next one
+            self._enter(
+                [
+                    item(task_id, type, priority, created_at, run_at, next(numbers), row)
+                    for task_id, _, _, priority, created_at, _, type, run_at, row in stubs
+                ]
+            )
+
+    def holds(self, task_id: str) -> bool:
+        """Return True if a task is in the buffer, or a worker is about to start it."""
+        with self._mutex:  # else a task that is taken in between would be in neither of the two
+            return task_id in self or any(item.id == task_id for item in self.starting)
 
     def put_back(self, items: Iterable[Item]) -> None:
         """Put back items that were taken, in their old place in the sort order."""
+        self._enter(item._replace(fetched=True, row=None) for item in items)
+
+    def _enter(self, items: Iterable[Item]) -> None:
         with self._mutex:
             for item in items:
-                self._add(item._replace(fetched=True, row=None))
-            self._call()
+                if item.type in self.batches and not item.apart:
+                    item = self._enter_lot(item)
+                else:  # first: an id that is known but not in the heap never runs
+                    heappush(self._heap, item)
+                self._fetched[item.id] = item
+            self._call()  # one worker: it takes some of them, and calls the next one
 
     def discard(self, task_ids: Iterable[str]) -> None:
         """Remove tasks that will not run, and free their slots."""
@@ -315,13 +338,6 @@ class Buffer:
     def _call(self) -> bool:
         """Wake a worker, unless one is just starting tasks, which calls the next one itself."""
         return bool(self.starting) or bool(self.lots and self._watched()) or self._wake()
-
-    def _add(self, item: Item) -> None:
-        if item.type in self.batches and not item.apart:
-            item = self._enter_lot(item)
-        else:
-            heappush(self._heap, item)  # first: an id that is known but not in the heap never runs
-        self._fetched[item.id] = item
 
     def _tidy(self) -> None:
         """Remove items that have left the buffer from the heap, once there are many."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from itertools import compress, islice
+from itertools import compress
 
 from taskx.node.admission import Admission, Names
 from taskx.node.ahead import Ahead
@@ -237,8 +237,8 @@ class Fetcher:
 
     def _others(self, stubs: Sequence[Stub], known: set[str], most: int) -> list[Stub]:
         """Return the first of these tasks, at most ``most``, that this node does not hold yet."""
-        others = (stub for stub in stubs if stub.id not in known and stub.id not in self._buffer)
-        return list(islice(others, most))
+        held = known | self._buffer.ids
+        return [stub for stub in stubs if stub.id not in held][:most]
 
     def _best_first(self, stub: Stub) -> tuple[int, int]:
         return stub.rank(self._buffer.ageing), stub.created_at

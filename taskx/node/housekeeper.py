@@ -14,7 +14,7 @@ from taskx.node.audit import Audit
 from taskx.node.due import Expiry, Release
 from taskx.node.listening import Listening
 from taskx.node.pool import WorkerPool
-from taskx.node.progress import store_progress
+from taskx.node.progress import store_emitted, store_progress
 from taskx.node.recovery import Recovery
 from taskx.node.retention import Retention
 from taskx.node.stuck import stuck_types
@@ -264,7 +264,9 @@ class Housekeeper:
             counts.store()
 
     def _write_progress(self, until: float) -> None:
-        store_progress(self._services, list(self._pool.runs.values()))
+        runs = list(self._pool.runs.values())
+        store_progress(self._services, runs)
+        store_emitted(self._services, runs)
 
     def _free(self, until: float) -> None:
         if self.recovery.go_on(until):

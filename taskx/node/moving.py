@@ -32,7 +32,7 @@ from taskx.node.watcher import Watcher
 from taskx.stores.base import Repository
 from taskx.stores.controls import Controls
 from taskx.tasks import lifecycle
-from taskx.tasks.bell import Agenda
+from taskx.tasks.bell import Agenda, Bell
 from taskx.tasks.clock import Clock
 from taskx.tasks.errors import RepositoryError
 from taskx.tasks.lifecycle import Ending
@@ -48,7 +48,9 @@ from taskx.tasks.writes import Insert, Write
 
 
 class _Pool(Crew, Protocol):
-    """The methods of a pool that moves of tasks, and the outcomes of its attempts, need."""
+    """The parts of a pool that moves of tasks, and the outcomes of its attempts, need."""
+
+    quiet: Bell
 
     def discard(self, task_ids: Iterable[str]) -> None: ...
     def fire(self, task_id: str) -> None: ...
@@ -60,8 +62,8 @@ class _Pool(Crew, Protocol):
     def strike(self, run: Run, ran: bool) -> object:
         """Forget a run that is over."""
 
-    def over(self, run: Run) -> None:
-        """Forget a run whose task has completed, from which nothing else follows."""
+    def tell_quiet(self) -> None:
+        """Wake the threads that wait until nothing is left to run, if that is so."""
 
     def concluded(self, run: Run, held: Sequence[Write], error: BaseException | None) -> None:
         """Note that a run is over, and which moves of its outcome took place."""
@@ -118,8 +120,8 @@ class Moves(Ledger[Outcome]):
         self._watcher = watcher
         self._redact = redact
         self._pool: _Pool | None = None
-        # True if the log shows every task.
-        self._is_told = partial(log.isEnabledFor, logging.DEBUG)
+        #: True if the log showed every task when the last ones were started.
+        self.is_told = False
         #: Logs the retries.
         self.retries = Digest(log, RETRIED, _RETRIES, clock.monotonic)
         #: Counts what tasks do.
@@ -133,6 +135,11 @@ class Moves(Ledger[Outcome]):
     def serve(self, pool: _Pool | None) -> None:
         """Tell the pool of a started node of moves of its tasks, from now on; None: tell nobody."""
         self._pool = pool
+
+    def started(self, runs: Iterable[Run]) -> None:
+        """Count the starts of attempts."""
+        self.is_told = self._log.isEnabledFor(logging.DEBUG)
+        self.counts.started(runs)
 
     def follow(
         self,
@@ -179,7 +186,7 @@ class Moves(Ledger[Outcome]):
             len(held) == 1
             and held[0].move == "complete"
             and "turn" not in held[0].changes
-            and not (self._hooks.moves or self.dependents.any or self._is_told())
+            and not (self._hooks.moves or self.dependents.any or self.is_told)
             and self._agenda.attended
         ):  # most outcomes: nobody but those who wait for the task must hear of it
             task, counts = run.task, self.counts
@@ -193,7 +200,9 @@ class Moves(Ledger[Outcome]):
                 counts.completed(run, ending)
             else:
                 times.append(ending.duration)
-            pool.over(run)
+            pool.strike(run, True)
+            if pool.quiet.listening:
+                pool.tell_quiet()
             if run.task.id in self._watcher.watched:
                 self._watcher.complete(run.task, held[0].changes["result"])
             return
@@ -351,7 +360,10 @@ class Moves(Ledger[Outcome]):
             elif held == UNTIL_DUE:
                 self._agenda.check_due_soon()
             elif held == FREE and changes.get("owner") and (pool := self._pool) is not None:
-                pool.rebuffer(tasks[write.id])
+                if write.id in tasks:
+                    pool.rebuffer(tasks[write.id])
+                else:
+                    self.turns.take_in([write])
             elif held == FREE:
                 self._agenda.fetch_soon()
         if waiting:

@@ -28,7 +28,7 @@ from itertools import zip_longest
 from typing import Any
 
 from taskx.node.shared_limits import RATE, SharedBucket, is_full, until_token
-from taskx.node.shares import Shares
+from taskx.node.shares import Candidate, Shares
 from taskx.stores import lists
 from taskx.stores.base import Repository
 from taskx.tasks import children, lifecycle
@@ -39,8 +39,15 @@ from taskx.tasks.lifecycle import ANSWER, CANCELLED, CHILDREN, NO_WORK, PENDING,
 from taskx.tasks.log import GuardedLogger
 from taskx.tasks.model import Task
 from taskx.tasks.rate import MOST_TURNS, NOTHING, Cost, Limit
-from taskx.tasks.record import FOR_PARENTS, cost_from_text, ids_from_text
-from taskx.tasks.writes import Delete, Insert, Update
+from taskx.tasks.record import (
+    FOR_PARENTS,
+    STUB,
+    Stub,
+    cost_from_text,
+    ids_from_text,
+    stub_from_values,
+)
+from taskx.tasks.writes import Delete, Insert, Update, Write
 
 #: Commits moves of tasks, with the tasks as they were read, and applies the consequences.
 Commit = Callable[[Sequence[Update | Delete], Mapping[str, Task] | None], Sequence[bool]]
@@ -447,47 +454,62 @@ class Turns(_Scanner):
         with self._shares.lock:
             turns, known = self._shares.begin(leaver), set[str]()
             while turns is not None and (one := turns.next()) is not None:
-                given, starts = self._turn_of(one.key, one.limit, leaver, known)
+                given, stub = self._turn_of(one, leaver, known)
                 writes += given
                 if given:
                     known.update(write.id for write in given)
-                    turns.give(one, given[-1], starts=starts)
+                    turns.give(one, given[-1], stub)
                 else:
                     turns.pass_over(one)
         return writes
 
+    def take_in(self, writes: Iterable[Write]) -> None:
+        """Put those tasks into the buffer of this node that it takes with their turns by these writes.
+
+        They may not be committed yet: then a start comes after them, and fails if they do.
+        """
+        for write in writes:
+            given = self._shares.mine.get(write.id)
+            if given is not None and given.stub is not None and write.changes.get("owner"):
+                self._shares.take_in(given.stub)
+
     def _turn_of(
-        self, key: str, limit: Limit, leaver: str, known: Collection[str]
-    ) -> tuple[Sequence[Update], bool]:
-        """Return writes that give a turn of a key to its first task, and True if it may start at once.
+        self, one: Candidate, leaver: str, known: Collection[str]
+    ) -> tuple[Sequence[Update], Stub | None]:
+        """Return writes that give a turn of a key to its first task, and that task if it may start at once.
 
         The last write does so. The others repeat what other threads are about to commit for this key, but
         for the tasks that are known: if those threads fail, no task is overtaken.
         """
-        fields = ("id", "type", "run_at", "cost")
+        key, limit = one.key, one.limit
         writes, now, given = list[Update](), self._clock.now_ms(), self._shares.mine
-        for task_id, type, run_at, cost in self._repository.find(
-            "line", [key], fields, 1 + len(given)
-        ):
-            if task_id in given:
-                repeated = () if task_id in known else (given[task_id].turn,)
-                writes += [w for turn in repeated for w in lifecycle.give_turn(task_id, turn)]
+        found = self._repository.find("line", [key], (*STUB, "cost"), 1 + len(given))
+        for *values, cost in found:
+            stub = stub_from_values(tuple(values))
+            if (before := given.get(stub.id)) is not None:
+                if stub.id not in known:
+                    node = "" if before.stub is None else self._shares.taker
+                    writes += lifecycle.give_turn(stub.id, before.turn, None, stub.run_at, node)
                 continue
-            if not self._shares.may_start(type, key):
+            if not self._shares.may_start(stub.type, key):
                 break
-            if (turn := self._free_turn(key, limit, leaver)) is None:
+            if (turn := self._free_turn(one, leaver)) is None:
                 break
             [wait] = self._waits(key, limit, [cost]) if limit.rates else [0.0]
             due = now + math.ceil(1000 * wait) if wait else None
-            writes += lifecycle.give_turn(task_id, turn, due, run_at)
-            return writes, max(due or 0, run_at or 0) <= now
-        return (), False
+            starts = max(due or 0, stub.run_at or 0) <= now
+            node = self._shares.taker if starts else ""
+            writes += lifecycle.give_turn(stub.id, turn, due, stub.run_at, node)
+            return writes, stub if starts else None
+        return (), None
 
-    def _free_turn(self, key: str, limit: Limit, leaver: str) -> str | None:
+    def _free_turn(self, one: Candidate, leaver: str) -> str | None:
         """Return a turn of a key that no task has, or is about to get."""
-        every, given = lifecycle.turns_of(key, MOST_TURNS), self._shares.mine
-        found = self._repository.find("turn", every, ("turn", "id"))
-        taken: dict[str, str] = dict(found)
+        key, limit, given = one.key, one.limit, self._shares.mine
+        every = lifecycle.turns_of(key, MOST_TURNS)
+        taken = one.taken
+        if limit.max_concurrency is not None or len(taken) >= one.read:  # which of the others are?
+            taken = dict(self._repository.find("turn", every, ("turn", "id")))
         taken.update((g.turn, i) for i, g in given.items() if lifecycle.key_of(g.turn) == key)
         number = limit.max_concurrency or MOST_TURNS
         if sum(task_id != leaver for task_id in taken.values()) >= number:

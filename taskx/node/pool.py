@@ -42,16 +42,15 @@ from taskx.tasks.lifecycle import Ending
 from taskx.tasks.log import Complaint
 from taskx.tasks.model import MAX_NAME, Task
 from taskx.tasks.payload import clean_text
-from taskx.tasks.record import changed_task
-from taskx.tasks.writes import Insert, Update, Write
+from taskx.tasks.record import Stub, changed_task
+from taskx.tasks.writes import Insert, Update, Write, maker
 
 
 def _fetch_size(workers: int, batches: Batches) -> int:
     return max(256, 4 * workers, *(2 * most for most, _ in batches.values()))
 
 
-# Makes an outcome of the tuple of its fields, at half the cost of a call of the class.
-_make_outcome: Callable[[tuple[Run, Ending, WorkerPool]], Outcome] = partial(tuple.__new__, Outcome)
+_make_outcome = maker(Outcome)
 
 
 class Ends(Protocol):
@@ -128,8 +127,6 @@ class WorkerPool:
         self.strike = self.starter.strike
         #: The node as it was recorded last.
         self.recorded = node
-        # True if the log shows every task.
-        self._is_told = partial(services.log.isEnabledFor, logging.DEBUG)
         #: Makes the pool follow pauses and overrides.
         self.tuning = Tuning(self, workers)
         # A repository of eight methods stores every new task as pending first.
@@ -141,7 +138,8 @@ class WorkerPool:
         self._complaint = Complaint(services.log)
         self._max_hold = config.max_hold
         self._counting = threading.Lock()
-        self._quiet = Bell()
+        #: Rung when nothing is left to run.
+        self.quiet = Bell()
         self.stuck = Stuck(services, node.id, config.max_stuck, self._do_without, self._abandon)
         #: The number of worker threads that have not ended.
         self.workers_left = 0
@@ -256,6 +254,20 @@ class WorkerPool:
         held = services.controls.held_until(key) > services.clock.now_ms()
         return not held and services.registry.runs(type) and self.fetcher.has_room(type)
 
+    @property
+    def taker(self) -> str:
+        """The node that takes tasks as they get their turns; empty if they must be fetched."""
+        return self.node.id
+
+    def holds(self, task_id: str) -> bool:
+        """Return True if a pending task is in the buffer of this node."""
+        return self.buffer.holds(task_id)
+
+    def take_in(self, stub: Stub) -> None:
+        """Put a task that this node took with its turn into the buffer, unless it is there or has begun."""
+        if stub.id not in self.runs and not self.buffer.holds(stub.id):
+            self.buffer.add_fetched([stub])
+
     def record(self) -> None:
         """Record the types, limits and workers of this node, if they have changed since the last record."""
         described = self.described()
@@ -325,7 +337,7 @@ class WorkerPool:
             with self._counting:
                 self.workers_left -= 1
                 self.threads.remove(threading.current_thread())  # its ident may be used again soon
-            self._quiet.ring_all()
+            self.quiet.ring_all()
 
     def _tell_worker_ended(self) -> None:
         for layer in self.services.registry.middleware:
@@ -381,7 +393,7 @@ class WorkerPool:
                 self.services.moves.dependents.process_some()
             if self.agenda.more_stored:
                 self.fetcher.refill()
-            self._tell_quiet()
+            self.tell_quiet()
 
     def _has_next(self) -> bool:
         """Return True if there is a task for a worker, or a worker must end."""
@@ -481,7 +493,7 @@ class WorkerPool:
                 return Ending(returned=False)
             began, cell = self.began, 0
             try:
-                if self.hooks.started or self._is_told():
+                if self.hooks.started or self.services.moves.is_told:
                     self._tell_begins(run)
                 if run.task.timeout is not None or run.pulse is not None:
                     run.overdue = self.stuck.watch(run, worker)
@@ -494,15 +506,17 @@ class WorkerPool:
                 if began is not None and cell:
                     began.end(cell)
             if run.decided is not None and not run.decided.acquire(False):
-                if run.context._awaited is None:  # else its coroutine tells when it comes back
+                if run.coroutine is None:  # else that tells when it comes back
                     self._come_back(run)
                 return ending
             run.state = "concluding"  # first: from now on no audit believes that it is lost
             self.ahead.ended(run, ending.duration)
+            if ending.hold is not None:
+                self._hold([run], [ending])
             if conclude is not None:
                 conclude(run, ending)
-            elif run.context._completed:
-                self._conclude_again(run, ending)
+            elif run.context._completed or run.task.concurrency_key is not None:
+                self._defer(run, ending)
             else:
                 self.services.moves.later(*self._outcome(run, ending))
         except BaseException:  # an interrupt: no thread executes it, as the audit then sees
@@ -535,6 +549,7 @@ class WorkerPool:
                 return endings + mine
             for run in call.runs:
                 run.state = "concluding"  # first: as above
+            self._hold(call.runs, mine)
             for run, ending in zip(call.runs, mine, strict=True):
                 self.ahead.ended(run, ending.duration)
                 conclude(run, ending)
@@ -578,7 +593,7 @@ class WorkerPool:
 
     def _tell_begins(self, run: Run) -> None:
         task, log = run.task, self.services.log
-        if self._is_told():
+        if self.services.moves.is_told:
             what = "goes on with" if run.resumes else "begins,"
             log.debug("task %s (%s) %s attempt %d", task.id, task.type, what, task.attempt)
         if (listeners := self.hooks.started) and not run.resumes:
@@ -588,7 +603,10 @@ class WorkerPool:
         if run.context._completed:
             self._conclude_again(run, ending)
             return
-        self.services.moves.later(*self._outcome(run, ending))
+        writes, outcome = self._outcome(run, ending)
+        self.services.moves.later(writes, outcome)
+        if len(writes) > 1:  # so a worker starts the next task of the key in the same commit
+            self.services.moves.turns.take_in(writes)
 
     def conclude(self, run: Run, ending: Ending) -> None:
         """Commit an outcome now, and do what follows from it, on a thread that may be interrupted."""
@@ -625,8 +643,6 @@ class WorkerPool:
     def _outcome(self, run: Run, ending: Ending) -> tuple[list[Update], Outcome]:
         """Return the writes of an ending, those that pass its turn on among them, and the outcome."""
         now = self.services.clock.now_ms()
-        if ending.hold is not None:
-            self._hold(run.task, *ending.hold, now)
         try:
             writes = lifecycle.conclude(run.task, ending, now)
         except Exception as error:  # noqa: BLE001  (a defect of ours: it fails this attempt alone)
@@ -636,24 +652,35 @@ class WorkerPool:
             writes = [*writes, *self.services.moves.turns.next_turn(key, run.task.id)]
         return writes, _make_outcome((run, ending, self))
 
-    def _hold(self, task: Task, seconds: float, asked: bool | str, now: int) -> None:
-        """Hold the limits that a task was refused by; it runs again later in any case."""
-        services, log = self.services, self.services.log
-        until = now + math.ceil(1000 * min(seconds, self._max_hold))
+    def _hold(self, runs: Sequence[Run], endings: Sequence[Ending]) -> None:
+        """Hold the limits that the tasks of a call were refused by; they run again later in any case."""
+        services, log, now = self.services, self.services.log, self.services.clock.now_ms()
+        wanted: dict[str, tuple[float, Task]] = {}
+        for run, ending in zip(runs, endings, strict=True):
+            if ending.hold is None or run.context._completed:
+                continue
+            seconds, asked = ending.hold
+            for name in services.registry.names_to_hold(run.task, asked):
+                if name not in wanted or wanted[name][0] < seconds:
+                    wanted[name] = seconds, run.task
         holds = {}
-        for name in services.registry.names_to_hold(task, asked):
+        for name, (seconds, task) in wanted.items():
+            until = now + math.ceil(1000 * min(seconds, self._max_hold))
             fill = services.registry.fill_of(name) or 0.0
             holds[name] = Hold(until, until + math.ceil(1000 * fill), task.id)
+        if not holds:
+            return
         try:
             services.repository.require("holds of limits")
-            held = services.controls.hold(holds, now) if holds else ()
+            held = services.controls.hold(holds, now)
             if held:
                 self.tuning.refresh()
         except (RepositoryError, ConfigurationError) as error:
             log.warning("task %s (%s): nothing is held: %s", task.id, task.type, error)
             return
-        capped = seconds > self._max_hold
         for name in held:
+            seconds, task = wanted[name]
+            capped = seconds > self._max_hold
             log.log(
                 logging.WARNING if capped else logging.INFO,
                 "limit %s is held for %g s by task %s (%s)%s",
@@ -671,8 +698,8 @@ class WorkerPool:
         """Replace the thread of stuck runs, if it is a worker. That of a coroutine goes on itself."""
         for run in runs:
             self.ahead.at_work.pop(run, None)
-        if (awaited := runs[0].context._awaited) is not None:
-            awaited.leave(partial(self._come_back, runs[0]))
+        coroutine = runs[0].coroutine
+        if coroutine is not None and coroutine.leave(partial(self._come_back, runs[0])):
             return
         try:
             with self._counting:
@@ -721,18 +748,12 @@ class WorkerPool:
         self.agenda.wake_from_long_sleep()
         return True
 
-    def over(self, run: Run) -> None:
-        """Note that a run is over: its task has completed."""
-        self.starter.strike(run, ran=True)
-        if self._quiet.listening:
-            self._tell_quiet()
-
     def concluded(self, run: Run, held: Sequence[Write], error: BaseException | None) -> None:
         """Note that a run is over, and which moves of its outcome took place."""
         if not (held and held[0].id == run.task.id):
             self._not_concluded(run.task, error)
-        if self._quiet.listening:
-            self._tell_quiet()
+        if self.quiet.listening:
+            self.tell_quiet()
 
     def _not_concluded(self, task: Task, error: BaseException | None) -> None:
         if error is None:
@@ -763,9 +784,10 @@ class WorkerPool:
 
     # --- quiet, and the end
 
-    def _tell_quiet(self) -> None:
-        if self._quiet.listening and not self.runs and not len(self.buffer):
-            self._quiet.ring_all()
+    def tell_quiet(self) -> None:
+        """Wake the threads that wait until nothing is left to run, if that is so."""
+        if self.quiet.listening and not self.runs and not len(self.buffer):
+            self.quiet.ring_all()
 
     def holds_nothing(self) -> bool:
         """Return True if no task is in the buffer or with a worker, and no outcome waits."""
@@ -781,7 +803,7 @@ class WorkerPool:
 
     def wait_quiet(self, timeout: float) -> None:
         """Wait until a task ends or a worker leaves, at most ``timeout`` seconds."""
-        self._quiet.wait(self._quiet.listen(), timeout)
+        self.quiet.wait(self.quiet.listen(), timeout)
 
     def lose_lease(self) -> None:
         """Stop the running tasks, because other nodes may believe that this node is dead.

@@ -1,33 +1,64 @@
-"""The storing of the progress that runs report."""
+"""The storing of the progress that runs report, and of what they emit."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 from taskx.attempt.runner import Run
 from taskx.node.moving import Services
 from taskx.tasks import lifecycle
+from taskx.tasks.errors import PayloadError
 from taskx.tasks.record import changed_task
 
 
 def store_progress(services: Services, runs: Sequence[Run]) -> None:
-    """Store the progress of those runs that have reported some since the last time.
+    """Store what runs have told since the last time: their progress, and the log that is kept of them.
 
     Raises:
         RepositoryError: it could not be stored; the next call tries again.
     """
-    tasks, writes = {}, []
-    stored = False
+    tasks, writes, logs = {}, [], []
+    now, stored = services.clock.monotonic(), False
     try:
         for run in runs:
-            if (new := run.context._new_progress()) is not None:
+            context, capture = run.context, run.capture
+            if (new := context._new_progress()) is not None:
                 tasks[run.task.id] = run.task
                 if services.hooks.progressed:  # they see the checkpoints that it has stored, too
-                    tasks[run.task.id] = changed_task(run.task, run.context._shown({}))
+                    tasks[run.task.id] = changed_task(run.task, context._shown({}))
                 writes.append(lifecycle.progress(run.task.id, run.task.starts, *new))
+            if (
+                capture is not None
+                and context._may_write()
+                and (lines := capture.new(now)) is not None
+            ):
+                logs.append(capture)
+                writes.append(lifecycle.log_so_far(run.task, lines))
         if writes:
             services.moves.commit(writes, tasks)
             stored = True
     finally:
         for run in runs:
             run.context._progress_written(stored=stored)
+        for capture in () if stored else logs:
+            capture.not_stored()
+
+
+def store_emitted(services: Services, runs: Sequence[Run]) -> None:
+    """Store what runs have emitted since the last time, all of it at once.
+
+    Raises:
+        RepositoryError: it could not be stored; the next call tries again.
+    """
+    saved, changes = [], []
+    for run in runs:
+        if (emitted := run.context._emitted) is not None:
+            with suppress(PayloadError):  # of the codec: the end of the run tells it
+                texts, notes = run.context._shared.keeper.notes_of(run.task, emitted)
+                saved.append((emitted, texts))
+                changes += notes
+    if changes:
+        services.repository.put_notes(changes)
+        for emitted, texts in saved:
+            emitted.saved(texts)

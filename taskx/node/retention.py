@@ -14,12 +14,15 @@ from taskx.tasks.clock import to_ms, within_calendar
 from taskx.tasks.errors import ConfigurationError
 from taskx.tasks.model import TaskStatus, check_moment, check_status
 from taskx.tasks.record import PART, task_of_part
+from taskx.tasks.streams import AFTER_ALL, STREAM, life_of, task_of
 from taskx.tasks.writes import NoteChange
 
 # Most dependents that are read at a time.
 _MOST_PAIRS = 1000
 # Milliseconds for which an answer stays that belongs to no task: a task that it has woken reads it later.
 _KEPT = 24 * 3600 * 1000
+# Tasks whose streams are looked at in one step, with a read for each; and notes that are removed at once.
+_MOST_STREAMS = 20
 # More seconds than the calendar has.
 _FOR_EVER = 1e12
 # Tasks that did not complete usually depend on tasks that did; the reverse is rare.
@@ -111,6 +114,33 @@ def forget_steps(services: Services, after: str = "") -> tuple[int, str]:
     return len(gone), max(page) if len(page) == batch else ""
 
 
+def forget_streams(services: Services, after: str = "") -> tuple[int, str]:
+    """Remove what some tasks have emitted that have no record any more.
+
+    Returns:
+        the number of removed notes, and the name to go on from; empty if there are no more.
+    """
+    repository, streams = services.repository, dict[str, tuple[str, str]]()
+    if repository.shortcoming:
+        return 0, ""
+    after = after or STREAM
+    # The first note of each task only: the others are long.
+    while len(streams) < _MOST_STREAMS and (page := repository.reads.notes_after(STREAM, after, 1)):
+        ((name, _),) = page.items()
+        stream = name[: name.rindex("-") + 1]
+        streams[stream] = task_of(name)
+        after = stream + AFTER_ALL
+    ids = [*{task_id for task_id, _ in streams.values()}]
+    found = repository.find("id", ids, ("id", "created_at")) if ids else ()
+    known = {(task_id, life_of(created_at)) for task_id, created_at in found}
+    removed = 0
+    for stream in [stream for stream, owner in streams.items() if owner not in known]:
+        while page := repository.reads.notes_after(stream, stream, _MOST_STREAMS):
+            repository.put_notes([NoteChange(n, None, note.version) for n, note in page.items()])
+            removed += len(page)
+    return removed, after if len(streams) == _MOST_STREAMS else ""
+
+
 def prune_all(services: Services, before: datetime, status: TaskStatus | str | None) -> int:
     """Remove all tasks that ended before a moment, of one status or of each; return how many.
 
@@ -134,9 +164,10 @@ def prune_all(services: Services, before: datetime, status: TaskStatus | str | N
                 count, after = prune(services, kind, to_ms(before), after)
                 some, begun = some + count, True
         removed += some
-    _, name = forget_steps(services)
-    while name:
-        _, name = forget_steps(services, name)
+    for forget in (forget_steps, forget_streams):
+        _, name = forget(services)
+        while name:
+            _, name = forget(services, name)
     while services.repository.house.shrink():
         continue
     return removed
@@ -154,7 +185,9 @@ class Retention:
         self._next = services.clock.monotonic()
         # The place from which the current scan goes on, for each status that it has not finished.
         self._left: dict[TaskStatus, Any] = {}
-        self._steps = ""  # the same, for the notes with steps
+        self._steps = self._streams = (
+            ""  # the same, for the notes with steps, and with what tasks emit
+        )
         timing, counts = services.timing, services.moves.counts
         self._rollup = Rollup(counts.notes, services.clock, timing.scan_batch)
 
@@ -163,7 +196,8 @@ class Retention:
         if (now := self._services.clock.monotonic()) < self._next:
             return
         _, self._steps = forget_steps(self._services, self._steps)
-        more = self._rollup.step() or bool(self._steps)
+        _, self._streams = forget_streams(self._services, self._streams)
+        more = self._rollup.step() or bool(self._steps or self._streams)
         if not self._periods:
             self._next = now if more else now + self._services.timing.retention_every
             return

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple, Protocol
 
@@ -24,7 +23,7 @@ from taskx.tasks import lifecycle
 from taskx.tasks.clock import Clock
 from taskx.tasks.lifecycle import PENDING
 from taskx.tasks.rate import MOST_TURNS, Limit
-from taskx.tasks.record import FOR_TURN, FREE
+from taskx.tasks.record import FOR_TURN, FREE, Stub
 from taskx.tasks.writes import Update
 
 #: Most keys that are compared, and most turns that are looked up to compare them.
@@ -54,8 +53,18 @@ class Crew(Protocol):
     def workers(self) -> int:
         """The number of its workers."""
 
+    @property
+    def taker(self) -> str:
+        """The node that takes tasks as they get their turns; empty if they must be fetched."""
+
     def may_start(self, type: str, key: str) -> bool:
         """Return True if a task of this type and key might start there now."""
+
+    def holds(self, task_id: str) -> bool:
+        """Return True if a pending task is in their buffer."""
+
+    def take_in(self, stub: Stub) -> None:
+        """Put a task that was taken with its turn into their buffer, unless it is there or has begun."""
 
 
 class _Given(NamedTuple):
@@ -64,15 +73,21 @@ class _Given(NamedTuple):
     turn: str
     leaver: str  #: the task whose outcome gives it; empty if a write of its own does
     at: float  #: on the monotonic clock
+    stub: Stub | None  #: the task; None if it waits for a time
 
 
-class _Candidate:
+class Candidate:
     """A key for which tasks wait."""
 
-    def __init__(self, key: str, limit: Limit, held: int, part: int) -> None:
+    def __init__(
+        self, key: str, limit: Limit, part: int, taken: dict[str, str], read: int, leaver: str
+    ) -> None:
         self.key, self.limit = key, limit
         self.weight = limit.share or 1
-        self.held, self.part = held, part
+        #: The tasks that have its first turns, by turn; how many turns were read.
+        self.taken, self.read = taken, read
+        self.part = part
+        self.held = sum(task_id != leaver for task_id in taken.values())
 
 
 class Round:
@@ -88,11 +103,11 @@ class Round:
     def __init__(self, shares: Shares, leaver: str, room: int, workers: int) -> None:
         self._shares, self._leaver = shares, leaver
         self._room, self._workers = room, workers
-        self._left: list[_Candidate] = []
+        self._left: list[Candidate] = []
         self._seen: set[str] = set()
         self._looks = _MOST_LOOKS
 
-    def next(self) -> _Candidate | None:
+    def next(self) -> Candidate | None:
         """Return the key that gets the next turn; None if none is left to give."""
         if self._room > 0 and not self._left and self._looks:
             self._looks -= 1
@@ -103,20 +118,20 @@ class Round:
             return None
         return min(self._left, key=lambda one: (one.held >= one.part, self._shares.place(one.key)))
 
-    def pass_over(self, one: _Candidate) -> None:
+    def pass_over(self, one: Candidate) -> None:
         """Note that a key can have no turn now."""
         self._left.remove(one)
         if not self._left:
             self._shares.cursor = one.key  # those after it come next
 
-    def give(self, one: _Candidate, write: Update, *, starts: bool) -> None:
+    def give(self, one: Candidate, write: Update, stub: Stub | None) -> None:
         """Note that a key gets a turn by this write. A task that waits for a time then takes no worker."""
-        self._shares.given(one.key, one.weight, write, self._leaver)
+        self._shares.given(one.key, one.weight, write, self._leaver, stub)
         one.held += 1
-        if starts:
-            self._room -= 1
-        else:
+        if stub is None:
             self.pass_over(one)
+        else:
+            self._room -= 1
 
 
 class Shares:
@@ -147,8 +162,6 @@ class Shares:
         self.lock = threading.RLock()
         #: The turns that were given and whose tasks have not started, by the ids of the tasks.
         self.mine: dict[str, _Given] = {}
-        # The ids of the tasks that are about to end, and whose workers count as free.
-        self._leaving: set[str] = set()
         # How far each key has moved on, and the place where a new one begins.
         self._places: dict[str, float] = {}
         self._now = 0.0
@@ -165,7 +178,7 @@ class Shares:
         """Return what may be given while the task ``leaver`` ends; None if nothing may. Hold the lock."""
         if not self._limits() or (crew := self._crew()) is None or crew.stopping:
             return None
-        room = crew.workers - self._running(crew, leaver)
+        room = crew.workers - self._running(crew)
         if room > 0:
             self._forget_started(crew)
             room -= len(self.mine)
@@ -176,27 +189,35 @@ class Shares:
         crew = self._crew()
         return crew is not None and crew.may_start(type, key)
 
+    @property
+    def taker(self) -> str:
+        """The node that takes tasks as they get their turns; empty if they must be fetched."""
+        crew = self._crew()
+        return "" if crew is None else crew.taker
+
+    def take_in(self, stub: Stub) -> None:
+        """Put a task that this node took with its turn into its buffer."""
+        if (crew := self._crew()) is not None:
+            crew.take_in(stub)
+
     # --- this node
 
-    def _running(self, crew: Crew, leaver: str) -> int:
-        runs = {run.task.id: run for run in [*crew.runs.values()]}
-        if leaver:
-            self._leaving.add(leaver)
-        self._leaving.intersection_update(runs)
+    def _running(self, crew: Crew) -> int:
+        """Return the number of such tasks that have a worker: those that are about to end have none."""
         return sum(
-            run.state != "stuck"
+            run.state not in ("stuck", "concluding")
             and run.task.concurrency_key is not None
             and self.has(run.task.concurrency_key)
-            for task_id, run in runs.items()
-            if task_id not in self._leaving
+            for run in [*crew.runs.values()]
         )
 
     def _forget_started(self, crew: Crew) -> None:
         """Forget the given turns whose tasks have started, or wait for something else."""
-        unknown = [task_id for task_id in self.mine if task_id not in crew.runs]
+        held = {task_id for task_id in self.mine if crew.holds(task_id)}
+        unknown = [i for i in self.mine if i not in held and i not in crew.runs]
         fields = ("id", "status", "held", "type", "crashes")
         found = self._repository.find("id", unknown, fields) if unknown else ()
-        kept = {
+        kept = held | {
             task_id
             for task_id, status, held, type, crashes in found
             if status == PENDING
@@ -235,21 +256,25 @@ class Shares:
 
     # --- the keys for which tasks wait
 
-    def candidates(self, workers: int, leaver: str) -> list[_Candidate]:
+    def candidates(self, workers: int, leaver: str) -> list[Candidate]:
         """Return the next keys, with their turns but for the leaver's, and their parts of all workers."""
         if not (waiting := self._waiting(workers)):
             return []
         total = sum(limit.share or 1 for limit in waiting.values())
-        names, some = list[str](), _MOST_NAMES // len(waiting)
         parts = {
             key: max(1, math.ceil(workers * (limit.share or 1) / total))
             for key, limit in waiting.items()
         }
-        for key, part in parts.items():
-            names += lifecycle.turns_of(key, min(workers, MOST_TURNS, max(part, some)))
-        found = self._repository.find("turn", names, ("turn", "id"))
-        held = Counter(lifecycle.key_of(turn) for turn, task_id in found if task_id != leaver)
-        return [_Candidate(key, limit, held[key], parts[key]) for key, limit in waiting.items()]
+        most = _MOST_NAMES // len(waiting)
+        read = {key: min(workers + 1, MOST_TURNS, max(part, most)) for key, part in parts.items()}
+        names = [name for key, number in read.items() for name in lifecycle.turns_of(key, number)]
+        taken = dict[str, dict[str, str]]()
+        for turn, task_id in self._repository.find("turn", names, ("turn", "id")):
+            taken.setdefault(lifecycle.key_of(turn), {})[turn] = task_id
+        return [
+            Candidate(key, limit, parts[key], taken.get(key, {}), read[key], leaver)
+            for key, limit in waiting.items()
+        ]
 
     def _waiting(self, workers: int) -> dict[str, Limit]:
         """Return keys for which tasks wait, with their limits: those after the last one that had a turn."""
@@ -284,9 +309,10 @@ class Shares:
         """Return how far a key has moved on; one that has not waited lately is beside the others."""
         return max(self._places.get(key, self._now), self._now - 1)
 
-    def given(self, key: str, weight: int, write: Update, leaver: str) -> None:
+    def given(self, key: str, weight: int, write: Update, leaver: str, stub: Stub | None) -> None:
         """Note that a key gets a turn by this write."""
-        self.mine[write.id] = _Given(write.changes["turn"], leaver, self._clock.monotonic())
+        now = self._clock.monotonic()
+        self.mine[write.id] = _Given(write.changes["turn"], leaver, now, stub)
         place = self.place(key)
         if place >= self._now:  # else it catches up, out of the order of the round
             self.cursor = key

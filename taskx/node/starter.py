@@ -223,7 +223,7 @@ class Seat(Place):
         assert self._run is not None
         assert self._start is not None
         lifecycle.mark_started(self._run.task, self._start)
-        self._starter._services.moves.counts.started([self._run])
+        self._starter._services.moves.started([self._run])
         if not self._serve(self._run):
             self._starter._services.agenda.wake_from_long_sleep()
 
@@ -328,7 +328,7 @@ class Starter:
             for (run, _), started in zip(starting, results, strict=True):
                 if not started:
                     self.strike(run)
-            services.moves.counts.started(compress([run for run, _ in starting], results))
+            services.moves.started(compress([run for run, _ in starting], results))
             if (
                 False in results
             ):  # records that have changed since their rows were made are read then
@@ -338,6 +338,7 @@ class Starter:
                     if not held
                 }
                 self._buffer.put_back([item for item in items if item.row and item.id in lost])
+                services.agenda.expect_more()  # another node may have started them: there are others
         except BaseException as error:  # an interrupt, too: no other thread knows of these runs
             self.give_up([run for run, _ in starting], error)
             raise

@@ -79,7 +79,7 @@ class Stuck:
     def _threads(self) -> int:
         """Return the number of stuck threads: a coroutine has none, and the runs of a call share theirs."""
         runs = self.runs.copy().items()
-        return len({event for run, event in runs if run.context._awaited is None})
+        return len({event for run, event in runs if run.coroutine is None})
 
     # --- in the thread of a run
 
@@ -123,8 +123,8 @@ class Stuck:
         if call.token.reason is not CancelReason.TIMEOUT:
             return
         runs = runs_of(call)
-        awaited = runs[0].context._awaited
-        stack = stack_of(ident) if awaited is None else awaited.stack()
+        coroutine = runs[0].coroutine
+        stack = stack_of(ident) if coroutine is None else coroutine.stack()
         with self._abandoning:
             if not (call.decided and call.decided.acquire(False)):
                 return  # it has ended in the meantime

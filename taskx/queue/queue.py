@@ -42,6 +42,7 @@ from taskx.stores.adapter import EightMethodAdapter
 from taskx.stores.base import Repository
 from taskx.stores.controls import Controls, check_named, from_named
 from taskx.stores.eight import TaskRepository
+from taskx.stores.streams import Reader
 from taskx.tasks.bell import Agenda
 from taskx.tasks.checks import Duration, check_number
 from taskx.tasks.clock import SYSTEM_CLOCK, Clock, check_clock
@@ -813,6 +814,10 @@ class Queue(Questions, Steering):
         elif now:
             watcher.watch(*now)
             watcher.warn_if_nobody_runs(now[0].id)
+
+    def _source(self, task: Task, after: str | None) -> Reader:
+        """Return what reads the chunks of a task, for its handle."""
+        return Reader(self.repository, task, after)
 
     # --- starting and stopping
 

@@ -96,12 +96,16 @@ class House:
         """Return the bytes that each of the store's files takes, by path; empty if it has no file."""
         return {}
 
+    def held_back(self) -> float:
+        """Return the seconds for which a transaction has kept removed rows from being cleaned up."""
+        return 0.0
+
     def within(self, seconds: float) -> AbstractContextManager[object]:
         """Limit the operations inside to ``seconds``: they raise ``RepositoryUnavailable`` after that.
 
         Override it if the store can hang. This version sets no limit.
         """
-        return nullcontext()
+        return _NOTHING
 
     def without_waiting(self) -> AbstractContextManager[object]:
         """Have ``apply`` raise :class:`Locked` to this thread soon, for a ``with`` block.
@@ -109,7 +113,7 @@ class House:
         Without it ``apply`` waits for locks of other transactions. This version is for stores in which
         nobody else locks single records.
         """
-        return nullcontext()
+        return _NOTHING
 
     def shrink(self) -> bool:
         """Give a little unused space back to the disk. Return True if there is more to give back."""
@@ -137,6 +141,7 @@ class Forks:
 
 
 F = TypeVar("F", bound=Forks)
+_NOTHING = nullcontext()
 _told = InUse[Forks]()
 _one_fork = threading.Lock()
 _prepared: list[Forks] = []

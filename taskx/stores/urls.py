@@ -26,6 +26,7 @@ def open_repository(url: str, codec: Codec | Iterable[Codec] | None = None) -> R
       ``?durability=full&create=false&prefix=taskx_``, which are arguments of :class:`SQLiteRepository`.
     - ``memory://`` keeps tasks in this process's memory.
     - ``mongodb://host/database?collection=tasks``, or ``mongodb+srv://…``, is a MongoDB collection.
+    - ``postgresql://user@host/database?prefix=taskx_`` is a PostgreSQL database.
     - Any other scheme is that of an installed package, which names it in its entry points
       ``taskx.repositories``: a function that is called with the URL and ``codec=``.
 
@@ -44,7 +45,10 @@ def open_repository(url: str, codec: Codec | Iterable[Codec] | None = None) -> R
         raise ConfigurationError(
             f"url must be a str, such as 'sqlite:///tasks.db', not {type(url).__name__}"
         )
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:  # of an address in brackets
+        raise _unknown(url) from error
     if parts.scheme == "memory" and url.rstrip("/") in ("memory:", "memory://"):
         return MemoryRepository(codec=codec)
     # Else "sqlite:tasks.db" would name another file than it seems to.
@@ -56,6 +60,10 @@ def open_repository(url: str, codec: Codec | Iterable[Codec] | None = None) -> R
         from taskx.stores.mongo import MongoRepository
 
         return MongoRepository.from_url(url, codec=codec)
+    if parts.scheme in ("postgresql", "postgres"):
+        from taskx.stores.postgres import PostgresRepository
+
+        return PostgresRepository.from_url(url, codec=codec)
     if parts.scheme not in ("", "sqlite", "memory"):
         return _of_package(parts.scheme, url, codec)
     raise _unknown(url)
@@ -64,7 +72,7 @@ def open_repository(url: str, codec: Codec | Iterable[Codec] | None = None) -> R
 def _unknown(url: str, more: str = "") -> ConfigurationError:
     return ConfigurationError(
         f"{_shown(url)!r} is not the URL of a repository; use sqlite:///relative.db, "
-        f"sqlite:////absolute.db, mongodb://host/database or memory://{more}"
+        f"sqlite:////absolute.db, postgresql://host/database, mongodb://host/database or memory://{more}"
     )
 
 

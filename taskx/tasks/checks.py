@@ -117,6 +117,11 @@ def is_async(function: Any) -> bool:
     return any(map(inspect.iscoroutinefunction, _calls(function)))
 
 
+def is_async_generator(function: Any) -> bool:
+    """Return True if calling an object makes an asynchronous generator."""
+    return any(map(inspect.isasyncgenfunction, _calls(function)))
+
+
 def _calls(function: Any) -> tuple[Any, Any]:
     return function, getattr(function, "__call__", None)  # noqa: B004  (an object's __call__ may be async)
 
@@ -124,15 +129,15 @@ def _calls(function: Any) -> tuple[Any, Any]:
 def check_plain(function: Any, what: str, *, or_async: bool = False) -> None:
     """Raise ConfigurationError if calling the function would not run its body: async or a generator.
 
-    ``or_async`` takes coroutine functions, too.
+    ``or_async`` takes coroutine functions and asynchronous generator functions, too.
     """
-    calls = _calls(function)
     if not or_async and is_async(function):
         raise ConfigurationError(f"{what} is async; it must be a plain function")
-    if any(map(inspect.isasyncgenfunction, calls)):
+    if not or_async and is_async_generator(function):
         raise ConfigurationError(
-            f"{what} is an asynchronous generator; return a list, or report with ctx.progress()"
+            f"{what} is an asynchronous generator; it must be a plain function"
         )
+    calls = _calls(function)
     if any(map(inspect.isgeneratorfunction, calls)):
         raise ConfigurationError(
             f"{what} is a generator, so its body would not run; it must be a plain function"

@@ -31,7 +31,7 @@ from taskx.tasks.options import CHECKS, OnParentFailure, check_time, checked, on
 from taskx.tasks.rate import check_cost
 from taskx.tasks.record import MAX_WORKER, check_progress, cost_to_text, policy_to_text
 from taskx.tasks.tags import check_flow, check_tags, labels_to_text
-from taskx.tasks.writes import Insert
+from taskx.tasks.writes import Insert, maker
 
 #: Longest error or traceback that a user can write by hand, in characters.
 MAX_TEXT = 100_000
@@ -80,7 +80,11 @@ def model_of(type: str, **columns: Any) -> Mapping[str, Any]:
 
 def copy_of(model: Mapping[str, Any], params: str, now: int) -> Insert:
     """Return the write that stores a new task that differs from a model in its params, as JSON text."""
-    return Insert({**model, "id": new_id(now), "params": params, "created_at": now}, fresh=True)
+    row = {**model, "id": new_id(now), "params": params, "created_at": now}
+    return _make_insert((row, True, True))
+
+
+_make_insert = maker(Insert)
 
 
 _options = attrgetter(*CHECKS)

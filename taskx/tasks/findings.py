@@ -49,6 +49,7 @@ ProblemKind = Literal[
     "oldest_due",
     "failed",
     "file_size",
+    "open_transaction",
     "schedule_overdue",
     "schedule_damaged",
 ]

@@ -32,6 +32,7 @@ from taskx.tasks.errors import (
     TaskNotFound,
 )
 from taskx.tasks.model import Task, TaskStatus
+from taskx.tasks.streams import Source, Stream
 from taskx.tasks.timing import Timing
 from taskx.tasks.values import Values
 
@@ -49,6 +50,7 @@ class _Owner(Protocol):
     def _uncommitted(self, task_id: str, /) -> bool: ...
     def _refuse_wait(self) -> None: ...
     def _check(self, task_id: str, /) -> None: ...
+    def _source(self, task: Task, after: str | None, /) -> Source: ...
     @property
     def _values(self) -> Mapping[str, Values]: ...
     @property
@@ -218,6 +220,32 @@ class TaskHandle(Future[R]):
                 self.__dict__.setdefault("_decoded", values.decode_result(value))
             value = self.__dict__["_decoded"]
         return value
+
+    def stream(self, after: str | None = None) -> Stream[R]:
+        """Return an iterator over what the executor emits, for ``for`` and for ``async for``.
+
+        It yields each chunk about 0.1 seconds after :meth:`Context.emit`, also in other processes. It ends
+        when the task has ended and all chunks were read: then it raises what :meth:`result` raises, or ends
+        the loop.
+
+        A chunk has a ``value`` and a ``position``. Its ``restart`` is True if the executor was called anew,
+        for a retry or after a wait: forget the chunks that came before. What completed steps have emitted
+        comes again.
+
+        Args:
+            after: the position of the last chunk that is known, such as ``"3-17"``: the stream goes on
+                there.
+
+        Raises:
+            TaskNotFound: the task was deleted.
+            ConfigurationError: ``after`` is no position; or the task waits for a transaction that this
+                thread has open.
+            RepositoryError: the repository cannot be read.
+        """
+        if self._outcome is None:
+            self._refuse_uncommitted()
+        source = self._owner._source(self.task(), after)
+        return Stream(self, source, self._owner._timing.progress_every)
 
     def follow(self, timeout: Duration | None = None) -> R:
         """Show the task's progress to a person until the task has ended, and return its result.

@@ -9,8 +9,7 @@ guard holds is the move that happened.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple, Protocol
 from zlib import crc32
@@ -32,6 +31,7 @@ from taskx.tasks.rate import MOST_TURNS, Limit
 from taskx.tasks.record import (
     BY_THREAD,
     DEFAULTS,
+    EMITTED,
     FOR_PARENTS,
     FOR_TURN,
     FREE,
@@ -49,7 +49,7 @@ from taskx.tasks.record import (
 )
 from taskx.tasks.retry import MAX_WAIT
 from taskx.tasks.tags import labels_to_text
-from taskx.tasks.writes import CREATED, PRESENT, Delete, Insert, Update, Write
+from taskx.tasks.writes import CREATED, PRESENT, Delete, Insert, Update, Write, maker
 
 #: Number of ended attempts that a record keeps; the oldest are dropped first.
 MAX_KEPT_ATTEMPTS = 50
@@ -351,12 +351,13 @@ def turns_at_once(limit: Limit) -> int:
 
 
 def give_turn(
-    task_id: str, turn: str, due: int | None = None, run_at: int | None = None
+    task_id: str, turn: str, due: int | None = None, run_at: int | None = None, node: str = ""
 ) -> list[Update]:
     """Give a pending task a turn of its key. It may start when its time has come, too.
 
     ``due`` is the time at which a rate lets it start, if it has one, and ``run_at`` its own time, as it was
-    read. The guard fails while another task has the turn.
+    read. ``node`` has the task in its buffer from then on: its time has come. The guard fails while another
+    task has the turn.
     """
     ways: Sequence[tuple[Any, dict[str, Any]]] = (
         (None, {"held": FREE}),
@@ -364,6 +365,8 @@ def give_turn(
     )
     if due is not None:
         ways = ((run_at, {"held": UNTIL_DUE, "run_at": max(due, run_at or 0)}),)
+    elif node:
+        ways = ((run_at, {"held": FREE, "owner": node}),)
     return [
         Update(
             task_id,
@@ -687,8 +690,7 @@ def start_all(tasks: Sequence[Task], now: int, node: str, worker: str) -> list[U
     return made
 
 
-# Makes an update of the tuple of all its fields, at a third of the cost of a call of the class.
-_update: Callable[[tuple[Any, ...]], Update] = partial(tuple.__new__, Update)
+_update = maker(Update)
 
 
 def created_started(insert: Insert, start: Update) -> Insert:
@@ -764,6 +766,12 @@ def progress(task_id: str, starts: int | None, percent: int, message: str) -> Up
     )
 
 
+def log_so_far(task: Task, lines: str) -> Update:
+    """Store the lines that a run has logged by now. Its end stores them again, with those that follow."""
+    changes = {"log": _logged(task, lines)}
+    return Update(task.id, _fence(task), changes, move="checkpoint", skips=True)
+
+
 def checkpoint(task: Task, checkpoints: str, *, durable: bool) -> Update:
     """Store a run's checkpoints, given as JSON text, for later attempts."""
     return Update(task.id, _fence(task), {"checkpoints": checkpoints}, durable, "checkpoint")
@@ -790,7 +798,8 @@ def conclude(task: Task, ending: Ending, now: int) -> list[Update]:
             changes = {**_end(task, ending, now, COMPLETED), **changes}
         if task.errors:
             changes.update(_NO_ERROR)
-        return [_update((task.id, _fence(task), changes, False, "complete", False))]
+        fence = {"status": RUNNING, "starts": task.starts}
+        return [_update((task.id, fence, changes, False, "complete", False))]
     if ending.reason is CancelReason.CANCEL:
         return [_cancelled(task, ending, now)]
     if ending.parked is not None and ending.reason is not CancelReason.TIMEOUT:
@@ -852,7 +861,7 @@ def _end(task: Task, ending: Ending, now: int, status: str) -> dict[str, Any]:
         changes["progress"] = ending.progress
         changes["message"] = ending.message
     if ending.log:
-        changes["log"] = _logged(task, ending)
+        changes["log"] = _logged(task, ending.log)
     if task.unique_key is not None:
         changes.update(unique.freed_by_end(task))
     if task.concurrency_key is not None:
@@ -869,9 +878,9 @@ def _error(ending: Ending) -> dict[str, str]:
     return {name: getattr(ending, name) for name in _NO_ERROR}
 
 
-def _logged(task: Task, ending: Ending) -> str:
+def _logged(task: Task, new: str) -> str:
     """Return the captured log: earlier attempts, a heading for this attempt, then its lines."""
-    lines = f"{task.log}--- attempt {task.attempt}, start {task.starts}\n{ending.log}"
+    lines = f"{task.log}--- attempt {task.attempt}, start {task.starts}\n{new}"
     return lines if len(lines) <= MAX_LOG else lines[-MAX_LOG:].partition("\n")[2]
 
 
@@ -915,7 +924,7 @@ def _park(task: Task, ending: Ending, park: Park, now: int) -> list[Update]:
     if ending.progress is not None:
         changes.update(progress=ending.progress, message=ending.message)
     if ending.log:
-        changes["log"] = _logged(task, ending)
+        changes["log"] = _logged(task, ending.log)
     return _unless_cancelled(task, changes, ending, now, "park")
 
 
@@ -934,7 +943,7 @@ def _again(
         **more,
     }
     if ending.log:
-        changes["log"] = _logged(task, ending)
+        changes["log"] = _logged(task, ending.log)
     if task.expires_at is not None:  # only the first start can be too late
         changes["expires_at"] = None
     if task.duration:  # of an attempt that has waited in between
@@ -1187,7 +1196,9 @@ def _up_to_step(task: Task, name: str) -> str | None:
         raise ConfigurationError(f"task {task.id} has stored no step {name!a}: {_stored(steps)}")
     before = itertools.takewhile(lambda step: step != name, steps)
     texts = {step: payload.encode(steps[step], step, payload.NO_LIMIT) for step in before}
-    return checkpoints_to_text(texts, None) if texts else None
+    emitted: dict[str, Any] = (task.checkpoints or {}).get(EMITTED, {})
+    kept = {step: emitted[step] for step in texts if step in emitted}
+    return checkpoints_to_text(texts, None, emitted=kept) if texts else None
 
 
 def _stored(steps: Collection[str]) -> str:

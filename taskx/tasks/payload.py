@@ -67,7 +67,7 @@ def encode(value: Any, what: str, max_size: int = DEFAULT_MAX_SIZE) -> str:
         PayloadError: the value breaks a rule. The error names the path of the invalid part, starting with
             ``what``.
     """
-    if flaw := _flaw(value, 1):
+    if flaw := (_flaw_in_dict if type(value) is dict else _flaw)(value, 1):
         raise PayloadError((what + flaw[0])[:500], flaw[1])
     if isinstance(value, dict) and CODEC_KEY in value:
         raise PayloadError(f"{what}.{CODEC_KEY}", "is a reserved key; use another name")

@@ -511,12 +511,16 @@ def ids_from_text(text: str) -> list[str]:
 
 
 def checkpoints_to_text(
-    steps: Mapping[str, str], cursor: str | None, parts: Mapping[str, int] | None = None
+    steps: Mapping[str, str],
+    cursor: str | None,
+    parts: Mapping[str, int] | None = None,
+    emitted: Mapping[str, Any] | None = None,
 ) -> str:
     """Return checkpoints as JSON text; the results of the steps and the cursor are JSON text already.
 
     Many steps are stored in parts, each of which is a note: ``parts`` has the number of steps in each, by
-    its name. The record has the other steps, which follow those.
+    its name. The record has the other steps, which follow those. ``emitted`` says where the chunks are that
+    steps have emitted.
     """
     named = ",".join(f"{payload.encode(name, 'name')}:{text}" for name, text in steps.items())
     fields = [f'"steps":{{{named}}}'] if steps else []
@@ -524,9 +528,13 @@ def checkpoints_to_text(
         fields.append(f'"cursor":{cursor}')
     if parts:
         fields.append(f'"{PARTS}":{payload.encode(parts, PARTS)}')
+    if emitted:
+        fields.append(f'"{EMITTED}":{payload.encode(emitted, EMITTED)}')
     return f"{{{','.join(fields)}}}"
 
 
+#: The key of what steps have emitted, in checkpoints: pieces of streams, by the names of the steps.
+EMITTED = "emitted"
 #: The key of the names of the parts in checkpoints.
 PARTS = "parts"
 #: The names of the notes with steps begin with this.

@@ -271,6 +271,15 @@ class Timing:
     server_clock_every: float = 600.0
     server_clock_within: float = 1.0
 
+    # --- PostgreSQL
+
+    #: Between two messages with news of a process.
+    news_every: float = 0.02
+    #: The time after which the connection that hears news is closed, and another one opened.
+    renew_listener_after: float = 600.0
+    #: Between looks at the commits of others while news are heard.
+    read_commits_every: float = 1.0
+
     # --- databases of Django
 
     #: The idleness after which a connection is checked before its next use.

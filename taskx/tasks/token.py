@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Protocol
+from typing import Any, Protocol
 
 from taskx.tasks.checks import Duration, in_seconds
 from taskx.tasks.clock import SYSTEM_CLOCK, Clock
@@ -35,18 +35,19 @@ class CancelToken:
         clock: the clock of the deadline.
     """
 
-    __slots__ = ("_callbacks", "_children", "_clock", "_once", "_reason", "_waiters", "deadline")
+    # Each run has a token, and few are ever used: the rest of their parts is made when it is needed.
+    _reason: CancelReason | None = None
+    _waiters: Sequence[_thread.LockType] = ()
+    _callbacks: Sequence[Callable[[], object]] = ()
+    _children: Sequence[_Child] = ()
 
     def __init__(self, deadline: float | None = None, clock: Clock = SYSTEM_CLOCK) -> None:
         self.deadline = deadline
         self._clock = clock
-        self._reason: CancelReason | None = None
-        # Raw locks, here and in wait(): fire() may be called from a signal handler that interrupted a
-        # method of this object. The condition inside an Event would deadlock then.
-        self._once = _thread.allocate_lock()
-        self._waiters: list[_thread.LockType] = []
-        self._callbacks: list[Callable[[], object]] = []
-        self._children: list[_Child] = []
+
+    def _part(self, name: str, make: Callable[[], Any] = list) -> Any:
+        """Return a part of this token, which is made before its first use, in one step."""
+        return vars(self).setdefault(name, make())
 
     def __repr__(self) -> str:
         return f"<CancelToken {self._reason or 'not fired'}>"
@@ -91,13 +92,14 @@ class CancelToken:
             limit = min(limit, max(0.0, self.deadline - self._clock.monotonic()))
         waiter = _thread.allocate_lock()
         waiter.acquire()
-        self._waiters.append(waiter)
+        waiters = self._part("_waiters")
+        waiters.append(waiter)
         try:
             if self.reason is None:
                 _acquire(waiter, min(limit, threading.TIMEOUT_MAX))
         finally:
-            if waiter in self._waiters:
-                self._waiters.remove(waiter)
+            if waiter in waiters:
+                waiters.remove(waiter)
         return self.cancelled
 
     def on_cancel(self, callback: Callable[[], object]) -> Callable[[], None]:
@@ -111,13 +113,13 @@ class CancelToken:
         """
         if not callable(callback):
             raise ConfigurationError(f"callback must be a function, not {callback!r}")
-        self._callbacks.append(callback)
+        self._part("_callbacks").append(callback)
         if self.reason is not None:
             self._run_callbacks()
 
         def remove() -> None:
             with suppress(ValueError):  # it has been called, or was removed before
-                self._callbacks.remove(callback)
+                self._part("_callbacks").remove(callback)
 
         return remove
 
@@ -127,7 +129,7 @@ class CancelToken:
         if self.deadline is not None:
             deadline = min(deadline, self.deadline)
         child = type(self)(deadline, self._clock)
-        self._children.append(child)
+        self._part("_children").append(child)
         if self.reason is not None:
             child.fire(self.reason)
         return child
@@ -139,17 +141,19 @@ class CancelToken:
             self.deadline = max(deadlines)
         last = _Last(self, tokens)
         for token in tokens:
-            token._children.append(last)
+            token._part("_children").append(last)
         if any(token._reason is not None for token in tokens):
             last.fire(CancelReason.CANCEL)
 
     def _disown(self, child: CancelToken) -> None:
         """Forget a child that is no longer needed."""
-        self._children.remove(child)
+        self._part("_children").remove(child)
 
     def fire(self, reason: CancelReason) -> bool:
         """Fire the token. Return False if it had already fired; it then keeps its first reason."""
-        if not self._once.acquire(False):
+        # Raw locks, here and in wait(): fire() may be called from a signal handler that interrupted a
+        # method of this object. The condition inside an Event would deadlock then.
+        if not self._part("_once", _thread.allocate_lock).acquire(False):
             return False
         self._reason = reason
         for child in list(self._children):
@@ -165,7 +169,7 @@ class CancelToken:
         # pop() is atomic: with two callers at the same time, each callback still runs once.
         while self._callbacks:
             try:
-                due.append(self._callbacks.pop())
+                due.append(self._part("_callbacks").pop())
             except IndexError:
                 break
         for callback in due:  # a thread for each, as each may block

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from enum import Enum
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 from taskx.tasks.options import CHECKS
+
+T = TypeVar("T")
 
 
 class _Present(Enum):
@@ -19,6 +22,11 @@ class _Present(Enum):
 
 #: In a guard: the column must have a value other than None.
 PRESENT = _Present.PRESENT
+
+
+def maker(kind: type[T]) -> Callable[[tuple[Any, ...]], T]:
+    """Return a maker of named tuples from all their fields, at a third of the cost of the class."""
+    return partial(tuple.__new__, kind)  # type: ignore[type-var]
 
 
 class Insert(NamedTuple):

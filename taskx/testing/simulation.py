@@ -279,7 +279,8 @@ class Simulation:
 
     def _do_late(self, node: SimulatedNode, number: float) -> None:
         living, frames = node.door.living, self._frames
-        others = [one for one in self._places if one is not None and one is not node and one.up]
+        # A node in the middle of a step may hold the lock that it would look under.
+        others = [one for one in self._places if one and one.up and not self._is_busy(one)]
         self._frames = []  # no fault strikes those who look
         try:
             with living.stalled():

@@ -1,6 +1,6 @@
 """The conductor: starts processes on one store, kills them, drains the rest and checks the outcome.
 
-    python -m tests.campaign.campaign --kills 1000 [--mongo]
+    python -m tests.campaign.campaign --kills 1000 [--mongo | --postgres]
 
 It prints its seed. ``--seed`` repeats the plan of a campaign; the timing of the machine differs.
 """
@@ -20,7 +20,8 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -364,13 +365,20 @@ def summary(outcome: Outcome) -> list[str]:
     ]
 
 
-def _campaign(mongo: bool, folder: Path, seed: int) -> Campaign:
-    if not mongo:
-        return Campaign(folder, seed)
+@contextmanager
+def _campaign(args: argparse.Namespace, folder: Path, seed: int) -> Iterator[Campaign]:
     sys.path.insert(0, str(_FOLDER.parent))  # the modules that start the tests' servers are there
-    from .mongo_campaign import on_own_server
+    if args.mongo:
+        from .mongo_campaign import on_own_server
 
-    return on_own_server(folder, seed)
+        yield on_own_server(folder, seed)
+    elif args.postgres:
+        from .postgres_campaign import on_own_server as on_own_postgres
+
+        with on_own_postgres(folder, seed) as made:
+            yield made
+    else:
+        yield Campaign(folder, seed)
 
 
 def main() -> int:
@@ -382,12 +390,14 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=None, help="keep all files in this folder")
     parser.add_argument("--mongo", action="store_true", help="run on a new MongoDB server")
+    parser.add_argument("--postgres", action="store_true", help="run on a new PostgreSQL server")
     args = parser.parse_args()
     seed = random.SystemRandom().randrange(1 << 30) if args.seed is None else args.seed
     print(f"{args.kills} kills, {args.processes} processes at a time, --seed {seed}", flush=True)
     folder = args.folder or Path(tempfile.mkdtemp(prefix="taskx-campaign-"))
     folder.mkdir(parents=True, exist_ok=True)
-    outcome = soak(_campaign(args.mongo, folder, seed), args.kills, args.processes)
+    with _campaign(args, folder, seed) as campaign:
+        outcome = soak(campaign, args.kills, args.processes)
     for violation in outcome.violations[:50]:
         print(f"VIOLATION {violation}")
     if outcome.violations:

@@ -44,7 +44,7 @@ def store_of(database: str) -> Store:
 
         return OnMongo()
     if database.startswith("postgresql://"):
-        from .on_django import OnDjango  # and Django, too
+        from .on_postgres import OnPostgres
 
-        return OnDjango()
+        return OnPostgres()
     return Store()

@@ -16,12 +16,11 @@ from typing import Any, NamedTuple
 import postgres_server
 import pymongo
 import pytest
-from django_project import on_postgres
 from helpers import PATIENCE, eventually
 from kinds import NO_NAMESPACES, NO_NETEM
 from mongo_server import new_database, shared
 
-from taskx import MongoRepository, TaskFilter, TaskStatus
+from taskx import MongoRepository, PostgresRepository, TaskFilter, TaskStatus
 from taskx.stores.base import Repository
 
 from . import hosts
@@ -63,11 +62,15 @@ def on_mongo(folder: Path) -> Iterator[Stored]:
 
 @contextmanager
 def in_postgres(folder: Path) -> Iterator[Stored]:
-    emptied = on_postgres(folder)
-    with emptied:
-        [[name]] = emptied._connections.read(lambda link: link.rows("SELECT current_database()"))
-    port = postgres_server.shared().port
-    yield Stored(port, f"postgresql://{{}}/{name}", lambda: on_postgres(folder, clear=False))
+    server = postgres_server.shared()
+    name = server.new_database()
+    run = folder / "nowhere"
+    yield Stored(
+        server.port,
+        f"postgresql://postgres@{{}}/{name}",
+        lambda: PostgresRepository(server.url(name), run_folder=run),
+    )
+    server.drop_database(name)
 
 
 class Hosts(Campaign):

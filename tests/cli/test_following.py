@@ -123,10 +123,24 @@ def test_tail_shows_the_beginning_of_a_long_message(queue, taskx):
     assert "x" * 5000 in told
 
 
+def test_tail_shows_what_a_task_emits(queue, taskx):
+    @queue.executor("email")
+    def email(ctx):
+        ctx.emit("Dear Ann")
+        ctx.emit({"password": "secret"})
+
+    with queue:
+        handle = queue.submit("email")
+        handle.result(PATIENCE)
+    assert taskx("tail", handle.id).out.startswith('Dear Ann\n{"password": "***"}\n')
+    rows = [row for row in taskx("tail", handle.id, "--json").rows if row["event"] == "chunk"]
+    assert (rows[0]["value"], rows[0]["position"]) == ("Dear Ann", "1-1")
+
+
 def test_a_tail_tells_each_thing_once(outside):
     outside.declare("email")
     task = outside.submit("email").task()
-    tail = Tail()
+    tail = Tail(outside)
     assert [event["status"] for event in tail.news(task)] == ["pending"]
     assert [*tail.news(task)] == []
     task.log, task.progress = "one\n", 10

@@ -7,7 +7,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from taskx import History, TypeHistory
+from taskx import History, Percentiles, TypeHistory
 from taskx.programs.dashboard.charts import Charts
 from taskx.programs.dashboard.display import Display
 
@@ -50,6 +50,7 @@ def test_bars_over_time_have_a_bar_for_each_interval_and_part(charts):
     [svg] = root.iter("svg")
     bars = [(rect.get("class"), float(rect.get("height"))) for rect in svg.iter("rect")]
     assert bars == [("ok", 100), ("bad", 50), ("ok", 50)]
+    assert [mark.text for mark in root.iter("span")][:3] == ["4", "2", "0"]
     names = {element.get("id"): element.text for element in svg if element.get("id")}
     title, description = (names[name] for name in svg.get("aria-labelledby").split())
     assert (svg.get("role"), title) == ("img", HOSTILE)
@@ -75,7 +76,7 @@ def test_intervals_that_may_miss_tasks_are_marked(charts):
 def test_two_charts_of_a_page_have_different_ids(charts):
     one, other = (parse(charts.over_time(history([1], [0]), "t")) for _ in range(2))
     ids = [{e.get("id") for e in root.iter() if e.get("id")} for root in (one, other)]
-    assert len(ids[0]) == 2
+    assert len(ids[0]) == 3
     assert not ids[0] & ids[1]
 
 
@@ -84,9 +85,19 @@ def test_a_histogram_leaves_out_empty_groups_at_its_ends(charts):
     root = parse(charts.run_times(times, (0.001, 0.01, 0.1, 1, 10), "t"))
     heights = [float(rect.get("height")) for rect in root.iter("rect")]
     assert [round(height, 1) for height in heights] == [33.3, 100]
-    assert "≤ 10" in [*root.iter("span")][-3].text
+    assert "≤ 1" in [*root.iter("span")][-3].text
     last = TypeHistory(completed=(1,), failed=(0,), run_times=(0, 1))
     assert "> 1" in str(charts.run_times(last, (1.0,), "t")).replace("&gt;", ">")
+
+
+def test_the_latency_has_a_line_for_each_share_and_values_at_its_axis(charts):
+    latency = (None, Percentiles(0.1, 0.2), Percentiles(0.2, 0.4))
+    root = parse(charts.latency(history([0] * 3, [0] * 3, start_latency=latency), "t"))
+    lines = {line.get("class"): line.get("points") for line in root.iter("polyline")}
+    assert lines == {"first": "1.5,50 2.5,0", "second": "1.5,75 2.5,50"}
+    assert [mark.text[:3] for mark in root.iter("span")][:3] == ["400", "200", "0"]
+    none = parse(charts.latency(history([0], [0], start_latency=(None,)), "t"))
+    assert not list(none.iter("svg"))
 
 
 def test_a_histogram_without_tasks_says_so(charts):

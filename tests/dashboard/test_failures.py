@@ -51,9 +51,10 @@ def rows(response):
 def test_groups_have_their_counts_by_period(look, queue):
     response = look(queue).get("/failures")
     first, second = rows(response)
-    assert first.startswith("broken ValueError ")
-    assert "in broken ValueError: reason 1 · example 2 2 2" in first
-    assert "example 1 0 0" in second
+    assert first.startswith("2 broken ValueError reason 1 · ")
+    assert "in broken · example 2 2 " in first
+    assert second.startswith("1 ")
+    assert "example 0 0 " in second
     assert HOSTILE not in response.text
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from taskx.programs.dashboard.display import Display
-from taskx.programs.dashboard.layout import MOST_BOXES, MOST_LAYERS, Dot, lay_out
+from taskx.programs.dashboard.layout import MOST_IN_LAYER, MOST_LAYERS, Dot, lay_out
 from taskx.programs.dashboard.pictures import picture
 
 HOSTILE = """<script>alert('"&')</script>"""
@@ -62,9 +62,11 @@ def test_many_tasks_that_are_alike_share_a_box():
 
 def test_few_tasks_are_not_folded():
     graph = [Dot("first", "a", "completed")] + [
-        Dot(str(number), "b", "pending", ["first"]) for number in range(MOST_BOXES - 1)
+        Dot(str(number), "b", "pending", ["first"]) for number in range(MOST_IN_LAYER)
     ]
-    assert len(lay_out(graph).boxes) == MOST_BOXES
+    assert len(lay_out(graph).boxes) == MOST_IN_LAYER + 1
+    graph.append(Dot("one more", "b", "pending", ["first"]))
+    assert [len(box.dots) for box in lay_out(graph).boxes] == [1, MOST_IN_LAYER + 1]
 
 
 def test_tasks_that_are_not_alike_share_a_box_if_there_are_too_many():

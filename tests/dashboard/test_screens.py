@@ -67,9 +67,9 @@ def test_the_overview_says_first_what_is_wrong(browser, queue):
     queue.submit("report")
     queue.submit("report", delay=1000)
     text = browser.get("/").text
-    assert text.index("0 live nodes run tasks") < text.index('<h2 id="numbers"')
+    assert text.index("No worker runs: 1 task waits.") < text.index('<h2 id="numbers"')
     assert re.search(r"<b>1</b><span>due</span>", text)
-    assert re.search(r"<b>1</b><span>delayed</span>", text)
+    assert "1 delayed, 0 blocked" in text
 
 
 def test_the_overview_counts_failures_of_the_last_hour(browser, queue, run):
@@ -94,9 +94,10 @@ def test_waiting_tasks_are_counted_up_to_a_limit(browser, queue, monkeypatch):
 
 def test_the_overview_names_paused_types(browser, queue):
     queue.pause("report")
-    assert "Paused: report" in browser.get("/").text
+    assert "report is paused: 0 tasks wait." in browser.get("/").text
+    assert 'action="/types/resume"' in browser.get("/").text
     queue.pause()
-    assert "Everything is paused." in browser.get("/").text
+    assert "Everything is paused: 0 tasks wait." in browser.get("/").text
 
 
 def test_stuck_threads_are_shown_with_links_to_what_they_hold_up(browser, make_queue, gate, clock):
@@ -108,8 +109,8 @@ def test_stuck_threads_are_shown_with_links_to_what_they_hold_up(browser, make_q
     clock.advance(60)
     eventually(lambda: handle.task().stuck_on)
     text = browser.get("/").text
-    assert "1 task of type &#39;hang&#39; cannot start, and none runs: all wait for 1 stuck" in text
-    assert f'<a href="/task?id={handle.id}">Show the task</a>' in text
+    assert "hang stands still: 1 task waits for stuck threads on " in text
+    assert 'action="/nodes/stacks"' in text
     assert '<a href="/types/one?type=hang">Show the type</a>' in text
     assert re.search(r'<b class="bad">1</b><span>stuck threads</span>', text)
     for page in ("/", "/types", "/nodes"):
@@ -203,6 +204,21 @@ def test_a_search_without_an_index_looks_at_the_newest_tasks_first(browser, queu
     assert rows(browser.get("/tasks?q=by:ann&all=1")) == [*new[::-1], old]
     queue.cancel_all(everything=True)
     assert rows(browser.get("/tasks?q=by:ann+status:cancelled")) == [*new[::-1], old]
+
+
+def test_tabs_ranges_and_chips_lead_to_other_lines(browser, queue):
+    for place in range(3):
+        queue.submit("report", {"n": place, "token": "hunter2"})
+    text = html.unescape(browser.get("/tasks?q=type:report+status:failed+newer:1d").text)
+    assert '"/tasks?q=type:report+newer:1d+status:pending">pending <span class="muted">3<' in text
+    assert 'href="/tasks?q=type:report+newer:1d+status:failed" aria-current="true"' in text
+    assert 'href="/tasks?q=type:report+status:failed+newer:1h"' in text
+    assert 'href="/tasks?q=type:report+newer:1d" title="without status:failed"' in text
+    listed = html.unescape(browser.get("/tasks?q=type:report").text)
+    assert "<b>report</b></a> n=2 token=***" in listed
+    assert "hunter2" not in listed
+    unindexed = browser.get("/tasks?q=error:x").text
+    assert "pending</a>" in unindexed  # not counted
 
 
 def test_a_wrong_filter_line_is_kept_and_explained(browser):

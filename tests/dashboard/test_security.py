@@ -166,7 +166,7 @@ def test_the_page_of_an_address_that_waits_comes_back_by_itself(door, make_queue
         client.get("/", headers=basic("ann", "no"))
     answer = client.get("/tasks", headers={**basic("ann", "no"), "Accept-Language": "zh"})
     assert answer.status_code == 429
-    assert 'hx-get="/tasks"' in answer.text
+    assert 'data-url="/tasks"' in answer.text
     assert "密码" in answer.text
 
 

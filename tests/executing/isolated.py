@@ -325,3 +325,13 @@ async def awaiting(ctx, a):
         ctx.progress(50)
         await asyncio.sleep(3600)
     return [a + 1, current_context() is ctx]
+
+
+@executor("speak", isolation="process", max_attempts=2)
+def speak(ctx):
+    """Emit within a step, and outside of it."""
+    ctx.emit("begin")
+    ctx.step("say", lambda: [ctx.emit(word) for word in ("one", "two")])
+    ctx.emit("end")
+    if ctx.task.attempt == 1:
+        raise Retry(0)

@@ -55,6 +55,41 @@ def lines(task):
 
 
 class TestKeptLines:
+    def test_the_record_has_lines_while_the_attempt_runs(self, queue):
+        seen = threading.Event()
+
+        @queue.executor(capture_log=True)
+        def talk(ctx):
+            ctx.logger.info("first")
+            assert seen.wait(PATIENCE)
+            ctx.logger.info("second")
+
+        queue.start()
+        handle = queue.submit("talk")
+        live = eventually(lambda: lines(handle.task()))
+        assert (live, handle.running()) == (
+            ["--- attempt 1, start 1", "INFO taskx: first"],
+            True,
+        )
+        seen.set()
+        handle.result(PATIENCE)
+        assert lines(handle.task()) == [*live, "INFO taskx: second"]
+
+    def test_a_long_log_is_written_less_often(self):
+        kept = capture.Capture(logging.INFO, "")
+        assert kept.new(0) is None
+        record = logging.LogRecord("a", logging.INFO, "", 1, "x" * 5000, (), None)
+        for now, count, due in ((0, 1, 1), (10, 12, 14)):
+            for _ in range(count):
+                kept.add(record)
+            assert kept.new(now) is None
+            assert kept.new(due - 0.1) is None
+            assert kept.new(due) == kept.text()
+            assert kept.new(due + 9) is None
+            kept.not_stored()
+            assert kept.new(due) is None
+            assert kept.new(due + 9) == kept.text()
+
     def test_lines_of_the_task_logger_and_of_other_loggers_are_kept(self, queue, log):
         @queue.executor(capture_log=True)
         def talk(ctx, name: str):

@@ -13,11 +13,13 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from collections.abc import AsyncIterator
 from concurrent.futures import wait
 from contextlib import closing
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+import httpx
 import pytest
 from helpers import PATIENCE, eventually, no_rounds, services_of
 from strikes import every_strike
@@ -38,6 +40,7 @@ from taskx import (
     TaskStatus,
     current_context,
 )
+from taskx.attempt.coroutines import Waiter
 from taskx.testing import InlineQueue, ManualClock, ManualQueue, inline, run_executor, survives
 
 from . import isolated
@@ -134,12 +137,67 @@ def test_an_error_fails_the_attempt_with_the_traceback_of_the_coroutine(queue):
     assert "in fail" in task.traceback
 
 
-def test_an_asynchronous_generator_is_refused(queue):
-    with pytest.raises(ConfigurationError, match="asynchronous generator"):
+class TestAnAsynchronousGenerator:
+    """What it yields is emitted; its result is None."""
 
+    def test_emits_what_it_yields(self, queue):
         @queue.executor()
-        async def numbers():
-            yield 1
+        async def count(ctx, most: int) -> AsyncIterator[int]:
+            for n in range(most):
+                yield n
+                await asyncio.sleep(0)
+
+        queue.start()
+        handle = count.submit(3)
+        assert [chunk.value for chunk in handle.stream()] == [0, 1, 2]
+        assert handle.result(PATIENCE) is None
+
+        async def called():
+            return [n async for n in count(None, 2)]
+
+        assert asyncio.run(called()) == [0, 1]
+
+    def test_may_be_the_method_of_a_class(self, queue):
+        class Two(TaskExecutor):
+            type = "two"
+
+            async def execute(self, ctx, task):
+                yield task.params["a"]
+                yield 2
+
+        queue.register_executor(Two())
+        queue.start()
+        handle = queue.submit("two", {"a": 1})
+        assert [chunk.value for chunk in handle.stream()] == [1, 2]
+
+    def test_is_closed_when_it_is_cancelled(self, queue):
+        begun, closed = threading.Event(), threading.Event()
+
+        @queue.executor(max_attempts=1)
+        async def hang():
+            try:
+                yield "begun"
+                begun.set()
+                await asyncio.sleep(AGES)
+            finally:
+                closed.set()
+
+        queue.start()
+        handle = hang.submit()
+        assert begun.wait(PATIENCE)
+        handle.cancel()
+        assert wait([handle], PATIENCE).done
+        assert closed.is_set()
+        assert handle.task().status is TaskStatus.CANCELLED
+
+    def test_emits_no_value_that_is_not_json(self, queue):
+        @queue.executor(max_attempts=1)
+        async def wrong():
+            yield object()
+
+        queue.start()
+        with pytest.raises(TaskFailed, match="JSON"):
+            wrong.submit().result(PATIENCE)
 
 
 @pytest.mark.process
@@ -215,6 +273,32 @@ class TestCancel:
         queue.start()
         with pytest.raises(TaskFailed, match="CancelledError"):
             give_up.submit().result(PATIENCE)
+
+    def test_a_request_ends_with_it_and_so_does_its_connection(self, queue):
+        ended = threading.Event()
+
+        async def answer_never(reader, writer):
+            queue.started.set()
+            while await reader.read(1000):
+                pass
+            writer.close()
+            ended.set()
+
+        @queue.executor()
+        async def fetch():
+            server = await asyncio.start_server(answer_never, "127.0.0.1")
+            host, port = server.sockets[0].getsockname()
+            async with server, httpx.AsyncClient(trust_env=False, timeout=None) as client:
+                await client.get(f"http://{host}:{port}/")
+
+        queue.started = threading.Event()
+        queue.start()
+        handle = fetch.submit()
+        assert queue.started.wait(PATIENCE)
+        handle.cancel()
+        assert wait([handle], PATIENCE).done
+        assert handle.task().status is TaskStatus.CANCELLED
+        assert ended.wait(PATIENCE)
 
     def test_a_part_may_have_a_time_out_of_its_own(self, queue, clock):
         inside = threading.Event()
@@ -311,6 +395,46 @@ class TestOneThatDoesNotHeedItsTimeOut:
         assert "gate.wait" in str(stuck.why(stuck.handle.id))
 
 
+@pytest.mark.parametrize("where", ["middleware", "call"])
+def test_a_thread_that_does_more_than_wait_is_stuck_itself(make_queue, clock, gate, where):
+    """It is in middleware after the coroutine has ended, or in a call that the coroutine asked it for."""
+
+    def hang(ctx, task, call_next):
+        found = call_next()
+        if task.type == "work" and where == "middleware":
+            gate()
+        return found
+
+    queue = make_queue(worker_num=1, clock=clock, middleware=[hang])
+
+    @queue.executor("work", timeout=5, grace=5, max_attempts=1)
+    async def work(ctx):
+        if where == "call":
+            await asyncio.get_running_loop().run_in_executor(ctx._awaited.thread, gate)
+
+    queue.executor("other")(lambda: 1)
+    queue.start()
+    handle = work.submit()
+    gate.wait_for()
+    clock.advance(10)
+    assert queue.submit("other").result(PATIENCE) == 1  # another thread runs it
+    assert eventually(lambda: handle.task().stuck_on)
+    assert "its thread still runs" in handle.task().error
+    gate.open()
+    assert eventually(lambda: not handle.task().stuck_on)
+
+
+def test_a_thread_that_has_left_its_coroutine_makes_no_calls_for_it():
+    thread = Waiter()
+    waiting = thread.submit(int)
+    assert thread.let_go(early=True)
+    thread.wait()
+    assert waiting.cancelled()
+    with pytest.raises(RuntimeError, match="does not wait"):
+        thread.submit(int)
+    assert not thread.let_go()
+
+
 class TestSteps:
     def test_a_step_of_an_earlier_attempt_is_skipped(self, queue):
         calls = []
@@ -389,13 +513,39 @@ class TestWaiting:
         @queue.executor()
         async def nap(ctx):
             ctx.sleep(86_400, step="night")
+            ctx.sleep(0.5, step="snooze")  # a thread that waits would be that of all coroutines
             return "morning"
 
         handle = nap.submit()
         queue.run_all()
         assert queue.get_task_status(handle.id).status is TaskStatus.PENDING
         queue.advance(86_400)
+        assert queue.get_task_status(handle.id).status is TaskStatus.PENDING
+        queue.advance(0.5)
         assert handle.result() == "morning"
+
+    def test_a_coroutine_polls_without_a_thread(self):
+        queue, found = ManualQueue(clock=ManualClock()), [1, None, None]
+
+        @queue.executor()
+        async def look(ctx):
+            return ctx.poll("look", found.pop, every=0.1)
+
+        handle = look.submit()
+        queue.run_all()
+        assert queue.get_task_status(handle.id).status is TaskStatus.PENDING
+        queue.advance(0.1)
+        queue.advance(0.1)
+        assert handle.result() == 1
+
+    def test_a_sleep_that_is_no_step_is_refused(self, queue):
+        @queue.executor(max_attempts=1)
+        async def block(ctx):
+            ctx.sleep(AGES)
+
+        queue.start()
+        with pytest.raises(TaskFailed, match=r"write await asyncio.sleep"):
+            block.submit().result(PATIENCE)
 
 
 class TestTheLoop:
@@ -457,6 +607,20 @@ class TestTheLoop:
         thread.join(PATIENCE)
         assert not thread.is_alive()
         assert closed == ["background", "generator"]
+
+    def test_a_coroutine_that_ends_it_fails_and_the_next_one_has_another(self, queue):
+        @queue.executor()
+        async def end(at_once):
+            loop = asyncio.get_running_loop()
+            if at_once:
+                loop.call_soon(loop.stop)
+                await asyncio.sleep(AGES)
+
+        queue.start()
+        with pytest.raises(TaskFailed, match="CancelledError"):
+            end.submit(at_once=True).result(PATIENCE)
+        assert end.submit(at_once=False).result(PATIENCE) is None
+        gc.collect()  # asyncio complains of the task now, and not in another test
 
     def test_an_exit_in_a_coroutine_fails_that_attempt_alone(self, queue):
         @queue.executor(max_attempts=1)

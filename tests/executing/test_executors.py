@@ -170,10 +170,6 @@ def test_bound_methods_and_partials_can_be_executors(started):
     assert run(started, "partial", a=1) == 2
 
 
-async def stream():
-    yield 1
-
-
 def generator():
     yield 1
 
@@ -215,7 +211,7 @@ def ctx_keyword(a, *, ctx):
     pass
 
 
-REFUSED = [stream, generator, spread, positional, ctx_second, ctx_keyword, "text", None]
+REFUSED = [generator, spread, positional, ctx_second, ctx_keyword, "text", None]
 
 
 @pytest.mark.parametrize("function", REFUSED)
@@ -387,15 +383,6 @@ def test_a_class_with_type_and_execute_works_as_an_executor(started):
 
 
 def test_an_object_that_is_not_an_executor_is_refused(queue):
-    class Stream(TaskExecutor):
-        type = "stream"
-
-        async def execute(self, ctx, task):
-            yield 1
-
-    with pytest.raises(ConfigurationError, match="executor 'stream' is an asynchronous generator"):
-        queue.register_executor(Stream())
-
     class Nameless(TaskExecutor):
         def execute(self, ctx, task):
             pass

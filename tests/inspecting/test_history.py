@@ -142,3 +142,15 @@ def test_a_task_that_failed_with_its_parent_has_no_run_time(queue):
 def test_a_wrong_argument_is_refused(queue, options, words):
     with pytest.raises(ConfigurationError, match=words):
         queue.history(**options)
+
+
+def test_the_start_latency_is_that_of_the_attempts_that_began_in_an_interval(queue, clock):
+    queue.submit("a", {"runs": 0.0})
+    clock.advance(20)
+    queue.run_all()
+    found = history(queue)
+    *before, last = found.start_latency
+    assert 16 <= last.p50 <= last.p95 <= 24
+    assert {*before} == {None}
+    assert found.of("a").start_latency == found.start_latency
+    assert found.of("b").start_latency == ()

@@ -148,6 +148,31 @@ def test_a_limit_is_held_by_its_name(clock):
         assert held.done()
 
 
+def test_a_call_for_many_tasks_that_are_all_refused_holds_the_limit_once(clock):
+    stored = []
+
+    class Watched(MemoryRepository):
+        def put_note(self, name, text, version):
+            clock.advance(0.001)
+            stored.append(name)
+            return super().put_note(name, text, version)
+
+    queue = ManualQueue(Watched(clock=clock), clock=clock)
+
+    @queue.executor("call", batch=10)
+    def call(tasks):
+        return [Snooze(10 + task["n"], limit=True) for task in tasks]
+
+    with queue:
+        for n in range(10):
+            queue.submit("call", {"n": n})
+        began = clock.now()
+        queue.run_all()
+        assert stored.count("pause.holds") == 1
+        (held,) = queue.limits()
+        assert held.held_until == began + timedelta(seconds=19)
+
+
 def test_a_key_is_held_and_other_keys_are_not(clock):
     api = Api(clock, Snooze(20, limit="key"))
     queue = ManualQueue(clock=clock)

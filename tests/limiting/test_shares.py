@@ -31,6 +31,7 @@ class Site:
         self.plant, self.workers = plant, workers
         self.node = Node(id=f"n{number}", name=f"n{number}", types=("t",), workers=workers)
         self.runs, self.stopping = {}, False
+        self.taker, self.taken = self.node.id, []
         self.closed = set()  # the types that may not start
         self.queue = Queue(plant.repository, clock=plant.clock)
         self.queue.declare("t", "u")
@@ -41,6 +42,13 @@ class Site:
     def may_start(self, type, key):
         return type not in self.closed
 
+    def holds(self, task_id):
+        return any(stub.id == task_id for stub in self.taken)
+
+    def take_in(self, stub):
+        if not (stub.id in self.runs or self.holds(stub.id)):
+            self.taken.append(stub)
+
     def discard(self, task_ids):
         pass
 
@@ -49,9 +57,11 @@ class Site:
         while len(self.runs) < self.workers:
             self.moves.turns.share_out()
             types = {"t", "u"} - self.closed
-            stub = next(iter(self.plant.repository.ready(types, 1)), None)
-            if stub is None:
+            stubs = [*self.taken, *self.plant.repository.ready(types, 1)]
+            if not stubs:
                 return
+            stub = min(stubs, key=lambda one: (one.created_at, one.id))
+            self.taken = [one for one in self.taken if one is not stub]
             task = self.plant.repository.get_by_id(stub.id)
             start = lifecycle.start(task, self.plant.clock.now_ms(), self.node.id)
             assert all(self.moves.commit([start], {task.id: task}))
@@ -61,6 +71,7 @@ class Site:
 
     def _end(self, task):
         clock, key = self.plant.clock, task.concurrency_key
+        self.runs[task.id].state = "concluding"
         writes = lifecycle.conclude(task, Ending(returned=True), clock.now_ms())
         passed = () if key is None else self.moves.turns.next_turn(key, task.id)
         self.moves.commit([*writes, *passed], {task.id: task})
@@ -203,6 +214,7 @@ def test_all_keys_with_a_share_divide_the_workers_whatever_is_between_them():
         shared.update(lifecycle.key_of(turn) for turn, _ in found)
         assert len(found) == 4
         plant.repository.apply([w for _, task_id in found for w in lifecycle.cancel(task_id, 0)])
+        plant.sites[0].taken.clear()
     fair = {key: 20 if key.startswith("m:") else 10 for key in keys}
     assert dict(shared) == pytest.approx(fair, abs=1)
 
@@ -377,10 +389,33 @@ def test_a_turn_whose_write_was_lost_is_given_again():
     plant.submit("k:a", 1)
     [site] = plant.sites
     turns, [running] = site.moves.turns, [*site.runs]
+    site.runs[running].state = "concluding"
     assert turns.next_turn("k:a", running)
     assert not turns.share_out()  # it may be committed yet
     site.runs.clear()  # the outcome is committed without it
     assert turns.share_out()
+
+
+def test_a_worker_starts_the_next_task_in_the_commit_that_ends_the_last_one():
+    """So a task with a share costs one commit, as one of a backlog does, and no fetch."""
+    queue, commits = ManualQueue(), []
+    queue.limit("k:", share=True)
+    queue.executor("t")(lambda: None)
+    apply = queue.repository.apply
+    with queue:
+        for _ in range(2):
+            queue.submit("t", key="k:a")
+        pool = queue._services.moves._pool
+        pool.execute(pool.start(pool.buffer.take(1), "worker"), "worker")
+        queue.repository.apply = lambda writes: commits.append(writes) or apply(writes)
+        run = pool.start(pool.buffer.take(1), "worker")
+        queue.repository.apply = apply
+        assert [[write.move for write in writes] for writes in commits] == [
+            ["complete", "give turn", "start"]
+        ]
+        pool.execute(run, "worker")
+        queue.run_all()
+        assert queue.count_tasks(status="completed") == 2
 
 
 def test_a_key_that_is_held_gets_no_turns():

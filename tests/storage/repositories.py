@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sqlite3
@@ -13,6 +14,7 @@ from typing import Any
 
 import django_project
 import mongomock
+import postgres_server
 import pytest
 from mongo_server import new_database, shared
 
@@ -22,6 +24,7 @@ from taskx import (
     DuplicateTask,
     MemoryRepository,
     MongoRepository,
+    PostgresRepository,
     RepositoryUnavailable,
     SQLiteRepository,
     Task,
@@ -168,6 +171,22 @@ def on_server(kind: str) -> Callable[..., Repository]:
     )
 
 
+@functools.cache
+def postgres_url() -> str:
+    """Return the URL of the PostgreSQL database of this process."""
+    server = postgres_server.shared()
+    return server.url(server.new_database())
+
+
+def on_postgres(folder: Path, **options: Any) -> PostgresRepository:
+    """Return an empty repository in the PostgreSQL database of this process."""
+    postgres_server.shared()  # says that this test uses it
+    made = PostgresRepository(postgres_url(), run_folder=folder / "run", **options)
+    empty = "TRUNCATE taskx_task, taskx_parent, taskx_tag, taskx_note"
+    made._server.transaction(lambda link: link.execute(empty), durable=False)
+    return made
+
+
 def prefixed(folder: Path, clock: Clock, timing: Timing) -> SQLiteRepository:
     """Return a repository in the file of an application, beside a table of that."""
     with closing(sqlite3.connect(folder / "app.db")) as connection:
@@ -201,6 +220,7 @@ _MAKERS: dict[str, Callable[[Path, Clock, Timing], Repository]] = {
     "django-mariadb": lambda folder, clock, timing: django_project.on_mariadb(
         folder, clock=clock, timing=timing
     ),
+    "postgres": lambda folder, clock, timing: on_postgres(folder, clock=clock, timing=timing),
     "adapter": lambda folder, clock, timing: EightMethodAdapter(TinyRepository(), clock, timing),
     "adapter-13": lambda folder, clock, timing: EightMethodAdapter(
         thirteen_fields_only(), clock, timing
@@ -236,6 +256,9 @@ def again(repository: Repository) -> Repository | None:
     elif isinstance(repository, OnMongo):
         run, clock = repository.folder / "run", repository.clock
         made = MongoRepository(repository.database, run_folder=run, clock=clock)
+    elif isinstance(repository, PostgresRepository):
+        url, run, clock = postgres_url(), repository.run_folder, repository.clock
+        made = PostgresRepository(url, run_folder=run, clock=clock)
     elif type(repository).__name__ == "DjangoRepository":  # importing it needs Django's settings
         made = type(repository)(
             repository.using, run_folder=repository.run_folder, clock=repository.clock
@@ -252,9 +275,33 @@ def losing_answers(repository: Repository) -> AbstractContextManager[object] | N
         return _lost_by_the_network(repository)
     if isinstance(repository, EightMethodAdapter):
         return _lost_by_methods(repository.inner)
+    if isinstance(repository, PostgresRepository):
+        return _lost_by_postgresql()
     if getattr(repository, "vendor", "sqlite") != "sqlite":
         return _lost_by_a_server()
     return None
+
+
+@contextmanager
+def _lost_by_postgresql() -> Iterator[None]:
+    """Cut the connection when the server has carried out a commit, or a statement that is one."""
+    import psycopg
+
+    from taskx.stores.postgres.link import Link
+
+    execute = Link.execute
+
+    def lose(link: Link, sql: str, values: Sequence[Any] = ()) -> Any:
+        done = execute(link, sql, values)
+        idle = link.driver.pgconn.transaction_status == psycopg.pq.TransactionStatus.IDLE
+        if sql == "COMMIT" or (idle and sql.startswith(("INSERT", "UPDATE", "DELETE"))):
+            link.driver.close()
+            raise psycopg.OperationalError("the answer was lost")
+        return done
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Link, "execute", lose)
+        yield
 
 
 @contextmanager

@@ -48,6 +48,16 @@ class TestDjango(RepositoryContract):
             yield repository
 
 
+@pytest.mark.postgres
+class TestPostgres(RepositoryContract):
+    guards_moves = True
+
+    @pytest.fixture
+    def repository(self, tmp_path):
+        with MAKERS["postgres"](tmp_path, SYSTEM_CLOCK) as repository:
+            yield repository
+
+
 @pytest.mark.parametrize("kind", ["memory", "sqlite", "mongomock", "example"])
 class TestCoded(RepositoryContract):
     """The contract also holds with a codec."""

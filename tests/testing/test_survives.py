@@ -40,6 +40,7 @@ from taskx import (
 from taskx.attempt.checkpoints import Checkpoints
 from taskx.attempt.transactions import Transaction
 from taskx.node.recovery import Recovery
+from taskx.stores.streams import Reader
 from taskx.tasks import lifecycle, payload
 from taskx.testing import manual, survives
 
@@ -117,6 +118,26 @@ def test_a_cursor(queue):
         return len(pages)
 
     assert survives(crawl, {"until": 3}, effects=lambda: {"pages": pages}) == 2 * 5
+
+
+def test_what_it_emits(queue):
+    """Wherever it dies, a reader has in the end what a run without a death emits."""
+    shown = {}
+
+    @queue.executor()
+    def speak(ctx) -> None:
+        ctx.emit("begin")
+        ctx.step("say", lambda: [ctx.emit(n) for n in range(3)])
+        ctx.emit("end")
+
+    @queue.executor("read")
+    def read(ctx) -> None:
+        reader = Reader(ctx._shared.keeper._repository, ctx.parents[0])
+        shown["all"] = [chunk.value for chunk in reader.read()]
+
+    flow = chain(speak.task(), Task(type="read"))
+    survives(flow, effects=lambda: {"shown": shown}, queue=queue)
+    assert shown == {}  # as before
 
 
 def test_a_snooze_and_a_task_that_it_submits(queue, sent):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from decimal import Decimal
@@ -71,7 +71,14 @@ async def soon(a: int) -> str:
     return str(a)
 
 
+@queue.executor()
+async def pieces(ctx: Context, a: int) -> AsyncIterator[str]:
+    yield str(a)
+
+
 async def call_coroutines() -> None:
+    assert_type(pieces.submit(1).result(), None)
+    pieces.submit("1")  # type: ignore[arg-type]
     assert_type(awaited.submit(1), TaskHandle[str])
     assert_type(soon.submit(a=1).result(), str)
     soon.submit("1")  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ from taskx.attempt.checkpoints import Keeper
 from taskx.attempt.children import Children
 from taskx.attempt.context import Context, Shared, Watched
 from taskx.attempt.current import current
+from taskx.attempt.emitted import Emitted
 from taskx.attempt.executors import Executor, Registered, entry_of, make_executor
 from taskx.attempt.failures import told_error
 from taskx.attempt.process.channel import Channel
@@ -126,6 +127,7 @@ class _Work:
                 error = Parked(self._context._sealed(), parked.step)
             told = told_error(error, skip=2, main=self._request["main"])
             message = ["raised", told, reason and reason.value]
+        self._context._save_emitted()
         if (progress := self._context._latest_progress()) is not None:
             self._channel.say("progress", *progress)
         if spent := self._context._spent_in_truth():
@@ -148,6 +150,7 @@ class _Work:
                 self._channel.say("progress", *told)
             elif self._beats:
                 self._channel.say("alive")
+            self._context._save_emitted()
             self._beats = False
         end_family()
 
@@ -228,6 +231,14 @@ class _Parent(Keeper):
             token.wait()  # the token of the parent has fired
             token.raise_if_cancelled()
         return str(name)
+
+    def save(self, task: Task, emitted: Emitted, token: CancelToken) -> None:
+        if texts := emitted.unsaved():
+            self._channel.say("emitted", [*texts.items()])
+            emitted.saved(texts)
+
+    def forget_earlier(self, task: Task, token: CancelToken) -> None:
+        """Do nothing: the parent does so."""
 
     def store(self, task: Task, text: str, *, durable: bool, token: CancelToken) -> bool:
         kept = bool(self._ask("checkpoints", text, durable))

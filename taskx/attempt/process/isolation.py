@@ -281,6 +281,8 @@ class _Attendance:
             self._ctx.alive()
         if what == "progress":
             self._ctx.progress(*facts)
+        elif what == "emitted":
+            self._ctx._take_emitted(facts[0])
         elif what == "spent":
             self._ctx.spent(**facts[0])
         elif what == "cut":

@@ -6,11 +6,11 @@ for that transaction nor be part of it.
 
 from __future__ import annotations
 
+import asyncio
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -27,9 +27,11 @@ from django.db.utils import (
     load_backend,
 )
 
-from taskx.contrib.django.link import Link, code, is_failure, is_locked, numbers
-from taskx.stores.base import Locked, Reentered
-from taskx.stores.sql import Dialect, MySQL, Postgres, SQLite, Statements
+from taskx.attempt.current import awaited
+from taskx.contrib.django.link import Link, code, is_failure, is_locked, may_be_repeated
+from taskx.stores.base import Locked
+from taskx.stores.sql import Dialect, MySQL, Postgres, SQLite, Statements, pool, postgres
+from taskx.stores.sql.pool import LOCK_TIMEOUT
 from taskx.stores.sqlite.file import DatabaseFile
 from taskx.tasks.errors import (
     ConfigurationError,
@@ -46,38 +48,18 @@ PREFIX = "taskx_"
 
 T = TypeVar("T")
 
-_KEPT = 4  # idle connections for reads that stay open
-#: Milliseconds for which a write of PostgreSQL waits for a lock: other writes wait for its connection.
-#: MariaDB and MySQL count whole seconds: a write of MariaDB does not wait, one of MySQL waits for a second.
-LOCK_TIMEOUT = 100
-_NO_TABLE = frozenset({"42P01", "1146"})
-
-
-def _limits_of_postgres(timeout: float) -> dict[str, int]:
-    """Return options by which a connection fails if its network loses all packets for ``timeout`` seconds.
-
-    The time-outs of statements are the server's. Without these options the driver would wait for 15 minutes
-    or more.
-    """
-    seconds = max(2, round(timeout))
-    return {
-        "connect_timeout": seconds,
-        "tcp_user_timeout": round(1000 * timeout),
-        "keepalives_idle": seconds,
-        "keepalives_interval": max(1, seconds // 3),
-        "keepalives_count": 3,
-    }
+_NO_TABLE = frozenset({postgres.NO_TABLE, "1146"})
 
 
 def _limits_of_mysql(timeout: float) -> dict[str, int]:
-    """Return the same for MySQL's drivers, which would wait for an answer without end."""
+    """Return what ``postgres.limits`` does for MySQL's drivers, which would wait without end."""
     seconds = max(2, round(timeout))
     # The server itself ends a statement that takes too long, and says so, before the answer is late.
     return {"connect_timeout": seconds, "read_timeout": seconds + 1, "write_timeout": seconds}
 
 
 _DIALECTS = {"sqlite": SQLite, "postgresql": Postgres, "mysql": MySQL}
-_LIMITS = {"postgresql": _limits_of_postgres, "mysql": _limits_of_mysql}
+_LIMITS = {"postgresql": postgres.limits, "mysql": _limits_of_mysql}
 
 
 @lru_cache
@@ -95,8 +77,26 @@ def file_of(settings: dict[str, Any]) -> DatabaseFile | None:
     return DatabaseFile(name.removeprefix("file:").partition("?")[0], create=False, prefix=PREFIX)
 
 
-class Connections:
-    """One connection that writes, and others that read, each used by one thread at a time.
+@contextmanager
+def _on_loop() -> Iterator[None]:
+    """Let coroutines of executors use a connection.
+
+    Django refuses that on the thread of a loop, because other coroutines could use the connection in the
+    middle. Here none can: there is no ``await`` in the block.
+    """
+    loop = None if awaited.get() is None else asyncio._get_running_loop()
+    if loop is None:
+        yield
+        return
+    asyncio._set_running_loop(None)
+    try:
+        yield
+    finally:
+        asyncio._set_running_loop(loop)
+
+
+class Connections(pool.Connections[Link]):
+    """The repository's own connections to a database of Django.
 
     Args:
         alias: the alias of the database in ``DATABASES``.
@@ -109,17 +109,10 @@ class Connections:
     """
 
     def __init__(self, alias: str, timeout: float, timing: Timing = DEFAULT_TIMING) -> None:
+        super().__init__(timeout, timing)
         self.alias = alias
-        self._timing = timing
-        self.timeout = timeout
         self.vendor = str(load_backend(self.settings["ENGINE"]).DatabaseWrapper.vendor)
         self.file = file_of(self.settings) if self.vendor == "sqlite" else None
-        self.lock = threading.RLock()
-        self._limit = threading.local()
-        self._writer: Link | None = None
-        self._idle: list[Link] = []
-        self._closed = 0  # the number of the last close: older connections are not kept
-        self._inherited: list[object] = []  # the parent's, which a forked child never closes
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -134,123 +127,21 @@ class Connections:
         except ImproperlyConfigured as error:
             raise ConfigurationError(str(error)) from error
 
-    @property
-    def entered(self) -> bool:
-        """True if the calling thread is in the middle of a write."""
-        return self.lock._is_owned()  # type: ignore[attr-defined, no-any-return]
-
-    # --- using
-
+    @_on_loop()
     def read(self, work: Callable[[Link], T]) -> T:
-        """Call ``work`` with a connection for reading, and raise its errors as TaskX's.
-
-        If a connection broke while it was idle, ``work`` is called again with another one.
-        """
-        link = self._take()
-        idle = link is not None
-        try:
-            link = link or self._open()
-            with self._within(link):
-                found = work(link)
-            self._put_back(link)
-            return found
-        except BaseException as error:
-            lost = isinstance(error, (OperationalError, InterfaceError))
-            broke = idle and lost and link is not None and not link.usable
-            if link is not None:
-                link.close()
-            if is_failure(error) and not broke:
-                raise self.translated(error) from error
-            if not broke:
-                raise
-        self.close_idle()  # the others broke, too, if the server was started again
-        return self.read(work)
-
-    def _take(self) -> Link | None:
-        """Return an idle connection that works; None if there is none."""
-        try:
-            link = self._idle.pop()
-        except IndexError:
-            return None
-        return self._checked(link)
-
-    def _put_back(self, link: Link) -> None:
-        link.used = time.monotonic()
-        if len(self._idle) < _KEPT and link.number > self._closed:
-            self._idle.append(link)
-        else:
-            link.close()
-
-    def _checked(self, link: Link) -> Link | None:
-        """Return a connection that works; None if it broke while it was idle."""
-        if time.monotonic() - link.used > self._timing.check_connection_after and not link.usable:
-            link.close()
-            return None
-        return link
-
-    @contextmanager
-    def writing(self) -> Iterator[Link]:
-        """Give the connection for writing to this thread, which must not have it already."""
-        if self.entered:
-            raise Reentered
-        with self.lock, self._opened_writer() as link:
-            yield link
+        return super().read(work)
 
     @contextmanager
     def _opened_writer(self) -> Iterator[Link]:
-        if self._writer is not None:
-            self._writer = self._checked(self._writer)
-        if self._writer is None:
-            self._writer = self._open(writes=True)
-        link = self._writer
-        try:
-            with self._within(link):
-                yield link
-            link.used = time.monotonic()
-        except BaseException:
-            if getattr(self._limit, "seconds", None) is not None:
-                self.drop_writer()
-            raise
-
-    def drop_writer(self) -> None:
-        """Close the connection for writing. The next write opens another one."""
-        link, self._writer = self._writer, None
-        if link is not None:
-            link.close()
-
-    # --- the time limit
-
-    @contextmanager
-    def within(self, seconds: float) -> Iterator[None]:
-        """Limit the statements of this thread to ``seconds``."""
-        before = getattr(self._limit, "seconds", None)
-        self._limit.seconds = seconds if before is None else min(before, seconds)
-        try:
-            yield
-        finally:
-            self._limit.seconds = before
-
-    @contextmanager
-    def _within(self, link: Link) -> Iterator[None]:
-        """Apply the thread's limit. After an error the connection keeps it, and must be closed."""
-        seconds = getattr(self._limit, "seconds", None)
-        if seconds is None:
-            yield
-            return
-        self._set_timeout(link, seconds)
-        yield
-        self._set_timeout(link, self.timeout)
+        with _on_loop(), super()._opened_writer() as link:
+            yield link
 
     def _set_timeout(self, link: Link, seconds: float) -> None:
         if link.pooled:
             return
         milliseconds = max(1, round(seconds * 1000))
         if link.vendor == "postgresql":
-            # The second one releases the locks of a connection that was cut amid a transaction.
-            names = ("statement_timeout", "idle_in_transaction_session_timeout")
-            limits = [f"SET {name} = {milliseconds}" for name in names]
-            limits.append(f"SET lock_timeout = {min(milliseconds, link.lock_timeout)}")
-            link.execute("; ".join(limits))
+            postgres.set_timeouts(link, seconds, link.lock_timeout)
         elif link.vendor == "sqlite":
             link.rows(f"PRAGMA busy_timeout = {milliseconds}")
         elif link.vendor == "mysql":
@@ -260,16 +151,6 @@ class Connections:
                 limits.append(f"max_statement_time = {milliseconds / 1000}")
                 limits.append(f"idle_transaction_timeout = {max(1, round(seconds))}")
             link.execute(f"SET SESSION {', '.join(limits)}")
-
-    def try_writing(self, patience: float, work: Callable[[Link], T]) -> T | None:
-        """Call ``work`` with the connection for writing; None if another thread keeps it too long."""
-        if self.entered or not self.lock.acquire(timeout=patience):
-            return None
-        try:
-            with self._opened_writer() as link:
-                return work(link)
-        finally:
-            self.lock.release()
 
     # --- opening and closing
 
@@ -315,27 +196,16 @@ class Connections:
         link.used = time.monotonic()
         return link
 
-    def close(self) -> None:
-        """Close all connections, those in use after their use. A later operation opens others."""
-        self._closed = next(numbers)
-        with self.lock:
-            self.drop_writer()
-            self.close_idle()
-
-    def close_idle(self) -> None:
-        """Close the connections for reading that no thread uses."""
-        with suppress(IndexError):
-            while True:
-                self._idle.pop().close()
-
-    def renew_after_fork(self) -> None:
-        """Start over, in a forked child: the parent's connections are neither used nor closed."""
-        self._inherited += [self._writer, self._idle]
-        self._writer, self._idle = None, []
-        self.lock = threading.RLock()
-        self._limit = threading.local()
-
     # --- errors
+
+    def is_failure(self, error: BaseException) -> bool:
+        return is_failure(error)
+
+    def is_lost(self, error: BaseException) -> bool:
+        return isinstance(error, (OperationalError, InterfaceError))
+
+    def may_be_repeated(self, error: BaseException) -> bool:
+        return may_be_repeated(error)
 
     def translated(self, error: BaseException, *, in_doubt: bool = False) -> TaskxError:
         """Return TaskX's error for an error of Django, of the driver, or of a value."""

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from taskx.stores.postgres.examination import settings
 from taskx.tasks.errors import RepositoryError
 from taskx.tasks.findings import Check, fail, ok, warn
 
@@ -14,10 +15,6 @@ if TYPE_CHECKING:
     from taskx.contrib.django.link import Link
     from taskx.stores.parts import House
     from taskx.tasks.timing import Timing
-
-_DEAD = "SELECT n_dead_tup, n_live_tup FROM pg_stat_user_tables WHERE relname = 'taskx_task'"
-# The dead rows that make the search for the next task slow.
-_MANY_DEAD = 50_000
 
 
 def examine(house: House, connections: Connections, timing: Timing) -> Iterator[Check]:
@@ -55,17 +52,7 @@ def _settings(link: Link) -> Iterator[Check]:
                 mode=mode,
             )
     elif link.vendor == "postgresql":
-        for dead, live in link.rows(_DEAD):
-            if dead > max(_MANY_DEAD, live):
-                yield warn(
-                    "dead rows",
-                    f"The table of tasks has {dead:,} dead rows, which make it slow to find a task.",
-                    "Look for a transaction that stays open (pg_stat_activity.xact_start), and for "
-                    "autovacuum.",
-                    dead=dead,
-                )
-            else:
-                yield ok("dead rows", f"The table of tasks has {dead:,} dead rows.", dead=dead)
+        yield from settings(link, "taskx_task")
     elif link.vendor == "mysql":
         ((flush, mode),) = link.rows("SELECT @@innodb_flush_log_at_trx_commit, @@sql_mode")
         if int(flush) == 1:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any, TypeVar, cast
+from typing import Any
 
 from django.db import DEFAULT_DB_ALIAS, connection, connections, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
@@ -17,64 +17,26 @@ from django.db.utils import (
 
 from taskx.contrib.django.blocks import has_begun, is_open
 from taskx.contrib.django.connections import Connections
-from taskx.contrib.django.link import Link, Rows, code, is_failure
-from taskx.stores.sql import Link as AnyLink
-from taskx.stores.sql import Links, Sent
-from taskx.tasks.errors import ConfigurationError
-from taskx.tasks.writes import Write
-
-T = TypeVar("T")
-
-# PostgreSQL's code after an error in a transaction: it executes nothing more there.
-_ABORTED = "25P02"
+from taskx.contrib.django.link import Link, code, is_failure
+from taskx.stores.sql.callers import CallersLinks
+from taskx.stores.sql.postgres import ABORTED
+from taskx.tasks.errors import ConfigurationError, TaskxError
 
 
-class BlockLinks(Links):
-    """A link over a thread's own connection, inside its transaction.
-
-    Attributes:
-        applied: the writes so far whose guards held.
-        wrote: True if a write took place, also one of a note.
-    """
-
-    wrote = False
+class BlockLinks(CallersLinks):
+    """A link over a thread's own connection, inside its transaction."""
 
     def __init__(self, links: Connections, link: Link) -> None:
-        self.applied: list[Write] = []
-        self._links = links
-        self._link = link
+        self._connections, self._own = links, link.django
+        super().__init__(link, self._of_django, self._break)
 
-    def tell_others(self, writes: Sequence[Write]) -> None:
-        """Note writes: others are told of them after the commit."""
-        self.applied += writes
+    def _of_django(self, error: Exception) -> TaskxError | None:
+        if code(error) == ABORTED:
+            return _broken()
+        return self._connections.translated(error) if is_failure(error) else None
 
-    def transaction(
-        self, work: Callable[[AnyLink], T], durable: bool, sent: Sent = None, single: bool = False
-    ) -> T:
-        with self.savepoint("taskx_write"), self._translating():
-            results: Any = work(self._link)
-        # What was undone counts as a change of the connection, so its own count does not tell.
-        self.wrote = self.wrote or any(results)
-        return cast("T", results)
-
-    def rows(self, sql: str, values: Sequence[Any] = ()) -> Rows:
-        with self._translating():
-            return self._link.rows(sql, values)
-
-    @contextmanager
-    def savepoint(self, name: str) -> Iterator[None]:
-        """Undo what is done inside if it raises. The errors of the block stay as they are."""
-        self._execute(f"SAVEPOINT {name}")
-        try:
-            yield
-            self._execute(f"RELEASE SAVEPOINT {name}")
-        except BaseException:
-            try:
-                self._link.execute(f"ROLLBACK TO SAVEPOINT {name}")
-                self._link.execute(f"RELEASE SAVEPOINT {name}")
-            except Error:  # the connection is lost, or the database has rolled back everything
-                self._link.django.needs_rollback = True
-            raise
+    def _break(self) -> None:
+        self._own.needs_rollback = True
 
     @contextmanager
     def begun(self) -> Iterator[None]:
@@ -82,34 +44,18 @@ class BlockLinks(Links):
 
         If nothing was written in it, it ends here: it would keep the write lock.
         """
-        driver: Any = self._link.django.connection
-        begins = self._links.vendor == "sqlite" and not (driver and driver.in_transaction)
+        driver: Any = self._own.connection
+        begins = self._connections.vendor == "sqlite" and not (driver and driver.in_transaction)
         if begins:
-            self._execute("BEGIN IMMEDIATE")
+            self.execute("BEGIN IMMEDIATE")
         try:
             yield
         except BaseException:
             if begins:
-                self._execute("ROLLBACK")
+                self.execute("ROLLBACK")
             raise
         if begins and not self.wrote:
-            self._execute("ROLLBACK")
-
-    def _execute(self, sql: str) -> None:
-        with self._translating():
-            self._link.execute(sql)
-
-    @contextmanager
-    def _translating(self) -> Iterator[None]:
-        """Raise TaskX's errors for those of Django."""
-        try:
-            yield
-        except Exception as error:
-            if code(error) == _ABORTED:
-                raise _broken() from error
-            if is_failure(error):
-                raise self._links.translated(error) from error
-            raise
+            self.execute("ROLLBACK")
 
 
 def own_connection(using: str, given: object) -> Any:

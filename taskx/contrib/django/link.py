@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -11,7 +10,8 @@ from typing import Any, NamedTuple
 from django.db.utils import DataError, Error, IntegrityError, OperationalError
 
 from taskx.stores import sql as storage
-from taskx.stores.sql import Taken
+from taskx.stores.sql import Taken, postgres
+from taskx.stores.sql.pool import numbers
 from taskx.stores.sqlite.links import text_or_bytes
 from taskx.tasks.errors import TaskxError
 
@@ -19,11 +19,9 @@ Rows = list[tuple[Any, ...]]
 
 _FAILURES = (Error, OverflowError, ValueError)
 
-#: Numbers of connections, and of moments between them.
-numbers = itertools.count(1)
 # Codes of PostgreSQL and MySQL for a transaction that another one made impossible: it may be sent again.
-_AGAIN = frozenset({"40001", "40P01", "1213"})
-_LOCKED = frozenset({"55P03", "1205"})
+_AGAIN = postgres.AGAIN | {"1213"}
+_LOCKED = frozenset({postgres.LOCKED, "1205"})
 _SMALL = 100_000  # characters of texts that need no look at the longest statement of MySQL's server
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -22,17 +21,16 @@ from taskx.contrib.django.blocks import (
     is_elsewhere,
     is_open,
 )
-from taskx.contrib.django.connections import LOCK_TIMEOUT, Connections, statements_of
-from taskx.contrib.django.link import Link, Rows, is_failure, may_be_repeated
+from taskx.contrib.django.connections import Connections, statements_of
+from taskx.contrib.django.link import Link
 from taskx.contrib.django.sqlite import Turns
 from taskx.stores import queries
-from taskx.stores.base import Locked, Reentered, Repository
+from taskx.stores.base import Reentered, Repository
 from taskx.stores.liveness.base import Liveness
 from taskx.stores.liveness.locks import KernelLocks
-from taskx.stores.parts import Forks, House, Listener, News, at_forks
-from taskx.stores.patience import try_again
-from taskx.stores.sql import Link as AnyLink
-from taskx.stores.sql import Links, Sent, SQLRepository
+from taskx.stores.parts import Listener, at_forks
+from taskx.stores.sql import postgres
+from taskx.stores.sql.pool import PooledRepository, PoolLinks
 from taskx.stores.sqlite import turnstile
 from taskx.stores.sqlite.wakeups import Wakeups
 from taskx.stores.transactions import Then, Transactions
@@ -43,7 +41,7 @@ from taskx.tasks.errors import ConfigurationError
 from taskx.tasks.findings import Check
 from taskx.tasks.record import COLUMNS
 from taskx.tasks.timing import DEFAULT_TIMING, Timing
-from taskx.tasks.writes import NoteChange, Write, shows
+from taskx.tasks.writes import Write
 
 Durability = Literal["accepted", "full"]
 T = TypeVar("T")
@@ -54,7 +52,7 @@ _SHORTEST_LEASE = 0.5
 Pairs = dict[int, tuple[Write, Write]]
 
 
-class DjangoRepository(SQLRepository):
+class DjangoRepository(PooledRepository):
     """A repository in a database of Django, which any number of processes and hosts may share.
 
     The tables are those of the app ``taskx.contrib.django``, made by ``manage.py migrate``. It has
@@ -105,82 +103,21 @@ class DjangoRepository(SQLRepository):
                 f"durability must be one of {', '.join(get_args(Durability))}, not {durability!r}"
             )
         self.using = using
-        self.durability = durability
         self.lease_timeout = check_number(lease_timeout, "lease_timeout", minimum=_SHORTEST_LEASE)
         self.timeout = check_number(timeout, "timeout", minimum=0.01)
         self.on_commit = check_on_commit(on_commit)
         self.run_folder = None if run_folder is None else os.fspath(run_folder)
         connections = self._connections = Connections(using, self.timeout, timing)
         several = lambda: len(self.queues) > 1  # noqa: E731
-        pool = self._pool = PoolLinks(connections, several, timing)
-        super().__init__(statements_of(connections.vendor), pool, clock, codec, timing)
+        pool = self._django_pool = DjangoLinks(connections, several, timing)
+        statements = statements_of(connections.vendor)
+        super().__init__(statements, pool, durability, clock, codec, timing)
         self.vendor, self._file = connections.vendor, connections.file
         self.transactions = BlockTransactions(self, pool, on_commit)
         self.news = self.house = self.forks = at_forks(pool)
 
     def __repr__(self) -> str:
         return f"DjangoRepository({self.using!r})"
-
-    # --- writing
-
-    def apply(self, writes: Sequence[Write], *, all_or_nothing: bool = False) -> Sequence[bool]:
-        """Apply guarded writes in one transaction."""
-        return self._patiently(lambda: self._apply_new(writes, all_or_nothing))
-
-    def put_notes(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
-        put = super().put_notes
-        return self._patiently(lambda: put(changes))
-
-    def _patiently(self, work: Callable[[], T]) -> T:
-        """Do work, again and again while another transaction keeps a lock.
-
-        Between two tries the connection is free for the writes of other threads.
-        """
-        try:
-            return work()
-        except Locked as error:
-            if self._pool.hurries.now:
-                raise
-            return try_again(work, error, self.timing)
-
-    def _durable(self, writes: Sequence[Write]) -> bool:
-        """Return True if one of the writes must survive a power cut, or the death of the server.
-
-        Runs live on when a server dies. A start that it forgets would be made again, and two runs would
-        have the same fence.
-        """
-        if self.durability == "full" or super()._durable(writes):
-            return True
-        return self._file is None and any("starts" in write.changes for write in writes)
-
-    def _apply_new(self, writes: Sequence[Write], whole: bool) -> Sequence[bool]:
-        """Apply the writes except those in doubt that the records show."""
-        known = self._took_place(writes)
-        if not known:
-            return super().apply(writes, all_or_nothing=whole)
-        self._pool.tell_others([writes[number] for number in known])
-        results = [True] * len(writes)
-        if new := [number for number in range(len(results)) if number not in known]:
-            given = [writes[number] for number in new]
-            told = super().apply(given, all_or_nothing=whole)
-            for number, held in zip(new, told, strict=True):
-                results[number] = held
-        return results
-
-    def _took_place(self, writes: Sequence[Write]) -> set[int]:
-        """Return the places of the writes in doubt that the records show."""
-        doubtful = self._pool.doubtful
-        again = [n for n, write in enumerate(writes) if id(write) in doubtful] if doubtful else []
-        if not again:
-            return set()
-        stored = {
-            row[0]: dict(zip(COLUMNS, row, strict=True))
-            for row in self.find("id", list({writes[n].id for n in again}), COLUMNS)
-        }
-        same = lambda name, value, sent: value == sent  # noqa: E731
-        return {
-            n for n in again if shows(stored.get(writes[n].id), doubtful[id(writes[n])][1], same)
-        }
 
     # --- changes by others
 
@@ -190,7 +127,7 @@ class DjangoRepository(SQLRepository):
         PostgreSQL tells which transactions are in progress, and SQLite counts commits. For another
         database, the value changes twice a second.
         """
-        seen, own = self._pool.seen_commits()
+        seen, own = self._django_pool.seen_commits()
         return (seen, own if len(self.queues) > 1 else 0) if self.vendor == "sqlite" else seen
 
     # --- opening and closing
@@ -212,111 +149,29 @@ class DjangoRepository(SQLRepository):
             self._file.forget()
 
 
-class _Hurries(threading.local):
-    """True for a thread that wants to be told of locks at once."""
-
-    now = False
-
-
-class PoolLinks(Links, News, House, Forks):
+class DjangoLinks(PoolLinks[Link]):
     """The repository's own connections to its database.
 
     Args:
         connections: the connections.
         several: tells if several queues of this process must hear of each other's commits.
         timing: the intervals of its work.
-
-    Attributes:
-        doubtful: the writes of which nobody knows if they took place, by identity, each as it was sent.
     """
+
+    connections: Connections
 
     def __init__(
         self, connections: Connections, several: Callable[[], bool], timing: Timing
     ) -> None:
-        self.connections = connections
+        super().__init__(connections, timing)
         self.vendor = connections.vendor
-        self.timing = timing
         self._file = file = connections.file
         self.turns = Turns(file, timing) if file else None
         self.wakeups = Wakeups(file, timing) if file else None
         self._several = several
         self.one_host = file is not None
-        self.hurries = _Hurries()
-        self.doubtful: Pairs = {}
-        self._commits = 0
+        self.may_commit_unseen = self.vendor != "sqlite"
         self._seen: tuple[object, object] = (None, 0)
-
-    @property
-    def entered(self) -> bool:
-        return self.connections.entered
-
-    def transaction(
-        self, work: Callable[[AnyLink], T], durable: bool, sent: Sent = None, single: bool = False
-    ) -> T:
-        """Do work in one transaction. Nothing is committed if it raises, unless the error is in doubt."""
-        pairs = {
-            id(given): (given, coded) for given, coded in zip(*(sent or ((), ())), strict=True)
-        }
-        single = single and self.vendor == "postgresql"
-        for last in (False,) * (_TRIES - 1) + (True,):
-            try:
-                with self.connections.writing() as link:
-                    return self._once(link, work, durable, pairs, single and not link.pooled)
-            except BaseException as error:  # also one of opening the connection
-                if last or not may_be_repeated(error):
-                    self._raise(error)
-                    raise
-        raise AssertionError
-
-    def _once(
-        self,
-        link: Link,
-        work: Callable[[AnyLink], T],
-        durable: bool,
-        sent: Pairs,
-        single: bool,
-    ) -> T:
-        committing = False
-        try:
-            if self._file is not None:
-                self._file.check()
-            if single:
-                self._set_durable(link, durable)
-                committing = True
-                self.doubtful.update(sent)
-                result = work(link)
-            else:
-                self._begin(link, durable)
-                result = work(link)
-                committing = True
-                self.doubtful.update(sent)
-                link.execute("COMMIT")
-            self._commits += 1
-            self._forget(sent)
-            return result
-        except BaseException as error:
-            if not self._rolled_back(link, error) and committing and self._may_commit_unseen:
-                if is_failure(error):
-                    raise self.connections.translated(error, in_doubt=True) from error
-            elif isinstance(error, Exception):
-                self._forget(sent)
-            raise
-        finally:
-            if self.turns is not None:
-                self.turns.leave()
-
-    @property
-    def _may_commit_unseen(self) -> bool:
-        return self.vendor != "sqlite"
-
-    def _forget(self, sent: Iterable[int]) -> None:
-        for number in sent:
-            self.doubtful.pop(number, None)
-
-    def _raise(self, error: BaseException) -> None:
-        """Raise TaskX's error for one of Django."""
-        if is_failure(error):
-            raise self.connections.translated(error) from error
 
     def _begin(self, link: Link, durable: bool) -> None:
         if self.turns is not None:
@@ -327,36 +182,26 @@ class PoolLinks(Links, News, House, Forks):
         elif self.vendor == "sqlite":
             link.execute("BEGIN IMMEDIATE")
         elif self.vendor == "postgresql":
-            wanted = "" if durable else "; SET LOCAL synchronous_commit = off"
-            if link.pooled:
-                wanted += f"; SET LOCAL lock_timeout = {LOCK_TIMEOUT}"
-            link.execute(f"BEGIN{wanted}")
+            postgres.begin(link, durable, self.connections.timeout)
         else:
             link.execute("START TRANSACTION")
 
+    def _commits_itself(self, link: Link) -> bool:
+        return self.vendor == "postgresql" and not link.pooled
+
     def _set_durable(self, link: Link, durable: bool) -> None:
-        """Choose if the next statement of PostgreSQL waits until its commit is on the disk."""
-        if link.durable is not durable:
-            link.durable = None  # unknown if an interrupt comes after the next line
-            to = "DEFAULT" if durable else "off"
-            link.execute(f"SET synchronous_commit = {to}")
-            link.durable = durable
+        postgres.set_durable(link, durable)
 
-    def _rolled_back(self, link: Link, error: BaseException) -> bool:
-        """Undo a transaction. Return True if the database has certainly done so.
+    def _is_undone(self, link: Link, error: BaseException) -> bool:
+        if self.vendor != "sqlite":
+            return super()._is_undone(link, error)
+        if link.django.connection.in_transaction:
+            link.execute("ROLLBACK")
+        return True
 
-        The connection is closed if it cannot be used any more.
-        """
-        try:
-            if isinstance(error, Exception) or self.vendor == "sqlite":
-                if self.vendor != "sqlite" or link.django.connection.in_transaction:
-                    link.execute("ROLLBACK")
-                return True
-        except Exception as second:
-            if not is_failure(second) and not isinstance(second, AttributeError):
-                raise
-        self.connections.drop_writer()
-        return False
+    def _ended(self) -> None:
+        if self.turns is not None:
+            self.turns.leave()
 
     def tell_others(self, writes: Sequence[Write]) -> None:
         """Tell other processes of committed writes, if the database is an SQLite file."""
@@ -385,20 +230,16 @@ class PoolLinks(Links, News, House, Forks):
 
     # --- reading
 
-    def rows(self, sql: str, values: Sequence[Any] = ()) -> Rows:
-        return self.connections.read(lambda link: link.rows(sql, values))
-
     def seen_commits(self) -> tuple[object, object]:
         """Return what was seen of others' commits, and of our own."""
         if self.vendor == "postgresql":
-            # Each transaction that writes is in this list as long as others do not see what it wrote.
-            ((snapshot,),) = self.rows("SELECT txid_current_snapshot()::text")
+            ((snapshot,),) = self.rows(postgres.SNAPSHOT)
             return snapshot, 0
         if self.vendor != "sqlite":
             return int(time.monotonic() * 2), 0
         if (seen := self.connections.try_writing(0.005, _data_version)) is not None:
-            self._seen = seen, self._commits
-        return self._seen[0], self._commits
+            self._seen = seen, self.commits
+        return self._seen[0], self.commits
 
     def revision(self) -> object | None:
         return self.seen_commits() if self.vendor in ("postgresql", "sqlite") else None
@@ -421,6 +262,9 @@ class PoolLinks(Links, News, House, Forks):
 
         return examine(self, self.connections, self.timing)
 
+    def held_back(self) -> float:
+        return float(self.rows(postgres.OLDEST)[0][0]) if self.vendor == "postgresql" else 0.0
+
     def ensure_there(self) -> None:
         """Raise an error if the SQLite file was moved, deleted or replaced since it was opened."""
         if self._file is not None:
@@ -430,38 +274,21 @@ class PoolLinks(Links, News, House, Forks):
         """Return the bytes that an SQLite file and its log take, by path. The site's data is in it, too."""
         return {} if self._file is None else self._file.sizes()
 
-    def within(self, seconds: float) -> AbstractContextManager[object]:
-        return self.connections.within(seconds)
-
-    @contextmanager
-    def without_waiting(self) -> Iterator[None]:
-        before, self.hurries.now = self.hurries.now, True
-        try:
-            yield
-        finally:
-            self.hurries.now = before
-
     def close(self) -> None:
-        """Close the connections."""
-        self.connections.close()
+        super().close()
         if self.turns is not None:
             self.turns.close()
 
     def before_fork(self) -> None:
         # A child must not inherit an open SQLite file: see "How to corrupt an SQLite database file".
-        lock = self.connections.lock
-        self._forking = not self.entered and lock.acquire(timeout=self.timing.fork_within)
+        super().before_fork()
         if self.vendor == "sqlite":
             if self._forking:
                 self.connections.drop_writer()
             self.connections.close_idle()
 
-    def after_fork(self) -> None:
-        if self._forking:
-            self.connections.lock.release()
-
     def renew_after_fork(self) -> None:
-        self.connections.renew_after_fork()
+        super().renew_after_fork()
         if self.turns is not None:
             self.turns.renew_after_fork()
         if self.wakeups is not None:
@@ -476,7 +303,7 @@ def _data_version(link: Link) -> object:
 class BlockTransactions(BesideBlocks):
     """The transactions of callers and executors on Django's connections to the tasks' own database."""
 
-    def __init__(self, outer: DjangoRepository, pool: PoolLinks, on_commit: OnCommit) -> None:
+    def __init__(self, outer: DjangoRepository, pool: DjangoLinks, on_commit: OnCommit) -> None:
         super().__init__(
             outer, Transactions("DjangoRepository", outer.timing), on_commit, outer.using
         )
@@ -492,7 +319,7 @@ class BlockTransactions(BesideBlocks):
             return
         own = joining.own_connection(self._links.alias, connection)
         block = joining.BlockLinks(self._links, Link(own))
-        with block.begun(), block.savepoint("taskx"):
+        with block.begun(), block.savepoint():
             yield self._outer.over(block)
         if block.wrote and then is not None and own.in_atomic_block:
             applied = block.applied

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import suppress
 from inspect import iscoroutinefunction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import django
-from asgiref.sync import async_to_sync
+from asgiref.sync import AsyncToSync, SyncToAsync, ThreadSensitiveContext
 from django.apps import apps
 
 import taskx
@@ -25,7 +25,7 @@ from taskx import (
     TaskFailed,
     TaskStatus,
 )
-from taskx.attempt.current import current
+from taskx.attempt.executors import wait_for
 from taskx.attempt.together import results_of
 from taskx.contrib.django.compat import (
     Task,
@@ -44,6 +44,9 @@ from taskx.contrib.django.tasks import (
     task_of,
     type_of,
 )
+
+if TYPE_CHECKING:
+    from taskx.attempt.coroutines import Awaited
 
 # Most exceptions that are kept for the signal task_finished. Those of lost runs stay until then.
 _MOST_RAISED = 1000
@@ -151,7 +154,7 @@ def _call(
     if task.takes_context:
         args = (TaskxContext(task_result=result, taskx=ctx), *args)
     if iscoroutinefunction(task.func):
-        return async_to_sync(_awaited)(ctx, task.func, args, kwargs)
+        return _awaited(task.func(*args, **kwargs))
     return task.func(*args, **kwargs)
 
 
@@ -160,25 +163,22 @@ def _wait_until_announced(task_id: str) -> None:
         told[1].wait(_PATIENCE)
 
 
-async def _awaited(
-    ctx: Context, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
-) -> Any:
-    """Await a coroutine function. When the token of the run fires, cancel it.
+def _awaited(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Run a coroutine on the queue's loop. The ORM is called in this thread, which waits for the result."""
 
-    The event loop has a thread of its own: there, too, the run is the current one.
-    """
-    loop, running = asyncio.get_running_loop(), asyncio.current_task()
-    assert running is not None
-    outer, current.context = current.context, ctx
-    remove = ctx.on_cancel(lambda: loop.call_soon_threadsafe(running.cancel))
+    def enter(begun: Awaited) -> None:
+        with suppress(AttributeError):  # set if async code has called the calling code
+            del AsyncToSync.executors.current
+        mine = ThreadSensitiveContext()
+        SyncToAsync.thread_sensitive_context.set(mine)
+        SyncToAsync.context_to_thread_executor[mine] = begun.thread
+
+    of_thread = vars(SyncToAsync.threadlocal)
+    outer = of_thread.get("main_event_loop")
     try:
-        return await function(*args, **kwargs)
-    except asyncio.CancelledError:
-        ctx.token.raise_if_cancelled()
-        raise
-    finally:
-        remove()
-        current.context = outer
+        return wait_for(coroutine, enter)
+    finally:  # calls of the ORM have set it: ``async_to_sync`` of the next task would use it
+        of_thread["main_event_loop"] = outer
 
 
 def _sender(alias: str) -> Any:

@@ -127,8 +127,10 @@ def _not_atomic(view: Callable[..., Any]) -> Callable[..., Any]:
 def _to_login(request: HttpRequest, rest: str) -> HttpResponseBase:
     if rest.startswith("api/"):
         return HttpResponse('{"error": "log in first"}', "application/json", status=401)
-    if "HX-Request" in request.headers:  # a page that refreshes itself
-        return HttpResponse(headers={"HX-Refresh": "true"})
+    if (
+        "Taskx-Refresh" in request.headers
+    ):  # its page loads itself again, and is then led to the login
+        return HttpResponse(status=401)
     from django.contrib.auth.views import redirect_to_login  # needs the app, which a site may lack
 
     try:

@@ -139,6 +139,11 @@ class TicketPool(WorkerPool):
         self.dispatcher.stop()
         super().begin_stop()
 
+    @property
+    def taker(self) -> str:
+        """No node: a ticket is sent for each task that got its turn."""
+        return ""
+
     def buffers(self, type: str) -> bool:
         """Return False: every new task is stored as a free one."""
         return False

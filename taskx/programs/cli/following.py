@@ -21,6 +21,8 @@ from taskx.programs.cli.opening import Session, TaskId, command
 from taskx.programs.cli.output import clean, to_json
 from taskx.programs.cli.scheduling import schedules
 from taskx.programs.cli.values import Duration
+from taskx.queue.queue import Queue
+from taskx.stores.streams import Reader
 from taskx.tasks.errors import RepositoryError, TaskNotFound
 from taskx.tasks.model import Task, TaskStatus
 from taskx.tasks.payload import clean_text
@@ -88,10 +90,16 @@ class _Seen:
 
 
 class Tail:
-    """Yields what is new of tasks, as records with an ``event``: ``status``, ``log`` or ``progress``."""
+    """Yields what is new of tasks, as records with an ``event``: ``status``, ``log``, ``chunk``, ...
 
-    def __init__(self) -> None:
+    Args:
+        queue: their queue.
+    """
+
+    def __init__(self, queue: Queue) -> None:
+        self._queue = queue
         self._seen: dict[str, _Seen] = {}
+        self._readers: dict[str, Reader] = {}
 
     @property
     def open(self) -> list[str]:
@@ -114,6 +122,13 @@ class Tail:
             }
         for line in _new_lines(seen.log, task.log):
             yield {**who, "event": "log", "line": line}
+        # The record was read before, so an ended task has emitted all of this.
+        reader = self._readers.get(task.id) or Reader(self._queue.repository, task)
+        self._readers[task.id] = reader
+        while chunks := reader.read():
+            for chunk in chunks:
+                value = redacted(chunk.value, self._queue.config.redact)
+                yield {**who, "event": "chunk", **chunk._asdict(), "value": value}
         progress = task.progress, task.message
         if progress not in (seen.progress, (0, "")):
             yield {**who, "event": "progress", "progress": task.progress, "message": task.message}
@@ -141,11 +156,10 @@ def _new_lines(before: str, now: str) -> list[str]:
 
 @command(
     "tail",
-    """Print the log and the progress of tasks as they come.
+    """Print what tasks emit, their progress and their log as they come.
 
 Ends when the tasks with these IDs have ended; with --type, it follows all running tasks of the type until
-Ctrl-C. The log is that of executors with `capture_log`; an attempt's log is stored when it has
-ended.""",
+Ctrl-C. The log is that of executors with `capture_log`; its lines come a second later or so.""",
     """
 taskx tail 019abc12-...
 taskx tail --type email
@@ -177,7 +191,7 @@ def tail(
     """Follow tasks."""
     if bool(task_ids) is (type_ is not None):
         raise Usage("name the tasks by their ids, or by --type")
-    following = Tail()
+    following = Tail(session.queue)
     several = len(task_ids) != 1
     for task_id in task_ids:
         session.queue.get_task_status(task_id)  # all must be there at the beginning
@@ -212,6 +226,9 @@ def _print_event(session: Session, event: dict[str, Any], several: bool) -> None
     who = f"{event['id']} " if several else ""
     if event["event"] == "log":
         words, style = event["line"], ""
+    elif event["event"] == "chunk":
+        value = event["value"]
+        words, style = value if isinstance(value, str) else to_json(value), ""
     elif event["event"] == "progress":
         message = clean_text(event["message"], _MOST_WORDS)
         words, style = f"{event['progress']}% {message}".rstrip(), "cyan"

@@ -10,7 +10,15 @@ from werkzeug.routing import Map, Rule
 from werkzeug.utils import redirect
 from werkzeug.wrappers import Response
 
-from taskx.programs.dashboard import api, openapi, rendering, security, static_files, words
+from taskx.programs.dashboard import (
+    api,
+    openapi,
+    rendering,
+    security,
+    static_files,
+    streaming,
+    words,
+)
 from taskx.programs.dashboard.failing import status_and_sentence
 from taskx.programs.dashboard.freshness import Freshness, etag_of
 from taskx.programs.dashboard.pages import Action, Done, Page, Screen
@@ -76,6 +84,7 @@ class Dashboard:
         rules = [
             Rule("/static/<name>", endpoint="static", methods=["GET"]),
             Rule("/language", endpoint="language", methods=["POST"]),
+            Rule("/tasks/<path:task_id>/stream", endpoint="stream", methods=["GET"]),
             Rule("/api/openapi.json", endpoint="api/openapi", methods=["GET"]),
         ]
         for call in api.CALLS:
@@ -122,6 +131,8 @@ class Dashboard:
         if endpoint == "api/openapi":
             api.check_parameters(request, ())
             return api.as_json(openapi.document(request.link("overview").rstrip("/") + "/api"))
+        if endpoint == "stream":
+            return streaming.send(request, **values)
         if endpoint in self._calls:
             return api.answer(request, self._calls[endpoint])
         if "Sec-Fetch-Site" not in request.headers:

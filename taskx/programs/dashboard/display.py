@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from datetime import datetime, timezone
 from typing import Any
@@ -25,6 +26,11 @@ _UNITS = (
 )
 #: The largest number of waiting tasks that pages count for each type and node.
 MOST_WAITING = 10_000
+# An id as this program makes it; the middle is what differs between the tasks of a list.
+_OWN_ID = re.compile(
+    r"([0-9a-f]{8})-([0-9a-f]{4}-7[0-9a-f]{3}-[0-9a-f]{4})-[0-9a-f]{12}(.*)", re.DOTALL
+)
+_LONGEST_ID = 24
 _BYTES = ("B", "KB", "MB", "GB", "TB")
 _DAYS = ("Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
@@ -53,18 +59,25 @@ class Display:
         text = utc.strftime("%Y-%m-%d %H:%M:%S")
         return Markup('<time datetime="{}">{}</time>').format(utc.isoformat(), text)
 
-    def clock(self, at: datetime) -> str:
+    def clock(self, at: datetime, *, seconds: bool = False) -> str:
         """Return the hour and minute of a time, in UTC; with the day if it is not today's."""
         utc, today = at.astimezone(timezone.utc), self.now.astimezone(timezone.utc).date()
-        return utc.strftime("%H:%M" if utc.date() == today else "%m-%d %H:%M")
+        clock = "%H:%M:%S" if seconds else "%H:%M"
+        return utc.strftime(clock if utc.date() == today else f"%m-%d {clock}")
 
-    def ago(self, at: datetime | None) -> Markup:
+    def age(self, at: datetime | None) -> Markup:
+        """Return the age of a time as HTML with the time itself, for a narrow column."""
+        return self.ago(at, short=True)
+
+    def ago(self, at: datetime | None, *, short: bool = False) -> Markup:
         """Return how long ago or in how long a time is, as HTML with the time itself."""
         if at is None:
             return Markup("–")
         seconds = (self.now - at).total_seconds()
         distance = self.seconds(abs(seconds))
-        shown = self.say("{time} ago" if seconds >= 0 else "in {time}", time=distance)
+        shown = distance
+        if seconds < 0 or not short:
+            shown = self.say("{time} ago" if seconds >= 0 else "in {time}", time=distance)
         utc = at.astimezone(timezone.utc)
         exact = utc.strftime("%Y-%m-%d %H:%M:%S UTC")
         return Markup('<time datetime="{}" title="{}">{}</time>').format(
@@ -77,14 +90,15 @@ class Display:
             return "–"
         size, text = next((unit for unit in _UNITS if value >= unit[0]), _UNITS[-1])
         number = value / size
-        shown = f"{number:.0f}" if number >= 10 or number == round(number) else f"{number:.1f}"
-        return self.say(text, number=shown)
+        shown = f"{number:.0f}" if number >= 10 else f"{number:.1f}".removesuffix(".0")
+        return self.say(text, number="<0.1" if 0 < number < 0.05 else shown)
 
     def number(self, value: float | None) -> str:
         """Return a number with separators; a dash if there is none."""
         if value is None:
             return "–"
-        return str(words.number(value)) if isinstance(value, int) else f"{value:,.2f}"
+        whole = isinstance(value, int) or value.is_integer()
+        return str(words.number(int(value))) if whole else f"{value:,.2f}"
 
     def total(self, value: int, *, exact: bool) -> str:
         """Return a number of tasks; if the count has ended there, say that there are more."""
@@ -117,6 +131,13 @@ class Display:
         if isinstance(spec, Every):
             return self.say("every {time}", time=self.seconds(spec.seconds))
         return _cron(spec, self.say) or spec
+
+
+def short_id(task_id: str) -> str:
+    """Return the part of an id that tells it from its neighbours."""
+    if found := _OWN_ID.fullmatch(task_id):
+        return found[2] + found[3]
+    return task_id if len(task_id) <= _LONGEST_ID else f"{task_id[: _LONGEST_ID - 1]}…"
 
 
 def _cron(spec: str, say: Callable[..., str]) -> str:
@@ -186,6 +207,7 @@ FILTERS = {
         "moment",
         "clock",
         "ago",
+        "age",
         "seconds",
         "number",
         "total",
@@ -194,4 +216,4 @@ FILTERS = {
         "size",
         "spec",
     )
-} | {"without_trace": without_trace}
+} | {"without_trace": without_trace, "short_id": short_id}

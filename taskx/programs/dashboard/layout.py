@@ -10,8 +10,9 @@ from collections.abc import Hashable, Mapping, Sequence
 
 import attrs
 
-#: Most boxes of a picture. With more tasks, those that are alike share a box.
-MOST_BOXES = 60
+#: Most boxes of a picture, and of a layer of it, which fits a page. With more tasks, those that are alike
+#: share a box.
+MOST_BOXES, MOST_IN_LAYER = 60, 7
 #: Most layers of a picture. The tasks below them are left out.
 MOST_LAYERS = 100
 # Rounds in which the boxes of a layer are sorted by their neighbours.
@@ -98,14 +99,20 @@ def lay_out(dots: Sequence[Dot], most: int = MOST_BOXES) -> Layout:
     own: dict[str, Hashable] = {dot.id: dot.id for dot in shown}
     by_type: dict[str, Hashable] = {dot.id: (depth[dot.id], dot.type) for dot in shown}
     folded = own
-    if len(shown) > most:
+    if not _fits(folded, depth, most):
         folded = _alike(by_type, parents)
-    if len({*folded.values()}) > most:
+    if not _fits(folded, depth, most):
         folded = by_type
     if len({*folded.values()}) > most:
         folded = {dot.id: depth[dot.id] for dot in shown}
     boxes = _boxes(shown, folded, parents, depth)
     return Layout(boxes, _sorted_layers(boxes), len(known) - len(shown))
+
+
+def _fits(folded: Mapping[str, Hashable], depth: Mapping[str, int], most: int) -> bool:
+    """Return True if neither the boxes nor those of a layer are too many."""
+    boxes = {box: depth[task_id] for task_id, box in folded.items()}
+    return len(boxes) <= most and max(Counter(boxes.values()).values(), default=0) <= MOST_IN_LAYER
 
 
 def _depths(parents: Mapping[str, Sequence[str]]) -> dict[str, int]:

@@ -41,9 +41,9 @@ def picture(
         for number in row
     )
     picture = Markup(
-        '<svg class="flow" role="group" aria-label="{}" width="{w}" height="{h}" viewBox="0 0 {w} {h}">'
+        '<svg class="flow {}" role="group" aria-label="{}" width="{w}" height="{h}" viewBox="0 0 {w} {h}">'
         "{}{}</svg>"
-    ).format(title, lines, boxes, w=width, h=height)
+    ).format("broad" if layout.width > 3 else "", title, lines, boxes, w=width, h=height)
     if not layout.left_out:
         return picture
     text = display.say(

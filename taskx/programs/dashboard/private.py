@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import attrs
@@ -16,6 +17,8 @@ HIDDEN = "***"
 FIELDS = ("params", "result", "checkpoints", "log")
 # JSON text can be nested more deeply than Python calls can.
 _DEEPEST = 100
+# The params that a list shows of a task, and the characters of each.
+_GIST, _LONG = 4, 40
 
 
 def redacted(value: Any, words: tuple[str, ...], depth: int = 0) -> Any:
@@ -58,6 +61,22 @@ def visible(request: Request, task: Task) -> Task:
 
 def _with_old(attempt: Attempt, old_params: Any) -> Attempt:
     return attempt if attempt.old_params is None else attrs.evolve(attempt, old_params=old_params)
+
+
+def gist(request: Request, task: Task) -> str:
+    """Return the first params of a task in a few words; empty if the user may not see them."""
+    if not request.may("see_params"):
+        return ""
+    shown = []
+    for key, value in [*task.params.items()][:_GIST]:
+        seen = HIDDEN if is_secret(str(key), request.queue.config.redact) else value
+        if isinstance(seen, (dict, list)):
+            seen = "{…}" if isinstance(seen, dict) else f"[{len(seen)}]"
+        text = seen if isinstance(seen, str) else json.dumps(seen)
+        shown.append(
+            f"{str(key)[:_LONG]}={text if len(text) <= _LONG else text[: _LONG - 1] + '…'}"
+        )
+    return " ".join(shown).encode("utf-8", "backslashreplace").decode()
 
 
 def as_json(request: Request, task: Task) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from typing import Any
 
 from taskx.insight.query import query_of
@@ -17,3 +19,13 @@ def term(name: str, value: str) -> str:
         return f"{name}:{value}"
     fields: dict[str, Any] = {_FIELDS.get(name, name): value}
     return query_of(TaskFilter(**fields))
+
+
+def words_of(line: str) -> list[str]:
+    """Return the terms of a filter line as they are written."""
+    return [word[0] for word in re.finditer(r'(?:"(?:[^"\\]|\\.)*"|[^\s"])+', line)]
+
+
+def without(line: str, fields: Collection[str]) -> str:
+    """Return a filter line without its terms of some fields."""
+    return " ".join(word for word in words_of(line) if word.partition(":")[0] not in fields)

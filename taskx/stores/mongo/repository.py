@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, cast
-from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import pymongo
 from pymongo.client_session import ClientSession
@@ -30,6 +29,7 @@ from taskx.stores.mongo.joining import (
 )
 from taskx.stores.mongo.sender import Sender
 from taskx.stores.mongo.tasks import Tasks
+from taskx.stores.options import seconds_of, split, truth_of
 from taskx.stores.parts import Forks, House, at_forks
 from taskx.stores.transactions import Stored, Then, Transactions, Unit
 from taskx.tasks.checks import Duration, check_number
@@ -127,7 +127,7 @@ class MongoRepository(Tasks, Forks):
         Raises:
             ConfigurationError: the URL names no database, or an option is not valid.
         """
-        rest, options = _split(url)
+        rest, options = split(url, _OPTIONS)
         return cls(cast("Any", Url(rest)), clock=clock, codec=codec, **options)
 
     def __repr__(self) -> str:
@@ -268,39 +268,12 @@ class _Inside(Tasks):
         return object()
 
 
-def _split(url: str) -> tuple[str, dict[str, Any]]:
-    """Split a URL into the URL for the driver and the options of this repository."""
-    parts = urlsplit(url)
-    if len(parts.path) < 2:
-        raise ConfigurationError(f"the {parts.scheme} URL names no database: write …/database?…")
-    kept, ours = [], {}
-    for name, value in parse_qsl(parts.query, keep_blank_values=True):
-        if name in _OPTIONS:
-            ours[name] = _OPTIONS[name](value)
-        else:
-            kept.append((name, value))
-    return parts._replace(query=urlencode(kept)).geturl(), ours
-
-
-def _seconds(value: str) -> float:
-    try:
-        return float(value)
-    except ValueError:
-        raise ConfigurationError(f"{value!r} is not a number of seconds") from None
-
-
-def _truth(value: str) -> bool:
-    if value not in ("true", "false"):
-        raise ConfigurationError(f"`adopt_foreign` must be true or false, not {value!r}")
-    return value == "true"
-
-
 _OPTIONS: dict[str, Callable[[str], Any]] = {
     "collection": str,
-    "lease_timeout": _seconds,
-    "timeout": _seconds,
-    "poll_interval": _seconds,
-    "adopt_foreign": _truth,
+    "lease_timeout": seconds_of,
+    "timeout": seconds_of,
+    "poll_interval": seconds_of,
+    "adopt_foreign": truth_of,
 }
 
 

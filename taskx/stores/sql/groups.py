@@ -23,8 +23,8 @@ MOST_TOGETHER = 500
 
 _KINDS = {field.name: str(field.type).split(" | ")[0] for field in attrs.fields(Task)}
 _NAMES = {"int": "bigint", "bool": "bigint", "datetime": "bigint", "float": "float8"}
-# The type of each column in PostgreSQL.
-_TYPES = {name: _NAMES.get(_KINDS.get(name, ""), "text") for name in COLUMNS} | {"held": "bigint"}
+#: The type of each column in PostgreSQL.
+TYPES = {name: _NAMES.get(_KINDS.get(name, ""), "text") for name in COLUMNS} | {"held": "bigint"}
 
 
 @attrs.define
@@ -187,7 +187,7 @@ class GroupWriter(Writer):
 
 @lru_cache(maxsize=64)
 def _insert_group_sql(tasks: str, given: tuple[str, ...]) -> str:
-    arrays = ", ".join(f"?::{_TYPES[name]}[]" for name in given)
+    arrays = ", ".join(f"?::{TYPES[name]}[]" for name in given)
     rest = [name for name in COLUMNS if name not in given]
     values = [*(f"v.{name}" for name in given), *(literal(DEFAULTS[name]) for name in rest)]
     return (
@@ -198,7 +198,7 @@ def _insert_group_sql(tasks: str, given: tuple[str, ...]) -> str:
 
 
 def _array(name: str, values: Sequence[Any]) -> list[Any]:
-    if _TYPES[name] != "float8":
+    if TYPES[name] != "float8":
         return list(values)
     return [None if value is None else float(value) for value in values]  # no list of mixed types
 
@@ -219,7 +219,7 @@ class _Source:
     def array(self, name: str, values: Sequence[Any], column: str = "id") -> str:
         """Add a column with the values."""
         self._columns.append(name)
-        self._arrays.append(f"?::{_TYPES[column]}[]")
+        self._arrays.append(f"?::{TYPES[column]}[]")
         self._array_values.append(_array(column, values))
         return f"v.{name}"
 
@@ -228,7 +228,7 @@ class _Source:
         if any(value != values[0] for value in values):
             return self.array(f"c_{name}", values, name)
         self._set_values.append(values[0])
-        return f"?::{_TYPES[name]}"
+        return f"?::{TYPES[name]}"
 
     @property
     def text(self) -> str:

@@ -21,9 +21,10 @@ from taskx.tasks.clock import SYSTEM_CLOCK, Clock
 from taskx.tasks.codec import Codec, Codecs
 from taskx.tasks.model import TASK_FIELDS, Task, TaskFilter, TaskStatus
 from taskx.tasks.record import STUB, Ended, Stub, parents_from_text, task_from_row
+from taskx.tasks.streams import STREAM
 from taskx.tasks.tags import FLOW
 from taskx.tasks.timing import DEFAULT_TIMING, Timing
-from taskx.tasks.writes import Note, NoteChange, Write
+from taskx.tasks.writes import Note, NoteChange, Write, maker
 
 _MOST_VALUES = 500  # in one query
 _CREATED_AT = TASK_FIELDS.index("created_at")
@@ -202,14 +203,15 @@ class SQLRepository(Repository):
         return results
 
     def put_notes(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
-        # Notes about nodes need no sync: after a power cut all nodes are dead. A node whose schema is
-        # outdated may still change its own note, to say that it stops and leaves.
-        nodes = all(change.name.startswith(NODES) for change in changes)
-        on_record = nodes and all(change.version for change in changes)
+        # Notes about nodes need no sync: after a power cut all nodes are dead. Nor do those with what tasks
+        # emit: the next durable write syncs them, too. A node whose schema is outdated may still change its
+        # own note, to say that it stops and leaves, and store what its tasks emit before they end.
+        unsynced = all(change.name.startswith((NODES, STREAM)) for change in changes)
+        to_end = unsynced and all(n.version or n.name.startswith(STREAM) for n in changes)
         return self._links.transaction(
             lambda link: [self._writer.put_note(link, change) for change in changes],
-            not nodes,
-            ((), ()) if on_record else None,
+            not unsynced,
+            ((), ()) if to_end else None,
             single=len(changes) == 1,
         )
 
@@ -328,7 +330,8 @@ def _plain_stub(columns: Sequence[Any], owner: str) -> Stub:
         "max_crashes": max_crashes,
         "owner": owner,
     }
-    asked = asked_at is not None
-    return Stub(
-        task_id, status, starts, priority, created_at, asked, kind, run_at, row if params else None
-    )
+    stub = task_id, status, starts, priority, created_at, asked_at is not None, kind, run_at
+    return _make_stub((*stub, row if params else None))
+
+
+_make_stub = maker(Stub)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import sqlite3
 import sys
 import threading
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
@@ -19,7 +17,8 @@ import attrs
 from taskx.stores import queries
 from taskx.stores.base import Repository
 from taskx.stores.parts import Forks
-from taskx.stores.sql import Link, Links, Sent, SQLRepository
+from taskx.stores.sql import Link, Links, Sent, SQLRepository, callers
+from taskx.stores.sql.callers import savepoints
 from taskx.stores.sqlite.connections import FAILURES, require_log
 from taskx.stores.sqlite.links import Cursor, FileLinks, connect_to, fetch
 from taskx.stores.sqlite.schema import VERSION
@@ -43,53 +42,8 @@ T = TypeVar("T")
 
 
 def driver_connection(given: object) -> tuple[sqlite3.Connection, Active]:
-    """Return the connection of ``sqlite3`` that an object is or leads to, and what tells if it is in use.
-
-    A ``Session`` or ``Connection`` of SQLAlchemy leads to one, and a connection of Django. SQLAlchemy hands
-    its connections on to other threads, but knows when a transaction has ended.
-
-    Raises:
-        ConfigurationError: it leads to none, or belongs to another thread.
-    """
-    found: Any = given
-    active: Active = None
-    for _ in range(4):
-        if isinstance(found, sqlite3.Connection):
-            return found, active
-        if hasattr(found, "get_bind") and callable(getattr(found, "connection", None)):  # a Session
-            found = found.connection()
-            continue
-        if hasattr(found, "exec_driver_sql"):
-            active = _begin_in_sqlalchemy(found)
-        elif hasattr(found, "validate_thread_sharing"):
-            _open_in_django(found)
-        found = getattr(found, "driver_connection", None) or getattr(found, "connection", None)
-    raise ConfigurationError(
-        "connection must be an sqlite3.Connection, or a Session or Connection of SQLAlchemy or a "
-        f"connection of Django that leads to one, not {given!r:.80}; nothing was stored"
-    )
-
-
-def _begin_in_sqlalchemy(connection: Any) -> Callable[[], bool]:
-    """Let a Connection know that it is in a transaction: its ``commit`` would do nothing otherwise.
-
-    Return a function that tells if this transaction is open.
-    """
-    if not connection.in_transaction():
-        connection.begin()
-    transaction = weakref.ref(connection.get_transaction())
-    return lambda: (found := transaction()) is not None and found.is_active
-
-
-def _open_in_django(connection: Any) -> None:
-    """Open a connection of Django, if no query has done so, and check that it belongs to this thread."""
-    try:
-        connection.validate_thread_sharing()
-    except Exception as error:  # a class of Django, which need not be imported for this
-        raise ConfigurationError(
-            f"connection cannot be used: {error}; nothing was stored"
-        ) from error
-    connection.ensure_connection()
+    """Return the connection of ``sqlite3`` that an object leads to, as its namesake of ``callers`` does."""
+    return callers.driver_connection(given, sqlite3.Connection, "an sqlite3.Connection")
 
 
 @contextmanager
@@ -270,10 +224,6 @@ def in_transaction(connection: sqlite3.Connection) -> bool:
         return False
 
 
-# Each savepoint has its own name: one that an interrupt has left behind must not be rolled back to.
-_savepoints = itertools.count()
-
-
 class CallersLinks(Links):
     """A link over the connection of a caller, inside its transaction.
 
@@ -298,7 +248,7 @@ class CallersLinks(Links):
         ``enter`` is told before that if a transaction has begun.
         """
         connection = self._connection
-        began, counting, savepoint = False, False, f"taskx_{next(_savepoints)}"
+        began, counting, savepoint = False, False, f"taskx_{next(savepoints)}"
         text_factory, connection.text_factory = connection.text_factory, str
         try:
             with self._translating():
@@ -408,7 +358,7 @@ class CallersLinks(Links):
         # Not in a context manager: an interrupt must not come between its exit and the code here.
         with self._translating():
             cursor = self._cursor()
-            savepoint = f"taskx_{next(_savepoints)}"
+            savepoint = f"taskx_{next(savepoints)}"
             try:
                 cursor.execute(f"SAVEPOINT {savepoint}")
                 result = work(cursor)

@@ -688,6 +688,13 @@ def test_a_coroutine_ends_at_its_time_out(backend):
     assert result.finished_at - result.started_at < timedelta(seconds=60)
 
 
+def test_a_cancel_is_raised_at_the_await_of_a_coroutine(backend):
+    result = tasks.hang_until_cancelled.enqueue()
+    assert tasks.gate.wait(PATIENCE)
+    result.taskx.cancel()
+    assert [error.exception_class for error in ended(result).errors] == [TaskCancelled]
+
+
 def test_a_queue_name_is_part_of_the_type(backend):
     result = ended(tasks.add.using(queue_name="mails").enqueue(1))
     assert result.taskx.task().type == "shop.tasks.add@mails"
@@ -762,7 +769,19 @@ def test_a_coroutine_uses_the_connections_of_its_worker_and_knows_its_run(backen
     assert thread.startswith("taskx-worker-")
     assert opened
     assert task_id == result.id
-    assert result.taskx.task().message == "in the event loop"
+    assert result.taskx.task().message == "in taskx-loop"
+
+
+@pytest.mark.parametrize("threads", [1])
+def test_a_function_after_a_coroutine_does_not_use_the_loop_of_coroutines(backend):
+    ended(tasks.query_async.enqueue())
+    assert ended(tasks.loop_of_async_to_sync.enqueue()).return_value != "taskx-loop"
+
+
+def test_a_coroutine_has_transactions_and_steps(backend):
+    django_project.migrate("default")
+    result = ended(tasks.orm_in_transactions.enqueue())
+    assert result.return_value == [1, 0, ["kept"]], result.errors
 
 
 def test_each_thread_has_its_own_backend_and_all_share_one_queue(backend):

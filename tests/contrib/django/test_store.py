@@ -645,3 +645,25 @@ def test_async_code_can_await_a_handle(repository):
 
     with queue:
         assert asyncio.run(awaited()) == 42
+
+
+@pytest.mark.parametrize("repository", ["sqlite"], indirect=True)
+def test_a_coroutine_uses_the_tools_of_its_run(repository):
+    """Django refuses reads and writes on a thread with an event loop, but not those of TaskX there."""
+    queue = Queue(repository)
+
+    @queue.executor()
+    async def one(n: int) -> int:
+        return n
+
+    @queue.executor()
+    async def work(ctx):
+        ctx.cursor = 5
+        first = ctx.step("first", lambda: 1)
+        ctx.sleep(0.01, step="nap")
+        with pytest.raises(TimeoutError):
+            ctx.ask("boss", timeout=0.01)
+        return [ctx.cursor, first, ctx.run_all("some", [one.task(2)]), await one.submit(3)]
+
+    with queue:
+        assert queue.submit("work").result(PATIENCE) == [5, 1, [2], 3]

@@ -121,7 +121,7 @@ def test_the_colours_follow_the_system(visit):
         page = visit(color_scheme=scheme)
         page.goto("/")
         grounds.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
-    assert grounds == ["rgb(255, 255, 255)", "rgb(15, 19, 24)"]
+    assert grounds == ["rgb(245, 246, 248)", "rgb(14, 17, 22)"]
 
 
 def test_motion_is_reduced_on_demand(visit):

@@ -10,8 +10,8 @@ from taskx.tasks.errors import ConfigurationError
 
 #: Nodes on a page.
 ROWS = 50
-#: Running tasks that are listed of each node.
-TASKS = 50
+#: Running tasks that are listed.
+TASKS = 100
 # Seconds to wait for the stacks of another process.
 _PATIENCE = 3.0
 
@@ -19,11 +19,14 @@ _PATIENCE = 3.0
 def show(request: Request) -> Page:
     """Show the nodes, this one first."""
     nodes = sorted(request.queue.nodes(), key=lambda node: (not node.this, node.name))
-    tuned = request.queue.tuned()
-    return Page(
-        "nodes.html",
-        {"nodes": nodes[:ROWS], "number": len(nodes), "most": TASKS, "workers": tuned.workers},
-    )
+    values = {
+        "nodes": nodes[:ROWS],
+        "number": len(nodes),
+        "running": [(node, task) for node in nodes[:ROWS] for task in node.running],
+        "most": TASKS,
+        "workers": request.queue.tuned().workers,
+    }
+    return Page("nodes.html", values)
 
 
 def show_stacks(request: Request) -> Page:
@@ -34,11 +37,17 @@ def show_stacks(request: Request) -> Page:
     except TimeoutError as error:
         wrong = str(error)
     known = {found.id: found.name for found in request.queue.nodes()}
-    name = known.get(node, node)
-    return Page(
-        "stacks.html",
-        {"node": node, "stacks": stacks, "name": name, "wrong": wrong, "refreshing": False},
-    )
+    groups: dict[tuple[str, str], list[ThreadStack]] = {}
+    for one in stacks:  # those of idle threads are alike
+        groups.setdefault((one.stack, one.task_id), []).append(one)
+    values = {
+        "node": node,
+        "groups": [(stack, threads) for (stack, _), threads in groups.items()],
+        "name": known.get(node, node),
+        "wrong": wrong,
+        "refreshing": False,
+    }
+    return Page("stacks.html", values)
 
 
 def stop(request: Request) -> Done | Page:

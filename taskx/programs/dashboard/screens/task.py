@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from datetime import datetime
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
+
+from markupsafe import Markup
 
 from taskx.attempt.waiting import is_begun, outcome, waits_until
 from taskx.programs.dashboard import private
 from taskx.programs.dashboard.asking import question
+from taskx.programs.dashboard.explaining import linked, sentence
 from taskx.programs.dashboard.pages import Action, Done, Page, Screen
 from taskx.programs.dashboard.request import Request
 from taskx.programs.dashboard.screens.answers import KINDS, Row, rows_of
+from taskx.programs.dashboard.timeline import timeline
 from taskx.programs.dashboard.trees import Trees
 from taskx.queue.queue import Queue
 from taskx.tasks.clock import to_datetime
-from taskx.tasks.errors import ConfigurationError, TaskNotFound
+from taskx.tasks.errors import ConfigurationError
 from taskx.tasks.findings import Reason
 from taskx.tasks.lifecycle import ANSWER
-from taskx.tasks.model import Task, TaskStatus
+from taskx.tasks.model import MAX_NAME, Task, TaskStatus
 from taskx.tasks.redact import unhidden
 
 #: Lines of the log that a page shows: the last ones.
@@ -30,16 +32,10 @@ _RELATIVES = 20
 _EARLIER = 10
 
 
-#: The states that a page names, besides the statuses, and the outcomes of attempts.
-STATES = ("submitted", "due", "started", "retried", "snoozed", "interrupted", "crashed", "requeued")
-
-
-class _Step(NamedTuple):
-    """One state in which a task was, is or will be."""
-
-    name: str
-    at: datetime | None
-    seconds: float | None  #: the time until the next one
+# Answers and children that the timeline reads.
+_DRAWN = 60
+#: The outcomes of attempts and the states that a page names, besides the statuses.
+STATES = ("retried", "snoozed", "interrupted", "crashed", "requeued", "waiting")
 
 
 def show(request: Request) -> Page:
@@ -49,32 +45,47 @@ def show(request: Request) -> Page:
     seen = private.visible(request, task)
     lines = seen.log.splitlines()
     reasons = queue.why(task_id)
+    found = queue.repository.get_many([*task.depends_on][:_RELATIVES])
+    steps = (seen.checkpoints or {}).get("steps") or {}
+    children = queue.list_tasks(parent=task.id, limit=_RELATIVES, at_most=_RELATIVES + 1)
+    parents, earlier = [*found.values()], _earlier(queue, task)
     return Page(
         "task.html",
         {
             "task": seen,
             "trees": Trees(request.say),
-            "steps": [*_steps(task, request.now)],
-            "reasons": reasons,
-            "waits": next((reason.facts for reason in reasons if "since" in reason.facts), None),
+            "timeline": timeline(request, seen, _own(queue, task)),
+            "reasons": [_said(request, reason) for reason in reasons],
             "answer": _answer(request, task, reasons),
             "kinds": KINDS,
             "stacks": [reason.facts["stack"] for reason in reasons if reason.facts.get("stack")],
             "attempts": [*reversed(seen.attempts)],
             "log": "\n".join(lines[-LOG_LINES:]),
             "log_cut": max(0, len(lines) - LOG_LINES),
-            "parents": [*_parents(queue, task.depends_on)],
-            "children": queue.list_tasks(parent=task.id, limit=_RELATIVES, at_most=_RELATIVES + 1),
-            "earlier": _earlier(queue, task),
-            "actions": _actions(request, task),
-            "steps_stored": {
-                name: _told(request, value)
-                for name, value in ((seen.checkpoints or {}).get("steps") or {}).items()
+            "parents": parents,
+            "children": children,
+            "earlier": earlier,
+            "gists": {
+                one.id: private.gist(request, one) for one in (*parents, *children.tasks, *earlier)
             },
+            "gone": [one for one in [*task.depends_on][:_RELATIVES] if one not in found],
+            "actions": _actions(request, task),
+            "steps_stored": {name: _told(request, value) for name, value in steps.items()},
             "cursor": (seen.checkpoints or {}).get("cursor"),
             "params_text": _as_text(seen.params) if _editable(request, task) else None,
         },
     )
+
+
+def _said(request: Request, reason: Reason) -> tuple[Markup, tuple[str, str, str, str] | None]:
+    """Return a reason as a sentence, and what ends it: an action, its button, its field and the value."""
+    said = sentence(reason, request.display)
+    ends = None
+    if reason.kind == "hold" and request.may("tune"):
+        ends = "types/release", "Release", "limit", reason.facts["limit"]
+    elif reason.kind == "paused" and request.may("pause"):
+        ends = "types/resume", "Resume", "type", reason.facts["type"] or ""
+    return linked(said, lambda task_id: request.link("task", id=task_id)), ends
 
 
 def _told(request: Request, value: Any) -> Any:
@@ -101,27 +112,11 @@ def _answer(request: Request, task: Task, reasons: Sequence[Reason]) -> Row | No
     return next(rows_of(request, [asked]))
 
 
-def _steps(task: Task, now: datetime) -> Iterator[_Step]:
-    """Yield the states of a task with their times, in order."""
-    moments = [("submitted", task.created_at)]
-    if task.run_at is not None and (task.started_at is None or task.run_at <= task.started_at):
-        moments.append(("due", task.run_at))
-    if task.started_at is not None:
-        moments.append(("started", task.started_at))
-    if task.status.finished:
-        moments.append((task.status.value, task.completed_at))
-    ends = [at for _, at in moments[1:]] + [None if task.status.finished else now]
-    for (name, at), end in zip(moments, ends, strict=True):
-        span = None if at is None or end is None else (end - at).total_seconds()
-        yield _Step(name, at, None if span is None or span < 0 else span)
-
-
-def _parents(queue: Queue, ids: Sequence[str]) -> Iterator[tuple[str, Task | None]]:
-    for task_id in list(ids)[:_RELATIVES]:
-        found = None
-        with suppress(TaskNotFound):
-            found = queue.get_task_status(task_id)
-        yield task_id, found
+def _own(queue: Queue, task: Task) -> Sequence[Task]:
+    """Return the answers that a task asks for, and its children: their ids begin with its id."""
+    if len(task.id) >= MAX_NAME:  # no id is longer
+        return ()
+    return queue.list_tasks(id_prefix=f"{task.id}/", limit=_DRAWN, at_most=1).tasks
 
 
 def _earlier(queue: Queue, task: Task) -> list[Task]:

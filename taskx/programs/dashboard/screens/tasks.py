@@ -16,23 +16,28 @@ from taskx.programs.dashboard import private
 from taskx.programs.dashboard.bulk import change_for_a_while
 from taskx.programs.dashboard.pages import Action, Done, Page, Screen
 from taskx.programs.dashboard.request import Request
-from taskx.programs.dashboard.terms import term
+from taskx.programs.dashboard.terms import term, without, words_of
 from taskx.queue.bulk import Bulk
 from taskx.queue.queue import Queue
 from taskx.tasks.errors import ConfigurationError
-from taskx.tasks.model import TaskFilter, TaskPage, TaskStatus
+from taskx.tasks.model import TaskCount, TaskFilter, TaskPage, TaskStatus
 from taskx.tasks.tags import without_trace
 
 #: Tasks on a page.
-ROWS = 50
+ROWS = 25
 #: The largest total that is counted.
 MOST_COUNTED = 10_000
 #: Conditions without an index: only the newest tasks are searched for them, unless the user asks for all.
 UNINDEXED = frozenset({"created_by", "error", "error_type", "id_prefix", "params"})
 #: The number of tasks that are searched.
-MOST_SEARCHED = 50_000
+MOST_SEARCHED = 40_000
 # Statuses that few tasks have, and that are found by an index.
 _FEW = frozenset({TaskStatus.RUNNING, TaskStatus.FAILED, TaskStatus.CANCELLED})
+#: The largest number that a tab shows.
+MOST_IN_TAB = 1_000
+#: The ranges of time above the list: their terms and texts.
+RANGES = (("", "any time"), ("1h", "1 hour"), ("1d", "24 hours"), ("7d", "7 days"))
+_TIMES = ("newer", "older", "since", "until")
 # Pages that can be gone back one by one. Their places are in the URL.
 _TRAIL = 12
 
@@ -53,7 +58,14 @@ def show(request: Request) -> Page:
     """Show one page of the tasks that match the filter line."""
     line = request.args.get("q", "").strip()
     after = request.args.get("after") or None
-    values: dict[str, Any] = {"line": line, "fields": FIELDS, "wrong": ""}
+    values: dict[str, Any] = {
+        "line": line,
+        "fields": FIELDS,
+        "wrong": "",
+        "tabs": (),
+        "ranges": (),
+        "chips": (),
+    }
     try:
         wanted = read_filter(request, line)
         since = None if "all" in request.args else _searched_since(request.queue, wanted)
@@ -70,6 +82,10 @@ def show(request: Request) -> Page:
         {
             **values,
             "page": page,
+            "tabs": [*_tabs(request.queue, line, wanted)],
+            "ranges": [*_ranges(line)],
+            "chips": _chips(line),
+            "gists": {task.id: private.gist(request, task) for task in page.tasks},
             "since": since or page.searched_since,
             "capped": not page.exact and page.total >= MOST_COUNTED,
             "suggestions": [*_suggestions(request, line, page)],
@@ -88,6 +104,41 @@ def _searched_since(queue: Queue, wanted: TaskFilter) -> datetime | None:
         return None
     older = queue.list_tasks(offset=MOST_SEARCHED, limit=1, at_most=1).tasks
     return older[0].created_at if older else None
+
+
+def _tabs(
+    queue: Queue, line: str, wanted: TaskFilter
+) -> Iterator[tuple[str, str, TaskCount | None, bool]]:
+    """Yield the tabs: the status, the filter line, the number of tasks, and True for the chosen one.
+
+    Nothing is counted if that has no index.
+    """
+    rest = without(line, ["status"])
+    yield "", rest, None, wanted.status is None
+    for status in TaskStatus:
+        number = None
+        if not wanted.given & UNINDEXED:
+            one = attrs.evolve(wanted, status=status)
+            number = queue.count_tasks(one, at_most=MOST_IN_TAB)
+        words = f"{rest} {term('status', status.value)}".strip()
+        yield status.value, words, number, wanted.status is status
+
+
+def _ranges(line: str) -> Iterator[tuple[str, str, bool]]:
+    """Yield the ranges of time: the text, the filter line, and True for the chosen one."""
+    rest, given = (
+        without(line, _TIMES),
+        [w for w in words_of(line) if w.partition(":")[0] in _TIMES],
+    )
+    for age, text in RANGES:
+        terms = [term("newer", age)] if age else []
+        yield text, " ".join([rest, *terms]).strip(), given == terms
+
+
+def _chips(line: str) -> list[tuple[str, str]]:
+    """Return the terms of a line, each with the line without it."""
+    words = words_of(line)
+    return [(word, " ".join(words[:at] + words[at + 1 :])) for at, word in enumerate(words)]
 
 
 def _newer(request: Request, line: str, after: str | None) -> str:

@@ -170,6 +170,15 @@ def resume(request: Request) -> Done:
     return Done(request.say("Type {type} runs again.", type=type))
 
 
+def release(request: Request) -> Done:
+    """End the hold of a limit."""
+    name = request.form.get("limit", "")
+    if not request.queue.release(name):
+        return Done(request.say("Limit {limit} was not held.", limit=name))
+    request.note("release", name)
+    return Done(request.say("Limit {limit} is released: its tasks start at its rate.", limit=name))
+
+
 def tune(request: Request) -> Done:
     """Override the limits of a type; an empty field leaves the executor's own limit."""
     type = request.form.get("type", "")
@@ -214,6 +223,7 @@ SCREEN = Screen(
     actions={
         "pause": Action("pause", pause),
         "resume": Action("pause", resume),
+        "release": Action("tune", release),
         "tune": Action("tune", tune),
         "untune": Action("tune", untune),
     },

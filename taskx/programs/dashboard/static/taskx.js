@@ -29,8 +29,10 @@
     }
   });
   document.addEventListener("click", (event) => {
-    if (event.target.closest("[data-help]")) find("#keys").showModal();
+    if (event.target.closest("#help")) find("#keys").showModal();
     if (event.target.closest("[data-close]")) event.target.closest("dialog").close();
+    const copied = event.target.closest("[data-copy]");
+    if (copied && navigator.clipboard) navigator.clipboard.writeText(copied.dataset.copy);
   });
 
   // --- one box that ticks all the boxes of its form
@@ -57,9 +59,9 @@
   let before = "";
   document.addEventListener("DOMContentLoaded", () => {
     before = said();
-    find("[data-help]").hidden = false;
+    for (const button of document.querySelectorAll("#help, [data-copy]")) button.hidden = !button.id && !navigator.clipboard;
   });
-  document.addEventListener("htmx:after:swap", () => {
+  document.addEventListener("merged", () => {
     const now = said();
     if (now !== before) find("#live").textContent = before = now;
   });

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+from contextlib import suppress
 from typing import Any
 
-from asgiref.sync import sync_to_async
-from django.db import connection
+from asgiref.sync import async_to_sync, sync_to_async
+from django.db import connection, transaction
 from django.utils import timezone, translation
 
 import taskx
@@ -87,6 +88,12 @@ async def hang() -> None:
 
 
 @task
+async def hang_until_cancelled() -> None:
+    gate.set()
+    await asyncio.sleep(300)
+
+
+@task
 def wait() -> str:
     gate.wait(60)
     return "passed"
@@ -112,8 +119,38 @@ def query() -> list[Any]:
 async def query_async() -> list[Any]:
     context = taskx.current_context()
     assert context is not None
-    context.progress(10, "in the event loop")
+    context.progress(10, f"in {threading.current_thread().name}")
     return [*await sync_to_async(query.func)(), context.task.id]
+
+
+@task
+def loop_of_async_to_sync() -> str:
+    """Return the thread of the loop that a function gets from asgiref."""
+
+    async def here() -> str:
+        return threading.current_thread().name
+
+    return async_to_sync(here)()
+
+
+@task(takes_context=True)
+async def orm_in_transactions(context: Any) -> list[Any]:
+    """Write in a transaction, and in one that fails; return the results of steps, and what was written."""
+    from django.contrib.auth.models import Group
+
+    def write(name: str, *, fails: bool = False) -> None:
+        with transaction.atomic():
+            Group.objects.create(name=name)
+            if fails:
+                raise LookupError
+
+    await sync_to_async(write)("kept")
+    with suppress(LookupError):
+        await sync_to_async(write)("undone", fails=True)
+    steps = [context.taskx.step("on the loop", lambda: 1), await context.taskx.astep("aside", int)]
+    written = [group.name async for group in Group.objects.filter(name__in=["kept", "undone"])]
+    await Group.objects.filter(name="kept").adelete()
+    return [*steps, written]
 
 
 @task

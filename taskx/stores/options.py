@@ -1,0 +1,51 @@
+"""The options of a repository in the query of its URL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from taskx.tasks.errors import ConfigurationError
+
+
+def split(url: str, known: Mapping[str, Callable[[str], Any]]) -> tuple[str, dict[str, Any]]:
+    """Split a URL into the URL for a driver and the options of a repository.
+
+    Args:
+        url: the URL.
+        known: for each option of the repository, what makes its value of a text.
+
+    Raises:
+        ConfigurationError: the URL names no database, or an option is not valid.
+    """
+    from urllib.parse import parse_qsl, urlencode, urlsplit  # slow to load, and seldom needed
+
+    parts = urlsplit(url)
+    if len(parts.path) < 2:
+        raise ConfigurationError(f"the {parts.scheme} URL names no database: write …/database?…")
+    given = parse_qsl(parts.query, keep_blank_values=True)
+    ours = {name: _value(name, text, known[name]) for name, text in given if name in known}
+    kept = [(name, text) for name, text in given if name not in known]
+    return parts._replace(query=urlencode(kept)).geturl(), ours
+
+
+def _value(name: str, text: str, make: Callable[[str], Any]) -> Any:
+    try:
+        return make(text)
+    except (ValueError, KeyError):
+        raise ConfigurationError(
+            f"{text!r} is no value of `{name}`, which must be {_WORDS[make]}"
+        ) from None
+
+
+def truth_of(text: str) -> bool:
+    """Return the value of ``true`` or ``false``."""
+    return {"true": True, "false": False}[text]
+
+
+def seconds_of(text: str) -> float:
+    """Return a number of seconds."""
+    return float(text)
+
+
+_WORDS = {truth_of: "true or false", seconds_of: "a number of seconds", str: "a text"}
