@@ -113,7 +113,7 @@ def test_the_tasks_of_a_file_of_the_present_version_run_to_their_ends(present):
     before = {row["id"]: row["status"] for row in contents(present)["tasks"]}
     queue = Queue(SQLiteRepository(present))
     for kind in ("add", "hang", "deaf", "patient", "later", "paused"):
-        queue.executor(kind)(lambda ctx: ctx.task.id)
+        queue.executor(kind)(lambda ctx, **params: ctx.task.id)
     with queue:
         queue.resume("paused")
         queue.wake("delayed")
