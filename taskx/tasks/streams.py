@@ -25,7 +25,7 @@ from taskx.tasks.payload import CODEC_KEY
 from taskx.tasks.record import EMITTED
 
 if TYPE_CHECKING:
-    from taskx.tasks.handles import TaskHandle
+    from taskx.tasks.bell import Signal
     from taskx.tasks.model import Task
 
 R_co = TypeVar("R_co", covariant=True)
@@ -168,6 +168,17 @@ class Source(Protocol):
         ...
 
 
+class _Handle(Protocol[R_co]):
+    """What a stream needs of the :class:`TaskHandle` of its task."""
+
+    def done(self) -> bool: ...
+    def cancelled(self) -> bool: ...
+    def result(self, timeout: float, /) -> R_co: ...
+    def exception(self, timeout: float, /) -> BaseException | None: ...
+    def _sleep(self, timeout: float, /) -> None: ...
+    def _signal(self) -> Signal: ...
+
+
 class Stream(Generic[R_co]):
     """An iterator over what a task emits: use it in ``for`` or in ``async for``.
 
@@ -175,7 +186,7 @@ class Stream(Generic[R_co]):
     the task is the value of the ``StopIteration``, as of a generator.
     """
 
-    def __init__(self, handle: TaskHandle[R_co], source: Source, every: float) -> None:
+    def __init__(self, handle: _Handle[R_co], source: Source, every: float) -> None:
         self._handle = handle
         self._source = source
         self._every = every
