@@ -683,7 +683,7 @@ def step_stored_late(self, name, token, call):
     """Store the result of a step only after the call of the next one."""
     if name not in self._steps:
         text = self._encode(call(), name)
-        self._store(self._steps, self._cursor, durable=True, token=token)
+        self._store(self._steps, self._cursor, self._emitted, durable=True, token=token)
         self._steps = {**self._steps, name: text}
     return payload.loads(self._steps[name])
 

@@ -85,7 +85,7 @@ class TestUrls:
             ("mongodb://host", "names no database"),
             ("mongodb://host/", "names no database"),
             ("mongodb+srv://host", "names no database"),
-            ("mongodb://host/db?lease_timeout=long", "not a number"),
+            ("mongodb://host/db?lease_timeout=long", "must be a number of seconds"),
             ("mongodb://host/db?adopt_foreign=yes", "must be true or false"),
             ("mongodb://host/db?collection=", "collection"),
         ],
