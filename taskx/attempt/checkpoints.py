@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import islice
 from typing import Any, NoReturn
 
@@ -148,7 +147,7 @@ class Keeper:
         ]
 
     def save(self, task: Task, emitted: Emitted, token: CancelToken) -> None:
-        """Store what a run has emitted; the readers of its task find it by the name of the run.
+        """Store what a run has emitted, and remove what it replaces.
 
         Raises:
             TaskCancelled: the token fired before the repository was back.
@@ -160,18 +159,22 @@ class Keeper:
             self.refuse_own_transaction()
             self.waits.patiently(token, lambda: self._repository.put_notes(changes))
             emitted.saved(texts)
+        if emitted.some and not emitted.alone:
+            with suppress(RepositoryError):  # the next call tries again, or it goes with the record
+                self._forget_earlier(task)
+                emitted.alone = True
 
-    def forget_earlier(self, task: Task, token: CancelToken) -> None:
+    def _forget_earlier(self, task: Task) -> None:
         """Remove what earlier runs of a task have emitted, except what its completed steps have."""
         if task.starts < 2:
             return
+        self.refuse_own_transaction()
         pieces = [piece for some in pieces_in(task.checkpoints).values() for piece in some]
         stream, reads = stream_of(task), self._repository.reads
         after = note_name(stream, Place(0, 0))
-        self.refuse_own_transaction()
         last = Place(0, 0)
         while True:
-            page = self.waits.patiently(token, partial(reads.notes_after, stream, after, _PAGE))
+            page = reads.notes_after(stream, after, _PAGE)
             gone = []
             for after in page:
                 before, last = last, last_in(after)
@@ -181,7 +184,7 @@ class Keeper:
                 if not any(piece.overlaps(last.start, first, last.number) for piece in pieces):
                     gone.append(NoteChange(after, None, page[after].version))
             if gone:
-                self.waits.patiently(token, partial(self._repository.put_notes, gone))
+                self._repository.put_notes(gone)
             if len(page) < _PAGE or last.start >= task.starts:
                 return
 

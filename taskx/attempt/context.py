@@ -108,23 +108,31 @@ class Context:
         logger: logs with the task's id and type.
     """
 
-    _copy: Task | None = None  # made on first use: most executors never ask for it
-    _told: tuple[float, str] | None = None  # the last progress that was reported
-    _unwritten = False
-    _missed = _quiet = _storing = False  # see ``transaction`` and ``_new_progress``
-    _checkpoints: Checkpoints | None = None
-    _emitted: Emitted | None = None
-    _stored: str | None = None  # the checkpoints that were stored last
-    _spent: Cost = NOTHING
+    __slots__ = (
+        *("_copy", "_shared", "_task", "_token"),
+        *("_missed", "_quiet", "_storing", "_told", "_unwritten"),
+        *("_checkpoints", "_emitted", "_run_token", "_stored"),
+        *("_awaited", "_completed", "_parked", "_spent"),
+    )
+    _copy: Task | None  # made on first use: most executors never ask for it
+    _told: tuple[float, str] | None  # the last progress that was reported
+    _checkpoints: Checkpoints | None
+    _emitted: Emitted | None
+    _stored: str | None  # the checkpoints that were stored last
     #: Raised by a call that has parked the run; None if none has.
-    _parked: Parked | None = None
+    _parked: Parked | None
     #: The coroutine of the run, if its executor is one.
-    _awaited: Awaited | None = None
+    _awaited: Awaited | None
 
     def __init__(self, task: Task, token: CancelToken, shared: Shared) -> None:
         self._task = task
         self._shared = shared
         self._token = self._run_token = token
+        self._copy = self._told = self._checkpoints = self._emitted = self._stored = None
+        self._parked = self._awaited = None
+        # See ``transaction`` and ``_new_progress``.
+        self._unwritten = self._missed = self._quiet = self._storing = False
+        self._spent: Cost = NOTHING
         #: The completion of the task, if a transaction of the run has stored one.
         self._completed: list[Completed] = []
 
@@ -222,7 +230,6 @@ class Context:
             TaskCancelled: the token has fired.
             ConfigurationError: this is inside ``ctx.transaction()``; the repository has only eight methods;
                 or this is a forked child process.
-            RepositoryError: what an earlier run has emitted could not be removed.
         """
         self._token.raise_if_cancelled()
         if (kept := self._checkpoints) is not None:
@@ -238,8 +245,7 @@ class Context:
         keeper.check()
         with keeper.lock:
             if self._emitted is None:
-                forget = partial(keeper.forget_earlier, self._task, self._run_token)
-                self._emitted = Emitted(keeper.max_payload_size, forget)
+                self._emitted = Emitted(keeper.max_payload_size)
             return self._emitted
 
     def _save_emitted(self) -> None:
@@ -278,10 +284,16 @@ class Context:
         return self._latest_progress()
 
     def _may_write(self) -> bool:
-        """Return True if the record may be changed now; after that, call :meth:`_progress_written`."""
-        self._storing = True  # before the next line: the other order could overlook a transaction
-        if self._quiet:
-            self._storing = False
+        """Return True if the record may be changed now; after that, call :meth:`_progress_written`.
+
+        It may until that call, also if a transaction of the run begins to wait for it in between.
+        """
+        if not self._storing:
+            self._storing = (
+                True  # before the next line: the other order could overlook a transaction
+            )
+            if self._quiet:
+                self._storing = False
         return self._storing
 
     def _progress_written(self, *, stored: bool) -> None:
@@ -912,6 +924,8 @@ class Context:
 
 class Watched(Context):
     """The context of a run that times out if it gives no sign of life: ``beat`` is called at each one."""
+
+    __slots__ = ("_beat",)
 
     def __init__(
         self, task: Task, token: CancelToken, shared: Shared, beat: Callable[[], object]

@@ -57,9 +57,9 @@ class Waiter(Executor):
                 del call  # it keeps values of the coroutine alive
 
     def _make(self, future: Future[T], call: Callable[[], T]) -> None:
-        with self._deciding:
-            self._busy = not self._free
         try:
+            with self._deciding:
+                self._busy = not self._free
             if not self._busy:
                 future.cancel()
             elif future.set_running_or_notify_cancel():
@@ -108,7 +108,8 @@ class Awaited:
         #: The id of the task that it belongs to; the id and the type.
         self.task_id, self.name = task.id, f"{task.id} ({task.type})"
         self._token = token
-        self._loop = loop
+        #: The loop that runs it.
+        self.loop = loop
         self._coroutine = coroutine
         #: The thread that waits for it.
         self.thread = Waiter()
@@ -125,7 +126,7 @@ class Awaited:
 
     def begin(self) -> None:
         """Make the task of asyncio."""
-        self.task = self._loop.create_task(self._run(), name=f"taskx {self.name}")
+        self.task = self.loop.create_task(self._run(), name=f"taskx {self.name}")
         self.task.add_done_callback(self._done)
 
     def _done(self, task: asyncio.Task[None]) -> None:
@@ -194,7 +195,7 @@ class Awaited:
                 self.task.cancel()
 
         try:
-            self._loop.call_soon_threadsafe(on_loop)
+            self.loop.call_soon_threadsafe(on_loop)
         except RuntimeError:  # the loop is closed, so the coroutine does not go on
             self._error = self._error or asyncio.CancelledError()
             self._end()
@@ -213,7 +214,7 @@ class Awaited:
 
     def is_here(self) -> bool:
         """Return True if the calling thread is that of the loop."""
-        return asyncio._get_running_loop() is self._loop
+        return asyncio._get_running_loop() is self.loop
 
     def leave(self, on_end: Callable[[], object]) -> bool:
         """Let the thread go on although the coroutine does not end; call ``on_end()`` when it has ended.
@@ -393,7 +394,8 @@ def _serve(loop: asyncio.AbstractEventLoop, running: dict[Awaited, None]) -> Non
                 "a coroutine that no executor waits for has ended the event loop: it goes on"
             )
     for awaited in running.copy():
-        awaited.cancel()
+        if awaited.loop is loop:  # else it runs on the loop that was made after this one
+            awaited.cancel()
 
 
 def _stop(loop: asyncio.AbstractEventLoop) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -27,13 +27,12 @@ class Emitted:
 
     Args:
         max_payload_size: the queue's limit.
-        begin: called once, before the first chunk.
     """
 
-    def __init__(self, max_payload_size: int, begin: Callable[[], object]) -> None:
+    def __init__(self, max_payload_size: int) -> None:
         self._most = MAX_PAYLOADS * max_payload_size
-        self._begin: Callable[[], object] | None = begin
-        self._beginning = threading.Lock()
+        #: True if there are chunks, and if what earlier runs have emitted was removed.
+        self.some = self.alone = False
         self._lock = threading.Lock()
         self._size = self._tail_size = 0
         # The number of the last chunk in a note, and the chunks that follow: changed in one step.
@@ -48,7 +47,6 @@ class Emitted:
         if size > MAX_CHUNK:
             problem = f"{size:,} bytes as JSON, more than a chunk may have ({MAX_CHUNK:,})"
             raise PayloadError("chunk", problem)
-        self._ensure_begun()
         with self._lock:
             self._grow(size)
             if self._tail_size + size > _MOST_IN_NOTE:
@@ -60,7 +58,6 @@ class Emitted:
 
     def repeat(self, pieces: Sequence[Piece]) -> None:
         """Add chunks of earlier runs: those of a step that this run skips."""
-        self._ensure_begun()
         with self._lock:
             self._freeze()
             for piece in pieces:
@@ -72,8 +69,8 @@ class Emitted:
 
     def take_in(self, notes: Mapping[int, str]) -> None:
         """Add notes that a child process has made."""
-        self._ensure_begun()
         with self._lock:
+            self.some = True
             self._notes.update(notes)
 
     def unsaved(self) -> dict[int, str]:
@@ -92,13 +89,6 @@ class Emitted:
         for number in numbers:
             self._notes.pop(number, None)
 
-    def _ensure_begun(self) -> None:
-        if self._begin is not None:
-            with self._beginning:
-                if self._begin is not None:
-                    self._begin()
-                    self._begin = None
-
     def _grow(self, size: int) -> None:
         if self._size + size > self._most:
             problem = (
@@ -107,6 +97,7 @@ class Emitted:
             )
             raise PayloadError("chunk", problem)
         self._size += size
+        self.some = True
 
     def _freeze(self) -> None:
         before, tail = self._open

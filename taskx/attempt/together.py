@@ -68,6 +68,8 @@ class BatchContext(Context):
     has passed, or the queue stops. What belongs to a single task, such as steps, is refused.
     """
 
+    __slots__ = ("_contexts",)
+
     def __init__(self, contexts: Sequence[Context], token: CancelToken, shared: Shared) -> None:
         super().__init__(contexts[0]._task, token, shared)
         self._contexts = contexts

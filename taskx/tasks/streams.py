@@ -192,6 +192,8 @@ class Stream(Generic[R_co]):
         self._every = every
         self._ready: deque[Chunk] = deque()
         self._over = False
+        # A thread still looks if the coroutine that waited for it was cancelled.
+        self._looking = threading.Lock()
 
     def __iter__(self) -> Stream[R_co]:
         return self
@@ -242,10 +244,11 @@ class Stream(Generic[R_co]):
 
     def _look(self) -> bool:
         """Read what is stored by now. Return False if there is nothing, and the task goes on."""
-        ended = self._handle.done()  # before the read: all was stored before the end of the task
-        self._ready.extend(self._source.read())
-        self._over = ended and not self._ready
-        return self._over or bool(self._ready)
+        with self._looking:
+            ended = self._handle.done()  # before the read: all is stored before the end
+            self._ready.extend(self._source.read())
+            self._over = ended and not self._ready
+            return self._over or bool(self._ready)
 
 
 # --- server-sent events

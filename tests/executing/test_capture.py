@@ -25,6 +25,7 @@ from taskx import (
 )
 from taskx.attempt import capture
 from taskx.attempt.capture import MAX_LINE
+from taskx.attempt.context import Context
 from taskx.tasks.lifecycle import MAX_LOG
 
 
@@ -515,6 +516,17 @@ class TestOtherHandlers:
             assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
             log.info("in the parent")
         assert made.text().endswith("in the parent\n")
+
+
+def test_a_transaction_waits_for_progress_that_is_stored_with_the_log():
+    context = Context(None, None, None)
+    context._told, context._unwritten = (50, "half"), True
+    assert context._new_progress() == (50, "half")
+    context._quiet = True  # a transaction begins, and waits while the progress is stored
+    assert context._may_write()
+    assert context._storing
+    context._progress_written(stored=True)
+    assert not context._may_write()
 
 
 class TestOption:

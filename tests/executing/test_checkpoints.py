@@ -326,6 +326,12 @@ class TestCancelledRuns:
 
 
 class TestCursor:
+    def test_a_misspelt_one_is_refused(self, queue):
+        queue.executor("walk", max_attempts=1)(lambda ctx: setattr(ctx, "curser", 1))
+        queue.start()
+        with pytest.raises(TaskFailed, match="curser"):
+            queue.submit("walk").result(PATIENCE)
+
     def test_the_next_attempt_continues_at_the_cursor(self, queue):
         done = []
 

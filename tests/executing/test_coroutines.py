@@ -40,7 +40,7 @@ from taskx import (
     TaskStatus,
     current_context,
 )
-from taskx.attempt.coroutines import Waiter
+from taskx.attempt.coroutines import Waiter, _serve
 from taskx.testing import InlineQueue, ManualClock, ManualQueue, inline, run_executor, survives
 
 from . import isolated
@@ -621,6 +621,23 @@ class TestTheLoop:
             end.submit(at_once=True).result(PATIENCE)
         assert end.submit(at_once=False).result(PATIENCE) is None
         gc.collect()  # asyncio complains of the task now, and not in another test
+
+    def test_the_end_of_a_loop_touches_no_coroutine_of_the_next_one(self):
+        class Coroutine:
+            def __init__(self, loop):
+                self.loop = loop
+
+            def cancel(self):
+                cancelled.append(self)
+
+        first, second, cancelled = asyncio.new_event_loop(), asyncio.new_event_loop(), []
+        running = dict.fromkeys([Coroutine(first), Coroutine(second)])
+        first.call_soon(first.stop)
+        with closing(second):
+            serving = threading.Thread(target=_serve, args=(first, running))
+            serving.start()
+            serving.join(PATIENCE)
+        assert [coroutine.loop for coroutine in cancelled] == [first]
 
     def test_an_exit_in_a_coroutine_fails_that_attempt_alone(self, queue):
         @queue.executor(max_attempts=1)

@@ -26,7 +26,7 @@ from taskx.node.retention import forget_streams
 from taskx.stores.streams import Reader
 from taskx.tasks import lifecycle
 from taskx.tasks.lifecycle import Ending
-from taskx.tasks.streams import STREAM
+from taskx.tasks.streams import STREAM, Chunk, Stream
 from taskx.testing import ManualClock, ManualQueue
 
 from . import isolated
@@ -181,6 +181,55 @@ def test_async_for():
     assert asyncio.run(collect(good)) == [0, 1, 2]
     with pytest.raises(TaskFailed):
         asyncio.run(collect(bad))
+
+
+def test_a_cancelled_wait_for_a_chunk_loses_none_and_disturbs_no_order():
+    class Source:
+        def __init__(self):
+            self.reading, self.goes_on = threading.Event(), threading.Event()
+            self.inside = self.number = 0
+
+        def read(self):
+            assert not self.inside
+            self.inside, self.number = 1, self.number + 1
+            number = self.number
+            self.reading.set()
+            assert self.goes_on.wait(PATIENCE)
+            self.inside = 0
+            return [Chunk(number, f"1-{number}")]
+
+    async def main():
+        first = asyncio.create_task(anext(stream))
+        await asyncio.to_thread(source.reading.wait, PATIENCE)
+        first.cancel()
+        later = asyncio.create_task(anext(stream))
+        asyncio.get_running_loop().call_later(0.05, source.goes_on.set)
+        return [(await later).value, (await anext(stream)).value]
+
+    queue, source = ManualQueue(), Source()
+    queue.executor("a")(lambda: None)
+    stream = Stream(queue.submit("a"), source, 0.1)
+    assert asyncio.run(main()) == [1, 2]
+
+
+def test_emit_waits_for_no_repository(monkeypatch):
+    """A coroutine that emits would keep all others from going on."""
+    repository = MemoryRepository()
+    queue = ManualQueue(repository)
+
+    @queue.executor("a", max_attempts=2)
+    def a(ctx):
+        with monkeypatch.context() as patch:
+            for name in ("reads", "put_notes"):
+                patch.setattr(repository, name, None)
+            ctx.emit(ctx.task.attempt)
+        if ctx.task.attempt == 1:
+            raise Retry(delay=0)
+
+    handle = queue.submit("a")
+    queue.run_all()
+    assert read(handle) == ([2], 0)
+    assert len(stored(queue)) == 1
 
 
 def test_steps_in_coroutines():

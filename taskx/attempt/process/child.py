@@ -237,9 +237,6 @@ class _Parent(Keeper):
             self._channel.say("emitted", [*texts.items()])
             emitted.saved(texts)
 
-    def forget_earlier(self, task: Task, token: CancelToken) -> None:
-        """Do nothing: the parent does so."""
-
     def store(self, task: Task, text: str, *, durable: bool, token: CancelToken) -> bool:
         kept = bool(self._ask("checkpoints", text, durable))
         if not kept:
