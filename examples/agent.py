@@ -16,12 +16,11 @@ DOCUMENTS = [(tenant, name) for tenant in ("acme", "bolt", "cord") for name in (
 queue = Queue(SQLiteRepository("agent.db"), Config(worker_num=50))
 queue.limit("model", concurrency=8, rate=["600/m", "9000 tokens/m"])  # of all tenants together
 queue.limit("tenant:", share=True)  # no tenant waits for all documents of another one
-client = httpx.AsyncClient(
-    base_url=os.environ.get("AGENT_URL", "http://127.0.0.1:8765"), timeout=None
-)
+url = os.environ.get("AGENT_URL", "http://127.0.0.1:8765")
+client = httpx.AsyncClient(base_url=url, timeout=None)  # the time-out of the task is enough
 
 
-@queue.executor(limit="model", timeout="1m", retry=RetryPolicy(5))
+@queue.executor(limit="model", timeout="5m", retry=RetryPolicy(5))
 async def think(ctx: Context, prompt: str) -> str:
     """Ask the model, and show its answer word by word."""
     async with client.stream("POST", "/think", content=prompt) as answer:
@@ -35,7 +34,7 @@ async def think(ctx: Context, prompt: str) -> str:
     return " ".join(words)
 
 
-@queue.executor(timeout="1m", retry=RetryPolicy(5))
+@queue.executor(timeout="5m", retry=RetryPolicy(5))
 async def ask(method: str, path: str, text: str = "") -> str:
     """Use a tool, or send a mail."""
     return (await client.request(method, path, content=text)).raise_for_status().text
@@ -57,7 +56,5 @@ async def review(ctx: Context, tenant: str, document: str) -> str:
 
 
 if __name__ == "__main__":
-    once = {"unique_scope": "ever", "on_conflict": "return"}
     with queue:
-        handles = [review.using(unique_key=f"{one}", **once).submit(*one) for one in DOCUMENTS]
-        print(*(handle.result() for handle in handles), sep="\n")
+        print(*queue.map(review, DOCUMENTS, star=True), sep="\n")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 #: What the model was asked, and the mails by their keys: a key that is sent again is the same mail.
@@ -20,7 +21,10 @@ class Api(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """Let the model think about a prompt, or take a mail."""
-        text = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        size = int(self.headers["Content-Length"])
+        text = self.rfile.read(size).decode()
+        if len(text.encode()) < size:  # the agent was killed
+            return
         if self.path.startswith("/mails/"):
             mails[self.path.removeprefix("/mails/")] = text
             self._answer(200)
@@ -31,9 +35,12 @@ class Api(BaseHTTPRequestHandler):
             return
         whose, document = text.partition(":")[0].split()[-2:]
         self._answer(200)
-        for word in [whose, document, "is", "fine"] if "letter" in text else ["prices", "dates"]:
-            time.sleep(0.05)
-            self.wfile.write(f"{word}\n".encode())
+        with suppress(ConnectionError):  # the agent was killed
+            for word in (
+                [whose, document, "is", "fine"] if "letter" in text else ["prices", "dates"]
+            ):
+                time.sleep(0.05)
+                self.wfile.write(f"{word}\n".encode())
 
     def do_GET(self) -> None:
         """Use a tool, or show the mails."""
@@ -50,5 +57,11 @@ class Api(BaseHTTPRequestHandler):
         """Show no requests."""
 
 
+class Server(ThreadingHTTPServer):
+    """A server that lets many calls wait at once: Linux drops those beyond, and they come seconds later."""
+
+    request_queue_size = 100
+
+
 if __name__ == "__main__":
-    ThreadingHTTPServer(("127.0.0.1", int(*sys.argv[1:] or [8765])), Api).serve_forever()
+    Server(("127.0.0.1", int(*sys.argv[1:] or [8765])), Api).serve_forever()

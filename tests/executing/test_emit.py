@@ -6,9 +6,11 @@ import asyncio
 import sqlite3
 import threading
 from concurrent.futures import CancelledError
+from contextlib import closing
 
 import pytest
 from helpers import PATIENCE, services_of
+from storage.repositories import MAKERS
 
 from taskx import (
     Config,
@@ -350,6 +352,15 @@ def test_chunks_go_with_their_task(queue):
     queue.clock.advance(1)
     assert queue.prune(before=queue.clock.now()) == 2
     assert stored(queue) == []
+
+
+@pytest.mark.parametrize("store", ["django-sqlite", "postgres", "mongo"])
+def test_so_it_is_on_every_store(store, tmp_path):
+    clock = ManualClock()
+    with closing(MAKERS[store](tmp_path, clock)) as repository:
+        queue = ManualQueue(repository, clock=clock)
+        test_chunks_go_with_their_task(queue)
+        test_a_retry_begins_anew_but_completed_steps_are_not_called_again(queue)
 
 
 @pytest.mark.every_store

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pymongo
 from bson.codec_options import CodecOptions, DatetimeConversion
 from bson.errors import BSONError
-from pymongo import errors
+from pymongo import InsertOne, UpdateMany, UpdateOne, errors
 from pymongo.collection import Collection
 from pymongo.database import Database
 from pymongo.errors import PyMongoError
@@ -32,6 +32,7 @@ from taskx.tasks.errors import (
 from taskx.tasks.timing import Timing
 
 T = TypeVar("T")
+_Request = InsertOne[Document] | UpdateOne | UpdateMany
 
 #: The errors of the driver, and those of encoding a document.
 FAILURES = (PyMongoError, BSONError, OverflowError, RecursionError, UnicodeEncodeError)
@@ -250,6 +251,18 @@ class Sequencer:
         admin = self._connection.tasks.database.client.admin
         told = self._connection.run(lambda: admin.command("hello", codec_options=_CODEC), timeout)
         return moment_ms(told.get("localTime"))
+
+
+def bulk_write(collection: Collection[Document], requests: Sequence[_Request]) -> Mapping[str, Any]:
+    """Send requests in any order, and return what the server tells; an id that is taken is no error."""
+    try:
+        return collection.bulk_write(requests, ordered=False).bulk_api_result
+    except errors.BulkWriteError as error:
+        told = error.details or {}
+        others = any(failure["code"] != DUPLICATE_KEY for failure in told["writeErrors"])
+        if others or told.get("writeConcernErrors"):
+            raise
+        return told
 
 
 def is_passing(error: Exception) -> bool:

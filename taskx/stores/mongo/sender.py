@@ -22,15 +22,15 @@ import bson
 import pymongo
 from bson.int64 import Int64
 from pymongo import InsertOne, UpdateMany, UpdateOne
-from pymongo.errors import BulkWriteError, DuplicateKeyError, PyMongoError
+from pymongo.errors import DuplicateKeyError, PyMongoError
 from pymongo.read_concern import ReadConcern
 
 from taskx.stores.mongo.batches import Batches
 from taskx.stores.mongo.connection import (
-    DUPLICATE_KEY,
     FAILURES,
     Connection,
     Sequencer,
+    bulk_write,
     is_passing,
     may_have_been_sent,
     translated,
@@ -311,17 +311,8 @@ class Sender:
             *(map(_upsert, inserts) if as_updates else map(InsertOne, documents)),
             *_statements(updates),
         ]
-        refused: set[int] = set()
-        told: Mapping[str, Any]
-        try:
-            told = tasks.bulk_write(requests, ordered=False).bulk_api_result
-        except BulkWriteError as error:
-            told = error.details or {}
-            failures = told["writeErrors"]
-            others = any(failure["code"] != DUPLICATE_KEY for failure in failures)
-            if others or told.get("writeConcernErrors"):
-                raise
-            refused = {failure["index"] for failure in failures}
+        told = bulk_write(tasks, requests)
+        refused = {failure["index"] for failure in told["writeErrors"]}
         matched: int = told["nMatched"]
         if as_updates:
             # A new document that was sent before is matched instead of inserted.

@@ -7,12 +7,12 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from bson.int64 import Int64
-from pymongo import UpdateOne
+from pymongo import InsertOne, UpdateOne
 from pymongo.errors import DuplicateKeyError, WriteError
 
 from taskx.stores.base import Fields, Listed, Lookup, Reads, Repository, Rows, Timed, new_version
 from taskx.stores.mongo.batches import Batches
-from taskx.stores.mongo.connection import PER_MS, Connection
+from taskx.stores.mongo.connection import PER_MS, Connection, bulk_write
 from taskx.stores.mongo.documents import (
     Document,
     batch_of,
@@ -285,28 +285,37 @@ class Tasks(Repository):
         return {note["_id"]: Note(note["text"], int(note["version"])) for note in found}
 
     def put_notes(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
-        together = len(changes) > 1 and all(value and version for _, value, version in changes)
+        together = len(changes) > 1 and all(value is not None for _, value, _ in changes)
         if together and self._connection.is_real:  # a mock does not support it
-            return self._change_all(changes)
+            return self._put_all(changes)
         return [self._put(*change) for change in changes]
 
-    def _change_all(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
-        """Change notes in one request; the server answers only how many it changed."""
-        updates = [
+    def _put_all(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
+        """Store notes in one request, or in two if only some of them are new.
+
+        The server answers which of the new ones it refused, but only how many of the others it changed.
+        """
+        requests = [
             UpdateOne(
                 {"_id": text(name, "name"), "version": Int64(version)},
                 {"$set": {"text": value}, "$inc": {"version": Int64(1)}},
             )
+            if version
+            else InsertOne(_new_note(name, value))
             for name, value, version in changes
         ]
         notes = self._connection.notes
-        done = self._connection.write(lambda: notes.bulk_write(updates, ordered=False))
-        if done.matched_count == len(changes):
-            return [True] * len(changes)
-        wanted = {"_id": {"$in": [change.name for change in changes]}}
-        found = self._connection.run(lambda: list(notes.find(wanted)))
-        now = {note["_id"]: (note["text"], int(note["version"])) for note in found}
-        return [now.get(name) == (value, version + 1) for name, value, version in changes]
+        told = self._connection.write(lambda: bulk_write(notes, requests))
+        refused = {failure["index"] for failure in told["writeErrors"]}
+        held = [index not in refused for index in range(len(changes))]
+        if told["nMatched"] < sum(bool(change.version) for change in changes):
+            wanted = {"_id": {"$in": [change.name for change in changes if change.version]}}
+            found = self._connection.run(lambda: list(notes.find(wanted)))
+            now = {note["_id"]: (note["text"], int(note["version"])) for note in found}
+            for index, (name, value, version) in enumerate(changes):
+                if version:
+                    held[index] = now.get(name) == (value, version + 1)
+        return held
 
     def _put(self, name: str, value: str | None, version: int) -> bool:
         notes = self._connection.notes
@@ -314,8 +323,7 @@ class Tasks(Repository):
             return name not in self.notes(name)
         known = {"_id": text(name, "name"), "version": Int64(version)}
         if not version:
-            new = {"_id": name, "text": value, "version": Int64(new_version())}
-            return self._connection.write(lambda: self._insert(new))
+            return self._connection.write(lambda: self._insert(_new_note(name, value)))
         if value is None:
             return self._connection.write(lambda: notes.delete_one(known).deleted_count == 1)
         change = {"$set": {"text": value}, "$inc": {"version": Int64(1)}}
@@ -327,6 +335,10 @@ class Tasks(Repository):
         except DuplicateKeyError:
             return False
         return True
+
+
+def _new_note(name: str, value: str | None) -> Document:
+    return {"_id": text(name, "name"), "text": value, "version": Int64(new_version())}
 
 
 class DocumentReads(Reads):

@@ -24,7 +24,7 @@ from taskx import (
 from taskx.stores.mongo.sender import _SMALL
 from taskx.stores.queries import shown
 from taskx.tasks import lifecycle, payload
-from taskx.tasks.writes import Update
+from taskx.tasks.writes import NoteChange, Update
 
 from .conftest import CommandCount, insert, run, sent_in_vain
 
@@ -66,6 +66,19 @@ class TestTrips:
         writes = [write for task in tasks for write in lifecycle.conclude(task, FINE, NOW)]
         assert repository.apply(writes) == [True] * 20
         assert sent == ["update"]
+
+    def test_new_notes_take_one_round_trip(self, counted):
+        repository, sent = counted
+        repository.put_notes([NoteChange("b", "known", 0)])
+        sent.clear()
+        changes = [NoteChange(name, f"new {name}", 0) for name in "abc"]
+        assert repository.put_notes(changes) == [True, False, True]
+        assert sent == ["insert"]
+        known = repository.notes("")
+        assert [note.text for note in known.values()] == ["new a", "known", "new c"]
+        mixed = [NoteChange("d", "new d", 0), *(NoteChange(n, "", known[n].version) for n in "ab")]
+        assert repository.put_note("b", "changed", known["b"].version)
+        assert repository.put_notes(mixed) == [True, True, False]
 
     def test_a_submit_with_writes_to_other_tasks_takes_one_round_trip(self, counted):
         repository, sent = counted
