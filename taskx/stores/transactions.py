@@ -273,9 +273,14 @@ class Transactions:
                 unit.waiting.popitem()[1]()
 
     def close(self) -> None:
-        """Forget all transactions, so that the thread ends."""
+        """Forget all transactions, and wait until the thread has ended: it may use the store until then."""
         for unit in list(self.units):
             self.forget(unit)
+        with suppress(RuntimeError):  # it was released already
+            self._bell.release()
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(self.timing.close_within)
 
     def look(self) -> bool:
         """Look at each transaction, and tell of what is committed. Return True if some are left."""

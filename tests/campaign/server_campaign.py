@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from abc import abstractmethod
 from pathlib import Path
@@ -39,6 +40,7 @@ class ServerCampaign(Campaign):
         self._seen: dict[str, int] = {}
         self._beats = 0
         self._port = port
+        self._read_to, self._begun = 0, set[str]()
         self.proxies: dict[str, Proxy] = {}
 
     @abstractmethod
@@ -69,6 +71,7 @@ class ServerCampaign(Campaign):
         options = super()._random_options()
         options["host"] = self.rng.choice(("here", "there"))
         options["retries"] = self.rng.random() < 0.5
+        options["seconds"] *= 4  # they start slowly
         if "point" in options:  # each point is passed less often in the same time
             together = "batch" in options["point"] or "transaction" in options["point"]
             most = 3 if together else 15
@@ -80,7 +83,22 @@ class ServerCampaign(Campaign):
 
     # --- disturbances
 
+    def _at_work(self) -> set[str]:
+        """Return the names of the processes that have begun to submit or to run tasks."""
+        with open(self.side_log, "rb") as log:
+            log.seek(self._read_to)
+            for line in log:
+                if not line.endswith(b"\n"):
+                    break
+                self._read_to += len(line)
+                _, who, what, *_ = json.loads(line)
+                if what == "started":
+                    self._begun.add(who)
+        return self._begun
+
     def _strike(self, child: Child) -> None:
+        if child.who not in self._at_work() and self.rng.random() < 0.9:
+            return  # on a loaded machine, most would be killed before they do anything
         chance = self.rng.random()
         if chance < 0.6 or child.ended():
             super()._strike(child)

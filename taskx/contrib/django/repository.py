@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 from django.db import connections
 
@@ -44,12 +44,8 @@ from taskx.tasks.timing import DEFAULT_TIMING, Timing
 from taskx.tasks.writes import Write
 
 Durability = Literal["accepted", "full"]
-T = TypeVar("T")
 
-_TRIES = 5  # of a transaction that others make impossible, such as by a deadlock
 _SHORTEST_LEASE = 0.5
-#: Writes by identity, each as it was given and as it is stored.
-Pairs = dict[int, tuple[Write, Write]]
 
 
 class DjangoRepository(PooledRepository):

@@ -336,6 +336,8 @@ class PoolLinks(Links, News, House, Forks, Generic[L]):
         single: bool,
     ) -> T:
         committing = False
+        # An earlier copy of a write that was in doubt before may still be committed.
+        new = [number for number in sent if number not in self.doubtful]
         try:
             self.ensure_there()
             if single:
@@ -357,7 +359,7 @@ class PoolLinks(Links, News, House, Forks, Generic[L]):
                 if self.connections.is_failure(error):
                     raise self.connections.translated(error, in_doubt=True) from error
             elif isinstance(error, Exception):
-                self._forget(sent)
+                self._forget(new)
             raise
         finally:
             self._ended()

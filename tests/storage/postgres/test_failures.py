@@ -18,6 +18,7 @@ from taskx import (
     open_repository,
 )
 from taskx.insight import health
+from taskx.stores.base import Locked
 from taskx.stores.postgres import schema
 from taskx.tasks.clock import SYSTEM_CLOCK
 from taskx.tasks.writes import Update
@@ -107,12 +108,14 @@ def test_a_proxy_that_cuts_costs_at_most_an_error(through, proxy):
 
 
 def test_a_write_in_doubt_that_is_committed_late_counts_once(repository, url):
-    """Its transaction is still open on the server when it is sent again."""
+    """Its transaction is still open on the server when it is sent again, however often it is refused."""
     write = insert("a", SYSTEM_CLOCK)
     with psycopg.connect(url) as late:
         repository._server.doubtful[id(write)] = (write, write)
         row = repository.statements.insert(tuple(write.row)).replace("?", "%s")
         late.execute(row, tuple(write.row.values()))
+        with repository.house.without_waiting(), pytest.raises(Locked):
+            repository.apply([write])
         again = run_in_thread(lambda: list(repository.apply([write])))
         late.commit()
     assert again() == [True]
