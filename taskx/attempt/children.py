@@ -147,7 +147,10 @@ class Children:
         return ids
 
     def _late_dependents(self, parent: Task, ids: Sequence[str]) -> list[Task]:
-        """Return the tasks that wait for a parent, and not yet for these children of it."""
+        """Return the tasks that depend on a parent, and not yet on these children of it.
+
+        Those that failed or were cancelled are among them: they may be requeued.
+        """
         pairs = queries.families(self._repository, [parent.id])
         found, wanted = list[Task](), set(ids)
         for start in range(0, len(pairs), self._batch):
@@ -156,7 +159,7 @@ class Children:
         return [
             task
             for task in found
-            if task.status is TaskStatus.PENDING
+            if task.status.value in (lifecycle.PENDING, *lifecycle.REQUEUEABLE)
             and not lifecycle.is_parked(task)
             and not wanted.issubset(task.depends_on)
         ]

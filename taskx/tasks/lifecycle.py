@@ -457,14 +457,16 @@ def parents_moved(child: Task, statuses: Mapping[str, str], now: int) -> Update:
 
 
 def wait_for_more(child: Task, parents: Sequence[str]) -> Update:
-    """Let a task that waits for its parents depend on further tasks.
+    """Let a task that waits for its parents, or has ended without success, depend on further tasks.
 
     One of its parents runs, so nobody decides about it until that ends. Somebody may have read it for a
     decision after that: the guard of this will fail, because ``starts`` is raised.
     """
     every = [*dict.fromkeys((*child.depends_on, *parents))]
     changes = {"depends_on": ids_to_text(every), "starts": child.starts + 1}
-    guard = {"status": PENDING, "held": FOR_PARENTS, "starts": child.starts}
+    guard: dict[str, Any] = {"status": child.status.value, "starts": child.starts}
+    if child.status is TaskStatus.PENDING:
+        guard["held"] = FOR_PARENTS
     return Update(child.id, guard, changes, durable=True, move="parents moved")
 
 
@@ -798,8 +800,7 @@ def conclude(task: Task, ending: Ending, now: int) -> list[Update]:
             changes = {**_end(task, ending, now, COMPLETED), **changes}
         if task.errors:
             changes.update(_NO_ERROR)
-        fence = {"status": RUNNING, "starts": task.starts}
-        return [_update((task.id, fence, changes, False, "complete", False))]
+        return [_update((task.id, _fence(task), changes, False, "complete", False))]
     if ending.reason is CancelReason.CANCEL:
         return [_cancelled(task, ending, now)]
     if ending.parked is not None and ending.reason is not CancelReason.TIMEOUT:

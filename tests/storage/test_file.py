@@ -772,7 +772,7 @@ class TestOrphanedLockFiles:
 @pytest.mark.parametrize(
     "url",
     [
-        "postgresql://u:s3cret@host/db",
+        "redis://u:s3cret@host/0",
         "sqlite://u:s3cret@host/x.db",
         "mysql://u:s3/cr@et@host",
         "u:s3cret@host/db",

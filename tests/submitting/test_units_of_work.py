@@ -343,6 +343,7 @@ CALLS: dict[str, Call] = {
     "handle.running": lambda s: s.pending.running(),
     "handle.task": lambda s: s.pending.task(),
     "handle.why": lambda s: s.pending.why(),
+    "handle.stream": lambda s: s.pending.stream(),
     "flow.status": lambda s: s.flow.status(),
     "flow.progress": lambda s: s.flow.progress(),
     "queue.executor": lambda s: s.queue.executor("twice")(lambda: 2),

@@ -52,7 +52,7 @@ def test_all_promises_hold_for_calls_for_many_tasks():
 def test_seeds_that_once_failed_hold():
     simulate(Zoo, seeds=[825, 4625, 1_002_069, 2_008_776, 2_016_201])
     simulate(PROGRAMS["rated"], seeds=[1565, 1892])
-    simulate(PROGRAMS["family"], seeds=[138_843_782_646_389])
+    simulate(PROGRAMS["family"], seeds=[138_843_782_646_389, 138_843_782_662_110])
 
 
 def test_a_token_that_time_has_brought_in_part_is_put_back_in_part():
