@@ -429,7 +429,8 @@ def test_a_page_says_that_the_server_is_away_and_goes_on_when_it_is_back(visit):
     page.goto("/tasks")
     state = page.locator("#state")
     expect(state).to_have_text("live")
-    for answer, seconds in ((lambda route: route.fulfill(status=503), 0), (held.append, 30)):
+    answers = (lambda route: route.fulfill(status=503)), (lambda route: held.append(route))
+    for answer, seconds in zip(answers, (0, 30), strict=True):
         page.route("**/tasks*", answer)
         with page.expect_request("**/tasks*"):
             page.clock.run_for(2_000)
