@@ -40,6 +40,7 @@ PROBLEMS = {
     "oldest_due": {"task_id": "t", "since": NOW, "seconds": 301.0, "most": 300.0},
     "failed": {"failed": 11, "types": {"mail": 11}, "more": False, "most": 10, "seconds": 300.0},
     "file_size": {"bytes": 2048, "most": 1024},
+    "open_transaction": {"seconds": 900.0},
     "schedule_overdue": {"schedules": {"s": NOW}, "number": 1, "seconds": 90.0, "most": 60.0},
     "schedule_damaged": {"schedules": {"s": "x"}, "number": 1},
 }

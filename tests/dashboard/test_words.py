@@ -20,7 +20,7 @@ FOLDER = Path(taskx.programs.dashboard.__file__).parent
 NOW = datetime(2026, 3, 1, 12, 0, tzinfo=timezone.utc)
 
 # The places of the texts in the arguments of functions.
-TEXTS = {"say": [0], "_say": [0], "_": [0], "_count": [0], "_linked": [2], "_with_button": [3]}
+TEXTS = {"say": [0], "_say": [0], "_": [0], "_with_button": [3], "add": [3]}
 
 # A text in a template: _("…"). No text has a double quote.
 IN_TEMPLATE = re.compile(r"""\b_\(\s*(?:"([^"]*)"|'([^']*)')""")
@@ -50,10 +50,12 @@ def texts_in_python():
 def texts_in_tables():
     """Yield the texts that are chosen while the dashboard runs."""
     from taskx.insight.query import FIELDS
-    from taskx.programs.dashboard import charts, display
+    from taskx.programs.dashboard import charts, display, findings
     from taskx.programs.dashboard.screens import answers, failures, overview, task, tasks, types
 
     yield from ((text, "display") for text in (*display._DAYS, *(u[1] for u in display._UNITS)))
+    yield from ((text, "findings") for text in findings.TEXTS.values())
+    yield from ((text, "findings") for text in findings.LABELS.values())
     yield from ((status, "charts") for status in charts.STATUSES)
     yield from ((state, "task") for state in task.STATES)
     yield from ((text, "answers") for _, text in answers.KINDS)

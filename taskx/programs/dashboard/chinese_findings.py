@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 FINDINGS: Mapping[str, str] = {
-    "Release": ("解除"),
-    "Show the tasks": ("查看任务"),
-    "Cancel them": ("全部取消"),
-    "Show the limits": ("查看限制"),
-    "Show the schedules": ("查看定时计划"),
+    "Release": "解除",
+    "Show the tasks": "查看任务",
+    "Cancel them": "全部取消",
+    "Show the limits": "查看限制",
+    "Show the schedules": "查看定时计划",
     "No node runs {type}: {count} task waits. Start a worker that has it, or cancel it.|"
     "No node runs {type}: {count} tasks wait. Start a worker that has it, or cancel them.": (
         "没有节点执行 {type}：{count} 个任务在等待。请启动可执行它的节点，或取消这些任务。"
@@ -33,14 +33,14 @@ FINDINGS: Mapping[str, str] = {
         "{type} 使用的限制 {limit} 没有程序声明，因此不受限制。请用 queue.limit() 声明它。"
     ),
     "Programs declare limit {limit} with different values: that of the last one holds. "
-    "Deploy one value.": ("各程序对限制 {limit} 的声明不一致，以最后启动者为准。请统一声明。"),
+    "Deploy one value.": "各程序对限制 {limit} 的声明不一致，以最后启动者为准。请统一声明。",
     "{count} thread on {name} runs on after its time-out. Look at it, then restart the node.|"
     "{count} threads on {name} run on after their time-out. Look at them, then restart the node.": (
         "{name} 上有 {count} 个线程超时后仍在运行。请查看线程，然后重启节点。"
     ),
     "{type} stands still: {count} task waits for stuck threads on {nodes}. Restart the "
     "node.|{type} stands still: {count} tasks wait for stuck threads on {nodes}. Restart "
-    "the node.": ("{type} 已停滞：{count} 个任务在等待 {nodes} 上卡住的线程。请重启节点。"),
+    "the node.": "{type} 已停滞：{count} 个任务在等待 {nodes} 上卡住的线程。请重启节点。",
     "A coroutine on {name} has blocked the event loop for {time}: no other one goes on. "
     "See what it does.": (
         "{name} 上的一个协程已阻塞事件循环 {time}，其他协程无法继续。请查看线程。"
@@ -72,6 +72,10 @@ FINDINGS: Mapping[str, str] = {
     "schedules are overdue, one for {time}: {names}. Start a worker, or run them now.": (
         "{count} 个定时计划逾期，最久 {time}：{names}。请启动节点，或立即运行。"
     ),
+    "A transaction in the database has been open for {time}: it keeps removed rows, and tasks are "
+    "found ever more slowly. End it.": (
+        "数据库中有一个事务已打开 {time}：已删除的行无法清理，查找任务越来越慢。请结束它。"
+    ),
     "These schedules cannot be read: {names}. Store them again.": (
         "无法读取这些定时计划：{names}。请重新存储。"
     ),
@@ -86,36 +90,36 @@ FINDINGS: Mapping[str, str] = {
     "The repository cannot be used: {error}. Look at its disk or its server.": (
         "无法使用存储：{error}。请检查其磁盘或服务器。"
     ),
-    "It was cancelled": ("已取消"),
-    "It completed": ("已完成"),
-    "It failed": ("已失败"),
-    " at {time} UTC": ("，UTC {time}"),
-    " after {time}, in attempt {number}": ("，耗时 {time}，第 {number} 次尝试"),
-    " on {worker}": ("，在 {worker} 上"),
-    "tasks of this type": ("此类型的任务"),
+    "It was cancelled": "已取消",
+    "It completed": "已完成",
+    "It failed": "已失败",
+    " at {time} UTC": "，UTC {time}",
+    " after {time}, in attempt {number}": "，耗时 {time}，第 {number} 次尝试",
+    " on {worker}": "，在 {worker} 上",
+    "tasks of this type": "此类型的任务",
     "one of pending, running, completed, failed, cancelled": (
         "状态：pending、running、completed、failed、cancelled 之一"
     ),
     "tasks with this tag; give it again for tasks with both tags": (
         "带此标签的任务；可重复以同时要求多个标签"
     ),
-    "tasks with this created_by": ("created_by 为此值的任务"),
-    "tasks whose error contains this text": ("错误中含此文本的任务"),
+    "tasks with this created_by": "created_by 为此值的任务",
+    "tasks whose error contains this text": "错误中含此文本的任务",
     "tasks whose last attempt raised this class, such as ValueError": (
         "最后一次尝试抛出此类异常的任务，例如 ValueError"
     ),
-    "tasks whose id begins with this text": ("编号以此文本开头的任务"),
+    "tasks whose id begins with this text": "编号以此文本开头的任务",
     "tasks with this value in their params, such as params.user.id:7": (
         "参数中有此值的任务，例如 params.user.id:7"
     ),
-    "tasks that depend on the task with this id": ("依赖此编号任务的任务"),
-    "tasks of the flow with this id": ("此编号流程的任务"),
+    "tasks that depend on the task with this id": "依赖此编号任务的任务",
+    "tasks of the flow with this id": "此编号流程的任务",
     "tasks submitted longer ago than this, such as 90s, 15m, 2h, 1d or 1w": (
         "提交时间早于此时长之前的任务，例如 90s、15m、2h、1d 或 1w"
     ),
-    "tasks submitted within this time": ("在此时长之内提交的任务"),
+    "tasks submitted within this time": "在此时长之内提交的任务",
     "tasks submitted at or after this time, such as 2026-11-26T10:00Z": (
         "在此时间或之后提交的任务，例如 2026-11-26T10:00Z"
     ),
-    "tasks submitted before or at this time": ("在此时间或之前提交的任务"),
+    "tasks submitted before or at this time": "在此时间或之前提交的任务",
 }

@@ -133,7 +133,7 @@ def _no_node(facts: _Facts, _: Display) -> str:
 
 
 def _limit(name: str) -> str:
-    return f"类型 {name.removeprefix('type/')}" if name.startswith("type/") else f"限制 {name}"
+    return f"类型 {name.removeprefix('type/')} " if name.startswith("type/") else f"限制 {name} "
 
 
 def _hold(facts: _Facts, show: Display) -> str:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from datetime import datetime
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -22,6 +21,97 @@ MANY_FAILURES, LARGE_SHARE = 10, 0.05
 _FIRST = re.compile(r"(.+?(?:\. |。))(.+)", re.DOTALL)
 # The names that a sentence lists.
 _LISTED = 3
+
+
+#: What is said of each kind of problem. Some kinds have several forms.
+TEXTS: Mapping[str, str] = {
+    "repository": "The repository cannot be used: {error}. Look at its disk or its server.",
+    "nodes": (
+        "No worker runs: {count} task waits. Start one: taskx worker module:queue.|"
+        "No worker runs: {count} tasks wait. Start one: taskx worker module:queue."
+    ),
+    "nodes few": "Only {nodes} of {least} workers run. Start another one.",
+    "nodes type": (
+        "No node runs {type}: {count} task waits. Start a worker that has it, or cancel it.|"
+        "No node runs {type}: {count} tasks wait. Start a worker that has it, or cancel them."
+    ),
+    "nodes type few": "Only {nodes} of {least} workers run {type}. Start another one.",
+    "hold": (
+        "Limit {limit} is held for another {time}, until {until} UTC: nothing starts under it. "
+        "Release it when it may go on."
+    ),
+    "limit": (
+        "Programs declare limit {limit} with different values: that of the last one holds. Deploy "
+        "one value."
+    ),
+    "limit type": (
+        "{type} names the limit {limit}, which no program declares: nothing limits it. Declare it "
+        "with queue.limit()."
+    ),
+    "stuck": (
+        "{count} thread on {name} runs on after its time-out. Look at it, then restart the node.|"
+        "{count} threads on {name} run on after their time-out. Look at them, then restart the node."
+    ),
+    "stuck_type type": (
+        "{type} stands still: {count} task waits for stuck threads on {nodes}. Restart the node.|"
+        "{type} stands still: {count} tasks wait for stuck threads on {nodes}. Restart the node."
+    ),
+    "blocked_loop": (
+        "A coroutine on {name} has blocked the event loop for {time}: no other one goes on. "
+        "See what it does."
+    ),
+    "silent_node": (
+        "{count} node may be dead: its last heartbeat is {time} old. If it lives, set its clock.|"
+        "{count} nodes may be dead: the last heartbeat of one is {time} old. If they live, set their "
+        "clocks."
+    ),
+    "broker": "{name} cannot use its broker: {error}. Look at the broker.",
+    "snoozes type": (
+        "A task of {type} has asked {snoozes} times to run later. Set max_snoozes, or cancel it."
+    ),
+    "oldest_due": "A task has waited for {time} since it was due. See what it waits for.",
+    "failed": "{failed} tasks failed within {time}, more than {most}. Look at their errors.",
+    "file_size": "The file has {size}, more than {most}. Delete old tasks.",
+    "open_transaction": (
+        "A transaction in the database has been open for {time}: it keeps removed rows, and tasks are "
+        "found ever more slowly. End it."
+    ),
+    "schedule_overdue": (
+        "A schedule is overdue for {time}: {names}. Start a worker, or run it now.|"
+        "{count} schedules are overdue, one for {time}: {names}. Start a worker, or run them now."
+    ),
+    "schedule_damaged": "These schedules cannot be read: {names}. Store them again.",
+}
+# The pages that show more of them; of most of them the nodes.
+_PAGES: Mapping[str, str] = {
+    "repository": "",
+    "nodes type": "tasks",
+    "nodes type few": "types/one",
+    "hold": "types",
+    "limit": "types",
+    "limit type": "types",
+    "stuck_type type": "types/one",
+    "snoozes type": "task",
+    "oldest_due": "task",
+    "failed": "failures",
+    "file_size": "system",
+    "open_transaction": "system",
+    "schedule_overdue": "schedules",
+    "schedule_damaged": "schedules",
+}
+#: The text of the link to each page.
+LABELS: Mapping[str, str] = {
+    "failures": "Failures",
+    "nodes": "Show the nodes",
+    "schedules": "Show the schedules",
+    "system": "System",
+    "task": "Show the task",
+    "tasks": "Show the tasks",
+    "types": "Show the limits",
+    "types/one": "Show the type",
+}
+# Kinds of problems with which tasks run on.
+_MILD = frozenset(("limit", "snoozes", "file_size", "open_transaction"))
 
 
 @attrs.frozen(kw_only=True)
@@ -71,9 +161,51 @@ class _About:
         self._say, self._display = request.say, request.display
 
     def problem(self, problem: Problem) -> Finding:
-        say: Callable[[Mapping[str, Any]], Finding] | None
-        say = getattr(self, f"_{problem.kind}", None)
-        return Finding(text=problem.sentence) if say is None else say(problem.facts)
+        kind, facts = problem.kind, problem.facts
+        form = f"{kind} type" if facts.get("type") else kind
+        if kind == "nodes" and facts["nodes"]:
+            form += " few"
+        page = _PAGES.get(form, "nodes")
+        values: dict[str, str] = {}
+        if page == "tasks":
+            values["q"] = f"{term('type', facts['type'])} status:pending"
+        elif page == "types/one":
+            values["type"] = facts["type"]
+        elif task_id := facts.get("task_id"):
+            page, values["id"] = "task", task_id
+        level = "warn" if kind in _MILD else "bad"
+        found = self._linked(self._say(TEXTS[form], **self._shown(facts)), page, level, **values)
+        return self._button(form, found, facts)
+
+    def _shown(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Return facts as a sentence names them."""
+        show = self._display
+        shown = {**facts, "time": show.seconds(abs(facts.get("seconds", 0)))}
+        counts = (facts[name] for name in ("waiting", "threads", "number") if name in facts)
+        shown["count"] = next(counts, self._waiting(facts.get("type")))
+        shown["names"] = _listed(facts.get("schedules", ()))
+        if isinstance(nodes := facts.get("nodes"), Mapping):
+            shown["nodes"] = _listed(nodes.values())
+        if "until" in facts:
+            shown["until"] = show.clock(facts["until"])
+        if "bytes" in facts:
+            shown.update(size=show.size(facts["bytes"]), most=show.size(facts["most"]))
+        return shown
+
+    def _button(self, form: str, found: Finding, facts: Mapping[str, Any]) -> Finding:
+        add = self._with_button
+        if form in ("stuck", "stuck_type type", "blocked_loop"):
+            node = facts.get("node") or next(iter(facts["nodes"]), "")
+            return add(found, "read", "nodes/stacks", "What its threads do", id=node)
+        if form == "nodes type":
+            line = f"{term('type', facts['type'])} status:pending"
+            return add(found, "cancel", "tasks/cancel", "Cancel them", whole="1", q=line)
+        if form == "hold":
+            return add(found, "tune", "types/release", "Release", limit=facts["limit"])
+        if form == "schedule_overdue" and facts["number"] == 1:
+            name = next(iter(facts["schedules"]))
+            return add(found, "schedules", "schedules/trigger", "Run now", name=name)
+        return found
 
     def failures(self) -> Iterator[Finding]:
         """Yield the types of which many tasks have failed in the last hour."""
@@ -85,209 +217,33 @@ class _About:
                     failed=of.failed,
                     number=of.failed + of.completed,
                 )
-                yield self._linked(text, "failures", "Failures", period="hour")
+                yield self._linked(text, "failures", period="hour")
 
     def pauses(self, paused: Paused) -> Iterator[Finding]:
         """Yield what is paused by hand."""
         if paused.everything:
-            text = self._count(
+            text = self._say(
                 "Everything is paused: {count} task waits. Resume it when it may go on.|"
                 "Everything is paused: {count} tasks wait. Resume it when they may go on.",
-                sum(of.waiting for of in self._stats.types.values()),
+                count=self._waiting(None),
             )
-            yield self._with_button(
-                Finding(text=text, level="warn"), "pause", "types/resume", "Resume"
-            )
+            found = Finding(text=text, level="warn")
+            yield self._with_button(found, "pause", "types/resume", "Resume")
         for type in sorted(paused.types):
-            text = self._count(
+            text = self._say(
                 "{type} is paused: {count} task waits. Resume it when it may go on.|"
                 "{type} is paused: {count} tasks wait. Resume it when they may go on.",
-                self._waiting(type),
+                count=self._waiting(type),
                 type=type,
             )
-            found = self._of_type(text, type, "warn")
+            found = self._linked(text, "types/one", "warn", type=type)
             yield self._with_button(found, "pause", "types/resume", "Resume", type=type)
 
-    # --- one for each kind of problem
-
-    def _repository(self, facts: Mapping[str, Any]) -> Finding:
-        return Finding(
-            text=self._say(
-                "The repository cannot be used: {error}. Look at its disk or its server.",
-                error=facts["error"],
-            )
-        )
-
-    def _nodes(self, facts: Mapping[str, Any]) -> Finding:
-        type, live, least = facts["type"], facts["nodes"], facts["least"]
-        if type is None:
-            text = self._count(
-                "No worker runs: {count} task waits. Start one: taskx worker module:queue.|"
-                "No worker runs: {count} tasks wait. Start one: taskx worker module:queue.",
-                sum(of.waiting for of in self._stats.types.values()),
-            )
-            if live:
-                values = {"nodes": live, "least": least}
-                text = self._say(
-                    "Only {nodes} of {least} workers run. Start another one.", **values
-                )
-            return self._linked(text, "nodes", "Show the nodes")
-        if live:
-            text = self._say(
-                "Only {nodes} of {least} workers run {type}. Start another one.",
-                nodes=live,
-                least=least,
-                type=type,
-            )
-            return self._of_type(text, type)
-        text = self._count(
-            "No node runs {type}: {count} task waits. Start a worker that has it, or cancel it.|"
-            "No node runs {type}: {count} tasks wait. Start a worker that has it, or cancel them.",
-            self._waiting(type),
-            type=type,
-        )
-        line = f"{term('type', type)} status:pending"
-        found = self._linked(text, "tasks", "Show the tasks", q=line)
-        return self._with_button(found, "cancel", "tasks/cancel", "Cancel them", whole="1", q=line)
-
-    def _hold(self, facts: Mapping[str, Any]) -> Finding:
-        name, left = facts["limit"], self._display.seconds(facts["seconds"])
-        text = self._say(
-            "Limit {limit} is held for another {time}, until {until} UTC: nothing starts under it. "
-            "Release it when it may go on.",
-            limit=name,
-            time=left,
-            until=self._clock(facts["until"]),
-        )
-        found = self._linked(text, "types", "Show the limits")
-        return self._with_button(found, "tune", "types/release", "Release", limit=name)
-
-    def _limit(self, facts: Mapping[str, Any]) -> Finding:
-        if "type" in facts:
-            text = self._say(
-                "{type} names the limit {limit}, which no program declares: nothing limits it. Declare it "
-                "with queue.limit().",
-                **facts,
-            )
-        else:
-            text = self._say(
-                "Programs declare limit {limit} with different values: that of the last one holds. Deploy "
-                "one value.",
-                limit=facts["limit"],
-            )
-        return self._linked(text, "types", "Show the limits", level="warn")
-
-    def _stuck(self, facts: Mapping[str, Any]) -> Finding:
-        text = self._count(
-            "{count} thread on {name} runs on after its time-out. Look at it, then restart the node.|"
-            "{count} threads on {name} run on after their time-out. Look at them, then restart the node.",
-            facts["threads"],
-            name=facts["name"],
-        )
-        return self._stacks(self._linked(text, "nodes", "Show the nodes"), facts["node"])
-
-    def _stuck_type(self, facts: Mapping[str, Any]) -> Finding:
-        text = self._count(
-            "{type} stands still: {count} task waits for stuck threads on {nodes}. Restart the node.|"
-            "{type} stands still: {count} tasks wait for stuck threads on {nodes}. Restart the node.",
-            facts["waiting"],
-            type=facts["type"],
-            nodes=self._listed(facts["nodes"].values()),
-        )
-        found = self._of_type(text, facts["type"])
-        return self._stacks(found, next(iter(facts["nodes"]), ""))
-
-    def _blocked_loop(self, facts: Mapping[str, Any]) -> Finding:
-        text = self._say(
-            "A coroutine on {name} has blocked the event loop for {time}: no other one goes on. "
-            "See what it does.",
-            name=facts["name"],
-            time=self._display.seconds(facts["seconds"]),
-        )
-        found = self._linked(text, "nodes", "Show the nodes")
-        if facts.get("task_id"):
-            found = self._linked(text, "task", "Show the task", id=facts["task_id"])
-        return self._stacks(found, facts["node"])
-
-    def _silent_node(self, facts: Mapping[str, Any]) -> Finding:
-        text = self._count(
-            "{count} node may be dead: its last heartbeat is {time} old. If it lives, set its clock.|"
-            "{count} nodes may be dead: the last heartbeat of one is {time} old. If they live, set their "
-            "clocks.",
-            facts["number"],
-            time=self._display.seconds(abs(facts["seconds"])),
-        )
-        return self._linked(text, "nodes", "Show the nodes")
-
-    def _broker(self, facts: Mapping[str, Any]) -> Finding:
-        values = {"name": facts["name"], "error": facts["error"]}
-        text = self._say("{name} cannot use its broker: {error}. Look at the broker.", **values)
-        return self._linked(text, "nodes", "Show the nodes")
-
-    def _snoozes(self, facts: Mapping[str, Any]) -> Finding:
-        text = self._say(
-            "A task of {type} has asked {snoozes} times to run later. Set max_snoozes, or cancel it.",
-            type=facts["type"],
-            snoozes=facts["snoozes"],
-        )
-        return self._one_task(text, facts["task_id"], "warn")
-
-    def _oldest_due(self, facts: Mapping[str, Any]) -> Finding:
-        text = self._say(
-            "A task has waited for {time} since it was due. See what it waits for.",
-            time=self._display.seconds(facts["seconds"]),
-        )
-        return self._one_task(text, facts["task_id"])
-
-    def _failed(self, facts: Mapping[str, Any]) -> Finding:
-        text = self._say(
-            "{failed} tasks failed within {time}, more than {most}. Look at their errors.",
-            failed=facts["failed"],
-            time=self._display.seconds(facts["seconds"]),
-            most=facts["most"],
-        )
-        return self._linked(text, "failures", "Failures")
-
-    def _file_size(self, facts: Mapping[str, Any]) -> Finding:
-        text = self._say(
-            "The file has {size}, more than {most}. Delete old tasks.",
-            size=self._display.size(facts["bytes"]),
-            most=self._display.size(facts["most"]),
-        )
-        return self._linked(text, "system", "System", level="warn")
-
-    def _schedule_overdue(self, facts: Mapping[str, Any]) -> Finding:
-        text = self._count(
-            "A schedule is overdue for {time}: {names}. Start a worker, or run it now.|"
-            "{count} schedules are overdue, one for {time}: {names}. Start a worker, or run them now.",
-            facts["number"],
-            time=self._display.seconds(facts["seconds"]),
-            names=self._listed(facts["schedules"]),
-        )
-        found = self._linked(text, "schedules", "Show the schedules")
-        if facts["number"] > 1:
-            return found
-        name = next(iter(facts["schedules"]))
-        return self._with_button(found, "schedules", "schedules/trigger", "Run now", name=name)
-
-    def _schedule_damaged(self, facts: Mapping[str, Any]) -> Finding:
-        names = self._listed(facts["schedules"])
-        text = self._say("These schedules cannot be read: {names}. Store them again.", names=names)
-        return self._linked(text, "schedules", "Show the schedules")
-
-    # --- parts of findings
-
-    def _linked(
-        self, text: str, page: str, label: str, *, level: str = "bad", **values: Any
-    ) -> Finding:
-        link = self._request.link(page, **values)
-        return Finding(text=text, level=level, link=link, label=self._say(label))
-
-    def _of_type(self, text: str, type: str, level: str = "bad") -> Finding:
-        return self._linked(text, "types/one", "Show the type", level=level, type=type)
-
-    def _one_task(self, text: str, task_id: str, level: str = "bad") -> Finding:
-        return self._linked(text, "task", "Show the task", level=level, id=task_id)
+    def _linked(self, text: str, page: str, level: str = "bad", **values: str) -> Finding:
+        if not page:
+            return Finding(text=text, level=level)
+        link, label = self._request.link(page, **values), self._say(LABELS[page])
+        return Finding(text=text, level=level, link=link, label=label)
 
     def _with_button(
         self, found: Finding, permission: str, page: str, button: str, **fields: str
@@ -297,20 +253,15 @@ class _About:
         action = self._request.link(page)
         return attrs.evolve(found, action=action, button=self._say(button), fields=fields)
 
-    def _stacks(self, found: Finding, node: str) -> Finding:
-        return self._with_button(found, "read", "nodes/stacks", "What its threads do", id=node)
-
-    def _waiting(self, type: str) -> int:
+    def _waiting(self, type: str | None) -> int:
+        """Return the number of tasks of a type that wait; of all types those that are due."""
+        if type is None:
+            return sum(of.waiting for of in self._stats.types.values())
         of = self._stats.types.get(type)
         return 0 if of is None else of.waiting + of.delayed + of.blocked
 
-    def _count(self, text: str, count: int, **values: Any) -> str:
-        return self._say(text, count=count, **values)
 
-    def _listed(self, names: Any) -> str:
-        some = [*names]
-        more = "" if len(some) <= _LISTED else " …"
-        return ", ".join(map(str, some[:_LISTED])) + more
-
-    def _clock(self, at: datetime) -> str:
-        return self._display.clock(at)
+def _listed(names: Iterable[object]) -> str:
+    some = [*names]
+    more = "" if len(some) <= _LISTED else " …"
+    return ", ".join(map(str, some[:_LISTED])) + more

@@ -422,6 +422,25 @@ def test_a_page_that_is_paused_goes_on_by_itself_or_by_its_button(site, page, li
     expect(page.locator("#state")).to_have_text("live")
 
 
+def test_a_page_says_that_the_server_is_away_and_goes_on_when_it_is_back(visit):
+    page, held = visit(fails=False), []
+    page.clock.install(time=0)
+    page.clock.pause_at(1_000)  # the timers of the page wait for run_for()
+    page.goto("/tasks")
+    state = page.locator("#state")
+    expect(state).to_have_text("live")
+    answers = (lambda route: route.fulfill(status=503)), (lambda route: held.append(route))
+    for answer, seconds in zip(answers, (0, 30), strict=True):
+        page.route("**/tasks*", answer)
+        with page.expect_request("**/tasks*"):
+            page.clock.run_for(2_000)
+        page.clock.run_for(1000 * seconds)
+        expect(state).to_have_text("disconnected")
+        page.unroute("**/tasks*")
+        page.clock.run_for(4_000)
+        expect(state).to_have_text("live")
+
+
 def test_the_attempts_of_a_task_have_their_numbers_and_a_line_each(site, page):
     type = f"thrice {uuid4()}"
 

@@ -55,10 +55,11 @@
   };
 
   const ask = async () => {
-    const {url} = main().dataset, headers = {"Taskx-Refresh": "1"};
+    const {url} = main().dataset, headers = {"Taskx-Refresh": "1"}, stop = new AbortController();
+    const late = setTimeout(() => stop.abort(), LONGEST);  // a server that never answers is away, too
     if (etag) headers["If-None-Match"] = etag;
     try {
-      const answer = await fetch(url, {headers, cache: "no-store"});
+      const answer = await fetch(url, {headers, cache: "no-store", signal: stop.signal});
       const text = await answer.text(), fresh = new DOMParser().parseFromString(text, "text/html").querySelector("#main");
       if (answer.status >= 500 || answer.status === 429) throw answer;
       if (answer.status !== 304 && !fresh || answer.status === 401) return location.reload();  // to the login
@@ -72,6 +73,8 @@
     } catch {
       away = true;
       wait = Math.min(2 * wait, LONGEST);
+    } finally {
+      clearTimeout(late);
     }
   };
   const next = () => {
