@@ -90,7 +90,7 @@ def weak_fence(patch):
     around(patch, lifecycle, "_fence", lambda guard: without(guard, "starts"))
 
 
-@plant("A retry does not notice that a cancel was requested.", seed=203)
+@plant("A retry does not notice that a cancel was requested.", seed=377)
 def retry_despite_cancel(patch):
     def weak(writes):
         return [writes[0]._replace(guard=without(writes[0].guard, "cancel_requested_at"))]
@@ -109,14 +109,14 @@ def one_parent_is_enough(patch):
     patch(lifecycle, "parents_moved", hasty)
 
 
-@plant("A task whose parent has failed already may start.", seed=551)
+@plant("A task whose parent has failed already may start.", seed=3357)
 def failed_parent_at_submit(patch):
     patch(lifecycle, "next_parent", lifecycle.unfinished_parent)
 
 
 @plant(
     "Nobody looks for the dependents of a task whose node died after its end.",
-    seed=449,
+    seed=389,
     program="patient",
 )
 def dependents_of_the_dead(patch):
@@ -202,7 +202,7 @@ def slot_leaks(patch):
     )
 
 
-@plant("The slots of a node are not counted.", seed=18)
+@plant("The slots of a node are not counted.", seed=459)
 def endless_slots(patch):
     patch(OwnSlots, "take", lambda self, count: count)
 
