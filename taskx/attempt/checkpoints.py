@@ -162,7 +162,7 @@ class Keeper:
         if emitted.some and not emitted.alone:
             with suppress(RepositoryError):  # the next call tries again, or it goes with the record
                 self._forget_earlier(task)
-                emitted.alone = True
+                emitted.forgotten()
 
     def _forget_earlier(self, task: Task) -> None:
         """Remove what earlier runs of a task have emitted, except what its completed steps have."""

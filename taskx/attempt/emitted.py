@@ -84,6 +84,10 @@ class Emitted:
             self._freeze()
             return self._notes.copy()
 
+    def forgotten(self) -> None:
+        """Note that what earlier runs have emitted was removed."""
+        self.alone = True
+
     def saved(self, numbers: Mapping[int, str]) -> None:
         """Note that these notes are stored."""
         for number in numbers:

@@ -592,7 +592,9 @@ def test_only_files_have_locks_for_liveness(repository):
 
 def test_the_examination_finds_a_sound_database_sound(repository):
     found = {check.name: check for check in repository.house.examine()}
-    assert {check.level for check in found.values()} == {"ok"}
+    # The PostgreSQL server of the tests is not safe from power cuts, and ends no idle transaction.
+    warned = {name for name, check in found.items() if check.level != "ok"}
+    assert warned <= {"durability", "idle transactions"}
     assert {"database", "tables"} < found.keys()
 
 
