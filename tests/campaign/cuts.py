@@ -259,7 +259,7 @@ def recover(folder: Path, promised: Promised, file: str) -> list[str]:
                     queue.finish(id, "yes" if id.endswith("approval") else "receipt")
                 elif run_at is not None and status == "pending":
                     queue.wake(id)
-            time.sleep(0.005)
+            time.sleep(0.005)  # blocks on purpose: it polls
     queue.close()
     broken = [f"{id} ({kind}) is {status} for ever" for id, kind, _, status in unfinished]
     return [*broken, *_done_wrong(before, look(folder, file), promised, done)]

@@ -94,7 +94,7 @@ def costs(folder: Path, *, streams: int, chunks: int, pause: float) -> float:
             if mark not in seen:
                 seen.add(mark)
                 marks.append(mark)
-            time.sleep(0.005)
+            time.sleep(0.005)  # blocks on purpose: it takes samples
         return len(marks) / (time.monotonic() - begun)
     finally:
         producer.kill()
