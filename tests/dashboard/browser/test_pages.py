@@ -76,9 +76,10 @@ def test_hostile_texts_are_shown_as_they_are(site, page):
     page.goto(pages(site)["hostile task"])
     expect(page.locator("h1")).to_contain_text(HOSTILE[:40])
     expect(page.locator("#params")).to_be_visible()
-    for name in ("failures", "schedules", "types", "tasks"):
+    for name in ("failures", "schedules", "types", "filter"):
         page.goto(pages(site)[name])
-        expect(page.get_by_text(HOSTILE[:40]).first).to_be_visible()
+        expect(page.locator("main").get_by_text(HOSTILE[:40]).first).to_be_visible()
+    expect(page.get_by_role("table").get_by_text(HOSTILE[:40]).first).to_be_visible()
 
 
 def test_buttons_are_large_enough_for_fingers(site, visit):
