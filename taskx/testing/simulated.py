@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
+from threading import get_ident
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -525,10 +526,11 @@ class _Instead:
 
 @contextmanager
 def virtual(world: Callable[[], World], quiet: logging.Logger) -> Iterator[Callable[[], None]]:
-    """Let the code of TaskX see the time of a world, and draw no random numbers, in this process.
+    """Let the code of TaskX see the time of a world, and draw no random numbers, in this thread.
 
-    ``quiet`` is the logger of leases in the meantime. The block gets a function that makes the ids begin
-    again, for the next world.
+    Other threads, such as those of a queue that runs beside it, go on with the real ones. ``quiet`` is the
+    logger of leases in the meantime. The block gets a function that makes the ids begin again, for the next
+    world.
     """
     numbers = count()
 
@@ -541,8 +543,16 @@ def virtual(world: Callable[[], World], quiet: logging.Logger) -> Iterator[Calla
     def seconds() -> float:
         return world().now / 1_000_000_000
 
-    real = time
-    clock = _Instead(
+    real, here = time, get_ident()
+
+    def instead(module: ModuleType, **functions: Callable[..., Any]) -> _Instead:
+        def of(name: str, ours: Callable[..., Any]) -> Callable[..., Any]:
+            theirs = getattr(module, name)
+            return lambda *given: (ours if get_ident() == here else theirs)(*given)
+
+        return _Instead(module, **{name: of(name, ours) for name, ours in functions.items()})
+
+    clock = instead(
         real,
         monotonic=seconds,
         time=lambda: 1_704_067_200 + seconds(),
@@ -550,9 +560,9 @@ def virtual(world: Callable[[], World], quiet: logging.Logger) -> Iterator[Calla
         thread_time=seconds,
         sleep=lambda some: world().pass_time(some),
     )
-    system = _Instead(os, urandom=lambda length: next(numbers).to_bytes(length, "big"))
+    system = instead(os, urandom=lambda length: next(numbers).to_bytes(length, "big"))
     # A version grows with each change of a note, and none may be that of a later note.
-    apart = _Instead(os, urandom=lambda length: (next(numbers) << 24).to_bytes(length, "big"))
+    apart = instead(os, urandom=lambda length: (next(numbers) << 24).to_bytes(length, "big"))
     ours = [m for name, m in sys.modules.items() if name.startswith("taskx.") and m is not None]
     loud = vars(leases)["log"]
     timed = [module for module in ours if vars(module).get("time") is real]

@@ -4,12 +4,14 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from taskx import ConfigurationError, InvalidTransition, Queue, Task
+from taskx.node import pool
 from taskx.node.shared_limits import SharedSlots
 from taskx.tasks import ids
 from taskx.testing import BrokenPromise, replay, simulate
@@ -231,6 +233,25 @@ def test_an_error_that_no_request_may_raise_is_shown():
 
     with pytest.raises(BrokenPromise, match="ZeroDivisionError"):
         simulate(program, seeds=range(20))
+
+
+def test_other_threads_go_on_in_the_real_time():
+    """A queue may run beside a simulation, whose time its threads must not move."""
+    over, slept = threading.Event(), []
+
+    def sleep():
+        while not over.is_set():
+            pool.time.sleep(0.0001)
+            slept.append(pool.time.monotonic())
+
+    beside = threading.Thread(target=sleep)
+    beside.start()
+    try:
+        simulate(Patient, seeds=range(20))
+    finally:
+        over.set()
+        beside.join()
+    assert slept == sorted(slept)
 
 
 def test_a_program_may_return_nothing():
