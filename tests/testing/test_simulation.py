@@ -241,7 +241,7 @@ def test_other_threads_go_on_in_the_real_time():
 
     def sleep():
         while not over.is_set():
-            pool.time.sleep(0.0001)
+            pool.time.sleep(0.0001)  # blocks on purpose
             slept.append(pool.time.monotonic())
 
     beside = threading.Thread(target=sleep)
