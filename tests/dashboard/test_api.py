@@ -16,6 +16,7 @@ from taskx.programs.dashboard.api import CALLS, MOST_STREAMS
 from taskx.programs.dashboard.app import Map
 from taskx.queue.bulk import Bulk
 from taskx.tasks.timing import DEFAULT_TIMING
+from taskx.testing import ManualClock
 
 
 @pytest.fixture
@@ -111,11 +112,16 @@ FIELDS_GIVEN = {
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_a_list_takes_each_field_of_the_filter_as_a_parameter(api, queue, name):
+def test_a_list_takes_each_field_of_the_filter_as_a_parameter(make_queue, look, name):
+    clock = ManualClock()
+    queue = make_queue(clock=clock)
+    queue.declare("report", "email")
     queue.submit("email", id="first", created_by="cid", tags=["fr"])
     options = {"created_by": "ann", "tags": ["eu"], "depends_on": ["first"]}
     queue.submit("report", {"user": {"id": 7}}, id="wanted", **options)
     found, missed = FIELDS_GIVEN[name]
+    clock.advance(timedelta(seconds=1))  # beyond "0s"
+    api = look(queue)
     parameter = "params.user.id" if name == "params." else name
     for value, ids in ((found, {"wanted"}), (missed, set())):
         answer = api.get("/api/tasks", query_string={parameter: value})
