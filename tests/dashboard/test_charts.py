@@ -94,7 +94,8 @@ def test_the_latency_has_a_line_for_each_share_and_values_at_its_axis(charts):
     latency = (None, Percentiles(0.1, 0.2), Percentiles(0.2, 0.4))
     root = parse(charts.latency(history([0] * 3, [0] * 3, start_latency=latency), "t"))
     lines = {line.get("class"): line.get("points") for line in root.iter("polyline")}
-    assert lines == {"first": "1.5,50 2.5,0", "second": "1.5,75 2.5,50"}
+    # Each interval has its width, so that a single one can be seen.
+    assert lines == {"first": "1,50 2,50 2,0 3,0", "second": "1,75 2,75 2,50 3,50"}
     assert [mark.text[:3] for mark in root.iter("span")][:3] == ["400", "200", "0"]
     none = parse(charts.latency(history([0], [0], start_latency=(None,)), "t"))
     assert not list(none.iter("svg"))

@@ -75,7 +75,8 @@ class Charts:
             ("second", [(place, one.p50) for place, one in known]),
             ("first", [(place, one.p95) for place, one in known]),
         ):
-            points = " ".join(f"{p + 0.5:g},{_HEIGHT * (1 - v / top):.4g}" for p, v in values)
+            heights = ((place, f"{_HEIGHT * (1 - value / top):.4g}") for place, value in values)
+            points = " ".join(f"{place},{height} {place + 1},{height}" for place, height in heights)
             shown += Markup('<polyline class="{}" points="{}"/>').format(style, points)
         names = self._intervals(history)
         heads = say("time (UTC)"), "p50", "p95"
