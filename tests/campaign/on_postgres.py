@@ -41,9 +41,11 @@ class OnPostgres(Store):
     broken = hooks.BROKEN_LEASES
 
     def open(self, options: Options) -> Repository:
+        url, deaf, _ = options.database.partition("?listen=false")
         return PostgresRepository(
-            options.database,
+            url,
             "full",
+            listen=not deaf,
             run_folder=options.host,
             lease_timeout=options.lease,
             timeout=TIMEOUT,

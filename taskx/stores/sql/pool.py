@@ -20,7 +20,7 @@ from taskx.tasks.codec import Codec, Codecs
 from taskx.tasks.errors import TaskxError
 from taskx.tasks.record import COLUMNS
 from taskx.tasks.timing import DEFAULT_TIMING, Timing
-from taskx.tasks.writes import NoteChange, Write, shows
+from taskx.tasks.writes import Insert, NoteChange, Write, shows
 
 
 class PooledLink(Link, Protocol):
@@ -61,6 +61,7 @@ LOCK_TIMEOUT = 100
 
 _KEPT = 4  # idle connections for reads that stay open
 _TRIES = 5  # of a transaction that others make impossible, such as by a deadlock
+_MOST_IN_DOUBT = 10_000  # writes, many times a batch: older ones are not sent again
 
 
 class Connections(ABC, Generic[L]):
@@ -153,10 +154,14 @@ class Connections(ABC, Generic[L]):
 
     def _put_back(self, link: L) -> None:
         link.used = time.monotonic()
-        if len(self._idle) < _KEPT and link.number > self._closed:
-            self._idle.append(link)
-        else:
+        if len(self._idle) >= _KEPT:
             link.close()
+            return
+        self._idle.append(link)
+        if (
+            link.number <= self._closed
+        ):  # read last: a close before that did not see this connection
+            self.close_idle()
 
     def _checked(self, link: L) -> L | None:
         """Return a connection that works; None if it broke while it was idle."""
@@ -352,19 +357,21 @@ class PoolLinks(Links, News, House, Forks, Generic[L]):
                 self.doubtful.update(sent)
                 link.execute("COMMIT")
             self.commits += 1
-            self._forget(sent)
+            self.forget(sent)
             return result
         except BaseException as error:
             if not self._rolled_back(link, error) and committing and self.may_commit_unseen:
+                self.forget([*self.doubtful][:-_MOST_IN_DOUBT])
                 if self.connections.is_failure(error):
                     raise self.connections.translated(error, in_doubt=True) from error
             elif isinstance(error, Exception):
-                self._forget(new)
+                self.forget(new)
             raise
         finally:
             self._ended()
 
-    def _forget(self, sent: Iterable[int]) -> None:
+    def forget(self, sent: Iterable[int]) -> None:
+        """Note that the outcome of writes is known, or that nobody asks for it."""
         for number in sent:
             self.doubtful.pop(number, None)
 
@@ -470,7 +477,8 @@ class PooledRepository(SQLRepository):
         doubtful = self._pool.doubtful
         again: dict[int, Write] = {}
         if doubtful:
-            again = {n: doubtful[id(w)][1] for n, w in enumerate(writes) if id(w) in doubtful}
+            pairs = ((number, doubtful.get(id(write))) for number, write in enumerate(writes))
+            again = {number: pair[1] for number, pair in pairs if pair}
         if not again:
             return super().apply(writes, all_or_nothing=whole)
         known = self._shown(again)
@@ -484,7 +492,20 @@ class PooledRepository(SQLRepository):
         # The first copy of a write may have been committed late, while the second one waited for it.
         for number in self._shown({n: write for n, write in again.items() if not results[n]}):
             results[number] = True
+        self._pool.forget([id(writes[number]) for number in known])
         return results
+
+    def _coded(self, writes: Sequence[Write]) -> Sequence[Write]:
+        """Encode writes. One in doubt passes over no lock, which may be that of its own first copy."""
+        coded = super()._coded(writes)
+        if not (doubtful := self._pool.doubtful):
+            return coded
+        return [
+            write._replace(skips=False)
+            if id(given) in doubtful and not isinstance(write, Insert)
+            else write
+            for given, write in zip(writes, coded, strict=True)
+        ]
 
     def _shown(self, sent: Mapping[int, Write]) -> set[int]:
         """Return the numbers of the writes, as they were sent, that the records show."""

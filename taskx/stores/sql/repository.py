@@ -180,11 +180,15 @@ class SQLRepository(Repository):
         """Return True if one of the writes must survive a power cut, or the death of the server."""
         return True in [write.durable for write in writes]
 
+    def _coded(self, writes: Sequence[Write]) -> Sequence[Write]:
+        """Return the writes as they are stored."""
+        return self.codecs.coded(writes) if self.codecs.given else writes
+
     # --- writing
 
     def apply(self, writes: Sequence[Write], *, all_or_nothing: bool = False) -> Sequence[bool]:
         """Apply guarded writes in one transaction. After an error, nothing was applied."""
-        coded = self.codecs.coded(writes) if self.codecs.given else writes
+        coded = self._coded(writes)
         sent, durable, writer = (writes, coded), self._durable(writes), self._writer
         single = len(coded) == 1 and writer.is_single(coded[0])
         try:

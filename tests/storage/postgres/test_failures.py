@@ -20,6 +20,8 @@ from taskx import (
 from taskx.insight import health
 from taskx.stores.base import Locked
 from taskx.stores.postgres import schema
+from taskx.stores.sql import pool
+from taskx.tasks import lifecycle
 from taskx.tasks.clock import SYSTEM_CLOCK
 from taskx.tasks.writes import Update
 
@@ -119,6 +121,60 @@ def test_a_write_in_doubt_that_is_committed_late_counts_once(repository, url):
         again = run_in_thread(lambda: list(repository.apply([write])))
         late.commit()
     assert again() == [True]
+
+
+def test_a_take_in_doubt_waits_for_its_first_copy(repository, url):
+    """A new take passes over a locked record. This one's lock is its own, of a commit without an answer."""
+    repository.apply([insert("a", SYSTEM_CLOCK)])
+    write = lifecycle.take("a", "here")
+    with psycopg.connect(url) as late:
+        repository._server.doubtful[id(write)] = (write, write)
+        late.execute("UPDATE taskx_task SET owner = 'here' WHERE id = 'a'")
+        with repository.house.without_waiting(), pytest.raises(Locked):
+            repository.apply([write])
+        again = run_in_thread(lambda: list(repository.apply([write, insert("b", SYSTEM_CLOCK)])))
+        assert repository.apply([lifecycle.take("a", "elsewhere")]) == [False]
+        late.commit()
+    assert again() == [True, True]
+
+
+def test_no_write_stays_in_doubt_when_its_outcome_is_known(repository):
+    shown, refused, new = (insert(name, SYSTEM_CLOCK) for name in "abc")
+    repository.apply([shown, insert("b", SYSTEM_CLOCK, created_by="another")])
+    for write in shown, refused, new:
+        repository._server.doubtful[id(write)] = (write, write)
+    assert list(repository.apply([shown, refused, new])) == [True, False, True]
+    assert repository._server.doubtful == {}
+
+
+def test_writes_in_doubt_that_nobody_sends_again_are_forgotten(repository, monkeypatch):
+    """A caller that was told of the doubt submits anew. The newest are kept, as others send them again."""
+    monkeypatch.setattr(pool, "_MOST_IN_DOUBT", 3)
+    writes = [insert(f"a{n}", SYSTEM_CLOCK) for n in range(5)]
+
+    def fail(link):
+        raise KeyboardInterrupt
+
+    for write in writes:
+        with suppress(KeyboardInterrupt):
+            repository._server.transaction(fail, True, ([write], [write]), single=True)
+    assert [*repository._server.doubtful] == [id(write) for write in writes[2:]]
+
+
+def test_a_connection_that_is_put_back_during_a_close_is_closed(repository):
+    connections = repository._server.connections
+
+    class Idle(list):
+        """Connections are closed just before one is put back."""
+
+        def append(self, link):
+            connections.close()
+            super().append(link)
+
+    connections._idle = Idle()
+    used = connections.read(lambda link: link)
+    assert used.driver.closed
+    assert connections._idle == []
 
 
 # --- servers
