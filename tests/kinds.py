@@ -54,6 +54,9 @@ NO_MARIADB = "MariaDB is missing"
 NO_NAMESPACES = "network namespaces cannot be made"
 NO_NETEM = "the kernel has no netem"
 
+#: The reason for which tests of a full disk of a server are skipped.
+NO_SMALL_DISK = "a small disk cannot be mounted"
+
 #: The reason for which tests of connections with ``autocommit=`` are skipped on older Pythons.
 NO_MANUAL_COMMITS = "sqlite3 has no autocommit before Python 3.12"
 
@@ -64,6 +67,7 @@ MISSING = {
     NO_MARIADB: "MARIADB IS MISSING: {} tests of Django's database did not run on it",
     NO_NAMESPACES: "NETWORK NAMESPACES ARE MISSING: the tests of hosts ran on loopback addresses",
     NO_MANUAL_COMMITS: "PYTHON 3.12 IS MISSING: {} states of connections were not checked",
+    NO_SMALL_DISK: "MOUNTS ARE MISSING: {} tests of a PostgreSQL server with a full disk did not run",
     NO_NETEM: "TC NETEM IS MISSING: a proxy delayed the traffic of the slow host",
 }
 

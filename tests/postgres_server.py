@@ -44,18 +44,36 @@ _OPTIONS = {
 class Server:
     """A separate server, which a test can kill and start again on the same port and data.
 
+    Args:
+        folder: the folder for its files.
+        source: the port at which it reaches a server whose replica it is; None if it is no replica.
+        small: the bytes of a file system in memory for the folder ``small``, which only this server sees.
+
     Attributes:
         port: the port on 127.0.0.1. The user is ``postgres``, without a password.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, source: int | None = None, small: int = 0) -> None:
         self.folder = folder
         self.port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
         self._as_user, self._programs = _programs(folder)
-        self._run(
-            "initdb", "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync"
-        )
+        self._within: list[str] = []
+        if small:
+            self.small.mkdir()
+            options = f"size={small},mode=700,uid={self._as_user['user']}"
+            mount = f'mount -t tmpfs -o {options} small "$0" && exec "$@"'
+            self._within = ["unshare", "--mount", "sh", "-c", mount, str(self.small)]
+        if source is None:
+            how = ["-A", "trust", "-E", "UTF8", "--locale=C"]
+            self._run("initdb", "-U", "postgres", "--no-sync", *how)
+        else:
+            where = ["-h", "127.0.0.1", "-p", str(source), "-U", "postgres"]
+            self._run("pg_basebackup", *where, "--no-sync", "--checkpoint=fast", "-R")
+
+    @property
+    def small(self) -> Path:
+        return self.folder / "small"
 
     @property
     def data(self) -> Path:
@@ -76,7 +94,7 @@ class Server:
         command += [f"--{name}={value}" for name, value in options.items()]
         with open(self.folder / "output", "ab") as output:
             self._process = subprocess.Popen(
-                [*_RUN, json.dumps(self._as_user), *command],
+                [*self._within, *_RUN, json.dumps(self._as_user), *command],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,
@@ -170,6 +188,16 @@ def _programs(folder: Path) -> tuple[dict[str, Any], Path]:
     return as_user, copied / "bin"
 
 
+@functools.cache
+def no_small_disk() -> str:
+    """Return why a server cannot have a small file system of its own; empty if it can."""
+    if shutil.which("unshare") is None:
+        return "there is no unshare"
+    mount = ["unshare", "--mount", "mount", "-t", "tmpfs", "small", "/mnt"]
+    ran = subprocess.run(mount, capture_output=True, text=True, check=False)
+    return "" if ran.returncode == 0 else ran.stderr.strip() or "mount failed"
+
+
 def shared() -> Server:
     """Return a server that all tests of this process share. Make a database of your own on it."""
     sys.audit(SERVER_USED)
@@ -177,10 +205,10 @@ def shared() -> Server:
 
 
 @contextmanager
-def private() -> Iterator[Server]:
-    """Start a server that a test can kill and start again."""
+def private(source: int | None = None, small: int = 0) -> Iterator[Server]:
+    """Start a server that a test can kill and start again; the arguments are those of :class:`Server`."""
     with new_folder(_PREFIX, "data/postmaster.pid") as folder:
-        server = Server(folder)
+        server = Server(folder, source, small)
         try:
             yield server.start()
         finally:
