@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from enum import Enum
-from html import escape
 from typing import Any
 
 from taskx.tasks.redact import show
@@ -33,6 +32,8 @@ def line(name: str, fields: Mapping[str, Any]) -> str:
 
 def html_table(heads: Sequence[str], rows: Iterable[Sequence[Any]], caption: str = "") -> str:
     """Return a table for a notebook. Texts stand in it without quotes; None is empty."""
+    from html import escape  # loads all names of characters, and most programs show no table
+
     body = "".join(
         f"<tr>{''.join(f'<td>{escape(_cell(value))}</td>' for value in row)}</tr>" for row in rows
     )
