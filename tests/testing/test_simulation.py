@@ -55,6 +55,7 @@ def test_seeds_that_once_failed_hold():
     simulate(Zoo, seeds=[825, 4625, 1_002_069, 2_008_776, 2_016_201])
     simulate(PROGRAMS["rated"], seeds=[1565, 1892])
     simulate(PROGRAMS["family"], seeds=[138_843_782_646_389, 138_843_782_662_110])
+    simulate(PROGRAMS["family"], seeds=[257_423_201_213_296])
 
 
 def test_a_token_that_time_has_brought_in_part_is_put_back_in_part():
