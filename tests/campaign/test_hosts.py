@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -83,10 +84,10 @@ class Hosts(Campaign):
 
     def __init__(self, folder: Path, network: Network, store: Stored) -> None:
         super().__init__(folder)
-        self._network, self._store = network, store
+        self._network, self.store = network, store
 
     def open(self) -> Repository:
-        return self._store.open()
+        return self.store.open()
 
     def events(self) -> list[Event]:
         """Return all events after a pause, because the traffic of the hosts passes this process, too."""
@@ -95,11 +96,11 @@ class Hosts(Campaign):
 
     def serve(self, *, slow: bool = False, **options: Any) -> tuple[Child, Host]:
         """Start a process on a new host. It submits the ``tasks``, and runs tasks until it is finished."""
-        host = self._network.add(self._store.port)
+        host = self._network.add(self.store.port)
         if slow:
             print(f"the link of host {len(self._network.hosts)} is slow by", host.slow())
         own = {"host": str(self.folder / f"host{len(self._network.hosts)}"), **LEASE}
-        url = self._store.url.format(host.address)
+        url = self.store.url.format(host.address)
         return self.spawn(host.command, database=url, role="serve", **own, **options), host
 
     def wait_for_all_outcomes(self) -> None:
@@ -195,6 +196,62 @@ def test_a_host_that_is_cut_off_and_comes_back_breaks_no_promise(campaign):
 def test_a_host_that_does_not_heed_its_lease_is_found(campaign):
     one_is_cut_off(campaign, broken="lost lease ignored")
     assert any("was under way" in violation for violation in campaign.verdict().violations)
+
+
+# The example
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "hosts.py"
+#: Runs a program as on a host whose clock is an hour off.
+AHEAD = """
+import runpy, sys
+from taskx.tasks.clock import SystemClock
+now = SystemClock.now_ms
+SystemClock.now_ms = lambda self: now(self) + 3_600_000
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("store", ["postgres"])
+def test_the_example_runs_each_task_on_one_of_three_hosts(campaign, network, tmp_path):
+    """One is behind a slow line, and one has a clock that is an hour off. The third one is killed."""
+    stored, running = campaign.store, []
+
+    def on_a_host(*command: str, clock: tuple[str, ...] = ()) -> tuple[Host, subprocess.Popen[str]]:
+        host = network.add(stored.port)
+        folder = tmp_path / f"lock files {len(network.hosts)}"
+        folder.mkdir()
+        url = f"{stored.url.format(host.address)}?lease_timeout=8"
+        process = subprocess.Popen(
+            [*host.command, sys.executable, *clock, str(EXAMPLE), *command, url],
+            env={**os.environ, "TMPDIR": str(folder), "PYTHONPATH": os.pathsep.join(sys.path)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        running.append(process)
+        return host, process
+
+    try:
+        slow, first = on_a_host("work", "slow")
+        _, second = on_a_host("work", "ahead", clock=("-c", AHEAD))
+        _, third = on_a_host("work", "killed")
+        assert all(host.stdout.readline() for host in (first, second, third))
+        slow.slow()
+        _, submits = on_a_host("submit", "300")
+        with campaign.open() as repository:
+            done = TaskFilter(status=TaskStatus.COMPLETED, limit=1000)
+            eventually(lambda: "killed" in {task.result for task in repository.list(done)})
+            third.kill()
+            said, _ = submits.communicate(timeout=4 * PATIENCE)
+            tasks = repository.list(TaskFilter(limit=1000))
+        ran = {name: int(count) for name, count in re.findall(r"(\w+): (\d+)", said)}
+        assert sum(ran.values()) == 300
+        assert ran.keys() == {"slow", "ahead", "killed"}
+        assert {task.status for task in tasks} == {TaskStatus.COMPLETED}
+    finally:
+        for process in running:
+            process.kill()
+            process.communicate()
 
 
 # The networks

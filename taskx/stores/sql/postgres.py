@@ -49,7 +49,11 @@ def set_timeouts(link: Link, seconds: float, lock: float = math.inf) -> None:
 
 def begin(link: PooledLink, durable: bool, timeout: float) -> None:
     """Begin a transaction, whose commit waits for the disk if it is ``durable``."""
-    wanted = "BEGIN" if durable else "BEGIN; SET LOCAL synchronous_commit = off"
+    wanted = "BEGIN"
+    if not durable:
+        wanted += "; SET LOCAL synchronous_commit = off"
+    elif not (link.durable or link.pooled):  # set_durable may have switched it off for the session
+        wanted += "; SET LOCAL synchronous_commit = DEFAULT"
     if link.pooled:
         milliseconds = max(1, round(timeout * 1000))
         wanted += f"; SET LOCAL lock_timeout = {LOCK_TIMEOUT}"

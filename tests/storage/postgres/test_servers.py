@@ -165,6 +165,18 @@ def repeat(call):
         call()
 
 
+def test_the_death_of_a_server_undoes_no_submit(tmp_path):
+    """A heartbeat is a commit that need not wait for the disk. The submits after it wait."""
+    with private() as server:
+        url = server.url(server.new_database())
+        with PostgresRepository(url, run_folder=tmp_path) as repository:
+            assert repository.put_note("node/x", "beat", 0)
+            assert all(repository.apply([insert(name, SYSTEM_CLOCK) for name in "ab"]))
+            server.kill()
+            server.start()
+            assert len(repository.statuses(["a", "b"])) == 2
+
+
 # --- replicas
 
 

@@ -35,6 +35,33 @@ def count(queue):
     return int(queue.count_tasks())
 
 
+@pytest.fixture(params=["taskx", "django"])
+def pool(request, repository, tmp_path):
+    """The connections of a repository, by psycopg and by Django."""
+    if request.param == "taskx":
+        yield repository._server
+        return
+    import django_project
+
+    with django_project.on_postgres(tmp_path) as site:
+        yield site._django_pool
+
+
+SINGLES = [(durable, single) for durable in (True, False) for single in (True, False)]
+
+
+@pytest.mark.parametrize("before", SINGLES)
+@pytest.mark.parametrize("after", SINGLES)
+def test_a_commit_waits_for_the_disk_whatever_the_one_before_did(pool, before, after):
+    def waits(durable, single):
+        [[value]] = pool.transaction(
+            lambda link: link.rows("SHOW synchronous_commit"), durable, single=single
+        )
+        return value == "on"
+
+    assert (waits(*before), waits(*after)) == (before[0], after[0])
+
+
 class TestCallers(CallersTransactions):
     @pytest.fixture
     def begin(self, connection):
