@@ -16,6 +16,7 @@ import django_project
 import mongomock
 import postgres_server
 import pytest
+from helpers import SOON
 from mongo_server import new_database, shared
 
 from taskx import (
@@ -120,7 +121,12 @@ class OnMongo(MongoRepository):
         timing: Timing = DEFAULT_TIMING,
     ) -> None:
         super().__init__(
-            database, run_folder=folder / "run", clock=clock, codec=codec, timing=timing
+            database,
+            timeout=SOON,  # the server of the tests scans, which takes seconds on a busy machine
+            run_folder=folder / "run",
+            clock=clock,
+            codec=codec,
+            timing=timing,
         )
         self.database, self.folder = database, folder
 
@@ -255,7 +261,7 @@ def again(repository: Repository) -> Repository | None:
         made = ExampleRepository(repository.path, repository.clock)
     elif isinstance(repository, OnMongo):
         run, clock = repository.folder / "run", repository.clock
-        made = MongoRepository(repository.database, run_folder=run, clock=clock)
+        made = MongoRepository(repository.database, timeout=SOON, run_folder=run, clock=clock)
     elif isinstance(repository, PostgresRepository):
         url, run, clock = postgres_url(), repository.run_folder, repository.clock
         made = PostgresRepository(url, run_folder=run, clock=clock)
