@@ -16,28 +16,18 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 from django.core.exceptions import ImproperlyConfigured
-from django.db import connections
-from django.db.utils import (
-    DatabaseError,
-    DataError,
-    Error,
-    InterfaceError,
-    InternalError,
-    OperationalError,
-    load_backend,
-)
+from django.db import connections, utils
+from django.db.utils import load_backend
 
 from taskx.attempt.current import awaited
-from taskx.contrib.django.link import Link, code, is_failure, is_locked, may_be_repeated
-from taskx.stores.base import Locked
+from taskx.contrib.django.link import Link, code
 from taskx.stores.sql import Dialect, MySQL, Postgres, SQLite, Statements, pool, postgres
 from taskx.stores.sql.pool import LOCK_TIMEOUT
 from taskx.stores.sqlite.file import DatabaseFile
+from taskx.tasks.checks import Duration
 from taskx.tasks.errors import (
     ConfigurationError,
-    PayloadError,
     RepositoryCorrupt,
-    RepositoryError,
     RepositoryUnavailable,
     TaskxError,
 )
@@ -108,8 +98,10 @@ class Connections(pool.Connections[Link]):
         file: the file of a database in SQLite; None if it is another one, or in memory.
     """
 
-    def __init__(self, alias: str, timeout: float, timing: Timing = DEFAULT_TIMING) -> None:
-        super().__init__(timeout, timing)
+    errors = utils
+
+    def __init__(self, alias: str, timeout: Duration, timing: Timing = DEFAULT_TIMING) -> None:
+        super().__init__(f"database {alias!r}", timeout, timing)
         self.alias = alias
         self.vendor = str(load_backend(self.settings["ENGINE"]).DatabaseWrapper.vendor)
         self.file = file_of(self.settings) if self.vendor == "sqlite" else None
@@ -198,34 +190,14 @@ class Connections(pool.Connections[Link]):
 
     # --- errors
 
-    def is_failure(self, error: BaseException) -> bool:
-        return is_failure(error)
+    def code(self, error: BaseException) -> str:
+        return code(error)
 
-    def is_lost(self, error: BaseException) -> bool:
-        return isinstance(error, (OperationalError, InterfaceError))
-
-    def may_be_repeated(self, error: BaseException) -> bool:
-        return may_be_repeated(error)
-
-    def translated(self, error: BaseException, *, in_doubt: bool = False) -> TaskxError:
-        """Return TaskX's error for an error of Django, of the driver, or of a value."""
-        where = f"database {self.alias!r}"
-        said = " ".join(str(error).split())[:500]  # in one line
-        text = f"{where}: {said or type(error).__name__}"
+    def _advised(self, error: BaseException, text: str) -> TaskxError | None:
         if code(error) in _NO_TABLE or "no such table" in str(error):
             return self.no_tables()
-        if "malformed" in str(error) or "not a database" in str(error):
-            return RepositoryCorrupt(text)
-        if is_locked(error):
-            return Locked(f"{where}: another transaction keeps a lock: {said}", self.timeout)
-        if isinstance(error, (OperationalError, InterfaceError, InternalError)):
-            doubt = "; the write may have happened" if in_doubt else ""
-            unavailable = RepositoryUnavailable(text + doubt)
-            unavailable.in_doubt = in_doubt
-            return unavailable
-        if isinstance(error, DataError) or not isinstance(error, (DatabaseError, Error)):
-            return PayloadError("record", f"{where} cannot store it: {said}")
-        return RepositoryError(text)
+        broken = "malformed" in str(error) or "not a database" in str(error)
+        return RepositoryCorrupt(text) if broken else None
 
     def no_tables(self) -> RepositoryUnavailable:
         """Return the error for a database without TaskX's tables."""

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from taskx.stores.postgres.examination import settings
-from taskx.tasks.errors import RepositoryError
-from taskx.tasks.findings import Check, fail, ok, warn
+from taskx.stores.postgres.examination import examined, settings
+from taskx.tasks.findings import Check, ok, warn
 
 if TYPE_CHECKING:
     from taskx.contrib.django.connections import Connections
@@ -19,23 +17,15 @@ if TYPE_CHECKING:
 
 def examine(house: House, connections: Connections, timing: Timing) -> Iterator[Check]:
     """Yield what is right and wrong with a database."""
-    began = time.monotonic()
-    try:
-        with connections.within(timing.answer_within):
-            connections.read(lambda link: link.rows("SELECT 1"))
-        took = (time.monotonic() - began) * 1000
-        yield ok(
-            "database", f"The {connections.vendor} database has answered in {took:.0f} ms.", ms=took
-        )
+
+    def more(link: Link) -> Iterator[Check]:
         house.prepare()
         yield ok("tables", "The database has TaskX's tables.")
-        yield from connections.read(lambda link: [*_settings(link)])
-    except RepositoryError as error:
-        yield fail(
-            "database",
-            f"The database cannot be used: {error}.",
-            "Check DATABASES and the server, and run manage.py migrate.",
-        )
+        yield from _settings(link)
+
+    advice = "Check DATABASES and the server, and run manage.py migrate."
+    server = f"{connections.vendor} database"
+    return examined(connections, timing, "database", server, more, advice)
 
 
 def _settings(link: Link) -> Iterator[Check]:

@@ -17,7 +17,7 @@ from django.db.utils import (
 
 from taskx.contrib.django.blocks import has_begun, is_open
 from taskx.contrib.django.connections import Connections
-from taskx.contrib.django.link import Link, code, is_failure
+from taskx.contrib.django.link import Link, code
 from taskx.stores.sql.callers import CallersLinks
 from taskx.stores.sql.postgres import ABORTED
 from taskx.tasks.errors import ConfigurationError, TaskxError
@@ -33,7 +33,8 @@ class BlockLinks(CallersLinks):
     def _of_django(self, error: Exception) -> TaskxError | None:
         if code(error) == ABORTED:
             return _broken()
-        return self._connections.translated(error) if is_failure(error) else None
+        links = self._connections
+        return links.translated(error) if links.is_failure(error) else None
 
     def _break(self) -> None:
         self._own.needs_rollback = True

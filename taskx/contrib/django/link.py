@@ -7,21 +7,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
-from django.db.utils import DataError, Error, IntegrityError, OperationalError
+from django.db.utils import DataError, IntegrityError, OperationalError
 
 from taskx.stores import sql as storage
 from taskx.stores.sql import Taken, postgres
 from taskx.stores.sql.pool import numbers
 from taskx.stores.sqlite.links import text_or_bytes
-from taskx.tasks.errors import TaskxError
 
 Rows = list[tuple[Any, ...]]
 
-_FAILURES = (Error, OverflowError, ValueError)
-
-# Codes of PostgreSQL and MySQL for a transaction that another one made impossible: it may be sent again.
-_AGAIN = postgres.AGAIN | {"1213"}
-_LOCKED = frozenset({postgres.LOCKED, "1205"})
 _SMALL = 100_000  # characters of texts that need no look at the longest statement of MySQL's server
 
 
@@ -31,21 +25,6 @@ def code(error: BaseException | None) -> str:
     if cause is not None and cause.args and isinstance(cause.args[0], int):
         return str(cause.args[0])  # MySQL's drivers
     return str(getattr(cause, "sqlstate", None) or getattr(cause, "pgcode", None) or "")
-
-
-def may_be_repeated(error: BaseException) -> bool:
-    """Return True for a conflict of two transactions: nothing was stored, and the next try may succeed."""
-    return isinstance(error, OperationalError) and code(error) in _AGAIN
-
-
-def is_locked(error: BaseException) -> bool:
-    """Return True if a server has refused a statement because another transaction keeps a lock."""
-    return isinstance(error, OperationalError) and code(error) in _LOCKED
-
-
-def is_failure(error: BaseException) -> bool:
-    """Return True for errors of Django and its drivers, and for values that a database cannot store."""
-    return isinstance(error, _FAILURES) and not isinstance(error, TaskxError)
 
 
 class _Done(NamedTuple):
@@ -136,7 +115,7 @@ class Link(storage.Link):
             self._refuse_if_too_large(values)
         if self.vendor != "postgresql":
             return values
-        return [_without_nul(value) for value in values]
+        return [postgres.without_nul(value) for value in values]
 
     def _refuse_if_too_large(self, values: Sequence[Any]) -> None:
         """Refuse a statement that is too long for MySQL's server, which would only close the connection."""
@@ -161,13 +140,6 @@ class Link(storage.Link):
 def _marked(sql: str) -> str:
     """Return a statement with Django's marks for values."""
     return sql.replace("?", "%s")
-
-
-def _without_nul(value: Any) -> Any:
-    """Return a value that PostgreSQL can store: its texts have no NUL characters."""
-    if isinstance(value, str):
-        return value.replace("\0", "\N{REPLACEMENT CHARACTER}") if "\0" in value else value
-    return [_without_nul(item) for item in value] if isinstance(value, list) else value
 
 
 def _sent_bytes(text: str) -> int:

@@ -6,8 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from datetime import timedelta
-from typing import Any, Literal, get_args
+from typing import Any
 
 from django.db import connections
 
@@ -30,11 +29,11 @@ from taskx.stores.liveness.base import Liveness
 from taskx.stores.liveness.locks import KernelLocks
 from taskx.stores.parts import Listener, at_forks
 from taskx.stores.sql import postgres
-from taskx.stores.sql.pool import PooledRepository, PoolLinks
+from taskx.stores.sql.pool import Durability, PooledRepository, PoolLinks
 from taskx.stores.sqlite import turnstile
 from taskx.stores.sqlite.wakeups import Wakeups
 from taskx.stores.transactions import Then, Transactions
-from taskx.tasks.checks import check_number
+from taskx.tasks.checks import Duration
 from taskx.tasks.clock import SYSTEM_CLOCK, Clock
 from taskx.tasks.codec import Codec
 from taskx.tasks.errors import ConfigurationError
@@ -42,10 +41,6 @@ from taskx.tasks.findings import Check
 from taskx.tasks.record import COLUMNS
 from taskx.tasks.timing import DEFAULT_TIMING, Timing
 from taskx.tasks.writes import Write
-
-Durability = Literal["accepted", "full"]
-
-_SHORTEST_LEASE = 0.5
 
 
 class DjangoRepository(PooledRepository):
@@ -84,8 +79,8 @@ class DjangoRepository(PooledRepository):
         using: str = "default",
         durability: Durability = "accepted",
         *,
-        lease_timeout: float | timedelta = 30.0,
-        timeout: float | timedelta = 10.0,
+        lease_timeout: Duration = 30.0,
+        timeout: Duration = 10.0,
         on_commit: OnCommit = "wait",
         run_folder: str | os.PathLike[str] | None = None,
         clock: Clock = SYSTEM_CLOCK,
@@ -94,20 +89,14 @@ class DjangoRepository(PooledRepository):
     ) -> None:
         if not isinstance(using, str) or not using:
             raise ConfigurationError(f"using must be an alias in DATABASES, not {using!r}")
-        if durability not in get_args(Durability):
-            raise ConfigurationError(
-                f"durability must be one of {', '.join(get_args(Durability))}, not {durability!r}"
-            )
         self.using = using
-        self.lease_timeout = check_number(lease_timeout, "lease_timeout", minimum=_SHORTEST_LEASE)
-        self.timeout = check_number(timeout, "timeout", minimum=0.01)
         self.on_commit = check_on_commit(on_commit)
-        self.run_folder = None if run_folder is None else os.fspath(run_folder)
-        connections = self._connections = Connections(using, self.timeout, timing)
+        connections = self._connections = Connections(using, timeout, timing)
         several = lambda: len(self.queues) > 1  # noqa: E731
         pool = self._django_pool = DjangoLinks(connections, several, timing)
         statements = statements_of(connections.vendor)
-        super().__init__(statements, pool, durability, clock, codec, timing)
+        leases = lease_timeout, run_folder
+        super().__init__(statements, pool, durability, *leases, clock, codec, timing)
         self.vendor, self._file = connections.vendor, connections.file
         self.transactions = BlockTransactions(self, pool, on_commit)
         self.news = self.house = self.forks = at_forks(pool)

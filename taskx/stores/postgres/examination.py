@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, TypeVar
 
-from taskx.stores.sql import Link
+from taskx.stores.sql import Link, pool
 from taskx.stores.sql.postgres import OLDEST
 from taskx.tasks.errors import RepositoryError
 from taskx.tasks.findings import Check, fail, ok, warn
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from taskx.stores.postgres.link import Connections
     from taskx.stores.postgres.schema import Schema
     from taskx.tasks.timing import Timing
+
+L = TypeVar("L", bound=pool.PooledLink)
 
 _DEAD = "SELECT n_dead_tup, n_live_tup FROM pg_stat_user_tables WHERE relname = ?"
 _SETTINGS = (
@@ -29,20 +31,33 @@ _MANY_DEAD, _LONG = 50_000, 600.0
 
 def examine(connections: Connections, schema: Schema, timing: Timing) -> Iterator[Check]:
     """Yield what is right and wrong with a database."""
+
+    def more(link: Link) -> Iterator[Check]:
+        yield from _tables(link, schema)
+        yield from settings(link, schema.statements.dialect.tasks)
+
+    advice = "Check the URL, the network and the server."
+    return examined(connections, timing, "server", "PostgreSQL server", more, advice)
+
+
+def examined(
+    connections: pool.Connections[L],
+    timing: Timing,
+    name: str,
+    server: str,
+    more: Callable[[L], Iterable[Check]],
+    advice: str,
+) -> Iterator[Check]:
+    """Yield how soon a server answers, and what ``more`` yields; if it fails, the ``advice``."""
     began = time.monotonic()
     try:
         with connections.within(timing.answer_within):
             connections.read(lambda link: link.rows("SELECT 1"))
         took = (time.monotonic() - began) * 1000
-        yield ok("server", f"The PostgreSQL server has answered in {took:.0f} ms.", ms=took)
-        yield from connections.read(lambda link: [*_tables(link, schema)])
-        yield from connections.read(lambda link: [*settings(link, schema.statements.dialect.tasks)])
+        yield ok(name, f"The {server} has answered in {took:.0f} ms.", ms=took)
+        yield from connections.read(lambda link: [*more(link)])
     except RepositoryError as error:
-        yield fail(
-            "server",
-            f"The database cannot be used: {error}.",
-            "Check the URL, the network and the server.",
-        )
+        yield fail(name, f"The database cannot be used: {error}.", advice)
 
 
 def _tables(link: Link, schema: Schema) -> Iterator[Check]:

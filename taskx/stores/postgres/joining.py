@@ -14,7 +14,7 @@ import psycopg
 from psycopg.pq import TransactionStatus
 
 from taskx.stores import queries
-from taskx.stores.postgres.link import OPEN, Connections, Link, is_failure
+from taskx.stores.postgres.link import OPEN, Connections, Link
 from taskx.stores.postgres.links import PostgresLinks
 from taskx.stores.sql import SQLRepository, postgres
 from taskx.stores.sql.callers import CallersLinks, driver_connection
@@ -150,9 +150,9 @@ def _is_open(driver: psycopg.Connection[Any] | None) -> bool:
 
 
 def _translated(connections: Connections, error: Exception) -> TaskxError | None:
-    if getattr(error, "sqlstate", None) == postgres.ABORTED:
+    if connections.code(error) == postgres.ABORTED:
         return _broken()
-    return connections.translated(error) if is_failure(error) else None
+    return connections.translated(error) if connections.is_failure(error) else None
 
 
 def _broken() -> ConfigurationError:

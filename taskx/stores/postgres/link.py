@@ -17,16 +17,10 @@ from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
 from psycopg.types.numeric import Int8Dumper
 
-from taskx.stores.base import Locked
 from taskx.stores.sql import Taken, pool, postgres
 from taskx.stores.sql.pool import LOCK_TIMEOUT, numbers
-from taskx.tasks.errors import (
-    ConfigurationError,
-    PayloadError,
-    RepositoryError,
-    RepositoryUnavailable,
-    TaskxError,
-)
+from taskx.tasks.checks import Duration
+from taskx.tasks.errors import ConfigurationError, RepositoryUnavailable, TaskxError
 from taskx.tasks.timing import Timing
 
 #: The time-outs of the server need a moment to be heard: an answer may be later by this factor.
@@ -34,7 +28,6 @@ _LATER = 1.25
 _NUL = "NUL"
 # What a role may not do, what it has no place for, and how a server says that it is full.
 _REFUSED, _NO_COLUMN, _FULL = "42501", "42703", "53300"
-_FAILURES = (psycopg.Error, OverflowError, ValueError)
 # A prepared statement is planned for the types of its values: all whole numbers have the same.
 _ADAPTERS = AdaptersMap(psycopg.adapters)
 _ADAPTERS.register_dumper(int, Int8Dumper)
@@ -120,7 +113,7 @@ class Link:
                 error
             ):  # psycopg refuses them before it sends anything
                 raise
-        execute(_marked(sql), _without_nul(values))
+        execute(_marked(sql), postgres.without_nul(values))
 
     @property
     def usable(self) -> bool:
@@ -143,18 +136,6 @@ def _marked(sql: str) -> str:
     return sql.replace("?", "%s")
 
 
-def _without_nul(value: Any) -> Any:
-    """Return a value that PostgreSQL can store: its texts have no NUL characters."""
-    if isinstance(value, str):
-        return value.replace("\0", "\N{REPLACEMENT CHARACTER}")
-    return [_without_nul(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def is_failure(error: BaseException) -> bool:
-    """Return True for errors of psycopg, and for values that PostgreSQL cannot store."""
-    return isinstance(error, _FAILURES) and not isinstance(error, TaskxError)
-
-
 class Connections(pool.Connections[Link]):
     """The repository's own connections to its database.
 
@@ -166,29 +147,31 @@ class Connections(pool.Connections[Link]):
         timing: the intervals of its own work.
     """
 
+    errors = psycopg
+
     def __init__(
         self,
         url: str,
-        timeout: float,
+        timeout: Duration,
         timing: Timing,
         *,
         pooled: bool,
         ready: Callable[[Link], object],
     ) -> None:
-        super().__init__(timeout, timing)
         try:
             self._given = conninfo.conninfo_to_dict(url)
         except psycopg.Error:  # its text may have the password
             raise ConfigurationError(
                 "the URL of the database is not valid: write postgresql://user@host/database"
             ) from None
-        self._pooled = pooled
-        self._ready = ready
-        self._is_ready = False
         host = self._given.get("host") or self._given.get("hostaddr")
         database = self._given.get("dbname") or self._given.get("user") or ""
         #: What names the database in messages: without user and password.
         self.name = f"{database}@{host}" if host else f"{database}"
+        super().__init__(f"PostgreSQL database {self.name!r}", timeout, timing)
+        self._pooled = pooled
+        self._ready = ready
+        self._is_ready = False
 
     # --- opening
 
@@ -236,34 +219,12 @@ class Connections(pool.Connections[Link]):
 
     # --- errors
 
-    def is_failure(self, error: BaseException) -> bool:
-        return is_failure(error)
+    def code(self, error: BaseException) -> str:
+        return getattr(error, "sqlstate", None) or ""
 
-    def is_lost(self, error: BaseException) -> bool:
-        return isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError))
-
-    def may_be_repeated(self, error: BaseException) -> bool:
-        return getattr(error, "sqlstate", None) in postgres.AGAIN
-
-    def translated(self, error: BaseException, *, in_doubt: bool = False) -> TaskxError:
-        where = f"PostgreSQL database {self.name!r}"
-        said = " ".join(str(error).split())[:500]  # in one line
-        text = f"{where}: {said or type(error).__name__}"
-        code = getattr(error, "sqlstate", None)
-        if code == postgres.LOCKED:
-            return Locked(f"{where}: another transaction keeps a lock: {said}", self.timeout)
-        if code in _ADVICE:
-            return RepositoryUnavailable(f"{text}. {_ADVICE[code]}")
-        if isinstance(
-            error, (psycopg.OperationalError, psycopg.InterfaceError, psycopg.InternalError)
-        ):
-            doubt = "; the write may have happened" if in_doubt else ""
-            unavailable = RepositoryUnavailable(text + doubt)
-            unavailable.in_doubt = in_doubt
-            return unavailable
-        if isinstance(error, psycopg.DataError) or not isinstance(error, psycopg.Error):
-            return PayloadError("record", f"{where} cannot store it: {said}")
-        return RepositoryError(text)
+    def _advised(self, error: BaseException, text: str) -> TaskxError | None:
+        advice = _ADVICE.get(self.code(error))
+        return RepositoryUnavailable(f"{text}. {advice}") if advice else None
 
 
 _ADVICE = {

@@ -13,6 +13,7 @@ from taskx.stores.postgres.schema import Schema
 from taskx.stores.sql import postgres
 from taskx.stores.sql.pool import PoolLinks
 from taskx.tasks import lifecycle
+from taskx.tasks.checks import Duration
 from taskx.tasks.findings import Check
 from taskx.tasks.timing import Timing
 from taskx.tasks.writes import Write
@@ -36,7 +37,7 @@ class PostgresLinks(PoolLinks[Link]):
         self,
         url: str,
         schema: Schema,
-        timeout: float,
+        timeout: Duration,
         listen: bool,
         several: Callable[[], bool],
         timing: Timing,
@@ -63,7 +64,7 @@ class PostgresLinks(PoolLinks[Link]):
         postgres.set_durable(link, durable)
 
     def _is_undone(self, link: Link, error: BaseException) -> bool:
-        if getattr(error, "sqlstate", None) == postgres.READ_ONLY:
+        if self.connections.code(error) == postgres.READ_ONLY:
             self.connections.drop_writer()  # another host may take writes by now
             return True
         return super()._is_undone(link, error)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 from taskx.stores.liveness.base import PREFIX as NODES
 from taskx.stores.options import seconds_of, split, truth_of
@@ -13,17 +13,13 @@ from taskx.stores.postgres.joining import DriverTransactions
 from taskx.stores.postgres.links import PostgresLinks
 from taskx.stores.postgres.news import NOTED
 from taskx.stores.postgres.schema import Schema
-from taskx.stores.sql.pool import PooledRepository
-from taskx.tasks.checks import Duration, check_number
+from taskx.stores.sql.pool import Durability, PooledRepository
+from taskx.tasks.checks import Duration
 from taskx.tasks.clock import SYSTEM_CLOCK, Clock
 from taskx.tasks.codec import Codec
 from taskx.tasks.errors import ConfigurationError
 from taskx.tasks.timing import DEFAULT_TIMING, Timing
 from taskx.tasks.writes import NoteChange
-
-Durability = Literal["accepted", "full"]
-
-_SHORTEST_LEASE = 0.5
 
 
 class PostgresRepository(PooledRepository):
@@ -73,20 +69,14 @@ class PostgresRepository(PooledRepository):
             raise ConfigurationError(
                 f"url must be a str, such as 'postgresql://user@host/database', not {type(url).__name__}"
             )
-        if durability not in get_args(Durability):
-            raise ConfigurationError(
-                f"durability must be one of {', '.join(get_args(Durability))}, not {durability!r}"
-            )
         if not isinstance(listen, bool):
             raise ConfigurationError(f"listen must be True or False, not {listen!r}")
         self.prefix = prefix
-        self.lease_timeout = check_number(lease_timeout, "lease_timeout", minimum=_SHORTEST_LEASE)
-        self.timeout = check_number(timeout, "timeout", minimum=0.01)
-        self.run_folder = None if run_folder is None else os.fspath(run_folder)
         schema = Schema(prefix)
         several = lambda: len(self.queues) > 1  # noqa: E731
-        links = self._server = PostgresLinks(url, schema, self.timeout, listen, several, timing)
-        super().__init__(schema.statements, links, durability, clock, codec, timing)
+        links = self._server = PostgresLinks(url, schema, timeout, listen, several, timing)
+        leases = lease_timeout, run_folder
+        super().__init__(schema.statements, links, durability, *leases, clock, codec, timing)
         self.transactions = DriverTransactions(self, links)
         self.news = self.house = self.forks = at_forks(links)
 

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar, get_args
 
 from taskx.stores.base import Locked, Reentered
 from taskx.stores.parts import Forks, House, News
 from taskx.stores.patience import try_again
 from taskx.stores.sql.link import Link, Links, Sent
 from taskx.stores.sql.repository import SQLRepository
+from taskx.tasks.checks import Duration, check_number
 from taskx.tasks.clock import SYSTEM_CLOCK, Clock
 from taskx.tasks.codec import Codec, Codecs
-from taskx.tasks.errors import TaskxError
+from taskx.tasks.errors import (
+    ConfigurationError,
+    PayloadError,
+    RepositoryError,
+    RepositoryUnavailable,
+    TaskxError,
+)
 from taskx.tasks.record import COLUMNS
 from taskx.tasks.timing import DEFAULT_TIMING, Timing
 from taskx.tasks.writes import Insert, NoteChange, Write, shows
@@ -49,6 +57,9 @@ class PooledLink(Link, Protocol):
         ...
 
 
+#: The commits that a power cut, or the death of the server, may undo.
+Durability = Literal["accepted", "full"]
+
 T = TypeVar("T")
 L = TypeVar("L", bound=PooledLink)
 #: Writes by identity, each as it was given and as it is stored.
@@ -56,9 +67,13 @@ Pairs = dict[int, tuple[Write, Write]]
 
 #: Numbers of connections, and of moments between them.
 numbers = itertools.count(1)
+#: Codes of PostgreSQL and MySQL for a transaction that another one made impossible, so that it may be sent
+#: again, and for a lock that another transaction has kept.
+AGAIN, LOCKED = frozenset({"40001", "40P01", "1213"}), frozenset({"55P03", "1205"})
 #: Milliseconds for which a write waits for a lock on a server: other writes wait for its connection.
 LOCK_TIMEOUT = 100
 
+_SHORTEST_LEASE = 0.5
 _KEPT = 4  # idle connections for reads that stay open
 _TRIES = 5  # of a transaction that others make impossible, such as by a deadlock
 _MOST_IN_DOUBT = 10_000  # writes, many times a batch: older ones are not sent again
@@ -68,13 +83,20 @@ class Connections(ABC, Generic[L]):
     """One connection that writes, and others that read, each used by one thread at a time.
 
     Args:
+        where: what names the database in messages.
         timeout: seconds that a statement, or the wait for a lock, may take.
         timing: the intervals of its own work.
+
+    Attributes:
+        errors: the module with the driver's exceptions, which have the names of PEP 249.
     """
 
-    def __init__(self, timeout: float, timing: Timing) -> None:
+    errors: Any
+
+    def __init__(self, where: str, timeout: Duration, timing: Timing) -> None:
+        self._where = where
         self._timing = timing
-        self.timeout = timeout
+        self.timeout = check_number(timeout, "timeout", minimum=0.01)
         self.lock = threading.RLock()
         self._limit = threading.local()
         self._writer: L | None = None
@@ -98,25 +120,49 @@ class Connections(ABC, Generic[L]):
         """Limit the statements of a connection."""
 
     @abstractmethod
-    def is_failure(self, error: BaseException) -> bool:
-        """Return True for errors of the driver, and for values that a database cannot store."""
+    def code(self, error: BaseException) -> str:
+        """Return the code that the database gave for an error; empty if it gave none."""
 
-    @abstractmethod
-    def is_lost(self, error: BaseException) -> bool:
-        """Return True for an error after which the connection may be broken."""
-
-    @abstractmethod
-    def may_be_repeated(self, error: BaseException) -> bool:
-        """Return True for a conflict of two transactions: nothing was stored, and a repeat may succeed."""
-
-    @abstractmethod
-    def translated(self, error: BaseException, *, in_doubt: bool = False) -> TaskxError:
-        """Return TaskX's error for an error of the driver, or of a value."""
+    def _advised(self, error: BaseException, text: str) -> TaskxError | None:
+        """Return the error for one whose cause is known; None if it is not. ``text`` says what failed."""
+        return None
 
     def _has_broken(self, link: L) -> bool:
         """Return True if a connection broke while it was idle."""
         idle = time.monotonic() - link.used
         return idle > self._timing.check_connection_after and not link.usable
+
+    # --- errors
+
+    def is_failure(self, error: BaseException) -> bool:
+        """Return True for errors of the driver, and for values that a database cannot store."""
+        failures = (self.errors.Error, OverflowError, ValueError)
+        return isinstance(error, failures) and not isinstance(error, TaskxError)
+
+    def is_lost(self, error: BaseException) -> bool:
+        """Return True for an error after which the connection may be broken."""
+        return isinstance(error, (self.errors.OperationalError, self.errors.InterfaceError))
+
+    def may_be_repeated(self, error: BaseException) -> bool:
+        """Return True for a conflict of two transactions: nothing was stored, and a repeat may succeed."""
+        return self.code(error) in AGAIN
+
+    def translated(self, error: BaseException, *, in_doubt: bool = False) -> TaskxError:
+        """Return TaskX's error for an error of the driver, or of a value."""
+        said = " ".join(str(error).split())[:500]  # in one line
+        text = f"{self._where}: {said or type(error).__name__}"
+        if (advised := self._advised(error, text)) is not None:
+            return advised
+        if self.code(error) in LOCKED:
+            return Locked(f"{self._where}: another transaction keeps a lock: {said}", self.timeout)
+        if self.is_lost(error) or isinstance(error, self.errors.InternalError):
+            doubt = "; the write may have happened" if in_doubt else ""
+            unavailable = RepositoryUnavailable(text + doubt)
+            unavailable.in_doubt = in_doubt
+            return unavailable
+        if isinstance(error, self.errors.Error) and not isinstance(error, self.errors.DataError):
+            return RepositoryError(text)
+        return PayloadError("record", f"{self._where} cannot store it: {said}")
 
     # --- using
 
@@ -434,12 +480,21 @@ class PooledRepository(SQLRepository):
         statements: Any,
         pool: PoolLinks[Any],
         durability: str,
+        lease_timeout: Duration,
+        run_folder: str | os.PathLike[str] | None,
         clock: Clock = SYSTEM_CLOCK,
         codec: Codec | Iterable[Codec] | Codecs | None = None,
         timing: Timing = DEFAULT_TIMING,
     ) -> None:
+        if durability not in get_args(Durability):
+            raise ConfigurationError(
+                f"durability must be one of {', '.join(get_args(Durability))}, not {durability!r}"
+            )
         super().__init__(statements, pool, clock, codec, timing)
         self.durability = durability
+        self.lease_timeout = check_number(lease_timeout, "lease_timeout", minimum=_SHORTEST_LEASE)
+        self.timeout = pool.connections.timeout
+        self.run_folder = None if run_folder is None else os.fspath(run_folder)
         self._pool = pool
 
     def apply(self, writes: Sequence[Write], *, all_or_nothing: bool = False) -> Sequence[bool]:

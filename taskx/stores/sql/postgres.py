@@ -16,10 +16,16 @@ OLDEST = (
     "FROM pg_stat_activity WHERE (backend_xmin IS NOT NULL OR backend_xid IS NOT NULL) "
     "AND pid <> pg_backend_pid() AND datname = current_database()"
 )
-#: Codes of errors: a transaction that another one made impossible may be sent again; a lock was kept; the
-#: table is missing; an error before has ended the transaction; the server takes no writes.
-AGAIN, LOCKED = frozenset({"40001", "40P01"}), "55P03"
+#: Codes of errors: the table is missing; an error before has ended the transaction; the server takes no
+#: writes.
 NO_TABLE, ABORTED, READ_ONLY = "42P01", "25P02", "25006"
+
+
+def without_nul(value: Any) -> Any:
+    """Return a value that PostgreSQL can store: its texts have no NUL characters."""
+    if isinstance(value, str):
+        return value.replace("\0", "\N{REPLACEMENT CHARACTER}") if "\0" in value else value
+    return [without_nul(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def limits(timeout: float) -> dict[str, int]:
