@@ -64,12 +64,12 @@ def around(patch, owner, name, change):
     patch(owner, name, lambda *args, **options: change(inner(*args, **options)))
 
 
-@plant("A start does not check that the task is still pending.", seed=11)
+@plant("A start ignores the status.", seed=11)
 def unguarded_start(patch):
     around(patch, lifecycle, "start_all", lambda made: [u and u._replace(guard={}) for u in made])
 
 
-@plant("A start does not check the number of starts.", seed=693)
+@plant("A start ignores the number of starts.", seed=693)
 def start_without_starts(patch):
     def weak(made):
         return [u and u._replace(guard=without(u.guard, "starts")) for u in made]
@@ -77,7 +77,7 @@ def start_without_starts(patch):
     around(patch, lifecycle, "start_all", weak)
 
 
-@plant("A start does not check that nothing holds the task back.", seed=11)
+@plant("A start ignores what holds the task back.", seed=11)
 def start_of_held(patch):
     def weak(made):
         return [u and u._replace(guard=without(u.guard, "held")) for u in made]
@@ -85,12 +85,12 @@ def start_of_held(patch):
     around(patch, lifecycle, "start_all", weak)
 
 
-@plant("The fence of an outcome does not compare the starts.", seed=110)
+@plant("An outcome ignores the number of starts.", seed=110)
 def weak_fence(patch):
     around(patch, lifecycle, "_fence", lambda guard: without(guard, "starts"))
 
 
-@plant("A retry does not notice that a cancel was requested.", seed=377)
+@plant("A retry ignores a cancel.", seed=377)
 def retry_despite_cancel(patch):
     def weak(writes):
         return [writes[0]._replace(guard=without(writes[0].guard, "cancel_requested_at"))]
@@ -98,7 +98,7 @@ def retry_despite_cancel(patch):
     around(patch, lifecycle, "_unless_cancelled", weak)
 
 
-@plant("A task waits only for one of its parents.", seed=1)
+@plant("A task waits for one parent only.", seed=1)
 def one_parent_is_enough(patch):
     inner = lifecycle.parents_moved
 
@@ -109,13 +109,13 @@ def one_parent_is_enough(patch):
     patch(lifecycle, "parents_moved", hasty)
 
 
-@plant("A task whose parent has failed already may start.", seed=3357)
+@plant("A task starts after its parent failed.", seed=3357)
 def failed_parent_at_submit(patch):
     patch(lifecycle, "next_parent", lifecycle.unfinished_parent)
 
 
 @plant(
-    "Nobody looks for the dependents of a task whose node died after its end.",
+    "A dead node's dependents are forgotten.",
     seed=389,
     program="patient",
 )
@@ -125,7 +125,7 @@ def dependents_of_the_dead(patch):
 
 
 @plant(
-    "Nobody looks for a turn that a node did not pass on before its death.",
+    "A dead node's turn is forgotten.",
     seed=25,
     program="keyed",
 )
@@ -134,7 +134,7 @@ def turns_of_the_dead(patch):
     patch(Turns, "scan_some", nothing)
 
 
-@plant("The task that came last gets the turn of a key.", seed=30)
+@plant("The last task gets the turn.", seed=30)
 def last_come_first_served(patch):
     def last(self, key, leaver=""):
         line = self._repository.find("line", [key], ("id",))
@@ -143,7 +143,7 @@ def last_come_first_served(patch):
     patch(Turns, "_next_turn", last)
 
 
-@plant("A task that has failed keeps its turn.", seed=44)
+@plant("A failed task keeps its turn.", seed=44)
 def failure_keeps_turn(patch):
     inner = lifecycle._end
 
@@ -154,7 +154,7 @@ def failure_keeps_turn(patch):
     patch(lifecycle, "_end", end)
 
 
-@plant("A pending task that is cancelled keeps its turn.", seed=80)
+@plant("A cancelled task keeps its turn.", seed=80)
 def cancel_keeps_turn(patch):
     def keep(writes):
         return [write._replace(changes=without(write.changes, "turn")) for write in writes]
@@ -171,22 +171,22 @@ def overwrite(self, text, value):
     return True
 
 
-@plant("The slots of a shared limit are changed without a comparison.", seed=189)
+@plant("Slots are changed without a comparison.", seed=189)
 def slots_without_compare(patch):
     patch(SharedSlots, "_put", overwrite)
 
 
-@plant("The tokens of a shared rate are changed without a comparison.", seed=29)
+@plant("Tokens are changed without a comparison.", seed=29)
 def tokens_without_compare(patch):
     patch(SharedBucket, "_put", overwrite)
 
 
-@plant("The slots of dead nodes are never freed.", seed=30)
+@plant("Slots of dead nodes stay taken.", seed=30)
 def slots_of_the_dead(patch):
     patch(SharedSlots, "_bury", nothing)
 
 
-@plant("The slots of live nodes are freed, too.", seed=30)
+@plant("Slots of live nodes are freed.", seed=30)
 def slots_of_the_living(patch):
     def bury(self):
         self._share_out({self._node: self._mine})
@@ -194,7 +194,7 @@ def slots_of_the_living(patch):
     patch(SharedSlots, "_bury", bury)
 
 
-@plant("A slot that was taken for a start which failed is not given back.", seed=1)
+@plant("A failed start keeps its slot.", seed=1)
 def slot_leaks(patch):
     inner = Admission.over
     patch(
@@ -202,17 +202,17 @@ def slot_leaks(patch):
     )
 
 
-@plant("The slots of a node are not counted.", seed=459)
+@plant("Slots are not counted.", seed=459)
 def endless_slots(patch):
     patch(OwnSlots, "take", lambda self, count: count)
 
 
-@plant("The id of the task of a tick is random.", seed=0)
+@plant("A tick's task has a random id.", seed=0)
 def random_tick(patch):
     patch(schedules, "tick_id", lambda name, tick: ids.new_id())
 
 
-@plant("A schedule is moved on before the task of its tick is stored.", seed=0)
+@plant("A schedule moves on too early.", seed=0)
 def tick_before_task(patch):
     def run(self, due):
         plans = self._without_overlap(self._plans(due, self._now()))
@@ -224,7 +224,7 @@ def tick_before_task(patch):
     patch(Ticker, "_run", run)
 
 
-@plant("A tick gets its task while that of an earlier tick goes on.", seed=3)
+@plant("A tick ignores ``overlap``.", seed=3)
 def overlapping_ticks(patch):
     patch(Ticker, "_may_run", lambda self, plan, statuses: True)
 
@@ -239,22 +239,22 @@ def start_in_doubt(patch):
     patch(Audit, "_interrupt", nothing)
 
 
-@plant("The tasks in the buffer of a dead node are not freed.", seed=0)
+@plant("A dead node's buffer is forgotten.", seed=0)
 def buffers_of_the_dead(patch):
     patch(Recovery, "go_on", lambda self, until=0: 0)
 
 
-@plant("A task may crash once more than its limit says.", seed=51)
+@plant("A task may crash once more.", seed=51)
 def one_more_crash(patch):
     around(patch, lifecycle, "_crashes_allowed", lambda most: most + 1)
 
 
-@plant("A start does not look whether the task has expired.", seed=3)
+@plant("An expired task starts.", seed=3)
 def late_start(patch):
     patch(lifecycle, "has_expired", lambda task, now: False)
 
 
-@plant("A requeued task does not take its unique key again.", seed=34)
+@plant("A requeue forgets the unique key.", seed=34)
 def key_not_taken_again(patch):
     patch(unique, "taken_again", lambda task: {})
 
@@ -264,7 +264,7 @@ def key_freed_by_start(patch):
     patch(unique, "freed_by_start", lambda task: {"unique_lock": None})
 
 
-@plant("Delayed tasks are released five seconds early.", seed=9)
+@plant("Delayed tasks start five seconds early.", seed=9)
 def early_release(patch):
     inner = Release._release_some
     patch(Release, "_release_some", lambda self, now: inner(self, now + 5000))
@@ -274,7 +274,7 @@ def early_release(patch):
 _earliest = Release.earliest
 
 
-@plant("A task that should fail with its parent is cancelled.", seed=1)
+@plant('``on_parent_failure="fail"`` cancels.', seed=1)
 def cancelled_with_parent(patch):
     def cancel(write):
         changes = write.changes
@@ -285,7 +285,7 @@ def cancelled_with_parent(patch):
     around(patch, lifecycle, "parents_moved", cancel)
 
 
-@plant("A submit returns although the repository has failed.", seed=5)
+@plant("A submit hides an error.", seed=5)
 def accepted_not_stored(patch):
     inner = Intake._take_in
 
@@ -318,7 +318,7 @@ def rescue_from_the_living(patch):
 
 
 @plant(
-    "A task that was put off is released at the time that it had before.",
+    "A task is released at an old time.",
     seed=2075,
     program="delayed",
 )
@@ -332,12 +332,12 @@ def late_token(patch):
     patch(Rate, "put_back", lambda self, mark, count, age=0.0: mark - count * self.interval)
 
 
-@plant("An answer that comes before anybody asks is lost.", seed=0, program="patient")
+@plant("An early answer is lost.", seed=0, program="patient")
 def early_answer_lost(patch):
     patch(lifecycle, "created_finished", lambda insert, finish: lifecycle.opened(insert))
 
 
-@plant("Somebody else may answer again.", seed=5, program="patient")
+@plant("A second answer counts.", seed=5, program="patient")
 def second_answer_counts(patch):
     inner = Operations._answer
 
@@ -349,7 +349,7 @@ def second_answer_counts(patch):
     around(patch, lifecycle, "finish", lambda write: write._replace(guard={}))
 
 
-@plant("The moment until which a task sleeps is not stored.", seed=1, program="patient")
+@plant("The end of a sleep is not stored.", seed=1, program="patient")
 def sleep_forgotten(patch):
     inner = Checkpoints.seal
     patch(Checkpoints, "seal", lambda self, parked: inner(self, parked)._replace(checkpoints=None))
@@ -364,7 +364,7 @@ def wait_is_interruption(patch):
     around(patch, lifecycle, "_park", count)
 
 
-@plant("A task that begins to wait gives its turn away.", seed=6, program="patient")
+@plant("A waiting task gives its turn away.", seed=6, program="patient")
 def wait_without_turn(patch):
     def give_away(writes):
         changes = {**writes[0].changes, "turn": None}
@@ -373,7 +373,7 @@ def wait_without_turn(patch):
     around(patch, lifecycle, "_park", give_away)
 
 
-@plant("To go on after a wait takes a slot, and gives none back.", seed=30, program="patient")
+@plant("Going on after a wait leaks a slot.", seed=30, program="patient")
 def wait_keeps_slot(patch):
     inner = Admission.over
 
@@ -384,7 +384,7 @@ def wait_keeps_slot(patch):
     patch(Admission, "over", over)
 
 
-@plant("Nobody ends the open answers of a task that has ended.", seed=1, program="patient")
+@plant("Open answers outlive their task.", seed=1, program="patient")
 def open_answers_left(patch):
     inner = lifecycle.moved_on
 
@@ -394,14 +394,14 @@ def open_answers_left(patch):
     patch(lifecycle, "moved_on", leave)
 
 
-@plant("An answer wakes nobody who begins to wait at that moment.", seed=237, program="patient")
+@plant("An answer misses a new wait.", seed=237, program="patient")
 def answer_between(patch):
     patch(Dependents, "waits", lambda self, waiting: setattr(self, "any", True))
     patch(Dependents, "scan_some", nothing)
     patch(Dependents, "ended_elsewhere", nothing)
 
 
-@plant("A call that must not happen twice is not noted before.", seed=3, program="patient")
+@plant("``ctx.once`` notes nothing before the call.", seed=3, program="patient")
 def once_not_noted(patch):
     inner = Checkpoints._put
 
@@ -412,7 +412,7 @@ def once_not_noted(patch):
     patch(Checkpoints, "_put", put)
 
 
-@plant("A task that is cancelled in its wait goes on.", seed=328, program="patient")
+@plant("A waiting task survives its cancel.", seed=328, program="patient")
 def cancelled_goes_on(patch):
     def weak(writes):
         return [writes[0]._replace(guard=without(writes[0].guard, "cancel_requested_at"))]
@@ -420,7 +420,7 @@ def cancelled_goes_on(patch):
     around(patch, lifecycle, "_park", weak)
 
 
-@plant("A task with children goes on when one of them has ended.", seed=2, program="family")
+@plant("A parent waits for one child only.", seed=2, program="family")
 def one_child_is_enough(patch):
     patch(children, "awaited", lambda listed, statuses: _first_unfinished(listed, statuses))
 
@@ -430,22 +430,22 @@ def _first_unfinished(listed, statuses):
     return unfinished[0] if len(unfinished) == len(listed.depends_on) else None
 
 
-@plant("A fork does not change what depends on it.", seed=10, program="family")
+@plant("The next step ignores a fork.", seed=10, program="family")
 def fork_without_dependents(patch):
     patch(Children, "_late_dependents", lambda self, parent, ids: [])
 
 
-@plant("A key has a turn more than its limit says.", seed=39, program="keyed")
+@plant("A key has a turn too many.", seed=39, program="keyed")
 def one_more_turn(patch):
     around(patch, lifecycle, "turns_at_once", lambda number: number + 1)
 
 
-@plant("A start takes no token of the rate of its key.", seed=3, program="keyed")
+@plant("A start takes no token of its key.", seed=3, program="keyed")
 def key_without_rate(patch):
     patch(Starter, "_may_refuse", lambda self, key, *more: False)
 
 
-@plant("Each node counts the rate of a key for itself.", seed=3, program="keyed")
+@plant("Each node counts a key's rate alone.", seed=3, program="keyed")
 def key_rate_of_node(patch):
     inner = Admission._bucket
 
@@ -458,12 +458,12 @@ def key_rate_of_node(patch):
     patch(Admission, "_bucket", own)
 
 
-@plant("A start takes one token of a rate, whatever it costs.", seed=3, program="keyed")
+@plant("Every start costs one token.", seed=3, program="keyed")
 def cost_not_taken(patch):
     patch(Rate, "share", lambda self, cost: 1 if cost or not self.unit else 0)
 
 
-@plant("The children of a task that is cancelled go on.", seed=29, program="family")
+@plant("Children survive the cancel of their parent.", seed=29, program="family")
 def children_of_cancelled(patch):
     inner = lists.cancel
 
@@ -474,7 +474,7 @@ def children_of_cancelled(patch):
     patch(lists, "cancel", cancel)
 
 
-@plant("Children that are not needed any more go on.", seed=0, program="family")
+@plant("Children that nobody needs go on.", seed=0, program="family")
 def children_not_needed(patch):
     inner = Children.outcomes
     patch(
@@ -492,12 +492,12 @@ def children_not_again(patch):
     patch(Children, "_reopen", reopen)
 
 
-@plant("To go on after a wait takes a token.", seed=7, program="rated")
+@plant("Going on after a wait takes a token.", seed=7, program="rated")
 def token_to_go_on(patch):
     patch(starter, "Asking", lambda task_id, cost, resumed: Asking(task_id, cost, False))
 
 
-@plant("The time-out of a wait counts anew after each interruption.", seed=1, program="patient")
+@plant("An interruption restarts a wait's time-out.", seed=1, program="patient")
 def time_out_anew(patch):
     inner = Waits.wait
 
@@ -507,6 +507,6 @@ def time_out_anew(patch):
     patch(Waits, "wait", wait)
 
 
-@plant("A node that is alone and seems dead does not come back.", seed=303)
+@plant("A lone node that seems dead stays dead.", seed=303)
 def alone_and_dead(patch):
     patch(Leases, "come_back", nothing)
