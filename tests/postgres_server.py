@@ -14,9 +14,10 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from mongo_server import PATIENCE, free_port
@@ -44,12 +45,17 @@ _OPTIONS = {
 class Server:
     """A separate server, which a test can kill and start again on the same port and data.
 
+    Args:
+        folder: for its data.
+        options: settings that differ from those of all tests.
+
     Attributes:
         port: the port on 127.0.0.1. The user is ``postgres``, without a password.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, options: Mapping[str, str] = MappingProxyType({})) -> None:
         self.folder = folder
+        self._options = options
         self.port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
         self._as_user, self._programs = _programs(folder)
@@ -72,7 +78,7 @@ class Server:
 
     def start(self) -> Server:
         command = [str(self._programs / "postgres"), "-D", str(self.data), "-p", str(self.port)]
-        options = {**_OPTIONS, "unix_socket_directories": str(self.folder)}
+        options = {**_OPTIONS, **self._options, "unix_socket_directories": str(self.folder)}
         command += [f"--{name}={value}" for name, value in options.items()]
         with open(self.folder / "output", "ab") as output:
             self._process = subprocess.Popen(
@@ -177,10 +183,10 @@ def shared() -> Server:
 
 
 @contextmanager
-def private() -> Iterator[Server]:
-    """Start a server that a test can kill and start again."""
+def private(**options: str) -> Iterator[Server]:
+    """Start a server that a test can kill and start again; ``options`` are settings of its own."""
     with new_folder(_PREFIX, "data/postmaster.pid") as folder:
-        server = Server(folder)
+        server = Server(folder, options)
         try:
             yield server.start()
         finally:

@@ -157,7 +157,7 @@ class Promised:
             if id in tasks and tasks[id]["starts"] < starts:
                 yield f"{id} had begun {starts} times, and is {tasks[id]}"
         for what in ("completed", "failed"):
-            gone_on = self.told["requeued"] if what == "failed" else set()
+            gone_on = self.told["requeueing"] if what == "failed" else set()
             for id in (self.told[what] - gone_on) & tasks.keys():
                 if tasks[id]["status"] != what:
                     yield f"{id} had {what}, and is {tasks[id]}"
@@ -261,6 +261,8 @@ def look(folder: Path, file: str) -> Left:
 def recover(folder: Path, promised: Promised, file: str) -> list[str]:
     """Run all tasks that a cut has left, as after the boot. Return what is broken then."""
     before = look(folder, file)
+    if in_application(file):
+        cuts_worker.make_application(str(folder / file))
     _boot(folder, file)
     done: defaultdict[str, Counter[Any]] = defaultdict(Counter)
 

@@ -213,6 +213,7 @@ class Caller:
         # Nothing else happens now, so no other write syncs these.
         self._answer(asks[1])
         self.end(asks[1])
+        tell("requeueing", fails)
         queue.requeue(fails)
         tell("requeued", fails)
         self.end(fails)
@@ -257,11 +258,13 @@ class Caller:
 
 
 def make_application(path: str) -> None:
-    """Make the file of an application."""
+    """Make the file of an application, as far as it is not there."""
     with closing(sqlite3.connect(path)) as connection:
         connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("CREATE TABLE orders (id INTEGER PRIMARY KEY, task TEXT NOT NULL)")
-        connection.execute("CREATE TABLE payments (task TEXT NOT NULL)")
+        connection.execute(
+            "CREATE TABLE IF NOT EXISTS orders (id INTEGER PRIMARY KEY, task TEXT NOT NULL)"
+        )
+        connection.execute("CREATE TABLE IF NOT EXISTS payments (task TEXT NOT NULL)")
         connection.commit()
 
 
