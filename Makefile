@@ -8,7 +8,7 @@ ARGS ?=
 QUICK := not (mongo or postgres or mariadb or process or browser or campaign or slow)
 # How many processes run tests at a time. Tests wait more than they compute, so two cores are enough for five.
 PROCESSES ?= 5
-# The store of the kill campaign, if it is not SQLite:  make soak ON=mongo ARGS="--kills 200"
+# The store of a soak, if it is not SQLite:  make soak ON=mongo ARGS="--kills 200"
 ON ?=
 # The hours of a soak:  make soak HOURS=2
 HOURS ?=
@@ -55,7 +55,7 @@ test-free-threaded: $(FREE_THREADED)/bin/python3.13t ## run the quick tests with
 		INSTALL='$$(BIN)/python tools/install_wheels.py && touch $$@'
 
 soak: $(VENV)/installed-test ## kill processes a thousand times, or for HOURS, and check that no task is lost
-	@$(BIN)/python -m tests.campaign.$(if $(HOURS),soak --hours $(HOURS),campaign --kills 1000 $(if \
+	@$(BIN)/python -m tests.campaign.$(if $(HOURS),soak --hours $(HOURS) $(if $(ON),--on $(ON)),campaign --kills 1000 $(if \
 		$(filter mongo postgres,$(ON)),--$(ON))) $(ARGS)
 
 cuts: $(VENV)/installed-test ## cut the power at each write of SQLite, and check what is left

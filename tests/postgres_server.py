@@ -48,13 +48,17 @@ class Server:
         folder: the folder for its files.
         source: the port at which it reaches a server whose replica it is; None if it is no replica.
         small: the bytes of a file system in memory for the folder ``small``, which only this server sees.
+        settings: those of this server only.
 
     Attributes:
         port: the port on 127.0.0.1. The user is ``postgres``, without a password.
     """
 
-    def __init__(self, folder: Path, source: int | None = None, small: int = 0) -> None:
+    def __init__(
+        self, folder: Path, source: int | None = None, small: int = 0, **settings: str
+    ) -> None:
         self.folder = folder
+        self._settings = settings
         self.port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
         self._as_user, self._programs = _programs(folder)
@@ -90,7 +94,7 @@ class Server:
 
     def start(self) -> Server:
         command = [str(self._programs / "postgres"), "-D", str(self.data), "-p", str(self.port)]
-        options = {**_OPTIONS, "unix_socket_directories": str(self.folder)}
+        options = {**_OPTIONS, **self._settings, "unix_socket_directories": str(self.folder)}
         command += [f"--{name}={value}" for name, value in options.items()]
         with open(self.folder / "output", "ab") as output:
             self._process = subprocess.Popen(
@@ -205,10 +209,10 @@ def shared() -> Server:
 
 
 @contextmanager
-def private(source: int | None = None, small: int = 0) -> Iterator[Server]:
+def private(source: int | None = None, small: int = 0, **settings: str) -> Iterator[Server]:
     """Start a server that a test can kill and start again; the arguments are those of :class:`Server`."""
     with new_folder(_PREFIX, "data/postmaster.pid") as folder:
-        server = Server(folder, source, small)
+        server = Server(folder, source, small, **settings)
         try:
             yield server.start()
         finally:

@@ -13,7 +13,8 @@ an application, and in Django's database. It is cut
 What is left must be whole, and have what was promised (:class:`Promised`). Then a queue is started on it,
 as after the boot: all its tasks must end, and what must not be done twice is not (:func:`recover`).
 
-With ``--planted``, TaskX does not sync one kind of write at a time, and the proof must find each of them.
+With ``--planted``, TaskX is broken in one way at a time, such as that one kind of write is not synced. The
+proof must find each of them.
 """
 
 from __future__ import annotations
@@ -37,8 +38,11 @@ from typing import Any, NamedTuple
 
 import attrs
 
+from taskx.tasks.codec import Codecs
+from taskx.tasks.streams import STREAM, Piece, content_of, last_in
+
 from . import cuts_worker, disk
-from .cuts_worker import PREFIX, in_application, in_django
+from .cuts_worker import PREFIX, SPOKEN, in_application, in_django
 from .disk import Disk, Event, Fate
 
 _FOLDER = Path(__file__).parent
@@ -122,7 +126,7 @@ class Promised:
         if self.durability == "process":
             return
         yield from (f"{id} was deleted, and is back" for id in deleted & tasks.keys())
-        yield from (f"{name} was told, and is gone" for name in told["noted"] - left.notes)
+        yield from (f"{name} was told, and is gone" for name in told["noted"] - left.notes.keys())
         yield from (f"{id} was paid, and is not" for id in told["paid"] - left.payments)
         there = {id: row for id, row in tasks.items() if id not in deleting}
         for what, holds in _HOLDS.items():
@@ -143,13 +147,17 @@ class Promised:
             if row["type"] == "payer" and row["status"] == "completed"
         }
         yield from (f"{id} is paid and not completed, or so" for id in paid ^ left.payments)
+        for id, row in left.tasks.items():
+            spoken = row["type"] == "speaker" and row["status"] == "completed"
+            if spoken and (chunks := _emitted(id, left.notes)) != SPOKEN:
+                yield f"{id} is completed, and has emitted {chunks}"
 
     def _undone(self, tasks: dict[str, dict[str, Any]]) -> Iterator[str]:
         for id, starts in self.told["began"]:
             if id in tasks and tasks[id]["starts"] < starts:
                 yield f"{id} had begun {starts} times, and is {tasks[id]}"
         for what in ("completed", "failed"):
-            gone_on = self.told["requeued"] if what == "failed" else set()
+            gone_on = self.told["requeueing"] if what == "failed" else set()
             for id in (self.told[what] - gone_on) & tasks.keys():
                 if tasks[id]["status"] != what:
                     yield f"{id} had {what}, and is {tasks[id]}"
@@ -158,6 +166,19 @@ class Promised:
 def _steps(row: dict[str, Any]) -> dict[str, Any]:
     steps: dict[str, Any] = json.loads(row["checkpoints"] or "{}").get("steps", {})
     return steps
+
+
+def _emitted(id: str, notes: dict[str, str]) -> list[Any]:
+    """Return what the last call of a task's executor has emitted, with what it took over."""
+    chunks: defaultdict[int, dict[int, Any]] = defaultdict(dict)  # by start, and number
+    newest = 0
+    for name in sorted(name for name in notes if name.startswith(f"{STREAM}{id}/")):
+        (newest, last), content = last_in(name), content_of(name, notes[name], Codecs())
+        if isinstance(content, Piece):
+            earlier, first = chunks[content.start], content.first
+            content = [earlier.get(number) for number in range(first, first + content.length)]
+        chunks[newest].update(enumerate(content, last - len(content) + 1))
+    return [chunk for _, chunk in sorted(chunks[newest].items())]
 
 
 #: What must be true of the record of a task after something was told of it.
@@ -182,14 +203,14 @@ class Left(NamedTuple):
 
     Attributes:
         tasks: the records, by id.
-        notes: the names of the notes.
+        notes: the texts of the notes, by name.
         orders: the ids of the tasks that belong to rows of the application.
         payments: those whose executors have stored a row.
         digest: differs if something else is left.
     """
 
     tasks: dict[str, dict[str, Any]]
-    notes: set[str]
+    notes: dict[str, str]
     orders: set[str]
     payments: set[str]
     digest: str
@@ -212,7 +233,7 @@ def look(folder: Path, file: str) -> Left:
     path = folder / file
     tables = _tables(file)
     tasks: list[dict[str, Any]] = []
-    found: list[list[Any]] = [[], [], []]
+    found: list[list[Any]] = [[], [], []]  # notes, orders, payments
     if path.exists():
         with closing(sqlite3.connect(path)) as connection:
             connection.row_factory = sqlite3.Row
@@ -230,7 +251,7 @@ def look(folder: Path, file: str) -> Left:
     whole = repr((tasks, found, [name.removeprefix(str(folder)) for name in files]))
     return Left(
         {task["id"]: task for task in tasks},
-        {name for name, *_ in found[0]},
+        dict(found[0]),
         {task for (task,) in found[1]},
         {task for (task,) in found[2]},
         hashlib.sha256(whole.encode()).hexdigest(),
@@ -240,6 +261,8 @@ def look(folder: Path, file: str) -> Left:
 def recover(folder: Path, promised: Promised, file: str) -> list[str]:
     """Run all tasks that a cut has left, as after the boot. Return what is broken then."""
     before = look(folder, file)
+    if in_application(file):
+        cuts_worker.make_application(str(folder / file))
     _boot(folder, file)
     done: defaultdict[str, Counter[Any]] = defaultdict(Counter)
 
@@ -441,19 +464,21 @@ def judge(
     return found
 
 
-#: Moves of which a caller is told, with a file on which they are made. They are not synced on purpose.
+#: What is broken, with a file and a ``durability`` with which that shows: moves of which a caller is told,
+#: and that are not synced; and chunks that are stored after the end of their task.
 PLANTED = {
-    "create": "tasks.db",
-    "cancel,request cancel": "tasks.db",
-    "delete": "tasks.db",
-    "requeue": "tasks.db",
-    "finish": "tasks.db",
-    "wake": "tasks.db",
-    "start": "tasks.db",  # of a task that fails at its first crash
-    "checkpoint": "tasks.db",
-    "complete": "app.db",  # in a transaction of an executor
-    "notes": "tasks.db",
-    "all": "tasks.db",
+    "create": ("tasks.db", "accepted"),
+    "cancel,request cancel": ("tasks.db", "accepted"),
+    "delete": ("tasks.db", "accepted"),
+    "requeue": ("tasks.db", "accepted"),
+    "finish": ("tasks.db", "accepted"),
+    "wake": ("tasks.db", "accepted"),
+    "start": ("tasks.db", "accepted"),  # of a task that fails at its first crash
+    "checkpoint": ("tasks.db", "accepted"),
+    "complete": ("app.db", "accepted"),  # in a transaction of an executor
+    "notes": ("tasks.db", "accepted"),
+    "chunks": ("tasks.db", "full"),
+    "all": ("tasks.db", "accepted"),
 }
 
 
@@ -472,7 +497,7 @@ def main() -> int:
     print(f"seed {given.seed}")
     wrong = 0
     if given.planted:
-        parts = [(file, "accepted", move) for move, file in PLANTED.items()]
+        parts = [(*where, move) for move, where in PLANTED.items()]
     else:
         parts = [(file, durability, "") for file, each in FILES.items() for durability in each]
     if given.file:
@@ -488,7 +513,7 @@ def main() -> int:
             tried = cuts(recording, mixtures, rng, every=given.every, each=not planted)
             found = judge(tried, file, folder, recoveries, rng)
         print(
-            f"{planted} {file} {durability}: {kinds['write']} writes, {kinds['sync']} syncs, "
+            f"{planted or file} {durability}: {kinds['write']} writes, {kinds['sync']} syncs, "
             f"{kinds['told']} told; {found.tried} states, {found.different} different, "
             f"{found.recovered} recovered, {len(found.broken)} broken",
             flush=True,

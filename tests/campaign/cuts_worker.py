@@ -13,12 +13,15 @@ import os
 import sqlite3
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from taskx import Config, Context, Queue, RetryPolicy, SQLiteRepository, Task, chain, every
+from taskx.attempt.checkpoints import Keeper
 from taskx.stores.base import Repository
 from taskx.stores.sqlite import connections
 from taskx.stores.sqlite.links import FileLinks
@@ -30,6 +33,9 @@ PREFIX = "taskx_"
 #: Pages in the log before it is copied into the file: few, so that it is done and begun again often.
 _CHECKPOINT_EVERY = 60
 _PATIENCE = 500.0
+_EACH = ("plain", "single", "stepper", "buyer", "flaky", "speaker")
+#: What the task that emits shows in the end, however often it is called: the middle is that of a step.
+SPOKEN = ["begin", 0, 1, 2, "end"]
 
 
 def in_application(path: str) -> bool:
@@ -54,7 +60,7 @@ def queue_on(path: str, durability: Any, tell: Tell) -> Queue:
     else:
         repository = SQLiteRepository(path, durability)
     queue = Queue(repository, Config(worker_num=2))
-    for executor in (plain, single, stepper, buyer, asker, parent, flaky, failing, payer):
+    for executor in (plain, single, stepper, buyer, speaker, asker, parent, flaky, failing, payer):
         given: dict[str, Any] = {
             "single": {"max_crashes": 1},
             "flaky": {"max_attempts": 2, "retry": RetryPolicy(2, base=0.001, jitter=0)},
@@ -126,6 +132,21 @@ def buyer(ctx: Context, tell: Tell) -> str:
     return receipt
 
 
+def speaker(ctx: Context, tell: Tell) -> None:
+    """Emit chunks: some are stored while the step runs, some with its result, some at the end."""
+
+    def say() -> None:
+        tell("call", ctx.task.id, "say")
+        for word in SPOKEN[1:-1]:
+            ctx.emit(word)
+
+    ctx.emit(SPOKEN[0])
+    time.sleep(0.15)  # blocks on purpose: longer than chunks are kept in memory
+    ctx.step("say", say)
+    tell("step", ctx.task.id, "say")
+    ctx.emit(SPOKEN[-1])
+
+
 def asker(ctx: Context, tell: Tell) -> str:
     told: str = ctx.ask("approval", "may I?")
     return told
@@ -178,22 +199,31 @@ class Caller:
     def run_tasks(self, number: int) -> None:
         """Submit tasks of all kinds, and follow them."""
         queue, tell = self._queue, self._tell
-        ids = [self.submit(kind) for kind in ("plain", "single", "stepper", "buyer", "flaky")]
-        asks, fails = self.submit("asker"), self.submit("failing", f"fails {number}")
+        ids = [self.submit(kind) for kind in _EACH]
+        asks = [self.submit("asker") for _ in range(2)]
+        fails = self.submit("failing", f"fails {number}")
         many = queue.submit_many([Task(type="plain", params={"n": n}) for n in range(4)])
         tell("accepted", *(handle.id for handle in many))
         flow = queue.submit_flow(chain(Task(type="plain"), Task(type="parent"), Task(type="plain")))
         tell("accepted", *flow.ids)
-        assert queue.finish(f"{asks}/approval", "yes")
-        tell("answered", f"{asks}/approval", "yes")
+        self._answer(asks[0])  # maybe before it asks
         self.end(fails, failed=True)
+        for task_id in [*ids, asks[0], *flow.ids, *(handle.id for handle in many)]:
+            self.end(task_id)
+        # Nothing else happens now, so no other write syncs these.
+        self._answer(asks[1])
+        self.end(asks[1])
+        tell("requeueing", fails)
         queue.requeue(fails)
         tell("requeued", fails)
-        for task_id in [*ids, asks, fails, *flow.ids, *(handle.id for handle in many)]:
-            self.end(task_id)
+        self.end(fails)
         tell("deleting", ids[0])
         queue.delete(ids[0])
         tell("deleted", ids[0])
+
+    def _answer(self, task_id: str) -> None:
+        assert self._queue.finish(f"{task_id}/approval", "yes")
+        self._tell("answered", f"{task_id}/approval", "yes")
 
     def steer(self, number: int) -> None:
         """Cancel, wake, hold, pause and schedule."""
@@ -228,11 +258,13 @@ class Caller:
 
 
 def make_application(path: str) -> None:
-    """Make the file of an application."""
+    """Make the file of an application, as far as it is not there."""
     with closing(sqlite3.connect(path)) as connection:
         connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("CREATE TABLE orders (id INTEGER PRIMARY KEY, task TEXT NOT NULL)")
-        connection.execute("CREATE TABLE payments (task TEXT NOT NULL)")
+        connection.execute(
+            "CREATE TABLE IF NOT EXISTS orders (id INTEGER PRIMARY KEY, task TEXT NOT NULL)"
+        )
+        connection.execute("CREATE TABLE IF NOT EXISTS payments (task TEXT NOT NULL)")
         connection.commit()
 
 
@@ -247,6 +279,11 @@ def plant(move: str) -> None:
             begin(self, connection)
 
         FileLinks.begin_on = begin_on  # type: ignore[method-assign]
+        return
+    if move == "chunks":
+        # The end of a task is stored first, and then what it has emitted.
+        save = Keeper.save
+        Keeper.save = lambda *given: threading.Timer(0.5, save, given).start()  # type: ignore[method-assign]
         return
     real = FileLinks.transaction
 

@@ -1,6 +1,7 @@
 """A soak: several processes run for hours, one of them is killed every 30 seconds, and nothing may be lost.
 
     python -m tests.campaign.soak --hours 2
+    python -m tests.campaign.soak --hours 1 --on postgres
 
 The processes submit so many tasks that they take half of the processors' time. Each minute a line tells
 what was done, with the memory, threads and open files of a process that is never killed. At the end the
@@ -14,23 +15,23 @@ import os
 import random
 import shutil
 import signal
-import sqlite3
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import attrs
 
-from taskx import Queue, SQLiteRepository, TaskFilter, TaskStatus
+from taskx import Queue, TaskFilter, TaskStatus
 
 from .sidelog import SideLog
-from .soak_audit import FILE, PREFIX, Audit
+from .soak_audit import Audit
+from .soak_shop import Shop, shop_of
 
 _FOLDER = Path(__file__).parent
 _ROOT = _FOLDER.parent.parent
@@ -40,7 +41,7 @@ _never = threading.Event()
 
 #: The columns of the table, each with its unit.
 COLUMNS = (
-    "minutes", "tasks", "kills", "MB", "threads", "files", "file MB", "p95 ms", "violations",
+    "minutes", "tasks", "kills", "MB", "threads", "files", "file MB", "busy %", "p95 ms", "violations",
 )  # fmt: skip
 
 
@@ -66,10 +67,17 @@ class Plan:
 
 
 class Soak:
-    """A soak in a folder."""
+    """A soak.
 
-    def __init__(self, folder: Path, plan: Plan, seed: int = 0) -> None:
+    Args:
+        folder: for the logs of its processes.
+        shop: the application whose tasks they are.
+        plan: how many processes run, and how often one is killed.
+    """
+
+    def __init__(self, folder: Path, shop: Shop, plan: Plan, seed: int = 0) -> None:
         self.folder = folder
+        self.shop = shop
         self.plan = plan
         self.kills = 0
         self._rng = random.Random(seed)
@@ -78,13 +86,8 @@ class Soak:
         self._number = 0
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self.orders = 0  # that were paid, and are removed since
-        with closing(sqlite3.connect(folder / FILE)) as connection:
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("CREATE TABLE IF NOT EXISTS orders (task TEXT NOT NULL)")
-            connection.execute("CREATE TABLE IF NOT EXISTS payments (task TEXT NOT NULL)")
-
-    def _repository(self) -> SQLiteRepository:
-        return SQLiteRepository(self.folder / FILE, prefix=PREFIX, busy_timeout=60.0)
+        self._looked = busy()
+        shop.make()
 
     def run(self, enough: Callable[[], bool]) -> Iterable[tuple[str, ...]]:
         """Run the soak until ``enough`` returns True, and yield the lines of the table."""
@@ -132,7 +135,7 @@ class Soak:
             self._children[name] = subprocess.Popen(
                 [
                     *(sys.executable, "-m", f"{__package__}.soak_worker"),
-                    *(str(self.folder), name, str(self.plan.rate), str(share)),
+                    *(str(self.folder), name, str(self.plan.rate), str(share), self.shop.place),
                 ],
                 env={**os.environ, "PYTHONPATH": os.pathsep.join((str(_BASE), str(_ROOT)))},
                 stdin=subprocess.PIPE,
@@ -170,31 +173,23 @@ class Soak:
     def _finish(self) -> None:
         """Answer what the killed processes have not, and wait until nothing is unfinished."""
         deadline = time.monotonic() + self.plan.patience
-        with self._repository() as repository:
+        with self.shop.repository() as repository:
             queue = Queue(repository)
             while time.monotonic() < deadline:
                 for task in queue.iter_tasks(type="answer", status="pending"):
                     queue.finish(task.id, "yes")
                 self.audit.follow()
+                self._settle()
                 if not self.audit.unfinished:
                     return
                 _never.wait(0.2)
 
     def _settle(self) -> None:
-        """Compare orders and payments: each order is paid once. Remove those that are."""
-        pairs = (
-            "SELECT task FROM orders JOIN (SELECT task, count(*) AS n FROM payments GROUP BY task) "
-            "USING (task) WHERE n = 1"
-        )
-        with closing(sqlite3.connect(self.folder / FILE, timeout=60.0)) as connection:
-            connection.execute("BEGIN IMMEDIATE")
-            paid = connection.execute(pairs).fetchall()
-            for table in ("payments", "orders"):
-                connection.executemany(f"DELETE FROM {table} WHERE task = ?", paid)
-            connection.commit()
-            self.orders += len(paid)
-            for (task,) in connection.execute("SELECT DISTINCT task FROM payments"):
-                self.audit.violations.append(f"{task} was paid twice, or was never ordered")
+        """Compare orders and payments: each order is paid once."""
+        paid, wrong = self.shop.settle()
+        self.orders += len(paid)
+        self.audit.settle(paid)
+        self.audit.violations += [f"{task} was paid twice, or was never ordered" for task in wrong]
 
     def _judge(self) -> None:
         lost = list(self.audit.unfinished.items())
@@ -202,10 +197,9 @@ class Soak:
         if len(lost) > 20:
             self.audit.violations.append(f"{len(lost) - 20} more tasks were lost")
         self._settle()
-        with closing(sqlite3.connect(self.folder / FILE)) as connection:
-            for (task,) in connection.execute("SELECT task FROM orders"):
-                self.audit.violations.append(f"{task} was ordered and not paid")
-        with self._repository() as repository:
+        unpaid = self.shop.unpaid()
+        self.audit.violations += [f"{task} was ordered and not paid" for task in unpaid]
+        with self.shop.repository() as repository:
             failed = repository.list(TaskFilter(status=TaskStatus.FAILED, limit=20))
             nodes = repository.liveness.nodes()
         self.audit.violations += [f"{task.type} {task.id} failed: {task.error}" for task in failed]
@@ -217,7 +211,8 @@ class Soak:
         waits = self.audit.take_waits()
         p95 = statistics.quantiles(waits, n=20)[-1] / 1e6 if len(waits) > 1 else 0.0
         memory, threads, files = watched(next(iter(self._children.values())).pid)
-        size = sum(path.stat().st_size for path in self.folder.glob(f"{FILE}*") if path.is_file())
+        before, self._looked = self._looked, busy()
+        used, all_time = (now - then for now, then in zip(self._looked, before, strict=True))
         return (
             f"{seconds / 60:.0f}",
             str(self.audit.counts["end"]),
@@ -225,7 +220,8 @@ class Soak:
             f"{memory / 2**20:.1f}",
             str(threads),
             str(files),
-            f"{size / 2**20:.1f}",
+            f"{self.shop.size() / 2**20:.1f}",
+            f"{100 * used / max(all_time, 1):.0f}",
             f"{p95:.1f}",
             str(len(self.audit.violations)),
         )
@@ -237,6 +233,26 @@ def watched(pid: int) -> tuple[int, int, int]:
     fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
     resident = int(fields["VmRSS"].split()[0]) * 1024
     return resident, int(fields["Threads"]), len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def busy() -> tuple[int, int]:
+    """Return the time for which all processors of the machine have worked, and all their time, on Linux."""
+    first = Path("/proc/stat").read_text().partition("\n")[0]
+    times = [int(word) for word in first.split()[1:9]]  # the guests' are in the first ones
+    return sum(times) - times[3] - times[4], sum(times)
+
+
+@contextmanager
+def application(folder: Path, on: str) -> Iterator[Shop]:
+    """Give an application in a folder, or on a PostgreSQL server of its own."""
+    if on == "sqlite":
+        yield shop_of(str(folder / "app.db"))
+        return
+    sys.path.insert(0, str(_FOLDER.parent))  # the modules that start the tests' servers are there
+    from postgres_server import private
+
+    with private(fsync="on", full_page_writes="on") as server:
+        yield shop_of(server.url(server.new_database()))
 
 
 def line(cells: Iterable[str]) -> str:
@@ -255,22 +271,25 @@ def main() -> int:
         "--rate", type=float, default=0.0, help="submits a second, per process; else half the load"
     )
     parser.add_argument("--folder", type=Path, default=None, help="keep all files in this folder")
+    parser.add_argument("--on", choices=("sqlite", "postgres"), default="sqlite")
     args = parser.parse_args()
     folder = args.folder or Path(tempfile.mkdtemp(prefix="taskx-soak-"))
     folder.mkdir(parents=True, exist_ok=True)
     plan = Plan(processes=args.processes, rate=args.rate)
-    soak = Soak(folder, plan, random.SystemRandom().randrange(1 << 30))
-    ends = time.monotonic() + args.hours * 3600
-    print(line(COLUMNS), flush=True)
-    try:
-        for row in soak.run(lambda: time.monotonic() > ends):
-            print(line(row), flush=True)
-    finally:
-        soak.end()
+    with application(folder, args.on) as shop:
+        soak = Soak(folder, shop, plan, random.SystemRandom().randrange(1 << 30))
+        ends = time.monotonic() + args.hours * 3600
+        print(line(COLUMNS), flush=True)
+        try:
+            for row in soak.run(lambda: time.monotonic() > ends):
+                print(line(row), flush=True)
+        finally:
+            soak.end()
     counts, violations = soak.audit.counts, soak.audit.violations
     print(
         f"{counts['accepted']} tasks accepted, {counts['begin']} runs, {counts['cancelled']} cancelled, "
-        f"{counts['tick']} ticks, {soak.orders} orders, {soak.kills} kills, {len(violations)} violations"
+        f"{counts['tick']} ticks, {soak.orders} orders, {counts['streamed']} streams, "
+        f"{soak.kills} kills, {len(violations)} violations"
     )
     for violation in violations[:50]:
         print(f"VIOLATION {violation}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, OrderedDict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,8 +16,6 @@ _REMEMBERED = 100_000
 _FINAL = ("returned", "cancel")
 #: The most tasks of the type "limited" that may run at once.
 LIMIT = 2
-#: The application's file, and what the names of TaskX's tables begin with in it.
-FILE, PREFIX = "app.db", "taskx_"
 
 
 class Run(NamedTuple):
@@ -51,6 +50,7 @@ class Audit:
         self._steps: dict[tuple[str, str], str] = {}
         self._ticks: dict[str, str] = {}
         self._dead: set[str] = set()
+        self._settled: set[str] = set()
 
     def follow(self) -> None:
         """Read what was written since the last call."""
@@ -61,6 +61,15 @@ class Audit:
                     return
                 self._read += len(line)
                 self.hear(Event(*json.loads(line)))
+
+    def settle(self, task_ids: Iterable[str]) -> None:
+        """Note that these tasks have ended: the database says so. Their processes may not have told it.
+
+        A task that ends in a transaction of its own does so before it can tell.
+        """
+        for task_id in task_ids:
+            self._settled.add(task_id)
+            self.unfinished.pop(task_id, None)
 
     def take_waits(self) -> list[int]:
         """Return the waits since the last call."""
@@ -80,9 +89,13 @@ class Audit:
         for task_id in [id for id, run in self._running.items() if run.who == event.note]:
             del self._running[task_id]
 
+    def _expect(self, event: Event) -> None:
+        if event.id not in self._settled:
+            self.unfinished.setdefault(event.id, event.kind)
+
     def _accepted(self, event: Event) -> None:
         if event.id not in self._ended:
-            self.unfinished.setdefault(event.id, event.kind)
+            self._expect(event)
             if event.id not in self._running and event.note == "now":
                 self._submitted[event.id] = event.ns
 
@@ -94,7 +107,7 @@ class Audit:
         ended_by = self._ended.pop(event.id, None)
         if ended_by is not None and ended_by not in self._dead:
             self._broken(event, f"ran again, although {ended_by} had ended it")
-        self.unfinished.setdefault(event.id, event.kind)
+        self._expect(event)
         self._running[event.id] = Run(event.who, event.kind, event.note)
         self._check_limits(event)
         submitted = self._submitted.pop(event.id, None)
@@ -138,6 +151,11 @@ class Audit:
         task_id = self._ticks.setdefault(event.note, event.id)
         if task_id != event.id:
             self._broken(event, f"was made for the tick {event.note}, as {task_id} was")
+
+    def _streamed(self, event: Event) -> None:
+        """A stream was read to its end. The note has the chunks if they are not all, each once."""
+        if event.note:
+            self._broken(event, f"has emitted {event.note}")
 
     def _broken(self, event: Event, what: str) -> None:
         self.violations.append(f"{event.kind or 'task'} {event.id} {what} (in {event.who})")

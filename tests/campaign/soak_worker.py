@@ -1,16 +1,17 @@
 """A process of a soak: submits tasks of all kinds, and runs them.
 
-    python -m tests.campaign.soak_worker FOLDER NAME RATE SHARE
+    python -m tests.campaign.soak_worker FOLDER NAME RATE SHARE PLACE
 
 It submits until the file ``enough`` exists in the folder, and runs tasks until its standard input ends.
+``PLACE`` is that of the application: see :func:`.soak_shop.shop_of`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import queue as queues
 import random
 import signal
-import sqlite3
 import sys
 import threading
 import time
@@ -25,22 +26,27 @@ from taskx import (
     Context,
     InvalidTransition,
     Queue,
-    SQLiteRepository,
     Task,
     TaskCancelled,
     TaskNotFound,
+    TaskxError,
     every,
     group,
     tick_of,
 )
 
 from .sidelog import SideLog
-from .soak_audit import FILE, LIMIT, PREFIX
+from .soak_audit import LIMIT
+from .soak_shop import Shop, shop_of
 
 #: More crashes than a task can have.
 _MANY = 1_000_000
 #: Seconds for which ended tasks are kept, so that the size of the file can level off.
 _KEPT = 300.0
+#: The chunks that a task emits which emits some.
+_CHUNKS = 40
+#: The streams that wait for their reader, at most.
+_STREAMS = 4
 #: Unfinished tasks from which on a process submits more slowly.
 _ENOUGH = 2000
 
@@ -48,9 +54,9 @@ _ENOUGH = 2000
 class Executors:
     """The executors, which write what they do to the side log."""
 
-    def __init__(self, queue: Queue, log: SideLog) -> None:
-        self._log = log
-        for function in (self.quick, self.total, self.report):
+    def __init__(self, queue: Queue, log: SideLog, shop: Shop) -> None:
+        self._log, self._shop = log, shop
+        for function in (self.quick, self.total, self.report, self.speaker):
             queue.executor(function.__name__, max_crashes=_MANY)(function)
         queue.executor("slow", max_crashes=_MANY, timeout=60.0)(self.slow)
         queue.executor("flaky", max_crashes=_MANY, max_attempts=3)(self.flaky)
@@ -140,8 +146,20 @@ class Executors:
     def payer(self, ctx: Context) -> None:
         """Pay for an order, in a transaction with the end of the task."""
         with self._told(ctx.task), ctx.transaction() as tx:
-            tx.connection.execute("INSERT INTO payments (task) VALUES (?)", (ctx.task.id,))
+            self._shop.add(tx.connection, "payments", ctx.task.id)
             tx.complete()
+
+    def speaker(self, ctx: Context) -> None:
+        """Emit the numbers below ``_CHUNKS``: half of them in a step."""
+        with self._told(ctx.task):
+
+            def say(first: int) -> None:
+                for number in range(first, first + _CHUNKS // 2):
+                    ctx.emit(number)
+                    ctx.sleep(0.005)
+
+            say(0)
+            ctx.step("rest", say, _CHUNKS // 2)
 
     def total(self, ctx: Context) -> int:
         with self._told(ctx.task):
@@ -156,13 +174,15 @@ class Executors:
 class Producer:
     """Submits tasks of all kinds at random."""
 
-    def __init__(self, queue: Queue, file: Path, log: SideLog, seed: str) -> None:
+    def __init__(self, queue: Queue, shop: Shop, log: SideLog, seed: str) -> None:
         self._queue = queue
-        self._file = file
+        self._shop = shop
         self._log = log
         self._rng = random.Random(seed)
         self._slow = ""  # the last slow task
         self._asks = ""  # the last task that asks
+        self._streams = queues.Queue[str](_STREAMS)
+        threading.Thread(target=self._read, daemon=True).start()
 
     def submit_one(self) -> None:
         """Submit a task or a flow, and sometimes cancel what was submitted."""
@@ -181,8 +201,10 @@ class Producer:
             self._accept("stepper", {})
         elif chance < 0.78:
             self._accept("batched", {"n": 1})
-        elif chance < 0.82:
+        elif chance < 0.81:
             self._accept("coroutine", {})
+        elif chance < 0.82:
+            self._speak()
         elif chance < 0.84:
             self._ask()
         elif chance < 0.86:
@@ -190,7 +212,7 @@ class Producer:
         elif chance < 0.90:
             self._order()
         elif chance < 0.94:
-            self._accept("quick", {}, delay=rng.uniform(0.0, 20.0))
+            self._accept("quick", {}, delay=rng.uniform(0.0, 5.0))
         elif chance < 0.998:
             parts = group(*(Task(type="quick", params={"size": n}) for n in (1, 2, 3)))
             for task_id in queue.submit_flow(parts.then(Task(type="total"))).ids:
@@ -198,7 +220,7 @@ class Producer:
         else:
             before, self._slow = (
                 self._slow,
-                self._accept("slow", {"seconds": rng.uniform(1.0, 10.0)}),
+                self._accept("slow", {"seconds": rng.uniform(1.0, 5.0)}),
             )
             with suppress(InvalidTransition, TaskNotFound):  # it has ended, or is pruned
                 if before and queue.cancel_task(before):
@@ -212,11 +234,29 @@ class Producer:
                 if asks:
                     self._queue.finish(f"{asks}/approval", "yes")
 
+    def _speak(self) -> None:
+        """Submit a task that emits; its stream is read, if not too many wait for that."""
+        task_id = self._accept("speaker", {})
+        with suppress(queues.Full):
+            self._streams.put_nowait(task_id)
+
+    def _read(self) -> None:
+        """Read the streams of tasks to their ends, and tell what is not as it should be."""
+        while True:
+            task_id, chunks = self._streams.get(), list[Any]()
+            try:
+                for chunk in self._queue.handle(task_id).stream():
+                    chunks = [chunk.value] if chunk.restart else [*chunks, chunk.value]
+            except TaskxError:  # it is pruned, or this process ends
+                continue
+            whole = chunks == [*range(_CHUNKS)]
+            self._log.tell("streamed", task_id, kind="speaker", note="" if whole else str(chunks))
+
     def _order(self) -> None:
         """Store an order and its task in a transaction of the application; some are rolled back."""
-        with closing(sqlite3.connect(self._file, timeout=60)) as connection:
+        with closing(self._shop.connect()) as connection:
             handle = self._queue.submit("payer", connection=connection)
-            connection.execute("INSERT INTO orders (task) VALUES (?)", (handle.id,))
+            self._shop.add(connection, "orders", handle.id)
             if self._rng.random() < 0.1:
                 connection.rollback()
             else:
@@ -251,17 +291,16 @@ class Pace:
         return 1 / self._rate
 
 
-def main(folder: Path, name: str, rate: float, share: float) -> None:
+def main(folder: Path, name: str, rate: float, share: float, shop: Shop) -> None:
     log = SideLog(folder / "side.log", name)
     config = Config(
         worker_num=4,
         overflow="spill",
         retention={"completed": _KEPT, "cancelled": _KEPT, "failed": _KEPT},
     )
-    file = folder / FILE
-    queue = Queue(SQLiteRepository(file, prefix=PREFIX, busy_timeout=60.0), config)
-    Executors(queue, log)
-    producer = Producer(queue, file, log, name)
+    queue = Queue(shop.repository(), config)
+    Executors(queue, log, shop)
+    producer = Producer(queue, shop, log, name)
     pace = Pace(queue, rate, share)
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
@@ -275,4 +314,5 @@ def main(folder: Path, name: str, rate: float, share: float) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]), float(sys.argv[4]))
+    folder, name, rate, share, place = sys.argv[1:]
+    main(Path(folder), name, float(rate), float(share), shop_of(place))

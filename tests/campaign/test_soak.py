@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from .sidelog import Event, SideLog
-from .soak import COLUMNS, Plan, Soak
+from .soak import COLUMNS, Plan, Soak, application
 from .soak_audit import Audit
+from .soak_shop import shop_of
 
 
 @pytest.fixture
@@ -55,6 +56,10 @@ BROKEN = {
     "a step is done twice": (
         [("p1", "step", "a", {"note": "first"}), ("p2", "step", "a", {"note": "first"})],
         "step first again",
+    ),
+    "a chunk is missing in a stream": (
+        [("p1", "streamed", "a", kind("speaker", "[0, 2]"))],
+        "has emitted [0, 2]",
     ),
     "a tick makes two tasks": (
         [("p1", "tick", "a", {"note": "noon"}), ("p1", "tick", "b", {"note": "noon"})],
@@ -116,6 +121,14 @@ def test_a_task_that_was_accepted_and_never_ended_is_unfinished(audit):
     assert audit.unfinished == {"a": "quick"}
 
 
+def test_a_task_that_has_paid_has_ended_also_if_its_process_was_killed_before_it_told(audit):
+    hear(audit, ("p1", "accepted", "a", kind("payer")), ("p1", "begin", "a", kind("payer")))
+    audit.settle("ab")
+    assert audit.unfinished == {}
+    hear(audit, ("p1", "accepted", "b", kind("payer")))  # told after it was paid
+    assert audit.unfinished == {}
+
+
 def test_the_wait_of_a_task_is_the_time_from_its_submit_to_its_start(audit):
     hear(
         audit, ("p1", "accepted", "a", kind("quick", "now")), ("p1", "x", ""), ("p1", "begin", "a")
@@ -138,20 +151,25 @@ def test_half_a_line_is_read_when_it_is_whole(audit, tmp_path):
 
 @pytest.mark.process
 @pytest.mark.campaign
-def test_a_short_soak_loses_nothing_and_tells_what_it_saw(tmp_path):
-    soak = Soak(tmp_path, Plan(kill_every=0.5, row_every=2.0, processes=3, rate=20.0), seed=7)
-    try:
-        rows = [*soak.run(lambda: soak.kills >= 5 and soak.audit.counts["end"] > 50)]
-    finally:
-        soak.end()
+@pytest.mark.parametrize("on", ["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+def test_a_short_soak_loses_nothing_and_tells_what_it_saw(tmp_path, on):
+    plan = Plan(kill_every=0.5, row_every=2.0, processes=3, rate=20.0)
+    with application(tmp_path, on) as shop:
+        soak = Soak(tmp_path, shop, plan, seed=7)
+        try:
+            rows = [*soak.run(lambda: soak.kills >= 5 and soak.audit.counts["streamed"] > 0)]
+        finally:
+            soak.end()
     assert soak.audit.violations == []
+    assert soak.audit.counts["end"] > 50
+    assert soak.orders > 0
     assert {len(row) for row in rows} == {len(COLUMNS)}
     memory, threads, files = (float(cell) for cell in rows[-1][3:6])
     assert (memory > 10.0, threads > 4, files > 5) == (True, True, True)
 
 
 def test_a_soak_names_tasks_that_were_lost(tmp_path):
-    soak = Soak(tmp_path, Plan())
+    soak = Soak(tmp_path, shop_of(str(tmp_path / "app.db")), Plan())
     SideLog(tmp_path / "side.log", "p0").tell("accepted", "nowhere", kind="quick")
     soak.end()
     soak._judge()

@@ -1,4 +1,7 @@
-"""The kept files of all schema versions, each made by the code of its time, and what is in a file."""
+"""The kept files of all schema versions, each made by the code of its time, and what is in a file.
+
+Some of their tasks were running, started ahead, parked or in line when their processes were killed.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,11 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+
+from helpers import PATIENCE
+
+from taskx import Queue, Task
+from taskx.stores.base import Repository
 
 FOLDER = Path(__file__).parent / "versions"
 
@@ -45,3 +53,30 @@ def version_of(path: Path) -> int:
     """Return the schema version of a file."""
     ((version,),) = ask(path, "PRAGMA user_version")
     return version
+
+
+def run_all(repository: Repository) -> int:
+    """Run the tasks of a copy, and check how each ends. Return how many tasks the schedules have made."""
+    queue = Queue(repository)
+    for kind in ("add", "hang", "deaf", "patient", "later", "paused"):
+        queue.executor(kind)(lambda ctx, **params: ctx.task.id)
+
+    def tasks() -> dict[str, Task]:
+        return {task.id: task for task in queue.iter_tasks()}
+
+    before = tasks()
+    with queue:
+        queue.resume("paused")
+        queue.wake("delayed")
+        assert queue.drain(PATIENCE)
+        after = tasks()
+    ended = {"completed", "failed", "cancelled"}
+    for task_id, task in before.items():
+        expected = task.status if task.status in ended else "completed"
+        if task_id == "asked to stop":
+            expected = "cancelled"
+        assert after[task_id].status == expected, task_id
+    assert queue.schedules().keys() == {"ticks", "rests"}
+    assert repository.liveness.nodes() == []
+    queue.close()
+    return len(after.keys() - before.keys())

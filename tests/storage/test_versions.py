@@ -18,7 +18,7 @@ from taskx import Queue, RepositoryError, SchemaMismatch, SQLiteRepository, Task
 from taskx.stores.sqlite import schema
 from taskx.tasks.record import DEFAULTS
 
-from .kept import FOLDER, contents, kept, schema_of, version_of
+from .kept import FOLDER, contents, kept, run_all, schema_of, version_of
 
 ROOT = FOLDER.parent.parent.parent
 ALL = range(1, schema.VERSION + 1)
@@ -109,25 +109,7 @@ def test_a_file_of_the_present_version_is_used(present):
 
 
 def test_the_tasks_of_a_file_of_the_present_version_run_to_their_ends(present):
-    """Some were running, started ahead, stopping, parked or in line when their processes were killed."""
-    before = {row["id"]: row["status"] for row in contents(present)["tasks"]}
-    queue = Queue(SQLiteRepository(present))
-    for kind in ("add", "hang", "deaf", "patient", "later", "paused"):
-        queue.executor(kind)(lambda ctx, **params: ctx.task.id)
-    with queue:
-        queue.resume("paused")
-        queue.wake("delayed")
-        assert queue.drain(PATIENCE)
-        after = {task.id: task for task in queue.iter_tasks()}
-    ended = {"completed", "failed", "cancelled"}
-    for task_id, status in before.items():
-        expected = status if status in ended else "completed"
-        if task_id == "asked to stop":
-            expected = "cancelled"
-        assert after[task_id].status == expected, task_id
-    assert [*after.keys() - before.keys()], "the schedules go on"
-    assert queue.repository.liveness.nodes() == []
-    queue.close()
+    assert run_all(SQLiteRepository(present)) > 0, "the schedules go on"
 
 
 # Early versions
