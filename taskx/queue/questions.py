@@ -290,9 +290,9 @@ class Questions(Parts):
 
         The numbers are of all processes. A task that moves between two reads may be counted twice, or not
         at all. What began and ended was counted by the nodes when it did, by minutes. Another process
-        stores its counts every five seconds, or after 100 tasks, and when it stops; the last ones of a
-        process that is killed are lost. The cost hardly depends on the number of tasks. The queue need not
-        be started.
+        stores its counts every five seconds, or every second if they are more than 100, and when it stops.
+        One that is killed loses those that it has not stored. The cost hardly depends on the number of
+        tasks. The queue need not be started.
 
         Args:
             period: the seconds before now in which tasks are counted that began or ended; with 0 none are.
