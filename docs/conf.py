@@ -95,6 +95,16 @@ def _add_navigation(app: Sphinx, name: str, source: list[str]) -> None:
     source[0] += "\n".join(["", ".. toctree::", "   :hidden:", "", *lines, ""])
 
 
+# The words of a page for which people search, in its ``meta``.
+_KEYWORDS = re.compile(r"^   :keywords: (.+)$", re.M)
+
+
+def _add_search_words(app: Sphinx, name: str, source: list[str]) -> None:
+    """Let the search find a page first by its keywords."""
+    words = [word for line in _KEYWORDS.findall(source[0]) for word in line.split(", ")]
+    source[0] = "".join(f".. index:: ! {word}\n" for word in words) + "\n" + source[0]
+
+
 def _link_pages(app: Sphinx, doctree: nodes.document, name: str) -> None:
     """Point the links to files of pages to the built pages."""
     for link in doctree.findall(nodes.reference):
@@ -170,6 +180,7 @@ def setup(app: Sphinx) -> None:
     app.add_directive("contents", _NoContents, override=True)
     app.connect("autodoc-process-signature", _make_parsable)
     app.connect("source-read", _add_navigation)
+    app.connect("source-read", _add_search_words)
     app.connect("doctree-resolved", _link_pages)
     app.connect("doctree-resolved", _anchor_options)
     app.connect("html-page-context", _describe)
