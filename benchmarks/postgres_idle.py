@@ -16,12 +16,13 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 from benchmarks.children import environment
 from benchmarks.peers.base import noop
 from benchmarks.postgres import own_server
-from taskx import Config, PostgresRepository, Queue, TaskFilter
+from taskx import Config, PostgresRepository, Queue, RepositoryUnavailable, TaskFilter
 from taskx.tasks.record import COLUMNS
 
 _URL = "TASKX_BENCH_URL"
@@ -76,7 +77,8 @@ def submit(rate: float) -> None:
     began, rest = time.monotonic(), threading.Event()
     for number in range(sys.maxsize):
         rest.wait(max(0.0, began + number / rate - time.monotonic()))
-        queue.submit("noop")
+        with suppress(RepositoryUnavailable):  # a machine that was stopped for a while
+            queue.submit("noop")
 
 
 def fill(url: str, finished: int) -> None:

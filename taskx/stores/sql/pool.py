@@ -9,9 +9,10 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
 from typing import Any, Generic, Literal, Protocol, TypeVar, get_args
 
-from taskx.stores.base import Locked, Reentered
+from taskx.stores.base import Locked, Reentered, Rows
 from taskx.stores.parts import Forks, House, News
 from taskx.stores.patience import try_again
 from taskx.stores.sql.link import Link, Links, Sent
@@ -74,6 +75,8 @@ AGAIN, LOCKED = frozenset({"40001", "40P01", "1213"}), frozenset({"55P03", "1205
 LOCK_TIMEOUT = 100
 
 _SHORTEST_LEASE = 0.5
+_SLOW_LOOK = 0.001  # seconds of a look for ready tasks after which the next ones begin further on
+_REST = 10  # times as long as a slow look until the next one over all
 _KEPT = 4  # idle connections for reads that stay open
 _TRIES = 5  # of a transaction that others make impossible, such as by a deadlock
 _MOST_IN_DOUBT = 10_000  # writes, many times a batch: older ones are not sent again
@@ -496,10 +499,40 @@ class PooledRepository(SQLRepository):
         self.timeout = pool.connections.timeout
         self.run_folder = None if run_folder is None else os.fspath(run_folder)
         self._pool = pool
+        # Of owners and types whose ready tasks are slow to find: the first one's number, and until when a
+        # look may begin there.
+        self._looks: dict[tuple[str, ...], tuple[int, float]] = {}
 
     def apply(self, writes: Sequence[Write], *, all_or_nothing: bool = False) -> Sequence[bool]:
         """Apply guarded writes in one transaction."""
         return self._patiently(lambda: self._apply_new(writes, all_or_nothing))
+
+    def _ready_rows(
+        self, kinds: Sequence[str], limit: int, owner: str, since: int | None = None
+    ) -> Rows:
+        """Return the rows of ready tasks.
+
+        As long as a transaction stays open, PostgreSQL keeps an index entry of each task that was ready
+        since then, and a look passes over all of them. So when a look was slow, the next ones begin at the
+        first task that it found. They find no earlier task that is ready again, until they find nothing, or
+        ten times the time of the slow look has passed.
+        """
+        look = partial(super()._ready_rows, kinds, limit, owner)
+        if not self.statements.dialect.has_arrays:
+            return look()
+        where, began = (owner, *kinds), time.monotonic()
+        first, until = self._looks.get(where, (0, 0.0))
+        if began < until and (rows := look(first)):
+            return rows
+        began = time.monotonic()
+        rows = look()
+        ended = time.monotonic()
+        if ended - began < _SLOW_LOOK:
+            self._looks.pop(where, None)
+        elif rows:
+            rest = _REST * (ended - began)
+            self._looks[where] = min(row[-1] for row in rows), ended + rest
+        return rows
 
     def put_notes(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
         put = super().put_notes

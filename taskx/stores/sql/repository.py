@@ -261,14 +261,22 @@ class SQLRepository(Repository):
         kinds = [*types]
         if ageing:
             return self._ready_by_age(kinds, limit, owner, ageing)
+        rows = self._ready_rows(kinds, limit, owner)
+        if len(kinds) > 1:
+            rows = sorted(rows, key=lambda row: (-row[3], row[-1]))
+        return [_plain_stub(row, owner) for row in rows[:limit]]
+
+    def _ready_rows(
+        self, kinds: Sequence[str], limit: int, owner: str, since: int | None = None
+    ) -> Rows:
+        """Return the rows of ready tasks, at most ``limit`` of each type; only those from a number on."""
         rows: list[Any] = []
+        place = () if since is None else (since,)
         for start in range(0, len(kinds), most := self.statements.dialect.most_types):
             some = kinds[start : start + most]
-            values = [value for kind in some for value in (owner, kind, limit)]
-            rows += self._rows(self.statements.ready(len(some)), values)
-        if len(kinds) > 1:
-            rows.sort(key=lambda row: (-row[3], row[-1]))
-        return [_plain_stub(row, owner) for row in rows[:limit]]
+            values = [value for kind in some for value in (owner, kind, *place, limit)]
+            rows += self._rows(self.statements.ready(len(some), since is not None), values)
+        return rows
 
     def _ready_by_age(
         self, kinds: Sequence[str], limit: int, owner: str, ageing: int

@@ -177,10 +177,11 @@ class Statements:
 
     # --- what may start, what waits for a time, and what has ended
 
-    def _ready(self, types: int) -> str:
-        """Select the best tasks of each of several types, in one query."""
+    def _ready(self, types: int, later: bool = False) -> str:
+        """Select the best tasks of each of several types, in one query; ``later`` ones from a number on."""
         # The order names all columns after the type, so that the index is read in its order.
-        one = f"{self._ready_of_type} ORDER BY priority DESC, seq LIMIT ?"
+        since = " AND seq >= ?" if later else ""
+        one = f"{self._ready_of_type}{since} ORDER BY priority DESC, seq LIMIT ?"
         if types == 1:
             return one
         return " UNION ALL ".join(f"SELECT * FROM ({one}) AS of_type_{n}" for n in range(types))

@@ -23,6 +23,7 @@ from taskx.stores.postgres import schema
 from taskx.stores.sql import pool
 from taskx.tasks import lifecycle
 from taskx.tasks.clock import SYSTEM_CLOCK
+from taskx.tasks.record import FREE, UNTIL_DUE
 from taskx.tasks.writes import Update
 
 from ..repositories import insert
@@ -175,6 +176,31 @@ def test_a_connection_that_is_put_back_during_a_close_is_closed(repository):
     used = connections.read(lambda link: link)
     assert used.driver.closed
     assert connections._idle == []
+
+
+# --- dead rows
+
+
+def test_a_look_after_a_slow_one_begins_at_the_first_ready_task(repository, monkeypatch):
+    """Until it finds nothing: then it looks at all again, so that no task is left behind."""
+    monkeypatch.setattr(pool, "_SLOW_LOOK", 0.0)
+    monkeypatch.setattr(pool, "_REST", float("inf"))
+
+    def ready():
+        return [stub.id for stub in repository.ready(["t"], 10)]
+
+    def holds(task_id, *, back=False):
+        guard, held = ("held", UNTIL_DUE) if back else ("held", FREE), FREE if back else UNTIL_DUE
+        assert repository.apply([Update(task_id, dict([guard]), {"held": held})]) == [True]
+
+    repository.apply([insert(name, SYSTEM_CLOCK) for name in "abc"])
+    holds("a")
+    assert ready() == ["b", "c"]
+    holds("a", back=True)
+    assert ready() == ["b", "c"]
+    holds("b")
+    holds("c")
+    assert ready() == ["a"]
 
 
 # --- servers
