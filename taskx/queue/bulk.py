@@ -39,7 +39,7 @@ class Bulk(Answer):
         skipped: the number of tasks that were not changed, by reason: ``"changed"`` (it moved in the
             meantime), ``"unique_key"`` (another task holds its unique key), ``"running"``, ``"thread"`` (a
             thread of it still runs), ``"needed"`` (an unfinished task depends on it), ``"asked"`` (it was
-            asked to stop before).
+            asked to stop before), ``"answer"`` (an answer cannot run again).
         reached: the ``created_at`` of the last task that was looked at, as the newest comes first; None if
             there was none. After an interrupt, a call with this ``end_date`` goes on from there.
         starts_until: the time at which the last of the staggered tasks may start; None without a rate.
