@@ -76,6 +76,8 @@ LOCK_TIMEOUT = 100
 
 _SHORTEST_LEASE = 0.5
 _SLOW_LOOK = 0.001  # seconds of a look for ready tasks after which the next ones begin further on
+_LONG_OPEN = 5.0  # seconds after which an open transaction is one that keeps dead rows
+_ASK_EVERY = 1.0
 _REST = 10  # times as long as a slow look until the next one over all
 _KEPT = 4  # idle connections for reads that stay open
 _TRIES = 5  # of a transaction that others make impossible, such as by a deadlock
@@ -502,6 +504,7 @@ class PooledRepository(SQLRepository):
         # Of owners and types whose ready tasks are slow to find: the first one's number, and until when a
         # look may begin there.
         self._looks: dict[tuple[str, ...], tuple[int, float]] = {}
+        self._open_for = (float("-inf"), 0.0)
 
     def apply(self, writes: Sequence[Write], *, all_or_nothing: bool = False) -> Sequence[bool]:
         """Apply guarded writes in one transaction."""
@@ -513,9 +516,9 @@ class PooledRepository(SQLRepository):
         """Return the rows of ready tasks.
 
         As long as a transaction stays open, PostgreSQL keeps an index entry of each task that was ready
-        since then, and a look passes over all of them. So when a look was slow, the next ones begin at the
-        first task that it found. They find no earlier task that is ready again, until they find nothing, or
-        ten times the time of the slow look has passed.
+        since then, and a look passes over all of them. So after a slow look that found all tasks, the next
+        ones begin at the first of these. They find no earlier task that is ready again, until they find
+        nothing, or ten times the time of the slow look has passed.
         """
         look = partial(super()._ready_rows, kinds, limit, owner)
         if not self.statements.dialect.has_arrays:
@@ -527,12 +530,20 @@ class PooledRepository(SQLRepository):
         began = time.monotonic()
         rows = look()
         ended = time.monotonic()
-        if ended - began < _SLOW_LOOK:
+        if ended - began < _SLOW_LOOK or len(rows) >= limit or not self._is_held_back(ended):
             self._looks.pop(where, None)
         elif rows:
             rest = _REST * (ended - began)
             self._looks[where] = min(row[-1] for row in rows), ended + rest
         return rows
+
+    def _is_held_back(self, now: float) -> bool:
+        """Return True if a transaction has been open for long; the server is asked once a second."""
+        asked, seconds = self._open_for
+        if now - asked > _ASK_EVERY:
+            seconds = self._pool.held_back()
+            self._open_for = now, seconds
+        return seconds > _LONG_OPEN
 
     def put_notes(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
         put = super().put_notes
