@@ -8,6 +8,7 @@ import itertools
 import logging
 import os
 import pickle
+import re
 import sys
 import threading
 import traceback
@@ -467,6 +468,23 @@ def test_an_option_that_does_not_exist_is_refused(stored):
         tasks.add.using(rate="5/s")
     with pytest.raises(TypeError, match="run_after cannot be given to the decorator"):
         taskx_task(no_context, run_after=timedelta(1))
+
+
+@pytest.mark.parametrize(
+    ("word", "ours"),
+    [
+        ("countdown", "run_after=…"),
+        ("eta", "run_after=…"),
+        ("max_retries", "max_attempts=…, one more"),
+        ("default_retry_delay", "backoff=RetryPolicy(…)"),
+        ("soft_time_limit", "timeout=…"),
+        ("rate_limit", "rate=… of the decorator"),
+    ],
+)
+def test_the_option_of_celery_gets_the_word_for_it_here(word, ours):
+    text = f"using() has no option {word} (for {word} write {ours})"
+    with pytest.raises(TypeError, match=f"^{re.escape(text)}$"):
+        tasks.add.using(**{word: 3})
 
 
 def test_a_task_is_checked_again_when_it_is_enqueued(tmp_path):
