@@ -302,6 +302,8 @@ class Executor(Generic[P, R]):
         if self._open:
             takes[-1] = f"**{takes[-1]}"
         text = f"{self.type!r}{' and'.join(wrong) or other}; it takes {', '.join(takes) or 'no params'}"
+        if "connection" in extra:
+            text += "; write queue.submit(executor, {…}, connection=…)"
         if misplaced := sorted(extra & SubmitOptions.__optional_keys__):
             text += f"; options are given as using({'=…, '.join(misplaced)}=…).submit(…)"
         return PayloadError("params", text)

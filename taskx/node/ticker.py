@@ -427,7 +427,7 @@ class Ticker:
     def _warn_if_missed(self, plan: Plan, now: int) -> None:
         if self._was_missed(plan.since) and now - plan.since > self._longest_gap:
             self._services.log.warning(
-                "schedule %r: ticks since %s were missed; %d of them get a task",
+                "schedule %r: ticks since %s were missed; tasks for them: %d",
                 plan.entry.name,
                 to_datetime(plan.since),
                 len(plan.run),

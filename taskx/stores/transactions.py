@@ -152,10 +152,11 @@ class Transactions:
                 was changed.
             RepositoryError: the transaction cannot begin.
         """
+        hint = "; in a test, use taskx.testing.inline(queue)"
         raise ConfigurationError(
-            f"{self._store} cannot take part in a transaction on {connection!r:.60}: "
+            f"{self._store} cannot take part in a transaction of a {type(connection).__name__}: "
             "use SQLiteRepository(path, prefix='taskx_') on the file of the application, "
-            "or MongoRepository on a replica set"
+            f"or MongoRepository on a replica set{hint if self._store == 'MemoryRepository' else ''}"
         )
 
     def begin(self) -> AbstractContextManager[Any]:

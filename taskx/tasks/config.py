@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import attrs
 from attrs.validators import optional
@@ -12,6 +12,7 @@ from attrs.validators import optional
 from taskx.tasks.checks import as_seconds, by, check_int, check_number
 from taskx.tasks.errors import ConfigurationError
 from taskx.tasks.model import TaskStatus, check_status
+from taskx.tasks.options import refuse_others
 from taskx.tasks.payload import DEFAULT_MAX_SIZE
 from taskx.tasks.redact import SECRETS, check_redact
 
@@ -82,3 +83,9 @@ class Config:
     )
     redact: tuple[str, ...] = attrs.field(default=SECRETS, converter=check_redact)
     max_hold: float = attrs.field(default=3600.0, converter=as_seconds, validator=by(check_number))
+
+    if not TYPE_CHECKING:  # a type checker finds out by itself
+
+        def __new__(cls, *values: Any, **options: Any) -> Any:
+            refuse_others(options, {field.name for field in attrs.fields(cls)}, "Config")
+            return super().__new__(cls)

@@ -130,7 +130,7 @@ class Digest:
         with self._lock:
             told, count, _ = self._kinds.get(kind, (-math.inf, 0, facts))
             self._kinds[kind] = (told, count + 1, facts)
-        if not self._tell(kind, _MINUTE):
+        if not self._tell(kind, _MINUTE, now=True):
             self._log.log(logging.INFO, self._words, facts)
 
     def tell(self, after: float = _MINUTE) -> None:
@@ -138,22 +138,23 @@ class Digest:
         for kind in list(self._kinds):
             self._tell(kind, after)
 
-    def _tell(self, kind: str, after: float) -> bool:
-        """Log the number of events of a kind if it is due. Return True if it was one, in full."""
-        now = self._now()
+    def _tell(self, kind: str, after: float, *, now: bool = False) -> bool:
+        """Log the number of events of a kind if it is due. Return True if it was one, which happens now."""
+        moment = self._now()
         with self._lock:
-            told, count, facts = self._kinds.get(kind, (now, 0, {}))
-            if now - told < after:
+            told, count, facts = self._kinds.get(kind, (moment, 0, {}))
+            if moment - told < after:
                 return False
             if count:
-                self._kinds[kind] = (now, 0, facts)
+                self._kinds[kind] = (moment, 0, facts)
             else:
                 self._kinds.pop(kind, None)
         if count == 1:
-            self._log.log(logging.WARNING, self._words, facts)
+            when = "" if now else "in the last minute: "
+            self._log.log(logging.WARNING, when + self._words, facts)
         elif count:
             self._log.log(logging.WARNING, self._many + self._words, {**facts, "count": count})
-        return count == 1
+        return now and count == 1
 
 
 def check_logger(logger: Any) -> logging.Logger:

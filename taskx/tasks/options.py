@@ -182,10 +182,41 @@ def refuse_others(given: Mapping[str, Any], known: Set[str], what: str, hint: st
     if unknown := sorted(given.keys() - known):
         from difflib import get_close_matches  # slow to load
 
-        close = [get_close_matches(key, known, n=1) for key in unknown]
-        meant = ", ".join(repr(names[0]) for names in close if names)
-        meant = f" (did you mean {meant}?)" if meant else ""
+        foreign = [f"for {key} write {_ours(key, known)}" for key in unknown if key in _ELSEWHERE]
+        others = [key for key in unknown if key not in _ELSEWHERE]
+        close = [get_close_matches(key, known, n=1) for key in others]
+        if similar := ", ".join(repr(names[0]) for names in close if names):
+            foreign.append(f"did you mean {similar}?")
+        meant = f" ({'; '.join(foreign)})" if foreign else ""
         raise TypeError(f"{what}() has no option {', '.join(unknown)}{meant}{hint}")
+
+
+# The words of other libraries, and what stands for each here: the first option that the method has, or
+# the last one.
+_RETRY = ("backoff=RetryPolicy(…)", "retry=RetryPolicy(…)")
+_ELSEWHERE: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("retries", "max_retries"), ("max_attempts=…, one more",)),
+    **dict.fromkeys(
+        ("autoretry_for", "default_retry_delay", "retry_backoff", "retry_delay"), _RETRY
+    ),
+    **dict.fromkeys(("job_timeout", "soft_time_limit", "time_limit"), ("timeout=…",)),
+    "rate_limit": ("rate=…",),
+    "countdown": ("run_after=…", "delay=…"),
+    "eta": ("run_after=…", "run_at=…"),
+    **dict.fromkeys(("job_id", "task_id"), ("id=…",)),
+    "bind": ("takes_context=True", "a first parameter ctx"),
+    **dict.fromkeys(("concurrency", "workers"), ("worker_num=…", "max_concurrency=…")),
+}
+
+
+def _ours(word: str, known: Set[str]) -> str:
+    """Return what stands for a word of another library, with the place that takes it if that is another."""
+    texts = _ELSEWHERE[word]
+    text = next((text for text in texts if text.partition("=")[0] in known), texts[-1])
+    option = text.partition("=")[0]
+    if option in known or "=" not in text:
+        return text
+    return f"{text} of {'submit' if option in SubmitOptions.__optional_keys__ else 'the decorator'}"
 
 
 # --- checks

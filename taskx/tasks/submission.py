@@ -130,7 +130,10 @@ def bound_options(
         TypeError: ``submit`` has no such option.
         ConfigurationError: an option is not valid.
     """
-    refuse_unknown(options, SubmitOptions, "using", "; params are given to submit")
+    hint = "params are given to submit"
+    if "connection" in options:
+        hint = "write queue.submit(executor, {…}, connection=…)"
+    refuse_unknown(options, SubmitOptions, "using", f"; {hint}")
     seconds = {
         name: in_seconds(value)
         for name, value in options.items()

@@ -84,6 +84,7 @@ def test_a_bound_option_of_none_is_left_out(mail):
             "no option prioritty .did you mean 'priority'..; params are given to submit",
         ),
         ({"to": "me"}, TypeError, "no option to"),
+        ({"countdown": 5}, TypeError, "no option countdown .for countdown write delay=….; params"),
         ({"priority": "high"}, ConfigurationError, "priority must be a whole number"),
         ({"delay": -1}, ConfigurationError, "delay must be"),
         ({"timeout": 0}, ConfigurationError, "timeout must be more than 0"),
@@ -98,6 +99,14 @@ def test_a_wrong_option_is_refused_when_it_is_bound(mail, options, error, text):
         mail.using(**options)
     with pytest.raises(error, match=text):
         mail.using(created_by="me").using(**options)
+
+
+def test_the_connection_of_a_transaction_is_given_to_the_queue(mail):
+    call = r"; write queue\.submit\(executor, \{…\}, connection=…\)$"
+    with pytest.raises(PayloadError, match=call):
+        mail.submit(to="a", connection="session")
+    with pytest.raises(TypeError, match=call):
+        mail.using(connection="session")
 
 
 def test_a_bound_executor_makes_tasks_with_its_options(queue, mail):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import attrs
 import pytest
@@ -245,6 +246,39 @@ def test_invalid_options_are_refused(queue, options):
     for decorator in (queue.executor, taskx.executor):
         with pytest.raises(ConfigurationError, match=next(iter(options))):
             decorator("x", **options)
+
+
+@pytest.mark.parametrize(
+    ("word", "ours"),
+    [
+        ("max_retries", "max_attempts=…, one more"),
+        ("time_limit", "timeout=…"),
+        ("soft_time_limit", "timeout=…"),
+        ("rate_limit", "rate=…"),
+        ("countdown", "delay=… of submit"),
+        ("eta", "run_at=… of submit"),
+        ("task_id", "id=… of submit"),
+        ("default_retry_delay", "retry=RetryPolicy(…)"),
+        ("autoretry_for", "retry=RetryPolicy(…)"),
+        ("bind", "a first parameter ctx"),
+        ("concurrency", "max_concurrency=…"),
+    ],
+)
+def test_the_option_of_another_library_gets_the_word_for_it_here(queue, word, ours):
+    text = f"executor() has no option {word} (for {word} write {ours})"
+    with pytest.raises(TypeError, match=f"^{re.escape(text)}$"):
+        queue.executor("x", **{word: 3})
+
+
+def test_the_settings_of_a_queue_have_words_for_those_of_other_libraries():
+    with pytest.raises(TypeError, match=r"no option workers \(for workers write worker_num=…\)$"):
+        taskx.Config(workers=3)
+
+
+def test_words_of_other_libraries_and_misspelt_ones_are_told_together(queue):
+    text = "(for rate_limit write rate=… of the decorator; did you mean 'priority'?)"
+    with pytest.raises(TypeError, match=re.escape(text)):
+        queue.submit("x", {}, rate_limit="1/s", prioritty=3)
 
 
 def test_misspelt_options_are_refused_by_name(queue):

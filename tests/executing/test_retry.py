@@ -228,6 +228,20 @@ class TestPolicy:
         eventually(lambda: not services_of(queue).moves.retries._kinds)
         assert len(warnings()) == 2
 
+    @frequent_checks
+    def test_a_retry_that_is_told_later_says_so(self, queue, clock, caplog):
+        def warnings():
+            return [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+
+        Fails(queue, *[OSError("down")] * 2, max_attempts=3)
+        queue.start()
+        handle = queue.submit("fails")
+        assert handle.result(PATIENCE) == "done"
+        clock.advance(61)
+        eventually(lambda: len(warnings()) == 2)
+        words = f"task {handle.id} (fails) is retried"
+        assert [line.partition(words)[0] for line in warnings()] == ["", "in the last minute: "]
+
     def test_a_stop_tells_the_last_retries(self, queue, caplog):
         Fails(queue, *[OSError("down")] * 3, max_attempts=4)
         with queue:

@@ -826,7 +826,7 @@ def test_misfire_decides_about_missed_ticks(queue, clock, caplog, options, made)
     queue.start()
     catch_up(queue)
     assert ticks(queue) == made
-    assert f"ticks since 2026-03-27 12:01:00+00:00 were missed; {len(made)} of them" in (
+    assert f"ticks since 2026-03-27 12:01:00+00:00 were missed; tasks for them: {len(made)}" in (
         caplog.text
     )
     later(queue, clock, 30)

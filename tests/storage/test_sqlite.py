@@ -795,7 +795,9 @@ class TestLocks:
         repository.create(task("a"))
         other = connect()
         other.execute("BEGIN IMMEDIATE")
-        with pytest.raises(RepositoryUnavailable, match=r"locked for 0\.2 s") as caught:
+        with pytest.raises(
+            RepositoryUnavailable, match=r"locked for 0\.2 s.*: connection="
+        ) as caught:
             repository.create(task("b"))
         assert isinstance(caught.value.__cause__, sqlite3.OperationalError)
         other.execute("ROLLBACK")

@@ -315,8 +315,10 @@ class TestWrongConnections:
     def test_of_a_store_that_shares_no_database(self, connection):
         queue = Queue(MemoryRepository())
         queue.declare("t")
-        with pytest.raises(ConfigurationError, match="MemoryRepository cannot take part"):
+        with pytest.raises(ConfigurationError, match="MemoryRepository cannot take part in") as e:
             queue.submit("t", connection=connection)
+        assert "in a transaction of a Connection: use" in str(e.value)
+        assert str(e.value).endswith("; in a test, use taskx.testing.inline(queue)")
 
     def test_a_read_only_transaction_of_the_past_is_refused(self, queue, path):
         with closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as old:

@@ -51,6 +51,9 @@ def makes_number():
 
 def needs(path):
     return queue
+
+def fails():
+    return 1 / 0
 """
 
 
@@ -157,6 +160,7 @@ def test_a_module_that_exits_is_an_error_and_does_not_end_the_program(module):
         ("number", "is an object of the type int"),
         ("makes_number", "returns an object of the type int"),
         ("needs", "cannot be called without arguments: TypeError"),
+        ("fails", "fails' raised an error: ZeroDivisionError"),
         ("state.nothing", "did you mean 'queue'"),
     ],
 )

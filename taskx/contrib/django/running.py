@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import suppress
 from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any
@@ -20,12 +20,13 @@ from taskx import (
     Context,
     Executor,
     Hook,
+    PayloadError,
     TaskCancelled,
     TaskExecutor,
     TaskFailed,
     TaskStatus,
 )
-from taskx.attempt.executors import wait_for
+from taskx.attempt.executors import ContextExecutor, wait_for
 from taskx.attempt.together import results_of
 from taskx.contrib.django.compat import (
     Task,
@@ -39,11 +40,13 @@ from taskx.contrib.django.results import TaskxContext, TaskxResult, arguments, r
 from taskx.contrib.django.surroundings import surroundings
 from taskx.contrib.django.tasks import (
     changed,
+    check_arguments,
     imported,
     queue_name_of,
     task_of,
     type_of,
 )
+from taskx.tasks.options import Options
 
 if TYPE_CHECKING:
     from taskx.attempt.coroutines import Awaited
@@ -74,6 +77,21 @@ class InChild(TaskExecutor):
         return _run(changed(found, queue_name=queue_name_of(task.type)), ctx, task.params)
 
 
+class _Checking(ContextExecutor[..., Any]):
+    """The executor of a task of Django, which checks params by the arguments of its function."""
+
+    def __init__(self, task: Task, run: Callable[..., Any]) -> None:
+        super().__init__(type_of(task), run, Options())
+        self._task = task
+
+    def _check_params(self, params: Mapping[str, Any]) -> None:
+        args, kwargs = arguments(params)
+        try:
+            check_arguments(self._task, args, kwargs)
+        except TypeError as error:
+            raise PayloadError("params", str(error)) from None
+
+
 def executor_of(task: Task) -> Executor[..., Any] | TaskExecutor:
     """Return the executor of a task of Django."""
     if getattr(task, "isolation", None) is not None:
@@ -101,8 +119,7 @@ def executor_of(task: Task) -> Executor[..., Any] | TaskExecutor:
 
     if (batch := getattr(task, "batch", None)) is not None:
         return taskx.executor(type_of(task), batch=batch)(run_many)
-    made: Executor[..., Any] = taskx.executor(type_of(task))(run)
-    return made
+    return _Checking(task, run)
 
 
 def _keep(record: taskx.Task, error: BaseException) -> None:

@@ -103,6 +103,11 @@ class TaskxTask(Task):
     batch: int | None = field(default=None, compare=False)
     wait: float | timedelta | str | None = field(default=None, compare=False)
 
+    @property
+    def type(self) -> str:
+        """The type of its tasks: its path, and its queue name if that is not the default."""
+        return type_of(self)
+
     if not TYPE_CHECKING:  # a type checker finds out by itself
 
         def __getattr__(self, name: str) -> Any:
@@ -187,8 +192,16 @@ def changed(task: T, **changes: Any) -> T:
 
 
 def dated(task: T) -> T:
-    """Return the task with a datetime as ``run_after`` if it has a ``timedelta``, from now on."""
+    """Return the task with a datetime as ``run_after`` if it has a ``timedelta``, from now on.
+
+    Raises:
+        InvalidTask: it has something else.
+    """
     if not isinstance(task.run_after, timedelta):
+        if not isinstance(task.run_after, datetime | None):
+            raise InvalidTask(
+                f"run_after must be a datetime or a timedelta, not {task.run_after!r}"
+            )
         return task
     return changed(task, run_after=timezone.now() + task.run_after)
 

@@ -101,7 +101,9 @@ def _queue_of(found: Any, target: str) -> Queue:
         except KeyboardInterrupt:
             raise
         except BaseException as error:
-            raise _failed(f"{target!r} cannot be called without arguments", error) from error
+            called = error.__traceback__ is not None and error.__traceback__.tb_next is not None
+            what = "raised an error" if called else "cannot be called without arguments"
+            raise _failed(f"{target!r} {what}", error) from error
     if not isinstance(made, Queue):
         what = "it returns" if made is not found else "it is"
         raise ConfigurationError(

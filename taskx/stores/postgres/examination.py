@@ -57,7 +57,7 @@ def examined(
         yield ok(name, f"The {server} has answered in {took:.0f} ms.", ms=took)
         yield from connections.read(lambda link: [*more(link)])
     except RepositoryError as error:
-        yield fail(name, f"The database cannot be used: {error}.", advice)
+        yield fail(name, f"The database cannot be used: {str(error).rstrip('.')}.", advice)
 
 
 def _tables(link: Link, schema: Schema) -> Iterator[Check]:

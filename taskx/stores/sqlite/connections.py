@@ -176,7 +176,9 @@ class Connections:
         text, path = str(error), self.file.path
         if "locked" in text or "busy" in text:
             return RepositoryUnavailable(
-                f"{path} was locked for {self.busy_timeout:g} s by another connection; nothing was changed"
+                f"{path} was locked for {self.busy_timeout:g} s by another connection; nothing was "
+                "changed. If this thread has an open transaction on the file, pass its connection: "
+                "connection=…"
             )
         if "disk is full" in text:
             return RepositoryUnavailable(
@@ -457,5 +459,6 @@ class Connections:
         if not self.file.create:
             state = f"has no tables {self.schema.prefix}*" if self.schema.prefix else "is empty"
             raise RepositoryUnavailable(
-                f"{self.file.path} {state}, and no tables may be made: check the path; it was not changed"
+                f"{self.file.path} {state}, and no tables may be made: start the application or a "
+                "worker first, or check the path; it was not changed"
             )

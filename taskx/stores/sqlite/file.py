@@ -75,7 +75,8 @@ class DatabaseFile:
             )
         if self._found is None and not self.create:
             raise RepositoryUnavailable(
-                f"there is no file {self._given}: check the path; nothing was created"
+                f"there is no file {self._given}: start the application or a worker first, or check the "
+                "path; nothing was created"
             )
 
     def opened(self) -> None:

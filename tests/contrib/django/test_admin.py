@@ -299,7 +299,7 @@ def test_several_tasks_are_cancelled_and_requeued(boss, queue):
     keys = [key_of(task_id) for task_id in ids]
     assert "2 of 2 tasks are cancelled" in act(boss, LIST, "cancel", *keys[:2])
     assert [status(queue, i) for i in ids] == ["cancelled", "cancelled", "pending"]
-    assert "2 tasks run again" in act(boss, LIST, "requeue", *keys)
+    assert "because of them: 2." in act(boss, LIST, "requeue", *keys)
     assert [status(queue, i) for i in ids] == ["pending"] * 3
     assert [change.target for change in queue.changes()] == ["3 in the admin", "2 in the admin"]
 

@@ -8,6 +8,7 @@ import itertools
 import logging
 import os
 import pickle
+import re
 import sys
 import threading
 import traceback
@@ -33,7 +34,15 @@ from django.utils import translation
 from helpers import PATIENCE, eventually
 from shop import tasks
 
-from taskx import DuplicateTask, MemoryRepository, Queue, TaskCancelled, TaskStatus
+from taskx import (
+    DuplicateTask,
+    MemoryRepository,
+    PayloadError,
+    Queue,
+    TaskCancelled,
+    TaskStatus,
+    every,
+)
 from taskx.contrib.django import TaskxBackend, get_queue, load_queue
 from taskx.contrib.django import task as taskx_task
 from taskx.contrib.django.compat import (
@@ -437,6 +446,7 @@ def no_context(text: str) -> None: ...
         (lambda: tasks.add.using(priority=101), "priority must be a whole number"),
         (lambda: tasks.add.using(priority=1.5), "priority must be a whole number"),
         (lambda: tasks.add.using(run_after=datetime(2099, 1, 1)), "aware datetime"),
+        (lambda: tasks.add.using(run_after=3), "must be a datetime or a timedelta, not 3"),
         (lambda: tasks.add.using(queue_name="unknown"), "Queue 'unknown' is not valid"),
         (lambda: tasks.add.using(max_attempts=0), "max_attempts"),
         (lambda: tasks.add.using(backoff="sometimes"), "backoff must be"),
@@ -467,6 +477,23 @@ def test_an_option_that_does_not_exist_is_refused(stored):
         tasks.add.using(rate="5/s")
     with pytest.raises(TypeError, match="run_after cannot be given to the decorator"):
         taskx_task(no_context, run_after=timedelta(1))
+
+
+@pytest.mark.parametrize(
+    ("word", "ours"),
+    [
+        ("countdown", "run_after=…"),
+        ("eta", "run_after=…"),
+        ("max_retries", "max_attempts=…, one more"),
+        ("default_retry_delay", "backoff=RetryPolicy(…)"),
+        ("soft_time_limit", "timeout=…"),
+        ("rate_limit", "rate=… of the decorator"),
+    ],
+)
+def test_the_option_of_celery_gets_the_word_for_it_here(word, ours):
+    text = f"using() has no option {word} (for {word} write {ours})"
+    with pytest.raises(TypeError, match=f"^{re.escape(text)}$"):
+        tasks.add.using(**{word: 3})
 
 
 def test_a_task_is_checked_again_when_it_is_enqueued(tmp_path):
@@ -651,6 +678,26 @@ def test_arguments_that_the_function_does_not_take_are_refused_at_once(stored, e
     with pytest.raises(TypeError, match=f"{text}.*nothing was stored"):
         enqueue()
     assert get_queue().count_tasks() == 0
+
+
+@pytest.mark.parametrize("params", [{"c": 1}, {"a": 1, "c": 1}, {"args": [], "kwargs": {}}])
+def test_the_native_api_checks_the_arguments_of_a_task_too(stored, params):
+    for call in (
+        lambda: get_queue().submit("shop.tasks.add", params),
+        lambda: get_queue().schedule("s", every(60), "shop.tasks.add", params),
+    ):
+        with pytest.raises(PayloadError, match=r"params: shop\.tasks\.add\(a.*nothing was stored"):
+            call()
+    assert get_queue().submit("shop.tasks.add", {"a": 1}).task().params == {"a": 1}
+
+
+def test_a_task_names_its_type(stored):
+    assert (tasks.add.type, tasks.add.using(queue_name="mails").type) == (
+        "shop.tasks.add",
+        "shop.tasks.add@mails",
+    )
+    tasks.add.enqueue(1)
+    assert get_queue().count_tasks(type=tasks.add.type) == 1
 
 
 def test_a_decorator_may_give_a_function_more_arguments(stored):

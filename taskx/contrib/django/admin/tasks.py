@@ -322,8 +322,8 @@ class TaskAdmin(QueueAdmin):
             "requeue",
             rows,
             lambda queue: queue.requeue_many,
-            "{} tasks run again, with those that had ended because of them. Only failed and cancelled "
-            "tasks do.",
+            "Tasks that run again, with those that had ended because of them: {}. Only failed and "
+            "cancelled tasks do.",
         )
 
     def _act_on_all(
