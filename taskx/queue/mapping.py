@@ -606,6 +606,13 @@ class MapResults(Iterator[R], Generic[R]):
             total = len(self._items) if isinstance(self._items, Sized) else None
             self._display = Display(self._name or submitter.type, total, timing)
 
+    def __repr__(self) -> str:
+        submitter = self._under_way.submitter
+        return (
+            f"<MapResults of {submitter.name or submitter.type}: iterate over it, as by list(), to run the "
+            "items>"
+        )
+
     def outcomes(self) -> Iterator[MapOutcome]:
         """Return an iterator over what became of each item: the item, and its result or its error.
 

@@ -89,6 +89,11 @@ class TestResults:
         assert next(results) == 1
         assert len(ids(running)) == 1
 
+    def test_the_text_of_a_map_that_was_not_iterated_says_what_to_do(self, running, square):
+        assert repr(running.map(square.executor, [1])) == (
+            "<MapResults of square: iterate over it, as by list(), to run the items>"
+        )
+
     def test_equal_items_are_one_task(self, running, square):
         assert list(running.map(square.executor, [1, 2, {"n": 1}, 2])) == [1, 4, 1, 4]
         assert sorted(square.asked) == [1, 2]
