@@ -143,7 +143,8 @@ class KeyUsage:
         retried: the number of attempts that failed and were followed by another.
         cancelled: the number of tasks that were cancelled.
         seconds: how long all attempts took.
-        cost: what they have taken of each unit of their cost: as ``ctx.spent`` said, or else ``cost``.
+        cost: what they have taken of each unit of their cost: as ``ctx.spent`` said, or else ``cost``; of
+            an attempt that raised ``Snooze`` only what ``ctx.spent`` said.
     """
 
     started: int = 0

@@ -63,7 +63,8 @@ class TypeStats:
         retried: attempts that failed in it and were followed by another.
         cancelled: tasks that were cancelled in it.
         seconds: how long the attempts took that ended in it.
-        cost: what these have taken of each unit of their cost: as ``ctx.spent`` said, or else ``cost``.
+        cost: what these have taken of each unit of their cost: as ``ctx.spent`` said, or else ``cost``; of
+            an attempt that raised ``Snooze`` only what ``ctx.spent`` said.
         error_share: the share of failed tasks, 0 to 1, in those that completed or failed; None if there are
             none.
         start_latency: how long tasks waited from when they could start until they did; of the first

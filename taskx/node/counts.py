@@ -294,7 +294,9 @@ class Counts:
             cell["seconds"] = ending.duration
             if what in ("completed", "failed"):
                 cell["runs"] = _groups([ending.duration])
-            if cost := {**(run.task.cost or {}), **run.context._spent_in_truth()}:
+            # An attempt that snoozes did not do its work; one that goes on was counted before its wait.
+            estimate = None if run.resumes or ending.snooze is not None else run.task.cost
+            if cost := {**(estimate or {}), **run.context._spent_in_truth()}:
                 cell["cost"] = cost
         self._add(type, key, cell)
 

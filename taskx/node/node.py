@@ -381,12 +381,18 @@ class LocalNode:
         if not pool.node.about.engine:  # else others run them, as a matter of course
             self._tell_left_pending()
         still = self.still_running()
-        if still:
-            self.log.warning(
-                "stopped with %d task(s) still running; they are handed back when they end: %s",
-                len(still),
-                ", ".join(still[:10]),
-            )
+        stuck = {run.task.id for run in [*pool.stuck.runs]}
+        for ids, words in (
+            ([i for i in still if i not in stuck], "running; they are handed back when they end"),
+            (
+                [i for i in still if i in stuck],
+                "in a thread that is stuck; what that returns is dropped",
+            ),
+        ):
+            if ids:
+                self.log.warning(
+                    "stopped with %d task(s) still %s: %s", len(ids), words, ", ".join(ids[:10])
+                )
         if still or pool.workers_left:  # a worker that is starting a task hands it back
             _in_thread(self._end_later)
         else:

@@ -73,6 +73,17 @@ class Tuning:
             others = [node.declared for node in services.repository.nodes() if node.lives]
             controls.declare(declared, {name for some in others for name in some})
             self.refresh()
+        for type, names in services.registry.limited.items():
+            for name in names:
+                if name not in services.registry.limits:
+                    from difflib import get_close_matches  # only after a mistake
+
+                    close = get_close_matches(name, services.registry.limits, n=1)
+                    meant = f" (did you mean {close[0]!r}?)" if close else ""
+                    services.log.warning(
+                        "type %r names the limit %r, which no program declares, so it runs without it%s",
+                        *(type, name, meant),
+                    )
 
     def tend(self) -> None:
         """Maintain the limits that all nodes share, and those that are overridden."""

@@ -219,7 +219,10 @@ class _Submitter:
         if type(key) is not int and (not isinstance(key, str) or not key):
             raise ConfigurationError(f"key must return a text or a whole number, not {key!r}")
         task.id = f"{self.name or self.type}:{key}"
-        task, _ = task_of(task, None, self.options, MapOptions, "map", self.clock, self.owner)
+        options = self.options
+        if callable(of_item := options.get("concurrency_key")):
+            options = given({**options, "concurrency_key": of_item(item)})
+        task, _ = task_of(task, None, options, MapOptions, "map", self.clock, self.owner)
         return task
 
     def submit(
@@ -315,7 +318,7 @@ class _Submitter:
 class _Place:
     """An item that was drawn, then its task, and then its outcome: a handle, or the error of the item."""
 
-    __slots__ = ("item", "outcome", "stored", "task")
+    __slots__ = ("item", "outcome", "shown", "stored", "task")
 
     def __init__(self, item: Any) -> None:
         self.item = item
@@ -323,12 +326,20 @@ class _Place:
         self.outcome: _Outcome | None = None
         #: True if its task had completed before this map.
         self.stored = False
+        #: True if the display has counted it.
+        self.shown = False
 
     @property
     def ended(self) -> bool:
         """True if its result may be taken."""
         outcome = self.outcome
         return isinstance(outcome, Exception) or (outcome is not None and outcome._has_ended)
+
+    @property
+    def failed(self) -> bool:
+        """True if it has ended, and without a result."""
+        outcome = self.outcome
+        return isinstance(outcome, Exception) or (outcome is not None and outcome._ended_badly)
 
 
 class _Window:
@@ -501,6 +512,10 @@ class _Window:
                 return None
         return None
 
+    def all_ended(self) -> list[_Place]:
+        """Return the items that have ended, in order."""
+        return [place for place in self._places if place.ended]
+
     def bell(self) -> Signal:
         """Return a signal that rings when a task ends for which the thread of the map waits.
 
@@ -574,6 +589,8 @@ class MapResults(Iterator[R], Generic[R]):
             self._executor, bound = executor_of(
                 self._executor, "map", "a type or an executor", self._owner
             )
+            # The key of a map is another one.
+            bound = {"concurrency_key" if k == "key" else k: v for k, v in bound.items()}
             refuse_unknown(bound, MapOptions, "map", ": the executor is bound with it")
             self._options = {**bound, **given(self._options)}
         if self._star and not isinstance(self._executor, Executor):
@@ -606,6 +623,13 @@ class MapResults(Iterator[R], Generic[R]):
             total = len(self._items) if isinstance(self._items, Sized) else None
             self._display = Display(self._name or submitter.type, total, timing)
 
+    def __repr__(self) -> str:
+        submitter = self._under_way.submitter
+        return (
+            f"<MapResults of {submitter.name or submitter.type}: iterate over it, as by list(), to run the "
+            "items>"
+        )
+
     def outcomes(self) -> Iterator[MapOutcome]:
         """Return an iterator over what became of each item: the item, and its result or its error.
 
@@ -632,12 +656,12 @@ class MapResults(Iterator[R], Generic[R]):
             try:
                 result = self._under_way.take(place)
             except Exception as error:
-                self._show(failed=1)
+                self._show(place, failed=True)
                 if raises:
                     raise
                 self._count(error)
                 return MapOutcome(place.item, None, error)
-            self._show(done=1, stored=place.stored)
+            self._show(place, failed=False)
             return MapOutcome(place.item, result, None)
         except BaseException:  # also at the end: the display must not stay below an error message
             if self._display is not None:
@@ -667,9 +691,18 @@ class MapResults(Iterator[R], Generic[R]):
         count, other = self._failures.get(kind, (0, text))
         self._failures[kind] = (count + 1, text if text == other else "")
 
-    def _show(self, **counts: int) -> None:
+    def _show(self, place: _Place, *, failed: bool) -> None:
+        """Count an item that has ended, unless that was done."""
+        if self._display is not None and not place.shown:
+            place.shown = True
+            self._display.add(not failed, failed, stored=place.stored)
+
+    def _show_ended(self) -> None:
+        """Count the items that have ended, also those behind one that takes long."""
         if self._display is not None:
-            self._display.add(**counts)
+            self._display.add()
+            for place in self._under_way.all_ended():
+                self._show(place, failed=place.failed)
 
     def _next_ended(self) -> _Place:
         """Wait for the next item that has ended.
@@ -693,7 +726,7 @@ class MapResults(Iterator[R], Generic[R]):
                 raise TimeoutError(f"no result of the map within {self._timeout:g} s")
             full = len(under_way) >= self._window
             under_way.wait(bell, max(0.0, deadline - bell.now()))
-            self._show()
+            self._show_ended()
             if full and 4 * under_way.unfinished < self._window < self._widest:
                 self._window = min(2 * self._window, self._widest)
             if under_way.ended() is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 from taskx.attempt.waiting import ONCE, awake
 from taskx.queue.bulk import PLAIN, Bulk, Tally, Terms
@@ -16,6 +17,7 @@ from taskx.tasks.errors import (
     ConfigurationError,
     InvalidTransition,
     RepositoryCorrupt,
+    RepositoryError,
     TaskNotFound,
 )
 from taskx.tasks.model import Task, TaskStatus
@@ -152,8 +154,21 @@ class Operations(Requeues):
             else:
                 write = lifecycle.finish(answer, now, result, error, by)
             if self._commit([write], {} if answer is None else {answer_id: answer})[0]:
+                if answer is None:
+                    self._warn_of_early(answer_id)
                 return True
         raise RepositoryCorrupt(f"the answer {answer_id} cannot be finished: its record is damaged")
+
+    def _warn_of_early(self, answer_id: str) -> None:
+        """Warn if the task that may ask for an early answer waits for another one: it may be misspelt."""
+        askers = [] if answer_id.startswith(lifecycle.EVENT) else lifecycle.askers(answer_id)
+        with suppress(RepositoryError):  # the answer is stored
+            for asker, on in self._repository.find("id", askers, ("id", "waiting_on")):
+                if on is not None and on.startswith(f"{asker}/"):
+                    self._services.log.warning(
+                        "nobody has asked for %s yet; it is stored, but task %s waits for %s",
+                        *(answer_id, asker, on),
+                    )
 
     def _answer(self, answer_id: str) -> tuple[Task | None, str | None]:
         """Return an answer and what it waits for. None if it may be stored: nobody has asked for it yet.

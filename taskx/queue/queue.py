@@ -625,8 +625,10 @@ class Queue(Questions, Steering):
                 False, raise its error again.
             progress: show on ``sys.stderr`` how many items are done: a bar in a terminal or a notebook
                 if the package rich is installed, else a line every five seconds.
-            options: options of new tasks: ``created_by``, ``priority``, ``max_attempts``,
-                ``max_crashes``, ``retry`` and ``tags``, as in :meth:`submit`.
+            concurrency_key: the key of :meth:`submit`, by which tasks take turns: that of all tasks, or a
+                function that returns that of an item.
+            options: other options of new tasks: ``created_by``, ``priority``, ``max_attempts``,
+                ``max_crashes``, ``retry``, ``tags`` and ``cost``, as in :meth:`submit`.
 
         Raises:
             TaskFailed: from the iterator, in the place of an item whose task failed. The iterator

@@ -67,16 +67,20 @@ class RunOptions(CommonOptions, total=False):
     timeout: Duration | None
 
 
-class MapOptions(CommonOptions, total=False):
+class _OwnOptions(CommonOptions, total=False):
+    created_by: str | None
+    cost: Cost | None
+
+
+class MapOptions(_OwnOptions, total=False):
     """The options of ``submit`` that a map passes on to its new tasks: see ``Queue.map``."""
 
-    created_by: str | None
+    concurrency_key: str | Callable[[Any], str | None] | None
 
 
-class _KeyOptions(MapOptions, RunOptions, total=False):
+class _KeyOptions(_OwnOptions, RunOptions, total=False):
     concurrency_key: str | None
     key: str | None
-    cost: Cost | None
 
 
 class ScheduleOptions(_KeyOptions, total=False):

@@ -130,6 +130,8 @@ def _not_json(kind: type[Any]) -> str:
     name = kind.__name__
     if kind.__module__ == "numpy":
         return f"{name} is not JSON; write value.item() for a scalar, value.tolist() for an array"
+    if name == "coroutine":
+        return "coroutine is not JSON: use await, and for a step await ctx.astep(…)"
     if not has_form(kind):
         return f"{name} is not JSON"
     if issubclass(kind, PurePath):  # each system has its own class

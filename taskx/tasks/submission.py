@@ -67,7 +67,10 @@ def with_options(task: Task, options: Mapping[str, Any], now_ms: int) -> Task:
     if "debounce" in chosen and "on_conflict" in options and on_conflict != "replace":
         raise ConfigurationError("debounce replaces the task that waits: leave out on_conflict")
     if "on_conflict" in options and task.unique_key is None and "unique_key" not in chosen:
-        raise ConfigurationError("on_conflict requires unique_key")
+        raise ConfigurationError(
+            "on_conflict requires unique_key; for an id that may exist, catch DuplicateTask: its task_id "
+            "names the task, for queue.handle"
+        )
     _debounce(task, chosen)
     if "unique_scope" in chosen:
         chosen["unique_scope"] = unique.scope_to_text(chosen["unique_scope"])

@@ -88,7 +88,7 @@ def test_a_bound_option_of_none_is_left_out(mail):
         ({"priority": "high"}, ConfigurationError, "priority must be a whole number"),
         ({"delay": -1}, ConfigurationError, "delay must be"),
         ({"timeout": 0}, ConfigurationError, "timeout must be more than 0"),
-        ({"on_conflict": "return"}, ConfigurationError, "on_conflict requires unique_key"),
+        ({"on_conflict": "return"}, ConfigurationError, "requires unique_key; .* DuplicateTask"),
         ({"unique_key": "k", "on_conflict": "x"}, ConfigurationError, "on_conflict must be"),
         ({"depends_on": "an id"}, ConfigurationError, "depends_on must be a list"),
         ({"id": ""}, ConfigurationError, "id"),

@@ -190,6 +190,19 @@ class TestStep:
         assert seen == [path]
         assert checkpoints(queue, handle) is None
 
+    @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
+    def test_a_coroutine_function_as_a_step_is_refused_with_the_way_to_call_it(self, queue):
+        async def load():
+            return 1
+
+        @queue.executor()
+        def odd(ctx):
+            ctx.step("it", load)
+
+        queue.start()
+        with pytest.raises(TaskFailed, match=r"use await, and for a step await ctx\.astep\(…\)"):
+            queue.submit("odd").result(PATIENCE)
+
     def test_the_total_size_of_checkpoints_is_limited(self, make_queue):
         queue = make_queue(max_payload_size=1000)
 

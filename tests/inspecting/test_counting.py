@@ -8,7 +8,7 @@ import pytest
 from helpers import PATIENCE, eventually, services_of
 
 import taskx
-from taskx import ConfigurationError, Context, KeyUsage, RepositoryUnavailable
+from taskx import ConfigurationError, Context, KeyUsage, RepositoryUnavailable, Snooze
 from taskx.node import counts
 from taskx.node.counts import KEYS, TYPES, Rollup
 from taskx.tasks import lifecycle
@@ -304,6 +304,37 @@ def test_the_usage_of_each_key_with_a_limit_is_counted(tenants):
     assert [*tenants.usage("tenant:b").keys] == ["tenant:b"]
     assert tenants.stats().types["a"].cost == {"tokens": 22}
     assert taskx.tasks.payload.encode(found.to_dict(), "usage")
+
+
+def test_an_attempt_that_snoozes_costs_only_what_it_has_spent(tenants):
+    """Whoever was refused by the other side (HTTP 429) has taken nothing."""
+    tenants.limit("model", rate="6000 tokens/m")
+
+    @tenants.executor(limit="model")
+    def think(ctx):
+        if ctx.task.snoozes == 1:
+            ctx.spent(tokens=3)
+        if ctx.task.snoozes < 3:
+            raise Snooze(0.1, limit=True)
+
+    tenants.submit("think", key="tenant:a", cost={"tokens": 60})
+    for _ in range(4):
+        tenants.run_all()
+        tenants.advance(2)
+    assert tenants.usage("tenant:").keys["tenant:a"].cost == {"tokens": 63}
+
+
+def test_a_task_that_waits_costs_its_estimate_once(tenants):
+    @tenants.executor()
+    def ask(ctx):
+        return ctx.ask("one")
+
+    handle = tenants.submit("ask", key="tenant:a", cost={"tokens": 60})
+    tenants.run_all()
+    tenants.finish(f"{handle.id}/one", 1)
+    tenants.run_all()
+    assert handle.result() == 1
+    assert tenants.usage("tenant:").keys["tenant:a"].cost == {"tokens": 60}
 
 
 @pytest.mark.every_store

@@ -377,10 +377,17 @@ def test_a_limit_that_nobody_declares_any_more_is_forgotten(make_queue):
     assert second.limits() == []
 
 
-def test_a_limit_that_nobody_declares_holds_nothing_up_and_health_names_it(make_queue):
+def test_a_limit_that_nobody_declares_holds_nothing_up_and_health_and_the_log_name_it(
+    make_queue, caplog
+):
     queue = make_queue()
     queue.executor("t", limit="apii")(lambda: "done")
+    queue.executor("u", limit="api")(lambda: "done")
+    queue.limit("api", concurrency=5)
     queue.start()
+    warned = "'apii', which no program declares, so it runs without it (did you mean 'api'?)"
+    assert warned in caplog.text
+    assert "'u'" not in caplog.text
     assert queue.submit("t").result(PATIENCE) == "done"
     [problem] = [problem for problem in queue.health().problems if problem.kind == "limit"]
     assert str(problem) == "Type 't' names the limit 'apii', which no program declares."

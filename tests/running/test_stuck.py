@@ -157,6 +157,19 @@ class TestAbandoned:
         eventually(lambda: "its thread has ended now; its late outcome is dropped" in caplog.text)
         assert pool_of(queue).runs == {}
 
+    def test_a_stop_says_that_what_a_stuck_thread_returns_is_dropped(
+        self, make, hang, gate, caplog
+    ):
+        """Its task has failed for good: nobody hands it back."""
+        queue = make(worker_num=2)
+        hang(queue)
+        running = queue.submit("hang", {"name": "y"}, id="y")
+        gate.wait_for()
+        assert set(queue.stop(timeout=0.5)) == {"x", "y"}
+        said = "stopped with 1 task(s) still"
+        assert f"{said} in a thread that is stuck; what that returns is dropped: x" in caplog.text
+        assert f"{said} running; they are handed back when they end: {running.id}" in caplog.text
+
     def test_a_stuck_thread_cannot_store_checkpoints(self, make_queue, clock, gate):
         queue = make_queue(worker_num=1, clock=clock)
         raised = []

@@ -89,6 +89,11 @@ class TestResults:
         assert next(results) == 1
         assert len(ids(running)) == 1
 
+    def test_the_text_of_a_map_that_was_not_iterated_says_what_to_do(self, running, square):
+        assert repr(running.map(square.executor, [1])) == (
+            "<MapResults of square: iterate over it, as by list(), to run the items>"
+        )
+
     def test_equal_items_are_one_task(self, running, square):
         assert list(running.map(square.executor, [1, 2, {"n": 1}, 2])) == [1, 4, 1, 4]
         assert sorted(square.asked) == [1, 2]
@@ -517,6 +522,40 @@ class TestAsResultsCome:
         ]
 
 
+class TestCostAndKeys:
+    @pytest.mark.every_store
+    def test_all_items_have_a_cost_and_each_may_have_its_key(self, running):
+        running.executor("think")(lambda prompt, tenant: prompt)
+        items = [{"prompt": "a", "tenant": "x"}, {"prompt": "b", "tenant": ""}]
+        given = {"concurrency_key": lambda item: item["tenant"] or None, "cost": {"tokens": 6}}
+        assert list(running.map("think", items, **given)) == ["a", "b"]
+        found = sorted((t.params["prompt"], t.concurrency_key, t.cost) for t in tasks_of(running))
+        assert found == [("a", "x", {"tokens": 6}), ("b", None, {"tokens": 6})]
+
+    def test_the_key_may_be_the_same_for_all(self, running, square):
+        assert list(running.map(square.executor, [1, 2], concurrency_key="k")) == [1, 4]
+        assert [task.concurrency_key for task in tasks_of(running)] == ["k", "k"]
+
+    def test_an_executor_may_be_bound_with_both(self, running, square):
+        bound = square.executor.using(key="k", cost={"tokens": 5})
+        assert list(running.map(bound, [3], cost={"tokens": 7})) == [9]
+        [task] = tasks_of(running)
+        assert (task.id.partition(":")[0], task.concurrency_key) == ("square", "k")
+        assert task.cost == {"tokens": 7}
+
+    def test_a_key_that_is_no_text_is_the_error_of_its_item(self, running, square):
+        results = running.map(
+            square.executor, [1, 2], concurrency_key=lambda n: "k" if n > 1 else n
+        )
+        with pytest.raises(ConfigurationError, match="concurrency_key"):
+            next(results)
+        assert next(results) == 4
+
+
+def tasks_of(queue):
+    return queue.list_tasks().tasks
+
+
 class TestALongTask:
     def test_a_long_task_does_not_stop_later_items(self, make_queue, gate):
         """Other tasks run while the iterator waits for the first result."""
@@ -561,7 +600,7 @@ class TestProgress:
 
     def test_progress_is_shown_before_an_error_is_raised(self, running, square, capsys):
         square.failing = {1}
-        results = running.map(square.executor, range(3), progress=True)
+        results = running.map(square.executor, range(3), window=1, progress=True)
         next(results)
         with pytest.raises(TaskFailed):
             next(results)
@@ -592,10 +631,31 @@ class TestProgress:
         assert list(results) == []
         assert capsys.readouterr().err == ""
 
+    def test_progress_counts_items_behind_one_that_takes_long(self, make_queue, gate, capsys):
+        queue = make_queue(worker_num=2)
+        queue.start()
+
+        @queue.executor("hold")
+        def hold(n: int):
+            if n == 0:
+                gate()
+            if n == 3:
+                raise ValueError
+
+        results = queue.map(hold, range(20), window=2, timeout=0, progress=True)
+
+        def shown():
+            with pytest.raises(concurrent.futures.TimeoutError):
+                next(results)
+            return capsys.readouterr().err == "hold: 19 of 20 (95%), 1 failed\n"
+
+        eventually(shown)
+        gate.open()
+
     def test_progress_of_an_abandoned_map_is_shown(self, running, square, capsys):
         gc.collect()  # the displays of other tests
         capsys.readouterr()
-        for _ in running.map(square.executor, range(3), progress=True):
+        for _ in running.map(square.executor, range(3), window=1, progress=True):
             break
         gc.collect()
         assert capsys.readouterr().err == "square: 1 of 3 (33%)\n"

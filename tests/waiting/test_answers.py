@@ -99,6 +99,21 @@ class TestAsking:
         assert handle.task().starts == 1
 
     @pytest.mark.every_store
+    def test_an_early_answer_to_a_task_that_waits_for_another_is_warned_of(self, asking, caplog):
+        asking.start()
+        handle = asking.submit("ask", {"names": ["one", "two"]}, id="r1")
+        eventually(lambda: asking.list_tasks(type="answer")[1])
+        assert asking.finish("r1/two", 2)
+        assert (
+            "nobody has asked for r1/two yet; it is stored, but task r1 waits for r1/one"
+            in caplog.text
+        )
+        caplog.clear()
+        assert asking.finish("r1/one", 1)
+        assert handle.result(PATIENCE) == [1, 2]
+        assert "nobody has asked" not in caplog.text
+
+    @pytest.mark.every_store
     def test_only_the_first_answer_counts(self, asking):
         asking.start()
         handle = asking.submit("ask", {"names": ["one"]})
