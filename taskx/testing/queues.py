@@ -18,7 +18,7 @@ from taskx.attempt.runner import Call, Run, inside_executor, runs_of
 from taskx.node.hooks import Hook
 from taskx.queue.intake import Intake
 from taskx.queue.operations import Operations
-from taskx.queue.queue import Queue
+from taskx.queue.queue import FindExecutor, Queue
 from taskx.queue.work import Work
 from taskx.stores.adapter import EightMethodAdapter
 from taskx.stores.base import Repository
@@ -64,6 +64,7 @@ class ManualQueue(Queue):
         logger: the logger to use; the one named ``taskx`` by default.
         hooks: as of :class:`Queue`; they are told in the thread in which something happens.
         middleware: as of :class:`Queue`.
+        find_executor: as of :class:`Queue`.
         clock: the clock; a new one by default.
 
     Attributes:
@@ -82,6 +83,7 @@ class ManualQueue(Queue):
         *,
         hooks: Iterable[Hook] = (),
         middleware: Iterable[Layer] = (),
+        find_executor: FindExecutor | None = None,
         clock: ManualClock | None = None,
     ) -> None:
         self.clock = _checked(clock)
@@ -92,6 +94,7 @@ class ManualQueue(Queue):
             logger,
             hooks=(self._submissions, *hooks),
             middleware=middleware,
+            find_executor=find_executor,
             clock=self.clock,
             engine=self._make_engine(),
         )

@@ -121,7 +121,9 @@ def has_tasks() -> bool:
 
 
 def _make(settings: Settings) -> Place:
+    found: list[Place] = []
     about: dict[str, Any] = {
+        "find_executor": partial(_find, found),
         "hooks": (*_signals(settings.alias), *settings.hooks),
         "middleware": (Surroundings(), *settings.middleware),
     }
@@ -130,10 +132,9 @@ def _make(settings: Settings) -> Place:
 
         clock = ManualClock(datetime.now(timezone.utc))
         repository = _inline_repository(settings, clock)
-        return Place(settings, InlineQueue(repository, settings.config, clock=clock, **about))
-    found: list[Place] = []
-    find = partial(_find, found)
-    queue = Queue(_repository(settings), settings.config, find_executor=find, **about)
+        queue: Queue = InlineQueue(repository, settings.config, clock=clock, **about)
+    else:
+        queue = Queue(_repository(settings), settings.config, **about)
     found.append(Place(settings, queue))
     return found[0]
 

@@ -16,6 +16,7 @@ from django.test import TestCase
 from django.test.utils import override_settings
 from shop import tasks
 
+from taskx import every
 from taskx.contrib.django import InlineBackend, get_queue
 from taskx.contrib.django.compat import (
     TaskResultDoesNotExist,
@@ -119,6 +120,13 @@ def test_the_native_api_runs_at_once_too_and_clear_forgets_all_tasks(backend):
     with pytest.raises(TaskResultDoesNotExist):
         backend.get_result(result.id)
     assert get_queue().submitted() == []
+
+
+def test_the_native_api_finds_a_task_by_its_type_and_runs_its_schedule(backend):
+    assert get_queue().submit("shop.tasks.add", {"a": 1, "b": 2}).result(0) == 3
+    get_queue().schedule("adds", every(60), tasks.add.type, {"a": 1})
+    ran = get_queue().advance(180)
+    assert [(task.type, task.result) for task in ran] == [("shop.tasks.add", 1)] * 3
 
 
 @pytest.mark.parametrize("odd", ["", "a\0", "\ud800", "x" * 256, 7, None, [], {}])
