@@ -580,6 +580,7 @@ class MapResults(Iterator[R], Generic[R]):
     _under_way: _Window = attrs.field(init=False)
     # The number of errors of each type that were not raised, and their text.
     _failures: dict[str, tuple[int, str]] = attrs.field(init=False, factory=dict)
+    _show_at: float = attrs.field(init=False, default=0.0)
     # True if items come so slowly that none is drawn while a result is ready.
     _slow: bool = attrs.field(init=False, default=False)
 
@@ -699,7 +700,8 @@ class MapResults(Iterator[R], Generic[R]):
 
     def _show_ended(self) -> None:
         """Count the items that have ended, also those behind one that takes long."""
-        if self._display is not None:
+        if self._display is not None and (now := time.monotonic()) >= self._show_at:
+            self._show_at = now + self._owner._timing.progress_every
             self._display.add()
             for place in self._under_way.all_ended():
                 self._show(place, failed=place.failed)
