@@ -11,7 +11,7 @@ from taskx.stores.eight import TaskRepository
 from taskx.stores.memory import MemoryRepository
 from taskx.stores.sqlite import SQLiteRepository
 from taskx.tasks.codec import Codec
-from taskx.tasks.errors import ConfigurationError
+from taskx.tasks.errors import ConfigurationError, TaskxError
 
 # The entry points of packages that open repositories. Their names are schemes of URLs.
 _GROUP = "taskx.repositories"
@@ -91,7 +91,14 @@ def _of_package(scheme: str, url: str, codec: Codec | Iterable[Codec] | None) ->
         raise ConfigurationError(
             f"{_shown(url)!r}: {found[0].value} cannot be imported: {error}"
         ) from error
-    opened = function(url, codec=codec)
+    try:
+        opened = function(url, codec=codec)
+    except TaskxError:
+        raise
+    except Exception as error:
+        raise ConfigurationError(
+            f"{_shown(url)!r}: {found[0].value} raised {error!r:.200}"
+        ) from error
     if not isinstance(opened, TaskRepository):
         raise ConfigurationError(
             f"{_shown(url)!r}: {found[0].value} must return a TaskRepository, not {opened!r:.80}"

@@ -95,7 +95,20 @@ def test_types_are_paused_and_resumed(queue, taskx):
     assert "email" in queue.paused
     assert taskx("resume", "email", "--json").rows == [{"type": "email", "paused": False}]
     assert not queue.paused
-    assert taskx("resume", "email").err == "email was not paused\n"
+    said = taskx("resume", "email")
+    assert (said.out, said.err) == ("", "email was not paused\n")
+    taskx("pause", "email")
+    assert taskx("resume", "emial").err == "emial was not paused; did you mean 'email'?\n"
+    assert "email" in queue.paused
+
+
+def test_a_task_that_was_cancelled_before_it_began_shows_no_duration(queue, taskx):
+    queue.declare("email")
+    task = queue.submit("email")
+    task.cancel()
+    shown = taskx("show", task.id).out
+    assert "ended" in shown
+    assert "after" not in shown
 
 
 def test_all_types_are_paused_and_resumed(queue, taskx):

@@ -120,7 +120,9 @@ def test_the_limits_of_a_type_are_changed_and_reset(started, outside, taskx):
     [row] = taskx("tune", "--json").rows
     assert row["types"]["email"]["limits"]["max_concurrency"] == 4
     assert taskx("tune", "sms").err == "nothing was changed live for sms\n"
-    assert taskx("tune", "email", "--reset").err == "nothing was changed live for email\n"
+    taken = "taken back: email max_concurrency 4, email rate 100/m, email burst none\n"
+    assert taskx("tune", "email", "--reset").err == taken
+    assert taskx("tune", "email").err == "nothing was changed live for email\n"
     assert not outside.tuned()
     assert [change.action for change in outside.changes()] == ["untune", "tune"]
 

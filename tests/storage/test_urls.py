@@ -19,11 +19,15 @@ def open_example(url, codec=None):
 
 def open_nothing(url, codec=None):
     return url
+
+def open_locked(url, codec=None):
+    raise KeyError("no lock")
 """
 ENTRIES = """
 [taskx.repositories]
 shelf = taskx_shelf:open_example
 nothing = taskx_shelf:open_nothing
+locked = taskx_shelf:open_locked
 gone = taskx_shelf:gone
 missing = taskx_of_nobody:open
 """
@@ -56,6 +60,7 @@ def test_a_package_opens_the_urls_of_its_scheme(tmp_path):
     [
         ("duckdb:///tasks.db", r"or install the package for duckdb://, with an entry point"),
         ("nothing://x", "taskx_shelf:open_nothing must return a TaskRepository, not 'nothing://x'"),
+        ("locked://user:secret@x", r"'\*\*\*@x': taskx_shelf:open_locked raised KeyError"),
         ("gone://user:secret@x", r"'\*\*\*@x': taskx_shelf:gone cannot be imported"),
         (
             "missing://x",

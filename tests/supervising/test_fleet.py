@@ -53,9 +53,9 @@ class Driven:
     def member(self, handle):
         return next(member for member in self.fleet.members() if member.handle is handle)
 
-    def beat(self, *handles, healthy=True, problems=()):
+    def beat(self, *handles, healthy=True, problems=(), shared=True):
         for handle in handles:
-            facts = {"healthy": healthy, "problems": problems}
+            facts = {"healthy": healthy, "problems": problems, "shared": shared}
             self.fleet.heard(self.member(handle), "beat", facts)
 
     def hear(self, handle, *message):
@@ -277,6 +277,49 @@ def test_a_process_that_does_not_end_after_it_asked_to_be_replaced_is_killed(dri
     assert not old.killed
     driven.wait(1)
     assert old.killed
+
+
+@pytest.fixture
+def alone():
+    """A fleet of one process, which is ready and whose repository is for one process."""
+    made = Driven(count=1)
+    made.beat(*made.spawned, shared=False)
+    return made
+
+
+def test_a_process_that_must_be_alone_ends_before_its_successor_starts(alone):
+    (old,) = alone.spawned
+    alone.fleet.replace()
+    alone.fleet.step()
+    assert old.orders == ["stop"]
+    assert alone.new(1) == []
+    assert alone.fleet.replacing
+    alone.end(old)
+    (successor,) = alone.new(1)
+    assert alone.fleet.replacing
+    alone.beat(successor, shared=False)
+    assert not alone.fleet.replacing
+    assert alone.fleet.problems() == []
+
+
+def test_a_process_that_must_be_alone_and_asks_to_be_replaced_ends_first(alone):
+    (old,) = alone.spawned
+    alone.hear(old, "leaving", "it is 60 s old")
+    alone.wait(1)
+    assert alone.new(1) == []
+    alone.end(old, RECYCLE)
+    assert len(alone.new(1)) == 1
+
+
+def test_a_process_whose_repository_is_not_known_yet_ends_before_its_successor_starts():
+    driven = Driven(count=1)
+    (starting,) = driven.spawned
+    driven.fleet.replace()
+    driven.fleet.step()
+    assert starting.orders == ["stop"]
+    assert driven.new(1) == []
+    driven.end(starting)
+    assert len(driven.new(1)) == 1
 
 
 # Stopping

@@ -14,8 +14,9 @@ from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
+from storage.repositories import TinyRepository
 
-from taskx import ConfigurationError, Queue
+from taskx import ConfigurationError, MemoryRepository, Queue, SQLiteRepository
 from taskx.node.ahead import Ahead
 from taskx.programs.worker import health
 from taskx.programs.worker.health import HealthFile, HealthPort
@@ -27,10 +28,12 @@ from taskx.programs.worker.process import (
     Limits,
     Process,
     check_memory,
+    check_shared,
     loaded_files,
     memory,
 )
 from taskx.programs.worker.settings import Settings
+from taskx.stores.adapter import EightMethodAdapter
 from taskx.tasks.timing import DEFAULT_TIMING
 
 # Loading
@@ -232,7 +235,7 @@ def test_a_process_that_is_told_to_stop_before_its_first_beat_still_says_that_it
         ),
         Settings(target="app:queue"),
     )
-    process._queue = SimpleNamespace(healthy=True)
+    process._queue = SimpleNamespace(healthy=True, repository=MemoryRepository())
     pool = SimpleNamespace(ahead=SimpleNamespace(at_work=["a task"]))
     process._node = SimpleNamespace(pool=pool, problems=list, name="stopped", stops=True)
     # The channel is closed in the end, which stops the process a second time at most.
@@ -248,6 +251,15 @@ def test_a_limit_of_memory_that_a_process_reaches_without_tasks_is_refused():
     with pytest.raises(ConfigurationError, match=r"takes 90 MiB .* must be at least 113M"):
         check_memory(112 * MIB, 90 * MIB)
     check_memory(113 * MIB, 90 * MIB)
+
+
+def test_several_processes_are_refused_on_a_repository_that_is_for_one(tmp_path):
+    check_shared(2, SQLiteRepository(tmp_path / "tasks.db"))
+    check_shared(1, MemoryRepository())
+    with pytest.raises(ConfigurationError, match=r"MemoryRepository is for one process, .* is 2"):
+        check_shared(2, MemoryRepository())
+    with pytest.raises(ConfigurationError, match=r"TinyRepository is for one process, .* is 3"):
+        check_shared(3, EightMethodAdapter(TinyRepository()))
 
 
 def test_the_memory_of_this_process_is_plausible():

@@ -402,3 +402,33 @@ def test_a_supervisor_reaps_the_orphans_that_it_adopts(worker):
     pid = int((one.folder / "orphan").read_text())
     eventually(lambda: not Path(f"/proc/{pid}").exists())
     assert one.stop()[0] == 0
+
+
+# The repository is for one process; each has a task that waits for a file.
+ALONE = APP.replace("SQLiteRepository", "MemoryRepository").replace('"tasks.db"', "")
+ALONE += """
+note("loaded", os.getpid())
+queue.submit("hold", {"key": "x"})
+"""
+
+
+def test_a_worker_refuses_several_processes_on_a_repository_that_is_for_one(worker):
+    one = worker(processes=2, app=ALONE)
+    code, errors = one.ends()
+    assert code == 2
+    assert "MemoryRepository is for one process, and --processes is 2" in errors
+    assert one.runs("x") == []
+
+
+def test_a_process_on_a_repository_that_is_for_one_ends_before_the_next_one_starts(worker):
+    port = free_port()
+    one = worker(processes=1, app=ALONE, health_port=port)
+    (old,) = eventually(lambda: one.runs("x"))
+    eventually(lambda: asked(port, "ready")[0] == 200)
+    one.child.signal(signal.SIGHUP)
+    eventually(lambda: [p["state"] for p in asked(port)[1]["processes"]] == ["leaving"])
+    assert one.logged("loaded") == [[old]]
+    one.release("x")
+    eventually(lambda: len(one.runs("x")) == 2)
+    assert not is_alive(old)
+    assert one.stop()[0] == 0

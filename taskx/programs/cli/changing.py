@@ -284,7 +284,7 @@ taskx requeue --group 57d11975 --yes
         "--rate",
         type=Rate(),
         metavar="RATE",
-        help="Start them one by one at this rate, such as 100/m.",
+        help="Start them one by one at this rate, such as 100/m, the newest first.",
     ),
     click.option("--params", "params_text", metavar="JSON", help="Other params, of one task."),
     click.option("--from-step", help="Forget this step and those after it, of one task."),
@@ -467,11 +467,15 @@ def resume(session: Session, types: Sequence[str], everything: bool) -> None:
     """Resume types."""
     before = session.queue.paused
     for type in _wanted_types(types, everything):
-        if not (before.everything if type is None else type in before.types):
-            session.out.say(f"{_shown(type)} {'were' if type is None else 'was'} not paused")
         session.queue.resume(type)
-        session.note("resume", type or "all types")
-        _report(session, f"{_shown(type)} resumed", {"type": type, "paused": False})
+        if before.everything if type is None else type in before.types:
+            session.note("resume", type or "all types")
+            _report(session, f"{_shown(type)} resumed", {"type": type, "paused": False})
+        else:
+            hint = "" if type is None else suggestion(type, before.types)
+            session.out.say(f"{_shown(type)} {'were' if type is None else 'was'} not paused{hint}")
+            if session.json:
+                session.out.json({"type": type, "paused": False})
     after = session.queue.paused
     if after.everything:
         session.out.say("all types are still paused: taskx resume --all ends this")

@@ -198,7 +198,9 @@ def _facts(task: Task) -> Iterator[tuple[str, str]]:
     yield "submitted", _since(task.created_at, task.created_by and f"by {task.created_by}")
     yield "due", moment(task.run_at)
     yield "started", _since(task.started_at, task.worker and f"on {task.worker}")
-    yield "ended", _since(task.completed_at, f"after {age(task.duration)}")
+    # 0 was not measured: the task never began, or its process died.
+    took = f"after {age(task.duration)}" if task.duration else ""
+    yield "ended", _since(task.completed_at, took)
     yield "expires", moment(task.expires_at)
     yield "cancel asked", moment(task.cancel_requested_at)
     yield "priority", str(task.priority or "")

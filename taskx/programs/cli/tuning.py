@@ -15,6 +15,7 @@ from taskx.programs.cli.nodes import node_id
 from taskx.programs.cli.opening import Session, command
 from taskx.programs.cli.output import Column, Row, clean
 from taskx.programs.cli.values import Duration, Rate
+from taskx.queue.tuning import NamedOptions, Tuned, TunedType
 from taskx.tasks.findings import moment
 
 # The word that removes a limit.
@@ -122,7 +123,13 @@ def tune(
     if reset:
         if limits or workers is not None:
             raise Usage("--reset takes changes back: leave out the values")
+        before = _rows(session.queue.tuned(), type_, limit)
         _reset(session, type_, limit, node)
+        left = {row[:2] for row in _rows(session.queue.tuned(), type_, limit)}
+        if taken := [" ".join(row[:3]) for row in before if row[:2] not in left]:
+            session.out.say(f"taken back: {clean(', '.join(taken))}")
+            if not (left or session.json):
+                return
     elif limit is not None and limits:
         session.queue.tune(limit=limit, **limits)
         session.note("tune", f"limit {limit}", limits)
@@ -175,25 +182,26 @@ TUNE_COLUMNS = (
 )
 
 
-def _show(session: Session, type: str | None, limit: str | None) -> None:
-    tuned = session.queue.tuned()
-    types = {
+def _types(tuned: Tuned, type: str | None, limit: str | None) -> dict[str, TunedType]:
+    return {
         name: each for name, each in tuned.types.items() if limit is None and type in (None, name)
     }
-    named = {
+
+
+def _named(tuned: Tuned, type: str | None, limit: str | None) -> dict[str, NamedOptions]:
+    return {
         name: each for name, each in tuned.limits.items() if type is None and limit in (None, name)
     }
-    if session.json:
-        record = tuned.to_dict()
-        record["types"] = {name: record["types"][name] for name in types}
-        session.out.json({**record, "limits": named})
-        return
-    rows: list[Row] = []
-    for name, each in types.items():
+
+
+def _rows(tuned: Tuned, type: str | None, limit: str | None) -> list[tuple[str, str, str, str]]:
+    """Return the cells of the changes for :data:`TUNE_COLUMNS`."""
+    rows: list[tuple[str, str, str, str]] = []
+    for name, each in _types(tuned, type, limit).items():
         own: Mapping[str, Any] = each.own or {}
         for option, value in each.limits.items():
             rows.append((name, option, _value(value), _value(own.get(option))))
-    for name, options in named.items():
+    for name, options in _named(tuned, type, limit).items():
         rows += [(f"limit {name}", option, _value(value), "") for option, value in options.items()]
     if type is None and limit is None:
         if tuned.workers is not None:
@@ -201,7 +209,16 @@ def _show(session: Session, type: str | None, limit: str | None) -> None:
         rows += [
             (f"node {node}", "workers", str(number), "") for node, number in tuned.nodes.items()
         ]
-    if rows:
+    return rows
+
+
+def _show(session: Session, type: str | None, limit: str | None) -> None:
+    tuned = session.queue.tuned()
+    if session.json:
+        record = tuned.to_dict()
+        record["types"] = {name: record["types"][name] for name in _types(tuned, type, limit)}
+        session.out.json({**record, "limits": _named(tuned, type, limit)})
+    elif rows := _rows(tuned, type, limit):
         session.out.table(TUNE_COLUMNS, rows)
     else:
         of = type or limit

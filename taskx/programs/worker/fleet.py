@@ -61,6 +61,11 @@ class Member:
         return self.beat_at is not None
 
     @property
+    def alone(self) -> bool:
+        """True if no process may start beside it: its repository is for one process, or not known yet."""
+        return not self.facts.get("shared", self.ready)
+
+    @property
     def name(self) -> str:
         """Its name in the log."""
         return f"process {self.place} (pid {self.handle.pid})"
@@ -128,7 +133,9 @@ class Fleet:
     @property
     def replacing(self) -> bool:
         """True while processes are being replaced on request."""
-        return bool(self._outdated) or any(place.successor for place in self.places)
+        return bool(self._outdated) or any(
+            place.successor or not (place.member and place.member.ready) for place in self.places
+        )
 
     @property
     def over(self) -> bool:
@@ -235,7 +242,10 @@ class Fleet:
     # --- orders
 
     def replace(self) -> None:
-        """Replace all processes, one by one: the next one starts when the one before is ready."""
+        """Replace all processes, one by one: the next one starts when the one before is ready.
+
+        A process stops when its successor is ready, or before that one starts if it must be alone.
+        """
         if self.stops:
             return
         self._outdated = [place for place in self.places if place.member is not None]
@@ -293,11 +303,15 @@ class Fleet:
                 member.kill_at = None
                 member.handle.kill()
         for place in self.places:
-            if not self.stops and place.member is None and now >= place.start_at:
+            free = not any(one.place == place.number and one.alone for one in self.leaving)
+            if not self.stops and place.member is None and now >= place.start_at and free:
                 place.member = self._start(place)
         if self._outdated and not any(place.successor for place in self.places):
             place = self._outdated.pop(0)
-            if place.member is not None:  # else a new one has started or will start
+            if place.member is not None and place.member.alone:
+                self._retire(place.member)
+                place.member = None  # the next one starts when this one has ended
+            elif place.member is not None:  # else a new one has started or will start
                 place.successor = self._start(place)
 
     def _start(self, place: Place) -> Member | None:

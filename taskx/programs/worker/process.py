@@ -31,6 +31,7 @@ from taskx.programs.worker.logs import set_up_log
 from taskx.programs.worker.settings import AWAY, RECYCLE, USAGE, Settings
 from taskx.queue import foreground
 from taskx.queue.queue import Queue, node_of
+from taskx.stores.base import Repository
 from taskx.tasks.errors import ConfigurationError, RepositoryError
 from taskx.tasks.forks import flush_streams
 from taskx.tasks.timing import DEFAULT_TIMING, Timing
@@ -97,6 +98,7 @@ class Process:
             if self._settings.reload:
                 self._changes.watch()
             queue = load_queue_to_run(self._settings.target)
+            check_shared(self._settings.processes, queue.repository)
             if self._settings.reload:
                 self._changes.note(loaded_files())
             set_up_log(self._settings.log_level)
@@ -186,6 +188,7 @@ class Process:
         facts = self._limits.facts(pool)
         running = len(pool.ahead.at_work)
         facts.update(healthy=self._queue.healthy, running=running, problems=node.problems())
+        facts.update(shared=self._queue.repository.shared)
         self._channel.say("beat", facts)
         why = self._limits.reached(facts)
         if self._settings.reload and not why and (file := self._changes.next()):
@@ -241,6 +244,20 @@ def check_memory(limit: int | None, taken: int) -> None:
         raise ConfigurationError(
             f"the program takes {taken / MIB:.0f} MiB before it runs a task: --max-memory must be at least "
             f"{least}M, and more for the tasks"
+        )
+
+
+def check_shared(processes: int, repository: Repository) -> None:
+    """Refuse several processes on a repository that is for one: each would take the tasks of the others.
+
+    Raises:
+        ConfigurationError: there are several processes, and the repository is for one.
+    """
+    if processes > 1 and not repository.shared:
+        name = type(getattr(repository, "inner", repository)).__name__
+        raise ConfigurationError(
+            f"{name} is for one process, and --processes is {processes}: leave it out and set --threads, "
+            "or use SQLiteRepository, MongoRepository or DjangoRepository"
         )
 
 
