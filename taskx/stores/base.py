@@ -209,9 +209,9 @@ class Repository(TaskRepository):
         """Store notes, or remove them (text None). Return for each change True if it was made.
 
         A change is made if the stored note has the version that the change names. Version 0 means that no
-        such note exists. A changed note gets its version + 1, and a new one :func:`new_version`. The changes
-        survive a power cut. If there are several changes, a note that another process stored with the same
-        text may count as stored.
+        such note exists. A changed note gets its version + 1, and a new one :func:`new_version`. The
+        changes survive a power cut. If there are several changes, a note that another process stored with
+        the same text may count as stored.
 
         Raises:
             RepositoryError: nothing was stored. If the error's ``in_doubt`` is True, some notes may have

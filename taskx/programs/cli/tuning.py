@@ -15,8 +15,9 @@ from taskx.programs.cli.nodes import node_id
 from taskx.programs.cli.opening import Session, command
 from taskx.programs.cli.output import Column, Row, clean
 from taskx.programs.cli.values import Duration, Rate
-from taskx.queue.tuning import NamedOptions, Tuned, TunedType
+from taskx.queue.tuning import Tuned, TunedType
 from taskx.tasks.findings import moment
+from taskx.tasks.options import NamedOptions
 
 # The word that removes a limit.
 _NONE = "none"
