@@ -227,7 +227,7 @@ class EightMethodAdapter(MemoryRepository, House):
             if write.row.get(name) is not None:
                 raise ConfigurationError(
                     f"{self.shortcoming} and does not support {name}; nothing was stored. Use "
-                    "SQLiteRepository, MongoRepository or MemoryRepository, or omit the option"
+                    "SQLiteRepository, PostgresRepository or MongoRepository, or omit the option"
                 )
 
     def _refuse_lost_options(self, write: Write, stored: Row | None) -> None:
@@ -369,7 +369,7 @@ class EightMethodAdapter(MemoryRepository, House):
         """Raise ``ConfigurationError``: the eight methods cannot store notes that outlive this process."""
         raise ConfigurationError(
             f"{self.shortcoming} and cannot store this across restarts; nothing was stored. Use "
-            "SQLiteRepository, MongoRepository or MemoryRepository"
+            "SQLiteRepository, PostgresRepository or MongoRepository"
         )
 
     def version(self) -> object:

@@ -444,8 +444,8 @@ class Repository(TaskRepository):
         """Raise ``ConfigurationError`` if the repository cannot store ``what``: see :attr:`shortcoming`."""
         if self.shortcoming:
             raise ConfigurationError(
-                f"{self.shortcoming} and cannot store {what}: use SQLiteRepository, MongoRepository or "
-                "MemoryRepository"
+                f"{self.shortcoming} and cannot store {what}: use SQLiteRepository, PostgresRepository or "
+                "MongoRepository"
             )
 
     @property

@@ -111,12 +111,12 @@ class BrokerEngine(Engine, ABC):
         if not repository.shared:
             raise ConfigurationError(
                 f"{self.name} runs tasks in other processes, which cannot see this repository: use "
-                "MongoRepository, DjangoRepository, or SQLiteRepository if all processes are on one host"
+                "PostgresRepository, MongoRepository, or SQLiteRepository if all processes are on one host"
             )
         if repository.house.one_host and not self._one_host:
             raise ConfigurationError(
                 f"{self.name} may run tasks on other hosts, and they cannot share a SQLite file: use "
-                "MongoRepository, or DjangoRepository on a server, or pass one_host=True if all worker "
+                "PostgresRepository or MongoRepository, or pass one_host=True if all worker "
                 "processes are on this host"
             )
         if self._queue is not None and self._queue() not in (None, queue):

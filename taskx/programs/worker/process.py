@@ -257,7 +257,7 @@ def check_shared(processes: int, repository: Repository) -> None:
         name = type(getattr(repository, "inner", repository)).__name__
         raise ConfigurationError(
             f"{name} is for one process, and --processes is {processes}: leave it out and set --threads, "
-            "or use SQLiteRepository, MongoRepository or DjangoRepository"
+            "or use SQLiteRepository, PostgresRepository or MongoRepository"
         )
 
 
