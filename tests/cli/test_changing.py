@@ -267,13 +267,14 @@ def test_each_change_is_noted_with_who_made_it(tasks, outside, taskx, monkeypatc
     taskx("cancel", "--where", "type:email", "--dry-run")
     taskx("delete", "--where", "type:email", "--yes")
     taskx("pause", "sms", "--yes")
-    taskx("resume", "--all")
+    taskx("resume", "--all")  # nothing was paused by it, so nothing is noted
+    taskx("resume", "sms")
     noted = outside.changes()
     assert [(change.action, change.target) for change in reversed(noted)] == [
         ("cancel", tasks[0].id),
         ("delete", "type:email"),
         ("pause", "sms"),
-        ("resume", "all types"),
+        ("resume", "sms"),
     ]
     assert all(change.by.startswith("ann@") for change in noted)
     assert noted[2].detail["changed"] == 2

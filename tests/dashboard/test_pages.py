@@ -101,7 +101,7 @@ def test_a_page_needs_only_the_eight_methods(look, make_queue, path):
     task_id = queue.submit("report").id
     browser = look(queue)
     answer = browser.get(path)
-    assert answer.status_code == 200 or "use SQLiteRepository, MongoRepository" in answer.text
+    assert answer.status_code == 200 or "use SQLiteRepository, PostgresRepository" in answer.text
     assert browser.get("/task", query_string={"id": task_id}).status_code == 200
     assert browser.post("/task/cancel", data={"id": task_id, "confirmed": "1"}).status_code == 303
 

@@ -58,7 +58,7 @@ night = cron(minute="30", hour="2", timezone="Europe/Berlin")
 minutes = IntervalSchedule.objects.create(every=15, period="minutes")
 row("nightly", crontab=night, kwargs='{"month": "2024-05"}')
 row("positional", crontab=cron(minute="*/5, 7", day_of_week="mon-fri"), args='["2024-05"]', priority=9)
-row("often", interval=minutes, enabled=False, expire_seconds=60)
+row("often", interval=minutes, enabled=False, expire_seconds=60, kwargs='{"month": "2024-06"}')
 row("mails", "shop.tasks.mail", interval=minutes, queue="mails", kwargs='{"to": "ann"}')
 row("celery.backend_cleanup", "celery.backend_cleanup", crontab=night)
 row("nobody", "shop.tasks.nobody", crontab=night)
@@ -190,7 +190,7 @@ def test_rows_become_schedules_and_the_rest_is_told_with_its_reason(folder):
     assert [[stored[name][key] for key in shown] for name in sorted(stored)] == [
         ["every 900 s", "UTC", "shop.tasks.mail@mails", {"to": "ann"}, False],
         ["30 2 * * *", "Europe/Berlin", "shop.tasks.report", {"month": "2024-05"}, False],
-        ["every 900 s", "UTC", "shop.tasks.report", {}, True],
+        ["every 900 s", "UTC", "shop.tasks.report", {"month": "2024-06"}, True],
         [
             *("*/5,7 * * * mon-fri", "UTC", "shop.tasks.report"),
             *({"args": ["2024-05"], "kwargs": {}}, False),
