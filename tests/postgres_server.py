@@ -41,6 +41,10 @@ _OPTIONS = {
 }
 
 
+# What a server says while processes of the one before, which was killed, have not ended yet.
+_STILL_ENDING = "pre-existing shared memory block"
+
+
 class Server:
     """A separate server, which a test can kill and start again on the same port and data.
 
@@ -93,6 +97,11 @@ class Server:
         )
 
     def start(self) -> Server:
+        self._launch()
+        self._wait_until_up()
+        return self
+
+    def _launch(self) -> None:
         command = [str(self._programs / "postgres"), "-D", str(self.data), "-p", str(self.port)]
         options = {**_OPTIONS, **self._settings, "unix_socket_directories": str(self.folder)}
         command += [f"--{name}={value}" for name, value in options.items()]
@@ -104,8 +113,6 @@ class Server:
                 stderr=output,
                 cwd=self.folder,
             )
-        self._wait_until_up()
-        return self
 
     def _wait_until_up(self) -> None:
         import psycopg  # not every Python has a wheel of it
@@ -118,8 +125,10 @@ class Server:
                 return
             except psycopg.OperationalError:
                 said = (self.folder / "output").read_text(errors="replace")
-                assert self._process.poll() is None, f"PostgreSQL ended: {said[-2000:]}"
                 assert time.monotonic() < deadline, f"PostgreSQL does not start: {said[-2000:]}"
+                if self._process.poll() is not None:
+                    assert _STILL_ENDING in said[-500:], f"PostgreSQL ended: {said[-2000:]}"
+                    self._launch()
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(0.02)
 

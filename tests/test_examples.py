@@ -1147,8 +1147,11 @@ def test_django_shows_its_tasks_in_the_admin_and_in_the_dashboard(project):
         page.click("text=Run again")
         page.fill("[name=params]", '{"args": [1], "kwargs": {"rows": 1}}')
         page.click("input[type=submit]")
+        expect(page.locator("body")).to_contain_text("unexpected keyword argument 'rows'")
+        page.fill("[name=params]", '{"args": [999], "kwargs": {}}')
+        page.click("input[type=submit]")
         eventually(lambda: page.reload() and status.inner_text() == "failed")
-        expect(page.locator(".field-task_traceback .readonly")).to_contain_text("TypeError")
+        expect(page.locator(".field-task_traceback .readonly")).to_contain_text("DoesNotExist")
 
         page.goto(f"{site}/admin/taskx/schedule/")
         page.click("text=remove old reports")

@@ -483,7 +483,10 @@ def test_what_celery_users_try_first_works_or_says_what_to_do(spawn: Spawn, data
     place = "options are given as using(delay=…).submit(…)"
     assert out.splitlines() == [
         f"PayloadError: params: 'mail' does not take 'delay'; it takes to; {place}",
-        "TypeError: using() has no option countdown; params are given to submit",
+        (
+            "TypeError: using() has no option countdown (for countdown write delay=…); params are given to "
+            "submit"
+        ),
         "PayloadError: params: 'mail' requires to and does not take 'whom'; it takes to",
         "to ann",
         "to bob",
