@@ -63,7 +63,7 @@ class Member:
     @property
     def alone(self) -> bool:
         """True if no process may start beside it: its repository is for one process, or not known yet."""
-        return not self.facts.get("shared", self.ready)
+        return not (self.ready and self.facts.get("shared", True))
 
     @property
     def name(self) -> str:
