@@ -255,7 +255,7 @@ class Fetcher:
         services = self._services
         found = [
             (stub, owner)
-            for owner in queries.owners(services.repository)
+            for owner in queries.every(services.repository, "buffered_on")
             if owner != self._node
             for stub in self._offered(wanted, owner)
         ]

@@ -94,6 +94,10 @@ class Housekeeper:
         self._failure = ""
         self._stuck_types: list[Problem] = []
         self._began: float | None = None
+        # The time of the last round, and that at which something is due, if it is known.
+        self._round_at = self._due_at = -math.inf
+        # True if the next round must not be left out; True if others have changed something before it.
+        self._wanted, self._news = True, False
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name="taskx-housekeeper", daemon=True)
 
@@ -198,7 +202,8 @@ class Housekeeper:
         while not self._stopped:
             self._began = time.monotonic()
             try:
-                self.tick()
+                if self._is_needed():
+                    self.tick()
                 failures, self._failure = 0, ""
                 self._complaint.over()
             except SchemaMismatch as error:
@@ -215,34 +220,43 @@ class Housekeeper:
             self._began = None
             self._sleep(failures)
 
+    def _is_needed(self) -> bool:
+        """Return True if the next round may find something: an idle node leaves out most of its rounds."""
+        if (
+            self._wanted
+            or self._pool.runs
+            or time.monotonic() - self._round_at >= self._services.timing.recover_every
+        ):
+            return True
+        self._news = self._polls and self._changed()
+        return self._news
+
     def _sleep(self, failures: int) -> None:
-        often = self._services.timing.hand_back_after
+        agenda, timing = self._services.agenda, self._services.timing
+        self._wanted = True
         if failures:
-            pause = self._services.timing.poll_every * 2.0 ** min(failures, 10)
-            pause = min(pause, self._services.timing.longest_pause)
-            self._services.agenda.sleep(min(pause, self._services.repository.liveness.interval))
-        elif (soon := self._until_next()) <= often:
-            self._services.agenda.sleep(soon)
-        else:
-            self._services.agenda.sleep_long(self._until_next, often)
+            pause = min(timing.poll_every * 2.0 ** min(failures, 10), timing.longest_pause)
+            agenda.sleep(min(pause, self._services.repository.liveness.interval))
+        elif not agenda.sleep_long(self._until_next, timing.hand_back_after):
+            self._wanted = time.monotonic() >= self._due_at
 
     def _until_next(self) -> float:
         """Return the seconds until the next round: as long as none is needed, it polls."""
-        if any(duty.more for duty in self.duties):
-            return self._services.timing.shortest_sleep
-        soon = min([due() for due in self._dues])
-        return max(
-            self._services.timing.shortest_sleep, min(self._services.timing.poll_every, soon)
-        )
+        timing, now = self._services.timing, time.monotonic()
+        if self._due_at == -math.inf:  # whatever comes nearer later asks for a round
+            more = any(duty.more for duty in self.duties)
+            self._due_at = now + (0.0 if more else min([due() for due in self._dues]))
+        return max(timing.shortest_sleep, min(timing.poll_every, self._due_at - now))
 
     def tick(self) -> None:
         """Do one round: take a step of each duty that is due, and more steps until time is up.
 
         Whatever a ``RepositoryError`` prevents is done in a later round.
         """
-        now = time.monotonic()
+        now = self._round_at = time.monotonic()
         until = now + self._services.timing.round_within
         self._services.agenda.begin_round()
+        self._due_at = -math.inf
         for duty in self.duties:
             if duty.more or now - duty.last >= duty.every:
                 duty.take(now, until)
@@ -284,7 +298,8 @@ class Housekeeper:
 
     def _take_in_news(self, until: float) -> None:
         """Take in what other nodes have changed, if anything has changed since the last look."""
-        if self._polls and self._changed():
+        news, self._news = self._news, False
+        if self._polls and (self._changed() or news):
             self._services.agenda.check_due()
             self._ticker.refresh_soon()
             self._process_changes()

@@ -29,9 +29,11 @@ _OLDEST = 1000
 
 def every(repository: Repository, column: Listed) -> Iterator[str]:
     """Yield all values of a column, sorted."""
-    after = ""
-    while page := repository.distinct(column, after, repository.timing.scan_batch):
+    after, most = "", repository.timing.scan_batch
+    while page := repository.distinct(column, after, most):
         yield from page
+        if len(page) < most:
+            return
         after = page[-1]
 
 

@@ -219,16 +219,23 @@ class Agenda:
         """Begin a round: duties that are posted from now on are for the next round."""
         self._told = False
 
-    def sleep(self, timeout: float) -> None:
-        """Wait until :meth:`wake`, at most ``timeout`` seconds."""
-        self._bell.wait(timeout)
+    def sleep(self, timeout: float) -> bool:
+        """Wait until :meth:`wake`, at most ``timeout`` seconds; return True if it was called."""
+        woken = self._bell.wait(timeout)
         self._asleep_long = False
+        return woken
 
-    def sleep_long(self, longest: Callable[[], float], often: float) -> None:
-        """Sleep ``longest()`` seconds, or only ``often`` seconds if something asked for frequent rounds."""
+    def sleep_long(self, longest: Callable[[], float], often: float) -> bool:
+        """Sleep ``longest()`` seconds, or only ``often`` seconds if something asked for frequent rounds.
+
+        Return True if something asked for a round.
+        """
         self._asleep_long = True  # before longest() is called: a duty posted from now on wakes
         timeout = longest()
-        self.sleep(min(timeout, often) if self._told else timeout)
+        if timeout <= often:
+            self._asleep_long = False
+        woken = self.sleep(min(timeout, often) if self._told else timeout)
+        return woken or self._told
 
 
 def _bounded(timeout: float) -> float:

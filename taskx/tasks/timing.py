@@ -20,7 +20,8 @@ class Timing:
 
     #: Between polls of a node for changes. The rests between wake-ups need not be longer.
     poll_every: float = 0.06
-    #: Between checks for dead nodes. Observers of leases poll as often.
+    #: Between checks for dead nodes, and between the rounds of an idle housekeeper. Observers of leases
+    #: poll as often.
     recover_every: float = 0.5
     #: Between audits of a node's own tasks: they find whatever no event has reported.
     audit_every: float = 2.0
