@@ -1293,8 +1293,16 @@ FREED, CANCEL_REQUESTED, ENDED = "f", "c", "e"
 _OFTEN = {"start": "", "complete": ENDED}
 
 
-def news(write: Write) -> str:
-    """Return the kind of news in a write, for other processes; empty if there is no news."""
+def news_of(writes: Sequence[Write]) -> set[str]:
+    """Return the kinds of news in writes, for other processes."""
+    moves = {write.move for write in writes}
+    if moves <= _OFTEN.keys():
+        return {_OFTEN[move] for move in moves} - {""}
+    return {*map(_news, writes)} - {""}
+
+
+def _news(write: Write) -> str:
+    """Return the kind of news in a write; empty if there is none."""
     if (kind := _OFTEN.get(write.move)) is not None:
         return kind
     changes = write.row if isinstance(write, Insert) else write.changes

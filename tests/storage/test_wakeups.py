@@ -155,15 +155,16 @@ def test_a_start_is_no_news(theirs, listen):
     ],
 )
 def test_a_write_that_lets_a_task_start_is_news(free):
-    assert lifecycle.news(free()) == FREED
+    assert lifecycle.news_of([free()]) == {FREED}
 
 
 def test_a_retry_is_news_if_another_node_may_start_it():
     task = Task(type="t", id="a", created_at=None, max_attempts=5, owner="node", starts=1)
     at_once, _ = lifecycle.conclude(task, Ending(returned=False), NOW)
     later, _ = lifecycle.conclude(task, Ending(returned=False, delay=60), NOW)
-    assert (lifecycle.news(at_once), lifecycle.news(later)) == ("", "")
-    assert lifecycle.news(at_once._replace(changes={**at_once.changes, "owner": ""})) == FREED
+    assert lifecycle.news_of([at_once, later]) == set()
+    freed = at_once._replace(changes={**at_once.changes, "owner": ""})
+    assert lifecycle.news_of([freed]) == {FREED}
 
 
 def test_a_write_whose_guard_failed_is_no_news(theirs, listen):

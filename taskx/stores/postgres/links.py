@@ -78,7 +78,7 @@ class PostgresLinks(PoolLinks[Link]):
 
     def tell_others(self, writes: Sequence[Write]) -> None:
         if self.channel is not None:
-            self.channel.send({*map(lifecycle.news, writes)} - {""})
+            self.channel.send(lifecycle.news_of(writes))
 
     def tell(self, news: str) -> None:
         """Tell other processes of news of some kinds."""

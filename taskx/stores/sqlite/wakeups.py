@@ -111,7 +111,7 @@ class Wakeups:
         stale = (now := time.monotonic()) >= self._scan_at
         if not (stale or self._pipes):
             return
-        news = {*map(lifecycle.news, writes)} - {""}
+        news = lifecycle.news_of(writes)
         if news and stale:  # just before sending, so that the newest listeners are included
             self._pipes = [*self._others(to_own=to_own())]
             self._scan_at = now + self._every
