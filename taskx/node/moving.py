@@ -201,7 +201,7 @@ class Moves(Ledger[Outcome]):
             else:
                 times.append(ending.duration)
             pool.strike(run, True)
-            if pool.quiet.listening:
+            if pool.quiet.listening and not pool.runs:
                 pool.tell_quiet()
             if run.task.id in self._watcher.watched:
                 self._watcher.complete(run.task, held[0].changes["result"])
