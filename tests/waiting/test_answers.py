@@ -102,7 +102,7 @@ class TestAsking:
     def test_an_early_answer_to_a_task_that_waits_for_another_is_warned_of(self, asking, caplog):
         asking.start()
         handle = asking.submit("ask", {"names": ["one", "two"]}, id="r1")
-        eventually(lambda: asking.list_tasks(type="answer")[1])
+        waits(asking, "r1")
         assert asking.finish("r1/two", 2)
         assert (
             "nobody has asked for r1/two yet; it is stored, but task r1 waits for r1/one"
