@@ -33,6 +33,23 @@ from taskx.tasks.writes import Update
 hurried = pytest.mark.timing(round_within=0.0)
 
 
+@pytest.mark.timing(poll_every=0.001)
+@pytest.mark.parametrize("repository", ["sqlite"], indirect=True)
+def test_an_idle_node_looks_for_changes_and_does_no_round_until_there_is_one(started, repository):
+    whole_round(started)
+    housekeeper, rounds, looks = housekeeper_of(started), [], threading.Semaphore(0)
+    tick, changed = housekeeper.tick, housekeeper._changed
+    housekeeper.tick = lambda: rounds.append(tick())
+    housekeeper._changed = lambda: bool(looks.release()) or changed()
+    assert all(looks.acquire(timeout=PATIENCE) for _ in range(20))
+    before = len(rounds)
+    assert all(looks.acquire(timeout=PATIENCE) for _ in range(20))
+    assert len(rounds) == before
+    with SQLiteRepository(repository.path) as another:
+        another.put_note("changed", "by another", 0)
+    eventually(lambda: len(rounds) > before)
+
+
 # What a node knows of its own troubles
 
 
