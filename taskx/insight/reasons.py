@@ -523,7 +523,8 @@ def _pauses(task: Task, paused: Paused) -> Iterator[Reason]:
         words = "All types are paused, until they are resumed."
         yield Reason("paused", words, {"type": None})
     if task.type in paused.types:
-        words = f"The type {task.type!r} is paused; queue.resume({task.type!r}) ends this."
+        ends = f"queue.resume({task.type!r}), or `taskx resume {task.type}` in a shell"
+        words = f"The type {task.type!r} is paused; {ends}, ends this."
         yield Reason("paused", words, {"type": task.type})
 
 
