@@ -473,7 +473,7 @@ class _Inquiry:
         at = "" if task.completed_at is None else f" at {moment(task.completed_at)}"
         words = f"It {'was ' if task.status is TaskStatus.CANCELLED else ''}{task.status}{at}"
         if attempts:
-            words += f" after {duration(task.duration)}, in attempt {attempts}"
+            words += f" after its executor ran for {duration(task.duration)}, in attempt {attempts}"
             words += f" on {task.worker}" if task.worker else ""
         words += f": {first_line(task.error)}" if task.error else ""
         kind: Any = task.status.value
