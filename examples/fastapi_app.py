@@ -14,7 +14,7 @@ from typing import Any
 from fastapi import FastAPI, HTTPException
 from pydantic import BaseModel
 
-from taskx import Context, Queue, QueueFull, TaskNotFound, open_repository
+from taskx import Context, InvalidTransition, Queue, QueueFull, TaskNotFound, open_repository
 from taskx.contrib.asgi import lifespan
 
 queue = Queue(open_repository(os.environ.get("TASKX_REPOSITORY", "sqlite:///tasks.db")))
@@ -59,4 +59,9 @@ def show(task_id: str) -> dict[str, Any]:
 @app.post("/reports/{task_id}/cancel")
 def cancel(task_id: str) -> dict[str, bool]:
     """Cancel a report. ``cancelled`` is false for a running one: it is asked to stop and soon will."""
-    return {"cancelled": queue.cancel_task(task_id)}
+    try:
+        return {"cancelled": queue.cancel_task(task_id)}
+    except TaskNotFound as error:
+        raise HTTPException(404, "no such report") from error
+    except InvalidTransition as error:
+        raise HTTPException(409, "it has ended") from error

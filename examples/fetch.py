@@ -75,7 +75,10 @@ def main() -> int:
     args = parser.parse_args()
     # The errors are printed at the end. The log would also give a traceback for each.
     logging.getLogger("taskx").setLevel(logging.CRITICAL)
-    urls = args.file.read_text().split()
+    try:
+        urls = args.file.read_text().split()
+    except OSError as error:
+        parser.error(str(error))
     try:
         with make_queue(args.db, args.workers) as queue:
             errors = fetch_all(queue, urls, args.again)

@@ -42,7 +42,10 @@ def submit(count: int, url: str) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "work":
-        work(*sys.argv[2:])
-    else:
-        submit(int(sys.argv[2]), sys.argv[3])
+    match sys.argv[1:]:
+        case ["work", name, url]:
+            work(name, url)
+        case ["submit", count, url] if count.isdecimal():
+            submit(int(count), url)
+        case _:
+            sys.exit(__doc__)

@@ -24,6 +24,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from urllib.error import HTTPError
 from urllib.parse import urlencode
 
 import pytest
@@ -433,6 +434,20 @@ def test_workflow_runs_each_night_once(tmp_path):
             "paused: pending",
             "resumed: [5, 5, 5]",
         ]
+
+
+# wrong calls
+
+
+@pytest.mark.parametrize(
+    "call", [("fetch.py", "no-such-file"), ("hosts.py",), ("hosts.py", "work")]
+)
+def test_a_wrong_call_is_answered_in_words(tmp_path, call):
+    command = [*STRICT, EXAMPLES / call[0], *call[1:]]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=PATIENCE)
+    assert ran.returncode in (1, 2)
+    assert call[0] in ran.stderr  # how to call it
+    assert "Traceback" not in ran.stderr
 
 
 # own_repository.py
@@ -973,6 +988,11 @@ def test_fastapi_runs_and_cancels_tasks(tmp_path):
         assert json.loads(answers(f"{long}/cancel", b"") or "") == {"cancelled": False}
         eventually(lambda: shown(long)["status"] == "cancelled")
         assert answers(f"{site}/unknown") is None
+        for url, code in ((long, 409), (f"{site}/unknown", 404)):
+            with pytest.raises(HTTPError) as refused:
+                urllib.request.urlopen(f"{url}/cancel", b"", PATIENCE)
+            with refused.value:
+                assert refused.value.code == code
         with SQLiteRepository(tmp_path / "tasks.db") as repository:
             assert len(repository.liveness.nodes()) == 1
             process.terminate()

@@ -319,17 +319,22 @@ class _Check:
         most = self._wanted.oldest_due
         if most is None or everything:
             return
+        limit = self._timing.most_explained
         # Delayed tasks whose time has come, and which no queue has released.
-        found = [(run_at, task_id) for task_id, run_at in self._repository.due(self.now, 1)]
-        if (oldest := queries.longest_waiting(self._repository, due)) is not None:
-            found.append((oldest.waits_since, oldest.id))
-        since, task_id = min(found, default=(self.now, ""))
-        if self.now - since <= most:
+        delayed = [(run_at, task_id) for task_id, run_at in self._repository.due(self.now, limit)]
+        ready = queries.waiting_since(self._repository, due, limit)
+        late = [one for one in (*delayed, *ready) if self.now - one[0] > most]
+        if not late:
             return
-        seconds = (self.now - since) / 1000
-        words = f"Task {task_id} could have started {duration(seconds)} ago, at {_moment(since)}."
+        since, task_id = min(late)
+        seconds, more = (self.now - since) / 1000, len(late) >= limit
+        words = f"Task {task_id} could have started {duration(seconds)} ago, at {_moment(since)}"
+        if len(late) > 1:
+            number = f"{'at least ' * more}{len(late)} tasks"
+            words += f"; {number} could have started more than {duration(most / 1000)} ago"
         facts = {"task_id": task_id, "since": to_datetime(since), "seconds": seconds}
-        yield Problem("oldest_due", words, {**facts, "most": most / 1000})
+        counts = {"number": len(late), "more": more}
+        yield Problem("oldest_due", f"{words}.", {**facts, **counts, "most": most / 1000})
 
     def _failed(self) -> Iterator[Problem]:
         if self._wanted.failed is None:

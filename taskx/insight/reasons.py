@@ -473,7 +473,7 @@ class _Inquiry:
         at = "" if task.completed_at is None else f" at {moment(task.completed_at)}"
         words = f"It {'was ' if task.status is TaskStatus.CANCELLED else ''}{task.status}{at}"
         if attempts:
-            words += f" after {duration(task.duration)}, in attempt {attempts}"
+            words += f" after its executor ran for {duration(task.duration)}, in attempt {attempts}"
             words += f" on {task.worker}" if task.worker else ""
         words += f": {first_line(task.error)}" if task.error else ""
         kind: Any = task.status.value
@@ -523,7 +523,8 @@ def _pauses(task: Task, paused: Paused) -> Iterator[Reason]:
         words = "All types are paused, until they are resumed."
         yield Reason("paused", words, {"type": None})
     if task.type in paused.types:
-        words = f"The type {task.type!r} is paused; queue.resume({task.type!r}) ends this."
+        ends = f"queue.resume({task.type!r}), or `taskx resume {task.type}` in a shell"
+        words = f"The type {task.type!r} is paused; {ends}, ends this."
         yield Reason("paused", words, {"type": task.type})
 
 

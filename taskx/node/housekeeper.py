@@ -88,7 +88,7 @@ class Housekeeper:
         self._listening = Listening(pool)
         self.duties = self._duties()
         self._dues = [duty.due for duty in self.duties if duty.due is not None]
-        self._complaint = Complaint(services.log)
+        self._complaint = Complaint(services.log, "the housekeeper can use the repository again")
         self._store_at = clock.monotonic() + services.timing.count_every
         # What the last rounds have found, and since when the present round goes on, on the monotonic clock.
         self._failure = ""

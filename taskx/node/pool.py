@@ -135,7 +135,7 @@ class WorkerPool:
         self.outdated: SchemaMismatch | None = None
         self._retiring = threading.Lock()  # held for good
         self.ends = ends
-        self._complaint = Complaint(services.log)
+        self._complaint = Complaint(services.log, "the workers can use the repository again")
         self._max_hold = config.max_hold
         self._counting = threading.Lock()
         #: Rung when nothing is left to run.

@@ -71,7 +71,11 @@ class Watcher:
         self._ended: deque[TaskHandle[Any]] = deque()
         self._thread: threading.Thread | None = None
         self._listener: Listener | None = None  # hears of tasks that end in other processes
-        self._closed = self._warned = False
+        self._closed = False
+        self._asked_at = (
+            -math.inf
+        )  # when a wait was last looked at, to warn if nobody runs the task
+        self._warned_of: set[str] = set()
         #: Makes the signal that a thread waits with for the end of a task.
         self.signal = signal
         self._threaded = threaded
@@ -109,14 +113,18 @@ class Watcher:
             self._log.warning("the handle of task %s is checked later: %s", handle.id, error)
 
     def warn_if_nobody_runs(self, task_id: str) -> None:
-        """Warn once if a thread waits, in a queue that is not started, for a task that no node can run."""
-        if self._warned:
+        """Warn if a thread waits, in a queue that is not started, for a task that no node can run.
+
+        Each type is warned of once. A program may wait often, so only one wait now and then is looked at.
+        """
+        if (now := time.monotonic()) - self._asked_at < self._timing.handles_every:
             return
-        self._warned = True
+        self._asked_at = now
         task = self._repository.get_many([task_id]).get(task_id)
-        if task is None or task.status.finished or task.type in NO_WORK:
+        if task is None or task.status.finished or task.type in {*NO_WORK, *self._warned_of}:
             return
         if not runs_somewhere(self._repository, task.type):
+            self._warned_of.add(task.type)
             self._log.warning(
                 "waiting for task %s, but this queue is not started, and no running queue has an "
                 "executor for type %r; start a queue that has one",
@@ -249,7 +257,8 @@ class Watcher:
         me, timing = threading.current_thread(), self._timing
         listener = self._listen()
         changed, looked, cost = Changes(self._repository), -math.inf, 0.0
-        complaint, told, rest = Complaint(self._log), False, Rest(timing)
+        complaint = Complaint(self._log, "handles hear again of tasks that end")
+        told, rest = False, Rest(timing)
         while self._thread is me and self._handles and (self._closed or not self._agenda.attended):
             pause, watched = timing.watch_every, len(self._handles)
             try:

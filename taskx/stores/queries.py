@@ -20,7 +20,7 @@ from taskx.tasks.clock import LAST, to_datetime, to_ms
 from taskx.tasks.errors import ConfigurationError
 from taskx.tasks.lifecycle import FINISHED
 from taskx.tasks.model import Task, TaskCount, TaskFilter, TaskPage, TaskStatus
-from taskx.tasks.record import COLUMNS, Stub
+from taskx.tasks.record import COLUMNS
 from taskx.tasks.writes import Write, shows
 
 # Approximate number of tasks that are read to find the one that has waited longest.
@@ -60,19 +60,19 @@ def oldest_ready(repository: Repository) -> int | None:
     Return None if no task may start. A task waits from the moment it was stored or, if that is later, from
     its ``run_at``.
     """
-    oldest = longest_waiting(repository, [*every(repository, "ready_type")])
-    return None if oldest is None else oldest.waits_since
+    types = [*every(repository, "ready_type")]
+    waiting = waiting_since(repository, types, max(1, _OLDEST // max(1, len(types))))
+    return min((since for since, _ in waiting), default=None)
 
 
-def longest_waiting(repository: Repository, types: Sequence[str]) -> Stub | None:
-    """Return the task of these types that may start and has waited longest; None if none may start.
+def waiting_since(repository: Repository, types: Sequence[str], most: int) -> list[tuple[int, str]]:
+    """Return since when tasks of these types may start, and their ids.
 
-    Only the tasks of each type that were stored first are read.
+    At most ``most`` tasks of each node and of no node are read, those that were stored first.
     """
     holders = ["", *every(repository, "buffered_on")]
-    most = max(1, _OLDEST // max(1, len(types)))
     found = (stub for owner in holders for stub in repository.ready(types, most, owner, ageing=1))
-    return min(found, key=lambda stub: stub.waits_since, default=None)
+    return [(stub.waits_since, stub.id) for stub in found]
 
 
 def newest(

@@ -86,10 +86,14 @@ class Once:
 
 
 class Complaint:
-    """A counter of failures in a row, in any thread. It logs them ever more rarely: see :func:`is_told`."""
+    """A counter of failures in a row, in any thread. It logs them ever more rarely: see :func:`is_told`.
 
-    def __init__(self, log: GuardedLogger) -> None:
-        self._log = log
+    Args:
+        again: logged when the operation works again.
+    """
+
+    def __init__(self, log: GuardedLogger, again: str) -> None:
+        self._log, self._again = log, again
         self._lock = threading.Lock()
         self._failures = 0
 
@@ -102,10 +106,12 @@ class Complaint:
             self._log.warning(words, *what)
 
     def over(self) -> None:
-        """Reset the count: the operation works again."""
+        """Reset the count, and log that the operation works again."""
         if self._failures:
             with self._lock:
-                self._failures = 0
+                failures, self._failures = self._failures, 0
+            if failures:
+                self._log.info("%s, after %d failures in a row", self._again, failures)
 
 
 class Digest:

@@ -105,11 +105,13 @@ class Rates(tuple[Rate, ...]):
     __slots__ = ()
 
     def room(self, marks: Sequence[float], now: float, cost: Cost) -> int:
-        """Return how many tasks of this cost may start now."""
+        """Return how many tasks of this cost may start now: none in a debt, even if they cost nothing."""
         room = ENDLESS
         for rate, mark in zip(self, marks, strict=True):
             if need := rate.need(cost):
                 room = min(room, rate.tokens(mark, now) // need)
+            elif rate.when(mark, 0) > now + _ROUNDING:
+                return 0
         return room
 
     def take(
@@ -145,11 +147,8 @@ class Rates(tuple[Rate, ...]):
 
     def until(self, marks: Sequence[float], now: float, cost: Cost, count: int) -> float:
         """Return the seconds until tasks of this cost may start; less than 0 in the past."""
-        waits = [
-            rate.when(mark, count * need) - now
-            for rate, mark in zip(self, marks, strict=True)
-            if (need := rate.need(cost))
-        ]
+        pairs = zip(self, marks, strict=True)
+        waits = (rate.when(mark, count * rate.need(cost)) - now for rate, mark in pairs)
         return max(waits, default=-math.inf)
 
     def held(self, marks: Sequence[float], until: float) -> Sequence[float]:

@@ -272,6 +272,25 @@ def test_waiting_for_a_task_that_no_node_can_run_warns_once(queue, make_queue, c
     assert "'echo'" in warning
 
 
+@pytest.mark.timing(handles_every=0.001)
+def test_each_type_that_no_node_can_run_is_warned_of_also_in_later_waits(
+    queue, make_queue, repository, caplog
+):
+    worker = make_queue(repository)
+    worker.executor("run")(lambda: 5)
+    worker.start()
+    queue.declare("run", "echo", "other")
+    assert queue.submit("run").result(PATIENCE) == 5
+    for type in ("echo", "other", "echo"):
+        with pytest.raises(concurrent.futures.TimeoutError):
+            queue.submit(type).result(0.01)
+    waits = [r.getMessage() for r in caplog.records if r.getMessage().startswith("waiting")]
+    assert [next(t for t in ("echo", "other") if repr(t) in wait) for wait in waits] == [
+        "echo",
+        "other",
+    ]
+
+
 @frequent_checks
 def test_waiting_for_a_task_that_another_queue_runs_does_not_warn(
     queue, started, make_queue, caplog

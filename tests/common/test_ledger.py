@@ -648,14 +648,18 @@ def test_a_long_outage_is_logged_less_and_less_often(make_queue, gate, monkeypat
     assert [handle.result(PATIENCE) for handle in handles] == [None] * 40
 
 
-def test_a_new_outage_is_logged_again(caplog):
-    complaint = Complaint(logging.getLogger("taskx"))
+def test_an_outage_its_end_and_a_new_one_are_logged(caplog):
+    caplog.set_level(logging.INFO, "taskx")
+    complaint = Complaint(logging.getLogger("taskx"), "it works again")
     for failures in (5, 2):
         for number in range(1, failures + 1):
             complaint.make("failure: %s", ValueError(number))
         complaint.over()
-    told = [record.getMessage() for record in caplog.records]
-    assert told == [f"failure: {number}" for number in (1, 2, 4, 1, 2)]
+        complaint.over()
+    assert [record.getMessage() for record in caplog.records] == [
+        *("failure: 1", "failure: 2", "failure: 4", "it works again, after 5 failures in a row"),
+        *("failure: 1", "failure: 2", "it works again, after 2 failures in a row"),
+    ]
 
 
 @pytest.mark.every_store

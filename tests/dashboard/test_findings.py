@@ -167,7 +167,7 @@ def test_a_reason_is_said_in_both_languages(kind):
 def test_a_task_that_has_ended_says_so_in_the_units_of_the_page():
     reason = Reason("completed", "It completed after 0.0001 s.", ENDED)
     assert sentence(reason, Display("en", NOW)) == (
-        "It completed at 12:00:00 UTC after 0.1 ms, in attempt 2 on w"
+        "It completed at 12:00:00 UTC after its executor ran for 0.1 ms, in attempt 2 on w"
     )
 
 

@@ -20,6 +20,7 @@ from taskx import (
     Problem,
     RepositoryUnavailable,
     SQLiteRepository,
+    Task,
     TaskStatus,
     every,
 )
@@ -159,6 +160,24 @@ def test_a_task_that_waits_too_long_is_a_problem(idle, clock):
     assert problems(idle, nodes=0, oldest_due=None) == []
     assert problems(idle, nodes=0, oldest_due=timedelta(hours=1)) == []
     assert only(idle, "oldest_due", nodes=0, oldest_due=0.5).facts["most"] == 0.5
+
+
+def test_how_many_tasks_wait_too_long_is_said(idle, clock):
+    first = idle.submit("t")
+    idle.submit("t", delay=1)
+    idle.submit("u")
+    clock.advance(302)
+    idle.submit("t")
+    problem = only(idle, "oldest_due", nodes=0)
+    assert (problem.facts["task_id"], problem.facts["number"]) == (first.id, 3)
+    assert str(problem).endswith("; 3 tasks could have started more than 5 min ago.")
+    assert not problem.facts["more"]
+    idle.submit_many([Task(type="t") for _ in range(1000)])
+    assert only(idle, "oldest_due", nodes=0).facts["number"] == 3
+    clock.advance(302)
+    problem = only(idle, "oldest_due", nodes=0)
+    assert problem.facts["more"]
+    assert "; at least 100" in str(problem)
 
 
 def test_a_delayed_task_that_nobody_releases_is_a_problem(idle, clock):

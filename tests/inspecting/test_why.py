@@ -273,7 +273,9 @@ def test_a_paused_task_says_how_to_resume_it(started, asker):
     for queue in (started, asker):
         reason = only(queue, handle, "paused")
         assert reason.facts == {"type": "fine"}
-        assert str(reason) == "The type 'fine' is paused; queue.resume('fine') ends this."
+        assert str(reason) == (
+            "The type 'fine' is paused; queue.resume('fine'), or `taskx resume fine` in a shell, ends this."
+        )
     started.pause()
     found = ask(asker, handle)
     assert [reason.facts["type"] for reason in found] == [None, "fine"]

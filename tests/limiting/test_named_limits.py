@@ -241,6 +241,34 @@ def test_a_run_corrects_its_cost_in_either_direction(clock, actual, left):
         assert tokens(queue) == (left,)
 
 
+def test_a_task_without_a_cost_waits_until_a_debt_is_paid(clock):
+    queue = ManualQueue(clock=clock)
+    queue.limit("api", rate="60 tokens/m")
+
+    @queue.executor("call", limit="api")
+    def call(ctx):
+        ctx.spent(tokens=90)
+
+    with queue:
+        queue.submit("call", cost={"tokens": 60})
+        queue.run_all()  # owes 30 tokens
+        free = queue.submit("call")
+        clock.advance(29)
+        queue.run_all()
+        assert not free.done()
+        assert "rate" in str(queue.why(free.id))
+        clock.advance(2)
+        queue.run_all()  # owes 89
+        assert free.done()
+        next_one = queue.submit("call")
+        clock.advance(88)
+        queue.run_all()
+        assert not next_one.done()
+        clock.advance(2)
+        queue.run_all()
+        assert next_one.done()
+
+
 @pytest.mark.process
 def test_a_child_process_corrects_its_cost(make_queue):
     queue = make_queue()

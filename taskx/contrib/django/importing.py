@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
@@ -167,8 +167,10 @@ def store(queue: Queue, plan: Plan, *, dry_run: bool) -> str:
         Refused: the queue does not accept it.
     """
     before = queue.schedules().get(plan.name)
-    with closing(Queue(MemoryRepository())) as scratch:
+    with closing(Queue(MemoryRepository(), queue.config)) as scratch:
         scratch.declare(plan.type)
+        with suppress(ImportError):  # an executor that is no task of Django
+            attrs.evolve(place_of(chosen()), queue=scratch).find(plan.type)
         after = _declared(scratch, plan)
     if not dry_run:
         schedule = _declared(queue, plan)

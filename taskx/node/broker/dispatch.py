@@ -78,8 +78,8 @@ class Dispatcher:
         self._crew_at = self._looked_at = -math.inf
         self._needed_at = math.inf
         self._seen: dict[str, float] = {}
-        self._complaint = Complaint(pool.services.log)
-        self._broker = Complaint(pool.services.log)
+        self._complaint = Complaint(pool.services.log, "the repository can be used again")
+        self._broker = Complaint(pool.services.log, "the broker can be used again")
         #: The last error of the broker, if it could not be used when it was tried last.
         self.error = ""
         self._reached: bool | None = None  # what the last contact with the broker showed

@@ -96,7 +96,7 @@ class TicketPool(WorkerPool):
         self.dispatcher = Dispatcher(self, self.tickets, engine)
         self._claims = Claims(self, self.tickets, self.dispatcher)
         self._has_begun = begun
-        self._away = Complaint(services.log)
+        self._away = Complaint(services.log, "tickets are taken again")
 
     def start_workers(self) -> None:
         """Start no workers, only the thread that sends tickets."""

@@ -94,7 +94,9 @@ FINDINGS: Mapping[str, str] = {
     "It completed": "已完成",
     "It failed": "已失败",
     " at {time} UTC": "，UTC {time}",
-    " after {time}, in attempt {number}": "，耗时 {time}，第 {number} 次尝试",
+    " after its executor ran for {time}, in attempt {number}": (
+        "，执行器运行了 {time}，第 {number} 次尝试"
+    ),
     " on {worker}": "，在 {worker} 上",
     "tasks of this type": "此类型的任务",
     "one of pending, running, completed, failed, cancelled": (

@@ -48,7 +48,7 @@ def _ended(kind: str, facts: _Facts, show: Display) -> str:
         said += show.say(" at {time} UTC", time=show.clock(facts["at"], seconds=True))
     if facts["attempts"]:
         said += show.say(
-            " after {time}, in attempt {number}",
+            " after its executor ran for {time}, in attempt {number}",
             time=show.seconds(facts["duration"]),
             number=facts["attempts"],
         )

@@ -73,7 +73,7 @@ class _Leased(Own):
         self.acknowledged = acknowledged
         self.dead = False
         self.told = False
-        self.complaint = Complaint(log)
+        self.complaint = Complaint(log, "heartbeats are written again")
         self.tell: Callable[[], Any] = lambda: None
 
 

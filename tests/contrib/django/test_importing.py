@@ -61,6 +61,7 @@ row("positional", crontab=cron(minute="*/5, 7", day_of_week="mon-fri"), args='["
 row("often", interval=minutes, enabled=False, expire_seconds=60, kwargs='{"month": "2024-06"}')
 row("mails", "shop.tasks.mail", interval=minutes, queue="mails", kwargs='{"to": "ann"}')
 row("celery.backend_cleanup", "celery.backend_cleanup", crontab=night)
+row("misfit", crontab=night, kwargs='{"moon": "2024-05"}')
 row("nobody", "shop.tasks.nobody", crontab=night)
 row("both days", crontab=cron(minute="0", hour="0", day_of_month="1", day_of_week="1"))
 row("too fast", interval=IntervalSchedule.objects.create(every=5, period="microseconds"))
@@ -73,6 +74,7 @@ row("clocked", clocked=ClockedSchedule.objects.create(clocked_time=later), one_o
 
 REFUSED = {
     "nobody": "shop.tasks.nobody",
+    "misfit": "missing a required argument: 'month'",
     "both days": "one or the other",
     "too fast": "an interval must be from 0.1",
     "once": "it runs once",
