@@ -72,9 +72,8 @@ class Watcher:
         self._thread: threading.Thread | None = None
         self._listener: Listener | None = None  # hears of tasks that end in other processes
         self._closed = False
-        self._asked_at = (
-            -math.inf
-        )  # when a wait was last looked at, to warn if nobody runs the task
+        # When a wait was last looked at, to warn if nobody runs the task.
+        self._asked_at = -math.inf
         self._warned_of: set[str] = set()
         #: Makes the signal that a thread waits with for the end of a task.
         self.signal = signal
