@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import attrs
@@ -37,16 +37,23 @@ from taskx import (
     SQLiteRepository,
     Task,
 )
-from taskx.attempt.runner import Run
+from taskx.attempt.registry import Registry
+from taskx.attempt.runner import Run, Runner
 from taskx.node.ahead import Ahead
 from taskx.node.broker import Threads
+from taskx.node.hooks import Hooks
 from taskx.node.housekeeper import Housekeeper
 from taskx.node.ledger import Ledger
-from taskx.node.moving import Services
+from taskx.node.moving import Moves
 from taskx.node.node import LocalNode
 from taskx.node.pool import WorkerPool
+from taskx.node.watcher import Watcher
 from taskx.stores.base import Lookup, Repository
+from taskx.stores.controls import Controls
 from taskx.stores.sqlite.connections import Connection, Connections
+from taskx.tasks.bell import Agenda
+from taskx.tasks.clock import Clock
+from taskx.tasks.log import GuardedLogger
 from taskx.tasks.timing import Timing
 from taskx.testing import ManualClock
 
@@ -92,9 +99,37 @@ def run_once(queue: Queue, function: Callable[..., Any], **options: Any) -> Task
 # --- access to internal parts: tests use only these functions for it
 
 
-def services_of(queue: Queue) -> Services:
-    """Return the services that the parts of a queue share; the queue need not be started."""
-    return queue._services
+class Parts(NamedTuple):
+    """The parts of a queue that its calls and its node share; the queue need not be started."""
+
+    repository: Repository
+    moves: Moves
+    controls: Controls
+    agenda: Agenda
+    registry: Registry
+    runner: Runner
+    watcher: Watcher
+    hooks: Hooks
+    clock: Clock
+    log: GuardedLogger
+    timing: Timing
+
+
+def parts_of(queue: Queue) -> Parts:
+    """Return the parts of a queue."""
+    inner = (
+        "moves",
+        "controls",
+        "agenda",
+        "registry",
+        "runner",
+        "watcher",
+        "hooks",
+        "log",
+        "timing",
+    )
+    known = {name: getattr(queue, f"_{name}") for name in inner}
+    return Parts(repository=queue.repository, clock=queue.clock, **known)
 
 
 def storing(queue: Queue) -> Queue:
@@ -118,7 +153,9 @@ def node_of(queue: Queue) -> LocalNode:
 
 def prepared_node(queue: Queue) -> LocalNode:
     """Return a node beside that of a queue: it has its parts, and nothing was started."""
-    node = LocalNode(queue._services, Threads(), queue)
+    make_pool, parts = queue._node._make_pool, parts_of(queue)
+    about = (parts.moves, parts.hooks, parts.log, parts.timing)
+    node = LocalNode(queue, Threads(), make_pool, *about)
     node.forget()
     node._prepare()
     return node
@@ -175,7 +212,7 @@ def whole_round(queue: Queue) -> None:
         over.set()
 
     housekeeper.tick = watched
-    services_of(queue).agenda.wake()
+    parts_of(queue).agenda.wake()
     assert over.wait(PATIENCE)
     del housekeeper.tick
 
@@ -190,7 +227,7 @@ def no_rounds(queue: Queue) -> Iterator[None]:
         over.wait(PATIENCE)
 
     housekeeper.tick = hold
-    services_of(queue).agenda.wake()
+    parts_of(queue).agenda.wake()
     try:
         assert held.wait(PATIENCE)
         yield
@@ -333,7 +370,7 @@ def make_queue(repository: Repository, timing: Timing) -> Iterator[Callable[...,
     yield make
     for queue in made:
         queue.stop(timeout=PATIENCE, cancel=True)
-        services_of(queue).watcher.close()  # no test waits for unfinished tasks any more
+        parts_of(queue).watcher.close()  # no test waits for unfinished tasks any more
     # A thread that works after the repository is closed would open it again and leave it open.
     _wait_for_threads()
 

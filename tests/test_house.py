@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+
+import pytest
+from helpers import PATIENCE
 
 import taskx
 from taskx.node.ledger import Ledger
@@ -62,7 +67,7 @@ def importers(module: str) -> set[str]:
 
 #: The modules that hand moves to a repository inside a transaction that is not the queue's: the caller's,
 #: or the executor's. They have no group commit, and the consequences follow when the commit is seen.
-OTHER_TRANSACTIONS = {"queue/work.py", "attempt/transactions.py"}
+OTHER_TRANSACTIONS = {"queue/inside.py", "attempt/transactions.py"}
 
 
 def test_doors_for_writes_are_one():
@@ -79,9 +84,9 @@ def test_nobody_but_the_door_knows_the_ledger():
 
 
 def test_the_door_has_few_verbs():
-    """``entered`` and ``unsettled`` are no verbs, ``serve`` names a node to tell, ``started`` counts."""
+    """Some names are no verbs; ``after`` calls, ``serve`` names a node to tell, ``started`` counts."""
     verbs = {name for name in dir(Moves) if not name.startswith("_")}
-    assert verbs - {"entered", "unsettled", "serve", "started"} == {
+    assert verbs - {"entered", "inside", "unsettled", "after", "serve", "started"} == {
         *("commit", "later", "conclude", "flush", "follow", "process_if_unattended")
     }
 
@@ -231,6 +236,43 @@ def test_no_part_is_completed_from_outside():
 def test_no_object_is_open_without_need():
     used = {whose for _, tree in modules() for whose, _ in set_from_outside(tree)}
     assert OPEN.issubset(used)
+
+
+#: Counts pairs of classes: an attribute of an object of the one is an object of the other, or its method.
+REFERENCES = """
+import gc
+from taskx import Config, Queue, SQLiteRepository
+
+queue = Queue(SQLiteRepository("tasks.db"), Config(worker_num=2))
+queue.executor("noop")(lambda: None)
+queue.start()
+queue.submit("noop").result(60)
+found = (one for one in gc.get_objects() if not isinstance(one, type))
+ours = {id(one): one for one in found if type(one).__module__.startswith("taskx.")}
+kinds = set()
+for one in ours.values():
+    slots = (getattr(kind, "__slots__", ()) for kind in type(one).__mro__)
+    names = {*vars(one)} if hasattr(one, "__dict__") else set()
+    names.update(*([some] if isinstance(some, str) else some for some in slots))
+    for name in names:
+        value = getattr(one, name, None)
+        if id(value) in ours:
+            kinds.add((type(one), type(value)))
+        if id(owner := getattr(value, "__self__", None)) in ours:
+            kinds.add((type(one), type(owner), "method"))
+print(len(kinds))
+queue.close()
+"""
+
+
+@pytest.mark.process
+def test_the_parts_of_a_started_queue_know_few_others(tmp_path):
+    """Each part names what it uses. One that only carries others would hide how many those are."""
+    command = [sys.executable, "-c", REFERENCES]
+    told = subprocess.run(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, timeout=PATIENCE, check=True
+    )
+    assert int(told.stdout) <= 245
 
 
 # Rooms

@@ -9,7 +9,7 @@ import threading
 from contextlib import suppress
 
 import pytest
-from helpers import eventually, pool_of, run_in_thread, services_of
+from helpers import eventually, parts_of, pool_of, run_in_thread
 
 from taskx import (
     ConfigurationError,
@@ -148,7 +148,7 @@ class CallersTransactions:
         for task_id in ("kept", "last"):
             with begin() as within:
                 queue.submit("elsewhere", id=task_id, **within)
-                assert services_of(queue).hooks.wait(LONG)
+                assert parts_of(queue).hooks.wait(LONG)
                 assert task_id not in told
         eventually(lambda: sorted(told) == ["kept", "last"])  # in any order
 

@@ -24,7 +24,7 @@ from taskx.attempt.waiting import (
     unfinished,
     waits_until,
 )
-from taskx.stores.base import Repository
+from taskx.stores.door import Door
 from taskx.tasks import forks, lifecycle, payload
 from taskx.tasks.clock import Clock
 from taskx.tasks.errors import (
@@ -48,24 +48,22 @@ class Keeper:
 
     def __init__(
         self,
-        repository: Repository,
-        commit: Callable[[Sequence[Write]], Sequence[bool]],
+        moves: Door,
         max_payload_size: int,
         values: Mapping[str, Values],
         clock: Clock,
         timing: Timing,
         submit: Submit,
     ) -> None:
-        self._repository = repository
-        self._commit = commit
+        self._moves = moves
         self.max_payload_size = max_payload_size
         self._values = values
         self._clock = clock
         self._retry_every = timing.retry_every
         #: What these runs wait for.
-        self.waits = Waits(repository, commit, clock, max_payload_size, timing.retry_every)
+        self.waits = Waits(moves, max_payload_size, timing.retry_every)
         #: The tasks that they submit, and whose ends their tasks wait for.
-        self.children = Children(repository, commit, submit, clock, self.waits)
+        self.children = Children(moves, submit, self.waits)
         #: Held while a run creates its ``Checkpoints``: several of its threads may be the first to ask.
         self.lock = threading.Lock()
         #: The process that these runs belong to: see :mod:`taskx.tasks.forks`.
@@ -73,7 +71,7 @@ class Keeper:
 
     def check(self) -> None:
         """Raise ``ConfigurationError`` if the repository cannot store checkpoints."""
-        self._repository.require("checkpoints")
+        self._moves.repository.require("checkpoints")
 
     def refuse_fork(self) -> None:
         """Raise ``ConfigurationError`` in a forked child process."""
@@ -85,7 +83,7 @@ class Keeper:
 
     def refuse_own_transaction(self) -> None:
         """Raise ``ConfigurationError`` if this thread's own transaction keeps others from storing."""
-        self._repository.transactions.refuse_write()
+        self._moves.repository.transactions.refuse_write()
 
     def store(self, task: Task, text: str, *, durable: bool, token: CancelToken) -> bool:
         """Store the checkpoints of a run. Return False if the run has lost its task.
@@ -102,7 +100,7 @@ class Keeper:
         self.refuse_own_transaction()
         while True:
             try:
-                return self._commit([write])[0]
+                return self._moves.commit([write])[0]
             except RepositoryUnavailable:  # also when in doubt: storing twice does no harm
                 token.wait(self._retry_every)
                 token.raise_if_cancelled()
@@ -113,14 +111,14 @@ class Keeper:
         Nobody reads it before the name is stored with the other steps.
         """
         self.refuse_own_transaction()
-        coded = self._repository.codecs.columns({"checkpoints": text})["checkpoints"]
+        coded = self._moves.repository.codecs.columns({"checkpoints": text})["checkpoints"]
         name = part_name(task.id)
 
         def put() -> str:
             # It may be there already, after an error that was in doubt.
             if not (
-                self._repository.put_note(name, coded, 0)
-                or self._repository.reads.notes_named([name])
+                self._moves.repository.put_note(name, coded, 0)
+                or self._moves.repository.reads.notes_named([name])
             ):
                 raise RepositoryError(
                     f"steps of task {task.id} are not stored: their note {name} was removed meanwhile"
@@ -136,7 +134,7 @@ class Keeper:
             PayloadError: the codec failed.
         """
         texts = emitted.unsaved()
-        stream, code = stream_of(task), self._repository.codecs.columns
+        stream, code = stream_of(task), self._moves.repository.codecs.columns
         return texts, [
             NoteChange(
                 note_name(stream, Place(task.starts, number)),
@@ -157,7 +155,7 @@ class Keeper:
         texts, changes = self.notes_of(task, emitted)
         if changes:
             self.refuse_own_transaction()
-            self.waits.patiently(token, lambda: self._repository.put_notes(changes))
+            self.waits.patiently(token, lambda: self._moves.repository.put_notes(changes))
             emitted.saved(texts)
         if emitted.some and not emitted.alone:
             with suppress(RepositoryError):  # the next call tries again, or it goes with the record
@@ -170,7 +168,7 @@ class Keeper:
             return
         self.refuse_own_transaction()
         pieces = [piece for some in pieces_in(task.checkpoints).values() for piece in some]
-        stream, reads = stream_of(task), self._repository.reads
+        stream, reads = stream_of(task), self._moves.repository.reads
         after = note_name(stream, Place(0, 0))
         last = Place(0, 0)
         while True:
@@ -184,7 +182,7 @@ class Keeper:
                 if not any(piece.overlaps(last.start, first, last.number) for piece in pieces):
                     gone.append(NoteChange(after, None, page[after].version))
             if gone:
-                self._repository.put_notes(gone)
+                self._moves.repository.put_notes(gone)
             if len(page) < _PAGE or last.start >= task.starts:
                 return
 
@@ -213,7 +211,7 @@ class Keeper:
             return ending_of(result, self._clock.now_ms())
 
         return opened(
-            self._repository,
+            self._moves.repository,
             kept,
             token,
             encode=encode,

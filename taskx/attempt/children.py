@@ -13,16 +13,15 @@ import attrs
 
 from taskx.attempt.waiting import Parked, Waits, error_in, failed, outcome_of
 from taskx.stores import lists, queries
-from taskx.stores.base import Repository
+from taskx.stores.door import Door
 from taskx.tasks import children, lifecycle
-from taskx.tasks.clock import Clock
 from taskx.tasks.creation import new_record
 from taskx.tasks.errors import ConfigurationError, DuplicateTask
 from taskx.tasks.lifecycle import Park
 from taskx.tasks.model import Task, TaskStatus
 from taskx.tasks.tags import without_trace
 from taskx.tasks.token import CancelToken
-from taskx.tasks.writes import Insert, Write
+from taskx.tasks.writes import Insert
 
 # Attempts to change tasks that move between the read and the write.
 _TRIES = 20
@@ -35,27 +34,21 @@ class Children:
     """The children of a queue's runs.
 
     Args:
-        repository: stores the tasks.
-        commit: the door for moves.
+        moves: the door to the repository.
         submit: the door for new tasks.
-        clock: the time.
         waits: what else these runs wait for.
     """
 
     def __init__(
         self,
-        repository: Repository,
-        commit: Callable[[Sequence[Write]], Sequence[bool]],
+        moves: Door,
         submit: Submit,
-        clock: Clock,
         waits: Waits,
     ) -> None:
-        self._repository = repository
-        self._commit = commit
+        self._moves = moves
         self._submit = submit
-        self._clock = clock
         self._patiently = waits.patiently
-        self._batch = repository.timing.batch
+        self._batch = moves.repository.timing.batch
 
     def wait(
         self,
@@ -85,7 +78,9 @@ class Children:
         listed = self._listed(parent, name, tasks, needed, token, again=taken is None)
         if taken is not None:
             return taken
-        statuses = self._patiently(token, lambda: self._repository.statuses(listed.depends_on))
+        statuses = self._patiently(
+            token, lambda: self._moves.repository.statuses(listed.depends_on)
+        )
         if (awaited := children.awaited(listed, statuses)) is not None:
             raise Parked(Park(awaited, None), name)
         if needed is None:
@@ -107,16 +102,16 @@ class Children:
             token: the token of the run.
         """
         list_id = children.list_id(parent.id, name)
-        listed = self._patiently(token, lambda: self._repository.get_by_id(list_id))
+        listed = self._patiently(token, lambda: self._moves.repository.get_by_id(list_id))
         if some:
-            now = self._clock.now_ms()
+            now = self._moves.now_ms()
             self._patiently(
-                token, lambda: lists.cancel(self._repository, self._commit, listed, now)
+                token, lambda: lists.cancel(self._moves.repository, self._moves.commit, listed, now)
             )
         found: list[Any] = []
         for start in range(0, len(listed.depends_on), self._batch):
             page = listed.depends_on[start : start + self._batch]
-            read = self._patiently(token, lambda page=page: self._repository.get_many(page))  # type: ignore[misc]
+            read = self._patiently(token, lambda page=page: self._moves.repository.get_many(page))  # type: ignore[misc]
             found += (_outcome(read.get(child), child) for child in page)
         if taken is not None:
             for number in {*range(len(found))}.difference(taken):
@@ -143,7 +138,7 @@ class Children:
                     f"{children.MOST_PAIRS:,} pairs: let only one task depend on this one"
                 )
             writes = [lifecycle.wait_for_more(task, ids) for task in late]
-            self._patiently(token, lambda writes=writes: self._commit(writes))  # type: ignore[misc]
+            self._patiently(token, lambda writes=writes: self._moves.commit(writes))  # type: ignore[misc]
         return ids
 
     def _late_dependents(self, parent: Task, ids: Sequence[str]) -> list[Task]:
@@ -151,11 +146,11 @@ class Children:
 
         Those that failed or were cancelled are among them: they may be requeued.
         """
-        pairs = queries.families(self._repository, [parent.id])
+        pairs = queries.families(self._moves.repository, [parent.id])
         found, wanted = list[Task](), set(ids)
         for start in range(0, len(pairs), self._batch):
             some = [child for _, child in pairs[start : start + self._batch]]
-            found += self._repository.get_many(some).values()
+            found += self._moves.repository.get_many(some).values()
         return [
             task
             for task in found
@@ -183,7 +178,7 @@ class Children:
         list_id = children.list_id(parent.id, name)
         while (listed := self._look(list_id, token)) is None:
             new = children.new_list(parent, name, tasks, needed, self._depth(parent, token))
-            insert = lifecycle.opened(new_record(new, self._clock.now_ms()), parent.id)
+            insert = lifecycle.opened(new_record(new, self._moves.now_ms()), parent.id)
             pairs = zip(tasks, new.depends_on, strict=True)
             made = [_inherits(task, child, parent) for task, child in pairs]
             try:
@@ -208,7 +203,9 @@ class Children:
         return listed
 
     def _look(self, list_id: str, token: CancelToken) -> Task | None:
-        return self._patiently(token, lambda: self._repository.get_many([list_id])).get(list_id)
+        return self._patiently(token, lambda: self._moves.repository.get_many([list_id])).get(
+            list_id
+        )
 
     def _depth(self, parent: Task, token: CancelToken) -> int:
         above = children.list_of(parent.id)
@@ -225,13 +222,13 @@ class Children:
 
     def _reopen(self, listed: Task, parent: Task) -> None:
         """Let the children run again that have not completed; then open the list again."""
-        now = self._clock.now_ms()
+        now = self._moves.now_ms()
         for start in range(0, len(listed.depends_on), self._batch):
-            read = self._repository.get_many(listed.depends_on[start : start + self._batch])
+            read = self._moves.repository.get_many(listed.depends_on[start : start + self._batch])
             bad = [t for t in read.values() if t.status.value in lifecycle.REQUEUEABLE]
             if bad:
-                self._commit([lifecycle.requeue(task, now) for task in bad])
-        self._commit([lifecycle.listed_again(listed, parent.id)])
+                self._moves.commit([lifecycle.requeue(task, now) for task in bad])
+        self._moves.commit([lifecycle.listed_again(listed, parent.id)])
 
 
 def _inherits(task: Task, child_id: str, parent: Task) -> Task:

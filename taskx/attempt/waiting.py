@@ -11,10 +11,10 @@ from concurrent.futures import CancelledError
 from enum import Enum
 from typing import Any, TypeVar
 
-from taskx.stores.base import Repository
+from taskx.stores.door import Door
 from taskx.tasks import lifecycle, payload
 from taskx.tasks.checks import check_number
-from taskx.tasks.clock import LAST, Clock
+from taskx.tasks.clock import LAST
 from taskx.tasks.creation import new_record
 from taskx.tasks.errors import (
     ConfigurationError,
@@ -188,30 +188,24 @@ class Waits:
     Each method returns the value of a step, or raises :class:`Parked`.
 
     Args:
-        repository: stores the tasks.
-        commit: the door for moves.
-        clock: the time.
+        moves: the door to the repository.
         max_payload_size: most bytes of JSON of a question.
         retry_every: seconds between two tries while the repository is unavailable.
     """
 
     def __init__(
         self,
-        repository: Repository,
-        commit: Callable[[Sequence[Write]], Sequence[bool]],
-        clock: Clock,
+        moves: Door,
         max_payload_size: int,
         retry_every: float,
     ) -> None:
-        self._repository = repository
-        self._commit = commit
-        self._clock = clock
+        self._moves = moves
         self._max_payload_size = max_payload_size
         self._retry_every = retry_every
 
     def now_ms(self) -> int:
         """Return the time in milliseconds."""
-        return self._clock.now_ms()
+        return self._moves.now_ms()
 
     def ask(
         self,
@@ -250,7 +244,7 @@ class Waits:
                 return outcome_of(found)
             else:
                 raise Parked(Park(answer_id, None), name)
-            if self.patiently(token, lambda write=write: self._commit([write]))[0]:  # type: ignore[misc]
+            if self.patiently(token, lambda write=write: self._moves.commit([write]))[0]:  # type: ignore[misc]
                 raise Parked(Park(answer_id, None), name)
             # Somebody has just finished it, or made it: look again.
 
@@ -265,7 +259,7 @@ class Waits:
     def forget(self, task: Task, name: str, token: CancelToken) -> object:
         """Remove an answer that was given."""
         gone = lifecycle.forget_answer(answer_of(task.id, name))
-        return self.patiently(token, lambda: self._commit([gone]))
+        return self.patiently(token, lambda: self._moves.commit([gone]))
 
     def wait(
         self, task: Task, awaited: str, timeout: float | None, until: int | None, token: CancelToken
@@ -288,7 +282,7 @@ class Waits:
             if found is None:
                 event = new_record(Task(id=awaited, type=ANSWER), now)
                 insert = lifecycle.opened(event, task.id)._replace(durable=False)
-                if not self.patiently(token, lambda insert=insert: self._commit([insert]))[0]:  # type: ignore[misc]
+                if not self.patiently(token, lambda insert=insert: self._moves.commit([insert]))[0]:  # type: ignore[misc]
                     continue
             new = moment_after(now, timeout) if until is None and timeout is not None else None
             raise Parked(Park(awaited, until if new is None else new), awaited, new)
@@ -329,7 +323,9 @@ class Waits:
         return value
 
     def _look(self, task_id: str, token: CancelToken) -> Task | None:
-        return self.patiently(token, lambda: self._repository.get_many([task_id])).get(task_id)
+        return self.patiently(token, lambda: self._moves.repository.get_many([task_id])).get(
+            task_id
+        )
 
     def patiently(self, token: CancelToken, call: Callable[[], T]) -> T:
         """Make a call that may be repeated; while the repository is unavailable, wait and try again."""

@@ -14,11 +14,10 @@ from typing import Any
 
 import attrs
 
-from taskx.node.moving import Services
 from taskx.stores.base import Repository
 from taskx.tasks import payload
 from taskx.tasks.checks import check_int
-from taskx.tasks.clock import to_datetime
+from taskx.tasks.clock import Clock, to_datetime
 from taskx.tasks.errors import ConfigurationError
 from taskx.tasks.ids import new_id
 from taskx.tasks.model import MAX_NAME
@@ -57,7 +56,8 @@ class Change:
 
 def note_change(
     repository: Repository,
-    services: Services,
+    clock: Clock,
+    timing: Timing,
     by: str,
     action: str,
     target: str,
@@ -72,11 +72,11 @@ def note_change(
             raise ConfigurationError(f"{name} must be text, not {text!r}")
     shown = {name: payload.clean_text(text, MAX_NAME) for name, text in facts.items()}
     payload.encode(detail, "detail", MAX_DETAIL)
-    entry = {"at": services.clock.now_ms(), **shown, "detail": detail}
+    entry = {"at": clock.now_ms(), **shown, "detail": detail}
     changes = [NoteChange(_PREFIX + new_id(), json.dumps(entry), 0)]
     if chance() < _SHARE:
         notes = sorted(repository.notes(_PREFIX).items(), reverse=True)
-        old = notes[services.timing.most_changes - 1 :]
+        old = notes[timing.most_changes - 1 :]
         changes += [NoteChange(name, None, note.version) for name, note in old]
     repository.put_notes(changes)
 

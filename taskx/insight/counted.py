@@ -21,7 +21,6 @@ from taskx.node.counts import (
     from_text,
     rest_of,
 )
-from taskx.node.moving import Services
 from taskx.stores.base import Repository
 from taskx.tasks.checks import Duration, check_number
 from taskx.tasks.clock import to_datetime, to_ms
@@ -75,10 +74,9 @@ def grain_at(levels: Sequence[Level], age: int) -> int:
 
 
 def counted(
-    repository: Repository, services: Services, levels: Sequence[Level], start: int
+    repository: Repository, counts: Counts, now: int, levels: Sequence[Level], start: int
 ) -> Counted:
     """Read what was counted from a time on: from the beginning of its minute, or longer time."""
-    counts, now = services.moves.counts, services.clock.now_ms()
     notes = counts.notes if repository.shortcoming else Stored(repository)
     grain = grain_at(levels, now - start)
     first = start // grain * grain
@@ -176,7 +174,8 @@ class Usage(Answer):
 
 def usage(
     repository: Repository,
-    services: Services,
+    counts: Counts,
+    now: int,
     name: str,
     period: Duration,
     since: datetime | None,
@@ -186,8 +185,8 @@ def usage(
         raise ConfigurationError(
             f"usage is counted for keys with a declared limit: {name!r} has no ':' and is none"
         )
-    start = beginning(period, since, services.clock.now_ms())
-    found = counted(repository, services, KEYS, start)
+    start = beginning(period, since, now)
+    found = counted(repository, counts, now, KEYS, start)
     sums = found.sums()
     rest = sums.pop(rest_of(name), {})
     wanted = {key: cell for key, cell in sums.items() if _is_of(key, name)}

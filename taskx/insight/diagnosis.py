@@ -11,9 +11,9 @@ from typing import Any
 
 import attrs
 
+from taskx.attempt.registry import Registry
 from taskx.insight.nodes import silence
 from taskx.insight.parked import places
-from taskx.node.moving import Services
 from taskx.stores.base import Repository
 from taskx.stores.liveness.base import Node
 from taskx.tasks.clock import to_datetime
@@ -61,18 +61,15 @@ class Diagnosis(Answer):
         return {"ok": self.ok, **Answer.to_dict(self)}
 
 
-def diagnose(services: Services) -> Diagnosis:
+def diagnose(repository: Repository, registry: Registry, now: int) -> Diagnosis:
     """Examine what is around the tasks, as versions, the store and nodes: see ``Queue.diagnose``."""
-    repository, now = services.repository, services.clock.now_ms()
     checks = [_versions(), *repository.house.examine()]
     # An older schema is only a warning, but the tasks cannot be read before it is migrated.
     readable = all(check.level == "ok" for check in checks if check.name in ("file", "schema"))
     if readable and not any(check.level == "fail" for check in checks):
         for examine in (_nodes, _clock):
             checks.extend(_asked(examine, repository, now))
-        versions = {
-            type: entry.options.version for type, entry in services.registry.registered.items()
-        }
+        versions = {type: entry.options.version for type, entry in registry.registered.items()}
         checks.extend(_asked(partial(_parked, versions), repository, now))
     return Diagnosis(tuple(checks), to_datetime(now))
 

@@ -11,12 +11,12 @@ import attrs
 
 from taskx.insight.limits import held_words
 from taskx.insight.nodes import age_of_beat, silence
-from taskx.node.moving import Services
 from taskx.node.pool import WorkerPool
 from taskx.node.schedules import PREFIX, Entry, entry_of
 from taskx.node.stuck import MOST as MOST_STUCK
 from taskx.node.stuck import stuck_types
 from taskx.stores import queries
+from taskx.stores.base import Repository
 from taskx.stores.controls import Controls
 from taskx.stores.liveness.base import Node
 from taskx.tasks.checks import Duration, check_int, check_number
@@ -26,6 +26,7 @@ from taskx.tasks.findings import Answer, Problem, counted, duration, listed, mom
 from taskx.tasks.lifecycle import FAILED, NO_WORK
 from taskx.tasks.model import check_key
 from taskx.tasks.rate import Limit
+from taskx.tasks.timing import Timing
 
 if TYPE_CHECKING:
     from taskx.attempt.coroutines import Blocked
@@ -131,32 +132,40 @@ def _optional_ms(value: Duration | None, what: str) -> int | None:
     return None if value is None else _ms(value, what)
 
 
-def own_problems(services: Services, pool: WorkerPool | None, stuck: int) -> Iterator[Problem]:
+def own_problems(repository: Repository, pool: WorkerPool | None, stuck: int) -> Iterator[Problem]:
     """Yield the problems that this queue knows of without asking the repository.
 
     Args:
-        services: the parts of the queue.
+        repository: the repository of the queue.
         pool: the worker pool of the queue; None if it is not started.
         stuck: the number of threads that may be stuck.
     """
     try:
-        services.repository.house.ensure_there()
+        repository.house.ensure_there()
     except RepositoryError as error:
         yield _away(error)
-    if pool is not None and (number := len(pool.stuck.runs)) > stuck:
+    if pool is None:
+        return
+    if (number := len(pool.stuck.runs)) > stuck:
         yield _stuck(pool.node.id, pool.node.name, number, stuck)
-    loop = services.runner.loop
-    if pool is not None and loop is not None and (blocked := loop.blocked()) is not None:
+    if (loop := pool.runner.loop) is not None and (blocked := loop.blocked()) is not None:
         yield _blocked_loop(pool.node.id, pool.node.name, blocked)
 
 
-def check(services: Services, pool: WorkerPool | None, wanted: Thresholds) -> Health:
+def check(
+    repository: Repository,
+    controls: Controls,
+    timing: Timing,
+    pool: WorkerPool | None,
+    wanted: Thresholds,
+    now: int,
+) -> Health:
     """Compare the queue with thresholds, and return the problems: see ``Queue.health``."""
-    problems = [*own_problems(services, pool, wanted.stuck)]
-    checking = _Check(services, pool, wanted)
+    problems = [*own_problems(repository, pool, wanted.stuck)]
+    checking = _Check(repository, controls, timing, pool, wanted, now)
     if not any(problem.kind == "repository" for problem in problems):
         try:
-            with services.repository.house.within(services.timing.answer_within):
+            with repository.house.within(timing.answer_within):
                 problems.extend(checking.problems())
         except RepositoryError as error:
             problems.insert(0, _away(error))
@@ -217,13 +226,21 @@ def _limits(nodes: Sequence[Node]) -> Iterator[Problem]:
 class _Check:
     """One check of a repository by thresholds."""
 
-    def __init__(self, services: Services, pool: WorkerPool | None, wanted: Thresholds) -> None:
-        self._repository = services.repository
-        self._controls = services.controls
-        self._timing = services.timing
+    def __init__(
+        self,
+        repository: Repository,
+        controls: Controls,
+        timing: Timing,
+        pool: WorkerPool | None,
+        wanted: Thresholds,
+        now: int,
+    ) -> None:
+        self._repository = repository
+        self._controls = controls
+        self._timing = timing
         self._pool = pool
         self._wanted = wanted
-        self.now = services.clock.now_ms()
+        self.now = now
 
     def problems(self) -> Iterator[Problem]:
         """Yield everything that is wrong with the repository."""

@@ -12,7 +12,6 @@ import attrs
 from taskx.insight.counted import counted, grain_at
 from taskx.insight.stats import Percentiles, percentiles
 from taskx.node import counts
-from taskx.node.moving import Services
 from taskx.stores.base import Repository
 from taskx.tasks.checks import Duration, check_int, check_number
 from taskx.tasks.clock import to_datetime
@@ -86,7 +85,7 @@ class History(Answer):
 
 
 def history(
-    repository: Repository, services: Services, period: Duration, intervals: int
+    repository: Repository, known: counts.Counts, now: int, period: Duration, intervals: int
 ) -> History:
     """Count the tasks that ended in each interval of a period: see ``Queue.history``."""
     number = check_int(intervals, "intervals", 1)
@@ -99,9 +98,9 @@ def history(
             f"an interval must be {duration(grain // 1000)} or longer in a period of "
             f"{duration(span // 1000)}: it is divided into {number}"
         )
-    end = (services.clock.now_ms() // grain + 1) * grain
+    end = (now // grain + 1) * grain
     start = (end - span) // grain * grain
-    read = counted(repository, services, counts.TYPES, start)
+    read = counted(repository, known, now, counts.TYPES, start)
     found: defaultdict[str, _Found] = defaultdict(lambda: _Found(number))
     waits: list[Counter[str]] = [Counter() for _ in range(number)]
     for moment, cells in read.parts:

@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 
 import attrs
 
-from taskx.node.moving import Services
+from taskx.attempt.registry import Registry
 from taskx.node.pool import WorkerPool
 from taskx.node.shared_limits import SharedBucket, slots_by_node, until_token
 from taskx.stores.base import Repository
 from taskx.stores.controls import Controls, Hold, named_limit, named_options
 from taskx.stores.liveness.base import Node
-from taskx.tasks.clock import to_datetime, to_ms, to_text
+from taskx.tasks.clock import Clock, to_datetime, to_ms, to_text
 from taskx.tasks.findings import Reason, counted, duration, listed, moment
+from taskx.tasks.log import GuardedLogger
 from taskx.tasks.model import Task
 from taskx.tasks.options import NamedOptions
 from taskx.tasks.rate import NO_LIMIT, NOTHING, OF_TYPE, Cost, Limit, is_key
@@ -40,7 +41,8 @@ class Limits:
 
     Args:
         repository: the repository, as the caller sees it.
-        services: the parts of the queue.
+        clock: tells the time.
+        log: the logger of the queue.
         pool: the worker pool of the queue, which knows its node's own tokens; None if it is not started.
         busy: the tasks that hold slots.
     """
@@ -48,12 +50,14 @@ class Limits:
     def __init__(
         self,
         repository: Repository,
-        services: Services,
+        clock: Clock,
+        log: GuardedLogger,
         pool: WorkerPool | None,
         busy: Sequence[Busy],
     ) -> None:
         self._repository = repository
-        self._services = services
+        self._clock = clock
+        self._log = log
         self._pool = pool
         self._busy = busy
         self._controls = Controls(repository)
@@ -71,7 +75,7 @@ class Limits:
                 name for name in holds if name == key or (name[-1:] == ":" and key.startswith(name))
             ]
         for name in dict.fromkeys(names):
-            if (hold := holds.get(name)) is not None and hold.until > self._services.clock.now_ms():
+            if (hold := holds.get(name)) is not None and hold.until > self._clock.now_ms():
                 facts = {"limit": name, "until": to_datetime(hold.until), "by": hold.by}
                 yield Reason("hold", f"{_capital(held_words(name, hold))}.", facts)
 
@@ -107,7 +111,7 @@ class Limits:
             by_name = {names.get(node, node): count for node, count in shares.items()}
             yield _slot(name, limit, [*holders][:_NAMED], by_name)
         if waits:
-            yield _token(name, limit, cost, waits, self._services.clock.now_ms())
+            yield _token(name, limit, cost, waits, self._clock.now_ms())
 
     def _slots(self, name: str, limit: Limit, node: Node) -> list[str]:
         """Return the tasks that hold the slots which a node needs."""
@@ -125,9 +129,9 @@ class Limits:
         """Return the seconds until a token comes on a node; None if only that node knows."""
         if not limit.rates:
             return 0.0
-        services, pool = self._services, self._pool
+        pool = self._pool
         if limit.scope == "global":
-            given = limit.rates, services.clock, services.log, self._controls.held_until
+            given = limit.rates, self._clock, self._log, self._controls.held_until
             return until_token(SharedBucket(self._repository, name, *given), cost)
         if pool is not None and node.id == pool.node.id:
             return pool.admission.until_token(name, cost)
@@ -250,12 +254,14 @@ class LimitInfo:
         return {**attrs.asdict(self), "held_until": until}
 
 
-def limits_of(repository: Repository, services: Services) -> list[LimitInfo]:
+def limits_of(
+    repository: Repository, registry: Registry, clock: Clock, log: GuardedLogger
+) -> list[LimitInfo]:
     """Return the limits with names: see ``Queue.limits``."""
     controls = Controls(repository)
     controls.refresh()
-    by_hand, own = controls.overrides.limits, services.registry.declared
-    declared, now = {**own, **controls.declared}, services.clock.now_ms()
+    by_hand, own = controls.overrides.limits, registry.declared
+    declared, now = {**own, **controls.declared}, clock.now_ms()
     holds = {name: hold for name, hold in controls.holds.items() if hold.until > now}
     types: dict[str, dict[str, None]] = {}
     of_types: dict[str, Limit] = {}
@@ -268,7 +274,7 @@ def limits_of(repository: Repository, services: Services) -> list[LimitInfo]:
     for name in sorted({*declared, *by_hand, *holds}):
         options, hold = by_hand.get(name, {}), holds.get(name)
         limit = named_limit(declared.get(name, {}), options) or of_types.get(name, NO_LIMIT)
-        given = limit.rates, services.clock, services.log, controls.held_until
+        given = limit.rates, clock, log, controls.held_until
         bucket, own_of_node = SharedBucket(repository, name, *given), limit.scope == "node"
         keyed = is_key(name) or own_of_node
         found.append(

@@ -8,9 +8,9 @@ from datetime import datetime
 
 import attrs
 
-from taskx.node.moving import Services
 from taskx.node.pool import WorkerPool
 from taskx.node.stuck import MOST as MOST_STUCK
+from taskx.stores.base import Repository
 from taskx.stores.controls import options_of_limit
 from taskx.stores.liveness.base import Node
 from taskx.tasks.clock import to_datetime
@@ -110,14 +110,16 @@ class NodeInfo(Answer):
         return self.alive is not False and not self.silent
 
 
-def nodes(services: Services, pool: WorkerPool | None) -> list[NodeInfo]:
+def nodes(repository: Repository, pool: WorkerPool | None) -> list[NodeInfo]:
     """Return the nodes, and what they run; ``pool`` is the worker pool of a started queue."""
-    services.repository.require("what its nodes do")
-    found = services.repository.nodes()
-    running, ids = _running(services, found), [node.id for node in found]
-    find = services.repository.find
+    repository.require("what its nodes do")
+    found = repository.nodes()
+    running, ids = _running(repository, found), [node.id for node in found]
+    find = repository.find
     stuck = Counter(i for (i,) in (find("stuck_on", ids, ("stuck_on",), MOST_STUCK) if ids else ()))
-    return [_info(services, pool, node, running.get(node.id, ()), stuck[node.id]) for node in found]
+    return [
+        _info(repository, pool, node, running.get(node.id, ()), stuck[node.id]) for node in found
+    ]
 
 
 def age_of_beat(node: Node, now: int) -> float:
@@ -140,12 +142,12 @@ def silence(node: Node, now: int, lease: float) -> str:
     return f"the last heartbeat {when}, and a lease is {duration(lease)}"
 
 
-def _running(services: Services, nodes: Sequence[Node]) -> Mapping[str, list[RunningTask]]:
+def _running(repository: Repository, nodes: Sequence[Node]) -> Mapping[str, list[RunningTask]]:
     names = {node.id: node.name for node in nodes}
     fields = ("owner", "id", "type", "started_at", "worker")
     tasks: defaultdict[str, list[RunningTask]] = defaultdict(list)
     if names:
-        rows = services.repository.find("running_on", [*names], fields, MOST_RUNNING)
+        rows = repository.find("running_on", [*names], fields, MOST_RUNNING)
         for owner, task_id, type, since, worker in sorted(rows, key=lambda row: row[3] or 0):
             tasks[owner].append(
                 RunningTask(
@@ -159,7 +161,7 @@ def _running(services: Services, nodes: Sequence[Node]) -> Mapping[str, list[Run
 
 
 def _info(
-    services: Services,
+    repository: Repository,
     pool: WorkerPool | None,
     node: Node,
     running: Sequence[RunningTask],
@@ -169,12 +171,12 @@ def _info(
     if pool is not None and pool.node.id == node.id:
         buffered = len(pool.buffer)
     else:
-        find = services.repository.find
+        find = repository.find
         buffered = len(find("buffered_on", [node.id], ("id",), MOST_BUFFERED))
     return NodeInfo(
         id=node.id,
         name=node.name,
-        this=services.repository.liveness.has(node.id),
+        this=repository.liveness.has(node.id),
         alive=node.alive,
         suspected=node.alive is None or node.late,
         stopping=node.stopping,
@@ -184,7 +186,7 @@ def _info(
         python=about.python,
         started_at=_moment(about.started_at),
         last_beat=_moment(node.beat_at),
-        lease=None if node.beat_at is None else services.repository.lease_timeout,
+        lease=None if node.beat_at is None else repository.lease_timeout,
         types=node.types,
         limits={
             name.removeprefix(OF_TYPE): options_of_limit(limit)

@@ -6,20 +6,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+from taskx.attempt.registry import Registry
 from taskx.attempt.waiting import step_until
 from taskx.insight.limits import Busy, Limits
 from taskx.insight.nodes import silence
-from taskx.node.moving import Services
 from taskx.node.pool import WorkerPool
 from taskx.node.stuck import stack_of_task
 from taskx.stores.base import Repository
 from taskx.stores.controls import Controls, Paused
 from taskx.stores.liveness.base import Node
 from taskx.tasks import children, lifecycle
-from taskx.tasks.clock import to_datetime, to_ms
+from taskx.tasks.clock import Clock, to_datetime, to_ms
 from taskx.tasks.errors import RepositoryError, TaskNotFound
 from taskx.tasks.findings import Reason, counted, duration, first_line, listed, moment
 from taskx.tasks.lifecycle import ANSWER, CHILDREN, COMPLETED, NO_WORK, PENDING, UNFINISHED
+from taskx.tasks.log import GuardedLogger
 from taskx.tasks.model import TASK_FIELDS, Task, TaskStatus
 from taskx.tasks.rate import MOST_TURNS
 from taskx.tasks.record import (
@@ -33,6 +34,7 @@ from taskx.tasks.record import (
     rank,
     task_from_row,
 )
+from taskx.tasks.timing import Timing
 
 #: Most nodes whose buffers are read.
 _MOST_BUFFERS = 20
@@ -43,20 +45,31 @@ _SHORTLY = "a started queue lets it go on within moments"
 
 
 def why(
-    repository: Repository, services: Services, pool: WorkerPool | None, ageing: int, task_id: str
+    repository: Repository,
+    registry: Registry,
+    clock: Clock,
+    log: GuardedLogger,
+    timing: Timing,
+    pool: WorkerPool | None,
+    ageing: int,
+    task_id: str,
 ) -> list[Reason]:
     """Return the reasons why a task waits, runs or has ended: see ``Queue.why``.
 
     Args:
         repository: the repository, as the caller sees it.
-        services: the parts of the queue.
+        registry: the executors and their limits.
+        clock: tells the time.
+        log: the logger of the queue.
+        timing: how long it may take, and how much it may read.
         pool: the worker pool of the queue; None if it is not started.
         ageing: the milliseconds of waiting that count as one more priority.
         task_id: the id of the task.
     """
     try:
-        with repository.house.within(services.timing.answer_within):
-            return [*_Inquiry(repository, services, pool, ageing).about(task_id)]
+        with repository.house.within(timing.answer_within):
+            inquiry = _Inquiry(repository, registry, clock, log, timing, pool, ageing)
+            return [*inquiry.about(task_id)]
     except RepositoryError as error:
         facts = {"error": str(error), "error_type": type(error).__name__}
         return [Reason("repository", f"The repository cannot be read: {error}.", facts)]
@@ -66,14 +79,24 @@ class _Inquiry:
     """One question about one task: the nodes, and the parts of the queue that know more."""
 
     def __init__(
-        self, repository: Repository, services: Services, pool: WorkerPool | None, ageing: int
+        self,
+        repository: Repository,
+        registry: Registry,
+        clock: Clock,
+        log: GuardedLogger,
+        timing: Timing,
+        pool: WorkerPool | None,
+        ageing: int,
     ) -> None:
-        self._services = services
+        self._registry = registry
+        self._clock = clock
+        self._log = log
+        self._alone_within = timing.alone_within
         self._repository = repository
         self._pool = pool
         self._ageing = ageing
-        self._most = services.timing.most_explained
-        self._now = services.clock.now_ms()
+        self._most = timing.most_explained
+        self._now = clock.now_ms()
         self._nodes: Mapping[str, Node] = {}
 
     def about(self, task_id: str) -> Iterator[Reason]:
@@ -109,7 +132,7 @@ class _Inquiry:
             yield self._due(task)
         if held in (FREE, UNTIL_DUE):
             busy = self._busy()
-            known = Limits(self._repository, self._services, self._pool, busy)
+            known = Limits(self._repository, self._clock, self._log, self._pool, busy)
             holds = [*known.holds(task, able)]
             yield from holds
         if held == FREE:
@@ -252,7 +275,7 @@ class _Inquiry:
     def _turn(self, task: Task) -> Reason:
         key = str(task.concurrency_key)
         fields = ("id", "status", "type", "started_at", "waiting_on", "run_at")
-        limit = self._services.registry.limit_of_key(key)
+        limit = self._registry.limit_of_key(key)
         turns = [key] if limit is None else lifecycle.turns_of(key, MOST_TURNS)
         holders = self._repository.find("turn", turns, fields)
         waiting = [i for (i,) in self._repository.find("line", [key], ("id",), self._most + 1)]
@@ -333,7 +356,7 @@ class _Inquiry:
             is_other = self._is_suspect(one)
             if is_suspect and is_other:
                 others.setdefault(one.node, []).append(one.id)
-            elif (one.started_at or 0) + self._services.timing.alone_within * 1000 > self._now:
+            elif (one.started_at or 0) + self._alone_within * 1000 > self._now:
                 names = [one.id] if is_suspect or is_other else waiting
                 others.setdefault(one.node, []).extend(names)
         names = [name for node in able for name in others.get(node.id, ())]
@@ -355,7 +378,7 @@ class _Inquiry:
         return [one.id for one in found if self._is_suspect(one)][:1]
 
     def _is_suspect(self, task: Task | Busy) -> bool:
-        return lifecycle.last_chance(task) and task.type not in self._services.registry.isolated
+        return lifecycle.last_chance(task) and task.type not in self._registry.isolated
 
     def _broker(self, able: Sequence[Node]) -> Iterator[Reason]:
         """Yield a reason for each error that keeps nodes from bringing the task to a worker."""
@@ -403,7 +426,7 @@ class _Inquiry:
             f"It may start, and {what} for a free worker on {listed([*nodes.values()])}, where "
             f"{counted(running, 'task')} {'runs' if running == 1 else 'run'}"
         )
-        _, wait = self._services.registry.batches.get(task.type, (1, 0.0))
+        _, wait = self._registry.batches.get(task.type, (1, 0.0))
         if wait and not lifecycle.runs_apart(task):
             words += f", or up to {wait:g} s for more tasks to share its call"
             facts["wait"] = wait

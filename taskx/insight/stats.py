@@ -6,15 +6,14 @@ What waits and runs is read from the tasks, by bounded reads. What began and end
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Literal
 
 import attrs
 
 from taskx.insight.counted import Counted, beginning, counted, numbers_of, percentile
-from taskx.node.counts import TYPES, Cell
-from taskx.node.moving import Services
+from taskx.node.counts import TYPES, Cell, Counts
 from taskx.stores import queries
 from taskx.stores.base import Lookup, Repository
 from taskx.tasks.checks import Duration, check_int
@@ -137,18 +136,21 @@ _COUNTS = ("waiting", "delayed", "blocked", "running", "stuck", "completed", "fa
 
 def stats(
     repository: Repository,
-    services: Services,
+    counts: Counts,
+    types: Iterable[str],
+    now: int,
     period: Duration,
     since: datetime | None,
     at_most: int,
     waiting_at_most: int,
 ) -> Stats:
     """Count what waits, runs and has ended, by type: see ``Queue.stats``."""
-    now = services.clock.now_ms()
     start = beginning(period, since, now)
     most = check_int(at_most, "at_most", 1), check_int(waiting_at_most, "waiting_at_most", 1)
-    ended = counted(repository, services, TYPES, start) if start < now else Counted(now, True, ())
-    return _Reading(repository, services, now, *most).stats(start, ended)
+    ended = (
+        counted(repository, counts, now, TYPES, start) if start < now else Counted(now, True, ())
+    )
+    return _Reading(repository, types, now, *most).stats(start, ended)
 
 
 class _Reading:
@@ -157,7 +159,7 @@ class _Reading:
     def __init__(
         self,
         repository: Repository,
-        services: Services,
+        types: Iterable[str],
         now: int,
         at_most: int,
         waiting_at_most: int,
@@ -168,7 +170,7 @@ class _Reading:
         self._capped = False
         self._now = now
         self._found: defaultdict[str, _Found] = defaultdict(_Found)
-        for type in services.registry.types:
+        for type in types:
             self._found[type]
 
     def stats(self, start: int, ended: Counted) -> Stats:

@@ -34,10 +34,10 @@ class Audit:
         Of a large buffer, only the tasks that come next are compared.
         """
         pool = self._pool
-        find, mine = self._pool.services.repository.find, [pool.node.id]
+        find, mine = self._pool.moves.repository.find, [pool.node.id]
         found = [
             *find("running_on", mine, STUB),
-            *find("buffered_on", mine, STUB, self._pool.services.timing.most_audited),
+            *find("buffered_on", mine, STUB, self._pool.timing.most_audited),
         ]
         stubs = {(stub.id, stub.status, stub.starts): stub for stub in map(stub_from_values, found)}
         lost = self._lost(stubs.values())
@@ -89,12 +89,12 @@ class Audit:
         return run.state != "concluding" and run not in self._pool.ahead.runs
 
     def _interrupt(self, task_id: str) -> None:
-        task = self._pool.services.repository.get_many([task_id]).get(task_id)
+        task = self._pool.moves.repository.get_many([task_id]).get(task_id)
         if task is None or task_id in self._pool.runs:
             return
         ending = lifecycle.Ending(returned=False, reason=CancelReason.STOP, worker=task.worker)
-        writes = lifecycle.conclude(task, ending, self._pool.services.clock.now_ms())
-        self._pool.services.moves.commit(writes, {task_id: task})
+        writes = lifecycle.conclude(task, ending, self._pool.clock.now_ms())
+        self._pool.moves.commit(writes, {task_id: task})
 
 
 def _key(run: Run) -> tuple[str, str, int]:

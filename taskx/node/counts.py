@@ -438,14 +438,13 @@ class Rollup:
     that are added to it, so that one which another node has added and removed is not added again.
     """
 
-    def __init__(self, notes: Notes, clock: Clock, batch: int) -> None:
+    def __init__(self, notes: Notes, batch: int) -> None:
         self._notes = notes
-        self._clock = clock
         self._batch = batch
 
-    def step(self) -> bool:
+    def step(self, now: int) -> bool:
         """Add up a batch of each level; return True if there may be more."""
-        now, more = self._clock.now_ms(), False
+        more = False
         for levels in (TYPES, KEYS):
             for level, into in zip(levels, (*levels[1:], None), strict=True):
                 more |= self._step(level, into, now)

@@ -9,20 +9,15 @@ from taskx.node.moving import Moves
 from taskx.stores.base import Repository
 from taskx.tasks import lifecycle
 from taskx.tasks.bell import Agenda
-from taskx.tasks.clock import Clock
 from taskx.tasks.timing import Timing
 
 
 class Release:
     """Lets tasks start whose time has come, a batch at a time."""
 
-    def __init__(
-        self, repository: Repository, moves: Moves, agenda: Agenda, clock: Clock, timing: Timing
-    ) -> None:
-        self._repository = repository
+    def __init__(self, moves: Moves, agenda: Agenda, timing: Timing) -> None:
         self._moves = moves
         self._agenda = agenda
-        self._clock = clock
         self._batch, self._poll_every = timing.due_batch, timing.poll_every
         #: The time at which the next task is due, in milliseconds; None if none is.
         self.next: int | None = None
@@ -31,7 +26,7 @@ class Release:
 
     def step(self, until: float) -> None:
         """Release batches of the tasks that are due, until a time on the monotonic clock."""
-        now = self._clock.now_ms()
+        now = self._moves.now_ms()
         if self._agenda.claim_due():  # first: a task stored from now on takes it back
             try:
                 self.next = self.earliest()
@@ -48,11 +43,11 @@ class Release:
         """Return the seconds until the next task is due."""
         if self.next is None or self._others_release:
             return math.inf
-        return (self.next - self._clock.now_ms()) / 1000
+        return (self.next - self._moves.now_ms()) / 1000
 
     def earliest(self) -> int | None:
         """Read the time at which the next task is due."""
-        return next((run_at for _, run_at in self._repository.due(None, 1)), None)
+        return next((run_at for _, run_at in self._moves.repository.due(None, 1)), None)
 
     def _release_some(self, now: int) -> None:
         """Release the next tasks that are due, unless another node has just done so.
@@ -61,7 +56,7 @@ class Release:
         on. The others find them released, and come back a little later, as they do if another transaction
         has locked all of them.
         """
-        due = self._repository.due(now, self._batch)
+        due = self._moves.repository.due(now, self._batch)
         if due:
             released = sum(self._moves.commit([lifecycle.release(*one) for one in due]))
             if not released or (len(due) == self._batch and 2 * released < self._batch):
@@ -73,41 +68,34 @@ class Release:
         return time.monotonic() < self._again_at
 
 
-class Expiry:
-    """Cancels the tasks of a repository that have not started by their ``expires_at``.
+def next_expiry(repository: Repository) -> int | None:
+    """Return the next ``expires_at`` of a pending task, in milliseconds; None if none can expire."""
+    return next((at for _, at in repository.due(None, 1, "expires_at")), None)
+
+
+def expire(moves: Moves, batch: int, until: float) -> bool:
+    """Cancel tasks that have not started by their ``expires_at``; return True if more is left.
 
     A start refuses such a task by itself. This finds the tasks that nothing starts: their type has no
-    executor or is paused, or they wait for their time, their parents, their turn or a limit.
+    executor or is paused, or they wait for their time, their parents, their turn or a limit. Batches are
+    cancelled until a time on the monotonic clock.
+
+    Raises:
+        RepositoryError: the repository failed; the next call tries again.
     """
+    while more := _expire_some(moves, batch):
+        if time.monotonic() >= until:
+            break
+    return more
 
-    def __init__(self, repository: Repository, moves: Moves, clock: Clock, batch: int) -> None:
-        self._repository = repository
-        self._moves = moves
-        self._clock = clock
-        self._batch = batch
 
-    def next(self) -> int | None:
-        """Return the next ``expires_at`` of a pending task, in milliseconds; None if none can expire."""
-        return next((at for _, at in self._repository.due(None, 1, "expires_at")), None)
-
-    def step(self, until: float) -> bool:
-        """Cancel batches until a time on the monotonic clock; return True if more is left.
-
-        Raises:
-            RepositoryError: the repository failed; the next call tries again.
-        """
-        while more := self._expire_some():
-            if time.monotonic() >= until:
-                break
-        return more
-
-    def _expire_some(self) -> bool:
-        """Cancel a batch; return True if there may be more, which no other node is cancelling now."""
-        now, batch = self._clock.now_ms(), self._batch
-        ids = [task_id for task_id, _ in self._repository.due(now, batch, "expires_at")]
-        found = self._repository.get_many(ids) if ids else {}
-        expired = [task for task in found.values() if lifecycle.has_expired(task, now)]
-        writes = [write for task in expired for write in lifecycle.expire(task, now)]
-        # All nodes try the same tasks at the same time. The node that cancels most of them goes on.
-        done = sum(self._moves.commit(writes, found)) if writes else 0
-        return len(ids) == batch and 2 * done >= batch
+def _expire_some(moves: Moves, batch: int) -> bool:
+    """Cancel a batch; return True if there may be more, which no other node is cancelling now."""
+    now = moves.now_ms()
+    ids = [task_id for task_id, _ in moves.repository.due(now, batch, "expires_at")]
+    found = moves.repository.get_many(ids) if ids else {}
+    expired = [task for task in found.values() if lifecycle.has_expired(task, now)]
+    writes = [write for task in expired for write in lifecycle.expire(task, now)]
+    # All nodes try the same tasks at the same time. The node that cancels most of them goes on.
+    done = sum(moves.commit(writes, found)) if writes else 0
+    return len(ids) == batch and 2 * done >= batch

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from taskx.attempt.alarms import Alarms
 from taskx.attempt.runner import Runner
 from taskx.node.housekeeper import Housekeeper
-from taskx.node.moving import Services
-from taskx.node.pool import Ends, WorkerPool
+from taskx.node.pool import Ends, PoolParts, WorkerPool
 from taskx.stores.base import Repository
 from taskx.stores.liveness.base import About, Node
 from taskx.tasks.bell import Signal
@@ -17,6 +16,9 @@ from taskx.tasks.clock import Clock
 from taskx.tasks.config import Config
 from taskx.tasks.model import TaskStatus
 from taskx.tasks.timing import Timing
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # in typing from 3.11 on
 
 
 class BoundQueue(Protocol):
@@ -63,9 +65,11 @@ class Engine:
         """Return the facts about a node, with those that depend on its engine."""
         return about
 
-    def make_pool(self, services: Services, node: Node, config: Config, ends: Ends) -> WorkerPool:
+    def make_pool(
+        self, node: Node, config: Config, ends: Ends, **parts: Unpack[PoolParts]
+    ) -> WorkerPool:
         """Return what runs tasks: see :class:`WorkerPool`."""
-        return WorkerPool(services, node, config, ends)
+        return WorkerPool(node, config, ends, **parts)
 
     def make_housekeeper(
         self, pool: WorkerPool, retention: Mapping[TaskStatus, float]

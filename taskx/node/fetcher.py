@@ -7,13 +7,16 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from itertools import compress
 
+from taskx.attempt.registry import Registry
 from taskx.node.admission import Admission, Names
 from taskx.node.ahead import Ahead
 from taskx.node.buffer import Buffer
-from taskx.node.moving import Services
+from taskx.node.moving import Moves
 from taskx.node.starter import Runs, Starter
 from taskx.stores import queries
+from taskx.stores.controls import Controls
 from taskx.tasks import lifecycle
+from taskx.tasks.bell import Agenda
 from taskx.tasks.record import Stub
 
 # Most tasks of a type without tokens among which those are sought that go on with an attempt.
@@ -24,26 +27,32 @@ class Fetcher:
     """Keeps a node's buffer filled with stored tasks that may start.
 
     Args:
-        services: the parts of the queue.
         node: the id of the node.
-        ahead: knows the number of workers.
         buffer: receives the tasks.
         runs: the runs of the node.
-        starter: knows the suspects that wait for their turn.
         admission: knows how many tasks of each limited type may start.
+        ahead: knows the number of workers.
+        starter: knows the suspects that wait for their turn.
+        moves, controls, agenda, registry: as for :class:`WorkerPool`.
     """
 
     def __init__(
         self,
-        services: Services,
         node: str,
-        ahead: Ahead,
         buffer: Buffer,
         runs: Runs,
-        starter: Starter,
         admission: Admission,
+        ahead: Ahead,
+        starter: Starter,
+        moves: Moves,
+        controls: Controls,
+        agenda: Agenda,
+        registry: Registry,
     ) -> None:
-        self._services = services
+        self._moves = moves
+        self._controls = controls
+        self._agenda = agenda
+        self._registry = registry
         self._node = node
         self._ahead = ahead
         self._buffer = buffer
@@ -62,15 +71,15 @@ class Fetcher:
 
     def takes(self, type: str) -> bool:
         """Return True if the node may start tasks of this type now: the type is not paused."""
-        return type not in self._services.controls.paused
+        return type not in self._controls.paused
 
     def serves(self, type: str) -> bool:
         """Return True if the node gets tasks of this type to an executor."""
-        return self._services.registry.runs(type)
+        return self._registry.runs(type)
 
     def has_room(self, type: str) -> bool:
         """Return True if a task of this type might start now."""
-        limited = type in self._services.registry.limited
+        limited = type in self._registry.limited
         return self.takes(type) and (not limited or self._admission.open(type))
 
     def follow_pauses(self) -> None:
@@ -78,8 +87,8 @@ class Fetcher:
 
         After a ``RepositoryError`` tasks stay in the buffer; workers pass over them in any case.
         """
-        self._services.agenda.expect_more()
-        paused = self._services.controls.paused
+        self._agenda.expect_more()
+        paused = self._controls.paused
         swept = self._buffer.sweep(lambda type: type in paused)
         self._starter.free([item.id for item in swept])
 
@@ -90,7 +99,7 @@ class Fetcher:
 
     def types(self) -> list[str]:
         """Return the types that this node runs and that are not paused."""
-        return [type for type in self._services.registry.types if self.takes(type)]
+        return [type for type in self._registry.types if self.takes(type)]
 
     def refill(self) -> bool:
         """Fetch as many free tasks as fit into the buffer; return False if another thread is fetching."""
@@ -100,21 +109,21 @@ class Fetcher:
             room = self._buffer.room_to_fetch()
             if room <= 0:
                 return True
-            self._services.moves.turns.share_out()  # before the fetch, which finds what they free
-            self._services.agenda.begin_fetch()  # before the fetch: a spill from now on sets it again
+            self._moves.turns.share_out()  # before the fetch, which finds what they free
+            self._agenda.begin_fetch()  # before the fetch: a spill from now on sets it again
             try:
                 found = self._fetch(room)
             except BaseException:  # an interrupt, too: no other thread knows that there is more
-                self._services.agenda.expect_more()
+                self._agenda.expect_more()
                 raise
-            if limited := self._services.registry.limited:
+            if limited := self._registry.limited:
                 for stub in found:
                     if stub.type in limited:
                         self._admission.fetched(stub.type, stub.id)
             self._buffer.add_fetched(found)
             self.fetched += len(found)
-            self._services.agenda.leave_rest(some=len(found) == room)
-            if len(found) < room and self._services.registry.finds:
+            self._agenda.leave_rest(some=len(found) == room)
+            if len(found) < room and self._registry.finds:
                 self._seek()
             return True
         finally:
@@ -127,9 +136,8 @@ class Fetcher:
 
     def _seek(self) -> None:
         """Find the executors of waiting types that have none here; fetch again if one was found."""
-        services = self._services
-        if services.registry.seek(queries.every(services.repository, "ready_type")):
-            self._services.agenda.fetch_soon()
+        if self._registry.seek(queries.every(self._moves.repository, "ready_type")):
+            self._agenda.fetch_soon()
 
     def refill_if_low(self) -> None:
         """Fetch more tasks if few fetched ones are left.
@@ -138,10 +146,7 @@ class Fetcher:
         nodes, it may have to wait for the file, so it begins earlier.
         """
         share = 0.125 if self.alone else 0.5
-        if (
-            self._services.agenda.more_stored
-            and self._buffer.fetched < self._buffer.fetch_size * share
-        ):
+        if self._agenda.more_stored and self._buffer.fetched < self._buffer.fetch_size * share:
             self.refill()
 
     def _fetch(self, room: int) -> list[Stub]:
@@ -150,15 +155,14 @@ class Fetcher:
         If there are other nodes, mark the tasks as taken, so that two nodes do not try to start the same
         ones. A node that is alone saves this write: the start is guarded in any case.
         """
-        services = self._services
         stubs = self._offered(room)
         if self.alone:
             return stubs
         if not stubs:
             return self._take_over()
-        taken = services.moves.commit([lifecycle.take(stub.id, self._node) for stub in stubs])
+        taken = self._moves.commit([lifecycle.take(stub.id, self._node) for stub in stubs])
         if not all(taken):
-            self._services.agenda.fetch_soon()  # other nodes took some: there may be further tasks
+            self._agenda.fetch_soon()  # other nodes took some: there may be further tasks
         return self._taken(stubs, taken)
 
     def _taken(self, stubs: Iterable[Stub], taken: Sequence[bool]) -> list[Stub]:
@@ -174,7 +178,7 @@ class Fetcher:
 
         They are free, or in the buffer of the node ``owner``.
         """
-        repository, limited = self._services.repository, self._services.registry.limited
+        repository, limited = self._moves.repository, self._registry.limited
         known, types, ageing = self.unmarked(), self.types(), self._buffer.ageing
         free = [type for type in types if type not in limited] if limited else types
         # The tasks that it holds are marked, and so are not listed, unless it was alone a short time ago.
@@ -192,7 +196,7 @@ class Fetcher:
         self, types: Sequence[str], known: set[str], room: int, owner: str
     ) -> list[Stub]:
         """Return such tasks of limited types, as many as their limits have room for."""
-        limited, admission = self._services.registry.limited, self._admission
+        limited, admission = self._registry.limited, self._admission
         sharing: dict[Names, list[str]] = {}
         for type in types:
             if type in limited:
@@ -206,7 +210,7 @@ class Fetcher:
                 chosen += self._resumed(alike, known, room, owner)
             if (most := min(most, room)) > 0:
                 ageing = self._buffer.ageing
-                stubs = self._services.repository.ready(alike, most + waiting, owner, ageing)
+                stubs = self._moves.repository.ready(alike, most + waiting, owner, ageing)
                 asked[names] = most
                 some += [(stub, names) for stub in self._others(stubs, known, most)]
         found = dict.fromkeys(asked, 0)
@@ -228,10 +232,10 @@ class Fetcher:
     def _resumed(self, types: Sequence[str], known: set[str], room: int, owner: str) -> list[Stub]:
         """Return tasks of types without tokens that go on with an attempt, among the first of the types."""
         some = min(room, _FEW_RESUMED) + len(known)
-        stubs = self._services.repository.ready(types, some, owner, self._buffer.ageing)
+        stubs = self._moves.repository.ready(types, some, owner, self._buffer.ageing)
         others = self._others(stubs, known, room)
         ids = [stub.id for stub in others]
-        rows = self._services.repository.find("id", ids, ("id", "started_at")) if ids else ()
+        rows = self._moves.repository.find("id", ids, ("id", "started_at")) if ids else ()
         waited = {task_id for task_id, started_at in rows if started_at is not None}
         return [stub for stub in others if stub.id in waited]
 
@@ -252,16 +256,15 @@ class Fetcher:
         wanted = self._ahead.workers - len(self._runs.executing)
         if wanted <= 0 or len(self._buffer):
             return []
-        services = self._services
         found = [
             (stub, owner)
-            for owner in queries.every(services.repository, "buffered_on")
+            for owner in queries.every(self._moves.repository, "buffered_on")
             if owner != self._node
             for stub in self._offered(wanted, owner)
         ]
         found.sort(key=lambda pair: self._best_first(pair[0]))
         writes = [lifecycle.take(stub.id, self._node, owner) for stub, owner in found[:wanted]]
-        taken = services.moves.commit(writes) if writes else []
+        taken = self._moves.commit(writes) if writes else []
         if any(taken):
-            self._services.agenda.expect_more()  # fetch again when these are done
+            self._agenda.expect_more()  # fetch again when these are done
         return self._taken([stub for stub, _ in found], taken)

@@ -8,10 +8,11 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
+from functools import partial
 
 from taskx.node import requests
 from taskx.node.audit import Audit
-from taskx.node.due import Expiry, Release
+from taskx.node.due import Release, expire
 from taskx.node.listening import Listening
 from taskx.node.pool import WorkerPool
 from taskx.node.progress import store_emitted, store_progress
@@ -75,21 +76,19 @@ class Housekeeper:
         chance: Callable[[], float] = random.random,
     ) -> None:
         self._pool = pool
-        self._services = services = pool.services
-        repository, moves, clock = services.repository, services.moves, services.clock
+        moves, agenda, clock, timing = pool.moves, pool.agenda, pool.clock, pool.timing
         #: Finds dead nodes.
         self.recovery = Recovery(pool)
         self._audit = Audit(pool)
-        self._release = Release(repository, moves, services.agenda, clock, services.timing)
-        self._expiry = Expiry(repository, moves, clock, services.timing.batch)
-        self._retention = Retention(services, retention)
-        self._ticker = Ticker(services, chance)
-        self._changed = Changes(repository)
+        self._release = Release(moves, agenda, timing)
+        self._retention = Retention(moves, clock, pool.log, timing, retention)
+        self._ticker = Ticker(moves, agenda, pool.hooks, clock, pool.log, timing, chance)
+        self._changed = Changes(moves.repository)
         self._listening = Listening(pool)
         self.duties = self._duties()
         self._dues = [duty.due for duty in self.duties if duty.due is not None]
-        self._complaint = Complaint(services.log, "the housekeeper can use the repository again")
-        self._store_at = clock.monotonic() + services.timing.count_every
+        self._complaint = Complaint(pool.log, "the housekeeper can use the repository again")
+        self._store_at = clock.monotonic() + timing.count_every
         # What the last rounds have found, and since when the present round goes on, on the monotonic clock.
         self._failure = ""
         self._stuck_types: list[Problem] = []
@@ -103,13 +102,12 @@ class Housekeeper:
 
     def _duties(self) -> list[Duty]:
         """Return the duties in the order of a round. The comments say where the order matters."""
-        pool, services, timing = self._pool, self._services, self._services.timing
-        moves, repository = services.moves, services.repository
+        pool, moves, timing = self._pool, self._pool.moves, self._pool.timing
         dependents, turns, recovery = moves.dependents, moves.turns, self.recovery
         soon = timing.hand_back_after
         return [
             # First: a late heartbeat costs all tasks.
-            Duty("lease", lambda until: repository.liveness.tend(pool.node.id)),
+            Duty("lease", lambda until: moves.repository.liveness.tend(pool.node.id)),
             # Before the first write; but outcomes are written in any case.
             Duty("schema", self._check_schema),
             # Before all that reads the tasks of this node.
@@ -119,7 +117,7 @@ class Housekeeper:
                 _unless_locked(lambda: moves.flush(late=pool.ahead.short)),
                 due=_when(lambda: moves.unsettled, soon),
             ),
-            Duty("handles", lambda until: services.watcher.tell()),
+            Duty("handles", lambda until: pool.watcher.tell()),
             # After the outcomes of these tasks.
             Duty("stuck threads", _unless_locked(pool.stuck.lift)),
             # Before the fetch: a task that waits comes first.
@@ -145,13 +143,13 @@ class Housekeeper:
             # What no event has reported; it may wait for all that an event did report.
             Duty("audit", self._run_audits, timing.audit_every),
             Duty("retention", lambda until: self._retention.tick()),
-            Duty("expiry", self._expiry.step, timing.recover_every),
+            Duty("expiry", partial(expire, moves, timing.batch), timing.recover_every),
         ]
 
     def start(self) -> None:
         """Start the thread."""
         # Signals interrupt only the main thread. If it commits for others, this thread calls the callbacks.
-        self._services.agenda.attend()
+        self._pool.agenda.attend()
         self._thread.start()
         if not self._pool.node.serves_broker:  # else it hears of changes twice a second
             self._listening.start()
@@ -160,10 +158,10 @@ class Housekeeper:
         """End the thread; return when it has ended, or at once if called on it."""
         self._stopped = True
         self._listening.stop()
-        self._services.agenda.leave()
+        self._pool.agenda.leave()
         if self._thread is not threading.current_thread() and self._thread.is_alive():
-            self._thread.join(self._services.timing.join_thread_within)
-        self._services.watcher.ensure_polling()
+            self._thread.join(self._pool.timing.join_thread_within)
+        self._pool.watcher.ensure_polling()
 
     def problems(self) -> list[str]:
         """Return a sentence for all that keeps tasks from running, as far as the last rounds have found it.
@@ -173,7 +171,7 @@ class Housekeeper:
         began, failure = self._began, self._failure
         if (
             began is not None
-            and (seconds := time.monotonic() - began) > self._services.timing.answer_within
+            and (seconds := time.monotonic() - began) > self._pool.timing.answer_within
         ):
             failure = failure or f"it has not answered for {duration(round(seconds))}"
         if failure:
@@ -182,17 +180,17 @@ class Housekeeper:
 
     def _behind(self) -> bool:
         """Return True if a task or a schedule is due that was not dealt with yet."""
-        now = self._services.clock.now_ms()
-        return bool(self._services.repository.due(now, 1)) or self._ticker.behind(now)
+        now = self._pool.clock.now_ms()
+        return bool(self._pool.moves.repository.due(now, 1)) or self._ticker.behind(now)
 
     def stored_left(self) -> bool:
         """Return True if the repository has something to run, including tasks that follow others."""
-        repository, types = self._services.repository, set(self._pool.fetcher.types())
+        repository, types = self._pool.moves.repository, set(self._pool.fetcher.types())
         return (
             self._behind()
             or unfinished(repository, types)
-            or self._services.moves.dependents.overdue()
-            or self._services.moves.turns.overdue()
+            or self._pool.moves.dependents.overdue()
+            or self._pool.moves.turns.overdue()
             or self._behind()  # a task got its turn between the checks, and was due
             or unfinished(repository, types)  # a task was freed between the checks
         )
@@ -216,7 +214,7 @@ class Housekeeper:
                 )
             except BaseException:  # a defect of ours: without this thread, nothing is done in time
                 failures += 1
-                self._services.log.exception("unexpected error in the housekeeper; it continues")
+                self._pool.log.exception("unexpected error in the housekeeper; it continues")
             self._began = None
             self._sleep(failures)
 
@@ -225,24 +223,24 @@ class Housekeeper:
         if (
             self._wanted
             or self._pool.runs
-            or time.monotonic() - self._round_at >= self._services.timing.recover_every
+            or time.monotonic() - self._round_at >= self._pool.timing.recover_every
         ):
             return True
         self._news = self._polls and self._changed()
         return self._news
 
     def _sleep(self, failures: int) -> None:
-        agenda, timing = self._services.agenda, self._services.timing
+        agenda, timing = self._pool.agenda, self._pool.timing
         self._wanted = True
         if failures:
             pause = min(timing.poll_every * 2.0 ** min(failures, 10), timing.longest_pause)
-            agenda.sleep(min(pause, self._services.repository.liveness.interval))
+            agenda.sleep(min(pause, self._pool.moves.repository.liveness.interval))
         elif not agenda.sleep_long(self._until_next, timing.hand_back_after):
             self._wanted = time.monotonic() >= self._due_at
 
     def _until_next(self) -> float:
         """Return the seconds until the next round: as long as none is needed, it polls."""
-        timing, now = self._services.timing, time.monotonic()
+        timing, now = self._pool.timing, time.monotonic()
         if self._due_at == -math.inf:  # whatever comes nearer later asks for a round
             more = any(duty.more for duty in self.duties)
             self._due_at = now + (0.0 if more else min([due() for due in self._dues]))
@@ -254,8 +252,8 @@ class Housekeeper:
         Whatever a ``RepositoryError`` prevents is done in a later round.
         """
         now = self._round_at = time.monotonic()
-        until = now + self._services.timing.round_within
-        self._services.agenda.begin_round()
+        until = now + self._pool.timing.round_within
+        self._pool.agenda.begin_round()
         self._due_at = -math.inf
         for duty in self.duties:
             if duty.more or now - duty.last >= duty.every:
@@ -265,13 +263,13 @@ class Housekeeper:
 
     def _check_schema(self, until: float) -> None:
         try:
-            self._services.repository.house.ensure_there()
+            self._pool.moves.repository.house.ensure_there()
         except SchemaMismatch as error:  # go on: outcomes must be written in any case
             self._pool.retire(error)
 
     def _store_counts(self) -> None:
-        counts, timing = self._services.moves.counts, self._services.timing
-        now = self._services.clock.monotonic()
+        counts, timing = self._pool.moves.counts, self._pool.timing
+        now = self._pool.clock.monotonic()
         counts.gather()
         if now >= self._store_at or counts.fresh >= timing.most_uncounted:
             self._store_at = now + timing.count_every
@@ -279,12 +277,12 @@ class Housekeeper:
 
     def _write_progress(self, until: float) -> None:
         runs = list(self._pool.runs.values())
-        store_progress(self._services, runs)
-        store_emitted(self._services, runs)
+        store_progress(runs, self._pool.moves, self._pool.hooks, self._pool.clock)
+        store_emitted(runs, self._pool.moves.repository)
 
     def _free(self, until: float) -> None:
         if self.recovery.go_on(until):
-            self._services.agenda.expect_more()
+            self._pool.agenda.expect_more()
 
     def _recover(self, until: float) -> None:
         self.recovery.recover(until)
@@ -292,7 +290,7 @@ class Housekeeper:
     def _take_in(self, until: float) -> None:
         """Take in what other nodes have changed, whether or not anything is known to have changed."""
         if not self._polls:
-            self._services.agenda.check_due()
+            self._pool.agenda.check_due()
             self._ticker.refresh_soon()
         self._process_changes()
 
@@ -300,28 +298,28 @@ class Housekeeper:
         """Take in what other nodes have changed, if anything has changed since the last look."""
         news, self._news = self._news, False
         if self._polls and (self._changed() or news):
-            self._services.agenda.check_due()
+            self._pool.agenda.check_due()
             self._ticker.refresh_soon()
             self._process_changes()
-            self._services.watcher.check_all()
+            self._pool.watcher.check_all()
 
     @property
     def _polls(self) -> bool:
         """True if a change by another process must be noticed before the next check for dead nodes."""
-        return not self._pool.node.serves_broker or self._services.watcher.watching
+        return not self._pool.node.serves_broker or self._pool.watcher.watching
 
     def _process_changes(self) -> None:
         """Take in the changes of other nodes: controls, new tasks, and requests to cancel."""
         self._pool.tuning.refresh()  # first: a task stored after a pause must not start
         requests.obey(self._pool)
-        self._services.agenda.expect_more()
+        self._pool.agenda.expect_more()
         self._pool.admission.forget()
-        self._services.moves.dependents.refresh()
+        self._pool.moves.dependents.refresh()
         self._pool.fire_cancelled()
 
     def _fetch(self, until: float) -> None:
-        if self._pool.admission.is_time() or self._services.agenda.look_for_more:
-            self._services.agenda.expect_more()
+        if self._pool.admission.is_time() or self._pool.agenda.look_for_more:
+            self._pool.agenda.expect_more()
             self._pool.fetcher.refill()
         else:
             self._pool.fetcher.refill_if_low()
@@ -329,13 +327,13 @@ class Housekeeper:
     def _until_token(self) -> float:
         """Return the seconds until a limit lets another task start."""
         moment = self._pool.admission.next_fetch()
-        return math.inf if moment is None else moment - self._services.clock.monotonic()
+        return math.inf if moment is None else moment - self._pool.clock.monotonic()
 
     def _tick(self, until: float) -> bool:
         if self._pool.stopping:
             return False
         if self._ticker.tick(until):
-            self._services.agenda.expect_more()
+            self._pool.agenda.expect_more()
             self._pool.fetcher.refill()
         return self._ticker.waiting
 
@@ -345,35 +343,35 @@ class Housekeeper:
             return math.inf
         if self._ticker.waiting or self._ticker.next is None:
             return 0.0
-        return (self._ticker.next - self._services.clock.now_ms()) / 1000
+        return (self._ticker.next - self._pool.clock.now_ms()) / 1000
 
     def _run_audits(self, until: float) -> None:
         """Check for everything that an event should have reported and did not."""
         self._audit.check()
-        self._services.runner.alarms.go_on()
-        self._services.moves.retries.tell()
+        self._pool.runner.alarms.go_on()
+        self._pool.moves.retries.tell()
         self._pool.stuck.audit()
         self._stuck_types = self._find_stuck_types()
-        self._services.moves.dependents.scan_some()
-        self._services.moves.turns.scan_some()
-        self._services.agenda.check_due()
+        self._pool.moves.dependents.scan_some()
+        self._pool.moves.turns.scan_some()
+        self._pool.agenda.check_due()
         self._ticker.refresh_soon()
-        self._services.watcher.check_all()
+        self._pool.watcher.check_all()
 
     def _has_coroutines(self) -> bool:
-        loop = self._services.runner.loop
+        loop = self._pool.runner.loop
         return loop is not None and bool(loop.running)
 
     def _look_at_loop(self, until: float) -> None:
-        if (loop := self._services.runner.loop) is not None:
+        if (loop := self._pool.runner.loop) is not None:
             loop.look()
 
     def _find_stuck_types(self) -> list[Problem]:
-        services = self._services
+        repository = self._pool.moves.repository
         if not self._pool.stuck.runs:  # nothing to say that a node with stuck threads does not say
             return []
-        nodes = [node for node in services.repository.nodes() if node.alive is not False]
-        return [*stuck_types(services.repository, nodes, services.controls.read_paused())]
+        nodes = [node for node in repository.nodes() if node.alive is not False]
+        return [*stuck_types(repository, nodes, self._pool.controls.read_paused())]
 
 
 def _unless_locked(do: Callable[[], object]) -> Callable[[float], None]:

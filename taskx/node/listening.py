@@ -28,7 +28,7 @@ class Listening:
 
     def start(self) -> None:
         """Start the thread, if there can be news."""
-        if self._pool.services.repository.shared:
+        if self._pool.moves.repository.shared:
             with suppress(RuntimeError):  # no thread can be started
                 self._thread.start()
 
@@ -38,28 +38,24 @@ class Listening:
         if (listener := self._listener) is not None:
             listener.close()
         if self._thread.is_alive():
-            self._thread.join(self._pool.services.timing.join_thread_within)
+            self._thread.join(self._pool.timing.join_thread_within)
 
     def _run(self) -> None:
         try:
             # In this thread: in another, the exception of a signal handler could leave an open pipe.
             if not self._stopped:
-                self._listener = self._pool.services.repository.news.listen(
-                    FREED + CANCEL_REQUESTED
-                )
+                self._listener = self._pool.moves.repository.news.listen(FREED + CANCEL_REQUESTED)
             if self._listener is not None:
                 self._listen(self._listener)
         except Exception:  # a defect of ours
-            self._pool.services.log.exception(
-                "cannot listen to other processes; this node only polls"
-            )
+            self._pool.log.exception("cannot listen to other processes; this node only polls")
         finally:
             if (listener := self._listener) is not None:
                 self._listener = None
                 listener.close()
 
     def _listen(self, listener: Listener) -> None:
-        timing, fetcher = self._pool.services.timing, self._pool.fetcher
+        timing, fetcher = self._pool.timing, self._pool.fetcher
         rest = Rest(timing)
         while not self._stopped:
             if not (news := listener.wait()):

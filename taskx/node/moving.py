@@ -1,4 +1,4 @@
-"""The door for moves, with the consequences of each one, and the services that the parts of a queue share.
+"""The door for moves, with the consequences of each one.
 
 A move is a write that ``lifecycle`` makes. All code above the storage commits moves through :class:`Moves`,
 which does what ``MOVES`` says. So no move can be forgotten by the parts that must hear of it. Notes are not
@@ -17,12 +17,8 @@ from functools import partial
 from itertools import compress
 from typing import Any, NamedTuple, Protocol
 
-import attrs
-
-from taskx.attempt.checkpoints import Keeper
 from taskx.attempt.failures import error_type
-from taskx.attempt.registry import Registry
-from taskx.attempt.runner import Run, Runner
+from taskx.attempt.runner import Run
 from taskx.node.counts import Counts, counted_as
 from taskx.node.hooks import Hooks
 from taskx.node.ledger import Ledger
@@ -30,7 +26,6 @@ from taskx.node.ordering import Dependents, Turns
 from taskx.node.shares import Crew, Shares
 from taskx.node.watcher import Watcher
 from taskx.stores.base import Repository
-from taskx.stores.controls import Controls
 from taskx.tasks import lifecycle
 from taskx.tasks.bell import Agenda, Bell
 from taskx.tasks.clock import Clock
@@ -100,7 +95,11 @@ class Moves(Ledger[Outcome]):
     - :meth:`commit` commits moves, also those that create tasks.
     - :meth:`later` and :meth:`conclude` commit the outcomes of attempts, and :meth:`flush` those that wait.
     - :meth:`follow` is for moves that a transaction of the program has committed.
+
+    The attributes are those of every :class:`Door`.
     """
+
+    inside = False
 
     def __init__(
         self,
@@ -116,6 +115,8 @@ class Moves(Ledger[Outcome]):
         shares: Callable[[], Mapping[str, Limit]],
     ) -> None:
         super().__init__(repository, log, agenda, timing)
+        self.repository = repository
+        self.now_ms = clock.now_ms
         self._hooks = hooks
         self._watcher = watcher
         self._redact = redact
@@ -127,10 +128,12 @@ class Moves(Ledger[Outcome]):
         #: Counts what tasks do.
         self.counts = Counts(repository, clock, limit_of)
         shared = Shares(repository, shares, limit_of, lambda: self._pool, clock)
-        self.turns = Turns(repository, self.commit, limit_of, shared, clock, log, timing.batch)
-        self.dependents = Dependents(
-            repository, self.commit, agenda, clock, log, timing.batch, timing.scan_batch
-        )
+        self.turns = Turns(self, limit_of, shared, clock, log, timing.batch)
+        self.dependents = Dependents(self, agenda, log, timing.batch, timing.scan_batch)
+
+    def after(self, call: Callable[[], object]) -> None:
+        """Call a function after the commit, which was a transaction of its own."""
+        call()
 
     def serve(self, pool: _Pool | None) -> None:
         """Tell the pool of a started node of moves of its tasks, from now on; None: tell nobody."""
@@ -406,24 +409,3 @@ def _facts(task: Task, changes: Mapping[str, Any], outcome: Outcome | None) -> d
             facts["when"] = f"when its stuck thread ends{later}"
     changed = ("status", "error", "traceback", "progress", "message")
     return {**facts, **{name: changes[name] for name in changed if name in changes}}
-
-
-@attrs.frozen(eq=False)
-class Services:
-    """The parts of a queue that its calls and its node share.
-
-    In a transaction of the caller, a call takes its repository and its door for moves from its ``Work``.
-    """
-
-    repository: Repository
-    moves: Moves
-    controls: Controls
-    agenda: Agenda
-    registry: Registry
-    runner: Runner
-    keeper: Keeper
-    watcher: Watcher
-    hooks: Hooks
-    clock: Clock
-    log: GuardedLogger
-    timing: Timing

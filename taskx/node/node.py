@@ -18,9 +18,10 @@ import attrs
 from taskx.attempt.current import awaited
 from taskx.attempt.runner import inside_executor
 from taskx.node.engine import Engine
+from taskx.node.hooks import Hooks
 from taskx.node.housekeeper import Housekeeper
-from taskx.node.moving import Services
-from taskx.node.pool import WorkerPool
+from taskx.node.moving import Moves
+from taskx.node.pool import Ends, WorkerPool
 from taskx.node.schedules import Entry
 from taskx.stores.liveness.base import About, Node
 from taskx.tasks import permission
@@ -74,15 +75,32 @@ class LocalNode:
     5. *Ended*: the last executor has returned, and the node has left the repository.
 
     Args:
-        services: the parts of the queue.
-        engine: makes what runs tasks.
         queue: the queue. Its ``config`` may change until the start.
+        engine: the engine of the queue.
+        make_pool: makes a pool for a node, of the parts of the queue.
+        moves: the door to the repository.
+        hooks: tells hooks.
+        log: the logger of the queue.
+        timing: the intervals of its work.
     """
 
-    def __init__(self, services: Services, engine: Engine, queue: _Queue) -> None:
-        self._services = services
-        self._engine = engine
+    def __init__(
+        self,
+        queue: _Queue,
+        engine: Engine,
+        make_pool: Callable[[Node, Config, Ends], WorkerPool],
+        moves: Moves,
+        hooks: Hooks,
+        log: GuardedLogger,
+        timing: Timing,
+    ) -> None:
         self._queue = queue
+        self._engine = engine
+        self._make_pool = make_pool
+        self._moves = moves
+        self._hooks = hooks
+        #: The queue's logger, and its timing.
+        self.log, self.timing = log, timing
         #: The worker pool; None until the queue is started.
         self.pool: WorkerPool | None = None
         #: True from the stop on.
@@ -127,16 +145,6 @@ class LocalNode:
         return self.pool is not None and self.pool.outdated is not None
 
     @property
-    def timing(self) -> Timing:
-        """The queue's timing."""
-        return self._services.timing
-
-    @property
-    def log(self) -> GuardedLogger:
-        """The queue's logger."""
-        return self._services.log
-
-    @property
     def record(self) -> Node:
         """The node as it was recorded last."""
         return self._pool.recorded
@@ -151,7 +159,7 @@ class LocalNode:
         self._on_stop_request = on_stop_request or self._on_stop_request
         with self._starting:
             if self.stopped:
-                new = f"queue = Queue({self._services.repository!r})"
+                new = f"queue = Queue({self._moves.repository!r})"
                 raise QueueStopped(
                     f"a stopped queue cannot be started again: write {new}, and register its executors "
                     "with that. To go on with one queue, write queue.start() in place of with queue"
@@ -172,7 +180,7 @@ class LocalNode:
             except BaseException:  # an interrupt, too: it can be started again
                 self.withdraw()
                 raise
-            if (hooks := self._services.hooks).queue_started:
+            if (hooks := self._hooks).queue_started:
                 hooks.tell(hooks.queue_started, lambda: self._queue)
             self._pool.go()
 
@@ -185,7 +193,7 @@ class LocalNode:
         config, about = self._queue.config, self._about()
         node_id = new_id()
         record = Node(id=node_id, name=f"{about.host}:{about.pid}:{node_id[-6:]}", about=about)
-        self._pool = self._engine.make_pool(self._services, record, config, self)
+        self._pool = self._make_pool(record, config, self)
         self._housekeeper = self._engine.make_housekeeper(self._pool, config.retention)
 
     def _about(self) -> About:
@@ -198,7 +206,7 @@ class LocalNode:
             pid=os.getpid(),
             python="{}.{}.{}".format(*sys.version_info),
             version=import_module("taskx").__version__,  # it imports this module
-            started_at=self._services.clock.now_ms(),
+            started_at=self._moves.now_ms(),
             buffer_size=config.buffer_size,
             worker_num=config.worker_num,
         )
@@ -207,10 +215,9 @@ class LocalNode:
     def _join(self) -> None:
         """Join the repository, and take back tasks of dead nodes."""
         permission.refuse_start()
-        services, pool = self._services, self._pool
-        repository = services.repository
+        pool, repository = self._pool, self._moves.repository
         if repository.shortcoming:
-            services.log.warning(
+            self.log.warning(
                 "%s: this queue assumes that it is the only process on the repository, and that a "
                 "dead process left the tasks that it finds running",
                 repository.shortcoming,
@@ -225,7 +232,7 @@ class LocalNode:
             self._on_record = False
             raise
         pool.joined()
-        self._housekeeper.recovery.recover(time.monotonic() + services.timing.round_within)
+        self._housekeeper.recovery.recover(time.monotonic() + self.timing.round_within)
         pool.fetcher.refill()
 
     def _begin(self) -> None:
@@ -237,14 +244,14 @@ class LocalNode:
         """Make the pool visible to other threads; return False if the queue was stopped."""
         with self._changing:
             if not self.stopped:
-                self._services.moves.serve(self._pool)
+                self._moves.serve(self._pool)
                 self.pool = self._pool
             return not self.stopped
 
     def withdraw(self) -> None:
         """Undo the start; no task was run."""
         self.pool = None
-        self._services.moves.serve(None)
+        self._moves.serve(None)
         self._pool.begin_stop()
         self._housekeeper.stop()
         if not self._on_record:
@@ -252,7 +259,7 @@ class LocalNode:
         with suppress(RepositoryError):  # other nodes take back the tasks of a node that has left
             self._pool.release_pending()
         with suppress(RepositoryError):  # the caller gets the first error
-            self._services.repository.liveness.leave(self._pool.node.id)
+            self._moves.repository.liveness.leave(self._pool.node.id)
 
     # --- running
 
@@ -264,8 +271,8 @@ class LocalNode:
             SchemaMismatch: another process has migrated the file.
             QueueStopped: the queue was stopped, perhaps in the meantime.
         """
-        services = self._services
-        if inside_executor() or services.hooks.inside:
+        hooks = self._hooks
+        if inside_executor() or hooks.inside:
             raise ConfigurationError(
                 "drain() inside an executor or a hook would wait for itself: call it elsewhere"
             )
@@ -280,18 +287,18 @@ class LocalNode:
                 raise SchemaMismatch(*pool.outdated.args)
             if pool.stopping:
                 raise QueueStopped("the queue was stopped before all tasks had ended")
-            left = min(services.timing.quiet_every, deadline - time.monotonic())
+            left = min(self.timing.quiet_every, deadline - time.monotonic())
             if left <= 0:
                 return False
-            if services.hooks.quiet:
+            if hooks.quiet:
                 pool.wait_quiet(left)
             else:
-                services.hooks.wait(left)
+                hooks.wait(left)
         return True
 
     def _nothing_left(self) -> bool:
         """Return True if nothing is left to run, and nothing to tell a hook, which may submit more."""
-        hooks, pool = self._services.hooks, self._pool
+        hooks, pool = self._hooks, self._pool
         told = hooks.told
         return (
             pool.holds_nothing()
@@ -322,9 +329,7 @@ class LocalNode:
             self.stopped = True
             self._ended = self._ended or self.pool is None
         still = [] if self.pool is None else self._stop(seconds, cancel=cancel)
-        self.wait_for_hooks(
-            max(0.0, deadline + self._services.timing.stop_extra - time.monotonic())
-        )
+        self.wait_for_hooks(max(0.0, deadline + self.timing.stop_extra - time.monotonic()))
         return still
 
     def tell_to_stop(self) -> None:
@@ -335,7 +340,7 @@ class LocalNode:
 
     def wait_for_hooks(self, timeout: float) -> None:
         """Wait until hooks have been told everything; log a warning if they were not in time."""
-        hooks = self._services.hooks
+        hooks = self._hooks
         if not (hooks.quiet or hooks.inside or hooks.wait(timeout)):
             self.log.warning("stopped with %d event(s) not told to hooks yet", len(hooks.waiting))
 
@@ -352,7 +357,7 @@ class LocalNode:
         self._soon(self._stop)
 
     def _soon(self, stop: Callable[..., object]) -> None:
-        within = self._services.timing.retire_within
+        within = self.timing.retire_within
         _in_thread(lambda: stop(within, cancel=False))
 
     def _stop(self, timeout: float, *, cancel: bool) -> list[str]:
@@ -363,7 +368,7 @@ class LocalNode:
         if not self._stopping.acquire(blocking=False):
             return self._wait_for_end(timeout, cancel=cancel)
         try:
-            with self._services.repository.transactions.blocking():
+            with self._moves.repository.transactions.blocking():
                 return self._stop_now(timeout, cancel=cancel)
         except BaseException:  # an interrupt: the next call starts again
             self._stopping.release()
@@ -410,7 +415,7 @@ class LocalNode:
         except RuntimeError:  # the interpreter is shutting down
             step()
         else:
-            thread.join(max(0.0, deadline + self._services.timing.stop_extra - time.monotonic()))
+            thread.join(max(0.0, deadline + self.timing.stop_extra - time.monotonic()))
 
     def _wait_for_end(self, timeout: float, *, cancel: bool) -> list[str]:
         if cancel:
@@ -426,14 +431,14 @@ class LocalNode:
     def _begin_stop(self) -> None:
         try:
             self._pool.begin_stop()
-            self._services.repository.liveness.mark_stopping(self._pool.node.id)
+            self._moves.repository.liveness.mark_stopping(self._pool.node.id)
             self._pool.release_pending()
         except RepositoryError as error:
             self.log.warning("the stop could not be recorded: %s", error)
 
     def _tell_left_pending(self) -> None:
         with suppress(RepositoryError):  # other steps log it
-            count, filter = self._services.repository.count, TaskFilter(status=TaskStatus.PENDING)
+            count, filter = self._moves.repository.count, TaskFilter(status=TaskStatus.PENDING)
             pending = count(filter)
             if pending:  # people give answers whether a queue runs or not
                 pending -= sum(count(attrs.evolve(filter, type=type)) for type in NO_WORK)
@@ -449,28 +454,28 @@ class LocalNode:
             others = pool.runs or pool.stuck.runs
             if pool.workers_left <= here and (inside_executor() or not others):
                 return
-            pool.wait_quiet(min(left, self._services.timing.quiet_every))
+            pool.wait_quiet(min(left, self.timing.quiet_every))
 
     def _write_outcomes(self) -> None:
         try:
-            self._services.moves.flush(patient=True)
+            self._moves.flush(patient=True)
             self._pool.starter.undo()
         except RepositoryError as error:
             self.log.warning("outcomes could not be written yet: %s", error)
 
     def _end_later(self) -> None:
         while self._pool.workers_left or self.still_running():
-            self._pool.wait_quiet(self._services.timing.quiet_every)
+            self._pool.wait_quiet(self.timing.quiet_every)
         self._end()
 
     def _end(self) -> None:
         """Write the last outcomes, and leave the repository, after the last executor has returned."""
-        services, pool, moves = self._services, self._pool, self._services.moves
+        pool, moves = self._pool, self._moves
         with self._ending:  # after an interrupted stop, another thread may be doing the same
             if self._left.is_set():
                 return
             self._housekeeper.stop()
-            if (loop := services.runner.loop) is not None:
+            if (loop := pool.runner.loop) is not None:
                 loop.close()
             self._write_outcomes()
             try:
@@ -484,7 +489,7 @@ class LocalNode:
                     pool.admission.end()
                 with suppress(RepositoryError):  # and take back their tasks
                     pool.release_pending()
-                services.repository.liveness.leave(pool.node.id)
+                moves.repository.liveness.leave(pool.node.id)
             except RepositoryError as error:
                 self.log.warning("the end could not be recorded: %s", error)
             pool.forget_began()
@@ -492,7 +497,7 @@ class LocalNode:
             self.log.info("node %s stopped", pool.node.name)
             self._ended = True
             try:
-                if (hooks := services.hooks).queue_stopped:
+                if (hooks := self._hooks).queue_stopped:
                     hooks.tell(hooks.queue_stopped, lambda: self._queue)
             finally:  # after it was told: a second call of stop() waits for this, and then for the hooks
                 self._left.set()

@@ -31,6 +31,7 @@ from taskx.node.shared_limits import RATE, SharedBucket, is_full, until_token
 from taskx.node.shares import Candidate, Shares
 from taskx.stores import lists
 from taskx.stores.base import Repository
+from taskx.stores.door import Door
 from taskx.tasks import children, lifecycle
 from taskx.tasks.bell import Agenda
 from taskx.tasks.clock import Clock
@@ -110,20 +111,16 @@ class Dependents(_Scanner):
 
     def __init__(
         self,
-        repository: Repository,
-        commit: Commit,
+        moves: Door,
         agenda: Agenda,
-        clock: Clock,
         log: GuardedLogger,
         batch: int,
         scan_batch: int,
     ) -> None:
         super().__init__()
         self._batch, self._scan_batch = batch, scan_batch
-        self._repository = repository
-        self._commit = commit
+        self._moves = moves
         self._agenda = agenda
-        self._clock = clock
         self._log = log
         #: True if a task may wait for another one. If False, nobody needs to report that tasks end.
         self.any = False
@@ -145,7 +142,7 @@ class Dependents(_Scanner):
             self.any = True
             self._additions += 1
         try:
-            statuses = self._repository.statuses([*set(waiting.values())])
+            statuses = self._moves.repository.statuses([*set(waiting.values())])
         except TaskxError as error:  # the tasks are stored: their submitter must not get an error
             self._all_due = True
             self._log.warning("tasks that wait for other tasks are checked later: %s", error)
@@ -187,14 +184,14 @@ class Dependents(_Scanner):
 
     def _page(self, after: str) -> tuple[Sequence[str], str]:
         """Return the parents of the next page that have ended, and the last parent of the page."""
-        awaited = self._repository.distinct("waiting_on", after, self._scan_batch)
-        statuses = self._repository.statuses(awaited)
+        awaited = self._moves.repository.distinct("waiting_on", after, self._scan_batch)
+        statuses = self._moves.repository.statuses(awaited)
         gone = [parent for parent in awaited if statuses.get(parent) not in UNFINISHED]
         ended = set(gone)
         some = [
             parent for parent in awaited if children.may_be_list(parent) and parent not in ended
         ]
-        gone += lists.done(self._repository, some)
+        gone += lists.done(self._moves.repository, some)
         return gone, awaited[-1] if awaited else ""
 
     # --- processing
@@ -230,7 +227,7 @@ class Dependents(_Scanner):
     def refresh(self) -> None:
         """Read if any task waits, as other processes may have stored some; if so, ends are reported."""
         additions = self._additions
-        some = bool(self._repository.distinct("waiting_on", "", 1))
+        some = bool(self._moves.repository.distinct("waiting_on", "", 1))
         with self._lock:
             if additions == self._additions:
                 # Tasks that ended before this was known were not reported.
@@ -259,13 +256,13 @@ class Dependents(_Scanner):
         """Return the tasks that wait for one of these parents, or for some of a list that it is in."""
         listed = {children.list_of(parent): None for parent in parents}
         awaited = [*dict.fromkeys((*parents, *filter(None, listed)))]
-        return [child for (child,) in self._repository.find("waiting_on", awaited, ("id",))]
+        return [child for (child,) in self._moves.repository.find("waiting_on", awaited, ("id",))]
 
     # --- deciding
 
     def _decide(self, task_ids: Sequence[str]) -> None:
         """Move tasks on according to the statuses of their parents."""
-        found = self._repository.get_many(task_ids)
+        found = self._moves.repository.get_many(task_ids)
         if waiting := {i: t for i, t in found.items() if t.status.value == PENDING}:
             self._move(waiting)
 
@@ -278,9 +275,9 @@ class Dependents(_Scanner):
         }
         on, waiters = self._waits(waiting)
         parents.update(dict.fromkeys(parent for parent in on.values() if parent is not None))
-        statuses = self._repository.statuses([*parents])
+        statuses = self._moves.repository.statuses([*parents])
         following = self._following(waiting, on, statuses)
-        now, moves = self._clock.now_ms(), list[Update | Delete]()
+        now, moves = self._moves.now_ms(), list[Update | Delete]()
         for task in waiting.values():
             awaited, some = on.get(task.id), waiters.get(task.id, ())
             if task.type == CHILDREN:
@@ -295,7 +292,7 @@ class Dependents(_Scanner):
             else:
                 moves.append(lifecycle.parents_moved(task, statuses, now))
         if moves:
-            self._commit(moves, waiting)
+            self._moves.commit(moves, waiting)
 
     def _waits(
         self, waiting: Mapping[str, Task]
@@ -305,7 +302,7 @@ class Dependents(_Scanner):
         others = [i for i, t in waiting.items() if t.type == CHILDREN or lifecycle.is_parked(t)]
         if not (answers or others):
             return {}, {}
-        find, waiters = self._repository.find, dict[str, list[str]]()
+        find, waiters = self._moves.repository.find, dict[str, list[str]]()
         for answer, waiter in find("waiting_on", answers, ("waiting_on", "id")) if answers else ():
             waiters.setdefault(answer, []).append(waiter)
         return dict(find("id", [*answers, *others], ("id", "waiting_on"))), waiters
@@ -330,14 +327,14 @@ class Dependents(_Scanner):
                 listed[task_id] = one
         if not listed:
             return {}
-        found = self._repository.get_many([*{*listed.values()}])
+        found = self._moves.repository.get_many([*{*listed.values()}])
         theirs = {
             task_id: found[one]
             for task_id, one in listed.items()
             if children.is_of(found.get(one), task_id)
         }
         every = {child for one in theirs.values() for child in one.depends_on}
-        known = self._repository.statuses([*every])
+        known = self._moves.repository.statuses([*every])
         return {task_id: children.awaited(one, known) for task_id, one in theirs.items()}
 
     def _with_parent(
@@ -348,7 +345,7 @@ class Dependents(_Scanner):
         if parent is None or status in UNFINISHED:
             return []
         if status == CANCELLED:
-            lists.cancel(self._repository, lambda writes: self._commit(writes, None), listed, now)
+            lists.cancel(self._moves.repository, self._moves.commit, listed, now)
         return [lifecycle.listed_ended(listed, parent, status, now)]
 
 
@@ -367,8 +364,7 @@ class Turns(_Scanner):
     """Gives the turns of each key to the tasks that have waited longest for them.
 
     Args:
-        repository: stores the tasks, and the rates of keys.
-        commit: commits moves.
+        moves: the door to the repository.
         limit_of: returns the limit of a key; None if it has one turn, and no rate.
         shares: chooses the keys that get a turn, of those that share the workers.
         clock: the clock of the rates.
@@ -378,8 +374,7 @@ class Turns(_Scanner):
 
     def __init__(
         self,
-        repository: Repository,
-        commit: Callable[[Sequence[Update]], object],
+        moves: Door,
         limit_of: Callable[[str], Limit | None],
         shares: Shares,
         clock: Clock,
@@ -389,8 +384,7 @@ class Turns(_Scanner):
         super().__init__()
         self._batch = batch
         self._shares = shares
-        self._repository = repository
-        self._commit = commit
+        self._moves = moves
         self._limit_of = limit_of
         self._clock = clock
         self._log = log
@@ -412,22 +406,22 @@ class Turns(_Scanner):
     def _next_turn(self, key: str, leaver: str = "") -> Sequence[Update]:
         limit = self._limit_of(key)
         if limit is None:  # the guard of the write tells if the only turn is free
-            first = self._repository.find("line", [key], ("id",), 1)
+            first = self._moves.repository.find("line", [key], ("id",), 1)
             return [write for (task_id,) in first for write in lifecycle.give_turn(task_id, key)]
         if limit.share is not None:
             return self._share_out(leaver)
         every = lifecycle.turns_of(key, MOST_TURNS)  # the limit may have been lowered
-        holders = self._repository.find("turn", every, ("turn", "id"))
+        holders = self._moves.repository.find("turn", every, ("turn", "id"))
         taken = {turn for turn, task_id in holders if task_id != leaver}
         number = lifecycle.turns_at_once(limit)
         free = [turn for turn in every[:number] if turn not in taken]
         free = free[: max(0, number - len(taken))]
         fields = ("id", "run_at", "cost")
-        first = self._repository.find("line", [key], fields, len(free)) if free else ()
+        first = self._moves.repository.find("line", [key], fields, len(free)) if free else ()
         waits = self._waits(key, limit, [cost for *_, cost in first]) if limit.rates else ()
         writes: list[Update] = []
         for turn, (task_id, run_at, _), wait in zip_longest(free[: len(first)], first, waits):
-            due = self._clock.now_ms() + math.ceil(1000 * wait) if wait else None
+            due = self._moves.now_ms() + math.ceil(1000 * wait) if wait else None
             writes += lifecycle.give_turn(task_id, turn, due, run_at)
         return writes
 
@@ -445,7 +439,7 @@ class Turns(_Scanner):
 
     def _commit_turns(self, writes: Sequence[Update]) -> None:
         try:
-            self._commit(writes)
+            self._moves.commit(writes)
         finally:
             self._shares.settle(writes)
 
@@ -482,8 +476,8 @@ class Turns(_Scanner):
         for the tasks that are known: if those threads fail, no task is overtaken.
         """
         key, limit = one.key, one.limit
-        writes, now, given = list[Update](), self._clock.now_ms(), self._shares.mine
-        found = self._repository.find("line", [key], (*STUB, "cost"), 1 + len(given))
+        writes, now, given = list[Update](), self._moves.now_ms(), self._shares.mine
+        found = self._moves.repository.find("line", [key], (*STUB, "cost"), 1 + len(given))
         for *values, cost in found:
             stub = stub_from_values(tuple(values))
             if (before := given.get(stub.id)) is not None:
@@ -509,7 +503,7 @@ class Turns(_Scanner):
         every = lifecycle.turns_of(key, MOST_TURNS)
         taken = one.taken
         if limit.max_concurrency is not None or len(taken) >= one.read:  # which of the others are?
-            taken = dict(self._repository.find("turn", every, ("turn", "id")))
+            taken = dict(self._moves.repository.find("turn", every, ("turn", "id")))
         taken.update((g.turn, i) for i, g in given.items() if lifecycle.key_of(g.turn) == key)
         number = limit.max_concurrency or MOST_TURNS
         if sum(task_id != leaver for task_id in taken.values()) >= number:
@@ -524,7 +518,7 @@ class Turns(_Scanner):
         The start decides. So this need not know what other tasks take.
         """
         self._rates_used = True
-        bucket = SharedBucket(self._repository, key, limit.rates, self._clock, self._log)
+        bucket = SharedBucket(self._moves.repository, key, limit.rates, self._clock, self._log)
         asked = [_cost_of(cost) for cost in costs]
         return [until_token(bucket, cost, number) for number, cost in enumerate(asked, 1)]
 
@@ -565,12 +559,12 @@ class Turns(_Scanner):
         """Remove the rates of keys that are full again, a page at a time: there may be many keys."""
         if not self._rates_used:
             return
-        found = self._repository.reads.notes_after(RATE, self._rated, self._batch)
+        found = self._moves.repository.reads.notes_after(RATE, self._rated, self._batch)
         self._rated = max(found, default=RATE)
         for name, note in found.items():
             limit = self._limit_of(name.removeprefix(RATE))
             if limit is not None and is_full(note, self._clock):
-                self._repository.put_note(name, None, note.version)
+                self._moves.repository.put_note(name, None, note.version)
 
     def overdue(self) -> bool:
         """Return True if a turn is free for which a task waits."""
@@ -585,9 +579,9 @@ class Turns(_Scanner):
 
     def _page(self, after: str) -> tuple[Sequence[str], str]:
         """Return the keys of the next page for which tasks wait and a turn is free."""
-        keys = self._repository.distinct("line", after, self._batch)
+        keys = self._moves.repository.distinct("line", after, self._batch)
         free = {turn: key for key in keys for turn in self._turns(key)}
-        for (turn,) in self._repository.find("turn", [*free], ("turn",)):
+        for (turn,) in self._moves.repository.find("turn", [*free], ("turn",)):
             free.pop(turn, None)
         return [*dict.fromkeys(free.values())], keys[-1] if keys else ""
 

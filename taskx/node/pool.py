@@ -8,27 +8,33 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypedDict
 
 import attrs
 
-from taskx.attempt.registry import Middleware
-from taskx.attempt.runner import Call, Run, broken, lesser, runs_of, set_apart
+from taskx.attempt.checkpoints import Keeper
+from taskx.attempt.context import Shared
+from taskx.attempt.registry import Middleware, Registry
+from taskx.attempt.runner import Call, Run, Runner, broken, lesser, runs_of, set_apart
 from taskx.node.admission import Admission
 from taskx.node.ahead import Ahead
 from taskx.node.buffer import Batches, Buffer, Item, Slots
 from taskx.node.fetcher import Fetcher
-from taskx.node.moving import Outcome, Services
+from taskx.node.hooks import Hooks
+from taskx.node.moving import Moves, Outcome
 from taskx.node.place import Place
+from taskx.node.progress import store_progress
 from taskx.node.starter import Runs, Seat, Starter
 from taskx.node.stuck import Stuck
 from taskx.node.tuning import Tuning
+from taskx.node.watcher import Watcher
 from taskx.stores import queries
-from taskx.stores.controls import Hold
+from taskx.stores.controls import Controls, Hold
 from taskx.stores.liveness.base import Node
 from taskx.stores.liveness.began import Began
 from taskx.tasks import lifecycle
-from taskx.tasks.bell import Bell
+from taskx.tasks.bell import Agenda, Bell
+from taskx.tasks.clock import Clock
 from taskx.tasks.config import Config
 from taskx.tasks.errors import (
     CancelReason,
@@ -39,10 +45,11 @@ from taskx.tasks.errors import (
     is_interrupt,
 )
 from taskx.tasks.lifecycle import Ending
-from taskx.tasks.log import Complaint
+from taskx.tasks.log import Complaint, GuardedLogger, Once
 from taskx.tasks.model import MAX_NAME, Task
 from taskx.tasks.payload import clean_text
-from taskx.tasks.record import Stub, changed_task
+from taskx.tasks.record import CUT, Stub, changed_task
+from taskx.tasks.timing import Timing
 from taskx.tasks.writes import Insert, Update, Write, maker
 
 
@@ -51,6 +58,22 @@ def _fetch_size(workers: int, batches: Batches) -> int:
 
 
 _make_outcome = maker(Outcome)
+
+
+class PoolParts(TypedDict):
+    """The parts of a queue with which its pool is made: see :class:`WorkerPool`."""
+
+    moves: Moves
+    controls: Controls
+    agenda: Agenda
+    registry: Registry
+    runner: Runner
+    keeper: Keeper
+    watcher: Watcher
+    hooks: Hooks
+    clock: Clock
+    log: GuardedLogger
+    timing: Timing
 
 
 class Ends(Protocol):
@@ -67,11 +90,21 @@ class WorkerPool:
     """Runs tasks: threads that take ids from the buffer, start, execute and conclude them.
 
     Args:
-        services: the parts of the queue.
         node: the node's record in the repository.
         config: the number of threads, the size of the buffer, and more.
         ends: is told why the node must end.
         fetcher: makes what fetches tasks, of the pool's parts.
+        moves: the door to the repository.
+        controls: the pauses, overrides, holds and requests of all nodes.
+        agenda: what the housekeeper does soon.
+        registry: the executors and their limits.
+        runner: calls executors.
+        keeper: stores their checkpoints.
+        watcher: tells those who wait for tasks.
+        hooks: tells hooks.
+        clock: tells the time.
+        log: the logger of the queue.
+        timing: the intervals of its work.
     """
 
     #: True if a call for many tasks waits for more of them.
@@ -79,25 +112,43 @@ class WorkerPool:
 
     def __init__(
         self,
-        services: Services,
         node: Node,
         config: Config,
         ends: Ends,
         fetcher: Callable[..., Fetcher] = Fetcher,
+        *,
+        moves: Moves,
+        controls: Controls,
+        agenda: Agenda,
+        registry: Registry,
+        runner: Runner,
+        keeper: Keeper,
+        watcher: Watcher,
+        hooks: Hooks,
+        clock: Clock,
+        log: GuardedLogger,
+        timing: Timing,
     ) -> None:
-        self.services = services
-        self.agenda = services.agenda
-        self.hooks = services.hooks
+        self.moves = moves
+        self.controls = controls
+        self.agenda = agenda
+        self.registry = registry
+        self.runner = runner
+        self.watcher = watcher
+        self.hooks = hooks
+        self.clock = clock
+        self.log = log
+        self.timing = timing
         self.node = node
         #: Every task in flight: see :class:`Runs`.
         self.runs = Runs()
         workers = config.worker_num
-        self.ahead = Ahead(workers, services.timing)
+        self.ahead = Ahead(workers, timing)
         ageing = round((config.ageing or 0) * 1000)
-        fetch_size = _fetch_size(workers, services.registry.batches)
+        fetch_size = _fetch_size(workers, registry.batches)
         self.buffer = Buffer(
             *(config.buffer_size, fetch_size, self.ahead.wake, ageing),
-            *(services.timing.signals_every, services.registry.batches),
+            *(timing.signals_every, registry.batches),
             waits=self.waits_for_more,
         )
         self.stopping = False
@@ -106,22 +157,52 @@ class WorkerPool:
         #: Set when the workers may run tasks.
         self.begun = threading.Event()
         self.admission = Admission(
-            services.registry.limits,
-            services.registry.limited,
-            services.repository,
+            registry.limits,
+            registry.limited,
+            moves.repository,
             node.id,
-            services.clock,
+            clock,
             self.agenda.fetch_soon,
             self.agenda.wake_from_long_sleep,
-            services.log,
-            services.registry.limit_of_key,
-            services.controls.held_until,
+            log,
+            registry.limit_of_key,
+            controls.held_until,
+        )
+        shared = Shared(
+            runner.alarms,
+            log.logger,
+            keeper,
+            moves.repository.get_many,
+            self._store_progress_of,
+            runner.own_loop,
+            Once(partial(log.warning, CUT)),
         )
         self.starter = Starter(
-            services, node, self.buffer, self.runs, self.admission, self.ahead.at_work
+            node,
+            self.buffer,
+            self.runs,
+            self.admission,
+            self.ahead.at_work,
+            moves,
+            controls,
+            agenda,
+            registry,
+            runner,
+            shared,
+            log,
+            timing,
         )
         self.fetcher = fetcher(
-            services, node.id, self.ahead, self.buffer, self.runs, self.starter, self.admission
+            node.id,
+            self.buffer,
+            self.runs,
+            self.admission,
+            self.ahead,
+            self.starter,
+            moves,
+            controls,
+            agenda,
+            registry,
         )
         self.discard = self.buffer.discard
         self.strike = self.starter.strike
@@ -130,17 +211,26 @@ class WorkerPool:
         #: Makes the pool follow pauses and overrides.
         self.tuning = Tuning(self, workers)
         # A repository of eight methods stores every new task as pending first.
-        self._stores_in_steps = bool(services.repository.shortcoming)
+        self._stores_in_steps = bool(moves.repository.shortcoming)
         #: The error that ends this node, if its TaskX is too old for the repository.
         self.outdated: SchemaMismatch | None = None
         self._retiring = threading.Lock()  # held for good
         self.ends = ends
-        self._complaint = Complaint(services.log, "the workers can use the repository again")
+        self._complaint = Complaint(log, "the workers can use the repository again")
         self._max_hold = config.max_hold
         self._counting = threading.Lock()
         #: Rung when nothing is left to run.
         self.quiet = Bell()
-        self.stuck = Stuck(services, node.id, config.max_stuck, self._do_without, self._abandon)
+        self.stuck = Stuck(
+            node.id,
+            config.max_stuck,
+            self._do_without,
+            self._abandon,
+            runner.abandon,
+            moves,
+            log,
+            timing.kill_within,
+        )
         #: The number of worker threads that have not ended.
         self.workers_left = 0
         self._at_work = self._named = 0
@@ -153,11 +243,11 @@ class WorkerPool:
         """Join the repository as a node."""
         self.recorded = self.described()
         # In a worker process of a broker the housekeeper sends the heartbeats, which saves a thread.
-        self.services.repository.liveness.join(self.recorded, tended=self.node.serves_broker)
+        self.moves.repository.liveness.join(self.recorded, tended=self.node.serves_broker)
 
     def joined(self) -> None:
         """Note what the node began from now on, and stop its tasks if it loses its lease."""
-        liveness = self.services.repository.liveness
+        liveness = self.moves.repository.liveness
         self.began = liveness.began(self.node.id)
         liveness.watch(self.node.id, self.lose_lease)
 
@@ -165,7 +255,7 @@ class WorkerPool:
         """Let the workers run tasks; a second call does nothing."""
         if not self.begun.is_set():
             self.begun.set()
-            self.services.log.info(
+            self.log.info(
                 "node %s started: %d workers, types %s",
                 self.node.name,
                 self.recorded.workers,
@@ -176,7 +266,7 @@ class WorkerPool:
         """End the node, because its TaskX is too old for the repository's new schema."""
         if self._retiring.acquire(blocking=False):
             self.outdated = why
-            self.services.log.error(
+            self.log.error(
                 "node %s takes no more tasks and hands back what it has: %s", self.node.name, why
             )
             self.ends.retired()
@@ -184,6 +274,11 @@ class WorkerPool:
     def forget_began(self) -> None:
         """Close the notes of what the node began, however late this object is collected."""
         self.began = None
+
+    def _store_progress_of(self, task_id: str) -> None:
+        """Store the progress of a run, if it has reported some."""
+        if (run := self.runs.get(task_id)) is not None:
+            store_progress([run], self.moves, self.hooks, self.clock)
 
     # --- the threads
 
@@ -232,7 +327,7 @@ class WorkerPool:
 
     def described(self) -> Node:
         """Return the node with the types, limits and workers that it has now."""
-        registry = self.services.registry
+        registry = self.registry
         return attrs.evolve(
             self.node,
             types=registry.types,
@@ -250,9 +345,8 @@ class WorkerPool:
 
     def may_start(self, type: str, key: str) -> bool:
         """Return True if a task of this type and key might start here now."""
-        services = self.services
-        held = services.controls.held_until(key) > services.clock.now_ms()
-        return not held and services.registry.runs(type) and self.fetcher.has_room(type)
+        held = self.controls.held_until(key) > self.clock.now_ms()
+        return not held and self.registry.runs(type) and self.fetcher.has_room(type)
 
     @property
     def taker(self) -> str:
@@ -272,7 +366,7 @@ class WorkerPool:
         """Record the types, limits and workers of this node, if they have changed since the last record."""
         described = self.described()
         if described != self.recorded:
-            self.services.repository.liveness.record(described)
+            self.moves.repository.liveness.record(described)
             self.recorded = described
 
     def set_workers(self, number: int) -> None:
@@ -282,9 +376,9 @@ class WorkerPool:
         with self._counting:
             self.ahead.set_workers(number)
             self._threaded = min(self._threaded, number)
-        self.buffer.set_fetch_size(_fetch_size(number, self.services.registry.batches))
+        self.buffer.set_fetch_size(_fetch_size(number, self.registry.batches))
         self.ahead.wake_all()
-        self.services.log.info("node %s: %d workers from now on", self.node.name, number)
+        self.log.info("node %s: %d workers from now on", self.node.name, number)
 
     def add_workers(self) -> None:
         """Start the threads that are missing since the number of workers was raised.
@@ -302,14 +396,14 @@ class WorkerPool:
                 threads = self._enlist(max(0, missing))
             self._start(threads)
         except RuntimeError as error:
-            self.services.log.error("cannot start more worker threads: %s", error)
+            self.log.error("cannot start more worker threads: %s", error)
 
     # --- the workers
 
     def _live(self, worker: str) -> None:
         """Work until the stop: any error costs some time, and never the thread."""
         self.begun.wait()
-        first, longest = self.services.timing.worker_pause, self.services.timing.longest_pause
+        first, longest = self.timing.worker_pause, self.timing.longest_pause
         pause, going = first, True
         while going:
             began = time.monotonic()
@@ -326,10 +420,10 @@ class WorkerPool:
                 self._pause(pause)
                 pause = min(2 * pause, longest)
             except BaseException:  # a defect of ours
-                self.services.log.exception("unexpected error in a worker thread; it continues")
+                self.log.exception("unexpected error in a worker thread; it continues")
                 self._pause(first)
         try:
-            self.services.moves.flush(wait=False)
+            self.moves.flush(wait=False)
         except RepositoryError as error:
             self._complaint.make("outcomes could not be written yet: %s", error)
         finally:  # in any case: a stop must not wait for a worker that is gone
@@ -340,12 +434,12 @@ class WorkerPool:
             self.quiet.ring_all()
 
     def _tell_worker_ended(self) -> None:
-        for layer in self.services.registry.middleware:
+        for layer in self.registry.middleware:
             if isinstance(layer, Middleware):
                 try:
                     layer.worker_ended()
                 except BaseException:  # user code
-                    self.services.log.exception("middleware failed at the end of a worker")
+                    self.log.exception("middleware failed at the end of a worker")
 
     def _pause(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -358,7 +452,7 @@ class WorkerPool:
         while not self.stopping:
             if self.hooks.waiting:
                 self.hooks.let_catch_up()
-            if ahead.short and not ahead.runs and not self.services.watcher.watching:
+            if ahead.short and not ahead.runs and not self.watcher.watching:
                 ahead.let_gather(len(buffer))
             run: Run | Call | None = ahead.take() if ahead.runs else None
             if run is None:
@@ -386,11 +480,11 @@ class WorkerPool:
         if self.buffer.ready:  # another worker starts tasks, and writes the outcomes with them
             self.agenda.wake_from_long_sleep()
         else:
-            if not self.services.moves.flush(wait=False):
+            if not self.moves.flush(wait=False):
                 # Another thread is committing, perhaps without the last outcomes.
                 self.agenda.wake_from_long_sleep()
-            if self.services.moves.dependents.told:  # this worker may run a child next
-                self.services.moves.dependents.process_some()
+            if self.moves.dependents.told:  # this worker may run a child next
+                self.moves.dependents.process_some()
             if self.agenda.more_stored:
                 self.fetcher.refill()
             self.tell_quiet()
@@ -417,7 +511,7 @@ class WorkerPool:
                 self.starter.hand_back(runs)
                 return None
             if len(runs) > 1 and runs[0].executor.together is not None and items[0].entered:
-                return Call(runs, self.services.runner)
+                return Call(runs, self.runner)
             if self.buffer.ready and len(self.ahead.waiting) >= len(runs) and not self.ahead.short:
                 own = 0
             if len(runs) > own and not self.ahead.lay_out(runs[own:]):
@@ -447,10 +541,10 @@ class WorkerPool:
 
     def buffers(self, type: str) -> bool:
         """Return True if a new task may go to a worker or into the buffer: no limit, no pause."""
-        services, paused = self.services, self.services.controls.paused
+        registry, paused = self.registry, self.controls.paused
         return (
-            type in services.registry.registered
-            and type not in services.registry.limited
+            type in registry.registered
+            and type not in registry.limited
             and not (paused.everything or type in paused.types)
         )
 
@@ -493,13 +587,13 @@ class WorkerPool:
                 return Ending(returned=False)
             began, cell = self.began, 0
             try:
-                if self.hooks.started or self.services.moves.is_told:
+                if self.hooks.started or self.moves.is_told:
                     self._tell_begins(run)
                 if run.task.timeout is not None or run.pulse is not None:
                     run.overdue = self.stuck.watch(run, worker)
                 if began is not None:
                     cell = began.begin(run.task.id, run.task.starts)
-                ending = self.services.runner.run(run, worker)
+                ending = self.runner.run(run, worker)
             except BaseException as error:  # noqa: BLE001  (see above)
                 ending = broken(error, worker)
             finally:
@@ -518,7 +612,7 @@ class WorkerPool:
             elif run.context._completed or run.task.concurrency_key is not None:
                 self._defer(run, ending)
             else:
-                self.services.moves.later(*self._outcome(run, ending))
+                self.moves.later(*self._outcome(run, ending))
         except BaseException:  # an interrupt: no thread executes it, as the audit then sees
             run.state = "starting"
             self.ahead.at_work.pop(run, None)
@@ -541,7 +635,7 @@ class WorkerPool:
             left = [run for run in left if self._begins(run)]
             if not left:
                 return endings
-            call = Call(left, self.services.runner)
+            call = Call(left, self.runner)
             mine = self._call(call, worker)
             if not call.decided.acquire(False):
                 left = []
@@ -580,7 +674,7 @@ class WorkerPool:
                     cells.append(began.begin(run.task.id, run.task.starts))
             timed = all(run.task.timeout is not None for run in call.runs)
             overdue = self.stuck.watch_call(call, worker) if timed else None
-            return self.services.runner.run_call(call, worker, overdue)
+            return self.runner.run_call(call, worker, overdue)
         except BaseException as error:  # noqa: BLE001  (as for a single run)
             others = len(call.runs) - 1
             if is_interrupt(error) or not others:
@@ -592,8 +686,8 @@ class WorkerPool:
                     began.end(cell)
 
     def _tell_begins(self, run: Run) -> None:
-        task, log = run.task, self.services.log
-        if self.services.moves.is_told:
+        task, log = run.task, self.log
+        if self.moves.is_told:
             what = "goes on with" if run.resumes else "begins,"
             log.debug("task %s (%s) %s attempt %d", task.id, task.type, what, task.attempt)
         if (listeners := self.hooks.started) and not run.resumes:
@@ -604,9 +698,9 @@ class WorkerPool:
             self._conclude_again(run, ending)
             return
         writes, outcome = self._outcome(run, ending)
-        self.services.moves.later(writes, outcome)
+        self.moves.later(writes, outcome)
         if len(writes) > 1:  # so a worker starts the next task of the key in the same commit
-            self.services.moves.turns.take_in(writes)
+            self.moves.turns.take_in(writes)
 
     def conclude(self, run: Run, ending: Ending) -> None:
         """Commit an outcome now, and do what follows from it, on a thread that may be interrupted."""
@@ -615,10 +709,10 @@ class WorkerPool:
             return
         writes, outcome = self._outcome(run, ending)
         try:
-            self.services.moves.conclude(writes, outcome)
+            self.moves.conclude(writes, outcome)
         except RepositoryUnavailable as error:
             self._defer(run, outcome.ending)
-            self.services.log.warning(
+            self.log.warning(
                 "task %s: its outcome could not be written yet (trying again): %s",
                 run.task.id,
                 error,
@@ -629,7 +723,7 @@ class WorkerPool:
         assert run.context._completed
         stored, writes = run.context._completed[0]
         if not ending.returned or ending.result is not None:
-            self.services.log.warning(
+            self.log.warning(
                 "task %s (%s) was completed by tx.complete(); %s is ignored",
                 *(run.task.id, run.task.type),
                 "the result that it returned"
@@ -637,42 +731,42 @@ class WorkerPool:
                 else f"what followed ({ending.error})",
             )
         outcome = Outcome(run, stored, self)
-        self.services.moves.follow(writes, {run.task.id: run.task}, outcome)
+        self.moves.follow(writes, {run.task.id: run.task}, outcome)
         self.concluded(run, writes, None)
 
     def _outcome(self, run: Run, ending: Ending) -> tuple[list[Update], Outcome]:
         """Return the writes of an ending, those that pass its turn on among them, and the outcome."""
-        now = self.services.clock.now_ms()
+        now = self.clock.now_ms()
         try:
             writes = lifecycle.conclude(run.task, ending, now)
         except Exception as error:  # noqa: BLE001  (a defect of ours: it fails this attempt alone)
             ending = broken(error, ending.worker)
             writes = lifecycle.conclude(run.task, ending, now)
         if (key := run.task.concurrency_key) is not None:
-            writes = [*writes, *self.services.moves.turns.next_turn(key, run.task.id)]
+            writes = [*writes, *self.moves.turns.next_turn(key, run.task.id)]
         return writes, _make_outcome((run, ending, self))
 
     def _hold(self, runs: Sequence[Run], endings: Sequence[Ending]) -> None:
         """Hold the limits that the tasks of a call were refused by; they run again later in any case."""
-        services, log, now = self.services, self.services.log, self.services.clock.now_ms()
+        registry, log, now = self.registry, self.log, self.clock.now_ms()
         wanted: dict[str, tuple[float, Task]] = {}
         for run, ending in zip(runs, endings, strict=True):
             if ending.hold is None or run.context._completed:
                 continue
             seconds, asked = ending.hold
-            for name in services.registry.names_to_hold(run.task, asked):
+            for name in registry.names_to_hold(run.task, asked):
                 if name not in wanted or wanted[name][0] < seconds:
                     wanted[name] = seconds, run.task
         holds = {}
         for name, (seconds, task) in wanted.items():
             until = now + math.ceil(1000 * min(seconds, self._max_hold))
-            fill = services.registry.fill_of(name) or 0.0
+            fill = registry.fill_of(name) or 0.0
             holds[name] = Hold(until, until + math.ceil(1000 * fill), task.id)
         if not holds:
             return
         try:
-            services.repository.require("holds of limits")
-            held = services.controls.hold(holds, now)
+            self.moves.repository.require("holds of limits")
+            held = self.controls.hold(holds, now)
             if held:
                 self.tuning.refresh()
         except (RepositoryError, ConfigurationError) as error:
@@ -711,7 +805,7 @@ class WorkerPool:
                 threads = self._enlist(1)
             self._start(threads)
         except RuntimeError as error:
-            self.services.log.error("cannot start a replacement worker thread: %s", error)
+            self.log.error("cannot start a replacement worker thread: %s", error)
 
     def _abandon(self, run: Run, ending: Ending) -> None:
         """Write the outcome of an attempt whose thread runs on."""
@@ -757,13 +851,13 @@ class WorkerPool:
 
     def _not_concluded(self, task: Task, error: BaseException | None) -> None:
         if error is None:
-            self.services.log.warning(
+            self.log.warning(
                 "task %s (%s): its late outcome was dropped, because another run had taken over, or "
                 "because it was stored before and the repository's answer was lost",
                 *(task.id, task.type),
             )
         else:
-            self.services.log.error(
+            self.log.error(
                 "task %s (%s): its outcome could not be stored, so it runs again: %s",
                 *(task.id, task.type, error),
             )
@@ -774,7 +868,7 @@ class WorkerPool:
         """Wake a worker if tasks wait; hand back started tasks for which no worker is free."""
         self.starter.suspects.call_next()
         if not self.ahead.nudge(self.buffer.ready):
-            self.starter.drop(self.ahead.clear(self.services.timing.hand_back_after))
+            self.starter.drop(self.ahead.clear(self.timing.hand_back_after))
         self.starter.undo()
 
     @property
@@ -797,8 +891,8 @@ class WorkerPool:
             or self.ahead.runs
             or self.starter.suspects.waiting
             or self.agenda.more_stored
-            or self.services.moves.unsettled
-            or self.services.moves.dependents.waiting
+            or self.moves.unsettled
+            or self.moves.dependents.waiting
         )
 
     def wait_quiet(self, timeout: float) -> None:
@@ -827,7 +921,7 @@ class WorkerPool:
 
     def fire_cancelled(self) -> None:
         """Fire the tokens of the runs that were asked to cancel, perhaps by another process."""
-        for task_id in queries.asked_to_cancel(self.services.repository, self.runs.ids):
+        for task_id in queries.asked_to_cancel(self.moves.repository, self.runs.ids):
             self.fire(task_id)
 
     def tell_to_stop(self) -> None:
@@ -848,7 +942,7 @@ class WorkerPool:
 
     def release_pending(self) -> None:
         """Free the pending tasks that this node holds, so that any node can run them."""
-        found = self.services.repository.find("buffered_on", [self.node.id], ("id",))
+        found = self.moves.repository.find("buffered_on", [self.node.id], ("id",))
         self.starter.free([task_id for (task_id,) in found])
 
 

@@ -6,26 +6,29 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from taskx.attempt.runner import Run
-from taskx.node.moving import Services
+from taskx.node.hooks import Hooks
+from taskx.node.moving import Moves
+from taskx.stores.base import Repository
 from taskx.tasks import lifecycle
+from taskx.tasks.clock import Clock
 from taskx.tasks.errors import PayloadError
 from taskx.tasks.record import changed_task
 
 
-def store_progress(services: Services, runs: Sequence[Run]) -> None:
+def store_progress(runs: Sequence[Run], moves: Moves, hooks: Hooks, clock: Clock) -> None:
     """Store what runs have told since the last time: their progress, and the log that is kept of them.
 
     Raises:
         RepositoryError: it could not be stored; the next call tries again.
     """
     tasks, writes, logs = {}, [], []
-    now, stored = services.clock.monotonic(), False
+    now, stored = clock.monotonic(), False
     try:
         for run in runs:
             context, capture = run.context, run.capture
             if (new := context._new_progress()) is not None:
                 tasks[run.task.id] = run.task
-                if services.hooks.progressed:  # they see the checkpoints that it has stored, too
+                if hooks.progressed:  # they see the checkpoints that it has stored, too
                     tasks[run.task.id] = changed_task(run.task, context._shown({}))
                 writes.append(lifecycle.progress(run.task.id, run.task.starts, *new))
             if (
@@ -36,7 +39,7 @@ def store_progress(services: Services, runs: Sequence[Run]) -> None:
                 logs.append(capture)
                 writes.append(lifecycle.log_so_far(run.task, lines))
         if writes:
-            services.moves.commit(writes, tasks)
+            moves.commit(writes, tasks)
             stored = True
     finally:
         for run in runs:
@@ -45,7 +48,7 @@ def store_progress(services: Services, runs: Sequence[Run]) -> None:
             capture.not_stored()
 
 
-def store_emitted(services: Services, runs: Sequence[Run]) -> None:
+def store_emitted(runs: Sequence[Run], repository: Repository) -> None:
     """Store what runs have emitted since the last time, all of it at once.
 
     Raises:
@@ -59,6 +62,6 @@ def store_emitted(services: Services, runs: Sequence[Run]) -> None:
                 saved.append((emitted, texts))
                 changes += notes
     if changes:
-        services.repository.put_notes(changes)
+        repository.put_notes(changes)
         for emitted, texts in saved:
             emitted.saved(texts)

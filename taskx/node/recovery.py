@@ -41,7 +41,7 @@ class Recovery:
             until: the time, on the monotonic clock, from which the rest of their buffered tasks is left to
                 :meth:`go_on`.
         """
-        repository = self._pool.services.repository
+        repository = self._pool.moves.repository
         # Owners first: a node that joins after this and owns a task is in the list of nodes below.
         owners = queries.owners(repository)
         nodes = {node.id: node for node in repository.nodes()}
@@ -64,7 +64,7 @@ class Recovery:
                 recovered += self._take_back(node)
             elif node.alive is None and not node.silent and node.id not in self._unknown:
                 self._unknown.add(node.id)
-                self._pool.services.log.warning(
+                self._pool.log.warning(
                     "cannot tell if node %s is alive, because its lock file is missing or unreadable; "
                     "its tasks are left alone",
                     node.name,
@@ -76,40 +76,37 @@ class Recovery:
         freed = 0
         for node in list(self._left):
             while writes := self._pending(node):
-                results = self._pool.services.moves.commit(writes)
+                results = self._pool.moves.commit(writes)
                 freed += sum(results)
                 self._left[node] += len(results) - sum(results)
-                if (
-                    len(writes) == self._pool.services.timing.free_batch
-                    and time.monotonic() >= until
-                ):
+                if len(writes) == self._pool.timing.free_batch and time.monotonic() >= until:
                     return freed
-            self._pool.services.moves.dependents.ended_elsewhere()
-            self._pool.services.moves.turns.scan_all_soon()
+            self._pool.moves.dependents.ended_elsewhere()
+            self._pool.moves.turns.scan_all_soon()
             if (
                 node == self._pool.node.id
             ):  # it makes another record, if its own is gone or says dead
-                self._pool.services.repository.liveness.come_back(node)
+                self._pool.moves.repository.liveness.come_back(node)
             else:
-                self._pool.services.repository.liveness.leave(node)
+                self._pool.moves.repository.liveness.leave(node)
             del self._left[node]
         return freed
 
     def _pending(self, node: str) -> list[Update]:
         """Return the writes that free the next tasks in the buffer of a dead node."""
-        passed, batch = self._left[node], self._pool.services.timing.free_batch
-        found = self._pool.services.repository.find("buffered_on", [node], ("id",), passed + batch)
+        passed, batch = self._left[node], self._pool.timing.free_batch
+        found = self._pool.moves.repository.find("buffered_on", [node], ("id",), passed + batch)
         return [lifecycle.free(task_id, node) for (task_id,) in found[passed:]]
 
     def _take_back(self, node: Node) -> int:
         """Rescue the running tasks of a dead node; its buffered ones are freed later."""
-        find = self._pool.services.repository.find
+        find = self._pool.moves.repository.find
         running = [task_id for (task_id,) in find("running_on", [node.id], ("id",))]
         barred = [task_id for (task_id,) in find("stuck_on", [node.id], ("id",))]
-        found = self._pool.services.repository.get_many(running).values()
+        found = self._pool.moves.repository.get_many(running).values()
         # Another node may have rescued some since, and a third one may run them.
         tasks = [task for task in found if task.owner == node.id]
-        if not self._pool.services.repository.liveness.is_dead(node.id):
+        if not self._pool.moves.repository.liveness.is_dead(node.id):
             return 0  # it came back, and may be running the tasks that were read
         try:
             if tasks:
@@ -118,7 +115,7 @@ class Recovery:
             # A transaction of the dead process may still hold a record, on MongoDB for a minute.
             if node.id not in self._held:
                 self._held.add(node.id)
-                self._pool.services.log.warning(
+                self._pool.log.warning(
                     "the tasks of node %s, which died, cannot be taken back yet: %s",
                     *(node.name, error),
                 )
@@ -127,9 +124,9 @@ class Recovery:
         return len(running) + self._pool.stuck.lift_bars(barred, node.id)
 
     def _rescue(self, node: Node, tasks: Sequence[Task]) -> None:
-        now = self._pool.services.clock.now_ms()
-        isolated = self._pool.services.registry.isolated
-        began = self._pool.services.repository.liveness.began(node.id)
+        now = self._pool.clock.now_ms()
+        isolated = self._pool.registry.isolated
+        began = self._pool.moves.repository.liveness.began(node.id)
         executing = {task.id for task in tasks if began is None or (task.id, task.starts) in began}
         rescues = lifecycle.rescue(
             list(tasks), now, stopping=node.stopping, isolated=isolated, executing=executing
@@ -137,12 +134,12 @@ class Recovery:
         # One transaction: after half a rescue, the other tasks would be told a wrong number of neighbours.
         writes = [write for alternatives in rescues for write in alternatives]
         known = {task.id: task for task in tasks}
-        results = self._pool.services.moves.commit(writes, known)
+        results = self._pool.moves.commit(writes, known)
         again = [
             w.id for w in compress(writes, results) if w.changes["status"] == lifecycle.PENDING
         ]
         if again:
-            self._pool.services.log.warning(
+            self._pool.log.warning(
                 "node %s died while it ran %s, which %s again: %s",
                 *(node.name, counted(len(again), "task"), "runs" if len(again) == 1 else "run"),
                 listed(again),

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 from taskx.node.counts import Rollup
-from taskx.node.moving import Services
+from taskx.node.moving import Moves
 from taskx.stores.base import Repository
 from taskx.tasks import lifecycle
-from taskx.tasks.clock import to_ms, within_calendar
+from taskx.tasks.clock import Clock, to_ms, within_calendar
 from taskx.tasks.errors import ConfigurationError
+from taskx.tasks.log import GuardedLogger
 from taskx.tasks.model import TaskStatus, check_moment, check_status
 from taskx.tasks.record import PART, task_of_part
 from taskx.tasks.streams import AFTER_ALL, STREAM, life_of, task_of
+from taskx.tasks.timing import Timing
 from taskx.tasks.writes import NoteChange
 
 # Most dependents that are read at a time.
@@ -30,12 +33,13 @@ _CHILDREN_FIRST = (TaskStatus.CANCELLED, TaskStatus.FAILED, TaskStatus.COMPLETED
 
 
 def prune(
-    services: Services, status: TaskStatus, before: int, after: Any = None
+    moves: Moves, batch: int, status: TaskStatus, before: int, after: Any = None
 ) -> tuple[int, Any]:
     """Scan a batch of the tasks that ended in a status before a moment, and remove those that can go.
 
     Args:
-        services: the parts of the queue.
+        moves: the door to the repository.
+        batch: the number of tasks.
         status: the status of the tasks.
         before: the moment, in milliseconds since the epoch.
         after: the place to go on from, as the previous call returned it; None begins with the newest.
@@ -43,23 +47,22 @@ def prune(
     Returns:
         The number of removed tasks, and the place to go on from; None if there are no more tasks.
     """
-    repository, batch = services.repository, services.timing.batch
+    repository, now = moves.repository, moves.now_ms()
     page = repository.ended(status.value, within_calendar(before), batch, after)
     if not page:
         return 0, None
     kept = needed(repository, [task.stub.id for task in page])
     if answers := [task.stub.id for task in page if task.stub.type == lifecycle.ANSWER]:
-        kept |= still_asked(services, answers)
+        kept |= _still_asked(repository, now, answers)
     if listed := [task.stub.id for task in page if task.stub.type == lifecycle.CHILDREN]:
         kept |= _of_parents(repository, listed)
-    stubs = lifecycle.prunable(page, kept, services.clock.now_ms())
-    removed = sum(services.moves.commit([lifecycle.prune(stub) for stub in stubs]) if stubs else ())
+    stubs = lifecycle.prunable(page, kept, now)
+    removed = sum(moves.commit([lifecycle.prune(stub) for stub in stubs]) if stubs else ())
     return removed, page[-1].place if len(page) == batch else None
 
 
-def still_asked(services: Services, answers: Sequence[str]) -> set[str]:
+def _still_asked(repository: Repository, now: int, answers: Sequence[str]) -> set[str]:
     """Return the answers for which an unfinished task may ask, and those to no task that are young."""
-    repository, now = services.repository, services.clock.now_ms()
     askers = {answer: lifecycle.askers(answer) for answer in answers}
     statuses = repository.statuses([*{one for some in askers.values() for one in some}])
     kept = {
@@ -95,13 +98,12 @@ def needed(repository: Repository, task_ids: Sequence[str]) -> set[str]:
     return {parent for parent, child in found if child not in these}
 
 
-def forget_steps(services: Services, after: str = "") -> tuple[int, str]:
+def forget_steps(repository: Repository, batch: int, after: str = "") -> tuple[int, str]:
     """Remove the notes of a page that have steps of tasks without a record.
 
     Returns:
         how many were removed, and the name to go on from; empty if there are no more.
     """
-    repository, batch = services.repository, services.timing.scan_batch
     if repository.shortcoming or not (
         page := repository.reads.notes_after(PART, after or PART, batch)
     ):
@@ -114,13 +116,13 @@ def forget_steps(services: Services, after: str = "") -> tuple[int, str]:
     return len(gone), max(page) if len(page) == batch else ""
 
 
-def forget_streams(services: Services, after: str = "") -> tuple[int, str]:
+def forget_streams(repository: Repository, after: str = "") -> tuple[int, str]:
     """Remove what some tasks have emitted that have no record any more.
 
     Returns:
         the number of removed notes, and the name to go on from; empty if there are no more.
     """
-    repository, streams = services.repository, dict[str, tuple[str, str]]()
+    streams = dict[str, tuple[str, str]]()
     if repository.shortcoming:
         return 0, ""
     after = after or STREAM
@@ -141,7 +143,12 @@ def forget_streams(services: Services, after: str = "") -> tuple[int, str]:
     return removed, after if len(streams) == _MOST_STREAMS else ""
 
 
-def prune_all(services: Services, before: datetime, status: TaskStatus | str | None) -> int:
+def prune_all(
+    moves: Moves,
+    timing: Timing,
+    before: datetime,
+    status: TaskStatus | str | None,
+) -> int:
     """Remove all tasks that ended before a moment, of one status or of each; return how many.
 
     It scans again until nothing is removed, because a removed task may be the only one that kept others.
@@ -161,14 +168,18 @@ def prune_all(services: Services, before: datetime, status: TaskStatus | str | N
         for kind in _CHILDREN_FIRST if wanted is None else (wanted,):
             after, begun = None, False
             while after is not None or not begun:
-                count, after = prune(services, kind, to_ms(before), after)
+                count, after = prune(moves, timing.batch, kind, to_ms(before), after)
                 some, begun = some + count, True
         removed += some
-    for forget in (forget_steps, forget_streams):
-        _, name = forget(services)
+    repository = moves.repository
+    for forget in (
+        partial(forget_steps, repository, timing.scan_batch),
+        partial(forget_streams, repository),
+    ):
+        _, name = forget()
         while name:
-            _, name = forget(services, name)
-    while services.repository.house.shrink():
+            _, name = forget(name)
+    while repository.house.shrink():
         continue
     return removed
 
@@ -179,37 +190,47 @@ class Retention:
     It also adds up what was counted, whether or not there is such a period.
     """
 
-    def __init__(self, services: Services, periods: Mapping[TaskStatus, float]) -> None:
-        self._services = services
+    def __init__(
+        self,
+        moves: Moves,
+        clock: Clock,
+        log: GuardedLogger,
+        timing: Timing,
+        periods: Mapping[TaskStatus, float],
+    ) -> None:
+        self._moves = moves
+        self._clock = clock
+        self._log = log
+        self._timing = timing
         self._periods = periods
-        self._next = services.clock.monotonic()
+        self._next = clock.monotonic()
         # The place from which the current scan goes on, for each status that it has not finished.
         self._left: dict[TaskStatus, Any] = {}
         self._steps = self._streams = (
             ""  # the same, for the notes with steps, and with what tasks emit
         )
-        timing, counts = services.timing, services.moves.counts
-        self._rollup = Rollup(counts.notes, services.clock, timing.scan_batch)
 
     def tick(self) -> None:
         """Remove a batch of each status, and give some space back, if it is time."""
-        if (now := self._services.clock.monotonic()) < self._next:
+        if (now := self._clock.monotonic()) < self._next:
             return
-        _, self._steps = forget_steps(self._services, self._steps)
-        _, self._streams = forget_streams(self._services, self._streams)
-        more = self._rollup.step() or bool(self._steps or self._streams)
+        repository, timing = self._moves.repository, self._timing
+        _, self._steps = forget_steps(repository, timing.scan_batch, self._steps)
+        _, self._streams = forget_streams(repository, self._streams)
+        rollup = Rollup(self._moves.counts.notes, timing.scan_batch)
+        more = rollup.step(self._moves.now_ms()) or bool(self._steps or self._streams)
         if not self._periods:
-            self._next = now if more else now + self._services.timing.retention_every
+            self._next = now if more else now + timing.retention_every
             return
-        self._next = now + self._services.timing.retention_every
-        wall = self._services.clock.now_ms()
+        self._next = now + timing.retention_every
+        wall = self._moves.now_ms()
         scans, self._left = self._left or dict.fromkeys(self._periods), {}
         for status, after in scans.items():
             before = wall - round(min(self._periods[status], _FOR_EVER) * 1000)
-            removed, after = prune(self._services, status, before, after)
+            removed, after = prune(self._moves, timing.batch, status, before, after)
             if removed:
-                self._services.log.debug("removed %d old %s tasks", removed, status)
+                self._log.debug("removed %d old %s tasks", removed, status)
             if after is not None:
                 self._left[status] = after
-        if self._services.repository.house.shrink() or self._left or more:
+        if repository.house.shrink() or self._left or more:
             self._next = now

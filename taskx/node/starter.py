@@ -7,34 +7,34 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from itertools import compress
 
 from taskx.attempt.context import Shared
 from taskx.attempt.executors import apply_defaults
-from taskx.attempt.runner import Run
+from taskx.attempt.registry import Registry
+from taskx.attempt.runner import Run, Runner
 from taskx.node.admission import Admission, Asking, Names
 from taskx.node.buffer import Buffer, Item
-from taskx.node.moving import Services
+from taskx.node.moving import Moves
 from taskx.node.place import Place
-from taskx.node.progress import store_progress
 from taskx.stores.base import Locked
+from taskx.stores.controls import Controls
 from taskx.stores.liveness.base import Node
 from taskx.tasks import lifecycle
-from taskx.tasks.bell import Bell
+from taskx.tasks.bell import Agenda, Bell
 from taskx.tasks.clock import to_ms
 from taskx.tasks.errors import RepositoryError, TaskxError
-from taskx.tasks.log import Once
+from taskx.tasks.log import GuardedLogger
 from taskx.tasks.model import Task, TaskStatus
 from taskx.tasks.rate import NOTHING, is_key
 from taskx.tasks.record import (
-    CUT,
     UNTIL_DUE,
     created_task,
     is_plain,
     optional_ms,
     plain_tasks,
 )
+from taskx.tasks.timing import Timing
 from taskx.tasks.writes import Insert, Update
 
 
@@ -199,14 +199,14 @@ class Seat(Place):
 
     def reserve(self) -> bool:
         """Make the run of the task; return False if this node must not start it now."""
-        starter, services = self._starter, self._starter._services
+        starter, registry = self._starter, self._starter._registry
         (write,) = self.writes
         found = plain_tasks([write.row]) if is_plain(write.row) else {}
         task = found.get(write.id) or created_task(write.row)
-        apply_defaults([task], services.registry.registered)
-        self._start = lifecycle.start(task, services.clock.now_ms(), starter._node, starter._name)
+        apply_defaults([task], registry.registered)
+        self._start = lifecycle.start(task, starter._moves.now_ms(), starter._node, starter._name)
         # The thread that runs a task starts it, if the task must not crash twice.
-        if self._start is None or task.max_crashes == 1 or task.type in services.registry.batches:
+        if self._start is None or task.max_crashes == 1 or task.type in registry.batches:
             return False
         self.writes = (lifecycle.created_started(write, self._start),)
         self._run = run = starter._make_run(task)
@@ -223,9 +223,9 @@ class Seat(Place):
         assert self._run is not None
         assert self._start is not None
         lifecycle.mark_started(self._run.task, self._start)
-        self._starter._services.moves.started([self._run])
+        self._starter._moves.started([self._run])
         if not self._serve(self._run):
-            self._starter._services.agenda.wake_from_long_sleep()
+            self._starter._agenda.wake_from_long_sleep()
 
     def release(self, error: BaseException | None) -> None:
         """Forget the run: the task was not stored, or ``error`` tells how that ended."""
@@ -242,46 +242,47 @@ class Starter:
     """Starts the tasks of a node, and keeps its runs.
 
     Args:
-        services: the parts of the queue.
         node: the node.
         buffer: receives the tasks that cannot start now.
         runs: the runs of the node.
         admission: decides how many tasks of each limited type may start.
         at_work: the time at which each executing run began.
+        moves, controls, agenda, registry, runner, log, timing: as for :class:`WorkerPool`.
+        shared: the tools of contexts.
     """
 
     def __init__(
         self,
-        services: Services,
         node: Node,
         buffer: Buffer,
         runs: Runs,
         admission: Admission,
         at_work: Mapping[Run, float],
+        moves: Moves,
+        controls: Controls,
+        agenda: Agenda,
+        registry: Registry,
+        runner: Runner,
+        shared: Shared,
+        log: GuardedLogger,
+        timing: Timing,
     ) -> None:
-        self._services = services
+        self._moves = moves
+        self._controls = controls
+        self._agenda = agenda
+        self._registry = registry
+        self._runner = runner
+        self._log = log
+        self._free_batch, self._most_unexecuted = timing.free_batch, timing.most_unexecuted
         self._node = node.id
         self._name = node.name
         self._buffer = buffer
         self._admission = admission
         self.runs = runs
-        self.suspects = Suspects(runs, at_work, buffer.put_back, services.timing.alone_within)
+        self.suspects = Suspects(runs, at_work, buffer.put_back, timing.alone_within)
         #: Runs that may be stored and that no thread will execute: :meth:`undo` undoes their starts.
         self.unexecuted: list[Run] = []
-        self._shared = Shared(
-            services.runner.alarms,
-            services.log.logger,
-            services.keeper,
-            services.repository.get_many,
-            self._store_progress,
-            services.runner.own_loop,
-            Once(partial(services.log.warning, CUT)),
-        )
-
-    def _store_progress(self, task_id: str) -> None:
-        """Store the progress of a run of this node, if it has reported some."""
-        if (run := self.runs.get(task_id)) is not None:
-            store_progress(self._services, [run])
+        self._shared = shared
 
     def start(self, items: Sequence[Item], worker: str) -> list[Run]:
         """Start as many of these tasks as possible, and return their runs.
@@ -291,8 +292,9 @@ class Starter:
         task: alike starts share a statement.
         """
         by = worker if len(items) == 1 else self._name
-        services, runs = self._services, self.runs
-        runner, registered = services.runner, services.registry.registered
+        moves, runs, runner = self._moves, self.runs, self._runner
+        registry, controls = self._registry, self._controls
+        registered = registry.registered
         starting: list[tuple[Run, Update]] = []
         expired: list[Task] = []
         admitted: Collection[str] = ()
@@ -301,14 +303,13 @@ class Starter:
             found = plain_tasks([item.row for item in items if item.row is not None])
             if len(found) < len(items):
                 unread = [item.id for item in items if item.id not in found]
-                found.update(services.repository.get_many(unread))
-            if paused := services.controls.paused:
+                found.update(moves.repository.get_many(unread))
+            if paused := controls.paused:
                 self._turn_away(found, [task for task in found.values() if task.type in paused])
-            registry = services.registry
-            if registry.limited or registry.rates_keys or services.controls.holds:
+            if registry.limited or registry.rates_keys or controls.holds:
                 admitted = self._admit(items, found)
             tasks = self._startable(items, found)
-            now = services.clock.now_ms()
+            now = self._moves.now_ms()
             updates = lifecycle.start_all(tasks, now, self._node, by)
             for task, update in zip(tasks, updates, strict=True):
                 if update is not None and task.id not in runs:
@@ -322,13 +323,13 @@ class Starter:
             if expired:
                 self._expire(expired, now)
             writes = [update for _, update in starting]
-            results = services.moves.commit(writes) if writes else ()
+            results = moves.commit(writes) if writes else ()
             held = compress([(run.task, update) for run, update in starting], results)
             lifecycle.mark_all_started(held)
             for (run, _), started in zip(starting, results, strict=True):
                 if not started:
                     self.strike(run)
-            services.moves.started(compress([run for run, _ in starting], results))
+            moves.started(compress([run for run, _ in starting], results))
             if (
                 False in results
             ):  # records that have changed since their rows were made are read then
@@ -338,7 +339,7 @@ class Starter:
                     if not held
                 }
                 self._buffer.put_back([item for item in items if item.row and item.id in lost])
-                services.agenda.expect_more()  # another node may have started them: there are others
+                self._agenda.expect_more()  # another node may have started them: there are others
         except BaseException as error:  # an interrupt, too: no other thread knows of these runs
             self.give_up([run for run, _ in starting], error)
             raise
@@ -357,9 +358,9 @@ class Starter:
         """Cancel tasks instead of starting them."""
         writes = [write for task in tasks for write in lifecycle.expire(task, now)]
         try:
-            self._services.moves.commit(writes, {task.id: task for task in tasks})
+            self._moves.commit(writes, {task.id: task for task in tasks})
         except RepositoryError as error:  # the others must not wait for these
-            self._services.log.warning("expired tasks are cancelled later: %s", error)
+            self._log.warning("expired tasks are cancelled later: %s", error)
 
     def _admit(self, items: Sequence[Item], found: dict[str, Task]) -> set[str]:
         """Free the tasks with limits that must not start now; return the ids of the admitted ones."""
@@ -372,7 +373,7 @@ class Starter:
             if task.id in self.runs:  # if that run ends meanwhile, it would start without a token
                 del found[task.id]
                 continue
-            names = self._services.registry.limited.get(task.type, ())
+            names = self._registry.limited.get(task.type, ())
             if self._may_refuse(task.concurrency_key):
                 names = (*names, str(task.concurrency_key))
                 rated.append(task)
@@ -394,7 +395,7 @@ class Starter:
 
     def _may_refuse(self, key: str | None) -> bool:
         """Return True if a key has a limit with a rate, or is held."""
-        registry, held = self._services.registry, self._services.controls.held_until
+        registry, held = self._registry, self._controls.held_until
         if key is None or not is_key(key):
             return False
         limit = registry.limit_of_key(key) if registry.rates_keys else None
@@ -402,7 +403,7 @@ class Starter:
 
     def _put_off(self, tasks: Sequence[Task]) -> None:
         """Let tasks wait for the rates or holds of their keys: they are fetched no more before that."""
-        now, before = self._services.clock.now_ms(), Counter[str]()
+        now, before = self._moves.now_ms(), Counter[str]()
         writes: list[Update] = []
         for task in tasks:
             before[key := str(task.concurrency_key)] += 1
@@ -410,7 +411,7 @@ class Starter:
             if wait > 0:  # else another limit has refused it
                 writes.append(lifecycle.put_off(task, now + math.ceil(1000 * wait)))
         if writes:
-            self._services.moves.commit(writes)
+            self._moves.commit(writes)
 
     def _hasten(self, tasks: Sequence[Task]) -> None:
         """Let tasks start soon that another node has put off because this one had taken their tokens.
@@ -420,16 +421,16 @@ class Starter:
         rated = {task.id: task for task in tasks if self._may_refuse(task.concurrency_key)}
         with suppress(RepositoryError):  # they start later
             fields = ("id", "held", "run_at")
-            found = self._services.repository.find("id", [*rated], fields) if rated else ()
+            found = self._moves.repository.find("id", [*rated], fields) if rated else ()
             writes = []
             for task_id, held, run_at in found:
                 key, cost = str(rated[task_id].concurrency_key), rated[task_id].cost or NOTHING
                 wait = self._admission.until_rate(key, cost, 1)
-                due = self._services.clock.now_ms() + math.ceil(1000 * wait)
+                due = self._moves.now_ms() + math.ceil(1000 * wait)
                 if held == UNTIL_DUE and run_at > due:
                     writes.append(lifecycle.hasten(rated[task_id], run_at, due))
             if writes:
-                self._services.moves.commit(writes)
+                self._moves.commit(writes)
 
     def _startable(self, items: Sequence[Item], found: dict[str, Task]) -> list[Task]:
         """Return the tasks to start now, in order, and put the rest back into the buffer.
@@ -438,7 +439,7 @@ class Starter:
         """
         chosen: list[Task] = []
         # A process that only declared a type left some options to the executor.
-        apply_defaults(found.values(), self._services.registry.registered)
+        apply_defaults(found.values(), self._registry.registered)
         for position, item in enumerate(items):
             task = found.get(item.id)
             if task is None:
@@ -464,13 +465,13 @@ class Starter:
 
     def free(self, task_ids: Sequence[str]) -> None:
         """Take this node's name off pending tasks, so that any node can fetch them."""
-        for start in range(0, len(task_ids), self._services.timing.free_batch):
-            some = task_ids[start : start + self._services.timing.free_batch]
-            self._services.moves.commit([lifecycle.free(i, self._node) for i in some])
+        for start in range(0, len(task_ids), self._free_batch):
+            some = task_ids[start : start + self._free_batch]
+            self._moves.commit([lifecycle.free(i, self._node) for i in some])
 
     def _is_suspect(self, task: Task) -> bool:
         """Return True if a task is on its last chance and could crash this process: no child runs it."""
-        registered = self._services.registry.registered
+        registered = self._registry.registered
         return lifecycle.last_chance(task) and registered[task.type].options.isolation is None
 
     def _alone(self, task: Task) -> list[Task]:
@@ -478,19 +479,18 @@ class Starter:
 
         A death that counts must be caused by the task itself. Empty if the task is gone.
         """
-        services = self._services
-        services.log.warning(
+        self._log.warning(
             "task %s (%s) runs alone, because its process died %d time(s) while it ran",
             *(task.id, task.type, task.crashes),
         )
-        services.moves.flush()  # a run is not over until its outcome is written
+        self._moves.flush()  # a run is not over until its outcome is written
         self.suspects.go_alone()
-        found = services.repository.get_many([task.id])
-        apply_defaults(found.values(), services.registry.registered)
+        found = self._moves.repository.get_many([task.id])
+        apply_defaults(found.values(), self._registry.registered)
         return list(found.values())
 
     def _make_run(self, task: Task) -> Run:
-        runner, executor = self._services.runner, self._services.registry.registered[task.type]
+        runner, executor = self._runner, self._registry.registered[task.type]
         return Run(task, executor, runner.make_token(None, runner.clock), self._shared)
 
     def strike(self, run: Run, ran: bool = False) -> None:
@@ -527,7 +527,7 @@ class Starter:
         for run in runs:
             self.unexecuted.append(run)  # first: an interrupt may come in between
             self.claim(run)
-        del self.unexecuted[: -self._services.timing.most_unexecuted]
+        del self.unexecuted[: -self._most_unexecuted]
 
     def hand_back(self, runs: Iterable[Run]) -> None:
         """Undo the start of tasks that no thread executes; after an error the housekeeper does so."""
@@ -541,25 +541,25 @@ class Starter:
         """
         if not self.unexecuted:
             return
-        services, runs = self._services, list[Run]()
+        moves, runs = self._moves, list[Run]()
         try:
             with suppress(IndexError):
                 while True:
                     runs.append(self.unexecuted.pop(0))
             with suppress(Locked):
-                services.moves.flush()  # a start that was interrupted may be stored only now
+                moves.flush()  # a start that was interrupted may be stored only now
             ids = [run.task.id for run in reversed(runs) if self._is_forgotten(run)]
-            found = services.repository.get_many(ids)
+            found = moves.repository.get_many(ids)
             # The last one comes first, because each goes into the buffer before those put back.
             tasks = {i: found[i] for i in ids if i in found and self._is_lost(found[i])}
-            now = services.clock.now_ms()
+            now = self._moves.now_ms()
             resumed = {run.task.id: run.resumes for run in runs}
             writes = [
                 write
                 for task in tasks.values()
                 for write in lifecycle.hand_back(task, now, resumed=resumed[task.id])
             ]
-            services.moves.commit(writes, tasks)
+            moves.commit(writes, tasks)
         except BaseException:
             self.unexecuted.extend(runs)
             raise

@@ -20,7 +20,7 @@ from typing import Any
 from taskx.attempt import runner
 from taskx.attempt.alarms import Overdue
 from taskx.attempt.runner import Call, Run, runs_of
-from taskx.node.moving import Services
+from taskx.node.moving import Moves
 from taskx.stores import queries
 from taskx.stores.base import Repository
 from taskx.stores.controls import Paused
@@ -29,6 +29,7 @@ from taskx.tasks import lifecycle
 from taskx.tasks.errors import CancelReason
 from taskx.tasks.findings import Problem, counted, listed
 from taskx.tasks.lifecycle import PENDING, Ending
+from taskx.tasks.log import GuardedLogger
 from taskx.tasks.rate import OF_TYPE
 from taskx.tasks.record import BY_THREAD
 from taskx.tasks.stacks import top_frames
@@ -43,22 +44,31 @@ class Stuck:
     """Looks after the abandoned attempts of a node.
 
     Args:
-        services: the parts of the queue.
         node: the id of the node.
         most: the number of stuck threads that are replaced.
         do_without: called with the runs of a call and the ident of its thread, to go on without it.
         conclude: writes the outcome of an attempt.
+        abandon: returns the ending of an attempt whose thread runs on.
+        moves: the door to the repository.
+        log: the logger of the queue.
+        kill_within: seconds for which a child process that was killed may live on.
     """
 
     def __init__(
         self,
-        services: Services,
         node: str,
         most: int,
         do_without: Callable[[Sequence[Run], int], None],
         conclude: Callable[[Run, Ending], None],
+        abandon: Callable[[Run, str, str, int], Ending],
+        moves: Moves,
+        log: GuardedLogger,
+        kill_within: float,
     ) -> None:
-        self._services = services
+        self._moves = moves
+        self._log = log
+        self._kill_within = kill_within
+        self._ending_of = abandon
         self._node = node
         self._most = most
         # Held for moments only, so that a thread which comes back finds its run in ``runs``.
@@ -94,7 +104,7 @@ class Stuck:
     def watch_call(self, call: Run | Call, worker: str) -> Overdue:
         """Do the same for a call for many runs, which has its lock."""
         options = call.executor.options
-        grace = options.patience + (self._services.timing.kill_within if options.isolation else 0.0)
+        grace = options.patience + (self._kill_within if options.isolation else 0.0)
         return grace, partial(self._overdue, call, worker, threading.get_ident())
 
     def thread_ended(self, run: Run) -> None:
@@ -104,7 +114,7 @@ class Stuck:
         abandoned.wait()  # after the next line the task may start again
         self.ended.append(run)
         del self.runs[run]
-        self._services.log.warning(
+        self._log.warning(
             "task %s (%s) was stuck, and its %s has ended now; its late outcome is dropped",
             *(run.task.id, run.task.type, run.what_goes_on),
         )
@@ -119,7 +129,7 @@ class Stuck:
             abandon()
 
     def _abandon(self, call: Run | Call, worker: str, ident: int) -> None:
-        log = self._services.log
+        log = self._log
         if call.token.reason is not CancelReason.TIMEOUT:
             return
         runs = runs_of(call)
@@ -134,8 +144,7 @@ class Stuck:
             self._do_without(runs, ident)
         try:  # outside the lock: it calls the user's retry policy, which may take some time
             for run in runs:
-                abandon = self._services.runner.abandon
-                self._conclude(run, abandon(run, worker, stack, len(runs) - 1))
+                self._conclude(run, self._ending_of(run, worker, stack, len(runs) - 1))
         finally:
             abandoned.set()
         for run in runs:
@@ -156,7 +165,7 @@ class Stuck:
         """Let tasks start again whose threads have ended; after a ``RepositoryError``, call it again."""
         if not (ended := list(self.ended)):
             return
-        self._services.moves.flush()  # their outcomes; if one cannot be written yet, the audit retries
+        self._moves.flush()  # their outcomes; if one cannot be written yet, the audit retries
         self.lift_bars((run.task.id for run in ended), self._node)
         for run in ended:
             self.ended.remove(run)
@@ -164,20 +173,19 @@ class Stuck:
     def audit(self) -> None:
         """Let tasks start again whose threads are no longer known, because :meth:`lift` was interrupted."""
         if self._any:
-            found = self._services.repository.find("stuck_on", [self._node], ("id",))
+            found = self._moves.repository.find("stuck_on", [self._node], ("id",))
             self.lift_bars((task_id for (task_id,) in found), self._node)
 
     def lift_bars(self, task_ids: Iterable[str], node: str) -> int:
         """Let tasks start again that were stuck on a node; return how many."""
-        services = self._services
         running = {run.task.id for run in list(self.runs)}
         wanted = [task_id for task_id in dict.fromkeys(task_ids) if task_id not in running]
-        found = services.repository.get_many(wanted) if wanted else {}
+        found = self._moves.repository.get_many(wanted) if wanted else {}
         tasks = {i: task for i, task in found.items() if task.stuck_on == node}
         if tasks:
-            now = services.clock.now_ms()
+            now = self._moves.now_ms()
             writes = [w for task in tasks.values() for w in lifecycle.lift_bar(task, now)]
-            services.moves.commit(writes, tasks)
+            self._moves.commit(writes, tasks)
         return len(tasks)
 
 

@@ -13,13 +13,16 @@ from typing import NamedTuple
 
 import attrs
 
-from taskx.node.moving import Services
+from taskx.node.hooks import Hooks
+from taskx.node.moving import Moves
 from taskx.node.schedules import PREFIX, Entry, entry_of, tick_id
-from taskx.tasks.clock import to_datetime
+from taskx.tasks.bell import Agenda
+from taskx.tasks.clock import Clock, to_datetime
 from taskx.tasks.errors import ConfigurationError, RepositoryCorrupt, RepositoryUnavailable
 from taskx.tasks.lifecycle import FINISHED
-from taskx.tasks.log import is_told
+from taskx.tasks.log import GuardedLogger, is_told
 from taskx.tasks.ticks import BATCH, Ticks, decide, latest
+from taskx.tasks.timing import Timing
 from taskx.tasks.writes import Note, NoteChange
 
 # If there are very many schedules, the polling interval is this many times the duration of the last
@@ -92,16 +95,30 @@ class Ticker:
     the other. Each call of :meth:`tick` ends after a while, and the next call continues where it stopped.
     """
 
-    def __init__(self, services: Services, chance: Callable[[], float] = random.random) -> None:
-        self._services = services
+    def __init__(
+        self,
+        moves: Moves,
+        agenda: Agenda,
+        hooks: Hooks,
+        clock: Clock,
+        log: GuardedLogger,
+        timing: Timing,
+        chance: Callable[[], float] = random.random,
+    ) -> None:
+        self._moves = moves
+        self._agenda = agenda
+        self._hooks = hooks
+        self._clock = clock
+        self._log = log
+        self._timing = timing
         self._chance = chance
-        self._longest_gap = round(1000 * services.timing.longest_gap)  # in milliseconds
+        self._longest_gap = round(1000 * timing.longest_gap)  # in milliseconds
         # The start of the time without a gap between rounds, and the last round, in milliseconds.
         self._running_since, self._last_round = 0, -self._longest_gap
         # True if a schedule may have changed; the time of the next refresh on the monotonic clock (0: now).
         self._stale, self._refresh_at = True, 0.0
         # Names of schedules that this process changed, or that another node moved on first.
-        self._changed = services.agenda.schedules
+        self._changed = agenda.schedules
         # True while due ticks are searched and their tasks are made: nothing else shows them to a drain.
         self._making = False
         self._read: dict[str, Read] = {}
@@ -122,7 +139,7 @@ class Ticker:
 
     def was_there(self) -> None:
         """Note that this node was running since the last round, so that no tick in between was missed."""
-        self._last_round = self._services.clock.now_ms()
+        self._last_round = self._clock.now_ms()
 
     def refresh_now(self) -> None:
         """Read all schedules again in the next round, as one may have changed."""
@@ -171,7 +188,7 @@ class Ticker:
 
     def _now(self) -> int:
         """Return the time, and note a gap since the last round that succeeded."""
-        now = self._services.clock.now_ms()
+        now = self._clock.now_ms()
         if not self._last_round <= now <= self._last_round + self._longest_gap:
             self._running_since = now
         return now
@@ -181,7 +198,7 @@ class Ticker:
     def _refresh(self, until: float) -> None:
         """Read schedules that have changed, or may have changed."""
         while self._changed:
-            some = range(min(len(self._changed), self._services.timing.tick_batch))
+            some = range(min(len(self._changed), self._timing.tick_batch))
             names = [PREFIX + self._changed[i] for i in some]
             self._read_named(names)
             for _ in names:  # only now: until then a drain must wait for them
@@ -200,33 +217,29 @@ class Ticker:
     def _read_page(self, after: str) -> None:
         """Read the next page of a refresh."""
         began = time.monotonic()
-        page = self._services.repository.reads.notes_after(
-            PREFIX, after, self._services.timing.batch
-        )
+        page = self._moves.repository.reads.notes_after(PREFIX, after, self._timing.batch)
         for name, note in page.items():
             self._take_in(name, note)
         self._refresh_took += time.monotonic() - began
-        if len(page) == self._services.timing.batch:
+        if len(page) == self._timing.batch:
             self._after = next(reversed(page))
             return
         for name in self._missing:
             self._read.pop(name, None)
-        if (
-            len(self._next) > 2 * len(self._read) + self._services.timing.batch
-        ):  # most entries are outdated
+        if len(self._next) > 2 * len(self._read) + self._timing.batch:  # most entries are outdated
             self._next = [
                 (due, lot, name) for due, lot, name in self._next if self._is_due(name, due)
             ]
             heapq.heapify(self._next)
             self._note_next()
         if self._refresh_at:  # else another refresh was requested
-            pause = max(self._services.timing.schedules_every, _REFRESH_FACTOR * self._refresh_took)
-            pause = min(pause, self._services.timing.longest_schedules_every)
+            pause = max(self._timing.schedules_every, _REFRESH_FACTOR * self._refresh_took)
+            pause = min(pause, self._timing.longest_schedules_every)
             self._refresh_at = time.monotonic() + pause
         self._after = None
 
     def _read_named(self, names: Sequence[str]) -> None:
-        found = self._services.repository.reads.notes_named(names)
+        found = self._moves.repository.reads.notes_named(names)
         for name in names:
             if name in found:
                 self._take_in(name, found[name])
@@ -250,13 +263,13 @@ class Ticker:
         except (RepositoryCorrupt, ConfigurationError) as error:
             # Other processes may understand it, and change it at each tick: warn only once.
             if known is None or known.entry is not None:
-                self._services.log.warning("%s does not tick in this process: %s", name, error)
+                self._log.warning("%s does not tick in this process: %s", name, error)
             return Read(name, note.version, None, None, due=due)
 
     def _expect(self, read: Read) -> None:
         """Put the next due time of a schedule into the heap."""
         entry = read.entry
-        clock = self._services.clock
+        clock = self._clock
         if entry is None:
             due = None
         elif entry.making is not None:
@@ -274,10 +287,8 @@ class Ticker:
 
     def _due_names(self) -> list[str]:
         """Return the schedules whose tick has come, by what is known in memory; at most a batch."""
-        names, now = dict[str, None](), self._services.clock.now_ms()
-        while (
-            self._next and self._next[0][0] <= now and len(names) < self._services.timing.tick_batch
-        ):
+        names, now = dict[str, None](), self._clock.now_ms()
+        while self._next and self._next[0][0] <= now and len(names) < self._timing.tick_batch:
             self._making = True  # before the pop: a drain must wait for this tick
             due, _, name = heapq.heappop(self._next)
             self._note_next()
@@ -289,7 +300,7 @@ class Ticker:
     def _still_due(self, names: Sequence[str]) -> list[Read]:
         """Return the named schedules whose tick has come, as they are now."""
         self._read_named(names)  # other processes may have moved on, paused or changed them
-        now = self._services.clock.now_ms()
+        now = self._clock.now_ms()
         read = (self._read.get(name) for name in names)
         return [one for one in read if one is not None and one.due is not None and one.due <= now]
 
@@ -317,11 +328,11 @@ class Ticker:
 
     def _fail(self, read: Read, error: Exception) -> None:
         read.failures += 1
-        pause = min(2.0**read.failures, self._services.timing.longest_schedule_pause)
-        read.again_at = self._services.clock.monotonic() + pause
+        pause = min(2.0**read.failures, self._timing.longest_schedule_pause)
+        read.again_at = self._clock.monotonic() + pause
         self._expect(read)
         if is_told(read.failures):
-            self._services.log.warning(
+            self._log.warning(
                 "schedule %r: its tasks could not be made; trying again later: %s",
                 read.name[len(PREFIX) :],
                 error,
@@ -336,9 +347,9 @@ class Ticker:
         held = dict(zip((p.read.name for p in first), self._put(first, making=True), strict=True))
         going = [plan for plan in plans if held.get(plan.read.name, True)]
         inserts = [p.entry.insert(tick, now) for p in going for tick in p.run]
-        made = bool(inserts) and any(self._services.moves.commit(inserts))
+        made = bool(inserts) and any(self._moves.commit(inserts))
         if made:
-            self._services.agenda.fetch_soon()
+            self._agenda.fetch_soon()
         moved_on = self._put(going)
         self._last_round = now
         for plan in compress(going, moved_on):  # of several nodes, one tells
@@ -352,7 +363,7 @@ class Ticker:
             if (plan := self._plan(read, now)) is not None:
                 plans.append(plan)
                 tasks += len(plan.run if plan.earlier is None else plan.earlier)
-            if tasks >= self._services.timing.tick_batch:
+            if tasks >= self._timing.tick_batch:
                 break
         return plans
 
@@ -379,7 +390,7 @@ class Ticker:
         if not plans:
             return []
         entries = [plan.moved(making=making) for plan in plans]
-        results = self._services.repository.put_notes(
+        results = self._moves.repository.put_notes(
             [
                 NoteChange(plan.read.name, entry.to_text(), plan.read.version)
                 for plan, entry in zip(plans, entries, strict=True)
@@ -403,7 +414,7 @@ class Ticker:
             if plan.earlier is not None
             for tick in (*plan.run, *plan.earlier)
         ]
-        statuses = self._services.repository.statuses(asked) if asked else {}
+        statuses = self._moves.repository.statuses(asked) if asked else {}
         return [p if self._may_run(p, statuses) else p._replace(run=()) for p in plans]
 
     def _may_run(self, plan: Plan, statuses: Mapping[str, str]) -> bool:
@@ -413,7 +424,7 @@ class Ticker:
         over = all(status is None or status in FINISHED for status in earlier)
         if over or tick_id(name, plan.run[0]) in statuses:
             return True
-        self._services.log.info(
+        self._log.info(
             "schedule %r: the tick at %s gets no task, because the task of an earlier tick has not ended",
             name,
             to_datetime(plan.run[0]),
@@ -426,15 +437,15 @@ class Ticker:
 
     def _warn_if_missed(self, plan: Plan, now: int) -> None:
         if self._was_missed(plan.since) and now - plan.since > self._longest_gap:
-            self._services.log.warning(
+            self._log.warning(
                 "schedule %r: ticks since %s were missed; tasks for them: %d",
                 plan.entry.name,
                 to_datetime(plan.since),
                 len(plan.run),
             )
-            if listeners := self._services.hooks.ticks_missed:
+            if listeners := self._hooks.ticks_missed:
                 since = to_datetime(plan.since)
-                self._services.hooks.tell(listeners, lambda: plan.entry.name, since)
+                self._hooks.tell(listeners, lambda: plan.entry.name, since)
 
 
 def _ticks_of(entry: Entry, known: Read | None) -> Ticks:

@@ -6,13 +6,17 @@ import threading
 from contextlib import suppress
 from typing import Protocol
 
+from taskx.attempt.registry import Registry
 from taskx.node.admission import Admission
 from taskx.node.fetcher import Fetcher
-from taskx.node.moving import Services
+from taskx.node.moving import Moves
 from taskx.node.starter import Runs
-from taskx.stores.controls import Declared, Overrides
+from taskx.stores.controls import Controls, Declared, Overrides
 from taskx.stores.liveness.base import Node
+from taskx.tasks.bell import Agenda
+from taskx.tasks.clock import Clock
 from taskx.tasks.errors import RepositoryError
+from taskx.tasks.log import GuardedLogger
 from taskx.tasks.rate import OF_TYPE
 
 _NOTHING: tuple[Overrides, Declared] = (Overrides(), {})
@@ -21,7 +25,12 @@ _NOTHING: tuple[Overrides, Declared] = (Overrides(), {})
 class _Pool(Protocol):
     """The parts of a worker pool that follow the controls."""
 
-    services: Services
+    moves: Moves
+    controls: Controls
+    agenda: Agenda
+    registry: Registry
+    clock: Clock
+    log: GuardedLogger
     node: Node
     runs: Runs
     admission: Admission
@@ -52,35 +61,35 @@ class Tuning:
 
         After a ``RepositoryError`` tasks of paused types may be left in the buffer; workers pass over them.
         """
-        controls = self._pool.services.controls
+        controls = self._pool.controls
         paused_changed = controls.refresh()
         if paused_changed:  # first, because the next call does not notice it again
             self._pool.fetcher.follow_pauses()
         overrides, declared = self._followed
-        held = controls.held(self._pool.services.clock.now_ms()) if controls.holds else ()
+        held = controls.held(self._pool.clock.now_ms()) if controls.holds else ()
         types = [name for name in {*held} ^ {*self._held} if name.startswith(OF_TYPE)]
         if types or controls.overrides is not overrides or controls.declared is not declared:
             self._follow_overrides()
         elif held != self._held:
             self._held = held
-            self._pool.services.agenda.fetch_soon()  # a hold may have ended early
+            self._pool.agenda.fetch_soon()  # a hold may have ended early
 
     def declare(self) -> None:
         """Store the limits that the program declares: those of the latest start hold for all nodes."""
-        services = self._pool.services
-        declared, controls = services.registry.declared, services.controls
+        pool, registry = self._pool, self._pool.registry
+        declared, controls = registry.declared, pool.controls
         if declared or controls.declared:
-            others = [node.declared for node in services.repository.nodes() if node.lives]
+            others = [node.declared for node in pool.moves.repository.nodes() if node.lives]
             controls.declare(declared, {name for some in others for name in some})
             self.refresh()
-        for type, names in services.registry.limited.items():
+        for type, names in registry.limited.items():
             for name in names:
-                if name not in services.registry.limits:
+                if name not in registry.limits:
                     from difflib import get_close_matches  # only after a mistake
 
-                    close = get_close_matches(name, services.registry.limits, n=1)
+                    close = get_close_matches(name, registry.limits, n=1)
                     meant = f" (did you mean {close[0]!r}?)" if close else ""
-                    services.log.warning(
+                    pool.log.warning(
                         "type %r names the limit %r, which no program declares, so it runs without it%s",
                         *(type, name, meant),
                     )
@@ -96,22 +105,22 @@ class Tuning:
     def _follow_overrides(self) -> None:
         pool = self._pool
         with self._changing:
-            controls = self._pool.services.controls
+            controls = self._pool.controls
             overrides, declared = controls.overrides, controls.declared
-            held = controls.held(pool.services.clock.now_ms())
+            held = controls.held(pool.clock.now_ms())
             pool.set_workers(overrides.workers_of(pool.node.id, self._configured))
-            pool.services.registry.follow(overrides, declared, held)
+            pool.registry.follow(overrides, declared, held)
             pool.admission.follow_limits()
             self._count_unadmitted()
             self._followed, self._held = (overrides, declared), held
-        self._pool.services.agenda.fetch_soon()
+        self._pool.agenda.fetch_soon()
         with suppress(RepositoryError):  # the housekeeper does both again
             pool.admission.tend()  # tells other nodes of slots that are taken
             pool.record()
 
     def _count_unadmitted(self) -> None:
         """Count the runs of limited types that began before their type was limited."""
-        pool, limited = self._pool, self._pool.services.registry.limited
+        pool, limited = self._pool, self._pool.registry.limited
         for run in list(pool.runs.values()):
             if run.task.type in limited and run.state != "stuck":
                 pool.admission.adopt(run.task.type, run.task.id, pool.runs)

@@ -11,7 +11,7 @@ from typing import Literal
 import attrs
 
 from taskx.stores.base import Repository
-from taskx.tasks.clock import LAST, Clock, to_datetime
+from taskx.tasks.clock import LAST, to_datetime
 from taskx.tasks.errors import ConfigurationError
 from taskx.tasks.findings import Answer
 from taskx.tasks.model import Task, TaskCount
@@ -133,14 +133,16 @@ class Stagger:
 
     Args:
         repository: keeps the note.
-        clock: the time.
+        now_ms: returns the time in milliseconds.
         rate: the number of tasks in a period.
         reason: says which tasks these are.
     """
 
-    def __init__(self, repository: Repository, clock: Clock, rate: Rate, reason: object) -> None:
+    def __init__(
+        self, repository: Repository, now_ms: Callable[[], int], rate: Rate, reason: object
+    ) -> None:
         self._repository = repository
-        self._clock = clock
+        self._now_ms = now_ms
         self._interval = rate.interval * 1000
         import hashlib  # slow to load, and seldom needed
 
@@ -156,7 +158,7 @@ class Stagger:
     def _reserve(self, length: float) -> float:
         """Return the start of the next free period of this length; it is not given to others then."""
         while True:
-            now = float(self._clock.now_ms())
+            now = float(self._now_ms())
             note = None if self._repository.shortcoming else self._read()
             known = {} if note is None else _untils(note.text)
             first = max(now, self._until, known.get(self._key, 0.0))

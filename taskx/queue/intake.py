@@ -11,14 +11,16 @@ from typing import Any, NoReturn
 import attrs
 
 from taskx.attempt.executors import AnyExecutor, executor_of
+from taskx.attempt.registry import Registry
 from taskx.attempt.runner import inside_executor
 from taskx.node.buffer import Item
-from taskx.node.moving import Services
+from taskx.node.hooks import Hooks
 from taskx.node.ordering import find_parents
 from taskx.node.place import Place
 from taskx.node.pool import State, WorkerPool
-from taskx.queue.work import Work
+from taskx.stores.door import Door
 from taskx.tasks import lifecycle, payload, permission, unique
+from taskx.tasks.bell import Agenda
 from taskx.tasks.clock import Clock
 from taskx.tasks.config import Config
 from taskx.tasks.creation import copy_of, new_record
@@ -38,6 +40,7 @@ from taskx.tasks.options import OnConflict, refuse_unknown
 from taskx.tasks.record import created_task
 from taskx.tasks.submission import given, with_options
 from taskx.tasks.tags import with_more
+from taskx.tasks.timing import Timing
 from taskx.tasks.values import Values
 from taskx.tasks.writes import Insert
 
@@ -48,9 +51,9 @@ _TRIES = 100
 class Store(Place):
     """The place of new tasks in the repository alone: any node may fetch them when they may start."""
 
-    def __init__(self, work: Work, state: State, writes: Sequence[Insert]) -> None:
+    def __init__(self, moves: Door, state: State, writes: Sequence[Insert]) -> None:
         self.writes = writes
-        self._work = work
+        self._inside = moves.inside
         self._state = state
 
     def fill(self) -> None:
@@ -58,7 +61,7 @@ class Store(Place):
 
         In a transaction of the caller they may start after the commit, from which that follows.
         """
-        if (pool := self._state.pool) is None or self._work.inside:
+        if (pool := self._state.pool) is None or self._inside:
             return
         types = {write.row["type"] for write in self.writes if not write.row["held"]}
         if any(pool.fetcher.serves(type) and pool.fetcher.has_room(type) for type in types):
@@ -104,21 +107,38 @@ class Intake:
     """Takes in the tasks that are submitted to a queue.
 
     Args:
-        services: the shared parts of the queue.
+        moves: the door through which it reads and writes.
         state: tells if the queue is started, and if it was stopped.
         config: the settings, for ``overflow`` and ``block_timeout``.
-        work: through what it reads and writes.
+        registry: the executors and their limits.
+        hooks: tells hooks.
+        agenda: tells if earlier tasks were spilled.
+        log: the logger of the queue.
+        timing: the intervals of its work.
     """
 
-    def __init__(self, services: Services, state: State, config: Config, work: Work) -> None:
-        self.work = work
-        self._inside = work.inside
-        self._services = services
+    def __init__(
+        self,
+        moves: Door,
+        state: State,
+        config: Config,
+        registry: Registry,
+        hooks: Hooks,
+        agenda: Agenda,
+        log: GuardedLogger,
+        timing: Timing,
+    ) -> None:
+        self.moves = moves
+        self._inside = moves.inside
         self._state = state
-        self._hooks = services.hooks
+        self._registry = registry
+        self._hooks = hooks
+        self._agenda = agenda
+        self._log = log
+        self._unique_every = timing.unique_every
         self._overflow = config.overflow
         self._block_timeout = config.block_timeout
-        self._lost = permission.in_child and not work.repository.shared
+        self._lost = permission.in_child and not moves.repository.shared
 
     # --- one task
 
@@ -151,9 +171,9 @@ class Intake:
         self.refuse_if_stopped()
         if self._hooks.waiting:
             self._hooks.let_catch_up()
-        insert = prepare(self._services, task, priority, created_at)
+        insert = self.prepare(task, priority, created_at)
         if task.depends_on:
-            find_parents(self.work.repository, [insert])
+            find_parents(self.moves.repository, [insert])
         try:
             return self._take_in(insert, on_conflict, spill=spill, at_most=at_most)
         except BaseException as error:
@@ -165,7 +185,7 @@ class Intake:
 
         Return None, and do nothing, if its executor does not allow that.
         """
-        registry = self._services.registry
+        registry = self._registry
         if (model := registry.models.get(type)) is None:
             return None
         self.refuse_if_stopped()
@@ -177,12 +197,65 @@ class Intake:
         executor = registry.registered.get(type)
         if executor is not None and executor.check_params is not None:
             executor.check_params(params)
-        insert = copy_of(model, text, self._services.clock.now_ms())
+        insert = copy_of(model, text, self.moves.now_ms())
         try:
             return self._take_in(insert, "reject", spill=False)
         except BaseException as error:
             self._refused(insert, error)
             raise
+
+    def prepare(
+        self,
+        task: Task,
+        priority: int | None = None,
+        created_at: int | None = None,
+        *,
+        stored: bool = True,
+    ) -> Insert:
+        """Make the record of a task; options that it does not set come from its executor.
+
+        A given ``priority`` overrides the executor's, even with 0. ``created_at`` is now by default.
+        ``stored`` is False if the record is only a model.
+
+        Raises:
+            TaskxError: the task is not valid; the class tells the reason.
+        """
+        if not isinstance(task, Task):
+            raise ConfigurationError(
+                f"expected a Task, not {task!r:.80}; an executor makes one: executor.task(…)"
+            )
+        registry = self._registry
+        if registry.values:
+            task = encoded(task, registry.values)
+        if task.type in lifecycle.NO_WORK:
+            self.moves.repository.require("answers")
+            if task.type == lifecycle.CHILDREN:
+                raise ConfigurationError("only ctx.run_all() and ctx.fork() make lists of children")
+            return lifecycle.opened(
+                new_record(task, self.moves.now_ms(), registry.max_payload_size)
+            )
+        now = self.moves.now_ms() if created_at is None else created_at
+        insert = new_record(task, now, registry.max_payload_size)
+        row = insert.row
+        if (executor := registry.registered.get(row["type"])) is None:
+            executor = registry.get(row["type"], used=stored)
+        if task.cost:
+            registry.refuse_cost(row["type"], task.concurrency_key, task.cost)
+        if executor is not None:
+            if executor.check_params is not None:
+                executor.check_params(task.params)
+            for name, value in executor.defaults.items():
+                if row[name] is None:
+                    row[name] = value
+            if priority is None and not row["priority"]:
+                row["priority"] = executor.options.priority or 0
+            if executor.options.tags:
+                row["tags"] = with_more(row.get("tags"), executor.options.tags)
+            if executor.expires is not None and "expires_at" not in row:
+                row["expires_at"] = lifecycle.expiry(
+                    row["created_at"], row["run_at"], executor.expires
+                )
+        return insert
 
     def _take_in(
         self, insert: Insert, on_conflict: OnConflict, *, spill: bool, at_most: float | None = None
@@ -199,7 +272,7 @@ class Intake:
                     self._pause(tried)
                 try:
                     place = self._reserve(insert, places, fresh=fresh, spill=spill)
-                    if self.work.moves.commit(place.writes)[0]:
+                    if self.moves.commit(place.writes)[0]:
                         place.fill()
                         return task_id
                 except QueueFull:  # the existing task that on_conflict chooses needs no room
@@ -234,7 +307,7 @@ class Intake:
             RepositoryUnavailable: the holder of the key is just being stored.
         """
         key = insert.row.get("unique_lock")
-        repository, moves = self.work.repository, self.work.moves
+        repository, moves = self.moves.repository, self.moves
         if key is None or insert.id in repository.statuses([insert.id]):
             raise DuplicateTask(insert.id)
         for _ in range(_TRIES):
@@ -242,7 +315,7 @@ class Intake:
             holders = repository.get_many([task_id for (task_id,) in found])
             if (holder := next(iter(holders.values()), None)) is None:
                 return None
-            if (released := unique.release_key(holder, self._services.clock.now_ms())) is not None:
+            if (released := unique.release_key(holder, self.moves.now_ms())) is not None:
                 moves.commit([released])
                 return None
             if on_conflict == "return":
@@ -266,9 +339,9 @@ class Intake:
             pool is None
             or row["held"]
             or not pool.buffers(row["type"])
-            or (self._overflow == "spill" and self._services.agenda.more_stored)
+            or (self._overflow == "spill" and self._agenda.more_stored)
         ):  # earlier tasks are spilled: so are later ones, to keep the order
-            places.append(Store(self.work, self._state, [insert]))
+            places.append(Store(self.moves, self._state, [insert]))
         elif not pool.reserve(insert, places, fresh=fresh):
             self._overflowed(pool, insert, places, spill=spill)
         return places[-1]
@@ -279,7 +352,7 @@ class Intake:
         # The buffer is closed if an executor submits during the stop: other nodes run that task.
         overflow = "spill" if spill or pool.buffer.closed else self._overflow
         # A finalizer must not wait for the workers: its thread may hold a lock that they need.
-        inside = self.work.moves.entered or pool.buffer.entered
+        inside = self.moves.entered or pool.buffer.entered
         if overflow == "reject":
             self._refuse(pool, 1)
         elif overflow == "block" and not (inside or inside_executor()):
@@ -287,9 +360,9 @@ class Intake:
             if not slots.reserve(self._block_timeout):
                 self._refuse(pool, 1)
         elif overflow == "caller_runs" and not inside:
-            places.append(Here(pool, insert, self._services.log))
+            places.append(Here(pool, insert, self._log))
         else:  # also for "block" inside an executor: it might wait for itself to become free
-            places.append(Store(self.work, self._state, [insert]))
+            places.append(Store(self.moves, self._state, [insert]))
 
     def refuse_if_stopped(self) -> None:
         """Raise an error if this queue must not accept tasks.
@@ -301,7 +374,7 @@ class Intake:
         """
         if permission.forbidden:
             permission.refuse_if_forbidden()
-        if (transactions := self.work.repository.transactions).known:
+        if (transactions := self.moves.repository.transactions).known:
             transactions.refuse_write()
         if self._lost:
             raise ConfigurationError(
@@ -322,9 +395,9 @@ class Intake:
             TaskxError: its class tells the reason. Nothing was stored, unless ``in_doubt`` is True.
         """
         self.refuse_if_stopped()
-        place = Store(self.work, self._state, [insert])
+        place = Store(self.moves, self._state, [insert])
         try:
-            if not self.work.moves.commit(place.writes)[0]:
+            if not self.moves.commit(place.writes)[0]:
                 raise DuplicateTask(insert.id)
             place.fill()
         except BaseException as error:
@@ -379,11 +452,11 @@ class Intake:
         self.refuse_if_stopped()
         if self._hooks.waiting:
             self._hooks.let_catch_up()
-        inserts = [prepare(self._services, task, priority) for task in tasks]
+        inserts = [self.prepare(task, priority) for task in tasks]
         if not inserts:
             return []
         if any("depends_on" in insert.row for insert in inserts):
-            find_parents(self.work.repository, inserts)
+            find_parents(self.moves.repository, inserts)
         places: list[Place] = []
         try:
             refuse = self._overflow == "reject" and not spill
@@ -408,7 +481,7 @@ class Intake:
         if self._inside or (pool := self._state.pool) is None:
             return
         buffer, due = pool.buffer, list[Insert]()
-        if not (self._overflow == "spill" and self._services.agenda.more_stored):
+        if not (self._overflow == "spill" and self._agenda.more_stored):
             due = [i for i in inserts if not i.row["held"] and pool.buffers(i.row["type"])]
         # Their numbers are drawn before the tasks are stored: after that, spilled ones may be fetched and
         # must come later.
@@ -420,7 +493,7 @@ class Intake:
             places[:] = [slots := pool.slots(due[:room], fresh=fresh)]
             if not slots.reserve():
                 places.clear()
-        places.append(Store(self.work, self._state, [i for i in inserts if not i.row["owner"]]))
+        places.append(Store(self.moves, self._state, [i for i in inserts if not i.row["owner"]]))
 
     def _store_whole(self, inserts: Sequence[Insert]) -> None:
         """Store all tasks or none."""
@@ -430,7 +503,7 @@ class Intake:
         for tried in range(_TRIES):
             self._pause(tried)
             try:
-                results = self.work.moves.commit(inserts, whole=True)
+                results = self.moves.commit(inserts, whole=True)
             except TaskxError as error:
                 raise _about(error, inserts[0].id) from error.__cause__
             refused = [insert for insert, held in zip(inserts, results, strict=True) if not held]
@@ -442,7 +515,7 @@ class Intake:
     def _pause(self, tried: int) -> None:
         """Wait a moment before the next try: the unique key is passed from task to task."""
         if tried > 2:
-            time.sleep(self._services.timing.unique_every)
+            time.sleep(self._unique_every)
 
 
 def _busy(key: str) -> RepositoryUnavailable:
@@ -476,59 +549,7 @@ def _about(error: TaskxError, task_id: str) -> TaskxError:
 # --- from arguments to a task and its record
 
 
-def prepare(
-    services: Services,
-    task: Task,
-    priority: int | None = None,
-    created_at: int | None = None,
-    *,
-    stored: bool = True,
-) -> Insert:
-    """Make the record of a task; options that it does not set come from its executor.
-
-    A given ``priority`` overrides the executor's, even with 0. ``created_at`` is now by default. ``stored``
-    is False if the record is only a model.
-
-    Raises:
-        TaskxError: the task is not valid; the class tells the reason.
-    """
-    if not isinstance(task, Task):
-        raise ConfigurationError(
-            f"expected a Task, not {task!r:.80}; an executor makes one: executor.task(…)"
-        )
-    registry = services.registry
-    if registry.values:
-        task = encoded(task, registry.values)
-    if task.type in lifecycle.NO_WORK:
-        services.repository.require("answers")
-        if task.type == lifecycle.CHILDREN:
-            raise ConfigurationError("only ctx.run_all() and ctx.fork() make lists of children")
-        return lifecycle.opened(
-            new_record(task, services.clock.now_ms(), registry.max_payload_size)
-        )
-    now = services.clock.now_ms() if created_at is None else created_at
-    insert = new_record(task, now, registry.max_payload_size)
-    row = insert.row
-    if (executor := registry.registered.get(row["type"])) is None:
-        executor = registry.get(row["type"], used=stored)
-    if task.cost:
-        registry.refuse_cost(row["type"], task.concurrency_key, task.cost)
-    if executor is not None:
-        if executor.check_params is not None:
-            executor.check_params(task.params)
-        for name, value in executor.defaults.items():
-            if row[name] is None:
-                row[name] = value
-        if priority is None and not row["priority"]:
-            row["priority"] = executor.options.priority or 0
-        if executor.options.tags:
-            row["tags"] = with_more(row.get("tags"), executor.options.tags)
-        if executor.expires is not None and "expires_at" not in row:
-            row["expires_at"] = lifecycle.expiry(row["created_at"], row["run_at"], executor.expires)
-    return insert
-
-
-def new_params(services: Services, type: str, params: Any) -> str:
+def new_params(registry: Registry, type: str, params: Any) -> str:
     """Return other params for a stored task as JSON text, checked as for a new task.
 
     What only its executor knows is checked if that is registered here.
@@ -536,7 +557,6 @@ def new_params(services: Services, type: str, params: Any) -> str:
     Raises:
         PayloadError: they break the JSON rules, are too large, or do not fit the executor.
     """
-    registry = services.registry
     task = encoded(Task(type=type, params=params), registry.values)
     text = payload.encode_params(task.params, registry.max_payload_size)
     executor = registry.registered.get(type)

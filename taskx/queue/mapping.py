@@ -15,7 +15,9 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar, get_type_hints
 import attrs
 
 from taskx.attempt.executors import AnyExecutor, Executor, executor_of
-from taskx.node.moving import Services
+from taskx.attempt.registry import Registry
+from taskx.node.moving import Moves
+from taskx.node.watcher import Watcher
 from taskx.queue.intake import Intake, encoded, task_of
 from taskx.queue.layers import LayeredIntake
 from taskx.stores.base import Repository
@@ -36,6 +38,7 @@ from taskx.tasks.errors import (
 )
 from taskx.tasks.findings import counted, listed
 from taskx.tasks.handles import TaskHandle
+from taskx.tasks.log import GuardedLogger
 from taskx.tasks.model import Task, TaskStatus, check_name
 from taskx.tasks.options import MapOptions, refuse_unknown
 from taskx.tasks.payload import clean_text
@@ -94,7 +97,13 @@ class _Owner(Protocol):
     @property
     def _timing(self) -> Timing: ...
     @property
-    def _services(self) -> Services: ...
+    def _registry(self) -> Registry: ...
+    @property
+    def _moves(self) -> Moves: ...
+    @property
+    def _watcher(self) -> Watcher: ...
+    @property
+    def _log(self) -> GuardedLogger: ...
 
 
 _canonical = json.JSONEncoder(allow_nan=False, sort_keys=True, separators=(",", ":")).encode
@@ -274,7 +283,7 @@ class _Submitter:
     @property
     def version(self) -> str | None:
         """The version of the executor; None if it has none, or is in another process."""
-        known = self.owner._services.registry.registered.get(self.type)
+        known = self.owner._registry.registered.get(self.type)
         return None if known is None else known.options.version
 
     def _is_outdated(self, stored: Task) -> bool:
@@ -287,15 +296,15 @@ class _Submitter:
         """Remove tasks that have ended, unless they have moved since they were read."""
         if not tasks:
             return
-        services, version = self.owner._services, self.version
-        services.repository.transactions.refuse_write()
+        owner, version = self.owner, self.version
+        owner.repository.transactions.refuse_write()
         for old in {task.version for task in tasks} - self.replaced:
             self.replaced.add(old)
-            services.log.warning(
+            owner._log.warning(
                 "map %s: items that %s of the executor has run are run again by version %s",
                 *(self.name or self.type, f"version {old}" if old else "no version", version),
             )
-        services.moves.commit([lifecycle.discard(task) for task in tasks])
+        owner._moves.commit([lifecycle.discard(task) for task in tasks])
 
     def _known(self, task: Task, stored: Task) -> _Outcome:
         """Return a handle for a stored task; return an error if it does not belong to this map."""
@@ -382,7 +391,7 @@ class _Window:
 
     def report_failures(self) -> None:
         """From now on the map tells of the failures of its tasks, and the log of the queue does not."""
-        self.submitter.owner._services.watcher.reported.add(self)
+        self.submitter.owner._watcher.reported.add(self)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -676,7 +685,7 @@ class MapResults(Iterator[R], Generic[R]):
         if failures:
             kinds = sorted(failures.items(), key=lambda pair: pair[1][0], reverse=True)
             told = [f"{count:,} {kind}{text and f': {text}'}" for kind, (count, text) in kinds]
-            self._owner._services.log.warning(
+            self._owner._log.warning(
                 "map %s: %s failed: %s",
                 self._under_way.submitter.name or self._under_way.submitter.type,
                 counted(sum(count for count, _ in failures.values()), "item"),

@@ -43,18 +43,16 @@ class Operations(Requeues):
                 f"{task_id} is the list of a task's children: cancel that task, which cancels them, too"
             )
         for _ in range(_TRIES):
-            *cancelled, asked = self._commit(
-                lifecycle.cancel(task_id, self._services.clock.now_ms())
-            )
+            *cancelled, asked = self._commit(lifecycle.cancel(task_id, self._moves.now_ms()))
             if any(cancelled):
                 return True
             if asked:
                 return False
-            task = self._repository.get_by_id(task_id)
+            task = self._moves.repository.get_by_id(task_id)
             if task.status.finished:
                 raise InvalidTransition(f"task {task_id} is already {task.status}")
-            if queries.asked_to_cancel(self._repository, [task_id]):
-                if self._state.pool is not None and not self._inside:
+            if queries.asked_to_cancel(self._moves.repository, [task_id]):
+                if self._state.pool is not None and not self._moves.inside:
                     self._state.pool.fire(task_id)
                 return False
             # else it moved between the write and the read: try again
@@ -95,14 +93,14 @@ class Operations(Requeues):
         A parent that has just been cancelled could not find its children after the end of their list.
         """
         some = [task_id for task_id in task_ids if children.may_be_list(task_id)]
-        found = self._repository.find("id", some, ("id", "type")) if some else ()
+        found = self._moves.repository.find("id", some, ("id", "type")) if some else ()
         return {task_id for task_id, type in found if type == lifecycle.CHILDREN}
 
     def _cancel_some(
         self, task_ids: Sequence[str], tasks: Mapping[str, Task]
     ) -> tuple[set[str], set[str]]:
         """Cancel tasks; return the ids of those that will never run, and of those asked to stop."""
-        now = self._services.clock.now_ms()
+        now = self._moves.now_ms()
         writes = [write for task_id in task_ids for write in lifecycle.cancel(task_id, now)]
         done = [
             w for w, held in zip(writes, self._commit(writes, tasks or None), strict=True) if held
@@ -110,14 +108,14 @@ class Operations(Requeues):
         cancelled = {write.id for write in done if "status" in write.changes}
         asked = {write.id for write in done} - cancelled
         left = [i for i in task_ids if i not in cancelled and i not in asked]
-        rest = self._repository.statuses(left) if left else {}
+        rest = self._moves.repository.statuses(left) if left else {}
         for task_id, status in rest.items():
             # An unfinished task moved in the meantime, or was already asked to stop.
             if status not in lifecycle.FINISHED:
                 try:
                     (cancelled if self.cancel_one(task_id) else asked).add(task_id)
                 except RepositoryCorrupt as error:
-                    self._services.log.warning("%s", error)
+                    self._log.warning("%s", error)
                 except (InvalidTransition, TaskNotFound):
                     continue
         return cancelled, asked
@@ -128,9 +126,9 @@ class Operations(Requeues):
         self, answer_id: str, result: str | None, error: str, by: str, *, again: bool
     ) -> bool:
         """End an answer; return False if it has ended: see ``Queue.finish``."""
-        self._repository.require("answers")
+        self._moves.repository.require("answers")
         for _ in range(_TRIES):
-            now = self._services.clock.now_ms()
+            now = self._moves.now_ms()
             answer, waiting_on = self._answer(answer_id)
             if again and (answer is None or ONCE not in answer.params):
                 raise InvalidTransition(
@@ -163,9 +161,9 @@ class Operations(Requeues):
         """Warn if the task that may ask for an early answer waits for another one: it may be misspelt."""
         askers = [] if answer_id.startswith(lifecycle.EVENT) else lifecycle.askers(answer_id)
         with suppress(RepositoryError):  # the answer is stored
-            for asker, on in self._repository.find("id", askers, ("id", "waiting_on")):
+            for asker, on in self._moves.repository.find("id", askers, ("id", "waiting_on")):
                 if on is not None and on.startswith(f"{asker}/"):
-                    self._services.log.warning(
+                    self._log.warning(
                         "nobody has asked for %s yet; it is stored, but task %s waits for %s",
                         *(answer_id, asker, on),
                     )
@@ -177,13 +175,13 @@ class Operations(Requeues):
             TaskNotFound: it does not exist, and no unfinished task can ask for it.
             InvalidTransition: the task that could ask for it has ended.
         """
-        if (answer := self._repository.get_many([answer_id]).get(answer_id)) is not None:
+        if (answer := self._moves.repository.get_many([answer_id]).get(answer_id)) is not None:
             fields = ("waiting_on",)
-            found = self._repository.find("id", [answer_id], fields)
+            found = self._moves.repository.find("id", [answer_id], fields)
             return answer, next((on for (on,) in found), None)
         if not answer_id.startswith(lifecycle.EVENT):
             askers = lifecycle.askers(answer_id)
-            statuses = self._repository.statuses(askers)
+            statuses = self._moves.repository.statuses(askers)
             asker = next((one for one in askers if one in statuses), None)
             if asker is None:
                 raise TaskNotFound(answer_id)
@@ -195,10 +193,10 @@ class Operations(Requeues):
 
     def wake_one(self, task_id: str) -> bool:
         """Let a task start now that waits for its time: see ``Queue.wake``."""
-        task = self._repository.get_by_id(task_id)
+        task = self._moves.repository.get_by_id(task_id)
         if task.status is not TaskStatus.PENDING or task.run_at is None:
             return False
-        now, checkpoints = self._services.clock.now_ms(), None
+        now, checkpoints = self._moves.now_ms(), None
         if lifecycle.is_parked(task):
             if task.damage:
                 raise RepositoryCorrupt(f"task {task_id} cannot be woken: {task.damage}")
@@ -211,7 +209,7 @@ class Operations(Requeues):
     def delete_one(self, task_id: str) -> None:
         """Delete a task; raise if it runs: see ``Queue.delete``."""
         if not self._commit([lifecycle.delete(task_id)])[0]:
-            raise lifecycle.not_deleted(self._repository.get_by_id(task_id))
+            raise lifecycle.not_deleted(self._moves.repository.get_by_id(task_id))
 
     def delete(self, chosen: Chosen, terms: Terms = PLAIN) -> Bulk:
         """Delete the chosen tasks; of those that match, the ones stay that unfinished tasks need."""
@@ -242,9 +240,9 @@ class Operations(Requeues):
 
         An executor may still ask for the results of its parents.
         """
-        families = queries.families(self._repository, tasks)
+        families = queries.families(self._moves.repository, tasks)
         others = [*{child for _, child in families}]
-        statuses = self._repository.statuses(others) if others else {}
+        statuses = self._moves.repository.statuses(others) if others else {}
         needed = set[str]()
         before = -1
         while len(needed) > before:
@@ -260,7 +258,7 @@ class Operations(Requeues):
     def _commit(
         self, writes: Sequence[Write], tasks: Mapping[str, Task] | None = None
     ) -> Sequence[bool]:
-        self._repository.transactions.refuse_write()
+        self._moves.repository.transactions.refuse_write()
         results = self._moves.commit(writes, tasks)
         self._moves.process_if_unattended()
         return results

@@ -6,13 +6,18 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 from taskx.attempt.registry import Registry
-from taskx.node.moving import Services
+from taskx.node.hooks import Hooks
+from taskx.node.moving import Moves
 from taskx.node.node import LocalNode
 from taskx.node.pool import WorkerPool
+from taskx.node.watcher import Watcher
 from taskx.queue.joining import Joining
 from taskx.queue.operations import Operations
 from taskx.stores import queries
 from taskx.stores.base import Repository
+from taskx.stores.controls import Controls
+from taskx.stores.door import Door
+from taskx.tasks.bell import Agenda
 from taskx.tasks.clock import Clock
 from taskx.tasks.config import Config
 from taskx.tasks.errors import RepositoryError
@@ -35,7 +40,11 @@ class Parts:
     _log: GuardedLogger
     _timing: Timing
     _registry: Registry
-    _services: Services
+    _moves: Moves
+    _controls: Controls
+    _agenda: Agenda
+    _watcher: Watcher
+    _hooks: Hooks
     _operations: Operations
     _joining: Joining
     _node: LocalNode
@@ -46,15 +55,12 @@ class Parts:
 
     @contextmanager
     def _changing(self, connection: object = None) -> Iterator[Operations]:
-        """Return the operations for this thread: it may be in a transaction of its own."""
-        if connection is None:
-            connection = self.repository.transactions.current()
-        if connection is None:
-            self._joining.refuse()
-            yield self._operations
-            return
-        with self._joining.operations(connection) as operations:
-            yield operations
+        """Return the operations for a connection, or this thread, which may be in a transaction."""
+        with self._joining.changing(connection) as door:
+            yield self._operations if door is self._moves else self._make_operations(door)
+
+    def _make_operations(self, moves: Door) -> Operations:
+        return Operations(moves, self._node, self._registry, self._log, self._timing)
 
     def _reading(self) -> AbstractContextManager[Repository]:
         """Return the repository for a read of this thread: it may be in a transaction of its own."""
@@ -70,7 +76,7 @@ class Parts:
 
     def _check(self, task_id: str) -> None:
         """Resolve the handles of a task if it has ended."""
-        self._services.watcher.check([task_id])
+        self._watcher.check([task_id])
 
     def _nobody_runs(self, type: str) -> bool:
         """Return True if it is known that no running queue has an executor for the type."""

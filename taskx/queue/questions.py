@@ -150,7 +150,7 @@ class Questions(Parts):
     @property
     def events_waiting(self) -> int:
         """The number of events that the hooks of this queue were not told yet."""
-        return len(self._services.hooks.waiting)
+        return len(self._hooks.waiting)
 
     @property
     def running(self) -> int:
@@ -173,7 +173,7 @@ class Questions(Parts):
         """
         from taskx.insight.health import own_problems
 
-        return not [*own_problems(self._services, self._pool, self.config.max_stuck)]
+        return not [*own_problems(self.repository, self._pool, self.config.max_stuck)]
 
     def flows(self, *, at_most: int = 20, after: str | None = None) -> list[FlowSummary]:
         """Return the flows that were submitted last, newest first, with the counts of their tasks.
@@ -226,7 +226,8 @@ class Questions(Parts):
 
         ageing = round((self.config.ageing or 0) * 1000)
         with self._reading() as repository:
-            return why(repository, self._services, self._pool, ageing, check_name(task_id, "id"))
+            known = (self._registry, self.clock, self._log, self._timing)
+            return why(repository, *known, self._pool, ageing, check_name(task_id, "id"))
 
     def health(
         self,
@@ -266,7 +267,9 @@ class Questions(Parts):
             file_size=file_size,
             schedule_overdue=schedule_overdue,
         )
-        return check(self._services, self._pool, wanted)
+        return check(
+            self.repository, self._controls, self._timing, self._pool, wanted, self.clock.now_ms()
+        )
 
     def diagnose(self) -> Diagnosis:
         """Examine what is around the tasks: versions, file, permissions, disk, locks, dead nodes, clock.
@@ -276,7 +279,7 @@ class Questions(Parts):
         """
         from taskx.insight.diagnosis import diagnose
 
-        return diagnose(self._services)
+        return diagnose(self.repository, self._registry, self.clock.now_ms())
 
     def stats(
         self,
@@ -307,7 +310,10 @@ class Questions(Parts):
         from taskx.insight.stats import stats
 
         with self._reading() as repository:
-            return stats(repository, self._services, period, since, at_most, waiting_at_most)
+            return stats(
+                *(repository, self._moves.counts, self._registry.types, self.clock.now_ms()),
+                *(period, since, at_most, waiting_at_most),
+            )
 
     def history(
         self,
@@ -333,7 +339,7 @@ class Questions(Parts):
         from taskx.insight.history import history
 
         with self._reading() as repository:
-            return history(repository, self._services, period, intervals)
+            return history(repository, self._moves.counts, self.clock.now_ms(), period, intervals)
 
     def usage(
         self, name: str, *, period: Duration = 86_400.0, since: datetime | None = None
@@ -356,7 +362,7 @@ class Questions(Parts):
         from taskx.insight.counted import usage
 
         with self._reading() as repository:
-            return usage(repository, self._services, name, period, since)
+            return usage(repository, self._moves.counts, self.clock.now_ms(), name, period, since)
 
     def failures(
         self, *, type: str | None = None, since: datetime | None = None, at_most: int = 1_000
@@ -391,7 +397,7 @@ class Questions(Parts):
         """
         from taskx.insight.nodes import nodes
 
-        return nodes(self._services, self._pool)
+        return nodes(self.repository, self._pool)
 
     def stacks(self, node_id: str | None = None, *, timeout: Duration = 5.0) -> list[ThreadStack]:
         """Return what the threads of a process do, with their stacks.
@@ -411,7 +417,7 @@ class Questions(Parts):
                 transaction of its own, and a node of another process was named.
             RepositoryError: the repository failed.
         """
-        return requests.stacks(self._services, node_id, timeout)
+        return requests.stacks(self.repository, self._controls, self._timing, node_id, timeout)
 
     def changes(self, at_most: int = 100) -> list[Change]:
         """Return the newest entries of the log of changes, the newest first.
@@ -449,7 +455,7 @@ class Questions(Parts):
 
         with self._reading() as repository:
             repository.require("limits with a name")
-            return limits_of(repository, self._services)
+            return limits_of(repository, self._registry, self.clock, self._log)
 
     def tuned(self) -> Tuned:
         """Return the stored overrides, and the values that they override.

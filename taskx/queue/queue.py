@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
@@ -24,23 +24,22 @@ from taskx.attempt.executors import (
 from taskx.attempt.registry import Layer, Registry, check_middleware
 from taskx.node.engine import Engine, Threads
 from taskx.node.hooks import Hook, Hooks
-from taskx.node.moving import Moves, Services
+from taskx.node.moving import Moves
 from taskx.node.node import LocalNode
-from taskx.node.schedules import Overlap, make_entry
+from taskx.node.schedules import Entry, Overlap, make_entry
 from taskx.node.watcher import Watcher
 from taskx.queue import foreground
 from taskx.queue.following import follow
 from taskx.queue.intake import Intake, task_of
 from taskx.queue.joining import Joining
-from taskx.queue.layers import layered
-from taskx.queue.operations import Operations
+from taskx.queue.layers import LayeredIntake, layered
 from taskx.queue.questions import Questions
 from taskx.queue.schedule import Schedule, Schedules
 from taskx.queue.steering import Steering
-from taskx.queue.work import Work
 from taskx.stores.adapter import EightMethodAdapter
 from taskx.stores.base import Repository
 from taskx.stores.controls import Controls, check_named, from_named
+from taskx.stores.door import Door
 from taskx.stores.eight import TaskRepository
 from taskx.stores.streams import Reader
 from taskx.tasks.bell import Agenda
@@ -135,7 +134,7 @@ class Queue(Questions, Steering):
             else EightMethodAdapter(repository, clock, timing or DEFAULT_TIMING)
         )
         self._timing = timing or self.repository.timing
-        self._hooks = tuple(hooks)
+        self._given_hooks = tuple(hooks)
         self._registry = Registry(
             check_middleware(middleware),
             self._require,
@@ -146,7 +145,8 @@ class Queue(Questions, Steering):
         )
         # The JSON forms of params and results, by type. Handles decode results by them.
         self._values: Mapping[str, Values] = self._registry.values
-        self._schedules = Schedules(self.handle)
+        # The schedules that wait for the start, by name; a forked child stores them, too.
+        self._declared: dict[str, Entry] = {}
         if not isinstance(engine, Engine | None):
             raise ConfigurationError(f"engine must be an Engine, not {type(engine).__name__}")
         self._engine = Threads() if engine is None else engine
@@ -158,41 +158,61 @@ class Queue(Questions, Steering):
     def _wire(self) -> None:
         """Make the parts. Those of a forked child are new; the engine makes what starts threads."""
         engine, repository, log, timing = self._engine, self.repository, self._log, self._timing
-        registry, config, clock, agenda = self._registry, self.config, self.clock, Agenda()
+        registry, clock = self._registry, self.clock
         most = registry.max_payload_size
         threaded, signal = engine.threaded, engine.make_signal
-        hooks = Hooks(self._hooks, log, timing, threaded=threaded)
-        watcher = Watcher(repository, log, agenda, timing, signal, threaded=threaded)
-        about = (log, timing, config.redact, self._limit_of_key, lambda: registry.shares)
-        moves = Moves(repository, agenda, hooks, watcher, clock, *about)
-        runner = engine.make_runner(clock, timing, most)
-        keeper = Keeper(
-            repository,
-            moves.commit,
-            most,
-            registry.values,
-            clock,
-            timing,
-            self._submit_children,
+        self._agenda = agenda = Agenda()
+        self._controls = Controls(repository)
+        self._hooks = hooks = Hooks(self._given_hooks, log, timing, threaded=threaded)
+        self._watcher = Watcher(repository, log, agenda, timing, signal, threaded=threaded)
+        about = (log, timing, self.config.redact, self._limit_of_key, lambda: registry.shares)
+        self._moves = moves = Moves(repository, agenda, hooks, self._watcher, clock, *about)
+        self._runner = engine.make_runner(clock, timing, most)
+        make_pool = partial(
+            engine.make_pool,
+            moves=moves,
+            controls=self._controls,
+            agenda=agenda,
+            registry=registry,
+            runner=self._runner,
+            keeper=Keeper(
+                moves,
+                most,
+                registry.values,
+                clock,
+                timing,
+                self._submit_children,
+            ),
+            watcher=self._watcher,
+            hooks=hooks,
+            clock=clock,
+            log=log,
+            timing=timing,
         )
-        own = (repository, moves, Controls(repository), agenda)
-        self._services = services = Services(
-            *own, registry, runner, keeper, watcher, hooks, clock, log, timing
-        )
-        work = Work(repository, moves)
-        self._node = node = LocalNode(services, engine, self)
-        self._intake = self._make_intake(work)
-        self._operations = Operations(services, node, work)
-        self._joining = Joining(services, node, config, work)
+        self._node = node = LocalNode(self, engine, make_pool, moves, hooks, log, timing)
+        self._intake = self._make_intake(moves)
         self._entrance = layered(self._intake, registry.middleware)
-        self._schedules.wire(services, self._intake, self._joining, node)
+        self._operations = self._make_operations(moves)
+        self._joining = Joining(moves, agenda, log)
+        self._schedules: Schedules = Schedules(
+            self._declared,
+            lambda: self._schedules,
+            self.handle,
+            self._intake,
+            self._make_intake,
+            self._joining,
+            node,
+            registry,
+            agenda,
+            log,
+        )
 
     def _limit_of_key(self, key: str) -> Limit | None:
         """Return the limit of a key. A queue that is not started asks the repository what holds now."""
         if not is_key(key):
             return None
         if self._node.pool is None and not self.repository.shortcoming:
-            controls = self._services.controls
+            controls = self._controls
             controls.refresh()
             self._registry.follow(controls.overrides, controls.declared)
         return self._registry.limit_of_key(key)
@@ -207,8 +227,28 @@ class Queue(Questions, Steering):
             made.append(task if own >= priority else attrs.evolve(task, priority=priority))
         self._entrance.accept_many(made, spill=True, also=[listed])
 
-    def _make_intake(self, work: Work) -> Intake:
-        return Intake(self._services, self._node, self.config, work)
+    def _make_intake(self, moves: Door, make: Callable[..., Intake] = Intake) -> Intake:
+        return make(
+            moves,
+            self._node,
+            self.config,
+            self._registry,
+            self._hooks,
+            self._agenda,
+            self._log,
+            self._timing,
+        )
+
+    @contextmanager
+    def _submitting(self, connection: object) -> Iterator[Intake | LayeredIntake]:
+        """Return the intake, with middleware, for a connection or this thread."""
+        if connection is None and self.repository.transactions.known:
+            connection = self.repository.transactions.current(submits=True)
+        if connection is None:
+            yield self._entrance
+            return
+        with self._joining.changing(connection) as door:
+            yield layered(self._make_intake(door), self._registry.middleware)
 
     def _require(self, what: str) -> None:
         self.repository.require(what)
@@ -330,7 +370,7 @@ class Queue(Questions, Steering):
             with suppress(RepositoryError, ConfigurationError):
                 self._joining.refuse()
                 self._pool.record()
-        self._services.agenda.fetch_soon()
+        self._agenda.fetch_soon()
 
     def limit(self, name: str, /, **options: Unpack[NamedOptions]) -> None:
         """Declare a limit that types share, or one for keys. It holds for all nodes together.
@@ -494,7 +534,7 @@ class Queue(Questions, Steering):
         if connection is None:
             task_id = self._entrance.accept(wanted, priority, on_conflict, **more)
         else:
-            with self._joining.intake(connection, self._registry.middleware) as intake:
+            with self._submitting(connection) as intake:
                 task_id = intake.accept(wanted, priority, on_conflict, **more)
         try:
             return TaskHandle(task_id, self)
@@ -521,11 +561,7 @@ class Queue(Questions, Steering):
             TaskxError: the same errors as :meth:`submit`. Nothing was stored, unless ``in_doubt`` is
                 True.
         """
-        if connection is None and self.repository.transactions.known:
-            connection = self.repository.transactions.current(submits=True)
-        if connection is None:
-            return [TaskHandle(task_id, self) for task_id in self._entrance.accept_many(tasks)]
-        with self._joining.intake(connection, self._registry.middleware) as intake:
+        with self._submitting(connection) as intake:
             return [TaskHandle(task_id, self) for task_id in intake.accept_many(tasks)]
 
     @overload
@@ -686,13 +722,8 @@ class Queue(Questions, Steering):
 
         flow_id = new_id()
         tasks, shape = lay_out(flow, flow_id, tags)
-        if connection is None and self.repository.transactions.known:
-            connection = self.repository.transactions.current(submits=True)
-        if connection is None:
-            self._entrance.accept_many(tasks, spill=True)
-        else:
-            with self._joining.intake(connection, self._registry.middleware) as intake:
-                intake.accept_many(tasks, spill=True)
+        with self._submitting(connection) as intake:
+            intake.accept_many(tasks, spill=True)
         return FlowHandle(shape, self, flow_id)
 
     def flow_handle(self, shape: Shape) -> FlowHandle:
@@ -805,7 +836,7 @@ class Queue(Questions, Steering):
 
     def watch(self, *handles: TaskHandle[Any]) -> None:
         """Resolve handles when their tasks end. Handles call this themselves."""
-        watcher, postpone = self._services.watcher, self.repository.transactions.postpone
+        watcher, postpone = self._watcher, self.repository.transactions.postpone
         now = [
             handle
             for handle in handles
@@ -900,7 +931,7 @@ class Queue(Questions, Steering):
         Threads that wait for the result of an unfinished task get ``QueueStopped``.
         """
         self.stop()
-        self._services.watcher.close()
+        self._watcher.close()
         self.repository.close()
 
     def __enter__(self) -> Queue:
@@ -924,7 +955,7 @@ class Queue(Questions, Steering):
         """Reset the queue in a forked child to "not started", without touching the parent's resources."""
         self.repository.forks.renew_after_fork()
         self.repository.transactions.renew()
-        self._services.watcher.renew_after_fork()
+        self._watcher.renew_after_fork()
         self._node.forget()
         self._engine.renew_after_fork()
         self._wire()

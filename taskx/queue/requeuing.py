@@ -9,12 +9,12 @@ from typing import Any
 
 import attrs
 
-from taskx.node.moving import Services
+from taskx.attempt.registry import Registry
 from taskx.node.pool import State
 from taskx.queue.bulk import PLAIN, Action, Bulk, Stagger, Tally, Terms, counted
 from taskx.queue.intake import new_params
-from taskx.queue.work import Work
 from taskx.stores import queries
+from taskx.stores.door import Door
 from taskx.stores.selecting import (
     Chosen,
     Given,
@@ -27,8 +27,10 @@ from taskx.stores.selecting import (
 )
 from taskx.tasks import lifecycle
 from taskx.tasks.errors import ConfigurationError, InvalidTransition, QueueStopped
+from taskx.tasks.log import GuardedLogger
 from taskx.tasks.model import Task, TaskStatus, check_name
 from taskx.tasks.rate import rate_of
+from taskx.tasks.timing import Timing
 from taskx.tasks.writes import Update
 
 _REQUEUEABLE = (TaskStatus.FAILED, TaskStatus.CANCELLED)
@@ -45,36 +47,44 @@ class Requeues:
     """Requeues stored tasks; the queue need not be started.
 
     Args:
-        services: the shared parts of the queue.
+        moves: the door through which it reads and writes.
         state: tells if the queue is started, and if it was stopped.
-        work: through what it reads and writes.
+        registry: the executors.
+        log: the logger of the queue.
+        timing: the sizes of batches.
     """
 
-    def __init__(self, services: Services, state: State, work: Work) -> None:
-        self._services = services
-        self._repository = work.repository
-        self._batch, self._whole = services.timing.batch, services.timing.requeue_batch
-        self._moves = work.moves
-        self._inside = work.inside
+    def __init__(
+        self,
+        moves: Door,
+        state: State,
+        registry: Registry,
+        log: GuardedLogger,
+        timing: Timing,
+    ) -> None:
+        self._moves = moves
         self._state = state
+        self._registry = registry
+        self._log = log
+        self._batch, self._whole = timing.batch, timing.requeue_batch
 
     def requeue_one(self, task_id: str, params: Any = None, from_step: str | None = None) -> None:
         """Requeue a task; raise if it cannot be: see ``Queue.requeue``."""
         self._refuse_if_stopped()
         if from_step is not None:
             check_name(from_step, "from_step")
-        task = self._repository.get_by_id(task_id)
+        task = self._moves.repository.get_by_id(task_id)
         lifecycle.check_requeue(task)
         correction: dict[str, Any] = {}
         if params is not None or from_step is not None:
-            text = None if params is None else new_params(self._services, task.type, params)
-            now = self._services.clock.now_ms()
+            text = None if params is None else new_params(self._registry, task.type, params)
+            now = self._moves.now_ms()
             correction = lifecycle.corrected(task, now, text, from_step)
-        family = self._family({task_id: task}, Given(self._repository, (), ()))
+        family = self._family({task_id: task}, Given(self._moves.repository, (), ()))
         if from_step is not None:
             self._forget_answers(task, from_step)
         if task_id not in self._requeue_family(family, {}, {task_id: correction}):
-            self._repository.refuse_if_key_held(task)
+            self._moves.repository.refuse_if_key_held(task)
             raise InvalidTransition(
                 f"task {task_id} was changed while it was being requeued; try again"
             )
@@ -82,7 +92,7 @@ class Requeues:
     def _forget_answers(self, task: Task, from_step: str) -> None:
         """Remove the answers to what the task asks again, before it starts."""
         gone = {write.id: write for write in lifecycle.forgotten_answers(task, from_step)}
-        found = self._repository.find("id", [*gone], ("id", "type")) if gone else ()
+        found = self._moves.repository.find("id", [*gone], ("id", "type")) if gone else ()
         if writes := [gone[i] for i, type in found if type == lifecycle.ANSWER]:
             self._moves.commit(writes)
 
@@ -112,9 +122,9 @@ class Requeues:
     ) -> Bulk:
         """Change the chosen tasks that have one of the statuses, a page at a time, or only count them."""
         if terms.dry_run:
-            return counted(action, count(self._repository, chosen, statuses, terms.at_most))
+            return counted(action, count(self._moves.repository, chosen, statuses, terms.at_most))
         tally = Tally(action, terms)
-        for selection in selections(self._repository, chosen, statuses):
+        for selection in selections(self._moves.repository, chosen, statuses):
             for page in selection.pages():
                 change(page, selection, tally)
         return tally.bulk
@@ -125,7 +135,7 @@ class Requeues:
             return None
         if allowed.unit:
             raise ConfigurationError(f"the rate of a requeue counts tasks, not {allowed.unit}")
-        return Stagger(self._repository, self._services.clock, allowed, what)
+        return Stagger(self._moves.repository, self._moves.now_ms, allowed, what)
 
     def _refuse_if_stopped(self) -> None:
         if self._state.closed:
@@ -189,18 +199,18 @@ class Requeues:
         some = [i for i in parents - family.tasks.keys() if selection.may_have(i)]
         found: dict[str, Task] = {}
         for start in range(0, len(some), self._batch):
-            read = self._repository.get_many(some[start : start + self._batch])
+            read = self._moves.repository.get_many(some[start : start + self._batch])
             found.update((task_id, read[task_id]) for task_id in selection.of(read))
         return found
 
     def _orphans(self, tasks: Mapping[str, Task], family: _Family) -> dict[str, Task]:
         """Return the tasks that ended because of these; note those that still wait for these."""
-        pairs = queries.families(self._repository, tasks)
+        pairs = queries.families(self._moves.repository, tasks)
         family.parents.update(parent for parent, _ in pairs)
         some = [*{child for _, child in pairs} - family.tasks.keys() - family.waiting.keys()]
         found: dict[str, Task] = {}
         for start in range(0, len(some), self._batch):
-            read = self._repository.get_many(some[start : start + self._batch])
+            read = self._moves.repository.get_many(some[start : start + self._batch])
             found.update((i, task) for i, task in read.items() if lifecycle.ended_with(task, tasks))
             family.waiting.update((i, task) for i, task in read.items() if _waits(task, tasks))
             if len(family.own) > 1 and len(found) > self._whole:
@@ -247,9 +257,9 @@ class Requeues:
         for start in range(0, len(tasks), self._whole):
             some = {task.id: task for task in tasks[start : start + self._whole]}
             parents = list({parent: None for task in some.values() for parent in task.depends_on})
-            statuses = self._repository.statuses(parents) if parents else {}
+            statuses = self._moves.repository.statuses(parents) if parents else {}
             statuses.update(dict.fromkeys(some, TaskStatus.PENDING))  # in this transaction
-            now = self._services.clock.now_ms()
+            now = self._moves.now_ms()
             writes: list[Update] = []
             for task_id, task in some.items():
                 if task.status is TaskStatus.PENDING:
@@ -268,7 +278,9 @@ class Requeues:
     def _why_not(self, tasks: Sequence[Task]) -> list[str]:
         """Return the reason for each of these tasks why it was not requeued."""
         keys = [*{task.unique_key for task in tasks if task.unique_key is not None}]
-        found = self._repository.find("unique_lock", keys, ("unique_lock", "id")) if keys else ()
+        found = (
+            self._moves.repository.find("unique_lock", keys, ("unique_lock", "id")) if keys else ()
+        )
         holders: dict[str | None, str] = dict(found)
         return [
             "changed" if holders.get(task.unique_key, task.id) == task.id else "unique_key"

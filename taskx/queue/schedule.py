@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from datetime import datetime, timezone
 from functools import partial
 from itertools import islice
@@ -12,18 +12,21 @@ from typing import Any
 
 import attrs
 
-from taskx.node.moving import Services
+from taskx.attempt.registry import Registry
 from taskx.node.pool import State
 from taskx.node.schedules import OF_TASK, PREFIX, Entry, Overlap, entry_of, tick_id
-from taskx.queue.intake import Intake, prepare
+from taskx.queue.intake import Intake
 from taskx.queue.joining import Joining
 from taskx.stores.base import Repository
+from taskx.stores.door import Door
 from taskx.tasks import lifecycle, payload
+from taskx.tasks.bell import Agenda
 from taskx.tasks.checks import Duration, check_int
 from taskx.tasks.clock import to_datetime, to_ms
 from taskx.tasks.errors import ConfigurationError, RepositoryCorrupt, ScheduleNotFound
 from taskx.tasks.handles import TaskHandle
 from taskx.tasks.ids import new_id
+from taskx.tasks.log import GuardedLogger
 from taskx.tasks.model import TASK_FIELDS, Task, TaskStatus, check_moment
 from taskx.tasks.options import lifetime
 from taskx.tasks.record import DEFAULTS, task_from_row
@@ -63,8 +66,11 @@ class Schedule:
         stored: False if it is only declared, and the start of its queue will store it.
     """
 
-    def __init__(self, entry: Entry, schedules: Schedules, *, stored: bool = True) -> None:
+    def __init__(
+        self, entry: Entry, schedules: Callable[[], Schedules], *, stored: bool = True
+    ) -> None:
         self._entry = entry
+        # Returns the schedules of its queue: those of a forked child are others.
         self._schedules = schedules
         self.stored = stored
 
@@ -157,7 +163,7 @@ class Schedule:
             ConfigurationError: ``count`` is not a whole number of 1 or more, or the host does not know the
                 time zone.
         """
-        now, coming = self._schedules.now(), self._entry.next
+        now, coming = self._schedules().now(), self._entry.next
         ticks = self._entry.ticks.after(now if coming is None else max(now, coming - 1))
         local = zone(self.tz)
         found = islice(ticks, check_int(count, "count", 1))
@@ -174,9 +180,10 @@ class Schedule:
             RepositoryError: the repository cannot be read.
         """
         most, entry, local = check_int(count, "count", 1), self._entry, zone(self.tz)
-        ticks = latest(entry.ticks, entry.since + 1, self._schedules.now(), most)
+        schedules = self._schedules()
+        ticks = latest(entry.ticks, entry.since + 1, schedules.now(), most)
         ids = {tick: tick_id(self.name, tick) for tick in reversed(ticks)}
-        with self._schedules.reading() as repository:
+        with schedules.reading() as repository:
             known = repository.statuses([*ids.values()])
         return [
             Tick(
@@ -195,7 +202,7 @@ class Schedule:
         A program needs this only if it does not start the queue.
         """
         self._change(lambda entry, now: entry)
-        self._schedules.declared.pop(self.name, None)
+        self._schedules().declared.pop(self.name, None)
 
     def pause(self) -> None:
         """Stop its ticks until :meth:`resume`, even after restarts and new declarations."""
@@ -206,12 +213,15 @@ class Schedule:
         self._change(lambda entry, now: entry.resumed(now) if entry.paused else entry)
 
     def _change(self, change: Callable[[Entry, int], Entry]) -> None:
-        self._entry, self.stored = self._schedules.change(self.name, change), True
+        self._entry, self.stored = self._schedules().change(self.name, change), True
 
     def remove(self) -> None:
         """Delete the schedule; the tasks that it has made stay."""
-        with self._schedules.joined() as schedules:
-            while not schedules.put(self.name, None, schedules.note(self.name).version):
+        schedules = self._schedules()
+        with schedules.changing() as moves:
+            while not schedules.put(
+                moves, self.name, None, schedules.note(moves, self.name).version
+            ):
                 continue
             schedules.declared.pop(self.name, None)
 
@@ -221,10 +231,11 @@ class Schedule:
         Raises:
             QueueStopped: the queue was stopped.
         """
-        with self._schedules.joined(submits=True) as schedules:
-            task = entry_of(schedules.note(self.name)).task
+        schedules = self._schedules()
+        with schedules.changing(submits=True) as moves:
+            task = entry_of(schedules.note(moves, self.name)).task
             insert = lifecycle.create(task_id=new_id(), now=schedules.now(), **task)
-            schedules.intake.put(insert)
+            schedules.intake_of(moves).put(insert)
         return schedules.handle(insert.id)
 
     def backfill(self, start: datetime, end: datetime) -> list[TaskHandle[Any]]:
@@ -242,22 +253,22 @@ class Schedule:
             QueueStopped: the queue was stopped.
         """
         handles: list[TaskHandle[Any]] = []
-        with self._schedules.joined(submits=True) as schedules:
-            schedules.intake.refuse_if_stopped()
-            entry, now = entry_of(schedules.note(self.name)), schedules.now()
+        schedules = self._schedules()
+        with schedules.changing(submits=True) as moves:
+            schedules.intake_of(moves).refuse_if_stopped()
+            entry, now = entry_of(schedules.note(moves, self.name)), schedules.now()
             ticks = list(islice(between(entry.ticks, *_span(start, end, now)), MOST_BACKFILLED + 1))
             if len(ticks) > MOST_BACKFILLED:
                 raise ConfigurationError(
                     f"schedule {self.name!r} has more than {MOST_BACKFILLED:,} ticks from {start} to "
                     f"{end}; back-fill a shorter span, or several of them"
                 )
-            work = schedules.intake.work
             for first in range(0, len(ticks), BATCH):
                 some = ticks[first : first + BATCH]
                 inserts = [entry.insert(tick, now) for tick in some]
-                work.moves.commit(inserts)
+                moves.commit(inserts)
                 handles += [schedules.handle(insert.id) for insert in inserts]
-                work.after(schedules.services.agenda.fetch_soon)
+                moves.after(schedules.agenda.fetch_soon)
         return handles
 
 
@@ -265,21 +276,41 @@ class Schedules:
     """The schedules of a repository.
 
     Args:
+        declared: the schedules that were declared before the start of the queue, by name.
+        current: returns the object that a :class:`Schedule` uses: a forked child makes another one.
         handle: makes a handle for a task.
+        intake: takes in their tasks.
+        make_intake: makes an intake for another door.
+        joining: chooses the door of a call.
+        state: tells if the queue is started, and if it was stopped.
+        registry: the executors.
+        agenda: is told of schedules that were changed.
+        log: the logger of the queue.
     """
 
-    def __init__(self, handle: Callable[[str], TaskHandle[Any]]) -> None:
+    def __init__(
+        self,
+        declared: dict[str, Entry],
+        current: Callable[[], Schedules],
+        handle: Callable[[str], TaskHandle[Any]],
+        intake: Intake,
+        make_intake: Callable[[Door], Intake],
+        joining: Joining,
+        state: State,
+        registry: Registry,
+        agenda: Agenda,
+        log: GuardedLogger,
+    ) -> None:
+        self.declared = declared
+        self._current = current
         self.handle = handle
-        #: The schedules that were declared before the start of the queue, by name.
-        self.declared: dict[str, Entry] = {}
-
-    def wire(self, services: Services, intake: Intake, joining: Joining, state: State) -> None:
-        """Set the services to use from now on; a forked child has its own."""
-        self.services = services
-        self.intake = intake
-        self._repository = intake.work.repository
+        self._intake = intake
+        self._make_intake = make_intake
         self._joining = joining
         self._state = state
+        self._registry = registry
+        self.agenda = agenda
+        self._log = log
 
     @property
     def _wait(self) -> bool:
@@ -290,27 +321,17 @@ class Schedules:
         """Return the repository for a read of this thread: it may be in a transaction of its own."""
         return self._joining.reading()
 
-    @contextmanager
-    def joined(self, *, submits: bool = False) -> Iterator[Schedules]:
-        """Return the schedules for changes of this thread: it may be in a transaction of its own.
+    def changing(self, *, submits: bool = False) -> AbstractContextManager[Door]:
+        """Return the door for changes of this thread: see :meth:`Joining.changing`."""
+        return self._joining.changing(submits=submits)
 
-        ``submits`` says that the changes are new tasks: see :meth:`Transactions.current`.
-
-        Raises:
-            ConfigurationError: the changes cannot take part in the transaction.
-        """
-        with self._joining.changing(submits=submits) as work:
-            if work is self.intake.work:
-                yield self
-                return
-            made = Schedules(self.handle)
-            made.declared = self.declared
-            made.wire(self.services, self._joining.intake_of(work), self._joining, self._state)
-            yield made
+    def intake_of(self, moves: Door) -> Intake:
+        """Return an intake for a door."""
+        return self._make_intake(moves) if moves.inside else self._intake
 
     def now(self) -> int:
         """Return the time, in milliseconds."""
-        return self.services.clock.now_ms()
+        return self._intake.moves.now_ms()
 
     def all(self) -> dict[str, Schedule]:
         """Return all schedules that can be read or are declared, by name and in the order of names."""
@@ -321,23 +342,23 @@ class Schedules:
             try:
                 entry = entry_of(note)
             except RepositoryCorrupt as error:
-                self.services.log.warning("%s cannot be listed: %s", note_name, error)
+                self._log.warning("%s cannot be listed: %s", note_name, error)
             else:
-                found[entry.name] = Schedule(entry, self)
+                found[entry.name] = Schedule(entry, self._current)
         for name, wanted in self.declared.copy().items() if self._wait else ():
             stored = name in found
             entry = self._merged(wanted, notes.get(PREFIX + name))
-            found[name] = Schedule(entry, self, stored=stored)
+            found[name] = Schedule(entry, self._current, stored=stored)
         return {name: found[name] for name in sorted(found)}
 
-    def note(self, name: str) -> Note:
+    def note(self, moves: Door, name: str) -> Note:
         """Return the note of a schedule; raise ``ScheduleNotFound`` if it does not exist.
 
         A schedule that waits for the start of the queue is stored first.
         """
         if self._wait and (wanted := self.declared.get(name)) is not None:
-            self.store(wanted)
-        note = self._repository.notes(PREFIX + name).get(PREFIX + name)
+            self._store(moves, wanted)
+        note = moves.repository.notes(PREFIX + name).get(PREFIX + name)
         if note is None:
             raise ScheduleNotFound(name)
         return note
@@ -353,14 +374,14 @@ class Schedules:
             priority: overrides the priorities of the task and of the executor.
             expires: the option of its tasks; None for that of the executor.
         """
-        self._repository.require("schedules")
+        self._intake.moves.repository.require("schedules")
         wanted = attrs.evolve(entry, task=self._template(entry.name, task, priority, expires))
         if self._wait:
             self.declared[entry.name] = wanted
             if self._wait:  # else the start, meanwhile, may have missed it
-                return Schedule(self._merged(wanted, None), self, stored=False)
-        with self.joined() as schedules:
-            return Schedule(schedules.store(wanted), self)
+                return Schedule(self._merged(wanted, None), self._current, stored=False)
+        with self.changing() as moves:
+            return Schedule(self._store(moves, wanted), self._current)
 
     def store_declared(self, stored: Mapping[str, Entry] | None = None) -> dict[str, Entry]:
         """Store the schedules that were declared before the start, and return them.
@@ -370,17 +391,18 @@ class Schedules:
         declared = dict(self.declared)
         for name, wanted in declared.items():
             if stored is None or stored.get(name) is not wanted:
-                self.store(wanted)
+                self._store(self._intake.moves, wanted)
         return declared
 
-    def store(self, wanted: Entry) -> Entry:
+    def _store(self, moves: Door, wanted: Entry) -> Entry:
         """Store a schedule, merged with the stored one of the same name; return the result."""
         note_name = PREFIX + wanted.name
         while True:
-            note = self._repository.notes(note_name).get(note_name)
+            note = moves.repository.notes(note_name).get(note_name)
             new = self._merged(wanted, note)
             unchanged = note is not None and new.to_text() == note.text
-            if unchanged or self.put(wanted.name, new, 0 if note is None else note.version):
+            version = 0 if note is None else note.version
+            if unchanged or self.put(moves, wanted.name, new, version):
                 return new
 
     def _template(
@@ -400,10 +422,10 @@ class Schedules:
             raise ConfigurationError(
                 "the task of a schedule must have no expires_at: give `expires` in seconds instead"
             )
-        row = prepare(self.services, task, priority, stored=False).row
-        self._repository.codecs.columns(row)  # raises now instead of at every tick
+        row = self._intake.prepare(task, priority, stored=False).row
+        self._intake.moves.repository.codecs.columns(row)  # raises now instead of at every tick
         template = {column: value for column, value in row.items() if column in OF_TASK}
-        executor = self.services.registry.registered.get(row["type"])
+        executor = self._registry.registered.get(row["type"])
         if expires is not None:
             template["expires"] = lifetime(expires)
         elif executor is not None and executor.expires is not None:
@@ -418,9 +440,7 @@ class Schedules:
         try:
             return fresh.declared_again(entry_of(note), now)
         except RepositoryCorrupt as error:
-            self.services.log.warning(
-                "schedule %r is replaced by a new one: %s", wanted.name, error
-            )
+            self._log.warning("schedule %r is replaced by a new one: %s", wanted.name, error)
             return attrs.evolve(fresh.resumed(now), paused=_says_paused(note))
 
     def change(self, name: str, change: Callable[[Entry, int], Entry]) -> Entry:
@@ -429,20 +449,20 @@ class Schedules:
         Raises:
             ScheduleNotFound: no schedule has this name.
         """
-        with self.joined() as schedules:
+        with self.changing() as moves:
             while True:
-                note = schedules.note(name)
+                note = self.note(moves, name)
                 old = entry_of(note)
                 new = change(old, self.now())
-                if new == old or schedules.put(name, new, note.version):
+                if new == old or self.put(moves, name, new, note.version):
                     return new
 
-    def put(self, name: str, entry: Entry | None, version: int) -> bool:
+    def put(self, moves: Door, name: str, entry: Entry | None, version: int) -> bool:
         """Store a schedule, or delete it (None); return False if its note has another version now."""
         text = None if entry is None else entry.to_text()
-        stored = self._repository.put_note(PREFIX + name, text, version)
+        stored = moves.repository.put_note(PREFIX + name, text, version)
         if stored:
-            self.intake.work.after(partial(self.services.agenda.check_schedule_soon, name))
+            moves.after(partial(self.agenda.check_schedule_soon, name))
         return stored
 
 

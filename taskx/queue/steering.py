@@ -338,7 +338,7 @@ class Steering(Parts):
             RepositoryError: the repository failed; some tasks may have been deleted.
         """
         self._joining.refuse()
-        return prune_all(self._services, before, status)
+        return prune_all(self._moves, self._timing, before, status)
 
     # --- dead letters
 
@@ -399,9 +399,9 @@ class Steering(Parts):
                 methods.
             RepositoryError: the repository failed.
         """
-        with self._joining.changing() as work:
-            Controls(work.repository).pause(type)
-            work.after(self._check_controls)
+        with self._joining.changing() as door:
+            Controls(door.repository).pause(type)
+            door.after(self._check_controls)
         self._warn_if_misspelt(type, "paused")
 
     def _warn_if_misspelt(self, type: str | None, what: str) -> None:
@@ -421,14 +421,14 @@ class Steering(Parts):
             ConfigurationError: the type is not a valid name.
             RepositoryError: the repository failed.
         """
-        with self._joining.changing() as work:
-            Controls(work.repository).resume(type)
-            work.after(self._check_controls)
+        with self._joining.changing() as door:
+            Controls(door.repository).resume(type)
+            door.after(self._check_controls)
 
     def _check_controls(self) -> None:
         if self._pool is not None:
             self._pool.tuning.refresh()
-            self._services.agenda.wake_from_long_sleep()
+            self._agenda.wake_from_long_sleep()
 
     def tune(
         self,
@@ -473,7 +473,7 @@ class Steering(Parts):
         from taskx.queue.tuning import tune
 
         self._joining.refuse()
-        tune(self._services, type, limit, limits, workers, node)
+        tune(self.repository, self._controls, type, limit, limits, workers, node)
         self._check_controls()
         self._warn_if_misspelt(type, "tuned")
 
@@ -503,7 +503,7 @@ class Steering(Parts):
         from taskx.queue.tuning import untune
 
         self._joining.refuse()
-        untune(self._services, type, limit, only, workers, node)
+        untune(self.repository, self._controls, type, limit, only, workers, node)
         self._check_controls()
 
     def hold(self, name: str, until: datetime | Duration) -> None:
@@ -526,7 +526,7 @@ class Steering(Parts):
         from taskx.queue.tuning import hold
 
         self._joining.refuse()
-        hold(self._services, name, until)
+        hold(self.repository, self._controls, self._registry, self.clock, self._log, name, until)
         self._check_controls()
 
     def release(self, name: str) -> bool:
@@ -544,7 +544,7 @@ class Steering(Parts):
         from taskx.queue.tuning import release
 
         self._joining.refuse()
-        was_held = release(self._services, name)
+        was_held = release(self.repository, self._controls, self.clock, name)
         self._check_controls()
         return was_held
 
@@ -565,7 +565,7 @@ class Steering(Parts):
                 its own.
             RepositoryError: the repository failed.
         """
-        requests.stop_node(self._services, node_id)
+        requests.stop_node(self.repository, self._controls, self._timing, node_id)
 
     def note_change(self, by: str, action: str, target: str, detail: Any = None) -> None:
         """Add an entry to the log of changes.
@@ -586,5 +586,5 @@ class Steering(Parts):
         """
         from taskx.insight.changelog import note_change
 
-        with self._joining.changing() as work:
-            note_change(work.repository, self._services, by, action, target, detail)
+        with self._joining.changing() as door:
+            note_change(door.repository, self.clock, self._timing, by, action, target, detail)

@@ -10,7 +10,6 @@ from typing import Any
 import attrs
 
 from taskx.attempt.registry import Registry
-from taskx.node.moving import Services
 from taskx.stores import queries
 from taskx.stores.base import Repository
 from taskx.stores.controls import (
@@ -25,8 +24,9 @@ from taskx.stores.controls import (
     options_of_limit,
 )
 from taskx.tasks.checks import Duration, check_number
-from taskx.tasks.clock import to_ms
+from taskx.tasks.clock import Clock, to_ms
 from taskx.tasks.errors import ConfigurationError, NodeNotFound
+from taskx.tasks.log import GuardedLogger
 from taskx.tasks.model import check_key
 from taskx.tasks.options import LimitOptions, NamedOptions, check_limit_name, check_time
 from taskx.tasks.rate import OF_TYPE, is_key
@@ -72,7 +72,8 @@ class Tuned:
 
 
 def tune(
-    services: Services,
+    repository: Repository,
+    controls: Controls,
     type: str | None,
     limit: str | None,
     limits: Mapping[str, Any],
@@ -80,7 +81,7 @@ def tune(
     node: str | None,
 ) -> None:
     """Do the work of :meth:`Queue.tune`, in the repository."""
-    services.repository.require("overrides")
+    repository.require("overrides")
     _refuse_mixed(type, limit, "tune", workers=workers is not None, node=node)
     names = _options_of(type, limit)
     if unknown := limits.keys() - {*LIMITS, *names}:
@@ -92,7 +93,7 @@ def tune(
         merged = lambda known: known.with_limit(  # noqa: E731
             type, limit, {**known.options_of(type, limit), **wanted}
         )
-        services.controls.override(merged)
+        controls.override(merged)
         return
     if limits:
         raise ConfigurationError(
@@ -100,12 +101,13 @@ def tune(
         )
     number = check_workers(workers)
     if node is not None:
-        _refuse_unfit(services, node)
-    services.controls.override(lambda known: _cleaned(services, known.with_workers(number, node)))
+        _refuse_unfit(repository, node)
+    controls.override(lambda known: _cleaned(repository, known.with_workers(number, node)))
 
 
 def untune(
-    services: Services,
+    repository: Repository,
+    controls: Controls,
     type: str | None,
     limit: str | None,
     only: Collection[str] | None,
@@ -113,7 +115,7 @@ def untune(
     node: str | None,
 ) -> None:
     """Do the work of :meth:`Queue.untune`, in the repository."""
-    services.repository.require("overrides")
+    repository.require("overrides")
     _refuse_mixed(type, limit, "untune", workers=workers, node=node)
     options = _options_of(type, limit)
     if not options and only is not None:
@@ -124,7 +126,7 @@ def untune(
             f"only must name limits ({', '.join(options)}), not {', '.join(map(repr, unknown))}"
         )
     if not options:
-        services.controls.override(lambda known: _cleaned(services, known.with_workers(None, node)))
+        controls.override(lambda known: _cleaned(repository, known.with_workers(None, node)))
         return
     stored = names if limit is None else {*from_named(limit, dict.fromkeys(names))}
 
@@ -136,37 +138,43 @@ def untune(
         }
         return known.with_limit(type, limit, left)
 
-    services.controls.override(without)
+    controls.override(without)
 
 
 # The time for which a hold is remembered whose limit this process does not know.
 _DAY = 86_400.0
 
 
-def hold(services: Services, name: str, until: datetime | Duration) -> None:
+def hold(
+    repository: Repository,
+    controls: Controls,
+    registry: Registry,
+    clock: Clock,
+    log: GuardedLogger,
+    name: str,
+    until: datetime | Duration,
+) -> None:
     """Do the work of :meth:`Queue.hold`, in the repository."""
-    services.repository.require("holds of limits")
+    repository.require("holds of limits")
     check_key(name, "the name of a limit")
-    now = services.clock.now_ms()
+    now = clock.now_ms()
     if isinstance(until, datetime):
         end = to_ms(check_time(until, "until"))
     else:
         end = now + math.ceil(1000 * min(check_number(until, "until"), MAX_WAIT))
-    fill = services.registry.fill_of(name)
+    fill = registry.fill_of(name)
     if fill is None and not (name.startswith(OF_TYPE) or is_key(name)):
-        known = {*services.controls.read_declared(), *services.controls.read_overrides().limits}
+        known = {*controls.read_declared(), *controls.read_overrides().limits}
         if name not in known:
-            services.log.warning("no program declares limit %r, which is held now", name)
+            log.warning("no program declares limit %r, which is held now", name)
     full = end + math.ceil(1000 * (_DAY if fill is None else fill))
-    services.controls.hold({name: Hold(end, full)}, now)
+    controls.hold({name: Hold(end, full)}, now)
 
 
-def release(services: Services, name: str) -> bool:
+def release(repository: Repository, controls: Controls, clock: Clock, name: str) -> bool:
     """Do the work of :meth:`Queue.release`, in the repository."""
-    services.repository.require("holds of limits")
-    return services.controls.release(
-        check_key(name, "the name of a limit"), services.clock.now_ms()
-    )
+    repository.require("holds of limits")
+    return controls.release(check_key(name, "the name of a limit"), clock.now_ms())
 
 
 def _options_of(type: str | None, limit: str | None) -> tuple[str, ...]:
@@ -180,9 +188,9 @@ def _options_of(type: str | None, limit: str | None) -> tuple[str, ...]:
     return tuple(NamedOptions.__annotations__)
 
 
-def _refuse_unfit(services: Services, node: str) -> None:
+def _refuse_unfit(repository: Repository, node: str) -> None:
     """Raise an error if the number of workers of a node cannot be set."""
-    found = queries.live_node(services.repository, node)
+    found = queries.live_node(repository, node)
     if found is None:
         raise NodeNotFound(node)
     if engine := found.about.engine:
@@ -207,11 +215,11 @@ def _refuse_mixed(
         check_key(node, "node")
 
 
-def _cleaned(services: Services, known: Overrides) -> Overrides:
+def _cleaned(repository: Repository, known: Overrides) -> Overrides:
     """Return overrides without those of nodes that are gone."""
     if not known.nodes:
         return known
-    there = {node.id for node in services.repository.nodes()}
+    there = {node.id for node in repository.nodes()}
     nodes = {node: number for node, number in known.nodes.items() if node in there}
     return attrs.evolve(known, nodes=nodes)
 

@@ -10,15 +10,16 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import attrs
 
 from taskx.attempt.alarms import Alarms, Overdue, Pulse, Steps
 from taskx.attempt.runner import Run, Runner
+from taskx.node.due import next_expiry
 from taskx.node.engine import Engine
 from taskx.node.housekeeper import Duty, Housekeeper
-from taskx.node.moving import Services
-from taskx.node.pool import Ends, WorkerPool
+from taskx.node.pool import Ends, PoolParts, WorkerPool
 from taskx.stores.liveness.base import About, Node
 from taskx.tasks.bell import Signal
 from taskx.tasks.checks import Duration, in_seconds
@@ -30,6 +31,9 @@ from taskx.tasks.model import TaskStatus
 from taskx.tasks.timing import Timing
 from taskx.tasks.token import CancelToken
 from taskx.testing.clock import ManualClock
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # in typing from 3.11 on
 
 #: The largest buffer: no submit is refused while nothing runs.
 ROOM = 10_000_000
@@ -189,8 +193,8 @@ class DrivenHousekeeper(Housekeeper):
         """
         # Twice: the audit puts right what it finds two times in a row.
         for _ in range(2):
-            self._services.agenda.check_due()
-            self._services.agenda.expect_more()
+            self._pool.agenda.check_due()
+            self._pool.agenda.expect_more()
             self._ticker.refresh_now()
             self.tick()
             while any(duty.more for duty in self.duties):
@@ -198,8 +202,12 @@ class DrivenHousekeeper(Housekeeper):
 
     def until_next(self) -> float:
         """Return the seconds until a task, a tick or a token of a rate is due; inf if nothing is."""
-        now = self._services.clock.now_ms()
-        coming = (self._release.earliest(), self._expiry.next(), self._ticker.next)
+        now = self._pool.clock.now_ms()
+        coming = (
+            self._release.earliest(),
+            next_expiry(self._pool.moves.repository),
+            self._ticker.next,
+        )
         seconds = [(due - now) / 1000 for due in coming if due]
         return max(0.001, min([*seconds, self._until_token()]))
 
@@ -234,9 +242,11 @@ class Driven(Engine):
     def describe(self, about: About) -> About:
         return attrs.evolve(about, worker_num=1, buffer_size=ROOM)
 
-    def make_pool(self, services: Services, node: Node, config: Config, ends: Ends) -> WorkerPool:
+    def make_pool(
+        self, node: Node, config: Config, ends: Ends, **parts: Unpack[PoolParts]
+    ) -> WorkerPool:
         config = attrs.evolve(config, worker_num=1, buffer_size=ROOM, overflow="reject")
-        self.pool = DrivenPool(services, node, config, ends)
+        self.pool = DrivenPool(node, config, ends, **parts)
         return self.pool
 
     def make_housekeeper(

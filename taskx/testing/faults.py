@@ -168,7 +168,7 @@ def _error_at(point: str, error: BaseException | type[BaseException] | None) -> 
 def _install(queue: Queue, point: str, strike: Callable[[], None]) -> Callable[[], None]:
     """Have ``strike`` called whenever a task of a queue comes to a point; return what ends that."""
     if point == "in the executor":
-        return _replace(queue._services.runner, "run", partial(_strike_in_executor, strike))
+        return _replace(queue._runner, "run", partial(_strike_in_executor, strike))
     when, what, _ = point.split()
     return _replace(queue.repository, "apply", partial(_strike_in_commit, strike, when, what))
 
@@ -259,7 +259,7 @@ def _die_at(point: str, passing: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def arm(queue: Queue) -> None:
-        place = queue._services if point == "in the executor" else queue.repository
+        place = queue._runner if point == "in the executor" else queue.repository
         if not any(place is known for known in armed):  # queues may share a repository
             armed.append(place)
             _install(queue, point, strike)

@@ -19,9 +19,9 @@ from taskx.node.hooks import Hook
 from taskx.queue.intake import Intake
 from taskx.queue.operations import Operations
 from taskx.queue.queue import FindExecutor, Queue
-from taskx.queue.work import Work
 from taskx.stores.adapter import EightMethodAdapter
 from taskx.stores.base import Repository
+from taskx.stores.door import Door
 from taskx.stores.eight import TaskRepository
 from taskx.tasks.checks import Duration, check_number
 from taskx.tasks.config import Config
@@ -123,8 +123,8 @@ class ManualQueue(Queue):
             cast("Repository", repository) if own else EightMethodAdapter(repository, clock)
         )
         self.repository.queues.add(self)
-        others = [hook for hook in self._hooks if not isinstance(hook, Submissions)]
-        self._hooks = (self._submissions, *others)
+        others = [hook for hook in self._given_hooks if not isinstance(hook, Submissions)]
+        self._given_hooks = (self._submissions, *others)
         self._engine = self._make_engine()
         self._wire()
 
@@ -213,7 +213,7 @@ class ManualQueue(Queue):
         Raises:
             ConfigurationError: called inside an executor or a hook.
         """
-        if inside_executor() or self._services.hooks.inside:
+        if inside_executor() or self._hooks.inside:
             return super().drain(timeout)
         self.run_all()
         return True
@@ -224,7 +224,7 @@ class ManualQueue(Queue):
 
     def watch(self, *handles: TaskHandle[Any]) -> None:
         """Resolve handles when their tasks end."""
-        watcher, postpone = self._services.watcher, self.repository.transactions.postpone
+        watcher, postpone = self._watcher, self.repository.transactions.postpone
         watcher.watch(
             *(
                 handle
@@ -498,14 +498,13 @@ class InlineQueue(ManualQueue):
 
     _runs_when_waiting = True
 
-    def _make_intake(self, work: Work) -> Intake:
-        return _InlineIntake(self._finish, self._services, self._node, self.config, work)
+    def _make_intake(self, moves: Door, make: Callable[..., Intake] = Intake) -> Intake:
+        return super()._make_intake(moves, partial(_InlineIntake, self._finish))
 
     def _finish(self, task_ids: Iterable[str] = ()) -> None:
         """Run what may start, and the retries of these tasks."""
-        services = self._services
         # A hook, a log handler or a finalizer: whoever is at it goes on with this.
-        if services.hooks.inside or services.moves.entered or self._choosing._is_owned():  # type: ignore[attr-defined]
+        if self._hooks.inside or self._moves.entered or self._choosing._is_owned():  # type: ignore[attr-defined]
             return
         wanted = list(task_ids)
         self.run_all()
@@ -636,7 +635,6 @@ def _replaced(
         queue.__class__ = before_class
         for name in attributes.keys() - before.keys():
             del attributes[name]
-        queue._schedules.wire(queue._services, queue._intake, queue._joining, queue._node)
         if node is not before["_node"] and node.name == "started":
             node.withdraw()
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from itertools import count
 from threading import get_ident
 from types import ModuleType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import attrs
 
@@ -20,12 +20,10 @@ from taskx.attempt.current import current
 from taskx.attempt.runner import Call, Run, Runner, runs_of
 from taskx.node.counts import Stored
 from taskx.node.housekeeper import Housekeeper
-from taskx.node.moving import Services
-from taskx.node.pool import Ends, WorkerPool
+from taskx.node.pool import Ends, PoolParts, WorkerPool
 from taskx.queue.intake import Intake
 from taskx.queue.queue import Queue
-from taskx.queue.work import Work
-from taskx.stores import base
+from taskx.stores import base, door
 from taskx.stores.base import Repository
 from taskx.stores.liveness import leases
 from taskx.stores.liveness.base import About, Node
@@ -44,6 +42,9 @@ from taskx.tasks.timing import Timing
 from taskx.tasks.writes import NoteChange, Write
 from taskx.testing.clock import ManualClock
 from taskx.testing.driven import ROOM, Driven, DrivenPool, DrivenRunner, DrivenSignal
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # in typing from 3.11 on
 
 #: The number of tasks that a node runs at the same time.
 WORKERS = 2
@@ -298,7 +299,7 @@ class SimulatedClock(ManualClock):
 class _Housekeeper(Housekeeper):
     def start(self) -> None:
         """Start no thread: the rounds are steps of the simulation."""
-        self._services.agenda.attend()
+        self._pool.agenda.attend()
 
 
 class _Bell(Bell):
@@ -322,9 +323,11 @@ class _Engine(Driven):
         facts = attrs.evolve(about, host="simulated", pid=self._node.number, started_at=0)
         return attrs.evolve(facts, worker_num=WORKERS, buffer_size=ROOM)
 
-    def make_pool(self, services: Services, node: Node, config: Config, ends: Ends) -> WorkerPool:
+    def make_pool(
+        self, node: Node, config: Config, ends: Ends, **parts: Unpack[PoolParts]
+    ) -> WorkerPool:
         config = attrs.evolve(config, worker_num=WORKERS, buffer_size=ROOM, overflow="reject")
-        self._node.pool = pool = DrivenPool(services, node, config, ends)
+        self._node.pool = pool = DrivenPool(node, config, ends, **parts)
         _replace(pool.starter.suspects, changed=_Bell(self._node))
         return pool
 
@@ -382,15 +385,16 @@ class _Queue(Queue):
         super()._wire()
         self._node.forget()
         # As if no step were on the main thread, where exceptions may strike, and none hung.
-        moves = self._services.moves
+        moves = self._moves
         _replace(moves, _finish=moves._tell)
         # Nothing depends on what is counted: no step of a world is spent on it.
         store = self._simulated.door._store
         _replace(moves.counts, _repository=store, notes=Stored(store))
         _replace(self._node, _by=lambda deadline, step: step(), _end_later=lambda: None)
 
-    def _make_intake(self, work: Work) -> Intake:
-        made = _Intake(self._services, self._node, self.config, work)
+    def _make_intake(self, moves: door.Door, make: Callable[..., Intake] = _Intake) -> Intake:
+        made = super()._make_intake(moves, make)
+        assert isinstance(made, _Intake)
         made.world = self._simulated.world
         return made
 
@@ -445,7 +449,7 @@ class SimulatedNode:
     @property
     def moves(self) -> Any:
         """The door for the moves of the node."""
-        return self.queue._services.moves
+        return self.queue._moves
 
     def boot(self, program: Callable[[Queue], Iterable[Callable[[], object]] | None]) -> None:
         """Declare what the program declares, and start."""

@@ -486,7 +486,7 @@ class Simulation:
         """Pause what never ends, and let run what the program has paused."""
         for schedule in queue.schedules().values():
             schedule.pause()
-        for type in (None, *sorted(queue._services.controls.read_paused().types)):
+        for type in (None, *sorted(queue._controls.read_paused().types)):
             queue.resume(type)
 
 

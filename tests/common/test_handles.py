@@ -14,8 +14,8 @@ from helpers import (
     eventually,
     frequent_checks,
     no_rounds,
+    parts_of,
     run_in_thread,
-    services_of,
 )
 
 from taskx import Queue, SQLiteRepository, TaskFailed, TaskHandle, TaskNotFound, TaskStatus
@@ -177,9 +177,9 @@ def test_the_result_of_a_task_that_ran_here_is_not_read_back(started, gate):
 def test_an_unused_handle_costs_nothing(started):
     handle = started.submit("echo", {"value": 1})
     assert vars(handle).keys() == {"id", "_owner"}
-    assert not services_of(started).watcher.watching
+    assert not parts_of(started).watcher.watching
     handle.result(PATIENCE)
-    eventually(lambda: not services_of(started).watcher.watching)
+    eventually(lambda: not parts_of(started).watcher.watching)
 
 
 def test_many_threads_can_wait_for_one_task(started, gate):
@@ -206,7 +206,7 @@ def test_the_handle_of_an_unknown_id_raises_task_not_found(started):
 def test_deleting_a_task_wakes_the_threads_that_wait_for_it(started):
     handle = started.submit("echo", {"value": 1}, delay=1000)
     waiting = run_in_thread(lambda: handle.result(PATIENCE))
-    eventually(lambda: services_of(started).watcher.watching)
+    eventually(lambda: parts_of(started).watcher.watching)
     started.delete(handle.id)
     with pytest.raises(TaskNotFound, match=handle.id):
         waiting()

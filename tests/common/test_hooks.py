@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 from executing.test_outcomes import ERRORS
-from helpers import PATIENCE, Waiting, eventually, pool_of, services_of
+from helpers import PATIENCE, Waiting, eventually, parts_of, pool_of
 
 from taskx import (
     ConfigurationError,
@@ -80,7 +80,7 @@ def finish(queue):
 
 def wait_told(queue):
     """Wait until all events are reported."""
-    assert services_of(queue).hooks.wait(PATIENCE)
+    assert parts_of(queue).hooks.wait(PATIENCE)
 
 
 def listen(queue, task_id):
@@ -355,7 +355,7 @@ class TestCost:
             queue.executor("bad", max_attempts=2)(lambda: 1 / 0)
             queue.submit("bad")
             assert queue.drain(PATIENCE)
-        assert services_of(queue).hooks._thread is None
+        assert parts_of(queue).hooks._thread is None
 
     @pytest.mark.parametrize("event", EVENTS)
     def test_an_event_that_no_hook_overrides_has_no_listeners(self, event):
@@ -368,7 +368,7 @@ class TestCost:
     def test_the_thread_for_hooks_ends_when_there_are_no_events(self, hooked, told):
         queue = hooked(told)
         queue.submit("t", id="a")
-        eventually(lambda: services_of(queue).hooks._thread is None)
+        eventually(lambda: parts_of(queue).hooks._thread is None)
         queue.submit("t", id="b")
         wait_told(queue)
         assert told.events == [("submitted", "a"), ("submitted", "b")]
@@ -489,7 +489,7 @@ class TestHangingHook:
         queue.start()
         queue.submit("t")
         queue.submit("t")
-        eventually(lambda: len(services_of(queue).hooks.waiting) == 1)
+        eventually(lambda: len(parts_of(queue).hooks.waiting) == 1)
         eventually(lambda: not pool_of(queue).runs)
         assert queue.stop(0.1) == []
         assert "stopped with 1 event(s) not told to hooks yet" in caplog.text
@@ -510,7 +510,7 @@ class TestHangingHook:
         for _ in range(7):
             assert queue.submit("t").result(PATIENCE) is None
         assert blocks.hangs.wait(PATIENCE)
-        eventually(lambda: len(services_of(queue).hooks.waiting) == 6)
+        eventually(lambda: len(parts_of(queue).hooks.waiting) == 6)
         assert queue.submit("t").result(PATIENCE) is None
         eventually(lambda: DEFAULT_TIMING.hold_within in held)
 

@@ -18,9 +18,9 @@ from helpers import (
     eventually,
     no_rounds,
     node_of,
+    parts_of,
     pool_of,
     run_in_thread,
-    services_of,
     undisturbed,
 )
 from strikes import every_strike, strike_at
@@ -70,7 +70,7 @@ def check_it_works(queue):
     assert queue.drain(PATIENCE)
     pool = pool_of(queue)
     assert (dict(pool.runs), queue.buffered, len(pool.buffer)) == ({}, 0, 0)
-    assert not services_of(queue).moves.unsettled
+    assert not parts_of(queue).moves.unsettled
     assert run_in_thread(lambda: queue.submit("fine").result(PATIENCE))() == "fine"
 
 
@@ -151,7 +151,7 @@ def test_an_interrupted_cancel_leaves_nothing_behind(make_queue, gate):
     queue.start()
     Waiting(queue, gate).fill(1)
     queue.submit_many([Task(type="fine", id=f"x{n}") for n in range(1000)])
-    agenda, moves = queue._services.agenda, queue._services.moves
+    agenda, moves = queue._agenda, queue._moves
     # Else each cancel also completes the work of the one before, and is struck during that work.
     recovered = lambda: not moves.unsettled or agenda.wake()  # noqa: E731
     struck = strikes(lambda point: queue.cancel_task(f"x{point}"), recovered=recovered)

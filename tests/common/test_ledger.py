@@ -14,9 +14,9 @@ from helpers import (
     eventually,
     housekeeper_of,
     ids,
+    parts_of,
     pool_of,
     run_in_thread,
-    services_of,
 )
 
 from taskx import (
@@ -439,7 +439,7 @@ def test_a_delayed_task_of_a_submit_in_doubt_starts_in_time(make_queue):
     queue.start()
     queue.submit("fine").result(PATIENCE)
     eventually(lambda: not housekeeper_of(queue)._changed())
-    eventually(lambda: services_of(queue).agenda.due_known)
+    eventually(lambda: parts_of(queue).agenda.due_known)
     lose_answers(queue.repository)
     with pytest.raises(RepositoryUnavailable):
         queue.submit("fine", id="later", delay=0.1)
@@ -466,7 +466,7 @@ def test_each_submit_of_a_doubtful_commit_names_its_own_task(queue):
     assert hold.reached.wait(PATIENCE)
     names = ["a", "b", "c"]
     submits = [run_in_thread(lambda name=name: queue.submit("fine", id=name)) for name in names]
-    eventually(lambda: len(services_of(queue).moves._waiting) == 3)
+    eventually(lambda: len(parts_of(queue).moves._waiting) == 3)
     queue.repository.after = lambda writes: lose_answers(queue.repository)
     hold.go_on.set()
     first()
@@ -614,7 +614,7 @@ def test_outcomes_are_stored_after_an_outage(queue, gate):
     with pytest.raises(RepositoryUnavailable):
         queue.submit("fine", id="refused")
     assert time.monotonic() - began < SOON
-    eventually(lambda: services_of(queue).moves.unsettled)
+    eventually(lambda: parts_of(queue).moves.unsettled)
     threading.Event().wait(0.3)
     queue.repository.down = False
     assert [h.result(PATIENCE) for h in handles] == [0, 1]

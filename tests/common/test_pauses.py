@@ -330,7 +330,7 @@ def test_a_pause_applies_to_other_processes(spawn, database):
             queue.executor(name)(lambda name=name: print(name, flush=True))
         queue.start()
         print("started", flush=True)
-        while "a" not in queue._services.controls.paused:
+        while "a" not in queue._controls.paused:
             threading.Event().wait(0.01)
         print("heeds", flush=True)
         sys.stdin.readline()

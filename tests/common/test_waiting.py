@@ -13,7 +13,7 @@ from concurrent.futures import CancelledError, TimeoutError, as_completed, wait
 from contextlib import suppress
 
 import pytest
-from helpers import PATIENCE, eventually, housekeeper_of, pool_of, run_in_thread, services_of
+from helpers import PATIENCE, eventually, housekeeper_of, parts_of, pool_of, run_in_thread
 from strikes import Strike, every_strike, strike_at
 
 from taskx import (
@@ -143,7 +143,7 @@ def test_a_dropped_handle_is_freed(queue):
     assert not handle.done()
     for _ in range(20):
         assert not queue.handle(handle.id).done()
-    assert len(services_of(queue).watcher._live(handle.id)) == 1
+    assert len(parts_of(queue).watcher._live(handle.id)) == 1
     gone = weakref.ref(handle)
     task_id = handle.id
     del handle
@@ -153,7 +153,7 @@ def test_a_dropped_handle_is_freed(queue):
 
 
 def test_the_next_check_drops_a_dead_handle(queue):
-    watcher, gone = services_of(queue).watcher, weakref.ref(queue.handle("a"))
+    watcher, gone = parts_of(queue).watcher, weakref.ref(queue.handle("a"))
     watcher._handles["a"] = {1: gone}
     watcher.check_all()
     assert not watcher.watching
@@ -163,7 +163,7 @@ def test_the_next_check_drops_a_dead_handle(queue):
 def test_no_interrupt_leaves_a_task_watched_without_a_handle(queue, closed):
     """Else the watcher's thread would never end."""
     queue.declare("t")
-    task_id, watcher = queue.submit("t").id, services_of(queue).watcher
+    task_id, watcher = queue.submit("t").id, parts_of(queue).watcher
     watcher.ensure_polling = lambda: None  # no other thread drops it
     left = 0
     for strike in every_strike(lambda point: queue.handle(task_id).done()):
@@ -178,7 +178,7 @@ def test_a_handle_that_timed_out_is_freed(queue):
     queue.declare("t")
     with pytest.raises(TimeoutError):
         queue.submit("t").result(0)
-    watcher = services_of(queue).watcher
+    watcher = parts_of(queue).watcher
     # Its thread may just be looking at the handle.
     eventually(lambda: (gc.collect(), watcher.check_all(), not watcher.watching)[2])
 
@@ -189,7 +189,7 @@ def test_a_handle_with_a_callback_is_kept_until_the_call(queue, held, gate):
     gc.collect()
     gate.open()
     assert called.wait(PATIENCE)
-    eventually(lambda: not services_of(queue).watcher.watching)
+    eventually(lambda: not parts_of(queue).watcher.watching)
 
 
 def test_a_handle_that_asyncio_waits_for_is_kept(queue, held, gate):
@@ -281,7 +281,7 @@ def test_the_watcher_survives_any_error_of_a_check(queue, monkeypatch, error):
 def test_a_waiting_thread_polls_if_no_thread_can_be_started(queue, monkeypatch, held, gate):
     web = Queue(queue.repository)
     waiting = run_in_thread(lambda: web.handle(held).result(PATIENCE))
-    eventually(lambda: services_of(web).watcher._polls)
+    eventually(lambda: parts_of(web).watcher._polls)
 
     def start(thread):
         raise RuntimeError("can't start new thread")
@@ -322,7 +322,7 @@ def test_waiting_reads_no_record_before_the_end(queue, read):
     handles = [queue.submit("t") for _ in range(20)]
     assert not any(handle.done() for handle in handles)
     read.clear()  # of one record, read to see if any node runs its type
-    services_of(queue).watcher.check_all()
+    parts_of(queue).watcher.check_all()
     assert not read
     queue.cancel_task(handles[7].id)
     eventually(handles[7].done)
@@ -452,5 +452,5 @@ def test_a_new_handle_has_no_more_attributes_than_needed(queue):
 
 def test_a_close_does_not_wait_for_a_thread_that_has_not_started(queue):
     """Another thread has just created the watcher's thread."""
-    services_of(queue).watcher._thread = threading.Thread(name="taskx-watch")
+    parts_of(queue).watcher._thread = threading.Thread(name="taskx-watch")
     queue.close()

@@ -8,7 +8,7 @@ from queue import SimpleQueue
 from types import SimpleNamespace
 
 import pytest
-from helpers import PATIENCE, Waiting, eventually, pool_of, run_in_thread, services_of
+from helpers import PATIENCE, Waiting, eventually, parts_of, pool_of, run_in_thread
 from strikes import strike_at
 
 from taskx import Hook, QueueFull, QueueStopped, SQLiteRepository, Task, TaskStatus
@@ -58,7 +58,7 @@ def in_the_id(queue, monkeypatch, finalize):
     urandom, finalizer = ids_module.os.urandom, once(finalize)
 
     def drawn(size):
-        if not services_of(
+        if not parts_of(
             queue
         ).moves.entered:  # another thread may draw an id in the middle of a write
             finalizer()

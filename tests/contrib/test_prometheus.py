@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from helpers import PATIENCE, eventually, pool_of, services_of
+from helpers import PATIENCE, eventually, parts_of, pool_of
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -73,7 +73,7 @@ def value(registry):
 
 
 def wait_told(queue):
-    assert services_of(queue).hooks.wait(PATIENCE)
+    assert parts_of(queue).hooks.wait(PATIENCE)
 
 
 class TestHook:

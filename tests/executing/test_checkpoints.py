@@ -6,7 +6,7 @@ import json
 import threading
 
 import pytest
-from helpers import PATIENCE, eventually, pool_of, run_in_thread, services_of
+from helpers import PATIENCE, eventually, parts_of, pool_of, run_in_thread
 from storage.repositories import TinyRepository
 
 from taskx import (
@@ -470,7 +470,7 @@ class TestLaterAttempts:
                 seen.append(("finished", task.checkpoints))
 
         queue = make_queue(hooks=[Look()])
-        hooks = services_of(queue).hooks
+        hooks = parts_of(queue).hooks
 
         @queue.executor(max_attempts=2)
         def work(ctx):

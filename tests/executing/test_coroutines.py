@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import httpx
 import pytest
-from helpers import PATIENCE, eventually, no_rounds, services_of
+from helpers import PATIENCE, eventually, no_rounds, parts_of
 from strikes import every_strike
 
 from taskx import (
@@ -602,7 +602,7 @@ class TestTheLoop:
         left = []
         queue.start()
         leave.submit().result(PATIENCE)
-        thread = services_of(queue).runner.loop._thread
+        thread = parts_of(queue).runner.loop._thread
         queue.stop()
         thread.join(PATIENCE)
         assert not thread.is_alive()
@@ -697,7 +697,7 @@ class TestTheLoop:
             queue.executor("one")(one)
             queue.submit("one")
             queue.run_all()
-            return services_of(queue).runner.loop._thread
+            return parts_of(queue).runner.loop._thread
 
         async def one():
             return 1

@@ -9,7 +9,7 @@ from concurrent.futures import CancelledError
 from contextlib import closing
 
 import pytest
-from helpers import PATIENCE, services_of
+from helpers import PATIENCE, parts_of
 from storage.repositories import MAKERS
 
 from taskx import (
@@ -341,13 +341,13 @@ def test_chunks_go_with_their_task(queue):
     queue.submit("a", id="x/1")  # its notes are among those of the other one
     queue.run_all()
     queue.clock.advance(1)
-    assert forget_streams(services_of(queue)) == (0, "")
+    assert forget_streams(queue.repository) == (0, "")
     queue.repository.delete("x")
     again = queue.submit("a", {"text": "new"}, id="x")  # before they are removed
     queue.run_all()
     assert read(again) == (["new"], 0)
     assert len(stored(queue)) == 3
-    assert forget_streams(services_of(queue)) == (1, "")
+    assert forget_streams(queue.repository) == (1, "")
     assert read(queue.handle("x/1")) == (["old"], 0)
     queue.clock.advance(1)
     assert queue.prune(before=queue.clock.now()) == 2
@@ -372,14 +372,14 @@ def test_a_run_that_lost_its_task_writes_where_nobody_reads(queue):
     handle = queue.submit("a")
     lost = queue._start_next()
     assert lost is not None
-    services = services_of(queue)
+    parts = parts_of(queue)
     task = handle.task()
-    services.moves.commit(
+    parts.moves.commit(
         lifecycle.conclude(task, Ending(returned=False, snooze=0), 1), {task.id: task}
     )
     queue.run_all()
     assert len(stored(queue)) == 1
-    assert services.runner.run(lost, "late").returned
+    assert parts.runner.run(lost, "late").returned
     assert len(stored(queue)) == 2
     assert read(handle) == (["start 2"], 0)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
-from helpers import PATIENCE, eventually, no_rounds, node_of, pool_of, services_of
+from helpers import PATIENCE, eventually, no_rounds, node_of, parts_of, pool_of
 from storage.repositories import coded
 
 from taskx import (
@@ -180,7 +180,7 @@ def test_a_panic_ends_no_thread_of_a_queue(started, monkeypatch):
     starter, housekeeper = node.pool.starter, node._housekeeper
     monkeypatch.setattr(starter, "start", panics_first("start", starter.start))
     monkeypatch.setattr(housekeeper, "tick", panics_first("tick", housekeeper.tick))
-    services_of(started).agenda.wake()
+    parts_of(started).agenda.wake()
     [handle] = started.submit_many([Task(type="fine")])
     assert handle.result(PATIENCE) == "fine"
     eventually(lambda: left == {"start": 0, "tick": 0})
@@ -285,7 +285,7 @@ class TestTimeOuts:
         queue.submit("hold")
         gate.wait_for()
         queue.submit("hold")
-        alarms = services_of(queue).runner.alarms
+        alarms = parts_of(queue).runner.alarms
         add = alarms.add
 
         def interrupted(*args):

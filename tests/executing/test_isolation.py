@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import PATIENCE, ROOT, SpySQLite, eventually, node_of, pool_of, services_of
+from helpers import PATIENCE, ROOT, SpySQLite, eventually, node_of, pool_of
 from storage.repositories import TinyRepository
 
 import taskx
@@ -303,7 +303,7 @@ class TestAsInAThread:
         def store(*args, **options):
             raise PayloadError("checkpoints", "too large for this one")
 
-        monkeypatch.setattr(services_of(queue).keeper, "store", store)
+        monkeypatch.setattr(pool_of(queue).starter._shared.keeper, "store", store)
         assert queue.submit("goes_on_without").result(PATIENCE) == [
             "checkpoints: too large for this one"
         ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 
 import pytest
-from helpers import PATIENCE, services_of
+from helpers import PATIENCE
 
 from taskx import (
     MemoryRepository,
@@ -218,9 +218,9 @@ def test_the_notes_go_with_the_record(repository):
     gone, stays = queue.submit("many"), queue.submit("many")
     queue.run_all()
     queue.delete(gone.id)
-    assert forget_steps(services_of(queue)) == (3, "")
+    assert forget_steps(queue.repository, queue._timing.scan_batch) == (3, "")
     assert stays.task().checkpoints["steps"]
-    prune_all(services_of(queue), clock.now() + timedelta(days=1), None)
+    prune_all(queue._moves, queue._timing, clock.now() + timedelta(days=1), None)
     assert parts(queue) == {}
 
 

@@ -5,7 +5,7 @@ import threading
 from datetime import timedelta
 
 import pytest
-from helpers import PATIENCE, eventually, frequent_checks, services_of
+from helpers import PATIENCE, eventually, frequent_checks, parts_of
 
 from taskx import (
     CancelReason,
@@ -225,7 +225,7 @@ class TestPolicy:
         eventually(lambda: len(warnings()) == 2)
         assert "fails: 2 retries in the last minute, the last one: task" in warnings()[1]
         clock.advance(61)
-        eventually(lambda: not services_of(queue).moves.retries._kinds)
+        eventually(lambda: not parts_of(queue).moves.retries._kinds)
         assert len(warnings()) == 2
 
     @frequent_checks

@@ -9,7 +9,7 @@ from collections import Counter
 from contextlib import closing
 
 import pytest
-from helpers import PATIENCE, Waiting, eventually, run_in_thread, services_of
+from helpers import PATIENCE, Waiting, eventually, parts_of, run_in_thread
 from strikes import strike_at
 
 from taskx import Hook, RepositoryError, SQLiteRepository, TaskFilter, TaskStatus
@@ -178,7 +178,7 @@ def test_a_struck_task_that_its_submitter_runs_takes_place_once(make_queue, gate
             struck += 1
         elif point > 53 * 20:
             break
-        eventually(lambda: not services_of(queue).moves.unsettled)
+        eventually(lambda: not parts_of(queue).moves.unsettled)
     gate.open()
     assert queue.drain(PATIENCE)
     tasks = [task for task in queue.iter_tasks(type="t") if task.id.startswith("x")]

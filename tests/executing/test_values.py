@@ -12,7 +12,7 @@ from typing import NamedTuple
 from uuid import UUID
 
 import pytest
-from helpers import PATIENCE, services_of
+from helpers import PATIENCE, parts_of
 
 import taskx
 from taskx import (
@@ -286,7 +286,7 @@ def test_a_class_may_have_an_execute_without_annotations(queue, execute):
     Builtin.execute = staticmethod(execute)
     Builtin.__abstractmethods__ = frozenset()
     queue.register_executor(Builtin())
-    assert services_of(queue).registry.registered["builtin"].values is None
+    assert parts_of(queue).registry.registered["builtin"].values is None
 
 
 @pytest.mark.process
@@ -349,7 +349,7 @@ def test_an_executor_without_such_annotations_costs_nothing(queue, monkeypatch):
         return {text: 1}
 
     assert plain._values is None
-    entry = services_of(queue).registry.registered["plain"]
+    entry = parts_of(queue).registry.registered["plain"]
     assert entry.function is plain.function
     queue.start()
     assert plain.submit("a").result(PATIENCE) == {"a": 1}

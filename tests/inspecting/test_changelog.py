@@ -32,15 +32,12 @@ def test_the_newest_changes_come_first(make_queue, clock):
 
 @pytest.mark.timing(most_changes=5)
 def test_the_oldest_changes_are_removed_now_and_then(queue, repository):
+    known = (queue.clock, queue._timing)
     for n in range(8):
-        changelog.note_change(
-            queue.repository, queue._services, "ann", "cancel", str(n), None, lambda: 1.0
-        )
+        changelog.note_change(queue.repository, *known, "ann", "cancel", str(n), None, lambda: 1.0)
     assert len(repository.notes("change/")) == 8
     assert [change.target for change in queue.changes()] == ["7", "6", "5", "4", "3"]
-    changelog.note_change(
-        queue.repository, queue._services, "ann", "cancel", "8", None, lambda: 0.0
-    )
+    changelog.note_change(queue.repository, *known, "ann", "cancel", "8", None, lambda: 0.0)
     assert len(repository.notes("change/")) == 5
     assert [change.target for change in queue.changes(2)] == ["8", "7"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 
 import pytest
-from helpers import PATIENCE, eventually, services_of
+from helpers import PATIENCE, eventually, parts_of
 
 import taskx
 from taskx import ConfigurationError, Context, KeyUsage, RepositoryUnavailable, Snooze
@@ -98,7 +98,7 @@ def test_a_cancel_by_a_queue_that_is_not_started_is_stored_at_once(make, make_qu
 def test_counts_whose_storing_is_in_doubt_are_stored_once(make, monkeypatch):
     queue, other = make(), make()
     run(queue)
-    store = services_of(queue).moves.counts
+    store = parts_of(queue).moves.counts
     put = store.notes.put
 
     def stored_and_lost(changes):
@@ -117,7 +117,7 @@ def test_counts_whose_storing_is_in_doubt_are_stored_once(make, monkeypatch):
 
 def test_counts_wait_while_the_repository_is_away(queue, monkeypatch):
     run(queue)
-    store = services_of(queue).moves.counts
+    store = parts_of(queue).moves.counts
 
     def away(changes):
         raise RepositoryUnavailable("away")
@@ -138,7 +138,7 @@ def test_threads_of_a_node_count_every_task(make_queue):
     with queue:
         for _ in range(20):
             queue.submit_many([taskx.Task(type="a") for _ in range(100)])
-            services_of(queue).moves.counts.gather()
+            parts_of(queue).moves.counts.gather()
         assert queue.drain(PATIENCE)
         # A worker counts what it has committed, so the last end may be seen before it is counted.
         counted = lambda of: (of.started, of.completed)  # noqa: E731
@@ -181,14 +181,14 @@ def test_counts_are_added_up_by_minutes_hours_and_days_and_removed(make):
 
 @pytest.fixture
 def rollup(queue):
-    return Rollup(services_of(queue).moves.counts.notes, queue.clock, 4)
+    return Rollup(parts_of(queue).moves.counts.notes, 4)
 
 
 def store(queue, number):
     """Store some notes of one minute, and let them grow old."""
     for _ in range(number):
         run(queue)
-        services_of(queue).moves.counts.store()
+        parts_of(queue).moves.counts.store()
     queue.clock.advance(180)
 
 
@@ -197,14 +197,14 @@ def test_a_sum_that_was_interrupted_counts_nothing_twice(queue, rollup, monkeypa
     store(queue, 3)
     with monkeypatch.context() as patch:
         patch.setattr(rollup, "_remove", lambda notes: None)  # it was killed before
-        rollup.step()
+        rollup.step(queue.clock.now_ms())
         assert (names(queue)[:2], total(queue)) == ([3, 1], 3)
-        rollup.step()
+        rollup.step(queue.clock.now_ms())
         assert (names(queue)[:2], total(queue)) == ([3, 1], 3)
     [sum_of_all] = queue.repository.notes(TYPES[1].prefix)
     late = f"{TYPES[0].prefix}{sum_of_all.removeprefix(TYPES[1].prefix)}/late"
     assert queue.repository.put_note(late, counts.to_text({"a": {"completed": 2}}), 0)
-    rollup.step()
+    rollup.step(queue.clock.now_ms())
     assert (names(queue)[:2], total(queue)) == ([0, 1], 5)
 
 
@@ -212,23 +212,23 @@ def test_a_sum_that_was_interrupted_counts_nothing_twice(queue, rollup, monkeypa
 def test_a_sum_that_another_node_made_meanwhile_is_left_to_it(queue, rollup, monkeypatch):
     store(queue, 3)
     notes = rollup._notes
-    other = Rollup(notes, queue.clock, 4)
+    other = Rollup(notes, 4)
     read = notes.named
 
     def overtaken(wanted):
         found = read(wanted)
         monkeypatch.undo()
-        other.step()
+        other.step(queue.clock.now_ms())
         return found
 
     monkeypatch.setattr(notes, "named", overtaken)
-    rollup.step()
+    rollup.step(queue.clock.now_ms())
     assert (names(queue)[:2], total(queue)) == ([0, 1], 3)
 
 
 def test_more_notes_than_a_batch_are_added_up_in_several_steps(queue, rollup):
     store(queue, 10)
-    assert [rollup.step() for _ in range(3)] == [True, True, False]
+    assert [rollup.step(queue.clock.now_ms()) for _ in range(3)] == [True, True, False]
     assert (names(queue)[:2], total(queue)) == ([0, 1], 10)
 
 
@@ -239,7 +239,7 @@ def test_a_damaged_note_hides_no_other(queue, rollup, text):
     assert queue.repository.put_note(f"{name}/damaged", text, 0)
     assert queue.repository.put_note(f"{TYPES[0].prefix}damaged", text, 0)
     assert total(queue) == 1
-    rollup.step()
+    rollup.step(queue.clock.now_ms())
     assert (names(queue)[:2], total(queue)) == ([1, 1], 1)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from helpers import PATIENCE, Waiting, eventually, node_of, pool_of, services_of
+from helpers import PATIENCE, Waiting, eventually, node_of, parts_of, pool_of
 
 import taskx
 from taskx import ConfigurationError, Reason, TaskNotFound, TaskStatus
@@ -737,7 +737,7 @@ def test_a_moved_file_is_a_reason(queue, database):
 def test_a_damaged_record_says_so(queue, database):
     queue.declare("t")
     handle = queue.submit("t")
-    services_of(queue).repository.apply([Update(handle.id, {}, {"params": "no JSON"})])
+    parts_of(queue).repository.apply([Update(handle.id, {}, {"params": "no JSON"})])
     found = ask(queue, handle)
     assert kinds(found) == ["no_node", "damaged"]
     assert str(found[1]).startswith("The stored record is damaged: ")

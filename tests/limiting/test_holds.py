@@ -8,7 +8,7 @@ import logging
 from datetime import timedelta
 
 import pytest
-from helpers import PATIENCE, eventually, pool_of, services_of
+from helpers import PATIENCE, eventually, parts_of, pool_of
 from storage.repositories import TinyRepository
 
 from limiting import refused
@@ -328,7 +328,7 @@ def test_a_hold_and_its_release_reach_all_nodes(make_queue):
         queue.start()
     first, second = queues
     first.hold("api", 3600)
-    eventually(lambda: services_of(second).controls.held_until("api"))
+    eventually(lambda: parts_of(second).controls.held_until("api"))
     handles = [queue.submit("call") for queue in queues]
     admissions = [pool_of(queue).admission for queue in queues]
     eventually(lambda: all(admission.next_fetch() is not None for admission in admissions))
@@ -556,7 +556,7 @@ def test_a_hold_of_which_nothing_is_left_costs_nothing(clock):
         queue.run_all()
         clock.advance(29)
         queue.run_all()
-        assert services_of(queue).controls.holds
+        assert parts_of(queue).controls.holds
         clock.advance(2)
         queue.run_all()
-        assert not services_of(queue).controls.holds
+        assert not parts_of(queue).controls.holds

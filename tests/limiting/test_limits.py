@@ -13,8 +13,8 @@ from helpers import (
     frequent_checks,
     housekeeper_of,
     node_of,
+    parts_of,
     pool_of,
-    services_of,
     whole_round,
 )
 from storage.repositories import TinyRepository
@@ -419,7 +419,7 @@ def started_by(queue, count, *others):
     """Wait until ``count`` tasks have run and two full fetches found no more; return how many have run."""
     eventually(lambda: len(queue.ran) >= count)
     for one in (queue, *others) * 2:
-        services_of(one).agenda.fetch_soon()
+        parts_of(one).agenda.fetch_soon()
         whole_round(one)
         eventually(pool_of(one).holds_nothing)
     return len(queue.ran)

@@ -8,7 +8,7 @@ import threading
 from collections import Counter
 
 import pytest
-from helpers import PATIENCE, services_of
+from helpers import PATIENCE, parts_of
 
 from taskx import ConfigurationError, MemoryRepository
 from taskx.node.ordering import Turns
@@ -132,7 +132,7 @@ def test_a_lowered_number_of_turns_strands_nothing_and_holds_when_tasks_end(make
         queue.repository.find("turn", lifecycle.turns_of("k:a", MOST_TURNS), ("id",))
     )
     assert taken() == 5
-    queue._services.moves.turns.advance(["k:a"])
+    queue._moves.turns.advance(["k:a"])
     assert taken() == 5  # none is given while more than two are held
     gate.open()
     assert queue.drain(PATIENCE)
@@ -335,7 +335,7 @@ def test_rates_that_are_full_again_are_forgotten(clock):
             queue.submit("t", key=f"k:{n}")
         queue.run_all()
         notes = lambda: len(queue.repository.notes("limit/rate/k:"))  # noqa: E731
-        turns = services_of(queue).moves.turns
+        turns = parts_of(queue).moves.turns
         turns.scan_some()
         assert notes() == 3
         clock.advance(62)

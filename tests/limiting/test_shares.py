@@ -36,7 +36,7 @@ class Site:
         self.queue = Queue(plant.repository, clock=plant.clock)
         self.queue.declare("t", "u")
         plant.limit(self.queue)
-        self.moves = self.queue._services.moves
+        self.moves = self.queue._moves
         self.moves.serve(self)
 
     def may_start(self, type, key):
@@ -405,7 +405,7 @@ def test_a_worker_starts_the_next_task_in_the_commit_that_ends_the_last_one():
     with queue:
         for _ in range(2):
             queue.submit("t", key="k:a")
-        pool = queue._services.moves._pool
+        pool = queue._moves._pool
         pool.execute(pool.start(pool.buffer.take(1), "worker"), "worker")
         queue.repository.apply = lambda writes: commits.append(writes) or apply(writes)
         run = pool.start(pool.buffer.take(1), "worker")
@@ -441,7 +441,7 @@ def test_an_interrupted_submit_holds_up_nobody():
     queue.executor("t")(lambda ctx: ran.append(ctx.task.id))
     with queue:
         for _ in every_strike(lambda n: queue.submit("t", key=f"k:{n % 3}"), step=STEP):
-            assert not queue._services.moves.turns._shares.lock._is_owned()
+            assert not queue._moves.turns._shares.lock._is_owned()
             queue.submit("t", key="k:next")
             queue.advance(3)
             assert queue.count_tasks(status="pending") == 0

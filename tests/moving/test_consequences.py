@@ -12,7 +12,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
-from helpers import PATIENCE, eventually, frequent_checks, pool_of, services_of, those_with
+from helpers import PATIENCE, eventually, frequent_checks, parts_of, pool_of, those_with
 
 import taskx
 from taskx import Hook, Retry, Snooze, TaskFailed
@@ -260,7 +260,7 @@ def ears(monkeypatch, caplog):
 def test_exactly_the_right_parts_hear_of_each_move(ears, make_queue, repository, gate, monkeypatch):
     ears.watch(repository)
     queue = make_queue(worker_num=2, hooks=[Listener()])
-    monkeypatch.setattr(services_of(queue).moves, "_watcher", Everybody(ears))
+    monkeypatch.setattr(parts_of(queue).moves, "_watcher", Everybody(ears))
     Life(queue, ears, gate, make_queue).live()
     assert not queue.stop(timeout=PATIENCE)  # what follows from the last moves is done, too
     assert {key(write) for write in ears.applied.values()} == ROWS.keys()

@@ -17,9 +17,9 @@ from helpers import (
     ids,
     no_rounds,
     node_of,
+    parts_of,
     pool_of,
     run_in_thread,
-    services_of,
     whole_round,
 )
 from hypothesis import given, settings
@@ -150,7 +150,7 @@ class TestReleased:
         parent = started.submit("hold")
         children = [started.submit("fine", depends_on=[parent]) for _ in range(5)]
         gate.wait_for(1)
-        dependents = services_of(started).moves.dependents
+        dependents = parts_of(started).moves.dependents
         with no_rounds(started), dependents._processing:
             gate.open()
             parent.result(PATIENCE)
@@ -227,7 +227,7 @@ class TestParentFails:
             else:
                 task = started.get_task_status(parent.id)
                 end_by_hand(started.repository, task.id, TaskStatus.FAILED)
-                services_of(started).moves.dependents.parent_ended(task.id)
+                parts_of(started).moves.dependents.parent_ended(task.id)
             return {"failed": "failed", "cancelled": "was cancelled", "deleted": "is gone"}[
                 request.param
             ]
@@ -454,22 +454,22 @@ class TestOthers:
         whole_round(started)
         other = make_queue()
         other.declare("fine")
-        eventually(lambda: not services_of(started).moves.dependents.waiting)
+        eventually(lambda: not parts_of(started).moves.dependents.waiting)
         parent = other.submit("fine", delay=3600)
         child = other.submit("fine", depends_on=[parent])
-        assert not services_of(started).moves.dependents.any
+        assert not parts_of(started).moves.dependents.any
         return parent, child
 
     def test_a_refresh_finds_parents_that_ended_before_it(self, started, family):
         parent, child = family
         end_by_hand(started.repository, parent.id)
-        services_of(started).moves.dependents.refresh()
+        parts_of(started).moves.dependents.refresh()
         eventually(lambda: child.task().status is TaskStatus.COMPLETED)
 
     def test_after_a_refresh_ends_are_reported(self, started, family):
         parent, child = family
-        services_of(started).moves.dependents.refresh()
-        eventually(lambda: not services_of(started).moves.dependents.waiting)
+        parts_of(started).moves.dependents.refresh()
+        eventually(lambda: not parts_of(started).moves.dependents.waiting)
         started.cancel_task(parent.id)
         eventually(lambda: child.task().status is TaskStatus.CANCELLED)
 
@@ -481,8 +481,8 @@ class TestOthers:
 
     def test_ends_are_not_reported_if_no_child_waits(self, started, family):
         family[1].cancel()
-        services_of(started).moves.dependents.refresh()
-        assert not services_of(started).moves.dependents.any
+        parts_of(started).moves.dependents.refresh()
+        assert not parts_of(started).moves.dependents.any
 
 
 @pytest.mark.timing(audit_every=NEVER)
@@ -494,7 +494,7 @@ class TestRecovered:
     def family(self, started):
         parent = started.submit("fine", delay=3600, max_crashes=1)
         child = started.submit("fine", depends_on=[parent])
-        eventually(lambda: not services_of(started).moves.dependents.waiting)
+        eventually(lambda: not parts_of(started).moves.dependents.waiting)
 
         def runs_on(node):
             changes = {"status": "running", "held": 0, "starts": 1, "owner": node}
@@ -561,8 +561,8 @@ class TestRequeuedMeanwhile:
 
     def decide(self, queue):
         """Decide about all tasks that wait for parents which have ended."""
-        services_of(queue).moves.dependents.ended_elsewhere()
-        services_of(queue).moves.dependents.process()
+        parts_of(queue).moves.dependents.ended_elsewhere()
+        parts_of(queue).moves.dependents.process()
 
     def statuses(self, family):
         return [handle.task().status.value for handle in family[1:]]
@@ -684,7 +684,7 @@ class TestStopped:
         def late():
             stop()
             started.repository.update_status(parent.id, TaskStatus.CANCELLED)
-            services_of(started).moves.dependents.parent_ended(parent.id)
+            parts_of(started).moves.dependents.parent_ended(parent.id)
 
         monkeypatch.setattr(housekeeper_of(started), "stop", late)
         started.stop()
@@ -715,7 +715,7 @@ class TestDrained:
     def test_drain_finds_children_that_no_event_reported(self, started):
         parent = started.submit("fine", delay=3600)
         child = started.submit("fine", depends_on=[parent])
-        eventually(lambda: not services_of(started).moves.dependents.waiting)
+        eventually(lambda: not parts_of(started).moves.dependents.waiting)
         end_by_hand(started.repository, parent.id)
         assert started.drain(PATIENCE)
         assert child.task().status is TaskStatus.COMPLETED
@@ -759,7 +759,7 @@ def test_the_registered_parent_is_seldom_among_the_first_to_end(step):
 
 def test_a_long_chain_that_is_cancelled_does_not_block_the_housekeeper(queue, monkeypatch):
     """The housekeeper does the rest in later calls, and a drain waits for it."""
-    waiting = services_of(queue).moves.dependents
+    waiting = parts_of(queue).moves.dependents
     queue.declare("t")
     ids = [f"{n:02}" for n in range(20)]
     queue.submit_many(
@@ -802,7 +802,7 @@ def family_of_ten(queue):
     queue.declare("t")
     parent = queue.submit("t")
     children = [queue.submit("t", depends_on=[parent]) for _ in range(10)]
-    waiting = services_of(queue).moves.dependents
+    waiting = parts_of(queue).moves.dependents
     waiting.process()
     waiting.ended, waiting._due = Touched(), Touched()
     queue.repository.update_status(parent.id, TaskStatus.CANCELLED)
@@ -932,7 +932,7 @@ class TestMadeGood:
         other = make_queue()
         other.declare("fine")
         child = other.submit("fine", depends_on=[parent])
-        eventually(lambda: services_of(started).moves.dependents.any)
+        eventually(lambda: parts_of(started).moves.dependents.any)
         gate.open()
         assert started.handle(child.id).result(PATIENCE) == [0, 0]
 
@@ -955,7 +955,7 @@ class TestMadeGood:
 
         repository.before = end_the_other
         end_by_hand(repository, first)
-        services_of(started).moves.dependents.parent_ended(first)
+        parts_of(started).moves.dependents.parent_ended(first)
         eventually(child.done)
         assert child.task().status is how
 
@@ -1063,7 +1063,7 @@ def test_a_long_chain_that_no_event_reported_ends_in_parts():
     for before, task in pairwise(tasks):
         task.depends_on = [before.id]
     queue.submit_many(tasks)
-    repository, waiting = queue.repository, services_of(queue).moves.dependents
+    repository, waiting = queue.repository, parts_of(queue).moves.dependents
     waiting.process()
     repository.update_status("0000", TaskStatus.CANCELLED)
     waiting.ended_elsewhere()
@@ -1100,7 +1100,7 @@ def test_every_task_of_any_graph_ends(graph, random, told):
     """This holds for any order of ends, whether events report them or only the slow scan finds them."""
     queue = Queue(MemoryRepository())
     queue.declare("t")
-    repository, waiting = queue.repository, services_of(queue).moves.dependents
+    repository, waiting = queue.repository, parts_of(queue).moves.dependents
     queue.submit_many(
         Task(
             id=f"{n:02}",

@@ -506,8 +506,8 @@ def test_turns_go_on_if_a_process_died_before_it_gave_the_turn(workers):
     for n in range(3):  # before the child starts, as a submit would give the free turn
         queue.submit("work", {"key": "k", "n": n}, concurrency_key="k", id=str(n))
     dies = """
-queue._services.moves.turns.next_turn = lambda key, leaver: ()
-queue._services.moves.turns.advance = lambda keys: os._exit(9)
+queue._moves.turns.next_turn = lambda key, leaver: ()
+queue._moves.turns.advance = lambda keys: os._exit(9)
 """
     child = workers.spawn(WORK + dies)
     assert child.process.wait(PATIENCE) == 9

@@ -10,8 +10,8 @@ from helpers import (
     PATIENCE,
     Waiting,
     eventually,
+    parts_of,
     pool_of,
-    services_of,
     undisturbed,
     whole_round,
 )
@@ -36,7 +36,7 @@ def idle(queue):
     pool = pool_of(queue)
     whole_round(queue)  # the first one checks everything
     eventually(lambda: len(pool.ahead.waiting) == pool.ahead.workers)
-    eventually(lambda: not services_of(queue).agenda.more_stored)
+    eventually(lambda: not parts_of(queue).agenda.more_stored)
     queue.repository.batches.clear()
     return queue
 
@@ -201,7 +201,7 @@ def test_a_node_that_lost_its_lease_starts_nothing(started, monkeypatch):
     pool = pool_of(idle(started))
     lost = Leases(started.repository, 10.0, None, time.monotonic)
     monkeypatch.setattr(lost, "lost", lambda node: node == pool.node.id)
-    monkeypatch.setattr(services_of(started).moves, "_target", lost)
+    monkeypatch.setattr(parts_of(started).moves, "_target", lost)
     handle = started.submit("fine")
     assert started.get_task_status(handle.id).status is TaskStatus.PENDING
 

@@ -74,7 +74,7 @@ def test_an_idle_queue_looks_for_no_types(make_queue, monkeypatch):
     queue.drain(PATIENCE)
     for _ in range(2):
         whole_round(queue)
-    eventually(lambda: not queue._services.agenda.more_stored)
+    eventually(lambda: not queue._agenda.more_stored)
     looked = []
     monkeypatch.setattr(queue._registry, "seek", lambda types: looked.append([*types]))
     for _ in range(3):

@@ -26,7 +26,7 @@ def start(node):
 
 
 def tasks(node):
-    return list(node.pool.services.repository.get_many(["a", "b", "c"]).values())
+    return list(node.pool.moves.repository.get_many(["a", "b", "c"]).values())
 
 
 def all_untouched(node):
@@ -41,7 +41,7 @@ def all_untouched(node):
 @pytest.fixture
 def away(node):
     """Return a function that lets the repository fail, or work again."""
-    repository = node.pool.services.repository
+    repository = node.pool.moves.repository
 
     def fail(writes):
         raise RepositoryUnavailable("away")
@@ -94,7 +94,7 @@ def test_the_audit_hands_back_a_run_that_no_thread_has(node):
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_start_that_was_interrupted_counts_no_interruption(node, when):
     """It may be stored: the transaction was interrupted just before or after its end."""
-    repository = node.pool.services.repository
+    repository = node.pool.moves.repository
 
     def strike(writes):
         setattr(repository, when, lambda writes: None)

@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from helpers import PATIENCE, pool_of, services_of
+from helpers import PATIENCE, parts_of, pool_of
 
 import taskx
 from taskx import Hook, TaskCancelled
@@ -104,7 +104,7 @@ def test_each_task_of_many_threads_runs_once_and_is_told_once(make_queue, caplog
             n: n for n in handles
         }
         assert not pool_of(queue).runs
-        assert not services_of(queue).moves.unsettled
+        assert not parts_of(queue).moves.unsettled
     assert len(handles) == 16 * THREADS
     assert ran == dict.fromkeys(handles, 1)
     assert told.events == {
@@ -122,11 +122,11 @@ def test_many_threads_read_and_register_while_types_are_added(queue):
     def register(number):
         for place in range(20):
             queue.register_executor(taskx.executor(f"t{number}.{place}")(lambda: None))
-            assert f"t{number}.{place}" in services_of(queue).registry.types
-            assert services_of(queue).registry.isolated == frozenset()
+            assert f"t{number}.{place}" in parts_of(queue).registry.types
+            assert parts_of(queue).registry.isolated == frozenset()
 
     at_once(register)
-    assert len(services_of(queue).registry.types) == 20 * THREADS
+    assert len(parts_of(queue).registry.types) == 20 * THREADS
 
 
 def test_one_of_many_threads_that_fire_a_token_calls_each_callback():

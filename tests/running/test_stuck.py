@@ -18,9 +18,9 @@ from helpers import (
     frequent_checks,
     housekeeper_of,
     node_of,
+    parts_of,
     pool_of,
     run_in_thread,
-    services_of,
     whole_round,
 )
 from storage.repositories import TinyRepository
@@ -94,7 +94,7 @@ def hang(clock, gate):
 
 def time_outs_checked(queue):
     """Wait until the thread for time-outs has looked at the clock, at all tasks, from now on."""
-    alarms, looked = services_of(queue).runner.alarms, threading.Event()
+    alarms, looked = parts_of(queue).runner.alarms, threading.Event()
     ring = alarms.ring
 
     def watched():
@@ -201,7 +201,7 @@ class TestAbandoned:
         gate.open()
         assert handle.result(PATIENCE) == "run 1"
         clock.advance(GRACE)
-        services_of(queue).runner.alarms.ring()
+        parts_of(queue).runner.alarms.ring()
         assert (handle.task().stuck_on, pool_of(queue).stuck.runs) == ("", {})
 
     def test_a_cancelled_attempt_is_not_abandoned(self, make, clock, gate):
@@ -356,7 +356,7 @@ class TestBarred:
         other.executor("here")(lambda: "here")  # which the first one cannot take
         other.start()
         assert other.submit("here").result(PATIENCE) == "here"
-        services_of(other).agenda.fetch_soon()
+        parts_of(other).agenda.fetch_soon()
         for _ in range(3):
             housekeeper_of(other).recovery.recover()
             whole_round(other)
@@ -413,7 +413,7 @@ class TestBarred:
         queue = make()
         fails(hang(queue))
         again(queue)
-        services_of(queue).agenda.fetch_soon()
+        parts_of(queue).agenda.fetch_soon()
         assert queue.submit("fine").result(PATIENCE) == "fine"
         task = queue.get_task_status("x")
         assert (task.status, task.starts) == (TaskStatus.PENDING, 1)
@@ -427,7 +427,7 @@ class TestBarred:
         failed = hang(queue, "y").task()
         failed.status = TaskStatus.PENDING
         queue.repository.update(failed)
-        services_of(queue).agenda.fetch_soon()
+        parts_of(queue).agenda.fetch_soon()
         assert queue.submit("fine").result(PATIENCE) == "fine"
         assert queue.begun == ["x", "y"]
         gate.open()
@@ -445,7 +445,7 @@ class TestBarred:
         queue.requeue("x")
         queue.resume("parent")
         parent.result(PATIENCE)
-        services_of(queue).moves.dependents.scan_some()
+        parts_of(queue).moves.dependents.scan_some()
         assert queue.submit("fine").result(PATIENCE) == "fine"
         assert queue.get_task_status("x").starts == 1
         gate.open()
@@ -457,7 +457,7 @@ class TestBarred:
         queue = make()
         fails(hang(queue, concurrency_key="k"))
         queue.submit("hang", {"name": "next"}, id="next", concurrency_key="k")
-        services_of(queue).moves.turns.scan_some()
+        parts_of(queue).moves.turns.scan_some()
         assert queue.submit("fine").result(PATIENCE) == "fine"
         assert queue.get_task_status("next").starts == 0
         gate.open()
@@ -488,7 +488,7 @@ class TestBarred:
                 InvalidTransition, match="task x cannot be deleted: a thread of an ended attempt"
             ):
                 remove()
-        services_of(queue).moves.turns.scan_some()
+        parts_of(queue).moves.turns.scan_some()
         assert queue.submit("fine").result(PATIENCE) == "fine"
         assert queue.get_task_status("next").starts == 0
         gate.open()
@@ -537,7 +537,7 @@ class TestBarred:
             assert queue.cancel_many(["x"]) == 1
         else:
             assert handle.cancel()
-        services_of(queue).moves.turns.scan_some()
+        parts_of(queue).moves.turns.scan_some()
         assert queue.submit("fine").result(PATIENCE) == "fine"
         assert (handle.cancelled(), queue.get_task_status("next").starts) == (True, 0)
         gate.open()

@@ -6,10 +6,9 @@ import threading
 import time
 
 import pytest
-from helpers import PATIENCE, eventually, frequent_checks, joined_node, pool_of, services_of
+from helpers import PATIENCE, eventually, frequent_checks, joined_node, pool_of
 
 from taskx import Task, TaskStatus
-from taskx.queue.intake import prepare
 from taskx.tasks.timing import DEFAULT_TIMING
 
 
@@ -31,7 +30,7 @@ def queue(make_queue):
         queue.gates[name] = threading.Event()
         task = Task(type=type, params={"name": name}, id=name, max_crashes=max_crashes)
         if crashes:  # as a process that died left it
-            insert = prepare(services_of(queue), task)
+            insert = queue._intake.prepare(task)
             insert.row["crashes"] = crashes
             assert list(queue.repository.apply([insert])) == [True]
         else:
@@ -77,7 +76,7 @@ def test_tasks_that_may_crash_again_are_started_in_one_transaction(make_queue):
     queue = make_queue(worker_num=3)
     queue.executor("fine")(lambda: None)
     for name in ("one", "another"):
-        insert = prepare(services_of(queue), Task(type="fine", id=name))
+        insert = queue._intake.prepare(Task(type="fine", id=name))
         insert.row["crashes"] = 1
         assert list(queue.repository.apply([insert])) == [True]
     node = joined_node(queue)

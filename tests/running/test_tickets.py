@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
-from helpers import PATIENCE, eventually, pool_of, services_of
+from helpers import PATIENCE, eventually, parts_of, pool_of
 
 from taskx import (
     ConfigurationError,
@@ -133,7 +133,7 @@ def the_tickets(shop: Shop, count: int) -> list[Ticket]:
 
 def tickets_of(shop: Shop) -> list[str]:
     """Return the ids of the tasks whose tickets were sent and not used yet."""
-    repository = services_of(shop.edge).repository
+    repository = parts_of(shop.edge).repository
     owners = [node.id for node in repository.nodes()]
     return [task_id for (task_id,) in repository.find("buffered_on", owners, ("id",))]
 
@@ -273,7 +273,7 @@ def test_while_the_broker_is_away_tasks_stay_free_for_nodes_that_reach_it(shop):
     shop.workers(1, note(shop), serve=False).away = True
     shop.edge.start()
     handles = submit(shop, *range(5))
-    edge = services_of(shop.edge).repository
+    edge = parts_of(shop.edge).repository
     eventually(lambda: not edge.find("buffered_on", [n.id for n in edge.nodes()], ("id",)))
     assert {handle.task().status for handle in handles} == {TaskStatus.PENDING}
     shop.engine.away = False
@@ -309,7 +309,7 @@ def test_a_lost_ticket_is_sent_again_only_while_a_worker_is_idle(shop):
 def test_a_broker_that_cannot_be_reached_is_told_before_there_is_a_task(shop, caplog):
     shop.engine.away = True
     shop.edge.start()
-    asked = Queue(services_of(shop.edge).repository)
+    asked = Queue(parts_of(shop.edge).repository)
     [problem] = eventually(lambda: [p for p in asked.health().problems if p.kind == "broker"])
     [node] = asked.nodes()
     assert node.broker_error == "OSError: the broker is away" == problem.facts["error"]
@@ -488,7 +488,7 @@ def test_the_connection_is_tended_while_there_is_nothing_to_send(shop):
     shop.edge.start()
     eventually(lambda: shop.engine.tended > 2)
     shop.engine.away = True
-    eventually(lambda: services_of(shop.edge).repository.nodes()[0].broker_error)
+    eventually(lambda: parts_of(shop.edge).repository.nodes()[0].broker_error)
 
 
 @pytest.mark.parametrize("clean_up", [None, ValueError])

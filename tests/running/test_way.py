@@ -20,7 +20,7 @@ from types import CodeType, FrameType
 from typing import Any
 
 import pytest
-from helpers import PATIENCE, eventually, pool_of, services_of, whole_round
+from helpers import PATIENCE, eventually, parts_of, pool_of, whole_round
 
 import taskx
 from taskx import Config, Queue, SQLiteRepository, Task, TaskHandle, TaskStatus
@@ -141,7 +141,7 @@ class Road:
         The submitter sees that the worker is called; the worker's next event is its exit from there.
         """
         pool = pool_of(self.queue)
-        self._deferred |= self._ran and bool(services_of(self.queue).moves.unsettled)
+        self._deferred |= self._ran and bool(parts_of(self.queue).moves.unsettled)
         called = threading.get_ident() != self.worker.ident and not pool.ahead.waiting
         return len(pool.buffer) + len(pool.ahead.runs) + called + self._deferred
 
@@ -155,7 +155,7 @@ class Road:
         eventually(lambda: self._has_nothing() and self._sleeps())
 
     def _has_nothing(self) -> bool:
-        return pool_of(self.queue).holds_nothing() and not services_of(self.queue).moves.unsettled
+        return pool_of(self.queue).holds_nothing() and not parts_of(self.queue).moves.unsettled
 
     def _sleeps(self) -> bool:
         return sys._current_frames()[self.worker.ident].f_code is Ahead.wait.__code__

@@ -20,8 +20,8 @@ from helpers import (
     frequent_checks,
     housekeeper_of,
     ids,
+    parts_of,
     pool_of,
-    services_of,
     storing,
     whole_round,
 )
@@ -58,6 +58,12 @@ NOON = datetime(2026, 3, 27, 12, tzinfo=timezone.utc)  # two days before the clo
 HOUR, DAY = 3600, 86400
 
 
+def ticker_of(queue, *chance):
+    parts = parts_of(queue)
+    about = (parts.hooks, parts.clock, parts.log, parts.timing)
+    return Ticker(parts.moves, parts.agenda, *about, *chance)
+
+
 @pytest.fixture
 def clock():
     return ManualClock(NOON)
@@ -92,7 +98,7 @@ def started(queue):
 def catch_up(*queues):
     """Let all queues do a round at once; return when no schedule is due and all tasks are stored."""
     for queue in queues:
-        services_of(queue).agenda.wake()
+        parts_of(queue).agenda.wake()
     for queue in queues:
         whole_round(queue)  # even if nothing is due, and nothing may happen
     eventually(lambda: not any(is_due(s, queues[0]) for s in queues[0].schedules().values()))
@@ -329,7 +335,7 @@ def test_a_queue_that_is_stopping_is_not_woken_by_ticks(started, clock, gate):
     gate.wait_for(1)
     started.schedule("s", every(60), "remote")
     eventually(lambda: ticker(started).next)
-    agenda = services_of(started).agenda
+    agenda = parts_of(started).agenda
     pool_of(started).begin_stop()
     clock.advance(60)
     waits, signal = [], agenda._bell
@@ -987,9 +993,9 @@ def taken_up(make, clock, monkeypatch):
 
     clock.advance(60)
     with monkeypatch.context() as patch:
-        patch.setattr(services_of(dying).moves, "commit", die)
+        patch.setattr(parts_of(dying).moves, "commit", die)
         with pytest.raises(RepositoryUnavailable):
-            Ticker(services_of(dying)).tick()
+            ticker_of(dying).tick()
     assert ids(dying) == set()
     clock.advance(5)
     return dying
@@ -1050,7 +1056,7 @@ def test_nodes_with_different_ticks_make_no_overlapping_tasks(
 
 def tick_until_done(queue):
     """Tick while schedules of the queue are due, like the housekeeper."""
-    ticker = Ticker(services_of(queue))
+    ticker = ticker_of(queue)
     while ticker.behind(queue.clock.now_ms()):
         ticker.tick()
 
@@ -1122,7 +1128,7 @@ def test_a_schedule_that_only_others_understand_is_logged_once(started, clock, c
         assert started.repository.put_note(PREFIX + "s", json.dumps(newer), stored.version)
         seen = note(started, "s").version
         ticker(started).refresh_now()
-        services_of(started).agenda.wake()
+        parts_of(started).agenda.wake()
         eventually(lambda seen=seen: read_version(started) == seen)
     assert caplog.text.count("schedule/s does not tick in this process") == 1
 
@@ -1350,7 +1356,7 @@ def inserts_of(queue):
 def test_schedules_that_tick_together_take_few_transactions(many, clock, monkeypatch):
     puts, put_notes = [], many.repository.put_notes
     monkeypatch.setattr(many.repository, "put_notes", lambda c: (puts.append(c), put_notes(c))[1])
-    ticker = Ticker(services_of(many))
+    ticker = ticker_of(many)
     ticker.tick()
     clock.advance(60)
     many.repository.batches.clear()
@@ -1364,7 +1370,7 @@ def test_schedules_that_tick_together_take_few_transactions(many, clock, monkeyp
 def test_only_schedules_that_are_due_are_read_and_together(many, clock, monkeypatch):
     for n in range(50):
         many.schedule(f"idle {n}", every(3600), "remote")
-    ticker = Ticker(services_of(many))
+    ticker = ticker_of(many)
     ticker.tick()
     reads = reads_of(many, monkeypatch)
     clock.advance(60)
@@ -1377,7 +1383,7 @@ def test_earlier_tasks_of_many_schedules_are_read_in_one_query(make, clock, monk
     queue = make()
     for n in range(20):
         queue.schedule(f"s{n:02}", every(60), "remote", overlap="skip")
-    ticker, asked = Ticker(services_of(queue)), []
+    ticker, asked = ticker_of(queue), []
     find = queue.repository.find
     monkeypatch.setattr(queue.repository, "find", lambda *args: asked.append(args) or find(*args))
     ticker.tick()
@@ -1397,13 +1403,13 @@ def test_a_transaction_stays_small_after_many_missed_ticks(make, clock, monkeypa
     for n in range(5):
         queue.schedule(f"s{n}", every(1), "remote", misfire="all", misfire_grace=DAY)
     clock.advance(7)
-    Ticker(services_of(queue)).tick()
+    ticker_of(queue).tick()
     made = [len(inserts) for inserts in inserts_of(queue) if inserts]
     assert made == [14, 14, 7]
 
 
 def test_ticks_that_another_node_has_handled_are_not_repeated(many, make, clock):
-    one, other = Ticker(services_of(many)), Ticker(services_of(make()))
+    one, other = ticker_of(many), ticker_of(make())
     for ticker in (one, other):
         ticker.tick()
     clock.advance(60)
@@ -1417,7 +1423,7 @@ def test_ticks_that_another_node_has_handled_are_not_repeated(many, make, clock)
 @in_tens
 def test_a_refresh_continues_where_the_last_call_stopped(many, clock, monkeypatch):
     reads = reads_of(many, monkeypatch)
-    ticker = Ticker(services_of(many))
+    ticker = ticker_of(many)
     while ticker.behind(clock.now_ms()):
         ticker.tick(0.0)
     assert [len(read) for read in reads] == [10] * 20
@@ -1428,7 +1434,7 @@ def test_a_refresh_continues_where_the_last_call_stopped(many, clock, monkeypatc
 
 @in_tens
 def test_a_refresh_misses_no_change_by_another_process(many, clock):
-    ticker = Ticker(services_of(many))
+    ticker = ticker_of(many)
     ticker.tick()
     assert len(ticker._read) == 200
     for n in (0, 150, 190):
@@ -1437,7 +1443,7 @@ def test_a_refresh_misses_no_change_by_another_process(many, clock):
     ticker.tick(0.0)  # to s010
     many.schedules()["s005"].remove()
     many.schedule("s190", every(30), "remote")
-    services_of(many).agenda.schedules.append("s150")  # as after a removal by this process
+    parts_of(many).agenda.schedules.append("s150")  # as after a removal by this process
     while ticker.waiting:
         ticker.tick(0.0)
     ticker.refresh_now()
@@ -1451,7 +1457,7 @@ def test_a_refresh_misses_no_change_by_another_process(many, clock):
 
 @in_tens
 def test_a_refresh_requested_during_another_follows_it(many, clock, monkeypatch):
-    ticker = Ticker(services_of(many))
+    ticker = ticker_of(many)
     ticker.tick(0.0)
     ticker.refresh_now()
     reads = reads_of(many, monkeypatch)
@@ -1465,7 +1471,7 @@ def test_a_refresh_requested_during_another_follows_it(many, clock, monkeypatch)
 
 def test_frequent_changes_of_a_schedule_leave_no_garbage(make, clock):
     queue = make()
-    ticker = Ticker(services_of(queue))
+    ticker = ticker_of(queue)
     for n in range(1000):
         queue.schedule("s", every(3600 + n), "remote")
         ticker.refresh_now()
@@ -1477,7 +1483,7 @@ def test_frequent_changes_of_a_schedule_leave_no_garbage(make, clock):
 
 @in_tens
 def test_a_round_ends_in_time_even_if_more_schedules_are_due(many, clock):
-    ticker = Ticker(services_of(many))
+    ticker = ticker_of(many)
     ticker.tick()
     clock.advance(60)
     for made in range(10, 200, 10):
@@ -1497,7 +1503,7 @@ def test_a_drain_waits_for_a_tick_until_its_task_is_stored(make, clock, monkeypa
     queue = make()
     for n in range(count):
         queue.schedule(f"s{n}", every(60), "remote")
-    ticker, told = Ticker(services_of(queue)), []
+    ticker, told = ticker_of(queue), []
 
     def tell(*_):
         told.append(ticker.behind(clock.now_ms()))
@@ -1514,7 +1520,7 @@ def test_a_drain_waits_for_a_tick_until_its_task_is_stored(make, clock, monkeypa
 
 def test_a_drain_sees_a_tick_that_is_taken_up_during_its_check(queue, clock, monkeypatch):
     queue.schedule("s", every(60), "remote")
-    ticker = Ticker(services_of(queue))
+    ticker = ticker_of(queue)
     ticker.tick()
     clock.advance(60)
 
@@ -1528,8 +1534,7 @@ def test_a_drain_sees_a_tick_that_is_taken_up_during_its_check(queue, clock, mon
 
 @in_tens
 def test_two_nodes_take_different_schedules(make, many, clock):
-    services = services_of(many), services_of(make())
-    one, other = (Ticker(each, Random(n).random) for n, each in enumerate(services))
+    one, other = (ticker_of(each, Random(n).random) for n, each in enumerate((many, make())))
     for ticker in (one, other):
         ticker.tick()
     clock.advance(60)
@@ -1548,7 +1553,7 @@ def test_two_nodes_take_different_schedules(make, many, clock):
 
 def test_idle_schedules_are_not_read_when_others_tick(many, clock, monkeypatch):
     many.schedule("beat", every(1), "remote")
-    ticker = Ticker(services_of(many))
+    ticker = ticker_of(many)
     ticker.tick()
     reads = reads_of(many, monkeypatch)
     for _ in range(5):
@@ -1576,7 +1581,7 @@ def test_a_slow_refresh_happens_less_often_but_often_enough(make, monkeypatch, t
 
     monkeypatch.setattr(ticker_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(queue.repository.reads, "notes_after", slow)
-    ticker = Ticker(services_of(queue))
+    ticker = ticker_of(queue)
     ticker.tick()
     while len(read_at) < 2:
         now[0] += 0.25
@@ -1590,7 +1595,7 @@ def test_a_busy_node_misses_no_tick(make, clock, misfire):
     """The housekeeper had other duties, but its node was running."""
     queue = make()
     queue.schedule("s", every(1), "remote", misfire=misfire)
-    ticker = Ticker(services_of(queue))
+    ticker = ticker_of(queue)
     ticker.tick()
     clock.advance(5)
     ticker.tick()
@@ -1600,7 +1605,7 @@ def test_a_busy_node_misses_no_tick(make, clock, misfire):
 def test_ticks_during_a_long_gap_are_missed(make, clock, caplog):
     queue = make()
     queue.schedule("s", every(1), "remote")
-    ticker = Ticker(services_of(queue))
+    ticker = ticker_of(queue)
     ticker.tick()
     clock.advance(12)
     ticker.tick()
@@ -1609,11 +1614,11 @@ def test_ticks_during_a_long_gap_are_missed(make, clock, caplog):
 
 
 def test_a_schedule_whose_task_fails_to_store_does_not_stop_others(many, clock, monkeypatch):
-    ticker = Ticker(services_of(many))
+    ticker = ticker_of(many)
     ticker.tick()
     clock.advance(60)
 
-    moves = services_of(many).moves
+    moves = parts_of(many).moves
     commit = moves.commit
 
     def refuse(inserts):
@@ -1745,7 +1750,7 @@ def test_a_start_that_cannot_store_the_schedules_can_be_repeated(
     def fail(*_):
         raise RepositoryUnavailable("down")
 
-    monkeypatch.setattr(unstarted._schedules, "store", fail)
+    monkeypatch.setattr(unstarted._schedules, "_store", fail)
     with pytest.raises(RepositoryUnavailable):
         unstarted.start()
     assert repository.liveness.nodes() == []

@@ -8,7 +8,7 @@ from collections import Counter
 from datetime import datetime, timedelta, timezone
 
 import pytest
-from helpers import PATIENCE, SpyMemory, eventually, ids, services_of
+from helpers import PATIENCE, SpyMemory, eventually, ids, parts_of
 from storage.repositories import TinyRepository
 
 from taskx import (
@@ -131,14 +131,14 @@ class TestRequeue:
         assert (bulk.matched, bulk.changed, bulk.skipped) == (1, 0, {"unique_key": 1})
 
     def test_a_task_that_moved_meanwhile_is_skipped(self, queue, monkeypatch):
-        commit = services_of(queue).moves.commit
+        commit = parts_of(queue).moves.commit
 
         def late(writes, tasks=None):
             monkeypatch.undo()
             queue.delete("5")
             return commit(writes, tasks)
 
-        monkeypatch.setattr(services_of(queue).moves, "commit", late)
+        monkeypatch.setattr(parts_of(queue).moves, "commit", late)
         bulk = queue.requeue_all()
         assert (bulk.matched, bulk.changed, bulk.skipped) == (7, 6, {"changed": 1})
 
@@ -439,14 +439,14 @@ class TestCancel:
         assert sorted(told) == [("1", "cancelled"), ("3", "cancelled"), ("5", "cancelled")]
 
     def test_a_task_that_ends_meanwhile_is_skipped(self, waiting, monkeypatch):
-        commit = services_of(waiting).moves.commit
+        commit = parts_of(waiting).moves.commit
 
         def late(writes, tasks=None):
             monkeypatch.undo()
             fail(waiting, "3")
             return commit(writes, tasks)
 
-        monkeypatch.setattr(services_of(waiting).moves, "commit", late)
+        monkeypatch.setattr(parts_of(waiting).moves, "commit", late)
         bulk = waiting.cancel_all(everything=True)
         assert (bulk.matched, bulk.changed, bulk.skipped) == (7, 6, {"changed": 1})
 
@@ -503,7 +503,7 @@ class TestDelete:
         assert waiting.delete_all(type="a").changed == 1
 
     def test_a_task_that_moves_meanwhile_stays(self, queue, monkeypatch):
-        commit = services_of(queue).moves.commit
+        commit = parts_of(queue).moves.commit
 
         def late(writes, tasks=None):
             monkeypatch.undo()
@@ -511,7 +511,7 @@ class TestDelete:
             assert queue.drain(PATIENCE)  # it has failed again
             return commit(writes, tasks)
 
-        monkeypatch.setattr(services_of(queue).moves, "commit", late)
+        monkeypatch.setattr(parts_of(queue).moves, "commit", late)
         bulk = queue.delete_all(status="failed")
         assert (bulk.matched, bulk.changed, bulk.skipped) == (7, 6, {"changed": 1})
         assert queue.get_task_status("5").starts == 2

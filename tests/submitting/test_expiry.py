@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from concurrent.futures import CancelledError, wait
 from datetime import datetime, timedelta, timezone
+from functools import partial
 
 import pytest
-from helpers import PATIENCE, eventually, pool_of, services_of, undisturbed, whole_round
+from helpers import PATIENCE, eventually, parts_of, pool_of, undisturbed, whole_round
 from storage.repositories import thirteen_fields_only
 
 from taskx import (
@@ -24,7 +25,7 @@ from taskx import (
     chain,
     every,
 )
-from taskx.node.due import Expiry
+from taskx.node.due import expire
 from taskx.tasks import lifecycle
 from taskx.tasks.writes import Insert
 from taskx.testing import ManualQueue
@@ -132,16 +133,15 @@ def test_tasks_that_another_node_cancels_are_left_to_it(make_queue, repository, 
             repository.apply(lifecycle.cancel(task_id, 0))
 
     repository.before = elsewhere
-    assert not expiry.step(math.inf)
+    assert not expiry(math.inf)
     assert statuses(queue) == {"cancelled": 4, "pending": 4}
-    expiry.step(math.inf)
+    expiry(math.inf)
     assert statuses(queue) == {"cancelled": 8}
 
 
 def expiry_of(queue):
-    services = services_of(queue)
-    batch = services.timing.batch
-    return Expiry(services.repository, services.moves, services.clock, batch)
+    parts = parts_of(queue)
+    return partial(expire, parts.moves, parts.timing.batch)
 
 
 def statuses(queue):
@@ -640,5 +640,5 @@ def test_a_task_that_starts_during_its_expiry_runs(make_queue, repository, clock
 
     repository.before = start_first
     clock.advance(60)
-    expiry_of(queue).step(math.inf)
+    expiry_of(queue)(math.inf)
     assert (handle.task().status, handle.task().starts) == (TaskStatus.RUNNING, 1)

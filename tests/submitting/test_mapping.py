@@ -10,7 +10,7 @@ from collections import Counter
 from concurrent.futures import CancelledError
 
 import pytest
-from helpers import PATIENCE, eventually, ids, no_rounds, services_of
+from helpers import PATIENCE, eventually, ids, no_rounds, parts_of
 from storage.repositories import TinyRepository
 
 from taskx import (
@@ -393,7 +393,7 @@ class TestItems:
         """Return all results. The worker logs each end before the map, which waits, hears of it."""
         with no_rounds(queue):
             taken = concurrent.futures.ThreadPoolExecutor(1).submit(list, results)
-            eventually(lambda: len(services_of(queue).watcher.watched) == tasks)
+            eventually(lambda: len(parts_of(queue).watcher.watched) == tasks)
             gate.open()
             return taken.result(PATIENCE)
 
@@ -426,12 +426,12 @@ class TestItems:
         """Another thread may read of the end of a task before the one that stored it has logged it."""
         caplog.set_level(logging.INFO, "taskx")
         square.failing = {1}
-        moves, returned, logged = services_of(running).moves, threading.Event(), threading.Event()
+        moves, returned, logged = parts_of(running).moves, threading.Event(), threading.Event()
         log_move = moves._log_move
 
         def log_late(row, task, *facts):
             if row.name == "fail":
-                services_of(running).watcher.check([task.id])
+                parts_of(running).watcher.check([task.id])
                 assert returned.wait(PATIENCE)
             log_move(row, task, *facts)
             if row.name == "fail":

@@ -15,9 +15,9 @@ from helpers import (
     key_holders,
     no_batches,
     no_rounds,
+    parts_of,
     pool_of,
     run_in_thread,
-    services_of,
     those_with,
 )
 from storage.repositories import TinyRepository
@@ -324,7 +324,7 @@ class TestConflict:
         clock.advance(2)
 
         def pause(writes):
-            services_of(queue).controls.paused = Paused(everything=True)
+            parts_of(queue).controls.paused = Paused(everything=True)
 
         queue.repository.after = pause
         with no_rounds(queue):  # a round would read the pauses that are stored

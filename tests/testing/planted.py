@@ -137,7 +137,7 @@ def turns_of_the_dead(patch):
 @plant("The last task gets the turn.", seed=30)
 def last_come_first_served(patch):
     def last(self, key, leaver=""):
-        line = self._repository.find("line", [key], ("id",))
+        line = self._moves.repository.find("line", [key], ("id",))
         return [w for (task_id,) in line[-1:] for w in lifecycle.give_turn(task_id, key)]
 
     patch(Turns, "_next_turn", last)
@@ -217,9 +217,9 @@ def tick_before_task(patch):
     def run(self, due):
         plans = self._without_overlap(self._plans(due, self._now()))
         self._put(plans)
-        now = self._services.clock.now_ms()
+        now = self._clock.now_ms()
         inserts = [p.entry.insert(tick, now) for p in plans for tick in p.run]
-        return bool(inserts) and any(self._services.moves.commit(inserts))
+        return bool(inserts) and any(self._moves.commit(inserts))
 
     patch(Ticker, "_run", run)
 
@@ -303,11 +303,11 @@ def accepted_not_stored(patch):
 )
 def rescue_from_the_living(patch):
     def take_back(self, node):
-        services = self._pool.services
-        find = services.repository.find
+        repository = self._pool.moves.repository
+        find = repository.find
         running = [task_id for (task_id,) in find("running_on", [node.id], ("id",))]
-        tasks = list(services.repository.get_many(running).values())
-        if not services.repository.liveness.is_dead(node.id):
+        tasks = list(repository.get_many(running).values())
+        if not repository.liveness.is_dead(node.id):
             return 0
         if tasks:
             self._rescue(node, tasks)
@@ -487,7 +487,7 @@ def children_not_needed(patch):
 @plant("Children do not run again with their parent.", seed=8985, program="family")
 def children_not_again(patch):
     def reopen(self, listed, parent):
-        self._commit([lifecycle.listed_again(listed, parent.id)])
+        self._moves.commit([lifecycle.listed_again(listed, parent.id)])
 
     patch(Children, "_reopen", reopen)
 

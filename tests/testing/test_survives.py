@@ -132,7 +132,7 @@ def test_what_it_emits(queue):
 
     @queue.executor("read")
     def read(ctx) -> None:
-        reader = Reader(ctx._shared.keeper._repository, ctx.parents[0])
+        reader = Reader(ctx._shared.keeper._moves.repository, ctx.parents[0])
         shown["all"] = [chunk.value for chunk in reader.read()]
 
     flow = chain(speak.task(), Task(type="read"))

@@ -17,9 +17,9 @@ from helpers import (
     SpySQLite,
     eventually,
     is_intact,
+    parts_of,
     pool_of,
     run_in_thread,
-    services_of,
     whole_round,
 )
 
@@ -115,7 +115,7 @@ class TestLocked:
         gate.wait_for(2)
         locker.lock()
         submits = [run_in_thread(lambda n=n: queue.submit("hold", {"n": n})) for n in (2, 3)]
-        eventually(lambda: services_of(queue).moves._waiting)
+        eventually(lambda: parts_of(queue).moves._waiting)
         gate.open()
         threading.Event().wait(1)  # blocks on purpose
         assert [handle.done() for handle in running] == [False, False]
@@ -153,7 +153,7 @@ class TestLocked:
         clock.advance(60)
         assert timed_out.wait(PATIENCE)
         gate.open()
-        eventually(lambda: len(services_of(queue).moves._waiting) >= 2)
+        eventually(lambda: len(parts_of(queue).moves._waiting) >= 2)
         threading.Event().wait(1)  # blocks on purpose: several times the busy timeout
         assert {task.status for task in queue.list_tasks()[0]} == {"running", "pending"}
         locker.open()

@@ -14,9 +14,9 @@ from helpers import (
     held_on,
     housekeeper_of,
     node_of,
+    parts_of,
     pool_of,
     prepared_node,
-    services_of,
     whole_round,
 )
 
@@ -149,7 +149,7 @@ def test_a_cancel_does_not_wait_for_all_due_tasks(make_queue, repository, clock)
     eventually(lambda: tokens)
     repository.before = release
     clock.advance(60)
-    services_of(queue).agenda.wake()
+    parts_of(queue).agenda.wake()
     assert handle.result(PATIENCE) is None  # its token has fired
     assert 0 < released.count(False) < 1000
 
@@ -193,7 +193,7 @@ def test_a_round_does_a_step_of_each_burst(make_queue, clock):
 
     housekeeper.tick = watched
     clock.advance(60)
-    services_of(queue).agenda.wake()
+    parts_of(queue).agenda.wake()
     eventually(lambda: len(queue.repository.ready(["remote"], 1000)) == 105 + 55)
     busy = [batches for batches in rounds if batches]
     assert len(busy) >= 10
@@ -229,7 +229,7 @@ def test_due_tasks_that_another_node_releases_are_left_to_it_for_a_while(
     assert tried == [10]
     repository.before = lambda writes: None  # the other node has died
     housekeeper_of(queue)._release._again_at = 0.0
-    services_of(queue).agenda.wake()
+    parts_of(queue).agenda.wake()
     eventually(lambda: len(repository.ready(["remote"], 1000)) == 105)
 
 
@@ -425,7 +425,7 @@ def test_stalled_queues_of_concurrency_keys_are_advanced_in_parts(
 ):
     queue = make_queue()
     queue.declare("remote")
-    turns = services_of(queue).moves.turns
+    turns = parts_of(queue).moves.turns
     monkeypatch.setattr(turns, "advance", lambda keys: None)  # as if the submitter died at once
     for n in range(35):
         queue.submit("remote", concurrency_key=f"key {n:02}")
@@ -446,7 +446,7 @@ def test_a_stalled_concurrency_key_is_found_behind_many_that_move(make_queue, re
     for n in range(35):
         for _ in range(2):
             queue.submit("remote", concurrency_key=f"key {n:02}")
-    turns = services_of(queue).moves.turns
+    turns = parts_of(queue).moves.turns
     assert not turns.overdue()
     last = repository.ready(["remote"], 100)[-1].id
     assert any(repository.apply(lifecycle.cancel(last, 2000)))  # as by a process that died then

@@ -9,7 +9,7 @@ from concurrent.futures import CancelledError
 from types import SimpleNamespace
 
 import pytest
-from helpers import PATIENCE, eventually, housekeeper_of, pool_of, run_in_thread, services_of
+from helpers import PATIENCE, eventually, housekeeper_of, parts_of, pool_of, run_in_thread
 
 from taskx import (
     Queue,
@@ -54,7 +54,7 @@ def elsewhere(database, timing):
     with SQLiteRepository(database, timing=Timing(listeners_every=0.0)) as made:
         queue = Queue(made, timing=timing)
         yield queue
-        services_of(queue).watcher.close()
+        parts_of(queue).watcher.close()
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def listens(make_queue):
         register(queue)
         queue.start()
         eventually(lambda: housekeeper_of(queue)._listening._listener)
-        eventually(lambda: services_of(queue).agenda._asleep_long)
+        eventually(lambda: parts_of(queue).agenda._asleep_long)
         return queue
 
     return make
@@ -131,7 +131,7 @@ def test_an_outcome_in_another_process_ends_a_wait_at_once(listens, elsewhere, f
     listens(lambda queue: queue.executor("t", max_attempts=1)(work))
     elsewhere.declare("t")
     waits = run_in_thread(elsewhere.submit("t").result)
-    eventually(lambda: services_of(elsewhere).watcher._listener)
+    eventually(lambda: parts_of(elsewhere).watcher._listener)
     going_on.set()
     if fails:
         with pytest.raises(TaskFailed):
@@ -205,7 +205,7 @@ def test_closing_a_queue_that_waited_removes_its_pipe(elsewhere, listens, databa
     elsewhere.declare("t")
     elsewhere.submit("t").result(PATIENCE)
     queue.stop(PATIENCE)
-    services_of(elsewhere).watcher.close()
+    parts_of(elsewhere).watcher.close()
     eventually(lambda: [*database.with_name("tasks.db-nodes").glob("*.pipe")] == [])
 
 
@@ -306,8 +306,8 @@ def heard(monkeypatch):
 
     def heard(*news, brings):
         fetcher, done = SimpleNamespace(fetched=0), []
-        services = SimpleNamespace(timing=Timing(rest_within=NEVER))
-        thread = listening.Listening(SimpleNamespace(fetcher=fetcher, services=services))
+        timing = Timing(rest_within=NEVER)
+        thread = listening.Listening(SimpleNamespace(fetcher=fetcher, timing=timing))
 
         def process(news):
             done.append(news)
@@ -349,7 +349,7 @@ def process(busy, monkeypatch):
 
     monkeypatch.setattr(pool.fetcher, "refill", lambda: note("refill"))
     monkeypatch.setattr(pool, "fire_cancelled", lambda: note("cancels"))
-    monkeypatch.setattr(services_of(queue).agenda, "wake", lambda: note("wake"))
+    monkeypatch.setattr(parts_of(queue).agenda, "wake", lambda: note("wake"))
     queue.free = True
 
     def process(news):
@@ -385,7 +385,7 @@ def test_with_no_running_task_the_listener_ignores_cancels(process, monkeypatch)
 def test_the_housekeeper_fetches_if_another_thread_is_fetching(process):
     process.queue.free = False
     assert process(FREED) == ["refill", "wake"]
-    assert services_of(process.queue).agenda.more_stored
+    assert parts_of(process.queue).agenda.more_stored
 
 
 @no_polling

@@ -7,7 +7,7 @@ import time
 
 import pymongo
 import pytest
-from helpers import PATIENCE, SOON, eventually, pool_of, services_of
+from helpers import PATIENCE, SOON, eventually, parts_of, pool_of
 from mongo_proxy import Proxy
 from mongo_server import new_database
 
@@ -94,7 +94,7 @@ def test_outcomes_wait_until_they_are_written(on_mongo, proxy, gate, how):
     eventually(lambda: on_mongo.repository.failed >= 2)
     proxy.heal()
     connection.timeout = patience
-    eventually(lambda: not services_of(on_mongo).moves.unsettled)
+    eventually(lambda: not parts_of(on_mongo).moves.unsettled)
     assert handles[0].result(PATIENCE) == "completed"
     assert handles[1].exception(PATIENCE).error == "ValueError: as it was"
     assert eventually(handles[2].cancelled)

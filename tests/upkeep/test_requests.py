@@ -8,7 +8,7 @@ import threading
 import time
 
 import pytest
-from helpers import PATIENCE, eventually, node_of, services_of
+from helpers import PATIENCE, eventually, node_of, parts_of
 from storage.repositories import TinyRepository
 
 from taskx import ConfigurationError, NodeNotFound, Queue
@@ -139,7 +139,7 @@ def test_what_was_left_behind_is_removed_by_a_later_request(started, repository)
     old_id = f"{old >> 16:08x}-{old & 0xFFFF:04x}-7000-8000-000000000000"
     for name in (f"{REQUEST}dead/{old_id}", f"{ANSWER}{old_id}", f"{ANSWER}damaged"):
         repository.put_note(name, "stacks", 0)
-    services_of(started).controls.request("other", "stacks")
+    parts_of(started).controls.request("other", "stacks")
     started.stop_node(id_of(started))
     left = {**repository.notes(REQUEST), **repository.notes(ANSWER)}
     assert {name.removeprefix(REQUEST).partition("/")[0] for name in left} <= {
@@ -149,7 +149,7 @@ def test_what_was_left_behind_is_removed_by_a_later_request(started, repository)
 
 
 def test_a_request_of_a_newer_version_is_removed(started, repository):
-    services_of(started).controls.request(id_of(started), "dance")
+    parts_of(started).controls.request(id_of(started), "dance")
     eventually(lambda: not repository.notes(REQUEST))
     assert started.submit("fine").result(PATIENCE) == "fine"
 

@@ -18,9 +18,9 @@ from helpers import (
     frequent_checks,
     no_batches,
     node_of,
+    parts_of,
     pool_of,
     run_in_thread,
-    services_of,
 )
 
 from taskx import (
@@ -460,7 +460,7 @@ def test_waiting_for_a_task_of_a_closed_queue_raises_queue_stopped(queue, reposi
     queue.declare("remote")
     handle = queue.submit("remote")
     waiting = run_in_thread(lambda: handle.exception(PATIENCE))
-    eventually(lambda: services_of(queue).watcher.watching)
+    eventually(lambda: parts_of(queue).watcher.watching)
     queue.close()
     assert isinstance(waiting(), QueueStopped)
     assert isinstance(queue.handle(handle.id).exception(PATIENCE), QueueStopped)
@@ -471,7 +471,7 @@ def test_waiting_for_a_task_of_a_closed_queue_raises_queue_stopped(queue, reposi
 def test_a_close_while_the_repository_is_down_ends_all_handles(queue, repository):
     """The watcher's thread ends, even if the main thread has left it an ended task to tell of."""
     queue.declare("remote")
-    handle, called, watcher = queue.submit("remote"), threading.Event(), services_of(queue).watcher
+    handle, called, watcher = queue.submit("remote"), threading.Event(), parts_of(queue).watcher
     handle.add_done_callback(lambda handle: called.set())
     repository.down = True
     watcher._ended.append(handle.id)
@@ -573,7 +573,7 @@ def test_a_second_stop_returns_after_the_hooks_were_told(make_queue, monkeypatch
     told, telling, go_on = [], threading.Event(), threading.Event()
     queue = make_queue(hooks=[Stopped(told.append)])
     queue.start()
-    hooks, tell = services_of(queue).hooks, services_of(queue).hooks.tell
+    hooks, tell = parts_of(queue).hooks, parts_of(queue).hooks.tell
 
     def tell_late(*event):
         telling.set()

@@ -7,7 +7,7 @@ from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
-from helpers import PATIENCE, eventually, housekeeper_of, pool_of, services_of, whole_round
+from helpers import PATIENCE, eventually, housekeeper_of, parts_of, pool_of, whole_round
 from storage.repositories import TinyRepository
 
 from taskx import ConfigurationError, NodeNotFound, Queue, Tuned, TunedType
@@ -62,7 +62,7 @@ def start(make_queue, running, worker_num=8, **options):
 def stays(queue, running, number):
     """Give the queue two whole rounds to start too much."""
     for _ in range(2):
-        services_of(queue).agenda.expect_more()
+        parts_of(queue).agenda.expect_more()
         whole_round(queue)
     assert running.now == number
 
@@ -539,7 +539,7 @@ def test_a_pause_is_followed_although_a_change_of_the_workers_fails(queue):
         raise RuntimeError("can't start new thread")
 
     pool = SimpleNamespace(
-        services=services_of(queue),
+        **parts_of(queue)._asdict(),
         node=SimpleNamespace(id="n"),
         fetcher=SimpleNamespace(follow_pauses=lambda: followed.append("t")),
         set_workers=cannot_start,

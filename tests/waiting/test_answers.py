@@ -16,9 +16,9 @@ from helpers import (
     eventually,
     frequent_checks,
     housekeeper_of,
+    parts_of,
     pool_of,
     run_in_thread,
-    services_of,
 )
 from storage.repositories import TinyRepository
 
@@ -955,7 +955,7 @@ def test_a_task_that_never_waits_is_not_asked_whether_it_does(make_queue):
     queue.executor("fine")(lambda: None)
     queue.start()
     queue.submit("fine").result(PATIENCE)
-    assert not services_of(queue).moves.dependents.any
+    assert not parts_of(queue).moves.dependents.any
     assert housekeeper_of(queue) is not None
 
 

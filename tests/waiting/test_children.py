@@ -9,7 +9,7 @@ from contextlib import closing
 from datetime import datetime, timedelta, timezone
 
 import pytest
-from helpers import PATIENCE, eventually, services_of
+from helpers import PATIENCE, eventually, parts_of
 from storage.repositories import TinyRepository
 
 from taskx import (
@@ -250,7 +250,7 @@ class TestSomeAreEnough:
         def retried(ctx):
             calls.append([*map(repr, ctx.run_all("two", map(of_leaf, (1, 1002)), needed=1))])
             if len(calls) == 1:  # the other one had begun, and completes all the same
-                services_of(queue).moves.commit(_completed(queue, f"{handle.id}/two/1"))
+                parts_of(queue).moves.commit(_completed(queue, f"{handle.id}/two/1"))
                 raise ValueError("once")
 
         handle = queue.submit("retried")
@@ -261,7 +261,7 @@ class TestSomeAreEnough:
 
     def test_an_end_between_the_look_and_the_park_is_not_missed(self, queue):
         """The child ends after its parent has looked, and before the park is stored."""
-        inner = services_of(queue).moves
+        inner = parts_of(queue).moves
         ended = []
 
         def conclude(writes, outcome):
@@ -456,21 +456,21 @@ class TestRecords:
         handle = queue.submit("top2")
         queue.run_all()
         future = queue.clock.now() + LONG
-        assert prune_all(services_of(queue), future, None) == 0
+        assert prune_all(queue._moves, queue._timing, future, None) == 0
         assert queue.delete_all(type="leaf").changed == 0
         queue.finish(f"{handle.id}/go on")
         queue.run_all()
         assert handle.result()
-        assert prune_all(services_of(queue), future, None) == 5
+        assert prune_all(queue._moves, queue._timing, future, None) == 5
         assert queue.count_tasks() == 0
 
     def test_they_stay_while_the_parent_may_be_requeued(self, queue):
         handle = queue.submit("top", {"numbers": [1, -1]})
         queue.run_all()
         future = queue.clock.now() + LONG
-        assert prune_all(services_of(queue), future, "completed") == 0
+        assert prune_all(queue._moves, queue._timing, future, "completed") == 0
         queue.delete(handle.id)
-        assert prune_all(services_of(queue), future, None) == 3
+        assert prune_all(queue._moves, queue._timing, future, None) == 3
 
     def test_lists_are_no_work(self, queue):
         queue.executor("top2")(lambda ctx: ctx.run_all("asks", [Task(type="ask")]))

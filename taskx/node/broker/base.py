@@ -14,8 +14,7 @@ from taskx.attempt.alarms import Alarms
 from taskx.attempt.runner import Runner
 from taskx.node.broker.tickets import Ticket
 from taskx.node.engine import BoundQueue, Engine
-from taskx.node.moving import Services
-from taskx.node.pool import Ends, WorkerPool
+from taskx.node.pool import Ends, PoolParts, WorkerPool
 from taskx.stores.liveness.base import About, Node
 from taskx.tasks.checks import check_number
 from taskx.tasks.clock import Clock
@@ -25,6 +24,8 @@ from taskx.tasks.log import log
 from taskx.tasks.timing import DEFAULT_TIMING, Timing
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack  # in typing from 3.11 on
+
     from taskx.node.broker.handover import HandOver
     from taskx.node.broker.pool import TicketPool
 
@@ -132,13 +133,15 @@ class BrokerEngine(Engine, ABC):
             clock, Alarms(clock, timing), max_payload_size, self.process_ends, timing=timing
         )
 
-    def make_pool(self, services: Services, node: Node, config: Config, ends: Ends) -> WorkerPool:
+    def make_pool(
+        self, node: Node, config: Config, ends: Ends, **parts: Unpack[PoolParts]
+    ) -> WorkerPool:
         """Return a pool that sends tickets and, in a worker process, runs tasks for them."""
         # Imported here, because most programs have no broker.
         from taskx.node.broker.pool import TicketPool
 
         config = attrs.evolve(config, worker_num=max(1, self.workers))
-        return TicketPool(services, node, config, ends, self, self._has_begun)
+        return TicketPool(node, config, ends, self, self._has_begun, **parts)
 
     def _has_begun(self, pool: TicketPool) -> None:
         self._pool = pool

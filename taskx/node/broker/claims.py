@@ -45,7 +45,7 @@ class Claims:
             RepositoryError: the repository failed.
         """
         pool, fetcher = self._pool, self._pool.fetcher
-        if not (self._pool.services.registry.runs(ticket.type) and fetcher.has_room(ticket.type)):
+        if not (self._pool.registry.runs(ticket.type) and fetcher.has_room(ticket.type)):
             self._keep(ticket)
             return None
         with self._starting:
@@ -80,7 +80,7 @@ class Claims:
 
     def _candidates(self, ticket: Ticket, named: tuple[Stub, str] | None) -> list[tuple[Stub, str]]:
         """Return the best tasks of a type with their owners, in the order in which to try them."""
-        repository, ageing = self._pool.services.repository, self._pool.buffer.ageing
+        repository, ageing = self._pool.moves.repository, self._pool.buffer.ageing
         senders = dict.fromkeys(["", *self._dispatcher.crew.ids, *([named[1]] if named else [])])
         found = {
             stub.id: (stub, owner)
@@ -99,7 +99,7 @@ class Claims:
     def _named(self, ticket: Ticket) -> tuple[Stub, str] | None:
         """Return the task that a ticket names, with its owner, if it may start."""
         fields = (*STUB, "owner", "held")
-        for *row, owner, held in self._pool.services.repository.find("id", [ticket.id], fields):
+        for *row, owner, held in self._pool.moves.repository.find("id", [ticket.id], fields):
             stub = stub_from_values(row)
             if stub.status == PENDING and (held or FREE) == FREE and stub.type == ticket.type:
                 return stub, owner or ""
@@ -109,7 +109,7 @@ class Claims:
         """Keep the ticket of a task that waits, until there is room for one."""
         if (named := self._named(ticket)) is None or not named[1]:
             return
-        registry = self._pool.services.registry
+        registry = self._pool.registry
         limit = registry.limits.get(OF_TYPE + ticket.type)
         # Another node may have room under its limit. Tickets that a rate holds up are too many for this.
         own = limit is not None and limit.scope == "node" and limit.max_concurrency is not None
@@ -121,4 +121,4 @@ class Claims:
     def _free(self, ticket: Ticket) -> None:
         """Free the ticket's task: its ticket has started another one."""
         if (named := self._named(ticket)) is not None and named[1]:
-            self._pool.services.moves.commit([lifecycle.free(ticket.id, named[1])])
+            self._pool.moves.commit([lifecycle.free(ticket.id, named[1])])

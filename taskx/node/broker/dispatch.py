@@ -70,7 +70,7 @@ class Dispatcher:
 
     def __init__(self, pool: WorkerPool, tickets: Tickets, engine: Sender) -> None:
         self._pool = pool
-        self._timing = pool.services.timing
+        self._timing = pool.timing
         self._engine = engine
         self._tickets, self._sent = tickets, tickets.sent
         self._depths: dict[str, int] = {}
@@ -78,8 +78,8 @@ class Dispatcher:
         self._crew_at = self._looked_at = -math.inf
         self._needed_at = math.inf
         self._seen: dict[str, float] = {}
-        self._complaint = Complaint(pool.services.log, "the repository can be used again")
-        self._broker = Complaint(pool.services.log, "the broker can be used again")
+        self._complaint = Complaint(pool.log, "the repository can be used again")
+        self._broker = Complaint(pool.log, "the broker can be used again")
         #: The last error of the broker, if it could not be used when it was tried last.
         self.error = ""
         self._reached: bool | None = None  # what the last contact with the broker showed
@@ -139,9 +139,7 @@ class Dispatcher:
                 self._complaint.make("the repository fails, tickets are sent later: %s", error)
             except BaseException:  # a defect of ours: without this thread, no task is run
                 fine = False
-                self._pool.services.log.exception(
-                    "unexpected error in the dispatcher; it continues"
-                )
+                self._pool.log.exception("unexpected error in the dispatcher; it continues")
             pause = 0.0 if fine else min(max(2 * pause, first), longest)
             self._signal.wait(pause or self._rest)
         with suppress(Exception):  # the broker may be away
@@ -182,7 +180,7 @@ class Dispatcher:
         pool.buffer.sweep(lambda type: True)  # what is put there is stored as this node's, too
         self._refresh_crew()
         fields = ("id", "type", "starts", "owner")
-        rows = self._pool.services.repository.find("buffered_on", self.crew.ids, fields)
+        rows = self._pool.moves.repository.find("buffered_on", self.crew.ids, fields)
         waiting = Counter(dict.fromkeys(self.crew.types, 0))
         waiting.update(type for _, type, _, _ in rows if type in waiting)
         kept = self._tickets.kept
@@ -218,7 +216,7 @@ class Dispatcher:
     def _refresh_crew(self) -> None:
         now = time.monotonic()
         if now - self._crew_at >= self._timing.crew_every:
-            nodes = self._pool.services.repository.nodes()
+            nodes = self._pool.moves.repository.nodes()
             self.crew = Crew(nodes, self._engine.name, self._pool.node.id)
             self._crew_at = now
 
@@ -231,7 +229,7 @@ class Dispatcher:
         if not stubs:
             return {}, more
         node = self._pool.node.id
-        taken = self._pool.services.moves.commit([lifecycle.take(stub.id, node) for stub in stubs])
+        taken = self._pool.moves.commit([lifecycle.take(stub.id, node) for stub in stubs])
         mine = {
             s.id: _Waiting(type, s.starts) for s, held in zip(stubs, taken, strict=True) if held
         }
@@ -245,9 +243,9 @@ class Dispatcher:
 
         ``waiting`` is the number of tickets of this type that were not used yet.
         """
-        services, crew = self._pool.services, self.crew
+        pool, crew = self._pool, self.crew
         room = self._depths.get(type, DEPTH) * crew.capacity(type) - waiting
-        if room <= 0 or type in services.controls.paused:
+        if room <= 0 or type in pool.controls.paused:
             return (), room <= 0
         if crew.limited(type):
             room = crew.capacity(type) - waiting - self._running(type)
@@ -255,7 +253,7 @@ class Dispatcher:
                 return (), False
         if self._reached is False:
             room = 1
-        stubs = services.repository.ready([type], room, "", self._pool.buffer.ageing)
+        stubs = pool.moves.repository.ready([type], room, "", pool.buffer.ageing)
         stubs = stubs if crew.first else self._left_over(stubs)
         return stubs, len(stubs) == room
 
@@ -272,7 +270,7 @@ class Dispatcher:
 
     def _running(self, type: str) -> int:
         nodes = [node.id for node in self.crew.workers]
-        rows = self._pool.services.repository.find("running_on", nodes, ("type",)) if nodes else ()
+        rows = self._pool.moves.repository.find("running_on", nodes, ("type",)) if nodes else ()
         return sum(kind == type for (kind,) in rows)
 
     def _lost(self, mine: Mapping[str, _Waiting]) -> dict[str, _Waiting]:
@@ -292,7 +290,7 @@ class Dispatcher:
         """Return the given types that some worker with a free thread runs."""
         nodes = {node.id: node for node in self.crew.workers}
         found = (
-            self._pool.services.repository.find("running_on", [*nodes], ("owner",)) if nodes else ()
+            self._pool.moves.repository.find("running_on", [*nodes], ("owner",)) if nodes else ()
         )
         busy: defaultdict[str, int] = defaultdict(int, Counter(owner for (owner,) in found))
         idle = [node for node in nodes.values() if busy[node.id] < node.workers]
@@ -345,7 +343,7 @@ class Dispatcher:
         node = self._pool.node.id
         for task_id in task_ids:
             self._sent.pop(task_id, None)
-        self._pool.services.moves.commit([lifecycle.free(task_id, node) for task_id in task_ids])
+        self._pool.moves.commit([lifecycle.free(task_id, node) for task_id in task_ids])
 
 
 def _text(error: Exception) -> str:

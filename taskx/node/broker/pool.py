@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
@@ -16,14 +16,16 @@ from taskx.node.broker.claims import Claims
 from taskx.node.broker.dispatch import Dispatcher, Sender
 from taskx.node.broker.tickets import Ticket, Tickets, Unused
 from taskx.node.fetcher import Fetcher
-from taskx.node.moving import Services
-from taskx.node.pool import Ends, WorkerPool
+from taskx.node.pool import Ends, PoolParts, WorkerPool
 from taskx.stores.liveness.base import Node
 from taskx.tasks import lifecycle
 from taskx.tasks.config import Config
 from taskx.tasks.errors import RepositoryError, SchemaMismatch
 from taskx.tasks.log import Complaint
 from taskx.tasks.model import Task
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # in typing from 3.11 on
 
 
 class TicketFetcher(Fetcher):
@@ -44,29 +46,29 @@ class TicketFetcher(Fetcher):
 
     def refill(self) -> bool:
         """Have tickets sent soon."""
-        self._services.moves.turns.share_out()
-        self._services.agenda.begin_fetch()
+        self._moves.turns.share_out()
+        self._agenda.begin_fetch()
         try:
             self._free_unused()
             self._ring()
         except BaseException:
-            self._services.agenda.expect_more()
+            self._agenda.expect_more()
             raise
         return True
 
     def refill_if_low(self) -> None:
         """Have tickets sent soon, if there may be more tasks than before."""
-        if self._services.agenda.more_stored or self._usable():
+        if self._agenda.more_stored or self._usable():
             self.refill()
 
     def _usable(self) -> list[Unused]:
-        return self._tickets.usable(self.has_room, self._services.registry.runs)
+        return self._tickets.usable(self.has_room, self._registry.runs)
 
     def _free_unused(self) -> None:
         """Free the tasks of tickets that may be of use now, so that their tickets are sent again."""
         if found := self._usable():
             writes = [lifecycle.free(one.ticket.id, one.owner) for one in found]
-            self._services.moves.commit(writes)
+            self._moves.commit(writes)
             self._tickets.remove(found)
 
 
@@ -74,7 +76,7 @@ class TicketPool(WorkerPool):
     """A pool without threads of its own. The threads of the broker's worker process call :meth:`run`.
 
     Args:
-        services, node, config, ends: as for :class:`WorkerPool`.
+        node, config, ends, parts: as for :class:`WorkerPool`.
         engine: sends the tickets.
         begun: called with the pool when it may run tasks.
     """
@@ -83,20 +85,20 @@ class TicketPool(WorkerPool):
 
     def __init__(
         self,
-        services: Services,
         node: Node,
         config: Config,
         ends: Ends,
         engine: Sender,
         begun: Callable[[TicketPool], object],
+        **parts: Unpack[PoolParts],
     ) -> None:
-        self.tickets = Tickets(services.timing)
+        self.tickets = Tickets(parts["timing"])
         fetcher = partial(TicketFetcher, self.tickets, lambda: self.dispatcher.ring())
-        super().__init__(services, node, config, ends, fetcher)
+        super().__init__(node, config, ends, fetcher, **parts)
         self.dispatcher = Dispatcher(self, self.tickets, engine)
         self._claims = Claims(self, self.tickets, self.dispatcher)
         self._has_begun = begun
-        self._away = Complaint(services.log, "tickets are taken again")
+        self._away = Complaint(self.log, "tickets are taken again")
 
     def start_workers(self) -> None:
         """Start no workers, only the thread that sends tickets."""

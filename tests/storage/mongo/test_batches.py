@@ -8,7 +8,7 @@ from functools import partial
 
 import pymongo
 import pytest
-from helpers import held_on, key_holders, services_of, those_with
+from helpers import held_on, key_holders, parts_of, those_with
 from mongo_server import PATIENCE, REAL
 
 from taskx import Queue, RepositoryUnavailable, Task, TaskFilter, TaskStatus
@@ -104,7 +104,7 @@ class TestASubmitterThatDied:
             one = {"_id": "c", "taskx.batch": batch}
             mock.tasks.update_one(one, {"$unset": {"taskx.batch": ""}})
             monkeypatch.setattr(store._batches, "_reveal", reveal)
-            services_of(onlooker).moves.dependents.process()
+            parts_of(onlooker).moves.dependents.process()
 
         monkeypatch.setattr(store._batches, "_reveal", half)
         handles = queue.submit_many(tasks)

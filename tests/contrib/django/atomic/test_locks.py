@@ -7,7 +7,7 @@ import threading
 import django_project
 import pytest
 from django.db import connections, transaction
-from helpers import eventually, run_in_thread, services_of
+from helpers import eventually, parts_of, run_in_thread
 
 from contrib.django.atomic.blocks import LONG, elsewhere
 from contrib.django.atomic.conftest import closing
@@ -69,7 +69,7 @@ def test_other_tasks_are_submitted_run_and_end(queue, repository, gate, clock):
     def others():
         made = [queue.submit("echo", {"n": n}, delay=60 * (n % 2)) for n in range(6)]
         clock.advance(60)
-        services_of(queue).agenda.wake()
+        parts_of(queue).agenda.wake()
         ended = [one.result(timeout=LONG) for one in [*made, parent]]
         return ended, [one.task().status.value for one in (running, scheduled, child)]
 
@@ -94,7 +94,7 @@ def test_a_lock_of_the_whole_table_loses_no_write(queue, repository):
         with connections[repository.using].cursor() as cursor:
             cursor.execute("LOCK TABLE taskx_task IN EXCLUSIVE MODE")
         submits = [apart(lambda n=n: queue.submit("echo", {"n": n})) for n in range(12)]
-        eventually(lambda: len(services_of(queue).moves._waiting) > 5)
+        eventually(lambda: len(parts_of(queue).moves._waiting) > 5)
     assert [submit().result(timeout=LONG) for submit in submits] == [*range(12)]
 
 
