@@ -13,6 +13,7 @@ from taskx.node.starter import Runs
 from taskx.stores.controls import Declared, Overrides
 from taskx.stores.liveness.base import Node
 from taskx.tasks.errors import RepositoryError
+from taskx.tasks.findings import suggestion
 from taskx.tasks.rate import OF_TYPE
 
 _NOTHING: tuple[Overrides, Declared] = (Overrides(), {})
@@ -76,13 +77,9 @@ class Tuning:
         for type, names in services.registry.limited.items():
             for name in names:
                 if name not in services.registry.limits:
-                    from difflib import get_close_matches  # only after a mistake
-
-                    close = get_close_matches(name, services.registry.limits, n=1)
-                    meant = f" (did you mean {close[0]!r}?)" if close else ""
                     services.log.warning(
                         "type %r names the limit %r, which no program declares, so it runs without it%s",
-                        *(type, name, meant),
+                        *(type, name, suggestion(name, services.registry.limits)),
                     )
 
     def tend(self) -> None:
