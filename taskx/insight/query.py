@@ -22,6 +22,7 @@ from taskx.tasks.checks import duration_of
 from taskx.tasks.clock import SYSTEM_CLOCK, Clock
 from taskx.tasks.conditions import Scalar
 from taskx.tasks.errors import ConfigurationError
+from taskx.tasks.findings import in_quotes, suggestion
 from taskx.tasks.model import CONDITIONS, TaskFilter, TaskStatus
 from taskx.tasks.options import filter_of
 
@@ -149,18 +150,9 @@ def moment_of(text: str) -> datetime:
         moment = datetime.fromisoformat(iso)
     except ValueError:
         raise ConfigurationError(
-            f"{_shown(text)} is not a time: write it as 2026-11-26 or 2026-11-26T10:00Z"
+            f"{in_quotes(text)} is not a time: write it as 2026-11-26 or 2026-11-26T10:00Z"
         ) from None
     return moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
-
-
-def suggestion(word: str, known: Collection[str]) -> str:
-    """Return ``; did you mean 'email'?`` if a known word is close to a word, otherwise an empty text."""
-    from difflib import get_close_matches  # only after a mistake
-
-    lower = {name.lower(): name for name in known}
-    close = get_close_matches(word.lower(), lower, n=1, cutoff=0.6)
-    return f"; did you mean {_shown(lower[close[0]])}?" if close else ""
 
 
 def field_suggestion(word: str, known: Collection[str]) -> str:
@@ -184,7 +176,7 @@ def _terms(line: str) -> Iterator[_Term]:
         found = _PIECE.match(line, place)
         if found is None:
             raise ConfigurationError(
-                f"the filter has an opening quotation mark without a closing one: {_shown(line[place:])}"
+                f"the filter has an opening quotation mark without a closing one: {in_quotes(line[place:])}"
             )
         place = found.end()
         if found["space"] is None:
@@ -203,7 +195,7 @@ def _piece(text: str, quoted: bool) -> _Piece:
         return _Piece(json.loads(text, strict=False), True)
     except ValueError:
         raise ConfigurationError(
-            f"{_shown(text)} in the filter is not a JSON string: write a backslash as \\\\"
+            f"{in_quotes(text)} in the filter is not a JSON string: write a backslash as \\\\"
         ) from None
 
 
@@ -218,7 +210,7 @@ def _term(word: list[_Piece]) -> _Term:
         keys = _keys([*word[:number], _Piece(before, False)])
         if not value:
             raise ConfigurationError(
-                f'the filter has no value after {_shown(".".join(keys) + ":")}: write one, or "" for an '
+                f'the filter has no value after {in_quotes(".".join(keys) + ":")}: write one, or "" for an '
                 "empty text"
             )
         return _Term(keys, "".join(piece.text for piece in value), value[0].quoted)
@@ -245,22 +237,23 @@ def _keys(pieces: list[_Piece]) -> tuple[str, ...]:
     elif len(keys) > 1 or name not in FIELDS:
         field = ".".join(keys)
         hint = field_suggestion(field, _PLAIN) or ": use " + ", ".join([*_PLAIN, "params.…"])
-        raise ConfigurationError(f"the filter has no field {_shown(field)}{hint}")
+        raise ConfigurationError(f"the filter has no field {in_quotes(field)}{hint}")
     return tuple(keys)
 
 
 def _no_field(word: str) -> ConfigurationError:
     if word in TaskStatus.__members__.values():
-        return ConfigurationError(f"{_shown(word)} has no field: did you mean status:{word}?")
+        return ConfigurationError(f"{in_quotes(word)} has no field: did you mean status:{word}?")
     name, equals, value = word.partition("=")
     if not equals:
+        value = word if word.isprintable() else "email"
         return ConfigurationError(
-            f"{_shown(word)} has no field: write it as type:{word if word.isprintable() else 'email'}, or "
+            f"{in_quotes(word)} has no field: write it as type:{value}, or "
             'put quotes around a value with spaces, as in error:"timed out"'
         )
     field = _meant(name)
     hint = f"did you mean {field}:{_quoted(value)}?" if field else "write it as type:email"
-    return ConfigurationError(f"{_shown(word)} has no field: {hint}")
+    return ConfigurationError(f"{in_quotes(word)} has no field: {hint}")
 
 
 def _meant(name: str) -> str:
@@ -274,7 +267,7 @@ def _meant(name: str) -> str:
 
 
 def _twice(name: str) -> ConfigurationError:
-    return ConfigurationError(f"the filter has {_shown(name)} twice: give it once")
+    return ConfigurationError(f"the filter has {in_quotes(name)} twice: give it once")
 
 
 def _value(name: str, text: str) -> Any:
@@ -295,10 +288,6 @@ def _json_scalar(text: str) -> Scalar:
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, (bool, int, float)) else None
-
-
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= 80 else f"{text[:79]}…")
 
 
 # --- writing

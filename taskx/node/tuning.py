@@ -16,6 +16,7 @@ from taskx.stores.liveness.base import Node
 from taskx.tasks.bell import Agenda
 from taskx.tasks.clock import Clock
 from taskx.tasks.errors import RepositoryError
+from taskx.tasks.findings import suggestion
 from taskx.tasks.log import GuardedLogger
 from taskx.tasks.rate import OF_TYPE
 
@@ -85,13 +86,9 @@ class Tuning:
         for type, names in registry.limited.items():
             for name in names:
                 if name not in registry.limits:
-                    from difflib import get_close_matches  # only after a mistake
-
-                    close = get_close_matches(name, registry.limits, n=1)
-                    meant = f" (did you mean {close[0]!r}?)" if close else ""
                     pool.log.warning(
                         "type %r names the limit %r, which no program declares, so it runs without it%s",
-                        *(type, name, meant),
+                        *(type, name, suggestion(name, registry.limits)),
                     )
 
     def tend(self) -> None:

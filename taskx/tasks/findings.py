@@ -193,3 +193,17 @@ def first_line(text: str) -> str:
     """Return the first line of a text, shortened."""
     line = text.strip().partition("\n")[0]
     return line if len(line) <= 200 else f"{line[:199]}…"
+
+
+def in_quotes(text: str) -> str:
+    """Return a text in quotes, shortened."""
+    return repr(text if len(text) <= 80 else f"{text[:79]}…")
+
+
+def suggestion(word: str, known: Collection[str]) -> str:
+    """Return ``; did you mean 'email'?`` if a known word is close to a word, otherwise an empty text."""
+    from difflib import get_close_matches  # only after a mistake
+
+    lower = {name.lower(): name for name in known}
+    close = get_close_matches(word.lower(), lower, n=1, cutoff=0.6)
+    return f"; did you mean {in_quotes(lower[close[0]])}?" if close else ""

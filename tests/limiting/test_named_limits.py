@@ -413,7 +413,7 @@ def test_a_limit_that_nobody_declares_holds_nothing_up_and_health_and_the_log_na
     queue.executor("u", limit="api")(lambda: "done")
     queue.limit("api", concurrency=5)
     queue.start()
-    warned = "'apii', which no program declares, so it runs without it (did you mean 'api'?)"
+    warned = "'apii', which no program declares, so it runs without it; did you mean 'api'?"
     assert warned in caplog.text
     assert "'u'" not in caplog.text
     assert queue.submit("t").result(PATIENCE) == "done"

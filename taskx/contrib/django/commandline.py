@@ -14,10 +14,10 @@ from taskx.contrib.django.choosing import chosen, where
 from taskx.contrib.django.importing import import_beat
 from taskx.contrib.django.queues import load_queue
 from taskx.contrib.django.settings import entries
-from taskx.insight.query import suggestion
 from taskx.programs.cli import app, worker
 from taskx.programs.cli.errors import Usage
 from taskx.queue.queue import Queue
+from taskx.tasks.findings import suggestion
 
 #: The variable with the alias of the backend, for the processes of a worker.
 BACKEND = "TASKX_DJANGO_BACKEND"

@@ -8,7 +8,6 @@ from typing import Any
 import click
 
 import taskx
-from taskx.insight.query import suggestion
 from taskx.programs.cli import (
     answering,
     asking,
@@ -28,6 +27,7 @@ from taskx.programs.cli import (
 )
 from taskx.programs.cli.errors import Usage, one_line_errors
 from taskx.programs.cli.opening import QueueSource, as_typed, given, how_options, where_options
+from taskx.tasks.findings import suggestion
 
 #: All commands, in the order of the help.
 COMMANDS: tuple[click.Command, ...] = (

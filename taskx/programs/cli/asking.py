@@ -10,7 +10,6 @@ from typing import Any
 import click
 
 from taskx.insight.failures import FailureGroup
-from taskx.insight.query import suggestion
 from taskx.insight.stats import Percentiles, TypeStats
 from taskx.programs.cli.completion import complete_types
 from taskx.programs.cli.errors import AWAY, FAILED
@@ -19,7 +18,7 @@ from taskx.programs.cli.opening import Session, command
 from taskx.programs.cli.output import Cell, Column, Row, age, clean, moment, one_line
 from taskx.programs.cli.values import Duration, OrOff, Size, unless_off
 from taskx.tasks.errors import ConfigurationError
-from taskx.tasks.findings import counted
+from taskx.tasks.findings import counted, suggestion
 
 # Letters of the key of a group of failures.
 _KEY = 8

@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 import click
 
-from taskx.insight.query import query_of, suggestion
+from taskx.insight.query import query_of
 from taskx.programs.cli.asking import key_of
 from taskx.programs.cli.completion import complete_filter, complete_ids, complete_types, types_of
 from taskx.programs.cli.errors import AWAY, FAILED, Failure, Usage, code_of
@@ -20,6 +20,7 @@ from taskx.programs.cli.output import age, clean, moment
 from taskx.programs.cli.values import Duration, Rate, json_object
 from taskx.queue.bulk import Bulk
 from taskx.tasks.errors import TaskxError
+from taskx.tasks.findings import suggestion
 from taskx.tasks.model import TaskFilter, TaskStatus
 
 # The largest number that is counted before a question.

@@ -10,11 +10,12 @@ from typing import Any
 import attrs
 import click
 
-from taskx.insight.query import parse_query, suggestion
+from taskx.insight.query import parse_query
 from taskx.programs.cli.completion import complete_filter, complete_ids, types_of
 from taskx.programs.cli.errors import Usage
 from taskx.programs.cli.opening import Session, TaskId, command
 from taskx.programs.cli.output import COLOURS, Cell, Column, Row, age, clean, moment, one_line
+from taskx.tasks.findings import suggestion
 from taskx.tasks.model import Attempt, Task, TaskFilter, TaskStatus
 from taskx.tasks.redact import redacted
 from taskx.tasks.redact import show as short

@@ -15,7 +15,7 @@ from typing import Any
 import attrs
 import click
 
-from taskx.insight.query import renamed, suggestion
+from taskx.insight.query import renamed
 from taskx.programs.cli.errors import Failure, Usage, code_of
 from taskx.programs.cli.output import Output
 from taskx.programs.cli.values import ParamType
@@ -26,6 +26,7 @@ from taskx.stores.sqlite import SQLiteRepository
 from taskx.stores.urls import open_repository
 from taskx.tasks.clock import to_datetime, to_ms, within_calendar
 from taskx.tasks.errors import ConfigurationError, PayloadError, RepositoryError, TaskxError
+from taskx.tasks.findings import suggestion
 
 #: The environment variable with the URL of the repository.
 VARIABLE = "TASKX_REPOSITORY"

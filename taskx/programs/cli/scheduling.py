@@ -8,13 +8,13 @@ from typing import Any
 
 import click
 
-from taskx.insight.query import suggestion
 from taskx.programs.cli.completion import complete_schedules
 from taskx.programs.cli.opening import Actions, Command, Session, command, session_of
 from taskx.programs.cli.output import Cell, Column, Row, age, clean, moment
 from taskx.programs.cli.values import Moment
 from taskx.queue.schedule import Schedule
 from taskx.tasks.errors import ScheduleNotFound
+from taskx.tasks.findings import suggestion
 from taskx.tasks.redact import redacted
 from taskx.tasks.redact import show as short
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import click
 
-from taskx.insight.query import suggestion
 from taskx.programs.cli.completion import complete_ids, complete_types, types_of
 from taskx.programs.cli.errors import Usage
 from taskx.programs.cli.opening import Session, command
 from taskx.programs.cli.output import clean
 from taskx.programs.cli.values import Duration, Moment, json_object
 from taskx.tasks.errors import ConfigurationError
+from taskx.tasks.findings import suggestion
 from taskx.tasks.model import Task
 
 # Tasks that are stored in one transaction.

@@ -8,7 +8,6 @@ from typing import Any
 import click
 
 from taskx.insight.limits import LimitInfo
-from taskx.insight.query import suggestion
 from taskx.programs.cli.completion import complete_nodes, complete_types, types_of
 from taskx.programs.cli.errors import Usage
 from taskx.programs.cli.nodes import node_id
@@ -16,7 +15,7 @@ from taskx.programs.cli.opening import Session, command
 from taskx.programs.cli.output import Column, Row, clean
 from taskx.programs.cli.values import Duration, Rate
 from taskx.queue.tuning import Tuned, TunedType
-from taskx.tasks.findings import moment
+from taskx.tasks.findings import moment, suggestion
 from taskx.tasks.options import NamedOptions
 
 # The word that removes a limit.
