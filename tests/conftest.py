@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import kinds
@@ -43,6 +43,30 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.import_plugin("helpers")
     if not config.pluginmanager.has_plugin("taskx"):  # in a tree that is not installed
         config.pluginmanager.import_plugin("pytest_taskx")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Have each process import another part of the tests first: so each module is compiled once.
+
+    Pytest compiles a new or changed test module and stores the code. Processes that import the same modules
+    in the same order would all compile all of them.
+    """
+    report = yield
+    if isinstance(collector, (pytest.Session, pytest.Directory)):
+        count = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+        number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+        first = len(report.result) * number // count
+        report.result = [*report.result[first:], *report.result[:first]]
+    return report
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Bring the tests into the order of their files again: it is the same in all processes."""
+    items.sort(key=lambda item: item.path)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

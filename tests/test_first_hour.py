@@ -40,11 +40,6 @@ ROOT = Path(__file__).parent.parent
 Spawn = Callable[..., Child]
 
 
-@pytest.fixture
-def database(tmp_path: Path) -> Path:
-    return tmp_path / "tasks.db"
-
-
 # A script
 
 SCRIPT = """

@@ -514,17 +514,6 @@ def test_tests_do_not_sleep():
     assert not found
 
 
-@pytest.mark.parametrize(
-    "path", [*ROOT.glob("*.rst"), *ROOT.glob("docs/*.rst")], ids=lambda path: path.name
-)
-def test_documentation_is_valid_rst(path):
-    """The pages of the reference have directives of Sphinx, and ``make docs`` checks them."""
-    settings = {"halt_level": 2, "report_level": 2, "syntax_highlight": "none"}
-    docutils.core.publish_doctree(
-        path.read_text(encoding="utf-8"), source_path=str(path), settings_overrides=settings
-    )
-
-
 def test_the_package_never_unpickles_or_evaluates_text():
     """The package imports no module that executes its input, and never executes text as code."""
     forbidden = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "yaml"}

@@ -109,7 +109,6 @@ def url(tmp_path, monkeypatch):
     """The path of a file with a pending task and a schedule."""
     # So that this limit is soon found.
     monkeypatch.setattr("taskx.queue.schedule.MOST_BACKFILLED", 3)
-    # so that its limit is soon found
     queue = Queue(SQLiteRepository(tmp_path / "tasks.db"))
     queue.declare("email")
     queue.submit("email", {"n": 1}, id="one")

@@ -111,6 +111,7 @@ def test_the_housekeeper_goes_on_if_logging_raises(make_queue, logger, clock, mo
     assert len(threads(queue)) == queue.config.worker_num + 1
 
 
+@pytest.mark.timing(longest_pause=0.05)
 def test_a_worker_goes_on_after_a_defect_if_logging_raises(queue, monkeypatch):
     """The thread that logs a defect of TaskX must not end by that."""
     queue.start()

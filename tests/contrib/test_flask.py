@@ -763,18 +763,6 @@ def test_the_links_of_the_dashboard_lead_into_it(guarded):
     assert static.status_code == 200
 
 
-# --- packages
-
-
-@pytest.mark.process
-def test_without_flask_the_error_names_the_extra():
-    program = "import sys; sys.modules['flask'] = None; import taskx.contrib.flask"
-    ran = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False
-    )
-    assert "pip install 'taskx-queue[flask]'" in ran.stderr
-
-
 @pytest.mark.process
 def test_an_app_imports_neither_the_dashboard_nor_the_command_line(tmp_path: Path):
     program = (

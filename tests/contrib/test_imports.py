@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
+from helpers import ROOT
 
 import taskx.contrib
 
@@ -47,3 +52,21 @@ def test_no_module_hides_what_it_imports():
         for file in sorted(FOLDER.rglob("*.py"))
         if hides.search(file.read_text("utf-8"))
     ] == ["django/__init__.py"]
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("module", "library", "error"),
+    [
+        ("flask", "flask", "ImportError"),
+        ("otel", "opentelemetry", "ConfigurationError"),
+        ("prometheus", "prometheus_client", "ConfigurationError"),
+    ],
+)
+def test_without_the_library_the_error_names_the_extra(module, library, error):
+    program = f"import sys; sys.modules[{library!r}] = None; import taskx.contrib.{module}"
+    ran = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert error in ran.stderr
+    assert f"pip install 'taskx-queue[{module}]'" in ran.stderr

@@ -287,12 +287,3 @@ def test_another_process_goes_on_with_the_trace(tmp_path, provider, named):
     [send] = named("send add")
     expected = f"process add {send.context.trace_id:032x} {send.context.span_id:016x}\n"
     assert ran.stdout == expected
-
-
-@pytest.mark.process
-def test_without_the_library_the_error_names_the_extra():
-    program = "import sys; sys.modules['opentelemetry'] = None; import taskx.contrib.otel"
-    ran = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False
-    )
-    assert "pip install 'taskx-queue[otel]'" in ran.stderr

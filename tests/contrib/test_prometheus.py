@@ -33,7 +33,6 @@ from taskx.contrib import prometheus
 from taskx.contrib.prometheus import BUCKETS, PrometheusHook, StoreCollector
 from taskx.stores.liveness.base import Node
 from taskx.tasks import lifecycle
-from taskx.testing import ManualClock
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -41,11 +40,6 @@ ROOT = Path(__file__).parent.parent.parent
 @pytest.fixture
 def registry():
     return CollectorRegistry()
-
-
-@pytest.fixture
-def clock():
-    return ManualClock()
 
 
 @pytest.fixture
@@ -714,16 +708,6 @@ def test_the_child_process_of_an_executor_leaves_no_file(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     subprocess.run([sys.executable, program, tmp_path / "tasks.db"], check=True)
     assert len({path.stem.rpartition("_")[2] for path in folder.iterdir()}) == 1
-
-
-@pytest.mark.process
-def test_without_the_library_the_error_names_the_extra():
-    program = "import sys; sys.modules['prometheus_client'] = None; import taskx.contrib.prometheus"
-    ran = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False
-    )
-    assert "ConfigurationError" in ran.stderr
-    assert "pip install 'taskx-queue[prometheus]'" in ran.stderr
 
 
 def test_an_integration_lists_its_public_names():

@@ -11,12 +11,6 @@ from helpers import PATIENCE, eventually
 
 from taskx import CancelReason, CancelToken, ConfigurationError, TaskCancelled
 from taskx.tasks.clock import SYSTEM_CLOCK
-from taskx.testing import ManualClock
-
-
-@pytest.fixture
-def clock():
-    return ManualClock()
 
 
 class TestFiring:

@@ -8,14 +8,7 @@ from html import unescape
 
 import pytest
 
-from taskx.testing import ManualClock
-
 HOSTILE = """<script>alert('"&')</script>"""
-
-
-@pytest.fixture
-def clock():
-    return ManualClock()
 
 
 @pytest.fixture

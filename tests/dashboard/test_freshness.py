@@ -9,12 +9,6 @@ import pytest
 from taskx import Queue, SQLiteRepository
 from taskx.programs.dashboard import ALL, Dashboard
 from taskx.programs.dashboard.screens import overview
-from taskx.testing import ManualClock
-
-
-@pytest.fixture
-def clock():
-    return ManualClock()
 
 
 @pytest.fixture

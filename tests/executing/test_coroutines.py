@@ -48,11 +48,6 @@ from . import isolated
 AGES = 3600.0
 
 
-@pytest.fixture
-def queue(make_queue):
-    return make_queue(worker_num=2)
-
-
 class Gate:
     """An event of the loop that other threads open."""
 

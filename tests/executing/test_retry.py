@@ -267,19 +267,17 @@ class TestPolicy:
 
 
 class TestRetry:
-    def test_the_delay_of_a_retry_wins_over_the_policy(self, queue, clock):
-        Fails(queue, Retry("busy", delay=7), retry=RetryPolicy(base=100))
+    @pytest.mark.parametrize(
+        ("retry", "error"),
+        [(Retry("busy", delay=7), "Retry: busy"), (Retry(7), "Retry: again in 7 s")],
+        ids=["a reason and a delay", "a number"],
+    )
+    def test_the_delay_of_a_retry_wins_over_the_policy(self, queue, clock, retry, error):
+        Fails(queue, retry, retry=RetryPolicy(base=100))
         queue.start()
         task = waiting(queue, queue.submit("fails"))
         assert task.run_at == clock.now() + timedelta(seconds=7)
-        assert (task.errors, task.error) == (1, "Retry: busy")
-
-    def test_a_number_is_the_delay_of_a_retry(self, queue, clock):
-        Fails(queue, Retry(7), retry=RetryPolicy(base=100))
-        queue.start()
-        task = waiting(queue, queue.submit("fails"))
-        assert task.run_at == clock.now() + timedelta(seconds=7)
-        assert (task.errors, task.error) == (1, "Retry: again in 7 s")
+        assert (task.errors, task.error) == (1, error)
 
     def test_a_retry_without_a_delay_waits_as_the_policy_says(self, queue, clock):
         policy = RetryPolicy(base=100, retry_on=OSError, **STEADY)

@@ -15,7 +15,7 @@ from taskx.attempt.alarms import Alarms, Pulse
 from taskx.tasks.errors import CancelReason
 from taskx.tasks.timing import DEFAULT_TIMING
 from taskx.tasks.token import CancelToken
-from taskx.testing import ManualClock, ManualQueue, run_executor
+from taskx.testing import ManualQueue, run_executor
 
 SIGNS = {
     "progress": lambda ctx, n: ctx.progress(n),
@@ -25,11 +25,6 @@ SIGNS = {
     "log of a library": lambda ctx, n: logging.getLogger("library").warning("page %d", n),
     "alive": lambda ctx, n: ctx.alive(),
 }
-
-
-@pytest.fixture
-def clock():
-    return ManualClock()
 
 
 @pytest.fixture

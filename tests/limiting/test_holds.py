@@ -14,14 +14,9 @@ from storage.repositories import TinyRepository
 from limiting import refused
 from taskx import Config, ConfigurationError, MemoryRepository, Queue, Snooze, TaskStatus
 from taskx.stores.controls import Controls
-from taskx.testing import ManualClock, ManualQueue
+from taskx.testing import ManualQueue
 
 pytestmark = pytest.mark.timing(audit_every=0.05, recover_every=0.05)
-
-
-@pytest.fixture
-def clock():
-    return ManualClock()
 
 
 class Api:

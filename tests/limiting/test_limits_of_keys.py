@@ -15,7 +15,7 @@ from taskx.node.ordering import Turns
 from taskx.tasks import lifecycle
 from taskx.tasks.rate import MOST_TURNS
 from taskx.tasks.writes import Update
-from taskx.testing import ManualClock, ManualQueue
+from taskx.testing import ManualQueue
 
 from .test_limits import Crowd
 
@@ -212,11 +212,6 @@ def test_why_names_the_holders(queue):
 
 
 # --- rates
-
-
-@pytest.fixture
-def clock():
-    return ManualClock()
 
 
 def rated(clock, **options):

@@ -17,7 +17,7 @@ from taskx import ConfigurationError, MemoryRepository, Queue, TaskStatus
 from taskx.node.admission import Admission, Asking
 from taskx.node.shared_limits import SharedBucket, SharedSlots
 from taskx.tasks.rate import NOTHING, Limit, Rate, Rates, rates_of
-from taskx.testing import ManualClock, ManualQueue
+from taskx.testing import ManualQueue
 
 API = ("api",)
 pytestmark = pytest.mark.timing(audit_every=0.05, recover_every=0.05)
@@ -127,11 +127,6 @@ def manual(repository=None, clock=None, **options):
     queue.limit("api", **options)
     queue.executor("call", limit="api")(lambda: None)
     return queue
-
-
-@pytest.fixture
-def clock():
-    return ManualClock()
 
 
 def test_each_of_several_rates_holds(clock):

@@ -531,12 +531,16 @@ def test_in_any_interval_all_nodes_take_at_most_burst_plus_rate_times_time(skew)
         assert sum(got for _, got in taken) >= whole / 3  # and they make progress
 
 
-@pytest.mark.parametrize("kind", ["own", "shared"])
-def test_a_token_that_is_put_back_late_is_none_that_time_has_brought_already(clock, kind):
+@pytest.fixture(params=["own", "shared"])
+def bucket(request, clock):
+    """A bucket of two tokens that fills up in 20 seconds."""
     rate = Rates([Rate(1, 10.0, 2)])
-    bucket = (
-        OwnBucket(rate, clock) if kind == "own" else SharedBucket(Quarrel(), "type/t", rate, clock)
-    )
+    if request.param == "own":
+        return OwnBucket(rate, clock)
+    return SharedBucket(Quarrel(), "type/t", rate, clock)
+
+
+def test_a_token_that_is_put_back_late_is_none_that_time_has_brought_already(clock, bucket):
     at = clock.monotonic()
     assert bucket.take([NOTHING] * 1) == 1
     clock.advance(20)  # the bucket is full again
@@ -545,24 +549,14 @@ def test_a_token_that_is_put_back_late_is_none_that_time_has_brought_already(clo
     assert bucket.take([NOTHING] * 2) == 1
 
 
-@pytest.mark.parametrize("kind", ["own", "shared"])
-def test_a_token_that_is_put_back_soon_can_be_taken_again(clock, kind):
-    rate = Rates([Rate(1, 10.0, 2)])
-    bucket = (
-        OwnBucket(rate, clock) if kind == "own" else SharedBucket(Quarrel(), "type/t", rate, clock)
-    )
+def test_a_token_that_is_put_back_soon_can_be_taken_again(clock, bucket):
     at = clock.monotonic()
     assert bucket.take([NOTHING] * 2) == 2
     bucket.put_back(NOTHING, at)
     assert bucket.take([NOTHING] * 2) == 1
 
 
-@pytest.mark.parametrize("kind", ["own", "shared"])
-def test_of_a_token_that_is_put_back_a_part_may_have_come_with_time(clock, kind):
-    rate = Rates([Rate(1, 10.0, 2)])
-    bucket = (
-        OwnBucket(rate, clock) if kind == "own" else SharedBucket(Quarrel(), "type/t", rate, clock)
-    )
+def test_of_a_token_that_is_put_back_a_part_may_have_come_with_time(clock, bucket):
     at = clock.monotonic()
     assert bucket.take([NOTHING]) == 1
     clock.advance(4)

@@ -80,11 +80,6 @@ def store(request, tmp_path, clock):
 
 
 @pytest.fixture
-def clock():
-    return ManualClock()
-
-
-@pytest.fixture
 def host(store, tmp_path):
     made = []
 

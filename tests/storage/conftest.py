@@ -3,14 +3,8 @@
 import pytest
 
 from taskx.tasks import lifecycle
-from taskx.testing import ManualClock
 
 from .repositories import KINDS, MAKERS, insert
-
-
-@pytest.fixture
-def clock():
-    return ManualClock()
 
 
 @pytest.fixture(params=KINDS)

@@ -7,12 +7,7 @@ from datetime import datetime, timedelta, timezone
 import pytest
 
 from taskx import ConfigurationError
-from taskx.testing import ManualClock, ManualQueue
-
-
-@pytest.fixture
-def clock():
-    return ManualClock()
+from taskx.testing import ManualQueue
 
 
 @pytest.fixture

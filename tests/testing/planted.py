@@ -28,7 +28,7 @@ from taskx.tasks.rate import Rate
 
 
 class Planted(NamedTuple):
-    """A bug: what is wrong, how it gets there, the first seed that finds it, and with which program.
+    """A bug: what is wrong, how it gets there, a seed that finds it, and with which program.
 
     The seed is -1 if none is known that finds it.
     """
@@ -64,12 +64,12 @@ def around(patch, owner, name, change):
     patch(owner, name, lambda *args, **options: change(inner(*args, **options)))
 
 
-@plant("A start ignores the status.", seed=11)
+@plant("A start ignores the status.", seed=7)
 def unguarded_start(patch):
     around(patch, lifecycle, "start_all", lambda made: [u and u._replace(guard={}) for u in made])
 
 
-@plant("A start ignores the number of starts.", seed=693)
+@plant("A start ignores the number of starts.", seed=67)
 def start_without_starts(patch):
     def weak(made):
         return [u and u._replace(guard=without(u.guard, "starts")) for u in made]
@@ -77,7 +77,7 @@ def start_without_starts(patch):
     around(patch, lifecycle, "start_all", weak)
 
 
-@plant("A start ignores what holds the task back.", seed=11)
+@plant("A start ignores what holds the task back.", seed=28)
 def start_of_held(patch):
     def weak(made):
         return [u and u._replace(guard=without(u.guard, "held")) for u in made]
@@ -85,7 +85,7 @@ def start_of_held(patch):
     around(patch, lifecycle, "start_all", weak)
 
 
-@plant("An outcome ignores the number of starts.", seed=110)
+@plant("An outcome ignores the number of starts.", seed=181)
 def weak_fence(patch):
     around(patch, lifecycle, "_fence", lambda guard: without(guard, "starts"))
 
@@ -116,7 +116,7 @@ def failed_parent_at_submit(patch):
 
 @plant(
     "A dead node's dependents are forgotten.",
-    seed=389,
+    seed=18,
     program="patient",
 )
 def dependents_of_the_dead(patch):
@@ -126,7 +126,7 @@ def dependents_of_the_dead(patch):
 
 @plant(
     "A dead node's turn is forgotten.",
-    seed=25,
+    seed=43,
     program="keyed",
 )
 def turns_of_the_dead(patch):
@@ -134,7 +134,7 @@ def turns_of_the_dead(patch):
     patch(Turns, "scan_some", nothing)
 
 
-@plant("The last task gets the turn.", seed=30)
+@plant("The last task gets the turn.", seed=24)
 def last_come_first_served(patch):
     def last(self, key, leaver=""):
         line = self._moves.repository.find("line", [key], ("id",))
@@ -186,7 +186,7 @@ def slots_of_the_dead(patch):
     patch(SharedSlots, "_bury", nothing)
 
 
-@plant("Slots of live nodes are freed.", seed=30)
+@plant("Slots of live nodes are freed.", seed=50)
 def slots_of_the_living(patch):
     def bury(self):
         self._share_out({self._node: self._mine})
@@ -194,7 +194,7 @@ def slots_of_the_living(patch):
     patch(SharedSlots, "_bury", bury)
 
 
-@plant("A failed start keeps its slot.", seed=1)
+@plant("A failed start keeps its slot.", seed=5)
 def slot_leaks(patch):
     inner = Admission.over
     patch(
@@ -229,7 +229,7 @@ def overlapping_ticks(patch):
     patch(Ticker, "_may_run", lambda self, plan, statuses: True)
 
 
-@plant("A start whose answer was lost counts as failed.", seed=147)
+@plant("A start whose answer was lost counts as failed.", seed=175)
 def start_in_doubt(patch):
     def give_up(self, runs, error):
         for run in runs:
@@ -249,7 +249,7 @@ def one_more_crash(patch):
     around(patch, lifecycle, "_crashes_allowed", lambda most: most + 1)
 
 
-@plant("An expired task starts.", seed=3)
+@plant("An expired task starts.", seed=19)
 def late_start(patch):
     patch(lifecycle, "has_expired", lambda task, now: False)
 
@@ -337,7 +337,7 @@ def early_answer_lost(patch):
     patch(lifecycle, "created_finished", lambda insert, finish: lifecycle.opened(insert))
 
 
-@plant("A second answer counts.", seed=5, program="patient")
+@plant("A second answer counts.", seed=7, program="patient")
 def second_answer_counts(patch):
     inner = Operations._answer
 
@@ -349,7 +349,7 @@ def second_answer_counts(patch):
     around(patch, lifecycle, "finish", lambda write: write._replace(guard={}))
 
 
-@plant("The end of a sleep is not stored.", seed=1, program="patient")
+@plant("The end of a sleep is not stored.", seed=3, program="patient")
 def sleep_forgotten(patch):
     inner = Checkpoints.seal
     patch(Checkpoints, "seal", lambda self, parked: inner(self, parked)._replace(checkpoints=None))
@@ -364,7 +364,7 @@ def wait_is_interruption(patch):
     around(patch, lifecycle, "_park", count)
 
 
-@plant("A waiting task gives its turn away.", seed=6, program="patient")
+@plant("A waiting task gives its turn away.", seed=9, program="patient")
 def wait_without_turn(patch):
     def give_away(writes):
         changes = {**writes[0].changes, "turn": None}
@@ -384,7 +384,7 @@ def wait_keeps_slot(patch):
     patch(Admission, "over", over)
 
 
-@plant("Open answers outlive their task.", seed=1, program="patient")
+@plant("Open answers outlive their task.", seed=13, program="patient")
 def open_answers_left(patch):
     inner = lifecycle.moved_on
 
@@ -412,7 +412,7 @@ def once_not_noted(patch):
     patch(Checkpoints, "_put", put)
 
 
-@plant("A waiting task survives its cancel.", seed=328, program="patient")
+@plant("A waiting task survives its cancel.", seed=106, program="patient")
 def cancelled_goes_on(patch):
     def weak(writes):
         return [writes[0]._replace(guard=without(writes[0].guard, "cancel_requested_at"))]
@@ -435,7 +435,7 @@ def fork_without_dependents(patch):
     patch(Children, "_late_dependents", lambda self, parent, ids: [])
 
 
-@plant("A key has a turn too many.", seed=39, program="keyed")
+@plant("A key has a turn too many.", seed=47, program="keyed")
 def one_more_turn(patch):
     around(patch, lifecycle, "turns_at_once", lambda number: number + 1)
 
@@ -474,7 +474,7 @@ def children_of_cancelled(patch):
     patch(lists, "cancel", cancel)
 
 
-@plant("Children that nobody needs go on.", seed=0, program="family")
+@plant("Children that nobody needs go on.", seed=7, program="family")
 def children_not_needed(patch):
     inner = Children.outcomes
     patch(
@@ -497,7 +497,7 @@ def token_to_go_on(patch):
     patch(starter, "Asking", lambda task_id, cost, resumed: Asking(task_id, cost, False))
 
 
-@plant("An interruption restarts a wait's time-out.", seed=1, program="patient")
+@plant("An interruption restarts a wait's time-out.", seed=13, program="patient")
 def time_out_anew(patch):
     inner = Waits.wait
 
@@ -507,6 +507,6 @@ def time_out_anew(patch):
     patch(Waits, "wait", wait)
 
 
-@plant("A lone node that seems dead stays dead.", seed=303)
+@plant("A lone node that seems dead stays dead.", seed=93)
 def alone_and_dead(patch):
     patch(Leases, "come_back", nothing)

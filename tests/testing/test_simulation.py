@@ -164,6 +164,7 @@ def test_a_seed_does_the_same_in_every_process():
     assert out.strip() == here
 
 
+@pytest.mark.slow  # if the engine has changed, it searches
 @pytest.mark.parametrize("name", [name for name, planted in PLANTED.items() if planted.seed >= 0])
 def test_a_planted_bug_is_found(name):
     assert find(name, [PLANTED[name].seed, *range(FEW)]) is not None

@@ -6,7 +6,7 @@ import pytest
 from strikes import every_strike, strike_at
 
 from taskx import MemoryRepository, Queue, Task
-from taskx.testing import ManualClock, ManualQueue
+from taskx.testing import ManualQueue
 
 #: Every so many points are struck.
 STEP = 41
@@ -17,11 +17,6 @@ def asking(repository, clock):
     # A strike inside of an executor is an error of the executor.
     queue.executor("ask", max_attempts=1000)(lambda ctx: ctx.ask("one"))
     return queue
-
-
-@pytest.fixture
-def clock():
-    return ManualClock()
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from collections import Counter
 import pymongo
 import pytest
 from helpers import PATIENCE, SOON, eventually, pool_of
-from mongo_proxy import Proxy
 from mongo_server import Server, new_database
 
 from taskx import (
@@ -85,14 +84,6 @@ def name(url):
     database = new_database(url)
     yield database.name
     database.client.drop_database(database.name)
-
-
-@pytest.fixture
-def proxy(url):
-    """A proxy between a client and the server."""
-    made = Proxy(pymongo.uri_parser.parse_uri(url)["nodelist"][0][1])
-    yield made
-    made.close()
 
 
 @pytest.fixture
