@@ -127,7 +127,7 @@ class Audit:
             self._close(event)
 
     def _cancelled(self, event: Event) -> None:
-        """A cancel was answered. If the task is just being started, its run will still begin and end."""
+        """A cancel was answered. A task that is just being started may still begin, and then ends."""
         if event.id not in self._running:
             self.unfinished.pop(event.id, None)
             self._submitted.pop(event.id, None)

@@ -223,7 +223,8 @@ class Producer:
                 self._accept("slow", {"seconds": rng.uniform(1.0, 5.0)}),
             )
             with suppress(InvalidTransition, TaskNotFound):  # it has ended, or is pruned
-                if before and queue.cancel_task(before):
+                if before:  # one that is just being started may end without a call
+                    queue.cancel_task(before)
                     self._log.tell("cancelled", before, kind="slow")
 
     def _ask(self) -> None:

@@ -101,6 +101,10 @@ ALLOWED = {
         ("p2", "begin", "a"),
         ("p2", "end", "a", RETURNED),
     ],
+    "a task that is being started is cancelled, and never called": [
+        ("p1", "accepted", "a", kind("slow")),
+        ("p1", "cancelled", "a", kind("slow")),
+    ],
     "a task that is being started is cancelled": [
         ("p1", "cancelled", "a"),
         ("p2", "begin", "a"),

@@ -37,7 +37,7 @@ from .planted import PLANTED
 #: The seeds that each call of the simulator gets here.
 CHUNK = 200
 #: The seeds among which a planted bug must be found.
-MOST = 10_000
+MOST = 20_000
 
 
 @executor("plain")
