@@ -93,8 +93,9 @@ class Housekeeper:
         self._failure = ""
         self._stuck_types: list[Problem] = []
         self._began: float | None = None
-        # The time of the last round, and that at which something is due, if it is known.
-        self._round_at = self._due_at = -math.inf
+        # The time of the last round, and that at which a duty is due, if one has looked since.
+        self._round_at = -math.inf
+        self._due_at: float | None = None
         # True if the next round must not be left out; True if others have changed something before it.
         self._wanted, self._news = True, False
         self._stopped = False
@@ -220,10 +221,12 @@ class Housekeeper:
 
     def _is_needed(self) -> bool:
         """Return True if the next round may find something: an idle node leaves out most of its rounds."""
+        timing, now = self._pool.timing, time.monotonic()
         if (
             self._wanted
             or self._pool.runs
-            or time.monotonic() - self._round_at >= self._pool.timing.recover_every
+            or now - self._round_at >= timing.recover_every
+            or self._look_ahead() <= now + timing.hand_back_after
         ):
             return True
         self._news = self._polls and self._changed()
@@ -235,16 +238,21 @@ class Housekeeper:
         if failures:
             pause = min(timing.poll_every * 2.0 ** min(failures, 10), timing.longest_pause)
             agenda.sleep(min(pause, self._pool.moves.repository.liveness.interval))
-        elif not agenda.sleep_long(self._until_next, timing.hand_back_after):
-            self._wanted = time.monotonic() >= self._due_at
+        else:
+            self._wanted = agenda.sleep_long(self._until_next, timing.hand_back_after)
 
     def _until_next(self) -> float:
         """Return the seconds until the next round: as long as none is needed, it polls."""
         timing, now = self._pool.timing, time.monotonic()
-        if self._due_at == -math.inf:  # whatever comes nearer later asks for a round
-            more = any(duty.more for duty in self.duties)
-            self._due_at = now + (0.0 if more else min([due() for due in self._dues]))
-        return max(timing.shortest_sleep, min(timing.poll_every, self._due_at - now))
+        due_at = self._look_ahead() if self._due_at is None else self._due_at
+        return max(timing.shortest_sleep, min(timing.poll_every, due_at - now))
+
+    def _look_ahead(self) -> float:
+        """Return the time at which a duty is due."""
+        more = any(duty.more for duty in self.duties)
+        soon = 0.0 if more else min([due() for due in self._dues])
+        self._due_at = time.monotonic() + soon
+        return self._due_at
 
     def tick(self) -> None:
         """Do one round: take a step of each duty that is due, and more steps until time is up.
@@ -254,7 +262,7 @@ class Housekeeper:
         now = self._round_at = time.monotonic()
         until = now + self._pool.timing.round_within
         self._pool.agenda.begin_round()
-        self._due_at = -math.inf
+        self._due_at = None
         for duty in self.duties:
             if duty.more or now - duty.last >= duty.every:
                 duty.take(now, until)
