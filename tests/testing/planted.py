@@ -484,7 +484,7 @@ def children_not_needed(patch):
     )
 
 
-@plant("Children do not run again with their parent.", seed=8985, program="family")
+@plant("Children do not run again with their parent.", seed=-1, program="family")
 def children_not_again(patch):
     def reopen(self, listed, parent):
         self._moves.commit([lifecycle.listed_again(listed, parent.id)])
