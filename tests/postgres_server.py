@@ -128,6 +128,8 @@ class Server:
                 assert time.monotonic() < deadline, f"PostgreSQL does not start: {said[-2000:]}"
                 if self._process.poll() is not None:
                     assert _STILL_ENDING in said[-500:], f"PostgreSQL ended: {said[-2000:]}"
+                    assert self._process.stdin is not None
+                    self._process.stdin.close()
                     self._launch()
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(0.02)

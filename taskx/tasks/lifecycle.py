@@ -800,8 +800,7 @@ def conclude(task: Task, ending: Ending, now: int) -> list[Update]:
             changes = {**_end(task, ending, now, COMPLETED), **changes}
         if task.errors:
             changes.update(_NO_ERROR)
-        fence = {"status": RUNNING, "starts": task.starts}  # without a call: most attempts end here
-        return [_update((task.id, fence, changes, False, "complete", False))]
+        return [_update((task.id, _fence(task), changes, False, "complete", False))]
     if ending.reason is CancelReason.CANCEL:
         return [_cancelled(task, ending, now)]
     if ending.parked is not None and ending.reason is not CancelReason.TIMEOUT:
