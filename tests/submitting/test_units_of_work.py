@@ -113,11 +113,13 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Scene:
     """A queue, and a connection of the caller, which records the statements that run on it."""
 
-    def __init__(self, path: Path, state: str) -> None:
+    def __init__(self, path: Path, state: str, busy_timeout: float | None = None) -> None:
         options, self._enter = STATES[state]
         self.path = path
-        # Only a call that waits for a lock that is not released needs a short time-out.
-        self.queue = queue_on(path, 0.01 if state in ("writing", "shared") else PATIENCE)
+        if busy_timeout is None:
+            # Only a call that waits for a lock that is not released needs a short time-out.
+            busy_timeout = 0.01 if state in ("writing", "shared") else PATIENCE
+        self.queue = queue_on(path, busy_timeout)
         self.statements: list[str] = []
         self.other = ThreadPoolExecutor(1)  # another thread
         self.connection = sqlite3.connect(path, timeout=PATIENCE, **options)
@@ -237,16 +239,16 @@ def states(columns: Mapping[str, str]) -> list[Any]:
 
 
 @pytest.fixture
-def scenes(template, tmp_path) -> Iterator[Callable[[str], Scene]]:
+def scenes(template, tmp_path) -> Iterator[Callable[..., Scene]]:
     """Return a function that makes a scene. The one before is closed."""
     made: list[Scene] = []
 
-    def make(state: str) -> Scene:
+    def make(state: str, busy_timeout: float | None = None) -> Scene:
         path = tmp_path / f"{len(made)}.db"
         shutil.copy(template, path)
         if made:
             made[-1].close()
-        made.append(Scene(path, state))
+        made.append(Scene(path, state, busy_timeout))
         return made[-1]
 
     yield make
@@ -564,8 +566,7 @@ def test_the_transaction_of_another_thread_on_the_same_connection_is_left_alone(
 
 
 def test_plain_calls_wait_for_the_transaction_of_another_thread_on_the_same_connection(scenes):
-    scene = scenes("shared")
-    scene.queue.repository.busy_timeout = PATIENCE
+    scene = scenes("shared", busy_timeout=PATIENCE)
     scene.give()
     scene.enter()
     submitting = run_in_thread(lambda: scene.queue.submit("echo", id="late"))
