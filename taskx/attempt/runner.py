@@ -319,7 +319,9 @@ class Runner:
         if not all(stays):
             GuardedLogger(context.logger).warning(
                 "the call for %d tasks failed, so each of them runs again in a call of its own: %s\n%s",
-                *(len(runs), error_text(error), traceback_text(error, skip=1)),
+                len(runs),
+                error_text(error),
+                traceback_text(error, skip=1),
             )
         return [
             self.ending_of(error, run)

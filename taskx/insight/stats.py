@@ -139,6 +139,7 @@ def stats(
     counts: Counts,
     types: Iterable[str],
     now: int,
+    *,
     period: Duration,
     since: datetime | None,
     at_most: int,

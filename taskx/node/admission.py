@@ -244,6 +244,7 @@ class Admission:
         scheduled: called when :meth:`next_fetch` may be sooner than before.
         log: the logger.
         limit_of_key: returns the limit of a key.
+        held: returns until when a limit is held, in milliseconds; 0 if it is not.
     """
 
     def __init__(
@@ -253,6 +254,7 @@ class Admission:
         repository: Repository,
         node: str,
         clock: Clock,
+        *,
         freed: Callable[[], None],
         scheduled: Callable[[], None],
         log: GuardedLogger = log,

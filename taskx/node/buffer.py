@@ -180,10 +180,10 @@ class Buffer:
         maxsize: int,
         fetch_size: int,
         wake: Callable[[], bool],
+        *,
         ageing: int = 0,
         room_every: float = DEFAULT_TIMING.signals_every,
         batches: Batches = MappingProxyType({}),
-        *,
         waits: bool = True,
     ) -> None:
         self.maxsize = maxsize

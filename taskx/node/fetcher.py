@@ -42,6 +42,7 @@ class Fetcher:
         buffer: Buffer,
         runs: Runs,
         admission: Admission,
+        *,
         ahead: Ahead,
         starter: Starter,
         moves: Moves,

@@ -147,8 +147,12 @@ class WorkerPool:
         ageing = round((config.ageing or 0) * 1000)
         fetch_size = _fetch_size(workers, registry.batches)
         self.buffer = Buffer(
-            *(config.buffer_size, fetch_size, self.ahead.wake, ageing),
-            *(timing.signals_every, registry.batches),
+            config.buffer_size,
+            fetch_size,
+            self.ahead.wake,
+            ageing=ageing,
+            room_every=timing.signals_every,
+            batches=registry.batches,
             waits=self.waits_for_more,
         )
         self.stopping = False
@@ -162,47 +166,47 @@ class WorkerPool:
             moves.repository,
             node.id,
             clock,
-            self.agenda.fetch_soon,
-            self.agenda.wake_from_long_sleep,
-            log,
-            registry.limit_of_key,
-            controls.held_until,
+            freed=agenda.fetch_soon,
+            scheduled=agenda.wake_from_long_sleep,
+            log=log,
+            limit_of_key=registry.limit_of_key,
+            held=controls.held_until,
         )
         shared = Shared(
             runner.alarms,
             log.logger,
             keeper,
             moves.repository.get_many,
-            self._store_progress_of,
-            runner.own_loop,
-            Once(partial(log.warning, CUT)),
+            store_progress=self._store_progress_of,
+            loop=runner.own_loop,
+            cut=Once(partial(log.warning, CUT)),
         )
         self.starter = Starter(
             node,
             self.buffer,
             self.runs,
             self.admission,
-            self.ahead.at_work,
-            moves,
-            controls,
-            agenda,
-            registry,
-            runner,
-            shared,
-            log,
-            timing,
+            at_work=self.ahead.at_work,
+            moves=moves,
+            controls=controls,
+            agenda=agenda,
+            registry=registry,
+            runner=runner,
+            shared=shared,
+            log=log,
+            timing=timing,
         )
         self.fetcher = fetcher(
             node.id,
             self.buffer,
             self.runs,
             self.admission,
-            self.ahead,
-            self.starter,
-            moves,
-            controls,
-            agenda,
-            registry,
+            ahead=self.ahead,
+            starter=self.starter,
+            moves=moves,
+            controls=controls,
+            agenda=agenda,
+            registry=registry,
         )
         self.discard = self.buffer.discard
         self.strike = self.starter.strike
@@ -224,12 +228,12 @@ class WorkerPool:
         self.stuck = Stuck(
             node.id,
             config.max_stuck,
-            self._do_without,
-            self._abandon,
-            runner.abandon,
             moves,
             log,
-            timing.kill_within,
+            do_without=self._do_without,
+            conclude=self._abandon,
+            abandon=runner.abandon,
+            kill_within=timing.kill_within,
         )
         #: The number of worker threads that have not ended.
         self.workers_left = 0
@@ -725,7 +729,8 @@ class WorkerPool:
         if not ending.returned or ending.result is not None:
             self.log.warning(
                 "task %s (%s) was completed by tx.complete(); %s is ignored",
-                *(run.task.id, run.task.type),
+                run.task.id,
+                run.task.type,
                 "the result that it returned"
                 if ending.returned
                 else f"what followed ({ending.error})",
@@ -778,7 +783,10 @@ class WorkerPool:
             log.log(
                 logging.WARNING if capped else logging.INFO,
                 "limit %s is held for %g s by task %s (%s)%s",
-                *(name, min(seconds, self._max_hold), task.id, task.type),
+                name,
+                min(seconds, self._max_hold),
+                task.id,
+                task.type,
                 f", which asked for {seconds:g} s" if capped else "",
             )
 
@@ -854,12 +862,15 @@ class WorkerPool:
             self.log.warning(
                 "task %s (%s): its late outcome was dropped, because another run had taken over, or "
                 "because it was stored before and the repository's answer was lost",
-                *(task.id, task.type),
+                task.id,
+                task.type,
             )
         else:
             self.log.error(
                 "task %s (%s): its outcome could not be stored, so it runs again: %s",
-                *(task.id, task.type, error),
+                task.id,
+                task.type,
+                error,
             )
 
     # --- for the housekeeper

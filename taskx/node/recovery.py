@@ -117,7 +117,8 @@ class Recovery:
                 self._held.add(node.id)
                 self._pool.log.warning(
                     "the tasks of node %s, which died, cannot be taken back yet: %s",
-                    *(node.name, error),
+                    node.name,
+                    error,
                 )
             return 0
         self._left[node.id] = 0
@@ -141,6 +142,8 @@ class Recovery:
         if again:
             self._pool.log.warning(
                 "node %s died while it ran %s, which %s again: %s",
-                *(node.name, counted(len(again), "task"), "runs" if len(again) == 1 else "run"),
+                node.name,
+                counted(len(again), "task"),
+                "runs" if len(again) == 1 else "run",
                 listed(again),
             )

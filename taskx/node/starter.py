@@ -257,6 +257,7 @@ class Starter:
         buffer: Buffer,
         runs: Runs,
         admission: Admission,
+        *,
         at_work: Mapping[Run, float],
         moves: Moves,
         controls: Controls,
@@ -481,7 +482,9 @@ class Starter:
         """
         self._log.warning(
             "task %s (%s) runs alone, because its process died %d time(s) while it ran",
-            *(task.id, task.type, task.crashes),
+            task.id,
+            task.type,
+            task.crashes,
         )
         self._moves.flush()  # a run is not over until its outcome is written
         self.suspects.go_alone()

@@ -46,11 +46,11 @@ class Stuck:
     Args:
         node: the id of the node.
         most: the number of stuck threads that are replaced.
+        moves: the door to the repository.
+        log: the logger of the queue.
         do_without: called with the runs of a call and the ident of its thread, to go on without it.
         conclude: writes the outcome of an attempt.
         abandon: returns the ending of an attempt whose thread runs on.
-        moves: the door to the repository.
-        log: the logger of the queue.
         kill_within: seconds for which a child process that was killed may live on.
     """
 
@@ -58,11 +58,12 @@ class Stuck:
         self,
         node: str,
         most: int,
+        moves: Moves,
+        log: GuardedLogger,
+        *,
         do_without: Callable[[Sequence[Run], int], None],
         conclude: Callable[[Run, Ending], None],
         abandon: Callable[[Run, str, str, int], Ending],
-        moves: Moves,
-        log: GuardedLogger,
         kill_within: float,
     ) -> None:
         self._moves = moves
@@ -116,7 +117,9 @@ class Stuck:
         del self.runs[run]
         self._log.warning(
             "task %s (%s) was stuck, and its %s has ended now; its late outcome is dropped",
-            *(run.task.id, run.task.type, run.what_goes_on),
+            run.task.id,
+            run.task.type,
+            run.what_goes_on,
         )
 
     # --- in threads of its own
@@ -150,7 +153,9 @@ class Stuck:
         for run in runs:
             log.error(
                 "task %s (%s) is stuck: it timed out, and its %s still runs",
-                *(run.task.id, run.task.type, run.what_goes_on),
+                run.task.id,
+                run.task.type,
+                run.what_goes_on,
             )
         if not self.healthy:
             log.error(

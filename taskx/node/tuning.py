@@ -88,7 +88,9 @@ class Tuning:
                 if name not in registry.limits:
                     pool.log.warning(
                         "type %r names the limit %r, which no program declares, so it runs without it%s",
-                        *(type, name, suggestion(name, registry.limits)),
+                        type,
+                        name,
+                        suggestion(name, registry.limits),
                     )
 
     def tend(self) -> None:

@@ -128,7 +128,9 @@ def _run(
         nodes[0].log.info(
             "%s: the tokens of running tasks fire after %g s, and the program ends after %g s; a second "
             "signal ends it at once",
-            *(signal.Signals(signals.caught[0]).name, timeout * 4 / 5, timeout),
+            signal.Signals(signals.caught[0]).name,
+            timeout * 4 / 5,
+            timeout,
         )
     # A queue that is still being started notices that it was stopped.
     stops = [signals.call(partial(node.stop, timeout, cancel=False)) for node in nodes]

@@ -99,7 +99,8 @@ class Here(Place):
             # housekeeper writes an outcome that was not written.
             self._log.warning(
                 "task %s could not run in the caller's thread, a worker runs it later: %s",
-                *(item.id, error),
+                item.id,
+                error,
             )
 
 

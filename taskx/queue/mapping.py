@@ -302,7 +302,9 @@ class _Submitter:
             self.replaced.add(old)
             owner._log.warning(
                 "map %s: items that %s of the executor has run are run again by version %s",
-                *(self.name or self.type, f"version {old}" if old else "no version", version),
+                self.name or self.type,
+                f"version {old}" if old else "no version",
+                version,
             )
         owner._moves.commit([lifecycle.discard(task) for task in tasks])
 

@@ -165,7 +165,9 @@ class Operations(Requeues):
                 if on is not None and on.startswith(f"{asker}/"):
                     self._log.warning(
                         "nobody has asked for %s yet; it is stored, but task %s waits for %s",
-                        *(answer_id, asker, on),
+                        answer_id,
+                        asker,
+                        on,
                     )
 
     def _answer(self, answer_id: str) -> tuple[Task | None, str | None]:

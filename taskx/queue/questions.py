@@ -311,8 +311,14 @@ class Questions(Parts):
 
         with self._reading() as repository:
             return stats(
-                *(repository, self._moves.counts, self._registry.types, self.clock.now_ms()),
-                *(period, since, at_most, waiting_at_most),
+                repository,
+                self._moves.counts,
+                self._registry.types,
+                self.clock.now_ms(),
+                period=period,
+                since=since,
+                at_most=at_most,
+                waiting_at_most=waiting_at_most,
             )
 
     def history(

@@ -196,15 +196,15 @@ class Queue(Questions, Steering):
         self._joining = Joining(moves, agenda, log)
         self._schedules: Schedules = Schedules(
             self._declared,
-            lambda: self._schedules,
-            self.handle,
-            self._intake,
-            self._make_intake,
-            self._joining,
-            node,
-            registry,
-            agenda,
-            log,
+            current=lambda: self._schedules,
+            handle=self.handle,
+            intake=self._intake,
+            make_intake=self._make_intake,
+            joining=self._joining,
+            state=node,
+            registry=registry,
+            agenda=agenda,
+            log=log,
         )
 
     def _limit_of_key(self, key: str) -> Limit | None:
@@ -272,7 +272,8 @@ class Queue(Questions, Steering):
             except Exception as error:  # noqa: BLE001  (user code; other types must still be found)
                 self._log.exception(
                     "no executor was found for type %r, so its tasks wait for another process: %s",
-                    *(type, error),
+                    type,
+                    error,
                 )
 
         return find

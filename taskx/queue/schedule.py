@@ -291,6 +291,7 @@ class Schedules:
     def __init__(
         self,
         declared: dict[str, Entry],
+        *,
         current: Callable[[], Schedules],
         handle: Callable[[str], TaskHandle[Any]],
         intake: Intake,

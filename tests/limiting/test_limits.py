@@ -68,7 +68,8 @@ def admits(clock):
         planned = []
         limits = {"type/t": Limit(max_concurrency, rates_of(rate, burst), "node")}
         plan = lambda: planned.append(made.next_fetch())  # noqa: E731
-        made = Admission(limits, {"t": OF_T}, MemoryRepository(), "node", clock, lambda: None, plan)
+        about = (limits, {"t": OF_T}, MemoryRepository(), "node", clock)
+        made = Admission(*about, freed=lambda: None, scheduled=plan)
         return made, planned
 
     return make

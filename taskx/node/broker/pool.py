@@ -31,8 +31,10 @@ if TYPE_CHECKING:
 class TicketFetcher(Fetcher):
     """Has tickets sent for free tasks, in place of fetching them."""
 
-    def __init__(self, tickets: Tickets, ring: Callable[[], object], *parts: Any) -> None:
-        super().__init__(*parts)
+    def __init__(
+        self, tickets: Tickets, ring: Callable[[], object], *given: Any, **parts: Any
+    ) -> None:
+        super().__init__(*given, **parts)
         self._tickets = tickets
         self._ring = ring
 
