@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from datetime import timedelta
 
+import attrs
 import pytest
 from helpers import PATIENCE
 from storage.mongo.conftest import insert
@@ -22,6 +24,7 @@ from taskx.stores.liveness.leases import Leases
 from taskx.stores.liveness.locks import HostLocks
 from taskx.stores.parts import House
 from taskx.tasks import lifecycle
+from taskx.tasks.clock import SYSTEM_CLOCK
 from taskx.tasks.timing import DEFAULT_TIMING
 from taskx.tasks.writes import NoteChange
 from taskx.testing import ManualClock
@@ -552,6 +555,28 @@ class TestBeating:
         mended.set()
         del connection.put_notes
         leases.leave("n")
+
+    def test_a_node_leaves_after_its_last_heartbeat(self, store, tmp_path, clock):
+        """The repository may be closed then: a heartbeat would open it again."""
+        connection, ended, hangs = Broken(store), [], threading.Event()
+        patient = attrs.evolve(DEFAULT_TIMING, close_within=PATIENCE)
+        locks, now = HostLocks(str(tmp_path)), SYSTEM_CLOCK.now_ms
+        leases = Leases(connection, LEASE, locks, clock.monotonic, now, patient)
+
+        def put_notes(changes):
+            done = store.put_notes(changes)
+            if threading.current_thread().name == "taskx-beat":
+                hangs.set()
+                time.sleep(0.1)  # blocks on purpose
+                ended.append(changes)
+            return done
+
+        connection.put_notes = put_notes
+        leases.join(Node(id="n", name="ours"))
+        assert hangs.wait(PATIENCE)
+        leases.leave("n")
+        assert ended
+        assert leases.nodes() == []
 
     def test_heartbeats_continue_after_an_error(self, host, monkeypatch, caplog):
         made, beaten, left = host(), threading.Event(), [SystemExit("a defect")]

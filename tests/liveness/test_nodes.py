@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-
 import attrs
 import pytest
 from storage.repositories import MAKERS
@@ -19,11 +17,6 @@ KINDS = [*MAKERS]
 def liveness(request, tmp_path):
     with MAKERS[request.param](tmp_path, ManualClock()) as repository:
         yield repository.liveness
-        for node in repository.liveness.nodes():
-            repository.liveness.leave(node.id)
-        for thread in threading.enumerate():  # a last heartbeat would connect again
-            if thread.name in ("taskx-beat", "taskx-lease"):
-                thread.join(5.0)
 
 
 def test_a_node_is_recorded_until_it_leaves(liveness):

@@ -166,7 +166,10 @@ class Leases(Recorded[_Leased]):
         finally:  # if the record remains, its lease expires
             with self._changed:
                 self._changed.notify_all()
+                thread = None if self._own else self._thread
             self._locks.release(node)
+            if thread is not None:  # a heartbeat on its way would open a closed repository again
+                thread.join(self._timing.close_within)
 
     def seems_dead(self, node: str) -> bool:
         return (own := self._own.get(node)) is not None and own.dead
