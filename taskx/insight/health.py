@@ -249,6 +249,7 @@ class _Check:
         nodes = [node for node in self._repository.nodes() if node.alive is not False]
         paused = self._controls.read_paused()
         due = [t for t in queries.every(self._repository, "ready_type") if t not in paused]
+        yield from self._repository.house.problems()
         yield from self._silent([node for node in nodes if node.silent])
         yield from self._nodes(nodes, due)
         yield from _brokers([node for node in nodes if node.lives])

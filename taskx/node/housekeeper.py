@@ -91,7 +91,7 @@ class Housekeeper:
         self._store_at = clock.monotonic() + timing.count_every
         # What the last rounds have found, and since when the present round goes on, on the monotonic clock.
         self._failure = ""
-        self._stuck_types: list[Problem] = []
+        self._problems: list[Problem] = []
         self._began: float | None = None
         # The time of the last round, and that at which a duty is due, if one has looked since.
         self._round_at = -math.inf
@@ -177,7 +177,7 @@ class Housekeeper:
             failure = failure or f"it has not answered for {duration(round(seconds))}"
         if failure:
             return [f"The repository cannot be used: {failure}."]
-        return [str(problem) for problem in self._stuck_types]
+        return [str(problem) for problem in self._problems]
 
     def _behind(self) -> bool:
         """Return True if a task or a schedule is due that was not dealt with yet."""
@@ -359,7 +359,7 @@ class Housekeeper:
         self._pool.runner.alarms.go_on()
         self._pool.moves.retries.tell()
         self._pool.stuck.audit()
-        self._stuck_types = self._find_stuck_types()
+        self._problems = [*self._pool.moves.repository.house.problems(), *self._stuck_types()]
         self._pool.moves.dependents.scan_some()
         self._pool.moves.turns.scan_some()
         self._pool.agenda.check_due()
@@ -374,7 +374,7 @@ class Housekeeper:
         if (loop := self._pool.runner.loop) is not None:
             loop.look()
 
-    def _find_stuck_types(self) -> list[Problem]:
+    def _stuck_types(self) -> list[Problem]:
         repository = self._pool.moves.repository
         if not self._pool.stuck.runs:  # nothing to say that a node with stuck threads does not say
             return []

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 from taskx.tasks.in_use import InUse
 
 if TYPE_CHECKING:
-    from taskx.tasks.findings import Check
+    from taskx.tasks.findings import Check, Problem
 
 
 class Listener(ABC):
@@ -95,6 +95,10 @@ class House:
     def file_sizes(self) -> dict[str, int]:
         """Return the bytes that each of the store's files takes, by path; empty if it has no file."""
         return {}
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield what will soon keep tasks from being stored, if it costs nearly nothing to know."""
+        return iter(())
 
     def held_back(self) -> float:
         """Return the seconds for which a transaction has kept removed rows from being cleaned up."""

@@ -37,6 +37,7 @@ ReasonKind = Literal[
 ]
 ProblemKind = Literal[
     "repository",
+    "disk",
     "stuck",
     "blocked_loop",
     "silent_node",

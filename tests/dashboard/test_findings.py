@@ -28,6 +28,7 @@ NO_PAUSE = Paused(False, ())
 # The facts of each kind of problem, as ``Queue.health`` gives them.
 PROBLEMS = {
     "repository": {"error": "x", "error_type": "E"},
+    "disk": {"free": 1024},
     "stuck": {"node": "n", "name": "h:1", "threads": 3, "most": 1},
     "blocked_loop": {"node": "n", "name": "h:1", "seconds": 9.0, "stack": "", "task_id": "t"},
     "silent_node": {"nodes": {"n": 3600.0}, "number": 1, "lease": 30.0, "seconds": 3600.0},

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 import sqlite3
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -493,6 +495,14 @@ class TestFile:
         problem = only(one, "repository", nodes=0)
         assert problem.facts["error_type"] == "SchemaMismatch"
         assert not one.healthy
+
+    def test_a_disk_that_is_nearly_full_is_a_problem(self, one, monkeypatch):
+        """Tasks can still be read, and a new process would do no better."""
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 20))
+        problem = only(one, "disk", nodes=0)
+        assert str(problem).startswith("1.0 MiB are free on the disk of ")
+        assert problem.facts == {"free": 1 << 20}
+        assert one.healthy
 
     def test_a_large_file_is_a_problem(self, one, database):
         problem = only(one, "file_size", file_size=1000, nodes=0)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 from helpers import (
@@ -62,6 +64,17 @@ def test_a_repository_that_is_away_is_a_problem_of_the_node_until_it_is_back(sta
     assert node.problems() == ["The repository cannot be used: down for a while."]
     repository.down = False
     eventually(lambda: not node.problems())
+
+
+@frequent_checks
+@pytest.mark.parametrize("repository", ["sqlite"], indirect=True)
+def test_a_disk_that_is_nearly_full_is_a_problem_of_the_node(started, monkeypatch):
+    disk = SimpleNamespace(free=1 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk)
+    [problem] = eventually(node_of(started).problems)
+    assert problem.endswith("Free some space. Soon no task can be stored.")
+    disk.free = 1 << 40
+    eventually(lambda: not node_of(started).problems())
 
 
 @pytest.mark.timing(answer_within=0.01)

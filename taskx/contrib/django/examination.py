@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from taskx.stores.postgres.examination import examined, settings
+from taskx.stores.sqlite.examination import disk
 from taskx.tasks.findings import Check, ok, warn
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ def examine(house: House, connections: Connections, timing: Timing) -> Iterator[
     def more(link: Link) -> Iterator[Check]:
         house.prepare()
         yield ok("tables", "The database has TaskX's tables.")
+        if connections.file is not None:
+            yield disk(connections.file.path)
         yield from _settings(link)
 
     advice = "Check DATABASES and the server, and run manage.py migrate."

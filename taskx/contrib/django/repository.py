@@ -31,13 +31,14 @@ from taskx.stores.parts import Listener, at_forks
 from taskx.stores.sql import postgres
 from taskx.stores.sql.pool import Durability, PooledRepository, PoolLinks
 from taskx.stores.sqlite import turnstile
+from taskx.stores.sqlite.examination import full_disk
 from taskx.stores.sqlite.wakeups import Wakeups
 from taskx.stores.transactions import Then, Transactions
 from taskx.tasks.checks import Duration
 from taskx.tasks.clock import SYSTEM_CLOCK, Clock
 from taskx.tasks.codec import Codec
 from taskx.tasks.errors import ConfigurationError
-from taskx.tasks.findings import Check
+from taskx.tasks.findings import Check, Problem
 from taskx.tasks.record import COLUMNS
 from taskx.tasks.timing import DEFAULT_TIMING, Timing
 from taskx.tasks.writes import Write
@@ -246,6 +247,9 @@ class DjangoLinks(PoolLinks[Link]):
         from taskx.contrib.django.examination import examine  # not needed to run tasks
 
         return examine(self, self.connections, self.timing)
+
+    def problems(self) -> Iterator[Problem]:
+        return iter(()) if self._file is None else full_disk(self._file.path)
 
     def held_back(self) -> float:
         return float(self.rows(postgres.OLDEST)[0][0]) if self.vendor == "postgresql" else 0.0

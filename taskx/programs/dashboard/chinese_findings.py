@@ -65,6 +65,9 @@ FINDINGS: Mapping[str, str] = {
     "{type} fails: {failed} of {number} tasks of the last hour. Look at their errors.": (
         "{type} 频繁失败：最近一小时 {number} 个任务中有 {failed} 个失败。请查看错误。"
     ),
+    "The disk is nearly full: soon no task can be stored. Free some space.": (
+        "磁盘即将写满：很快将无法存储任务。请释放空间。"
+    ),
     "The file has {size}, more than {most}. Delete old tasks.": (
         "文件大小为 {size}，超过 {most}。请删除旧任务。"
     ),

@@ -26,6 +26,7 @@ _LISTED = 3
 #: What is said of each kind of problem. Some kinds have several forms.
 TEXTS: Mapping[str, str] = {
     "repository": "The repository cannot be used: {error}. Look at its disk or its server.",
+    "disk": "The disk is nearly full: soon no task can be stored. Free some space.",
     "nodes": (
         "No worker runs: {count} task waits. Start one: taskx worker module:queue.|"
         "No worker runs: {count} tasks wait. Start one: taskx worker module:queue."
@@ -94,6 +95,7 @@ _PAGES: Mapping[str, str] = {
     "snoozes type": "task",
     "oldest_due": "task",
     "failed": "failures",
+    "disk": "system",
     "file_size": "system",
     "open_transaction": "system",
     "schedule_overdue": "schedules",

@@ -18,7 +18,7 @@ from taskx.stores.sqlite.file import DatabaseFile
 from taskx.stores.sqlite.schema import Schema
 from taskx.stores.sqlite.turnstile import NAMES
 from taskx.tasks.errors import TaskxError
-from taskx.tasks.findings import Check, fail, ok, warn
+from taskx.tasks.findings import Check, Problem, fail, ok, warn
 
 try:
     import fcntl
@@ -47,7 +47,7 @@ def examine(file: DatabaseFile, tables: Schema, patience: float) -> Iterator[Che
     path = os.path.realpath(file.path)
     yield _library()
     yield from _folder(path)
-    yield _disk(path)
+    yield disk(path)
     if (system := _file_system(path)) is not None:
         yield system
     found = _file(path, "The application creates it" if tables.prefix else _CREATES)
@@ -85,7 +85,15 @@ def _folder(path: str) -> Iterator[Check]:
         )
 
 
-def _disk(path: str) -> Check:
+def full_disk(path: str) -> Iterator[Problem]:
+    """Yield a problem if the disk of a file is full, or nearly so."""
+    with suppress(OSError):  # other checks tell of a folder that cannot be read
+        if (found := disk(path)).level == "fail":
+            yield Problem("disk", str(found), found.facts)
+
+
+def disk(path: str) -> Check:
+    """Return how full the disk of a file is."""
     folder = os.path.dirname(path)
     while not os.path.isdir(folder) and os.path.dirname(folder) != folder:
         folder = os.path.dirname(folder)
@@ -95,7 +103,8 @@ def _disk(path: str) -> Check:
     if free < _LEAST_FREE:
         return fail("disk", words, f"{advice} Soon no task can be stored.", free=free)
     if inodes.f_files and not inodes.f_favail:
-        return fail("disk", f"The disk of {folder} has no free inode.", "Delete some files.")
+        words = f"The disk of {folder} has no free inode."
+        return fail("disk", words, "Delete some files.", free=free)
     size = _size(path)
     if free < size:
         advice = f"{advice} A copy of the file ({_amount(size)}) does not fit."

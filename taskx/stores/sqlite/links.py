@@ -26,7 +26,7 @@ from taskx.tasks.timing import Timing
 from taskx.tasks.writes import Write
 
 if TYPE_CHECKING:
-    from taskx.tasks.findings import Check
+    from taskx.tasks.findings import Check, Problem
 
 Durability = Literal["accepted", "full", "process"]
 T = TypeVar("T")
@@ -306,6 +306,11 @@ class FileLinks(Links, News, House, Forks):
         from taskx.stores.sqlite.examination import examine  # not needed to run tasks
 
         return examine(self.file, self.schema, self.timing.examine_within)
+
+    def problems(self) -> Iterator[Problem]:
+        from taskx.stores.sqlite.examination import full_disk  # not needed to run tasks
+
+        return full_disk(self.file.path)
 
     def file_sizes(self) -> dict[str, int]:
         """Return the bytes that the file and its write-ahead log take, by path."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import re
+import shutil
 import sqlite3
 import threading
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import django_project
 import mariadb_server
@@ -594,15 +596,26 @@ def test_the_examination_finds_a_sound_database_sound(repository):
     found = {check.name: check for check in repository.house.examine()}
     # The PostgreSQL server of the tests is not safe from power cuts, and ends no idle transaction.
     warned = {name for name, check in found.items() if check.level != "ok"}
-    assert warned <= {"durability", "idle transactions"}
+    assert warned <= {"durability", "idle transactions", "disk"}
     assert {"database", "tables"} < found.keys()
+
+
+@on_sqlite
+def test_a_full_disk_is_a_problem(repository, monkeypatch):
+    add(repository, "a")
+    assert [*repository.house.problems()] == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 20))
+    [problem] = repository.house.problems()
+    [check] = [check for check in repository.house.examine() if check.level == "fail"]
+    assert (problem.kind, str(problem)) == (check.name, str(check))
 
 
 @on_sqlite
 def test_the_examination_warns_of_a_file_without_a_log(repository, tmp_path):
     with closing(sqlite3.connect(tmp_path / "site.db")) as direct:
         direct.execute("PRAGMA journal_mode = DELETE")
-    [check] = [check for check in repository.house.examine() if check.level == "warn"]
+    warned = [check for check in repository.house.examine() if check.level == "warn"]
+    [check] = [check for check in warned if check.name != "disk"]
     assert "journal_mode=delete" in check.sentence
 
 
