@@ -17,7 +17,7 @@ from django.test.utils import override_settings
 from shop import tasks
 
 from taskx import every
-from taskx.contrib.django import InlineBackend, get_queue
+from taskx.contrib.django import InlineBackend, get_queue, schedules
 from taskx.contrib.django.compat import (
     TaskResultDoesNotExist,
     TaskResultStatus,
@@ -125,6 +125,15 @@ def test_the_native_api_runs_at_once_too_and_clear_forgets_all_tasks(backend):
 def test_the_native_api_finds_a_task_by_its_type_and_runs_its_schedule(backend):
     assert get_queue().submit("shop.tasks.add", {"a": 1, "b": 2}).result(0) == 3
     get_queue().schedule("adds", every(60), tasks.add.type, {"a": 1})
+    ran = get_queue().advance(180)
+    assert [(task.type, task.result) for task in ran] == [("shop.tasks.add", 1)] * 3
+
+
+def test_declared_schedules_tick_only_in_a_test_that_asks_for_them(backend, monkeypatch):
+    monkeypatch.setattr(schedules, "_declared", {})
+    schedules.schedule("adds", every(60), tasks.add, {"a": 1})
+    assert get_queue().advance(180) == []
+    schedules.declare("default", get_queue())
     ran = get_queue().advance(180)
     assert [(task.type, task.result) for task in ran] == [("shop.tasks.add", 1)] * 3
 

@@ -50,7 +50,7 @@ def test_the_project_of_the_pages_passes_its_checks_and_tests_and_its_snippets_r
     run(tmp_path, "-m", "django", "migrate", "--verbosity", "0")
     assert "no issues" in run(tmp_path, "-m", "django", "check")
     if (tmp_path / "shop" / "tests.py").exists():
-        assert "Ran 2 tests" in run(tmp_path, "-W", "error", "-m", "django", "test")
+        assert "Ran 3 tests" in run(tmp_path, "-W", "error", "-m", "django", "test")
     program = f"import django\ndjango.setup()\n{RUNNER}"
     run(tmp_path, "-c", program, pages[-1], given=json.dumps(snippets))
     assert not [*tmp_path.glob("*.sqlite3")]  # all is in the database of the site
