@@ -22,6 +22,7 @@ from taskx.tasks.record import (
     FOR_PARENTS,
     FOR_TURN,
     FREE,
+    UNIQUE,
     UNTIL_DUE,
     Stub,
     ids_to_text,
@@ -238,6 +239,16 @@ class PrimitivesContract(Contract):
         assert self.apply(repository, Update("a", {}, {"unique_lock": None}), second) == [True] * 2
         assert self.apply(repository, Delete("c", {}), second) == [True] * 2
 
+    def test_a_unique_value_is_compared_as_a_whole(self, repository: Repository) -> None:
+        """All of its 255 characters count, and so do its case and a space at its end."""
+        self.skip_if(repository.shortcoming)
+        keys = ["k", "K", "k ", *(f"{'ü' * 254}{end}" for end in "12")]
+        for task_id, key in enumerate(keys):
+            self.add(repository, [str(task_id)], unique_key=key, unique_lock=key, turn=key)
+            for column in UNIQUE:
+                assert repository.find(column, [key], ("id", column)) == [(str(task_id), key)]
+            assert self.apply(repository, self.insert("again", unique_lock=key)) == [False]
+
     # --- several threads
 
     def test_one_of_many_threads_wins_a_start(self, repository: Repository) -> None:
@@ -330,9 +341,13 @@ class PrimitivesContract(Contract):
     def test_tasks_that_wait_for_a_key_are_found_in_their_order(
         self, repository: Repository
     ) -> None:
+        """Their order is that in which they were stored, whatever their priorities and changes."""
         self.skip_if(repository.shortcoming)
-        for in_line, key in (("f", "p"), ("cab", "p"), ("d", "q")):
-            self.add(repository, in_line, concurrency_key=key, held=FOR_TURN)
+        for task_id, key, priority in zip("fcabd", "ppppq", (0, 3, 1, 4, 2), strict=True):
+            columns: dict[str, Any] = {"concurrency_key": key, "priority": priority}
+            self.add(repository, task_id, held=FOR_TURN, **columns)
+        self.change(repository, "c", held=FREE)
+        self.change(repository, "cf", held=FOR_TURN)
         self.assert_found(repository, "line", {"p": "fcab", "q": "d"})
         assert self.ids(repository.find("line", ["p"], ("id",), 2)) == ["f", "c"]
         self.change(repository, "f", {"held": FOR_TURN}, held=FREE, turn="p")

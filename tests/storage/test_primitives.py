@@ -1,5 +1,6 @@
 """The contract of the primitives, which every repository keeps that the runtime can use."""
 
+import itertools
 import json
 import threading
 from contextlib import suppress
@@ -9,7 +10,7 @@ from helpers import PATIENCE
 
 from taskx import ConfigurationError, MemoryRepository, RepositoryError, Task, TaskFilter
 from taskx.tasks.clock import SYSTEM_CLOCK
-from taskx.tasks.writes import PRESENT, Delete, Note, Update, matches
+from taskx.tasks.writes import PRESENT, Delete, Insert, Note, Update, matches
 from taskx.testing import PrimitivesContract
 
 from .repositories import MAKERS, MONGO, Scramble, again, coded, insert, losing_answers
@@ -148,17 +149,33 @@ class Broken(MemoryRepository):
     def __init__(self, rule):
         super().__init__()
         self.rule = rule
+        self._numbers, self._latest = itertools.count(), {}
 
     def apply(self, writes, *, all_or_nothing=False):
+        self._latest.update((write.id, next(self._numbers)) for write in writes)
+        if self.rule == "length":
+            writes = [self._cut(write) for write in writes]
         if self.rule == "all or nothing":
             all_or_nothing = False
         results = super().apply(writes, all_or_nothing=all_or_nothing)
         return results[::-1] if self.rule == "order of results" else results
 
+    def _cut(self, write):
+        key = isinstance(write, Insert) and write.row["unique_lock"]
+        return Insert({**write.row, "unique_lock": key[:100]}) if key else write
+
     def find(self, column, values, fields, limit=None):
+        if column == "line" and self.rule.startswith("line by "):
+            return self._misplaced(values, fields)[:limit]
         if self.rule == "order of fields":
             return [row[::-1] for row in super().find(column, values, fields, limit)]
         return super().find(column, values, fields, None if self.rule == "limit" else limit)
+
+    def _misplaced(self, values, fields):
+        by = self.rule.removeprefix("line by ")
+        rows = super().find("line", values, ("id", "id" if by == "change" else by, *fields))
+        place = (lambda row: self._latest[row[0]]) if by == "change" else (lambda row: row[1])
+        return [row[2:] for row in sorted(rows, key=place)]
 
     def distinct(self, column, after, limit):
         found = super().distinct(column, after, 10**6)
@@ -189,6 +206,11 @@ class TestTheContractItself:
             ("order of fields", "test_tasks_are_found_by_their_id"),
             ("limit", "test_tasks_are_found_by_their_id"),
             ("empty", "test_tasks_are_found_by_their_owner"),
+            *(
+                (f"line by {what}", "test_tasks_that_wait_for_a_key_are_found_in_their_order")
+                for what in ("id", "priority", "change")
+            ),
+            ("length", "test_a_unique_value_is_compared_as_a_whole"),
             ("due", "test_held_tasks_come_in_the_order_of_their_times"),
             ("version", "test_a_note_is_changed_only_with_its_current_version"),
         ],
