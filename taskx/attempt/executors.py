@@ -37,7 +37,7 @@ from taskx.attempt.together import BatchContext, Together, alone
 from taskx.tasks.checks import Duration, check_plain, is_async, is_async_generator
 from taskx.tasks.creation import model_of
 from taskx.tasks.errors import ConfigurationError, PayloadError
-from taskx.tasks.model import Task, check_name
+from taskx.tasks.model import Task, check_name, its_type
 from taskx.tasks.options import (
     FALLBACKS,
     Options,
@@ -419,10 +419,8 @@ def executor_of(
         return thing.executor, thing.options
     if isinstance(thing, Executor):
         return thing, {}
-    hint = ""
-    if isinstance(thing, TaskExecutor):
-        hint = f"; give its type, {thing.type!r}"
-    elif inspect.isfunction(thing):
+    hint = its_type(thing)
+    if inspect.isfunction(thing):
         hint = f"; decorate {thing.__name__}() with @queue.executor()"
     raise ConfigurationError(f"{what} requires {wanted}, not {thing!r:.80}{hint}")
 

@@ -46,12 +46,19 @@ class TaskStatus(str, Enum):
 _FINISHED = frozenset({TaskStatus.COMPLETED, TaskStatus.FAILED, TaskStatus.CANCELLED})
 
 
+def its_type(thing: object) -> str:
+    """Return advice for a message: to give the type of a thing, such as an executor, if it has one."""
+    kind = getattr(thing, "type", None)
+    return f"; give its type, {kind!r}" if isinstance(kind, str) else ""
+
+
 def check_name(value: Any, what: str) -> str:
     """Return a text that is valid as id, type or created_by. Raises ConfigurationError if it is not."""
     if type(value) is str and value.isascii() and len(value) <= MAX_NAME and "\0" not in value:
         return value
     if not isinstance(value, str):
-        raise ConfigurationError(f"{what} must be a str, not {type(value).__name__}")
+        hint = its_type(value) if what == "type" else ""
+        raise ConfigurationError(f"{what} must be a str, not {type(value).__name__}{hint}")
     text = value if type(value) is str else str.__str__(value)
     if len(text) > MAX_NAME:
         raise ConfigurationError(f"{what} has {len(text)} characters, more than {MAX_NAME}")

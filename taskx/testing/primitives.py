@@ -22,7 +22,6 @@ from taskx.tasks.record import (
     FOR_PARENTS,
     FOR_TURN,
     FREE,
-    UNIQUE,
     UNTIL_DUE,
     Stub,
     ids_to_text,
@@ -242,10 +241,11 @@ class PrimitivesContract(Contract):
     def test_a_unique_value_is_compared_as_a_whole(self, repository: Repository) -> None:
         """All of its 255 characters count, and so do its case and a space at its end."""
         self.skip_if(repository.shortcoming)
+        columns: Sequence[Lookup] = ("unique_lock", "turn")
         keys = ["k", "K", "k ", *(f"{'ü' * 254}{end}" for end in "12")]
         for task_id, key in enumerate(keys):
             self.add(repository, [str(task_id)], unique_key=key, unique_lock=key, turn=key)
-            for column in UNIQUE:
+            for column in columns:
                 assert repository.find(column, [key], ("id", column)) == [(str(task_id), key)]
             assert self.apply(repository, self.insert("again", unique_lock=key)) == [False]
 

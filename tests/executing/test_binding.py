@@ -220,6 +220,12 @@ def test_what_a_call_takes_is_said_of_a_wrong_argument(queue, thing, text):
         queue.submit_many([thing])
 
 
+def test_a_call_that_takes_only_a_type_says_which_one_an_executor_has(queue, beat):
+    for call in (queue.pause, lambda kind: queue.count_tasks(type=kind)):
+        with pytest.raises(ConfigurationError, match=r"not PlainExecutor; give its type, 'beat'$"):
+            call(beat)
+
+
 @pytest.mark.every_store
 def test_flows_take_executors(queue, beat):
     flow = chain(beat, group(beat.using(priority=3), beat.task(at=5))).then(beat)

@@ -16,7 +16,7 @@ from django.test import TestCase
 from django.test.utils import override_settings
 from shop import tasks
 
-from taskx import every
+from taskx import ConfigurationError, every
 from taskx.contrib.django import InlineBackend, get_queue, schedules
 from taskx.contrib.django.compat import (
     TaskResultDoesNotExist,
@@ -127,6 +127,12 @@ def test_the_native_api_finds_a_task_by_its_type_and_runs_its_schedule(backend):
     get_queue().schedule("adds", every(60), tasks.add.type, {"a": 1})
     ran = get_queue().advance(180)
     assert [(task.type, task.result) for task in ran] == [("shop.tasks.add", 1)] * 3
+
+
+def test_a_call_that_takes_no_task_of_django_says_its_type(backend):
+    for call in (get_queue().submit, lambda task: get_queue().count_tasks(type=task)):
+        with pytest.raises(ConfigurationError, match=r"; give its type, 'shop\.tasks\.add'$"):
+            call(tasks.add)
 
 
 def test_declared_schedules_tick_only_in_a_test_that_asks_for_them(backend, monkeypatch):
