@@ -580,9 +580,9 @@ def life_on(kind, examples):
     return pytest.mark.slow(machine.TestCase)
 
 
-TestMemoryLife = life_on("memory", 150)
-TestSQLiteLife = life_on("sqlite", 50)
-TestMongoMockLife = life_on("mongomock", 30)
+TestMemoryLife = life_on("memory", 100)
+TestSQLiteLife = life_on("sqlite", 40)
+TestMongoMockLife = life_on("mongomock", 15)
 TestMongoLife = pytest.mark.mongo(life_on("mongo", 3))
 TestMongoSetLife = pytest.mark.mongo(life_on("mongo-set", 3))
-TestAdapterLife = life_on("adapter", 20)
+TestAdapterLife = life_on("adapter", 12)
