@@ -279,6 +279,19 @@ def test_a_process_that_does_not_end_after_it_asked_to_be_replaced_is_killed(dri
     assert old.killed
 
 
+def test_one_of_several_processes_that_still_starts_goes_on_until_its_successor_is_ready():
+    driven = Driven(count=2)
+    starting, ready = driven.spawned
+    driven.beat(ready)
+    driven.fleet.replace()
+    driven.fleet.step()
+    (successor,) = driven.new(2)
+    driven.beat(starting)
+    assert [starting.orders, ready.orders] == [[], []]
+    driven.beat(successor)
+    assert [starting.orders, ready.orders] == [["stop"], []]
+
+
 @pytest.fixture
 def alone():
     """A fleet of one process, which is ready and whose repository is for one process."""

@@ -61,11 +61,6 @@ class Member:
         return self.beat_at is not None
 
     @property
-    def alone(self) -> bool:
-        """True if no process may start beside it: its repository is for one process, or not known yet."""
-        return not (self.ready and self.facts.get("shared", True))
-
-    @property
     def name(self) -> str:
         """Its name in the log."""
         return f"process {self.place} (pid {self.handle.pid})"
@@ -303,16 +298,24 @@ class Fleet:
                 member.kill_at = None
                 member.handle.kill()
         for place in self.places:
-            free = not any(one.place == place.number and one.alone for one in self.leaving)
+            here = (one for one in self.leaving if one.place == place.number)
+            free = not any(map(self._must_be_alone, here))
             if not self.stops and place.member is None and now >= place.start_at and free:
                 place.member = self._start(place)
         if self._outdated and not any(place.successor for place in self.places):
             place = self._outdated.pop(0)
-            if place.member is not None and place.member.alone:
+            if place.member is not None and self._must_be_alone(place.member):
                 self._retire(place.member)
                 place.member = None  # the next one starts when this one has ended
             elif place.member is not None:  # else a new one has started or will start
                 place.successor = self._start(place)
+
+    def _must_be_alone(self, member: Member) -> bool:
+        """Return True if no process may start beside one: its repository is for one, or not known yet.
+
+        A process of several refuses such a repository before it is ready.
+        """
+        return len(self.places) == 1 and not (member.ready and member.facts.get("shared", True))
 
     def _start(self, place: Place) -> Member | None:
         """Start a process. Return None if the system cannot, for example because memory is short."""
