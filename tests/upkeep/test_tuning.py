@@ -486,7 +486,8 @@ OF_T = ("type/t",)
 class Gates(Admission):
     def __init__(self, clock):
         self.limits = {}
-        super().__init__(self.limits, {"t": OF_T}, None, "n", clock, lambda: None, lambda: None)
+        about = (self.limits, {"t": OF_T}, None, "n", clock)
+        super().__init__(*about, freed=lambda: None, scheduled=lambda: None)
 
 
 def test_a_bucket_keeps_its_tokens_when_the_rate_changes(clock):
