@@ -224,17 +224,18 @@ class Campaign:
             if not child.ended():
                 child.kill()
 
-    def mix_until(self, condition: Callable[[], Any], what: str) -> Child:
+    def mix_until(self, condition: Callable[[], Any], what: str, **options: Any) -> Child:
         """Let a process take random steps until ``condition`` holds; return the process.
 
         It is replaced when it ends: one of its tasks may kill it.
         """
-        child = self.spawn(role="mix", seconds=HANGS / 4, workers=4)
+        wanted = {"role": "mix", "seconds": HANGS / 4, "workers": 4, **options}
+        child = self.spawn(**wanted)
 
         def holds() -> bool:
             nonlocal child
             if child.ended():
-                child = self.spawn(role="mix", seconds=HANGS / 4, workers=4)
+                child = self.spawn(**wanted)
             return bool(condition())
 
         until(holds, what)
