@@ -264,7 +264,7 @@ class LocalNode:
     # --- running
 
     def drain(self, timeout: Duration | None) -> bool:
-        """Do the work of :meth:`Queue.drain`.
+        """Wait until nothing is left to run here: see :meth:`Queue.drain`.
 
         Raises:
             ConfigurationError: called inside an executor or a hook, or the queue is not started.

@@ -50,7 +50,7 @@ def _obey(pool: WorkerPool, request: Request) -> None:
 
 
 def stop_node(repository: Repository, controls: Controls, timing: Timing, node: str) -> None:
-    """Do the work of :meth:`Queue.stop_node`."""
+    """Ask a node to stop: see :meth:`Queue.stop_node`."""
     repository.require("requests to nodes")
     found = queries.live_node(repository, check_key(node, "node_id"))
     if found is not None and found.serves_broker:
@@ -70,7 +70,7 @@ def stacks(
     node: str | None,
     timeout: Duration,
 ) -> list[ThreadStack]:
-    """Do the work of :meth:`Queue.stacks`."""
+    """Return the stacks of a node's threads: see :meth:`Queue.stacks`."""
     from taskx.node.threads import from_json, stacks_here
 
     seconds = check_number(timeout, "timeout")

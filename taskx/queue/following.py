@@ -23,7 +23,10 @@ def follow(
     timeout: Duration | None,
     timing: Timing,
 ) -> bool:
-    """Do the work of :meth:`Queue.follow`; ``drain`` is that of a started queue."""
+    """Show a person what waits, runs and has ended: see :meth:`Queue.follow`.
+
+    ``drain`` is that of a started queue.
+    """
     deadline = math.inf if timeout is None else time.monotonic() + in_seconds(timeout)
     first = _counts(repository)
     with Display("tasks", timing=timing) as display:

@@ -97,7 +97,7 @@ class Signals:
 
 
 def run(nodes: Sequence[LocalNode], timeout: Duration, signals: Signals | None = None) -> int:
-    """Do the work of :func:`taskx.run` with the nodes of its queues."""
+    """Start nodes, wait for a signal, and stop them: see :func:`taskx.run`."""
     seconds = check_number(timeout, "timeout")
     if not on_main_thread():
         raise ConfigurationError(

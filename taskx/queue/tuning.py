@@ -80,7 +80,7 @@ def tune(
     workers: int | None,
     node: str | None,
 ) -> None:
-    """Do the work of :meth:`Queue.tune`, in the repository."""
+    """Store overrides: see :meth:`Queue.tune`."""
     repository.require("overrides")
     _refuse_mixed(type, limit, "tune", workers=workers is not None, node=node)
     names = _options_of(type, limit)
@@ -114,7 +114,7 @@ def untune(
     workers: bool,
     node: str | None,
 ) -> None:
-    """Do the work of :meth:`Queue.untune`, in the repository."""
+    """Remove overrides: see :meth:`Queue.untune`."""
     repository.require("overrides")
     _refuse_mixed(type, limit, "untune", workers=workers, node=node)
     options = _options_of(type, limit)
@@ -154,7 +154,7 @@ def hold(
     name: str,
     until: datetime | Duration,
 ) -> None:
-    """Do the work of :meth:`Queue.hold`, in the repository."""
+    """Store a hold: see :meth:`Queue.hold`."""
     repository.require("holds of limits")
     check_key(name, "the name of a limit")
     now = clock.now_ms()
@@ -172,7 +172,7 @@ def hold(
 
 
 def release(repository: Repository, controls: Controls, clock: Clock, name: str) -> bool:
-    """Do the work of :meth:`Queue.release`, in the repository."""
+    """Remove a hold: see :meth:`Queue.release`."""
     repository.require("holds of limits")
     return controls.release(check_key(name, "the name of a limit"), clock.now_ms())
 
