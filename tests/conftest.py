@@ -16,8 +16,12 @@ import postgres_server as postgres
 import pytest
 from hypothesis import settings
 
-# Playwright switches the interpreter's lock on, so an environment without that lock has no Playwright.
-collect_ignore = [] if importlib.util.find_spec("playwright") else ["dashboard/browser"]
+# An environment without the interpreter's lock lacks what has no wheel for it, and Playwright, which switches
+# the lock on.
+_NEED = {"playwright": "dashboard/browser", "psycopg": "storage/postgres"}
+collect_ignore = [
+    folder for package, folder in _NEED.items() if not importlib.util.find_spec(package)
+]
 
 # Each run uses the same examples and has no deadlines. --hypothesis-profile=random uses other examples.
 settings.register_profile("random", deadline=None)

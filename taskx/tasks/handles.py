@@ -279,9 +279,11 @@ class TaskHandle(Future[R]):
                 if done or left <= 0:
                     break
                 self._sleep(left if bell.virtual else min(left, timing.display_every))
-        if not self.done():
+        # Its outcome may be told in a moment, although the task was deleted in the meantime.
+        left = deadline - bell.now()
+        if left <= 0 and not self.done():
             raise self._late(seconds)
-        return self.result(0)
+        return self.result(None if left == math.inf else max(0.0, left))
 
     def __await__(self) -> Generator[Any, None, R]:
         """Wait in async code until the task has ended, and return its result as :meth:`result` does.

@@ -78,6 +78,7 @@ class TestFollowHandle:
     def test_follow_returns_a_known_result_of_a_deleted_task(self, halfway):
         handle = halfway.submit("quick")
         assert handle.result(PATIENCE) == "quick"
+        assert halfway.drain(PATIENCE)  # else a new handle may still be told how the run has ended
         halfway.delete(handle.id)
         assert handle.follow() == "quick"
         with pytest.raises(TaskNotFound):

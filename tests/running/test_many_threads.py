@@ -152,6 +152,9 @@ def test_no_module_switches_the_interpreters_lock_on():
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root.parent).with_suffix("").parts
         if "__main__" not in parts and parts[:3] != SITES:
-            importlib.import_module(".".join(parts))
+            try:
+                importlib.import_module(".".join(parts))
+            except ModuleNotFoundError as error:
+                assert error.name == "psycopg"  # noqa: PT017  (it has no wheel for this Python)
     importlib.import_module("django.db")
     assert not sys._is_gil_enabled()
