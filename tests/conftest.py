@@ -16,8 +16,8 @@ import postgres_server as postgres
 import pytest
 from hypothesis import settings
 
-# An environment without the interpreter's lock lacks what has no wheel for it, and Playwright, which switches
-# the lock on.
+# An environment without the interpreter's lock lacks what has no wheel for it, and Playwright, which
+# switches the lock on.
 _NEED = {"playwright": "dashboard/browser", "psycopg": "storage/postgres"}
 collect_ignore = [
     folder for package, folder in _NEED.items() if not importlib.util.find_spec(package)
