@@ -84,6 +84,22 @@ class TestFollowHandle:
         with pytest.raises(TaskNotFound):
             halfway.handle(handle.id).follow()
 
+    def test_follow_waits_for_the_outcome_of_a_task_that_was_deleted_before_it_was_told(
+        self, halfway, gate
+    ):
+        handle = halfway.submit("half")
+        sleep = handle._sleep
+
+        def gone():
+            raise TaskNotFound(handle.id)
+
+        def let_it_end(seconds):
+            gate.open()
+            sleep(seconds)
+
+        handle.task, handle._sleep = gone, let_it_end
+        assert handle.follow() == "whole"
+
     def test_follow_raises_timeout_error_after_its_timeout(self, halfway, gate, capsys):
         handle = halfway.submit("half")
         with pytest.raises(concurrent.futures.TimeoutError):
