@@ -102,11 +102,12 @@ def _starts_a_thread(frame: FrameType) -> bool:
 class _Tracer:
     def __init__(self, point: int) -> None:
         self._left = point
+        self._in_finalizer = False  # in a weakref.finalize whose object has gone
         self.struck: Strike | None = None
 
     def enter(self, frame: FrameType, event: str, argument: Any) -> Any:
         file = frame.f_code.co_filename
-        if file == __file__:
+        if file == __file__ or self._in_finalizer:
             return None
         if file.startswith(_UNSAFE) or (not file.startswith(_OURS) and _imports(frame)):
             return None
@@ -116,6 +117,9 @@ class _Tracer:
         # Python would print the exception and go on.
         if name == "__del__" or (name.endswith("remove") and file in _WEAK):
             return None
+        if name == "__call__" and file == weakref.__file__ and frame.f_locals.get("_") is not None:
+            self._in_finalizer = True
+            return self._end_of_finalizer
         # A generator may be entered only to be closed.
         if not frame.f_code.co_flags & inspect.CO_GENERATOR:
             self._pass(frame)
@@ -135,6 +139,10 @@ class _Tracer:
         frame.f_trace = trace  # Python 3.13 needs it before the next line
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         return trace
+
+    def _end_of_finalizer(self, frame: FrameType, event: str, argument: Any) -> Any:
+        self._in_finalizer = event != "return"
+        return self._end_of_finalizer
 
     def _pass(self, frame: FrameType) -> None:
         if self._left == 0 and self.struck is None:

@@ -6,6 +6,7 @@ import importlib.machinery
 import logging
 import sys
 import threading
+import weakref
 
 from helpers import PATIENCE
 from strikes import Strike, every_strike, strike_at
@@ -62,6 +63,25 @@ def test_a_condition_can_be_left_locked():
             left.append(strike)
             condition._lock.release()
     assert left
+
+
+def test_no_strike_hits_what_a_finalizer_calls():
+    """Python would print the exception, and the call would go on."""
+    ended = []
+
+    class Owner:
+        """What has a finalizer."""
+
+    def end(point):
+        ended.append(point)
+
+    def work(point):
+        owner = Owner()
+        weakref.finalize(owner, end, point)
+        del owner
+
+    assert not any("in end " in str(strike) for strike in every_strike(work))
+    assert ended
 
 
 def test_no_strike_follows_a_call_that_raised():

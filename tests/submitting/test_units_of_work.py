@@ -7,6 +7,7 @@ call does on a file of SQLite.
 from __future__ import annotations
 
 import asyncio
+import gc
 import inspect
 import re
 import shutil
@@ -20,6 +21,7 @@ from concurrent.futures import TimeoutError as Late
 from contextlib import closing
 from datetime import datetime, timezone
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -47,6 +49,7 @@ from taskx import (
     executor,
 )
 from taskx.attempt.executors import BoundExecutor
+from taskx.stores.sqlite import joining
 from taskx.tasks.timing import Timing
 
 PAGE = Path(__file__).parents[2] / "docs" / "design-transactions.rst"
@@ -611,6 +614,26 @@ def test_a_connection_that_was_dropped_in_the_middle_frees_the_file_at_once(scen
         scene.queue.submit("echo")
         with pytest.raises(TaskNotFound):
             scene.queue.get_task_status("gone")
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_dropped_connection_frees_the_file_after_a_collection_of_another_thread(
+    scenes, monkeypatch
+):
+    """That may miss what has just become garbage, and meanwhile the collector returns 0 at once."""
+    scene = scenes("idle")
+    answers = [0, 0]
+    collect = lambda: answers.pop() if answers else gc.collect()  # noqa: E731
+    monkeypatch.setattr(joining, "gc", SimpleNamespace(collect=collect))
+
+    def careless():
+        connection = sqlite3.connect(scene.path)
+        connection.execute("INSERT INTO orders DEFAULT VALUES")
+        scene.queue.submit("echo", connection=connection)
+
+    scene.other.submit(careless).result()
+    scene.queue.submit("echo")
+    assert not answers
 
 
 def test_a_queue_is_stopped_inside_a_transaction_without_a_wait_for_its_lock(scenes, caplog):

@@ -150,24 +150,22 @@ class _Held:
     def in_transaction(self) -> bool:
         return self.connection is not None and in_transaction(self.connection)
 
-    def let_go(self) -> bool:
-        """Let go of the connection if its owner has closed or dropped it.
+    @property
+    def is_left(self) -> bool:
+        """True if its owner has closed or dropped the connection: nobody else refers to it.
 
-        Return True if it goes on until it is collected: it is another thread's, in the middle of a
-        transaction.
+        A look of another thread is a reference, too: then it is left a moment later.
         """
-        if sys.getrefcount(self.connection) > _references_of_one():  # also if it is None
-            if self.connection is not None and _is_closed(self.connection):
-                self.connection = None
-            return False
-        goes_on = self.in_transaction
-        try:
+        if sys.getrefcount(self.connection) <= _references_of_one():  # None has many
+            return True
+        connection = self.connection
+        return connection is not None and _is_closed(connection)
+
+    def let_go(self) -> None:
+        """Let go of a connection that is left. That of another thread goes on until it is collected."""
+        with suppress(sqlite3.Error, AttributeError):  # it is another thread's, or has just gone
             self.connection.close()  # type: ignore[union-attr]
-            goes_on = False
-        except (sqlite3.Error, AttributeError):  # it is another thread's, or has just gone
-            pass
         self.connection = None
-        return goes_on
 
     @property
     def belongs_to_a_thread(self) -> bool:
@@ -410,6 +408,7 @@ class FileTransactions(Transactions, Forks):
         super().renew()
         # For each thread the connection that it has given last, unless SQLAlchemy keeps account of it.
         self._last: dict[int, _Held] = {}
+        self._dropped = False
 
     @contextmanager
     def join(self, connection: object, then: Then | None) -> Iterator[SQLRepository]:
@@ -534,16 +533,24 @@ class FileTransactions(Transactions, Forks):
 
     def look(self) -> bool:
         more = super().look()
+        # Again, for a connection that another thread was looking at when its owner's garbage was collected.
+        if self._dropped:
+            self._dropped = not _collect()
         self._let_go()
-        return more or bool(self._last)
+        return more or bool(self._last) or self._dropped
 
     def _let_go(self) -> None:
         """Let go of the connections that their owners have closed or dropped."""
         held = {id(one): one for one in [*self._last.values(), *(one.held for one in self._given)]}
-        go_on = [one.let_go() for one in held.values()]
-        if True in go_on:
-            # A connection and its cache of statements refer to each other, so it ends when it is collected.
-            gc.collect()
+        for one in held.values():
+            if one.is_left:
+                if goes_on := one.in_transaction:
+                    self._dropped = (
+                        True  # first: the thread that watches may find no connection left
+                    )
+                one.let_go()
+                if goes_on:
+                    _collect()
         for thread, last in self._last.copy().items():
             if last.connection is None:
                 self._last.pop(thread, None)
@@ -558,6 +565,17 @@ class FileTransactions(Transactions, Forks):
             return [*compress(writes, queries.shown(self._repository, writes))]
         except TaskxError:  # polling finds the tasks
             return ()
+
+
+def _collect() -> bool:
+    """Collect garbage: a connection and its cache of statements refer to each other.
+
+    Return False if another thread is in the middle of that, and may miss what has just become garbage.
+    """
+    garbage: list[object] = []
+    garbage.append(garbage)
+    del garbage
+    return gc.collect() > 0
 
 
 def _is_closed(connection: sqlite3.Connection) -> bool:
