@@ -575,7 +575,9 @@ def _collect() -> bool:
     garbage: list[object] = []
     garbage.append(garbage)
     del garbage
-    return gc.collect() > 0
+    found = gc.collect()
+    gc.collect()  # without the interpreter's lock, the statements that other threads made end now
+    return found > 0
 
 
 def _is_closed(connection: sqlite3.Connection) -> bool:
