@@ -22,6 +22,7 @@ from types import CodeType, FrameType
 from typing import Any
 
 import taskx
+from taskx.tasks import in_use
 
 
 class Strike(BaseException):
@@ -72,7 +73,7 @@ def every_strike(call: Callable[[int], Any], first: int = 0, step: int = 1) -> I
 # An exception in these modules may leave a lock of all threads locked: that of imports or of a log handler.
 _UNSAFE = ("<frozen importlib", logging.__file__)
 # The callbacks of weak references.
-_WEAK = (weakref.__file__, _weakrefset.__file__)
+_WEAK = (weakref.__file__, _weakrefset.__file__, in_use.__file__)
 _OURS = os.path.dirname(taskx.__file__)
 
 

@@ -26,7 +26,11 @@ class InUse(Generic[T]):
     def add(self, one: T) -> None:
         """Add an object, until it is in use no more."""
         known, key = self._known, id(one)
-        known[key] = weakref.ref(one, lambda _: known.pop(key, None))
+
+        def remove(_: object) -> None:
+            known.pop(key, None)
+
+        known[key] = weakref.ref(one, remove)
 
     def discard(self, one: T) -> None:
         """Remove an object."""
