@@ -226,7 +226,7 @@ class Housekeeper:
             self._wanted
             or self._pool.runs
             or now - self._round_at >= timing.recover_every
-            or self._look_ahead() <= now + timing.hand_back_after
+            or self._look_ahead(now) <= now + timing.hand_back_after
         ):
             return True
         self._news = self._polls and self._changed()
@@ -244,14 +244,14 @@ class Housekeeper:
     def _until_next(self) -> float:
         """Return the seconds until the next round: as long as none is needed, it polls."""
         timing, now = self._pool.timing, time.monotonic()
-        due_at = self._look_ahead() if self._due_at is None else self._due_at
-        return max(timing.shortest_sleep, min(timing.poll_every, due_at - now))
+        due_at = self._look_ahead(now) if self._due_at is None else self._due_at
+        # Rounded: a billionth of a second more than a short sleep would be a long one, which others end.
+        return max(timing.shortest_sleep, min(timing.poll_every, round(due_at - now, 6)))
 
-    def _look_ahead(self) -> float:
+    def _look_ahead(self, now: float) -> float:
         """Return the time at which a duty is due."""
         more = any(duty.more for duty in self.duties)
-        soon = 0.0 if more else min([due() for due in self._dues])
-        self._due_at = time.monotonic() + soon
+        self._due_at = now + (0.0 if more else min([due() for due in self._dues]))
         return self._due_at
 
     def tick(self) -> None:

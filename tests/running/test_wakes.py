@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from itertools import count
 from queue import SimpleQueue
+from types import SimpleNamespace
 
 import pytest
 from helpers import (
     PATIENCE,
     Waiting,
     eventually,
+    housekeeper_of,
     joined_node,
     no_batches,
     no_rounds,
@@ -22,6 +25,7 @@ from helpers import (
 from strikes import every_strike
 
 from taskx import RetryPolicy, Task, TaskFailed
+from taskx.node import housekeeper as housekeeping
 from taskx.node.ahead import Ahead
 from taskx.node.buffer import Buffer
 from taskx.tasks.timing import DEFAULT_TIMING
@@ -197,6 +201,24 @@ def test_the_end_of_a_task_wakes_no_worker(make_queue, gate, monkeypatch):
         handle.result(PATIENCE)
     eventually(lambda: len(pool.ahead.waiting) == 8)
     assert sorted(run.task.id for run in woken) == sorted(handle.id for handle in handles)
+
+
+def test_while_something_waits_for_a_short_sleep_no_commit_ends_it(make_queue, gate, monkeypatch):
+    """A sleep that is longer than a short one, by however little, ends as soon as something is due."""
+    queue = make_queue(worker_num=1)
+    queue.executor("t")(gate)
+    queue.start()
+    queue.submit("t")
+    gate.wait_for(1)
+    with no_rounds(queue):
+        housekeeper, short = housekeeper_of(queue), DEFAULT_TIMING.hand_back_after
+        monkeypatch.setattr(housekeeper, "_dues", [lambda: short])
+        clock = count(1234.5678, 0.1 + 2**-30)
+        monkeypatch.setattr(housekeeping, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+        for _ in range(1000):
+            housekeeper._due_at = None
+            assert housekeeper._until_next() <= short
+        gate.open()
 
 
 # The thread that waits for a result reads nothing

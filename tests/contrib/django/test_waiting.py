@@ -72,4 +72,5 @@ def test_an_answer_in_a_transaction_of_the_caller_counts_from_its_commit(queue):
         assert queue.finish(answer, "committed", by="eva")
     assert queue.get_task_status(answer).result == "committed"
     eventually(lambda: queue.wake(handle.id))
+    waits_for(queue, handle.id, "event/c")
     assert queue.cancel_task(handle.id)
