@@ -617,7 +617,7 @@ def test_an_idle_node_reads_what_the_design_says(tmp_path, monkeypatch):
     for sql, count in reads.items():
         [what] = [w for w, mark in IDLE.items() if mark.format(node=node.record.id) in sql]
         seen[what] += count
-    each = {"15 times a second": 600, "2 times a second": 80, "every 2 seconds": 20}
+    each = {"11 times a second": 444, "2 times a second": 80, "every 2 seconds": 20}
     said: Counter[str] = Counter()
     for how_often, what in table(ROOT / "docs" / "design.rst", "Reads of an idle node"):
         for one in what.split(", "):

@@ -19,7 +19,7 @@ class Timing:
     # --- to notice what other processes do
 
     #: Between polls of a node for changes. The rests between wake-ups need not be longer.
-    poll_every: float = 0.06
+    poll_every: float = 0.09
     #: Between checks for dead nodes, and between the rounds of an idle housekeeper. Observers of leases
     #: poll as often.
     recover_every: float = 0.5

@@ -239,7 +239,7 @@ def spent(monkeypatch):
 def rests(spent, used):
     """Return the rests after fetches in vain that each use ``used`` seconds of processor time."""
     seconds = []
-    for _ in range(6):
+    for _ in range(7):
         spent(0.01, used)
         spent.rest.after(vain=True)
         seconds.append(round(spent.rest.seconds, 6))
@@ -249,9 +249,9 @@ def rests(spent, used):
 @pytest.mark.parametrize(
     ("used", "expected"),
     [
-        pytest.param(0.0002, [2, 4, 8, 10, 10, 10], id="until the rest is fifty times the cost"),
-        pytest.param(0.0, [2] * 6, id="fetches that cost nothing"),
-        pytest.param(0.5, [2, 4, 8, 16, 32, 60], id="expensive fetches: until the next poll"),
+        pytest.param(0.0002, [2, 4, 8, 10, 10, 10, 10], id="until the rest is fifty times the cost"),
+        pytest.param(0.0, [2] * 7, id="fetches that cost nothing"),
+        pytest.param(0.5, [2, 4, 8, 16, 32, 64, 90], id="expensive fetches: until the next poll"),
     ],
 )
 def test_fetches_in_vain_come_less_and_less_often(spent, used, expected):

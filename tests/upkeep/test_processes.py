@@ -144,7 +144,7 @@ def test_one_check_takes_back_all_tasks_of_a_dead_process(run, survivor):
 
 def test_polling_intervals_are_as_short_as_the_documentation_promises():
     """Tasks of other processes start within 100 ms; a cancel arrives, and a rescue is done, within 1 s."""
-    assert DEFAULT_TIMING.poll_every <= 0.06
+    assert DEFAULT_TIMING.poll_every <= 0.09
     assert DEFAULT_TIMING.recover_every <= 0.5
 
 
