@@ -90,7 +90,7 @@ def _connect(outer: FileLinks, connect: Connect | None) -> sqlite3.Connection:
                 f"connect() must return an sqlite3.Connection, not {connection!r:.80}"
             )
         return connection
-    return connect_to(outer.file, outer.busy_timeout)
+    return connect_to(outer.file, outer.connections.busy_timeout)
 
 
 def _commit(connection: sqlite3.Connection) -> None:

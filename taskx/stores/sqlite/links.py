@@ -64,7 +64,6 @@ class FileLinks(Links, News, House, Forks):
         self.schema = schema
         self.prefix = schema.prefix
         self.durability = durability
-        self.busy_timeout = busy_timeout
         self.timing = timing
         self.connections = Connections(file, busy_timeout, schema, timing)
         self.turnstile = Turnstile(file, timing)
@@ -148,7 +147,7 @@ class FileLinks(Links, News, House, Forks):
         try:
             cursor.execute("BEGIN IMMEDIATE")
         finally:
-            cursor.execute(f"PRAGMA busy_timeout = {self.busy_timeout * 1000:.0f}")
+            cursor.execute(f"PRAGMA busy_timeout = {self.connections.busy_timeout * 1000:.0f}")
 
     def _begin_among_others(self, connection: sqlite3.Connection, seconds: float) -> None:
         """Begin a transaction in a file whose other writers take no turns."""
@@ -159,7 +158,9 @@ class FileLinks(Links, News, House, Forks):
         try:
             until_unlocked(begin, deadline, sqlite3.OperationalError, self.timing, hurry)
         finally:
-            connection.execute(f"PRAGMA busy_timeout = {self.busy_timeout * 1000:.0f}").fetchall()
+            connection.execute(
+                f"PRAGMA busy_timeout = {self.connections.busy_timeout * 1000:.0f}"
+            ).fetchall()
 
     def _undo(self, connection: sqlite3.Connection, error: BaseException) -> None:
         """Roll back, and raise TaskX's error for an error of SQLite."""
@@ -201,7 +202,7 @@ class FileLinks(Links, News, House, Forks):
             raise Reentered
         with self.write_lock:
             try:
-                left = self.turnstile.enter(self.busy_timeout)
+                left = self.turnstile.enter(self.connections.busy_timeout)
                 self._begin_among_others(connection, left)
             finally:
                 self.turnstile.leave()

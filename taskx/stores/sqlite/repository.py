@@ -91,7 +91,6 @@ class SQLiteRepository(SQLRepository):
         self.connect = connect
         self.prefix = prefix
         self.schema = schema.of(prefix)
-        self.busy_timeout = seconds
         file = DatabaseFile(self.path, create, prefix)
         several = lambda: len(self.queues) > 1  # noqa: E731
         links = FileLinks(file, self.schema, durability, seconds, several, timing)
@@ -104,6 +103,11 @@ class SQLiteRepository(SQLRepository):
     def __repr__(self) -> str:
         prefix = f", prefix={self.prefix!r}" if self.prefix else ""
         return f"SQLiteRepository({self.path!r}, durability={self.durability!r}{prefix})"
+
+    @property
+    def busy_timeout(self) -> float:
+        """Seconds to wait for another process's write before an error is raised."""
+        return self._file_links.connections.busy_timeout
 
     def version(self) -> object:
         """Return counters of commits: those of others, and our own if several queues share this object.
