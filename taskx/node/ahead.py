@@ -210,12 +210,11 @@ class Ahead:
         """Return True if tasks are short and another worker is busy with them."""
         busy = self.workers - len(self.waiting)
         # Usually one of them has just taken its task, so there is no need to look at the times.
-        return self.short and (busy > len(self.at_work) or busy > self._tied_up())
-
-    def _tied_up(self) -> int:
-        """Return the number of workers whose current task is not short after all."""
+        if not self.short or busy > len(self.at_work):
+            return self.short
+        # The others have a task that is not short after all.
         limit = time.monotonic() - self._tied_up_after
-        return sum(began < limit for began in list(self.at_work.values()))
+        return busy > len([began for began in list(self.at_work.values()) if began < limit])
 
     def wake_all(self) -> None:
         """Wake every worker that waits by now."""

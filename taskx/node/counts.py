@@ -240,25 +240,25 @@ class Counts:
 
     # --- counting
 
-    def started(self, runs: Iterable[Run]) -> None:
-        """Count the starts of attempts."""
+    def started(self, runs: Iterable[Run], now: int) -> None:
+        """Count the starts of attempts, at a time in milliseconds."""
         waits = self._waits
-        if self._clock.now_ms() >= self.until:
+        if now >= self.until:
             self.gather()
         for run in runs:
             task = run.task
-            since, now = task.created_at, task.started_at
+            since, began = task.created_at, task.started_at
             assert since is not None
-            assert now is not None
+            assert began is not None
             if task.starts != 1 or task.concurrency_key is not None or run.resumes:
                 self._started(run)
                 continue
             if task.run_at is not None:
                 since = max(since, task.run_at)
             try:
-                waits[task.type].append(now - since)
+                waits[task.type].append(began - since)
             except KeyError:
-                waits.setdefault(task.type, []).append(now - since)
+                waits.setdefault(task.type, []).append(began - since)
 
     def _started(self, run: Run) -> None:
         task = run.task

@@ -139,10 +139,10 @@ class Moves(Ledger[Outcome]):
         """Tell the pool of a started node of moves of its tasks, from now on; None: tell nobody."""
         self._pool = pool
 
-    def started(self, runs: Iterable[Run]) -> None:
-        """Count the starts of attempts."""
+    def started(self, runs: Iterable[Run], now: int) -> None:
+        """Count the starts of attempts, at a time in milliseconds."""
         self.is_told = self._log.isEnabledFor(logging.DEBUG)
-        self.counts.started(runs)
+        self.counts.started(runs, now)
 
     def follow(
         self,

@@ -201,10 +201,11 @@ class Seat(Place):
         """Make the run of the task; return False if this node must not start it now."""
         starter, registry = self._starter, self._starter._registry
         (write,) = self.writes
-        found = plain_tasks([write.row]) if is_plain(write.row) else {}
-        task = found.get(write.id) or created_task(write.row)
+        row = write.row
+        found = plain_tasks([row]) if is_plain(row) else {}
+        task = found.get(row["id"]) or created_task(row)
         apply_defaults([task], registry.registered)
-        self._start = lifecycle.start(task, starter._moves.now_ms(), starter._node, starter._name)
+        self._start = lifecycle.start(task, row["created_at"], starter._node, starter._name)
         # The thread that runs a task starts it, if the task must not crash twice.
         if self._start is None or task.max_crashes == 1 or task.type in registry.batches:
             return False
@@ -222,8 +223,8 @@ class Seat(Place):
         """Give the run to a worker: the task is stored now."""
         assert self._run is not None
         assert self._start is not None
-        lifecycle.mark_started(self._run.task, self._start)
-        self._starter._moves.started([self._run])
+        lifecycle.mark_started([(self._run.task, self._start)])
+        self._starter._moves.started([self._run], self.writes[0].row["created_at"])
         if not self._serve(self._run):
             self._starter._agenda.wake_from_long_sleep()
 
@@ -326,11 +327,11 @@ class Starter:
             writes = [update for _, update in starting]
             results = moves.commit(writes) if writes else ()
             held = compress([(run.task, update) for run, update in starting], results)
-            lifecycle.mark_all_started(held)
+            lifecycle.mark_started(held)
             for (run, _), started in zip(starting, results, strict=True):
                 if not started:
                     self.strike(run)
-            moves.started(compress([run for run, _ in starting], results))
+            moves.started(compress([run for run, _ in starting], results), now)
             if (
                 False in results
             ):  # records that have changed since their rows were made are read then

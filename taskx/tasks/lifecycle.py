@@ -719,12 +719,7 @@ def last_chance(task: _Counts) -> bool:
     return 0 < task.crashes >= _crashes_allowed(task) - 1
 
 
-def mark_started(task: Task, update: Update) -> None:
-    """Change a task object as the written start has changed its record."""
-    mark_all_started([(task, update)])
-
-
-def mark_all_started(started: Iterable[tuple[Task, Update]]) -> None:
+def mark_started(started: Iterable[tuple[Task, Update]]) -> None:
     """Change task objects as the written starts have changed their records."""
     for task, (_, _, changes, *_) in started:
         task.status = TaskStatus.RUNNING
@@ -1295,16 +1290,15 @@ _OFTEN = {"start": "", "complete": ENDED}
 
 def news_of(writes: Sequence[Write]) -> set[str]:
     """Return the kinds of news in writes, for other processes."""
-    moves = {write.move for write in writes}
-    if moves <= _OFTEN.keys():
-        return {_OFTEN[move] for move in moves} - {""}
-    return {*map(_news, writes)} - {""}
+    kinds = set[str]()
+    for write in writes:
+        kind = _OFTEN.get(write.move)
+        kinds.add(_news(write) if kind is None else kind)
+    return kinds - {""}
 
 
 def _news(write: Write) -> str:
-    """Return the kind of news in a write; empty if there is none."""
-    if (kind := _OFTEN.get(write.move)) is not None:
-        return kind
+    """Return the kind of news in a write whose move does not tell; empty if there is none."""
     changes = write.row if isinstance(write, Insert) else write.changes
     if isinstance(write, Delete) or changes.get("status") in FINISHED:
         return ENDED

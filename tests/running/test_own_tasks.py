@@ -231,7 +231,7 @@ def running(tmp_path):
         tasks = [*repository.get_many([insert.id for insert in inserts]).values()]
         starts = lifecycle.start_all(tasks, 50, "node", "worker")
         assert repository.apply(starts) == [True] * 32
-        lifecycle.mark_all_started(zip(tasks, starts, strict=True))
+        lifecycle.mark_started(zip(tasks, starts, strict=True))
         yield repository, starts, tasks
 
 
