@@ -1290,7 +1290,7 @@ _OFTEN = {"start": "", "complete": ENDED}
 
 def news_of(writes: Sequence[Write]) -> set[str]:
     """Return the kinds of news in writes, for other processes."""
-    kinds = set[str]()
+    kinds: set[str] = set()
     for write in writes:
         kind = _OFTEN.get(write.move)
         kinds.add(_news(write) if kind is None else kind)

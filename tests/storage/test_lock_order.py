@@ -351,6 +351,27 @@ def test_a_read_waits_for_no_write(tmp_path):
             assert run_in_thread(lambda: repository.count(TaskFilter()))() == 0
 
 
+class Asked(Watched):
+    """A lock that also says when a thread asks for it with a time-out."""
+
+    def acquire(self, *how):
+        self.wanted.set()
+        return self._lock.acquire(*how)
+
+
+def test_the_first_read_waits_only_until_the_file_is_open(tmp_path):
+    """The first write, in another thread, has opened it then. It may wait for the file for long."""
+    with SQLiteRepository(tmp_path / "tasks.db") as repository:
+        links = repository._file_links
+        links.write_lock = lock = Asked(links.write_lock)
+        with lock:
+            lock.wanted.clear()
+            count = run_in_thread(lambda: repository.count(TaskFilter()))
+            assert lock.wanted.wait(PATIENCE)
+            connections_of(repository).writer()
+            assert count() == 0
+
+
 # --- all of them
 
 

@@ -622,7 +622,7 @@ def test_a_dropped_connection_frees_the_file_after_a_collection_of_another_threa
 ):
     """That may miss what has just become garbage, and meanwhile the collector returns 0 at once."""
     scene = scenes("idle")
-    answers = [0, 0, 0, 0]
+    answers = [0, 0]
     collect = lambda: answers.pop() if answers else gc.collect()  # noqa: E731
     monkeypatch.setattr(joining, "gc", SimpleNamespace(collect=collect))
 

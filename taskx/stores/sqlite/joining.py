@@ -34,6 +34,7 @@ from taskx.tasks.writes import Write
 _LEGACY = -1  # sqlite3.LEGACY_TRANSACTION_CONTROL, which Python 3.12 added
 # The most writes of a transaction that are looked up to know it again.
 _FEW = 20
+_LONGEST_CHAIN = 5  # collections
 
 
 #: Opens the connection of an executor's transaction.
@@ -535,7 +536,7 @@ class FileTransactions(Transactions, Forks):
         more = super().look()
         # Again, for a connection that another thread was looking at when its owner's garbage was collected.
         if self._dropped:
-            self._dropped = not _collect()
+            self._dropped = not self._collect()
         self._let_go()
         return more or bool(self._last) or self._dropped
 
@@ -545,15 +546,32 @@ class FileTransactions(Transactions, Forks):
         for one in held.values():
             if one.is_left:
                 if goes_on := one.in_transaction:
-                    self._dropped = (
-                        True  # first: the thread that watches may find no connection left
-                    )
+                    # First: the thread that watches may find no connection left.
+                    self._dropped = True
                 one.let_go()
                 if goes_on:
-                    _collect()
+                    self._collect()
         for thread, last in self._last.copy().items():
             if last.connection is None:
                 self._last.pop(thread, None)
+
+    def _collect(self) -> bool:
+        """Collect garbage: a connection and its cache of statements refer to each other.
+
+        Without the interpreter's lock, the objects of another thread end one after another, each in a
+        collection of its own: the connection, its cache, a statement.
+
+        Return False if another thread is in the middle of that, and may miss what has just become garbage.
+        """
+        for _ in range(_LONGEST_CHAIN):
+            garbage: list[object] = []
+            garbage.append(garbage)
+            del garbage
+            if not gc.collect():
+                return False
+            if self._outer.lock_is_free():
+                break
+        return True
 
     def _tell(self, then: Then, done: Sequence[Write]) -> None:
         self._outer.tell_others(done)
@@ -565,19 +583,6 @@ class FileTransactions(Transactions, Forks):
             return [*compress(writes, queries.shown(self._repository, writes))]
         except TaskxError:  # polling finds the tasks
             return ()
-
-
-def _collect() -> bool:
-    """Collect garbage: a connection and its cache of statements refer to each other.
-
-    Return False if another thread is in the middle of that, and may miss what has just become garbage.
-    """
-    garbage: list[object] = []
-    garbage.append(garbage)
-    del garbage
-    found = gc.collect()
-    gc.collect()  # without the interpreter's lock, the statements that other threads made end now
-    return found > 0
 
 
 def _is_closed(connection: sqlite3.Connection) -> bool:

@@ -259,13 +259,20 @@ class FileLinks(Links, News, House, Forks):
         """Create and check the file before the first read. Later, check that it still exists.
 
         Only the first read takes the lock: a thread inside a transaction of its own may read, and those
-        that write may wait for that transaction.
+        that write may wait for that transaction. One of these may have opened the file by then.
         """
         if self.connections.opened:
             self.file.check()
-        else:
-            with self.write_lock:
-                self.connections.writer()
+        soon = self.timing.file_free_within
+        while not self.connections.opened:
+            got: list[bool] = []
+            try:
+                got.extend(map(self.write_lock.acquire, (True,), (soon,)))  # in one step, as above
+                if got == [True]:
+                    self.connections.writer()
+            finally:
+                if got == [True]:
+                    self.write_lock.release()
 
     def revision(self) -> tuple[tuple[int, int], int]:
         """Return the counter of others' commits, and that of our own."""
