@@ -161,7 +161,8 @@ def test_other_types_do_not_wait_behind_a_limited_type(make_queue, gate):
     gate.wait_for(1)
     for _ in range(10):
         assert queue.submit("fast").result(PATIENCE) == "fast"
-    assert queue.buffered == 0
+    # For a moment it may have had one more: it was fetched just before the first one was counted.
+    eventually(lambda: queue.buffered == 0)
     queue.pause("slow")
     gate.open()
 
