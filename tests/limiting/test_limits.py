@@ -90,6 +90,8 @@ def test_a_token_that_comes_while_the_buffer_is_full_is_used_later(make_queue, c
     handles = [queue.submit("t") for _ in range(2)]
     assert handles[0].result(PATIENCE) is None
     pool = pool_of(queue)
+    whole_round(queue)
+    eventually(pool.holds_nothing)  # the second one is in the store, and with no worker
     eventually(pool.admission.next_fetch)
     with (
         pool.fetcher._refilling
