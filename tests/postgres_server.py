@@ -159,10 +159,10 @@ class Server:
             connection.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
 
     def break_connections(self, name: str) -> None:
-        """End the connections to a database."""
-        found = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s"
+        """End the connections to a database; return when their processes have ended."""
+        end = "SELECT pg_terminate_backend(pid, %s) FROM pg_stat_activity WHERE datname = %s"
         with self.connect() as connection:
-            connection.execute(found, [name])
+            connection.execute(end, [round(1000 * PATIENCE), name])
 
     def kill(self) -> None:
         """Kill all processes of the server without a warning, in the middle of what they do."""

@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from helpers import PATIENCE, eventually, parts_of, pool_of
+from helpers import PATIENCE, eventually, parts_of, pool_of, whole_round
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -267,6 +267,7 @@ class TestHook:
         clock.advance(3600)
         queue.start()
         eventually(lambda: queue.count_tasks(status="completed") == 1)
+        whole_round(queue)  # the housekeeper tells of the gap after the task was stored
         wait_told(queue)
         assert value("schedule_gaps_total", schedule="often") == 1
 
@@ -515,6 +516,8 @@ def text(make, registry, value, clock):
     assert begun.wait(PATIENCE)
     clock.advance(100)
     assert queue.drain(PATIENCE)
+    whole_round(queue)  # the housekeeper tells of the gap after the task was stored
+    wait_told(queue)
     go_on.set()
     return generate_latest(registry).decode()
 
@@ -655,8 +658,9 @@ def test_counters_of_processes_are_added_up_and_store_metrics_are_not(tmp_path, 
     try:
         for child in children:
             assert child.stdout.readline() == "holding\n"
-        # One may have run a task of the other one after its drain, and its hook is told a moment later.
+        # One may have run a task of the other one after its drain. Hooks are told a moment later.
         eventually(lambda: scrape()["tasks_finished_totalcompletedquick"] == 7)
+        eventually(lambda: scrape()["tasks_running"] == 2)
         found = scrape()
         assert found["tasks_running"] == 2
         assert found["tasks_submitted_totalquick"] == 7

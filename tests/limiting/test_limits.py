@@ -90,6 +90,8 @@ def test_a_token_that_comes_while_the_buffer_is_full_is_used_later(make_queue, c
     handles = [queue.submit("t") for _ in range(2)]
     assert handles[0].result(PATIENCE) is None
     pool = pool_of(queue)
+    whole_round(queue)
+    eventually(pool.holds_nothing)  # the second one is in the store, and with no worker
     eventually(pool.admission.next_fetch)
     with (
         pool.fetcher._refilling
@@ -161,7 +163,8 @@ def test_other_types_do_not_wait_behind_a_limited_type(make_queue, gate):
     gate.wait_for(1)
     for _ in range(10):
         assert queue.submit("fast").result(PATIENCE) == "fast"
-    assert queue.buffered == 0
+    # For a moment it may have had one more: it was fetched just before the first one was counted.
+    eventually(lambda: queue.buffered == 0)
     queue.pause("slow")
     gate.open()
 

@@ -392,8 +392,9 @@ class TestAnswersThatAreLost:
         store = partial(lost.put_note, "a", text, version)
         assert sent_in_vain(proxy, "answer", COMMANDS, store).in_doubt
         proxy.heal()
-        found = {name: note.text for name, note in repository.notes("a").items()}
-        assert found == ({} if text is None else {"a": text})
+        stored = lambda: {name: note.text for name, note in repository.notes("a").items()}  # noqa: E731
+        # The server has received the change, and may carry it out after the time-out.
+        eventually(lambda: stored() == ({} if text is None else {"a": text}))
 
     def test_an_unreachable_server_leaves_no_doubt(self, make):
         client = pymongo.MongoClient("127.0.0.1", free_port())

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 import postgres_server
 import psycopg
 import pytest
+from helpers import PATIENCE
 from mongo_proxy import Proxy
 
 from taskx import PostgresRepository
@@ -68,12 +69,14 @@ def proxy(server: postgres_server.Server) -> Iterator[Proxy]:
 
 
 @pytest.fixture
-def through(proxy: Proxy, url: str, repository: Any, tmp_path: Any) -> Iterator[PostgresRepository]:
-    """A repository whose connections go through the proxy."""
+def through(
+    request: Any, proxy: Proxy, url: str, repository: Any, tmp_path: Any
+) -> Iterator[PostgresRepository]:
+    """A repository whose connections go through the proxy. A test may give the seconds that it waits."""
     name = urlsplit(url).path
     with PostgresRepository(
         f"postgresql://postgres@127.0.0.1:{proxy.port}{name}",
         run_folder=tmp_path / "run",
-        timeout=2,
+        timeout=getattr(request, "param", PATIENCE),
     ) as made:
         yield made
