@@ -87,6 +87,8 @@ def hang(clock, gate):
         gate.wait_for()
         clock.advance(TIMEOUT + GRACE)
         eventually(lambda: handle.task().status != TaskStatus.RUNNING)
+        # The run is forgotten after the commit; until then, handles do not read how the task has ended.
+        eventually(lambda: handle.id not in pool_of(queue).runs)
         return handle
 
     return hang
