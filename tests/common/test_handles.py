@@ -144,9 +144,12 @@ def test_each_done_callback_is_called_once(started, gate):
 
 
 def test_a_done_callback_that_hangs_blocks_no_worker(started, gate):
-    handles = [started.submit("echo", {"value": n}, delay=0.05) for n in range(4)]
+    added = threading.Event()  # the callback of a task that has ended is called at once
+    started.executor("hold")(lambda: added.wait(PATIENCE))
+    handles = [started.submit("hold") for _ in range(4)]
     for handle in handles:
         handle.add_done_callback(lambda _: gate())
+    added.set()
     gate.wait_for(4)
     assert started.submit("echo", {"value": 5}).result(PATIENCE) == 5
 
@@ -167,11 +170,11 @@ def test_the_result_of_a_task_that_ran_here_is_not_read_back(started, gate):
     assert not handle.done()
     gate.wait_for(1)
     reads = []
-    started.repository.get_many = lambda task_ids: reads.append(task_ids) or {}
     with no_rounds(started):  # the housekeeper reads what has changed, and nobody was told of yet
+        started.repository.get_many = lambda task_ids: reads.append(task_ids) or {}
         gate.open()
         assert handle.result(PATIENCE) == [1]
-    assert [handle.id] not in reads
+        assert [handle.id] not in reads
 
 
 def test_an_unused_handle_costs_nothing(started):
@@ -272,7 +275,7 @@ def test_waiting_for_a_task_that_no_node_can_run_warns_once(queue, make_queue, c
     assert "'echo'" in warning
 
 
-@pytest.mark.timing(handles_every=0.001)
+@pytest.mark.timing(handles_every=0.0)  # each wait is looked at
 def test_each_type_that_no_node_can_run_is_warned_of_also_in_later_waits(
     queue, make_queue, repository, caplog
 ):

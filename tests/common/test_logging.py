@@ -143,7 +143,7 @@ def test_a_stuck_task_is_abandoned_if_logging_raises(make_queue, logger, clock, 
         handle.result(PATIENCE)
     gate.open()
     eventually(lambda: handle.task().stuck_on == "")
-    assert len(threads(queue)) == 3
+    eventually(lambda: len(threads(queue)) == 3)  # the thread that came back ends a moment later
 
 
 def test_an_error_of_ctx_logger_reaches_the_executor(queue):

@@ -143,9 +143,10 @@ def test_a_dropped_handle_is_freed(queue):
     assert not handle.done()
     for _ in range(20):
         assert not queue.handle(handle.id).done()
-    assert len(parts_of(queue).watcher._live(handle.id)) == 1
+    task_id, live = handle.id, parts_of(queue).watcher._live
+    # The watcher may just be looking at one of them.
+    eventually(lambda: (gc.collect(), len(live(task_id)) == 1)[1])
     gone = weakref.ref(handle)
-    task_id = handle.id
     del handle
     eventually(lambda: (gc.collect(), gone() is None)[1])  # the watcher may just be looking at it
     eventually(lambda: "taskx-watch" not in {thread.name for thread in threading.enumerate()})
@@ -217,7 +218,8 @@ def test_a_callback_that_raises_does_not_prevent_others(queue, held, gate, caplo
     gate.open()
     assert called.wait(PATIENCE)
     handle.add_done_callback(lambda handle: 1 / 0)  # on this thread
-    assert caplog.text.count("exception calling callback") == 3
+    # Two threads that find the end may have shared the callbacks.
+    eventually(lambda: caplog.text.count("exception calling callback") == 3)
 
 
 def test_a_callback_that_could_not_be_added_is_not_called(queue):

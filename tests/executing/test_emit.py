@@ -9,7 +9,7 @@ from concurrent.futures import CancelledError
 from contextlib import closing
 
 import pytest
-from helpers import PATIENCE, parts_of
+from helpers import PATIENCE, no_rounds, parts_of
 from storage.repositories import MAKERS
 
 from taskx import (
@@ -405,7 +405,7 @@ def test_a_reader_elsewhere_gets_chunks_while_the_task_runs(tmp_path):
     assert chunks == [1, 2]
 
 
-def test_the_chunks_of_many_tasks_are_one_commit(tmp_path, monkeypatch):
+def test_the_chunks_of_many_tasks_are_one_commit(tmp_path, monkeypatch, gate):
     queue = Queue(SQLiteRepository(tmp_path / "q.db"), Config(worker_num=5))
     ready, puts = threading.Barrier(6), []
     put = queue.repository.put_notes
@@ -416,6 +416,7 @@ def test_the_chunks_of_many_tasks_are_one_commit(tmp_path, monkeypatch):
 
     @queue.executor("one")
     def one(ctx):
+        gate()
         ctx.emit(1)
         ready.wait(PATIENCE)
         ready.wait(PATIENCE)
@@ -423,7 +424,10 @@ def test_the_chunks_of_many_tasks_are_one_commit(tmp_path, monkeypatch):
     monkeypatch.setattr(queue.repository, "put_notes", counted)
     handles = [queue.submit("one") for _ in range(5)]
     with queue:
-        ready.wait(PATIENCE)
+        gate.wait_for(5)
+        with no_rounds(queue):  # the housekeeper comes when all of them have emitted
+            gate.open()
+            ready.wait(PATIENCE)
         readers = [handle.stream() for handle in handles]
         assert [next(reader).value for reader in readers] == [1] * 5
         ready.wait(PATIENCE)

@@ -268,8 +268,8 @@ class TestLumps:
             for n in range(1000):
                 drawn.append(n)
                 yield {"n": n}
-                if n == 0:
-                    eventually(lambda: stored.get_task_status("hold:0").status == "completed")
+                if n == 0:  # the map is told of the end after the commit
+                    eventually(lambda: not parts_of(stored).watcher.watching)
 
         results = stored.map("hold", items(), lambda item: item["n"], window=1000)
         assert next(results) == 0

@@ -258,16 +258,26 @@ def test_a_started_queue_wakes_in_time(make_queue):
 
     @queue.executor("nap")
     def nap(ctx):
-        ctx.sleep(1.05, step="nap")
+        ctx.sleep(2, step="nap")  # one of less than a second would hold the thread
         return time.time()
 
-    queue.executor("fine")(lambda: "fine")
     queue.start()
     began = queue.clock.now_ms() / 1000
     handle = queue.submit("nap")
+    assert handle.result(PATIENCE) >= began + 2
+    assert handle.task().starts == 2
+
+
+def test_a_sleep_holds_no_thread(make_queue, clock):
+    queue = make_queue(worker_num=1, clock=clock)
+    queue.executor("nap")(lambda ctx: ctx.sleep(60, step="nap"))
+    queue.executor("fine")(lambda: "fine")
+    queue.start()
+    handle = queue.submit("nap")
     eventually(lambda: lifecycle.is_parked(handle.task()) and not pool_of(queue).runs)
     assert queue.submit("fine").result(PATIENCE) == "fine"  # with one worker
-    assert handle.result(PATIENCE) >= began + 1.05
+    clock.advance(60)
+    handle.result(PATIENCE)
     assert handle.task().starts == 2
 
 
