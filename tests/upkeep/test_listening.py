@@ -186,7 +186,9 @@ def test_a_queue_polls_if_its_listener_fails(make_queue, elsewhere, monkeypatch,
     with queue:
         eventually(lambda: "this node only polls" in caplog.text)
         assert elsewhere.submit("t").result(PATIENCE)
-    eventually(lambda: "gets no wake-ups" in caplog.text)  # a waiting thread may look before its watcher
+    eventually(
+        lambda: "gets no wake-ups" in caplog.text
+    )  # a waiting thread may look before its watcher
     assert caplog.text.count("gets no wake-ups") == 1
 
 
