@@ -564,9 +564,9 @@ class Child:
             pytest.fail(f"the child ended: {self.ends()[1]}")
         return line.strip()
 
-    def tell(self) -> None:
+    def tell(self, *words: object) -> None:
         """Let the program go on that waits for a line of input."""
-        self.process.stdin.write("\n")  # type: ignore[union-attr]
+        self.process.stdin.write(" ".join(map(str, words)) + "\n")  # type: ignore[union-attr]
         self.process.stdin.flush()  # type: ignore[union-attr]
 
     def kill(self) -> None:

@@ -201,12 +201,14 @@ class Watcher:
         """Resolve the handles of tasks that have ended, or were deleted."""
         for start in range(0, len(task_ids), _MOST_READ):
             some = task_ids[start : start + _MOST_READ]
+            # Before the read: a handle that comes later may be of the task's next run, after a requeue.
+            watched = [(task_id, self._live(task_id)) for task_id in some]
             found = self._repository.get_many(some)
-            for task_id in some:
-                self._conclude(task_id, found.get(task_id))
+            for task_id, handles in watched:
+                self._conclude(handles, found.get(task_id))
 
-    def _conclude(self, task_id: str, task: Task | None) -> None:
-        for handle in self._live(task_id):
+    def _conclude(self, handles: Sequence[TaskHandle[Any]], task: Task | None) -> None:
+        for handle in handles:
             handle._conclude(task)
             if handle._has_ended:
                 self._tell(handle)

@@ -19,11 +19,14 @@ def produce(file: str, workers: str) -> None:
     queue = Queue(SQLiteRepository(file), Config(worker_num=int(workers)))
 
     @queue.executor("speak", max_crashes=100)
-    def speak(ctx: object, chunks: int, pause: float) -> int:
+    def speak(ctx: object, chunks: int, pause: float, until: str | None = None) -> int:
+        """Emit chunks, the last one when the file ``until`` exists."""
         rest = max(1, round(0.01 / pause))  # a short pause is one after several chunks
 
         def some(first: int) -> int:
             for n in range(first, min(first + STEP, chunks)):
+                while until is not None and n == chunks - 1 and not Path(until).exists():
+                    threading.Event().wait(0.01)
                 ctx.emit([ctx.task.starts, n])  # type: ignore[attr-defined]
                 if n % rest == 0:
                     threading.Event().wait(pause * rest)

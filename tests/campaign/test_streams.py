@@ -31,7 +31,8 @@ def killed(folder: Path, *, chunks: int, pause: float, readers: int, kills: int)
     file = folder / "tasks.db"
     queue = Queue(SQLiteRepository(file))
     queue.declare("speak")
-    handle = queue.submit("speak", {"chunks": chunks, "pause": pause})
+    last = folder / "last"  # a producer ends only after the last kill, however late that comes
+    handle = queue.submit("speak", {"chunks": chunks, "pause": pause, "until": str(last)})
     notes = lambda: queue.repository.notes(STREAM)  # noqa: E731
     producer = start("produce", file, 1)
     others = [start("read", file, handle.id, n, folder / f"{n}.json") for n in range(readers)]
@@ -49,6 +50,7 @@ def killed(folder: Path, *, chunks: int, pause: float, readers: int, kills: int)
             producer.wait()
             known = {*notes()}
             producer = start("produce", file, 1)
+        last.touch()
         assert handle.result(PATIENCE * 10) == chunks
         for other in others:
             assert other.wait(PATIENCE) == 0

@@ -134,6 +134,29 @@ def test_the_first_outcome_of_a_handle_stays(queue, done):
     assert handle.result(0) == "value"
 
 
+def test_a_record_that_was_read_before_a_requeue_does_not_end_a_later_handle(
+    queue, repository, monkeypatch
+):
+    """The thread that reads may go on only when the task waits for its next run, and has a new handle."""
+    queue.declare("t")
+    first, read, later = queue.submit("t"), repository.get_many, []
+    assert queue.cancel_task(first.id)
+
+    def stopped(task_ids):
+        found = read(task_ids)
+        monkeypatch.undo()
+        queue.requeue(first.id)
+        later.append(queue.handle(first.id))
+        assert not later[0].done()
+        return found
+
+    monkeypatch.setattr(repository, "get_many", stopped)
+    assert first.cancelled()
+    assert not later[0].done()
+    assert queue.cancel_task(first.id)
+    assert later[0].cancelled()
+
+
 # Dropped handles
 
 

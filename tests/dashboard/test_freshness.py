@@ -112,6 +112,17 @@ def test_a_page_with_a_notice_is_not_kept(asks, queue):
     assert asks() == 304
 
 
+def test_a_page_that_refreshes_itself_leaves_a_notice_to_the_next_page(asks):
+    """It may be the page of before the action, or one in another window."""
+    assert asks() == 200
+    asks.browser.post("/tasks/cancel", data={"back": "/tasks"})
+    shown = [
+        '<p class="notice' in asks.browser.get("/tasks", headers=headers).text
+        for headers in ({"Taskx-Refresh": "1"}, {}, {})
+    ]
+    assert shown == [False, True, False]
+
+
 def test_pages_are_not_kept_by_proxies(asks, queue):
     headers = asks.browser.get("/").headers
     assert headers["Cache-Control"] == "private, no-cache"

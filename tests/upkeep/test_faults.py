@@ -186,6 +186,7 @@ class TestLocked:
         assert (task.status, task.owner, task.errors) == (TaskStatus.PENDING, "", 0)
 
     @pytest.mark.slow
+    @pytest.mark.timing(audit_every=3600.0)  # an audit would find the task, and run it
     def test_another_queue_takes_the_tasks_that_a_stop_could_not_hand_back(
         self, impatient, make_queue, locker, gate
     ):

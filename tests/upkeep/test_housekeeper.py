@@ -35,7 +35,7 @@ from taskx.tasks.writes import Update
 hurried = pytest.mark.timing(round_within=0.0)
 
 
-@pytest.mark.timing(poll_every=0.001)
+@pytest.mark.timing(poll_every=0.001, recover_every=3600.0)
 @pytest.mark.parametrize("repository", ["sqlite"], indirect=True)
 def test_an_idle_node_looks_for_changes_and_does_no_round_until_there_is_one(started, repository):
     whole_round(started)

@@ -331,8 +331,8 @@ queue.start()
 queue.submit({kind!r}, id="x")
 for n in range(40):
     queue.submit("work", {{"n": n}}, delay=600)
-say("ready")
 try:
+    say("ready")
     wait_for_ever()
 finally:
     queue.stop({stop})

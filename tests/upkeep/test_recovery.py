@@ -71,6 +71,10 @@ def die(ctx, times=10**9):
         os.kill(os.getpid(), signal.SIGKILL)
     return ctx.task.crashes
 
+def wait_until_it_runs(task_id):
+    while queue.get_task_status(task_id).status != "running":
+        time.sleep(0.01)  # blocks on purpose
+
 def wait_for_ever():
     while True:  # a signal that comes just before would not end one long wait
         time.sleep(0.05)  # blocks on purpose
@@ -414,6 +418,7 @@ warnings.simplefilter("ignore", DeprecationWarning)  # 3.12 warns of a fork with
 
 queue.start()
 queue.submit("listen", id="parents")
+wait_until_it_runs("parents")
 work.submit(0).result(60)
 pid = os.fork()
 if pid == 0:
@@ -459,6 +464,7 @@ import warnings
 warnings.simplefilter("ignore", DeprecationWarning)
 queue.start()
 queue.submit("listen", id="x")
+wait_until_it_runs("x")
 
 for _ in range(3):
     pid = os.fork()

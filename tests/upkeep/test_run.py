@@ -63,6 +63,21 @@ def hang():
     threading.Event().wait()
 """
 
+# The clock of a stop jumps so many seconds when it is told to.
+JUMPS = """
+class Clock:
+    jumped = 0.0
+
+    def monotonic(self):
+        return time.monotonic() + self.jumped
+
+def jump():
+    node.time.jumped = float(sys.stdin.readline())
+
+node.time = Clock()
+threading.Thread(target=jump, daemon=True).start()
+"""
+
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
 
@@ -107,28 +122,11 @@ def test_a_running_task_ends_after_a_signal_and_the_exit_code_is_zero(run, repos
 
 def test_a_task_that_heeds_its_token_is_handed_back_at_the_time_out(run, repository):
     """The clock of the stop jumps to four fifths of the time-out, so that the rest is long enough."""
-    child = run(
-        """
-class Clock:
-    jumped = 0.0
-
-    def monotonic(self):
-        return time.monotonic() + self.jumped
-
-def jump():
-    sys.stdin.readline()
-    node.time.jumped = 480.0
-
-node.time = Clock()
-threading.Thread(target=jump, daemon=True).start()
-queue.submit("listen", id="x")
-sys.exit(taskx.run(queue, timeout=600))
-"""
-    )
+    child = run(JUMPS + 'queue.submit("listen", id="x"); sys.exit(taskx.run(queue, timeout=600))')
     assert child.read() == "running"
     child.signal(signal.SIGTERM)
     eventually(lambda: is_stopping(repository))
-    child.tell()
+    child.tell(480)
     assert code_of(child) == 0
     task = repository.get_by_id("x")
     assert (task.status, counts(task)) == (TaskStatus.PENDING, (0, 1, 0))
@@ -144,9 +142,11 @@ def runs_elsewhere(repository, kind):
 
 
 def test_the_exit_code_is_one_if_a_task_still_runs_at_the_time_out(run, repository):
-    child = run("queue.submit('hang', id='x'); sys.exit(taskx.run(queue, timeout=1))")
+    child = run(JUMPS + 'queue.submit("hang", id="x"); sys.exit(taskx.run(queue, timeout=600))')
     assert child.read() == "running"
     child.signal(signal.SIGTERM)
+    eventually(lambda: is_stopping(repository))  # else the task would count as crashed
+    child.tell(600)
     assert code_of(child) == 1
     assert counts(runs_elsewhere(repository, "hang")) == (0, 1, 0)
 

@@ -155,7 +155,7 @@ class Dashboard:
             if isinstance(made, Response):
                 return made
             response = rendering.render(request, made, self._screens, self.title)
-            if response.status_code != 200 or rendering.NOTICE in request.cookies:
+            if response.status_code != 200 or rendering.has_notice(request):
                 etag = None
             elif etag is None:
                 etag = etag_of(response.get_data())
@@ -169,7 +169,7 @@ class Dashboard:
         return response.make_conditional(request)
 
     def _etag(self, request: Request) -> str | None:
-        if rendering.NOTICE in request.cookies:
+        if rendering.has_notice(request):
             return None
         return self._freshness.etag(
             request.full_path,

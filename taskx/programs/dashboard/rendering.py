@@ -55,7 +55,7 @@ def render(request: Request, page: Page, screens: tuple[Screen, ...], title: str
         **page.values,
     )
     response = Response(text, status=page.status, mimetype="text/html")
-    if NOTICE in request.cookies:
+    if has_notice(request):
         response.delete_cookie(NOTICE, path=cookie_path(request))
     if request.token and request.cookies.get(TOKEN) != request.token:
         set_cookie(request, response, TOKEN, request.token)
@@ -100,9 +100,19 @@ def keep_notice(request: Request, response: Response, notice: str) -> None:
     set_cookie(request, response, NOTICE, base64.urlsafe_b64encode(short).decode(), max_age=60)
 
 
+def has_notice(request: Request) -> bool:
+    """Return True if the action before has left a sentence for this page.
+
+    A page that refreshes itself leaves it to the next one: it may be that of before the action.
+    """
+    return NOTICE in request.cookies and "Taskx-Refresh" not in request.headers
+
+
 def read_notice(request: Request) -> str:
     """Return the sentence that the action before has left; empty if there is none."""
+    if not has_notice(request):
+        return ""
     try:
-        return base64.urlsafe_b64decode(request.cookies.get(NOTICE, "")).decode()
+        return base64.urlsafe_b64decode(request.cookies[NOTICE]).decode()
     except ValueError:  # somebody else has set the cookie
         return ""

@@ -140,6 +140,14 @@ def chromium() -> Iterator[Any]:
         browser.close()
 
 
+#: Keeps what a page has said to screen readers when it was loaded: its next refresh may say something else.
+SAID = """
+addEventListener("DOMContentLoaded", () => {
+    window.said = document.querySelector("#live")?.textContent;
+});
+"""
+
+
 class Visit:
     """A page of the browser. It notes every error that the browser reports.
 
@@ -154,6 +162,7 @@ class Visit:
         self._context = browser.new_context(base_url=site.url, **options)
         self._context.set_default_timeout(PATIENCE * 1000)
         self.page = self._context.new_page()
+        self.page.add_init_script(SAID)
         self.errors: list[str] = []
         self.page.on("console", self._hear)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))

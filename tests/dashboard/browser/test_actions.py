@@ -6,6 +6,7 @@ import json
 from uuid import uuid4
 
 import pytest
+from helpers import eventually
 
 from dashboard.browser.conftest import PATIENCE, expect
 from taskx import Queue, RetryPolicy, SQLiteRepository, Task, chain
@@ -14,7 +15,7 @@ from taskx import Queue, RetryPolicy, SQLiteRepository, Task, chain
 def notice(page, text):
     """Check that the last action has left this sentence, for the eye and for screen readers."""
     expect(page.locator(".notice")).to_have_text(text)
-    expect(page.locator("#live")).to_have_text(text)
+    eventually(lambda: page.evaluate("window.said") == text)  # at the end of the page
 
 
 # --- types
