@@ -102,7 +102,9 @@ class Road:
     """A queue with one worker, and the ways that its tasks take."""
 
     def __init__(self, path: Path) -> None:
-        self.queue = Queue(SQLiteRepository(path, durability="process"), Config(worker_num=1))
+        repository = SQLiteRepository(path, durability="process")
+        # No task counts as short, however fast the machine is: a submit then looks at what is at work.
+        self.queue = Queue(repository, Config(worker_num=1), timing=Timing(short_task=0.0))
         self.gate, self.inside = threading.Event(), threading.Event()
         self.way = Way()
         self._recorded: set[int | None] = set()
