@@ -557,7 +557,9 @@ def test_a_task_costs_what_the_design_says(tmp_path, monkeypatch):
             assert queue.drain(PATIENCE)
         tries = []
         with no_rounds(queue):  # the worker is idle, and the housekeeper comes to no conclusion
-            for _ in range(5):  # a write that waits for its turn, on a busy machine, is a transaction
+            for _ in range(
+                5
+            ):  # a write that waits for its turn, on a busy machine, is a transaction
                 eventually(lambda: pool_of(queue).idles)
                 log.clear()
                 assert add.submit(a=1, b=1).result(PATIENCE) == 2
