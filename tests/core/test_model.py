@@ -1,6 +1,7 @@
 """The records: tasks to and from JSON, their status, filters of lists, and clocks."""
 
 import json
+import time
 from datetime import datetime, timedelta, timezone
 
 import attrs
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from taskx import Attempt, ConfigurationError, Task, TaskFilter, TaskStatus
-from taskx.tasks.clock import SystemClock, to_datetime, to_ms
+from taskx.tasks.clock import SystemClock, check_clock, to_datetime, to_ms
 from taskx.tasks.model import TASK_FIELDS
 from taskx.tasks.record import COLUMNS, DEFAULTS, row_from_task, task_from_row
 from taskx.tasks.writes import CREATED
@@ -304,6 +305,19 @@ class TestManualClock:
     def test_naive_moments_are_refused(self):
         with pytest.raises(ValueError, match="time zone"):
             ManualClock(datetime(2024, 1, 1))
+
+
+def test_a_subclass_of_the_system_clock_is_a_clock_whatever_its_constructor_does():
+    class Ahead(SystemClock):
+        def __init__(self):
+            self.ahead = 60_000
+
+        def now_ms(self):
+            return super().now_ms() + self.ahead
+
+    clock = check_clock(Ahead())
+    assert clock.now_ms() > SystemClock().now_ms()
+    assert clock.monotonic() <= time.monotonic()
 
 
 def test_the_system_clock_tells_the_time():
