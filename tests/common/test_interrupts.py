@@ -301,8 +301,9 @@ def test_an_interrupted_bell_still_wakes_its_listeners():
         bell.ring()
 
     for _ in every_strike(both):
+        left = len(bell.listening)  # by the interrupted call
         woken = run_in_thread(lambda: bell.wait(bell.listen(), PATIENCE))
-        eventually(lambda: bell.listening)
+        eventually(lambda left=left: len(bell.listening) > left)
         eventually(lambda: bell.ring_all() or not bell.listening)
         woken()
 
