@@ -372,6 +372,13 @@ def test_the_first_read_waits_only_until_the_file_is_open(tmp_path):
             assert count() == 0
 
 
+def test_a_read_goes_on_after_an_interrupted_close_has_left_the_file_open(tmp_path):
+    with SQLiteRepository(tmp_path / "tasks.db") as repository:
+        repository.count(TaskFilter())
+        connections_of(repository).opened = False  # as its first step does
+        assert run_in_thread(lambda: repository.count(TaskFilter()))() == 0
+
+
 # --- all of them
 
 

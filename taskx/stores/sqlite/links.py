@@ -270,6 +270,7 @@ class FileLinks(Links, News, House, Forks):
                 got.extend(map(self.write_lock.acquire, (True,), (soon,)))  # in one step, as above
                 if got == [True]:
                     self.connections.writer()
+                    return  # also if an interrupted close() has left it open
             finally:
                 if got == [True]:
                     self.write_lock.release()
