@@ -159,7 +159,7 @@ class Ahead:
             return None
         run.state = "starting"
         self._taken, self._since = True, time.monotonic()
-        if self.runs and self.waiting and not self._leaves_to_others():
+        if self.runs and self.waiting and not self.short:  # short ones are left to this worker
             self.serve()
         return run
 

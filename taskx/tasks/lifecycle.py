@@ -795,7 +795,8 @@ def conclude(task: Task, ending: Ending, now: int) -> list[Update]:
             changes = {**_end(task, ending, now, COMPLETED), **changes}
         if task.errors:
             changes.update(_NO_ERROR)
-        return [_update((task.id, _fence(task), changes, False, "complete", False))]
+        fence = {"status": RUNNING, "starts": task.starts}  # most attempts end here: no call for it
+        return [_update((task.id, fence, changes, False, "complete", False))]
     if ending.reason is CancelReason.CANCEL:
         return [_cancelled(task, ending, now)]
     if ending.parked is not None and ending.reason is not CancelReason.TIMEOUT:
