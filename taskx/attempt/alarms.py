@@ -75,10 +75,10 @@ class Alarms:
             if overdue is not None:
                 seconds, call = overdue
                 steps.append((deadline + seconds, call))
+        if pulse is not None:  # first: the thread forgets a token without steps
+            self._expect(steps, token, pulse, overdue)
         with self._lock:
             self._steps[token] = steps
-        if pulse is not None:
-            self._expect(steps, token, pulse, overdue)
         self.go_on()
 
     def _expect(

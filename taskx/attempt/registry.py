@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -110,6 +111,7 @@ class Registry:
         self._find = find
         self._timing = timing
         self._sought: set[str] = set()  # the types that ``find`` was asked for
+        self._seeking = threading.RLock()  # reentrant: ``find`` may submit a task
 
     @property
     def types(self) -> tuple[str, ...]:
@@ -135,11 +137,12 @@ class Registry:
 
         Each type is sought once.
         """
-        new = [type for type in types if type not in self.registered and type not in self._sought]
-        self._sought.update(new)
-        for type in new:
-            if self._find is not None:
-                self._find(type)
+        with self._seeking:  # another thread may just be finding one of them
+            new = [t for t in types if t not in self.registered and t not in self._sought]
+            self._sought.update(new)
+            for type in new:
+                if self._find is not None:
+                    self._find(type)
         return any(type in self.registered for type in new)
 
     def runs(self, type: str) -> bool:
@@ -245,7 +248,7 @@ class Registry:
     @property
     def declared_limits(self) -> dict[str, Limit]:
         """The limits with a name as the program declares them."""
-        found = {name: named_limit(options, {}) for name, options in self.declared.items()}
+        found = {name: named_limit(options, {}) for name, options in self.declared.copy().items()}
         return {name: limit for name, limit in found.items() if limit is not None}
 
     def names_to_hold(self, task: Task, asked: bool | str) -> Sequence[str]:
@@ -309,8 +312,10 @@ class Registry:
         entry = self.registered.get(type)
         if entry is None and type not in self._used:
             if type not in self._declared:
-                if self.finds and self.seek([type]):
-                    return self.registered[type]
+                if self.finds:
+                    self.seek([type])
+                    if (entry := self.registered.get(type)) is not None:
+                        return entry
                 raise UnknownTaskType(
                     f"no executor is registered for type {type!r} (known: {self.known}); register one, "
                     "or call declare() if the type runs in another process"

@@ -565,10 +565,8 @@ class Admission:
         """
         if not self._gates:
             return None
-        return min(
-            (gate.fetch_at for gate in list(self._gates.values()) if gate.fetch_at is not None),
-            default=None,
-        )
+        moments = [gate.fetch_at for gate in list(self._gates.values())]  # a start may change them
+        return min((moment for moment in moments if moment is not None), default=None)
 
     def is_time(self) -> bool:
         """Return True if the time of a fetch has come since the last call."""

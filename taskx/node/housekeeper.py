@@ -186,6 +186,7 @@ class Housekeeper:
 
     def stored_left(self) -> bool:
         """Return True if the repository has something to run, including tasks that follow others."""
+        self._pool.tuning.refresh()  # another node may have resumed a type
         repository, types = self._pool.moves.repository, set(self._pool.fetcher.types())
         return (
             self._behind()
@@ -217,7 +218,11 @@ class Housekeeper:
                 failures += 1
                 self._pool.log.exception("unexpected error in the housekeeper; it continues")
             self._began = None
-            self._sleep(failures)
+            try:
+                self._sleep(failures)
+            except BaseException:  # a defect of ours: as above
+                self._pool.log.exception("unexpected error in the housekeeper; it continues")
+                time.sleep(self._pool.timing.poll_every)
 
     def _is_needed(self) -> bool:
         """Return True if the next round may find something: an idle node leaves out most of its rounds."""

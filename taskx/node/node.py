@@ -384,7 +384,7 @@ class LocalNode:
         self._wait_for_workers(deadline)
         self._by(deadline, self._write_outcomes)
         if not pool.node.about.engine:  # else others run them, as a matter of course
-            self._tell_left_pending()
+            self._by(deadline, self._tell_left_pending)
         still = self.still_running()
         stuck = {run.task.id for run in [*pool.stuck.runs]}
         for ids, words in (

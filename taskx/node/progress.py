@@ -21,13 +21,14 @@ def store_progress(runs: Sequence[Run], moves: Moves, hooks: Hooks, clock: Clock
     Raises:
         RepositoryError: it could not be stored; the next call tries again.
     """
-    tasks, writes, logs = {}, [], []
+    tasks, writes, logs, told = {}, [], [], []
     now, stored = clock.monotonic(), False
     try:
         for run in runs:
             context, capture = run.context, run.capture
             if (new := context._new_progress()) is not None:
                 tasks[run.task.id] = run.task
+                told.append(run)
                 if hooks.progressed:  # they see the checkpoints that it has stored, too
                     tasks[run.task.id] = changed_task(run.task, context._shown({}))
                 writes.append(lifecycle.progress(run.task.id, run.task.starts, *new))
@@ -43,7 +44,7 @@ def store_progress(runs: Sequence[Run], moves: Moves, hooks: Hooks, clock: Clock
             stored = True
     finally:
         for run in runs:
-            run.context._progress_written(stored=stored)
+            run.context._progress_written(stored=stored or run not in told)
         for capture in () if stored else logs:
             capture.not_stored()
 

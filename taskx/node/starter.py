@@ -142,7 +142,7 @@ class Suspects:
 
     def ended(self, task_id: str) -> None:
         """Note that a run is over or never began. If it was the suspect's, the next one has its turn."""
-        if self.item is not None and self.item.id == task_id:
+        if (item := self.item) is not None and item.id == task_id:
             self._alone_until = -math.inf
             self.item = None
             self.call_next()

@@ -83,7 +83,7 @@ class Tuning:
             others = [node.declared for node in pool.moves.repository.nodes() if node.lives]
             controls.declare(declared, {name for some in others for name in some})
             self.refresh()
-        for type, names in registry.limited.items():
+        for type, names in registry.limited.copy().items():
             for name in names:
                 if name not in registry.limits:
                     pool.log.warning(

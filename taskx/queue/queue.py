@@ -214,7 +214,10 @@ class Queue(Questions, Steering):
         if self._node.pool is None and not self.repository.shortcoming:
             controls = self._controls
             controls.refresh()
-            self._registry.follow(controls.overrides, controls.declared)
+            held = controls.held(
+                self.clock.now_ms()
+            )  # a queue that just starts must go on to obey them
+            self._registry.follow(controls.overrides, controls.declared, held)
         return self._registry.limit_of_key(key)
 
     def _submit_children(self, tasks: Sequence[Task], priority: int, listed: Insert) -> None:

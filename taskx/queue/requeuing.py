@@ -82,6 +82,7 @@ class Requeues:
             correction = lifecycle.corrected(task, now, text, from_step)
         family = self._family({task_id: task}, Given(self._moves.repository, (), ()))
         if from_step is not None:
+            self._moves.repository.refuse_if_key_held(task)  # first: then nothing is removed
             self._forget_answers(task, from_step)
         if task_id not in self._requeue_family(family, {}, {task_id: correction}):
             self._moves.repository.refuse_if_key_held(task)

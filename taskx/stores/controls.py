@@ -270,9 +270,13 @@ class Controls:
 
     def held(self, now: int) -> tuple[str, ...]:
         """Return the limits that are held now, and forget the holds of which nothing is left."""
-        if any(hold.full <= now for hold in self.holds.values()):
-            self.holds = {name: hold for name, hold in self.holds.items() if hold.full > now}
-        return tuple(name for name, hold in self.holds.items() if hold.until > now)
+        holds = before = self.holds
+        if any(hold.full <= now for hold in holds.values()):
+            holds = {name: hold for name, hold in holds.items() if hold.full > now}
+            with self._refreshing:  # another thread may have found other ones meanwhile
+                if self.holds is before:
+                    self.holds = holds
+        return tuple(name for name, hold in holds.items() if hold.until > now)
 
     def hold(self, holds: Mapping[str, Hold], now: int) -> list[str]:
         """Hold limits, each one at least as long as before; return those that are held longer now."""

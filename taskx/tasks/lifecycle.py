@@ -1119,6 +1119,8 @@ def requeue(
     changes = {name: DEFAULTS[name] for name in _AS_NEW}
     changes["earlier_attempts"] = attempts_to_text(task.attempts[-MAX_KEPT_ATTEMPTS:])
     changes.update(unique.taken_again(task), **(correction or {}))
+    if "params" in changes:  # a node that had it in its buffer must not start it by the old record
+        changes["starts"] = task.starts + 1
     guard: dict[str, Any] = {"status": task.status.value, "starts": task.starts}
     if task.stuck_on:
         guard["stuck_on"] = task.stuck_on
@@ -1361,9 +1363,8 @@ def amend(stored: Task, wanted: Task, now: int) -> list[Update]:
     guard = {"status": stored.status.value, "starts": stored.starts}
     if wanted.status is not TaskStatus.PENDING:
         return [Update(stored.id, guard, changes, durable=True, move="by hand")]
-    if stored.status is TaskStatus.PENDING:
-        # A node that knows the old record must not start it by that.
-        changes["starts"] = stored.starts + 1
+    # A node that knows the old record must not start it by that.
+    changes["starts"] = stored.starts + 1
     # A requeued task may have to wait for its turn, whatever its time.
     due = {**changes, "held": changes.get("held") or until_due(changes["run_at"], now)}
     if stored.stuck_on:

@@ -383,6 +383,11 @@ def check_part(value: Any, what: str) -> None:
         )
 
 
+def _unless_empty(value: Any) -> Any:
+    """Return None for the empty text: each text contains it, so it is no condition."""
+    return None if value == "" else value
+
+
 class _DefaultLimit(int):
     """The limit of a filter that was made without one; only lists use it."""
 
@@ -441,9 +446,13 @@ class TaskFilter:
     end_date: datetime | None = attrs.field(default=None, validator=by(check_moment))
     offset: int = attrs.field(default=0, validator=_count)
     limit: int = attrs.field(default=_DefaultLimit(100), validator=_count)
-    error: str | None = attrs.field(default=None, validator=optional(by(check_part)))
+    error: str | None = attrs.field(
+        default=None, converter=_unless_empty, validator=optional(by(check_part))
+    )
     error_type: str | None = attrs.field(default=None, validator=optional(by(check_name)))
-    id_prefix: str | None = attrs.field(default=None, validator=optional(by(check_name)))
+    id_prefix: str | None = attrs.field(
+        default=None, converter=_unless_empty, validator=optional(by(check_name))
+    )
     params: tuple[Condition, ...] | None = attrs.field(default=None, converter=as_conditions)
     parent: str | None = attrs.field(default=None, validator=optional(by(check_name)))
     tag: tuple[str, ...] | None = attrs.field(default=None, converter=as_tags)

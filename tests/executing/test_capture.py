@@ -530,6 +530,34 @@ def test_a_transaction_waits_for_progress_that_is_stored_with_the_log():
     assert not context._may_write()
 
 
+def test_progress_that_was_told_once_is_stored_once_however_many_lines_follow(make_queue, log):
+    """A capture asks for a write of its own."""
+    told, went_on = [], threading.Semaphore(0)
+
+    class Told(Hook):
+        def progressed(self, task, progress, message):
+            told.append(progress)
+
+    queue = make_queue(hooks=[Told()])
+
+    @queue.executor("talk", capture_log=True)
+    def talk(ctx):
+        ctx.progress(10)
+        for number in range(3):
+            log.info("line %d", number)
+            lines = f"line {number}"
+            eventually(lambda lines=lines: lines in ctx_log(ctx))
+        went_on.release()
+
+    def ctx_log(ctx):
+        return queue.get_task_status(ctx.task.id).log
+
+    queue.start()
+    queue.submit("talk").result(PATIENCE)
+    queue.stop()
+    assert told == [10]
+
+
 class TestOption:
     @pytest.mark.parametrize("level", ["LOUD", 1.5, [], "Level 5"])
     def test_capture_log_must_be_a_level(self, queue, level):

@@ -324,3 +324,20 @@ class Quiet(Alarms):
 
     def go_on(self):
         pass
+
+
+def test_a_token_with_a_pulse_alone_is_known_by_its_pulse_from_the_beginning(clock):
+    """The thread forgets a token for which nothing is to be done."""
+
+    class Known(dict):
+        def __setitem__(self, token, steps):
+            known.append(len(steps))
+            super().__setitem__(token, steps)
+
+    known = []
+    alarms = Alarms(clock, DEFAULT_TIMING)
+    alarms._steps, token, pulse = Known(), CancelToken(clock=clock), Pulse(60.0, clock)
+    pulse.beat()
+    alarms.add(token, pulse=pulse)
+    alarms.remove(token)
+    assert known == [1]

@@ -555,3 +555,33 @@ def test_a_hold_of_which_nothing_is_left_costs_nothing(clock):
         clock.advance(2)
         queue.run_all()
         assert not parts_of(queue).controls.holds
+
+
+def test_a_limit_of_a_key_that_is_looked_up_before_the_start_ends_no_hold(repository):
+    """The start of a queue looks one up for a task of a dead node."""
+    queue = Queue(repository)
+    queue.executor("call")(lambda: None)
+    queue.hold("type/call", PATIENCE)
+    queue.submit("call", concurrency_key="customer:7")
+    assert "call" in queue._registry.limited
+
+
+def test_a_hold_that_is_found_while_an_old_one_is_forgotten_stays(repository):
+    class Holds(dict):
+        def values(self):
+            found = [*super().values()]
+            new["controls"].refresh()  # as another thread may do
+            return found
+
+    new = {}
+    queue, controls = Queue(repository), Controls(repository)
+    queue.limit("api", rate="1/s")
+    queue.limit("other", rate="1/s")
+    queue.hold("api", 1)
+    controls.refresh()
+    (old,) = controls.holds.values()
+    queue.hold("other", PATIENCE)
+    new["controls"], controls.holds = controls, Holds(controls.holds)
+    assert controls.held(old.full) == ()
+    controls.refresh()
+    assert controls.held(old.full) == ("other",)

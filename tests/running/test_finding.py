@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
-from helpers import PATIENCE, eventually, whole_round
+from helpers import PATIENCE, eventually, ids, run_in_thread, whole_round
 
 from taskx import ConfigurationError, MemoryRepository, Queue, TaskStatus, UnknownTaskType, executor
 
@@ -86,3 +88,19 @@ def test_an_idle_queue_looks_for_no_types(make_queue, monkeypatch):
 def test_a_finder_must_be_a_function():
     with pytest.raises(ConfigurationError, match="find_executor must be a function, not 'name'"):
         Queue(MemoryRepository(), find_executor="name")
+
+
+def test_two_first_submits_of_a_type_at_once_both_find_its_executor(repository):
+    asked, go_on = threading.Event(), threading.Event()
+
+    def find(type):
+        asked.set()
+        assert go_on.wait(PATIENCE)
+        return found
+
+    queue = Queue(repository, find_executor=find)
+    first = run_in_thread(lambda: queue.submit("found", {"number": 1}))
+    assert asked.wait(PATIENCE)
+    second = run_in_thread(lambda: queue.submit("found", {"number": 2}))
+    go_on.set()
+    assert {first().id, second().id} == ids(queue)

@@ -24,6 +24,7 @@ from taskx import (
     SQLiteRepository,
     Task,
     TaskNotFound,
+    TaskStatus,
     chain,
 )
 
@@ -384,3 +385,30 @@ def test_a_repository_of_eight_methods_takes_params(make_queue):
     task = run(queue, task_id)
     assert (task.status, task.result, task.params) == ("completed", 0.5, {"n": 2})
     assert requeues(task)[0].old_params == {"n": 0}
+
+
+@pytest.mark.every_store
+def test_a_task_that_waits_in_a_buffer_runs_with_the_params_of_its_requeue(repository, busy, gate):
+    """Its node has its old record in memory."""
+    queue, seen, other = busy(), [], Queue(repository)
+    queue.executor("name")(lambda name: seen.append(name))
+    handle = queue.submit("name", {"name": "old"})
+    other.declare("name")
+    other.cancel_task(handle.id)
+    other.requeue(handle.id, params={"name": "new"})
+    gate.open()
+    handle.result(PATIENCE)
+    assert seen == [queue.get_task_status(handle.id).params["name"]] == ["new"]
+
+
+def test_a_task_that_waits_in_a_buffer_runs_with_the_params_of_its_update(repository, busy, gate):
+    queue, seen = busy(), []
+    queue.executor("name")(lambda name: seen.append(name))
+    handle = queue.submit("name", {"name": "old"})
+    Queue(repository).cancel_task(handle.id)
+    task = queue.get_task_status(handle.id)
+    task.status, task.params = TaskStatus.PENDING, {"name": "new"}
+    repository.update(task)
+    gate.open()
+    handle.result(PATIENCE)
+    assert seen == ["new"]

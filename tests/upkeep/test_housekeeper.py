@@ -15,6 +15,7 @@ from helpers import (
     frequent_checks,
     held_on,
     housekeeper_of,
+    no_rounds,
     node_of,
     parts_of,
     pool_of,
@@ -22,7 +23,7 @@ from helpers import (
     whole_round,
 )
 
-from taskx import RepositoryUnavailable, SQLiteRepository, Task, TaskStatus, every
+from taskx import Queue, RepositoryUnavailable, SQLiteRepository, Task, TaskStatus, every
 from taskx.node import audit
 from taskx.stores.base import Locked
 from taskx.stores.liveness.base import Node
@@ -467,3 +468,32 @@ def test_a_stalled_concurrency_key_is_found_behind_many_that_move(make_queue, re
     for _ in range(5):
         turns.scan_some()
     assert not turns.overdue()
+
+
+def test_an_error_between_two_rounds_does_not_end_the_housekeeper(started, monkeypatch, caplog):
+    housekeeper = housekeeper_of(started)
+    until, failed = housekeeper._until_next, threading.Event()
+
+    def fail():
+        if failed.is_set():
+            return until()
+        failed.set()
+        raise TypeError("a defect")
+
+    monkeypatch.setattr(housekeeper, "_until_next", fail)
+    assert failed.wait(PATIENCE)
+    whole_round(started)
+    assert "unexpected error in the housekeeper" in caplog.text
+
+
+def test_a_drain_sees_a_type_that_another_process_has_just_resumed(started, repository):
+    other = Queue(repository)
+    other.declare("fine")
+    with no_rounds(started):
+        other.pause("fine")
+        started._node.pool.tuning.refresh()
+        handle = other.submit("fine")
+        other.resume("fine")
+        assert housekeeper_of(started).stored_left()
+    assert started.drain(PATIENCE)
+    assert handle.result(0) == "fine"

@@ -24,6 +24,7 @@ from storage.repositories import TinyRepository
 
 from taskx import (
     ConfigurationError,
+    DuplicateTask,
     Hook,
     InvalidTransition,
     MemoryRepository,
@@ -537,6 +538,25 @@ class TestEnds:
         assert [*handle.task().checkpoints["steps"]] == ["draft"]
         queue.finish(f"{handle.id}/one", "yes")
         assert queue.handle(handle.id).result(PATIENCE) == "yes"
+
+    def test_a_requeue_that_is_refused_removes_no_answer(self, make_queue):
+        queue = make_queue()
+
+        @queue.executor("ask")
+        def ask(ctx):
+            if ctx.ask("one") == "no":
+                raise ValueError
+
+        queue.start()
+        handle = queue.submit("ask", unique_key="order 7")
+        waits(queue, handle.id)
+        queue.finish(f"{handle.id}/one", "no")
+        with pytest.raises(TaskFailed):
+            handle.result(PATIENCE)
+        queue.submit("ask", unique_key="order 7")
+        with pytest.raises(DuplicateTask):
+            queue.requeue(handle.id, from_step="one")
+        assert queue.get_task_status(f"{handle.id}/one").result == "no"
 
     @frequent_checks
     def test_what_a_dead_process_left_undone_is_found(self, asking, repository):
