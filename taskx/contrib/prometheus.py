@@ -10,6 +10,7 @@ from typing import Any
 
 from taskx import ConfigurationError, Hook, Queue, RepositoryError, Task, TaskStatus, TaskxError
 from taskx.tasks import permission
+from taskx.tasks.lifecycle import NO_WORK
 
 try:
     from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, Metric
@@ -116,7 +117,7 @@ class PrometheusHook(Hook):
         self._refresh()
 
     def finished(self, task: Task) -> None:
-        if task.type == "answer":  # it is no work
+        if task.type in NO_WORK:
             return
         outcome = task.status.value
         self._finished.labels(task.type, outcome).inc()
@@ -300,12 +301,14 @@ class StoreCollector(Collector):
         for type in ("", *paused.types) if paused.everything else paused.types:
             found["paused"].add_metric([type], 1)
         pending = queue.count_tasks(status=TaskStatus.PENDING)
-        found["tasks_pending"].add_metric([], max(0, pending - stats.answers))
+        no_work = sum(queue.count_tasks(status=TaskStatus.PENDING, type=type) for type in NO_WORK)
+        found["tasks_pending"].add_metric([], max(0, pending - no_work))
         found["answers_pending"].add_metric([], stats.answers)
         for limit in () if queue.repository.shortcoming else queue.limits():
             if limit.concurrency is not None:
                 found["limit_slots"].add_metric([limit.name], limit.concurrency)
-                found["limit_slots_taken"].add_metric([limit.name], limit.taken)
+                if limit.taken is not None:
+                    found["limit_slots_taken"].add_metric([limit.name], limit.taken)
             for rate, free in zip(limit.rates, limit.free, strict=False):
                 found["limit_free"].add_metric([limit.name, rate], free)
             if limit.held_until is not None:

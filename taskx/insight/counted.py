@@ -80,10 +80,10 @@ def counted(
     notes = counts.notes if repository.shortcoming else Stored(repository)
     grain = grain_at(levels, now - start)
     first = start // grain * grain
-    began = counts.began(repository)
+    kept = max(counts.began(repository), now - levels[-1].keep)
     return Counted(
-        since=max(first, began),
-        complete=began <= first,
+        since=max(first, kept),
+        complete=kept <= first,
         parts=[(moment, cells) for moment, cells in _parts(counts, notes, levels, first)],
     )
 

@@ -14,12 +14,13 @@ from taskx.node.shared_limits import SharedBucket, slots_by_node, until_token
 from taskx.stores.base import Repository
 from taskx.stores.controls import Controls, Hold, named_limit, named_options
 from taskx.stores.liveness.base import Node
+from taskx.tasks import lifecycle
 from taskx.tasks.clock import Clock, to_datetime, to_ms, to_text
 from taskx.tasks.findings import Reason, counted, duration, listed, moment
 from taskx.tasks.log import GuardedLogger
 from taskx.tasks.model import Task
 from taskx.tasks.options import NamedOptions
-from taskx.tasks.rate import NO_LIMIT, NOTHING, OF_TYPE, Cost, Limit, is_key
+from taskx.tasks.rate import MOST_TURNS, NO_LIMIT, NOTHING, OF_TYPE, Cost, Limit, is_key
 
 # Most tasks that are named as the holders of slots.
 _NAMED = 1000
@@ -226,7 +227,8 @@ class LimitInfo:
         concurrency: most tasks that run at the same time; None for no limit.
         rates: its rates, as texts such as ``"500/m"`` or ``"90000 tokens/m"``.
         bursts: the burst of each rate.
-        taken: the slots that nodes keep, most of them for running tasks.
+        taken: the slots that nodes keep, most of them for running tasks; None for a limit that holds for
+            each key, or on each node: there is no one number.
         free: what is left of each rate now; empty for the limit of keys.
         types: the types of tasks on live nodes that have this limit.
         tuned: the options that :meth:`Queue.tune` overrides.
@@ -240,7 +242,7 @@ class LimitInfo:
     concurrency: int | None
     rates: tuple[str, ...]
     bursts: tuple[int, ...]
-    taken: int
+    taken: int | None
     free: tuple[int, ...]
     types: tuple[str, ...]
     tuned: NamedOptions = attrs.field(hash=False)
@@ -252,6 +254,15 @@ class LimitInfo:
         """Return it as a dict of JSON values."""
         until = None if self.held_until is None else to_text(to_ms(self.held_until))
         return {**attrs.asdict(self), "held_until": until}
+
+
+def _taken(repository: Repository, name: str, limit: Limit) -> int | None:
+    """Return the number of slots of a limit that are taken, or of turns, for a key."""
+    if limit.scope == "node" or name.endswith(":"):
+        return None
+    if is_key(name):
+        return len(repository.find("turn", lifecycle.turns_of(name, MOST_TURNS), ("id",)))
+    return sum(slots_by_node(repository, name).values())
 
 
 def limits_of(
@@ -283,7 +294,7 @@ def limits_of(
                 concurrency=limit.max_concurrency,
                 rates=tuple(str(rate) for rate in limit.rates),
                 bursts=tuple(rate.burst for rate in limit.rates),
-                taken=0 if keyed else sum(slots_by_node(repository, name).values()),
+                taken=_taken(repository, name, limit),
                 free=() if keyed else bucket.tokens(),
                 types=tuple(sorted(types.get(name, ()))),
                 tuned=named_options(options),

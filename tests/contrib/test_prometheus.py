@@ -315,6 +315,30 @@ class TestHook:
             assert queue.drain(PATIENCE)
         assert (value("tasks_running"), value("tasks_buffered")) == (0, 0)
 
+    def test_the_records_of_waits_are_no_tasks(self, make, registry, value):
+        queue = make(worker_num=2)
+        registry.register(StoreCollector(queue))
+        gate, inside = threading.Event(), threading.Event()
+
+        @queue.executor("child")
+        def child():
+            inside.set()
+            assert gate.wait(PATIENCE)
+
+        queue.executor("parent")(lambda ctx: ctx.run_all("all", [child.task()]) and None)
+        queue.start()
+        handle = queue.submit("parent")
+        assert inside.wait(PATIENCE)
+        eventually(lambda: value("tasks_pending") == 1)  # the parent
+        gate.set()
+        handle.result(PATIENCE)
+        queue.stop()
+        ended = {
+            type: value("tasks_finished_total", type=type, outcome="completed")
+            for type in ("parent", "child", "children")
+        }
+        assert ended == {"parent": 1, "child": 1, "children": None}
+
     def test_the_type_is_the_only_label_that_programs_choose(self, make, registry):
         queue = make(worker_num=1)
         queue.start()

@@ -258,11 +258,13 @@ class TestFilter:
 
     def test_the_given_conditions_are_named(self):
         assert TaskFilter(limit=5, offset=5).given == set()
-        assert TaskFilter(type="a", error="", params={"a": None}).given == {
-            "type",
-            "error",
-            "params",
-        }
+        wanted = TaskFilter(type="a", error="x", params={"a": None})
+        assert wanted.given == {"type", "error", "params"}
+
+    @pytest.mark.parametrize("name", ["error", "id_prefix"])
+    def test_the_empty_text_in_each_text_is_no_condition(self, name):
+        """Else an unset variable would let a change of all tasks pass."""
+        assert TaskFilter(**{name: ""}).given == set()
 
     def test_a_filter_knows_the_tasks_that_match(self):
         task = Task(id="ab", error="Boom!", error_type="m.Boom", params={"a": {"b": 1}})

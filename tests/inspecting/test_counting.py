@@ -273,10 +273,19 @@ def test_the_answers_say_since_when_tasks_are_counted(make, make_queue):
 def test_all_is_counted_if_no_task_had_ended_before(make):
     run(make())
     queue = make()
-    assert (queue.stats(period=900 * DAY).complete, total(queue)) == (True, 0)
+    assert (queue.stats(period=790 * DAY).complete, total(queue)) == (True, 0)
     run(queue)
     queue.advance(6)
     assert make().stats(period=700 * DAY).complete
+
+
+def test_the_answers_say_that_counts_were_removed(make):
+    queue = make()
+    run(queue)
+    queue.advance(801 * DAY)
+    kept = queue.clock.now() - timedelta(days=800)
+    found = queue.stats(period=900 * DAY)
+    assert (found.complete, found.since) == (False, kept)
 
 
 # Keys

@@ -368,11 +368,24 @@ def test_a_key_has_at_most_so_many_turns(queue):
         queue.limit("k:", concurrency=MOST_TURNS + 1)
 
 
+def test_the_tasks_that_run_with_a_key_take_slots_of_its_own_limit(make_queue, gate):
+    queue = make_queue(worker_num=4)
+    queue.limit("k:a", concurrency=3)
+    queue.executor("hold")(gate)
+    queue.start()
+    for _ in range(2):
+        queue.submit("hold", concurrency_key="k:a")
+    queue.submit("hold", concurrency_key="k:b")
+    gate.wait_for(3)
+    [limit] = queue.limits()
+    assert (limit.name, limit.taken) == ("k:a", 2)
+
+
 def test_a_limit_of_keys_has_no_state_of_its_own(make_queue):
     queue = make_queue()
     queue.limit("k:", concurrency=2, rate="5/s")
     queue.start()
     [limit] = queue.limits()
-    assert (limit.taken, limit.free, limit.concurrency) == (0, (), 2)
+    assert (limit.taken, limit.free, limit.concurrency) == (None, (), 2)
     note = queue.repository.notes("pause.limits")["pause.limits"]
     assert json.loads(note.text) == {"k:": {"max_concurrency": 2, "rate": "5/s"}}

@@ -53,7 +53,7 @@ def why(session: Session, task_id: str) -> None:
     """Show the numbers of each type: waiting, running, ended, how long they waited and ran.
 
 COMPLETED and FAILED are of the last hour, or of --since, as all processes have counted them; a line
-below the table says if counting began later. Name types to see only those. WAIT is the time from when a
+below the table says if the counts begin later. Name types to see only those. WAIT is the time from when a
 task could start until it did, RUN the time of its last attempt: half of the tasks took at most the first
 figure, 95 of 100 the second. STUCK is the number of threads that run on after the time-out of their
 tasks.""",
@@ -96,7 +96,7 @@ def stats(session: Session, types: Sequence[str], period: float) -> None:
         session.out.say(f"{counted(found.answers, 'answer')} to give: taskx answers lists them")
     if not found.complete:
         session.out.say(
-            f"not all was read, or counting began at {moment(found.since)}: the numbers are at least "
+            f"not all was read, or the counts begin at {moment(found.since)}: the numbers are at least "
             "so high"
         )
 

@@ -245,7 +245,9 @@ LIMIT_COLUMNS = (
 
 def limit_row(limit: LimitInfo) -> Row:
     """Return the cells of a limit for :data:`LIMIT_COLUMNS`."""
-    most = "" if limit.concurrency is None else f"{limit.taken} of {limit.concurrency}"
+    most = "" if limit.concurrency is None else f"{limit.concurrency} each"
+    if most and limit.taken is not None:
+        most = f"{limit.taken} of {limit.concurrency}"
     rates, free = ", ".join(limit.rates), ", ".join(map(str, limit.free))
     share = "" if limit.share is None else str(limit.share)
     held = ""

@@ -79,8 +79,8 @@ CHINESE: Mapping[str, str] = {
     "due": "到期待执行",
     "completed in the last hour": "最近一小时完成",
     "failed in the last hour": "最近一小时失败",
-    "Not all was read, or counting began at {time}: the numbers are at least so high.": (
-        "未读取全部任务，或自 {time} 才开始计数：数字至少有这么多。"
+    "Not all was read, or the counts begin at {time}: the numbers are at least so high.": (
+        "未读取全部任务，或计数自 {time} 起：数字至少有这么多。"
     ),
     "Completed and failed": "完成与失败",
     "The last hour": "最近一小时",
