@@ -137,12 +137,14 @@ class LocalNode:
     @property
     def stops(self) -> bool:
         """True if the queue was stopped, or has begun to stop by itself."""
-        return self.stopped or (self.pool is not None and self.pool.stopping)
+        pool = self.pool  # read once: a start that fails takes it away
+        return self.stopped or (pool is not None and pool.stopping)
 
     @property
     def outdated(self) -> bool:
         """True if the queue has stopped by itself, because a newer TaskX has migrated its file."""
-        return self.pool is not None and self.pool.outdated is not None
+        pool = self.pool
+        return pool is not None and pool.outdated is not None
 
     @property
     def record(self) -> Node:

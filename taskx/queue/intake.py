@@ -285,12 +285,12 @@ class Intake:
                 for place in places:
                     place.release(None)
                 places.clear()
-                if fresh:  # the node may have lost its lease: then it must not start the task
-                    fresh = False
-                    continue
-                if (instead := self._resolve_conflict(insert, on_conflict, at_most)) is not None:
-                    return instead
-                row["owner"] = ""
+                if not fresh:
+                    instead = self._resolve_conflict(insert, on_conflict, at_most)
+                    if instead is not None:
+                        return instead
+                # The node may have lost its lease: then it must not start the task.
+                fresh, row["owner"] = False, ""
             raise _busy(row["unique_lock"])
         except BaseException as error:
             for place in places:

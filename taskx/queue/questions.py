@@ -145,7 +145,7 @@ class Questions(Parts):
     @property
     def buffered(self) -> int:
         """The number of submitted tasks that wait in this queue's buffer, at most ``buffer_size``."""
-        return 0 if self._pool is None else self._pool.buffer.submitted
+        return 0 if (pool := self._pool) is None else pool.buffer.submitted
 
     @property
     def events_waiting(self) -> int:
@@ -155,7 +155,7 @@ class Questions(Parts):
     @property
     def running(self) -> int:
         """The number of executors that this queue is running."""
-        return 0 if self._pool is None else len(self._pool.runs.executing)
+        return 0 if (pool := self._pool) is None else len(pool.runs.executing)
 
     @property
     def stopped(self) -> bool:
