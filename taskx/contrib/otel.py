@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import attrs
@@ -106,12 +106,15 @@ class Tracing(Middleware):
             try:
                 yield span
             except (Parked, Retry, Snooze, TaskCancelled) as asked:
-                span.add_event(type(asked).__name__.lower(), {"message": str(asked)})
+                with suppress(Exception):  # its `str` may raise, and must not change how the attempt ends
+                    span.add_event(type(asked).__name__.lower(), {"message": str(asked)})
                 raise
             except BaseException as error:
-                span.record_exception(error)
                 span.set_attribute(_ERROR, type(error).__qualname__)
-                span.set_status(Status(StatusCode.ERROR, str(error)))
+                span.set_status(StatusCode.ERROR)
+                with suppress(Exception):
+                    span.set_status(Status(StatusCode.ERROR, str(error)))
+                    span.record_exception(error)
                 raise
 
 
