@@ -106,7 +106,9 @@ class Tracing(Middleware):
             try:
                 yield span
             except (Parked, Retry, Snooze, TaskCancelled) as asked:
-                with suppress(Exception):  # its `str` may raise, and must not change how the attempt ends
+                with suppress(
+                    Exception
+                ):  # its `str` may raise, and must not change how the attempt ends
                     span.add_event(type(asked).__name__.lower(), {"message": str(asked)})
                 raise
             except BaseException as error:
