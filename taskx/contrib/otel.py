@@ -105,10 +105,9 @@ class Tracing(Middleware):
         ) as span:
             try:
                 yield span
+            # The `str` of an error may raise, which must not change how the attempt ends.
             except (Parked, Retry, Snooze, TaskCancelled) as asked:
-                with suppress(
-                    Exception
-                ):  # its `str` may raise, and must not change how the attempt ends
+                with suppress(Exception):
                     span.add_event(type(asked).__name__.lower(), {"message": str(asked)})
                 raise
             except BaseException as error:

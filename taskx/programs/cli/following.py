@@ -145,9 +145,10 @@ class Tail:
 
 
 def _new_lines(before: str, now: str) -> list[str]:
-    """Return the lines of a log that were not in it before. Lines at its beginning may have been cut off."""
-    # The heading of the attempt stays. After it comes what is left of the old lines.
-    start = kept = now.rfind("\n", 0, len(commonprefix([before, now]))) + 1
+    """Return the lines of a log that were not in it before. Its first lines may have been cut off."""
+    # The heading of the attempt may stay. After it comes what is left of the old lines.
+    same = len(commonprefix([before, now]))  # noqa: RUF071  (letters are meant)
+    start = kept = now.rfind("\n", 0, same) + 1
     while not now.startswith(before[start:], kept):
         start = before.find("\n", start) + 1 or len(before)
     new = now[kept + len(before) - start :]
