@@ -82,7 +82,8 @@ def check_admin() -> bool:
     given = request.authorization
     if not password:
         return False
-    if given is None or not hmac.compare_digest(given.password or "", password):
+    typed = "" if given is None else given.password or ""
+    if not hmac.compare_digest(typed.encode(), password.encode()):
         abort(Response("Please log in.", 401, {"WWW-Authenticate": 'Basic realm="tasks"'}))
     request.environ["REMOTE_USER"] = given.username or "admin"
     return True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import attrs
@@ -105,13 +105,17 @@ class Tracing(Middleware):
         ) as span:
             try:
                 yield span
+            # The `str` of an error may raise, which must not change how the attempt ends.
             except (Parked, Retry, Snooze, TaskCancelled) as asked:
-                span.add_event(type(asked).__name__.lower(), {"message": str(asked)})
+                with suppress(Exception):
+                    span.add_event(type(asked).__name__.lower(), {"message": str(asked)})
                 raise
             except BaseException as error:
-                span.record_exception(error)
                 span.set_attribute(_ERROR, type(error).__qualname__)
-                span.set_status(Status(StatusCode.ERROR, str(error)))
+                span.set_status(StatusCode.ERROR)
+                with suppress(Exception):
+                    span.set_status(Status(StatusCode.ERROR, str(error)))
+                    span.record_exception(error)
                 raise
 
 

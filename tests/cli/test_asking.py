@@ -104,7 +104,8 @@ def test_a_check_is_unhealthy_without_a_node(queue, taskx):
 def test_a_check_is_fine_with_other_thresholds(queue, taskx):
     queue.declare("email")
     queue.submit("email")
-    said = taskx("check", "--nodes", "0", "--max-age", "off")
+    thresholds = ["--max-age", "--max-failed", "--max-size", "--max-overdue"]
+    said = taskx("check", "--nodes", "0", *(word for each in thresholds for word in (each, "off")))
     assert (said.code, said.out) == (0, "All is well.\n")
 
 

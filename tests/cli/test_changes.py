@@ -28,6 +28,12 @@ def test_secrets_in_the_details_of_a_change_are_not_printed(outside, taskx):
     assert row["detail"] == {"password": "***", "n": 1}
 
 
+def test_secrets_in_the_filter_of_a_change_are_not_noted(outside, taskx):
+    taskx("cancel", "--where", "params.n:1 params.user.password:geheim type:email", "--yes")
+    [change] = outside.changes()
+    assert change.target == "type:email params.n:1 params.user.password:***"
+
+
 def test_no_change_is_noted(taskx):
     said = taskx("changes")
     assert (said.code, said.out, said.err) == (0, "", "no change is noted\n")

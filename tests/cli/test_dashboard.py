@@ -107,6 +107,14 @@ def test_an_address_that_cannot_be_used_is_a_failure(taskx, monkeypatch):
     )
 
 
+def test_an_address_that_is_none_is_a_failure_of_no_port(taskx):
+    said = taskx("dashboard", "--host", "no such host", "--user", "ops", **{PASSWORD: "p"})
+    assert said.code == 1
+    assert said.err.startswith("taskx: cannot listen on no such host, port 8642: ")
+    assert "Unknown error" not in said.err
+    assert "--port" not in said.err
+
+
 def test_an_unknown_permission_is_a_wrong_call(taskx):
     said = taskx("dashboard", "--allow", "everything", "--port", "0")
     assert said.code == 2

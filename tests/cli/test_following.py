@@ -9,6 +9,8 @@ from helpers import PATIENCE, eventually
 
 from taskx.programs.cli.following import Tail, _new_lines
 
+from .conftest import call
+
 
 @pytest.fixture
 def worker(queue, gate):
@@ -158,6 +160,11 @@ def test_a_tail_tells_each_thing_once(outside):
         ("a\nb\n", "a\nb\nc\n", ["c"]),
         ("a\nb\n", "b\nc\n", ["c"]),  # the beginning was cut off
         ("a\nb\n", "x\ny\n", ["x", "y"]),
+        ("a\n", "a\n\n\nb\n", ["", "", "b"]),
+        # A message of two lines, of which the second is always the same.
+        ("1\nend\n2\nend\n", "2\nend\n3\nend\n4\nend\n", ["3", "end", "4", "end"]),
+        ("--- attempt\n1\nend\n2\nend\n", "--- attempt\n2\nend\n3\nend\n", ["3", "end"]),
+        ("--- attempt\n1\nend\n", "--- attempt\n5\nend\n", ["5", "end"]),
     ],
 )
 def test_only_the_new_lines_of_a_log_are_printed(before, now, new):
@@ -187,10 +194,16 @@ def test_only_commands_that_read_can_be_watched(taskx):
 
 
 @pytest.mark.parametrize("words", [("nodes", "stop", "x"), ("schedules", "trigger", "nightly")])
-def test_a_change_is_not_repeated(taskx, words):
-    said = taskx("watch", *words)
+@pytest.mark.parametrize("options", [[], ["--repository", "show"], ["--json", "--repository=x"]])
+def test_a_change_is_not_repeated(words, options):
+    said = call("watch", words[0], *options, *words[1:])
     assert (said.code, said.out) == (2, "")
     assert said.err == f"taskx: `{words[0]} {words[1]}` changes something: it is not repeated\n"
+
+
+def test_the_value_of_an_option_is_no_change():
+    said = call("watch", "schedules", "--repository", "pause", "show", "nightly")
+    assert (said.code, "changes something" in said.err) == (5, False)  # there is no file `pause`
 
 
 def test_a_task_may_have_the_name_of_an_action(outside, taskx):

@@ -144,6 +144,14 @@ def test_a_limit_is_held_and_released(queue, outside, taskx):
     assert [change.action for change in outside.changes()] == ["release", "hold", "hold"]
 
 
+def test_a_hold_that_has_ended_before_it_is_read_is_told(outside, taskx, monkeypatch):
+    outside.declare("email")
+    monkeypatch.setattr(type(outside), "limits", lambda self: [])  # as 2 ms later
+    said = taskx("hold", "type/email", "1ms")
+    assert (said.code, said.out) == (0, "")
+    assert said.err == "type/email was held, and the time is over\n"
+
+
 def test_the_number_of_workers_is_changed_and_reset(started, outside, taskx):
     [node] = outside.nodes()
     assert taskx("tune", "--workers", "8").lines[1].split() == ["all", "nodes", "workers", "8"]

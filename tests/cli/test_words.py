@@ -74,6 +74,10 @@ tune | --limit | api | --rate | 5/m | --rate | 6/m | --burst | 1
 tune | --limit | tenant: | --concurrency | 101
 tune | --limit | type/email | --rate | 5/m
 tune | --limit | api | --workers | 2
+tune | --limit | api | --max-concurrency | 3
+tune | --limit | api | --scope | node
+tune | email | --concurrency | 3
+tune | --share | 3
 tune | email | --rate | 5
 tune | email | --rate | 0/m
 tune | email | --rate | 5/m | --burst | 0

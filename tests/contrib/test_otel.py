@@ -208,6 +208,29 @@ def test_a_failed_attempt_has_its_exception(make, named):
     assert event.attributes["exception.message"] == "never"
 
 
+@pytest.mark.parametrize(
+    ("kind", "status"), [(ValueError, StatusCode.ERROR), (Retry, StatusCode.UNSET)]
+)
+def test_an_error_whose_text_cannot_be_read_stays_the_error_of_the_task(make, named, kind, status):
+    class Wordless(kind):
+        def __str__(self):
+            raise RuntimeError("no text")
+
+    queue = make()
+
+    @queue.executor("bad", max_attempts=1)
+    def bad():
+        raise Wordless(1)
+
+    queue.start()
+    handle = queue.submit("bad")
+    assert handle.exception(PATIENCE) is not None
+    assert queue.drain(PATIENCE)
+    assert handle.task().error_type.endswith("Wordless")
+    [span] = named("process bad")
+    assert span.status.status_code is status
+
+
 def test_a_refused_submit_has_its_error(make_queue, provider, named):
     queue = make_queue(middleware=[Tracing(provider)])
     queue.declare("t")

@@ -250,6 +250,10 @@ def test_an_error_is_one_line_of_json(api, path, status, words):
     assert "\n" not in answer.json["error"]
 
 
+def test_a_call_with_the_wrong_method_is_told_the_right_one(api):
+    assert api.get("/api/cancel").headers["Allow"] == "POST"
+
+
 @pytest.mark.parametrize(
     ("body", "words"),
     [

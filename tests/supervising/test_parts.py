@@ -413,9 +413,18 @@ def asked(url):
             return error.code, json.load(error)
 
 
-def test_the_health_port_answers_with_200_or_503_and_the_report():
+def loopbacks():
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:  # a host without IPv6
+        return ["127.0.0.1"]
+    return ["127.0.0.1", "::1"]
+
+
+@pytest.mark.parametrize("host", loopbacks())
+def test_the_health_port_answers_with_200_or_503_and_the_report(host):
     state = [GOOD_REPORT, 0]  # the report, and its age in seconds
-    port = HealthPort("127.0.0.1", 0, lambda: (state[0], time.monotonic() - state[1]))
+    port = HealthPort(host, 0, lambda: (state[0], time.monotonic() - state[1]))
     try:
         assert asked(f"{port.url}/health") == (200, GOOD_REPORT)
         assert asked(f"{port.url}/ready?verbose") == (200, GOOD_REPORT)

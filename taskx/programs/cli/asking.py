@@ -16,7 +16,7 @@ from taskx.programs.cli.errors import AWAY, FAILED
 from taskx.programs.cli.listing import id_argument
 from taskx.programs.cli.opening import Session, command
 from taskx.programs.cli.output import Cell, Column, Row, age, clean, moment, one_line
-from taskx.programs.cli.values import Duration, OrOff, Size, unless_off
+from taskx.programs.cli.values import OFF, Duration, OrOff, Size, unless_off
 from taskx.tasks.errors import ConfigurationError
 from taskx.tasks.findings import counted, suggestion
 
@@ -169,8 +169,8 @@ def _nodes(words: Sequence[str]) -> int | dict[str, int]:
     "check",
     """Check the repository and its nodes; exit with 1 if something is wrong.
 
-Prints one sentence for each problem. The exit code is 5 if the repository cannot be read. `off` as a value
-turns a threshold off.""",
+Prints one sentence for each problem. The exit code is 5 if the repository cannot be read. A threshold that
+takes `off` is turned off by it.""",
     """
 taskx check
 taskx check --max-age 5m --max-failed 10 --within 10m --nodes 2
@@ -184,7 +184,11 @@ taskx check --nodes email=2 --nodes report=1 --max-size 2G --json
         help="Longest that a task may be due without starting.",
     ),
     click.option(
-        "--max-failed", type=click.IntRange(0), help="Most tasks that failed lately. [default: off]"
+        "--max-failed",
+        type=OrOff(click.IntRange(0)),
+        default=OFF,
+        show_default=True,
+        help="Most tasks that failed lately.",
     ),
     click.option(
         "--within",
@@ -203,7 +207,11 @@ taskx check --nodes email=2 --nodes report=1 --max-size 2G --json
         "--max-stuck", type=click.IntRange(0), help="Most stuck threads on a node.  [default: 10]"
     ),
     click.option(
-        "--max-size", type=Size(), help="Most bytes of the file, such as 2G. [default: off]"
+        "--max-size",
+        type=OrOff(Size()),
+        default=OFF,
+        show_default=True,
+        help="Most bytes of the file, such as 2G.",
     ),
     click.option(
         "--max-overdue",
@@ -216,20 +224,20 @@ taskx check --nodes email=2 --nodes report=1 --max-size 2G --json
 def check(
     session: Session,
     max_age: Any,
-    max_failed: int | None,
+    max_failed: Any,
     within: float,
     nodes: Sequence[str],
     max_stuck: int | None,
-    max_size: int | None,
+    max_size: Any,
     max_overdue: Any,
 ) -> None:
     """Check the health."""
     health = session.queue.health(
         oldest_due=unless_off(max_age),
-        failed=None if max_failed is None else (max_failed, within),
+        failed=None if max_failed == OFF else (max_failed, within),
         nodes=_nodes(nodes),
         stuck=max_stuck,
-        file_size=max_size,
+        file_size=unless_off(max_size),
         schedule_overdue=unless_off(max_overdue),
     )
     if session.json:

@@ -22,6 +22,7 @@ from taskx.queue.bulk import Bulk
 from taskx.tasks.errors import TaskxError
 from taskx.tasks.findings import suggestion
 from taskx.tasks.model import TaskFilter, TaskStatus
+from taskx.tasks.redact import is_secret
 
 # The largest number that is counted before a question.
 _COUNTED = 100_000
@@ -237,7 +238,20 @@ def _change(
         change_each(session, action, task_ids, change, detail)
         return
     change_matching = partial(getattr(session.queue, f"{action}_all"), wanted, **options)
-    change_all(session, action, query_of(wanted), change_matching, yes=yes, dry_run=dry_run)
+    target = query_of(_without_secrets(session, wanted))
+    change_all(session, action, target, change_matching, yes=yes, dry_run=dry_run)
+
+
+def _without_secrets(session: Session, wanted: TaskFilter) -> TaskFilter:
+    """Return a filter whose values of secret params are ``***``, for the log of changes."""
+    secret = session.queue.config.redact
+    return attrs.evolve(
+        wanted,
+        params={
+            path: "***" if any(is_secret(key, secret) for key in path) else value
+            for path, value in wanted.params or ()
+        },
+    )
 
 
 @command(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -99,11 +100,12 @@ def dashboard(
             behind_proxy=behind_proxy,
         )
     except OSError as error:
-        why = os.strerror(error.errno) if error.errno else error
-        raise Failure(
-            f"cannot listen on {host}, port {port}: {why}; --port chooses another one",
-            FAILED,
-        ) from error
+        why = (error.strerror or str(error)).partition(" (while")[
+            0
+        ]  # Python names the address again
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            why += "; --port chooses another one"
+        raise Failure(f"cannot listen on {host}, port {port}: {why}", FAILED) from error
 
 
 def _ready(session: Session, url: str) -> None:

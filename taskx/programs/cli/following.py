@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError
 from concurrent.futures import TimeoutError as Late
 from contextlib import suppress
+from os.path import commonprefix
 from typing import Any
 
 import attrs
@@ -144,14 +145,14 @@ class Tail:
 
 
 def _new_lines(before: str, now: str) -> list[str]:
-    """Return the lines of a log that were not in it before. The beginning may have been cut off."""
-    if now == before:
-        return []
-    if now.startswith(before):
-        return now[len(before) :].strip("\n").split("\n")
-    last = before.rstrip("\n").rpartition("\n")[2]
-    _, found, new = now.rpartition(f"{last}\n")
-    return (new if found else now).strip("\n").split("\n")
+    """Return the lines of a log that were not in it before. Its first lines may have been cut off."""
+    # The heading of the attempt may stay. After it comes what is left of the old lines.
+    same = len(commonprefix([before, now]))  # noqa: RUF071  (letters are meant)
+    start = kept = now.rfind("\n", 0, same) + 1
+    while not now.startswith(before[start:], kept):
+        start = before.find("\n", start) + 1 or len(before)
+    new = now[kept + len(before) - start :]
+    return new.removesuffix("\n").split("\n") if new else []
 
 
 @command(
@@ -280,9 +281,12 @@ def watch(session: Session, interval: float, times: int | None, words: Sequence[
     name, *args = words
     if name not in WATCHABLE:
         raise Usage(f"{name!r} cannot be repeated: use {', '.join(WATCHABLE)}")
-    action = next((word for word in args if not word.startswith("-")), None)
-    if name in _ACTIONS and action in _ACTIONS[name]:
-        raise Usage(f"`{name} {action}` changes something: it is not repeated")
+    parent, found = _found(name)
+    if name in _ACTIONS:
+        # As click reads them: the value of an option is no action.
+        rest = found.make_parser(click.Context(found, parent, name)).parse_args([*args])[1]
+        if rest and rest[0] in _ACTIONS[name]:
+            raise Usage(f"`{name} {rest[0]}` changes something: it is not repeated")
     live = session.out.live and not session.json
     left = times or (0 if live else 1)  # 0: for ever
     code = 0
@@ -305,14 +309,20 @@ watch.context_settings["ignore_unknown_options"] = True
 watch.context_settings["allow_interspersed_args"] = False
 
 
-def _run(name: str, args: Sequence[str], session: Session, patient: bool) -> int:
-    """Run a command in this process; return its exit code."""
+def _found(name: str) -> tuple[click.Context, click.Command]:
+    """Return the context of the group of commands, and a command of it."""
     parent = click.get_current_context().parent
     assert parent is not None
     group = parent.command
     assert isinstance(group, click.Group)
     found = group.get_command(parent, name)
     assert found is not None
+    return parent, found
+
+
+def _run(name: str, args: Sequence[str], session: Session, patient: bool) -> int:
+    """Run a command in this process; return its exit code."""
+    parent, found = _found(name)
     try:
         with found.make_context(name, [*args], parent=parent) as ctx:
             found.invoke(ctx)

@@ -118,8 +118,11 @@ def tune(
         **_some("burst", bursts, True),
         **_limit("limit_scope", limit_scope, False),
     }
-    if limit is not None and (type_ is not None or node is not None or workers is not None):
-        raise Usage("--limit has limits only: leave out the type, --workers and --node")
+    of_others = (type_, max_concurrency, limit_scope, node, workers)
+    if limit is not None and any(given is not None for given in of_others):
+        raise Usage("--limit goes with --concurrency, --rate, --burst, --share and --reset only")
+    if limit is None and (concurrency is not None or share is not None):
+        raise Usage("--concurrency and --share are those of a named limit: give --limit NAME, too")
     if reset:
         if limits or workers is not None:
             raise Usage("--reset takes changes back: leave out the values")
@@ -302,10 +305,12 @@ def hold(session: Session, name: str, time: float) -> None:
     """Hold a limit."""
     session.queue.hold(name, time)
     session.note("hold", f"limit {name}", {"seconds": time})
-    [held] = [limit for limit in session.queue.limits() if limit.name == name]
-    if session.json:
+    held = next((limit for limit in session.queue.limits() if limit.name == name), None)
+    if held is None or held.held_until is None:
+        session.out.say(f"{clean(name)} was held, and the time is over")
+    elif session.json:
         session.out.json(held.to_dict())
-    elif held.held_until is not None:
+    else:
         session.out.line(f"{clean(name)} is held until {moment(held.held_until)}")
 
 

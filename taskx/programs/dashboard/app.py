@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import HTTPException, MethodNotAllowed
 from werkzeug.routing import Map, Rule
 from werkzeug.utils import redirect
 from werkzeug.wrappers import Response
@@ -219,4 +219,6 @@ class Dashboard:
             response.headers["WWW-Authenticate"] = 'Basic realm="TaskX", charset="UTF-8"'
         elif status in _LATER:
             response.headers["Retry-After"] = str(getattr(error, "retry_after", None) or 5)
+        elif isinstance(error, MethodNotAllowed):
+            response.allow.update(sorted(error.valid_methods or ()))
         return response

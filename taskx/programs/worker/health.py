@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -83,7 +84,7 @@ class HealthPort:
         except (OSError, OverflowError) as error:
             raise ConfigurationError(f"cannot listen on {host} port {port}: {error}") from error
         #: The address as text.
-        self.url = f"http://{host}:{self._server.server_address[1]}"
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{self._server.server_address[1]}"
         threading.Thread(
             target=self._server.serve_forever, args=(0.1,), name="taskx-health", daemon=True
         ).start()
@@ -98,6 +99,10 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
     request_queue_size = 128  # connections that wait: probes come in bursts
+
+    def __init__(self, address: tuple[str, int], handler: type[_Handler]) -> None:
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        super().__init__(address, handler)
 
 
 class _Handler(BaseHTTPRequestHandler):
