@@ -20,7 +20,7 @@ from typing import Any
 
 from flask import Flask, Response, abort, redirect, render_template_string, request
 
-from taskx import Context, TaskNotFound
+from taskx import ConfigurationError, Context, PayloadError, TaskNotFound
 from taskx.contrib.flask import Taskx
 
 taskx = Taskx()
@@ -68,6 +68,11 @@ def create_app(**config: Any) -> Flask:
     app.config.from_prefixed_env()
     app.config.update(config)
     taskx.init_app(app)
+
+    @app.errorhandler(ConfigurationError)  # an id that is too long
+    @app.errorhandler(PayloadError)  # a number that is too large
+    def refuse(error: Exception) -> tuple[str, int]:
+        return str(error), 400
 
     @app.before_request
     def refuse_other_sites() -> None:

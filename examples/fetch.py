@@ -19,7 +19,7 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
-from taskx import Config, Permanent, Queue, RetryPolicy, SQLiteRepository, TaskFailed
+from taskx import Config, Permanent, Queue, RetryPolicy, SQLiteRepository, TaskFailed, TaskxError
 
 TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 RETRY = RetryPolicy(
@@ -77,7 +77,7 @@ def main() -> int:
     logging.getLogger("taskx").setLevel(logging.CRITICAL)
     try:
         urls = args.file.read_text().split()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # no such file, or no text
         parser.error(str(error))
     try:
         with make_queue(args.db, args.workers) as queue:
@@ -85,6 +85,8 @@ def main() -> int:
     except KeyboardInterrupt:
         print("Stopped. Run it again to go on.", file=sys.stderr)
         return 130
+    except TaskxError as error:  # such as a file that is no database
+        parser.error(str(error))
     for error in errors:
         print(error, file=sys.stderr)
     print(f"{len(urls)} URLs, {len(errors)} failed")

@@ -347,6 +347,19 @@ def fetched(site: Site, path: str) -> str:
     return f"{digest[:12]} {len(path):>9} {site.url(path)}"
 
 
+@pytest.mark.parametrize(
+    "wrong", [["urls.txt", "--workers", "0"], ["urls.txt", "--db", "urls.txt"], ["no.txt"]]
+)
+def test_fetch_says_what_is_wrong_with_a_call(tmp_path, wrong):
+    (tmp_path / "urls.txt").write_text("http://localhost/a-page-of-this-machine\n" * 9)
+    (tmp_path / "no.txt").write_bytes(b"\xff\xfe")
+    said = subprocess.run(
+        [*STRICT, EXAMPLES / "fetch.py", *wrong], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert said.returncode == 2
+    assert said.stderr.splitlines()[-1].startswith("fetch.py: error: ")
+
+
 def test_fetch_continues_after_a_kill(site, tmp_path):
     """A busy page is tried again, and a page that is gone is not. No page is fetched twice."""
     paths = ["/1", "/busy", "/gone", "/2", "/held", "/3"]
@@ -807,6 +820,9 @@ def test_forms_of_other_sites_and_wrong_numbers_are_refused(refunds):
     assert refunds.client.post("/refunds", data=form, headers=foreign).status_code == 403
     assert refunds.client.post("/refunds", data={"order": "x"}).status_code == 400
     assert refunds.client.post("/refunds/nobody", data={"answer": "yes"}).status_code == 404
+    huge = {"order": 10**20, "euros": 1}
+    assert refunds.client.post("/refunds", data=huge).status_code == 400
+    assert refunds.client.post(f"/refunds/{'x' * 300}", data={"answer": "yes"}).status_code == 400
 
 
 def test_a_refund_still_waits_after_its_server_was_killed(tmp_path):

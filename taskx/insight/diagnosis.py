@@ -199,4 +199,4 @@ def _clock(repository: Repository, now: int) -> Iterator[Check]:
             seconds=ahead / 1000,
         )
     else:
-        yield ok("clock", f"The newest task was submitted {duration(-ahead / 1000)} ago.")
+        yield ok("clock", f"The newest task was submitted {duration(max(0, -ahead) / 1000)} ago.")

@@ -14,7 +14,7 @@ from taskx.insight.stats import Percentiles, percentiles
 from taskx.node import counts
 from taskx.stores.base import Repository
 from taskx.tasks.checks import Duration, check_int, check_number
-from taskx.tasks.clock import to_datetime
+from taskx.tasks.clock import FIRST, to_datetime
 from taskx.tasks.errors import ConfigurationError
 from taskx.tasks.findings import Answer, duration
 
@@ -100,6 +100,8 @@ def history(
         )
     end = (now // grain + 1) * grain
     start = (end - span) // grain * grain
+    if start < FIRST:
+        raise ConfigurationError("the period begins before the calendar: give a shorter one")
     read = counted(repository, known, now, counts.TYPES, start)
     found: defaultdict[str, _Found] = defaultdict(lambda: _Found(number))
     waits: list[Counter[str]] = [Counter() for _ in range(number)]

@@ -105,7 +105,10 @@ def test_tail_of_a_type_shows_what_runs(worker, taskx, gate):
     said = taskx("tail", "--type", "email", "--no-follow")
     assert said.code == 0
     assert said.lines == [f"{handle.id} running", f"{handle.id} 40% half \\x1b[2J way"]
-    assert taskx("tail", "--type", "sms", "--no-follow").out == ""
+    assert said.err == ""
+    other = taskx("tail", "--type", "emial", "--no-follow")
+    assert other.out == ""
+    assert other.err == "no node and no task has type 'emial'; did you mean 'email'?\n"
 
 
 @pytest.mark.parametrize("words", [[], ["an-id", "--type", "email"]])

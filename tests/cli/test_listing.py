@@ -75,6 +75,8 @@ def test_a_list_says_that_there_is_more(queue, taskx):
     assert said.err == "2 of 5 tasks; --limit N or --all shows more\n"
     assert len(taskx("list", "--all").lines) == 6
     assert taskx("list", "--limit", "5").err == ""
+    none = taskx("list", "--limit", "0")
+    assert (none.out, none.err) == ("", "0 of 5 tasks; --limit N or --all shows more\n")
 
 
 def test_an_empty_list_says_so_on_stderr(queue, taskx):

@@ -374,6 +374,7 @@ def matches(value, schema, document):
         )
     if isinstance(value, dict):
         assert {*schema.get("required", ())} <= value.keys()
+        assert value.keys() <= schema.get("properties", value).keys()
         for name, part in schema.get("properties", {}).items():
             if name in value:
                 matches(value[name], part, document)

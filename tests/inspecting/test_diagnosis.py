@@ -107,7 +107,9 @@ def test_a_task_from_the_future_is_a_warning_about_the_clock(healthy, make_queue
     ahead.declare("mail")
     ahead.submit("mail")
     assert named(ahead, "clock").level == "ok"
-    clock.set_wall(clock.now() - timedelta(seconds=90))
+    clock.set_wall(clock.now() - timedelta(seconds=1))
+    assert named(ahead, "clock").sentence == "The newest task was submitted 0 s ago."
+    clock.set_wall(clock.now() - timedelta(seconds=89))
     check = named(ahead, "clock")
     assert (check.level, check.facts["seconds"]) == ("warn", 90.0)
     assert "1 min 30 s in the future" in check.sentence

@@ -135,6 +135,7 @@ def test_a_task_that_failed_with_its_parent_has_no_run_time(queue):
         ({"period": timedelta(hours=4), "intervals": 25}, "an interval must be 10 min or longer"),
         ({"period": timedelta(days=2), "intervals": 49}, "an interval must be 1 h or longer"),
         ({"period": timedelta(days=99), "intervals": 100}, "an interval must be 24 h or longer"),
+        ({"period": 1e15, "intervals": 3}, "before the calendar: give a shorter one"),
         ({"intervals": 0}, "intervals"),
         ({"intervals": 1001}, "intervals must be at most 1000"),
     ],

@@ -14,7 +14,7 @@ from typing import Any
 import attrs
 import click
 
-from taskx.programs.cli.completion import complete_ids, complete_types
+from taskx.programs.cli.completion import complete_ids, complete_types, types_of
 from taskx.programs.cli.errors import FAILED, Failure, Usage
 from taskx.programs.cli.listing import as_record, id_argument
 from taskx.programs.cli.nodes import nodes
@@ -25,6 +25,7 @@ from taskx.programs.cli.values import Duration
 from taskx.queue.queue import Queue
 from taskx.stores.streams import Reader
 from taskx.tasks.errors import RepositoryError, TaskNotFound
+from taskx.tasks.findings import suggestion
 from taskx.tasks.model import Task, TaskStatus
 from taskx.tasks.payload import clean_text
 from taskx.tasks.redact import redacted
@@ -192,6 +193,8 @@ def tail(
     """Follow tasks."""
     if bool(task_ids) is (type_ is not None):
         raise Usage("name the tasks by their ids, or by --type")
+    if type_ is not None and type_ not in (known := types_of(session.queue)):
+        session.out.say(f"no node and no task has type {type_!r}{suggestion(type_, known)}")
     following = Tail(session.queue)
     several = len(task_ids) != 1
     for task_id in task_ids:

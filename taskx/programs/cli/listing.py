@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from datetime import datetime
-from itertools import islice
 from typing import Any
 
 import attrs
@@ -103,13 +102,10 @@ def print_tasks(session: Session, wanted: TaskFilter, everything: bool) -> int:
     if session.json:
         return session.out.json_lines(as_record(session, task) for task in tasks)
     now = session.now()
-    first = list(islice(tasks, 1))
-    if not first:
+    number = session.out.table(TASK_COLUMNS, (task_row(session, task, now) for task in tasks))
+    if not number and wanted.limit:
         _say_none(session, wanted)
-        return 0
-    rows = (task_row(session, task, now) for some in (first, tasks) for task in some)
-    number = session.out.table(TASK_COLUMNS, rows)
-    if not everything and number == wanted.limit:
+    elif not everything and number == wanted.limit:
         total = session.queue.count_tasks(wanted, at_most=_COUNTED)
         if total > number:
             more = "" if total.exact else "more than "

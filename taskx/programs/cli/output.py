@@ -199,8 +199,11 @@ class Output:
         click.echo(clean(words), err=True)
 
     def table(self, columns: Sequence[Column], rows: Iterable[Row]) -> int:
-        """Print a table that fits the terminal, row by row. Return the number of rows."""
-        number = count()
+        """Print a table that fits the terminal, row by row; nothing without rows. Return their number."""
+        number, rows = count(), iter(rows)
+        if not (first := [*islice(rows, 1)]):
+            return 0
+        rows = chain(first, rows)
         for line in self.table_lines(columns, (row for row, _ in zip(rows, number))):  # noqa: B905
             self.cells(line)
         return next(number)

@@ -48,7 +48,7 @@ def _object(properties: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 def _schemas() -> dict[str, Any]:
     finding = _object({"kind": _TEXT, "sentence": _TEXT, "facts": {"type": "object"}})
-    task = _object({name: _TASK.get(name, _TEXT) for name in TASK_FIELDS})
+    task = _object({name: _TASK.get(name, _TEXT) for name in (*TASK_FIELDS, "flow")})
     task["required"] = [name for name in TASK_FIELDS if name not in FIELDS]
     task["description"] = (
         f"Without the permission see_params, {', '.join(FIELDS)} are left out. Values are redacted by key."
@@ -69,6 +69,7 @@ def _schemas() -> dict[str, Any]:
             {
                 "types": {"type": "object", "additionalProperties": {"type": "object"}},
                 "checked_at": _TIME,
+                "answers": _COUNT,
                 "period": {"type": "number"},
                 "since": _TIME,
                 "complete": {"type": "boolean"},
@@ -103,7 +104,11 @@ def _schemas() -> dict[str, Any]:
             "required": ["action", "changed", "finished"],
             "properties": {
                 "action": _TEXT,
-                "changed": _COUNT,
+                **dict.fromkeys(("changed", "matched", "asked", "more"), _COUNT),
+                "dry_run": {"type": "boolean"},
+                "exact": {"type": "boolean"},
+                "skipped": {"type": "object", "description": "Numbers of tasks, by reason."},
+                **dict.fromkeys(("reached", "starts_until"), _TIME),
                 "finished": {
                     "type": "boolean",
                     "description": "False if there may be more: make the same call again.",
