@@ -239,10 +239,8 @@ class Repository(TaskRepository):
     def distinct(self, column: Listed, after: str, limit: int) -> Sequence[str]:
         """Return the different values of a column that come after ``after``, sorted.
 
-        At most ``limit`` values are returned. The store may return fewer to be fast, but it returns an
-        empty list only if no values are left. The cost must depend on the number of values, not on the
-        number of
-        rows: use one step in an index for each value.
+        The first ``limit`` of them are returned: fewer only if no more are left. The cost must depend on
+        the number of values, not on the number of rows: use one step in an index for each value.
         """
 
     @abstractmethod

@@ -23,10 +23,12 @@ def split(url: str, known: Mapping[str, Callable[[str], Any]]) -> tuple[str, dic
     parts = urlsplit(url)
     if len(parts.path) < 2:
         raise ConfigurationError(f"the {parts.scheme} URL names no database: write …/database?…")
-    given = parse_qsl(parts.query, keep_blank_values=True)
+    # As it was written: put together from its parts, it would lose the slashes of an empty host.
+    base, _, query = url.partition("?")
+    given = parse_qsl(query, keep_blank_values=True)
     ours = {name: _value(name, text, known[name]) for name, text in given if name in known}
     kept = [(name, text) for name, text in given if name not in known]
-    return parts._replace(query=urlencode(kept)).geturl(), ours
+    return f"{base}?{urlencode(kept)}" if kept else base, ours
 
 
 def _value(name: str, text: str, make: Callable[[str], Any]) -> Any:

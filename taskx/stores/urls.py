@@ -54,6 +54,8 @@ def open_repository(url: str, codec: Codec | Iterable[Codec] | None = None) -> R
     # Else "sqlite:tasks.db" would name another file than it seems to.
     is_file = parts.scheme == "sqlite" and url[len("sqlite:") :].startswith("///")
     if is_file and len(parts.path) > 1:
+        if parts.fragment:
+            raise ConfigurationError(f"{_shown(url)!r}: write %23 for a # in the name of a file")
         options = _options(parse_qsl(parts.query, keep_blank_values=True), url)
         return SQLiteRepository(unquote(parts.path[1:]), codec=codec, **options)
     if parts.scheme in ("mongodb", "mongodb+srv"):

@@ -370,7 +370,7 @@ def check_moment(value: Any, what: str) -> None:
         raise ConfigurationError(str(error)) from None
 
 
-_MAX_COUNT = 2**62  # the sum of two still fits into a database's 64-bit integer
+_MAX_COUNT = 2**62 - 1  # the sum of two still fits into a database's 64-bit integer
 
 
 def check_part(value: Any, what: str) -> None:

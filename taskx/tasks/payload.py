@@ -198,7 +198,12 @@ def is_encodable(text: str) -> bool:
 
 
 def clean_text(text: str, limit: int) -> str:
-    """Return free text that can be stored: cut to ``limit`` characters, with lone surrogates escaped."""
+    """Return free text that every store keeps as it is.
+
+    It is cut to ``limit`` characters. Lone surrogates are escaped, and NUL becomes U+FFFD.
+    """
     if len(text) > limit:
         text = text[: limit - 1] + "…"
+    if "\0" in text:  # PostgreSQL cannot store it
+        text = text.replace("\0", "\ufffd")
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()

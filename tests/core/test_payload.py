@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from uuid import uuid4
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from taskx import PayloadError
@@ -174,14 +174,16 @@ class TestRefusal:
 
 
 @given(st.text(max_size=30), st.integers(1, 20))
+@example("a\0b", 2)
 def test_any_text_can_be_cleaned_for_storage(text, limit):
     cleaned = clean_text(text, 1000)
     assert is_encodable(cleaned)
-    assert cleaned == text or not is_encodable(text)
+    assert "\0" not in cleaned
+    assert cleaned == text.replace("\0", "\ufffd") or not is_encodable(text)
     if is_encodable(text):
         cut = clean_text(text, limit)
         assert len(cut) <= limit
-        assert cut == text or (cut[:-1] == text[: limit - 1] and cut[-1] == "…")
+        assert cut == cleaned or (cut[:-1] == cleaned[: limit - 1] and cut[-1] == "…")
 
 
 @dataclass

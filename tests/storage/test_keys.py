@@ -8,7 +8,7 @@ from datetime import datetime, timedelta, timezone
 
 import pytest
 
-from taskx import DuplicateTask, SQLiteRepository, Task, TaskFilter, TaskStatus
+from taskx import DuplicateTask, RepositoryError, SQLiteRepository, Task, TaskFilter, TaskStatus
 from taskx.tasks import ids, lifecycle
 from taskx.tasks.clock import to_ms
 from taskx.tasks.ids import key_of, new_id
@@ -125,6 +125,12 @@ def test_a_stored_id_is_taken_wherever_its_row_is(repository):
     assert len(listed(repository)) == 3
 
 
+def test_an_id_that_cannot_be_stored_is_an_error_of_the_repository(repository):
+    repository.create(Task(id="a", type="t"))
+    with pytest.raises(RepositoryError, match="surrogates not allowed"):
+        repository.find("id", ["\ud800"], ("id",))
+
+
 def test_a_task_is_stored_although_all_keys_of_its_moment_are_taken(repository, path, monkeypatch):
     monkeypatch.setattr("taskx.stores.sqlite.writing.new_key", lambda moment: moment * 2 + 1)
     for task_id in "abc":
@@ -142,6 +148,17 @@ class TestOrder:
             made.append(task_id)
         assert listed(repository) == made[::-1]
         assert [stub.id for stub in repository.ready(["t"], 99)] == made
+
+    def test_tasks_of_one_call_keep_their_order_whether_ids_are_made_or_chosen(
+        self, repository, monkeypatch
+    ):
+        monkeypatch.setattr(ids, "_counted", 0)
+        made = [new_id(to_ms(NOW)) if number % 3 else str(number) for number in range(20)]
+        writes = [fresh(task_id)._replace(fresh=len(task_id) == 36) for task_id in made]
+        assert all(repository.apply(writes, all_or_nothing=True))
+        assert listed(repository) == made[::-1]
+        assert [stub.id for stub in repository.ready(["t"], 99)] == made
+        assert set(repository.get_many(made)) == {*made}
 
     def test_tasks_that_were_created_after_the_clock_was_set_back_come_where_it_says(
         self, repository
@@ -168,6 +185,20 @@ class TestOrder:
         assert listed(repository, end_date=created_at - timedelta(milliseconds=1)) == []
         for filter in ({"start_date": created_at}, {"end_date": created_at}):
             assert repository.count(TaskFilter(**filter)) == 1
+
+    def test_dates_are_exact_where_the_years_of_keys_end(self, repository):
+        """A key has the milliseconds from 1970 until 2248."""
+        for year in (1950, 1960, 1969, 2024, 2300, 2400):
+            moment = datetime(year, 12, 31, 23, 59, 59, 999_000, timezone.utc)
+            repository.create(Task(id=str(year), type="t", created_at=moment))
+        years = {"1950", "1960", "1969", "2024", "2300", "2400"}
+        for year in (1955, 1965, 1970, 2000, 2248, 2249, 2350, 2500):
+            edge = datetime(year, 1, 1, tzinfo=timezone.utc)
+            early, late = TaskFilter(end_date=edge), TaskFilter(start_date=edge)
+            before = {stored for stored in years if int(stored) < year}
+            assert {task.id for task in repository.list(early)} == before
+            assert {task.id for task in repository.list(late)} == years - before
+            assert repository.count(early) == len(before)
 
     def test_ended_tasks_are_found_until_they_are_removed(self, repository):
         for seconds in range(5):

@@ -58,6 +58,7 @@ def test_a_package_opens_the_urls_of_its_scheme(tmp_path):
 @pytest.mark.parametrize(
     ("url", "message"),
     [
+        ("sqlite:///jobs#2.db", "write %23 for a # in the name of a file"),
         ("duckdb:///tasks.db", r"or install the package for duckdb://, with an entry point"),
         ("nothing://x", "taskx_shelf:open_nothing must return a TaskRepository, not 'nothing://x'"),
         ("locked://user:secret@x", r"'\*\*\*@x': taskx_shelf:open_locked raised KeyError"),
@@ -72,6 +73,14 @@ def test_a_url_that_nothing_opens_is_refused(url, message):
     with pytest.raises(ConfigurationError, match=message):
         open_repository(url)
     assert call("list", "--repository", url).code == 2
+
+
+@pytest.mark.parametrize("query", ["", "?host=/var/run/postgresql&prefix=taskx_"])
+def test_a_url_of_postgresql_needs_no_host(query):
+    """Then it is on this host, or where the query says."""
+    made = open_repository(f"postgresql:///shop{query}")
+    where = "@/var/run/postgresql" if query else ""
+    assert repr(made) == f"PostgresRepository('shop{where}', prefix='taskx_')"
 
 
 def test_the_schemes_of_taskx_are_its_own(monkeypatch):

@@ -257,7 +257,13 @@ class _Waiting(Repository):
 
     def apply(self, writes: Sequence[Write], *, all_or_nothing: bool = False) -> Sequence[bool]:
         """Keep writes for later. A new task is refused at once if its id or its unique key is taken."""
-        results = [not (isinstance(write, Insert) and self._is_taken(write)) for write in writes]
+        results, ids = [], set[str]()
+        for write in writes:
+            taken = False
+            if isinstance(write, Insert):
+                taken = write.id in ids or self._is_taken(write)
+                ids.add(write.id)
+            results.append(not taken)
         kept = [write for write, held in zip(writes, results, strict=True) if held]
         if kept and (len(kept) == len(writes) or not all_or_nothing):
             self._batches.append((kept, all_or_nothing))
@@ -275,15 +281,18 @@ class _Waiting(Repository):
         stored: list[Write] = []
         for batch, whole in self._batches:
             results = self.outer.apply(batch, all_or_nothing=whole)
+            all_refused = whole and not all(results)
             for write, held in zip(batch, results, strict=True):
-                if held:
+                if held and not all_refused:
                     stored.append(write)
                 elif isinstance(write, Insert):
                     _log.error(
-                        "task %s (%s) was not stored after the commit: in the meantime another task got "
-                        "its id or its unique key",
+                        "task %s (%s) was not stored after the commit: in the meantime another task got %s",
                         write.id,
                         write.row["type"],
+                        "an id or a unique key of the same call"
+                        if held
+                        else "its id or its unique key",
                     )
         return stored
 

@@ -175,15 +175,21 @@ class Tasks(Repository):
         ]
 
     def distinct(self, column: Listed, after: str, limit: int) -> Sequence[str]:
-        """Return the values of a column in the next ``limit`` documents, in order.
+        """Return the next values of a column, in order.
 
         This does not use the server's ``distinct``, whose answer must fit into one document.
         """
         path, among, _ = LOOKUPS[column]
         name = path.removeprefix("taskx.")
-        wanted = {**among, path: {"$gt": text(after, "after")}}
-        found = self.read(wanted, (name,), limit, [(path, 1)])
-        return list(dict.fromkeys(row_from_document(d, (name,))[name] for d in found))
+        values: dict[str, None] = {}
+        after = text(after, "after")
+        while (most := limit - len(values)) > 0:
+            found = self.read({**among, path: {"$gt": after}}, (name,), most, [(path, 1)])
+            values.update(dict.fromkeys(row_from_document(d, (name,))[name] for d in found))
+            if len(found) < most:
+                break
+            after = next(reversed(values))  # many documents may have the same value
+        return [*values]
 
     # --- by a filter
 

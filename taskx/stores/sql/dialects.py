@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
+from string import ascii_uppercase
 from typing import Any
 
 from taskx.tasks.lifecycle import PENDING
@@ -144,6 +146,12 @@ class Postgres(Dialect):
 class MySQL(Dialect):
     """MariaDB and MySQL."""
 
+    # ``lower`` changes all letters, whatever the collation is; a filter ignores the case of A to Z only.
+    error_contains = (
+        "instr("
+        + reduce(lambda text, x: f"replace({text}, '{x}', '{x.lower()}')", ascii_uppercase, "error")
+        + ", ?) > 0"
+    )
     same = "<=>"
     unless_taken = ""
     recursive = False

@@ -64,7 +64,7 @@ def grouped(writes: Sequence[Write]) -> list[Group]:
 def _form(write: Write) -> tuple[Any, ...]:
     """Return what writes in one statement have in common."""
     if isinstance(write, Insert):
-        return (Insert, *write.row)
+        return (Insert,)  # all in one, so that they keep their order
     # The values of these conditions are in the text of a statement.
     special = tuple(
         (name, value if value is PRESENT or isinstance(value, tuple) else None)
@@ -177,8 +177,11 @@ class GroupWriter(Writer):
         )
 
     def _insert_group(self, link: Link, writes: Sequence[Insert]) -> set[str]:
-        given = tuple(writes[0].row)
-        arrays = [_array(name, [write.row[name] for write in writes]) for name in given]
+        given = tuple(dict.fromkeys(name for write in writes for name in write.row))
+        arrays = [
+            _array(name, [write.row.get(name, DEFAULTS.get(name)) for write in writes])
+            for name in given
+        ]
         stored = link.rows(_insert_group_sql(self.dialect.tasks, given), arrays)
         held = {task_id for (task_id,) in stored}
         self.add_lists(link, [write.row for write in writes if write.id in held])

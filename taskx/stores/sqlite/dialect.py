@@ -18,6 +18,9 @@ FREE_PAGES = (
     "(SELECT page_count FROM pragma_page_count)"
 )
 
+# Where the keys of the first and of the last moment begin, which all earlier and later moments share.
+_ENDS = key_at(0), key_at(2**63)
+
 _READY = f"status = '{PENDING}' AND held = {FREE}"
 
 
@@ -108,6 +111,8 @@ class OwnSQLite(SQLite):
     def created(self, sign: str, moment: int) -> tuple[str, Sequence[Any]]:
         # The key of a task may be a little later than its time.
         key = key_at(moment) if sign == ">=" else key_at(moment + KEPT_ORDER + 1)
+        if sign == "<=" and key in _ENDS:
+            return "created_at <= ?", (moment,)
         return f"created_at {sign} ? AND seq {sign} ?", (moment, key)
 
     def place_at(self, moment: int) -> tuple[int, int]:

@@ -248,7 +248,7 @@ class FileLinks(Links, News, House, Forks):
             # Not inside a transaction that an interrupt cut short: its writes will be undone.
             if got == [True] and not (writer := self.connections.writer()).in_transaction:
                 return writer.execute(sql, values).fetchall()
-        except sqlite3.Error:
+        except FAILURES:
             pass  # the reader meets the same error, and translates it
         finally:
             if got == [True]:

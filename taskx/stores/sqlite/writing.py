@@ -25,6 +25,12 @@ class KeyedWriter(Writer):
         self._new_parent = f"INSERT INTO {d.parents} (parent, child) VALUES (?, ?){d.unless_taken}"
         self._new_tag = f"INSERT INTO {d.tags} (tag, task) VALUES (?, ?){d.unless_taken}"
 
+    def each(self, writes: Sequence[Write], whole: bool, link: Link) -> list[bool]:
+        return super().each(_in_order(writes) if whole else writes, whole, link)
+
+    def together(self, writes: Sequence[Write], whole: bool, link: Link) -> list[bool]:
+        return super().together(_in_order(writes) if whole else writes, whole, link)
+
     @staticmethod
     def _ordinary(write: Write) -> bool:
         # Tasks with chosen ids stay alone.
@@ -133,3 +139,20 @@ class KeyedWriter(Writer):
             if not link.rows(self._has_key, (key,)):
                 break
         return None
+
+
+def _in_order(writes: Sequence[Write]) -> Sequence[Write]:
+    """Return writes that belong together so that the keys of new tasks rise.
+
+    The key for a chosen id is drawn when it is stored. The keys of the tasks after it must be drawn then,
+    too: those in their ids were drawn before.
+    """
+    chosen = False
+    found: list[Write] = []
+    for write in writes:
+        if isinstance(write, Insert):
+            chosen = chosen or not write.fresh
+            if chosen and write.fresh:
+                write = write._replace(fresh=False)
+        found.append(write)
+    return found

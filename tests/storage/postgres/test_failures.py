@@ -17,6 +17,7 @@ from taskx import (
     SchemaMismatch,
     open_repository,
 )
+from taskx.attempt.failures import error_text
 from taskx.insight import health
 from taskx.stores.base import Locked
 from taskx.stores.postgres import schema
@@ -26,7 +27,7 @@ from taskx.tasks.clock import SYSTEM_CLOCK
 from taskx.tasks.record import FREE, UNTIL_DUE
 from taskx.tasks.writes import Update
 
-from ..repositories import insert
+from ..repositories import insert, losing_answers
 
 pytestmark = pytest.mark.postgres
 LONG = PATIENCE
@@ -144,6 +145,23 @@ def test_a_take_in_doubt_waits_for_its_first_copy(repository, url):
         assert repository.apply([lifecycle.take("a", "elsewhere")]) == [False]
         late.commit()
     assert again() == [True, True]
+
+
+def test_an_outcome_in_doubt_counts_whatever_is_in_the_text_of_its_error(repository, clock):
+    """PostgreSQL stores no NUL characters: a task has another one from the beginning."""
+    for name in "ab":
+        repository.apply([insert(name, clock)])
+    tasks = [repository.get_by_id(name) for name in "ab"]
+    starts = [lifecycle.start(task, clock.now_ms(), "node") for task in tasks]
+    assert all(repository.apply(starts))
+    failed = lifecycle.Ending(returned=False, error=error_text(ValueError("a\0b")), permanent=True)
+    running = [repository.get_by_id(name) for name in "ab"]
+    ends = [end for task in running for end in lifecycle.conclude(task, failed, clock.now_ms())]
+    with losing_answers(repository), pytest.raises(RepositoryUnavailable) as caught:
+        repository.apply(ends)
+    assert caught.value.in_doubt
+    assert repository.apply(ends) == [True] * len(ends)
+    assert repository.get_by_id("a").error == "ValueError: a\ufffdb"
 
 
 def test_no_write_stays_in_doubt_when_its_outcome_is_known(repository):

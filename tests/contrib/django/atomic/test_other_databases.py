@@ -125,6 +125,26 @@ class TestWait:
         assert ids(queue) == {"theirs", late.id}
         assert "was not stored after the commit" in caplog.text
 
+    def test_two_tasks_of_one_call_with_the_same_id_are_refused_at_once(self, queue):
+        with transaction.atomic():
+            kept = queue.submit("elsewhere")
+            with pytest.raises(DuplicateTask):
+                queue.submit_many([Task(id=name, type="elsewhere") for name in "xyx"])
+        assert ids(queue) == {kept.id}
+
+    def test_each_task_that_another_one_of_its_call_prevents_is_logged(
+        self, queue, make_queue, caplog
+    ):
+        with transaction.atomic():
+            queue.submit_many([Task(id=name, type="elsewhere") for name in "xyz"])
+            with SQLiteRepository(queue.repository.path) as other:
+                there = make_queue(other)
+                there.declare("elsewhere")
+                there.submit("elsewhere", id="y")
+        assert ids(queue) == {"y"}
+        lost = [record.args[0] for record in caplog.records if "was not stored" in record.message]
+        assert lost == ["x", "y", "z"]
+
     def test_cancels_do_not_wait(self, queue):
         handle = queue.submit("elsewhere")
         with rolled_back("default"):
