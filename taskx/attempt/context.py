@@ -95,8 +95,9 @@ class _Line(str):
     def __new__(cls, prefix: str, message: str) -> _Line:
         return super().__new__(cls, prefix + message)
 
-    def __init__(self, prefix: str, message: str) -> None:
-        self._parts = prefix, message
+    def __init__(self, prefix: str, message: str | None = None) -> None:
+        if message is not None:  # else ``str(line)`` calls this again, before Python 3.13
+            self._parts = prefix, message
 
     def __str__(self) -> str:  # logging formats what this returns
         return self
