@@ -76,6 +76,14 @@ def eventually(condition: Callable[[], Any], timeout: float = PATIENCE) -> Any:
     return answer
 
 
+def nested(depth: int) -> list[Any]:
+    """Return a list of so many levels."""
+    value: list[Any] = []
+    for _ in range(depth - 1):
+        value = [value]
+    return value
+
+
 def settle_references() -> None:
     """Let go of objects whose last reference another thread dropped: a Python without a lock is late."""
     if not getattr(sys, "_is_gil_enabled", lambda: True)():

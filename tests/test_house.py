@@ -161,7 +161,7 @@ OPEN = {
     *("current", "last", "self._local", "self._limit", "self._last"),
     # Records: of a task, of a page of them, of one attempt and its end, of a row of the admin.
     *("task", "given", "changed", "self._copy", "page", "row", "op"),
-    *("run", "token", "ending", "transaction"),
+    *("run", "call", "token", "ending", "transaction"),
     # Connections to a database: what is known of each is written on it.
     *("connection", "link"),
     # The test kit makes a program's queue one for tests, and back.

@@ -63,7 +63,7 @@ class Keeper:
         #: What these runs wait for.
         self.waits = Waits(moves, max_payload_size, timing.retry_every)
         #: The tasks that they submit, and whose ends their tasks wait for.
-        self.children = Children(moves, submit, self.waits)
+        self.children = Children(moves, submit, self.waits, values)
         #: Held while a run creates its ``Checkpoints``: several of its threads may be the first to ask.
         self.lock = threading.Lock()
         #: The process that these runs belong to: see :mod:`taskx.tasks.forks`.

@@ -21,6 +21,7 @@ from taskx.tasks.lifecycle import Park
 from taskx.tasks.model import Task, TaskStatus
 from taskx.tasks.tags import without_trace
 from taskx.tasks.token import CancelToken
+from taskx.tasks.values import Values, encoded
 from taskx.tasks.writes import Insert
 
 # Attempts to change tasks that move between the read and the write.
@@ -37,15 +38,14 @@ class Children:
         moves: the door to the repository.
         submit: the door for new tasks.
         waits: what else these runs wait for.
+        values: the annotations of the executors that are known here, by type.
     """
 
     def __init__(
-        self,
-        moves: Door,
-        submit: Submit,
-        waits: Waits,
+        self, moves: Door, submit: Submit, waits: Waits, values: Mapping[str, Values]
     ) -> None:
         self._moves = moves
+        self._values = values
         self._submit = submit
         self._patiently = waits.patiently
         self._batch = moves.repository.timing.batch
@@ -176,6 +176,7 @@ class Children:
         ``again`` says that those which have not completed shall run again after a requeue of the parent.
         """
         list_id = children.list_id(parent.id, name)
+        tasks = [encoded(task, self._values) for task in tasks]
         while (listed := self._look(list_id, token)) is None:
             new = children.new_list(parent, name, tasks, needed, self._depth(parent, token))
             insert = lifecycle.opened(new_record(new, self._moves.now_ms()), parent.id)

@@ -15,6 +15,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from copy import copy
 from datetime import datetime
 from functools import partial
@@ -38,7 +39,7 @@ from taskx.attempt.waiting import (
     seconds_of,
 )
 from taskx.tasks import payload
-from taskx.tasks.checks import Duration, check_number, is_async
+from taskx.tasks.checks import Duration, check_number, check_plain, is_async
 from taskx.tasks.clock import to_ms
 from taskx.tasks.errors import (
     CancelReason,
@@ -69,10 +70,44 @@ _check_on_failure = one_of(OnChildFailure)
 P = ParamSpec("P")
 T = TypeVar("T")
 
+# The blocks of ``ctx.timeout`` that this thread or coroutine is in: each as a context and its token.
+_narrower: ContextVar[tuple[tuple[Context, CancelToken], ...]] = ContextVar("narrower", default=())
+
 
 def log_prefix(task_id: str, type: str) -> str:
     """Return the beginning of each line that a task's logger writes."""
     return f"[{type} {task_id}] "
+
+
+def _without_stop(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """Call a function. A future takes no ``StopIteration``: before Python 3.12, it would never be done."""
+    try:
+        return fn(*args, **kwargs)
+    except StopIteration as error:
+        raise RuntimeError(f"{fn!r} raised StopIteration") from error
+
+
+class _Line(str):
+    """A message after a prefix with a percent sign, which is no format."""
+
+    __slots__ = ("_parts",)
+
+    def __new__(cls, prefix: str, message: str) -> _Line:
+        return super().__new__(cls, prefix + message)
+
+    def __init__(self, prefix: str, message: str | None = None) -> None:
+        if message is not None:  # else ``str(line)`` calls this again, before Python 3.13
+            self._parts = prefix, message
+
+    def __str__(self) -> str:  # logging formats what this returns
+        return self
+
+    def __mod__(self, args: Any) -> str:
+        prefix, message = self._parts
+        return f"{prefix}{message % args}"
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:  # a handler may send it to other programs
+        return str, ("".join(self._parts),)
 
 
 class TaskLogger(logging.LoggerAdapter):  # type: ignore[type-arg]
@@ -83,7 +118,8 @@ class TaskLogger(logging.LoggerAdapter):  # type: ignore[type-arg]
     ) -> tuple[Any, MutableMapping[str, Any]]:
         extra = dict(self.extra or {})
         kwargs["extra"] = {**extra, **(kwargs.get("extra") or {})}
-        return f"{log_prefix(str(extra['task_id']), str(extra['task_type']))}{msg}", kwargs
+        prefix = log_prefix(str(extra["task_id"]), str(extra["task_type"]))
+        return _Line(prefix, str(msg)) if "%" in prefix else f"{prefix}{msg}", kwargs
 
 
 class Shared(NamedTuple):
@@ -109,7 +145,7 @@ class Context:
     """
 
     __slots__ = (
-        *("_copy", "_shared", "_task", "_token"),
+        *("_copy", "_shared", "_task"),
         *("_missed", "_quiet", "_storing", "_told", "_unwritten"),
         *("_checkpoints", "_emitted", "_run_token", "_stored"),
         *("_awaited", "_completed", "_parked", "_spent"),
@@ -127,7 +163,7 @@ class Context:
     def __init__(self, task: Task, token: CancelToken, shared: Shared) -> None:
         self._task = task
         self._shared = shared
-        self._token = self._run_token = token
+        self._run_token = token
         self._copy = self._told = self._checkpoints = self._emitted = self._stored = None
         self._parked = self._awaited = None
         # See ``transaction`` and ``_new_progress``.
@@ -163,6 +199,13 @@ class Context:
             if found[parent].damage and found[parent].status is TaskStatus.COMPLETED:
                 raise RepositoryCorrupt(f"parent {parent}: {found[parent].damage}")
         return [found[parent] for parent in ids]
+
+    @property
+    def _token(self) -> CancelToken:
+        for context, token in reversed(_narrower.get()):
+            if context is self and not token._over:  # a coroutine that was begun inside may go on
+                return token
+        return self._run_token
 
     @property
     def token(self) -> CancelToken:
@@ -359,7 +402,8 @@ class Context:
         """
         from asyncio import to_thread  # here: most programs need no coroutines
 
-        call = partial(fn if is_async(fn) else partial(to_thread, fn), *args, **kwargs)
+        made = fn if is_async(fn) else partial(to_thread, _without_stop, fn)
+        call = partial(made, *args, **kwargs)
         return await self._kept().astep(name, self._token, call, to_thread)
 
     # --- waiting without a thread
@@ -442,9 +486,10 @@ class Context:
         Raises:
             TaskFailed: somebody has finished the answer with an error.
             PayloadError: the result is not JSON, or is too large.
-            ConfigurationError: as :meth:`ask`.
+            ConfigurationError: as :meth:`ask`; or ``fn`` is a coroutine function.
             RepositoryError: the repository failed.
         """
+        check_plain(fn, "the function of ctx.once()")
         return self._once(name, lambda: fn(*args, **kwargs), None)  # type: ignore[no-any-return]
 
     def once_or(
@@ -461,6 +506,8 @@ class Context:
         ``find`` returns the result of ``fn``; it raises ``NotDone`` if ``fn`` shall be called again, and
         ``Uncertain`` if a person shall be asked.
         """
+        for given in (fn, find):
+            check_plain(given, "a function of ctx.once_or()")
         found = partial(find, *args, **kwargs)
         return self._once(name, lambda: fn(*args, **kwargs), found)  # type: ignore[no-any-return]
 
@@ -861,7 +908,8 @@ class Context:
     def timeout(self, seconds: Duration) -> Iterator[CancelToken]:
         """Set an earlier deadline for a part of the task: ``with ctx.timeout(5) as token: …``.
 
-        Inside the block, ``ctx.token`` and everything built on it respect this deadline, too.
+        Inside the block, ``ctx.token`` and everything built on it respect this deadline, too: in this
+        thread or coroutine, and in what it begins by ``await``. Others open blocks of their own.
 
         Raises:
             TimeoutError: the block raised an exception after its own deadline, but the task as a
@@ -870,23 +918,24 @@ class Context:
         """
         outer = self._token
         limit = check_number(seconds, "timeout")
-        inner, coroutine = outer._child(limit), self._awaited
+        inner = outer._child(limit)
         self._shared.alarms.add(inner)
-        self._token = inner
-        if coroutine is not None:
-            inner.on_cancel(lambda: coroutine.cancel(lambda: self._token is inner))
+        part = self._awaited.part(outer) if self._awaited and self._on_loop else None
+        if part is not None:
+            inner.on_cancel(part.cancel)
+        _narrower.set((*_narrower.get(), (self, inner)))
         try:
             yield inner
         except BaseException as error:
             if inner.reason is CancelReason.TIMEOUT and not outer.cancelled:
-                if coroutine is not None:
-                    coroutine.uncancel(error)
                 raise TimeoutError(f"not done within {limit:g} s") from error
             raise
         finally:
-            self._token = outer
+            if part is not None:
+                part.end()
+            _narrower.set(tuple(one for one in _narrower.get() if one[1] is not inner))
             self._shared.alarms.remove(inner)
-            outer._disown(inner)
+            inner._leave(outer)
 
     @contextmanager
     def closing(self, resource: T) -> Iterator[T]:

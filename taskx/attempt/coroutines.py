@@ -133,6 +133,8 @@ class Awaited:
         if task.cancelled():  # before its first step
             self._coroutine.close()
             self._error = asyncio.CancelledError()
+        elif (error := task.exception()) is not None:  # a GeneratorExit of the coroutine itself
+            self._error = error
         self._end()
 
     async def _run(self) -> None:
@@ -184,14 +186,14 @@ class Awaited:
         finally:
             del error, trace
 
-    def cancel(self, only_if: Callable[[], bool] = lambda: True) -> None:
-        """Cancel the coroutine, if a condition holds when its loop comes to that."""
+    def cancel(self) -> None:
+        """Cancel the coroutine."""
 
         def on_loop() -> None:
             if self.task is None:  # the thread was interrupted before it had the loop begin
                 self._coroutine.close()
                 self._end()
-            elif only_if():
+            else:
                 self.task.cancel()
 
         try:
@@ -206,11 +208,13 @@ class Awaited:
         self.thread.wait()
         self._error = None
 
-    def uncancel(self, error: BaseException) -> None:
-        """Say that a cancel was meant for a part of the coroutine only, which it has ended by ``error``."""
-        is_cancel = isinstance(error, asyncio.CancelledError)
-        if is_cancel and self.task is not None and sys.version_info >= (3, 11):
-            self.task.uncancel()
+    def part(self, outer: CancelToken) -> Part | None:
+        """Return the part of the coroutine that runs now; None in a callback of the loop, which is no part.
+
+        ``outer`` is the token of what it is a part of.
+        """
+        task = asyncio.current_task(self.loop)
+        return None if task is None else Part(task, self.loop, outer)
 
     def is_here(self) -> bool:
         """Return True if the calling thread is that of the loop."""
@@ -234,6 +238,34 @@ class Awaited:
             frames.append((frame, frame.f_lineno))
             waits_for = waits_for.cr_await
         return _shown(traceback.StackSummary.extract(frames))
+
+
+class Part:
+    """A part of a coroutine, in the task of asyncio that runs it: the whole, or one made by ``gather``."""
+
+    def __init__(
+        self, task: asyncio.Task[Any], loop: asyncio.AbstractEventLoop, outer: CancelToken
+    ) -> None:
+        self._task, self._loop, self._outer = task, loop, outer
+        self._over = self._cancelled = False
+
+    def cancel(self) -> None:
+        """Cancel the part, unless it has ended when the loop comes to that."""
+
+        def on_loop() -> None:
+            # A cancel of the whole ends the part, too: a second one would strike its clean-up.
+            if not self._over and not self._outer.cancelled:
+                self._cancelled = True
+                self._task.cancel()
+
+        with suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(on_loop)
+
+    def end(self) -> None:
+        """Note that the part has ended: its task is not cancelled any more, however it has ended."""
+        self._over = True
+        if self._cancelled and sys.version_info >= (3, 11):
+            self._task.uncancel()
 
 
 class Blocked(NamedTuple):

@@ -159,11 +159,19 @@ class Executor(Generic[P, R]):
     def __init__(self, type: str, function: Callable[..., R], options: Options) -> None:
         # Before the attributes below, which win over those of the function.
         update_wrapper(self, function)  # type: ignore[arg-type]
+        for name in getattr(function, "__dict__", ()):
+            if hasattr(self.__class__, name):  # it would hide a method, such as ``submit``
+                del vars(self)[name]
         self.type = type
         self.function = function
         self.options = options
         self._queues = Queues()
         own = list(inspect.signature(function).parameters.values())
+        if self._takes_context and own[0].kind in (own[0].KEYWORD_ONLY, own[0].VAR_KEYWORD):
+            raise ConfigurationError(
+                f"executor {type!r}: parameter {own[0]} cannot take a positional argument; the context "
+                "is passed as the first one"
+            )
         # No param may have the context's name, not even through ``**kwargs``.
         self._reserved = {"ctx", own.pop(0).name} if self._takes_context else {"ctx"}
         self._check_kinds(own)

@@ -281,23 +281,26 @@ class Runner:
                 forks.end_in_child(before)
         except BaseException as error:  # noqa: BLE001  (an error must affect no other task)
             forks.end_in_child(before, error)
+            for run in runs:
+                with suppress(TaskxError):  # the error of the executor counts
+                    run.context._save_emitted()
             return self._endings_of_call(error, runs, context)
         finally:
             current.context = outer
             for run in runs:
                 if run.capture is not None and capture is not None:
                     run.capture.add_all(capture)
-                if run.context._emitted is not None:
-                    with suppress(TaskxError):
-                        run.context._save_emitted()
         return [
             self._ending_of_result(result, run) for run, result in zip(runs, results, strict=True)
         ]
 
     def _ending_of_result(self, result: Any, run: Run) -> Ending:
         if isinstance(result, BaseException):
+            with suppress(TaskxError):  # the error of the executor counts
+                run.context._save_emitted()
             return self.ending_of(result, run)
         try:
+            run.context._save_emitted()
             if (values := run.executor.values) is not None:
                 result = values.encode_result(result)
             limit = self._max_payload_size

@@ -12,15 +12,18 @@ from enum import Enum
 from typing import Any, TypeVar
 
 from taskx.stores.door import Door
-from taskx.tasks import lifecycle, payload
+from taskx.tasks import errors, lifecycle, payload
 from taskx.tasks.checks import check_number
 from taskx.tasks.clock import LAST
 from taskx.tasks.creation import new_record
 from taskx.tasks.errors import (
     ConfigurationError,
+    PayloadError,
+    RepositoryError,
     RepositoryUnavailable,
     TaskFailed,
     TaskNotFound,
+    TaskxError,
 )
 from taskx.tasks.lifecycle import ANSWER, EVENT, Park
 from taskx.tasks.model import MAX_NAME, Task, TaskStatus, check_key
@@ -129,8 +132,7 @@ def awake(checkpoints: Mapping[str, Any] | None, until: int, now: int) -> str | 
     if not any(waits_until(value) == until for value in steps.values()):
         return None
     done = {k: unfinished(now) if waits_until(v) == until else v for k, v in steps.items()}
-    changed = {**undivided(checkpoints or {}), "steps": done}
-    return payload.encode(changed, "checkpoints", payload.NO_LIMIT)
+    return payload.joined({**undivided(checkpoints or {}), "steps": done})
 
 
 def failed(kind: str, *facts: Any) -> dict[str, Any]:
@@ -345,8 +347,10 @@ def told(call: Callable[[], Any]) -> dict[str, Any]:
         return {"parked": [*parked.park], "step": [parked.step, parked.until]}
     except TaskNotFound as gone:
         return {"gone": gone.task_id}
-    except ConfigurationError as error:
-        return {"refused": str(error)}
+    except (PayloadError, RepositoryError):
+        raise
+    except TaskxError as error:
+        return {"refused": [type(error).__name__, *error.args]}
 
 
 def heard(said: Mapping[str, Any]) -> Any:
@@ -356,7 +360,8 @@ def heard(said: Mapping[str, Any]) -> Any:
     if "gone" in said:
         raise TaskNotFound(said["gone"])
     if "refused" in said:
-        raise ConfigurationError(said["refused"])
+        name, *args = said["refused"]
+        raise getattr(errors, name, TaskxError)(*args)
     return said["value"]
 
 

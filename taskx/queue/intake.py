@@ -8,8 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
-import attrs
-
 from taskx.attempt.executors import AnyExecutor, executor_of
 from taskx.attempt.registry import Registry
 from taskx.attempt.runner import inside_executor
@@ -41,7 +39,7 @@ from taskx.tasks.record import created_task
 from taskx.tasks.submission import given, with_options
 from taskx.tasks.tags import with_more
 from taskx.tasks.timing import Timing
-from taskx.tasks.values import Values
+from taskx.tasks.values import encoded
 from taskx.tasks.writes import Insert
 
 # If a unique key is held but no holder is found, the holder is just being stored, or just releases the key.
@@ -564,18 +562,6 @@ def new_params(registry: Registry, type: str, params: Any) -> str:
     if executor is not None and executor.check_params is not None:
         executor.check_params(task.params)
     return text
-
-
-def encoded(task: Task, values: Mapping[str, Values]) -> Task:
-    """Return the task with params as JSON, if its executor is registered here and annotates some.
-
-    Raises:
-        PayloadError: a param does not fit its annotation.
-    """
-    known = values.get(task.type) if isinstance(task.type, str) else None
-    if known is None or not isinstance(task.params, Mapping):
-        return task
-    return attrs.evolve(task, params=known.encode_params(task.params))
 
 
 def task_of(

@@ -18,7 +18,7 @@ from taskx.attempt.executors import AnyExecutor, Executor, executor_of
 from taskx.attempt.registry import Registry
 from taskx.node.moving import Moves
 from taskx.node.watcher import Watcher
-from taskx.queue.intake import Intake, encoded, task_of
+from taskx.queue.intake import Intake, task_of
 from taskx.queue.layers import LayeredIntake
 from taskx.stores.base import Repository
 from taskx.tasks import lifecycle, payload
@@ -44,7 +44,7 @@ from taskx.tasks.options import MapOptions, refuse_unknown
 from taskx.tasks.payload import clean_text
 from taskx.tasks.submission import given
 from taskx.tasks.timing import Timing
-from taskx.tasks.values import Values
+from taskx.tasks.values import Values, encoded
 
 # Tasks submitted ahead for each worker if no window is given: at first, ...
 _AHEAD_PER_WORKER = 4

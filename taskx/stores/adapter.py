@@ -18,6 +18,7 @@ from taskx.tasks.clock import SYSTEM_CLOCK, Clock, to_datetime
 from taskx.tasks.errors import (
     ConfigurationError,
     DuplicateTask,
+    PayloadError,
     RepositoryError,
     RepositoryUnavailable,
     TaskNotFound,
@@ -183,7 +184,10 @@ class EightMethodAdapter(MemoryRepository, House):
             elif write.changes.keys() == {"progress", "message"}:
                 self.inner.update_progress(write.id, row["progress"], row["message"])
             else:
-                self.inner.update(_task(row))
+                task = _task(row)
+                if task.damage:  # what cannot be read stays as it is
+                    task.params = self.inner.get_by_id(write.id).params
+                self.inner.update(task)
         except (DuplicateTask, TaskNotFound):
             return False
         return True
@@ -264,7 +268,7 @@ class EightMethodAdapter(MemoryRepository, House):
     def _read(self, task_id: str) -> Row | None:
         with self._errors():
             try:
-                return row_from_task(self.inner.get_by_id(task_id))
+                return _row(self.inner.get_by_id(task_id))
             except TaskNotFound:
                 return None
 
@@ -357,7 +361,7 @@ class EightMethodAdapter(MemoryRepository, House):
                 if task.completed_at is not None and task.completed_at < end and not task.stuck_on:
                     # The next call skips ``passed`` tasks. The tasks found before this one do not count:
                     # they are removed by then, and no longer listed.
-                    stub = stub_from_row(self._rows.get(task.id) or row_from_task(task))
+                    stub = stub_from_row(self._rows.get(task.id) or _row(task))
                     found.append(Ended(stub, (), None, None, passed))
                 else:
                     passed += 1
@@ -383,14 +387,14 @@ class EightMethodAdapter(MemoryRepository, House):
         with self._lock:
             for task in self._unfinished_tasks():
                 if task.id not in self._rows:
-                    self._adopt(row_from_task(task))
+                    self._adopt(_row(task))
 
     def _unfinished_tasks(self) -> Sequence[Task]:
         found: list[Task] = []
         for status in (TaskStatus.PENDING, TaskStatus.RUNNING):
             for page in self.pages(TaskFilter(status=status, limit=_PAGE)):
                 found += page
-        return sorted(found, key=lambda task: row_from_task(task)["created_at"])
+        return sorted(found, key=lambda task: _row(task)["created_at"])
 
     def pages(self, filter: TaskFilter, offset: int = 0) -> Iterator[Sequence[Task]]:
         """Yield all tasks that match a filter, in pages of at most its limit."""
@@ -413,7 +417,7 @@ class AdapterReads(Reads):
     def newest(self, status: str, limit: int, fields: Fields) -> Rows:
         filter = TaskFilter(status=TaskStatus(status), limit=min(limit, _PAGE))
         tasks = islice(chain.from_iterable(self._store.pages(filter)), limit)
-        rows = (self._store._rows.get(task.id) or row_from_task(task) for task in tasks)
+        rows = (self._store._rows.get(task.id) or _row(task) for task in tasks)
         return [tuple(row[name] for name in fields) for row in rows]
 
 
@@ -444,3 +448,12 @@ def _doubt(error: E) -> E:
 
 def _task(row: Row) -> Task:
     return task_from_row([row[name] for name in TASK_FIELDS])
+
+
+def _row(task: Task) -> Row:
+    """Return the row of a stored task; that of a damaged one if its values are not JSON."""
+    try:
+        return row_from_task(task)
+    except PayloadError:
+        sound = attrs.evolve(task, params={}, result=None, checkpoints=None)
+        return {**row_from_task(sound), "params": '"not JSON"'}

@@ -35,6 +35,7 @@ from taskx.tasks.forms import Form, Misfit, coded_items, coded_list
 _NONE = type(None)
 _LISTS = (list, abc.Sequence, abc.MutableSequence, abc.Collection, abc.Iterable)
 _DICTS = (dict, abc.Mapping, abc.MutableMapping)
+_UNPACK = (getattr(typing, "Unpack", "no such origin"),)  # since Python 3.11
 _ALIAS = getattr(typing, "TypeAliasType", ())  # since Python 3.12
 _INT_MIN, _INT_MAX = -(2**63), 2**63 - 1
 
@@ -351,11 +352,13 @@ class Reader:
         if origin is tuple or annotation is tuple:
             return self._tuple(args)
         if origin in _LISTS or origin in _DICTS:
-            item = self._form(args[-1])
+            item = self._form(args[-1]) if args else None  # such as a bare ``typing.List``
             return item and (_List(list, item) if origin in _LISTS else _Dict(item))
         return self._of_class(origin or annotation)
 
-    def _tuple(self, args: tuple[Any, ...]) -> Form:
+    def _tuple(self, args: tuple[Any, ...]) -> Form | None:
+        if any(getattr(arg, "__unpacked__", False) or get_origin(arg) in _UNPACK for arg in args):
+            return None  # a tuple of any length is a part of it
         if not args or args[-1] is Ellipsis:
             return _List(tuple, self._form(args[0]) if args else None)
         return _Places(tuple, tuple, [self._form(arg) for arg in args])

@@ -52,8 +52,14 @@ def in_seconds(value: Duration) -> float:
 
 
 def optional_seconds(value: Duration | None) -> float | None:
-    """Return the same as :func:`in_seconds`; None for None."""
-    return None if value is None else in_seconds(value)
+    """Return the same as :func:`in_seconds`; None for None.
+
+    Raises ConfigurationError as that does, and for a value that is not a number.
+    """
+    seconds = None if value is None else in_seconds(value)
+    if isinstance(seconds, float) and math.isnan(seconds):
+        raise ConfigurationError(f"{value!r} is not a number of seconds")
+    return seconds
 
 
 def as_seconds(value: Duration | None) -> Any:

@@ -82,9 +82,9 @@ def digest_of(text: str) -> str:
 
 def digest_of_list(tasks: Sequence[Task], needed: int | None) -> str:
     """Return a digest of what a list of children is to do."""
-    parts = [[task.type, task.params] for task in tasks]
-    text = payload.encode([needed, parts], "params", payload.NO_LIMIT)
-    return digest_of(json.dumps(payload.loads(text), sort_keys=True))
+    texts = [payload.encode_params(task.params, payload.NO_LIMIT) for task in tasks]
+    parts = [[task.type, payload.loads(text)] for task, text in zip(tasks, texts, strict=True)]
+    return digest_of(json.dumps([needed, parts], sort_keys=True))
 
 
 def new_list(

@@ -82,6 +82,11 @@ def encode(value: Any, what: str, max_size: int = DEFAULT_MAX_SIZE) -> str:
     return text
 
 
+def joined(value: Any) -> str:
+    """Return a value as JSON text whose parts were checked by :func:`encode`, each as deep as it may be."""
+    return "".join(_chunks(value, False))
+
+
 def check_size(text: str, what: str, max_size: int, besides: int = 0) -> None:
     """Raise ``PayloadError`` if JSON text is larger than ``max_size`` bytes in UTF-8.
 

@@ -323,13 +323,15 @@ def row_from_task(task: Task) -> dict[str, Any]:
     """
     row: dict[str, Any] = {name: getattr(task, name) for name in TASK_FIELDS}
     row["status"] = task.status.value
-    row["params"] = payload.encode_params(task.params)
-    row["result"] = None if task.result is None else payload.encode(task.result, "result")
+    row["params"] = payload.encode_params(task.params, payload.NO_LIMIT)
+    row["result"] = (
+        None if task.result is None else payload.encode(task.result, "result", payload.NO_LIMIT)
+    )
     row["retry"] = policy_to_text(task.retry)
     row["depends_on"] = ids_to_text(task.depends_on)
     row["tags"] = labels_to_text(task.tags, task.flow)
     noted = undivided(task.checkpoints) if task.checkpoints else None
-    row["checkpoints"] = payload.encode(noted, "checkpoints") if noted else None
+    row["checkpoints"] = payload.encode(noted, "checkpoints", payload.NO_LIMIT) if noted else None
     row["cost"] = None if task.cost is None else cost_to_text(task.cost)
     row["earlier_attempts"] = attempts_to_text(task.earlier_attempts)
     row["dead_letter"] = int(task.dead_letter)
@@ -527,9 +529,9 @@ def checkpoints_to_text(
     if cursor is not None:
         fields.append(f'"cursor":{cursor}')
     if parts:
-        fields.append(f'"{PARTS}":{payload.encode(parts, PARTS)}')
+        fields.append(f'"{PARTS}":{payload.encode(parts, PARTS, payload.NO_LIMIT)}')
     if emitted:
-        fields.append(f'"{EMITTED}":{payload.encode(emitted, EMITTED)}')
+        fields.append(f'"{EMITTED}":{payload.encode(emitted, EMITTED, payload.NO_LIMIT)}')
     return f"{{{','.join(fields)}}}"
 
 

@@ -360,5 +360,5 @@ class Events:
     def _event(self, chunk: Chunk) -> bytes:
         told = {"value": self._shown(chunk.value), "restart": chunk.restart}
         # JSON has no newlines, except between its tokens, where none is written.
-        data = payload.encode(told, "chunk", payload.NO_LIMIT)
+        data = payload.joined(told)
         return f"id: {chunk.position}\ndata: {data}\n\n".encode()

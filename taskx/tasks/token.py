@@ -40,6 +40,8 @@ class CancelToken:
     _waiters: Sequence[_thread.LockType] = ()
     _callbacks: Sequence[Callable[[], object]] = ()
     _children: Sequence[_Child] = ()
+    #: True after ``_leave``.
+    _over = False
 
     def __init__(self, deadline: float | None = None, clock: Clock = SYSTEM_CLOCK) -> None:
         self.deadline = deadline
@@ -145,9 +147,10 @@ class CancelToken:
         if any(token._reason is not None for token in tokens):
             last.fire(CancelReason.CANCEL)
 
-    def _disown(self, child: CancelToken) -> None:
-        """Forget a child that is no longer needed."""
-        self._part("_children").remove(child)
+    def _leave(self, parent: CancelToken) -> None:
+        """Note that this token is no longer needed, and fires no more with its parent."""
+        self._over = True
+        parent._part("_children").remove(self)
 
     def fire(self, reason: CancelReason) -> bool:
         """Fire the token. Return False if it had already fired; it then keeps its first reason."""

@@ -7,7 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import attrs
+
 from taskx.tasks.forms import coded_items, guarded
+from taskx.tasks.model import Task
 
 
 class Values:
@@ -128,3 +131,15 @@ def values_of(
     if all(annotation is inspect.Parameter.empty for annotation in annotations):
         return None
     return kind(function, parameters) or None
+
+
+def encoded(task: Task, values: Mapping[str, Values]) -> Task:
+    """Return the task with params as JSON, if its executor is registered here and annotates some.
+
+    Raises:
+        PayloadError: a param does not fit its annotation.
+    """
+    known = values.get(task.type) if isinstance(task.type, str) else None
+    if known is None or not isinstance(task.params, Mapping):
+        return task
+    return attrs.evolve(task, params=known.encode_params(task.params))

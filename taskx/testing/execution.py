@@ -144,8 +144,11 @@ class _Records(Capture):
     def add(self, record: logging.LogRecord) -> None:
         super().add(record)
         self._outcome.records.append(record)
-        text = record.getMessage().removeprefix(self._start)
-        self._outcome.log.append(f"{record.levelname} {text}")
+        try:
+            text = record.getMessage()
+        except Exception:  # noqa: BLE001  (a message with a bad format, which logging reports)
+            text = str(record.msg)
+        self._outcome.log.append(f"{record.levelname} {text.removeprefix(self._start)}")
 
 
 @overload

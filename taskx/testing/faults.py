@@ -17,7 +17,7 @@ from typing import Any, Literal, NoReturn, get_args
 import attrs
 
 import taskx.queue
-from taskx.attempt.runner import Run
+from taskx.attempt.runner import Call, Run
 from taskx.queue.queue import Queue
 from taskx.stores.base import Repository
 from taskx.stores.eight import TaskRepository
@@ -168,7 +168,14 @@ def _error_at(point: str, error: BaseException | type[BaseException] | None) -> 
 def _install(queue: Queue, point: str, strike: Callable[[], None]) -> Callable[[], None]:
     """Have ``strike`` called whenever a task of a queue comes to a point; return what ends that."""
     if point == "in the executor":
-        return _replace(queue._runner, "run", partial(_strike_in_executor, strike))
+        undo_one = _replace(queue._runner, "run", partial(_strike_in_executor, strike))
+        undo_many = _replace(queue._runner, "run_call", partial(_strike_in_call, strike))
+
+        def undo() -> None:
+            undo_one()
+            undo_many()
+
+        return undo
     when, what, _ = point.split()
     return _replace(queue.repository, "apply", partial(_strike_in_commit, strike, when, what))
 
@@ -184,6 +191,20 @@ def _strike_in_executor(
 
     run.executor = run.executor._replace(function=call)
     return inner(run, worker)
+
+
+def _strike_in_call(
+    strike: Callable[[], None], inner: Callable[..., Any], call: Call, *args: Any
+) -> Any:
+    together = call.executor.together
+    assert together is not None
+
+    def struck(*given: Any) -> Any:
+        strike()
+        return together(*given)
+
+    call.executor = call.executor._replace(together=struck)
+    return inner(call, *args)
 
 
 def _strike_in_commit(
@@ -370,7 +391,8 @@ class Faults:
 
         The other arguments are those of :meth:`fail`.
         """
-        check_number(seconds, "seconds")
+        seconds = check_number(seconds, "seconds")
+        self._healed.clear()
         self._add(lambda: self._pause(seconds), on, times, after=True)
 
     def stall(self, *, on: str | Sequence[str] | None = None, times: int | None = None) -> None:

@@ -52,7 +52,7 @@ class Submissions(Hook):
             and (params is None or _includes(task.params, params, values.get(task.type)))
             and (since is None or _created(task) >= since)
             and (seconds is None or _delay(task) == seconds)
-            and all(getattr(task, name) == value for name, value in fields.items())
+            and all(_plain(getattr(task, name)) == _plain(v) for name, v in fields.items())
         ]
 
     def listed(self) -> str:
@@ -101,7 +101,16 @@ def _includes(params: Mapping[str, Any], some: Mapping[str, Any], values: Values
             some = values.encode_params(some)
         except PayloadError:  # a submit would refuse them
             return False
-    return all(name in params and value == params[name] for name, value in some.items())
+    return all(name in params and _plain(value) == params[name] for name, value in some.items())
+
+
+def _plain(value: Any) -> Any:
+    """Return a value with lists for its tuples, as JSON has them."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
 
 
 def _created(task: Task) -> int:

@@ -53,6 +53,13 @@ def test_a_number_of_seconds_is_checked_as_before():
         check_number(-SECOND, "delay")
 
 
+def test_no_number_is_no_wait():
+    queue = ManualQueue()
+    queue.executor("fine")(lambda: None)
+    with pytest.raises(ConfigurationError, match="nan is not a number of seconds"):
+        queue.submit("fine").result(float("nan"))
+
+
 @pytest.mark.parametrize(
     ("as_timedelta", "as_seconds"),
     [

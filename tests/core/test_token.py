@@ -280,7 +280,7 @@ class TestChildren:
     def test_a_disowned_child_does_not_fire(self):
         parent = CancelToken()
         child = parent._child(60)
-        parent._disown(child)
+        child._leave(parent)
         parent.fire(CancelReason.CANCEL)
         assert child.reason is None
 

@@ -14,8 +14,10 @@ from strikes import strike_at
 from taskx import (
     BatchContext,
     CancelReason,
+    Codec,
     ConfigurationError,
     Hook,
+    MemoryRepository,
     Middleware,
     PayloadError,
     Permanent,
@@ -287,6 +289,31 @@ def test_a_task_whose_process_died_runs_in_a_call_of_its_own(manual, calls):
     manual.repository.apply([Update(handles[0].id, {}, {"crashes": 1})])
     manual.run_all()
     assert sorted(calls) == [[1], [2, 3]]
+
+
+def test_a_task_whose_chunks_cannot_be_stored_has_failed():
+    class KeyServer(Codec):
+        name = "away"
+
+        def encode(self, data):
+            if b"secret" in data:
+                raise OSError("the key server is away")
+
+        def decode(self, data):
+            return data
+
+    queue = ManualQueue(MemoryRepository(codec=KeyServer()))
+
+    @queue.executor("tell", batch=2)
+    def tell(ctx, tasks):
+        for each, task in zip(ctx.each, tasks, strict=True):
+            each.emit(["open", "secret"][task["n"]])
+        return ["told", "told"]
+
+    handles = [queue.submit("tell", {"n": n}) for n in (0, 1)]
+    queue.run_all()
+    assert [handle.task().result for handle in handles] == ["told", None]
+    assert "codec 'away' failed" in handles[1].task().error
 
 
 # --- a call that fails as a whole

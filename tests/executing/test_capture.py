@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import pickle
 import re
 import threading
 
@@ -107,6 +108,28 @@ class TestKeptLines:
             "--- attempt 1, start 1",
             "INFO taskx: hello Ada",
             "WARNING program.part: part of Ada",
+        ]
+
+    def test_a_percent_sign_in_the_id_or_the_type_is_no_format(self, queue, caplog):
+        @queue.executor("50%off", capture_log=True)
+        def talk(ctx):
+            ctx.logger.info("page %d of %d", 1, 9)
+            ctx.logger.info("all of it, 100%")
+
+        queue.start()
+        with caplog.at_level(logging.INFO, "taskx"):
+            handle = queue.submit("50%off", id="https://example.org/a%20b")
+            handle.result(PATIENCE)
+        assert lines(handle.task())[1:] == [
+            "INFO taskx: page 1 of 9",
+            "INFO taskx: all of it, 100%",
+        ]
+        start = "[50%off https://example.org/a%20b] "
+        told = [r for r in caplog.records if r.getMessage().startswith(start)]
+        sent = [pickle.loads(pickle.dumps(record.getMessage())) for record in told]
+        assert [(type(text), text) for text in sent] == [
+            (str, f"{start}page 1 of 9"),
+            (str, f"{start}all of it, 100%"),
         ]
 
     @pytest.mark.parametrize(

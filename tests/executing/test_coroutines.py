@@ -269,6 +269,15 @@ class TestCancel:
         with pytest.raises(TaskFailed, match="CancelledError"):
             give_up.submit().result(PATIENCE)
 
+    def test_a_coroutine_that_raises_what_ends_generators_has_failed(self, queue):
+        @queue.executor()
+        async def give_up():
+            raise GeneratorExit
+
+        queue.start()
+        with pytest.raises(TaskFailed, match="GeneratorExit"):
+            give_up.submit().result(PATIENCE)
+
     def test_a_request_ends_with_it_and_so_does_its_connection(self, queue):
         ended = threading.Event()
 
@@ -311,6 +320,123 @@ class TestCancel:
         assert inside.wait(PATIENCE)
         clock.advance(5)
         assert handle.result(PATIENCE) == "went on"
+
+    def test_strikes_one_in_parts_once_so_that_it_can_clean_up(self, queue):
+        inside, cleaned = threading.Event(), threading.Event()
+
+        @queue.executor()
+        async def careful(ctx):
+            with ctx.timeout(AGES), ctx.timeout(AGES):
+                try:
+                    inside.set()
+                    await asyncio.sleep(AGES)
+                finally:
+                    await asyncio.sleep(0.05)  # a second strike would come meanwhile
+                    cleaned.set()
+
+        queue.start()
+        handle = careful.submit()
+        assert inside.wait(PATIENCE)
+        handle.cancel()
+        assert wait([handle], PATIENCE).done
+        assert cleaned.is_set()
+
+    def test_the_time_out_of_a_part_ends_that_part_alone(self, queue, clock):
+        @queue.executor()
+        async def two(ctx):
+            ended = asyncio.Event()
+
+            async def late():
+                with contextlib.suppress(TimeoutError), ctx.timeout(5):
+                    clock.advance(5)
+                    await asyncio.sleep(AGES)
+                ended.set()
+
+            async def other():
+                with ctx.timeout(50):
+                    await ended.wait()
+                return "in time"
+
+            return await asyncio.gather(other(), late())
+
+        queue.start()
+        assert two.submit().result(PATIENCE) == ["in time", None]
+
+    def test_parts_at_the_same_time_have_their_own_tokens(self, queue):
+        @queue.executor()
+        async def two(ctx):
+            whole, begun, ended = ctx.token, asyncio.Event(), asyncio.Event()
+
+            async def first():
+                with ctx.timeout(5) as inner:
+                    await begun.wait()
+                    assert ctx.token is inner
+                ended.set()
+
+            async def second():
+                with ctx.timeout(50) as inner:
+                    begun.set()
+                    await ended.wait()
+                    assert ctx.token is inner
+
+            await asyncio.gather(first(), second())
+            return ctx.token is whole
+
+        queue.start()
+        assert two.submit().result(PATIENCE)
+
+    def test_what_was_begun_in_a_part_goes_on_after_it_as_the_whole(self, queue):
+        @queue.executor()
+        async def begin(ctx):
+            whole, ended = ctx.token, asyncio.Event()
+
+            async def background():
+                await ended.wait()
+                return ctx.token is whole
+
+            with ctx.timeout(5):
+                begun = asyncio.create_task(background())
+                await asyncio.sleep(0)
+            ended.set()
+            return await begun
+
+        queue.start()
+        assert begin.submit().result(PATIENCE)
+
+    def test_the_time_out_of_a_function_in_a_thread_cancels_no_coroutine(self, queue, clock):
+        @queue.executor()
+        async def call(ctx):
+            loop = asyncio.get_running_loop()
+
+            def slow():
+                with ctx.timeout(5) as inner:
+                    clock.advance(5)
+                    assert inner.wait(PATIENCE)
+                    # a cancel of the coroutine would come meanwhile
+                    asyncio.run_coroutine_threadsafe(asyncio.sleep(0.05), loop).result(PATIENCE)
+                return "went on"
+
+            return await asyncio.to_thread(slow)
+
+        queue.start()
+        assert call.submit().result(PATIENCE) == "went on"
+
+    @pytest.mark.parametrize("instead", [None, ValueError])
+    def test_a_part_leaves_no_cancel_however_it_ends(self, queue, clock, instead):
+        @queue.executor()
+        async def stubborn(ctx):
+            with contextlib.suppress(TimeoutError), ctx.timeout(5):
+                try:
+                    clock.advance(5)
+                    await asyncio.sleep(AGES)
+                except asyncio.CancelledError:
+                    if instead is not None:
+                        raise instead from None
+            cancelling = getattr(asyncio.current_task(), "cancelling", int)  # since Python 3.11
+            return cancelling()
+
+        queue.start()
+        assert stubborn.submit().result(PATIENCE) == 0
 
     def test_all_reasons_are_right_among_a_thousand(self, make_queue):
         queue, chance = make_queue(worker_num=40, buffer_size=1000), random.Random(4)
@@ -465,6 +591,15 @@ class TestSteps:
 
         queue.start()
         assert work.submit().result(PATIENCE) == 1
+
+    def test_a_function_that_has_no_next_value_has_failed(self, queue):
+        @queue.executor()
+        async def first(ctx):
+            return await ctx.astep("first", next, iter([]))
+
+        queue.start()
+        with pytest.raises(TaskFailed, match="StopIteration"):
+            first.submit().result(PATIENCE)
 
     def test_a_name_is_used_once(self, queue):
         @queue.executor(max_attempts=1)

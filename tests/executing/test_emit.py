@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sqlite3
 import threading
 from concurrent.futures import CancelledError
 from contextlib import closing
 
 import pytest
-from helpers import PATIENCE, no_rounds, parts_of
+from helpers import PATIENCE, nested, no_rounds, parts_of
 from storage.repositories import MAKERS
 
 from taskx import (
@@ -28,7 +29,8 @@ from taskx.node.retention import forget_streams
 from taskx.stores.streams import Reader
 from taskx.tasks import lifecycle
 from taskx.tasks.lifecycle import Ending
-from taskx.tasks.streams import STREAM, Chunk, Stream
+from taskx.tasks.payload import MAX_DEPTH
+from taskx.tasks.streams import STREAM, Chunk, Events, Stream
 from taskx.testing import ManualClock, ManualQueue
 
 from . import isolated
@@ -117,6 +119,16 @@ def test_a_retry_begins_anew_but_completed_steps_are_not_called_again(queue):
     assert read(handle, "1-2") == ([c.value for c in seen[2]], 1)
     # Nothing else is left of the earlier attempts.
     assert len(stored(queue)) < 9
+
+
+def test_an_event_has_a_value_as_deep_as_it_may_be():
+    queue = ManualQueue()
+    deep = nested(MAX_DEPTH)
+    queue.executor("tell")(lambda ctx: ctx.emit(deep))
+    handle = queue.submit("tell")
+    queue.run_all()
+    _, told, _ = Events(handle.stream(), PATIENCE, lambda value: value)
+    assert json.loads(told.decode().partition("data: ")[2]) == {"value": deep, "restart": False}
 
 
 def test_a_wait_begins_anew_too():

@@ -78,6 +78,20 @@ def test_a_first_parameter_annotated_as_context_gets_the_context(started):
     assert run(started, "quoted", a=1) == ["quoted", 1]
 
 
+def keyword_only(*, ctx, a):
+    pass
+
+
+def all_keywords(**ctx):
+    pass
+
+
+@pytest.mark.parametrize("function", [keyword_only, all_keywords])
+def test_a_context_that_cannot_be_passed_first_is_refused(queue, function):
+    with pytest.raises(ConfigurationError, match="ctx cannot take a positional argument"):
+        queue.executor()(function)
+
+
 def test_a_decorated_function_can_still_be_called(queue):
     @queue.executor("add")
     def add(a, b=2):
@@ -99,6 +113,7 @@ def test_an_executor_has_the_functions_attributes_except_its_own(started):
         return a + b
 
     add.tags, add.type, add.options, add._signature, add._known = ["x"], "no", {}, None, ()
+    add.submit = add.task = None
     executor = started.executor("add", priority=3)(add)
     assert (executor.tags, executor.type, executor.options.priority) == (["x"], "add", 3)
     assert executor.submit(1).result(PATIENCE) == 3

@@ -16,7 +16,9 @@ from taskx import (
     ZlibCodec,
 )
 from taskx.node.retention import forget_steps, prune_all
-from taskx.tasks.record import PART
+from taskx.tasks.payload import DEFAULT_MAX_SIZE
+from taskx.tasks.record import PART, checkpoints_to_text
+from taskx.tasks.streams import Piece
 from taskx.testing import ManualClock, ManualQueue
 
 TEXT = "x" * 1000
@@ -207,6 +209,13 @@ def test_they_are_as_large_as_the_config_allows():
     assert handle.task().error_type == "taskx.tasks.errors.PayloadError"
     assert PayloadError.__name__ in handle.task().error
     assert len(handle.task().checkpoints["steps"]) == 10
+
+
+def test_so_are_the_names_of_those_that_emit():
+    """The default is for params and results that nothing else is said about."""
+    pieces = {f"step {n}": [Piece(1, n, 1, 60)] for n in range(40_000)}
+    text = checkpoints_to_text({}, None, None, pieces)
+    assert len(text) > DEFAULT_MAX_SIZE
 
 
 @pytest.mark.every_store

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import sys
+import typing
 from collections import Counter
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta, timezone
@@ -223,6 +225,21 @@ def test_a_result_of_an_older_executor_that_does_not_fit_raises_in_result(ready,
         handle.result(PATIENCE)
     assert isinstance(handle.exception(), PayloadError)
     assert handle.task().result == "large"
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="a star in an annotation came with 3.11")
+def test_a_tuple_with_a_star_is_kept_as_json(ready):
+    code = "def count(of: tuple[int, *tuple[str, ...]]): return len(of)"
+    exec(code, names := {})
+    assert ready.executor()(names["count"]).submit((1, "a", "b")).result(PATIENCE) == 3
+
+
+def test_bare_lists_and_dicts_inside_of_an_annotation_are_kept_as_json(ready):
+    @ready.executor("count")
+    def count(of: tuple[date, typing.List, typing.Dict]) -> int:  # noqa: UP006
+        return len(of[1]) + len(of[2]) + isinstance(of[0], date)
+
+    assert count.submit((date(2026, 1, 1), [1], {"a": 1})).result(PATIENCE) == 3
 
 
 def test_tuples_come_back_as_tuples_where_they_are_annotated(ready):

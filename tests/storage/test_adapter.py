@@ -1,15 +1,18 @@
 """The adapter on a user's eight-method repository that already holds tasks."""
 
-import pytest
-from helpers import held_on
+import math
 
-from taskx import ConfigurationError, Task, TaskFilter, TaskStatus
+import pytest
+from helpers import PATIENCE, held_on
+
+from taskx import ConfigurationError, Task, TaskFailed, TaskFilter, TaskStatus
 from taskx.node.housekeeper import unfinished
 from taskx.stores.adapter import EightMethodAdapter
 from taskx.stores.queries import matching, owners
 from taskx.tasks.clock import to_datetime
+from taskx.tasks.payload import DEFAULT_MAX_SIZE
 
-from .repositories import MAKERS, ids, insert
+from .repositories import MAKERS, TinyRepository, ids, insert
 
 
 @pytest.fixture(params=["adapter", "adapter-13"])
@@ -36,6 +39,31 @@ def test_unfinished_tasks_are_read_in_pages(store, clock):
         clock.advance(0.001)
     store.house.prepare()
     assert ids(store.ready(["t"], 2000)) == [f"{number:04}" for number in range(1003)]
+
+
+def test_stored_values_may_be_larger_than_the_default_limit(store, clock):
+    """The limit is for what is submitted; what is stored was accepted before."""
+    large = {"a": "x" * DEFAULT_MAX_SIZE}
+    store.inner.create(Task(id="a", type="t", params=large, created_at=clock.now()))
+    store.house.prepare()
+    assert ids(store.ready(["t"], 10)) == ["a"]
+    task = store.get_by_id("a")
+    task.message = "by hand"
+    store.update(task)
+    assert (store.get_by_id("a").params, store.get_by_id("a").message) == (large, "by hand")
+
+
+def test_a_stored_value_that_is_not_json_damages_its_task_alone(make_queue, clock):
+    repository = TinyRepository()
+    for name, value in (("bad", float("nan")), ("good", 1)):
+        repository.create(Task(id=name, type="t", params={"a": value}, created_at=clock.now()))
+    queue = make_queue(repository)
+    queue.executor("t")(lambda a: a)
+    queue.start()
+    assert queue.handle("good").result(PATIENCE) == 1
+    with pytest.raises(TaskFailed, match="the stored record is damaged"):
+        queue.handle("bad").result(PATIENCE)
+    assert math.isnan(repository.get_by_id("bad").params["a"])
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 
 import pytest
 from helpers import PATIENCE, SOON, eventually, frequent_checks, pool_of
@@ -384,6 +384,29 @@ def test_ctx_timeouts_can_be_nested(started):
         return "goes on"
 
     assert started.submit("nested").result(PATIENCE) == "goes on"
+
+
+def test_a_ctx_timeout_is_for_the_thread_that_opens_it(started):
+    inside, leave = threading.Event(), threading.Event()
+
+    @started.executor("threads")
+    def threads(ctx):
+        whole = ctx.token
+
+        def part():
+            with ctx.timeout(PATIENCE) as inner:
+                inside.set()
+                assert leave.wait(PATIENCE)
+                return ctx.token is inner
+
+        with ThreadPoolExecutor() as pool:
+            other = pool.submit(part)
+            assert inside.wait(PATIENCE)
+            is_whole = ctx.token is whole
+            leave.set()
+            return [is_whole, other.result()]
+
+    assert started.submit("threads").result(PATIENCE) == [True, True]
 
 
 def test_the_tasks_deadline_is_not_reported_as_a_ctx_timeout(started):

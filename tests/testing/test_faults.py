@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import get_args
 
 import pytest
@@ -79,6 +80,16 @@ def test_in_the_executor_the_attempt_fails(queue, ran):
     assert handle.task().attempts[-1].error == "InjectedFault: injected in the executor"
     queue.run_all()
     assert ran == [0]
+
+
+def test_in_the_executor_a_call_for_many_tasks_fails(queue):
+    queue.executor("many", batch=2)(lambda tasks: tasks)
+    handles = [queue.submit("many") for _ in range(2)]
+    with fail_at(queue, "in the executor"):
+        queue.run_next()
+    assert "InjectedFault" in handles[0].task().attempts[0].error
+    queue.run_all()
+    assert [handle.result() for handle in handles] == [{}, {}]
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -236,8 +247,12 @@ def test_a_delay_moves_the_clock_of_the_repository():
         assert clock.monotonic() == before + 2
     real = MemoryRepository()
     with Faults(real) as faults:
-        faults.delay(0.001)
-        assert real.count(TaskFilter()) == 0
+        for _ in range(2):
+            faults.delay(0.001)
+            before = time.monotonic()
+            assert real.count(TaskFilter()) == 0
+            assert time.monotonic() >= before + 0.001
+            faults.heal()
 
 
 def test_a_stalled_repository_answers_when_it_is_healed():

@@ -181,6 +181,18 @@ def test_other_loggers_are_heard(caplog):
     assert run_executor(talks).log == ["WARNING 3 left"]
 
 
+def test_a_message_that_cannot_be_formatted_fails_nothing(monkeypatch):
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+
+    def talk(ctx):
+        ctx.logger.info("page %d", "one")
+        return "done"
+
+    outcome = run_executor(talk)
+    assert outcome.result == "done"
+    assert outcome.log == ["INFO page %d"]
+
+
 def test_on_cancel_and_closing_work():
     told = []
 

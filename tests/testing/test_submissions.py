@@ -62,6 +62,14 @@ def test_an_assertion_about_a_type_that_nothing_can_submit_is_refused(queue):
         queue.assert_not_submitted("mial")
 
 
+def test_a_list_and_a_tuple_are_the_same(queue):
+    queue.executor("pair")(lambda a: None)
+    handle = queue.submit("pair", {"a": (1, (2, 3))}, tags=["new"])
+    assert queue.assert_submitted("pair", params={"a": (1, (2, 3))}).id == handle.id
+    assert queue.assert_submitted("pair", params={"a": [1, [2, 3]]}, tags=["new"]).id == handle.id
+    queue.assert_not_submitted("pair", tags=["old"])
+
+
 def test_within_counts_from_now_back(busy):
     busy.clock.advance(30)
     busy.submit("mail", {"to": "cid"})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from taskx import Task, Uncertain
+from taskx import DuplicateTask, Task, Uncertain, UnknownTaskType
 
 
 def ask(ctx, swallow: bool = False):
@@ -67,6 +67,16 @@ def family(ctx, numbers: list[int], needed: int | None = None):
 
 def misfit(ctx):
     ctx.run_all("two", [Task(type="nothing")])
+
+
+def careful(ctx):
+    caught = []
+    for type in ("nothing", "double"):
+        try:
+            ctx.run_all(type, [Task(type=type, unique_key="taken")])
+        except (UnknownTaskType, DuplicateTask) as error:
+            caught.append([error.__class__.__name__, str(error)])
+    return caught
 
 
 def split(ctx):

@@ -6,10 +6,11 @@ import sqlite3
 import threading
 from collections import Counter
 from contextlib import closing
-from datetime import datetime, timedelta, timezone
+from datetime import date, datetime, timedelta, timezone
+from typing import Any
 
 import pytest
-from helpers import PATIENCE, eventually, parts_of
+from helpers import PATIENCE, eventually, nested, parts_of
 from storage.repositories import TinyRepository
 
 from taskx import (
@@ -25,6 +26,7 @@ from taskx import (
 )
 from taskx.node.retention import prune_all
 from taskx.tasks import children, lifecycle
+from taskx.tasks.payload import MAX_DEPTH
 from taskx.testing import InlineQueue, ManualClock, ManualQueue, run_executor
 
 CANCELLED, COMPLETED, FAILED = TaskStatus.CANCELLED, TaskStatus.COMPLETED, TaskStatus.FAILED
@@ -119,6 +121,29 @@ class TestResults:
         few, many = costs(50), costs(400)
         assert all(many[name] < 1.5 * few[name] for name in many), (few, many)
         assert many["writes"] < 3.1  # it is stored, started and ended
+
+    def test_params_are_what_submit_takes(self, queue):
+        """They are encoded by annotations, and may be as deep."""
+        deep = nested(MAX_DEPTH - 1)
+
+        @queue.executor("week")
+        def week(first: date, notes: list[Any]) -> str:
+            return f"{first:%W} {notes == deep}"
+
+        params = {"first": date(2026, 1, 5), "notes": deep}
+
+        @queue.executor("year")
+        def year(ctx):
+            return ctx.run_all("weeks", [Task(type="week", params=params)])
+
+        @queue.executor("years")
+        def years(ctx):
+            ctx.fork("weeks", [Task(type="week", params=params)])
+
+        handles = [queue.submit("year"), queue.submit("years")]
+        queue.run_all()
+        assert handles[0].result() == ["01 True"]
+        assert queue.handle(f"{handles[1].id}/weeks/0").result() == "01 True"
 
     def test_of_no_tasks(self, queue):
         handle = queue.submit("top", {"numbers": []})

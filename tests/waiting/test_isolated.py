@@ -26,6 +26,7 @@ def queue(make_queue):
         "double",
         "family",
         "misfit",
+        "careful",
         "split",
     ):
         function = getattr(isolated, name)
@@ -126,6 +127,15 @@ def test_needs_some_of_its_children(queue):
 def test_has_children_that_are_refused(queue):
     with pytest.raises(TaskFailed, match="no executor is registered for type 'nothing'"):
         queue.submit("misfit").result(PATIENCE)
+
+
+def test_an_error_of_its_children_can_be_caught(queue):
+    taken = queue.submit("double", unique_key="taken", delay=3600)
+    unknown, duplicate = queue.submit("careful").result(PATIENCE)
+    assert unknown[0] == "UnknownTaskType"
+    assert "no executor is registered for type 'nothing'" in unknown[1]
+    assert duplicate[0] == "DuplicateTask"
+    assert taken.id in duplicate[1]
 
 
 def test_forks(queue):

@@ -74,6 +74,17 @@ def test_it_is_called_once_as_any_step():
     assert payments.handle.task().checkpoints == {"steps": {"pay": "receipt"}}
 
 
+@pytest.mark.parametrize("method", ["once", "once_or"])
+def test_a_coroutine_function_is_refused_before_anything_is_stored(method):
+    async def pay():
+        raise AssertionError
+
+    outcome = run_executor(lambda ctx: getattr(ctx, method)("pay", *[pay] * len(method.split("_"))))
+    with pytest.raises(ConfigurationError, match="is async; it must be a plain function"):
+        outcome.result  # noqa: B018
+    assert outcome.steps == {}
+
+
 def test_after_a_crash_a_person_is_asked():
     payments = Payments(Dies())
     payments.crash()

@@ -6,11 +6,12 @@ import time
 from datetime import datetime, timedelta, timezone
 
 import pytest
-from helpers import PATIENCE, eventually, pool_of
+from helpers import PATIENCE, eventually, nested, pool_of
 
 from taskx import ConfigurationError, TaskFailed, TaskNotFound
 from taskx.tasks import lifecycle
 from taskx.tasks.findings import moment
+from taskx.tasks.payload import MAX_DEPTH
 from taskx.testing import ManualClock, ManualQueue
 
 DAY = timedelta(days=1)
@@ -164,6 +165,21 @@ class TestWake:
         queue.advance(DAY)  # it sleeps the second time in full
         assert handle.result() == "awake"
         assert not queue.wake(handle.id)
+
+    def test_a_task_with_a_result_as_deep_as_it_may_be(self):
+        queue = ManualQueue()
+
+        @queue.executor("nap")
+        def nap(ctx):
+            found = ctx.step("found", lambda: nested(MAX_DEPTH))
+            ctx.sleep(DAY, step="nap")
+            return found
+
+        handle = queue.submit("nap")
+        queue.run_all()
+        assert queue.wake(handle.id)
+        queue.run_all()
+        assert handle.result() == nested(MAX_DEPTH)
 
     def test_it_ends_the_wait_of_a_retry_and_a_delay(self):
         queue = ManualQueue()
