@@ -104,7 +104,7 @@ ERRORS = {
     "no class": (OfNoClass("x"), "OfNoClass: x"),
     "no attributes": (Secretive("x"), "Secretive: x"),
     "surrogates": (ValueError("a\ud800b"), "ValueError: a\\ud800b"),
-    "nul": (ValueError("a\0b"), "ValueError: a\0b"),
+    "nul": (ValueError("a\0b"), "ValueError: a\N{REPLACEMENT CHARACTER}b"),
     "ten megabytes": (ValueError("y" * 10_000_000), "ValueError: yyyy"),
 }
 if sys.version_info >= (3, 11):
