@@ -79,7 +79,7 @@ def test_stats_say_if_they_are_not_complete(ended, outside, taskx, monkeypatch):
     monkeypatch.setattr(outside, "stats", lambda **given: stats(at_most=1, **given))
     said = taskx("stats")
     assert "the numbers are at least so high" in said.err
-    assert "not all was read, or counting began at" in said.err
+    assert "not all was read, or the counts begin at" in said.err
 
 
 def test_the_json_of_stats_is_a_type_a_line(ended, outside, taskx):
