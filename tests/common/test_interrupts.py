@@ -511,7 +511,7 @@ def test_a_run_that_just_begins_is_not_lost(started):
     assert pool.runs.pop(handle.id) is run
 
 
-STEPS = [("_by", 3), ("_wait_for_workers", 2), ("_tell_left_pending", 1)]
+STEPS = [("_by", 4), ("_wait_for_workers", 2)]
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,8 @@ def test_an_application_that_writes_without_pause_does_not_keep_tasks_waiting(
     tmp_path, application, repository
 ):
     """With SQLite's own busy handler, the tasks below take minutes."""
-    queue, done, written = Queue(repository, Config(worker_num=2)), threading.Event(), []
+    queue = Queue(repository, Config(worker_num=2, overflow="block"))
+    done, written = threading.Event(), []
     queue.executor("t")(lambda: None)
 
     def write():

@@ -78,6 +78,7 @@ def test_a_url_that_nothing_opens_is_refused(url, message):
 @pytest.mark.parametrize("query", ["", "?host=/var/run/postgresql&prefix=taskx_"])
 def test_a_url_of_postgresql_needs_no_host(query):
     """Then it is on this host, or where the query says."""
+    pytest.importorskip("psycopg")
     made = open_repository(f"postgresql:///shop{query}")
     where = "@/var/run/postgresql" if query else ""
     assert repr(made) == f"PostgresRepository('shop{where}', prefix='taskx_')"
