@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from datetime import timedelta
 from typing import Any
 
 from taskx import ConfigurationError, Queue
-from taskx.tasks.checks import Duration, check_number
 
 
 def lifespan(
-    queue: Queue, timeout: Duration = 30.0
+    queue: Queue, timeout: float | timedelta | str = 30.0
 ) -> Callable[[Any], AbstractAsyncContextManager[dict[str, Queue]]]:
     """Return the ``lifespan`` of an app: it starts the queue at the beginning, and stops it at the end.
 
@@ -24,11 +24,10 @@ def lifespan(
         timeout: seconds, or a timedelta, that running tasks have at the end, as in ``Queue.stop``.
 
     Raises:
-        ConfigurationError: the first argument is not a queue, or the time-out is no time.
+        ConfigurationError: the first argument is not a queue.
     """
     if not isinstance(queue, Queue):
         raise ConfigurationError(f"lifespan() requires a Queue, not {type(queue).__name__}")
-    check_number(timeout, "timeout")
 
     @asynccontextmanager
     async def started(app: Any) -> AsyncIterator[dict[str, Queue]]:

@@ -10,7 +10,6 @@ from typing import Any
 
 from taskx import ConfigurationError, Hook, Queue, RepositoryError, Task, TaskStatus, TaskxError
 from taskx.tasks import permission
-from taskx.tasks.lifecycle import NO_WORK
 
 try:
     from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, Metric
@@ -25,6 +24,9 @@ __all__ = ["BUCKETS", "PrometheusHook", "StoreCollector"]
 
 #: Upper bounds of the histograms, in seconds: from a fast call to a task of one hour.
 BUCKETS = (0.001, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 3600.0)
+
+# Records of what tasks wait for: they are no work.
+_NO_WORK = ("answer", "children")
 
 _log = logging.getLogger("taskx")
 
@@ -117,7 +119,7 @@ class PrometheusHook(Hook):
         self._refresh()
 
     def finished(self, task: Task) -> None:
-        if task.type in NO_WORK:
+        if task.type in _NO_WORK:
             return
         outcome = task.status.value
         self._finished.labels(task.type, outcome).inc()
@@ -301,7 +303,7 @@ class StoreCollector(Collector):
         for type in ("", *paused.types) if paused.everything else paused.types:
             found["paused"].add_metric([type], 1)
         pending = queue.count_tasks(status=TaskStatus.PENDING)
-        no_work = sum(queue.count_tasks(status=TaskStatus.PENDING, type=type) for type in NO_WORK)
+        no_work = sum(queue.count_tasks(status=TaskStatus.PENDING, type=type) for type in _NO_WORK)
         found["tasks_pending"].add_metric([], max(0, pending - no_work))
         found["answers_pending"].add_metric([], stats.answers)
         for limit in () if queue.repository.shortcoming else queue.limits():

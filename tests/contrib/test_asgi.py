@@ -87,9 +87,3 @@ def test_coroutines_of_fastapi_await_coroutines_of_the_queue():
 def test_a_lifespan_requires_a_queue():
     with pytest.raises(ConfigurationError, match="requires a Queue, not str"):
         lifespan("tasks.db")  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("timeout", ["abc", -5, None])
-def test_a_lifespan_refuses_a_wrong_timeout_at_once(timeout):
-    with pytest.raises(ConfigurationError, match="timeout"):
-        lifespan(Queue(MemoryRepository()), timeout)
