@@ -908,6 +908,12 @@ class TestSurroundings:
 # An interrupt between two calls may leave a coroutine that nobody awaits, or a loop that nobody closes.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 class TestAnInterruptOfTheThreadThatWaits:
+    @pytest.fixture(autouse=True)
+    def collect_what_is_left(self):
+        """Else Python warns of it during a later test."""
+        yield
+        gc.collect()
+
     def test_cancels_the_coroutine_and_waits_for_its_end(self):
         begun, ended, left = [], [], []
 
