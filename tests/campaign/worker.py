@@ -337,11 +337,13 @@ class Worker:
             if options.interrupts:
                 interrupter.start()
         while time.monotonic() < until:
-            with suppress(KeyboardInterrupt, *self._store.outages):
-                self._step()
-                if self.rng.random() < 0.5 and not options.burst:
-                    # An interrupt of an event's wait may leave that with a lock that is not locked.
-                    time.sleep(self.rng.random() * 0.01)  # blocks on purpose
+            with suppress(KeyboardInterrupt):  # one that strikes between two steps, too
+                while time.monotonic() < until:
+                    with suppress(KeyboardInterrupt, *self._store.outages):
+                        self._step()
+                        if self.rng.random() < 0.5 and not options.burst:
+                            # An interrupt of an event's wait may leave that with a lock that is not locked.
+                            time.sleep(self.rng.random() * 0.01)  # blocks on purpose
         interrupter.stop()
         self.stop(self.rng.choice((0.0, 0.05, 5.0)), cancel=self.rng.random() < 0.5)
 
