@@ -12,8 +12,9 @@ import os
 import random
 import signal
 import threading
+import time
 from collections.abc import Callable
-from contextlib import suppress
+from types import FrameType
 from typing import Any
 
 from taskx import CancelReason
@@ -158,27 +159,34 @@ def interrupt(
 
 
 class Interrupter:
-    """Interrupts the main thread at random moments, as Ctrl-C would."""
+    """Interrupts the main thread at random moments, as Ctrl-C would.
 
-    def __init__(self, seed: int, longest: float, log: SideLog) -> None:
+    None strikes in a step of ``spared`` itself, which catches those that strike in what it calls. None
+    strikes from the time ``until`` of the monotonic clock on.
+    """
+
+    def __init__(
+        self, seed: int, longest: float, log: SideLog, spared: Callable[..., Any], until: float
+    ) -> None:
         self._rng, self._longest, self._log = random.Random(seed), longest, log
-        self._ended = threading.Event()
+        self._spared, self._until = spared.__code__, until
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def start(self) -> None:
+        signal.signal(signal.SIGINT, self._strike)
         self._thread.start()
 
-    def stop(self) -> None:
-        """Stop interrupting: no interrupt comes after this has returned."""
-        while self._thread.is_alive():
-            with suppress(KeyboardInterrupt):
-                self._ended.set()
-                self._thread.join()
-        with suppress(KeyboardInterrupt):
-            threading.Event().wait(0.01)
+    def _strike(self, number: int, frame: FrameType | None) -> None:
+        if (
+            frame is not None
+            and frame.f_code is not self._spared
+            and time.monotonic() < self._until
+        ):
+            raise KeyboardInterrupt
 
     def _run(self) -> None:
-        while not self._ended.wait(self._rng.random() * self._longest):
+        never = threading.Event()
+        while not never.wait(self._rng.random() * self._longest) and time.monotonic() < self._until:
             self._log.tell("interrupt", note="at random")
             _thread.interrupt_main()
 

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import attrs
@@ -332,19 +332,22 @@ class Worker:
         faulthandler.dump_traceback_later(HANGS, exit=True)
         self.start()
         until = time.monotonic() + options.seconds
-        interrupter = hooks.Interrupter(options.seed, options.interrupts, self.log)
-        with suppress(KeyboardInterrupt):
+        # An interrupt strikes in what is called here, never in a step of this function itself.
+        try:
             if options.interrupts:
-                interrupter.start()
+                hooks.Interrupter(
+                    options.seed, options.interrupts, self.log, Worker.mix, until
+                ).start()
+        except KeyboardInterrupt:
+            self.log.tell("interrupted")
         while time.monotonic() < until:
-            with suppress(KeyboardInterrupt):  # one that strikes between two steps, too
-                while time.monotonic() < until:
-                    with suppress(KeyboardInterrupt, *self._store.outages):
-                        self._step()
-                        if self.rng.random() < 0.5 and not options.burst:
-                            # An interrupt of an event's wait may leave that with a lock that is not locked.
-                            time.sleep(self.rng.random() * 0.01)  # blocks on purpose
-        interrupter.stop()
+            try:
+                self._step()
+                if self.rng.random() < 0.5 and not options.burst:
+                    # An interrupt of an event's wait may leave that with a lock that is not locked.
+                    time.sleep(self.rng.random() * 0.01)  # blocks on purpose
+            except (KeyboardInterrupt, *self._store.outages):
+                continue
         self.stop(self.rng.choice((0.0, 0.05, 5.0)), cancel=self.rng.random() < 0.5)
 
     def _step(self) -> None:
