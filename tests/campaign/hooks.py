@@ -191,16 +191,21 @@ class Interrupter:
             _thread.interrupt_main()
 
 
+def sleep(seconds: float) -> None:
+    """Sleep where an interrupt may strike: it may leave an event that is waited for with a broken lock."""
+    time.sleep(seconds)  # blocks on purpose
+
+
 # Pauses that widen the windows of races
 
 
 def dawdle(seed: int, longest: float) -> None:
     """Pause now and then at points where another process or thread could interfere."""
-    rng, never = random.Random(seed), threading.Event()
+    rng = random.Random(seed)
 
     def pause() -> None:
         if rng.random() < 0.2:
-            never.wait(rng.random() * longest)
+            sleep(rng.random() * longest)
 
     before(lifecycle, "start", pause)
     before(Ledger, "commit", pause)

@@ -344,7 +344,7 @@ class Worker:
             try:
                 self._step()
                 if self.rng.random() < 0.5 and not options.burst:
-                    _sleep(self.rng.random() * 0.01)
+                    hooks.sleep(self.rng.random() * 0.01)
             except (KeyboardInterrupt, *self._store.outages):
                 continue
         self.stop(self.rng.choice((0.0, 0.05, 5.0)), cancel=self.rng.random() < 0.5)
@@ -384,7 +384,7 @@ class Worker:
     def _submit_pile(self) -> None:
         if self.options.burst:
             self.submit_many("instant", self._store.pile)
-            _sleep(0.02)
+            hooks.sleep(0.02)
         else:
             self.submit_many(self.rng.choice(("instant", "brief")), self.rng.randint(2, 30))
 
@@ -461,11 +461,6 @@ class Worker:
     def close_running(self) -> None:
         for task_id in self._unfinished(TaskStatus.RUNNING):
             self.close_by_hand(task_id)
-
-
-def _sleep(seconds: float) -> None:
-    """Sleep where an interrupt may strike: it may leave an event that is waited for with a broken lock."""
-    time.sleep(seconds)  # blocks on purpose
 
 
 def prepare(options: Options, log: SideLog) -> None:
