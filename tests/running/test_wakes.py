@@ -162,6 +162,14 @@ def test_a_task_that_arrives_while_another_worker_starts_some_wakes_nobody():
     assert woken == [1]
 
 
+def test_a_fetch_that_finds_nothing_wakes_nobody():
+    woken = []
+    buffer = Buffer(10, 10, lambda: woken.append(1) or True)
+    buffer.add_fetched([])
+    buffer.put_back([])
+    assert woken == []
+
+
 def test_the_worker_that_starts_tasks_goes_on_while_others_wait_for_them(node):
     """It keeps no task: to wake one of them only to start the next tasks would cost one more switch."""
     pool, got = node.pool, []
