@@ -314,8 +314,8 @@ class Buffer:
                 else:  # first: an id that is known but not in the heap never runs
                     heappush(self._heap, item)
                 self._fetched[item.id] = item
-            if len(self):  # one worker: it takes some of them, and calls the next one
-                self._call()
+            if len(self):  # a fetch may find nothing
+                self._call()  # one worker: it takes some of them, and calls the next one
 
     def discard(self, task_ids: Iterable[str]) -> None:
         """Remove tasks that will not run, and free their slots."""

@@ -173,26 +173,24 @@ class Interrupter:
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def start(self) -> None:
-        signal.signal(signal.SIGINT, self._strike)
+        # The start of a thread waits for an event: see sleep.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         self._thread.start()
+        signal.signal(signal.SIGINT, self._strike)
 
-    def _strike(self, number: int, frame: FrameType | None) -> None:
-        if (
-            frame is not None
-            and frame.f_code is not self._spared
-            and time.monotonic() < self._until
-        ):
+    def _strike(self, number: int, frame: FrameType) -> None:
+        if frame.f_code is not self._spared and time.monotonic() < self._until:
             raise KeyboardInterrupt
 
     def _run(self) -> None:
-        never = threading.Event()
-        while not never.wait(self._rng.random() * self._longest) and time.monotonic() < self._until:
+        while time.monotonic() < self._until:
+            sleep(self._rng.random() * self._longest)
             self._log.tell("interrupt", note="at random")
             _thread.interrupt_main()
 
 
 def sleep(seconds: float) -> None:
-    """Sleep where an interrupt may strike: it may leave an event that is waited for with a broken lock."""
+    """Sleep. An interrupt of an event's wait may leave the lock of that event broken."""
     time.sleep(seconds)  # blocks on purpose
 
 

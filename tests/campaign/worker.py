@@ -339,7 +339,7 @@ class Worker:
                     options.seed, options.interrupts, self.log, Worker.mix, until
                 ).start()
         except KeyboardInterrupt:
-            self.log.tell("interrupted")
+            pass  # it has begun to interrupt
         while time.monotonic() < until:
             try:
                 self._step()

@@ -108,6 +108,9 @@ class Road:
         self.gate, self.inside = threading.Event(), threading.Event()
         self.way = Way()
         self._recorded: set[int | None] = set()
+        # Held in a submit: a worker that is called meanwhile goes on after it, also without the lock of the
+        # interpreter. Else each of the two would see what the other one does.
+        self._turn = threading.RLock()
         self._waiting = 0
         self._ran = self._deferred = False
         self.queue.executor("fine")(self._fine)
@@ -131,11 +134,12 @@ class Road:
     def _profile(self, frame: FrameType, event: str, called: Any) -> None:
         if threading.get_ident() not in self._recorded:
             return
-        if event == "c_call" and getattr(called, "__name__", "").startswith("execute"):
-            self.way.add(_stack(frame))
-        elif (waiting := self._count()) != self._waiting:
-            self._waiting = waiting
-            self.way.add(_stack(frame.f_back if event == "call" else frame))
+        with self._turn:
+            if event == "c_call" and getattr(called, "__name__", "").startswith("execute"):
+                self.way.add(_stack(frame))
+            elif (waiting := self._count()) != self._waiting:
+                self._waiting = waiting
+                self.way.add(_stack(frame.f_back if event == "call" else frame))
 
     def _count(self) -> int:
         """Count the tasks that wait for the worker, and an outcome that was left to a commit.
@@ -165,16 +169,13 @@ class Road:
     @contextmanager
     def _recording(self, *threads: int | None) -> Iterator[None]:
         """Note what these threads do; the thread that calls this one gets a profile function, too."""
-        interval = sys.getswitchinterval()
         gc.disable()  # finalizers are no part of the way
-        sys.setswitchinterval(PATIENCE)  # a thread notes its own events before another one runs
         sys.setprofile(self._profile)
         self._recorded = {*threads}
         try:
             yield
         finally:
             sys.setprofile(None)
-            sys.setswitchinterval(interval)
             gc.enable()
 
     def _arrive(self, handle: Any) -> tuple[Way, Way]:
@@ -190,7 +191,7 @@ class Road:
     def idle(self) -> tuple[Way, Way]:
         """Submit a task while the worker waits for one."""
         self.rest()
-        with self._recording(threading.get_ident(), self.worker.ident):
+        with self._recording(threading.get_ident(), self.worker.ident), self._turn:
             handle = self.submit()
         return self._arrive(handle)
 
@@ -287,7 +288,7 @@ def test_a_submit_makes_no_more_calls_than_the_design_page_says(road, page, tmp_
 def test_a_run_in_a_batch_makes_no_more_calls_than_the_design_page_says(page, tmp_path):
     """Counted on the thread that runs the tasks: how often others look for work depends on the time.
 
-    On a busy machine some calls join in, so one of some counts must be as low.
+    On a busy machine a few calls join in, so it is counted again if there were too many.
     """
     calls, workers, counts, number = [0], set[int](), threading.Event(), 320
 
@@ -317,7 +318,7 @@ def test_a_run_in_a_batch_makes_no_more_calls_than_the_design_page_says(page, tm
     found: list[float] = []
     with repository:
         ahead = pool_of(queue).ahead
-        while len(found) < TIMES and not (found and found[-1] <= page.run):
+        for _ in range(TIMES):
             queue.submit("hold")
             assert inside.wait(PATIENCE)
             ahead._mean, ahead.short = 0.0, True
@@ -330,6 +331,8 @@ def test_a_run_in_a_batch_makes_no_more_calls_than_the_design_page_says(page, tm
             inside.clear()
             gate.clear()
             found.append(calls[0] / number)
+            if found[-1] <= page.run:
+                break
         queue.close()
     assert 10 < found[-1] <= page.run, found
 
