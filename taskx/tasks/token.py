@@ -156,9 +156,12 @@ class CancelToken:
         """Fire the token. Return False if it had already fired; it then keeps its first reason."""
         # Raw locks, here and in wait(): fire() may be called from a signal handler that interrupted a
         # method of this object. The condition inside an Event would deadlock then.
+        # The reason comes first, in one step that keeps an earlier one: a thread that finds the token just
+        # being fired must see why.
+        if vars(self).setdefault("_reason", reason) is not reason:
+            return False
         if not self._part("_once", _thread.allocate_lock).acquire(False):
             return False
-        self._reason = reason
         for child in list(self._children):
             child.fire(reason)
         for waiter in list(self._waiters):

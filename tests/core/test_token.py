@@ -1,5 +1,6 @@
 """The cancellation token: it fires once, and its callbacks do not disturb one another."""
 
+import itertools
 import os
 import signal
 import sys
@@ -11,6 +12,31 @@ from helpers import PATIENCE, eventually
 
 from taskx import CancelReason, CancelToken, ConfigurationError, TaskCancelled
 from taskx.tasks.clock import SYSTEM_CLOCK
+
+
+def _read_at(point, token):
+    """Fire a token, and read its reason before a step of that, as another thread may.
+
+    Return what was read, in a list; it is empty if there are fewer steps.
+    """
+    seen, steps = [], itertools.count()
+
+    def trace(frame, event, argument):
+        if frame.f_code is not CancelToken.fire.__code__:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode" and next(steps) == point:
+            seen.append(token.reason)
+        return trace
+
+    before = sys.gettrace()
+    sys._getframe().f_trace_opcodes = True  # Python 3.12 needs it before settrace
+    sys.settrace(trace)
+    try:
+        token.fire(CancelReason.TIMEOUT)
+    finally:
+        sys.settrace(before)
+    return seen
 
 
 class TestFiring:
@@ -46,6 +72,16 @@ class TestFiring:
                 assert won == [token.reason]
         finally:
             sys.setswitchinterval(interval)
+
+    def test_whoever_finds_it_just_being_fired_sees_why(self):
+        # Else a run whose time is up goes on, and ends as if it had been in time.
+        for point in itertools.count():
+            token = CancelToken(deadline=time.monotonic())
+            seen = _read_at(point, token)
+            if not seen:
+                break
+            assert seen == [CancelReason.TIMEOUT], point
+        assert point > 10
 
     def test_the_repr_names_the_reason(self):
         token = CancelToken()
