@@ -130,9 +130,14 @@ class Child:
         self.ended()
         return self.process.returncode
 
+    @property
+    def output(self) -> str:
+        """What it has printed."""
+        return self._output.read_text(encoding="utf-8", errors="replace")
+
     def _tell_death(self, code: int) -> None:
         killed = code == -signal.SIGKILL
-        output = self._output.read_text(encoding="utf-8", errors="replace")
+        output = self.output
         trouble = ""
         if code != 0 and not killed:
             trouble = f"it ended with {code}: {output[-2000:]}"

@@ -142,7 +142,7 @@ def test_interrupts_of_commit_leaders_break_no_promise(campaign):
             role="submit", workers=3, interrupt=where, error=error, passings=6, tasks=tasks
         )
     for (where, _), child in children.items():
-        assert child.wait() == 0
+        assert child.wait() == 0, child.output
         campaign.wait_for("interrupt", note=where, who=child.who)
     outcome = prove(campaign, processes=1)
     assert len(outcome.records) == 30 * len(children)
