@@ -1295,22 +1295,23 @@ def news_of(writes: Sequence[Write]) -> set[str]:
     """Return the kinds of news in writes, for other processes."""
     kinds: set[str] = set()
     for write in writes:
-        kind = _OFTEN.get(write.move)
-        kinds.add(_news(write) if kind is None else kind)
-    return kinds - {""}
-
-
-def _news(write: Write) -> str:
-    """Return the kind of news in a write whose move does not tell; empty if there is none."""
-    changes = write.row if isinstance(write, Insert) else write.changes
-    if isinstance(write, Delete) or changes.get("status") in FINISHED:
-        return ENDED
-    if changes.get("cancel_requested_at") is not None:
-        return CANCEL_REQUESTED
-    freed = changes.get("owner") == "" or "held" in changes
-    held = changes.get("held", FREE)
-    # The nodes give turns to keys that share the workers.
-    return FREED if freed and not changes.get("owner") and held in (FREE, FOR_TURN) else ""
+        if not isinstance(write, Insert):
+            kind, changes = _OFTEN.get(write.move), write.changes
+        else:  # a property costs a call
+            kind, changes = None, write.row
+        if kind is None:  # the move does not tell
+            if isinstance(write, Delete) or changes.get("status") in FINISHED:
+                kind = ENDED
+            elif changes.get("cancel_requested_at") is not None:
+                kind = CANCEL_REQUESTED
+            # The nodes give turns to keys that share the workers.
+            elif changes.get("held", FREE) in (FREE, FOR_TURN) and (
+                changes.get("owner") == "" or ("held" in changes and not changes.get("owner"))
+            ):
+                kind = FREED
+        if kind:
+            kinds.add(kind)
+    return kinds
 
 
 # --- writes that are still allowed in a file with a newer schema

@@ -102,9 +102,11 @@ class Road:
     """A queue with one worker, and the ways that its tasks take."""
 
     def __init__(self, path: Path) -> None:
-        repository = SQLiteRepository(path, durability="process")
-        # No task counts as short, however fast the machine is: a submit then looks at what is at work.
-        self.queue = Queue(repository, Config(worker_num=1), timing=Timing(short_task=0.0))
+        # Each commit looks for other processes, as after a while. And no task counts as short, however
+        # fast the machine is: a submit then looks at what is at work.
+        timing = Timing(short_task=0.0, listeners_every=0.0)
+        repository = SQLiteRepository(path, durability="process", timing=timing)
+        self.queue = Queue(repository, Config(worker_num=1), timing=timing)
         self.gate, self.inside = threading.Event(), threading.Event()
         self.way = Way()
         self._recorded: set[int | None] = set()
