@@ -223,10 +223,10 @@ def close_by_hand(campaign: Campaign, **options: Any) -> None:
     runner = campaign.spawn(role="serve", **options)
     campaign.wait_for("begin")
     closer = campaign.spawn(role="close")
-    assert closer.wait() == 0
+    assert closer.wait() == 0, closer.output
     campaign.let_go()
     campaign.wait_for("end")
-    assert runner.finish() == 0
+    assert runner.finish() == 0, runner.output
 
 
 def test_a_late_outcome_is_dropped(campaign):

@@ -130,7 +130,7 @@ def close_while_it_runs(campaign: MongoCampaign, **options: Any) -> None:
         campaign.log.tell("closed", task.id)
     campaign.let_go()
     campaign.wait_for("end", who=runner.who)
-    assert runner.finish() == 0
+    assert runner.finish() == 0, runner.output
 
 
 def cut_off_for_long(campaign: MongoCampaign, **options: Any) -> None:
@@ -178,7 +178,7 @@ def an_answer_is_lost(campaign: MongoCampaign, **options: Any) -> None:
         return True
 
     proxy.judge = judge
-    assert child.wait() == 0
+    assert child.wait() == 0, child.output
     assert asked.is_set()
 
 
@@ -195,7 +195,7 @@ def the_answer_to_a_commit_is_lost(campaign: MongoCampaign, **options: Any) -> N
         return direction == "ask" or not committed.is_set() or b"maxBsonObjectSize" in piece
 
     proxy.judge = judge
-    assert child.wait() == 0
+    assert child.wait() == 0, child.output
     assert committed.is_set()
 
 
