@@ -77,6 +77,10 @@ def run_all(repository: Repository) -> int:
         expected = task.status if task.status in ended else "completed"
         if task_id == "asked to stop":
             expected = "cancelled"
+        if task_id == "stuck" and after[task_id].status == "failed":
+            # Its 50 ms may be over before its executor is called, on a busy machine.
+            assert after[task_id].error.startswith("timed out after 0.05 s")
+            continue
         assert after[task_id].status == expected, task_id
     assert queue.schedules().keys() == {"ticks", "rests"}
     assert repository.liveness.nodes() == []
