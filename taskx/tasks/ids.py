@@ -24,6 +24,7 @@ _lock = threading.RLock()
 _moment = -1  # of the latest id
 _prefix = _suffix = ""  # what all ids of that moment begin and end with
 _counted = 0  # an even number of _COUNTED bits
+_keyed, _least = -1, 0  # the moment of the latest key that was made for an id, and the count of its first
 
 
 def new_id(now: int | None = None) -> str:
@@ -73,11 +74,17 @@ def key_of(id: str) -> int | None:
 
 
 def new_key(created_at: int) -> int:
-    """Return a key for a task that was created at a time, in milliseconds, and whose id has none."""
-    global _counted
+    """Return a key for a task that was created at a time, in milliseconds, and whose id has none.
+
+    It sorts after the earlier ones of that moment.
+    """
+    global _counted, _keyed, _least
     with _lock:
         counted = _counted = _counted + 2 & _FULL
-    return key_at(created_at) | counted | 1
+        if created_at != _keyed:
+            _keyed, _least = created_at, counted
+        began_anew = counted < _least  # the earlier keys of this moment have higher numbers
+    return key_at(created_at + began_anew) | counted | 1
 
 
 def key_at(moment: int) -> int:
@@ -95,8 +102,8 @@ def made_at(id: str) -> int:
 
 def _renew() -> None:
     """Count from a random number. Otherwise a parent and its child would make the same ids."""
-    global _lock, _moment, _counted
-    _lock, _moment = threading.RLock(), -1
+    global _lock, _moment, _keyed, _counted
+    _lock, _moment, _keyed = threading.RLock(), -1, -1
     _counted = int.from_bytes(os.urandom(3), "big") & _FULL & ~1
 
 

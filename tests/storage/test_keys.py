@@ -59,6 +59,16 @@ def test_a_chosen_id_has_an_odd_key_of_the_time_of_its_creation(repository, path
     assert ids.key_at(to_ms(NOW)) < key < ids.key_at(to_ms(NOW) + 1)
 
 
+def test_tasks_with_chosen_ids_keep_their_order_when_the_counter_begins_anew(
+    repository, monkeypatch
+):
+    monkeypatch.setattr(ids, "_counted", ids._FULL - 5)
+    for task_id in "abcdefgh":
+        repository.create(Task(id=task_id, type="t", created_at=NOW))
+        ids.new_id()  # it uses the same counter
+    assert [stub.id for stub in repository.ready(["t"], 9)] == [*"abcdefgh"]
+
+
 class TestTasksWithTheSameKey:
     """Two processes can make ids with the same key at the same moment: all of both tasks works."""
 
