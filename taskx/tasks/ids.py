@@ -24,7 +24,8 @@ _lock = threading.RLock()
 _moment = -1  # of the latest id
 _prefix = _suffix = ""  # what all ids of that moment begin and end with
 _counted = 0  # an even number of _COUNTED bits
-_keyed, _least = -1, 0  # the moment of the latest key that was made for an id, and the count of its first
+# The moment of the latest key that was made for an id, and the number of the first key of that moment.
+_keyed, _least = -1, 0
 
 
 def new_id(now: int | None = None) -> str:
