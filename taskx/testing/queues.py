@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import TimeoutError
 from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime
-from functools import partial
+from functools import partial, wraps
 from typing import Any, TypeVar, cast
 
 from taskx.attempt.executors import BoundExecutor, Executor
@@ -23,7 +23,7 @@ from taskx.stores.adapter import EightMethodAdapter
 from taskx.stores.base import Repository
 from taskx.stores.door import Door
 from taskx.stores.eight import TaskRepository
-from taskx.tasks.checks import Duration, check_number
+from taskx.tasks.checks import Duration, check_number, check_plain, is_async
 from taskx.tasks.config import Config
 from taskx.tasks.errors import ConfigurationError, TaskFailed
 from taskx.tasks.handles import TaskHandle
@@ -565,6 +565,7 @@ class InlineQueue(ManualQueue):
 
 
 Q = TypeVar("Q", bound=ManualQueue)
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _type(kind: Kind | None) -> str | None:
@@ -572,11 +573,44 @@ def _type(kind: Kind | None) -> str | None:
     return kind if kind is None or isinstance(kind, str) else kind.type
 
 
-@contextmanager
+class _Replacing(AbstractContextManager[Q]):
+    """Replaces a queue for the length of a block, or of each call of a function."""
+
+    def __init__(self, begin: Callable[[], AbstractContextManager[Q]]) -> None:
+        self._begin = begin
+
+    def __enter__(self) -> Q:
+        self._block = self._begin()
+        return self._block.__enter__()
+
+    def __exit__(self, *raised: Any) -> bool | None:
+        return self._block.__exit__(*raised)
+
+    def __call__(self, function: F) -> F:
+        if is_async(function):
+
+            @wraps(function)
+            async def inside(*args: Any, **kwargs: Any) -> Any:
+                with self._begin():
+                    return await function(*args, **kwargs)
+
+        else:
+            check_plain(function, f"decorated {function!r}")
+
+            @wraps(function)
+            def inside(*args: Any, **kwargs: Any) -> Any:
+                with self._begin():
+                    return function(*args, **kwargs)
+
+        return cast("F", inside)
+
+
 def manual(
     queue: Queue, repository: TaskRepository | None = None, *, clock: ManualClock | None = None
-) -> Iterator[ManualQueue]:
+) -> _Replacing[ManualQueue]:
     """Make an application's queue a :class:`ManualQueue` for the length of a block, or of a function.
+
+    The function may be a coroutine function, but not a generator.
 
     The queue object stays the same, with its executors, hooks, middleware and config. Inside the block,
     everything that submits to it (``executor.submit()``, code that has imported it) submits to
@@ -592,14 +626,12 @@ def manual(
     Raises:
         ConfigurationError: an argument is not valid.
     """
-    with _replaced(queue, ManualQueue, repository, clock) as made:
-        yield made
+    return _Replacing(partial(_replaced, queue, ManualQueue, repository, clock))
 
 
-@contextmanager
 def inline(
     queue: Queue, repository: TaskRepository | None = None, *, clock: ManualClock | None = None
-) -> Iterator[InlineQueue]:
+) -> _Replacing[InlineQueue]:
     """Make an application's queue an :class:`InlineQueue` for the length of a block, or of a function.
 
     Everything else is as for :func:`manual`.
@@ -607,9 +639,7 @@ def inline(
     Raises:
         ConfigurationError: an argument is not valid.
     """
-    with _replaced(queue, InlineQueue, repository, clock) as made:
-        yield made
-        made._finish_committed()
+    return _Replacing(partial(_replaced, queue, InlineQueue, repository, clock))
 
 
 @contextmanager
@@ -627,6 +657,8 @@ def _replaced(
         driven.__class__ = _class_for(before_class, kind)
         driven._replace(repository, made)
         yield driven
+        if isinstance(driven, InlineQueue):
+            driven._finish_committed()
     finally:
         # Other threads may submit to the queue meanwhile. So it gets its parts back in one step, and only
         # then the driven node leaves.

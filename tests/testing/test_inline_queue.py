@@ -281,6 +281,32 @@ def test_a_decorated_function_has_a_queue_of_its_own_at_each_call(app_queue, add
     assert [work(), work()] == [1, 1]
 
 
+@pytest.mark.parametrize("mode", [inline, manual])
+def test_a_decorated_coroutine_function_has_the_queue_while_it_runs(mode, app_queue, add):
+    @mode(app_queue)
+    async def work(a):
+        await asyncio.sleep(0)
+        handle = add.submit(a=a, b=1)
+        app_queue.run_all()
+        return await handle
+
+    assert [asyncio.run(work(1)), asyncio.run(work(a=2))] == [2, 3]
+    assert type(app_queue) is Queue
+
+
+@pytest.mark.parametrize("mode", [inline, manual])
+def test_a_generator_is_not_decorated_as_its_body_runs_after_the_call(mode, app_queue):
+    def plain():
+        yield
+
+    async def asynchronous():
+        yield
+
+    for function in plain, asynchronous:
+        with pytest.raises(ConfigurationError, match="must be a plain function"):
+            mode(app_queue)(function)
+
+
 def test_executors_registered_inside_stay_registered(app_queue):
     with inline(app_queue):
         late = app_queue.executor("late")(lambda: "late")
