@@ -8,6 +8,7 @@ from typing import Any
 
 import taskx
 from taskx import ConfigurationError, Queue, TaskNotFound
+from taskx.contrib.django.blocks import uncommitted_writes
 from taskx.contrib.django.checks import check_alias
 from taskx.contrib.django.compat import (
     BaseTaskBackend,
@@ -31,6 +32,8 @@ from taskx.contrib.django.tasks import (
 from taskx.tasks.clock import SYSTEM_CLOCK, to_datetime, to_ms
 from taskx.tasks.ids import new_id
 from taskx.tasks.model import check_name
+from taskx.tasks.record import created_task
+from taskx.tasks.writes import Insert
 
 
 class TaskxBackend(BaseTaskBackend):
@@ -102,7 +105,7 @@ class TaskxBackend(BaseTaskBackend):
         try:
             stored_as = self._submit(result, now)
             if stored_as != result.id:  # on_conflict: another task has the key
-                return self.get_result(stored_as)
+                return self._uncommitted(stored_as) or self.get_result(stored_as)
             task_enqueued.send(sender=type(self), task_result=result)
             return result
         finally:
@@ -117,6 +120,23 @@ class TaskxBackend(BaseTaskBackend):
         options["run_at"] = run_at(task)
         params = params_of(result.args, result.kwargs)
         return place.queue._submit(place.register(task), params, None, options, now).id
+
+    def _uncommitted(self, task_id: str) -> TaskxResult | None:
+        """Return the result of a task that this thread has enqueued inside an open block, else None.
+
+        In another database than that of the tasks, nobody can read it before the commit.
+        """
+        row: dict[str, Any] = {}
+        for write in uncommitted_writes(self.queue.repository):
+            if write.id == task_id:
+                row |= write.row if isinstance(write, Insert) else write.changes
+        return self._result(created_task(row)) if "id" in row else None
+
+    def _result(self, record: taskx.Task) -> TaskxResult:
+        try:
+            return result_of(record, task_of(record.type, self.alias), self.alias)
+        except ImportError as error:
+            raise TaskResultDoesNotExist(f"{record.id}: {error}") from error
 
     def get_result(self, result_id: str) -> TaskxResult:
         """Return the result of a task as it is now.
@@ -133,8 +153,7 @@ class TaskxBackend(BaseTaskBackend):
     def _read(self, result_id: str) -> TaskxResult:
         queue = self.queue
         try:
-            record = queue.get_task_status(result_id)
-            return result_of(record, task_of(record.type, self.alias), self.alias)
+            return self._result(queue.get_task_status(result_id))
         except TaskNotFound:
             later = queue.repository.transactions.changed(result_id)
             why = (
@@ -143,8 +162,6 @@ class TaskxBackend(BaseTaskBackend):
                 else ""
             )
             raise TaskResultDoesNotExist(f"{result_id}{why}") from None
-        except ImportError as error:
-            raise TaskResultDoesNotExist(f"{result_id}: {error}") from error
 
     def check(self, **kwargs: Any) -> Sequence[Any]:
         """Return what is wrong with the options of the alias."""

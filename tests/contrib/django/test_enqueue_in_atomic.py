@@ -107,3 +107,30 @@ def test_outside_of_a_block_it_is_stored_at_once(site, joined):
     result = order(site)
     assert ended(result).status == SUCCESSFUL
     assert orders(site) == 1
+
+
+def unique(on_conflict: str) -> Any:
+    return tasks.echo.using(unique_key="k", on_conflict=on_conflict)
+
+
+@pytest.mark.parametrize("beside", ["wait"], indirect=True)
+def test_the_task_that_has_the_key_may_wait_for_the_same_commit(site, beside):
+    with transaction.atomic(using=site):
+        first = unique("return").enqueue("first")
+        assert unique("return").enqueue("second") == first
+        replaced = unique("replace").enqueue("third")
+        assert (replaced.id, replaced.args) == (first.id, ["third"])
+        assert unique("return").enqueue("fourth") == replaced
+    assert ended(first).return_value == [["third"], {}]
+    assert get_queue().count_tasks() == 1
+
+
+def test_the_task_that_has_the_key_may_be_part_of_the_block(site, joined):
+    with transaction.atomic(using=site):
+        first = unique("return").enqueue("first")
+        assert unique("return").enqueue("second") == first
+        replaced = unique("replace").enqueue("third")
+        assert (replaced.id, replaced.args) == (first.id, ["third"])
+        assert joined.get_result(first.id) == unique("return").enqueue("fourth") == replaced
+    assert ended(first).return_value == [["third"], {}]
+    assert get_queue().count_tasks() == 1
