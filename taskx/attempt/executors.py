@@ -188,6 +188,12 @@ class Executor(Generic[P, R]):
         #: The JSON forms of params and result; None if no annotation has one.
         self._values: Values | None = self._values_of(own)
 
+    def __copy__(self) -> Executor[P, R]:
+        """Return the executor as one that is registered with no queue."""
+        made = object.__new__(type(self))
+        vars(made).update(vars(self), _queues=Queues())
+        return made
+
     def _values_of(self, own: Sequence[inspect.Parameter]) -> Values | None:
         return values_of(self.function, own)
 

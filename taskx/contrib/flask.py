@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing, suppress
 from contextvars import Context as Variables
+from copy import copy
 from difflib import get_close_matches
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar, overload
@@ -513,9 +514,7 @@ def _inside(app: Flask) -> Layer:
 
 def _copy(made: TaskExecutor | Executor[Any, Any]) -> TaskExecutor | Executor[Any, Any]:
     """Return an executor for one queue; the given one submits to the queue of the current app."""
-    if isinstance(made, Executor):
-        return type(made)(made.type, made.function, made.options)
-    return made
+    return copy(made) if isinstance(made, Executor) else made
 
 
 def _schedule(queue: Queue, given: tuple[Any, ...], options: Mapping[str, Any]) -> None:

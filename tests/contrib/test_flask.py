@@ -9,7 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -128,6 +128,22 @@ def test_executors_as_classes_and_declared_types_belong_to_every_app(taskx, make
         with testing.inline(queue_of(app)), app.app_context():
             assert taskx.submit("name").result() == app.name
         assert queue_of(app).submit("elsewhere").task().status is TaskStatus.PENDING
+
+
+def test_executors_that_are_async_belong_to_every_app(taskx, make_app):
+    @taskx.executor("name")
+    async def name() -> str:
+        return current_app.name
+
+    @taskx.executor("letters")
+    async def letters() -> AsyncIterator[str]:
+        for letter in current_app.name:
+            yield letter
+
+    for app in make_app("one"), make_app("two"):
+        with testing.inline(queue_of(app)), app.app_context():
+            assert name.submit().result() == app.name
+            assert [chunk.value for chunk in letters.submit().stream()] == [*app.name]
 
 
 def test_two_apps_in_one_process_have_a_queue_each(taskx, make_app):
