@@ -9,7 +9,7 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, TypeVar
 
 from taskx.tasks.in_use import InUse
@@ -70,11 +70,12 @@ class House:
             RepositoryError: no node can join.
         """
 
-    def only_existing(self) -> None:
-        """Never create or migrate the store from now on: operations raise ``RepositoryError`` instead.
+    def only_existing(self) -> AbstractContextManager[object]:
+        """Never create or migrate the store during a ``with`` block: operations raise ``RepositoryError``.
 
         It is for programs that only look, or that must not make a file at a misspelt path.
         """
+        return _NOTHING
 
     def examine(self) -> Iterator[Check]:
         """Yield what is right and wrong with the store and what is around it: disk, locks, server.
@@ -122,6 +123,16 @@ class House:
     def shrink(self) -> bool:
         """Give a little unused space back to the disk. Return True if there is more to give back."""
         return False
+
+
+@contextmanager
+def looking(lookers: list[None]) -> Iterator[None]:
+    """Have an item in the list during a ``with`` block: other threads may be in one, too."""
+    lookers.append(None)
+    try:
+        yield
+    finally:
+        lookers.pop()
 
 
 # --- forks

@@ -129,6 +129,15 @@ def test_5_is_a_repository_that_is_away(tmp_path, url):
     assert call("list", "--repository", f"sqlite:///{tmp_path}/other.db").code == 5
 
 
+def test_the_program_of_a_mounted_command_may_make_its_file_afterwards(tmp_path):
+    queue = Queue(SQLiteRepository(tmp_path / "tasks.db"))
+    queue.declare("email")
+    assert call("list", queue=queue).code == 5
+    queue.submit("email", id="one")
+    assert "one" in call("list", queue=queue).out
+    queue.close()
+
+
 def test_an_earlier_file_is_not_migrated(tmp_path):
     path = tmp_path / "tasks.db"
     kept = ROOT / "tests" / "storage" / "versions" / "version-1.sqlite"

@@ -367,12 +367,19 @@ class TestCreateFalse:
         assert str(tmp_path / where) in str(caught.value)
         assert files(tmp_path) == set()
 
-    def test_it_can_be_forbidden_after_the_construction(self, open_at, tmp_path, path):
+    def test_it_can_be_forbidden_for_a_block(self, open_at, tmp_path, path):
         repository = open_at(path)
-        repository.house.only_existing()
-        with pytest.raises(RepositoryUnavailable, match="there is no file"):
-            repository.count(TaskFilter())
+        with repository.house.only_existing():
+            with (
+                repository.house.only_existing(),
+                pytest.raises(RepositoryUnavailable, match="there is no file"),
+            ):
+                repository.count(TaskFilter())
+            with pytest.raises(RepositoryUnavailable, match="there is no file"):
+                repository.count(TaskFilter())
         assert files(tmp_path) == set()
+        assert repository.count(TaskFilter()) == 0
+        assert path.name in files(tmp_path)
 
     def test_an_empty_file_is_an_error_and_stays_empty(self, open_at, tmp_path, path):
         path.touch()

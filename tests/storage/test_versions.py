@@ -95,8 +95,7 @@ def test_every_column_of_a_kept_file_holds_something(version):
 
 
 def test_a_file_of_the_present_version_is_used(present):
-    with SQLiteRepository(present) as repository:
-        repository.house.only_existing()
+    with SQLiteRepository(present) as repository, repository.house.only_existing():
         tasks = repository.list(TaskFilter())
     assert tasks
     assert not [task.damage for task in tasks if task.damage]
@@ -236,9 +235,11 @@ def test_only_one_of_several_processes_migrates_a_file(present):
 def test_a_repository_that_must_not_migrate_refuses_a_file_of_the_version_before(present, later):
     before = present.read_bytes()
     later()
-    with SQLiteRepository(present) as repository:
-        repository.house.only_existing()
-        with pytest.raises(SchemaMismatch, match=r"Start a queue .* which migrates it"):
-            repository.count(TaskFilter())
+    with (
+        SQLiteRepository(present) as repository,
+        repository.house.only_existing(),
+        pytest.raises(SchemaMismatch, match=r"Start a queue .* which migrates it"),
+    ):
+        repository.count(TaskFilter())
     assert present.read_bytes() == before
     assert [*present.parent.iterdir()] == [present]

@@ -285,7 +285,7 @@ def session_of(ctx: click.Context) -> Session:
 def opened(ctx: click.Context) -> Iterator[Queue]:
     """Open the queue of a call, and close it at the end if it was opened by its URL.
 
-    Its repository neither creates a file nor migrates one.
+    Meanwhile its repository neither creates a file nor migrates one.
 
     Raises:
         Usage: it is not said where the tasks are, or that is wrong.
@@ -299,9 +299,9 @@ def opened(ctx: click.Context) -> Iterator[Queue]:
         queue = load_queue(wanted.app)
     else:
         queue = Queue(_repository(wanted.repository or os.environ.get(VARIABLE, "")))
-    queue.repository.house.only_existing()
     try:
-        yield queue
+        with queue.repository.house.only_existing():
+            yield queue
     finally:
         if source is None and not wanted.app:
             queue.close()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
-from taskx.stores.parts import Listener
+from taskx.stores.parts import Listener, looking
 from taskx.stores.postgres.link import Connections, Link
 from taskx.stores.postgres.news import Channel
 from taskx.stores.postgres.schema import Schema
@@ -45,14 +46,14 @@ class PostgresLinks(PoolLinks[Link]):
         made = Connections(url, timeout, timing, pooled=not listen, ready=self._make_ready)
         super().__init__(made, timing)
         self.schema = schema
-        self._create = True
+        self._lookers: list[None] = []
         self._place: list[Any] = []
         self._seen: tuple[float, object] = (float("-inf"), None)
         name = f"{schema.prefix}news"
         self.channel = Channel(made, name, several, timing) if listen else None
 
     def _make_ready(self, link: Link) -> None:
-        self.schema.migrate(link, self.timing.answer_within, create=self._create)
+        self.schema.migrate(link, self.timing.answer_within, create=not self._lookers)
 
     def _commits_itself(self, link: Link) -> bool:
         return not link.pooled
@@ -114,8 +115,8 @@ class PostgresLinks(PoolLinks[Link]):
         ((seconds,),) = self.rows(postgres.OLDEST)
         return float(seconds)
 
-    def only_existing(self) -> None:
-        self._create = False
+    def only_existing(self) -> AbstractContextManager[None]:
+        return looking(self._lookers)
 
     def examine(self) -> Iterator[Check]:
         from taskx.stores.postgres.examination import examine  # not needed to run tasks

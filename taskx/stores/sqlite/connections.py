@@ -153,7 +153,6 @@ class Connections:
         self._timing = timing
         self.schema = tables
         self.busy_timeout = busy_timeout
-        self.migrates = True  # if False, a file of an older version is refused
         #: True once the file was checked, and created if it was missing, until :meth:`close`.
         self.opened = False
         #: The writing connection; None before the first write and after :meth:`close`.
@@ -329,11 +328,6 @@ class Connections:
                 return
             time.sleep(0.001)
 
-    def only_existing(self) -> None:
-        """Create no file from now on, and refuse one of an older version."""
-        self.file.only_existing()
-        self.migrates = False
-
     def reopen(self) -> None:
         """Allow connections to be opened again, in the parent, after the fork."""
         self._opening.release()
@@ -414,7 +408,7 @@ class Connections:
                 version = self.schema.check(connection, self.file.path)
                 if version == 0:
                     self._refuse_empty_file()
-                elif version < schema.VERSION and not self.migrates:
+                elif version < schema.VERSION and self.file.lookers:
                     raise schema.older(version, self.file.path)
                 if self.schema.prefix:
                     require_log(connection, self.file.path)

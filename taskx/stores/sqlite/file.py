@@ -16,7 +16,7 @@ class DatabaseFile:
     closes a file loses the locks that SQLite holds on it.
 
     Attributes:
-        create: True if opening creates a missing file; with a prefix, missing tables.
+        lookers: one item for each block that forbids to create or migrate the file.
         path: the absolute path; once the file is opened, its real path.
         identity: device and inode of the opened file; None if it is not open.
     """
@@ -28,15 +28,17 @@ class DatabaseFile:
             raise ConfigurationError(
                 f"{path!r} is relative, but the working folder was deleted: use an absolute path"
             ) from error
-        self.create = create
+        self._create = create
+        self.lookers: list[None] = []
         self._prefix = prefix
         self.path = self._given
         self.identity: tuple[int, int] | None = None
         self._found: tuple[int, int] | None = None  # the identity just before the file is opened
 
-    def only_existing(self) -> None:
-        """Create no file from now on."""
-        self.create = False
+    @property
+    def create(self) -> bool:
+        """True if opening creates a missing file; with a prefix, missing tables."""
+        return self._create and not self.lookers
 
     @property
     def known(self) -> bool:

@@ -7,12 +7,12 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from taskx.stores.base import Lookup, Reentered
-from taskx.stores.parts import Forks, House, Listener, News
+from taskx.stores.parts import Forks, House, Listener, News, looking
 from taskx.stores.sql import Link, Links, Sent
 from taskx.stores.sqlite import schema
 from taskx.stores.sqlite.connections import FAILURES, REFUSES, Connection, Connections
@@ -308,8 +308,8 @@ class FileLinks(Links, News, House, Forks):
         if self._newer is not None:
             raise SchemaMismatch(*self._newer.args)
 
-    def only_existing(self) -> None:
-        self.connections.only_existing()
+    def only_existing(self) -> AbstractContextManager[None]:
+        return looking(self.file.lookers)
 
     def examine(self) -> Iterator[Check]:
         from taskx.stores.sqlite.examination import examine  # not needed to run tasks

@@ -349,9 +349,12 @@ def test_a_newer_schema_is_refused(repository, url, server):
 
 def test_a_reader_makes_no_tables(url):
     with PostgresRepository(url, prefix="none_") as reader:
-        reader.house.only_existing()
-        with pytest.raises(RepositoryUnavailable, match="nothing was created"):
+        with (
+            reader.house.only_existing(),
+            pytest.raises(RepositoryUnavailable, match="nothing was created"),
+        ):
             reader.statuses(["a"])
+        assert not reader.statuses(["a"])
 
 
 # --- news
