@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 from helpers import PATIENCE, eventually
 
+from taskx.programs.cli import following
 from taskx.programs.cli.following import Tail, _new_lines
 
 from .conftest import call
@@ -96,6 +98,16 @@ def test_tail_follows_until_the_task_has_ended(worker, taskx, gate):
     assert events[-1] == ("status", "completed")
     assert ("log", None) in events
     assert {row["id"] for row in ended.rows} == {handle.id}
+
+
+def test_tail_ends_when_the_task_is_deleted(outside, taskx, monkeypatch):
+    outside.declare("email")
+    handle = outside.submit("email")
+    monkeypatch.setattr(
+        following, "time", SimpleNamespace(sleep=lambda _: outside.delete(handle.id))
+    )
+    said = taskx("tail", handle.id)
+    assert (said.code, said.err) == (0, f"task {handle.id} was deleted\n")
 
 
 def test_tail_of_a_type_shows_what_runs(worker, taskx, gate):

@@ -110,6 +110,11 @@ class Tail:
             task_id for task_id, seen in self._seen.items() if not TaskStatus(seen.status).finished
         ]
 
+    def forget(self, task_id: str) -> None:
+        """Forget a task that was deleted."""
+        del self._seen[task_id]
+        self._readers.pop(task_id, None)
+
     def news(self, task: Task) -> Iterator[dict[str, Any]]:
         """Yield what is new of a task, and note it."""
         seen = self._seen.setdefault(task.id, _Seen())
@@ -214,8 +219,11 @@ def _tasks(
     session: Session, task_ids: Sequence[str], type: str | None, following: Tail
 ) -> Iterator[Task]:
     for task_id in task_ids or following.open:
-        with suppress(TaskNotFound):  # deleted in the meantime
+        try:
             yield session.queue.get_task_status(task_id)
+        except TaskNotFound:
+            following.forget(task_id)
+            session.out.say(f"task {task_id} was deleted")
     if type is not None:
         running = session.queue.list_tasks(
             type=type, status="running", limit=_MOST, at_most=1
