@@ -220,6 +220,27 @@ def test_a_group_of_failures_is_requeued(failed, outside, taskx):
     assert f"there is no group '{group['group']}'" in said.err
 
 
+def test_a_group_of_old_failures_is_found_too(queue, outside, taskx):
+    @queue.executor()
+    def old() -> None:
+        raise ValueError("old")
+
+    @queue.executor()
+    def new() -> None:
+        raise ValueError("new")
+
+    first = queue.submit("old")
+    queue.submit_many([new.task() for _ in range(1000)])
+    with queue:
+        assert queue.drain(PATIENCE)
+    groups = {
+        row["type"]: row["group"] for row in taskx("failures", "--at-most", "2000", "--json").rows
+    }
+    assert groups["old"] not in taskx("failures").out
+    assert taskx("requeue", "--group", groups["old"], "--yes").code == 0
+    assert status(outside, first) == "pending"
+
+
 def test_a_task_is_requeued_with_other_params(queue, outside, taskx):
     @queue.executor()
     def email(to: str) -> None:

@@ -334,7 +334,11 @@ def requeue(
 def _requeue_group(
     session: Session, key: str, rate: str | None, *, yes: bool, dry_run: bool
 ) -> None:
-    groups = {key_of(group): group for group in session.queue.failures()}
+    at_most = 1000
+    found = session.queue.failures(at_most=at_most)
+    while key not in (groups := {key_of(group): group for group in found}) and not found.complete:
+        at_most *= 10
+        found = session.queue.failures(at_most=at_most)
     if key not in groups:
         raise Usage(
             f"there is no group {key!r}{suggestion(key, groups)}: taskx failures lists them"
