@@ -95,6 +95,17 @@ def test_a_fleet_has_begun_when_all_its_queues_have_started():
     assert driven.fleet.begun
 
 
+def test_a_fleet_has_begun_also_if_the_queues_have_not_started_at_the_same_time():
+    driven = Driven(count=2)
+    first, second = driven.spawned
+    driven.beat(first)
+    driven.hear(first, "leaving", "it has run 10 tasks")
+    driven.beat(second)
+    assert driven.fleet.begun
+    driven.end(second, KILLED)
+    assert not driven.fleet.stops
+
+
 def test_a_process_that_cannot_start_at_first_ends_the_worker_with_its_reason():
     driven = Driven(count=2)
     bad, good = driven.spawned

@@ -74,6 +74,7 @@ class Place:
     member: Member | None = None
     successor: Member | None = None
     start_at: float = 0.0
+    started: bool = False  #: True once it had a process whose queue has started
     deaths: int = 0  #: early deaths since a process proved itself
     trouble: str = ""  #: the reason why no process is in service
 
@@ -185,14 +186,13 @@ class Fleet:
 
     def _became_ready(self, member: Member) -> None:
         place = self._place(member)
-        place.trouble = ""
+        place.trouble, place.started = "", True
         log.info("%s is ready", member.name)
         if place.successor is member:
             before, place.member, place.successor = place.member, member, None
             if before is not None:
                 self._retire(before)
-        if not self.begun and all(one.member and one.member.ready for one in self.places):
-            self.begun = True
+        self.begun = all(one.started for one in self.places)
 
     def ended(self, member: Member, status: int) -> None:
         """Note the end of a process; a negative status is the number of the signal that killed it."""
