@@ -408,6 +408,23 @@ def test_a_silent_process_is_a_problem(driven):
     assert problem.startswith("The process 2 (pid ")
 
 
+def test_a_replaced_process_that_hangs_at_its_start_is_a_problem(driven):
+    driven.hear(driven.spawned[0], "leaving", "it has run 10 tasks")
+    (hanging,) = driven.new(2)
+    driven.wait(DEFAULT_TIMING.beat_within + 1)
+    driven.beat(driven.spawned[1])
+    said = f"The process 1 (pid {hanging.pid}) has said nothing for 31 s."
+    assert driven.fleet.broken() == driven.fleet.problems() == [said]
+    driven.beat(hanging)
+    assert driven.fleet.problems() == []
+
+
+def test_the_first_start_may_take_its_time():
+    driven = Driven(count=1)
+    driven.wait(DEFAULT_TIMING.beat_within + 1)
+    assert driven.fleet.problems() == []
+
+
 def test_an_unhealthy_queue_is_a_problem(driven):
     driven.beat(driven.spawned[1], healthy=False)
     (problem,) = driven.fleet.problems()

@@ -144,7 +144,7 @@ class Fleet:
         return self.fatal[0] if self.fatal else int(self._unclean)
 
     def problems(self) -> Sequence[str]:
-        """Return a sentence for everything that is wrong. A start is not a problem."""
+        """Return a sentence for everything that is wrong. The first start is not a problem."""
         found = [*self.broken()]
         for place in self.places:
             if (member := place.member) is not None:
@@ -156,10 +156,14 @@ class Fleet:
         found = []
         for place in self.places:
             member = place.member
-            if member is None or not member.ready:
-                if place.trouble and not self.stops:
+            if place.trouble:
+                if not self.stops:
                     found.append(f"Process {place.number} is down: {place.trouble}.")
-            elif (silent := self._now() - (member.beat_at or 0)) > self._timing.beat_within:
+                continue
+            if member is None or not (member.ready or self.begun):
+                continue  # it may take its time for the first start
+            silent = self._now() - (member.beat_at or member.started_at)
+            if silent > self._timing.beat_within:
                 found.append(f"The {member.name} has said nothing for {silent:.0f} s.")
             elif not member.facts.get("healthy", True):
                 found.append(f"The queue of {member.name} is not healthy.")
