@@ -297,7 +297,8 @@ class StoreCollector(Collector):
                 found["tasks"].add_metric([type, state], number)
             for outcome in ("completed", "failed", "cancelled", "retried"):
                 found["tasks_last_hour"].add_metric([type, outcome], getattr(of, outcome))
-            found["oldest_pending_age_seconds"].add_metric([type], of.oldest_due or 0.0)
+            oldest = 0.0 if type in paused else of.oldest_due or 0.0
+            found["oldest_pending_age_seconds"].add_metric([type], oldest)
         dead = queue.count_tasks(status=TaskStatus.FAILED, at_most=self._at_most)
         found["dead_letters"].add_metric([], dead)
         for type in ("", *paused.types) if paused.everything else paused.types:

@@ -17,7 +17,7 @@ from taskx.node.stuck import MOST as MOST_STUCK
 from taskx.node.stuck import stuck_types
 from taskx.stores import queries
 from taskx.stores.base import Repository
-from taskx.stores.controls import Controls
+from taskx.stores.controls import Controls, Paused
 from taskx.stores.liveness.base import Node
 from taskx.tasks.checks import Duration, check_int, check_number
 from taskx.tasks.clock import to_datetime, to_ms
@@ -258,7 +258,7 @@ class _Check:
         yield from self._snoozing()
         yield from self._stuck_elsewhere(nodes)
         yield from stuck_types(self._repository, nodes, paused)
-        yield from self._oldest_due(due, everything=paused.everything)
+        yield from self._oldest_due(due, paused)
         yield from self._failed()
         yield from self._schedules()
         yield from self._file_size()
@@ -333,13 +333,15 @@ class _Check:
             if number > self._wanted.stuck:
                 yield _stuck(node, others[node], number, self._wanted.stuck)
 
-    def _oldest_due(self, due: Sequence[str], *, everything: bool) -> Iterator[Problem]:
+    def _oldest_due(self, due: Sequence[str], paused: Paused) -> Iterator[Problem]:
         most = self._wanted.oldest_due
-        if most is None or everything:
+        if most is None or paused.everything:
             return
         limit = self._timing.most_explained
         # Delayed tasks whose time has come, and which no queue has released.
-        delayed = [(run_at, task_id) for task_id, run_at in self._repository.due(self.now, limit)]
+        times = dict(self._repository.due(self.now, limit))
+        found = self._repository.find("id", [*times], ("id", "type")) if times else ()
+        delayed = [(times[task_id], task_id) for task_id, type in found if type not in paused]
         ready = queries.waiting_since(self._repository, due, limit)
         late = [one for one in (*delayed, *ready) if self.now - one[0] > most]
         if not late:

@@ -151,7 +151,7 @@ class TestHook:
         queue.pause("bad")
         assert queue.requeue_dead_letters() == 1
         clock.advance(5)
-        assert value("oldest_pending_age_seconds", type="bad") == 5
+        assert queue.stats().types["bad"].oldest_due == 5
         queue.resume("bad")
         assert queue.drain(PATIENCE)
         assert value("task_wait_seconds_count", type="bad") == 2
@@ -398,6 +398,8 @@ class TestCollector:
         other.start()
         assert value("tasks_pending") == 3
         assert value("oldest_pending_age_seconds", type="t") == 30
+        queue.pause("t")
+        assert value("oldest_pending_age_seconds", type="t") == 0
         assert value("nodes") == 1
         other.stop(PATIENCE)
         assert value("nodes") == 0
