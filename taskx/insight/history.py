@@ -79,7 +79,7 @@ class History(Answer):
             self,
             completed=nothing if found is None else found.completed,
             failed=nothing if found is None else found.failed,
-            start_latency=() if found is None else found.start_latency,
+            start_latency=(None,) * len(nothing) if found is None else found.start_latency,
             types={} if found is None else {type: found},
         )
 
