@@ -369,7 +369,7 @@ def _check_replaced(before: Registered, entry: Registered) -> None:
 def check_middleware(layers: Iterable[Layer]) -> tuple[Layer, ...]:
     """Return the layers as a tuple.
 
-    Raises ``ConfigurationError`` if a layer is not callable, is a class, or is async.
+    Raises ``ConfigurationError`` if a layer is not callable, is a class, or has an async method.
     """
     known = tuple(layers)
     for layer in known:
@@ -379,6 +379,9 @@ def check_middleware(layers: Iterable[Layer]) -> tuple[Layer, ...]:
                 f"not {layer!r}"
             )
         check_plain(layer, f"middleware {layer!r}")
+        if isinstance(layer, Middleware):
+            check_plain(layer.submit, f"submit() of middleware {layer!r}")
+            check_plain(layer.worker_ended, f"worker_ended() of middleware {layer!r}")
     return known
 
 

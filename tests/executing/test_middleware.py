@@ -223,6 +223,16 @@ class Stream(Middleware):
         yield call_next()
 
 
+class AsyncSubmit(Middleware):
+    async def submit(self, tasks, call_next):
+        return call_next(tasks)
+
+
+class AsyncEnd(Middleware):
+    async def worker_ended(self):
+        pass
+
+
 @pytest.mark.parametrize(
     ("wrong", "problem"),
     [
@@ -231,10 +241,12 @@ class Stream(Middleware):
         (Async(), "is async"),
         (Stream(), "is an asynchronous generator"),
         (generator, "is a generator"),
+        (AsyncSubmit(), "is async"),
+        (AsyncEnd(), "is async"),
     ],
 )
 def test_async_and_generator_middleware_is_refused(wrong, problem):
-    """A call would only create a coroutine or a generator, and never run the executor."""
+    """A call would only create a coroutine or a generator, and never run its body."""
     with pytest.raises(ConfigurationError, match=rf"middleware .* {problem}"):
         Queue(MemoryRepository(), middleware=[wrong])
 
