@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from helpers import PATIENCE
 
+from taskx.programs.cli.output import Output
+
 
 @pytest.fixture
 def known(outside):
@@ -130,3 +132,15 @@ def test_tasks_before_a_wrong_line_may_be_stored_and_that_is_said(known, taskx):
     assert said.code == 2
     assert len(said.lines) == 500
     assert said.err.startswith("500 tasks were stored before the error\n")
+
+
+def test_tasks_whose_ids_could_not_be_printed_are_counted(known, taskx, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Output, "line", interrupted)
+    said = taskx("submit", "email", "-", input='{"n": 1}\n{"n": 2}\n')
+    assert (said.code, said.out) == (130, "")
+    assert said.err == "2 tasks were stored before the error\ntaskx: interrupted\n"
+    assert taskx("submit", "email").err.startswith("1 task was stored before the error\n")
+    assert known.count_tasks() == 4

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from datetime import datetime
+from itertools import islice
 from typing import Any
 
 import click
@@ -113,28 +114,20 @@ def submit(
 
 def _submit(session: Session, tasks: Iterator[Task]) -> None:
     stored = 0
-    some: list[Task] = []
     try:
-        for task in tasks:
-            some.append(task)
-            if len(some) >= _BATCH:
-                stored += _store(session, some)
-                some = []
-        if some:
-            stored += _store(session, some)
+        while some := [*islice(tasks, _BATCH)]:
+            handles = session.queue.submit_many(some)
+            stored += len(handles)
+            for handle in handles:
+                if session.json:
+                    session.out.json({"id": handle.id, "type": some[0].type})
+                else:
+                    session.out.line(clean(handle.id))
     except BaseException:  # also Ctrl-C: the user must know how far it came
         if stored:
-            session.out.say(f"{stored} tasks were stored before the error")
+            number = "1 task was" if stored == 1 else f"{stored} tasks were"
+            session.out.say(f"{number} stored before the error")
         raise
-
-
-def _store(session: Session, tasks: list[Task]) -> int:
-    for handle in session.queue.submit_many(tasks):
-        if session.json:
-            session.out.json({"id": handle.id, "type": tasks[0].type})
-        else:
-            session.out.line(clean(handle.id))
-    return len(tasks)
 
 
 def _know(session: Session, type: str) -> None:
