@@ -369,13 +369,13 @@ class _Check:
         ]
         if len(late) <= most:
             return
-        by_type = Counter(late)
+        by_type, more = Counter(late), len(late) == limit
         names = listed([f"{count} of {type}" for type, count in by_type.most_common()])
         words = (
-            f"{counted(len(late), 'task')} failed in the last {duration(period / 1000)} ({names}), "
-            f"more than {most}."
+            f"{'At least ' * more}{counted(len(late), 'task')} failed in the last "
+            f"{duration(period / 1000)} ({names}), more than {most}."
         )
-        facts = {"failed": len(late), "types": dict(by_type), "more": len(late) == limit}
+        facts = {"failed": len(late), "types": dict(by_type), "more": more}
         yield Problem("failed", words, {**facts, "most": most, "seconds": period / 1000})
 
     def _schedules(self) -> Iterator[Problem]:

@@ -262,6 +262,7 @@ def test_only_the_newest_failures_are_read(idle):
         fail(idle)
     problem = only(idle, "failed", failed=(1, 60), nodes=0)
     assert (problem.facts["failed"], problem.facts["more"]) == (2, True)
+    assert str(problem) == "At least 2 tasks failed in the last 1 min (2 of t), more than 1."
     assert only(idle, "failed", failed=(3, 60), nodes=0).facts["failed"] == 4
 
 
