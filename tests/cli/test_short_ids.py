@@ -34,6 +34,11 @@ def test_a_change_names_the_whole_id(two, taskx):
     assert taskx("wait", "0199aa").code == 1
 
 
+def test_a_new_task_may_depend_on_a_beginning(two, taskx):
+    (task_id,) = taskx("submit", "email", "--depends-on", "0199aa", "--depends-on", "0199ab").lines
+    assert [*two.get_task_status(task_id).depends_on] == ["0199aa-one", "0199ab-two"]
+
+
 def test_a_beginning_of_several_ids_changes_nothing(two, taskx):
     said = taskx("cancel", "0199a")
     assert (said.code, said.out) == (2, "")

@@ -178,8 +178,9 @@ def command(
             for param in ctx.command.params:
                 if isinstance(param.type, TaskId) and param.name:
                     given = kwargs[param.name]
-                    each = [session.id_of(one) for one in ([given] if param.nargs == 1 else given)]
-                    kwargs[param.name] = each[0] if param.nargs == 1 else tuple(each)
+                    several = isinstance(given, tuple)
+                    each = tuple(map(session.id_of, given if several else [given]))
+                    kwargs[param.name] = each if several else each[0]
             return function(session, *args, **kwargs)
 
         wrapped: Any = update_wrapper(run, function)

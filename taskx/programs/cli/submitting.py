@@ -13,7 +13,7 @@ import click
 
 from taskx.programs.cli.completion import complete_ids, complete_types, types_of
 from taskx.programs.cli.errors import Usage
-from taskx.programs.cli.opening import Session, command
+from taskx.programs.cli.opening import Session, TaskId, command
 from taskx.programs.cli.output import clean
 from taskx.programs.cli.values import Duration, Moment, json_object
 from taskx.tasks.errors import ConfigurationError
@@ -75,6 +75,7 @@ jq -c '.[]' users.json | taskx submit welcome -
     ),
     click.option(
         "--depends-on",
+        type=TaskId(),
         metavar="ID",
         multiple=True,
         shell_complete=complete_ids,
