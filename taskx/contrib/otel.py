@@ -11,6 +11,7 @@ import attrs
 import taskx
 from taskx import (
     Attempt,
+    BatchContext,
     ConfigurationError,
     Context,
     Middleware,
@@ -52,6 +53,7 @@ class Tracing(Middleware):
     kind CONSUMER, named ``process`` and the type, which is current while the executor runs. It has an event
     for each attempt before it. A tag of the task carries the trace from the one to the other. A task that
     has 20 tags already has no room for it, and begins a trace of its own; so does a task of a schedule.
+    A call for many tasks (``batch``) has one span, with a link to each of their submits.
 
     Args:
         tracer_provider: makes the spans; by default the global one.
@@ -81,19 +83,26 @@ class Tracing(Middleware):
 
     def __call__(self, ctx: Context, task: Task, call_next: Callable[[], Any]) -> Any:
         """Run an attempt inside a span."""
+        tasks = [one.task for one in ctx.each] if isinstance(ctx, BatchContext) else [task]
         name, facts = _named("process", task.type)
-        facts |= {_ID: task.id, _ATTEMPT: task.attempt}
+        facts |= {_ID: task.id, _ATTEMPT: task.attempt} if len(tasks) == 1 else {_COUNT: len(tasks)}
         context = trace.set_span_in_context(trace.INVALID_SPAN)
-        submit = trace.get_current_span(_traceparent.extract(_carrier(task), context))
-        known = submit.get_span_context().is_valid
+        submits: dict[int, Span] = {}
+        for one in tasks:
+            span = trace.get_current_span(_traceparent.extract(_carrier(one), context))
+            if (known := span.get_span_context()).is_valid:
+                submits[known.span_id] = span
+        if self._same_trace and len(submits) == 1:
+            (submit,) = submits.values()
+            context = trace.set_span_in_context(submit, context)
         with self._span(
             name,
-            context=trace.set_span_in_context(submit, context) if self._same_trace else context,
+            context=context,
             kind=SpanKind.CONSUMER,
             attributes=facts,
-            links=[Link(submit.get_span_context())] if known else [],
+            links=[Link(submit.get_span_context()) for submit in submits.values()],
         ) as span:
-            for number, attempt in enumerate(task.earlier_attempts, 1):
+            for number, attempt in enumerate(task.earlier_attempts if len(tasks) == 1 else (), 1):
                 span.add_event("attempt", _told(number, attempt))
             return call_next()
 

@@ -28,6 +28,7 @@ from taskx import (
 )
 from taskx.contrib.otel import TRACE_TAG, Tracing
 from taskx.tasks.tags import without_trace
+from taskx.testing import ManualQueue
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -130,6 +131,24 @@ def test_many_tasks_have_one_span_of_their_submit(make, named):
     assert queue.stop(PATIENCE) == []
     parents = {span.parent.span_id for span in named("process add")}
     assert parents <= {span.context.span_id for span in (*named("send add"), mixed)}
+
+
+def test_a_call_for_many_tasks_has_a_link_to_each_of_their_submits(provider, named):
+    queue = ManualQueue(middleware=[Tracing(provider)])
+    queue.executor("many", batch=3)(lambda tasks: [1 for _ in tasks])
+    for _ in range(3):
+        queue.submit("many", {"n": 1})
+    queue.submit_many([Task(type="many", params={"n": 2}) for _ in range(3)])
+    queue.run_all()
+    *alone, together = named("send many")
+    first, second = named("process many")
+    assert first.parent is None
+    assert {link.context.span_id for link in first.links} == {s.context.span_id for s in alone}
+    assert second.parent.span_id == together.context.span_id
+    assert [link.context.span_id for link in second.links] == [together.context.span_id]
+    for span in (first, second):
+        assert span.attributes["messaging.batch.message_count"] == 3
+        assert "messaging.message.id" not in span.attributes
 
 
 def test_each_attempt_tells_of_those_before(make, named):
