@@ -303,23 +303,20 @@ class Waits:
         """Wait until a call returns something, or until a moment: see :meth:`Context.poll`.
 
         A wait of ``short`` seconds or longer holds no thread. ``note`` stores the moment until which the
-        step waits, without a park.
+        step waits, before the first look.
         """
-        new = None
         if until is None and timeout is not None:
-            until = new = moment_after(self.now_ms(), timeout)
+            until = moment_after(self.now_ms(), timeout)
+            note(until)
         while (value := look()) is None:
             now = self.now_ms()
             if until is not None and now >= until:
                 return failed("timeout", f"{name}: nothing was found in time")
             following = moment_after(now, every)
-            if until is not None:
-                following = min(following, until)
+            if until is not None and following >= until:
+                following = min(until + 1, LAST)  # not until: Queue.wake() would end the time-out
             if following - now >= short * 1000:
-                raise Parked(Park(None, following), name, new)
-            if new is not None:
-                note(new)
-                new = None
+                raise Parked(Park(None, following), name)
             token.wait((following - now) / 1000)
             token.raise_if_cancelled()
         return value

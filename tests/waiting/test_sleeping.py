@@ -8,7 +8,7 @@ from datetime import datetime, timedelta, timezone
 import pytest
 from helpers import PATIENCE, eventually, nested, pool_of
 
-from taskx import ConfigurationError, TaskFailed, TaskNotFound
+from taskx import ConfigurationError, Retry, TaskFailed, TaskNotFound
 from taskx.tasks import lifecycle
 from taskx.tasks.findings import moment
 from taskx.tasks.payload import MAX_DEPTH
@@ -244,11 +244,49 @@ class TestPoll:
             except TimeoutError:
                 if ctx.task.errors == 0:
                     raise ValueError from None  # the next attempt gets the same
-                return (queue.clock.now() - began[0]).total_seconds()
+                return round((queue.clock.now() - began[0]).total_seconds(), 2)
 
         handle = queue.submit("poll")
         queue.advance(1000)
         assert handle.result() == 100
+
+    def test_its_time_out_counts_from_the_first_look_also_if_that_fails(self):
+        queue, looks = ManualQueue(), []
+
+        @queue.executor("poll", max_attempts=2)
+        def poll(ctx):
+            def look():
+                looks.append(queue.clock.monotonic())
+                if len(looks) == 1:
+                    raise Retry(50)
+
+            try:
+                ctx.poll("shipped", look, every=30, timeout=100)
+            except TimeoutError:
+                return round(queue.clock.monotonic() - looks[0])
+
+        handle = queue.submit("poll")
+        queue.advance(1000)
+        assert handle.result() == 100
+
+    def test_a_task_that_is_woken_looks_and_keeps_its_time_out(self):
+        queue, looks = ManualQueue(), []
+
+        @queue.executor("poll")
+        def poll(ctx):
+            look = lambda: looks.append(queue.clock.now())  # noqa: E731
+            return ctx.poll(
+                "shipped", look, every=timedelta(hours=1), timeout=timedelta(minutes=30)
+            )
+
+        handle = queue.submit("poll")
+        queue.run_all()
+        queue.advance(timedelta(minutes=5))
+        assert queue.wake(handle.id)
+        queue.run_all()
+        assert (len(looks), handle.task().status) == (2, "pending")
+        queue.advance(timedelta(minutes=26))
+        assert (len(looks), handle.task().error_type) == (3, "TimeoutError")
 
     def test_a_crash_does_not_prolong_a_quick_poll(self):
         queue, runs = ManualQueue(), []
