@@ -513,6 +513,7 @@ class Context:
 
     def _once(self, name: str, call: Callable[[], Any], find: Callable[[], Any] | None) -> Any:
         self._refuse_wait("ctx.once()")
+        self.key(name)  # refuses, before the call, a name by which nobody could be asked
         waits, token = self._shared.keeper.waits, self._token
 
         def unknown() -> Any:

@@ -85,6 +85,15 @@ def test_a_coroutine_function_is_refused_before_anything_is_stored(method):
     assert outcome.steps == {}
 
 
+def test_a_name_by_which_nobody_could_be_asked_is_refused_before_the_call():
+    queue, paid = ManualQueue(), []
+    queue.executor("order")(lambda ctx: ctx.once("pay with the card", paid.append, 7))
+    handle = queue.submit("order", id="x" * 240)
+    queue.run_all()
+    assert "choose a shorter name" in handle.task().error
+    assert paid == []
+
+
 def test_after_a_crash_a_person_is_asked():
     payments = Payments(Dies())
     payments.crash()
