@@ -225,12 +225,13 @@ class Keeper:
 # Notes of earlier runs that are read at a time.
 _PAGE = 16
 
-# Characters of the steps in a record from which on they are put into a note.
+# Bytes of the steps in a record from which on they are put into a note.
 _MOST_IN_RECORD = 16 * 1024
 
 
 def _size(steps: Mapping[str, str]) -> int:
-    return sum(map(len, steps)) + sum(map(len, steps.values()))
+    """Return the size of steps, in bytes."""
+    return len("".join([*steps, *steps.values()]).encode())
 
 
 def _is_open(text: str) -> bool:

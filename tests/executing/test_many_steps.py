@@ -196,13 +196,14 @@ def test_a_note_that_is_gone_before_it_is_named_is_an_error_in_words(monkeypatch
     assert f"steps of task {task.id} are not stored" in task.error
 
 
-def test_they_are_as_large_as_the_config_allows():
+@pytest.mark.parametrize("text", [100 * TEXT, 33_333 * "税"], ids=["one byte", "three bytes"])
+def test_they_are_as_large_as_the_config_allows(text):
     queue = ManualQueue()
 
     @queue.executor("large")
     def large(ctx):
         for n in range(12):
-            ctx.step(f"step {n}", lambda: 100 * TEXT)
+            ctx.step(f"step {n}", lambda: text)
 
     handle = queue.submit("large")
     queue.run_all()
