@@ -203,8 +203,10 @@ class Operations(Requeues):
             if task.damage:
                 raise RepositoryCorrupt(f"task {task_id} cannot be woken: {task.damage}")
             checkpoints = awake(task.checkpoints, to_ms(task.run_at), now)
-        write = lifecycle.wake_early(task, now, checkpoints)
-        return self._commit([write], {task_id: task})[0]
+        writes = [lifecycle.wake_early(task, now, checkpoints)]
+        if to_ms(task.run_at) > now and not lifecycle.is_parked(task):
+            writes.append(lifecycle.end_delay(task, now))
+        return any(self._commit(writes, {task_id: task}))
 
     # --- delete
 

@@ -102,6 +102,8 @@ class Steering(Parts):
     def wake(self, task_id: str) -> bool:
         """Let a task start now that waits for a time: a sleep, a retry or a delay ends.
 
+        It still waits for its parents and for its turn.
+
         Returns:
             False if the task does not wait for a time.
 

@@ -636,6 +636,17 @@ def wake_early(task: Task, now: int, checkpoints: str | None) -> Update:
     return write._replace(changes=changes, durable=True, skips=False)
 
 
+def end_delay(task: Task, now: int) -> Update:
+    """Let a pending task that waits for something else first wait for its time no more.
+
+    Another process may be deciding about it by its old time: the guard of that will fail.
+    """
+    others = (FOR_PARENTS, FOR_TURN, BY_THREAD)
+    guard = {"status": PENDING, "starts": task.starts, "held": others}
+    changes = {"run_at": now, "starts": task.starts + 1}
+    return Update(task.id, guard, changes, durable=True, move="wake")
+
+
 # --- running
 
 

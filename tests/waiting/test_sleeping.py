@@ -188,6 +188,25 @@ class TestWake:
         assert queue.wake(handle.id)
         assert queue.run_next().status == "completed"
 
+    @pytest.mark.every_store
+    def test_it_ends_the_delay_of_a_task_that_waits_for_another_one_first(self, repository):
+        clock = ManualClock()
+        repository.clock = clock
+        queue = ManualQueue(repository, clock=clock)
+        queue.executor("nap")(lambda ctx: ctx.sleep(DAY, step="nap"))
+        queue.executor("fine")(lambda: "fine")
+        first = queue.submit("nap", concurrency_key="k")
+        second = queue.submit("fine", concurrency_key="k", delay=9 * DAY)
+        child = queue.submit("fine", depends_on=[first], delay=9 * DAY)
+        queue.run_all()
+        for handle in (second, child):
+            assert queue.wake(handle.id)
+            assert not queue.wake(handle.id)  # it waits for its time no more
+        queue.run_all()
+        assert second.task().status == child.task().status == "pending"
+        queue.advance(DAY)
+        assert second.result() == child.result() == "fine"
+
     def test_tasks_that_wait_for_no_time(self, queue):
         queue.declare("remote")
         parent = queue.submit("remote")
