@@ -50,8 +50,8 @@ from taskx.tasks.errors import (
     TaskNotFound,
 )
 from taskx.tasks.lifecycle import Ending, Park
-from taskx.tasks.model import Task, TaskStatus, check_moment
-from taskx.tasks.options import one_of
+from taskx.tasks.model import Task, TaskStatus
+from taskx.tasks.options import check_time, one_of
 from taskx.tasks.rate import NOTHING, Cost, check_cost
 from taskx.tasks.record import MAX_MESSAGE, check_progress
 from taskx.tasks.token import CancelToken
@@ -849,8 +849,7 @@ class Context:
         self._refuse_wait("ctx.sleep() with a step")
         now = self._shared.keeper.waits.now_ms
         if until is not None:
-            check_moment(until, "until")
-            moment = to_ms(until)
+            moment = to_ms(check_time(until, "until"))
         else:
             moment = moment_after(now(), max(0.0, check_number(seconds, "seconds", -math.inf)))
         short = self._short

@@ -128,12 +128,13 @@ def test_a_sleep_in_a_loop_needs_names():
 
 def test_wrong_arguments():
     queue = ManualQueue()
-    moment = datetime.now(timezone.utc)
+    moment, west = datetime.now(timezone.utc), timezone(timedelta(hours=-5))
     calls = [
         lambda ctx: ctx.sleep(),
         lambda ctx: ctx.sleep(1, until=moment, step="both"),
         lambda ctx: ctx.sleep(until=moment),
         lambda ctx: ctx.sleep(until=moment.replace(tzinfo=None), step="naive"),
+        lambda ctx: ctx.sleep(until=datetime(9999, 12, 31, 23, tzinfo=west), step="year 10000"),
         lambda ctx: ctx.sleep("1", step="text"),
     ]
     for number, call in enumerate(calls):
