@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError
 from enum import Enum
+from itertools import islice
 from typing import Any, TypeVar
 
 from taskx.stores.door import Door
@@ -27,7 +28,7 @@ from taskx.tasks.errors import (
 )
 from taskx.tasks.lifecycle import ANSWER, EVENT, Park
 from taskx.tasks.model import MAX_NAME, Task, TaskStatus, check_key
-from taskx.tasks.record import undivided
+from taskx.tasks.record import parts_of
 from taskx.tasks.token import CancelToken
 from taskx.tasks.writes import Write
 
@@ -131,8 +132,10 @@ def awake(checkpoints: Mapping[str, Any] | None, until: int, now: int) -> str | 
     steps: Mapping[str, Any] = (checkpoints or {}).get("steps", {})
     if not any(waits_until(value) == until for value in steps.values()):
         return None
-    done = {k: unfinished(now) if waits_until(v) == until else v for k, v in steps.items()}
-    return payload.joined({**undivided(checkpoints or {}), "steps": done})
+    in_notes = sum(parts_of(checkpoints).values())  # so many of the first ones: they stay there
+    own = islice(steps.items(), in_notes, None)
+    done = {k: unfinished(now) if waits_until(v) == until else v for k, v in own}
+    return payload.joined({**(checkpoints or {}), "steps": done})
 
 
 def failed(kind: str, *facts: Any) -> dict[str, Any]:

@@ -126,6 +126,30 @@ def test_waits_in_between():
     assert handle.task().checkpoints["steps"]["pay"] == "rc_1"
 
 
+def test_a_wake_leaves_them_where_they_are():
+    queue = ManualQueue()
+
+    @queue.executor("naps")
+    def naps(ctx):
+        for n in range(30):
+            ctx.step(f"step {n}", lambda: TEXT)
+        for n in range(3):
+            ctx.sleep(timedelta(days=1), step=f"nap {n}")
+
+    handle = queue.submit("naps")
+    queue.run_all()
+    before = parts(queue)
+    steps = handle.task().checkpoints["steps"]
+    for _ in range(3):
+        assert queue.wake(handle.id)
+        assert handle.task().checkpoints["steps"].keys() == steps.keys()
+        queue.run_all()
+        steps = handle.task().checkpoints["steps"]
+    assert handle.task().status is TaskStatus.COMPLETED
+    assert [*steps] == [*(f"step {n}" for n in range(30)), *(f"nap {n}" for n in range(3))]
+    assert parts(queue) == before
+
+
 def test_a_requeue_from_a_step():
     queue = ManualQueue()
     called = many(queue)
