@@ -61,12 +61,17 @@ class BrokenPromise(AssertionError):
 
 @attrs.define(eq=False)
 class _Frame:
-    """A step that is under way: its node, what comes in between, its begin, its calls of the repository."""
+    """A step that is under way: its node, what comes in between, its begin, its calls of the repository.
+
+    While its thread waits, others take steps ``within`` it: their calls are counted in this one.
+    """
 
     node: SimulatedNode
     between: dict[int, Any]
     began: int
+    within: _Frame | None = None
     calls: int = 0
+    struck: bool = False
 
 
 class _Seeded:
@@ -201,7 +206,7 @@ class Simulation:
 
     # --- steps
 
-    def _take(self, step: Step, script: list[Step]) -> None:
+    def _take(self, step: Step, script: list[Step], within: _Frame | None = None) -> None:
         verb, place, number, between = step
         script.append(step)
         if verb == "pass":
@@ -223,7 +228,7 @@ class Simulation:
         elif not node.up or (verb != "late" and self._is_busy(node)):
             return  # its thread is in the middle of another step
         self._note(verb, place, number)
-        self._frames.append(_Frame(node, between, self.now))
+        self._frames.append(_Frame(node, between, self.now, within))
         try:
             with outside():
                 getattr(self, f"_do_{verb}")(node, number)
@@ -251,7 +256,7 @@ class Simulation:
         for run in node.start(1 + int(number)):
             if run.token._reason is None:  # else its executor is not called
                 self._promises.begins(node, run, self.now)
-        if self.now == began and not self._frames[-1].between:
+        if self.now == began and not self._frames[-1].struck:
             now = self._began + self.now // 1_000_000
             self._promises.went_on(starts, rates, self._rates(), now)
 
@@ -322,13 +327,15 @@ class Simulation:
         frame = self._frames[-1] if self._frames else None
         if self._calm or frame is None or frame.node is not node:
             return None
-        frame.calls += 1
+        counted = frame.within or frame
+        counted.calls = call = counted.calls + 1
         if isinstance(self._chooser, _Scripted):
-            what = frame.between.get(frame.calls)
+            what = counted.between.get(call)
         elif (what := self._chooser.between(len(self._frames), self._asks)) is not None:
-            frame.between[frame.calls] = what
+            counted.between[call] = what
         if what is None:
             return None
+        frame.struck = True
         if what == "dies":
             self._kill(node)
         elif what == "fails":
@@ -340,7 +347,7 @@ class Simulation:
             scripted = _Scripted(what)
             while (step := scripted.next(0)) is not None:
                 self._take(step, steps)
-            frame.between[frame.calls] = steps
+            counted.between[call] = steps
         if not node.alive:
             raise Killed
         return None
@@ -404,9 +411,10 @@ class Simulation:
         """
         frames = self._frames
         self._frames = [frame for frame in frames if frame.node is not node]
+        waiting = next((frame for frame in frames[::-1] if frame.node is node), None)
         try:
             with outside():
-                self._work()
+                self._work(waiting and (waiting.within or waiting))
                 self.pass_time(min(seconds, 0.5))
         finally:
             self._frames = frames
@@ -418,16 +426,16 @@ class Simulation:
 
     # --- the end
 
-    def _work(self) -> None:
+    def _work(self, within: _Frame | None = None) -> None:
         """Have each node do what it has to do now."""
         for place, node in enumerate(self._places):
             if node is not None:
-                self._take(("round", place, 0, {}), [])
+                self._take(("round", place, 0, {}), [], within)
                 for _ in range(2 * node.work):
                     if node.work and not self.problem:
-                        self._take(("start", place, 0, {}), [])
-                        self._take(("execute", place, 0, {}), [])
-                self._take(("finish", place, 0, {}), [])
+                        self._take(("start", place, 0, {}), [], within)
+                        self._take(("execute", place, 0, {}), [], within)
+                self._take(("finish", place, 0, {}), [], within)
 
     def _come_to_an_end(self) -> None:
         """Let no more fail, run what is left, stop all nodes, and check what is stored."""

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from taskx import ConfigurationError, InvalidTransition, Queue, Task
+from taskx import ConfigurationError, InvalidTransition, Queue, Task, TaskxError
 from taskx.node import pool
 from taskx.node.shared_limits import SharedSlots
 from taskx.tasks import ids
 from taskx.testing import BrokenPromise, replay, simulate
+from taskx.testing.simulation import FAULTS, _runs, _Scripted, _Seeded
 
 from .planted import PLANTED
 from .zoo import PROGRAMS, Patient, Zoo, find
@@ -218,6 +219,42 @@ class Bank:
 
     def check(self, tasks):
         assert len(self.paid) == len(tasks), "paid twice"
+
+
+class Shop:
+    """A shop that waits until an order is done, and believes that no order runs twice."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, queue):
+        @queue.executor("order", max_attempts=3)
+        def order() -> None:
+            self.calls += 1
+
+        def buy():
+            with suppress(TimeoutError, TaskxError):
+                order.submit().result(timeout=20)
+
+        return [buy]
+
+    def check(self, tasks):
+        assert self.calls <= len(tasks)
+
+
+def test_what_fails_while_a_thread_waits_can_be_shown_again():
+    """Seed 3: another node dies before it writes an outcome, which a thread waits for."""
+    with pytest.raises(BrokenPromise, match="seed 3: the check of the program failed") as caught:
+        simulate(Shop, seeds=[3])
+    with pytest.raises(BrokenPromise, match="the check of the program failed"):
+        exec(str(caught.value).partition("\n\n")[2], {"Shop": Shop})
+
+
+def test_the_script_of_a_run_leads_to_the_same_run_also_if_threads_wait():
+    with _runs(Shop, 3, None) as run:
+        for seed in range(10):
+            made = run(_Seeded(seed, 3, FAULTS))
+            assert run(_Scripted(made.script)).trace == made.trace
 
 
 def test_the_check_of_a_program_sees_all_tasks_at_the_end():
