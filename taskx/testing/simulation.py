@@ -557,7 +557,7 @@ def simulate(
             made = run(_Seeded(seed, nodes, faults))
             if made.problem:
                 script = _shrunk(made, run)
-                raise BrokenPromise(_told(made.problem, seed, script, program, nodes))
+                raise BrokenPromise(_told(made.problem, seed, script, program, nodes, config))
             digest.update("\n".join(made.trace).encode())
     return digest.hexdigest()
 
@@ -661,12 +661,19 @@ def _short(step: Step) -> Step:
     return (verb, place, number) if number else (verb, place)
 
 
-def _told(problem: str, seed: int, script: Sequence[Step], program: Any, nodes: int) -> str:
+def _told(
+    problem: str,
+    seed: int,
+    script: Sequence[Step],
+    program: Any,
+    nodes: int,
+    config: Config | None,
+) -> str:
     """Return the text for a failure: what was broken, and a program that breaks it again."""
     name = getattr(program, "__qualname__", type(program).__qualname__)
     steps = pprint.pformat([_short(step) for step in script], width=88, compact=False)
     return (
         f"seed {seed}: {problem}\n\n"
         f"from taskx.testing import replay\n\nsteps = {steps}\n"
-        f"replay({name}, steps, nodes={nodes})\n"
+        f"replay({name}, steps, nodes={nodes}{', config=config' if config else ''})\n"
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from taskx import ConfigurationError, InvalidTransition, Queue, Task, TaskxError
+from taskx import Config, ConfigurationError, InvalidTransition, Queue, Task, TaskxError
 from taskx.node import pool
 from taskx.node.shared_limits import SharedSlots
 from taskx.tasks import ids
@@ -194,6 +194,19 @@ def test_a_failure_is_printed_as_a_program_that_shows_it_again(monkeypatch):
         exec(program, {"slots": slots})
     monkeypatch.undo()
     exec(program, {"slots": slots})
+
+
+def test_a_failure_that_needs_a_config_is_shown_again_with_it():
+    def program(queue):
+        queue.executor("long")(lambda text: None)
+        return [lambda: queue.submit("long", {"text": "x" * 200})]
+
+    config = Config(max_payload_size=100)
+    with pytest.raises(BrokenPromise, match="PayloadError") as caught:
+        simulate(program, seeds=range(20), config=config)
+    shown = str(caught.value).partition("\n\n")[2].replace(program.__qualname__, "program")
+    with pytest.raises(BrokenPromise, match="PayloadError"):
+        exec(shown, {"program": program, "config": config})
 
 
 def slots(queue):
