@@ -19,7 +19,7 @@ import attrs
 import taskx.queue
 from taskx.attempt.runner import Call, Run
 from taskx.queue.queue import Queue
-from taskx.stores.base import Repository
+from taskx.stores.base import Reads, Repository
 from taskx.stores.eight import TaskRepository
 from taskx.tasks.checks import check_int, check_number
 from taskx.tasks.errors import ConfigurationError, RepositoryError, RepositoryUnavailable
@@ -39,6 +39,7 @@ Point = Literal[
 ]
 _OUTCOMES = {"complete", "fail", "retry", "snooze", "interrupt", "cancelled", "crash"}
 _METHODS = sorted(Repository.__abstractmethods__ | TaskRepository.__abstractmethods__)
+_READS = sorted(name for name in vars(Reads) if not name.startswith("_"))
 # Seconds between two looks whether a child process has ended.
 _POLL = 0.01
 
@@ -327,9 +328,9 @@ class _Rule:
 class Faults:
     """Makes a repository fail, stall, or answer late, until :meth:`heal`.
 
-    It replaces the methods of that one object: the primitives of a ``Repository``, and the eight methods.
-    So it works with any repository, and with queues that have it already. As a context manager, it restores
-    the methods at the end of the block.
+    It replaces the methods of that one object: the primitives of a ``Repository``, those of its ``reads``,
+    and the eight methods. So it works with any repository, and with queues that have it already. As a
+    context manager, it restores the methods at the end of the block.
 
     .. code-block:: python
 
@@ -354,10 +355,14 @@ class Faults:
         self._rules: list[_Rule] = []
         self._lock = threading.Lock()
         self._clock = getattr(repository, "clock", None)
-        self._names = [name for name in _METHODS if callable(getattr(repository, name, None))]
+        reads = getattr(repository, "reads", None)
+        owners = dict.fromkeys(_METHODS, repository) | dict.fromkeys(_READS, reads)
+        self._names = [name for name, one in owners.items() if callable(getattr(one, name, None))]
         if not self._names:
             raise ConfigurationError(f"expected a repository, got {type(repository).__name__}")
-        self._undo = [_replace(repository, name, partial(self._call, name)) for name in self._names]
+        self._undo = [
+            _replace(owners[name], name, partial(self._call, name)) for name in self._names
+        ]
 
     def fail(
         self,

@@ -227,6 +227,27 @@ def test_a_repository_fails_as_often_as_asked(queue, ran):
     assert not {*vars(queue.repository)} & {"apply", "find", "list"}
 
 
+@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+def test_lists_and_counts_fail_too(tmp_path, kind):
+    made = MemoryRepository() if kind == "memory" else SQLiteRepository(tmp_path / "tasks.db")
+    with made as repository:
+        queue = Queue(repository)
+        queue.declare("any")
+        queue.submit("any")
+        with Faults(repository) as faults:
+            faults.fail()
+            for call in (queue.list_tasks, queue.count_tasks, queue.stats, queue.flows):
+                with pytest.raises(RepositoryUnavailable, match="injected"):
+                    call()
+            faults.heal()
+            faults.fail(on="list_after", times=1)
+            assert queue.count_tasks() == 1
+            with pytest.raises(RepositoryUnavailable, match="injected"):
+                queue.list_tasks()
+        assert queue.list_tasks()[1] == 1
+        assert "list_after" not in vars(repository.reads)
+
+
 def test_a_failure_after_the_call_is_in_doubt(queue):
     with Faults(queue.repository) as faults:
         faults.fail(on="apply", after=True, times=1)
