@@ -27,7 +27,8 @@ from taskx.tasks.lifecycle import RUNNING
 from taskx.tasks.writes import Insert, Write
 from taskx.testing.clock import ManualClock
 
-#: The points of :func:`fail_at` and :func:`kill_at`, in the order in which a task comes to them.
+#: The points of :func:`fail_at` and :func:`kill_at`, in the order in which a task comes to them. They
+#: are in commits of TaskX, not in those of a program's own transactions.
 Point = Literal[
     "before submit commit",
     "after submit commit",
@@ -102,7 +103,7 @@ def fail_at(
     finally:
         remove()
     if not fault.hits:
-        raise AssertionError(f"no task came to the point {point!r}")
+        raise AssertionError(f"no task came to the point {_named(point)}")
 
 
 def kill_at(
@@ -137,11 +138,13 @@ def kill_at(
         _run_child(point, passing, partial(program, *args))
     status = _wait_for(child, timeout)
     if status is None:
-        raise AssertionError(f"the program did not come to the point {point!r} in {timeout:g} s")
+        raise AssertionError(
+            f"the program did not come to the point {_named(point)} in {timeout:g} s"
+        )
     if not (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL):
         code = os.waitstatus_to_exitcode(status)
         raise AssertionError(
-            f"the program ended with exit code {code} before it came to the point {point!r}"
+            f"the program ended with exit code {code} before it came to the point {_named(point)}"
         )
 
 
@@ -152,6 +155,11 @@ def _check_point(point: Any) -> None:
     if point not in get_args(Point):
         known = ", ".join(map(repr, get_args(Point)))
         raise ConfigurationError(f"point must be one of {known}, not {point!r}")
+
+
+def _named(point: str) -> str:
+    beside = " outside of its own transactions" if point.endswith("commit") else ""
+    return f"{point!r}{beside}"
 
 
 def _error_at(point: str, error: BaseException | type[BaseException] | None) -> BaseException:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 import time
+from contextlib import closing
 from typing import get_args
 
 import pytest
@@ -117,6 +119,28 @@ def test_a_point_that_no_task_came_to_is_noticed(queue):
     with pytest.raises(AssertionError, match=message), fail_at(queue, "in the executor"):
         queue.submit("note")
     assert len(queue.run_all()) == 1
+
+
+def test_a_commit_of_ones_own_is_no_point(tmp_path):
+    path = tmp_path / "shop.db"
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+    with SQLiteRepository(path, prefix="taskx_") as repository:
+        queue = ManualQueue(repository)
+
+        @queue.executor("pay")
+        def pay(ctx) -> None:
+            with ctx.transaction() as tx:
+                tx.complete("paid")
+
+        handle = queue.submit("pay")
+        message = (
+            "no task came to the point 'before outcome commit' outside of its own transactions"
+        )
+        with pytest.raises(AssertionError, match=message), fail_at(queue, "before outcome commit"):
+            queue.run_all()
+        assert handle.result() == "paid"
+        queue.stop()
 
 
 def test_the_error_of_the_test_is_not_hidden(queue):
