@@ -20,7 +20,7 @@ from taskx.node.place import Place
 from taskx.stores.base import Locked
 from taskx.stores.controls import Controls
 from taskx.stores.liveness.base import Node
-from taskx.tasks import lifecycle
+from taskx.tasks import lifecycle, unique
 from taskx.tasks.bell import Agenda, Bell
 from taskx.tasks.clock import to_ms
 from taskx.tasks.errors import RepositoryError, TaskxError
@@ -437,7 +437,8 @@ class Starter:
     def _startable(self, items: Sequence[Item], found: dict[str, Task]) -> list[Task]:
         """Return the tasks to start now, in order, and put the rest back into the buffer.
 
-        A suspect, or a task that must not crash twice, is started in a transaction of its own.
+        A suspect, a task that must not crash twice, and one whose start frees its unique key are each
+        started in a transaction of their own, so not ahead.
         """
         chosen: list[Task] = []
         # A process that only declared a type left some options to the executor.
@@ -450,7 +451,8 @@ class Starter:
                 self._buffer.put_back([item._replace(entered=0.0, apart=True)])
                 continue
             suspect = task.crashes > 0 and self._is_suspect(task)
-            if not suspect and task.max_crashes != 1:
+            frees = task.unique_scope == unique.PENDING and not item.entered  # a lot runs at once
+            if not suspect and task.max_crashes != 1 and not frees:
                 chosen.append(task)
             elif chosen:
                 self._buffer.put_back([item])

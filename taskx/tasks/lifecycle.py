@@ -747,14 +747,20 @@ def _fence(task: Task, **more: Any) -> dict[str, Any]:
 def hand_back(task: Task, now: int, *, resumed: bool = False) -> list[Update]:
     """Undo a start whose executor was never called; the task goes back into its node's buffer.
 
-    ``resumed`` says that it was to go on in the middle of an attempt.
+    ``resumed`` says that it was to go on in the middle of an attempt. A task whose first start has freed
+    its unique key takes it again, unless another task has it by now.
     """
     worker = task.earlier_attempts[-1].worker if task.earlier_attempts else ""
     changes = {"status": PENDING, "started_at": None, "worker": worker, "owner": task.owner}
     if resumed:
         del changes["started_at"]
     ending = Ending(returned=False, worker=worker)
-    return _unless_cancelled(task, changes, ending, now, "hand back")
+    writes = _unless_cancelled(task, changes, ending, now, "hand back")
+    before = resumed or task.errors or task.crashes or task.interruptions or task.snoozes
+    if task.unique_scope == unique.PENDING and not before:
+        first = writes[0]
+        writes.insert(0, first._replace(changes={**changes, **unique.taken_again(task)}))
+    return writes
 
 
 def progress(task_id: str, starts: int | None, percent: int, message: str) -> Update:

@@ -750,6 +750,25 @@ def test_tasks_with_max_crashes_1_are_started_one_by_one(make_queue, declared):
 @pytest.mark.every_store
 @all_short
 @pytest.mark.usefixtures("calm")
+def test_a_task_whose_start_frees_its_key_is_not_started_ahead(make_queue):
+    queue = make_queue(worker_num=1, buffer_size=1000)
+    ahead = []
+
+    @queue.executor("n")
+    def n():
+        ahead.extend(run.task.unique_key for run in pool_of(queue).ahead.runs)
+
+    for number in range(300):
+        queue.submit("n", unique_key=f"k{number}", unique_scope="pending")
+    queue.start()
+    assert queue.drain(PATIENCE)
+    assert ahead == []
+    assert set(starts(queue)) == {1}
+
+
+@pytest.mark.every_store
+@all_short
+@pytest.mark.usefixtures("calm")
 def test_a_task_started_ahead_and_cancelled_never_runs(make_queue):
     queue = make_queue(worker_num=1, buffer_size=1000)
     ran, cancelled, ready = [], [], threading.Event()

@@ -78,6 +78,13 @@ def test_an_executor_gets_the_params_of_many_tasks_and_returns_a_result_for_each
     assert all(handle.task().attempts[0].outcome == "completed" for handle in handles)
 
 
+def test_tasks_whose_start_frees_their_keys_share_a_call(manual, calls):
+    for n in range(3):
+        submitted(manual, n, unique_key=f"k{n}", unique_scope="pending")
+    assert len(manual.run_all()) == 3
+    assert calls == [[0, 1, 2]]
+
+
 def test_a_returned_exception_is_the_error_of_its_task_alone(manual):
     @manual.executor("each", batch=9, retry=RetryPolicy(max_attempts=5, base=60))
     def each(tasks):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from helpers import PATIENCE, joined_node, pool_of
 
-from taskx import RepositoryUnavailable, TaskStatus
+from taskx import DuplicateTask, RepositoryUnavailable, TaskStatus
 from taskx.node.audit import Audit
 
 
@@ -141,6 +141,24 @@ def test_a_later_run_of_the_task_is_not_handed_back(node):
         node.pool.runs[run.task.id] = node.pool.starter._make_run(run.task)
     node.pool.starter.hand_back(stale)
     assert {task.status for task in tasks(node)} == {TaskStatus.RUNNING}
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_task_whose_start_freed_its_key_takes_it_again(make_queue, taken):
+    """If another task has taken the key meanwhile, it keeps it; both run."""
+    queue = make_queue(worker_num=2)
+    queue.executor("t")(lambda: None)
+    key = {"unique_key": "k", "unique_scope": "pending"}
+    first = queue.submit("t", **key)
+    node = joined_node(queue)
+    runs = node.pool.starter.start(node.pool.buffer.take(1), "worker")
+    holder = queue.submit("t", **key) if taken else first
+    node.pool.starter.hand_back(runs)
+    assert first.task().status is TaskStatus.PENDING
+    with pytest.raises(DuplicateTask) as caught:
+        queue.submit("t", **key)
+    assert caught.value.task_id == holder.id
+    node.withdraw()
 
 
 def test_tasks_that_are_handed_back_start_again_in_their_order(busy, gate):
