@@ -287,9 +287,13 @@ class _Submitter:
         return None if known is None else known.options.version
 
     def _is_outdated(self, stored: Task) -> bool:
-        """Return True if a task of this map has ended with another version of the executor."""
+        """Return True if a task of this map has ended with another version of the executor.
+
+        While a thread of it still runs, its record cannot be removed: it is known, and can be requeued.
+        """
         version = self.version
-        ran = stored.type == self.type and stored.status.finished and stored.starts > 0
+        ended = stored.status.finished and not stored.stuck_on
+        ran = stored.type == self.type and ended and stored.starts > 0
         return ran and version is not None and stored.version != version
 
     def _discard(self, tasks: Sequence[Task]) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 
 import pytest
-from helpers import PATIENCE
+from helpers import PATIENCE, run_in_thread
 from storage.repositories import TinyRepository
 
-from taskx import ConfigurationError, MemoryRepository, Queue, Task, executor
+from taskx import ConfigurationError, MemoryRepository, Queue, Task, TaskFailed, executor
 from taskx.tasks.lifecycle import created, start_all
 from taskx.tasks.record import created_task
 from taskx.testing import ManualQueue
@@ -131,6 +131,19 @@ class TestMaps:
         assert run(1, broken=[1], retry_failed=False)[1] == [0, 1, 2]
         assert run(1, retry_failed=False)[1] == []
         assert run(2, retry_failed=False) == ([[0, 2], [1, 2], [4, 2]], [0, 1, 2])
+
+    def test_an_item_with_a_stuck_thread_waits_for_that(self, make_queue, gate):
+        queue = make_queue(worker_num=1)
+        old = queue.executor("f", version=1, timeout=0.01, grace=0.01)(lambda n: gate())
+        queue.start()
+        with pytest.raises(TaskFailed):
+            list(queue.map(old, [1], timeout=PATIENCE))
+        new = queue.executor("f", version=2, replace=True)(lambda n: n)
+        again = run_in_thread(lambda: list(queue.map(new, [1], timeout=0)))
+        with pytest.raises(TimeoutError):
+            again()
+        gate.open()
+        assert list(queue.map(new, [1], timeout=PATIENCE)) == [1]
 
 
 def test_the_memory_repository_is_enough():
