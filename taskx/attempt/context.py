@@ -48,6 +48,7 @@ from taskx.tasks.errors import (
     RepositoryError,
     TaskFailed,
     TaskNotFound,
+    is_interrupt,
 )
 from taskx.tasks.lifecycle import Ending, Park
 from taskx.tasks.model import Task, TaskStatus
@@ -927,7 +928,8 @@ class Context:
         try:
             yield inner
         except BaseException as error:
-            if inner.reason is CancelReason.TIMEOUT and not outer.cancelled:
+            timed_out = inner.reason is CancelReason.TIMEOUT and not outer.cancelled
+            if timed_out and not is_interrupt(error):
                 raise TimeoutError(f"not done within {limit:g} s") from error
             raise
         finally:

@@ -133,6 +133,20 @@ def test_ctrl_c_during_caller_runs_reaches_the_caller(busy):
     assert (task.status, task.errors, task.interruptions) == (TaskStatus.PENDING, 0, 1)
 
 
+def test_ctrl_c_after_the_deadline_of_a_block_reaches_the_caller(busy):
+    queue = busy(buffer_size=1, overflow="caller_runs")
+
+    @queue.executor("interrupted")
+    def interrupted(ctx):
+        with ctx.timeout(0.01) as token:
+            assert token.wait(PATIENCE)
+            raise KeyboardInterrupt
+
+    queue.submit("note")
+    with pytest.raises(KeyboardInterrupt):
+        queue.submit("interrupted")
+
+
 def test_a_stop_waits_for_a_task_in_the_callers_thread(busy, gate):
     """The time that a stop gives to running tasks also applies to a task in the caller's thread."""
     queue = busy(buffer_size=1, overflow="caller_runs")
