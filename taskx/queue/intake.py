@@ -314,7 +314,12 @@ class Intake:
             holders = repository.get_many([task_id for (task_id,) in found])
             if (holder := next(iter(holders.values()), None)) is None:
                 return None
-            if (released := unique.release_key(holder, self.moves.now_ms())) is not None:
+            now = moves.now_ms()
+            if lifecycle.has_expired(holder, now) and not lifecycle.is_parked(holder):
+                if any(moves.commit(lifecycle.expire(holder, now), {holder.id: holder})):
+                    return None
+                continue
+            if (released := unique.release_key(holder, now)) is not None:
                 moves.commit([released])
                 return None
             if on_conflict == "return":

@@ -169,6 +169,19 @@ def test_an_expiry_that_cannot_be_stored_holds_up_no_schedule(make_queue, reposi
     assert wait([bad], PATIENCE).done
 
 
+@pytest.mark.every_store
+@pytest.mark.parametrize("on_conflict", ["reject", "return", "replace"])
+def test_a_submit_cancels_an_expired_task_that_has_its_key(make_queue, clock, on_conflict):
+    queue = make_queue(clock=clock)
+    queue.executor("fine")(lambda n: n)
+    first = queue.submit("fine", {"n": 1}, unique_key="k", expires=60)
+    clock.advance(60)
+    second = queue.submit("fine", {"n": 2}, unique_key="k", on_conflict=on_conflict)
+    assert ends_as(first.task())[:2] == ("cancelled", EXPIRED)
+    queue.start()
+    assert second.result(PATIENCE) == 2
+
+
 # Tasks that a worker comes to too late
 
 
