@@ -759,7 +759,7 @@ def hand_back(task: Task, now: int, *, resumed: bool = False) -> list[Update]:
     before = resumed or task.errors or task.crashes or task.interruptions or task.snoozes
     if task.unique_scope == unique.PENDING and not before:
         first = writes[0]
-        writes.insert(0, first._replace(changes={**changes, **unique.taken_again(task)}))
+        writes.insert(0, first._replace(changes={**changes, **unique.taken_again(task, now)}))
     return writes
 
 
@@ -1135,7 +1135,7 @@ def requeue(
     check_requeue(task)
     changes = {name: DEFAULTS[name] for name in _AS_NEW}
     changes["earlier_attempts"] = attempts_to_text(task.attempts[-MAX_KEPT_ATTEMPTS:])
-    changes.update(unique.taken_again(task), **(correction or {}))
+    changes.update(unique.taken_again(task, now), **(correction or {}))
     if "params" in changes:  # a node that had it in its buffer must not start it by the old record
         changes["starts"] = task.starts + 1
     guard: dict[str, Any] = {"status": task.status.value, "starts": task.starts}

@@ -43,9 +43,15 @@ def freed_by_end(task: Task) -> dict[str, Any]:
     return {"unique_lock": None} if task.unique_scope in (PENDING, UNFINISHED) else {}
 
 
-def taken_again(task: Task) -> dict[str, Any]:
-    """Return the columns that a task's requeue changes. The write fails if another task holds the key."""
-    return {"unique_lock": task.unique_key} if task.unique_scope in _NAMED else {}
+def taken_again(task: Task, now: int) -> dict[str, Any]:
+    """Return the columns that a task's requeue changes. The write fails if another task holds the key.
+
+    A key that is held for a number of seconds is taken again only if they have not passed.
+    """
+    created_at = 0 if task.created_at is None else to_ms(task.created_at)
+    until = held_until(task.unique_key, task.unique_scope, created_at)
+    taken = task.unique_scope in _NAMED or until > now
+    return {"unique_lock": task.unique_key} if taken else {}
 
 
 def release_key(holder: Task, now: int) -> Update | None:

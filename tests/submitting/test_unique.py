@@ -435,6 +435,17 @@ class TestRequeue:
         assert e.value.task_id == other.id
         assert cancelled.task().status is TaskStatus.CANCELLED
 
+    @pytest.mark.parametrize("passed", [59, 60])
+    def test_a_key_for_some_seconds_is_taken_again_while_they_last(self, make_queue, clock, passed):
+        queue = make_queue(clock=clock)
+        queue.executor("fine")(lambda: None)
+        handle = queue.submit("fine", **KEY, unique_scope=60)
+        handle.cancel()
+        clock.advance(passed)
+        queue.requeue(handle.id)
+        held = {"report": handle.id} if passed < 60 else {}
+        assert key_holders(queue.repository, ["report"]) == held
+
     @pytest.mark.parametrize("status", ["completed", "failed", "cancelled"])
     @pytest.mark.parametrize("scope", ["pending", "unfinished", "ever", 3600])
     def test_an_end_by_hand_releases_the_key_like_any_other(self, quiet, status, scope):
