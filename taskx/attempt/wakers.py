@@ -60,14 +60,15 @@ def _way_to_wake(resource: Any) -> tuple[Callable[[], object], bool]:
         return resource.interrupt, True
     if isinstance(resource, subprocess.Popen):
         return lambda: _kill(resource), False
+    missing = object()
+    if isinstance(getattr(resource, "sock", missing), (socket.socket, type(None))):
+        # http.client, ftplib, smtplib and similar classes, which connect at any time. Not the abort() of
+        # ftplib: that waits for the server.
+        return lambda: _shut_down(resource.sock), True
     for name in ("abort", "shutdown"):
         method = getattr(resource, name, None)
         if callable(method):
             return method, False
-    missing = object()
-    if isinstance(getattr(resource, "sock", missing), (socket.socket, type(None))):
-        # http.client, ftplib, smtplib and similar classes, which connect at any time.
-        return lambda: _shut_down(resource.sock), True
     raise ConfigurationError(
         f"closing() cannot wake a thread that blocks on a {type(resource).__name__}; give it the "
         "time-out ctx.remaining(), or register a function that wakes it with ctx.on_cancel(…)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ftplib
 import http.client
 import io
 import os
@@ -16,7 +17,7 @@ from concurrent.futures import CancelledError
 from contextlib import contextmanager
 
 import pytest
-from helpers import PATIENCE, SOON, eventually
+from helpers import PATIENCE, SOON, eventually, run_in_thread
 
 from taskx import ConfigurationError
 
@@ -134,6 +135,22 @@ def in_http_body(ctx, about_to):
                 response.read()
 
 
+def in_ftp(ctx, about_to):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        greeted = run_in_thread(lambda: greet(server))
+        ftp = ftplib.FTP()
+        ftp.connect("127.0.0.1", server.getsockname()[1])
+        with greeted(), ctx.closing(ftp):
+            about_to()
+            ftp.voidcmd("NOOP")
+
+
+def greet(server):
+    client, _ = server.accept()
+    client.sendall(b"220 welcome\r\n")
+    return client
+
+
 class Aborts:
     """Like an HTTP client with an ``abort`` of its own."""
 
@@ -178,6 +195,7 @@ KINDS = {
     "wait for a process": in_wait,
     "http response": in_http,
     "http body": in_http_body,
+    "ftp": in_ftp,  # its abort() waits for the server
     "abort": in_own(Aborts),
     "shutdown": in_own(ShutsDown),
 }
