@@ -313,6 +313,8 @@ class Reader:
     def __init__(self) -> None:
         self.failed = False
         self._known: dict[Any, Form | None] = {}
+        #: The names for the text in the annotation that is being read.
+        self._scope: tuple[dict[str, Any], dict[str, Any] | None] = ({}, None)
 
     def read(
         self, annotation: Any, names: dict[str, Any], more: dict[str, Any] | None = None
@@ -326,19 +328,26 @@ class Reader:
         """
         if annotation is inspect.Parameter.empty:
             return None
+        outer, self._scope = self._scope, (names, more)
         try:
             carrier = SimpleNamespace(__annotations__={"it": annotation})
             # The module's names come first: a field may have the name of its class (``date: date``).
             globals_, locals_ = (names, None) if more is None else (more, names)
             return self._form(typing.get_type_hints(carrier, globals_, locals_)["it"])
+        except RecursionError:  # an alias that contains itself
+            return None
         except Exception as error:  # noqa: BLE001  (the text of an annotation can be any code)
             self.failed = True
             said = annotation if isinstance(annotation, str) else repr(annotation)
             return _Unresolved(
                 f"the annotation {said!r:.80} cannot be resolved ({type(error).__name__}: {error})"
             )
+        finally:
+            self._scope = outer
 
     def _form(self, annotation: Any) -> Form | None:
+        if isinstance(annotation, str):  # Python 3.10 leaves the text in ``list["Node"]`` as it is
+            return self.read(annotation, *self._scope)
         origin, args = get_origin(annotation), get_args(annotation)
         if isinstance(annotation, _ALIAS):
             return self._form(annotation.__value__)

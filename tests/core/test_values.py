@@ -562,6 +562,26 @@ class TestResolving:
     def test_a_field_may_have_the_name_of_its_class(self):
         assert decoded(Dated, {"date": "2026-01-01"}) == Dated(date(2026, 1, 1))
 
+    def test_names_within_a_list_or_a_dict_are_found(self):
+        """Python 3.10 leaves them as text."""
+        leaf = Leaf(date(2026, 1, 1), [Leaf(date(2026, 1, 2))])
+        as_json = {"day": "2026-01-01", "leaves": [{"day": "2026-01-02", "leaves": []}]}
+        annotation = dict[str, "Leaf"]
+        assert encoded(annotation, {"a": leaf}) == {"a": as_json}
+        assert decoded(annotation, {"a": as_json}) == {"a": leaf}
+
+    def test_an_alias_that_contains_itself_leaves_json(self):
+        assert values_for(Nested) is None
+
+
+@dataclass
+class Leaf:
+    day: date
+    leaves: list["Leaf"] = field(default_factory=list)  # noqa: UP037
+
+
+Nested = dict[str, "Nested"]
+
 
 @dataclass
 class Dated:
