@@ -567,11 +567,16 @@ def make_executor(
         raise ConfigurationError(f"{function!r} requires a type: executor('name')")
     if not callable(function):
         raise ConfigurationError(f"executor {name!r} must be a function, not {function!r}")
+    try:
+        first = next(iter(inspect.signature(function).parameters.values()), None)
+    except ValueError:
+        raise ConfigurationError(
+            f"executor {name!r}: {function!r} does not tell its parameters; wrap it in a function"
+        ) from None
     if options.batch is not None:
         check_plain(function, f"executor {name!r} with batch=…")
         return BatchExecutor(name, function, options)
     check_plain(function, f"executor {name!r}", or_async=True)
-    first = next(iter(inspect.signature(function).parameters.values()), None)
     takes_context = first is not None and _is_context(first)
     if is_async_generator(function):
         return EmittingExecutor(name, function, options, takes_context=takes_context)

@@ -240,6 +240,13 @@ def test_a_function_that_cannot_be_an_executor_is_refused(queue, function):
         queue.submit("refused")
 
 
+@pytest.mark.parametrize("function", [max, dict])
+@pytest.mark.parametrize("options", [{}, {"batch": 2}])
+def test_a_function_that_does_not_tell_its_parameters_is_refused(queue, function, options):
+    with pytest.raises(ConfigurationError, match="wrap it in a function"):
+        queue.executor("refused", **options)(function)
+
+
 def test_a_decorator_without_parentheses_is_refused(queue):
     for decorator in (queue.executor, taskx.executor):
         with pytest.raises(ConfigurationError, match="parentheses"):
