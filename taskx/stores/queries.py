@@ -142,6 +142,8 @@ def page(
             counted once, with the first page.
         at_most: stop counting there.
     """
+    if at_most is not None:
+        check_int(at_most, "at_most", 1)
     before = _Place.from_text(after, filter) if after is not None else None
     if before is None:
         searched, since = _searched(repository, filter)

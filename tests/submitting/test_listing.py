@@ -338,6 +338,8 @@ class TestCount:
     def test_a_wrong_number_is_refused(self, queue, wrong):
         with pytest.raises(ConfigurationError, match="at_most must be a whole number"):
             queue.count_tasks(at_most=wrong)
+        with pytest.raises(ConfigurationError, match="at_most must be a whole number"):
+            queue.list_tasks(at_most=wrong)
 
     def test_it_survives_copying_and_pickling(self):
         count = TaskCount(3, exact=False)
