@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sqlite3
+import sys
 import threading
 from contextlib import closing, suppress
+from functools import partial
 
 import pytest
 from helpers import run_once
@@ -369,6 +371,79 @@ class TestCommit:
 
         assert run(work).result == "whole"
         assert rows() == [1]
+
+
+class TestRolledBackBySQLite:
+    """SQLite itself rolls back on a full disk or ``OR ROLLBACK``, and the executor catches that error."""
+
+    #: The ways in which TaskX or the application opens the connection.
+    KINDS = ({"timeout": LONG}, {"isolation_level": None}, {"autocommit": True})
+
+    @pytest.fixture(params=[None, *KINDS[: 3 if sys.version_info >= (3, 12) else 2]], ids=str)
+    def made(self, request, path):
+        connect = request.param and partial(sqlite3.connect, path, **request.param)
+        with SQLiteRepository(path, prefix="taskx_", connect=connect) as repository:
+            yield repository
+
+    @pytest.mark.parametrize(
+        "later",
+        [
+            lambda connection: None,
+            lambda connection: connection.execute("INSERT INTO rows VALUES (2)"),
+            lambda connection: connection.execute(
+                "WITH one AS (SELECT 2) INSERT INTO rows SELECT * FROM one"
+            ),
+            lambda connection: connection.execute("ALTER TABLE rows ADD COLUMN more"),
+            lambda connection: connection.execute("SAVEPOINT one"),
+        ],
+        ids=["nothing", "change", "hidden change", "table", "savepoint"],
+    )
+    @pytest.mark.parametrize("completes", [True, False])
+    def test_nothing_is_stored(self, run, path, rows, made, later, completes):
+        def work(ctx):
+            with ctx.transaction() as tx:
+                tx.connection.execute("SAVEPOINT one")
+                tx.connection.execute(
+                    "INSERT INTO rows VALUES (2)"
+                )  # the driver keeps the statement
+                tx.connection.execute("RELEASE one")
+                with pytest.raises(sqlite3.IntegrityError):
+                    tx.connection.execute("INSERT OR ROLLBACK INTO rows (rowid, n) VALUES (1, 1)")
+                with suppress(sqlite3.Error):
+                    later(tx.connection)
+                ctx.cursor = 1
+                if completes:
+                    tx.complete()
+
+        task = run(work, Queue(made, Config(worker_num=1)))
+        assert (task.status, task.checkpoints) == (TaskStatus.FAILED, None)
+        assert task.error_type == "taskx.tasks.errors.RepositoryError"
+        assert rows() == []
+        with closing(sqlite3.connect(path)) as connection:
+            assert len(connection.execute("PRAGMA table_info (rows)").fetchall()) == 1
+
+    def test_the_error_says_so_also_to_a_submit_of_the_block(self, make_queue, run):
+        queue = make_queue(worker_num=1)
+        queue.declare("other")
+        said = []
+
+        def work(ctx):
+            with ctx.transaction() as tx:
+                add(tx, 1)
+                with suppress(sqlite3.IntegrityError):
+                    tx.connection.execute("INSERT OR ROLLBACK INTO rows (rowid, n) VALUES (1, 1)")
+                try:
+                    queue.submit("other", connection=tx.connection)
+                except RepositoryError as error:
+                    said.append(str(error))
+                tx.complete()
+
+        said.append(run(work, queue).error)
+        assert len(said) == 2
+        assert all(
+            "SQLite itself has rolled back the transaction of this block" in one for one in said
+        )
+        assert queue.list_tasks(type="other").total == 0
 
 
 class TestTwoQueues:

@@ -20,7 +20,7 @@ from taskx.contrib.django.connections import Connections
 from taskx.contrib.django.link import Link, code
 from taskx.stores.sql.callers import CallersLinks
 from taskx.stores.sql.postgres import ABORTED
-from taskx.tasks.errors import ConfigurationError, TaskxError
+from taskx.tasks.errors import ConfigurationError, RepositoryError, TaskxError
 
 
 class BlockLinks(CallersLinks):
@@ -98,6 +98,9 @@ def _broken() -> ConfigurationError:
 
 # --- executors
 
+# The savepoint at the beginning of a block: it is gone if the database itself has ended the transaction.
+_WHOLE = "taskx_whole"
+
 
 @contextmanager
 def executor_block(
@@ -116,6 +119,7 @@ def executor_block(
             _renew(own)
             stack.enter_context(_in_autocommit(own))
             begin(Link(own), lambda: stack.enter_context(block))
+            Link(own).execute(f"SAVEPOINT {_WHOLE}")
         except RuntimeError as error:
             raise ConfigurationError(
                 f"this thread is inside atomic() of {links.alias!r}, and ctx.transaction() is a "
@@ -127,11 +131,23 @@ def executor_block(
                     own.close()
             raise links.translated(error) from error
         yield own
+        _require_whole(links, own)
         commit = stack.pop_all()
     try:
         commit.close()
     except (OperationalError, InterfaceError, InternalError) as error:
         raise links.translated(error, in_doubt=True) from error
+
+
+def _require_whole(links: Connections, own: Any) -> None:
+    """Raise RepositoryError if the transaction of a block has ended already."""
+    try:
+        Link(own).execute(f"RELEASE SAVEPOINT {_WHOLE}")
+    except Error as error:
+        raise RepositoryError(
+            f"{links.translated(error)}: the database itself has ended the transaction of this block, "
+            "mostly because of an error that the executor has caught. Let such an error end the block"
+        ) from error
 
 
 @contextmanager

@@ -35,6 +35,8 @@ _LEGACY = -1  # sqlite3.LEGACY_TRANSACTION_CONTROL, which Python 3.12 added
 # The most writes of a transaction that are looked up to know it again.
 _FEW = 20
 _LONGEST_CHAIN = 5  # collections
+# The savepoint at the beginning of an executor's transaction: it is gone if that is not the same any more.
+_WHOLE = "taskx_whole"
 
 
 #: Opens the connection of an executor's transaction.
@@ -58,19 +60,30 @@ def own_transaction(outer: FileLinks, connect: Connect | None) -> Iterator[sqlit
         CallersLinks(outer, connection).check()
         if connection.in_transaction:
             raise ConfigurationError("connect() must return a connection that is in no transaction")
-        connection.set_authorizer(guard.authorize)
         with _translating(outer):
             level = "NORMAL" if outer.durability == "process" else "FULL"
             connection.execute(f"PRAGMA synchronous = {level}")  # whatever connect() has set
             outer.begin_on(connection)
-        guard.locked = True
+            connection.execute(f"SAVEPOINT {_WHOLE}")
+        _forbid_another(connection)
+        guard.connection = connection
+        # After BEGIN: a statement that the driver has kept from before would not ask the guard.
+        connection.set_authorizer(guard.authorize)
         yield connection
-        guard.locked = False
+        guard.connection = None
         with _translating(outer):
+            connection.execute(f"RELEASE {_WHOLE}")
             _commit(connection)
     finally:
-        guard.locked = False
+        guard.connection = None
         _close(connection)
+
+
+def _forbid_another(connection: sqlite3.Connection) -> None:
+    """Let no change follow by itself after SQLite has rolled back: the driver begins before it, in vain."""
+    if getattr(connection, "autocommit", _LEGACY) is True:
+        connection.autocommit = _LEGACY  # type: ignore[attr-defined]
+    connection.isolation_level = "DEFERRED"
 
 
 def _close(connection: sqlite3.Connection) -> None:
@@ -109,12 +122,18 @@ class _InDoubt(Exception):
 
 
 class _Guard:
-    """Forbids the statements that would end a transaction, as long as it is locked."""
+    """Forbids the statements that would end a transaction, and all others after SQLite itself has ended it.
 
-    locked = False
+    Attributes:
+        connection: the connection in the transaction; None before and after that.
+    """
+
+    connection: sqlite3.Connection | None = None
 
     def authorize(self, action: int, *_: object) -> int:
-        denied = self.locked and action == sqlite3.SQLITE_TRANSACTION
+        if (connection := self.connection) is None:
+            return sqlite3.SQLITE_OK
+        denied = action == sqlite3.SQLITE_TRANSACTION or not connection.in_transaction
         return sqlite3.SQLITE_DENY if denied else sqlite3.SQLITE_OK
 
 
@@ -190,6 +209,7 @@ class _Given(Unit):
     """A transaction on a connection."""
 
     held: _Held = attrs.field(kw_only=True)
+    own: bool = False  # True if TaskX has begun it, for an executor
     ended: bool = False
 
     def may_be_open(self) -> bool:
@@ -414,6 +434,12 @@ class FileTransactions(Transactions, Forks):
     @contextmanager
     def join(self, connection: object, then: Then | None) -> Iterator[SQLRepository]:
         driver, active = driver_connection(connection)
+        has_ended = not (in_transaction(driver) or _is_closed(driver))
+        if has_ended and any(unit.own and unit.held.connection is driver for unit in self._given):
+            raise RepositoryError(
+                "SQLite itself has rolled back the transaction of this block, because of an error that the "
+                "executor has caught; nothing of the block is stored. Let such an error end the block"
+            )
         links = CallersLinks(self._outer, driver)
         inside = self._repository.over(links)
         with links.joined(partial(self.enter, driver, inside)):
@@ -522,7 +548,7 @@ class FileTransactions(Transactions, Forks):
     def own(self, connection: sqlite3.Connection) -> Iterator[None]:
         """Note for a ``with`` block that this thread is in a transaction that TaskX has begun itself."""
         ended = threading.Lock()  # locked at the end: one step, which no interrupt divides
-        unit = _Given(lambda: not ended.locked(), held=_Held(connection))
+        unit = _Given(lambda: not ended.locked(), held=_Held(connection), own=True)
         self.watch(unit)
         try:
             yield

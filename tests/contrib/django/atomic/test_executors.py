@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 
 import pytest
 from django.db import IntegrityError, OperationalError, connections, transaction
@@ -169,6 +170,36 @@ def test_a_statement_that_broke_the_block_is_no_silent_rollback(run, add, names)
     task = run(work)
     assert task.status is TaskStatus.FAILED
     assert "an error has broken the transaction" in task.error
+    assert names() == ["readers"]
+
+
+@pytest.mark.parametrize(
+    ("repository", "ends"),
+    [
+        ("sqlite", "INSERT OR ROLLBACK INTO auth_group (name) VALUES ('readers')"),
+        ("mariadb", "ROLLBACK"),  # as the server does itself at a deadlock
+        ("postgres", "ROLLBACK"),
+    ],
+    indirect=["repository"],
+)
+@pytest.mark.parametrize("completes", [True, False])
+def test_a_transaction_that_the_database_ends_completes_nothing(
+    run, using, add, names, ends, completes
+):
+    add("readers")
+
+    def work(ctx):
+        with ctx.transaction() as tx:
+            add("writers")
+            with suppress(IntegrityError), tx.connection.cursor() as cursor:
+                cursor.execute(ends)
+            ctx.cursor = 1
+            if completes:
+                tx.complete("as if nothing had happened")
+
+    task = run(work)
+    assert (task.status, task.checkpoints) == (TaskStatus.FAILED, None)
+    assert "has ended the transaction of this block" in task.error
     assert names() == ["readers"]
 
 
