@@ -12,13 +12,12 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
-from datetime import timedelta
 from typing import Any, NamedTuple
 
 import attrs
 
 from taskx.stores.base import Repository
-from taskx.tasks.checks import check_int, in_seconds
+from taskx.tasks.checks import check_int, check_number
 from taskx.tasks.clock import LAST
 from taskx.tasks.errors import ConfigurationError
 from taskx.tasks.ids import new_id
@@ -419,7 +418,7 @@ def _in_seconds(rate: Any) -> Any:
     if not isinstance(rate, tuple):
         return rate
     count, period = rate
-    return count, float(in_seconds(period)) if isinstance(period, timedelta) else float(period)
+    return count, check_number(period, "the period of a rate")
 
 
 def _known_options(known: Any) -> Declared:
