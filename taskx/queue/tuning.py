@@ -90,9 +90,12 @@ def tune(
         if not limits:
             raise ConfigurationError(f"tune() requires a limit: one of {', '.join(names)}")
         wanted = check_limits(limits if limit is None else from_named(limit, limits))
-        merged = lambda known: known.with_limit(  # noqa: E731
-            type, limit, {**known.options_of(type, limit), **wanted}
-        )
+
+        def merged(known: Overrides) -> Overrides:
+            options: Any = {**known.options_of(type, limit), **wanted}
+            fitting = check_limits(options) if "burst" in wanted else _fitting(options)
+            return known.with_limit(type, limit, fitting)
+
         controls.override(merged)
         return
     if limits:
@@ -136,9 +139,17 @@ def untune(
             for option, value in known.options_of(type, limit).items()
             if option not in stored
         }
-        return known.with_limit(type, limit, left)
+        return known.with_limit(type, limit, _fitting(left))
 
     controls.override(without)
+
+
+def _fitting(options: Any) -> LimitOptions:
+    """Return overridden limits; without their burst if it is that of other rates."""
+    try:
+        return check_limits(options)
+    except ConfigurationError:
+        return check_limits({name: value for name, value in options.items() if name != "burst"})
 
 
 # The time for which a hold is remembered whose limit this process does not know.

@@ -6,6 +6,7 @@ import json
 import sys
 import threading
 from contextlib import contextmanager
+from datetime import timedelta
 
 import pytest
 from helpers import PATIENCE, eventually, pool_of
@@ -523,6 +524,46 @@ def test_a_burst_of_other_rates_is_dropped_when_rates_are_changed(make_queue):
     queue.start()
     queue.tune(limit="api", rate="7/s")
     assert queue._registry.limits["api"] == Limit(None, Rates([Rate(7, 1.0, 7)]), "global")
+
+
+@pytest.mark.parametrize("of", [{"type": "t"}, {"limit": "api"}], ids=lambda of: next(iter(of)))
+@pytest.mark.parametrize(
+    ("change", "left"),
+    [
+        (lambda queue, of: queue.tune(**of, rate="7/h"), {"rate": "7/h"}),
+        (lambda queue, of: queue.tune(**of, rate=None), {"rate": None}),
+        (lambda queue, of: queue.untune(**of, only=["rate"]), {}),
+    ],
+    ids=["other rates", "no rates", "the code's rates"],
+)
+def test_a_tuned_burst_of_other_rates_is_dropped_and_the_other_overrides_stay(
+    queue, of, change, left
+):
+    concurrency = "max_concurrency" if "type" in of else "concurrency"
+    queue.tune(**of, **{concurrency: 9}, rate=["5/s", "90 tokens/m"], burst=[1, 2])
+    change(queue, of)
+    tuned = queue.tuned()
+    found = tuned.types["t"].limits if "type" in of else tuned.limits["api"]
+    assert found == {concurrency: 9, **left}
+
+
+def test_a_burst_that_does_not_fit_the_tuned_rates_is_refused(queue):
+    queue.tune("t", max_concurrency=9, rate=["5/s", "90 tokens/m"])
+    before = queue.tuned()
+    with pytest.raises(ConfigurationError, match="burst must have a number for each rate"):
+        queue.tune("t", burst=5)
+    assert queue.tuned() == before
+
+
+@pytest.mark.parametrize("period", ["1m", timedelta(minutes=1), 60])
+def test_the_period_of_a_rate_can_be_given_in_each_way(make_queue, period):
+    queue = make_queue()
+    queue.limit("api", rate=[(5, period), "9 tokens/m"])
+    queue.start()
+    queue.tune("t", rate=(5, period))
+    queue.tune(limit="api", rate=(7, period))
+    assert queue.tuned().types["t"].limits["rate"] == (5, 60.0)
+    assert queue._registry.limits["api"].rates == Rates([Rate(7, 60.0, 7)])
 
 
 def test_buckets_keep_their_marks_by_their_places(clock):
