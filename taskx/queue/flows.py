@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from concurrent import futures
 from datetime import datetime
 from typing import Any, Literal, Protocol, Union
@@ -28,7 +28,7 @@ Step = Union[Task, AnyExecutor, "Flow"]
 Shape = Union[str, "dict[str, list[Shape]]"]
 #: Most pairs of a task and one of its parents in one flow.
 MOST_EDGES = 1_000_000
-# Tasks read at a time to find one that has not been deleted.
+# Tasks read at a time.
 _SOME = 100
 _UNFINISHED = frozenset({TaskStatus.PENDING, TaskStatus.RUNNING})
 
@@ -158,6 +158,7 @@ class _Queue(Protocol):
     def handle(self, task_id: str, /) -> TaskHandle[Any]: ...
     def cancel_many(self, task_ids: Sequence[str], /) -> int: ...
     def requeue_many(self, task_ids: Sequence[str], /) -> int: ...
+    def cancel_all(self, *, flow: str) -> object: ...
 
 
 class FlowHandle:
@@ -192,12 +193,8 @@ class FlowHandle:
             RepositoryError: the repository cannot be read.
         """
         if not self._id:
-            last = list(reversed(self.ids))  # of a chain, the last tasks are pruned last
-            for start in range(0, len(last), _SOME):
-                found = self._queue.repository.get_many(last[start : start + _SOME])
-                if found:
-                    self._id = next(iter(found.values())).flow
-                    break
+            found = self._read(reversed(self.ids))  # of a chain, the last tasks are pruned last
+            self._id = next((task.flow for task in found), "")
         return self._id
 
     @property
@@ -288,6 +285,8 @@ class FlowHandle:
         """Cancel all its tasks that have not ended; running tasks are asked to stop."""
         # In reverse, so that the end of an earlier task does not start a later one.
         self._queue.cancel_many(list(reversed(self.ids)))
+        if self.id:
+            self._queue.cancel_all(flow=self.id)  # the children that its tasks have forked
 
     def requeue(self) -> int:
         """Run its failed and cancelled tasks again, in their order.
@@ -300,7 +299,19 @@ class FlowHandle:
         Raises:
             QueueStopped: the queue was stopped.
         """
-        return self._queue.requeue_many(self.ids)
+        return self._queue.requeue_many([*self.ids, *self._forked()])
+
+    def _forked(self) -> list[str]:
+        """Return the ids of the children that its tasks have forked, and for which others of them wait."""
+        own, flow = {*self.ids}, self.id
+        parents = {parent: None for task in self._read(self.ids) for parent in task.depends_on}
+        others = (parent for parent in parents if parent not in own)
+        return [task.id for task in self._read(others) if flow and task.flow == flow]
+
+    def _read(self, task_ids: Iterable[str]) -> Iterator[Task]:
+        ids = list(task_ids)
+        for start in range(0, len(ids), _SOME):
+            yield from self._queue.repository.get_many(ids[start : start + _SOME]).values()
 
 
 def _status_of_all(statuses: Set[TaskStatus | None]) -> TaskStatus:

@@ -34,6 +34,7 @@ from taskx import (
 from taskx.node import buffer
 from taskx.queue import flows as flows_module
 from taskx.queue.flows import lay_out
+from taskx.testing import ManualQueue
 
 
 @pytest.fixture
@@ -272,6 +273,64 @@ class TestHandle:
         assert again.status() is TaskStatus.FAILED
         with pytest.raises(TaskNotFound, match=handle.ids[0]):
             again.result(PATIENCE)
+
+
+class TestForkedChildren:
+    """The children that a task of the flow has forked belong to it, also after that task has ended."""
+
+    @pytest.fixture
+    def queue(self):
+        queue = ManualQueue()
+        queue.wrong, queue.ran = set(), []
+
+        @queue.executor()
+        def part(n):
+            queue.ran.append(n)
+            if n in queue.wrong:
+                raise ValueError(n)
+            return n
+
+        queue.executor("unpack")(
+            lambda ctx: ctx.fork("parts", [part.task(n=n) for n in range(3)]) and None
+        )
+        queue.executor("total")(lambda ctx: sum(each.result for each in ctx.parents[1:]))
+        return queue
+
+    @staticmethod
+    def statuses(queue, handle):
+        return {(t.type, t.status.value) for t in queue.list_tasks(flow=handle.id).tasks}
+
+    def test_they_are_cancelled_and_requeued_with_it(self, queue):
+        handle = queue.submit_flow(chain(Task(type="unpack"), Task(type="total")))
+        queue.run_next()
+        handle.cancel()
+        queue.run_all()
+        ended = {("part", "cancelled"), ("total", "cancelled"), ("unpack", "completed")}
+        assert (self.statuses(queue, handle), queue.ran) == (ended, [])
+        assert handle.requeue() == 4
+        queue.run_all()
+        assert (handle.result(), queue.ran) == (3, [0, 1, 2])
+
+    def test_those_that_failed_run_again_before_the_step_that_waits_for_them(self, queue):
+        queue.wrong = {1}
+        handle = queue.submit_flow(chain(Task(type="unpack"), Task(type="total")))
+        queue.run_all()
+        assert handle.status() is TaskStatus.CANCELLED
+        queue.wrong.clear()
+        assert handle.requeue() == 2
+        queue.run_all()
+        assert (handle.result(), queue.ran) == (3, [0, 1, 2, 1])
+
+    def test_a_task_outside_of_the_flow_on_which_it_depends_stays_as_it_is(self, queue):
+        queue.wrong = {7}
+        outside = queue.submit("part", {"n": 7})
+        first = Task(type="part", params={"n": 1}, depends_on=[outside.id])
+        handle = queue.submit_flow(chain(first, Task(type="total")))
+        handle.cancel()
+        assert outside.task().status is TaskStatus.PENDING
+        queue.run_all()
+        assert handle.requeue() == 2
+        assert outside.task().status is TaskStatus.FAILED
 
 
 NO_SHAPES = [
