@@ -162,8 +162,9 @@ class Schedule:
         Raises:
             ConfigurationError: ``count`` is not a whole number of 1 or more, or the host does not know the
                 time zone.
+            RepositoryError: the start of the queue has stored the schedule, and it cannot be read.
         """
-        now, coming = self._schedules().now(), self._entry.next
+        now, coming = self._as_started().now(), self._entry.next
         ticks = self._entry.ticks.after(now if coming is None else max(now, coming - 1))
         local = zone(self.tz)
         found = islice(ticks, check_int(count, "count", 1))
@@ -172,15 +173,16 @@ class Schedule:
     def last(self, count: int = 1) -> list[Tick]:
         """Return the last ``count`` ticks since the schedule was declared, the newest first.
 
-        They have the statuses of their tasks. The schedule itself is not read again.
+        They have the statuses of their tasks. The schedule itself is not read again, but for the first time
+        after the start of the queue has stored it.
 
         Raises:
             ConfigurationError: ``count`` is not a whole number of 1 or more, or the host does not know the
                 time zone.
             RepositoryError: the repository cannot be read.
         """
+        schedules = self._as_started()
         most, entry, local = check_int(count, "count", 1), self._entry, zone(self.tz)
-        schedules = self._schedules()
         ticks = latest(entry.ticks, entry.since + 1, schedules.now(), most)
         ids = {tick: tick_id(self.name, tick) for tick in reversed(ticks)}
         with schedules.reading() as repository:
@@ -193,6 +195,16 @@ class Schedule:
             )
             for tick, task_id in ids.items()
         ]
+
+    def _as_started(self) -> Schedules:
+        """Read a declared schedule as the start of the queue has stored it; return the schedules."""
+        schedules = self._schedules()
+        if not self.stored and not schedules.waiting:
+            with schedules.reading() as repository:
+                note = repository.notes(PREFIX + self.name).get(PREFIX + self.name)
+            if note is not None:
+                self._entry, self.stored = entry_of(note), True
+        return schedules
 
     # --- changing
 
@@ -314,7 +326,7 @@ class Schedules:
         self._log = log
 
     @property
-    def _wait(self) -> bool:
+    def waiting(self) -> bool:
         """True if declared schedules wait for the start of the queue."""
         return self._state.pool is None and not self._state.stopped
 
@@ -346,7 +358,7 @@ class Schedules:
                 self._log.warning("%s cannot be listed: %s", note_name, error)
             else:
                 found[entry.name] = Schedule(entry, self._current)
-        for name, wanted in self.declared.copy().items() if self._wait else ():
+        for name, wanted in self.declared.copy().items() if self.waiting else ():
             stored = name in found
             entry = self._merged(wanted, notes.get(PREFIX + name))
             found[name] = Schedule(entry, self._current, stored=stored)
@@ -357,7 +369,7 @@ class Schedules:
 
         A schedule that waits for the start of the queue is stored first.
         """
-        if self._wait and (wanted := self.declared.get(name)) is not None:
+        if self.waiting and (wanted := self.declared.get(name)) is not None:
             self._store(moves, wanted)
         note = moves.repository.notes(PREFIX + name).get(PREFIX + name)
         if note is None:
@@ -377,9 +389,9 @@ class Schedules:
         """
         self._intake.moves.repository.require("schedules")
         wanted = attrs.evolve(entry, task=self._template(entry.name, task, priority, expires))
-        if self._wait:
+        if self.waiting:
             self.declared[entry.name] = wanted
-            if self._wait:  # else the start, meanwhile, may have missed it
+            if self.waiting:  # else the start, meanwhile, may have missed it
                 return Schedule(self._merged(wanted, None), self._current, stored=False)
         with self.changing() as moves:
             return Schedule(self._store(moves, wanted), self._current)

@@ -1666,6 +1666,24 @@ def test_a_schedule_is_stored_by_the_start_of_its_queue(unstarted, repository, c
     assert sorted(names_of(repository)) == ["daily", "hourly"]
 
 
+@pytest.mark.parametrize("stored_before", [False, True])
+def test_a_schedule_that_was_declared_before_the_start_knows_its_ticks_after_it(
+    unstarted, make, clock, stored_before
+):
+    """The ticks of an interval count from the moment at which it was stored first."""
+    if stored_before:
+        make().schedule("hourly", every(HOUR), "remote")
+        clock.advance(7 * 60)
+    made = unstarted.schedule("hourly", every(HOUR), "beat")
+    clock.advance(60)
+    unstarted.start()
+    first = NOON + timedelta(minutes=60 if stored_before else 61)
+    assert made.next(2) == [first, first + timedelta(hours=1)]
+    clock.advance(HOUR)
+    assert [tick.at for tick in made.last()] == [first]
+    assert made.stored
+
+
 def test_the_schedules_are_stored_before_the_housekeeper_can_make_a_tick(
     unstarted, repository, monkeypatch
 ):
