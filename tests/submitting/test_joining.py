@@ -230,6 +230,17 @@ class TestSubmit:
         connection.commit()
         assert [task.id for task in queue.list_tasks()[0]] == ["kept"]
 
+    def test_on_a_full_disk_the_error_says_that_sqlite_has_rolled_back_everything(
+        self, queue, connection
+    ):
+        order(connection)
+        (pages,) = connection.execute("PRAGMA page_count").fetchone()
+        connection.execute(f"PRAGMA max_page_count = {pages + 3}")
+        with pytest.raises(RepositoryUnavailable, match="has rolled back the whole transaction"):
+            queue.submit("elsewhere", {"text": "x" * 100_000}, connection=connection)
+        assert not connection.in_transaction
+        assert connection.execute("SELECT count(*) FROM orders").fetchone() == (0,)
+
     def test_a_stopped_queue_refuses(self, queue, connection):
         with queue:
             pass

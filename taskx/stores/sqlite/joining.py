@@ -357,6 +357,11 @@ class CallersLinks(Links):
                     "wait longer; nothing was stored. Begin it with BEGIN IMMEDIATE, and set the "
                     "connection's timeout"
                 ) from error
+            if "disk is full" in str(error) and not in_transaction(self._connection):
+                raise RepositoryUnavailable(
+                    f"the disk is full: {self._outer.file.path} cannot grow, and SQLite has rolled back "
+                    "the whole transaction of the connection, with all that it had written. Free some space"
+                ) from error
             raise self._outer.translated(error) from error
 
     def tell_others(self, writes: Sequence[Write]) -> None:
