@@ -84,7 +84,10 @@ class MongoRepository(Tasks, Forks):
         codec: Codec | Iterable[Codec] | None = None,
         timing: Timing = DEFAULT_TIMING,
     ) -> None:
-        if not (isinstance(database, Url) or hasattr(database, "list_collection_names")):
+        # An asynchronous database has the same methods, but nothing would wait until they are done.
+        waits = not type(database).__module__.startswith(("pymongo.asynchronous", "motor."))
+        named = isinstance(database, Url) or hasattr(database, "list_collection_names")
+        if not (waits and named):
             raise ConfigurationError(
                 f"`database` must be a pymongo Database, not {type(database).__name__}; "
                 "for a URL use open_repository"

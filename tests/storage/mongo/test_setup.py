@@ -57,6 +57,15 @@ class TestArguments:
         with pytest.raises(ConfigurationError, match="Database"):
             MongoRepository(database)
 
+    def test_an_asynchronous_database_is_refused(self):
+        """Its methods only begin when they are awaited: nothing would be stored, and no error raised."""
+        asynchronous = pytest.importorskip("pymongo.asynchronous.mongo_client")  # since 4.9
+        client = asynchronous.AsyncMongoClient("mongodb://127.0.0.1:1", connect=False)
+        with pytest.raises(
+            ConfigurationError, match="must be a pymongo Database, not AsyncDatabase"
+        ):
+            MongoRepository(client["app"])
+
     def test_making_a_repository_does_no_io(self):
         repository = open_repository("mongodb://192.0.2.1:1/db?serverSelectionTimeoutMS=50")
         assert repr(repository) == "MongoRepository('tasks')"
