@@ -11,7 +11,7 @@ from typing import Any
 
 import attrs
 import psycopg
-from psycopg.pq import TransactionStatus
+from psycopg.pq import PipelineStatus, TransactionStatus
 
 from taskx.stores import queries
 from taskx.stores.postgres.link import OPEN, Connections, Link
@@ -62,6 +62,11 @@ class DriverTransactions(Transactions):
             raise ConfigurationError("connection is closed, or has broken; nothing was stored")
         if status == TransactionStatus.INERROR:
             raise _broken()
+        if driver.pgconn.pipeline_status != PipelineStatus.OFF:
+            raise ConfigurationError(
+                "connection is in pipeline mode, where a statement has no answer at once: call outside of "
+                "`with connection.pipeline():`; nothing was stored"
+            )
         if driver.autocommit and status == TransactionStatus.IDLE:
             raise ConfigurationError(
                 "connection is in autocommit mode and in no transaction: call inside "

@@ -191,6 +191,11 @@ class TestWrongConnections:
         connection.autocommit = True
         self.refused(queue, connection, "autocommit mode and in no transaction")
 
+    def test_in_pipeline_mode(self, queue, connection):
+        """A statement in it seems to have changed nothing, as if another task had the id."""
+        with connection.pipeline():
+            self.refused(queue, connection, "in pipeline mode")
+
     def test_after_an_error(self, queue, connection):
         with pytest.raises(psycopg.Error):
             connection.execute("SELECT nothing")
