@@ -184,11 +184,7 @@ class Channel:
                     send_at = time.monotonic() + self._timing.news_every
                     continue
                 rest = send_at - now if self._unsent else self._timing.longest_stream_pause
-                select.select(
-                    [driver.fileno(), self._read], [], [], max(0.0, min(rest, until - now))
-                )
-                with suppress(BlockingIOError):
-                    os.read(self._read, 4096)
+                self._wait(max(0.0, min(rest, until - now)), driver.fileno())
                 driver.pgconn.consume_input()
                 while (notice := driver.pgconn.notifies()) is not None:
                     self._take(notice.extra.decode())
@@ -197,10 +193,17 @@ class Channel:
         """Wait until a close, or for some seconds."""
         until = time.monotonic() + seconds
         while not self._closed and (left := until - time.monotonic()) > 0:
-            select.select([self._read], [], [], left)
-            with suppress(BlockingIOError):
-                os.read(self._read, 4096)
+            self._wait(left)
             time.sleep(min(left, self._timing.shortest_rest))
+
+    def _wait(self, seconds: float, *files: int) -> None:
+        """Wait for some seconds, or until somebody wakes this thread or there is something to read."""
+        poll = select.poll()  # select.select refuses the numbers of files above 1,023
+        for file in (self._read, *files):
+            poll.register(file, select.POLLIN)
+        poll.poll(seconds * 1000)
+        with suppress(BlockingIOError):
+            os.read(self._read, 4096)
 
     def _heard(self, notice: psycopg.Notify) -> None:
         self._take(notice.payload)

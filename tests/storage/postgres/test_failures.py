@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import resource
 import threading
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 import psycopg
 import pytest
@@ -201,6 +203,28 @@ def test_a_connection_that_is_put_back_during_a_close_is_closed(repository):
     used = connections.read(lambda link: link)
     assert used.driver.closed
     assert connections._idle == []
+
+
+@pytest.fixture
+def many_files():
+    """Each file that this process opens now has a number above 1,023."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(4096, hard)), hard))
+    with ExitStack() as held:
+        held.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        while (file := os.open(os.devnull, os.O_RDONLY)) < 1024:
+            held.callback(os.close, file)
+        held.callback(os.close, file)
+        yield
+
+
+def test_a_process_with_many_open_files_hears_of_others(url, repository, many_files):
+    with PostgresRepository(url) as other:
+        ear = other.news.listen("f")
+        assert ear.wait(LONG) == "f"  # something may have been missed before
+        repository.apply([insert("a", SYSTEM_CLOCK)])
+        assert ear.wait(LONG) == "f"
+        ear.close()
 
 
 # --- dead rows
