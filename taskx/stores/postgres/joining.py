@@ -24,7 +24,11 @@ from taskx.tasks.writes import Write
 
 _NUMBER = "SELECT txid_current()"
 _STATUS = "SELECT txid_status(?)"
-_PLACE = "SELECT current_database(), inet_server_port(), to_regclass(?)::oid::bigint"
+# Not the port, which a socket of Unix does not have. The time as a number: its text depends on settings.
+_PLACE = (
+    "SELECT current_database(), (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint, "
+    "to_regclass(?)::oid::bigint"
+)
 
 
 @attrs.define(eq=False, repr=False)
@@ -76,11 +80,12 @@ class DriverTransactions(Transactions):
     def _refuse_elsewhere(self, links: CallersLinks) -> None:
         """Raise ``ConfigurationError`` if a connection leads to another database, or other tables."""
         table = self._repository.statements.dialect.tasks
+        ours = self._outer.place(_PLACE, table)  # makes the tables
         here = links.rows(_PLACE, (table,))
-        if here != (ours := self._outer.place(_PLACE, table)):
+        if here != ours and here != (ours := self._outer.place(_PLACE, table, anew=True)):
             raise ConfigurationError(
                 f"connection leads to the table {table} of {here[0][0]!r} ({here[0][2]}), but the tasks "
-                f"are in that of {ours[0][0]!r} ({ours[0][2]}): another database or search_path; nothing "
+                f"are in that of {ours[0][0]!r} ({ours[0][2]}): another server, database or search_path; nothing "
                 "was stored"
             )
 

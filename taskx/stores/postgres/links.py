@@ -70,9 +70,10 @@ class PostgresLinks(PoolLinks[Link]):
             return True
         return super()._is_undone(link, error)
 
-    def place(self, sql: str, table: str) -> list[Any]:
-        """Return what a query tells of the database and a table in it."""
-        self._place = self._place or self.rows(sql, (table,))
+    def place(self, sql: str, table: str, *, anew: bool = False) -> list[Any]:
+        """Return what a query tells of the database and a table in it; it is kept, unless asked anew."""
+        if anew or not self._place:
+            self._place = self.rows(sql, (table,))
         return self._place
 
     # --- news
@@ -126,6 +127,7 @@ class PostgresLinks(PoolLinks[Link]):
     def close(self) -> None:
         if self.channel is not None:
             self.channel.close()
+        self._place = []  # the next use may make the tables again
         super().close()
 
     def renew_after_fork(self) -> None:

@@ -180,6 +180,58 @@ def test_rows_of_any_kind_and_own_numbers_change_nothing(queue, connection):
     assert connection.execute("SELECT 1 AS one").fetchone() == {"one": 1}
 
 
+class TestSameTables:
+    """Connections to the tables of the tasks are accepted, however they reach them."""
+
+    def test_a_first_call_makes_the_tables(self, server, make_queue, tmp_path):
+        name = server.new_database()
+        try:
+            with (
+                PostgresRepository(server.url(name), run_folder=tmp_path / "run") as new,
+                psycopg.connect(server.url(name)) as first,
+            ):
+                queue = make_queue(new)
+                queue.declare("echo")
+                queue.submit("echo", connection=first)
+                first.commit()
+                assert count(queue) == 1
+        finally:
+            server.drop_database(name)
+
+    def test_a_socket_leads_there_as_the_network_does(self, queue, server, url):
+        name = queue.repository._server.connections._given["dbname"]
+        socket = {"host": f"{server.folder}", "port": server.port, "user": "postgres"}
+        with psycopg.connect(**socket, dbname=name, options="-c TimeZone=Asia/Tokyo") as other:
+            queue.submit("elsewhere", connection=other)
+        assert count(queue) == 1
+
+    def test_tables_that_are_made_again_are_the_same(self, server, make_queue, tmp_path):
+        """By this repository after it was closed, or by another program."""
+        name = server.new_database()
+
+        def prepare():
+            with PostgresRepository(server.url(name)) as another:
+                another.house.prepare()
+
+        try:
+            with (
+                PostgresRepository(server.url(name), run_folder=tmp_path / "run") as made,
+                psycopg.connect(server.url(name)) as other,
+            ):
+                queue = make_queue(made)
+                queue.declare("echo")
+                queue.submit("echo", connection=other)
+                for make_again in (made.close, prepare):
+                    other.execute("DROP TABLE taskx_task, taskx_note, taskx_parent, taskx_tag")
+                    other.commit()
+                    make_again()
+                    queue.submit("echo", connection=other)
+                    other.commit()
+                    assert count(queue) == 1
+        finally:
+            server.drop_database(name)
+
+
 class TestWrongConnections:
     def refused(self, queue, connection, reason):
         with pytest.raises(ConfigurationError, match=reason) as caught:
@@ -207,7 +259,7 @@ class TestWrongConnections:
 
     def test_to_another_database(self, queue, server):
         with server.connect() as other, other.transaction():
-            self.refused(queue, other, "another database or search_path")
+            self.refused(queue, other, "another server, database or search_path")
 
     @pytest.mark.parametrize("thing", [5, "postgresql://localhost/x"])
     def test_something_else(self, queue, thing):
