@@ -85,8 +85,8 @@ class DriverTransactions(Transactions):
         if here != ours and here != (ours := self._outer.place(_PLACE, table, anew=True)):
             raise ConfigurationError(
                 f"connection leads to the table {table} of {here[0][0]!r} ({here[0][2]}), but the tasks "
-                f"are in that of {ours[0][0]!r} ({ours[0][2]}): another server, database or search_path; nothing "
-                "was stored"
+                f"are in that of {ours[0][0]!r} ({ours[0][2]}): another server, database or search_path; "
+                "nothing was stored"
             )
 
     def _add(
