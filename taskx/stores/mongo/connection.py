@@ -85,10 +85,8 @@ class Connection:
         write_concern: WriteConcern | None,
         timing: Timing,
     ) -> None:
-        if write_concern is not None and not write_concern.acknowledged:
-            raise ConfigurationError(
-                "`write_concern` must be acknowledged: with w=0 the server reports no outcome"
-            )
+        if write_concern is not None:
+            _refuse_unacknowledged(write_concern)
         self.name = name
         self.timeout = timeout
         self.timing = timing
@@ -165,8 +163,12 @@ class Connection:
             client: pymongo.MongoClient[Document] = pymongo.MongoClient(url, connect=False)
         except (PyMongoError, ValueError) as error:
             raise ConfigurationError(f"the MongoDB URL is not valid: {error}") from error
-        if self._write_concern is None and client.write_concern.document:
-            self._write_concern = client.write_concern
+        if self._write_concern is None and (given := client.write_concern.document):
+            _refuse_unacknowledged(client.write_concern)
+            # A URL that sets a time-out only, for example, asks for no weaker one.
+            self._write_concern = WriteConcern(
+                **(given if "w" in given else _SAFE.document | given)
+            )
         return client.get_default_database()
 
     def refuse_earlier_nodes(self) -> None:
@@ -197,6 +199,14 @@ class Connection:
             duplicate = getattr(self.where.client, "_duplicate", None)  # a private method
             if duplicate is not None:
                 self.where = duplicate(connect=False).get_database(self.where.name)
+
+
+def _refuse_unacknowledged(concern: WriteConcern) -> None:
+    """Raise ``ConfigurationError`` if the server would not tell if a write took place."""
+    if not concern.acknowledged:
+        raise ConfigurationError(
+            "`write_concern` must be acknowledged: with w=0 the server reports no outcome"
+        )
 
 
 class Sequencer:

@@ -107,11 +107,20 @@ class TestUrls:
         with pytest.raises(ConfigurationError):
             open_repository("mongodb://host:port/db").count(TaskFilter())
 
+    def test_a_url_without_acknowledged_writes_fails_at_first_use(self, url, database):
+        with (
+            open_repository(f"{url}/{database.name}?w=0") as repository,
+            pytest.raises(ConfigurationError, match="must be acknowledged"),
+        ):
+            repository.apply([insert("a")])
+
     @pytest.mark.parametrize(
         ("query", "expected"),
         [
             ("", {"w": "majority", "j": True}),
             ("?w=1&journal=false", {"w": 1, "j": False}),
+            ("?wtimeoutMS=5000", {"w": "majority", "j": True, "wtimeout": 5000}),
+            ("?journal=false", {"w": "majority", "j": False}),
         ],
     )
     def test_the_url_may_set_a_weaker_write_concern(self, url, database, query, expected):
