@@ -184,21 +184,26 @@ class Connection:
     def close(self) -> None:
         """Close the client if this object opened it; the next operation opens another."""
         with self._lock:
-            database, self._database = self._database, None
-            self._collections = {}
-        if database is not None and isinstance(self.where, Url):
+            database, self._collections = self._database, {}
+            if not isinstance(self.where, Url):
+                return
+            self._database = None
+        if database is not None:
             with pymongo.timeout(1.0):  # closing sends a message to the server, which may be down
                 database.client.close()
 
     def renew_after_fork(self) -> None:
-        """In a forked child: use a new client, because processes must not share sockets."""
+        """In a forked child: use a new client, because processes must not share sockets.
+
+        The given one stays the program's: sessions of it are joined in a child, too.
+        """
         self._lock = threading.Lock()
         self._collections = {}
         self._database = None
         if isinstance(self.where, Database):
             duplicate = getattr(self.where.client, "_duplicate", None)  # a private method
             if duplicate is not None:
-                self.where = duplicate(connect=False).get_database(self.where.name)
+                self._database = duplicate(connect=False).get_database(self.where.name)
 
 
 def _refuse_unacknowledged(concern: WriteConcern) -> None:

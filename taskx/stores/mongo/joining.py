@@ -70,7 +70,8 @@ def session_of(given: object, connection: Connection) -> ClientSession:
     refuse_without_transactions(connection)
     if given.has_ended:
         raise _refused("connection is a session that has ended")
-    if given.client is not connection.tasks.database.client:
+    ours = connection.tasks.database.client, getattr(connection.where, "client", None)
+    if not any(given.client is client for client in ours):  # two clients of one server are equal
         raise _refused(
             "connection is a session of another MongoClient. Make the repository from the same client: "
             "MongoRepository(client[...])"
@@ -108,16 +109,15 @@ class InSession(Connection):
     """
 
     def __init__(self, outer: Connection, session: ClientSession) -> None:
-        where, timing = outer.where, outer.timing
+        where = session.client[outer.tasks.database.name]  # not ours, in a forked child
         super().__init__(
-            outer.name, where, timeout=outer.timeout, write_concern=None, timing=timing
+            outer.name, where, timeout=outer.timeout, write_concern=None, timing=outer.timing
         )
         self.session = session
         self.wrote = False
-        self._outer = outer
 
     def _collection(self, suffix: str) -> Collection[Document]:
-        return cast("Collection[Document]", _Bound(self._outer._collection(suffix), self.session))
+        return cast("Collection[Document]", _Bound(super()._collection(suffix), self.session))
 
     def run(self, work: Callable[[], T], timeout: float | None = None) -> T:
         """Call ``work`` within the time-out; an error that aborted the transaction says so."""
@@ -134,7 +134,7 @@ class InSession(Connection):
 
         After ``session.abort_transaction()``, later statements would take effect without a transaction.
         """
-        admin = self._outer.tasks.database.client.admin
+        admin = self.session.client.admin
         with suppress(*FAILURES), pymongo.timeout(self.timing.abort_within):
             admin.command("abortTransaction", session=self.session)
 

@@ -12,7 +12,7 @@ from datetime import timedelta
 import pymongo
 import pytest
 from helpers import PATIENCE, eventually
-from mongo_server import free_port
+from mongo_server import free_port, new_database
 from pymongo.write_concern import WriteConcern
 
 import taskx
@@ -265,6 +265,47 @@ def run_program(program, *args):
 
 def test_a_forked_child_has_its_own_connections(url, database, tmp_path):
     ran = run_program(FORK, url, database.name, str(tmp_path / "run"))
+    assert (ran.stdout, ran.returncode) == ("fine\n", 0), ran.stderr
+
+
+FORK_WITH_SESSIONS = """
+import os, sys
+import pymongo
+from taskx import MongoRepository, Queue
+client = pymongo.MongoClient(sys.argv[1])
+database = client[sys.argv[2]]
+queue = Queue(MongoRepository(database, run_folder=sys.argv[3]))
+queue.declare("t")
+
+def store(name):
+    def both(session):
+        database.orders.insert_one({"_id": name}, session=session)
+        queue.submit("t", id=name, connection=session)
+    with client.start_session() as session:
+        session.with_transaction(both)
+
+queue.repository.init_indexes()
+database.orders.insert_one({"_id": "first"})
+store("parent")
+child = os.fork()
+if child == 0:
+    store("child")
+    queue.repository.close()
+    store("child after a close")
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+store("after")
+assert queue.count_tasks() == 4 and database.orders.count_documents({}) == 5
+queue.close()
+client.close()
+print("fine")
+"""
+
+
+def test_a_forked_child_joins_transactions_of_the_programs_client(mongo_server, tmp_path):
+    database = new_database(url := mongo_server("set"))
+    ran = run_program(FORK_WITH_SESSIONS, url, database.name, str(tmp_path / "run"))
+    database.client.drop_database(database.name)
     assert (ran.stdout, ran.returncode) == ("fine\n", 0), ran.stderr
 
 
