@@ -18,17 +18,17 @@ def split(url: str, known: Mapping[str, Callable[[str], Any]]) -> tuple[str, dic
     Raises:
         ConfigurationError: the URL names no database, or an option is not valid.
     """
-    from urllib.parse import parse_qsl, urlencode, urlsplit  # slow to load, and seldom needed
+    from urllib.parse import unquote_plus, urlsplit  # slow to load, and seldom needed
 
     parts = urlsplit(url)
     if len(parts.path) < 2:
         raise ConfigurationError(f"the {parts.scheme} URL names no database: write …/database?…")
     # As it was written: put together from its parts, it would lose the slashes of an empty host.
     base, _, query = url.partition("?")
-    given = parse_qsl(query, keep_blank_values=True)
-    ours = {name: _value(name, text, known[name]) for name, text in given if name in known}
-    kept = [(name, text) for name, text in given if name not in known]
-    return f"{base}?{urlencode(kept)}" if kept else base, ours
+    given = [part.partition("=") for part in query.split("&") if part]
+    ours = {n: _value(n, unquote_plus(text), known[n]) for n, _, text in given if n in known}
+    kept = "&".join("".join(part) for part in given if part[0] not in known)
+    return f"{base}?{kept}" if kept else base, ours
 
 
 def _value(name: str, text: str, make: Callable[[str], Any]) -> Any:

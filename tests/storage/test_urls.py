@@ -9,6 +9,7 @@ import pytest
 from cli.conftest import call
 
 from taskx import ConfigurationError, MemoryRepository, Queue, open_repository
+from taskx.stores.options import seconds_of, split
 
 PACKAGE = """
 from taskx import ZlibCodec
@@ -82,6 +83,19 @@ def test_a_url_of_postgresql_needs_no_host(query):
     made = open_repository(f"postgresql:///shop{query}")
     where = "@/var/run/postgresql" if query else ""
     assert repr(made) == f"PostgresRepository('shop{where}', prefix='taskx_')"
+
+
+@pytest.mark.parametrize(
+    "query", ["options=-c%20search_path%3Dtasks", "password=a+b%20c", "sslmode"]
+)
+def test_the_driver_gets_its_options_as_they_were_written(query):
+    """Drivers differ in what a ``+`` is."""
+    known = {"prefix": str, "timeout": seconds_of}
+    url, options = split(f"postgresql://host/db?prefix=a%2Bb+c&{query}&timeout=5", known)
+    assert (url, options) == (
+        f"postgresql://host/db?{query}",
+        {"prefix": "a+b c", "timeout": 5.0},
+    )
 
 
 def test_the_schemes_of_taskx_are_its_own(monkeypatch):
