@@ -71,6 +71,11 @@ class DriverTransactions(Transactions):
                 "connection is in pipeline mode, where a statement has no answer at once: call outside of "
                 "`with connection.pipeline():`; nothing was stored"
             )
+        if driver.info.encoding != "utf-8":
+            raise ConfigurationError(
+                f"connection has the encoding {driver.info.encoding}: connect with client_encoding=utf8; "
+                "nothing was stored"
+            )
         if driver.autocommit and status == TransactionStatus.IDLE:
             raise ConfigurationError(
                 "connection is in autocommit mode and in no transaction: call inside "

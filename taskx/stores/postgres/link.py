@@ -197,7 +197,7 @@ class Connections(pool.Connections[Link]):
             options["target_session_attrs"] = (
                 "read-write"  # of several hosts, the one that takes writes
             )
-        options.update(self._given)
+        options.update(self._given, client_encoding="UTF8")  # with SQL_ASCII, texts would be bytes
         if self._pooled:
             options["prepare_threshold"] = None
         driver = _Driver.connect(**options, autocommit=True)

@@ -381,6 +381,14 @@ def test_a_reader_makes_no_tables(url):
         assert not reader.statuses(["a"])
 
 
+def test_texts_are_utf_8_whatever_the_default_of_the_connection_is(server, repository):
+    """With SQL_ASCII, which a URL, a role or a database may have, psycopg would return bytes."""
+    url = server.url(database(repository))
+    with PostgresRepository(f"{url}?client_encoding=SQL_ASCII") as other:
+        other.put_note("a", "é€😀", 0)
+    assert repository.notes("a")["a"].text == "é€😀"
+
+
 # --- news
 
 

@@ -257,6 +257,11 @@ class TestWrongConnections:
         connection.close()
         self.refused(queue, connection, "closed, or has broken")
 
+    @pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1"])
+    def test_with_another_encoding(self, queue, connection, encoding):
+        connection.execute(f"SET client_encoding TO {encoding}")
+        self.refused(queue, connection, "connect with client_encoding=utf8")
+
     def test_to_another_database(self, queue, server):
         with server.connect() as other, other.transaction():
             self.refused(queue, other, "another server, database or search_path")
