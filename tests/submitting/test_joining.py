@@ -478,6 +478,36 @@ class TestSQLAlchemy:
             queue.submit("echo", connection=connection)
         engine.dispose()
 
+    def test_one_that_cannot_be_used_is_refused_with_its_reason(self, queue, engine):
+        connection = engine.connect()
+        connection.close()
+        unbound = Session()
+        for given, reason in (
+            (connection, "This Connection is closed"),
+            (unbound, "is not bound to"),
+        ):
+            with pytest.raises(ConfigurationError, match=reason) as caught:
+                queue.submit("echo", connection=given)
+            assert "nothing was stored" in str(caught.value)
+        assert count(queue) == 0
+
+    def test_a_database_that_cannot_be_opened_may_be_there_later(self, queue, tmp_path):
+        engine = sa.create_engine(f"sqlite:///{tmp_path / 'absent' / 'file.db'}")
+        with (
+            Session(engine) as session,
+            pytest.raises(RepositoryUnavailable, match="unable to open"),
+        ):
+            queue.submit("echo", connection=session)
+
+    def test_an_asynchronous_one_is_refused(self, queue, engine):
+        pytest.importorskip("greenlet")  # which SQLAlchemy needs for it
+        from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
+
+        engine.dialect.is_async = True
+        for given in (AsyncSession(), AsyncConnection(AsyncEngine(engine))):
+            with pytest.raises(ConfigurationError, match=r"must be an sqlite3\.Connection"):
+                queue.submit("echo", connection=given)
+
 
 class TestWakeUps:
     @pytest.mark.timing(poll_every=10 * LONG, recover_every=10 * LONG, audit_every=10 * LONG)

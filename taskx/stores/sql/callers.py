@@ -10,11 +10,14 @@ from typing import Any, TypeVar, cast
 
 from taskx.stores.sql.link import Link, Links, Sent
 from taskx.stores.transactions import Active
-from taskx.tasks.errors import ConfigurationError, TaskxError
+from taskx.tasks.errors import ConfigurationError, RepositoryUnavailable, TaskxError
 from taskx.tasks.writes import Write
 
 T = TypeVar("T")
 C = TypeVar("C")
+
+#: The errors of SQLAlchemy and Django for a database that cannot be reached now.
+_AWAY = frozenset(("InterfaceError", "OperationalError"))
 
 # Each savepoint has its own name: one that an interrupt has left behind must not be rolled back to.
 savepoints = itertools.count()
@@ -27,25 +30,42 @@ def driver_connection(given: object, kind: type[C], name: str) -> tuple[C, Activ
     its connections on to other threads, but knows when a transaction has ended.
 
     Raises:
-        ConfigurationError: it leads to none of this kind, or belongs to another thread.
+        ConfigurationError: it leads to none of this kind, belongs to another thread, or is closed.
+        RepositoryUnavailable: it cannot connect now.
     """
-    found: Any = given
+    try:
+        led = _led(given, kind)
+    except Exception as error:
+        package, _, _ = type(error).__module__.partition(".")
+        if package not in ("sqlalchemy", "django"):
+            raise
+        raised = RepositoryUnavailable if type(error).__name__ in _AWAY else ConfigurationError
+        raise raised(f"connection cannot be used: {error}; nothing was stored") from error
+    if led is None:
+        raise ConfigurationError(
+            f"connection must be {name}, or a Session or Connection of SQLAlchemy or a "
+            f"connection of Django that leads to one, not {given!r:.80}; nothing was stored"
+        )
+    return led
+
+
+def _led(found: Any, kind: type[C]) -> tuple[C, Active] | None:
     active: Active = None
     for _ in range(4):
         if isinstance(found, kind):
             return found, active
+        if hasattr(found, "sync_session") or hasattr(found, "sync_connection"):
+            return None  # its methods must be awaited
         if hasattr(found, "get_bind") and callable(getattr(found, "connection", None)):  # a Session
             found = found.connection()
             continue
         if hasattr(found, "exec_driver_sql"):
             active = _begin_in_sqlalchemy(found)
         elif hasattr(found, "validate_thread_sharing"):
-            _open_in_django(found)
+            found.validate_thread_sharing()
+            found.ensure_connection()
         found = getattr(found, "driver_connection", None) or getattr(found, "connection", None)
-    raise ConfigurationError(
-        f"connection must be {name}, or a Session or Connection of SQLAlchemy or a "
-        f"connection of Django that leads to one, not {given!r:.80}; nothing was stored"
-    )
+    return None
 
 
 def _begin_in_sqlalchemy(connection: Any) -> Callable[[], bool]:
@@ -57,17 +77,6 @@ def _begin_in_sqlalchemy(connection: Any) -> Callable[[], bool]:
         connection.begin()
     transaction = weakref.ref(connection.get_transaction())
     return lambda: (found := transaction()) is not None and found.is_active
-
-
-def _open_in_django(connection: Any) -> None:
-    """Open a connection of Django, if no query has done so, and check that it belongs to this thread."""
-    try:
-        connection.validate_thread_sharing()
-    except Exception as error:  # a class of Django, which need not be imported for this
-        raise ConfigurationError(
-            f"connection cannot be used: {error}; nothing was stored"
-        ) from error
-    connection.ensure_connection()
 
 
 class CallersLinks(Links):
