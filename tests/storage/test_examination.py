@@ -82,6 +82,23 @@ def test_the_file_of_another_program_fails_and_is_not_changed(database):
     assert listing(database) == before
 
 
+def test_a_file_of_an_application_must_have_a_write_ahead_log(database):
+    """TaskX stores nothing there before the application has made it one."""
+    for statement in ("SELECT 1", "CREATE TABLE others (x)"):
+        with closing(sqlite3.connect(database)) as connection:
+            connection.execute(statement)
+        before = listing(database)
+        assert wrong(database, prefix="p_")["schema"] == "fail"
+        assert "TaskX requires WAL" in examined(database, prefix="p_")["schema"].sentence
+        assert listing(database) == before
+    with closing(sqlite3.connect(database)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+    before = listing(database)
+    assert wrong(database, prefix="p_") == {"schema": "warn"}
+    assert "no tables of TaskX yet" in examined(database, prefix="p_")["schema"].sentence
+    assert listing(database) == before
+
+
 def test_a_text_file_fails(database):
     database.write_text("no database, but long enough to have a header of its own" * 10)
     assert wrong(database) == {"file": "fail"}

@@ -13,7 +13,7 @@ from contextlib import closing, suppress
 from typing import Any
 
 from taskx.stores.sqlite import schema
-from taskx.stores.sqlite.connections import MINIMUM_SQLITE, unwritable
+from taskx.stores.sqlite.connections import MINIMUM_SQLITE, require_log, unwritable
 from taskx.stores.sqlite.file import DatabaseFile
 from taskx.stores.sqlite.schema import Schema
 from taskx.stores.sqlite.turnstile import NAMES
@@ -216,13 +216,15 @@ def _log(path: str) -> Check:
 
 def _contents(path: str, tables: Schema, patience: float) -> Iterator[Check]:
     """Yield the checks that need a connection."""
-    if _size(path) == 0:
+    if _size(path) == 0 and not tables.prefix:
         return
     try:
         # A read-only connection would leave an empty log behind where there is none.
         mode = "ro" if _size(f"{path}-wal") or not os.access(path, os.W_OK) else "rw"
         with closing(connect(path, mode, patience)) as connection:
             version = tables.check(connection, path)
+            if tables.prefix:
+                require_log(connection, path)
             yield _schema(version)
             yield _integrity(connection, path, patience)
     except TaskxError as error:
@@ -255,6 +257,9 @@ def _schema(version: int) -> Check:
     facts: dict[str, Any] = {"version": version, "known": schema.VERSION}
     if version == schema.VERSION:
         return ok("schema", f"The file has schema version {version}.", **facts)
+    if not version:
+        words = "The file has no tables of TaskX yet."
+        return warn("schema", words, "Check the path. The first program makes them.", **facts)
     return warn(
         "schema",
         f"The file has schema version {version}, and this TaskX uses {schema.VERSION}.",
