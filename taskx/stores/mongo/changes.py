@@ -97,7 +97,11 @@ class _Watch:
                         pass
                     pause = first
                 except errors.PyMongoError as error:
-                    if not isinstance(error, (errors.ConnectionFailure, errors.CursorNotFound)):
+                    # A stream that has answered may fail for good, for example when its history is lost.
+                    refused = not isinstance(
+                        error, (errors.ConnectionFailure, errors.CursorNotFound)
+                    )
+                    if refused and self.heard == float("-inf"):
                         log.debug("no change stream, polling for changes instead: %s", error)
                         self._changes._can_watch = False
                         return

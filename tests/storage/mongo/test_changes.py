@@ -9,6 +9,7 @@ import pymongo
 import pytest
 from helpers import PATIENCE, eventually
 from mongo_server import REAL, new_database
+from pymongo.change_stream import CollectionChangeStream as Stream
 
 from taskx import Queue, Task, open_repository
 from taskx.stores.mongo.documents import MARKS
@@ -168,6 +169,25 @@ def test_the_stream_comes_back_after_an_outage(through, proxy, database, make):
     proxy.cut()
     theirs.apply([insert("a")])
     eventually(repository.changed)
+
+
+def test_a_stream_that_fails_is_opened_again(ours, theirs, monkeypatch):
+    """The server has lost the history that it would need to go on, for example."""
+    streams, try_next = [], Stream.try_next
+
+    def fail_in_the_first(stream):
+        if stream not in streams:
+            streams.append(stream)
+        if stream is streams[0]:
+            raise pymongo.errors.OperationFailure("the history is lost", 286)
+        return try_next(stream)
+
+    monkeypatch.setattr(Stream, "try_next", fail_in_the_first)
+    eventually(lambda: len(streams) == 2)
+    quiet(ours)
+    theirs.apply([insert("a")])
+    eventually(ours.changed)
+    assert ours._changes._can_watch
 
 
 def test_closing_the_repository_ends_the_thread(ours):
