@@ -237,18 +237,19 @@ class Waits:
         )
         while True:
             found = self._look(answer_id, token)
-            if found is None:
-                insert = new_record(asked, self.now_ms(), self._max_payload_size)
-                # Not durable: a power cut that takes it takes the park, too.
-                write: Write = lifecycle.opened(insert, task.id)._replace(durable=False)
-            elif found.type != ANSWER:
+            if found is not None and found.type != ANSWER:
                 raise ConfigurationError(f"ctx.ask({name!r}): task {answer_id} is no answer")
-            elif lifecycle.ended_unasked(found):  # the task was requeued
-                write = lifecycle.asked_again(found, task.id, self.now_ms())
-            elif found.status.finished:
+            if found is not None and found.status.finished and not lifecycle.ended_unasked(found):
                 return outcome_of(found)
-            else:
-                raise Parked(Park(answer_id, None), name)
+            insert = new_record(asked, self.now_ms(), self._max_payload_size)
+            # Not durable: a power cut that takes it takes the park, too.
+            write: Write = lifecycle.opened(insert, task.id)._replace(durable=False)
+            if found is not None:
+                if found.status is TaskStatus.PENDING and found.params == payload.loads(
+                    insert.row["params"]
+                ):
+                    raise Parked(Park(answer_id, None), name)
+                write = lifecycle.asked_again(found, insert)  # the task was requeued
             if self.patiently(token, lambda write=write: self._moves.commit([write]))[0]:  # type: ignore[misc]
                 raise Parked(Park(answer_id, None), name)
             # Somebody has just finished it, or made it: look again.

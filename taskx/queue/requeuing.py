@@ -28,7 +28,7 @@ from taskx.stores.selecting import (
 from taskx.tasks import lifecycle
 from taskx.tasks.errors import ConfigurationError, InvalidTransition, QueueStopped
 from taskx.tasks.log import GuardedLogger
-from taskx.tasks.model import Task, TaskStatus, check_name
+from taskx.tasks.model import Task, TaskFilter, TaskStatus, check_name
 from taskx.tasks.rate import rate_of
 from taskx.tasks.timing import Timing
 from taskx.tasks.writes import Update
@@ -94,8 +94,24 @@ class Requeues:
         """Remove the answers to what the task asks again, before it starts."""
         gone = {write.id: write for write in lifecycle.forgotten_answers(task, from_step)}
         found = self._moves.repository.find("id", [*gone], ("id", "type")) if gone else ()
-        if writes := [gone[i] for i, type in found if type == lifecycle.ANSWER]:
+        writes = [gone[i] for i, type in found if type == lifecycle.ANSWER]
+        writes += map(lifecycle.forget_answer, self._unseen_answers(task))
+        if writes:
             self._moves.commit(writes)
+
+    def _unseen_answers(self, task: Task) -> list[str]:
+        """Return the ids of answers to what a task has asked that no step has: it has not run since."""
+        steps = (task.checkpoints or {}).get("steps", {})
+        start, answers = f"{task.id}/", list[str]()
+        asked = TaskFilter(id_prefix=start, type=lifecycle.ANSWER, limit=self._batch)
+        for page in queries.pages(self._moves.repository, asked):
+            ids = [a.id for a in page if "question" in a.params and "name" not in a.params]
+            answers += (i for i in ids if i.removeprefix(start) not in steps)
+        askers = {answer: lifecycle.askers(answer) for answer in answers}
+        # Those with a longer id are its children, which may ask, too.
+        others = {i for ids in askers.values() for i in ids if i.startswith(start)}
+        known = self._moves.repository.statuses([*others]) if others else {}
+        return [answer for answer, ids in askers.items() if known.keys().isdisjoint(ids)]
 
     def requeue(self, chosen: Chosen, terms: Terms = PLAIN, *, rate: Any = None) -> Bulk:
         """Requeue the chosen tasks: the failed and cancelled ones with these ids, or those that match."""

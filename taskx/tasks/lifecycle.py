@@ -585,12 +585,21 @@ def ended_unasked(answer: Task) -> bool:
     return answer.status.value == CANCELLED and answer.error.startswith(_WAITED)
 
 
-def asked_again(answer: Task, asker: str, now: int) -> Update:
-    """Open an answer again that was cancelled with the task that waited for it, and that was requeued."""
-    guard = {"status": CANCELLED, "starts": answer.starts, "error": answer.error}
-    changes = {name: DEFAULTS[name] for name in _AS_NEW}
-    changes.update(_opened(asker, answer.timeout, now))
+def asked_again(answer: Task, asked: Insert) -> Update:
+    """Ask as ``asked`` does, with its question and its time, because the task was requeued.
+
+    The answer was cancelled with that task, or is still open.
+    """
+    guard = {"status": answer.status.value, "starts": answer.starts, "error": answer.error}
+    changes = {name: asked.row.get(name) for name in _ASKED}
+    if answer.status.value == PENDING:
+        return Update(answer.id, guard, changes, move="parents moved")
+    changes = {name: DEFAULTS[name] for name in _AS_NEW} | changes
     return Update(answer.id, guard, changes, move="requeue")
+
+
+# The columns of an answer that say what is asked, and until when.
+_ASKED = ("params", "tags", "timeout", "held", "waiting_on", "expires_at")
 
 
 def listed_ended(listed: Task, parent: str, status: str, now: int) -> Update:

@@ -539,6 +539,58 @@ class TestEnds:
         queue.finish(f"{handle.id}/one", "yes")
         assert queue.handle(handle.id).result(PATIENCE) == "yes"
 
+    @pytest.mark.parametrize("soon", [False, True])
+    def test_a_requeued_task_asks_about_what_it_has_now(self, soon):
+        """Not about what it had before the cancel, of which its answer tells, which may be open yet."""
+        queue = ManualQueue()
+
+        @queue.executor("refund")
+        def refund(ctx, order: int):
+            letter = ctx.step("draft", str, order)
+            return letter, ctx.ask("one", letter, timeout=order, tags=[f"order-{order}"])
+
+        handle = queue.submit("refund", {"order": 7})
+        queue.run_all()
+        queue.cancel_task(handle.id)
+        if not soon:
+            queue.run_all()
+        queue.requeue(handle.id, params={"order": 8}, from_step="draft")
+        queue.run_all()
+        asked = queue.get_task_status(f"{handle.id}/one")
+        assert (asked.status, asked.params, asked.tags) == (
+            PENDING,
+            {"question": "8"},
+            ("order-8",),
+        )
+        assert asked.expires_at == queue.clock.now() + timedelta(seconds=8)
+        queue.finish(asked.id, "yes")
+        queue.run_all()
+        assert queue.get_task_status(handle.id).result == ["8", "yes"]
+
+    def test_a_requeue_from_a_step_forgets_the_answers_that_the_task_has_not_seen(self):
+        queue = ManualQueue()
+
+        @queue.executor("child")
+        def child(ctx):
+            return ctx.ask("two")
+
+        @queue.executor("ask")
+        def ask(ctx):
+            ctx.fork("children", [child.task()])
+            ctx.step("draft", int)
+            return ctx.ask("one")
+
+        handle = queue.submit("ask")
+        queue.run_all()
+        one, of_child = f"{handle.id}/one", f"{handle.id}/children/0/two"
+        queue.finish(one, "to the first draft")
+        queue.finish(of_child, "of the child")
+        queue.cancel_task(handle.id)
+        queue.requeue(handle.id, from_step="draft")
+        queue.run_all()
+        assert queue.get_task_status(one).status is PENDING
+        assert queue.get_task_status(of_child).result == "of the child"
+
     def test_a_requeue_that_is_refused_removes_no_answer(self, make_queue):
         queue = make_queue()
 
