@@ -200,6 +200,8 @@ class Children:
                 + ": what decides about the list must be the same in each attempt, as the result of a step"
             )
         if again and listed.status.finished:  # with the parent, which was requeued
+            if (child := self._patiently(token, lambda: self._stopping(listed))) is not None:
+                raise Parked(Park(child, None), name)
             self._patiently(token, lambda: self._reopen(listed, parent))
         return listed
 
@@ -220,6 +222,16 @@ class Children:
                 "task submit itself?"
             )
         return depth
+
+    def _stopping(self, listed: Task) -> str | None:
+        """Return the id of a child that was asked to stop, and still runs; None if none does."""
+        fields = ("id", "status", "cancel_requested_at")
+        for start in range(0, len(listed.depends_on), self._batch):
+            some = listed.depends_on[start : start + self._batch]
+            for child, status, asked_at in self._moves.repository.find("id", some, fields):
+                if status == lifecycle.RUNNING and asked_at is not None:
+                    return str(child)
+        return None
 
     def _reopen(self, listed: Task, parent: Task) -> None:
         """Let the children run again that have not completed; then open the list again."""

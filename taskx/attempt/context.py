@@ -605,7 +605,8 @@ class Context:
         if not given:
             return []
         children, task = self._shared.keeper.children, self._task
-        return self._kept().fork(name, token, lambda: children.fork(task, name, given, token))
+        call = partial(children.fork, task, name, given, token)
+        return self._parking(lambda kept: kept.fork(name, token, call))  # type: ignore[no-any-return]
 
     def key(self, name: str) -> str:
         """Return a text that is the same in each attempt of this task, for an idempotency key of others."""

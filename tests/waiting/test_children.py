@@ -457,6 +457,45 @@ class TestTheEndOfTheParent:
         queue.run_all()
         assert queue.handle(handle.id).result() == [10, 20]
 
+    @pytest.mark.parametrize("forks", [False, True])
+    def test_a_requeue_while_a_child_is_still_stopping(self, make_queue, forks):
+        """The parent waits until that child has ended: then it runs again."""
+        queue = make_queue(worker_num=2)
+        began, stopped, end, ran = *(threading.Event() for _ in range(3)), []
+
+        @queue.executor("long")
+        def long(ctx):
+            ran.append(ctx.task.starts)
+            if len(ran) == 1:
+                began.set()
+                stopped.wait(PATIENCE)
+                ctx.token.raise_if_cancelled()
+            return "done"
+
+        @queue.executor("top")
+        def top(ctx):
+            if forks:
+                ctx.fork("long", [Task(type="long")])
+                if not end.is_set():
+                    return ctx.ask("it")
+                return ["done"]
+            return ctx.run_all("long", [Task(type="long")])
+
+        queue.start()
+        handle = queue.submit("top")
+        assert began.wait(PATIENCE)
+        eventually(lambda: lifecycle.is_parked(handle.task()))
+        queue.cancel_task(handle.id)
+        eventually(lambda: status(queue, f"{handle.id}/long/all") == CANCELLED)
+        end.set()
+        queue.requeue(handle.id)
+        eventually(lambda: lifecycle.is_parked(handle.task()))
+        assert status(queue, f"{handle.id}/long/all") == CANCELLED
+        stopped.set()
+        assert queue.handle(handle.id).result(PATIENCE) == ["done"]
+        assert queue.handle(f"{handle.id}/long/0").result(PATIENCE) == "done"
+        assert len(ran) == 2
+
     def test_a_requeued_child_does_not_bind_the_list_to_it(self, queue):
         handle = queue.submit("top", {"numbers": [-1, 1], "on_failure": "return"})
         queue.run_next()
