@@ -22,7 +22,7 @@ from taskx.tasks.model import Task, TaskStatus
 from taskx.tasks.tags import without_trace
 from taskx.tasks.token import CancelToken
 from taskx.tasks.values import Values, encoded
-from taskx.tasks.writes import Insert
+from taskx.tasks.writes import Insert, Update
 
 # Attempts to change tasks that move between the read and the write.
 _TRIES = 20
@@ -234,14 +234,23 @@ class Children:
         return None
 
     def _reopen(self, listed: Task, parent: Task) -> None:
-        """Let the children run again that have not completed; then open the list again."""
-        now = self._moves.now_ms()
-        for start in range(0, len(listed.depends_on), self._batch):
-            read = self._moves.repository.get_many(listed.depends_on[start : start + self._batch])
-            bad = [t for t in read.values() if t.status.value in lifecycle.REQUEUEABLE]
-            if bad:
-                self._moves.commit([lifecycle.requeue(task, now) for task in bad])
-        self._moves.commit([lifecycle.listed_again(listed, parent.id)])
+        """Let the children run again that have not completed, and open the list again.
+
+        All in one transaction: a child may wait for any other one.
+        """
+        now, repository, writes = self._moves.now_ms(), self._moves.repository, list[Update]()
+        statuses = repository.statuses(listed.depends_on)
+        bad = [i for i in listed.depends_on if statuses.get(i) in lifecycle.REQUEUEABLE]
+        statuses.update(dict.fromkeys(bad, lifecycle.PENDING))
+        for start in range(0, len(bad), self._batch):
+            tasks = repository.get_many(bad[start : start + self._batch]).values()
+            if others := {i for task in tasks for i in task.depends_on} - statuses.keys():
+                statuses.update(repository.statuses([*others]))
+            for task in tasks:
+                if task.status.value in lifecycle.REQUEUEABLE:
+                    on = lifecycle.unfinished_parent(task.depends_on, statuses)
+                    writes.append(lifecycle.requeue(task, now, on))
+        self._moves.commit([*writes, lifecycle.listed_again(listed, parent.id)])
 
 
 def _inherits(task: Task, child_id: str, parent: Task) -> Task:

@@ -105,7 +105,7 @@ class Requeues:
         start, answers = f"{task.id}/", list[str]()
         asked = TaskFilter(id_prefix=start, type=lifecycle.ANSWER, limit=self._batch)
         for page in queries.pages(self._moves.repository, asked):
-            ids = [a.id for a in page if "question" in a.params and "name" not in a.params]
+            ids = [answer.id for answer in page if answer.params and lifecycle.was_asked(answer)]
             answers += (i for i in ids if i.removeprefix(start) not in steps)
         askers = {answer: lifecycle.askers(answer) for answer in answers}
         # Those with a longer id are its children, which may ask, too.

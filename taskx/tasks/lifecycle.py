@@ -1120,11 +1120,11 @@ _INSTEAD = {
 def was_asked(task: Task) -> bool:
     """Return True for an answer that a task has asked for, and for a list of its children.
 
-    That task asks for it again.
+    That task asks for it again. Any other answer has a name, as a step of a flow or as a child.
     """
     if task.type == CHILDREN:
         return True
-    return task.type == ANSWER and "/" in task.id and not task.depends_on
+    return task.type == ANSWER and "/" in task.id and "name" not in task.params
 
 
 def requeue(

@@ -827,6 +827,17 @@ class TestDeclared:
         assert queue.finish(second, "yes, too")
         assert flow.result(PATIENCE) == "yes, too"
 
+    def test_a_requeue_asks_for_it_again_whatever_its_id(self):
+        queue = ManualQueue()
+        queue.declare("draft")
+        flow = queue.submit_flow(
+            chain(answer("legal", timeout=60, id="orders/7/legal"), answer("ok"))
+        )
+        queue.advance(120)
+        assert flow.status() is CANCELLED
+        assert flow.requeue() == 2
+        assert queue.finish("orders/7/legal", "yes")
+
     def test_its_time_counts_from_when_it_can_be_given(self):
         queue = ManualQueue()
         queue.declare("draft")

@@ -22,6 +22,7 @@ from taskx import (
     Task,
     TaskFailed,
     TaskStatus,
+    answer,
     chain,
 )
 from taskx.node.retention import prune_all
@@ -456,6 +457,53 @@ class TestTheEndOfTheParent:
         queue.requeue(handle.id)
         queue.run_all()
         assert queue.handle(handle.id).result() == [10, 20]
+
+    def test_children_that_run_again_wait_for_their_parents_among_them(self):
+        """Also for those that come later in the list, in another batch."""
+        queue, broken, ran = ManualQueue(), [True], []
+        first = queue._timing.batch  # the number of a child
+
+        @queue.executor("leaf")
+        def leaf(ctx, n: int):
+            ran.append((n, [parent.result for parent in ctx.parents]))
+            if n == first and broken:
+                raise ValueError("broken")
+            return n
+
+        @queue.executor("top")
+        def top(ctx):
+            child = f"{ctx.task.id}/leaves/{first}"
+            tasks = [Task(type="leaf", params={"n": n}) for n in range(first + 1)]
+            tasks[0] = Task(type="leaf", params={"n": 0}, depends_on=[child], priority=9)
+            return ctx.run_all("leaves", tasks)
+
+        handle = queue.submit("top")
+        queue.run_all()
+        assert status(queue, handle.id) == FAILED
+        broken.clear()
+        ran.clear()
+        queue.requeue(handle.id)
+        queue.run_all()
+        assert queue.handle(handle.id).result() == [*range(first + 1)]
+        assert ran == [(first, []), (0, [first])]
+
+    def test_an_answer_among_them_is_asked_for_again(self, queue):
+        queue.executor("people")(
+            lambda ctx: ctx.run_all("people", [answer("eva"), answer("bob", "Well?")])
+        )
+        handle = queue.submit("people")
+        queue.run_all()
+        eva, bob = (f"{handle.id}/people/{n}" for n in (0, 1))
+        assert queue.finish(eva, "yes")
+        assert queue.finish(bob, error="ill")
+        queue.run_all()
+        assert status(queue, handle.id) == FAILED
+        queue.requeue(handle.id)
+        queue.run_all()
+        assert queue.get_task_status(bob).params == {"name": "bob", "question": "Well?"}
+        assert queue.finish(bob, "yes, too")
+        queue.run_all()
+        assert queue.handle(handle.id).result() == ["yes", "yes, too"]
 
     @pytest.mark.parametrize("forks", [False, True])
     def test_a_requeue_while_a_child_is_still_stopping(self, make_queue, forks):
