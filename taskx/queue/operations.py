@@ -145,6 +145,9 @@ class Operations(Requeues):
                 )
             elif answer.status.finished:
                 return False
+            elif lifecycle.has_expired(answer, now):  # no node has looked since
+                self._commit(lifecycle.expire(answer, now), {answer_id: answer})
+                continue
             elif waiting_on in answer.depends_on:
                 raise InvalidTransition(
                     f"the answer {answer_id} cannot be given yet: it waits for {waiting_on} first"

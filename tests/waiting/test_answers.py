@@ -221,6 +221,18 @@ class TestTimeouts:
         assert "before an answer" in expired.error
         assert not queue.finish(expired.id, "late")
 
+    def test_an_answer_after_its_time_is_refused_though_no_worker_has_looked_since(self):
+        clock = ManualClock()
+        queue = ManualQueue(clock=clock)
+        queue.executor("ask")(lambda ctx: ctx.ask("one", timeout=LONG))
+        handle = queue.submit("ask")
+        queue.run_all()
+        clock.advance(LONG)
+        assert not queue.finish(f"{handle.id}/one", "late")
+        assert queue.get_task_status(f"{handle.id}/one").status is CANCELLED
+        queue.run_all()
+        assert "TimeoutError: no answer to" in handle.task().error
+
     def test_the_time_counts_from_the_first_ask_whatever_crashes_follow(self):
         queue = ManualQueue()
         self.ask(queue)
