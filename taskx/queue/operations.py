@@ -215,6 +215,12 @@ class Operations(Requeues):
 
     def delete_one(self, task_id: str) -> None:
         """Delete a task; raise if it runs: see ``Queue.delete``."""
+        lists = [*self._lists([task_id])]
+        if lists and self._moves.repository.statuses(lists).get(task_id) in lifecycle.UNFINISHED:
+            raise InvalidTransition(
+                f"{task_id} is the list of a task's children, by which that task finds them: it cannot be "
+                "deleted before that task has ended"
+            )
         if not self._commit([lifecycle.delete(task_id)])[0]:
             raise lifecycle.not_deleted(self._moves.repository.get_by_id(task_id))
 
@@ -245,9 +251,11 @@ class Operations(Requeues):
     def _needed(self, tasks: Mapping[str, Task]) -> set[str]:
         """Return the tasks on which unfinished tasks depend that are not deleted with them.
 
-        An executor may still ask for the results of its parents.
+        An executor may still ask for the results of its parents, and for those of the children in a list.
         """
-        families = queries.families(self._moves.repository, tasks)
+        families = [*queries.families(self._moves.repository, tasks)]
+        lists = [task for task in tasks.values() if task.type == lifecycle.CHILDREN]
+        families += [(listed.id, listed.params.get("parent", "")) for listed in lists]
         others = [*{child for _, child in families}]
         statuses = self._moves.repository.statuses(others) if others else {}
         needed = set[str]()

@@ -304,7 +304,7 @@ class Steering(Parts):
         Raises:
             TaskNotFound: no task has this id.
             InvalidTransition: the task is running, or a thread of an ended attempt still runs
-                (``stuck_on``).
+                (``stuck_on``); or it is the list of the children of an unfinished task.
         """
         with self._changing() as operations:
             operations.delete_one(check_name(task_id, "id"))

@@ -576,6 +576,24 @@ class TestRecords:
         assert prune_all(queue._moves, queue._timing, future, None) == 5
         assert queue.count_tasks() == 0
 
+    def test_the_list_stays_while_the_parent_is_unfinished(self, queue):
+        """Without it, the parent would submit the children again, whose ids exist."""
+        handle = queue.submit("top", {"numbers": [1, 2]})
+        queue.run_next()
+        listed = f"{handle.id}/leaves/all"
+        with pytest.raises(InvalidTransition, match="cannot be deleted before that task has ended"):
+            queue.delete(listed)
+        assert queue.delete_all(type=lifecycle.CHILDREN).skipped == {"needed": 1}
+        queue.run_all()
+        assert handle.result() == [10, 20]
+        queue.delete(listed)
+        assert queue.count_tasks(type=lifecycle.CHILDREN) == 0
+
+    def test_all_are_deleted_with_the_parent(self, queue):
+        queue.submit("top", {"numbers": [1, 2]})
+        queue.run_next()
+        assert queue.delete_all(everything=True).changed == 4
+
     def test_they_stay_while_the_parent_may_be_requeued(self, queue):
         handle = queue.submit("top", {"numbers": [1, -1]})
         queue.run_all()
