@@ -549,7 +549,8 @@ class Context:
 
         Args:
             name: the name of the list, unique among the steps of the task, of at most 80 characters.
-            tasks: new tasks without ids, such as ``executor.task(n=1)``.
+            tasks: new tasks without ids, such as ``executor.task(n=1)``. A call without tasks returns at
+                once, and does not look if an earlier one had some.
             on_failure: ``"raise"``: when all have ended, raise the first error in the order of the tasks,
                 that of a failed task before that of a cancelled one; ``"return"``: an exception stands in
                 the place of each result that is missing.

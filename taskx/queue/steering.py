@@ -148,7 +148,7 @@ class Steering(Parts):
             params: other params, checked as by :meth:`submit` if the type is registered here; None to keep
                 them.
             from_step: run from this step on: its result is removed, with those of all steps that were
-                stored after it, and the cursor. None to keep them.
+                stored after it, answers that the task has not seen yet, and the cursor. None to keep them.
 
         Raises:
             TaskNotFound: no task has this id.
