@@ -551,10 +551,13 @@ class TestEnds:
         queue.finish(f"{handle.id}/one", "yes")
         assert queue.handle(handle.id).result(PATIENCE) == "yes"
 
+    @pytest.mark.every_store
     @pytest.mark.parametrize("soon", [False, True])
-    def test_a_requeued_task_asks_about_what_it_has_now(self, soon):
+    def test_a_requeued_task_asks_about_what_it_has_now(self, repository, soon):
         """Not about what it had before the cancel, of which its answer tells, which may be open yet."""
-        queue = ManualQueue()
+        clock = ManualClock()
+        repository.clock = clock
+        queue = ManualQueue(repository, clock=clock)
 
         @queue.executor("refund")
         def refund(ctx, order: int):
@@ -574,7 +577,7 @@ class TestEnds:
             {"question": "8"},
             ("order-8",),
         )
-        assert asked.expires_at == queue.clock.now() + timedelta(seconds=8)
+        assert asked.expires_at == clock.now() + timedelta(seconds=8)
         queue.finish(asked.id, "yes")
         queue.run_all()
         assert queue.get_task_status(handle.id).result == ["8", "yes"]
