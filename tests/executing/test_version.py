@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import logging
 
 import pytest
@@ -140,7 +141,7 @@ class TestMaps:
             list(queue.map(old, [1], timeout=PATIENCE))
         new = queue.executor("f", version=2, replace=True)(lambda n: n)
         again = run_in_thread(lambda: list(queue.map(new, [1], timeout=0)))
-        with pytest.raises(TimeoutError):
+        with pytest.raises(concurrent.futures.TimeoutError):
             again()
         gate.open()
         assert list(queue.map(new, [1], timeout=PATIENCE)) == [1]
