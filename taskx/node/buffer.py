@@ -35,7 +35,7 @@ class Item(NamedTuple):
     row: Mapping[str, Any] | None = None
     #: The time at which it entered its lot; 0 if it is in none.
     entered: float = 0.0
-    #: True if it belongs to no lot, although its type has one: it runs in a call of its own.
+    #: True if it is known to start in a transaction of its own, and to belong to no lot of its type.
     apart: bool = False
 
 
@@ -375,6 +375,11 @@ class Buffer:
                     # Not ``get``: without the interpreter's lock, it waits for each other thread's object.
                     if item.id not in inside or inside[item.id] is not item:
                         continue
+                    if item.apart:
+                        if items:
+                            heappush(self._heap, item)
+                            break
+                        most = 1
                     del inside[item.id]
                     if self.room.listening and not item.fetched:
                         self.room.ring()

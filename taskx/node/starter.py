@@ -443,6 +443,14 @@ class Starter:
         chosen: list[Task] = []
         # A process that only declared a type left some options to the executor.
         apply_defaults(found.values(), self._registry.registered)
+        alone = {  # those of a lot run at once in any case
+            item.id
+            for item in items
+            if (task := found.get(item.id)) is not None
+            and (
+                task.max_crashes == 1 or (task.unique_scope == unique.PENDING and not item.entered)
+            )
+        }
         for position, item in enumerate(items):
             task = found.get(item.id)
             if task is None:
@@ -451,13 +459,15 @@ class Starter:
                 self._buffer.put_back([item._replace(entered=0.0, apart=True)])
                 continue
             suspect = task.crashes > 0 and self._is_suspect(task)
-            frees = task.unique_scope == unique.PENDING and not item.entered  # a lot runs at once
-            if not suspect and task.max_crashes != 1 and not frees:
+            if not suspect and item.id not in alone:
                 chosen.append(task)
             elif chosen:
                 self._buffer.put_back([item])
             elif not suspect or self.suspects.admit(item):  # else it waits for its turn
-                self._buffer.put_back(items[position + 1 :])
+                self._buffer.put_back(
+                    one._replace(apart=True) if one.id in alone and not one.entered else one
+                    for one in items[position + 1 :]
+                )
                 return self._alone(task) if suspect else [task]
         return chosen
 

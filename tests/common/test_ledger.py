@@ -14,6 +14,7 @@ from helpers import (
     eventually,
     housekeeper_of,
     ids,
+    joined_node,
     parts_of,
     pool_of,
     run_in_thread,
@@ -764,6 +765,25 @@ def test_a_task_whose_start_frees_its_key_is_not_started_ahead(make_queue):
     assert queue.drain(PATIENCE)
     assert ahead == []
     assert set(starts(queue)) == {1}
+
+
+@pytest.mark.parametrize("alone", [{"max_crashes": 1}, {"unique_scope": "pending"}])
+def test_tasks_that_start_alone_are_not_read_for_each_start(make_queue, alone):
+    queue = make_queue(worker_num=1)
+    read = []
+    queue.executor("n")(lambda: None)
+    for number in range(40):
+        key = f"k{number}" if "unique_scope" in alone else None
+        queue.submit("n", unique_key=key, **alone)
+    node = joined_node(queue)
+    pool, get_many = node.pool, node.pool.moves.repository.get_many
+    node.pool.moves.repository.get_many = lambda ids: read.append(len(ids)) or get_many(ids)
+    while items := pool.buffer.take(32):
+        pool.starter.start(items, "worker")
+        pool.buffer.started()
+    assert len(read) == 40
+    assert sum(read) < 3 * 40
+    node.withdraw()
 
 
 @pytest.mark.every_store

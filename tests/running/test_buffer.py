@@ -50,6 +50,17 @@ def test_a_task_that_is_put_back_is_known_at_every_moment(buffer):
     assert not any(missing)
 
 
+def test_a_task_that_starts_alone_is_taken_alone_and_in_its_order(buffer):
+    first, second, *others = buffer.take(len(TASKS))
+    buffer.put_back([first, second._replace(apart=True), *others])
+    buffer.started()
+    taken = []
+    while items := buffer.take(len(TASKS)):
+        taken.append([item.id for item in items])
+        buffer.started()
+    assert taken == [["t0"], ["t1"], TASKS[2:]]
+
+
 # --- lots: tasks that are to be started together
 
 
