@@ -74,7 +74,8 @@ class Audit:
             if _key(run) in stubs:
                 pool.starter.drop([run])
             else:
-                pool.starter.strike(run)
+                # The thread that stored its outcome may only be slow to tell: the run has used its tokens.
+                pool.starter.strike(run, ran=run.state == "concluding")
         self._strays = {*strays} - self._strays
         pool.starter.undo()
 

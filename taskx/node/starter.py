@@ -71,11 +71,12 @@ class Runs(dict[str, Run]):
     def claim(self, run: Run) -> bool:
         """Forget a run that no thread executes; return False if a thread has just begun to.
 
-        A thread that begins sets the state first, and then checks whether the run was forgotten.
+        A thread that begins sets the state first, and then checks whether the run was forgotten. It may
+        have executed the run by the time at which the state is read here.
         """
         if not self.forget(run):
             return False
-        if run.state == "executing":
+        if run.state not in ("starting", "ahead"):
             self[run.task.id] = run
             return False
         return True

@@ -7,6 +7,7 @@ from helpers import PATIENCE, joined_node, pool_of
 
 from taskx import DuplicateTask, RepositoryUnavailable, TaskStatus
 from taskx.node.audit import Audit
+from taskx.tasks import lifecycle
 
 
 @pytest.fixture
@@ -91,6 +92,24 @@ def test_the_audit_hands_back_a_run_that_no_thread_has(node):
     assert all_untouched(node)
 
 
+def test_a_run_whose_outcome_is_stored_has_used_its_token_however_late_that_is_told(make_queue):
+    """The audit forgets the run; no other task may start with its token."""
+    queue = make_queue(worker_num=2)
+    queue.executor("t", rate="1/d")(lambda: None)
+    queue.submit("t")
+    node = joined_node(queue)
+    pool, audit = node.pool, Audit(node.pool)
+    (run,) = pool.starter.start(pool.buffer.take(1), "worker")
+    ending = pool.execute(run, "worker", lambda run, ending: None)
+    pool.moves.repository.apply(lifecycle.conclude(run.task, ending, pool.clock.now_ms()))
+    for _ in range(2):
+        assert pool.runs.ids == [run.task.id]
+        audit.check()
+    assert pool.runs == {}
+    assert not pool.admission.open("t")
+    node.withdraw()
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_start_that_was_interrupted_counts_no_interruption(node, when):
     """It may be stored: the transaction was interrupted just before or after its end."""
@@ -123,9 +142,11 @@ def test_a_stop_hands_back_what_it_could_not_hand_back_at_first(node, away):
     assert {task.owner for task in tasks(node)} == {""}
 
 
-def test_a_run_that_a_thread_executes_is_not_handed_back(node):
+@pytest.mark.parametrize("state", ["executing", "concluding"])
+def test_a_run_that_a_thread_executes_is_not_handed_back(node, state):
+    """A thread that has just begun may have executed it by the time at which its state is read."""
     first, *others = start(node)
-    first.state = "executing"
+    first.state = state
     node.pool.starter.hand_back([first, *others])
     assert node.pool.runs == {first.task.id: first}
     [running] = [task for task in tasks(node) if task.status is TaskStatus.RUNNING]
