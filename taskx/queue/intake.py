@@ -263,7 +263,7 @@ class Intake:
         task_id: str = row["id"]
         keyed = "unique_key" in row
         # If the caller chose the id, another task may have it.
-        fresh = insert.fresh and not keyed
+        fresh = insert.key > 0 and not keyed
         places: list[Place] = []
         try:
             for tried in range(_TRIES):
@@ -464,7 +464,7 @@ class Intake:
         places: list[Place] = []
         try:
             refuse = self._overflow == "reject" and not spill
-            fresh = all(insert.fresh for insert in inserts)
+            fresh = all(insert.key for insert in inserts)
             self._reserve_many(inserts, places, refuse=refuse, fresh=fresh)
             self._store_whole([*inserts, *also])
             for place in places:

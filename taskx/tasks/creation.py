@@ -16,7 +16,7 @@ from taskx.tasks import lifecycle, payload, unique
 from taskx.tasks.checks import check_int, check_number
 from taskx.tasks.clock import to_ms
 from taskx.tasks.errors import ConfigurationError, InvalidTransition
-from taskx.tasks.ids import new_id
+from taskx.tasks.ids import keyed_id
 from taskx.tasks.model import (
     MAX_NAME,
     TIME_FIELDS,
@@ -48,9 +48,9 @@ def new_record(task: Task, now: int, max_size: int = payload.DEFAULT_MAX_SIZE) -
     """
     if task.status is not TaskStatus.PENDING:
         raise InvalidTransition(f"a new task must be pending; this one is {task.status}")
-    fresh = task.id == ""
+    task_id, key = keyed_id(now) if task.id == "" else (check_key(task.id, "id"), 0)
     columns = {
-        "id": new_id(now) if fresh else check_key(task.id, "id"),
+        "id": task_id,
         "type": check_key(task.type, "type"),
         "params": payload.encode_params(task.params, max_size),
         "created_by": check_name(task.created_by, "created_by") if task.created_by != "" else "",
@@ -68,7 +68,7 @@ def new_record(task: Task, now: int, max_size: int = payload.DEFAULT_MAX_SIZE) -
         columns["run_at"] = to_ms(task.run_at)
     if task.expires_at is not None:
         columns["expires_at"] = _expiry(task.expires_at, task.run_at)
-    return lifecycle.created(columns, fresh=fresh)
+    return lifecycle.created(columns, key)
 
 
 def model_of(type: str, **columns: Any) -> Mapping[str, Any]:
@@ -80,8 +80,9 @@ def model_of(type: str, **columns: Any) -> Mapping[str, Any]:
 
 def copy_of(model: Mapping[str, Any], params: str, now: int) -> Insert:
     """Return the write that stores a new task that differs from a model in its params, as JSON text."""
-    row = {**model, "id": new_id(now), "params": params, "created_at": now}
-    return _make_insert((row, True, True))
+    task_id, key = keyed_id(now)
+    row = {**model, "id": task_id, "params": params, "created_at": now}
+    return _make_insert((row, True, key))
 
 
 _make_insert = maker(Insert)

@@ -10,61 +10,79 @@ from __future__ import annotations
 import os
 import threading
 import time
-from functools import lru_cache
+from collections.abc import Callable
 
 #: Milliseconds by which the key in an id may be later than the time of its creation: if the clock is set
 #: back a little, ids keep their order.
 KEPT_ORDER = 1000
 _COUNTED = 20  # the bits of a key below its milliseconds
 _FULL = (1 << _COUNTED) - 1
+_MOST_KEYS = 1000  # that are kept in memory
 _LAST = (1 << 63 - _COUNTED) - 1  # the last moment of a key, in milliseconds
 
 # Reentrant: a finalizer may submit a task while its thread holds the lock.
 _lock = threading.RLock()
-_moment = -1  # of the latest id
-_prefix = _suffix = ""  # what all ids of that moment begin and end with
+# The moment of the latest id, the first key of that moment, and what its ids begin and end with. They are
+# set in one step: an interrupt may come between two.
+_latest = -1, 0, "", ""
 _counted = 0  # an even number of _COUNTED bits
 # The moment of the latest key that was made for an id, and the number of the first key of that moment.
 _keyed, _least = -1, 0
 
 
 def new_id(now: int | None = None) -> str:
-    """Return a new UUIDv7 as text; it sorts after the earlier ids of this process.
+    """Return a new UUIDv7 as text: see :func:`keyed_id`. ``now`` is the time of the system by default."""
+    return keyed_id(time.time_ns() // 1_000_000 if now is None else now)[0]
+
+
+def keyed_id(now: int) -> tuple[str, int]:
+    """Return a new UUIDv7 as text, and the key in it. It sorts after the earlier ids of this process.
 
     The layout is that of RFC 9562, section 5.7, with a counter as in section 6.2, method 1. If the clock is
     set back by a second or more, new ids sort where the clock says.
 
     Args:
-        now: the time, in milliseconds since 1970; None for the time of the system.
+        now: the time, in milliseconds since 1970.
     """
     global _counted
-    if now is None:
-        now = time.time_ns() // 1_000_000
     with _lock:
+        moment, first, start, end = _latest
         counted = _counted = _counted + 2 & _FULL
-        if not _moment - KEPT_ORDER < now <= _moment:
-            _start(min(max(now, 0), _LAST))
+        if not moment - KEPT_ORDER < now <= moment:
+            first, start, end = _begin(min(max(now, 0), _LAST))
         elif not counted:  # the earlier ids of this moment have higher numbers
-            _start(_moment + 1)
-        return f"{_prefix}{counted >> 8:03x}-a{counted & 0xFF:02x}{_suffix}"
+            first, start, end = _begin(moment + 1)
+        text, key = f"{start}{counted >> 8:03x}-a{counted & 0xFF:02x}{end}", first | counted
+        if len(_keys) >= _MOST_KEYS:
+            _keys.clear()
+        _keys[text] = key
+        return text, key
 
 
-def _start(moment: int) -> None:
+def _begin(moment: int) -> tuple[int, str, str]:
     """Begin the ids of a moment."""
-    global _moment, _prefix, _suffix
+    global _latest
     tail = os.urandom(7).hex()
-    _prefix = f"{moment >> 16:08x}-{moment & 0xFFFF:04x}-7"
-    _suffix = f"{tail[0]}-{tail[1:13]}"
-    _moment = moment  # last: after an interrupt before this, the moment begins again
+    begun = (
+        moment << _COUNTED,
+        f"{moment >> 16:08x}-{moment & 0xFFFF:04x}-7",
+        f"{tail[0]}-{tail[1:13]}",
+    )
+    _latest = moment, *begun
+    return begun
 
 
-# A key is needed about five times, in most cases soon after another.
-@lru_cache(maxsize=1000)
-def key_of(id: str) -> int | None:
-    """Return the key in an id of :func:`new_id`; None if the id has none.
+class _Keys(dict[str, int | None]):
+    """The keys in some ids. A key is needed about five times, in most cases soon after another."""
 
-    An id that was made elsewhere may also seem to have one.
-    """
+    def __missing__(self, id: str) -> int | None:
+        if len(self) >= _MOST_KEYS:
+            self.clear()
+        key = self[id] = _read_key(id)
+        return key
+
+
+def _read_key(id: str) -> int | None:
     if len(id) != 36 or id[14] != "7":
         return None
     try:
@@ -72,6 +90,12 @@ def key_of(id: str) -> int | None:
     except ValueError:
         return None
     return key if not key & 1 and key >> 63 == 0 else None
+
+
+_keys = _Keys()
+#: Returns the key in an id of :func:`new_id`; None if the id has none. An id that was made elsewhere may
+#: also seem to have one.
+key_of: Callable[[str], int | None] = _keys.__getitem__
 
 
 def new_key(created_at: int) -> int:
@@ -103,8 +127,8 @@ def made_at(id: str) -> int:
 
 def _renew() -> None:
     """Count from a random number. Otherwise a parent and its child would make the same ids."""
-    global _lock, _moment, _keyed, _counted
-    _lock, _moment, _keyed = threading.RLock(), -1, -1
+    global _lock, _latest, _keyed, _counted
+    _lock, _latest, _keyed = threading.RLock(), (-1, 0, "", ""), -1
     _counted = int.from_bytes(os.urandom(3), "big") & _FULL & ~1
 
 

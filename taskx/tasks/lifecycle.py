@@ -138,13 +138,13 @@ def create(*, task_id: str, now: int, **columns: Any) -> Insert:
     return created({**columns, "id": task_id, "created_at": now})
 
 
-def created(columns: Mapping[str, Any], *, fresh: bool = False) -> Insert:
+def created(columns: Mapping[str, Any], key: int = 0) -> Insert:
     """Store a new pending task.
 
     ``columns`` has its id, type, params, and every column that differs from ``DEFAULTS``. The values are
     those of rows (JSON text, milliseconds), but ``depends_on`` is a list, and ``expires`` may be given
     instead of ``expires_at`` (see :func:`expiry`). The task first waits for its parents (see
-    :func:`wait_for`), then for its turn, then for its time. ``fresh`` is as in ``Insert``.
+    :func:`wait_for`), then for its turn, then for its time. ``key`` is as in ``Insert``.
     """
     row = {**_NEW, **columns}
     if row["run_at"] is not None:
@@ -158,7 +158,7 @@ def created(columns: Mapping[str, Any], *, fresh: bool = False) -> Insert:
             row["depends_on"] = ids_to_text(row["depends_on"])
         if "expires" in row:
             row["expires_at"] = expiry(row["created_at"], row["run_at"], row.pop("expires"))
-    return Insert(row, fresh=fresh)
+    return Insert(row, key=key)
 
 
 _NEW: dict[str, Any] = {name: DEFAULTS.get(name) for name in CREATED}

@@ -36,12 +36,13 @@ class Insert(NamedTuple):
     stored as started has more of them. The remaining columns get their defaults. The row's ``owner`` may be
     changed until the insert is applied.
 
-    ``fresh`` is True if its id was made for it by ``ids.new_id``: no record has that id.
+    ``key`` is the number in an id that ``ids.keyed_id`` made for it, which no
+    record has; 0 if the id was chosen.
     """
 
     row: dict[str, Any]
     durable: bool = True
-    fresh: bool = False
+    key: int = 0
 
     @property
     def id(self) -> str:

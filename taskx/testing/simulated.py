@@ -541,8 +541,8 @@ def virtual(world: Callable[[], World], quiet: logging.Logger) -> Iterator[Calla
     def begin() -> None:
         nonlocal numbers
         numbers = count(1)
-        _replace(ids, _moment=-1, _counted=0)
-        ids.key_of.cache_clear()
+        _replace(ids, _latest=(-1, 0, "", ""), _counted=0)
+        ids._keys.clear()
 
     def seconds() -> float:
         return world().now / 1_000_000_000

@@ -65,7 +65,8 @@ def in_the_id(queue, monkeypatch, finalize):
         return urandom(size)
 
     monkeypatch.setattr(ids_module.os, "urandom", drawn)
-    monkeypatch.setattr(ids_module, "_moment", -1)  # else it draws only in the next millisecond
+    # Else it draws only in the next millisecond.
+    monkeypatch.setattr(ids_module, "_latest", (-1, 0, "", ""))
 
 
 def in_the_repository(queue, monkeypatch, finalize):

@@ -10,6 +10,7 @@ import traceback
 import uuid
 
 import pytest
+from strikes import every_strike
 
 import taskx
 from taskx import CancelReason, TaskCancelled, TaskxError
@@ -50,6 +51,22 @@ class TestIds:
         assert ids.key_at(now) <= key < ids.key_at(now + 1)
         assert key < 2**63
         assert ids.made_at(made) == now
+
+    def test_a_new_key_is_the_one_that_others_read_in_the_id(self):
+        for now in (0, 5, 5, 4, 70_000, 69_999, 1_700_000_000_000, 2**60):
+            for _ in range(300):
+                made, key = ids.keyed_id(now)
+                assert ids._read_key(made) == key
+
+    def test_a_new_key_is_the_one_in_the_id_after_an_interrupt_at_any_point(self):
+        now = 1_700_000_000_000
+        ids.keyed_id(now)
+        struck = 0
+        for _ in every_strike(lambda point: ids.keyed_id(now + point + 1)):  # each begins a moment
+            struck += 1
+            made, key = ids.keyed_id(now)  # the clock is set back to the moment before it
+            assert ids._read_key(made) == key
+        assert struck > 3
 
     def test_keys_sort_as_their_ids(self):
         made = [new_id(now) for now in (5, 5, 6, 70_000, 1_700_000_000_000) for _ in range(50)]

@@ -19,6 +19,7 @@ from helpers import (
 from taskx import DuplicateTask, Hook, RepositoryUnavailable, TaskStatus
 from taskx.node.buffer import Item
 from taskx.stores.liveness.leases import Leases
+from taskx.tasks.ids import key_of
 from taskx.tasks.timing import DEFAULT_TIMING
 from taskx.tasks.writes import Insert
 
@@ -124,7 +125,7 @@ def test_a_submit_that_fails_leaves_no_run(started):
 
 
 def test_a_submit_with_a_taken_id_leaves_no_run(started, monkeypatch):
-    monkeypatch.setattr("taskx.tasks.creation.new_id", lambda now: SAME)
+    monkeypatch.setattr("taskx.tasks.creation.keyed_id", lambda now: (SAME, key_of(SAME)))
     idle(started).submit("fine").result(PATIENCE)
     eventually(lambda: not pool_of(started).runs)
     with pytest.raises(DuplicateTask):

@@ -34,7 +34,7 @@ def repository(path):
 def fresh(task_id: str, **columns) -> Insert:
     """Return the write of a task whose id was made for it, as far as the store knows."""
     given = {"id": task_id, "type": "t", "created_by": "", "created_at": to_ms(NOW), **columns}
-    return lifecycle.created(given, fresh=True)
+    return lifecycle.created(given, key_of(task_id) or 0)
 
 
 def keys(path) -> dict[str, int]:
@@ -154,7 +154,7 @@ class TestOrder:
         made = []
         for number in range(20):
             task_id = new_id(to_ms(NOW)) if number % 3 else str(number)
-            repository.apply([fresh(task_id)._replace(fresh=bool(number % 3))])
+            repository.apply([fresh(task_id)])
             made.append(task_id)
         assert listed(repository) == made[::-1]
         assert [stub.id for stub in repository.ready(["t"], 99)] == made
@@ -164,7 +164,7 @@ class TestOrder:
     ):
         monkeypatch.setattr(ids, "_counted", 0)
         made = [new_id(to_ms(NOW)) if number % 3 else str(number) for number in range(20)]
-        writes = [fresh(task_id)._replace(fresh=len(task_id) == 36) for task_id in made]
+        writes = [fresh(task_id) for task_id in made]
         assert all(repository.apply(writes, all_or_nothing=True))
         assert listed(repository) == made[::-1]
         assert [stub.id for stub in repository.ready(["t"], 99)] == made

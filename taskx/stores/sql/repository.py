@@ -190,14 +190,11 @@ class SQLRepository(Repository):
         """Apply guarded writes in one transaction. After an error, nothing was applied."""
         coded = self._coded(writes)
         sent, durable, writer = (writes, coded), self._durable(writes), self._writer
-        single = len(coded) == 1 and writer.is_single(coded[0])
+        single = writer.single(coded[0]) if len(coded) == 1 else None
         try:
             try:
-                if single:
-                    work = partial(writer.alone, coded)
-                else:
-                    work = partial(writer.together, coded, all_or_nothing)
-                results = self._links.transaction(work, durable, sent, single=single)
+                work = single or partial(writer.together, coded, all_or_nothing)
+                results = self._links.transaction(work, durable, sent, single is not None)
             except Apart:
                 work = partial(writer.each, coded, all_or_nothing)
                 results = self._links.transaction(work, durable, sent)

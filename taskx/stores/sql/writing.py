@@ -7,7 +7,7 @@ the guard wants it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
@@ -148,23 +148,19 @@ class Writer:
             self.add_lists(link, [row])
         return held
 
-    def alone(self, writes: Sequence[Write], link: Link) -> list[bool]:
-        """Apply the only write, for which :meth:`is_single` is true.
+    def single(self, write: Write) -> Callable[[Link], list[bool]] | None:
+        """Return what applies a write in one statement, without a transaction; None if it needs more.
 
-        Raises:
-            Apart: call :meth:`each` in a transaction.
+        It does what :meth:`each` does for the only write, or raises ``Apart``: call that in a transaction.
         """
-        return [self.one(link, writes[0])]
-
-    def is_single(self, write: Write) -> bool:
-        """Return True if a write needs no transaction: it is a single statement, without a savepoint."""
-        if not self.dialect.has_arrays:
-            return False
+        if not self.dialect.has_arrays or isinstance(write, Delete):
+            return None
         if isinstance(write, Insert):
-            return not (write.row.get("depends_on") or write.row.get("tags"))
-        if isinstance(write, Delete) or _takes(write.changes):
-            return False
-        return _LISTS.isdisjoint(write.changes)
+            if write.row.get("depends_on") or write.row.get("tags"):
+                return None
+        elif _takes(write.changes) or not _LISTS.isdisjoint(write.changes):
+            return None
+        return lambda link: [self.one(link, write)]
 
     def _update(self, link: Link, write: Update) -> bool:
         d, changes = self.dialect, write.changes

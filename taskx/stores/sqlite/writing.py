@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -34,11 +35,11 @@ class KeyedWriter(Writer):
     @staticmethod
     def _ordinary(write: Write) -> bool:
         # Tasks with chosen ids stay alone.
-        return isinstance(write, Insert) and write.fresh and len(write.row) == len(CREATED)
+        return isinstance(write, Insert) and write.key > 0 and len(write.row) == len(CREATED)
 
     def _all(self, link: Link, alike: Sequence[Any]) -> int:
         if isinstance(alike[0], Insert):
-            rows = [(key_of(write.id), *write.changes.values()) for write in alike]
+            rows = [(write.key, *write.row.values()) for write in alike]
             return link.executemany(self.statements.insert(_ORDINARY), rows).rowcount
         keys = [key_of(write.id) for write in alike]
         first = alike[0]
@@ -55,22 +56,15 @@ class KeyedWriter(Writer):
             raise Apart  # their rows may have other keys
         return held
 
-    def is_single(self, write: Write) -> bool:
+    def single(self, write: Write) -> Callable[[Link], list[bool]] | None:
         if not isinstance(write, Insert):
-            return "depends_on" not in write.changes  # triggers do the rest
-        return write.fresh and "depends_on" not in write.row and "tags" not in write.row
-
-    def alone(self, writes: Sequence[Write], link: Link) -> list[bool]:
-        (write,) = writes
-        if isinstance(write, Insert):
-            row = write.row
-            values = (key_of(row["id"]), *row.values())
-            changed = link.execute(self.statements.insert(("seq", *row)), values).rowcount
-        else:
-            changed = link.execute(*self._query(write)).rowcount
-        if changed > 0:
-            return [True]
-        raise Apart  # there may be another row to look at
+            if "depends_on" in write.changes:
+                return None
+            return partial(_alone, self._query(write))  # triggers do the rest
+        row = write.row
+        if not write.key or "depends_on" in row or "tags" in row:
+            return None
+        return partial(_alone, (self.statements.insert(("seq", *row)), (write.key, *row.values())))
 
     def _query(self, write: Update | Delete) -> Query:
         if isinstance(write, Update):
@@ -110,8 +104,8 @@ class KeyedWriter(Writer):
 
     def _insert(self, link: Link, write: Insert) -> bool:
         row = write.row
-        key = key_of(row["id"]) if write.fresh else None
-        if key is None or not self._put(link, key, row):
+        key: int | None = write.key
+        if not key or not self._put(link, key, row):
             key = self._put_elsewhere(link, row)
         if key is None:
             return False
@@ -141,6 +135,12 @@ class KeyedWriter(Writer):
         return None
 
 
+def _alone(query: Query, link: Link) -> list[bool]:
+    if link.execute(*query).rowcount > 0:
+        return [True]
+    raise Apart  # there may be another row to look at
+
+
 def _in_order(writes: Sequence[Write]) -> Sequence[Write]:
     """Return writes that belong together so that the keys of new tasks rise.
 
@@ -151,8 +151,8 @@ def _in_order(writes: Sequence[Write]) -> Sequence[Write]:
     found: list[Write] = []
     for write in writes:
         if isinstance(write, Insert):
-            chosen = chosen or not write.fresh
-            if chosen and write.fresh:
-                write = write._replace(fresh=False)
+            chosen = chosen or not write.key
+            if chosen:
+                write = write._replace(key=0)
         found.append(write)
     return found
