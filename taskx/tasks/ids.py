@@ -24,7 +24,7 @@ _LAST = (1 << 63 - _COUNTED) - 1  # the last moment of a key, in milliseconds
 _lock = threading.RLock()
 # The moment of the latest id, the first key of that moment, and what its ids begin and end with. They are
 # set in one step: an interrupt may come between two.
-_latest = -1, 0, "", ""
+_latest = _NEVER = -1, 0, "", ""
 _counted = 0  # an even number of _COUNTED bits
 # The moment of the latest key that was made for an id, and the number of the first key of that moment.
 _keyed, _least = -1, 0
@@ -128,7 +128,7 @@ def made_at(id: str) -> int:
 def _renew() -> None:
     """Count from a random number. Otherwise a parent and its child would make the same ids."""
     global _lock, _latest, _keyed, _counted
-    _lock, _latest, _keyed = threading.RLock(), (-1, 0, "", ""), -1
+    _lock, _latest, _keyed = threading.RLock(), _NEVER, -1
     _counted = int.from_bytes(os.urandom(3), "big") & _FULL & ~1
 
 

@@ -36,8 +36,8 @@ class Insert(NamedTuple):
     stored as started has more of them. The remaining columns get their defaults. The row's ``owner`` may be
     changed until the insert is applied.
 
-    ``key`` is the number in an id that ``ids.keyed_id`` made for it, which no
-    record has; 0 if the id was chosen.
+    ``key`` is the number in its id, if ``ids.keyed_id`` made that for it: no record has that id. 0 if the
+    id was chosen.
     """
 
     row: dict[str, Any]

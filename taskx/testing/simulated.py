@@ -541,7 +541,7 @@ def virtual(world: Callable[[], World], quiet: logging.Logger) -> Iterator[Calla
     def begin() -> None:
         nonlocal numbers
         numbers = count(1)
-        _replace(ids, _latest=(-1, 0, "", ""), _counted=0)
+        _replace(ids, _latest=ids._NEVER, _counted=0)
         ids._keys.clear()
 
     def seconds() -> float:

@@ -66,7 +66,7 @@ def in_the_id(queue, monkeypatch, finalize):
 
     monkeypatch.setattr(ids_module.os, "urandom", drawn)
     # Else it draws only in the next millisecond.
-    monkeypatch.setattr(ids_module, "_latest", (-1, 0, "", ""))
+    monkeypatch.setattr(ids_module, "_latest", ids_module._NEVER)
 
 
 def in_the_repository(queue, monkeypatch, finalize):

@@ -53,10 +53,14 @@ class TestIds:
         assert ids.made_at(made) == now
 
     def test_a_new_key_is_the_one_that_others_read_in_the_id(self):
-        for now in (0, 5, 5, 4, 70_000, 69_999, 1_700_000_000_000, 2**60):
-            for _ in range(300):
-                made, key = ids.keyed_id(now)
-                assert ids._read_key(made) == key
+        moments = (0, 5, 5, 4, 70_000, 69_999, 1_700_000_000_000, 2**60)
+        made = [ids.keyed_id(now) for now in moments for _ in range(300)]
+        assert all(ids._read_key(one) == key for one, key in made)
+
+    def test_a_key_is_known_also_after_many_others_and_few_are_kept(self):
+        made = [ids.keyed_id(now) for now in range(3 * ids._MOST_KEYS)]
+        assert all(ids.key_of(one) == key for one, key in made)
+        assert len(ids._keys) <= ids._MOST_KEYS
 
     def test_a_new_key_is_the_one_in_the_id_after_an_interrupt_at_any_point(self):
         now = 1_700_000_000_000
