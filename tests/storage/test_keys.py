@@ -7,6 +7,7 @@ from contextlib import closing
 from datetime import datetime, timedelta, timezone
 
 import pytest
+from helpers import connections_of
 
 from taskx import DuplicateTask, RepositoryError, SQLiteRepository, Task, TaskFilter, TaskStatus
 from taskx.tasks import ids, lifecycle
@@ -147,6 +148,53 @@ def test_a_task_is_stored_although_all_keys_of_its_moment_are_taken(repository, 
         repository.create(Task(id=task_id, type="t", created_at=NOW))
     first = to_ms(NOW) * 2 + 1
     assert keys(path) == {"a": first, "b": first + 2, "c": first + 4}
+
+
+def said(repository, writes) -> tuple[list[bool], list[str]]:
+    """Apply writes together. Return which were applied, and the statements that this took."""
+    statements: list[str] = []
+    connection = connections_of(repository).writer()
+    connection.set_trace_callback(statements.append)
+    results = repository.apply(writes, all_or_nothing=True)
+    connection.set_trace_callback(None)
+    return results, [sql for sql in statements if "PRAGMA" not in sql]
+
+
+class TestChosenIds:
+    """The index of chosen ids alone tells whether one is taken: nothing is read."""
+
+    def test_a_task_is_stored_by_one_statement(self, repository):
+        said(repository, [fresh("first")])  # compiled in a transaction
+        results, statements = said(repository, [fresh("a")])
+        assert results == [True]
+        assert [sql.split()[0] for sql in statements] == ["INSERT"]
+
+    def test_a_task_whose_id_seems_to_be_made_here_is_looked_for_first(self, repository):
+        write = fresh(MADE)._replace(key=0)
+        results, statements = said(repository, [write])
+        assert results == [True]
+        assert [sql.split()[0] for sql in statements] == ["BEGIN", "SELECT", "INSERT", "COMMIT"]
+
+    def test_many_tasks_are_stored_without_a_look_at_each(self, repository, path):
+        names = [str(number) for number in range(100)]
+        results, statements = said(repository, [fresh(name) for name in names])
+        assert results == [True] * 100
+        assert {sql.split()[0] for sql in statements} == {"BEGIN", "INSERT", "COMMIT"}
+        assert sorted(keys(path), key=keys(path).__getitem__) == names
+
+    @pytest.mark.parametrize("taken", [{"0"}, {"3"}, {"4"}, {"0", "1", "2", "3", "4"}])
+    def test_none_of_them_is_stored_if_one_is_taken(self, repository, path, taken):
+        for name in taken:
+            repository.create(Task(id=name, type="t"))
+        results, _ = said(repository, [fresh(str(number)) for number in range(5)])
+        assert results == [str(number) not in taken for number in range(5)]
+        assert keys(path).keys() == taken
+
+    def test_all_are_stored_although_a_key_is_taken(self, repository, path, monkeypatch):
+        monkeypatch.setattr("taskx.stores.sqlite.writing.new_key", lambda moment: moment * 2 + 1)
+        results, _ = said(repository, [fresh(name) for name in "abc"])
+        assert results == [True, True, True]
+        assert keys(path).keys() == {"a", "b", "c"}
 
 
 class TestOrder:

@@ -109,8 +109,9 @@ class Writer:
         """
         head, end, last = writes[first], first + 1, min(first + most, len(writes))
         if isinstance(head, Insert):
-            while end < last and self._ordinary(head) and self._ordinary(writes[end]):
-                end += 1
+            if self._ordinary(head):
+                while end < last and self._ordinary(writes[end]):
+                    end += 1
         elif isinstance(head, Update) and _LISTS.isdisjoint(head.changes) and end < last:
             same = head[1:]
             if writes[end][1:] == same:

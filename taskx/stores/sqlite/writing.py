@@ -34,12 +34,15 @@ class KeyedWriter(Writer):
 
     @staticmethod
     def _ordinary(write: Write) -> bool:
-        # Tasks with chosen ids stay alone.
-        return isinstance(write, Insert) and write.key > 0 and len(write.row) == len(CREATED)
+        return (
+            isinstance(write, Insert)
+            and len(write.row) == len(CREATED)
+            and (write.key > 0 or key_of(write.row["id"]) is None)
+        )
 
     def _all(self, link: Link, alike: Sequence[Any]) -> int:
         if isinstance(alike[0], Insert):
-            rows = [(write.key, *write.row.values()) for write in alike]
+            rows = [(write.key or _drawn(write.row), *write.row.values()) for write in alike]
             return link.executemany(self.statements.insert(_ORDINARY), rows).rowcount
         keys = [key_of(write.id) for write in alike]
         first = alike[0]
@@ -62,9 +65,10 @@ class KeyedWriter(Writer):
                 return None
             return partial(_alone, self._query(write))  # triggers do the rest
         row = write.row
-        if not write.key or "depends_on" in row or "tags" in row:
+        key = write.key or _drawn(row)
+        if not key or "depends_on" in row or "tags" in row:
             return None
-        return partial(_alone, (self.statements.insert(("seq", *row)), (write.key, *row.values())))
+        return partial(_alone, (self.statements.insert(("seq", *row)), (key, *row.values())))
 
     def _query(self, write: Update | Delete) -> Query:
         if isinstance(write, Update):
@@ -122,10 +126,11 @@ class KeyedWriter(Writer):
 
     def _put_elsewhere(self, link: Link, row: Mapping[str, Any]) -> int | None:
         """Store a row whose key is not in its id. Return the key; None if a unique value is taken."""
-        query = self.statements.find("id", (row["id"],), ("id",), False)
-        other = self.statements.find_elsewhere((row["id"],), ("id",))
-        if link.rows(*query) or (other and link.rows(*other)):
-            return None
+        # The index of ids has those of rows with odd keys only.
+        if key_of(row["id"]) is not None:
+            query = self.statements.find("id", (row["id"],), ("id",), False)
+            if link.rows(*query):
+                return None
         for later in count():  # also if the keys of a millisecond are all taken
             key = new_key(row["created_at"] + later)
             if self._put(link, key, row):
@@ -133,6 +138,14 @@ class KeyedWriter(Writer):
             if not link.rows(self._has_key, (key,)):
                 break
         return None
+
+
+def _drawn(row: Mapping[str, Any]) -> int:
+    """Return a new key for a row with a chosen id, if the index of such ids tells whether that is taken.
+
+    Return 0 if the id seems to have a key in it: a row with that key may have the id, too.
+    """
+    return new_key(row["created_at"]) if key_of(row["id"]) is None else 0
 
 
 def _alone(query: Query, link: Link) -> list[bool]:
