@@ -30,6 +30,8 @@ from taskx.tasks.timing import Timing
 _REST = 9
 # The most ended tasks that are read at once: a record may be large.
 _MOST_READ = 50
+_Ref = Callable[[], TaskHandle[Any] | None]
+_NONE: dict[int, _Ref] = {}
 _DEAF = "the watcher gets no wake-ups from other processes; it polls instead"
 
 
@@ -61,7 +63,7 @@ class Watcher:
         self._agenda = agenda
         # References to the handles of each task, by their ``id()``. The next check forgets handles that
         # nobody uses any more.
-        self._handles: dict[str, dict[int, Callable[[], TaskHandle[Any] | None]]] = {}
+        self._handles: dict[str, dict[int, _Ref]] = {}
         self._lock = threading.RLock()  # reentrant: a finalizer may use a handle
         #: The ids of the watched tasks.
         self.watched = self._handles.keys()
@@ -174,9 +176,12 @@ class Watcher:
 
     def complete(self, task: Task, result: str | None) -> None:
         """Do the same for a task that has just completed in this process: its result need not be read."""
-        for handle in self._live(task.id):
-            handle._complete(task.type, result)
-            self._tell(handle)
+        for key, ref in self._handles.get(task.id, _NONE).copy().items():
+            if (handle := ref()) is None:
+                self._forget(task.id, key)
+            else:
+                handle._complete(task.type, result)
+                self._tell(handle)
 
     def tell(self) -> None:
         """Tell the listeners of handles whose end was found on the main thread."""
@@ -218,20 +223,27 @@ class Watcher:
 
         The main thread leaves it, because an exception may strike there between two related steps.
         """
-        others = (self._agenda.attended and not self._closed) or self._polls
-        if handle._listeners and on_main_thread() and others:
+        if handle._listeners and on_main_thread() and self._others_tell:
             self._ended.append(handle)
             self._agenda.wake()
         else:
             self._end(handle)
 
+    @property
+    def _others_tell(self) -> bool:
+        """True if another thread calls :meth:`tell`."""
+        return (self._agenda.attended and not self._closed) or self._polls
+
     def _end(self, handle: TaskHandle[Any]) -> None:
-        with self._lock:
-            refs = self._handles.get(handle.id, {})
-            refs.pop(id(handle), None)
-            if not refs:
-                self._handles.pop(handle.id, None)
+        self._forget(handle.id, id(handle))
         handle._tell()
+
+    def _forget(self, task_id: str, key: int) -> None:
+        with self._lock:
+            refs = self._handles.get(task_id, {})
+            refs.pop(key, None)
+            if not refs:
+                self._handles.pop(task_id, None)
 
     # --- in a queue that is not started
 

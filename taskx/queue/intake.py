@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
@@ -21,7 +21,7 @@ from taskx.tasks import lifecycle, payload, permission, unique
 from taskx.tasks.bell import Agenda
 from taskx.tasks.clock import Clock
 from taskx.tasks.config import Config
-from taskx.tasks.creation import copy_of, new_record
+from taskx.tasks.creation import copy_of, is_bare, new_record
 from taskx.tasks.errors import (
     ConfigurationError,
     DuplicateTask,
@@ -192,11 +192,9 @@ class Intake:
             self._hooks.let_catch_up()
         if params is None:
             params = {}
-        text = payload.encode_params(params, registry.max_payload_size)
         executor = registry.registered.get(type)
-        if executor is not None and executor.check_params is not None:
-            executor.check_params(params)
-        insert = copy_of(model, text, self.moves.now_ms())
+        check = None if executor is None else executor.check_params
+        insert = copy_of(model, params, self.moves.now_ms(), registry.max_payload_size, check)
         try:
             return self._take_in(insert, "reject", spill=False)
         except BaseException as error:
@@ -226,17 +224,26 @@ class Intake:
         registry = self._registry
         if registry.values:
             task = encoded(task, registry.values)
+        now, size = (
+            self.moves.now_ms() if created_at is None else created_at,
+            registry.max_payload_size,
+        )
         if task.type in lifecycle.NO_WORK:
             self.moves.repository.require("answers")
             if task.type == lifecycle.CHILDREN:
                 raise ConfigurationError("only ctx.run_all() and ctx.fork() make lists of children")
-            return lifecycle.opened(
-                new_record(task, self.moves.now_ms(), registry.max_payload_size)
-            )
-        now = self.moves.now_ms() if created_at is None else created_at
-        insert = new_record(task, now, registry.max_payload_size)
+            return lifecycle.opened(new_record(task, self.moves.now_ms(), size))
+        executor = registry.registered.get(task.type)
+        if (
+            priority is None
+            and is_bare(task)
+            and (model := registry.models.get(task.type)) is not None
+        ):
+            check = None if executor is None else executor.check_params
+            return copy_of(model, task.params, now, size, check, task.id)
+        insert = new_record(task, now, size)
         row = insert.row
-        if (executor := registry.registered.get(row["type"])) is None:
+        if executor is None:
             executor = registry.get(row["type"], used=stored)
         if task.cost:
             registry.refuse_cost(row["type"], task.concurrency_key, task.cost)
@@ -441,6 +448,7 @@ class Intake:
         *,
         spill: bool = False,
         also: Sequence[Insert] = (),
+        watch: Callable[[Sequence[str]], object] | None = None,
     ) -> list[str]:
         """Store tasks in one transaction, all or none; return their ids in the same order.
 
@@ -449,6 +457,8 @@ class Intake:
             priority: overrides the priorities of the tasks and of their executors, even with 0.
             spill: tasks that do not fit into the buffer stay in the repository, whatever ``overflow`` says.
             also: records that are no work, to be stored in that transaction.
+            watch: is given the ids of tasks that are stored, and that only this node may start, before it
+                may start one. So nobody who watches them from then on misses an end.
 
         Raises:
             TaskxError: its class tells the reason. Nothing was stored, unless ``in_doubt`` is True.
@@ -467,6 +477,8 @@ class Intake:
             fresh = all(insert.key for insert in inserts)
             self._reserve_many(inserts, places, refuse=refuse, fresh=fresh)
             self._store_whole([*inserts, *also])
+            if watch is not None:
+                watch([insert.id for insert in inserts if insert.row["owner"]])
             for place in places:
                 place.fill()
         except BaseException as error:

@@ -48,8 +48,9 @@ from taskx.tasks.values import Values, encoded
 
 # Tasks submitted ahead for each worker if no window is given: at first, ...
 _AHEAD_PER_WORKER = 4
-# ... and in all, while tasks end faster than results are taken.
-_MOST_AHEAD = 256
+# ... and in all, while tasks end faster than results are taken. More would not find room in a buffer of the
+# usual size, and would be read again.
+_MOST_AHEAD = 160
 # Results that may wait behind one that takes long, for each place in the window.
 _MOST_WAITING = 32
 # Tasks submitted in one transaction.
@@ -194,6 +195,12 @@ class _Submitter:
             return math.inf
         return 1 if pool.ahead.short else pool.ahead.workers
 
+    @property
+    def short(self) -> bool:
+        """True if tasks are so short that to submit them costs more than to run them."""
+        pool = self.owner._pool
+        return pool is not None and pool.ahead.short
+
     def task(self, item: Any) -> Task:
         """Return the task of an item: a dict is its params, any other value is its first parameter.
 
@@ -249,8 +256,8 @@ class _Submitter:
         left = {task.id: task for task in tasks}
         while left:
             try:
-                self._accept([*left.values()])
-                found.update((task_id, self.owner.handle(task_id)) for task_id in left)
+                watched = self._accept([*left.values()])
+                found.update((i, watched.get(i) or self.owner.handle(i)) for i in left)
                 left = {}
             except DuplicateTask:
                 here = under_way()
@@ -271,14 +278,21 @@ class _Submitter:
                 left = {}
         return [found[task.id] for task in tasks]
 
-    def _accept(self, tasks: Sequence[Task]) -> None:
+    def _accept(self, tasks: Sequence[Task]) -> dict[str, TaskHandle[Any]]:
+        """Store tasks. Return handles of those that are watched since before they could start."""
         priority = self.options.get("priority")
-        intake = self.intake()
+        intake, handles = self.intake(), dict[str, TaskHandle[Any]]()
+
+        def watch(task_ids: Sequence[str]) -> None:
+            handles.update((task_id, self.owner.handle(task_id)) for task_id in task_ids)
+            self.owner._watcher.watch(*handles.values(), runs=handles.__contains__)
+
         if isinstance(intake, Intake) and len(tasks) > 1:
-            intake.accept_many(tasks, priority, spill=True)
-            return
-        for task in tasks:
-            intake.accept(task, priority, spill=True)
+            intake.accept_many(tasks, priority, spill=True, watch=watch)
+        else:
+            for task in tasks:
+                intake.accept(task, priority, spill=True)
+        return handles
 
     @property
     def version(self) -> str | None:
@@ -498,7 +512,8 @@ class _Window:
             outcome._has_ended or outcome in self._unfinished
         ):
             self._unfinished[outcome] = None
-            self._unwatched.append(outcome)
+            if outcome._watched_by is None:
+                self._unwatched.append(outcome)
             outcome._listen(self._on_end)
         if place.task is not None and place.task.id in (stored := self.submitter.stored):
             place.stored = True
@@ -744,7 +759,8 @@ class MapResults(Iterator[R], Generic[R]):
             full = len(under_way) >= self._window
             under_way.wait(bell, max(0.0, deadline - bell.now()))
             self._show_ended()
-            if full and 4 * under_way.unfinished < self._window < self._widest:
+            starve = 4 * under_way.unfinished < self._window or under_way.submitter.short
+            if full and starve and self._window < self._widest:
                 self._window = min(2 * self._window, self._widest)
             if under_way.ended() is None:
                 room = self._window - under_way.unfinished

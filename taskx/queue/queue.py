@@ -655,7 +655,7 @@ class Queue(Questions, Steering):
             name: the name of the map; the type of the executor by default.
             star: each item is a sequence of arguments, as for ``itertools.starmap``.
             window: the number of tasks submitted ahead. By default it is four for each worker, or as many
-                as the buffer has room for, and grows up to 256 while tasks end very quickly. While the
+                as the buffer has room for, and grows up to 160 while tasks end very quickly. While the
                 iterator waits for a result, it keeps this many tasks unfinished, so that one long task
                 does not stop the others.
             timeout: seconds to wait for a result.

@@ -5,7 +5,7 @@ Changes that a user makes to a record by hand are checked here, too.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from operator import attrgetter
 from typing import Any
@@ -78,23 +78,46 @@ def model_of(type: str, **columns: Any) -> Mapping[str, Any]:
     ).row
 
 
-def copy_of(model: Mapping[str, Any], params: str, now: int) -> Insert:
-    """Return the write that stores a new task that differs from a model in its params, as JSON text."""
-    task_id, key = keyed_id(now)
-    row = {**model, "id": task_id, "params": params, "created_at": now}
+def copy_of(
+    model: Mapping[str, Any],
+    params: Any,
+    now: int,
+    max_size: int,
+    check: Callable[[Any], object] | None,
+    chosen: str = "",
+) -> Insert:
+    """Return the write that stores a new task that differs from a model in its params, and maybe its id.
+
+    ``check`` raises ``PayloadError`` if the params do not fit the executor; the rest is as in
+    :func:`new_record`.
+    """
+    text = payload.encode_params(params, max_size)
+    if check is not None:
+        check(params)
+    task_id, key = (check_key(chosen, "id"), 0) if chosen != "" else keyed_id(now)
+    row = {**model, "id": task_id, "params": text, "created_at": now}
     return _make_insert((row, True, key))
 
 
 _make_insert = maker(Insert)
 
 
-_options = attrgetter(*CHECKS)
-_NOTHING = _options(Task())
-_links = attrgetter(
+def is_bare(task: Task) -> bool:
+    """Return True if a task has nothing but a type, params and an id."""
+    said = _all(task)
+    return said == _BARE and type(said[0]) is int
+
+
+_LINKS = (
     *("unique_key", "unique_scope", "depends_on", "on_parent_failure", "tags", "flow"),
     *("concurrency_key", "cost"),
 )
+_options = attrgetter(*CHECKS)
+_NOTHING = _options(Task())
+_links = attrgetter(*_LINKS)
 _ALONE = _links(Task())
+_all = attrgetter(*CHECKS, *_LINKS, "expires_at", "created_by", "status")
+_BARE = _all(Task())
 
 
 def _expiry(expires_at: datetime, run_at: datetime | None) -> int:

@@ -435,9 +435,10 @@ class TaskHandle(Future[R]):
     def _tell(self) -> None:
         """Tell all listeners that the handle has ended. The watcher calls this."""
         callbacks: list[_Callback] = []
-        while self._listeners:
+        listeners = self._listeners
+        while listeners:
             try:
-                listener = self._listeners.pop(0)
+                listener = listeners.pop(0)
             except IndexError:  # another thread tells, too
                 break
             if isinstance(listener, _Callback):

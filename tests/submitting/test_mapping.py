@@ -221,6 +221,24 @@ class TestLumps:
         gate.open()
         assert [first.result(PATIENCE), *results] == list(range(1000))
 
+    def test_tasks_of_a_lump_are_watched_before_one_may_start(self, stored, gate):
+        """So the repository is not asked whether they have ended. Spilled ones may start elsewhere."""
+        asked, statuses = [], stored.repository.statuses
+        stored.repository.statuses = lambda ids: asked.extend(ids) or statuses(ids)
+        items = [{"n": n} for n in range(150)]
+        results = stored.map("hold", items, lambda item: item["n"], window=1000)
+        with no_rounds(stored):
+            first = self.begin(results)
+            eventually(lambda: sum(stored.stored) == 150 and "hold:149" in asked)
+        assert stored.stored == [1, 149]
+        spilled = {
+            task.id for task in stored.iter_tasks(TaskFilter(status="pending")) if not task.owner
+        }
+        assert 0 < len(spilled) < 100
+        assert {*asked} - {"hold:0"} == spilled
+        gate.open()
+        assert [first.result(PATIENCE), *results] == list(range(150))
+
     def test_results_of_an_earlier_run_are_found_in_few_reads(self, stored, gate):
         items, reads = [{"n": n} for n in range(1000)], []
         assert len(list(stored.map("hold", items[1:]))) == 999
@@ -322,12 +340,12 @@ class TestLumps:
         assert seen == [(1, threading.current_thread())] * 20
 
     def test_the_default_window_grows_to_a_limit_while_tasks_end_quickly(self, running, square):
-        assert mapping.ahead(Config(worker_num=2)) == (8, 256)
-        assert mapping.ahead(Config(worker_num=100)) == (200, 256)
+        assert mapping.ahead(Config(worker_num=2)) == (8, 160)
+        assert mapping.ahead(Config(worker_num=100)) == (200, 200)
         assert mapping.ahead(Config(worker_num=100, buffer_size=1000)) == (400, 400)
         results = running.map(square.executor, range(1000))
         assert len(list(results)) == 1000
-        assert results._window <= 256
+        assert results._window <= 160
 
     def test_a_given_window_does_not_grow(self, running, square):
         results = running.map(square.executor, range(500), window=3)
