@@ -303,7 +303,9 @@ class Starter:
         admitted: Collection[str] = ()
         try:
             self.suspects.stand_aside()
-            found = plain_tasks([item.row for item in items if item.row is not None])
+            rows = [item.row for item in items if item.row is not None]
+            found = plain_tasks(rows)
+            numbers = {row["id"]: row["seq"] for row in rows if "seq" in row}
             if len(found) < len(items):
                 unread = [item.id for item in items if item.id not in found]
                 found.update(moves.repository.get_many(unread))
@@ -313,7 +315,7 @@ class Starter:
                 admitted = self._admit(items, found)
             tasks = self._startable(items, found)
             now = self._moves.now_ms()
-            updates = lifecycle.start_all(tasks, now, self._node, by)
+            updates = lifecycle.start_all(tasks, now, self._node, by, numbers)
             for task, update in zip(tasks, updates, strict=True):
                 if update is not None and task.id not in runs:
                     token = runner.make_token(None, runner.clock)

@@ -11,8 +11,8 @@ from contextlib import suppress
 
 from taskx.tasks.timing import Timing
 
-# Checks without a result cost at most 0.7 % of a core: a rest grows up to _TIMES times the processor time of
-# one check.
+# Checks without a result cost at most 0.7 % of a core: a rest grows up to _TIMES times the processor time
+# of one check.
 _TIMES = 150
 
 _release = _thread.LockType.release

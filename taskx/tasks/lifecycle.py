@@ -690,8 +690,18 @@ def start(task: Task, now: int, node: str, worker: str = "") -> Update | None:
     return Update(task.id, guard, changes, task.max_crashes == 1, "start", skips=True)
 
 
-def start_all(tasks: Sequence[Task], now: int, node: str, worker: str) -> list[Update | None]:
-    """Start several tasks, as :func:`start` does. Starts that are alike share their guard and changes."""
+def start_all(
+    tasks: Sequence[Task],
+    now: int,
+    node: str,
+    worker: str,
+    numbers: Mapping[str, int] | None = None,
+) -> list[Update | None]:
+    """Start several tasks, as :func:`start` does. Starts that are alike share their guard and changes.
+
+    ``numbers`` are those of the rows, by id, of tasks with chosen ids that were read before: such a task
+    may have been deleted, and another one stored under its id.
+    """
     made: list[Update | None] = []
     known: dict[tuple[Any, ...], tuple[Any, ...]] = {}
     for task in tasks:
@@ -709,7 +719,14 @@ def start_all(tasks: Sequence[Task], now: int, node: str, worker: str) -> list[U
             made.append(update)
         else:
             made.append(None)
+    if numbers:
+        return [update and _of_row(update, numbers.get(update.id)) for update in made]
     return made
+
+
+def _of_row(update: Update, number: int | None) -> Update:
+    """Return an update that holds for the row with this number only; None for any row of the task."""
+    return update if number is None else update._replace(guard={**update.guard, "seq": number})
 
 
 _update = maker(Update)

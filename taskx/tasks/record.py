@@ -88,7 +88,7 @@ class Stub(NamedTuple):
     type: str
     run_at: int | None
     #: The row of a small task that was never started and has no rare option, so that its start need not
-    #: read it; None if it must.
+    #: read it; None if it must. If its id may be used again, it has the row's number, ``seq``.
     row: dict[str, Any] | None = None
 
     @property

@@ -7,7 +7,7 @@ import sqlite3
 import pytest
 from helpers import PATIENCE, eventually, no_rounds, pool_of
 
-from taskx import RetryPolicy, SQLiteRepository, Task, TaskStatus
+from taskx import Queue, RetryPolicy, SQLiteRepository, Task, TaskStatus
 from taskx.tasks import lifecycle
 from taskx.tasks.writes import Update
 
@@ -104,23 +104,24 @@ def fetched(queue, gate, *tasks):
 
 def test_small_tasks_that_are_fetched_are_read_once(fetching, gate):
     """The fetch reads them, so their start need not."""
-    handles = fetched(fetching, gate, note(1), note(2))
+    handles = fetched(
+        fetching, gate, note(1), note(2), Task(id="chosen", type="note", params={"n": 3})
+    )
     gate.open()
     assert fetching.drain(PATIENCE)
-    assert fetching.ran == [1, 2]
+    assert fetching.ran == [1, 2, 3]
     assert not {handle.id for handle in handles}.intersection(fetching.read)
 
 
 @pytest.mark.parametrize(
     "task",
     [
-        Task(type="note", params={"n": 1}, id="chosen"),
         Task(type="note", params={"n": "x" * 3000}),
         Task(type="note", params={"n": 1}, tags=["a"]),
         Task(type="note", params={"n": 1}, concurrency_key="a"),
         Task(type="note", params={"n": 1}, retry=RetryPolicy(base=1)),
     ],
-    ids=["chosen", "large", "tagged", "keyed", "retried"],
+    ids=["large", "tagged", "keyed", "retried"],
 )
 def test_other_tasks_are_read_before_their_start(fetching, gate, task):
     [handle] = fetched(fetching, gate, task)
@@ -128,6 +129,23 @@ def test_other_tasks_are_read_before_their_start(fetching, gate, task):
     assert fetching.drain(PATIENCE)
     assert fetching.ran == [task.params["n"]]
     assert handle.id in fetching.read
+
+
+@pytest.mark.parametrize("others", [[], [note(2), Task(id="other", type="note", params={"n": 3})]])
+@pytest.mark.parametrize("chosen", ["mine", "019b7c01-0400-7abc-a02d-0123456789ab"])
+def test_a_task_under_the_chosen_id_of_one_that_was_fetched_and_deleted_runs_with_its_own_params(
+    fetching, gate, others, chosen
+):
+    """Another process deletes the first one: this queue does not hear of it, and has its row in memory."""
+    fetched(fetching, gate, Task(id=chosen, type="note", params={"n": 0}), *others)
+    elsewhere = Queue(SQLiteRepository(fetching.repository.path))
+    elsewhere.declare("note")
+    elsewhere.delete(chosen)
+    elsewhere.submit("note", {"n": 1}, id=chosen)
+    elsewhere.close()
+    gate.open()
+    assert fetching.drain(PATIENCE)
+    assert sorted(fetching.ran) == [1, *(other.params["n"] for other in others)]
 
 
 def test_a_fetched_task_that_was_changed_since_starts_as_it_is_now(fetching, gate):

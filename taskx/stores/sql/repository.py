@@ -324,7 +324,7 @@ def _plain_stub(columns: Sequence[Any], owner: str) -> Stub:
         return _stub(columns)
     (
         task_id, status, starts, priority, created_at, asked_at, kind, run_at,
-        params, created_by, timeout, max_attempts, max_crashes, _,
+        params, created_by, timeout, max_attempts, max_crashes, seq,
     ) = columns  # fmt: skip
     row = {
         "id": task_id,
@@ -339,6 +339,8 @@ def _plain_stub(columns: Sequence[Any], owner: str) -> Stub:
         "max_crashes": max_crashes,
         "owner": owner,
     }
+    if seq & 1:  # a row whose id has its key in it was not stored under a chosen id
+        row["seq"] = seq
     stub = task_id, status, starts, priority, created_at, asked_at is not None, kind, run_at
     return _make_stub((*stub, row if params else None))
 

@@ -42,10 +42,9 @@ class OwnSQLite(SQLite):
     all_following = "seq < ?", slice(2, 3)
     tag_columns: Mapping[str, str] = {"task": "seq"}
     child = "seq"
-    #: A row whose id has its key in it was not stored under a chosen id, which may be used again.
     plain: Sequence[str] = (
         "CASE WHEN "
-        + " AND ".join(["NOT seq & 1", "starts = 0", *(f"{name} IS NULL" for name in RARE)])
+        + " AND ".join(["starts = 0", *(f"{name} IS NULL" for name in RARE)])
         + f" AND length(params) <= {SMALL} THEN params END",
         *(f"+{name}" for name in PLAIN[1:]),
     )
