@@ -33,7 +33,7 @@ from taskx.tasks.errors import (
     TaskxError,
 )
 from taskx.tasks.log import GuardedLogger
-from taskx.tasks.model import Task
+from taskx.tasks.model import Task, check_key
 from taskx.tasks.options import OnConflict, refuse_unknown
 from taskx.tasks.record import created_task
 from taskx.tasks.submission import given, with_options
@@ -221,13 +221,13 @@ class Intake:
             raise ConfigurationError(
                 f"expected a Task, not {task!r:.80}; an executor makes one: executor.task(…)"
             )
+        if type(task.type) is not str:
+            check_key(task.type, "type")
         registry = self._registry
         if registry.values:
             task = encoded(task, registry.values)
-        now, size = (
-            self.moves.now_ms() if created_at is None else created_at,
-            registry.max_payload_size,
-        )
+        now = self.moves.now_ms() if created_at is None else created_at
+        size = registry.max_payload_size
         if task.type in lifecycle.NO_WORK:
             self.moves.repository.require("answers")
             if task.type == lifecycle.CHILDREN:

@@ -14,7 +14,9 @@ from taskx.stores.base import Listed, Lookup, Repository
 from taskx.tasks.codec import CODED
 from taskx.tasks.errors import ConfigurationError
 from taskx.tasks.ids import new_id
+from taskx.tasks.lifecycle import start_all
 from taskx.tasks.model import TASK_FIELDS, TaskFilter, TaskStatus
+from taskx.tasks.payload import CODEC_KEY
 from taskx.tasks.record import (
     BY_THREAD,
     COLUMNS,
@@ -474,9 +476,34 @@ class PrimitivesContract(Contract):
         task_id = new_id(self.NOW)
         self.add(repository, [task_id], params='{"n":1}', created_by="me", priority=1)
         one, other = repository.ready(["t"], 10)
-        assert (one.id, other.id, other.row) == (task_id, "chosen", None)
-        if one.row is not None:  # it saves a read
-            assert plain_tasks([one.row]) == repository.get_many([task_id])
+        assert (one.id, other.id) == (task_id, "chosen")
+        for stub in (one, other):
+            if stub.row is not None:  # it saves a read, unless a codec has written it
+                made = plain_tasks([stub.row])
+                coded = CODEC_KEY in stub.row["params"]
+                assert made == ({} if coded else repository.get_many([stub.id]))
+
+    def test_a_start_from_the_row_of_a_stub_is_refused_by_another_task_with_its_id(
+        self, repository: Repository
+    ) -> None:
+        """Only a chosen id is used again. Its row has the number that the start is bound to."""
+        self.add(repository, ["chosen"])
+        [stub] = repository.ready(["t"], 10)
+        self.skip_if(stub.row is None, "rows of tasks with chosen ids are read before the start")
+        row = stub.row or {}
+
+        def start() -> Update:
+            tasks = [*plain_tasks([row]).values()]
+            [start] = start_all(tasks, self.NOW, "node", "worker", {"chosen": row["seq"]})
+            assert start is not None
+            return start
+
+        assert self.apply(repository, Delete("chosen", {})) == [True]
+        self.add(repository, ["chosen"])
+        assert self.apply(repository, start()) == [False]
+        [stub] = repository.ready(["t"], 10)
+        row = stub.row or {}
+        assert self.apply(repository, start()) == [True]
 
     # --- due and ended
 

@@ -29,6 +29,7 @@ from taskx.node.starter import Starter, Suspects
 from taskx.stores.liveness import locks
 from taskx.stores.liveness.leases import Leases
 from taskx.stores.liveness.locks import KernelLocks
+from taskx.stores.sqlite import writing
 from taskx.stores.sqlite.links import FileLinks
 from taskx.stores.sqlite.repository import SQLiteRepository
 from taskx.tasks import lifecycle
@@ -83,9 +84,17 @@ COMMON_POINTS: Points = {
     "after result, before finish": lambda strike: after(Runner, "run", strike),
     "while stopping": lambda strike: after(LocalNode, "_begin_stop", strike),
 }
+
+
+def _in_commit(strike: Strike) -> None:
+    """Strike in a transaction, and before a statement that commits itself; the file is locked."""
+    before(FileLinks, "_refuse_if_newer", strike)
+    before(writing, "_alone", strike)
+
+
 KILL_POINTS: Points = {
     **COMMON_POINTS,
-    "inside a commit": lambda strike: before(FileLinks, "_refuse_if_newer", strike),
+    "inside a commit": _in_commit,
     "after a commit": lambda strike: after(SQLiteRepository, "apply", strike),
     "before leaving": lambda strike: before(KernelLocks, "leave", strike),
 }

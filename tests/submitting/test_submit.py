@@ -215,6 +215,11 @@ class TestRefused:
         with pytest.raises(UnknownTaskType, match="'empty'"):
             narrow.submit("empty")
 
+    @pytest.mark.parametrize("type", [None, 5, [], {}])
+    def test_a_type_that_is_no_text_is_refused(self, narrow, type):
+        with pytest.raises(ConfigurationError, match="type must be a str, not"):
+            narrow.submit(Task(type=type))
+
     @pytest.mark.every_store
     def test_a_misspelt_option_is_refused(self, narrow):
         with pytest.raises(TypeError, match="prioritty"):

@@ -302,7 +302,8 @@ def damaged(database):
 
     def make(column, value, more=""):
         for name in "abcde":
-            made.create(Task(id=name, type="n", params={"n": name}))
+            # Tagged, so that they are read as a whole before they start.
+            made.create(Task(id=name, type="n", params={"n": name}, tags=["x"]))
         cast = "CAST(? AS TEXT)" if isinstance(value, bytes) else "?"
         with closing(sqlite3.connect(database, isolation_level=None)) as other:
             other.execute(f"UPDATE tasks SET {column} = {cast}{more} WHERE id = 'b'", (value,))

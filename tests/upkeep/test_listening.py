@@ -260,9 +260,7 @@ def rests(spent, used):
 @pytest.mark.parametrize(
     ("used", "expected"),
     [
-        pytest.param(
-            0.0002, [2, 4, 8, 10, 10, 10, 10], id="until the rest is fifty times the cost"
-        ),
+        pytest.param(0.0001, [2, 4, 8, 15, 15, 15, 15], id="until the rest is 150 times the cost"),
         pytest.param(0.0, [2] * 7, id="fetches that cost nothing"),
         pytest.param(0.5, [2, 4, 8, 16, 32, 64, 90], id="expensive fetches: until the next poll"),
     ],
