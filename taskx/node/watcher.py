@@ -176,9 +176,9 @@ class Watcher:
 
     def complete(self, task: Task, result: str | None) -> None:
         """Do the same for a task that has just completed in this process: its result need not be read."""
-        for key, ref in self._handles.get(task.id, _NONE).copy().items():
+        for ref in self._handles.get(task.id, _NONE).copy().values():
             if (handle := ref()) is None:
-                self._forget(task.id, key)
+                self._live(task.id)  # forgets it; by now another handle may have its ``id()``
             else:
                 handle._complete(task.type, result)
                 self._tell(handle)
@@ -235,15 +235,12 @@ class Watcher:
         return (self._agenda.attended and not self._closed) or self._polls
 
     def _end(self, handle: TaskHandle[Any]) -> None:
-        self._forget(handle.id, id(handle))
-        handle._tell()
-
-    def _forget(self, task_id: str, key: int) -> None:
         with self._lock:
-            refs = self._handles.get(task_id, {})
-            refs.pop(key, None)
+            refs = self._handles.get(handle.id, {})
+            refs.pop(id(handle), None)
             if not refs:
-                self._handles.pop(task_id, None)
+                self._handles.pop(handle.id, None)
+        handle._tell()
 
     # --- in a queue that is not started
 

@@ -18,7 +18,7 @@ from helpers import (
     run_in_thread,
 )
 
-from taskx import Queue, SQLiteRepository, TaskFailed, TaskHandle, TaskNotFound, TaskStatus
+from taskx import Queue, SQLiteRepository, Task, TaskFailed, TaskHandle, TaskNotFound, TaskStatus
 
 
 @pytest.fixture
@@ -183,6 +183,18 @@ def test_an_unused_handle_costs_nothing(started):
     assert not parts_of(started).watcher.watching
     handle.result(PATIENCE)
     eventually(lambda: not parts_of(started).watcher.watching)
+
+
+def test_a_handle_that_gets_the_place_in_memory_of_an_unused_one_is_watched(queue):
+    """The task completes at that moment, so the thread that tells its end has seen the unused one."""
+    watcher, handle = parts_of(queue).watcher, queue.handle("t")
+
+    def unused():
+        watcher._register(handle)
+
+    watcher._handles["t"] = {id(handle): unused}
+    watcher.complete(Task(id="t", type="t"), "7")
+    assert watcher._live("t") == [handle]
 
 
 def test_many_threads_can_wait_for_one_task(started, gate):
