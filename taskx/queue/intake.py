@@ -234,11 +234,8 @@ class Intake:
                 raise ConfigurationError("only ctx.run_all() and ctx.fork() make lists of children")
             return lifecycle.opened(new_record(task, self.moves.now_ms(), size))
         executor = registry.registered.get(task.type)
-        if (
-            priority is None
-            and is_bare(task)
-            and (model := registry.models.get(task.type)) is not None
-        ):
+        model = registry.models.get(task.type)
+        if model is not None and priority is None and is_bare(task):
             check = None if executor is None else executor.check_params
             return copy_of(model, task.params, now, size, check, task.id)
         insert = new_record(task, now, size)
@@ -458,7 +455,8 @@ class Intake:
             spill: tasks that do not fit into the buffer stay in the repository, whatever ``overflow`` says.
             also: records that are no work, to be stored in that transaction.
             watch: is given the ids of tasks that are stored, and that only this node may start, before it
-                may start one. So nobody who watches them from then on misses an end.
+                may start one: so who watches them from then on misses no outcome. The next audit sees those
+                that were cancelled or deleted before.
 
         Raises:
             TaskxError: its class tells the reason. Nothing was stored, unless ``in_doubt`` is True.

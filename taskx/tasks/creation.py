@@ -91,10 +91,11 @@ def copy_of(
     ``check`` raises ``PayloadError`` if the params do not fit the executor; the rest is as in
     :func:`new_record`.
     """
+    own = check_key(chosen, "id") if chosen != "" else ""
     text = payload.encode_params(params, max_size)
     if check is not None:
         check(params)
-    task_id, key = (check_key(chosen, "id"), 0) if chosen != "" else keyed_id(now)
+    task_id, key = (own, 0) if own else keyed_id(now)
     row = {**model, "id": task_id, "params": text, "created_at": now}
     return _make_insert((row, True, key))
 
@@ -104,6 +105,8 @@ _make_insert = maker(Insert)
 
 def is_bare(task: Task) -> bool:
     """Return True if a task has nothing but a type, params and an id."""
+    if not (task.run_at is None and task.retry is None and task.expires_at is None):
+        return False
     said = _all(task)
     return said == _BARE and type(said[0]) is int
 
@@ -116,7 +119,7 @@ _options = attrgetter(*CHECKS)
 _NOTHING = _options(Task())
 _links = attrgetter(*_LINKS)
 _ALONE = _links(Task())
-_all = attrgetter(*CHECKS, *_LINKS, "expires_at", "created_by", "status")
+_all = attrgetter(*CHECKS, *_LINKS, "created_by", "status")
 _BARE = _all(Task())
 
 

@@ -190,11 +190,14 @@ class TestChosenIds:
         assert results == [str(number) not in taken for number in range(5)]
         assert keys(path).keys() == taken
 
-    def test_all_are_stored_although_a_key_is_taken(self, repository, path, monkeypatch):
+    @pytest.mark.parametrize("stored", ["", "x"], ids=["one", "all"])
+    def test_all_are_stored_although_keys_are_taken(self, repository, path, monkeypatch, stored):
         monkeypatch.setattr("taskx.stores.sqlite.writing.new_key", lambda moment: moment * 2 + 1)
+        for name in stored:
+            repository.create(Task(id=name, type="t", created_at=NOW))
         results, _ = said(repository, [fresh(name) for name in "abc"])
         assert results == [True, True, True]
-        assert keys(path).keys() == {"a", "b", "c"}
+        assert keys(path).keys() == {"a", "b", "c", *stored}
 
 
 class TestOrder:

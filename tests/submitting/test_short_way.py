@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from unittest.mock import ANY
+
 import pytest
 
 from taskx import (
+    ConfigurationError,
     MemoryRepository,
     PayloadError,
     Queue,
@@ -64,3 +67,15 @@ def test_both_ways_refuse_the_same_params_in_the_same_words(queue, params):
         errors.append(str(caught.value))
     assert errors[0] == errors[1]
     assert queue.repository.count(TaskFilter()) == 0
+
+
+def test_a_wrong_id_is_named_before_wrong_params(queue):
+    for wrong in (5, None, "i" * 5000):
+        with pytest.raises(ConfigurationError, match="id "):
+            queue.submit(Task(type="strict", params={"a": object()}, id=wrong))
+
+
+def test_an_expiry_is_checked_although_it_is_equal_to_none(queue):
+    queue.submit("strict", {"number": 1})
+    with pytest.raises(ConfigurationError, match="expires_at"):
+        queue.submit(Task(type="strict", params={"number": 1}, expires_at=ANY))

@@ -43,21 +43,24 @@ class KeyedWriter(Writer):
     def _all(self, link: Link, alike: Sequence[Any]) -> int:
         if isinstance(alike[0], Insert):
             rows = [(write.key or _drawn(write.row), *write.row.values()) for write in alike]
-            return link.executemany(self.statements.insert(_ORDINARY), rows).rowcount
+            held = link.executemany(self.statements.insert(_ORDINARY), rows).rowcount
+        else:
+            held = self._change_all(link, alike)
+        if held == 0:
+            raise Apart  # a key may be taken, or their rows may have other keys
+        return held
+
+    def _change_all(self, link: Link, alike: Sequence[Any]) -> int:
         keys = [key_of(write.id) for write in alike]
         first = alike[0]
         if None in keys or first[1:] == alike[1][1:]:
-            held = super()._all(link, alike)
-        else:
-            sql, _ = self._sql_of((first.id,), first.guard, first.changes)
-            rows = [
-                (*write.changes.values(), key, write.id, *write.guard.values())
-                for key, write in zip(keys, alike, strict=True)
-            ]
-            held = link.executemany(sql, rows).rowcount
-        if held == 0:
-            raise Apart  # their rows may have other keys
-        return held
+            return super()._all(link, alike)
+        sql, _ = self._sql_of((first.id,), first.guard, first.changes)
+        rows = [
+            (*write.changes.values(), key, write.id, *write.guard.values())
+            for key, write in zip(keys, alike, strict=True)
+        ]
+        return link.executemany(sql, rows).rowcount
 
     def single(self, write: Write) -> Callable[[Link], list[bool]] | None:
         if not isinstance(write, Insert):
