@@ -234,7 +234,7 @@ class Context:
         Raises:
             PayloadError: ``percent`` is not a number, or ``message`` is not a string.
         """
-        if type(percent) is not int or type(message) is not str:
+        if type(percent) not in (int, float) or percent != percent or type(message) is not str:
             percent, _ = check_progress(percent, message)
         if len(message) > MAX_MESSAGE:
             self._message_was_cut()

@@ -237,7 +237,7 @@ class Intake:
         model = registry.models.get(task.type)
         if model is not None and priority is None and is_bare(task):
             check = None if executor is None else executor.check_params
-            return copy_of(model, task.params, now, size, check, task.id)
+            return copy_of(model, task.params, now, size, check, task.id, task.created_by)
         insert = new_record(task, now, size)
         row = insert.row
         if executor is None:

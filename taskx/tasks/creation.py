@@ -85,18 +85,21 @@ def copy_of(
     max_size: int,
     check: Callable[[Any], object] | None,
     chosen: str = "",
+    created_by: str = "",
 ) -> Insert:
-    """Return the write that stores a new task that differs from a model in its params, and maybe its id.
+    """Return the write that stores a new task that differs from a model in its params.
 
-    ``check`` raises ``PayloadError`` if the params do not fit the executor; the rest is as in
-    :func:`new_record`.
+    Its id and ``created_by`` may be its own, too. ``check`` raises ``PayloadError`` if the params do not fit
+    the executor; the rest is as in :func:`new_record`.
     """
     own = check_key(chosen, "id") if chosen != "" else ""
     text = payload.encode_params(params, max_size)
+    if created_by != "":
+        created_by = check_name(created_by, "created_by")
     if check is not None:
         check(params)
     task_id, key = (own, 0) if own else keyed_id(now)
-    row = {**model, "id": task_id, "params": text, "created_at": now}
+    row = {**model, "id": task_id, "params": text, "created_by": created_by, "created_at": now}
     return _make_insert((row, True, key))
 
 
@@ -104,7 +107,7 @@ _make_insert = maker(Insert)
 
 
 def is_bare(task: Task) -> bool:
-    """Return True if a task has nothing but a type, params and an id."""
+    """Return True if a task has nothing but a type, params, an id and ``created_by``."""
     if not (task.run_at is None and task.retry is None and task.expires_at is None):
         return False
     said = _all(task)
@@ -119,7 +122,7 @@ _options = attrgetter(*CHECKS)
 _NOTHING = _options(Task())
 _links = attrgetter(*_LINKS)
 _ALONE = _links(Task())
-_all = attrgetter(*CHECKS, *_LINKS, "created_by", "status")
+_all = attrgetter(*CHECKS, *_LINKS, "status")
 _BARE = _all(Task())
 
 

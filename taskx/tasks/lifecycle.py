@@ -726,7 +726,9 @@ def start_all(
 
 def _of_row(update: Update, number: int | None) -> Update:
     """Return an update that holds for the row with this number only; None for any row of the task."""
-    return update if number is None else update._replace(guard={**update.guard, "seq": number})
+    if number is None:
+        return update
+    return _update((update.id, {**update.guard, "seq": number}, *update[2:]))
 
 
 _update = maker(Update)

@@ -200,6 +200,71 @@ class TestChosenIds:
         assert keys(path).keys() == {"a", "b", "c", *stored}
 
 
+class TestSeveralAtOnce:
+    """Tasks whose values differ share statements, each for 1, 2, 4, 8, … of them."""
+
+    def ended(self, *task_ids: str, before: str = "pending") -> list[Update]:
+        return [
+            Update(
+                name,
+                {"status": before, "starts": 0},
+                {"status": "completed", "result": f'"{name}"'},
+            )
+            for name in task_ids
+        ]
+
+    @pytest.mark.parametrize("chosen", [True, False])
+    @pytest.mark.parametrize(("count", "statements"), [(2, 1), (3, 2), (37, 3), (64, 1), (100, 3)])
+    def test_each_gets_its_own_values(self, repository, chosen, count, statements):
+        names = [f"{number:03}" if chosen else new_id() for number in range(count)]
+        repository.apply([fresh("first")])
+        repository.apply([fresh(name) for name in names])
+        results, sql = said(repository, self.ended(*names))
+        assert results == [True] * count
+        assert [one.split()[0] for one in sql] == ["BEGIN", *["UPDATE"] * statements, "COMMIT"]
+        found = repository.get_many(names)
+        assert {name: task.result for name, task in found.items()} == {n: n for n in names}
+        assert {task.status for task in found.values()} == {TaskStatus.COMPLETED}
+        assert repository.get_many(["first"])["first"].status is TaskStatus.PENDING
+
+    def test_many_are_stored_by_few_statements(self, repository, path):
+        names = [str(number) for number in range(37)]
+        _, statements = said(repository, [fresh(name, priority=int(name)) for name in names])
+        assert [sql.split()[0] for sql in statements] == ["BEGIN", *["INSERT"] * 3, "COMMIT"]
+        found = repository.get_many(names)
+        assert {name: found[name].priority for name in names} == {n: int(n) for n in names}
+
+    def test_tasks_with_made_and_with_chosen_ids_share_a_transaction(self, repository):
+        repository.apply([fresh(MADE), fresh("a"), fresh("b")])
+        results, statements = said(repository, self.ended("a", MADE, "b"))
+        assert results == [True, True, True]
+        assert [sql.split()[0] for sql in statements] == ["BEGIN", "UPDATE", "UPDATE", "COMMIT"]
+        found = repository.get_many(["a", MADE, "b"])
+        assert {name: task.result for name, task in found.items()} == {n: n for n in found}
+
+    @pytest.mark.parametrize("gone", ["a", "b", MADE])
+    def test_one_that_is_not_as_its_guard_wants_it_keeps_none_from_it(self, repository, gone):
+        names = ["a", MADE, "b"]
+        repository.apply([fresh(name) for name in names])
+        repository.apply(self.ended(gone))
+        results = repository.apply(self.ended(*names))
+        assert results == [name != gone for name in names]
+
+    def test_the_same_task_twice_is_written_twice_in_order(self, repository):
+        repository.apply([fresh("a"), fresh("b")])
+        writes = [
+            Update(name, {"status": "pending"}, {"progress": percent})
+            for name, percent in (("a", 1), ("b", 2), ("a", 3), ("b", 4))
+        ]
+        assert repository.apply(writes) == [True] * 4
+        found = repository.get_many(["a", "b"])
+        assert {name: task.progress for name, task in found.items()} == {"a": 3, "b": 4}
+
+    def test_their_values_are_kept_in_memory_not_in_a_temporary_file(self, repository):
+        ((place,),) = connections_of(repository).writer().execute("PRAGMA temp_store").fetchall()
+        assert place == 2  # MEMORY
+
+
 class TestOrder:
     def test_lists_have_the_newest_first_whether_ids_are_made_or_chosen(self, repository):
         made = []

@@ -40,6 +40,7 @@ from taskx.stores.queries import Changes, pages, shown
 from taskx.stores.sql.statements import ANYWHERE
 from taskx.stores.sqlite import connections, schema
 from taskx.stores.sqlite.dialect import statements as statements_of
+from taskx.stores.sqlite.writing import of_several
 from taskx.tasks import lifecycle
 from taskx.tasks.ids import new_id
 from taskx.tasks.lifecycle import FINISHED
@@ -428,6 +429,19 @@ class TestStatements:
             named,
             "SEARCH tasks USING INTEGER PRIMARY KEY (rowid=?)",
         }
+
+    @pytest.mark.parametrize(
+        ("made", "step"),
+        [(True, "INTEGER PRIMARY KEY (rowid=?)"), (False, "INDEX tasks_named (id=?)")],
+    )
+    def test_tasks_that_get_their_values_at_once_are_each_found_through_an_index(
+        self, plan, made, step
+    ):
+        task_id = new_id() if made else "x"
+        guard = {"status": "running", "starts": 1}
+        sql, values = statements.update((task_id,), guard, {"status": "completed", "result": ""})
+        steps = plan(of_several(sql, 64), [*values] * 64)
+        assert [one for one in steps if " tasks " in one] == [f"SEARCH tasks USING {step}"]
 
     @pytest.mark.parametrize("count", [1, 2])
     def test_children_are_found_through_an_index(self, plan, count):

@@ -83,18 +83,24 @@ class Writer:
         first, second, *_ = alike
         if isinstance(first, Insert):
             rows = [tuple(write.row.values()) for write in alike]
-            return link.executemany(self.statements.insert(CREATED), rows).rowcount
+            return self._for_each(link, self.statements.insert(CREATED), rows)
         if first[1:] == second[1:]:
             ids = [write.id for write in alike]
             return link.execute(*self.statements.update(ids, first.guard, first.changes)).rowcount
-        places = [self.dialect.named((write.id,)) for write in alike]
-        if any(which != places[0][0] for which, _ in places):
-            raise Apart
-        sql, _ = self.statements.update((), first.guard, first.changes, place=places[0])
-        rows = [
-            (*write.changes.values(), *keys, *write.guard.values())
-            for write, (_, keys) in zip(alike, places, strict=True)
-        ]
+        lots: dict[str, list[tuple[Any, ...]]] = {}
+        named = self.dialect.named
+        for id, guard, changes, *_ in alike:
+            which, keys = named((id,))
+            row = *changes.values(), *keys, *guard.values()
+            lots.setdefault(which, []).append(row)
+        held = 0
+        for which, rows in lots.items():
+            sql, _ = self.statements.update((), first.guard, first.changes, place=(which, ()))
+            held += self._for_each(link, sql, rows)
+        return held
+
+    def _for_each(self, link: Link, sql: str, rows: list[tuple[Any, ...]]) -> int:
+        """Execute a statement for each of some rows of values. Return how many rows it has changed."""
         return link.executemany(sql, rows).rowcount
 
     @staticmethod

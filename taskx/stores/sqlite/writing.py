@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from itertools import count
+from functools import lru_cache, partial
+from itertools import chain, count
 from typing import Any
 
 from taskx.stores.sql.link import Apart, Link
@@ -43,24 +44,22 @@ class KeyedWriter(Writer):
     def _all(self, link: Link, alike: Sequence[Any]) -> int:
         if isinstance(alike[0], Insert):
             rows = [(write.key or _drawn(write.row), *write.row.values()) for write in alike]
-            held = link.executemany(self.statements.insert(_ORDINARY), rows).rowcount
+            held = self._for_each(link, self.statements.insert(_ORDINARY), rows)
         else:
-            held = self._change_all(link, alike)
+            held = super()._all(link, alike)
         if held == 0:
             raise Apart  # a key may be taken, or their rows may have other keys
         return held
 
-    def _change_all(self, link: Link, alike: Sequence[Any]) -> int:
-        keys = [key_of(write.id) for write in alike]
-        first = alike[0]
-        if None in keys or first[1:] == alike[1][1:]:
-            return super()._all(link, alike)
-        sql, _ = self._sql_of((first.id,), first.guard, first.changes)
-        rows = [
-            (*write.changes.values(), key, write.id, *write.guard.values())
-            for key, write in zip(keys, alike, strict=True)
-        ]
-        return link.executemany(sql, rows).rowcount
+    def _for_each(self, link: Link, sql: str, rows: list[tuple[Any, ...]]) -> int:
+        # As few statements as can be: the driver gives other threads a turn at each.
+        held = 0
+        while rows:
+            size = 1 << len(rows).bit_length() - 1  # so that few texts are compiled
+            values = [*chain.from_iterable(rows[:size])]
+            held += link.execute(of_several(sql, size), values).rowcount
+            rows = rows[size:]
+        return held
 
     def single(self, write: Write) -> Callable[[Link], list[bool]] | None:
         if not isinstance(write, Insert):
@@ -149,6 +148,21 @@ def _drawn(row: Mapping[str, Any]) -> int:
     Return 0 if the id seems to have a key in it: a row with that key may have the id, too.
     """
     return new_key(row["created_at"]) if key_of(row["id"]) is None else 0
+
+
+@lru_cache(maxsize=256)
+def of_several(sql: str, size: int) -> str:
+    """Return a statement that does at once what a given one does with each of several rows of values.
+
+    It is an ``INSERT`` of one row, or an ``UPDATE`` of one.
+    """
+    given = f"({', '.join('?' * sql.count('?'))})"
+    rows = ", ".join([given] * size)
+    if sql.startswith("INSERT"):
+        return sql.replace(given, rows)
+    numbers = count(1)
+    change, _, which = re.sub(r"\?", lambda _: f"v.column{next(numbers)}", sql).partition(" WHERE ")
+    return f"{change} FROM (VALUES {rows}) AS v WHERE {which}"
 
 
 def _alone(query: Query, link: Link) -> list[bool]:
