@@ -6,12 +6,13 @@ import random
 import threading
 import time
 from contextlib import suppress
+from string import ascii_uppercase
 
 from taskx.node.pool import WorkerPool
 from taskx.stores.parts import Listener
 from taskx.tasks.bell import Rest
 from taskx.tasks.errors import RepositoryError
-from taskx.tasks.lifecycle import CANCEL_REQUESTED, FREED
+from taskx.tasks.lifecycle import CANCEL_REQUESTED, FREED, freed_of
 
 
 class Listening:
@@ -24,6 +25,7 @@ class Listening:
         self._pool = pool
         self._stopped = False
         self._listener: Listener | None = None
+        self._wanted = ""  # the kinds of news that it hears
         self._thread = threading.Thread(target=self._run, name="taskx-listen", daemon=True)
 
     def start(self) -> None:
@@ -40,13 +42,27 @@ class Listening:
         if self._thread.is_alive():
             self._thread.join(self._pool.timing.join_thread_within)
 
+    def follow(self) -> None:
+        """Listen for the types that the node runs now, if these are others than before."""
+        if (listener := self._listener) is not None and self._wanted != self._news():
+            self._listener = None  # the thread makes another one
+            listener.close()
+
+    def _news(self) -> str:
+        """Return the kinds of news that concern this node."""
+        registry = self._pool.registry
+        types = {*ascii_uppercase} if registry.finds else {*map(freed_of, registry.types)}
+        return FREED + CANCEL_REQUESTED + "".join(sorted(types))
+
     def _run(self) -> None:
         try:
-            # In this thread: in another, the exception of a signal handler could leave an open pipe.
-            if not self._stopped:
-                self._listener = self._pool.moves.repository.news.listen(FREED + CANCEL_REQUESTED)
-            if self._listener is not None:
-                self._listen(self._listener)
+            while not self._stopped:
+                # In this thread: in another, the exception of a signal handler could leave an open pipe.
+                self._wanted = self._news()
+                listener = self._listener = self._pool.moves.repository.news.listen(self._wanted)
+                if listener is None:
+                    return
+                self._listen(listener)
         except Exception:  # a defect of ours
             self._pool.log.exception("cannot listen to other processes; this node only polls")
         finally:
@@ -57,7 +73,7 @@ class Listening:
     def _listen(self, listener: Listener) -> None:
         timing, fetcher = self._pool.timing, self._pool.fetcher
         rest = Rest(timing)
-        while not self._stopped:
+        while not self._stopped and self._listener is listener:
             if not (news := listener.wait()):
                 continue
             if seconds := rest.seconds:
@@ -76,7 +92,7 @@ class Listening:
         try:
             if CANCEL_REQUESTED in news and pool.runs:
                 pool.fire_cancelled()
-            if FREED in news and pool.buffer.room_to_fetch() > 0:
+            if (FREED in news or any(map(str.isupper, news))) and pool.buffer.room_to_fetch() > 0:
                 pool.tuning.refresh()  # a task stored after a pause must not start
                 done = pool.fetcher.refill()
         except RepositoryError:

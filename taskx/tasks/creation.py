@@ -89,8 +89,8 @@ def copy_of(
 ) -> Insert:
     """Return the write that stores a new task that differs from a model in its params.
 
-    Its id and ``created_by`` may be its own, too. ``check`` raises ``PayloadError`` if the params do not fit
-    the executor; the rest is as in :func:`new_record`.
+    Its id and ``created_by`` may be its own, too. ``check`` raises ``PayloadError`` if the params do not
+    fit the executor; the rest is as in :func:`new_record`.
     """
     own = check_key(chosen, "id") if chosen != "" else ""
     text = payload.encode_params(params, max_size)

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import lru_cache
 from operator import attrgetter
+from string import ascii_uppercase
 from typing import Any, NamedTuple, Protocol
 from zlib import crc32
 
@@ -1331,9 +1333,16 @@ def discard(task: Task) -> Delete:
 # --- news for other processes
 
 #: Kinds of news: a task without an owner may start; a running task must be cancelled; a task has ended.
+#: For a new task that may start, :func:`freed_of` tells the kind: nodes without its type are not woken.
 FREED, CANCEL_REQUESTED, ENDED = "f", "c", "e"
 # Those of the most frequent moves.
 _OFTEN = {"start": "", "complete": ENDED}
+
+
+@lru_cache(maxsize=1024)
+def freed_of(type: str) -> str:
+    """Return the kind of news that a new task of a type may start: a capital letter. Types share them."""
+    return ascii_uppercase[crc32(type.encode("utf-8", "surrogatepass")) % len(ascii_uppercase)]
 
 
 def news_of(writes: Sequence[Write]) -> set[str]:
@@ -1353,7 +1362,8 @@ def news_of(writes: Sequence[Write]) -> set[str]:
             elif changes.get("held", FREE) in (FREE, FOR_TURN) and (
                 changes.get("owner") == "" or ("held" in changes and not changes.get("owner"))
             ):
-                kind = FREED
+                fresh = isinstance(write, Insert) and changes["held"] == FREE
+                kind = freed_of(changes["type"]) if fresh else FREED
         if kind:
             kinds.add(kind)
     return kinds

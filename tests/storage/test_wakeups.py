@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from contextlib import suppress
+from string import ascii_uppercase
 
 import pytest
 from helpers import PATIENCE, eventually, run_in_thread
@@ -12,11 +13,12 @@ from helpers import PATIENCE, eventually, run_in_thread
 from taskx import Queue, SQLiteRepository, Task
 from taskx.stores.sqlite import wakeups
 from taskx.tasks import lifecycle
-from taskx.tasks.lifecycle import CANCEL_REQUESTED, ENDED, FREED, Ending
+from taskx.tasks.lifecycle import CANCEL_REQUESTED, ENDED, FREED, Ending, freed_of
 from taskx.tasks.timing import Timing
 
 NOW = 1_700_000_000_000
-ALL = FREED + CANCEL_REQUESTED + ENDED
+NEW = freed_of("t")
+ALL = FREED + CANCEL_REQUESTED + ENDED + NEW
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
 
@@ -82,7 +84,22 @@ def owned(insert):
 def test_a_task_that_no_node_holds_is_news(listen, theirs):
     listener = listen()
     theirs.apply([created()])
-    assert listener.wait(PATIENCE) == FREED
+    assert listener.wait(PATIENCE) == NEW
+
+
+def test_a_new_task_is_news_for_those_who_listen_for_its_type(listen, theirs):
+    other = next(kind for kind in "abc" if freed_of(kind) != NEW)
+    here, elsewhere = listen(freed_of(other)), listen(NEW)
+    theirs.apply([created()])
+    assert elsewhere.wait(PATIENCE) == NEW
+    assert here.wait(0) == ""
+
+
+@pytest.mark.parametrize("type", ["t", "ü", "\ud800", "x" * 200], ids=["t", "ü", "bad", "long"])
+def test_the_news_of_a_type_is_a_capital_letter(type):
+    """It is part of the name of a pipe, and says the same in every process."""
+    assert freed_of(type) in ascii_uppercase
+    assert freed_of("t") == "M"
 
 
 def test_a_task_that_waits_for_its_turn_is_news(listen, theirs):
@@ -118,7 +135,7 @@ def test_several_kinds_of_news_arrive_together(theirs, listen):
     listener = listen()
     theirs.apply([*lifecycle.conclude(task, Ending(returned=True), NOW), created("b")])
     heard = listener.wait(PATIENCE)
-    assert set(heard) == {ENDED, FREED}
+    assert set(heard) == {ENDED, NEW}
 
 
 @pytest.mark.parametrize(
@@ -178,23 +195,23 @@ def test_a_write_whose_guard_failed_is_no_news(theirs, listen):
 
 
 def test_a_listener_hears_only_the_news_it_asked_for(theirs, listen):
-    work, ends = listen(FREED), listen(ENDED)
+    work, ends = listen(NEW), listen(ENDED)
     theirs.apply([created()])
-    assert work.wait(PATIENCE) == FREED
+    assert work.wait(PATIENCE) == NEW
     assert ends.wait(0) == ""
 
 
 def test_every_listener_hears_the_news(theirs, listen):
     listeners = [listen() for _ in range(3)]
     theirs.apply([created()])
-    assert [listener.wait(PATIENCE) for listener in listeners] == [FREED] * 3
+    assert [listener.wait(PATIENCE) for listener in listeners] == [NEW] * 3
 
 
 def test_news_from_before_the_wait_is_heard(theirs, listen):
     listener = listen()
     theirs.apply([created("a")])
     theirs.apply([created("b")])
-    assert listener.wait(PATIENCE) == 2 * FREED
+    assert listener.wait(PATIENCE) == 2 * NEW
     assert listener.wait(0) == ""
 
 
@@ -211,7 +228,7 @@ def test_queues_on_one_repository_hear_one_another(mine, listen):
     listener = listen()
     queues[0].declare("t")
     queues[0].submit("t")
-    assert listener.wait(PATIENCE) == FREED
+    assert listener.wait(PATIENCE) == NEW
 
 
 @pytest.mark.parametrize("listeners_every", [1000.0])
@@ -222,7 +239,7 @@ def test_a_busy_writer_scans_for_listeners_now_and_then(theirs, listen, monkeypa
     assert listener.wait(0) == ""
     monkeypatch.setattr(theirs._file_links.wakeups, "_scan_at", 0.0)
     theirs.apply([created("c")])
-    assert listener.wait(PATIENCE) == FREED
+    assert listener.wait(PATIENCE) == NEW
 
 
 # --- errors are ignored
@@ -244,17 +261,17 @@ def test_a_removed_pipe_is_ignored(theirs, listen, database):
     theirs.apply([created("a")])
     os.unlink(gone._path)
     theirs.apply([created("b")])
-    assert there.wait(PATIENCE) == 2 * FREED
+    assert there.wait(PATIENCE) == 2 * NEW
 
 
 def test_the_pipe_of_a_dead_process_is_removed_by_the_next_listener(listen, theirs, database):
     alive = listen()
-    dead = database.with_name("tasks.db-nodes") / f"dead.{FREED}.pipe"
+    dead = database.with_name("tasks.db-nodes") / f"dead.{NEW}.pipe"
     os.mkfifo(dead)
     assert theirs.apply([created()]) == [True]
     listen()
     assert not dead.exists()
-    assert alive.wait(PATIENCE) == FREED
+    assert alive.wait(PATIENCE) == NEW
     assert len(pipes(database)) == 2
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from concurrent.futures import CancelledError
+from string import ascii_uppercase
 from types import SimpleNamespace
 
 import pytest
@@ -34,7 +35,7 @@ from taskx.stores.parts import Listener
 from taskx.stores.sqlite.links import FileLinks
 from taskx.tasks import bell, ids
 from taskx.tasks.bell import Rest
-from taskx.tasks.lifecycle import CANCEL_REQUESTED, FREED
+from taskx.tasks.lifecycle import CANCEL_REQUESTED, FREED, freed_of
 from taskx.tasks.timing import DEFAULT_TIMING, Timing
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
@@ -329,6 +330,7 @@ def heard(monkeypatch):
             listening, "time", SimpleNamespace(sleep=lambda _: done.append("rests"))
         )
         listener = Told(thread, *news)
+        monkeypatch.setattr(thread, "_listener", listener)
         thread._listen(listener)
         return done, listener.timeouts
 
@@ -374,6 +376,7 @@ def process(busy, monkeypatch):
 @no_polling
 def test_the_listener_reacts_to_the_kind_of_news(process):
     assert process(2 * FREED) == ["refill"]
+    assert process(freed_of("t")) == ["refill"]
     assert process(CANCEL_REQUESTED) == ["cancels"]
     assert process(FREED + CANCEL_REQUESTED) == ["cancels", "refill"]
     assert process("\n?") == []
@@ -405,6 +408,42 @@ def test_the_housekeeper_retries_a_fetch_that_failed(process, monkeypatch):
 
     monkeypatch.setattr(pool_of(process.queue).fetcher, "refill", fails)
     assert process(FREED) == ["wake"]
+
+
+def heard_by(queue) -> str:
+    return housekeeper_of(queue)._listening._wanted
+
+
+@no_polling
+def test_a_new_task_wakes_only_the_nodes_that_run_its_type(listens, elsewhere):
+    queue = listens(lambda queue: queue.executor("t")(lambda: None))
+    assert heard_by(queue) == FREED + CANCEL_REQUESTED + freed_of("t")
+    other = next(kind for kind in "abc" if freed_of(kind) != freed_of("t"))
+    elsewhere.declare(other, "t")
+    woken = []
+    housekeeper_of(queue)._listening._process = woken.append
+    elsewhere.submit(other)
+    elsewhere.submit("t")
+    eventually(lambda: woken)
+    assert woken == [freed_of("t")]
+
+
+def test_a_node_that_finds_executors_hears_of_every_type(make_queue):
+    queue = make_queue(find_executor=lambda type: None)
+    queue.start()
+    eventually(lambda: {*ascii_uppercase} <= {*heard_by(queue)})
+
+
+def test_a_node_hears_of_a_type_that_it_runs_from_now_on(make_queue):
+    queue = make_queue()
+    queue.executor("t")(lambda: None)
+    queue.start()
+    eventually(lambda: freed_of("t") in heard_by(queue))
+    before = housekeeper_of(queue)._listening._listener
+    other = next(kind for kind in "abc" if freed_of(kind) != freed_of("t"))
+    queue.executor(other)(lambda: None)
+    eventually(lambda: {freed_of(other), freed_of("t")} <= {*heard_by(queue)})
+    eventually(lambda: housekeeper_of(queue)._listening._listener not in (None, before))
 
 
 # --- two processes
@@ -484,4 +523,4 @@ def test_a_killed_process_does_not_prevent_wake_ups_of_others(spawn, elsewhere, 
     assert child.read() == "ready"
     elsewhere.declare("fine")
     assert elsewhere.submit("fine", {"n": 5}).result(PATIENCE) == 5
-    assert len([*database.with_name("tasks.db-nodes").glob("*.fc.pipe")]) == 1
+    assert len([*database.with_name("tasks.db-nodes").glob("*.fc*.pipe")]) == 1

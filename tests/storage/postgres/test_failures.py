@@ -26,6 +26,7 @@ from taskx.stores.postgres import schema
 from taskx.stores.sql import pool
 from taskx.tasks import lifecycle
 from taskx.tasks.clock import SYSTEM_CLOCK
+from taskx.tasks.lifecycle import ENDED, freed_of
 from taskx.tasks.record import FREE, UNTIL_DUE
 from taskx.tasks.writes import Update
 
@@ -33,6 +34,7 @@ from ..repositories import insert, losing_answers
 
 pytestmark = pytest.mark.postgres
 LONG = PATIENCE
+NEW = freed_of("t")
 
 
 def database(repository):
@@ -220,10 +222,10 @@ def many_files():
 
 def test_a_process_with_many_open_files_hears_of_others(url, repository, many_files):
     with PostgresRepository(url) as other:
-        ear = other.news.listen("f")
-        assert ear.wait(LONG) == "f"  # something may have been missed before
+        ear = other.news.listen(NEW)
+        assert ear.wait(LONG) == NEW  # something may have been missed before
         repository.apply([insert("a", SYSTEM_CLOCK)])
-        assert ear.wait(LONG) == "f"
+        assert ear.wait(LONG) == NEW
         ear.close()
 
 
@@ -394,13 +396,13 @@ def test_texts_are_utf_8_whatever_the_default_of_the_connection_is(server, repos
 
 def test_news_of_another_process_come_at_once_and_then_together(repository, url):
     with PostgresRepository(url) as other:
-        ear = other.news.listen("fe")
+        ear = other.news.listen(NEW + ENDED)
         assert ear.wait(LONG)  # something may have been missed before
         repository.apply([insert("a", SYSTEM_CLOCK)])
-        assert ear.wait(LONG) == "f"
+        assert ear.wait(LONG) == NEW
         for n in range(50):
             repository.apply([insert(f"b{n}", SYSTEM_CLOCK), Update("a", {}, {"message": f"{n}"})])
-        assert ear.wait(LONG) == "f"
+        assert ear.wait(LONG) == NEW
         ear.close()
         eventually(lambda: ear.wait(LONG) == "")  # the last news may come after the first ones
 
