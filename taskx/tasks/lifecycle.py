@@ -1351,6 +1351,8 @@ def news_of(writes: Sequence[Write]) -> set[str]:
     for write in writes:
         if not isinstance(write, Insert):
             kind, changes = _OFTEN.get(write.move), write.changes
+        elif write.row["owner"] and len(write.row) == len(CREATED):
+            continue  # most new tasks: this node holds them
         else:  # a property costs a call
             kind, changes = None, write.row
         if kind is None:  # the move does not tell
