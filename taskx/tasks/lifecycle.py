@@ -733,12 +733,12 @@ def _of_row(update: Update, number: int | None) -> Update:
     return _update((update.id, {**update.guard, "seq": number}, *update[2:]))
 
 
-_update = maker(Update)
+_insert, _update = maker(Insert), maker(Update)
 
 
 def created_started(insert: Insert, start: Update) -> Insert:
     """Store a new task as already started: creation and :func:`start` in one write instead of two."""
-    return insert._replace(row={**insert.row, **start.changes})
+    return _insert(({**insert.row, **start.changes}, *insert[1:]))
 
 
 def as_submitted(insert: Insert) -> dict[str, Any]:
