@@ -234,6 +234,7 @@ class Context:
         Raises:
             PayloadError: ``percent`` is not a number, or ``message`` is not a string.
         """
+        # A number that is too small or too large is limited when it is stored.
         if type(percent) not in (int, float) or percent != percent or type(message) is not str:
             percent, _ = check_progress(percent, message)
         if len(message) > MAX_MESSAGE:

@@ -133,7 +133,8 @@ class Housekeeper:
             Duty("due tasks", self._release.step, due=self._release.due),
             Duty("buffers of dead nodes", self._free, due=_when(lambda: recovery.waiting)),
             Duty("dead nodes", self._recover, timing.recover_every),
-            Duty("record", self._record, timing.recover_every),
+            Duty("record", lambda until: pool.record(), timing.recover_every),
+            Duty("types", lambda until: self._listening.follow()),
             Duty("limits", lambda until: pool.tuning.tend(), timing.recover_every),
             # Before the fetch: a task that was stored after a pause must not start.
             Duty("changes", self._take_in, timing.recover_every),
@@ -300,10 +301,6 @@ class Housekeeper:
     def _recover(self, until: float) -> None:
         self.recovery.recover(until)
 
-    def _record(self, until: float) -> None:
-        self._pool.record()
-        self._listening.follow()
-
     def _take_in(self, until: float) -> None:
         """Take in what other nodes have changed, whether or not anything is known to have changed."""
         if not self._polls:
@@ -314,6 +311,7 @@ class Housekeeper:
     def _take_in_news(self, until: float) -> None:
         """Take in what other nodes have changed, if anything has changed since the last look."""
         news, self._news = self._news, False
+        # What changes after a look that has found news, the next round finds.
         if self._polls and (news or self._changed()):
             self._pool.agenda.check_due()
             self._ticker.refresh_soon()

@@ -43,25 +43,31 @@ class Listening:
             self._thread.join(self._pool.timing.join_thread_within)
 
     def follow(self) -> None:
-        """Listen for the types that the node runs now, if these are others than before."""
-        if (listener := self._listener) is not None and self._wanted != self._news():
-            self._listener = None  # the thread makes another one
-            listener.close()
+        """Listen for the types that the node runs now, if these are others than before.
 
-    def _news(self) -> str:
+        One thread calls this, which no signal handler interrupts.
+        """
+        before, wanted = self._listener, self._kinds()
+        if before is None or self._stopped or wanted == self._wanted:
+            return
+        # The old one is closed last, so that nothing is missed.
+        if (listener := self._pool.moves.repository.news.listen(wanted)) is not None:
+            self._listener, self._wanted = listener, wanted
+            before.close()
+
+    def _kinds(self) -> str:
         """Return the kinds of news that concern this node."""
         registry = self._pool.registry
-        types = {*ascii_uppercase} if registry.finds else {*map(freed_of, registry.types)}
-        return FREED + CANCEL_REQUESTED + "".join(sorted(types))
+        letters = {*ascii_uppercase} if registry.finds else {*map(freed_of, registry.types)}
+        return FREED + CANCEL_REQUESTED + "".join(sorted(letters))
 
     def _run(self) -> None:
         try:
-            while not self._stopped:
-                # In this thread: in another, the exception of a signal handler could leave an open pipe.
-                self._wanted = self._news()
-                listener = self._listener = self._pool.moves.repository.news.listen(self._wanted)
-                if listener is None:
-                    return
+            # In this thread: in another, the exception of a signal handler could leave an open pipe.
+            if not self._stopped:
+                self._wanted = self._kinds()
+                self._listener = self._pool.moves.repository.news.listen(self._wanted)
+            while not self._stopped and (listener := self._listener) is not None:
                 self._listen(listener)
         except Exception:  # a defect of ours
             self._pool.log.exception("cannot listen to other processes; this node only polls")
@@ -92,7 +98,7 @@ class Listening:
         try:
             if CANCEL_REQUESTED in news and pool.runs:
                 pool.fire_cancelled()
-            if (FREED in news or any(map(str.isupper, news))) and pool.buffer.room_to_fetch() > 0:
+            if (FREED in news or news != news.lower()) and pool.buffer.room_to_fetch() > 0:
                 pool.tuning.refresh()  # a task stored after a pause must not start
                 done = pool.fetcher.refill()
         except RepositoryError:

@@ -48,8 +48,8 @@ class News:
     def listen(self, news: str) -> Listener | None:
         """Return a listener that learns of others' commits sooner than polling ``version`` would.
 
-        ``news`` holds the kinds of news that are wanted: see ``lifecycle.news_of``. News may come late,
-        twice or not at all. Return None if the store cannot tell of commits.
+        ``news`` holds the kinds of news that are wanted, a letter each: see ``lifecycle.news_of``. News may
+        come late, twice or not at all. Return None if the store cannot tell of commits.
         """
         return None
 

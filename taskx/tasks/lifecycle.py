@@ -1341,12 +1341,15 @@ _OFTEN = {"start": "", "complete": ENDED}
 
 @lru_cache(maxsize=1024)
 def freed_of(type: str) -> str:
-    """Return the kind of news that a new task of a type may start: a capital letter. Types share them."""
+    """Return the kind of news that a new task of a type may start: a capital letter.
+
+    Several types may have the same letter.
+    """
     return ascii_uppercase[crc32(type.encode("utf-8", "surrogatepass")) % len(ascii_uppercase)]
 
 
 def news_of(writes: Sequence[Write]) -> set[str]:
-    """Return the kinds of news in writes, for other processes."""
+    """Return the kinds of news in writes, for other processes: small letters, and those of types."""
     kinds: set[str] = set()
     for write in writes:
         if not isinstance(write, Insert):
@@ -1364,7 +1367,7 @@ def news_of(writes: Sequence[Write]) -> set[str]:
             elif changes.get("held", FREE) in (FREE, FOR_TURN) and (
                 changes.get("owner") == "" or ("held" in changes and not changes.get("owner"))
             ):
-                fresh = isinstance(write, Insert) and changes["held"] == FREE
+                fresh = isinstance(write, Insert) and changes.get("held", FREE) == FREE
                 kind = freed_of(changes["type"]) if fresh else FREED
         if kind:
             kinds.add(kind)

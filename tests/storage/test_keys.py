@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
+import subprocess
+import sys
 from contextlib import closing
 from datetime import datetime, timedelta, timezone
 
 import pytest
-from helpers import connections_of
+from helpers import PATIENCE, connections_of
 
 from taskx import DuplicateTask, RepositoryError, SQLiteRepository, Task, TaskFilter, TaskStatus
 from taskx.tasks import ids, lifecycle
@@ -263,6 +266,40 @@ class TestSeveralAtOnce:
     def test_their_values_are_kept_in_memory_not_in_a_temporary_file(self, repository):
         ((place,),) = connections_of(repository).writer().execute("PRAGMA temp_store").fetchall()
         assert place == 2  # MEMORY
+
+    @pytest.mark.process
+    def test_in_a_transaction_of_a_caller_no_temporary_file_is_needed(self, tmp_path):
+        """A large statement would need one, unless the connection keeps it in memory."""
+        command = [sys.executable, "-c", OF_A_CALLER, str(tmp_path / "app.db")]
+        env = {**os.environ, "SQLITE_TMPDIR": "/proc"}
+        told = subprocess.run(
+            command, env=env, stdout=subprocess.PIPE, timeout=PATIENCE, check=True
+        )
+        assert told.stdout.split() == [b"3200"]
+
+
+#: Submits tasks with chosen ids in a transaction of its own, and prints how many are stored.
+OF_A_CALLER = """
+import sqlite3, sys
+from taskx import Queue, SQLiteRepository, Task, TaskFilter
+
+connection = sqlite3.connect(sys.argv[1])
+connection.execute("PRAGMA journal_mode = WAL")
+connection.execute("CREATE TABLE app (x)")
+queue = Queue(SQLiteRepository(sys.argv[1], prefix="tx_"))
+queue.declare("t")
+
+
+def tasks(prefix, count):
+    names = (f"{prefix}{n * 7919 % 100_003}" for n in range(count))
+    return [Task(type="t", params={"a": "x" * 300}, id=name) for name in names]
+
+
+queue.submit_many(tasks("before", 3000))
+with connection:
+    queue.submit_many(tasks("c", 200), connection=connection)
+print(queue.repository.count(TaskFilter()))
+"""
 
 
 class TestOrder:

@@ -434,16 +434,35 @@ def test_a_node_that_finds_executors_hears_of_every_type(make_queue):
     eventually(lambda: {*ascii_uppercase} <= {*heard_by(queue)})
 
 
-def test_a_node_hears_of_a_type_that_it_runs_from_now_on(make_queue):
-    queue = make_queue()
-    queue.executor("t")(lambda: None)
-    queue.start()
-    eventually(lambda: freed_of("t") in heard_by(queue))
-    before = housekeeper_of(queue)._listening._listener
+@no_polling
+def test_a_node_hears_at_once_of_a_type_that_it_runs_from_now_on(listens, elsewhere):
+    ran = threading.Event()
+    queue = listens(lambda queue: queue.executor("t")(lambda: None))
     other = next(kind for kind in "abc" if freed_of(kind) != freed_of("t"))
-    queue.executor(other)(lambda: None)
+    queue.executor(other)(ran.set)
     eventually(lambda: {freed_of(other), freed_of("t")} <= {*heard_by(queue)})
-    eventually(lambda: housekeeper_of(queue)._listening._listener not in (None, before))
+    elsewhere.declare(other)
+    elsewhere.submit(other)
+    assert ran.wait(PATIENCE)
+
+
+@no_polling
+def test_a_node_that_cannot_listen_anew_hears_what_it_heard_and_tries_again(
+    listens, elsewhere, monkeypatch
+):
+    ran, tried = threading.Event(), []
+    queue = listens(lambda queue: queue.executor("t")(ran.set))
+    other = next(kind for kind in "abc" if freed_of(kind) != freed_of("t"))
+    with monkeypatch.context() as full:
+        full.setattr(queue.repository.news, "listen", tried.append)  # returns None
+        queue.executor(other)(lambda: None)
+        eventually(lambda: tried)
+        elsewhere.declare("t")
+        elsewhere.submit("t")
+        assert ran.wait(PATIENCE)
+        assert freed_of(other) not in heard_by(queue)
+    parts_of(queue).agenda.wake()  # to the next round
+    eventually(lambda: freed_of(other) in heard_by(queue))
 
 
 # --- two processes

@@ -165,7 +165,7 @@ class SQLRepository(Repository):
 
     def over(self, links: Links) -> SQLRepository:
         """Return the repository over other links: as a transaction of a caller sees it."""
-        shared = self.clock, self.codecs, self.timing, self.liveness, type(self._writer)
+        shared = self.clock, self.codecs, self.timing, self.liveness, self._writer.for_callers
         return SQLRepository(self.statements, links, *shared)
 
     @property

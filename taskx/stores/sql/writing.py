@@ -42,6 +42,11 @@ class Writer:
         # An update is always one statement: triggers do the rest, and a conflict undoes nothing else.
         self._plain = d.has_triggers and not (d.needs_savepoints or d.locks_first or d.has_arrays)
 
+    @property
+    def for_callers(self) -> type[Writer]:
+        """The class that writes in transactions of callers."""
+        return type(self)
+
     # --- several writes
 
     def each(self, writes: Sequence[Write], whole: bool, link: Link) -> list[bool]:
@@ -87,6 +92,7 @@ class Writer:
         if first[1:] == second[1:]:
             ids = [write.id for write in alike]
             return link.execute(*self.statements.update(ids, first.guard, first.changes)).rowcount
+        # In SQLite, made and chosen ids are found in two places.
         lots: dict[str, list[tuple[Any, ...]]] = {}
         named = self.dialect.named
         for id, guard, changes, *_ in alike:

@@ -373,7 +373,7 @@ class Connections:
             self.file.opened()
             if self._prepare(connection):
                 connection = self._replace(connection)
-            # For statements with the values of several rows: the disk of temporary files may be full.
+            # For the statements of ``OwnWriter``: the disk of temporary files may be full.
             connection.execute("PRAGMA temp_store = MEMORY")
             connection.set_authorizer(self.compiling.authorizer)
             connection.number = next(_numbers)

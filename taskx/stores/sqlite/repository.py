@@ -15,7 +15,7 @@ from taskx.stores.sqlite.dialect import statements
 from taskx.stores.sqlite.file import DatabaseFile
 from taskx.stores.sqlite.joining import FileTransactions
 from taskx.stores.sqlite.links import Durability, FileLinks
-from taskx.stores.sqlite.writing import KeyedWriter
+from taskx.stores.sqlite.writing import OwnWriter
 from taskx.tasks.checks import Duration, check_number
 from taskx.tasks.clock import SYSTEM_CLOCK, Clock
 from taskx.tasks.codec import Codec
@@ -94,7 +94,7 @@ class SQLiteRepository(SQLRepository):
         file = DatabaseFile(self.path, create, prefix)
         several = lambda: len(self.queues) > 1  # noqa: E731
         links = FileLinks(file, self.schema, durability, seconds, several, timing)
-        super().__init__(statements(prefix), links, clock, codec, timing, writer=KeyedWriter)
+        super().__init__(statements(prefix), links, clock, codec, timing, writer=OwnWriter)
         self.file, self._file_links = file, links
         #: The transactions as this class uses them, also if others put something in their place.
         self.transactions = self.callers = at_forks(FileTransactions(self, links, connect))

@@ -51,16 +51,6 @@ class KeyedWriter(Writer):
             raise Apart  # a key may be taken, or their rows may have other keys
         return held
 
-    def _for_each(self, link: Link, sql: str, rows: list[tuple[Any, ...]]) -> int:
-        # As few statements as can be: the driver gives other threads a turn at each.
-        held = 0
-        while rows:
-            size = 1 << len(rows).bit_length() - 1  # so that few texts are compiled
-            values = [*chain.from_iterable(rows[:size])]
-            held += link.execute(of_several(sql, size), values).rowcount
-            rows = rows[size:]
-        return held
-
     def single(self, write: Write) -> Callable[[Link], list[bool]] | None:
         if not isinstance(write, Insert):
             if "depends_on" in write.changes:
@@ -142,6 +132,27 @@ class KeyedWriter(Writer):
         return None
 
 
+class OwnWriter(KeyedWriter):
+    """Does so with as few statements as can be: the driver offers its lock to other threads at each.
+
+    SQLite keeps the values of a statement for several rows in a temporary file, or in memory if the
+    connection says so. One of a caller does not, and a temporary file may be impossible to make.
+    """
+
+    @property
+    def for_callers(self) -> type[Writer]:
+        return KeyedWriter
+
+    def _for_each(self, link: Link, sql: str, rows: list[tuple[Any, ...]]) -> int:
+        held = 0
+        while rows:
+            size = 1 << len(rows).bit_length() - 1  # so that few texts are compiled
+            values = [*chain.from_iterable(rows[:size])]
+            held += link.execute(of_several(sql, size), values).rowcount
+            rows = rows[size:]
+        return held
+
+
 def _drawn(row: Mapping[str, Any]) -> int:
     """Return a new key for a row with a chosen id, if the index of such ids tells whether that is taken.
 
@@ -156,6 +167,8 @@ def of_several(sql: str, size: int) -> str:
 
     It is an ``INSERT`` of one row, or an ``UPDATE`` of one.
     """
+    if size == 1:
+        return sql
     given = f"({', '.join('?' * sql.count('?'))})"
     rows = ", ".join([given] * size)
     if sql.startswith("INSERT"):
