@@ -54,6 +54,8 @@ class Listening:
         if (listener := self._pool.moves.repository.news.listen(wanted)) is not None:
             self._listener, self._wanted = listener, wanted
             before.close()
+            if self._stopped:  # the stop may have closed the old one only
+                listener.close()
 
     def _kinds(self) -> str:
         """Return the kinds of news that concern this node."""

@@ -465,6 +465,27 @@ def test_a_node_that_cannot_listen_anew_hears_what_it_heard_and_tries_again(
     eventually(lambda: freed_of(other) in heard_by(queue))
 
 
+def test_a_stop_while_a_node_listens_anew_leaves_no_listener_open(monkeypatch):
+    registry = SimpleNamespace(finds=False, types=["t"])
+    made = []
+
+    def listen(kinds):
+        if made:
+            thread.stop()
+        made.append(Told(thread))
+        return made[-1]
+
+    news = SimpleNamespace(listen=listen)
+    moves = SimpleNamespace(repository=SimpleNamespace(news=news))
+    thread = listening.Listening(SimpleNamespace(registry=registry, moves=moves))
+    closed = []
+    monkeypatch.setattr(Told, "close", lambda listener: closed.append(listener))
+    monkeypatch.setattr(thread, "_listener", listen(""))
+    thread.follow()
+    assert {*closed} == {*made}
+    assert len(made) == 2
+
+
 # --- two processes
 
 RUNS = """
