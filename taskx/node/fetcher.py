@@ -141,13 +141,16 @@ class Fetcher:
             self._agenda.fetch_soon()
 
     def refill_if_low(self) -> None:
-        """Fetch more tasks if few fetched ones are left.
+        """Fetch more tasks if few fetched ones are left, and no worker is about to start some.
 
-        A fetch also reads the tasks that the buffer has already, so few should be left. If there are other
-        nodes, it may have to wait for the file, so it begins earlier.
+        A fetch also reads the tasks that the buffer has already and those that are not started yet, so few
+        should be left. If there are other nodes, it may have to wait for the file, so it begins earlier.
         """
         share = 0.125 if self.alone else 0.5
-        if self._agenda.more_stored and self._buffer.fetched < self._buffer.fetch_size * share:
+        buffer = self._buffer
+        if buffer.starting or not self._agenda.more_stored:
+            return
+        if buffer.fetched < buffer.fetch_size * share:
             self.refill()
 
     def _fetch(self, room: int) -> list[Stub]:

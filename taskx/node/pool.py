@@ -7,6 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Protocol, TypedDict
 
@@ -463,6 +464,8 @@ class WorkerPool:
                 if items := buffer.take(ahead.portion):
                     run = self.start(items, worker)
                     self._complaint.over()
+                    with suppress(RepositoryError):  # the housekeeper tries again, and says so
+                        self.fetcher.refill_if_low()
                 else:
                     self._finish()
                     run = ahead.wait(self._has_next, buffer.until_lot() if buffer.lots else None)
@@ -508,8 +511,6 @@ class WorkerPool:
         own = 1
         try:
             self.ahead.begin(len(items))
-            # Before the start: if this fails, no task was started that no thread would run.
-            self.fetcher.refill_if_low()
             runs = self.starter.start(items, worker)
             if self.stopping:  # the stop could not see these runs yet, and did not tell them
                 self.starter.hand_back(runs)

@@ -24,7 +24,7 @@ from helpers import (
 )
 from strikes import every_strike
 
-from taskx import RetryPolicy, Task, TaskFailed
+from taskx import RepositoryUnavailable, RetryPolicy, Task, TaskFailed
 from taskx.node import housekeeper as housekeeping
 from taskx.node.ahead import Ahead
 from taskx.node.buffer import Buffer
@@ -337,6 +337,37 @@ def test_a_worker_without_a_task_fetches_nothing_while_the_buffer_has_some(node,
     pool._finish()
     assert fetched == [1]
     assert taken
+
+
+@no_batches
+def test_nothing_is_fetched_while_a_worker_is_about_to_start_tasks(node, monkeypatch):
+    """A fetch would read these tasks again. The worker fetches when they are started."""
+    pool, fetched = node.pool, []
+    monkeypatch.setattr(pool.fetcher, "refill", lambda: fetched.append(1))
+    pool.agenda.expect_more()
+    assert pool.buffer.take(9)
+    pool.fetcher.refill_if_low()
+    assert fetched == []
+    pool.buffer.started()
+    pool.fetcher.refill_if_low()
+    assert fetched == [1]
+
+
+@undisturbed
+def test_tasks_that_are_started_run_even_if_the_fetch_after_that_fails(make_queue, monkeypatch):
+    queue = make_queue(worker_num=1)
+    queue.executor("t")(lambda: None)
+    queue.start()
+    failed = []
+
+    def fails():
+        failed.append(threading.current_thread().name)
+        raise RepositoryUnavailable("the disk is away")
+
+    monkeypatch.setattr(pool_of(queue).fetcher, "refill_if_low", fails)
+    handles = queue.submit_many([Task(type="t") for _ in range(9)])
+    assert [handle.result(PATIENCE) for handle in handles] == [None] * 9
+    assert "taskx-worker-1" in failed
 
 
 @no_batches
