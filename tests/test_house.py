@@ -333,3 +333,9 @@ def imported(tree: ast.Module) -> set[str]:
         elif not isinstance(node, ast.FunctionDef | ast.Lambda):
             todo += ast.iter_child_nodes(node)
     return found
+
+
+def test_the_design_pages_are_read_in_an_hour():
+    """That is about 7,000 words, with those of the tables."""
+    pages = (PACKAGE.parent / "docs").glob("design*.rst")
+    assert sum(len(page.read_text("utf-8").split()) for page in pages) <= 7000
