@@ -16,6 +16,8 @@ import postgres_server as postgres
 import pytest
 from hypothesis import settings
 
+from taskx.tasks import ids
+
 # An environment without the interpreter's lock lacks what has no wheel for it, and Playwright, which
 # switches the lock on.
 _NEED = {"playwright": "dashboard/browser", "psycopg": "storage/postgres"}
@@ -39,6 +41,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     messages.pytest_addoption(parser)
+
+
+@pytest.fixture(autouse=True)
+def ids_in_order() -> None:
+    """No test is the one in which the counter of ids begins anew: keys of one moment keep their order."""
+    ids._counted &= ids._FULL >> 1
 
 
 def pytest_configure(config: pytest.Config) -> None:
