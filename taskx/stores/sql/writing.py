@@ -55,6 +55,8 @@ class Writer:
         Raises:
             Refused: ``whole`` is True, and a guard did not hold.
         """
+        if whole:
+            writes = self._in_order(writes)
         results = [self.one(link, write) for write in writes]
         if whole and False in results:
             raise Refused(results)
@@ -69,6 +71,8 @@ class Writer:
         most = self.dialect.most_together
         if most == 1:
             return self.each(writes, whole, link)
+        if whole:
+            writes = self._in_order(writes)
         results: list[bool] = []
         while (first := len(results)) < len(writes):
             alike = self._alike(writes, first, most)
@@ -82,6 +86,11 @@ class Writer:
         if whole and False in results:
             raise Refused(results)
         return results
+
+    @staticmethod
+    def _in_order(writes: Sequence[Write]) -> Sequence[Write]:
+        """Return writes that belong together as they must be stored, in the same order."""
+        return writes
 
     def _all(self, link: Link, alike: Sequence[Any]) -> int:
         """Apply writes that are alike in one call. Return how many held."""

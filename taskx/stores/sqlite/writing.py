@@ -27,11 +27,22 @@ class KeyedWriter(Writer):
         self._new_parent = f"INSERT INTO {d.parents} (parent, child) VALUES (?, ?){d.unless_taken}"
         self._new_tag = f"INSERT INTO {d.tags} (tag, task) VALUES (?, ?){d.unless_taken}"
 
-    def each(self, writes: Sequence[Write], whole: bool, link: Link) -> list[bool]:
-        return super().each(_in_order(writes) if whole else writes, whole, link)
+    @staticmethod
+    def _in_order(writes: Sequence[Write]) -> Sequence[Write]:
+        """Return writes that belong together so that the keys of new tasks rise.
 
-    def together(self, writes: Sequence[Write], whole: bool, link: Link) -> list[bool]:
-        return super().together(_in_order(writes) if whole else writes, whole, link)
+        The key for a chosen id is drawn when it is stored. The keys of the tasks after it must be drawn
+        then, too: those in their ids were drawn before.
+        """
+        chosen = False
+        found: list[Write] = []
+        for write in writes:
+            if isinstance(write, Insert):
+                chosen = chosen or not write.key
+                if chosen:
+                    write = write._replace(key=0)
+            found.append(write)
+        return found
 
     @staticmethod
     def _ordinary(write: Write) -> bool:
@@ -62,31 +73,21 @@ class KeyedWriter(Writer):
             return None
         return partial(_alone, (self.statements.insert(("seq", *row)), (key, *row.values())))
 
-    def _query(self, write: Update | Delete) -> Query:
+    def _query(self, write: Update | Delete, place: Query | None = None) -> Query:
         if isinstance(write, Update):
-            return self._sql_of((write.id,), write.guard, write.changes)
-        return self.statements.delete(write.id, write.guard)
+            return self._sql_of((write.id,), write.guard, write.changes, place=place)
+        return self.statements.delete(write.id, write.guard, place)
 
     def one(self, link: Link, write: Write) -> bool:
         if isinstance(write, Insert):
             return self._insert(link, write)
-        held = self._change(link, write)
+        held = link.execute(*self._query(write)).rowcount > 0
+        # Else the guard does not hold, or the row has another key.
+        if not held and (place := self.dialect.elsewhere((write.id,))) is not None:
+            held = link.execute(*self._query(write, place)).rowcount > 0
         if held and "depends_on" in write.changes:
             self._add_parents(link, write)
         return held
-
-    def _change(self, link: Link, write: Update | Delete) -> bool:
-        if link.execute(*self._query(write)).rowcount > 0:
-            return True
-        # The guard does not hold, or the row has another key.
-        if (place := self.dialect.elsewhere((write.id,))) is None:
-            return False
-        return link.execute(*self._of_place(write, place)).rowcount > 0
-
-    def _of_place(self, write: Update | Delete, place: Query) -> Query:
-        if isinstance(write, Delete):
-            return self.statements.delete(write.id, write.guard, place)
-        return self.statements.update((), write.guard, write.changes, place=place)
 
     def _add_parents(self, link: Link, write: Update | Delete) -> None:
         """Store the pairs of a task whose parents have become more."""
@@ -182,20 +183,3 @@ def _alone(query: Query, link: Link) -> list[bool]:
     if link.execute(*query).rowcount > 0:
         return [True]
     raise Apart  # there may be another row to look at
-
-
-def _in_order(writes: Sequence[Write]) -> Sequence[Write]:
-    """Return writes that belong together so that the keys of new tasks rise.
-
-    The key for a chosen id is drawn when it is stored. The keys of the tasks after it must be drawn then,
-    too: those in their ids were drawn before.
-    """
-    chosen = False
-    found: list[Write] = []
-    for write in writes:
-        if isinstance(write, Insert):
-            chosen = chosen or not write.key
-            if chosen:
-                write = write._replace(key=0)
-        found.append(write)
-    return found
