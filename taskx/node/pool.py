@@ -464,8 +464,9 @@ class WorkerPool:
                 if items := buffer.take(ahead.portion):
                     run = self.start(items, worker)
                     self._complaint.over()
-                    with suppress(RepositoryError):  # the housekeeper tries again, and says so
-                        self.fetcher.refill_if_low()
+                    if run is not None or ahead.runs:  # else it might fetch the same ones at once
+                        with suppress(RepositoryError):  # the housekeeper tries again, and says so
+                            self.fetcher.refill_if_low()
                 else:
                     self._finish()
                     run = ahead.wait(self._has_next, buffer.until_lot() if buffer.lots else None)
