@@ -335,16 +335,13 @@ class Starter:
                 if not started:
                     self.strike(run)
             moves.started(compress([run for run, _ in starting], results), now)
-            if (
-                False in results
-            ):  # records that have changed since their rows were made are read then
-                lost = {
-                    update.id
-                    for (_, update), held in zip(starting, results, strict=True)
-                    if not held
-                }
+            if False in results:
+                pairs = zip(starting, results, strict=True)
+                lost = {run.task.id: run.task for (run, _), started in pairs if not started}
+                # Records that have changed since their rows were made are read then.
                 self._buffer.put_back([item for item in items if item.row and item.id in lost])
-                self._agenda.expect_more()  # another node may have started them: there are others
+                if not all(task.damage for task in lost.values()):  # a damaged one never starts
+                    self._agenda.expect_more()  # another node may have started them: there are others
         except BaseException as error:  # an interrupt, too: no other thread knows of these runs
             self.give_up([run for run, _ in starting], error)
             raise

@@ -334,15 +334,20 @@ def test_a_damaged_record_fails_and_the_others_run(damaged, make_queue, column, 
     [("starts", "twice", ""), ("run_at", "2024-01-01", ", held = 1"), ("type", b"\xff", "")],
 )
 def test_a_damaged_record_that_cannot_start_holds_up_no_other(
-    damaged, make_queue, column, value, more
+    damaged, make_queue, monkeypatch, column, value, more
 ):
-    queue = make_queue(damaged(column, value, more), worker_num=1)
+    """It is not fetched again and again either."""
+    repository = damaged(column, value, more)
+    fetches, ready = [], repository.ready
+    monkeypatch.setattr(repository, "ready", lambda *a: fetches.append(1) or ready(*a))
+    queue = make_queue(repository, worker_num=1)
     ran = []
     queue.executor("n")(lambda n: ran.append(n))
     queue.start()
     eventually(lambda: len(ran) == 4)
     assert queue.submit("n", {"n": "f"}, delay=0.05).result(PATIENCE) is None
     assert ran == list("acdef")
+    assert len(fetches) < 100
     assert "damaged" in queue.repository.list(TaskFilter(status="pending"))[0].damage
 
 
