@@ -141,14 +141,14 @@ class Fetcher:
             self._agenda.fetch_soon()
 
     def refill_if_low(self) -> None:
-        """Fetch more tasks if few fetched ones are left, and no worker is about to start some.
+        """Fetch more tasks if few fetched ones are left.
 
-        A fetch also reads the tasks that the buffer has already and those that are not started yet, so few
-        should be left. If there are other nodes, it may have to wait for the file, so it begins earlier.
+        A node that is alone fetches late, and not while a worker is about to start tasks: its fetch also
+        reads those and what the buffer has. If there are other nodes, a fetch may have to wait for the
+        file, so it begins earlier.
         """
-        share = 0.125 if self.alone else 0.5
-        buffer = self._buffer
-        if buffer.starting or not self._agenda.more_stored:
+        buffer, share = self._buffer, 0.125 if self.alone else 0.5
+        if not self._agenda.more_stored or (self.alone and buffer.starting):
             return
         if buffer.fetched < buffer.fetch_size * share:
             self.refill()

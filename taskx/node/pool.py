@@ -464,7 +464,8 @@ class WorkerPool:
                 if items := buffer.take(ahead.portion):
                     run = self.start(items, worker)
                     self._complaint.over()
-                    if run is not None or ahead.runs:  # else it might fetch the same ones at once
+                    # Not if nothing was started: it might fetch the same tasks at once.
+                    if self.fetcher.alone and (run is not None or ahead.runs):
                         with suppress(RepositoryError):  # the housekeeper tries again, and says so
                             self.fetcher.refill_if_low()
                 else:
@@ -512,6 +513,8 @@ class WorkerPool:
         own = 1
         try:
             self.ahead.begin(len(items))
+            # Before the start: a fetch may have to wait, and started tasks must not wait with it.
+            self.fetcher.refill_if_low()
             runs = self.starter.start(items, worker)
             if self.stopping:  # the stop could not see these runs yet, and did not tell them
                 self.starter.hand_back(runs)

@@ -344,6 +344,7 @@ def test_nothing_is_fetched_while_a_worker_is_about_to_start_tasks(node, monkeyp
     """A fetch would read these tasks again. The worker fetches when they are started."""
     pool, fetched = node.pool, []
     monkeypatch.setattr(pool.fetcher, "refill", lambda: fetched.append(1))
+    pool.fetcher.found_nodes(others=False)
     pool.agenda.expect_more()
     assert pool.buffer.take(9)
     pool.fetcher.refill_if_low()
@@ -358,13 +359,15 @@ def test_tasks_that_are_started_run_even_if_the_fetch_after_that_fails(make_queu
     queue = make_queue(worker_num=1)
     queue.executor("t")(lambda: None)
     queue.start()
-    failed = []
+    pool, failed = pool_of(queue), []
+    pool.fetcher.found_nodes(others=False)
 
     def fails():
-        failed.append(threading.current_thread().name)
-        raise RepositoryUnavailable("the disk is away")
+        if not pool.buffer.starting:
+            failed.append(threading.current_thread().name)
+            raise RepositoryUnavailable("the disk is away")
 
-    monkeypatch.setattr(pool_of(queue).fetcher, "refill_if_low", fails)
+    monkeypatch.setattr(pool.fetcher, "refill_if_low", fails)
     handles = queue.submit_many([Task(type="t") for _ in range(9)])
     assert [handle.result(PATIENCE) for handle in handles] == [None] * 9
     assert "taskx-worker-1" in failed
