@@ -43,12 +43,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     messages.pytest_addoption(parser)
 
 
-@pytest.fixture(autouse=True)
-def ids_in_order() -> None:
-    """No test is the one in which the counter of ids begins anew: keys of one moment keep their order."""
-    ids._counted &= ids._FULL >> 1
-
-
 def pytest_configure(config: pytest.Config) -> None:
     messages.pytest_configure(config)
     config.pluginmanager.register(kinds)
@@ -93,6 +87,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 MEMORY = Path("/dev/shm")
 #: The free bytes that it must have; containers often give it 64 MiB.
 ROOM = 512 << 20
+
+
+@pytest.fixture(autouse=True)
+def ids_in_order() -> None:
+    """No test is the one in which the counter of ids begins anew: keys of one moment keep their order."""
+    ids._counted &= ids._FULL >> 1
 
 
 @pytest.fixture(scope="session")
