@@ -72,9 +72,11 @@ class Run:
     capture: Capture | None = None
 
     def __init__(
-        self, task: Task, executor: Registered, token: CancelToken, shared: Shared
+        self, task: Task, executor: Registered, token: CancelToken, shared: Shared, seq: int = 0
     ) -> None:
         self.task = task
+        #: The number of the record; 0 if it is not known.
+        self.seq = seq
         #: True if it goes on with an attempt that has waited in between: then this is no new start.
         self.resumes = task.started_at is not None
         self.executor = executor

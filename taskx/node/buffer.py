@@ -6,7 +6,8 @@ import math
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from heapq import heapify, heappop, heappush
+from collections import deque
+from heapq import heappop, heappush
 from itertools import count, islice
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -65,6 +66,44 @@ class Lot:
             self._in_order = True  # first: whatever is added in between says if it is
             self.items = dict(sorted(self.items.items(), key=lambda pair: pair[1]))
         return next(iter(self.items.values()), None)
+
+
+class Line:
+    """Items in their order. Most come in order, and then cost no search.
+
+    It can be interrupted between any two lines: an item is never in it twice, and may be lost from it only
+    while it is taken out.
+    """
+
+    def __init__(self, items: Iterable[Item] = ()) -> None:
+        self._in_order = deque(sorted(items))
+        self._others: list[Item] = []  # a heap
+
+    def __len__(self) -> int:
+        return len(self._in_order) + len(self._others)
+
+    def push(self, item: Item) -> None:
+        """Put in an item."""
+        if self._in_order and item < self._in_order[-1]:
+            heappush(self._others, item)
+        else:
+            self._in_order.append(item)
+
+    def first(self) -> Item:
+        """Return the first item."""
+        some = (*islice(self._in_order, 1), *islice(self._others, 1))
+        return min(some)
+
+    def pop(self) -> Item | None:
+        """Remove and return the first item; None if there is none."""
+        line, others = self._in_order, self._others
+        if others and not (line and line[0] < others[0]):
+            return heappop(others)
+        return line.popleft() if line else None
+
+    def clear(self) -> None:
+        self._in_order.clear()
+        self._others.clear()
 
 
 class Slots(Place):
@@ -139,13 +178,13 @@ class Slots(Place):
                     since = int(buffer._latest)
                 ageing = buffer.ageing
                 place = rank(priority, since, row["run_at"], ageing) if ageing else -priority
-                kept = row if self._fresh and is_plain(row) else None
+                kept = row if (self._fresh or "seq" in row) and is_plain(row) else None
                 what = row["id"], row["type"], False, kept, 0.0, False
                 item = _make_item((place, since, number, *what))
                 if buffer.batches and item.type in buffer.batches:
                     item = buffer._enter_lot(item)
                 else:
-                    heappush(buffer._heap, item)  # first: one that is not in the heap never runs
+                    buffer._line.push(item)  # first: one that is not in the heap never runs
                 buffer._submitted[item.id] = item
                 buffer.reserved.discard(number)
         if self.writes and not buffer._call():
@@ -198,7 +237,7 @@ class Buffer:
         self.starting: list[Item] = []
         # Reentrant: a finalizer that submits may run in any thread at any time, also inside this class.
         self._mutex = threading.RLock()
-        self._heap: list[Item] = []
+        self._line = Line()
         self._submitted: dict[str, Item] = {}
         self._fetched: dict[str, Item] = {}
         #: The numbers of reserved slots whose submits have not put in their task yet.
@@ -312,7 +351,7 @@ class Buffer:
                 if item.type in self.batches and not item.apart:
                     item = self._enter_lot(item)
                 else:  # first: an id that is known but not in the heap never runs
-                    heappush(self._heap, item)
+                    self._line.push(item)
                 self._fetched[item.id] = item
             if len(self):  # a fetch may find nothing
                 self._call()  # one worker: it takes some of them, and calls the next one
@@ -342,15 +381,13 @@ class Buffer:
 
     def _tidy(self) -> None:
         """Remove items that have left the buffer from the heap, once there are many."""
-        if len(self._heap) > 2 * len(self) + _FEW_GONE:  # those in lots are counted, too
-            self._renew_heap()
+        if len(self._line) > 2 * len(self) + _FEW_GONE:  # those in lots are counted, too
+            self._renew_line()
 
-    def _renew_heap(self) -> None:
+    def _renew_line(self) -> None:
         while True:
             every = [*self._fetched.values(), *self._submitted.values()]
-            heap = [item for item in every if not item.entered]
-            heapify(heap)
-            self._heap = heap
+            self._line = Line(item for item in every if not item.entered)
             if len(every) >= len(self):
                 return  # otherwise a finalizer submitted before the last assignment
 
@@ -368,16 +405,18 @@ class Buffer:
             if items:
                 self.starting = items
                 return items
+            line = self._line
             try:
-                while len(items) < most and self._heap:
-                    item = heappop(self._heap)
+                while len(items) < most:
+                    if (item := line.pop()) is None:
+                        break
                     inside = self._fetched if item.fetched else self._submitted
                     # Not ``get``: without the interpreter's lock, it waits for each other thread's object.
                     if item.id not in inside or inside[item.id] is not item:
                         continue
                     if item.apart:
                         if items:
-                            heappush(self._heap, item)
+                            self._line.push(item)
                             break
                         most = 1
                     del inside[item.id]
@@ -386,7 +425,7 @@ class Buffer:
                     items.append(item)
                 self.starting = items
             except BaseException:  # an interrupt: a known item may be in no heap any more
-                self._renew_heap()
+                self._renew_line()
                 raise
             return items
 
@@ -456,7 +495,7 @@ class Buffer:
         if not due:
             return []
         first, lot = min(due, key=lambda pair: pair[0])
-        if self._heap and self._heap[0] < first:
+        if self._line and self._line.first() < first:
             return []
         most, _ = self.batches.get(first.type, _SINGLE)
         items: list[Item] = []
@@ -486,6 +525,6 @@ class Buffer:
             self.closed = True
             self._submitted.clear()
             self._fetched.clear()
-            self._heap.clear()
+            self._line.clear()
             self.lots.clear()
         self.room.ring_all()

@@ -319,11 +319,15 @@ class Ledger(ABC, Generic[OutcomeT]):
         except Exception as error:  # noqa: BLE001  (the waiting threads get it)
             self._failed([entry for entry in batch if not entry.done], error)
         finally:
-            for entry in batch:
-                if entry.done and alone is None:
-                    if entry.outcome is not None:
-                        self._untold.append(entry)
-                    self._waiting.remove(entry)
+            if alone is None:
+                done = [entry for entry in batch if entry.done]
+                self._untold.extend([entry for entry in done if entry.outcome is not None])
+                if self._waiting[: len(done)] == done:  # as a rule; others only join behind them
+                    del self._waiting[: len(done)]
+                else:
+                    for entry in done:
+                        self._waiting.remove(entry)
+                for entry in done:
                     if (turn := entry.turn) is not None:
                         turn.set()
 

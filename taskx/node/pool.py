@@ -748,7 +748,7 @@ class WorkerPool:
         """Return the writes of an ending, those that pass its turn on among them, and the outcome."""
         now = self.clock.now_ms()
         try:
-            writes = lifecycle.conclude(run.task, ending, now)
+            writes = lifecycle.conclude(run.task, ending, now, run.seq)
         except Exception as error:  # noqa: BLE001  (a defect of ours: it fails this attempt alone)
             ending = broken(error, ending.worker)
             writes = lifecycle.conclude(run.task, ending, now)

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import compress
+from operator import not_
 
 from taskx.attempt.context import Shared
 from taskx.attempt.executors import apply_defaults
@@ -319,7 +320,7 @@ class Starter:
             for task, update in zip(tasks, updates, strict=True):
                 if update is not None and task.id not in runs:
                     token = runner.make_token(None, runner.clock)
-                    run = Run(task, registered[task.type], token, self._shared)
+                    run = Run(task, registered[task.type], token, self._shared, update.seq)
                     starting.append((run, update))
                     # Before the start is committed: a cancel after that finds the token.
                     runs[task.id] = run
@@ -329,15 +330,15 @@ class Starter:
                 self._expire(expired, now)
             writes = [update for _, update in starting]
             results = moves.commit(writes) if writes else ()
-            held = compress([(run.task, update) for run, update in starting], results)
-            lifecycle.mark_started(held)
-            for (run, _), started in zip(starting, results, strict=True):
-                if not started:
-                    self.strike(run)
-            moves.started(compress([run for run, _ in starting], results), now)
-            if False in results:
-                pairs = zip(starting, results, strict=True)
-                lost = {run.task.id: run.task for (run, _), started in pairs if not started}
+            held = [*compress(starting, results)]
+            lifecycle.mark_started([(run.task, update) for run, update in held])
+            started = [run for run, _ in held]
+            missed = [] if all(results) else [*compress(starting, map(not_, results))]
+            for run, _ in missed:
+                self.strike(run)
+            moves.started(started, now)
+            if missed:
+                lost = {run.task.id: run.task for run, _ in missed}
                 # Records that have changed since their rows were made are read then.
                 self._buffer.put_back([item for item in items if item.row and item.id in lost])
                 if not all(task.damage for task in lost.values()):  # a damaged one never starts
@@ -352,9 +353,9 @@ class Starter:
             for task_id in sorted(admitted):  # in an order that a simulation can repeat
                 if task_id not in runs:
                     self._admission.over(task_id, ran=False)
-        if admitted and False in results:
+        if admitted and missed:
             self._hasten([run.task for run, _ in starting if run.task.id not in runs])
-        return [run for (run, _), started in zip(starting, results, strict=True) if started]
+        return started
 
     def _expire(self, tasks: Sequence[Task], now: int) -> None:
         """Cancel tasks instead of starting them."""

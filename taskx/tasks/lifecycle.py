@@ -701,36 +701,28 @@ def start_all(
 ) -> list[Update | None]:
     """Start several tasks, as :func:`start` does. Starts that are alike share their guard and changes.
 
-    ``numbers`` are those of the rows, by id, of tasks with chosen ids that were read before: such a task
-    may have been deleted, and another one stored under its id.
+    ``numbers`` are those of the records, by id, as far as they are known: see ``Update.seq``.
     """
+    numbers = numbers or {}
     made: list[Update | None] = []
     known: dict[tuple[Any, ...], tuple[Any, ...]] = {}
     for task in tasks:
         if task.unique_key is not None or task.expires_at is not None:
-            made.append(start(task, now, node, worker))
+            update = start(task, now, node, worker)
+            made.append(update and update._replace(seq=numbers.get(task.id, 0)))
             continue
         alike = (
             *(task.status, task.starts, task.timeout),
             *(task.max_attempts, task.max_crashes, task.version),
         )
         if (rest := known.get(alike)) is not None:
-            made.append(_update((task.id, *rest)))
+            made.append(_update((task.id, *rest, numbers.get(task.id, 0))))
         elif (update := start(task, now, node, worker)) is not None:
-            known[alike] = update[1:]
-            made.append(update)
+            known[alike] = update[1:-1]
+            made.append(update._replace(seq=numbers.get(task.id, 0)))
         else:
             made.append(None)
-    if numbers:
-        return [update and _of_row(update, numbers.get(update.id)) for update in made]
     return made
-
-
-def _of_row(update: Update, number: int | None) -> Update:
-    """Return an update that holds for the row with this number only; None for any row of the task."""
-    if number is None:
-        return update
-    return _update((update.id, {**update.guard, "seq": number}, *update[2:]))
 
 
 _insert, _update = maker(Insert), maker(Update)
@@ -772,6 +764,9 @@ def mark_started(started: Iterable[tuple[Task, Update]]) -> None:
 
 def _fence(task: Task, **more: Any) -> dict[str, Any]:
     return {"status": RUNNING, "starts": task.starts, **more}
+
+
+_FIRST_FENCE = {"status": RUNNING, "starts": 1}
 
 
 def hand_back(task: Task, now: int, *, resumed: bool = False) -> list[Update]:
@@ -826,8 +821,11 @@ def still_runs(task: Task) -> Update:
     return Update(task.id, _fence(task), {"starts": task.starts}, move="checkpoint")
 
 
-def conclude(task: Task, ending: Ending, now: int) -> list[Update]:
-    """End an attempt; the move depends on how the attempt ended and on why its token fired."""
+def conclude(task: Task, ending: Ending, now: int, seq: int = 0) -> list[Update]:
+    """End an attempt; the move depends on how the attempt ended and on why its token fired.
+
+    ``seq`` is the number of the record if it is known: see ``Update``.
+    """
     if ending.returned:
         changes = {
             "status": COMPLETED,
@@ -842,8 +840,8 @@ def conclude(task: Task, ending: Ending, now: int) -> list[Update]:
             changes = {**_end(task, ending, now, COMPLETED), **changes}
         if task.errors:
             changes.update(_NO_ERROR)
-        fence = {"status": RUNNING, "starts": task.starts}  # most attempts end here: no call for it
-        return [_update((task.id, fence, changes, False, "complete", False))]
+        fence = _FIRST_FENCE if task.starts == 1 else _fence(task)  # one for most attempts
+        return [_update((task.id, fence, changes, False, "complete", False, seq))]
     if ending.reason is CancelReason.CANCEL:
         return [_cancelled(task, ending, now)]
     if ending.parked is not None and ending.reason is not CancelReason.TIMEOUT:

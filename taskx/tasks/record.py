@@ -88,7 +88,7 @@ class Stub(NamedTuple):
     type: str
     run_at: int | None
     #: The row of a small task that was never started and has no rare option, so that its start need not
-    #: read it; None if it must. If its id may be used again, it has the row's number, ``seq``.
+    #: read it; None if it must. It has the number of the record, ``seq``, if the store gives one.
     row: dict[str, Any] | None = None
 
     @property
@@ -349,7 +349,8 @@ def created_task(row: Mapping[str, Any]) -> Task:
 
 def is_plain(row: Mapping[str, Any]) -> bool:
     """Return True if a row of ``lifecycle.create`` is small, and has only columns of every new task."""
-    return len(row) == _CREATED and row["retry"] is None and len(row["params"]) <= SMALL
+    columns = len(row) - ("seq" in row)
+    return columns == _CREATED and row["retry"] is None and len(row["params"]) <= SMALL
 
 
 _CREATED = len(CREATED)

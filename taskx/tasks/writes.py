@@ -34,7 +34,8 @@ class Insert(NamedTuple):
 
     ``row`` has the columns of :data:`CREATED`, in that order, and then any other columns; a record that is
     stored as started has more of them. The remaining columns get their defaults. The row's ``owner`` may be
-    changed until the insert is applied.
+    changed until the insert is applied. A store may then note the record's number in it, as ``seq``: see
+    :class:`Update`.
 
     ``key`` is the number in its id, if ``ids.keyed_id`` made that for it: no record has that id. 0 if the
     id was chosen.
@@ -71,6 +72,9 @@ class Update(NamedTuple):
 
     ``skips`` is True if the write may be refused while another transaction has locked the record, so that
     nobody waits: its maker looks at the record again later. A repository without locked records ignores it.
+
+    ``seq`` is the number of the record, if its store has given one with the row of the record; otherwise 0.
+    Then the write is for the record with that number, and for no later one with its id.
     """
 
     id: str
@@ -79,6 +83,7 @@ class Update(NamedTuple):
     durable: bool = False
     move: str = ""
     skips: bool = False
+    seq: int = 0
 
 
 class Delete(NamedTuple):

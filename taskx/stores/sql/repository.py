@@ -338,9 +338,8 @@ def _plain_stub(columns: Sequence[Any], owner: str) -> Stub:
         "max_attempts": max_attempts,
         "max_crashes": max_crashes,
         "owner": owner,
+        "seq": seq,
     }
-    if seq & 1:  # its id was chosen, and may be used again
-        row["seq"] = seq
     stub = task_id, status, starts, priority, created_at, asked_at is not None, kind, run_at
     return _make_stub((*stub, row if params else None))
 

@@ -98,7 +98,7 @@ class Writer:
         if isinstance(first, Insert):
             rows = [tuple(write.row.values()) for write in alike]
             return self._for_each(link, self.statements.insert(CREATED), rows)
-        if first[1:] == second[1:]:
+        if first[1:-1] == second[1:-1]:
             ids = [write.id for write in alike]
             return link.execute(*self.statements.update(ids, first.guard, first.changes)).rowcount
         # In SQLite, made and chosen ids are found in two places.
@@ -134,19 +134,20 @@ class Writer:
                 while end < last and self._ordinary(writes[end]):
                     end += 1
         elif isinstance(head, Update) and _LISTS.isdisjoint(head.changes) and end < last:
-            same = head[1:]
-            if writes[end][1:] == same:
-                while end < last and writes[end][1:] == same:
+            same, known = head[1:-1], head.seq > 0
+            if writes[end][1:-1] == same:
+                while end < last and writes[end][1:-1] == same and (writes[end].seq > 0) == known:
                     end += 1
             elif not has_special(head.guard):
-                # The types, too: they tell that no other guard is special.
-                shape = [*head.changes, *head.guard, *map(type, head.guard.values())]
+                names, shape = [*head.changes], _shape(head.guard)
                 while end < last:
                     write = writes[end]
-                    if not isinstance(write, Update):
+                    if not isinstance(write, Update) or (write.seq > 0) != known:
                         break
-                    guard = write.guard
-                    if [*write.changes, *guard, *map(type, guard.values())] != shape:
+                    guard = write.guard  # that of most outcomes is the same object
+                    if guard is not head.guard and _shape(guard) != shape:
+                        break
+                    if [*write.changes] != names:
                         break
                     end += 1
         return writes[first:end]
@@ -270,6 +271,11 @@ class Writer:
 
 def _execute(link: Link, sql: str, values: Sequence[Any]) -> bool:
     return link.execute(sql, values).rowcount > 0
+
+
+def _shape(guard: Mapping[str, Any]) -> list[Any]:
+    """Return the names and types in a guard: guards with the same ones are special, or none of them is."""
+    return [*guard, *map(type, guard.values())]
 
 
 def _takes(changes: Mapping[str, Any]) -> bool:

@@ -8,6 +8,7 @@ from functools import lru_cache, partial
 from itertools import chain, count
 from typing import Any
 
+from taskx.stores.sql.dialects import among
 from taskx.stores.sql.link import Apart, Link
 from taskx.stores.sql.statements import Query, Statements
 from taskx.stores.sql.writing import Writer, items
@@ -15,6 +16,7 @@ from taskx.tasks.ids import key_of, new_key
 from taskx.tasks.writes import CREATED, Delete, Insert, Update, Write
 
 _ORDINARY = ("seq", *CREATED)
+_NUMBERED = "seq = ?"
 
 
 class KeyedWriter(Writer):
@@ -53,14 +55,31 @@ class KeyedWriter(Writer):
         )
 
     def _all(self, link: Link, alike: Sequence[Any]) -> int:
-        if isinstance(alike[0], Insert):
-            rows = [(write.key or _drawn(write.row), *write.row.values()) for write in alike]
+        first = alike[0]
+        if isinstance(first, Insert):
+            keys = [write.key or _drawn(write.row) for write in alike]
+            rows = [(key, *write.row.values()) for key, write in zip(keys, alike, strict=True)]
             held = self._for_each(link, self.statements.insert(_ORDINARY), rows)
+            for key, write in zip(keys, alike, strict=True):
+                write.row["seq"] = key
+        elif first.seq:
+            return self._change(link, alike)
         else:
             held = super()._all(link, alike)
         if held == 0:
             raise Apart  # a key may be taken, or their rows may have other keys
         return held
+
+    def _change(self, link: Link, alike: Sequence[Update]) -> int:
+        """Apply updates that are alike and name their rows by number."""
+        first, second, *_ = alike
+        if first[1:-1] == second[1:-1]:
+            which = among("seq", len(alike)), [write.seq for write in alike]
+            query = self._sql_of((), first.guard, first.changes, place=which)
+            return link.execute(*query).rowcount
+        rows = [(*changes.values(), seq, *guard.values()) for _, guard, changes, *_, seq in alike]
+        sql, _ = self._sql_of((), first.guard, first.changes, place=(_NUMBERED, ()))
+        return self._for_each(link, sql, rows)
 
     def single(self, write: Write) -> Callable[[Link], list[bool]] | None:
         if not isinstance(write, Insert):
@@ -68,13 +87,18 @@ class KeyedWriter(Writer):
                 return None
             return partial(_alone, self._query(write))  # triggers do the rest
         row = write.row
+        row.pop("seq", None)
         key = write.key or _drawn(row)
         if not key or "depends_on" in row or "tags" in row:
             return None
-        return partial(_alone, (self.statements.insert(("seq", *row)), (key, *row.values())))
+        query = self.statements.insert(("seq", *row)), (key, *row.values())
+        row["seq"] = key
+        return partial(_alone, query)
 
     def _query(self, write: Update | Delete, place: Query | None = None) -> Query:
         if isinstance(write, Update):
+            if write.seq:
+                place = _NUMBERED, (write.seq,)
             return self._sql_of((write.id,), write.guard, write.changes, place=place)
         return self.statements.delete(write.id, write.guard, place)
 
@@ -101,6 +125,7 @@ class KeyedWriter(Writer):
 
     def _insert(self, link: Link, write: Insert) -> bool:
         row = write.row
+        row.pop("seq", None)
         key: int | None = write.key
         if not key or not self._put(link, key, row):
             key = self._put_elsewhere(link, row)
@@ -111,6 +136,7 @@ class KeyedWriter(Writer):
             link.executemany(self._new_parent, pairs)
         if "tags" in row:
             link.executemany(self._new_tag, [(tag, key) for tag in items(row["tags"])])
+        row["seq"] = key
         return True
 
     def _put(self, link: Link, key: int, row: Mapping[str, Any]) -> bool:
