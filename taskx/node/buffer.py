@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from collections import deque
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from heapq import heappop, heappush
 from itertools import count, islice
 from types import MappingProxyType
@@ -18,7 +18,7 @@ from taskx.tasks.record import Stub, is_plain, rank
 from taskx.tasks.timing import DEFAULT_TIMING
 from taskx.tasks.writes import Insert, maker
 
-# The heap is tidied if more than half of it, and more than this many items, have left the buffer.
+# The line is tidied if more than half of it, and more than this many items, have left the buffer.
 _FEW_GONE = 64
 
 
@@ -50,7 +50,7 @@ class Lot:
     """The tasks of one type that wait in the buffer to be started together, for one call."""
 
     def __init__(self) -> None:
-        #: By id. One that is no longer known is passed over, as in the heap.
+        #: By id. One that is no longer known is passed over, as in the line.
         self.items: dict[str, Item] = {}
         self._in_order = True
 
@@ -69,15 +69,14 @@ class Lot:
 
 
 class Line:
-    """Items in their order. Most come in order, and then cost no search.
+    """Items that come out in their order. Most also come in so, and then cost no search for their place.
 
-    It can be interrupted between any two lines: an item is never in it twice, and may be lost from it only
-    while it is taken out.
+    An interrupt may lose the item that is taken out, and no other.
     """
 
     def __init__(self, items: Iterable[Item] = ()) -> None:
         self._in_order = deque(sorted(items))
-        self._others: list[Item] = []  # a heap
+        self._others: list[Item] = []  # a heap of those that came after a later one
 
     def __len__(self) -> int:
         return len(self._in_order) + len(self._others)
@@ -90,9 +89,8 @@ class Line:
             self._in_order.append(item)
 
     def first(self) -> Item:
-        """Return the first item."""
-        some = (*islice(self._in_order, 1), *islice(self._others, 1))
-        return min(some)
+        """Return the first item, without removing it."""
+        return min((*islice(self._in_order, 1), *islice(self._others, 1)))
 
     def pop(self) -> Item | None:
         """Remove and return the first item; None if there is none."""
@@ -102,6 +100,7 @@ class Line:
         return line.popleft() if line else None
 
     def clear(self) -> None:
+        """Remove all items."""
         self._in_order.clear()
         self._others.clear()
 
@@ -116,8 +115,6 @@ class Slots(Place):
         node: the id of its node.
         writes: the writes that store the tasks.
         short_of_workers: called if workers wait and none was woken for the tasks.
-        fresh: True if no other task can have an id of these. Then small rows stay in memory: whatever
-            changes them in the repository raises ``starts``, by which a start is guarded.
     """
 
     def __init__(
@@ -126,11 +123,8 @@ class Slots(Place):
         node: str,
         writes: Sequence[Insert],
         short_of_workers: Callable[[], object],
-        *,
-        fresh: bool = False,
     ) -> None:
         self.writes = writes
-        self._fresh = fresh
         self._buffer, self._node, self._short_of_workers = buffer, node, short_of_workers
         self._numbers = [next(buffer._numbers) for _ in writes]
 
@@ -178,13 +172,14 @@ class Slots(Place):
                     since = int(buffer._latest)
                 ageing = buffer.ageing
                 place = rank(priority, since, row["run_at"], ageing) if ageing else -priority
-                kept = row if (self._fresh or "seq" in row) and is_plain(row) else None
+                bound = write.key or "seq" in row  # no other record can be taken for this one
+                kept = row if bound and is_plain(row) else None
                 what = row["id"], row["type"], False, kept, 0.0, False
                 item = _make_item((place, since, number, *what))
                 if buffer.batches and item.type in buffer.batches:
                     item = buffer._enter_lot(item)
                 else:
-                    buffer._line.push(item)  # first: one that is not in the heap never runs
+                    buffer._line.push(item)  # first: one that is not in the line never runs
                 buffer._submitted[item.id] = item
                 buffer.reserved.discard(number)
         if self.writes and not buffer._call():
@@ -202,7 +197,7 @@ class Buffer:
     fail.
 
     Each step can be done twice without harm, and interrupted between any two lines: slots and tasks
-    are known by name, not counted. A heap item that is no longer known is passed over.
+    are known by name, not counted. An item in line that is no longer known is passed over.
 
     Args:
         maxsize: the number of submitted tasks that fit.
@@ -350,7 +345,7 @@ class Buffer:
             for item in items:
                 if item.type in self.batches and not item.apart:
                     item = self._enter_lot(item)
-                else:  # first: an id that is known but not in the heap never runs
+                else:  # first: an id that is known but not in line never runs
                     self._line.push(item)
                 self._fetched[item.id] = item
             if len(self):  # a fetch may find nothing
@@ -380,7 +375,7 @@ class Buffer:
         return bool(self.starting) or bool(self.lots and self._watched()) or self._wake()
 
     def _tidy(self) -> None:
-        """Remove items that have left the buffer from the heap, once there are many."""
+        """Remove items that have left the buffer from the line, once there are many."""
         if len(self._line) > 2 * len(self) + _FEW_GONE:  # those in lots are counted, too
             self._renew_line()
 
@@ -424,7 +419,7 @@ class Buffer:
                         self.room.ring()
                     items.append(item)
                 self.starting = items
-            except BaseException:  # an interrupt: a known item may be in no heap any more
+            except BaseException:  # an interrupt: a known item may not be in line any more
                 self._renew_line()
                 raise
             return items

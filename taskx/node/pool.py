@@ -573,13 +573,13 @@ class WorkerPool:
             tried.append(seat := Seat(self.starter, write, self._nothing_waits, self.ahead.serve))
             if seat.reserve():
                 return True
-        tried.append(slots := self.slots([write], fresh=fresh))
+        tried.append(slots := self.slots([write]))
         return slots.reserve()
 
-    def slots(self, writes: Sequence[Insert], *, fresh: bool = False) -> Slots:
+    def slots(self, writes: Sequence[Insert]) -> Slots:
         """Return slots in the buffer for new tasks, which must be reserved; see :class:`Slots`."""
         short = self.agenda.wake_from_long_sleep
-        return Slots(self.buffer, self.node.id, writes, short, fresh=fresh)
+        return Slots(self.buffer, self.node.id, writes, short)
 
     def execute(
         self, run: Run, worker: str, conclude: Callable[[Run, Ending], None] | None = None

@@ -44,7 +44,7 @@ class Runs(dict[str, Run]):
 
     The ``state`` of a run says how far it is; the audit goes by that. Other structures hold:
 
-    - the pending tasks: the buffer has a heap, and slots, which are known by name so that their number is
+    - the pending tasks: the buffer has a line, and slots, which are known by name so that their number is
       right wherever a submit is interrupted;
     - the order of the runs that were started ahead;
     - abandoned attempts, after their outcome: their task may be in flight again, elsewhere.

@@ -472,8 +472,7 @@ class Intake:
         places: list[Place] = []
         try:
             refuse = self._overflow == "reject" and not spill
-            fresh = all(insert.key for insert in inserts)
-            self._reserve_many(inserts, places, refuse=refuse, fresh=fresh)
+            self._reserve_many(inserts, places, refuse=refuse)
             self._store_whole([*inserts, *also])
             if watch is not None:
                 watch([insert.id for insert in inserts if insert.row["owner"]])
@@ -489,7 +488,7 @@ class Intake:
         return [insert.id for insert in inserts]
 
     def _reserve_many(
-        self, inserts: Sequence[Insert], places: list[Place], *, refuse: bool, fresh: bool
+        self, inserts: Sequence[Insert], places: list[Place], *, refuse: bool
     ) -> None:
         """Reserve slots for the first tasks that go into the buffer; the rest is refused or spilled."""
         if self._inside or (pool := self._state.pool) is None:
@@ -499,12 +498,12 @@ class Intake:
             due = [i for i in inserts if not i.row["held"] and pool.buffers(i.row["type"])]
         # Their numbers are drawn before the tasks are stored: after that, spilled ones may be fetched and
         # must come later.
-        places.append(slots := pool.slots(due, fresh=fresh))
+        places.append(slots := pool.slots(due))
         if not slots.reserve():
             if refuse and not buffer.closed:
                 self._refuse(pool, len(due))
             room = max(0, buffer.maxsize - buffer.submitted)
-            places[:] = [slots := pool.slots(due[:room], fresh=fresh)]
+            places[:] = [slots := pool.slots(due[:room])]
             if not slots.reserve():
                 places.clear()
         places.append(Store(self.moves, self._state, [i for i in inserts if not i.row["owner"]]))

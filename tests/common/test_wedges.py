@@ -12,9 +12,8 @@ from helpers import PATIENCE, Waiting, eventually, parts_of, pool_of, run_in_thr
 from strikes import strike_at
 
 from taskx import Hook, QueueFull, QueueStopped, SQLiteRepository, Task, TaskStatus
-from taskx.node import buffer as buffer_module
 from taskx.node import node
-from taskx.node.buffer import Buffer, Slots
+from taskx.node.buffer import Buffer, Line, Slots
 from taskx.repository import Reentered
 from taskx.tasks import ids as ids_module
 from taskx.tasks import lifecycle
@@ -45,13 +44,13 @@ def after_the_commit(queue, monkeypatch, finalize):
 
 
 def in_the_buffer(queue, monkeypatch, finalize):
-    push, finalizer = buffer_module.heappush, once(finalize)
+    push, finalizer = Line.push, once(finalize)
 
-    def pushed(heap, item):
+    def pushed(line, item):
         finalizer()
-        push(heap, item)
+        push(line, item)
 
-    monkeypatch.setattr(buffer_module, "heappush", pushed)
+    monkeypatch.setattr(Line, "push", pushed)
 
 
 def in_the_id(queue, monkeypatch, finalize):
@@ -294,18 +293,18 @@ def test_a_fetch_reads_no_more_rows_for_a_large_buffer(busy, monkeypatch):
     assert max(asked) < 2 * pool.buffer.fetch_size
 
 
-def test_a_discarded_task_does_not_rebuild_the_heap(full):
-    heap = full._heap
+def test_a_discarded_task_does_not_rebuild_the_line(full):
+    line = full._line
     for n in range(100):
         full.discard([f"x{n}"])
-    assert full._heap is heap
+    assert full._line is line
     assert (len(full), full.submitted) == (900, 900)
     assert full.take(1)[0].id == "x100"
 
 
-def test_a_heap_full_of_discarded_tasks_is_rebuilt(full):
+def test_a_line_full_of_discarded_tasks_is_rebuilt(full):
     full.discard([f"x{n}" for n in range(999)])
-    assert len(full._heap) < 100
+    assert len(full._line) < 100
     assert [item.id for item in full.take(9)] == ["x999"]
 
 

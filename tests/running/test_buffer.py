@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 import threading
 
@@ -142,3 +143,25 @@ def test_a_task_of_the_type_that_runs_apart_is_in_no_lot(lots):
     lots.started()
     assert not lots.lots["now"].items
     assert taken(lots) == ["a"]
+
+
+def test_tasks_come_out_in_their_order_however_they_came_in():
+    chance = random.Random(5)
+    buffer = Buffer(maxsize=10, fetch_size=1000, wake=lambda: True)
+    inside, order = [], 0
+    for _ in range(300):
+        for _ in range(chance.randrange(4)):
+            priority, created_at, order = (
+                chance.randrange(3),
+                chance.randrange(order + 1),
+                order + 1,
+            )
+            buffer.add(f"t{order}", "t", priority, created_at, None, order)
+            inside.append((-priority, created_at, order))
+        inside.sort()
+        most = chance.randrange(4)
+        taken = [item[:3] for item in buffer.take(most)]
+        assert taken == inside[:most]
+        del inside[:most]
+        buffer.started()
+    assert len(buffer) == len(inside) > 0

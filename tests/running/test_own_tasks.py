@@ -61,13 +61,13 @@ def test_their_executors_get_the_record_as_it_was_stored(queue, gate):
     assert task == stored
 
 
-def test_a_task_with_a_chosen_id_is_read(queue, read, gate):
+def test_a_task_with_a_chosen_id_is_read_where_records_have_no_numbers(queue, read, gate):
     """Another process may have deleted it, and stored another one with its id."""
     one = queue.submit("note", {"n": 1}, id="mine")
     many = queue.submit_many([note(2), Task(type="note", params={"n": 3}, id="yours")])
     gate.open()
     assert queue.drain(PATIENCE)
-    assert {one.id, *(handle.id for handle in many)} <= set(read)
+    assert set(read) == {one.id, many[1].id}
 
 
 def test_a_task_with_much_data_is_read(queue, read, gate):
@@ -131,17 +131,38 @@ def test_other_tasks_are_read_before_their_start(fetching, gate, task):
     assert handle.id in fetching.read
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_tasks_with_chosen_ids_are_not_read_where_records_have_numbers(fetching, gate, count):
+    tasks = [Task(id=f"t{n}", type="note", params={"n": n}) for n in range(count)]
+    waiting(fetching, gate, *tasks)
+    gate.open()
+    assert fetching.drain(PATIENCE)
+    assert fetching.ran == [*range(count)]
+    assert not {task.id for task in tasks}.intersection(fetching.read)
+
+
+def waiting(queue, gate, *tasks):
+    """Submit tasks that wait in the buffer while the worker is busy. Return their handles."""
+    queue.start()
+    queue.submit("hold")
+    gate.wait_for()
+    handles = queue.submit_many(tasks)
+    assert pool_of(queue).buffer.submitted == len(tasks)
+    return handles
+
+
+@pytest.mark.parametrize("place", [fetched, waiting])
+@pytest.mark.parametrize("chosen", ["", "mine", "019b7c01-0400-7abc-a02d-0123456789ab"])
 @pytest.mark.parametrize("others", [[], [note(2), Task(id="other", type="note", params={"n": 3})]])
-@pytest.mark.parametrize("chosen", ["mine", "019b7c01-0400-7abc-a02d-0123456789ab"])
-def test_a_task_under_the_chosen_id_of_one_that_was_fetched_and_deleted_runs_with_its_own_params(
-    fetching, gate, others, chosen
+def test_a_task_under_the_id_of_one_that_waits_and_was_deleted_runs_with_its_own_params(
+    fetching, gate, others, chosen, place
 ):
     """Another process deletes the first one: this queue does not hear of it, and has its row in memory."""
-    fetched(fetching, gate, Task(id=chosen, type="note", params={"n": 0}), *others)
+    first, *_ = place(fetching, gate, Task(id=chosen, type="note", params={"n": 0}), *others)
     elsewhere = Queue(SQLiteRepository(fetching.repository.path))
     elsewhere.declare("note")
-    elsewhere.delete(chosen)
-    elsewhere.submit("note", {"n": 1}, id=chosen)
+    elsewhere.delete(first.id)
+    elsewhere.submit("note", {"n": 1}, id=first.id)
     elsewhere.close()
     gate.open()
     assert fetching.drain(PATIENCE)
@@ -263,6 +284,14 @@ def test_the_starts_and_the_outcomes_of_a_batch_are_one_statement_each(running):
     link = Link()
     together = repository._writer.together
     assert together([*starts, *outcomes(tasks)], False, link) == [True] * 64
+    assert link.statements == ["UPDATE", "UPDATE"]
+
+
+def test_writes_that_know_the_numbers_of_their_records_share_statements_too(running):
+    repository, starts, tasks = running
+    link = Link()
+    writes = [write._replace(seq=n) for n, write in enumerate([*starts, *outcomes(tasks)], 1)]
+    assert repository._writer.together(writes, False, link) == [True] * 64
     assert link.statements == ["UPDATE", "UPDATE"]
 
 

@@ -16,7 +16,7 @@ from taskx import DuplicateTask, RepositoryError, SQLiteRepository, Task, TaskFi
 from taskx.tasks import ids, lifecycle
 from taskx.tasks.clock import to_ms
 from taskx.tasks.ids import key_of, new_id
-from taskx.tasks.writes import Insert, Update
+from taskx.tasks.writes import Delete, Insert, Update
 
 NOW = datetime(2026, 1, 2, tzinfo=timezone.utc)
 MADE = "019b7c01-0400-7abc-a02d-0123456789ab"  # as ``new_id`` makes them at NOW
@@ -276,6 +276,81 @@ class TestSeveralAtOnce:
             command, env=env, stdout=subprocess.PIPE, timeout=PATIENCE, check=True
         )
         assert told.stdout.split() == [b"3200"]
+
+
+_STORED = {
+    "one made": [MADE],
+    "one chosen": ["a"],
+    "several": [MADE, *"abcde"],
+    "twins": [MADE, TWIN],
+}
+_SAME = {"progress": 7}
+# The number of writes, and the changes of each: writes that are alike share a statement.
+_WRITES = {
+    "one": (1, lambda n: _SAME),
+    "the same": (12, lambda n: _SAME),
+    "alike": (12, lambda n: {"progress": n}),
+    "different": (12, lambda n: {"progress": n} if n % 3 else {"message": f"{n}"}),
+}
+
+
+class TestNumbers:
+    """A write may name its record by the number that the store has noted in the row of the record."""
+
+    @pytest.mark.parametrize("ids", _STORED.values(), ids=_STORED)
+    @pytest.mark.parametrize("whole", [True, False])
+    def test_the_store_notes_the_number_of_each_new_record(self, repository, path, ids, whole):
+        writes = [fresh(task_id) for task_id in ids]
+        assert repository.apply(writes, all_or_nothing=whole) == [True] * len(ids)
+        assert {write.id: write.row["seq"] for write in writes} == keys(path)
+
+    def test_a_record_that_is_stored_again_gets_another_number(self, repository, path):
+        write = fresh("a")
+        repository.apply([write])
+        number = write.row["seq"]
+        repository.apply([Delete("a", {})])
+        assert repository.apply([write]) == [True]
+        assert {"a": write.row["seq"]} == keys(path)
+        assert write.row["seq"] != number
+
+    @pytest.fixture
+    def stored(self, repository):
+        """Twelve records, half of them with chosen ids, and their numbers."""
+        writes = [fresh(f"t{n}" if n % 2 else new_id()) for n in range(12)]
+        repository.apply(writes)
+        return [(write.id, write.row["seq"]) for write in writes]
+
+    @pytest.mark.parametrize(("count", "changes"), _WRITES.values(), ids=_WRITES)
+    @pytest.mark.parametrize("known", [1, 2, 3])
+    def test_each_write_changes_its_own_record(self, repository, stored, count, changes, known):
+        """Also if the numbers of only some records are known: each, every second, every third."""
+        writes = [
+            Update(task_id, {"status": "pending"}, changes(n), seq=0 if n % known else number)
+            for n, (task_id, number) in enumerate(stored[:count])
+        ]
+        assert repository.apply(writes) == [True] * count
+        found = repository.get_many([task_id for task_id, _ in stored])
+        for n, (task_id, _) in enumerate(stored):
+            expected = {"progress": 0, "message": "", **(changes(n) if n < count else {})}
+            task = found[task_id]
+            assert {"progress": task.progress, "message": task.message} == expected
+
+    @pytest.mark.parametrize(("count", "changes"), _WRITES.values(), ids=_WRITES)
+    @pytest.mark.parametrize("all_gone", [True, False])
+    def test_no_write_is_for_a_later_record_with_the_id(
+        self, repository, stored, count, changes, all_gone
+    ):
+        stored = stored[:count]
+        gone = [task_id for task_id, _ in (stored if all_gone else stored[:1])]
+        repository.apply([Delete(task_id, {}) for task_id in gone])
+        repository.apply([fresh(task_id)._replace(key=0) for task_id in gone])
+        writes = [
+            Update(task_id, {"status": "pending"}, changes(n), seq=number)
+            for n, (task_id, number) in enumerate(stored)
+        ]
+        assert repository.apply(writes) == [task_id not in gone for task_id, _ in stored]
+        for task in repository.get_many(gone).values():
+            assert (task.progress, task.message) == (0, "")
 
 
 #: Submits tasks with chosen ids in a transaction of its own, and prints how many are stored.

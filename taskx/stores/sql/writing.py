@@ -136,7 +136,7 @@ class Writer:
         elif isinstance(head, Update) and _LISTS.isdisjoint(head.changes) and end < last:
             same, known = head[1:-1], head.seq > 0
             if writes[end][1:-1] == same:
-                while end < last and writes[end][1:-1] == same and (writes[end].seq > 0) == known:
+                while end < last and writes[end][1:-1] == same and (writes[end][-1] > 0) == known:
                     end += 1
             elif not has_special(head.guard):
                 names, shape = [*head.changes], _shape(head.guard)
