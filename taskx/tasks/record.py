@@ -356,6 +356,25 @@ def is_plain(row: Mapping[str, Any]) -> bool:
 _CREATED = len(CREATED)
 
 
+def _new_task() -> Task:
+    """Return ``Task()``, at a third of the cost: the constructor looks up each of its 45 defaults."""
+    task: Any = Task.__new__(Task)
+    task.id = task.type = task.created_by = task.owner = task.worker = task.flow = task.message = ""
+    task.error = task.error_type = task.traceback = task.log = task.stuck_on = task.damage = ""
+    task.status, task.params, task.earlier_attempts, task.depends_on, task.tags = (
+        *(TaskStatus.PENDING, {}, []),
+        *((), ()),
+    )
+    task.progress = task.priority = task.starts = task.errors = task.crashes = 0
+    task.interruptions = task.snoozes = 0
+    task.duration, task.dead_letter = 0.0, False
+    task.result = task.created_at = task.started_at = task.completed_at = task.run_at = None
+    task.timeout = task.max_attempts = task.max_crashes = task.retry = task.expires_at = None
+    task.unique_key = task.unique_scope = task.concurrency_key = task.on_parent_failure = None
+    task.cancel_requested_at = task.checkpoints = task.version = task.cost = None
+    return task  # type: ignore[no-any-return]
+
+
 def plain_tasks(rows: Iterable[Mapping[str, Any]]) -> dict[str, Task]:
     """Return the tasks that plain rows make, by id: as :func:`created_task`, at a quarter of the cost.
 
@@ -373,19 +392,15 @@ def plain_tasks(rows: Iterable[Mapping[str, Any]]) -> dict[str, Task]:
             "".join((task_id, kind, creator))  # a cheap check of types, as above
             for number in (priority, timeout, attempts, crashes):
                 _ = 0 if number is None else number + 0
-            found[task_id] = Task(
-                id=task_id,
-                type=kind,
-                params=params,
-                created_by=creator,
-                created_at=to_datetime(row["created_at"]),
-                priority=priority,
-                run_at=None if run_at is None else to_datetime(run_at),
-                timeout=timeout,
-                max_attempts=attempts,
-                max_crashes=crashes,
-                owner=row["owner"],
-            )
+            task = _new_task()
+            task.id, task.type, task.params, task.created_by = task_id, kind, params, creator
+            task.created_at = to_datetime(row["created_at"])
+            task.priority, task.timeout = priority, timeout
+            task.max_attempts, task.max_crashes = attempts, crashes
+            task.owner = row["owner"]
+            if run_at is not None:
+                task.run_at = to_datetime(run_at)
+            found[task_id] = task
         except (ValueError, TypeError, RecursionError, OverflowError, StopIteration):
             continue
     return found

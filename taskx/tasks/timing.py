@@ -94,9 +94,9 @@ class Timing:
     #: A task is short if it takes less time than this.
     short_task: float = 0.0002
     #: Tasks started in one transaction while tasks are short.
-    most_ahead: int = 64
+    most_ahead: int = 128
     #: The time for which a worker lets short tasks gather when they arrive in quick succession.
-    gather: float = 0.002
+    gather: float = 0.004
     #: The time that a task started ahead waits for a free worker before it is handed back.
     hand_back_after: float = 0.005
     #: The time after which a worker's current task counts as long.

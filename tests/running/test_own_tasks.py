@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sqlite3
 
+import attrs
 import pytest
 from helpers import PATIENCE, eventually, no_rounds, pool_of
 
 from taskx import Queue, RetryPolicy, SQLiteRepository, Task, TaskStatus
-from taskx.tasks import lifecycle
+from taskx.tasks import lifecycle, record
 from taskx.tasks.writes import Update
 
 # A slow machine hands no started task back.
@@ -324,6 +325,10 @@ def test_progress_without_a_message_removes_the_one_before(running):
     ending = lifecycle.Ending(returned=True, progress=50)
     [write] = lifecycle.conclude(task, ending, 60)
     assert (write.changes["progress"], write.changes["message"]) == (100, "")
+
+
+def test_a_task_that_is_made_without_the_constructor_is_the_same():
+    assert attrs.asdict(record._new_task()) == attrs.asdict(Task())
 
 
 def test_an_ending_has_no_unknown_fact():

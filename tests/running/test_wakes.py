@@ -276,6 +276,20 @@ def test_a_failure_that_was_not_read_looks_like_one_that_was(make_queue, gate):
 # Short tasks wake nobody
 
 
+@pytest.mark.parametrize(
+    ("started", "waiting", "part"),
+    [(1, 0, 0), (2, 0, 1 / 8), (8, 3, 1 / 2), (16, 3, 1), (100, 3, 1), (100, 128, 0)],
+)
+def test_short_tasks_gather_for_longer_if_many_have_come(monkeypatch, started, waiting, part):
+    """Few came: waiting for more would only hold them up. A whole portion waits: it starts."""
+    naps = []
+    monkeypatch.setattr("taskx.node.ahead.time.sleep", naps.append)
+    ahead = Ahead(1, DEFAULT_TIMING)
+    ahead.begin(started)
+    ahead.let_gather(waiting)
+    assert naps == ([DEFAULT_TIMING.gather * part] if part else [])
+
+
 def end(ahead, number, seconds):
     """Let tasks of some length end; return how often they were short, and then no more."""
     before, turns = ahead.short, 0

@@ -166,7 +166,7 @@ class SQLite(Dialect):
     locks = ""
     join = "CROSS JOIN"
     after_all = LAST  # a damaged number is a text, which comes after all numbers
-    most_types, most_together = 1, 64
+    most_types, most_together = 1, 128
     # Casts, as one damaged record must not prevent the others from being sorted.
     stub = (
         "+id, +status, CAST(starts AS INTEGER), CAST(priority AS INTEGER), CAST(created_at AS INTEGER), "
