@@ -21,8 +21,8 @@ _LONG = 2
 # Tasks with a lower mean than this may only look long, because workers wait for the interpreter. One worker
 # runs them alone as a trial: after 64 tasks, and after ever more if they were long in it.
 _DOUBTFUL, _FIRST_TRIAL, _LONGEST_TRIAL = 10, 64, 8192
-# After so many tasks were started together, a worker lets others gather for the whole time; after fewer, for
-# as much less. So they hardly wait, and gather only if several thousand come in a second.
+# If so many tasks started together, a worker lets others gather for the whole time; if fewer, for as much
+# less. So they hardly wait, and gather only if several thousand come in a second.
 _FULL_GATHER = 16
 # Longer than any short task, so that the mean is a number.
 _HOUR = 3600.0
