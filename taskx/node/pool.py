@@ -34,7 +34,7 @@ from taskx.stores.controls import Controls, Hold
 from taskx.stores.liveness.base import Node
 from taskx.stores.liveness.began import Began
 from taskx.tasks import lifecycle
-from taskx.tasks.bell import Agenda, Bell
+from taskx.tasks.bell import Agenda, Bell, Signal
 from taskx.tasks.clock import Clock
 from taskx.tasks.config import Config
 from taskx.tasks.errors import (
@@ -159,8 +159,9 @@ class WorkerPool:
         self.stopping = False
         #: The notes of the tasks that each thread began last, if the repository keeps them.
         self.began: Began | None = None
-        #: Set when the workers may run tasks.
-        self.begun = threading.Event()
+        #: Set when the workers may run tasks, or must end. Each worker passes it on to the next one.
+        self.begun = Signal()
+        self._goes = False
         self.admission = Admission(
             registry.limits,
             registry.limited,
@@ -258,7 +259,8 @@ class WorkerPool:
 
     def go(self) -> None:
         """Let the workers run tasks; a second call does nothing."""
-        if not self.begun.is_set():
+        if not self._goes:
+            self._goes = True
             self.begun.set()
             self.log.info(
                 "node %s started: %d workers, types %s",
@@ -408,6 +410,7 @@ class WorkerPool:
     def _live(self, worker: str) -> None:
         """Work until the stop: any error costs some time, and never the thread."""
         self.begun.wait()
+        self.begun.set()
         first, longest = self.timing.worker_pause, self.timing.longest_pause
         pause, going = first, True
         while going:

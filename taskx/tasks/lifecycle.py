@@ -1352,7 +1352,7 @@ def news_of(writes: Sequence[Write]) -> set[str]:
     for write in writes:
         if not isinstance(write, Insert):
             kind, changes = _OFTEN.get(write.move), write.changes
-        elif write.row["owner"] and len(write.row) == len(CREATED):
+        elif write.row["owner"] and "status" not in write.row:
             continue  # most new tasks: this node holds them
         else:  # a property costs a call
             kind, changes = None, write.row

@@ -162,9 +162,7 @@ class DrivenPool(WorkerPool):
         """Start no thread."""
 
     def go(self) -> None:
-        """Have tasks run, without a line in the log."""
-        if not self.begun.is_set():  # an interrupt inside of ``set`` leaves its lock locked
-            self.begun.set()
+        """Do nothing: no worker waits, and the log needs no line."""
 
     def begin_stop(self) -> None:
         """Take no more tasks, and hand back those that an interrupt has kept from being executed.
