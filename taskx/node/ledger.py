@@ -27,7 +27,7 @@ from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from itertools import compress, islice
+from itertools import compress
 from typing import Generic, TypeVar
 
 from taskx.stores import queries
@@ -310,8 +310,8 @@ class Ledger(ABC, Generic[OutcomeT]):
             for entry in entries:
                 if known := entry.known:
                     entry.results = [id(w) in known or next(results) for w in entry.writes]
-                else:
-                    entry.results = [*islice(results, len(entry.writes))]
+                else:  # in most entries, one write
+                    entry.results = [next(results) for _ in entry.writes]
                 entry.done = True
             self._sent = ()
         except (Reentered, MemoryError):

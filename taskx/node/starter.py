@@ -225,7 +225,7 @@ class Seat(Place):
         """Give the run to a worker: the task is stored now."""
         assert self._run is not None
         assert self._start is not None
-        lifecycle.mark_started([(self._run.task, self._start)])
+        lifecycle.mark_started([self._run.task], [self._start])
         self._starter._moves.started([self._run], self.writes[0].row["created_at"])
         if not self._serve(self._run):
             self._starter._agenda.wake_from_long_sleep()
@@ -299,7 +299,8 @@ class Starter:
         moves, runs, runner = self._moves, self.runs, self._runner
         registry, controls = self._registry, self._controls
         registered = registry.registered
-        starting: list[tuple[Run, Update]] = []
+        starting: list[Run] = []
+        writes: list[Update] = []
         expired: list[Task] = []
         admitted: Collection[str] = ()
         try:
@@ -321,30 +322,32 @@ class Starter:
                 if update is not None and task.id not in runs:
                     token = runner.make_token(None, runner.clock)
                     run = Run(task, registered[task.type], token, self._shared, update.seq)
-                    starting.append((run, update))
+                    starting.append(run)
+                    writes.append(update)
                     # Before the start is committed: a cancel after that finds the token.
                     runs[task.id] = run
                 elif lifecycle.has_expired(task, now):
                     expired.append(task)
             if expired:
                 self._expire(expired, now)
-            writes = [update for _, update in starting]
             results = moves.commit(writes) if writes else ()
-            held = [*compress(starting, results)]
-            lifecycle.mark_started([(run.task, update) for run, update in held])
-            started = [run for run, _ in held]
-            missed = [] if all(results) else [*compress(starting, map(not_, results))]
-            for run, _ in missed:
+            started, missed = starting, list[Run]()
+            if False in results:
+                started = [*compress(starting, results)]
+                missed = [*compress(starting, map(not_, results))]
+                writes = [*compress(writes, results)]
+            lifecycle.mark_started([run.task for run in started], writes)
+            for run in missed:
                 self.strike(run)
             moves.started(started, now)
             if missed:
-                lost = {run.task.id: run.task for run, _ in missed}
+                lost = {run.task.id: run.task for run in missed}
                 # Records that have changed since their rows were made are read then.
                 self._buffer.put_back([item for item in items if item.row and item.id in lost])
                 if not all(task.damage for task in lost.values()):  # a damaged one never starts
                     self._agenda.expect_more()  # another node may have started them: there are others
         except BaseException as error:  # an interrupt, too: no other thread knows of these runs
-            self.give_up([run for run, _ in starting], error)
+            self.give_up(starting, error)
             raise
         finally:
             suspect = self.suspects.item
@@ -354,7 +357,7 @@ class Starter:
                 if task_id not in runs:
                     self._admission.over(task_id, ran=False)
         if admitted and missed:
-            self._hasten([run.task for run, _ in starting if run.task.id not in runs])
+            self._hasten([run.task for run in starting if run.task.id not in runs])
         return started
 
     def _expire(self, tasks: Sequence[Task], now: int) -> None:

@@ -9,7 +9,7 @@ guard holds is the move that happened.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from operator import attrgetter
 from string import ascii_uppercase
@@ -752,12 +752,13 @@ def last_chance(task: _Counts) -> bool:
     return 0 < task.crashes >= _crashes_allowed(task) - 1
 
 
-def mark_started(started: Iterable[tuple[Task, Update]]) -> None:
+def mark_started(tasks: Sequence[Task], starts: Sequence[Update]) -> None:
     """Change task objects as the written starts have changed their records."""
-    for task, (_, _, changes, *_) in started:
+    began = to_datetime(starts[0].changes["started_at"]) if starts else None  # all at one time
+    for task, (_, _, changes, *_) in zip(tasks, starts, strict=True):
         task.status = TaskStatus.RUNNING
         task.starts = changes["starts"]
-        task.started_at = to_datetime(changes["started_at"])
+        task.started_at = began
         task.owner = changes["owner"]
         task.worker = changes["worker"]
 

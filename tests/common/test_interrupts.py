@@ -410,7 +410,7 @@ def test_a_run_that_no_thread_executes_runs_again(started):
         pool.runs["x"] = run
         update = lifecycle.start(task, 2, pool.node.id)
         assert repository.apply([update]) == [True]
-        lifecycle.mark_started([(task, update)])
+        lifecycle.mark_started([task], [update])
     eventually(lambda: started.get_task_status("x").status is TaskStatus.COMPLETED)
     assert started.get_task_status("x").interruptions == 0  # its executor was not called before
     check_it_works(started)
@@ -494,7 +494,7 @@ def test_the_audit_finds_a_run_lost_between_two_threads(started, monkeypatch):
         update = lifecycle.start(run.task, to_ms(run.task.run_at), pool.node.id)
         pool.runs["x"] = run
         assert started.repository.apply([update]) == [True]
-    lifecycle.mark_started([(run.task, update)])
+    lifecycle.mark_started([run.task], [update])
     run.state = "ahead"
     assert handle.result(PATIENCE) == "fine"
     check_it_works(started)

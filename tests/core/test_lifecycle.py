@@ -158,7 +158,7 @@ class TestStart:
         assert after.status is TaskStatus.RUNNING
         assert (after.starts, after.owner, after.started_at) == (4, "node", to_datetime(LATER))
         assert (after.max_attempts, after.max_crashes, after.timeout) == (2, 4, 1.5)
-        lifecycle.mark_started([(task, update)])
+        lifecycle.mark_started([task], [update])
         assert task == after
 
     def test_the_second_start_of_the_same_record_fails(self):

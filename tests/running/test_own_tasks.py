@@ -267,7 +267,7 @@ def running(tmp_path):
         tasks = [*repository.get_many([insert.id for insert in inserts]).values()]
         starts = lifecycle.start_all(tasks, 50, "node", "worker")
         assert repository.apply(starts) == [True] * 32
-        lifecycle.mark_started(zip(tasks, starts, strict=True))
+        lifecycle.mark_started(tasks, starts)
         yield repository, starts, tasks
 
 

@@ -289,7 +289,7 @@ class Life(RuleBasedStateMachine):
         )
         assert self.apply(write) == [holds]
         if holds:
-            lifecycle.mark_started([(task, write)])
+            lifecycle.mark_started([task], [write])
             self.runs.append(task)
             record.starts += 1
             if record.started:

@@ -136,12 +136,13 @@ class Writer:
         elif isinstance(head, Update) and _LISTS.isdisjoint(head.changes) and end < last:
             same, known = head[1:-1], head.seq > 0
             if writes[end][1:-1] == same:
-                while end < last and writes[end][1:-1] == same and (writes[end][-1] > 0) == known:
+                for write in writes[end:last]:
+                    if write[1:-1] != same or (write[-1] > 0) != known:
+                        break
                     end += 1
             elif not has_special(head.guard):
                 names, shape = [*head.changes], _shape(head.guard)
-                while end < last:
-                    write = writes[end]
+                for write in writes[end:last]:
                     if not isinstance(write, Update) or (write.seq > 0) != known:
                         break
                     guard = write.guard  # that of most outcomes is the same object
