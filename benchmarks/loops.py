@@ -28,7 +28,7 @@ def started_and_finished(task_id: str) -> tuple[Update, Update]:
     task = Task(type="noop", params={}, id=task_id, max_attempts=1, max_crashes=3)
     start = lifecycle.start(task, now, new_id())
     assert start is not None
-    lifecycle.mark_started([(task, start)])
+    lifecycle.mark_started([task], [start])
     ending = Ending(
         returned=True, result="1", duration=0.00001, worker="host:1:aaaaaa taskx-worker-1"
     )

@@ -32,10 +32,11 @@ class Statements:
 
     @staticmethod
     def _update(update: Any, ids: Sequence[str]) -> tuple[str, Rows]:
-        sql, values = statements().update((update.id,), update.guard, update.changes)
-        position = list(values).index(update.id)  # the key is before the id
-        before, after = tuple(values[: position - 1]), tuple(values[position + 1 :])
-        return sql, [(*before, key_of(id_), id_, *after) for id_ in ids]
+        named = "seq = ?", (update.id,)
+        sql, values = statements().update((), update.guard, update.changes, place=named)
+        position = list(values).index(update.id)
+        before, after = tuple(values[:position]), tuple(values[position + 1 :])
+        return sql, [(*before, key_of(id_), *after) for id_ in ids]
 
 
 class LeanStatements:
