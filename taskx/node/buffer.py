@@ -71,7 +71,8 @@ class Lot:
 class Line:
     """Items that come out in their order. Most also come in so, and then cost no search for their place.
 
-    An interrupt may lose the item that is taken out, and no other.
+    An interrupt may lose the item that is taken out, and no other. If a finalizer puts in an item while
+    another one is put in, one of them may come out too early.
     """
 
     def __init__(self, items: Iterable[Item] = ()) -> None:

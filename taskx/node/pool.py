@@ -259,9 +259,9 @@ class WorkerPool:
 
     def go(self) -> None:
         """Let the workers run tasks; a second call does nothing."""
+        self.begun.set()  # again, if an interrupt has struck the last call
         if not self._goes:
             self._goes = True
-            self.begun.set()
             self.log.info(
                 "node %s started: %d workers, types %s",
                 self.node.name,

@@ -707,19 +707,20 @@ def start_all(
     made: list[Update | None] = []
     known: dict[tuple[Any, ...], tuple[Any, ...]] = {}
     for task in tasks:
+        seq = numbers.get(task.id, 0)
         if task.unique_key is not None or task.expires_at is not None:
             update = start(task, now, node, worker)
-            made.append(update and update._replace(seq=numbers.get(task.id, 0)))
+            made.append(update and update._replace(seq=seq))
             continue
         alike = (
             *(task.status, task.starts, task.timeout),
             *(task.max_attempts, task.max_crashes, task.version),
         )
         if (rest := known.get(alike)) is not None:
-            made.append(_update((task.id, *rest, numbers.get(task.id, 0))))
+            made.append(_update((task.id, *rest, seq)))
         elif (update := start(task, now, node, worker)) is not None:
             known[alike] = update[1:-1]
-            made.append(update._replace(seq=numbers.get(task.id, 0)))
+            made.append(update._replace(seq=seq))
         else:
             made.append(None)
     return made

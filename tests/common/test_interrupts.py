@@ -28,6 +28,7 @@ from strikes import every_strike, strike_at
 from taskx import Hook, QueueFull, RepositoryError, RepositoryUnavailable, Task, TaskStatus
 from taskx.node.audit import Audit
 from taskx.node.buffer import Buffer, Slots
+from taskx.node.pool import WorkerPool
 from taskx.tasks import lifecycle
 from taskx.tasks.bell import Agenda, Bell
 from taskx.tasks.clock import to_ms
@@ -346,6 +347,28 @@ def test_the_audit_finds_lost_slots(started):
             started.submit("fine", id="with an id, so that it goes through the buffer")
     eventually(lambda: not buffer.reserved)
     assert started.submit("fine").result(PATIENCE) == "fine"
+
+
+def test_a_start_that_was_interrupted_when_it_let_the_workers_go_can_be_repeated(
+    queue, monkeypatch
+):
+    queue.executor("fine")(lambda: "fine")
+    go = WorkerPool.go
+
+    def struck(pool):
+        with monkeypatch.context() as patch:
+            patch.setattr(pool.begun, "set", strike, raising=False)
+            go(pool)
+
+    def strike():
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkerPool, "go", struck)
+        with pytest.raises(KeyboardInterrupt):
+            queue.start()
+    queue.start()
+    assert queue.submit("fine").result(PATIENCE) == "fine"
 
 
 @pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)

@@ -313,6 +313,20 @@ class TestNumbers:
         assert {"a": write.row["seq"]} == keys(path)
         assert write.row["seq"] != number
 
+    def test_new_records_that_are_sent_again_share_a_statement_still(self, repository, path):
+        writes = [fresh(f"t{n}") for n in range(8)]
+        blocker = Insert({**writes[0].row, "id": "blocker"})
+        repository.apply([blocker])
+        refused = repository.apply([*writes, blocker], all_or_nothing=True)
+        assert refused == [*[True] * 8, False]
+        results, statements = said(repository, writes)
+        assert results == [True] * 8
+        assert [sql.split()[0] for sql in statements] == ["BEGIN", "INSERT", "COMMIT"]
+        found = keys(path)
+        assert {write.id: write.row["seq"] for write in writes} == {
+            w.id: found[w.id] for w in writes
+        }
+
     @pytest.fixture
     def stored(self, repository):
         """Twelve records, half of them with chosen ids, and their numbers."""

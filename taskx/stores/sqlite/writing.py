@@ -50,7 +50,7 @@ class KeyedWriter(Writer):
     def _ordinary(write: Write) -> bool:
         return (
             isinstance(write, Insert)
-            and len(write.row) == len(CREATED)
+            and len(write.row) - ("seq" in write.row) == len(CREATED)
             and (write.key > 0 or key_of(write.row["id"]) is None)
         )
 
@@ -58,6 +58,8 @@ class KeyedWriter(Writer):
         first = alike[0]
         if isinstance(first, Insert):
             keys = [write.key or _drawn(write.row) for write in alike]
+            for write in alike:  # it was noted if they were sent before
+                write.row.pop("seq", None)
             rows = [(key, *write.row.values()) for key, write in zip(keys, alike, strict=True)]
             held = self._for_each(link, self.statements.insert(_ORDINARY), rows)
             for key, write in zip(keys, alike, strict=True):
@@ -85,15 +87,21 @@ class KeyedWriter(Writer):
         if not isinstance(write, Insert):
             if "depends_on" in write.changes:
                 return None
-            return partial(_alone, self._query(write))  # triggers do the rest
+            return partial(self._change_alone, write)  # triggers do the rest
         row = write.row
         row.pop("seq", None)
         key = write.key or _drawn(row)
         if not key or "depends_on" in row or "tags" in row:
             return None
         query = self.statements.insert(("seq", *row)), (key, *row.values())
-        row["seq"] = key
-        return partial(_alone, query)
+        return partial(_put_alone, query, key, row)
+
+    def _change_alone(self, write: Update | Delete, link: Link) -> list[bool]:
+        if link.execute(*self._query(write)).rowcount > 0:
+            return [True]
+        if isinstance(write, Update) and write.seq:
+            return [False]
+        raise Apart  # there may be another row to look at
 
     def _query(self, write: Update | Delete, place: Query | None = None) -> Query:
         if isinstance(write, Update):
@@ -107,7 +115,8 @@ class KeyedWriter(Writer):
             return self._insert(link, write)
         held = link.execute(*self._query(write)).rowcount > 0
         # Else the guard does not hold, or the row has another key.
-        if not held and (place := self.dialect.elsewhere((write.id,))) is not None:
+        known = isinstance(write, Update) and write.seq > 0
+        if not (held or known) and (place := self.dialect.elsewhere((write.id,))) is not None:
             held = link.execute(*self._query(write, place)).rowcount > 0
         if held and "depends_on" in write.changes:
             self._add_parents(link, write)
@@ -180,6 +189,13 @@ class OwnWriter(KeyedWriter):
         return held
 
 
+def _put_alone(query: Query, key: int, row: dict[str, Any], link: Link) -> list[bool]:
+    if link.execute(*query).rowcount > 0:
+        row["seq"] = key
+        return [True]
+    raise Apart  # the key may be taken
+
+
 def _drawn(row: Mapping[str, Any]) -> int:
     """Return a new key for a row with a chosen id, if the index of such ids tells whether that is taken.
 
@@ -203,9 +219,3 @@ def of_several(sql: str, size: int) -> str:
     numbers = count(1)
     change, _, which = re.sub(r"\?", lambda _: f"v.column{next(numbers)}", sql).partition(" WHERE ")
     return f"{change} FROM (VALUES {rows}) AS v WHERE {which}"
-
-
-def _alone(query: Query, link: Link) -> list[bool]:
-    if link.execute(*query).rowcount > 0:
-        return [True]
-    raise Apart  # there may be another row to look at
