@@ -89,7 +89,8 @@ COMMON_POINTS: Points = {
 def _in_commit(strike: Strike) -> None:
     """Strike in a transaction, and before a statement that commits itself; the file is locked."""
     before(FileLinks, "_refuse_if_newer", strike)
-    before(writing, "_alone", strike)
+    before(writing, "_put_alone", strike)
+    before(writing.KeyedWriter, "_change_alone", strike)
 
 
 KILL_POINTS: Points = {
