@@ -83,26 +83,24 @@ class Ahead:
         elif attempts > self._try_at + 2 * self._patience:  # they have been short for long
             self._patience = _FIRST_TRIAL
 
-    @property
-    def portion(self) -> int:
-        """The number of tasks to start at once: one for each of some waiting workers; many if short."""
+    def portion(self, *, alone: bool) -> int:
+        """Return the number of tasks to start at once: one for each of some waiting workers; many if short.
+
+        If the node is not alone, it is half as many of the short ones: other nodes wait for the file.
+        """
         if self.short:
-            return self._most
+            return self._most if alone else self._most // 2
         # Many workers, one after another, wait longer for a start than for each other.
         served = max(self._most_served, self.workers // 8)
         return min(1 + min(len(self.waiting), served), self._most)
 
-    def let_gather(self, waiting: int) -> None:
+    def let_gather(self, waiting: int, most: int) -> None:
         """Let a few short tasks gather while they arrive in quick succession.
 
         One transaction then starts more of them, and fewer transactions hold up the submitter.
-        ``waiting`` is the number of tasks in the buffer.
+        ``waiting`` is the number of tasks in the buffer, of which ``most`` would start.
         """
-        if (
-            self._last_batch > 1
-            and waiting < self._most
-            and self._lingering.acquire(blocking=False)
-        ):
+        if self._last_batch > 1 and waiting < most and self._lingering.acquire(blocking=False):
             try:
                 time.sleep(self._gather * min(1.0, self._last_batch / _FULL_GATHER))
             finally:

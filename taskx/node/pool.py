@@ -461,10 +461,10 @@ class WorkerPool:
             if self.hooks.waiting:
                 self.hooks.let_catch_up()
             if ahead.short and not ahead.runs and not self.watcher.watching:
-                ahead.let_gather(len(buffer))
+                ahead.let_gather(len(buffer), ahead.portion(alone=self.fetcher.alone))
             run: Run | Call | None = ahead.take() if ahead.runs else None
             if run is None:
-                if items := buffer.take(ahead.portion):
+                if items := buffer.take(ahead.portion(alone=self.fetcher.alone)):
                     run = self.start(items, worker)
                     self._complaint.over()
                     # Not if nothing was started: it might fetch the same tasks at once.

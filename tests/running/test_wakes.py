@@ -286,7 +286,7 @@ def test_short_tasks_gather_for_longer_if_many_have_come(monkeypatch, started, w
     monkeypatch.setattr("taskx.node.ahead.time.sleep", naps.append)
     ahead = Ahead(1, DEFAULT_TIMING)
     ahead.begin(started)
-    ahead.let_gather(waiting)
+    ahead.let_gather(waiting, 128)
     assert naps == ([DEFAULT_TIMING.gather * part] if part else [])
 
 
@@ -403,3 +403,10 @@ def test_a_backlog_is_read_in_few_fetches(make_queue, monkeypatch):
     queue.start()
     assert queue.drain(PATIENCE)
     assert sum(asked) < 4 * 600
+
+
+def test_a_node_among_others_starts_half_as_many_short_tasks_at_once():
+    """The others wait for the file meanwhile."""
+    ahead = Ahead(1, DEFAULT_TIMING)
+    ahead.short = True
+    assert [ahead.portion(alone=alone) for alone in (True, False)] == [128, 64]
