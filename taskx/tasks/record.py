@@ -361,10 +361,8 @@ def _new_task() -> Task:
     task: Any = Task.__new__(Task)
     task.id = task.type = task.created_by = task.owner = task.worker = task.flow = task.message = ""
     task.error = task.error_type = task.traceback = task.log = task.stuck_on = task.damage = ""
-    task.status, task.params, task.earlier_attempts, task.depends_on, task.tags = (
-        *(TaskStatus.PENDING, {}, []),
-        *((), ()),
-    )
+    task.status, task.params, task.earlier_attempts = TaskStatus.PENDING, {}, []
+    task.depends_on = task.tags = ()
     task.progress = task.priority = task.starts = task.errors = task.crashes = 0
     task.interruptions = task.snoozes = 0
     task.duration, task.dead_letter = 0.0, False
