@@ -33,7 +33,7 @@ class Release:
             except BaseException:
                 self._agenda.check_due()
                 raise
-        while self.next is not None and self.next <= now and not self._others_release:
+        while self.next is not None and self.next <= now and time.monotonic() >= self._again_at:
             self._release_some(now)
             self.next = self.earliest()
             if time.monotonic() >= until:
@@ -41,9 +41,9 @@ class Release:
 
     def due(self) -> float:
         """Return the seconds until the next task is due."""
-        if self.next is None or self._others_release:
+        if self.next is None:
             return math.inf
-        return (self.next - self._moves.now_ms()) / 1000
+        return max((self.next - self._moves.now_ms()) / 1000, self._again_at - time.monotonic())
 
     def earliest(self) -> int | None:
         """Read the time at which the next task is due."""
@@ -61,11 +61,6 @@ class Release:
             released = sum(self._moves.commit([lifecycle.release(*one) for one in due]))
             if not released or (len(due) == self._batch and 2 * released < self._batch):
                 self._again_at = time.monotonic() + self._poll_every
-
-    @property
-    def _others_release(self) -> bool:
-        """True if another node was releasing the due tasks a moment ago."""
-        return time.monotonic() < self._again_at
 
 
 def next_expiry(repository: Repository) -> int | None:

@@ -93,11 +93,12 @@ class Housekeeper:
         self._failure = ""
         self._problems: list[Problem] = []
         self._began: float | None = None
-        # The time of the last round, and that at which a duty is due, if one has looked since.
-        self._round_at = -math.inf
-        self._due_at: float | None = None
+        # The time of the last round; that at which a duty is due, unless a new one wakes the thread before.
+        self._round_at = self._due_at = -math.inf
         # True if the next round must not be left out; True if others have changed something before it.
         self._wanted, self._news = True, False
+        # True if other nodes may have come since the last look for them.
+        self._may_have_come = True
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name="taskx-housekeeper", daemon=True)
 
@@ -232,7 +233,7 @@ class Housekeeper:
             self._wanted
             or self._pool.runs
             or now - self._round_at >= timing.recover_every
-            or self._look_ahead(now) <= now + timing.hand_back_after
+            or now >= self._due_at - timing.hand_back_after
         ):
             return True
         self._news = self._polls and self._changed()
@@ -250,15 +251,11 @@ class Housekeeper:
     def _until_next(self) -> float:
         """Return the seconds until the next round: as long as none is needed, it polls."""
         timing, now = self._pool.timing, time.monotonic()
-        due_at = self._look_ahead(now) if self._due_at is None else self._due_at
+        if self._due_at < self._round_at:  # nobody has looked ahead since the last round
+            more = any(duty.more for duty in self.duties)
+            self._due_at = now + (0.0 if more else min([due() for due in self._dues]))
         # Rounded: a billionth of a second more than a short sleep would be a long one, which others end.
-        return max(timing.shortest_sleep, min(timing.poll_every, round(due_at - now, 6)))
-
-    def _look_ahead(self, now: float) -> float:
-        """Return the time at which a duty is due."""
-        more = any(duty.more for duty in self.duties)
-        self._due_at = now + (0.0 if more else min([due() for due in self._dues]))
-        return self._due_at
+        return max(timing.shortest_sleep, min(timing.poll_every, round(self._due_at - now, 6)))
 
     def tick(self) -> None:
         """Do one round: take a step of each duty that is due, and more steps until time is up.
@@ -268,7 +265,7 @@ class Housekeeper:
         now = self._round_at = time.monotonic()
         until = now + self._pool.timing.round_within
         self._pool.agenda.begin_round()
-        self._due_at = None
+        self._due_at = -math.inf
         for duty in self.duties:
             if duty.more or now - duty.last >= duty.every:
                 duty.take(now, until)
@@ -299,7 +296,10 @@ class Housekeeper:
             self._pool.agenda.expect_more()
 
     def _recover(self, until: float) -> None:
-        self.recovery.recover(until)
+        # A node that comes stores its record, which is news.
+        if self._may_have_come or not self.recovery.alone:
+            self._may_have_come = not self._polls
+            self.recovery.recover(until)
 
     def _take_in(self, until: float) -> None:
         """Take in what other nodes have changed, whether or not anything is known to have changed."""
@@ -313,6 +313,7 @@ class Housekeeper:
         news, self._news = self._news, False
         # What changes after a look that has found news, the next round finds.
         if self._polls and (news or self._changed()):
+            self._may_have_come = True
             self._pool.agenda.check_due()
             self._ticker.refresh_soon()
             self._process_changes()
@@ -367,6 +368,7 @@ class Housekeeper:
         self._pool.moves.retries.tell()
         self._pool.stuck.audit()
         self._problems = [*self._pool.moves.repository.house.problems(), *self._stuck_types()]
+        self._may_have_come = True
         self._pool.moves.dependents.scan_some()
         self._pool.moves.turns.scan_some()
         self._pool.agenda.check_due()

@@ -242,12 +242,13 @@ class Ledger(ABC, Generic[OutcomeT]):
         self._waiting.append(_Entry(writes, outcome))
 
     def flush(self, *, wait: bool = True, patient: bool = False, late: bool = False) -> bool:
-        """Commit the queued outcomes. Without ``wait``, return False if another thread is committing.
+        """Commit the queued outcomes; return True if none is left.
 
-        With ``patient``, writes that another transaction has locked are tried again for some time. With
-        ``late``, nothing is committed unless the first outcome was the first at the last such call, too.
-        Until then, a worker that starts tasks may commit it with the starts: two threads that write at once
-        give way to each other at each row.
+        Without ``wait``, it leaves them if another thread is committing. With ``patient``, writes that
+        another transaction has locked are tried again for some time. With ``late``, nothing is committed
+        unless the first outcome was the first at the last such call, too. Until then, a worker that starts
+        tasks may commit it with the starts: two threads that write at once give way to each other at each
+        row.
 
         Raises:
             RepositoryUnavailable: the writes stay in the queue. It is :class:`Locked` if only some of them
@@ -258,7 +259,7 @@ class Ledger(ABC, Generic[OutcomeT]):
             with suppress(IndexError):  # nothing waits
                 self._first = self._waiting[0]
             if not self._untold and (last is None or last is not self._first):
-                return True
+                return not self.unsettled
         work = partial(self._flush, wait=wait)
         return patiently(work, self._timing) if patient else work()
 
@@ -284,7 +285,7 @@ class Ledger(ABC, Generic[OutcomeT]):
         finally:
             self._call_next()
             self._finish()
-        return True
+        return not self.unsettled
 
     def _lead(self, alone: _Entry[OutcomeT] | None = None) -> None:
         """Commit the next batch, and wake the threads that wait for it; or commit the entry ``alone``."""

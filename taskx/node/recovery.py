@@ -24,6 +24,8 @@ class Recovery:
 
     def __init__(self, pool: WorkerPool) -> None:
         self._pool = pool
+        #: True if the last look has found no trace of another node.
+        self.alone = False
         self._unknown: set[str] = set()
         self._held: set[str] = set()  # the dead nodes whose tasks could not be taken back at first
         # The dead nodes whose buffers are being freed, and the number of tasks of each that cannot be.
@@ -41,6 +43,7 @@ class Recovery:
             until: the time, on the monotonic clock, from which the rest of their buffered tasks is left to
                 :meth:`go_on`.
         """
+        self.alone = False
         repository = self._pool.moves.repository
         # Owners first: a node that joins after this and owns a task is in the list of nodes below.
         owners = queries.owners(repository)
@@ -69,6 +72,7 @@ class Recovery:
                     "its tasks are left alone",
                     node.name,
                 )
+        self.alone = [*known] == [own] and own in nodes and nodes[own].alive is True
         return recovered + self.go_on(until)
 
     def go_on(self, until: float = math.inf) -> int:

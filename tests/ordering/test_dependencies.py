@@ -444,7 +444,13 @@ class TestParents:
         assert started.prune(later) == 2
 
 
-@pytest.mark.timing(audit_every=NEVER, recover_every=NEVER)  # recovery calls refresh
+def refresh(queue):
+    """Do what a round of the housekeeper does when others have changed something."""
+    parts_of(queue).moves.dependents.refresh()
+    parts_of(queue).agenda.wake()
+
+
+@pytest.mark.timing(audit_every=NEVER, recover_every=NEVER)  # else each round calls it
 @pytest.mark.usefixtures("nothing_noticed")
 class TestOthers:
     """Tasks that another process stored, without telling this process."""
@@ -463,12 +469,12 @@ class TestOthers:
     def test_a_refresh_finds_parents_that_ended_before_it(self, started, family):
         parent, child = family
         end_by_hand(started.repository, parent.id)
-        parts_of(started).moves.dependents.refresh()
+        refresh(started)
         eventually(lambda: child.task().status is TaskStatus.COMPLETED)
 
     def test_after_a_refresh_ends_are_reported(self, started, family):
         parent, child = family
-        parts_of(started).moves.dependents.refresh()
+        refresh(started)
         eventually(lambda: not parts_of(started).moves.dependents.waiting)
         started.cancel_task(parent.id)
         eventually(lambda: child.task().status is TaskStatus.CANCELLED)
@@ -481,7 +487,7 @@ class TestOthers:
 
     def test_ends_are_not_reported_if_no_child_waits(self, started, family):
         family[1].cancel()
-        parts_of(started).moves.dependents.refresh()
+        refresh(started)
         assert not parts_of(started).moves.dependents.any
 
 

@@ -224,7 +224,7 @@ def test_while_something_waits_for_a_short_sleep_no_commit_ends_it(make_queue, g
         clock = count(1234.5678, 0.1 + 2**-30)
         monkeypatch.setattr(housekeeping, "time", SimpleNamespace(monotonic=lambda: next(clock)))
         for _ in range(1000):
-            housekeeper._due_at = None
+            housekeeper._due_at = -1.0
             assert housekeeper._until_next() <= short
         gate.open()
 
