@@ -241,6 +241,7 @@ def test_due_tasks_that_another_node_releases_are_left_to_it_for_a_while(
     for _ in range(3):
         whole_round(queue)
     assert tried == [10]
+    assert 9000 < housekeeper_of(queue)._release.due() <= 10000
     repository.before = lambda writes: None  # the other node has died
     housekeeper_of(queue)._release._again_at = 0.0
     parts_of(queue).agenda.wake()
@@ -268,6 +269,45 @@ def waiting(task_id):
     row = lifecycle.create(task_id=task_id, type="remote", params="{}", created_by="", now=1000)
     row.row["owner"] = "dead"
     return row
+
+
+@pytest.mark.timing(recover_every=0.001, audit_every=3600.0)
+@pytest.mark.parametrize("repository", ["sqlite"], indirect=True)
+class TestLooking:
+    @pytest.fixture
+    def looks(self, started):
+        """The looks of a queue's node from when it knows that it is alone."""
+        housekeeper, looks = housekeeper_of(started), []
+        recovery = housekeeper.recovery
+        whole_round(started)  # all is news to the first one
+        eventually(lambda: recovery.alone and not housekeeper._may_have_come)
+        look = recovery.recover
+
+        def watched(until):
+            looks.append(until)
+            return look(until)
+
+        recovery.recover = watched
+        return looks
+
+    def test_a_node_that_is_alone_looks_for_dead_nodes_only_after_news(self, started, looks, dead):
+        for _ in range(5):
+            whole_round(started)
+        assert looks == []
+        dead([waiting("t")])
+        eventually(lambda: held_on(started.repository, "dead") == [])
+        assert looks
+
+    def test_a_node_beside_another_goes_on_looking_for_dead_ones(self, started, looks):
+        with SQLiteRepository(started.repository.path) as another:
+            another.liveness.join(Node(id="other", name="host:1:other"))
+            eventually(lambda: len(looks) > 5)
+            another.liveness.leave("other")
+
+    def test_an_audit_looks_in_any_case(self, started, looks):
+        with no_rounds(started):
+            housekeeper_of(started)._run_audits(0.0)
+        eventually(lambda: looks)
 
 
 @pytest.mark.timing(free_batch=10)
