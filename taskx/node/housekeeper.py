@@ -93,7 +93,8 @@ class Housekeeper:
         self._failure = ""
         self._problems: list[Problem] = []
         self._began: float | None = None
-        # The time of the last round; that at which a duty is due, unless a new one wakes the thread before.
+        # The time of the last round on the monotonic clock; that of the next duty on the pool's, which a
+        # test may move. What comes up in the meantime wakes the thread.
         self._round_at = self._due_at = -math.inf
         # True if the next round must not be left out; True if others have changed something before it.
         self._wanted, self._news = True, False
@@ -228,12 +229,12 @@ class Housekeeper:
 
     def _is_needed(self) -> bool:
         """Return True if the next round may find something: an idle node leaves out most of its rounds."""
-        timing, now = self._pool.timing, time.monotonic()
+        timing = self._pool.timing
         if (
             self._wanted
             or self._pool.runs
-            or now - self._round_at >= timing.recover_every
-            or now >= self._due_at - timing.hand_back_after
+            or time.monotonic() - self._round_at >= timing.recover_every
+            or self._pool.clock.monotonic() >= self._due_at - timing.hand_back_after
         ):
             return True
         self._news = self._polls and self._changed()
@@ -250,8 +251,8 @@ class Housekeeper:
 
     def _until_next(self) -> float:
         """Return the seconds until the next round: as long as none is needed, it polls."""
-        timing, now = self._pool.timing, time.monotonic()
-        if self._due_at < self._round_at:  # nobody has looked ahead since the last round
+        timing, now = self._pool.timing, self._pool.clock.monotonic()
+        if self._due_at == -math.inf:  # nobody has looked ahead since the last round
             more = any(duty.more for duty in self.duties)
             self._due_at = now + (0.0 if more else min([due() for due in self._dues]))
         # Rounded: a billionth of a second more than a short sleep would be a long one, which others end.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from itertools import count
 from queue import SimpleQueue
-from types import SimpleNamespace
 
 import pytest
 from helpers import (
@@ -25,7 +25,6 @@ from helpers import (
 from strikes import every_strike
 
 from taskx import RepositoryUnavailable, RetryPolicy, Task, TaskFailed
-from taskx.node import housekeeper as housekeeping
 from taskx.node.ahead import Ahead
 from taskx.node.buffer import Buffer
 from taskx.tasks.timing import DEFAULT_TIMING
@@ -222,9 +221,9 @@ def test_while_something_waits_for_a_short_sleep_no_commit_ends_it(make_queue, g
         housekeeper, short = housekeeper_of(queue), DEFAULT_TIMING.hand_back_after
         monkeypatch.setattr(housekeeper, "_dues", [lambda: short])
         clock = count(1234.5678, 0.1 + 2**-30)
-        monkeypatch.setattr(housekeeping, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+        monkeypatch.setattr(queue.clock, "monotonic", lambda: next(clock))
         for _ in range(1000):
-            housekeeper._due_at = -1.0
+            housekeeper._due_at = -math.inf
             assert housekeeper._until_next() <= short
         gate.open()
 

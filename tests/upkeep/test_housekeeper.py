@@ -53,6 +53,18 @@ def test_an_idle_node_looks_for_changes_and_does_no_round_until_there_is_one(sta
     eventually(lambda: len(rounds) > before)
 
 
+@pytest.mark.timing(poll_every=0.001, recover_every=3600.0, audit_every=3600.0)
+@pytest.mark.parametrize("repository", ["sqlite"], indirect=True)
+def test_an_idle_node_notices_a_clock_that_a_test_moves(make_queue, clock):
+    queue = make_queue(clock=clock)
+    queue.executor("late")(lambda: "done")
+    queue.start()
+    handle = queue.submit("late", delay=3600)
+    whole_round(queue)
+    clock.advance(3600)
+    assert handle.result(PATIENCE) == "done"
+
+
 # What a node knows of its own troubles
 
 
