@@ -40,7 +40,9 @@ class Release:
                 break
 
     def due(self) -> float:
-        """Return the seconds until the next task is due."""
+        """Return the seconds until the next task is due; 0 if that must be read first."""
+        if not self._agenda.due_known:  # it may come before the next regular round
+            return 0.0
         if self.next is None:
             return math.inf
         return max((self.next - self._moves.now_ms()) / 1000, self._again_at - time.monotonic())

@@ -65,6 +65,22 @@ def test_an_idle_node_notices_a_clock_that_a_test_moves(make_queue, clock):
     assert handle.result(PATIENCE) == "done"
 
 
+@pytest.mark.timing(poll_every=0.001, recover_every=3600.0, audit_every=3600.0)
+@pytest.mark.parametrize("repository", ["sqlite"], indirect=True)
+def test_an_idle_node_reads_at_once_when_a_delayed_task_of_another_process_is_due(
+    make_queue, started
+):
+    """Its news come after the release of a round, and the task may be due before the next one."""
+    release = housekeeper_of(started)._release
+    whole_round(started)
+    eventually(lambda: parts_of(started).agenda.due_known and release.next is None)
+    with SQLiteRepository(started.repository.path) as another:
+        queue = make_queue(another)
+        queue.declare("remote")
+        queue.submit("remote", delay=3600)
+        eventually(lambda: release.next is not None)
+
+
 # What a node knows of its own troubles
 
 
