@@ -341,6 +341,7 @@ class Moves(Ledger[Outcome]):
                 keys.append(task.concurrency_key)
             elif turn is None or write.move == "delete":
                 self.turns.scan_all_soon()  # only the id of the task is known
+                self._agenda.wake_from_long_sleep()
             else:
                 given.add(turn)
         self.turns.advance(

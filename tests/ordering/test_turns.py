@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from helpers import PATIENCE, eventually, frequent_checks, no_rounds
+from helpers import PATIENCE, eventually, frequent_checks, no_rounds, undisturbed, whole_round
 from storage.repositories import TinyRepository
 
 from taskx import (
@@ -199,12 +199,16 @@ def test_a_cancelled_running_task_gives_the_turn_to_the_next(track):
     eventually(lambda: track.took_turns(["next"]))
 
 
-@pytest.mark.timing(audit_every=3600)
-def test_a_deleted_task_gives_the_turn_to_the_next(track):
+@undisturbed
+@pytest.mark.parametrize("end", [Queue.cancel_task, Queue.delete])
+def test_a_task_whose_key_is_not_read_gives_the_turn_to_the_next_at_once(track, end):
+    """The housekeeper looks which key it is, and nothing else wakes it."""
     track.queue.start()
     track.submit("first", delay=60)
     track.submit("next")
-    track.queue.delete("first")
+    for _ in range(2):  # at the second one, nothing of the submits is left
+        whole_round(track.queue)
+    end(track.queue, "first")
     eventually(lambda: track.took_turns(["next"]))
 
 
