@@ -337,7 +337,9 @@ class Housekeeper:
     def _fetch(self, until: float) -> None:
         if self._pool.admission.is_time() or self._pool.agenda.look_for_more:
             self._pool.agenda.expect_more()
-            self._pool.fetcher.refill()
+            if not self._pool.fetcher.refill():
+                # The fetch of another thread may have read before a task came.
+                self._pool.agenda.wake_from_long_sleep()
         else:
             self._pool.fetcher.refill_if_low()
 

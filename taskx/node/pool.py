@@ -497,8 +497,8 @@ class WorkerPool:
                 self.agenda.wake_from_long_sleep()
             if self.moves.dependents.told:  # this worker may run a child next
                 self.moves.dependents.process_some()
-            if self.agenda.more_stored:
-                self.fetcher.refill()
+            if self.agenda.more_stored and not self.fetcher.refill():
+                self.agenda.wake_from_long_sleep()  # as the housekeeper does
             self.tell_quiet()
 
     def _has_next(self) -> bool:

@@ -20,6 +20,7 @@ from helpers import (
     parts_of,
     pool_of,
     prepared_node,
+    undisturbed,
     whole_round,
 )
 
@@ -79,6 +80,20 @@ def test_an_idle_node_reads_at_once_when_a_delayed_task_of_another_process_is_du
         queue.declare("remote")
         queue.submit("remote", delay=3600)
         eventually(lambda: release.next is not None)
+
+
+@undisturbed
+def test_a_fetch_that_another_thread_prevents_is_made_soon(make_queue):
+    """That thread may have read before the task came."""
+    queue = make_queue(worker_num=1)
+    queue.executor("t", max_concurrency=1)(lambda: "done")
+    queue.start()
+    whole_round(queue)
+    with pool_of(queue).fetcher._refilling:
+        handle = queue.submit("t")
+        for _ in range(2):  # at the second one, nothing of the submit is left
+            whole_round(queue)
+    assert handle.result(PATIENCE) == "done"
 
 
 # What a node knows of its own troubles
