@@ -357,12 +357,15 @@ class Housekeeper:
         return self._ticker.waiting
 
     def _until_tick(self) -> float:
-        """Return the seconds until the next tick of a schedule."""
-        if self._pool.stopping or (self._ticker.next is None and not self._ticker.waiting):
+        """Return the seconds until the next tick of a schedule, or until schedules are read again."""
+        ticker = self._ticker
+        if self._pool.stopping:
             return math.inf
-        if self._ticker.waiting or self._ticker.next is None:
+        if ticker.waiting:
             return 0.0
-        return (self._ticker.next - self._pool.clock.now_ms()) / 1000
+        tick = ticker.next
+        until = math.inf if tick is None else (tick - self._pool.clock.now_ms()) / 1000
+        return min(until, ticker.until_refresh())
 
     def _run_audits(self, until: float) -> None:
         """Check for everything that an event should have reported and did not."""

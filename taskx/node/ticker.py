@@ -149,6 +149,10 @@ class Ticker:
         """Read all schedules again at the next polling time; another process may have changed one."""
         self._stale = True
 
+    def until_refresh(self) -> float:
+        """Return the seconds until all schedules are read again; infinite if none may have changed."""
+        return self._refresh_at - time.monotonic() if self._stale else math.inf
+
     @property
     def waiting(self) -> bool:
         """True if a refresh is not finished; :meth:`tick` continues it."""

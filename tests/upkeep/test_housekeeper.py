@@ -82,6 +82,20 @@ def test_an_idle_node_reads_at_once_when_a_delayed_task_of_another_process_is_du
         eventually(lambda: release.next is not None)
 
 
+@pytest.mark.timing(poll_every=0.001, recover_every=3600.0, audit_every=3600.0)
+@pytest.mark.parametrize("repository", ["sqlite"], indirect=True)
+def test_an_idle_node_reads_the_schedules_of_another_process_as_soon_as_it_may(make_queue, started):
+    """Its news come too soon after the last look at all schedules."""
+    ticker = housekeeper_of(started)._ticker
+    whole_round(started)
+    eventually(lambda: ticker._refresh_at and not ticker._stale)
+    with SQLiteRepository(started.repository.path) as another:
+        queue = make_queue(another)
+        queue.declare("remote")
+        queue.schedule("s", every(3600), "remote").store()
+        eventually(lambda: ticker.next is not None)
+
+
 @undisturbed
 def test_a_fetch_that_another_thread_prevents_is_made_soon(make_queue):
     """That thread may have read before the task came."""
