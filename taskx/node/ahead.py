@@ -24,6 +24,11 @@ _DOUBTFUL, _FIRST_TRIAL, _LONGEST_TRIAL = 10, 64, 8192
 # If so many tasks started together, a worker lets others gather for the whole time; if fewer, for as much
 # less. So they hardly wait, and gather only if several thousand come in a second.
 _FULL_GATHER = 16
+# If tasks are not short, a start also starts some for workers that are free soon, for at most this part of
+# all workers. Each would else start its own, and they would wait for each other.
+_SOON_FREE = 1 / 4
+# A task counts for at most so many seconds in the mean that tells how soon workers are free.
+_LONGEST_COUNTED = 1.0
 # Longer than any short task, so that the mean is a number.
 _HOUR = 3600.0
 
@@ -39,7 +44,7 @@ class Ahead:
         self._short_task = min(timing.short_task, _HOUR)
         self._tied_up_after = timing.tied_up_after
         self._most, self._most_served = timing.most_ahead, timing.most_served
-        self._gather = timing.gather
+        self._gather, self._hand_back_after = timing.gather, timing.hand_back_after
         #: Started runs that any free worker may take, in order; each is in the state ``ahead``.
         self.runs: deque[Run] = deque()
         #: The time at which each executing run began. Kept apart from the states of all runs, because
@@ -53,6 +58,7 @@ class Ahead:
         #: True if tasks have lately been so short that waking a thread costs more than a task.
         self.short = False
         self._mean = _LONG * self._short_task  # the first tasks count as long
+        self._mean_of_all = _LONGEST_COUNTED
         # The number of attempts from which a trial is due, and that between the next two.
         self._try_at = self._patience = _FIRST_TRIAL
         self._last_batch = 0
@@ -72,6 +78,7 @@ class Ahead:
         self.at_work.pop(run, None)
         self.attempts = attempts = next(self._counter)
         short = self._short_task
+        self._mean_of_all += (min(duration, _LONGEST_COUNTED) - self._mean_of_all) * _WEIGHT
         self._mean += (min(duration, _MOST_COUNTED * short) - self._mean) * _WEIGHT
         if not self.short:
             doubtful = attempts >= self._try_at and self._mean < _DOUBTFUL * short
@@ -87,12 +94,15 @@ class Ahead:
         """Return the number of tasks to start at once: one for each of some waiting workers; many if short.
 
         If the node is not alone, it is half as many of the short ones: other nodes wait for the file.
+        Of others, some more start for the workers that are free before such a task would be handed back.
         """
         if self.short:
             return self._most if alone else self._most // 2
         # Many workers, one after another, wait longer for a start than for each other.
         served = max(self._most_served, self.workers // 8)
-        return min(1 + min(len(self.waiting), served), self._most)
+        free = self._hand_back_after * self.workers / max(self._mean_of_all, self._short_task, 1e-6)
+        soon = int(min(free, _SOON_FREE * self.workers))
+        return min(1 + min(len(self.waiting), served) + soon, self._most)
 
     def let_gather(self, waiting: int, most: int) -> None:
         """Let a few short tasks gather while they arrive in quick succession.
