@@ -409,3 +409,14 @@ def test_a_node_among_others_starts_half_as_many_short_tasks_at_once():
     ahead = Ahead(1, DEFAULT_TIMING)
     ahead.short = True
     assert [ahead.portion(alone=alone) for alone in (True, False)] == [128, 64]
+
+
+@pytest.mark.parametrize(
+    ("workers", "seconds", "portion"), [(32, 0.01, 9), (128, 0.01, 33), (32, 1.0, 1), (2, 0.01, 1)]
+)
+def test_a_start_also_starts_tasks_for_workers_that_are_free_soon(workers, seconds, portion):
+    """At most for a quarter of them, and for none if tasks are long."""
+    ahead = Ahead(workers, DEFAULT_TIMING)
+    for _ in range(200):
+        ahead.ended(object(), seconds)
+    assert ahead.portion(alone=True) == portion
