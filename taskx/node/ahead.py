@@ -29,6 +29,7 @@ _FULL_GATHER = 16
 _SOON_FREE = 1 / 4
 # A task counts for at most so many seconds in the mean that tells how soon workers are free.
 _LONGEST_COUNTED = 1.0
+_MICROSECOND = 1e-6
 # Longer than any short task, so that the mean is a number.
 _HOUR = 3600.0
 
@@ -100,8 +101,10 @@ class Ahead:
             return self._most if alone else self._most // 2
         # Many workers, one after another, wait longer for a start than for each other.
         served = max(self._most_served, self.workers // 8)
-        free = self._hand_back_after * self.workers / max(self._mean_of_all, self._short_task, 1e-6)
-        soon = int(min(free, _SOON_FREE * self.workers))
+        free = self._hand_back_after / max(
+            self._mean_of_all, _MICROSECOND
+        )  # as a part of all workers
+        soon = int(self.workers * min(free, _SOON_FREE))
         return min(1 + min(len(self.waiting), served) + soon, self._most)
 
     def let_gather(self, waiting: int, most: int) -> None:
