@@ -101,10 +101,8 @@ class Ahead:
             return self._most if alone else self._most // 2
         # Many workers, one after another, wait longer for a start than for each other.
         served = max(self._most_served, self.workers // 8)
-        free = self._hand_back_after / max(
-            self._mean_of_all, _MICROSECOND
-        )  # as a part of all workers
-        soon = int(self.workers * min(free, _SOON_FREE))
+        part = self._hand_back_after / max(self._mean_of_all, _MICROSECOND)
+        soon = int(self.workers * min(part, _SOON_FREE))
         return min(1 + min(len(self.waiting), served) + soon, self._most)
 
     def let_gather(self, waiting: int, most: int) -> None:
