@@ -1111,10 +1111,19 @@ import asyncio, os, signal
 from taskx.testing import ManualQueue
 
 queue = ManualQueue()
+interrupted = []
+
+def interrupt(number, frame):
+    interrupted.append(number)
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGINT, interrupt)
 
 @queue.executor()
 async def work():
-    os.kill(os.getpid(), signal.SIGINT)
+    while not interrupted:  # a signal that comes just before the main thread waits would not end its wait
+        os.kill(os.getpid(), signal.SIGINT)
+        await asyncio.sleep(1)
     await asyncio.sleep(3600)
 
 handle = work.submit()
