@@ -423,7 +423,7 @@ undisturbed = pytest.mark.timing(
 def calm() -> Iterator[threading.Event]:
     """Hand back started tasks only while the event is set; so a slow machine starts no task twice.
 
-    Not for tests that submit while a queue stops: it hands back what was started meanwhile.
+    A queue that stops hands them back in any case.
     """
     clear, calm = Ahead.clear, threading.Event()
 

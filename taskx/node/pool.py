@@ -887,7 +887,9 @@ class WorkerPool:
         """Wake a worker if tasks wait; hand back started tasks for which no worker is free."""
         self.starter.suspects.call_next()
         if not self.ahead.nudge(self.buffer.ready):
-            self.starter.drop(self.ahead.clear(self.timing.hand_back_after))
+            # No worker takes what one of them laid out just after the stop had cleared the line.
+            after = 0.0 if self.stopping else self.timing.hand_back_after
+            self.starter.drop(self.ahead.clear(after))
         self.starter.undo()
 
     @property

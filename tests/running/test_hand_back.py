@@ -142,6 +142,15 @@ def test_a_stop_hands_back_what_it_could_not_hand_back_at_first(node, away):
     assert {task.owner for task in tasks(node)} == {""}
 
 
+@pytest.mark.timing(hand_back_after=3600.0)
+def test_what_was_laid_out_just_after_a_stop_looked_is_handed_back_at_once(node):
+    pool, runs = node.pool, start(node)
+    pool.begin_stop()
+    pool.ahead.lay_out(runs)
+    pool.hand_on()
+    assert all_untouched(node)
+
+
 @pytest.mark.parametrize("state", ["executing", "concluding"])
 def test_a_run_that_a_thread_executes_is_not_handed_back(node, state):
     """A thread that has just begun may have executed it by the time at which its state is read."""
