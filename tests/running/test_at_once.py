@@ -161,8 +161,7 @@ def test_two_tasks_submitted_for_one_waiting_worker_both_run(make_queue, gate, c
     assert queue.get_task_status(mine.id).interruptions == 0
 
 
-def test_a_stop_makes_a_task_pending_again_that_no_worker_took(make_queue, calm):
-    calm.set()
+def test_a_stop_makes_a_task_pending_again_that_no_worker_took(make_queue):
     queue = make_queue(worker_num=1)
     queue.executor("fine")(lambda: "fine")
     queue.start()
