@@ -13,8 +13,9 @@ import sys
 import textwrap
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -492,6 +493,40 @@ def test_the_table_of_moves_has_all_moves_of_the_code_in_order():
     assert [tuple(row[:3]) for row in rows] == [
         (move.name, *edge) for move in MOVES for edge in move.edges
     ]
+
+
+def members() -> dict[str, set[str]]:
+    """Return the names in each package, module and class of the code."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for path in (ROOT / "taskx").rglob("*.py"):
+        place = path.parent if path.name == "__init__.py" else path
+        found[place.parent.name].add(place.stem)
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+        for name, node in [(place.stem, tree), *((node.name, node) for node in classes)]:
+            for part in ast.walk(node):
+                if isinstance(part, ast.FunctionDef | ast.ClassDef):
+                    found[name].add(part.name)
+                elif isinstance(part, ast.Name | ast.Attribute) and isinstance(part.ctx, ast.Store):
+                    found[name].add(part.id if isinstance(part, ast.Name) else part.attr)
+    return found
+
+
+def test_the_design_pages_name_only_what_is_there():
+    """Modules from their room on, and members of modules and classes. Other tests check public calls."""
+    found = members()
+    found |= {"taskx": {*taskx.__all__}, "ctx": found["Context"], "d": {"copy"}}
+    for page in PAGES:
+        if page.name.startswith("design") and page.stem != "design-transactions":
+            for name in re.findall(r"``(\w+(?:\.\w+)+)\b", page.read_text(encoding="utf-8")):
+                for owner, member in pairwise(name.split(".")):
+                    assert member in found[owner], f"{page.name}: {name}"
+    every = set[str]().union(*found.values())
+    text = (ROOT / "docs" / "design.rst").read_text(encoding="utf-8")
+    places = text.partition("Where a change goes\n")[2].partition("\nRows")[0]
+    named = re.findall(r"``(\w+)``", places)
+    assert len(named) > 10
+    assert {*named} <= every
 
 
 def test_the_page_on_settings_names_the_words_that_are_redacted():
