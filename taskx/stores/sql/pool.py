@@ -154,7 +154,7 @@ class Connections(ABC, Generic[L]):
 
     def translated(self, error: BaseException, *, in_doubt: bool = False) -> TaskxError:
         """Return TaskX's error for an error of the driver, or of a value."""
-        said = " ".join(str(error).split())[:500]  # in one line
+        said = "; ".join(map(str.strip, str(error).strip().splitlines()))[:500]
         text = f"{self._where}: {said or type(error).__name__}"
         if (advised := self._advised(error, text)) is not None:
             return advised

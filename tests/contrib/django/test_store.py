@@ -192,7 +192,7 @@ def test_an_error_of_the_server_is_one_line():
     )
     with DjangoRepository("away") as away, pytest.raises(RepositoryUnavailable) as caught:
         away.count(TaskFilter())
-    assert "Connection refused Is the server running" in str(caught.value)
+    assert "Connection refused; Is the server running" in str(caught.value)
 
 
 # --- statements
