@@ -90,16 +90,19 @@ class Listening:
                 time.sleep(random.uniform(0.5, 1.5) * seconds)
                 news += listener.wait(0)
             fetched = fetcher.fetched
-            self._process(news)
-            rest.after(vain=fetcher.fetched == fetched)
+            fired = self._process(news)
+            rest.after(vain=not fired and fetcher.fetched == fetched)
             time.sleep(timing.shortest_rest)
 
-    def _process(self, news: str) -> None:
-        """Fire tokens and fetch tasks, if the news may concern this node; the housekeeper retries."""
-        pool, done = self._pool, True
+    def _process(self, news: str) -> bool:
+        """Fire tokens and fetch tasks, if the news may concern this node; the housekeeper retries.
+
+        Return True if a token was fired.
+        """
+        pool, done, fired = self._pool, True, False
         try:
             if CANCEL_REQUESTED in news and pool.runs:
-                pool.fire_cancelled()
+                fired = pool.fire_cancelled()
             if (FREED in news or news != news.lower()) and pool.buffer.room_to_fetch() > 0:
                 pool.tuning.refresh()  # a task stored after a pause must not start
                 done = pool.fetcher.refill()
@@ -108,3 +111,4 @@ class Listening:
         if not done:
             pool.agenda.expect_more()
             pool.agenda.wake()
+        return fired

@@ -935,15 +935,19 @@ class WorkerPool:
         for run in list(self.runs.values()):
             run.token.fire(reason)
 
-    def fire(self, task_id: str) -> None:
-        """Fire the token of a task that was asked to cancel, if it runs here."""
-        if (run := self.runs.get(task_id)) is not None:
-            run.token.fire(CancelReason.CANCEL)
+    def fire(self, task_id: str) -> bool:
+        """Fire the token of a task that was asked to cancel, if it runs here; return True if it fires."""
+        run = self.runs.get(task_id)
+        return run is not None and run.token.fire(CancelReason.CANCEL)
 
-    def fire_cancelled(self) -> None:
-        """Fire the tokens of the runs that were asked to cancel, perhaps by another process."""
-        for task_id in queries.asked_to_cancel(self.moves.repository, self.runs.ids):
-            self.fire(task_id)
+    def fire_cancelled(self) -> bool:
+        """Fire the tokens of the runs that were asked to cancel, perhaps by another process.
+
+        Return True if one fires.
+        """
+        asked = queries.asked_to_cancel(self.moves.repository, self.runs.ids)
+        fired = [self.fire(task_id) for task_id in asked]
+        return any(fired)
 
     def tell_to_stop(self) -> None:
         """Take no more tasks, and tell the running ones to stop, without waiting."""

@@ -129,6 +129,30 @@ def test_a_cancel_by_another_process_fires_the_token_at_once(listens, elsewhere)
 
 
 @no_polling
+def test_a_token_that_fires_is_a_result_so_the_next_cancel_waits_for_no_rest(
+    listens, elsewhere, monkeypatch
+):
+    begun, told, after = threading.Event(), [], Rest.after
+
+    def wait(ctx):
+        begun.set()
+        assert ctx.token.wait(PATIENCE)
+
+    def noted(rest, *, vain):
+        after(rest, vain=vain)
+        if threading.current_thread().name == "taskx-listen":
+            told.append(vain)
+
+    monkeypatch.setattr(Rest, "after", noted)
+    queue = listens(lambda queue: queue.executor("t")(wait))
+    handle = queue.submit("t")
+    assert begun.wait(PATIENCE)
+    elsewhere.cancel_task(handle.id)
+    eventually(lambda: told)
+    assert told == [False]
+
+
+@no_polling
 @pytest.mark.parametrize("fails", [False, True])
 def test_an_outcome_in_another_process_ends_a_wait_at_once(listens, elsewhere, fails):
     going_on = threading.Event()
